@@ -1,0 +1,28 @@
+"""Limbeck: the DeepSeek-R1 recipe end to end, from a base model to a small distilled one, on hardware you own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "Learner", "Recipe", "Task", "run"]
+
+_HOMES = {
+    "Recipe": "limbeck.recipe",
+    "Task": "limbeck.types",
+    "Engine": "limbeck.engine.engine",
+    "Learner": "limbeck.train.learner",
+    "run": "limbeck.cli",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # what needs torch is imported when it is asked for, so that `limbeck --help` is not
+    if name not in _HOMES:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,306 @@
+"""Every command. Help and mistakes are answered before torch is imported.
+
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked, 3 something is missing on this machine,
+4 a damaged artifact, 70 our bug, 75 stopped but resumable, 130 interrupted twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .pipeline.graph import Graph
+    from .pipeline.run import Run
+
+app = typer.Typer(
+    help="Take an open base model to a reasoning model of your own, and distil it into a small one.",
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode=None,
+)  # fmt: skip
+
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe, for instance recipes/quickstart.yaml", show_default=False)]
+Home = Annotated[Path, typer.Option("--runs", help="where runs and their artifacts live")]
+Overrides = Annotated[list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)]
+Auto = Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
+RUNS = Path("runs")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    runs: Home = RUNS,
+    set_: Overrides = [],  # noqa: B006
+    auto: Auto = False,
+    as_json: AsJson = False,
+) -> None:
+    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
+    from .display import Events, Lines, Tree
+    from .pipeline.run import Run
+
+    plain = os.environ.get("TERM") == "dumb" or os.environ.get("CI") or not sys.stderr.isatty()
+    display = Events() if as_json else Lines() if plain else Tree()
+    try:
+        job = Run(_load(recipe, set_, auto), recipe.parent, runs, display)
+        _stop_gently(job)
+        page = job.carry_out()
+    finally:
+        if isinstance(display, Tree):
+            display.close()
+    if as_json:
+        Events.emit("result", ok=True, report=str(page) if page else None)
+    elif page:
+        print(f"The report is at {page}")
+
+
+@app.command()
+def plan(recipe: RecipeFile, runs: Home = RUNS, set_: Overrides = [], auto: Auto = False, as_json: AsJson = False) -> None:  # noqa: B006
+    """Say what a run would do, and why: nothing is run."""
+    graph = _graph(_load(recipe, set_, auto), recipe, runs)
+    rows = [
+        {"stage": node.name, "kind": node.kind, "state": node.state, "key": node.key and node.key[:16],
+         "why": [] if node.artifact else graph.why(node)}
+        for node in graph.nodes.values()
+    ]  # fmt: skip
+    _print(rows, as_json, lambda r: f"{_SIGNS[r['state']]:10} {r['stage']:32} {r['kind']:9} {'; '.join(r['why'][:3])}")
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")],
+    as_json: AsJson = False,
+) -> None:
+    """Where a run stands, and for whom it waits."""
+    from .pipeline import curate as desk
+
+    recipe = run_folder / "recipe.yaml"
+    if not recipe.exists():
+        raise _mistake(f"{run_folder} is no run: it has no recipe.yaml; runs begin with `limbeck run`")
+    graph = _graph(_load(recipe, [], False), recipe, run_folder.parent)
+    rows = [
+        {"stage": n.name, "kind": n.kind, "state": n.state, "artifact": n.artifact and n.artifact.folder.name,
+         "seconds": n.artifact and n.artifact.manifest["seconds"],
+         "waiting_rows": len(desk.pending(n.queue)) if n.state == "asks" else 0}
+        for n in graph.nodes.values()
+    ]  # fmt: skip
+
+    def line(r: dict[str, Any]) -> str:
+        ask = f"{r['waiting_rows']} rows wait for a person: limbeck curate {run_folder} {r['stage']}"
+        return f"{_SIGNS[r['state']]:10} {r['stage']:32} {ask if r['state'] == 'asks' else r['artifact'] or ''}"
+
+    _print(rows, as_json, line)
+
+
+@app.command()
+def show(
+    artifact: Annotated[str, typer.Argument(help="the beginning of an artifact's name; none lists all")] = "",
+    runs: Home = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """List the artifacts, or print one's manifest."""
+    store = _store(runs)
+    if artifact:
+        print(json.dumps(store.resolve(artifact).manifest, indent=2, ensure_ascii=False))
+        return
+    rows = [
+        {"artifact": a.folder.name, "stage": a.manifest["stage"], "seconds": a.manifest["seconds"],
+         "bytes": sum(o["bytes"] for o in a.manifest["outputs"].values())}
+        for a in store.all()
+    ]  # fmt: skip
+    _print(rows, as_json, lambda r: f"{r['artifact']:28} {r['stage']:28} {r['seconds']:8.1f} s {r['bytes'] / 1e6:9.2f} MB")
+
+
+@app.command()
+def why(artifact: Annotated[str, typer.Argument(help="the beginning of an artifact's name")], runs: Home = RUNS) -> None:
+    """Tell what an artifact was made from: its inputs down to the roots, problems, people and licences."""
+    store = _store(runs)
+    by_key = {a.manifest["key"]: a for a in store.all()}
+
+    def tell(one: Any, depth: int) -> None:
+        settings = {k: v for k, v in one.manifest["settings"].items() if not isinstance(v, dict | list) and k != "kind"}
+        print(f"{'  ' * depth}{one.folder.name} ({one.manifest['stage']}): {', '.join(f'{k}={v}' for k, v in settings.items() if v != '')}")
+        for entry in one.manifest["inputs"].values():
+            if entry["key"] in by_key:
+                tell(by_key[entry["key"]], depth + 1)
+
+    chosen = store.resolve(artifact)
+    tell(chosen, 0)
+    for kind, names in chosen.manifest["sources"].items():
+        print(f"{kind}: {', '.join(names) or 'none'}")
+    print(f"licences: {', '.join(chosen.manifest['licences']) or 'none needed'}")
+
+
+@app.command()
+def gc(runs: Home = RUNS, yes: Annotated[bool, typer.Option("--yes", help="really delete")] = False) -> None:
+    """Delete artifacts that no run in the folder uses any more, and what killed stages left."""
+    store = _store(runs)
+    used = {name for index in runs.glob("*/stages.json") for name in json.loads(index.read_text()).values()}
+    unused = [a.folder for a in store.all() if a.folder.name not in used] + store.leftovers()
+    for folder in unused:
+        size = store.remove(folder) if yes else sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        print(f"{'deleted' if yes else 'would delete'} {folder} ({size / 1e6:.1f} MB)")
+    if not unused:
+        print("nothing to delete")
+
+
+@app.command()
+def verify(runs: Home = RUNS) -> None:
+    """Hash every artifact again and compare with its manifest."""
+    faults = 0
+    for artifact, wrong in _store(runs).verify():
+        faults += bool(wrong)
+        print(f"{artifact.folder.name}: {'; '.join(wrong) if wrong else 'as it was'}")
+    if faults:
+        raise typer.Exit(4)
+
+
+@app.command()
+def curate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")],
+    stage: Annotated[str, typer.Argument(help="the curate stage that waits")],
+    reviewer: Annotated[str, typer.Option(help="who reviews")] = os.environ.get("USER", "somebody"),
+    export: Annotated[Path | None, typer.Option(help="write the open rows to this JSONL file, to be filled in")] = None,
+    import_: Annotated[Path | None, typer.Option("--import", help="take verdicts over from a JSONL file")] = None,
+) -> None:
+    """Review the rows of a waiting stage: here at the terminal, or in a JSONL file (fields: verdict, completion)."""
+    from .desk import review_at_terminal
+    from .pipeline import curate as desk
+
+    queue = _queue(run_folder, stage)
+    if export:
+        desk.write_rows(export, [{**row, "verdict": None} for row in desk.pending(queue)])
+        print(f"wrote {len(desk.pending(queue))} rows to {export}; set each verdict to accept, edit or reject")
+    elif import_:
+        taken = desk.import_reviews(queue, import_, reviewer)
+        print(f"took {taken} verdicts over; {len(desk.pending(queue))} rows are still open")
+    else:
+        review_at_terminal(queue, reviewer)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, or hf:OWNER/NAME (extra hub)")],
+    models: Annotated[Path, typer.Option(help="where models are kept")] = Path("models"),
+) -> None:
+    """Fetch a base model and convert it to an HF directory."""
+    from .pull import pull as fetch
+
+    print(fetch(name, models))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has and lacks, and what to do about it."""
+    from dataclasses import asdict
+
+    from .doctor import examine
+
+    rows = [asdict(finding) for finding in examine()]
+    signs = {True: "ok", False: "lacks", None: "note"}
+    _print(rows, as_json, lambda r: f"{signs[r['ok']]:6} {r['name']:22} {r['value']}" + (f"\n{'':7}-> {r['advice']}" if r["advice"] else ""))
+
+
+@app.command()
+def ask(
+    model: Annotated[Path, typer.Argument(help="a model directory, or an artifact's folder")],
+    question: Annotated[str, typer.Argument(help="what to ask")],
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: int = 0,
+) -> None:
+    """Ask a model a question and watch it think."""
+    from .desk import answer
+
+    for piece in answer(model, question, temperature, max_new_tokens, seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main() -> None:
+    """The command line: a mistake is one sentence and an exit code, never a traceback."""
+    from .types import LimbeckError
+
+    try:
+        app()
+    except LimbeckError as error:
+        print(f"limbeck: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        from .pipeline.store import out_of_space
+
+        if not out_of_space(error):
+            raise
+        print(f"limbeck: no space left on {error.filename or 'the disk'}; free some, and run the same command again", file=sys.stderr)
+        sys.exit(75)
+
+
+_SIGNS = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
+
+
+def _load(path: Path, overrides: list[str], auto: bool) -> Any:
+    from .recipe import Curate, load
+
+    recipe = load(path, overrides)
+    if not auto:
+        return recipe
+    stages = {n: s.model_copy(update={"auto": True}) if isinstance(s, Curate) else s for n, s in recipe.stages.items()}
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _graph(recipe: Any, path: Path, runs: Path) -> Graph:
+    from .pipeline.graph import Graph
+    from .pipeline.store import Store
+
+    return Graph(recipe, Store(runs / "store"), path.parent)
+
+
+def _store(runs: Path) -> Any:
+    from .pipeline.store import Store
+
+    if not (runs / "store").exists():
+        raise _mistake(f"{runs}/store does not exist; nothing has been run there yet")
+    return Store(runs / "store")
+
+
+def _queue(run_folder: Path, stage: str) -> Path:
+    recipe = run_folder / "recipe.yaml"
+    if not recipe.exists():
+        raise _mistake(f"{run_folder} is no run: it has no recipe.yaml; runs begin with `limbeck run`")
+    node = _graph(_load(recipe, [], False), recipe, run_folder.parent).nodes.get(stage)
+    if node is None or node.queue is None:
+        raise _mistake(f"{stage} is not a stage of {run_folder} that waits for people")
+    return node.queue
+
+
+def _mistake(text: str) -> Exception:
+    from .types import LimbeckError
+
+    return LimbeckError(text)
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool, line: Any) -> None:
+    if as_json:
+        print(json.dumps({"schema": 1, "ok": True, "data": rows}, ensure_ascii=False))
+    else:
+        for row in rows:
+            print(line(row).rstrip())
+
+
+def _stop_gently(job: Run) -> None:
+    """First Ctrl-C: checkpoint and stop. Second: stop at once; the last checkpoint survives all the same."""
+
+    def handle(number: int, frame: Any) -> None:
+        if job.stopping:
+            job.host.close()
+            os._exit(130)
+        job.display.say("stopping after a checkpoint; press Ctrl-C again to stop at once")
+        job.stop()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)

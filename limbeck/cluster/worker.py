@@ -1,0 +1,115 @@
+"""A process that runs stages one after the other, so that torch is imported once.
+
+Jobs arrive as JSON lines on standard input, events leave as JSON lines on standard output; what libraries
+print goes to standard error. When the parent dies, standard input ends and so does the worker, at once:
+nobody writes into a folder that a new run may take over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ..pipeline.curate import Waiting
+from ..pipeline.job import Job
+from ..pipeline.store import out_of_space
+from ..recipe import AnyStage, Problems
+from ..types import LimbeckError
+
+
+def main(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a stop
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    jobs: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    stop = threading.Event()
+    threading.Thread(target=_listen, args=(jobs, stop), daemon=True).start()
+
+    import torch
+
+    torch.set_num_threads(threads)
+    while True:
+        request = jobs.get()
+        event = perform(read_job(request, stop))
+        print(json.dumps({"name": request["name"], **event}), file=events, flush=True)
+
+
+def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
+    for line in sys.stdin:
+        message = json.loads(line)
+        if message.get("stop"):
+            stop.set()
+        else:
+            jobs.put(message)
+    os._exit(1)
+
+
+def write_job(job: Job) -> dict[str, Any]:
+    """A job as JSON."""
+    return {
+        "name": job.name,
+        "stage": job.stage.model_dump(mode="json"),
+        "seed": job.seed,
+        "inputs": {name: str(path) for name, path in job.inputs.items()},
+        "problems": {name: problems.model_dump(mode="json") for name, problems in job.problems.items()},
+        "folder": str(job.folder),
+        "base": str(job.base),
+        "control": job.control,
+        "queue": str(job.queue) if job.queue else None,
+    }
+
+
+def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
+    return Job(
+        name=request["name"],
+        stage=TypeAdapter(AnyStage).validate_python(request["stage"]),
+        seed=request["seed"],
+        inputs={name: Path(path) for name, path in request["inputs"].items()},
+        problems=TypeAdapter(dict[str, Problems]).validate_python(request["problems"]),
+        folder=Path(request["folder"]),
+        base=Path(request["base"]),
+        control=request["control"],
+        queue=Path(request["queue"]) if request["queue"] else None,
+        stopping=stop.is_set,
+    )
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Run one stage; whatever happens becomes an event: done, waiting, or failed with a code and a sentence."""
+    from ..pipeline.stages import STAGES
+
+    began, cpu = time.monotonic(), time.process_time()
+    try:
+        outcome = STAGES[job.stage.kind](job)
+    except Waiting as waiting:
+        return {"event": "waiting", "rows": waiting.open_rows}
+    except LimbeckError as error:
+        return {"event": "failed", "code": error.exit_code, "message": str(error)}
+    except OSError as error:
+        if not out_of_space(error):
+            return _crashed(error)
+        return {"event": "failed", "code": 75, "message": f"no space left on {job.folder}; free some, and run again"}
+    except BaseException as error:
+        return _crashed(error)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    spent = {"seconds": round(time.monotonic() - began, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
+    return {"event": "done", "outcome": {**outcome, **spent, "peak_memory_bytes": peak}}
+
+
+def _crashed(error: BaseException) -> dict[str, Any]:
+    return {"event": "failed", "code": 70, "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

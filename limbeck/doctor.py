@@ -1,0 +1,221 @@
+"""What this machine has and lacks, and what to do about it. Nothing here needs the network."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .model.config import ModelConfig
+
+GIB = 1024**3
+CGROUP = Path("/sys/fs/cgroup")
+
+# Weights, gradients and AdamW's two moments, four bytes each (Rajbhandari et al. 2020, section 3.1, in fp32).
+BYTES_PER_PARAMETER = 16
+
+# Tokens in the cache at once: 64 rollouts of 1,024 tokens.
+CACHED_TOKENS = 64 * 1024
+
+# family, vocabulary, hidden, layers, heads, key/value heads, head size, intermediate
+SIZES = {
+    "SmolLM2-135M": ("llama", 49152, 576, 30, 9, 3, 64, 1536),
+    "SmolLM2-360M": ("llama", 49152, 960, 32, 15, 5, 64, 2560),
+    "Qwen3-0.6B": ("qwen3", 151936, 1024, 28, 16, 8, 128, 3072),
+    "Qwen3-1.7B": ("qwen3", 151936, 2048, 28, 16, 8, 128, 6144),
+    "Qwen3-4B": ("qwen3", 151936, 2560, 36, 32, 8, 128, 9728),
+}
+
+EXTRAS = {
+    "reasoning_gym": ("gym", "generated tasks"),
+    "huggingface_hub": ("hub", "limbeck pull hf:OWNER/NAME"),
+    "ray": ("scale", "runs on several machines"),
+    "fastapi": ("serve", "the chat page and the API"),
+}
+
+# linux/landlock.h: the call is 444 on every architecture; with this flag it returns the kernel's version.
+LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `ok` is None where it is neither good nor bad.
+
+    `Finding("sandbox", ok=False, value="none", advice="install bubblewrap: apt install bubblewrap")`
+    """
+
+    name: str
+    ok: bool | None
+    value: str
+    advice: str = ""
+
+
+def examine(runs: Path = Path("runs")) -> list[Finding]:
+    """Look at the machine; about two seconds, most of them torch's. `runs` is where artifacts will go."""
+    memory = usable_memory()
+    return [
+        _python(),
+        _cores(),
+        _memory(memory),
+        _disk(runs),
+        *_torch(),
+        _sandbox(),
+        *(_extra(module) for module in EXTRAS),
+        _sizes(memory),
+        Finding("network", None, "not needed", "only limbeck pull and remote teachers use it"),
+    ]
+
+
+def _python() -> Finding:
+    recent = sys.version_info >= (3, 11)
+    return Finding("python", recent, platform.python_version(), "" if recent else "use 3.11 or later")
+
+
+def usable_cores() -> float:
+    """Cores this process may run on: its affinity, or its control group's quota if that is less."""
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0] != "max":
+        return min(len(affinity), int(quota[0]) / int(quota[1]))
+    return len(affinity)
+
+
+def _cores() -> Finding:
+    cores = usable_cores()
+    advice = "" if cores >= 2 else "runs work on one core, in twice the time"
+    return Finding("cores", not advice, f"{cores:g}", advice)
+
+
+def usable_memory() -> int:
+    """Bytes that can still be taken: what the system has free, or what the control group leaves if less."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def _cgroup(name: str) -> str:
+    path = CGROUP / name
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _memory(free: int) -> Finding:
+    advice = "" if free >= 2 * GIB else "the quickstart needs 2 GiB: close other programs"
+    return Finding("memory", free >= 2 * GIB, f"{free / GIB:.1f} GiB usable", advice)
+
+
+def _disk(runs: Path) -> Finding:
+    place = next(p for p in (runs.absolute(), *runs.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    writable = os.access(place, os.W_OK)
+    advice = "" if writable else f"{place} cannot be written to: choose another folder"
+    if writable and free < 5 * GIB:
+        advice = "a run of a 135M model keeps about 5 GiB of checkpoints: free some, or use limbeck gc"
+    return Finding("disk", not advice, f"{free / GIB:.0f} GiB free at {place}", advice)
+
+
+def _torch() -> list[Finding]:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    slow = "no vector instructions were found: expect a tenth of the speed" if capability == "DEFAULT" else ""
+    threads, cores = torch.get_num_threads(), usable_cores()
+    fewer = f"more threads than cores: set OMP_NUM_THREADS={max(1, int(cores))}"
+    crowded = fewer if threads > cores + 1 else ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; every stage runs on the CPU"
+    return [
+        Finding("torch", True, torch.__version__),
+        Finding("instructions", not slow, capability, slow),
+        Finding("threads", not crowded, str(threads), crowded),
+        Finding("speed", None, f"{matrix_speed():.0f} GFLOP/s in matrix products (fp32)"),
+        Finding("gpu", None, gpu),
+    ]
+
+
+def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
+    """GFLOP/s of fp32 matrix products, the median over about `seconds`."""
+    import torch
+
+    a, times = torch.ones(size, size), []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        begin = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / sorted(times)[len(times) // 2] / 1e9
+
+
+def _sandbox() -> Finding:
+    """The layer that holds model-written code: bubblewrap if it really starts, else Landlock, else none."""
+    if shutil.which("bwrap"):
+        probe = ["bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "true"]
+        outcome = subprocess.run(probe, capture_output=True, text=True, timeout=10, check=False)
+        if outcome.returncode == 0:
+            return Finding("sandbox", True, "bubblewrap")
+        advice = f"bwrap is here but does not start ({outcome.stderr.strip()}): allow user namespaces"
+    else:
+        advice = "for a stronger one install bubblewrap (apt install bubblewrap)"
+    version = landlock_version()
+    if version > 0:
+        return Finding("sandbox", True, f"landlock, version {version}", advice)
+    return Finding("sandbox", False, "none", f"code rewards are refused; {advice}")
+
+
+def landlock_version() -> int:
+    """The kernel's Landlock version, 0 where there is none."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    call = ctypes.CDLL(None).syscall
+    call.restype = ctypes.c_long
+    return max(0, call(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_CREATE_RULESET_VERSION))
+
+
+def _extra(module: str) -> Finding:
+    extra, purpose = EXTRAS[module]
+    if importlib.util.find_spec(module):
+        return Finding(module, True, "installed")
+    return Finding(module, None, "not installed", f"for {purpose}: pip install 'limbeck[{extra}]'")
+
+
+def _sizes(memory: int) -> Finding:
+    """Which well-known models fit for reinforcement learning, by weights, AdamW and the rollouts' cache."""
+    needs = {name: reinforcement_bytes(ModelConfig(*shape)) for name, shape in SIZES.items()}
+    fit = [f"{name} ({need / GIB:.0f} GiB)" for name, need in needs.items() if need <= memory]
+    if not fit:
+        smallest = f"SmolLM2-135M needs {needs['SmolLM2-135M'] / GIB:.0f} GiB"
+        return Finding("models", True, "the quickstart's", smallest)
+    return Finding("models", True, "fit for RL: " + ", ".join(fit))
+
+
+def reinforcement_bytes(config: ModelConfig) -> int:
+    return BYTES_PER_PARAMETER * config.parameters + CACHED_TOKENS * config.kv_bytes_per_token()
+
+
+def machine() -> dict[str, str | int | float]:
+    """What a report says about where it was made."""
+    from importlib.metadata import version
+
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "memory_bytes": usable_memory(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

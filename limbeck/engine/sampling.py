@@ -1,0 +1,78 @@
+"""How the next token is chosen. B rows · V vocabulary.
+
+Randomness is one number a token, drawn beforehand from (seed, problem, sample), and looked up in the cumulative
+distribution: what a row samples never depends on which rows happen to run beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """`SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=512)`; temperature 0 is greedy.
+
+    `keep_mask` remembers what top-p left to choose from, and gives log-probabilities within it (DeepSeek-V3.2,
+    arXiv 2512.02556, section 3.1). `force` puts a token after another one, whatever the model would say:
+    `{no: wait}` is the budget forcing of s1 (arXiv 2501.19393).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 160
+    keep_mask: bool = False
+    force: dict[int, int] = field(default_factory=dict)
+
+
+class Draw(NamedTuple):
+    """Chosen ids, their log-probabilities, and [B, V] of what top-p left (None where it left all)."""
+
+    tokens_B: Tensor
+    logprobs_B: Tensor
+    kept_BV: Tensor | None
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams) -> Draw:
+    """Choose one token a row. The log-probability is that of the tempered softmax over all tokens (over those
+    kept, with `keep_mask`); greedy reports the softmax at temperature 1."""
+    logprobs_BV = torch.log_softmax(logits_BV / params.temperature if params.temperature not in (0, 1) else logits_BV, -1)
+    kept_BV = None
+    if params.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        probabilities_BV = logprobs_BV.exp()
+        if params.top_p < 1:
+            kept_BV = nucleus(probabilities_BV, params.top_p)
+            probabilities_BV = probabilities_BV * kept_BV
+        tokens_B = invert(probabilities_BV, uniform_B)
+    if params.force:
+        tokens_B = _forced(tokens_B, previous_B, params.force)
+    if kept_BV is not None and params.keep_mask:
+        logprobs_BV = torch.log_softmax(logprobs_BV.masked_fill(~kept_BV, float("-inf")), -1)
+    return Draw(tokens_B, logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1), kept_BV if params.keep_mask else None)
+
+
+def invert(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token at which the cumulative distribution passes the uniform number; sums in float64."""
+    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    tokens_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
+    return tokens_B.clamp_(max=probabilities_BV.shape[1] - 1)
+
+
+def nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al. 2019)."""
+    sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    return torch.zeros_like(before_BV, dtype=torch.bool).scatter_(1, order_BV, before_BV < top_p)
+
+
+def _forced(tokens_B: Tensor, previous_B: Tensor, force: dict[int, int]) -> Tensor:
+    for after, then in force.items():
+        tokens_B = tokens_B.masked_fill(previous_B == after, then)
+    return tokens_B

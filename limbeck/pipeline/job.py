@@ -1,0 +1,80 @@
+"""What one stage needs in order to run, and nothing of where it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..record import Record, read
+from ..recipe import Problems, Stage
+from ..types import Problem, Task
+from .store import MANIFEST
+
+if TYPE_CHECKING:
+    from ..model.decoder import Decoder
+    from ..tasks.task import Mixture
+    from ..tokenizer import Tokenizer
+    from ..train.checkpoint import Checkpoint
+
+PROBLEMS, ROWS = "problems.jsonl", "rows.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run: settings, seed, complete inputs, and the partial folder to write into.
+
+    `seed` is "0/zero" (recipe seed and stage name): the root of every random draw of the stage.
+    """
+
+    name: str
+    stage: Stage
+    seed: str
+    inputs: dict[str, Path]
+    problems: dict[str, Problems]
+    folder: Path
+    base: Path
+    control: str | None = None
+    queue: Path | None = None
+    stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
+
+    def model(self, name: str) -> tuple[Decoder, Tokenizer]:
+        """The weights and the tokenizer of an input."""
+        from ..model import weights
+        from ..tokenizer import Tokenizer
+
+        directory = self.inputs[name] / "model"
+        return weights.load(directory), Tokenizer.from_directory(directory)
+
+    def task(self, name: str) -> Task:
+        from ..tasks.task import open_task
+
+        return open_task(name, self.problems[name], self.base)
+
+    def mixture(self, weights: dict[str, float], rewards: dict[str, float] | None = None) -> Mixture:
+        """Problems by weight; a name that is a `screen` stage stands for the problems that it kept."""
+        from ..tasks.task import Mixture
+
+        subsets = {name: read_problems(self.inputs[name] / PROBLEMS) for name in weights if name in self.inputs}
+        tasks = {name: self.task(name) for name in self.problems}
+        return Mixture(tasks, weights, rewards or {"accuracy": 1.0}, subsets)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return list(read(self.inputs[name] / ROWS))
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        return json.loads((self.inputs[name] / MANIFEST).read_text(encoding="utf-8"))
+
+    def record(self, step: int = 0, total: int | None = None) -> Record:
+        return Record(self.folder, step, total)
+
+    def checkpoint(self) -> Checkpoint:
+        from ..train.checkpoint import Checkpoint
+
+        return Checkpoint(self.folder, self.stage.save_every, self.stopping)
+
+
+def read_problems(path: Path) -> list[Problem]:
+    return [Problem(**{k: v for k, v in row.items() if k != "pass_rate"}) for row in read(path)]

@@ -1,0 +1,225 @@
+"""Carry a recipe out: start what is ready, wait, store what is done, until nothing is left to do."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .. import __version__
+from ..cluster.hosts import Host
+from ..cluster.worker import write_job
+from ..recipe import Curate, Recipe, dump
+from ..record import ROLLOUTS, TIMING, read
+from ..types import LimbeckError, Resumable
+from . import curate as desk
+from .graph import Graph, Node, report_nodes, seed_of
+from .job import ROWS, Job
+from .provenance import licences_of, sources_of
+from .store import Artifact, Store, write
+
+TICK = 0.25  # seconds between two looks at what is going on
+
+
+class Display(Protocol):
+    """Whoever watches: a terminal's tree, plain lines, or JSON events."""
+
+    def show(self, graph: Graph, running: dict[str, Progress]) -> None: ...
+
+    def finished(self, node: Node, artifact: Artifact) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A running stage as its record shows it."""
+
+    node: Node
+    folder: Path
+    began: float
+
+    def look(self) -> tuple[int, int | None, dict[str, Any]]:
+        """Steps done, steps in all, and the latest metrics."""
+        timing, metrics = _last(self.folder / TIMING), _last(self.folder / "metrics.jsonl")
+        return timing.get("step", -1) + 1, timing.get("of"), metrics
+
+    def thought(self) -> dict[str, Any]:
+        """The rollout that was written last."""
+        return _last(self.folder / ROLLOUTS)
+
+
+class Run:
+    """One recipe's run: its graph, its folder (`runs/NAME`), its hosts and who watches."""
+
+    def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display):
+        self.recipe, self.base, self.home, self.display = recipe, base, home, display
+        self.store = Store(home / "store")
+        self.folder = home / recipe.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.graph = Graph(recipe, self.store, base)
+        self.host = Host(recipe.workers, recipe.threads)
+        self.running: dict[str, Progress] = {}
+        self.stopping = False
+        self.peak = 0
+
+    def carry_out(self) -> Path | None:
+        """Run all that can run; returns the report's page, if the recipe has one."""
+        write(self.folder / "recipe.yaml", dump(self.recipe))
+        began = time.monotonic()
+        try:
+            while self._start() or self.running:
+                event = self.host.wait(TICK)
+                self.display.show(self.graph, self.running)
+                if event:
+                    self._hear(event)
+        finally:
+            self.host.close()
+            self._index()
+        if self.stopping:
+            raise Resumable("stopped; the same command goes on from here")
+        self._refuse_waiting()
+        return self._report(time.monotonic() - began)
+
+    def stop(self) -> None:
+        """Let running stages checkpoint and end; start nothing new."""
+        self.stopping = True
+        self.host.stop()
+
+    def _start(self) -> bool:
+        """Hand ready stages to free workers; those that most others wait for go first."""
+        if self.stopping:
+            return False
+        started = False
+        for node in sorted(self.graph.nodes.values(), key=self._urgency):
+            if node.state == "asks":
+                desk.ask(node.queue, self._rows(node), node.stage.question)
+            if node.state == "ready" and node.name not in self.running and self.host.free:
+                job = self._job(node)
+                self.running[node.name] = Progress(node, job.folder, time.monotonic())
+                self.host.start(write_job(job))
+                started = True
+        return started
+
+    def _urgency(self, node: Node) -> int:
+        """Less is sooner: the number of stages behind this one, negated."""
+        return -len(self.graph.dependents(node.name))
+
+    def _rows(self, node: Node) -> list[dict[str, Any]]:
+        assert isinstance(node.stage, Curate)
+        return list(read(self.graph.nodes[node.stage.rows].artifact.folder / ROWS))
+
+    def _job(self, node: Node) -> Job:
+        return Job(
+            name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
+            inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
+            folder=self.store.partial(node.kind, node.key), base=self.base, control=node.control, queue=node.queue,
+        )  # fmt: skip
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        progress = self.running.pop(event["name"])
+        if event["event"] == "done":
+            artifact = self.store.finish(progress.folder, self._manifest(progress.node, event["outcome"]))
+            self.peak = max(self.peak, event["outcome"]["peak_memory_bytes"])
+            self.graph.refresh()
+            self.display.finished(progress.node, artifact)
+        elif event["event"] == "died":
+            raise Resumable(
+                f"stage {event['name']}: its process was killed (signal {event['signal']}; out of memory?); "
+                "run again to go on from its last checkpoint"
+            )
+        elif event["event"] == "failed" and not (event["code"] == 75 and self.stopping):
+            raise _failure(event, self.folder)
+
+    def _manifest(self, node: Node, outcome: dict[str, Any]) -> dict[str, Any]:
+        given = {name: self.graph.nodes[name].artifact for name in node.inputs}
+        return {
+            "kind": node.kind,
+            "key": node.key,
+            "stage": node.name,
+            "title": node.stage.title,
+            "settings": node.stage.model_dump(mode="json"),
+            "identity": self.graph.identity(node),
+            "inputs": {name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]} for name, a in given.items()},
+            "code_version": __version__,
+            "seed": seed_of(self.recipe, node),
+            "joules": None,
+            "licences": licences_of(node, outcome, given, self.recipe),
+            "sources": sources_of(node, outcome, given),
+            **outcome,
+        }
+
+    def _index(self) -> None:
+        """Which artifact is which stage's: what `show`, `gc` and the report begin from."""
+        stages = {name: node.artifact.folder.name for name, node in self.graph.nodes.items() if node.artifact}
+        write(self.folder / "stages.json", json.dumps(stages, indent=2) + "\n")
+
+    def _refuse_waiting(self) -> None:
+        asked = [node for node in self.graph.nodes.values() if node.state == "asks"]
+        if asked:
+            rows = len(desk.pending(asked[0].queue))
+            raise Resumable(
+                f"stage {asked[0].name} waits for a person: {rows} rows to review; "
+                f"`limbeck curate {self.folder} {asked[0].name}`, then run again (or run with --auto)"
+            )
+
+    def _report(self, seconds: float) -> Path | None:
+        from ..eval.report import StageView, write as write_report
+
+        for name, stage in report_nodes(self.recipe):
+            views = [
+                StageView(n.name, n.kind, n.stage.title, n.artifact.folder, n.artifact.manifest, n.inputs)
+                for n in self.graph.nodes.values()
+            ]
+            summary = self._summary(seconds)
+            folder = self.folder / name
+            folder.mkdir(exist_ok=True)
+            self.display.say(f"writing {folder}")
+            return write_report(folder, views, self.recipe.model_dump(mode="json"), summary)
+        return None
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        from ..doctor import machine
+
+        manifests = [n.artifact.manifest for n in self.graph.nodes.values()]
+        path = self.folder / "summary.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
+        peaks = sorted((m["peak_memory_bytes"] for m in manifests), reverse=True)
+        summary = {
+            "seconds": round(max(seconds, earlier["seconds"]), 1),
+            "stage_seconds": round(sum(m["seconds"] for m in manifests), 1),
+            # workers run side by side: their peaks add up
+            "peak_memory_bytes": sum(peaks[: self.host.size]),
+            "workers": self.host.size,
+            "threads": self.host.threads,
+            "machine": machine(),
+        }
+        write(path, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
+    """A user's mistake as it is; our own as a short sentence, with the traceback in a file."""
+    error = {75: Resumable}.get(event["code"], LimbeckError)(f"stage {event['name']}: {event['message']}")
+    if "traceback" in event:
+        path = folder / "traceback.txt"
+        write(path, event["traceback"])
+        error = LimbeckError(f"stage {event['name']} failed: {event['message']} (the traceback is in {path})")
+        error.exit_code = 70
+    return error
+
+
+def _last(path: Path) -> dict[str, Any]:
+    """The last whole line of a JSONL file, without reading all of it."""
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 65536))
+        lines = file.read().split(b"\n")[:-1]
+    try:
+        return json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        return {}

@@ -1,0 +1,338 @@
+"""One short function per kind of stage: settings and inputs in, files in the job's folder out.
+
+Each returns what the manifest says beyond the settings: tokens, FLOPs, notes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from ..engine.engine import Engine
+from ..engine.sampling import SamplingParams
+from ..eval.evaluate import evaluate
+from ..model import weights
+from ..model.config import ModelConfig
+from ..model.decoder import Decoder
+from ..model.places import find_model
+from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen
+from ..record import read_metrics
+from ..tokenizer import Tokenizer, split_thought
+from ..train.learner import Learner
+from ..train.pretrain import batches, pretrain
+from ..train.rl import reinforce, summarize
+from ..train.sft import finetune, plan_epochs
+from ..types import Completion, Group, LimbeckError, Resumable, fingerprint, generator
+from ..types import Sample as Learned
+from . import curate as desk
+from .job import PROBLEMS, ROWS, Job
+from .store import digest_of, write
+
+Outcome = dict[str, Any]
+CHUNK = 64  # problems between two saves of a sampling stage
+
+
+def run_load(job: Job) -> Outcome:
+    """Copy a base model into the store, as fp32 safetensors; what it may be used for travels along."""
+    stage: Load = job.stage
+    source = find_model(stage.path, job.base)
+    if source.is_file():
+        from ..model.gguf import convert
+
+        convert(source, job.folder / "converted")
+        source = job.folder / "converted"
+    tokenizer = Tokenizer.from_directory(source)
+    decoder = weights.load(source)
+    if tokenizer.size > decoder.config.vocab_size:
+        raise LimbeckError(
+            f"{source}: the tokenizer knows {tokenizer.size} tokens, the model only {decoder.config.vocab_size}; "
+            "they are not of one model"
+        )
+    save_model(decoder, tokenizer, job.folder)
+    shutil.rmtree(job.folder / "converted", ignore_errors=True)
+    origin = source / "provenance.json"
+    notes = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {"source": str(source.name)}
+    return {"notes": {"parameters": decoder.config.parameters, **notes}, "tokens": 0, "flops": 0}
+
+
+def run_pretrain(job: Job) -> Outcome:
+    stage: Pretrain = job.stage
+    from ..tasks.miniature import encode_documents
+
+    task = job.task(stage.problems)
+    tokenizer, shape = task.tokenizer(), stage.shape
+    config = ModelConfig(
+        "llama", tokenizer.size, shape.hidden_size, shape.layers, shape.heads, shape.kv_heads,
+        shape.hidden_size // shape.heads, shape.intermediate_size, max_positions=1024,
+    )  # fmt: skip
+    decoder = Decoder(config).initialize(fingerprint(job.seed, "weights"))
+    documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
+    plan = batches(documents, stage.batch_tokens, job.seed)
+    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
+    if state := checkpoint.restore():
+        learner.load_state_dict(state["learner"])
+    pretrain(learner, documents, plan, stage, job.record(learner.step, len(plan)), checkpoint)
+    return _trained(job, decoder, tokenizer, sum(map(len, documents)))
+
+
+def run_sft(job: Job) -> Outcome:
+    stage: SFT = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    samples = [
+        to_sample(row, tokenizer, stage.thoughts)
+        for name, share in stage.rows.items()
+        for row in _share(job.rows(name), share, (job.seed, name))
+    ]
+    if not samples:
+        raise LimbeckError(f"{job.name}: there are no rows to learn from; {', '.join(stage.rows)} kept none")
+    plan = plan_epochs(samples, stage, job.seed)
+    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
+    if state := checkpoint.restore():
+        learner.load_state_dict(state["learner"])
+    finetune(learner, samples, plan, stage, job.record(learner.step, len(plan)), checkpoint)
+    seen = sum(len(samples[i].tokens) for batch in plan for i in batch)
+    outcome = _trained(job, decoder, tokenizer, seen)
+    return {**outcome, "notes": {**outcome["notes"], "rows": len(samples)}}
+
+
+def run_rl(job: Job) -> Outcome:
+    stage: RL = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    updates = stage.steps * stage.policy.updates_per_rollout
+    learner = Learner(decoder, stage.optimizer, updates)
+    reference = Learner(job.model(stage.model)[0], stage.optimizer, 1) if stage.policy.kl_coef else None
+    engine, checkpoint = Engine(decoder, tokenizer), job.checkpoint()
+    tasks = job.mixture(stage.problems, stage.rewards)
+    sampling = replace(_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
+    state = checkpoint.restore()
+    record = job.record(state["step"] if state else 0, stage.steps)
+    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint)
+    checkpoint.clear()
+    save_model(decoder, tokenizer, job.folder)
+    history = read_metrics(job.folder)
+    sampled, learned = (int(sum(row[k] for row in history)) for k in ("sampled_tokens", "learned_tokens"))
+    context = sum(row["length"] for row in history) / len(history)
+    config = decoder.config
+    flops = sampled * config.flops_per_token(context) + learned * config.flops_per_token(context / 2, backward=True)
+    alarms = dict(Counter(text for row in history for text in row.get("alarms", ())))
+    return {"tokens": sampled + learned, "flops": flops, "notes": {"parameters": config.parameters, "alarms": alarms}}
+
+
+def run_sample(job: Job) -> Outcome:
+    stage: Sample = job.stage
+    tokenizer, sampler = job.model(stage.model)[1], job.manifest(stage.model)["digest"]
+
+    def judge(group: Group) -> tuple[list[dict], Counter[str]]:
+        faults = [_fault(group, i, stage) for i in range(len(group.completions))]
+        good = [c for c, fault in zip(group.completions, faults, strict=True) if not fault]
+        kept = _distinct(good, stage.keep_per_problem)
+        verdicts = Counter(fault for fault in faults if fault)
+        verdicts["one of many for its problem"] += len(good) - len(kept)
+        return [to_row(group, completion, sampler) for completion in kept], verdicts
+
+    outcome = _sweep(job, ROWS, stage.prompts, judge)
+    notes = outcome["notes"]
+    return {**outcome, "notes": {**notes, "tokenizer": digest_of(tokenizer.backend.to_str())}}
+
+
+def run_screen(job: Job) -> Outcome:
+    stage: Screen = job.stage
+
+    def judge(group: Group) -> tuple[list[dict], Counter[str]]:
+        rate = sum(s.parts["accuracy"] for s in group.scores) / len(group.scores)
+        if stage.low < rate < stage.high:
+            return [{**asdict(group.problem), "pass_rate": rate}], Counter()
+        return [], Counter(["never solved" if rate <= stage.low else "always solved"])
+
+    outcome = _sweep(job, PROBLEMS, stage.limit, judge)
+    if not outcome["notes"]["kept"]:
+        dropped = outcome["notes"]["dropped"]
+        raise LimbeckError(
+            f"stages.{job.name}: of {stage.limit} problems {dropped.get('never solved', 0)} are never and "
+            f"{dropped.get('always solved', 0)} always solved, none sometimes; take other ones than {', '.join(stage.problems)}"
+        )
+    return outcome
+
+
+def run_curate(job: Job) -> Outcome:
+    stage: Curate = job.stage
+    rows = job.rows(stage.rows)
+    if stage.auto:
+        known = {row["id"].partition("/")[0] for row in rows} & set(job.problems)
+        kept, notes = desk.by_policy(rows, stage.policy, {name: job.task(name) for name in known})
+    else:
+        kept, notes = desk.by_people(rows, job.queue)
+    desk.write_rows(job.folder / ROWS, kept)
+    return {"tokens": 0, "flops": 0, "notes": notes}
+
+
+def run_general(job: Job) -> Outcome:
+    """Rows whose answer is given with the problem and needs no thought."""
+    stage: General = job.stage
+    tasks = job.mixture({stage.problems: 1.0})
+    rows = [
+        {"id": p.id, "prompt": p.prompt, "language": p.language, "completion": f"<answer> {p.answer} </answer>",
+         "origin": {"problem": p.origin, "writer": "the world itself"}}
+        for p in tasks.draw(stage.rows, (job.seed, "prompts"))
+    ]  # fmt: skip
+    desk.write_rows(job.folder / ROWS, rows)
+    return {"tokens": 0, "flops": 0, "notes": {"rows": len(rows)}}
+
+
+def run_evaluate(job: Job) -> Outcome:
+    stage: Evaluate = job.stage
+    model = next(iter(job.inputs))
+    decoder, tokenizer = job.model(model)
+    engine = Engine(decoder, tokenizer, rows_for(decoder))
+    sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
+    ways = {way: _way(way, stage, job.control, tokenizer) for way in stage.modes}
+    result, samples, tokens = evaluate(engine, sources, stage, ways, job.seed, job.record(0, len(ways) * len(sources)))
+    result = {"schema": 1, "model": model, "control": job.control, **result}
+    desk.write_rows(job.folder / "samples.jsonl", samples)
+    write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    length = result["sources"][next(iter(sources))]["modes"][stage.modes[0]].get("length", 100)
+    flops = tokens * decoder.config.flops_per_token(length / 2)
+    return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters}}
+
+
+def _way(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -> SamplingParams:
+    """Temperature 1; 0.6 with top-p 0.95 (the paper's); greedy. The forced control never lets it give up."""
+    temperature, top_p = {"greedy": (0.0, 1.0), "t06": (0.6, 0.95)}.get(way, (1.0, 1.0))
+    force = {}
+    if control == "forced":
+        pairs = stage.retry.items()
+        force = {tokenizer.encode(after)[0]: tokenizer.encode(then)[0] for after, then in pairs}
+    return SamplingParams(temperature, top_p, stage.max_new_tokens, force=force)
+
+
+STAGES: dict[str, Callable[[Job], Outcome]] = {
+    "load": run_load, "pretrain": run_pretrain, "rl": run_rl, "screen": run_screen, "sample": run_sample,
+    "curate": run_curate, "sft": run_sft, "general": run_general, "evaluate": run_evaluate,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- models and rows
+
+
+def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    directory = folder / "model"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    weights.save(decoder, directory, tokenizer)
+    tokenizer.save(directory)
+
+
+def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]:
+    """A kept completion with where it came from. Its ids travel along: they are what was sampled."""
+    thought = split_thought(completion.text)
+    return {
+        "id": f"{group.problem.id}#{completion.sample}",
+        "prompt": group.problem.prompt,
+        "language": group.problem.language,
+        "completion": completion.text,
+        "reasoning_content": thought.thought,
+        "content": thought.answer,
+        "tokens": completion.tokens.tolist(),
+        "origin": {"problem": group.problem.origin, "sampler": sampler},
+    }
+
+
+def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str) -> Learned:
+    """A row as tokens: those that were sampled where nobody edited, else the written text's."""
+    prompt = tokenizer.prompt(row["prompt"])
+    if thoughts == "drop":
+        response = tokenizer.response(row.get("content") or row["completion"])
+    elif "tokens" in row:
+        response = np.array(row["tokens"], dtype=np.int64)
+    else:
+        response = tokenizer.response(row["completion"])
+    return Learned(np.concatenate([prompt, response]), start=len(prompt))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def _params(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+
+
+def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
+    """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
+    file was after it, so a stage that was killed goes on after its last whole chunk."""
+    stage = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    engine, tasks = Engine(decoder, tokenizer, rows_for(decoder)), job.mixture(stage.problems)
+    asked = tasks.draw(count, (job.seed, "prompts"))
+    chunks = [asked[i : i + CHUNK] for i in range(0, count, CHUNK)]
+    done = read_metrics(job.folder)
+    record = job.record(len(done), len(chunks))
+    with open(job.folder / name, "ab") as file:
+        file.truncate(done[-1]["bytes"] if done else 0)
+        for step in range(len(done), len(chunks)):
+            groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, _params(stage.sampling), job.seed)]
+            judged = [judge(group) for group in groups]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows, _ in judged for row in rows]
+            file.write("".join(lines).encode())
+            file.flush()
+            dropped = sum((verdicts for _, verdicts in judged), Counter())
+            tokens = sum(len(c.tokens) for g in groups for c in g.completions)
+            counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
+            record.step(step, {**summarize(groups), **counts}, groups[:1])
+            if job.stopping() and step < len(chunks) - 1:
+                record.sync()
+                raise Resumable(f"{job.name} stopped; the same command goes on from here")
+    return _swept(job, decoder.config, count * stage.samples)
+
+
+def _swept(job: Job, config: ModelConfig, sampled: int) -> Outcome:
+    history = read_metrics(job.folder)
+    tokens = sum(row["sampled_tokens"] for row in history)
+    length = sum(row["length"] for row in history) / len(history)
+    dropped = sum((Counter(row["dropped"]) for row in history), Counter())
+    notes = {"sampled": sampled, "kept": sum(row["kept"] for row in history), "dropped": dict(dropped)}
+    return {"tokens": tokens, "flops": tokens * config.flops_per_token(length / 2), "notes": notes}
+
+
+def rows_for(decoder: Decoder) -> int:
+    """How many rows to keep in flight: enough for wide products, few enough for the cache to stay small."""
+    return 512 if decoder.config.parameters < 10_000_000 else 64
+
+
+def _fault(group: Group, i: int, stage: Sample) -> str | None:
+    """Why a completion is not kept, or None."""
+    completion, parts = group.completions[i], group.scores[i].parts
+    if not completion.stopped:
+        return "ran out of tokens"
+    if stage.correct and parts["accuracy"] < 1:
+        return "wrong"
+    if stage.wellformed and parts.get("format", 1.0) < 1:
+        return "not well-formed"
+    if parts.get("language", 1.0) < stage.language:
+        return "mixed languages"
+    return None
+
+
+def _distinct(completions: list[Completion], most: int) -> list[Completion]:
+    """The first `most` that differ in text."""
+    return list({completion.text: completion for completion in reversed(completions)}.values())[::-1][:most]
+
+
+def _share(rows: list, share: float, seed: object) -> list:
+    """All rows for a share of 1; a part of them, drawn at random, below; some of them repeatedly above."""
+    order = generator(seed, "share").permutation(len(rows))
+    count = round(share * len(rows))
+    return [rows[order[i % len(rows)]] for i in range(count)]
+
+
+def _trained(job: Job, decoder: Decoder, tokenizer: Tokenizer, tokens: int) -> Outcome:
+    """What ends every supervised stage: the state goes, the model stays."""
+    job.checkpoint().clear()
+    save_model(decoder, tokenizer, job.folder)
+    flops = tokens * decoder.config.flops_per_token(50, backward=True)
+    return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters}}

@@ -1,0 +1,104 @@
+"""Append-only metrics and rollouts of a stage, and the readers that serve report and studio.
+
+A stage folder holds `metrics.jsonl` (one line a step, the same bytes on every run), `rollouts.jsonl`
+(a few groups now and then) and `timing.jsonl` (seconds, which never repeat and so stand apart).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .types import Group
+
+METRICS, ROLLOUTS, TIMING = "metrics.jsonl", "rollouts.jsonl", "timing.jsonl"
+
+
+class Record:
+    """Writes a stage's history; `Record(folder, step)` forgets whatever came at or after `step`.
+
+    `total` is how many steps there will be, where that is known.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, total: int | None = None):
+        self.folder, self.total = folder, total
+        for name in (METRICS, ROLLOUTS, TIMING):
+            _keep_before(folder / name, step)
+        self._began = time.monotonic()
+
+    def step(self, step: int, metrics: dict[str, float], groups: Iterable[Group] = ()) -> None:
+        """Append one step: `metrics` as they are, `groups` as readable rows."""
+        _append(self.folder / METRICS, {"step": step, **{k: _tidy(v) for k, v in metrics.items()}})
+        for group in groups:
+            _append(self.folder / ROLLOUTS, {"step": step, **rollout_row(group)})
+        now = time.monotonic()
+        _append(self.folder / TIMING, {"step": step, "of": self.total, "seconds": round(now - self._began, 3)})
+        self._began = now
+
+    def sync(self) -> None:
+        """Force to disk what was written, so that a checkpoint never outlives its history."""
+        for name in (METRICS, ROLLOUTS, TIMING):
+            if (self.folder / name).exists():
+                with open(self.folder / name, "rb") as file:
+                    os.fsync(file.fileno())
+
+
+def rollout_row(group: Group) -> dict[str, Any]:
+    """A group as people read it: problem, texts, rewards part by part, reasons."""
+    return {
+        "problem": group.problem.id,
+        "prompt": group.problem.prompt,
+        "language": group.problem.language,
+        "completions": [
+            {
+                "text": completion.text,
+                "length": len(completion.tokens),
+                "stopped": completion.stopped,
+                "reward": _tidy(reward),
+                "parts": {k: _tidy(v) for k, v in score.parts.items()},
+                "reasons": dict(score.reasons),
+            }
+            for completion, score, reward in zip(group.completions, group.scores, group.rewards, strict=True)
+        ],
+    }
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file; a half-written last line (a kill) is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """One dict a step, in order."""
+    return list(read(folder / METRICS))
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _keep_before(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    rows = [row for row in read(path) if row["step"] < step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _tidy(value: Any) -> Any:
+    """Six significant digits: enough for any curve, and short to read."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,131 @@
+"""Text to ids and back, the chat template, and the splitting of thought from answer: the only such door."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+
+from .types import LimbeckError, Message, Thought
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class Tokenizer:
+    """A HuggingFace `tokenizer.json` with its chat template and its end-of-turn token."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, template: str, end: str, pad: str, bos: str = ""):
+        self.backend, self.template, self.end, self.pad, self.bos = backend, template, end, pad, bos
+        self.end_id, self.pad_id = self._id(end), self._id(pad)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """Read the files that every HF checkpoint carries; a missing one is an error that names it."""
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise LimbeckError(f"{path} is missing; copy it from the model's source")
+        settings = _json(directory / "tokenizer_config.json")
+        template_file = directory / "chat_template.jinja"
+        template = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.get("chat_template")
+        if not template:
+            raise LimbeckError(f"{template_file} is missing; a chat template says how a question becomes a prompt")
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        end = _content(settings.get("eos_token"))
+        if not end:
+            raise LimbeckError(f"{directory / 'tokenizer_config.json'}: eos_token is missing; name the end-of-turn token")
+        pad = _content(settings.get("pad_token")) or end
+        return cls(backend, template, end, pad, _content(settings.get("bos_token")))
+
+    def save(self, directory: Path) -> None:
+        """Write what `from_directory` reads; transformers' AutoTokenizer reads it too."""
+        self.backend.save(str(directory / "tokenizer.json"))
+        (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.end,
+            "pad_token": self.pad,
+            **({"bos_token": self.bos} if self.bos else {}),
+            "clean_up_tokenization_spaces": False,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Text of the tokens; tags such as `<think>` stay, the end-of-turn token goes."""
+        return self.backend.decode([int(t) for t in tokens if t != self.end_id], skip_special_tokens=False)
+
+    def prompt(self, question: str | Sequence[Message]) -> np.ndarray:
+        """Token ids of a question, or of a conversation, up to where the assistant begins."""
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        return np.array(self.encode(self.render(messages)), dtype=np.int64)
+
+    def response(self, text: str) -> np.ndarray:
+        """Token ids of a written (not sampled) response, end-of-turn included."""
+        return np.array([*self.encode(text), self.end_id], dtype=np.int64)
+
+    def render(self, messages: Sequence[Message], opened: bool = True) -> str:
+        """The conversation as one string; `opened` leaves it where the assistant's turn begins."""
+        try:
+            return self._compiled.render(
+                messages=list(messages), add_generation_prompt=opened, bos_token=self.bos, eos_token=self.end
+            )
+        except jinja2.TemplateError as error:
+            raise LimbeckError(f"chat_template.jinja: {error}; mend the template beside the model") from None
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        # templates are programs and come from strangers: immutable sandbox, no attribute access
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment.globals["raise_exception"] = refuse
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        return environment.from_string(self.template)
+
+    def _id(self, token: str) -> int:
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise LimbeckError(f"tokenizer.json has no token {token!r}, which tokenizer_config.json names")
+        return found
+
+    @property
+    def size(self) -> int:
+        return self.backend.get_vocab_size()
+
+
+def split_thought(text: str) -> Thought:
+    """Take a completion apart. Well-formed: one `</think>`, at most one `<think>` and that at the very start.
+
+    >>> split_thought("<think>2 and 2</think>4")
+    Thought(thought='2 and 2', answer='4', wellformed=True)
+    """
+    opens, closes = text.count(OPEN), text.count(CLOSE)
+    if not closes:
+        return Thought(text.split(OPEN, 1)[1].strip() if opens else "", "" if opens else text.strip(), False)
+    before, answer = text.split(CLOSE, 1)
+    head, _, thought = before.rpartition(OPEN)
+    wellformed = closes == 1 and opens <= 1 and not head.strip()
+    return Thought((thought if opens else before).strip(), answer.strip(), wellformed)
+
+
+def _json(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LimbeckError(f"{path}: not valid JSON ({error})") from None
+
+
+def _content(token: str | dict | None) -> str:
+    return (token["content"] if isinstance(token, dict) else token) or ""

@@ -1,0 +1,128 @@
+"""The learner: a model, its optimiser, and one update. RL, SFT and distillation differ in the loss they pass.
+
+N input tokens · M predicted tokens · C hidden · V vocabulary · K kept ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Decoder
+from ..recipe import Optimizer as OptimizerSettings
+from .batch import Batch
+from .losses import Loss
+from .optimizer import Optimizer
+
+CHUNK = 1 << 22  # logits that may stand in memory at once: 16 MiB in float32
+
+
+class Learner:
+    """Owns the weights that learn. `step` counts updates and drives the schedule."""
+
+    def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int):
+        self.model, self.optimizer, self.step = model, Optimizer(model, settings, steps), 0
+
+    def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+        """One optimiser step over all micro-batches; returns the batch's metrics."""
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            logprobs_M, entropy_M = self._forward(batch, temperature)
+            value, metrics = loss(logprobs_M, batch)
+            value.backward()
+            metrics["entropy"] = entropy_M.sum() / batch.tokens
+            for name, part in metrics.items():
+                before = totals.get(name)
+                join = torch.maximum if name.startswith("max_") else torch.add
+                totals[name] = part if before is None else join(before, part)
+        norm = self.optimizer.step(self.step)
+        self.step += 1
+        return {**{name: float(value) for name, value in totals.items()}, "gradient_norm": norm}
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities of the predicted tokens, micro-batch by micro-batch."""
+        return [self._forward(batch, temperature)[0] for batch in batches]
+
+    def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        hidden_NC = self.model(batch.tokens_N, batch.context)
+        hidden_MC = hidden_NC if len(batch.predict_M) == len(hidden_NC) else hidden_NC[batch.predict_M]
+        return token_logprobs(hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact resume needs; randomness is keyed by step and so needs nothing."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as they are, not a copy: who keeps them clones them."""
+        return self.model.state_dict()
+
+
+def token_logprobs(
+    hidden_MC: Tensor, head_VC: Tensor, targets_M: Tensor, temperature: float = 1.0, kept_MK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ head / temperature)[target], and the entropy, without [M, V] ever standing whole.
+
+    Where `kept_MK` is given, the softmax runs over those ids alone: the choice the sampler really had.
+    """
+    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Logits are made chunk by chunk, and made again on the way back: memory for arithmetic."""
+
+    @staticmethod
+    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
+        ctx.rows = max(1, CHUNK // len(head_VC))
+        ctx.temperature = temperature
+        ctx.save_for_backward(hidden_MC, head_VC, targets_M, *([kept_MK] if kept_MK is not None else []))
+        logprobs, entropies = [], []
+        for hidden, targets, kept in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
+            logp = _log_softmax(hidden, head_VC, temperature, kept)
+            logprobs.append(logp.gather(1, targets.unsqueeze(1)).squeeze(1))
+            entropies.append(-(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(1))
+        entropy_M = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy_M)
+        return torch.cat(logprobs), entropy_M
+
+    @staticmethod
+    def backward(ctx, grad_M, _):
+        hidden_MC, head_VC, targets_M, *kept = ctx.saved_tensors
+        grad_hidden, grad_head = torch.empty_like(hidden_MC), torch.zeros_like(head_VC)
+        begin = 0
+        for hidden, targets, kept_ in _chunks(ctx.rows, hidden_MC, targets_M, kept[0] if kept else None):
+            end = begin + len(hidden)
+            grad = grad_M[begin:end].unsqueeze(1)
+            grad_logits = -_log_softmax(hidden, head_VC, ctx.temperature, kept_).exp_() * grad
+            grad_logits.scatter_add_(1, targets.unsqueeze(1), grad)
+            grad_logits /= ctx.temperature
+            torch.mm(grad_logits, head_VC, out=grad_hidden[begin:end])
+            grad_head.addmm_(grad_logits.T, hidden)
+            begin = end
+        return grad_hidden, grad_head, None, None, None
+
+
+def _log_softmax(hidden: Tensor, head_VC: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
+    logits = hidden @ head_VC.T
+    if temperature != 1.0:
+        logits /= temperature
+    if kept is not None:
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter_(1, kept.clamp(min=0), False)
+        # padding points at id 0, which is kept only where the sampler kept it
+        outside[:, 0] = ~(kept == 0).any(1)
+        logits.masked_fill_(outside, float("-inf"))
+    return torch.log_softmax(logits, -1)
+
+
+def _chunks(rows: int, hidden: Tensor, targets: Tensor, kept: Tensor | None):
+    for begin in range(0, max(1, len(hidden)), rows):
+        part = slice(begin, begin + rows)
+        yield hidden[part], targets[part], None if kept is None else kept[part]

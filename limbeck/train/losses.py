@@ -1,0 +1,101 @@
+"""Losses, all with one signature: (logprobs_M, batch) -> (loss, metrics).
+
+Each is a sum over a micro-batch divided by counts of the whole batch, so micro-batches add up. Metrics are
+shares of the batch's mean and add up too, but for those named `max_...`, of which the largest counts.
+M predicted tokens · S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..recipe import Policy
+from ..types import Group
+from .batch import Batch
+
+Metrics = dict[str, Tensor]
+Loss = Callable[[Tensor, Batch], tuple[Tensor, Metrics]]
+
+
+def cross_entropy(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Mean negative log-likelihood of the predicted tokens."""
+    loss = -logprobs_M.sum() / batch.tokens
+    return loss, {"loss": loss.detach()}
+
+
+def policy_gradient(policy: Policy, longest: int = 1) -> Loss:
+    """GRPO's clipped surrogate (arXiv 2402.03300 eq. 3; clip-higher and token mean from arXiv 2503.14476).
+
+    ratio = pi / pi_old per token; the loss is -min(ratio A, clip(ratio, 1 - low, 1 + high) A), plus
+    `kl_coef` times the k3 estimate of KL(pi || reference). DeepSeek-V3.2 (arXiv 2512.02556, section 3.1):
+    `kl_unbiased` weighs k3 by the ratio; `off_policy_threshold` leaves out sequences with a negative
+    advantage whose mean KL(pi_old || pi) is above it.
+    """
+
+    def loss(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        drift_M = logprobs_M - batch.logprobs_M
+        ratio_M = drift_M.exp()
+        clipped_M = ratio_M.clamp(1 - policy.clip_low, 1 + policy.clip_high)
+        gain_M = torch.minimum(ratio_M * batch.advantages_M, clipped_M * batch.advantages_M)
+        weight_M = token_weights(policy.reduction, batch, longest)
+        if policy.off_policy_threshold is not None:
+            weight_M = weight_M * _on_policy(drift_M.detach(), batch, policy.off_policy_threshold)
+        total = -(gain_M * weight_M).sum()
+        metrics = _drift_metrics(drift_M.detach(), ratio_M.detach(), clipped_M.detach(), batch)
+        if policy.kl_coef:
+            kl_M = k3(logprobs_M, batch.reference_M)
+            kl_M = kl_M * ratio_M if policy.kl_unbiased else kl_M
+            total = total + policy.kl_coef * (kl_M * weight_M).sum()
+            metrics["kl_reference"] = kl_M.detach().sum() / batch.tokens
+        return total, {"loss": total.detach(), **metrics}
+
+    return loss
+
+
+def token_weights(reduction: str, batch: Batch, longest: int) -> Tensor:
+    """What one token's loss counts: 1 / all tokens; or 1 / (sequences x its sequence's length), as GRPO
+    wrote it; or 1 / (sequences x longest possible), Dr. GRPO's constant (arXiv 2503.20783)."""
+    if reduction == "token":
+        return torch.full_like(batch.advantages_M, 1 / batch.tokens)
+    if reduction == "sequence":
+        return 1 / (batch.sequences * batch.lengths_S[batch.rows_M])
+    return torch.full_like(batch.advantages_M, 1 / (batch.sequences * longest))
+
+
+def k3(logprobs_M: Tensor, reference_M: Tensor) -> Tensor:
+    """Schulman's k3: r - log r - 1 with r = reference / policy; never negative."""
+    difference_M = reference_M - logprobs_M
+    return difference_M.exp() - difference_M - 1
+
+
+def _on_policy(drift_M: Tensor, batch: Batch, threshold: float) -> Tensor:
+    """1 for the tokens of sequences worth learning from, 0 for stale failures."""
+    total_S = torch.zeros_like(batch.lengths_S).index_add_(0, batch.rows_M, -drift_M)
+    stale_M = (total_S / batch.lengths_S > threshold)[batch.rows_M]
+    return 1.0 - (stale_M & (batch.advantages_M < 0)).float()
+
+
+def _drift_metrics(drift_M: Tensor, ratio_M: Tensor, clipped_M: Tensor, batch: Batch) -> Metrics:
+    return {
+        "clipped": (ratio_M != clipped_M).float().sum() / batch.tokens,
+        "kl_old": (ratio_M - drift_M - 1).sum() / batch.tokens,
+        "max_drift": drift_M.abs().max(),
+    }
+
+
+def group_advantages(groups: Sequence[Group], scale: str) -> list[np.ndarray]:
+    """Reward minus the group's mean; divided by the group's deviation (GRPO), the batch's, or nothing.
+
+    The group's is the sample deviation plus 1e-4, as TRL computes it. A group of equal rewards gives zeros.
+    """
+    centred = [np.asarray(g.rewards) - np.mean(g.rewards) for g in groups]
+    if scale == "group":
+        return [c / (np.std(g.rewards, ddof=1) + 1e-4) for c, g in zip(centred, groups, strict=True)]
+    if scale == "batch":
+        spread = np.std(np.concatenate([g.rewards for g in groups]), ddof=1) + 1e-4
+        return [c / spread for c in centred]
+    return centred

