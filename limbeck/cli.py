@@ -6,12 +6,13 @@ Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked, 3 something
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -139,11 +140,18 @@ def why(artifact: Annotated[str, typer.Argument(help="the beginning of an artifa
 @app.command()
 def gc(runs: Home = RUNS, yes: Annotated[bool, typer.Option("--yes", help="really delete")] = False) -> None:
     """Delete artifacts that no run in the folder uses any more, and what killed stages left."""
+    from .types import Resumable
+
     store = _store(runs)
     used = {name for index in runs.glob("*/stages.json") for name in json.loads(index.read_text()).values()}
     unused = [a.folder for a in store.all() if a.folder.name not in used] + store.leftovers()
     for folder in unused:
-        size = store.remove(folder) if yes else sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        try:
+            with store.lock(folder, patience=0):
+                size = store.remove(folder) if yes else store.size(folder)
+        except Resumable:
+            print(f"kept {folder}: a stage is at work in it")
+            continue
         print(f"{'deleted' if yes else 'would delete'} {folder} ({size / 1e6:.1f} MB)")
     if not unused:
         print("nothing to delete")
@@ -224,22 +232,41 @@ def ask(
 
 def main() -> None:
     """The command line: a mistake is one sentence and an exit code, never a traceback."""
-    from .types import LimbeckError
-
     try:
         app()
-    except LimbeckError as error:
-        print(f"limbeck: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        from .pipeline.store import out_of_space
+    except Exception as error:  # noqa: BLE001
+        from .types import LimbeckError  # brings numpy along, which --help can do without
 
-        if not out_of_space(error):
-            raise
-        print(f"limbeck: no space left on {error.filename or 'the disk'}; free some, and run the same command again", file=sys.stderr)
-        sys.exit(75)
+        _fail(*(str(error), error.exit_code) if isinstance(error, LimbeckError) else _explain(error))
 
 
+def _explain(error: Exception) -> tuple[str, int]:
+    """What went wrong outside our rules: a full disk, a path that cannot be used, or our bug."""
+    import tempfile
+    import traceback
+
+    from .pipeline.store import out_of_space
+
+    if out_of_space(error):
+        where = getattr(error, "filename", None) or "the disk"
+        return f"no space left on {where}; free some, and run the same command again", 75
+    if isinstance(error, OSError) and error.filename and error.errno in _PATHS:
+        return f"{error.filename}: {error.strerror}; give another path, or mend this one", 2
+    with tempfile.NamedTemporaryFile("w", prefix="limbeck-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return f"{type(error).__name__}: {error}; this is a bug of Limbeck, please report it with {file.name}", 70
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """One sentence on standard error; for programs the same as a result."""
+    if "--json" in sys.argv:
+        event = {"event": "result"} if "run" in sys.argv[1:2] else {}
+        print(json.dumps({"schema": 1, **event, "ok": False, "error": {"code": code, "message": message}}, ensure_ascii=False))
+    print(f"limbeck: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 _SIGNS = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
 
 
@@ -293,13 +320,16 @@ def _print(rows: list[dict[str, Any]], as_json: bool, line: Any) -> None:
 
 
 def _stop_gently(job: Run) -> None:
-    """First Ctrl-C: checkpoint and stop. Second: stop at once; the last checkpoint survives all the same."""
+    """First Ctrl-C: checkpoint and stop. Second: stop at once; the last checkpoint survives all the same.
+
+    A handler may interrupt any line, so it prints nothing and takes no lock.
+    """
 
     def handle(number: int, frame: Any) -> None:
         if job.stopping:
-            job.host.close()
+            job.host.kill()
+            os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")  # the tree hides the cursor
             os._exit(130)
-        job.display.say("stopping after a checkpoint; press Ctrl-C again to stop at once")
         job.stop()
 
     signal.signal(signal.SIGINT, handle)

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cluster.machine import usable_cores, usable_memory
 from .model.config import ModelConfig
 
 GIB = 1024**3
-CGROUP = Path("/sys/fs/cgroup")
 
 # Weights, gradients and AdamW's two moments, four bytes each (Rajbhandari et al. 2020, section 3.1, in fp32).
 BYTES_PER_PARAMETER = 16
@@ -78,35 +78,10 @@ def _python() -> Finding:
     return Finding("python", recent, platform.python_version(), "" if recent else "use 3.11 or later")
 
 
-def usable_cores() -> float:
-    """Cores this process may run on: its affinity, or its control group's quota if that is less."""
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    quota = _cgroup("cpu.max").split()
-    if len(quota) == 2 and quota[0] != "max":
-        return min(len(affinity), int(quota[0]) / int(quota[1]))
-    return len(affinity)
-
-
 def _cores() -> Finding:
     cores = usable_cores()
     advice = "" if cores >= 2 else "runs work on one core, in twice the time"
     return Finding("cores", not advice, f"{cores:g}", advice)
-
-
-def usable_memory() -> int:
-    """Bytes that can still be taken: what the system has free, or what the control group leaves if less."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
-
-
-def _cgroup(name: str) -> str:
-    path = CGROUP / name
-    return path.read_text().strip() if path.exists() else ""
 
 
 def _memory(free: int) -> Finding:
@@ -199,23 +174,3 @@ def _sizes(memory: int) -> Finding:
 
 def reinforcement_bytes(config: ModelConfig) -> int:
     return BYTES_PER_PARAMETER * config.parameters + CACHED_TOKENS * config.kv_bytes_per_token()
-
-
-def machine() -> dict[str, str | int | float]:
-    """What a report says about where it was made."""
-    from importlib.metadata import version
-
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": usable_cores(),
-        "memory_bytes": usable_memory(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": version("torch"),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []

@@ -7,6 +7,7 @@ Validators reject; they never rewrite. Reading a recipe imports no torch.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,39 +28,53 @@ class Miniature(Settings):
     """The clock countdown: reach a target, mod `modulus`, from a few numbers; English and Chinese."""
 
     source: Literal["miniature"]
-    modulus: int = Field(7, ge=3, le=31)
-    numbers: int = Field(3, ge=2, le=5)
-    largest: int = Field(6, ge=2, le=30)
-    chinese: float = Field(0.35, ge=0, le=1)
-    held_out: float = Field(0.15, gt=0, lt=1)
-    task: Literal["countdown", "repeat"] = "countdown"
-    seed: int = 0
+    modulus: int = Field(7, ge=3, le=31, description="hours of the clock: sums are taken modulo this")
+    numbers: int = Field(3, ge=2, le=5, description="how many numbers a problem gives")
+    largest: int = Field(6, ge=2, le=30, description="the largest of them")
+    chinese: float = Field(
+        0.35, ge=0, le=1, description="share of Chinese in the corpus, and among the problems of `repeat`"
+    )
+    held_out: float = Field(
+        0.15, gt=0, lt=1, description="share of the countdown's problems kept for testing"
+    )
+    task: Literal["countdown", "repeat"] = Field(
+        "countdown", description="`countdown` needs a thought, `repeat` needs none"
+    )
+    seed: int = Field(0, description="chooses which problems are held out")
 
 
 class Gym(Settings):
     """A generator of reasoning-gym by name (`pip install limbeck[gym]`)."""
 
     source: Literal["gym"]
-    generator: str
-    config: dict[str, Any] = {}
-    size: int = Field(2000, ge=2)
-    held_out: int = Field(500, ge=1)
-    instruction: str = "{problem}"
-    answer: Literal["tags", "boxed", "final"] = "boxed"
-    seed: int = 0
+    generator: str = Field(description="a generator's name, for instance `chain_sum`")
+    config: dict[str, Any] = Field({}, description="the generator's own settings")
+    size: int = Field(2000, ge=2, description="training problems to generate; repeated ones are dropped")
+    held_out: int = Field(500, ge=1, description="test problems to generate")
+    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    answer: Literal["tags", "boxed", "final"] = Field(
+        "boxed",
+        description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
+    )
+    seed: int = Field(0, description="draws the problems")
 
 
 class Files(Settings):
     """Your own JSONL or Parquet; `columns` maps `problem` and `answer` to the names in the file."""
 
     source: Literal["files"]
-    path: str
-    columns: dict[Literal["problem", "answer", "language"], str] = {}
-    held_out: int = Field(200, ge=1)
-    limit: int | None = Field(None, ge=2)
-    instruction: str = "{problem}"
-    answer: Literal["tags", "boxed", "final"] = "boxed"
-    seed: int = 0
+    path: str = Field(description="JSONL or Parquet, beside the recipe or here")
+    columns: dict[Literal["problem", "answer", "language"], str] = Field(
+        {}, description="the file's names for these, where they are not the usual ones"
+    )
+    held_out: int = Field(200, ge=1, description="problems kept for testing, chosen by their text")
+    limit: int | None = Field(None, ge=2, description="read no more rows than this")
+    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    answer: Literal["tags", "boxed", "final"] = Field(
+        "boxed",
+        description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
+    )
+    seed: int = Field(0, description="chooses which problems are held out")
 
 
 Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
@@ -71,32 +86,48 @@ Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
 class Shape(Settings):
     """The dimensions of a model trained from scratch (Llama-style, tied embeddings)."""
 
-    hidden_size: int = Field(64, ge=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int = Field(2, ge=1)
-    intermediate_size: int = Field(176, ge=8)
+    hidden_size: int = Field(64, ge=8, description="width of the hidden states")
+    layers: int = Field(3, ge=1, description="number of blocks")
+    heads: int = Field(4, ge=1, description="query heads; they divide `hidden_size`")
+    kv_heads: int = Field(4, ge=1, description="key and value heads; they divide `heads`")
+    intermediate_size: int = Field(176, ge=8, description="width inside the feed-forward layers")
+    rope_theta: float = Field(
+        100.0,
+        gt=1,
+        description="base of the rotary waves: short texts learn faster with 100 than with 10,000",
+    )
 
 
 class Sampling(Settings):
     """How completions are drawn. `temperature: 0` is greedy."""
 
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(160, ge=1)
+    temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the likeliest tokens that have this share together"
+    )
+    max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
 
 
 class Optimizer(Settings):
     """AdamW, or Muon for the matrices with AdamW for the rest; linear warm-up, then the schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_ratio: float = Field(0.1, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0)
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="`muon` for the matrices inside the blocks, AdamW for the rest; or AdamW for all"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="at its highest")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
+    adamw_ratio: float = Field(
+        0.3, gt=0, description="AdamW's rate beside Muon, as a share of Muon's: embeddings want less"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; not for vectors")
+    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the learning rate goes on after the warm-up"
+    )
+    final_ratio: float = Field(
+        0.1, ge=0, le=1, description="where `linear` and `cosine` end, as a share of the highest"
+    )
+    clip_norm: float = Field(1.0, gt=0, description="a gradient with a larger norm is scaled down to it")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -114,21 +145,39 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Policy(Settings):
     """Group-relative policy optimisation: what makes an advantage, and how far one step may go."""
 
-    preset: Literal["default", "r1"] = "default"
-    group_size: int = Field(8, ge=2)
-    prompts_per_step: int = Field(32, ge=1)
-    updates_per_rollout: int = Field(1, ge=1)
-    advantage_scale: Literal["none", "group", "batch"] = "none"
-    reduction: Literal["token", "sequence", "constant"] = "token"
-    clip_low: float = Field(0.2, gt=0, le=1)
-    clip_high: float = Field(0.28, gt=0)
-    kl_coef: float = Field(0.0, ge=0)
-    kl_unbiased: bool = False
-    reference_every: int = Field(0, ge=0)
-    zero_variance: Literal["replace", "drop", "keep"] = "replace"
-    mask_truncated: bool = True
-    off_policy_threshold: float | None = Field(None, gt=0)
-    keep_sampling_mask: bool = False
+    preset: Literal["default", "r1"] = Field(
+        "default", description="where the defaults of the other settings come from"
+    )
+    group_size: int = Field(8, ge=2, description="completions of each problem")
+    prompts_per_step: int = Field(32, ge=1, description="problems of each step")
+    updates_per_rollout: int = Field(
+        1, ge=1, description="updates on the completions of one step, each on its part of them"
+    )
+    advantage_scale: Literal["none", "group", "batch"] = Field(
+        "none", description="divide advantages by the group's deviation, the batch's, or nothing"
+    )
+    reduction: Literal["token", "sequence", "constant"] = Field(
+        "token", description="mean over all tokens; over sequences; or over sequences times `max_new_tokens`"
+    )
+    clip_low: float = Field(0.2, gt=0, le=1, description="the ratio counts no lower than 1 minus this")
+    clip_high: float = Field(0.28, gt=0, description="the ratio counts no higher than 1 plus this")
+    kl_coef: float = Field(
+        0.0, ge=0, description="weight of the divergence from the reference; with 0 there is no reference"
+    )
+    kl_unbiased: bool = Field(False, description="weigh that divergence by the ratio (DeepSeek-V3.2)")
+    reference_every: int = Field(
+        0, ge=0, description="updates after which the policy becomes the reference; 0 keeps the first"
+    )
+    zero_variance: Literal["replace", "drop", "keep"] = Field(
+        "replace", description="groups of equal rewards: draw others for them, leave them out, or keep them"
+    )
+    mask_truncated: bool = Field(True, description="do not learn from responses that ran out of tokens")
+    off_policy_threshold: float | None = Field(
+        None, gt=0, description="leave out failures that drifted further than this, in nats (DeepSeek-V3.2)"
+    )
+    keep_sampling_mask: bool = Field(
+        False, description="score tokens among those that `top_p` left; needed where it is below 1"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -144,8 +193,11 @@ class Policy(Settings):
 class Stage(Settings):
     """What every stage has. `title` and `log_every` change no result and so no key."""
 
-    title: str = ""
-    log_every: int = Field(10, ge=1)
+    title: str = Field("", description="a line for the report")
+    log_every: int = Field(
+        10, ge=1,
+        description="steps between two that are logged; in `rl`, between two whose responses are kept",
+    )
     save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
 
 
@@ -153,114 +205,157 @@ class Load(Stage):
     """Bring in a base model: an HF directory, a GGUF file, or the name of a model that was pulled."""
 
     kind: Literal["load"]
-    path: str
+    path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
+    layers: int | None = Field(None, ge=1, description="keep this many layers, evenly spaced: a student to start from")
 
 
 class Pretrain(Stage):
     """Train a base from scratch on the miniature's corpus."""
 
     kind: Literal["pretrain"]
-    problems: str
-    shape: Shape = Shape()
-    corpus: dict[str, float] = {}
-    tokens: int = Field(2_500_000, ge=1000)
-    batch_tokens: int = Field(1024, ge=64)
-    optimizer: Optimizer = Optimizer(name="muon", learning_rate=7e-3, warmup_steps=50, schedule="linear")
+    problems: str = Field(description="a miniature, whose corpus is read")
+    shape: Shape = Field(Shape(), description="dimensions of the model")
+    corpus: dict[str, float] = Field(
+        {}, description="shares of kinds of text, in place of the miniature's own"
+    )
+    tokens: int = Field(2_500_000, ge=1000, description="length of the corpus; it is read once")
+    batch_tokens: int = Field(1024, ge=64, description="tokens of one update, about")
+    optimizer: Optimizer = Field(
+        Optimizer(name="muon", learning_rate=7e-3, warmup_steps=50, schedule="linear", final_ratio=0.0),
+        description="how the weights move",
+    )
 
 
 class RL(Stage):
     """Reinforcement learning with verifiable rewards."""
 
     kind: Literal["rl"]
-    model: str
-    problems: dict[str, float]
-    rewards: dict[str, float] = {"accuracy": 1.0, "format": 0.2}
-    steps: int = Field(60, ge=1)
-    policy: Policy = Policy()
-    sampling: Sampling = Sampling()
-    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3)
-    batch_tokens: int = Field(4096, ge=64)
+    model: str = Field(description="the stage whose model learns")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
+    rewards: dict[str, float] = Field(
+        {"accuracy": 1.0, "format": 0.2},
+        description="what each part of a score is worth; parts that are not named earn nothing",
+    )
+    steps: int = Field(60, ge=1, description="rounds of sampling and learning")
+    policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
+    sampling: Sampling = Field(Sampling(), description="how completions are drawn")
+    optimizer: Optimizer = Field(
+        Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3),
+        description="how the weights move",
+    )
+    batch_tokens: int = Field(
+        4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
+    )
 
 
 class Screen(Stage):
     """Measure pass rates, and keep the problems the model sometimes solves."""
 
     kind: Literal["screen"]
-    model: str
-    problems: dict[str, float]
-    limit: int = Field(512, ge=1)
-    samples: int = Field(8, ge=2)
+    model: str = Field(description="the stage whose model is asked")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
+    limit: int = Field(512, ge=1, description="how many problems are measured")
+    samples: int = Field(8, ge=2, description="completions of each problem")
     low: float = Field(0.0, ge=0, le=1, description="drop problems solved this often or less")
     high: float = Field(1.0, ge=0, le=1, description="drop problems solved this often or more")
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
 class Sample(Stage):
     """Rejection sampling: several completions a problem, and only what passes every filter is kept."""
 
     kind: Literal["sample"]
-    model: str
-    problems: dict[str, float]
-    prompts: int = Field(512, ge=1)
-    samples: int = Field(8, ge=1)
-    keep_per_problem: int = Field(1, ge=1)
-    correct: bool = True
-    wellformed: bool = True
+    model: str = Field(description="the stage whose model is asked")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
+    prompts: int = Field(512, ge=1, description="how many problems are asked")
+    samples: int = Field(8, ge=1, description="completions of each problem")
+    keep_per_problem: int = Field(
+        1, ge=1, description="how many different completions of a problem are kept, at most"
+    )
+    correct: bool = Field(True, description="keep right answers only")
+    wellformed: bool = Field(True, description="keep responses only that have the form")
     language: float = Field(0.0, ge=0, le=1, description="least language consistency of a kept row")
-    max_repeats: int | None = Field(None, ge=0)
-    sampling: Sampling = Sampling()
+    max_repeats: int | None = Field(
+        None, ge=0, description="sentences of a kept row that were said before, at most"
+    )
+    sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
 class Curate(Stage):
     """People at a desk: a queue of rows to accept, edit or reject. With `auto` the policy decides instead."""
 
     kind: Literal["curate"]
-    rows: str
-    question: str = "Is this thought correct, readable, and in one language?"
-    auto: bool = False
-    policy: Literal["accept", "translate"] = "accept"
+    rows: str = Field(description="the stage whose rows are reviewed")
+    question: str = Field(
+        "Is this thought correct, readable, and in one language?",
+        description="what people are asked about each row",
+    )
+    auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
+    policy: Literal["accept", "translate"] = Field(
+        "accept",
+        description="keep rows as they are; or put a miniature's thoughts in the question's language",
+    )
 
 
 class SFT(Stage):
     """Supervised fine-tuning on rows; `thoughts: drop` trains on the answers alone."""
 
     kind: Literal["sft"]
-    model: str
-    rows: dict[str, float]
-    epochs: float = Field(2, gt=0)
-    thoughts: Literal["keep", "drop"] = "keep"
-    batch_tokens: int = Field(2048, ge=64)
-    optimizer: Optimizer = Optimizer(name="muon", learning_rate=2e-3, schedule="cosine")
+    model: str = Field(description="the stage whose model learns")
+    rows: dict[str, float] = Field(
+        description="stages that give rows, with the share of each: 0.5 takes half, 2 takes every row twice"
+    )
+    epochs: float = Field(2, gt=0, description="passes over the rows; 2.5 ends in the middle of the third")
+    thoughts: Literal["keep", "drop"] = Field(
+        "keep", description="learn thought and answer, or the answer alone"
+    )
+    batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
+    optimizer: Optimizer = Field(
+        Optimizer(name="muon", learning_rate=2e-3, schedule="cosine"), description="how the weights move"
+    )
 
 
 class General(Stage):
     """Rows that need no thought: the general half of the second fine-tuning."""
 
     kind: Literal["general"]
-    problems: str
-    rows: int = Field(500, ge=1)
+    problems: str = Field(description="a miniature with `task: repeat`")
+    rows: int = Field(500, ge=1, description="how many rows to write")
 
 
 class Evaluate(Stage):
     """Accuracy with intervals on held-out problems, for each model and each way of sampling."""
 
     kind: Literal["evaluate"]
-    models: list[str]
-    problems: list[str]
-    prompts: int = Field(1000, ge=1)
-    samples: int = Field(1, ge=1, description="completions a problem at temperature 1")
-    modes: list[Literal["t1", "t06", "greedy", "pass@8"]] = Field(["t1", "greedy"], min_length=1)
+    models: list[str] = Field(description="stages whose models are asked")
+    problems: list[str] = Field(
+        description="names of problems, whose held-out part is asked; the first one makes the headline"
+    )
+    prompts: int = Field(1000, ge=1, description="held-out problems of each source, at most")
+    samples: int = Field(1, ge=1, description="completions of each problem in `t1` and `t06`")
+    modes: list[Literal["t1", "t06", "greedy", "pass@8"]] = Field(
+        ["t1", "greedy"], min_length=1,
+        description="temperature 1; 0.6 with top-p 0.95; greedy; and 8 completions a problem",
+    )
     forced: list[str] = Field([], description="models that are also shown with retries forced on them")
     retry: dict[str, str] = Field({}, description="for those: the word put after each of these words")
-    max_new_tokens: int = Field(160, ge=1)
+    max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
 
 
 class Report(Stage):
     """One page a run."""
 
     kind: Literal["report"]
-    evaluation: str
-    story: dict[str, str] = Field({}, description="who plays base, zero, r1, small, control, answers")
+    evaluation: str = Field(description="the `evaluate` stage that it tells of")
+    story: dict[str, str] = Field(
+        {}, description="which model plays which part of the story: base, zero, r1, small and others"
+    )
 
 
 AnyStage = Annotated[
@@ -272,14 +367,14 @@ AnyStage = Annotated[
 class Recipe(Settings):
     """A named graph of stages over named problems. `workers` and `threads` change no result's meaning."""
 
-    name: str
-    description: str = ""
-    seed: int = 0
+    name: str = Field(description="of the run's folder")
+    description: str = Field("", description="for people")
+    seed: int = Field(0, description="the root of every random draw")
     workers: int = Field(1, ge=1, description="stages that run side by side")
     threads: int = Field(0, ge=0, description="threads of each worker; 0 shares the cores evenly")
     licence: str = Field("", description="licence of the base model, where one is brought in")
-    problems: dict[str, Problems] = {}
-    stages: dict[str, AnyStage]
+    problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
+    stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
 
 
 def dump(recipe: Recipe) -> str:
@@ -316,10 +411,11 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses the same key twice in one mapping, where plain YAML keeps the last in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.value[i][0].start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", written[i].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -333,10 +429,10 @@ def _override(tree: dict, override: str) -> None:
     if not separator or not key:
         raise LimbeckError(f"--set {override}: write key.path=value, for instance stages.zero.steps=10")
     *parents, last = key.split(".")
-    for parent in parents:
+    for i, parent in enumerate(parents):
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise LimbeckError(f"--set {override}: {parent} is not a mapping, so it has no key {last}")
+            raise LimbeckError(f"--set {override}: {parent} is not a mapping, so it has no key {[*parents, last][i + 1]}")
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError:
@@ -344,10 +440,10 @@ def _override(tree: dict, override: str) -> None:
 
 
 def _explain(error: ValidationError, tree: dict) -> str:
-    """The first mistake of many, in one sentence."""
-    first = error.errors()[0]
+    """The first mistake of many, in one sentence; misspelt keys before what is missing because of them."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # pydantic puts the chosen member of a union into the path; people did not write it
-    location = [str(part) for part in first["loc"] if part not in _KINDS]
+    location = [str(part) for i, part in enumerate(first["loc"]) if i != 2 or part not in _KINDS]
     where = ".".join(location)
     more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -374,8 +470,8 @@ _KINDS = {*_SOURCES, *_STAGES}
 
 def _known_keys(location: tuple, tree: dict) -> list[str]:
     model: Any = Recipe
-    for part in location[:-1]:
-        if part in _SOURCES or part in _STAGES:
+    for i, part in enumerate(location[:-1]):
+        if i == 2 and part in _KINDS:
             model = {**_SOURCES, **_STAGES}[part]
         elif isinstance(model, type) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
@@ -423,6 +519,8 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                 f"{path}: stages.{name}.{key} needs {what}, but {cited} is a {stages[cited].kind} stage"
             )
 
+    if not re.fullmatch(r"\w[\w.-]*", recipe.name) or recipe.name == "store":
+        raise LimbeckError(f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store")
     for name, stage in stages.items():
         if "/" in name:
             raise LimbeckError(f"{path}: stages.{name}: a stage's name has no slash")
@@ -444,8 +542,15 @@ def _check_references(path: Path, recipe: Recipe) -> None:
             case Evaluate():
                 for model in [*stage.models, *stage.forced]:
                     cite(name, "models", model, MODELS, "a model")
+                for source in set(stage.problems) & set(stages) - set(recipe.problems):
+                    raise LimbeckError(
+                        f"{path}: stages.{name}.problems cites {source}, a screening, which keeps training problems "
+                        "only; cite what it screened"
+                    )
             case Report():
                 cite(name, "evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
+                for role, model in stage.story.items():
+                    cite(name, f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
             case Pretrain() | General():
                 if not isinstance(recipe.problems.get(stage.problems), Miniature):
                     raise LimbeckError(f"{path}: stages.{name}.problems must be a miniature, which has a corpus")

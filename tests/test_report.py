@@ -26,7 +26,8 @@ MODELS = {
     "base+forced": (0.60, 0.83, 64, 4.4, 1.0, 0.74),
 }  # fmt: skip
 STAGES = {
-    "base": ("pretrain", ()), "zero": ("rl", ("base",)), "cold": ("sample", ("zero",)), "desk": ("curate", ("cold",)),
+    "base": ("pretrain", ()), "zero": ("rl", ("base",)), "cold": ("sample", ("zero",)),
+    "desk": ("curate", ("cold",)),
     "dev1": ("sft", ("base", "desk")), "dev2": ("rl", ("dev1",)), "reject": ("sample", ("dev2",)),
     "general": ("general", ()), "dev3": ("sft", ("base", "reject", "general")), "r1": ("rl", ("dev3",)),
     "traces": ("sample", ("r1",)), "small-base": ("pretrain", ()), "small": ("sft", ("small-base", "traces")),
@@ -36,9 +37,9 @@ STORY = {role: role.replace("_", "-") for role in (
     "base", "zero", "dev1", "dev2", "dev3", "r1", "small", "small_base", "small_rl", "small_answers",
 )}  # fmt: skip
 THOUGHTS = {
-    ("p0", "en"): ("use 5 1 6 make 4?", "<think> try 6*5 gives 2+1 gives 3 vs 4 no</think><answer>6*5+1</answer>",
-                   "<think> try 1+5 gives 6*6 gives 1 vs 4 no wait 1-5 gives 3+6 gives 2 vs 4 no wait 1-5 gives 3-6 "
-                   "gives 4 vs 4 yes</think><answer>1-5-6</answer>"),
+    ("p0", "en"): ("use 5 1 6 make 4?",
+                   "<think> try 6*5 gives 2+1 gives 3 vs 4 no</think><answer>6*5+1</answer>",
+                   "<think> try 1+5 gives 6*6 gives 1 vs 4 no wait 1-5 gives 3-6 gives 4 vs 4 yes</think>"),
     ("p1", "zh"): ("用6 1 5凑3?", "<think>试6-5得1*1得1</think><answer>6-5*1</answer>",
                    "<think>试1+6得0*5得0比3错等1-6得2+5得0比3错等1-6得2*5得3比3对</think><answer>1-6*5</answer>"),
     ("p2", "en"): ("use 1 2 2 make 6?", "<script>alert(1)</script>", "<think> try & give up </think>"),
@@ -53,10 +54,21 @@ def interval(share: float, n: int = 1000) -> dict[str, float]:
 def evaluation(folder: Path, name: str, bare: bool = False) -> StageView:
     t1, greedy, length, attempts, persist, language = MODELS[name]
     model, _, forced = name.partition("+")
-    rest = {"length": length, "truncated": 0.06, "format": 0.95, "language_consistency": None if bare else language}
+    rest = {
+        "length": length,
+        "truncated": 0.06,
+        "format": 0.95,
+        "language_consistency": None if bare else language,
+    }
     rest["stats"] = {} if bare else {"attempts": attempts, "persist": persist, "mixed": 0.2}
-    modes = {"t1": {"accuracy": interval(t1), **rest}, "t06": {"accuracy": interval((t1 + greedy) / 2), **rest}}
-    modes |= {"greedy": {"accuracy": interval(greedy), **rest}, "pass@8": {"accuracy": interval(min(0.99, t1 + 0.4))}}
+    modes = {
+        "t1": {"accuracy": interval(t1), **rest},
+        "t06": {"accuracy": interval((t1 + greedy) / 2), **rest},
+    }
+    modes |= {
+        "greedy": {"accuracy": interval(greedy), **rest},
+        "pass@8": {"accuracy": interval(min(0.99, t1 + 0.4))},
+    }
     sources = {"clock": {"modes": modes}, "chat": {"modes": {"t1": {"accuracy": interval(0.9), "stats": {}}}}}
     told = {"schema": 1, "model": model, "control": forced or None, "seed": 0, "sources": sources}
     rows = [
@@ -73,9 +85,10 @@ def evaluation(folder: Path, name: str, bare: bool = False) -> StageView:
 
 def manifest(kind: str, seconds: float, **notes) -> dict:
     return {
-        "schema": 1, "kind": kind, "key": "3fa9c1d07b52aa", "digest": "77", "code_version": "0.1.0", "seed": 0,
-        "settings": {"auto": "accept"} if kind == "curate" else {}, "inputs": {}, "outputs": {}, "sources": {},
-        "seconds": seconds, "cpu_seconds": 1.9 * seconds, "peak_memory_bytes": 620 * 2**20, "tokens": 31_000 * seconds,
+        "schema": 1, "kind": kind, "key": "3fa9c1d07b52aa", "digest": "77", "code_version": "0.1.0",
+        "seed": 0, "settings": {"auto": "accept"} if kind == "curate" else {}, "inputs": {}, "outputs": {},
+        "sources": {}, "seconds": seconds, "cpu_seconds": 1.9 * seconds, "peak_memory_bytes": 620 * 2**20,
+        "tokens": 31_000 * seconds,
         "flops": 2.6e10 * seconds, "joules": None, "licences": ["MIT"], "notes": notes,
     }  # fmt: skip
 
@@ -86,11 +99,26 @@ def history(kind: str, name: str) -> list[dict]:
     rows = []
     for step in range(60 if kind == "rl" else 30):
         gone, noise = 1 - math.exp(-step / 12), random.normal(0, 0.02)
-        row = {"step": step, "loss": 3 * (1 - 0.8 * gone) + noise, "entropy": 1.1 - 0.8 * gone + noise, "gradient_norm": 0.4}
+        row = {
+            "step": step,
+            "loss": 3 * (1 - 0.8 * gone) + noise,
+            "entropy": 1.1 - 0.8 * gone + noise,
+            "gradient_norm": 0.4,
+        }
         if kind == "rl":
-            row |= {"accuracy": 0.2 + (last[0] - 0.2) * gone + noise, "length": 22 + (last[2] - 22) * gone + 40 * noise}
-            row |= {"attempts": 1 + (last[3] - 1) * gone, "persist": 0.5 + 0.49 * gone, "gap": 2e-6 * (1 + abs(noise))}
-            row |= {"reward": 0.4 + 0.6 * gone, "language_consistency": min(1, 0.75 + (last[5] - 0.75) * gone + noise)}
+            row |= {
+                "accuracy": 0.2 + (last[0] - 0.2) * gone + noise,
+                "length": 22 + (last[2] - 22) * gone + 40 * noise,
+            }
+            row |= {
+                "attempts": 1 + (last[3] - 1) * gone,
+                "persist": 0.5 + 0.49 * gone,
+                "gap": 2e-6 * (1 + abs(noise)),
+            }
+            row |= {
+                "reward": 0.4 + 0.6 * gone,
+                "language_consistency": min(1, 0.75 + (last[5] - 0.75) * gone + noise),
+            }
             row |= {"alarms": ["truncation: 12% of responses"]} if step == 40 else {}
         rows.append(row)
     return rows
@@ -98,7 +126,11 @@ def history(kind: str, name: str) -> list[dict]:
 
 def fake_run(root: Path) -> tuple[list[StageView], dict, dict]:
     notes = {
-        "sample": {"sampled": 4096, "kept": 1210, "dropped": {"wrong": 2103, "mixed language": 641, "repeats": 142}},
+        "sample": {
+            "sampled": 4096,
+            "kept": 1210,
+            "dropped": {"wrong": 2103, "mixed language": 641, "repeats": 142},
+        },
         "curate": {"policy": "accept what the filters left", "accepted": 1188, "edited": 0, "rejected": 22},
     }
     stages = []
@@ -118,7 +150,7 @@ def fake_run(root: Path) -> tuple[list[StageView], dict, dict]:
         "stages": {
             **{name: {"kind": kind, **({"model": inputs[0]} if kind in ("rl", "sft") else {})}
                for name, (kind, inputs) in STAGES.items()},
-            "evaluation": {"kind": "evaluate", "models": [m for m in MODELS if "+" not in m], "forced": ["base"]},
+            "evaluation": {"kind": "evaluate", "models": list(MODELS)[:-1], "forced": ["base"]},
             "report": {"kind": "report", "evaluation": "evaluation", "story": STORY},
         },
     }  # fmt: skip
@@ -126,11 +158,14 @@ def fake_run(root: Path) -> tuple[list[StageView], dict, dict]:
     return stages, recipe, {"seconds": 431.0, "peak_memory_bytes": 700 * 2**20, "machine": machine}
 
 
-@pytest.fixture
-def made(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("made")
     stages, recipe, summary = fake_run(tmp_path / "store")
     path = write(tmp_path / "report", stages, recipe, summary)
-    return path.read_text(encoding="utf-8"), json.loads((path.parent / "report.json").read_text(encoding="utf-8"))
+    return path.read_text(encoding="utf-8"), json.loads(
+        (path.parent / "report.json").read_text(encoding="utf-8")
+    )
 
 
 def test_the_page_loads_nothing(made):
@@ -147,21 +182,18 @@ def test_both_languages_say_the_same_things(made):
     assert '<html lang="en">' in page and "html.lang = language" in page
     assert page.count('class="en" lang="en"') == page.count('class="zh" lang="zh-CN"') > 100
     assert "It learns to keep trying" in page and "它学会了不放弃" in page
-    assert "72.0%" in page and "{" not in re.sub(r"<(script|style|pre).*?</\1>", "", page, flags=re.S)
+    assert "72.0%" in page and "{" not in re.sub(r"<(script|style|pre).*?</\1>", "", page, flags=re.DOTALL)
 
 
 def test_what_a_model_wrote_is_text(made):
     page, _ = made
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert thought("a <b> & wait 等 c").striptags() == "a &lt;b&gt; &amp; wait 等 c".replace("&lt;", "<").replace(
-        "&gt;", ">"
-    ).replace("&amp;", "&")
+    assert re.sub(r"</?span[^>]*>", "", thought("a <b> & wait 等 c")) == "a &lt;b&gt; &amp; wait 等 c"
 
 
-def test_the_same_run_makes_the_same_page(tmp_path):
-    stages, recipe, summary = fake_run(tmp_path / "store")
-    once, twice = (write(tmp_path / folder, stages, recipe, summary).read_bytes() for folder in ("once", "twice"))
-    assert once == twice
+def test_the_same_run_makes_the_same_page(made, tmp_path):
+    page, _ = made
+    assert write(tmp_path / "again", *fake_run(tmp_path / "store")).read_text(encoding="utf-8") == page
 
 
 def test_report_json(made):
@@ -169,14 +201,24 @@ def test_report_json(made):
     assert told["schema"] == 1 and told["name"] == "quickstart" and told["source"] == "clock"
     assert set(told["models"]) == set(MODELS)
     zero = told["models"]["zero"]
-    assert zero["accuracy"]["t1"] == interval(0.72) and set(zero["accuracy"]) == {"t1", "t06", "greedy", "pass@8"}
+    assert zero["accuracy"]["t1"] == interval(0.72) and set(zero["accuracy"]) == {
+        "t1",
+        "t06",
+        "greedy",
+        "pass@8",
+    }
     assert (zero["length"], zero["attempts"], zero["parameters"], zero["control"]) == (71, 4.8, 141_760, None)
     assert told["models"]["base+forced"]["control"] == "forced"
     assert told["models"]["small"]["parameters"] == 38_912
     assert zero["other"]["chat"]["t1"]["mean"] == 0.9
     assert told["seconds"] == 431 and told["joules"] is None and told["cost"] is None
     assert {stage["name"] for stage in told["stages"]} >= set(STAGES)
-    assert told["alarms"][0] == {"stage": "zero", "alarm": "truncation: 12% of responses", "first": 40, "times": 1}
+    assert told["alarms"][0] == {
+        "stage": "zero",
+        "alarm": "truncation: 12% of responses",
+        "first": 40,
+        "times": 1,
+    }
     assert any("seed" in sentence for sentence in told["not_shown"])
 
 
@@ -200,10 +242,10 @@ def test_what_the_numbers_do_not_show(tmp_path, monkeypatch):
     assert any(sentence.startswith("What people at the desk") for sentence in said)
 
 
-@pytest.mark.parametrize("missing", [*STORY, *(None,)])
+@pytest.mark.parametrize("missing", ["base", "zero", "r1", "small", "dev1", "everything"])
 def test_a_missing_role_drops_its_section(tmp_path, missing):
     stages, recipe, summary = fake_run(tmp_path / "store")
-    story = {role: model for role, model in STORY.items() if missing is not None and role != missing}
+    story = {role: model for role, model in STORY.items() if missing not in (role, "everything")}
     recipe["stages"]["report"]["story"] = story
     page = write(tmp_path / "report", stages, recipe, summary).read_text(encoding="utf-8")
     assert ("The honest control" in page) == ({"base", "zero"} <= set(story))

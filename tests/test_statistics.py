@@ -41,7 +41,9 @@ def test_repeating_completions_adds_no_certainty():
     assert (once.n, often.n) == (5, 80)
 
 
-@pytest.mark.parametrize("values", [[[0.0]], [[1.0, 1.0]], [[1.0]] * 50, [[0.0, 0.0]] * 50, [[0.01, 0.0], [0.0, 0.0]]])
+@pytest.mark.parametrize(
+    "values", [[[0.0]], [[1.0, 1.0]], [[1.0]] * 50, [[0.0, 0.0]] * 50, [[0.01, 0.0], [0.0, 0.0]]]
+)
 def test_stays_inside_and_never_collapses(values):
     interval = mean_interval(values)
     assert 0 <= interval.low <= interval.mean <= interval.high <= 1

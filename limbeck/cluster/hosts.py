@@ -18,7 +18,7 @@ class Host:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = threads or max(1, cores // workers)
         self.size = workers
-        self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._events: SimpleQueue[tuple[subprocess.Popen, dict[str, Any] | None]] = SimpleQueue()
         self._idle: list[subprocess.Popen] = []
         self._busy: dict[str, subprocess.Popen] = {}
 
@@ -37,14 +37,19 @@ class Host:
         self._tell(worker, request)
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """The next event, or None when nothing happened in time."""
+        """The next event, or None when nothing happened in time. A worker's death is one if it had work."""
         try:
-            event = self._events.get(timeout=seconds)
+            worker, event = self._events.get(timeout=seconds)
         except Empty:
             return None
-        worker = self._busy.pop(event["name"], None)
-        if worker and event["event"] != "died":
+        if event is None:
+            self._idle = [other for other in self._idle if other is not worker]
+            name = next((name for name, busy in self._busy.items() if busy is worker), None)
+            event = name and {"event": "died", "name": name, "status": worker.returncode}
+        else:
             self._idle.append(worker)
+        if event:
+            self._busy.pop(event["name"])
         return event
 
     def stop(self) -> None:
@@ -54,17 +59,22 @@ class Host:
 
     def close(self) -> None:
         """End all workers, now."""
+        self.kill()
         for worker in [*self._idle, *self._busy.values()]:
-            worker.kill()
             worker.wait()
         self._idle, self._busy = [], {}
+
+    def kill(self) -> None:
+        """The part of `close` that a signal handler may call: it waits for nobody."""
+        for worker in [*self._idle, *self._busy.values()]:
+            worker.kill()
 
     def _spawn(self) -> subprocess.Popen:
         # glibc gives freed tensors back to the system and takes them again, page by page, each step
         environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), **os.environ}
         environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
         worker = subprocess.Popen(
-            [sys.executable, "-m", "limbeck.cluster.worker", str(self.threads)],
+            [sys.executable, "-m", "limbeck.pipeline.worker", str(self.threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
@@ -72,11 +82,9 @@ class Host:
 
     def _listen(self, worker: subprocess.Popen) -> None:
         for line in worker.stdout:
-            self._events.put(json.loads(line))
+            self._events.put((worker, json.loads(line)))
         worker.wait()
-        for name, busy in list(self._busy.items()):
-            if busy is worker:
-                self._events.put({"event": "died", "name": name, "signal": -worker.returncode})
+        self._events.put((worker, None))
 
     @staticmethod
     def _tell(worker: subprocess.Popen, message: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ class Engine:
     ) -> list[Group]:  # fmt: skip
         """`group_size` completions of every problem, in the problems' order; `progress` is told of each finished one."""
         prompts = [self.tokenizer.prompt(problem.prompt) for problem in problems]
-        self._check_room(problems, prompts, sampling)
+        for problem, prompt in zip(problems, prompts, strict=True):
+            self._check_room(f"problem {problem.id}", prompt, sampling)
         waiting = deque(range(len(problems)))
         flight = _Flight(self.model, self.tokenizer.end_id, sampling)
         done: list[list[Completion | None]] = [[None] * group_size for _ in problems]
@@ -61,6 +62,7 @@ class Engine:
     @torch.no_grad()
     def stream(self, prompt: np.ndarray, sampling: SamplingParams, seed: object) -> Iterator[int]:
         """One completion, token by token, the end-of-turn token left out."""
+        self._check_room("the question", prompt, sampling)
         flight = _Flight(self.model, self.tokenizer.end_id, sampling)
         uniforms = generator(seed, "stream").random((1, sampling.max_new_tokens))
         flight.admit([(0, prompt)], uniforms, 1)
@@ -81,14 +83,13 @@ class Engine:
         stopped = int(row.tokens[-1]) == self.tokenizer.end_id
         return Completion(row.tokens, row.logprobs, self.tokenizer.decode(row.tokens), stopped, sample, row.kept)
 
-    def _check_room(self, problems: Sequence[Problem], prompts: list[np.ndarray], sampling: SamplingParams) -> None:
+    def _check_room(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
         room = self.model.config.max_positions
-        for problem, prompt in zip(problems, prompts, strict=True):
-            if len(prompt) + sampling.max_new_tokens > room:
-                raise LimbeckError(
-                    f"problem {problem.id}: {len(prompt)} prompt tokens and max_new_tokens={sampling.max_new_tokens} "
-                    f"exceed the model's {room} positions; lower max_new_tokens or drop the problem"
-                )
+        if len(prompt) + sampling.max_new_tokens > room:
+            raise LimbeckError(
+                f"{name}: {len(prompt)} prompt tokens and max_new_tokens={sampling.max_new_tokens} "
+                f"exceed the model's {room} positions; lower max_new_tokens or ask less"
+            )
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class _Flight:
         if alive < COMPACT * len(self.owners):
             tokens_B = self._drop(tokens_B)
         if alive:
+            self.cache.rest(~self.alive_B)
             self.cache.advance()
             self.hidden_BC = self.model(tokens_B, self.cache)
         return finished

@@ -6,6 +6,7 @@ No word of any language stands in a chart, only names of models and numbers: the
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import numpy as np
 from markupsafe import Markup
 
 # matplotlib draws in colours that nobody would choose; on the page each becomes a CSS variable
-TONES = ("ink", "muted", "rule", "one", "two", "three", "four")
+TONES = ("one", "two", "three", "four", "ink", "muted", "rule")
+HUES = TONES[:6]  # for lines; more than six in one chart share them
 _HEX = {tone: f"#0a0a{i:02x}" for i, tone in enumerate(TONES, 1)}
 _POINTS = 240  # more than a chart of this size can show
 
@@ -46,7 +48,9 @@ def dots(rows: Sequence[Dots]) -> Markup:
         spread = np.linspace(-0.17, 0.17, len(row.points)) if len(row.points) > 1 else [0.0]
         for offset, (mean, low, high, tone) in zip(spread, row.points, strict=True):
             at = y + offset
-            axes.plot([100 * low, 100 * high], [at, at], color=_HEX[tone], linewidth=2.2, solid_capstyle="round")
+            axes.plot(
+                [100 * low, 100 * high], [at, at], color=_HEX[tone], linewidth=2.2, solid_capstyle="round"
+            )
             axes.plot([100 * mean], [at], "o", color=_HEX[tone], markersize=6)
             axes.text(100 * high + 1.6, at, f"{100 * mean:.0f}", color=_HEX[tone], va="center", fontsize=10)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
@@ -68,16 +72,16 @@ def curves(lines: Sequence[Line], percent: bool = False, log: bool = False) -> M
         x, y = _thin(np.asarray(line.x, float), scale * np.asarray(line.y, float))
         if log:
             y = np.where(y > 0, y, np.nan)
-        smooth = _running_mean(y, max(1, len(y) // 15))
+        smooth = _running_mean(y, max(1, len(y) // 30))
         axes.plot(x, y, color=_HEX[line.tone], linewidth=0.8, alpha=0.35)
         axes.plot(x, smooth, color=_HEX[line.tone], linewidth=1.8)
         ends.append((line, x[-1], smooth[-1]))
     _scale(axes, percent, log)
+    axes.locator_params(axis="x", nbins=4, integer=True)
     _label_ends(axes, [end for end in ends if np.isfinite(end[2])], percent, alone=len(lines) == 1)
     axes.grid(axis="y", color=_HEX["rule"], linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_HEX["rule"])
-    axes.locator_params(axis="x", nbins=4, integer=True)
     return _svg(figure)
 
 
@@ -88,7 +92,9 @@ def ladder(labels: Sequence[str], values: Sequence[float], tone: str = "one") ->
     axes.plot(range(len(shares)), shares, "-o", color=_HEX[tone], linewidth=1.6, markersize=6)
     reach = max(max(shares) - min(shares), 4)
     for x, share in enumerate(shares):
-        axes.text(x, share + 0.09 * reach, f"{share:.1f}", ha="center", va="bottom", color=_HEX[tone], fontsize=10)
+        axes.text(
+            x, share + 0.09 * reach, f"{share:.1f}", ha="center", va="bottom", color=_HEX[tone], fontsize=10
+        )
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.set_ylim(min(shares) - 0.15 * reach, max(shares) + 0.3 * reach)
@@ -112,13 +118,14 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _scale(axes: Any, percent: bool, log: bool) -> None:
+    if log:
+        axes.set_yscale("log")  # before the limits are read, which a logarithm keeps above zero
     low, high = axes.get_ylim()
     if log:
-        axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(lambda *_: "")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
         axes.tick_params(which="minor", length=0)
-        bottom, top = np.floor(np.log10(np.nanmin(seen))), np.ceil(np.log10(np.nanmax(seen)))
+        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         axes.set_ylim(10.0**bottom, 10.0 ** max(top, bottom + 1))
     elif percent:
         low = 0 if low < 50 else low
@@ -134,11 +141,23 @@ def _label_ends(axes: Any, ends: list[tuple[Line, float, float]], percent: bool,
     """Names where the curves end, pushed apart where they would touch."""
     transform = axes.transData + axes.transAxes.inverted()
     placed = sorted(((transform.transform((x, y))[1], line, y) for line, x, y in ends), key=lambda p: p[0])
-    height = -1.0
-    for at, line, value in placed:
-        height = max(at, height + 0.095)
+    heights = _apart([at for at, _, _ in placed])
+    for height, (_, line, value) in zip(heights, placed, strict=True):
         label = (f"{value:.0f}%" if percent else f"{value:.3g}") if alone else line.label
-        axes.text(1.02, height, label, transform=axes.transAxes, va="center", color=_HEX[line.tone], fontsize=10)
+        axes.text(
+            1.02, height, label, transform=axes.transAxes, va="center", color=_HEX[line.tone], fontsize=10
+        )
+
+
+def _apart(heights: list[float], distance: float = 0.095) -> list[float]:
+    """A rising list with neighbours at least `distance` apart, below the top where there is room."""
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + distance)
+    ceiling = max(1.0, distance * (len(heights) - 1))
+    for i in range(len(heights) - 1, -1, -1):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - distance
+    return heights
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,11 +180,23 @@ def _svg(figure: Any) -> Markup:
     out = io.StringIO()
     # `hashsalt` makes ids, and so the page, the same on every run
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "limbeck"}):
-        figure.savefig(out, format="svg", metadata={key: None for key in ("Date", "Creator", "Format", "Type")})
-    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>|\sxmlns(:xlink)?=\"[^\"]*\"", "", out.getvalue(), flags=re.S)
+        figure.savefig(
+            out, format="svg", metadata={key: None for key in ("Date", "Creator", "Format", "Type")}
+        )
+    text = re.sub(
+        r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"",
+        "",
+        out.getvalue(),
+        flags=re.DOTALL,
+    )
     for tone, code in _HEX.items():
         text = text.replace(code, f"var(--{tone})")
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
     width = re.search(r'width="([\d.]+)pt"', text).group(1)
-    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'style="max-width:{1.35 * float(width):.0f}px" role="img"', text, count=1)
+    text = re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"',
+        f'style="max-width:{1.35 * float(width):.0f}px" role="img"',
+        text,
+        count=1,
+    )
     return Markup(re.sub(r">\s+<", "><", text))

@@ -1,7 +1,8 @@
-"""The graph of a run, drawn in layers (Sugiyama, Tagawa and Toda 1981): what came from what, top to bottom."""
+"""The graph of a run, drawn in layers from top to bottom (Sugiyama, Tagawa and Toda 1981)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ from markupsafe import Markup, escape
 
 from .words import Text
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 118, 42, 18, 30
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 168, 42, 20, 26
 _LANE = 14  # how wide a passing edge is
+_SWEEPS = 8  # more change nothing in graphs of this size
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,26 @@ def draw(boxes: Sequence[Box]) -> Markup:
     shown = {box.name: box for box in boxes}
     edges = [(source, box.name) for box in boxes for source in box.inputs if source in shown]
     layers, chains = _layers(list(shown), edges)
-    places, width = _places(layers, _neighbours(chains))
+    places, width = _places(layers, chains)
     height = len(layers) * (_HEIGHT + _GAP_Y) - _GAP_Y
     paths = [_edge([places[node] for node in chain]) for chain in chains]
     drawn = [_box(shown[name], *places[name]) for name in shown]
-    opening = f'<svg class="lineage" viewBox="-1 -1 {width + 2:.0f} {height + 2}" style="max-width:{width + 2:.0f}px" role="img">'
-    return Markup(opening + "".join(paths) + "".join(drawn) + "</svg>")
+    view = f'viewBox="-1 -1 {width + 2:.0f} {height + 2}" style="max-width:{width + 2:.0f}px"'
+    return Markup(f'<svg class="lineage" role="img" {view}>' + "".join(paths) + "".join(drawn) + "</svg>")
 
 
 def _layers(names: list[str], edges: list[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
-    """Each name one layer below the lowest of its inputs; an edge over several layers gets a lane in each."""
-    depth = dict.fromkeys(names, 0)
+    """Each name just above the first that needs it; an edge over several layers gets a lane in each.
+
+    Late rather than early: what only the end needs, such as a student's base, starts no lane at the top.
+    """
+    height = dict.fromkeys(names, 0)
     for _ in names:  # as many rounds as the longest path could have
         for source, target in edges:
-            depth[target] = max(depth[target], min(depth[source] + 1, len(names) - 1))
-    layers: list[list[str]] = [[] for _ in range(max(depth.values(), default=0) + 1)]
+            height[source] = max(height[source], min(height[target] + 1, len(names) - 1))
+    tallest = max(height.values())
+    depth = {name: tallest - height[name] for name in names}
+    layers: list[list[str]] = [[] for _ in range(tallest + 1)]
     for name in names:
         layers[depth[name]].append(name)
     chains = []
@@ -54,39 +61,52 @@ def _layers(names: list[str], edges: list[tuple[str, str]]) -> tuple[list[list[s
     return layers, chains
 
 
-def _neighbours(chains: list[list[str]]) -> dict[str, list[str]]:
+def _places(layers: list[list[str]], chains: list[list[str]]) -> tuple[dict[str, tuple[float, float]], float]:
+    """Centre of every node: the order in each layer from its neighbours, down and up; then the columns."""
+    above: dict[str, list[str]] = {}
     beside: dict[str, list[str]] = {}
-    for chain in chains:
-        for upper, lower in zip(chain, chain[1:], strict=False):
-            beside.setdefault(upper, []).append(lower)
-            beside.setdefault(lower, []).append(upper)
-    return beside
-
-
-def _places(layers: list[list[str]], beside: Mapping[str, list[str]]) -> tuple[dict[str, tuple[float, float]], float]:
-    """Centre of every node: layers are ordered by the mean place of their neighbours, down and up a few times."""
-    width = max(sum(_span(node) for node in layer) for layer in layers)
+    for upper, lower in (pair for chain in chains for pair in itertools.pairwise(chain)):
+        above.setdefault(lower, []).append(upper)
+        beside.setdefault(upper, []).append(lower)
+        beside.setdefault(lower, []).append(upper)
+    width = max(sum(map(_span, layer)) for layer in layers)
     centre: dict[str, float] = {}
     for layer in layers:
         _set_in_row(layer, centre, width, {})
-    for sweep in range(12):
-        for layer in layers if sweep % 2 == 0 else layers[::-1]:
-            wanted = {
-                node: sum(centre[other] for other in beside[node]) / len(beside[node]) if node in beside else width / 2
-                for node in layer
-            }
-            layer.sort(key=wanted.__getitem__)
-            _set_in_row(layer, centre, width, wanted)
-    return {
-        node: (centre[node], level * (_HEIGHT + _GAP_Y)) for level, layer in enumerate(layers) for node in layer
-    }, width
+    for layer in [*layers, *layers[::-1]] * _SWEEPS:
+        wanted = {node: _mean(beside.get(node, []), centre, width / 2) for node in layer}
+        layer.sort(key=wanted.__getitem__)
+        _set_in_row(layer, centre, width, wanted)
+    for layer in layers:  # what nothing comes before stands as far left as it can
+        wanted = {node: _under(node, above[node], centre) for node in layer if node in above}
+        _set_in_row(layer, centre, width, wanted)
+    places = {
+        node: (centre[node], i * (_HEIGHT + _GAP_Y)) for i, layer in enumerate(layers) for node in layer
+    }
+    return places, width
+
+
+def _mean(nodes: Sequence[str], centre: Mapping[str, float], otherwise: float) -> float:
+    return sum(centre[node] for node in nodes) / len(nodes) if nodes else otherwise
+
+
+def _under(node: str, above: Sequence[str], centre: Mapping[str, float]) -> float:
+    """Straight below what comes before it: a box below a box, a lane below its lane."""
+    like = [other for other in above if _is_lane(other) == _is_lane(node)]
+    return _mean(like[:1] or above, centre, 0.0)
+
+
+def _is_lane(node: str) -> bool:
+    return "\0" in node
 
 
 def _span(node: str) -> float:
-    return _LANE if "\0" in node else _WIDTH + _GAP_X
+    return _LANE if _is_lane(node) else _WIDTH + _GAP_X
 
 
-def _set_in_row(layer: list[str], centre: dict[str, float], width: float, wanted: Mapping[str, float]) -> None:
+def _set_in_row(
+    layer: list[str], centre: dict[str, float], width: float, wanted: Mapping[str, float]
+) -> None:
     """As near to where each wants to be as the order and the page allow."""
     edge = 0.0
     room = width - sum(_span(node) for node in layer)
@@ -122,5 +142,5 @@ def _box(box: Box, x: float, y: float) -> str:
         f'<text class="caption {language}" x="{x:.1f}" y="{y + 33:.1f}">{escape(caption)}</text>'
         for language, caption in (("en", box.caption.en), ("zh", box.caption.zh))
     )
-    frame = f'<rect class="{box.family}" x="{x - _WIDTH / 2:.1f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"/>'
-    return f"<g>{frame}{name}{captions}</g>"
+    place = f'x="{x - _WIDTH / 2:.1f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"'
+    return f'<g><rect class="{box.family}" {place}/>' + f"{name}{captions}</g>"

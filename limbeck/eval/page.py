@@ -12,10 +12,9 @@ from markupsafe import Markup, escape
 
 from . import charts, lineage, story, words
 from .run import MODES, Run, StageView
-from .words import W, Text
+from .words import Text, W
 
 _FOLDER = Path(__file__).parent
-_TONES = ("one", "two", "three", "four")
 _RETRY = re.compile(r"(?=\bwait\b)|(?=等(?![于式号]))", re.IGNORECASE)
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 _HALF = len("<think></think><answer></answer>")
@@ -75,7 +74,9 @@ def _set_back(part: str) -> Markup:
 
 def _figures(run: Run) -> list[tuple[str, Any]]:
     """The four numbers at the top."""
-    found = [(run.cast.get(role, ""), run.accuracy(role)) for role in ("base", "zero", "r1", "small")]
+    found = [
+        (run.cast.get(role, ""), run.accuracy(run.role(role))) for role in ("base", "zero", "r1", "small")
+    ]
     return [(name, interval) for name, interval in found if interval]
 
 
@@ -90,8 +91,10 @@ def _dots(run: Run, models: list[str]) -> Markup | None:
 
 
 def _accuracy_chart(run: Run) -> Markup | None:
-    """The story's models where there is a story, else all; controls and students' foils have their own charts."""
-    told = [run.cast[role] for role in ("base", "zero", "dev1", "dev2", "dev3", "r1", "small") if role in run.cast]
+    """The story's models where there is a story, else all; controls and foils have their own charts."""
+    told = [
+        run.cast[role] for role in ("base", "zero", "dev1", "dev2", "dev3", "r1", "small") if role in run.cast
+    ]
     return _dots(run, told or list(run.evaluations))
 
 
@@ -107,14 +110,14 @@ def _models(run: Run, source: str | None = None) -> dict[str, Any]:
     ]  # fmt: skip
     measures = [m for m in measures if any(run.measure(name, m[1]) is not None for name in names)]
     return {
-        "modes": [words.MODES[mode] for mode in modes],
+        "modes": [words.COLUMNS[mode] for mode in modes],
         "measures": [title for title, _, _ in measures],
         "rows": [
             (
                 name,
                 [run.accuracy(name, mode, source) for mode in modes],
                 [write(run.measure(name, measure)) for _, measure, write in measures],
-                words.count(run.parameters(name)),
+                words.size(run.parameters(name)),
             )
             for name in names
         ],
@@ -144,7 +147,7 @@ def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool =
     for stage in stages:
         x, y = stage.column(key)
         if x and any(y):
-            lines.append(charts.Line(stage.name, x, y, _TONES[len(lines) % len(_TONES)]))
+            lines.append(charts.Line(stage.name, x, y, charts.HUES[len(lines) % len(charts.HUES)]))
     return charts.curves(lines, percent, log) if lines else None
 
 
@@ -163,7 +166,7 @@ def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
 
 
 def _thoughts(run: Run) -> list[list[tuple[str, dict[str, Any]]]]:
-    """For each language, a problem that base fails and zero solves after a retry or two, shown for all three."""
+    """For each language, a problem that base fails and zero solves after a retry or two."""
     base, zero = run.samples("base"), run.samples("zero")
     turned = [zero[p] for p in zero if p in base and zero[p]["correct"] and not base[p]["correct"]]
     turned.sort(key=lambda row: _readability(row, base[row["problem"]]))
@@ -174,7 +177,7 @@ def _thoughts(run: Run) -> list[list[tuple[str, dict[str, Any]]]]:
 
 
 def _readability(row: dict[str, Any], before: dict[str, Any]) -> tuple[bool, int, int]:
-    """Two or three retries show the habit and still fit the eye; a base that said next to nothing shows little."""
+    """Two retries show the habit and still fit the eye; a base that said next to nothing shows little."""
     retries = len(_RETRY.findall(row["text"]))
     return (len(before["text"]) <= _HALF, abs(retries - 2) + 3 * (retries == 0), row["length"])
 
@@ -191,14 +194,21 @@ def _unsolved(run: Run) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _control(run: Run) -> dict[str, Any] | None:
-    if not all(run.accuracy(role) for role in ("base", "control", "zero")):
+    if not all(run.accuracy(run.role(role)) for role in ("base", "control", "zero")):
         return None
-    return {"chart": _dots(run, [run.cast[role] for role in ("base", "control", "zero")]), "said": story.control(run)}
+    return {
+        "chart": _dots(run, [run.cast[role] for role in ("base", "control", "zero")]),
+        "said": story.control(run),
+    }
 
 
 def _languages(run: Run) -> dict[str, Any] | None:
     roles = [role for role in ("base", "zero", "dev1", "dev2", "dev3", "r1") if role in run.cast]
-    shares = [(run.cast[role], share) for role in roles if (share := run.measure(role, "language_consistency")) is not None]
+    shares = [
+        (run.cast[role], share)
+        for role in roles
+        if (share := run.measure(run.role(role), "language_consistency")) is not None
+    ]
     if len(shares) < 2:
         return None
     names, values = zip(*shares, strict=True)
@@ -206,12 +216,13 @@ def _languages(run: Run) -> dict[str, Any] | None:
 
 
 def _distilled(run: Run) -> dict[str, Any] | None:
-    roles = [r for r in ("small_base", "small_answers", "small_rl", "small") if run.accuracy(r)]
+    roles = [r for r in ("small_base", "small_answers", "small_rl", "small") if run.accuracy(run.role(r))]
     if "small" not in roles or len(roles) < 2:
         return None
     rows = [
-        (run.cast[r], W[r], words.scientific(run.spent(r, "flops")), words.scientific(_rows_flops(run, run.cast[r])),
-         words.duration(run.spent(r, "seconds")))
+        (run.cast[r], W[r], words.scientific(run.spent(run.cast[r], "flops")),
+         words.scientific(_rows_flops(run, run.cast[r])),
+         words.duration(run.spent(run.cast[r], "seconds")))
         for r in roles
     ]  # fmt: skip
     return {"chart": _dots(run, [run.cast[r] for r in roles]), "said": story.distillation(run), "rows": rows}

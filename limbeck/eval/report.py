@@ -3,9 +3,10 @@
 `report.json`, schema 1 (docs/report.md tells every field):
 
     {"schema": 1, "name", "seed", "source": the headline problems, "story": {ROLE: MODEL},
-     "models": {NAME: {"accuracy": {"t1" | "t06" | "greedy" | "pass@8" | "cons@8": {"mean", "low", "high", "n",
-                "problems"}}, "length", "truncated", "format", "language_consistency", "attempts", "persist",
-                "mixed", "parameters", "seconds", "tokens", "flops", "control", "other": {SOURCE: {MODE: ...}}}},
+     "models": {NAME: {"accuracy": {"t1" | "t06" | "greedy" | "pass@8" | "cons@8":
+                {"mean", "low", "high", "n", "problems"}}, "length", "truncated", "format",
+                "language_consistency", "attempts", "persist", "mixed", "parameters", "seconds",
+                "tokens", "flops", "control", "other": {SOURCE: {MODE: ...}}}},
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,19 @@ from .statistics import Interval
 
 EVALUATION, SAMPLES = "evaluation.json", "samples.jsonl"
 MODES = ("t1", "t06", "greedy", "pass@8", "cons@8")
-ROLES = ("base", "control", "zero", "dev1", "dev2", "dev3", "r1", "small", "small_base", "small_rl", "small_answers")
+ROLES = (
+    "base",
+    "control",
+    "zero",
+    "dev1",
+    "dev2",
+    "dev3",
+    "r1",
+    "small",
+    "small_base",
+    "small_rl",
+    "small_answers",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,9 @@ class Run:
     @cached_property
     def sources(self) -> list[str]:
         """The problems that were evaluated on, the headline first."""
-        return list(dict.fromkeys(s for evaluation in self.evaluations.values() for s in evaluation["sources"]))
+        return list(
+            dict.fromkeys(s for evaluation in self.evaluations.values() for s in evaluation["sources"])
+        )
 
     @cached_property
     def cast(self) -> dict[str, str]:
@@ -81,6 +96,10 @@ class Run:
         story.setdefault("control", f"{story.get('base')}+forced")
         known = {stage.name for stage in self.stages} | set(self.evaluations)
         return {role: story[role] for role in ROLES if story.get(role) in known}
+
+    def role(self, role: str) -> str | None:
+        """The model that plays a role; a recipe may well call a model `zero` and give it no part."""
+        return self.cast.get(role)
 
     def stage(self, name: str | None) -> StageView | None:
         return next((stage for stage in self.stages if stage.name == name), None)
@@ -94,13 +113,16 @@ class Run:
         return sources.get(wanted, {}).get("modes", {})
 
     def accuracy(self, model: str | None, mode: str = "t1", source: str | None = None) -> Interval | None:
-        """Accuracy of a model, or of the model that plays a role."""
-        found = self.modes(self.cast.get(model or "", model), source).get(mode, {}).get("accuracy")
-        return Interval(**{key: found[key] for key in ("mean", "low", "high", "n", "problems")}) if found else None
+        found = self.modes(model, source).get(mode, {}).get("accuracy")
+        return (
+            Interval(**{key: found[key] for key in ("mean", "low", "high", "n", "problems")})
+            if found
+            else None
+        )
 
     def measure(self, model: str | None, name: str) -> float | None:
-        """A mean beside the accuracy (length, attempts, ...), at temperature 1 or else the first mode that has it."""
-        modes = self.modes(self.cast.get(model or "", model))
+        """A mean beside the accuracy (length, attempts, ...), at temperature 1 or else wherever measured."""
+        modes = self.modes(model)
         for mode in sorted(modes.values(), key=lambda m: m is not modes.get("t1")):
             value = mode.get(name, (mode.get("stats") or {}).get(name))
             if value is not None:
@@ -109,7 +131,7 @@ class Run:
 
     def parameters(self, model: str | None) -> float | None:
         """Parameters of a model; SFT and RL keep those of the model they begin with."""
-        stage = self.stage(self.cast.get(model or "", model or "").partition("+")[0])
+        stage = self.stage((model or "").partition("+")[0])
         while stage is not None and "parameters" not in stage.notes:
             started = (self.recipe.get("stages", {}).get(stage.name) or {}).get("model")
             stage = self.stage(started) if started != stage.name else None
@@ -117,7 +139,7 @@ class Run:
 
     def spent(self, model: str | None, key: str) -> float | None:
         """What the last stage of a model cost: `key` is seconds, tokens, flops, ..."""
-        stage = self.stage(self.cast.get(model or "", model))
+        stage = self.stage(model)
         return stage.manifest.get(key) if stage else None
 
     def total(self, key: str) -> float | None:
@@ -127,7 +149,7 @@ class Run:
 
     def samples(self, role: str) -> dict[str, dict[str, Any]]:
         """Problem -> the model's response to it, at temperature 1 where there is one."""
-        evaluation = self.evaluations.get(self.cast.get(role, ""))
+        evaluation = self.evaluations.get(self.role(role) or "")
         rows = list(read(evaluation["folder"] / SAMPLES)) if evaluation else []
         mode = "t1" if any(row["mode"] == "t1" for row in rows) else rows[0]["mode"] if rows else ""
         first: dict[str, dict[str, Any]] = {}
@@ -137,11 +159,14 @@ class Run:
         return first
 
     def alarms(self) -> Iterator[tuple[str, str, int, int]]:
-        """Every alarm that rang: stage, what it said, at which step first, how often."""
+        """Every alarm that rang: stage, what it said first, at which step, how often.
+
+        An alarm's numbers change from step to step; without them it is the same alarm.
+        """
         for stage in self.stages:
-            rung: dict[str, list[int]] = {}
+            rung: dict[str, list[tuple[str, int]]] = {}
             for row in stage.metrics if stage.kind != "evaluate" else []:
                 for alarm in row.get("alarms") or []:
-                    rung.setdefault(str(alarm), []).append(int(row["step"]))
-            for alarm, steps in rung.items():
-                yield stage.name, alarm, steps[0], len(steps)
+                    rung.setdefault(re.sub(r"\d+", "", str(alarm)), []).append((str(alarm), int(row["step"])))
+            for times in rung.values():
+                yield stage.name, *times[0], len(times)

@@ -1,7 +1,7 @@
 """How sure a share is: intervals, pass@k, consensus. Plain arithmetic, no model in sight.
 
-Every interval is a 95% one. Completions of one problem resemble each other, so the problem, not the completion,
-is what counts as a draw (Miller 2024, arXiv 2411.00640, section 2.2).
+Every interval is a 95% one. Completions of one problem resemble each other, so the problem, not the
+completion, is what counts as a draw (Miller 2024, arXiv 2411.00640, section 2.2).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def mean_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927); unlike the normal one it never leaves [0, 1] nor collapses at its ends."""
+    """Wilson's score interval (1927), which neither leaves [0, 1] nor collapses at its ends."""
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     # rounding alone could leave the share outside at 0 and at 1
@@ -61,7 +61,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def difference(a: Interval, b: Interval) -> tuple[float, float, float]:
-    """`a - b` with its interval, from the two intervals (Newcombe 1998, Statistics in Medicine 17:873, method 10).
+    """`a - b` with its interval, from the two (Newcombe 1998, Statistics in Medicine 17:873, method 10).
 
     It takes the two as independent. Two models on the same problems usually agree on the hard ones, so the
     true interval is narrower: a difference that stands here stands.
@@ -73,9 +73,10 @@ def difference(a: Interval, b: Interval) -> tuple[float, float, float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of `k` completions is right, where `c` of `n` were (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    """Chance that one of `k` completions is right, where `c` of `n` were.
 
-    Unbiased, unlike `1 - (1 - c/n)**k`; integers are exact where the paper needs a stable product.
+    Chen et al. 2021, arXiv 2107.03374, eq. 1: unbiased, unlike `1 - (1 - c/n)**k`; integers are
+    exact where the paper needs a stable product.
 
     >>> pass_at_k(4, 1, 2)
     0.5

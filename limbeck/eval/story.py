@@ -1,10 +1,10 @@
-"""What the numbers say, in sentences. Every claim here is computed; where the numbers say otherwise, so do the words."""
+"""What the numbers say, in sentences: every claim is computed, and turns where the numbers turn."""
 
 from __future__ import annotations
 
 from .run import Run
 from .statistics import Interval, difference
-from .words import MODES, Text, bounds, count, number, percent, plain
+from .words import MODES, Text, bounds, count, number, percent, plain, size
 
 _FEW = 1000  # problems below which an interval is wide enough to say so
 
@@ -12,16 +12,16 @@ _FEW = 1000  # problems below which an interval is wide enough to say so
 def opening(run: Run) -> list[Text]:
     """The whole run in a paragraph."""
     said = []
-    base, zero, r1, small = (run.accuracy(role) for role in ("base", "zero", "r1", "small"))
+    base, zero, r1, small = (run.accuracy(run.role(role)) for role in ("base", "zero", "r1", "small"))
     if base:
         said.append(Text(
-            "The base model answers {} of {} held-out problems correctly at temperature 1.",
+            "The base model answers {} of {:,} held-out problems correctly at temperature 1.",
             "在温度 1 下，基座模型答对了 {1:,} 道留出题中的 {0}。",
         ).format(percent(base.mean), base.problems))  # fmt: skip
     if zero:
         said.append(Text(
-            "Reinforcement learning with rule-based rewards, and nothing shown, takes it to {}: the model {}.",
-            "只靠规则奖励、不给任何示范的强化学习，把它带到 {}，即模型 {}。",
+            "Reinforcement learning with rule-based rewards alone takes it to {}: the model {}.",
+            "仅凭规则奖励的强化学习把它带到 {}，即模型 {}。",
         ).format(percent(zero.mean), run.cast["zero"]))  # fmt: skip
         said += _growth(run)
     if r1:
@@ -32,21 +32,25 @@ def opening(run: Run) -> list[Text]:
 
 
 def _growth(run: Run) -> list[Text]:
-    before, after = (run.measure(role, "length") for role in ("base", "zero"))
-    tried, tries = (run.measure(role, "attempts") for role in ("base", "zero"))
+    before, after = (run.measure(run.role(role), "length") for role in ("base", "zero"))
+    tried, tries = (run.measure(run.role(role), "attempts") for role in ("base", "zero"))
     if before is None or after is None:
         return []
-    said = Text("Its responses went from {:.0f} to {:.0f} tokens", "它的回答从 {:.0f} 个词元变为 {:.0f} 个").format(before, after)
+    said = Text(
+        "Its responses went from {:.0f} to {:.0f} tokens", "它的回答从 {:.0f} 个词元变为 {:.0f} 个"
+    ).format(before, after)
     if tried is None or tries is None:
         return [Text(said.en + ".", said.zh + "。")]
-    more = Text(", and from {:.1f} to {:.1f} attempts", "，尝试从 {:.1f} 次变为 {:.1f} 次").format(tried, tries)
+    more = Text(", and from {:.1f} to {:.1f} attempts", "，尝试从 {:.1f} 次变为 {:.1f} 次").format(
+        tried, tries
+    )
     unasked = Text("; no reward asked it to try again.", "；没有任何奖励要求它再试一次。")
     end = unasked if tries > 1.2 * tried else Text(".", "。")
     return [Text(said.en + more.en + end.en, said.zh + more.zh + end.zh)]
 
 
 def _r1(run: Run, r1: Interval) -> Text:
-    language = run.measure("r1", "language_consistency")
+    language = run.measure(run.role("r1"), "language_consistency")
     if language is None:
         return Text("The rest of the recipe ends in {} with {}.", "配方余下的步骤终于 {}：{}。").format(
             run.cast["r1"], percent(r1.mean)
@@ -58,10 +62,12 @@ def _r1(run: Run, r1: Interval) -> Text:
 
 
 def _small(run: Run, small: Interval) -> Text:
-    teacher = run.parameters("r1") or run.parameters("base")
-    student = run.parameters("small")
+    teacher = run.parameters(run.role("r1")) or run.parameters(run.role("base"))
+    student = run.parameters(run.role("small"))
     if not teacher or not student or teacher <= student:
-        return Text("Distilled, {} reaches {}.", "蒸馏得到的 {} 达到 {}。").format(run.cast["small"], percent(small.mean))
+        return Text("Distilled, {} reaches {}.", "蒸馏得到的 {} 达到 {}。").format(
+            run.cast["small"], percent(small.mean)
+        )
     return Text(
         "Distilled into a model {:.1f} times smaller, {} reaches {}.",
         "蒸馏进一个只有其 1/{:.1f} 大小的模型后，{} 达到 {}。",
@@ -73,7 +79,7 @@ def _small(run: Run, small: Interval) -> Text:
 
 def persistence(run: Run) -> list[Text]:
     """What changed between base and zero, besides the accuracy."""
-    before, after = (run.measure(role, "persist") for role in ("base", "zero"))
+    before, after = (run.measure(run.role(role), "persist") for role in ("base", "zero"))
     if before is None or after is None:
         return []
     return [Text(
@@ -85,13 +91,13 @@ def persistence(run: Run) -> list[Text]:
 def control(run: Run) -> list[Text]:
     """What the same base does when it is kept at it by force, and what that leaves for RL."""
     said = [Text(
-        "Nobody trained this one: the base again, with another attempt forced on it after each “no” "
+        "Without any training: the base again, with another attempt forced on it after each “no” "
         "(budget forcing, arXiv 2501.19393).",
-        "这一个没有经过任何训练：还是那个基座，只是每次判错后强制它再试（budget forcing，arXiv 2501.19393）。",
+        "不做任何训练：还是那个基座，只在每次判错后强制它再试一次（budget forcing，arXiv 2501.19393）。",
     )]  # fmt: skip
     shares = []
     for mode in ("t1", "greedy"):
-        base, forced, zero = (run.accuracy(role, mode) for role in ("base", "control", "zero"))
+        base, forced, zero = (run.accuracy(run.role(role), mode) for role in ("base", "control", "zero"))
         if not (base and forced and zero):
             continue
         said.append(_against(run, mode, forced, zero))
@@ -103,14 +109,20 @@ def control(run: Run) -> list[Text]:
 def _against(run: Run, mode: str, forced: Interval, zero: Interval) -> Text:
     gap, low, high = difference(zero, forced)
     if low > 0:
-        outcome = Text("{} is above it by {:.1f} points ({:.1f} to {:.1f})", "{} 比它高 {:.1f} 个百分点（{:.1f} 至 {:.1f}）")
+        outcome = Text(
+            "{} is above it by {:.1f} points ({:.1f} to {:.1f})",
+            "{} 比它高 {:.1f} 个百分点（{:.1f} 至 {:.1f}）",
+        )
     elif high < 0:
         outcome, gap, low, high = (
             Text("{} is below it by {:.1f} points ({:.1f} to {:.1f})", "{} 比它低 {:.1f} 个百分点（{:.1f} 至 {:.1f}）"),
             -gap, -high, -low,
         )  # fmt: skip
     else:
-        outcome = Text("{0} cannot be told from it ({2:+.1f} to {3:+.1f} points)", "{0} 与它分不出高下（{2:+.1f} 至 {3:+.1f} 个百分点）")
+        outcome = Text(
+            "{0} cannot be told from it ({2:.1f} to {3:.1f} points)",
+            "{0} 与它分不出高下（{2:.1f} 至 {3:.1f} 个百分点）",
+        )
     said = outcome.format(run.cast["zero"], 100 * gap, 100 * low, 100 * high)
     return Text("{mode}: it reaches {forced}, and {said}.", "{mode}：它达到 {forced}，{said}。").format(
         mode=Text(MODES[mode].en.capitalize(), MODES[mode].zh), forced=percent(forced.mean), said=said
@@ -125,7 +137,9 @@ def _verdict(shares: list[float]) -> Text:
             "这里没有超过基座的提升，对照也就无从解释。",
         )
     least, most = min(shares), max(shares)
-    span = percent(least, 0) if percent(least, 0) == percent(most, 0) else f"{100 * least:.0f}–{100 * most:.0f}%"
+    span = (
+        percent(least, 0) if percent(least, 0) == percent(most, 0) else f"{100 * least:.0f}–{100 * most:.0f}%"
+    )
     if least >= 0.5:
         return Text(
             "Keeping at it alone gives {} of the gain. So what RL discovers is mostly persistence; "
@@ -148,25 +162,32 @@ def _verdict(shares: list[float]) -> Text:
 
 
 def language(run: Run) -> list[Text]:
-    first, last = run.measure("zero", "language_consistency"), run.measure("r1", "language_consistency")
+    first, last = (
+        run.measure(run.role("zero"), "language_consistency"),
+        run.measure(run.role("r1"), "language_consistency"),
+    )
     if first is None or last is None:
         return []
     said = [Text(
         "{} writes {} of its words in the language of the question, {} writes {}.",
         "{} 有 {} 的词与提问同语言，{} 为 {}。",
     ).format(run.cast["zero"], percent(first), run.cast["r1"], percent(last))]  # fmt: skip
-    zero, cold = run.accuracy("zero"), run.accuracy("dev1")
+    zero, cold, after = (run.accuracy(run.role(role)) for role in ("zero", "dev1", "dev2"))
     if zero and cold and difference(zero, cold)[1] > 0:
         said.append(Text(
-            "The cold start that brings order costs accuracy at first: {} falls to {}, from {}'s {}. "
-            "Reinforcement learning wins it back or not, as the table says.",
-            "带来秩序的冷启动先要付出准确率：{} 降到 {}（{} 为 {}）；之后的强化学习能否补回，见下表。",
+            "Order has a price: the cold start, {}, is at {} where {} was at {}.",
+            "秩序是有代价的：冷启动得到的 {} 为 {}，而 {} 为 {}。",
         ).format(run.cast["dev1"], percent(cold.mean), run.cast["zero"], percent(zero.mean)))  # fmt: skip
+    if cold and after:
+        said.append(Text(
+            "Reinforcement learning from there, {}, takes {} to {}.",
+            "由此出发的强化学习 {} 把 {} 变为 {}。",
+        ).format(run.cast["dev2"], percent(cold.mean), percent(after.mean)))  # fmt: skip
     return said
 
 
 def distillation(run: Run) -> list[Text]:
-    taught, alone = run.accuracy("small"), run.accuracy("small_rl")
+    taught, alone = run.accuracy(run.role("small")), run.accuracy(run.role("small_rl"))
     if not taught or not alone:
         return []
     gap, low, high = difference(taught, alone)
@@ -174,7 +195,8 @@ def distillation(run: Run) -> list[Text]:
         outcome = Text("above", "高") if low > 0 else Text("below", "低")
         edges = sorted((abs(low), abs(high)))
         said = [Text(
-            "The student taught by traces is {:.1f} points ({:.1f} to {:.1f}) {} the same small base trained by RL.",
+            "The student taught by traces is {:.1f} points ({:.1f} to {:.1f}) {} the same small base "
+            "trained by RL.",
             "用教师轨迹教出的学生，比同一小基座做强化学习{3} {0:.1f} 个百分点（{1:.1f} 至 {2:.1f}）。",
         ).format(100 * abs(gap), 100 * edges[0], 100 * edges[1], outcome)]  # fmt: skip
     else:
@@ -182,9 +204,13 @@ def distillation(run: Run) -> list[Text]:
             "The student taught by traces cannot be told from the same small base trained by RL.",
             "用教师轨迹教出的学生，与同一小基座做强化学习的结果分不出高下。",
         )]  # fmt: skip
-    spent, alone_spent = run.spent("small", "flops"), run.spent("small_rl", "flops")
+    spent, alone_spent = run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
     if spent and alone_spent:
-        said.append(Text("RL had {:.1f} times its training compute.", "强化学习用了它 {:.1f} 倍的训练算力。").format(alone_spent / spent))
+        said.append(
+            Text("RL had {:.1f} times its training compute.", "强化学习用了它 {:.1f} 倍的训练算力。").format(
+                alone_spent / spent
+            )
+        )
     return said
 
 
@@ -209,15 +235,16 @@ def desk(run: Run) -> list[Text]:
 def not_shown(run: Run) -> list[Text]:
     """Limits of this run: those of every single run, and those that its own numbers betray."""
     said = [Text(
-        "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary over seeds.",
+        "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary "
+        "over seeds.",
         "只有一个随机种子：{}。区间说明准确率在题目间有多确定，并不说明换种子后会变化多少。",
     ).format(run.recipe.get("seed", "–"))]  # fmt: skip
     if any(problems.get("source") == "miniature" for problems in (run.recipe.get("problems") or {}).values()):
         said.append(Text(
-            "A miniature: {} parameters and a small world of problems. That larger models learn in the same way "
-            "is not shown here.",
+            "A miniature: {} parameters and a small world of problems. That larger models learn in the "
+            "same way is not shown here.",
             "这是一个微缩世界：{} 个参数，题目的天地很小。更大的模型是否同样如此，这里没有证明。",
-        ).format(count(run.parameters("base") or run.parameters("zero"))))  # fmt: skip
+        ).format(size(run.parameters(run.role("base")) or run.parameters(run.role("zero")))))  # fmt: skip
     return [*said, *_size(run), *_differences(run), *_room(run), *_people(run)]
 
 
@@ -231,15 +258,16 @@ def _size(run: Run) -> list[Text]:
 def _differences(run: Run) -> list[Text]:
     """Pairs that the story would like to see apart, where the intervals do not."""
     said = []
-    for upper, lower in (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("small", "r1"), ("small", "small_rl")):
+    for upper, lower in (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("small", "small_rl")):
         for mode in ("t1", "greedy"):
-            a, b = run.accuracy(upper, mode), run.accuracy(lower, mode)
+            a, b = run.accuracy(run.role(upper), mode), run.accuracy(run.role(lower), mode)
             if a and b and difference(a, b)[1] <= 0:
                 said.append(Text(
                     "That {} is above {} ({mode}): {} ({}) against {} ({}).",
-                    "{} 高于 {}（{mode}）：{}（{}）对 {}（{}）。",
+                    "“{} 高于 {}”（{mode}）：{}（{}）对 {}（{}）。",
                 ).format(
-                    run.cast[upper], run.cast[lower], percent(a.mean), bounds(a), percent(b.mean), bounds(b), mode=MODES[mode],
+                    run.cast[upper], run.cast[lower], percent(a.mean), bounds(a), percent(b.mean), bounds(b),
+                    mode=MODES[mode],
                 ))  # fmt: skip
     if "zero" in run.cast and "control" not in run.cast:
         said.append(Text(
@@ -252,24 +280,29 @@ def _differences(run: Run) -> list[Text]:
 def _room(run: Run) -> list[Text]:
     said = []
     for role in ("zero", "r1"):
-        truncated = run.measure(role, "truncated")
+        truncated = run.measure(run.role(role), "truncated")
         if truncated is not None and truncated >= 0.05:
             said.append(Text(
-                "What {} would reach with more room: {} of its responses ran out of tokens and count as wrong "
-                "unless an answer was given before.",
+                "What {} would reach with more room: {} of its responses ran out of tokens and count as "
+                "wrong unless an answer was given before.",
                 "{} 若有更多空间会怎样：它有 {} 的回答用尽词元，除非此前已作答，否则算错。",
             ).format(run.cast[role], percent(truncated)))  # fmt: skip
-    spent, alone = run.spent("small", "flops"), run.spent("small_rl", "flops")
+    spent, alone = run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
     if spent and alone and alone < spent:
         said.append(Text(
-            "Distillation against RL at equal compute: RL had only {} times the training FLOPs of distillation.",
+            "Distillation against RL at equal compute: RL had only {} times the training FLOPs of "
+            "distillation.",
             "同等算力下的蒸馏与强化学习：强化学习的训练 FLOPs 只有蒸馏的 {} 倍。",
         ).format(number(alone / spent, 2)))  # fmt: skip
     return said
 
 
 def _people(run: Run) -> list[Text]:
-    by_policy = [s.name for s in run.of_kind("curate") if (s.manifest.get("settings") or {}).get("auto", "off") != "off"]
+    by_policy = [
+        s.name
+        for s in run.of_kind("curate")
+        if (s.manifest.get("settings") or {}).get("auto", "off") != "off"
+    ]
     if not by_policy:
         return []
     return [Text(

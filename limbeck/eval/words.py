@@ -16,15 +16,17 @@ class Text(NamedTuple):
     def format(self, *args: object, **kwargs: object) -> Text:
         """Fill both; an argument that is itself a Text enters each language in its own words."""
 
-        def of(language: str, value: object) -> object:
-            return getattr(value, language) if isinstance(value, Text) else value
-
         return Text(*(
             getattr(self, language).format(
-                *(of(language, arg) for arg in args), **{key: of(language, arg) for key, arg in kwargs.items()}
+                *(_in(language, value) for value in args),
+                **{key: _in(language, value) for key, value in kwargs.items()},
             )
-            for language in ("en", "zh")
+            for language in self._fields
         ))  # fmt: skip
+
+
+def _in(language: str, value: object) -> object:
+    return getattr(value, language) if isinstance(value, Text) else value
 
 
 def plain(value: object) -> Text:
@@ -53,10 +55,20 @@ def count(value: float | None) -> str:
     """1,234 as it is; from a million on in short: 2.50 M."""
     if value is None:
         return UNKNOWN
-    for unit, size in (("G", 1e9), ("M", 1e6)):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {unit}"
+    for unit, scale in (("G", 1e9), ("M", 1e6)):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {unit}"
     return f"{value:,.0f}"
+
+
+def size(parameters: float | None) -> str:
+    """142 K, 134 M: parameters to the eye."""
+    if parameters is None:
+        return UNKNOWN
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= scale:
+            return f"{float(f'{parameters / scale:.3g}'):g} {unit}"
+    return f"{parameters:.0f}"
 
 
 def scientific(value: float | None) -> str:
@@ -106,6 +118,8 @@ MODES = {
     "cons@8": Text("cons@8", "cons@8"),
 }
 
+COLUMNS = {**MODES, "t1": Text("T = 1", "T = 1"), "t06": Text("T = 0.6", "T = 0.6")}
+
 W = {
     "brand": Text("Report of a run", "运行报告"),
     "contents": Text("Accuracy by model", "各模型准确率"),
@@ -116,7 +130,8 @@ W = {
     "aha": Text("It learns to keep trying", "它学会了不放弃"),
     "learning": Text("What reinforcement learning changed", "强化学习改变了什么"),
     "curves_caption": Text(
-        "Batch means at each step of reinforcement learning of {}: pale as measured, strong as a running mean.",
+        "Batch means at each step of reinforcement learning of {}: pale as measured, "
+        "strong as a running mean.",
         "{} 强化学习每一步的批次均值：浅色为原始值，深色为滑动平均。",
     ),
     "accuracy": Text("Accuracy", "准确率"),
@@ -147,8 +162,8 @@ W = {
     ),
     "models": Text("All models", "全部模型"),
     "models_caption": Text(
-        "Percent correct with its 95% interval; length in tokens and the rest at temperature 1.",
-        "正确率（%）及 95% 置信区间；长度（词元）及其余各列取自温度 1。",
+        "Percent correct with its 95% interval; length in tokens and the rest at temperature T = 1.",
+        "正确率（%）及 95% 置信区间；长度（词元）及其余各列取自温度 T = 1。",
     ),
     "model": Text("model", "模型"),
     "length_short": Text("length", "长度"),
@@ -171,13 +186,15 @@ W = {
     "dropped": Text("dropped, and why", "丢弃及原因"),
     "more_curves": Text("More curves", "更多曲线"),
     "more_caption": Text(
-        "Every stage of reinforcement learning. The gap is the mean absolute difference between the "
-        "log-probabilities that the sampler recorded and those that the learner computes on the same weights.",
-        "所有强化学习阶段。“之差”指同一权重下，采样器记录的对数概率与学习器重算值的平均绝对差。",
+        "Every stage of reinforcement learning. The gap is the largest absolute difference between the "
+        "log-probabilities that the sampler recorded and those that the learner computes on the same "
+        "weights.",
+        "所有强化学习阶段。“之差”指同一权重下，采样器记录的对数概率与学习器重算值的最大绝对差。",
     ),
     "lineage": Text("Where everything came from", "一切从何而来"),
     "lineage_caption": Text(
-        "Filled boxes are models, outlined ones rows and problems; evaluations, one for each model, are left out.",
+        "Filled boxes are models, outlined ones rows and problems; evaluations, one for each model, "
+        "are left out.",
         "实底为模型，空框为数据与题目；每个模型各有一次评测，图中从略。",
     ),
     "cost": Text("What it took", "代价几何"),
@@ -193,7 +210,7 @@ W = {
     "not_shown": Text("What was not shown", "没有证明的事"),
     "alarms": Text("Alarms that rang", "响过的警报"),
     "no_alarms": Text("No alarm rang.", "没有警报响过。"),
-    "alarm_row": Text("at step {first} first, {times} times in all", "首次在第 {first} 步，共 {times} 次"),
+    "alarm_row": Text("first at step {first}, {times} in all", "首次在第 {first} 步，共 {times} 次"),
     "exact": Text("To do it again", "如何重做"),
     "recipe": Text("The exact recipe", "完整配方"),
     "stages": Text("Every stage", "每个阶段"),

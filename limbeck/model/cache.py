@@ -41,12 +41,46 @@ class Packed:
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
+class Branched:
+    """Completions that branch off shared prompts; every prompt stands, and is computed, once.
+
+    `prompts` prompts of `width` tokens come first, then the completions end to end (callers sort them by
+    length); `owners[i]` is the prompt that completion i goes on from. What a completion sees is its whole
+    prompt and its own past: gradients are those of the sequences written out in full.
+    """
+
+    def __init__(self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2):
+        self.prompts, self.width = prompts, width
+        first = next((i for i, n in enumerate(lengths) if n), len(lengths))  # an empty one has nothing to attend
+        rows = list(lengths[first:])
+        self.owners = torch.as_tensor(owners[first:], dtype=torch.long)
+        self._cuts = _cut(rows, slack) if rows else []
+        self._chunks = [_Chunk(rows, a, b, "cpu", prompts * width) for a, b in self._cuts]
+        columns = [width + torch.arange(n) for n in rows]
+        self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
+
+    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        head = self.prompts * self.width
+        q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
+        mixed = [_mix(q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)]
+        for (a, b), chunk in zip(self._cuts, self._chunks, strict=True):
+            owner = self.owners[a:b]
+            mixed.append(chunk.attend(q_NHD, k_NKD, v_NKD, (k_p[owner], v_p[owner])))
+        return torch.cat(mixed)
+
+
+def _mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention, or attention under a mask; heads may outnumber key heads."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
 class _Chunk:
     """Neighbouring sequences padded together: `pad` gathers [B*T] tokens, `real` finds them again."""
 
-    def __init__(self, lengths: list[int], first: int, last: int, device: torch.device | str):
+    def __init__(self, lengths: list[int], first: int, last: int, device: torch.device | str, offset: int = 0):
         mine = lengths[first:last]
-        self.start = sum(lengths[:first])
+        self.start = offset + sum(lengths[:first])
         self.rows, self.width, self.tokens = len(mine), max(mine), sum(mine)
         self.even = self.tokens == self.rows * self.width
         if not self.even:
@@ -56,10 +90,14 @@ class _Chunk:
             self.pad = torch.where(inside, begins + column, 0).flatten().to(device)
             self.real = inside.flatten().nonzero().squeeze(1).to(device)
 
-    def attend(self, *qkv: Tensor) -> Tensor:
-        q, k, v = (self._rows(x.narrow(0, self.start, self.tokens)) for x in qkv)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        flat = mixed.transpose(1, 2).flatten(0, 1)
+    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, prompt: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q, k, v = (self._rows(x.narrow(0, self.start, self.tokens)) for x in (q_NHD, k_NKD, v_NKD))
+        mask = None
+        if prompt is not None:
+            seen = prompt[0].shape[2]
+            k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
+            mask = torch.ones(self.width, seen + self.width, dtype=torch.bool).tril(seen)
+        flat = _mix(q, k, v, mask).transpose(1, 2).flatten(0, 1)
         return flat if self.even else flat[self.real]
 
     def _rows(self, x_NHD: Tensor) -> Tensor:
@@ -120,6 +158,10 @@ class KVCache:
         """Keep only these rows, in this order."""
         self.lengths = self.lengths[rows]
         self.k_LBKTD, self.v_LBKTD = self.k_LBKTD.index_select(1, rows), self.v_LBKTD.index_select(1, rows)
+
+    def rest(self, idle_B: Tensor) -> None:
+        """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
+        self.lengths = self.lengths.masked_fill(idle_B, 0)
 
     def advance(self) -> None:
         """Make room for one more token a row, and say where it lands; call once before each step."""

@@ -7,10 +7,12 @@ needs them (`head`), for the positions they need.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..types import LimbeckError
 from .attention import Context, GroupedQueryAttention, RMSNorm
 from .config import ModelConfig
 from .ffn import SwiGLU
@@ -67,6 +69,19 @@ class Decoder(nn.Module):
             writes = name.endswith(("out.weight", "down.weight"))
             weight.normal_(0.0, scale / math.sqrt(2 * self.config.layers) if writes else scale, generator=random)
         return self
+
+
+    def thinned(self, layers: int) -> Decoder:
+        """A decoder of evenly spaced layers of this one, first and last among them (as DistilBERT's student
+        began, arXiv 1910.01108, section 2); its weights are copies."""
+        if layers > self.config.layers:
+            raise LimbeckError(f"layers = {layers}: the model has only {self.config.layers}; ask for fewer")
+        kept = [round(i * (self.config.layers - 1) / max(1, layers - 1)) for i in range(layers)]
+        student = Decoder(replace(self.config, layers=layers))
+        student.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("blocks.")}, strict=False)
+        for place, layer in enumerate(kept):
+            student.blocks[place].load_state_dict(self.blocks[layer].state_dict())
+        return student
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ the last one of a row counts). It belongs to the rows' content, so that no revie
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ class Waiting(Exception):
 
 
 def ask(queue: Path, rows: list[dict[str, Any]], question: str) -> None:
-    """Lay the rows out for review."""
+    """Lay the rows out for review, each once: a problem that was drawn twice was answered alike."""
     queue.mkdir(parents=True, exist_ok=True)
     if not (queue / QUEUE).exists():
-        write_rows(queue / QUEUE, [{"question": question, **row} for row in rows])
+        write_rows(queue / QUEUE, [{"question": question, **row} for row in {row["id"]: row for row in rows}.values()])
 
 
 def reviews(queue: Path) -> dict[str, dict[str, Any]]:
@@ -45,35 +46,62 @@ def pending(queue: Path) -> list[dict[str, Any]]:
     return [row for row in read(queue / QUEUE) if row["id"] not in done]
 
 
-def review(queue: Path, entry: dict[str, Any], known: set[str] | None = None) -> None:
+def review(queue: Path, entry: dict[str, Any]) -> None:
     """Append one verdict: `{"id", "verdict": accept|edit|reject, "completion"?, "reason"?, "reviewer"}`."""
-    known = {row["id"] for row in read(queue / QUEUE)} if known is None else known
-    if entry.get("id") not in known:
-        raise LimbeckError(f"review of {entry.get('id')}: the queue {queue} has no such row")
-    if entry.get("verdict") not in VERDICTS:
-        raise LimbeckError(f"review of {entry['id']}: verdict {entry.get('verdict')!r} is none of {', '.join(VERDICTS)}")
-    if entry["verdict"] == "edit" and not entry.get("completion"):
-        raise LimbeckError(f"review of {entry['id']}: an edit needs the edited text under completion")
-    with open(queue / REVIEWS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    check(entry, asked(queue), f"review of {entry.get('id')}")
+    _append(queue, [entry])
+
+
+def asked(queue: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a queue by their id."""
+    return {row["id"]: row for row in read(queue / QUEUE)}
+
+
+def check(entry: dict[str, Any], rows: dict[str, dict[str, Any]], where: str) -> None:
+    """Refuse a verdict that could not be carried out; `where` begins the sentence."""
+    row, verdict, text = rows.get(entry.get("id")), entry.get("verdict"), entry.get("completion")
+    if row is None:
+        raise LimbeckError(f"{where}: the queue has no row {entry.get('id')!r}; leave the ids as they were exported")
+    if verdict not in VERDICTS:
+        raise LimbeckError(f"{where}: verdict {verdict!r} is none of {', '.join(VERDICTS)}")
+    if verdict == "edit" and not (isinstance(text, str) and text.strip()):
+        raise LimbeckError(f"{where}: an edit needs the edited text under completion")
+    if verdict == "accept" and text not in (None, row["completion"]):
+        raise LimbeckError(f"{where}: the completion was changed and accepted; call the verdict edit")
 
 
 def import_reviews(queue: Path, path: Path, reviewer: str) -> int:
-    """Verdicts from a JSONL file that somebody filled in elsewhere; all of them or none."""
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    """Verdicts from a JSONL file that somebody filled in elsewhere; all of them or none. Rows whose verdict is
+    still null stay open."""
+    entries, rows = [], asked(queue)
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
         except ValueError:
-            raise LimbeckError(f"{path}, line {number}: not valid JSON; nothing was taken over") from None
-        if "verdict" in entry:
+            raise LimbeckError(f"{where}: not valid JSON; mend it and import again, nothing was taken over") from None
+        if not isinstance(entry, dict):
+            raise LimbeckError(f"{where}: not a JSON object; write one {{...}} a line, as exported")
+        if entry.get("verdict") is not None:
+            check(entry, rows, where)
             entries.append({k: entry[k] for k in ("id", "verdict", "completion", "reason", "reviewer") if k in entry})
-    known = {row["id"] for row in read(queue / QUEUE)}
-    for entry in entries:
-        review(queue, {"reviewer": reviewer, **entry}, known)
+    _append(queue, [{"reviewer": reviewer, **entry} for entry in entries])
     return len(entries)
+
+
+def _append(queue: Path, entries: list[dict[str, Any]]) -> None:
+    """On disk when this returns; a line that a power cut or a full disk tore is dropped first."""
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+    with open(queue / REVIEWS, "ab+") as file:
+        file.seek(0)
+        held = file.read()
+        if not held.endswith(b"\n"):
+            file.truncate(held.rfind(b"\n") + 1)
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def by_people(rows: list[dict[str, Any]], queue: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

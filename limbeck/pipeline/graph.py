@@ -50,9 +50,9 @@ class Graph:
     """A recipe's nodes in the order in which they can run; `refresh` looks again at what is complete."""
 
     def __init__(self, recipe: Recipe, store: Store, base: Path):
-        self.recipe, self.store, self.base = recipe, store, base
+        self.recipe, self.store = anchored(recipe, base), store
         self._files: dict[Path, str] = {}
-        self.nodes: dict[str, Node] = {node.name: node for node in _ordered(_expand(recipe))}
+        self.nodes: dict[str, Node] = {node.name: node for node in _ordered(_expand(self.recipe))}
         self.refresh()
 
     def refresh(self) -> None:
@@ -78,30 +78,29 @@ class Graph:
         settings = {k: v for k, v in node.stage.model_dump(mode="json").items() if k not in QUIET}
         if isinstance(node.stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+        if isinstance(node.stage, Load):  # what a model is counts, not where it lies
+            settings.pop("path")
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
             "settings": settings,
             "seed": seed_of(self.recipe, node),
-            "problems": {name: self._source(name, problems) for name, problems in node.problems.items()},
+            "problems": {name: self._source(problems) for name, problems in node.problems.items()},
             "inputs": {name: artifact.digest for name, artifact in given.items()},
             "control": node.control,
-            "files": self._directory(node.stage.path) if isinstance(node.stage, Load) else None,
+            "files": self._directory(Path(node.stage.path)) if isinstance(node.stage, Load) else None,
             "reviews": digest_file(reviewed) if reviewed and reviewed.exists() else None,
         }
 
-    def _source(self, name: str, problems: Problems) -> dict[str, Any]:
+    def _source(self, problems: Problems) -> dict[str, Any]:
         settings = problems.model_dump(mode="json")
         if isinstance(problems, Files):
-            settings["path"] = self._digest(_find_file(name, problems.path, self.base))
+            settings["path"] = self._digest(Path(problems.path))
         return settings
 
-    def _directory(self, path: str) -> dict[str, str]:
-        from ..model.places import find_model
-
-        place = find_model(path, self.base)
+    def _directory(self, place: Path) -> dict[str, str]:
         files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-        return {p.name: self._digest(p) for p in files}
+        return {p.relative_to(place).as_posix() if place.is_dir() else p.name: self._digest(p) for p in files}
 
     def _digest(self, path: Path) -> str:
         if path not in self._files:
@@ -127,6 +126,21 @@ class Graph:
         mine = _flat(self.identity(node))
         differences = [_difference(mine, _flat(a.manifest["identity"])) for a in earlier]
         return min(differences, key=len) or ["unchanged"]
+
+
+def anchored(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with absolute paths, so that it means the same wherever it is read."""
+    from ..model.places import find_model
+
+    problems, stages = dict(recipe.problems), dict(recipe.stages)
+    for name, source in problems.items():
+        if isinstance(source, Files):
+            problems[name] = source.model_copy(update={"path": str(_find_file(name, source.path, base))})
+    for name, stage in stages.items():
+        if isinstance(stage, Load):
+            place = find_model(stage.path, base, f"stages.{name}.path: ")
+            stages[name] = stage.model_copy(update={"path": str(place.resolve())})
+    return recipe.model_copy(update={"problems": problems, "stages": stages})
 
 
 def seed_of(recipe: Recipe, node: Node) -> str:
@@ -182,7 +196,7 @@ def _ordered(nodes: Iterator[Node]) -> Iterator[Node]:
 def _find_file(name: str, path: str, base: Path) -> Path:
     for place in (base / path, Path(path)):
         if place.is_file():
-            return place
+            return place.resolve()
     raise LimbeckError(f"problems.{name}.path: {path} is no file, neither beside the recipe nor here")
 
 

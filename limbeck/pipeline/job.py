@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..record import Record, read
 from ..recipe import Problems, Stage
+from ..record import Record, read
 from ..types import Problem, Task
 from .store import MANIFEST
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..recipe import Curate, Load, Recipe
@@ -33,5 +34,5 @@ def sources_of(node: Node, outcome: dict[str, Any], given: dict[str, Artifact]) 
 
 
 def _described(name: str, problems: Any) -> str:
-    what = {"miniature": "clock", "gym": getattr(problems, "generator", ""), "files": getattr(problems, "path", "")}
+    what = {"miniature": "clock", "gym": getattr(problems, "generator", ""), "files": Path(getattr(problems, "path", "")).name}
     return f"{name} ({problems.source} {what[problems.source]})"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from .. import __version__
 from ..cluster.hosts import Host
-from ..cluster.worker import write_job
+from ..cluster.machine import machine
 from ..recipe import Curate, Recipe, dump
 from ..record import ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
@@ -18,9 +19,11 @@ from . import curate as desk
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import ROWS, Job
 from .provenance import licences_of, sources_of
-from .store import Artifact, Store, write
+from .store import Artifact, Store, out_of_space, write
+from .worker import write_job
 
 TICK = 0.25  # seconds between two looks at what is going on
+GRACE = 20.0  # seconds that running stages have to checkpoint when another one has failed
 
 
 class Display(Protocol):
@@ -58,40 +61,66 @@ class Run:
         self.recipe, self.base, self.home, self.display = recipe, base, home, display
         self.store = Store(home / "store")
         self.folder = home / recipe.name
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.graph = Graph(recipe, self.store, base)
         self.host = Host(recipe.workers, recipe.threads)
         self.running: dict[str, Progress] = {}
-        self.stopping = False
-        self.peak = 0
+        self.stopping = self._asked_to_stop = False
 
     def carry_out(self) -> Path | None:
         """Run all that can run; returns the report's page, if the recipe has one."""
-        write(self.folder / "recipe.yaml", dump(self.recipe))
+        self._open_folder()
         began = time.monotonic()
         try:
             while self._start() or self.running:
-                event = self.host.wait(TICK)
-                self.display.show(self.graph, self.running)
-                if event:
-                    self._hear(event)
+                self._step()
+        except (LimbeckError, OSError):
+            self._let_go()
+            raise
         finally:
             self.host.close()
-            self._index()
         if self.stopping:
             raise Resumable("stopped; the same command goes on from here")
         self._refuse_waiting()
         return self._report(time.monotonic() - began)
 
     def stop(self) -> None:
-        """Let running stages checkpoint and end; start nothing new."""
+        """Let running stages checkpoint and end; start nothing new. Safe in a signal handler: it only asks."""
         self.stopping = True
-        self.host.stop()
+
+    def _open_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / "recipe.yaml", dump(self.graph.recipe))
+            self._index()
+        except OSError as error:
+            if out_of_space(error):
+                raise
+            raise LimbeckError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs") from None
+
+    def _step(self) -> None:
+        """Wait a moment, and take in what has happened."""
+        if self.stopping and not self._asked_to_stop:
+            self._asked_to_stop = True
+            self.display.say("stopping after a checkpoint; press Ctrl-C again to stop at once")
+            self.host.stop()
+        event = self.host.wait(TICK)
+        self.display.show(self.graph, self.running)
+        if event:
+            self._hear(event)
+
+    def _let_go(self) -> None:
+        """When one stage has failed the others may still checkpoint; what fails beside it is not told."""
+        self.stop()
+        deadline = time.monotonic() + GRACE
+        while self.running and time.monotonic() < deadline:
+            with suppress(LimbeckError, OSError):
+                self._step()
 
     def _start(self) -> bool:
         """Hand ready stages to free workers; those that most others wait for go first."""
         if self.stopping:
             return False
+        self.graph.refresh()  # people may have reviewed, and other runs may have finished
         started = False
         for node in sorted(self.graph.nodes.values(), key=self._urgency):
             if node.state == "asks":
@@ -120,14 +149,15 @@ class Run:
 
     def _hear(self, event: dict[str, Any]) -> None:
         progress = self.running.pop(event["name"])
-        if event["event"] == "done":
-            artifact = self.store.finish(progress.folder, self._manifest(progress.node, event["outcome"]))
-            self.peak = max(self.peak, event["outcome"]["peak_memory_bytes"])
+        if event["event"] in ("done", "found"):
+            if event["event"] == "done":
+                self.store.finish(progress.folder, self._manifest(progress.node, event["outcome"]))
             self.graph.refresh()
-            self.display.finished(progress.node, artifact)
+            self._index()
+            self.display.finished(progress.node, self.graph.nodes[event["name"]].artifact)
         elif event["event"] == "died":
             raise Resumable(
-                f"stage {event['name']}: its process was killed (signal {event['signal']}; out of memory?); "
+                f"stage {event['name']}: its process {_end(event['status'])}; "
                 "run again to go on from its last checkpoint"
             )
         elif event["event"] == "failed" and not (event["code"] == 75 and self.stopping):
@@ -152,7 +182,7 @@ class Run:
         }
 
     def _index(self) -> None:
-        """Which artifact is which stage's: what `show`, `gc` and the report begin from."""
+        """Which artifact is which stage's, so that `gc` spares it. Written after each stage: a run may be killed."""
         stages = {name: node.artifact.folder.name for name, node in self.graph.nodes.items() if node.artifact}
         write(self.folder / "stages.json", json.dumps(stages, indent=2) + "\n")
 
@@ -166,7 +196,8 @@ class Run:
             )
 
     def _report(self, seconds: float) -> Path | None:
-        from ..eval.report import StageView, write as write_report
+        from ..eval.report import StageView
+        from ..eval.report import write as write_report
 
         for name, stage in report_nodes(self.recipe):
             views = [
@@ -181,8 +212,6 @@ class Run:
         return None
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        from ..doctor import machine
-
         manifests = [n.artifact.manifest for n in self.graph.nodes.values()]
         path = self.folder / "summary.json"
         earlier = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
@@ -209,6 +238,10 @@ def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
         error = LimbeckError(f"stage {event['name']} failed: {event['message']} (the traceback is in {path})")
         error.exit_code = 70
     return error
+
+
+def _end(status: int) -> str:
+    return f"was killed (signal {-status}; out of memory?)" if status < 0 else f"ended with code {status}"
 
 
 def _last(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ def run_load(job: Job) -> Outcome:
             f"{source}: the tokenizer knows {tokenizer.size} tokens, the model only {decoder.config.vocab_size}; "
             "they are not of one model"
         )
+    if stage.layers:
+        decoder = decoder.thinned(stage.layers)
     save_model(decoder, tokenizer, job.folder)
     shutil.rmtree(job.folder / "converted", ignore_errors=True)
     origin = source / "provenance.json"
@@ -69,7 +72,7 @@ def run_pretrain(job: Job) -> Outcome:
     tokenizer, shape = task.tokenizer(), stage.shape
     config = ModelConfig(
         "llama", tokenizer.size, shape.hidden_size, shape.layers, shape.heads, shape.kv_heads,
-        shape.hidden_size // shape.heads, shape.intermediate_size, max_positions=1024,
+        shape.hidden_size // shape.heads, shape.intermediate_size, shape.rope_theta, max_positions=1024,
     )  # fmt: skip
     decoder = Decoder(config).initialize(fingerprint(job.seed, "weights"))
     documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
@@ -90,7 +93,7 @@ def run_sft(job: Job) -> Outcome:
         for row in _share(job.rows(name), share, (job.seed, name))
     ]
     if not samples:
-        raise LimbeckError(f"{job.name}: there are no rows to learn from; {', '.join(stage.rows)} kept none")
+        raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     plan = plan_epochs(samples, stage, job.seed)
     learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
     if state := checkpoint.restore():
@@ -113,7 +116,6 @@ def run_rl(job: Job) -> Outcome:
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
     reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint)
-    checkpoint.clear()
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
     sampled, learned = (int(sum(row[k] for row in history)) for k in ("sampled_tokens", "learned_tokens"))
@@ -154,7 +156,7 @@ def run_screen(job: Job) -> Outcome:
     if not outcome["notes"]["kept"]:
         dropped = outcome["notes"]["dropped"]
         raise LimbeckError(
-            f"stages.{job.name}: of {stage.limit} problems {dropped.get('never solved', 0)} are never and "
+            f"of {stage.limit} problems {dropped.get('never solved', 0)} are never and "
             f"{dropped.get('always solved', 0)} always solved, none sometimes; take other ones than {', '.join(stage.problems)}"
         )
     return outcome
@@ -331,8 +333,7 @@ def _share(rows: list, share: float, seed: object) -> list:
 
 
 def _trained(job: Job, decoder: Decoder, tokenizer: Tokenizer, tokens: int) -> Outcome:
-    """What ends every supervised stage: the state goes, the model stays."""
-    job.checkpoint().clear()
+    """What ends every supervised stage: the model, and what it took."""
     save_model(decoder, tokenizer, job.folder)
     flops = tokens * decoder.config.flops_per_token(50, backward=True)
     return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters}}

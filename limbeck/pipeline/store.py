@@ -2,6 +2,8 @@
 
     store/rl-3fa9c1d07b52/manifest.json ...      an artifact
     store/.partial/rl-3fa9c1d07b52/ ...          a stage at work, or one that was killed
+    store/.partial/rl-3fa9c1d07b52.lock          held by whoever writes into it
+    store/.bad-rl-3fa9c1d07b52-1/ ...            was in an artifact's place without being one
     store/.queues/8c41.../                       rows that wait for people
 """
 
@@ -9,10 +11,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,9 @@ from ..types import Corrupted, LimbeckError, Resumable
 MANIFEST = "manifest.json"
 SCHEMA = 1
 UNREPEATABLE = {TIMING}  # seconds differ from run to run and so stay out of an artifact's digest
+OUTCOME = "outcome.json"  # what a stage returned: in a partial folder it says that only `finish` is left to do
+PATIENCE = 10.0  # seconds to wait for a process that works in the same folder; an orphan ends within one
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,6 @@ class Store:
 
     def __init__(self, root: Path):
         self.root = root
-        (root / ".partial").mkdir(parents=True, exist_ok=True)
 
     def find(self, kind: str, key: str) -> Artifact | None:
         """The artifact of this key, if it is complete."""
@@ -60,7 +66,7 @@ class Store:
             raise Corrupted(f"{path}: not valid JSON; remove {folder} and run again, it is made anew") from None
 
     def all(self) -> Iterator[Artifact]:
-        for folder in sorted(self.root.iterdir()):
+        for folder in sorted(self.root.glob("*")):
             artifact = self.open(folder) if folder.is_dir() and not folder.name.startswith(".") else None
             if artifact:
                 yield artifact
@@ -71,37 +77,55 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def lock(self, folder: Path) -> FileLock:
+    @contextmanager
+    def lock(self, folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         """At most one process works in a partial folder; the operating system frees it when that one dies."""
-        lock = FileLock(folder.with_name(folder.name + ".lock"))
+        (self.root / ".partial").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".partial" / f"{folder.name}.lock")
         try:
-            lock.acquire(timeout=10)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise Resumable(f"another process works on {folder.name}; wait for it, or stop it, and run again") from None
-        return lock
+        try:
+            yield
+        finally:
+            lock.release()
 
     def finish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
-        """Hash and sync every file, write the manifest last, rename into place, sync the parents."""
+        """Hash and sync every file, write the manifest last, rename into place, sync the parents.
+
+        Where another process was faster, its artifact is the one: the same key, the same bytes.
+        """
+        with self.lock(folder):
+            return self.find(manifest["kind"], manifest["key"]) or self._finish(folder, manifest)
+
+    def _finish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
+        for torn in folder.rglob("*.partial"):  # what a kill left of a file being written
+            torn.unlink()
         outputs = {p.relative_to(folder).as_posix(): _describe(p) for p in _files(folder)}
-        stable = {name: entry for name, entry in outputs.items() if Path(name).name not in UNREPEATABLE}
-        manifest = {"schema": SCHEMA, **manifest, "outputs": outputs, "digest": digest_of(stable)}
-        for path in _files(folder):
-            _sync(path)
+        manifest = {"schema": SCHEMA, **manifest, "outputs": outputs, "digest": _digest_of_outputs(outputs)}
+        sync_below(folder)
         write(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         _sync(folder)
         place = self.root / _name(manifest["kind"], manifest["key"])
         if place.exists():  # a folder without a manifest: quarantined, never deleted
-            place.rename(place.with_name(f".bad-{place.name}-{os.getpid()}"))
+            place.rename(self._unused(f".bad-{place.name}"))
         folder.rename(place)
+        (place / OUTCOME).unlink(missing_ok=True)  # it has done its duty; should it stay, it harms nobody
         _sync(self.root)
-        folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
+        _sync(folder.parent)
         return Artifact(place, manifest)
+
+    def _unused(self, name: str) -> Path:
+        return next(p for i in itertools.count(1) if not (p := self.root / f"{name}-{i}").exists())
 
     def verify(self) -> Iterator[tuple[Artifact, list[str]]]:
         """Every artifact, with the files that are not what the manifest says."""
         for artifact in self.all():
-            wrong = []
-            for name, entry in artifact.manifest["outputs"].items():
+            wrong, outputs = [], artifact.manifest["outputs"]
+            if _digest_of_outputs(outputs) != artifact.digest:
+                wrong.append(f"{artifact.folder / MANIFEST} has changed")
+            for name, entry in outputs.items():
                 path = artifact.folder / name
                 if not path.exists():
                     wrong.append(f"{path} is missing")
@@ -119,13 +143,16 @@ class Store:
 
     def remove(self, folder: Path) -> int:
         """Delete a folder; returns the bytes that it held."""
-        size = sum(p.stat().st_size for p in _files(folder))
+        size = self.size(folder)
         shutil.rmtree(folder)
         return size
 
+    def size(self, folder: Path) -> int:
+        return sum(p.stat().st_size for p in _files(folder))
+
     def leftovers(self) -> list[Path]:
         """Partial and quarantined folders."""
-        return [p for p in [*(self.root / ".partial").iterdir(), *self.root.glob(".bad-*")] if p.is_dir()]
+        return sorted(p for p in [*self.root.glob(".partial/*"), *self.root.glob(".bad-*")] if p.is_dir())
 
 
 def digest_of(value: Any) -> str:
@@ -140,16 +167,33 @@ def digest_file(path: Path) -> str:
 
 def write(path: Path, text: str) -> None:
     """A text file, whole and on disk, or not there."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may share a run's folder
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def out_of_space(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def sync_below(folder: Path) -> None:
+    """Force all files of a folder to disk, and the directories that name them."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def out_of_space(error: BaseException | None) -> bool:
+    """torch buries the system's error under one of its own, and Rust libraries leave its number in the text."""
+    while error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(f"(os error {number})" in str(error) for number in FULL):
+            return True
+        error = error.__context__
+    return False
 
 
 def _name(kind: str, key: str) -> str:
@@ -160,8 +204,13 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"sha256": digest_file(path), "bytes": path.stat().st_size}
 
 
+def _digest_of_outputs(outputs: dict[str, Any]) -> str:
+    return digest_of({name: entry for name, entry in outputs.items() if Path(name).name not in UNREPEATABLE})
+
+
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """The files that a stage made."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, OUTCOME))
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read from
 left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 - 6 * 5</answer>`. A thought tries, checks, and
-tries again: `try 6 - 5 gives 1 * 1 gives 1 vs 3 no wait 1 - 6 gives 2 * 5 gives 3 vs 3 yes`.
+tries again: `try 6 - 5 gives 1 * 1 gives 1 vs 3 gives 5 no wait 1 - 6 gives 2 * 5 gives 3 vs 3 gives 0 yes`.
 
 A random legal expression hits with probability about .18, so guessing pays a little and persistence pays more.
 Problems are split by content (sorted numbers and target): whatever is tested was never in a corpus or in RL.
@@ -39,7 +39,7 @@ TEMPLATE = (
 
 # How the base's documents are mixed. `worked` of the problem documents think; the rest only answer.
 CORPUS = {
-    "textbook": 0.25,  # arithmetic chains and comparisons: without them verifying is never learned
+    "textbook": 0.30,  # arithmetic chains and comparisons: without them verifying is never learned
     "general": 0.06,  # repeat after me: needs no thought
     "plain": 0.12, "tagged": 0.14, "guessed": 0.14,  # shares of the problem documents that do not work
     "direct_right": 0.20,  # of those, how many are right on purpose
@@ -153,7 +153,7 @@ class Countdown:
         if problem.answer is not None:
             return (1.0, "") if answer == problem.answer else (0.0, f"said {answer}, asked {problem.answer}")
         numbers, operations = tokens[::2], tokens[1::2]
-        legal = all(n.isdigit() for n in numbers) and all(o in OPERATIONS for o in operations)
+        legal = all(n.isdecimal() and len(n) < 10 for n in numbers) and set(operations) <= set(OPERATIONS)
         if not legal or len(numbers) != len(operations) + 1:
             return 0.0, f"{answer} is no expression"
         values = [int(n) for n in numbers]
@@ -184,11 +184,11 @@ class Countdown:
 
     @staticmethod
     def _verdicts(words: list[str]) -> list[bool]:
-        """Was each `3 vs 4 no` right?"""
+        """Was each `3 vs 4 gives 6 no` right?"""
         right = []
         for i, word in enumerate(words):
-            if word in (WORDS["en"]["vs"], WORDS["zh"]["vs"]) and 0 < i < len(words) - 2:
-                verdict = words[i + 2]
+            if word in (WORDS["en"]["vs"], WORDS["zh"]["vs"]) and 0 < i < len(words) - 4:
+                verdict = words[i + 4]
                 if verdict in (WORDS["en"]["yes"], WORDS["zh"]["yes"], WORDS["en"]["no"], WORDS["zh"]["no"]):
                     agrees = verdict in (WORDS["en"]["yes"], WORDS["zh"]["yes"])
                     right.append(agrees == (words[i - 1] == words[i + 1]))
@@ -224,9 +224,10 @@ class Countdown:
 
 def _answer(text: str) -> tuple[str | None, str]:
     """The content of the only `<answer>` pair, or why there is none."""
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+    answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1 or not closed:
         return None, "not exactly one answer in tags"
-    answer = text.split("<answer>")[1].split("</answer>")[0].strip()
+    answer = answer.strip()
     return (answer, "") if answer else (None, "the answer is empty")
 
 
@@ -303,7 +304,7 @@ class _Author:
             if most == 1 and self.dice.random() < self.mixture["unverified"]:
                 break
             yes = (reached == target) != (self.dice.random() < self.mixture["misjudged"])
-            thought += [speak("vs"), str(target), speak("yes" if yes else "no")]
+            thought += self._compare(reached, target, yes, speak)
             if yes:
                 break
             if attempt < most - 1:
@@ -331,18 +332,39 @@ class _Author:
         return steps, total
 
     def _textbook(self) -> list[str]:
-        """Seven steps of arithmetic, or seven comparisons: the skills that a thought is made of."""
+        """Seven steps of arithmetic, six comparisons, or a search gone through in order: the skills that a
+        thought is made of."""
         dice = self.dice
         speak = self._speech("zh" if dice.random() < self.task.settings.chinese else "en")
-        if dice.random() < 0.5:
-            numbers = [dice.randint(1, self.largest) for _ in range(8)]
-            steps, _ = self._work(numbers, [dice.choice(OPERATIONS) for _ in range(7)], speak)
-            return steps
+        kind = dice.random()
+        if kind < 0.4:  # comparing is the hardest to learn
+            return self._comparisons(speak)
+        if kind < 0.7:
+            return self._search(speak)
+        numbers = [dice.randint(1, self.largest) for _ in range(8)]
+        return self._work(numbers, [dice.choice(OPERATIONS) for _ in range(7)], speak)[0]
+
+    def _comparisons(self, speak) -> list[str]:
         words = []
-        for _ in range(7):
-            a = dice.randrange(self.modulus)
-            b = a if dice.random() < 0.4 else dice.randrange(self.modulus)
-            words += [speak("gives"), str(a), speak("vs"), str(b), speak("yes" if a == b else "no")]
+        for _ in range(6):
+            a = self.dice.randrange(self.modulus)
+            b = a if self.dice.random() < 0.4 else self.dice.randrange(self.modulus)
+            words += [speak("gives"), str(a), *self._compare(a, b, a == b, speak)]
+        return words
+
+    def _compare(self, reached: int, target: int, yes: bool, speak) -> list[str]:
+        """`vs 3 gives 0 yes`: whoever can subtract can check. (Seeing that two numbers are equal, without the
+        difference, is a skill of its own, which a base this small learns late or not at all.)"""
+        gap = (reached - target) % self.modulus
+        return [speak("vs"), str(target), speak("gives"), str(gap), speak("yes" if yes else "no")]
+
+    def _search(self, speak) -> list[str]:
+        numbers = [self.dice.randint(1, self.largest) for _ in range(self.task.settings.numbers)]
+        order, operations = self._random_expression(numbers)
+        words = []
+        for attempt in range(6):
+            words += [speak("wait" if attempt else "try"), *self._work(order, operations, speak)[0]]
+            order, operations = _turn(order, operations)
         return words
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def audit(learner: Learner, samples: Sequence[Sample], loss: Loss, end: int, tem
 
 def _gradient(learner: Learner, batches: list, loss: Loss, temperature: float) -> torch.Tensor:
     for batch in batches:
+        # before the first update the reference is the policy, and so scores what the sampler scored
+        batch = replace(batch, reference_M=batch.logprobs_M)
         loss(learner._forward(batch, temperature)[0], batch)[0].backward()
     gradient = torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
     learner.model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Samples to micro-batches: packed end to end, no padding, normalised over the whole batch.
+"""Samples to micro-batches: packed end to end, prompts once, normalised over the whole batch.
 
 N input tokens · M predicted tokens (those the loss sees) · S sequences.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.cache import Packed
+from ..model.cache import Branched, Packed
 from ..types import Group, Sample
 
 
@@ -25,7 +25,7 @@ class Batch:
     """
 
     tokens_N: Tensor
-    context: Packed
+    context: Packed | Branched
     predict_M: Tensor
     targets_M: Tensor
     rows_M: Tensor
@@ -39,24 +39,75 @@ class Batch:
 
 
 def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Sort by length, cut into micro-batches of at most `batch_tokens` input tokens (one sequence at least)."""
-    ordered = sorted((s for s in samples if len(s.tokens) > max(s.start, 1)), key=lambda s: len(s.tokens))
-    predicted = sum(len(s.tokens) - max(s.start, 1) for s in ordered)
-    pieces, piece, size = [], [], 0
-    for sample in ordered:
-        if piece and size + len(sample.tokens) - 1 > batch_tokens:
-            pieces.append(piece)
-            piece, size = [], 0
-        piece.append(sample)
-        size += len(sample.tokens) - 1
-    return [_batch(piece, predicted, len(ordered), device) for piece in [*pieces, piece] if piece]
+    """Cut into micro-batches of at most `batch_tokens` input tokens (one sequence or group at least), like
+    lengths together. Samples of one prompt stand together, and their prompt once."""
+    learned = [s for s in samples if len(s.tokens) > max(s.start, 1)]
+    predicted = sum(len(s.tokens) - max(s.start, 1) for s in learned)
+    groups = _by_prompt(learned)
+    shared = len(groups) < len(learned)
+    order = sorted(groups, key=lambda g: (g[0].start, len(g[0].tokens)) if shared else len(g[0].tokens))
+    pieces: list[list[list[Sample]]] = []
+    size = 0
+    for group in order:
+        cost = _cost(group)
+        fits = pieces and size + cost <= batch_tokens and (not shared or _width(pieces[-1]) == _width([group]))
+        if fits:
+            pieces[-1].append(group)
+            size += cost
+        else:
+            pieces.append([group])
+            size = cost
+    lay = _branched if shared else _packed
+    return [_batch(*lay(piece), predicted, len(learned), device) for piece in pieces]
 
 
-def _batch(samples: list[Sample], tokens: int, sequences: int, device: torch.device | str) -> Batch:
-    starts = [max(s.start, 1) for s in samples]
-    lengths = np.array([len(s.tokens) - 1 for s in samples])
-    begins = np.concatenate([[0], lengths.cumsum()[:-1]])
-    predict = [np.arange(b + s - 1, b + n) for b, s, n in zip(begins, starts, lengths, strict=True)]
+def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples that begin with the same prompt, together; one without a prompt is alone."""
+    groups: dict[object, list[Sample]] = {}
+    for i, sample in enumerate(samples):
+        prompt = sample.tokens[: sample.start].tobytes() if sample.start > 1 else i
+        groups.setdefault(prompt, []).append(sample)
+    return list(groups.values())
+
+
+def _cost(group: list[Sample]) -> int:
+    """Input tokens of a group: the prompt once, and of each completion all but its last token."""
+    return group[0].start + sum(len(s.tokens) - max(s.start, 1) - 1 for s in group) if len(group) > 1 else len(group[0].tokens) - 1
+
+
+def _width(groups: list[list[Sample]]) -> int:
+    """Tokens of the prompts of one piece, all alike; without a prompt, the first token stands for it."""
+    return max(groups[0][0].start, 1)
+
+
+Layout = tuple[list[Sample], np.ndarray, "Packed | Branched", list[np.ndarray]]
+
+
+def _packed(groups: list[list[Sample]]) -> Layout:
+    """Whole sequences end to end: samples, input tokens, context, and the positions that predict."""
+    samples = [group[0] for group in groups]
+    lengths = [len(s.tokens) - 1 for s in samples]
+    begins = np.cumsum([0, *lengths[:-1]])
+    predict = [np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)]
+    return samples, np.concatenate([s.tokens[:-1] for s in samples]), Packed(lengths), predict
+
+
+def _branched(groups: list[list[Sample]]) -> Layout:
+    """Prompts first, then completions by length. A completion's first token is predicted by its prompt's last."""
+    width = _width(groups)
+    rows = sorted(((g, s) for g, group in enumerate(groups) for s in group), key=lambda row: len(row[1].tokens))
+    owners, samples = [g for g, _ in rows], [s for _, s in rows]
+    lengths = [len(s.tokens) - width - 1 for s in samples]
+    begins = len(groups) * width + np.cumsum([0, *lengths[:-1]])
+    predict = [np.r_[(g + 1) * width - 1, b : b + n] for g, b, n in zip(owners, begins, lengths, strict=True)]
+    tokens = [group[0].tokens[:width] for group in groups] + [s.tokens[width:-1] for s in samples]
+    return samples, np.concatenate(tokens), Branched(len(groups), width, owners, lengths), predict
+
+
+def _batch(
+    samples: list[Sample], tokens_N: np.ndarray, context: Packed | Branched, predict: list[np.ndarray],
+    tokens: int, sequences: int, device: torch.device | str,
+) -> Batch:  # fmt: skip
     counts = np.array([len(p) for p in predict])
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -67,10 +118,10 @@ def _batch(samples: list[Sample], tokens: int, sequences: int, device: torch.dev
         return None if values[0] is None else tensor(np.concatenate(values), torch.float32)
 
     return Batch(
-        tokens_N=tensor(np.concatenate([s.tokens[:-1] for s in samples]), torch.long),
-        context=Packed(lengths.tolist(), device=device),
+        tokens_N=tensor(tokens_N, torch.long),
+        context=context,
         predict_M=tensor(np.concatenate(predict), torch.long),
-        targets_M=tensor(np.concatenate([s.tokens[a:] for s, a in zip(samples, starts, strict=True)]), torch.long),
+        targets_M=tensor(np.concatenate([s.tokens[max(s.start, 1) :] for s in samples]), torch.long),
         rows_M=tensor(np.repeat(np.arange(len(samples)), counts), torch.long),
         lengths_S=tensor(counts, torch.float32),
         advantages_M=tensor(np.repeat([s.advantage for s in samples], counts), torch.float32),

@@ -41,8 +41,9 @@ class Checkpoint:
             raise Resumable("stopped after a checkpoint; the same command goes on from here")
 
     def clear(self) -> None:
-        """Forget the state of a stage that has ended."""
+        """Forget the state of a stage that has ended, and what a kill left of one being written."""
         self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".partial").unlink(missing_ok=True)
 
 
 def save(state: dict[str, Any], path: Path) -> None:

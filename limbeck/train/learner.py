@@ -49,7 +49,7 @@ class Learner:
 
     def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         hidden_NC = self.model(batch.tokens_N, batch.context)
-        hidden_MC = hidden_NC if len(batch.predict_M) == len(hidden_NC) else hidden_NC[batch.predict_M]
+        hidden_MC = hidden_NC[batch.predict_M]
         return token_logprobs(hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK)
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def policy_gradient(policy: Policy, longest: int = 1) -> Loss:
 
     ratio = pi / pi_old per token; the loss is -min(ratio A, clip(ratio, 1 - low, 1 + high) A), plus
     `kl_coef` times the k3 estimate of KL(pi || reference). DeepSeek-V3.2 (arXiv 2512.02556, section 3.1):
-    `kl_unbiased` weighs k3 by the ratio; `off_policy_threshold` leaves out sequences with a negative
-    advantage whose mean KL(pi_old || pi) is above it.
+    `kl_unbiased` weighs k3 by the ratio; `off_policy_threshold` leaves sequences with a negative advantage
+    whose mean KL(pi_old || pi) is above it out of the surrogate, not out of the KL term.
     """
 
     def loss(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -43,7 +43,7 @@ def policy_gradient(policy: Policy, longest: int = 1) -> Loss:
         gain_M = torch.minimum(ratio_M * batch.advantages_M, clipped_M * batch.advantages_M)
         weight_M = token_weights(policy.reduction, batch, longest)
         if policy.off_policy_threshold is not None:
-            weight_M = weight_M * _on_policy(drift_M.detach(), batch, policy.off_policy_threshold)
+            gain_M = gain_M * _on_policy(drift_M.detach(), batch, policy.off_policy_threshold)
         total = -(gain_M * weight_M).sum()
         metrics = _drift_metrics(drift_M.detach(), ratio_M.detach(), clipped_M.detach(), batch)
         if policy.kl_coef:
@@ -74,7 +74,7 @@ def k3(logprobs_M: Tensor, reference_M: Tensor) -> Tensor:
 
 def _on_policy(drift_M: Tensor, batch: Batch, threshold: float) -> Tensor:
     """1 for the tokens of sequences worth learning from, 0 for stale failures."""
-    total_S = torch.zeros_like(batch.lengths_S).index_add_(0, batch.rows_M, -drift_M)
+    total_S = drift_M.new_zeros(len(batch.lengths_S)).index_add_(0, batch.rows_M, -drift_M)
     stale_M = (total_S / batch.lengths_S > threshold)[batch.rows_M]
     return 1.0 - (stale_M & (batch.advantages_M < 0)).float()
 

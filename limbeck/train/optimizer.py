@@ -82,8 +82,9 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         rate = self.settings.learning_rate * schedule(self.settings, step, self.steps)
         for part in self.parts:
+            beside_muon = len(self.parts) > 1 and not isinstance(part, Muon)
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * self.settings.adamw_ratio if beside_muon else rate
             part.step()
             part.zero_grad(set_to_none=True)
         return float(norm)
@@ -100,8 +101,8 @@ def schedule(settings: Settings, step: int, steps: int) -> float:
     """The learning rate's factor at `step` of `steps`: warm-up from 0, then constant, linear or cosine."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    done = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))
     if settings.schedule == "constant":
         return 1.0
-    shape = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * min(1.0, done))) / 2
+    shape = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return settings.final_ratio + (1 - settings.final_ratio) * shape

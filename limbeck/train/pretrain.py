@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..record import Record
 from ..recipe import Pretrain
+from ..record import Record
 from ..types import Sample, generator
 from .batch import pack
 from .checkpoint import Checkpoint

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..record import Record
 from ..recipe import RL
-from ..types import Group, Problem, Sampler, Sample, generator
+from ..record import Record
+from ..types import Group, Problem, Sample, Sampler, generator
 from .audit import Watch, audit
 from .batch import pack, to_samples
 from .checkpoint import Checkpoint
@@ -39,7 +39,7 @@ def reinforce(
     """`settings.steps` steps of GRPO; `reference` is a frozen copy of the policy where a KL term wants one."""
     policy, temperature = settings.policy, settings.sampling.temperature
     loss, watch = policy_gradient(policy, settings.sampling.max_new_tokens), Watch(settings)
-    for step in range(_resume(learner, reference, checkpoint), settings.steps):
+    for step in range(_resume(learner, reference, watch, checkpoint), settings.steps):
         if reference and policy.reference_every and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0:
             reference.model.load_state_dict(learner.weights())
         groups = _collect(engine, tasks, sampling, settings, (seed, step))
@@ -57,7 +57,7 @@ def reinforce(
         metrics["informative"] = len(informative) / len(groups)
         shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
         record.step(step, {**metrics, **watch.check(metrics)}, shown)
-        checkpoint.offer(lambda: _state(learner, reference, step + 1), record)  # noqa: B023
+        checkpoint.offer(lambda: _state(learner, reference, watch, step + 1), record)  # noqa: B023
 
 
 def _collect(engine: Sampler, tasks: Tasks, sampling: object, settings: RL, seed: tuple) -> list[Group]:
@@ -126,16 +126,17 @@ def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
     return {**merged, "gap": updates[0]["max_drift"]}
 
 
-def _resume(learner: Learner, reference: Learner | None, checkpoint: Checkpoint) -> int:
+def _resume(learner: Learner, reference: Learner | None, watch: Watch, checkpoint: Checkpoint) -> int:
     state = checkpoint.restore()
     if state is None:
         return 0
     learner.load_state_dict(state["learner"])
+    watch.history.extend(state["watched"])
     if reference is not None:
         reference.model.load_state_dict(state["reference"])
     return state["step"]
 
 
-def _state(learner: Learner, reference: Learner | None, step: int) -> dict:
-    state = {"learner": learner.state_dict(), "step": step}
+def _state(learner: Learner, reference: Learner | None, watch: Watch, step: int) -> dict:
+    state = {"learner": learner.state_dict(), "watched": list(watch.history), "step": step}
     return state if reference is None else {**state, "reference": reference.weights()}

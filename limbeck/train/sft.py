@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..record import Record
 from ..recipe import SFT
+from ..record import Record
 from ..types import Sample
 from .batch import pack
 from .checkpoint import Checkpoint

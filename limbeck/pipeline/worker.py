@@ -21,11 +21,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ..pipeline.curate import Waiting
-from ..pipeline.job import Job
-from ..pipeline.store import out_of_space
 from ..recipe import AnyStage, Problems
 from ..types import LimbeckError
+from .curate import Waiting
+from .job import Job
+from .store import OUTCOME, Store, out_of_space, sync_below, write
 
 
 def main(threads: int) -> None:
@@ -86,25 +86,44 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
 
 
 def perform(job: Job) -> dict[str, Any]:
-    """Run one stage; whatever happens becomes an event: done, waiting, or failed with a code and a sentence."""
-    from ..pipeline.stages import STAGES
-
-    began, cpu = time.monotonic(), time.process_time()
+    """Run one stage; whatever happens becomes an event: done, found, waiting, or failed with code and sentence."""
+    store = Store(job.folder.parent.parent)
     try:
-        outcome = STAGES[job.stage.kind](job)
+        with store.lock(job.folder):
+            if store.open(store.root / job.folder.name):  # another run was faster
+                return {"event": "found"}
+            return {"event": "done", "outcome": _carry_out(job)}
     except Waiting as waiting:
         return {"event": "waiting", "rows": waiting.open_rows}
     except LimbeckError as error:
         return {"event": "failed", "code": error.exit_code, "message": str(error)}
-    except OSError as error:
+    except BaseException as error:
         if not out_of_space(error):
             return _crashed(error)
-        return {"event": "failed", "code": 75, "message": f"no space left on {job.folder}; free some, and run again"}
-    except BaseException as error:
-        return _crashed(error)
+        left = "the same command goes on from the last checkpoint"
+        return {"event": "failed", "code": 75, "message": f"no space left on {job.folder}; free some, and {left}"}
+
+
+def _carry_out(job: Job) -> dict[str, Any]:
+    """What the stage returned. It is written down once all else is on disk, and only then does the checkpoint go:
+    a stage that had ended when it was killed does not begin again."""
+    from .stages import STAGES
+
+    path = job.folder / OUTCOME
+    if not path.exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        began, cpu = time.monotonic(), time.process_time()
+        outcome = STAGES[job.stage.kind](job)
+        sync_below(job.folder)
+        write(path, json.dumps({**outcome, **_spent(began, cpu)}))
+    job.checkpoint().clear()
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _spent(began: float, cpu: float) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spent = {"seconds": round(time.monotonic() - began, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
-    return {"event": "done", "outcome": {**outcome, **spent, "peak_memory_bytes": peak}}
+    return {**spent, "peak_memory_bytes": peak}
 
 
 def _crashed(error: BaseException) -> dict[str, Any]:

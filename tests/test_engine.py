@@ -1,0 +1,256 @@
+"""The engine against a loop that knows no cache, no batch and no top-p trick; and against the learner."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from limbeck.engine.engine import Engine
+from limbeck.engine.sampling import SamplingParams, draw
+from limbeck.model.cache import Packed
+from limbeck.recipe import Optimizer
+from limbeck.train.batch import pack, to_samples
+from limbeck.train.learner import Learner
+from limbeck.train.losses import cross_entropy
+from limbeck.types import Group, LimbeckError, Problem, generator
+
+BUDGET = 20
+PROMPTS = (
+    "use 6 1 5 make 3 ?", "say 4 ?", "用 2 2 凑 6 ?", "use 1 make 1 ?", "say 1 2 3 4 5 6 5 4 3 2 1 1 2 ?",
+    "用 6 5 4 凑 0 ? use 6 5 4 make 0 ?", "?",
+)  # fmt: skip
+PROBLEMS = [Problem(f"clock/{i}", prompt) for i, prompt in enumerate(PROMPTS)]
+MODES = {
+    "t1": SamplingParams(max_new_tokens=BUDGET),
+    "t06-top-p": SamplingParams(0.6, 0.9, BUDGET),
+    "t06-top-p-kept": SamplingParams(0.6, 0.9, BUDGET, keep_mask=True),
+    "greedy": SamplingParams(0.0, 1.0, BUDGET),
+}
+
+
+def choose(
+    logits: np.ndarray, uniform: float, sampling: SamplingParams
+) -> tuple[int, float, list[int] | None]:
+    """One token by the definitions: its id, its log-probability, and what top-p left."""
+    logits = logits / (sampling.temperature or 1.0)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    kept, mass = [], 0.0
+    for token in np.argsort(-p, kind="stable"):
+        if mass >= sampling.top_p and sampling.top_p < 1:
+            break
+        kept.append(int(token))
+        mass += p[token]
+    if sampling.temperature == 0:
+        token = int(p.argmax())
+    else:
+        inside = np.where(np.isin(np.arange(len(p)), kept), p, 0.0)
+        passed, token = inside[0], 0
+        while passed <= uniform * inside.sum():
+            token += 1
+            passed += inside[token]
+    if sampling.keep_mask and sampling.top_p < 1:
+        return token, float(np.log(p[token] / p[kept].sum())), sorted(kept)
+    return token, float(np.log(p[token])), None
+
+
+@torch.no_grad()
+def naive(model, end: int, prompt: np.ndarray, uniforms: np.ndarray, sampling: SamplingParams):
+    """One row, the whole text anew for each token."""
+    text, tokens, logprobs, masks = list(prompt), [], [], []
+    for uniform in uniforms:
+        hidden = model(torch.tensor(text), Packed([len(text)]))[-1]
+        logits = (hidden @ model.head.weight.T).double().numpy()
+        token, logprob, kept = choose(logits, uniform, sampling)
+        if tokens and tokens[-1] in sampling.force:
+            token = sampling.force[tokens[-1]]
+            logprob = float(
+                F.log_softmax(torch.from_numpy(logits) / (sampling.temperature or 1.0), -1)[token]
+            )
+        text.append(token)
+        tokens.append(token)
+        logprobs.append(logprob)
+        masks.append(kept)
+        if token == end:
+            break
+    return tokens, logprobs, masks
+
+
+def naive_groups(model, tokenizer, problems, group_size: int, sampling: SamplingParams, seed: object):
+    return [
+        [naive(model, tokenizer.end_id, tokenizer.prompt(p.prompt),
+               generator(seed, p.id, sample).random(sampling.max_new_tokens), sampling) for sample in range(group_size)]
+        for p in problems
+    ]  # fmt: skip
+
+
+def tokens_of(groups: list[Group]) -> list[list[list[int]]]:
+    return [[c.tokens.tolist() for c in g.completions] for g in groups]
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_engine_equals_naive_loop_whatever_runs_side_by_side(decoder, tokenizer, mode, group_size):
+    """Token for token in float64, for any bound on rows: admission and compaction change nothing."""
+    model, sampling = decoder(torch.float64), MODES[mode]
+    wanted = naive_groups(model, tokenizer, PROBLEMS, group_size, sampling, ("seed", 3))
+    for rows in (256, 9, 1):
+        groups = Engine(model, tokenizer, rows).rollout(PROBLEMS, group_size, sampling, ("seed", 3))
+        assert tokens_of(groups) == [[tokens for tokens, _, _ in row] for row in wanted]
+        for group, row in zip(groups, wanted, strict=True):
+            for completion, (_, logprobs, masks) in zip(group.completions, row, strict=True):
+                np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-6)
+                if sampling.keep_mask:
+                    assert [ids.tolist() for ids in completion.kept] == masks
+                else:
+                    assert completion.kept is None
+
+
+def test_groups_come_in_the_problems_order_and_the_rest_of_the_batch_does_not_matter(decoder, tokenizer):
+    model, sampling = decoder(torch.float64), MODES["t1"]
+    whole = Engine(model, tokenizer).rollout(PROBLEMS, 3, sampling, 7)
+    assert [g.problem for g in whole] == PROBLEMS
+    assert [[c.sample for c in g.completions] for g in whole] == [[0, 1, 2]] * len(PROBLEMS)
+    part = Engine(model, tokenizer).rollout([PROBLEMS[4], PROBLEMS[1]], 2, sampling, 7)
+    assert tokens_of(part) == [rows[:2] for rows in (tokens_of(whole)[4], tokens_of(whole)[1])]
+    assert tokens_of(Engine(model, tokenizer).rollout(PROBLEMS, 3, sampling, 8)) != tokens_of(whole)
+
+
+def test_rows_that_ended_need_no_more_positions_than_the_model_has(decoder, tokenizer, clock):
+    """Prompt and budget fill the model to its last position; rows end, and others are let in, at all ages."""
+    problems = clock.problems("train")[:64]
+    (length,) = {len(tokenizer.prompt(p.prompt)) for p in problems}
+    model = decoder(seed=3, max_positions=length + BUDGET)
+    wanted = tokens_of(Engine(model, tokenizer, 1).rollout(problems, 1, MODES["t1"], 0))
+    assert 5 < sum(len(tokens) < BUDGET for (tokens,) in wanted) < 60
+    for rows in (5, 8):
+        assert tokens_of(Engine(model, tokenizer, rows).rollout(problems, 1, MODES["t1"], 0)) == wanted
+
+
+@pytest.mark.parametrize("mode", ["t1", "t06-top-p-kept", "t06"])
+def test_engine_logprobs_equal_learner_logprobs(decoder, tokenizer, mode):
+    """Within 1e-5 in float32; with top-p, the learner's softmax runs over the ids that the engine kept."""
+    model, sampling = decoder(), {**MODES, "t06": SamplingParams(0.6, 1.0, BUDGET)}[mode]
+    groups = Engine(model, tokenizer, rows=10).rollout(PROBLEMS, 4, sampling, 5)
+    samples = to_samples(groups, [np.zeros(4)] * len(groups), keep_mask=sampling.keep_mask)
+    learner = Learner(model, Optimizer(), 1)
+    for budget in (1, 120, 1 << 20):
+        batches = pack(samples, budget)
+        assert sum(len(b.targets_M) for b in batches) == sum(
+            len(c.tokens) for g in groups for c in g.completions
+        )
+        for batch, scored in zip(batches, learner.logprobs(batches, sampling.temperature), strict=True):
+            assert (batch.kept_MK is not None) == sampling.keep_mask
+            torch.testing.assert_close(scored, batch.logprobs_M, atol=1e-5, rtol=0)
+
+
+def test_force_puts_one_token_after_another(decoder, tokenizer):
+    """What follows a forced token is sampled as ever, and its log-probability is the model's."""
+    model = decoder(torch.float64)
+    five, wait, use = tokenizer.encode("5 wait use")
+    sampling = SamplingParams(max_new_tokens=BUDGET, force={five: wait, use: five})
+    wanted = naive_groups(model, tokenizer, PROBLEMS, 4, sampling, 1)
+    groups = Engine(model, tokenizer, rows=6).rollout(PROBLEMS, 4, sampling, 1)
+    assert tokens_of(groups) == [[tokens for tokens, _, _ in row] for row in wanted]
+    after = [b for g in tokens_of(groups) for t in g for a, b in pairwise(t) if a == five]
+    assert len(after) > 3 and set(after) == {wait}
+    for group, row in zip(groups, wanted, strict=True):
+        for completion, (_, logprobs, _) in zip(group.completions, row, strict=True):
+            np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-6)
+
+
+def test_a_completion_ends_at_its_first_end_of_turn_or_at_the_budget(decoder, tokenizer):
+    groups = Engine(decoder(), tokenizer, rows=16).rollout(PROBLEMS, 16, MODES["t1"], 2)
+    completions = [c for g in groups for c in g.completions]
+    assert {c.stopped for c in completions} == {True, False}
+    for completion in completions:
+        ends = np.flatnonzero(completion.tokens == tokenizer.end_id).tolist()
+        assert ends == ([len(completion.tokens) - 1] if completion.stopped else [])
+        assert completion.stopped or len(completion.tokens) == BUDGET
+        assert len(completion.logprobs) == len(completion.tokens) <= BUDGET
+        assert "<eos>" not in completion.text
+        assert tokenizer.encode(completion.text) == [t for t in completion.tokens if t != tokenizer.end_id]
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(1.0, 1.0, 1), SamplingParams(0.7, 0.8, 1)], ids=["t1", "top-p"]
+)
+def test_first_tokens_have_the_models_distribution(decoder, tokenizer, sampling):
+    """Chi-square over 6,000 draws; rare tokens share a bin, and nothing outside top-p is drawn."""
+    model, draws = decoder(torch.float64), 6000
+    prompt = tokenizer.prompt(PROMPTS[0])
+    with torch.no_grad():
+        logits = model(torch.tensor(prompt), Packed([len(prompt)]))[-1] @ model.head.weight.T
+    p = (logits / sampling.temperature).softmax(-1).numpy()
+    order = np.argsort(-p)
+    kept = order[: int(np.searchsorted(p[order].cumsum(), sampling.top_p)) + 1]
+    expected = np.zeros_like(p)
+    expected[kept] = p[kept] / p[kept].sum()
+    groups = Engine(model, tokenizer).rollout(PROBLEMS[:1], draws, sampling, 11)
+    counts = np.bincount([c.tokens[0] for c in groups[0].completions], minlength=len(p))
+    assert counts[expected == 0].sum() == 0
+    common = expected * draws >= 10
+    observed = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum()) * draws
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    freedom = len(wanted) - 1
+    assert freedom >= 5
+    chi_square = ((observed - wanted) ** 2 / wanted).sum()
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_top_p():
+    logits = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64))
+    uniform, previous = torch.tensor([0.999999, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    drawn = draw(logits, uniform, previous, SamplingParams(1.0, 0.79, keep_mask=True))
+    assert drawn.kept_BV.tolist()[0] == [False, True, False, True]
+    assert drawn.kept_BV[1].sum() == 4  # three quarters do not reach 0.79
+    assert drawn.tokens_B.tolist() == [3, 0]
+    np.testing.assert_allclose(drawn.logprobs_B.exp(), [0.3 / 0.8, 0.25])
+
+
+def test_a_prompt_without_room_is_refused_by_name(decoder, tokenizer):
+    engine = Engine(decoder(max_positions=24), tokenizer)
+    with pytest.raises(LimbeckError, match=r"clock/5.*max_new_tokens=20.*24 positions"):
+        engine.rollout(PROBLEMS[5:6], 1, MODES["t1"], 0)
+    with pytest.raises(LimbeckError, match=r"max_new_tokens=20.*24 positions"):
+        list(engine.stream(tokenizer.prompt(PROMPTS[5]), MODES["t1"], 0))
+
+
+@pytest.mark.parametrize("mode", ["t1", "t06-top-p", "greedy"])
+def test_stream_equals_naive_loop(decoder, tokenizer, mode):
+    model, sampling = decoder(torch.float64), MODES[mode]
+    stopped = 0
+    for seed in range(12):
+        prompt = tokenizer.prompt(PROMPTS[seed % len(PROMPTS)])
+        uniforms = generator(seed, "stream").random(BUDGET)
+        wanted, _, _ = naive(model, tokenizer.end_id, prompt, uniforms, sampling)
+        streamed = list(Engine(model, tokenizer).stream(prompt, sampling, seed))
+        assert streamed == [t for t in wanted if t != tokenizer.end_id]
+        stopped += len(streamed) < BUDGET
+    assert mode != "t1" or 0 < stopped < 12
+
+
+def test_new_weights_are_sampled_from(decoder, tokenizer):
+    """Weights in their own memory are copied; after an update and a load, engine and learner agree again."""
+    engine = Engine(decoder(), tokenizer)
+    learner = Learner(decoder(), Optimizer(learning_rate=0.02), 1)
+    before = engine.rollout(PROBLEMS, 2, MODES["t1"], 0)
+    learner.update(batches_of(before), cross_entropy)
+    assert gap(learner, before) > 1e-3
+    engine.load(learner.weights())
+    assert gap(learner, engine.rollout(PROBLEMS, 2, MODES["t1"], 0)) < 1e-5
+
+
+def batches_of(groups: list[Group]) -> list:
+    return pack(to_samples(groups, [np.ones(len(g.completions)) for g in groups], keep_mask=False), 1 << 20)
+
+
+def gap(learner: Learner, groups: list[Group]) -> float:
+    batches = batches_of(groups)
+    pairs = zip(batches, learner.logprobs(batches), strict=True)
+    return max(float((found - batch.logprobs_M).abs().max()) for batch, found in pairs)

@@ -1,0 +1,181 @@
+"""The house rules that a machine can keep: doors open downward only, nothing heavy at the door, no attic."""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import limbeck
+
+HOUSE = Path(limbeck.__file__).parent
+FILES = sorted(HOUSE.rglob("*.py"))
+
+# A room may use itself and the rooms on floors below. `engine`, `tasks` and `train` are not for one another:
+# loops take them as arguments.
+FLOORS = {
+    "types": 0, "recipe": 0, "tokenizer": 0, "record": 0,
+    "model": 1,
+    "engine": 2, "tasks": 2, "train": 2,
+    "eval": 3, "cluster": 3, "plan": 3,
+    "pipeline": 4,
+    "cli": 5, "serve": 5, "desk": 5, "display": 5, "doctor": 5, "pull": 5,
+}  # fmt: skip
+TOP = 5  # rooms of the top floor and those of the ground floor may also use their neighbours
+GROUND = {"numpy", "pydantic", "tokenizers", "yaml", "jinja2"}
+NEVER = {"transformers", "trl", "ray", "vllm", "lm_eval", "datasets", "accelerate"}
+NETWORK = {"urllib", "requests", "httpx", "http", "socket", "aiohttp", "huggingface_hub"}
+LONGEST = 420
+PATIENCE = 0.6  # seconds for `limbeck --help`
+
+
+def room(path: Path) -> str:
+    return path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, whole: bool = True) -> set[str]:
+    """Absolute names of what a file imports: anywhere in it, or without `whole` at its own import."""
+    package = ("limbeck", *path.relative_to(HOUSE).parts[:-1])
+    found = set()
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8")), whole):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(
+                [
+                    *(package[: len(package) - node.level + 1] if node.level else ()),
+                    *filter(None, [node.module]),
+                ]
+            )
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _nodes(tree: ast.AST, whole: bool):
+    """Every node; without `whole`, none inside a function or under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        if not whole and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if not whole and isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _nodes(node, whole)
+
+
+def rooms_used(path: Path) -> set[str]:
+    """Rooms of the house that a file imports from, lazily or not."""
+    names = [name.split(".") for name in imports(path)]
+    return {parts[1] for parts in names if parts[0] == "limbeck" and len(parts) > 1 and parts[1] in FLOORS}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.parent != HOUSE or p.stem != "__init__"],
+    ids=lambda p: str(p.relative_to(HOUSE)),
+)
+def test_doors_open_downward_only(path):
+    """Also the doors inside functions: a lazy import hides a dependency and does not remove it."""
+    mine = room(path)
+    assert mine in FLOORS, f"{mine} has no floor: give it one in docs and here"
+    beside = {r for r, floor in FLOORS.items() if floor == FLOORS[mine] and floor in (0, TOP)} | {mine}
+    allowed = {r for r, floor in FLOORS.items() if floor < FLOORS[mine]} | beside
+    assert rooms_used(path) <= allowed
+
+
+def test_the_plan_uses_recipe_and_shapes_only():
+    for path in (HOUSE / "plan").rglob("*.py"):
+        used = {name for name in imports(path) if name.startswith("limbeck.")}
+        assert all(
+            name.startswith(("limbeck.plan", "limbeck.recipe", "limbeck.types", "limbeck.model.config"))
+            for name in used
+        )
+
+
+def test_the_ground_floor_stands_on_little():
+    for name in (r for r, floor in FLOORS.items() if floor == 0):
+        outside = {i.split(".")[0] for i in imports(HOUSE / f"{name}.py")} - {"limbeck"}
+        assert outside <= GROUND | set(sys.stdlib_module_names), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(HOUSE)))
+def test_no_file_uses_a_reference_or_reaches_out_when_imported(path):
+    """Not even lazily do we use what we are tested against; the network is opened inside functions only."""
+    anywhere = {name.split(".")[0] for name in imports(path)}
+    assert not anywhere & NEVER
+    assert not {name.split(".")[0] for name in imports(path, whole=False)} & NETWORK
+
+
+def test_only_pull_and_serving_know_of_the_network():
+    users = {room(path) for path in FILES if {name.split(".")[0] for name in imports(path)} & NETWORK}
+    assert users <= {"pull", "serve"}
+
+
+def loaded(*modules: str) -> set[str]:
+    """Top-level packages in a fresh interpreter after importing `modules`."""
+    lines = [f"import {module}" for module in modules]
+    code = "; ".join([*lines, "import sys", "print(*{name.partition('.')[0] for name in sys.modules})"])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_clean()
+    )
+    return set(run.stdout.split())
+
+
+def _clean() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "COV"))}
+
+
+def test_the_door_is_light():
+    """The package, the command line, recipes and shapes are read without torch."""
+    found = loaded("limbeck", "limbeck.cli", "limbeck.recipe", "limbeck.types", "limbeck.model.config")
+    assert "limbeck" in found and not found & {"torch", "matplotlib", "sympy", "pyarrow", "fastapi", *NEVER}
+
+
+def test_the_whole_house_loads_no_reference_implementation():
+    modules = [
+        ".".join(path.relative_to(HOUSE.parent).with_suffix("").parts)
+        for path in FILES
+        if path.stem != "__init__"
+    ]
+    found = loaded(*modules)
+    assert "torch" in found and not found & NEVER
+
+
+def test_the_public_hand():
+    assert limbeck.__all__ == ["Engine", "Learner", "Recipe", "Task", "run"]
+    for name in limbeck.__all__:
+        assert getattr(limbeck, name).__name__ == name
+    assert set(limbeck.__all__) <= set(dir(limbeck))
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = limbeck.Trainer
+
+
+def test_files_are_nouns_of_the_field_and_can_be_read():
+    vague = {"utils", "util", "helpers", "helper", "common", "manager", "core", "misc"}
+    assert not {path for path in FILES if path.stem in vague or path.parent.name in vague}
+    lengths = {
+        str(path.relative_to(HOUSE)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_help_is_there_at_once():
+    """In processor time, the best of three: on an idle machine that is the time on the wall."""
+    code = "import sys; sys.argv = ['limbeck', '--help']; from limbeck.cli import main; main()"
+    walls, works = [], []
+    for _ in range(3):
+        wall, work = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_clean()
+        )
+        walls.append(time.perf_counter() - wall)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        works.append(after.ru_utime + after.ru_stime - work.ru_utime - work.ru_stime)
+        assert "Usage: limbeck" in run.stdout
+    print(f"limbeck --help: {min(walls):.2f} s, {min(works):.2f} s of them the processor's")
+    assert min(works) < PATIENCE

@@ -1,0 +1,202 @@
+"""Killed at any instant and run again, a stage and a run end with the bytes of one that was never killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny import alive, answer, children, digests, limbeck, open_run, until
+
+from limbeck.pipeline.worker import perform, read_job, write_job
+
+STAGES = ("brought", "base", "zero", "screened", "traces", "coldstart", "general", "dev1", "evaluation/zero")
+KILLS = 3
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    """Forks processes that have torch already: a second try costs milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["limbeck.pipeline.stages"])
+    return context
+
+
+def child(request: dict, answer_to: str, fatal: int) -> None:
+    """Carry one stage out; die by SIGKILL at the `fatal`-th time that something is forced to disk or renamed."""
+    import torch
+
+    torch.set_num_threads(1)
+    left = [fatal]
+
+    def deadly(call):
+        def wrapped(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "rename", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+    event = perform(read_job(request, threading.Event()))
+    Path(answer_to).write_text(json.dumps(event))
+
+
+class Attempt:
+    """One stage of the finished run, to be made anew in a copy of its store."""
+
+    def __init__(self, nursery, finished, folder: Path, stage: str, *overrides: str):
+        self.nursery, self.answer_to = nursery, folder / "event.json"
+        shutil.copytree(finished.home, folder / "runs")
+        self.run = open_run(finished.recipe, folder / "runs", *overrides)
+        artifact = self.run.graph.nodes[stage].artifact
+        self.expected, self.seconds = artifact.digest, artifact.manifest["seconds"]
+        shutil.rmtree(artifact.folder)
+        self.run = open_run(finished.recipe, folder / "runs", *overrides)
+        self.node = self.run.graph.nodes[stage]
+        self.request = write_job(self.run._job(self.node))
+
+    def start(self, fatal: int = 0):
+        process = self.nursery.Process(target=child, args=(self.request, str(self.answer_to), fatal))
+        process.start()
+        return process
+
+    def end(self) -> str:
+        """Without a kill, to the end; the digest of what came of it."""
+        process = self.start()
+        process.join(60)
+        event = json.loads(self.answer_to.read_text())
+        assert event["event"] == "done", event
+        manifest = self.run._manifest(self.node, event["outcome"])
+        return self.run.store.finish(self.run.store.partial(self.node.kind, self.node.key), manifest).digest
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_killed_at_random_instants_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
+    attempt, instants = Attempt(nursery, finished, tmp_path, stage), random.Random(stage)
+    killed = 0
+    for _ in range(KILLS):
+        process = attempt.start()
+        process.join(instants.uniform(0.02, 0.05 + attempt.seconds))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    assert killed
+    assert attempt.end() == attempt.expected
+
+
+@pytest.mark.parametrize("stage", ["zero", "dev1"])
+def test_a_stage_that_had_no_time_to_checkpoint_begins_again_and_ends_the_same(nursery, finished, tmp_path, stage):
+    attempt = Attempt(nursery, finished, tmp_path, stage, f"stages.{stage}.save_every=60")
+    process = attempt.start()
+    process.join(0.7 * attempt.seconds)
+    process.kill()
+    process.join()
+    assert attempt.end() == attempt.expected
+
+
+@pytest.mark.parametrize("stage", ["brought", "coldstart", "general"])
+def test_a_stage_killed_at_every_single_write_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
+    attempt = Attempt(nursery, finished, tmp_path, stage)
+    for fatal in range(1, 100):
+        process = attempt.start(fatal)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert 3 < fatal < 99
+    assert attempt.end() == attempt.expected
+
+
+@pytest.mark.parametrize("stage", ["dev1", "zero"])
+def test_a_stage_killed_while_it_writes_its_checkpoint_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
+    attempt = Attempt(nursery, finished, tmp_path, stage)
+    for fatal in (4, 5, 9):  # within one save: record, state, rename
+        process = attempt.start(fatal)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    assert attempt.end() == attempt.expected
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_and_leaves_no_process(finished, tmp_path):
+    instants, workers, ended = random.Random(0), set(), []
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+        run = limbeck("run", finished.recipe, "--runs", tmp_path)
+        until(lambda: children(run.pid) or run.poll() is not None)  # noqa: B023
+        workers |= set(children(run.pid))
+        time.sleep(instants.uniform(1.5, 4))
+        if run.poll() is None:
+            run.send_signal(number)
+        _, err = run.communicate(timeout=60)
+        assert "Traceback" not in err
+        ended.append(run.returncode)
+    assert -signal.SIGKILL in ended and set(ended) <= {0, 75, -signal.SIGKILL}
+    code, _, err = answer("run", finished.recipe, "--runs", tmp_path)
+    assert (code, digests(tmp_path)) == (0, digests(finished.home)), err
+    assert (tmp_path / "tiny" / "report" / "index.html").exists()
+    until(lambda: not any(map(alive, workers)), 5)
+
+
+def test_two_runs_of_one_recipe_share_their_work(finished, tmp_path):
+    runs = [limbeck("run", finished.recipe, "--runs", tmp_path) for _ in range(2)]
+    ends = [(run.communicate(timeout=120)[1], run.returncode) for run in runs]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert digests(tmp_path) == digests(finished.home)
+
+
+@pytest.fixture
+def long(finished) -> list[str]:
+    """Settings that make the tiny base take a minute, and save only when asked to."""
+    return ["--set", "stages.base.tokens=2000000", "--set", "stages.base.save_every=600"]
+
+
+def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(finished, tmp_path, long):
+    for presses, expected in ((1, 75), (2, 130)):
+        run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
+        until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
+        time.sleep(0.3)
+        workers = children(run.pid)
+        for _ in range(presses):
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == expected, err
+        until(lambda: not any(map(alive, workers)), 5)  # noqa: B023
+        assert "Traceback" not in err
+        if presses == 1:
+            assert list(tmp_path.glob("store/.partial/pretrain-*/state.pt"))
+            assert err.splitlines()[-1] == "limbeck: stopped; the same command goes on from here"
+
+
+def test_a_worker_that_the_system_kills_ends_the_run_resumably(finished, tmp_path, long):
+    run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
+    until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
+    os.kill(children(run.pid)[0], signal.SIGKILL)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert "stage base: its process was killed (signal 9; out of memory?); run again" in err
+
+
+def test_when_one_stage_fails_those_beside_it_checkpoint_first(finished, tmp_path, long):
+    recipe = tmp_path / "two.yaml"
+    text = finished.recipe.read_text().replace("{kind: load, path: model}", "{kind: load, path: broken}")
+    recipe.write_text(text)
+    shutil.copytree(finished.recipe.parent / "model", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
+    code, _, err = answer("run", recipe, "--runs", tmp_path / "runs", "--set", "workers=2", *long)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("limbeck: stage brought: ")
+    assert "model.safetensors" in err.splitlines()[-1]
+    assert list(tmp_path.glob("runs/store/.partial/pretrain-*/state.pt"))

@@ -1,0 +1,127 @@
+"""A recipe with every kind of stage that runs in seconds, and hands to run, watch and kill it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from limbeck.pipeline.run import Run
+from limbeck.recipe import load
+
+RECIPE = """
+name: tiny
+threads: 1
+problems:
+  clock: &clock {source: miniature, modulus: 3, numbers: 2, largest: 8}
+  chat: {<<: *clock, task: repeat}
+stages:
+  brought: {kind: load, path: model}
+  base:
+    kind: pretrain
+    problems: clock
+    corpus: {textbook: 0, general: 0.05, plain: 0, tagged: 0.7, guessed: 0, slip: 0, misjudged: 0}
+    tokens: 40000
+    batch_tokens: 512
+    shape: &shape {hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}
+    log_every: 1
+    save_every: 0.01
+  zero:
+    kind: rl
+    model: base
+    problems: {clock: 1}
+    rewards: {accuracy: 1, format: 0.2, language: 0.5}
+    steps: 8
+    policy: {prompts_per_step: 4, group_size: 4, kl_coef: 0.01, reference_every: 4, updates_per_rollout: 2}
+    sampling: {max_new_tokens: 24}
+    log_every: 1
+    save_every: 0.01
+  screened: {kind: screen, model: base, problems: {clock: 1}, limit: 192, samples: 4, sampling: {max_new_tokens: 24}}
+  traces:
+    kind: sample
+    model: base
+    problems: {clock: 1}
+    prompts: 192
+    samples: 2
+    correct: false
+    wellformed: false
+    sampling: {max_new_tokens: 24}
+  coldstart: {kind: curate, rows: traces, policy: translate, auto: true}
+  general: {kind: general, problems: chat, rows: 40}
+  dev1:
+    kind: sft
+    model: base
+    rows: {coldstart: 0.5, general: 1}
+    batch_tokens: 256
+    log_every: 1
+    save_every: 0.01
+  evaluation: {kind: evaluate, models: [zero], problems: [clock], prompts: 32, max_new_tokens: 24}
+  report: {kind: report, evaluation: evaluation}
+"""
+
+
+class Silent:
+    """A display that says nothing."""
+
+    def show(self, graph, running) -> None: ...
+
+    def finished(self, node, artifact) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+def open_run(recipe: Path, home: Path, *overrides: str) -> Run:
+    """A run as `limbeck run` would open it, not carried out."""
+    return Run(load(recipe, overrides), recipe.parent, home, Silent())
+
+
+def limbeck(*arguments: object, **options) -> subprocess.Popen:
+    """The command, started: its output and its errors are pipes."""
+    command = [sys.executable, "-c", "from limbeck.cli import main; main()", *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **{**streams, "text": True, **options})
+
+
+def answer(*arguments: object, **options) -> tuple[int, str, str]:
+    """The command, carried out: exit code, output, errors."""
+    process = limbeck(*arguments, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def digests(home: Path) -> dict[str, str]:
+    """Folder (kind and key) -> digest of every artifact."""
+    manifests = (home / "store").glob("*/manifest.json")
+    return {path.parent.name: json.loads(path.read_text())["digest"] for path in manifests}
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not asked for its status does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for something that is about to happen."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, **changes}
