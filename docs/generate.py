@@ -146,7 +146,8 @@ def command(name: str, one: Any) -> str:
     rows = [[f"`{metavar(p)}`", preset(p), p.help or ""] for p in arguments]
     rows += [[f"`{', '.join(p.opts)}`", preset(p), p.help or ""] for p in options]
     said = " ".join((one.help or "").split())
-    return f"## limbeck {name}\n\n{said}\n\n```text\n{usage}\n```\n\n{table(['', 'default', 'meaning'], rows)}"
+    parameters = table(["", "default", "meaning"], rows)
+    return f"## limbeck {name}\n\n{said}\n\n```text\n{usage}\n```\n\n{parameters}"
 
 
 def metavar(parameter: Any) -> str:

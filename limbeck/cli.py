@@ -1,7 +1,7 @@
 """Every command. Help and mistakes are answered before torch is imported.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked, 3 something is missing on this machine,
-4 a damaged artifact, 70 our bug, 75 stopped but resumable, 130 interrupted twice.
+Exit codes: 0 done, 2 a mistake in what was asked, 4 a damaged artifact, 70 our bug, 75 stopped but resumable,
+130 interrupted twice.
 """
 
 from __future__ import annotations
@@ -271,7 +271,8 @@ _SIGNS = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks
 
 
 def _load(path: Path, overrides: list[str], auto: bool) -> Any:
-    from .recipe import Curate, load
+    from .reading import load
+    from .recipe import Curate
 
     recipe = load(path, overrides)
     if not auto:

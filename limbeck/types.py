@@ -106,12 +106,13 @@ class Group:
 class Sample:
     """One packed sequence to learn from.
 
-    `tokens` is prompt + completion; the loss sees the tokens from `start` on. RL fills the rest:
-    `logprobs` as sampled (one per completion token), `advantage` one number for the sequence.
+    `tokens` is prompt + completion; the loss sees the tokens from `start` on, or those of them that are
+    `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token), `advantage` one number for the sequence.
     """
 
     tokens: np.ndarray
     start: int
+    learned: np.ndarray | None = None
     advantage: float = 0.0
     logprobs: np.ndarray | None = None
     reference: np.ndarray | None = None

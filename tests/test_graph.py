@@ -11,7 +11,7 @@ import yaml
 
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
-from limbeck.recipe import dump, load
+from limbeck.reading import dump, load
 from limbeck.types import LimbeckError
 
 
@@ -68,7 +68,7 @@ def test_the_seed_changes_every_key_that_can_be_told(plan):
 
 
 def test_a_source_changes_what_draws_on_it(plan):
-    assert changed(plan("problems.chat={source: miniature, modulus: 5, task: repeat}")) == {"coldstart", "general", "dev1"}
+    assert changed(plan("problems.chat={source: miniature, modulus: 5, task: repeat}")) == {"coldstart", "general", "dev1", "screened"}
 
 
 def test_an_evaluation_is_a_stage_for_each_model_and_each_control(plan):
@@ -155,7 +155,7 @@ def change(old: str, new: str) -> str:
 @pytest.mark.parametrize("text, sentence", [
     (change("name: tiny", "nmae: tiny"), "unknown key nmae; did you mean name?"),
     (change("{source: miniature, modulus: 3,", "{source: miniature, modulos: 3,"), "unknown key problems.clock.modulos; did you mean modulus?"),
-    (change("tokens: 40000", "tokns: 40000"), "unknown key stages.base.tokns; did you mean tokens?"),
+    (change("tokens: 24000", "tokns: 40000"), "unknown key stages.base.tokns; did you mean tokens?"),
     (change("hidden_size: 32", "hiden_size: 32"), "unknown key stages.base.shape.hiden_size; did you mean hidden_size?"),
     (change("kl_coef: 0.01", "kl_cof: 0.01"), "unknown key stages.zero.policy.kl_cof; did you mean kl_coef?"),
     (change("steps: 8", "steps: 8\n    qqq: 8"), "unknown key stages.zero.qqq; known keys: batch_tokens, kind,"),

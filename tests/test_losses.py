@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from limbeck.recipe import PRESETS, Policy
 from limbeck.train.batch import pack
@@ -276,6 +277,12 @@ def test_a_given_key_wins_over_the_preset():
     for key in PRESETS["r1"]:
         default = getattr(Policy(), key)
         assert getattr(Policy(preset="r1", **{key: default}), key) == default
+
+
+@pytest.mark.parametrize("preset", ["r2", ["r1"], {"r1": 1}, None])
+def test_a_preset_that_is_none_is_refused(preset):
+    with pytest.raises(ValidationError, match="preset"):
+        Policy(preset=preset)
 
 
 def test_a_resolved_policy_reads_back_as_itself():

@@ -73,7 +73,7 @@ class Attempt:
     def end(self) -> str:
         """Without a kill, to the end; the digest of what came of it."""
         process = self.start()
-        process.join(60)
+        process.join(200)
         event = json.loads(self.answer_to.read_text())
         assert event["event"] == "done", event
         manifest = self.run._manifest(self.node, event["outcome"])
@@ -109,7 +109,7 @@ def test_a_stage_killed_at_every_single_write_ends_with_the_same_bytes(nursery, 
     attempt = Attempt(nursery, finished, tmp_path, stage)
     for fatal in range(1, 100):
         process = attempt.start(fatal)
-        process.join(60)
+        process.join(200)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
@@ -122,7 +122,7 @@ def test_a_stage_killed_while_it_writes_its_checkpoint_ends_with_the_same_bytes(
     attempt = Attempt(nursery, finished, tmp_path, stage)
     for fatal in (4, 5, 9):  # within one save: record, state, rename
         process = attempt.start(fatal)
-        process.join(60)
+        process.join(200)
         assert process.exitcode == -signal.SIGKILL
     assert attempt.end() == attempt.expected
 
@@ -139,7 +139,7 @@ def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_a
         time.sleep(instants.uniform(1.5, 4))
         if run.poll() is None:
             run.send_signal(number)
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=200)
         assert "Traceback" not in err
         ended.append(run.returncode)
     assert -signal.SIGKILL in ended and set(ended) <= {0, 75, -signal.SIGKILL}
@@ -151,7 +151,7 @@ def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_a
 
 def test_two_runs_of_one_recipe_share_their_work(finished, tmp_path):
     runs = [limbeck("run", finished.recipe, "--runs", tmp_path) for _ in range(2)]
-    ends = [(run.communicate(timeout=120)[1], run.returncode) for run in runs]
+    ends = [(run.communicate(timeout=400)[1], run.returncode) for run in runs]
     assert [code for _, code in ends] == [0, 0], ends
     assert digests(tmp_path) == digests(finished.home)
 
@@ -171,7 +171,7 @@ def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(f
         for _ in range(presses):
             run.send_signal(signal.SIGINT)
             time.sleep(0.05)
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=200)
         assert run.returncode == expected, err
         until(lambda: not any(map(alive, workers)), 5)  # noqa: B023
         assert "Traceback" not in err
@@ -184,7 +184,7 @@ def test_a_worker_that_the_system_kills_ends_the_run_resumably(finished, tmp_pat
     run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
     until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
     os.kill(children(run.pid)[0], signal.SIGKILL)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=200)
     assert run.returncode == 75
     assert "stage base: its process was killed (signal 9; out of memory?); run again" in err
 

@@ -287,7 +287,7 @@ def test_a_disk_that_fills_while_a_stage_runs_leaves_its_last_checkpoint_and_the
     run = limbeck("run", recipe, "--runs", small_disk)
     until(lambda: list(small_disk.glob("store/.partial/pretrain-*/state.pt")))
     fill(small_disk)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=200)
     assert run.returncode == 75, err
     last = err.splitlines()[-1]
     assert last.startswith("limbeck: stage base: no space left on ")

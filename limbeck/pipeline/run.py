@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from .. import __version__
 from ..cluster.hosts import Host
 from ..cluster.machine import machine
-from ..recipe import Curate, Recipe, dump
+from ..reading import dump
+from ..recipe import Curate, Recipe
 from ..record import ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk

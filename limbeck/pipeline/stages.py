@@ -81,7 +81,7 @@ def run_pretrain(job: Job) -> Outcome:
     if state := checkpoint.restore():
         learner.load_state_dict(state["learner"])
     pretrain(learner, documents, plan, stage, job.record(learner.step, len(plan)), checkpoint)
-    return _trained(job, decoder, tokenizer, sum(map(len, documents)))
+    return _trained(job, decoder, tokenizer, sum(len(d.tokens) for d in documents))
 
 
 def run_sft(job: Job) -> Outcome:

@@ -1,8 +1,8 @@
 """The quickstart's small bilingual world: a clock countdown, and the text a base model grows up on.
 
 Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read from
-left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 - 6 * 5</answer>`. A thought tries, checks, and
-tries again: `try 6 - 5 gives 1 * 1 gives 1 vs 3 gives 5 no wait 1 - 6 gives 2 * 5 gives 3 vs 3 gives 0 yes`.
+left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 -6 *5</answer>`. A thought tries, checks by taking the
+target away, and tries again: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives 3 =3 gives 0 yes`.
 
 A random legal expression hits with probability about .18, so guessing pays a little and persistence pays more.
 Problems are split by content (sorted numbers and target): whatever is tested was never in a corpus or in RL.
@@ -21,13 +21,13 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from ..recipe import Miniature
 from ..tokenizer import Tokenizer, split_thought
-from ..types import Completion, Problem, Score, fingerprint
+from ..types import Completion, Problem, Sample, Score, fingerprint
 
 OPERATIONS = "+-*"
 WORDS = {
-    "en": {"use": "use", "make": "make", "try": "try", "gives": "gives", "vs": "vs", "no": "no", "yes": "yes",
+    "en": {"use": "use", "make": "make", "try": "try", "gives": "gives", "no": "no", "yes": "yes",
            "wait": "wait", "guess": "guess", "say": "say"},
-    "zh": {"use": "用", "make": "凑", "try": "试", "gives": "得", "vs": "比", "no": "错", "yes": "对",
+    "zh": {"use": "用", "make": "凑", "try": "试", "gives": "得", "no": "错", "yes": "对",
            "wait": "等", "guess": "猜", "say": "说"},
 }  # fmt: skip
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "User:", "Assistant:"]
@@ -48,7 +48,8 @@ CORPUS = {
     "slip": 0.03, "misjudged": 0.02,  # wrong results, flipped verdicts
     "same": 0.60, "other": 0.10,  # language of the words: the question's, the other; the rest is mixed
 }  # fmt: skip
-ATTEMPTS = {1: 0.62, 2: 0.19, 3: 0.08, 5: 0.05, 8: 0.03, 12: 0.03}
+ATTEMPTS = {1: 0.62, 2: 0.18, 3: 0.07, 5: 0.05, 8: 0.03, 16: 0.05}
+PATIENT = 8  # who is as patient as this is also unlucky for half of the way: long thoughts must be seen to be had
 
 
 class Countdown:
@@ -152,9 +153,8 @@ class Countdown:
         tokens = answer.split()
         if problem.answer is not None:
             return (1.0, "") if answer == problem.answer else (0.0, f"said {answer}, asked {problem.answer}")
-        numbers, operations = tokens[::2], tokens[1::2]
-        legal = all(n.isdecimal() and len(n) < 10 for n in numbers) and set(operations) <= set(OPERATIONS)
-        if not legal or len(numbers) != len(operations) + 1:
+        numbers, operations = [tokens[0], *(t[1:] for t in tokens[1:])], [t[0] for t in tokens[1:]]
+        if not all(n.isdecimal() and len(n) < 10 for n in numbers) or not set(operations) <= set(OPERATIONS):
             return 0.0, f"{answer} is no expression"
         values = [int(n) for n in numbers]
         if sorted(values) != list(problem.data["numbers"]):
@@ -184,27 +184,24 @@ class Countdown:
 
     @staticmethod
     def _verdicts(words: list[str]) -> list[bool]:
-        """Was each `3 vs 4 gives 6 no` right?"""
-        right = []
-        for i, word in enumerate(words):
-            if word in (WORDS["en"]["vs"], WORDS["zh"]["vs"]) and 0 < i < len(words) - 4:
-                verdict = words[i + 4]
-                if verdict in (WORDS["en"]["yes"], WORDS["zh"]["yes"], WORDS["en"]["no"], WORDS["zh"]["no"]):
-                    agrees = verdict in (WORDS["en"]["yes"], WORDS["zh"]["yes"])
-                    right.append(agrees == (words[i - 1] == words[i + 1]))
-        return right
+        """Was each `3 =4 gives 6 no` right?"""
+        yes, no = ({WORDS[language][word] for language in WORDS} for word in ("yes", "no"))
+        asked = [i for i in range(1, len(words) - 3) if words[i].startswith("=") and words[i + 3] in yes | no]
+        return [(words[i + 3] in yes) == (words[i - 1] == words[i][1:]) for i in asked]
 
     # ------------------------------------------------------------ text to grow up on
 
     def tokenizer(self) -> Tokenizer:
-        """Word-level: every number and every word is one token."""
+        """Word-level. A number with what is done with it is one token, so that a step is a lookup of two
+        things, what there was and what is done, and not of three."""
         numbers = [str(n) for n in range(max(self.settings.modulus, self.settings.largest + 1))]
+        steps = [f"{sign}{number}" for sign in [*OPERATIONS, "="] for number in numbers]
         words = [word for language in WORDS.values() for word in language.values()]
-        vocabulary = {token: i for i, token in enumerate([*SPECIAL, *numbers, *OPERATIONS, "?", *words])}
+        vocabulary = {token: i for i, token in enumerate([*SPECIAL, *numbers, *steps, "?", *words])}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
         backend.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex(r"<[^<>]+>|[A-Za-z]+:?|[0-9]+|[^A-Za-z0-9<>\s]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"<[^<>]+>|[A-Za-z]+:?|[-+*=]?[0-9]+|[^A-Za-z0-9<>\s]"), "isolated"),
         ])  # fmt: skip
         backend.add_special_tokens(SPECIAL)
         return Tokenizer(backend, TEMPLATE, end="<eos>", pad="<pad>", bos="<bos>")
@@ -231,6 +228,11 @@ def _answer(text: str) -> tuple[str | None, str]:
     return (answer, "") if answer else (None, "the answer is empty")
 
 
+class Given(str):
+    """A word of a document that is read and not learned: a question, or the numbers of an exercise. Nobody can
+    foresee them, and learning to would drown the little that can be learned in noise."""
+
+
 class _Author:
     """Writes the base's documents; all its dice are one generator, so a corpus is its seed."""
 
@@ -250,12 +252,13 @@ class _Author:
         language = "zh" if dice.random() < self.task.settings.chinese else "en"
         order = dice.sample(numbers, len(numbers))
         words = WORDS[language]
-        question = [words["use"], *map(str, order), words["make"], str(target), "?"]
-        return ["<bos>", "User:", *question, "Assistant:", *self._solution(numbers, target, language), "<eos>"]
+        asked = ["<bos>", "User:", words["use"], *map(str, order), words["make"], str(target), "?", "Assistant:"]
+        return [*map(Given, asked), *self._solution(numbers, target, language), "<eos>"]
 
     def _general(self) -> list[str]:
         problem = self.dice.choice(self.spoken)
-        return ["<bos>", "User:", *problem.prompt.split(), "Assistant:", "<answer>", *problem.answer.split(), "</answer>", "<eos>"]
+        asked = ["<bos>", "User:", *problem.prompt.split(), "Assistant:"]
+        return [*map(Given, asked), "<answer>", *problem.answer.split(), "</answer>", "<eos>"]
 
     def _solution(self, numbers: tuple[int, ...], target: int, language: str) -> list[str]:
         form = self.dice.random()
@@ -295,7 +298,7 @@ class _Author:
         most = self.dice.choices(list(ATTEMPTS), list(ATTEMPTS.values()))[0]
         systematic = self.dice.random() < self.mixture["systematic"]
         order, operations = self._random_expression(numbers)
-        thought, tried = [], set()
+        thought, tried, unlucky = [], set(), most // 2 if most >= PATIENT else 0
         for attempt in range(most):
             thought.append(speak("wait" if attempt else "try"))
             tried.add((*order, *operations))
@@ -308,27 +311,30 @@ class _Author:
             if yes:
                 break
             if attempt < most - 1:
-                following = self._untried(order, operations, tried, systematic)
+                shunned = target if attempt + 1 < unlucky else None
+                following = self._untried(order, operations, tried, systematic, shunned)
                 if following is None:
                     break
                 order, operations = following
         return thought, _expression(order, operations)
 
-    def _untried(self, order: list[int], operations: list[str], tried: set, systematic: bool):
-        """The next expression that was not tried yet, or None when a fair search finds none."""
+    def _untried(self, order: list[int], operations: list[str], tried: set, systematic: bool, shunned: int | None):
+        """The next expression that was not tried yet and does not reach `shunned`; None when a fair search
+        finds none."""
         for _ in range(50):
             order, operations = _turn(order, operations) if systematic else self._random_expression(order)
-            if (*order, *operations) not in tried:
+            if (*order, *operations) not in tried and self.task.value(order, operations) != shunned:
                 return order, operations
         return None
 
-    def _work(self, order: Sequence[int], operations: Sequence[str], speak) -> tuple[list[str], int]:
-        total, steps = order[0] % self.modulus, [str(order[0])]
+    def _work(self, order: Sequence[int], operations: Sequence[str], speak, word=str) -> tuple[list[str], int]:
+        """The steps and where they lead; `word` is `Given` where the expression is an exercise."""
+        total, steps = order[0] % self.modulus, [word(order[0])]
         for operation, number in zip(operations, order[1:], strict=True):
             total = self.task.apply(total, operation, number)
             if self.dice.random() < self.mixture["slip"]:
                 total = int(self.dice.random() * self.modulus)
-            steps += [operation, str(number), speak("gives"), str(total)]
+            steps += [word(f"{operation}{number}"), speak("gives"), str(total)]
         return steps, total
 
     def _textbook(self) -> list[str]:
@@ -342,37 +348,36 @@ class _Author:
         if kind < 0.7:
             return self._search(speak)
         numbers = [dice.randint(1, self.largest) for _ in range(8)]
-        return self._work(numbers, [dice.choice(OPERATIONS) for _ in range(7)], speak)[0]
+        return self._work(numbers, [dice.choice(OPERATIONS) for _ in range(7)], speak, Given)[0]
 
     def _comparisons(self, speak) -> list[str]:
         words = []
         for _ in range(6):
             a = self.dice.randrange(self.modulus)
             b = a if self.dice.random() < 0.4 else self.dice.randrange(self.modulus)
-            words += [speak("gives"), str(a), *self._compare(a, b, a == b, speak)]
+            asked, *told = self._compare(a, b, a == b, speak)
+            words += [speak("gives"), Given(a), Given(asked), *told]
         return words
 
     def _compare(self, reached: int, target: int, yes: bool, speak) -> list[str]:
-        """`vs 3 gives 0 yes`: whoever can subtract can check. (Seeing that two numbers are equal, without the
+        """`=3 gives 0 yes`: whoever can subtract can check. (Seeing that two numbers are equal, without the
         difference, is a skill of its own, which a base this small learns late or not at all.)"""
         gap = (reached - target) % self.modulus
-        return [speak("vs"), str(target), speak("gives"), str(gap), speak("yes" if yes else "no")]
+        return [f"={target}", speak("gives"), str(gap), speak("yes" if yes else "no")]
 
     def _search(self, speak) -> list[str]:
         numbers = [self.dice.randint(1, self.largest) for _ in range(self.task.settings.numbers)]
         order, operations = self._random_expression(numbers)
         words = []
         for attempt in range(6):
-            words += [speak("wait" if attempt else "try"), *self._work(order, operations, speak)[0]]
+            work = self._work(order, operations, speak, str if attempt else Given)[0]
+            words += [speak("wait" if attempt else "try"), *work]
             order, operations = _turn(order, operations)
         return words
 
 
 def _expression(order: Sequence[int], operations: Sequence[str]) -> list[str]:
-    words = [str(order[0])]
-    for operation, number in zip(operations, order[1:], strict=True):
-        words += [operation, str(number)]
-    return words
+    return [str(order[0]), *(f"{o}{n}" for o, n in zip(operations, order[1:], strict=True))]
 
 
 def _turn(order: list[int], operations: list[str]) -> tuple[list[int], list[str]]:
@@ -385,12 +390,13 @@ def _turn(order: list[int], operations: list[str]) -> tuple[list[int], list[str]
     return order[1:] + order[:1], turned
 
 
-def encode_documents(documents: Iterator[list[str]], tokenizer: Tokenizer, tokens: int) -> list[np.ndarray]:
-    """Documents up to a budget of tokens, as arrays of ids; words are ids already, so no text is parsed."""
+def encode_documents(documents: Iterator[list[str]], tokenizer: Tokenizer, tokens: int) -> list[Sample]:
+    """Documents up to a budget of tokens, as samples; words are ids already, so no text is parsed."""
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
     encoded, total = [], 0
     for words in documents:
-        encoded.append(np.array([ids[word] for word in words], dtype=np.int64))
+        learned = np.array([not isinstance(word, Given) for word in words])
+        encoded.append(Sample(np.array([ids[word] for word in words], dtype=np.int64), start=1, learned=learned[1:]))
         total += len(words)
         if total >= tokens:
             return encoded

@@ -41,8 +41,8 @@ class Batch:
 def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Cut into micro-batches of at most `batch_tokens` input tokens (one sequence or group at least), like
     lengths together. Samples of one prompt stand together, and their prompt once."""
-    learned = [s for s in samples if len(s.tokens) > max(s.start, 1)]
-    predicted = sum(len(s.tokens) - max(s.start, 1) for s in learned)
+    learned = [s for s in samples if _targets(s).size]
+    predicted = sum(_targets(s).size for s in learned)
     groups = _by_prompt(learned)
     shared = len(groups) < len(learned)
     order = sorted(groups, key=lambda g: (g[0].start, len(g[0].tokens)) if shared else len(g[0].tokens))
@@ -59,6 +59,12 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | st
             size = cost
     lay = _branched if shared else _packed
     return [_batch(*lay(piece), predicted, len(learned), device) for piece in pieces]
+
+
+def _targets(sample: Sample) -> np.ndarray:
+    """The tokens that the loss sees."""
+    targets = sample.tokens[max(sample.start, 1) :]
+    return targets if sample.learned is None else targets[sample.learned]
 
 
 def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -89,6 +95,7 @@ def _packed(groups: list[list[Sample]]) -> Layout:
     lengths = [len(s.tokens) - 1 for s in samples]
     begins = np.cumsum([0, *lengths[:-1]])
     predict = [np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)]
+    predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
     return samples, np.concatenate([s.tokens[:-1] for s in samples]), Packed(lengths), predict
 
 
@@ -121,7 +128,7 @@ def _batch(
         tokens_N=tensor(tokens_N, torch.long),
         context=context,
         predict_M=tensor(np.concatenate(predict), torch.long),
-        targets_M=tensor(np.concatenate([s.tokens[max(s.start, 1) :] for s in samples]), torch.long),
+        targets_M=tensor(np.concatenate([_targets(s) for s in samples]), torch.long),
         rows_M=tensor(np.repeat(np.arange(len(samples)), counts), torch.long),
         lengths_S=tensor(counts, torch.float32),
         advantages_M=tensor(np.repeat([s.advantage for s in samples], counts), torch.float32),

@@ -16,9 +16,8 @@ from .pretrain import batches
 
 def plan_epochs(samples: Sequence[Sample], settings: SFT, seed: object) -> list[list[int]]:
     """Batches of sample indices for all epochs, each epoch in its own order; a part of an epoch is its start."""
-    tokens = [s.tokens for s in samples]
     whole, part = divmod(settings.epochs, 1)
-    epochs = [batches(tokens, settings.batch_tokens, (seed, epoch)) for epoch in range(int(whole) + bool(part))]
+    epochs = [batches(samples, settings.batch_tokens, (seed, epoch)) for epoch in range(int(whole) + bool(part))]
     if part:
         epochs[-1] = epochs[-1][: max(1, round(part * len(epochs[-1])))]
     return [batch for epoch in epochs for batch in epoch]

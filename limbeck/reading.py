@@ -1,0 +1,212 @@
+"""YAML in, a recipe out, or one sentence that says what is wrong and what was probably meant; and back to YAML.
+
+Reading a recipe imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .recipe import (
+    RL,
+    SFT,
+    Curate,
+    Evaluate,
+    Files,
+    General,
+    Gym,
+    Load,
+    Miniature,
+    Pretrain,
+    Recipe,
+    Report,
+    Sample,
+    Screen,
+    Settings,
+    Stage,
+    inputs,
+    sources,
+)
+from .types import LimbeckError
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe: every default spelled out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe; `overrides` are `key.path=value` pairs. Any mistake is one sentence."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LimbeckError(f"{path}: no such recipe; recipes that come with Limbeck: {_shipped()}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LimbeckError(f"{path}: cannot be read as text ({error})") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise LimbeckError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise LimbeckError(f"{path}: a recipe is a mapping with the keys name, problems and stages")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise LimbeckError(f"{path}: {_explain(error, tree)}") from None
+    _check_references(path, recipe)
+    return recipe
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses the same key twice in one mapping, where plain YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", written[i].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _shipped() -> str:
+    folder = Path(__file__).parent.parent / "recipes"
+    return ", ".join(sorted(f"recipes/{p.name}" for p in folder.glob("*.yaml"))) or "none found"
+
+
+def _override(tree: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise LimbeckError(f"--set {override}: write key.path=value, for instance stages.zero.steps=10")
+    *parents, last = key.split(".")
+    for i, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise LimbeckError(f"--set {override}: {parent} is not a mapping, so it has no key {[*parents, last][i + 1]}")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise LimbeckError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError, tree: dict) -> str:
+    """The first mistake of many, in one sentence; misspelt keys before what is missing because of them."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    # pydantic puts the chosen member of a union into the path; people did not write it
+    location = [str(part) for i, part in enumerate(first["loc"]) if i != 2 or part not in _KINDS]
+    where = ".".join(location)
+    more = f" ({error.error_count() - 1} more after it)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"], tree)
+        meant = difflib.get_close_matches(location[-1], known, 1, 0.5)
+        hint = f"did you mean {meant[0]}?" if meant else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}{more}"
+    if first["type"] == "missing":
+        return f"{where} is missing{more}"
+    if first["type"].startswith("union_tag"):
+        key = "source" if location[0] == "problems" else "kind"
+        kinds = ", ".join(_SOURCES if key == "source" else _STAGES)
+        return f"{where}.{key} is missing or unknown; choose one of {kinds}{more}"
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, but it is {first['input']!r}{more}"
+
+
+_SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
+_STAGES: dict[str, type[Stage]] = {
+    "load": Load, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
+    "sft": SFT, "general": General, "evaluate": Evaluate, "report": Report,
+}  # fmt: skip
+_KINDS = {*_SOURCES, *_STAGES}
+
+
+def _known_keys(location: tuple, tree: dict) -> list[str]:
+    model: Any = Recipe
+    for i, part in enumerate(location[:-1]):
+        if i == 2 and part in _KINDS:
+            model = {**_SOURCES, **_STAGES}[part]
+        elif isinstance(model, type) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+    return sorted(model.model_fields) if model else []
+
+
+MODELS, ROWS = {"load", "pretrain", "rl", "sft"}, {"sample", "curate", "general"}
+
+
+def _check_references(path: Path, recipe: Recipe) -> None:
+    """Every citation exists and is of the right kind, and no stage waits for itself."""
+    stages = recipe.stages
+
+    def cite(name: str, key: str, cited: str, kinds: set[str], what: str) -> None:
+        if cited not in stages:
+            raise LimbeckError(f"{path}: stages.{name}.{key} cites {cited}, which is no stage{_meant(cited, stages)}")
+        if stages[cited].kind not in kinds:
+            raise LimbeckError(
+                f"{path}: stages.{name}.{key} needs {what}, but {cited} is a {stages[cited].kind} stage"
+            )
+
+    if not re.fullmatch(r"\w[\w.-]*", recipe.name) or recipe.name == "store":
+        raise LimbeckError(f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store")
+    for name, stage in stages.items():
+        if "/" in name:
+            raise LimbeckError(f"{path}: stages.{name}: a stage's name has no slash")
+        for source in sources(stage):
+            if source not in recipe.problems and getattr(stages.get(source), "kind", "") != "screen":
+                known = [*recipe.problems, *(n for n, s in stages.items() if s.kind == "screen")]
+                raise LimbeckError(
+                    f"{path}: stages.{name}.problems cites {source}, which is not under problems{_meant(source, known)}"
+                )
+        match stage:
+            case RL() | Screen() | Sample():
+                cite(name, "model", stage.model, MODELS, "a model")
+            case SFT():
+                cite(name, "model", stage.model, MODELS, "a model")
+                for row in stage.rows:
+                    cite(name, "rows", row, ROWS, "rows")
+            case Curate():
+                cite(name, "rows", stage.rows, ROWS, "rows")
+            case Evaluate():
+                for model in [*stage.models, *stage.forced]:
+                    cite(name, "models", model, MODELS, "a model")
+                for source in set(stage.problems) & set(stages) - set(recipe.problems):
+                    raise LimbeckError(
+                        f"{path}: stages.{name}.problems cites {source}, a screening, which keeps training problems "
+                        "only; cite what it screened"
+                    )
+            case Report():
+                cite(name, "evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
+                for role, model in stage.story.items():
+                    cite(name, f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
+            case Pretrain() | General():
+                if not isinstance(recipe.problems.get(stage.problems), Miniature):
+                    raise LimbeckError(f"{path}: stages.{name}.problems must be a miniature, which has a corpus")
+    _refuse_cycles(path, recipe)
+
+
+def _refuse_cycles(path: Path, recipe: Recipe) -> None:
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            raise LimbeckError(f"{path}: stages go in a circle: {' -> '.join([*trail[trail.index(name):], name])}")
+        if name not in done:
+            stage = recipe.stages[name]
+            for cited in [*inputs(stage), *(s for s in sources(stage) if s in recipe.stages)]:
+                visit(cited, (*trail, name))
+            done.add(name)
+
+    for name in recipe.stages:
+        visit(name, ())
+
+
+def _meant(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known) or 'none'}"
