@@ -112,11 +112,11 @@ class Sample:
 
     tokens: np.ndarray
     start: int
-    learned: np.ndarray | None = None
     advantage: float = 0.0
     logprobs: np.ndarray | None = None
     reference: np.ndarray | None = None
     kept: tuple[np.ndarray, ...] | None = None
+    learned: np.ndarray | None = None
 
 
 class Thought(NamedTuple):

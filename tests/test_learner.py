@@ -185,6 +185,27 @@ def test_end_of_turn_is_learned_and_prompts_are_not(clock, tokenizer):
         assert tokenizer.end_id not in batch.tokens_N
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_only_learned_tokens_count_and_all_are_read(decoder, batch):
+    """`learned` masks tokens of the loss, not of the context, and the mean is over those that count."""
+    model, random = decoder(torch.float64, vocab_size=VOCABULARY), np.random.default_rng(5)
+    samples = [
+        replace(s, learned=random.random(len(s.logprobs)) < 0.6, logprobs=None, reference=None)
+        for s in BATCHES[batch]()
+    ]
+    masked = [
+        row[torch.from_numpy(s.learned)]
+        for row, s in zip(padded_logprobs(model, samples), samples, strict=True)
+    ]
+    wanted = -torch.cat(masked).mean()
+    wanted.backward()
+    wanted_gradient = gradient(model)
+    for budget in (1, 60, 1 << 20):
+        loss, packed = packed_gradient(model, samples, budget, cross_entropy)
+        torch.testing.assert_close(loss, wanted.detach(), atol=1e-12, rtol=0, check_dtype=False)
+        torch.testing.assert_close(packed, wanted_gradient, atol=1e-11, rtol=0)
+
+
 def test_pretraining_learns_all_tokens_but_the_first():
     (batch,) = pack([Sample(np.arange(7), start=0)], 1 << 20)
     assert batch.tokens_N.tolist() == [0, 1, 2, 3, 4, 5] and batch.targets_M.tolist() == [1, 2, 3, 4, 5, 6]

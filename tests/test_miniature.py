@@ -11,7 +11,7 @@ from limbeck.recipe import Miniature
 from limbeck.tasks.miniature import OPERATIONS, WORDS, Countdown, encode_documents
 from limbeck.types import Completion, Problem, Score
 
-GOOD = "<think> try 1 - 6 gives 2 * 5 gives 3 vs 3 yes </think> <answer> 1 - 6 * 5 </answer>"
+GOOD = "<think> try 1 -6 gives 2 *5 gives 3 =3 gives 0 yes </think> <answer> 1 -6 *5 </answer>"
 QUESTION = Problem(
     "clock/en-6-1-5-3", "use 6 1 5 make 3 ?", language="en", data={"numbers": [1, 5, 6], "target": 3}
 )  # fmt: skip
@@ -32,16 +32,13 @@ def key(problem: Problem) -> tuple[tuple[int, ...], int]:
 def expressions(numbers):
     for order in sorted(set(itertools.permutations(numbers))):
         for operations in itertools.product("+-*", repeat=len(order) - 1):
-            words = [str(order[0])]
-            for operation, number in zip(operations, order[1:], strict=True):
-                words += [operation, str(number)]
-            yield words
+            yield [str(order[0]), *(f"{o}{n}" for o, n in zip(operations, order[1:], strict=True))]
 
 
 def value(words: list[str], modulus: int) -> int:
     """From left to right, in Python's own arithmetic; the clock only at the end."""
     while len(words) > 1:
-        words = [str(eval("".join(words[:3]))), *words[3:]]
+        words = [str(eval("".join(words[:2]))), *words[2:]]
     return int(words[0]) % modulus
 
 
@@ -70,36 +67,36 @@ def test_verdicts_equal_brute_force(settings):
 def test_a_good_answer_earns_all_parts(clock):
     score = judge(clock, GOOD)
     assert score.parts == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
-    assert score.reasons == {} and score.answer == "1 - 6 * 5"
+    assert score.reasons == {} and score.answer == "1 -6 *5"
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("<answer> 1 - 6 * 5 </answer> <answer> 1 - 6 * 5 </answer>", "not exactly one answer"),
-        ("<answer> 6 + 1 + 5 </answer> <answer> 1 - 6 * 5 </answer>", "not exactly one answer"),
-        ("<answer> 1 - 6 * 5", "not exactly one answer"),
+        ("<answer> 1 -6 *5 </answer> <answer> 1 -6 *5 </answer>", "not exactly one answer"),
+        ("<answer> 6 +1 +5 </answer> <answer> 1 -6 *5 </answer>", "not exactly one answer"),
+        ("<answer> 1 -6 *5", "not exactly one answer"),
         ("1 - 6 * 5", "not exactly one answer"),
         ("", "not exactly one answer"),
-        ("<answer> <answer> 1 - 6 * 5 </answer>", "not exactly one answer"),
-        ("</answer> 1 - 6 * 5 <answer>", "not exactly one answer"),
-        ("</answer> <answer> 1 - 6 * 5", "not exactly one answer"),
-        ("<think> <answer> 1 - 6 * 5 </answer> </think>", "not exactly one answer"),
+        ("<answer> <answer> 1 -6 *5 </answer>", "not exactly one answer"),
+        ("</answer> 1 -6 *5 <answer>", "not exactly one answer"),
+        ("</answer> <answer> 1 -6 *5", "not exactly one answer"),
+        ("<think> <answer> 1 -6 *5 </answer> </think>", "not exactly one answer"),
         ("<answer> </answer>", "empty"),
         ("<answer> 3 </answer>", "each number once"),
-        ("<answer> 5 - 1 - 1 </answer>", "each number once"),
-        ("<answer> 1 - 6 * 5 + 1 - 1 </answer>", "each number once"),
-        ("<answer> 6 * 6 + 6 </answer>", "each number once"),
-        ("<answer> 6 + 1 + 5 </answer>", "makes 5, not 3"),
-        ("<answer> 1 - 6 * </answer>", "no expression"),
+        ("<answer> 5 -1 -1 </answer>", "each number once"),
+        ("<answer> 1 -6 *5 +1 -1 </answer>", "each number once"),
+        ("<answer> 6 *6 +6 </answer>", "each number once"),
+        ("<answer> 6 +1 +5 </answer>", "makes 5, not 3"),
+        ("<answer> 1 -6 * </answer>", "no expression"),
         ("<answer> 1 6 5 </answer>", "no expression"),
-        ("<answer> - 1 6 </answer>", "no expression"),
-        ("<answer> 1 / 6 * 5 </answer>", "no expression"),
+        ("<answer> -1 6 </answer>", "no expression"),
+        ("<answer> 1 /6 *5 </answer>", "no expression"),
         ("<answer> 1 -+ 6 +- 5 </answer>", "no expression"),
         ("<answer> 1 +- 6 +- 5 </answer>", "no expression"),
-        ("<answer> 1 - 6 * ⁵ </answer>", "no expression"),
-        ("<answer> 1 - 6 * " + "5" * 5000 + " </answer>", "no expression"),
-        ("<answer> try 1 - 6 * 5 </answer>", "no expression"),
+        ("<answer> 1 -6 *⁵ </answer>", "no expression"),
+        ("<answer> 1 -6 *" + "5" * 5000 +" </answer>", "no expression"),
+        ("<answer> try 1 -6 *5 </answer>", "no expression"),
         ("<answer> 1-6*5 </answer>", "no expression"),
     ],
 )  # fmt: skip
@@ -118,14 +115,14 @@ def test_an_answer_that_ran_out_of_tokens_earns_nothing_for_it(clock):
 @pytest.mark.parametrize(
     "text",
     [
-        "<answer> 1 - 6 * 5 </answer>",
-        "try 1 <answer> 1 - 6 * 5 </answer>",
-        "</think> try <think> <answer> 1 - 6 * 5 </answer>",
-        "<think> try </think> </think> <answer> 1 - 6 * 5 </answer>",
-        "<think> <think> try </think> <answer> 1 - 6 * 5 </answer>",
-        "try <think> try </think> <answer> 1 - 6 * 5 </answer>",
-        "<think> try </think> try <answer> 1 - 6 * 5 </answer>",
-        "<think> try </think> <answer> 1 - 6 * 5 </answer> yes",
+        "<answer> 1 -6 *5 </answer>",
+        "try 1 <answer> 1 -6 *5 </answer>",
+        "</think> try <think> <answer> 1 -6 *5 </answer>",
+        "<think> try </think> </think> <answer> 1 -6 *5 </answer>",
+        "<think> <think> try </think> <answer> 1 -6 *5 </answer>",
+        "try <think> try </think> <answer> 1 -6 *5 </answer>",
+        "<think> try </think> try <answer> 1 -6 *5 </answer>",
+        "<think> try </think> <answer> 1 -6 *5 </answer> yes",
     ],
 )
 def test_format_wants_one_thought_then_one_answer_and_nothing_else(clock, text):
@@ -137,13 +134,13 @@ def test_format_wants_one_thought_then_one_answer_and_nothing_else(clock, text):
 def test_language_is_the_share_of_words_in_the_questions_language(clock):
     english = QUESTION
     chinese = Problem("clock/zh", "用 6 1 5 凑 3 ?", language="zh", data=QUESTION.data)
-    text = "<think> try 6 得 wait 错 </think> <answer> 1 - 6 * 5 </answer>"
+    text = "<think> try 6 得 wait 错 </think> <answer> 1 -6 *5 </answer>"
     assert (
         judge(clock, text, english).parts["language"] == judge(clock, text, chinese).parts["language"] == 0.5
     )
-    silent = judge(clock, "<think> 6 - 5 </think> <answer> 1 - 6 * 5 </answer>", english)
+    silent = judge(clock, "<think> 6 -5 </think> <answer> 1 -6 *5 </answer>", english)
     assert "language" not in silent.parts
-    foreign = judge(clock, "<think> 试 </think> <answer> 1 - 6 * 5 </answer>", english)
+    foreign = judge(clock, "<think> 试 </think> <answer> 1 -6 *5 </answer>", english)
     assert foreign.parts["language"] == 0.0 and "language" in foreign.reasons
 
 
@@ -168,21 +165,21 @@ def test_a_request_to_repeat_needs_no_thought():
     [
         ("", {"attempts": 0}),
         ("guess", {"attempts": 0, "mixed": 0, "language_consistency": 1}),
-        ("try 6 - 5 gives 1 * 1 gives 1 vs 3 no wait 1 - 6 gives 2 * 5 gives 3 vs 3 yes",
+        ("try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives 3 =3 gives 0 yes",
          {"attempts": 2, "persist": 1, "verdict": 1, "mixed": 0, "language_consistency": 1}),
-        ("try 6 - 5 gives 1 * 1 gives 1 vs 3 no", {"attempts": 1, "persist": 0, "verdict": 1, "mixed": 0}),
-        ("try 1 gives 3 vs 3 no wait 1 gives 2 vs 3 yes", {"attempts": 2, "persist": 1, "verdict": 0}),
-        ("try 1 gives 4 vs 3 no wait 1 gives 2 vs 3 no 6", {"attempts": 2, "persist": 0.5, "verdict": 1}),
-        ("试 1 得 4 比 3 错 等 1 得 3 比 3 对", {"attempts": 2, "persist": 1, "verdict": 1, "language_consistency": 0}),
-        ("try 1 得 4 vs 3 错 等 1 gives 3 比 3 yes", {"attempts": 2, "persist": 1, "verdict": 1, "mixed": 1, "language_consistency": 0.5}),
-        ("vs 3 no", {"attempts": 0, "persist": 0}),
-        ("try 3 vs 3", {"attempts": 1}),
-        ("try 3 vs 3 wait", {"attempts": 2}),
+        ("try 6 -5 gives 1 *1 gives 1 =3 gives 5 no", {"attempts": 1, "persist": 0, "verdict": 1, "mixed": 0}),
+        ("try 1 gives 3 =3 gives 0 no wait 1 gives 2 =3 gives 6 yes", {"attempts": 2, "persist": 1, "verdict": 0}),
+        ("try 1 gives 4 =3 gives 1 no wait 1 gives 2 =3 gives 6 no 6", {"attempts": 2, "persist": 0.5, "verdict": 1}),
+        ("试 1 得 4 =3 得 1 错 等 1 得 3 =3 得 0 对", {"attempts": 2, "persist": 1, "verdict": 1, "language_consistency": 0}),
+        ("try 1 得 4 =3 gives 1 错 等 1 gives 3 =3 得 0 yes", {"attempts": 2, "persist": 1, "verdict": 1, "mixed": 1, "language_consistency": 0.5}),
+        ("=3 gives 0 no", {"attempts": 0, "persist": 0}),
+        ("try 3 =3", {"attempts": 1}),
+        ("try 3 =3 wait", {"attempts": 2}),
     ],
 )  # fmt: skip
 def test_stats_by_hand(clock, thought, stats):
     """`persist` and `verdict` are absent where there was no chance to persist or to judge."""
-    found = judge(clock, f"<think> {thought} </think> <answer> 1 - 6 * 5 </answer>").stats
+    found = judge(clock, f"<think> {thought} </think> <answer> 1 -6 *5 </answer>").stats
     assert {name: found[name] for name in stats} == pytest.approx(stats)
     assert {"persist", "verdict"} & set(found) == {"persist", "verdict"} & set(stats)
 
@@ -234,12 +231,12 @@ def documents(clock: Countdown, count: int, **mixture: float) -> list[list[str]]
 
 
 def steps(words: list[str]) -> list[bool]:
-    """Is each `a + b gives c` right?"""
+    """Is each `a +b gives c` right?"""
     gives = {language["gives"] for language in WORDS.values()}
     right = []
-    for a, operation, b, said_, c in zip(words, words[1:], words[2:], words[3:], words[4:], strict=False):
-        if operation in OPERATIONS and said_ in gives:
-            right.append(value([a, operation, b], 7) == int(c))
+    for a, step, said_, c in zip(words, words[1:], words[2:], words[3:], strict=False):
+        if step[0] in OPERATIONS and step[1:].isdecimal() and said_ in gives:
+            right.append(value([a, step], 7) == int(c))
     return right
 
 
@@ -313,8 +310,9 @@ def test_documents_are_the_tokens_that_prompts_and_answers_become(clock, tokeniz
     """The base grows up on the very ids that it is asked with later."""
     words = documents(clock, 300)
     encoded = encode_documents(iter(words), tokenizer, tokens=2000)
-    assert 2000 <= sum(map(len, encoded)) < 2200
-    for document, ids in zip(words, encoded, strict=False):
+    assert 2000 <= sum(len(sample.tokens) for sample in encoded) < 2250
+    for document, sample in zip(words, encoded, strict=False):
+        ids = sample.tokens
         assert tokenizer.encode(" ".join(document)) == ids.tolist()
         assert ids[-1] == tokenizer.end_id
         if document[1] == "User:":
@@ -325,10 +323,22 @@ def test_documents_are_the_tokens_that_prompts_and_answers_become(clock, tokeniz
 
 
 def test_rewrite_translates_word_by_word(clock):
-    mixed = "try 6 - 5 得 1 vs 3 错 wait 1 gives 3 比 3 yes 猜"
-    assert clock.rewrite(mixed, "en") == "try 6 - 5 gives 1 vs 3 no wait 1 gives 3 vs 3 yes guess"
-    assert clock.rewrite(mixed, "zh") == "试 6 - 5 得 1 比 3 错 等 1 得 3 比 3 对 猜"
+    mixed = "try 6 -5 得 1 =3 得 5 错 wait 1 gives 3 =3 gives 0 yes 猜"
+    assert clock.rewrite(mixed, "en") == "try 6 -5 gives 1 =3 gives 5 no wait 1 gives 3 =3 gives 0 yes guess"
+    assert clock.rewrite(mixed, "zh") == "试 6 -5 得 1 =3 得 5 错 等 1 得 3 =3 得 0 对 猜"
     assert clock.rewrite(clock.rewrite(mixed, "zh"), "en") == clock.rewrite(mixed, "en")
     for language in WORDS:
         for other in WORDS.values():
             assert clock.rewrite(" ".join(other.values()), language) == " ".join(WORDS[language].values())
+
+
+def test_what_nobody_can_foresee_is_not_learned(clock, tokenizer):
+    """Questions and the numbers of exercises are read only; every word of a solution is learned."""
+    words = documents(clock, 400)
+    for document, sample in zip(words, encode_documents(iter(words), tokenizer, tokens=1 << 30), strict=True):
+        learned = [word for word, yes in zip(document[1:], sample.learned, strict=True) if yes]
+        if "Assistant:" in document:
+            assert learned == document[document.index("Assistant:") + 1 :]
+        else:
+            assert learned and len(learned) < len(document) - 1
+            assert not any(word.startswith("=") for word in learned)

@@ -104,7 +104,7 @@ def test_a_stage_that_had_no_time_to_checkpoint_begins_again_and_ends_the_same(n
     assert attempt.end() == attempt.expected
 
 
-@pytest.mark.parametrize("stage", ["brought", "coldstart", "general"])
+@pytest.mark.parametrize("stage", ["brought", "coldstart"])
 def test_a_stage_killed_at_every_single_write_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
     attempt = Attempt(nursery, finished, tmp_path, stage)
     for fatal in range(1, 100):
@@ -146,7 +146,7 @@ def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_a
     code, _, err = answer("run", finished.recipe, "--runs", tmp_path)
     assert (code, digests(tmp_path)) == (0, digests(finished.home)), err
     assert (tmp_path / "tiny" / "report" / "index.html").exists()
-    until(lambda: not any(map(alive, workers)), 5)
+    until(lambda: not any(map(alive, workers)), 20)
 
 
 def test_two_runs_of_one_recipe_share_their_work(finished, tmp_path):
@@ -158,26 +158,25 @@ def test_two_runs_of_one_recipe_share_their_work(finished, tmp_path):
 
 @pytest.fixture
 def long(finished) -> list[str]:
-    """Settings that make the tiny base take a minute, and save only when asked to."""
-    return ["--set", "stages.base.tokens=2000000", "--set", "stages.base.save_every=600"]
+    """Settings that make the tiny base take half a minute, and save only when asked to."""
+    return ["--set", "stages.base.tokens=300000", "--set", "stages.base.save_every=600"]
 
 
-def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(finished, tmp_path, long):
-    for presses, expected in ((1, 75), (2, 130)):
-        run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
-        until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
-        time.sleep(0.3)
-        workers = children(run.pid)
-        for _ in range(presses):
-            run.send_signal(signal.SIGINT)
-            time.sleep(0.05)
-        out, err = run.communicate(timeout=200)
-        assert run.returncode == expected, err
-        until(lambda: not any(map(alive, workers)), 5)  # noqa: B023
-        assert "Traceback" not in err
-        if presses == 1:
-            assert list(tmp_path.glob("store/.partial/pretrain-*/state.pt"))
-            assert err.splitlines()[-1] == "limbeck: stopped; the same command goes on from here"
+@pytest.mark.parametrize("presses, expected", [(1, 75), (2, 130)])
+def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(finished, tmp_path, long, presses, expected):
+    run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
+    until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
+    workers = children(run.pid)
+    for _ in range(presses):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _, err = run.communicate(timeout=200)
+    assert run.returncode == expected, err
+    until(lambda: not any(map(alive, workers)), 20)
+    assert "Traceback" not in err
+    if presses == 1:
+        assert list(tmp_path.glob("store/.partial/pretrain-*/state.pt"))
+        assert err.splitlines()[-1] == "limbeck: stopped; the same command goes on from here"
 
 
 def test_a_worker_that_the_system_kills_ends_the_run_resumably(finished, tmp_path, long):

@@ -100,8 +100,7 @@ class Store:
             return self.find(manifest["kind"], manifest["key"]) or self._finish(folder, manifest)
 
     def _finish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
-        for torn in folder.rglob("*.partial"):  # what a kill left of a file being written
-            torn.unlink()
+        sweep(folder)
         outputs = {p.relative_to(folder).as_posix(): _describe(p) for p in _files(folder)}
         manifest = {"schema": SCHEMA, **manifest, "outputs": outputs, "digest": _digest_of_outputs(outputs)}
         sync_below(folder)
@@ -177,6 +176,12 @@ def write(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what kills left of files being written."""
+    for torn in folder.rglob("*.partial"):
+        torn.unlink()
 
 
 def sync_below(folder: Path) -> None:

@@ -25,7 +25,7 @@ from ..recipe import AnyStage, Problems
 from ..types import LimbeckError
 from .curate import Waiting
 from .job import Job
-from .store import OUTCOME, Store, out_of_space, sync_below, write
+from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 
 def main(threads: int) -> None:
@@ -97,7 +97,7 @@ def perform(job: Job) -> dict[str, Any]:
         return {"event": "waiting", "rows": waiting.open_rows}
     except LimbeckError as error:
         return {"event": "failed", "code": error.exit_code, "message": str(error)}
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a worker outlives its stage and tells what ended it
         if not out_of_space(error):
             return _crashed(error)
         left = "the same command goes on from the last checkpoint"
@@ -112,6 +112,7 @@ def _carry_out(job: Job) -> dict[str, Any]:
     path = job.folder / OUTCOME
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
+        sweep(job.folder)
         began, cpu = time.monotonic(), time.process_time()
         outcome = STAGES[job.stage.kind](job)
         sync_below(job.folder)

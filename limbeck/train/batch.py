@@ -95,7 +95,6 @@ def _packed(groups: list[list[Sample]]) -> Layout:
     lengths = [len(s.tokens) - 1 for s in samples]
     begins = np.cumsum([0, *lengths[:-1]])
     predict = [np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)]
-    predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
     return samples, np.concatenate([s.tokens[:-1] for s in samples]), Packed(lengths), predict
 
 
@@ -115,6 +114,7 @@ def _batch(
     samples: list[Sample], tokens_N: np.ndarray, context: Packed | Branched, predict: list[np.ndarray],
     tokens: int, sequences: int, device: torch.device | str,
 ) -> Batch:  # fmt: skip
+    predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
     counts = np.array([len(p) for p in predict])
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -95,7 +95,7 @@ def group_advantages(groups: Sequence[Group], scale: str) -> list[np.ndarray]:
     centred = [np.asarray(g.rewards) - np.mean(g.rewards) for g in groups]
     if scale == "group":
         return [c / (np.std(g.rewards, ddof=1) + 1e-4) for c, g in zip(centred, groups, strict=True)]
-    if scale == "batch":
+    if scale == "batch" and groups:
         spread = np.std(np.concatenate([g.rewards for g in groups]), ddof=1) + 1e-4
         return [c / spread for c in centred]
     return centred
