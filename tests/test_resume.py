@@ -132,7 +132,7 @@ def test_a_stage_killed_while_it_writes_its_checkpoint_ends_with_the_same_bytes(
 
 def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_and_leaves_no_process(finished, tmp_path):
     instants, workers, ended = random.Random(0), set(), []
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         run = limbeck("run", finished.recipe, "--runs", tmp_path)
         until(lambda: children(run.pid) or run.poll() is not None)  # noqa: B023
         workers |= set(children(run.pid))
