@@ -10,13 +10,14 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from .machine import usable_cores
+
 
 class Host:
     """`workers` processes on this machine, each with its share of the cores; started when first needed."""
 
     def __init__(self, workers: int, threads: int = 0):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = threads or max(1, cores // workers)
+        self.threads = threads or max(1, int(usable_cores()) // workers)
         self.size = workers
         self._events: SimpleQueue[tuple[subprocess.Popen, dict[str, Any] | None]] = SimpleQueue()
         self._idle: list[subprocess.Popen] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -73,11 +72,8 @@ def _quota(problems: list[Problem], way: str, settings: Evaluate) -> tuple[list[
 
 def _majority(group: Group) -> float:
     """Is the most frequent answer right? Of equals, the first given counts."""
-    answers = [score.answer for score in group.scores if score.answer]
-    if not answers:
-        return 0.0
-    winner = Counter(answers).most_common(1)[0][0]
-    return next(score.parts["accuracy"] for score in group.scores if score.answer == winner)
+    winner = statistics.consensus([score.answer or None for score in group.scores])
+    return next((score.parts["accuracy"] for score in group.scores if winner and score.answer == winner), 0.0)
 
 
 def _means(groups: Sequence[Group]) -> dict[str, Any]:

@@ -70,7 +70,6 @@ class Decoder(nn.Module):
             weight.normal_(0.0, scale / math.sqrt(2 * self.config.layers) if writes else scale, generator=random)
         return self
 
-
     def thinned(self, layers: int) -> Decoder:
         """A decoder of evenly spaced layers of this one, first and last among them (as DistilBERT's student
         began, arXiv 1910.01108, section 2); its weights are copies."""

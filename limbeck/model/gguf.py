@@ -236,7 +236,7 @@ def _name(file: _File, name: str) -> str:
 
 def _dequantize(file: _File, name: str) -> Tensor:
     tensor = file.tensors[name]
-    try:
+    try:  # the file is the user's, and only the library knows which quantisations it can undo
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError:
         kind = tensor.tensor_type.name

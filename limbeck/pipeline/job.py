@@ -35,7 +35,6 @@ class Job:
     inputs: dict[str, Path]
     problems: dict[str, Problems]
     folder: Path
-    base: Path
     control: str | None = None
     queue: Path | None = None
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
@@ -51,7 +50,7 @@ class Job:
     def task(self, name: str) -> Task:
         from ..tasks.task import open_task
 
-        return open_task(name, self.problems[name], self.base)
+        return open_task(name, self.problems[name])
 
     def mixture(self, weights: dict[str, float], rewards: dict[str, float] | None = None) -> Mixture:
         """Problems by weight; a name that is a `screen` stage stands for the problems that it kept."""

@@ -14,7 +14,7 @@ from ..cluster.hosts import Host
 from ..cluster.machine import machine
 from ..reading import dump
 from ..recipe import Curate, Recipe
-from ..record import ROLLOUTS, TIMING, read
+from ..record import METRICS, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
 from .graph import Graph, Node, report_nodes, seed_of
@@ -47,7 +47,7 @@ class Progress:
 
     def look(self) -> tuple[int, int | None, dict[str, Any]]:
         """Steps done, steps in all, and the latest metrics."""
-        timing, metrics = _last(self.folder / TIMING), _last(self.folder / "metrics.jsonl")
+        timing, metrics = _last(self.folder / TIMING), _last(self.folder / METRICS)
         return timing.get("step", -1) + 1, timing.get("of"), metrics
 
     def thought(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Run:
     """One recipe's run: its graph, its folder (`runs/NAME`), its hosts and who watches."""
 
     def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display):
-        self.recipe, self.base, self.home, self.display = recipe, base, home, display
+        self.recipe, self.home, self.display = recipe, home, display
         self.store = Store(home / "store")
         self.folder = home / recipe.name
         self.graph = Graph(recipe, self.store, base)
@@ -145,7 +145,7 @@ class Run:
         return Job(
             name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
             inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
-            folder=self.store.partial(node.kind, node.key), base=self.base, control=node.control, queue=node.queue,
+            folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue,
         )  # fmt: skip
 
     def _hear(self, event: dict[str, Any]) -> None:

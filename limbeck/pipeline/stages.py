@@ -21,14 +21,12 @@ from ..eval.evaluate import evaluate
 from ..model import weights
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
-from ..model.places import find_model
 from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen
 from ..record import read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
-from ..train.pretrain import batches, pretrain
 from ..train.rl import reinforce, summarize
-from ..train.sft import finetune, plan_epochs
+from ..train.supervised import batches, fit, plan_epochs
 from ..types import Completion, Group, LimbeckError, Resumable, fingerprint, generator
 from ..types import Sample as Learned
 from . import curate as desk
@@ -42,7 +40,7 @@ CHUNK = 64  # problems between two saves of a sampling stage
 def run_load(job: Job) -> Outcome:
     """Copy a base model into the store, as fp32 safetensors; what it may be used for travels along."""
     stage: Load = job.stage
-    source = find_model(stage.path, job.base)
+    source = Path(stage.path)
     if source.is_file():
         from ..model.gguf import convert
 
@@ -77,11 +75,7 @@ def run_pretrain(job: Job) -> Outcome:
     decoder = Decoder(config).initialize(fingerprint(job.seed, "weights"))
     documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
-    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
-    if state := checkpoint.restore():
-        learner.load_state_dict(state["learner"])
-    pretrain(learner, documents, plan, stage, job.record(learner.step, len(plan)), checkpoint)
-    return _trained(job, decoder, tokenizer, sum(len(d.tokens) for d in documents))
+    return _fit(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
 
 
 def run_sft(job: Job) -> Outcome:
@@ -94,13 +88,8 @@ def run_sft(job: Job) -> Outcome:
     ]
     if not samples:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
-    plan = plan_epochs(samples, stage, job.seed)
-    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
-    if state := checkpoint.restore():
-        learner.load_state_dict(state["learner"])
-    finetune(learner, samples, plan, stage, job.record(learner.step, len(plan)), checkpoint)
-    seen = sum(len(samples[i].tokens) for batch in plan for i in batch)
-    outcome = _trained(job, decoder, tokenizer, seen)
+    plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
+    outcome = _fit(job, decoder, tokenizer, samples, plan, stage.batch_tokens)
     return {**outcome, "notes": {**outcome["notes"], "rows": len(samples)}}
 
 
@@ -332,8 +321,16 @@ def _share(rows: list, share: float, seed: object) -> list:
     return [rows[order[i % len(rows)]] for i in range(count)]
 
 
-def _trained(job: Job, decoder: Decoder, tokenizer: Tokenizer, tokens: int) -> Outcome:
-    """What ends every supervised stage: the model, and what it took."""
+def _fit(
+    job: Job, decoder: Decoder, tokenizer: Tokenizer, samples: list[Learned], plan: list[list[int]], micro_tokens: int
+) -> Outcome:
+    """What every supervised stage does: learn by plan, from the last checkpoint on; save the model; count."""
+    stage: Pretrain | SFT = job.stage
+    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
+    if state := checkpoint.restore():
+        learner.load_state_dict(state["learner"])
+    fit(learner, samples, plan, micro_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint)
     save_model(decoder, tokenizer, job.folder)
+    tokens = sum(len(samples[i].tokens) for batch in plan for i in batch)
     flops = tokens * decoder.config.flops_per_token(50, backward=True)
     return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters}}

@@ -64,7 +64,6 @@ def write_job(job: Job) -> dict[str, Any]:
         "inputs": {name: str(path) for name, path in job.inputs.items()},
         "problems": {name: problems.model_dump(mode="json") for name, problems in job.problems.items()},
         "folder": str(job.folder),
-        "base": str(job.base),
         "control": job.control,
         "queue": str(job.queue) if job.queue else None,
     }
@@ -78,7 +77,6 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         inputs={name: Path(path) for name, path in request["inputs"].items()},
         problems=TypeAdapter(dict[str, Problems]).validate_python(request["problems"]),
         folder=Path(request["folder"]),
-        base=Path(request["base"]),
         control=request["control"],
         queue=Path(request["queue"]) if request["queue"] else None,
         stopping=stop.is_set,

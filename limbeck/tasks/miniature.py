@@ -39,7 +39,7 @@ TEMPLATE = (
 
 # How the base's documents are mixed. `worked` of the problem documents think; the rest only answer.
 CORPUS = {
-    "textbook": 0.30,  # arithmetic chains and comparisons: without them verifying is never learned
+    "textbook": 0.30,  # exercises: chains, comparisons, searches; without them verifying is learned late
     "general": 0.06,  # repeat after me: needs no thought
     "plain": 0.12, "tagged": 0.14, "guessed": 0.14,  # shares of the problem documents that do not work
     "direct_right": 0.20,  # of those, how many are right on purpose
@@ -343,7 +343,7 @@ class _Author:
         dice = self.dice
         speak = self._speech("zh" if dice.random() < self.task.settings.chinese else "en")
         kind = dice.random()
-        if kind < 0.4:  # comparing is the hardest to learn
+        if kind < 0.4:
             return self._comparisons(speak)
         if kind < 0.7:
             return self._search(speak)

@@ -14,8 +14,8 @@ from . import rewards
 from .answers import Verdict, extract
 
 
-def open_task(name: str, settings: Problems, base: Path) -> Task:
-    """The source that a recipe describes; paths in it are relative to `base`, the recipe's folder."""
+def open_task(name: str, settings: Problems, base: Path = Path()) -> Task:
+    """The source that a recipe describes; paths in it are relative to `base`."""
     match settings:
         case Miniature():
             from .miniature import Countdown
