@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,32 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
+FALCON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+DEEPSEEK_YARN = {**YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 0.8, "mscale_all_dim": 1.0}
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+MOE = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
 }
 
 VARIANTS = {
@@ -43,6 +64,30 @@ VARIANTS = {
     "qwen3-gqa": ("Qwen3", {"tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3-wide-heads-mha": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 32}),
     "qwen3-mqa": ("Qwen3", {"num_key_value_heads": 1}),
+    "mistral-window": ("Mistral", {"sliding_window": 9}),
+    "mistral-no-window": ("Mistral", {"sliding_window": None}),
+    "qwen2-half-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2-yarn": ("Qwen2", {"rope_scaling": YARN}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3-moe": ("Qwen3Moe", {**MOE, "num_experts": 8, "norm_topk_prob": True}),
+    "qwen3-moe-some-dense": ("Qwen3Moe", {**MOE, "num_experts": 8, "decoder_sparse_step": 2, "norm_topk_prob": False}),
+    "falcon-7b": ("Falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "deepseek-v2-lite": ("DeepseekV2", {**MLA, **MOE, "q_lora_rank": None, "n_routed_experts": 6, "n_group": None}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {**MLA, **MOE, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+    ),
+    "deepseek-v2-yarn": ("DeepseekV2", {**MLA, **MOE, "rope_scaling": DEEPSEEK_YARN}),
+    "deepseek-v3": ("DeepseekV3", {**MLA, **MOE, "n_group": 4, "topk_group": 2}),
+    "deepseek-v3-full-queries": ("DeepseekV3", {**MLA, **MOE, "n_group": 1, "topk_group": 1, "q_lora_rank": None}),
+    "deepseek-v3-yarn": ("DeepseekV3", {**MLA, **MOE, "n_group": 2, "topk_group": 1, "rope_scaling": DEEPSEEK_YARN}),
+    "deepseek-v3-dense": ("DeepseekV3", {**MLA, **MOE, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 3}),
+    "deepseek-v3-halves": ("DeepseekV3", {**MLA, **MOE, "n_group": 2, "topk_group": 1, "rope_interleave": False}),
+    "hunyuan-moe": ("HunYuanMoEV1", {"num_experts": 6, "moe_topk": 2}),
+    "hunyuan-moe-alpha": (
+        "HunYuanMoEV1",
+        {"num_experts": 4, "moe_topk": 1, "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0}},
+    ),
 }
 
 
@@ -60,7 +105,8 @@ def pair(request, tmp_path_factory) -> tuple[torch.nn.Module, Decoder, Path]:
     """The same random weights in transformers and here; ours came through a HuggingFace directory."""
     name, switches = VARIANTS[request.param]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **switches})
+    sizes = {key: size for key, size in SIZES.items() if name != "Falcon" or key in FALCON}
+    config = getattr(transformers, f"{name}Config")(**{**sizes, "pad_token_id": None, **switches})
     theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # fresh norms are ones and biases zeros, which would hide that they are not read
         for weight in theirs.parameters():
@@ -98,7 +144,8 @@ def test_what_is_saved_loads_in_transformers_with_equal_logits(pair, tmp_path):
 
 def test_parameters_are_counted_as_transformers_counts_them(pair):
     theirs, ours, _ = pair
-    assert ours.config.parameters == theirs.num_parameters() == sum(w.numel() for w in ours.parameters())
+    biases = sum(bias.numel() for name, bias in theirs.named_buffers() if name.endswith("correction_bias"))
+    assert ours.config.parameters == theirs.num_parameters() + biases == sum(w.numel() for w in ours.parameters())
 
 
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (7, 3, 30, 1, 12)], ids=str)
@@ -161,7 +208,22 @@ def test_gradients_equal_transformers(pair):
     loss.backward()
     theirs.zero_grad()
     theirs(row.unsqueeze(0), labels=row.unsqueeze(0)).loss.backward()
-    expected, found = dict(theirs.named_parameters()), dict(ours.named_parameters())
+    found = dict(ours.named_parameters())
     for part in weights.parts(ours):
-        gradient = found[part.ours].grad[part.begin : part.end]
-        torch.testing.assert_close(gradient, expected[part.theirs].grad, atol=1e-5, rtol=1e-4)
+        if found[part.ours].requires_grad:
+            expected = gradient_of(theirs, part.theirs)
+            expected = expected if part.order is None else expected[part.order]
+            torch.testing.assert_close(part.place(found[part.ours].grad), expected, atol=1e-5, rtol=1e-4)
+
+
+def gradient_of(theirs: torch.nn.Module, name: str) -> torch.Tensor:
+    """By the name in a checkpoint; in memory transformers stacks the experts."""
+    weights_ = dict(theirs.named_parameters())
+    name = name.replace("block_sparse_moe", "mlp")
+    if expert := re.fullmatch(r"(.*experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight", name):
+        stem, number, kind = expert.groups()
+        if kind in ("down_proj", "w2"):
+            return weights_[f"{stem}.down_proj"].grad[int(number)]
+        both = weights_[f"{stem}.gate_up_proj"].grad[int(number)]
+        return both.chunk(2)[kind in ("up_proj", "w3")]
+    return weights_[name].grad

@@ -1,6 +1,7 @@
-"""Contexts for attention: whole sequences packed end to end, or a cache with one new token a row.
+"""Contexts for attention: whole sequences packed end to end, or a cache with the next tokens of each row.
 
-N tokens · B rows · T positions · H heads · K key/value heads · G queries a key head · D head size.
+N tokens · B rows · T positions · H heads · K key/value heads · G queries a key head · D head size ·
+S new tokens a row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import Layer
 from .config import ModelConfig
+from .ffn import Routes
 
 
 class Packed:
@@ -21,23 +24,31 @@ class Packed:
     padded on the right to its longest; causality keeps padding out of every real position.
     """
 
+    absorbed = False
+
     def __init__(self, lengths: Sequence[int], slack: float = 0.2, device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
         self._chunks = [_Chunk(self.lengths, a, b, device) for a, b in _cut(self.lengths, slack)]
-        self.keys: list[Tensor] | None = None
-        self.values: list[Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self.entries: list[tuple[Tensor, Tensor | None]] | None = None
+        self.routes: Routes | None = None
 
     def keep(self) -> Packed:
-        """Remember every layer's keys and values: a prefill."""
-        self.keys, self.values = [], []
+        """Remember what every layer keeps of each token: a prefill."""
+        self.entries = []
         return self
 
-    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        if self.keys is not None:
-            self.keys.append(k_NKD)
-            self.values.append(v_NKD)
-        mixed = [chunk.attend(q_NHD, k_NKD, v_NKD) for chunk in self._chunks]
+    def attend(
+        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+    ) -> Tensor:
+        if k_NKD is None:
+            k_NKD, v_NKD = self._last
+        else:
+            self._last = k_NKD, v_NKD
+            if self.entries is not None:
+                self.entries.append((k_NKD, v_NKD) if kept is None else (kept, None))
+        mixed = [chunk.attend(layer, q_NHD, k_NKD, v_NKD) for chunk in self._chunks]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
@@ -49,6 +60,8 @@ class Branched:
     prompt and its own past: gradients are those of the sequences written out in full.
     """
 
+    absorbed = False
+
     def __init__(self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2):
         self.prompts, self.width = prompts, width
         first = next((i for i, n in enumerate(lengths) if n), len(lengths))  # an empty one has nothing to attend
@@ -58,21 +71,33 @@ class Branched:
         self._chunks = [_Chunk(rows, a, b, "cpu", prompts * width) for a, b in self._cuts]
         columns = [width + torch.arange(n) for n in rows]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
+        self._last: tuple[Tensor, Tensor] | None = None
+        self.routes: Routes | None = None
 
-    def attend(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    def attend(
+        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+    ) -> Tensor:
+        k_NKD, v_NKD = self._last = self._last if k_NKD is None else (k_NKD, v_NKD)
         head = self.prompts * self.width
         q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
-        mixed = [_mix(q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)]
+        mixed = [_mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)]
         for (a, b), chunk in zip(self._cuts, self._chunks, strict=True):
             owner = self.owners[a:b]
-            mixed.append(chunk.attend(q_NHD, k_NKD, v_NKD, (k_p[owner], v_p[owner])))
+            mixed.append(chunk.attend(layer, q_NHD, k_NKD, v_NKD, (k_p[owner], v_p[owner])))
         return torch.cat(mixed)
 
 
-def _mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Causal attention, or attention under a mask; heads may outnumber key heads."""
+def _mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last queries over all keys; heads may outnumber key heads."""
+    width, seen = q.shape[2], k.shape[2]
+    mask = None
+    if seen > width or 0 < layer.window < seen:
+        mask = torch.ones(width, seen, dtype=torch.bool, device=q.device).tril(seen - width)
+        mask = mask.triu(seen - width - layer.window + 1) if layer.window else mask
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=layer.scale, enable_gqa=grouped
+    )
 
 
 class _Chunk:
@@ -90,14 +115,13 @@ class _Chunk:
             self.pad = torch.where(inside, begins + column, 0).flatten().to(device)
             self.real = inside.flatten().nonzero().squeeze(1).to(device)
 
-    def attend(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, prompt: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def attend(
+        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, prompt: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         q, k, v = (self._rows(x.narrow(0, self.start, self.tokens)) for x in (q_NHD, k_NKD, v_NKD))
-        mask = None
         if prompt is not None:
-            seen = prompt[0].shape[2]
             k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
-            mask = torch.ones(self.width, seen + self.width, dtype=torch.bool).tril(seen)
-        flat = _mix(q, k, v, mask).transpose(1, 2).flatten(0, 1)
+        flat = _mix(layer, q, k, v).transpose(1, 2).flatten(0, 1)
         return flat if self.even else flat[self.real]
 
     def _rows(self, x_NHD: Tensor) -> Tensor:
@@ -118,25 +142,31 @@ def _cut(lengths: list[int], slack: float) -> list[tuple[int, int]]:
 
 
 class KVCache:
-    """Keys and values of the rows in flight; a row's next token lands at its own length.
+    """What the rows in flight keep of their tokens; a row's next tokens land at its own length.
 
-    Storage is [layers, B, K, T, D] with room to grow; `fork` copies a prefilled prompt into rows,
-    `keep` drops finished rows. Attention looks at the longest row's length and no further.
+    Storage is [layers, B, K, T, D] with room to grow, keys and values apart; MLA keeps its latents as keys of
+    one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows,
+    `keep` drops finished rows, `retract` takes tokens back. Attention looks at the longest row and no further.
     """
+
+    absorbed = True
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.config, self.dtype, self.device = config, dtype, device
+        self.heads, *self.widths = config.cache_widths
+        self.windows = {config.window(layer) for layer in range(config.layers)} | {0}
         self.lengths = torch.zeros(0, dtype=torch.long, device=device)
-        self.k_LBKTD = self.v_LBKTD = self._room(0, 0)
+        self.k_LBKTD, self.v_LBKTD = (self._room(0, 0, width) for width in self.widths)
         self.positions = self.lengths
+        self.routes: Routes | None = None
 
-    def _room(self, rows: int, width: int) -> Tensor:
-        shape = (self.config.layers, rows, self.config.kv_heads, width, self.config.head_dim)
+    def _room(self, rows: int, length: int, width: int) -> Tensor:
+        shape = (self.config.slots + self.config.predicted, rows, self.heads, length, width)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @property
     def bytes(self) -> int:
-        return 2 * self.k_LBKTD.numel() * self.k_LBKTD.element_size()
+        return sum(store.numel() * store.element_size() for store in (self.k_LBKTD, self.v_LBKTD))
 
     def fork(self, prefill: Packed, copies: Sequence[int]) -> None:
         """Add `copies[i]` rows that begin with the i-th prefilled sequence."""
@@ -148,9 +178,10 @@ class KVCache:
         begin = 0
         row = old
         for length, count in zip(prefill.lengths, copies, strict=True):
-            for layer, (k, v) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
-                self.k_LBKTD[layer, row : row + count, :, :length] = k[begin : begin + length].transpose(0, 1)
-                self.v_LBKTD[layer, row : row + count, :, :length] = v[begin : begin + length].transpose(0, 1)
+            for slot, (k, v) in enumerate(prefill.entries):
+                self.k_LBKTD[slot, row : row + count, :, :length] = k[begin : begin + length].transpose(0, 1)
+                if v is not None:
+                    self.v_LBKTD[slot, row : row + count, :, :length] = v[begin : begin + length].transpose(0, 1)
             begin += length
             row += count
 
@@ -163,28 +194,51 @@ class KVCache:
         """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
         self.lengths = self.lengths.masked_fill(idle_B, 0)
 
-    def advance(self) -> None:
-        """Make room for one more token a row, and say where it lands; call once before each step."""
-        width = int(self.lengths.max()) + 1
-        self._reserve(len(self.lengths), width, len(self.lengths))
-        self.positions = self.lengths
-        self.lengths = self.lengths + 1
+    def advance(self, count: int = 1) -> None:
+        """Make room for `count` more tokens a row, and say where they land; call once before each step."""
+        rows, width = len(self.lengths), int(self.lengths.max()) + count
+        self._reserve(rows, width, rows)
+        positions_BS = self.lengths.unsqueeze(1) + torch.arange(count, device=self.device)
+        self.positions = positions_BS.flatten()
+        self.lengths = self.lengths + count
         self._width = width
-        self._rows = torch.arange(len(self.lengths), device=self.device)
-        beyond_BT = torch.arange(width, device=self.device) > self.positions.unsqueeze(1)
-        bias_BT = torch.zeros(beyond_BT.shape, dtype=self.dtype, device=self.device).masked_fill_(beyond_BT, float("-inf"))
-        self._bias = bias_BT.repeat_interleave(self.config.kv_heads, 0).unsqueeze(1)
+        self._rows = torch.arange(rows, device=self.device).repeat_interleave(count)
+        ahead_BST = torch.arange(width, device=self.device) - positions_BS.unsqueeze(2)
+        self._bias = {window: self._mask(ahead_BST, window) for window in self.windows}
 
-    def attend(self, layer: int, q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
-        keys, values = self.k_LBKTD[layer], self.v_LBKTD[layer]
-        keys[self._rows, :, self.positions] = k_BKD
-        values[self._rows, :, self.positions] = v_BKD
-        rows, kv_heads, head_dim = k_BKD.shape
-        q_XGD = q_BHD.reshape(rows * kv_heads, -1, head_dim)
+    def _mask(self, ahead_BST: Tensor, window: int) -> Tensor:
+        """[B*K, S*G, T] of zeros and -inf; for one new token a row the middle is 1 and broadcasts."""
+        hidden_BST = (ahead_BST > 0) | (ahead_BST <= -window) if window else ahead_BST > 0
+        rows, count, width = hidden_BST.shape
+        bias_BST = torch.zeros(hidden_BST.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden_BST, float("-inf"))
+        if count == 1:
+            return bias_BST.repeat_interleave(self.heads, 0)
+        groups = self.config.heads // self.heads
+        return bias_BST[:, None, :, None].expand(rows, self.heads, count, groups, width).reshape(rows * self.heads, -1, width)
+
+    def retract(self, tokens_B: Tensor) -> None:
+        """Take back that many of each row's last tokens: what they left is written over."""
+        self.lengths = self.lengths - tokens_B
+
+    def attend(
+        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+    ) -> Tensor:
+        keys, values = self.k_LBKTD[layer.slot], self.v_LBKTD[layer.slot]
+        if k_NKD is not None:
+            keys[self._rows, :, self.positions] = k_NKD
+            if v_NKD is not None:
+                values[self._rows, :, self.positions] = v_NKD
+        rows, count = len(keys), len(q_NHD) // len(keys)
+        q_BSKGD = q_NHD.view(rows, count, self.heads, -1, q_NHD.shape[-1])
+        q_XGD = q_BSKGD.transpose(1, 2).reshape(rows * self.heads, -1, q_NHD.shape[-1])
         k_XTD = keys[:, :, : self._width].flatten(0, 1)
-        v_XTD = values[:, :, : self._width].flatten(0, 1)
-        scores_XGT = torch.baddbmm(self._bias, q_XGD, k_XTD.transpose(1, 2), alpha=head_dim**-0.5)
-        return torch.bmm(scores_XGT.softmax(-1), v_XTD).view(rows, -1, head_dim)
+        v_XTD = values[:, :, : self._width].flatten(0, 1) if self.widths[1] else k_XTD[..., : self.config.latent.kv_rank]
+        scores_XGT = torch.baddbmm(self._bias[layer.window], q_XGD, k_XTD.transpose(1, 2), alpha=layer.scale)
+        mixed_XGD = torch.bmm(scores_XGT.softmax(-1), v_XTD)
+        if count == 1:
+            return mixed_XGD.view(rows, -1, v_XTD.shape[-1])
+        mixed_BKSGD = mixed_XGD.view(rows, self.heads, count, -1, v_XTD.shape[-1])
+        return mixed_BKSGD.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
     def _reserve(self, rows: int, width: int, used: int) -> None:
         """Grow by half again where the room is too small; what the first `used` rows hold is kept."""
@@ -193,6 +247,7 @@ class KVCache:
             return
         wide = have_width if width <= have_width else max(width, have_width * 3 // 2, 32)
         for name in ("k_LBKTD", "v_LBKTD"):
-            old, new = getattr(self, name), self._room(max(rows, have_rows), wide)
+            old = getattr(self, name)
+            new = self._room(max(rows, have_rows), wide, old.shape[-1])
             new[:, :used, :, :have_width] = old[:, :used]
             setattr(self, name, new)

@@ -1,7 +1,7 @@
 """HuggingFace directories in and out, and the digest of a model's weights.
 
-The name map is data: each of our modules is one or more of theirs, stacked by rows. Reading holds one
-tensor beside the model; writing, one file's worth.
+The name map is data (families.py): each of our modules is one or more of theirs, stacked by rows. Reading
+holds one tensor beside the model; writing, one file's worth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,13 @@ from ..tokenizer import Tokenizer
 from ..types import LimbeckError
 from .config import ModelConfig
 from .decoder import Decoder
+from .families import FAMILIES
 
-STACKED = {
-    "embed": ("model.embed_tokens",),
-    "norm": ("model.norm",),
-    "head": ("lm_head",),
-    "blocks.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-    "blocks.{}.attention.qkv": (
-        "model.layers.{}.self_attn.q_proj",
-        "model.layers.{}.self_attn.k_proj",
-        "model.layers.{}.self_attn.v_proj",
-    ),
-    "blocks.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
-    "blocks.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
-    "blocks.{}.attention.out": ("model.layers.{}.self_attn.o_proj",),
-    "blocks.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
-    "blocks.{}.ffn.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "blocks.{}.ffn.down": ("model.layers.{}.mlp.down_proj",),
-}
+# Old checkpoints carry the rotary frequencies, which follow from config.json; modules that look ahead carry
+# the model's own embedding and head a second time.
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
 
-# Old checkpoints carry the rotary frequencies, which follow from config.json.
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$")
+FP8_BLOCK = 128  # a DeepSeek checkpoint in FP8 has one scale for each 128 x 128 weights
 
 SHARD_BYTES = 4 * 1024**3
 
@@ -57,28 +43,59 @@ SPARE_ROWS = 1024
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `begin` to `end` of our tensor are all of one of theirs.
+    """Rows `begin` to `end` of our tensor are all of one of theirs; a stack of matrices counts as one tall matrix.
 
-    `Part("model.layers.0.self_attn.k_proj.weight", "blocks.0.attention.qkv.weight", begin=64, end=96)`
+    `Part("model.layers.0.self_attn.k_proj.weight", "blocks.0.attention.qkv.weight", begin=64, end=96)`;
+    `order`, where given, is which of their rows each of ours is.
     """
 
     theirs: str
     ours: str
     begin: int
     end: int
+    order: Tensor | None = None
+
+    def place(self, weight: Tensor) -> Tensor:
+        """The part's own rows of our tensor, not a copy."""
+        return (weight.flatten(0, -2) if weight.ndim > 1 else weight)[self.begin : self.end]
 
 
 def parts(decoder: Decoder) -> Iterator[Part]:
     """Which rows of which of our weights each HuggingFace tensor is, in the order of our layers."""
-    heights = decoder.config.fused
+    config, names = decoder.config, FAMILIES[decoder.config.family].names
     for name, weight in decoder.named_parameters():
-        module, kind = name.rsplit(".", 1)
-        layer = "".join(re.findall(r"blocks\.(\d+)", module))
+        stem, layer = _place(name, config.layers)
+        module, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", stem).groups()
+        sources = names[module]
+        if "{expert}" in sources[0]:
+            sources = [source.replace("{expert}", str(e)) for e in range(config.experts.count) for source in sources]
+        heights = config.matrices(name) if len(sources) > 1 else None
+        heights = heights or (weight.numel() // weight.shape[-1] if weight.ndim > 1 else len(weight),)
         begin = 0
-        sources = STACKED[re.sub(r"\d+", "{}", module, count=1)]
-        for source, rows in zip(sources, heights.get(module.rsplit(".", 1)[-1], (len(weight),)), strict=True):
-            yield Part(f"{source.format(layer)}.{kind}", name, begin, begin + rows)
-            begin += rows
+        for source, height in zip(sources, heights, strict=True):
+            yield Part(source.format(layer=layer) + (suffix or ""), name, begin, begin + height, _order(config, source))
+            begin += height
+
+
+def _place(name: str, layers: int) -> tuple[str, int]:
+    """`blocks.3.attention.out.weight` is `attention.out.weight` of layer 3; modules that look ahead come after."""
+    found = re.match(r"(?:blocks\.(\d+)|ahead\.(\d+)(?:\.block)?)\.(.*)", name)
+    if not found:
+        return name, 0
+    block, depth, rest = found.groups()
+    return rest, int(block) if block else layers + int(depth)
+
+
+def _order(config: ModelConfig, source: str) -> Tensor | None:
+    """Checkpoints of DeepSeek's lay rotary dimensions out in pairs, we in halves."""
+    latent = config.latent
+    if latent is None or not latent.interleaved or not source.endswith((".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")):
+        return None
+    halves = torch.arange(latent.rope_dim).view(-1, 2).T.flatten()
+    if source.endswith(".kv_a_proj_with_mqa"):
+        return torch.cat([torch.arange(latent.kv_rank), latent.kv_rank + halves])
+    head = torch.cat([torch.arange(latent.nope_dim), latent.nope_dim + halves])
+    return (torch.arange(config.heads).unsqueeze(1) * len(head) + head).flatten()
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -124,20 +141,28 @@ def check_vocabulary(config: ModelConfig, path: Path) -> None:
 def _fill(decoder: Decoder, directory: Path) -> None:
     weights = dict(decoder.named_parameters())
     wanted = {part.theirs: part for part in parts(decoder)}
+    names = FAMILIES[decoder.config.family].names
+    head, embedding = (f"{names[kind][0]}.weight" for kind in ("head", "embed"))
     missing = set(wanted)
-    for path in _files(directory):
+    for path, listed in _files(directory).items():
         with _open(path) as file:
-            names = file.keys()
-            for name in names:
+            held = set(file.keys())
+            _check_index(directory, path, listed - held)
+            for name in sorted(held):
                 if name in wanted:
-                    _copy(file.get_tensor(name), weights[wanted[name].ours], wanted[name], path)
+                    part = wanted[name]
+                    _copy(_tensor(file, name, held, directory), weights[part.ours], part, path)
                     missing.discard(name)
-                elif name == "lm_head.weight":
-                    _expect_tied(file.get_tensor(name), directory, path)
-                elif not HARMLESS.search(name):
+                elif name == head:
+                    _expect_tied(file.get_tensor(name), embedding, directory, path)
+                elif not HARMLESS.search(name) and name.removesuffix("_scale_inv") not in wanted:
                     raise LimbeckError(
                         f"{path}: tensor {name} has no place in this architecture; check config.json"
                     )
+    ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
+    if ahead and ahead <= missing:  # transformers drops what looks ahead, and config.json goes on announcing it
+        missing -= ahead
+        decoder.ahead, decoder.config = torch.nn.ModuleList(), replace(decoder.config, predicted=0)
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise LimbeckError(
@@ -146,38 +171,73 @@ def _fill(decoder: Decoder, directory: Path) -> None:
 
 
 def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
-    place = weight[part.begin : part.end]
+    place = part.place(weight)
     if tensor.shape != place.shape:
         raise LimbeckError(
             f"{path}: {part.theirs} is {tuple(tensor.shape)}, config.json asks for {tuple(place.shape)}; "
             "the two are of different models"
         )
-    place.copy_(tensor)
+    place.copy_(tensor if part.order is None else tensor[part.order])
 
 
-def _expect_tied(head: Tensor, directory: Path, path: Path) -> None:
+def _tensor(file: Any, name: str, held: set[str], directory: Path) -> Tensor:
+    """One tensor as it is meant: FP8 weights are multiplied by their blocks' scales (arXiv 2412.19437, 3.3.2)."""
+    tensor = file.get_tensor(name)
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    scale = f"{name}_scale_inv"
+    if scale in held:
+        scales = file.get_tensor(scale)
+    else:
+        scales = next((found for path in _files(directory) if (found := _find(path, scale)) is not None), None)
+    if scales is None or scales.shape != tuple(-(-size // FP8_BLOCK) for size in tensor.shape):
+        raise LimbeckError(f"{directory}: {name} is in FP8, but {scale} is missing or of another size; copy the weights again")
+    wide = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return tensor.float() * wide[: tensor.shape[0], : tensor.shape[1]]
+
+
+def _find(path: Path, name: str) -> Tensor | None:
+    with _open(path) as file:
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
+
+
+def _expect_tied(head: Tensor, embedding: str, directory: Path, path: Path) -> None:
     """A tied model may carry its head a second time, but not a different one."""
-    for other in _files(directory):
-        with _open(other) as file:
-            held = set(file.keys()) & {"model.embed_tokens.weight"}
-            if any(torch.equal(head, file.get_tensor(name)) for name in held):
-                return
+    if any((found := _find(other, embedding)) is not None and torch.equal(head, found) for other in _files(directory)):
+        return
     raise LimbeckError(
         f"{path}: lm_head.weight differs from the embedding, though config.json ties them; "
         "set tie_word_embeddings to false"
     )
 
 
-def _files(directory: Path) -> list[Path]:
-    """The weight files: those of the index if there is one, else `model.safetensors`."""
+def _files(directory: Path) -> dict[Path, set[str]]:
+    """The weight files and the tensors listed for each: those of the index if there is one, else one file."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
-        return [directory / "model.safetensors"]
+        single = directory / "model.safetensors"
+        pickled = [path for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in sorted(directory.glob(kind))]
+        if not single.exists() and pickled:
+            raise LimbeckError(
+                f"{pickled[0]} is a pickle, which can run any code and is never read; "
+                "take the model's safetensors files"
+            )
+        return {single: set()}
+    files: dict[Path, set[str]] = {}
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(directory / Path(name).name, set()).add(tensor)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise LimbeckError(f"{index}: not a weight index; copy it again from the model's source") from None
-    return [directory / name for name in sorted(names)]
+    return dict(sorted(files.items()))
+
+
+def _check_index(directory: Path, path: Path, absent: set[str]) -> None:
+    if absent:
+        raise LimbeckError(
+            f"{directory / 'model.safetensors.index.json'}: {min(absent)} is said to be in {path.name}, "
+            "which does not hold it; copy the weights again"
+        )
 
 
 def _open(path: Path) -> Any:
@@ -203,10 +263,10 @@ def save(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None = None) 
 
     def slice_of(name: str) -> Tensor:
         part = place[name]
-        return weights[part.ours].detach()[part.begin : part.end].cpu().contiguous()
+        rows = part.place(weights[part.ours].detach())
+        return (rows if part.order is None else rows[part.order.argsort()]).cpu().contiguous()
 
-    row = {name: weight[0].numel() * weight.element_size() for name, weight in weights.items()}
-    sizes = {name: (part.end - part.begin) * row[part.ours] for name, part in place.items()}
+    sizes = {name: part.place(w := weights[part.ours]).numel() * w.element_size() for name, part in place.items()}
     write(directory, sizes, slice_of)
     ends = (tokenizer.end_id, tokenizer.pad_id) if tokenizer else (None, None)
     dtype = str(decoder.embed.weight.dtype).removeprefix("torch.")

@@ -66,7 +66,7 @@ class Optimizer:
         parameters = dict(model.named_parameters())
         inner = [n for n, p in parameters.items() if settings.name == "muon" and p.ndim == 2 and "blocks." in n]
         matrices = [parameters[n] for n in inner]
-        heights = [model.config.fused.get(n.split(".")[-2], (len(parameters[n]),)) for n in inner]
+        heights = [model.config.matrices(n) or (len(parameters[n]),) for n in inner]
         chosen = {id(p) for p in matrices}
         rest = [p for p in parameters.values() if id(p) not in chosen]
         decay = [{"params": [p for p in rest if p.ndim >= 2]},
