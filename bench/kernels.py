@@ -58,7 +58,7 @@ def prompts_once(prompt: int, longest: int, label: str) -> None:
 
     def gradient(cut: list[batching.Batch]) -> torch.Tensor:
         for piece in cut:
-            loss(learner._forward(piece, 1.0)[0], piece)[0].backward()
+            loss(learner.forward(piece, 1.0)[0], piece)[0].backward()
         found = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
         learner.model.zero_grad(set_to_none=True)
         return found

@@ -122,6 +122,16 @@ class Optimizer(Settings):
         0.1, ge=0, le=1, description="where `linear` and `cosine` end, as a share of the highest"
     )
     clip_norm: float = Field(1.0, gt=0, description="a gradient with a larger norm is scaled down to it")
+    balance_rate: float = Field(
+        0.001, ge=0, description="how far the bias of an expert moves against its load in one update"
+    )
+    balance_loss: float = Field(0.0001, ge=0, description="weight of the sequence-wise balance loss of experts")
+    expert_ratio: float = Field(
+        1.0, gt=0, description="the rate of routed experts as a share of the others' (Hunyuan-Large: 0.31)"
+    )
+    ahead_weight: float = Field(
+        0.3, ge=0, description="weight of the loss of modules that predict further than the next token"
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

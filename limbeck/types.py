@@ -64,7 +64,8 @@ class Completion:
 
     `Completion(tokens=[7, 9, 2], logprobs=[-.1, -.3, -.0], text="try 5", stopped=True, sample=0)`;
     `tokens` holds the end-of-turn token when `stopped`, `text` never does.
-    `kept` holds, per token, the ids that top-p left to choose from (None where all were).
+    `kept` holds, per token, the ids that top-p left to choose from (None where all were). `routes`
+    [prompt + tokens - 1, layers, chosen] are the experts that each token met (None where there are none).
     """
 
     tokens: np.ndarray
@@ -73,6 +74,7 @@ class Completion:
     stopped: bool
     sample: int
     kept: tuple[np.ndarray, ...] | None = None
+    routes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Sample:
     """One packed sequence to learn from.
 
     `tokens` is prompt + completion; the loss sees the tokens from `start` on, or those of them that are
-    `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token), `advantage` one number for the sequence.
+    `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token),
+    `advantage` one number for the sequence, `routes` the experts to meet again (one row per token but the last).
     """
 
     tokens: np.ndarray
@@ -117,6 +120,7 @@ class Sample:
     reference: np.ndarray | None = None
     kept: tuple[np.ndarray, ...] | None = None
     learned: np.ndarray | None = None
+    routes: np.ndarray | None = None
 
 
 class Thought(NamedTuple):

@@ -95,7 +95,7 @@ def packed_gradient(
     """Loss and gradient, summed over micro-batches as `update` sums them."""
     learner, total = Learner(model, Optimizer(), 1), torch.zeros(())
     for batch in pack(samples, budget):
-        value, _ = loss(learner._forward(batch, temperature)[0], batch)
+        value, _ = loss(learner.forward(batch, temperature)[0], batch)
         value.backward()
         total = total + value.detach()
     return total, gradient(model)

@@ -34,6 +34,11 @@ class Packed:
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: Routes | None = None
 
+    @property
+    def sequences(self) -> Tensor:
+        """Which sequence each token is of."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+
     def keep(self) -> Packed:
         """Remember what every layer keeps of each token: a prefill."""
         self.entries = []
@@ -71,8 +76,14 @@ class Branched:
         self._chunks = [_Chunk(rows, a, b, "cpu", prompts * width) for a, b in self._cuts]
         columns = [width + torch.arange(n) for n in rows]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
+        self._lengths = [width] * prompts + rows
         self._last: tuple[Tensor, Tensor] | None = None
         self.routes: Routes | None = None
+
+    @property
+    def sequences(self) -> Tensor:
+        """Which prompt or completion each token is of."""
+        return torch.arange(len(self._lengths)).repeat_interleave(torch.tensor(self._lengths))
 
     def attend(
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None

@@ -45,9 +45,9 @@ class GELU(nn.Module):
 class Routes:
     """Which experts a forward pass chose, layer by layer; or, where `given`, was told to choose (router replay).
 
-    `given` is [N, sparse layers, K], -1 where nothing was recorded and the router chooses. `balance` weighs
-    the sequence-wise balance loss, for which `sequences_N` numbers each token's sequence. A forward pass leaves
-    the choice [N, K] of each layer, its tokens an expert, its routers' mean entropy, and its balance loss.
+    `given` is [N, sparse layers, K]. `balance` weighs the sequence-wise balance loss, for which `sequences_N`
+    numbers each token's sequence. A forward pass leaves the choice [N, K] of each layer, its tokens an expert,
+    its routers' entropy, summed over tokens, and its balance loss.
     """
 
     def __init__(self, given: Tensor | None = None, balance: float = 0.0, sequences_N: Tensor | None = None):
@@ -62,21 +62,29 @@ class Routes:
         self.chosen.append(chosen_NK)
         self.loads.append(torch.bincount(chosen_NK.flatten(), minlength=scores_NE.shape[1]))
         share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
-        self.entropies.append(torch.special.entr(share_NE.detach()).sum(-1).mean())
+        self.entropies.append(torch.special.entr(share_NE.detach()).sum())
         if self.balance:
             self.penalties.append(self.balance * sequence_balance(share_NE, chosen_NK, self.sequences_N))
 
 
 def sequence_balance(share_NE: Tensor, chosen_NK: Tensor, sequences_N: Tensor) -> Tensor:
-    """DeepSeek-V3's sequence-wise balance (arXiv 2412.19437, eq. 17-20): sum of f_e P_e, mean over sequences;
-    1 where experts are met evenly."""
+    """DeepSeek-V3's sequence-wise balance (arXiv 2412.19437, eq. 17-20): sum of f_e P_e, summed over sequences;
+    1 for one that meets its experts evenly."""
     count, top_k = share_NE.shape[1], chosen_NK.shape[1]
     sequences = int(sequences_N.max()) + 1
     lengths_S1 = torch.bincount(sequences_N, minlength=sequences).clamp(min=1).unsqueeze(1)
     met = torch.bincount((sequences_N.unsqueeze(1) * count + chosen_NK).flatten(), minlength=sequences * count)
-    frequency_SE = met.view(sequences, count) * (count / top_k) / lengths_S1
-    mean_SE = torch.zeros_like(frequency_SE, dtype=share_NE.dtype).index_add(0, sequences_N, share_NE) / lengths_S1
-    return (frequency_SE * mean_SE).sum(1).mean()
+    frequency_SE = met.view(sequences, count).to(share_NE.dtype) * (count / top_k) / lengths_S1
+    mean_SE = torch.zeros_like(frequency_SE).index_add(0, sequences_N, share_NE) / lengths_S1
+    return (frequency_SE * mean_SE).sum()
+
+
+@torch.no_grad()
+def balance_experts(mixtures: list[MixtureOfExperts], loads: list[Tensor], rate: float) -> None:
+    """Move each bias by `rate` against its expert's load (arXiv 2412.19437, section 2.1.2)."""
+    for mixture, load_E in zip(mixtures, loads, strict=False):
+        if mixture.experts.balanced:
+            mixture.correction += rate * (load_E.float().mean() - load_E).sign()
 
 
 class MixtureOfExperts(nn.Module):
@@ -112,11 +120,9 @@ class MixtureOfExperts(nn.Module):
         logits_NE = F.linear(x_NC.to(precision), self.router.weight.to(precision))
         scores_NE = logits_NE.sigmoid() if self.experts.sigmoid else logits_NE.softmax(-1)
         with torch.no_grad():
-            chosen_NK = self._choose(scores_NE)
-            if routes is not None and routes.given is not None:
-                given_NK = routes.given[:, len(routes.chosen)]
-                chosen_NK = torch.where(given_NK >= 0, given_NK, chosen_NK)
-            elif self.experts.capacity and torch.is_grad_enabled() and self.training:
+            replayed = routes is not None and routes.given is not None
+            chosen_NK = routes.given[:, len(routes.chosen)] if replayed else self._choose(scores_NE)
+            if not replayed and self.experts.capacity and self.training and x_NC.requires_grad:
                 chosen_NK = recycle(scores_NE, chosen_NK, self.experts)
         if routes is not None:
             routes.note(scores_NE, chosen_NK)

@@ -47,7 +47,7 @@ def _gradient(learner: Learner, batches: list, loss: Loss, temperature: float) -
     for batch in batches:
         # before the first update the reference is the policy, and so scores what the sampler scored
         batch = replace(batch, reference_M=batch.logprobs_M)
-        loss(learner._forward(batch, temperature)[0], batch)[0].backward()
+        loss(learner.forward(batch, temperature)[0], batch)[0].backward()
     gradient = torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.grad is not None])
     learner.model.zero_grad(set_to_none=True)
     return gradient

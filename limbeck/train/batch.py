@@ -18,7 +18,8 @@ from ..types import Group, Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`.
+    """One micro-batch. Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`; `next_N`
+    is the token that follows each input token, `routes_NLK` the experts that it meets where they are settled.
 
     `tokens` and `sequences` count the *whole* batch that this is a piece of: a loss divides by them, so that
     the sum over micro-batches is the loss of the batch, however it was cut.
@@ -34,6 +35,8 @@ class Batch:
     logprobs_M: Tensor | None
     reference_M: Tensor | None
     kept_MK: Tensor | None
+    next_N: Tensor
+    routes_NLK: Tensor | None
     tokens: int
     sequences: int
 
@@ -86,16 +89,17 @@ def _width(groups: list[list[Sample]]) -> int:
     return max(groups[0][0].start, 1)
 
 
-Layout = tuple[list[Sample], np.ndarray, "Packed | Branched", list[np.ndarray]]
+Piece = tuple[Sample, int, int]  # a sample's tokens from here to there
+Layout = tuple[list[Sample], list[Piece], "Packed | Branched", list[np.ndarray]]
 
 
 def _packed(groups: list[list[Sample]]) -> Layout:
-    """Whole sequences end to end: samples, input tokens, context, and the positions that predict."""
+    """Whole sequences end to end: samples, input pieces, context, and the positions that predict."""
     samples = [group[0] for group in groups]
     lengths = [len(s.tokens) - 1 for s in samples]
     begins = np.cumsum([0, *lengths[:-1]])
     predict = [np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)]
-    return samples, np.concatenate([s.tokens[:-1] for s in samples]), Packed(lengths), predict
+    return samples, [(s, 0, n) for s, n in zip(samples, lengths, strict=True)], Packed(lengths), predict
 
 
 def _branched(groups: list[list[Sample]]) -> Layout:
@@ -106,12 +110,12 @@ def _branched(groups: list[list[Sample]]) -> Layout:
     lengths = [len(s.tokens) - width - 1 for s in samples]
     begins = len(groups) * width + np.cumsum([0, *lengths[:-1]])
     predict = [np.r_[(g + 1) * width - 1, b : b + n] for g, b, n in zip(owners, begins, lengths, strict=True)]
-    tokens = [group[0].tokens[:width] for group in groups] + [s.tokens[width:-1] for s in samples]
-    return samples, np.concatenate(tokens), Branched(len(groups), width, owners, lengths), predict
+    pieces = [(group[0], 0, width) for group in groups] + [(s, width, len(s.tokens) - 1) for s in samples]
+    return samples, pieces, Branched(len(groups), width, owners, lengths), predict
 
 
 def _batch(
-    samples: list[Sample], tokens_N: np.ndarray, context: Packed | Branched, predict: list[np.ndarray],
+    samples: list[Sample], pieces: list[Piece], context: Packed | Branched, predict: list[np.ndarray],
     tokens: int, sequences: int, device: torch.device | str,
 ) -> Batch:  # fmt: skip
     predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
@@ -124,8 +128,9 @@ def _batch(
         values = [getattr(s, name) for s in samples]
         return None if values[0] is None else tensor(np.concatenate(values), torch.float32)
 
+    routed = all(s.routes is not None for s in samples)
     return Batch(
-        tokens_N=tensor(tokens_N, torch.long),
+        tokens_N=tensor(np.concatenate([s.tokens[a:b] for s, a, b in pieces]), torch.long),
         context=context,
         predict_M=tensor(np.concatenate(predict), torch.long),
         targets_M=tensor(np.concatenate([_targets(s) for s in samples]), torch.long),
@@ -135,6 +140,8 @@ def _batch(
         logprobs_M=joined("logprobs"),
         reference_M=joined("reference"),
         kept_MK=_kept(samples, device),
+        next_N=tensor(np.concatenate([s.tokens[a + 1 : b + 1] for s, a, b in pieces]), torch.long),
+        routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long) if routed else None,
         tokens=tokens,
         sequences=sequences,
     )
@@ -160,6 +167,7 @@ def to_samples(groups: Sequence[Group], advantages: Sequence[Sequence[float]], k
             advantage=float(advantage),
             logprobs=completion.logprobs,
             kept=completion.kept if keep_mask else None,
+            routes=completion.routes,
         )
         for group, row in zip(groups, advantages, strict=True)
         for completion, advantage in zip(group.completions, row, strict=True)

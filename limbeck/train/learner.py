@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
+from ..model.ffn import MixtureOfExperts, Routes, balance_experts
 from ..recipe import Optimizer as OptimizerSettings
 from .batch import Batch
 from .losses import Loss
@@ -24,33 +26,83 @@ class Learner:
     """Owns the weights that learn. `step` counts updates and drives the schedule."""
 
     def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int):
-        self.model, self.optimizer, self.step = model, Optimizer(model, settings, steps), 0
+        self.model, self.settings, self.step = model, settings, 0
+        self.optimizer = Optimizer(model, settings, steps)
+        self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
     def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
         """One optimiser step over all micro-batches; returns the batch's metrics."""
         totals: dict[str, Tensor] = {}
         for batch in batches:
-            logprobs_M, entropy_M = self._forward(batch, temperature)
+            hidden_NC = self._hidden(batch)
+            logprobs_M, entropy_M = self._logprobs(hidden_NC, batch, temperature)
             value, metrics = loss(logprobs_M, batch)
+            if self.model.ahead and batch.logprobs_M is None:
+                metrics["loss_ahead"] = self._ahead(hidden_NC, batch)
+                value = value + self.settings.ahead_weight * metrics["loss_ahead"]
+            value = sum(self._penalties(batch, metrics), value)
             value.backward()
             metrics["entropy"] = entropy_M.sum() / batch.tokens
             for name, part in metrics.items():
                 before = totals.get(name)
                 join = torch.maximum if name.startswith("max_") else torch.add
-                totals[name] = part if before is None else join(before, part)
+                totals[name] = part.detach() if before is None else join(before, part.detach())
         norm = self.optimizer.step(self.step)
         self.step += 1
-        return {**{name: float(value) for name, value in totals.items()}, "gradient_norm": norm}
+        routing = self._balance(batches) if self.mixtures else {}
+        return {**{name: float(value) for name, value in totals.items()}, **routing, "gradient_norm": norm}
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities of the predicted tokens, micro-batch by micro-batch."""
-        return [self._forward(batch, temperature)[0] for batch in batches]
+        return [self.forward(batch, temperature)[0] for batch in batches]
 
-    def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        hidden_NC = self.model(batch.tokens_N, batch.context)
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability of each predicted token [M], with its gradient, and the entropy it was chosen at [M]."""
+        return self._logprobs(self._hidden(batch), batch, temperature)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        if self.mixtures:
+            balance = self.settings.balance_loss / batch.sequences if torch.is_grad_enabled() else 0.0
+            sequences_N = batch.context.sequences if balance else None
+            batch.context.routes = Routes(batch.routes_NLK, balance, sequences_N)
+        return self.model(batch.tokens_N, batch.context)
+
+    def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         hidden_MC = hidden_NC[batch.predict_M]
         return token_logprobs(hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK)
+
+    def _ahead(self, hidden_NC: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy of what the modules that look ahead predict (arXiv 2412.19437, eq. 24-25): each
+        target again, from one position further back."""
+        positions_M, losses, next_N = batch.context.positions[batch.predict_M], [], batch.next_N
+        for depth in range(len(self.model.ahead)):
+            hidden_NC = self.model.look_ahead(hidden_NC, next_N, batch.context, depth)
+            far_M = positions_M > depth
+            rows_M = batch.predict_M[far_M] - depth - 1
+            logprobs_M, _ = token_logprobs(hidden_NC[rows_M], self.model.head.weight, batch.targets_M[far_M])
+            losses.append(-logprobs_M.sum() / batch.tokens)
+            next_N = next_N.roll(-1).masked_fill(batch.context.positions.roll(-1) == 0, 0)  # nothing follows an end
+        return torch.stack(losses).mean()
+
+    def _penalties(self, batch: Batch, metrics: dict[str, Tensor]) -> list[Tensor]:
+        routes = batch.context.routes
+        if routes is None or not routes.penalties:
+            return []
+        metrics["loss_balance"] = torch.stack(routes.penalties).sum()
+        return [metrics["loss_balance"]]
+
+    def _balance(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Move the routers' biases by the whole batch's load; that load, at most over mean, and the entropy."""
+        routes = [batch.context.routes for batch in batches]
+        loads = [torch.stack(layer).sum(0) for layer in zip(*(r.loads for r in routes), strict=True)]
+        if batches[0].routes_NLK is None:  # a replayed choice is not the router's
+            balance_experts(self.mixtures, loads, self.settings.balance_rate)
+        entropy = sum(float(sum(r.entropies)) for r in routes) / sum(int(load.sum()) for load in loads)
+        return {
+            "expert_load": float(np.mean([float(load.max() / load.float().mean()) for load in loads])),
+            "router_entropy": entropy * self.mixtures[0].experts.top_k,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs; randomness is keyed by step and so needs nothing."""

@@ -38,7 +38,8 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             wanted = parameter.grad.lerp(buffer, group["momentum"])
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            for matrix, direction in zip(parameter.split(rows), wanted.split(rows), strict=True):
+            tall = (tensor.flatten(0, -2).split(rows) for tensor in (parameter, wanted))
+            for matrix, direction in zip(*tall, strict=True):
                 shapes[matrix.shape].append((matrix, direction))
         for shape, alike in shapes.items():
             rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
@@ -58,33 +59,64 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def _orthogonal(name: str, parameter: Tensor) -> bool:
+    """Matrices inside the blocks, stacks of experts' among them; a router chooses, it does not mix."""
+    return parameter.ndim >= 2 and "block" in name and ".router." not in name
+
+
+def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
+    decayed = {"params": [p for p in parameters if p.ndim >= 2]}
+    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW(
+        [group for group in (decayed, vectors) if group["params"]],
+        lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def expert_ratio(batch: float, noise: float, experts: int) -> float:
+    """Hunyuan-Large's rate of a routed expert over the rate of the rest (arXiv 2411.02265, section 2.2.4): the best
+    rate for `batch` tokens is 2 / (sqrt(noise / batch) + sqrt(batch / noise)) of the highest, and an expert sees
+    batch / experts of them. The paper states 0.31 for 16 experts, which its formula gives for a batch of 0.26
+    `noise`; for one of 61 `noise` the formula gives 3.2, the inverse."""
+
+    def best(tokens: float) -> float:
+        return 2 / ((noise / tokens) ** 0.5 + (tokens / noise) ** 0.5)
+
+    return best(batch / experts) / best(batch)
+
+
 class Optimizer:
-    """The settings' optimiser and schedule over a model's parameters; `step(i)` is told which step it is."""
+    """The settings' optimiser and schedule over a model's parameters; `step(i)` is told which step it is.
+
+    Routers and embeddings are AdamW's also beside Muon. Routed experts may learn at a rate of their own.
+    """
 
     def __init__(self, model: Decoder, settings: Settings, steps: int):
         self.model, self.settings, self.steps = model, settings, steps
-        parameters = dict(model.named_parameters())
-        inner = [n for n, p in parameters.items() if settings.name == "muon" and p.ndim == 2 and "blocks." in n]
-        matrices = [parameters[n] for n in inner]
-        heights = [model.config.matrices(n) or (len(parameters[n]),) for n in inner]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in parameters.values() if id(p) not in chosen]
-        decay = [{"params": [p for p in rest if p.ndim >= 2]},
-                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-        adamw = torch.optim.AdamW(
-            decay, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
-        muon = [Muon(matrices, heights, settings.learning_rate, settings.weight_decay)] if matrices else []
-        self.parts = [adamw, *muon]
+        learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        muons = [n for n, p in learned.items() if settings.name == "muon" and _orthogonal(n, p)]
+        adams = [n for n in learned if n not in muons]
+        self.parts, self.rates = [], []
+        for experts in (False, True):
+            ratio = settings.expert_ratio if experts else 1.0
+            inner = [n for n in muons if ("experts_" in n) == experts]
+            outer = [n for n in adams if ("experts_" in n) == experts]
+            if outer:
+                self.parts.append(_adamw([learned[n] for n in outer], settings))
+                self.rates.append(ratio * (settings.adamw_ratio if muons else 1.0))
+            if inner:
+                heights = [model.config.matrices(n) or (len(learned[n]),) for n in inner]
+                tall = [learned[n] for n in inner]
+                self.parts.append(Muon(tall, heights, settings.learning_rate, settings.weight_decay))
+                self.rates.append(ratio)
 
     def step(self, step: int) -> float:
         """Clip, update, forget the gradients; returns the gradient's norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         rate = self.settings.learning_rate * schedule(self.settings, step, self.steps)
-        for part in self.parts:
-            beside_muon = len(self.parts) > 1 and not isinstance(part, Muon)
+        for part, ratio in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:
-                group["lr"] = rate * self.settings.adamw_ratio if beside_muon else rate
+                group["lr"] = rate * ratio
             part.step()
             part.zero_grad(set_to_none=True)
         return float(norm)

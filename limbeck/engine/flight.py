@@ -1,0 +1,153 @@
+"""The rows in flight: their cache, what they have said, and who they are.
+
+B rows · T tokens of a completion · C hidden · V vocabulary · L sparse layers · K experts chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.cache import KVCache, Packed
+from ..model.decoder import Decoder
+from ..model.ffn import Routes
+from .sampling import SamplingParams, draw
+
+COMPACT = 0.75  # drop finished rows when fewer than this share is alive: copying costs, so do idle rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished row: what was sampled, at which log-probabilities, from what top-p left, through which experts."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    kept: tuple[np.ndarray, ...] | None
+    routes: np.ndarray | None
+
+
+class Flight:
+    """One token a row and step; `hidden_BC` is the state that the next token is sampled from."""
+
+    drafted = accepted = 0
+    held_back = 0  # tokens of a prompt that are left to the first step
+
+    def __init__(self, model: Decoder, end: int, sampling: SamplingParams):
+        weight = model.embed.weight
+        self.model, self.end, self.sampling = model, end, sampling
+        self.cache = KVCache(model.config, weight.dtype, weight.device)
+        budget = sampling.max_new_tokens
+        self.tokens_BT = torch.zeros(0, budget, dtype=torch.long)
+        self.logprobs_BT = torch.zeros(0, budget, dtype=weight.dtype)
+        self.uniforms_BT = torch.zeros(0, budget, dtype=torch.float64)
+        self.age_B = torch.zeros(0, dtype=torch.long)
+        self.alive_B = torch.zeros(0, dtype=torch.bool)
+        self.owners: list[tuple[int, int]] = []
+        self.kept: list[list[np.ndarray]] = []
+        self.hidden_BC = torch.zeros(0, model.config.hidden_size, dtype=weight.dtype)
+        self.sparse = sum(model.config.sparse(layer) for layer in range(model.config.layers))
+        if self.sparse:
+            self.routes_BTLK = torch.zeros(0, budget + 1, self.sparse, model.config.experts.top_k, dtype=torch.int16)
+            self.begun: list[np.ndarray] = []
+
+    @property
+    def busy(self) -> int:
+        return len(self.owners)
+
+    def admit(self, prompts: list[tuple[int, np.ndarray]], uniforms: np.ndarray, copies: int) -> None:
+        """Prefill prompts, shortest first so that attention pads little, and fork each into `copies` rows."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
+        rows = torch.tensor([i * copies + c for i in order for c in range(copies)])
+        fresh = len(rows)
+        self.tokens_BT = torch.cat([self.tokens_BT, self.tokens_BT.new_zeros(fresh, self.tokens_BT.shape[1])])
+        self.logprobs_BT = torch.cat([self.logprobs_BT, self.logprobs_BT.new_zeros(fresh, self.logprobs_BT.shape[1])])
+        self.uniforms_BT = torch.cat([self.uniforms_BT, torch.from_numpy(uniforms)[rows]])
+        self.age_B = torch.cat([self.age_B, self.age_B.new_zeros(fresh)])
+        self.alive_B = torch.cat([self.alive_B, self.alive_B.new_ones(fresh)])
+        self.owners += [(prompts[i][0], c) for i in order for c in range(copies)]
+        self.kept += [[] for _ in range(fresh)]
+        if self.sparse:
+            self.routes_BTLK = torch.cat([self.routes_BTLK, self.routes_BTLK.new_zeros(fresh, *self.routes_BTLK.shape[1:])])
+        self._prefill([prompts[i][1] for i in order], copies)
+
+    def _prefill(self, prompts: list[np.ndarray], copies: int) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        prefill = Packed(lengths).keep()
+        hidden_NC = self._run(torch.from_numpy(np.concatenate(prompts)), prefill)
+        last_BC = hidden_NC[torch.tensor(lengths).cumsum(0) - 1].repeat_interleave(copies, 0)
+        self.hidden_BC = torch.cat([self.hidden_BC, last_BC])
+        self._begin(prefill, lengths, copies)
+
+    def _begin(self, prefill: Packed, lengths: list[int], copies: int) -> None:
+        self.cache.fork(prefill, [copies] * len(lengths))
+        if self.sparse:
+            met_NLK = torch.stack(prefill.routes.chosen[: self.sparse], 1).short().split(lengths)
+            self.begun += [routes.numpy() for routes in met_NLK for _ in range(copies)]
+
+    def _run(self, tokens_N: Tensor, context: Packed | KVCache) -> Tensor:
+        context.routes = Routes() if self.sparse else None
+        return self.model(tokens_N, context)
+
+    def step(self) -> list[tuple[int, int, Row]]:
+        """Sample one token a row, hand back the finished rows, and run the rest one token further."""
+        self._say(self.hidden_BC, self.alive_B)
+        finished = self._finish()
+        if self.alive_B.any():
+            self.cache.rest(~self.alive_B)
+            self.cache.advance()
+            fed_B = self.age_B - 1
+            self.hidden_BC = self._run(self.tokens_BT[torch.arange(self.busy), fed_B], self.cache)
+            if self.sparse:
+                self.routes_BTLK[torch.arange(self.busy), fed_B] = torch.stack(self.cache.routes.chosen, 1).short()
+        return finished
+
+    def _say(self, hidden_BC: Tensor, speaking_B: Tensor) -> Tensor:
+        """Sample the next token of the rows that speak; the others' is drawn and forgotten."""
+        rows = torch.arange(self.busy)
+        age_B = self.age_B.clamp(max=self.tokens_BT.shape[1] - 1)
+        previous_B = self.tokens_BT[rows, (age_B - 1).clamp(min=0)]
+        logits_BV = F.linear(hidden_BC, self.model.head.weight)
+        chosen = draw(logits_BV, self.uniforms_BT[rows, age_B], previous_B, self.sampling)
+        self.tokens_BT[rows, age_B] = torch.where(speaking_B, chosen.tokens_B, self.tokens_BT[rows, age_B])
+        self.logprobs_BT[rows, age_B] = torch.where(speaking_B, chosen.logprobs_B, self.logprobs_BT[rows, age_B])
+        if chosen.kept_BV is not None:
+            for row, kept_V, speaks in zip(self.kept, chosen.kept_BV, speaking_B.tolist(), strict=True):
+                if speaks:
+                    row.append(kept_V.nonzero().flatten().numpy())
+        self.age_B = self.age_B + speaking_B
+        return chosen.tokens_B
+
+    def _finish(self) -> list[tuple[int, int, Row]]:
+        """The rows that ended just now; when too few are left alive, the others go."""
+        last_B = self.tokens_BT[torch.arange(self.busy), (self.age_B - 1).clamp(min=0)]
+        ended_B = ((last_B == self.end) | (self.age_B >= self.sampling.max_new_tokens)) & self.alive_B
+        finished = [self._row(i) for i in ended_B.nonzero().flatten().tolist()] if ended_B.any() else []
+        self.alive_B = self.alive_B & ~ended_B
+        if int(self.alive_B.sum()) < COMPACT * self.busy:
+            self._keep(self.alive_B.nonzero().flatten())
+        return finished
+
+    def _row(self, i: int) -> tuple[int, int, Row]:
+        age = int(self.age_B[i])
+        kept = tuple(self.kept[i]) if self.kept[i] else None
+        routes = None
+        if self.sparse:
+            routes = np.concatenate([self.begun[i], self.routes_BTLK[i, : age - 1 + self.held_back].numpy()])
+        tokens, logprobs = self.tokens_BT[i, :age].numpy().copy(), self.logprobs_BT[i, :age].float().numpy().copy()
+        return (*self.owners[i], Row(tokens, logprobs, kept, routes))
+
+    def _keep(self, rows: Tensor) -> None:
+        """Keep only these rows."""
+        self.cache.keep(rows)
+        self.tokens_BT, self.logprobs_BT = self.tokens_BT[rows], self.logprobs_BT[rows]
+        self.uniforms_BT, self.age_B = self.uniforms_BT[rows], self.age_B[rows]
+        self.alive_B, self.hidden_BC = self.alive_B[rows], self.hidden_BC[rows]
+        self.owners = [self.owners[i] for i in rows.tolist()]
+        self.kept = [self.kept[i] for i in rows.tolist()]
+        if self.sparse:
+            self.routes_BTLK = self.routes_BTLK[rows]
+            self.begun = [self.begun[i] for i in rows.tolist()]
