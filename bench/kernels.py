@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from limbeck.model.attention import RMSNorm
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.recipe import Optimizer, Policy
+from limbeck.parts import Optimizer, Policy
 from limbeck.train import batch as batching
 from limbeck.train.learner import Learner
 from limbeck.train.losses import policy_gradient

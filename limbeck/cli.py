@@ -100,11 +100,21 @@ def status(
 
 @app.command()
 def show(
-    artifact: Annotated[str, typer.Argument(help="the beginning of an artifact's name; none lists all")] = "",
+    artifact: Annotated[
+        str, typer.Argument(help="the beginning of an artifact's name, or a model's directory or config.json; none lists all artifacts")
+    ] = "",
     runs: Home = RUNS,
     as_json: AsJson = False,
+    context: Annotated[int, typer.Option(min=1, help="tokens of context that a model's figures are for")] = 4096,
 ) -> None:
-    """List the artifacts, or print one's manifest."""
+    """List the artifacts, print one's manifest, or tell what a model takes: weights, FLOPs, cache, memory."""
+    if Path(artifact).suffix == ".json" or (artifact and (Path(artifact) / "config.json").exists()):
+        from .model.config import ModelConfig
+        from .model.sizes import describe, tell
+
+        config = ModelConfig.from_directory(Path(artifact))
+        print(json.dumps(describe(config, context), indent=2) if as_json else tell(config, context))
+        return
     store = _store(runs)
     if artifact:
         print(json.dumps(store.resolve(artifact).manifest, indent=2, ensure_ascii=False))

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from .parts import Settings
 from .recipe import (
     RL,
     SFT,
@@ -28,7 +29,6 @@ from .recipe import (
     Report,
     Sample,
     Screen,
-    Settings,
     Stage,
     inputs,
     sources,

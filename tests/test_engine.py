@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from limbeck.engine.engine import Engine
 from limbeck.engine.sampling import SamplingParams, draw
 from limbeck.model.cache import Packed
-from limbeck.recipe import Optimizer
+from limbeck.parts import Optimizer
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from limbeck.engine.engine import Engine
 from limbeck.engine.sampling import SamplingParams
+from limbeck.model import fp8
 from limbeck.model.cache import KVCache, Packed
 from limbeck.model.config import Experts, Latent, ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.ffn import MixtureOfExperts, Routes, balance_experts, recycle, sequence_balance
-from limbeck.recipe import Optimizer as Settings
+from limbeck.parts import Optimizer as Settings
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy
@@ -236,12 +237,12 @@ def test_experts_may_learn_at_a_rate_of_their_own(name):
     moved = []
     for ratio in (1.0, 0.25):
         model = decoder(dtype=torch.float32)
-        before = {n: p.clone() for n, p in model.named_parameters()}
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
         random = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=random) if parameter.requires_grad else None
         Optimizer(model, Settings(name=name, expert_ratio=ratio, clip_norm=1e9), 10).step(0)
-        moved.append({n: float((p - before[n]).norm()) for n, p in model.named_parameters()})
+        moved.append({n: float((p.detach() - before[n]).norm()) for n, p in model.named_parameters()})
     for parameter, distance in moved[0].items():
         share = 0.25 if "experts_" in parameter else 1.0
         assert moved[1][parameter] == pytest.approx(share * distance, rel=1e-3), parameter
@@ -364,3 +365,42 @@ def test_the_learner_meets_the_experts_that_the_sampler_met(talker, tokenizer):
     before = [layer.correction.clone() for layer in mixtures(talker)]
     learner.update(batches, cross_entropy)
     assert all(torch.equal(a, layer.correction) for a, layer in zip(before, mixtures(talker), strict=True))
+
+
+# ---------------------------------------------------------------- FP8
+
+
+def test_rounding_keeps_an_outlier_to_its_tile():
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    x[0, 5] = 1e4
+    near = fp8.tiles(x)
+    assert float(((near - x).abs() / x.abs())[1:].median()) < 0.04  # E4M3 has three bits after the point
+    quiet, loud = (near - x).abs()[0, 128:], (near - x).abs()[0, :128]
+    assert float(quiet.max()) < 0.15 and float(loud.max()) > float(quiet.max())
+    whole = fp8._rounded(x, 4, 300)
+    assert float((whole - x).abs().mean()) > float((near - x).abs().mean())  # tiles beat one scale for all
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (130, 257), (3, 5, 200)])
+def test_rounded_is_on_the_grid_and_within_a_sixteenth(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for rounded in (fp8.tiles, fp8.blocks):
+        near = rounded(x)
+        assert near.shape == x.shape and torch.equal(rounded(near), near)
+        big = x.abs() > 0.1
+        assert float(((near - x).abs() / x.abs())[big].max()) <= 1 / 16 + 1e-6
+
+
+def test_fp8_learning_is_close_sampling_exact_and_the_router_left_alone():
+    exact, rounded = decoder(dtype=torch.float32), fp8.simulate(decoder(dtype=torch.float32))
+    tokens, context = torch.arange(1, 40), Packed([39])
+    with torch.no_grad():
+        assert torch.equal(exact(tokens, context), rounded(tokens, context))
+    assert type(mixtures(rounded)[0].router) is torch.nn.Linear
+    gradients = []
+    for model in (exact, rounded):
+        model(tokens, context).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    gap = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
+    assert 0.001 < gap < 0.2
+    assert list(exact.state_dict()) == list(rounded.state_dict())

@@ -10,7 +10,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from . import charts, lineage, story, words
+from . import charts, comparison, lineage, story, words
 from .run import MODES, Run, StageView
 from .words import Text, W
 
@@ -44,6 +44,7 @@ def render(run: Run, told: dict[str, Any]) -> str:
         models=_models(run),
         others=[(source, _models(run, source)) for source in run.sources[1:]],
         distilled=_distilled(run),
+        compared=_compared(run),
         desk=story.desk(run),
         drawn=[stage for stage in run.of_kind("sample") if "sampled" in stage.notes],
         more=_more_curves(run),
@@ -238,6 +239,19 @@ def _rows_flops(run: Run, model: str) -> float | None:
 
 
 # ---------------------------------------------------------------- the run as a whole
+
+
+def _compared(run: Run) -> dict[str, Any] | None:
+    """Ways of pretraining side by side: every run's loss against its compute, in units of 10^12."""
+    ways, told = comparison.curves(run), comparison.compared(run)
+    if told is None:
+        return None
+    lines = [
+        charts.Line(way.name, way.flops / 1e12, losses, charts.HUES[i % len(charts.HUES)])
+        for i, way in enumerate(ways)
+        for losses in way.losses
+    ]
+    return {"chart": charts.curves(lines), "said": story.compared(told), "ways": told["ways"]}
 
 
 def _graph(run: Run) -> Markup | None:

@@ -10,6 +10,8 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
+     "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
+                "reaches_target_after": FLOPs or null}}} or null,
      "alarms": [{"stage", "alarm", "first", "times"}], "not_shown": [sentence]}
 
 What was not measured is null. A reader that knows schema 1 may meet new keys, never changed ones.
@@ -23,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import page, story
+from . import comparison, page, story
 from .run import MODES, Run, StageView
 
 __all__ = ["SCHEMA", "StageView", "numbers", "write"]
@@ -67,6 +69,7 @@ def numbers(run: Run) -> dict[str, Any]:
         "joules": run.total("joules"),
         "cost": _cost(run.summary),
         "machine": run.summary.get("machine") or {},
+        "comparison": comparison.compared(run),
         "alarms": [dict(zip(("stage", "alarm", "first", "times"), row, strict=True)) for row in run.alarms()],
         "not_shown": [text.en for text in story.not_shown(run)],
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .run import Run
 from .statistics import Interval, difference
-from .words import MODES, Text, bounds, count, number, percent, plain, size
+from .words import MODES, Text, bounds, count, number, percent, plain, scientific, size
 
 _FEW = 1000  # problems below which an interval is wide enough to say so
 
@@ -253,6 +255,25 @@ def _size(run: Run) -> list[Text]:
     if not sizes or min(sizes) >= _FEW:
         return []
     return [Text("Only {} problems were evaluated.", "只评测了 {} 道题。").format(count(min(sizes)))]
+
+
+def compared(told: dict[str, Any]) -> Text:
+    """Where each way of pretraining reaches the first one's final loss."""
+    (first, base), *others = told["ways"].items()
+    said = []
+    for name, way in others:
+        after, losses = way["reaches_target_after"], way["final_losses"]
+        if after is None:
+            said.append(Text(
+                "{} does not reach {}'s final loss ({}) with as many tokens: it ends at {}.",
+                "词元数相同时，{} 未达到 {} 的最终损失（{}），止于 {}。",
+            ).format(name, first, number(told["target"], 4), number(sum(losses) / len(losses), 4)))  # fmt: skip
+        else:
+            said.append(Text(
+                "{} reaches {}'s final loss ({}) after {} FLOPs, {} of the {} that {} took.",
+                "{0} 用 {3} FLOPs 达到 {1} 的最终损失（{2}），为 {6} 所用 {5} 的 {4}。",
+            ).format(name, first, number(told["target"], 4), scientific(after), percent(after / base["flops"]), scientific(base["flops"]), first))  # fmt: skip
+    return Text(" ".join(t.en for t in said), "".join(t.zh for t in said))
 
 
 def _differences(run: Run) -> list[Text]:

@@ -178,6 +178,12 @@ W = {
     "small_answers": Text("taught the answers only", "只学答案"),
     "small": Text("taught thoughts and answers", "思考与答案都学"),
     "training_flops": Text("training FLOPs", "训练 FLOPs"),
+    "comparison": Text("Pretraining compared at equal compute", "同等算力下的预训练对比"),
+    "comparison_caption": Text(
+        "Loss of every run against its compute, in 10^12 FLOPs; the corpus is read once, so it is loss on unseen text.",
+        "每次运行的损失随算力（10^12 FLOPs）的变化；语料只读一遍，因此这是未见文本上的损失。",
+    ),
+    "final_losses": Text("final loss, run by run", "各次运行的最终损失"),
     "rows_flops": Text("sampling its rows, FLOPs", "采样其数据的 FLOPs"),
     "desk": Text("The desk, and what was thrown away", "审校台，以及被丢弃的样本"),
     "stage": Text("stage", "阶段"),

@@ -5,6 +5,7 @@ A mixture sorts its tokens by expert and makes one grouped product per projectio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,10 @@ from .config import Experts, ModelConfig
 
 if TYPE_CHECKING:
     from .attention import Context
+
+
+Rounding = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of activations, of weights
+EXACT: Rounding = (lambda x: x, lambda weight: weight)
 
 
 class SwiGLU(nn.Module):
@@ -94,6 +99,8 @@ class MixtureOfExperts(nn.Module):
     each update (`balance_experts`), selects, and never weighs.
     """
 
+    rounding: Rounding = EXACT
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts = self.experts = config.experts
@@ -111,7 +118,8 @@ class MixtureOfExperts(nn.Module):
         if self.experts.normalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         weights_NK = (weights_NK * self.experts.scale).to(x_NC.dtype)
-        mixed_NC = experts_mixed(x_NC, self.experts_gate_up, self.experts_down, chosen_NK, weights_NK)
+        rounding = self.rounding if torch.is_grad_enabled() else EXACT
+        mixed_NC = experts_mixed(x_NC, self.experts_gate_up, self.experts_down, chosen_NK, weights_NK, rounding)
         return mixed_NC if self.shared is None else mixed_NC + self.shared(x_NC)
 
     def route(self, x_NC: Tensor, routes: Routes | None) -> tuple[Tensor, Tensor]:
@@ -159,52 +167,64 @@ def recycle(scores_NE: Tensor, chosen_NK: Tensor, experts: Experts) -> Tensor:
     return chosen_NK
 
 
-def experts_mixed(x_NC: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+def experts_mixed(
+    x_NC: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor, chosen_NK: Tensor, weights_NK: Tensor, rounding: Rounding = EXACT
+) -> Tensor:
     """Sum over each token's experts of weight x SwiGLU(x)."""
     order_M = chosen_NK.flatten().argsort(stable=True)
     ends_E = torch.bincount(chosen_NK.flatten(), minlength=len(down_ECI)).cumsum(0).to(torch.int32)
-    return _Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E)
+    return _Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding)
 
 
 class _Mixed(torch.autograd.Function):
-    """Rows sorted by expert meet their expert's matrix in one grouped product, and back the same way."""
+    """Rows sorted by expert meet their expert's matrix in one grouped product, and back the same way.
+
+    The weight of an expert multiplies what is inside it, which is narrower than what comes out.
+    """
 
     @staticmethod
-    def forward(ctx, x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E):
-        top_k = weights_NK.shape[1]
-        x_MC = x_NC[order_M // top_k]
-        both_M2I = _grouped(x_MC, gate_up_EIC.mT, ends_E)
-        gate_MI, up_MI = both_M2I.chunk(2, -1)
+    def forward(ctx, x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding):
+        tile, block = ctx.rounding = rounding
+        ctx.top_k = weights_NK.shape[1]
+        gate_up_EIC, down_ECI = block(gate_up_EIC), block(down_ECI)
+        x_MC = x_NC[order_M // ctx.top_k]
+        both_MI = _grouped(tile(x_MC), gate_up_EIC.mT, ends_E)
+        gate_MI, up_MI = both_MI.chunk(2, -1)
         weight_M1 = weights_NK.flatten()[order_M].unsqueeze(1)
-        inner_MI = F.silu(gate_MI) * up_MI
-        y_MC = _grouped(inner_MI * weight_M1, down_ECI.mT, ends_E)
-        ctx.save_for_backward(x_MC, both_M2I, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E)
-        ctx.top_k = top_k
-        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-        return y_MC[back_M].view(len(x_NC), top_k, -1).sum(1)
+        inner_MI = F.silu(gate_MI).mul_(up_MI)
+        y_MC = _grouped(tile(inner_MI * weight_M1), down_ECI.mT, ends_E)
+        ctx.save_for_backward(x_MC, both_MI, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E)
+        return _gathered(y_MC, order_M, ctx.top_k)
 
     @staticmethod
     def backward(ctx, grad_NC):
-        x_MC, both_M2I, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E = ctx.saved_tensors
+        x_MC, both_MI, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E = ctx.saved_tensors
+        tile, _ = ctx.rounding
         grad_MC = grad_NC[order_M // ctx.top_k]
-        by_inner_MI = _grouped(grad_MC, down_ECI, ends_E)
-        grad_down = _grouped(grad_MC.T, inner_MI * weight_M1, ends_E)
-        grad_weight_M = (by_inner_MI * inner_MI).sum(-1)
-        by_inner_MI = by_inner_MI * weight_M1
-        gate_MI, up_MI = both_M2I.chunk(2, -1)
-        sigmoid_MI = gate_MI.sigmoid()
-        silu_MI = gate_MI * sigmoid_MI
-        by_both_M2I = torch.empty_like(both_M2I)
-        by_gate_MI, by_up_MI = by_both_M2I.chunk(2, -1)
-        torch.mul(by_inner_MI, silu_MI, out=by_up_MI)
-        slope_MI = sigmoid_MI + silu_MI * (1 - sigmoid_MI)
-        torch.mul(by_inner_MI.mul_(up_MI), slope_MI, out=by_gate_MI)
-        grad_gate_up = _grouped(by_both_M2I.T, x_MC, ends_E)
-        by_x_MC = _grouped(by_both_M2I, gate_up_EIC, ends_E)
-        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-        grad_x = by_x_MC[back_M].view(len(grad_NC), ctx.top_k, -1).sum(1)
-        grad_weights = torch.empty_like(grad_weight_M).scatter_(0, order_M, grad_weight_M).view(len(grad_NC), ctx.top_k)
-        return grad_x, grad_gate_up, grad_down, grad_weights, None, None
+        by_inner_MI = _grouped(tile(grad_MC), down_ECI, ends_E)
+        grad_down = _grouped(tile(grad_MC.T), tile((inner_MI * weight_M1).T).T, ends_E)
+        grad_weight_M = torch.linalg.vecdot(by_inner_MI, inner_MI)
+        by_inner_MI.mul_(weight_M1)
+        by_both_MI = _swiglu_backward(by_inner_MI, both_MI)
+        grad_gate_up = _grouped(tile(by_both_MI.T), tile(x_MC.T).T, ends_E)
+        grad_x = _gathered(_grouped(tile(by_both_MI), gate_up_EIC, ends_E), order_M, ctx.top_k)
+        grad_weights = torch.empty_like(grad_weight_M).scatter_(0, order_M, grad_weight_M).view(-1, ctx.top_k)
+        return grad_x, grad_gate_up, grad_down, grad_weights, None, None, None
+
+
+def _swiglu_backward(grad_MI: Tensor, both_MI: Tensor) -> Tensor:
+    gate_MI, up_MI = both_MI.chunk(2, -1)
+    by_both_MI = torch.empty_like(both_MI)
+    by_gate_MI, by_up_MI = by_both_MI.chunk(2, -1)
+    torch.mul(grad_MI, F.silu(gate_MI), out=by_up_MI)
+    torch.ops.aten.silu_backward.grad_input(grad_MI.mul_(up_MI), gate_MI, grad_input=by_gate_MI)
+    return by_both_MI
+
+
+def _gathered(y_MC: Tensor, order_M: Tensor, top_k: int) -> Tensor:
+    """Rows back in their tokens' order, summed over each token's experts."""
+    back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+    return y_MC[back_M].view(-1, top_k, y_MC.shape[-1]).sum(1)
 
 
 def _grouped(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from ..engine.engine import Engine
 from ..engine.sampling import SamplingParams
 from ..eval.evaluate import evaluate
 from ..model import weights
-from ..model.config import ModelConfig
+from ..model.config import Experts, Latent, ModelConfig
 from ..model.decoder import Decoder
-from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen
+from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen, Shape
 from ..record import read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
@@ -67,12 +67,12 @@ def run_pretrain(job: Job) -> Outcome:
     from ..tasks.miniature import encode_documents
 
     task = job.task(stage.problems)
-    tokenizer, shape = task.tokenizer(), stage.shape
-    config = ModelConfig(
-        "llama", tokenizer.size, shape.hidden_size, shape.layers, shape.heads, shape.kv_heads,
-        shape.hidden_size // shape.heads, shape.intermediate_size, shape.rope_theta, max_positions=1024,
-    )  # fmt: skip
-    decoder = Decoder(config).initialize(fingerprint(job.seed, "weights"))
+    tokenizer = task.tokenizer()
+    decoder = Decoder(to_config(stage.shape, tokenizer.size)).initialize(fingerprint(job.seed, "weights"))
+    if stage.fp8:
+        from ..model.fp8 import simulate
+
+        simulate(decoder)
     documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
     return _fit(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
@@ -99,7 +99,7 @@ def run_rl(job: Job) -> Outcome:
     updates = stage.steps * stage.policy.updates_per_rollout
     learner = Learner(decoder, stage.optimizer, updates)
     reference = Learner(job.model(stage.model)[0], stage.optimizer, 1) if stage.policy.kl_coef else None
-    engine, checkpoint = Engine(decoder, tokenizer), job.checkpoint()
+    engine, checkpoint = _engine(decoder, tokenizer, stage.sampling), job.checkpoint()
     tasks = job.mixture(stage.problems, stage.rewards)
     sampling = replace(_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     state = checkpoint.restore()
@@ -211,6 +211,24 @@ STAGES: dict[str, Callable[[Job], Outcome]] = {
 # ---------------------------------------------------------------- models and rows
 
 
+def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
+    """The model that a recipe's shape describes."""
+    sizes = {name: getattr(shape, name) for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "rope_theta")}
+    sizes |= {"vocab_size": vocab_size, "head_dim": shape.hidden_size // shape.heads, "max_positions": 1024, "predicted": shape.predicted}
+    if not shape.latent:
+        return ModelConfig("llama", **sizes)
+    latent = Latent(**shape.latent.model_dump())
+    given = shape.experts
+    # a model without a mixture is one whose layers are all dense, as DeepSeek-V3's first three
+    experts = Experts(2, 1, 4, sigmoid=True, balanced=True, normalize=True, dense=tuple(range(shape.layers + shape.predicted)))
+    if given:
+        experts = Experts(
+            given.count, given.top_k, given.intermediate_size, given.shared * given.intermediate_size, sigmoid=True, balanced=True,
+            normalize=True, scale=given.scale, groups=given.groups, top_groups=given.top_groups, dense=tuple(range(given.dense_layers)),
+        )  # fmt: skip
+    return ModelConfig("deepseek_v3", **sizes | {"kv_heads": shape.heads, "head_dim": latent.rope_dim}, latent=latent, experts=experts)
+
+
 def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     directory = folder / "model"
     shutil.rmtree(directory, ignore_errors=True)
@@ -253,12 +271,16 @@ def _params(sampling: Sampling) -> SamplingParams:
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 
 
+def _engine(decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling, rows: int = 256) -> Engine:
+    return Engine(decoder, tokenizer, rows, sampling.speculate)
+
+
 def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
     file was after it, so a stage that was killed goes on after its last whole chunk."""
     stage = job.stage
     decoder, tokenizer = job.model(stage.model)
-    engine, tasks = Engine(decoder, tokenizer, rows_for(decoder)), job.mixture(stage.problems)
+    engine, tasks = _engine(decoder, tokenizer, stage.sampling, rows_for(decoder)), job.mixture(stage.problems)
     asked = tasks.draw(count, (job.seed, "prompts"))
     chunks = [asked[i : i + CHUNK] for i in range(0, count, CHUNK)]
     done = read_metrics(job.folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, Routes, balance_experts
-from ..recipe import Optimizer as OptimizerSettings
+from ..parts import Optimizer as OptimizerSettings
 from .batch import Batch
 from .losses import Loss
 from .optimizer import Optimizer

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..recipe import Policy
+from ..parts import Policy
 from ..types import Group
 from .batch import Batch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.decoder import Decoder
-from ..recipe import Optimizer as Settings
+from ..parts import Optimizer as Settings
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,0 +1,60 @@
+"""Does learning in FP8 cost anything? The same base, the same text, in float32 and rounded as DeepSeek-V3 rounds.
+
+    python -m bench.fp8 --tokens 600000
+    python -m bench.fp8 --recipe recipes/moe.yaml --stage moe
+
+Prints both losses, each the mean over the last tenth of the text, and their gap; the paper reports less than 0.25 %
+(arXiv 2412.19437, appendix B.1).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from limbeck.model.decoder import Decoder
+from limbeck.model.fp8 import simulate
+from limbeck.pipeline.stages import to_config
+from limbeck.reading import load
+from limbeck.tasks.miniature import Countdown, encode_documents
+from limbeck.train.batch import pack
+from limbeck.train.learner import Learner
+from limbeck.train.losses import cross_entropy
+from limbeck.train.supervised import batches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).parent.parent / "recipes" / "quickstart.yaml")
+    parser.add_argument("--stage", default="base")
+    parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = load(options.recipe, [])
+    stage = recipe.stages[options.stage]
+    exact, rounded = (grow(recipe.problems[stage.problems], stage, options, fp8) for fp8 in (False, True))
+    print(f"float32 {exact:.5f}   FP8 {rounded:.5f}   gap {rounded / exact - 1:+.3%}")
+
+
+def grow(world, stage, options, fp8: bool) -> float:
+    """Mean loss over the last tenth of the text."""
+    task = Countdown("clock", world)
+    tokenizer = task.tokenizer()
+    decoder = Decoder(to_config(stage.shape, tokenizer.size)).initialize(options.seed)
+    decoder = simulate(decoder) if fp8 else decoder
+    documents = encode_documents(task.documents(options.seed, stage.corpus), tokenizer, options.tokens)
+    plan = batches(documents, stage.batch_tokens, options.seed)
+    learner, losses = Learner(decoder, stage.optimizer, len(plan)), []
+    for step, batch in enumerate(plan, 1):
+        losses.append(learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), cross_entropy)["loss"])
+        if step % 100 == 0 or step == len(plan):
+            print(f"{'FP8' if fp8 else 'float32':8} {step:6} of {len(plan)} updates, loss {np.mean(losses[-100:]):.4f}", flush=True)
+    return float(np.mean(losses[-len(losses) // 10 :]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The parts that stages of a recipe are made of: a model's shape, sampling, the optimiser, the policy. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LatentShape(Settings):
+    """Multi-head latent attention: keys and values are made from one small latent a token."""
+
+    kv_rank: int = Field(ge=4, description="size of the latent")
+    nope_dim: int = Field(ge=2, description="part of a key that is not rotated")
+    rope_dim: int = Field(ge=2, multiple_of=2, description="part of a key that is, shared by all heads")
+    value_dim: int = Field(ge=2, description="size of a value")
+    q_rank: int = Field(0, ge=0, description="size of the queries' latent; 0 makes them at full rank")
+
+
+class ExpertsShape(Settings):
+    """A mixture of experts as DeepSeek-V3's: sigmoid scores, biases that balance, shared experts."""
+
+    count: int = Field(ge=2, description="routed experts")
+    top_k: int = Field(ge=1, description="of which each token meets so many")
+    intermediate_size: int = Field(ge=4, description="width inside an expert; multiples of 4 are fast")
+    shared: int = Field(1, ge=0, description="experts of that width that every token meets")
+    groups: int = Field(1, ge=1, description="groups of experts")
+    top_groups: int = Field(1, ge=1, description="of which each token uses so many")
+    dense_layers: int = Field(0, ge=0, description="first layers that stay dense")
+    scale: float = Field(1.0, gt=0, description="multiplies what the routed experts say together")
+
+    @model_validator(mode="after")
+    def _fit(self) -> ExpertsShape:
+        if self.count % self.groups:
+            raise ValueError(f"count = {self.count} experts do not fall into groups = {self.groups} alike")
+        if self.top_groups > self.groups or self.top_k > self.count // self.groups * self.top_groups:
+            raise ValueError(f"top_k = {self.top_k} of top_groups = {self.top_groups} is more than there are")
+        return self
+
+
+class Shape(Settings):
+    """The dimensions of a model trained from scratch, tied embeddings: Llama-style; with `latent`, DeepSeek-V3's
+    kind, whose feed-forward may be `experts`."""
+
+    hidden_size: int = Field(64, ge=8, description="width of the hidden states")
+    layers: int = Field(3, ge=1, description="number of blocks")
+    heads: int = Field(4, ge=1, description="query heads; they divide `hidden_size`")
+    kv_heads: int = Field(4, ge=1, description="key and value heads; they divide `heads`")
+    intermediate_size: int = Field(176, ge=8, description="width inside the feed-forward layers")
+    rope_theta: float = Field(
+        100.0,
+        gt=1,
+        description="base of the rotary waves: short texts learn faster with 100 than with 10,000",
+    )
+    latent: LatentShape | None = Field(None, description="latent attention in place of grouped queries")
+    experts: ExpertsShape | None = Field(None, description="a mixture of experts; needs `latent`")
+    predicted: int = Field(0, ge=0, description="modules that predict one token further each")
+
+    @model_validator(mode="after")
+    def _fit(self) -> Shape:
+        if self.experts and not self.latent:
+            raise ValueError("experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too")
+        return self
+
+
+class Sampling(Settings):
+    """How completions are drawn. `temperature: 0` is greedy."""
+
+    temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the likeliest tokens that have this share together"
+    )
+    speculate: bool = Field(False, description="let the module that looks ahead draft tokens: the same, sooner")
+    max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
+
+
+class Optimizer(Settings):
+    """AdamW, or Muon for the matrices with AdamW for the rest; linear warm-up, then the schedule."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="`muon` for the matrices inside the blocks, AdamW for the rest; or AdamW for all"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="at its highest")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
+    adamw_ratio: float = Field(
+        0.3, gt=0, description="AdamW's rate beside Muon, as a share of Muon's: embeddings want less"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; not for vectors")
+    warmup_steps: int = Field(0, ge=0, description="updates of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the learning rate goes on after the warm-up"
+    )
+    final_ratio: float = Field(
+        0.1, ge=0, le=1, description="where `linear` and `cosine` end, as a share of the highest"
+    )
+    clip_norm: float = Field(1.0, gt=0, description="a gradient with a larger norm is scaled down to it")
+    balance_rate: float = Field(
+        0.001, ge=0, description="how far the bias of an expert moves against its load in one update"
+    )
+    balance_loss: float = Field(0.0001, ge=0, description="weight of the sequence-wise balance loss of experts")
+    expert_ratio: float = Field(
+        1.0, gt=0, description="the rate of routed experts as a share of the others' (Hunyuan-Large: 0.31)"
+    )
+    ahead_weight: float = Field(
+        0.3, ge=0, description="weight of the loss of modules that predict further than the next token"
+    )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # DAPO and Dr. GRPO: token-level loss, mean baseline, clip-higher, no KL (arXiv 2503.14476, 2503.20783)
+    "default": {},
+    # DeepSeek-R1 (arXiv 2501.12948v2, sections 2.1 and 3.2.1); the reference is refreshed every 400 updates
+    "r1": {
+        "group_size": 16, "advantage_scale": "group", "reduction": "sequence", "kl_coef": 0.001,
+        "reference_every": 400, "clip_low": 1.0, "clip_high": 10.0, "zero_variance": "keep",
+        "mask_truncated": False, "updates_per_rollout": 16,
+    },
+}  # fmt: skip
+
+
+class Policy(Settings):
+    """Group-relative policy optimisation: what makes an advantage, and how far one step may go."""
+
+    preset: Literal["default", "r1"] = Field(
+        "default", description="where the defaults of the other settings come from"
+    )
+    group_size: int = Field(8, ge=2, description="completions of each problem")
+    prompts_per_step: int = Field(32, ge=1, description="problems of each step")
+    updates_per_rollout: int = Field(
+        1, ge=1, description="updates on the completions of one step, each on its part of them"
+    )
+    advantage_scale: Literal["none", "group", "batch"] = Field(
+        "none", description="divide advantages by the group's deviation, the batch's, or nothing"
+    )
+    reduction: Literal["token", "sequence", "constant"] = Field(
+        "token", description="mean over all tokens; over sequences; or over sequences times `max_new_tokens`"
+    )
+    clip_low: float = Field(0.2, gt=0, le=1, description="the ratio counts no lower than 1 minus this")
+    clip_high: float = Field(0.28, gt=0, description="the ratio counts no higher than 1 plus this")
+    kl_coef: float = Field(
+        0.0, ge=0, description="weight of the divergence from the reference; with 0 there is no reference"
+    )
+    kl_unbiased: bool = Field(False, description="weigh that divergence by the ratio (DeepSeek-V3.2)")
+    reference_every: int = Field(
+        0, ge=0, description="updates after which the policy becomes the reference; 0 keeps the first"
+    )
+    zero_variance: Literal["replace", "drop", "keep"] = Field(
+        "replace", description="groups of equal rewards: draw others for them, leave them out, or keep them"
+    )
+    mask_truncated: bool = Field(True, description="do not learn from responses that ran out of tokens")
+    off_policy_threshold: float | None = Field(
+        None, gt=0, description="leave out failures that drifted further than this, in nats (DeepSeek-V3.2)"
+    )
+    keep_sampling_mask: bool = Field(
+        False, description="score tokens among those that `top_p` left; needed where it is below 1"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {**PRESETS.get(str(given.get("preset", "default")), {}), **given}
