@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import tokenizers
 from .types import LimbeckError, Message, Thought
 
 OPEN, CLOSE = "<think>", "</think>"
+PATIENCE = 2.0  # seconds for one conversation
 
 
 class Tokenizer:
@@ -74,16 +78,16 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], opened: bool = True) -> str:
         """The conversation as one string; `opened` leaves it where the assistant's turn begins."""
         try:
-            return self._compiled.render(
-                messages=list(messages), add_generation_prompt=opened, bos_token=self.bos, eos_token=self.end
-            )
-        except jinja2.TemplateError as error:
+            with _within(PATIENCE):
+                return self._compiled.render(
+                    messages=list(messages), add_generation_prompt=opened, bos_token=self.bos, eos_token=self.end
+                )
+        except Exception as error:  # noqa: BLE001 - a template is somebody's program, in which anything happens
             raise LimbeckError(f"chat_template.jinja: {error}; mend the template beside the model") from None
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        # templates are programs and come from strangers: immutable sandbox, no attribute access
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = _Cell(trim_blocks=True, lstrip_blocks=True)
 
         def refuse(message: str) -> None:
             raise jinja2.TemplateError(message)
@@ -101,6 +105,35 @@ class Tokenizer:
     @property
     def size(self) -> int:
         return self.backend.get_vocab_size()
+
+
+class _Cell(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Templates are programs and come from strangers: no attribute access, nothing changed, nothing grown huge."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
+        sizes = [abs(x) if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0 for x in (left, right)]
+        if (operator == "**" and max(sizes) > 64) or (operator == "*" and sizes[0] * sizes[1] > 1 << 20):
+            raise jinja2.sandbox.SecurityError(f"{operator} makes something too large")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Give up on a template that runs for ever: its every line looks at the clock."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def look(*_: object) -> Callable:
+        if time.monotonic() > end:
+            raise jinja2.TemplateError(f"the template ran for more than {seconds:g} seconds")
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def split_thought(text: str) -> Thought:

@@ -1,0 +1,52 @@
+"""Chat templates are programs from strangers: what they may do, and what they may not."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+
+from limbeck.tokenizer import Tokenizer
+from limbeck.types import LimbeckError
+
+ESCAPES = {
+    "subclasses": "{{ ().__class__.__base__.__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__ }}",
+    "changes what it is given": "{{ messages.append(1) }}",
+    "imports": "{% import 'os' as os %}",
+}
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "long range": "{% for i in range(999999999) %}x{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "long text": "{{ 'x' * 10 ** 12 }}",
+}
+MISTAKES = {"unknown filter": "{{ messages | frobnicate }}", "division": "{{ 1 / 0 }}", "unclosed": "{% for m in messages %}"}
+
+
+def tokenizer(template: str) -> Tokenizer:
+    words = {word: i for i, word in enumerate(["[UNK]", "<end>", "hello"])}
+    return Tokenizer(Backend(WordLevel(words, unk_token="[UNK]")), template, end="<end>", pad="<end>")
+
+
+@pytest.mark.parametrize("template", [*ESCAPES.values(), *ENDLESS.values(), *MISTAKES.values()], ids=[*ESCAPES, *ENDLESS, *MISTAKES])
+def test_bad_templates_end_in_one_sentence(template):
+    begin = time.monotonic()
+    with pytest.raises(LimbeckError, match=r"chat_template.jinja: .*; mend the template") as caught:
+        tokenizer(template).prompt("hello")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begin < 20
+    assert sys.gettrace() is None or "look" not in repr(sys.gettrace())
+
+
+def test_a_usual_template_is_rendered_as_it_stands():
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '=' * 3 }}<|assistant|>{% endif %}"
+    )
+    asked = [{"role": "system", "content": " short "}, {"role": "user", "content": "hello"}]
+    assert tokenizer(template).render(asked) == "<|system|>short<end><|user|>hello<end>===<|assistant|>"
