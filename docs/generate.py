@@ -24,7 +24,8 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from limbeck import parts, recipe
+from limbeck import parts as pieces
+from limbeck import recipe
 from limbeck.cli import app
 from limbeck.pipeline.graph import QUIET
 
@@ -60,7 +61,7 @@ def render(text: str) -> str:
 
 def settings(name: str) -> str:
     """The keys of one model of `recipe.py` or `parts.py`; those that every stage has are told once, under `Stage`."""
-    model = getattr(recipe, name, None) or getattr(parts, name)
+    model = getattr(recipe, name, None) or getattr(pieces, name)
     common, mark = (recipe.Stage.model_fields, "") if name != "Stage" else ({}, " \\*")
     rows = [
         [f"`{key}`{mark if key in QUIET else ''}", value(field), default(field), field.description or ""]
@@ -93,7 +94,7 @@ def kind(annotation: Any) -> str:
         return f"list of {'names' if parts[0] is str else kind(parts[0])}"
     if origin is dict:
         return f"{'names' if parts[0] is str else kind(parts[0])}, each with {_single(kind(parts[1]))}"
-    if isinstance(annotation, type) and issubclass(annotation, parts.Settings):
+    if isinstance(annotation, type) and issubclass(annotation, pieces.Settings):
         return f"[{annotation.__name__.lower()}](#{annotation.__name__.lower()})"
     return "a source of problems" if "Miniature" in str(annotation) else "a stage"
 
@@ -103,7 +104,7 @@ def default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     chosen = field.default
-    if isinstance(chosen, parts.Settings):
+    if isinstance(chosen, pieces.Settings):
         chosen = chosen.model_dump(mode="json", exclude_unset=True)
         return code(chosen) if chosen else "its own"
     return code(list(chosen) if isinstance(chosen, tuple) else chosen)
@@ -118,9 +119,9 @@ def code(chosen: Any) -> str:
 
 def presets(_: None) -> str:
     """The settings in which the presets differ."""
-    names = list(parts.PRESETS)
-    keys = dict.fromkeys(key for preset in parts.PRESETS.values() for key in preset)
-    policies = [parts.Policy(preset=name) for name in names]
+    names = list(pieces.PRESETS)
+    keys = dict.fromkeys(key for preset in pieces.PRESETS.values() for key in preset)
+    policies = [pieces.Policy(preset=name) for name in names]
     rows = [[f"`{key}`", *(code(getattr(policy, key)) for policy in policies)] for key in keys]
     return table(["key", *(f"`{name}`" for name in names)], rows)
 
