@@ -212,7 +212,7 @@ def export(
     """Write a model, tokenizer and chat template included, as one GGUF file for llama.cpp and what builds on it.
 
     Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V2 and V3 with a byte-level BPE tokenizer. The file appears
-    whole or not at all. Run it with `llama-cli -m FILE`, `llama-server -m FILE` or `ollama create`.
+    whole or not at all. Run it with `llama-cli -m FILE` or `llama-server -m FILE`.
     """
     from .model import gguf as ggml
 
