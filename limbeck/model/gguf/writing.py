@@ -31,6 +31,7 @@ TYPES = {
 }
 BLOCK = 32  # values of a row that Q8_0 scales together
 FLOATS = {"F64", "F32", "F16", "BF16"}
+OPTIONAL = ("first_k_dense_replace", "q_lora_rank", "n_group", "topk_group", "sliding_window")  # may be 0
 # Rotary frequencies of old checkpoints, which follow from config.json.
 HARMLESS = "rotary_emb.inv_freq"
 
@@ -84,25 +85,29 @@ def _config(path: Path) -> tuple[Family, dict[str, Any]]:
             f"{path}: architecture {name} has no GGUF here; supported are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
-    _refuse(tree, family, path)
     tree = {ALIASES.get(key, key): value for key, value in tree.items() if value is not None}
     sizes = ["vocab_size", *(LATENT_SIZES if family.latent else ())]
-    for key, kind in {**{key.theirs: key.kind for key in family.keys}, **dict.fromkeys(sizes, int)}.items():
-        if not isinstance(tree.get(key), (int, float) if kind is float else kind):
-            raise LimbeckError(
-                f"{path}: {key} = {tree.get(key)!r} is no setting; copy the file again from its source"
-            )
+    _check(tree, {**{key.theirs: key.kind for key in family.keys}, **dict.fromkeys(sizes, int)}, path)
     heads = tree["num_attention_heads"]
-    defaults = {
-        "num_key_value_heads": heads,
-        "head_dim": tree["hidden_size"] // heads,
-        "tie_word_embeddings": False,
-    }
-    tree = {**defaults, **tree}
+    defaults = {"num_key_value_heads": heads, "head_dim": tree["hidden_size"] // heads}
+    tree = {**defaults, "tie_word_embeddings": False, **tree}
+    _check(tree, {key: int for key in (*defaults, *OPTIONAL) if key in tree}, path)
+    _refuse(tree, family, path)
     if tree.get("use_sliding_window", name == "MistralForCausalLM") and tree.get("sliding_window"):
         # within one window there is nothing to forget, and llama.cpp computes the same
         tree["max_position_embeddings"] = min(tree["max_position_embeddings"], tree["sliding_window"])
     return family, tree
+
+
+def _check(tree: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
+    """That settings are there, of their kind, and sizes above zero."""
+    for key, kind in kinds.items():
+        found = tree.get(key)
+        least = key not in OPTIONAL
+        if not isinstance(found, (int, float) if kind is float else kind) or (kind is int and found < least):
+            raise LimbeckError(
+                f"{path}: {key} = {found!r} is no setting; copy the file again from its source"
+            )
 
 
 def _refuse(tree: dict[str, Any], family: Family, path: Path) -> None:
@@ -130,7 +135,7 @@ def _refuse(tree: dict[str, Any], family: Family, path: Path) -> None:
 
 def _grouped(tree: dict[str, Any]) -> bool:
     """Whether some groups of experts are left out."""
-    return 0 < (tree.get("topk_group") or 0) < (tree.get("n_group") or 0)
+    return 0 < tree.get("topk_group", 0) < tree.get("n_group", 0)
 
 
 def _add_settings(writer: gguf.GGUFWriter, family: Family, tree: dict[str, Any], where: str) -> None:
@@ -219,6 +224,11 @@ def _plan(source: _Weights, family: Family, tree: dict[str, Any]) -> list[Link]:
     if missing := sorted(known - set(source)):
         raise LimbeckError(
             f"{source.directory}: {len(missing)} tensors are missing ({', '.join(missing[:3])}); copy the weights again"
+        )
+    if (rows := source.shape("model.embed_tokens.weight").shape[0]) != tree["vocab_size"]:
+        raise LimbeckError(
+            f"{source.directory}: the embedding has {rows} rows, config.json says vocab_size = {tree['vocab_size']}; "
+            "the two are of different models"
         )
     if strange := sorted(name for name in set(source) - known if not _left_out(name, tree)):
         raise LimbeckError(
