@@ -167,7 +167,7 @@ def preset(parameter: Any) -> str:
 def rooms(_: None) -> str:
     """Every file of the package with the first sentence of its docstring."""
     package, lines = DOCS.parent / "limbeck", []
-    files = [*package.glob("*.py"), *sorted(package.glob("*/*.py"))]
+    files = sorted(package.rglob("*.py"))
     for file in sorted(files, key=lambda p: (p.parent != package, p)):
         sentence = first_sentence(file)
         if sentence and file.name != "__init__.py":

@@ -213,6 +213,26 @@ def pull(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a model directory, a model that was pulled, or the beginning of an artifact's name")],
+    gguf: Annotated[str, typer.Option("--gguf", metavar="TYPE", help="f32 is exact, f16 half its size, q8_0 a quarter")] = "f16",
+    out: Annotated[Path | None, typer.Option(help="the file to write; else MODEL-TYPE.gguf, here", show_default=False)] = None,
+    runs: Home = RUNS,
+) -> None:
+    """Write a model, tokenizer and chat template included, as one GGUF file for llama.cpp and what builds on it.
+
+    Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V2 and V3 with a byte-level BPE tokenizer. The file appears
+    whole or not at all. Run it with `llama-cli -m FILE` or `llama-server -m FILE`.
+    """
+    from .model import gguf as ggml
+
+    folder = _model(model, runs)
+    path = out or Path(f"{folder.resolve().name}-{gguf}.gguf")
+    ggml.write(folder / "model" if (folder / "model").is_dir() else folder, path, gguf)
+    print(path)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has and lacks, and what to do about it."""
     from dataclasses import asdict
@@ -304,6 +324,18 @@ def _store(runs: Path) -> Any:
     if not (runs / "store").exists():
         raise _mistake(f"{runs}/store does not exist; nothing has been run there yet")
     return Store(runs / "store")
+
+
+def _model(name: str, runs: Path) -> Path:
+    """A directory, here or under models/; or an artifact by the beginning of its name."""
+    from .model.places import find_model
+
+    if (runs / "store").exists() and not Path(name).exists() and not (Path("models") / name).exists():
+        return _store(runs).resolve(name).folder
+    folder = find_model(name, Path())
+    if folder.is_file():
+        raise _mistake(f"{folder} is a GGUF file already; name a model directory")
+    return folder
 
 
 def _queue(run_folder: Path, stage: str) -> Path:

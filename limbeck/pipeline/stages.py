@@ -42,9 +42,9 @@ def run_load(job: Job) -> Outcome:
     stage: Load = job.stage
     source = Path(stage.path)
     if source.is_file():
-        from ..model.gguf import convert
+        from ..model import gguf
 
-        convert(source, job.folder / "converted")
+        gguf.read(source, job.folder / "converted")
         source = job.folder / "converted"
     tokenizer = Tokenizer.from_directory(source)
     decoder = weights.load(source)
