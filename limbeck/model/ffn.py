@@ -6,6 +6,7 @@ A mixture sorts its tokens by expert and makes one grouped product per projectio
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -234,7 +235,7 @@ def _grouped(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     if aligned and a.dtype != torch.float64:
         return F.grouped_mm(a, b, offs=ends_E)
     ends = [0, *ends_E.tolist()]
-    pairs = zip(ends, ends[1:], strict=False)
+    pairs = list(pairwise(ends))
     if b.ndim == 3:
         return torch.cat([a[begin:end] @ b[e] for e, (begin, end) in enumerate(pairs)])
     return torch.stack([a[:, begin:end] @ b[begin:end] for begin, end in pairs])

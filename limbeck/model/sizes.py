@@ -42,11 +42,11 @@ def tell(config: ModelConfig, context: int = 4096) -> str:
         experts = config.experts
         shared = f" and {experts.shared_size // experts.intermediate_size} shared" if experts.shared_size else ""
         mixture = f", {experts.top_k} of {experts.count} experts{shared} in {config.sparse_layers - config.predicted} layers"
+    learning = _count(told["training_flops_per_token"])
     rows = [
         ("architecture", f"{config.family}: {layers}, {config.heads} heads, {attention}{mixture}"),
         ("parameters", f"{_count(told['parameters'])}, of which a token meets {_count(told['active_parameters'])}"),
-        ("FLOPs a token", f"{_count(told['forward_flops_per_token'])} forward, {_count(told['training_flops_per_token'])} in "
-                          f"training, within {context:,} tokens"),
+        ("FLOPs a token", f"{_count(told['forward_flops_per_token'])} forward, {learning} in training, within {context:,} tokens"),
         ("cache a token", f"{told['kv_values_per_token']:,} values, {told['kv_bytes_per_token']:,} bytes in bfloat16"),
         ("to serve", f"{_bytes(told['serving_bytes'])}: weights in bfloat16 and one conversation of {context:,} tokens"),
         ("to train", f"{_bytes(told['training_bytes'])}: {LEARNING} bytes a weight (AdamW, mixed precision or float32), activations aside"),

@@ -288,6 +288,7 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
     with open(job.folder / name, "ab") as file:
         file.truncate(done[-1]["bytes"] if done else 0)
         for step in range(len(done), len(chunks)):
+            engine.drafted = engine.accepted = 0
             groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, _params(stage.sampling), job.seed)]
             judged = [judge(group) for group in groups]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows, _ in judged for row in rows]
@@ -296,6 +297,8 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
             dropped = sum((verdicts for _, verdicts in judged), Counter())
             tokens = sum(len(c.tokens) for g in groups for c in g.completions)
             counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
+            if engine.speculate:
+                counts["accepted_drafts"] = engine.acceptance
             record.step(step, {**summarize(groups), **counts}, groups[:1])
             if job.stopping() and step < len(chunks) - 1:
                 record.sync()
