@@ -1,6 +1,7 @@
 """How soon a base of the miniature can calculate and check: the two skills that reinforcement amplifies.
 
     python -m bench.base --tokens 800000 --seeds 0 1 2
+    python -m bench.base --stage small_base --tokens 3000000
     python -m bench.base --set stages.base.shape.rope_theta=10000
 
 Trains the quickstart's base and, every 200 updates, asks on clean thoughts about held-out problems how often the
@@ -37,12 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=800_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--stage", default="base", help="which pretraining of the recipe: base or small_base")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="as in limbeck run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     recipe = load(Path(__file__).parent.parent / "recipes" / "quickstart.yaml", options.overrides)
     for seed in options.seeds:
-        grow(recipe.problems["clock"], recipe.stages["base"], options.tokens, f"{seed}/base")
+        grow(recipe.problems["clock"], recipe.stages[options.stage], options.tokens, f"{seed}/{options.stage}")
 
 
 def grow(world, stage, tokens: int, seed: str) -> None:
