@@ -333,3 +333,14 @@ def test_a_torn_verdict_is_dropped_and_no_other_is_lost(tmp_path):
     assert [row["id"] for row in curate.pending(tmp_path)] == ["b", "c"]
     curate.review(tmp_path, {"id": "c", "verdict": "reject"})
     assert [row["id"] for row in curate.pending(tmp_path)] == ["b"]
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_export_finds_an_artifact_and_says_why_a_word_level_model_cannot_go(call, finished):
+    """The miniature world's tokenizer knows whole words only, which llama.cpp cannot."""
+    folder = next(a.folder for a in Store(finished.home / "store").all() if (a.folder / "model").is_dir())
+    said = call("export", folder.name, "--runs", finished.home)
+    assert said.code == 2 and "model.type = WordLevel has no place in a GGUF file" in said.err
+    assert call("export", "nothing", "--runs", finished.home).code == 2
