@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "qwen2": ggml.MODEL_ARCH.QWEN2,
     "qwen3": ggml.MODEL_ARCH.QWEN3,
 }
-SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "before"}}
 KINDS = {
     "f32": ggml.GGMLQuantizationType.F32,
     "f16": ggml.GGMLQuantizationType.F16,
