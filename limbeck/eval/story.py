@@ -257,7 +257,7 @@ def _size(run: Run) -> list[Text]:
     return [Text("Only {} problems were evaluated.", "只评测了 {} 道题。").format(count(min(sizes)))]
 
 
-def compared(told: dict[str, Any]) -> Text:
+def compared(told: dict[str, Any]) -> list[Text]:
     """Where each way of pretraining reaches the first one's final loss."""
     (first, base), *others = told["ways"].items()
     said = []
@@ -273,7 +273,7 @@ def compared(told: dict[str, Any]) -> Text:
                 "{} reaches {}'s final loss ({}) after {} FLOPs, {} of the {} that {} took.",
                 "{0} 用 {3} FLOPs 达到 {1} 的最终损失（{2}），为 {6} 所用 {5} 的 {4}。",
             ).format(name, first, number(told["target"], 4), scientific(after), percent(after / base["flops"]), scientific(base["flops"]), first))  # fmt: skip
-    return Text(" ".join(t.en for t in said), "".join(t.zh for t in said))
+    return said
 
 
 def _differences(run: Run) -> list[Text]:
