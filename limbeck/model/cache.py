@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,7 @@ from .ffn import Routes
 class Packed:
     """Sequences laid end to end, each causal and blind to the others.
 
-    Only attention sees padding: rows are taken in order, in chunks of like length (callers sort), each
+    Only attention sees padding: rows are taken in order, in runs of like length (callers sort), each
     padded on the right to its longest; causality keeps padding out of every real position.
     """
 
@@ -29,7 +30,7 @@ class Packed:
     def __init__(self, lengths: Sequence[int], slack: float = 0.2, device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
-        self._chunks = [_Chunk(self.lengths, a, b, device) for a, b in _cut(self.lengths, slack)]
+        self._runs = _Runs(self.lengths, slack, device=device)
         self._last: tuple[Tensor, Tensor] | None = None
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: Routes | None = None
@@ -53,8 +54,8 @@ class Packed:
             self._last = k_NKD, v_NKD
             if self.entries is not None:
                 self.entries.append((k_NKD, v_NKD) if kept is None else (kept, None))
-        mixed = [chunk.attend(layer, q_NHD, k_NKD, v_NKD) for chunk in self._chunks]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        runs = zip(*(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True)
+        return self._runs.joined([_mix(layer, q, k, v) for q, k, v in runs])
 
 
 class Branched:
@@ -72,8 +73,7 @@ class Branched:
         first = next((i for i, n in enumerate(lengths) if n), len(lengths))  # an empty one has nothing to attend
         rows = list(lengths[first:])
         self.owners = torch.as_tensor(owners[first:], dtype=torch.long)
-        self._cuts = _cut(rows, slack) if rows else []
-        self._chunks = [_Chunk(rows, a, b, "cpu", prompts * width) for a, b in self._cuts]
+        self._runs = _Runs(rows, slack, prompts * width)
         columns = [width + torch.arange(n) for n in rows]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
         self._lengths = [width] * prompts + rows
@@ -91,11 +91,14 @@ class Branched:
         k_NKD, v_NKD = self._last = self._last if k_NKD is None else (k_NKD, v_NKD)
         head = self.prompts * self.width
         q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
-        mixed = [_mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)]
-        for (a, b), chunk in zip(self._cuts, self._chunks, strict=True):
+        mixed_p = _mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)
+        if not self._runs.cuts:
+            return mixed_p
+        mixed = []
+        for (a, b), q, k, v in zip(self._runs.cuts, *(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True):
             owner = self.owners[a:b]
-            mixed.append(chunk.attend(layer, q_NHD, k_NKD, v_NKD, (k_p[owner], v_p[owner])))
-        return torch.cat(mixed)
+            mixed.append(_mix(layer, q, torch.cat([k_p[owner], k], dim=2), torch.cat([v_p[owner], v], dim=2)))
+        return torch.cat([mixed_p, self._runs.joined(mixed)])
 
 
 def _mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -111,33 +114,57 @@ def _mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
-class _Chunk:
-    """Neighbouring sequences padded together: `pad` gathers [B*T] tokens, `real` finds them again."""
+class _Runs:
+    """Rows laid end to end from token `offset`, in runs of like length, each padded on the right to its longest.
 
-    def __init__(self, lengths: list[int], first: int, last: int, device: torch.device | str, offset: int = 0):
-        mine = lengths[first:last]
-        self.start = offset + sum(lengths[:first])
-        self.rows, self.width, self.tokens = len(mine), max(mine), sum(mine)
-        self.even = self.tokens == self.rows * self.width
+    All runs are padded by one gather a tensor, and one gather takes the padding out again.
+    """
+
+    def __init__(self, lengths: list[int], slack: float, offset: int = 0, device: torch.device | str = "cpu"):
+        self.cuts = _cut(lengths, slack) if lengths else []
+        self.shapes = [(b - a, max(lengths[a:b])) for a, b in self.cuts]
+        self.begin, self.tokens = offset, sum(lengths)
+        self.even = self.tokens == sum(rows * width for rows, width in self.shapes)
         if not self.even:
-            begins = torch.tensor([0, *mine[:-1]]).cumsum(0).unsqueeze(1)
-            column, length = torch.arange(self.width).unsqueeze(0), torch.tensor(mine).unsqueeze(1)
-            inside = column < length
-            self.pad = torch.where(inside, begins + column, 0).flatten().to(device)
-            self.real = inside.flatten().nonzero().squeeze(1).to(device)
+            begins_B, lengths_B = np.cumsum([0, *lengths[:-1]]), np.asarray(lengths)
+            widths_B = np.repeat([width for _, width in self.shapes], [rows for rows, _ in self.shapes])
+            column_P = np.arange(widths_B.sum()) - np.repeat(np.cumsum(widths_B) - widths_B, widths_B)
+            inside_P = column_P < np.repeat(lengths_B, widths_B)
+            pad_P = np.where(inside_P, np.repeat(begins_B, widths_B) + column_P, 0)
+            self.pad, self.real = (torch.from_numpy(x).to(device) for x in (pad_P, inside_P.nonzero()[0]))
 
-    def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, prompt: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        q, k, v = (self._rows(x.narrow(0, self.start, self.tokens)) for x in (q_NHD, k_NKD, v_NKD))
-        if prompt is not None:
-            k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
-        flat = _mix(layer, q, k, v).transpose(1, 2).flatten(0, 1)
-        return flat if self.even else flat[self.real]
+    def padded(self, x_NHD: Tensor) -> list[Tensor]:
+        """[rows, H, width, D] of each run."""
+        x_NHD = x_NHD.narrow(0, self.begin, self.tokens)
+        padded_PHD = x_NHD if self.even else _Gather.apply(x_NHD, self.pad, self.real)
+        runs = padded_PHD.split([rows * width for rows, width in self.shapes])
+        return [run.view(*shape, *x_NHD.shape[1:]).transpose(1, 2) for run, shape in zip(runs, self.shapes, strict=True)]
 
-    def _rows(self, x_NHD: Tensor) -> Tensor:
-        padded = x_NHD if self.even else x_NHD[self.pad]
-        return padded.view(self.rows, self.width, *padded.shape[1:]).transpose(1, 2)
+    def joined(self, mixed: list[Tensor]) -> Tensor:
+        """Back to [N, H, D]."""
+        flat = [run.transpose(1, 2).flatten(0, 1) for run in mixed]
+        flat_PHD = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return flat_PHD if self.even else _Gather.apply(flat_PHD, self.real, None)
+
+
+class _Gather(torch.autograd.Function):
+    """x[index], where of all that an entry is gathered to one place alone, `back`, has a gradient: padding has none.
+
+    Without `back` no entry is gathered twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.rows = len(x)
+        ctx.save_for_backward(*((index,) if back is None else (index, back)))
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, *back = ctx.saved_tensors
+        if back:
+            return grad.index_select(0, back[0]), None, None
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None, None
 
 
 def _cut(lengths: list[int], slack: float) -> list[tuple[int, int]]:

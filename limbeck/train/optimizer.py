@@ -30,33 +30,33 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups
-        shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, rows in zip(group["params"], self.heights, strict=True):
-            if parameter.grad is None:
-                continue
-            buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-            buffer.lerp_(parameter.grad, 1 - group["momentum"])
-            wanted = parameter.grad.lerp(buffer, group["momentum"])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            tall = (tensor.flatten(0, -2).split(rows) for tensor in (parameter, wanted))
-            for matrix, direction in zip(*tall, strict=True):
-                shapes[matrix.shape].append((matrix, direction))
-        for shape, alike in shapes.items():
-            rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-            for (matrix, _), update in zip(alike, orthogonalize(torch.stack([d for _, d in alike])), strict=True):
-                matrix.sub_(update, alpha=rate)
+        learned = [(p, rows) for p, rows in zip(group["params"], self.heights, strict=True) if p.grad is not None]
+        if not learned:
+            return
+        parameters, gradients = [p for p, _ in learned], [p.grad for p, _ in learned]
+        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        wanted = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, direction, (_, rows) in zip(parameters, wanted, learned, strict=True):
+            for pair in zip(*(tensor.flatten(0, -2).split(rows) for tensor in (parameter, direction)), strict=True):
+                wide = pair if pair[0].shape[0] <= pair[0].shape[1] else [tensor.mT for tensor in pair]
+                alike[wide[0].shape].append(tuple(wide))
+        for shape, pairs in alike.items():
+            matrices, directions = zip(*pairs, strict=True)
+            updates = orthogonalize(torch.stack(directions))
+            torch._foreach_sub_(matrices, updates.unbind(), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Quintic Newton-Schulz: every singular value of each [..., rows, columns] goes to about 1."""
+def orthogonalize(matrices_XRC: Tensor, steps: int = 5) -> Tensor:
+    """Quintic Newton-Schulz: every singular value of each matrix goes to about 1; rows R at most columns C."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = matrices_XRC / (matrices_XRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def _orthogonal(name: str, parameter: Tensor) -> bool:
