@@ -66,6 +66,7 @@ def examine(runs: Path = Path("runs")) -> list[Finding]:
         _memory(memory),
         _disk(runs),
         *_torch(),
+        _kernels(),
         _sandbox(),
         *(_extra(module) for module in EXTRAS),
         _sizes(memory),
@@ -97,6 +98,15 @@ def _disk(runs: Path) -> Finding:
     if writable and free < 5 * GIB:
         advice = "a run of a 135M model keeps about 5 GiB of checkpoints: free some, or use limbeck gc"
     return Finding("disk", not advice, f"{free / GIB:.0f} GiB free at {place}", advice)
+
+
+def _kernels() -> Finding:
+    from .model import kernels
+
+    library, said = kernels.found()
+    if library is not None:
+        return Finding("kernels", True, f"compiled, in {said}")
+    return Finding("kernels", None, f"none: {said}", "a C++ compiler makes training and sampling about half again as fast: apt install g++")
 
 
 def _torch() -> list[Finding]:

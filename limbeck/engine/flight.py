@@ -15,6 +15,7 @@ from torch import Tensor
 from ..model.cache import KVCache, Packed
 from ..model.decoder import Decoder
 from ..model.ffn import Routes
+from ..model.kernels import Decoding
 from .sampling import SamplingParams, draw
 
 COMPACT = 0.75  # drop finished rows when fewer than this share is alive: copying costs, so do idle rows
@@ -40,6 +41,7 @@ class Flight:
         weight = model.embed.weight
         self.model, self.end, self.sampling = model, end, sampling
         self.cache = KVCache(model.config, weight.dtype, weight.device)
+        self.decoding = Decoding(model) if Decoding.fits(model) else None
         budget = sampling.max_new_tokens
         self.tokens_BT = torch.zeros(0, budget, dtype=torch.long)
         self.logprobs_BT = torch.zeros(0, budget, dtype=weight.dtype)
@@ -100,7 +102,8 @@ class Flight:
             self.cache.rest(~self.alive_B)
             self.cache.advance()
             fed_B = self.age_B - 1
-            self.hidden_BC = self._run(self.tokens_BT[torch.arange(self.busy), fed_B], self.cache)
+            tokens_B = self.tokens_BT[torch.arange(self.busy), fed_B]
+            self.hidden_BC = self.decoding(tokens_B, self.cache) if self.decoding else self._run(tokens_B, self.cache)
             if self.sparse:
                 self.routes_BTLK[torch.arange(self.busy), fed_B] = torch.stack(self.cache.routes.chosen, 1).short()
         return finished

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .config import ModelConfig
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Normalize.apply(x, self.weight, self.eps)
+        kind = kernels.Normalize if kernels.serve(x, self.weight) else _Normalize
+        return kind.apply(x, self.weight, self.eps)
 
 
 class _Normalize(torch.autograd.Function):
@@ -167,6 +169,8 @@ class _Normalize(torch.autograd.Function):
 def rotate(x_NHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions in the half-split layout: x * cos + roll(x) * signed sin."""
     cos_N1D, sin_N1D = rope
+    if kernels.serve(x_NHD):
+        return kernels.Rotate.apply(x_NHD, cos_N1D, sin_N1D)
     return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(x_NHD.shape[-1] // 2, -1), sin_N1D)
 
 

@@ -7,12 +7,14 @@ S new tokens a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .attention import Layer
 from .config import ModelConfig
 from .ffn import Routes
@@ -30,7 +32,7 @@ class Packed:
     def __init__(self, lengths: Sequence[int], slack: float = 0.2, device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
-        self._runs = _Runs(self.lengths, slack, device=device)
+        self.slack, self.device = slack, device
         self._last: tuple[Tensor, Tensor] | None = None
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: Routes | None = None
@@ -39,6 +41,14 @@ class Packed:
     def sequences(self) -> Tensor:
         """Which sequence each token is of."""
         return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+
+    @cached_property
+    def _runs(self) -> _Runs:
+        return _Runs(self.lengths, self.slack, device=self.device)
+
+    @cached_property
+    def _trees(self) -> kernels.Trees:
+        return kernels.Trees([sum(self.lengths[:i]) for i in range(len(self.lengths))], self.lengths)
 
     def keep(self) -> Packed:
         """Remember what every layer keeps of each token: a prefill."""
@@ -54,6 +64,8 @@ class Packed:
             self._last = k_NKD, v_NKD
             if self.entries is not None:
                 self.entries.append((k_NKD, v_NKD) if kept is None else (kept, None))
+        if _compiled(q_NHD, v_NKD):
+            return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         runs = zip(*(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True)
         return self._runs.joined([_mix(layer, q, k, v) for q, k, v in runs])
 
@@ -73,7 +85,7 @@ class Branched:
         first = next((i for i, n in enumerate(lengths) if n), len(lengths))  # an empty one has nothing to attend
         rows = list(lengths[first:])
         self.owners = torch.as_tensor(owners[first:], dtype=torch.long)
-        self._runs = _Runs(rows, slack, prompts * width)
+        self.lengths, self.slack = rows, slack
         columns = [width + torch.arange(n) for n in rows]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
         self._lengths = [width] * prompts + rows
@@ -85,10 +97,24 @@ class Branched:
         """Which prompt or completion each token is of."""
         return torch.arange(len(self._lengths)).repeat_interleave(torch.tensor(self._lengths))
 
+    @cached_property
+    def _runs(self) -> _Runs:
+        return _Runs(self.lengths, self.slack, self.prompts * self.width)
+
+    @cached_property
+    def _trees(self) -> kernels.Trees:
+        begins = self.prompts * self.width + np.cumsum([0, *self.lengths])[:-1]
+        order = self.owners.argsort(stable=True).numpy()
+        counts = self.owners.bincount(minlength=self.prompts).tolist()
+        trunks = np.arange(self.prompts) * self.width
+        return kernels.Trees(trunks, [self.width] * self.prompts, counts, begins[order], np.asarray(self.lengths, int)[order])
+
     def attend(
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
         k_NKD, v_NKD = self._last = self._last if k_NKD is None else (k_NKD, v_NKD)
+        if _compiled(q_NHD, v_NKD):
+            return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         head = self.prompts * self.width
         q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
         mixed_p = _mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)
@@ -99,6 +125,10 @@ class Branched:
             owner = self.owners[a:b]
             mixed.append(_mix(layer, q, torch.cat([k_p[owner], k], dim=2), torch.cat([v_p[owner], v], dim=2)))
         return torch.cat([mixed_p, self._runs.joined(mixed)])
+
+
+def _compiled(q_NHD: Tensor, v_NKD: Tensor) -> bool:
+    return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serve(q_NHD, v_NKD)
 
 
 def _mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -192,7 +222,6 @@ class KVCache:
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.config, self.dtype, self.device = config, dtype, device
         self.heads, *self.widths = config.cache_widths
-        self.windows = {config.window(layer) for layer in range(config.layers)} | {0}
         self.lengths = torch.zeros(0, dtype=torch.long, device=device)
         self.k_LBKTD, self.v_LBKTD = (self._room(0, 0, width) for width in self.widths)
         self.positions = self.lengths
@@ -241,18 +270,23 @@ class KVCache:
         self.lengths = self.lengths + count
         self._width = width
         self._rows = torch.arange(rows, device=self.device).repeat_interleave(count)
-        ahead_BST = torch.arange(width, device=self.device) - positions_BS.unsqueeze(2)
-        self._bias = {window: self._mask(ahead_BST, window) for window in self.windows}
+        self._bias: dict[int, Tensor] = {}
 
-    def _mask(self, ahead_BST: Tensor, window: int) -> Tensor:
+    def _mask(self, window: int) -> Tensor:
         """[B*K, S*G, T] of zeros and -inf; for one new token a row the middle is 1 and broadcasts."""
+        if window in self._bias:
+            return self._bias[window]
+        ahead_BST = torch.arange(self._width, device=self.device) - self.positions.view(len(self.lengths), -1, 1)
         hidden_BST = (ahead_BST > 0) | (ahead_BST <= -window) if window else ahead_BST > 0
         rows, count, width = hidden_BST.shape
         bias_BST = torch.zeros(hidden_BST.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden_BST, float("-inf"))
         if count == 1:
-            return bias_BST.repeat_interleave(self.heads, 0)
-        groups = self.config.heads // self.heads
-        return bias_BST[:, None, :, None].expand(rows, self.heads, count, groups, width).reshape(rows * self.heads, -1, width)
+            bias_XGT = bias_BST.repeat_interleave(self.heads, 0)
+        else:
+            groups = self.config.heads // self.heads
+            bias_XGT = bias_BST[:, None, :, None].expand(rows, self.heads, count, groups, width).reshape(rows * self.heads, -1, width)
+        self._bias[window] = bias_XGT
+        return bias_XGT
 
     def retract(self, tokens_B: Tensor) -> None:
         """Take back that many of each row's last tokens: what they left is written over."""
@@ -271,7 +305,7 @@ class KVCache:
         q_XGD = q_BSKGD.transpose(1, 2).reshape(rows * self.heads, -1, q_NHD.shape[-1])
         k_XTD = keys[:, :, : self._width].flatten(0, 1)
         v_XTD = values[:, :, : self._width].flatten(0, 1) if self.widths[1] else k_XTD[..., : self.config.latent.kv_rank]
-        scores_XGT = torch.baddbmm(self._bias[layer.window], q_XGD, k_XTD.transpose(1, 2), alpha=layer.scale)
+        scores_XGT = torch.baddbmm(self._mask(layer.window), q_XGD, k_XTD.transpose(1, 2), alpha=layer.scale)
         mixed_XGD = torch.bmm(scores_XGT.softmax(-1), v_XTD)
         if count == 1:
             return mixed_XGD.view(rows, -1, v_XTD.shape[-1])

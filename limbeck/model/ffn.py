@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .config import Experts, ModelConfig
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
-        gate_NI, up_NI = self.gate_up(x_NC).chunk(2, dim=-1)
+        both_NI = self.gate_up(x_NC)
+        if kernels.serve(both_NI):
+            return self.down(kernels.SwiGLU.apply(both_NI))
+        gate_NI, up_NI = both_NI.chunk(2, dim=-1)
         return self.down(F.silu(gate_NI) * up_NI)
 
 

@@ -1,0 +1,577 @@
+// What PyTorch does in many passes over memory on a CPU, in one: the parts of a dense decoder that are not matrix
+// products, and a whole step of decoding. Matrix products are those of the BLAS that torch has loaded.
+//
+// N tokens · B rows · T positions · H heads · K key/value heads · G = H / K · D head size · I intermediate size.
+// Everything is float32 and row-major; a stride counts floats. Every kernel has a twin in plain torch, its oracle.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef float V16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t I16 __attribute__((vector_size(64), aligned(4)));
+typedef void (*Sgemm)(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*, const int*,
+                      const float*, float*, const int*);
+
+static Sgemm sgemm = nullptr;
+constexpr int LANES = 16, QUERIES = 8;  // keys side by side; queries that share what was loaded
+
+static inline V16 load(const float* x) { return *reinterpret_cast<const V16*>(x); }
+static inline void store(float* x, V16 value) { *reinterpret_cast<V16*>(x) = value; }
+static inline int whole(int count) { return (count + LANES - 1) / LANES * LANES; }
+
+// e^x, x <= 88: Cephes' polynomial; relative error below 2e-7, and 0 below -87, for minus infinity too
+static inline V16 exponential(V16 x) {
+    V16 kept = x < -87.0f ? V16{} - 87.0f : x;
+    V16 turns = kept * 1.44269504088896341f;
+    I16 whole = __builtin_convertvector(turns + (turns < 0.0f ? V16{} - 0.5f : V16{} + 0.5f), I16);
+    V16 n = __builtin_convertvector(whole, V16);
+    V16 r = kept - n * 0.693359375f + n * 2.12194440e-4f;
+    V16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    I16 bits = (whole + 127) << 23;
+    V16 power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? V16{} : p * power;
+}
+
+static inline V16 sigmoid(V16 x) {
+    V16 small = exponential(x < 0.0f ? x : -x), share = 1.0f / (1.0f + small);
+    return x < 0.0f ? small * share : share;
+}
+
+// Every lane becomes the sum, or the largest, of all.
+static inline V16 sum_of(V16 x) {
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x + __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+
+static inline V16 larger(V16 x, V16 y) { return x > y ? x : y; }
+
+static inline V16 most_of(V16 x) {
+    x = larger(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return larger(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+}
+
+// x[j ..] where from <= j < to, elsewhere minus infinity
+static inline V16 between(const float* x, int j, int from, int to) {
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    I16 inside = (lane + j >= from) & (lane + j < to);
+    return inside ? load(x + j) : V16{} - INFINITY;
+}
+
+// `function` of where each sixteen of `width` numbers begin, and how many there are: the last may be fewer
+template <typename Function>
+static inline void by_lanes(int width, Function function) {
+    int i = 0;
+    for (; i + LANES <= width; i += LANES) function(i, LANES);
+    if (i < width) function(i, width - i);
+}
+
+static inline V16 load(const float* x, int count) {
+    if (count == LANES) return load(x);
+    V16 value = {};
+    std::memcpy(&value, x, count * sizeof(float));
+    return value;
+}
+
+static inline void store(float* x, V16 value, int count) {
+    if (count == LANES) return store(x, value);
+    std::memcpy(x, &value, count * sizeof(float));
+}
+
+// x[j] for from <= j < to becomes its share of the sum of e^x, zero elsewhere from `low` to `end`, which are whole
+// vectors; returns the logarithm of that sum.
+static inline float soften(float* x, int low, int end, int from, int to) {
+    V16 most = V16{} - INFINITY, sum = {};
+    for (int j = low; j < end; j += LANES) {
+        V16 here = between(x, j, from, to);
+        store(x + j, here);
+        most = larger(most, here);
+    }
+    most = most_of(most);
+    for (int j = low; j < end; j += LANES) {
+        V16 e = exponential(load(x + j) - most);
+        store(x + j, e);
+        sum += e;
+    }
+    sum = sum_of(sum);
+    V16 share = 1.0f / sum;
+    for (int j = low; j < end; j += LANES) store(x + j, load(x + j) * share);
+    return most[0] + std::log(sum[0]);
+}
+
+// y = x w^T (+ y), with w [columns, inner] as nn.Linear keeps it
+static void product(int rows, int columns, int inner, const float* x, const float* w, float* y, bool add) {
+    const float one = 1.0f, kept = add ? 1.0f : 0.0f;
+    sgemm("T", "N", &columns, &rows, &inner, &one, w, &inner, x, &inner, &kept, y, &columns);  // BLAS counts columns first
+}
+
+static inline float normalize(const float* x, const float* weight, float eps, int width, float* y) {
+    float square = 0;
+    for (int i = 0; i < width; i++) square += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(square / width + eps);
+    for (int i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+    return scale;
+}
+
+// rotary positions, or with sense -1 the way back; `sin` bears rotate-half's sign
+static inline void turn(const float* x, const float* cos, const float* sin, float sense, int width, float* y) {
+    int half = width / 2;
+    for (int i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
+        y[i] = low * cos[i] + sense * high * sin[i];
+        y[i + half] = high * cos[i + half] + sense * low * sin[i + half];
+    }
+}
+
+static inline void swiglu_row(const float* gate_up, int width, float* y) {
+    by_lanes(width, [&](int i, int count) {
+        V16 gate = load(gate_up + i, count);
+        store(y + i, gate * sigmoid(gate) * load(gate_up + width + i, count), count);
+    });
+}
+
+// ---------------------------------------------------------------- attention over whole sequences
+
+// A tree of sequences: `trunk` begins it, every branch goes on from the trunk's end, and sees it and itself.
+struct Trees {
+    int count;
+    const int32_t *trunk, *trunk_length, *first_branch, *branch, *branch_length;
+};
+
+struct Heads {
+    const float *q, *k, *v;
+    int64_t q_stride, k_stride, v_stride;
+    int heads, kv_heads, width, window;
+    float scale;
+};
+
+// Keys and values of one head, copied from where they lie: as rows and as columns, padded to whole vectors.
+struct Keys {
+    int width, vectors, room;
+    std::vector<float> k, v, kt, vt, dk, dv;
+
+    Keys(int width, int longest, bool backward) : width(width), vectors(whole(width) / LANES), room(whole(longest) + LANES) {
+        size_t rows = static_cast<size_t>(room) * vectors * LANES, columns = static_cast<size_t>(width) * room;
+        v.resize(rows), kt.resize(columns);
+        if (backward) k.resize(rows), vt.resize(columns), dk.resize(rows), dv.resize(rows);
+    }
+
+    void take(const Heads& h, int head, int64_t token, int place, int length) {
+        int padded = vectors * LANES;
+        for (int j = 0; j < length; j++) {
+            const float *kj = h.k + (token + j) * h.k_stride + head * width, *vj = h.v + (token + j) * h.v_stride + head * width;
+            std::memcpy(&v[static_cast<size_t>(place + j) * padded], vj, width * sizeof(float));
+            for (int d = 0; d < width; d++) kt[static_cast<size_t>(d) * room + place + j] = kj[d];
+            if (k.empty()) continue;
+            std::memcpy(&k[static_cast<size_t>(place + j) * padded], kj, width * sizeof(float));
+            for (int d = 0; d < width; d++) vt[static_cast<size_t>(d) * room + place + j] = vj[d];
+        }
+        if (!dk.empty()) {
+            std::fill_n(&dk[static_cast<size_t>(place) * padded], static_cast<size_t>(length) * padded, 0.0f);
+            std::fill_n(&dv[static_cast<size_t>(place) * padded], static_cast<size_t>(length) * padded, 0.0f);
+        }
+    }
+};
+
+// out[q][j] = scale x <rows[q], column j of `columns`>, for j from `low` in whole vectors until `high`
+static void against(const float* const* rows, int count, const float* columns, int room, int width, int low, int high, float scale, float* out) {
+    for (int j = low; j < high; j += LANES) {
+        V16 sum[QUERIES] = {};
+        for (int d = 0; d < width; d++) {
+            V16 column = load(columns + static_cast<size_t>(d) * room + j);
+            for (int q = 0; q < QUERIES; q++) sum[q] += rows[q][d] * column;
+        }
+        for (int q = 0; q < count; q++) store(out + static_cast<size_t>(q) * room + j, sum[q] * scale);
+    }
+}
+
+// out[q] += sum over j of weights[q][j] x row j, one vector of the rows at a time
+template <int VECTORS>
+static void along(const float* weights, int room, const float* rows, int padded, int low, int high, float* out) {
+    V16 sum[QUERIES][VECTORS] = {};
+    for (int j = low; j < high; j++) {
+        V16 row[VECTORS];
+        for (int n = 0; n < VECTORS; n++) row[n] = load(rows + static_cast<size_t>(j) * padded + n * LANES);
+        for (int q = 0; q < QUERIES; q++) {
+            float weight = weights[static_cast<size_t>(q) * room + j];
+            for (int n = 0; n < VECTORS; n++) sum[q][n] += weight * row[n];
+        }
+    }
+    for (int q = 0; q < QUERIES; q++)
+        for (int n = 0; n < VECTORS; n++) store(out + q * padded + n * LANES, sum[q][n]);
+}
+
+static void along(int vectors, const float* weights, int room, const float* rows, int padded, int low, int high, float* out) {
+    for (int n = 0; n < vectors;) {
+        bool two = n + 2 <= vectors;
+        (two ? along<2> : along<1>)(weights, room, rows + n * LANES, padded, low, high, out + n * LANES);
+        n += two ? 2 : 1;
+    }
+}
+
+// row j of `rows` += sum over q of weights[q][j] x from[q]
+static void spread(int vectors, const float* weights, int room, const float* from, int padded, int low, int high, float* rows) {
+    for (int n = 0; n < vectors; n++) {
+        V16 mine[QUERIES];
+        for (int q = 0; q < QUERIES; q++) mine[q] = load(from + q * padded + n * LANES);
+        for (int j = low; j < high; j++) {
+            float* row = rows + static_cast<size_t>(j) * padded + n * LANES;
+            V16 sum = load(row);
+            for (int q = 0; q < QUERIES; q++) sum += weights[static_cast<size_t>(q) * room + j] * mine[q];
+            store(row, sum);
+        }
+    }
+}
+
+// Up to QUERIES neighbouring queries of one head: who they are and what they may look at.
+struct Block {
+    int64_t token;  // the first query's
+    int place, count, low, high;  // its position in the tree's path; keys [low, high) in whole vectors from below
+    int from[QUERIES];
+
+    Block(int64_t token, int place, int count, int window) : token(token), place(place), count(count) {
+        for (int q = 0; q < count; q++) from[q] = window ? std::max(0, place + q - window + 1) : 0;
+        low = from[0] / LANES * LANES;
+        high = place + count;
+    }
+};
+
+// Probabilities of a block into `p`; where `lse` is not known yet it is found, and kept.
+static void softmax(const Block& block, float* p, int room, float* lse, int64_t lse_stride, bool known) {
+    int end = whole(block.high);
+    for (int q = 0; q < QUERIES; q++) {
+        float* row = p + static_cast<size_t>(q) * room;
+        if (q >= block.count) {
+            std::fill(row + block.low, row + end, 0.0f);
+            continue;
+        }
+        int from = block.from[q], to = block.place + q + 1;
+        if (!known) {
+            lse[q * lse_stride] = soften(row, block.low, end, from, to);
+            continue;
+        }
+        for (int j = block.low; j < end; j += LANES) store(row + j, exponential(between(row, j, from, to) - lse[q * lse_stride]));
+    }
+}
+
+struct Scratch {
+    std::vector<float> p, ds, q, grad, out;
+    Scratch(int room, int padded, bool backward) : p(static_cast<size_t>(QUERIES) * room), q(QUERIES * padded), out(QUERIES * padded) {
+        if (backward) ds.resize(p.size()), grad.resize(q.size());
+    }
+};
+
+static void rows_of(const float* x, int64_t stride, int count, int width, int padded, float* into, const float** rows) {
+    for (int q = 0; q < QUERIES; q++) {
+        float* row = into + q * padded;
+        if (q < count) std::memcpy(row, x + q * stride, width * sizeof(float));
+        else std::fill_n(row, padded, 0.0f);
+        rows[q] = row;
+    }
+}
+
+static void attend_forward(const Heads& h, Keys& keys, Scratch& s, int head, int64_t token, int place, int length, float* out, float* lse) {
+    int padded = keys.vectors * LANES;
+    const float* rows[QUERIES];
+    for (int i = 0; i < length; i += QUERIES) {
+        Block block(token + i, place + i, std::min(QUERIES, length - i), h.window);
+        rows_of(h.q + block.token * h.q_stride + head * h.width, h.q_stride, block.count, h.width, padded, s.q.data(), rows);
+        against(rows, block.count, keys.kt.data(), keys.room, h.width, block.low, block.high, h.scale, s.p.data());
+        softmax(block, s.p.data(), keys.room, lse + block.token * h.heads + head, h.heads, false);
+        along(keys.vectors, s.p.data(), keys.room, keys.v.data(), padded, block.low, block.high, s.out.data());
+        for (int q = 0; q < block.count; q++)
+            std::memcpy(out + ((block.token + q) * h.heads + head) * h.width, &s.out[q * padded], h.width * sizeof(float));
+    }
+}
+
+static void attend_backward(
+    const Heads& h, Keys& keys, Scratch& s, int head, int64_t token, int place, int length, const float* grad, float* lse, float* dq) {
+    int padded = keys.vectors * LANES, room = keys.room;
+    const float *rows[QUERIES], *grads[QUERIES];
+    for (int i = 0; i < length; i += QUERIES) {
+        Block block(token + i, place + i, std::min(QUERIES, length - i), h.window);
+        int64_t across = static_cast<int64_t>(h.heads) * h.width, begin = block.token * across + head * h.width;
+        rows_of(h.q + block.token * h.q_stride + head * h.width, h.q_stride, block.count, h.width, padded, s.q.data(), rows);
+        rows_of(grad + begin, across, block.count, h.width, padded, s.grad.data(), grads);
+        against(rows, block.count, keys.kt.data(), room, h.width, block.low, block.high, h.scale, s.p.data());
+        softmax(block, s.p.data(), room, lse + block.token * h.heads + head, h.heads, true);
+        against(grads, block.count, keys.vt.data(), room, h.width, block.low, block.high, 1.0f, s.ds.data());
+        int end = whole(block.high);
+        for (int q = 0; q < QUERIES; q++) {
+            float *p = &s.p[static_cast<size_t>(q) * room], *ds = &s.ds[static_cast<size_t>(q) * room];
+            if (q >= block.count) {
+                std::fill(ds + block.low, ds + end, 0.0f);
+                continue;
+            }
+            V16 along = {};
+            for (int j = block.low; j < end; j += LANES) along += load(p + j) * load(ds + j);
+            V16 delta = sum_of(along);
+            for (int j = block.low; j < end; j += LANES) store(ds + j, load(p + j) * (load(ds + j) - delta) * h.scale);
+        }
+        along(keys.vectors, s.ds.data(), room, keys.k.data(), padded, block.low, block.high, s.out.data());
+        for (int q = 0; q < block.count; q++) std::memcpy(dq + begin + q * across, &s.out[q * padded], h.width * sizeof(float));
+        spread(keys.vectors, s.p.data(), room, s.grad.data(), padded, block.low, block.high, keys.dv.data());
+        spread(keys.vectors, s.ds.data(), room, s.q.data(), padded, block.low, block.high, keys.dk.data());
+    }
+}
+
+static int longest_path(const Trees& trees) {
+    int longest = 0;
+    for (int t = 0; t < trees.count; t++) {
+        longest = std::max(longest, trees.trunk_length[t]);
+        for (int b = trees.first_branch[t]; b < trees.first_branch[t + 1]; b++)
+            longest = std::max(longest, trees.trunk_length[t] + trees.branch_length[b]);
+    }
+    return longest;
+}
+
+extern "C" {
+
+void use_sgemm(void* function) { sgemm = reinterpret_cast<Sgemm>(function); }
+
+// out [N, H, D], lse [N, H]
+void attention_forward(const Trees* trees, const Heads* h, float* out, float* lse, int threads) {
+    int group = h->heads / h->kv_heads, width = h->width, longest = longest_path(*trees);
+#pragma omp parallel num_threads(threads)
+    {
+        Keys keys(width, longest, false);
+        Scratch scratch(keys.room, keys.vectors * LANES, false);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int t = 0; t < trees->count; t++)
+            for (int head = 0; head < h->kv_heads; head++) {
+                int trunk = trees->trunk_length[t];
+                for (int b = trees->first_branch[t] - 1; b < trees->first_branch[t + 1]; b++) {
+                    bool root = b < trees->first_branch[t];
+                    int64_t token = root ? trees->trunk[t] : trees->branch[b];
+                    int place = root ? 0 : trunk, length = root ? trunk : trees->branch_length[b];
+                    keys.take(*h, head, token, place, length);
+                    for (int g = 0; g < group; g++) attend_forward(*h, keys, scratch, head * group + g, token, place, length, out, lse);
+                }
+            }
+    }
+}
+
+// dq [N, H, D], dk and dv [N, K, D]
+void attention_backward(const Trees* trees, const Heads* h, const float* grad, float* lse, float* dq, float* dk, float* dv, int threads) {
+    int group = h->heads / h->kv_heads, width = h->width, longest = longest_path(*trees);
+#pragma omp parallel num_threads(threads)
+    {
+        Keys keys(width, longest, true);
+        int padded = keys.vectors * LANES;
+        Scratch scratch(keys.room, padded, true);
+        auto give = [&](int head, int64_t token, int place, int length) {
+            for (int j = 0; j < length; j++) {
+                int64_t to = ((token + j) * h->kv_heads + head) * width;
+                std::memcpy(dk + to, &keys.dk[static_cast<size_t>(place + j) * padded], width * sizeof(float));
+                std::memcpy(dv + to, &keys.dv[static_cast<size_t>(place + j) * padded], width * sizeof(float));
+            }
+        };
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int t = 0; t < trees->count; t++)
+            for (int head = 0; head < h->kv_heads; head++) {
+                int trunk = trees->trunk_length[t];
+                for (int b = trees->first_branch[t] - 1; b < trees->first_branch[t + 1]; b++) {
+                    bool root = b < trees->first_branch[t];
+                    int64_t token = root ? trees->trunk[t] : trees->branch[b];
+                    int place = root ? 0 : trunk, length = root ? trunk : trees->branch_length[b];
+                    keys.take(*h, head, token, place, length);
+                    for (int g = 0; g < group; g++)
+                        attend_backward(*h, keys, scratch, head * group + g, token, place, length, grad, lse, dq);
+                    if (!root) give(head, token, place, length);
+                }
+                give(head, trees->trunk[t], 0, trunk);
+            }
+    }
+}
+
+// ---------------------------------------------------------------- row by row
+
+void norm_forward(const float* x, const float* weight, float eps, int64_t rows, int width, float* y, float* scale, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; n++) scale[n] = normalize(x + n * width, weight, eps, width, y + n * width);
+}
+
+// dx [rows, width]; dweight [threads, width], one a thread, zero at first
+void norm_backward(const float* grad, const float* x, const float* weight, const float* scale, int64_t rows, int width, float* dx, float* dweight,
+                   int threads) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int t = 0; t < threads; t++) {
+        float* mine = dweight + static_cast<int64_t>(t) * width;
+        for (int64_t n = rows * t / threads; n < rows * (t + 1) / threads; n++) {
+            const float *g = grad + n * width, *xn = x + n * width;
+            float along = 0, s = scale[n];
+            for (int i = 0; i < width; i++) {
+                along += g[i] * weight[i] * xn[i];
+                mine[i] += g[i] * xn[i] * s;
+            }
+            along *= s * s / width;
+            for (int i = 0; i < width; i++) dx[n * width + i] = s * (g[i] * weight[i] - xn[i] * along);
+        }
+    }
+}
+
+void swiglu_forward(const float* gate_up, int64_t rows, int width, float* y, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; n++) swiglu_row(gate_up + n * 2 * width, width, y + n * width);
+}
+
+void swiglu_backward(const float* grad, const float* gate_up, int64_t rows, int width, float* dgate_up, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; n++) {
+        const float *g = grad + n * width, *gate = gate_up + n * 2 * width, *up = gate + width;
+        float *dgate = dgate_up + n * 2 * width, *dup = dgate + width;
+        by_lanes(width, [&](int i, int count) {
+            V16 mine = load(g + i, count), x = load(gate + i, count), s = sigmoid(x);
+            store(dup + i, mine * x * s, count);
+            store(dgate + i, mine * load(up + i, count) * s * (1.0f + x * (1.0f - s)), count);
+        });
+    }
+}
+
+// y [N, heads, D] from x, whose rows lie `stride` apart; cos and sin [N, D]
+void rotate(const float* x, int64_t stride, const float* cos, const float* sin, float sense, int64_t rows, int heads, int width, float* y,
+            int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; n++)
+        for (int head = 0; head < heads; head++)
+            turn(x + n * stride + head * width, cos + n * width, sin + n * width, sense, width, y + (n * heads + head) * width);
+}
+
+}  // extern "C"
+
+// ---------------------------------------------------------------- a step of decoding
+
+struct Layer {
+    const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *ffn_norm, *gate_up, *down;
+    float *keys, *values;  // [B, K, T, D] each
+    int64_t window;
+    float scale, eps;
+};
+
+struct Step {
+    int64_t layers, rows, hidden, heads, kv_heads, width, intermediate, room, threads;
+    const float *embed, *norm, *cos, *sin;  // cos and sin [positions, D]
+    const int64_t *tokens, *positions;      // of each row: what it says, and where that lands
+    float *x, *normed, *qkv, *mixed, *gate_up, *inner;
+    float eps;
+};
+
+static void mix_row(const float* q, const float* keys, const float* values, int width, int low, int high, float scale, float* scores, float* out) {
+    for (int j = low; j < high; j++) {
+        const float* key = keys + static_cast<size_t>(j) * width;
+        float sum = 0;
+        for (int d = 0; d < width; d++) sum += q[d] * key[d];
+        scores[j - low] = sum * scale;
+    }
+    int seen = high - low;
+    soften(scores, 0, whole(seen), 0, seen);
+    std::fill_n(out, width, 0.0f);
+    for (int j = 0; j < seen; j++) {
+        const float *value = values + static_cast<size_t>(low + j) * width, weight = scores[j];
+        for (int d = 0; d < width; d++) out[d] += weight * value[d];
+    }
+}
+
+template <int WIDTH>
+static void mix_row_of(const float* q, const float* keys, const float* values, int, int low, int high, float scale, float* scores, float* out) {
+    mix_row(q, keys, values, WIDTH, low, high, scale, scores, out);
+}
+
+static void attend_cached(const Step& s, const Layer& layer) {
+    int width = s.width, heads = s.heads, kv_heads = s.kv_heads, group = heads / kv_heads;
+    auto mix = width == 16 ? mix_row_of<16> : width == 32 ? mix_row_of<32> : width == 64 ? mix_row_of<64> : width == 128 ? mix_row_of<128> : mix_row;
+#pragma omp parallel num_threads(s.threads)
+    {
+        std::vector<float> scores(whole(s.room)), q(width), normed(width);
+#pragma omp for
+        for (int64_t b = 0; b < s.rows; b++) {
+            float* row = s.qkv + b * (heads + 2 * kv_heads) * width;
+            int64_t position = s.positions[b];
+            if (layer.qkv_bias)
+                for (int i = 0; i < (heads + 2 * kv_heads) * width; i++) row[i] += layer.qkv_bias[i];
+            const float *cos = s.cos + position * width, *sin = s.sin + position * width;
+            auto prepared = [&](const float* x, const float* weight, float* y) {
+                if (weight) normalize(x, weight, layer.eps, width, normed.data());
+                turn(weight ? normed.data() : x, cos, sin, 1.0f, width, y);
+            };
+            int low = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+            for (int k = 0; k < kv_heads; k++) {
+                size_t head = (static_cast<size_t>(b) * kv_heads + k) * s.room * width;
+                float *keys = layer.keys + head, *values = layer.values + head;
+                prepared(row + (heads + k) * width, layer.k_norm, keys + position * width);
+                std::memcpy(values + position * width, row + (heads + kv_heads + k) * width, width * sizeof(float));
+                for (int h = k * group; h < (k + 1) * group; h++) {
+                    prepared(row + h * width, layer.q_norm, q.data());
+                    mix(q.data(), keys, values, width, low, position + 1, layer.scale, scores.data(), s.mixed + (b * heads + h) * width);
+                }
+            }
+        }
+    }
+}
+
+extern "C" {
+
+// `out` [B, C]: the normed states from which the next tokens are drawn
+void decode(const Step* step, const Layer* layers, float* out) {
+    const Step& s = *step;
+    int rows = s.rows, hidden = s.hidden, inner = s.intermediate, asked = s.heads * s.width;
+    auto norm = [&](const float* weight, float eps, float* y) {
+#pragma omp parallel for num_threads(s.threads) if (rows * hidden > 1 << 14)
+        for (int b = 0; b < rows; b++) normalize(s.x + static_cast<int64_t>(b) * hidden, weight, eps, hidden, y + static_cast<int64_t>(b) * hidden);
+    };
+    for (int b = 0; b < rows; b++) std::memcpy(s.x + static_cast<int64_t>(b) * hidden, s.embed + s.tokens[b] * hidden, hidden * sizeof(float));
+    for (int64_t l = 0; l < s.layers; l++) {
+        const Layer& layer = layers[l];
+        norm(layer.attention_norm, layer.eps, s.normed);
+        product(rows, (s.heads + 2 * s.kv_heads) * s.width, hidden, s.normed, layer.qkv, s.qkv, false);
+        attend_cached(s, layer);
+        product(rows, hidden, asked, s.mixed, layer.out, s.x, true);
+        norm(layer.ffn_norm, layer.eps, s.normed);
+        product(rows, 2 * inner, hidden, s.normed, layer.gate_up, s.gate_up, false);
+#pragma omp parallel for num_threads(s.threads) if (rows * inner > 1 << 13)
+        for (int b = 0; b < rows; b++) swiglu_row(s.gate_up + static_cast<int64_t>(b) * 2 * inner, inner, s.inner + static_cast<int64_t>(b) * inner);
+        product(rows, hidden, inner, s.inner, layer.down, s.x, true);
+    }
+    norm(s.norm, s.eps, out);
+}
+
+// ---------------------------------------------------------------- the next token
+
+// Of each row of logits [B, V]: the first token at which the cumulative softmax passes the uniform number, and its
+// log-probability. Sums in float64.
+void sample(const float* logits, const double* uniform, int64_t rows, int64_t count, float temperature, int64_t* tokens, float* logprobs, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> weights(count);
+#pragma omp for
+        for (int64_t b = 0; b < rows; b++) {
+            const float* x = logits + b * count;
+            float over = 1.0f / temperature, most = *std::max_element(x, x + count);
+            by_lanes(count, [&](int i, int some) { store(&weights[i], exponential((load(x + i, some) - most) * over), some); });
+            double total = 0, sum = 0;
+            for (int64_t i = 0; i < count; i++) total += weights[i];
+            double threshold = uniform[b] * total;
+            int64_t chosen = 0;
+            for (; chosen < count - 1; chosen++) {
+                sum += weights[chosen];
+                if (sum > threshold) break;
+            }
+            tokens[b] = chosen;
+            logprobs[b] = (x[chosen] - most) * over - static_cast<float>(std::log(total));
+        }
+    }
+}
+
+}  // extern "C"
