@@ -110,6 +110,9 @@ def _explain(error: ValidationError, tree: dict) -> str:
         meant = difflib.get_close_matches(location[-1], known, 1, 0.5)
         hint = f"did you mean {meant[0]}?" if meant else f"known keys: {', '.join(known)}"
         return f"unknown key {where}; {hint}{more}"
+    if location[-1] == "[key]":  # of a table whose names are settled
+        known = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        return f"unknown key {'.'.join(location[:-1])}{_meant(location[-2], known)}{more}"
     if first["type"] == "missing":
         return f"{where} is missing{more}"
     if first["type"].startswith("union_tag"):

@@ -12,6 +12,11 @@ from pydantic import Field
 
 from .parts import Optimizer, Policy, Sampling, Settings, Shape
 
+RewardPart = Literal["accuracy", "format", "language"]
+CorpusShare = Literal[
+    "textbook", "general", "plain", "tagged", "guessed", "direct_right", "systematic", "unverified", "slip", "misjudged", "same", "other"
+]
+
 # ---------------------------------------------------------------- what is asked
 
 
@@ -100,7 +105,7 @@ class Pretrain(Stage):
     problems: str = Field(description="a miniature, whose corpus is read")
     fp8: bool = Field(False, description="round the factors of every product as DeepSeek-V3 trains in FP8 (simulated)")
     shape: Shape = Field(Shape(), description="dimensions of the model")
-    corpus: dict[str, float] = Field(
+    corpus: dict[CorpusShare, float] = Field(
         {}, description="shares of kinds of text, in place of the miniature's own"
     )
     tokens: int = Field(2_500_000, ge=1000, description="length of the corpus; it is read once")
@@ -119,7 +124,7 @@ class RL(Stage):
     problems: dict[str, float] = Field(
         description="names of problems or of `screen` stages, with their shares"
     )
-    rewards: dict[str, float] = Field(
+    rewards: dict[RewardPart, float] = Field(
         {"accuracy": 1.0, "format": 0.2},
         description="what each part of a score is worth; parts that are not named earn nothing",
     )

@@ -85,6 +85,8 @@ def test_a_mistake_in_a_recipe_is_one_line_and_nothing_is_written(call, finished
     refused(call("run", finished.recipe, *runs, "--set", "nonsense"), "--set nonsense: write key.path=value")
     refused(call("run", finished.recipe, *runs, "--set", "stages.zero.stps=3"), str(finished.recipe), "did you mean steps?")
     refused(call("run", finished.recipe, *runs, "--set", "stages.zero.model=bse"), "stages.zero.model", "did you mean base?")
+    refused(call("run", finished.recipe, *runs, "--set", "stages.zero.rewards.acuracy=1"), "rewards.acuracy", "did you mean accuracy?")
+    refused(call("run", finished.recipe, *runs, "--set", "stages.base.corpus.slips=0.1"), "corpus.slips", "did you mean slip?")
     refused(call("plan", finished.recipe, *runs, "--set", "stages.base={kind: rl, model: zero, problems: {clock: 1}}"), "stages go in a circle")
     refused(call("run", finished.recipe, *runs, "--set", "stages.brought.path=nowhere"), "stages.brought.path: model nowhere", "limbeck pull")
     assert not (tmp_path / "runs").exists()

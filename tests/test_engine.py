@@ -254,3 +254,16 @@ def gap(learner: Learner, groups: list[Group]) -> float:
     batches = batches_of(groups)
     pairs = zip(batches, learner.logprobs(batches), strict=True)
     return max(float((found - batch.logprobs_M).abs().max()) for batch, found in pairs)
+
+
+def test_stop_ids_end_a_completion_like_the_end_of_turn(decoder, tokenizer):
+    """The same tokens as without them, up to the first one."""
+    engine = Engine(decoder().double(), tokenizer)
+    free = engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=BUDGET), 0)
+    stop = int(free[0].completions[0].tokens[2])
+    cut = engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=BUDGET, stop_ids=(stop,)), 0)
+    for plain, stopped in ((a, b) for before, after in zip(free, cut, strict=True)
+                           for a, b in zip(before.completions, after.completions, strict=True)):  # fmt: skip
+        met = (plain.tokens == stop).nonzero()[0]
+        assert stopped.tokens.tolist() == (plain.tokens[: met[0] + 1] if len(met) else plain.tokens).tolist()
+        assert stopped.stopped == (plain.stopped or len(met) > 0)

@@ -16,7 +16,7 @@ from limbeck.model.attention import Layer, RMSNorm, rotate
 from limbeck.model.cache import Branched, KVCache, Packed
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.model.ffn import SwiGLU
+from limbeck.model.ffn import SwiGLU, experts_mixed
 
 compiled = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.found()[1]}")
 
@@ -97,6 +97,27 @@ def test_rows_and_their_gradients_equal_torchs(threads, plainly):
         norm.zero_grad(), ffn.zero_grad()
         found = gradients(norm, x * 8) + gradients(ffn, x * 8) + gradients(lambda h: rotate(h, rope), heads)
         return found + [p.grad.clone() for module in (norm, ffn) for p in module.parameters()]
+
+    try:
+        assert_alike(run(), plainly(run))
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("tokens", [1, 5, 200])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_mixture_and_its_gradients_equal_torchs(tokens, threads, plainly):
+    """Among five tokens there are experts that nobody meets."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    scores = torch.randn(tokens, 8)
+    chosen = scores.topk(2).indices
+    inputs = torch.randn(tokens, 24), torch.randn(8, 40, 24), torch.randn(8, 24, 20), torch.rand(tokens, 2)
+
+    def run():
+        return gradients(lambda x, gate_up, down, weights: experts_mixed(x, gate_up, down, chosen, weights), *inputs)
 
     try:
         assert_alike(run(), plainly(run))

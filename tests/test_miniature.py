@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from limbeck.recipe import Miniature
-from limbeck.tasks.miniature import OPERATIONS, WORDS, Countdown, encode_documents
+from limbeck.recipe import CorpusShare, Miniature
+from limbeck.tasks.miniature import CORPUS, OPERATIONS, WORDS, Countdown, encode_documents
 from limbeck.types import Completion, Problem, Score
 
 GOOD = "<think> try 1 -6 gives 2 *5 gives 3 =3 gives 0 yes </think> <answer> 1 -6 *5 </answer>"
@@ -342,3 +343,7 @@ def test_what_nobody_can_foresee_is_not_learned(clock, tokenizer):
         else:
             assert learned and len(learned) < len(document) - 1
             assert not any(word.startswith("=") for word in learned)
+
+
+def test_a_recipe_names_every_share_of_the_corpus():
+    assert set(get_args(CorpusShare)) == set(CORPUS)

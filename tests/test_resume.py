@@ -127,6 +127,29 @@ def test_a_stage_killed_while_it_writes_its_checkpoint_ends_with_the_same_bytes(
     assert attempt.end() == attempt.expected
 
 
+def stopped(request: dict, answer_to: str) -> None:
+    """Carry a stage out while somebody asks it to stop from the very beginning."""
+    import torch
+
+    torch.set_num_threads(1)
+    stop = threading.Event()
+    stop.set()
+    Path(answer_to).write_text(json.dumps(perform(read_job(request, stop))))
+
+
+@pytest.mark.parametrize("stage", ["evaluation/zero", "traces", "dev1"])
+def test_a_stage_asked_to_stop_again_and_again_stops_soon_and_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
+    attempt = Attempt(nursery, finished, tmp_path, stage)
+    events = []
+    while not events or events[-1] != "done":
+        process = nursery.Process(target=stopped, args=(attempt.request, str(attempt.answer_to)))
+        process.start()
+        process.join(200)
+        events.append(json.loads(attempt.answer_to.read_text())["event"])
+    assert len(events) > 1
+    assert attempt.end() == attempt.expected
+
+
 # ---------------------------------------------------------------- whole runs
 
 

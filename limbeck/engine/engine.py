@@ -69,7 +69,7 @@ class Engine:
                 uniforms = [self._uniforms(problems[i], group_size, sampling, seed) for i in admitted]
                 flight.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
             for i, sample, row in flight.step():
-                done[i][sample] = self._completion(sample, row)
+                done[i][sample] = self._completion(sample, row, flight.ends)
                 if progress:
                     progress(1)
         self._land(flight)
@@ -87,7 +87,7 @@ class Engine:
             finished = flight.step()
             tokens = finished[0][2].tokens if finished else flight.tokens_BT[0, : flight.age_B[0]].numpy()
             for token in tokens[sent:]:
-                if token != self.tokenizer.end_id:
+                if int(token) not in flight.ends:
                     yield int(token)
             sent = len(tokens)
 
@@ -95,8 +95,8 @@ class Engine:
         shape = sampling.max_new_tokens
         return np.stack([generator(seed, problem.id, sample).random(shape) for sample in range(group_size)])
 
-    def _completion(self, sample: int, row: Row) -> Completion:
-        stopped = int(row.tokens[-1]) == self.tokenizer.end_id
+    def _completion(self, sample: int, row: Row, ends: set[int]) -> Completion:
+        stopped = int(row.tokens[-1]) in ends
         return Completion(row.tokens, row.logprobs, self.tokenizer.decode(row.tokens), stopped, sample, row.kept, row.routes)
 
     def _check_room(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:

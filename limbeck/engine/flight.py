@@ -39,7 +39,10 @@ class Flight:
 
     def __init__(self, model: Decoder, end: int, sampling: SamplingParams):
         weight = model.embed.weight
-        self.model, self.end, self.sampling = model, end, sampling
+        self.model, self.sampling = model, sampling
+        self.ends = {end, *sampling.stop_ids}
+        self.ends_V = torch.zeros(max(model.config.vocab_size, max(self.ends) + 1), dtype=torch.bool)
+        self.ends_V[list(self.ends)] = True
         self.cache = KVCache(model.config, weight.dtype, weight.device)
         self.decoding = Decoding(model) if Decoding.fits(model) else None
         budget = sampling.max_new_tokens
@@ -127,7 +130,7 @@ class Flight:
     def _finish(self) -> list[tuple[int, int, Row]]:
         """The rows that ended just now; when too few are left alive, the others go."""
         last_B = self.tokens_BT[torch.arange(self.busy), (self.age_B - 1).clamp(min=0)]
-        ended_B = ((last_B == self.end) | (self.age_B >= self.sampling.max_new_tokens)) & self.alive_B
+        ended_B = (self.ends_V[last_B] | (self.age_B >= self.sampling.max_new_tokens)) & self.alive_B
         finished = [self._row(i) for i in ended_B.nonzero().flatten().tolist()] if ended_B.any() else []
         self.alive_B = self.alive_B & ~ended_B
         if int(self.alive_B.sum()) < COMPACT * self.busy:

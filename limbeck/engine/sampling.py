@@ -21,7 +21,7 @@ class SamplingParams:
 
     `keep_mask` remembers what top-p left to choose from, and gives log-probabilities within it (DeepSeek-V3.2,
     arXiv 2512.02556, section 3.1). `force` puts a token after another one, whatever the model would say:
-    `{no: wait}` is the budget forcing of s1 (arXiv 2501.19393).
+    `{no: wait}` is the budget forcing of s1 (arXiv 2501.19393). `stop_ids` end a completion like the end of turn.
     """
 
     temperature: float = 1.0
@@ -29,6 +29,7 @@ class SamplingParams:
     max_new_tokens: int = 160
     keep_mask: bool = False
     force: dict[int, int] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
 
 
 class Draw(NamedTuple):

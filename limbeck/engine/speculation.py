@@ -55,7 +55,7 @@ class Speculation(Flight):
             for i in range(2):
                 self.routes_BTLK[rows, (began_B + i).clamp(max=self.routes_BTLK.shape[1] - 1)] = met_BSLK[:, i]
         first_B = self._say(hidden_BSC[:, 0], self.alive_B)
-        going_B = self.alive_B & (first_B != self.end) & (self.age_B < self.sampling.max_new_tokens)
+        going_B = self.alive_B & ~self.ends_V[first_B] & (self.age_B < self.sampling.max_new_tokens)
         agreed_B = going_B & (first_B == self.draft_B)
         self.drafted, self.accepted = self.drafted + int(going_B.sum()), self.accepted + int(agreed_B.sum())
         second_B = self._say(hidden_BSC[:, 1], agreed_B)

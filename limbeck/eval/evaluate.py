@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, Protocol
 
 from ..recipe import Evaluate
-from ..record import Record
 from ..types import Group, Problem, Sampler, generator
 from . import statistics
 
@@ -23,28 +23,29 @@ class Problems(Protocol):
 
 
 def evaluate(
-    engine: Sampler, sources: Mapping[str, Problems], settings: Evaluate, ways: Mapping[str, Any], seed: str,
-    record: Record,
-) -> tuple[dict[str, Any], list[dict[str, Any]], int]:  # fmt: skip
-    """Every source in every way of sampling (`ways`: name -> sampling parameters).
+    engine: Sampler, sources: Mapping[str, Problems], settings: Evaluate, ways: Mapping[str, Any], seed: str, done: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Every source in every way of sampling (`ways`: name -> sampling parameters), from the `done`-th pair on.
 
-    Returns the evaluation, some responses to read, and how many tokens it took. The same seed asks every model
-    the same problems.
+    Yields each pair's numbers, some responses to read, and how many tokens it took. The same seed asks every
+    model the same problems.
     """
-    results, samples, tokens, step = {}, [], 0, 0
-    for source, tasks in sources.items():
-        problems = _held_out(tasks.problems(source, "test"), settings.prompts, (seed, source))
-        modes: dict[str, Any] = {}
-        for way, sampling in ways.items():
-            asked, copies = _quota(problems, way, settings)
-            groups = [tasks.score(g) for g in engine.rollout(asked, copies, sampling, (seed, "evaluate", way))]
-            modes |= measure(way, groups)
-            tokens += sum(len(c.tokens) for g in groups for c in g.completions)
-            samples += [_shown(group, way) for group in groups[:SHOWN]]
-            record.step(step, {"source": source, "mode": way, "accuracy": modes[way]["accuracy"]["mean"]})
-            step += 1
-        results[source] = {"modes": modes}
-    return {"seed": seed, "sources": results}, samples, tokens
+    for source, way in list(product(sources, ways))[done:]:
+        problems = _held_out(sources[source].problems(source, "test"), settings.prompts, (seed, source))
+        asked, copies = _quota(problems, way, settings)
+        groups = [sources[source].score(g) for g in engine.rollout(asked, copies, ways[way], (seed, "evaluate", way))]
+        yield {
+            "source": source, "way": way, "modes": measure(way, groups), "samples": [_shown(group, way) for group in groups[:SHOWN]],
+            "tokens": sum(len(c.tokens) for g in groups for c in g.completions),
+        }  # fmt: skip
+
+
+def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
+    """The whole evaluation of one model, of what `evaluate` yielded."""
+    sources: dict[str, Any] = {}
+    for part in parts:
+        sources.setdefault(part["source"], {"modes": {}})["modes"].update(part["modes"])
+    return {"seed": seed, "sources": sources}
 
 
 def measure(way: str, groups: Sequence[Group]) -> dict[str, Any]:

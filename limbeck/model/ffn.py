@@ -177,8 +177,10 @@ def experts_mixed(
 ) -> Tensor:
     """Sum over each token's experts of weight x SwiGLU(x)."""
     order_M = chosen_NK.flatten().argsort(stable=True)
-    ends_E = torch.bincount(chosen_NK.flatten(), minlength=len(down_ECI)).cumsum(0).to(torch.int32)
-    return _Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding)
+    ends_E = torch.bincount(chosen_NK.flatten(), minlength=len(down_ECI)).cumsum(0)
+    if rounding is EXACT and kernels.serve(x_NC, gate_up_EIC, down_ECI, weights_NK):
+        return kernels.Mixture.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E)
+    return _Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E.to(torch.int32), rounding)
 
 
 class _Mixed(torch.autograd.Function):

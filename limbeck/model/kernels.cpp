@@ -117,6 +117,18 @@ static void product(int rows, int columns, int inner, const float* x, const floa
     sgemm("T", "N", &columns, &rows, &inner, &one, w, &inner, x, &inner, &kept, y, &columns);  // BLAS counts columns first
 }
 
+// y = a b, with b [inner, columns]
+static void product_plain(int rows, int columns, int inner, const float* a, const float* b, float* y) {
+    const float one = 1.0f, none = 0.0f;
+    sgemm("N", "N", &columns, &rows, &inner, &one, b, &columns, a, &inner, &none, y, &columns);
+}
+
+// y [across, columns] = a^T b, with a [rows, across] and b [rows, columns]
+static void product_across(int across, int columns, int rows, const float* a, const float* b, float* y) {
+    const float one = 1.0f, none = 0.0f;
+    sgemm("N", "T", &columns, &across, &rows, &one, b, &columns, a, &across, &none, y, &columns);
+}
+
 static inline float normalize(const float* x, const float* weight, float eps, int width, float* y) {
     float square = 0;
     for (int i = 0; i < width; i++) square += x[i] * x[i];
@@ -133,6 +145,14 @@ static inline void turn(const float* x, const float* cos, const float* sin, floa
         y[i] = low * cos[i] + sense * high * sin[i];
         y[i + half] = high * cos[i + half] + sense * low * sin[i + half];
     }
+}
+
+static inline void swiglu_row_backward(const float* grad, const float* gate_up, int width, float* dgate_up) {
+    by_lanes(width, [&](int i, int count) {
+        V16 mine = load(grad + i, count), x = load(gate_up + i, count), s = sigmoid(x);
+        store(dgate_up + width + i, mine * x * s, count);
+        store(dgate_up + i, mine * load(gate_up + width + i, count) * s * (1.0f + x * (1.0f - s)), count);
+    });
 }
 
 static inline void swiglu_row(const float* gate_up, int width, float* y) {
@@ -429,15 +449,7 @@ void swiglu_forward(const float* gate_up, int64_t rows, int width, float* y, int
 
 void swiglu_backward(const float* grad, const float* gate_up, int64_t rows, int width, float* dgate_up, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < rows; n++) {
-        const float *g = grad + n * width, *gate = gate_up + n * 2 * width, *up = gate + width;
-        float *dgate = dgate_up + n * 2 * width, *dup = dgate + width;
-        by_lanes(width, [&](int i, int count) {
-            V16 mine = load(g + i, count), x = load(gate + i, count), s = sigmoid(x);
-            store(dup + i, mine * x * s, count);
-            store(dgate + i, mine * load(up + i, count) * s * (1.0f + x * (1.0f - s)), count);
-        });
-    }
+    for (int64_t n = 0; n < rows; n++) swiglu_row_backward(grad + n * width, gate_up + n * 2 * width, width, dgate_up + n * 2 * width);
 }
 
 // y [N, heads, D] from x, whose rows lie `stride` apart; cos and sin [N, D]
@@ -447,6 +459,109 @@ void rotate(const float* x, int64_t stride, const float* cos, const float* sin, 
     for (int64_t n = 0; n < rows; n++)
         for (int head = 0; head < heads; head++)
             turn(x + n * stride + head * width, cos + n * width, sin + n * width, sense, width, y + (n * heads + head) * width);
+}
+
+}  // extern "C"
+
+// ---------------------------------------------------------------- a mixture of experts
+
+// E experts; row m of M = N x K, sorted by expert, is choice `order[m]` of N x K, and those of expert e end at `ends[e]`.
+struct Experts {
+    int64_t tokens, count, top_k, hidden, width, threads;
+    const float *x, *gate_up, *down, *weights;  // [N, C], [E, 2I, C], [E, C, I], [N, K]
+    const int64_t *order, *ends;
+    float* both;  // [M, 2I]: kept from forward to backward
+};
+
+struct Rows {  // those of one expert
+    int64_t begin, end;
+    int count;
+    Rows(const Experts& e, int64_t expert) : begin(expert ? e.ends[expert - 1] : 0), end(e.ends[expert]), count(end - begin) {}
+};
+
+static void gather(const Experts& e, const Rows& rows, const float* from, std::vector<float>& into) {
+    into.resize(static_cast<size_t>(rows.count) * e.hidden);
+    for (int i = 0; i < rows.count; i++)
+        std::memcpy(&into[static_cast<size_t>(i) * e.hidden], from + e.order[rows.begin + i] / e.top_k * e.hidden, e.hidden * sizeof(float));
+}
+
+static void weighted(const Experts& e, const Rows& rows, std::vector<float>& inner) {
+    inner.resize(static_cast<size_t>(rows.count) * e.width);
+    for (int i = 0; i < rows.count; i++) {
+        float* row = &inner[static_cast<size_t>(i) * e.width];
+        float weight = e.weights[e.order[rows.begin + i]];
+        swiglu_row(e.both + (rows.begin + i) * 2 * e.width, e.width, row);
+        for (int j = 0; j < e.width; j++) row[j] *= weight;
+    }
+}
+
+// Rows [M, C] back to their tokens, summed over each token's K.
+static void settle(const Experts& e, const std::vector<float>& rows, float* y) {
+    std::vector<int64_t> back(e.tokens * e.top_k);
+    for (int64_t m = 0; m < e.tokens * e.top_k; m++) back[e.order[m]] = m;
+#pragma omp parallel for num_threads(e.threads)
+    for (int64_t n = 0; n < e.tokens; n++) {
+        float* mine = y + n * e.hidden;
+        std::memcpy(mine, &rows[back[n * e.top_k] * e.hidden], e.hidden * sizeof(float));
+        for (int64_t k = 1; k < e.top_k; k++) {
+            const float* row = &rows[back[n * e.top_k + k] * e.hidden];
+            for (int64_t i = 0; i < e.hidden; i++) mine[i] += row[i];
+        }
+    }
+}
+
+extern "C" {
+
+void experts_forward(const Experts* experts, float* y) {
+    const Experts& e = *experts;
+    std::vector<float> out(static_cast<size_t>(e.tokens) * e.top_k * e.hidden);
+#pragma omp parallel num_threads(e.threads)
+    {
+        std::vector<float> x, inner;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < e.count; i++) {
+            Rows rows(e, i);
+            if (!rows.count) continue;
+            gather(e, rows, e.x, x);
+            product(rows.count, 2 * e.width, e.hidden, x.data(), e.gate_up + i * 2 * e.width * e.hidden, e.both + rows.begin * 2 * e.width, false);
+            weighted(e, rows, inner);
+            product(rows.count, e.hidden, e.width, inner.data(), e.down + i * e.hidden * e.width, &out[rows.begin * e.hidden], false);
+        }
+    }
+    settle(e, out, y);
+}
+
+// gradients of x [N, C], gate_up, down and weights [N, K]; experts that nobody met have zeros there already
+void experts_backward(const Experts* experts, const float* grad, float* dx, float* dgate_up, float* ddown, float* dweights) {
+    const Experts& e = *experts;
+    std::vector<float> by_x(static_cast<size_t>(e.tokens) * e.top_k * e.hidden);
+#pragma omp parallel num_threads(e.threads)
+    {
+        std::vector<float> x, g, inner, by_inner, by_both;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < e.count; i++) {
+            Rows rows(e, i);
+            if (!rows.count) continue;
+            const float *gate_up = e.gate_up + i * 2 * e.width * e.hidden, *down = e.down + i * e.hidden * e.width;
+            gather(e, rows, e.x, x), gather(e, rows, grad, g), weighted(e, rows, inner);
+            by_inner.resize(static_cast<size_t>(rows.count) * e.width), by_both.resize(2 * by_inner.size());
+            product_across(e.hidden, e.width, rows.count, g.data(), inner.data(), ddown + i * e.hidden * e.width);
+            product_plain(rows.count, e.width, e.hidden, g.data(), down, by_inner.data());
+            for (int r = 0; r < rows.count; r++) {
+                float *mine = &by_inner[static_cast<size_t>(r) * e.width], *said = &inner[static_cast<size_t>(r) * e.width], along = 0;
+                int64_t choice = e.order[rows.begin + r];
+                const float* both = e.both + (rows.begin + r) * 2 * e.width;
+                swiglu_row(both, e.width, said);
+                for (int64_t j = 0; j < e.width; j++) along += mine[j] * said[j];
+                dweights[choice] = along;
+                for (int64_t j = 0; j < e.width; j++) mine[j] *= e.weights[choice];
+                swiglu_row_backward(mine, both, e.width, &by_both[static_cast<size_t>(r) * 2 * e.width]);
+            }
+            product_across(2 * e.width, e.hidden, rows.count, by_both.data(), x.data(), dgate_up + i * 2 * e.width * e.hidden);
+            product_plain(rows.count, e.hidden, 2 * e.width, by_both.data(), gate_up, &by_x[rows.begin * e.hidden]);
+        }
+    }
+    settle(e, by_x, dx);
 }
 
 }  // extern "C"

@@ -254,6 +254,45 @@ class Attention(torch.autograd.Function):
         return _Asked(*pointers, *strides, q.shape[1], k.shape[1], q.shape[2], window, scale)
 
 
+# ---------------------------------------------------------------- a mixture of experts
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "count", "top_k", "hidden", "width", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "gate_up", "down", "weights", "order", "ends", "both")),
+    ]  # fmt: skip
+
+
+class Mixture(torch.autograd.Function):
+    """Sum over each token's experts of weight x SwiGLU(x): x [N, C], gate_up [E, 2I, C], down [E, C, I], weights
+    [N, K]; `order` [M] sorts the N x K choices by expert, and expert e's end at `ends[e]`."""
+
+    @staticmethod
+    def forward(ctx, x, gate_up, down, weights, order, ends):
+        x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
+        both, y = x.new_empty(len(order), gate_up.shape[1]), torch.empty_like(x)
+        saved = x, gate_up, down, weights, order, ends, both
+        library().experts_forward(ctypes.byref(Mixture.laid(saved)), _at(y))
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gate_up, down, weights, *_ = saved = ctx.saved_tensors
+        grad = grad.contiguous()
+        found = torch.empty_like(x), torch.zeros_like(gate_up), torch.zeros_like(down), torch.empty_like(weights)
+        library().experts_backward(ctypes.byref(Mixture.laid(saved)), _at(grad), *map(_at, found))
+        return *found, None, None
+
+    @staticmethod
+    def laid(saved: Sequence[Tensor]) -> _Experts:
+        x, _, down, weights, *_ = saved
+        count, hidden, width = down.shape
+        pointers = (tensor.data_ptr() for tensor in saved)
+        return _Experts(len(x), count, weights.shape[1], hidden, width, torch.get_num_threads(), *pointers)
+
+
 # ---------------------------------------------------------------- decoding
 
 _WEIGHTS = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "ffn_norm", "gate_up", "down")

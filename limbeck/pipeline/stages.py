@@ -17,12 +17,12 @@ import numpy as np
 
 from ..engine.engine import Engine
 from ..engine.sampling import SamplingParams
-from ..eval.evaluate import evaluate
+from ..eval.evaluate import combine, evaluate
 from ..model import weights
 from ..model.config import Experts, Latent, ModelConfig
 from ..model.decoder import Decoder
 from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen, Shape
-from ..record import read_metrics
+from ..record import Record, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
 from ..train.rl import reinforce, summarize
@@ -183,9 +183,20 @@ def run_evaluate(job: Job) -> Outcome:
     engine = Engine(decoder, tokenizer, rows_for(decoder))
     sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
     ways = {way: _way(way, stage, job.control, tokenizer) for way in stage.modes}
-    result, samples, tokens = evaluate(engine, sources, stage, ways, job.seed, job.record(0, len(ways) * len(sources)))
-    result = {"schema": 1, "model": model, "control": job.control, **result}
-    desk.write_rows(job.folder / "samples.jsonl", samples)
+    kept, total = job.folder / "ways.jsonl", len(ways) * len(sources)
+    parts = list(read(kept))
+    desk.write_rows(kept, parts)  # without what a kill left half-written
+    record = job.record(len(parts), total)
+    for part in evaluate(engine, sources, stage, ways, job.seed, len(parts)):
+        accuracy = part["modes"][part["way"]]["accuracy"]["mean"]
+        record.step(len(parts), {"source": part["source"], "mode": part["way"], "accuracy": accuracy})
+        parts.append(part)
+        desk.write_rows(kept, parts)
+        _pause(job, record, len(parts) < total)
+    kept.unlink()
+    result = {"schema": 1, "model": model, "control": job.control, **combine(parts, job.seed)}
+    tokens = sum(part["tokens"] for part in parts)
+    desk.write_rows(job.folder / "samples.jsonl", [row for part in parts for row in part["samples"]])
     write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     length = result["sources"][next(iter(sources))]["modes"][stage.modes[0]].get("length", 100)
     flops = tokens * decoder.config.flops_per_token(length / 2)
@@ -300,10 +311,15 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
             if engine.speculate:
                 counts["accepted_drafts"] = engine.acceptance
             record.step(step, {**summarize(groups), **counts}, groups[:1])
-            if job.stopping() and step < len(chunks) - 1:
-                record.sync()
-                raise Resumable(f"{job.name} stopped; the same command goes on from here")
+            _pause(job, record, step < len(chunks) - 1)
     return _swept(job, decoder.config, count * stage.samples)
+
+
+def _pause(job: Job, record: Record, more: bool) -> None:
+    """Stop between two steps where that was asked for and work is left."""
+    if more and job.stopping():
+        record.sync()
+        raise Resumable(f"{job.name} stopped; the same command goes on from here")
 
 
 def _swept(job: Job, config: ModelConfig, sampled: int) -> Outcome:

@@ -1,0 +1,143 @@
+"""Two programs take turns at the same work: each in a process of its own, in its own environment, never both at once.
+
+A worker (bench/workers/) is told its settings, makes ready, and then does one piece of work per line that it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("LIMBECK_BENCH") or Path(platformdirs.user_cache_dir("limbeck")) / "bench")
+# What each peer needs; torch's CPU build first, lest gigabytes of CUDA come with them.
+TORCH = ["torch==2.13.0", "--index-url", "https://download.pytorch.org/whl/cpu", "--extra-index-url", "https://pypi.org/simple"]
+PEERS = {"trl": ["transformers==5.23.0", "trl==1.16.0", "datasets", "accelerate"], "transformers": ["transformers==5.23.0", "accelerate"]}
+
+
+def python_of(peer: str) -> str:
+    """The interpreter of a peer's environment, made at first use; `LIMBECK_BENCH_TRL` and so on name another one."""
+    given = os.environ.get(f"LIMBECK_BENCH_{peer.upper()}")
+    if given:
+        return given
+    home = CACHE / peer
+    if not (home / "ready").exists():
+        print(f"making {home} for {peer}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "-q"]
+        if subprocess.run([*pip, *TORCH], stderr=subprocess.DEVNULL).returncode:
+            subprocess.run([*pip, TORCH[0]], check=True)
+        subprocess.run([*pip, *PEERS[peer]], check=True)
+        (home / "ready").touch()
+    return str(home / "bin" / "python")
+
+
+class Side:
+    """A worker process: `Side("limbeck", "limbeck_grpo.py", sys.executable, {"model": ...}).turn()`."""
+
+    def __init__(self, name: str, script: str, python: str, settings: Mapping[str, Any], threads: int):
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent),
+            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        self.name, self.turns = name, []
+        self.log = (CACHE / f"{name}.log").open("w") if CACHE.mkdir(parents=True, exist_ok=True) is None else None
+        self.process = subprocess.Popen(
+            [python, str(HERE / "workers" / script), json.dumps({**settings, "threads": threads})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
+        )  # fmt: skip
+        self._read()  # ready
+
+    def turn(self) -> dict[str, float]:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, float]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended: see {self.log.name}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a side's turns said: medians of everything, and the quartiles of its seconds."""
+
+    name: str
+    seconds: tuple[float, float, float]
+    medians: dict[str, float]
+
+    @classmethod
+    def of(cls, name: str, turns: list[dict[str, float]]) -> Timed:
+        keys = turns[0].keys()
+        medians = {key: statistics.median(turn[key] for turn in turns) for key in keys}
+        wall = [turn["wall"] for turn in turns]
+        low, middle, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else wall * 3
+        return cls(name, (low, middle, high), medians)
+
+
+def alternate(sides: list[Side], repeats: int, warmup: int = 1) -> dict[str, Timed]:
+    """Every side once a round; the first rounds warm up and do not count."""
+    turns: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
+    for i in range(warmup + repeats):
+        for side in sides:
+            said = side.turn()
+            print(f"  {side.name:12} {said['wall']:8.3f} s{' (warm-up)' if i < warmup else ''}", file=sys.stderr, flush=True)
+            if i >= warmup:
+                turns[side.name].append(said)
+    return {name: Timed.of(name, said) for name, said in turns.items()}
+
+
+def roofline(threads: int) -> dict[str, float]:
+    """What this machine reaches now: GFLOP/s of a large product, and GB/s of reading memory."""
+    code = (
+        "import torch,time,sys,json; n=int(sys.argv[1]); torch.set_num_threads(n)\n"
+        "def best(f):\n"
+        "  times=[]\n"
+        "  for _ in range(6):\n"
+        "    t=time.perf_counter(); f(); times.append(time.perf_counter()-t)\n"
+        "  return min(times)\n"
+        "a=torch.randn(2048,2048); x=torch.randn(64_000_000)\n"
+        "print(json.dumps({'gflops': 2*2048**3/best(lambda: a@a)/1e9, 'gbytes': 4*len(x)/best(lambda: x.sum())/1e9}))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    out = subprocess.run([sys.executable, "-c", code, str(threads)], capture_output=True, text=True, check=True, env=environment)
+    return json.loads(out.stdout)
+
+
+def tell(title: str, timed: Mapping[str, Timed], roof: Mapping[str, float], out: Path | None, **facts: Any) -> None:
+    """A table for people, and beside it JSON."""
+    ours, *others = timed.values()
+    print(f"\n{title}\nroofline: {roof['gflops']:.0f} GFLOP/s, {roof['gbytes']:.1f} GB/s\n")
+    shown = [key for key in ours.medians if key != "wall"]
+    print("| side | seconds (quartiles) | " + " | ".join(shown) + " | limbeck is |\n|" + "---|" * (len(shown) + 3))
+    for side in (ours, *others):
+        low, middle, high = side.seconds
+        cells = " | ".join(f"{side.medians.get(key, np.nan):.4g}" for key in shown)
+        ratio = "" if side is ours else f"{middle / ours.seconds[1]:.2f}x"
+        print(f"| {side.name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {cells} | {ratio} |")
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "title": title, "when": time.strftime("%F %T"), "roofline": dict(roof), **facts,
+            "sides": {t.name: {"seconds": t.seconds, **t.medians} for t in timed.values()},
+            "ratios": {t.name: t.seconds[1] / ours.seconds[1] for t in others},
+        }  # fmt: skip
+        with out.open("a") as file:
+            file.write(json.dumps(record) + "\n")

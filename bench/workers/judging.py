@@ -1,0 +1,28 @@
+"""The miniature's clock for a worker: its problems, its rewards, and held-out accuracy, which no clock counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from turns import SETTINGS
+
+from limbeck.engine.engine import Engine
+from limbeck.engine.sampling import SamplingParams
+from limbeck.model.decoder import Decoder
+from limbeck.reading import load
+from limbeck.tasks.miniature import Countdown
+from limbeck.tasks.task import Mixture
+from limbeck.tokenizer import Tokenizer
+
+recipe = load(Path(SETTINGS["recipe"]), [])
+zero = recipe.stages["zero"]
+tasks = Mixture({"clock": Countdown("clock", recipe.problems["clock"])}, zero.problems, zero.rewards)
+tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
+sampling = SamplingParams(max_new_tokens=zero.sampling.max_new_tokens)
+
+
+def accuracy(decoder: Decoder) -> float:
+    """At temperature 1, over a sample of the held-out problems."""
+    problems = tasks.draw(SETTINGS["asked"], 0, "test")
+    groups = [tasks.score(group) for group in Engine(decoder, tokenizer).rollout(problems, 1, sampling, "accuracy")]
+    return sum(group.scores[0].parts["accuracy"] for group in groups) / len(groups)

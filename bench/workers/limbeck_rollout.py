@@ -1,0 +1,31 @@
+"""Rollouts of B rows, prompts prefilled once a group; timed for one new token and for all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from turns import SETTINGS, Clock, turns
+
+from limbeck.engine.engine import Engine
+from limbeck.engine.sampling import SamplingParams
+from limbeck.model import weights
+from limbeck.tokenizer import Tokenizer
+from limbeck.types import Problem
+
+torch.set_num_threads(SETTINGS["threads"])
+tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
+decoder = weights.load(Path(SETTINGS["model"]))
+tokenizer.end_id = decoder.config.vocab_size  # never said
+engine = Engine(decoder, tokenizer)
+problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
+
+for clock in turns():
+    for length in (1, SETTINGS["new"]):
+        clock = Clock()
+        groups = engine.rollout(problems, SETTINGS["group"], SamplingParams(max_new_tokens=length), 0)
+        if length == 1:
+            first = Clock().wall - clock.wall
+    rows = sum(len(group.completions) for group in groups)
+    whole = Clock().wall - clock.wall
+    clock.say(first=first, tokens_per_second=rows * SETTINGS["new"] / whole, decode=rows * (SETTINGS["new"] - 1) / (whole - first))
