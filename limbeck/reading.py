@@ -170,6 +170,8 @@ def _check_references(path: Path, recipe: Recipe) -> None:
         match stage:
             case RL() | Screen() | Sample():
                 cite(name, "model", stage.model, MODELS, "a model")
+                if getattr(stage, "flops_of", None):
+                    cite(name, "flops_of", stage.flops_of, MODELS, "a stage that learns")
             case SFT():
                 cite(name, "model", stage.model, MODELS, "a model")
                 for row in stage.rows:

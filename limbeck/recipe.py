@@ -129,6 +129,9 @@ class RL(Stage):
         description="what each part of a score is worth; parts that are not named earn nothing",
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
+    flops_of: str | None = Field(
+        None, description="a stage to compare with: stop, within `steps`, once as many FLOPs are spent as its learning took"
+    )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
     optimizer: Optimizer = Field(
@@ -273,7 +276,9 @@ class Recipe(Settings):
 def inputs(stage: Stage) -> list[str]:
     """The stages that a stage takes its artifacts from; names of problems that are stages are added by `graph`."""
     match stage:
-        case RL() | Screen() | Sample():
+        case RL():
+            return [stage.model, *filter(None, [stage.flops_of])]
+        case Screen() | Sample():
             return [stage.model]
         case SFT():
             return [stage.model, *stage.rows]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from limbeck.train.losses import cross_entropy, policy_gradient
 from limbeck.train.optimizer import Muon, orthogonalize, schedule
 from limbeck.train.optimizer import Optimizer as Stepper
 from limbeck.train.rl import reinforce
-from limbeck.types import LimbeckError, Sample
+from limbeck.types import LimbeckError, Resumable, Sample
 
 VOCABULARY = 40
 
@@ -427,3 +430,26 @@ def test_reinforce_runs_with_every_preset(decoder, tokenizer, clock, tmp_path, p
     assert learner.step == 4 and 0 <= max(first["gap"], second["gap"]) < 1e-4
     assert ("kl_reference" in first) == (preset == "r1")
     assert second["max_drift"] > 1e-3  # the second update of a step is off policy
+
+
+def test_reinforce_ends_when_its_flops_are_spent(decoder, tokenizer, clock, tmp_path):
+    """Never before, and not a step later; also where a checkpoint lies between."""
+    policy = Policy(group_size=4, prompts_per_step=4, zero_variance="keep", mask_truncated=False)
+    settings = RL(kind="rl", model="base", problems={"clock": 1}, rewards={"language": 1.0}, steps=9, policy=policy,
+                  sampling=Sampling(max_new_tokens=16))  # fmt: skip
+
+    def spend(folder: Path, budget: float, stop: Callable[[], bool] = lambda: False) -> list[float]:
+        folder.mkdir(exist_ok=True)
+        learner, tasks = Learner(decoder(), settings.optimizer, 9), Mixture({"clock": clock}, {"clock": 1}, settings.rewards)
+        reinforce(learner, None, Engine(learner.model, tokenizer), tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
+                  Record(folder, len(read_metrics(folder))), Checkpoint(folder, 60, stop), budget)  # fmt: skip
+        return [row["flops"] for row in read_metrics(folder)]
+
+    first, second, *_ = spend(tmp_path / "whole", math.inf)
+    just = 0.9999 * (first + second)  # a record has six digits
+    assert len(spend(tmp_path / "exact", just)) == 2
+    assert len(spend(tmp_path / "more", 1.01 * just)) == 3
+    with pytest.raises(Resumable):
+        spend(tmp_path / "stopped", just, stop=lambda: True)
+    assert len(read_metrics(tmp_path / "stopped")) == 1
+    assert spend(tmp_path / "stopped", just) == [first, second]

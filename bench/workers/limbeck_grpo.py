@@ -14,7 +14,7 @@ from limbeck.parts import Optimizer, Policy
 from limbeck.tokenizer import Tokenizer
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
-from limbeck.train.losses import group_advantages, policy_gradient
+from limbeck.train.losses import policy_gradient
 from limbeck.types import Problem
 
 torch.set_num_threads(SETTINGS["threads"])

@@ -75,7 +75,8 @@ class Graph:
     def identity(self, node: Node) -> dict[str, Any]:
         """Everything that makes a stage's result what it is; its hash is the key."""
         given = {cited: self.nodes[cited].artifact for cited in node.inputs}
-        settings = {k: v for k, v in node.stage.model_dump(mode="json").items() if k not in QUIET}
+        told = node.stage.model_dump(mode="json").items()
+        settings = {k: v for k, v in told if k not in QUIET and v is not None}  # so a new option leaves old keys alone
         if isinstance(node.stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies

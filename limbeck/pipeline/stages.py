@@ -6,6 +6,7 @@ Each returns what the manifest says beyond the settings: tokens, FLOPs, notes.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -104,15 +105,13 @@ def run_rl(job: Job) -> Outcome:
     sampling = replace(_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
-    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint)
+    budget = job.manifest(stage.flops_of)["flops"] if stage.flops_of else math.inf
+    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget)
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
-    sampled, learned = (int(sum(row[k] for row in history)) for k in ("sampled_tokens", "learned_tokens"))
-    context = sum(row["length"] for row in history) / len(history)
-    config = decoder.config
-    flops = sampled * config.flops_per_token(context) + learned * config.flops_per_token(context / 2, backward=True)
+    tokens, flops = (sum(sum(row[k] for k in keys) for row in history) for keys in (("sampled_tokens", "learned_tokens"), ("flops",)))
     alarms = dict(Counter(text for row in history for text in row.get("alarms", ())))
-    return {"tokens": sampled + learned, "flops": flops, "notes": {"parameters": config.parameters, "alarms": alarms}}
+    return {"tokens": int(tokens), "flops": flops, "notes": {"parameters": decoder.config.parameters, "alarms": alarms}}
 
 
 def run_sample(job: Job) -> Outcome:
@@ -372,6 +371,7 @@ def _fit(
         learner.load_state_dict(state["learner"])
     fit(learner, samples, plan, micro_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint)
     save_model(decoder, tokenizer, job.folder)
-    tokens = sum(len(samples[i].tokens) for batch in plan for i in batch)
-    flops = tokens * decoder.config.flops_per_token(50, backward=True)
+    lengths = [len(samples[i].tokens) for batch in plan for i in batch]
+    tokens = sum(lengths)
+    flops = tokens * decoder.config.flops_per_token(tokens / len(lengths) / 2, backward=True)
     return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters}}

@@ -6,12 +6,14 @@ completions for each, scores them, and takes one or a few clipped policy-gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
+from ..model.config import ModelConfig
 from ..recipe import RL
 from ..record import Record
 from ..types import Group, Problem, Sample, Sampler, generator
@@ -34,12 +36,16 @@ class Tasks(Protocol):
 
 def reinforce(
     learner: Learner, reference: Learner | None, engine: Sampler, tasks: Tasks, sampling: object, settings: RL,
-    seed: object, record: Record, checkpoint: Checkpoint,
+    seed: object, record: Record, checkpoint: Checkpoint, budget: float = math.inf,
 ) -> None:  # fmt: skip
-    """`settings.steps` steps of GRPO; `reference` is a frozen copy of the policy where a KL term wants one."""
+    """`settings.steps` steps of GRPO, or fewer if `budget` FLOPs are spent before; `reference` is a frozen copy of
+    the policy where a KL term wants one."""
     policy, temperature = settings.policy, settings.sampling.temperature
     loss, watch = policy_gradient(policy, settings.sampling.max_new_tokens), Watch(settings)
-    for step in range(_resume(learner, reference, watch, checkpoint), settings.steps):
+    first, spent = _resume(learner, reference, watch, checkpoint)
+    for step in range(first, settings.steps):
+        if spent >= budget:
+            break
         if reference and policy.reference_every and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0:
             reference.model.load_state_dict(learner.weights())
         groups = _collect(engine, tasks, sampling, settings, (seed, step))
@@ -53,11 +59,12 @@ def reinforce(
             for part in _minibatches(samples, policy.updates_per_rollout, (seed, step))
         ]
         engine.load(learner.weights())
-        metrics = {**summarize(groups), **_volume(groups, samples), **_merge(updates)}
+        metrics = {**summarize(groups), **_volume(groups, samples, learner.model.config), **_merge(updates)}
+        spent += metrics["flops"]
         metrics["informative"] = len(informative) / len(groups)
         shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
         record.step(step, {**metrics, **watch.check(metrics)}, shown)
-        checkpoint.offer(lambda: _state(learner, reference, watch, step + 1), record)  # noqa: B023
+        checkpoint.offer(lambda: _state(learner, reference, watch, step + 1, spent), record)  # noqa: B023
 
 
 def _collect(engine: Sampler, tasks: Tasks, sampling: object, settings: RL, seed: tuple) -> list[Group]:
@@ -111,10 +118,14 @@ def summarize(groups: Sequence[Group]) -> dict[str, float]:
     return means
 
 
-def _volume(groups: Sequence[Group], samples: Sequence[Sample]) -> dict[str, int]:
-    """Tokens that were sampled (their prompts prefilled once a group) and tokens that were learned from."""
+def _volume(groups: Sequence[Group], samples: Sequence[Sample], config: ModelConfig) -> dict[str, float]:
+    """Tokens that were sampled (their prompts prefilled once a group) and tokens that were learned from; the FLOPs
+    of both, each token seeing half of its sequence on average."""
     sampled = sum(len(g.prompt_tokens) + sum(len(c.tokens) for c in g.completions) for g in groups)
-    return {"sampled_tokens": sampled, "learned_tokens": sum(len(s.tokens) for s in samples)}
+    learned = sum(len(s.tokens) for s in samples)
+    seen = float(np.mean([len(g.prompt_tokens) + len(c.tokens) / 2 for g in groups for c in g.completions]))
+    flops = sampled * config.flops_per_token(seen) + learned * config.flops_per_token(seen, backward=True)
+    return {"sampled_tokens": sampled, "learned_tokens": learned, "flops": flops}
 
 
 def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -126,17 +137,18 @@ def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
     return {**merged, "gap": updates[0]["max_drift"]}
 
 
-def _resume(learner: Learner, reference: Learner | None, watch: Watch, checkpoint: Checkpoint) -> int:
+def _resume(learner: Learner, reference: Learner | None, watch: Watch, checkpoint: Checkpoint) -> tuple[int, float]:
+    """The step to go on with, and the FLOPs spent before it."""
     state = checkpoint.restore()
     if state is None:
-        return 0
+        return 0, 0.0
     learner.load_state_dict(state["learner"])
     watch.history.extend(state["watched"])
     if reference is not None:
         reference.model.load_state_dict(state["reference"])
-    return state["step"]
+    return state["step"], state["flops"]
 
 
-def _state(learner: Learner, reference: Learner | None, watch: Watch, step: int) -> dict:
-    state = {"learner": learner.state_dict(), "watched": list(watch.history), "step": step}
+def _state(learner: Learner, reference: Learner | None, watch: Watch, step: int, flops: float) -> dict:
+    state = {"learner": learner.state_dict(), "watched": list(watch.history), "step": step, "flops": flops}
     return state if reference is None else {**state, "reference": reference.weights()}
