@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model import kernels
 from ..model.cache import KVCache, Packed
 from ..model.decoder import Decoder
 from ..model.ffn import Routes
-from ..model.kernels import Decoding
 from .sampling import SamplingParams, draw
 
 COMPACT = 0.75  # drop finished rows when fewer than this share is alive: copying costs, so do idle rows
@@ -44,7 +44,7 @@ class Flight:
         self.ends_V = torch.zeros(max(model.config.vocab_size, max(self.ends) + 1), dtype=torch.bool)
         self.ends_V[list(self.ends)] = True
         self.cache = KVCache(model.config, weight.dtype, weight.device)
-        self.decoding = Decoding(model) if Decoding.fits(model) else None
+        self.decoding = kernels.Decoding(model) if kernels.Decoding.fits(model) else None
         budget = sampling.max_new_tokens
         self.tokens_BT = torch.zeros(0, budget, dtype=torch.long)
         self.logprobs_BT = torch.zeros(0, budget, dtype=weight.dtype)
@@ -116,7 +116,7 @@ class Flight:
         rows = torch.arange(self.busy)
         age_B = self.age_B.clamp(max=self.tokens_BT.shape[1] - 1)
         previous_B = self.tokens_BT[rows, (age_B - 1).clamp(min=0)]
-        logits_BV = F.linear(hidden_BC, self.model.head.weight)
+        logits_BV = (kernels.linear if kernels.serve(hidden_BC) else F.linear)(hidden_BC, self.model.head.weight)
         chosen = draw(logits_BV, self.uniforms_BT[rows, age_B], previous_B, self.sampling)
         self.tokens_BT[rows, age_B] = torch.where(speaking_B, chosen.tokens_B, self.tokens_BT[rows, age_B])
         self.logprobs_BT[rows, age_B] = torch.where(speaking_B, chosen.logprobs_B, self.logprobs_BT[rows, age_B])

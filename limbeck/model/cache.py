@@ -212,9 +212,10 @@ def _cut(lengths: list[int], slack: float) -> list[tuple[int, int]]:
 class KVCache:
     """What the rows in flight keep of their tokens; a row's next tokens land at its own length.
 
-    Storage is [layers, B, K, T, D] with room to grow, keys and values apart; MLA keeps its latents as keys of
-    one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows,
-    `keep` drops finished rows, `retract` takes tokens back. Attention looks at the longest row and no further.
+    Keys are stored as [layers, B, K, D, T], so that one number of a query meets many of them side by side, values
+    as [layers, B, K, T, D], with room to grow; MLA keeps its latents as keys of one head, and no values, for they
+    are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
+    takes tokens back. Attention looks at the longest row and no further.
     """
 
     absorbed = True
@@ -223,17 +224,18 @@ class KVCache:
         self.config, self.dtype, self.device = config, dtype, device
         self.heads, *self.widths = config.cache_widths
         self.lengths = torch.zeros(0, dtype=torch.long, device=device)
-        self.k_LBKTD, self.v_LBKTD = (self._room(0, 0, width) for width in self.widths)
+        self.k_LBKDT, self.v_LBKTD = self._room(0, 0)
         self.positions = self.lengths
         self.routes: Routes | None = None
 
-    def _room(self, rows: int, length: int, width: int) -> Tensor:
-        shape = (self.config.slots + self.config.predicted, rows, self.heads, length, width)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+    def _room(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        first, (key, value) = (self.config.slots + self.config.predicted, rows, self.heads), self.widths
+        shapes = (*first, key, length), (*first, length, value)
+        return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes)
 
     @property
     def bytes(self) -> int:
-        return sum(store.numel() * store.element_size() for store in (self.k_LBKTD, self.v_LBKTD))
+        return sum(store.numel() * store.element_size() for store in (self.k_LBKDT, self.v_LBKTD))
 
     def fork(self, prefill: Packed, copies: Sequence[int]) -> None:
         """Add `copies[i]` rows that begin with the i-th prefilled sequence."""
@@ -246,7 +248,7 @@ class KVCache:
         row = old
         for length, count in zip(prefill.lengths, copies, strict=True):
             for slot, (k, v) in enumerate(prefill.entries):
-                self.k_LBKTD[slot, row : row + count, :, :length] = k[begin : begin + length].transpose(0, 1)
+                self.k_LBKDT[slot, row : row + count, ..., :length] = k[begin : begin + length].permute(1, 2, 0)
                 if v is not None:
                     self.v_LBKTD[slot, row : row + count, :, :length] = v[begin : begin + length].transpose(0, 1)
             begin += length
@@ -255,7 +257,7 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, in this order."""
         self.lengths = self.lengths[rows]
-        self.k_LBKTD, self.v_LBKTD = self.k_LBKTD.index_select(1, rows), self.v_LBKTD.index_select(1, rows)
+        self.k_LBKDT, self.v_LBKTD = self.k_LBKDT.index_select(1, rows), self.v_LBKTD.index_select(1, rows)
 
     def rest(self, idle_B: Tensor) -> None:
         """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
@@ -295,17 +297,17 @@ class KVCache:
     def attend(
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
-        keys, values = self.k_LBKTD[layer.slot], self.v_LBKTD[layer.slot]
+        keys, values = self.k_LBKDT[layer.slot], self.v_LBKTD[layer.slot]
         if k_NKD is not None:
-            keys[self._rows, :, self.positions] = k_NKD
+            keys[self._rows, :, :, self.positions] = k_NKD
             if v_NKD is not None:
                 values[self._rows, :, self.positions] = v_NKD
         rows, count = len(keys), len(q_NHD) // len(keys)
         q_BSKGD = q_NHD.view(rows, count, self.heads, -1, q_NHD.shape[-1])
         q_XGD = q_BSKGD.transpose(1, 2).reshape(rows * self.heads, -1, q_NHD.shape[-1])
-        k_XTD = keys[:, :, : self._width].flatten(0, 1)
-        v_XTD = values[:, :, : self._width].flatten(0, 1) if self.widths[1] else k_XTD[..., : self.config.latent.kv_rank]
-        scores_XGT = torch.baddbmm(self._mask(layer.window), q_XGD, k_XTD.transpose(1, 2), alpha=layer.scale)
+        k_XDT = keys[..., : self._width].flatten(0, 1)
+        v_XTD = values[:, :, : self._width].flatten(0, 1) if self.widths[1] else k_XDT[:, : self.config.latent.kv_rank].mT
+        scores_XGT = torch.baddbmm(self._mask(layer.window), q_XGD, k_XDT, alpha=layer.scale)
         mixed_XGD = torch.bmm(scores_XGT.softmax(-1), v_XTD)
         if count == 1:
             return mixed_XGD.view(rows, -1, v_XTD.shape[-1])
@@ -314,12 +316,10 @@ class KVCache:
 
     def _reserve(self, rows: int, width: int, used: int) -> None:
         """Grow by half again where the room is too small; what the first `used` rows hold is kept."""
-        have_rows, have_width = self.k_LBKTD.shape[1], self.k_LBKTD.shape[3]
+        have_rows, have_width = self.v_LBKTD.shape[1], self.v_LBKTD.shape[3]
         if rows <= have_rows and width <= have_width:
             return
-        wide = have_width if width <= have_width else max(width, have_width * 3 // 2, 32)
-        for name in ("k_LBKTD", "v_LBKTD"):
-            old = getattr(self, name)
-            new = self._room(max(rows, have_rows), wide, old.shape[-1])
-            new[:, :used, :, :have_width] = old[:, :used]
-            setattr(self, name, new)
+        wide = have_width if width <= have_width else -(-max(width, have_width * 3 // 2, 32) // 16) * 16  # whole vectors
+        keys, values = self._room(max(rows, have_rows), wide)
+        keys[:, :used, ..., :have_width], values[:, :used, :, :have_width] = self.k_LBKDT[:, :used], self.v_LBKTD[:, :used]
+        self.k_LBKDT, self.v_LBKTD = keys, values

@@ -111,10 +111,47 @@ static inline float soften(float* x, int low, int end, int from, int to) {
     return most[0] + std::log(sum[0]);
 }
 
+// WEIGHTS columns of y from as many rows of w and ROWS rows of x: sums over whole vectors, the last few numbers padded.
+template <int WEIGHTS, int ROWS>
+static inline void tile(const float* w, const float* x, int inner, int64_t stride, float* y, bool add) {
+    V16 sum[WEIGHTS][ROWS] = {};
+    by_lanes(inner, [&](int i, int count) {
+        V16 weight[WEIGHTS];
+        for (int n = 0; n < WEIGHTS; n++) weight[n] = load(w + static_cast<int64_t>(n) * inner + i, count);
+        for (int m = 0; m < ROWS; m++) {
+            V16 row = load(x + static_cast<int64_t>(m) * inner + i, count);
+            for (int n = 0; n < WEIGHTS; n++) sum[n][m] += weight[n] * row;
+        }
+    });
+    for (int m = 0; m < ROWS; m++)
+        for (int n = 0; n < WEIGHTS; n++) y[m * stride + n] = sum_of(sum[n][m])[0] + (add ? y[m * stride + n] : 0.0f);
+}
+
+template <int ROWS>
+static void tiles(int columns, int inner, const float* x, const float* w, int64_t stride, float* y, bool add) {
+    constexpr int WEIGHTS = ROWS <= 5 ? 4 : 3;  // sums that fit the registers
+    int n = 0;
+    for (; n + WEIGHTS <= columns; n += WEIGHTS) tile<WEIGHTS, ROWS>(w + static_cast<int64_t>(n) * inner, x, inner, stride, y + n, add);
+    for (; n < columns; n++) tile<1, ROWS>(w + static_cast<int64_t>(n) * inner, x, inner, stride, y + n, add);
+}
+
+// Up to so many rows of so large a weight, what counts is to read it once: MKL reaches half of it there.
+constexpr int FEW = 16, LARGE = 1 << 17;
+static void (*const by_rows[])(int, int, const float*, const float*, int64_t, float*, bool) = {
+    nullptr, tiles<1>, tiles<2>, tiles<3>, tiles<4>, tiles<5>, tiles<6>, tiles<7>, tiles<8>};
+
 // y = x w^T (+ y), with w [columns, inner] as nn.Linear keeps it
-static void product(int rows, int columns, int inner, const float* x, const float* w, float* y, bool add) {
-    const float one = 1.0f, kept = add ? 1.0f : 0.0f;
-    sgemm("T", "N", &columns, &rows, &inner, &one, w, &inner, x, &inner, &kept, y, &columns);  // BLAS counts columns first
+static void product(int rows, int columns, int inner, const float* x, const float* w, float* y, bool add, int threads = 1) {
+    if (rows > FEW || static_cast<int64_t>(columns) * inner < LARGE) {
+        const float one = 1.0f, kept = add ? 1.0f : 0.0f;
+        return sgemm("T", "N", &columns, &rows, &inner, &one, w, &inner, x, &inner, &kept, y, &columns);  // BLAS counts columns first
+    }
+    constexpr int BLOCK = 48;  // columns of one task
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int n = 0; n < columns; n += BLOCK)
+        for (int64_t m = 0; m < rows; m += 8)
+            by_rows[std::min<int64_t>(8, rows - m)](
+                std::min(BLOCK, columns - n), inner, x + m * inner, w + static_cast<int64_t>(n) * inner, columns, y + m * columns + n, add);
 }
 
 // y = a b, with b [inner, columns]
@@ -531,7 +568,7 @@ void experts_forward(const Experts* experts, float* y) {
     settle(e, out, y);
 }
 
-// gradients of x [N, C], gate_up, down and weights [N, K]; experts that nobody met have zeros there already
+// gradients of x [N, C], gate_up, down and weights [N, K]
 void experts_backward(const Experts* experts, const float* grad, float* dx, float* dgate_up, float* ddown, float* dweights) {
     const Experts& e = *experts;
     std::vector<float> by_x(static_cast<size_t>(e.tokens) * e.top_k * e.hidden);
@@ -541,11 +578,15 @@ void experts_backward(const Experts* experts, const float* grad, float* dx, floa
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < e.count; i++) {
             Rows rows(e, i);
-            if (!rows.count) continue;
-            const float *gate_up = e.gate_up + i * 2 * e.width * e.hidden, *down = e.down + i * e.hidden * e.width;
+            const int64_t size = e.hidden * e.width;
+            const float *gate_up = e.gate_up + i * 2 * size, *down = e.down + i * size;
+            if (!rows.count) {
+                std::fill_n(dgate_up + i * 2 * size, 2 * size, 0.0f), std::fill_n(ddown + i * size, size, 0.0f);
+                continue;
+            }
             gather(e, rows, e.x, x), gather(e, rows, grad, g), weighted(e, rows, inner);
             by_inner.resize(static_cast<size_t>(rows.count) * e.width), by_both.resize(2 * by_inner.size());
-            product_across(e.hidden, e.width, rows.count, g.data(), inner.data(), ddown + i * e.hidden * e.width);
+            product_across(e.hidden, e.width, rows.count, g.data(), inner.data(), ddown + i * size);
             product_plain(rows.count, e.width, e.hidden, g.data(), down, by_inner.data());
             for (int r = 0; r < rows.count; r++) {
                 float *mine = &by_inner[static_cast<size_t>(r) * e.width], *said = &inner[static_cast<size_t>(r) * e.width], along = 0;
@@ -557,7 +598,7 @@ void experts_backward(const Experts* experts, const float* grad, float* dx, floa
                 for (int64_t j = 0; j < e.width; j++) mine[j] *= e.weights[choice];
                 swiglu_row_backward(mine, both, e.width, &by_both[static_cast<size_t>(r) * 2 * e.width]);
             }
-            product_across(2 * e.width, e.hidden, rows.count, by_both.data(), x.data(), dgate_up + i * 2 * e.width * e.hidden);
+            product_across(2 * e.width, e.hidden, rows.count, by_both.data(), x.data(), dgate_up + i * 2 * size);
             product_plain(rows.count, e.hidden, 2 * e.width, by_both.data(), gate_up, &by_x[rows.begin * e.hidden]);
         }
     }
@@ -570,7 +611,7 @@ void experts_backward(const Experts* experts, const float* grad, float* dx, floa
 
 struct Layer {
     const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *ffn_norm, *gate_up, *down;
-    float *keys, *values;  // [B, K, T, D] each
+    float *keys, *values;  // [B, K, D, T] and [B, K, T, D]
     int64_t window;
     float scale, eps;
 };
@@ -583,54 +624,57 @@ struct Step {
     float eps;
 };
 
-static void mix_row(const float* q, const float* keys, const float* values, int width, int low, int high, float scale, float* scores, float* out) {
-    for (int j = low; j < high; j++) {
-        const float* key = keys + static_cast<size_t>(j) * width;
-        float sum = 0;
-        for (int d = 0; d < width; d++) sum += q[d] * key[d];
-        scores[j - low] = sum * scale;
+// The G queries of one key head over keys [D, T] and values [T, D] of one row; scores [G, whole vectors].
+template <int GROUP>
+static void mix(const float* q, const float* keys, const float* values, int width, int room, int low, int high, float scale, float* scores, float* out) {
+    int begin = low / LANES * LANES, end = whole(high);
+    for (int j = begin; j < end; j += LANES) {
+        V16 sum[GROUP] = {};
+        for (int d = 0; d < width; d++) {
+            V16 column = load(keys + static_cast<size_t>(d) * room + j);
+            for (int g = 0; g < GROUP; g++) sum[g] += q[g * width + d] * column;
+        }
+        for (int g = 0; g < GROUP; g++) store(scores + g * room + j, sum[g] * scale);
     }
-    int seen = high - low;
-    soften(scores, 0, whole(seen), 0, seen);
-    std::fill_n(out, width, 0.0f);
-    for (int j = 0; j < seen; j++) {
-        const float *value = values + static_cast<size_t>(low + j) * width, weight = scores[j];
-        for (int d = 0; d < width; d++) out[d] += weight * value[d];
-    }
-}
-
-template <int WIDTH>
-static void mix_row_of(const float* q, const float* keys, const float* values, int, int low, int high, float scale, float* scores, float* out) {
-    mix_row(q, keys, values, WIDTH, low, high, scale, scores, out);
+    for (int g = 0; g < GROUP; g++) soften(scores + g * room, begin, end, low, high);
+    by_lanes(width, [&](int d, int count) {
+        V16 sum[GROUP] = {};
+        for (int j = low; j < high; j++) {
+            V16 value = load(values + static_cast<size_t>(j) * width + d, count);
+            for (int g = 0; g < GROUP; g++) sum[g] += scores[g * room + j] * value;
+        }
+        for (int g = 0; g < GROUP; g++) store(out + g * width + d, sum[g], count);
+    });
 }
 
 static void attend_cached(const Step& s, const Layer& layer) {
-    int width = s.width, heads = s.heads, kv_heads = s.kv_heads, group = heads / kv_heads;
-    auto mix = width == 16 ? mix_row_of<16> : width == 32 ? mix_row_of<32> : width == 64 ? mix_row_of<64> : width == 128 ? mix_row_of<128> : mix_row;
+    int width = s.width, heads = s.heads, kv_heads = s.kv_heads, group = heads / kv_heads, room = s.room;
 #pragma omp parallel num_threads(s.threads)
     {
-        std::vector<float> scores(whole(s.room)), q(width), normed(width);
+        std::vector<float> scores(4 * room), q(group * width), turned(width), normed(width);
 #pragma omp for
         for (int64_t b = 0; b < s.rows; b++) {
             float* row = s.qkv + b * (heads + 2 * kv_heads) * width;
             int64_t position = s.positions[b];
             if (layer.qkv_bias)
                 for (int i = 0; i < (heads + 2 * kv_heads) * width; i++) row[i] += layer.qkv_bias[i];
-            const float *cos = s.cos + position * width, *sin = s.sin + position * width;
             auto prepared = [&](const float* x, const float* weight, float* y) {
                 if (weight) normalize(x, weight, layer.eps, width, normed.data());
-                turn(weight ? normed.data() : x, cos, sin, 1.0f, width, y);
+                turn(weight ? normed.data() : x, s.cos + position * width, s.sin + position * width, 1.0f, width, y);
             };
             int low = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
             for (int k = 0; k < kv_heads; k++) {
-                size_t head = (static_cast<size_t>(b) * kv_heads + k) * s.room * width;
+                size_t head = (static_cast<size_t>(b) * kv_heads + k) * room * width;
                 float *keys = layer.keys + head, *values = layer.values + head;
-                prepared(row + (heads + k) * width, layer.k_norm, keys + position * width);
+                prepared(row + (heads + k) * width, layer.k_norm, turned.data());
+                for (int d = 0; d < width; d++) keys[static_cast<size_t>(d) * room + position] = turned[d];
                 std::memcpy(values + position * width, row + (heads + kv_heads + k) * width, width * sizeof(float));
-                for (int h = k * group; h < (k + 1) * group; h++) {
-                    prepared(row + h * width, layer.q_norm, q.data());
-                    mix(q.data(), keys, values, width, low, position + 1, layer.scale, scores.data(), s.mixed + (b * heads + h) * width);
-                }
+                for (int g = 0; g < group; g++) prepared(row + (k * group + g) * width, layer.q_norm, &q[g * width]);
+                float* out = s.mixed + (b * heads + k * group) * width;
+                int g = 0;
+                for (; g + 4 <= group; g += 4) mix<4>(&q[g * width], keys, values, width, room, low, position + 1, layer.scale, scores.data(), out + g * width);
+                for (; g + 3 <= group; g += 3) mix<3>(&q[g * width], keys, values, width, room, low, position + 1, layer.scale, scores.data(), out + g * width);
+                for (; g < group; g++) mix<1>(&q[g * width], keys, values, width, room, low, position + 1, layer.scale, scores.data(), out + g * width);
             }
         }
     }
@@ -650,19 +694,23 @@ void decode(const Step* step, const Layer* layers, float* out) {
     for (int64_t l = 0; l < s.layers; l++) {
         const Layer& layer = layers[l];
         norm(layer.attention_norm, layer.eps, s.normed);
-        product(rows, (s.heads + 2 * s.kv_heads) * s.width, hidden, s.normed, layer.qkv, s.qkv, false);
+        product(rows, (s.heads + 2 * s.kv_heads) * s.width, hidden, s.normed, layer.qkv, s.qkv, false, s.threads);
         attend_cached(s, layer);
-        product(rows, hidden, asked, s.mixed, layer.out, s.x, true);
+        product(rows, hidden, asked, s.mixed, layer.out, s.x, true, s.threads);
         norm(layer.ffn_norm, layer.eps, s.normed);
-        product(rows, 2 * inner, hidden, s.normed, layer.gate_up, s.gate_up, false);
+        product(rows, 2 * inner, hidden, s.normed, layer.gate_up, s.gate_up, false, s.threads);
 #pragma omp parallel for num_threads(s.threads) if (rows * inner > 1 << 13)
         for (int b = 0; b < rows; b++) swiglu_row(s.gate_up + static_cast<int64_t>(b) * 2 * inner, inner, s.inner + static_cast<int64_t>(b) * inner);
-        product(rows, hidden, inner, s.inner, layer.down, s.x, true);
+        product(rows, hidden, inner, s.inner, layer.down, s.x, true, s.threads);
     }
     norm(s.norm, s.eps, out);
 }
 
 // ---------------------------------------------------------------- the next token
+
+void linear(const float* x, const float* weight, int rows, int columns, int inner, float* y, int threads) {
+    product(rows, columns, inner, x, weight, y, false, threads);
+}
 
 // Of each row of logits [B, V]: the first token at which the cumulative softmax passes the uniform number, and its
 // log-probability. Sums in float64.

@@ -281,7 +281,7 @@ class Mixture(torch.autograd.Function):
     def backward(ctx, grad):
         x, gate_up, down, weights, *_ = saved = ctx.saved_tensors
         grad = grad.contiguous()
-        found = torch.empty_like(x), torch.zeros_like(gate_up), torch.zeros_like(down), torch.empty_like(weights)
+        found = tuple(torch.empty_like(part) for part in (x, gate_up, down, weights))
         library().experts_backward(ctypes.byref(Mixture.laid(saved)), _at(grad), *map(_at, found))
         return *found, None, None
 
@@ -338,11 +338,11 @@ class Decoding:
         if not self.scratch or len(self.scratch[0]) < rows:
             self.scratch = [model.embed.weight.new_empty(rows, width) for width in self.widths]
         for slot, layer in enumerate(self.layers):
-            layer.keys, layer.values = cache.k_LBKTD[slot].data_ptr(), cache.v_LBKTD[slot].data_ptr()
+            layer.keys, layer.values = cache.k_LBKDT[slot].data_ptr(), cache.v_LBKTD[slot].data_ptr()
         out_BC = model.embed.weight.new_empty(rows, config.hidden_size)
         step = _Step(
             config.layers, rows, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
-            cache.k_LBKTD.shape[3], torch.get_num_threads(), model.embed.weight.data_ptr(), model.norm.weight.data_ptr(),
+            cache.k_LBKDT.shape[4], torch.get_num_threads(), model.embed.weight.data_ptr(), model.norm.weight.data_ptr(),
             model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(),
             *(part.data_ptr() for part in self.scratch), model.norm.eps,
         )  # fmt: skip
@@ -356,6 +356,14 @@ class Decoding:
                    block.ffn_norm.weight, ffn.gate_up.weight, ffn.down.weight)  # fmt: skip
         pointers = (None if weight is None else weight.data_ptr() for weight in weights)
         return _Layer(*pointers, None, None, attention.layer.window, attention.layer.scale, block.attention_norm.eps)
+
+
+def linear(x_BC: Tensor, weight_VC: Tensor) -> Tensor:
+    """x @ weight^T: for few rows by products that read the weights once, else BLAS's."""
+    x_BC, weight_VC = x_BC.contiguous(), weight_VC.contiguous()
+    y_BV = x_BC.new_empty(len(x_BC), len(weight_VC))
+    library().linear(_at(x_BC), _at(weight_VC), *map(ctypes.c_int, (len(x_BC), *weight_VC.shape)), _at(y_BV), torch.get_num_threads())
+    return y_BV
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -332,7 +332,7 @@ def _swept(job: Job, config: ModelConfig, sampled: int) -> Outcome:
 
 def rows_for(decoder: Decoder) -> int:
     """How many rows to keep in flight: enough for wide products, few enough for the cache to stay small."""
-    return 512 if decoder.config.parameters < 10_000_000 else 64
+    return 256 if decoder.config.parameters < 10_000_000 else 64
 
 
 def _fault(group: Group, i: int, stage: Sample) -> str | None:

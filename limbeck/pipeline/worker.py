@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -111,6 +112,7 @@ def _carry_out(job: Job) -> dict[str, Any]:
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
+        _forget_peak()
         began, cpu = time.monotonic(), time.process_time()
         outcome = STAGES[job.stage.kind](job)
         sync_below(job.folder)
@@ -119,10 +121,24 @@ def _carry_out(job: Job) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _forget_peak() -> None:
+    """Let the peak begin anew with each stage that a worker carries out, where the system can (proc(5), clear_refs)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Most resident bytes since then; elsewhere since the worker began."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _spent(began: float, cpu: float) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spent = {"seconds": round(time.monotonic() - began, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
-    return {**spent, "peak_memory_bytes": peak}
+    return {**spent, "peak_memory_bytes": _peak()}
 
 
 def _crashed(error: BaseException) -> dict[str, Any]:
