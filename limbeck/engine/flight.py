@@ -36,6 +36,7 @@ class Flight:
 
     drafted = accepted = 0
     held_back = 0  # tokens of a prompt that are left to the first step
+    compiled = True  # whether the kernels' step of decoding will do
 
     def __init__(self, model: Decoder, end: int, sampling: SamplingParams):
         weight = model.embed.weight
@@ -43,8 +44,8 @@ class Flight:
         self.ends = {end, *sampling.stop_ids}
         self.ends_V = torch.zeros(max(model.config.vocab_size, max(self.ends) + 1), dtype=torch.bool)
         self.ends_V[list(self.ends)] = True
-        self.cache = KVCache(model.config, weight.dtype, weight.device)
-        self.decoding = kernels.Decoding(model) if kernels.Decoding.fits(model) else None
+        self.decoding = kernels.Decoding(model) if self.compiled and kernels.Decoding.fits(model) else None
+        self.cache = KVCache(model.config, weight.dtype, weight.device, zeroed=self.decoding is None)
         budget = sampling.max_new_tokens
         self.tokens_BT = torch.zeros(0, budget, dtype=torch.long)
         self.logprobs_BT = torch.zeros(0, budget, dtype=weight.dtype)

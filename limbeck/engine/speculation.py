@@ -22,6 +22,7 @@ class Speculation(Flight):
     """Up to two tokens a row and step. A prompt's last token is left to the first step, which drafts already."""
 
     held_back = 1
+    compiled = False  # two tokens a row
 
     def __init__(self, model: Decoder, end: int, sampling: SamplingParams):
         super().__init__(model, end, sampling)

@@ -215,23 +215,37 @@ class KVCache:
     Keys are stored as [layers, B, K, D, T], so that one number of a query meets many of them side by side, values
     as [layers, B, K, T, D], with room to grow; MLA keeps its latents as keys of one head, and no values, for they
     are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
-    takes tokens back. Attention looks at the longest row and no further.
+    takes tokens back. Attention looks at the longest row and no further. Rows of one prompt may all read the copy
+    of the first of them (`lenders`), which then stays near the processor.
     """
 
     absorbed = True
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", zeroed: bool = True
+    ):  # fmt: skip
         self.config, self.dtype, self.device = config, dtype, device
+        self.make = torch.zeros if zeroed else torch.empty  # masked positions are multiplied by zero; kernels skip them
         self.heads, *self.widths = config.cache_widths
         self.lengths = torch.zeros(0, dtype=torch.long, device=device)
         self.k_LBKDT, self.v_LBKTD = self._room(0, 0)
-        self.positions = self.lengths
+        self.positions = self.shared = self._family = self._lenders = self.lengths
         self.routes: Routes | None = None
+
+    @property
+    def lenders(self) -> Tensor:
+        """Of each row, the first one with the same prompt that still holds it."""
+        if len(self._lenders) != len(self.lengths):
+            rows = torch.arange(len(self.lengths), device=self.device)
+            holders = rows.masked_fill(self.shared == 0, len(rows))
+            first = holders.new_full((int(self._family.max()) + 1,), len(rows)).scatter_reduce_(0, self._family, holders, "amin")
+            self._lenders = torch.where(self.shared == 0, rows, first[self._family])
+        return self._lenders
 
     def _room(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         first, (key, value) = (self.config.slots + self.config.predicted, rows, self.heads), self.widths
         shapes = (*first, key, length), (*first, length, value)
-        return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes)
+        return tuple(self.make(shape, dtype=self.dtype, device=self.device) for shape in shapes)
 
     @property
     def bytes(self) -> int:
@@ -244,6 +258,8 @@ class KVCache:
         old, new = len(self.lengths), len(source)
         self._reserve(old + new, int(lengths.max()), old)
         self.lengths = torch.cat([self.lengths, lengths[source]])
+        self.shared = torch.cat([self.shared, lengths[source]])
+        self._family = torch.cat([self._family, source + (int(self._family.max()) + 1 if old else 0)])
         begin = 0
         row = old
         for length, count in zip(prefill.lengths, copies, strict=True):
@@ -256,12 +272,14 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, in this order."""
-        self.lengths = self.lengths[rows]
+        self.lengths, self.shared, self._family, self._lenders = self.lengths[rows], self.shared[rows], self._family[rows], rows[:0]
         self.k_LBKDT, self.v_LBKTD = self.k_LBKDT.index_select(1, rows), self.v_LBKTD.index_select(1, rows)
 
     def rest(self, idle_B: Tensor) -> None:
         """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
         self.lengths = self.lengths.masked_fill(idle_B, 0)
+        if (self.shared[idle_B] > 0).any():
+            self.shared, self._lenders = self.shared.masked_fill(idle_B, 0), self.lengths[:0]
 
     def advance(self, count: int = 1) -> None:
         """Make room for `count` more tokens a row, and say where they land; call once before each step."""

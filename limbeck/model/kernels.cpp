@@ -619,32 +619,75 @@ struct Layer {
 struct Step {
     int64_t layers, rows, hidden, heads, kv_heads, width, intermediate, room, threads;
     const float *embed, *norm, *cos, *sin;  // cos and sin [positions, D]
-    const int64_t *tokens, *positions;      // of each row: what it says, and where that lands
+    // of each row: what it says, where that lands, whose copy of the prompt it reads, and how long that is
+    const int64_t *tokens, *positions, *lenders, *shared;
     float *x, *normed, *qkv, *mixed, *gate_up, *inner;
     float eps;
 };
 
-// The G queries of one key head over keys [D, T] and values [T, D] of one row; scores [G, whole vectors].
-template <int GROUP>
-static void mix(const float* q, const float* keys, const float* values, int width, int room, int low, int high, float scale, float* scores, float* out) {
-    int begin = low / LANES * LANES, end = whole(high);
-    for (int j = begin; j < end; j += LANES) {
-        V16 sum[GROUP] = {};
-        for (int d = 0; d < width; d++) {
-            V16 column = load(keys + static_cast<size_t>(d) * room + j);
-            for (int g = 0; g < GROUP; g++) sum[g] += q[g * width + d] * column;
+// scores [G, room] of G queries against STRIPS whole vectors of keys [D, T] from `begin` on
+template <int GROUP, int STRIPS>
+static inline void meet(const float* q, const float* keys, int width, int room, int begin, float scale, float* scores) {
+    V16 sum[GROUP][STRIPS] = {};
+    for (int d = 0; d < width; d++) {
+        const float* row = keys + static_cast<size_t>(d) * room + begin;
+        for (int n = 0; n < STRIPS; n++) {
+            V16 column = load(row + n * LANES);
+            for (int g = 0; g < GROUP; g++) sum[g][n] += q[g * width + d] * column;
         }
-        for (int g = 0; g < GROUP; g++) store(scores + g * room + j, sum[g] * scale);
     }
-    for (int g = 0; g < GROUP; g++) soften(scores + g * room, begin, end, low, high);
-    by_lanes(width, [&](int d, int count) {
-        V16 sum[GROUP] = {};
-        for (int j = low; j < high; j++) {
-            V16 value = load(values + static_cast<size_t>(j) * width + d, count);
-            for (int g = 0; g < GROUP; g++) sum[g] += scores[g * room + j] * value;
+    for (int g = 0; g < GROUP; g++)
+        for (int n = 0; n < STRIPS; n++) store(scores + g * room + begin + n * LANES, sum[g][n] * scale);
+}
+
+struct Stretch {  // positions [low, high) of one row's keys [D, T] and values [T, D]
+    const float *keys, *values;
+    int low, high;
+};
+
+// out [G, D] from `d` on, VECTORS at a time: values weighed with scores, two positions at once
+template <int GROUP, int VECTORS>
+static inline void blend(const float* scores, const Stretch* parts, int width, int room, int d, float* out) {
+    V16 sum[2][GROUP][VECTORS] = {};
+    for (int part = 0; part < 2; part++) {
+        int j = parts[part].low, high = parts[part].high;
+        const float* values = parts[part].values + d;
+        for (; j + 2 <= high; j += 2)
+            for (int two = 0; two < 2; two++)
+                for (int n = 0; n < VECTORS; n++) {
+                    V16 value = load(values + static_cast<size_t>(j + two) * width + n * LANES);
+                    for (int g = 0; g < GROUP; g++) sum[two][g][n] += scores[g * room + j + two] * value;
+                }
+        for (; j < high; j++)
+            for (int n = 0; n < VECTORS; n++)
+                for (int g = 0; g < GROUP; g++) sum[0][g][n] += scores[g * room + j] * load(values + static_cast<size_t>(j) * width + n * LANES);
+    }
+    for (int g = 0; g < GROUP; g++)
+        for (int n = 0; n < VECTORS; n++) store(out + g * width + d + n * LANES, sum[0][g][n] + sum[1][g][n]);
+}
+
+// The G queries of one key head over two stretches of positions, of which the first ends with a whole vector.
+template <int GROUP>
+static void mix(const float* q, const Stretch* parts, int width, int room, float scale, float* scores, float* out) {
+    constexpr int STRIPS = GROUP == 1 ? 8 : 4, VECTORS = GROUP == 1 ? 4 : 2;
+    int low = parts[0].low < parts[0].high ? parts[0].low : parts[1].low, high = parts[1].high, d = 0;
+    for (int part = 0; part < 2; part++) {
+        int j = parts[part].low / LANES * LANES, end = parts[part].low < parts[part].high ? whole(parts[part].high) : j;
+        for (; j + STRIPS * LANES <= end; j += STRIPS * LANES) meet<GROUP, STRIPS>(q, parts[part].keys, width, room, j, scale, scores);
+        for (; j + 2 * LANES <= end; j += 2 * LANES) meet<GROUP, 2>(q, parts[part].keys, width, room, j, scale, scores);
+        for (; j < end; j += LANES) meet<GROUP, 1>(q, parts[part].keys, width, room, j, scale, scores);
+    }
+    for (int g = 0; g < GROUP; g++) soften(scores + g * room, low / LANES * LANES, whole(high), low, high);
+    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES) blend<GROUP, VECTORS>(scores, parts, width, room, d, out);
+    for (; d + LANES <= width; d += LANES) blend<GROUP, 1>(scores, parts, width, room, d, out);
+    for (; d < width; d++)
+        for (int g = 0; g < GROUP; g++) {
+            float sum = 0;
+            for (int part = 0; part < 2; part++)
+                for (int i = parts[part].low; i < parts[part].high; i++)
+                    sum += scores[g * room + i] * parts[part].values[static_cast<size_t>(i) * width + d];
+            out[g * width + d] = sum;
         }
-        for (int g = 0; g < GROUP; g++) store(out + g * width + d, sum[g], count);
-    });
 }
 
 static void attend_cached(const Step& s, const Layer& layer) {
@@ -663,18 +706,21 @@ static void attend_cached(const Step& s, const Layer& layer) {
                 turn(weight ? normed.data() : x, s.cos + position * width, s.sin + position * width, 1.0f, width, y);
             };
             int low = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+            int cut = std::max<int>(low, s.shared[b] / LANES * LANES);
             for (int k = 0; k < kv_heads; k++) {
+                size_t lender = (static_cast<size_t>(s.lenders[b]) * kv_heads + k) * room * width;
                 size_t head = (static_cast<size_t>(b) * kv_heads + k) * room * width;
                 float *keys = layer.keys + head, *values = layer.values + head;
                 prepared(row + (heads + k) * width, layer.k_norm, turned.data());
                 for (int d = 0; d < width; d++) keys[static_cast<size_t>(d) * room + position] = turned[d];
                 std::memcpy(values + position * width, row + (heads + kv_heads + k) * width, width * sizeof(float));
                 for (int g = 0; g < group; g++) prepared(row + (k * group + g) * width, layer.q_norm, &q[g * width]);
+                Stretch parts[] = {{layer.keys + lender, layer.values + lender, low, cut}, {keys, values, cut, static_cast<int>(position) + 1}};
                 float* out = s.mixed + (b * heads + k * group) * width;
                 int g = 0;
-                for (; g + 4 <= group; g += 4) mix<4>(&q[g * width], keys, values, width, room, low, position + 1, layer.scale, scores.data(), out + g * width);
-                for (; g + 3 <= group; g += 3) mix<3>(&q[g * width], keys, values, width, room, low, position + 1, layer.scale, scores.data(), out + g * width);
-                for (; g < group; g++) mix<1>(&q[g * width], keys, values, width, room, low, position + 1, layer.scale, scores.data(), out + g * width);
+                for (; g + 4 <= group; g += 4) mix<4>(&q[g * width], parts, width, room, layer.scale, scores.data(), out + g * width);
+                for (; g + 3 <= group; g += 3) mix<3>(&q[g * width], parts, width, room, layer.scale, scores.data(), out + g * width);
+                for (; g < group; g++) mix<1>(&q[g * width], parts, width, room, layer.scale, scores.data(), out + g * width);
             }
         }
     }

@@ -308,7 +308,7 @@ class _Layer(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("layers", "rows", "hidden", "heads", "kv_heads", "width", "intermediate", "room", "threads")),
-        *((n, ctypes.c_void_p) for n in ("embed", "norm", "cos", "sin", "tokens", "positions")),
+        *((n, ctypes.c_void_p) for n in ("embed", "norm", "cos", "sin", "tokens", "positions", "lenders", "shared")),
         *((n, ctypes.c_void_p) for n in ("x", "normed", "qkv", "mixed", "gate_up", "inner")),
         ("eps", ctypes.c_float),
     ]  # fmt: skip
@@ -343,7 +343,7 @@ class Decoding:
         step = _Step(
             config.layers, rows, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
             cache.k_LBKDT.shape[4], torch.get_num_threads(), model.embed.weight.data_ptr(), model.norm.weight.data_ptr(),
-            model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(),
+            model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(), cache.lenders.data_ptr(), cache.shared.data_ptr(),
             *(part.data_ptr() for part in self.scratch), model.norm.eps,
         )  # fmt: skip
         library().decode(ctypes.byref(step), self.layers, _at(out_BC))
