@@ -141,6 +141,9 @@ class RL(Stage):
     batch_tokens: int = Field(
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
+    recompute: bool = Field(
+        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+    )
 
 
 class Screen(Stage):
@@ -206,6 +209,9 @@ class SFT(Stage):
         "keep", description="learn thought and answer, or the answer alone"
     )
     batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
+    recompute: bool = Field(
+        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+    )
     optimizer: Optimizer = Field(
         Optimizer(name="muon", learning_rate=2e-3, schedule="cosine"), description="how the weights move"
     )

@@ -453,3 +453,28 @@ def test_reinforce_ends_when_its_flops_are_spent(decoder, tokenizer, clock, tmp_
         spend(tmp_path / "stopped", just, stop=lambda: True)
     assert len(read_metrics(tmp_path / "stopped")) == 1
     assert spend(tmp_path / "stopped", just) == [first, second]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_recomputing_changes_no_bit_and_keeps_less(decoder, batch):
+    """The gradient of a whole batch; and how many numbers autograd holds on to."""
+
+    def learn(recompute: bool) -> tuple[torch.Tensor, int]:
+        model, held = decoder(vocab_size=VOCABULARY), 0
+        learner = Learner(model, Optimizer(), 1, recompute)
+
+        def hold(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal held
+            held += tensor.numel()
+            return tensor
+
+        packed = pack(BATCHES[batch](), 1 << 20)[0]
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            loss = cross_entropy(learner.forward(packed)[0], packed)[0]
+        before = held
+        loss.backward()
+        return gradient(model), before
+
+    (plain, whole), (again, less) = learn(False), learn(True)
+    assert torch.equal(plain, again)
+    assert less < whole / 2

@@ -48,7 +48,7 @@ class Packed:
 
     @cached_property
     def _trees(self) -> kernels.Trees:
-        return kernels.Trees([sum(self.lengths[:i]) for i in range(len(self.lengths))], self.lengths)
+        return kernels.Trees(np.cumsum([0, *self.lengths[:-1]]), self.lengths)
 
     def keep(self) -> Packed:
         """Remember what every layer keeps of each token: a prefill."""
@@ -83,19 +83,18 @@ class Branched:
     def __init__(self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2):
         self.prompts, self.width = prompts, width
         first = next((i for i, n in enumerate(lengths) if n), len(lengths))  # an empty one has nothing to attend
-        rows = list(lengths[first:])
         self.owners = torch.as_tensor(owners[first:], dtype=torch.long)
-        self.lengths, self.slack = rows, slack
-        columns = [width + torch.arange(n) for n in rows]
+        self.lengths, self.slack = list(lengths[first:]), slack
+        columns = [width + torch.arange(n) for n in self.lengths]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
-        self._lengths = [width] * prompts + rows
         self._last: tuple[Tensor, Tensor] | None = None
         self.routes: Routes | None = None
 
     @property
     def sequences(self) -> Tensor:
         """Which prompt or completion each token is of."""
-        return torch.arange(len(self._lengths)).repeat_interleave(torch.tensor(self._lengths))
+        lengths = [self.width] * self.prompts + self.lengths
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
     @cached_property
     def _runs(self) -> _Runs:

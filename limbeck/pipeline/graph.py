@@ -16,7 +16,7 @@ from ..types import LimbeckError
 from . import curate as desk
 from .store import Artifact, Store, digest_file, digest_of
 
-QUIET = {"title", "log_every", "save_every"}
+QUIET = {"title", "log_every", "save_every", "recompute"}
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
 

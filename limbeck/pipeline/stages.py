@@ -98,7 +98,7 @@ def run_rl(job: Job) -> Outcome:
     stage: RL = job.stage
     decoder, tokenizer = job.model(stage.model)
     updates = stage.steps * stage.policy.updates_per_rollout
-    learner = Learner(decoder, stage.optimizer, updates)
+    learner = Learner(decoder, stage.optimizer, updates, stage.recompute)
     reference = Learner(job.model(stage.model)[0], stage.optimizer, 1) if stage.policy.kl_coef else None
     engine, checkpoint = _engine(decoder, tokenizer, stage.sampling), job.checkpoint()
     tasks = job.mixture(stage.problems, stage.rewards)
@@ -366,7 +366,8 @@ def _fit(
 ) -> Outcome:
     """What every supervised stage does: learn by plan, from the last checkpoint on; save the model; count."""
     stage: Pretrain | SFT = job.stage
-    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan)), job.checkpoint()
+    recompute = isinstance(stage, SFT) and stage.recompute
+    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan), recompute), job.checkpoint()
     if state := checkpoint.restore():
         learner.load_state_dict(state["learner"])
     fit(learner, samples, plan, micro_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, Routes, balance_experts
 from ..parts import Optimizer as OptimizerSettings
+from ..types import LimbeckError
 from .batch import Batch
 from .losses import Loss
 from .optimizer import Optimizer
@@ -23,10 +24,14 @@ CHUNK = 1 << 22  # logits that may stand in memory at once: 16 MiB in float32
 
 
 class Learner:
-    """Owns the weights that learn. `step` counts updates and drives the schedule."""
+    """Owns the weights that learn. `step` counts updates and drives the schedule; `recompute` trades time for memory
+    (model/decoder.py)."""
 
-    def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int):
+    def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int, recompute: bool = False):
         self.model, self.settings, self.step = model, settings, 0
+        if recompute and (model.config.experts or model.config.share_kv > 1):
+            raise LimbeckError("recompute: mixtures of experts and shared keys keep notes of a forward pass; leave it out")
+        model.recompute = recompute
         self.optimizer = Optimizer(model, settings, steps)
         self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
