@@ -4,7 +4,8 @@
     python -m bench.rollout --size 135m --rows 8 --threads 2
 
 Groups of eight on prompts of 64 tokens (fewer than eight rows: one group). `decode` leaves the prompts out: it is
-(B x (N - 1)) / (time of N tokens - time of one).
+(B x (N - 1)) / (time of N tokens - time of one). `products_gflops` is what torch's own products reach on this model's
+matrices at B rows, one after the other: the roof of a step, where a large square product is the processor's.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def main() -> None:
         for side in sides:
             side.close()
         work = config.flops_per_token(PROMPT + NEW[options.size] // 2) / 1e9
+        reached = timed["limbeck"].medians["products_gflops"]
         for side in timed.values():
+            side.medians["share_of_products"] = side.medians["decode"] * work / reached
             side.medians["roofline_share"] = side.medians["decode"] * work / roof["gflops"]
         facts = {"size": options.size, "rows": rows, "threads": options.threads}
         tell(f"rollouts, {options.size}, {rows} rows, {options.threads} thread(s)", timed, roof, options.json, **facts)

@@ -22,7 +22,7 @@ sampling = SamplingParams(max_new_tokens=zero.sampling.max_new_tokens)
 
 
 def accuracy(decoder: Decoder) -> float:
-    """At temperature 1, over a sample of the held-out problems."""
+    """At temperature 1, over a sample of the held-out problems, three answers each."""
     problems = tasks.draw(SETTINGS["asked"], 0, "test")
-    groups = [tasks.score(group) for group in Engine(decoder, tokenizer).rollout(problems, 1, sampling, "accuracy")]
-    return sum(group.scores[0].parts["accuracy"] for group in groups) / len(groups)
+    groups = [tasks.score(group) for group in Engine(decoder, tokenizer).rollout(problems, 3, sampling, "accuracy")]
+    return sum(score.parts["accuracy"] for group in groups for score in group.scores) / (3 * len(groups))
