@@ -22,7 +22,7 @@ problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
 
 def products(rows: int) -> float:
     """GFLOP/s of this model's own matrix products at so many rows, one after the other, as a step meets them."""
-    matrices = [p for n, p in decoder.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
+    matrices = [p for n, p in decoder.named_parameters() if p.ndim == 2 and n.startswith("blocks")] + [decoder.head.weight]
     inputs = {p.shape[1]: torch.randn(rows, p.shape[1]) for p in matrices}
     times = []
     for _ in range(8):
