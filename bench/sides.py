@@ -51,18 +51,21 @@ class Side:
             **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent),
             "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
-        self.name, self.turns = name, []
-        self.log = (CACHE / f"{name}.log").open("w") if CACHE.mkdir(parents=True, exist_ok=True) is None else None
+        CACHE.mkdir(parents=True, exist_ok=True)
+        self.name, self.log = name, (CACHE / f"{name}.log").open("w")
         self.process = subprocess.Popen(
-            [python, str(HERE / "workers" / script), json.dumps({**settings, "threads": threads})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
+            [python, str(HERE / "workers" / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
         )  # fmt: skip
+        self._write(json.dumps({**settings, "threads": threads}))
         self._read()  # ready
 
     def turn(self) -> dict[str, float]:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        self._write("go")
         return self._read()
+
+    def _write(self, line: str) -> None:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def _read(self) -> dict[str, float]:
         line = self.process.stdout.readline()

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-SETTINGS = json.loads(sys.argv[1])
+SETTINGS = json.loads(sys.stdin.readline())
 _out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # whatever prints goes to the log
 

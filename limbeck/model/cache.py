@@ -272,7 +272,8 @@ class KVCache:
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows, in this order."""
         self.lengths, self.shared, self._family, self._lenders = self.lengths[rows], self.shared[rows], self._family[rows], rows[:0]
-        self.k_LBKDT, self.v_LBKTD = self.k_LBKDT.index_select(1, rows), self.v_LBKTD.index_select(1, rows)
+        self.k_LBKDT = self.k_LBKDT.index_select(1, rows)  # one after the other: never two copies of both
+        self.v_LBKTD = self.v_LBKTD.index_select(1, rows)
 
     def rest(self, idle_B: Tensor) -> None:
         """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""

@@ -384,6 +384,14 @@ static void attend_backward(
     }
 }
 
+// The trunk of a tree, then its branches: each one's first token, its place on the path, its length, and whether it is the trunk.
+template <typename Visit>
+static void walk(const Trees& trees, int t, Visit visit) {
+    visit(static_cast<int64_t>(trees.trunk[t]), 0, trees.trunk_length[t], true);
+    for (int b = trees.first_branch[t]; b < trees.first_branch[t + 1]; b++)
+        visit(static_cast<int64_t>(trees.branch[b]), trees.trunk_length[t], trees.branch_length[b], false);
+}
+
 static int longest_path(const Trees& trees) {
     int longest = 0;
     for (int t = 0; t < trees.count; t++) {
@@ -407,16 +415,11 @@ void attention_forward(const Trees* trees, const Heads* h, float* out, float* ls
         Scratch scratch(keys.room, keys.vectors * LANES, false);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int t = 0; t < trees->count; t++)
-            for (int head = 0; head < h->kv_heads; head++) {
-                int trunk = trees->trunk_length[t];
-                for (int b = trees->first_branch[t] - 1; b < trees->first_branch[t + 1]; b++) {
-                    bool root = b < trees->first_branch[t];
-                    int64_t token = root ? trees->trunk[t] : trees->branch[b];
-                    int place = root ? 0 : trunk, length = root ? trunk : trees->branch_length[b];
+            for (int head = 0; head < h->kv_heads; head++)
+                walk(*trees, t, [&](int64_t token, int place, int length, bool) {
                     keys.take(*h, head, token, place, length);
                     for (int g = 0; g < group; g++) attend_forward(*h, keys, scratch, head * group + g, token, place, length, out, lse);
-                }
-            }
+                });
     }
 }
 
@@ -438,17 +441,13 @@ void attention_backward(const Trees* trees, const Heads* h, const float* grad, f
 #pragma omp for collapse(2) schedule(dynamic)
         for (int t = 0; t < trees->count; t++)
             for (int head = 0; head < h->kv_heads; head++) {
-                int trunk = trees->trunk_length[t];
-                for (int b = trees->first_branch[t] - 1; b < trees->first_branch[t + 1]; b++) {
-                    bool root = b < trees->first_branch[t];
-                    int64_t token = root ? trees->trunk[t] : trees->branch[b];
-                    int place = root ? 0 : trunk, length = root ? trunk : trees->branch_length[b];
+                walk(*trees, t, [&](int64_t token, int place, int length, bool root) {
                     keys.take(*h, head, token, place, length);
                     for (int g = 0; g < group; g++)
                         attend_backward(*h, keys, scratch, head * group + g, token, place, length, grad, lse, dq);
                     if (!root) give(head, token, place, length);
-                }
-                give(head, trees->trunk[t], 0, trunk);
+                });
+                give(head, trees->trunk[t], 0, trees->trunk_length[t]);  // once every branch has added to it
             }
     }
 }

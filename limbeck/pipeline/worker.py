@@ -7,6 +7,8 @@ nobody writes into a folder that a new run may take over.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -112,7 +114,7 @@ def _carry_out(job: Job) -> dict[str, Any]:
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
-        _forget_peak()
+        _forget()
         began, cpu = time.monotonic(), time.process_time()
         outcome = STAGES[job.stage.kind](job)
         sync_below(job.folder)
@@ -121,8 +123,12 @@ def _carry_out(job: Job) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _forget_peak() -> None:
-    """Let the peak begin anew with each stage that a worker carries out, where the system can (proc(5), clear_refs)."""
+def _forget() -> None:
+    """Give back what the stage before has left, and let the peak begin anew, where the system can (malloc_trim(3);
+    proc(5), clear_refs)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
