@@ -35,8 +35,6 @@ def main() -> None:
         Side("trl", "trl_grpo.py", python_of("trl"), settings, options.threads),
     ]
     timed = alternate(sides, options.repeats)
-    for side in sides:
-        side.close()
     title = f"GRPO step, {options.size}, {options.lengths} lengths, {options.threads} thread(s)"
     tell(title, timed, roofline(options.threads), options.json, size=options.size, lengths=options.lengths, threads=options.threads)
 

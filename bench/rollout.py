@@ -41,8 +41,6 @@ def main() -> None:
         if not options.alone:
             sides.append(Side("transformers", "transformers_rollout.py", python_of("transformers"), settings, options.threads))
         timed, roof = alternate(sides, options.repeats), roofline(options.threads)
-        for side in sides:
-            side.close()
         work = config.flops_per_token(PROMPT + NEW[options.size] // 2) / 1e9
         reached = timed["limbeck"].medians["products_gflops"]
         for side in timed.values():

@@ -38,8 +38,6 @@ def main() -> None:
         name = "trl, packed" if packed else "trl"
         sides.append(Side(name, "trl_sft.py", python_of("trl"), {**settings, "packed": packed}, options.threads))
     timed = alternate(sides, options.repeats)
-    for side in sides:
-        side.close()
     facts = {"size": options.size, "threads": options.threads}
     tell(f"SFT, {options.size}, {options.threads} thread(s)", timed, roofline(options.threads), options.json, **facts)
     ours, *theirs = (side.medians["tokens_per_second"] for side in timed.values())

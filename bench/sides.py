@@ -96,7 +96,7 @@ class Timed:
 
 
 def alternate(sides: list[Side], repeats: int, warmup: int = 1) -> dict[str, Timed]:
-    """Every side once a round; the first rounds warm up and do not count."""
+    """Every side once a round; the first rounds warm up and do not count. The sides are closed in the end."""
     turns: dict[str, list[dict[str, float]]] = {side.name: [] for side in sides}
     for i in range(warmup + repeats):
         for side in sides:
@@ -104,6 +104,8 @@ def alternate(sides: list[Side], repeats: int, warmup: int = 1) -> dict[str, Tim
             print(f"  {side.name:12} {said['wall']:8.3f} s{' (warm-up)' if i < warmup else ''}", file=sys.stderr, flush=True)
             if i >= warmup:
                 turns[side.name].append(said)
+    for side in sides:
+        side.close()
     return {name: Timed.of(name, said) for name, said in turns.items()}
 
 

@@ -42,8 +42,6 @@ def main() -> None:
     if not options.alone:
         sides.append(Side("transformers", "transformers_update.py", python_of("transformers"), settings, options.threads))
     timed, roof = alternate(sides, options.repeats), roofline(options.threads)
-    for side in sides:
-        side.close()
     work = useful(ModelConfig.from_directory(folder), prompts, lengths, width)
     for side in timed.values():
         side.medians["useful_gflops"] = work / side.seconds[1] / 1e9

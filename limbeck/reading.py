@@ -170,7 +170,7 @@ def _check_references(path: Path, recipe: Recipe) -> None:
         match stage:
             case RL() | Screen() | Sample():
                 cite(name, "model", stage.model, MODELS, "a model")
-                if getattr(stage, "flops_of", None):
+                if isinstance(stage, RL) and stage.flops_of:
                     cite(name, "flops_of", stage.flops_of, MODELS, "a stage that learns")
             case SFT():
                 cite(name, "model", stage.model, MODELS, "a model")

@@ -13,7 +13,7 @@ from limbeck.model import weights
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import group_advantages, policy_gradient
-from limbeck.train.rl import _minibatches
+from limbeck.train.rl import minibatches
 
 torch.set_num_threads(SETTINGS["threads"])
 policy = zero.policy
@@ -26,7 +26,7 @@ for step, clock in enumerate(turns()):
     groups = [tasks.score(group) for group in engine.rollout(problems, policy.group_size, sampling, (SETTINGS["seed"], step))]
     groups = [group for group in groups if len(set(group.rewards)) > 1]
     samples = to_samples(groups, group_advantages(groups, policy.advantage_scale), False)
-    for part in _minibatches(samples, policy.updates_per_rollout, (SETTINGS["seed"], step)):
+    for part in minibatches(samples, policy.updates_per_rollout, (SETTINGS["seed"], step)):
         learner.update(pack(part, zero.batch_tokens), loss)
     wall = clock.elapsed()
     clock.say(step=wall, accuracy=accuracy(decoder) if (step + 1) % SETTINGS["every"] == 0 else -1)

@@ -26,8 +26,8 @@ static inline int whole(int count) { return (count + LANES - 1) / LANES * LANES;
 static inline V16 exponential(V16 x) {
     V16 kept = x < -87.0f ? V16{} - 87.0f : x;
     V16 turns = kept * 1.44269504088896341f;
-    I16 whole = __builtin_convertvector(turns + (turns < 0.0f ? V16{} - 0.5f : V16{} + 0.5f), I16);
-    V16 n = __builtin_convertvector(whole, V16);
+    I16 nearest = __builtin_convertvector(turns + (turns < 0.0f ? V16{} - 0.5f : V16{} + 0.5f), I16);
+    V16 n = __builtin_convertvector(nearest, V16);
     V16 r = kept - n * 0.693359375f + n * 2.12194440e-4f;
     V16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -35,7 +35,7 @@ static inline V16 exponential(V16 x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    I16 bits = (whole + 127) << 23;
+    I16 bits = (nearest + 127) << 23;
     V16 power;
     std::memcpy(&power, &bits, sizeof power);
     return x < -87.0f ? V16{} : p * power;
@@ -254,7 +254,7 @@ static void against(const float* const* rows, int count, const float* columns, i
     }
 }
 
-// out[q] += sum over j of weights[q][j] x row j, one vector of the rows at a time
+// out[q] = sum over j of weights[q][j] x row j, one vector of the rows at a time
 template <int VECTORS>
 static void along(const float* weights, int room, const float* rows, int padded, int low, int high, float* out) {
     V16 sum[QUERIES][VECTORS] = {};

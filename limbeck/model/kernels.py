@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import platformdirs
@@ -204,21 +204,17 @@ class _Asked(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Trees(NamedTuple):
-    """Sequences as trees: token and length of each trunk; branches in order, and how many each trunk has."""
+class Trees:
+    """Sequences as trees: token and length of each trunk; branches in order, and how many each trunk has. Laid down
+    once, as the kernels read them, for all layers and both directions."""
 
-    trunks: Sequence[int]
-    lengths: Sequence[int]
-    counts: Sequence[int] = ()
-    branches: Sequence[int] = ()
-    branch_lengths: Sequence[int] = ()
-
-    def laid(self) -> tuple[_Trees, list[np.ndarray]]:
-        """As the kernels read them, and the arrays that they point into."""
-        first = np.cumsum([0, *(self.counts or [0] * len(self.trunks))])
-        parts = (self.trunks, self.lengths, first, self.branches, self.branch_lengths)
-        arrays = [np.asarray(part, dtype=np.int32) for part in parts]
-        return _Trees(len(self.trunks), *(array.ctypes.data for array in arrays)), arrays
+    def __init__(
+        self, trunks: Sequence[int], lengths: Sequence[int], counts: Sequence[int] | None = None,
+        branches: Sequence[int] = (), branch_lengths: Sequence[int] = (),
+    ):  # fmt: skip
+        first = np.cumsum([0, *(counts or [0] * len(trunks))])
+        self._arrays = [np.asarray(part, dtype=np.int32) for part in (trunks, lengths, first, branches, branch_lengths)]
+        self.laid = _Trees(len(trunks), *(array.ctypes.data for array in self._arrays))
 
 
 class Attention(torch.autograd.Function):
@@ -228,9 +224,8 @@ class Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, trees, scale, window):
         q, k, v = (_heads(x) for x in (q, k, v))
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
-        laid, _keep = trees.laid()
         asked = Attention.asked(q, k, v, scale, window)
-        library().attention_forward(ctypes.byref(laid), ctypes.byref(asked), _at(out), _at(lse), torch.get_num_threads())
+        library().attention_forward(ctypes.byref(trees.laid), ctypes.byref(asked), _at(out), _at(lse), torch.get_num_threads())
         ctx.save_for_backward(q, k, v, lse)
         ctx.settings = trees, scale, window
         return out
@@ -241,10 +236,9 @@ class Attention(torch.autograd.Function):
         trees, scale, window = ctx.settings
         grad = grad.contiguous()
         by_q, by_k, by_v = (x.new_empty(x.shape) for x in (q, k, v))
-        laid, _keep = trees.laid()
         asked = Attention.asked(q, k, v, scale, window)
         library().attention_backward(
-            ctypes.byref(laid), ctypes.byref(asked), _at(grad), _at(lse), _at(by_q), _at(by_k), _at(by_v), torch.get_num_threads()
+            ctypes.byref(trees.laid), ctypes.byref(asked), _at(grad), _at(lse), _at(by_q), _at(by_k), _at(by_v), torch.get_num_threads()
         )
         return by_q, by_k, by_v, None, None, None
 

@@ -109,9 +109,9 @@ def run_rl(job: Job) -> Outcome:
     reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget)
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
-    tokens, flops = (sum(sum(row[k] for k in keys) for row in history) for keys in (("sampled_tokens", "learned_tokens"), ("flops",)))
+    tokens, flops = sum(row["sampled_tokens"] + row["learned_tokens"] for row in history), sum(row["flops"] for row in history)
     alarms = dict(Counter(text for row in history for text in row.get("alarms", ())))
-    return {"tokens": int(tokens), "flops": flops, "notes": {"parameters": decoder.config.parameters, "alarms": alarms}}
+    return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters, "alarms": alarms}}
 
 
 def run_sample(job: Job) -> Outcome:

@@ -56,7 +56,7 @@ def reinforce(
             audit(learner, samples, loss, engine.tokenizer.end_id, temperature)
         updates = [
             learner.update(_referenced(part, reference, settings), loss, temperature)
-            for part in _minibatches(samples, policy.updates_per_rollout, (seed, step))
+            for part in minibatches(samples, policy.updates_per_rollout, (seed, step))
         ]
         engine.load(learner.weights())
         metrics = {**summarize(groups), **_volume(groups, samples, learner.model.config), **_merge(updates)}
@@ -86,7 +86,7 @@ def _finished(groups: Sequence[Group], mask_truncated: bool) -> list[bool]:
     return [c.stopped or not mask_truncated for g in groups for c in g.completions]
 
 
-def _minibatches(samples: list[Sample], count: int, seed: object) -> list[list[Sample]]:
+def minibatches(samples: list[Sample], count: int, seed: object) -> list[list[Sample]]:
     order = generator(seed, "minibatches").permutation(len(samples))
     parts = [[samples[i] for i in part] for part in np.array_split(order, count)]
     return [part for part in parts if part]
