@@ -4,8 +4,8 @@
     python -m bench.rollout --size 135m --rows 8 --threads 2
 
 Groups of eight on prompts of 64 tokens (fewer than eight rows: one group). `decode` leaves the prompts out: it is
-(B x (N - 1)) / (time of N tokens - time of one). `products_gflops` is what torch's own products reach on this model's
-matrices at B rows, one after the other: the roof of a step, where a large square product is the processor's.
+(B x (N - 1)) / (time of N tokens - time of one); `share` is what that is of a large square product's GFLOP/s, taken
+before and after each turn.
 """
 
 from __future__ import annotations
@@ -36,16 +36,14 @@ def main() -> None:
     config, vocabulary = ModelConfig.from_directory(folder), models.SIZES[options.size][0]
     for rows in options.rows:
         group = min(rows, 8)
-        settings = {"model": str(folder), "texts": models.prompts(rows // group, PROMPT, vocabulary), "group": group, "new": NEW[options.size]}
+        settings = {
+            "model": str(folder), "texts": models.prompts(rows // group, PROMPT, vocabulary), "group": group, "new": NEW[options.size],
+            "gflop": config.flops_per_token(PROMPT + NEW[options.size] // 2) / 1e9,
+        }  # fmt: skip
         sides = [Side("limbeck", "limbeck_rollout.py", sys.executable, settings, options.threads)]
         if not options.alone:
             sides.append(Side("transformers", "transformers_rollout.py", python_of("transformers"), settings, options.threads))
         timed, roof = alternate(sides, options.repeats), roofline(options.threads)
-        work = config.flops_per_token(PROMPT + NEW[options.size] // 2) / 1e9
-        reached = timed["limbeck"].medians["products_gflops"]
-        for side in timed.values():
-            side.medians["share_of_products"] = side.medians["decode"] * work / reached
-            side.medians["roofline_share"] = side.medians["decode"] * work / roof["gflops"]
         facts = {"size": options.size, "rows": rows, "threads": options.threads}
         tell(f"rollouts, {options.size}, {rows} rows, {options.threads} thread(s)", timed, roof, options.json, **facts)
 

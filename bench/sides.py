@@ -1,6 +1,7 @@
 """Two programs take turns at the same work: each in a process of its own, in its own environment, never both at once.
 
 A worker (bench/workers/) is told its settings, makes ready, and then does one piece of work per line that it reads.
+Both sides have the allocator's settings that Limbeck gives its own workers: a peer's users would have to find them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import platformdirs
+
+from limbeck.cluster.hosts import MEMORY
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("LIMBECK_BENCH") or Path(platformdirs.user_cache_dir("limbeck")) / "bench")
@@ -48,7 +51,7 @@ class Side:
 
     def __init__(self, name: str, script: str, python: str, settings: Mapping[str, Any], threads: int):
         environment = {
-            **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent),
+            **MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent),
             "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,14 +156,14 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(name, plainly):
     begun, step = [4, 9, 6], kernels.Decoding(decoder)
     prefill = Packed(begun).keep()
     decoder(torch.cat([row[:n] for row, n in zip(tokens, begun, strict=True)]), prefill)
-    cache = KVCache(decoder.config)
+    cache = KVCache(decoder.config, compiled=True)
     cache.fork(prefill, [1, 1, 1])
     assert kernels.Decoding.fits(decoder)
     said, rows = {0: [], 1: [], 2: []}, [0, 1, 2]
     for i in range(14):
         if i == 6:
             rows = [0, 2]
-            cache.keep(torch.tensor(rows))
+            cache.keep(np.array(rows))
         cache.advance()
         states = step(tokens[rows, [begun[row] + i for row in rows]], cache)
         for row, state in zip(rows, states, strict=True):

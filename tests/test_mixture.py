@@ -260,7 +260,7 @@ def test_the_papers_ratio_fits_small_batches():
 def test_the_latent_cache_is_as_small_as_published():
     cache = KVCache(V3, torch.float64)
     cache._reserve(2, 10, 0)
-    assert cache.bytes == 2 * cache.k_LBKDT.shape[4] * V3.kv_bytes_per_token(8)
+    assert cache.bytes == 2 * cache.v_LBKTD.shape[3] * V3.kv_bytes_per_token(8)
     assert V3.kv_bytes_per_token(8) == 3 * (12 + 4) * 8
 
 

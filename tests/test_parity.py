@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -181,7 +182,7 @@ class Decoding:
             self.seen[i].append(logits)
 
     def keep(self, rows: list[int]) -> None:
-        self.cache.keep(torch.tensor(rows))
+        self.cache.keep(np.array(rows))
         self.rows, self.seen = [self.rows[i] for i in rows], [self.seen[i] for i in rows]
 
 

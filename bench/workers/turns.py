@@ -25,6 +25,16 @@ def wait() -> None:
         os._exit(0)
 
 
+def gflops(torch, size: int = 1536) -> float:
+    """What a large square product reaches on this machine, now."""
+    a, times = torch.randn(size, size), []
+    for _ in range(4):
+        clock = Clock()
+        a @ a
+        times.append(clock.elapsed())
+    return 2 * size**3 / min(times) / 1e9
+
+
 class Clock:
     """Seconds since it was wound up, of the wall and of the processor."""
 
@@ -34,9 +44,16 @@ class Clock:
     def elapsed(self) -> float:
         return time.perf_counter() - self.wall
 
+    def cpu_elapsed(self) -> float:
+        return time.process_time() - self.cpu
+
     def say(self, **more: float) -> None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        say(wall=time.perf_counter() - self.wall, cpu=time.process_time() - self.cpu, **more, peak_mib=peak)
+        say(wall=self.elapsed(), cpu=self.cpu_elapsed(), **more, peak_mib=peak())
+
+
+def peak() -> float:
+    """MiB of memory this process has had at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def turns() -> Iterator[Clock]:
@@ -45,3 +62,15 @@ def turns() -> Iterator[Clock]:
     while True:
         wait()
         yield Clock()
+
+
+def tell(torch, rollout, rows: int) -> None:
+    """A turn of rollouts: of one token, then of all. Decoding is what the second takes longer; its share is of what a
+    large product reaches, before and after, as the machine is not always as fast."""
+    roof, clock = gflops(torch), Clock()
+    first = rollout(1)
+    whole = rollout(SETTINGS["new"])
+    cpu, roof = clock.cpu_elapsed(), (roof + gflops(torch)) / 2
+    decode = rows * (SETTINGS["new"] - 1) / (whole - first)
+    share = decode * SETTINGS["gflop"] / roof
+    say(wall=whole, cpu=cpu, tokens_per_second=rows * SETTINGS["new"] / whole, decode=decode, roof=roof, share=share, peak_mib=peak())

@@ -12,6 +12,10 @@ from typing import Any
 
 from .machine import usable_cores
 
+# glibc gives freed tensors back to the system and takes them again, page by page, each step; and torch may ask for
+# pages of two megabytes, which a processor finds sooner.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}
+
 
 class Host:
     """`workers` processes on this machine, each with its share of the cores; started when first needed."""
@@ -71,9 +75,7 @@ class Host:
             worker.kill()
 
     def _spawn(self) -> subprocess.Popen:
-        # glibc gives freed tensors back to the system and takes them again, page by page, each step
-        environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), **os.environ}
-        environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
+        environment = {**MEMORY, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
         worker = subprocess.Popen(
             [sys.executable, "-m", "limbeck.pipeline.worker", str(self.threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,

@@ -85,7 +85,7 @@ class Engine:
         sent = 0
         while flight.busy:
             finished = flight.step()
-            tokens = finished[0][2].tokens if finished else flight.tokens_BT[0, : flight.age_B[0]].numpy()
+            tokens = finished[0][2].tokens if finished else flight.tokens_BT[0, : flight.age_B[0]]
             for token in tokens[sent:]:
                 if int(token) not in flight.ends:
                     yield int(token)

@@ -211,9 +211,9 @@ def _cut(lengths: list[int], slack: float) -> list[tuple[int, int]]:
 class KVCache:
     """What the rows in flight keep of their tokens; a row's next tokens land at its own length.
 
-    Keys are stored as [layers, B, K, D, T], so that one number of a query meets many of them side by side, values
-    as [layers, B, K, T, D], with room to grow; MLA keeps its latents as keys of one head, and no values, for they
-    are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
+    Values are stored as [layers, B, K, T, D], with room to grow; keys as [layers, B, K, T / P, D, P], so that one
+    number of a query meets P of them side by side: all T, or sixteen where the kernels read them (`compiled`), one
+    block after the other. MLA keeps its latents as keys of one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
     takes tokens back. Attention looks at the longest row and no further. Rows of one prompt may all read the copy
     of the first of them (`lenders`), which then stays near the processor.
     """
@@ -221,75 +221,82 @@ class KVCache:
     absorbed = True
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", zeroed: bool = True
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", compiled: bool = False,
+        ahead: int = 32,
     ):  # fmt: skip
-        self.config, self.dtype, self.device = config, dtype, device
-        self.make = torch.zeros if zeroed else torch.empty  # masked positions are multiplied by zero; kernels skip them
+        self.config, self.dtype, self.device, self.compiled, self.ahead = config, dtype, device, compiled, ahead
+        self.make = torch.empty if compiled else torch.zeros  # masked positions are multiplied by zero; kernels skip them
         self.heads, *self.widths = config.cache_widths
-        self.lengths = torch.zeros(0, dtype=torch.long, device=device)
-        self.k_LBKDT, self.v_LBKTD = self._room(0, 0)
-        self.positions = self.shared = self._family = self._lenders = self.lengths
+        self.k_LBKnDP, self.v_LBKTD = self._room(0, 0)
+        self.lengths = self.shared = self._family = self._lenders = np.zeros(0, dtype=np.int64)
+        self.positions = torch.zeros(0, dtype=torch.long, device=device)
         self.routes: Routes | None = None
 
     @property
-    def lenders(self) -> Tensor:
+    def lenders(self) -> np.ndarray:
         """Of each row, the first one with the same prompt that still holds it."""
         if len(self._lenders) != len(self.lengths):
-            rows = torch.arange(len(self.lengths), device=self.device)
-            holders = rows.masked_fill(self.shared == 0, len(rows))
-            first = holders.new_full((int(self._family.max()) + 1,), len(rows)).scatter_reduce_(0, self._family, holders, "amin")
-            self._lenders = torch.where(self.shared == 0, rows, first[self._family])
+            rows, holds = np.arange(len(self.lengths)), self.shared > 0
+            first = np.full(int(self._family.max()) + 1, len(rows))
+            np.minimum.at(first, self._family[holds], rows[holds])
+            self._lenders = np.where(holds, first[self._family], rows)
         return self._lenders
 
     def _room(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         first, (key, value) = (self.config.slots + self.config.predicted, rows, self.heads), self.widths
-        shapes = (*first, key, length), (*first, length, value)
+        block = kernels.LANES if self.compiled else max(1, length)
+        shapes = (*first, length // block, key, block), (*first, length, value)
         return tuple(self.make(shape, dtype=self.dtype, device=self.device) for shape in shapes)
 
     @property
     def bytes(self) -> int:
-        return sum(store.numel() * store.element_size() for store in (self.k_LBKDT, self.v_LBKTD))
+        return sum(store.numel() * store.element_size() for store in (self.k_LBKnDP, self.v_LBKTD))
 
     def fork(self, prefill: Packed, copies: Sequence[int]) -> None:
         """Add `copies[i]` rows that begin with the i-th prefilled sequence."""
-        lengths = torch.tensor(prefill.lengths, device=self.device)
-        source = torch.repeat_interleave(torch.arange(len(copies), device=self.device), torch.tensor(copies, device=self.device))
+        lengths, source = np.repeat(prefill.lengths, copies), np.repeat(np.arange(len(copies)), copies)
         old, new = len(self.lengths), len(source)
-        self._reserve(old + new, int(lengths.max()), old)
-        self.lengths = torch.cat([self.lengths, lengths[source]])
-        self.shared = torch.cat([self.shared, lengths[source]])
-        self._family = torch.cat([self._family, source + (int(self._family.max()) + 1 if old else 0)])
+        self._reserve(old + new, max(prefill.lengths) + self.ahead, old)
+        self.lengths, self.shared = np.append(self.lengths, lengths), np.append(self.shared, lengths)
+        self._family = np.append(self._family, source + (self._family.max() + 1 if old else 0))
         begin = 0
         row = old
         for length, count in zip(prefill.lengths, copies, strict=True):
             for slot, (k, v) in enumerate(prefill.entries):
-                self.k_LBKDT[slot, row : row + count, ..., :length] = k[begin : begin + length].permute(1, 2, 0)
+                keys_KnDP = self._blocks(k[begin : begin + length])
+                self.k_LBKnDP[slot, row : row + count, :, : keys_KnDP.shape[1], :, : keys_KnDP.shape[3]] = keys_KnDP
                 if v is not None:
                     self.v_LBKTD[slot, row : row + count, :, :length] = v[begin : begin + length].transpose(0, 1)
             begin += length
             row += count
 
-    def keep(self, rows: Tensor) -> None:
+    def _blocks(self, k_TKD: Tensor) -> Tensor:
+        """[K, n, D, P] of a sequence's keys, zeros behind the last."""
+        block = min(self.k_LBKnDP.shape[-1], len(k_TKD))
+        return F.pad(k_TKD, (0, 0, 0, 0, 0, -len(k_TKD) % block)).unflatten(0, (-1, block)).permute(2, 0, 3, 1)
+
+    def keep(self, rows: np.ndarray) -> None:
         """Keep only these rows, in this order."""
         self.lengths, self.shared, self._family, self._lenders = self.lengths[rows], self.shared[rows], self._family[rows], rows[:0]
-        self.k_LBKDT = self.k_LBKDT.index_select(1, rows)  # one after the other: never two copies of both
-        self.v_LBKTD = self.v_LBKTD.index_select(1, rows)
+        kept = torch.from_numpy(rows).to(self.device)
+        self.k_LBKnDP = self.k_LBKnDP.index_select(1, kept)  # one after the other: never two copies of both
+        self.v_LBKTD = self.v_LBKTD.index_select(1, kept)
 
-    def rest(self, idle_B: Tensor) -> None:
+    def rest(self, idle_B: np.ndarray) -> None:
         """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
-        self.lengths = self.lengths.masked_fill(idle_B, 0)
+        self.lengths = np.where(idle_B, 0, self.lengths)
         if (self.shared[idle_B] > 0).any():
-            self.shared, self._lenders = self.shared.masked_fill(idle_B, 0), self.lengths[:0]
+            self.shared, self._lenders = np.where(idle_B, 0, self.shared), self.lengths[:0]
 
     def advance(self, count: int = 1) -> None:
         """Make room for `count` more tokens a row, and say where they land; call once before each step."""
         rows, width = len(self.lengths), int(self.lengths.max()) + count
         self._reserve(rows, width, rows)
-        positions_BS = self.lengths.unsqueeze(1) + torch.arange(count, device=self.device)
-        self.positions = positions_BS.flatten()
+        positions_BS = self.lengths[:, None] + np.arange(count)
+        self.positions = torch.from_numpy(positions_BS.ravel()).to(self.device)
         self.lengths = self.lengths + count
         self._width = width
-        self._rows = torch.arange(rows, device=self.device).repeat_interleave(count)
+        self._rows = torch.from_numpy(np.repeat(np.arange(rows), count)).to(self.device)
         self._bias: dict[int, Tensor] = {}
 
     def _mask(self, window: int) -> Tensor:
@@ -308,22 +315,23 @@ class KVCache:
         self._bias[window] = bias_XGT
         return bias_XGT
 
-    def retract(self, tokens_B: Tensor) -> None:
+    def retract(self, tokens_B: np.ndarray) -> None:
         """Take back that many of each row's last tokens: what they left is written over."""
         self.lengths = self.lengths - tokens_B
 
     def attend(
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
-        keys, values = self.k_LBKDT[layer.slot], self.v_LBKTD[layer.slot]
+        keys, values = self.k_LBKnDP[layer.slot], self.v_LBKTD[layer.slot]
         if k_NKD is not None:
-            keys[self._rows, :, :, self.positions] = k_NKD
+            block = keys.shape[-1]
+            keys[self._rows, :, self.positions // block, :, self.positions % block] = k_NKD
             if v_NKD is not None:
                 values[self._rows, :, self.positions] = v_NKD
         rows, count = len(keys), len(q_NHD) // len(keys)
         q_BSKGD = q_NHD.view(rows, count, self.heads, -1, q_NHD.shape[-1])
         q_XGD = q_BSKGD.transpose(1, 2).reshape(rows * self.heads, -1, q_NHD.shape[-1])
-        k_XDT = keys[..., : self._width].flatten(0, 1)
+        k_XDT = keys.transpose(2, 3).flatten(3).flatten(0, 1)[..., : self._width]
         v_XTD = values[:, :, : self._width].flatten(0, 1) if self.widths[1] else k_XDT[:, : self.config.latent.kv_rank].mT
         scores_XGT = torch.baddbmm(self._mask(layer.window), q_XGD, k_XDT, alpha=layer.scale)
         mixed_XGD = torch.bmm(scores_XGT.softmax(-1), v_XTD)
@@ -339,5 +347,6 @@ class KVCache:
             return
         wide = have_width if width <= have_width else -(-max(width, have_width * 3 // 2, 32) // 16) * 16  # whole vectors
         keys, values = self._room(max(rows, have_rows), wide)
-        keys[:, :used, ..., :have_width], values[:, :used, :, :have_width] = self.k_LBKDT[:, :used], self.v_LBKTD[:, :used]
-        self.k_LBKDT, self.v_LBKTD = keys, values
+        blocks, block = self.k_LBKnDP.shape[3], self.k_LBKnDP.shape[5]
+        keys[:, :used, :, :blocks, :, :block], values[:, :used, :, :have_width] = self.k_LBKnDP[:, :used], self.v_LBKTD[:, :used]
+        self.k_LBKnDP, self.v_LBKTD = keys, values

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 typedef float V16 __attribute__((vector_size(64), aligned(4)));
@@ -135,23 +136,108 @@ static void tiles(int columns, int inner, const float* x, const float* w, int64_
     for (; n < columns; n++) tile<1, ROWS>(w + static_cast<int64_t>(n) * inner, x, inner, stride, y + n, add);
 }
 
-// Up to so many rows of so large a weight, what counts is to read it once: MKL reaches half of it there.
-constexpr int FEW = 16, LARGE = 1 << 17;
+// Up to so many rows, what counts is to read a large weight once: MKL reaches half of that. More rows lie side by
+// side in vectors, turned on their side once, and meet weights where nn.Linear keeps them: nothing of those is
+// packed, as BLAS does, for every product anew. From so many rows on BLAS's packing pays.
+constexpr int FEW = 8, MANY = 128, LARGE = 1 << 17;
+constexpr int ABREAST = 4 * LANES, COLUMNS = 48;  // rows of one piece; columns of one task
 static void (*const by_rows[])(int, int, const float*, const float*, int64_t, float*, bool) = {
     nullptr, tiles<1>, tiles<2>, tiles<3>, tiles<4>, tiles<5>, tiles<6>, tiles<7>, tiles<8>};
 
+// y[j][i] = x[i][j], sixteen by sixteen, of which the first `down` rows of x and the first `across` of y are there
+static inline void turn_over(const float* x, int64_t x_stride, int down, float* y, int64_t y_stride, int across, bool add = false) {
+    V16 r[LANES];
+    for (int i = 0; i < LANES; i++) r[i] = i < down ? load(x + i * x_stride) : V16{};
+    V16 t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            r[j] = __builtin_shufflevector(t[j], t[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            r[j + 2] = __builtin_shufflevector(t[j], t[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < LANES; i += 8)
+        for (int j = i; j < i + 4; j++) {
+            t[j] = __builtin_shufflevector(r[j], r[j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+            t[j + 4] = __builtin_shufflevector(r[j], r[j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    for (int j = 0; j < LANES; j++) {
+        V16 column = j < 8 ? __builtin_shufflevector(t[j], t[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+                           : __builtin_shufflevector(t[j - 8], t[j], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        if (j < across) store(y + j * y_stride, add ? load(y + j * y_stride) + column : column);
+    }
+}
+
+// y [WEIGHTS, ABREAST] = so many rows of w against VECTORS x 16 rows of x, which lie turned over, [inner, ABREAST]
+template <int WEIGHTS, int VECTORS>
+static inline void meet_rows(const float* w, const float* ahead, const float* x, int inner, float* y) {
+    V16 sum[WEIGHTS][VECTORS] = {};
+    for (int i = 0; i < inner; i++) {
+        V16 rows[VECTORS];
+        for (int m = 0; m < VECTORS; m++) rows[m] = load(x + static_cast<int64_t>(i) * ABREAST + m * LANES);
+        for (int n = 0; n < WEIGHTS; n++)
+            for (int m = 0; m < VECTORS; m++) sum[n][m] += w[static_cast<int64_t>(n) * inner + i] * rows[m];
+        if (i % LANES == 0)
+            for (int n = 0; n < WEIGHTS; n++) __builtin_prefetch(ahead + static_cast<int64_t>(n) * inner + i);
+    }
+    for (int n = 0; n < WEIGHTS; n++)
+        for (int m = 0; m < VECTORS; m++) store(y + n * ABREAST + m * LANES, sum[n][m]);
+}
+
+// COLUMNS columns of y, or fewer, for up to ABREAST rows
+template <int VECTORS>
+static void meet_columns(const float* w, int columns, const float* x, int inner, float* y) {
+    constexpr int WEIGHTS = VECTORS == 4 ? 6 : VECTORS == 3 ? 8 : 12;  // sums that fit the registers
+    int n = 0;
+    for (; n + WEIGHTS <= columns; n += WEIGHTS) {
+        const float* here = w + static_cast<int64_t>(n) * inner;
+        meet_rows<WEIGHTS, VECTORS>(here, here + static_cast<int64_t>(WEIGHTS) * inner, x, inner, y + n * ABREAST);
+    }
+    for (; n < columns; n++) meet_rows<1, VECTORS>(w + static_cast<int64_t>(n) * inner, w, x, inner, y + n * ABREAST);
+}
+
+static void (*const by_vectors[])(const float*, int, const float*, int, float*) = {
+    nullptr, meet_columns<1>, meet_columns<2>, meet_columns<3>, meet_columns<4>};
+
+static void product_abreast(int rows, int columns, int inner, const float* x, const float* w, float* y, bool add, int threads) {
+    static thread_local std::vector<float> turned;
+    const int pieces = (rows + ABREAST - 1) / ABREAST;
+    turned.resize(static_cast<size_t>(pieces) * inner * ABREAST + LANES * LANES);
+    float* all = turned.data();
+    for (int m = 0; m < rows; m += LANES)
+        for (int i = 0; i < inner; i += LANES) {
+            float* place = all + (static_cast<int64_t>(m / ABREAST) * inner + i) * ABREAST + m % ABREAST;
+            turn_over(x + static_cast<int64_t>(m) * inner + i, inner, std::min(LANES, rows - m), place, ABREAST, std::min(LANES, inner - i));
+        }
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int n = 0; n < columns; n += COLUMNS) {
+        alignas(64) float said[COLUMNS * ABREAST];
+        const int here = std::min(COLUMNS, columns - n);
+        for (int piece = 0; piece < pieces; piece++) {
+            const int first = piece * ABREAST, some = std::min(ABREAST, rows - first);
+            by_vectors[(some + LANES - 1) / LANES](w + static_cast<int64_t>(n) * inner, here, all + static_cast<int64_t>(first) * inner, inner, said);
+            for (int m = 0; m < some; m += LANES)
+                for (int j = 0; j < here; j += LANES)
+                    turn_over(said + j * ABREAST + m, ABREAST, std::min(LANES, here - j), y + static_cast<int64_t>(first + m) * columns + n + j, columns, std::min(LANES, some - m), add);
+        }
+    }
+}
+
 // y = x w^T (+ y), with w [columns, inner] as nn.Linear keeps it
 static void product(int rows, int columns, int inner, const float* x, const float* w, float* y, bool add, int threads = 1) {
-    if (rows > FEW || static_cast<int64_t>(columns) * inner < LARGE) {
+    const bool small = static_cast<int64_t>(columns) * inner < LARGE, even = columns % LANES == 0 && inner % LANES == 0;
+    if (rows > FEW && rows <= MANY && even) return product_abreast(rows, columns, inner, x, w, y, add, threads);
+    if (rows > 2 * FEW || small) {
         const float one = 1.0f, kept = add ? 1.0f : 0.0f;
         return sgemm("T", "N", &columns, &rows, &inner, &one, w, &inner, x, &inner, &kept, y, &columns);  // BLAS counts columns first
     }
-    constexpr int BLOCK = 48;  // columns of one task
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int n = 0; n < columns; n += BLOCK)
-        for (int64_t m = 0; m < rows; m += 8)
-            by_rows[std::min<int64_t>(8, rows - m)](
-                std::min(BLOCK, columns - n), inner, x + m * inner, w + static_cast<int64_t>(n) * inner, columns, y + m * columns + n, add);
+    for (int n = 0; n < columns; n += COLUMNS)
+        for (int64_t m = 0; m < rows; m += FEW)
+            by_rows[std::min<int64_t>(FEW, rows - m)](
+                std::min(COLUMNS, columns - n), inner, x + m * inner, w + static_cast<int64_t>(n) * inner, columns, y + m * columns + n, add);
 }
 
 // y = a b, with b [inner, columns]
@@ -166,7 +252,7 @@ static void product_across(int across, int columns, int rows, const float* a, co
     sgemm("N", "T", &columns, &across, &rows, &one, b, &columns, a, &across, &none, y, &columns);
 }
 
-static inline float normalize(const float* x, const float* weight, float eps, int width, float* y) {
+static inline float normalize(const float* __restrict x, const float* weight, float eps, int width, float* __restrict y) {
     float square = 0;
     for (int i = 0; i < width; i++) square += x[i] * x[i];
     float scale = 1.0f / std::sqrt(square / width + eps);
@@ -175,7 +261,7 @@ static inline float normalize(const float* x, const float* weight, float eps, in
 }
 
 // rotary positions, or with sense -1 the way back; `sin` bears rotate-half's sign
-static inline void turn(const float* x, const float* cos, const float* sin, float sense, int width, float* y) {
+static inline void turn(const float* __restrict x, const float* cos, const float* sin, float sense, int width, float* __restrict y) {
     int half = width / 2;
     for (int i = 0; i < half; i++) {
         float low = x[i], high = x[i + half];
@@ -610,7 +696,7 @@ void experts_backward(const Experts* experts, const float* grad, float* dx, floa
 
 struct Layer {
     const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *ffn_norm, *gate_up, *down;
-    float *keys, *values;  // [B, K, D, T] and [B, K, T, D]
+    float *keys, *values;  // [B, K, T / 16, D, 16] and [B, K, T, D]
     int64_t window;
     float scale, eps;
 };
@@ -624,104 +710,167 @@ struct Step {
     float eps;
 };
 
-// scores [G, room] of G queries against STRIPS whole vectors of keys [D, T] from `begin` on
+// scores [GROUP, room] of so many queries against STRIPS blocks of keys from position `begin` on
 template <int GROUP, int STRIPS>
 static inline void meet(const float* q, const float* keys, int width, int room, int begin, float scale, float* scores) {
-    V16 sum[GROUP][STRIPS] = {};
-    for (int d = 0; d < width; d++) {
-        const float* row = keys + static_cast<size_t>(d) * room + begin;
-        for (int n = 0; n < STRIPS; n++) {
-            V16 column = load(row + n * LANES);
-            for (int g = 0; g < GROUP; g++) sum[g][n] += q[g * width + d] * column;
-        }
-    }
+    constexpr int CHAINS = GROUP * STRIPS <= 4 ? 4 : GROUP * STRIPS < 8 ? 2 : 1;  // sums that do not wait for one another
+    V16 sum[CHAINS][GROUP][STRIPS] = {};
+    const float* blocks = keys + static_cast<size_t>(begin) * width;
+    auto add = [&](int c, int d) {
+        V16 column[STRIPS];
+        for (int n = 0; n < STRIPS; n++) column[n] = load(blocks + (static_cast<size_t>(n) * width + d) * LANES);
+        for (int g = 0; g < GROUP; g++)
+            for (int n = 0; n < STRIPS; n++) sum[c][g][n] += q[g * width + d] * column[n];
+    };
+    int d = 0;
+    for (; d + CHAINS <= width; d += CHAINS)
+        for (int c = 0; c < CHAINS; c++) add(c, d + c);
+    for (; d < width; d++) add(0, d);
     for (int g = 0; g < GROUP; g++)
-        for (int n = 0; n < STRIPS; n++) store(scores + g * room + begin + n * LANES, sum[g][n] * scale);
+        for (int n = 0; n < STRIPS; n++) {
+            for (int c = 1; c < CHAINS; c++) sum[0][g][n] += sum[c][g][n];
+            store(scores + g * room + begin + n * LANES, sum[0][g][n] * scale);
+        }
 }
 
-struct Stretch {  // positions [low, high) of one row's keys [D, T] and values [T, D]
+// out [GROUP, width] from `d` on, VECTORS at a time, + values of positions [low, high) weighed with scores
+template <int GROUP, int VECTORS>
+static inline void blend(const float* scores, const float* values, int low, int high, int width, int room, int d, float* out) {
+    constexpr int CHAINS = GROUP * VECTORS <= 6 ? 2 : 1;  // sums that do not wait for one another
+    V16 sum[CHAINS][GROUP][VECTORS] = {};
+    int j = low;
+    for (; j + CHAINS <= high; j += CHAINS)
+        for (int c = 0; c < CHAINS; c++)
+            for (int n = 0; n < VECTORS; n++) {
+                V16 value = load(values + static_cast<size_t>(j + c) * width + d + n * LANES);
+                for (int g = 0; g < GROUP; g++) sum[c][g][n] += scores[g * room + j + c] * value;
+            }
+    for (; j < high; j++)
+        for (int n = 0; n < VECTORS; n++)
+            for (int g = 0; g < GROUP; g++) sum[0][g][n] += scores[g * room + j] * load(values + static_cast<size_t>(j) * width + d + n * LANES);
+    for (int g = 0; g < GROUP; g++)
+        for (int n = 0; n < VECTORS; n++) {
+            float* place = out + g * width + d + n * LANES;
+            store(place, load(place) + sum[0][g][n] + (CHAINS == 2 ? sum[CHAINS - 1][g][n] : V16{}));
+        }
+}
+
+struct Stretch {  // positions [low, high) of one head's keys [T / 16, D, 16] and values [T, D]
     const float *keys, *values;
     int low, high;
 };
 
-// out [G, D] from `d` on, VECTORS at a time: values weighed with scores, two positions at once
-template <int GROUP, int VECTORS>
-static inline void blend(const float* scores, const Stretch* parts, int width, int room, int d, float* out) {
-    V16 sum[2][GROUP][VECTORS] = {};
-    for (int part = 0; part < 2; part++) {
-        int j = parts[part].low, high = parts[part].high;
-        const float* values = parts[part].values + d;
-        for (; j + 2 <= high; j += 2)
-            for (int two = 0; two < 2; two++)
-                for (int n = 0; n < VECTORS; n++) {
-                    V16 value = load(values + static_cast<size_t>(j + two) * width + n * LANES);
-                    for (int g = 0; g < GROUP; g++) sum[two][g][n] += scores[g * room + j + two] * value;
-                }
-        for (; j < high; j++)
-            for (int n = 0; n < VECTORS; n++)
-                for (int g = 0; g < GROUP; g++) sum[0][g][n] += scores[g * room + j] * load(values + static_cast<size_t>(j) * width + n * LANES);
-    }
-    for (int g = 0; g < GROUP; g++)
-        for (int n = 0; n < VECTORS; n++) store(out + g * width + d + n * LANES, sum[0][g][n] + sum[1][g][n]);
-}
-
-// The G queries of one key head over two stretches of positions, of which the first ends with a whole vector.
 template <int GROUP>
-static void mix(const float* q, const Stretch* parts, int width, int room, float scale, float* scores, float* out) {
-    constexpr int STRIPS = GROUP == 1 ? 8 : 4, VECTORS = GROUP == 1 ? 4 : 2;
-    int low = parts[0].low < parts[0].high ? parts[0].low : parts[1].low, high = parts[1].high, d = 0;
-    for (int part = 0; part < 2; part++) {
-        int j = parts[part].low / LANES * LANES, end = parts[part].low < parts[part].high ? whole(parts[part].high) : j;
-        for (; j + STRIPS * LANES <= end; j += STRIPS * LANES) meet<GROUP, STRIPS>(q, parts[part].keys, width, room, j, scale, scores);
-        for (; j + 2 * LANES <= end; j += 2 * LANES) meet<GROUP, 2>(q, parts[part].keys, width, room, j, scale, scores);
-        for (; j < end; j += LANES) meet<GROUP, 1>(q, parts[part].keys, width, room, j, scale, scores);
-    }
-    for (int g = 0; g < GROUP; g++) soften(scores + g * room, low / LANES * LANES, whole(high), low, high);
-    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES) blend<GROUP, VECTORS>(scores, parts, width, room, d, out);
-    for (; d + LANES <= width; d += LANES) blend<GROUP, 1>(scores, parts, width, room, d, out);
-    for (; d < width; d++)
-        for (int g = 0; g < GROUP; g++) {
-            float sum = 0;
-            for (int part = 0; part < 2; part++)
-                for (int i = parts[part].low; i < parts[part].high; i++)
-                    sum += scores[g * room + i] * parts[part].values[static_cast<size_t>(i) * width + d];
-            out[g * width + d] = sum;
-        }
+static void score(const float* q, const Stretch& part, int width, int room, float scale, float* scores) {
+    constexpr int STRIPS = GROUP == 1 ? 8 : GROUP == 8 ? 2 : 4;
+    int j = part.low / LANES * LANES, end = part.low < part.high ? whole(part.high) : j;
+    for (; j + STRIPS * LANES <= end; j += STRIPS * LANES) meet<GROUP, STRIPS>(q, part.keys, width, room, j, scale, scores);
+    if (STRIPS > 4)
+        for (; j + 4 * LANES <= end; j += 4 * LANES) meet<GROUP, 4>(q, part.keys, width, room, j, scale, scores);
+    for (; j + 2 * LANES <= end; j += 2 * LANES) meet<GROUP, 2>(q, part.keys, width, room, j, scale, scores);
+    for (; j < end; j += LANES) meet<GROUP, 1>(q, part.keys, width, room, j, scale, scores);
 }
 
-static void attend_cached(const Step& s, const Layer& layer) {
-    int width = s.width, heads = s.heads, kv_heads = s.kv_heads, group = heads / kv_heads, room = s.room;
+template <int GROUP>
+static void weigh(const float* scores, const Stretch& part, int width, int room, float* out) {
+    constexpr int VECTORS = GROUP == 8 ? 2 : 4;
+    int d = 0;
+    for (; d + VECTORS * LANES <= width; d += VECTORS * LANES) blend<GROUP, VECTORS>(scores, part.values, part.low, part.high, width, room, d, out);
+    for (; d + LANES <= width; d += LANES) blend<GROUP, 1>(scores, part.values, part.low, part.high, width, room, d, out);
+    for (int j = part.low; j < part.high && d < width; j++)
+        for (int g = 0; g < GROUP; g++)
+            for (int i = d; i < width; i++) out[g * width + i] += scores[g * room + j] * part.values[static_cast<size_t>(j) * width + i];
+}
+
+// function<GROUP>(first, of as many queries as fit) until all `count` are done
+template <typename Function>
+static void by_groups(int count, Function function) {
+    int i = 0;
+    for (; i + 8 <= count; i += 8) function(std::integral_constant<int, 8>(), i);
+    for (; i + 4 <= count; i += 4) function(std::integral_constant<int, 4>(), i);
+    for (; i + 3 <= count; i += 3) function(std::integral_constant<int, 3>(), i);
+    for (; i < count; i++) function(std::integral_constant<int, 1>(), i);
+}
+
+// What a row asks, says and remembers at its new position: queries are rotated where they lie, key and value kept.
+static void settle_row(const Step& s, const Layer& layer, int64_t b, float* normed, float* turned) {
+    const int width = s.width, heads = s.heads, kv_heads = s.kv_heads, both = heads + 2 * kv_heads;
+    float* row = s.qkv + b * both * width;
+    const int64_t position = s.positions[b];
+    if (layer.qkv_bias)
+        for (int i = 0; i < both * width; i++) row[i] += layer.qkv_bias[i];
+    for (int h = 0; h < heads + kv_heads; h++) {
+        float* x = row + h * width;
+        const float* weight = h < heads ? layer.q_norm : layer.k_norm;
+        if (weight) normalize(x, weight, layer.eps, width, normed);
+        turn(weight ? normed : x, s.cos + position * width, s.sin + position * width, 1.0f, width, turned);
+        if (h < heads) {
+            std::memcpy(x, turned, width * sizeof(float));
+            continue;
+        }
+        const size_t head = (static_cast<size_t>(b) * kv_heads + h - heads) * s.room * width;
+        float* block = layer.keys + head + position / LANES * LANES * width + position % LANES;
+        for (int d = 0; d < width; d++) block[d * LANES] = turned[d];
+        std::memcpy(layer.values + head + position * width, x + kv_heads * width, width * sizeof(float));
+    }
+}
+
+struct Run {  // neighbouring rows that read one copy of what they share
+    int64_t first, count;
+};
+
+// One key head of a run: what is shared meets all its queries at once (Hydragen, arXiv 2402.05099), then each row its own.
+static void attend_run(const Step& s, const Layer& layer, const Run& run, int k, std::vector<float>& scores, std::vector<float>& q) {
+    const int width = s.width, group = s.heads / s.kv_heads, room = s.room, queries = run.count * group;
+    const int64_t position = s.positions[run.first];
+    const int low = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
+    const int cut = std::max<int>(low, s.shared[run.first] / LANES * LANES);
+    auto head = [&](int64_t row) { return (static_cast<size_t>(row) * s.kv_heads + k) * room * width; };
+    const size_t lent = head(s.lenders[run.first]);
+    const Stretch common = {layer.keys + lent, layer.values + lent, low, cut};
+    auto own = [&](int r) {
+        const size_t mine = head(run.first + r);
+        return Stretch{layer.keys + mine, layer.values + mine, cut, static_cast<int>(s.positions[run.first + r]) + 1};
+    };
+    for (int r = 0; r < run.count; r++)
+        std::memcpy(&q[r * group * width], s.qkv + (run.first + r) * (s.heads + 2 * s.kv_heads) * width + k * group * width, group * width * sizeof(float));
+    by_groups(queries, [&](auto some, int i) { score<some()>(&q[i * width], common, width, room, layer.scale, &scores[i * room]); });
+    for (int r = 0; r < run.count; r++)
+        by_groups(group, [&](auto some, int g) {
+            const int i = r * group + g;
+            score<some()>(&q[i * width], own(r), width, room, layer.scale, &scores[i * room]);
+        });
+    for (int i = 0; i < queries; i++) {
+        const int high = own(i / group).high, from = low < cut ? low : cut;
+        soften(&scores[i * room], from / LANES * LANES, whole(high), from, high);
+    }
+    std::fill_n(q.begin(), queries * width, 0.0f);  // the queries are spent: what is mixed takes their place
+    by_groups(queries, [&](auto some, int i) { weigh<some()>(&scores[i * room], common, width, room, &q[i * width]); });
+    for (int r = 0; r < run.count; r++) {
+        by_groups(group, [&](auto some, int g) { weigh<some()>(&scores[(r * group + g) * room], own(r), width, room, &q[(r * group + g) * width]); });
+        std::memcpy(s.mixed + ((run.first + r) * s.heads + k * group) * width, &q[r * group * width], group * width * sizeof(float));
+    }
+}
+
+static std::vector<Run> runs_of(const Step& s, bool windows) {
+    std::vector<Run> runs;
+    for (int64_t b = 0; b < s.rows; b++) {
+        const bool same = b && s.lenders[b] == s.lenders[b - 1] && s.shared[b] == s.shared[b - 1] && runs.back().count < QUERIES;
+        if (same && !windows) runs.back().count++;
+        else runs.push_back({b, 1});
+    }
+    return runs;
+}
+
+static void attend_cached(const Step& s, const Layer& layer, const std::vector<Run>& runs) {
+    const int group = s.heads / s.kv_heads;
 #pragma omp parallel num_threads(s.threads)
     {
-        std::vector<float> scores(4 * room), q(group * width), turned(width), normed(width);
+        std::vector<float> scores(static_cast<size_t>(QUERIES) * group * s.room), q(QUERIES * group * s.width), spare(2 * s.width);
 #pragma omp for
-        for (int64_t b = 0; b < s.rows; b++) {
-            float* row = s.qkv + b * (heads + 2 * kv_heads) * width;
-            int64_t position = s.positions[b];
-            if (layer.qkv_bias)
-                for (int i = 0; i < (heads + 2 * kv_heads) * width; i++) row[i] += layer.qkv_bias[i];
-            auto prepared = [&](const float* x, const float* weight, float* y) {
-                if (weight) normalize(x, weight, layer.eps, width, normed.data());
-                turn(weight ? normed.data() : x, s.cos + position * width, s.sin + position * width, 1.0f, width, y);
-            };
-            int low = layer.window ? std::max<int64_t>(0, position - layer.window + 1) : 0;
-            int cut = std::max<int>(low, s.shared[b] / LANES * LANES);
-            for (int k = 0; k < kv_heads; k++) {
-                size_t lender = (static_cast<size_t>(s.lenders[b]) * kv_heads + k) * room * width;
-                size_t head = (static_cast<size_t>(b) * kv_heads + k) * room * width;
-                float *keys = layer.keys + head, *values = layer.values + head;
-                prepared(row + (heads + k) * width, layer.k_norm, turned.data());
-                for (int d = 0; d < width; d++) keys[static_cast<size_t>(d) * room + position] = turned[d];
-                std::memcpy(values + position * width, row + (heads + kv_heads + k) * width, width * sizeof(float));
-                for (int g = 0; g < group; g++) prepared(row + (k * group + g) * width, layer.q_norm, &q[g * width]);
-                Stretch parts[] = {{layer.keys + lender, layer.values + lender, low, cut}, {keys, values, cut, static_cast<int>(position) + 1}};
-                float* out = s.mixed + (b * heads + k * group) * width;
-                int g = 0;
-                for (; g + 4 <= group; g += 4) mix<4>(&q[g * width], parts, width, room, layer.scale, scores.data(), out + g * width);
-                for (; g + 3 <= group; g += 3) mix<3>(&q[g * width], parts, width, room, layer.scale, scores.data(), out + g * width);
-                for (; g < group; g++) mix<1>(&q[g * width], parts, width, room, layer.scale, scores.data(), out + g * width);
-            }
-        }
+        for (int64_t b = 0; b < s.rows; b++) settle_row(s, layer, b, spare.data(), spare.data() + s.width);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < static_cast<int64_t>(runs.size()) * s.kv_heads; i++) attend_run(s, layer, runs[i / s.kv_heads], i % s.kv_heads, scores, q);
     }
 }
 
@@ -731,6 +880,7 @@ extern "C" {
 void decode(const Step* step, const Layer* layers, float* out) {
     const Step& s = *step;
     int rows = s.rows, hidden = s.hidden, inner = s.intermediate, asked = s.heads * s.width;
+    const std::vector<Run> alone = runs_of(s, true), together = runs_of(s, false);
     auto norm = [&](const float* weight, float eps, float* y) {
 #pragma omp parallel for num_threads(s.threads) if (rows * hidden > 1 << 14)
         for (int b = 0; b < rows; b++) normalize(s.x + static_cast<int64_t>(b) * hidden, weight, eps, hidden, y + static_cast<int64_t>(b) * hidden);
@@ -740,7 +890,7 @@ void decode(const Step* step, const Layer* layers, float* out) {
         const Layer& layer = layers[l];
         norm(layer.attention_norm, layer.eps, s.normed);
         product(rows, (s.heads + 2 * s.kv_heads) * s.width, hidden, s.normed, layer.qkv, s.qkv, false, s.threads);
-        attend_cached(s, layer);
+        attend_cached(s, layer, layer.window ? alone : together);
         product(rows, hidden, asked, s.mixed, layer.out, s.x, true, s.threads);
         norm(layer.ffn_norm, layer.eps, s.normed);
         product(rows, 2 * inner, hidden, s.normed, layer.gate_up, s.gate_up, false, s.threads);

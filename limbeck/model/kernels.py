@@ -37,6 +37,7 @@ FLAGS = (
     *(["-mprefer-vector-width=512"] if platform.machine().lower() in ("x86_64", "amd64") else []),
 )  # fmt: skip
 PATIENCE = 300  # seconds for the compiler
+LANES = 16  # positions of one block of keys, and numbers of one vector
 
 
 @cache
@@ -318,6 +319,7 @@ class Decoding:
         self.widths = (config.hidden_size, config.hidden_size, asked, config.heads * config.head_dim, 2 * config.intermediate_size,
                        config.intermediate_size)  # fmt: skip
         self.scratch: list[Tensor] = []
+        self.at = None
 
     @staticmethod
     def fits(model: Decoder) -> bool:
@@ -331,17 +333,26 @@ class Decoding:
         model, config, rows = self.model, self.model.config, len(tokens_B)
         if not self.scratch or len(self.scratch[0]) < rows:
             self.scratch = [model.embed.weight.new_empty(rows, width) for width in self.widths]
-        for slot, layer in enumerate(self.layers):
-            layer.keys, layer.values = cache.k_LBKDT[slot].data_ptr(), cache.v_LBKTD[slot].data_ptr()
+        self._point(cache)
         out_BC = model.embed.weight.new_empty(rows, config.hidden_size)
         step = _Step(
             config.layers, rows, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
-            cache.k_LBKDT.shape[4], torch.get_num_threads(), model.embed.weight.data_ptr(), model.norm.weight.data_ptr(),
-            model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(), cache.lenders.data_ptr(), cache.shared.data_ptr(),
+            cache.v_LBKTD.shape[3], torch.get_num_threads(), model.embed.weight.data_ptr(), model.norm.weight.data_ptr(),
+            model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(), cache.lenders.ctypes.data,
+            cache.shared.ctypes.data,
             *(part.data_ptr() for part in self.scratch), model.norm.eps,
         )  # fmt: skip
         library().decode(ctypes.byref(step), self.layers, _at(out_BC))
         return out_BC
+
+    def _point(self, cache: KVCache) -> None:
+        """Every layer at its keys and values; they move when the cache grows or shrinks."""
+        keys, values = cache.k_LBKnDP, cache.v_LBKTD
+        at = keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0)
+        if at != self.at:
+            for slot, layer in enumerate(self.layers):
+                layer.keys, layer.values = at[0] + 4 * slot * at[2], at[1] + 4 * slot * at[3]
+            self.at = at
 
     def _layer(self, block: torch.nn.Module) -> _Layer:
         attention, ffn = block.attention, block.ffn
