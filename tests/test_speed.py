@@ -20,5 +20,5 @@ PEERS = ("trl", "transformers")
 def test_no_ratio_to_a_peer_has_fallen_by_a_quarter():
     here = {f"LIMBECK_BENCH_{peer.upper()}": sys.executable for peer in PEERS}
     command = [sys.executable, "-m", "bench.short"]
-    run = subprocess.run(command, cwd=Path(__file__).parent.parent, env={**os.environ, **here}, capture_output=True, text=True)
+    run = subprocess.run(command, check=False, cwd=Path(__file__).parent.parent, env={**os.environ, **here}, capture_output=True, text=True)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr[-2000:]}"
