@@ -5,7 +5,7 @@ N input tokens · M predicted tokens (those the loss sees) · S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.cache import Branched, Packed
 from ..types import Group, Sample
+from .divergence import States, TopK
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Batch:
     """One micro-batch. Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`; `next_N`
     is the token that follows each input token, `routes_NLK` the experts that it meets where they are settled.
 
+    `pairs_S` numbers pairs from 1, the worse half negative; `teacher` is whom the predictions are compared with.
     `tokens` and `sequences` count the *whole* batch that this is a piece of: a loss divides by them, so that
     the sum over micro-batches is the loss of the batch, however it was cut.
     """
@@ -39,11 +41,13 @@ class Batch:
     routes_NLK: Tensor | None
     tokens: int
     sequences: int
+    pairs_S: Tensor | None = None
+    teacher: States | TopK | None = None
 
 
 def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Cut into micro-batches of at most `batch_tokens` input tokens (one sequence or group at least), like
-    lengths together. Samples of one prompt stand together, and their prompt once."""
+    lengths together. Samples of one prompt stand together, and their prompt once: a pair is never parted."""
     learned = [s for s in samples if _targets(s).size]
     predicted = sum(_targets(s).size for s in learned)
     groups = _by_prompt(learned)
@@ -74,7 +78,8 @@ def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples that begin with the same prompt, together; one without a prompt is alone."""
     groups: dict[object, list[Sample]] = {}
     for i, sample in enumerate(samples):
-        prompt = sample.tokens[: sample.start].tobytes() if sample.start > 1 else i
+        shares = sample.start > 1 or (sample.pair and sample.start)
+        prompt = sample.tokens[: sample.start].tobytes() if shares else i
         groups.setdefault(prompt, []).append(sample)
     return list(groups.values())
 
@@ -144,7 +149,17 @@ def _batch(
         routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long) if routed else None,
         tokens=tokens,
         sequences=sequences,
+        pairs_S=tensor(np.array([s.pair for s in samples]), torch.long) if samples[0].pair else None,
+        teacher=_labels(samples, tensor),
     )
+
+
+def _labels(samples: list[Sample], tensor: Callable[[np.ndarray, torch.dtype], Tensor]) -> TopK | None:
+    """What a teacher said before, where all samples have it."""
+    if any(s.labels is None for s in samples):
+        return None
+    ids, logprobs, tail = (np.concatenate([getattr(s.labels, name) for s in samples]) for name in ("ids", "logprobs", "tail"))
+    return TopK(tensor(ids, torch.long), tensor(logprobs, torch.float32), tensor(tail, torch.float32))
 
 
 def _kept(samples: list[Sample], device: torch.device | str) -> Tensor | None:
