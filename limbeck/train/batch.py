@@ -22,7 +22,7 @@ class Batch:
     """One micro-batch. Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`; `next_N`
     is the token that follows each input token, `routes_NLK` the experts that it meets where they are settled.
 
-    `pairs_S` numbers pairs from 1, the worse half negative; `teacher` is whom the predictions are compared with.
+    `order_S` tells each sequence's place among the samples that were packed, `pairs_S` numbers pairs from 1, the worse half negative; `teacher` is whom the predictions are compared with.
     `tokens` and `sequences` count the *whole* batch that this is a piece of: a loss divides by them, so that
     the sum over micro-batches is the loss of the batch, however it was cut.
     """
@@ -41,6 +41,7 @@ class Batch:
     routes_NLK: Tensor | None
     tokens: int
     sequences: int
+    order_S: np.ndarray
     pairs_S: Tensor | None = None
     teacher: States | TopK | None = None
 
@@ -65,7 +66,19 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | st
             pieces.append([group])
             size = cost
     lay = _branched if shared else _packed
-    return [_batch(*lay(piece), predicted, len(learned), device) for piece in pieces]
+    places = {id(sample): place for place, sample in enumerate(samples)}
+    return [_batch(*lay(piece), places, predicted, len(learned), device) for piece in pieces]
+
+
+def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) -> list[np.ndarray]:
+    """What was computed for each prediction, back in the order of the `count` samples that were packed; of a sample
+    without a prediction, nothing."""
+    found = [np.zeros((0, *values_M[0].shape[1:]), np.float32)] * count
+    for batch, values in zip(batches, values_M, strict=True):
+        parts = np.split(values.numpy(), batch.lengths_S.long().cumsum(0)[:-1].numpy())
+        for place, part in zip(batch.order_S, parts, strict=True):
+            found[place] = part
+    return found
 
 
 def _targets(sample: Sample) -> np.ndarray:
@@ -121,7 +134,7 @@ def _branched(groups: list[list[Sample]]) -> Layout:
 
 def _batch(
     samples: list[Sample], pieces: list[Piece], context: Packed | Branched, predict: list[np.ndarray],
-    tokens: int, sequences: int, device: torch.device | str,
+    places: dict[int, int], tokens: int, sequences: int, device: torch.device | str,
 ) -> Batch:  # fmt: skip
     predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
     counts = np.array([len(p) for p in predict])
@@ -149,6 +162,7 @@ def _batch(
         routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long) if routed else None,
         tokens=tokens,
         sequences=sequences,
+        order_S=np.array([places[id(s)] for s in samples]),
         pairs_S=tensor(np.array([s.pair for s in samples]), torch.long) if samples[0].pair else None,
         teacher=_labels(samples, tensor),
     )
