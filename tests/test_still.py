@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -343,3 +344,30 @@ def test_a_stage_killed_at_random_instants_ends_with_the_same_bytes(nursery, sti
         process.join()
     assert killed
     assert attempt.end() == attempt.expected
+
+
+# ---------------------------------------------------------------- the bake-off
+
+SMALL = [
+    "problems.clock.numbers=2", "problems.clock.modulus=3", "stages.base.tokens=30000", "stages.student.tokens=6000",
+    "stages.teacher.steps=2", "stages.teacher.policy.prompts_per_step=4", "stages.alone.policy.prompts_per_step=4",
+    *(f"stages.{stage}.{setting}" for stage in ("outputs", "brief", "pairs", "best") for setting in ("prompts=24", "samples=2")),
+    *(f"stages.{stage}.sampling.max_new_tokens=24" for stage in ("teacher", "alone", "outputs", "brief", "pairs", "best", "gkd", "on_policy")),
+    *(f"stages.{stage}.{setting}=false" for stage in ("outputs", "brief") for setting in ("correct", "wellformed")),
+    *(f"stages.{stage}.flops=1.5e+9" for stage in ("full", "answers", "short", "chosen", "dpo", "dpo_mean", "logits", "gkd", "on_policy", "alone")),
+    "stages.evaluation.prompts=8", "stages.evaluation.max_new_tokens=24",
+]  # fmt: skip
+
+
+def test_the_bake_off_runs_and_no_student_spends_more_than_the_others(tmp_path):
+    """The shipped recipe, everything in it made small."""
+    recipe = Path(__file__).parent.parent / "recipes" / "bakeoff.yaml"
+    run = tiny.open_run(recipe, tmp_path, *SMALL)
+    assert (run.carry_out() / "index.html").exists()
+    budgeted = {name: node for name, node in run.graph.nodes.items() if getattr(node.stage, "flops", None)}
+    assert len(budgeted) == 10
+    for name, node in budgeted.items():
+        manifest, steps = node.artifact.manifest, read_metrics(node.artifact.folder)
+        spent = manifest["flops"] + manifest["notes"].get("data_flops", 0)
+        last = max((row.get("flops", 0) for row in steps), default=0)  # what stops after a step may pass the budget by it
+        assert 0 < spent <= 1.02 * 1.5e9 + last, name
