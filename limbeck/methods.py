@@ -67,8 +67,9 @@ class Distill(Budgeted):
     teachers: dict[str, str] = Field(
         {}, description="names of problems, each with the stage of the teacher for them; `label` stages need none"
     )
-    divergence: Literal["forward", "reverse", "jsd"] = Field(
-        "reverse", description="KL(teacher, student), which covers; KL(student, teacher), which selects; or between them"
+    divergence: Literal["forward", "reverse", "jsd", "text"] = Field(
+        "reverse", description="KL(teacher, student), which covers; KL(student, teacher), which selects; between them; or of spans of "
+        "text, for teachers with other tokenizers",
     )
     beta: float = Field(0.5, gt=0, lt=1, description="of `jsd`: towards 0 it acts as `forward`, towards 1 as `reverse`")
     temperature: float = Field(1.0, gt=0, description="divides the logits of both; not that of sampling")

@@ -227,6 +227,9 @@ def _check_teachers(path: Path, name: str, stage: Distill, recipe: Recipe) -> No
 
     for domain in sorted(asked(list(stage.problems)) - set(stage.teachers)):
         raise LimbeckError(f"{path}: stages.{name}.teachers has none for {domain}; name a stage whose model teaches it")
+    labels = [row for row in stage.rows if recipe.stages[row].kind == "label"]
+    if labels and stage.divergence == "text":
+        raise LimbeckError(f"{path}: stages.{name}.rows cites {labels[0]}, labels of tokens, which divergence text cannot use; cite its rows")
     bare = [row for row in stage.rows if recipe.stages[row].kind != "label"]
     if bare and not stage.teachers:
         raise LimbeckError(f"{path}: stages.{name}.rows cites {bare[0]}, which nobody has labelled; name teachers, or cite a label stage")

@@ -124,7 +124,8 @@ class Sample:
     `tokens` is prompt + completion; the loss sees the tokens from `start` on, or those of them that are
     `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token),
     `advantage` one number for the sequence, `routes` the experts to meet again (one row per token but the last).
-    Distillation fills `labels`; preferences say of which `pair` a sample is the better (3) or the worse half (-3).
+    Distillation fills `labels`, or across tokenizers the `spans` of text that learned tokens are parts of (-1: of none);
+    preferences say of which `pair` a sample is the better (3) or the worse half (-3).
     """
 
     tokens: np.ndarray
@@ -136,6 +137,7 @@ class Sample:
     learned: np.ndarray | None = None
     routes: np.ndarray | None = None
     labels: Labels | None = None
+    spans: np.ndarray | None = None
     pair: int = 0
 
 

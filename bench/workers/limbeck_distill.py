@@ -13,7 +13,7 @@ from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.parts import Optimizer
 from limbeck.tokenizer import Tokenizer
-from limbeck.train.distill import taught
+from limbeck.train.distill import Lesson, Teacher, taught
 from limbeck.train.learner import Learner
 from limbeck.train.losses import distill
 from limbeck.types import Problem, Sample
@@ -21,7 +21,7 @@ from limbeck.types import Problem, Sample
 torch.set_num_threads(SETTINGS["threads"])
 tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
 decoder = weights.load(Path(SETTINGS["model"]))
-teachers = {"big": Learner(weights.load(Path(SETTINGS["teacher"])), Optimizer(), 1)}
+teachers = {"big": Teacher(Learner(weights.load(Path(SETTINGS["teacher"])), Optimizer(), 1))}
 learner, loss = Learner(decoder, Optimizer(learning_rate=1e-6), 1000), distill("jsd", SETTINGS["beta"])
 sampling = SamplingParams(max_new_tokens=SETTINGS["new"])
 tokenizer.end_id = decoder.config.vocab_size  # never said
@@ -43,6 +43,6 @@ for step, clock in enumerate(turns()):
     first = step * count % len(problems)
     batch = problems[first : first + count]
     samples = given(batch) if SETTINGS["rows"] else written(batch, step)
-    said = learner.update(taught({"big": samples}, teachers, SETTINGS["batch_tokens"]), loss)
+    said = learner.update(taught(Lesson([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[0], loss)
     engine.load(learner.weights())
     clock.say(tokens=sum(len(s.tokens) - s.start for s in samples), loss=said["loss"])

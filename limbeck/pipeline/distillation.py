@@ -18,7 +18,7 @@ from ..methods import Distill, Label, Pairs, Preference
 from ..parts import Optimizer
 from ..record import read_metrics
 from ..tokenizer import Tokenizer
-from ..train.distill import LABELLED, Lessons, domain, imitate, labelled
+from ..train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, labelled
 from ..train.learner import Learner
 from ..train.losses import preference
 from ..train.preference import best_and_worst, plan_pairs, referenced, to_pair
@@ -98,7 +98,7 @@ def run_distill(job: Job) -> Outcome:
     stage: Distill = job.stage
     decoder, tokenizer = job.model(stage.model)
     teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
-    rows = [pair for name, share in stage.rows.items() for pair in _owned(job, name, share, tokenizer)]
+    rows = [asked for name, share in stage.rows.items() for asked in _owned(job, name, share, tokenizer)]
     if stage.rows and not rows:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     learner, checkpoint = Learner(decoder, stage.optimizer, stage.steps, stage.recompute), job.checkpoint()
@@ -122,10 +122,12 @@ STAGES: dict[str, Callable[[Job], Outcome]] = {
 # ---------------------------------------------------------------- what they learn from
 
 
-def _teacher(job: Job, name: str, student: Tokenizer) -> Learner:
+def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
     decoder, tokenizer = job.model(name)
+    if job.stage.divergence == "text":
+        return Teacher(Learner(decoder, Optimizer(), 1), (student, tokenizer))
     check_tongue(job, student, name, tokenizer)
-    return Learner(decoder, Optimizer(), 1)
+    return Teacher(Learner(decoder, Optimizer(), 1))
 
 
 def _pairs_of(job: Job, tokenizer: Tokenizer) -> list[Learned]:
@@ -142,17 +144,17 @@ def _pairs_of(job: Job, tokenizer: Tokenizer) -> list[Learned]:
 SIDES = ("chosen", "rejected")
 
 
-def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[tuple[str, Learned]]:
+def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[Asked]:
     """Rows as samples, each with who teaches it: its labels, or the teacher of its problem's domain."""
     stage: Distill = job.stage
     if job.manifest(name)["kind"] == "label":
-        yield from ((LABELLED, sample) for sample in _labelled_rows(job, name, share, tokenizer))
+        yield from ((LABELLED, sample, "") for sample in _labelled_rows(job, name, share, tokenizer))
         return
     for row in given_rows(job, name, share, tokenizer):
         teacher = stage.teachers.get(domain(row["id"]))
         if teacher is None:
             raise LimbeckError(f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows")
-        yield teacher, to_sample(row, tokenizer, "keep")
+        yield teacher, to_sample(row, tokenizer, "keep"), row["prompt"]
 
 
 def _labelled_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Learned]:

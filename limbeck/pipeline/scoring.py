@@ -29,7 +29,7 @@ def check_tongue(job: Job, student: Tokenizer, name: str, teacher: Tokenizer) ->
     """Token by token, only those can be compared who mean the same by an id, and end a turn alike."""
     mine, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (student, teacher))
     differ = sum(mine.get(token) != theirs.get(token) for token in {**mine, **theirs})
-    remedy = "take a teacher of the same family, or learn its outputs (kind: sft), which are text"
+    remedy = "take a teacher of the same family, learn its outputs (kind: sft), which are text, or distil spans of it (divergence: text)"
     if differ:
         raise LimbeckError(f"{job.name}: the vocabulary of the teacher {name} differs from the student's in {differ} tokens; {remedy}")
     if student.end_id != teacher.end_id:

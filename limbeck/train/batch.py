@@ -43,6 +43,7 @@ class Batch:
     sequences: int
     order_S: np.ndarray
     pairs_S: Tensor | None = None
+    spans_M: Tensor | None = None
     teacher: States | TopK | None = None
 
 
@@ -164,8 +165,15 @@ def _batch(
         sequences=sequences,
         order_S=np.array([places[id(s)] for s in samples]),
         pairs_S=tensor(np.array([s.pair for s in samples]), torch.long) if samples[0].pair else None,
+        spans_M=None if samples[0].spans is None else tensor(_numbered([s.spans for s in samples]), torch.long),
         teacher=_labels(samples, tensor),
     )
+
+
+def _numbered(spans: list[np.ndarray]) -> np.ndarray:
+    """Spans of many samples, no number twice."""
+    begins = np.cumsum([0, *(one.max() + 1 for one in spans[:-1])])
+    return np.concatenate([np.where(one < 0, -1, one + begin) for one, begin in zip(spans, begins, strict=True)])
 
 
 def _labels(samples: list[Sample], tensor: Callable[[np.ndarray, torch.dtype], Tensor]) -> TopK | None:

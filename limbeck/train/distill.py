@@ -16,31 +16,63 @@ import numpy as np
 from ..methods import Distill
 from ..model.config import ModelConfig
 from ..record import Record
+from ..tokenizer import Tokenizer
 from ..types import Group, Labels, Sample, Sampler, generator
+from .alignment import aligned
 from .batch import Batch, by_sample, pack, to_samples
 from .checkpoint import Checkpoint
 from .divergence import top_k
 from .learner import Learner
-from .losses import distill
+from .losses import distill, text_distance
 from .rl import Tasks, summarize
 
 LABELLED = ""  # the owner of samples that bring their labels
 
 
+Asked = tuple[str, Sample, str]  # who teaches it, what was said, and the question
+
+
 @dataclass(frozen=True)
 class Lesson:
-    """What one step learns from: `Lesson({"big": [...]}, groups)` has samples by who teaches them; groups are the
-    student's own, and empty where rows are learned."""
+    """What one step learns from: `Lesson([("big", sample, "2 + 2?")], groups)`; groups are the student's own, and empty
+    where rows are learned."""
 
-    samples: Mapping[str, Sequence[Sample]]
+    asked: Sequence[Asked]
     groups: Sequence[Group] = ()
+
+    @property
+    def samples(self) -> dict[str, list[Sample]]:
+        """By who teaches them."""
+        owners = sorted({owner for owner, _, _ in self.asked})
+        return {owner: [sample for mine, sample, _ in self.asked if mine == owner] for owner in owners}
+
+    def questions(self, owner: str) -> list[str]:
+        return [question for mine, _, question in self.asked if mine == owner]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model that shows its states. `tongues` are the student's tokenizer and its own where they differ: then it
+    judges spans of text."""
+
+    learner: Learner
+    tongues: tuple[Tokenizer, Tokenizer] | None = None
+
+    def show(self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int) -> tuple[list[Batch], int]:
+        """Micro-batches to learn from, and how many tokens the teacher read."""
+        if self.tongues:
+            student, own = self.tongues
+            marked, read = aligned(samples, questions, student, self.learner, own, batch_tokens)
+            return pack(marked, batch_tokens), read
+        packed = [replace(batch, teacher=self.learner.states(batch)) for batch in pack(samples, batch_tokens)]
+        return packed, sum(len(s.tokens) for s in samples)
 
 
 class Lessons:
     """The step-th lesson is a function of step, seed and the student's weights alone."""
 
     def __init__(
-        self, settings: Distill, seed: object, engine: Sampler, tasks: Tasks | None, sampling: Any, rows: Sequence[tuple[str, Sample]]
+        self, settings: Distill, seed: object, engine: Sampler, tasks: Tasks | None, sampling: Any, rows: Sequence[Asked]
     ):  # fmt: skip
         self.settings, self.seed, self.engine, self.tasks, self.sampling, self.rows = settings, seed, engine, tasks, sampling, rows
 
@@ -54,7 +86,8 @@ class Lessons:
         groups = [self.tasks.score(group) for group in rolled]
         samples = [to_samples([group], [np.zeros(len(group.completions))], False) for group in groups]
         owners = [self.settings.teachers[domain(group.problem.id)] for group in groups]
-        return Lesson(_by_owner((owner, s) for owner, part in zip(owners, samples, strict=True) for s in part), groups)
+        told = zip(owners, samples, groups, strict=True)
+        return Lesson([(owner, s, group.problem.prompt) for owner, part, group in told for s in part], groups)
 
     def _given(self, step: int) -> Lesson:
         count = self.settings.prompts_per_step * self.settings.group_size
@@ -65,37 +98,43 @@ class Lessons:
             if epoch not in orders:
                 orders[epoch] = generator(self.seed, "rows", epoch).permutation(len(self.rows))
             picked.append(self.rows[orders[epoch][place]])
-        return Lesson(_by_owner(picked))
+        return Lesson(picked)
 
 
 def imitate(
-    learner: Learner, teachers: Mapping[str, Learner], lessons: Lessons, settings: Distill, record: Record, checkpoint: Checkpoint,
+    learner: Learner, teachers: Mapping[str, Teacher], lessons: Lessons, settings: Distill, record: Record, checkpoint: Checkpoint,
     budget: float = math.inf,
 ) -> None:  # fmt: skip
     """`settings.steps` updates, or fewer if `budget` FLOPs, the teachers' included, are spent before."""
-    loss, (first, spent) = distill(settings.divergence, settings.beta), _resume(learner, checkpoint)
+    loss = text_distance if settings.divergence == "text" else distill(settings.divergence, settings.beta)
+    first, spent = _resume(learner, checkpoint)
     for step in range(first, settings.steps):
         if spent >= budget:
             break
         lesson = lessons(step)
-        metrics = learner.update(taught(lesson.samples, teachers, settings.batch_tokens), loss, settings.temperature)
+        batches, read = taught(lesson, teachers, settings.batch_tokens)
+        metrics = learner.update(batches, loss, settings.temperature)
         lessons.engine.load(learner.weights())
-        configs = {name: teacher.model.config for name, teacher in teachers.items()}
-        metrics |= _volume(lesson, learner.model.config, configs) | (summarize(lesson.groups) if lesson.groups else {})
+        costs = {name: (read[name], teachers[name].learner.model.config) for name in read}
+        metrics |= _volume(lesson, learner.model.config, costs) | (summarize(lesson.groups) if lesson.groups else {})
         spent += metrics["flops"]
         shown = lesson.groups[:1] if step % settings.log_every == 0 or step == settings.steps - 1 else []
         record.step(step, {"on_policy": float(bool(lesson.groups)), **metrics}, shown)
         checkpoint.offer(lambda: {"learner": learner.state_dict(), "step": step + 1, "flops": spent}, record)  # noqa: B023
 
 
-def taught(samples: Mapping[str, Sequence[Sample]], teachers: Mapping[str, Learner], batch_tokens: int) -> list[Batch]:
-    """Micro-batches, each with its teacher's states or labels; their counts are those of the whole."""
-    batches, tokens, sequences = [], 0, 0
-    for owner, part in samples.items():
-        packed = pack(part, batch_tokens)
+def taught(lesson: Lesson, teachers: Mapping[str, Teacher], batch_tokens: int) -> tuple[list[Batch], dict[str, int]]:
+    """Micro-batches, each with what its teacher or its labels say, whose counts are those of the whole; and how many
+    tokens each teacher read."""
+    batches, read, tokens, sequences = [], {}, 0, 0
+    for owner, part in lesson.samples.items():
+        if owner == LABELLED:
+            packed = pack(part, batch_tokens)
+        else:
+            packed, read[owner] = teachers[owner].show(part, lesson.questions(owner), batch_tokens)
         tokens, sequences = tokens + packed[0].tokens, sequences + packed[0].sequences
-        batches += packed if owner == LABELLED else [replace(b, teacher=teachers[owner].states(b)) for b in packed]
-    return [replace(batch, tokens=tokens, sequences=sequences) for batch in batches]
+        batches += packed
+    return [replace(batch, tokens=tokens, sequences=sequences) for batch in batches], read
 
 
 def labelled(teacher: Learner, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int) -> list[Labels]:
@@ -112,24 +151,15 @@ def domain(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _by_owner(pairs: Any) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
-    for owner, sample in pairs:
-        found.setdefault(owner, []).append(sample)
-    return dict(sorted(found.items()))
-
-
-def _volume(lesson: Lesson, student: ModelConfig, teachers: Mapping[str, ModelConfig]) -> dict[str, float]:
+def _volume(lesson: Lesson, student: ModelConfig, teachers: Mapping[str, tuple[int, ModelConfig]]) -> dict[str, float]:
     """Tokens sampled (prompts once a group) and learned from, and the FLOPs of all: the student samples and learns, a
-    teacher reads; each token sees half of its sequence on average, as `rl` counts."""
-    samples = [s for part in lesson.samples.values() for s in part]
+    teacher reads so many tokens; each sees half of its sequence on average, as `rl` counts."""
+    samples = [sample for _, sample, _ in lesson.asked]
     learned, sampled = sum(len(s.tokens) for s in samples), sum(_sampled(group) for group in lesson.groups)
     seen = float(np.mean([(len(s.tokens) + s.start) / 2 for s in samples]))
-    teaching = sum(
-        sum(len(s.tokens) for s in part) * teachers[owner].flops_per_token(seen) for owner, part in lesson.samples.items() if owner != LABELLED
-    )  # fmt: skip
+    teaching = float(sum(read * config.flops_per_token(seen) for read, config in teachers.values()))
     own = sampled * student.flops_per_token(seen) + learned * student.flops_per_token(seen, backward=True)
-    return {"sampled_tokens": sampled, "learned_tokens": learned, "flops": own + teaching, "teacher_flops": float(teaching)}
+    return {"sampled_tokens": sampled, "learned_tokens": learned, "flops": own + teaching, "teacher_flops": teaching}
 
 
 def _sampled(group: Group) -> int:

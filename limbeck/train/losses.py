@@ -43,6 +43,19 @@ def distill(kind: str, beta: float = 0.5) -> Loss:
     return loss
 
 
+def text_distance(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Half the squared difference of what student and teacher think of each span of text, over the predicted tokens. It
+    is zero only where they agree, and on the student's own samples its gradient is in expectation that of the reverse KL
+    of spans: E[(log q - log p) grad log q]."""
+    inside_M = batch.spans_M >= 0
+    spans = int(batch.spans_M.max()) + 1
+    gap_M = (logprobs_M - batch.reference_M)[inside_M]
+    gap_J = logprobs_M.new_zeros(spans).index_add(0, batch.spans_M[inside_M], gap_M)
+    value = gap_J.square().sum() / 2 / batch.tokens
+    reverse = gap_J.detach().sum() / batch.tokens  # on the student's own samples an estimate of the KL a token
+    return value, {"loss": value.detach(), "reverse_kl": reverse}
+
+
 def preference(beta: float, normalized: bool = False) -> Loss:
     """Direct preference optimisation (arXiv 2305.18290, eq. 7): -log sigmoid(beta (gain of the better - of the worse)), a
     gain being the sum of log pi / reference over a response's tokens, or, `normalized`, their mean."""
