@@ -26,9 +26,9 @@ SIZES = {
 }
 
 
-def make(size: str) -> Path:
+def make(size: str, seed: int = 0) -> Path:
     """A directory with random weights, made once."""
-    folder = CACHE / "models" / size
+    folder = CACHE / "models" / (f"{size}-{seed}" if seed else size)
     if not (folder / "config.json").exists():
         vocabulary, hidden, layers, heads, kv_heads, width, inner, tied = SIZES[size]
         config = ModelConfig("llama", vocabulary, hidden, layers, heads, kv_heads, width, inner, tied=tied)
@@ -37,7 +37,7 @@ def make(size: str) -> Path:
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
         tokenizer = Tokenizer(backend, "{{ messages[0].content }}", "<end>", "<pad>")
         folder.mkdir(parents=True, exist_ok=True)
-        weights.save(Decoder(config).initialize(0), folder, tokenizer)
+        weights.save(Decoder(config).initialize(seed), folder, tokenizer)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The parts that stages of a recipe are made of: a model's shape, sampling, the optimiser, the policy. No torch."""
+"""The parts that stages of a recipe are made of: what all have, a model's shape, sampling, optimiser, policy. No torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,39 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+RewardPart = Literal["accuracy", "format", "language"]
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stage(Settings):
+    """What every stage has. `title` and `log_every` change no result and so no key."""
+
+    title: str = Field("", description="a line for the report")
+    log_every: int = Field(
+        10, ge=1,
+        description="steps between two that are logged; in `rl`, between two whose responses are kept",
+    )
+    save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
+
+
+class Budgeted(Stage):
+    """A stage that learns, and may be stopped by what it has spent."""
+
+    flops_of: str | None = Field(
+        None, description="a stage to compare with: stop, at the latest when all is done, once as many FLOPs are spent as it took"
+    )
+    flops: float | None = Field(
+        None, gt=0, description="or a number of FLOPs, of which the teacher's, and what the rows cost, are a part"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Budgeted:
+        if self.flops_of and self.flops:
+            raise ValueError(f"flops_of = {self.flops_of} and flops = {self.flops:g} are two budgets; give one")
+        return self
 
 
 class LatentShape(Settings):

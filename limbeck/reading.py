@@ -18,12 +18,16 @@ from .recipe import (
     RL,
     SFT,
     Curate,
+    Distill,
     Evaluate,
     Files,
     General,
     Gym,
+    Label,
     Load,
     Miniature,
+    Pairs,
+    Preference,
     Pretrain,
     Recipe,
     Report,
@@ -125,7 +129,8 @@ def _explain(error: ValidationError, tree: dict) -> str:
 _SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
 _STAGES: dict[str, type[Stage]] = {
     "load": Load, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
-    "sft": SFT, "general": General, "evaluate": Evaluate, "report": Report,
+    "sft": SFT, "general": General, "label": Label, "pairs": Pairs, "preference": Preference, "distill": Distill,
+    "evaluate": Evaluate, "report": Report,
 }  # fmt: skip
 _KINDS = {*_SOURCES, *_STAGES}
 
@@ -141,7 +146,7 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
     return sorted(model.model_fields) if model else []
 
 
-MODELS, ROWS = {"load", "pretrain", "rl", "sft"}, {"sample", "curate", "general"}
+MODELS, ROWS = {"load", "pretrain", "rl", "sft", "preference", "distill"}, {"sample", "curate", "general", "label"}
 
 
 def _check_references(path: Path, recipe: Recipe) -> None:
@@ -167,15 +172,23 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                 raise LimbeckError(
                     f"{path}: stages.{name}.problems cites {source}, which is not under problems{_meant(source, known)}"
                 )
+        if hasattr(stage, "model"):
+            cite(name, "model", stage.model, MODELS, "a model")
+        for key, kinds, what in (("flops_of", MODELS, "a stage that learns"), ("scored_by", MODELS, "a model")):
+            if getattr(stage, key, None):
+                cite(name, key, getattr(stage, key), kinds, what)
+        for row in stage.rows if isinstance(stage, SFT | Label | Distill) else ():
+            cite(name, "rows", row, ROWS, "rows")
         match stage:
-            case RL() | Screen() | Sample():
-                cite(name, "model", stage.model, MODELS, "a model")
-                if isinstance(stage, RL) and stage.flops_of:
-                    cite(name, "flops_of", stage.flops_of, MODELS, "a stage that learns")
             case SFT():
-                cite(name, "model", stage.model, MODELS, "a model")
-                for row in stage.rows:
-                    cite(name, "rows", row, ROWS, "rows")
+                _check_system(path, name, stage)
+            case Preference():
+                for pairs in stage.pairs:
+                    cite(name, "pairs", pairs, {"pairs"}, "pairs")
+            case Distill():
+                for domain, teacher in stage.teachers.items():
+                    cite(name, f"teachers.{domain}", teacher, MODELS, "a model")
+                _check_teachers(path, name, stage, recipe)
             case Curate():
                 cite(name, "rows", stage.rows, ROWS, "rows")
             case Evaluate():
@@ -194,6 +207,32 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                 if not isinstance(recipe.problems.get(stage.problems), Miniature):
                     raise LimbeckError(f"{path}: stages.{name}.problems must be a miniature, which has a corpus")
     _refuse_cycles(path, recipe)
+
+
+def _check_system(path: Path, name: str, stage: SFT) -> None:
+    for cited in stage.system or {}:
+        if cited not in stage.rows:
+            raise LimbeckError(f"{path}: stages.{name}.system cites {cited}, which gives it no rows{_meant(cited, stage.rows)}")
+
+
+def _check_teachers(path: Path, name: str, stage: Distill, recipe: Recipe) -> None:
+    """Every problem that the student may be asked has a teacher; so have rows that nobody has labelled."""
+    for domain in stage.teachers:
+        if domain not in recipe.problems:
+            raise LimbeckError(f"{path}: stages.{name}.teachers cites {domain}, which is not under problems{_meant(domain, recipe.problems)}")
+
+    def asked(names: list[str]) -> set[str]:
+        screens = [recipe.stages[n] for n in names if n not in recipe.problems]
+        return {n for n in names if n in recipe.problems}.union(*(asked(sources(screen)) for screen in screens))
+
+    for domain in sorted(asked(list(stage.problems)) - set(stage.teachers)):
+        raise LimbeckError(f"{path}: stages.{name}.teachers has none for {domain}; name a stage whose model teaches it")
+    labels = [row for row in stage.rows if recipe.stages[row].kind == "label"]
+    if labels and stage.divergence == "text":
+        raise LimbeckError(f"{path}: stages.{name}.rows cites {labels[0]}, labels of tokens, which divergence text cannot use; cite its rows")
+    bare = [row for row in stage.rows if recipe.stages[row].kind != "label"]
+    if bare and not stage.teachers:
+        raise LimbeckError(f"{path}: stages.{name}.rows cites {bare[0]}, which nobody has labelled; name teachers, or cite a label stage")
 
 
 def _refuse_cycles(path: Path, recipe: Recipe) -> None:

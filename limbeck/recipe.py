@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .parts import Optimizer, Policy, Sampling, Settings, Shape
+from .methods import Distill, Label, Pairs, Preference
+from .parts import Budgeted, Optimizer, Policy, RewardPart, Sampling, Settings, Shape, Stage
 
-RewardPart = Literal["accuracy", "format", "language"]
 CorpusShare = Literal[
     "textbook", "general", "plain", "tagged", "guessed", "direct_right", "systematic", "unverified", "slip", "misjudged", "same", "other"
 ]
@@ -79,17 +79,6 @@ Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
 # ---------------------------------------------------------------- stages
 
 
-class Stage(Settings):
-    """What every stage has. `title` and `log_every` change no result and so no key."""
-
-    title: str = Field("", description="a line for the report")
-    log_every: int = Field(
-        10, ge=1,
-        description="steps between two that are logged; in `rl`, between two whose responses are kept",
-    )
-    save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
-
-
 class Load(Stage):
     """Bring in a base model: an HF directory, a GGUF file, or the name of a model that was pulled."""
 
@@ -116,7 +105,7 @@ class Pretrain(Stage):
     )
 
 
-class RL(Stage):
+class RL(Budgeted):
     """Reinforcement learning with verifiable rewards."""
 
     kind: Literal["rl"]
@@ -129,9 +118,6 @@ class RL(Stage):
         description="what each part of a score is worth; parts that are not named earn nothing",
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
-    flops_of: str | None = Field(
-        None, description="a stage to compare with: stop, within `steps`, once as many FLOPs are spent as its learning took"
-    )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
     optimizer: Optimizer = Field(
@@ -177,6 +163,16 @@ class Sample(Stage):
     correct: bool = Field(True, description="keep right answers only")
     wellformed: bool = Field(True, description="keep responses only that have the form")
     language: float = Field(0.0, ge=0, le=1, description="least language consistency of a kept row")
+    longest: int | None = Field(None, ge=1, description="drop responses of more tokens than this")
+    keep: Literal["shortest", "best"] | None = Field(
+        None, description="of the completions that pass keep the shortest, or those with the best score; else the first"
+    )
+    rewards: dict[RewardPart, float] | None = Field(
+        None, description="what each part of the score is worth that `best` goes by; else accuracy alone"
+    )
+    scored_by: str | None = Field(
+        None, description="a teacher's stage: its mean log-probability of a completion is the score that `best` goes by"
+    )
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
@@ -196,7 +192,7 @@ class Curate(Stage):
     )
 
 
-class SFT(Stage):
+class SFT(Budgeted):
     """Supervised fine-tuning on rows; `thoughts: drop` trains on the answers alone."""
 
     kind: Literal["sft"]
@@ -207,6 +203,9 @@ class SFT(Stage):
     epochs: float = Field(2, gt=0, description="passes over the rows; 2.5 ends in the middle of the third")
     thoughts: Literal["keep", "drop"] = Field(
         "keep", description="learn thought and answer, or the answer alone"
+    )
+    system: dict[str, str] | None = Field(
+        None, description="stages that give rows, with the system prompt that theirs are learned under"
     )
     batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
     recompute: bool = Field(
@@ -258,7 +257,7 @@ class Report(Stage):
 
 
 AnyStage = Annotated[
-    Load | Pretrain | RL | Screen | Sample | Curate | SFT | General | Evaluate | Report,
+    Load | Pretrain | RL | Screen | Sample | Curate | SFT | General | Label | Pairs | Preference | Distill | Evaluate | Report,
     Field(discriminator="kind"),
 ]
 
@@ -281,13 +280,20 @@ class Recipe(Settings):
 
 def inputs(stage: Stage) -> list[str]:
     """The stages that a stage takes its artifacts from; names of problems that are stages are added by `graph`."""
+    compared = filter(None, [getattr(stage, "flops_of", None)])
     match stage:
         case RL():
-            return [stage.model, *filter(None, [stage.flops_of])]
-        case Screen() | Sample():
+            return [stage.model, *compared]
+        case Screen():
             return [stage.model]
-        case SFT():
-            return [stage.model, *stage.rows]
+        case Sample() | Pairs():
+            return [stage.model, *filter(None, [stage.scored_by])]
+        case SFT() | Label():
+            return [stage.model, *stage.rows, *compared]
+        case Preference():
+            return [stage.model, *stage.pairs, *compared]
+        case Distill():
+            return [stage.model, *stage.teachers.values(), *stage.rows, *compared]
         case Curate():
             return [stage.rows]
         case Evaluate():

@@ -105,12 +105,27 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What a teacher would have said in place of each learned token: its likeliest ids and their log-probabilities
+    [tokens, K], and the log-probability of all other ids together [tokens].
+
+    `Labels(np.array([[7, 9]]), np.log([[.6, .3]]), np.log([.1]))` labels one token.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tail: np.ndarray
+
+
+@dataclass(frozen=True)
 class Sample:
     """One packed sequence to learn from.
 
     `tokens` is prompt + completion; the loss sees the tokens from `start` on, or those of them that are
     `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token),
     `advantage` one number for the sequence, `routes` the experts to meet again (one row per token but the last).
+    Distillation fills `labels`, or across tokenizers the `spans` of text that learned tokens are parts of (-1: of none);
+    preferences say of which `pair` a sample is the better (3) or the worse half (-3).
     """
 
     tokens: np.ndarray
@@ -121,6 +136,9 @@ class Sample:
     kept: tuple[np.ndarray, ...] | None = None
     learned: np.ndarray | None = None
     routes: np.ndarray | None = None
+    labels: Labels | None = None
+    spans: np.ndarray | None = None
+    pair: int = 0
 
 
 class Thought(NamedTuple):

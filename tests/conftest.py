@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,3 +75,11 @@ def finished(tmp_path_factory, tokenizer) -> Finished:
     sizes = ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=128)
     weights.save(Decoder(sizes).initialize(0), folder / "model", tokenizer)
     return Finished(recipe, folder / "runs", *tiny.answer("run", recipe, "--runs", folder / "runs", "--json"))
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Forks processes that have torch already: a second try costs milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["limbeck.pipeline.kinds"])
+    return context

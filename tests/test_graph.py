@@ -158,7 +158,7 @@ def change(old: str, new: str) -> str:
     (change("tokens: 24000", "tokns: 40000"), "unknown key stages.base.tokns; did you mean tokens?"),
     (change("hidden_size: 32", "hiden_size: 32"), "unknown key stages.base.shape.hiden_size; did you mean hidden_size?"),
     (change("kl_coef: 0.01", "kl_cof: 0.01"), "unknown key stages.zero.policy.kl_cof; did you mean kl_coef?"),
-    (change("steps: 8", "steps: 8\n    qqq: 8"), "unknown key stages.zero.qqq; known keys: batch_tokens, flops_of, kind,"),
+    (change("steps: 8", "steps: 8\n    qqq: 8"), "unknown key stages.zero.qqq; known keys: batch_tokens, flops, flops_of, kind,"),
     (change("steps: 8", "steps: 0"), "stages.zero.steps: input should be greater than or equal to 1, but it is 0"),
     (change("steps: 8", "steps: many"), "stages.zero.steps: input should be a valid integer"),
     (change("kind: rl", "kind: lr"), "stages.zero.kind is missing or unknown; choose one of load, pretrain, rl"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,71 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import alive, answer, children, digests, limbeck, open_run, until
+from tiny import Attempt, alive, answer, children, digests, limbeck, until
 
-from limbeck.pipeline.worker import perform, read_job, write_job
+from limbeck.pipeline.worker import perform, read_job
 
 STAGES = ("brought", "base", "zero", "screened", "traces", "coldstart", "general", "dev1", "evaluation/zero")
 KILLS = 3
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    """Forks processes that have torch already: a second try costs milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["limbeck.pipeline.stages"])
-    return context
-
-
-def child(request: dict, answer_to: str, fatal: int) -> None:
-    """Carry one stage out; die by SIGKILL at the `fatal`-th time that something is forced to disk or renamed."""
-    import torch
-
-    torch.set_num_threads(1)
-    left = [fatal]
-
-    def deadly(call):
-        def wrapped(*arguments, **options):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **options)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "rename", "unlink"):
-        setattr(os, name, deadly(getattr(os, name)))
-    event = perform(read_job(request, threading.Event()))
-    Path(answer_to).write_text(json.dumps(event))
-
-
-class Attempt:
-    """One stage of the finished run, to be made anew in a copy of its store."""
-
-    def __init__(self, nursery, finished, folder: Path, stage: str, *overrides: str):
-        self.nursery, self.answer_to = nursery, folder / "event.json"
-        shutil.copytree(finished.home, folder / "runs")
-        self.run = open_run(finished.recipe, folder / "runs", *overrides)
-        artifact = self.run.graph.nodes[stage].artifact
-        self.expected, self.seconds = artifact.digest, artifact.manifest["seconds"]
-        shutil.rmtree(artifact.folder)
-        self.run = open_run(finished.recipe, folder / "runs", *overrides)
-        self.node = self.run.graph.nodes[stage]
-        self.request = write_job(self.run._job(self.node))
-
-    def start(self, fatal: int = 0):
-        process = self.nursery.Process(target=child, args=(self.request, str(self.answer_to), fatal))
-        process.start()
-        return process
-
-    def end(self) -> str:
-        """Without a kill, to the end; the digest of what came of it."""
-        process = self.start()
-        process.join(200)
-        event = json.loads(self.answer_to.read_text())
-        assert event["event"] == "done", event
-        manifest = self.run._manifest(self.node, event["outcome"])
-        return self.run.store.finish(self.run.store.partial(self.node.kind, self.node.key), manifest).digest
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from limbeck.pipeline.run import Run
+from limbeck.pipeline.worker import perform, read_job, write_job
 from limbeck.reading import load
 
 # half-learned repetition is right now and then: `screened` needs problems that are sometimes solved
@@ -127,3 +131,54 @@ def until(condition: Callable[[], object], seconds: float = 200) -> None:
 
 def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
+
+
+def child(request: dict, answer_to: str, fatal: int) -> None:
+    """Carry one stage out; die by SIGKILL at the `fatal`-th time that something is forced to disk or renamed."""
+    import torch
+
+    torch.set_num_threads(1)
+    left = [fatal]
+
+    def deadly(call):
+        def wrapped(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "rename", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+    event = perform(read_job(request, threading.Event()))
+    Path(answer_to).write_text(json.dumps(event))
+
+
+class Attempt:
+    """One stage of the finished run, to be made anew in a copy of its store."""
+
+    def __init__(self, nursery, finished, folder: Path, stage: str, *overrides: str):
+        self.nursery, self.answer_to = nursery, folder / "event.json"
+        shutil.copytree(finished.home, folder / "runs")
+        self.run = open_run(finished.recipe, folder / "runs", *overrides)
+        artifact = self.run.graph.nodes[stage].artifact
+        self.expected, self.seconds = artifact.digest, artifact.manifest["seconds"]
+        shutil.rmtree(artifact.folder)
+        self.run = open_run(finished.recipe, folder / "runs", *overrides)
+        self.node = self.run.graph.nodes[stage]
+        self.request = write_job(self.run._job(self.node))
+
+    def start(self, fatal: int = 0):
+        process = self.nursery.Process(target=child, args=(self.request, str(self.answer_to), fatal))
+        process.start()
+        return process
+
+    def end(self) -> str:
+        """Without a kill, to the end; the digest of what came of it."""
+        process = self.start()
+        process.join(200)
+        event = json.loads(self.answer_to.read_text())
+        assert event["event"] == "done", event
+        manifest = self.run._manifest(self.node, event["outcome"])
+        return self.run.store.finish(self.run.store.partial(self.node.kind, self.node.key), manifest).digest

@@ -153,14 +153,14 @@ def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool =
 
 
 def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
-    stages = run.of_kind("rl")
+    stages = run.of_kind("rl", "distill")
     wanted = [
         ("reward", stages, False, False),
         ("entropy", stages, False, False),
         ("language_consistency", stages, True, False),
         ("length", stages, False, False),
         ("gap", stages, False, True),
-        ("loss", run.of_kind("pretrain", "sft"), False, False),
+        ("loss", run.of_kind("pretrain", "sft", "preference", "distill"), False, False),
     ]
     drawn = [(W[key], _curve(of, key, percent, log)) for key, of, percent, log in wanted]
     return [(title, chart) for title, chart in drawn if chart]
@@ -255,7 +255,7 @@ def _compared(run: Run) -> dict[str, Any] | None:
 
 
 def _graph(run: Run) -> Markup | None:
-    family = {"load": "model", "pretrain": "model", "rl": "model", "sft": "model"}
+    family = dict.fromkeys(("load", "pretrain", "rl", "sft", "preference", "distill"), "model")
     boxes = [
         lineage.Box(s.name, _caption(s), s.inputs, family.get(s.kind, "rows"))
         for s in run.stages

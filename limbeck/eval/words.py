@@ -106,6 +106,10 @@ KINDS = {
     "curate": Text("curation", "人工审校"),
     "sft": Text("fine-tuning", "监督微调"),
     "general": Text("general rows", "通用数据"),
+    "label": Text("a teacher's labels", "教师标注"),
+    "pairs": Text("pairs", "偏好对"),
+    "preference": Text("preferences", "偏好优化"),
+    "distill": Text("distillation", "蒸馏"),
     "evaluate": Text("evaluation", "评测"),
     "report": Text("report", "报告"),
 }

@@ -6,7 +6,6 @@ Each returns what the manifest says beyond the settings: tokens, FLOPs, notes.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -27,11 +26,13 @@ from ..record import Record, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
 from ..train.rl import reinforce, summarize
-from ..train.supervised import batches, fit, plan_epochs
+from ..train.supervised import batches, plan_epochs
 from ..types import Completion, Group, LimbeckError, Resumable, fingerprint, generator
 from ..types import Sample as Learned
 from . import curate as desk
 from .job import PROBLEMS, ROWS, Job
+from .learning import affordable, budget_of, data_flops, fit_samples, save_model
+from .scoring import judging, ranked, scorer_of
 from .store import digest_of, write
 
 Outcome = dict[str, Any]
@@ -76,22 +77,23 @@ def run_pretrain(job: Job) -> Outcome:
         simulate(decoder)
     documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
-    return _fit(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
+    return fit_samples(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
 
 
 def run_sft(job: Job) -> Outcome:
     stage: SFT = job.stage
     decoder, tokenizer = job.model(stage.model)
     samples = [
-        to_sample(row, tokenizer, stage.thoughts)
+        to_sample(row, tokenizer, stage.thoughts, (stage.system or {}).get(name, ""))
         for name, share in stage.rows.items()
-        for row in _share(job.rows(name), share, (job.seed, name))
+        for row in given_rows(job, name, share, tokenizer)
     ]
     if not samples:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
-    outcome = _fit(job, decoder, tokenizer, samples, plan, stage.batch_tokens)
-    return {**outcome, "notes": {**outcome["notes"], "rows": len(samples)}}
+    plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
+    outcome = fit_samples(job, decoder, tokenizer, samples, plan, stage.batch_tokens)
+    return {**outcome, "notes": {**outcome["notes"], "rows": len(samples), "data_flops": data_flops(job, stage.rows)}}
 
 
 def run_rl(job: Job) -> Outcome:
@@ -100,13 +102,12 @@ def run_rl(job: Job) -> Outcome:
     updates = stage.steps * stage.policy.updates_per_rollout
     learner = Learner(decoder, stage.optimizer, updates, stage.recompute)
     reference = Learner(job.model(stage.model)[0], stage.optimizer, 1) if stage.policy.kl_coef else None
-    engine, checkpoint = _engine(decoder, tokenizer, stage.sampling), job.checkpoint()
+    engine, checkpoint = engine_of(decoder, tokenizer, stage.sampling), job.checkpoint()
     tasks = job.mixture(stage.problems, stage.rewards)
-    sampling = replace(_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
+    sampling = replace(params_of(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
-    budget = job.manifest(stage.flops_of)["flops"] if stage.flops_of else math.inf
-    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget)
+    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget_of(job))
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
     tokens, flops = sum(row["sampled_tokens"] + row["learned_tokens"] for row in history), sum(row["flops"] for row in history)
@@ -117,16 +118,18 @@ def run_rl(job: Job) -> Outcome:
 def run_sample(job: Job) -> Outcome:
     stage: Sample = job.stage
     tokenizer, sampler = job.model(stage.model)[1], job.manifest(stage.model)["digest"]
+    scorer = scorer_of(job) if stage.keep == "best" else None
 
     def judge(group: Group) -> tuple[list[dict], Counter[str]]:
         faults = [_fault(group, i, stage) for i in range(len(group.completions))]
-        good = [c for c, fault in zip(group.completions, faults, strict=True) if not fault]
+        places = [i for i in ranked(group, stage.keep, scorer) if not faults[i]]
+        good = [group.completions[i] for i in places]
         kept = _distinct(good, stage.keep_per_problem)
         verdicts = Counter(fault for fault in faults if fault)
         verdicts["one of many for its problem"] += len(good) - len(kept)
         return [to_row(group, completion, sampler) for completion in kept], verdicts
 
-    outcome = _sweep(job, ROWS, stage.prompts, judge)
+    outcome = sweep(job, ROWS, stage.prompts, judge)
     notes = outcome["notes"]
     return {**outcome, "notes": {**notes, "tokenizer": digest_of(tokenizer.backend.to_str())}}
 
@@ -140,7 +143,7 @@ def run_screen(job: Job) -> Outcome:
             return [{**asdict(group.problem), "pass_rate": rate}], Counter()
         return [], Counter(["never solved" if rate <= stage.low else "always solved"])
 
-    outcome = _sweep(job, PROBLEMS, stage.limit, judge)
+    outcome = sweep(job, PROBLEMS, stage.limit, judge)
     if not outcome["notes"]["kept"]:
         dropped = outcome["notes"]["dropped"]
         raise LimbeckError(
@@ -159,7 +162,8 @@ def run_curate(job: Job) -> Outcome:
     else:
         kept, notes = desk.by_people(rows, job.queue)
     desk.write_rows(job.folder / ROWS, kept)
-    return {"tokens": 0, "flops": 0, "notes": notes}
+    carried = {k: v for k, v in job.manifest(stage.rows)["notes"].items() if k == "tokenizer"}
+    return {"tokens": 0, "flops": 0, "notes": {**notes, **carried, "data_flops": data_flops(job, [stage.rows])}}
 
 
 def run_general(job: Job) -> Outcome:
@@ -191,7 +195,7 @@ def run_evaluate(job: Job) -> Outcome:
         record.step(len(parts), {"source": part["source"], "mode": part["way"], "accuracy": accuracy})
         parts.append(part)
         desk.write_rows(kept, parts)
-        _pause(job, record, len(parts) < total)
+        pause(job, record, len(parts) < total)
     kept.unlink()
     result = {"schema": 1, "model": model, "control": job.control, **combine(parts, job.seed)}
     tokens = sum(part["tokens"] for part in parts)
@@ -239,14 +243,6 @@ def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
     return ModelConfig("deepseek_v3", **sizes | {"kv_heads": shape.heads, "head_dim": latent.rope_dim}, latent=latent, experts=experts)
 
 
-def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
-    directory = folder / "model"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    weights.save(decoder, directory, tokenizer)
-    tokenizer.save(directory)
-
-
 def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]:
     """A kept completion with where it came from. Its ids travel along: they are what was sampled."""
     thought = split_thought(completion.text)
@@ -262,9 +258,19 @@ def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]
     }
 
 
-def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str) -> Learned:
+def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The share of a stage's rows. Ids mean something to the tokenizer that made them alone: another gets the text."""
+    rows = share_of(job.rows(name), share, (job.seed, name))
+    made_by = job.manifest(name)["notes"].get("tokenizer")
+    if made_by in (None, digest_of(tokenizer.backend.to_str())):
+        return rows
+    return [{k: v for k, v in row.items() if k != "tokens"} for row in rows]
+
+
+def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str, system: str = "") -> Learned:
     """A row as tokens: those that were sampled where nobody edited, else the written text's."""
-    prompt = tokenizer.prompt(row["prompt"])
+    asked = [{"role": "system", "content": system}, {"role": "user", "content": row["prompt"]}] if system else row["prompt"]
+    prompt = tokenizer.prompt(asked)
     if thoughts == "drop":
         response = tokenizer.response(row.get("content") or row["completion"])
     elif "tokens" in row:
@@ -277,20 +283,20 @@ def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str) -> Learn
 # ---------------------------------------------------------------- sampling
 
 
-def _params(sampling: Sampling) -> SamplingParams:
+def params_of(sampling: Sampling) -> SamplingParams:
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 
 
-def _engine(decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling, rows: int = 256) -> Engine:
+def engine_of(decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling, rows: int = 256) -> Engine:
     return Engine(decoder, tokenizer, rows, sampling.speculate)
 
 
-def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
+def sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
     file was after it, so a stage that was killed goes on after its last whole chunk."""
     stage = job.stage
     decoder, tokenizer = job.model(stage.model)
-    engine, tasks = _engine(decoder, tokenizer, stage.sampling, rows_for(decoder)), job.mixture(stage.problems)
+    engine, tasks = engine_of(decoder, tokenizer, stage.sampling, rows_for(decoder)), job.mixture(stage.problems, getattr(stage, "rewards", None))
     asked = tasks.draw(count, (job.seed, "prompts"))
     chunks = [asked[i : i + CHUNK] for i in range(0, count, CHUNK)]
     done = read_metrics(job.folder)
@@ -299,7 +305,7 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
         file.truncate(done[-1]["bytes"] if done else 0)
         for step in range(len(done), len(chunks)):
             engine.drafted = engine.accepted = 0
-            groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, _params(stage.sampling), job.seed)]
+            groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, params_of(stage.sampling), job.seed)]
             judged = [judge(group) for group in groups]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows, _ in judged for row in rows]
             file.write("".join(lines).encode())
@@ -309,12 +315,12 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
             counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
             if engine.speculate:
                 counts["accepted_drafts"] = engine.acceptance
-            record.step(step, {**summarize(groups), **counts}, groups[:1])
-            _pause(job, record, step < len(chunks) - 1)
+            record.step(step, {**summarize(groups), **counts, **judging(job, groups)}, groups[:1])
+            pause(job, record, step < len(chunks) - 1)
     return _swept(job, decoder.config, count * stage.samples)
 
 
-def _pause(job: Job, record: Record, more: bool) -> None:
+def pause(job: Job, record: Record, more: bool) -> None:
     """Stop between two steps where that was asked for and work is left."""
     if more and job.stopping():
         record.sync()
@@ -327,7 +333,10 @@ def _swept(job: Job, config: ModelConfig, sampled: int) -> Outcome:
     length = sum(row["length"] for row in history) / len(history)
     dropped = sum((Counter(row["dropped"]) for row in history), Counter())
     notes = {"sampled": sampled, "kept": sum(row["kept"] for row in history), "dropped": dict(dropped)}
-    return {"tokens": tokens, "flops": tokens * config.flops_per_token(length / 2), "notes": notes}
+    flops = tokens * config.flops_per_token(length / 2)
+    if any("teacher_flops" in row for row in history):
+        notes["teacher_flops"] = sum(row["teacher_flops"] for row in history)
+    return {"tokens": tokens, "flops": flops + notes.get("teacher_flops", 0), "notes": notes}
 
 
 def rows_for(decoder: Decoder) -> int:
@@ -346,6 +355,8 @@ def _fault(group: Group, i: int, stage: Sample) -> str | None:
         return "not well-formed"
     if parts.get("language", 1.0) < stage.language:
         return "mixed languages"
+    if stage.longest and len(completion.tokens) > stage.longest:
+        return "too long"
     return None
 
 
@@ -354,25 +365,8 @@ def _distinct(completions: list[Completion], most: int) -> list[Completion]:
     return list({completion.text: completion for completion in reversed(completions)}.values())[::-1][:most]
 
 
-def _share(rows: list, share: float, seed: object) -> list:
+def share_of(rows: list, share: float, seed: object) -> list:
     """All rows for a share of 1; a part of them, drawn at random, below; some of them repeatedly above."""
     order = generator(seed, "share").permutation(len(rows))
     count = round(share * len(rows))
     return [rows[order[i % len(rows)]] for i in range(count)]
-
-
-def _fit(
-    job: Job, decoder: Decoder, tokenizer: Tokenizer, samples: list[Learned], plan: list[list[int]], micro_tokens: int
-) -> Outcome:
-    """What every supervised stage does: learn by plan, from the last checkpoint on; save the model; count."""
-    stage: Pretrain | SFT = job.stage
-    recompute = isinstance(stage, SFT) and stage.recompute
-    learner, checkpoint = Learner(decoder, stage.optimizer, len(plan), recompute), job.checkpoint()
-    if state := checkpoint.restore():
-        learner.load_state_dict(state["learner"])
-    fit(learner, samples, plan, micro_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint)
-    save_model(decoder, tokenizer, job.folder)
-    lengths = [len(samples[i].tokens) for batch in plan for i in batch]
-    tokens = sum(lengths)
-    flops = tokens * decoder.config.flops_per_token(tokens / len(lengths) / 2, backward=True)
-    return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters}}

@@ -32,7 +32,8 @@ WORDS = {
 }  # fmt: skip
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "User:", "Assistant:"]
 TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}<bos>User:{{ message.content }}"
+    "{% for message in messages %}{% if message.role == 'system' %}<bos>{{ message.content }} "
+    "{% elif message.role == 'user' %}{% if loop.first or loop.previtem.role != 'system' %}<bos>{% endif %}User:{{ message.content }}"
     "{% else %}Assistant:{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
     "{{ message.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )

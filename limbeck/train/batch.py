@@ -5,7 +5,7 @@ N input tokens · M predicted tokens (those the loss sees) · S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.cache import Branched, Packed
 from ..types import Group, Sample
+from .divergence import States, TopK
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Batch:
     """One micro-batch. Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`; `next_N`
     is the token that follows each input token, `routes_NLK` the experts that it meets where they are settled.
 
+    `order_S` tells each sequence's place among the samples that were packed, `pairs_S` numbers pairs from 1, the worse half negative; `teacher` is whom the predictions are compared with.
     `tokens` and `sequences` count the *whole* batch that this is a piece of: a loss divides by them, so that
     the sum over micro-batches is the loss of the batch, however it was cut.
     """
@@ -39,11 +41,15 @@ class Batch:
     routes_NLK: Tensor | None
     tokens: int
     sequences: int
+    order_S: np.ndarray
+    pairs_S: Tensor | None = None
+    spans_M: Tensor | None = None
+    teacher: States | TopK | None = None
 
 
 def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Cut into micro-batches of at most `batch_tokens` input tokens (one sequence or group at least), like
-    lengths together. Samples of one prompt stand together, and their prompt once."""
+    lengths together. Samples of one prompt stand together, and their prompt once: a pair is never parted."""
     learned = [s for s in samples if _targets(s).size]
     predicted = sum(_targets(s).size for s in learned)
     groups = _by_prompt(learned)
@@ -61,7 +67,19 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | st
             pieces.append([group])
             size = cost
     lay = _branched if shared else _packed
-    return [_batch(*lay(piece), predicted, len(learned), device) for piece in pieces]
+    places = {id(sample): place for place, sample in enumerate(samples)}
+    return [_batch(*lay(piece), places, predicted, len(learned), device) for piece in pieces]
+
+
+def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) -> list[np.ndarray]:
+    """What was computed for each prediction, back in the order of the `count` samples that were packed; of a sample
+    without a prediction, nothing."""
+    found = [np.zeros((0, *values_M[0].shape[1:]), np.float32)] * count
+    for batch, values in zip(batches, values_M, strict=True):
+        parts = np.split(values.numpy(), batch.lengths_S.long().cumsum(0)[:-1].numpy())
+        for place, part in zip(batch.order_S, parts, strict=True):
+            found[place] = part
+    return found
 
 
 def _targets(sample: Sample) -> np.ndarray:
@@ -74,7 +92,8 @@ def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples that begin with the same prompt, together; one without a prompt is alone."""
     groups: dict[object, list[Sample]] = {}
     for i, sample in enumerate(samples):
-        prompt = sample.tokens[: sample.start].tobytes() if sample.start > 1 else i
+        shares = sample.start > 1 or (sample.pair and sample.start)
+        prompt = sample.tokens[: sample.start].tobytes() if shares else i
         groups.setdefault(prompt, []).append(sample)
     return list(groups.values())
 
@@ -116,7 +135,7 @@ def _branched(groups: list[list[Sample]]) -> Layout:
 
 def _batch(
     samples: list[Sample], pieces: list[Piece], context: Packed | Branched, predict: list[np.ndarray],
-    tokens: int, sequences: int, device: torch.device | str,
+    places: dict[int, int], tokens: int, sequences: int, device: torch.device | str,
 ) -> Batch:  # fmt: skip
     predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
     counts = np.array([len(p) for p in predict])
@@ -144,7 +163,25 @@ def _batch(
         routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long) if routed else None,
         tokens=tokens,
         sequences=sequences,
+        order_S=np.array([places[id(s)] for s in samples]),
+        pairs_S=tensor(np.array([s.pair for s in samples]), torch.long) if samples[0].pair else None,
+        spans_M=None if samples[0].spans is None else tensor(_numbered([s.spans for s in samples]), torch.long),
+        teacher=_labels(samples, tensor),
     )
+
+
+def _numbered(spans: list[np.ndarray]) -> np.ndarray:
+    """Spans of many samples, no number twice."""
+    begins = np.cumsum([0, *(one.max() + 1 for one in spans[:-1])])
+    return np.concatenate([np.where(one < 0, -1, one + begin) for one, begin in zip(spans, begins, strict=True)])
+
+
+def _labels(samples: list[Sample], tensor: Callable[[np.ndarray, torch.dtype], Tensor]) -> TopK | None:
+    """What a teacher said before, where all samples have it."""
+    if any(s.labels is None for s in samples):
+        return None
+    ids, logprobs, tail = (np.concatenate([getattr(s.labels, name) for s in samples]) for name in ("ids", "logprobs", "tail"))
+    return TopK(tensor(ids, torch.long), tensor(logprobs, torch.float32), tensor(tail, torch.float32))
 
 
 def _kept(samples: list[Sample], device: torch.device | str) -> Tensor | None:

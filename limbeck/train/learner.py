@@ -6,6 +6,7 @@ N input tokens · M predicted tokens · C hidden · V vocabulary · K kept ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..model.ffn import MixtureOfExperts, Routes, balance_experts
 from ..parts import Optimizer as OptimizerSettings
 from ..types import LimbeckError
 from .batch import Batch
+from .divergence import Logits, States
 from .losses import Loss
 from .optimizer import Optimizer
 
@@ -40,14 +42,12 @@ class Learner:
         totals: dict[str, Tensor] = {}
         for batch in batches:
             hidden_NC = self._hidden(batch)
-            logprobs_M, entropy_M = self._logprobs(hidden_NC, batch, temperature)
-            value, metrics = loss(logprobs_M, batch)
+            value, metrics = self._lose(hidden_NC, batch, loss, temperature)
             if self.model.ahead and batch.logprobs_M is None:
                 metrics["loss_ahead"] = self._ahead(hidden_NC, batch)
                 value = value + self.settings.ahead_weight * metrics["loss_ahead"]
             value = sum(self._penalties(batch, metrics), value)
             value.backward()
-            metrics["entropy"] = entropy_M.sum() / batch.tokens
             for name, part in metrics.items():
                 before = totals.get(name)
                 join = torch.maximum if name.startswith("max_") else torch.add
@@ -56,6 +56,21 @@ class Learner:
         self.step += 1
         routing = self._balance(batches) if self.mixtures else {}
         return {**{name: float(value) for name, value in totals.items()}, **routing, "gradient_norm": norm}
+
+    def _lose(self, hidden_NC: Tensor, batch: Batch, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss sees the log-probabilities of tokens; beside a teacher, what makes the logits."""
+        if batch.teacher is not None:
+            return loss(Logits(hidden_NC[batch.predict_M], self.model.head.weight, temperature), batch)
+        logprobs_M, entropy_M = self._logprobs(hidden_NC, batch, temperature)
+        value, metrics = loss(logprobs_M, batch)
+        return value, {**metrics, "entropy": entropy_M.sum() / batch.tokens}
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> States:
+        """What this model, as a teacher, has to say at the batch's predictions. Experts are its own choice."""
+        hidden_NC = self._hidden(replace(batch, routes_NLK=None))
+        batch.context.routes = None
+        return States(hidden_NC[batch.predict_M], self.model.head.weight.detach())
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:

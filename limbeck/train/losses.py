@@ -1,8 +1,8 @@
-"""Losses, all with one signature: (logprobs_M, batch) -> (loss, metrics).
+"""Losses, all with one signature: (logprobs_M, or what makes the logits, batch) -> (loss, metrics).
 
 Each is a sum over a micro-batch divided by counts of the whole batch, so micro-batches add up. Metrics are
 shares of the batch's mean and add up too, but for those named `max_...`, of which the largest counts.
-M predicted tokens · S sequences.
+M predicted tokens · S sequences · P pairs.
 """
 
 from __future__ import annotations
@@ -11,20 +11,78 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..parts import Policy
 from ..types import Group
 from .batch import Batch
+from .divergence import Logits, divergence, forward_kl, jensen_shannon, reverse_kl
 
 Metrics = dict[str, Tensor]
-Loss = Callable[[Tensor, Batch], tuple[Tensor, Metrics]]
+Loss = Callable[["Tensor | Logits", Batch], tuple[Tensor, Metrics]]
 
 
 def cross_entropy(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
     """Mean negative log-likelihood of the predicted tokens."""
     loss = -logprobs_M.sum() / batch.tokens
     return loss, {"loss": loss.detach()}
+
+
+def distill(kind: str, beta: float = 0.5) -> Loss:
+    """Mean divergence of the student's next token from the teacher's, over the predicted tokens: `forward` KL, `reverse`
+    KL, or `jsd` with `beta` (train/divergence.py). The batch brings the teacher; both sides' logits are divided by one
+    temperature, and the loss is not multiplied by its square."""
+    measure = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon(beta)}[kind]
+
+    def loss(logits: Logits, batch: Batch) -> tuple[Tensor, Metrics]:
+        total, _, entropy_M = divergence(logits, batch.teacher, measure)
+        value = total / batch.tokens
+        return value, {"loss": value.detach(), "entropy": entropy_M.sum() / batch.tokens}
+
+    return loss
+
+
+def text_distance(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Half the squared difference of what student and teacher think of each span of text, over the predicted tokens. It
+    is zero only where they agree, and on the student's own samples its gradient is in expectation that of the reverse KL
+    of spans: E[(log q - log p) grad log q]."""
+    inside_M = batch.spans_M >= 0
+    spans = int(batch.spans_M.max()) + 1
+    gap_M = (logprobs_M - batch.reference_M)[inside_M]
+    gap_J = logprobs_M.new_zeros(spans).index_add(0, batch.spans_M[inside_M], gap_M)
+    value = gap_J.square().sum() / 2 / batch.tokens
+    reverse = gap_J.detach().sum() / batch.tokens  # on the student's own samples an estimate of the KL a token
+    return value, {"loss": value.detach(), "reverse_kl": reverse}
+
+
+def preference(beta: float, normalized: bool = False) -> Loss:
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7): -log sigmoid(beta (gain of the better - of the worse)), a
+    gain being the sum of log pi / reference over a response's tokens, or, `normalized`, their mean."""
+
+    def loss(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        gain_S = logprobs_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, logprobs_M - batch.reference_M)
+        gain_S = beta * (gain_S / batch.lengths_S if normalized else gain_S)
+        margin_P = _margins(gain_S, batch.pairs_S)
+        pairs = batch.sequences / 2
+        value = -F.logsigmoid(margin_P).sum() / pairs
+        better_S = batch.pairs_S > 0
+        metrics = {
+            "loss": value, "margin": margin_P.sum() / pairs, "preferred": (margin_P > 0).float().sum() / pairs,
+            "chosen": gain_S[better_S].sum() / pairs, "rejected": gain_S[~better_S].sum() / pairs,
+        }  # fmt: skip
+        return value, {name: metric.detach() for name, metric in metrics.items()}
+
+    return loss
+
+
+def _margins(gain_S: Tensor, pairs_S: Tensor) -> Tensor:
+    """Better minus worse of each pair [P]; both halves must be here, and once."""
+    _, which_S, count_P = pairs_S.abs().unique(return_inverse=True, return_counts=True)
+    balance_P = torch.zeros_like(count_P).index_add(0, which_S, pairs_S.sign())
+    if int((count_P != 2).sum()) or int(balance_P.abs().sum()):
+        raise ValueError("a pair is not whole: its halves need one prompt, and each a token to learn")
+    return gain_S.new_zeros(len(count_P)).index_add(0, which_S, gain_S * pairs_S.sign())
 
 
 def policy_gradient(policy: Policy, longest: int = 1) -> Loss:

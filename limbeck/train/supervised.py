@@ -15,7 +15,7 @@ from ..types import Sample, generator
 from .batch import pack
 from .checkpoint import Checkpoint
 from .learner import Learner
-from .losses import cross_entropy
+from .losses import Loss, cross_entropy
 
 
 def batches(samples: Sequence[Sample], tokens: int, seed: object) -> list[list[int]]:
@@ -38,12 +38,12 @@ def plan_epochs(samples: Sequence[Sample], epochs: float, tokens: int, seed: obj
 
 def fit(
     learner: Learner, samples: Sequence[Sample], plan: list[list[int]], micro_tokens: int, log_every: int,
-    record: Record, checkpoint: Checkpoint,
+    record: Record, checkpoint: Checkpoint, loss: Loss = cross_entropy,
 ) -> None:  # fmt: skip
     """One update a batch, in the order of `plan`, from where the learner stands."""
     while learner.step < len(plan):
         step = learner.step
-        metrics = learner.update(pack([samples[i] for i in plan[step]], micro_tokens), cross_entropy)
+        metrics = learner.update(pack([samples[i] for i in plan[step]], micro_tokens), loss)
         if step % log_every == 0 or step == len(plan) - 1:
             record.step(step, metrics)
         checkpoint.offer(lambda: {"learner": learner.state_dict()}, record)

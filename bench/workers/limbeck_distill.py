@@ -1,0 +1,48 @@
+"""One GKD step a turn: write or take rows, let the teacher read, learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from turns import SETTINGS, turns
+
+from limbeck.engine.engine import Engine
+from limbeck.engine.sampling import SamplingParams
+from limbeck.model import weights
+from limbeck.parts import Optimizer
+from limbeck.tokenizer import Tokenizer
+from limbeck.train.distill import Lesson, Teacher, taught
+from limbeck.train.learner import Learner
+from limbeck.train.losses import distill
+from limbeck.types import Problem, Sample
+
+torch.set_num_threads(SETTINGS["threads"])
+tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
+decoder = weights.load(Path(SETTINGS["model"]))
+teachers = {"big": Teacher(Learner(weights.load(Path(SETTINGS["teacher"])), Optimizer(), 1))}
+learner, loss = Learner(decoder, Optimizer(learning_rate=1e-6), 1000), distill("jsd", SETTINGS["beta"])
+sampling = SamplingParams(max_new_tokens=SETTINGS["new"])
+tokenizer.end_id = decoder.config.vocab_size  # never said
+engine, count = Engine(decoder, tokenizer), SETTINGS["prompts"]
+problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
+
+
+def written(batch: list[Problem], step: int) -> list[Sample]:
+    groups = engine.rollout(batch, 1, sampling, step)
+    return [Sample(np.concatenate([g.prompt_tokens, g.completions[0].tokens]), len(g.prompt_tokens)) for g in groups]
+
+
+def given(batch: list[Problem]) -> list[Sample]:
+    pairs = [(tokenizer.prompt(p.prompt), tokenizer.encode(SETTINGS["responses"][int(p.id)])) for p in batch]
+    return [Sample(np.concatenate([prompt, response]), len(prompt)) for prompt, response in pairs]
+
+
+for step, clock in enumerate(turns()):
+    first = step * count % len(problems)
+    batch = problems[first : first + count]
+    samples = given(batch) if SETTINGS["rows"] else written(batch, step)
+    said = learner.update(taught(Lesson([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[0], loss)
+    engine.load(learner.weights())
+    clock.say(tokens=sum(len(s.tokens) - s.start for s in samples), loss=said["loss"])

@@ -1,0 +1,185 @@
+"""The stages of distillation, one short function a kind: labels, pairs, preferences, divergences.
+
+What they have in common with other stages is in stages.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ..methods import Distill, Label, Pairs, Preference
+from ..parts import Optimizer
+from ..record import read_metrics
+from ..tokenizer import Tokenizer
+from ..train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, labelled
+from ..train.learner import Learner
+from ..train.losses import preference
+from ..train.preference import best_and_worst, plan_pairs, referenced, to_pair
+from ..types import Group, Labels, LimbeckError
+from ..types import Sample as Learned
+from . import curate as desk
+from .job import ROWS, Job
+from .learning import affordable, budget_of, data_flops, fit_samples, save_model
+from .scoring import MICRO_TOKENS, check_tongue, scorer_of
+from .stages import Outcome, engine_of, given_rows, params_of, pause, share_of, sweep, to_row, to_sample
+from .store import digest_of
+
+SHARD = 256  # rows whose labels stand in one file: what a kill may cost
+
+
+def run_label(job: Job) -> Outcome:
+    """A teacher's labels of rows, shard by shard; the rows and the tokenizer travel along."""
+    stage: Label = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    teacher = Learner(decoder, Optimizer(), 1)
+    rows = [row for name, share in stage.rows.items() for row in given_rows(job, name, share, tokenizer)]
+    samples = [to_sample(row, tokenizer, "keep") for row in rows]
+    shards = [samples[i : i + SHARD] for i in range(0, len(samples), SHARD)]
+    done = len(read_metrics(job.folder))
+    record = job.record(done, len(shards))
+    for step in range(done, len(shards)):
+        labels = labelled(teacher, shards[step], stage.top_k, stage.temperature, stage.batch_tokens)
+        _save_labels(job.folder, step, labels)
+        known = float(np.mean(1 - np.exp(np.concatenate([one.tail for one in labels]))))
+        record.step(step, {"labelled_tokens": sum(len(one.tail) for one in labels), "known_mass": known})
+        pause(job, record, step < len(shards) - 1)
+    desk.write_rows(job.folder / ROWS, [{**row, "tokens": s.tokens[s.start :].tolist()} for row, s in zip(rows, samples, strict=True)])
+    (job.folder / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(job.folder / "tokenizer")
+    tokens = sum(len(s.tokens) for s in samples)
+    flops = sum(len(s.tokens) * decoder.config.flops_per_token(len(s.tokens) / 2) for s in samples)
+    notes = {"rows": len(rows), "tokenizer": digest_of(tokenizer.backend.to_str()), "data_flops": data_flops(job, stage.rows)}
+    return {"tokens": tokens, "flops": flops, "notes": {**notes, "teacher_flops": flops}}
+
+
+def run_pairs(job: Job) -> Outcome:
+    """Best against worst of each problem's completions, with TRL's columns."""
+    stage: Pairs = job.stage
+    tokenizer, sampler = job.model(stage.model)[1], job.manifest(stage.model)["digest"]
+    scorer = scorer_of(job)
+
+    def judge(group: Group) -> tuple[list[dict], Counter[str]]:
+        scores = scorer(group)
+        places = best_and_worst(scores, stage.margin)
+        if places is None:
+            return [], Counter(["none is better"])
+        best, worst = (to_row(group, group.completions[place], sampler) for place in places)
+        told = {"chosen": best["completion"], "rejected": worst["completion"], "chosen_score": scores[places[0]], "rejected_score": scores[places[1]]}
+        kept = {key: best[key] for key in ("id", "prompt", "language", "origin")}
+        return [{**kept, **told, "chosen_tokens": best["tokens"], "rejected_tokens": worst["tokens"]}], Counter()
+
+    outcome = sweep(job, ROWS, stage.prompts, judge)
+    return {**outcome, "notes": {**outcome["notes"], "tokenizer": digest_of(tokenizer.backend.to_str())}}
+
+
+def run_preference(job: Job) -> Outcome:
+    stage: Preference = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    samples = _pairs_of(job, tokenizer)
+    if not samples:
+        raise LimbeckError(f"there are no pairs to learn from; {', '.join(stage.pairs)} kept none")
+    read = sum(len(s.tokens) * decoder.config.flops_per_token(len(s.tokens) / 2) for s in samples)
+    samples = referenced(Learner(decoder, stage.optimizer, 1), samples, MICRO_TOKENS)
+    plan = plan_pairs(samples, stage.epochs, stage.batch_tokens, job.seed)
+    plan = affordable(plan, samples, decoder.config, budget_of(job, stage.pairs) - read)
+    outcome = fit_samples(job, decoder, tokenizer, samples, plan, stage.batch_tokens, preference(stage.beta, stage.normalized))
+    notes = {**outcome["notes"], "pairs": len(samples) // 2, "data_flops": data_flops(job, stage.pairs)}
+    return {**outcome, "flops": outcome["flops"] + read, "notes": notes}
+
+
+def run_distill(job: Job) -> Outcome:
+    stage: Distill = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
+    rows = [asked for name, share in stage.rows.items() for asked in _owned(job, name, share, tokenizer)]
+    if stage.rows and not rows:
+        raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
+    learner, checkpoint = Learner(decoder, stage.optimizer, stage.steps, stage.recompute), job.checkpoint()
+    tasks = job.mixture(stage.problems) if stage.problems else None
+    lessons = Lessons(stage, job.seed, engine_of(decoder, tokenizer, stage.sampling), tasks, params_of(stage.sampling), rows)
+    state = checkpoint.restore()
+    record = job.record(state["step"] if state else 0, stage.steps)
+    imitate(learner, teachers, lessons, stage, record, checkpoint, budget_of(job, stage.rows))
+    save_model(decoder, tokenizer, job.folder)
+    history = read_metrics(job.folder)
+    total = {key: sum(row[key] for row in history) for key in ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")}
+    notes = {"parameters": decoder.config.parameters, "teacher_flops": total["teacher_flops"], "data_flops": data_flops(job, stage.rows)}
+    return {"tokens": total["sampled_tokens"] + total["learned_tokens"], "flops": total["flops"], "notes": notes}
+
+
+STAGES: dict[str, Callable[[Job], Outcome]] = {
+    "label": run_label, "pairs": run_pairs, "preference": run_preference, "distill": run_distill,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- what they learn from
+
+
+def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
+    decoder, tokenizer = job.model(name)
+    if job.stage.divergence == "text":
+        return Teacher(Learner(decoder, Optimizer(), 1), (student, tokenizer))
+    check_tongue(job, student, name, tokenizer)
+    return Teacher(Learner(decoder, Optimizer(), 1))
+
+
+def _pairs_of(job: Job, tokenizer: Tokenizer) -> list[Learned]:
+    """The halves of each pair side by side: the very tokens that were sampled."""
+    rows = [row for name, share in job.stage.pairs.items() for row in given_rows(job, name, share, tokenizer)]
+    halves = [[to_sample({**row, "completion": row[side], "tokens": row[f"{side}_tokens"]}, tokenizer, "keep") for side in SIDES] for row in rows]
+    return [
+        sample
+        for number, (better, worse) in enumerate(halves, 1)
+        for sample in to_pair(better.tokens[: better.start], better.tokens[better.start :], worse.tokens[worse.start :], number)
+    ]
+
+
+SIDES = ("chosen", "rejected")
+
+
+def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[Asked]:
+    """Rows as samples, each with who teaches it: its labels, or the teacher of its problem's domain."""
+    stage: Distill = job.stage
+    if job.manifest(name)["kind"] == "label":
+        yield from ((LABELLED, sample, "") for sample in _labelled_rows(job, name, share, tokenizer))
+        return
+    for row in given_rows(job, name, share, tokenizer):
+        teacher = stage.teachers.get(domain(row["id"]))
+        if teacher is None:
+            raise LimbeckError(f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows")
+        yield teacher, to_sample(row, tokenizer, "keep"), row["prompt"]
+
+
+def _labelled_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Learned]:
+    check_tongue(job, tokenizer, name, Tokenizer.from_directory(job.inputs[name] / "tokenizer"))
+    at = job.manifest(name)["settings"]["temperature"]
+    if at != job.stage.temperature:
+        raise LimbeckError(f"stages.{job.name}.temperature is {job.stage.temperature:g}, but {name} was labelled at {at:g}; give both the same")
+    rows = zip(job.rows(name), _load_labels(job.inputs[name]), strict=True)
+    samples = [replace(to_sample(row, tokenizer, "keep"), labels=labels) for row, labels in rows]
+    return share_of(samples, share, (job.seed, name))
+
+
+# ---------------------------------------------------------------- labels on disk
+
+
+def _save_labels(folder: Path, shard: int, labels: list[Labels]) -> None:
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in labels]) for name in ("ids", "logprobs", "tail")}
+    partial = folder / f"labels-{shard:05d}.partial"
+    save_file({**arrays, "lengths": np.array([len(one.tail) for one in labels])}, partial)
+    partial.replace(partial.with_suffix(".safetensors"))
+
+
+def _load_labels(folder: Path) -> Iterator[Labels]:
+    for path in sorted(folder.glob("labels-*.safetensors")):
+        arrays = load_file(path)
+        cuts = np.cumsum(arrays.pop("lengths"))[:-1]
+        for ids, logprobs, tail in zip(*(np.split(arrays[name], cuts) for name in ("ids", "logprobs", "tail")), strict=True):
+            yield Labels(ids, logprobs, tail)
