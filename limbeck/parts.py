@@ -78,6 +78,14 @@ class Sampling(Settings):
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
 
 
+class Prices(Settings):
+    """What an endpoint asks for, per million tokens."""
+
+    input: float = Field(ge=0, description="for a million tokens of prompts")
+    output: float = Field(ge=0, description="for a million tokens of responses, thoughts included")
+    currency: str = Field("USD", description="in which money is told")
+
+
 class Optimizer(Settings):
     """AdamW, or Muon for the matrices with AdamW for the rest; linear warm-up, then the schedule."""
 

@@ -26,6 +26,7 @@ from .recipe import (
     Miniature,
     Pretrain,
     Recipe,
+    Remote,
     Report,
     Sample,
     Screen,
@@ -124,7 +125,7 @@ def _explain(error: ValidationError, tree: dict) -> str:
 
 _SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
 _STAGES: dict[str, type[Stage]] = {
-    "load": Load, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
+    "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
     "sft": SFT, "general": General, "evaluate": Evaluate, "report": Report,
 }  # fmt: skip
 _KINDS = {*_SOURCES, *_STAGES}
@@ -151,6 +152,11 @@ def _check_references(path: Path, recipe: Recipe) -> None:
     def cite(name: str, key: str, cited: str, kinds: set[str], what: str) -> None:
         if cited not in stages:
             raise LimbeckError(f"{path}: stages.{name}.{key} cites {cited}, which is no stage{_meant(cited, stages)}")
+        if isinstance(stages[cited], Remote) and "remote" not in kinds:
+            raise LimbeckError(
+                f"{path}: stages.{name}.{key} needs {what}, but {cited} is remote: it gives text, no weights and no logits, "
+                "and so withholds learning, evaluation, logit and on-policy distillation; it can be asked by sample stages and judge"
+            )
         if stages[cited].kind not in kinds:
             raise LimbeckError(
                 f"{path}: stages.{name}.{key} needs {what}, but {cited} is a {stages[cited].kind} stage"
@@ -168,7 +174,11 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                     f"{path}: stages.{name}.problems cites {source}, which is not under problems{_meant(source, known)}"
                 )
         match stage:
-            case RL() | Screen() | Sample():
+            case Sample():
+                cite(name, "model", stage.model, MODELS | {"remote"}, "a model")
+                if stage.sampling.speculate and isinstance(stages[stage.model], Remote):
+                    raise LimbeckError(f"{path}: stages.{name}.sampling.speculate is not for {stage.model}, which is remote")
+            case RL() | Screen():
                 cite(name, "model", stage.model, MODELS, "a model")
                 if isinstance(stage, RL) and stage.flops_of:
                     cite(name, "flops_of", stage.flops_of, MODELS, "a stage that learns")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .parts import Optimizer, Policy, Sampling, Settings, Shape
+from .parts import Optimizer, Policy, Prices, Sampling, Settings, Shape
 
 RewardPart = Literal["accuracy", "format", "language"]
 CorpusShare = Literal[
@@ -98,6 +98,25 @@ class Load(Stage):
     layers: int | None = Field(None, ge=1, description="keep this many layers, evenly spaced: a student to start from")
 
 
+class Remote(Stage):
+    """A model behind an OpenAI-compatible endpoint. It gives text: no weights, and no logits."""
+
+    kind: Literal["remote"]
+    url: str = Field(pattern=r"^https?://[^\s/@]+(/[^\s?#]*)?$", description="where the API begins, for instance `https://api.deepseek.com/v1`")
+    model: str = Field(description="the model's name there")
+    key: str = Field(
+        "", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
+        description="the environment variable that holds the API key; the key itself is written nowhere",
+    )
+    licence: str = Field("", description="licence or terms that bind what the model writes")
+    prices: Prices | None = Field(None, description="to count money beside tokens")
+    requests_per_minute: float | None = Field(None, gt=0, description="at most so many, evenly spaced")
+    concurrent: int = Field(4, ge=1, description="requests on their way at once")
+    patience: float = Field(600, gt=0, description="seconds to wait for one response")
+    logprobs: bool = Field(False, description="ask for the log-probabilities of what was sampled; some endpoints refuse")
+    extra: dict[str, Any] = Field({}, description="further fields of each request; null takes one of ours away")
+
+
 class Pretrain(Stage):
     """Train a base from scratch on the miniature's corpus."""
 
@@ -165,7 +184,7 @@ class Sample(Stage):
     """Rejection sampling: several completions a problem, and only what passes every filter is kept."""
 
     kind: Literal["sample"]
-    model: str = Field(description="the stage whose model is asked")
+    model: str = Field(description="the stage whose model is asked; a `remote` one will do")
     problems: dict[str, float] = Field(
         description="names of problems or of `screen` stages, with their shares"
     )
@@ -258,7 +277,7 @@ class Report(Stage):
 
 
 AnyStage = Annotated[
-    Load | Pretrain | RL | Screen | Sample | Curate | SFT | General | Evaluate | Report,
+    Load | Remote | Pretrain | RL | Screen | Sample | Curate | SFT | General | Evaluate | Report,
     Field(discriminator="kind"),
 ]
 

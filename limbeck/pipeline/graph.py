@@ -7,16 +7,17 @@ What you compute is hashed; where and how chattily you compute it is not (redun'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
+from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
 from ..types import LimbeckError
 from . import curate as desk
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
+QUIET |= {"key", "prices", "requests_per_minute", "concurrent", "patience"}  # of an endpoint: what it says is the same
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
 
@@ -32,6 +33,7 @@ class Node:
     key: str | None = None
     artifact: Artifact | None = None
     queue: Path | None = None
+    endpoints: dict[str, Remote] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -162,7 +164,8 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
             cited = inputs(stage)
             if isinstance(stage, Curate):  # the policy may need to know the problems that the rows answer
                 problems = {n: p for n, p in recipe.problems.items() if p.source == "miniature"}
-            yield Node(name, stage, tuple(dict.fromkeys([*cited, *screens])), problems)
+            endpoints = {n: recipe.stages[n] for n in cited if isinstance(recipe.stages[n], Remote)}
+            yield Node(name, stage, tuple(dict.fromkeys([*cited, *screens])), problems, endpoints=endpoints)
 
 
 def report_nodes(recipe: Recipe) -> list[tuple[str, Report]]:

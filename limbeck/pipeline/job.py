@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import Problems, Stage
+from ..recipe import Problems, Remote, Stage
 from ..record import Record, read
 from ..types import Problem, Task
-from .store import MANIFEST
+from .store import MANIFEST, RESPONSES
 
 if TYPE_CHECKING:
+    from ..engine.remote import Endpoint
     from ..model.decoder import Decoder
     from ..tasks.task import Mixture
     from ..tokenizer import Tokenizer
@@ -37,6 +38,7 @@ class Job:
     folder: Path
     control: str | None = None
     queue: Path | None = None
+    endpoints: dict[str, Remote] = field(default_factory=dict)
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     def model(self, name: str) -> tuple[Decoder, Tokenizer]:
@@ -46,6 +48,13 @@ class Job:
 
         directory = self.inputs[name] / "model"
         return weights.load(directory), Tokenizer.from_directory(directory)
+
+    def endpoint(self, name: str) -> Endpoint:
+        """An endpoint that the stage may ask. What it answers is kept beside the artifacts, for all stages and runs."""
+        from ..engine.remote import Endpoint
+
+        settings = self.stage if isinstance(self.stage, Remote) else self.endpoints[name]
+        return Endpoint(f"stages.{name}", settings, self.folder.parents[1] / RESPONSES, self.stopping)
 
     def task(self, name: str) -> Task:
         from ..tasks.task import open_task

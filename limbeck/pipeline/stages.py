@@ -17,12 +17,26 @@ from typing import Any
 import numpy as np
 
 from ..engine.engine import Engine
+from ..engine.remote import Endpoint
 from ..engine.sampling import SamplingParams
 from ..eval.evaluate import combine, evaluate
 from ..model import weights
 from ..model.config import Experts, Latent, ModelConfig
 from ..model.decoder import Decoder
-from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen, Shape
+from ..recipe import (
+    RL,
+    SFT,
+    Curate,
+    Evaluate,
+    General,
+    Load,
+    Pretrain,
+    Remote,
+    Sample,
+    Sampling,
+    Screen,
+    Shape,
+)
 from ..record import Record, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
@@ -61,6 +75,15 @@ def run_load(job: Job) -> Outcome:
     origin = source / "provenance.json"
     notes = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {"source": str(source.name)}
     return {"notes": {"parameters": decoder.config.parameters, **notes}, "tokens": 0, "flops": 0}
+
+
+def run_remote(job: Job) -> Outcome:
+    """What is asked there, and under which terms. The endpoint is greeted, so that a wrong key is known at once."""
+    stage: Remote = job.stage
+    job.endpoint(job.name).check()
+    told = stage.model_dump(mode="json", include={"url", "model", "licence", "logprobs", "extra"})
+    write(job.folder / "endpoint.json", json.dumps(told, indent=2) + "\n")
+    return {"tokens": 0, "flops": 0, "notes": {}}
 
 
 def run_pretrain(job: Job) -> Outcome:
@@ -116,7 +139,9 @@ def run_rl(job: Job) -> Outcome:
 
 def run_sample(job: Job) -> Outcome:
     stage: Sample = job.stage
-    tokenizer, sampler = job.model(stage.model)[1], job.manifest(stage.model)["digest"]
+    written = {"sampler": job.manifest(stage.model)["digest"]}
+    if remote := job.endpoints.get(stage.model):
+        written |= {"endpoint": remote.url, "model": remote.model}
 
     def judge(group: Group) -> tuple[list[dict], Counter[str]]:
         faults = [_fault(group, i, stage) for i in range(len(group.completions))]
@@ -124,11 +149,13 @@ def run_sample(job: Job) -> Outcome:
         kept = _distinct(good, stage.keep_per_problem)
         verdicts = Counter(fault for fault in faults if fault)
         verdicts["one of many for its problem"] += len(good) - len(kept)
-        return [to_row(group, completion, sampler) for completion in kept], verdicts
+        return [to_row(group, completion, written) for completion in kept], verdicts
 
     outcome = _sweep(job, ROWS, stage.prompts, judge)
-    notes = outcome["notes"]
-    return {**outcome, "notes": {**notes, "tokenizer": digest_of(tokenizer.backend.to_str())}}
+    if remote:
+        return outcome
+    tokenizer = job.model(stage.model)[1]
+    return {**outcome, "notes": {**outcome["notes"], "tokenizer": digest_of(tokenizer.backend.to_str())}}
 
 
 def run_screen(job: Job) -> Outcome:
@@ -213,7 +240,7 @@ def _way(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -
 
 
 STAGES: dict[str, Callable[[Job], Outcome]] = {
-    "load": run_load, "pretrain": run_pretrain, "rl": run_rl, "screen": run_screen, "sample": run_sample,
+    "load": run_load, "remote": run_remote, "pretrain": run_pretrain, "rl": run_rl, "screen": run_screen, "sample": run_sample,
     "curate": run_curate, "sft": run_sft, "general": run_general, "evaluate": run_evaluate,
 }  # fmt: skip
 
@@ -247,9 +274,11 @@ def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(directory)
 
 
-def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]:
-    """A kept completion with where it came from. Its ids travel along: they are what was sampled."""
+def to_row(group: Group, completion: Completion, written: dict[str, str]) -> dict[str, Any]:
+    """A kept completion with where it came from. Its ids travel along: they are what was sampled. A remote model's
+    are not known, and its row is text alone."""
     thought = split_thought(completion.text)
+    known = {"tokens": completion.tokens.tolist()} if (completion.tokens >= 0).all() else {}
     return {
         "id": f"{group.problem.id}#{completion.sample}",
         "prompt": group.problem.prompt,
@@ -257,8 +286,8 @@ def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]
         "completion": completion.text,
         "reasoning_content": thought.thought,
         "content": thought.answer,
-        "tokens": completion.tokens.tolist(),
-        "origin": {"problem": group.problem.origin, "sampler": sampler},
+        **known,
+        "origin": {"problem": group.problem.origin, **written},
     }
 
 
@@ -289,8 +318,7 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
     file was after it, so a stage that was killed goes on after its last whole chunk."""
     stage = job.stage
-    decoder, tokenizer = job.model(stage.model)
-    engine, tasks = _engine(decoder, tokenizer, stage.sampling, rows_for(decoder)), job.mixture(stage.problems)
+    engine, tasks = _sampler(job, stage), job.mixture(stage.problems)
     asked = tasks.draw(count, (job.seed, "prompts"))
     chunks = [asked[i : i + CHUNK] for i in range(0, count, CHUNK)]
     done = read_metrics(job.folder)
@@ -298,7 +326,6 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
     with open(job.folder / name, "ab") as file:
         file.truncate(done[-1]["bytes"] if done else 0)
         for step in range(len(done), len(chunks)):
-            engine.drafted = engine.accepted = 0
             groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, _params(stage.sampling), job.seed)]
             judged = [judge(group) for group in groups]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows, _ in judged for row in rows]
@@ -307,11 +334,10 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
             dropped = sum((verdicts for _, verdicts in judged), Counter())
             tokens = sum(len(c.tokens) for g in groups for c in g.completions)
             counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
-            if engine.speculate:
-                counts["accepted_drafts"] = engine.acceptance
+            counts |= engine.bill()
             record.step(step, {**summarize(groups), **counts}, groups[:1])
             _pause(job, record, step < len(chunks) - 1)
-    return _swept(job, decoder.config, count * stage.samples)
+    return _swept(job, engine, count * stage.samples)
 
 
 def _pause(job: Job, record: Record, more: bool) -> None:
@@ -321,13 +347,27 @@ def _pause(job: Job, record: Record, more: bool) -> None:
         raise Resumable(f"{job.name} stopped; the same command goes on from here")
 
 
-def _swept(job: Job, config: ModelConfig, sampled: int) -> Outcome:
+def _sampler(job: Job, stage: Sample | Screen) -> Engine | Endpoint:
+    """Whoever answers: a model from the store, or an endpoint."""
+    if stage.model in job.endpoints:
+        return job.endpoint(stage.model)
+    decoder, tokenizer = job.model(stage.model)
+    return _engine(decoder, tokenizer, stage.sampling, rows_for(decoder))
+
+
+def _swept(job: Job, engine: Engine | Endpoint, sampled: int) -> Outcome:
+    """What all chunks came to. How many FLOPs an endpoint spends nobody knows; its tokens and its price are told."""
     history = read_metrics(job.folder)
     tokens = sum(row["sampled_tokens"] for row in history)
     length = sum(row["length"] for row in history) / len(history)
     dropped = sum((Counter(row["dropped"]) for row in history), Counter())
     notes = {"sampled": sampled, "kept": sum(row["kept"] for row in history), "dropped": dict(dropped)}
-    return {"tokens": tokens, "flops": tokens * config.flops_per_token(length / 2), "notes": notes}
+    if isinstance(engine, Engine):
+        return {"tokens": tokens, "flops": tokens * engine.model.config.flops_per_token(length / 2), "notes": notes}
+    bill = {name: sum(row[name] for row in history) for name in ("prompt_tokens", "response_tokens", "money") if name in history[0]}
+    if engine.settings.prices:
+        bill["currency"] = engine.settings.prices.currency
+    return {"tokens": tokens, "flops": 0, "notes": {**notes, "endpoint": engine.settings.url, "model": engine.settings.model, **bill}}
 
 
 def rows_for(decoder: Decoder) -> int:
