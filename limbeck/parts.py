@@ -1,4 +1,4 @@
-"""The parts that stages of a recipe are made of: a model's shape, sampling, the optimiser, the policy. No torch."""
+"""The parts that stages of a recipe are made of: what all have, a model's shape, sampling, optimiser, policy. No torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+RewardPart = Literal["accuracy", "format", "language", "judge", "preference"]
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stage(Settings):
+    """What every stage has. `title` and `log_every` change no result and so no key."""
+
+    title: str = Field("", description="a line for the report")
+    log_every: int = Field(
+        10, ge=1,
+        description="steps between two that are logged; in `rl`, between two whose responses are kept",
+    )
+    save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
 
 
 class LatentShape(Settings):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from .opinions import Calibrate, Reward
 from .parts import Settings
 from .recipe import (
     RL,
@@ -31,6 +33,7 @@ from .recipe import (
     Sample,
     Screen,
     Stage,
+    cited_rows,
     inputs,
     sources,
 )
@@ -126,7 +129,7 @@ def _explain(error: ValidationError, tree: dict) -> str:
 _SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
 _STAGES: dict[str, type[Stage]] = {
     "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
-    "sft": SFT, "general": General, "evaluate": Evaluate, "report": Report,
+    "sft": SFT, "general": General, "calibrate": Calibrate, "reward": Reward, "evaluate": Evaluate, "report": Report,
 }  # fmt: skip
 _KINDS = {*_SOURCES, *_STAGES}
 
@@ -143,6 +146,7 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
 
 
 MODELS, ROWS = {"load", "pretrain", "rl", "sft"}, {"sample", "curate", "general"}
+PAIRS = {"pairs"}
 
 
 def _check_references(path: Path, recipe: Recipe) -> None:
@@ -178,8 +182,24 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                 cite(name, "model", stage.model, MODELS | {"remote"}, "a model")
                 if stage.sampling.speculate and isinstance(stages[stage.model], Remote):
                     raise LimbeckError(f"{path}: stages.{name}.sampling.speculate is not for {stage.model}, which is remote")
+                if stage.judge:
+                    cite(name, "judge", stage.judge, {"calibrate"}, "a calibration of the judge")
+                elif stage.judged is not None:
+                    raise LimbeckError(f"{path}: stages.{name}.judged needs a judge: name a calibrate stage in stages.{name}.judge")
+            case Calibrate():
+                cite(name, "judge", stage.judge, MODELS | {"remote"}, "a model")
+                if stage.model:
+                    cite(name, "model", stage.model, MODELS, "a model")
+                for row in cited_rows(stage.rows):
+                    cite(name, "rows", row, PAIRS, "rows of preferences")
+            case Reward():
+                cite(name, "model", stage.model, MODELS, "a model")
+                for row in cited_rows(stage.rows):
+                    cite(name, "rows", row, PAIRS, "rows of preferences")
             case RL() | Screen():
                 cite(name, "model", stage.model, MODELS, "a model")
+                if isinstance(stage, RL):
+                    _check_opinions(path, name, stage, cite)
                 if isinstance(stage, RL) and stage.flops_of:
                     cite(name, "flops_of", stage.flops_of, MODELS, "a stage that learns")
             case SFT():
@@ -204,6 +224,27 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                 if not isinstance(recipe.problems.get(stage.problems), Miniature):
                     raise LimbeckError(f"{path}: stages.{name}.problems must be a miniature, which has a corpus")
     _refuse_cycles(path, recipe)
+
+
+def _check_opinions(path: Path, name: str, stage: RL, cite: Callable[..., None]) -> None:
+    """A part of the reward that is an opinion says whose; one that says whose is worth something, and its alarm can ring."""
+    opinions, where = stage.opinions or {}, f"{path}: stages.{name}"
+    for part in {"judge", "preference"} & set(stage.rewards) - set(opinions):
+        kind = "calibrate" if part == "judge" else "reward"
+        raise LimbeckError(f"{where}.rewards.{part} is an opinion: name its {kind} stage in stages.{name}.opinions.{part}.of")
+    for part, opinion in opinions.items():
+        kind, what = ("calibrate", "a calibration of the judge") if part == "judge" else ("reward", "a reward model")
+        cite(name, f"opinions.{part}.of", opinion.of, {kind}, what)
+        if part not in stage.rewards:
+            raise LimbeckError(f"{where}.opinions.{part} earns nothing; say what it is worth in stages.{name}.rewards.{part}")
+        for problems in set(opinion.problems) - set(stage.problems):
+            raise LimbeckError(f"{where}.opinions.{part}.problems cites {problems}, of which the stage has none{_meant(problems, stage.problems)}")
+        counting = min(opinion.last_steps or stage.steps, stage.steps)
+        if opinion.window > counting:
+            raise LimbeckError(
+                f"{where}.opinions.{part}.window = {opinion.window} is longer than the {counting} steps in which {part} counts, so its "
+                "alarm could never ring; shorten it, or raise steps or last_steps"
+            )
 
 
 def _refuse_cycles(path: Path, recipe: Recipe) -> None:

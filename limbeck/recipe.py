@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .parts import Optimizer, Policy, Prices, Sampling, Settings, Shape
+from .opinions import TABLES, Calibrate, Opinion, Reward
+from .parts import Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
-RewardPart = Literal["accuracy", "format", "language"]
 CorpusShare = Literal[
     "textbook", "general", "plain", "tagged", "guessed", "direct_right", "systematic", "unverified", "slip", "misjudged", "same", "other"
 ]
@@ -79,17 +79,6 @@ Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
 # ---------------------------------------------------------------- stages
 
 
-class Stage(Settings):
-    """What every stage has. `title` and `log_every` change no result and so no key."""
-
-    title: str = Field("", description="a line for the report")
-    log_every: int = Field(
-        10, ge=1,
-        description="steps between two that are logged; in `rl`, between two whose responses are kept",
-    )
-    save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
-
-
 class Load(Stage):
     """Bring in a base model: an HF directory, a GGUF file, or the name of a model that was pulled."""
 
@@ -147,6 +136,9 @@ class RL(Stage):
         {"accuracy": 1.0, "format": 0.2},
         description="what each part of a score is worth; parts that are not named earn nothing",
     )
+    opinions: dict[Literal["judge", "preference"], Opinion] | None = Field(
+        None, description="where the parts `judge` and `preference` come from, and when they count"
+    )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
     flops_of: str | None = Field(
         None, description="a stage to compare with: stop, within `steps`, once as many FLOPs are spent as its learning took"
@@ -196,6 +188,8 @@ class Sample(Stage):
     correct: bool = Field(True, description="keep right answers only")
     wellformed: bool = Field(True, description="keep responses only that have the form")
     language: float = Field(0.0, ge=0, le=1, description="least language consistency of a kept row")
+    judge: str | None = Field(None, description="a `calibrate` stage that was passed: its judge scores the responses")
+    judged: float | None = Field(None, ge=0, le=1, description="least score by the judge of a kept row; 0.5 where there is one")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
@@ -277,7 +271,7 @@ class Report(Stage):
 
 
 AnyStage = Annotated[
-    Load | Remote | Pretrain | RL | Screen | Sample | Curate | SFT | General | Evaluate | Report,
+    Load | Remote | Pretrain | RL | Screen | Sample | Curate | SFT | General | Calibrate | Reward | Evaluate | Report,
     Field(discriminator="kind"),
 ]
 
@@ -302,9 +296,15 @@ def inputs(stage: Stage) -> list[str]:
     """The stages that a stage takes its artifacts from; names of problems that are stages are added by `graph`."""
     match stage:
         case RL():
-            return [stage.model, *filter(None, [stage.flops_of])]
-        case Screen() | Sample():
+            return [stage.model, *filter(None, [stage.flops_of]), *(opinion.of for opinion in (stage.opinions or {}).values())]
+        case Sample():
+            return [stage.model, *filter(None, [stage.judge])]
+        case Screen():
             return [stage.model]
+        case Calibrate():
+            return [stage.judge, *filter(None, [stage.model]), *cited_rows(stage.rows)]
+        case Reward():
+            return [stage.model, *cited_rows(stage.rows)]
         case SFT():
             return [stage.model, *stage.rows]
         case Curate():
@@ -314,6 +314,11 @@ def inputs(stage: Stage) -> list[str]:
         case Report():
             return [stage.evaluation, *(name for names in stage.compare.values() for name in names)]
     return []
+
+
+def cited_rows(rows: str) -> list[str]:
+    """The stage that gives rows, where they are no file."""
+    return [] if not rows or rows.endswith(TABLES) else [rows]
 
 
 def sources(stage: Stage) -> list[str]:

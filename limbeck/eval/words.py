@@ -106,6 +106,9 @@ KINDS = {
     "curate": Text("curation", "人工审校"),
     "sft": Text("fine-tuning", "监督微调"),
     "general": Text("general rows", "通用数据"),
+    "remote": Text("an endpoint", "远程模型"),
+    "calibrate": Text("a judge, calibrated", "裁判校准"),
+    "reward": Text("reward model", "奖励模型"),
     "evaluate": Text("evaluation", "评测"),
     "report": Text("report", "报告"),
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..opinions import TABLES, Calibrate, Reward
 from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
 from ..types import LimbeckError
 from . import curate as desk
@@ -83,6 +84,8 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
+        if _table(node.stage):
+            settings["rows"] = self._digest(Path(node.stage.rows))
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
@@ -143,7 +146,17 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(stage, Load):
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
+        if _table(stage):
+            place = next((p for p in (base / stage.rows, Path(stage.rows)) if p.is_file()), None)
+            if place is None:
+                raise LimbeckError(f"stages.{name}.rows: {stage.rows} is no file, neither beside the recipe nor here")
+            stages[name] = stage.model_copy(update={"rows": str(place.resolve())})
     return recipe.model_copy(update={"problems": problems, "stages": stages})
+
+
+def _table(stage: Stage) -> bool:
+    """Whether a stage reads rows from a file of people's."""
+    return isinstance(stage, Calibrate | Reward) and stage.rows.endswith(TABLES)
 
 
 def seed_of(recipe: Recipe, node: Node) -> str:
@@ -162,6 +175,7 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
                 yield Node(f"{name}/{model}+forced", stage, (model,), problems, control="forced")
         elif not isinstance(stage, Report):
             cited = inputs(stage)
+            cited += [c.judge for c in (recipe.stages[n] for n in cited) if isinstance(c, Calibrate)]  # who cites one asks its judge
             if isinstance(stage, Curate):  # the policy may need to know the problems that the rows answer
                 problems = {n: p for n, p in recipe.problems.items() if p.source == "miniature"}
             endpoints = {n: recipe.stages[n] for n in cited if isinstance(recipe.stages[n], Remote)}

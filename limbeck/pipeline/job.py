@@ -14,6 +14,7 @@ from ..types import Problem, Task
 from .store import MANIFEST, RESPONSES
 
 if TYPE_CHECKING:
+    from ..engine.engine import Engine
     from ..engine.remote import Endpoint
     from ..model.decoder import Decoder
     from ..tasks.task import Mixture
@@ -55,6 +56,16 @@ class Job:
 
         settings = self.stage if isinstance(self.stage, Remote) else self.endpoints[name]
         return Endpoint(f"stages.{name}", settings, self.folder.parents[1] / RESPONSES, self.stopping)
+
+    def sampler(self, name: str, speculate: bool = False) -> Engine | Endpoint:
+        """Whoever answers: an input's model, or an endpoint."""
+        from ..engine.engine import Engine
+
+        if name in self.endpoints:
+            return self.endpoint(name)
+        decoder, tokenizer = self.model(name)
+        # enough rows in flight for wide products, few enough for the cache to stay small
+        return Engine(decoder, tokenizer, 256 if decoder.config.parameters < 10_000_000 else 64, speculate)
 
     def task(self, name: str) -> Task:
         from ..tasks.task import open_task

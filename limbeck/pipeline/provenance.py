@@ -26,7 +26,7 @@ def sources_of(node: Node, outcome: dict[str, Any], given: dict[str, Artifact]) 
     for artifact in given.values():
         for kind, names in artifact.manifest["sources"].items():
             merged[kind] |= set(names)
-        if artifact.manifest["kind"] in ("load", "pretrain", "rl", "sft"):
+        if artifact.manifest["kind"] in ("load", "pretrain", "rl", "sft", "reward"):
             merged["models"].add(f"{artifact.manifest['stage']} {artifact.digest[:12]}")
     merged["models"] |= {f"{name} ({remote.model} at {remote.url})" for name, remote in node.endpoints.items()}
     merged["problems"] |= {_described(name, problems) for name, problems in node.problems.items()}

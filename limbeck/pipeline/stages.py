@@ -47,9 +47,11 @@ from ..types import Sample as Learned
 from . import curate as desk
 from .job import PROBLEMS, ROWS, Job
 from .store import digest_of, write
+from .voices import heard, panel_of
 
 Outcome = dict[str, Any]
 CHUNK = 64  # problems between two saves of a sampling stage
+BILLED = ("prompt_tokens", "response_tokens", "money", "judge_tokens", "judge_flops", "judge_money")
 
 
 def run_load(job: Job) -> Outcome:
@@ -123,13 +125,14 @@ def run_rl(job: Job) -> Outcome:
     updates = stage.steps * stage.policy.updates_per_rollout
     learner = Learner(decoder, stage.optimizer, updates, stage.recompute)
     reference = Learner(job.model(stage.model)[0], stage.optimizer, 1) if stage.policy.kl_coef else None
-    engine, checkpoint = _engine(decoder, tokenizer, stage.sampling), job.checkpoint()
+    engine, checkpoint = Engine(decoder, tokenizer, speculate=stage.sampling.speculate), job.checkpoint()
     tasks = job.mixture(stage.problems, stage.rewards)
     sampling = replace(_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
     budget = job.manifest(stage.flops_of)["flops"] if stage.flops_of else math.inf
-    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget)
+    panel = panel_of(job, tasks, sampling)
+    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget, panel)
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
     tokens, flops = sum(row["sampled_tokens"] + row["learned_tokens"] for row in history), sum(row["flops"] for row in history)
@@ -206,7 +209,7 @@ def run_evaluate(job: Job) -> Outcome:
     stage: Evaluate = job.stage
     model = next(iter(job.inputs))
     decoder, tokenizer = job.model(model)
-    engine = Engine(decoder, tokenizer, rows_for(decoder))
+    engine = job.sampler(model)
     sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
     ways = {way: _way(way, stage, job.control, tokenizer) for way in stage.modes}
     kept, total = job.folder / "ways.jsonl", len(ways) * len(sources)
@@ -310,15 +313,11 @@ def _params(sampling: Sampling) -> SamplingParams:
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 
 
-def _engine(decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling, rows: int = 256) -> Engine:
-    return Engine(decoder, tokenizer, rows, sampling.speculate)
-
-
 def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
     file was after it, so a stage that was killed goes on after its last whole chunk."""
     stage = job.stage
-    engine, tasks = _sampler(job, stage), job.mixture(stage.problems)
+    engine, tasks = job.sampler(stage.model, stage.sampling.speculate), heard(job)
     asked = tasks.draw(count, (job.seed, "prompts"))
     chunks = [asked[i : i + CHUNK] for i in range(0, count, CHUNK)]
     done = read_metrics(job.folder)
@@ -334,7 +333,7 @@ def _sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[
             dropped = sum((verdicts for _, verdicts in judged), Counter())
             tokens = sum(len(c.tokens) for g in groups for c in g.completions)
             counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
-            counts |= engine.bill()
+            counts |= engine.bill() | getattr(tasks, "bill", dict)()
             record.step(step, {**summarize(groups), **counts}, groups[:1])
             _pause(job, record, step < len(chunks) - 1)
     return _swept(job, engine, count * stage.samples)
@@ -347,14 +346,6 @@ def _pause(job: Job, record: Record, more: bool) -> None:
         raise Resumable(f"{job.name} stopped; the same command goes on from here")
 
 
-def _sampler(job: Job, stage: Sample | Screen) -> Engine | Endpoint:
-    """Whoever answers: a model from the store, or an endpoint."""
-    if stage.model in job.endpoints:
-        return job.endpoint(stage.model)
-    decoder, tokenizer = job.model(stage.model)
-    return _engine(decoder, tokenizer, stage.sampling, rows_for(decoder))
-
-
 def _swept(job: Job, engine: Engine | Endpoint, sampled: int) -> Outcome:
     """What all chunks came to. How many FLOPs an endpoint spends nobody knows; its tokens and its price are told."""
     history = read_metrics(job.folder)
@@ -362,17 +353,14 @@ def _swept(job: Job, engine: Engine | Endpoint, sampled: int) -> Outcome:
     length = sum(row["length"] for row in history) / len(history)
     dropped = sum((Counter(row["dropped"]) for row in history), Counter())
     notes = {"sampled": sampled, "kept": sum(row["kept"] for row in history), "dropped": dict(dropped)}
+    bill = {name: sum(row[name] for row in history) for name in BILLED if name in history[0]}
     if isinstance(engine, Engine):
-        return {"tokens": tokens, "flops": tokens * engine.model.config.flops_per_token(length / 2), "notes": notes}
-    bill = {name: sum(row[name] for row in history) for name in ("prompt_tokens", "response_tokens", "money") if name in history[0]}
+        flops = tokens * engine.model.config.flops_per_token(length / 2) + bill.get("judge_flops", 0)
+        return {"tokens": tokens, "flops": flops, "notes": {**notes, **bill}}
     if engine.settings.prices:
         bill["currency"] = engine.settings.prices.currency
-    return {"tokens": tokens, "flops": 0, "notes": {**notes, "endpoint": engine.settings.url, "model": engine.settings.model, **bill}}
-
-
-def rows_for(decoder: Decoder) -> int:
-    """How many rows to keep in flight: enough for wide products, few enough for the cache to stay small."""
-    return 256 if decoder.config.parameters < 10_000_000 else 64
+    told = {"endpoint": engine.settings.url, "model": engine.settings.model, **bill}
+    return {"tokens": tokens, "flops": bill.get("judge_flops", 0), "notes": {**notes, **told}}
 
 
 def _fault(group: Group, i: int, stage: Sample) -> str | None:
@@ -386,6 +374,8 @@ def _fault(group: Group, i: int, stage: Sample) -> str | None:
         return "not well-formed"
     if parts.get("language", 1.0) < stage.language:
         return "mixed languages"
+    if parts.get("judge", 1.0) < (0.5 if stage.judged is None else stage.judged):
+        return "the judge thinks little of it"
     return None
 
 

@@ -110,7 +110,7 @@ def perform(job: Job) -> dict[str, Any]:
 def _carry_out(job: Job) -> dict[str, Any]:
     """What the stage returned. It is written down once all else is on disk, and only then does the checkpoint go:
     a stage that had ended when it was killed does not begin again."""
-    from .stages import STAGES
+    from .kinds import STAGES
 
     path = job.folder / OUTCOME
     if not path.exists():
