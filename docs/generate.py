@@ -24,8 +24,8 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
+from limbeck import opinions, recipe
 from limbeck import parts as pieces
-from limbeck import recipe
 from limbeck.cli import app
 from limbeck.pipeline.graph import QUIET
 
@@ -61,7 +61,7 @@ def render(text: str) -> str:
 
 def settings(name: str) -> str:
     """The keys of one model of `recipe.py` or `parts.py`; those that every stage has are told once, under `Stage`."""
-    model = getattr(recipe, name, None) or getattr(pieces, name)
+    model = next(getattr(place, name) for place in (recipe, opinions, pieces) if hasattr(place, name))
     common, mark = (recipe.Stage.model_fields, "") if name != "Stage" else ({}, " \\*")
     rows = [
         [f"`{key}`{mark if key in QUIET else ''}", value(field), default(field), field.description or ""]

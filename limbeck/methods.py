@@ -33,7 +33,9 @@ class Pairs(Stage):
         {"accuracy": 1.0, "format": 0.2}, description="what each part of a score is worth"
     )
     scored_by: str | None = Field(
-        None, description="a teacher's stage: its mean log-probability of a completion is the score, in place of `rewards`"
+        None,
+        description="a teacher's stage, whose mean log-probability of a completion is the score, in place of `rewards`; or a `calibrate` "
+        "stage, whose judge gives it",
     )
     prompts: int = Field(512, ge=1, description="how many problems are asked")
     samples: int = Field(8, ge=2, description="completions of each problem, of which the best and the worst are kept")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-RewardPart = Literal["accuracy", "format", "language"]
+RewardPart = Literal["accuracy", "format", "language", "judge", "preference"]
 
 
 class Settings(BaseModel):
@@ -106,6 +106,14 @@ class Sampling(Settings):
     )
     speculate: bool = Field(False, description="let the module that looks ahead draft tokens: the same, sooner")
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
+
+
+class Prices(Settings):
+    """What an endpoint asks for, per million tokens."""
+
+    input: float = Field(ge=0, description="for a million tokens of prompts")
+    output: float = Field(ge=0, description="for a million tokens of responses, thoughts included")
+    currency: str = Field("USD", description="in which money is told")
 
 
 class Optimizer(Settings):

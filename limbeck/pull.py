@@ -1,4 +1,4 @@
-"""Fetching a model by name into a directory: the only door to the network, and only when asked.
+"""Fetching a model by name into a directory: a door to the network that opens only when asked.
 
 A directory appears whole or not at all, with a `provenance.json` that says where it came from.
 """

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from .opinions import Calibrate, Reward
 from .parts import Settings
 from .recipe import (
     RL,
@@ -30,10 +32,12 @@ from .recipe import (
     Preference,
     Pretrain,
     Recipe,
+    Remote,
     Report,
     Sample,
     Screen,
     Stage,
+    cited_rows,
     inputs,
     sources,
 )
@@ -128,9 +132,9 @@ def _explain(error: ValidationError, tree: dict) -> str:
 
 _SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
 _STAGES: dict[str, type[Stage]] = {
-    "load": Load, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
+    "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
     "sft": SFT, "general": General, "label": Label, "pairs": Pairs, "preference": Preference, "distill": Distill,
-    "evaluate": Evaluate, "report": Report,
+    "calibrate": Calibrate, "reward": Reward, "evaluate": Evaluate, "report": Report,
 }  # fmt: skip
 _KINDS = {*_SOURCES, *_STAGES}
 
@@ -147,6 +151,7 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
 
 
 MODELS, ROWS = {"load", "pretrain", "rl", "sft", "preference", "distill"}, {"sample", "curate", "general", "label"}
+PAIRS = {"pairs"}
 
 
 def _check_references(path: Path, recipe: Recipe) -> None:
@@ -156,6 +161,11 @@ def _check_references(path: Path, recipe: Recipe) -> None:
     def cite(name: str, key: str, cited: str, kinds: set[str], what: str) -> None:
         if cited not in stages:
             raise LimbeckError(f"{path}: stages.{name}.{key} cites {cited}, which is no stage{_meant(cited, stages)}")
+        if isinstance(stages[cited], Remote) and "remote" not in kinds:
+            raise LimbeckError(
+                f"{path}: stages.{name}.{key} needs {what}, but {cited} is remote: it gives text, no weights and no logits, "
+                "and so withholds learning, evaluation, logit and on-policy distillation; it can be asked by sample stages and judge"
+            )
         if stages[cited].kind not in kinds:
             raise LimbeckError(
                 f"{path}: stages.{name}.{key} needs {what}, but {cited} is a {stages[cited].kind} stage"
@@ -172,14 +182,31 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                 raise LimbeckError(
                     f"{path}: stages.{name}.problems cites {source}, which is not under problems{_meant(source, known)}"
                 )
-        if hasattr(stage, "model"):
-            cite(name, "model", stage.model, MODELS, "a model")
-        for key, kinds, what in (("flops_of", MODELS, "a stage that learns"), ("scored_by", MODELS, "a model")):
+        if getattr(stage, "model", None) and not isinstance(stage, Remote):
+            asked = MODELS | {"remote"} if isinstance(stage, Sample) else MODELS
+            cite(name, "model", stage.model, asked, "a model")
+        for key, kinds, what in (("flops_of", MODELS, "a stage that learns"), ("scored_by", MODELS | {"calibrate"}, "a model or a calibrated judge")):
             if getattr(stage, key, None):
                 cite(name, key, getattr(stage, key), kinds, what)
         for row in stage.rows if isinstance(stage, SFT | Label | Distill) else ():
             cite(name, "rows", row, ROWS, "rows")
         match stage:
+            case Sample():
+                if stage.sampling.speculate and isinstance(stages[stage.model], Remote):
+                    raise LimbeckError(f"{path}: stages.{name}.sampling.speculate is not for {stage.model}, which is remote")
+                if stage.judge:
+                    cite(name, "judge", stage.judge, {"calibrate"}, "a calibration of the judge")
+                elif stage.judged is not None:
+                    raise LimbeckError(f"{path}: stages.{name}.judged needs a judge: name a calibrate stage in stages.{name}.judge")
+            case Calibrate():
+                cite(name, "judge", stage.judge, MODELS | {"remote"}, "a model")
+                for row in cited_rows(stage.rows):
+                    cite(name, "rows", row, PAIRS, "rows of preferences")
+            case Reward():
+                for row in cited_rows(stage.rows):
+                    cite(name, "rows", row, PAIRS, "rows of preferences")
+            case RL():
+                _check_opinions(path, name, stage, cite)
             case SFT():
                 _check_system(path, name, stage)
             case Preference():
@@ -233,6 +260,25 @@ def _check_teachers(path: Path, name: str, stage: Distill, recipe: Recipe) -> No
     bare = [row for row in stage.rows if recipe.stages[row].kind != "label"]
     if bare and not stage.teachers:
         raise LimbeckError(f"{path}: stages.{name}.rows cites {bare[0]}, which nobody has labelled; name teachers, or cite a label stage")
+def _check_opinions(path: Path, name: str, stage: RL, cite: Callable[..., None]) -> None:
+    """A part of the reward that is an opinion says whose; one that says whose is worth something, and its alarm can ring."""
+    opinions, where = stage.opinions or {}, f"{path}: stages.{name}"
+    for part in {"judge", "preference"} & set(stage.rewards) - set(opinions):
+        kind = "calibrate" if part == "judge" else "reward"
+        raise LimbeckError(f"{where}.rewards.{part} is an opinion: name its {kind} stage in stages.{name}.opinions.{part}.of")
+    for part, opinion in opinions.items():
+        kind, what = ("calibrate", "a calibration of the judge") if part == "judge" else ("reward", "a reward model")
+        cite(name, f"opinions.{part}.of", opinion.of, {kind}, what)
+        if part not in stage.rewards:
+            raise LimbeckError(f"{where}.opinions.{part} earns nothing; say what it is worth in stages.{name}.rewards.{part}")
+        for problems in set(opinion.problems) - set(stage.problems):
+            raise LimbeckError(f"{where}.opinions.{part}.problems cites {problems}, of which the stage has none{_meant(problems, stage.problems)}")
+        counting = min(opinion.last_steps or stage.steps, stage.steps)
+        if opinion.window > counting:
+            raise LimbeckError(
+                f"{where}.opinions.{part}.window = {opinion.window} is longer than the {counting} steps in which {part} counts, so its "
+                "alarm could never ring; shorten it, or raise steps or last_steps"
+            )
 
 
 def _refuse_cycles(path: Path, recipe: Recipe) -> None:

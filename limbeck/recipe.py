@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .methods import Distill, Label, Pairs, Preference
-from .parts import Budgeted, Optimizer, Policy, RewardPart, Sampling, Settings, Shape, Stage
+from .opinions import TABLES, Calibrate, Opinion, Reward
+from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
 CorpusShare = Literal[
     "textbook", "general", "plain", "tagged", "guessed", "direct_right", "systematic", "unverified", "slip", "misjudged", "same", "other"
@@ -87,6 +88,25 @@ class Load(Stage):
     layers: int | None = Field(None, ge=1, description="keep this many layers, evenly spaced: a student to start from")
 
 
+class Remote(Stage):
+    """A model behind an OpenAI-compatible endpoint. It gives text: no weights, and no logits."""
+
+    kind: Literal["remote"]
+    url: str = Field(pattern=r"^https?://[^\s/@]+(/[^\s?#]*)?$", description="where the API begins, for instance `https://api.deepseek.com/v1`")
+    model: str = Field(description="the model's name there")
+    key: str = Field(
+        "", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
+        description="the environment variable that holds the API key; the key itself is written nowhere",
+    )
+    licence: str = Field("", description="licence or terms that bind what the model writes")
+    prices: Prices | None = Field(None, description="to count money beside tokens")
+    requests_per_minute: float | None = Field(None, gt=0, description="at most so many, evenly spaced")
+    concurrent: int = Field(4, ge=1, description="requests on their way at once")
+    patience: float = Field(600, gt=0, description="seconds to wait for one response")
+    logprobs: bool = Field(False, description="ask for the log-probabilities of what was sampled; some endpoints refuse")
+    extra: dict[str, Any] = Field({}, description="further fields of each request; null takes one of ours away")
+
+
 class Pretrain(Stage):
     """Train a base from scratch on the miniature's corpus."""
 
@@ -116,6 +136,9 @@ class RL(Budgeted):
     rewards: dict[RewardPart, float] = Field(
         {"accuracy": 1.0, "format": 0.2},
         description="what each part of a score is worth; parts that are not named earn nothing",
+    )
+    opinions: dict[Literal["judge", "preference"], Opinion] | None = Field(
+        None, description="where the parts `judge` and `preference` come from, and when they count"
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
@@ -151,7 +174,7 @@ class Sample(Stage):
     """Rejection sampling: several completions a problem, and only what passes every filter is kept."""
 
     kind: Literal["sample"]
-    model: str = Field(description="the stage whose model is asked")
+    model: str = Field(description="the stage whose model is asked; a `remote` one will do")
     problems: dict[str, float] = Field(
         description="names of problems or of `screen` stages, with their shares"
     )
@@ -171,8 +194,12 @@ class Sample(Stage):
         None, description="what each part of the score is worth that `best` goes by; else accuracy alone"
     )
     scored_by: str | None = Field(
-        None, description="a teacher's stage: its mean log-probability of a completion is the score that `best` goes by"
+        None,
+        description="a teacher's stage, whose mean log-probability of a completion is the score that `best` goes by; or a `calibrate` "
+        "stage, whose judge gives it",
     )
+    judge: str | None = Field(None, description="a `calibrate` stage that was passed: its judge scores the responses")
+    judged: float | None = Field(None, ge=0, le=1, description="least score by the judge of a kept row; 0.5 where there is one")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
@@ -257,7 +284,8 @@ class Report(Stage):
 
 
 AnyStage = Annotated[
-    Load | Pretrain | RL | Screen | Sample | Curate | SFT | General | Label | Pairs | Preference | Distill | Evaluate | Report,
+    Load | Remote | Pretrain | RL | Screen | Sample | Curate | SFT | General | Label | Pairs | Preference | Distill
+    | Calibrate | Reward | Evaluate | Report,
     Field(discriminator="kind"),
 ]
 
@@ -283,10 +311,12 @@ def inputs(stage: Stage) -> list[str]:
     compared = filter(None, [getattr(stage, "flops_of", None)])
     match stage:
         case RL():
-            return [stage.model, *compared]
+            return [stage.model, *compared, *(opinion.of for opinion in (stage.opinions or {}).values())]
         case Screen():
             return [stage.model]
-        case Sample() | Pairs():
+        case Sample():
+            return [stage.model, *filter(None, [stage.scored_by, stage.judge])]
+        case Pairs():
             return [stage.model, *filter(None, [stage.scored_by])]
         case SFT() | Label():
             return [stage.model, *stage.rows, *compared]
@@ -294,6 +324,10 @@ def inputs(stage: Stage) -> list[str]:
             return [stage.model, *stage.pairs, *compared]
         case Distill():
             return [stage.model, *stage.teachers.values(), *stage.rows, *compared]
+        case Calibrate():
+            return [stage.judge, *filter(None, [stage.model]), *cited_rows(stage.rows)]
+        case Reward():
+            return [stage.model, *cited_rows(stage.rows)]
         case Curate():
             return [stage.rows]
         case Evaluate():
@@ -301,6 +335,11 @@ def inputs(stage: Stage) -> list[str]:
         case Report():
             return [stage.evaluation, *(name for names in stage.compare.values() for name in names)]
     return []
+
+
+def cited_rows(rows: str) -> list[str]:
+    """The stage that gives rows, where they are no file."""
+    return [] if not rows or rows.endswith(TABLES) else [rows]
 
 
 def sources(stage: Stage) -> list[str]:

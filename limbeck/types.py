@@ -66,6 +66,7 @@ class Completion:
     `tokens` holds the end-of-turn token when `stopped`, `text` never does.
     `kept` holds, per token, the ids that top-p left to choose from (None where all were). `routes`
     [prompt + tokens - 1, layers, chosen] are the experts that each token met (None where there are none).
+    A remote endpoint tells how many tokens there were and not which: then each is -1.
     """
 
     tokens: np.ndarray

@@ -161,7 +161,7 @@ def change(old: str, new: str) -> str:
     (change("steps: 8", "steps: 8\n    qqq: 8"), "unknown key stages.zero.qqq; known keys: batch_tokens, flops, flops_of, kind,"),
     (change("steps: 8", "steps: 0"), "stages.zero.steps: input should be greater than or equal to 1, but it is 0"),
     (change("steps: 8", "steps: many"), "stages.zero.steps: input should be a valid integer"),
-    (change("kind: rl", "kind: lr"), "stages.zero.kind is missing or unknown; choose one of load, pretrain, rl"),
+    (change("kind: rl", "kind: lr"), "stages.zero.kind is missing or unknown; choose one of load, remote, pretrain, rl"),
     (change("source: miniature", "source: mini"), "problems.clock.source is missing or unknown; choose one of miniature, gym, files"),
     (change("    kind: rl\n    model: base", "    kind: rl"), "stages.zero.model is missing"),
     (change("    kind: rl\n    model: base", "    kind: rl\n    model: bse"), "stages.zero.model cites bse, which is no stage; did you mean base?"),

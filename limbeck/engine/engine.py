@@ -38,6 +38,12 @@ class Engine:
         """Share of drafted tokens that the model would have sampled itself."""
         return self.accepted / max(1, self.drafted)
 
+    def bill(self) -> dict[str, float]:
+        """What is worth telling of the rollouts since the last bill: how many drafts were the model's own choice."""
+        told = {"accepted_drafts": self.acceptance} if self.speculate else {}
+        self.drafted = self.accepted = 0
+        return told
+
     def _flight(self, sampling: SamplingParams) -> Flight:
         return (Speculation if self.speculate else Flight)(self.model, self.tokenizer.end_id, sampling)
 

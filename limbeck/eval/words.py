@@ -110,6 +110,9 @@ KINDS = {
     "pairs": Text("pairs", "偏好对"),
     "preference": Text("preferences", "偏好优化"),
     "distill": Text("distillation", "蒸馏"),
+    "remote": Text("an endpoint", "远程模型"),
+    "calibrate": Text("a judge, calibrated", "裁判校准"),
+    "reward": Text("reward model", "奖励模型"),
     "evaluate": Text("evaluation", "评测"),
     "report": Text("report", "报告"),
 }

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ..engine.engine import Engine
 from ..methods import Distill, Label, Pairs, Preference
 from ..parts import Optimizer
 from ..record import read_metrics
@@ -28,7 +29,7 @@ from . import curate as desk
 from .job import ROWS, Job
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
 from .scoring import MICRO_TOKENS, check_tongue, scorer_of
-from .stages import Outcome, engine_of, given_rows, params_of, pause, share_of, sweep, to_row, to_sample
+from .stages import Outcome, given_rows, params_of, pause, share_of, sweep, to_row, to_sample
 from .store import digest_of
 
 SHARD = 256  # rows whose labels stand in one file: what a kill may cost
@@ -62,7 +63,7 @@ def run_label(job: Job) -> Outcome:
 def run_pairs(job: Job) -> Outcome:
     """Best against worst of each problem's completions, with TRL's columns."""
     stage: Pairs = job.stage
-    tokenizer, sampler = job.model(stage.model)[1], job.manifest(stage.model)["digest"]
+    tokenizer, written = job.model(stage.model)[1], {"sampler": job.manifest(stage.model)["digest"]}
     scorer = scorer_of(job)
 
     def judge(group: Group) -> tuple[list[dict], Counter[str]]:
@@ -70,7 +71,7 @@ def run_pairs(job: Job) -> Outcome:
         places = best_and_worst(scores, stage.margin)
         if places is None:
             return [], Counter(["none is better"])
-        best, worst = (to_row(group, group.completions[place], sampler) for place in places)
+        best, worst = (to_row(group, group.completions[place], written) for place in places)
         told = {"chosen": best["completion"], "rejected": worst["completion"], "chosen_score": scores[places[0]], "rejected_score": scores[places[1]]}
         kept = {key: best[key] for key in ("id", "prompt", "language", "origin")}
         return [{**kept, **told, "chosen_tokens": best["tokens"], "rejected_tokens": worst["tokens"]}], Counter()
@@ -103,7 +104,7 @@ def run_distill(job: Job) -> Outcome:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     learner, checkpoint = Learner(decoder, stage.optimizer, stage.steps, stage.recompute), job.checkpoint()
     tasks = job.mixture(stage.problems) if stage.problems else None
-    lessons = Lessons(stage, job.seed, engine_of(decoder, tokenizer, stage.sampling), tasks, params_of(stage.sampling), rows)
+    lessons = Lessons(stage, job.seed, Engine(decoder, tokenizer, speculate=stage.sampling.speculate), tasks, params_of(stage.sampling), rows)
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
     imitate(learner, teachers, lessons, stage, record, checkpoint, budget_of(job, stage.rows))

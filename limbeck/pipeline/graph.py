@@ -7,16 +7,18 @@ What you compute is hashed; where and how chattily you compute it is not (redun'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
+from ..opinions import TABLES, Calibrate, Reward
+from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
 from ..types import LimbeckError
 from . import curate as desk
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
+QUIET |= {"key", "prices", "requests_per_minute", "concurrent", "patience"}  # of an endpoint: what it says is the same
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
 
@@ -32,6 +34,7 @@ class Node:
     key: str | None = None
     artifact: Artifact | None = None
     queue: Path | None = None
+    endpoints: dict[str, Remote] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -81,6 +84,8 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
+        if _table(node.stage):
+            settings["rows"] = self._digest(Path(node.stage.rows))
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
@@ -141,7 +146,17 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(stage, Load):
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
+        if _table(stage):
+            place = next((p for p in (base / stage.rows, Path(stage.rows)) if p.is_file()), None)
+            if place is None:
+                raise LimbeckError(f"stages.{name}.rows: {stage.rows} is no file, neither beside the recipe nor here")
+            stages[name] = stage.model_copy(update={"rows": str(place.resolve())})
     return recipe.model_copy(update={"problems": problems, "stages": stages})
+
+
+def _table(stage: Stage) -> bool:
+    """Whether a stage reads rows from a file of people's."""
+    return isinstance(stage, Calibrate | Reward) and stage.rows.endswith(TABLES)
 
 
 def seed_of(recipe: Recipe, node: Node) -> str:
@@ -160,9 +175,11 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
                 yield Node(f"{name}/{model}+forced", stage, (model,), problems, control="forced")
         elif not isinstance(stage, Report):
             cited = inputs(stage)
+            cited += [c.judge for c in (recipe.stages[n] for n in cited) if isinstance(c, Calibrate)]  # who cites one asks its judge
             if isinstance(stage, Curate):  # the policy may need to know the problems that the rows answer
                 problems = {n: p for n, p in recipe.problems.items() if p.source == "miniature"}
-            yield Node(name, stage, tuple(dict.fromkeys([*cited, *screens])), problems)
+            endpoints = {n: recipe.stages[n] for n in cited if isinstance(recipe.stages[n], Remote)}
+            yield Node(name, stage, tuple(dict.fromkeys([*cited, *screens])), problems, endpoints=endpoints)
 
 
 def report_nodes(recipe: Recipe) -> list[tuple[str, Report]]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import Problems, Stage
+from ..recipe import Problems, Remote, Stage
 from ..record import Record, read
 from ..types import Problem, Task
-from .store import MANIFEST
+from .store import MANIFEST, RESPONSES
 
 if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from ..engine.remote import Endpoint
     from ..model.decoder import Decoder
     from ..tasks.task import Mixture
     from ..tokenizer import Tokenizer
@@ -37,6 +39,7 @@ class Job:
     folder: Path
     control: str | None = None
     queue: Path | None = None
+    endpoints: dict[str, Remote] = field(default_factory=dict)
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     def model(self, name: str) -> tuple[Decoder, Tokenizer]:
@@ -46,6 +49,23 @@ class Job:
 
         directory = self.inputs[name] / "model"
         return weights.load(directory), Tokenizer.from_directory(directory)
+
+    def endpoint(self, name: str) -> Endpoint:
+        """An endpoint that the stage may ask. What it answers is kept beside the artifacts, for all stages and runs."""
+        from ..engine.remote import Endpoint
+
+        settings = self.stage if isinstance(self.stage, Remote) else self.endpoints[name]
+        return Endpoint(f"stages.{name}", settings, self.folder.parents[1] / RESPONSES, self.stopping)
+
+    def sampler(self, name: str, speculate: bool = False) -> Engine | Endpoint:
+        """Whoever answers: an input's model, or an endpoint."""
+        from ..engine.engine import Engine
+
+        if name in self.endpoints:
+            return self.endpoint(name)
+        decoder, tokenizer = self.model(name)
+        # enough rows in flight for wide products, few enough for the cache to stay small
+        return Engine(decoder, tokenizer, 256 if decoder.config.parameters < 10_000_000 else 64, speculate)
 
     def task(self, name: str) -> Task:
         from ..tasks.task import open_task

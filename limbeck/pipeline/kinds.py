@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import distillation, stages
+from . import distillation, judging, stages
 
-STAGES = {**stages.STAGES, **distillation.STAGES}
+STAGES = {**stages.STAGES, **distillation.STAGES, **judging.STAGES}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Curate, Load, Recipe
+from ..recipe import Curate, Load, Recipe, Remote
 from .graph import Node
 from .store import Artifact
 
@@ -15,6 +15,8 @@ def licences_of(node: Node, outcome: dict[str, Any], given: dict[str, Artifact],
     found = {licence for artifact in given.values() for licence in artifact.manifest["licences"]}
     if isinstance(node.stage, Load):
         found.add(recipe.licence or outcome["notes"].get("licence") or "undeclared")
+    if isinstance(node.stage, Remote):
+        found.add(node.stage.licence or "undeclared")
     return sorted(found)
 
 
@@ -24,8 +26,9 @@ def sources_of(node: Node, outcome: dict[str, Any], given: dict[str, Artifact]) 
     for artifact in given.values():
         for kind, names in artifact.manifest["sources"].items():
             merged[kind] |= set(names)
-        if artifact.manifest["kind"] in ("load", "pretrain", "rl", "sft", "preference", "distill"):
+        if artifact.manifest["kind"] in ("load", "pretrain", "rl", "sft", "preference", "distill", "reward"):
             merged["models"].add(f"{artifact.manifest['stage']} {artifact.digest[:12]}")
+    merged["models"] |= {f"{name} ({remote.model} at {remote.url})" for name, remote in node.endpoints.items()}
     merged["problems"] |= {_described(name, problems) for name, problems in node.problems.items()}
     if isinstance(node.stage, Curate):
         merged["editors"] |= set(outcome["notes"].get("reviewers", [f"policy: {node.stage.policy}"]))

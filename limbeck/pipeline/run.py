@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from .. import __version__
 from ..cluster.hosts import Host
 from ..cluster.machine import machine
+from ..engine.remote import key_of
 from ..reading import dump
-from ..recipe import Curate, Recipe
+from ..recipe import Curate, Recipe, Remote
 from ..record import METRICS, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
@@ -69,6 +70,7 @@ class Run:
 
     def carry_out(self) -> Path | None:
         """Run all that can run; returns the report's page, if the recipe has one."""
+        self._refuse_keyless()
         self._open_folder()
         began = time.monotonic()
         try:
@@ -87,6 +89,13 @@ class Run:
     def stop(self) -> None:
         """Let running stages checkpoint and end; start nothing new. Safe in a signal handler: it only asks."""
         self.stopping = True
+
+    def _refuse_keyless(self) -> None:
+        """Before anything runs: every endpoint that will be asked has its key."""
+        for node in self.graph.nodes.values():
+            asked = {node.name: node.stage} if isinstance(node.stage, Remote) else node.endpoints
+            for name, settings in {} if node.artifact else asked.items():
+                key_of(f"stages.{name}", settings)
 
     def _open_folder(self) -> None:
         try:
@@ -146,6 +155,7 @@ class Run:
             name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
             inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
             folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue,
+            endpoints=node.endpoints,
         )  # fmt: skip
 
     def _hear(self, event: dict[str, Any]) -> None:

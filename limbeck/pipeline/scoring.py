@@ -12,14 +12,18 @@ from ..train.learner import Learner
 from ..train.preference import Scorer, likelihood
 from ..types import Group, LimbeckError
 from .job import Job
+from .voices import CALIBRATION, judge_of
 
 MICRO_TOKENS = 8192  # of a model that only reads
 
 
 def scorer_of(job: Job) -> Scorer:
-    """What a stage's completions are ranked by: a teacher's likelihood of them, or the rewards that they earned."""
+    """What a stage's completions are ranked by: a judge that passed its calibration, a teacher's likelihood of them, or
+    the rewards that they earned."""
     if not job.stage.scored_by:
         return lambda group: group.rewards
+    if (job.inputs[job.stage.scored_by] / CALIBRATION).exists():
+        return judge_of(job, job.stage.scored_by).scores
     teacher, tokenizer = job.model(job.stage.scored_by)
     check_tongue(job, job.model(job.stage.model)[1], job.stage.scored_by, tokenizer)
     return likelihood(Learner(teacher, Optimizer(), 1), MICRO_TOKENS)
@@ -48,7 +52,7 @@ def ranked(group: Group, keep: str | None, scorer: Scorer | None) -> list[int]:
 def judging(job: Job, groups: list[Group]) -> dict[str, float]:
     """What it costs when a teacher reads the completions: each prompt once a group."""
     teacher = getattr(job.stage, "scored_by", None)
-    if not teacher:
+    if not teacher or (job.inputs[teacher] / CALIBRATION).exists():
         return {}
     config = ModelConfig.from_directory(job.inputs[teacher] / "model")
     lengths = [(len(g.prompt_tokens), [len(c.tokens) for c in g.completions]) for g in groups]

@@ -16,12 +16,26 @@ from typing import Any
 import numpy as np
 
 from ..engine.engine import Engine
+from ..engine.remote import Endpoint
 from ..engine.sampling import SamplingParams
 from ..eval.evaluate import combine, evaluate
 from ..model import weights
 from ..model.config import Experts, Latent, ModelConfig
 from ..model.decoder import Decoder
-from ..recipe import RL, SFT, Curate, Evaluate, General, Load, Pretrain, Sample, Sampling, Screen, Shape
+from ..recipe import (
+    RL,
+    SFT,
+    Curate,
+    Evaluate,
+    General,
+    Load,
+    Pretrain,
+    Remote,
+    Sample,
+    Sampling,
+    Screen,
+    Shape,
+)
 from ..record import Record, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
@@ -34,9 +48,11 @@ from .job import PROBLEMS, ROWS, Job
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
 from .scoring import judging, ranked, scorer_of
 from .store import digest_of, write
+from .voices import heard, panel_of
 
 Outcome = dict[str, Any]
 CHUNK = 64  # problems between two saves of a sampling stage
+BILLED = ("prompt_tokens", "response_tokens", "money", "judge_tokens", "judge_flops", "judge_money")
 
 
 def run_load(job: Job) -> Outcome:
@@ -62,6 +78,15 @@ def run_load(job: Job) -> Outcome:
     origin = source / "provenance.json"
     notes = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {"source": str(source.name)}
     return {"notes": {"parameters": decoder.config.parameters, **notes}, "tokens": 0, "flops": 0}
+
+
+def run_remote(job: Job) -> Outcome:
+    """What is asked there, and under which terms. The endpoint is greeted, so that a wrong key is known at once."""
+    stage: Remote = job.stage
+    job.endpoint(job.name).check()
+    told = stage.model_dump(mode="json", include={"url", "model", "licence", "logprobs", "extra"})
+    write(job.folder / "endpoint.json", json.dumps(told, indent=2) + "\n")
+    return {"tokens": 0, "flops": 0, "notes": {}}
 
 
 def run_pretrain(job: Job) -> Outcome:
@@ -102,12 +127,13 @@ def run_rl(job: Job) -> Outcome:
     updates = stage.steps * stage.policy.updates_per_rollout
     learner = Learner(decoder, stage.optimizer, updates, stage.recompute)
     reference = Learner(job.model(stage.model)[0], stage.optimizer, 1) if stage.policy.kl_coef else None
-    engine, checkpoint = engine_of(decoder, tokenizer, stage.sampling), job.checkpoint()
+    engine, checkpoint = Engine(decoder, tokenizer, speculate=stage.sampling.speculate), job.checkpoint()
     tasks = job.mixture(stage.problems, stage.rewards)
     sampling = replace(params_of(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
-    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget_of(job))
+    panel = panel_of(job, tasks, sampling)
+    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget_of(job), panel)
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
     tokens, flops = sum(row["sampled_tokens"] + row["learned_tokens"] for row in history), sum(row["flops"] for row in history)
@@ -117,7 +143,9 @@ def run_rl(job: Job) -> Outcome:
 
 def run_sample(job: Job) -> Outcome:
     stage: Sample = job.stage
-    tokenizer, sampler = job.model(stage.model)[1], job.manifest(stage.model)["digest"]
+    written = {"sampler": job.manifest(stage.model)["digest"]}
+    if remote := job.endpoints.get(stage.model):
+        written |= {"endpoint": remote.url, "model": remote.model}
     scorer = scorer_of(job) if stage.keep == "best" else None
 
     def judge(group: Group) -> tuple[list[dict], Counter[str]]:
@@ -127,11 +155,13 @@ def run_sample(job: Job) -> Outcome:
         kept = _distinct(good, stage.keep_per_problem)
         verdicts = Counter(fault for fault in faults if fault)
         verdicts["one of many for its problem"] += len(good) - len(kept)
-        return [to_row(group, completion, sampler) for completion in kept], verdicts
+        return [to_row(group, completion, written) for completion in kept], verdicts
 
     outcome = sweep(job, ROWS, stage.prompts, judge)
-    notes = outcome["notes"]
-    return {**outcome, "notes": {**notes, "tokenizer": digest_of(tokenizer.backend.to_str())}}
+    if remote:
+        return outcome
+    tokenizer = job.model(stage.model)[1]
+    return {**outcome, "notes": {**outcome["notes"], "tokenizer": digest_of(tokenizer.backend.to_str())}}
 
 
 def run_screen(job: Job) -> Outcome:
@@ -183,7 +213,7 @@ def run_evaluate(job: Job) -> Outcome:
     stage: Evaluate = job.stage
     model = next(iter(job.inputs))
     decoder, tokenizer = job.model(model)
-    engine = Engine(decoder, tokenizer, rows_for(decoder))
+    engine = job.sampler(model)
     sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
     ways = {way: _way(way, stage, job.control, tokenizer) for way in stage.modes}
     kept, total = job.folder / "ways.jsonl", len(ways) * len(sources)
@@ -217,7 +247,7 @@ def _way(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -
 
 
 STAGES: dict[str, Callable[[Job], Outcome]] = {
-    "load": run_load, "pretrain": run_pretrain, "rl": run_rl, "screen": run_screen, "sample": run_sample,
+    "load": run_load, "remote": run_remote, "pretrain": run_pretrain, "rl": run_rl, "screen": run_screen, "sample": run_sample,
     "curate": run_curate, "sft": run_sft, "general": run_general, "evaluate": run_evaluate,
 }  # fmt: skip
 
@@ -243,9 +273,11 @@ def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
     return ModelConfig("deepseek_v3", **sizes | {"kv_heads": shape.heads, "head_dim": latent.rope_dim}, latent=latent, experts=experts)
 
 
-def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]:
-    """A kept completion with where it came from. Its ids travel along: they are what was sampled."""
+def to_row(group: Group, completion: Completion, written: dict[str, str]) -> dict[str, Any]:
+    """A kept completion with where it came from. Its ids travel along: they are what was sampled. A remote model's
+    are not known, and its row is text alone."""
     thought = split_thought(completion.text)
+    known = {"tokens": completion.tokens.tolist()} if (completion.tokens >= 0).all() else {}
     return {
         "id": f"{group.problem.id}#{completion.sample}",
         "prompt": group.problem.prompt,
@@ -253,8 +285,8 @@ def to_row(group: Group, completion: Completion, sampler: str) -> dict[str, Any]
         "completion": completion.text,
         "reasoning_content": thought.thought,
         "content": thought.answer,
-        "tokens": completion.tokens.tolist(),
-        "origin": {"problem": group.problem.origin, "sampler": sampler},
+        **known,
+        "origin": {"problem": group.problem.origin, **written},
     }
 
 
@@ -287,16 +319,11 @@ def params_of(sampling: Sampling) -> SamplingParams:
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 
 
-def engine_of(decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling, rows: int = 256) -> Engine:
-    return Engine(decoder, tokenizer, rows, sampling.speculate)
-
-
 def sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
     file was after it, so a stage that was killed goes on after its last whole chunk."""
     stage = job.stage
-    decoder, tokenizer = job.model(stage.model)
-    engine, tasks = engine_of(decoder, tokenizer, stage.sampling, rows_for(decoder)), job.mixture(stage.problems, getattr(stage, "rewards", None))
+    engine, tasks = job.sampler(stage.model, stage.sampling.speculate), heard(job)
     asked = tasks.draw(count, (job.seed, "prompts"))
     chunks = [asked[i : i + CHUNK] for i in range(0, count, CHUNK)]
     done = read_metrics(job.folder)
@@ -304,7 +331,6 @@ def sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[d
     with open(job.folder / name, "ab") as file:
         file.truncate(done[-1]["bytes"] if done else 0)
         for step in range(len(done), len(chunks)):
-            engine.drafted = engine.accepted = 0
             groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, params_of(stage.sampling), job.seed)]
             judged = [judge(group) for group in groups]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows, _ in judged for row in rows]
@@ -313,11 +339,10 @@ def sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[d
             dropped = sum((verdicts for _, verdicts in judged), Counter())
             tokens = sum(len(c.tokens) for g in groups for c in g.completions)
             counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
-            if engine.speculate:
-                counts["accepted_drafts"] = engine.acceptance
+            counts |= engine.bill() | getattr(tasks, "bill", dict)()
             record.step(step, {**summarize(groups), **counts, **judging(job, groups)}, groups[:1])
             pause(job, record, step < len(chunks) - 1)
-    return _swept(job, decoder.config, count * stage.samples)
+    return _swept(job, engine, count * stage.samples)
 
 
 def pause(job: Job, record: Record, more: bool) -> None:
@@ -327,21 +352,22 @@ def pause(job: Job, record: Record, more: bool) -> None:
         raise Resumable(f"{job.name} stopped; the same command goes on from here")
 
 
-def _swept(job: Job, config: ModelConfig, sampled: int) -> Outcome:
+def _swept(job: Job, engine: Engine | Endpoint, sampled: int) -> Outcome:
+    """What all chunks came to. How many FLOPs an endpoint spends nobody knows; its tokens and its price are told."""
     history = read_metrics(job.folder)
     tokens = sum(row["sampled_tokens"] for row in history)
     length = sum(row["length"] for row in history) / len(history)
     dropped = sum((Counter(row["dropped"]) for row in history), Counter())
     notes = {"sampled": sampled, "kept": sum(row["kept"] for row in history), "dropped": dict(dropped)}
-    flops = tokens * config.flops_per_token(length / 2)
-    if any("teacher_flops" in row for row in history):
-        notes["teacher_flops"] = sum(row["teacher_flops"] for row in history)
-    return {"tokens": tokens, "flops": flops + notes.get("teacher_flops", 0), "notes": notes}
-
-
-def rows_for(decoder: Decoder) -> int:
-    """How many rows to keep in flight: enough for wide products, few enough for the cache to stay small."""
-    return 256 if decoder.config.parameters < 10_000_000 else 64
+    bill = {name: sum(row[name] for row in history) for name in (*BILLED, "teacher_flops") if name in history[0]}
+    beside = bill.get("judge_flops", 0) + bill.get("teacher_flops", 0)
+    if isinstance(engine, Engine):
+        flops = tokens * engine.model.config.flops_per_token(length / 2) + beside
+        return {"tokens": tokens, "flops": flops, "notes": {**notes, **bill}}
+    if engine.settings.prices:
+        bill["currency"] = engine.settings.prices.currency
+    told = {"endpoint": engine.settings.url, "model": engine.settings.model, **bill}
+    return {"tokens": tokens, "flops": beside, "notes": {**notes, **told}}
 
 
 def _fault(group: Group, i: int, stage: Sample) -> str | None:
@@ -357,6 +383,8 @@ def _fault(group: Group, i: int, stage: Sample) -> str | None:
         return "mixed languages"
     if stage.longest and len(completion.tokens) > stage.longest:
         return "too long"
+    if parts.get("judge", 1.0) < (0.5 if stage.judged is None else stage.judged):
+        return "the judge thinks little of it"
     return None
 
 

@@ -5,6 +5,7 @@
     store/.partial/rl-3fa9c1d07b52.lock          held by whoever writes into it
     store/.bad-rl-3fa9c1d07b52-1/ ...            was in an artifact's place without being one
     store/.queues/8c41.../                       rows that wait for people
+    store/.responses/4d/4d09....json             what endpoints answered: paid for once, never asked again
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 from ..record import TIMING
 from ..types import Corrupted, LimbeckError, Resumable
 
-MANIFEST = "manifest.json"
+MANIFEST, RESPONSES = "manifest.json", ".responses"
 SCHEMA = 1
 UNREPEATABLE = {TIMING}  # seconds differ from run to run and so stay out of an artifact's digest
 OUTCOME = "outcome.json"  # what a stage returned: in a partial folder it says that only `finish` is left to do

@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ..recipe import AnyStage, Problems
+from ..recipe import AnyStage, Problems, Remote
 from ..types import LimbeckError
 from .curate import Waiting
 from .job import Job
@@ -69,6 +69,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "folder": str(job.folder),
         "control": job.control,
         "queue": str(job.queue) if job.queue else None,
+        "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
     }
 
 
@@ -82,6 +83,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         folder=Path(request["folder"]),
         control=request["control"],
         queue=Path(request["queue"]) if request["queue"] else None,
+        endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         stopping=stop.is_set,
     )
 

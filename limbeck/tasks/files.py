@@ -26,7 +26,7 @@ class FileTask:
     def __init__(self, name: str, settings: recipe.Files, base: Path):
         self.name, self.settings = name, settings
         self.path = base / settings.path
-        rows = list(_rows(self.path, settings.limit))
+        rows = list(read_table(self.path, settings.limit))
         if not rows:
             raise LimbeckError(f"{self.path}: the file has no rows; give it one problem a line")
         problems = [problem for number, row in rows if (problem := self._problem(number, row))]
@@ -112,7 +112,7 @@ def _language(question: str) -> str:
     return "zh" if (language_consistency(question, "zh") or 0.0) > 0.5 else "en"
 
 
-def _rows(path: Path, limit: int | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_table(path: Path, limit: int | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Numbered rows, from 1; blank lines keep their number and are passed over."""
     if not path.is_file():
         raise LimbeckError(f"{path}: no such file; paths are relative to the recipe's folder")

@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards: GRPO and its kin.
 
-What this is not: there is no critic, no reward model, no asynchrony. One step draws problems, samples a group of
+What this is not: there is no critic, no asynchrony. One step draws problems, samples a group of
 completions for each, scores them, and takes one or a few clipped policy-gradient updates.
 """
 
@@ -22,6 +22,7 @@ from .batch import pack, to_samples
 from .checkpoint import Checkpoint
 from .learner import Learner
 from .losses import group_advantages, policy_gradient
+from .panel import Panel
 
 REDRAWS = 3  # how often a step looks for groups that differ before it takes what there is
 
@@ -36,19 +37,20 @@ class Tasks(Protocol):
 
 def reinforce(
     learner: Learner, reference: Learner | None, engine: Sampler, tasks: Tasks, sampling: object, settings: RL,
-    seed: object, record: Record, checkpoint: Checkpoint, budget: float = math.inf,
+    seed: object, record: Record, checkpoint: Checkpoint, budget: float = math.inf, panel: Panel | None = None,
 ) -> None:  # fmt: skip
     """`settings.steps` steps of GRPO, or fewer if `budget` FLOPs are spent before; `reference` is a frozen copy of
-    the policy where a KL term wants one."""
+    the policy where a KL term wants one; `panel` has opinions that count beside the tasks' scores."""
     policy, temperature = settings.policy, settings.sampling.temperature
     loss, watch = policy_gradient(policy, settings.sampling.max_new_tokens), Watch(settings)
-    first, spent = _resume(learner, reference, watch, checkpoint)
+    panel = panel or Panel(settings, {}, tasks, sampling, seed)
+    first, spent = _resume(learner, reference, watch, panel, checkpoint)
     for step in range(first, settings.steps):
-        if spent >= budget:
+        if spent >= budget or panel.over:
             break
         if reference and policy.reference_every and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0:
             reference.model.load_state_dict(learner.weights())
-        groups = _collect(engine, tasks, sampling, settings, (seed, step))
+        groups = _collect(engine, panel.at(step), sampling, settings, (seed, step))
         informative = [g for g in groups if len(set(g.rewards)) > 1 or policy.zero_variance == "keep"]
         samples = to_samples(informative, group_advantages(informative, policy.advantage_scale), policy.keep_sampling_mask)
         samples = [s for s, ok in zip(samples, _finished(informative, policy.mask_truncated), strict=True) if ok]
@@ -60,11 +62,14 @@ def reinforce(
         ]
         engine.load(learner.weights())
         metrics = {**summarize(groups), **_volume(groups, samples, learner.model.config), **_merge(updates)}
+        heard = panel.watch(step, groups, engine)
+        metrics["flops"] += _heard_flops(heard, len(panel.held), learner.model.config)
         spent += metrics["flops"]
         metrics["informative"] = len(informative) / len(groups)
         shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
-        record.step(step, {**metrics, **watch.check(metrics)}, shown)
-        checkpoint.offer(lambda: _state(learner, reference, watch, step + 1, spent), record)  # noqa: B023
+        alarms = [*heard.pop("alarms", ()), *watch.check(metrics).get("alarms", ())]
+        record.step(step, {**metrics, **heard, **({"alarms": alarms} if alarms else {})}, shown)
+        checkpoint.offer(lambda: _state(learner, reference, watch, panel, step + 1, spent), record)  # noqa: B023
 
 
 def _collect(engine: Sampler, tasks: Tasks, sampling: object, settings: RL, seed: tuple) -> list[Group]:
@@ -128,6 +133,12 @@ def _volume(groups: Sequence[Group], samples: Sequence[Sample], config: ModelCon
     return {"sampled_tokens": sampled, "learned_tokens": learned, "flops": flops}
 
 
+def _heard_flops(heard: dict[str, float], held: int, config: ModelConfig) -> float:
+    """What the panel has cost: its own models, and the policy's answers to the held-out problems."""
+    tokens = heard.get("held_out_tokens", 0)
+    return sum(v for k, v in heard.items() if k.endswith("_flops")) + tokens * config.flops_per_token(tokens / max(1, held) / 2)
+
+
 def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
     """Means over a step's updates. The first update sees the very weights that sampled, so its drift is the
     sampler/learner gap: zero but for rounding."""
@@ -137,18 +148,19 @@ def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
     return {**merged, "gap": updates[0]["max_drift"]}
 
 
-def _resume(learner: Learner, reference: Learner | None, watch: Watch, checkpoint: Checkpoint) -> tuple[int, float]:
+def _resume(learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, checkpoint: Checkpoint) -> tuple[int, float]:
     """The step to go on with, and the FLOPs spent before it."""
     state = checkpoint.restore()
     if state is None:
         return 0, 0.0
     learner.load_state_dict(state["learner"])
     watch.history.extend(state["watched"])
+    panel.load_state_dict(state["panel"])
     if reference is not None:
         reference.model.load_state_dict(state["reference"])
     return state["step"], state["flops"]
 
 
-def _state(learner: Learner, reference: Learner | None, watch: Watch, step: int, flops: float) -> dict:
-    state = {"learner": learner.state_dict(), "watched": list(watch.history), "step": step, "flops": flops}
+def _state(learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, step: int, flops: float) -> dict:
+    state = {"learner": learner.state_dict(), "watched": list(watch.history), "panel": panel.state_dict(), "step": step, "flops": flops}
     return state if reference is None else {**state, "reference": reference.weights()}
