@@ -40,6 +40,10 @@ def run(
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
     as_json: AsJson = False,
+    right: Annotated[
+        str | None,
+        typer.Option("--i-have-the-right", metavar="REASON", help="do what a teacher's terms forbid; recorded for ever", show_default=False),
+    ] = None,
 ) -> None:
     """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
     from .display import Events, Lines, Tree
@@ -48,7 +52,7 @@ def run(
     plain = os.environ.get("TERM") == "dumb" or os.environ.get("CI") or not sys.stderr.isatty()
     display = Events() if as_json else Lines() if plain else Tree()
     try:
-        job = Run(_load(recipe, set_, auto), recipe.parent, runs, display)
+        job = Run(_load(recipe, set_, auto), recipe.parent, runs, display, right)
         _stop_gently(job)
         page = job.carry_out()
     finally:
@@ -63,6 +67,8 @@ def run(
 @app.command()
 def plan(recipe: RecipeFile, runs: Home = RUNS, set_: Overrides = [], auto: Auto = False, as_json: AsJson = False) -> None:  # noqa: B006
     """Say what a run would do, and why: nothing is run."""
+    from .pipeline.provenance import trace
+
     graph = _graph(_load(recipe, set_, auto), recipe, runs)
     rows = [
         {"stage": node.name, "kind": node.kind, "state": node.state, "key": node.key and node.key[:16],
@@ -70,6 +76,8 @@ def plan(recipe: RecipeFile, runs: Home = RUNS, set_: Overrides = [], auto: Auto
         for node in graph.nodes.values()
     ]  # fmt: skip
     _print(rows, as_json, lambda r: f"{_SIGNS[r['state']]:10} {r['stage']:32} {r['kind']:9} {'; '.join(r['why'][:3])}")
+    for breach in trace(graph)[1]:
+        print(f"limbeck: a run would refuse this: {breach.sentence}", file=sys.stderr)
 
 
 @app.command()

@@ -110,9 +110,9 @@ def test_what_is_no_run_and_no_artifact_is_named(call, finished, tmp_path):
 MODELS = """
 name: one
 threads: 1
-problems: {mine: {source: files, path: mine.jsonl, held_out: 1}}
+problems: {mine: {source: files, path: mine.jsonl, held_out: 1, licence: own}}
 stages:
-  brought: {kind: load, path: model}
+  brought: {kind: load, path: model, licence: own}
   zero: {kind: rl, model: brought, problems: {mine: 1}, steps: 1}
 """
 

@@ -81,6 +81,7 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
+            settings.pop("licence", None)  # what may be done with a result changes no result
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
@@ -94,7 +95,7 @@ class Graph:
         }
 
     def _source(self, problems: Problems) -> dict[str, Any]:
-        settings = problems.model_dump(mode="json")
+        settings = problems.model_dump(mode="json", exclude={"licence", "teachers"})
         if isinstance(problems, Files):
             settings["path"] = self._digest(Path(problems.path))
         return settings

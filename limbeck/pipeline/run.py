@@ -19,7 +19,7 @@ from ..types import LimbeckError, Resumable
 from . import curate as desk
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import ROWS, Job
-from .provenance import licences_of, sources_of
+from .provenance import check, grown, origin_of
 from .store import Artifact, Store, out_of_space, write
 from .worker import write_job
 
@@ -58,11 +58,12 @@ class Progress:
 class Run:
     """One recipe's run: its graph, its folder (`runs/NAME`), its hosts and who watches."""
 
-    def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display):
+    def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display, right: str | None = None):
         self.recipe, self.home, self.display = recipe, home, display
         self.store = Store(home / "store")
         self.folder = home / recipe.name
         self.graph = Graph(recipe, self.store, base)
+        self.descent, self.claims = check(self.graph, right)
         self.host = Host(recipe.workers, recipe.threads)
         self.running: dict[str, Progress] = {}
         self.stopping = self._asked_to_stop = False
@@ -177,15 +178,23 @@ class Run:
             "code_version": __version__,
             "seed": seed_of(self.recipe, node),
             "joules": None,
-            "licences": licences_of(node, outcome, given, self.recipe),
-            "sources": sources_of(node, outcome, given),
+            **origin_of(node, outcome, given, self.descent, self.claims),
             **outcome,
         }
 
     def _index(self) -> None:
         """Which artifact is which stage's, so that `gc` spares it. Written after each stage: a run may be killed."""
+        for node in self.graph.nodes.values():
+            if node.artifact:
+                self._own_up(node)
         stages = {name: node.artifact.folder.name for name, node in self.graph.nodes.items() if node.artifact}
         write(self.folder / "stages.json", json.dumps(stages, indent=2) + "\n")
+
+    def _own_up(self, node: Node) -> None:
+        """An artifact that was made before says what the recipe knows of its origin by now."""
+        given = {name: self.graph.nodes[name].artifact for name in node.inputs}
+        if news := grown(node.artifact.manifest, origin_of(node, node.artifact.manifest, given, self.descent, self.claims)):
+            self.store.amend(node.artifact, news)
 
     def _refuse_waiting(self) -> None:
         asked = [node for node in self.graph.nodes.values() if node.state == "asks"]
