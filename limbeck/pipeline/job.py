@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..recipe import Problems, Stage
 from ..record import Record, read
 from ..types import Problem, Task
+from .rows import PROBLEMS, ROWS
 from .store import MANIFEST
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ..tasks.task import Mixture
     from ..tokenizer import Tokenizer
     from ..train.checkpoint import Checkpoint
-
-PROBLEMS, ROWS = "problems.jsonl", "rows.jsonl"
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from ..record import METRICS, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
 from .graph import Graph, Node, report_nodes, seed_of
-from .job import ROWS, Job
+from .job import Job
 from .provenance import check, grown, origin_of
+from .rows import ROWS
 from .store import Artifact, Store, out_of_space, write
 from .worker import write_job
 

@@ -63,7 +63,7 @@ def reinforce(
         spent += metrics["flops"]
         metrics["informative"] = len(informative) / len(groups)
         shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
-        record.step(step, {**metrics, **watch.check(metrics)}, shown)
+        record.step(step, {**metrics, **watch.check(metrics)}, shown, [group.problem.id for group in informative])
         checkpoint.offer(lambda: _state(learner, reference, watch, step + 1, spent), record)  # noqa: B023
 
 
