@@ -14,6 +14,7 @@ from typing import Any
 from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
 from ..types import LimbeckError
 from . import curate as desk
+from .decontamination import Decontamination, Finding, tested
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
@@ -32,6 +33,7 @@ class Node:
     key: str | None = None
     artifact: Artifact | None = None
     queue: Path | None = None
+    finding: Finding | None = None
 
     @property
     def kind(self) -> str:
@@ -52,6 +54,8 @@ class Graph:
     def __init__(self, recipe: Recipe, store: Store, base: Path):
         self.recipe, self.store = anchored(recipe, base), store
         self._files: dict[Path, str] = {}
+        tests = tested(self.recipe)
+        self.decontamination = Decontamination(store, tests, {name: self._source(problems) for name, problems in tests.items()})
         self.nodes: dict[str, Node] = {node.name: node for node in _ordered(_expand(self.recipe))}
         self.refresh()
 
@@ -64,11 +68,18 @@ class Graph:
             if all(given.values()):
                 self.nodes[name] = self._keyed(node, given)
 
+    def look_closely(self) -> None:
+        """Key every node anew, once what it learns from has been compared with the tests."""
+        self.decontamination.thorough = True
+        self.nodes = {name: replace(node, key=None, artifact=None) for name, node in self.nodes.items()}
+        self.refresh()
+
     def _keyed(self, node: Node, given: dict[str, Artifact]) -> Node:
         queue = None
         if isinstance(node.stage, Curate) and not node.stage.auto:
             queue = self.store.root / ".queues" / given[node.stage.rows].digest[:16]
-        node = replace(node, queue=queue)
+        own = {name: self._source(problems) for name, problems in node.problems.items()}
+        node = replace(node, queue=queue, finding=self.decontamination.look(node.stage, node.problems, own, given))
         key = digest_of(self.identity(node))
         return replace(node, key=key, artifact=self.store.find(node.kind, key))
 
@@ -92,6 +103,7 @@ class Graph:
             "control": node.control,
             "files": self._directory(Path(node.stage.path)) if isinstance(node.stage, Load) else None,
             "reviews": digest_file(reviewed) if reviewed and reviewed.exists() else None,
+            **({"dropped": sorted(node.finding.dropped)} if node.finding and node.finding.dropped else {}),
         }
 
     def _source(self, problems: Problems) -> dict[str, Any]:

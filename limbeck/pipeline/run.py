@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +72,7 @@ class Run:
     def carry_out(self) -> Path | None:
         """Run all that can run; returns the report's page, if the recipe has one."""
         self._open_folder()
+        self.graph.look_closely()
         began = time.monotonic()
         try:
             while self._start() or self.running:
@@ -132,6 +133,8 @@ class Run:
                 job = self._job(node)
                 self.running[node.name] = Progress(node, job.folder, time.monotonic())
                 self.host.start(write_job(job))
+                if job.dropped:
+                    self.display.say(f"{node.name}: leaves {len(job.dropped)} of {node.finding.checked} out, too near to the test")
                 started = True
         return started
 
@@ -148,6 +151,7 @@ class Run:
             name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
             inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
             folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue,
+            dropped=frozenset(node.finding.dropped if node.finding else ()),
         )  # fmt: skip
 
     def _hear(self, event: dict[str, Any]) -> None:
@@ -180,6 +184,7 @@ class Run:
             "seed": seed_of(self.recipe, node),
             "joules": None,
             **origin_of(node, outcome, given, self.descent, self.claims),
+            **({"decontamination": asdict(node.finding)} if node.finding else {}),
             **outcome,
         }
 

@@ -69,6 +69,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "folder": str(job.folder),
         "control": job.control,
         "queue": str(job.queue) if job.queue else None,
+        "dropped": sorted(job.dropped),
     }
 
 
@@ -82,6 +83,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         folder=Path(request["folder"]),
         control=request["control"],
         queue=Path(request["queue"]) if request["queue"] else None,
+        dropped=frozenset(request["dropped"]),
         stopping=stop.is_set,
     )
 
