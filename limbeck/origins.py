@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,10 @@ def why(
     runs: Home = RUNS,
     rows: Annotated[bool, typer.Option("--rows", help="list the rows that trained it: where they come from, who edited them")] = False,
     row: Annotated[str, typer.Option("--row", metavar="ID", help="show one of these rows", show_default=False)] = "",
+    fingerprints: Annotated[bool, typer.Option("--fingerprints", help="look for other models' traces in them: evidence, never proof")] = False,
+    corpus: Annotated[
+        Path | None, typer.Option(help="with --fingerprints: a text or JSONL file of another model's outputs", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a model was made from: its licences first, then stages, problems, teachers and people down to the roots."""
@@ -30,6 +35,8 @@ def why(
         if not found:
             raise mistake(f"{row}: no row of that id trained {lineage.head['stage']}; `limbeck why {model} --rows` lists those that did")
         _emit(found, as_json, _tell_row)
+    elif fingerprints or corpus:
+        _trace(lineage, corpus, as_json)
     elif rows:
         listed = ({k: v for k, v in one.items() if k != "row"} for one in rows_behind(lineage))
         _emit(list(listed), as_json, lambda r: f"{r['id']:36} {r['learned_by']:14} {r['given_by']:14} x{r['times']}  {_hands(r)}")
@@ -74,6 +81,18 @@ def _emit(rows: list[dict[str, Any]], as_json: bool, line: Any) -> None:
         print(json.dumps({"schema": 1, "ok": True, "data": rows}, ensure_ascii=False))
     for one in rows if not as_json else ():
         print(printable(line(one)).rstrip())
+
+
+def _trace(lineage: Any, corpus: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from .pipeline.fingerprints import traces
+    from .pipeline.lineage import rows_behind
+
+    found = [asdict(trace) for trace in traces((one["row"] for one in rows_behind(lineage) if "row" in one), corpus)]
+    _emit(found, as_json, lambda t: f"{t['rows']} of {t['of']} rows: {t['kind']}" + "".join(f"\n    {id}: {text}" for id, text in t["examples"]))
+    if not as_json:
+        print("This is evidence, never proof: people quote, and common phrases are common.")
 
 
 def _hands(row: dict[str, Any]) -> str:
