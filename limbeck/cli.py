@@ -19,7 +19,7 @@ import typer
 from .options import RUNS, AsJson, Home
 from .options import mistake as _mistake
 from .options import open_store as _store
-from .origins import recall, why
+from .origins import recall, release, why
 
 if TYPE_CHECKING:
     from .pipeline.graph import Graph
@@ -139,6 +139,7 @@ def show(
 
 app.command()(why)
 app.command()(recall)
+app.command()(release)
 
 
 @app.command()

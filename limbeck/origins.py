@@ -1,4 +1,4 @@
-"""The commands that tell where a model comes from, and hand it on: why, recall."""
+"""The commands that tell where a model comes from, and hand it on: why, recall, release."""
 
 from __future__ import annotations
 
@@ -69,6 +69,25 @@ def recall(
     for run, stages in found.again.items():
         print(f"a rerun of {run} without it: {', '.join(stages)}")
     print(f"which took {found.seconds:.1f} s and {found.flops:.3g} FLOPs" if found.again else "nothing would have to be computed again")
+
+
+def release(
+    model: Annotated[str, typer.Argument(help=MODEL.removeprefix("a released directory, "))],
+    out: Annotated[Path, typer.Argument(help="the directory to write; it must not exist yet")],
+    runs: Home = RUNS,
+    name: Annotated[str, typer.Option(help="what the model is called; else as the directory", show_default=False)] = "",
+    gguf: Annotated[str, typer.Option("--gguf", metavar="TYPE", help="f32, f16, q8_0, none; auto is f16 where the format holds it")] = "auto",
+) -> None:
+    """Write a model that others can load: weights, tokenizer, card, lineage, checksums, and the recipe that makes it again.
+
+    A licence that forbids it, or a name that breaks a naming duty, is refused with its clause.
+    """
+    from .pipeline.release import release as hand_on
+
+    released = hand_on(model, out, runs, name, gguf)
+    print(released.folder)
+    for note in released.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- for people

@@ -23,7 +23,7 @@ from limbeck.pipeline import curate
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
-COMMANDS = ("run", "plan", "status", "show", "why", "recall", "gc", "verify", "curate", "pull", "export", "doctor", "ask")
+COMMANDS = ("run", "plan", "status", "show", "why", "recall", "release", "gc", "verify", "curate", "pull", "export", "doctor", "ask")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Lineage:
 
     @property
     def licences(self) -> list[str]:
-        return sorted({licence for entry in self.entries.values() for licence in entry["licences"]} & set(self.head["licences"]))
+        return list(self.head["licences"])
 
     def sources(self) -> dict[str, list[str]]:
         return {kind: list(self.head["sources"].get(kind, [])) for kind in KINDS}

@@ -199,7 +199,11 @@ class Run:
     def _own_up(self, node: Node) -> None:
         """An artifact that was made before says what the recipe knows of its origin by now."""
         given = {name: self.graph.nodes[name].artifact for name in node.inputs}
-        if news := grown(node.artifact.manifest, origin_of(node, node.artifact.manifest, given, self.descent, self.claims)):
+        manifest = node.artifact.manifest
+        news = grown(manifest, origin_of(node, manifest, given, self.descent, self.claims)) or {}
+        if node.finding and asdict(node.finding) != manifest.get("decontamination"):
+            news["decontamination"] = asdict(node.finding)
+        if news:
             self.store.amend(node.artifact, news)
 
     def _refuse_waiting(self) -> None:
