@@ -170,8 +170,8 @@ def _label(entry: Any, name: str) -> str:
     facts = [f"{notes[fact]:,} {fact}" for fact in FACTS if notes.get(fact)]
     if entry["kind"] == "curate":
         facts.append("desk: " + ", ".join(entry["sources"]["editors"]))
-    if dropped := (entry.get("decontamination") or {}).get("dropped"):
-        facts.append(f"{len(dropped)} dropped as too near to the test")
+    if finding := entry.get("decontamination"):
+        facts.append(f"{finding['checked']:,} compared with the test, {len(finding['dropped'])} left out")
     facts += [" AND ".join(entry["licences"])] if entry["kind"] in ("load", "remote") else []
     if source := notes.get("source"):
         facts.append(f"from {source}")
