@@ -16,6 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .options import RUNS, AsJson, Home
+from .options import mistake as _mistake
+from .options import open_store as _store
+from .origins import recall, release, why
+
 if TYPE_CHECKING:
     from .pipeline.graph import Graph
     from .pipeline.run import Run
@@ -26,11 +31,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, for instance recipes/quickstart.yaml", show_default=False)]
-Home = Annotated[Path, typer.Option("--runs", help="where runs and their artifacts live")]
 Overrides = Annotated[list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)]
 Auto = Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -40,6 +42,10 @@ def run(
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
     as_json: AsJson = False,
+    right: Annotated[
+        str | None,
+        typer.Option("--i-have-the-right", metavar="REASON", help="do what a teacher's terms forbid; recorded for ever", show_default=False),
+    ] = None,
 ) -> None:
     """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
     from .display import Events, Lines, Tree
@@ -48,7 +54,7 @@ def run(
     plain = os.environ.get("TERM") == "dumb" or os.environ.get("CI") or not sys.stderr.isatty()
     display = Events() if as_json else Lines() if plain else Tree()
     try:
-        job = Run(_load(recipe, set_, auto), recipe.parent, runs, display)
+        job = Run(_load(recipe, set_, auto), recipe.parent, runs, display, right)
         _stop_gently(job)
         page = job.carry_out()
     finally:
@@ -63,6 +69,8 @@ def run(
 @app.command()
 def plan(recipe: RecipeFile, runs: Home = RUNS, set_: Overrides = [], auto: Auto = False, as_json: AsJson = False) -> None:  # noqa: B006
     """Say what a run would do, and why: nothing is run."""
+    from .pipeline.provenance import trace
+
     graph = _graph(_load(recipe, set_, auto), recipe, runs)
     rows = [
         {"stage": node.name, "kind": node.kind, "state": node.state, "key": node.key and node.key[:16],
@@ -70,6 +78,8 @@ def plan(recipe: RecipeFile, runs: Home = RUNS, set_: Overrides = [], auto: Auto
         for node in graph.nodes.values()
     ]  # fmt: skip
     _print(rows, as_json, lambda r: f"{_SIGNS[r['state']]:10} {r['stage']:32} {r['kind']:9} {'; '.join(r['why'][:3])}")
+    for breach in trace(graph)[1]:
+        print(f"limbeck: a run would refuse this: {breach.sentence}", file=sys.stderr)
 
 
 @app.command()
@@ -127,24 +137,9 @@ def show(
     _print(rows, as_json, lambda r: f"{r['artifact']:28} {r['stage']:28} {r['seconds']:8.1f} s {r['bytes'] / 1e6:9.2f} MB")
 
 
-@app.command()
-def why(artifact: Annotated[str, typer.Argument(help="the beginning of an artifact's name")], runs: Home = RUNS) -> None:
-    """Tell what an artifact was made from: its inputs down to the roots, problems, people and licences."""
-    store = _store(runs)
-    by_key = {a.manifest["key"]: a for a in store.all()}
-
-    def tell(one: Any, depth: int) -> None:
-        settings = {k: v for k, v in one.manifest["settings"].items() if not isinstance(v, dict | list) and k != "kind"}
-        print(f"{'  ' * depth}{one.folder.name} ({one.manifest['stage']}): {', '.join(f'{k}={v}' for k, v in settings.items() if v != '')}")
-        for entry in one.manifest["inputs"].values():
-            if entry["key"] in by_key:
-                tell(by_key[entry["key"]], depth + 1)
-
-    chosen = store.resolve(artifact)
-    tell(chosen, 0)
-    for kind, names in chosen.manifest["sources"].items():
-        print(f"{kind}: {', '.join(names) or 'none'}")
-    print(f"licences: {', '.join(chosen.manifest['licences']) or 'none needed'}")
+app.command()(why)
+app.command()(recall)
+app.command()(release)
 
 
 @app.command()
@@ -318,14 +313,6 @@ def _graph(recipe: Any, path: Path, runs: Path) -> Graph:
     return Graph(recipe, Store(runs / "store"), path.parent)
 
 
-def _store(runs: Path) -> Any:
-    from .pipeline.store import Store
-
-    if not (runs / "store").exists():
-        raise _mistake(f"{runs}/store does not exist; nothing has been run there yet")
-    return Store(runs / "store")
-
-
 def _model(name: str, runs: Path) -> Path:
     """A directory, here or under models/; or an artifact by the beginning of its name."""
     from .model.places import find_model
@@ -346,12 +333,6 @@ def _queue(run_folder: Path, stage: str) -> Path:
     if node is None or node.queue is None:
         raise _mistake(f"{stage} is not a stage of {run_folder} that waits for people")
     return node.queue
-
-
-def _mistake(text: str) -> Exception:
-    from .types import LimbeckError
-
-    return LimbeckError(text)
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool, line: Any) -> None:

@@ -72,6 +72,10 @@ class Files(Settings):
         description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
     )
     seed: int = Field(0, description="chooses which problems are held out")
+    licence: str | None = Field(
+        None, description="of the rows: `own`, `internal` (must not leave the house), or the data set's; learning needs to know"
+    )
+    teachers: list[str] = Field([], description="models that wrote, filtered or judged the rows; their terms bind as well")
 
 
 Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
@@ -86,6 +90,7 @@ class Load(Stage):
     kind: Literal["load"]
     path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
     layers: int | None = Field(None, ge=1, description="keep this many layers, evenly spaced: a student to start from")
+    licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
 
 
 class Remote(Stage):
@@ -298,7 +303,7 @@ class Recipe(Settings):
     seed: int = Field(0, description="the root of every random draw")
     workers: int = Field(1, ge=1, description="stages that run side by side")
     threads: int = Field(0, ge=0, description="threads of each worker; 0 shares the cores evenly")
-    licence: str = Field("", description="licence of the base model, where one is brought in")
+    licence: str = Field("", description="licence of the models that are brought in: `Apache-2.0`, or `MIT AND Llama-3.1`")
     problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
     stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
 

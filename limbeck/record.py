@@ -1,7 +1,8 @@
 """Append-only metrics and rollouts of a stage, and the readers that serve report and studio.
 
 A stage folder holds `metrics.jsonl` (one line a step, the same bytes on every run), `rollouts.jsonl`
-(a few groups now and then) and `timing.jsonl` (seconds, which never repeat and so stand apart).
+(a few groups now and then), `asked.jsonl` (which problems each step learned from) and `timing.jsonl` (seconds, which
+never repeat and so stand apart).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .types import Group
 
-METRICS, ROLLOUTS, TIMING = "metrics.jsonl", "rollouts.jsonl", "timing.jsonl"
+METRICS, ROLLOUTS, ASKED, TIMING = "metrics.jsonl", "rollouts.jsonl", "asked.jsonl", "timing.jsonl"
 
 
 class Record:
@@ -27,22 +28,26 @@ class Record:
 
     def __init__(self, folder: Path, step: int = 0, total: int | None = None):
         self.folder, self.total = folder, total
-        for name in (METRICS, ROLLOUTS, TIMING):
+        for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             _keep_before(folder / name, step)
         self._began = time.monotonic()
 
-    def step(self, step: int, metrics: dict[str, float], groups: Iterable[Group] = ()) -> None:
-        """Append one step: `metrics` as they are, `groups` as readable rows."""
+    def step(
+        self, step: int, metrics: dict[str, float], groups: Iterable[Group] = (), asked: Sequence[str] = ()
+    ) -> None:
+        """Append one step: `metrics` as they are, `groups` as readable rows, `asked` the ids of all problems learned from."""
         _append(self.folder / METRICS, {"step": step, **{k: _tidy(v) for k, v in metrics.items()}})
         for group in groups:
             _append(self.folder / ROLLOUTS, {"step": step, **rollout_row(group)})
+        if asked:
+            _append(self.folder / ASKED, {"step": step, "problems": list(asked)})
         now = time.monotonic()
         _append(self.folder / TIMING, {"step": step, "of": self.total, "seconds": round(now - self._began, 3)})
         self._began = now
 
     def sync(self) -> None:
         """Force to disk what was written, so that a checkpoint never outlives its history."""
-        for name in (METRICS, ROLLOUTS, TIMING):
+        for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             if (self.folder / name).exists():
                 with open(self.folder / name, "rb") as file:
                     os.fsync(file.fileno())

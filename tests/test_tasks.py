@@ -11,7 +11,7 @@ import pytest
 from limbeck.recipe import Files, Gym
 from limbeck.tasks import rewards
 from limbeck.tasks.files import FileTask
-from limbeck.tasks.task import Mixture, decontaminate, open_task
+from limbeck.tasks.task import Mixture, open_task
 from limbeck.types import Completion, Group, LimbeckError, Problem, Score
 
 
@@ -272,22 +272,6 @@ def test_a_group_is_scored_part_by_part():
     scored = mixture({"a": 1, "b": 1}).score(group)
     assert scored.rewards == (1.2, 0.2) and len(scored.scores) == 2
     assert group.scores == ()
-
-
-def test_decontamination():
-    long = "one two three four five six seven eight nine ten eleven"
-    test = [Problem("t/1", long), Problem("t/2", "How many?"), Problem("t/3", "小明有三个苹果他又买了两个")]
-    train = [
-        Problem("s/1", "Now: " + long.upper() + "!"),
-        Problem("s/2", "how MANY"),
-        Problem("s/3", "How many apples?"),
-        Problem("s/4", "one two three four five six seven eight nine and ten"),
-        Problem("s/5", "请问，小明有三个苹果，他又买了一个"),
-        Problem("s/6", "a common instruction of more than ten words, " * 2, data={"question": "ours"}),
-    ]
-    kept, dropped = decontaminate(train, test)
-    assert [p.id for p in dropped] == ["s/1", "s/2", "s/5"]
-    assert [p.id for p in kept] == ["s/3", "s/4", "s/6"]
 
 
 # ---------------------------------------------------------------- parts of a reward

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ..engine.engine import Engine
 from ..methods import Distill, Label, Pairs, Preference
 from ..parts import Optimizer
-from ..record import read_metrics
+from ..record import read, read_metrics
 from ..tokenizer import Tokenizer
 from ..train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, labelled
 from ..train.learner import Learner
@@ -26,10 +26,11 @@ from ..train.preference import best_and_worst, plan_pairs, referenced, to_pair
 from ..types import Group, Labels, LimbeckError
 from ..types import Sample as Learned
 from . import curate as desk
-from .job import ROWS, Job
+from .job import Job
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
+from .rows import ROWS, share_of
 from .scoring import MICRO_TOKENS, check_tongue, scorer_of
-from .stages import Outcome, given_rows, params_of, pause, share_of, sweep, to_row, to_sample
+from .stages import Outcome, given_rows, params_of, pause, sweep, to_row, to_sample
 from .store import digest_of
 
 SHARD = 256  # rows whose labels stand in one file: what a kill may cost
@@ -163,8 +164,8 @@ def _labelled_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> l
     at = job.manifest(name)["settings"]["temperature"]
     if at != job.stage.temperature:
         raise LimbeckError(f"stages.{job.name}.temperature is {job.stage.temperature:g}, but {name} was labelled at {at:g}; give both the same")
-    rows = zip(job.rows(name), _load_labels(job.inputs[name]), strict=True)
-    samples = [replace(to_sample(row, tokenizer, "keep"), labels=labels) for row, labels in rows]
+    rows = zip(read(job.inputs[name] / ROWS), _load_labels(job.inputs[name]), strict=True)
+    samples = [replace(to_sample(row, tokenizer, "keep"), labels=labels) for row, labels in rows if row["id"] not in job.dropped]
     return share_of(samples, share, (job.seed, name))
 
 

@@ -15,6 +15,7 @@ from ..opinions import TABLES, Calibrate, Reward
 from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
 from ..types import LimbeckError
 from . import curate as desk
+from .decontamination import Decontamination, Finding, tested
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
@@ -35,6 +36,7 @@ class Node:
     artifact: Artifact | None = None
     queue: Path | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
+    finding: Finding | None = None
 
     @property
     def kind(self) -> str:
@@ -55,6 +57,8 @@ class Graph:
     def __init__(self, recipe: Recipe, store: Store, base: Path):
         self.recipe, self.store = anchored(recipe, base), store
         self._files: dict[Path, str] = {}
+        tests = tested(self.recipe)
+        self.decontamination = Decontamination(store, tests, {name: self._source(problems) for name, problems in tests.items()})
         self.nodes: dict[str, Node] = {node.name: node for node in _ordered(_expand(self.recipe))}
         self.refresh()
 
@@ -67,11 +71,18 @@ class Graph:
             if all(given.values()):
                 self.nodes[name] = self._keyed(node, given)
 
+    def look_closely(self) -> None:
+        """Key every node anew, once what it learns from has been compared with the tests."""
+        self.decontamination.thorough = True
+        self.nodes = {name: replace(node, key=None, artifact=None) for name, node in self.nodes.items()}
+        self.refresh()
+
     def _keyed(self, node: Node, given: dict[str, Artifact]) -> Node:
         queue = None
         if isinstance(node.stage, Curate) and not node.stage.auto:
             queue = self.store.root / ".queues" / given[node.stage.rows].digest[:16]
-        node = replace(node, queue=queue)
+        own = {name: self._source(problems) for name, problems in node.problems.items()}
+        node = replace(node, queue=queue, finding=self.decontamination.look(node.stage, node.problems, own, given))
         key = digest_of(self.identity(node))
         return replace(node, key=key, artifact=self.store.find(node.kind, key))
 
@@ -86,6 +97,7 @@ class Graph:
             settings.pop("path")
         if _table(node.stage):
             settings["rows"] = self._digest(Path(node.stage.rows))
+            settings.pop("licence", None)  # what may be done with a result changes no result
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
@@ -96,10 +108,11 @@ class Graph:
             "control": node.control,
             "files": self._directory(Path(node.stage.path)) if isinstance(node.stage, Load) else None,
             "reviews": digest_file(reviewed) if reviewed and reviewed.exists() else None,
+            **({"dropped": sorted(node.finding.dropped)} if node.finding and node.finding.dropped else {}),
         }
 
     def _source(self, problems: Problems) -> dict[str, Any]:
-        settings = problems.model_dump(mode="json")
+        settings = problems.model_dump(mode="json", exclude={"licence", "teachers"})
         if isinstance(problems, Files):
             settings["path"] = self._digest(Path(problems.path))
         return settings

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..recipe import Problems, Remote, Stage
 from ..record import Record, read
 from ..types import Problem, Task
+from .rows import PROBLEMS, ROWS
 from .store import MANIFEST, RESPONSES
 
 if TYPE_CHECKING:
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
     from ..train.checkpoint import Checkpoint
 
-PROBLEMS, ROWS = "problems.jsonl", "rows.jsonl"
-
 
 @dataclass(frozen=True)
 class Job:
     """One stage to run: settings, seed, complete inputs, and the partial folder to write into.
 
-    `seed` is "0/zero" (recipe seed and stage name): the root of every random draw of the stage.
+    `seed` is "0/zero" (recipe seed and stage name): the root of every random draw of the stage. `dropped` are the ids
+    of rows and training problems to leave out, being too near to the test.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Job:
     control: str | None = None
     queue: Path | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     def model(self, name: str) -> tuple[Decoder, Tokenizer]:
@@ -76,12 +77,15 @@ class Job:
         """Problems by weight; a name that is a `screen` stage stands for the problems that it kept."""
         from ..tasks.task import Mixture
 
-        subsets = {name: read_problems(self.inputs[name] / PROBLEMS) for name in weights if name in self.inputs}
         tasks = {name: self.task(name) for name in self.problems}
+        subsets = {name: read_problems(self.inputs[name] / PROBLEMS) for name in weights if name in self.inputs}
+        if self.dropped:
+            subsets = {**{name: task.problems("train") for name, task in tasks.items()}, **subsets}
+        subsets = {name: [p for p in problems if p.id not in self.dropped] for name, problems in subsets.items()}
         return Mixture(tasks, weights, rewards or {"accuracy": 1.0}, subsets)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        return list(read(self.inputs[name] / ROWS))
+        return [row for row in read(self.inputs[name] / ROWS) if row["id"] not in self.dropped]
 
     def manifest(self, name: str) -> dict[str, Any]:
         return json.loads((self.inputs[name] / MANIFEST).read_text(encoding="utf-8"))

@@ -19,7 +19,8 @@ from ..tasks.judge import Pair, final
 from ..tokenizer import Tokenizer
 from ..train.reward import Valuer, fit, plan_pairs, split, to_sample
 from ..types import LimbeckError, Problem, Sample
-from .job import ROWS, Job
+from .job import Job
+from .rows import ROWS
 from .stages import Outcome, save_model
 from .store import write
 from .voices import CALIBRATION, MEASURED, VALUE, drawn, open_judge

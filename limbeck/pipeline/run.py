@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +19,9 @@ from ..record import METRICS, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
 from .graph import Graph, Node, report_nodes, seed_of
-from .job import ROWS, Job
-from .provenance import licences_of, sources_of
+from .job import Job
+from .provenance import check, grown, origin_of
+from .rows import ROWS
 from .store import Artifact, Store, out_of_space, write
 from .worker import write_job
 
@@ -59,11 +60,12 @@ class Progress:
 class Run:
     """One recipe's run: its graph, its folder (`runs/NAME`), its hosts and who watches."""
 
-    def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display):
+    def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display, right: str | None = None):
         self.recipe, self.home, self.display = recipe, home, display
         self.store = Store(home / "store")
         self.folder = home / recipe.name
         self.graph = Graph(recipe, self.store, base)
+        self.descent, self.claims = check(self.graph, right)
         self.host = Host(recipe.workers, recipe.threads)
         self.running: dict[str, Progress] = {}
         self.stopping = self._asked_to_stop = False
@@ -72,6 +74,7 @@ class Run:
         """Run all that can run; returns the report's page, if the recipe has one."""
         self._refuse_keyless()
         self._open_folder()
+        self.graph.look_closely()
         began = time.monotonic()
         try:
             while self._start() or self.running:
@@ -139,6 +142,8 @@ class Run:
                 job = self._job(node)
                 self.running[node.name] = Progress(node, job.folder, time.monotonic())
                 self.host.start(write_job(job))
+                if job.dropped:
+                    self.display.say(f"{node.name}: leaves {len(job.dropped)} of {node.finding.checked} out, too near to the test")
                 started = True
         return started
 
@@ -155,7 +160,7 @@ class Run:
             name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
             inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
             folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue,
-            endpoints=node.endpoints,
+            endpoints=node.endpoints, dropped=frozenset(node.finding.dropped if node.finding else ()),
         )  # fmt: skip
 
     def _hear(self, event: dict[str, Any]) -> None:
@@ -187,15 +192,28 @@ class Run:
             "code_version": __version__,
             "seed": seed_of(self.recipe, node),
             "joules": None,
-            "licences": licences_of(node, outcome, given, self.recipe),
-            "sources": sources_of(node, outcome, given),
+            **origin_of(node, outcome, given, self.descent, self.claims),
+            **({"decontamination": asdict(node.finding)} if node.finding else {}),
             **outcome,
         }
 
     def _index(self) -> None:
         """Which artifact is which stage's, so that `gc` spares it. Written after each stage: a run may be killed."""
+        for node in self.graph.nodes.values():
+            if node.artifact:
+                self._own_up(node)
         stages = {name: node.artifact.folder.name for name, node in self.graph.nodes.items() if node.artifact}
         write(self.folder / "stages.json", json.dumps(stages, indent=2) + "\n")
+
+    def _own_up(self, node: Node) -> None:
+        """An artifact that was made before says what the recipe knows of its origin by now."""
+        given = {name: self.graph.nodes[name].artifact for name in node.inputs}
+        manifest = node.artifact.manifest
+        news = grown(manifest, origin_of(node, manifest, given, self.descent, self.claims)) or {}
+        if node.finding and asdict(node.finding) != manifest.get("decontamination"):
+            news["decontamination"] = asdict(node.finding)
+        if news:
+            self.store.amend(node.artifact, news)
 
     def _refuse_waiting(self) -> None:
         asked = [node for node in self.graph.nodes.values() if node.state == "asks"]

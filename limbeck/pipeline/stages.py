@@ -41,11 +41,12 @@ from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
 from ..train.rl import reinforce, summarize
 from ..train.supervised import batches, plan_epochs
-from ..types import Completion, Group, LimbeckError, Resumable, fingerprint, generator
+from ..types import Completion, Group, LimbeckError, Resumable, fingerprint
 from ..types import Sample as Learned
 from . import curate as desk
-from .job import PROBLEMS, ROWS, Job
+from .job import Job
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
+from .rows import PROBLEMS, ROWS, share_of
 from .scoring import judging, ranked, scorer_of
 from .store import digest_of, write
 from .voices import heard, panel_of
@@ -391,10 +392,3 @@ def _fault(group: Group, i: int, stage: Sample) -> str | None:
 def _distinct(completions: list[Completion], most: int) -> list[Completion]:
     """The first `most` that differ in text."""
     return list({completion.text: completion for completion in reversed(completions)}.values())[::-1][:most]
-
-
-def share_of(rows: list, share: float, seed: object) -> list:
-    """All rows for a share of 1; a part of them, drawn at random, below; some of them repeatedly above."""
-    order = generator(seed, "share").permutation(len(rows))
-    count = round(share * len(rows))
-    return [rows[order[i % len(rows)]] for i in range(count)]

@@ -116,6 +116,11 @@ class Store:
         _sync(folder.parent)
         return Artifact(place, manifest)
 
+    def amend(self, artifact: Artifact, news: dict[str, Any]) -> None:
+        """Say more in a manifest; what the artifact holds, and so its digest, stays."""
+        artifact.manifest.update(news)
+        write(artifact.folder / MANIFEST, json.dumps(artifact.manifest, indent=2, ensure_ascii=False) + "\n")
+
     def _unused(self, name: str) -> Path:
         return next(p for i in itertools.count(1) if not (p := self.root / f"{name}-{i}").exists())
 

@@ -1,9 +1,8 @@
-"""Sources of problems: opening them, mixing them, judging completions, keeping test out of train."""
+"""Sources of problems: opening them, mixing them, judging completions."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,28 +152,3 @@ def _indices(size: int, wanted: int, key: tuple) -> list[int]:
         rng = generator("indices", *key, len(indices))
         indices += rng.choice(size, min(size, wanted - len(indices)), replace=False).tolist()
     return indices
-
-
-# ---------------------------------------------------------------- train and test
-
-
-def decontaminate(
-    train: Iterable[Problem], test: Iterable[Problem], n: int = 10
-) -> tuple[list[Problem], list[Problem]]:
-    """Training problems (kept, dropped): dropped where n words in a row occur in a test problem too.
-
-    Words are lower-cased, a Chinese character is one; n = 10 is DeepSeek-R1's (arXiv 2501.12948v2, D.1).
-    A shorter problem is dropped if it equals one of the test. Questions are compared without the
-    instruction that all prompts of a task share.
-    """
-    seen = {gram for problem in test for gram in _grams(problem, n)}
-    kept, dropped = [], []
-    for problem in train:
-        (dropped if any(gram in seen for gram in _grams(problem, n)) else kept).append(problem)
-    return kept, dropped
-
-
-def _grams(problem: Problem, n: int) -> list[tuple[str, ...]]:
-    text = str(problem.data.get("question", problem.prompt)).lower()
-    words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text)
-    return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]

@@ -68,7 +68,8 @@ def reinforce(
         metrics["informative"] = len(informative) / len(groups)
         shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
         alarms = [*heard.pop("alarms", ()), *watch.check(metrics).get("alarms", ())]
-        record.step(step, {**metrics, **heard, **({"alarms": alarms} if alarms else {})}, shown)
+        said = {**metrics, **heard, **({"alarms": alarms} if alarms else {})}
+        record.step(step, said, shown, [group.problem.id for group in informative])
         checkpoint.offer(lambda: _state(learner, reference, watch, panel, step + 1, spent), record)  # noqa: B023
 
 
