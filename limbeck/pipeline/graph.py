@@ -95,9 +95,9 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
+        settings.pop("licence", None)  # what may be done with a result changes no result
         if _table(node.stage):
             settings["rows"] = self._digest(Path(node.stage.rows))
-            settings.pop("licence", None)  # what may be done with a result changes no result
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
