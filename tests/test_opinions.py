@@ -297,7 +297,7 @@ problems:
   chat: {{<<: *clock, task: repeat}}
 stages:
   wise: {{kind: remote, url: {url}, model: wise, licence: MIT, concurrent: 8}}
-  base: {{kind: load, path: model}}
+  base: {{kind: load, path: model, licence: own}}
   checked: {{kind: calibrate, judge: wise, rows: labels.jsonl, pairs: 40, judging: {{reference: false}}}}
   zero:
     kind: rl

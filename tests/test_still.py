@@ -305,7 +305,7 @@ def test_a_teacher_of_another_tongue_is_refused_before_anything_is_learned(still
     folder.mkdir()
     (tmp_path / "still.yaml").write_text(RECIPE)
     foreign(folder, end)
-    run = tiny.open_run(tmp_path / "still.yaml", still.home, f"stages.other={{kind: load, path: {folder}}}", f"stages.{stage}.{setting}")
+    run = tiny.open_run(tmp_path / "still.yaml", still.home, f"stages.other={{kind: load, path: {folder}, licence: own}}", f"stages.{stage}.{setting}")
     with pytest.raises(LimbeckError, match=said):
         run.carry_out()
     assert not any(read_metrics(p) for p in (still.home / "store" / ".partial").glob(f"{run.graph.nodes[stage].kind}-{run.graph.nodes[stage].key[:16]}"))
