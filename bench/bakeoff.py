@@ -32,8 +32,8 @@ class Way:
     title: str
     accuracies: list[Interval]
     greedy: list[float]
-    lengths: list[float]
-    languages: list[float]
+    lengths: list[float | None]
+    languages: list[float | None]
     flops: float
     teaching: float
     seconds: float
@@ -100,15 +100,25 @@ def page(ways: Sequence[Way], reports: Sequence[dict], drawn: Sequence[int]) -> 
         joules = "not readable" if way.joules is None else f"{way.joules:.0f}"
         yield (
             f"| `{way.name}`: {way.title} | {way.mean:.1%} ± {way.error:.1%} | {each} | {statistics.fmean(way.greedy):.1%} | "
-            f"{statistics.fmean(way.lengths):.0f} | {statistics.fmean(way.languages):.3f} | {way.flops / 1e9:.0f} | {way.teaching / 1e9:.0f} | "
+            f"{told(way.lengths, '.0f')} | {told(way.languages, '.3f')} | {way.flops / 1e9:.0f} | {way.teaching / 1e9:.0f} | "
             f"{way.tokens / 1e3:.0f}k | {way.seconds:.0f} | {joules} |"
         )
+    most = max(way.flops for way in ways if way.name not in (START, TEACHER))
+    less = [f"`{way.name}`" for way in ways if way.name not in (START, TEACHER) and way.flops < 0.9 * most]
+    if less:
+        yield f"\n{', '.join(less)} ended before the budget did: their recipe gives so few rows no more passes."
     yield "\n## Against RL alone\n"
     yield "| way | difference on each seed, with its 95 % interval | verdict |\n|---|---|---|"
     for way in ways:
         if way.name not in (ALONE, START, TEACHER):
             gaps = [difference(mine, theirs) for mine, theirs in zip(way.accuracies, alone.accuracies, strict=True)]
             yield f"| `{way.name}` | {'; '.join(f'{gap:+.1%} ({low:+.1%} to {high:+.1%})' for gap, low, high in gaps)} | {verdict(gaps)} |"
+
+
+def told(values: Sequence[float | None], form: str) -> str:
+    """The mean of what was measured: of a model that says nothing there is no language."""
+    known = [value for value in values if value is not None]
+    return format(statistics.fmean(known), form) if known else "–"
 
 
 def verdict(gaps: Sequence[tuple[float, float, float]]) -> str:
