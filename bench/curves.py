@@ -17,7 +17,7 @@ from limbeck.model.config import ModelConfig
 from . import models
 from .sides import Side, alternate, roofline
 
-ROWS, LENGTHS, CORES, SIZES = (1, 4, 8, 16, 32, 64, 128, 256), (16, 64, 256, 768), (1, 2), tuple(models.SIZES)
+ROWS, LENGTHS, CORES, SIZES = (1, 8, 64, 256), (16, 64, 256), (1, 2), tuple(models.SIZES)
 PROMPT = 64
 Point = tuple[float, float, float]  # where, rollout's tokens a second, update's
 
@@ -71,7 +71,7 @@ def draw(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="tokens a second")
         axis.grid(True, which="both", alpha=0.2)
         axis.legend(fontsize=7, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
 
 if __name__ == "__main__":
