@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from judging import accuracy, tasks, tokenizer, zero
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turns import SETTINGS, Clock, say, wait
+from trl_turns import QUIET, Turns, load
+from trl_turns import tokenizer as theirs
+from turns import SETTINGS, Clock, say
 
 from limbeck.model import weights
 from limbeck.types import Completion, Group
 
-torch.set_num_threads(SETTINGS["threads"])
-policy, optimizer = zero.policy, zero.optimizer
-theirs = AutoTokenizer.from_pretrained(SETTINGS["model"])
-model = AutoModelForCausalLM.from_pretrained(SETTINGS["model"], dtype=torch.float32)
+policy, optimizer, model = zero.policy, zero.optimizer, load()
+steps: list[float] = []
 problems = {tokenizer.render([{"role": "user", "content": p.prompt}]): p for p in tasks.problems("clock")}
 drawn = [tokenizer.render([{"role": "user", "content": p.prompt}]) for step in range(60)
          for p in tasks.draw(policy.prompts_per_step, (SETTINGS["seed"], step))]  # fmt: skip
@@ -33,27 +32,15 @@ def reward(prompts, completion_ids, **_):
     return scores
 
 
-class Turns(TrainerCallback):
-    """Two optimiser steps, on the two halves of one generation, are one turn."""
+def tell(clock: Clock) -> None:
+    steps.append(clock.elapsed())
+    say(step=steps[-1], accuracy=measured() if len(steps) % SETTINGS["every"] == 0 else -1)
 
-    clock: Clock | None = None
-    steps = 0
 
-    def on_step_begin(self, *_, **__):
-        if self.steps % policy.updates_per_rollout == 0:
-            if self.clock is None:
-                say(ready=1)
-            else:
-                wall, due = self.clock.elapsed(), self.steps // policy.updates_per_rollout % SETTINGS["every"] == 0
-                self.clock.say(step=wall, accuracy=self.accuracy() if due else -1)
-            wait()
-            self.clock = Clock()
-        self.steps += 1
-
-    def accuracy(self) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return accuracy(weights.load(Path(folder)))
+def measured() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return accuracy(weights.load(Path(folder)))
 
 
 rows = policy.prompts_per_step * policy.group_size // policy.updates_per_rollout
@@ -62,15 +49,14 @@ GRPOTrainer(
     reward_funcs=reward,
     processing_class=theirs,
     train_dataset=Dataset.from_dict({"prompt": drawn}),
-    callbacks=[Turns()],
+    callbacks=[Turns(tell, policy.updates_per_rollout)],  # both halves of one generation are a turn
     args=GRPOConfig(
-        output_dir="/tmp/limbeck-bench-trl", per_device_train_batch_size=rows, steps_per_generation=policy.updates_per_rollout,
+        per_device_train_batch_size=rows, steps_per_generation=policy.updates_per_rollout,
         num_generations=policy.group_size, max_completion_length=zero.sampling.max_new_tokens, beta=0.0, temperature=1.0,
         epsilon=policy.clip_low, epsilon_high=policy.clip_high, loss_type="dapo", scale_rewards="group",
         learning_rate=optimizer.learning_rate, adam_beta1=optimizer.betas[0], adam_beta2=optimizer.betas[1], weight_decay=0.0,
         warmup_steps=optimizer.warmup_steps, lr_scheduler_type="polynomial",
         lr_scheduler_kwargs={"lr_end": optimizer.final_ratio * optimizer.learning_rate, "power": 1.0},
-        max_steps=zero.steps * policy.updates_per_rollout, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
-        logging_steps=10**9, save_strategy="no", report_to="none", shuffle_dataset=False, disable_tqdm=True, top_k=0,
+        max_steps=zero.steps * policy.updates_per_rollout, shuffle_dataset=False, top_k=0, **QUIET,
     ),
 ).train()  # fmt: skip

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turns import SETTINGS, Clock, say, wait
+from trl_turns import ENDLESS, QUIET, Turns, load, tokenizer
+from turns import SETTINGS, Clock
 
-torch.set_num_threads(SETTINGS["threads"])
-tokenizer = AutoTokenizer.from_pretrained(SETTINGS["model"])
-model = AutoModelForCausalLM.from_pretrained(SETTINGS["model"], dtype=torch.float32)
+model = load()
 model.generation_config.eos_token_id = [tokenizer.eos_token_id, *SETTINGS["stop"]]
 lengths: list[int] = []
 sampled: list[float] = []
@@ -22,19 +19,6 @@ def reward(completions, completion_ids, **_):
     return [float(ids[0] % 7) for ids in completion_ids]
 
 
-class Turns(TrainerCallback):
-    clock: Clock
-
-    def on_step_begin(self, *_, **__):
-        if self.clock is None:
-            say(ready=1)
-        else:
-            self.clock.say(rollout=sampled[-1] - self.clock.wall, tokens=lengths[-1])
-        wait()
-        self.clock = Clock()
-
-
-Turns.clock = None
 rows = SETTINGS["prompts"] * SETTINGS["group"]
 options = {"min_new_tokens": SETTINGS["new"]} if SETTINGS["fixed"] else None
 trainer = GRPOTrainer(
@@ -42,12 +26,10 @@ trainer = GRPOTrainer(
     reward_funcs=reward,
     processing_class=tokenizer,
     train_dataset=Dataset.from_dict({"prompt": SETTINGS["texts"] * 400}),
-    callbacks=[Turns()],
+    callbacks=[Turns(lambda clock: clock.say(rollout=sampled[-1] - clock.wall, tokens=lengths[-1]))],
     args=GRPOConfig(
-        output_dir="/tmp/limbeck-bench-trl", per_device_train_batch_size=rows, num_generations=SETTINGS["group"],
-        max_completion_length=SETTINGS["new"], beta=0.0, temperature=1.0, learning_rate=1e-6, max_steps=1000, use_cpu=True, bf16=False,
-        fp16=False, gradient_checkpointing=False, logging_steps=10**9, save_strategy="no", report_to="none", shuffle_dataset=False,
-        generation_kwargs=options, disable_tqdm=True,
+        per_device_train_batch_size=rows, num_generations=SETTINGS["group"], max_completion_length=SETTINGS["new"], beta=0.0, temperature=1.0,
+        shuffle_dataset=False, generation_kwargs=options, **ENDLESS, **QUIET,
     ),
 )  # fmt: skip
 trainer.train()
