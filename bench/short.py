@@ -17,7 +17,7 @@ from pathlib import Path
 RECORD: dict[str, tuple[list[str], str, float]] = {
     "GRPO step, fixed lengths": (["bench.grpo", "--repeats", "3"], "trl", 2.7),
     "GRPO step, skewed lengths": (["bench.grpo", "--lengths", "skewed", "--repeats", "3"], "trl", 6.0),
-    "rollouts, 8 rows": (["bench.rollout", "--rows", "8", "--repeats", "3"], "transformers", 6.0),
+    "rollouts, 8 rows": (["bench.rollout", "--rows", "8", "--repeats", "3"], "transformers", 5.0),
     "update": (["bench.update", "--repeats", "3"], "transformers", 2.1),
 }
 LOST = 0.75

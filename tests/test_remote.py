@@ -398,9 +398,9 @@ def test_how_it_is_asked_changes_no_key_and_whom_does(away, tmp_path):
     with Stub() as stub:
         recipe = away(stub)
     key = open_run(recipe, tmp_path / "runs").graph.nodes["teacher"].key
-    for quiet in ("key=''", "prices={input: 9, output: 9}", "concurrent=9", "requests_per_minute=9", "patience=9"):
+    for quiet in ("key=''", "prices={input: 9, output: 9}", "concurrent=9", "requests_per_minute=9", "patience=9", "licence=MIT"):
         assert open_run(recipe, tmp_path / "runs", f"stages.teacher.{quiet}").graph.nodes["teacher"].key == key
-    for loud in ("model=wiser", "licence=other", "url=http://other/v1", "extra={seed: 1}", "logprobs=true"):
+    for loud in ("model=wiser", "url=http://other/v1", "extra={seed: 1}", "logprobs=true"):
         assert open_run(recipe, tmp_path / "runs", f"stages.teacher.{loud}").graph.nodes["teacher"].key != key
 
 

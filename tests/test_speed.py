@@ -17,6 +17,7 @@ PEERS = ("trl", "transformers")
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, PEERS)), reason="the peers are not installed")
 @pytest.mark.skipif(kernels.library() is None, reason="the ratios on record are those with compiled kernels")
+@pytest.mark.timeout(1200)
 def test_no_ratio_to_a_peer_has_fallen_by_a_quarter():
     here = {f"LIMBECK_BENCH_{peer.upper()}": sys.executable for peer in PEERS}
     command = [sys.executable, "-m", "bench.short"]
