@@ -180,6 +180,19 @@ def test_scores_teach_as_well_as_rows(graph):
     assert trace(graph(text + rl % ("clock", ", flops_of: far"), {"far": "disk"}))[1] == []
 
 
+@pytest.mark.parametrize("stages", [
+    "  student: {kind: distill, model: base, teachers: {clock: far}, problems: {clock: 1}}\n",
+    "  rows: {kind: sample, model: base, problems: {clock: 1}}\n  marked: {kind: label, model: far, rows: {rows: 1}}\n  student: {kind: distill, model: base, rows: {marked: 1}, on_policy: 0}\n",
+    "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n  student: {kind: preference, model: base, pairs: {best: 1}}\n",
+    "  best: {kind: sample, model: base, problems: {clock: 1}, keep: best, scored_by: far}\n  student: {kind: sft, model: base, rows: {best: 1}}\n",
+], ids=["logits", "labels", "preferences", "best of k"])  # fmt: skip
+def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
+    head = "name: w\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n  far: {kind: load, path: far, licence: %s}\n"
+    assert "stages.student learns from outputs of stages.far" in refusal(graph(head % "openai" + stages, {"far": "disk"}))
+    found, _ = check(graph(head % "Gemma" + stages, {"far": "disk"}))
+    assert set(found["student"].bound) == {"Gemma"} and teachers_of("student", found) == ["far"]
+
+
 @pytest.mark.parametrize("told, words", [
     ("", "learns from problems.mine, whose licence is undeclared; set problems.mine.licence"),
     (", licence: own, teachers: [gpt-4o]", "learns from outputs of problems.mine.teachers (gpt-4o), whose terms forbid that"),

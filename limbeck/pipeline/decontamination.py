@@ -16,7 +16,7 @@ from ..reading import MODELS
 from ..recipe import Evaluate, Problems, Recipe, Stage
 from ..record import read
 from ..types import Task
-from .rows import PROBLEMS, ROWS
+from .rows import PROBLEMS, ROWS, said
 from .store import Artifact, Store, digest_of, write
 
 VERSION = 1  # raise it when the same texts begin to be judged otherwise
@@ -98,7 +98,7 @@ class Decontamination:
 def _given(artifacts: Mapping[str, Artifact], name: str) -> Iterator[tuple[str, str, str]]:
     for artifact in artifacts.values():
         for row in read(artifact.folder / name):
-            yield row["id"], _text(row["prompt"]), row.get("completion") or ""
+            yield row["id"], _text(row["prompt"]), said(row)
 
 
 def _text(prompt: Any) -> str:
