@@ -207,6 +207,22 @@ def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judge
     assert set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"} and not bind(found["zero"].bound).commercial
 
 
+def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
+    (tmp_path / "labels.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    text = "name: t\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n"
+    text += "  helpful: {kind: reward, model: base, rows: labels.jsonl%s}\n"
+    assert "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence" in refusal(graph(text % "", {}))
+    declared_ = {licence: graph(text % f", licence: {licence}", {}) for licence in ("own", "CC-BY-NC-4.0")}
+    assert set(check(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
+    assert len({str(g.identity(g.nodes["base"])) for g in declared_.values()}) == 1
+
+
+def test_what_may_be_done_with_a_model_is_not_in_its_key(graph):
+    text = "name: k\nstages: {base: {kind: load, path: base%s}}\n"
+    keys = {graph(text % said, {"base": "disk"}).nodes["base"].key for said in ("", ", licence: MIT", ", licence: openai")}
+    assert len(keys) == 1 and None not in keys
+
+
 def test_shipped_recipes_pass(tmp_path, monkeypatch):
     from test_docs import ROOT
 

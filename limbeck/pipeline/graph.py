@@ -95,9 +95,10 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
-        settings.pop("licence", None)  # what may be done with a result changes no result
-        if _table(node.stage):
+        if table_of(node.stage):
             settings["rows"] = self._digest(Path(node.stage.rows))
+        if not isinstance(node.stage, Remote):  # what may be done with a result changes no result
+            settings.pop("licence", None)
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
@@ -159,7 +160,7 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(stage, Load):
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
-        if _table(stage):
+        if table_of(stage):
             place = next((p for p in (base / stage.rows, Path(stage.rows)) if p.is_file()), None)
             if place is None:
                 raise LimbeckError(f"stages.{name}.rows: {stage.rows} is no file, neither beside the recipe nor here")
@@ -167,7 +168,7 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
     return recipe.model_copy(update={"problems": problems, "stages": stages})
 
 
-def _table(stage: Stage) -> bool:
+def table_of(stage: Stage) -> bool:
     """Whether a stage reads rows from a file of people's."""
     return isinstance(stage, Calibrate | Reward) and stage.rows.endswith(TABLES)
 
