@@ -95,8 +95,7 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
-        if not isinstance(node.stage, Remote):  # what may be done with a result changes no result; an endpoint's file tells it
-            settings.pop("licence", None)
+        settings.pop("licence", None)  # what may be done with a result changes no result
         if table_of(node.stage):
             settings["rows"] = self._digest(Path(node.stage.rows))
         reviewed = node.queue / desk.REVIEWS if node.queue else None
