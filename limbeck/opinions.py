@@ -71,6 +71,7 @@ class Reward(Stage):
     kind: Literal["reward"]
     model: str = Field(description="the stage whose model it begins from")
     rows: str = Field(description="JSONL or Parquet with `prompt`, `chosen` and `rejected`, or a stage with such rows")
+    licence: str | None = Field(None, description="of rows that are a file: `own`, `internal`, or the data set's; learning needs to know")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of the prompts whose pairs are not learned from, but measured on")
     epochs: float = Field(1, gt=0, description="passes over the pairs; 2.5 ends in the middle of the third")
     batch_pairs: int = Field(32, ge=1, description="pairs of one update")

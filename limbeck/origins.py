@@ -12,7 +12,7 @@ import typer
 from .options import RUNS, AsJson, Home, mistake, open_store
 
 MODEL = "a released directory, RUN/STAGE, a stage's name, or the beginning of an artifact's name"
-FACTS = ("rows", "sampled", "kept", "accepted", "edited", "rejected", "parameters")
+FACTS = ("rows", "pairs", "sampled", "kept", "accepted", "edited", "rejected", "parameters")
 
 
 def why(
@@ -120,9 +120,11 @@ def _hands(row: dict[str, Any]) -> str:
 
 
 def _tell_row(row: dict[str, Any]) -> str:
+    from .pipeline.rows import said
+
     text = [f"{row['id']}, given by {row['given_by']}, learned by {row['learned_by']}", _hands(row)]
     if "row" in row:
-        text += ["", row["row"]["prompt"], "", row["row"]["completion"]]
+        text += ["", row["row"]["prompt"], "", said(row["row"])]
     return "\n".join(text)
 
 

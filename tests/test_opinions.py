@@ -309,7 +309,7 @@ stages:
     policy: {{prompts_per_step: 4, group_size: 2, zero_variance: keep, mask_truncated: false}}
     sampling: {{max_new_tokens: 12}}
   kept: {{kind: sample, model: base, problems: {{chat: 1}}, prompts: 8, samples: 2, correct: false, wellformed: false, judge: checked, sampling: {{max_new_tokens: 12}}}}
-  helpful: {{kind: reward, model: base, rows: labels.jsonl, held_out: 0.4, epochs: 6, batch_pairs: 8, optimizer: {{learning_rate: 5.0e-3}}, save_every: 0.01}}
+  helpful: {{kind: reward, model: base, rows: labels.jsonl, licence: own, held_out: 0.4, epochs: 6, batch_pairs: 8, optimizer: {{learning_rate: 5.0e-3}}, save_every: 0.01}}
 """
 
 

@@ -180,6 +180,19 @@ def test_scores_teach_as_well_as_rows(graph):
     assert trace(graph(text + rl % ("clock", ", flops_of: far"), {"far": "disk"}))[1] == []
 
 
+@pytest.mark.parametrize("stages", [
+    "  student: {kind: distill, model: base, teachers: {clock: far}, problems: {clock: 1}}\n",
+    "  rows: {kind: sample, model: base, problems: {clock: 1}}\n  marked: {kind: label, model: far, rows: {rows: 1}}\n  student: {kind: distill, model: base, rows: {marked: 1}, on_policy: 0}\n",
+    "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n  student: {kind: preference, model: base, pairs: {best: 1}}\n",
+    "  best: {kind: sample, model: base, problems: {clock: 1}, keep: best, scored_by: far}\n  student: {kind: sft, model: base, rows: {best: 1}}\n",
+], ids=["logits", "labels", "preferences", "best of k"])  # fmt: skip
+def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
+    head = "name: w\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n  far: {kind: load, path: far, licence: %s}\n"
+    assert "stages.student learns from outputs of stages.far" in refusal(graph(head % "openai" + stages, {"far": "disk"}))
+    found, _ = check(graph(head % "Gemma" + stages, {"far": "disk"}))
+    assert set(found["student"].bound) == {"Gemma"} and teachers_of("student", found) == ["far"]
+
+
 @pytest.mark.parametrize("told, words", [
     ("", "learns from problems.mine, whose licence is undeclared; set problems.mine.licence"),
     (", licence: own, teachers: [gpt-4o]", "learns from outputs of problems.mine.teachers (gpt-4o), whose terms forbid that"),
@@ -192,6 +205,22 @@ def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judge
     assert words in refusal(graph(text % told, {}))
     found, _ = check(graph(text % ", licence: CC-BY-NC-4.0, teachers: [Llama-3.3-70B-Instruct]", {}))
     assert set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"} and not bind(found["zero"].bound).commercial
+
+
+def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
+    (tmp_path / "labels.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    text = "name: t\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n"
+    text += "  helpful: {kind: reward, model: base, rows: labels.jsonl%s}\n"
+    assert "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence" in refusal(graph(text % "", {}))
+    declared_ = {licence: graph(text % f", licence: {licence}", {}) for licence in ("own", "CC-BY-NC-4.0")}
+    assert set(check(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
+    assert len({str(g.identity(g.nodes["base"])) for g in declared_.values()}) == 1
+
+
+def test_what_may_be_done_with_a_model_is_not_in_its_key(graph):
+    text = "name: k\nstages: {base: {kind: load, path: base%s}}\n"
+    keys = {graph(text % said, {"base": "disk"}).nodes["base"].key for said in ("", ", licence: MIT", ", licence: openai")}
+    assert len(keys) == 1 and None not in keys
 
 
 def test_shipped_recipes_pass(tmp_path, monkeypatch):

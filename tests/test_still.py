@@ -18,6 +18,7 @@ from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.parts import Optimizer
 from limbeck.pipeline.learning import affordable
+from limbeck.pipeline.lineage import find, recall, rows_behind
 from limbeck.pipeline.scoring import ranked
 from limbeck.pipeline.stages import to_sample
 from limbeck.reading import load
@@ -137,6 +138,20 @@ def test_a_teacher_with_another_tokenizer_is_learned_from_by_its_text(still):
     rows = history(still, "across")
     assert np.mean([row["loss"] for row in rows[-5:]]) < np.mean([row["loss"] for row in rows[:5]]) / 2
     assert all(row["teacher_flops"] > 0 for row in rows)
+
+
+def test_whatever_way_it_learns_what_it_learned_from_is_listed_and_can_be_recalled(still):
+    """Labelled rows, pairs, and what a student practised on itself; a withdrawn row reaches through labels and pairs."""
+    listed = {stage: list(rows_behind(find(f"still/{stage}", still.home))) for stage in ("offline", "preferring", "own", "mixed")}
+    assert {row["given_by"] for row in listed["offline"]} == {"labels"} and {row["given_by"] for row in listed["preferring"]} == {"pairs"}
+    assert {row["given_by"] for row in listed["own"]} == {"practice"}
+    assert {row["given_by"] for row in listed["mixed"]} == {"practice", "outputs"}
+    assert sum(row["times"] for row in listed["offline"]) == sum(1 for _ in read(still.artifacts["labels"].folder / "rows.jsonl"))
+    found = recall(listed["offline"][0]["id"], still.home, "outputs")
+    assert set(found.holds.values()) == {"outputs", "labels"} and {"offline", "mixed", "raised"} <= set(found.learned.values())
+    assert set(recall(listed["preferring"][0]["id"], still.home, "pairs").learned.values()) == {"preferring"}
+    for stage, teachers in (("offline", {"big"}), ("mixed", {"big", "talker"}), ("preferring", {"big"}), ("talker", set())):
+        assert {name.split()[0] for name in still.artifacts[stage].manifest["sources"]["teachers"]} == teachers, stage
 
 
 def test_labels_hold_nearly_all_of_the_teachers_mass(still):

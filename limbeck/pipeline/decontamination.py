@@ -16,11 +16,12 @@ from ..reading import MODELS
 from ..recipe import Evaluate, Problems, Recipe, Stage
 from ..record import read
 from ..types import Task
-from .rows import PROBLEMS, ROWS
+from .rows import PROBLEMS, ROWS, said
 from .store import Artifact, Store, digest_of, write
 
 VERSION = 1  # raise it when the same texts begin to be judged otherwise
 FINDINGS = ".decontamination"
+TAUGHT = (MODELS | {"reward"}) - {"load", "pretrain"}  # kinds that learn from rows, if they are given any
 UNTAUGHT = {"pretrain", "curate", "evaluate", "load", "remote"}  # kinds that draw on no training problems
 
 
@@ -51,7 +52,7 @@ class Decontamination:
     def look(self, stage: Stage, problems: Mapping[str, Problems], own: Mapping[str, Any], given: Mapping[str, Artifact]) -> Finding | None:
         """The finding for one stage, None where there is nothing to compare or, unless thorough, nobody has."""
         drawn = {} if stage.kind in UNTAUGHT else problems
-        rows = {name: a for name, a in given.items() if _has(a, ROWS)} if stage.kind in MODELS - UNTAUGHT else {}
+        rows = {name: a for name, a in given.items() if _has(a, ROWS)} if stage.kind in TAUGHT else {}
         kept = {name: a for name, a in given.items() if _has(a, PROBLEMS)}
         if not self.tests or not (drawn or rows or kept):
             return None
@@ -98,7 +99,7 @@ class Decontamination:
 def _given(artifacts: Mapping[str, Artifact], name: str) -> Iterator[tuple[str, str, str]]:
     for artifact in artifacts.values():
         for row in read(artifact.folder / name):
-            yield row["id"], _text(row["prompt"]), row.get("completion") or ""
+            yield row["id"], _text(row["prompt"]), said(row)
 
 
 def _text(prompt: Any) -> str:

@@ -87,13 +87,13 @@ def run_preference(job: Job) -> Outcome:
     samples = _pairs_of(job, tokenizer)
     if not samples:
         raise LimbeckError(f"there are no pairs to learn from; {', '.join(stage.pairs)} kept none")
-    read = sum(len(s.tokens) * decoder.config.flops_per_token(len(s.tokens) / 2) for s in samples)
+    reading = sum(len(s.tokens) * decoder.config.flops_per_token(len(s.tokens) / 2) for s in samples)
     samples = referenced(Learner(decoder, stage.optimizer, 1), samples, MICRO_TOKENS)
     plan = plan_pairs(samples, stage.epochs, stage.batch_tokens, job.seed)
-    plan = affordable(plan, samples, decoder.config, budget_of(job, stage.pairs) - read)
+    plan = affordable(plan, samples, decoder.config, budget_of(job, stage.pairs) - reading)
     outcome = fit_samples(job, decoder, tokenizer, samples, plan, stage.batch_tokens, preference(stage.beta, stage.normalized))
     notes = {**outcome["notes"], "pairs": len(samples) // 2, "data_flops": data_flops(job, stage.pairs)}
-    return {**outcome, "flops": outcome["flops"] + read, "notes": notes}
+    return {**outcome, "flops": outcome["flops"] + reading, "notes": notes}
 
 
 def run_distill(job: Job) -> Outcome:

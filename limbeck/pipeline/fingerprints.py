@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..types import LimbeckError
+from .rows import said
 
 RUN = 8  # words in a row
 SHOWN = 3  # examples of each kind
@@ -44,7 +45,7 @@ def traces(rows: Iterable[dict[str, Any]], corpus: Path | None = None) -> list[T
 
     `corpus` is a text file, or JSONL whose texts are under completion, response, text, content or messages.
     """
-    texts = {row["id"]: str(row.get("completion") or "") for row in rows}
+    texts = {row["id"]: said(row) for row in rows}
     found = [_trace(kind, len(texts), _matches(pattern, texts)) for kind, pattern in _SAYS.items()]
     if corpus:
         known = {run for text in _texts(corpus) for run in _runs(text)}

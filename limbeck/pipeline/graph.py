@@ -96,7 +96,7 @@ class Graph:
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
         settings.pop("licence", None)  # what may be done with a result changes no result
-        if _table(node.stage):
+        if table_of(node.stage):
             settings["rows"] = self._digest(Path(node.stage.rows))
         reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
@@ -159,7 +159,7 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(stage, Load):
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
-        if _table(stage):
+        if table_of(stage):
             place = next((p for p in (base / stage.rows, Path(stage.rows)) if p.is_file()), None)
             if place is None:
                 raise LimbeckError(f"stages.{name}.rows: {stage.rows} is no file, neither beside the recipe nor here")
@@ -167,7 +167,7 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
     return recipe.model_copy(update={"problems": problems, "stages": stages})
 
 
-def _table(stage: Stage) -> bool:
+def table_of(stage: Stage) -> bool:
     """Whether a stage reads rows from a file of people's."""
     return isinstance(stage, Calibrate | Reward) and stage.rows.endswith(TABLES)
 

@@ -119,6 +119,8 @@ def preferences(job: Job, rows: str) -> Iterator[tuple[int, dict[str, Any]]]:
     table = rows.endswith(TABLES)
     found = read_table(Path(rows)) if table else enumerate(read(job.inputs[rows] / ROWS), start=1)
     for number, row in found:
+        if row.get("id") in job.dropped:
+            continue
         for name in ("prompt", "chosen", "rejected"):
             if not isinstance(row.get(name), str):
                 where = f"{rows}, line {number}" if table else f"stages.{rows}, row {number}"

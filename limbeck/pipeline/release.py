@@ -21,7 +21,7 @@ from .card import card
 from .licences import NOBODY_KNOWS, bind, terms
 from .lineage import RELEASED, Lineage, find_artifact, indexes, lineage_of
 from .provenance import LEARNING
-from .rows import learned_rows
+from .rows import learned_rows, said
 from .store import Artifact, Store, digest_file, digest_of, sync_below, write
 
 SUMS = "SHA256SUMS"
@@ -158,7 +158,7 @@ def _renamed(sources: Mapping[str, list[str]], called: Mapping[str, str]) -> dic
 
 def _rows(lineage: Lineage, key: str) -> list[Any]:
     folders = {name: lineage.store.root / lineage.entries[parent]["artifact"] for name, parent in lineage.parents(key).items()}
-    return [[row["id"], row.get("completion"), times] for _, row, times in learned_rows(lineage.entries[key], folders)]
+    return [[row["id"], said(row), times] for _, row, times in learned_rows(lineage.entries[key], folders)]
 
 
 # ---------------------------------------------------------------- the recipe
@@ -183,7 +183,7 @@ def part_of(recipe: Recipe, name: str) -> Recipe:
             stages[cited] = stage.model_copy(update={"models": [name], "forced": [], "retry": {}})
         elif cited in needed and not isinstance(stage, Report):
             stages[cited] = stage.model_copy(update={"path": Path(stage.path).name}) if isinstance(stage, Load) else stage
-    asked = {source for stage in stages.values() for source in sources(stage)}
+    asked = {source for stage in stages.values() for source in [*sources(stage), *getattr(stage, "teachers", ())]}
     problems = {
         cited: one.model_copy(update={"path": Path(one.path).name}) if isinstance(one, Files) else one
         for cited, one in recipe.problems.items()

@@ -20,6 +20,11 @@ def share_of(rows: Sequence[Row], part: float, seed: object) -> list[Row]:
     return [rows[order[i % len(rows)]] for i in range(round(part * len(rows)))]
 
 
+def said(row: Mapping[str, Any]) -> str:
+    """The response of a row; of a pair both."""
+    return "\n\n".join(str(row[key]) for key in ("completion", "chosen", "rejected") if row.get(key))
+
+
 def learned_rows(manifest: Mapping[str, Any], folders: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Each row that a model learned from: the stage that gave it, the row, and how often an epoch has it.
 

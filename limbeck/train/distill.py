@@ -119,7 +119,8 @@ def imitate(
         metrics |= _volume(lesson, learner.model.config, costs) | (summarize(lesson.groups) if lesson.groups else {})
         spent += metrics["flops"]
         shown = lesson.groups[:1] if step % settings.log_every == 0 or step == settings.steps - 1 else []
-        record.step(step, {"on_policy": float(bool(lesson.groups)), **metrics}, shown)
+        asked = [group.problem.id for group in lesson.groups]
+        record.step(step, {"on_policy": float(bool(lesson.groups)), **metrics}, shown, asked)
         checkpoint.offer(lambda: {"learner": learner.state_dict(), "step": step + 1, "flops": spent}, record)  # noqa: B023
 
 
