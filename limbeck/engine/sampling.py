@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model import kernels
+from ..parts import Sampling
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class SamplingParams:
     keep_mask: bool = False
     force: dict[int, int] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()
+
+
+def params_of(sampling: Sampling) -> SamplingParams:
+    """As a recipe says it."""
+    return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 
 
 class Draw(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ..engine.engine import Engine
+from ..engine.sampling import params_of
 from ..methods import Distill, Label, Pairs, Preference
 from ..parts import Optimizer
 from ..record import read, read_metrics
@@ -23,14 +24,15 @@ from ..train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, 
 from ..train.learner import Learner
 from ..train.losses import preference
 from ..train.preference import best_and_worst, plan_pairs, referenced, to_pair
+from ..train.reward import MICRO_TOKENS
 from ..types import Group, Labels, LimbeckError
 from ..types import Sample as Learned
 from . import curate as desk
 from .job import Job
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
 from .rows import ROWS, share_of
-from .scoring import MICRO_TOKENS, check_tongue, scorer_of
-from .stages import Outcome, given_rows, params_of, pause, sweep, to_row, to_sample
+from .scoring import check_tongue, scorer_of
+from .stages import Outcome, given_rows, pause, sweep, to_row, to_sample
 from .store import digest_of
 
 SHARD = 256  # rows whose labels stand in one file: what a kill may cost
@@ -65,7 +67,7 @@ def run_pairs(job: Job) -> Outcome:
     """Best against worst of each problem's completions, with TRL's columns."""
     stage: Pairs = job.stage
     tokenizer, written = job.model(stage.model)[1], {"sampler": job.manifest(stage.model)["digest"]}
-    scorer = scorer_of(job)
+    scorer, bill = scorer_of(job)
 
     def judge(group: Group) -> tuple[list[dict], Counter[str]]:
         scores = scorer(group)
@@ -77,7 +79,7 @@ def run_pairs(job: Job) -> Outcome:
         kept = {key: best[key] for key in ("id", "prompt", "language", "origin")}
         return [{**kept, **told, "chosen_tokens": best["tokens"], "rejected_tokens": worst["tokens"]}], Counter()
 
-    outcome = sweep(job, ROWS, stage.prompts, judge)
+    outcome = sweep(job, ROWS, stage.prompts, judge, bill)
     return {**outcome, "notes": {**outcome["notes"], "tokenizer": digest_of(tokenizer.backend.to_str())}}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ..engine.sampling import params_of
 from ..eval.calibration import by_truth, calibrate, labelled
 from ..eval.statistics import mean_interval
 from ..opinions import TABLES, Calibrate, Reward
@@ -23,7 +24,7 @@ from .job import Job
 from .rows import ROWS
 from .stages import Outcome, save_model
 from .store import write
-from .voices import CALIBRATION, MEASURED, VALUE, drawn, open_judge
+from .voices import CALIBRATION, MEASURED, VALUE, open_judge
 
 FEWEST = 20  # pairs: fewer show nothing
 
@@ -65,7 +66,7 @@ def _by_truth(job: Job) -> tuple[list[Pair], int, float]:
     problems = tasks.draw(4 * stage.pairs, (job.seed, "prompts"))
     pairs, lengths = [], []
     for i in range(0, len(problems), stage.pairs):
-        groups = [tasks.score(g) for g in engine.rollout(problems[i : i + stage.pairs], stage.samples, drawn(stage.sampling), job.seed)]
+        groups = [tasks.score(g) for g in engine.rollout(problems[i : i + stage.pairs], stage.samples, params_of(stage.sampling), job.seed)]
         lengths += [len(c.tokens) for group in groups for c in group.completions]
         pairs += by_truth(groups, job.seed)
         if len(pairs) >= stage.pairs:

@@ -5,28 +5,51 @@ A scorer is any callable from a group to one number for each of its completions,
 
 from __future__ import annotations
 
-from ..model.config import ModelConfig
+from collections.abc import Callable, Sequence
+
+from ..model.decoder import Decoder
 from ..parts import Optimizer
 from ..tokenizer import Tokenizer
 from ..train.learner import Learner
 from ..train.preference import Scorer, likelihood
+from ..train.reward import MICRO_TOKENS
 from ..types import Group, LimbeckError
 from .job import Job
 from .voices import CALIBRATION, judge_of
 
-MICRO_TOKENS = 8192  # of a model that only reads
+Bill = Callable[[], dict[str, float]]
 
 
-def scorer_of(job: Job) -> Scorer:
-    """What a stage's completions are ranked by: a judge that passed its calibration, a teacher's likelihood of them, or
-    the rewards that they earned."""
-    if not job.stage.scored_by:
-        return lambda group: group.rewards
-    if (job.inputs[job.stage.scored_by] / CALIBRATION).exists():
-        return judge_of(job, job.stage.scored_by).scores
-    teacher, tokenizer = job.model(job.stage.scored_by)
-    check_tongue(job, job.model(job.stage.model)[1], job.stage.scored_by, tokenizer)
-    return likelihood(Learner(teacher, Optimizer(), 1), MICRO_TOKENS)
+class Reader:
+    """A teacher that reads completions: how likely it finds each, and what that cost since the last bill."""
+
+    def __init__(self, teacher: Decoder):
+        self.config, self.score, self.flops = teacher.config, likelihood(Learner(teacher, Optimizer(), 1), MICRO_TOKENS), 0.0
+
+    def __call__(self, group: Group) -> Sequence[float]:
+        asked, lengths = len(group.prompt_tokens), [len(c.tokens) for c in group.completions]
+        self.flops += (asked + sum(lengths)) * self.config.flops_per_token(asked + sum(lengths) / len(lengths) / 2)
+        return self.score(group)
+
+    def bill(self) -> dict[str, float]:
+        told = {"teacher_flops": self.flops}
+        self.flops = 0.0
+        return told
+
+
+def scorer_of(job: Job) -> tuple[Scorer, Bill]:
+    """What a stage's completions are ranked by, and who tells its cost: a judge that passed its calibration, a teacher's
+    likelihood of them, or the rewards that they earned, which are there already."""
+    name = job.stage.scored_by
+    if not name:
+        return lambda group: group.rewards, dict
+    if (job.inputs[name] / CALIBRATION).exists():
+        judge = judge_of(job, name)
+        return judge.scores, judge.bill
+    teacher, tokenizer = job.model(name)
+    check_tongue(job, job.model(job.stage.model)[1], name, tokenizer)
+    reader = Reader(teacher)
+    return reader, reader.bill
 
 
 def check_tongue(job: Job, student: Tokenizer, name: str, teacher: Tokenizer) -> None:
@@ -47,13 +70,3 @@ def ranked(group: Group, keep: str | None, scorer: Scorer | None) -> list[int]:
         return sorted(places, key=lambda i: len(group.completions[i].tokens))
     scores = scorer(group) if scorer else [0.0] * len(places)
     return sorted(places, key=lambda i: -scores[i])
-
-
-def judging(job: Job, groups: list[Group]) -> dict[str, float]:
-    """What it costs when a teacher reads the completions: each prompt once a group."""
-    teacher = getattr(job.stage, "scored_by", None)
-    if not teacher or (job.inputs[teacher] / CALIBRATION).exists():
-        return {}
-    config = ModelConfig.from_directory(job.inputs[teacher] / "model")
-    lengths = [(len(g.prompt_tokens), [len(c.tokens) for c in g.completions]) for g in groups]
-    return {"teacher_flops": sum((p + sum(n)) * config.flops_per_token(p + sum(n) / len(n) / 2) for p, n in lengths)}

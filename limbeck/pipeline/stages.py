@@ -17,7 +17,7 @@ import numpy as np
 
 from ..engine.engine import Engine
 from ..engine.remote import Endpoint
-from ..engine.sampling import SamplingParams
+from ..engine.sampling import SamplingParams, params_of
 from ..eval.evaluate import combine, evaluate
 from ..model import weights
 from ..model.config import Experts, Latent, ModelConfig
@@ -32,7 +32,6 @@ from ..recipe import (
     Pretrain,
     Remote,
     Sample,
-    Sampling,
     Screen,
     Shape,
 )
@@ -47,7 +46,7 @@ from . import curate as desk
 from .job import Job
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
 from .rows import PROBLEMS, ROWS, share_of
-from .scoring import judging, ranked, scorer_of
+from .scoring import Bill, ranked, scorer_of
 from .store import digest_of, write
 from .voices import heard, panel_of
 
@@ -147,7 +146,7 @@ def run_sample(job: Job) -> Outcome:
     written = {"sampler": job.manifest(stage.model)["digest"]}
     if remote := job.endpoints.get(stage.model):
         written |= {"endpoint": remote.url, "model": remote.model}
-    scorer = scorer_of(job) if stage.keep == "best" else None
+    scorer, bill = scorer_of(job) if stage.keep == "best" else (None, dict)
 
     def judge(group: Group) -> tuple[list[dict], Counter[str]]:
         faults = [_fault(group, i, stage) for i in range(len(group.completions))]
@@ -158,7 +157,7 @@ def run_sample(job: Job) -> Outcome:
         verdicts["one of many for its problem"] += len(good) - len(kept)
         return [to_row(group, completion, written) for completion in kept], verdicts
 
-    outcome = sweep(job, ROWS, stage.prompts, judge)
+    outcome = sweep(job, ROWS, stage.prompts, judge, bill)
     if remote:
         return outcome
     tokenizer = job.model(stage.model)[1]
@@ -316,13 +315,11 @@ def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str, system: 
 # ---------------------------------------------------------------- sampling
 
 
-def params_of(sampling: Sampling) -> SamplingParams:
-    return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
-
-
-def sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]]) -> Outcome:
+def sweep(
+    job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]], bill: Bill = dict
+) -> Outcome:
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
-    file was after it, so a stage that was killed goes on after its last whole chunk."""
+    file was after it, so a stage that was killed goes on after its last whole chunk. `bill` is what judging cost."""
     stage = job.stage
     engine, tasks = job.sampler(stage.model, stage.sampling.speculate), heard(job)
     asked = tasks.draw(count, (job.seed, "prompts"))
@@ -340,8 +337,9 @@ def sweep(job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[d
             dropped = sum((verdicts for _, verdicts in judged), Counter())
             tokens = sum(len(c.tokens) for g in groups for c in g.completions)
             counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
-            counts |= engine.bill() | getattr(tasks, "bill", dict)()
-            record.step(step, {**summarize(groups), **counts, **judging(job, groups)}, groups[:1])
+            beside = Counter(getattr(tasks, "bill", dict)())
+            beside.update(bill())  # two judges may have been asked
+            record.step(step, {**summarize(groups), **counts, **engine.bill(), **beside}, groups[:1])
             pause(job, record, step < len(chunks) - 1)
     return _swept(job, engine, count * stage.samples)
 

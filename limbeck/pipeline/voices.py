@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..engine.sampling import SamplingParams
+from ..engine.sampling import SamplingParams, params_of
 from ..opinions import Judging
-from ..parts import Optimizer, Sampling
+from ..parts import Optimizer
 from ..recipe import RL
 from ..tasks.judge import Judge
 from ..tasks.task import Mixture
@@ -59,11 +59,7 @@ def judge_of(job: Job, name: str) -> Judge:
 
 def open_judge(job: Job, model: str, judging: Judging) -> Judge:
     """A stage's model, or an endpoint, as a judge."""
-    return Judge(job.sampler(model), judging, drawn(judging.sampling), job.seed)
-
-
-def drawn(sampling: Sampling) -> SamplingParams:
-    return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+    return Judge(job.sampler(model), judging, params_of(judging.sampling), job.seed)
 
 
 def reward_of(job: Job, name: str) -> RewardModel:

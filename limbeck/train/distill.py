@@ -24,7 +24,8 @@ from .checkpoint import Checkpoint
 from .divergence import top_k
 from .learner import Learner
 from .losses import distill, text_distance
-from .rl import Tasks, summarize
+from .panel import Tasks
+from .rl import summarize
 
 LABELLED = ""  # the owner of samples that bring their labels
 

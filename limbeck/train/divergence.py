@@ -150,11 +150,16 @@ class _Divergence(torch.autograd.Function):
         return grad_hidden * grad, grad_head * grad, None, None, None
 
 
-def log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
+def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature."""
     logits_RV = hidden_RC @ head_VC.T
     if temperature != 1.0:
         logits_RV /= temperature
-    return torch.log_softmax(logits_RV, -1)
+    return logits_RV
+
+
+def log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(tempered(hidden_RC, head_VC, temperature), -1)
 
 
 @torch.no_grad()

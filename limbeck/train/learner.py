@@ -18,7 +18,7 @@ from ..model.ffn import MixtureOfExperts, Routes, balance_experts
 from ..parts import Optimizer as OptimizerSettings
 from ..types import LimbeckError
 from .batch import Batch
-from .divergence import Logits, States
+from .divergence import Logits, States, tempered
 from .losses import Loss
 from .optimizer import Optimizer
 
@@ -183,9 +183,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _log_softmax(hidden: Tensor, head_VC: Tensor, temperature: float, kept: Tensor | None) -> Tensor:
-    logits = hidden @ head_VC.T
-    if temperature != 1.0:
-        logits /= temperature
+    logits = tempered(hidden, head_VC, temperature)
     if kept is not None:
         outside = torch.ones_like(logits, dtype=torch.bool).scatter_(1, kept.clamp(min=0), False)
         # padding points at id 0, which is kept only where the sampler kept it

@@ -23,6 +23,8 @@ PATIENCE = 100
 
 
 class Tasks(Protocol):
+    """What a loop needs to know of problems: how to draw and how to score them."""
+
     def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]: ...
 
     def score(self, group: Group) -> Group: ...

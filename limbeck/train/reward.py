@@ -20,7 +20,7 @@ from ..parts import Optimizer
 from ..record import Record
 from ..tokenizer import Tokenizer, split_thought
 from ..types import Group, Sample, Score, fingerprint, generator
-from .batch import Batch, pack
+from .batch import Batch, by_sample, pack
 from .checkpoint import Checkpoint
 from .learner import Learner
 from .losses import Loss, Metrics
@@ -42,12 +42,8 @@ class Valuer(Learner):
 
     def values(self, samples: Sequence[Sample], batch_tokens: int = MICRO_TOKENS) -> np.ndarray:
         """The value of each sample, in their order."""
-        numbered = [_numbered(sample, i) for i, sample in enumerate(samples)]
-        values = np.zeros(len(samples), dtype=np.float32)
-        for batch in pack(numbered, batch_tokens):
-            (values_M,) = self.logprobs([batch])
-            values[batch.advantages_M.long().numpy()] = values_M.numpy()
-        return values
+        batches = pack(samples, batch_tokens)
+        return np.concatenate(by_sample(batches, self.logprobs(batches), len(samples)))
 
 
 def to_sample(tokenizer: Tokenizer, question: str, response: str) -> Sample:

@@ -9,30 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
 from ..model.config import ModelConfig
 from ..recipe import RL
 from ..record import Record
-from ..types import Group, Problem, Sample, Sampler, generator
+from ..types import Group, Sample, Sampler, generator
 from .audit import Watch, audit
 from .batch import pack, to_samples
 from .checkpoint import Checkpoint
 from .learner import Learner
 from .losses import group_advantages, policy_gradient
-from .panel import Panel
+from .panel import Panel, Tasks
 
 REDRAWS = 3  # how often a step looks for groups that differ before it takes what there is
-
-
-class Tasks(Protocol):
-    """What a loop needs to know of problems: how to draw and how to score them."""
-
-    def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]: ...
-
-    def score(self, group: Group) -> Group: ...
 
 
 def reinforce(
