@@ -20,11 +20,11 @@ from ..methods import Distill, Label, Pairs, Preference
 from ..parts import Optimizer
 from ..record import read, read_metrics
 from ..tokenizer import Tokenizer
+from ..train.batch import MICRO_TOKENS
 from ..train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, labelled
 from ..train.learner import Learner
 from ..train.losses import preference
 from ..train.preference import best_and_worst, plan_pairs, referenced, to_pair
-from ..train.reward import MICRO_TOKENS
 from ..types import Group, Labels, LimbeckError
 from ..types import Sample as Learned
 from . import curate as desk

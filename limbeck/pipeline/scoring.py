@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from ..model.decoder import Decoder
 from ..parts import Optimizer
 from ..tokenizer import Tokenizer
+from ..train.batch import MICRO_TOKENS
 from ..train.learner import Learner
 from ..train.preference import Scorer, likelihood
-from ..train.reward import MICRO_TOKENS
 from ..types import Group, LimbeckError
 from .job import Job
 from .voices import CALIBRATION, judge_of

@@ -16,6 +16,8 @@ from ..model.cache import Branched, Packed
 from ..types import Group, Sample
 from .divergence import States, TopK
 
+MICRO_TOKENS = 8192  # of a model that only reads
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -20,12 +20,10 @@ from ..parts import Optimizer
 from ..record import Record
 from ..tokenizer import Tokenizer, split_thought
 from ..types import Group, Sample, Score, fingerprint, generator
-from .batch import Batch, by_sample, pack
+from .batch import MICRO_TOKENS, Batch, by_sample, pack
 from .checkpoint import Checkpoint
 from .learner import Learner
 from .losses import Loss, Metrics
-
-MICRO_TOKENS = 8192  # of a model that only reads
 
 
 class Valuer(Learner):
