@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from studio import chromium, house, visit  # noqa: F401
 
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
