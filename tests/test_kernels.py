@@ -12,7 +12,7 @@ import torch
 
 from limbeck.engine.flight import Flight
 from limbeck.engine.sampling import SamplingParams, draw
-from limbeck.model import kernels
+from limbeck.model import cache, kernels
 from limbeck.model.attention import Layer, RMSNorm, rotate
 from limbeck.model.cache import Branched, KVCache, Packed
 from limbeck.model.config import ModelConfig
@@ -52,6 +52,19 @@ CONTEXTS = {
     "branched": lambda: Branched(3, 6, [2, 0, 1, 1, 0, 2], [0, 1, 5, 17, 60, 61]),
     "alone": lambda: Packed([1]),
 }
+
+
+@compiled
+def test_long_sequences_go_the_other_way_and_arrive_at_the_same_place(monkeypatch):
+    given = [torch.randn(60, heads, 16) for heads in (4, 2, 2)]
+
+    def attend(*qkv):
+        return Packed([50, 10]).attend(Layer(0, 0.25, 0), *qkv)
+
+    ours = gradients(attend, *given)
+    monkeypatch.setattr(cache, "LONG", 40)
+    monkeypatch.setattr(kernels.Attention, "apply", None)  # not to be called
+    assert_alike(ours, gradients(attend, *given))
 
 
 @compiled

@@ -120,6 +120,16 @@ def test_packed_loss_and_gradient_equal_padded(decoder, batch, temperature):
     torch.testing.assert_close(packed, wanted_gradient, atol=1e-11, rtol=0)
 
 
+def test_long_completions_read_their_prompt_each_for_itself(decoder, monkeypatch):
+    model, samples = decoder(torch.float64, vocab_size=VOCABULARY), shared()
+    wanted = packed_gradient(model, samples, 1 << 20, cross_entropy)
+    monkeypatch.setattr("limbeck.train.batch.LONG", 8)
+    cut = pack(samples, 1 << 20)
+    assert any(isinstance(b.context, Packed) for b in cut) and not all(isinstance(b.context, Packed) for b in cut)
+    for found, expected in zip(packed_gradient(model, samples, 1 << 20, cross_entropy), wanted, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_samples_columns_stay_beside_its_tokens(decoder, batch):
     """However samples are ordered and cut, each token meets its own advantage and log-probabilities."""

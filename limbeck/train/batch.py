@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.cache import Branched, Packed
+from ..model.cache import LONG, Branched, Packed
 from ..types import Group, Sample
 from .divergence import States, TopK
 
@@ -54,23 +54,19 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | st
     lengths together. Samples of one prompt stand together, and their prompt once: a pair is never parted."""
     learned = [s for s in samples if _targets(s).size]
     predicted = sum(_targets(s).size for s in learned)
-    groups = _by_prompt(learned)
-    shared = len(groups) < len(learned)
-    order = sorted(groups, key=lambda g: (g[0].start, len(g[0].tokens)) if shared else len(g[0].tokens))
+    groups = sorted(_by_prompt(learned), key=lambda g: (_family(g), len(g[0].tokens)))
     pieces: list[list[list[Sample]]] = []
     size = 0
-    for group in order:
+    for group in groups:
         cost = _cost(group)
-        fits = pieces and size + cost <= batch_tokens and (not shared or _width(pieces[-1]) == _width([group]))
-        if fits:
+        if pieces and size + cost <= batch_tokens and _family(pieces[-1][0]) == _family(group):
             pieces[-1].append(group)
             size += cost
         else:
             pieces.append([group])
             size = cost
-    lay = _branched if shared else _packed
     places = {id(sample): place for place, sample in enumerate(samples)}
-    return [_batch(*lay(piece), places, predicted, len(learned), device) for piece in pieces]
+    return [_batch(*(_branched if _family(piece[0]) else _packed)(piece), places, predicted, len(learned), device) for piece in pieces]
 
 
 def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) -> list[np.ndarray]:
@@ -91,10 +87,11 @@ def _targets(sample: Sample) -> np.ndarray:
 
 
 def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples that begin with the same prompt, together; one without a prompt is alone."""
+    """Samples that begin with the same prompt, together; one without a prompt is alone, and so is one so long that
+    its prompt is the least of it."""
     groups: dict[object, list[Sample]] = {}
     for i, sample in enumerate(samples):
-        shares = sample.start > 1 or (sample.pair and sample.start)
+        shares = (sample.start > 1 and len(sample.tokens) <= LONG) or (sample.pair and sample.start)
         prompt = sample.tokens[: sample.start].tobytes() if shares else i
         groups.setdefault(prompt, []).append(sample)
     return list(groups.values())
@@ -105,9 +102,10 @@ def _cost(group: list[Sample]) -> int:
     return group[0].start + sum(len(s.tokens) - max(s.start, 1) - 1 for s in group) if len(group) > 1 else len(group[0].tokens) - 1
 
 
-def _width(groups: list[list[Sample]]) -> int:
-    """Tokens of the prompts of one piece, all alike; without a prompt, the first token stands for it."""
-    return max(groups[0][0].start, 1)
+def _family(group: list[Sample]) -> int:
+    """Tokens of the prompt that a group shares (without one, its first token stands for it); 0 for one that shares none.
+    Only groups of one number go into a piece together."""
+    return max(group[0].start, 1) if len(group) > 1 else 0
 
 
 Piece = tuple[Sample, int, int]  # a sample's tokens from here to there
@@ -125,7 +123,7 @@ def _packed(groups: list[list[Sample]]) -> Layout:
 
 def _branched(groups: list[list[Sample]]) -> Layout:
     """Prompts first, then completions by length. A completion's first token is predicted by its prompt's last."""
-    width = _width(groups)
+    width = _family(groups[0])
     rows = sorted(((g, s) for g, group in enumerate(groups) for s in group), key=lambda row: len(row[1].tokens))
     owners, samples = [g for g, _ in rows], [s for _, s in rows]
     lengths = [len(s.tokens) - width - 1 for s in samples]
