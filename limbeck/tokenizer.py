@@ -19,6 +19,9 @@ from .types import LimbeckError, Message, Thought
 
 OPEN, CLOSE = "<think>", "</think>"
 PATIENCE = 2.0  # seconds for one conversation
+HALF = "\ufffd"  # what stands for bytes that are no character, or not yet
+MOST_HALVES = 3  # a character has four bytes at most
+KEPT, WINDOW = 8, 32  # tokens that a reader looks back on, and how many it gathers before it forgets the older ones
 
 
 class Tokenizer:
@@ -134,6 +137,114 @@ def _within(seconds: float) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+def overlap(text: str, marker: str) -> int:
+    """How many characters at the end of a text may be the beginning of a marker that is not whole yet.
+
+    >>> overlap("so it is 4</th", "</think>")
+    4
+    """
+    longest = range(min(len(text), len(marker) - 1), 0, -1)
+    return next((n for n in longest if marker.startswith(text[-n:])), 0)
+
+
+class Reader:
+    """Tokens in, text out as soon as it is certain: what may still become a character waits for its rest. All pieces
+    and what `close` gives are together `Tokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.window: list[int] = []  # the last tokens: some have their text from those before
+        self.given = ""  # how much of the window's text is out
+
+    def read(self, tokens: Sequence[int]) -> str:
+        self.window += tokens
+        text = self.tokenizer.decode(self.window)
+        halves = len(text) - len(text.rstrip(HALF))
+        certain = text[: len(text) - min(halves, MOST_HALVES)]
+        fresh, self.given = certain[len(self.given) :], max(certain, self.given, key=len)
+        if not halves and len(self.window) > WINDOW:
+            self._forget(text)
+        return fresh
+
+    def _forget(self, text: str) -> None:
+        """All but the last tokens, if these say the same without the others."""
+        kept = self.window[-KEPT:]
+        tail = self.tokenizer.decode(kept)
+        if text.endswith(tail) and HALF not in tail:
+            self.window, self.given = kept, tail
+
+    def close(self) -> str:
+        """What was still waiting."""
+        return self.tokenizer.decode(self.window)[len(self.given) :]
+
+
+class Speech:
+    """A completion taken apart while it is being said: `hear` gives what is certain, as pieces of ("thought", text) and
+    ("answer", text). Tags are never given, nor is the space around thought and answer. `opened`: the prompt ends inside
+    a thought. `stops` end an answer, never a thought. `plain` text is all answer, and its space is kept."""
+
+    def __init__(self, opened: bool = False, stops: Sequence[str] = (), plain: bool = False):
+        self.kind = "answer" if plain else "thought" if opened else ""
+        self.stops, self.plain = tuple(stops), plain
+        self.waiting, self.begun, self.stopped = "", plain, False
+
+    def hear(self, text: str) -> list[tuple[str, str]]:
+        self.waiting += text
+        pieces: list[tuple[str, str]] = []
+        if not self.kind:
+            self._open()
+        if self.kind == "thought":
+            thought, close, rest = self.waiting.partition(CLOSE)
+            if close:
+                self._give(pieces, thought.rstrip(), "")
+                self.kind, self.begun, self.waiting = "answer", False, rest
+            else:
+                self._give(pieces, *self._certain((CLOSE,)))
+        if self.kind == "answer" and not self.stopped:
+            self._answer(pieces)
+        return pieces
+
+    def _open(self) -> None:
+        begin = self.waiting.lstrip()
+        if begin.startswith(OPEN):
+            self.kind, self.waiting = "thought", begin.removeprefix(OPEN)
+        elif not OPEN.startswith(begin):
+            self.kind = "answer"
+
+    def _answer(self, pieces: list[tuple[str, str]]) -> None:
+        if not self.begun:
+            self.waiting = self.waiting.lstrip()
+        found = min((at for at in map(self.waiting.find, self.stops) if at >= 0), default=-1)
+        if found >= 0:
+            said = self.waiting[:found]
+            self.stopped = True
+            self._give(pieces, said if self.plain else said.rstrip(), "")
+        else:
+            self._give(pieces, *self._certain(self.stops))
+
+    def _certain(self, markers: Sequence[str]) -> tuple[str, str]:
+        """What is said for good, and what may be the beginning of a marker, or space that nothing follows."""
+        held = max((overlap(self.waiting, marker) for marker in markers), default=0)
+        said = self.waiting[: len(self.waiting) - held]
+        said = said if self.plain else said.rstrip()
+        return said, self.waiting[len(said) :]
+
+    def _give(self, pieces: list[tuple[str, str]], said: str, waiting: str) -> None:
+        said, self.waiting = said if self.begun else said.lstrip(), waiting
+        if said:
+            self.begun = True
+            pieces.append((self.kind, said))
+
+    def close(self) -> list[tuple[str, str]]:
+        """What was still waiting, as no more will come."""
+        pieces: list[tuple[str, str]] = []
+        if not self.stopped:
+            kind, said = self.kind or "answer", self.waiting if self.plain else self.waiting.rstrip()
+            self.kind = kind
+            self._give(pieces, said, "")
+        return pieces
 
 
 def split_thought(text: str) -> Thought:

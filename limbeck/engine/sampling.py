@@ -15,6 +15,8 @@ from torch import Tensor
 from ..model import kernels
 from ..parts import Sampling
 
+FEW = 256  # tokens that nearly always hold what top-p leaves
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -77,10 +79,14 @@ def invert(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al. 2019)."""
-    sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    return torch.zeros_like(before_BV, dtype=torch.bool).scatter_(1, order_BV, before_BV < top_p)
+    """The smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al. 2019). It is looked for among
+    the likeliest few first: sorting a large vocabulary takes longer than everything else about a token."""
+    for few in sorted({min(FEW, probabilities_BV.shape[1]), probabilities_BV.shape[1]}):
+        sorted_BK, order_BK = probabilities_BV.topk(few)
+        before_BK = sorted_BK.cumsum(-1) - sorted_BK
+        if bool((before_BK[:, -1] >= top_p).all()):
+            break
+    return torch.zeros_like(probabilities_BV, dtype=torch.bool).scatter_(1, order_BK, before_BK < top_p)
 
 
 def _forced(tokens_B: Tensor, previous_B: Tensor, force: dict[int, int]) -> Tensor:

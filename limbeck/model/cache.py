@@ -71,7 +71,7 @@ class Packed:
         if _compiled(q_NHD, v_NKD) and (layer.window or max(self.lengths) <= LONG):
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         runs = zip(*(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True)
-        return self._runs.joined([_mix(layer, q, k, v) for q, k, v in runs])
+        return self._runs.joined([mix(layer, q, k, v) for q, k, v in runs])
 
 
 class Branched:
@@ -120,13 +120,13 @@ class Branched:
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         head = self.prompts * self.width
         q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
-        mixed_p = _mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)
+        mixed_p = mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)
         if not self._runs.cuts:
             return mixed_p
         mixed = []
         for (a, b), q, k, v in zip(self._runs.cuts, *(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True):
             owner = self.owners[a:b]
-            mixed.append(_mix(layer, q, torch.cat([k_p[owner], k], dim=2), torch.cat([v_p[owner], v], dim=2)))
+            mixed.append(mix(layer, q, torch.cat([k_p[owner], k], dim=2), torch.cat([v_p[owner], v], dim=2)))
         return torch.cat([mixed_p, self._runs.joined(mixed)])
 
 
@@ -134,7 +134,7 @@ def _compiled(q_NHD: Tensor, v_NKD: Tensor) -> bool:
     return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serve(q_NHD, v_NKD)
 
 
-def _mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the last queries over all keys; heads may outnumber key heads."""
     width, seen = q.shape[2], k.shape[2]
     mask = None
@@ -219,16 +219,19 @@ class KVCache:
     number of a query meets P of them side by side: all T, or sixteen where the kernels read them (`compiled`), one
     block after the other. MLA keeps its latents as keys of one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
     takes tokens back. Attention looks at the longest row and no further. Rows of one prompt may all read the copy
-    of the first of them (`lenders`), which then stays near the processor.
+    of the first of them (`lenders`), which then stays near the processor. With `spare` there is room for so many rows
+    from the start, as long as it holds no more than `spare_tokens`; the last rows then move into places that fall free,
+    and the others stay where they are.
     """
 
     absorbed = True
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", compiled: bool = False,
-        ahead: int = 32,
+        ahead: int = 32, spare: int = 0, spare_tokens: int = 0,
     ):  # fmt: skip
         self.config, self.dtype, self.device, self.compiled, self.ahead = config, dtype, device, compiled, ahead
+        self.spare, self.spare_tokens = spare, spare_tokens
         self.make = torch.empty if compiled else torch.zeros  # masked positions are multiplied by zero; kernels skip them
         self.heads, *self.widths = config.cache_widths
         self.k_LBKnDP, self.v_LBKTD = self._room(0, 0)
@@ -282,9 +285,21 @@ class KVCache:
     def keep(self, rows: np.ndarray) -> None:
         """Keep only these rows, in this order."""
         self.lengths, self.shared, self._family, self._lenders = self.lengths[rows], self.shared[rows], self._family[rows], rows[:0]
+        if self.spare:
+            return self._move(rows)
         kept = torch.from_numpy(rows).to(self.device)
         self.k_LBKnDP = self.k_LBKnDP.index_select(1, kept)  # one after the other: never two copies of both
         self.v_LBKTD = self.v_LBKTD.index_select(1, kept)
+
+    def _move(self, rows: np.ndarray) -> None:
+        """Row rows[i] into place i, where it is not there yet; `rows` takes nothing from a place that was written before."""
+        for place in (rows != np.arange(len(rows))).nonzero()[0].tolist():
+            row, length = int(rows[place]), int(self.lengths[place])
+            blocks = -(-length // self.k_LBKnDP.shape[5])
+            self.k_LBKnDP[:, place, :, :blocks] = self.k_LBKnDP[:, row, :, :blocks]
+            self.v_LBKTD[:, place, :, :length] = self.v_LBKTD[:, row, :, :length]
+        if not len(rows):
+            self.k_LBKnDP, self.v_LBKTD = self._room(0, 0)  # what nobody needs goes back to the system
 
     def rest(self, idle_B: np.ndarray) -> None:
         """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
@@ -326,13 +341,14 @@ class KVCache:
     def attend(
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
-        keys, values = self.k_LBKnDP[layer.slot], self.v_LBKTD[layer.slot]
+        rows = len(self.lengths)
+        keys, values = self.k_LBKnDP[layer.slot, :rows], self.v_LBKTD[layer.slot, :rows]
         if k_NKD is not None:
             block = keys.shape[-1]
             keys[self._rows, :, self.positions // block, :, self.positions % block] = k_NKD
             if v_NKD is not None:
                 values[self._rows, :, self.positions] = v_NKD
-        rows, count = len(keys), len(q_NHD) // len(keys)
+        count = len(q_NHD) // rows
         q_BSKGD = q_NHD.view(rows, count, self.heads, -1, q_NHD.shape[-1])
         q_XGD = q_BSKGD.transpose(1, 2).reshape(rows * self.heads, -1, q_NHD.shape[-1])
         k_XDT = keys.transpose(2, 3).flatten(3).flatten(0, 1)[..., : self._width]
@@ -350,7 +366,7 @@ class KVCache:
         if rows <= have_rows and width <= have_width:
             return
         wide = have_width if width <= have_width else -(-max(width, have_width * 3 // 2, 32) // 16) * 16  # whole vectors
-        keys, values = self._room(max(rows, have_rows), wide)
+        keys, values = self._room(max(rows, min(self.spare, self.spare_tokens // wide) if self.spare else have_rows), wide)
         blocks, block = self.k_LBKnDP.shape[3], self.k_LBKnDP.shape[5]
         keys[:, :used, :, :blocks, :, :block], values[:, :used, :, :have_width] = self.k_LBKnDP[:, :used], self.v_LBKTD[:, :used]
         self.k_LBKnDP, self.v_LBKTD = keys, values
