@@ -20,6 +20,7 @@ from .options import RUNS, AsJson, Home
 from .options import mistake as _mistake
 from .options import open_store as _store
 from .origins import recall, release, why
+from .serving import serve
 
 if TYPE_CHECKING:
     from .pipeline.graph import Graph
@@ -140,6 +141,7 @@ def show(
 app.command()(why)
 app.command()(recall)
 app.command()(release)
+app.command()(serve)
 
 
 @app.command()

@@ -69,6 +69,11 @@ class Tokenizer:
         """Text of the tokens; tags such as `<think>` stay, the end-of-turn token goes."""
         return self.backend.decode([int(t) for t in tokens if t != self.end_id], skip_special_tokens=False)
 
+    def label(self, token: int) -> str:
+        """One token to be shown by itself: its text, or its name where it has none of its own."""
+        text = self.backend.decode([token], skip_special_tokens=False)
+        return text if text and HALF not in text else self.backend.id_to_token(token) or ""
+
     def prompt(self, question: str | Sequence[Message]) -> np.ndarray:
         """Token ids of a question, or of a conversation, up to where the assistant begins."""
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question

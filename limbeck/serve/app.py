@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Form, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
+from .api import api
 from .pages import ROOM, render
 from .people import COOKIE, LASTS, Sessions
 from .safety import LOOPBACK, Guard, Limits
@@ -38,7 +39,7 @@ def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str
 
 def rooms() -> list[Callable[[Site], APIRouter]]:
     """What makes the routes: each takes the site and returns an APIRouter."""
-    return []
+    return [api]
 
 
 def _door(site: Site, key: str | None) -> APIRouter:

@@ -22,10 +22,11 @@ from typing import Any, Self
 import numpy as np
 
 from ..engine.batching import Batching
-from ..engine.request import Answer, Request, Top
+from ..engine.request import Answer, Full, Request, Top
 from ..model.config import ModelConfig
 from ..tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, split_thought
 from ..types import LimbeckError, Message
+from .metrics import Metrics
 
 LONGEST_SEED = 53  # bits: what JSON's numbers hold
 
@@ -162,7 +163,7 @@ class Service:
     def __init__(self, served: Sequence[Served] = ()):
         self.models: Mapping[str, Served] = {one.name: one for one in served}
         self.listening: dict[Answer, asyncio.Event] = {}
-        self.draining = False
+        self.metrics = Metrics(lambda: list(self.models.values()))
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
@@ -172,7 +173,6 @@ class Service:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.draining = True
         for served in self.models.values():
             await asyncio.to_thread(served.batching.close)
 
@@ -188,8 +188,8 @@ class Service:
         return self._chat(self.model(model), messages, keep_thoughts, Wish(**wishes))
 
     async def _chat(self, served: Served, messages: Sequence[Mapping[str, Any]], keep: bool, wish: Wish) -> AsyncIterator[Piece]:
-        prompt, opened = await asyncio.to_thread(_rendered, served.tokenizer, messages, keep)
-        async with aclosing(self.listen(served, served.request(prompt, wish, opened), wish)) as pieces:
+        answer = await self.ask(served, messages, wish, keep)
+        async with aclosing(self.follow(served, answer, wish)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -197,15 +197,33 @@ class Service:
         """The first choice as a whole."""
         return (await gathered(self.chat(model, messages, **wishes)))[0]
 
-    async def listen(self, served: Served, request: Request, wish: Wish) -> AsyncIterator[Piece]:
-        """Pieces of all choices, in the order in which they are said."""
-        answer = served.batching.submit(request)
-        async with aclosing(self.follow(served, answer, wish)) as pieces:
-            async for piece in pieces:
-                yield piece
+    async def ask(self, served: Served, messages: Sequence[Mapping[str, Any]], wish: Wish, keep_thoughts: bool = False) -> Answer:
+        """Stand in line with a conversation. Somebody must `follow` or `forget` the answer."""
+        prompt, opened = await asyncio.to_thread(_rendered, served.tokenizer, messages, keep_thoughts)
+        return self.submit(served, [served.request(prompt, wish, opened)])[0]
+
+    def submit(self, served: Served, requests: Sequence[Request]) -> list[Answer]:
+        """Stand in line with all of them, or with none."""
+        answers: list[Answer] = []
+        try:
+            for request in requests:
+                answers.append(served.batching.submit(request))
+        except Full:
+            self.metrics.refused(served.name)
+            raise
+        finally:
+            if len(answers) < len(requests):
+                self.forget(served, answers)
+        return answers
+
+    def forget(self, served: Served, answers: Sequence[Answer]) -> None:
+        """Nobody wants what has not been said yet."""
+        for answer in answers:
+            if not answer.done:
+                served.batching.cancel(answer)
 
     async def follow(self, served: Served, answer: Answer, wish: Wish) -> AsyncIterator[Piece]:
-        """As `listen`, to an answer that was asked for already."""
+        """Pieces of all choices, in the order in which they are said."""
         ears = [_Ear(served, answer, i, wish) for i in range(answer.request.copies)]
         event = self.listening[answer] = asyncio.Event()
         try:
@@ -221,8 +239,13 @@ class Service:
                         yield replace(piece, usage=_usage(served, answer, ears)) if last else piece
         finally:
             del self.listening[answer]
-            if not answer.done:
-                served.batching.cancel(answer)
+            self._count(served, answer, ears)
+            self.forget(served, [answer])
+
+    def _count(self, served: Served, answer: Answer, ears: Sequence[_Ear]) -> None:
+        heard = all(ear.closed for ear in ears)
+        end = "failed" if answer.error else ears[0].end if heard else "left"
+        self.metrics.ended(served, answer, _usage(served, answer, ears), end)
 
     def _tell(self, answers: Sequence[Answer]) -> None:
         """Called on the models' threads."""
@@ -242,7 +265,7 @@ class _Ear:
         self.reader = Reader(served.tokenizer)
         self.speech = Speech(answer.request.opened, wish.stop, wish.plain)
         self.heard = self.reasoning = 0
-        self.closed = False
+        self.closed, self.end = False, ""
 
     def hear(self) -> list[Piece]:
         """What has been said since."""
@@ -260,13 +283,15 @@ class _Ear:
             self.closed, self.choice.enough = True, True
             if not finish:
                 self.served.batching.enough(self.choice)
-            pieces.append(Piece("end", choice=self.index, finish="stop" if self.speech.stopped else finish))
+            self.end = "stop" if self.speech.stopped else finish
+            pieces.append(Piece("end", choice=self.index, finish=self.end))
         return pieces
 
     def _token(self, parts: list[list[Any]]) -> None:
         at, before = self.heard, self.speech.kind
         token = self.choice.tokens[at]
-        said = [Said(token, self.choice.logprobs[at], self.choice.tops[at])] if self.answer.request.top is not None else []
+        tells = self.answer.request.top is not None and token != self.served.tokenizer.end_id
+        said = [Said(token, self.choice.logprobs[at], self.choice.tops[at])] if tells else []
         text = self.reader.read([token])
         pieces = self.speech.hear(text) if text else []
         thinking = "thought" in (before, self.speech.kind)

@@ -1,0 +1,242 @@
+"""Continuous batching against the loop that knows no batch: whoever else is served, however prompts are cut, whatever is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_engine import BUDGET, PROMPTS, naive
+
+from limbeck.engine import batching as rooms
+from limbeck.engine.batching import Batching
+from limbeck.engine.boarding import Prefixes, alike
+from limbeck.engine.request import Full, Request
+from limbeck.engine.sampling import SamplingParams, nucleus
+from limbeck.model.cache import Packed
+from limbeck.model.config import Experts, Latent
+from limbeck.model.past import Past
+from limbeck.types import LimbeckError, generator
+
+MODELS = {
+    "plain": {},
+    "latent": {"latent": Latent(8, 6, 4, 5), "kv_heads": 4, "head_dim": 10},
+    "windows": {"windows": (3, 0)},
+    "shared keys": {"share_kv": 2},
+    "mixture": {"experts": Experts(4, 2, 16)},
+}
+
+
+def draws(request: Request, sample: int = 0) -> np.ndarray:
+    return generator(request.seed, "stream", sample).random(request.max_new_tokens)
+
+
+def alone(model, tokenizer, request: Request, sample: int = 0) -> list[int]:
+    sampling = SamplingParams(request.temperature, request.top_p, request.max_new_tokens)
+    return naive(model, tokenizer.end_id, request.prompt, draws(request, sample), sampling)[0]
+
+
+def asks(tokenizer) -> list[Request]:
+    kinds = [(1.0, 1.0), (0.6, 0.9), (0.0, 1.0)]
+    return [
+        Request(tokenizer.prompt(text), *kinds[i % 3], max_new_tokens=BUDGET - i, copies=1 + i % 2, seed=i) for i, text in enumerate(PROMPTS)
+    ]
+
+
+def carry(batching: Batching, rounds: int = 1000) -> None:
+    """Round after round until nobody is left."""
+    with torch.inference_mode():
+        while (batching.line or batching.busy) and rounds:
+            batching.round()
+            rounds -= 1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_answers_are_those_of_the_plain_loop_whoever_else_is_served(decoder, tokenizer, kind, monkeypatch):
+    """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come again."""
+    monkeypatch.setattr(rooms, "CHUNKS", (3, 3))
+    model, requests = decoder(torch.float64, **MODELS[kind]), asks(tokenizer)
+    batching = Batching(model, tokenizer, rows=5)
+    answers = []
+    with torch.inference_mode():
+        for request in [*requests, *requests[::-1]]:
+            answers.append(batching.submit(request))
+            batching.round()
+            lost = batching.submit(Request(request.prompt, seed=99, max_new_tokens=9))
+            batching.round()
+            batching.cancel(lost)
+    carry(batching)
+    for answer in answers:
+        found = [choice.tokens for choice in answer.choices]
+        assert found == [alone(model, tokenizer, answer.request, sample) for sample in range(answer.request.copies)]
+        assert [choice.finish for choice in answer.choices] == ["stop" if t[-1] == tokenizer.end_id else "length" for t in found]
+    assert sum(answer.cached for answer in answers[: len(PROMPTS)]) < sum(answer.cached for answer in answers[len(PROMPTS) :])
+    assert batching.busy == 0
+
+
+def test_the_kernels_say_the_same(decoder, tokenizer):
+    """In float32 rows are moved and lent to one another by another layout."""
+    model = decoder(layers=3)
+    batching = Batching(model, tokenizer, rows=6)
+    answers = [batching.submit(request) for request in asks(tokenizer) * 2]
+    carry(batching)
+    wanted = [[alone(model, tokenizer, a.request, s) for s in range(a.request.copies)] for a in answers]
+    agreed = [[c.tokens for c in a.choices] == w for a, w in zip(answers, wanted, strict=True)]
+    assert sum(agreed) >= len(agreed) - 1  # a draw may fall on a rounding
+
+
+def test_a_long_answer_outgrows_what_was_made_for_it(decoder, tokenizer):
+    model = decoder(torch.float64, max_positions=512)
+    request = Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=300, seed=4, endless=True)
+    batching = Batching(model, tokenizer, rows=3)
+    answers = [batching.submit(request), batching.submit(Request(tokenizer.prompt(PROMPTS[1]), max_new_tokens=5))]
+    carry(batching)
+    wanted = naive(model, -1, request.prompt, draws(request), SamplingParams(1.0, 1.0, 300))[0]
+    assert answers[0].choices[0].tokens == wanted
+
+
+def test_an_echoed_prompt_tells_what_the_model_thought_of_it(decoder, tokenizer, monkeypatch):
+    monkeypatch.setattr(rooms, "CHUNKS", (4, 4))
+    model, prompt = decoder(torch.float64), tokenizer.prompt(PROMPTS[5])
+    batching = Batching(model, tokenizer)
+    for known in range(2):  # the second time the prompt is known, and read again all the same
+        answer = batching.submit(Request(prompt, 0.0, max_new_tokens=known, top=2, echo=True))
+        carry(batching)
+        with torch.no_grad():
+            scores = torch.log_softmax(model(torch.tensor(prompt), Packed([len(prompt)])) @ model.head.weight.T, -1)
+        np.testing.assert_allclose(answer.prompt_logprobs, scores[:-1].gather(1, torch.tensor(prompt[1:, None])).flatten(), atol=1e-8)
+        assert [top[0][0] for top in answer.prompt_tops] == scores[:-1].argmax(-1).tolist()
+        assert answer.cached == 0 and answer.done and answer.choices[0].finish == "length"
+    assert answer.choices[0].tokens == [int(scores[-1].argmax())]
+    assert answer.choices[0].logprobs == [pytest.approx(float(scores[-1].max()))]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_a_thought_that_has_had_its_budget_is_closed(decoder, tokenizer, budget):
+    """Once, whether the prompt opens it or the model would; an answer that never thinks is left alone."""
+    model = decoder(torch.float64)
+    with torch.no_grad():
+        model.head.weight[tokenizer.encode("</think>")[0]] *= 0
+        model.head.weight[tokenizer.end_id] *= 0
+    close, batching = tokenizer.encode("</think>")[0], Batching(model, tokenizer)
+    prompt = tokenizer.prompt(PROMPTS[0])
+    opened = Request(np.append(prompt, tokenizer.encode("<think>")), max_new_tokens=40, seed=1, thought_budget=budget, opened=True)
+    silent = Request(prompt, max_new_tokens=40, seed=1, thought_budget=budget)
+    answers = [batching.submit(opened), batching.submit(silent)]
+    carry(batching)
+    tokens = answers[0].choices[0].tokens
+    free = alone(model, tokenizer, Request(opened.prompt, max_new_tokens=40, seed=1))
+    assert tokens[: budget + 1] == [*free[:budget], close] and close not in tokens[budget + 1 :] and len(tokens) == 40
+    said = answers[1].choices[0].tokens
+    assert said == alone(model, tokenizer, silent) and said[0] not in tokenizer.encode("<think>")
+
+
+def test_a_model_that_opens_its_thought_itself_is_closed_too(decoder, tokenizer):
+    model, (think, close) = decoder(torch.float64), tokenizer.encode("<think> </think>")
+    with torch.no_grad():
+        model.head.weight[[close, tokenizer.end_id]] *= 0
+    batching = Batching(model, tokenizer)
+    for seed in range(400):
+        request = Request(tokenizer.prompt(PROMPTS[0]), 2.0, max_new_tokens=12, seed=seed, thought_budget=3)
+        if alone(model, tokenizer, request)[0] == think:
+            break
+    answer = batching.submit(request)
+    carry(batching)
+    assert answer.choices[0].tokens[0] == think and answer.choices[0].tokens.index(close) == 4
+
+
+def test_rows_that_nobody_wants_are_free_before_the_next_step(decoder, tokenizer):
+    batching = Batching(decoder(max_positions=4096), tokenizer, rows=2)
+    prompt = tokenizer.prompt(PROMPTS[0])
+    first, second, third = (batching.submit(Request(prompt, max_new_tokens=2000, seed=i, endless=True)) for i in range(3))
+    with torch.inference_mode():
+        for _ in range(4):
+            batching.round()
+        assert (batching.busy, len(batching.line)) == (2, 1)
+        batching.cancel(first)
+        batching.round()
+        assert (batching.busy, len(batching.line)) == (2, 0) and third in {seat.answer for seat in batching.shuttle.owners}
+        batching.enough(second.choices[0])
+        batching.cancel(third)
+        batching.round()
+    assert batching.busy == 0 and second.done and not first.done
+    assert batching.shuttle.cache.bytes == 0  # and what they held is given back
+
+
+def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
+    model, prompt = decoder(), tokenizer.prompt(PROMPTS[0])
+    need = len(prompt) + 20
+    batching = Batching(model, tokenizer, rows=64, waiting=4, tokens=2 * need)
+    answers = [batching.submit(Request(prompt, max_new_tokens=20, seed=i, endless=True)) for i in range(4)]
+    with pytest.raises(Full, match="4 requests are waiting") as caught:
+        batching.submit(Request(prompt))
+    assert caught.value.retry_after >= 1
+    most = 0
+    with torch.inference_mode():
+        while batching.line or batching.busy:
+            batching.round()
+            most = max(most, batching.busy)
+    assert most == 2 and [len(a.choices[0].tokens) for a in answers] == [20] * 4
+    assert all(a.first <= b.first for a, b in zip(answers, answers[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [([], {}, "empty"), ([1] * 100, {"max_new_tokens": 29}, "128 positions"), ([1, -1], {}, "token ids"), ([10**6], {}, "token ids"),
+     ([1], {"copies": 65}, "64 rows")],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_said_at_once(decoder, tokenizer, prompt, changes, message):
+    with pytest.raises(LimbeckError, match=message):
+        Batching(decoder(), tokenizer).submit(Request(np.array(prompt, dtype=np.int64), **{"max_new_tokens": 9, **changes}))
+
+
+def test_a_model_that_fails_tells_everybody_and_serves_the_next(decoder, tokenizer):
+    told = []
+    batching = Batching(decoder(), tokenizer, tell=told.extend)
+    batching.start()
+    broken, batching.shuttle.step = batching.shuttle.step, lambda: 1 / 0
+    answer = batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
+    while not answer.done:
+        pass
+    assert isinstance(answer.error, ZeroDivisionError) and batching.failures == 1 and broken
+    after = batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
+    while not after.done:
+        pass
+    assert after.error is None and after.choices[0].tokens
+    batching.close()
+    assert answer in told and after in told
+    with pytest.raises(LimbeckError, match="closing"):
+        batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
+
+
+def test_what_was_read_is_remembered_within_its_room(decoder):
+    config = decoder().config
+
+    def past(tokens):
+        made = Past(config, len(tokens))
+        made.length = len(tokens)
+        return made
+
+    texts = [np.array(text) for text in ([1, 2, 3, 4], [1, 2, 9, 9, 9], [5, 6, 7])]
+    size = past(texts[0]).bytes // 4
+    prefixes = Prefixes(10 * size)
+    for text in texts:
+        prefixes.keep(text, past(text))
+    assert prefixes.held == 8 * size and len(prefixes.pasts) == 2  # the first had to go
+    assert prefixes.longest(np.array([1, 2, 3, 4, 5]))[1] == 2
+    assert prefixes.longest(np.array([1, 2, 9, 9, 9]))[1] == 4  # never the last token
+    assert prefixes.longest(np.array([8, 8])) == (None, 0)
+    prefixes.keep(np.array([1, 2, 9]), past([1, 2, 9]))  # the beginning of one that is known
+    assert prefixes.held == 8 * size
+    prefixes.keep(np.array([5, 6, 7, 8, 8]), past([5, 6, 7, 8, 8]))  # takes the place of its beginning
+    assert prefixes.held == 10 * size and alike(np.array([5, 6]), np.array([5, 6, 7])) == 2
+
+
+def test_the_nucleus_is_the_same_among_a_few_and_among_all():
+    logits = torch.randn(5, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1], [3], [6], [9]])
+    probabilities = logits.softmax(-1)
+    together = nucleus(probabilities, 0.9)  # the first row needs nearly all, so all are sorted
+    assert 2600 < int(together[0].sum()) < 2800
+    for row in range(5):
+        assert torch.equal(nucleus(probabilities[row : row + 1], 0.9)[0], together[row])
+        kept = probabilities[row][together[row]]
+        assert kept.sum() >= 0.9 > kept.sum() - kept.min()
