@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -176,7 +178,7 @@ def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
             batching.round()
             most = max(most, batching.busy)
     assert most == 2 and [len(a.choices[0].tokens) for a in answers] == [20] * 4
-    assert all(a.first <= b.first for a, b in zip(answers, answers[1:], strict=False))
+    assert all(a.first <= b.first for a, b in pairwise(answers))
 
 
 @pytest.mark.parametrize(
