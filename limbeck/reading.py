@@ -86,9 +86,13 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def shipped() -> list[Path]:
+    """The recipes that come with Limbeck."""
+    return sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
 def _shipped() -> str:
-    folder = Path(__file__).parent.parent / "recipes"
-    return ", ".join(sorted(f"recipes/{p.name}" for p in folder.glob("*.yaml"))) or "none found"
+    return ", ".join(f"recipes/{path.name}" for path in shipped()) or "none found"
 
 
 def _override(tree: dict, override: str) -> None:
