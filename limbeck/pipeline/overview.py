@@ -68,6 +68,10 @@ class Overview:
     def done(self) -> int:
         return sum(stage.state == "done" for stage in self.stages)
 
+    @property
+    def complete(self) -> bool:
+        return self.done == len(self.stages)
+
 
 def runs_in(home: Path) -> list[Path]:
     """The runs in a folder, the one that was touched last first."""

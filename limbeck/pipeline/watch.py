@@ -91,15 +91,14 @@ def line_of(run: Overview, standing: Standing, alive: bool) -> Line:
 
 def narrate(run: Overview, stages: Sequence[Line]) -> list[Text]:
     """The run in a paragraph: how far it is, what it has shown, what it does now, and how the plan fared."""
-    kept = [line for line in stages if line.kind != "report"]
-    done = [line for line in kept if line.state == "done"]
-    said = [Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。").format(len(done), len(kept))]
-    views = tuple(line.standing.view for line in done)
+    done = [line for line in stages if line.state == "done"]
+    said = [Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。").format(len(done), len(stages))]
+    views = tuple(line.standing.view for line in done if line.kind != "report")
     said += story.opening(Reported(views, run.recipe.model_dump(mode="json"), {})) if any(v.kind == "evaluate" for v in views) else []
-    for line in kept:
+    for line in stages:
         if line.state in ("running", "begun", "asks"):
             said += line.said if line.state == "running" else line.said[:1]
-    return [*said, *_plan(kept)]
+    return [*said, *_plan(stages)]
 
 
 def _plan(stages: Sequence[Line]) -> list[Text]:

@@ -25,7 +25,7 @@ from ..pages import language_of, render
 from ..site import Site
 
 POINTS = 400  # of a curve: as many as a wide screen can tell apart
-SHOWN = 12  # flips of each sort, and samples of an evaluation
+SHOWN = 8  # flips of each sort, and samples of an evaluation
 LIVE, STILL = "every 2s", "every 15s"  # somebody may start a run at a terminal, so a page at rest looks too
 BLANK = {"recipe": "", "path": "", "name": "", "settings": "", "auto": False}
 AGAIN = {"cache-control": "private, no-cache"}
@@ -41,7 +41,8 @@ def routes(site: Site) -> APIRouter:
         return _page(request, "runs", {"rows": rows}, more, live, seen, 400 if wrong else 200)
 
     def single(request: Request, folder: Path, seen: str = "", wrong: str = "") -> Response:
-        run, state = overview.look(folder), jobs.state(folder)
+        run = overview.look(folder)
+        state = _state(run)
         lines = watch.lines(run, state.alive)
         values = {"run": run, "state": state, "lines": lines, "said": watch.narrate(run, lines), "link": lambda stage: _link(run, stage)}
         return _page(request, "runs_run", values, {"wrong": wrong}, state.alive, seen, 409 if wrong else 200)
@@ -132,17 +133,23 @@ def _line(site: Site, name: str, stage: str) -> tuple[overview.Overview, watch.L
     return run, watch.line_of(run, standing, alive), alive
 
 
+def _state(run: overview.Overview) -> jobs.State:
+    """Where a run stands; one of the time before runs said how they end is finished when all of its stages are."""
+    state = jobs.state(run.folder)
+    return jobs.State("finished") if not state.name and run.complete else state
+
+
 def _link(run: overview.Overview, stage: str) -> str:
     return f"/runs/{quote(run.folder.name)}/{quote(stage)}"
 
 
 def _row(folder: Path) -> dict[str, Any]:
     """One run in the list of all; a recipe that can no longer be read is told as it is."""
-    state = jobs.state(folder)
     try:
         run = overview.look(folder)
     except LimbeckError as error:
         return {"name": folder.name, "state": jobs.State("failed", str(error)), "lines": [], "done": 0, "of": 0, "report": ""}
+    state = _state(run)
     busy = [watch.line_of(run, standing, state.alive) for standing in run.stages if standing.state in ("begun", "asks")]
     report = next((one.name for one in run.stages if one.kind == "report" and one.state == "done"), "")
     return {"name": folder.name, "state": state, "lines": busy, "done": run.done, "of": len(run.stages), "report": report and _link(run, report)}
