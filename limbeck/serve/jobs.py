@@ -19,8 +19,9 @@ from typing import Any
 from filelock import FileLock
 
 from ..pipeline import attendance
+from ..pipeline.graph import anchored
 from ..pipeline.store import write
-from ..reading import load
+from ..reading import dump, load, unattended
 from ..types import LimbeckError
 
 LOG, CHILD, START = "log.txt", ".child.json", ".start"
@@ -47,9 +48,9 @@ class State:
 def start(recipe: Path, runs: Path, overrides: list[str] | tuple[str, ...] = (), auto: bool = False) -> Path:
     """Carry a recipe out; returns the run's folder at once. A mistake in the recipe is told here; one that shows only
     later is told by `state`."""
-    folder = runs.resolve() / load(recipe, overrides).name
-    sets = [part for override in overrides for part in ("--set", override)]
-    _begin(folder, [str(recipe.resolve()), *sets, *(["--auto"] if auto else [])], None)
+    told = anchored(load(recipe, overrides), recipe.parent)
+    folder = runs.resolve() / told.name
+    _begin(folder, dump(unattended(told) if auto else told), None)
     return folder
 
 
@@ -60,7 +61,7 @@ def resume(folder: Path) -> None:
     deadline = time.monotonic() + ENDING
     while attendance.at_work(folder) and attendance.status(folder).state in ("waits", "paused") and time.monotonic() < deadline:
         time.sleep(0.05)  # it has looked for the last time and is about to end
-    _begin(folder, [str((folder / "recipe.yaml").resolve())], attendance.status(folder).right or _child(folder).get("right"))
+    _begin(folder, None, attendance.status(folder).right or _child(folder).get("right"))
 
 
 def pause(folder: Path) -> None:
@@ -101,15 +102,18 @@ def _child(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _begin(folder: Path, arguments: list[str], right: str | None) -> None:
+def _begin(folder: Path, recipe: str | None, right: str | None) -> None:
+    """Start the command on the recipe in a run's folder; `recipe` is put there first."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / START), open(folder / LOG, "ab") as log:
         if state(folder).alive:
             raise LimbeckError(f"{folder} is being carried out already; pause it first, or give the recipe another name")
+        if recipe:
+            write(folder / "recipe.yaml", recipe)
         (folder / attendance.STATUS).unlink(missing_ok=True)
         claim = ["--i-have-the-right", right] if right else []
         child = subprocess.Popen(
-            [*COMMAND, *arguments, "--runs", str(folder.parent), *claim], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent), *claim], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True, env={**os.environ, "CI": "1"},
         )  # fmt: skip
         born = {"pid": child.pid, "born": _born(child.pid), "since": time.time(), "right": right}
