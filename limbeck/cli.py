@@ -298,14 +298,10 @@ _SIGNS = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks
 
 
 def _load(path: Path, overrides: list[str], auto: bool) -> Any:
-    from .reading import load
-    from .recipe import Curate
+    from .reading import load, unattended
 
     recipe = load(path, overrides)
-    if not auto:
-        return recipe
-    stages = {n: s.model_copy(update={"auto": True}) if isinstance(s, Curate) else s for n, s in recipe.stages.items()}
-    return recipe.model_copy(update={"stages": stages})
+    return unattended(recipe) if auto else recipe
 
 
 def _graph(recipe: Any, path: Path, runs: Path) -> Graph:

@@ -49,6 +49,12 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def unattended(recipe: Recipe) -> Recipe:
+    """The recipe with each curate stage's policy in the place of people."""
+    stages = {n: s.model_copy(update={"auto": True}) if isinstance(s, Curate) else s for n, s in recipe.stages.items()}
+    return recipe.model_copy(update={"stages": stages})
+
+
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe; `overrides` are `key.path=value` pairs. Any mistake is one sentence."""
     path = Path(path)
@@ -86,9 +92,13 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def shipped() -> list[Path]:
+    """The recipes that come with Limbeck."""
+    return sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
 def _shipped() -> str:
-    folder = Path(__file__).parent.parent / "recipes"
-    return ", ".join(sorted(f"recipes/{p.name}" for p in folder.glob("*.yaml"))) or "none found"
+    return ", ".join(f"recipes/{path.name}" for path in shipped()) or "none found"
 
 
 def _override(tree: dict, override: str) -> None:

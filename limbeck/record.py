@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .types import Group
 
@@ -81,6 +81,36 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+class Tail:
+    """Reads a JSONL file on from where reading stopped: `anew, lines = Tail(path).more()`.
+
+    `anew` says that what was read before no longer holds: a stage that goes on from a checkpoint writes its history
+    anew. Lines come with the place in the file where they begin; a half-written last one waits.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.offset, self._inode = path, 0, 0
+
+    def more(self) -> tuple[bool, list[tuple[int, bytes]]]:
+        try:
+            with open(self.path, "rb") as file:
+                return self._read(file)
+        except FileNotFoundError:
+            return False, []
+
+    def _read(self, file: BinaryIO) -> tuple[bool, list[tuple[int, bytes]]]:
+        found = os.fstat(file.fileno())
+        anew = self.offset > 0 and (found.st_ino != self._inode or found.st_size < self.offset)
+        self._inode, self.offset = found.st_ino, 0 if anew else self.offset
+        file.seek(self.offset)
+        lines = []
+        for line in file:
+            if line.endswith(b"\n"):
+                lines.append((self.offset, line))
+                self.offset += len(line)
+        return anew, lines
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from .series import cuts, means, running_mean
+
 # matplotlib draws in colours that nobody would choose; on the page each becomes a CSS variable
 TONES = ("one", "two", "three", "four", "ink", "muted", "rule")
 HUES = TONES[:6]  # for lines; more than six in one chart share them
 _HEX = {tone: f"#0a0a{i:02x}" for i, tone in enumerate(TONES, 1)}
-_POINTS = 240  # more than a chart of this size can show
+POINTS = 240  # more than a chart of this size can show
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,11 @@ def curves(lines: Sequence[Line], percent: bool = False, log: bool = False) -> M
     scale = 100 if percent else 1
     ends = []
     for line in lines:
-        x, y = _thin(np.asarray(line.x, float), scale * np.asarray(line.y, float))
+        x, y = (means(np.asarray(values, float), cuts(len(line.x), POINTS)) for values in (line.x, line.y))
+        y = scale * y
         if log:
             y = np.where(y > 0, y, np.nan)
-        smooth = _running_mean(y, max(1, len(y) // 30))
+        smooth = running_mean(y)
         axes.plot(x, y, color=_HEX[line.tone], linewidth=0.8, alpha=0.35)
         axes.plot(x, smooth, color=_HEX[line.tone], linewidth=1.8)
         ends.append((line, x[-1], smooth[-1]))
@@ -158,20 +161,6 @@ def _apart(heights: list[float], distance: float = 0.095) -> list[float]:
         heights[i] = min(heights[i], ceiling)
         ceiling = heights[i] - distance
     return heights
-
-
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Long histories become means of neighbours."""
-    if len(x) <= _POINTS:
-        return x, y
-    edges = np.linspace(0, len(x), _POINTS + 1).astype(int)
-    width = np.diff(edges)
-    return np.add.reduceat(x, edges[:-1]) / width, np.add.reduceat(y, edges[:-1]) / width
-
-
-def _running_mean(y: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of the `reach` neighbours on each side, fewer at the ends."""
-    return np.array([np.mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))])
 
 
 def _svg(figure: Any) -> Markup:

@@ -17,16 +17,23 @@ _SWEEPS = 8  # more change nothing in graphs of this size
 
 @dataclass(frozen=True)
 class Box:
-    """A stage in the drawing: `Box("zero", Text("RL · 76 s", "强化学习 · 76 秒"), ("base",), "model")`."""
+    """A stage in the drawing: `Box("zero", Text("RL · 76 s", "强化学习 · 76 秒"), ("base",), "model")`.
+
+    Of a run that is going on, `state` says how the stage stands and `share` how much of it is done; `link` leads to it.
+    """
 
     name: str
     caption: Text
     inputs: tuple[str, ...]
     family: str
+    link: str = ""
+    state: str = ""
+    share: float = 0.0
 
 
-def draw(boxes: Sequence[Box]) -> Markup:
-    """The boxes and their edges as one SVG; an edge to a box that is not shown is left out."""
+def draw(boxes: Sequence[Box], label: str = "") -> Markup:
+    """The boxes and their edges as one SVG; an edge to a box that is not shown is left out. `label` names a drawing that
+    can be followed by its links; without links it is a picture."""
     shown = {box.name: box for box in boxes}
     edges = [(source, box.name) for box in boxes for source in box.inputs if source in shown]
     layers, chains = _layers(list(shown), edges)
@@ -34,8 +41,9 @@ def draw(boxes: Sequence[Box]) -> Markup:
     height = len(layers) * (_HEIGHT + _GAP_Y) - _GAP_Y
     paths = [_edge([places[node] for node in chain]) for chain in chains]
     drawn = [_box(shown[name], *places[name]) for name in shown]
-    view = f'viewBox="-1 -1 {width + 2:.0f} {height + 2}" style="max-width:{width + 2:.0f}px"'
-    return Markup(f'<svg class="lineage" role="img" {view}>' + "".join(paths) + "".join(drawn) + "</svg>")
+    view = f'viewBox="-1 -1 {width + 2:.0f} {height + 2}" width="{width + 2:.0f}"'
+    role = f'role="group" aria-label="{escape(label)}"' if label else 'role="img"'
+    return Markup(f'<svg class="lineage" {role} {view}>' + "".join(paths) + "".join(drawn) + "</svg>")
 
 
 def _layers(names: list[str], edges: list[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
@@ -136,11 +144,15 @@ def _edge(points: list[tuple[float, float]]) -> str:
 
 
 def _box(box: Box, x: float, y: float) -> str:
+    # attributes and no styles: a page of the studio refuses styles that stand in its text
     size = 13 if len(box.name) <= 15 else 13 * 15 / len(box.name)
-    name = f'<text x="{x:.1f}" y="{y + 18:.1f}" style="font-size:{size:.1f}px">{escape(box.name)}</text>'
+    name = f'<text class="name" font-size="{size:.1f}px" x="{x:.1f}" y="{y + 18:.1f}">{escape(box.name)}</text>'
     captions = "".join(
         f'<text class="caption {language}" x="{x:.1f}" y="{y + 33:.1f}">{escape(caption)}</text>'
         for language, caption in (("en", box.caption.en), ("zh", box.caption.zh))
     )
-    place = f'x="{x - _WIDTH / 2:.1f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"'
-    return f'<g><rect class="{box.family}" {place}/>' + f"{name}{captions}</g>"
+    left = x - _WIDTH / 2
+    place = f'x="{left:.1f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"'
+    bar = f'<rect class="share" x="{left:.1f}" y="{y + _HEIGHT - 4}" width="{_WIDTH * min(1.0, box.share):.1f}" height="4" rx="2"/>' if box.share else ""
+    drawn = f'<g class="{box.state}"><rect class="{box.family}" {place}/>{bar}{name}{captions}</g>'
+    return f'<a href="{escape(box.link)}" id="box-{escape(box.name)}">{drawn}</a>' if box.link else drawn

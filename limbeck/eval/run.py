@@ -150,13 +150,7 @@ class Run:
     def samples(self, role: str) -> dict[str, dict[str, Any]]:
         """Problem -> the model's response to it, at temperature 1 where there is one."""
         evaluation = self.evaluations.get(self.role(role) or "")
-        rows = list(read(evaluation["folder"] / SAMPLES)) if evaluation else []
-        mode = "t1" if any(row["mode"] == "t1" for row in rows) else rows[0]["mode"] if rows else ""
-        first: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            if row["mode"] == mode:
-                first.setdefault(row["problem"], row)
-        return first
+        return samples_of(evaluation["folder"]) if evaluation else {}
 
     def alarms(self) -> Iterator[tuple[str, str, int, int]]:
         """Every alarm that rang: stage, what it said first, at which step, how often.
@@ -170,3 +164,14 @@ class Run:
                     rung.setdefault(re.sub(r"\d+", "", str(alarm)), []).append((str(alarm), int(row["step"])))
             for times in rung.values():
                 yield stage.name, *times[0], len(times)
+
+
+def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """An evaluation's first response to each problem, at temperature 1 where there is one."""
+    rows = list(read(folder / SAMPLES))
+    mode = "t1" if any(row["mode"] == "t1" for row in rows) else rows[0]["mode"] if rows else ""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["mode"] == mode:
+            first.setdefault(row["problem"], row)
+    return first

@@ -59,7 +59,7 @@ class Graph:
         self._files: dict[Path, str] = {}
         tests = tested(self.recipe)
         self.decontamination = Decontamination(store, tests, {name: self._source(problems) for name, problems in tests.items()})
-        self.nodes: dict[str, Node] = {node.name: node for node in _ordered(_expand(self.recipe))}
+        self.nodes: dict[str, Node] = {node.name: node for node in nodes_of(self.recipe)}
         self.refresh()
 
     def refresh(self) -> None:
@@ -175,6 +175,11 @@ def table_of(stage: Stage) -> bool:
 def seed_of(recipe: Recipe, node: Node) -> str:
     """The root of a stage's randomness; all models of an evaluation share theirs, and so their problems."""
     return f"{recipe.seed}/{node.name.split('/')[0]}"
+
+
+def nodes_of(recipe: Recipe) -> list[Node]:
+    """A recipe's stages in the order in which they can run, without keys: nothing is read but the recipe."""
+    return list(_ordered(_expand(recipe)))
 
 
 def _expand(recipe: Recipe) -> Iterator[Node]:

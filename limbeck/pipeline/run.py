@@ -18,6 +18,7 @@ from ..recipe import Curate, Recipe, Remote
 from ..record import METRICS, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
+from .attendance import Attendance
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
 from .provenance import check, grown, origin_of
@@ -67,6 +68,7 @@ class Run:
         self.graph = Graph(recipe, self.store, base)
         self.descent, self.claims = check(self.graph, right)
         self.host = Host(recipe.workers, recipe.threads)
+        self.attendance = Attendance(self.folder, right)
         self.running: dict[str, Progress] = {}
         self.stopping = self._asked_to_stop = False
 
@@ -74,10 +76,14 @@ class Run:
         """Run all that can run; returns the report's page, if the recipe has one."""
         self._refuse_keyless()
         self._open_folder()
+        with self.attendance:
+            return self._carry_out()
+
+    def _carry_out(self) -> Path | None:
         self.graph.look_closely()
         began = time.monotonic()
         try:
-            while self._start() or self.running:
+            while self._start() or self.running or self._reviewed():
                 self._step()
         except (LimbeckError, OSError):
             self._let_go()
@@ -85,6 +91,7 @@ class Run:
         finally:
             self.host.close()
         if self.stopping:
+            self.attendance.tell("paused")
             raise Resumable("stopped; the same command goes on from here")
         self._refuse_waiting()
         return self._report(time.monotonic() - began)
@@ -112,8 +119,11 @@ class Run:
 
     def _step(self) -> None:
         """Wait a moment, and take in what has happened."""
+        if self.attendance.asked_to_pause():
+            self.stop()
         if self.stopping and not self._asked_to_stop:
             self._asked_to_stop = True
+            self.attendance.tell("pausing")
             self.display.say("stopping after a checkpoint; press Ctrl-C again to stop at once")
             self.host.stop()
         event = self.host.wait(TICK)
@@ -141,11 +151,23 @@ class Run:
             if node.state == "ready" and node.name not in self.running and self.host.free:
                 job = self._job(node)
                 self.running[node.name] = Progress(node, job.folder, time.monotonic())
+                self.attendance.begun[node.name] = job.folder.name
                 self.host.start(write_job(job))
                 if job.dropped:
                     self.display.say(f"{node.name}: leaves {len(job.dropped)} of {node.finding.checked} out, too near to the test")
                 started = True
+        if started:
+            self.attendance.tell("running")
         return started
+
+    def _reviewed(self) -> bool:
+        """Says that people are waited for, and only then looks a last time whether they have reviewed: whoever reviews
+        and afterwards reads `running` knows that it will be seen, and starts nobody else."""
+        if self.stopping:
+            return False
+        if any(node.state == "asks" for node in self.graph.nodes.values()):
+            self.attendance.tell("waits")
+        return any(node.state == "ready" for node in self.graph.nodes.values())
 
     def _urgency(self, node: Node) -> int:
         """Less is sooner: the number of stages behind this one, negated."""
@@ -165,11 +187,14 @@ class Run:
 
     def _hear(self, event: dict[str, Any]) -> None:
         progress = self.running.pop(event["name"])
+        if event["event"] in ("done", "found", "waiting"):
+            self.attendance.begun.pop(event["name"])
         if event["event"] in ("done", "found"):
             if event["event"] == "done":
                 self.store.finish(progress.folder, self._manifest(progress.node, event["outcome"]))
             self.graph.refresh()
             self._index()
+            self.attendance.tell(self.attendance.state)
             self.display.finished(progress.node, self.graph.nodes[event["name"]].artifact)
         elif event["event"] == "died":
             raise Resumable(
@@ -216,7 +241,7 @@ class Run:
             self.store.amend(node.artifact, news)
 
     def _refuse_waiting(self) -> None:
-        asked = [node for node in self.graph.nodes.values() if node.state == "asks"]
+        asked = [node for node in self.graph.nodes.values() if node.queue and not node.artifact]
         if asked:
             rows = len(desk.pending(asked[0].queue))
             raise Resumable(

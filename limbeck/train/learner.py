@@ -37,7 +37,7 @@ class Learner:
         self.optimizer = Optimizer(model, settings, steps)
         self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
-    def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Any]:
         """One optimiser step over all micro-batches; returns the batch's metrics."""
         totals: dict[str, Tensor] = {}
         for batch in batches:
@@ -112,8 +112,9 @@ class Learner:
         metrics["loss_balance"] = torch.stack(routes.penalties).sum()
         return [metrics["loss_balance"]]
 
-    def _balance(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Move the routers' biases by the whole batch's load; that load, at most over mean, and the entropy."""
+    def _balance(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Move the routers' biases by the whole batch's load; that load, at most over mean, and the entropy; and which
+        share of its layer's tokens each expert had."""
         routes = [batch.context.routes for batch in batches]
         loads = [torch.stack(layer).sum(0) for layer in zip(*(r.loads for r in routes), strict=True)]
         if batches[0].routes_NLK is None:  # a replayed choice is not the router's
@@ -122,6 +123,7 @@ class Learner:
         return {
             "expert_load": float(np.mean([float(load.max() / load.float().mean()) for load in loads])),
             "router_entropy": entropy * self.mixtures[0].experts.top_k,
+            "expert_loads": [[round(share, 4) for share in (load / load.sum()).tolist()] for load in loads],
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -131,12 +132,12 @@ def _heard_flops(heard: dict[str, float], held: int, config: ModelConfig) -> flo
     return sum(v for k, v in heard.items() if k.endswith("_flops")) + tokens * config.flops_per_token(tokens / max(1, held) / 2)
 
 
-def _merge(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over a step's updates. The first update sees the very weights that sampled, so its drift is the
+def _merge(updates: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over a step's updates, number by number. The first update sees the very weights that sampled, so its drift is the
     sampler/learner gap: zero but for rounding."""
     if not updates:
         return {}
-    merged = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+    merged = {name: np.mean([u[name] for u in updates], axis=0).tolist() for name in updates[0]}
     return {**merged, "gap": updates[0]["max_drift"]}
 
 

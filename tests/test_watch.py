@@ -1,0 +1,173 @@
+"""What is told of a run from outside: its record as it grows, flips, sentences, and the overview of its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from limbeck.eval import flips, narration
+from limbeck.eval.history import History
+from limbeck.eval.lineage import Box, draw
+from limbeck.eval.words import Text
+from limbeck.pipeline import attendance, overview, watch
+from limbeck.record import METRICS, ROLLOUTS, Record, read
+from limbeck.types import Completion, Group, Problem, Score
+
+
+def group(problem: str, *right: bool) -> Group:
+    """A group of which some are right."""
+    made = tuple(Completion(np.array([1, 2]), np.array([-0.1, -0.1]), f"text {i}", True, i) for i in range(len(right)))
+    scores = tuple(Score({"accuracy": float(one)}, {} if one else {"accuracy": "answer 3, gold 4"}) for one in right)
+    return Group(Problem(problem, f"{problem}?"), np.array([5]), made, scores, tuple(float(one) for one in right))
+
+
+def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does(tmp_path):
+    record, history = Record(tmp_path, 0, 20), History(tmp_path)
+    assert history.look().done == 0 and history.pace is None
+    for step in range(10):
+        record.step(step, {"reward": step / 10, "gap": 1e-6}, [group("a", step > 5, step > 5)] if step % 4 == 0 else [])
+    seen = history.look().version
+    assert (history.done, history.total, history.steps) == (10, 20, list(range(10)))
+    assert [(one.step, one.right) for one in history.shown] == [(0, 0.0), (4, 0.0), (8, 1.0)]
+    assert history.responses(4) == [{k: v for k, v in row.items() if k != "step"} | {"step": 4} for row in read(tmp_path / ROLLOUTS) if row["step"] == 4]
+    assert history.look().version == seen
+
+    with open(tmp_path / METRICS, "a") as file:
+        file.write('{"step": 10, "rew')
+    assert history.look().done == 10 and history.version == seen
+    Record(tmp_path, 6, 20).step(6, {"reward": None, "held_out_accuracy": 0.5, "alarms": ["too long"]})
+    history.look()
+    assert history.steps == list(range(7)) and [one.step for one in history.shown] == [0, 4]
+    assert math.isnan(history.columns["reward"][6]) and history.column("held_out_accuracy").tolist() == [0.5]
+    assert all(len(column) == 7 for column in history.columns.values()) and history.alarms == [(6, "too long")]
+
+
+def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
+    record, history = Record(tmp_path, 0), History(tmp_path)
+    for step in range(50):
+        record.step(step, {"reward": 1.0})
+    history.look()
+    parsed = []
+    monkeypatch.setattr("limbeck.eval.history.json.loads", lambda line: parsed.append(line) or json.JSONDecoder().decode(line.decode()))
+    history.look()
+    assert parsed == []
+    record.step(50, {"reward": 2.0})
+    history.look()
+    assert len(parsed) == 2 and history.columns["reward"][-1] == 2.0  # its metrics and its timing
+
+
+def test_curves_of_thousands_of_steps_are_means_of_neighbours(tmp_path):
+    rows = ({"step": step, "reward": float(step % 2), **({"rare": 3.0} if step == 1000 else {})} for step in range(5000))
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = History(tmp_path).look().curves(400)
+    assert len(told["steps"]) == 400 and max(map(len, told["columns"].values())) == 400
+    assert told["columns"]["reward"] == pytest.approx([0.5] * 400, abs=0.05)
+    assert [value for value in told["columns"]["rare"] if value is not None] == [3.0]
+    assert told["steps"] == sorted(told["steps"]) and 0 <= told["steps"][0] < 13 and told["steps"][-1] > 4985
+    json.dumps(told, allow_nan=False)
+
+
+def test_flips_between_two_evaluations_and_between_steps(tmp_path):
+    for name, right in (("before", "01101"), ("after", "11010")):
+        rows = [{"problem": str(i), "prompt": f"{i}?", "mode": "t1", "text": name, "correct": one == "1"} for i, one in enumerate(right)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = flips.between(tmp_path / "before", tmp_path / "after")
+    assert ([f.problem for f in found.won], [f.problem for f in found.lost]) == (["0", "3"], ["2", "4"])
+    assert (found.held, found.missed, found.asked) == (1, 0, 5)
+
+    record = Record(tmp_path, 0)
+    for step, groups in enumerate([[group("a", False, False), group("b", True, True)], [group("c", True, True)], [group("a", True, True), group("b", True, False)]]):
+        record.step(step, {}, groups)
+    within = flips.within(History(tmp_path).look().shown)
+    assert [f.problem for f in within.won] == ["a"] and [f.problem for f in within.lost] == ["b"] and within.asked == 2
+
+
+def test_sentences_turn_where_the_numbers_turn(tmp_path):
+    wave = [0.5 + 0.2 * math.sin(2.4 * step) for step in range(60)]
+    for name, rewards in (("up", [step / 60 for step in range(60)]), ("down", [1 - step / 60 for step in range(60)]), ("wave", wave)):
+        (tmp_path / name).mkdir()
+        record = Record(tmp_path / name, 0, 100)
+        for step, reward in enumerate(rewards):
+            record.step(step, {"accuracy": reward, "gap": 1e-6, "informative": 0.4, "truncated": 0.2 if name == "up" else 0.0, **({"alarms": ["x: too long"]} if step > 57 else {})})
+    told = {name: narration.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")}
+    assert told["up"] == Text("Accuracy rose from 4.2% to 94.2%.", "准确率从 4.2% 升到 94.2%。")
+    assert told["down"].en == "Accuracy fell from 95.8% to 5.8%." and "降" in told["down"].zh
+    assert "no clear direction" in told["wave"].en and "没有明显的方向" in told["wave"].zh
+    sound = [text.en for text in narration.soundness(History(tmp_path / "up").look())]
+    assert "differ by at most 1.0e-06 nats a token: no more than rounding." in sound[0]
+    assert sound[1:] == [
+        "Of the latest groups 40% hold both better and worse responses; the others teach nothing.",
+        "20% of the latest responses ran out of tokens.", "Alarm at step 58 (2 in all): x: too long.",
+    ]  # fmt: skip
+    running = narration.progress("zero", "rl", "running", History(tmp_path / "up").look(), {})
+    assert running.en.startswith("zero has taken 60 of 100 steps; one takes") and running.zh.startswith("zero 已走 60/100 步")
+    assert narration.progress("zero", "rl", "begun", History(tmp_path / "up").look(), {}).en == "zero has taken 60 of 100 steps and rests."
+
+
+@pytest.mark.parametrize("actual, over, said", [(50, True, "shorter"), (100, True, "as foreseen"), (200, True, "longer"), (50, False, "have passed."), (200, False, "more than")])
+def test_a_plan_is_compared_with_what_came(actual, over, said):
+    assert said in narration.foreseen(actual, {"seconds": 100, "low": 80, "high": 130}, over).en
+
+
+def test_a_finished_run_is_told_from_its_folder_alone(finished):
+    run = overview.look(finished.home / "tiny")
+    assert run.complete and overview.runs_in(finished.home) == [finished.home / "tiny"]
+    assert attendance.status(run.folder).state == "finished" and not attendance.at_work(run.folder)
+    lines = watch.lines(run, alive=False)
+    assert [line.state for line in lines] == ["done"] * len(lines) and lines[0].name == "brought"
+    zero = next(line for line in lines if line.name == "zero")
+    assert zero.share == 1 and zero.history.done == 8 and zero.rewards() == ["accuracy", "format", "language"]
+    told = [text.en for text in watch.narrate(run, lines)]
+    assert told[0] == f"{len(lines)} of {len(lines)} stages are done."
+    assert zero.said[0].en.startswith("zero is done: RL in") and zero.said[0].zh.startswith("zero 已完成")
+    evaluation = next(line for line in lines if line.kind == "evaluate")
+    assert any("On clock, temperature 1" in text.en for text in evaluation.said) and watch.samples(evaluation)
+    drawn = watch.draw(lines, "the stages", lambda name: f"/runs/tiny/{name}")
+    assert 'href="/runs/tiny/zero"' in drawn and "evaluation" not in drawn and "style=" not in drawn
+    assert watch.responses(zero, None)["step"] == 7 and watch.responses(zero, 3)["before"] == 2
+
+
+def test_a_forecast_stands_beside_what_was_measured(finished):
+    run = overview.look(finished.home / "tiny")
+    path = run.folder / overview.FORECAST
+    path.write_text(json.dumps({"stages": [{"name": name, "seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")]}))
+    try:
+        lines = watch.lines(overview.look(run.folder), alive=False)
+        assert [line.name for line in lines if line.foreseen] == ["base", "zero"]
+        assert "The plan said 10 s" in watch.narrate(run, lines)[-1].en
+    finally:
+        path.unlink()
+
+
+def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_bytes((finished.home / "tiny" / "recipe.yaml").read_bytes())
+    partial = tmp_path / "store" / ".partial" / "rl-1"
+    partial.mkdir(parents=True)
+    Record(partial, 0, 4).step(0, {"reward": 0.5})
+    with attendance.Attendance(folder) as told:
+        told.begun["zero"] = "rl-1"
+        told.tell("running")
+        assert attendance.at_work(folder)
+        zero = watch.line_of(overview.look(folder), overview.look(folder).stage("zero"), alive=True)
+        assert (zero.state, zero.share) == ("running", 0.25)
+        assert '<g class="running">' in watch.draw([zero], "x", str) and "1/4" in watch.draw([zero], "x", str)
+    assert not attendance.at_work(folder) and attendance.status(folder).state == "finished"
+
+
+def test_a_drawing_escapes_what_it_is_given():
+    drawn = draw([Box("<b>", Text('"x"', "<i>"), (), "model", '/a"b', "running", 0.5)], 'la"bel')
+    assert "<b>" not in drawn and "<i>" not in drawn and 'href="/a&#34;b"' in drawn and "la&#34;bel" in drawn
+
+
+def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
+    record, history = Record(tmp_path, 0), History(tmp_path)
+    record.step(0, {"loss": 1.0, "expert_loads": [[0.5, 0.5]]})
+    record.step(1, {"loss": 0.9, "expert_loads": [[0.25, 0.75]]})
+    assert history.look().loads == [[0.25, 0.75]] and set(history.columns) == {"loss"}
