@@ -38,7 +38,9 @@ def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str
 
 def rooms() -> list[Callable[[Site], APIRouter]]:
     """What makes the routes: each takes the site and returns an APIRouter."""
-    return []
+    from .studio import arena
+
+    return [arena.routes]
 
 
 def _door(site: Site, key: str | None) -> APIRouter:
