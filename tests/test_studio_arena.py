@@ -133,7 +133,7 @@ def test_nothing_tells_who_speaks_before_the_vote(tmp_path):
         for name in ("parrot-135m", "quickling-7b", "secret-thought", "rl-"):
             assert not any(name in text for text in seen)
         assert len(waiting) == 1  # whatever goes on behind it
-        first, second = re.findall(r'<section class="card side" aria-labelledby="side-(?:a|b)">(.*?)</section>', seen[-1], re.S)
+        first, second = re.findall(r'<section class="card side" aria-labelledby="side-(?:a|b)">(.*?)</section>', seen[-1], re.DOTALL)
         assert first.replace("side-a", "").replace(">A<", "") == second.replace("side-b", "").replace(">B<", "")
         await ada.vote(path, "a")
         told = (await ada.client.get(path)).text
@@ -359,6 +359,21 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
     assert rows[1]["origin"]["chosen_model"] == {"name": "base", "from": "sft-1"} and rows[0]["origin"]["voter"] == "Ada"
     assert [json.loads(line)["origin"]["judge"] for line in judge.splitlines()] == ["umpire"]
     assert [json.loads(line)["winner"] for line in votes.splitlines()].count("model_a") == 2 and len(votes.splitlines()) == 6
+
+
+def test_the_leaderboard_at_a_terminal(tmp_path):
+    from tiny import answer
+
+    code, _, error = answer("arena", "--runs", tmp_path)
+    assert code == 2 and "nobody has voted" in error
+    ballots = Ballots(tmp_path / ".studio")
+    for outcome in ("a", "a", "tie"):
+        ballots.judge(fought(ballots, outcome=outcome).id, "umpire", "b")
+    assert answer("arena", "--runs", tmp_path, "--control", "luck")[0] == 2
+    lines = answer("arena", "--runs", tmp_path, "--control", "length")[1].splitlines()
+    assert [line.split()[::2][0] + line.split()[2] for line in lines] == ["peopler1", "peoplebase", "umpirebase", "umpirer1"]
+    code = answer("arena", "--runs", tmp_path, "--out", tmp_path / "pairs.jsonl")[0]
+    assert code == 0 and len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
 
 
 def test_without_a_name_there_is_a_door(tmp_path):
