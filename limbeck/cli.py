@@ -230,6 +230,38 @@ def export(
 
 
 @app.command()
+def arena(
+    runs: Home = RUNS,
+    language: Annotated[str, typer.Option(help="questions in this language only: en, zh", show_default=False)] = "",
+    control: Annotated[str, typer.Option(help="leave out what answers gain by their length, or by their style", show_default=False)] = "",
+    out: Annotated[Path | None, typer.Option(help="write people's preferences to this JSONL file instead, for reward and calibrate stages", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The arena's leaderboard: ratings from people's votes and, apart from them, from each judge's, with 95 % intervals."""
+    from dataclasses import asdict
+
+    from .eval.arena import CONTROLS, rate
+    from .serve.ballots import FILE, Ballots
+
+    folder = runs / ".studio"
+    if not (folder / FILE).exists():
+        raise _mistake(f"{folder / FILE} does not exist; nobody has voted there yet: the arena opens with `limbeck serve`")
+    if control not in CONTROLS:
+        raise _mistake(f"--control {control}: choose {' or '.join(filter(None, CONTROLS))}")
+    ballots = Ballots(folder)
+    if out:
+        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ballots.preferences()), encoding="utf-8")
+        print(out)
+        return
+    votes = [vote for vote in ballots.votes() if language in ("", vote.language)]
+    juries = {"": [vote for vote in votes if not vote.judge]}
+    juries |= {judge: [v for v in votes if v.judge and v.voter == judge] for judge in sorted({v.voter for v in votes if v.judge})}
+    rows = [{"judge": judge or None, **asdict(one)} for judge, cast in juries.items() for one in rate(cast, control).models]
+    _print(rows, as_json, lambda r: f"{r['judge'] or 'people':16} {r['rank']:3} {r['model']:28} {r['rating']:6.0f} [{r['low']:.0f}, {r['high']:.0f}] "
+           f"{r['votes']:6} votes {r['share']:5.0%}")  # fmt: skip
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has and lacks, and what to do about it."""
     from dataclasses import asdict

@@ -41,7 +41,7 @@ def calibrate(judge: Judge, pairs: Sequence[Pair], bar: Bar, seed: object) -> di
     won = Counter("abstained" if not c.verdict else "tie" if c.verdict == "tie" else "padded" if c.verdict == side else "plain"
                   for c, (_, side) in zip(longer, padded, strict=True))  # fmt: skip
     measured = {
-        **_agreement([p.better for p in pairs], [c.verdict for c in plain]),
+        **agreement([p.better for p in pairs], [c.verdict for c in plain]),
         "position": _position(compared),
         "flipped": _flipped(compared),
         "length": {"padded": (won["padded"] - won["plain"]) / len(pairs), "labelled": _length(pairs, plain)},
@@ -100,7 +100,7 @@ def _sided(pair: Pair, one: str, other: str, first: bool) -> tuple[Pair, str]:
     return replace(pair, first=one if first else other, second=other if first else one), SIDES[not first]
 
 
-def _agreement(labels: Sequence[str], verdicts: Sequence[str]) -> dict[str, Any]:
+def agreement(labels: Sequence[str], verdicts: Sequence[str]) -> dict[str, Any]:
     """Share of pairs in which the verdict is the label, by Wilson's interval; and Cohen's kappa (1960), which takes
     away what agrees by chance, with the same interval carried through its formula, the chance being held."""
     n = len(labels)

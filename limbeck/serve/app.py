@@ -39,9 +39,9 @@ def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str
 
 def rooms() -> list[Callable[[Site], APIRouter]]:
     """What makes the routes: each takes the site and returns an APIRouter."""
-    from .studio import runs
+    from .studio import arena, runs
 
-    return [api, runs.routes]
+    return [api, arena.routes, runs.routes]
 
 
 def _door(site: Site, key: str | None) -> APIRouter:

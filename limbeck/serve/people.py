@@ -27,7 +27,7 @@ class Sessions:
 
     def __init__(self, folder: Path, key: str | None):
         salt = hashlib.sha256((key or "").encode()).hexdigest()
-        self._signer = URLSafeTimedSerializer(_secret(folder), salt=f"limbeck-session-{salt}")
+        self._signer = URLSafeTimedSerializer(secret(folder), salt=f"limbeck-session-{salt}")
 
     def open(self, name: str) -> str:
         """A cookie for somebody of this name."""
@@ -41,7 +41,7 @@ class Sessions:
             return None
 
 
-def _secret(folder: Path) -> str:
+def secret(folder: Path) -> str:
     """32 random bytes, drawn once."""
     path = folder / "secret"
     folder.mkdir(parents=True, exist_ok=True)

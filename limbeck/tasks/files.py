@@ -67,7 +67,7 @@ class FileTask:
             id=f"{self.name}/{number}",
             prompt=written(self.settings.instruction, question, f"problems.{self.name}"),
             answer=answer,
-            language=language if isinstance(language, str) and language else _language(question),
+            language=language if isinstance(language, str) and language else language_of(question),
             origin=f"{self.path.name}:{number}",
             data={"question": question},
         )
@@ -108,7 +108,7 @@ def _normalised(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def _language(question: str) -> str:
+def language_of(question: str) -> str:
     return "zh" if (language_consistency(question, "zh") or 0.0) > 0.5 else "en"
 
 
