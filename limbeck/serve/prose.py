@@ -28,7 +28,7 @@ class Prose:
 
     def ready(self) -> bool:
         """Whether there is something to settle."""
-        return len(self.tail) > BLOCK or ("\n\n" in self.tail and _end(self._fence, self.tail) > 0)
+        return _end(self._fence, self.tail) > 0
 
     def settled(self, everything: bool = False) -> tuple[list[str], str, int]:
         """What is finished: as blocks, the code they end in, and how many characters they were; `everything` when nothing

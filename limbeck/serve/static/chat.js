@@ -1,7 +1,7 @@
 // Chat: the page follows what the server says. It keeps nothing of its own but the draft of the next message.
 import { events, tell } from "./studio.js";
 
-const KEPT = 40; // finished blocks of a growing thought that stay in the page; the rest can be paged
+const KEPT = 24000; // characters of finished blocks that stay in the page while a text grows; the rest can be paged
 const REST = 5000; // milliseconds between two looks at whether another window has changed the conversation
 
 const talk = document.querySelector(".talk");
@@ -91,13 +91,24 @@ function grow(one, flow, growth) {
   const blocks = flow.querySelector(".blocks"), tail = flow.querySelector(".tail");
   const bottom = flow.scrollTop + flow.clientHeight > flow.scrollHeight - 40;
   if (growth.fresh) { blocks.replaceChildren(); tail.textContent = ""; flow.querySelector(".folded").hidden = !growth.folded; }
-  if (growth.html) blocks.insertAdjacentHTML("beforeend", growth.html); // sanitised by the server
+  if (growth.html) {
+    blocks.insertAdjacentHTML("beforeend", growth.html); // sanitised by the server
+    if (trim(blocks)) flow.querySelector(".folded").hidden = false;
+  }
   if (growth.at === 0) tail.textContent = growth.tail;
   else tail.append(growth.tail);
   if (tail.childNodes.length > 50) tail.normalize();
-  while (blocks.childElementCount > KEPT) { blocks.firstElementChild.remove(); flow.querySelector(".folded").hidden = false; }
   if (flow.dataset.part === "thought") one.querySelector(".thought").hidden = false;
   if (bottom) flow.scrollTop = flow.scrollHeight;
+}
+
+/** Take away the first blocks of too long a text; whether there were any. */
+function trim(blocks) {
+  let kept = 0, first = blocks.lastElementChild;
+  while (first?.previousElementSibling && kept < KEPT) { kept += first.textContent.length; first = first.previousElementSibling; }
+  const long = first !== blocks.firstElementChild;
+  while (blocks.firstElementChild !== first) blocks.firstElementChild.remove();
+  return long;
 }
 
 /** An answer has ended: the server's own picture of it takes the place of what grew here. */
@@ -203,6 +214,9 @@ document.addEventListener("click", (event) => {
   if (button) copy(button).catch(told);
   const summary = event.target.closest(".thought > summary");
   if (summary) summary.parentElement.dataset.touched = "yes";
+});
+
+for (const moved of ["click", "focusin"]) document.addEventListener(moved, (event) => { // what stands open closes when one goes elsewhere
   for (const open of document.querySelectorAll(".menu[open], .settings[open]")) if (!open.contains(event.target)) open.open = false;
 });
 
