@@ -18,6 +18,7 @@ from .safety import LOOPBACK, Guard, Limits
 from .site import Site
 
 FOR_GOOD = {"cache-control": "public, max-age=31536000, immutable"}
+ASK_AGAIN = {"cache-control": "no-cache"}  # modules import one another by bare names: by two names, one module would run twice
 
 
 def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str] = frozenset(), limits: Limits = Limits()) -> Guard:  # noqa: B008
@@ -39,9 +40,9 @@ def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str
 
 def rooms() -> list[Callable[[Site], APIRouter]]:
     """What makes the routes: each takes the site and returns an APIRouter."""
-    from .studio import arena, runs
+    from .studio import arena, chat, runs
 
-    return [api, arena.routes, runs.routes]
+    return [api, arena.routes, chat.routes, runs.routes]
 
 
 def _door(site: Site, key: str | None) -> APIRouter:
@@ -67,10 +68,10 @@ def _door(site: Site, key: str | None) -> APIRouter:
         return answer
 
     @door.get("/static/{name:path}")
-    def static(name: str) -> Response:
+    def static(name: str, v: str = "") -> Response:
         if name not in painted:
             return Response(status_code=404)
-        return FileResponse(painted[name], headers=FOR_GOOD)
+        return FileResponse(painted[name], headers=FOR_GOOD if v else ASK_AGAIN)
 
     @door.post("/theme")
     def theme(request: Request, to: str = Form(max_length=5), next: str = Form("/")) -> Response:
@@ -84,5 +85,3 @@ def _door(site: Site, key: str | None) -> APIRouter:
 def _inside(path: str) -> str:
     """A path of this server; anything that would lead elsewhere leads home."""
     return path if path.startswith("/") and not path.startswith(("//", "/\\")) else "/"
-
-

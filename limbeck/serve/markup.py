@@ -7,6 +7,7 @@ away), links say where they go and open nothing by themselves; what is left is c
 from __future__ import annotations
 
 import html
+import re
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import nh3
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 MATH_TAGS = {
@@ -30,6 +32,7 @@ ATTRIBUTES = {
     "mtable": {"columnalign"}, "mi": {"mathvariant"}, "mstyle": {"displaystyle", "scriptlevel"}, "mover": {"accent"},
     "munder": {"accentunder"}, "mfrac": {"linethickness"},
 }  # fmt: skip
+FACTOR_ENDS, FACTOR_BEGINS = re.compile(r"[0-9A-Za-z)]"), re.compile(r"[0-9A-Za-z(]")
 LONGEST_FORMULA = 2000  # characters; beyond it a formula is shown as it was written
 
 
@@ -65,7 +68,19 @@ def finished(text: str) -> int:
 @cache
 def _markdown() -> MarkdownIt:
     reader = MarkdownIt("commonmark", {"html": False, "maxNesting": 20}).enable(["table", "strikethrough"]).disable("image")
+    reader.inline.ruler.before("emphasis", "times", _times)
     return reader.use(dollarmath_plugin, allow_digits=False, double_inline=True, renderer=_formula)
+
+
+def _times(state: StateInline, silent: bool) -> bool:
+    """A lone star between two numbers or names multiplies them: `2*3*4` loses no sign."""
+    before, here, after = state.src[max(state.pos - 1, 0) : state.pos], state.src[state.pos], state.src[state.pos + 1 : state.pos + 2]
+    if here != "*" or not FACTOR_ENDS.match(before) or not FACTOR_BEGINS.match(after):
+        return False
+    if not silent:
+        state.pending += here
+    state.pos += 1
+    return True
 
 
 def _bracketed(text: str) -> str:
