@@ -276,10 +276,12 @@ def test_after_kill_9_what_was_said_is_there(tmp_path):
         assert "event" not in httpx.get(f"{url}{place}/follow?after=9").text  # nothing grows, and nobody waits
 
 
+TAGS = {"script", "img", "svg", "iframe", "style", "object", "base", "meta", "link", "title", "form", "input", "button", "textarea"}
+
+
 class Reader(HTMLParser):
     """What in a page could do something: tags, handlers, and addresses that are neither ours nor a link to be clicked."""
 
-    TAGS = {"script", "img", "svg", "iframe", "style", "object", "base", "meta", "link", "title", "form", "input", "button", "textarea"}
 
     def __init__(self, page):
         super().__init__()
@@ -287,9 +289,9 @@ class Reader(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
-        self.found.update([tag] if tag in self.TAGS else [])
+        self.found.update([tag] if tag in TAGS else [])
         for name, value in attributes:
-            if name.startswith(("on", "srcdoc", "style")) or (name in ("href", "src") and re.match(r"\s*(javascript|data|vbscript)", value, re.I)):
+            if name.startswith(("on", "srcdoc", "style")) or (name in ("href", "src") and re.match(r"\s*(javascript|data|vbscript)", value, re.IGNORECASE)):
                 self.found[(tag, name, value)] += 1
 
 
