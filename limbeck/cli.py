@@ -89,7 +89,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Where a run stands, and for whom it waits."""
-    from .pipeline import curate as desk
+    from .pipeline import reviews
 
     recipe = run_folder / "recipe.yaml"
     if not recipe.exists():
@@ -98,7 +98,7 @@ def status(
     rows = [
         {"stage": n.name, "kind": n.kind, "state": n.state, "artifact": n.artifact and n.artifact.folder.name,
          "seconds": n.artifact and n.artifact.manifest["seconds"],
-         "waiting_rows": len(desk.pending(n.queue)) if n.state == "asks" else 0}
+         "waiting_rows": len(reviews.pending(n.queue)) if n.state == "asks" else 0}
         for n in graph.nodes.values()
     ]  # fmt: skip
 
@@ -180,20 +180,26 @@ def curate(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")],
     stage: Annotated[str, typer.Argument(help="the curate stage that waits")],
     reviewer: Annotated[str, typer.Option(help="who reviews")] = os.environ.get("USER", "somebody"),
+    second: Annotated[float | None, typer.Option(min=0, max=1, help="let two people review this share of the rows", show_default=False)] = None,
     export: Annotated[Path | None, typer.Option(help="write the open rows to this JSONL file, to be filled in")] = None,
     import_: Annotated[Path | None, typer.Option("--import", help="take verdicts over from a JSONL file")] = None,
 ) -> None:
     """Review the rows of a waiting stage: here at the terminal, or in a JSONL file (fields: verdict, completion)."""
     from .desk import review_at_terminal
-    from .pipeline import curate as desk
+    from .pipeline import reviews
+    from .pipeline.curate import write_rows
 
     queue = _queue(run_folder, stage)
-    if export:
-        desk.write_rows(export, [{**row, "verdict": None} for row in desk.pending(queue)])
-        print(f"wrote {len(desk.pending(queue))} rows to {export}; set each verdict to accept, edit or reject")
+    if second is not None:
+        reviews.ask_twice(queue, second, reviewer)
+        print(f"two people review {second:.0%} of the rows; {len(reviews.pending(queue))} rows are open")
+    elif export:
+        rows = reviews.export_rows(queue, reviewer)
+        write_rows(export, rows)
+        print(f"wrote {len(rows)} rows to {export}; set each verdict to accept, edit or reject")
     elif import_:
-        taken = desk.import_reviews(queue, import_, reviewer)
-        print(f"took {taken} verdicts over; {len(desk.pending(queue))} rows are still open")
+        taken = reviews.import_reviews(queue, import_, reviewer)
+        print(f"took {taken} verdicts over; {len(reviews.pending(queue))} rows are still open")
     else:
         review_at_terminal(queue, reviewer)
 

@@ -6,34 +6,50 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from .display import printable
-from .pipeline import curate
+from .pipeline import reviews
 from .types import LimbeckError
 
 KEYS = {"a": "accept", "e": "edit", "r": "reject", "q": "quit"}
 
 
 def review_at_terminal(queue: Path, reviewer: str) -> None:
-    """Row after row: accept, edit (in $EDITOR), reject with a reason; every verdict is saved at once."""
-    rows = curate.pending(queue)
+    """Row after row: accept, edit (in $EDITOR), reject with a reason; every verdict is saved at once. After them the rows
+    on which two people disagree, to be settled."""
     if not sys.stdin.isatty():
         raise LimbeckError("curate needs a terminal; use --export FILE and --import FILE to review elsewhere")
-    for number, row in enumerate(rows, 1):
-        print(f"\n[{number}/{len(rows)}] {printable(row['question'])}\n\n{printable(row['prompt'])}\n\n{printable(row['completion'])}\n")
-        key = _choose()
-        if key == "q":
+    asked = [row for row in reviews.standings(queue) if row.due(reviewer)]
+    disputed = [row for row in reviews.standings(queue) if row.state == "disputed"]
+    for number, row in enumerate([*asked, *disputed], 1):
+        print(f"\n[{number}/{len(asked) + len(disputed)}] {printable(row.row['question'])}\n\n{printable(row.row['prompt'])}\n")
+        if not _review(queue, row, reviewer, number > len(asked)):
             break
-        entry = {"id": row["id"], "verdict": KEYS[key], "reviewer": reviewer}
-        if key == "e":
-            entry["completion"] = _edit(row["completion"])
-        if key == "r":
-            entry["reason"] = input("why? ")
-        curate.review(queue, entry)
-    left = len(curate.pending(queue))
-    print(f"{left} rows are left" if left else "all rows are reviewed: run the recipe again and it goes on")
+    left, ours = len(reviews.pending(queue)), sum(row.due(reviewer) for row in reviews.standings(queue))
+    print(
+        f"{left} rows are left" + ("" if ours or not left else ", for other people") if left
+        else "all rows are reviewed: run the recipe again and it goes on"
+    )  # fmt: skip
+
+
+def _review(queue: Path, row: reviews.Standing, reviewer: str, settle: bool) -> bool:
+    """Show one row and save what is said of it; False if the person has had enough."""
+    print(printable(row.row["completion"]) + "\n")
+    for name, said in row.verdicts.items() if settle else ():
+        print(printable(f"{name} says {said['verdict']}: {said.get('completion') or said.get('reason') or 'as it is'}\n"))
+    began, key = time.monotonic(), _choose()
+    if key == "q":
+        return False
+    entry = {"id": row.id, "verdict": KEYS[key], "reviewer": reviewer, **({"resolves": True} if settle else {})}
+    if key == "e":
+        entry["completion"] = _edit(row.row["completion"])
+    if key == "r":
+        entry["reason"] = input("why? ")
+    reviews.review(queue, {**entry, "seconds": round(time.monotonic() - began, 1)})
+    return True
 
 
 def _choose() -> str:

@@ -217,6 +217,10 @@ class Curate(Stage):
         "Is this thought correct, readable, and in one language?",
         description="what people are asked about each row",
     )
+    second: float | None = Field(
+        None, ge=0, le=1,
+        description="share of the rows that two people review, neither knowing what the other said; can be changed at the desk",
+    )
     auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
     policy: Literal["accept", "translate"] = Field(
         "accept",

@@ -19,7 +19,7 @@ import tiny
 from tiny import answer, digests, environment
 
 from limbeck import cli
-from limbeck.pipeline import curate
+from limbeck.pipeline import curate, reviews
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
@@ -243,7 +243,7 @@ def waiting(finished, tmp_path) -> Path:
     home = Path(shutil.copytree(finished.home, tmp_path / "runs"))
     code, out, err = answer("run", finished.recipe, "--runs", home, "--set", "stages.coldstart.auto=false")
     assert (code, out) == (75, "")
-    rows = len(curate.pending(next(home.glob("store/.queues/*"))))
+    rows = len(reviews.pending(next(home.glob("store/.queues/*"))))
     assert err.splitlines()[-1].startswith(f"limbeck: stage coldstart waits for a person: {rows} rows to review; `limbeck curate {home / 'tiny'}")
     return home / "tiny"
 
@@ -298,7 +298,7 @@ def read_until(terminal: int, text: str, seconds: float = 120) -> str:
 
 def test_a_person_reviews_rows_at_the_terminal(call, waiting):
     queue = next(waiting.parent.glob("store/.queues/*"))
-    first, second, third = curate.pending(queue)[:3]
+    first, second, third = reviews.pending(queue)[:3]
     ours, theirs = pty.openpty()
     editor = "sed -i s/.*/mended/"
     review = tiny.limbeck(
@@ -314,7 +314,9 @@ def test_a_person_reviews_rows_at_the_terminal(call, waiting):
     read_until(ours, "rows are left")
     assert review.wait(10) == 0
     os.close(theirs), os.close(ours)
-    assert curate.reviews(queue) == {
+    said = {row.id: row.verdict for row in reviews.standings(queue) if row.verdict}
+    assert all(entry.pop("seconds") >= 0 and entry.pop("at") for entry in said.values())
+    assert said == {
         first["id"]: {"id": first["id"], "verdict": "accept", "reviewer": "Grace"},
         second["id"]: {"id": second["id"], "verdict": "edit", "reviewer": "Grace", "completion": "mended"},
         third["id"]: {"id": third["id"], "verdict": "reject", "reviewer": "Grace", "reason": "mixed"},
@@ -324,13 +326,13 @@ def test_a_person_reviews_rows_at_the_terminal(call, waiting):
 
 def test_a_torn_verdict_is_dropped_and_no_other_is_lost(tmp_path):
     rows = [{"id": name, "completion": "x"} for name in "abc"]
-    curate.ask(tmp_path, rows, "good?")
-    curate.review(tmp_path, {"id": "a", "verdict": "accept"})
-    with open(tmp_path / curate.REVIEWS, "a") as file:
+    curate.ask(tmp_path, lambda: rows, "good?")
+    reviews.review(tmp_path, {"id": "a", "verdict": "accept"})
+    with open(tmp_path / reviews.REVIEWS, "a") as file:
         file.write('{"id": "b", "verd')  # the power went
-    assert [row["id"] for row in curate.pending(tmp_path)] == ["b", "c"]
-    curate.review(tmp_path, {"id": "c", "verdict": "reject"})
-    assert [row["id"] for row in curate.pending(tmp_path)] == ["b"]
+    assert [row["id"] for row in reviews.pending(tmp_path)] == ["b", "c"]
+    reviews.review(tmp_path, {"id": "c", "verdict": "reject"})
+    assert [row["id"] for row in reviews.pending(tmp_path)] == ["b"]
 
 
 # ---------------------------------------------------------------- export

@@ -102,3 +102,23 @@ def consensus(answers: Sequence[str | None]) -> str | None:
     """
     votes = Counter(answer for answer in answers if answer is not None)
     return votes.most_common(1)[0][0] if votes else None
+
+
+def krippendorff(units: Sequence[Sequence[str]]) -> float | None:
+    """Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 what chance would give, below it is worse.
+
+    `units` holds, for each thing judged, the values that its judges gave, in any number and by anybody; those with fewer
+    than two count for nothing. None where there is no disagreement to expect: nobody judged twice, or one value was all
+    that anybody gave (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C).
+
+    >>> round(krippendorff([["a", "a"], ["a", "b"], ["b", "b"]]), 3)
+    0.444
+    """
+    judged = [values for values in units if len(values) > 1]
+    totals = Counter(value for values in judged for value in values)
+    n = totals.total()
+    expected = n * n - sum(count * count for count in totals.values())
+    if not expected:
+        return None
+    unlike = sum((len(values) ** 2 - sum(c * c for c in Counter(values).values())) / (len(values) - 1) for values in judged)
+    return 1 - (n - 1) * unlike / expected

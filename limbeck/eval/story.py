@@ -228,6 +228,13 @@ def desk(run: Run) -> list[Text]:
             name=stage.name, policy=notes.get("policy", "–"),
             **{key: count(notes.get(key, 0)) for key in ("accepted", "edited", "rejected")},
         ))  # fmt: skip
+        if told := notes.get("agreement"):
+            said.append(Text(
+                "{rows} of them were seen by several people, who gave {same} of these the same verdict (Krippendorff's alpha {alpha}).",
+                "其中 {rows} 行由多人审阅，{same} 的结论一致（Krippendorff α 为 {alpha}）。",
+            ).format(
+                rows=count(told["rows"]), same=percent(told["same"]), alpha="–" if told["alpha"] is None else number(told["alpha"], 2)
+            ))  # fmt: skip
     return said
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..opinions import TABLES, Calibrate, Reward
 from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
 from ..types import LimbeckError
-from . import curate as desk
+from . import reviews
 from .decontamination import Decontamination, Finding, tested
 from .store import Artifact, Store, digest_file, digest_of
 
@@ -25,7 +25,10 @@ VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a run. `state` is cached, ready, waits (for inputs) or asks (a person)."""
+    """One stage of a run. `state` is cached, ready, waits (for inputs) or asks (a person).
+
+    `said` is how many bytes of the queue's reviews its key knows of: those count, whatever people say meanwhile.
+    """
 
     name: str
     stage: Stage
@@ -35,6 +38,7 @@ class Node:
     key: str | None = None
     artifact: Artifact | None = None
     queue: Path | None = None
+    said: int | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
     finding: Finding | None = None
 
@@ -48,7 +52,7 @@ class Node:
             return "cached"
         if self.key is None:
             return "waits"
-        return "asks" if self.queue and (desk.pending(self.queue) or not (self.queue / desk.QUEUE).exists()) else "ready"
+        return "asks" if self.queue and not reviews.complete(self.queue) else "ready"
 
 
 class Graph:
@@ -82,7 +86,8 @@ class Graph:
         if isinstance(node.stage, Curate) and not node.stage.auto:
             queue = self.store.root / ".queues" / given[node.stage.rows].digest[:16]
         own = {name: self._source(problems) for name, problems in node.problems.items()}
-        node = replace(node, queue=queue, finding=self.decontamination.look(node.stage, node.problems, own, given))
+        said = reviews.extent(queue) if queue else None
+        node = replace(node, queue=queue, said=said, finding=self.decontamination.look(node.stage, node.problems, own, given))
         key = digest_of(self.identity(node))
         return replace(node, key=key, artifact=self.store.find(node.kind, key))
 
@@ -98,7 +103,6 @@ class Graph:
         settings.pop("licence", None)  # what may be done with a result changes no result
         if table_of(node.stage):
             settings["rows"] = self._digest(Path(node.stage.rows))
-        reviewed = node.queue / desk.REVIEWS if node.queue else None
         return {
             "version": VERSIONS.get(node.kind, 1),
             "settings": settings,
@@ -107,7 +111,7 @@ class Graph:
             "inputs": {name: artifact.digest for name, artifact in given.items()},
             "control": node.control,
             "files": self._directory(Path(node.stage.path)) if isinstance(node.stage, Load) else None,
-            "reviews": digest_file(reviewed) if reviewed and reviewed.exists() else None,
+            "reviews": reviews.digest(node.queue, node.said) if node.said else None,
             **({"dropped": sorted(node.finding.dropped)} if node.finding and node.finding.dropped else {}),
         }
 

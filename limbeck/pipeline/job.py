@@ -28,7 +28,7 @@ class Job:
     """One stage to run: settings, seed, complete inputs, and the partial folder to write into.
 
     `seed` is "0/zero" (recipe seed and stage name): the root of every random draw of the stage. `dropped` are the ids
-    of rows and training problems to leave out, being too near to the test.
+    of rows and training problems to leave out, being too near to the test; `said` is how many bytes of the queue's reviews count.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Job:
     folder: Path
     control: str | None = None
     queue: Path | None = None
+    said: int | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)

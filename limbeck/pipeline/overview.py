@@ -19,8 +19,7 @@ from ..eval.run import StageView
 from ..reading import load
 from ..recipe import Curate, Recipe, Stage
 from ..types import LimbeckError
-from . import attendance
-from . import curate as desk
+from . import attendance, reviews
 from .graph import nodes_of, report_nodes
 from .store import MANIFEST
 
@@ -107,7 +106,7 @@ def look(folder: Path) -> Overview:
 def _waiting(name: str, stage: Stage, inputs: Sequence[str], stages: dict[str, Standing], store: Path) -> Standing:
     if isinstance(stage, Curate) and not stage.auto and stages[stage.rows].state == "done":
         queue = store / ".queues" / stages[stage.rows].manifest["digest"][:16]
-        if rows := len(desk.pending(queue)):
+        if rows := len(reviews.pending(queue)):
             return Standing(name, stage, tuple(inputs), "asks", None, {}, rows)
     return Standing(name, stage, tuple(inputs), "waits")
 

@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from ..recipe import Curate, Recipe, Remote
 from ..record import METRICS, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
+from . import reviews
 from .attendance import Attendance
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
@@ -143,11 +145,10 @@ class Run:
         """Hand ready stages to free workers; those that most others wait for go first."""
         if self.stopping:
             return False
+        self._ask()
         self.graph.refresh()  # people may have reviewed, and other runs may have finished
         started = False
         for node in sorted(self.graph.nodes.values(), key=self._urgency):
-            if node.state == "asks":
-                desk.ask(node.queue, self._rows(node), node.stage.question)
             if node.state == "ready" and node.name not in self.running and self.host.free:
                 job = self._job(node)
                 self.running[node.name] = Progress(node, job.folder, time.monotonic())
@@ -169,6 +170,12 @@ class Run:
             self.attendance.tell("waits")
         return any(node.state == "ready" for node in self.graph.nodes.values())
 
+    def _ask(self) -> None:
+        """Lay out what people are to review."""
+        for node in self.graph.nodes.values():
+            if node.queue and not node.artifact:
+                desk.ask(node.queue, partial(self._rows, node), node.stage.question, node.stage.second)
+
     def _urgency(self, node: Node) -> int:
         """Less is sooner: the number of stages behind this one, negated."""
         return -len(self.graph.dependents(node.name))
@@ -181,7 +188,7 @@ class Run:
         return Job(
             name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
             inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
-            folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue,
+            folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue, said=node.said,
             endpoints=node.endpoints, dropped=frozenset(node.finding.dropped if node.finding else ()),
         )  # fmt: skip
 
@@ -195,7 +202,8 @@ class Run:
             self.graph.refresh()
             self._index()
             self.attendance.tell(self.attendance.state)
-            self.display.finished(progress.node, self.graph.nodes[event["name"]].artifact)
+            # by its own key: people who went on reviewing have given the stage another by now
+            self.display.finished(progress.node, self.store.find(progress.node.kind, progress.node.key))
         elif event["event"] == "died":
             raise Resumable(
                 f"stage {event['name']}: its process {_end(event['status'])}; "
@@ -243,7 +251,7 @@ class Run:
     def _refuse_waiting(self) -> None:
         asked = [node for node in self.graph.nodes.values() if node.queue and not node.artifact]
         if asked:
-            rows = len(desk.pending(asked[0].queue))
+            rows = len(reviews.pending(asked[0].queue))
             raise Resumable(
                 f"stage {asked[0].name} waits for a person: {rows} rows to review; "
                 f"`limbeck curate {self.folder} {asked[0].name}`, then run again (or run with --auto)"

@@ -190,7 +190,7 @@ def run_curate(job: Job) -> Outcome:
         known = {row["id"].partition("/")[0] for row in rows} & set(job.problems)
         kept, notes = desk.by_policy(rows, stage.policy, {name: job.task(name) for name in known})
     else:
-        kept, notes = desk.by_people(rows, job.queue)
+        kept, notes = desk.by_people(rows, job.queue, job.said)
     desk.write_rows(job.folder / ROWS, kept)
     carried = {k: v for k, v in job.manifest(stage.rows)["notes"].items() if k == "tokenizer"}
     return {"tokens": 0, "flops": 0, "notes": {**notes, **carried, "data_flops": data_flops(job, [stage.rows])}}

@@ -69,6 +69,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "folder": str(job.folder),
         "control": job.control,
         "queue": str(job.queue) if job.queue else None,
+        "said": job.said,
         "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
         "dropped": sorted(job.dropped),
     }
@@ -84,6 +85,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         folder=Path(request["folder"]),
         control=request["control"],
         queue=Path(request["queue"]) if request["queue"] else None,
+        said=request["said"],
         endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         dropped=frozenset(request["dropped"]),
         stopping=stop.is_set,

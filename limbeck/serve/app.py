@@ -40,9 +40,9 @@ def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str
 
 def rooms() -> list[Callable[[Site], APIRouter]]:
     """What makes the routes: each takes the site and returns an APIRouter."""
-    from .studio import arena, chat, runs
+    from .studio import arena, chat, desk, runs
 
-    return [api, arena.routes, chat.routes, runs.routes]
+    return [api, arena.routes, chat.routes, desk.routes, runs.routes]
 
 
 def _door(site: Site, key: str | None) -> APIRouter:

@@ -10,7 +10,7 @@ export function tell(text) {
 
 /** Whether somebody is typing, so that letters are letters and no commands. */
 export function typing(target) {
-  return target instanceof Element && target.closest("input, textarea, select, [contenteditable='true']") !== null;
+  return target instanceof Element && target.closest("input:not([type=checkbox], [type=radio]), textarea, select, [contenteditable='true']") !== null;
 }
 
 /** POST as JSON; the answer's JSON, or an Error whose message is the server's sentence. */

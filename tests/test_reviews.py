@@ -1,0 +1,220 @@
+"""The human queue: whose verdict stands, what two people do to a row, and what a stage makes of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from limbeck.eval.statistics import krippendorff
+from limbeck.pipeline import curate, edits, reviews
+from limbeck.pipeline.agreement import agreement, paces
+from limbeck.types import LimbeckError
+
+
+def row(name: str) -> dict:
+    text = f"<think> {name} </think> <answer> 1 </answer>"
+    return {"id": name, "prompt": "?", "language": "en", "completion": text, "tokens": [1], "origin": {"problem": "x"}}
+
+
+ROWS = [row(name) for name in "abcdef"]
+
+
+@pytest.fixture
+def queue(tmp_path):
+    curate.ask(tmp_path, lambda: ROWS, "good?")
+    return tmp_path
+
+
+def say(queue, name, verdict, reviewer, **more):
+    reviews.review(queue, {"id": name, "verdict": verdict, "reviewer": reviewer, **more})
+
+
+def states(queue) -> str:
+    return " ".join(one.state for one in reviews.standings(queue))
+
+
+def test_one_person_is_enough_unless_two_are_asked_for(queue):
+    say(queue, "a", "accept", "Ada")
+    assert states(queue) == "settled open open open open open"
+    reviews.ask_twice(queue, 1.0, "Ada")
+    assert states(queue) == "second open open open open open"
+    first = reviews.standings(queue)[0]
+    assert not first.due("Ada") and first.due("Grace")
+    say(queue, "a", "accept", "Grace")
+    assert reviews.standings(queue)[0].people == ["Ada", "Grace"]
+    reviews.ask_twice(queue, 0.0, "Ada")
+    say(queue, "b", "reject", "Grace", reason="wrong")
+    assert states(queue) == "settled settled open open open open"
+    with pytest.raises(LimbeckError, match="no share"):
+        reviews.ask_twice(queue, 1.5, "Ada")
+
+
+def test_a_larger_share_holds_a_smaller_one_and_is_as_large_as_it_says():
+    names = [f"clock/{i}#0" for i in range(4000)]
+    few, many = ({name for name in names if reviews.twice(name, share)} for share in (0.2, 0.5))
+    assert few < many and abs(len(few) - 800) < 100 and abs(len(many) - 2000) < 130
+    assert not any(reviews.twice(name, 0.0) for name in names) and all(reviews.twice(name, 1.0) for name in names)
+
+
+def test_people_who_disagree_leave_a_row_open_until_somebody_settles_it(queue):
+    mended = "<think> mended </think> <answer> 1 </answer>"
+    say(queue, "a", "accept", "Ada")
+    say(queue, "a", "edit", "Grace", completion=mended)
+    assert states(queue).startswith("disputed") and reviews.pending(queue)[0]["id"] == "a"
+    assert not reviews.standings(queue)[0].due("Mary")
+    say(queue, "a", "edit", "Mary", completion=mended, resolves=True)
+    settled = reviews.standings(queue)[0]
+    assert settled.state == "settled" and settled.people == ["Mary"] and settled.verdict["completion"] == mended
+    say(queue, "a", "reject", "Ada")  # a later word unsettles nothing
+    assert reviews.standings(queue)[0].people == ["Mary"]
+    reviews.undo(queue, "a", "Ada")
+    reviews.undo(queue, "a", "Mary")
+    assert reviews.standings(queue)[0].state == "settled" and reviews.standings(queue)[0].people == ["Grace"]
+
+
+def test_the_same_text_is_no_disagreement_whatever_it_is_called(queue):
+    say(queue, "a", "accept", "Ada")
+    say(queue, "a", "edit", "Grace", completion="<think>  a </think>\n<answer> 1 </answer> ")
+    say(queue, "b", "edit", "Ada", completion="x  y")
+    say(queue, "b", "edit", "Grace", completion="x y")
+    say(queue, "c", "reject", "Ada", reason="wrong")
+    say(queue, "c", "reject", "Grace", reason="unreadable")
+    assert states(queue) == "settled settled settled open open open"
+
+
+def test_the_last_word_of_a_person_counts_and_can_be_taken_back(queue):
+    say(queue, "a", "accept", "Ada")
+    say(queue, "a", "reject", "Ada")
+    assert reviews.standings(queue)[0].verdict["verdict"] == "reject"
+    reviews.undo(queue, "a", "Grace")
+    assert reviews.standings(queue)[0].state == "settled"
+    reviews.undo(queue, "a", "Ada")
+    assert reviews.standings(queue)[0].state == "open" and reviews.standings(queue)[0].due("Ada")
+    with pytest.raises(LimbeckError, match="no such row"):
+        reviews.undo(queue, "z", "Ada")
+
+
+def test_rows_come_out_as_people_left_them(queue):
+    mended = "<think> mended </think> <answer> 1 </answer>"
+    for name, verdict in zip("abcde", ("accept", "reject", "accept", "accept", "edit"), strict=True):
+        say(queue, name, verdict, "Ada", **({"completion": mended} if verdict == "edit" else {}))
+    with pytest.raises(curate.Waiting, match="1 rows"):
+        curate.by_people(ROWS, queue)
+    say(queue, "f", "accept", "Ada")
+    say(queue, "c", "reject", "Grace")
+    with pytest.raises(curate.Waiting):
+        curate.by_people(ROWS, queue)
+    say(queue, "c", "accept", "Mary", resolves=True)
+    say(queue, "a", "accept", "Grace")
+    kept, notes = curate.by_people(ROWS, queue)
+    assert [(one["id"], one["origin"]["editor"]) for one in kept] == [("a", "Ada, Grace"), ("c", "Mary"), ("d", "Ada"), ("e", "Ada"), ("f", "Ada")]
+    assert kept[3]["completion"] == mended and kept[3]["reasoning_content"] == "mended" and "tokens" not in kept[3] and kept[0]["tokens"] == [1]
+    told = {key: notes[key] for key in ("policy", "reviewers", "accepted", "edited", "rejected", "resolved")}
+    assert told == {"policy": "people", "reviewers": ["Ada", "Grace", "Mary"], "accepted": 4, "edited": 1, "rejected": 1, "resolved": 1}
+    assert (notes["agreement"]["rows"], notes["agreement"]["same"]) == (2, 0.5)
+
+
+def test_what_is_said_while_a_stage_runs_does_not_reach_into_it(queue):
+    for name in "abcdef":
+        say(queue, name, "accept", "Ada")
+    said = reviews.extent(queue)
+    before = reviews.digest(queue, said)
+    say(queue, "a", "reject", "Ada")
+    (queue / reviews.REVIEWS).open("a").write('{"id": "b", "verd')  # and somebody is killed in the middle of a word
+    assert len(curate.by_people(ROWS, queue, said)[0]) == 6 and len(curate.by_people(ROWS, queue)[0]) == 5
+    assert reviews.digest(queue, said) == before != reviews.digest(queue, reviews.extent(queue))
+    say(queue, "b", "reject", "Ada")
+    assert len(curate.by_people(ROWS, queue)[0]) == 4
+
+
+def test_a_recipe_says_once_how_many_rows_two_people_see(queue):
+    def ask(second):
+        curate.ask(queue, lambda: pytest.fail("the rows lie there already"), "good?", second)
+        return reviews.second_share(queue)
+
+    assert [ask(None), ask(0.5), ask(0.5)] == [0.0, 0.5, 0.5] and len(reviews.events(queue)) == 1
+    reviews.ask_twice(queue, 1.0, "Ada")
+    assert [ask(0.5), ask(0.2), ask(None)] == [1.0, 0.2, 0.2]
+
+
+def test_rows_go_out_blind_and_disagreements_with_what_was_said(queue, tmp_path):
+    reviews.ask_twice(queue, 1.0, "Ada")
+    say(queue, "a", "reject", "Ada", reason="secret reason")
+    say(queue, "b", "accept", "Ada")
+    say(queue, "b", "reject", "Grace", reason="open reason")
+    blind, *_, disputed = reviews.export_rows(queue, "Grace")
+    assert blind["id"] == "a" and "secret" not in json.dumps(blind)
+    assert disputed["id"] == "b" and disputed["resolves"] and [said["reviewer"] for said in disputed["verdicts"]] == ["Ada", "Grace"]
+    sheet = tmp_path / "sheet.jsonl"
+    sheet.write_text("".join(json.dumps({**one, "verdict": "reject"}) + "\n" for one in (blind, disputed)))
+    assert reviews.import_reviews(queue, sheet, "Grace") == 2
+    assert states(queue) == "settled settled open open open open"
+
+
+def test_pace_and_agreement(queue):
+    for name, ada, grace in (("a", "accept", "accept"), ("b", "accept", "reject"), ("c", "reject", "reject")):
+        say(queue, name, ada, "Ada", seconds=10.0 if name != "c" else 40.0)
+        say(queue, name, grace, "Grace")
+    say(queue, "d", "accept", "Ada", seconds=20.0)
+    say(queue, "b", "accept", "Grace", resolves=True)  # comes after the disagreement, and is no vote
+    ada, grace = paces(reviews.standings(queue))
+    assert (ada.reviewer, ada.rows, ada.seconds, ada.hourly, ada.timed) == ("Ada", 4, 15.0, 3600 * 4 / 80, 4)
+    assert (grace.rows, grace.counts["reject"], grace.seconds, grace.hourly) == (3, 2, None, None)
+    told = agreement(reviews.standings(queue))["agreement"]
+    assert (told["rows"], told["people"], round(told["same"], 3), round(told["alpha"], 3)) == (3, 2, 0.667, 0.444)
+    assert told["low"] < 2 / 3 < told["high"]
+    assert agreement([]) == {}
+
+
+def test_alpha_is_that_of_the_literature():
+    """The two examples of Krippendorff 2011: two observers of ten units with two values (section A), and four observers of
+    twelve with five values and gaps (section C)."""
+    two = ["0100000010", "1110010000"]
+    four = ["123321412***", "1233224125*3", "*3332342251*", "12332441251*"]
+    for observers, alpha in ((two, 0.095), (four, 0.743)):
+        units = [[value for value in column if value != "*"] for column in zip(*observers, strict=True)]
+        assert krippendorff(units) == pytest.approx(alpha, abs=5e-4)
+    assert krippendorff([["a", "a"], ["a"]]) is None and krippendorff([]) is None
+
+
+# ---------------------------------------------------------------- texts
+
+TEXTS = ["", " ", "try 5 +1 gives 6", "先算 3，再算 4。", "<think> 等 no </think>\n\n<answer> 2 </answer>", "a < b <c and\r\n\td", "x\ny\n\nz"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_the_whole_text(text):
+    assert "".join(edits.pieces(text)) == text
+    assert "".join(passage for passage, _ in edits.marked(text, "en")) == text == "".join(passage for passage, _ in edits.marked(text, "zh"))
+
+
+@pytest.mark.parametrize("before", TEXTS)
+@pytest.mark.parametrize("after", TEXTS)
+def test_a_difference_holds_both_texts_whole(before, after):
+    found = edits.difference(before, after)
+    assert "".join(old for _, old, _ in found) == before and "".join(new for *_, new in found) == after
+    assert all(old == new for kind, old, new in found if kind == "same")
+
+
+def test_a_difference_is_small_where_little_changed():
+    assert edits.difference("try 5 no 等 6", "try 5 错 等 6") == [("same", "try 5 ", "try 5 "), ("changed", "no ", "错 "), ("same", "等 6", "等 6")]
+    long = " ".join(f"then {i} comes." for i in range(20_000))
+    found = edits.difference(long, long.replace("then 5 ", "Then 5 ").replace("17000", "seventeen"))
+    assert [one for one in found if one[0] == "changed"] == [("changed", "then ", "Then "), ("changed", "17000 ", "seventeen ")]
+
+
+def test_trimming_takes_circles_and_endings_and_nothing_else():
+    loop = "wait 2 +5 gives 0 =5 gives 2 no "
+    assert edits.trimmed(f"<think> try 1 {loop * 40}so 3 </think> <answer> 3 </answer> hope") == f"<think> try 1 {loop}so 3 </think> <answer> 3 </answer>"
+    assert edits.trimmed("先算三加四等于七，" * 30 + "完") == "先算三加四等于七，完"
+    plain = "<think> try 2 +5 gives 0 no no wait 2 -5 gives 4 </think> <answer> 2 -5 </answer>"
+    assert edits.trimmed(plain) == plain
+
+
+def test_words_of_another_language_are_found():
+    def strange(text, language):
+        return [passage for passage, kind in edits.marked(text, language) if kind == "strange"]
+
+    assert strange("try 5 先算 a 等 <answer>", "en") == ["先算", "等"]
+    assert strange("先算 x 和 \\frac12 and then, 7 don't <think>", "zh") == ["and then", "don't"]
