@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from ..engine.request import Answer, Full
 from ..types import LimbeckError
@@ -45,6 +46,8 @@ class Route(APIRoute):
                 return await handle(request)
             except RequestValidationError as error:
                 return refusal(400, *_first_mistake(error))
+            except HTTPException as error:  # a body that is not even text
+                return refusal(error.status_code, str(error.detail))
             except Full as error:
                 return refusal(429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)})
             except UnknownModel as error:
@@ -65,7 +68,7 @@ def refusal(status: int, message: str, param: str | None = None, code: str | Non
 def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
     """Where, and what: `messages.0.role: Input should be ...`."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = ".".join(str(part) for part in first["loc"] if part != "body") if first["type"] != "json_invalid" else ""
     return (f"{where}: {first['msg']}" if where else first["msg"]), where or "body"
 
 

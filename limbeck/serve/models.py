@@ -66,6 +66,8 @@ def find(name: str, runs: Path) -> tuple[str, Path]:
     try:
         folder = find_model(name, Path())
     except LimbeckError:
+        if not (runs / "store").is_dir():
+            raise
         artifact, _ = find_artifact(name, runs)
         folder = artifact.folder
         path = Path(artifact.manifest["stage"])
