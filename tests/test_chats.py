@@ -18,6 +18,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import QUESTION, save, server, slowly, soon
 from speaker import HOSTILE, Stub, sums
 from studio import serving
 
@@ -184,7 +185,7 @@ def test_a_follower_hears_everything_and_the_end(tmp_path):
     answer, events, service = followed(tmp_path, sums, wait, pause=0.004)
     thought, content = sums("r1", "?")
     assert (answer.state, answer.thought, answer.content) == ("done", thought, content)
-    assert events[-1] == {"answer": answer.id, "ended": True} and len(events) > 4
+    assert events[-1] == {"answer": answer.id, "ended": True} and len(events) > 2
     blocks, tail = heard(events, "thought")
     assert "<math" in blocks and thought.endswith(tail)
     assert answer.meter.thought_tokens == -(-len(thought) // 4) and answer.meter.seconds >= answer.meter.thought_seconds > 0
@@ -236,6 +237,8 @@ def test_the_page_may_go_the_answer_goes_on(tmp_path):
         assert ada.get(f"{other}/answers/1").status_code == 404  # another conversation's
         assert ada.post("/chat", data={"text": "x", "model": "r2"}).status_code == 400
         assert ada.post("/chat", data={"text": "", "model": "r1"}).status_code == 422
+        for huge in (2**63, -1):
+            assert ada.get(f"{place}/answers/{huge}").status_code == ada.post(f"{place}/show", data={"turn": 2**63}).status_code == 422
         assert [len(client.get("/chat").text.split('href="/chat/')) - 1 for client in (ada, mei)] == [2, 0]
         exported = ada.get(f"{place}/export.json").json()
         assert [one["role"] for one in exported["sides"][0]["messages"]] == ["user", "assistant"]
@@ -244,9 +247,42 @@ def test_the_page_may_go_the_answer_goes_on(tmp_path):
         assert ada.post(f"{place}/delete").status_code == 303 and ada.get(place).status_code == 404
 
 
+def test_real_models_answer_are_stopped_and_refuse(tmp_path, tokenizer):
+    """The service itself, over two tiny random models of one row each and one place in the line."""
+    plain, thinker = save(tmp_path / "plain", tokenizer), save(tmp_path / "thinker", tokenizer, opens=True)
+    with server(tmp_path, f"plain={plain}", f"thinker={thinker}", rows=1, waiting=1, prices=["thinker=10/20"]) as found:
+        one = found.service.models["plain"]
+        with httpx.Client(base_url=found.url, headers=found.headers, timeout=60) as client:
+
+            def ask(**form):
+                return client.post("/chat", data={"text": QUESTION, **form}).headers["location"]
+
+            def ended(place):
+                soon(lambda: 'data-state="running"' not in client.get(place).text, 60)
+                return client.get(f"{place}/export.json").json()["sides"]
+
+            left, right = ended(ask(model="plain", beside="thinker", budget="6"))
+            assert [side["answers"][0]["model"] for side in (left, right)] == ["plain", "thinker"]
+            told = right["answers"][0]
+            assert told["thought_tokens"] == 7 and told["tokens"] > 7 and told["cost"] > 0  # the budget, and the tag that ends it
+            assert right["messages"][1]["reasoning_content"] and "think>" not in json.dumps(right["messages"])
+            with slowly(found.service, "plain", 0.05):
+                long = ask(model="plain")
+                soon(lambda: one.busy == 1, 30)
+                waiting = ask(model="plain")
+                soon(lambda: one.waiting == 1, 30)
+                refused = ask(model="plain")
+                assert ended(refused)[0]["answers"][0]["state"] == "failed" and "waiting already" in client.get(refused).text
+                client.post(f"{waiting}/stop")
+                client.post(f"{long}/stop")
+                soon(lambda: one.busy == 0, 30)
+            assert ended(long)[0]["answers"][0]["state"] == "stopped"
+
+
 SERVER = """
 import sys
 from pathlib import Path
+from served import QUESTION, save, server, slowly, soon
 from speaker import Stub
 from studio import serving
 from limbeck.serve.app import build
@@ -276,12 +312,11 @@ def test_after_kill_9_what_was_said_is_there(tmp_path):
         assert "event" not in httpx.get(f"{url}{place}/follow?after=9").text  # nothing grows, and nobody waits
 
 
-TAGS = {"script", "img", "svg", "iframe", "style", "object", "base", "meta", "link", "title", "form", "input", "button", "textarea"}
+CAPABLE = {"script", "img", "svg", "iframe", "style", "object", "base", "meta", "link", "title", "form", "input", "button", "textarea"}
 
 
 class Reader(HTMLParser):
     """What in a page could do something: tags, handlers, and addresses that are neither ours nor a link to be clicked."""
-
 
     def __init__(self, page):
         super().__init__()
@@ -289,7 +324,7 @@ class Reader(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
-        self.found.update([tag] if tag in TAGS else [])
+        self.found.update([tag] if tag in CAPABLE else [])
         for name, value in attributes:
             if name.startswith(("on", "srcdoc", "style")) or (name in ("href", "src") and re.match(r"\s*(javascript|data|vbscript)", value, re.IGNORECASE)):
                 self.found[(tag, name, value)] += 1
