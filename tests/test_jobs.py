@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -126,6 +127,18 @@ def test_what_stops_a_run_before_it_begins_is_told(recipe, tmp_path):
     assert "NOBODY_HAS_THIS_KEY" in failed.sentence and "Traceback" not in failed.sentence
     with pytest.raises(LimbeckError, match="is no run"):
         jobs.resume(tmp_path / "nobody")
+
+
+def test_who_waits_and_then_sees_the_reviews_itself_is_not_started_twice(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with attendance.Attendance(tmp_path) as run:
+        run.tell("waits")
+        assert jobs.state(tmp_path).name == "waits"  # it is about to end, or to look a last time
+        seen = threading.Timer(0.2, run.tell, ["running"])
+        seen.start()
+        jobs.resume(tmp_path)
+        assert jobs.state(tmp_path).name == "running" and not (tmp_path / jobs.CHILD).exists()
+        seen.join()
 
 
 def test_a_number_that_another_process_has_is_not_ours(tmp_path):

@@ -97,6 +97,8 @@ def test_sentences_turn_where_the_numbers_turn(tmp_path):
     told = {name: narration.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")}
     assert told["up"] == Text("Accuracy rose from 4.2% to 94.2%.", "准确率从 4.2% 升到 94.2%。")
     assert told["down"].en == "Accuracy fell from 95.8% to 5.8%." and "降" in told["down"].zh
+    valley = narration._went(Text("A", "甲"), np.array([0.5, *np.linspace(0.9, 0.1, 17), 0.6]), str)
+    assert "no clear direction" in valley.en  # it ends higher than it began, but did not rise
     assert "no clear direction" in told["wave"].en and "没有明显的方向" in told["wave"].zh
     sound = [text.en for text in narration.soundness(History(tmp_path / "up").look())]
     assert "differ by at most 1.0e-06 nats a token: no more than rounding." in sound[0]

@@ -79,9 +79,9 @@ def _went(what: Text, values: np.ndarray, write: Callable[[float], str]) -> Text
     first, last = write(float(values[:tenth].mean())), write(float(values[-tenth:].mean()))
     if len(values) < 4:
         return Text("{} stands at {}.", "{}为 {}。").format(what, last)
-    if first == last or abs(trend(values)) < CLEAR:
-        return Text("{} has no clear direction: {} at first, {} now.", "{}没有明显的方向：起初 {}，现在 {}。").format(what, first, last)
     rises = float(values[-tenth:].mean()) > float(values[:tenth].mean())
+    if first == last or (1 if rises else -1) * trend(values) < CLEAR:  # the ends and the whole must agree
+        return Text("{} has no clear direction: {} at first, {} now.", "{}没有明显的方向：起初 {}，现在 {}。").format(what, first, last)
     said = Text("{} rose from {} to {}.", "{}从 {} 升到 {}。") if rises else Text("{} fell from {} to {}.", "{}从 {} 降到 {}。")
     return said.format(what, first, last)
 
@@ -141,12 +141,21 @@ def outcome(view: StageView) -> list[Text]:
 
 
 def flipped(before: str, after: str, flips: Flips) -> Text:
+    """Between two evaluations."""
     if not flips.asked:
         return Text("{} and {} share no problem.", "{} 与 {} 没有共同的题目。").format(before, after)
     return Text(
-        "Of {asked} problems that both answered, {won} went from wrong under {before} to right under {after}, and {lost} from right to wrong.",
-        "两者都答过的 {asked} 题中，{won} 题从 {before} 的错变为 {after} 的对，{lost} 题由对变错。",
+        "Of {asked} problems that both answered, {won} went from wrong in {before} to right in {after}, and {lost} from right to wrong.",
+        "两者都答过的 {asked} 题中，{won} 题由 {before} 的错变为 {after} 的对，{lost} 题由对变错。",
     ).format(asked=flips.asked, won=len(flips.won), lost=len(flips.lost), before=before, after=after)
+
+
+def learned(flips: Flips) -> Text:
+    """Between the first and the last time that a stage met a problem."""
+    return Text(
+        "Of {asked} problems that were written down more than once, {won} were mostly wrong at first and are mostly right by now; with {lost} it is the other way round.",
+        "记录过不止一次的 {asked} 题中，{won} 题起初多半答错、如今多半答对；{lost} 题则相反。",
+    ).format(asked=flips.asked, won=len(flips.won), lost=len(flips.lost))
 
 
 def foreseen(actual: float, told: dict[str, float], over: bool) -> Text:

@@ -182,17 +182,16 @@ def _ancestors(run: Overview, model: str) -> list[str]:
     return found
 
 
-def flipped(run: Overview, line: Line, against: str = "") -> tuple[str, Flips, list[Text]] | None:
+def flipped(run: Overview, line: Line, against: str = "") -> tuple[str, Flips, Text] | None:
     """Which problems flipped: between two evaluations, or between the steps of one stage. With what they are compared."""
     if others := rivals(run, line):
         other = against if against in others else others[0]
         found = flips.between(run.stage(other).folder, line.standing.folder)
-        return other, found, [narration.flipped(other, line.name, found)]
+        return other, found, narration.flipped(other, line.name, found)
     if not line.history.shown:
         return None
     found = flips.within(line.history.shown)
-    first, last = Text("its first meeting", "第一次遇到时"), Text("its last", "最后一次遇到时")
-    return ("", found, [narration.flipped(first, last, found)]) if found.asked else None
+    return ("", found, narration.learned(found)) if found.asked else None
 
 
 def responses(line: Line, step: int | None) -> dict[str, Any] | None:

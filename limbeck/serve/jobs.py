@@ -25,7 +25,7 @@ from ..reading import dump, load, unattended
 from ..types import LimbeckError
 
 LOG, CHILD, START = "log.txt", ".child.json", ".start"
-ENDING = 10.0  # seconds in which a process that has said its last word must be gone
+LAST_WORDS, ENDING = ("waits", "paused"), 10.0  # who has said these is gone within so many seconds
 COMMAND = [sys.executable, "-c", "from limbeck.cli import main; main()", "run"]
 
 
@@ -58,9 +58,12 @@ def resume(folder: Path) -> None:
     """Go on with a run that was paused, was killed, failed, or waited for people who have now reviewed."""
     if not (folder / "recipe.yaml").exists():
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
-    deadline = time.monotonic() + ENDING
-    while attendance.at_work(folder) and attendance.status(folder).state in ("waits", "paused") and time.monotonic() < deadline:
-        time.sleep(0.05)  # it has looked for the last time and is about to end
+    if attendance.at_work(folder) and attendance.status(folder).state in LAST_WORDS:
+        deadline = time.monotonic() + ENDING
+        while attendance.at_work(folder) and attendance.status(folder).state in LAST_WORDS and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if attendance.at_work(folder):  # it has seen the reviews itself, and goes on
+            return
     _begin(folder, None, attendance.status(folder).right or _child(folder).get("right"))
 
 
@@ -74,7 +77,7 @@ def pause(folder: Path) -> None:
 def state(folder: Path) -> State:
     """Where a run stands, whoever started it."""
     working, told = attendance.at_work(folder), attendance.status(folder)
-    if working:
+    if working and told.state not in LAST_WORDS:
         asked = told.state == "pausing" or (folder / attendance.PAUSE).exists()
         return State("pausing" if asked else "running", "", told.since)
     if told.state in ("running", "pausing"):

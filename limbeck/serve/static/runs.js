@@ -6,6 +6,9 @@ const TONES = ["one", "two", "three", "four", "right", "wrong", "muted"];
 const SOON = 2000, LATER = 15000; // milliseconds: a stage at rest may be gone on with at a terminal
 const KNOWN = new Set(["bytes"]); // columns that mean nothing to an eye
 
+/** Of the marks of a logarithmic axis, the powers of ten. */
+const powers = (_, marks) => marks.map((mark) => (Math.abs(Math.log10(mark) - Math.round(Math.log10(mark))) < 1e-6 ? mark : null));
+
 const tone = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function written(value, scale) {
@@ -57,7 +60,7 @@ class Panel {
     this.plot = new uPlot({
       width: Math.max(200, place.clientWidth), height: 170, series, legend: { show: false }, padding: [8, 8, 0, 0],
       scales: { x: { time: false }, y: this.scale === "log" ? { distr: 3 } : {} },
-      axes: [{ ...axis, grid: { show: false }, size: 26, space: 60 }, { ...axis, size: 52, values: (_, marks) => marks.map((mark) => (mark == null ? "" : this.scale === "share" ? `${Math.round(1000 * mark) / 10}%` : written(mark, this.scale))) }],
+      axes: [{ ...axis, grid: { show: false }, size: 26, space: 60 }, { ...axis, ...(this.scale === "log" ? { filter: powers, grid: { ...axis.grid, filter: powers } } : {}), size: 52, values: (_, marks) => marks.map((mark) => (mark == null ? "" : this.scale === "share" ? `${Math.round(1000 * mark) / 10}%` : written(mark, this.scale))) }],
       cursor: { sync: { key: "steps" }, points: { show: false }, drag: { x: true, y: false } },
       hooks: { setCursor: [(plot) => this.say(plot.cursor.idx)] },
     }, data, place);
