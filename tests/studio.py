@@ -25,7 +25,7 @@ import pytest
 from limbeck.serve.app import build
 
 CHROMIUM = os.environ.get("LIMBECK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-PATIENCE = 20_000  # milliseconds: the machine may have other work
+PATIENCE = 60_000  # milliseconds: the machine may have other work
 PICTURES = os.environ.get("LIMBECK_PICTURES")  # a folder: `picture(page, name)` writes screenshots there
 
 
