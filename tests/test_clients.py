@@ -98,7 +98,7 @@ def test_nothing_a_fuzzer_sends_is_our_fault(served):
     for operation in (result.ok() for result in schema.get_all_operations()):
         for mode in schemathesis.GenerationMode:
 
-            @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(operation.as_strategy(generation_mode=mode))
             def ask(case):
                 if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
