@@ -6,6 +6,7 @@ import asyncio
 
 import httpx
 import pytest
+from served import routes
 
 from limbeck.serve.app import build
 from limbeck.serve.markup import finished, to_html
@@ -36,10 +37,6 @@ def asked(app, *requests, **options):
 @pytest.fixture
 def locked(tmp_path):
     return build(tmp_path, Nobody(), key="sesame", limits=Limits(body_bytes=1000, body_seconds=0.2))
-
-
-def routes(app):
-    return [route for route in app.app.routes if getattr(route, "methods", None)]
 
 
 def test_every_route_but_the_door_is_closed_without_a_key(locked):

@@ -19,7 +19,7 @@ from .boarding import Boarding, Prefixes
 from .request import Answer, Choice, Full, Request
 from .shuttle import Seat, Shuttle
 
-STALL = 0.2  # seconds that reading a newcomer's prompt may hold up those who speak
+STALL = 0.2  # seconds that reading newcomers' prompts may hold up those who speak, or as long as a step of theirs if that is more
 CHUNKS = 16, 4096  # the fewest and the most tokens that are read at once
 MOST_TOKENS = 1 << 17  # of one batch, where nobody says what memory allows
 
@@ -62,7 +62,7 @@ class Batching:
         self.prefixes = Prefixes(prefix_bytes)
         self.pace = 1000.0  # tokens of prompts a second, as measured
         self.steps = self.failures = 0
-        self.seconds = 0.0
+        self.seconds = self.lasted = 0.0  # of all steps, and of the last one
         self.lock, self.closing, self.leaving = threading.Condition(), False, False
         self.thread: threading.Thread | None = None
         self._begin()
@@ -164,7 +164,8 @@ class Batching:
             if self.shuttle.busy:
                 begin = time.monotonic()
                 self.shuttle.step()
-                self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - begin
+                self.lasted = time.monotonic() - begin
+                self.steps, self.seconds = self.steps + 1, self.seconds + self.lasted
                 self.grown |= {seat.answer: None for seat in self.shuttle.owners}
         self._settle()
 
@@ -188,7 +189,8 @@ class Batching:
     def _board(self) -> None:
         speaking = self.shuttle.busy > 0
         fewest, most = CHUNKS
-        chunk = int(min(max(self.pace * STALL * (1 if speaking else 4), fewest), most))
+        seconds = max(STALL, self.lasted) if speaking else 4 * STALL
+        chunk = int(min(max(self.pace * seconds, fewest), most))
         begin, before = time.monotonic(), sum(guest.left for guest in self.boarding.guests)
         for guest, hidden_C in self.boarding.read(chunk):
             if guest.answer.request.max_new_tokens:
