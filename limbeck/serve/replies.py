@@ -39,6 +39,12 @@ class Reply:
         return any(self._unsaved.values())
 
     @property
+    def now(self) -> Meter:
+        """The figures of this moment: time passes also while the model is silent."""
+        gone = time.monotonic() - self.begun
+        return replace(self.meter, seconds=gone, thought_seconds=gone if self.thinking else self.meter.thought_seconds)
+
+    @property
     def thinking(self) -> bool:
         """Whether the answer itself has not begun."""
         return not (self.prose["answer"].blocks or self.prose["answer"].tail)
@@ -126,14 +132,16 @@ class Replies:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def follow(self, conversation: str) -> AsyncIterator[dict[str, Any]]:
-        """What grows in a conversation, from all there is now until nothing runs any more."""
+        """What grows in a conversation, from all there is now until nothing runs any more; at least the time, each second."""
         seen: dict[int, dict[str, Seen]] = {}
+        told: dict[int, float] = {}
         while replies := self.running(conversation):
             for reply in replies:
                 known = seen.setdefault(reply.number, {part: Seen() for part in PARTS})
                 parts = {part: growth for part in PARTS if (growth := known[part].growth(reply.prose[part]))}
-                if parts:
-                    yield {"answer": reply.number, "parts": parts, "meter": reply.meter, "thinking": reply.thinking}
+                if parts or time.monotonic() - told.get(reply.number, 0.0) > SAVE_SECONDS:
+                    told[reply.number] = time.monotonic()
+                    yield {"answer": reply.number, "parts": parts, "meter": reply.now, "thinking": reply.thinking}
             await asyncio.sleep(TICK)
             for number in seen.keys() - {reply.number for reply in self.running(conversation)}:
                 del seen[number]

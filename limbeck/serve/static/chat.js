@@ -78,7 +78,7 @@ function paint() {
     const one = answer(number);
     if (!one || one.dataset.state !== "running") continue;
     for (const [name, growth] of parts) grow(one, one.querySelector(`[data-part="${name}"]`), growth);
-    one.querySelector(".phase").textContent = `${meter.phase} ${meter.answer}`;
+    one.querySelector(".phase").textContent = meter.phase;
     one.querySelector(".thought .took").textContent = meter.thought;
     const thought = one.querySelector(".thought");
     if (one.querySelector(".said .tail, .said .blocks").textContent && thought.open && !thought.dataset.touched) thought.open = false;
@@ -168,13 +168,15 @@ async function act(form, button) {
   const body = new FormData(form, button);
   for (const name of ["model", "beside", "temperature", "budget"]) if (composer && !body.has(name)) body.set(name, composer.elements[name].value);
   place(await ask(button?.hasAttribute("formaction") ? button.formAction : form.action, body), form.closest(".turn"));
+  if (running().length) toEnd();
   wake();
 }
 
 async function speak() {
   const text = composer.elements.text;
   if (!text.value.trim() || talk.classList.contains("busy")) return;
-  place(await ask(composer.action, new FormData(composer)), null);
+  talk.classList.add("busy");
+  try { place(await ask(composer.action, new FormData(composer)), null); } finally { settle(); }
   text.value = "";
   sessionStorage.removeItem(draft);
   murmur(talk.dataset.saidBegun);
@@ -201,8 +203,11 @@ async function copy(button) {
 
 function told(error) { tell(error.message); }
 
+let sent = false; // the first message goes by the browser itself, and once
+window.addEventListener("pageshow", () => { sent = false; });
+
 document.addEventListener("submit", (event) => {
-  if (!talk) return;
+  if (!talk) { if (sent && event.target === composer) event.preventDefault(); sent = true; return; }
   const { target, submitter } = event;
   if (submitter?.classList.contains("stop")) { event.preventDefault(); stop().catch(told); }
   else if (target === composer) { event.preventDefault(); speak().catch(told); }

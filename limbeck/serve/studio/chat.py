@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Form, HTTPException, Request
+from fastapi import APIRouter, Depends, Form, HTTPException, Path, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi.sse import EventSourceResponse
 from markupsafe import Markup
@@ -23,8 +23,11 @@ from ..transcript import as_json, as_markdown
 
 LONGEST = 200_000  # characters of a question
 TURNS = 20  # shown at first; earlier ones on demand
+LAST = 2**63 - 1  # SQLite's largest number
 WARMEST, DEEPEST = 2.0, 1_000_000
 
+Number = Annotated[int, Path(ge=0, le=LAST)]
+Chosen = Annotated[int, Form(ge=0, le=LAST)]
 Text = Annotated[str, Form(min_length=1, max_length=LONGEST), AfterValidator(lambda text: text.replace("\r\n", "\n"))]  # as forms send it
 
 
@@ -71,7 +74,7 @@ class _Desk:
             raise HTTPException(409, say(language_of(request), "chat.busy"))
         return found
 
-    def answer(self, request: Request, name: str, number: int) -> Answer:
+    def answer(self, request: Request, name: str, number: Number) -> Answer:
         found = self.shelf.answer(number)
         if found is None or found[0] != name:
             raise HTTPException(404, say(language_of(request), "site.lost"))
@@ -125,15 +128,15 @@ def _reading(router: APIRouter, desk: _Desk) -> None:
         )
 
     @router.get("/{name}/answers/{number}")
-    def answer(request: Request, name: str, number: int) -> Response:
+    def answer(request: Request, name: str, number: Number) -> Response:
         return _page(request, desk, "chat_answer.html.jinja", talk=desk.read(request, name), answer=desk.answer(request, name, number))
 
     @router.get("/{name}/answers/{number}/text")
-    def text(request: Request, name: str, number: int) -> Response:
+    def text(request: Request, name: str, number: Number) -> Response:
         return PlainTextResponse(desk.answer(request, name, number).content)
 
     @router.get("/{name}/answers/{number}/{part}")
-    def leaf(request: Request, name: str, number: int, part: str, page: int = 1) -> Response:
+    def leaf(request: Request, name: str, number: Number, part: str, page: int = 1) -> Response:
         answer = desk.answer(request, name, number)
         said = {"thought": answer.thought, "answer": answer.content}.get(part)
         if said is None:
@@ -190,7 +193,7 @@ def _speaking(router: APIRouter, desk: _Desk) -> None:
         return await desk.rest(request, name, (parent or 0) + 1)
 
     @router.post("/{name}/edit")
-    async def edit(request: Request, name: str, text: Text, settings: Wished, turn: int = Form()) -> Response:
+    async def edit(request: Request, name: str, text: Text, settings: Wished, turn: Chosen) -> Response:
         talk = await asyncio.to_thread(desk.own, request, name, True)
         settings = served(request, settings, talk.settings)
         try:
@@ -201,7 +204,7 @@ def _speaking(router: APIRouter, desk: _Desk) -> None:
         return await desk.rest(request, name, turn)
 
     @router.post("/{name}/again")
-    async def again(request: Request, name: str, settings: Wished, answer: int = Form()) -> Response:
+    async def again(request: Request, name: str, settings: Wished, answer: Chosen) -> Response:
         talk = await asyncio.to_thread(desk.own, request, name, True)
         old = await asyncio.to_thread(desk.answer, request, name, answer)
         settings = served(request, Settings((old.model,), (settings or talk.settings).temperature, (settings or talk.settings).budget))
@@ -218,7 +221,9 @@ def _speaking(router: APIRouter, desk: _Desk) -> None:
 
 def _keeping(router: APIRouter, desk: _Desk) -> None:
     @router.post("/{name}/show")
-    async def show(request: Request, name: str, turn: int | None = Form(None), answer: int | None = Form(None)) -> Response:
+    async def show(
+        request: Request, name: str, turn: int | None = Form(None, le=LAST), answer: int | None = Form(None, le=LAST)
+    ) -> Response:
         await asyncio.to_thread(desk.own, request, name, True)
         of = turn if answer is None else (await asyncio.to_thread(desk.answer, request, name, answer)).turn
         await asyncio.to_thread(desk.shelf.show, name, turn, answer)
@@ -259,8 +264,12 @@ def _meter(words: Any, meter: Meter, thought: bool) -> str:
 def _pace(language: str, meter: Meter, thinking: bool) -> dict[str, str]:
     """A running answer's figures."""
     words = partial(say, language)
-    phase = words("chat.thinking" if thinking else "chat.answering")
-    return {"phase": phase, "thought": _meter(words, meter, True), "answer": _meter(words, meter, False)}
+    whole = _meter(words, meter, False)
+    if not meter.tokens:
+        phase = f"{words('chat.waiting')} {duration(words, meter.seconds)}"
+    else:
+        phase = words("chat.thinking") if thinking else f"{words('chat.answering')} {whole}"
+    return {"phase": phase, "thought": _meter(words, meter, True)}
 
 
 def duration(words: Any, seconds: float) -> str:
