@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Self
 
-
-@dataclass(frozen=True)
-class Piece:
-    kind: str
-    text: str = ""
-    tokens: int = 0
-    choice: int = 0
-    finish: str = ""
-    usage: Any = None
+from limbeck.serve.service import Piece, Usage
 
 
 class Stub:
@@ -48,7 +39,7 @@ class Stub:
                     while self.held and at > len(text) / 2:
                         await asyncio.sleep(0.01)
                 counts[kind] = -(-len(text) // self.size)
-            used = SimpleNamespace(reasoning_tokens=counts["thought"], completion_tokens=sum(counts.values()), cost=0.00012)
+            used = Usage(1, 0, sum(counts.values()), counts["thought"], cost=0.00012)
             yield Piece("end", finish="stop", usage=used)
         finally:
             self.open -= 1

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import QUESTION, save, server, slowly, soon
 from speaker import HOSTILE, Stub, sums
 from studio import serving
 
@@ -246,9 +247,42 @@ def test_the_page_may_go_the_answer_goes_on(tmp_path):
         assert ada.post(f"{place}/delete").status_code == 303 and ada.get(place).status_code == 404
 
 
+def test_real_models_answer_are_stopped_and_refuse(tmp_path, tokenizer):
+    """The service itself, over two tiny random models of one row each and one place in the line."""
+    plain, thinker = save(tmp_path / "plain", tokenizer), save(tmp_path / "thinker", tokenizer, opens=True)
+    with server(tmp_path, f"plain={plain}", f"thinker={thinker}", rows=1, waiting=1, prices=["thinker=10/20"]) as found:
+        one = found.service.models["plain"]
+        with httpx.Client(base_url=found.url, headers=found.headers, timeout=60) as client:
+
+            def ask(**form):
+                return client.post("/chat", data={"text": QUESTION, **form}).headers["location"]
+
+            def ended(place):
+                soon(lambda: 'data-state="running"' not in client.get(place).text, 60)
+                return client.get(f"{place}/export.json").json()["sides"]
+
+            left, right = ended(ask(model="plain", beside="thinker", budget="6"))
+            assert [side["answers"][0]["model"] for side in (left, right)] == ["plain", "thinker"]
+            told = right["answers"][0]
+            assert told["thought_tokens"] == 7 and told["tokens"] > 7 and told["cost"] > 0  # the budget, and the tag that ends it
+            assert right["messages"][1]["reasoning_content"] and "think>" not in json.dumps(right["messages"])
+            with slowly(found.service, "plain", 0.05):
+                long = ask(model="plain")
+                soon(lambda: one.busy == 1, 30)
+                waiting = ask(model="plain")
+                soon(lambda: one.waiting == 1, 30)
+                refused = ask(model="plain")
+                assert ended(refused)[0]["answers"][0]["state"] == "failed" and "waiting already" in client.get(refused).text
+                client.post(f"{waiting}/stop")
+                client.post(f"{long}/stop")
+                soon(lambda: one.busy == 0, 30)
+            assert ended(long)[0]["answers"][0]["state"] == "stopped"
+
+
 SERVER = """
 import sys
 from pathlib import Path
+from served import QUESTION, save, server, slowly, soon
 from speaker import Stub
 from studio import serving
 from limbeck.serve.app import build
@@ -283,7 +317,6 @@ TAGS = {"script", "img", "svg", "iframe", "style", "object", "base", "meta", "li
 
 class Reader(HTMLParser):
     """What in a page could do something: tags, handlers, and addresses that are neither ours nor a link to be clicked."""
-
 
     def __init__(self, page):
         super().__init__()
