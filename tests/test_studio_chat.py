@@ -84,7 +84,6 @@ def test_a_conversation(visit, house, language):
         page.get_by_label(t("beside")).select_option("small")
         page.get_by_label(t("temperature")).fill("1")
         page.get_by_label(t("budget")).fill("99")
-        accessible(page)
         editor.press("Enter")
         second.locator(f".answer{DONE}").nth(1).wait_for()
         assert [one[0] for one in service.asked[-2:]] == ["r1", "small"] and service.asked[-1][2:] == (1, 99)
