@@ -192,6 +192,12 @@ def test_a_follower_hears_everything_and_the_end(tmp_path):
     assert service.asked == [("r1", [{"role": "user", "content": "?"}], 0.7, 100)]
 
 
+def test_an_answer_without_a_thought_shows_none(tmp_path):
+    answer, events, _ = followed(tmp_path, lambda *_: ("", "at once"), wait, pause=0.1)
+    assert (answer.thought, answer.content) == ("", "at once") and heard(events, "answer") == ("", "at once")
+    assert not any("thought" in event.get("parts", {}) for event in events)
+
+
 def test_whoever_comes_late_gets_the_end_of_a_long_thought(tmp_path):
     long = "".join(f"Line {i} of this thought.\n\n" for i in range(20_000))
 

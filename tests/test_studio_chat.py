@@ -49,7 +49,7 @@ def test_a_conversation(visit, house, language):
         service.held = False
         for each in (page, twin):
             each.locator(f".answer{DONE}").wait_for()
-            assert each.locator(".said math").count() == 1 and not each.locator(".thought").evaluate("one => one.open")
+            assert each.locator(".spoken math").count() == 1 and not each.locator(".thought").evaluate("one => one.open")
         twin.close()
         assert t("tokens", count=32) in thought.locator(".took").inner_text()
         leave_the_pen(page)
@@ -84,7 +84,6 @@ def test_a_conversation(visit, house, language):
         page.get_by_label(t("beside")).select_option("small")
         page.get_by_label(t("temperature")).fill("1")
         page.get_by_label(t("budget")).fill("99")
-        accessible(page)
         editor.press("Enter")
         second.locator(f".answer{DONE}").nth(1).wait_for()
         assert [one[0] for one in service.asked[-2:]] == ["r1", "small"] and service.asked[-1][2:] == (1, 99)
@@ -151,7 +150,7 @@ def test_nothing_runs(visit, house):
         page.locator(".talks a", has_text="onerror").click()
         page.locator(f".answer{DONE}").wait_for()
         assert page.evaluate("window.harmed") is None  # and the fixture has seen no violation and no request elsewhere
-        assert page.locator("main :is(img, iframe, script, style, object, base), .said form").count() == 0
+        assert page.locator("main :is(img, iframe, script, style, object, base), .spoken form").count() == 0
         page.close()
 
 

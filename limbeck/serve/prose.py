@@ -84,7 +84,7 @@ def _block(fence: str, text: str) -> str:
     rendered = to_html(fence + text)
     for wide in ("<pre>", "<table>", '<div class="math block">'):  # these scroll sideways: keys must reach them
         rendered = rendered.replace(wide, f'{wide[:-1]} tabindex="0">')
-    return f'<div class="block">{rendered}</div>'
+    return f'<div class="piece">{rendered}</div>'
 
 
 def _end(fence: str, text: str) -> int:

@@ -97,7 +97,8 @@ class Seen:
         `fresh` where it replaces all that is there."""
         fresh = self.blocks < 0
         first = prose.last() if fresh else self.blocks
-        if not fresh and first == len(prose.blocks) and self.tail == len(prose.tail):
+        nothing = self.tail == len(prose.tail) if not fresh else not prose.tail
+        if nothing and first == len(prose.blocks):
             return None
         at = self.tail if first == len(prose.blocks) and not fresh else 0
         self.blocks, self.tail = len(prose.blocks), len(prose.tail)

@@ -4,7 +4,7 @@ import { events, tell } from "./studio.js";
 const KEPT = 24000; // characters of finished blocks that stay in the page while a text grows; the rest can be paged
 const REST = 5000; // milliseconds between two looks at whether another window has changed the conversation
 
-const talk = document.querySelector(".talk");
+const talk = document.querySelector(".talk[data-talk]");
 const composer = document.querySelector(".composer");
 const here = talk && `/chat/${talk.dataset.talk}`;
 const draft = `draft ${here ?? "new"}`;
@@ -81,7 +81,7 @@ function paint() {
     one.querySelector(".phase").textContent = meter.phase;
     one.querySelector(".thought .took").textContent = meter.thought;
     const thought = one.querySelector(".thought");
-    if (one.querySelector(".said .tail, .said .blocks").textContent && thought.open && !thought.dataset.touched) thought.open = false;
+    if (one.querySelector(".spoken .tail, .spoken .blocks").textContent && thought.open && !thought.dataset.touched) thought.open = false;
   }
   waiting.clear();
   if (follow) toEnd();
