@@ -189,6 +189,12 @@ def test_pieces_are_the_whole_text(text):
     assert "".join(passage for passage, _ in edits.marked(text, "en")) == text == "".join(passage for passage, _ in edits.marked(text, "zh"))
 
 
+def test_parts_are_whole_sentences_and_the_whole_text():
+    text = "one two three.\n" * 20 + "x" * 90
+    assert "".join(edits.parts(text, 40)) == text
+    assert all(len(part) <= 40 or part == "x" * 90 for part in edits.parts(text, 40)) and list(edits.parts("")) == [""]
+
+
 @pytest.mark.parametrize("before", TEXTS)
 @pytest.mark.parametrize("after", TEXTS)
 def test_a_difference_holds_both_texts_whole(before, after):
@@ -218,3 +224,23 @@ def test_words_of_another_language_are_found():
 
     assert strange("try 5 先算 a 等 <answer>", "en") == ["先算", "等"]
     assert strange("先算 x 和 \\frac12 and then, 7 don't <think>", "zh") == ["and then", "don't"]
+
+
+# ---------------------------------------------------------------- at a terminal
+
+
+def test_disagreements_are_settled_at_the_terminal(queue, monkeypatch, capsys):
+    from limbeck import desk
+
+    say(queue, "a", "reject", "Ada", reason="dull")
+    say(queue, "a", "accept", "Grace")
+    for name in "cdef":
+        say(queue, name, "accept", "Mary")
+    answers = iter(["a", "r", "indeed"])
+    monkeypatch.setattr(desk.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    desk.review_at_terminal(queue, "Mary")
+    told = capsys.readouterr().out
+    assert "[1/2]" in told and "[2/2]" in told and "Ada says reject: dull" in told and "Grace says accept: as it is" in told
+    assert told.endswith("all rows are reviewed: run the recipe again and it goes on\n")
+    assert [(one.verdict["verdict"], one.people) for one in reviews.standings(queue)[:2]] == [("reject", ["Mary"]), ("accept", ["Mary"])]

@@ -40,6 +40,17 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in _SENTENCE.findall(text) if sentence]
 
 
+def parts(text: str, size: int = 4000) -> Iterator[str]:
+    """The text in parts of whole sentences, each about `size` characters or one sentence long: a browser draws those in sight."""
+    held = ""
+    for sentence in sentences(text):
+        if held and len(held) + len(sentence) > size:
+            yield held
+            held = ""
+        held += sentence
+    yield held
+
+
 def difference(before: str, after: str) -> list[tuple[str, str, str]]:
     """Passages in order: `("same", text, text)` or `("changed", old, new)`, where old or new may be empty.
 

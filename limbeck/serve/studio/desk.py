@@ -140,13 +140,13 @@ def routes(site: Site) -> APIRouter:
         written = next((said["completion"] for said in row.verdicts.values() if said["verdict"] == "edit"), "") if resolve else ""
         text, told = kept.text or written or row.row["completion"], kept.reason.split(SEPARATOR)
         said = list(row.verdicts.items()) if not due and row.state in ("settled", "disputed") else [(person.name, mine)] if mine else []
-        rows = reviews.standings(desk.queue)
+        rows, blocks = reviews.standings(desk.queue), [list(edits.marked(part, row.row["language"])) for part in edits.parts(row.row["completion"])]
         return render(
             request, "desk_row.html.jinja", desk=desk, row=row, here=address(desk), asked=asked, resolve=resolve, due=due, mine=mine,
             rejecting=asked and not edit and (reject or bool(kept.reason and not kept.text and not read)),
             editing=asked and not reject and (edit or bool(kept.text and not read)),
             draft=kept, text=text, reasons=REASONS, why=set(told), reason=SEPARATOR.join(part for part in told if part not in REASONS), models=_models(site), finding=queues.verify(desk, row.row, row.row["completion"]),
-            passages=list(edits.marked(row.row["completion"], row.row["language"])), said=[_told(row, *one) for one in said],
+            blocks=blocks, mixed=any(kind == "strange" for block in blocks for _, kind in block), said=[_told(row, *one) for one in said],
             change=_change(desk, row, text), resolution=row.resolution if not due else None, total=len(rows),
             done=sum(not r.due(person.name) for r in rows), left=sum(r.due(person.name) for r in rows),
             last=_last(rows, after, person.name), focus=request.cookies.get("desk_focus") == "1",
