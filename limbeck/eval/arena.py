@@ -2,7 +2,7 @@
 
 P(a is preferred to b) = sigmoid(s_a - s_b + style), a tie being half a win for either. Strengths are told on the scale of
 chess: 400 points are odds of ten to one, and 1000 is the mean of the models compared. Votes of people and votes of judges
-are rated apart, always. Legend: V votes, P pairs of models, M models, S properties of style.
+are rated apart, always. Legend: V votes, P pairs of models, S properties of style, X models and those.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -129,36 +129,44 @@ def style_of(a: str, b: str) -> tuple[float, ...]:
 
 
 class _Table:
-    """Votes as rows of a logistic regression, the given ties after them (each as half a win and half a loss)."""
+    """Votes as rows of a logistic regression: equal ones once, with their number as weight; the given ties after them, each as
+    half a win and half a loss."""
 
     def __init__(self, votes: Sequence[Vote], models: Sequence[str], style: Sequence[str]):
-        self.votes, self.models, self.style = votes, models, style
-        place = {model: i for i, model in enumerate(models)}
+        self.models, self.style = models, style
+        self.cells = Counter((v.a, v.b, WORTH[v.outcome], v.style[: len(style)]) for v in votes)
         self.pairs = list(combinations(models, 2))
-        ends = [(place[v.a], place[v.b]) for v in votes] + 2 * [(place[a], place[b]) for a, b in self.pairs]
-        self.design_VX = np.zeros((len(ends), len(models) + len(style)))
+        self.given = 1 / (len(models) - 1)
+        place = {model: i for i, model in enumerate(models)}
+        ends = [(place[a], place[b]) for a, b, *_ in self.cells] + 2 * [(place[a], place[b]) for a, b in self.pairs]
         rows, (left, right) = np.arange(len(ends)), np.array(ends).T
+        self.design_VX = np.zeros((len(ends), len(models) + len(style)))
         self.design_VX[rows, left], self.design_VX[rows, right] = 1.0, -1.0
-        looks_VS = np.array([vote.style for vote in votes])[:, : len(style)]
+        self.worth_V = np.array([worth for _, _, worth, _ in self.cells] + [1.0] * len(self.pairs) + [0.0] * len(self.pairs))
+        self.weight_V = np.array([*map(float, self.cells.values()), *[self.given / 2] * (2 * len(self.pairs))])
+        looks_VS = np.array([looks for *_, looks in self.cells]).reshape(len(self.cells), len(style))
         # without centring, so that swapping the sides of a battle changes nothing
-        spread_S = np.sqrt((looks_VS**2).mean(0))
-        self.design_VX[: len(votes), len(models) :] = looks_VS / np.where(spread_S > 0, spread_S, 1.0)
-        given = 1 / (len(models) - 1)
-        self.worth_V = np.array([WORTH[v.outcome] for v in votes] + [1.0] * len(self.pairs) + [0.0] * len(self.pairs))
-        self.weight_V = np.array([1.0] * len(votes) + [given / 2] * (2 * len(self.pairs)))
+        spread_S = np.sqrt(np.average(looks_VS**2, axis=0, weights=self.weight_V[: len(self.cells)]))
+        self.design_VX[: len(self.cells), len(models) :] = looks_VS / np.where(spread_S > 0, spread_S, 1.0)
         # strengths are fixed at mean 0; a coefficient of style is a draw from N(0, 1), or few votes could send it anywhere
         held = np.zeros(len(models) + len(style))
         held[: len(models)] = 1.0
         self.prior_XX = np.outer(held, held) + np.diag(1 - held)
+
+    def won(self, model: str) -> tuple[int, float]:
+        """A model's votes, and its share of them: wins, and half of the ties."""
+        own = [(count, worth if a == model else 1 - worth) for (a, b, worth, _), count in self.cells.items() if model in (a, b)]
+        votes = sum(count for count, _ in own)
+        return votes, sum(count * worth for count, worth in own) / votes
 
 
 def _plain(table: _Table) -> np.ndarray:
     """Strengths by evalica, on the same rows."""
     import evalica
 
-    given = [(a, b, evalica.Winner.Draw, 1 / (len(table.models) - 1)) for a, b in table.pairs]
     sign = {1.0: evalica.Winner.X, 0.5: evalica.Winner.Draw, 0.0: evalica.Winner.Y}
-    xs, ys, winners, weights = zip(*[(v.a, v.b, sign[WORTH[v.outcome]], 1.0) for v in table.votes], *given, strict=True)
+    rows = [(a, b, sign[worth], float(count)) for (a, b, worth, _), count in table.cells.items()]
+    xs, ys, winners, weights = zip(*rows, *((a, b, evalica.Winner.Draw, table.given) for a, b in table.pairs), strict=True)
     fitted = evalica.bradley_terry(xs, ys, winners, weights=list(weights), tolerance=1e-10, limit=10_000)
     strengths = np.log([fitted.scores[model] for model in table.models])
     return strengths - strengths.mean()
@@ -198,17 +206,15 @@ def _sandwich(table: _Table, fitted: np.ndarray) -> np.ndarray:
 
 def _told(table: _Table, fitted: np.ndarray, covariance: np.ndarray) -> Ratings:
     error = Z * np.sqrt(np.diag(covariance))
-    rated: list[dict[str, Any]] = []
-    for i, model in enumerate(table.models):
-        gaps = [(fitted[j] - fitted[i], covariance[i, i] + covariance[j, j] - 2 * covariance[i, j]) for j in range(len(table.models))]
-        worth = [WORTH[v.outcome] if v.a == model else 1 - WORTH[v.outcome] for v in table.votes if model in (v.a, v.b)]
-        rated.append({
-            "model": model, "rating": MIDDLE + POINTS * fitted[i], "low": MIDDLE + POINTS * (fitted[i] - error[i]),
-            "high": MIDDLE + POINTS * (fitted[i] + error[i]), "rank": 1 + sum(gap > Z * math.sqrt(max(v, 0)) for gap, v in gaps if gap > 0),
-            "votes": len(worth), "share": sum(worth) / len(worth),
-        })  # fmt: skip
-    rated.sort(key=lambda one: -one["rating"])
+    ends = [tuple(float(MIDDLE + POINTS * (fitted[i] + side * error[i])) for side in (0, -1, 1)) for i in range(len(table.models))]
+    rated = [Rating(model, *ends[i], _rank(i, fitted, covariance, len(table.models)), *table.won(model)) for i, model in enumerate(table.models)]
     style = {}
     for i, name in enumerate(table.style, len(table.models)):
         style[name] = tuple(float(POINTS * (fitted[i] + side * error[i])) for side in (0, -1, 1))
-    return Ratings(tuple(Rating(**{k: float(v) if isinstance(v, np.floating) else v for k, v in one.items()}) for one in rated), style, len(table.votes))
+    return Ratings(tuple(sorted(rated, key=lambda one: -one.rating)), style, sum(table.cells.values()))
+
+
+def _rank(i: int, fitted: np.ndarray, covariance: np.ndarray, models: int) -> int:
+    """One more than the number of models that are surely better."""
+    doubts = [math.sqrt(max(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j], 0.0)) for j in range(models)]
+    return 1 + sum(j != i and bool(fitted[j] - fitted[i] > Z * doubts[j]) for j in range(models))

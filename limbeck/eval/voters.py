@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -49,12 +49,12 @@ def examine(votes: Sequence[Vote]) -> list[Voter]:
 
     votes = [vote for vote in votes if vote.outcome in WORTH and not vote.judge]
     names, full = Counter(vote.voter for vote in votes), rate(votes)
-    found = []
+    tables, found = _tables(votes), []
     for name, count in names.most_common():
         own = [vote for vote in votes if vote.voter == name]
         sides = Counter(vote.outcome for vote in own)
         decided = sides["a"] + sides["b"]
-        share, p = _agreement(votes, name)
+        share, p = _agreement(tables[name], tables[""], name)
         p_side = float(binomtest(sides["a"], decided).pvalue) if decided else 1.0
         shift, leader = _without(votes, name, full)
         times = [vote.seconds for vote in own if vote.seconds is not None]
@@ -79,29 +79,27 @@ def judged(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     return found
 
 
-def _agreement(votes: Sequence[Vote], name: str) -> tuple[float | None, float | None]:
-    """How far the others say the same, and an exact test: if nobody differs, one person's votes on a pair are drawn from all
-    votes on it without replacement."""
-    theirs: dict[tuple, Counter] = defaultdict(Counter)
-    everybodys: dict[tuple, Counter] = defaultdict(Counter)
+def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
+    """By voter, and by "" for all of them: for each pair of models, how often the second won, tied and lost."""
+    found: dict[str, dict[tuple, np.ndarray]] = defaultdict(lambda: defaultdict(lambda: np.zeros(3, dtype=np.int64)))
     for vote in votes:
         pair = min((vote.a, vote.b), (vote.b, vote.a))
         said = WORTH[vote.outcome] if vote.a == pair[0] else 1 - WORTH[vote.outcome]
-        everybodys[pair][said] += 1
-        theirs[pair][said] += vote.voter == name
-    dice, met, same, drawn, observed = generator("voters", name), 0, 0.0, np.zeros(DRAWS), 0.0
-    for pair, all_said in sorted(everybodys.items()):
-        mine = np.array([theirs[pair][value] for value in (0.0, 0.5, 1.0)])
-        total = np.array([all_said[value] for value in (0.0, 0.5, 1.0)])
-        others = total.sum() - mine.sum()
-        if not mine.sum() or not others:
-            continue
-        met += mine.sum()
-        same += mine @ (total - mine) / others
-        drawn += dice.multivariate_hypergeometric(total, mine.sum(), DRAWS) @ total / total.sum()
-        observed += mine @ total / total.sum()
-    if not met:
+        for name in (vote.voter, ""):
+            found[name][pair][int(2 * said)] += 1
+    return found
+
+
+def _agreement(mine: Mapping[tuple, np.ndarray], everybodys: Mapping[tuple, np.ndarray], name: str) -> tuple[float | None, float | None]:
+    """How far the others say the same, and an exact test: if nobody differs, one person's votes on a pair are drawn from all
+    votes on it without replacement."""
+    shared = [(own, everybodys[pair]) for pair, own in sorted(mine.items()) if everybodys[pair].sum() > own.sum()]
+    if not shared:
         return None, None
+    dice, met = generator("voters", name), sum(own.sum() for own, _ in shared)
+    same = sum(own @ (total - own) / (total - own).sum() for own, total in shared)
+    observed = sum(own @ total / total.sum() for own, total in shared)
+    drawn = sum(dice.multivariate_hypergeometric(total, own.sum(), DRAWS, method="marginals") @ total / total.sum() for own, total in shared)
     return float(same / met), float((1 + (drawn <= observed + 1e-9).sum()) / (DRAWS + 1))
 
 

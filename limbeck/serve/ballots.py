@@ -156,6 +156,10 @@ class Ballots:
         where = "WHERE votes.outcome <> '' AND ? NOT IN (battles.a, battles.b) AND battles.id NOT IN (SELECT battle FROM votes WHERE judge = 1 AND voter = ?)"
         return list(self._battles(where + " ORDER BY votes.number", judge, judge))
 
+    def __len__(self) -> int:
+        with self.shelf.open() as db:
+            return db.execute("SELECT count(*) FROM votes").fetchone()[0]
+
     def votes(self) -> list[Vote]:
         """All of them in order. A name that stood for several models is told apart by where they came from."""
         with self.shelf.open() as db:

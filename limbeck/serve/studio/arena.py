@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -116,17 +116,23 @@ def _to(battle: Battle) -> Response:
 
 
 def _add_board(room: APIRouter, ring: Ring) -> None:
+    @lru_cache(32)
+    def shown(total: int, language: str, control: Control) -> dict[str, Any]:
+        """Votes are only ever added: with as many of them, all is as it was."""
+        votes = ring.ballots.votes()
+        board = _board([vote for vote in votes if language in ("", vote.language)], control)
+        return {**board, "languages": sorted({vote.language for vote in votes})}
+
     @room.get("/board")
     @told
     async def board(request: Request, language: str = "", control: Control = "") -> Response:
         voter(request)
 
         def page() -> Response:
-            votes = ring.ballots.votes()
-            values = _board([vote for vote in votes if language in ("", vote.language)], control)
+            total = len(ring.ballots)
             return render(
-                request, "arena_board.html.jinja", **values, language=language, control=control, languages=sorted({v.language for v in votes}),
-                total=len(votes), broken=ring.ballots.broken(), judging=dict(ring.judging), served=sorted(ring.served()),
+                request, "arena_board.html.jinja", **shown(total, language, control), language=language, control=control, total=total,
+                broken=ring.ballots.broken(), judging=dict(ring.judging), served=sorted(ring.served()),
             )  # fmt: skip
 
         return await run_in_threadpool(page)
