@@ -191,6 +191,8 @@ def test_an_update_tells_load_entropy_and_losses_and_moves_the_biases():
     learner = Learner(model, Settings(balance_rate=0.01), 10)
     metrics = learner.update(pack(samples(model), 40), cross_entropy)
     assert metrics["expert_load"] >= 1 and 0 < metrics["router_entropy"] <= np.log(8) + 1e-5
+    shares = np.array(metrics["expert_loads"])  # layer by layer, an expert's share of its tokens
+    assert shares.sum(1) == pytest.approx(1, abs=1e-2) and (8 * shares.max(1)).mean() == pytest.approx(metrics["expert_load"], abs=1e-2)
     assert metrics["loss_balance"] > 0 and metrics["loss_ahead"] > 0
     for layer, before in zip(mixtures(model), biases, strict=True):
         moved = (layer.correction - before).abs()

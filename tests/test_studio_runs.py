@@ -138,6 +138,14 @@ def test_a_mistake_is_one_sentence_on_the_page_and_starts_nothing(tmp_path, form
     assert not list(tmp_path.glob("*/.child.json"))
 
 
+def test_a_run_that_cannot_be_read_any_more_says_so(finished, tmp_path):
+    shutil.copytree(finished.home, tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "recipe.yaml").write_text("stages: [")
+    every, one, curves = got(tmp_path / "runs", "/runs", "/runs/tiny", "/curves/tiny/zero")
+    assert every.status_code == 200 and "not valid YAML" in every.text
+    assert one.status_code == curves.status_code == 409 and "not valid YAML" in one.text
+
+
 def test_what_cannot_be_paused_says_so(finished):
     answer = asked(finished.home, ("POST", "/runs/tiny/pause", {}))[0]
     assert answer.status_code == 409 and "nobody is at work" in answer.text

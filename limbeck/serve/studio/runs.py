@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Callable, Coroutine
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from urllib.parse import quote
 import yaml
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
 from markupsafe import Markup
 
 from ... import eval as _eval
@@ -31,8 +33,23 @@ BLANK = {"recipe": "", "path": "", "name": "", "settings": "", "auto": False}
 AGAIN = {"cache-control": "private, no-cache"}
 
 
+class Told(APIRoute):
+    """A run whose files cannot be read is a sentence on the page."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def told(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except LimbeckError as error:
+                return _lost(request, str(error), 409)
+
+        return told
+
+
 def routes(site: Site) -> APIRouter:
-    door = APIRouter(include_in_schema=False)
+    door = APIRouter(include_in_schema=False, route_class=Told)
 
     def everything(request: Request, seen: str = "", wrong: str = "", told: dict[str, Any] | None = None) -> Response:
         rows = [_row(folder) for folder in overview.runs_in(site.runs)]
@@ -210,8 +227,8 @@ def _page(
     return render(request, f"{name}.html.jinja", status, live=part, **values, **more)
 
 
-def _lost(request: Request) -> Response:
-    return render(request, "runs_lost.html.jinja", 404)
+def _lost(request: Request, sentence: str = "", status: int = 404) -> Response:
+    return render(request, "runs_lost.html.jinja", status, sentence=sentence)
 
 
 @cache
