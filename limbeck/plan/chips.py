@@ -14,6 +14,7 @@ from ..types import LimbeckError
 
 FILE = Path(__file__).with_name("chips.yaml")
 UNITS = {"memory": 1e9, "bandwidth": 1e9, "link": 1e9, "die_link": 1e9}
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where there is one: ten times as fast
 RATES = {"bf16": 16, "fp16": 16, "tf32": 19, "fp32": 32, "fp8": 8, "int8": 8}  # precision -> bits an operand
 WHAT = {"memory": "GB of memory", "bandwidth": "GB/s of memory", "link": "GB/s of its scale-up link, both directions", "watts": "watts"}
 
@@ -89,14 +90,14 @@ class Chip:
 @cache
 def catalogue() -> dict[str, Chip]:
     """All chips, by their first name."""
-    tree = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    tree = yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
     texts = {key: Source(value["text"], str(value["date"])) for key, value in tree["sources"].items()}
     return {name: _chip(name, entry, texts) for name, entry in tree["chips"].items()}
 
 
 @cache
 def _names() -> dict[str, str]:
-    tree = yaml.safe_load(FILE.read_text(encoding="utf-8"))["chips"]
+    tree = yaml.load(FILE.read_text(encoding="utf-8"), LOADER)["chips"]
     return {other: name for name, entry in tree.items() for other in (name, *entry.get("names", ()))}
 
 

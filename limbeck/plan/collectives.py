@@ -31,6 +31,7 @@ class Group:
     span: int
     links: float = 1.0  # share of its bandwidth that a link inside a node gives
     cards: float = 1.0  # the same of a card
+    rings: int = 0  # rings between nodes; 0: as many as there are cards
 
     @property
     def nodes(self) -> int:
@@ -44,7 +45,8 @@ class Group:
     @property
     def outside(self) -> float:
         """Bytes a second that the group's members in one node send out together."""
-        return self.cards * min(self.cluster.outside_of(self.span) / self.rivals, self.local * self.cluster.card)
+        lanes = min(self.local, self.rings or self.local)
+        return self.cards * min(self.cluster.outside_of(self.span) / self.rivals, lanes * self.cluster.card)
 
     @property
     def ring(self) -> float:
@@ -53,10 +55,10 @@ class Group:
         return min([*ways, self.outside] if self.nodes > 1 else ways or [float("inf")])
 
 
-def group(cluster: Cluster, size: int, stride: int = 1, links: float = 1.0, cards: float = 1.0) -> Group:
+def group(cluster: Cluster, size: int, stride: int = 1, links: float = 1.0, cards: float = 1.0, rings: int = 0) -> Group:
     """Every `stride`-th chip: `group(c, 8)` is a node, `group(c, 64, 8)` one chip of each of 64 nodes."""
     local = max(1, min(size, cluster.per_node // stride if stride < cluster.per_node else 1))
-    return Group(cluster, size, local, max(1, cluster.per_node // local), size * stride, links, cards)
+    return Group(cluster, size, local, max(1, cluster.per_node // local), size * stride, links, cards, rings)
 
 
 def _hop(g: Group, table: dict[str, float]) -> float:
@@ -95,15 +97,10 @@ def all_reduce(g: Group, size: float) -> float:
 
 
 def all_gather(g: Group, size: float) -> float:
-    """Seconds until every chip holds all `size` bytes; a reduce-scatter of `size` bytes takes as long.
-
-    Large groups go node by node first, so latency counts the chips of a node and the nodes, not their product.
-    """
+    """Seconds until every chip holds all `size` bytes; a reduce-scatter of `size` bytes takes as long. NCCL has only
+    the ring for these, so latency grows with the number of chips."""
     n = g.size
-    if n < 2:
-        return 0.0
-    few = ring_latency(g, n - 1) if n <= 16 else 1e-6 * (RING["base"] + g.local * _hop(g, RING) + log2(g.nodes or 1) * _net(g, RING))
-    return few + (n - 1) / n * size / g.ring
+    return ring_latency(g, n - 1) + (n - 1) / n * size / g.ring if n > 1 else 0.0
 
 
 def hfreduce(g: Group, size: float, bridged: bool = False) -> float:

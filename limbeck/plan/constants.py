@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from .chips import LOADER
+
 FILE = Path(__file__).with_name("constants.yaml")
 KINDS = ("physics", "spec", "fitted", "guessed")
 MOST = 12  # fitted constants
@@ -39,7 +41,7 @@ class Constants:
 @cache
 def provenance() -> dict[str, dict[str, Any]]:
     """Name -> value, kind (one of KINDS), what it is, source."""
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 
 @cache

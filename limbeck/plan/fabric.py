@@ -12,7 +12,7 @@ import yaml
 
 from ..types import LimbeckError
 from . import chips
-from .chips import Chip
+from .chips import LOADER, Chip
 
 FILE = Path(__file__).with_name("clusters.yaml")
 TOPOLOGIES = ("rail", "fat-tree", "two-zone", "sites", "alone")
@@ -102,7 +102,7 @@ class Cluster:
 
 @cache
 def _tree() -> dict[str, Any]:
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 
 def fabric(name: str) -> Fabric:

@@ -9,7 +9,7 @@ from ..types import LimbeckError
 from .fabric import Cluster
 
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev", "gpipe")
-RECOMPUTE = ("none", "selective", "full", "v3")
+RECOMPUTE = ("none", "selective", "half", "full", "v3")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def fit(
 
 def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: int, rank: int) -> tuple[float, ...]:
     works, count = cost.work(config), at.pp * (2 if at.schedule == "dualpipev" else at.chunks)
-    placed = spread(config, count)
+    placed = spread(config, count, software.balanced)
     stages = list(range(rank, count, at.pp))
     if at.schedule == "dualpipev":
         stages = [rank, count - 1 - rank]

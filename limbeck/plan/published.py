@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from ..types import LimbeckError
 from . import chips, fabric
 from .fabric import Cluster
 from .layout import Layout
-from .roofline import EAGER, EARLY, TUNED, Software
+from .memory import fit
+from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, TITAN, TUNED, Software
+from .step import foresee
 
 FILE = Path(__file__).with_name("published.csv")
 FLASH = 2206  # arXiv's month after FlashAttention (2205.14135); what was measured before has none
@@ -146,12 +148,44 @@ class Row:
         """Tuned unless the row says otherwise: nanotron, FSDP of plain PyTorch and DeepSpeed are eager, and what was
         measured in half precision or before FlashAttention has none."""
         month = re.search(r"arxiv:(\d{4})\.", self["source"].lower())
-        early = self.precision == "fp16" or (month and int(month[1]) < FLASH) or "bigscience" in self["source"] or "megatron-deepspeed" in self.told
-        eager = any(word in self.told + self["source"].lower() for word in ("nanotron", "ultrascale", "fsdp", "llm-foundry")) and "compile" not in self.told
-        return EARLY if early else EAGER if eager else TUNED
+        told = self.told + self["source"].lower()
+        if "zero3" in told and self.integer("pp") == 1 and self.integer("tp") == 1 and "fsdp" not in told:
+            return DEEPSPEED
+        if self.precision == "fp16" or (month and int(month[1]) < FLASH) or "bigscience" in told or "megatron-deepspeed" in told:
+            return EARLY
+        if "torchtitan" in told:
+            return TITAN if "compile" in told else replace(EAGER, balanced=False)
+        if "nanotron" in told or "ultrascale" in told:
+            return EAGER
+        return FSDP if "fsdp" in told and self.integer("pp") == 1 else TUNED
 
     @cached_property
     def layout(self) -> Layout:
+        """As told; a micro-batch or a number of chunks that is not told is the one that the planner would choose."""
+        told = self._layout()
+        micro = [told.micro] if "mbs" in self.keys else self._micros(told)
+        chunks = [told.chunks]
+        if told.schedule == "interleaved" and "vpp" not in self.keys:
+            chunks = [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
+        tried = [told.change(micro=m, chunks=c, schedule=told.schedule if c > 1 else _plain(told)) for m in micro for c in chunks]
+        tried = [at for at in tried if at.schedule != "interleaved" or at.micro_batches(self.batch) % at.pp == 0] or tried[:1]
+        return min(tried, key=self._quick) if len(tried) > 1 else tried[0]
+
+    def _micros(self, told: Layout) -> list[int]:
+        mine = max(1, self.batch // told.dp)
+        fitting = [
+            m for m in (1, 2, 3, 4, 6, 8, 12, 16)
+            if mine % m == 0 and fit(self.model, self.cluster, told.change(micro=m), self.seq, self.software).fits
+        ]  # fmt: skip
+        return fitting or [1]
+
+    def _quick(self, layout: Layout) -> float:
+        try:
+            return foresee(self.model, self.cluster, layout, self.batch, self.seq, self.precision, self.software, exact=False).step().seconds
+        except LimbeckError:
+            return float("inf")
+
+    def _layout(self) -> Layout:
         pp = self.integer("pp")
         zero = re.search(r"zero-?(\d)", self.told)
         schedule = next((ours for theirs, ours in SCHEDULES.items() if theirs in self.told), "1f1b")
@@ -160,8 +194,6 @@ class Row:
         micro = int(float(self.keys.get("mbs", 0) or 0)) or 1
         if chunks > 1:
             schedule = "interleaved"
-        if schedule == "interleaved" and not chunks:
-            chunks = 2 if self.integer("layers") % (2 * pp) == 0 else 1
         return Layout(
             dp=dp, tp=self.integer("tp"), pp=pp, ep=self.integer("ep"), cp=cp,
             zero=3 if "fsdp" in self.told and "zero2" not in self.told and not zero else int(zero[1]) if zero else 1,
@@ -172,9 +204,15 @@ class Row:
 
     def _recompute(self) -> str:
         told = self.keys.get("recompute", "none")
+        if told.startswith("selective") and "torchtitan" in self["source"]:
+            return "half"  # its "selective op" keeps every second product
         if "mla_up" in told:
             return "v3"
         return next((mode for mode in ("full", "selective") if told.startswith(mode)), "none")
+
+
+def _plain(layout: Layout) -> str:
+    return "1f1b" if layout.schedule == "interleaved" else layout.schedule
 
 
 def read(path: Path = FILE) -> list[Row]:

@@ -17,7 +17,7 @@ from .cost import Matmul, Work
 
 TILE = 128 * 256  # values that one multiprocessor makes at a time (cuBLAS, CUTLASS)
 UNITS = {"a100": 108, "h20": 78, "4090": 128, "v100": 80, "b200": 148}  # multiprocessors; 132 on Hopper's others
-FORWARD_OPERATIONS, EXPERT_OPERATIONS = 20, 12  # started by the host in a layer: norms, products, rotation, sums
+FORWARD_OPERATIONS, EXPERT_OPERATIONS, SUM_OPERATIONS = 20, 12, 8  # started by the host in a layer: norms, products, sums
 SCORE_BYTES = 13  # a score's way through memory forward, unfused: written, soft-maxed, dropped out, read (fp16, byte mask)
 
 
@@ -34,6 +34,11 @@ class Software:
     gradient_bytes: int = 4
     reduce: str = "nccl"
     hides_tensor: bool = False
+    bucket: float = 400e6  # bytes of gradients exchanged at a time
+    zigzag: bool = True  # context parallelism gives each chip an early and a late piece of a sequence
+    prefetches: bool = True  # gradients and weights travel while others are computed
+    rings: int = 0  # rings of an exchange between nodes; 0: as many as there are cards
+    balanced: bool = False  # layers given to stages by what they cost, the head counted
 
     @property
     def name(self) -> str:
@@ -41,8 +46,11 @@ class Software:
 
 
 TUNED = Software()
-EAGER = Software(fused=False, attention="flash2")
+EAGER = Software(fused=False, attention="flash2", bucket=50e6, balanced=True, zigzag=False, prefetches=False)
 EARLY = Software(attention="unfused")
+FSDP = Software(fused=False, attention="flash2", zigzag=False, gradient_bytes=2)  # PyTorch's, with prefetching
+TITAN = Software(attention="flash2", zigzag=False)  # compiled
+DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,8 @@ class Roofline:
         wide = work.wide / (split.tp if split.sp else 1)
         light = self.copy(2 * split.rows * passes * (wide + work.narrow / split.tp))
         core, core_back = self.core(work, split)
-        operations = FORWARD_OPERATIONS + (EXPERT_OPERATIONS if work.experts else 0)
-        host = 0.0 if self.software.fused else operations * self.numbers.launch
+        operations = FORWARD_OPERATIONS + (EXPERT_OPERATIONS if work.experts else 0) + SUM_OPERATIONS * (split.tp > 1)
+        host = passes * operations * self.numbers.launch
         whole = max(forward + light + core, host)
         rest = backward + weight + 2 * light + core_back
         stretch = max(1.0, 2 * host / rest) if rest else 1.0
@@ -151,7 +159,8 @@ class Roofline:
             ahead = products / (self.peak * work.key / (work.key + self.numbers.depth / 4))
             scores = SCORE_BYTES * heads * split.rows * split.seq
             return ahead + self.copy(scores), 2 * (ahead + self.copy(scores))
-        flops = 2 * heads * (work.key + work.value) * split.rows * work.seen(split.seq)
+        late = 1.0 if self.software.zigzag else 2.0 - 1.0 / split.cp  # the last chip of a plain split sees nearly all
+        flops = 2 * heads * (work.key + work.value) * split.rows * late * work.seen(split.seq)
         return flops / self.flash, 2.5 * flops / self.flash
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..types import LimbeckError
 
-ENOUGH = 3  # pipelines full of micro-batches are simulated; beyond that a schedule repeats itself
+ENOUGH = 2  # pipelines full of micro-batches are simulated; beyond that a schedule repeats itself
 
 
 class Piece(NamedTuple):
@@ -79,7 +79,7 @@ def simulate(schedule: str, times: Times, chips: int, micro: int, chunks: int = 
 
 def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
     """Whole time and bubble. A long step is simulated for a few rounds; each further round costs what it adds."""
-    step = 2 * chips * (2 if schedule.startswith("dualpipe") else 1)
+    step = chips * (2 if schedule == "dualpipev" else 1)
     few = ENOUGH * step
     if micro <= few + step:
         line = simulate(schedule, times, chips, micro, chunks)
@@ -90,6 +90,31 @@ def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1
     whole = short.seconds + rounds * (long.seconds - short.seconds)
     busy = max(a + rounds * (b - a) for a, b in zip(short.busy, long.busy, strict=True))
     return whole, whole - busy
+
+
+def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
+    """Whole time and bubble by the formulas above, with the busiest chip's work and the mean of all: within a few
+    per cent of the events, and a thousand times as fast."""
+    forward, backward, weight = (sum(row) / chips for row in (times.forward, times.backward, times.weight))
+    stages = range(len(times.forward))
+    places = [[s for s in stages if s % chips == chip] for chip in range(chips)]
+    if schedule == "dualpipev":
+        places = [[chip, 2 * chips - 1 - chip] for chip in range(chips)]
+    if schedule == "dualpipe":
+        places = [[chip, chips - 1 - chip] for chip in range(chips)]
+    share = 0.5 if schedule == "dualpipe" else 1.0
+    both = schedule.startswith("dualpipe")
+    work = [share * sum(times.pair(s, s) if both else times.forward[s] + times.backward[s] + times.weight[s] for s in own) for own in places]
+    rest = chips - 1
+    if schedule == "zb1p":
+        bubble = rest * max(0.0, forward + backward - weight)
+    elif both:
+        pair = sum(times.pair(s, s) for s in stages) / chips
+        bubble = (chips / 2 - 1 if schedule == "dualpipe" else (chips - 1) / 2) * max(0.0, pair + backward - 2 * weight)
+    else:
+        bubble = rest * (forward + backward + weight) / (chunks if schedule == "interleaved" else 1)
+    bubble += 2 * rest * times.send
+    return micro * max(work) + bubble, bubble
 
 
 def _play(orders: list[list[tuple[Piece, ...]]], times: Times, stages: int, chips: int) -> Timeline:

@@ -86,12 +86,12 @@ class Stages:
         at = self.layout
         return Split(self.rows, self.seq, at.tp, at.sp, at.cp, at.ep, at.experts_split)
 
-    def group(self, size: int, stride: int = 1) -> Group:
-        return group(self.cluster, size, stride, self.roof.numbers.links, self.roof.numbers.cards)
+    def group(self, size: int, stride: int = 1, rings: int = 0) -> Group:
+        return group(self.cluster, size, stride, self.roof.numbers.links, self.roof.numbers.cards, rings)
 
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
-        return spread(self.config, self.count)
+        return spread(self.config, self.count, self.roof.software.balanced)
 
     @property
     def count(self) -> int:
@@ -119,8 +119,10 @@ class Stages:
 
     def _head(self, times: int) -> Cost:
         tp, hidden, vocab = self.layout.tp, self.config.hidden_size, self.config.vocab_size
-        ahead = self.roof.matmul(self.rows, hidden, vocab / tp) + self.roof.copy(LOGIT_BYTES / 2 * self.rows * vocab / tp)
-        back = self.roof.matmul(self.rows, vocab / tp, hidden) + self.roof.copy(LOGIT_BYTES / 2 * self.rows * vocab / tp)
+        passes = 1.0 if self.roof.software.fused else self.roof.numbers.passes
+        logits = self.roof.copy(passes * LOGIT_BYTES / 2 * self.rows * vocab / tp)
+        ahead = self.roof.matmul(self.rows, hidden, vocab / tp) + logits
+        back = self.roof.matmul(self.rows, vocab / tp, hidden) + logits
         weight = self.roof.matmul(hidden, self.rows, vocab / tp)
         return Cost(times * ahead, times * back, times * weight)
 
@@ -139,6 +141,8 @@ class Stages:
             return parts.forward
         if mode == "selective":
             return parts.core if self.roof.software.attention == "unfused" else 0.0
+        if mode == "half":
+            return (parts.forward - parts.core) / 2
         return parts.light if mode == "v3" else 0.0
 
     def _tensor(self, work: Work) -> tuple[float, float]:
@@ -173,12 +177,27 @@ class Stages:
         return out + home, out + home
 
 
-def spread(config: ModelConfig, stages: int) -> tuple[tuple[int, ...], ...]:
-    """Layers of each stage, as even as they divide; the stages with fewer are the last, which has the head, and the first."""
+def spread(config: ModelConfig, stages: int, balanced: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Layers of each stage, as even as they divide; the stages with fewer are the last, which has the head, and the
+    first. `balanced` counts the head as the layers that it costs as much as."""
     layers = config.layers + config.predicted
+    if balanced and stages > 1:
+        layer = cost.work(config)[0].flops or 1
+        worth = round(min(2 * cost.head(config).met / layer, layers / stages))
+        return _weighed(layers, stages, worth)
     least, more = divmod(layers, stages)
     order = [*range(1, stages - 1), 0, stages - 1] if stages > 1 else [0]
     rich = set(order[:more])
     counts = [least + (stage in rich) for stage in range(stages)]
+    firsts = [sum(counts[:stage]) for stage in range(stages)]
+    return tuple(tuple(range(first, first + count)) for first, count in zip(firsts, counts, strict=True))
+
+
+def _weighed(layers: int, stages: int, worth: int) -> tuple[tuple[int, ...], ...]:
+    """Layers to stages where the last has `worth` layers' work already."""
+    least, more = divmod(layers + worth, stages)
+    counts = [least + (stage < more) for stage in range(stages)]
+    counts[-1] = max(0, counts[-1] - worth)
+    counts[0] += layers - sum(counts)
     firsts = [sum(counts[:stage]) for stage in range(stages)]
     return tuple(tuple(range(first, first + count)) for first, count in zip(firsts, counts, strict=True))

@@ -75,6 +75,7 @@ class Foresight:
     batch: int
     seq: int
     roof: Roofline
+    exact: bool = True  # events; otherwise formulas
 
     @cached_property
     def stages(self) -> Stages:
@@ -115,15 +116,16 @@ class Foresight:
         """ZeRO-3, a micro-batch: weights gathered forward and backward, gradients scattered, behind computing."""
         if self.layout.zero < 3:
             return 0.0, 0.0
-        one, cost = self.exchange(stage), self.costs[stage]
-        width = self.roof.software.gradient_bytes
-        hide = self.hiding
-        forward = max(0.0, 2 * one - hide * cost.forward)
-        return forward, max(0.0, (2 + width) * one - hide * (cost.backward + cost.weight))
+        cost, software = self.costs[stage], self.roof.software
+        layer = 2 * sum(self.held(stage)) / max(1, len(self.stages.layers[stage]))
+        gather = self.exchange(stage, 2, layer)
+        scatter = self.exchange(stage, software.gradient_bytes, layer)
+        forward = max(0.0, gather - self.hiding * cost.forward)
+        return forward, max(0.0, gather + scatter - self.hiding * (cost.backward + cost.weight))
 
     @property
     def hiding(self) -> float:
-        return 0.9 if self.roof.software.fused else self.roof.numbers.hidden
+        return 0.9 if self.roof.software.prefetches else self.roof.numbers.hidden
 
     def held(self, stage: int) -> tuple[float, float]:
         """Weights of a stage on one chip: those that all data-parallel chips share, and its experts."""
@@ -134,15 +136,19 @@ class Foresight:
         ends = (stage == 0) + (stage == self.stages.count - 1) * (not self.config.tied or self.stages.count > 1)
         return dense + ends * self.config.vocab_size * self.config.hidden_size / at.tp, experts
 
-    def exchange(self, stage: int) -> float:
-        """Seconds, for one byte a weight, to gather a stage's weights over the chips that share them."""
+    def exchange(self, stage: int, width: float, bucket: float, summed: bool = False) -> float:
+        """Seconds to gather a stage's weights of `width` bytes over the chips that share them, in messages of `bucket`
+        bytes; to scatter gradients takes as long. `summed` is an all-reduce."""
         at, (dense, experts) = self.layout, self.held(stage)
         copies = at.dp * at.cp
         expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
         total = 0.0
+        exchange = collectives.all_reduce if summed else collectives.all_gather
         for weights, size, stride in ((dense, copies, at.tp), (experts, expert_copies, at.ep * at.experts_split)):
             if weights and size > 1:
-                total += collectives.all_gather(self.stages.group(size, stride), weights)
+                whole = width * weights
+                messages = max(1.0, whole / bucket)
+                total += messages * exchange(self.stages.group(size, stride, self.roof.software.rings), whole / messages)
         return total
 
     @cached_property
@@ -153,12 +159,12 @@ class Foresight:
         worst = 0.0
         for chip in range(self.layout.pp):
             stages = range(chip, self.stages.count, self.layout.pp)
-            gather = sum(self.exchange(stage) for stage in stages)
-            last = self.costs[chip]
-            width = self.roof.software.gradient_bytes
-            scatter = max(0.0, width * gather - self.hiding * (last.backward + last.weight))
-            back = 2 if self.layout.zero else width
-            worst = max(worst, scatter + max(0.0, back * gather - (self.hiding * last.forward if self.layout.zero else 0.0)))
+            last, software, shards = self.costs[chip], self.roof.software, bool(self.layout.zero)
+            width = software.gradient_bytes
+            out = sum(self.exchange(stage, width, software.bucket, not shards) for stage in stages)
+            home = sum(self.exchange(stage, 2, software.bucket / 2) for stage in stages) if shards else 0.0
+            late = max(0.0, out - self.hiding * (last.backward + last.weight)) + max(0.0, home - self.hiding * last.forward)
+            worst = max(worst, late)
         return worst
 
     @cached_property
@@ -178,7 +184,8 @@ class Foresight:
         at, times = self.layout, self.times
         if at.pp == 1 and self.stages.count == 1:
             return self.micro * (times.forward[0] + times.backward[0] + times.weight[0]), 0.0
-        return schedules.seconds(at.schedule, times, at.pp, self.micro, at.chunks)
+        play = schedules.seconds if self.exact else schedules.quick
+        return play(at.schedule, times, at.pp, self.micro, at.chunks)
 
     def step(self) -> Step:
         whole, bubble = self.pipeline
@@ -234,6 +241,6 @@ def predict(
     return foresee(config, cluster, layout, batch, seq, precision, software, numbers).step()
 
 
-def foresee(config, cluster, layout, batch, seq, precision="bf16", software=TUNED, numbers=None) -> Foresight:
-    """The same, with all that it is made of."""
-    return Foresight(config, cluster, layout, batch, seq, Roofline(cluster.chip, precision, software, numbers or constants()))
+def foresee(config, cluster, layout, batch, seq, precision="bf16", software=TUNED, numbers=None, exact=True) -> Foresight:
+    """The same, with all that it is made of; not `exact` is by formulas, for searching."""
+    return Foresight(config, cluster, layout, batch, seq, Roofline(cluster.chip, precision, software, numbers or constants()), exact)
