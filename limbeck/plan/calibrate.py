@@ -19,7 +19,7 @@ from .published import Row, read
 from .step import foresee
 
 LEAST_MFU = 0.08  # below it a run was broken, not slow
-MOST_ROWS = 60  # of a set
+MOST_ROWS = 24  # of a set
 
 
 def seconds(row: Row) -> float:

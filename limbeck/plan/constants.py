@@ -27,6 +27,7 @@ class Constants:
     launch: float
     links: float
     cards: float
+    efa: float
     hidden: float
     jitter: float
     memory: float

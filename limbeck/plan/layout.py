@@ -43,6 +43,17 @@ class Layout:
     def experts_split(self) -> int:
         return self.expert_tp or self.tp
 
+    @property
+    def stages(self) -> int:
+        """Pieces that the model is cut into."""
+        return self.pp * (2 if self.schedule == "dualpipev" else self.chunks)
+
+    def owned(self, chip: int) -> list[int]:
+        """Stages whose weights a chip of the pipeline holds; DualPipe's hold two stages, one of each direction."""
+        if self.schedule in ("dualpipe", "dualpipev"):
+            return [chip, self.stages - 1 - chip]
+        return list(range(chip, self.stages, self.pp))
+
     def micro_batches(self, sequences: int) -> int:
         """Micro-batches a pipeline takes in a step of so many sequences."""
         return max(1, sequences // (self.dp * self.micro))

@@ -73,13 +73,9 @@ def fit(
 
 
 def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: int, rank: int) -> tuple[float, ...]:
-    works, count = cost.work(config), at.pp * (2 if at.schedule == "dualpipev" else at.chunks)
+    works, count = cost.work(config), at.stages
     placed = spread(config, count, software.balanced)
-    stages = list(range(rank, count, at.pp))
-    if at.schedule == "dualpipev":
-        stages = [rank, count - 1 - rank]
-    if at.schedule == "dualpipe":
-        stages = [rank, at.pp - 1 - rank]
+    stages = at.owned(rank)
     layers = [works[layer] for stage in stages for layer in placed[stage]]
     table = config.vocab_size * config.hidden_size / at.tp
     ends = (0 in stages) + (count - 1 in stages) * (not config.tied or count > 1)

@@ -154,7 +154,7 @@ class Row:
         if self.precision == "fp16" or (month and int(month[1]) < FLASH) or "bigscience" in told or "megatron-deepspeed" in told:
             return EARLY
         if "torchtitan" in told:
-            return TITAN if "compile" in told else replace(EAGER, balanced=False)
+            return replace(TITAN, hides_tensor="asynctp" in told) if "compile" in told else replace(EAGER, balanced=False)
         if "nanotron" in told or "ultrascale" in told:
             return EAGER
         return FSDP if "fsdp" in told and self.integer("pp") == 1 else TUNED
@@ -166,7 +166,7 @@ class Row:
         micro = [told.micro] if "mbs" in self.keys else self._micros(told)
         chunks = [told.chunks]
         if told.schedule == "interleaved" and "vpp" not in self.keys:
-            chunks = [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
+            chunks = [2] if self.software.name == "eager" else [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
         tried = [told.change(micro=m, chunks=c, schedule=told.schedule if c > 1 else _plain(told)) for m in micro for c in chunks]
         tried = [at for at in tried if at.schedule != "interleaved" or at.micro_batches(self.batch) % at.pp == 0] or tried[:1]
         return min(tried, key=self._quick) if len(tried) > 1 else tried[0]
@@ -203,7 +203,7 @@ class Row:
         )  # fmt: skip
 
     def _recompute(self) -> str:
-        told = self.keys.get("recompute", "none")
+        told = self.keys.get("recompute", "full" if self.metric.startswith("hw_") else "none")
         if told.startswith("selective") and "torchtitan" in self["source"]:
             return "half"  # its "selective op" keeps every second product
         if "mla_up" in told:

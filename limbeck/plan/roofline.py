@@ -18,6 +18,8 @@ from .cost import Matmul, Work
 TILE = 128 * 256  # values that one multiprocessor makes at a time (cuBLAS, CUTLASS)
 UNITS = {"a100": 108, "h20": 78, "4090": 128, "v100": 80, "b200": 148}  # multiprocessors; 132 on Hopper's others
 FORWARD_OPERATIONS, EXPERT_OPERATIONS, SUM_OPERATIONS = 20, 12, 8  # started by the host in a layer: norms, products, sums
+FULL, WATTS = {"hopper": 989, "blackwell": 2250}, 700  # TFLOPS of a whole chip, and the power at which it was fitted
+CAST_BYTES = 6  # an operand of an FP8 product: read, its largest value found, written in eight bits, and once transposed
 SCORE_BYTES = 13  # a score's way through memory forward, unfused: written, soft-maxed, dropped out, read (fp16, byte mask)
 
 
@@ -94,19 +96,24 @@ class Roofline:
         rate = chip.rate(self.precision)
         if "gemm" in chip.figures and self.precision != "fp8":
             return 1e12 * chip.figure("gemm")
-        if self.precision == "fp8":
-            return rate * c.gemm_fp8
-        table = {"ampere": c.gemm_ampere, "volta": c.gemm_ampere, "hopper": c.gemm_hopper, "blackwell": c.gemm_hopper}
-        return rate * (c.gemm_other if chip.name == "h20" else table.get(chip.generation, c.gemm_other))
+        if chip.generation in ("hopper", "blackwell"):  # bound by power: an H20 has power to spare, a 500 W board less
+            full = 1e12 * FULL[chip.generation]
+            if self.precision == "fp8":
+                reached = 2 * full * c.gemm_fp8
+            else:
+                reached = full * c.gemm_hopper
+            return min(rate * c.gemm_other, reached * (chip.figures.get("watts", WATTS) / WATTS) ** 0.5)
+        return rate * (c.gemm_ampere if chip.generation in ("ampere", "volta") else c.gemm_other)
 
     @cached_property
     def flash(self) -> float:
         """FLOP/s of the attention kernel; it works in 16 bits whatever the matrices are in."""
         c, chip = self.numbers, self.chip
         rate = chip.rate("bf16" if "bf16" in chip.figures else "fp16")
-        if chip.name == "h20" or chip.generation != "hopper":
+        if chip.generation not in FULL:
             return rate * c.flash_ampere
-        return rate * (c.flash3_hopper if self.software.attention == "flash3" else c.flash_hopper)
+        full = 1e12 * FULL[chip.generation]
+        return min(rate * c.flash_ampere, full * (c.flash3_hopper if self.software.attention == "flash3" else c.flash_hopper))
 
     @cached_property
     def memory(self) -> float:
@@ -117,14 +124,14 @@ class Roofline:
         name = self.chip.name
         return next((units for key, units in UNITS.items() if name.startswith(key)), 132)
 
-    def matmul(self, rows: float, inner: float, outputs: float, many: float = 1.0) -> float:
-        """Seconds of `many` products of rows x inner with inner x outputs in one go."""
+    def matmul(self, rows: float, inner: float, outputs: float, many: float = 1.0, written: float = 2.0) -> float:
+        """Seconds of `many` products of rows x inner with inner x outputs in one go; `written` bytes a value come out."""
         if rows <= 0:
             return 0.0
         waves = many * max(1.0, rows * outputs / TILE) / self.units
         fill = inner / (inner + self.numbers.depth) * waves / (waves + 0.5)
         width = 1 if self.precision == "fp8" else 2
-        moved = many * (width * inner * (rows + outputs) + 2 * rows * outputs)
+        moved = many * (width * inner * (rows + outputs) + written * rows * outputs)
         return max(2 * many * rows * inner * outputs / (self.peak * fill), moved / self.memory)
 
     def copy(self, size: float) -> float:
@@ -133,13 +140,18 @@ class Roofline:
     def layer(self, work: Work, split: Split) -> Parts:
         """One layer of one chip."""
         forward = backward = weight = small = 0.0
+        summed = 2.0 * self.software.gradient_bytes  # gradients are added to what is there
         for matmul in work.matmuls:
             rows, inner, outputs, many = _shape(matmul, split)
             ahead = self.matmul(rows, inner, outputs, many)
             forward += ahead
             backward += self.matmul(rows, outputs, inner, many)
-            weight += self.matmul(inner, rows, outputs, many)
+            weight += self.matmul(inner, rows, outputs, many, summed)
             small += ahead * (matmul.name in ("q_up", "kv_up"))
+            if self.precision == "fp8":
+                forward += self.copy(CAST_BYTES * many * rows * inner)
+                backward += self.copy(CAST_BYTES * many * rows * outputs)
+                weight += self.copy(CAST_BYTES * many * rows * (inner + outputs) / 2)  # again, along the other axis
         passes = 1.0 if self.software.fused else self.numbers.passes
         wide = work.wide / (split.tp if split.sp else 1)
         light = self.copy(2 * split.rows * passes * (wide + work.narrow / split.tp))

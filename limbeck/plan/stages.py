@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from ..model.config import ModelConfig
 from . import collectives, cost
@@ -87,7 +87,13 @@ class Stages:
         return Split(self.rows, self.seq, at.tp, at.sp, at.cp, at.ep, at.experts_split)
 
     def group(self, size: int, stride: int = 1, rings: int = 0) -> Group:
-        return group(self.cluster, size, stride, self.roof.numbers.links, self.roof.numbers.cards, rings)
+        return group(self.cluster, size, stride, self.roof.numbers.links, self.cards, rings)
+
+    @property
+    def cards(self) -> float:
+        """Share of its bandwidth that a card gives."""
+        numbers = self.roof.numbers
+        return numbers.efa if self.cluster.fabric.name.startswith("efa") else numbers.cards
 
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
@@ -95,8 +101,7 @@ class Stages:
 
     @property
     def count(self) -> int:
-        at = self.layout
-        return at.pp * (2 if at.schedule == "dualpipev" else at.chunks)
+        return self.layout.stages
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
@@ -177,27 +182,40 @@ class Stages:
         return out + home, out + home
 
 
+@cache
 def spread(config: ModelConfig, stages: int, balanced: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Layers of each stage, as even as they divide; the stages with fewer are the last, which has the head, and the
-    first. `balanced` counts the head as the layers that it costs as much as."""
-    layers = config.layers + config.predicted
-    if balanced and stages > 1:
-        layer = cost.work(config)[0].flops or 1
-        worth = round(min(2 * cost.head(config).met / layer, layers / stages))
-        return _weighed(layers, stages, worth)
-    least, more = divmod(layers, stages)
-    order = [*range(1, stages - 1), 0, stages - 1] if stages > 1 else [0]
-    rich = set(order[:more])
-    counts = [least + (stage in rich) for stage in range(stages)]
+    """Layers of each stage. Layers that divide evenly and are alike are dealt evenly; `balanced` software, and whoever
+    has unequal layers, cuts where the dearest stage costs least, the head counted."""
+    layers = cost.work(config)
+    if stages == 1:
+        return (tuple(range(len(layers))),)
+    if len(layers) % stages == 0 and len(set(layers)) == 1 and not balanced:
+        counts = [len(layers) // stages] * stages
+    else:
+        prices = [layer.flops for layer in layers]
+        prices[-1] += 2 * cost.head(config).met * (1 + config.predicted)
+        counts = _cut(prices, stages)
     firsts = [sum(counts[:stage]) for stage in range(stages)]
     return tuple(tuple(range(first, first + count)) for first, count in zip(firsts, counts, strict=True))
 
 
-def _weighed(layers: int, stages: int, worth: int) -> tuple[tuple[int, ...], ...]:
-    """Layers to stages where the last has `worth` layers' work already."""
-    least, more = divmod(layers + worth, stages)
-    counts = [least + (stage < more) for stage in range(stages)]
-    counts[-1] = max(0, counts[-1] - worth)
-    counts[0] += layers - sum(counts)
-    firsts = [sum(counts[:stage]) for stage in range(stages)]
-    return tuple(tuple(range(first, first + count)) for first, count in zip(firsts, counts, strict=True))
+def _cut(prices: list[float], stages: int) -> list[int]:
+    """Numbers of neighbours in each of so many pieces, such that the dearest piece is as cheap as can be."""
+    low, high = max(prices), sum(prices)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(_pieces(prices, middle, stages)) <= stages else (middle, high)
+    counts = _pieces(prices, high, stages)
+    return counts + [0] * (stages - len(counts))
+
+
+def _pieces(prices: list[float], most: float, stages: int) -> list[int]:
+    """Greedy pieces of at most `most`, each leaving a layer for every stage to come."""
+    counts, total = [0], 0.0
+    for at, price in enumerate(prices):
+        scarce = len(prices) - at <= stages - len(counts)
+        if counts[-1] and (total + price > most * (1 + 1e-9) or scarce):
+            counts, total = [*counts, 0], 0.0
+        counts[-1] += 1
+        total += price
+    return counts

@@ -97,7 +97,7 @@ class Foresight:
         if at.pp == 1:
             return 0.0
         size = 2 * self.stages.rows * self.config.hidden_size / (at.tp if at.sp else 1)
-        return collectives.send(self.cluster, size, at.chips <= self.cluster.per_node, self.roof.numbers.links, self.roof.numbers.cards)
+        return collectives.send(self.cluster, size, at.chips <= self.cluster.per_node, self.roof.numbers.links, self.stages.cards)
 
     @cached_property
     def times(self) -> Times:
@@ -158,7 +158,7 @@ class Foresight:
             return 0.0
         worst = 0.0
         for chip in range(self.layout.pp):
-            stages = range(chip, self.stages.count, self.layout.pp)
+            stages = self.layout.owned(chip)
             last, software, shards = self.costs[chip], self.roof.software, bool(self.layout.zero)
             width = software.gradient_bytes
             out = sum(self.exchange(stage, width, software.bucket, not shards) for stage in stages)
@@ -172,7 +172,7 @@ class Foresight:
         at = self.layout
         worst = 0.0
         for chip in range(at.pp):
-            held = [self.held(stage) for stage in range(chip, self.stages.count, at.pp)]
+            held = [self.held(stage) for stage in at.owned(chip)]
             copies = at.dp * at.cp if at.zero else 1
             expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep)) if at.zero else 1
             worst = max(worst, sum(dense / copies + experts / expert_copies for dense, experts in held))
