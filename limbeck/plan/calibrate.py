@@ -44,10 +44,12 @@ def sets(rows: list[Row]) -> dict[str, list[Row]]:
         if not seconds(row) or not row.complete or utilisation(row) < LEAST_MFU:
             continue
         name = row.name.split("-")[0].split()[0] + " " + row["chip"].split("-")[0]
-        if row.name.startswith("vTrain-multi") or row.precision == "fp8":
+        if row.precision == "fp8":
             continue
+        if row.name.startswith("vTrain"):
+            name = row.name.split()[0]
         if row.name.startswith("ultrascale"):
-            if (row.integer("layers") + row.chips.bit_length()) % 2:
+            if row.chips > 128 or (row.integer("layers") + row.chips.bit_length()) % 2:
                 continue
             name += " pp" if row.integer("pp") > 1 else " tp" if row.integer("tp") > 1 else " dp"
         found[name].append(row)

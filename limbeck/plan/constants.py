@@ -23,6 +23,7 @@ class Constants:
     gemm_ampere: float
     gemm_hopper: float
     depth: float
+    eager: float
     passes: float
     launch: float
     links: float

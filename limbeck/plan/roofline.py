@@ -158,9 +158,10 @@ class Roofline:
         core, core_back = self.core(work, split)
         operations = FORWARD_OPERATIONS + (EXPERT_OPERATIONS if work.experts else 0) + SUM_OPERATIONS * (split.tp > 1)
         host = passes * operations * self.numbers.launch
-        whole = max(forward + light + core, host)
-        rest = backward + weight + 2 * light + core_back
-        stretch = max(1.0, 2 * host / rest) if rest else 1.0
+        slow = 1.0 if self.software.fused else self.numbers.eager
+        whole = max(slow * (forward + light + core), host)
+        rest = slow * (backward + weight + 2 * light + core_back)
+        stretch = slow * max(1.0, 2 * host / rest) if rest else slow
         return Parts(whole, (backward + 2 * light + core_back) * stretch, weight * stretch, core, light + small)
 
     def core(self, work: Work, split: Split) -> tuple[float, float]:
