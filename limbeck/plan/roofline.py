@@ -48,10 +48,10 @@ class Software:
 
 
 TUNED = Software()
-EAGER = Software(fused=False, attention="flash2", bucket=50e6, balanced=True, zigzag=False, prefetches=False)
+EAGER = Software(fused=False, attention="flash2", bucket=50e6, balanced=True, prefetches=False)
 EARLY = Software(attention="unfused")
-FSDP = Software(fused=False, attention="flash2", zigzag=False, gradient_bytes=2)  # PyTorch's, with prefetching
-TITAN = Software(attention="flash2", zigzag=False)  # compiled
+FSDP = Software(fused=False, attention="flash2", gradient_bytes=2)  # PyTorch's, with prefetching
+TITAN = Software(attention="flash2")  # compiled
 DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
 
 
