@@ -7,7 +7,7 @@ are told under several conventions, because published figures use several; they 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
@@ -66,15 +66,15 @@ class Work:
     groups: int = 1  # nodes a token may go to, where routing is node-limited; 1 without limit
     hidden: int = 0
 
-    @property
+    @cached_property
     def weights(self) -> int:
         return sum(m.weights for m in self.matmuls)
 
-    @property
+    @cached_property
     def expert_weights(self) -> int:
         return sum(m.weights for m in self.matmuls if m.experts)
 
-    @property
+    @cached_property
     def flops(self) -> float:
         """Forward FLOPs a token, attention aside."""
         return 2 * sum(m.met for m in self.matmuls)

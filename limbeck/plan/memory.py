@@ -66,7 +66,8 @@ def fit(
     """Memory of the fullest chip of a layout. `batch` sequences a step bound the micro-batches in flight; 0 is many."""
     numbers = numbers or constants()
     micro = layout.micro_batches(batch) if batch else 10**6
-    chips = (_chip(config, layout, seq, software, micro, rank) for rank in range(layout.pp))
+    ends = {0, min(1, layout.pp - 1), layout.pp // 2, layout.pp - 1}  # the fullest: most in flight, or a table of words
+    chips = (_chip(config, layout, seq, software, micro, rank) for rank in ends)
     weights, gradients, optimizer, activations, logits = max(chips, key=sum)
     waste = numbers.waste * (activations + logits)
     return Memory(weights, gradients, optimizer, activations, logits, waste, cluster.chip.memory)
@@ -76,11 +77,14 @@ def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: 
     works, count = cost.work(config), at.stages
     placed = spread(config, count, software.balanced)
     stages = at.owned(rank)
-    layers = [works[layer] for stage in stages for layer in placed[stage]]
+    layers: dict[cost.Work, int] = {}
+    for stage in stages:
+        for layer in placed[stage]:
+            layers[works[layer]] = layers.get(works[layer], 0) + 1
     table = config.vocab_size * config.hidden_size / at.tp
     ends = (0 in stages) + (count - 1 in stages) * (not config.tied or count > 1)
-    dense = sum(w.weights - w.expert_weights for w in layers) / at.tp + ends * table
-    experts = sum(w.expert_weights for w in layers) / (at.ep * at.experts_split)
+    dense = sum(n * (w.weights - w.expert_weights) for w, n in layers.items()) / at.tp + ends * table
+    experts = sum(n * w.expert_weights for w, n in layers.items()) / (at.ep * at.experts_split)
     copies = at.dp * at.cp
     expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
     held, shared = dense + experts, dense / copies + experts / expert_copies
@@ -90,9 +94,9 @@ def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: 
     optimizer = MASTER * (shared if at.zero else held)
     rows = at.micro * seq / at.cp
     flight = _flight(at, micro, rank)
-    kept = [rows * _kept(w, at, software, seq) for w in layers]
-    again = max((rows * _kept(w, at.change(recompute="none"), software, seq) for w in layers), default=0.0) if at.recompute == "full" else 0.0
-    activations = flight * sum(kept) + again
+    kept = rows * sum(n * _kept(w, at, at.recompute, software, seq) for w, n in layers.items())
+    again = rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0) if at.recompute == "full" else 0.0
+    activations = flight * kept + again
     logits = (count - 1 in stages) * rows * config.vocab_size / at.tp * 8
     return weights, gradients, optimizer, activations, logits
 
@@ -112,10 +116,10 @@ def _flight(at: Layout, micro: int, rank: int) -> float:
     return min(micro, at.pp - rank)
 
 
-def _kept(work: cost.Work, at: Layout, software: Software, seq: int) -> float:
+def _kept(work: cost.Work, at: Layout, recompute: str, software: Software, seq: int) -> float:
     """Bytes a token that one layer keeps for its backward pass (arXiv 2205.05198, section 4, with what fused code saves)."""
     whole = work.hidden / (at.tp if at.sp else 1)
-    if at.recompute == "full":
+    if recompute == "full":
         return 2 * whole
     wide = work.kept_wide / (at.tp if at.sp else 1)
     narrow = work.kept_narrow / at.tp
@@ -123,8 +127,8 @@ def _kept(work: cost.Work, at: Layout, software: Software, seq: int) -> float:
     if software.attention == "unfused":
         narrow += work.hidden / at.tp
         wide += whole  # byte masks of two dropouts
-        scores = 0.0 if at.recompute == "selective" else 5 * work.heads * seq / at.tp
-    if at.recompute == "v3":
+        scores = 0.0 if recompute == "selective" else 5 * work.heads * seq / at.tp
+    if recompute == "v3":
         return 2 * (0.5 * wide + 0.4 * narrow)
     return 2 * (wide + narrow) + scores
 

@@ -13,11 +13,11 @@ from .fabric import Cluster
 from .layout import Layout, possible
 from .memory import Memory, fit
 from .roofline import TUNED, Roofline, Software
-from .step import Step, foresee
+from .step import Foresight, Step, foresee
 
 MICRO = (1, 2, 4, 8)
 RECOMPUTE = ("none", "selective", "v3", "full")  # each takes longer and holds less
-LATE = 1.4  # a layout whose computing and bubble alone take so much longer than the best is not looked at
+LATE = 1.25  # a layout whose computing and bubble alone take so much longer than the best is not looked at
 EXACTLY = 8  # candidates that are simulated
 
 
@@ -39,14 +39,15 @@ def best(
     """The `top` best layouts, best first; one sentence where none fits."""
     found: list[tuple[float, Layout, Memory]] = []
     least = float("inf")
-    pace = cost.flops_per_token(config, seq) * batch * seq / Roofline(cluster.chip, precision, software).peak
+    roof, made = Roofline(cluster.chip, precision, software), {}
+    pace = cost.flops_per_token(config, seq) * batch * seq / roof.peak
     for layout in sorted(layouts(config, cluster, batch, seq), key=lambda at: ideal(at, batch, pace)):
         if ideal(layout, batch, pace) > LATE * least:
             break
         if (one := _leanest(config, cluster, layout, batch, seq, precision, software)) is None:
             continue
         layout, memory = one
-        seconds = foresee(config, cluster, layout, batch, seq, precision, software, exact=False).step().seconds
+        seconds = Foresight(config, cluster, layout, batch, seq, roof, False, made).step().seconds
         least = min(least, seconds)
         found.append((seconds, layout, memory))
     if not found:

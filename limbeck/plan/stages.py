@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 from ..model.config import ModelConfig
@@ -38,6 +39,15 @@ class Cost:
         return Cost(
             self.forward + other.forward, self.backward + other.backward, self.weight + other.weight,
             both(self.tensor, other.tensor), both(self.context, other.context), both(self.experts, other.experts), self.again + other.again,
+        )  # fmt: skip
+
+    def times(self, number: int) -> Cost:
+        def both(pair: tuple[float, float]) -> tuple[float, float]:
+            return number * pair[0], number * pair[1]
+
+        return Cost(
+            number * self.forward, number * self.backward, number * self.weight,
+            both(self.tensor), both(self.context), both(self.experts), number * self.again,
         )  # fmt: skip
 
     @property
@@ -76,6 +86,7 @@ class Stages:
     layout: Layout
     seq: int
     roof: Roofline
+    made: dict[tuple, Cost] = field(default_factory=dict, compare=False)  # layers costed already, over many layouts
 
     @cached_property
     def rows(self) -> float:
@@ -109,15 +120,14 @@ class Stages:
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
-        made: dict[Work, Cost] = {}
-        for work in self.works:
-            if work not in made:
-                made[work] = self._layer(work)
-        sums = []
+        at, sums = self.layout, []
+        key = (at.tp, at.sp, at.cp, at.ep, at.expert_tp, at.micro, at.recompute)
         for stage, layers in enumerate(self.layers):
             total = Cost()
-            for layer in layers:
-                total += made[self.works[layer]]
+            for work, times in Counter(self.works[layer] for layer in layers).items():
+                if (*key, work) not in self.made:
+                    self.made[(*key, work)] = self._layer(work)
+                total += self.made[(*key, work)].times(times)
             heads = (stage == self.count - 1) * (1 + self.config.predicted)
             sums.append(total + self._head(heads) if heads else total)
         return tuple(sums)

@@ -76,10 +76,11 @@ class Foresight:
     seq: int
     roof: Roofline
     exact: bool = True  # events; otherwise formulas
+    made: dict = field(default_factory=dict, compare=False)  # layers costed already
 
     @cached_property
     def stages(self) -> Stages:
-        return Stages(self.config, self.cluster, self.layout, self.seq, self.roof)
+        return Stages(self.config, self.cluster, self.layout, self.seq, self.roof, self.made)
 
     @property
     def micro(self) -> int:
