@@ -90,14 +90,15 @@ def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: 
     held, shared = dense + experts, dense / copies + experts / expert_copies
     largest = max(((w.weights - w.expert_weights) / at.tp + w.expert_weights / (at.ep * at.experts_split) for w in layers), default=0.0)
     weights = 2 * (shared + 2 * largest if at.zero == 3 else held)
-    gradients = software.gradient_bytes * (shared if at.zero >= 2 else held)
+    again = 0 if software.fused or software.gradient_bytes == 2 else 2  # of eager code: in 16 bits, then added up in 32
+    gradients = (software.gradient_bytes + again) * (shared if at.zero >= 2 else held)
     optimizer = MASTER * (shared if at.zero else held)
     rows = at.micro * seq / at.cp
     flight = _flight(at, micro, rank)
     kept = rows * sum(n * _kept(w, at, at.recompute, software, seq) for w, n in layers.items())
-    again = rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0) if at.recompute == "full" else 0.0
-    activations = flight * kept + again
-    logits = (count - 1 in stages) * rows * config.vocab_size / at.tp * 8
+    twice = rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0) if at.recompute == "full" else 0.0
+    activations = flight * kept + twice
+    logits = (count - 1 in stages) * rows * config.vocab_size / at.tp * (8 if software.fused else 12)
     return weights, gradients, optimizer, activations, logits
 
 
@@ -122,6 +123,8 @@ def _kept(work: cost.Work, at: Layout, recompute: str, software: Software, seq: 
     if recompute == "full":
         return 2 * whole
     wide = work.kept_wide / (at.tp if at.sp else 1)
+    if at.sp and not software.gathers_twice:
+        wide = 2 * whole + 2 * work.hidden
     narrow = work.kept_narrow / at.tp
     scores = 0.0
     if software.attention == "unfused":

@@ -17,7 +17,7 @@ from . import chips, fabric
 from .fabric import Cluster
 from .layout import Layout
 from .memory import fit
-from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, TITAN, TUNED, Software
+from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, HAI, TITAN, TUNED, Software
 from .step import foresee
 
 FILE = Path(__file__).with_name("published.csv")
@@ -81,7 +81,7 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether the layout is told."""
-        return all(self[key] for key in ("n_chips", "tp", "pp", "dp", "global_batch_tokens"))
+        return all(self[key] for key in ("n_chips", "pp", "global_batch_tokens"))
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -157,6 +157,8 @@ class Row:
             return replace(TITAN, hides_tensor="asynctp" in told) if "compile" in told else replace(EAGER, balanced=False)
         if "nanotron" in told or "ultrascale" in told:
             return EAGER
+        if "haiscale" in told:
+            return HAI
         return FSDP if "fsdp" in told and self.integer("pp") == 1 else TUNED
 
     @cached_property
@@ -190,7 +192,8 @@ class Row:
         zero = re.search(r"zero-?(\d)", self.told)
         schedule = next((ours for theirs, ours in SCHEDULES.items() if theirs in self.told), "1f1b")
         chunks = int(self.keys.get("vpp", 0) or 0)
-        dp, cp = self.integer("dp"), self.integer("cp")
+        cp = self.integer("cp")
+        dp = self.integer("dp", max(1, self.chips // (self.integer("tp") * pp * cp)))
         micro = int(float(self.keys.get("mbs", 0) or 0)) or 1
         if chunks > 1:
             schedule = "interleaved"

@@ -40,6 +40,7 @@ class Software:
     zigzag: bool = True  # context parallelism gives each chip an early and a late piece of a sequence
     prefetches: bool = True  # gradients and weights travel while others are computed
     rings: int = 0  # rings of an exchange between nodes; 0: as many as there are cards
+    gathers_twice: bool = True  # what sequence parallelism gathered is let go, and gathered again for the gradients
     balanced: bool = False  # layers given to stages by what they cost, the head counted
 
     @property
@@ -51,6 +52,7 @@ TUNED = Software()
 EAGER = Software(fused=False, attention="flash2", bucket=50e6, balanced=True, prefetches=False)
 EARLY = Software(attention="unfused")
 FSDP = Software(fused=False, attention="flash2", gradient_bytes=2)  # PyTorch's, with prefetching
+HAI = Software(reduce="hfreduce", attention="flash2")  # HAI-LLM on Fire-Flyer 2
 TITAN = Software(attention="flash2")  # compiled
 DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
 

@@ -145,6 +145,8 @@ class Foresight:
         expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
         total = 0.0
         exchange = collectives.all_reduce if summed else collectives.all_gather
+        if self.roof.software.reduce == "hfreduce":
+            exchange, width = collectives.hfreduce, width / 2  # a sum is a scatter and a gather: half for each
         for weights, size, stride in ((dense, copies, at.tp), (experts, expert_copies, at.ep * at.experts_split)):
             if weights and size > 1:
                 whole = width * weights

@@ -169,14 +169,14 @@ def _phase(row: Row) -> Check:
 
 
 def phases(row: Row) -> dict[str, float]:
-    """Seconds that the first chip of DualPipe spends in lone forward (1F), lone backward (1B), lone weight-gradient (1W)
-    and paired passes (1F1B); optimiser with its exchanges; and waiting."""
+    """Seconds that chips of a DualPipe spend, on average, in lone forward (1F), lone backward (1B), lone weight-gradient
+    (1W) and paired passes (1F1B); optimiser with its exchanges; and waiting."""
     seen = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software)
     line = schedules.simulate(row.layout.schedule, seen.times, row.layout.pp, seen.micro)
     names = {"F": "1F", "B": "1B", "BW": "1B", "W": "1W", "FBW": "1F1B"}
     sums: dict[str, float] = defaultdict(float)
-    for slot in line.chips[0]:
-        sums[names["".join(piece.kind for piece in slot.pieces)]] += slot.end - slot.start
+    for slot in (slot for slots in line.chips for slot in slots):
+        sums[names["".join(piece.kind for piece in slot.pieces)]] += (slot.end - slot.start) / len(line.chips)
     step = seen.step()
     sums["opt"] = step.parts.get("optimizer", 0.0) + seen.data
     return {**sums, "bubble": step.seconds - sum(sums.values())}
