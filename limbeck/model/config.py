@@ -76,7 +76,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     rope_theta: float = 10_000.0
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)
     norm_eps: float = 1e-6
     tied: bool = True
     qkv_bias: bool = False
