@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
@@ -68,6 +70,15 @@ class Replica:
                 f"of {chip.memory / 1e9:.0f} GB; serve on more chips, or in fewer bits"
             )
 
+    @cached_property
+    def layers(self) -> dict[cost.Work, int]:
+        """Kinds of layers, and how many there are of each."""
+        return dict(Counter(cost.work(self.config)[: self.config.layers]))
+
+    @cached_property
+    def roof(self) -> Roofline:
+        return Roofline(self.cluster.chip, self.precision)
+
     @property
     def width(self) -> int:
         """Bytes of a weight."""
@@ -81,9 +92,9 @@ class Replica:
     @property
     def held(self) -> float:
         """Bytes of weights on one chip; whole experts, one of them spare on each chip of a wide group."""
-        layers = cost.work(self.config)[: self.config.layers]
-        rest = (sum(w.weights - w.expert_weights for w in layers) + 2 * self.config.vocab_size * self.config.hidden_size) / self.split
-        return self.width * (rest + sum(w.expert_weights / max(1, w.experts) * self.hosted(w) for w in layers))
+        table = self.config.vocab_size * self.config.hidden_size * (1 if self.config.tied else 2)
+        rest = (sum(n * (w.weights - w.expert_weights) for w, n in self.layers.items()) + table) / self.split
+        return self.width * (rest + sum(n * w.expert_weights / max(1, w.experts) * self.hosted(w) for w, n in self.layers.items()))
 
     def hosted(self, work: cost.Work) -> float:
         return -(-work.experts // self.chips) if work.experts else 0
@@ -105,14 +116,13 @@ class Replica:
 
     def decode(self, rows: float, context: float) -> Rate:
         """`rows` conversations a chip, each `context` tokens long."""
-        roof = Roofline(self.cluster.chip, self.precision)
-        layers = cost.work(self.config)[: self.config.layers]
+        roof, layers = self.roof, self.layers.items()
         share = rows * self.split  # tensor parallelism: every chip works on all conversations
-        products = sum(self._products(roof, work, share) for work in layers)
+        products = sum(n * self._products(roof, work, share) for work, n in layers)
         products += self._product(roof, share, self.config.hidden_size, self.config.vocab_size / self.split)
         core = self._core(roof, rows, context)
-        sent = sum(self._exchange(work, rows) for work in layers)
-        light = sum(EXPERT_LAYER if work.experts else LAYER for work in layers)
+        sent = sum(n * self._exchange(work, rows) for work, n in layers)
+        light = sum(n * (EXPERT_LAYER if work.experts else LAYER) for work, n in layers)
         busy = products + core + light
         seconds = max(busy, sent) + (1 - OVERLAP) * min(busy, sent) if self.config.experts else busy + sent
         parts = {"weights and products": products, "attention and cache": core, "sending tokens": sent, "the rest": light}
@@ -138,16 +148,17 @@ class Replica:
         """Scores and mixing of one new token: latent attention works on the latent itself, and so computes more than it reads."""
         c = self.config
         key, value = (c.latent.kv_rank + c.latent.rope_dim, c.latent.kv_rank) if c.latent else (c.head_dim, c.head_dim)
-        seen = sum(min(context, c.window(layer) or context) for layer in range(c.layers))
+        seen = sum(min(context, c.window(layer) or context) for layer in range(c.layers)) if c.windows else c.layers * context
         flops = 2 * rows * c.heads * (key + value) * seen
         bytes_ = rows * c.kv_bytes_per_token(2) * seen / c.layers
         return max(flops / roof.flash, bytes_ / roof.memory)
 
-    def _exchange(self, work: cost.Work, rows: float) -> float:
-        """Experts: each copy by itself, FP8 out and 16 bits back. Tensor parallelism: two sums a layer."""
+    def _exchange(self, work: cost.Work, rows: float, nodes: int = 0) -> float:
+        """Experts: FP8 out and 16 bits back, each copy by itself, or once to each of at most so many nodes. Tensor parallelism:
+        two sums a layer."""
         if work.experts and self.chips > 1:
             group = collectives.group(self.cluster, self.chips, links=LINKS, cards=CARDS)
-            return sum(collectives.all_to_all(group, work.routed, once=False).seconds(rows, work.hidden))
+            return sum(collectives.all_to_all(group, work.routed, nodes, once=nodes > 0).seconds(rows, work.hidden))
         if self.split > 1:
             group = collectives.group(self.cluster, self.split, links=LINKS, cards=CARDS)
             return 2 * collectives.all_reduce(group, 2 * rows * self.split * work.hidden)
@@ -170,18 +181,10 @@ class Replica:
 
     def prefill(self, prompt: float, tokens: float = 16384) -> Rate:
         """Prompts of `prompt` tokens, `tokens` at once on each chip."""
-        roof = Roofline(self.cluster.chip, self.precision)
         rows = tokens * self.split
         split = Split(rows, prompt, tp=self.split, ep=self.chips if self.config.experts else 1)
-        layers = cost.work(self.config)[: self.config.layers]
-        computed = sum(roof.layer(work, split).forward for work in layers)
-        sent = 0.0
-        for work in layers:
-            if work.experts and self.chips > 1:
-                group = collectives.group(self.cluster, self.chips, links=LINKS, cards=CARDS)
-                sent += sum(collectives.all_to_all(group, work.routed, work.groups).seconds(tokens, work.hidden))
-            else:
-                sent += self._exchange(work, tokens)
+        computed = sum(n * self.roof.layer(work, split).forward for work, n in self.layers.items())
+        sent = sum(n * self._exchange(work, tokens, work.groups) for work, n in self.layers.items())
         seconds = max(computed, sent) + (1 - OVERLAP) * min(computed, sent) if self.config.experts else computed + sent
         parts = {"products and attention": computed, "sending tokens": sent}
         return Rate(tokens / seconds, seconds, max(parts, key=parts.get), parts)
