@@ -3,9 +3,9 @@
 A process of its own (`python -m limbeck.cluster.probe`): the plan asks, and imports no torch itself. A request is one
 JSON line on standard input, the answer one on standard output:
 
-    {"threads": 1, "models": {NAME: {"config": {...}, "layers": [2, 4], "optimizer": "adamw",
+    {"threads": 1, "worlds": {NAME: {settings of a miniature}}, "models": {NAME: {"config": {...}, "layers": [2, 4], "optimizer": "adamw",
                                      "learn": [512, 1024], "length": 64, "rows": [8, 64], "prompt": 32, "new": 12}}}
-    {"gemm": FLOP/s, "memory": bytes/s, "start": s, "models": {NAME: [{"layers", "learn": {tokens: s}, "roll": {rows: s}}]}}
+    {"gemm": FLOP/s, "memory": bytes/s, "start": s, "worlds": {NAME: s a token}, "models": {NAME: [{"layers", "learn": {tokens: s}, "roll": {rows: s}}]}}
 
 A large model is measured at two small depths: its cost is linear in the number of layers. `learn` is one update, all
 of it; `roll` one token for each of so many rows. Weights are random, and what is sampled never ends by itself.
@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-BEGAN = time.perf_counter()
-PATIENCE = 1.2  # seconds for one figure, about; one time at least
+PATIENCE = 0.4  # seconds for one figure, about; two times at least
 
 
 def main() -> None:
@@ -30,7 +29,8 @@ def main() -> None:
 
     torch.set_num_threads(request["threads"])
     clock = _clock(request["threads"])
-    answer: dict[str, Any] = {"start": time.perf_counter() - BEGAN, "gemm": _gemm(clock), "memory": _memory(clock)}
+    answer: dict[str, Any] = {"start": time.process_time(), "gemm": _gemm(clock), "memory": _memory(clock)}
+    answer["worlds"] = {name: _write(settings, clock) for name, settings in request["worlds"].items()}
     answer["models"] = {name: [_measure(asked, layers, clock) for layers in asked["layers"]] for name, asked in request["models"].items()}
     print(json.dumps(answer))
 
@@ -40,23 +40,23 @@ def _clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def _least(work: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Seconds of the fastest of several times, after one that warms up; interruptions only ever add."""
+def _typical(work: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Median seconds of several times, after one that warms up: a run is not always lucky either."""
     begin = time.perf_counter()
     work()
-    best = float("inf")
-    while best == float("inf") or time.perf_counter() - begin < PATIENCE:
+    times: list[float] = []
+    while not times or (time.perf_counter() - begin < PATIENCE and len(times) < 9):
         before = clock()
         work()
-        best = min(best, clock() - before)
-    return best
+        times.append(clock() - before)
+    return sorted(times)[len(times) // 2]
 
 
-def _gemm(clock: Callable[[], float], size: int = 768) -> float:
+def _gemm(clock: Callable[[], float], size: int = 1024) -> float:
     import torch
 
     a = torch.ones(size, size)
-    return 2 * size**3 / _least(lambda: a @ a, clock)
+    return 2 * size**3 / _typical(lambda: a @ a, clock)
 
 
 def _memory(clock: Callable[[], float], values: int = 1 << 25) -> float:
@@ -64,7 +64,18 @@ def _memory(clock: Callable[[], float], values: int = 1 << 25) -> float:
     import torch
 
     a, b = torch.ones(values), torch.empty(values)
-    return 8 * values / _least(lambda: b.copy_(a), clock)
+    return 8 * values / _typical(lambda: b.copy_(a), clock)
+
+
+def _write(settings: dict[str, Any], clock: Callable[[], float], tokens: int = 20_000) -> float:
+    """Seconds for a token of a miniature's corpus: written, and made ids."""
+    from ..recipe import Miniature
+    from ..tasks.miniature import encode_documents
+    from ..tasks.task import open_task
+
+    task = open_task("world", Miniature(**settings))
+    tokenizer = task.tokenizer()
+    return _typical(lambda: encode_documents(task.documents("0/probe", {}), tokenizer, tokens), clock) / tokens
 
 
 def _measure(asked: dict[str, Any], layers: int, clock: Callable[[], float]) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def _learn(decoder: Any, asked: dict[str, Any], tokens: int, clock: Callable[[],
     draw, length = np.random.default_rng(0), asked["length"]
     samples = [Sample(draw.integers(0, decoder.config.vocab_size, length), start=1) for _ in range(max(1, tokens // length))]
     learner = Learner(decoder, Optimizer(name=asked["optimizer"], learning_rate=1e-6), 1000)
-    return _least(lambda: learner.update(pack(samples, asked.get("micro", 1 << 30)), cross_entropy), clock)
+    return _typical(lambda: learner.update(pack(samples, asked.get("micro", 1 << 30)), cross_entropy), clock)
 
 
 class _Endless:
@@ -129,7 +140,7 @@ def _roll(decoder: Any, asked: dict[str, Any], rows: int, clock: Callable[[], fl
     problems = [Problem(id=str(i), prompt=str(i)) for i in range(max(1, rows // group))]
 
     def sample(new: int) -> float:
-        return _least(lambda: engine.rollout(problems, group, SamplingParams(max_new_tokens=new), 0), clock)
+        return _typical(lambda: engine.rollout(problems, group, SamplingParams(max_new_tokens=new), 0), clock)
 
     few, many = 2, 2 + asked["new"]
     return max(1e-7, (sample(many) - sample(few)) / asked["new"])
