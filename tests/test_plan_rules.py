@@ -7,7 +7,8 @@ from datetime import date
 
 import pytest
 
-from limbeck.plan.rules import Chip, Die, Memory, Weights, judge
+from limbeck.plan import chips
+from limbeck.plan.rules import Chip, Die, Memory, Weights, judge, ware
 from limbeck.types import LimbeckError
 
 A100 = Chip("A100", (Die({16: 312, 8: 624}, 826),), 600, 2039)
@@ -133,3 +134,21 @@ def test_memory_by_itself():
     assert judge(Memory("HBM2E", 461, 110), "china", date(2025, 1, 1)).decision == "licence"
     assert judge(Memory("DDR5", 51, 100), "china", date(2025, 1, 1)).decision == "free"
     assert judge(Memory("HBM2E", 461, 110), "china", LATE).decision == "free"
+
+
+@pytest.mark.parametrize(
+    ("name", "early", "late"),
+    [("a100", "licence", "licence"), ("a800", "free", "licence"), ("h100", "licence", "licence"), ("h800", "free", "licence"),
+     ("h20", "free", "free"), ("4090", "free", "licence"), ("b200", "licence", "licence")],
+)  # fmt: skip
+def test_chips_of_the_catalogue(name, early, late):
+    """The catalogue's figures lead to the same verdicts."""
+    chip = ware(chips.find(name))
+    assert judge(chip, "china", EARLY).decision == early and judge(chip, "china", LATE).decision == late
+
+
+def test_a_package_of_two_dies_is_judged_as_one():
+    b200 = ware(chips.find("b200"))
+    assert len(b200.dies) == 2 and b200.tpp == 36000
+    with pytest.raises(LimbeckError, match="chip 910b"):
+        ware(chips.find("910b"))

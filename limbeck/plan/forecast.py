@@ -6,19 +6,27 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import exp, log, log2, sqrt
 from typing import Any
 
 from ..model.config import ModelConfig
+from ..types import LimbeckError
+from .constants import constants
+from .fabric import Cluster
 from .machine import SPREAD, Asked, Rates
 from .recipes import SMALL, Effort, Rollout
+from .rollout import LEARNER_MFU, Lengths, decode_seconds
+from .serving import Replica
 
 STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed
 LEAD = 2  # rows that an engine still has when the last ones end
 GLUE = 1.12  # of what engine and learner take, scoring, packing and records beside them: from the quickstart's own records
 NUCLEUS = 1.2  # sampling with top-p or greedily, of what it takes at temperature 1 alone
-DESK_SECONDS = 60  # a person's, a row
+DESK_SECONDS = 60  # a person's, a row: guessed
+ELSEWHERE = 2.0  # how sure a stage's time on chips is that nobody has measured: a factor
+START = 30.0  # seconds to start a stage there: processes, weights, compiling
+OPERATIONS = 20  # that the host starts for a layer, forward
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _name(config: ModelConfig, optimizer: str) -> str:
 
 def _round(value: float) -> int:
     """To a power of the fourth root of two, so that small changes of a recipe measure nothing anew."""
-    return max(2, round(2 ** (round(4 * log(max(2.0, value), 2)) / 4)))
+    return max(2, round(2 ** (round(4 * log2(max(2.0, value))) / 4)))
 
 
 def _in_flight(config: ModelConfig) -> int:
@@ -160,3 +168,58 @@ def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, ke
         now, name = heapq.heappop(running)
         done.add(name)
     return now
+
+
+# ---------------------------------------------------------------- on other machines
+
+
+def price_on(effort: Effort, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
+    """One stage on chips: rollouts step by step as they decode, learning at the learner's usual share of the peak, or as fast as
+    the host can start its operations where the model is small."""
+    parts: dict[str, float] = {}
+    config = configs.get(effort.model)
+    doubts = [log(ELSEWHERE)]
+    if config is not None and effort.rollouts:
+        unit = _smallest(config, cluster)
+        parts["rollout"] = sum(_on_chips(r, unit, cluster) for r in effort.rollouts)
+    if config is not None and (effort.learned or effort.read):
+        peak = cluster.count * cluster.chip.rate("bf16" if "bf16" in cluster.chip.figures else "fp16")
+        seen = max(1.0, effort.length / 2)
+        floor = effort.updates * config.layers * OPERATIONS * constants().launch * 3
+        parts["learning"] = max(effort.learned * config.flops_per_token(seen, backward=True) / peak / LEARNER_MFU[1], floor)
+        if effort.read:
+            parts["teacher and reference"] = effort.read * configs[effort.reader].flops_per_token(seen) / peak / LEARNER_MFU[1]
+    parts["loading and saving"] = START * (effort.kind not in ("curate", "general"))
+    seconds = sum(parts.values())
+    doubt = exp(sqrt(sum(d * d for d in doubts) + log(effort.sure) ** 2))
+    name = max(parts, key=parts.get)
+    flops = effort.flops(config) if config else 0.0
+    return Forecast(
+        effort.stage, effort.kind, seconds, seconds / doubt, seconds * doubt, parts, f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
+        effort.sampled + effort.learned, flops, effort.people, effort.inputs,
+    )  # fmt: skip
+
+
+def _smallest(config: ModelConfig, cluster: Cluster) -> Replica:
+    """The fewest chips that hold a copy."""
+    precision = "bf16" if "bf16" in cluster.chip.figures else "fp16"
+    refused: LimbeckError | None = None
+    for chips in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= cluster.count and cluster.count % n == 0):
+        try:
+            return Replica(config, cluster, chips, precision)
+        except LimbeckError as error:
+            refused = error
+    raise refused or LimbeckError(f"{cluster.name}: no group of its chips holds a copy of the model")
+
+
+def _on_chips(rollout: Rollout, unit: Replica, cluster: Cluster) -> float:
+    copies = cluster.count // unit.chips
+    mine = max(1, round(rollout.rows / copies))
+    lengths = Lengths(min(rollout.length, 0.95 * rollout.longest), rollout.longest).draw(min(mine, 512))
+    slots = max(1, min(mine, unit.chips * unit.most_rows(rollout.prompt + rollout.length)))
+
+    def step(rows: float, context: float) -> float:
+        return unit.decode(rows / unit.chips, context).seconds
+
+    seconds, _ = decode_seconds(lengths, min(slots, len(lengths)), step, rollout.prompt)
+    return rollout.calls * seconds * max(1.0, mine / 512)

@@ -58,7 +58,7 @@ def rental(chip: str, price: float | None = None, until: str = "9999") -> Rental
     """The latest price that the table has by that month; or the one that was given, which needs no table."""
     if price is not None:
         return Rental(chip, price, price, "", "given")
-    family = chip.partition("-")[0]
+    family = chip.partition("-")[0].upper()
     found = [row for row in _table("rental") if str(row["chip"]) == family and str(row["date"]) <= until]
     if not found:
         raise LimbeckError(f"{chip}: no dated price of an hour in prices.yaml; say one with --price")

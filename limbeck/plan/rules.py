@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 
 from ..types import LimbeckError
+from . import chips
+from .chips import RATES
 
 RULES = Path(__file__).with_name("rules.yaml")
 MEASURES = ("tpp", "density", "io_gb_s", "memory_gb_s", "memory_density", "operations")
-RANK = {"free": 0, "review": 1, "licence": 2}
+PCIE = 64.0  # GB/s, both ways, of a slot of 16 lanes (PCIe 4.0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class Chip:
     def density(self) -> float | None:
         areas = [die.mm2 for die in self.dies]
         return None if None in areas else self.tpp / sum(areas)
+
+
+def ware(chip: chips.Chip) -> Chip:
+    """A chip of the catalogue as the rules look at it. Dies of a package share its figures evenly; without a scale-up link its
+    slot is what it transfers by."""
+    dies = int(chip.figures.get("dies", 1))
+    tops = {RATES[name]: value / dies for name, value in chip.figures.items() if name in ("bf16", "fp16", "fp8", "int8")}
+    if not tops:
+        chip.figure("bf16")  # says what is missing
+    area, link = chip.figures.get("area"), chip.figures.get("link")
+    return Chip(
+        chip.name, (Die(tops, area and area / dies),) * dies, PCIE if link == 0 else link, chip.figures.get("bandwidth"),
+        "datacentre" if chip.datacentre else "consumer",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ def _apply(rule: dict[str, Any], ware: Any, groups: set[str], on: date) -> Verdi
     """None where the rule does not catch."""
     if not rule["from"] <= on < rule.get("until", date.max) or not groups & set(rule["to"]):
         return None
-    if ware.name.partition("-")[0] not in rule.get("named", [ware.name.partition("-")[0]]):
+    if "named" in rule and ware.name.partition("-")[0].upper() not in rule["named"]:
         return None
     missing = ""
     for test in rule["tests"]:
