@@ -56,7 +56,7 @@ def checkpoint_interval(save_seconds: float, mean_seconds: float) -> float:
     return sqrt(2 * save_seconds * mean_seconds) * (1 + sqrt(ratio) / 3 + ratio / 9) - save_seconds
 
 
-def useful_share(chips: int, reliability: Reliability = Reliability(), interval: float | None = None) -> float:  # noqa: B008
+def useful_share(chips: int, reliability: Reliability = Reliability(), interval: float | None = None) -> float:
     """Useful seconds in a second, with a checkpoint every `interval` seconds of work (else the best)."""
     mean = reliability.mean_seconds(chips)
     t = interval or checkpoint_interval(reliability.save_seconds, mean)
@@ -64,7 +64,7 @@ def useful_share(chips: int, reliability: Reliability = Reliability(), interval:
     return 1 / taken
 
 
-def goodput(chips: int, reliability: Reliability = Reliability()) -> Goodput:  # noqa: B008
+def goodput(chips: int, reliability: Reliability = Reliability()) -> Goodput:
     """With its interval: half and twice the failures, restarts of a third and of two and a half times as long."""
     mean = reliability.mean_seconds(chips)
     r = reliability
