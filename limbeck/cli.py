@@ -23,7 +23,7 @@ from .origins import recall, release, why
 from .planning import SIGNS as _SIGNS
 from .planning import load_recipe as _load
 from .planning import open_graph as _graph
-from .planning import plan
+from .planning import plan, remembered
 
 if TYPE_CHECKING:
     from .pipeline.run import Run
@@ -59,7 +59,7 @@ def run(
     try:
         job = Run(_load(recipe, set_, auto), recipe.parent, runs, display, right)
         _stop_gently(job)
-        page = job.carry_out()
+        page = job.carry_out(remembered(job.graph))
     finally:
         if isinstance(display, Tree):
             display.close()

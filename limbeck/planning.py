@@ -74,11 +74,20 @@ def plan(
 def _of_recipe(path: Path, runs: Path, set_: list[str], auto: bool, on: str, changes: dict[str, Any], price: float | None, until: str | None) -> Answer:
     from .estimate import Answer, duration, told_changes
     from .pipeline.provenance import trace
+    from .types import LimbeckError
 
     graph = open_graph(load_recipe(path, set_, auto), path, runs)
-    foreseen, where = foresee(graph, on, {})
-    other = foresee(graph, on or _needed(changes), changes)[0] if changes else {}
     answer = Answer()
+    foreseen, where, other = {}, HERE, {}
+    try:
+        foreseen, where = foresee(graph, on, {})
+        other = foresee(graph, on or _needed(changes), changes)[0] if changes else {}
+    except LimbeckError as error:
+        if on or changes:
+            raise
+        unforeseen = str(error)
+    else:
+        unforeseen = ""
     rows = []
     for node in graph.nodes.values():
         row = {"stage": node.name, "kind": node.kind, "state": node.state, "key": node.key and node.key[:16], "why": [] if node.artifact else graph.why(node)}
@@ -89,6 +98,9 @@ def _of_recipe(path: Path, runs: Path, set_: list[str], auto: bool, on: str, cha
         rows.append(row | ({"forecast": told.told()} if told else {}))
     answer.data["data"] = rows
     _sum_up(answer, graph, foreseen, where, price, until)
+    if unforeseen:
+        answer.data["unforeseen"] = unforeseen
+        answer.say("not foreseen", unforeseen)
     if other:
         answer.data["what_if"] = {"changes": changes, "stages": [f.told() for f in other.values()]}
         answer.say("what if", f"{told_changes(changes)}: {duration(_total(graph, other, where)[0])}")
@@ -115,8 +127,24 @@ def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
     return Graph(recipe, Store(runs / "store"), path.parent)
 
 
-def foresee(graph: Graph, on: str = "", changes: dict[str, Any] | None = None) -> tuple[dict[str, Forecast], str]:
-    """What each stage takes that is not done yet, and where: on this machine, which is measured in seconds if it was not yet."""
+def remembered(graph: Graph) -> dict[str, Any] | None:
+    """The forecast that a run keeps, where this machine has been measured for its models: a run does not wait for that."""
+    from datetime import date
+
+    from .types import LimbeckError
+
+    try:
+        foreseen, _ = foresee(graph, ask=False)
+    except LimbeckError:  # nobody asked for a forecast, and a run does not fail for want of one
+        return None
+    stages = {name: told.told() for name, told in foreseen.items()}
+    return {"schema": 1, "made": str(date.today()), "on": HERE, "stages": stages} if stages else None
+
+
+def foresee(graph: Graph, on: str = "", changes: dict[str, Any] | None = None, ask: bool = True) -> tuple[dict[str, Forecast], str]:
+    """What each stage takes, and where: on this machine, which is measured in seconds if it was not yet (or not, without `ask`).
+    Nothing, where all is done."""
+    from . import __version__
     from .plan import fabric, forecast, machine
     from .plan.recipes import Walk
     from .recipe import Pretrain
@@ -133,7 +161,9 @@ def foresee(graph: Graph, on: str = "", changes: dict[str, Any] | None = None) -
         return {name: forecast.price_on(effort, configs, cluster) for name, effort in walk.efforts.items()}, cluster.tell()
     worlds = {s.problems: recipe.problems[s.problems].model_dump() for s in recipe.stages.values() if isinstance(s, Pretrain)}
     threads = recipe.threads or max(1, int(_cores()) // recipe.workers)
-    rates = machine.measure(forecast.asked_of(walk.efforts.values(), configs), worlds, threads, recipe.workers)
+    rates = machine.measure(forecast.asked_of(walk.efforts.values(), configs), worlds, threads, recipe.workers, __version__, ask)
+    if rates is None:
+        return {}, HERE
     return {name: forecast.price(effort, configs, rates) for name, effort in walk.efforts.items()}, HERE
 
 
@@ -155,7 +185,9 @@ def _configs(graph: Graph) -> dict[str, Any]:
     found: dict[str, ModelConfig] = {}
     for node in graph.nodes.values():
         stage = node.stage
-        if isinstance(stage, Pretrain):
+        if node.artifact and (node.artifact.folder / "model" / "config.json").exists():
+            found[node.name] = ModelConfig.from_directory(node.artifact.folder / "model")
+        elif isinstance(stage, Pretrain):
             vocabulary = open_task(stage.problems, graph.recipe.problems[stage.problems]).tokenizer().size
             found[node.name] = to_config(stage.shape, vocabulary)
         elif isinstance(stage, Load):
@@ -167,7 +199,7 @@ def _configs(graph: Graph) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> Any:
-    raise mistake(f"{path}: a GGUF file is planned for once it is an artifact or a directory; run its load stage first, or name the directory")
+    raise mistake(f"{path}: how long a model from a GGUF file takes is foreseen once it is loaded; run that stage first, or name a model directory")
 
 
 def _total(graph: Graph, foreseen: dict[str, Forecast], where: str) -> tuple[float, float, float]:

@@ -96,15 +96,19 @@ def _line(points: Mapping[str, float], size: float) -> float:
     return max(a + slope * (size - small), 0.3 * a * min(1.0, size / small))
 
 
-def measure(models: Mapping[str, Asked], worlds: Mapping[str, dict[str, Any]], threads: int, workers: int = 1, again: bool = False) -> Rates:
-    """Rates of these models on this machine while `workers` of `threads` each are at work, as they will be; what was measured
-    before is read from the cache unless `again`."""
+def measure(
+    models: Mapping[str, Asked], worlds: Mapping[str, dict[str, Any]], threads: int, workers: int = 1, code: str = "", ask: bool = True
+) -> Rates | None:
+    """Rates of these models on this machine while `workers` of `threads` each are at work, as they will be. What was measured of
+    this version of the `code` is remembered; what was not is measured now, or without `ask` is no answer (None)."""
     requests = {name: asked.request() for name, asked in models.items()}
-    kept = _cache(threads, workers)
-    known = {} if again or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
+    kept = _cache(threads, workers, code)
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     missing = {name: request for name, request in requests.items() if _key(request) not in known}
     strange = {name: settings for name, settings in worlds.items() if _key(settings) not in known}
     if missing or strange or "gemm" not in known:
+        if not ask:
+            return None
         answer = _probe({"threads": threads, "models": missing, "worlds": strange}, workers)
         known |= {key: answer[key] for key in ("gemm", "memory", "start")}
         known |= {_key(missing[name]): found for name, found in answer["models"].items()}
@@ -147,9 +151,9 @@ def _keep(path: Path, known: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _cache(threads: int, workers: int) -> Path:
+def _cache(threads: int, workers: int, code: str) -> Path:
     """One file for each processor, number of threads, and version of torch and Limbeck."""
-    told = (platform.node(), platform.machine(), _processor(), os.cpu_count(), threads, workers, version("torch"), _version())
+    told = (platform.node(), platform.machine(), _processor(), os.cpu_count(), threads, workers, version("torch"), code)
     digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
     return user_cache_path("limbeck") / "machine" / f"{digest}.json"
 
@@ -158,12 +162,6 @@ def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__
 
 
 def _key(request: dict[str, Any]) -> str:
