@@ -79,8 +79,7 @@ def _training(answer: Answer, config: Any, cluster: Cluster, work: Any, price: f
     answer.say("operations", f"{run.operations:.3g}, causal" + (f"; {run.operations / 1e26:.1%} of 1e26" if run.operations > 1e23 else ""))
     _bill(answer, run.bill, until)
     if svg:
-        _draw(run, config, cluster, svg)
-        answer.say("drawn", str(svg))
+        answer.say("drawn", ", ".join(map(str, _draw(run, config, cluster, svg))))
     return {"training": runs.told(run)}
 
 
@@ -128,12 +127,17 @@ def _serving(answer: Answer, config: Any, cluster: Cluster, price: float | None)
     return runs.told(served)
 
 
-def _draw(run: Training, config: Any, cluster: Cluster, svg: Path) -> None:
-    from .plan import gantt
+def _draw(run: Training, config: Any, cluster: Cluster, svg: Path) -> list[Path]:
+    """What each chip of the best layout's pipeline does, where it has one; and beside it, time against memory of the layouts found."""
+    from .plan import gantt, schedules, step
 
-    choice = run.choices[0]
-    text = gantt.draw(config, cluster, choice.layout, run.workload.batch, run.workload.seq, run.workload.precision)
-    svg.write_text(text, encoding="utf-8")
+    layout, work = run.choices[0].layout, run.workload
+    drawn = [gantt.trade(list(run.choices), svg.with_name(f"{svg.stem}-layouts.svg") if layout.pp > 1 else svg)]
+    if layout.pp > 1:
+        at = step.foresee(config, cluster, layout, work.batch, work.seq, work.precision)
+        line = schedules.simulate(layout.schedule, at.times, layout.pp, at.micro, layout.chunks)
+        drawn.insert(0, gantt.schedule(line, svg, layout.tell()))
+    return drawn
 
 
 def _compare(answer: Answer) -> None:

@@ -253,11 +253,10 @@ def _shares(left: Iterable[Forecast]) -> list[str]:
 
 def _verify(file: Path | None) -> Answer:
     from .estimate import Answer
-    from .plan import published, verify
+    from .plan import verify
 
     answer = Answer()
-    rows = published.read(file) if file else published.read()
-    answer.lines += verify.table(rows)
+    answer.lines += verify.table(file) if file else verify.table()
     answer.data["data"] = answer.lines
     return answer
 

@@ -54,8 +54,9 @@ class Asked:
         large = len(self.layers) > 1
         learn = [64, 192] if large else sorted(set(self.learn))
         return {
-            "config": asdict(replace(self.config, layers=0) if large else self.config), "layers": self.layers, "optimizer": self.optimizer, "learn": learn, "length": self.length,
-            "rows": sorted(set(self.rows)), "prompt": self.prompt, "new": min(self.new, 6) if large else self.new,
+            "config": asdict(replace(self.config, layers=0) if large else self.config), "layers": self.layers, "optimizer": self.optimizer, "learn": learn,
+            "length": 64 if large else self.length, "rows": sorted(set(self.rows)), "prompt": 4 if large else self.prompt,
+            "new": 4 if large else self.new,
         }  # fmt: skip
 
 
