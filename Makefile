@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 .PHONY: run test lint clean
 
 run: $(VENV)/.installed
+	$(BIN)/limbeck plan recipes/quickstart.yaml --auto
 	$(BIN)/limbeck run recipes/quickstart.yaml --auto
 
 # The studio is tested in a real browser: Debian's, where it can be installed; without one these tests say that they are skipped.

@@ -17,7 +17,7 @@ import torch
 
 from limbeck.model.decoder import Decoder
 from limbeck.model.fp8 import simulate
-from limbeck.pipeline.stages import to_config
+from limbeck.model.shapes import to_config
 from limbeck.reading import load
 from limbeck.tasks.miniature import Countdown, encode_documents
 from limbeck.train.batch import pack

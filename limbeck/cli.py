@@ -20,10 +20,13 @@ from .options import RUNS, AsJson, Home
 from .options import mistake as _mistake
 from .options import open_store as _store
 from .origins import recall, release, why
+from .planning import SIGNS as _SIGNS
+from .planning import load_recipe as _load
+from .planning import open_graph as _graph
+from .planning import plan, remembered
 from .serving import serve
 
 if TYPE_CHECKING:
-    from .pipeline.graph import Graph
     from .pipeline.run import Run
 
 app = typer.Typer(
@@ -57,7 +60,7 @@ def run(
     try:
         job = Run(_load(recipe, set_, auto), recipe.parent, runs, display, right)
         _stop_gently(job)
-        page = job.carry_out()
+        page = job.carry_out(remembered(job.graph))
     finally:
         if isinstance(display, Tree):
             display.close()
@@ -67,20 +70,7 @@ def run(
         print(f"The report is at {page}")
 
 
-@app.command()
-def plan(recipe: RecipeFile, runs: Home = RUNS, set_: Overrides = [], auto: Auto = False, as_json: AsJson = False) -> None:  # noqa: B006
-    """Say what a run would do, and why: nothing is run."""
-    from .pipeline.provenance import trace
-
-    graph = _graph(_load(recipe, set_, auto), recipe, runs)
-    rows = [
-        {"stage": node.name, "kind": node.kind, "state": node.state, "key": node.key and node.key[:16],
-         "why": [] if node.artifact else graph.why(node)}
-        for node in graph.nodes.values()
-    ]  # fmt: skip
-    _print(rows, as_json, lambda r: f"{_SIGNS[r['state']]:10} {r['stage']:32} {r['kind']:9} {'; '.join(r['why'][:3])}")
-    for breach in trace(graph)[1]:
-        print(f"limbeck: a run would refuse this: {breach.sentence}", file=sys.stderr)
+app.command()(plan)
 
 
 @app.command()
@@ -332,21 +322,6 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 _PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-_SIGNS = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
-
-
-def _load(path: Path, overrides: list[str], auto: bool) -> Any:
-    from .reading import load, unattended
-
-    recipe = load(path, overrides)
-    return unattended(recipe) if auto else recipe
-
-
-def _graph(recipe: Any, path: Path, runs: Path) -> Graph:
-    from .pipeline.graph import Graph
-    from .pipeline.store import Store
-
-    return Graph(recipe, Store(runs / "store"), path.parent)
 
 
 def _model(name: str, runs: Path) -> Path:

@@ -25,7 +25,7 @@ FLOORS = {
     "engine": 2, "tasks": 2, "train": 2,
     "eval": 3, "cluster": 3, "plan": 3,
     "pipeline": 4,
-    "cli": 5, "options": 5, "origins": 5, "serving": 5, "serve": 5, "desk": 5, "display": 5, "doctor": 5, "pull": 5,
+    "cli": 5, "options": 5, "origins": 5, "planning": 5, "serving": 5, "estimate": 5, "serve": 5, "desk": 5, "display": 5, "doctor": 5, "pull": 5,
 }  # fmt: skip
 TOP = 5  # rooms of the top floor and those of the ground floor may also use their neighbours
 GROUND = {"numpy", "pydantic", "tokenizers", "yaml", "jinja2"}

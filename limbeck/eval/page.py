@@ -50,6 +50,7 @@ def render(run: Run, told: dict[str, Any]) -> str:
         more=_more_curves(run),
         graph=_graph(run),
         costs=_costs(run, told),
+        forecast=told["forecast"],
         not_shown=story.not_shown(run),
         alarms=list(run.alarms()),
         versions=sorted({v for s in run.stages if (v := s.manifest.get("code_version"))}),

@@ -10,6 +10,8 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
+     "forecast": {"seconds", "low", "high", "took": of the stages that were foreseen, "stages": [{"name", "seconds", "low", "high",
+                  "took"}]} or null,
      "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
                 "reaches_target_after": FLOPs or null}}} or null,
      "alarms": [{"stage", "alarm", "first", "times"}], "not_shown": [sentence]}
@@ -69,6 +71,7 @@ def numbers(run: Run) -> dict[str, Any]:
         "joules": run.total("joules"),
         "cost": _cost(run.summary),
         "machine": run.summary.get("machine") or {},
+        "forecast": _forecast(run),
         "comparison": comparison.compared(run),
         "alarms": [dict(zip(("stage", "alarm", "first", "times"), row, strict=True)) for row in run.alarms()],
         "not_shown": [text.en for text in story.not_shown(run)],
@@ -102,6 +105,19 @@ def _stage(stage: StageView) -> dict[str, Any]:
         "licences": manifest.get("licences") or [],
         "notes": stage.notes,
     }
+
+
+def _forecast(run: Run) -> dict[str, Any] | None:
+    """What was expected of each stage before it began, and what it took."""
+    foreseen = (run.summary.get("forecast") or {}).get("stages") or {}
+    stages = [
+        {"name": s.name, **{key: foreseen[s.name][key] for key in ("seconds", "low", "high")}, "took": s.manifest["seconds"]}
+        for s in run.stages
+        if s.name in foreseen and s.manifest.get("seconds") is not None
+    ]  # fmt: skip
+    if not stages:
+        return None
+    return {key: round(sum(stage[key] for stage in stages), 1) for key in ("seconds", "low", "high", "took")} | {"stages": stages}
 
 
 def _cost(summary: dict[str, Any]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .statistics import Interval
 
@@ -93,6 +93,13 @@ def duration(seconds: float | None) -> Text:
     if hours:
         return Text(f"{hours} h {minutes} min", f"{hours} 小时 {minutes} 分")
     return Text(f"{minutes} min {rest} s", f"{minutes} 分 {rest} 秒")
+
+
+def foreseen(forecast: dict[str, Any]) -> Text:
+    """The sentence above the table of what was foreseen."""
+    told = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took")}
+    text = W["foreseen_said"]
+    return Text(text.en.format(**{k: t.en for k, t in told.items()}), text.zh.format(**{k: t.zh for k, t in told.items()}))
 
 
 # ---------------------------------------------------------------- fixed words
@@ -218,6 +225,13 @@ W = {
     "flops": Text("Floating-point operations", "浮点运算"),
     "energy": Text("Energy", "能耗"),
     "money": Text("Cost", "费用"),
+    "foreseen": Text("What was foreseen", "事先的预计"),
+    "foreseen_said": Text(
+        "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all ({low} to {high}). They took {took}.",
+        "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。实际用时 {took}。",
+    ),
+    "between": Text("between", "区间"),
+    "took": Text("took", "实际"),
     "unreadable": Text("not readable on this machine", "本机无法读取"),
     "unpriced": Text("no price per hour was given", "未给出每小时单价"),
     "not_shown": Text("What was not shown", "没有证明的事"),

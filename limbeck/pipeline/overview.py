@@ -21,9 +21,8 @@ from ..recipe import Curate, Recipe, Stage
 from ..types import LimbeckError
 from . import attendance, reviews
 from .graph import nodes_of, report_nodes
+from .run import FORECAST
 from .store import MANIFEST
-
-FORECAST = "forecast.json"
 
 
 @dataclass(frozen=True)

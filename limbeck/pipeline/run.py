@@ -29,6 +29,7 @@ from .store import Artifact, Store, out_of_space, write
 from .worker import write_job
 
 TICK = 0.25  # seconds between two looks at what is going on
+FORECAST = "forecast.json"  # in a run's folder: what its stages were expected to take
 GRACE = 20.0  # seconds that running stages have to checkpoint when another one has failed
 
 
@@ -74,11 +75,12 @@ class Run:
         self.running: dict[str, Progress] = {}
         self.stopping = self._asked_to_stop = False
 
-    def carry_out(self) -> Path | None:
-        """Run all that can run; returns the report's page, if the recipe has one."""
+    def carry_out(self, forecast: dict[str, Any] | None = None) -> Path | None:
+        """Run all that can run; returns the report's page, if the recipe has one. A `forecast` made beforehand is kept with the run."""
         self._refuse_keyless()
         self._open_folder()
         with self.attendance:
+            self._keep(forecast)
             return self._carry_out()
 
     def _carry_out(self) -> Path | None:
@@ -118,6 +120,15 @@ class Run:
             if out_of_space(error):
                 raise
             raise LimbeckError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs") from None
+
+    def _keep(self, forecast: dict[str, Any] | None) -> None:
+        """What was foreseen, before it begins; of stages that are done already, what was foreseen before they began."""
+        path = self.folder / FORECAST
+        if forecast:
+            earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+            done = {name: told for name, told in earlier.items() if name in self.graph.nodes and self.graph.nodes[name].artifact}
+            coming = {name: told for name, told in forecast["stages"].items() if not self.graph.nodes[name].artifact}
+            write(path, json.dumps({**forecast, "stages": {**done, **coming}}, indent=2) + "\n")
 
     def _step(self) -> None:
         """Wait a moment, and take in what has happened."""
@@ -275,7 +286,7 @@ class Run:
 
     def _summary(self, seconds: float) -> dict[str, Any]:
         manifests = [n.artifact.manifest for n in self.graph.nodes.values()]
-        path = self.folder / "summary.json"
+        path, foreseen = self.folder / "summary.json", self.folder / FORECAST
         earlier = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
         peaks = sorted((m["peak_memory_bytes"] for m in manifests), reverse=True)
         summary = {
@@ -286,6 +297,7 @@ class Run:
             "workers": self.host.size,
             "threads": self.host.threads,
             "machine": machine(),
+            **({"forecast": json.loads(foreseen.read_text(encoding="utf-8"))} if foreseen.exists() else {}),
         }
         write(path, json.dumps(summary, indent=2) + "\n")
         return summary

@@ -1,0 +1,147 @@
+"""A recipe's forecast: what its stages do in tokens, at rates that were measured, on its workers; and what a run keeps of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from limbeck import planning, reading
+from limbeck.model.config import ModelConfig
+from limbeck.pipeline.graph import Graph
+from limbeck.pipeline.store import Store
+from limbeck.plan import fabric, forecast, machine
+from limbeck.plan.forecast import Forecast, wall
+from limbeck.plan.machine import Asked, Rates
+from limbeck.plan.recipes import Walk
+from limbeck.types import LimbeckError
+
+ROOT = Path(__file__).parent.parent
+# of three runs of the quickstart (seeds 0 to 2): tokens that each stage sampled and learned, least and most
+SEEN = {
+    "base": (1.80e6, 1.80e6), "zero": (1.67e6, 1.78e6), "traces": (199e3, 202e3), "dev1": (129e3, 153e3), "dev2": (567e3, 629e3),
+    "reasoning": (231e3, 238e3), "dev3": (387e3, 418e3), "r1": (259e3, 289e3), "outputs": (228e3, 245e3), "small_base": (4.0e6, 4.0e6),
+    "evaluation/base": (61e3, 63e3), "evaluation/zero": (204e3, 219e3), "evaluation/small": (200e3, 205e3),
+    "evaluation/small_answers": (17.6e3, 17.7e3), "evaluation/base+forced": (141e3, 153e3),
+}  # fmt: skip
+
+
+def walked(name: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> tuple[Walk, Graph]:
+    path = ROOT / "recipes" / f"{name}.yaml"
+    graph = Graph(reading.load(path, overrides), Store(tmp_path / "store"), path.parent)
+    walk = Walk(graph.recipe, planning._configs(graph))
+    for node in graph.nodes.values():
+        walk.add(node.name, node.stage, node.inputs, node.control)
+    return walk, graph
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    return walked("quickstart", tmp_path_factory.mktemp("quickstart"))[0]
+
+
+def even(asked: dict[str, Asked]) -> Rates:
+    """A machine that takes 20 us for a token learned, 10 us for one sampled and 1 ms for a step."""
+    roll = {"8": 1e-3 + 8e-5, "256": 1e-3 + 256e-5}
+    models = {name: [{"layers": one.layers[0], "learn": {"1000": 0.02, "4000": 0.08}, "roll": roll if one.rows else {}}] for name, one in asked.items()}
+    return Rates(1e11, 1e10, 3.0, {"clock": 2e-6}, models, {name: one.config.layers for name, one in asked.items()})
+
+
+@pytest.mark.parametrize("stage", SEEN)
+def test_tokens_of_the_quickstart(quickstart, stage):
+    effort = quickstart.efforts[stage]
+    tokens = effort.sampled + effort.learned
+    low, high = SEEN[stage]
+    assert 0.7 * low < tokens < 1.35 * high
+
+
+def test_time_of_the_quickstart_is_the_sum_of_its_parts(quickstart):
+    asked = forecast.asked_of(quickstart.efforts.values(), quickstart.configs)
+    rates = even(asked)
+    foreseen = {name: forecast.price(effort, quickstart.configs, rates) for name, effort in quickstart.efforts.items()}
+    base = foreseen["base"]
+    assert base.parts["learning"] == pytest.approx(1.8e6 * 20e-6, rel=0.05) and base.parts["writing the corpus"] == pytest.approx(1.8e6 * 2e-6)
+    assert base.seconds == pytest.approx(sum(base.parts.values())) and base.low < base.seconds < base.high
+    assert foreseen["zero"].high / foreseen["zero"].low > base.high / base.low  # lengths are less sure than a corpus
+    one, two = (wall(foreseen, workers) for workers in (1, 2))
+    assert one == pytest.approx(sum(f.seconds for f in foreseen.values())) and one / 2 < two < one
+    assert json.loads(json.dumps(base.told()))["binds"].startswith("learning")
+
+
+def test_a_budget_ends_a_stage(tmp_path):
+    """`small_rl` stops when it has spent what `small` took."""
+    walk, _ = walked("quickstart", tmp_path)
+    small, rl = walk.efforts["small"], walk.efforts["small_rl"]
+    assert rl.flops(walk.configs["small_rl"]) == pytest.approx(small.flops(walk.configs["small"]), rel=0.05)
+    assert rl.rollouts[0].calls < 150
+
+
+@pytest.mark.parametrize("name", ["smoke", "bakeoff", "moe", "specialists", "expert", "harder", "judge"])
+def test_every_recipe_can_be_foreseen(name, tmp_path):
+    try:
+        walk, graph = walked(name, tmp_path)
+    except LimbeckError as error:
+        pytest.skip(str(error))
+    rates = even(forecast.asked_of(walk.efforts.values(), walk.configs))
+    foreseen = {n: forecast.price(effort, walk.configs, rates) for n, effort in walk.efforts.items()}
+    assert set(foreseen) == set(graph.nodes) and all(f.seconds >= 0 and f.low <= f.seconds <= f.high for f in foreseen.values())
+    learning = [n for n, node in graph.nodes.items() if node.kind in ("pretrain", "rl", "sft", "distill", "preference")]
+    assert learning and all(foreseen[n].parts.get("learning", 0) > 0 and foreseen[n].flops > 0 for n in learning)
+
+
+def test_people_are_asked_where_no_policy_decides(tmp_path):
+    by_people, by_policy = (walked("smoke", tmp_path, extra)[0] for extra in ((), ("stages.coldstart.auto=true",)))
+    assert by_people.efforts["coldstart"].people > 0 == by_policy.efforts["coldstart"].people
+
+
+def test_teachers_are_paid_for(tmp_path):
+    walk, _ = walked("bakeoff", tmp_path)
+    taught = [e for e in walk.efforts.values() if e.kind == "distill" and e.reader]
+    assert taught and all(e.read > 0 and e.reader in walk.configs for e in taught)
+
+
+def test_stages_wait_for_one_another_and_for_workers():
+    def stage(name: str, seconds: float, *inputs: str) -> Forecast:
+        return Forecast(name, "rl", seconds, seconds, seconds, {}, "", 0, 0, 0, inputs)
+
+    chain = {f.stage: f for f in (stage("a", 10), stage("b", 5, "a"), stage("c", 7), stage("d", 1, "b", "c"))}
+    assert wall(chain, 1) == 23 and wall(chain, 2) == 16 and wall(chain, 8) == 16
+    assert wall(chain, 2, start=3) == 19
+
+
+def test_a_large_model_is_drawn_out_from_two_depths():
+    learn = {2: {"64": 0.2, "192": 0.4}, 4: {"64": 0.3, "192": 0.6}}
+    rates = Rates(1, 1, 1, {}, {"m": [{"layers": n, "learn": learn[n], "roll": {"8": 0.01 * n, "64": 0.02 * n}} for n in (2, 4)]}, {"m": 30})
+    assert rates.learn("m", 192) == pytest.approx(0.4 + 14 * 0.2) and rates.learn("m", 64) == pytest.approx(0.2 + 14 * 0.1)
+    assert rates.learn("m", 320) == pytest.approx(0.6 + 14 * 0.3) and rates.step("m", 64) == pytest.approx(0.6)
+    large = Asked(ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536), "adamw", (500, 2000), 50, (8, 64), 45, 20)
+    assert large.layers == [2, 4] and large.request()["config"]["layers"] == 0
+    assert replace(large, length=70, prompt=30).request() == large.request()  # nothing is measured twice for that
+
+
+def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
+    """A real measurement of a tiny model, in a process that has torch; this one has no need of it."""
+    monkeypatch.setattr(machine, "user_cache_path", lambda name: tmp_path)
+    config = ModelConfig("llama", 32, 16, 1, 2, 1, 8, 32, max_positions=256)
+    asked = {"m": Asked(config, "adamw", (64, 128), 16, (8, 16), 4, 8)}
+    assert machine.measure(asked, {}, 1, ask=False) is None
+    rates = machine.measure(asked, {}, 1)
+    assert rates.gemm > 1e8 and rates.memory > 1e8 and rates.learn("m", 128) > 0 and rates.step("m", 16) > 0
+    monkeypatch.setattr(machine, "_probe", lambda *_: pytest.fail("measured twice"))
+    assert machine.measure(asked, {}, 1) == rates == machine.measure(asked, {}, 1, ask=False)
+
+
+def test_a_probe_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(machine, "PROBE", "limbeck.cluster.no_such_probe")
+    with pytest.raises(LimbeckError, match="could not be measured: .*no_such_probe"):
+        machine.measure({}, {}, 1)
+
+
+def test_the_same_recipe_on_other_chips(quickstart):
+    few, many = (fabric.cluster(text) for text in ("1x4090", "8x4090"))
+    for effort in (quickstart.efforts["zero"], quickstart.efforts["base"]):
+        one, eight = (forecast.price_on(effort, quickstart.configs, cluster) for cluster in (few, many))
+        assert 0 < eight.seconds <= one.seconds and one.low < one.seconds < one.high
