@@ -72,10 +72,12 @@ def main() -> None:
     options = parser.parse_args()
     port = free_port()
     with running(limbeck(options.model, port, options.threads), port, {"OMP_NUM_THREADS": str(options.threads)}):
+        begin = time.monotonic()
         shares = asyncio.run(load(port, options.streams, options.seconds))
+        took = time.monotonic() - begin  # what had begun was heard to its end
     errors, events = [share.error for share in shares if share.error], [share.events for share in shares]
     print(f"{options.streams} streams for {options.seconds:.0f} s: {sum(s.answers for s in shares)} answers, {sum(s.left for s in shares)} left in "
-          f"the middle, {len(errors)} errors; {sum(events) / options.seconds:.0f} events/s; a stream got {min(events)} to {max(events)}, "
+          f"the middle, {len(errors)} errors; {sum(events) / took:.0f} events/s over {took:.0f} s; a stream got {min(events)} to {max(events)}, "
           f"Jain's index {fairness(events):.3f}; worst wait for a first token {max(s.worst_first for s in shares):.2f} s")  # fmt: skip
     raise SystemExit(errors[0] if errors else 0)
 

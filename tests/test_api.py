@@ -185,6 +185,16 @@ def test_many_streams_at_once_are_all_served_and_alike(served):
     assert ends[-1] < 4 * ends[0]  # one after the other, the last would take 64 times as long as the first
 
 
+def test_a_model_that_fails_says_so_and_goes_on(served, client):
+    asked = {**ASK, "max_tokens": 5}
+    for stream in (False, True):
+        served.service.models["plain"].batching.shuttle.step = lambda: 1 / 0
+        with pytest.raises(openai.APIError, match="plain could not go on: division") as caught:
+            list(client.chat.completions.create(**asked, stream=stream))
+        assert stream or caught.value.status_code == 500 and caught.value.type == "server_error"
+    assert client.chat.completions.create(**asked).usage.completion_tokens <= 5
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
 def test_who_leaves_frees_the_row_within_a_second(served, stream):
     """The answer would take two minutes; the connection is cut, with nothing said."""

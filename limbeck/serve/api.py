@@ -28,7 +28,7 @@ from .protocol import (
     text_logprobs,
     usage_of,
 )
-from .service import Piece, Served, Service, UnknownModel, Wish, gathered
+from .service import ModelFailed, Piece, Served, Service, UnknownModel, Wish, gathered
 from .site import Site
 
 SEND_SECONDS = 60.0  # a reader who takes nothing for so long is gone
@@ -50,6 +50,8 @@ class Route(APIRoute):
                 return refusal(error.status_code, str(error.detail))
             except Full as error:
                 return refusal(429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)})
+            except ModelFailed as error:
+                return refusal(500, str(error))
             except UnknownModel as error:
                 return refusal(404, str(error), "model", "model_not_found")
             except LimbeckError as error:

@@ -35,6 +35,12 @@ class UnknownModel(LimbeckError):
     """Nobody of that name is served."""
 
 
+class ModelFailed(LimbeckError):
+    """Our fault, not the asker's; the next request is served again."""
+
+    exit_code = 70
+
+
 @dataclass(frozen=True)
 class Price:
     """Of a million tokens read and a million said: `Price(0.15, 0.6)`."""
@@ -232,7 +238,7 @@ class Service:
                     await event.wait()
                 event.clear()
                 if answer.error:
-                    raise answer.error
+                    raise ModelFailed(f"{served.name} could not go on: {answer.error or type(answer.error).__name__}") from answer.error
                 for ear in ears:
                     for piece in ear.hear():
                         last = piece.kind == "end" and all(ear.closed for ear in ears)
