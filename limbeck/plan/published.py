@@ -214,6 +214,7 @@ class Row:
             micro=micro, schedule="1f1b" if chunks == 1 and schedule == "interleaved" else schedule, chunks=max(1, chunks),
             recompute=self._recompute(), sp="sp" in self.keys or "tp_mode=red" in self.told or self.software.attention != "unfused",
             expert_tp=int(self.keys.get("etp", 0) or 0),
+            overlap="overlap" in self.told or (self.integer("ep") > self.cluster.per_node and pp > 1 and self.software.fused),
         )  # fmt: skip
 
     def _recompute(self) -> str:

@@ -100,7 +100,7 @@ def _variants(config: ModelConfig, cluster: Cluster, batch: int, base: Layout) -
                 for zero in (1, 3) if base.pp == 1 else (1,):
                     at = base.change(
                         ep=ep, micro=micro, schedule=schedule, chunks=chunks, zero=zero,
-                        expert_tp=1 if mixed else 0, overlap=schedule.startswith("dualpipe"),
+                        expert_tp=1 if mixed else 0, overlap=mixed and schedule in ("interleaved", "dualpipe"),
                     )  # fmt: skip
                     if possible(at, config, cluster, batch):
                         yield at
