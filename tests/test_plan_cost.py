@@ -145,7 +145,8 @@ def test_placement_is_eplbs():
 
 def test_copies_even_out_a_crowd():
     load = [100.0] + [1.0] * 63
-    assert place(load, 64, chips=8).balance < 0.3 < 0.9 < place(load, 72 + 56, chips=8).balance
+    assert place(load, 64, chips=8).balance < 0.3
+    assert place(load, 128, chips=8).balance > 0.9
     with pytest.raises(LimbeckError, match="do not go into"):
         place(load, 60, chips=8)
 

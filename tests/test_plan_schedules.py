@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from limbeck.plan import gantt
@@ -46,7 +48,7 @@ def test_every_piece_is_done_once_and_in_order(schedule):
         if piece.kind == "F" and piece.stage:
             assert slot.start >= ends[piece._replace(stage=piece.stage - 1)] - 1e-9
     for slots in line.chips:
-        assert all(a.end <= b.start + 1e-9 for a, b in zip(slots, slots[1:], strict=False))
+        assert all(a.end <= b.start + 1e-9 for a, b in pairwise(slots))
 
 
 def test_a_slow_stage_holds_all_up():
@@ -78,7 +80,11 @@ def test_dualpipe_of_v3_has_the_passes_that_its_makers_time():
 
 @pytest.mark.parametrize(
     ("schedule", "chips", "micro", "chunks", "sentence"),
-    [("round", 4, 8, 1, "schedule round is not known"), ("dualpipe", 4, 6, 1, "takes at least 8"), ("interleaved", 16, 40, 2, "waits for itself")],
+    [
+        ("round", 4, 8, 1, "schedule round is not known"),
+        ("dualpipe", 4, 6, 1, "takes at least 8"),
+        ("interleaved", 16, 40, 2, "waits for itself"),
+    ],
 )
 def test_what_cannot_be_scheduled(schedule, chips, micro, chunks, sentence):
     with pytest.raises(LimbeckError, match=sentence):

@@ -86,9 +86,34 @@ def fit(chosen: dict[str, list[Row]], numbers: Constants, rounds: int = 5) -> Co
     return numbers
 
 
+def regrets(rows: list[Row]) -> list[float]:
+    """By how much the layout that is foreseen to be fastest is slower than the fastest measured, a group of runs that
+    differ in nothing else."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        if seconds(row) and row.complete:
+            shape = tuple(row[key] for key in ("layers", "hidden", "heads", "seq", "n_chips", "global_batch_tokens", "chip", "precision"))
+            groups[row.name.split()[0].split("-h=")[0], *shape].append(row)
+    found = []
+    for group in groups.values():
+        if len(group) > 2:
+            chosen = min(group, key=lambda row: error(row, constants(), exact=False) + log(seconds(row)))
+            found.append(seconds(chosen) / min(map(seconds, group)) - 1)
+    return found
+
+
 def main() -> None:
-    chosen = sets(read(Path(sys.argv[1])))
-    print({name: len(rows) for name, rows in chosen.items()})
+    """`FILE` fits; `FILE regret` tells what choosing by forecast costs."""
+    rows = read(Path(sys.argv[1]))
+    if sys.argv[2:] == ["regret"]:
+        for name in ("BLOOM", "vTrain-multi", "vTrain-single", "ultrascale"):
+            lost = sorted(regrets([row for row in rows if row.name.startswith(name)]))
+            print(
+                f"{name}: {len(lost)} groups, regret median {lost[len(lost) // 2]:.1%}, 95th percentile {lost[int(0.95 * len(lost))]:.1%}"
+            )
+        return
+    chosen = sets(rows)
+    print({name: len(few) for name, few in chosen.items()})
     fit(chosen, constants())
 
 

@@ -18,9 +18,11 @@ def schedule(line: Timeline, path: Path, title: str = "") -> Path:
     figure, axes = _figure(11, 0.32 * len(line.chips) + 1.6)
     numbered = sum(len(slots) for slots in line.chips) < 600
     for chip, slots in enumerate(line.chips):
-        for kind in COLOURS:
+        for kind, colour in COLOURS.items():
             own = [slot for slot in slots if _kind(slot) == kind]
-            axes.broken_barh([(s.start, s.end - s.start) for s in own], (chip - 0.45, 0.9), facecolors=COLOURS[kind], edgecolor="white", linewidth=0.3)
+            axes.broken_barh(
+                [(s.start, s.end - s.start) for s in own], (chip - 0.45, 0.9), facecolors=colour, edgecolor="white", linewidth=0.3
+            )
             for slot in own if numbered else ():
                 middle = (slot.start + slot.end) / 2
                 axes.text(middle, chip, str(slot.pieces[0].micro), ha="center", va="center", fontsize=5, color="white")
@@ -40,7 +42,9 @@ def trade(choices: list[Choice], path: Path) -> Path:
     figure, axes = _figure(8, 4.5)
     for rank, choice in enumerate(choices, 1):
         held, step = choice.memory.total / 1e9, choice.step
-        axes.errorbar(held, step.seconds, yerr=[[step.seconds - step.low], [step.high - step.seconds]], fmt="o", color=COLOURS["F"], capsize=3)
+        axes.errorbar(
+            held, step.seconds, yerr=[[step.seconds - step.low], [step.high - step.seconds]], fmt="o", color=COLOURS["F"], capsize=3
+        )
         axes.annotate(f" {rank}. {choice.layout.tell().split(',')[0]}", (held, step.seconds), fontsize=8)
     axes.axvline(choices[0].memory.capacity / 1e9, color=COLOURS["BW"], linestyle="--", linewidth=1)
     axes.set_xlabel("GB on the fullest chip (dashed: what it has)")

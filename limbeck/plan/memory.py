@@ -1,8 +1,8 @@
 """What a step holds in a chip's memory: weights, gradients, optimiser, activations, buffers, and what is lost between.
 
-    weights     2 bytes each (ZeRO-3: a share, and one layer whole), gradients 2 or 4, master copy and moments 12
-    activations what the backward pass needs, for each micro-batch in flight: stages ahead of the first in 1F1B
-    logits      float32, twice; buffers of exchanges; `waste` for what the allocator cannot use
+weights     2 bytes each (ZeRO-3: a share, and one layer whole), gradients 2 or 4, master copy and moments 12
+activations what the backward pass needs, for each micro-batch in flight: stages ahead of the first in 1F1B
+logits      float32, twice; buffers of exchanges; `waste` for what the allocator cannot use
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .layout import Layout
 from .roofline import TUNED, Software
 from .stages import spread
 
+HALF = 0.4  # guessed: of what a layer keeps, where every second product is computed again
 MASTER = 12  # bytes a weight of AdamW in mixed precision: float32 copy and two moments
 CONTEXT = 1.2e9  # bytes of a CUDA context, NCCL's channels and libraries' workspaces
 
@@ -89,9 +90,10 @@ def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: 
     expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
     held, shared = dense + experts, dense / copies + experts / expert_copies
     largest = max(((w.weights - w.expert_weights) / at.tp + w.expert_weights / (at.ep * at.experts_split) for w in layers), default=0.0)
-    weights = 2 * (shared + 2 * largest if at.zero == 3 else held)
+    sharded = at.zero == 3 and at.pp == 1  # in a pipeline weights stay gathered from one micro-batch to the next
+    weights = 2 * (shared + 2 * largest if sharded else held)
     again = 0 if software.fused or software.gradient_bytes == 2 else 2  # of eager code: in 16 bits, then added up in 32
-    gradients = (software.gradient_bytes + again) * (shared if at.zero >= 2 else held)
+    gradients = (software.gradient_bytes + again) * (shared if at.zero == 2 or sharded else held)
     optimizer = MASTER * (shared if at.zero else held)
     rows = at.micro * seq / at.cp
     flight = _flight(at, micro, rank)
@@ -131,6 +133,8 @@ def _kept(work: cost.Work, at: Layout, recompute: str, software: Software, seq: 
         narrow += work.hidden / at.tp
         wide += whole  # byte masks of two dropouts
         scores = 0.0 if recompute == "selective" else 5 * work.heads * seq / at.tp
+    if recompute == "half":
+        return 2 * HALF * (wide + narrow)
     if recompute == "v3":
         return 2 * (0.5 * wide + 0.4 * narrow)
     return 2 * (wide + narrow) + scores

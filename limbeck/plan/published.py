@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..model.config import Experts, Latent, ModelConfig
 from ..types import LimbeckError
-from . import chips, fabric
+from . import fabric
 from .fabric import Cluster
 from .layout import Layout
 from .memory import fit
@@ -22,7 +22,14 @@ from .step import foresee
 
 FILE = Path(__file__).with_name("published.csv")
 FLASH = 2206  # arXiv's month after FlashAttention (2205.14135); what was measured before has none
-SCHEDULES = {"dualpipev": "dualpipev", "dualpipe": "dualpipe", "zb1p": "zb1p", "1f1b-interleaved": "interleaved", "1f1b": "1f1b", "gpipe": "gpipe"}
+SCHEDULES = {
+    "dualpipev": "dualpipev",
+    "dualpipe": "dualpipe",
+    "zb1p": "zb1p",
+    "1f1b-interleaved": "interleaved",
+    "1f1b": "1f1b",
+    "gpipe": "gpipe",
+}
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,9 @@ class Row:
     def layout(self) -> Layout:
         """As told; a micro-batch or a number of chunks that is not told is the one that the planner would choose."""
         told = self._layout()
-        micro = [told.micro] if "mbs" in self.keys else self._micros(told)
+        if "local_bs" in self.keys and told.pp == 1:
+            told = told.change(micro=int(self.keys["local_bs"]))
+        micro = [told.micro] if "mbs" in self.keys or told.micro > 1 else self._micros(told)
         chunks = [told.chunks]
         if told.schedule == "interleaved" and "vpp" not in self.keys:
             chunks = [2] if self.software.name == "eager" else [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
@@ -183,7 +192,9 @@ class Row:
 
     def _quick(self, layout: Layout) -> float:
         try:
-            return foresee(self.model, self.cluster, layout, self.batch, self.seq, self.precision, self.software, exact=False).step().seconds
+            return (
+                foresee(self.model, self.cluster, layout, self.batch, self.seq, self.precision, self.software, exact=False).step().seconds
+            )
         except LimbeckError:
             return float("inf")
 
@@ -201,8 +212,9 @@ class Row:
             dp=dp, tp=self.integer("tp"), pp=pp, ep=self.integer("ep"), cp=cp,
             zero=3 if "fsdp" in self.told and "zero2" not in self.told and not zero else int(zero[1]) if zero else 1,
             micro=micro, schedule="1f1b" if chunks == 1 and schedule == "interleaved" else schedule, chunks=max(1, chunks),
-            recompute=self._recompute(), sp="sp" in self.keys or "tp_mode=red" in self.told or not self.software.attention == "unfused",
+            recompute=self._recompute(), sp="sp" in self.keys or "tp_mode=red" in self.told or self.software.attention != "unfused",
             expert_tp=int(self.keys.get("etp", 0) or 0),
+            overlap="overlap" in self.told or (self.integer("ep") > self.cluster.per_node and pp > 1 and self.software.fused),
         )  # fmt: skip
 
     def _recompute(self) -> str:

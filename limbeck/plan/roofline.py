@@ -1,9 +1,9 @@
 """How long a chip takes for one layer: matrix products, attention, copying, and the host that starts them.
 
-    product    2 rows k n / (peak x reached x fill),  or its bytes / bandwidth if that is longer
-    fill       k/(k + depth) x waves/(waves + 1/2)    short inner lengths and a last, half empty wave of tiles
-    attention  FLOPs over the keys seen / (peak x reached); unfused: whole square, and its scores through memory
-    the rest   bytes / bandwidth;  everything at least as long as the host needs to start it
+product    2 rows k n / (peak x reached x fill),  or its bytes / bandwidth if that is longer
+fill       k/(k + depth) x waves/(waves + 1/2)    short inner lengths and a last, half empty wave of tiles
+attention  FLOPs over the keys seen / (peak x reached); unfused: whole square, and its scores through memory
+the rest   bytes / bandwidth;  everything at least as long as the host needs to start it
 """
 
 from __future__ import annotations

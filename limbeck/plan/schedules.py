@@ -73,7 +73,9 @@ def simulate(schedule: str, times: Times, chips: int, micro: int, chunks: int = 
     if len(times.forward) != stages:
         raise LimbeckError(f"{schedule} over {chips} chips has {stages} stages, not {len(times.forward)}")
     if schedule.startswith("dualpipe") and micro < 2 * chips * (1 + (schedule == "dualpipev")):
-        raise LimbeckError(f"{schedule} over {chips} chips takes at least {2 * chips * (1 + (schedule == 'dualpipev'))} micro-batches, not {micro}")
+        raise LimbeckError(
+            f"{schedule} over {chips} chips takes at least {2 * chips * (1 + (schedule == 'dualpipev'))} micro-batches, not {micro}"
+        )
     return _play([ORDERS[schedule](rank, chips, micro, chunks) for rank in range(chips)], times, stages, chips)
 
 
@@ -104,7 +106,9 @@ def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) 
         places = [[chip, chips - 1 - chip] for chip in range(chips)]
     share = 0.5 if schedule == "dualpipe" else 1.0
     both = schedule.startswith("dualpipe")
-    work = [share * sum(times.pair(s, s) if both else times.forward[s] + times.backward[s] + times.weight[s] for s in own) for own in places]
+    work = [
+        share * sum(times.pair(s, s) if both else times.forward[s] + times.backward[s] + times.weight[s] for s in own) for own in places
+    ]
     rest = chips - 1
     if schedule == "zb1p":
         bubble = rest * max(0.0, forward + backward - weight)

@@ -75,7 +75,11 @@ def ideal(layout: Layout, batch: int, pace: float) -> float:
 def layouts(config: ModelConfig, cluster: Cluster, batch: int, seq: int) -> Iterator[Layout]:
     """Layouts that use all chips, or the most of them that a batch divides over."""
     count = cluster.count
-    while count > 1 and not any(count % tp == 0 and batch % (count // tp) == 0 for tp in _powers(cluster.per_node)) and count > cluster.count // 2:
+    while (
+        count > 1
+        and not any(count % tp == 0 and batch % (count // tp) == 0 for tp in _powers(cluster.per_node))
+        and count > cluster.count // 2
+    ):
         count -= cluster.per_node if count > cluster.per_node else 1
     for tp in _powers(cluster.per_node):
         for pp in [n for n in range(1, min(64, config.layers) + 1) if count % (tp * n) == 0 and (n <= 2 or n % 2 == 0)]:
@@ -96,7 +100,7 @@ def _variants(config: ModelConfig, cluster: Cluster, batch: int, base: Layout) -
                 for zero in (1, 3) if base.pp == 1 else (1,):
                     at = base.change(
                         ep=ep, micro=micro, schedule=schedule, chunks=chunks, zero=zero,
-                        expert_tp=1 if mixed else 0, overlap=schedule.startswith("dualpipe"),
+                        expert_tp=1 if mixed else 0, overlap=mixed and schedule in ("interleaved", "dualpipe"),
                     )  # fmt: skip
                     if possible(at, config, cluster, batch):
                         yield at

@@ -19,7 +19,7 @@ from .roofline import TUNED, Roofline, Software
 from .schedules import Times
 from .stages import Cost, Stages
 
-SPREAD = {"tested": 0.15, "untested": 0.40}  # half width of the interval, as `plan verify` measures it
+SPREAD = {"tested": 0.18, "untested": 0.40}  # half width of the interval, as `plan verify` measures it
 TESTED = ("ampere", "hopper")
 OPTIMIZER_BYTES = 40  # a weight: gradient, master copy and two moments read and written, norm, new weight
 
@@ -105,12 +105,14 @@ class Foresight:
         """What the schedule plays; eager code waits for its messages, tuned code only for their arrival."""
         wait = 0.0 if self.roof.software.fused else self.send
         fetch = [self.fetched(stage) for stage in range(len(self.costs))]
+        both = self.layout.schedule.startswith("dualpipe")
+        hidden = [c.paired / (c.computing + c.waiting) if self.layout.overlap and not both else 1.0 for c in self.costs]
         return Times(
-            tuple(c.ahead + wait + f[0] for c, f in zip(self.costs, fetch, strict=True)),
-            tuple(c.back + wait + f[1] for c, f in zip(self.costs, fetch, strict=True)),
-            tuple(c.weight for c in self.costs),
+            tuple(h * c.ahead + wait + f[0] for c, f, h in zip(self.costs, fetch, hidden, strict=True)),
+            tuple(h * c.back + wait + f[1] for c, f, h in zip(self.costs, fetch, hidden, strict=True)),
+            tuple(h * c.weight for c, h in zip(self.costs, hidden, strict=True)),
             self.send,
-            tuple(c.paired for c in self.costs) if self.layout.schedule.startswith("dualpipe") or self.layout.overlap else (),
+            tuple(c.paired for c in self.costs) if both else (),
         )
 
     def fetched(self, stage: int) -> tuple[float, float]:
@@ -207,12 +209,13 @@ class Foresight:
     def parts(self, busy: float) -> dict[str, float]:
         """What the busiest stage does meanwhile, in proportion."""
         stage = max(self.costs, key=lambda c: c.computing + c.waiting)
+        overlaps = self.layout.overlap or bool(self.times.paired)
         kinds = {
             "compute": stage.computing - stage.again,
             "recompute": stage.again,
             "tensor": sum(stage.tensor),
             "context": sum(stage.context),
-            "experts": max(0.0, stage.paired - stage.computing) if self.times.paired else sum(stage.experts),
+            "experts": max(0.0, stage.paired - stage.computing) if overlaps else sum(stage.experts),
         }
         fetch = sum(self.fetched(0))
         kinds["data"] = fetch

@@ -20,7 +20,7 @@ from .step import Step, foresee
 GOODPUT = 0.9  # of a whole run's hours in which steps that count are made: Llama 3.1 (arXiv 2407.21783, section 3.3.4) had over 90 %
 PRACTICE = 0.8  # guessed: how near runs whose layout is not told come to the best layout; only the table it is checked on shows it
 WIDER = 1.2  # their interval, against that of a known layout
-THOUSAND, FEW = 1024, 64  # chips on which a run whose layout is not told is laid out
+THOUSAND, FEW, SOME = 1024, 64, 4_000_000  # chips on which a run whose layout is not told is laid out
 GOALS = {  # median and 95th percentile of the relative error
     "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35), "whole runs": (0.15, 0.40),
     "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
@@ -50,7 +50,11 @@ class Check:
 
     def tell(self) -> str:
         name = f"{self.row.name[:46]:46} {self.row.metric[:24]:24} {self.row.value:>12.5g}"
-        return f"{name}  {self.why}" if self.why else f"{name} {self.foreseen:>12.5g} {self.ratio - 1:>+7.1%}{'' if self.covered else '  outside'}"
+        return (
+            f"{name}  {self.why}"
+            if self.why
+            else f"{name} {self.foreseen:>12.5g} {self.ratio - 1:>+7.1%}{'' if self.covered else '  outside'}"
+        )
 
 
 def checks(rows: list[Row]) -> Iterator[Check]:
@@ -100,7 +104,9 @@ def measured_seconds(row: Row) -> float:
     early = row.cluster.chip.generation in ("ampere", "tpu", "volta")
     hardware = metric.startswith(("hw_", "hfu"))
     causal = "_causal" in metric or not ("noncausal" in metric or hardware or early)
-    flops = cost.flops_per_token(row.model, row.seq, "hardware" if hardware else "causal" if causal else "non-causal", float(row.layout.recompute == "full"))
+    flops = cost.flops_per_token(
+        row.model, row.seq, "hardware" if hardware else "causal" if causal else "non-causal", float(row.layout.recompute == "full")
+    )
     rate = 1e12 * value if "tflops" in metric else value / 100 * row.cluster.chip.rate("bf16")
     return flops * tokens / row.chips / rate
 
@@ -132,8 +138,10 @@ def best_effort(row: Row) -> Step:
     """The best layout on a part of the chips (the least that holds the model), for runs whose layout is not told; of
     one that is told but for its data parallelism, a thousand chips of it."""
     if row["tp"] and row["pp"]:
-        at = row.layout.change(dp=THOUSAND // (row.integer("tp") * row.integer("pp")))
-        return foresee(row.model, row.cluster.across(at.chips), at, row.batch, row.seq, row.precision, row.software).step()
+        at = row.layout.change(dp=row.integer("dp", THOUSAND // (row.integer("tp") * row.integer("pp"))))
+        batch = row.batch if row.number("global_batch_tokens") else -(-SOME // (row.seq * at.dp * at.micro)) * at.dp * at.micro
+        chips = row.cluster if row.chips else row.cluster.across(at.chips)
+        return foresee(row.model, chips, at, batch, row.seq, row.precision, row.software).step()
     for count in (FEW, 4 * FEW):
         try:
             return _best(row, min(row.chips or count, count))
@@ -143,14 +151,16 @@ def best_effort(row: Row) -> Step:
 
 
 def _best(row: Row, count: int) -> Step:
-    batch = max(1, round((row.number("global_batch_tokens") or 4e6) / row.seq * count / max(row.chips or 1024, count)))
+    batch = max(1, round((row.number("global_batch_tokens") or SOME) / row.seq * count / max(row.chips or 1024, count)))
     batch = max(count, batch - batch % count)
     software = row.software
     return search.best(row.model, row.cluster.across(count), batch, row.seq, row.precision, software, top=1)[0].step
 
 
 def _memory(row: Row) -> Check:
-    held = memory.fit(row.model, row.cluster, row.layout, row.seq, row.software, row.precision, row.batch if row.number("global_batch_tokens") else 0)
+    held = memory.fit(
+        row.model, row.cluster, row.layout, row.seq, row.software, row.precision, row.batch if row.number("global_batch_tokens") else 0
+    )
     unit = 2**30 if row.metric.endswith("gib") else 1e9
     size = held.reserved
     if row.metric == "params_opt_mem_gib":
@@ -234,11 +244,15 @@ def claims() -> list[str]:
     """What is said in public, computed again with what it assumes."""
     meta, hunyuan = 6 * 405e9 * 15.6e12, 6 * 52e9 * 7e12
     own = 9.59 * 52e9 * 7e12 + 2.3e8 * 7e12
-    return [
+    tenth = (
         f"Hunyuan-Large took 1/10 of Meta's compute: 6ND gives 1/{meta / hunyuan:.0f} ({hunyuan / meta:.1%}; 52G x 7T against 405G x 15.6T); "
-        f"its paper's own 9.59 ND + 2.3e8 D gives {own / meta:.1%} (arXiv 2411.02265, section 2.3.1; Llama still by 6ND)",
+        f"its paper's own 9.59 ND + 2.3e8 D gives {own / meta:.1%} (arXiv 2411.02265, section 2.3.1; Llama still by 6ND)"
+    )
+    seventh = (
         f"DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 a million tokens read, "
-        f"1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})",
-        f"DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = ${2788e3 * 2 / 1e6:.3f} million; research and trials are not in it",
-    ]
-
+        f"1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
+    )
+    cost_of_v3 = (
+        f"DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = ${2788e3 * 2 / 1e6:.3f} million; research is not in it"
+    )
+    return [tenth, seventh, cost_of_v3]
