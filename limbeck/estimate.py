@@ -28,16 +28,16 @@ class Answer:
 # ---------------------------------------------------------------- models
 
 
-def of_model(name: str, on: str, changes: dict[str, Any], given: dict[str, Any], price: float | None, until: str | None, svg: Path | None) -> Answer:
+def of_model(name: str, on: str, figures: dict[str, Any], changes: dict[str, Any], given: dict[str, Any], price: float | None, until: str | None, svg: Path | None) -> Answer:
     config = models.find(name)
-    cluster = fabric.cluster(on or _asked(name))
+    cluster = fabric.cluster(on or _asked(name), **figures)
     work = runs.workload(name, given)
     answer = Answer()
     answer.lines.append(f"{name} on {cluster.tell()}")
     answer.data |= {"model": name, "on": cluster.tell(), "workload": runs.told(work)}
     answer.data["plan"] = _one(answer, name, config, cluster, work, price, until, svg)
     if changes:
-        other = fabric.cluster(on, **dict(changes))
+        other = fabric.cluster(on, **figures | changes)
         answer.lines += ["", f"what if {told_changes(changes)}: {other.tell()}"]
         answer.data["what_if"] = {"changes": changes, **_one(answer, name, config, other, work, price, until, None)}
         _compare(answer)
@@ -156,15 +156,17 @@ def _compare(answer: Answer) -> None:
 # ---------------------------------------------------------------- rules and deadlines
 
 
-def rule(answer: Answer, on: str, changes: dict[str, Any], to: str, date: str | None) -> None:
+def rule(answer: Answer, on: str, figures: dict[str, Any], changes: dict[str, Any], to: str, date: str | None) -> None:
+    """Whether the chips may be sold there on that day; and the model's weights, were they kept closed."""
     if not on:
         raise mistake("--to asks whether chips may be sold: name them with --on, for instance --on 2048xH800")
     day = _day(date) if date else Date.today()
     told = []
-    for cluster in [fabric.cluster(on), *([fabric.cluster(on, **dict(changes))] if changes else [])]:
-        verdict = rules.judge(rules.ware(cluster.chip), to, day)
-        told.append({"chip": cluster.chip.name, **runs.told(verdict)})
-        answer.say("rules", f"{cluster.chip.name} to {to} on {day}: {verdict.sentence}")
+    chips = {chip.name: chip for chip in (fabric.cluster(on, **each).chip for each in (figures | changes, figures))}
+    for chip in reversed(chips.values()):
+        verdict = rules.judge(rules.ware(chip), to, day)
+        told.append({"chip": chip.name, **runs.told(verdict)})
+        answer.say("rules", f"{chip.name} to {to} on {day}: {verdict.sentence}")
     operations = answer.data.get("plan", {}).get("training", {}).get("operations")
     if operations:
         verdict = rules.judge(rules.Weights(answer.data["model"], operations), to, day)
@@ -173,18 +175,22 @@ def rule(answer: Answer, on: str, changes: dict[str, Any], to: str, date: str | 
     answer.data["rules"] = told
 
 
-def deadline(answer: Answer, seconds: float, until: str, chips: int = 1) -> None:
-    """What will be done when stock runs out, and what it would take to be through by then."""
-    day = _day(until)
-    left = (day - Date.today()).days * 86400
+def days_left(until: str) -> int:
+    """From today to that day, which is yet to come."""
+    left = (_day(until) - Date.today()).days
     if left <= 0:
         raise mistake(f"--until {until}: that day has passed")
+    return left
+
+
+def deadline(answer: Answer, seconds: float, until: str, chips: int = 1) -> None:
+    """What will be done when stock runs out, and what it would take to be through by then."""
+    left = days_left(until) * 86400
     share = min(1.0, left / seconds)
-    text = "all of it is done" if share == 1 else f"{share:.0%} is done; to be through by then takes {seconds / left:.2g} times as many chips, or as fast ones"
-    if share < 1 and chips > 1:
-        text = f"{share:.0%} is done; to be through by then takes about {int(-(-chips * seconds // left)):,} chips"
-    answer.data["until"] = {"date": str(day), "share": share}
-    answer.say("until", f"{day}, {left / 86400:.0f} days from today: {text}")
+    faster = f"about {int(-(-chips * seconds // left)):,} chips" if chips > 1 else f"{seconds / left:.2g} times as many chips, or as fast ones"
+    text = "all of it is done" if share == 1 else f"{share:.0%} is done; to be through by then takes {faster}"
+    answer.data["until"] = {"date": str(_day(until)), "share": share}
+    answer.say("until", f"{_day(until)}, {left / 86400:.0f} days from today: {text}")
 
 
 def _day(text: str) -> Any:

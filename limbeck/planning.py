@@ -26,7 +26,7 @@ def plan(
     what: Annotated[str, typer.Argument(metavar="RECIPE|MODEL|verify", help="a recipe, a model's directory or config.json, or a name as deepseek-v3")],
     file: Annotated[Path | None, typer.Argument(help="of `verify`: published runs as CSV, in place of its own table", show_default=False)] = None,
     runs: Home = RUNS,
-    set_: Annotated[list[str], typer.Option("--set", help="change a setting of the recipe: stages.zero.steps=30", show_default=False)] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="change a setting of the recipe: stages.zero.steps=30; for a model, a figure of the cluster: bf16=313", show_default=False)] = [],  # noqa: B006
     auto: Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")] = False,
     on: Annotated[str, typer.Option(help="a cluster: 8x4090, 2048xH800, fire-flyer-2; a recipe's is this machine", show_default=False)] = "",
     what_if: Annotated[
@@ -50,18 +50,21 @@ def plan(
     """
     from . import estimate
 
-    changes = _changes(what_if)
+    changes, is_recipe = _changes(what_if, "--what-if"), Path(what).suffix in (".yaml", ".yml")
+    if until:
+        estimate.days_left(until)  # a day that is none is refused before anything is searched
     if what == "verify":
         answer = _verify(file)
     elif file is not None:
         raise mistake(f"{file}: only `limbeck plan verify` reads a second file")
-    elif Path(what).suffix in (".yaml", ".yml"):
+    elif is_recipe:
         answer = _of_recipe(Path(what), runs, set_, auto, on, changes, price, until)
     else:
         given = {"tokens": tokens, "batch": batch, "seq": seq, "precision": precision}
-        answer = estimate.of_model(what, on, changes, given, price, until, svg)
+        figures = _changes(set_, "--set")
+        answer = estimate.of_model(what, on, figures, changes, given, price, until, svg)
     if to:
-        estimate.rule(answer, on, changes, to, date)
+        estimate.rule(answer, on, {} if is_recipe else figures, changes, to, date)
     if as_json:
         print(json.dumps({"schema": 1, "ok": True, **answer.data}, ensure_ascii=False))
         return
@@ -76,14 +79,16 @@ def _of_recipe(path: Path, runs: Path, set_: list[str], auto: bool, on: str, cha
     from .pipeline.provenance import trace
     from .types import LimbeckError
 
+    if changes and not on:
+        raise mistake(f"--what-if {told_changes(changes)} changes a cluster: name it with --on, for instance --on 8x4090")
     graph = open_graph(load_recipe(path, set_, auto), path, runs)
     answer = Answer()
     foreseen, where, other = {}, HERE, {}
     try:
         foreseen, where = foresee(graph, on, {})
-        other = foresee(graph, on or _needed(changes), changes)[0] if changes else {}
+        other = foresee(graph, on, changes)[0] if changes else {}
     except LimbeckError as error:
-        if on or changes:
+        if on:
             raise
         unforeseen = str(error)
     else:
@@ -257,16 +262,10 @@ def _verify(file: Path | None) -> Answer:
     return answer
 
 
-def _changes(what_if: list[str]) -> dict[str, Any]:
+def _changes(texts: list[str], option: str) -> dict[str, Any]:
     """`nvlink=400` and its like."""
-    pairs = [text.partition("=") for text in what_if]
+    pairs = [text.partition("=") for text in texts]
     for key, equals, value in pairs:
         if not equals or not value:
-            raise mistake(f"--what-if {key}: write KEY=VALUE, for instance nvlink=400 or chip=H20")
+            raise mistake(f"{option} {key}: write KEY=VALUE, for instance nvlink=400 or chip=H20")
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _needed(changes: dict[str, Any]) -> str:
-    from .estimate import told_changes
-
-    raise mistake(f"--what-if {told_changes(changes)} changes a cluster: name it with --on, for instance --on 8x4090")

@@ -106,9 +106,9 @@ def test_destinations():
 
 def test_a_missing_figure_is_a_mistake_where_it_would_decide():
     unknown = Chip("910X", (Die({16: 150}),), None, None)
-    with pytest.raises(LimbeckError, match="910X: density is not known"):
+    with pytest.raises(LimbeckError, match="910X: its performance density is not known"):
         judge(unknown, "china", LATE)
-    with pytest.raises(LimbeckError, match="io_gb_s is not known"):
+    with pytest.raises(LimbeckError, match="GB/s of transfer is not known"):
         judge(replace(unknown, dies=(Die({16: 320}),)), "china", EARLY)
     assert judge(replace(unknown, dies=(Die({16: 320}),)), "china", LATE).decision == "licence"  # whatever the density
     assert judge(replace(unknown, dies=(Die({16: 90}),)), "china", LATE).decision == "free"

@@ -19,7 +19,10 @@ from . import chips
 from .chips import RATES
 
 RULES = Path(__file__).with_name("rules.yaml")
-MEASURES = ("tpp", "density", "io_gb_s", "memory_gb_s", "memory_density", "operations")
+WORDS = {
+    "tpp": "total processing performance", "density": "performance density", "io_gb_s": "GB/s of transfer", "memory_gb_s": "GB/s of memory",
+    "memory_density": "GB/s of memory a mm2", "operations": "operations",
+}  # fmt: skip
 PCIE = 64.0  # GB/s, both ways, of a slot of 16 lanes (PCIe 4.0)
 
 
@@ -154,15 +157,15 @@ def _apply(rule: dict[str, Any], ware: Any, groups: set[str], on: date) -> Verdi
     for test in rule["tests"]:
         if "market" in test and test["market"] != ware.market:
             continue
-        figures = {measure: getattr(ware, measure) for measure in MEASURES if measure in test}
+        figures = {measure: getattr(ware, measure) for measure in WORDS if measure in test}
         outside = [m for m, x in figures.items() if x is not None and not _within(x, test[m])]
         unknown = [m for m, x in figures.items() if x is None]
         if not outside and not unknown:
-            why = ", ".join(f"{m} {x:,.4g}" for m, x in figures.items()) or f"{ware.name} is named"
+            why = ", ".join(f"{WORDS[m]} {x:,.0f}" if x >= 100 else f"{WORDS[m]} {x:.3g}" for m, x in figures.items()) or f"{ware.name} is named"
             return Verdict(rule["decision"], test["clause"], rule["name"], rule["policy"], rule["source"], why, rule.get("enforced", True))
         missing = missing or (unknown[0] if not outside else "")
     if missing:
-        raise LimbeckError(f"{ware.name}: {missing} is not known, and {rule['name']} ({rule['source']}) asks for it; give the chip this figure")
+        raise LimbeckError(f"{ware.name}: its {WORDS[missing]} is not known, and {rule['name']} ({rule['source']}) asks for it")
     return None
 
 
