@@ -3,7 +3,7 @@
     runs/NAME/recipe.yaml    the stages, in order
     runs/NAME/stages.json    which artifact is which stage's
     runs/NAME/status.json    what was begun (pipeline/attendance.py)
-    runs/NAME/forecast.json  what was foreseen, where somebody foresaw it
+    runs/NAME/forecast.json  what was foreseen, where somebody did: {"stages": {STAGE: {"seconds", "low", "high", ...}}}
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def look(folder: Path) -> Overview:
     for name, stage in report_nodes(recipe):
         written = (folder / name / "index.html").exists()
         stages[name] = Standing(name, stage, (), "done" if written else "waits", folder / name if written else None)
-    return Overview(folder, recipe, tuple(stages.values()), _foreseen(_json(folder / FORECAST)))
+    return Overview(folder, recipe, tuple(stages.values()), _json(folder / FORECAST).get("stages", {}))
 
 
 def _waiting(name: str, stage: Stage, inputs: Sequence[str], stages: dict[str, Standing], store: Path) -> Standing:
@@ -135,8 +135,3 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise LimbeckError(f"{path}: not valid JSON ({error}); remove it, and run again") from None
-
-
-def _foreseen(told: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Stage -> seconds, low, high."""
-    return {one["name"] if "name" in one else one["stage"]: one for one in told.get("stages", ())}
