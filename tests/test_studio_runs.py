@@ -36,7 +36,7 @@ stages:
   rows: {kind: general, problems: chat, rows: 4}
   after: {kind: sft, model: base, rows: {rows: 1}}
 """
-PATIENT = 120_000  # milliseconds in which a process has begun even on a busy machine
+PATIENT = 240_000  # milliseconds in which a process has begun even on a busy machine
 
 
 def asked(runs, *requests, **options):
