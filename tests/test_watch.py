@@ -137,7 +137,7 @@ def test_a_finished_run_is_told_from_its_folder_alone(finished):
 def test_a_forecast_stands_beside_what_was_measured(finished):
     run = overview.look(finished.home / "tiny")
     path = run.folder / overview.FORECAST
-    path.write_text(json.dumps({"stages": [{"name": name, "seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")]}))
+    path.write_text(json.dumps({"stages": {name: {"seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")}}))
     try:
         lines = watch.lines(overview.look(run.folder), alive=False)
         assert [line.name for line in lines if line.foreseen] == ["base", "zero"]

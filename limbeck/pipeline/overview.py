@@ -3,7 +3,7 @@
     runs/NAME/recipe.yaml    the stages, in order
     runs/NAME/stages.json    which artifact is which stage's
     runs/NAME/status.json    what was begun (pipeline/attendance.py)
-    runs/NAME/forecast.json  what was foreseen, where somebody foresaw it
+    runs/NAME/forecast.json  what was foreseen, where somebody did: {"stages": {STAGE: {"seconds", "low", "high", ...}}}
 """
 
 from __future__ import annotations
