@@ -21,6 +21,7 @@ from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, HAI, TITAN, TUNED, Software
 from .step import foresee
 
 FILE = Path(__file__).with_name("published.csv")
+SOME = 4_000_000  # tokens a step where none are told
 FLASH = 2206  # arXiv's month after FlashAttention (2205.14135); what was measured before has none
 SCHEDULES = {
     "dualpipev": "dualpipev",
@@ -77,8 +78,11 @@ class Row:
 
     @property
     def batch(self) -> int:
-        """Sequences a step."""
-        return max(1, round(self.number("global_batch_tokens") / self.seq))
+        """Sequences a step; where none are told, about four million tokens that every replica has a share of."""
+        if told := self.number("global_batch_tokens"):
+            return max(1, round(told / self.seq))
+        share = 8 * self.integer("dp")
+        return -(-SOME // (self.seq * share)) * share
 
     @property
     def precision(self) -> str:

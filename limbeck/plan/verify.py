@@ -14,13 +14,13 @@ from statistics import median
 
 from ..types import LimbeckError
 from . import cost, memory, schedules, search
-from .published import FILE, Row, read
+from .published import FILE, SOME, Row, read
 from .step import Step, foresee
 
 GOODPUT = 0.9  # of a whole run's hours in which steps that count are made: Llama 3.1 (arXiv 2407.21783, section 3.3.4) had over 90 %
 PRACTICE = 0.8  # guessed: how near runs whose layout is not told come to the best layout; only the table it is checked on shows it
 WIDER = 1.2  # their interval, against that of a known layout
-THOUSAND, FEW, SOME = 1024, 64, 4_000_000  # chips on which a run whose layout is not told is laid out
+THOUSAND, FEW = 1024, 64  # chips on which a run whose layout is not told is laid out
 GOALS = {  # median and 95th percentile of the relative error
     "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35), "whole runs": (0.15, 0.40),
     "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
@@ -139,7 +139,7 @@ def best_effort(row: Row) -> Step:
     one that is told but for its data parallelism, a thousand chips of it."""
     if row["tp"] and row["pp"]:
         at = row.layout.change(dp=row.integer("dp", THOUSAND // (row.integer("tp") * row.integer("pp"))))
-        batch = row.batch if row.number("global_batch_tokens") else -(-SOME // (row.seq * at.dp * at.micro)) * at.dp * at.micro
+        batch = row.batch - row.batch % (at.dp * at.micro) or at.dp * at.micro
         chips = row.cluster if row.chips else row.cluster.across(at.chips)
         return foresee(row.model, chips, at, batch, row.seq, row.precision, row.software).step()
     for count in (FEW, 4 * FEW):
