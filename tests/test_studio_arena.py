@@ -430,7 +430,7 @@ def test_a_blind_battle_leads_to_a_changed_leaderboard(visit, house, tmp_path, l
             page.wait_for_selector(".ballot")
             battle = page.url
             assert "parrot" not in page.content() and page.locator("script:not([src])").count() == 0
-            mine = "a" if page.locator("#side-a + .said strong").count() else "b"
+            mine = "a" if page.locator("#side-a + .spoken strong").count() else "b"
             accessible(page)
             picture(page, f"arena-blind-{language}")
             page.keyboard.press(mine)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 
 from .people import Person, Sessions
 
@@ -28,3 +29,11 @@ class Site:
 def person(request: Request) -> Person | None:
     """Who asks, if they have said so."""
     return request.scope.get("person")
+
+
+def asker(request: Request) -> Person:
+    """Who asks; whoever has given no name is sent to the door first."""
+    found = person(request)
+    if found is None:
+        raise HTTPException(303, headers={"location": f"/hello?next={quote(request.url.path)}"})
+    return found

@@ -6,9 +6,8 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from functools import lru_cache, wraps
 from typing import Any, Literal
-from urllib.parse import quote
 
-from fastapi import APIRouter, Form, HTTPException, Request, UploadFile
+from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
@@ -19,7 +18,7 @@ from ..ballots import Ballots, Battle, Refused
 from ..battles import Ring
 from ..pages import language_of, render, say
 from ..questions import Questions
-from ..site import Site, person
+from ..site import Site, asker
 
 Control = Literal["", "length", "style"]
 WINNERS = {"a": "model_a", "b": "model_b", "tie": "tie", "bad": "tie (bothbad)"}  # as Chatbot Arena's published votes call them
@@ -52,11 +51,8 @@ def told(route: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[R
 
 
 def voter(request: Request) -> str:
-    """The name that a vote is signed with; whoever has none is sent to the door first."""
-    found = person(request)
-    if found is None:
-        raise HTTPException(303, headers={"location": f"/hello?next={quote(request.url.path)}"})
-    return found.name
+    """The name that a vote is signed with."""
+    return asker(request).name
 
 
 # ---------------------------------------------------------------- battles

@@ -28,7 +28,7 @@ from .. import jobs
 from ..drafts import Draft, Drafts
 from ..pages import render
 from ..people import Person
-from ..site import Site
+from ..site import Site, asker
 
 PAGE = 50  # rows of a queue on one page
 REASONS = ("wrong", "unreadable", "mixed languages", "repeats itself", "gaps in the reasoning", "unsafe")
@@ -41,14 +41,6 @@ TRANSLATE = (
     "formulas, numbers and code as they are. Answer with the translation alone.\n\n{thought}"
 )
 LANGUAGES = {"en": "English", "zh": "Chinese"}
-
-
-def asker(request: Request) -> Person:
-    """Whoever reviews has a name."""
-    person = request.scope.get("person")
-    if person is None:
-        raise HTTPException(303, headers={"location": f"/hello?next={quote(request.url.path)}"})
-    return person
 
 
 # no `from __future__ import annotations` in this file: FastAPI could not resolve the names that `routes` gives to its rooms
