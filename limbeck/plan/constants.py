@@ -38,6 +38,11 @@ class Constants:
     gemm_other: float
     gemm_fp8: float
     waste: float
+    power: float
+    prefetched: float
+    half: float
+    practice: float
+    goodput: float
 
 
 @cache

@@ -18,7 +18,6 @@ from .layout import Layout
 from .roofline import TUNED, Software
 from .stages import spread
 
-HALF = 0.4  # guessed: of what a layer keeps, where every second product is computed again
 MASTER = 12  # bytes a weight of AdamW in mixed precision: float32 copy and two moments
 CONTEXT = 1.2e9  # bytes of a CUDA context, NCCL's channels and libraries' workspaces
 
@@ -134,7 +133,7 @@ def _kept(work: cost.Work, at: Layout, recompute: str, software: Software, seq: 
         wide += whole  # byte masks of two dropouts
         scores = 0.0 if recompute == "selective" else 5 * work.heads * seq / at.tp
     if recompute == "half":
-        return 2 * HALF * (wide + narrow)
+        return 2 * constants().half * (wide + narrow)
     if recompute == "v3":
         return 2 * (0.5 * wide + 0.4 * narrow)
     return 2 * (wide + narrow) + scores

@@ -104,7 +104,7 @@ class Roofline:
                 reached = 2 * full * c.gemm_fp8
             else:
                 reached = full * c.gemm_hopper
-            return min(rate * c.gemm_other, reached * (chip.figures.get("watts", WATTS) / WATTS) ** 0.5)
+            return min(rate * c.gemm_other, reached * (chip.figures.get("watts", WATTS) / WATTS) ** c.power)
         return rate * (c.gemm_ampere if chip.generation in ("ampere", "volta") else c.gemm_other)
 
     @cached_property

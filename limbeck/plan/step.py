@@ -128,7 +128,7 @@ class Foresight:
 
     @property
     def hiding(self) -> float:
-        return 0.9 if self.roof.software.prefetches else self.roof.numbers.hidden
+        return self.roof.numbers.prefetched if self.roof.software.prefetches else self.roof.numbers.hidden
 
     def held(self, stage: int) -> tuple[float, float]:
         """Weights of a stage on one chip: those that all data-parallel chips share, and its experts."""

@@ -14,11 +14,10 @@ from statistics import median
 
 from ..types import LimbeckError
 from . import cost, memory, schedules, search
+from .constants import constants
 from .published import FILE, SOME, Row, read
 from .step import Step, foresee
 
-GOODPUT = 0.9  # of a whole run's hours in which steps that count are made: Llama 3.1 (arXiv 2407.21783, section 3.3.4) had over 90 %
-PRACTICE = 0.8  # guessed: how near runs whose layout is not told come to the best layout; only the table it is checked on shows it
 WIDER = 1.3  # the interval of a whole run against that of a step: goodput and what was trained beside it are not told
 THOUSAND, FEW = 1024, 64  # chips on which a run whose layout is not told is laid out
 GOALS = {  # median and 95th percentile of the relative error
@@ -122,11 +121,11 @@ def _hours(row: Row) -> Check:
         step, chips = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software).step(), row.chips
     else:
         step = best_effort(row)
-        chips, found = step.chips, PRACTICE if not row["pp"] else 1.0
+        chips, found = step.chips, constants().practice if not row["pp"] else 1.0
     tokens = {"gpu_hours": row.number("tokens_total"), "gpu_hours_per_1T_tokens": 1e12, "days_for_300B_tokens": 3e11}[row.metric]
     if not tokens:
         return Check(row, "not foreseen", why="its tokens are not published")
-    share = found * (1.0 if "logged step time" in row.told or row.metric.startswith("days") else GOODPUT)
+    share = found * (1.0 if "logged step time" in row.told or row.metric.startswith("days") else constants().goodput)
     hours = step.seconds / step.tokens * chips * tokens / 3600 / share
     value = hours / 24 / row.chips if row.metric.startswith("days") else hours
     ratio = value / row.value
