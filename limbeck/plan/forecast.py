@@ -139,7 +139,9 @@ def _rollout(rollout: Rollout, effort: Effort, config: ModelConfig, rates: Rates
     fixed = rates.step(name, LEAD)
     each = max(0.0, rates.step(name, max(flight, LEAD + 1)) - fixed) / max(1.0, flight - LEAD)
     steps = max(rollout.longest, rollout.rows * rollout.length / max(1.0, flight) + rollout.longest / 2)
-    prefill = rollout.prompts * rollout.prompt * rates.learn(name, 1024) / 1024 / 3
+    # reading is a third of learning, without the optimiser's share, and the head looks at a prompt's last token alone
+    body = 1 - config.vocab_size * config.hidden_size / config.active_parameters
+    prefill = rollout.prompts * rollout.prompt * body * (rates.learn(name, 2048) - rates.learn(name, 1024)) / 1024 / 3
     kind = NUCLEUS if effort.kind == "evaluate" else 1.0
     return rollout.calls * (kind * (steps * fixed + rollout.rows * rollout.length * each) + prefill)
 
