@@ -13,7 +13,7 @@ from ..model.config import ModelConfig
 from ..types import LimbeckError
 from .constants import constants
 from .fabric import Cluster
-from .machine import SPREAD, Asked, Rates
+from .machine import FEW, SPREAD, Asked, Rates
 from .recipes import SMALL, Effort, Rollout
 from .rollout import LEARNER_MFU, Lengths, decode_seconds
 from .serving import Replica
@@ -21,9 +21,9 @@ from .serving import Replica
 STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed
 LEAD = 2  # rows that an engine still has when the last ones end
-GLUE = 1.12  # of what engine and learner take, scoring, packing and records beside them: from the quickstart's own records
-NUCLEUS = 1.2  # sampling with top-p or greedily, of what it takes at temperature 1 alone
+HANDLING = 18e-6  # seconds for a sampled token beside the engine: text, scores, packing, records. Fitted to the quickstart's records
 DESK_SECONDS = 60  # a person's, a row: guessed
+REACHED = 0.75  # of a large square product's FLOP/s, learning of a large model with many tokens: from SmolLM2's fine-tuning
 ELSEWHERE = 2.0  # how sure a stage's time on chips is that nobody has measured: a factor
 START = 30.0  # seconds to start a stage there: processes, weights, compiling
 OPERATIONS = 20  # that the host starts for a layer, forward
@@ -103,9 +103,9 @@ def price(effort: Effort, configs: Mapping[str, ModelConfig], rates: Rates) -> F
         mine = next((name for name in names if name.endswith(f"/{effort.optimizer}")), names[0])
         speaks = next(name for name in names if rates.models[name][0]["roll"])
         if effort.rollouts:
-            parts["rollout"] = GLUE * sum(_rollout(r, effort, config, rates, speaks) for r in effort.rollouts)
+            parts["rollout"] = HANDLING * effort.sampled + sum(_rollout(r, effort, config, rates, speaks) for r in effort.rollouts)
         if effort.learned:
-            parts["learning"] = (GLUE if effort.rollouts else 1.0) * effort.updates * rates.learn(mine, effort.learned / effort.updates)
+            parts["learning"] = effort.updates * _update(effort, config, rates, mine)
     if effort.read:
         reader = next(name for name in rates.models if name.startswith(f"{hash(configs[effort.reader])}/"))
         parts["teacher and reference"] = effort.read / 1024 * rates.learn(reader, 1024) / 3
@@ -120,6 +120,16 @@ def price(effort: Effort, configs: Mapping[str, ModelConfig], rates: Rates) -> F
         effort.stage, effort.kind, seconds, seconds / doubt, seconds * doubt, parts, f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
         effort.sampled + effort.learned, flops, effort.people, effort.inputs,
     )  # fmt: skip
+
+
+def _update(effort: Effort, config: ModelConfig, rates: Rates, name: str) -> float:
+    """Seconds of one update. A large model was measured with few tokens; many more make products that reach what this machine can."""
+    tokens = effort.learned / effort.updates
+    drawn_out = rates.learn(name, tokens)
+    if tokens <= FEW[1] or config.parameters <= SMALL:
+        return drawn_out
+    more = (tokens - FEW[1]) * config.flops_per_token(max(1.0, effort.length / 2), backward=True)
+    return min(drawn_out, rates.learn(name, FEW[1]) + more / (REACHED * rates.gemm))
 
 
 def _unsure(parts: Mapping[str, float]) -> float:
@@ -142,8 +152,7 @@ def _rollout(rollout: Rollout, effort: Effort, config: ModelConfig, rates: Rates
     # reading is a third of learning, without the optimiser's share, and the head looks at a prompt's last token alone
     body = 1 - config.vocab_size * config.hidden_size / config.active_parameters
     prefill = rollout.prompts * rollout.prompt * body * (rates.learn(name, 2048) - rates.learn(name, 1024)) / 1024 / 3
-    kind = NUCLEUS if effort.kind == "evaluate" else 1.0
-    return rollout.calls * (kind * (steps * fixed + rollout.rows * rollout.length * each) + prefill)
+    return rollout.calls * (steps * fixed + rollout.rows * rollout.length * each + prefill)
 
 
 def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, key: str = "seconds") -> float:

@@ -28,6 +28,7 @@ from .recipes import SMALL
 
 PROBE = "limbeck.cluster.probe"
 DEPTHS = (2, 4)  # layers at which a large model is measured
+FEW = (64, 192)  # tokens of an update then
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}  # cluster/hosts.py
 SPREAD = 1.25  # a machine that others share is so much faster or slower from one minute to the next
 
@@ -52,7 +53,7 @@ class Asked:
     def request(self) -> dict[str, Any]:
         """As the probe reads it; large models learn fewer tokens, and the cost of more is drawn out."""
         large = len(self.layers) > 1
-        learn = [64, 192] if large else sorted(set(self.learn))
+        learn = list(FEW) if large else sorted(set(self.learn))
         return {
             "config": asdict(replace(self.config, layers=0) if large else self.config), "layers": self.layers, "optimizer": self.optimizer, "learn": learn,
             "length": 64 if large else self.length, "rows": sorted(set(self.rows)), "prompt": 4 if large else self.prompt,
