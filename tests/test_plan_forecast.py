@@ -145,3 +145,34 @@ def test_the_same_recipe_on_other_chips(quickstart):
     for effort in (quickstart.efforts["zero"], quickstart.efforts["base"]):
         one, eight = (forecast.price_on(effort, quickstart.configs, cluster) for cluster in (few, many))
         assert 0 < eight.seconds <= one.seconds and one.low < one.seconds < one.high
+
+
+def test_the_report_sets_the_forecast_against_what_happened(tmp_path):
+    """Stages that were not foreseen are left out; a run without a forecast has none."""
+    from limbeck.eval import words
+    from limbeck.eval.report import StageView, _forecast
+    from limbeck.eval.run import Run
+
+    stages = tuple(StageView(name, "rl", "", tmp_path, {"seconds": 12.0, "cpu_seconds": 11.0}, ()) for name in ("zero", "other"))
+    told = Forecast("zero", "rl", 10.0, 7.0, 15.0, {"rollout": 10.0}, "rollout: 100%", 1, 1).told()
+    found = _forecast(Run(stages, {}, {"forecast": {"stages": {"zero": told}}}))
+    assert found["seconds"] == 10.0 and found["took"] == 12.0 and found["processor"] == 11.0 and [s["name"] for s in found["stages"]] == ["zero"]
+    said = words.foreseen(found)
+    assert "10 s" in said.en and "12 s" in said.en and "11" in said.zh
+    assert _forecast(Run(stages, {}, {})) is None
+
+
+def test_a_run_keeps_what_was_foreseen_before_its_stages_began(tmp_path):
+    """A second forecast counts for what is still to come."""
+    from limbeck.pipeline.run import FORECAST
+
+    job = type("Job", (), {"folder": tmp_path, "graph": type("G", (), {"nodes": {}})()})()
+    node = lambda artifact: type("Node", (), {"artifact": artifact})()
+    job.graph.nodes = {"base": node(None), "zero": node(None)}
+    from limbeck.pipeline.run import Run
+
+    Run._keep(job, {"schema": 1, "stages": {"base": {"seconds": 1}, "zero": {"seconds": 2}}})
+    job.graph.nodes["base"] = node(object())
+    Run._keep(job, {"schema": 1, "stages": {"base": {"seconds": 8}, "zero": {"seconds": 9}}})
+    assert json.loads((tmp_path / FORECAST).read_text())["stages"] == {"base": {"seconds": 1}, "zero": {"seconds": 9}}
+    Run._keep(job, None)

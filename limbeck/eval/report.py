@@ -10,8 +10,8 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
-     "forecast": {"seconds", "low", "high", "took": of the stages that were foreseen, "stages": [{"name", "seconds", "low", "high",
-                  "took"}]} or null,
+     "forecast": {"seconds", "low", "high", "took", "processor": of the stages that were foreseen, "stages": [{"name", "seconds",
+                  "low", "high", "took", "processor"}]} or null,
      "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
                 "reaches_target_after": FLOPs or null}}} or null,
      "alarms": [{"stage", "alarm", "first", "times"}], "not_shown": [sentence]}
@@ -111,13 +111,14 @@ def _forecast(run: Run) -> dict[str, Any] | None:
     """What was expected of each stage before it began, and what it took."""
     foreseen = (run.summary.get("forecast") or {}).get("stages") or {}
     stages = [
-        {"name": s.name, **{key: foreseen[s.name][key] for key in ("seconds", "low", "high")}, "took": s.manifest["seconds"]}
+        {"name": s.name, **{key: foreseen[s.name][key] for key in ("seconds", "low", "high")}, "took": s.manifest["seconds"],
+         "processor": s.manifest.get("cpu_seconds") or 0.0}
         for s in run.stages
         if s.name in foreseen and s.manifest.get("seconds") is not None
     ]  # fmt: skip
     if not stages:
         return None
-    return {key: round(sum(stage[key] for stage in stages), 1) for key in ("seconds", "low", "high", "took")} | {"stages": stages}
+    return {key: round(sum(stage[key] for stage in stages), 1) for key in ("seconds", "low", "high", "took", "processor")} | {"stages": stages}
 
 
 def _cost(summary: dict[str, Any]) -> float | None:

@@ -97,7 +97,7 @@ def duration(seconds: float | None) -> Text:
 
 def foreseen(forecast: dict[str, Any]) -> Text:
     """The sentence above the table of what was foreseen."""
-    told = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took")}
+    told = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took", "processor")}
     text = W["foreseen_said"]
     return Text(text.en.format(**{k: t.en for k, t in told.items()}), text.zh.format(**{k: t.zh for k, t in told.items()}))
 
@@ -227,8 +227,8 @@ W = {
     "money": Text("Cost", "费用"),
     "foreseen": Text("What was foreseen", "事先的预计"),
     "foreseen_said": Text(
-        "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all ({low} to {high}). They took {took}.",
-        "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。实际用时 {took}。",
+        "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all ({low} to {high}). They took {took}, and {processor} of the processor: on a busy machine the latter is what was foreseen.",
+        "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
     ),
     "between": Text("between", "区间"),
     "took": Text("took", "实际"),
