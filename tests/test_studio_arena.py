@@ -363,18 +363,22 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
 
 
 def test_the_leaderboard_at_a_terminal(tmp_path):
-    from tiny import answer
+    from typer.testing import CliRunner
 
-    code, _, error = answer("arena", "--runs", tmp_path)
-    assert code == 2 and "nobody has voted" in error
+    from limbeck.cli import app as commands
+
+    def arena(*options):
+        return CliRunner().invoke(commands, ["arena", "--runs", str(tmp_path), *options])
+
+    assert "nobody has voted" in str(arena().exception)
     ballots = Ballots(tmp_path / ".studio")
     for outcome in ("a", "a", "tie"):
         ballots.judge(fought(ballots, outcome=outcome).id, "umpire", "b")
-    assert answer("arena", "--runs", tmp_path, "--control", "luck")[0] == 2
-    lines = answer("arena", "--runs", tmp_path, "--control", "length")[1].splitlines()
-    assert [line.split()[::2][0] + line.split()[2] for line in lines] == ["peopler1", "peoplebase", "umpirebase", "umpirer1"]
-    code = answer("arena", "--runs", tmp_path, "--out", tmp_path / "pairs.jsonl")[0]
-    assert code == 0 and len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
+    assert "length or style" in str(arena("--control", "luck").exception)
+    lines = [line.split() for line in arena("--control", "length").stdout.splitlines()]
+    assert [(words[0], words[2]) for words in lines] == [("people", "r1"), ("people", "base"), ("umpire", "base"), ("umpire", "r1")]
+    assert arena("--out", str(tmp_path / "pairs.jsonl")).exit_code == 0
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
 
 
 def test_without_a_name_there_is_a_door(tmp_path):
