@@ -39,10 +39,6 @@ class Desk:
     settings: Curate
 
     @property
-    def open_rows(self) -> int:
-        return len(reviews.pending(self.queue)) if self.queue else 0
-
-    @property
     def state(self) -> str:
         """`early` (no rows yet), `asks`, `ready` (reviewed, the run may go on), `done`, or `changed` (reviewed anew since)."""
         if self.queue is None:
