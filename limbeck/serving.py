@@ -33,13 +33,15 @@ def serve(
         raise mistake(f"--host {host} can be reached from elsewhere; give a key with --key or LIMBECK_KEY, or listen at 127.0.0.1")
     from .serve.app import build
     from .serve.models import open_service
+    from .serve.server import claim
     from .serve.server import serve as answer
 
+    address = claim(host, port)
     service = open_service(models or [], runs, price, rows, queue, max_tokens, threads)
     app = build(runs, service, key or None, frozenset(name.lower() for name in (*allow_host, host)))
     shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{port} serves {', '.join(service.models) or 'the studio'}; the API is under /v1", flush=True)
-    answer(app, host, port, drain)
+    print(f"http://{shown}:{address.getsockname()[1]} serves {', '.join(service.models) or 'the studio'}; the API is under /v1", flush=True)
+    answer(app, address, drain)
 
 
 def _loopback(host: str) -> bool:

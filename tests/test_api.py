@@ -277,3 +277,9 @@ def test_mistakes_of_the_command_line(tmp_path, tokenizer, arguments, says):
     arguments = [str(folder) if a == "MODEL" else a.replace("=x", f"={folder}") for a in arguments]
     code, _, errors = tiny.answer("serve", *arguments, "--runs", tmp_path)
     assert code == 2 and says in errors and errors.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, errors = tiny.answer("serve", "--port", taken.getsockname()[1], "--runs", tmp_path)
+    assert code == 2 and "in use" in errors and errors.count("\n") == 1 and not out

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..types import LimbeckError
+
+if TYPE_CHECKING:
+    import socket
 
 HEAD_SECONDS = 10.0
 BACKLOG = 1024
 
 
-def serve(app: Any, host: str, port: int, drain_seconds: float = 30.0) -> None:
+def claim(host: str, port: int) -> socket.socket:
+    """Take the address before anything large is loaded; nobody is let in yet. Raises LimbeckError where it cannot be had."""
+    import socket
+
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise LimbeckError(f"--host {host} --port {port}: {error.strerror or error}; choose another one") from None
+    return taken
+
+
+def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None:
     """Answer until SIGTERM or Ctrl-C; then take no new request, and give running ones `drain_seconds`."""
     import uvicorn
 
-    uvicorn.run(
-        app, host=host, port=port, http=_protocol(), ws="none", backlog=BACKLOG, log_level="warning", access_log=False,
+    config = uvicorn.Config(
+        app, http=_protocol(), ws="none", backlog=BACKLOG, log_level="warning", access_log=False,
         server_header=False, date_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(drain_seconds),
     )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[address])
 
 
 def _protocol() -> type:
