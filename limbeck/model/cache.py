@@ -19,8 +19,8 @@ from .attention import Layer
 from .config import ModelConfig
 from .ffn import Routes
 
-# Tokens of a sequence beyond which torch's attention, which walks over keys in tiles, overtakes ours, which takes all of
-# them at once: forward and backward at 4,096 are 61 and 39 GFLOP/s of ours, 67 and 66 of torch's; at 8,192, 35 and 20, 44 and 44.
+# Tokens of a sequence beyond which torch's attention, which walks over keys in tiles, is far ahead of ours, which takes
+# all of them at once: `python -m bench.kernels`.
 LONG = 3072
 
 

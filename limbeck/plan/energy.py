@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-JOULES_PER_KWH = 3.6e6
-
 
 @dataclass(frozen=True)
 class Measured:

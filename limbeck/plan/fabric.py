@@ -15,7 +15,6 @@ from . import chips
 from .chips import LOADER, Chip
 
 FILE = Path(__file__).with_name("clusters.yaml")
-TOPOLOGIES = ("rail", "fat-tree", "two-zone", "sites", "alone")
 NUMBERS = ("per_node", "nics", "nic", "pcie", "latency", "pod", "oversubscription", "sites", "site_link", "site_latency")
 COUNTED = re.compile(r"(?P<count>\d+)\s*x\s*(?P<chip>[\w.-]+)$", re.IGNORECASE)
 NAMED = re.compile(r"(?P<chip>[a-z0-9-]*[a-z0-9])-(?P<count>\d+)$", re.IGNORECASE)

@@ -6,14 +6,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import exp, log, log2, sqrt
+from math import exp, hypot, log, log2
 from typing import Any
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
 from .constants import constants
 from .fabric import Cluster
-from .machine import FEW, SPREAD, Asked, Rates
+from .machine import FEW, SPREAD, Asked, Rates, Use
 from .recipes import SMALL, Effort, Rollout
 from .rollout import LEARNER_MFU, Lengths, decode_seconds
 from .serving import Replica
@@ -57,32 +57,28 @@ class Forecast:
         }  # fmt: skip
 
 
-def asked_of(efforts: Iterable[Effort], configs: Mapping[str, ModelConfig]) -> dict[str, Asked]:
-    """What of each stage's model has to be measured, by stage; models of one shape and use share their measurement."""
-    shapes: dict[tuple, list[Effort]] = {}
+def asked_of(efforts: Iterable[Effort], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
+    """What of the stages' models has to be measured; models of one shape and use share their measurement."""
+    shapes: dict[ModelConfig, list[Effort]] = {}
     for effort in efforts:
         if effort.model and (effort.rollouts or effort.learned or effort.read):
-            shapes.setdefault((configs[effort.model],), []).append(effort)
+            shapes.setdefault(configs[effort.model], []).append(effort)
         if effort.reader:
-            shapes.setdefault((configs[effort.reader],), [])
-    found: dict[str, Asked] = {}
-    for (config,), group in shapes.items():
+            shapes.setdefault(configs[effort.reader], [])
+    found: dict[Use, Asked] = {}
+    for config, group in shapes.items():
         learning = [e for e in group if e.learned]
         for i, optimizer in enumerate(sorted({e.optimizer for e in learning}) or ["adamw"]):
             mine = [e for e in learning if e.optimizer == optimizer]
             sizes = [e.learned / max(1, e.updates) for e in mine] or [1024]
             rollouts = [r for e in group for r in e.rollouts]
             lengths = [e.length for e in mine if e.length] or [64]
-            found[_name(config, optimizer)] = Asked(
+            found[config, optimizer] = Asked(
                 config, optimizer, (_round(min(sizes)), _round(max(max(sizes), 2 * min(sizes)))), _round(sum(lengths) / len(lengths)),
                 (8, _in_flight(config)) if i == 0 else (), _round(sum(r.prompt for r in rollouts) / len(rollouts)) if rollouts else 32,
                 _round(sum(r.length for r in rollouts) / len(rollouts)) if rollouts else 16,
             )  # fmt: skip
     return found
-
-
-def _name(config: ModelConfig, optimizer: str) -> str:
-    return f"{hash(config)}/{optimizer}"
 
 
 def _round(value: float) -> int:
@@ -99,37 +95,40 @@ def price(effort: Effort, configs: Mapping[str, ModelConfig], rates: Rates) -> F
     parts: dict[str, float] = {}
     config = configs.get(effort.model)
     if config is not None and (effort.rollouts or effort.learned):
-        names = [name for name in rates.models if name.startswith(f"{hash(config)}/")]
-        mine = next((name for name in names if name.endswith(f"/{effort.optimizer}")), names[0])
-        speaks = next(name for name in names if rates.models[name][0]["roll"])
+        uses = [use for use in rates.models if use[0] == config]
+        mine = next((use for use in uses if use[1] == effort.optimizer), uses[0])
+        speaks = next(use for use in uses if rates.models[use][0]["roll"])
         if effort.rollouts:
             parts["rollout"] = HANDLING * effort.sampled + sum(_rollout(r, effort, config, rates, speaks) for r in effort.rollouts)
         if effort.learned:
             parts["learning"] = effort.updates * _update(effort, config, rates, mine)
     if effort.read:
-        reader = next(name for name in rates.models if name.startswith(f"{hash(configs[effort.reader])}/"))
+        reader = next(use for use in rates.models if use[0] == configs[effort.reader])
         parts["teacher and reference"] = effort.read / 1024 * rates.learn(reader, 1024) / 3
     if effort.written:
         parts["writing the corpus"] = effort.written * max(rates.worlds.values(), default=0.0)
     parts["loading and saving"] = STAGE * (effort.kind not in ("curate", "general")) + PARAMETER * _weights(effort, configs)
-    seconds = sum(parts.values())
-    doubt = exp(sqrt(log(SPREAD) ** 2 + (log(effort.sure) * _unsure(parts)) ** 2))
+    return _foreseen(effort, config, parts, hypot(log(SPREAD), log(effort.sure) * _unsure(parts)))
+
+
+def _foreseen(effort: Effort, config: ModelConfig | None, parts: dict[str, float], doubt: float) -> Forecast:
+    """A stage's forecast of its parts; `doubt` is the logarithm of the interval's factor."""
+    seconds, factor = sum(parts.values()), exp(doubt)
     name = max(parts, key=parts.get)
-    flops = effort.flops(config) if config else 0.0
     return Forecast(
-        effort.stage, effort.kind, seconds, seconds / doubt, seconds * doubt, parts, f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
-        effort.sampled + effort.learned, flops, effort.people, effort.inputs,
+        effort.stage, effort.kind, seconds, seconds / factor, seconds * factor, parts, f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
+        effort.sampled + effort.learned, effort.flops(config) if config else 0.0, effort.people, effort.inputs,
     )  # fmt: skip
 
 
-def _update(effort: Effort, config: ModelConfig, rates: Rates, name: str) -> float:
+def _update(effort: Effort, config: ModelConfig, rates: Rates, use: Use) -> float:
     """Seconds of one update. A large model was measured with few tokens; many more make products that reach what this machine can."""
     tokens = effort.learned / effort.updates
-    drawn_out = rates.learn(name, tokens)
+    drawn_out = rates.learn(use, tokens)
     if tokens <= FEW[1] or config.parameters <= SMALL:
         return drawn_out
     more = (tokens - FEW[1]) * config.flops_per_token(max(1.0, effort.length / 2), backward=True)
-    return min(drawn_out, rates.learn(name, FEW[1]) + more / (REACHED * rates.gemm))
+    return min(drawn_out, rates.learn(use, FEW[1]) + more / (REACHED * rates.gemm))
 
 
 def _unsure(parts: Mapping[str, float]) -> float:
@@ -143,15 +142,15 @@ def _weights(effort: Effort, configs: Mapping[str, ModelConfig]) -> float:
     return (1.0 if effort.saved else 0.5) * config.parameters if config else 0.0
 
 
-def _rollout(rollout: Rollout, effort: Effort, config: ModelConfig, rates: Rates, name: str) -> float:
+def _rollout(rollout: Rollout, effort: Effort, config: ModelConfig, rates: Rates, use: Use) -> float:
     """Rows decode side by side; when all prompts are in, ever fewer of them, until the longest one ends."""
     flight = min(rollout.rows, _in_flight(config) if effort.kind != "rl" else 256)
-    fixed = rates.step(name, LEAD)
-    each = max(0.0, rates.step(name, max(flight, LEAD + 1)) - fixed) / max(1.0, flight - LEAD)
+    fixed = rates.step(use, LEAD)
+    each = max(0.0, rates.step(use, max(flight, LEAD + 1)) - fixed) / max(1.0, flight - LEAD)
     steps = max(rollout.longest, rollout.rows * rollout.length / max(1.0, flight) + rollout.longest / 2)
     # reading is a third of learning, without the optimiser's share, and the head looks at a prompt's last token alone
     body = 1 - config.vocab_size * config.hidden_size / config.active_parameters
-    prefill = rollout.prompts * rollout.prompt * body * (rates.learn(name, 2048) - rates.learn(name, 1024)) / 1024 / 3
+    prefill = rollout.prompts * rollout.prompt * body * (rates.learn(use, 2048) - rates.learn(use, 1024)) / 1024 / 3
     return rollout.calls * (steps * fixed + rollout.rows * rollout.length * each + prefill)
 
 
@@ -189,7 +188,6 @@ def price_on(effort: Effort, configs: Mapping[str, ModelConfig], cluster: Cluste
     the host can start its operations where the model is small."""
     parts: dict[str, float] = {}
     config = configs.get(effort.model)
-    doubts = [log(ELSEWHERE)]
     if config is not None and effort.rollouts:
         unit = _smallest(config, cluster)
         parts["rollout"] = sum(_on_chips(r, unit, cluster) for r in effort.rollouts)
@@ -201,14 +199,7 @@ def price_on(effort: Effort, configs: Mapping[str, ModelConfig], cluster: Cluste
         if effort.read:
             parts["teacher and reference"] = effort.read * configs[effort.reader].flops_per_token(seen) / peak / LEARNER_MFU[1]
     parts["loading and saving"] = START * (effort.kind not in ("curate", "general"))
-    seconds = sum(parts.values())
-    doubt = exp(sqrt(sum(d * d for d in doubts) + log(effort.sure) ** 2))
-    name = max(parts, key=parts.get)
-    flops = effort.flops(config) if config else 0.0
-    return Forecast(
-        effort.stage, effort.kind, seconds, seconds / doubt, seconds * doubt, parts, f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
-        effort.sampled + effort.learned, flops, effort.people, effort.inputs,
-    )  # fmt: skip
+    return _foreseen(effort, config, parts, hypot(log(ELSEWHERE), log(effort.sure)))
 
 
 def _smallest(config: ModelConfig, cluster: Cluster) -> Replica:

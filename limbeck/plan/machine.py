@@ -26,6 +26,7 @@ from ..model.config import ModelConfig
 from ..types import LimbeckError
 from .recipes import SMALL
 
+Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.cluster.probe"
 DEPTHS = (2, 4)  # layers at which a large model is measured
 FEW = (64, 192)  # tokens of an update then
@@ -63,7 +64,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured. `learn(name, tokens)` is an update's seconds, `step(name, rows)` that of one token for each row.
+    """What was measured. `learn(use, tokens)` is an update's seconds, `step(use, rows)` that of one token for each row.
 
     `start` is a worker's, `write` a token of a miniature's corpus, `gemm` FLOP/s and `memory` bytes a second.
     """
@@ -72,22 +73,22 @@ class Rates:
     memory: float
     start: float
     worlds: dict[str, float]
-    models: dict[str, list[dict[str, Any]]]
-    depth: dict[str, int]
+    models: dict[Use, list[dict[str, Any]]]
+    depth: dict[Use, int]
 
-    def learn(self, name: str, tokens: float) -> float:
-        return self._drawn_out(name, "learn", tokens)
+    def learn(self, use: Use, tokens: float) -> float:
+        return self._drawn_out(use, "learn", tokens)
 
-    def step(self, name: str, rows: float) -> float:
-        return self._drawn_out(name, "roll", rows)
+    def step(self, use: Use, rows: float) -> float:
+        return self._drawn_out(use, "roll", rows)
 
-    def _drawn_out(self, name: str, what: str, size: float) -> float:
+    def _drawn_out(self, use: Use, what: str, size: float) -> float:
         """Linear in the size, and in the number of layers; never less than in proportion to the smallest that was measured."""
-        at = {entry["layers"]: _line(entry[what], size) for entry in self.models[name]}
+        at = {entry["layers"]: _line(entry[what], size) for entry in self.models[use]}
         (few, cheap), (many, dear) = min(at.items()), max(at.items())
         if many == few:
             return cheap
-        return cheap + max(0.0, dear - cheap) / (many - few) * (self.depth[name] - few)
+        return cheap + max(0.0, dear - cheap) / (many - few) * (self.depth[use] - few)
 
 
 def _line(points: Mapping[str, float], size: float) -> float:
@@ -99,26 +100,25 @@ def _line(points: Mapping[str, float], size: float) -> float:
 
 
 def measure(
-    models: Mapping[str, Asked], worlds: Mapping[str, dict[str, Any]], threads: int, workers: int = 1, code: str = "", ask: bool = True
+    models: Mapping[Use, Asked], worlds: Mapping[str, dict[str, Any]], threads: int, workers: int = 1, code: str = "", ask: bool = True
 ) -> Rates | None:
     """Rates of these models on this machine while `workers` of `threads` each are at work, as they will be. What was measured of
     this version of the `code` is remembered; what was not is measured now, or without `ask` is no answer (None)."""
-    requests = {name: asked.request() for name, asked in models.items()}
+    requests = {use: asked.request() for use, asked in models.items()}
     kept = _cache(threads, workers, code)
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    missing = {name: request for name, request in requests.items() if _key(request) not in known}
-    strange = {name: settings for name, settings in worlds.items() if _key(settings) not in known}
+    missing = {key: request for request in requests.values() if (key := _key(request)) not in known}
+    strange = {key: settings for settings in worlds.values() if (key := _key(settings)) not in known}
     if missing or strange or "gemm" not in known:
         if not ask:
             return None
         answer = _probe({"threads": threads, "models": missing, "worlds": strange}, workers)
         known |= {key: answer[key] for key in ("gemm", "memory", "start")}
-        known |= {_key(missing[name]): found for name, found in answer["models"].items()}
-        known |= {_key(strange[name]): found for name, found in answer["worlds"].items()}
+        known |= answer["models"] | answer["worlds"]
         _keep(kept, known)
-    found = {name: known[_key(request)] for name, request in requests.items()}
+    found = {use: known[_key(request)] for use, request in requests.items()}
     written = {name: known[_key(settings)] for name, settings in worlds.items()}
-    return Rates(known["gemm"], known["memory"], known["start"], written, found, {n: a.config.layers for n, a in models.items()})
+    return Rates(known["gemm"], known["memory"], known["start"], written, found, {use: asked.config.layers for use, asked in models.items()})
 
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:

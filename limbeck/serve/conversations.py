@@ -36,7 +36,6 @@ SCHEMA = (
     CREATE INDEX turn_shown ON turn (shown);
     """,
 )
-ENDS = ("done", "length", "stopped", "interrupted", "failed")  # how an answer ended; one that has not is "running"
 TITLE = 60  # characters of the first question
 
 

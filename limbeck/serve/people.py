@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +44,16 @@ class Sessions:
 
 
 def secret(folder: Path) -> str:
-    """32 random bytes, drawn once."""
+    """32 random bytes, drawn once. The file appears whole or not at all: a kill never leaves an empty secret behind."""
     path = folder / "secret"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+    if not path.exists():
+        drawn, name = tempfile.mkstemp(dir=folder)  # readable by its owner alone
+        with os.fdopen(drawn, "w") as file:
             file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # another server was quicker: its secret is everybody's
+            os.link(name, path)
+        os.unlink(name)
     return path.read_text()
