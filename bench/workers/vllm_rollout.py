@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 tokenizer = Tokenizer.from_file(f"{SETTINGS['model']}/tokenizer.json")
 rows = len(SETTINGS["texts"]) * SETTINGS["group"]
 model = LLM(
-    SETTINGS["model"], dtype="float32", skip_tokenizer_init=True, enforce_eager=SETTINGS.get("eager", True), max_model_len=512,
+    SETTINGS["model"], dtype="float32", skip_tokenizer_init=True, enforce_eager=SETTINGS["eager"], max_model_len=512,
     max_num_seqs=rows, max_num_batched_tokens=4096, disable_log_stats=True, seed=0,
 )  # fmt: skip
 asked = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in SETTINGS["texts"]]
