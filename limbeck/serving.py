@@ -31,6 +31,9 @@ def serve(
     """Serve models: an OpenAI-compatible API under /v1, and the studio. Without a model, the studio alone."""
     if not key and not _loopback(host):
         raise mistake(f"--host {host} can be reached from elsewhere; give a key with --key or LIMBECK_KEY, or listen at 127.0.0.1")
+    from .cluster import allocator
+
+    allocator.keep_memory()
     from .serve.app import build
     from .serve.models import open_service
     from .serve.server import claim

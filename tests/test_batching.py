@@ -10,7 +10,7 @@ import torch
 from test_engine import BUDGET, PROMPTS, naive
 
 from limbeck.engine import batching as rooms
-from limbeck.engine.batching import Batching
+from limbeck.engine.batching import Batching, Carrier
 from limbeck.engine.boarding import Prefixes, alike
 from limbeck.engine.request import Full, Request
 from limbeck.engine.sampling import SamplingParams, nucleus
@@ -194,7 +194,8 @@ def test_what_cannot_be_answered_is_said_at_once(decoder, tokenizer, prompt, cha
 def test_a_model_that_fails_tells_everybody_and_serves_the_next(decoder, tokenizer):
     told = []
     batching = Batching(decoder(), tokenizer, tell=told.extend)
-    batching.start()
+    carrier = Carrier([batching])
+    carrier.start()
     broken, batching.shuttle.step = batching.shuttle.step, lambda: 1 / 0
     answer = batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
     while not answer.done:
@@ -204,7 +205,7 @@ def test_a_model_that_fails_tells_everybody_and_serves_the_next(decoder, tokeniz
     while not after.done:
         pass
     assert after.error is None and after.choices[0].tokens
-    batching.close()
+    carrier.close()
     assert answer in told and after in told
     with pytest.raises(LimbeckError, match="closing"):
         batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))

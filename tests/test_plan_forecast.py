@@ -46,7 +46,7 @@ def even(asked: dict[str, Asked]) -> Rates:
     """A machine that takes 20 us for a token learned, 10 us for one sampled and 1 ms for a step."""
     roll = {"8": 1e-3 + 8e-5, "256": 1e-3 + 256e-5}
     models = {name: [{"layers": one.layers[0], "learn": {"1000": 0.02, "4000": 0.08}, "roll": roll if one.rows else {}}] for name, one in asked.items()}
-    return Rates(1e11, 1e10, 3.0, {"clock": 2e-6}, models, {name: one.config.layers for name, one in asked.items()})
+    return Rates(1e11, 1e10, 3.0, {"clock": 2e-6}, models, {name: one.config.layers for name, one in asked.items()}, dict.fromkeys(asked, 1e4))
 
 
 @pytest.mark.parametrize("stage", SEEN)
@@ -113,11 +113,14 @@ def test_stages_wait_for_one_another_and_for_workers():
 
 def test_a_large_model_is_drawn_out_from_two_depths():
     learn = {2: {"64": 0.2, "192": 0.4}, 4: {"64": 0.3, "192": 0.6}}
-    rates = Rates(1, 1, 1, {}, {"m": [{"layers": n, "learn": learn[n], "roll": {"8": 0.01 * n, "64": 0.02 * n}} for n in (2, 4)]}, {"m": 30})
+    rates = Rates(1, 1, 1, {}, {"m": [{"layers": n, "learn": learn[n], "roll": {"8": 0.01 * n, "64": 0.02 * n}} for n in (2, 4)]}, {"m": 30}, {"m": 0})
     assert rates.learn("m", 192) == pytest.approx(0.4 + 14 * 0.2) and rates.learn("m", 64) == pytest.approx(0.2 + 14 * 0.1)
     assert rates.learn("m", 320) == pytest.approx(0.6 + 14 * 0.3) and rates.step("m", 64) == pytest.approx(0.6)
+    heavy = replace(rates, gemm=1e3, memory=1e5, weights={"m": 500})  # a layer: 8 x 1,000 / 1e3 = 8 s, or 4 x 500 / 1e5 = 0.02 s at least
+    assert heavy.step("m", 8) == pytest.approx(0.02 + 28 * 8) and heavy.learn("m", 64) == pytest.approx(0.2 + 28 * 6 * 64 * 0.5)
+    assert replace(heavy, gemm=1e9).step("m", 8) == pytest.approx(0.02 + 28 * 0.02)
     large = Asked(ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536), "adamw", (500, 2000), 50, (8, 64), 45, 20)
-    assert large.layers == [2, 4] and large.request()["config"]["layers"] == 0
+    assert large.layers == [2, 10] and large.request()["config"]["layers"] == 0
     assert replace(large, length=70, prompt=30).request() == large.request()  # nothing is measured twice for that
 
 

@@ -10,11 +10,8 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from . import allocator
 from .machine import usable_cores
-
-# glibc gives freed tensors back to the system and takes them again, page by page, each step; and torch may ask for
-# pages of two megabytes, which a processor finds sooner.
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 class Host:
@@ -75,7 +72,7 @@ class Host:
             worker.kill()
 
     def _spawn(self) -> subprocess.Popen:
-        environment = {**MEMORY, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
+        environment = {**allocator.ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
         worker = subprocess.Popen(
             [sys.executable, "-m", "limbeck.pipeline.worker", str(self.threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,

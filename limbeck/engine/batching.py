@@ -1,4 +1,5 @@
-"""Continuous batching: one thread carries all who ask the same model, step by step, and lets newcomers in between."""
+"""Continuous batching: all who ask the same model are carried together, step by step, and newcomers let in between; one
+thread carries all models."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -19,57 +19,40 @@ from .boarding import Boarding, Prefixes
 from .request import Answer, Choice, Full, Request
 from .shuttle import Seat, Shuttle
 
-STALL = 0.2  # seconds that reading newcomers' prompts may hold up those who speak, or as long as a step of theirs if that is more
+# Seconds that reading newcomers' prompts may hold up those who speak, or as long as two steps of theirs if that is more; and
+# longer where more wait than speak, for many prompts at once are read faster.
+STALL = 0.2
+FIRST = 0.8  # where nobody speaks yet: somebody else may come meanwhile
 CHUNKS = 16, 4096  # the fewest and the most tokens that are read at once
 MOST_TOKENS = 1 << 17  # of one batch, where nobody says what memory allows
 
 
-class Turns:
-    """One model computes at a time, in the order in which they came: two would only fight for the same cores."""
-
-    def __init__(self) -> None:
-        self.condition, self.given, self.called = threading.Condition(), 0, 0
-
-    def __enter__(self) -> None:
-        with self.condition:
-            mine = self.given
-            self.given += 1
-            self.condition.wait_for(lambda: self.called == mine)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self.condition:
-            self.called += 1
-            self.condition.notify_all()
-
-
 class Batching:
-    """Answers requests on a thread of its own, at most `rows` rows at once and `waiting` requests in line.
+    """Answers requests by `round`s, which a `Carrier` goes; at most `rows` rows at once and `waiting` requests in line.
 
-    `tell` is called on that thread, after each step, with the answers that have grown. `tokens` bounds what the rows'
+    `tell` is called on the carrier's thread, once or twice a round, with the answers that have grown. `tokens` bounds what the rows'
     caches hold, `prefix_bytes` what is remembered of texts that were read. What a request is answered depends on it
     and its seed alone, as far as rounding allows (sums over more rows may be taken in another order).
     """
 
     def __init__(
         self, model: Decoder, tokenizer: Tokenizer, rows: int = 64, waiting: int = 256, tokens: int = MOST_TOKENS,
-        prefix_bytes: int = 1 << 28, ends: tuple[int, ...] = (), turns: Turns | None = None,
+        prefix_bytes: int = 1 << 28, ends: tuple[int, ...] = (),
         tell: Callable[[Sequence[Answer]], None] = lambda answers: None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.ends, self.tell = model, tokenizer, ends, tell
         self.rows, self.most_waiting, self.tokens = rows, waiting, max(tokens, 1)
-        self.turns = turns or Turns()
         self.line: deque[Answer] = deque()
         self.prefixes = Prefixes(prefix_bytes)
         self.pace = 1000.0  # tokens of prompts a second, as measured
         self.steps = self.failures = 0
         self.seconds = self.lasted = 0.0  # of all steps, and of the last one
         self.lock, self.closing, self.leaving = threading.Condition(), False, False
-        self.thread: threading.Thread | None = None
         self._begin()
 
     def _begin(self) -> None:
         self.shuttle = Shuttle(self.model, self.tokenizer, self.ends, self.rows, self.tokens)
-        self.shuttle.told = self._left
+        self.shuttle.told, self.shuttle.said = self._left, self._said
         self.boarding = Boarding(self.model, self.prefixes)
         self.grown: dict[Answer, None] = {}
 
@@ -119,30 +102,24 @@ class Batching:
         """Seconds until somebody in line may have a place, roughly."""
         return max(1, min(60, round(len(self.line) / max(1, self.rows) * 5)))
 
-    # ------------------------------------------------------------ the thread
+    # ------------------------------------------------------------ for the thread that computes
 
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self._run, name="batching", daemon=True)
-        self.thread.start()
+    @property
+    def wanted(self) -> bool:
+        return bool(self.line or self.busy)
+
+    def attempt(self) -> None:
+        """A round; if it fails, whoever is waiting for an answer is told, and the next one is served."""
+        try:
+            self.round()
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
 
     def close(self) -> None:
-        """Stop at once; whoever is still waiting is told."""
+        """Whoever is still waiting is told, and nobody is let in any more."""
         with self.lock:
             self.closing = True
-            self.lock.notify()
-        if self.thread:
-            self.thread.join()
-
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while not self.closing:
-                with self.lock:
-                    self.lock.wait_for(lambda: self.closing or self.line or self.busy)
-                try:
-                    self.round()
-                except Exception as error:  # noqa: BLE001 - whoever waits for an answer is told, and the next one is served
-                    self._fail(error)
-            self._fail(LimbeckError("the server is closing"))
+        self._fail(LimbeckError("the server is closing"))
 
     def _fail(self, error: Exception) -> None:
         self.failures += not self.closing
@@ -158,15 +135,13 @@ class Batching:
     def round(self) -> None:
         """Let go who has gone, let in who fits, read one chunk of their prompts, and say one token a row."""
         self._admit()
-        with self.turns:
-            if self.boarding.guests:
-                self._board()
-            if self.shuttle.busy:
-                begin = time.monotonic()
-                self.shuttle.step()
-                self.lasted = time.monotonic() - begin
-                self.steps, self.seconds = self.steps + 1, self.seconds + self.lasted
-                self.grown |= {seat.answer: None for seat in self.shuttle.owners}
+        if self.boarding.guests:
+            self._board()
+        if self.shuttle.busy:
+            begin = time.monotonic()
+            self.shuttle.step()
+            self.lasted = time.monotonic() - begin
+            self.steps, self.seconds = self.steps + 1, self.seconds + self.lasted
         self._settle()
 
     def _admit(self) -> None:
@@ -187,9 +162,9 @@ class Batching:
         return rows <= self.rows and (not self.busy or rows * longest <= self.tokens)
 
     def _board(self) -> None:
-        speaking = self.shuttle.busy > 0
+        speaking, waiting = self.shuttle.busy, self.boarding.rows
         fewest, most = CHUNKS
-        seconds = max(STALL, self.lasted) if speaking else 4 * STALL
+        seconds = max(STALL, 2 * self.lasted) * max(1.0, 2 * waiting / speaking) if speaking else FIRST
         chunk = int(min(max(self.pace * seconds, fewest), most))
         begin, before = time.monotonic(), sum(guest.left for guest in self.boarding.guests)
         for guest, hidden_C in self.boarding.read(chunk):
@@ -210,6 +185,11 @@ class Batching:
             text = np.concatenate([request.prompt, np.array(seat.choice.tokens, dtype=np.int64)])[:length]
             self.prefixes.keep(text, Past.of(self.shuttle.cache, row, length))
 
+    def _said(self) -> None:
+        """Everybody has one token more; they need not wait for the next one to be prepared."""
+        self.grown |= {seat.answer: None for seat in self.shuttle.owners}
+        self._settle()
+
     def _settle(self) -> None:
         """Tell of what has grown, and of what is over."""
         if not self.grown:
@@ -222,3 +202,39 @@ class Batching:
                 answer.ended = now
         self.grown = {}
         self.tell(answers)
+
+
+class Carrier:
+    """The one thread that computes, a round of each model in turn.
+
+    torch keeps a team of helpers for every thread that computes. Two models on two threads would fight for the same cores, and
+    so would a thread that has merely loaded one: where helpers outnumber cores they sleep after every loop instead of
+    waiting for the next, which makes a step of decoding take up to twice as long.
+    """
+
+    def __init__(self, batchings: Sequence[Batching]):
+        self.batchings, self.closing, self.lock = list(batchings), False, threading.Condition()
+        for one in self.batchings:
+            one.lock = self.lock
+        self.thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def close(self) -> None:
+        """Stop after this round; whoever is still waiting is told."""
+        with self.lock:
+            self.closing = True
+            self.lock.notify()
+        self.thread.join()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while not self.closing:
+                with self.lock:
+                    self.lock.wait_for(lambda: self.closing or any(one.wanted for one in self.batchings))
+                for one in self.batchings:
+                    if one.wanted:
+                        one.attempt()
+            for one in self.batchings:
+                one.close()

@@ -68,6 +68,7 @@ class Shuttle(Flight):
         self.limit_B, self.endless_B = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
         self._alike: list[tuple[SamplingParams, Tensor]] | None = None
         self.told: Callable[[Seat, int], None] = lambda seat, row: None  # of rows that leave, while they still lie there
+        self.said: Callable[[], None] = lambda: None  # each step, before the state is computed that the next tokens come from
 
     def board(self, past: Past, hidden_C: Tensor, answer: Answer) -> None:
         """Let a prompt's rows in: `past` is what its tokens left, `hidden_C` the state after the last of them."""
@@ -140,6 +141,7 @@ class Shuttle(Flight):
         for i in over_B.nonzero()[0].tolist():
             self.owners[i].choice.finish = "stop" if ended_B[i] else "length"
         self._leave(over_B)
+        self.said()
         return []
 
     def _leave(self, leaving_B: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import ModelConfig
+from .linear import Linear
 
 if TYPE_CHECKING:
     from .ffn import Routes
@@ -57,8 +58,8 @@ class GroupedQueryAttention(nn.Module):
         self.norm_after, self.shares = config.qk_norm == "after", config.share_kv > 1
         rows = (config.heads + 2 * config.kv_heads * config.keeps(layer)) * config.head_dim
         self.keeps = config.keeps(layer)
-        setattr(self, "qkv" if self.keeps else "q", nn.Linear(config.hidden_size, rows, bias=config.qkv_bias))
-        self.out = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        setattr(self, "qkv" if self.keeps else "q", Linear(config.hidden_size, rows, bias=config.qkv_bias))
+        self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -96,16 +97,16 @@ class LatentAttention(nn.Module):
         self.heads = config.heads
         key_dim = latent.nope_dim + latent.rope_dim
         self.asks = latent.q_rank or config.heads * key_dim
-        inward = nn.Linear(config.hidden_size, self.asks + latent.kv_rank + latent.rope_dim, bias=False)
+        inward = Linear(config.hidden_size, self.asks + latent.kv_rank + latent.rope_dim, bias=False)
         if latent.q_rank:
             self.q_latent = inward
             self.q_norm = RMSNorm(latent.q_rank, 1e-6)
-            self.q_up = nn.Linear(latent.q_rank, config.heads * key_dim, bias=False)
+            self.q_up = Linear(latent.q_rank, config.heads * key_dim, bias=False)
         else:
             self.q_full = inward
         self.kv_norm = RMSNorm(latent.kv_rank, 1e-6)
-        self.kv_up = nn.Linear(latent.kv_rank, config.heads * (latent.nope_dim + latent.value_dim), bias=False)
-        self.out = nn.Linear(config.heads * latent.value_dim, config.hidden_size, bias=False)
+        self.kv_up = Linear(latent.kv_rank, config.heads * (latent.nope_dim + latent.value_dim), bias=False)
+        self.out = Linear(config.heads * latent.value_dim, config.hidden_size, bias=False)
         scale = key_dim**-0.5 * stretch(config.rope_scaling) ** 2
         self.layer = Layer(config.slot(layer), scale, config.window(layer))
 

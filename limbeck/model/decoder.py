@@ -17,6 +17,7 @@ from ..types import LimbeckError
 from .attention import Context, GroupedQueryAttention, LatentAttention, RMSNorm, magnitude
 from .config import ModelConfig
 from .ffn import GELU, MixtureOfExperts, SwiGLU
+from .linear import Linear
 
 
 class Block(nn.Module):
@@ -46,7 +47,7 @@ class Ahead(nn.Module):
     def __init__(self, config: ModelConfig, depth: int):
         super().__init__()
         self.embed_norm, self.hidden_norm, self.head_norm = _norm(config), _norm(config), _norm(config)
-        self.join = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.join = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, config.layers + depth)
 
     def forward(self, hidden_NC: Tensor, next_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Experts, ModelConfig
+from .linear import Linear
 
 if TYPE_CHECKING:
     from .attention import Context
@@ -29,8 +30,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
         both_NI = self.gate_up(x_NC)
@@ -45,8 +46,8 @@ class GELU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up = Linear(hidden_size, intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
         return self.down(F.gelu(self.up(x_NC)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .decoder import Decoder
 from .ffn import MixtureOfExperts
+from .linear import Linear
 
 LARGEST = 448.0  # of E4M3
 SIDE = 128
@@ -55,7 +56,7 @@ class _Product(torch.autograd.Function):
         return tiles(grad_NO) @ rounded_OC, tiles(grad_NO.T) @ tiles(x_NC.T).T
 
 
-class FP8Linear(nn.Linear):
+class FP8Linear(Linear):
     """A linear layer whose products are rounded while it learns; elsewhere it is exact."""
 
     def forward(self, x_NC: Tensor) -> Tensor:
@@ -66,13 +67,10 @@ class FP8Linear(nn.Linear):
 
 
 def simulate(decoder: Decoder) -> Decoder:
-    """Let a decoder's blocks learn in FP8; its weights, their names and what it samples stay as they are."""
+    """Let a decoder's blocks learn in FP8, routers excepted; its weights, their names and what it samples stay as they are."""
     for layer in [*decoder.blocks.modules(), *decoder.ahead.modules()]:
         if isinstance(layer, MixtureOfExperts):
             layer.rounding = (tiles, blocks)
-        elif type(layer) is nn.Linear:
+        elif type(layer) is Linear:
             layer.__class__ = FP8Linear
-    for layer in decoder.modules():
-        if isinstance(layer, MixtureOfExperts):
-            layer.router.__class__ = nn.Linear
     return decoder

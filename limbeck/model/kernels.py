@@ -37,6 +37,7 @@ FLAGS = (
     *(["-mprefer-vector-width=512"] if platform.machine().lower() in ("x86_64", "amd64") else []),
 )  # fmt: skip
 PATIENCE = 300  # seconds for the compiler
+FEW = 64  # tokens up to which products that read the weights where they lie are far ahead of BLAS
 LANES = 16  # positions of one block of keys, and numbers of one vector
 
 

@@ -22,15 +22,16 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from ..cluster import allocator
 from ..model.config import ModelConfig
 from ..types import LimbeckError
 from .recipes import SMALL
 
 Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.cluster.probe"
-DEPTHS = (2, 4)  # layers at which a large model is measured
+DEPTHS = 2, (4, 10)  # layers at which a large model is measured: few, and as many as hold at most
+MANY = 40_000_000  # weights, four of them at least and ten at most
 FEW = (64, 192)  # tokens of an update then
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}  # cluster/hosts.py
 SPREAD = 1.25  # a machine that others share is so much faster or slower from one minute to the next
 
 
@@ -48,8 +49,10 @@ class Asked:
 
     @property
     def layers(self) -> list[int]:
-        large = self.config.parameters > SMALL and self.config.layers > DEPTHS[1]
-        return list(DEPTHS) if large else [self.config.layers]
+        few, (least, most) = DEPTHS
+        large = self.config.parameters > SMALL and self.config.layers > least
+        many = min(max(least, int(MANY / _weights(self.config))), most, self.config.layers)
+        return [few, many] if large else [self.config.layers]
 
     def request(self) -> dict[str, Any]:
         """As the probe reads it; large models learn fewer tokens, and the cost of more is drawn out."""
@@ -66,7 +69,8 @@ class Asked:
 class Rates:
     """What was measured. `learn(use, tokens)` is an update's seconds, `step(use, rows)` that of one token for each row.
 
-    `start` is a worker's, `write` a token of a miniature's corpus, `gemm` FLOP/s and `memory` bytes a second.
+    `start` is a worker's, `worlds` a token of a miniature's corpus, `gemm` FLOP/s and `memory` bytes a second. `depth` is how
+    many layers a model has, and `weights` how many of them a token meets in one.
     """
 
     gemm: float
@@ -75,20 +79,29 @@ class Rates:
     worlds: dict[str, float]
     models: dict[Use, list[dict[str, Any]]]
     depth: dict[Use, int]
+    weights: dict[Use, float]
 
     def learn(self, use: Use, tokens: float) -> float:
-        return self._drawn_out(use, "learn", tokens)
+        return self._drawn_out(use, "learn", tokens, 6 * tokens)
 
     def step(self, use: Use, rows: float) -> float:
-        return self._drawn_out(use, "roll", rows)
+        return self._drawn_out(use, "roll", rows, 2 * rows)
 
-    def _drawn_out(self, use: Use, what: str, size: float) -> float:
-        """Linear in the size, and in the number of layers; never less than in proportion to the smallest that was measured."""
+    def _drawn_out(self, use: Use, what: str, size: float, operations: float) -> float:
+        """Linear in the size, and in the number of layers. A layer takes no less than this machine needs to read its weights,
+        and for so many `operations` with each: what is measured of few layers may be lost in the noise of the rest."""
         at = {entry["layers"]: _line(entry[what], size) for entry in self.models[use]}
         (few, cheap), (many, dear) = min(at.items()), max(at.items())
         if many == few:
             return cheap
-        return cheap + max(0.0, dear - cheap) / (many - few) * (self.depth[use] - few)
+        weights = self.weights[use]
+        least = max(4 * weights / self.memory, operations * weights / self.gemm)
+        return cheap + max(least, (dear - cheap) / (many - few)) * (self.depth[use] - few)
+
+
+def _weights(config: ModelConfig) -> float:
+    """That a token meets in one layer, on average."""
+    return (config.active_parameters - config.vocab_size * config.hidden_size) / config.layers
 
 
 def _line(points: Mapping[str, float], size: float) -> float:
@@ -118,12 +131,13 @@ def measure(
         _keep(kept, known)
     found = {use: known[_key(request)] for use, request in requests.items()}
     written = {name: known[_key(settings)] for name, settings in worlds.items()}
-    return Rates(known["gemm"], known["memory"], known["start"], written, found, {use: asked.config.layers for use, asked in models.items()})
+    depth = {use: asked.config.layers for use, asked in models.items()}
+    return Rates(known["gemm"], known["memory"], known["start"], written, found, depth, {use: _weights(asked.config) for use, asked in models.items()})
 
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
     """Ask as many processes at once as will work at once: cores share memory, and often more."""
-    environment = {**MEMORY, **os.environ, "OMP_NUM_THREADS": str(request["threads"])}
+    environment = {**allocator.ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(request["threads"])}
     asked = [
         subprocess.Popen([sys.executable, "-m", PROBE], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment) for _ in range(workers)
     ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from ..cluster.machine import usable_cores, usable_memory
-from ..engine.batching import Batching, Turns
+from ..engine.batching import Batching
 from ..engine.request import Request
 from ..model import gguf, weights
 from ..model.places import find_model
@@ -27,18 +28,21 @@ LAST = "r1"  # the model that a recipe leads to
 def open_service(
     names: Sequence[str], runs: Path, prices: Sequence[str] = (), rows: int = 64, waiting: int = 256, longest: int = 2048, threads: int = 0
 ) -> Service:
-    """Load the models, each `[NAME=]MODEL`; one thread a model computes, and one at a time."""
+    """The models, each `[NAME=]MODEL`, read into memory by a thread that ends with that: see `Carrier` for why."""
     torch.set_num_threads(threads or max(1, int(usable_cores())))
+    with ThreadPoolExecutor(1) as reader:
+        return reader.submit(_open, names, runs, prices, rows, waiting, longest).result()
+
+
+def _open(names: Sequence[str], runs: Path, prices: Sequence[str], rows: int, waiting: int, longest: int) -> Service:
     places = named(names, runs)
-    priced, turns, served = price_list(prices, list(places)), Turns(), []
+    priced, served = price_list(prices, list(places)), []
     for name, folder in places.items():
         tokenizer, model = Tokenizer.from_directory(folder), weights.load(folder)
         config = model.config
         left = usable_memory() / (len(places) - len(served))
         kept = config.kv_bytes_per_token(4)
-        batching = Batching(
-            model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder), turns
-        )
+        batching = Batching(model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder))
         _warm(batching)
         served.append(Served(name, folder, batching, priced.get(name), longest))
     return Service(served)

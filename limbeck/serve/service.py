@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..engine.batching import Batching
+from ..engine.batching import Batching, Carrier
 from ..engine.request import Answer, Full, Request, Top
 from ..model.config import ModelConfig
 from ..tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, split_thought
@@ -123,7 +123,7 @@ class Wish:
 
 @dataclass(eq=False)
 class Served:
-    """One model and the thread that answers for it. `longest` is what is said at most where a request sets nothing."""
+    """One model and what answers for it. `longest` is what is said at most where a request sets nothing."""
 
     name: str
     folder: Path
@@ -170,17 +170,17 @@ class Service:
         self.models: Mapping[str, Served] = {one.name: one for one in served}
         self.listening: dict[Answer, asyncio.Event] = {}
         self.metrics = Metrics(lambda: list(self.models.values()))
+        self.carrier = Carrier([one.batching for one in served])
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
         for served in self.models.values():
             served.batching.tell = self._tell
-            served.batching.start()
+        self.carrier.start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for served in self.models.values():
-            await asyncio.to_thread(served.batching.close)
+        await asyncio.to_thread(self.carrier.close)
 
     def model(self, name: str) -> Served:
         """Raises `UnknownModel`, which names those there are."""
@@ -254,7 +254,7 @@ class Service:
         self.metrics.ended(served, answer, _usage(served, answer, ears), end)
 
     def _tell(self, answers: Sequence[Answer]) -> None:
-        """Called on the models' threads."""
+        """Called on the carrier's thread."""
         self.loop.call_soon_threadsafe(self._wake, answers)
 
     def _wake(self, answers: Sequence[Answer]) -> None:
