@@ -6,15 +6,14 @@ from __future__ import annotations
 import ctypes
 import os
 
-# what a process is started with, unless its environment says otherwise
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3), malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3), in malloc.h
+OWN = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}  # with which somebody says otherwise
 
 
 def keep_memory() -> None:
-    """The same for the process that runs already; torch must not have been imported in it. Elsewhere than on glibc, nothing."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", ENVIRONMENT["THP_MEM_ALLOC_ENABLE"])
+    """Keep what was freed, for tensors to come; before torch is imported. Where there is no glibc, nothing happens."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None and not ENVIRONMENT.keys() & os.environ.keys() - {"THP_MEM_ALLOC_ENABLE"}:
+    if mallopt is not None and not OWN & os.environ.keys():
         mallopt(MMAP_THRESHOLD, 1 << 30)
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)

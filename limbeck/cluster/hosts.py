@@ -10,7 +10,6 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from . import allocator
 from .machine import usable_cores
 
 
@@ -72,7 +71,7 @@ class Host:
             worker.kill()
 
     def _spawn(self) -> subprocess.Popen:
-        environment = {**allocator.ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
         worker = subprocess.Popen(
             [sys.executable, "-m", "limbeck.pipeline.worker", str(self.threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,

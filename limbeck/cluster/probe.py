@@ -20,11 +20,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from . import allocator
+
 PATIENCE = 0.4  # seconds for one figure, about; two times at least
 
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
+    allocator.keep_memory()
     import torch
 
     torch.set_num_threads(request["threads"])

@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from ..cluster import allocator
 from ..recipe import AnyStage, Problems, Remote
 from ..types import LimbeckError
 from .curate import Waiting
@@ -38,6 +39,7 @@ def main(threads: int) -> None:
     jobs: SimpleQueue[dict[str, Any]] = SimpleQueue()
     stop = threading.Event()
     threading.Thread(target=_listen, args=(jobs, stop), daemon=True).start()
+    allocator.keep_memory()
 
     import torch
 

@@ -22,7 +22,6 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from ..cluster import allocator
 from ..model.config import ModelConfig
 from ..types import LimbeckError
 from .recipes import SMALL
@@ -137,7 +136,7 @@ def measure(
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
     """Ask as many processes at once as will work at once: cores share memory, and often more."""
-    environment = {**allocator.ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(request["threads"])}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(request["threads"])}
     asked = [
         subprocess.Popen([sys.executable, "-m", PROBE], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment) for _ in range(workers)
     ]
