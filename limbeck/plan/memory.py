@@ -90,16 +90,19 @@ def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: 
     held, shared = dense + experts, dense / copies + experts / expert_copies
     largest = max(((w.weights - w.expert_weights) / at.tp + w.expert_weights / (at.ep * at.experts_split) for w in layers), default=0.0)
     sharded = at.zero == 3 and at.pp == 1  # in a pipeline weights stay gathered from one micro-batch to the next
-    weights = 2 * (shared + 2 * largest if sharded else held)
+    tables = ends * table if sharded else 0.0  # what begins and ends a model stays gathered, and its gradients whole, to the end
+    weights = 2 * (shared + 2 * largest + tables if sharded else held)
     again = 0 if software.fused or software.gradient_bytes == 2 else 2  # of eager code: in 16 bits, then added up in 32
-    gradients = (software.gradient_bytes + again) * (shared if at.zero == 2 or sharded else held)
+    gradients = (software.gradient_bytes + again) * (shared if at.zero == 2 or sharded else held) + tables
     optimizer = MASTER * (shared if at.zero else held)
     rows = at.micro * seq / at.cp
     flight = _flight(at, micro, rank)
     kept = rows * sum(n * _kept(w, at, at.recompute, software, seq) for w, n in layers.items())
     twice = rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0) if at.recompute == "full" else 0.0
+    if at.tp > 1 and at.recompute == "full" and not software.gathers_twice and not software.hides_tensor:
+        twice += rows * 4 * config.hidden_size  # what is gathered, and what is yet to be scattered, as wholes
     activations = flight * kept + twice
-    logits = (count - 1 in stages) * rows * config.vocab_size / at.tp * (8 if software.fused else 12)
+    logits = (count - 1 in stages) * rows * config.vocab_size / at.tp * (8 if software.fused else 10)
     return weights, gradients, optimizer, activations, logits
 
 

@@ -166,6 +166,8 @@ class Row:
             return EARLY
         if "torchtitan" in told:
             return replace(TITAN, hides_tensor="asynctp" in told) if "compile" in told else replace(EAGER, balanced=False)
+        if "megascale" in self.name.lower() and "megatron" not in self.name.lower():
+            return replace(TUNED, hides_tensor=True)  # arXiv 2402.15627, section 3.2
         if "nanotron" in told or "ultrascale" in told:
             return EAGER
         if "haiscale" in told:
@@ -176,8 +178,8 @@ class Row:
     def layout(self) -> Layout:
         """As told; a micro-batch or a number of chunks that is not told is the one that the planner would choose."""
         told = self._layout()
-        if "local_bs" in self.keys and told.pp == 1:
-            told = told.change(micro=int(self.keys["local_bs"]))
+        if "local_bs" in self.keys:  # torchtitan makes as many micro-batches of it as there are pipeline ranks
+            told = told.change(micro=max(1, int(self.keys["local_bs"]) // told.pp))
         micro = [told.micro] if "mbs" in self.keys or told.micro > 1 else self._micros(told)
         chunks = [told.chunks]
         if told.schedule == "interleaved" and "vpp" not in self.keys:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..types import LimbeckError
 
+LATE = ("zb1p", "dualpipe", "dualpipev")  # schedules that end with weight gradients
 ENOUGH = 2  # pipelines full of micro-batches are simulated; beyond that a schedule repeats itself
 
 

@@ -158,7 +158,8 @@ class Foresight:
 
     @cached_property
     def data(self) -> float:
-        """Exposed exchange of gradients and weights, a step: the last backward and the first forward hide a part."""
+        """Exposed exchange of gradients and weights, a step: the last backward pass and the first forward one hide a part.
+        Where weight gradients come last, only they do."""
         if self.layout.zero == 3 or self.layout.dp * self.layout.cp == 1:
             return 0.0
         worst = 0.0
@@ -168,7 +169,8 @@ class Foresight:
             width = software.gradient_bytes
             out = sum(self.exchange(stage, width, software.bucket, not shards) for stage in stages)
             home = sum(self.exchange(stage, 2, software.bucket / 2) for stage in stages) if shards else 0.0
-            late = max(0.0, out - self.hiding * (last.backward + last.weight)) + max(0.0, home - self.hiding * last.forward)
+            back = last.weight + last.backward * (self.layout.schedule not in schedules.LATE)
+            late = max(0.0, out - self.hiding * back) + max(0.0, home - self.hiding * last.forward)
             worst = max(worst, late)
         return worst
 

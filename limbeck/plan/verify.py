@@ -178,16 +178,22 @@ def _phase(row: Row) -> Check:
 
 
 def phases(row: Row) -> dict[str, float]:
-    """Seconds that chips of a DualPipe spend, on average, in lone forward (1F), lone backward (1B), lone weight-gradient
-    (1W) and paired passes (1F1B); optimiser with its exchanges; and waiting."""
+    """Seconds that chips of a DualPipe spend, on average, in lone forward (1F), lone backward for inputs (1B) and for weights
+    (1W), and paired passes (1F1B); in the optimiser with its exchanges; and waiting. All of it is slowed by the slowest."""
     seen = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software)
     line = schedules.simulate(row.layout.schedule, seen.times, row.layout.pp, seen.micro)
-    names = {"F": "1F", "B": "1B", "BW": "1B", "W": "1W", "FBW": "1F1B"}
-    sums: dict[str, float] = defaultdict(float)
-    for slot in (slot for slots in line.chips for slot in slots):
-        sums[names["".join(piece.kind for piece in slot.pieces)]] += (slot.end - slot.start) / len(line.chips)
+    sums = dict.fromkeys(("1F", "1B", "1W", "1F1B"), 0.0)
+    for piece, took in ((slot.pieces, slot.end - slot.start) for slots in line.chips for slot in slots):
+        if len(piece) == 3:
+            sums["1F1B"] += took
+            continue
+        rows = {"F": seen.times.forward, "B": seen.times.backward, "W": seen.times.weight}
+        for kind, _, stage, _ in piece:
+            sums["1" + kind] += rows[kind][stage]
     step = seen.step()
-    sums["opt"] = step.parts.get("optimizer", 0.0) + seen.data
+    slowed = step.seconds / (line.seconds + seen.data + seen.optimizer)
+    sums = {kind: slowed * total / len(line.chips) for kind, total in sums.items()}
+    sums["opt"] = slowed * (seen.optimizer + seen.data)
     return {**sums, "bubble": step.seconds - sum(sums.values())}
 
 
