@@ -3,11 +3,11 @@
 A process of its own (`python -m limbeck.cluster.probe`): the plan asks, and imports no torch itself. A request is one
 JSON line on standard input, the answer one on standard output:
 
-    {"threads": 1, "worlds": {NAME: {settings of a miniature}}, "models": {NAME: {"config": {...}, "layers": [2, 4], "optimizer": "adamw",
+    {"threads": 1, "worlds": {NAME: {settings of a miniature}}, "models": {NAME: {"config": {...}, "layers": [2, 10], "optimizer": "adamw",
                                      "learn": [512, 1024], "length": 64, "rows": [8, 64], "prompt": 32, "new": 12}}}
     {"gemm": FLOP/s, "memory": bytes/s, "start": s, "worlds": {NAME: s a token}, "models": {NAME: [{"layers", "learn": {tokens: s}, "roll": {rows: s}}]}}
 
-A large model is measured at two small depths: its cost is linear in the number of layers. `learn` is one update, all
+A large model is measured at two depths: its cost is linear in the number of layers. `learn` is one update, all
 of it; `roll` one token for each of so many rows. Weights are random, and what is sampled never ends by itself.
 """
 

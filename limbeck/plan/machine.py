@@ -1,7 +1,7 @@
 """This machine, measured in seconds and remembered: how fast Limbeck's own engine and learner are on it.
 
 The measuring is a process of its own (limbeck/cluster/probe.py), as it needs torch and the plan does not. A model is known
-here by its shape; large ones are measured at two small depths and drawn out, since each layer costs the same.
+here by its shape; large ones are measured at two depths and drawn out, since each layer costs the same.
 """
 
 from __future__ import annotations
