@@ -48,7 +48,8 @@ class Preference(Budgeted):
 
     kind: Literal["preference"]
     model: str = Field(description="the stage whose model learns")
-    pairs: dict[str, float] = Field(description="`pairs` stages, with the share of each")
+    pairs: dict[str, float] = Field(description="`pairs` stages, and JSONL or Parquet with `prompt`, `chosen` and `rejected`, with the share of each")
+    licence: str | None = Field(None, description="of pairs that are a file: `own`, `internal`, or the data set's; learning needs to know")
     beta: float = Field(0.1, gt=0, description="how much of a difference from the reference settles a preference")
     normalized: bool = Field(False, description="compare mean log-probabilities, not sums: a longer response gains nothing by its length")
     epochs: float = Field(1, gt=0, description="passes over the pairs; 2.5 ends in the middle of the third")

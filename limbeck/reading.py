@@ -220,7 +220,7 @@ def _check_references(path: Path, recipe: Recipe) -> None:
             case SFT():
                 _check_system(path, name, stage)
             case Preference():
-                for pairs in stage.pairs:
+                for pairs in cited_rows(*stage.pairs):
                     cite(name, "pairs", pairs, {"pairs"}, "pairs")
             case Distill():
                 for domain, teacher in stage.teachers.items():

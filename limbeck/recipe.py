@@ -330,7 +330,7 @@ def inputs(stage: Stage) -> list[str]:
         case SFT() | Label():
             return [stage.model, *stage.rows, *compared]
         case Preference():
-            return [stage.model, *stage.pairs, *compared]
+            return [stage.model, *cited_rows(*stage.pairs), *compared]
         case Distill():
             return [stage.model, *stage.teachers.values(), *stage.rows, *compared]
         case Calibrate():
@@ -346,9 +346,9 @@ def inputs(stage: Stage) -> list[str]:
     return []
 
 
-def cited_rows(rows: str) -> list[str]:
-    """The stage that gives rows, where they are no file."""
-    return [] if not rows or rows.endswith(TABLES) else [rows]
+def cited_rows(*rows: str) -> list[str]:
+    """The stages among those that give rows; the others are files."""
+    return [name for name in rows if name and not name.endswith(TABLES)]
 
 
 def sources(stage: Stage) -> list[str]:

@@ -267,6 +267,11 @@ def split_thought(text: str) -> Thought:
     return Thought((thought if opens else before).strip(), answer.strip(), wellformed)
 
 
+def join_thought(thought: str, answer: str) -> str:
+    """The completion that `split_thought` takes apart; without a thought the answer alone."""
+    return f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{answer}" if thought.strip() else answer
+
+
 def _json(path: Path) -> dict:
     if not path.exists():
         return {}

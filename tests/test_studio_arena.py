@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from judges import material
 from studio import accessible, picture
@@ -476,3 +477,44 @@ def test_the_arena_on_a_phone_and_in_the_dark(visit, house, tmp_path):
             picture(page, f"arena-phone{path.replace('/', '-')}")
         wide = visit(url + "/arena/board", dark=True)
         picture(wide, "arena-board-dark")
+
+
+LEARNING = """
+name: liked
+threads: 1
+problems: {clock: {source: miniature, modulus: 3, numbers: 3, largest: 2}}
+stages:
+  brought: {kind: load, path: model, licence: own}
+  dpo:
+    {kind: preference, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20, batch_tokens: 128, log_every: 1,
+     optimizer: {learning_rate: 0.01}}
+  valued: {kind: reward, model: brought, rows: votes.jsonl, licence: own, held_out: 0.5, batch_pairs: 8}
+"""
+
+
+def test_models_learn_from_the_votes(finished, tmp_path):
+    """People who always prefer the answer that says no: the table that the arena gives is what two stages learn from."""
+    import tiny
+
+    from limbeck.record import read_metrics
+
+    ballots = Ballots(tmp_path / "runs" / ".studio")
+    for i in range(60):
+        better, worse = f"{i % 3} no", f"{i % 3} yes"
+        fought(ballots, outcome="a", said=(better, worse), prompt=f"use {i % 3} {i // 3 % 3} {i // 9 % 3} make 0 ?")
+    (tmp_path / "recipe.yaml").write_text(LEARNING)
+    (tmp_path / "model").symlink_to(finished.recipe.parent / "model")
+    code, _, errors = tiny.answer("run", tmp_path / "recipe.yaml", "--runs", tmp_path / "runs")
+    assert code == 2 and "stages.dpo.pairs: votes.jsonl is no file" in errors
+    assert tiny.answer("arena", "--runs", tmp_path / "runs", "--out", tmp_path / "votes.jsonl")[0] == 0
+    code, _, errors = tiny.answer("plan", tmp_path / "recipe.yaml", "--runs", tmp_path / "runs")
+    assert code == 0, errors
+    code, out, errors = tiny.answer("run", tmp_path / "recipe.yaml", "--runs", tmp_path / "runs", "--json")
+    assert code == 0, errors + out
+    (learned,) = (tmp_path / "runs" / "store").glob("preference-*")
+    history = read_metrics(learned)
+    assert history[0]["loss"] == pytest.approx(np.log(2), rel=1e-3) and history[-1]["loss"] < 0.3
+    manifest = json.loads((learned / "manifest.json").read_text())
+    assert manifest["notes"]["pairs"] == 60 and manifest["licences"] == ["own"]
+    (valued,) = (tmp_path / "runs" / "store").glob("reward-*")
+    assert json.loads((valued / "manifest.json").read_text())["notes"]["pairs"] > 20

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..recipe import Remote
-from ..tokenizer import CLOSE, OPEN
+from ..tokenizer import CLOSE, join_thought
 from ..types import Completion, Group, LimbeckError, Problem, Resumable
 from .pace import Pace, Stopped, retry_after
 from .responses import Responses
@@ -279,7 +279,7 @@ def _read(response: Any) -> dict[str, Any]:
 def _completion(answer: dict[str, Any], sample: int) -> Completion:
     text = answer["content"].strip()
     if answer["thought"] and CLOSE not in text:
-        text = f"{OPEN}\n{answer['thought'].strip()}\n{CLOSE}\n\n{text}"
+        text = join_thought(answer["thought"], text)
     logprobs = np.array(answer["logprobs"], dtype=np.float32)
     return Completion(_unknown(answer, "completion_tokens"), logprobs, text, answer["finish"] == "stop", sample)
 

@@ -17,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 from ..engine.engine import Engine
 from ..engine.sampling import params_of
 from ..methods import Distill, Label, Pairs, Preference
+from ..opinions import TABLES
 from ..parts import Optimizer
+from ..recipe import cited_rows
 from ..record import read, read_metrics
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, join_thought
 from ..train.batch import MICRO_TOKENS
 from ..train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, labelled
 from ..train.learner import Learner
@@ -29,6 +31,7 @@ from ..types import Group, Labels, LimbeckError
 from ..types import Sample as Learned
 from . import curate as desk
 from .job import Job
+from .judging import preferences
 from .learning import affordable, budget_of, data_flops, fit_samples, save_model
 from .rows import ROWS, share_of
 from .scoring import check_tongue, scorer_of
@@ -92,9 +95,10 @@ def run_preference(job: Job) -> Outcome:
     reading = sum(len(s.tokens) * decoder.config.flops_per_token(len(s.tokens) / 2) for s in samples)
     samples = referenced(Learner(decoder, stage.optimizer, 1), samples, MICRO_TOKENS)
     plan = plan_pairs(samples, stage.epochs, stage.batch_tokens, job.seed)
-    plan = affordable(plan, samples, decoder.config, budget_of(job, stage.pairs) - reading)
+    sampled = cited_rows(*stage.pairs)
+    plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reading)
     outcome = fit_samples(job, decoder, tokenizer, samples, plan, stage.batch_tokens, preference(stage.beta, stage.normalized))
-    notes = {**outcome["notes"], "pairs": len(samples) // 2, "data_flops": data_flops(job, stage.pairs)}
+    notes = {**outcome["notes"], "pairs": len(samples) // 2, "data_flops": data_flops(job, sampled)}
     return {**outcome, "flops": outcome["flops"] + reading, "notes": notes}
 
 
@@ -135,9 +139,9 @@ def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
 
 
 def _pairs_of(job: Job, tokenizer: Tokenizer) -> list[Learned]:
-    """The halves of each pair side by side: the very tokens that were sampled."""
-    rows = [row for name, share in job.stage.pairs.items() for row in given_rows(job, name, share, tokenizer)]
-    halves = [[to_sample({**row, "completion": row[side], "tokens": row[f"{side}_tokens"]}, tokenizer, "keep") for side in SIDES] for row in rows]
+    """The halves of each pair side by side: of stages the very tokens that were sampled, of files the text."""
+    rows = [row for name, share in job.stage.pairs.items() for row in _preferred(job, name, share, tokenizer)]
+    halves = [[to_sample(_half(row, side), tokenizer, "keep") for side in SIDES] for row in rows]
     return [
         sample
         for number, (better, worse) in enumerate(halves, 1)
@@ -146,6 +150,18 @@ def _pairs_of(job: Job, tokenizer: Tokenizer) -> list[Learned]:
 
 
 SIDES = ("chosen", "rejected")
+
+
+def _preferred(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    if name.endswith(TABLES):
+        return share_of([row for _, row in preferences(job, name)], share, (job.seed, Path(name).name))
+    return given_rows(job, name, share, tokenizer)
+
+
+def _half(row: dict[str, Any], side: str) -> dict[str, Any]:
+    """One side of a pair as a row of its own; a thought that a table keeps apart stands before its answer again."""
+    tokens = {"tokens": row[f"{side}_tokens"]} if f"{side}_tokens" in row else {}
+    return {"prompt": row["prompt"], "completion": join_thought(row.get(f"{side}_reasoning") or "", row[side]), **tokens}
 
 
 def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[Asked]:

@@ -6,11 +6,12 @@ What you compute is hashed; where and how chattily you compute it is not (redun'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..methods import Preference
 from ..opinions import TABLES, Calibrate, Reward
 from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
 from ..types import LimbeckError
@@ -101,8 +102,8 @@ class Graph:
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
             settings.pop("path")
         settings.pop("licence", None)  # what may be done with a result changes no result
-        if table_of(node.stage):
-            settings["rows"] = self._digest(Path(node.stage.rows))
+        if tables := {name: self._digest(Path(name)) for name in tables_of(node.stage)}:
+            settings |= renamed(node.stage, tables)
         return {
             "version": VERSIONS.get(node.kind, 1),
             "settings": settings,
@@ -163,17 +164,26 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(stage, Load):
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
-        if table_of(stage):
-            place = next((p for p in (base / stage.rows, Path(stage.rows)) if p.is_file()), None)
-            if place is None:
-                raise LimbeckError(f"stages.{name}.rows: {stage.rows} is no file, neither beside the recipe nor here")
-            stages[name] = stage.model_copy(update={"rows": str(place.resolve())})
+        if tables := tables_of(stage):
+            key = "pairs" if isinstance(stage, Preference) else "rows"
+            places = {table: next((p for p in (base / table, Path(table)) if p.is_file()), None) for table in tables}
+            if missing := [table for table, place in places.items() if place is None]:
+                raise LimbeckError(f"stages.{name}.{key}: {missing[0]} is no file, neither beside the recipe nor here")
+            stages[name] = stage.model_copy(update=renamed(stage, {table: str(place.resolve()) for table, place in places.items()}))
     return recipe.model_copy(update={"problems": problems, "stages": stages})
 
 
-def table_of(stage: Stage) -> bool:
-    """Whether a stage reads rows from a file of people's."""
-    return isinstance(stage, Calibrate | Reward) and stage.rows.endswith(TABLES)
+def tables_of(stage: Stage) -> list[str]:
+    """The files of people's that a stage reads rows from."""
+    given = [stage.rows] if isinstance(stage, Calibrate | Reward) else stage.pairs if isinstance(stage, Preference) else []
+    return [name for name in given if name.endswith(TABLES)]
+
+
+def renamed(stage: Calibrate | Reward | Preference, names: Mapping[str, str]) -> dict[str, Any]:
+    """The setting that names a stage's files, with other names for them."""
+    if isinstance(stage, Preference):
+        return {"pairs": {names.get(given, given): share for given, share in stage.pairs.items()}}
+    return {"rows": names[stage.rows]}
 
 
 def seed_of(recipe: Recipe, node: Node) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ..reading import MODELS
 from ..recipe import Curate, Files, Load, Recipe, Stage
 from ..types import LimbeckError
-from .graph import Graph, Node, table_of
+from .graph import Graph, Node, tables_of
 from .licences import NOBODY_KNOWS, UNDECLARED, declared, known, of_model, terms
 from .store import Artifact
 
@@ -154,7 +154,7 @@ def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
 def _of_problems(node: Node) -> dict[str, str]:
     """The licences of rows in files, and of the models that wrote, filtered or judged them."""
     found: dict[str, str] = {}
-    if node.kind in LEARNING and table_of(node.stage):
+    if node.kind in LEARNING and tables_of(node.stage):
         found |= dict.fromkeys(declared(node.stage.licence) or [UNDECLARED], f"stages.{node.name}.rows")
     for name, problems in node.problems.items():
         if isinstance(problems, Files):

@@ -277,7 +277,7 @@ def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[
     made_by = job.manifest(name)["notes"].get("tokenizer")
     if made_by in (None, digest_of(tokenizer.backend.to_str())):
         return rows
-    return [{k: v for k, v in row.items() if k != "tokens"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith("tokens")} for row in rows]
 
 
 def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str, system: str = "") -> Learned:
