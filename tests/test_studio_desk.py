@@ -251,6 +251,7 @@ def test_helpers_trim_and_translate(home, resumed, monkeypatch):
     assert own.json()["text"] == thought("try 1 +1 gives 2")  # the task has a dictionary
     by_model = ada.send(f"{AT}/5/translate", text=thought("试试"), model="r1").json()["text"]
     assert by_model == thought("the same in English") and "into English" in service.asked[1] and "试试" in service.asked[1]
+    assert ada.send(f"{AT}/5/translate", text="试试", model="r1").json()["text"] == "the same in English"  # there was no thought
     refused = poor.send(f"{AT}/5/translate", text=thought("试试"))
     assert refused.status_code == 400 and "no model is served" in refused.json()["detail"]
 

@@ -76,3 +76,14 @@ def test_whatever_has_a_name_can_be_served(finished, released, tmp_path):
             for name in names(url)
         }
         assert said["a"] == said["b"] and said["c"] == said["d"] == said["e"] and all(said.values())
+
+
+def test_a_run_that_shares_its_name_with_a_model_is_not_guessed_at(finished, monkeypatch):
+    monkeypatch.chdir(finished.home.parent)
+    twin = finished.home.parent / "models" / "tiny"
+    twin.mkdir(parents=True)
+    try:
+        code, _, errors = tiny.answer("serve", "tiny", "--runs", finished.home, "--port", 0)
+    finally:
+        twin.rmdir()
+    assert code == 2 and f"tiny is a run and a model; say {finished.home / 'tiny'} or models/tiny" in errors

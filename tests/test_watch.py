@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,21 @@ def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
     record.step(0, {"loss": 1.0, "expert_loads": [[0.5, 0.5]]})
     record.step(1, {"loss": 0.9, "expert_loads": [[0.25, 0.75]]})
     assert history.look().loads == [[0.25, 0.75]] and set(history.columns) == {"loss"}
+
+
+def test_every_alarm_is_told_in_chinese():
+    """Those that a watch rings by itself, and both of an opinion that was hacked."""
+    from limbeck.eval.narration import _alarm
+    from limbeck.recipe import RL
+    from limbeck.train.audit import Watch
+
+    watch = Watch(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
+    watch.history.extend({"length": 10.0} for _ in range(19))
+    bad = {"truncated": 0.6, "informative": 0.05, "length": 40.0, "format": 1.0, "accuracy": 0.0}
+    rung = watch.check(bad)["alarms"]
+    rung += [f"reward hacking: judge rises while the truth on held-out problems does not: {then}" for then in ("the stage ends here", "it no longer counts")]
+    assert len(rung) == 6
+    for text in [*rung, "length fell to a third within 20 steps"]:
+        said = _alarm(text)
+        assert said.en == text and not re.search(r"[a-z]{3} [a-z]{3}", said.zh) and re.search(r"[\u4e00-\u9fff]", said.zh)
+    assert _alarm("unheard of").zh == "unheard of"

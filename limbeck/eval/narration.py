@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,8 +102,26 @@ def soundness(history: History) -> list[Text]:
         said.append(Text("{} of the latest responses ran out of tokens.", "最近的回答中有 {} 用尽了词元。").format(percent(_latest(truncated), 0)))
     for text, times in _rung(history.alarms).items():
         first, often = times[0], len(times)
-        said.append(Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。").format(first, often, text))
+        said.append(Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。").format(first, often, _alarm(text)))
     return said
+
+
+# What train/audit.py and train/panel.py say, and the same in Chinese.
+_ALARMS = {
+    "more than half of the responses run out of tokens: raise max_new_tokens": "超过一半的回答用尽了词元，请调高 max_new_tokens",
+    "fewer than a tenth of the groups differ in reward: other problems are needed": "奖励有高低之分的组不到十分之一，需要别的题目",
+    "length tripled within 20 steps": "长度在 20 步内增至三倍",
+    "length fell to a third within 20 steps": "长度在 20 步内降到三分之一",
+    r"the part '(\w+)' outweighs accuracy: lower its weight": r"“\1”一项压过了正确率，请降低它的权重",
+    r"reward hacking: (\w+) rises while the truth on held-out problems does not: it no longer counts": r"奖励作弊：\1 上升，而留出题目上的实情没有上升；它不再计入奖励",
+    r"reward hacking: (\w+) rises while the truth on held-out problems does not: the stage ends here": r"奖励作弊：\1 上升，而留出题目上的实情没有上升；本阶段到此结束",
+}
+
+
+def _alarm(text: str) -> Text:
+    """In both languages where it is known; a message of another version stays as it was written."""
+    matches = ((re.fullmatch(pattern, text), chinese) for pattern, chinese in _ALARMS.items())
+    return next((Text(text, match.expand(chinese)) for match, chinese in matches if match), Text(text, text))
 
 
 def _latest(values: np.ndarray) -> float:

@@ -62,10 +62,13 @@ def named(names: Sequence[str], runs: Path) -> dict[str, Path]:
 
 
 def find(name: str, runs: Path) -> tuple[str, Path]:
-    """What a model is called if nothing else is said, and its directory. Raises LimbeckError for what is no model."""
+    """What a model is called if nothing else is said, and its directory. Raises LimbeckError for what is no model, and
+    for what is a run and a model."""
     path = Path(name)
     for run in (path, runs / name):
         if (run / INDEX).is_file():
+            if run != path and (twin := Path("models") / name).is_dir():
+                raise LimbeckError(f"{name} is a run and a model; say {run} or {twin}")
             return _last_of(run)
     try:
         folder = find_model(name, Path())
@@ -84,13 +87,14 @@ def find(name: str, runs: Path) -> tuple[str, Path]:
 
 
 def _last_of(run: Path) -> tuple[str, Path]:
-    """The model that a run has led to so far."""
+    """The model that a run has led to so far; one that was merely loaded where none has learned yet."""
     stages = json.loads((run / INDEX).read_text(encoding="utf-8"))
     folders = {stage: run.resolve().parent / "store" / artifact / "model" for stage, artifact in stages.items()}
     models = [stage for stage, folder in folders.items() if (folder / "config.json").is_file()]
     if not models:
         raise LimbeckError(f"{run} has no model yet; `limbeck status {run}` says how far it is")
-    stage = LAST if LAST in models else models[-1]
+    learned = [stage for stage in models if not stages[stage].startswith("load-")]
+    stage = LAST if LAST in models else (learned or models)[-1]
     return stage, folders[stage]
 
 

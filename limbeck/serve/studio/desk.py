@@ -288,7 +288,7 @@ async def _by_model(site: Site, model: str, text: str, language: str) -> str:
         raise HTTPException(400, str(error)) from None
     if not said.answer.strip():
         raise HTTPException(400, "the model gave no translation")
-    return queues.with_thought(text, said.answer)
+    return queues.with_thought(text, said.answer) if queues.split_thought(text).thought else said.answer.strip()
 
 
 def _going_on(desk: Desk) -> BackgroundTask:
