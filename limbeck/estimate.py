@@ -73,6 +73,8 @@ def _training(answer: Answer, config: Any, cluster: Cluster, work: Any, price: f
     run = runs.train(config, cluster, work, price)
     step = run.choices[0].step
     answer.say("training", f"{_short(work.tokens)} tokens in {run.steps:,.0f} steps of {work.batch:,} x {work.seq:,}, {work.precision} ({work.source})")
+    if run.averaging:
+        answer.say("sites", run.averaging.tell())
     for i, choice in enumerate(run.choices):
         answer.say("best layout" if i == 0 else f"{i + 1}th" if i > 2 else ("2nd", "3rd")[i - 1], choice.tell())
     answer.say("a step", f"{step.seconds:.3g} s ({step.low:.3g} to {step.high:.3g}); {step.tflops:.0f} TFLOPS a chip, MFU {step.mfu:.1%} (causal, of the 16-bit peak)")

@@ -15,7 +15,7 @@ from . import chips
 from .chips import LOADER, Chip
 
 FILE = Path(__file__).with_name("clusters.yaml")
-NUMBERS = ("per_node", "nics", "nic", "pcie", "latency", "pod", "oversubscription", "sites", "site_link", "site_latency")
+NUMBERS = ("per_node", "nics", "nic", "pcie", "latency", "pod", "oversubscription", "sites", "site_link", "site_latency", "every")
 COUNTED = re.compile(r"(?P<count>\d+)\s*x\s*(?P<chip>[\w.-]+)$", re.IGNORECASE)
 NAMED = re.compile(r"(?P<chip>[a-z0-9-]*[a-z0-9])-(?P<count>\d+)$", re.IGNORECASE)
 
@@ -39,6 +39,7 @@ class Fabric:
     sites: int = 1
     site_link: float = 0
     site_latency: float = 0
+    every: int = 100
     source: str = ""
 
 
@@ -96,7 +97,8 @@ class Cluster:
     def tell(self) -> str:
         inner = f"{self.chip.link / 1e9:.0f} GB/s links" if self.linked else f"PCIe of {self.fabric.pcie:.0f} GB/s"
         cards = f"{self.fabric.nics} x {self.fabric.nic:.0f} Gbit/s a node, {self.fabric.topology}" if self.nodes > 1 else "one node"
-        return f"{self.count} x {self.chip.name}, {self.per_node} a node with {inner}; {cards}"
+        far = f"; {self.fabric.sites} sites joined by {self.fabric.site_link:g} Gbit/s" if self.fabric.sites > 1 else ""
+        return f"{self.count} x {self.chip.name}, {self.per_node} a node with {inner}; {cards}{far}"
 
 
 @cache
@@ -139,8 +141,11 @@ def _counted(name: str, text: str) -> dict[str, Any]:
 
 
 def _woven(woven: Fabric, changes: dict[str, Any]) -> Fabric:
-    whole = ("per_node", "nics", "pod", "sites")
+    whole = ("per_node", "nics", "pod", "sites", "every")
     numbers = {key: _number(key, value) for key, value in changes.items()}
+    for key in ("sites", "every"):
+        if numbers.get(key, 1) < 1:
+            raise LimbeckError(f"{key}={changes[key]}: one at least")
     return replace(woven, **{key: int(value) if key in whole else value for key, value in numbers.items()})
 
 

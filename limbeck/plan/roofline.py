@@ -39,6 +39,7 @@ class Software:
     bucket: float = 400e6  # bytes of gradients exchanged at a time
     zigzag: bool = True  # context parallelism gives each chip an early and a late piece of a sequence
     prefetches: bool = True  # gradients and weights travel while others are computed
+    sums_late: bool = False  # under ZeRO-3 weights alone do: what is to be summed travels when a layer is done
     rings: int = 0  # rings of an exchange between nodes; 0: as many as there are cards
     gathers_twice: bool = True  # what sequence parallelism gathered is let go, and gathered again for the gradients
     balanced: bool = False  # layers given to stages by what they cost, the head counted
@@ -54,7 +55,7 @@ EARLY = Software(attention="unfused")
 FSDP = Software(fused=False, attention="flash2", gradient_bytes=2)  # PyTorch's, with prefetching
 HAI = Software(reduce="hfreduce", attention="flash2")  # HAI-LLM on Fire-Flyer 2
 TITAN = Software(attention="flash2", gathers_twice=False)  # compiled
-DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
+DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1, sums_late=True)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
 
 
 @dataclass(frozen=True)

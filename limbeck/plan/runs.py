@@ -13,7 +13,7 @@ import yaml
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
-from . import cost, energy, goodput, prices, rollout, search
+from . import cost, energy, goodput, prices, rollout, search, sites
 from .energy import Energy
 from .fabric import Cluster
 from .goodput import Goodput
@@ -70,13 +70,14 @@ class Bill:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: the layouts found, best first, steps, FLOPs in all, and the bill."""
+    """A training run: the layouts found (of each site, where there are several), best first, steps, FLOPs in all, and the bill."""
 
     choices: tuple[search.Choice, ...]
     workload: Workload
     steps: float
     operations: float
     bill: Bill
+    averaging: sites.Averaging | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,26 @@ def workload(name: str, given: Mapping[str, Any]) -> Workload:
 
 def train(config: ModelConfig, cluster: Cluster, work: Workload, price: float | None = None, top: int = 5) -> Training:
     """The best layouts by search, and what the best one takes for the whole workload."""
-    choices = search.best(config, cluster, work.batch, work.seq, work.precision, top=top)
+    averaging = None
+    if cluster.fabric.sites > 1:
+        choices, averaging = _apart(config, cluster, work, top)
+    else:
+        choices = search.best(config, cluster, work.batch, work.seq, work.precision, top=top)
     step = choices[0].step
     steps = work.tokens / (work.batch * work.seq)
     at_work = Range(step.seconds, step.low, step.high).times(steps)
     operations = work.tokens * cost.flops_per_token(config, work.seq)
-    return Training(tuple(choices), work, steps, operations, bill(at_work, cluster, step.chips, price))
+    return Training(tuple(choices), work, steps, operations, bill(at_work, cluster, step.chips, price), averaging)
+
+
+def _apart(config: ModelConfig, cluster: Cluster, work: Workload, top: int) -> tuple[list[search.Choice], sites.Averaging]:
+    """The best layouts of one site with its part of each batch, and what joining the sites takes."""
+    site, count = sites.one_of(cluster), cluster.fabric.sites
+    if work.batch % count:
+        raise LimbeckError(f"{work.batch} sequences a step cannot be dealt evenly to {count} sites; change --batch or sites")
+    found = search.best(config, site, work.batch // count, work.seq, work.precision, top=top)
+    joined = [(choice, *sites.averaged(choice.step, config, cluster)) for choice in found]
+    return [replace(choice, step=step) for choice, step, _ in joined], joined[0][2]
 
 
 def bill(at_work: Range, cluster: Cluster, chips: int, price: float | None = None) -> Bill:
