@@ -142,12 +142,27 @@ def test_claims_are_computed_again():
 # ------------------------------------------------------------ the table itself
 
 
+@pytest.fixture(scope="module")
+def table():
+    """All rows but those of whole runs, whose layouts are searched for."""
+    return list(verify.checks([row for row in read() if not row.metric.startswith(("gpu_hours", "days"))]))
+
+
 def test_the_table_of_steps_beats_the_constant():
     """A part of `limbeck plan verify`: steps of the Megatron family, whose layouts are told."""
     found = list(verify.checks(rows("Korthikanti") + rows("Megatron-2021 GPT 1") + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")))
     lines = verify.summary(found)
     steps = [one for one in found if one.kind == "step, dense"]
     assert median(one.error for one in steps) < 0.06 and any("goal 6% / 20%" in line and "skill" in line for line in lines)
+
+
+@pytest.mark.parametrize(("kind", "middle", "most"), [
+    ("step, dense", 0.06, 0.20), ("step, mixture", 0.08, 0.25), ("peak memory", 0.06, 0.20), ("memory by formula", 0.06, 0.20), ("V3's phases", 0.20, 0.22),
+])  # fmt: skip
+def test_the_whole_table_stays_as_good_as_it_was(table, kind, middle, most):
+    """What docs/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
+    errors = [one.error for one in table if one.kind == kind]
+    assert len(errors) > 5 and median(errors) < middle and verify.percentile(errors, 0.95) < most
 
 
 def test_what_cannot_be_foreseen_says_why():
