@@ -82,13 +82,6 @@ def test_zero_shares_more_and_more():
     assert not memory.fit(GPT3, chips, Layout(dp=64, zero=0), 2048).fits
 
 
-def test_latent_cache_serves_more_conversations():
-    v3, dense = model("deepseek-v3"), model("llama-3.1-405b")
-    assert memory.serving(v3, 80e9, 32, 4096) > 3 * memory.serving(dense, 80e9, 32, 4096)
-    with pytest.raises(LimbeckError, match="do not fit on 2 chips"):
-        memory.serving(v3, 80e9, 2, 4096)
-
-
 # ------------------------------------------------------------ exchanges
 
 

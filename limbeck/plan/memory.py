@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig
-from ..types import LimbeckError
 from . import cost
 from .constants import Constants, constants
 from .fabric import Cluster
@@ -140,11 +139,3 @@ def _kept(work: cost.Work, at: Layout, recompute: str, software: Software, seq: 
     if recompute == "v3":
         return 2 * (0.5 * wide + 0.4 * narrow)
     return 2 * (wide + narrow) + scores
-
-
-def serving(config: ModelConfig, chip_memory: float, chips: int, context: int, weight_bytes: float = 1, cache_bytes: float = 2) -> int:
-    """Conversations of `context` tokens that fit beside the weights on `chips`."""
-    room = 0.9 * chip_memory * chips - weight_bytes * config.parameters
-    if room <= 0:
-        raise LimbeckError(f"{config.parameters / 1e9:.0f}G weights do not fit on {chips} chips of {chip_memory / 1e9:.0f} GB")
-    return int(room // (config.kv_bytes_per_token(1) * cache_bytes * context))

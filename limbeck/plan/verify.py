@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import median
 
 from ..types import LimbeckError
-from . import cost, memory, schedules, search
+from . import cost, fabric, memory, models, schedules, search
+from .collectives import decode_bound, free_experts
 from .constants import constants
+from .energy import circular
 from .published import FILE, SOME, Row, read
+from .serving import Day, Replica, production, unit_cost
 from .step import Step, foresee
 
 WIDER = 1.3  # the interval of a whole run against that of a step: goodput and what was trained beside it are not told
@@ -24,6 +27,7 @@ GOALS = {  # median and 95th percentile of the relative error
     "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35), "whole runs": (0.15, 0.40),
     "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
 }  # fmt: skip
+USERS, SEEN = 21, 4989  # tokens a second of a user of DeepSeek's service, and of his context on average (day 6)
 SECONDS = ("step_time_s", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "hw_tflops_per_gpu", "mfu_pct", "hfu_pct", "tokens_per_day_1e9")
 HOURS = ("gpu_hours", "gpu_hours_per_1T_tokens", "days_for_300B_tokens")
 MEMORY = ("peak_mem_gib", "peak_mem_gb", "peak_mem_reserved_gb")
@@ -260,4 +264,27 @@ def claims() -> list[str]:
     cost_of_v3 = (
         f"DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = ${2788e3 * 2 / 1e6:.3f} million; research is not in it"
     )
-    return [tenth, seventh, cost_of_v3]
+    return [tenth, seventh, cost_of_v3, *_served(), *_bounds()]
+
+
+def _served() -> list[str]:
+    """DeepSeek's day of serving (open-infra-index, day 6), to the dollar, and what the planner makes of its nodes."""
+    day, config, cluster = Day(), models.find("deepseek-v3"), fabric.cluster("2048xH800")
+    _, decode = Replica(config, cluster, 144, "fp8").at_speed(USERS, SEEN)
+    into, out = production(Replica(config, cluster, 32, "fp8").prefill(4096), decode, day.hits)
+    reading, writing = day.nodes_needed
+    read_, written = unit_cost(8 * day.chip_price, 100e3, 50e3)
+    return [
+        f"DeepSeek's nodes wrote {day.output_rate:,.0f} tokens a second and read {day.input_rate:,.0f}: foreseen at their users' {USERS} tokens a second {out:,.0f} and {into:,.0f}",
+        f"a day of it cost ${day.cost:,.0f} and would have sold for ${day.revenue:,.0f}, {int(100 * day.margin)}% more; its rates ask for {reading:.1f} + {writing:.1f} nodes of {day.nodes}",
+        f"one yuan ($0.14) a million tokens read: at V2's 100 thousand read and 50 thousand written a second, a node of ${8 * day.chip_price:.0f} an hour costs ${read_:.3f} and ${written:.3f}",
+    ]
+
+
+def _bounds() -> list[str]:
+    layer, token = decode_bound()
+    return [
+        f"67 tokens a second at most over 50 GB/s: {1e6 * layer:.2f} us of all-to-all a layer, {1e3 * token:.2f} ms a token, {1 / token:.1f} a second (arXiv 2505.09343, section 2.3.2)",
+        f"V3 could choose {free_experts():.1f} experts on four nodes at the network's price of four (arXiv 2412.19437, section 3.2.2)",
+        f"LLaMA-65B took 449 MWh: {circular(449e3, 1_022_362, 400)}",
+    ]
