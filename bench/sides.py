@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import platformdirs
 
-from limbeck.cluster.hosts import MEMORY
-
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("LIMBECK_BENCH") or Path(platformdirs.user_cache_dir("limbeck")) / "bench")
 # What each peer needs; torch's CPU build first, lest gigabytes of CUDA come with them.
@@ -33,6 +31,8 @@ PEERS = {
 }
 # Built for another torch than they ask for: with them `import vllm` fails, and text needs none of them.
 UNFIT = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+# What Limbeck's processes see to by themselves (limbeck/cluster/allocator.py), all sides are given.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def python_of(peer: str) -> str:

@@ -140,7 +140,7 @@ static void tiles(int columns, int inner, const float* x, const float* w, int64_
 // side in vectors, turned on their side once, and meet weights where nn.Linear keeps them: nothing of those is
 // packed, as BLAS does, for every product anew. From so many rows on BLAS's packing pays.
 constexpr int FEW = 8, MANY = 128, LARGE = 1 << 17;
-constexpr int ABREAST = 4 * LANES, COLUMNS = 48;  // rows of one piece; columns of one task
+constexpr int ABREAST = 4 * LANES, COLUMNS = 48, SPAN = 128;  // rows of one piece; columns of one task; numbers of one sum
 static void (*const by_rows[])(int, int, const float*, const float*, int64_t, float*, bool) = {
     nullptr, tiles<1>, tiles<2>, tiles<3>, tiles<4>, tiles<5>, tiles<6>, tiles<7>, tiles<8>};
 
@@ -170,20 +170,27 @@ static inline void turn_over(const float* x, int64_t x_stride, int down, float* 
     }
 }
 
-// y [WEIGHTS, ABREAST] = so many rows of w against VECTORS x 16 rows of x, which lie turned over, [inner, ABREAST]
+// y [WEIGHTS, ABREAST] = so many rows of w against VECTORS x 16 rows of x, which lie turned over, [inner, ABREAST];
+// summed in spans, whose sums are summed: one long sum would lose digits that BLAS keeps
 template <int WEIGHTS, int VECTORS>
 static inline void meet_rows(const float* w, const float* ahead, const float* x, int inner, float* y) {
-    V16 sum[WEIGHTS][VECTORS] = {};
-    for (int i = 0; i < inner; i++) {
-        V16 rows[VECTORS];
-        for (int m = 0; m < VECTORS; m++) rows[m] = load(x + static_cast<int64_t>(i) * ABREAST + m * LANES);
+    for (int begin = 0; begin < inner; begin += SPAN) {
+        const int end = std::min(begin + SPAN, inner);
+        V16 sum[WEIGHTS][VECTORS] = {};
+        for (int i = begin; i < end; i++) {
+            V16 rows[VECTORS];
+            for (int m = 0; m < VECTORS; m++) rows[m] = load(x + static_cast<int64_t>(i) * ABREAST + m * LANES);
+            for (int n = 0; n < WEIGHTS; n++)
+                for (int m = 0; m < VECTORS; m++) sum[n][m] += w[static_cast<int64_t>(n) * inner + i] * rows[m];
+            if (i % LANES == 0)
+                for (int n = 0; n < WEIGHTS; n++) __builtin_prefetch(ahead + static_cast<int64_t>(n) * inner + i);
+        }
         for (int n = 0; n < WEIGHTS; n++)
-            for (int m = 0; m < VECTORS; m++) sum[n][m] += w[static_cast<int64_t>(n) * inner + i] * rows[m];
-        if (i % LANES == 0)
-            for (int n = 0; n < WEIGHTS; n++) __builtin_prefetch(ahead + static_cast<int64_t>(n) * inner + i);
+            for (int m = 0; m < VECTORS; m++) {
+                float* place = y + n * ABREAST + m * LANES;
+                store(place, begin ? load(place) + sum[n][m] : sum[n][m]);
+            }
     }
-    for (int n = 0; n < WEIGHTS; n++)
-        for (int m = 0; m < VECTORS; m++) store(y + n * ABREAST + m * LANES, sum[n][m]);
 }
 
 // COLUMNS columns of y, or fewer, for up to ABREAST rows
