@@ -134,9 +134,11 @@ def test_circular_and_undisclosed_figures_are_not_in_the_table():
 
 
 def test_claims_are_computed_again():
-    tenth, seventh, millions = verify.claims()
+    tenth, seventh, millions, nodes, day, yuan, bound, experts, energy = verify.claims()
     assert "1/17" in tenth and "9.2%" in tenth
     assert "1/27" in seventh and "$5.576 million" in millions
+    assert "14,800 tokens" in nodes and "$87,072" in day and "545% more" in day and "95.5 + 131.4" in day
+    assert "$0.044 and $0.089" in yuan and "120.96 us" in bound and "12.8 experts" in experts and "not a measurement" in energy
 
 
 # ------------------------------------------------------------ the table itself
