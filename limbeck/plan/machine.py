@@ -28,8 +28,8 @@ from .recipes import SMALL
 
 Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.cluster.probe"
-DEPTHS = 2, (4, 10)  # layers at which a large model is measured: few, and as many as hold at most
-MANY = 40_000_000  # weights, four of them at least and ten at most
+DEPTHS = 2, (4, 10)  # layers at which a large model is measured: few; and as many as have MANY weights, within bounds
+MANY = 40_000_000
 FEW = (64, 192)  # tokens of an update then
 SPREAD = 1.25  # a machine that others share is so much faster or slower from one minute to the next
 
