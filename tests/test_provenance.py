@@ -212,6 +212,10 @@ def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
     text = "name: t\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n"
     text += "  helpful: {kind: reward, model: base, rows: labels.jsonl%s}\n"
     assert "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence" in refusal(graph(text % "", {}))
+    dpo = "  helpful: {kind: preference, model: base, pairs: {labels.jsonl: 1}}\n"
+    assert "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set stages.helpful.licence" in refusal(
+        graph(text.rpartition("  helpful")[0] + dpo, {})
+    )
     declared_ = {licence: graph(text % f", licence: {licence}", {}) for licence in ("own", "CC-BY-NC-4.0")}
     assert set(check(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
     assert len({str(g.identity(g.nodes["base"])) for g in declared_.values()}) == 1

@@ -165,10 +165,9 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
         if tables := tables_of(stage):
-            key = "pairs" if isinstance(stage, Preference) else "rows"
             places = {table: next((p for p in (base / table, Path(table)) if p.is_file()), None) for table in tables}
             if missing := [table for table, place in places.items() if place is None]:
-                raise LimbeckError(f"stages.{name}.{key}: {missing[0]} is no file, neither beside the recipe nor here")
+                raise LimbeckError(f"stages.{name}.{key_of(stage)}: {missing[0]} is no file, neither beside the recipe nor here")
             stages[name] = stage.model_copy(update=renamed(stage, {table: str(place.resolve()) for table, place in places.items()}))
     return recipe.model_copy(update={"problems": problems, "stages": stages})
 
@@ -179,8 +178,13 @@ def tables_of(stage: Stage) -> list[str]:
     return [name for name in given if name.endswith(TABLES)]
 
 
+def key_of(stage: Stage) -> str:
+    """The setting that names a stage's files."""
+    return "pairs" if isinstance(stage, Preference) else "rows"
+
+
 def renamed(stage: Calibrate | Reward | Preference, names: Mapping[str, str]) -> dict[str, Any]:
-    """The setting that names a stage's files, with other names for them."""
+    """That setting, with other names for the files."""
     if isinstance(stage, Preference):
         return {"pairs": {names.get(given, given): share for given, share in stage.pairs.items()}}
     return {"rows": names[stage.rows]}

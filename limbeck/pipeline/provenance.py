@@ -18,7 +18,7 @@ from typing import Any
 from ..reading import MODELS
 from ..recipe import Curate, Files, Load, Recipe, Stage
 from ..types import LimbeckError
-from .graph import Graph, Node, tables_of
+from .graph import Graph, Node, key_of, tables_of
 from .licences import NOBODY_KNOWS, UNDECLARED, declared, known, of_model, terms
 from .store import Artifact
 
@@ -155,7 +155,7 @@ def _of_problems(node: Node) -> dict[str, str]:
     """The licences of rows in files, and of the models that wrote, filtered or judged them."""
     found: dict[str, str] = {}
     if node.kind in LEARNING and tables_of(node.stage):
-        found |= dict.fromkeys(declared(node.stage.licence) or [UNDECLARED], f"stages.{node.name}.rows")
+        found |= dict.fromkeys(declared(node.stage.licence) or [UNDECLARED], f"stages.{node.name}.{key_of(node.stage)}")
     for name, problems in node.problems.items():
         if isinstance(problems, Files):
             found |= dict.fromkeys(declared(problems.licence) or [UNDECLARED], f"problems.{name}")
@@ -186,7 +186,7 @@ def _breaches(name: str, descended: Descent, taught: Mapping[str, str]) -> list[
 def _unknown(name: str, licence: str, source: str) -> str:
     if licence != UNDECLARED:
         return f"stages.{name} learns from {source}, whose licence {licence!r} is not among those that Limbeck knows ({', '.join(known())})"
-    where = f"{source.removesuffix('.rows')}.licence" if "teachers" not in source else source
+    where = f"{source.removesuffix('.rows').removesuffix('.pairs')}.licence" if "teachers" not in source else source
     remedy = "name a model that limbeck/pipeline/licences.yaml knows" if "teachers" in source else f"set {where}, for instance to Apache-2.0"
     own = " or, where you made it yourself, to own" if "teachers" not in source else ""
     return f"stages.{name} learns from {source}, whose licence is undeclared; {remedy}{own}"

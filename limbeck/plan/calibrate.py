@@ -12,11 +12,13 @@ from collections import defaultdict
 from dataclasses import replace
 from math import log
 from pathlib import Path
+from statistics import median
 
 from ..types import LimbeckError
 from .constants import Constants, constants, provenance
 from .published import Row, read
 from .step import foresee
+from .verify import percentile
 
 LEAST_MFU = 0.08  # below it a run was broken, not slow
 MOST_ROWS = 24  # of a set
@@ -102,16 +104,29 @@ def regrets(rows: list[Row]) -> list[float]:
     return found
 
 
+def fitting(rows: list[Row]) -> str:
+    """How often it is foreseen whether a run fits, and the error of its peak memory, on every third row."""
+    told = {metric: [row for row in rows if row.metric == metric][::3] for metric in ("peak_mem_reserved_gb", "oom")}
+    ran, broke = ([row.memory for row in some] for some in told.values())
+    refused, admitted = sum(not held.fits for held in ran), sum(held.fits for held in broke)
+    right = len(broke) - admitted
+    errors = [abs(held.reserved / 1e9 / row.value - 1) for held, row in zip(ran, told["peak_mem_reserved_gb"], strict=True)]
+    return (
+        f"{len(ran) + len(broke)} rows: {refused} wrongly refused, {admitted} wrongly admitted, F1 {2 * right / (2 * right + refused + admitted):.3f}; "
+        f"peak memory median {median(errors):.1%}, 95th percentile {percentile(errors, 0.95):.1%}"
+    )
+
+
 def main() -> None:
-    """`FILE` fits; `FILE regret` tells what choosing by forecast costs."""
+    """`FILE` fits; `FILE regret` tells what choosing by forecast costs, `FILE memory` how well it is known what fits."""
     rows = read(Path(sys.argv[1]))
     if sys.argv[2:] == ["regret"]:
         for name in ("BLOOM", "vTrain-multi", "vTrain-single", "ultrascale"):
-            lost = sorted(regrets([row for row in rows if row.name.startswith(name)]))
-            print(
-                f"{name}: {len(lost)} groups, regret median {lost[len(lost) // 2]:.1%}, 95th percentile {lost[int(0.95 * len(lost))]:.1%}"
-            )
+            lost = regrets([row for row in rows if row.name.startswith(name)])
+            print(f"{name}: {len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {percentile(lost, 0.95):.1%}")
         return
+    if sys.argv[2:] == ["memory"]:
+        return print(fitting([row for row in rows if row.name.startswith("ultrascale")]))
     chosen = sets(rows)
     print({name: len(few) for name, few in chosen.items()})
     fit(chosen, constants())

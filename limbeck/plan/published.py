@@ -16,7 +16,7 @@ from ..types import LimbeckError
 from . import fabric
 from .fabric import Cluster
 from .layout import Layout
-from .memory import fit
+from .memory import Memory, fit
 from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, HAI, TITAN, TUNED, Software
 from .step import foresee
 
@@ -187,6 +187,12 @@ class Row:
         tried = [told.change(micro=m, chunks=c, schedule=told.schedule if c > 1 else _plain(told)) for m in micro for c in chunks]
         tried = [at for at in tried if at.schedule != "interleaved" or at.micro_batches(self.batch) % at.pp == 0] or tried[:1]
         return min(tried, key=self._quick) if len(tried) > 1 else tried[0]
+
+    @property
+    def memory(self) -> Memory:
+        """What the planner thinks that its chips hold."""
+        batch = self.batch if self.number("global_batch_tokens") else 0
+        return fit(self.model, self.cluster, self.layout, self.seq, self.software, self.precision, batch)
 
     def _micros(self, told: Layout) -> list[int]:
         mine = max(1, self.batch // told.dp)

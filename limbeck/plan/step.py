@@ -124,10 +124,9 @@ class Foresight:
         layer = 2 * sum(self.held(stage)) / max(1, len(self.stages.layers[stage]))
         gather = self.exchange(stage, 2, layer)
         scatter = self.exchange(stage, software.gradient_bytes, layer)
-        forward, back = (max(0.0, gather - self.hiding * work) for work in (cost.forward, cost.backward + cost.weight))
-        if software.sums_late:
-            return forward, back + scatter
-        return forward, max(0.0, gather + scatter - self.hiding * (cost.backward + cost.weight))
+        hidden, late = (gather, scatter) if software.sums_late else (gather + scatter, 0.0)
+        forward = max(0.0, gather - self.hiding * cost.forward)
+        return forward, max(0.0, hidden - self.hiding * (cost.backward + cost.weight)) + late
 
     @property
     def hiding(self) -> float:

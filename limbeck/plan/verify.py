@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from ..types import LimbeckError
-from . import cost, fabric, memory, models, schedules, search
+from . import cost, fabric, models, schedules, search
 from .collectives import decode_bound, free_experts
 from .constants import constants
 from .energy import circular
@@ -76,7 +76,7 @@ def check(row: Row) -> Check:
     if metric in MEMORY or metric in FORMULA:
         return _memory(row)
     if metric == "oom":
-        fits = memory.fit(row.model, row.cluster, row.layout, row.seq, row.software, row.precision, row.batch).fits
+        fits = row.memory.fits
         return Check(row, "fits or not", float(not fits), 1.0 + float(fits), not fits)
     base = metric.removesuffix("_bf16peak").removesuffix("_noncausal").removesuffix("_causal")
     if metric in HOURS:
@@ -161,9 +161,7 @@ def _best(row: Row, count: int) -> Step:
 
 
 def _memory(row: Row) -> Check:
-    held = memory.fit(
-        row.model, row.cluster, row.layout, row.seq, row.software, row.precision, row.batch if row.number("global_batch_tokens") else 0
-    )
+    held = row.memory
     unit = 2**30 if row.metric.endswith("gib") else 1e9
     size = held.reserved
     if row.metric == "params_opt_mem_gib":

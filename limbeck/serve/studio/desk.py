@@ -280,15 +280,15 @@ async def _by_model(site: Site, model: str, text: str, language: str) -> str:
     names = _models(site)
     if not names:
         raise HTTPException(400, "this task cannot translate, and no model is served here that could")
-    thought = queues.split_thought(text).thought or text
-    asked = TRANSLATE.format(language=LANGUAGES.get(language, language), thought=thought)
+    thought = queues.split_thought(text).thought
+    asked = TRANSLATE.format(language=LANGUAGES.get(language, language), thought=thought or text)
     try:
         said = await site.service.answer(model if model in names else names[0], [{"role": "user", "content": asked}], temperature=0.3)
     except LimbeckError as error:
         raise HTTPException(400, str(error)) from None
     if not said.answer.strip():
         raise HTTPException(400, "the model gave no translation")
-    return queues.with_thought(text, said.answer) if queues.split_thought(text).thought else said.answer.strip()
+    return queues.with_thought(text, said.answer) if thought else said.answer.strip()
 
 
 def _going_on(desk: Desk) -> BackgroundTask:
