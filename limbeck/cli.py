@@ -258,15 +258,30 @@ def arena(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="time the compiled kernels anew, on a quiet machine")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what this machine has and lacks, and what to do about it."""
     from dataclasses import asdict
 
     from .doctor import examine
 
-    rows = [asdict(finding) for finding in examine()]
+    rows = [asdict(finding) for finding in examine(measure=measure)]
     signs = {True: "ok", False: "lacks", None: "note"}
-    _print(rows, as_json, lambda r: f"{signs[r['ok']]:6} {r['name']:22} {r['value']}" + (f"\n{'':7}-> {r['advice']}" if r["advice"] else ""))
+
+    def line(row: dict[str, Any]) -> str:
+        advice = [f"{'':7}-> {row['advice']}"] if row["advice"] else []
+        table = [f"{'':7}{_timing(timing)}" for timing in row["table"]]
+        return "\n".join([f"{signs[row['ok']]:6} {row['name']:22} {row['value']}", *advice, *table])
+
+    _print(rows, as_json, line)
+
+
+def _timing(row: dict[str, Any]) -> str:
+    """One line of the table of kernels: an operation at one shape, ours beside torch's."""
+    ours, torch = (f"{1e6 * row[side]:,.0f} us" for side in ("ours", "torch"))
+    return f"{row['operation']:10} {row['shape']:40} ours {ours:>11}  torch {torch:>11}  used: {row['used']}"
 
 
 @app.command()

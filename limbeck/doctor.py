@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .cluster.machine import usable_cores, usable_memory
 from .model.config import ModelConfig
@@ -55,10 +56,12 @@ class Finding:
     ok: bool | None
     value: str
     advice: str = ""
+    table: tuple[dict[str, Any], ...] = ()  # details, a row each
 
 
-def examine(runs: Path = Path("runs")) -> list[Finding]:
-    """Look at the machine; about two seconds, most of them torch's. `runs` is where artifacts will go."""
+def examine(runs: Path = Path("runs"), measure: bool = False) -> list[Finding]:
+    """Look at the machine; about two seconds, most of them torch's. `runs` is where artifacts will go; with `measure` the
+    kernels are timed anew."""
     memory = usable_memory()
     return [
         _python(),
@@ -66,7 +69,7 @@ def examine(runs: Path = Path("runs")) -> list[Finding]:
         _memory(memory),
         _disk(runs),
         *_torch(),
-        _kernels(),
+        _kernels(measure),
         _sandbox(),
         *(_extra(module) for module in EXTRAS),
         _sizes(memory),
@@ -100,13 +103,18 @@ def _disk(runs: Path) -> Finding:
     return Finding("disk", not advice, f"{free / GIB:.0f} GiB free at {place}", advice)
 
 
-def _kernels() -> Finding:
+def _kernels(measure: bool = False) -> Finding:
     from .model import kernels
 
-    library, said = kernels.found()
+    if measure:
+        kernels.forget()
+    library, place = kernels.found()
     if library is not None:
-        return Finding("kernels", True, f"compiled, in {said}")
-    return Finding("kernels", None, f"none: {said}", "a C++ compiler makes training and sampling about half again as fast: apt install g++")
+        table = tuple(asdict(timing) for timing in kernels.timings())
+        used = sum(row["used"] != "torch" for row in table)
+        return Finding("kernels", True, f"{kernels.instructions()}, used for {used} of {len(table)} kinds of work; in {place}", table=table)
+    off = "LIMBECK_KERNELS=auto turns them on" if kernels.mode() == "off" else "a C++ compiler makes training and sampling faster: apt install g++"
+    return Finding("kernels", None, f"none: {place}", off)
 
 
 def _torch() -> list[Finding]:

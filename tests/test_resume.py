@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from tiny import Attempt, alive, answer, children, digests, limbeck, until
 
-from limbeck.pipeline.worker import perform, read_job
+from limbeck.model import kernels
+from limbeck.pipeline.worker import KERNELS, perform, read_job
 
 STAGES = ("brought", "base", "zero", "screened", "traces", "coldstart", "general", "dev1", "evaluation/zero")
 KILLS = 3
@@ -87,6 +88,35 @@ def test_a_stage_asked_to_stop_again_and_again_stops_soon_and_ends_with_the_same
         process.join(200)
         events.append(json.loads(attempt.answer_to.read_text())["event"])
     assert len(events) > 1
+    assert attempt.end() == attempt.expected
+
+
+def on_a_machine_that_chose_otherwise(request: dict, answer_to: str) -> None:
+    """Carry a stage out where plain torch was faster at everything."""
+    import torch
+
+    from limbeck.model.kernels import choice
+
+    torch.set_num_threads(1)
+    choice._find = lambda threads: choice._choices.setdefault(threads, choice.Choice.all(False))
+    Path(answer_to).write_text(json.dumps(perform(read_job(request, threading.Event()))))
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="there is nothing to choose from")
+def test_a_killed_stage_goes_on_with_the_kernels_it_began_with(nursery, finished, tmp_path):
+    """Also where the cache is gone and another choice would be made: they round differently."""
+    attempt = Attempt(nursery, finished, tmp_path, "dev1")
+    folder = Path(attempt.request["folder"])
+    process = attempt.start()
+    until(lambda: (folder / "state.pt").exists() or not process.is_alive())
+    process.kill()
+    process.join()
+    assert json.loads((folder / KERNELS).read_text())["instructions"] == kernels.instructions()
+    process = nursery.Process(target=on_a_machine_that_chose_otherwise, args=(attempt.request, str(attempt.answer_to)))
+    process.start()
+    process.join(200)
+    outcome = json.loads(attempt.answer_to.read_text())["outcome"]
+    assert outcome["kernels"]["instructions"] == kernels.instructions()
     assert attempt.end() == attempt.expected
 
 

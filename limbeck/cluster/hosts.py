@@ -38,11 +38,14 @@ class Host:
         self._tell(worker, request)
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """The next event, or None when nothing happened in time. A worker's death is one if it had work."""
+        """The next event, or None when nothing happened in time. A worker's death is one if it had work; what it tells on
+        the way leaves it at work."""
         try:
             worker, event = self._events.get(timeout=seconds)
         except Empty:
             return None
+        if event and event["event"] == "told":
+            return event
         if event is None:
             self._idle = [other for other in self._idle if other is not worker]
             name = next((name for name, busy in self._busy.items() if busy is worker), None)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import kernels
 from ..model.cache import KVCache, Packed
 from ..model.decoder import Decoder
 from ..model.ffn import Routes
+from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
 
 AHEAD = 128  # tokens that a completion's cache has room for when it begins: growing copies it
@@ -115,7 +115,7 @@ class Flight:
         """Sample the next token of the rows that speak; the others' is drawn and forgotten."""
         rows = np.arange(self.busy)
         age_B = np.minimum(self.age_B, self.tokens_BT.shape[1] - 1)
-        logits_BV = (kernels.linear if kernels.serve(hidden_BC) else F.linear)(hidden_BC, self.model.head.weight)
+        logits_BV = product(hidden_BC, self.model.head.weight)
         chosen = self._draw(logits_BV, rows, age_B, self.tokens_BT[rows, np.maximum(age_B - 1, 0)])
         tokens_B, logprobs_B = chosen.tokens_B.numpy(), chosen.logprobs_B.numpy()
         self.tokens_BT[rows[speaking_B], age_B[speaking_B]] = tokens_B[speaking_B]

@@ -51,7 +51,7 @@ class Draw(NamedTuple):
 def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams) -> Draw:
     """Choose one token a row. The log-probability is that of the tempered softmax over all tokens (over those
     kept, with `keep_mask`); greedy reports the softmax at temperature 1."""
-    if params.temperature and params.top_p == 1 and not params.force and kernels.serve(logits_BV):
+    if params.temperature and params.top_p == 1 and not params.force and kernels.serves("draw", logits_BV.shape[-1], logits_BV):
         return Draw(*kernels.sample(logits_BV, uniform_B, params.temperature), None)
     logprobs_BV = torch.log_softmax(logits_BV / params.temperature if params.temperature not in (0, 1) else logits_BV, -1)
     kept_BV = None

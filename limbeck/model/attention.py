@@ -143,7 +143,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = kernels.Normalize if kernels.serve(x, self.weight) else _Normalize
+        kind = kernels.Normalize if kernels.serves("norm", x.numel(), x, self.weight) else _Normalize
         return kind.apply(x, self.weight, self.eps)
 
 
@@ -170,7 +170,7 @@ class _Normalize(torch.autograd.Function):
 def rotate(x_NHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions in the half-split layout: x * cos + roll(x) * signed sin."""
     cos_N1D, sin_N1D = rope
-    if kernels.serve(x_NHD):
+    if kernels.serves("rotate", x_NHD.numel(), x_NHD):
         return kernels.Rotate.apply(x_NHD, cos_N1D, sin_N1D)
     return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(x_NHD.shape[-1] // 2, -1), sin_N1D)
 

@@ -19,8 +19,8 @@ from .attention import Layer
 from .config import ModelConfig
 from .ffn import Routes
 
-# Tokens of a sequence beyond which torch's attention, which walks over keys in tiles, is far ahead of ours, which takes
-# all of them at once: `python -m bench.kernels`.
+# Tokens of a sequence beyond which it stands alone and does not share its prompt: torch's attention, which walks over keys
+# in tiles, is ahead of ours there, and knows whole sequences only (`python -m bench.kernels`).
 LONG = 3072
 
 
@@ -68,7 +68,7 @@ class Packed:
             self._last = k_NKD, v_NKD
             if self.entries is not None:
                 self.entries.append((k_NKD, v_NKD) if kept is None else (kept, None))
-        if _compiled(q_NHD, v_NKD) and (layer.window or max(self.lengths) <= LONG):
+        if _compiled("attention", layer, max(self.lengths), q_NHD, v_NKD):
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         runs = zip(*(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True)
         return self._runs.joined([mix(layer, q, k, v) for q, k, v in runs])
@@ -116,7 +116,7 @@ class Branched:
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
     ) -> Tensor:
         k_NKD, v_NKD = self._last = self._last if k_NKD is None else (k_NKD, v_NKD)
-        if _compiled(q_NHD, v_NKD):
+        if _compiled("branches", layer, self.width + max(self.lengths, default=0), q_NHD, v_NKD):
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         head = self.prompts * self.width
         q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
@@ -130,8 +130,9 @@ class Branched:
         return torch.cat([mixed_p, self._runs.joined(mixed)])
 
 
-def _compiled(q_NHD: Tensor, v_NKD: Tensor) -> bool:
-    return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serve(q_NHD, v_NKD)
+def _compiled(operation: str, layer: Layer, longest: int, q_NHD: Tensor, v_NKD: Tensor) -> bool:
+    seen = min(longest, layer.window or longest)
+    return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serves(operation, seen, q_NHD, v_NKD)
 
 
 def mix(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ class KVCache:
     """What the rows in flight keep of their tokens; a row's next tokens land at its own length.
 
     Values are stored as [layers, B, K, T, D], with room to grow; keys as [layers, B, K, T / P, D, P], so that one
-    number of a query meets P of them side by side: all T, or sixteen where the kernels read them (`compiled`), one
+    number of a query meets P of them side by side: all T, or as many as a vector holds where the kernels read them (`compiled`), one
     block after the other. MLA keeps its latents as keys of one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
     takes tokens back. Attention looks at the longest row and no further. Rows of one prompt may all read the copy
     of the first of them (`lenders`), which then stays near the processor. With `spare` there is room for so many rows
@@ -251,7 +252,7 @@ class KVCache:
 
     def _room(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         first, (key, value) = (self.config.slots + self.config.predicted, rows, self.heads), self.widths
-        block = kernels.LANES if self.compiled else max(1, length)
+        block = kernels.lanes() if self.compiled else max(1, length)
         shapes = (*first, length // block, key, block), (*first, length, value)
         return tuple(self.make(shape, dtype=self.dtype, device=self.device) for shape in shapes)
 

@@ -25,6 +25,14 @@ Rounding = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of a
 EXACT: Rounding = (lambda x: x, lambda weight: weight)
 
 
+def swiglu(both_NI: Tensor) -> Tensor:
+    """silu(gate) x up, of the two halves of the last dimension."""
+    if kernels.serves("swiglu", both_NI.numel(), both_NI):
+        return kernels.SwiGLU.apply(both_NI)
+    gate_NI, up_NI = both_NI.chunk(2, dim=-1)
+    return F.silu(gate_NI) * up_NI
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6); gate and up are one product."""
 
@@ -34,11 +42,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
-        both_NI = self.gate_up(x_NC)
-        if kernels.serve(both_NI):
-            return self.down(kernels.SwiGLU.apply(both_NI))
-        gate_NI, up_NI = both_NI.chunk(2, dim=-1)
-        return self.down(F.silu(gate_NI) * up_NI)
+        return self.down(swiglu(self.gate_up(x_NC)))
 
 
 class GELU(nn.Module):
@@ -179,7 +183,8 @@ def experts_mixed(
     """Sum over each token's experts of weight x SwiGLU(x)."""
     order_M = chosen_NK.flatten().argsort(stable=True)
     ends_E = torch.bincount(chosen_NK.flatten(), minlength=len(down_ECI)).cumsum(0)
-    if rounding is EXACT and kernels.serve(x_NC, gate_up_EIC, down_ECI, weights_NK):
+    each = len(order_M) // len(down_ECI)
+    if rounding is EXACT and kernels.serves("mixture", each, x_NC, gate_up_EIC, down_ECI, weights_NK):
         return kernels.Mixture.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E)
     return _Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E.to(torch.int32), rounding)
 

@@ -204,6 +204,8 @@ class Run:
         )  # fmt: skip
 
     def _hear(self, event: dict[str, Any]) -> None:
+        if event["event"] == "told":
+            return self.display.say(f"{event['name']}: {event['text']}")
         progress = self.running.pop(event["name"])
         if event["event"] in ("done", "found", "waiting"):
             self.attendance.begun.pop(event["name"])

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,6 +31,8 @@ from ..types import LimbeckError
 from .curate import Waiting
 from .job import Job
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
+
+KERNELS = "kernels.json"  # in a partial folder: the choice of kernels that the stage began with
 
 
 def main(threads: int) -> None:
@@ -46,8 +49,11 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
     while True:
         request = jobs.get()
-        event = perform(read_job(request, stop))
-        print(json.dumps({"name": request["name"], **event}), file=events, flush=True)
+
+        def tell(event: dict[str, Any], name: str = request["name"]) -> None:
+            print(json.dumps({"name": name, **event}), file=events, flush=True)
+
+        tell(perform(read_job(request, stop), lambda text: tell({"event": "told", "text": text})))
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
@@ -94,14 +100,15 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
     )
 
 
-def perform(job: Job) -> dict[str, Any]:
-    """Run one stage; whatever happens becomes an event: done, found, waiting, or failed with code and sentence."""
+def perform(job: Job, tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run one stage; whatever happens becomes an event: done, found, waiting, or failed with code and sentence. `tell`
+    takes sentences for people on the way."""
     store = Store(job.folder.parent.parent)
     try:
         with store.lock(job.folder):
             if store.open(store.root / job.folder.name):  # another run was faster
                 return {"event": "found"}
-            return {"event": "done", "outcome": _carry_out(job)}
+            return {"event": "done", "outcome": _carry_out(job, tell)}
     except Waiting as waiting:
         return {"event": "waiting", "rows": waiting.open_rows}
     except LimbeckError as error:
@@ -113,7 +120,7 @@ def perform(job: Job) -> dict[str, Any]:
         return {"event": "failed", "code": 75, "message": f"no space left on {job.folder}; free some, and {left}"}
 
 
-def _carry_out(job: Job) -> dict[str, Any]:
+def _carry_out(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     """What the stage returned. It is written down once all else is on disk, and only then does the checkpoint go:
     a stage that had ended when it was killed does not begin again."""
     from .kinds import STAGES
@@ -123,12 +130,29 @@ def _carry_out(job: Job) -> dict[str, Any]:
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
         _forget()
+        used = _kernels_of(job, tell)
         began, cpu = time.monotonic(), time.process_time()
         outcome = STAGES[job.stage.kind](job)
         sync_below(job.folder)
-        write(path, json.dumps({**outcome, **_spent(began, cpu)}))
+        write(path, json.dumps({**outcome, **_spent(began, cpu), "kernels": used}))
     job.checkpoint().clear()
+    (job.folder / KERNELS).unlink(missing_ok=True)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _kernels_of(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Which kernels the stage computes with: from its first start to its end the same, for they round differently."""
+    from ..model import kernels
+
+    path = job.folder / KERNELS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if changed := kernels.adopt(before):
+        tell(changed)
+    elif before:
+        return before
+    used = {**kernels.record(), **({"before": before} if before else {})}
+    write(path, json.dumps(used))
+    return used
 
 
 def _forget() -> None:
