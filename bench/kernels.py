@@ -1,8 +1,10 @@
-"""Three of the learner's pieces against the plain way: time, and that they compute the same.
+"""Every operation of the kernels beside plain torch on this machine, and prompts once in the update beside every sequence in full.
 
     python -m bench.kernels
+    LIMBECK_MARCH=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m bench.kernels    # as AVX2 has it
 
-Each side in turn, seven times; medians of processor time on one thread.
+What is used was chosen before (`limbeck doctor` shows it); here it is timed again, each side in turn, fifteen times:
+medians of one thread. No operation may be slower than torch's beyond what noise explains.
 """
 
 from __future__ import annotations
@@ -10,58 +12,64 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import cycle
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from limbeck.model import cache
-from limbeck.model.attention import Layer, RMSNorm
-from limbeck.model.cache import Packed
+from limbeck.model import kernels
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
+from limbeck.model.kernels import choice, trials
+from limbeck.model.linear import Linear
 from limbeck.parts import Optimizer, Policy
 from limbeck.train import batch as batching
 from limbeck.train.learner import Learner
 from limbeck.train.losses import policy_gradient
 from limbeck.types import Sample
 
-REPEATS = 7
+REPEATS, TURNS = 7, 15
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    norm()
-    for length in (512, 2048, 4096, 8192):
-        attention(length)
+    print(f"kernels: {kernels.instructions()}; torch: {torch.backends.cpu.get_cpu_capability()}\n")
+    ratios = [*products(), *operations()]
+    print(f"\nthe slowest of {len(ratios)}: {min(ratios):.2f}x of plain torch's speed; median {statistics.median(ratios):.2f}x\n")
     prompts_once(prompt=10, longest=150, label="miniature")
     prompts_once(prompt=46, longest=20, label="short answers to longer prompts")
 
 
-def norm() -> None:
-    """RMSNorm forward and backward on 4,000 x 64."""
-    ours, x = RMSNorm(64, 1e-6), torch.randn(4000, 64, requires_grad=True)
+def products() -> list[float]:
+    """Layers without a gradient, for every class of rows and weights: `Linear` as a model has it, and torch's."""
+    ratios = []
+    for columns, inner in trials.WEIGHTS:
+        for rows in trials.MOST:
+            x, sides = torch.randn(rows, inner), []
+            for kind in (Linear, torch.nn.Linear):
+                layers = cycle([kind(inner, columns, bias=False) for _ in range(4)])  # weights from memory, as in a model
+                sides.append(lambda x=x, layers=layers: next(layers)(x))
+            with torch.no_grad():
+                ours, plain = choice.interleaved(*sides, turns=TURNS)
+            ratios.append(tell("product", f"{rows} x {inner}, weight {columns} x {inner}", ours, plain))
+    return ratios
 
-    def run(make: Callable[[], torch.Tensor]) -> None:
-        for _ in range(20):
-            make().backward(torch.ones_like(x))
 
-    plain, fast = compare(lambda: run(lambda: F.rms_norm(x, (64,), ours.weight, 1e-6)), lambda: run(lambda: ours(x)))
-    print(f"rms_norm, forward and backward: torch {plain / 20 * 1e3:.2f} ms, ours {fast / 20 * 1e3:.2f} ms")
+def operations() -> list[float]:
+    """Everything else, most of it forward and backward."""
+    ratios = []
+    for name, operation in trials.OPERATIONS.items():
+        for shape, make in operation.trials:
+            work = make()
+            used = kernels.current().used[name][operation.trials.index((shape, make))]
+            ours, plain = choice.interleaved(work, work, turns=TURNS, forcing=(name, (used, False)))
+            ratios.append(tell(name, shape, ours, plain))
+    return ratios
 
 
-def attention(length: int) -> None:
-    """One sequence, SmolLM2's heads (9 on 3 of 64): where torch's walk over keys in tiles overtakes ours."""
-    given = [torch.randn(length, heads, 64, requires_grad=True) for heads in (9, 3, 3)]
-
-    def run(most: int) -> None:
-        cache.LONG = most
-        mixed = Packed([length]).attend(Layer(0, 0.125, 0), *given)
-        mixed.backward(torch.ones_like(mixed))
-
-    plain, fast = compare(lambda: run(0), lambda: run(length))
-    gflop = 3.5 * 2 * length**2 * 9 * 64 / 1e9
-    print(f"attention on {length} tokens, forward and backward: torch {gflop / plain:.1f} GFLOP/s, ours {gflop / fast:.1f}")
+def tell(name: str, shape: str, ours: float, plain: float) -> float:
+    print(f"{name:10} {shape:40} used {1e6 * ours:10,.1f} us  torch {1e6 * plain:10,.1f} us  {plain / ours:5.2f}x", flush=True)
+    return plain / ours
 
 
 def prompts_once(prompt: int, longest: int, label: str) -> None:

@@ -16,9 +16,9 @@ import statistics
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from torch import Tensor
 from . import trials
 from .build import folder, found, instructions, library
 from .operations import WAYS
-from .trials import MOST, OPERATIONS, WEIGHTS, WIDEST
+from .trials import MOST, OPERATIONS, WEIGHTS, WIDEST, Work
 
-TURNS = 7  # of each side; three where one takes long
+TURNS, WAY_TURNS = 7, 5  # of each side; three where one takes long
 LEAST = 1e-3  # seconds of one turn, by repetition
 LONG = 0.05  # seconds of a turn from which three will do
 BUSY = 1.5  # a median that is so many times the least: others were at work, and medians say little
-TIE = 1.03  # torch must be so many times as fast to be preferred: noise decides nothing
+TIE, LAYER_TIE = 1.03, 0.93  # ours must take at most so many times torch's seconds; of layers less: asking which costs, too
 SPEED = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # what slows torch down, for measuring
 
 
@@ -72,9 +72,7 @@ class Choice:
         return False
 
     def serves_product(self, rows: int, numbers: int) -> bool:
-        """The same for a product of so many rows with a weight of so many numbers."""
-        if rows > MOST[-1]:
-            return False
+        """The same for a product of so many rows, at most 128, with a weight of so many numbers."""
         widest = bisect_left(WIDEST, numbers)
         return self.used["product"][widest * len(MOST) + bisect_left(MOST, rows)]
 
@@ -88,7 +86,10 @@ _in_library: Choice | None = None  # whose ways the library has
 
 def takes(*tensors: Tensor) -> bool:
     """Whether there are kernels, and they can compute on these tensors."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and library() is not None
+    for tensor in tensors:  # written out, as it is asked before every operation
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return library() is not None
 
 
 def serves(operation: str, size: float, *tensors: Tensor) -> bool:
@@ -101,7 +102,11 @@ def serves(operation: str, size: float, *tensors: Tensor) -> bool:
 
 def serves_product(x_BC: Tensor, weight_VC: Tensor) -> bool:
     """Whether the kernels shall multiply these, where no gradient is asked for."""
-    return takes(x_BC, weight_VC) and current().serves_product(len(x_BC), weight_VC.numel())
+    rows = x_BC.shape[0]
+    if rows > MOST[-1] or not takes(x_BC, weight_VC):
+        return False
+    chosen = current()
+    return _forced["product"] if "product" in _forced else chosen.serves_product(rows, weight_VC.numel())
 
 
 @contextmanager
@@ -200,12 +205,11 @@ def _kept(threads: int) -> Path:
 
 def _measure(threads: int) -> list[Timing]:
     """Time every operation; what was found of the first is in use when the later ones are timed."""
-    global _in_library
     chosen = _choices[threads] = Choice.all(True)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        found = [_time_products(chosen, weight, rows) for weight in WEIGHTS for rows in MOST]
-        _in_library = None
+        with torch.no_grad():
+            found = [_time_products(chosen, weight, rows) for weight in WEIGHTS for rows in MOST]
         for name, operation in OPERATIONS.items():
             for i, (shape, make) in enumerate(operation.trials):
                 found.append(_time(name, shape, make()))
@@ -213,47 +217,46 @@ def _measure(threads: int) -> list[Timing]:
     return found
 
 
-def _time(name: str, shape: str, work: Callable[[], object]) -> Timing:
-    def run(ours: bool) -> Callable[[], object]:
-        def turn() -> None:
-            with forced(name, ours):
-                work()
-
-        return turn
-
-    ours, plain = interleaved(run(True), run(False))
-    return Timing(name, shape, ours, plain, "ours" if ours <= TIE * plain else "torch")
+def _time(name: str, shape: str, work: Work, tie: float = TIE) -> Timing:
+    ours, plain = interleaved(work, work, forcing=(name, (True, False)))
+    return Timing(name, shape, ours, plain, "ours" if ours <= tie * plain else "torch")
 
 
 def _time_products(chosen: Choice, weight: tuple[int, int], rows: int) -> Timing:
-    """In the kernels the fastest way is taken; torch itself pays less for a call, and is left what it does as fast."""
+    """The fastest way is taken inside the kernels; a layer's product is ours where its module is faster so."""
+    global _in_library
     ways = [way for way in range(len(WAYS)) if WAYS[way] != "dots" or rows <= 16]
-    *ours, plain = interleaved(*trials.products(rows, *weight, ways))
-    best = min(range(len(ways)), key=ours.__getitem__)
+    taken = interleaved(*trials.products(rows, *weight, ways), turns=WAY_TURNS)
+    best = ways[min(range(len(ways)), key=taken.__getitem__)]
     place = WEIGHTS.index(weight) * len(MOST) + MOST.index(rows)
-    chosen.ways[place] = ways[best]
-    chosen.used["product"][place] = ways[best] > 0 and ours[best] <= TIE * plain
+    chosen.ways[place], _in_library = best, None
     columns, inner = weight
-    used = WAYS[ways[best]] if chosen.used["product"][place] else "torch"
-    return Timing("product", f"{rows} x {inner}, weight {columns} x {inner}", ours[best], plain, used)
+    timing = _time("product", f"{rows} x {inner}, weight {columns} x {inner}", trials.layer(rows, *weight), LAYER_TIE)
+    used = best > 0 and timing.used == "ours"
+    chosen.used["product"][place] = used
+    return replace(timing, used=WAYS[best] if used else "torch")
 
 
-def interleaved(*sides: Callable[[], object], turns: int = TURNS) -> list[float]:
+def interleaved(*sides: Work, turns: int = TURNS, forcing: tuple[str, Sequence[bool]] | None = None) -> list[float]:
     """Seconds of each side, in turns of at least a millisecond each: the median, or on a busy machine, where turns differ
-    by half, the least."""
-    for side in sides:
-        side()
-    begin = time.perf_counter()
-    for side in sides:
-        side()
-    once = (time.perf_counter() - begin) / len(sides)
-    repeats = max(1, math.ceil(LEAST / max(once, 1e-9)))
-    spent: list[list[float]] = [[] for _ in sides]
-    for _ in range(turns if once < LONG else 3):
-        for side, seconds in zip(sides, spent, strict=True):
+    by half, the least. `forcing` names an operation, and for each side whether the kernels do it."""
+    operation, wishes = forcing or ("", [False] * len(sides))
+
+    def turn(side: Work, wish: bool, repeats: int) -> float:
+        with forced(operation, wish):
             begin = time.perf_counter()
             for _ in range(repeats):
                 side()
-            seconds.append((time.perf_counter() - begin) / repeats)
+            return (time.perf_counter() - begin) / repeats
+
+    both = list(zip(sides, wishes, strict=True))
+    for side, wish in both:
+        turn(side, wish, 1)
+    once = statistics.mean(turn(side, wish, 1) for side, wish in both)
+    repeats = max(1, math.ceil(LEAST / max(once, 1e-9)))
+    spent: list[list[float]] = [[] for _ in sides]
+    for _ in range(turns if once < LONG else 3):
+        for (side, wish), seconds in zip(both, spent, strict=True):
+            seconds.append(turn(side, wish, repeats))
     busy = any(statistics.median(seconds) > BUSY * min(seconds) for seconds in spent)
     return [min(seconds) if busy else statistics.median(seconds) for seconds in spent]

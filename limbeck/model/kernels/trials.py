@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .operations import linear, sample
@@ -155,15 +155,22 @@ WEIGHTS = ((128, 128), (384, 256), (960, 576), (1536, 1536))
 
 
 def products(rows: int, columns: int, inner: int, ways: list[int]) -> list[Work]:
-    """A product each of these ways, and torch's. Weights take turns, so that large ones come from memory as in a model."""
-    weights = [torch.randn(columns, inner) for _ in range(max(1, min(4, (32 << 20) // (4 * columns * inner))))]
-    x, turn = torch.randn(rows, inner), iter(range(1 << 62))
+    """A product each of these ways. Weights take turns, so that large ones come from memory as in a model."""
+    x, weights = torch.randn(rows, inner), cycle([torch.randn(columns, inner) for _ in range(_several(columns, inner))])
+    return [lambda way=way: linear(x, next(weights), way) for way in ways]
 
-    def weight() -> Tensor:
-        return weights[next(turn) % len(weights)]
 
-    @torch.no_grad()
-    def plain() -> Tensor:
-        return F.linear(x, weight())
+def layer(rows: int, columns: int, inner: int) -> Work:
+    """A layer without bias: ours, or torch's own. It is to be called without gradients, as in sampling."""
+    from ..linear import Linear
+    from .choice import serves_product
 
-    return [*((lambda way=way: linear(x, weight(), way)) for way in ways), plain]
+    x = torch.randn(rows, inner)
+    several = [Linear(inner, columns, bias=False) for _ in range(_several(columns, inner))]
+    plain = [torch.nn.Linear(inner, columns, bias=False) for _ in several]
+    weight, both = several[0].weight, cycle(zip(plain, several, strict=True))
+    return lambda: next(both)[serves_product(x, weight)](x)
+
+
+def _several(columns: int, inner: int) -> int:
+    return max(1, min(4, (32 << 20) // (4 * columns * inner)))
