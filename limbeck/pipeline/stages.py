@@ -37,6 +37,7 @@ from ..recipe import (
 from ..record import Record, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
+from ..train.overflow import finite, spoiled
 from ..train.rl import reinforce, summarize
 from ..train.supervised import batches, plan_epochs
 from ..types import Completion, Group, LimbeckError, Resumable, fingerprint
@@ -70,6 +71,9 @@ def run_load(job: Job) -> Outcome:
             f"{source}: the tokenizer knows {tokenizer.size} tokens, the model only {decoder.config.vocab_size}; "
             "they are not of one model"
         )
+    if not finite(decoder.parameters()):
+        name = spoiled(decoder.named_parameters())
+        raise LimbeckError(f"{source}: the weight {name} is not finite; copy the model again from its source")
     if stage.layers:
         decoder = decoder.thinned(stage.layers)
     save_model(decoder, tokenizer, job.folder)
