@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..recipe import (
     Sample,
     Screen,
 )
-from ..record import Record, read, read_metrics
+from ..record import Record, prepare, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
 from ..train.overflow import finite, spoiled
@@ -103,9 +104,21 @@ def run_pretrain(job: Job) -> Outcome:
         from ..model.fp8 import simulate
 
         simulate(decoder)
-    documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
+    documents = encode_documents(watched(job.folder, task.documents(job.seed, stage.corpus), stage.tokens), tokenizer, stage.tokens)
+    prepare(job.folder, "at work")
     plan = batches(documents, stage.batch_tokens, job.seed)
     return fit_samples(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
+
+
+def watched(folder: Path, documents: Iterator[list[str]], tokens: int) -> Iterator[list[str]]:
+    """The documents of a corpus as they are; now and then it is told which share of its `tokens` is written."""
+    written, told = 0, time.monotonic()
+    for words in documents:
+        yield words
+        written += len(words)
+        if time.monotonic() - told > 1:
+            prepare(folder, f"writes its corpus, {written / tokens:.0%}")
+            told = time.monotonic()
 
 
 def run_sft(job: Job) -> Outcome:
