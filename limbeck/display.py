@@ -18,11 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .pipeline.graph import Graph, Node
-from .pipeline.run import Progress
+from .pipeline.run import RECENT, Pace, Progress
 from .pipeline.store import Artifact
+from .recipe import Stage
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-SHOWN = ("accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
+PATIENCE = 10.0  # seconds after which a step is slow enough to be told of
+PARTS = {"sample": "parts", "screen": "parts", "pairs": "parts", "label": "parts", "evaluate": "parts"}  # else steps of learning
+SHOWN = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
 
 
 class Lines:
@@ -107,15 +110,50 @@ class Tree(Lines):
 
 
 def describe(progress: Progress) -> str:
-    """`12/60 · 8 s left · accuracy 0.41 · length 37`."""
+    """`12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41 · length 37`."""
     done, total, metrics = progress.look()
-    words = [f"{done}/{total}" if total else f"{done}"] if done else ["begins"]
-    spent = time.monotonic() - progress.began
-    if total and done:
-        words.append(f"{spent / done * (total - done):.0f} s left")
+    preparing = progress.preparing()
+    if total is None or preparing:
+        return f"{preparing or 'its process starts'} · {span(progress.spent)} so far"
+    pace = progress.pace()
+    words = [f"{done} of {total} {PARTS.get(progress.node.kind, 'steps')}"]
+    if pace.steps and done < total:
+        words.append(left(pace, total - done, _may_end_early(progress.node.stage)))
+    if pace.since >= PATIENCE or not done:
+        words.append(f"this one takes {span(pace.since)} so far")
+    if pace.tokens:
+        words.append(f"{_round(pace.tokens / pace.seconds)} tokens a second")
     words += [f"{name.replace('_', ' ')} {_number(metrics[name])}" for name in SHOWN if metrics.get(name) is not None]
     words += [f"! {alarm}" for alarm in metrics.get("alarms", ())[:1]]
     return " · ".join(words)
+
+
+def left(pace: Pace, steps: int, at_most: bool = False) -> str:
+    """Time left by the measured rate: a range that narrows with every look, and one number after ten."""
+    seconds = max(0.0, pace.seconds / pace.steps * steps - pace.since)
+    wide = 1 + 1 / pace.looks if pace.looks < RECENT else 1
+    low, high = span(seconds / wide), span(seconds * wide)
+    if at_most or low == high:
+        return f"{'at most ' * at_most}{high} left"
+    number, unit = low.split()
+    return f"{number if high.endswith(f' {unit}') else low} to {high} left"
+
+
+def span(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _may_end_early(stage: Stage) -> bool:
+    """A budget may end it before its last step."""
+    return stage.kind in ("rl", "distill") and bool(stage.flops or stage.flops_of)
+
+
+def _round(value: float) -> str:
+    """Two digits, and thousands apart: 3,400."""
+    return f"{float(f'{value:.2g}'):,.0f}"
 
 
 def outcome(artifact: Artifact) -> str:

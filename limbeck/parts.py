@@ -94,6 +94,13 @@ class Shape(Settings):
     def _fit(self) -> Shape:
         if self.experts and not self.latent:
             raise ValueError("experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too")
+        if not self.latent and self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is no even number of dimensions for each of heads = {self.heads}, and rotary "
+                f"positions take dimensions in pairs; make hidden_size a multiple of {2 * self.heads}"
+            )
+        if not self.latent and self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; give a number that does")
         return self
 
 

@@ -18,32 +18,50 @@ from typing import Any, BinaryIO
 from .types import Group
 
 METRICS, ROLLOUTS, ASKED, TIMING = "metrics.jsonl", "rollouts.jsonl", "asked.jsonl", "timing.jsonl"
+PREPARING = "preparing.partial"  # what a stage does before its first step; swept away as torn files are
+BEAT = 5.0  # seconds after which a step is timed although it is not logged
+COUNTED = ("sampled_tokens", "learned_tokens", "labelled_tokens")  # metrics that say how many tokens a step had
 
 
 class Record:
     """Writes a stage's history; `Record(folder, step)` forgets whatever came at or after `step`.
 
-    `total` is how many steps there will be, where that is known.
+    `total` is how many steps there will be, where that is known. Timing begins with a row without seconds: the stage is
+    ready for `step`.
     """
 
     def __init__(self, folder: Path, step: int = 0, total: int | None = None):
         self.folder, self.total = folder, total
         for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             _keep_before(folder / name, step)
-        self._began = time.monotonic()
+        (folder / PREPARING).unlink(missing_ok=True)
+        _append(folder / TIMING, {"step": step - 1, "of": total, "seconds": None})
+        self._began, self._tokens = time.monotonic(), 0
 
     def step(
-        self, step: int, metrics: dict[str, float], groups: Iterable[Group] = (), asked: Sequence[str] = ()
+        self, step: int, metrics: dict[str, float], groups: Iterable[Group] = (), asked: Sequence[str] = (), tokens: int = 0
     ) -> None:
-        """Append one step: `metrics` as they are, `groups` as readable rows, `asked` the ids of all problems learned from."""
+        """Append one step: `metrics` as they are, `groups` as readable rows, `asked` the ids of all problems learned from;
+        `tokens` where the metrics do not count them."""
         _append(self.folder / METRICS, {"step": step, **{k: _tidy(v) for k, v in metrics.items()}})
         for group in groups:
             _append(self.folder / ROLLOUTS, {"step": step, **rollout_row(group)})
         if asked:
             _append(self.folder / ASKED, {"step": step, "problems": list(asked)})
+        self._time(step, tokens + sum(int(metrics.get(name, 0)) for name in COUNTED))
+
+    def beat(self, step: int, tokens: int) -> None:
+        """A step that is not logged: timed where it has been quiet for long, so that whoever watches sees it go on."""
+        if time.monotonic() - self._began < BEAT:
+            self._tokens += tokens
+        else:
+            self._time(step, tokens)
+
+    def _time(self, step: int, tokens: int) -> None:
         now = time.monotonic()
-        _append(self.folder / TIMING, {"step": step, "of": self.total, "seconds": round(now - self._began, 3)})
-        self._began = now
+        row = {"step": step, "of": self.total, "seconds": round(now - self._began, 3), "tokens": self._tokens + tokens}
+        _append(self.folder / TIMING, row)
+        self._began, self._tokens = now, 0
 
     def sync(self) -> None:
         """Force to disk what was written, so that a checkpoint never outlives its history."""
@@ -51,6 +69,11 @@ class Record:
             if (self.folder / name).exists():
                 with open(self.folder / name, "rb") as file:
                     os.fsync(file.fileno())
+
+
+def prepare(folder: Path, what: str) -> None:
+    """Say what a stage does before its first step, for whoever watches; the record's beginning unsays it."""
+    (folder / PREPARING).write_text(what, encoding="utf-8")
 
 
 def rollout_row(group: Group) -> dict[str, Any]:

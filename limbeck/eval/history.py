@@ -87,8 +87,9 @@ class History:
         self.shown.append(Shown(row["step"], place, row["problem"], row["prompt"], right))
 
     def _timing(self, place: int, row: dict[str, Any]) -> None:
-        self.timed.append((row["step"], row["seconds"]))
         self.total = row.get("of")
+        if row["seconds"] is not None:  # else it is the beginning
+            self.timed.append((row["step"], row["seconds"]))
 
     @property
     def version(self) -> str:

@@ -14,8 +14,6 @@ from typing import Any
 from ..types import LimbeckError
 from .families import FAMILIES, LATENT, Family
 
-ROPES = ("linear", "llama3", "yarn", "dynamic with alpha")
-
 
 @dataclass(frozen=True)
 class Latent:
@@ -90,6 +88,14 @@ class ModelConfig:
     layer_norm: bool = False
     parallel: bool = False
     gated: bool = True
+
+    def __post_init__(self) -> None:
+        key = LATENT["rope_dim"] if self.latent else "head_dim"
+        if self.rope_dim % 2:
+            raise LimbeckError(f"{key} = {self.rope_dim} is odd, but rotary positions take dimensions in pairs; give an even size")
+        if not self.latent and self.heads % self.kv_heads:
+            told = f"num_key_value_heads = {self.kv_heads} does not divide num_attention_heads = {self.heads}"
+            raise LimbeckError(f"{told}; give a number that does")
 
     # ------------------------------------------------------------ layers
 
@@ -244,23 +250,27 @@ class ModelConfig:
         theta, scaling = _rope(tree, family, where)
         switches = dict(family.switches)
         if name == "hunyuan":
-            switches |= {"qk_norm": "after" if tree.get("use_qk_norm") else "", "share_kv": _shared_layers(tree)}
-        return cls(
-            family=name,
+            shared = tree.get("cla_share_factor", 1) if tree.get("use_cla") else 1
+            switches |= {"qk_norm": "after" if tree.get("use_qk_norm") else "", "share_kv": shared}
+        fields = {
             **sizes,
-            kv_heads=tree.get("num_key_value_heads") or heads,
-            head_dim=tree.get("head_dim") or sizes["hidden_size"] // heads,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=tree.get(family.norm_eps, 1e-6),
-            tied=bool(tree.get("tie_word_embeddings", family.tied)),
-            max_positions=tree.get("max_position_embeddings", 4096),
-            latent=_latent(tree, where) if family.latent else None,
-            experts=_experts(tree, name, where) if family.experts else None,
-            windows=_windows(tree, layers),
-            predicted=tree.get("num_nextn_predict_layers") or tree.get("num_mtp_layers") or 0,
+            "kv_heads": tree.get("num_key_value_heads") or heads,
+            "head_dim": tree.get("head_dim") or sizes["hidden_size"] // heads,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "norm_eps": tree.get(family.norm_eps, 1e-6),
+            "tied": bool(tree.get("tie_word_embeddings", family.tied)),
+            "max_positions": tree.get("max_position_embeddings", 4096),
+            "latent": _latent(tree, where) if family.latent else None,
+            "experts": _experts(tree, name, where) if family.experts else None,
+            "windows": _windows(tree, layers),
+            "predicted": tree.get("num_nextn_predict_layers") or tree.get("num_mtp_layers") or 0,
             **switches,
-        )
+        }
+        try:
+            return cls(name, **fields)
+        except LimbeckError as error:
+            raise LimbeckError(f"{where}: {error}") from None
 
     def to_hf(self, eos: int, pad: int) -> dict[str, Any]:
         """The `config.json` that transformers reads."""
@@ -355,12 +365,14 @@ def _rope(tree: dict[str, Any], family: Family, where: str) -> tuple[float, dict
     given = tree.get("rope_parameters") or {}
     theta = float(tree.get("rope_theta") or given.get("rope_theta") or family.theta)
     scaling = {k: v for k, v in (tree.get("rope_scaling") or given).items() if k not in ("rope_theta", "type")}
+    share = tree.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1
+    if share != 1 and not family.latent:
+        raise LimbeckError(f"{where}: partial_rotary_factor = {share} is not supported; only 1 is")
     kind = scaling.get("rope_type") or (tree.get("rope_scaling") or given).get("type") or "default"
     if kind == "default":
         return theta, {}
     if kind not in ("linear", "llama3", "yarn") and not (kind == "dynamic" and scaling.get("alpha")):
-        known = ", ".join(ROPES)
-        raise LimbeckError(f"{where}: rope_scaling of type {kind} is not supported; supported are {known}")
+        raise LimbeckError(f"{where}: rope_scaling of type {kind} is not supported; supported are linear, llama3, yarn, dynamic with alpha")
     if kind != "dynamic" and not isinstance(scaling.get("factor"), int | float):
         raise LimbeckError(f"{where}: rope_scaling has no factor; copy the file again from its source")
     return theta, {**scaling, "rope_type": kind}
@@ -394,10 +406,6 @@ def _experts(tree: dict[str, Any], name: str, where: str) -> Experts | None:
         dense=tuple(sorted(dense)),
         capacity=capacity,
     )
-
-
-def _shared_layers(tree: dict[str, Any]) -> int:
-    return tree.get("cla_share_factor", 1) if tree.get("use_cla") else 1
 
 
 def _windows(tree: dict[str, Any], layers: int) -> tuple[int, ...]:

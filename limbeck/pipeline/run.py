@@ -16,7 +16,7 @@ from ..cluster.machine import machine
 from ..engine.remote import key_of
 from ..reading import dump
 from ..recipe import Curate, Recipe, Remote
-from ..record import METRICS, ROLLOUTS, TIMING, read
+from ..record import METRICS, PREPARING, ROLLOUTS, TIMING, read
 from ..types import LimbeckError, Resumable
 from . import curate as desk
 from . import reviews
@@ -30,6 +30,7 @@ from .worker import write_job
 
 TICK = 0.25  # seconds between two looks at what is going on
 FORECAST = "forecast.json"  # in a run's folder: what its stages were expected to take
+RECENT = 10  # rows of timing that the pace of a stage is taken from
 GRACE = 20.0  # seconds that running stages have to checkpoint when another one has failed
 
 
@@ -44,6 +45,18 @@ class Display(Protocol):
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How fast a stage has been lately: `Pace(4, 40, 12.0, 40960, 0.7)` took four looks at 40 steps, 12 seconds and so
+    many tokens, and the last one is 0.7 seconds old."""
+
+    looks: int
+    steps: int
+    seconds: float
+    tokens: int
+    since: float
+
+
+@dataclass(frozen=True)
 class Progress:
     """A running stage as its record shows it."""
 
@@ -55,6 +68,31 @@ class Progress:
         """Steps done, steps in all, and the latest metrics."""
         timing, metrics = _last(self.folder / TIMING), _last(self.folder / METRICS)
         return timing.get("step", -1) + 1, timing.get("of"), metrics
+
+    def pace(self) -> Pace:
+        """Measured over the latest rows. The first one of a process holds what it does once, and only marks a beginning."""
+        rows = _tail(self.folder / TIMING)
+        begins = max((i for i, row in enumerate(rows) if row["seconds"] is None), default=-1)
+        rows = rows[begins + 1 :][-RECENT - 1 :]
+        if len(rows) < 2:
+            return Pace(0, 0, 0.0, 0, self._since())
+        steps, seconds = rows[-1]["step"] - rows[0]["step"], sum(row["seconds"] for row in rows[1:])
+        return Pace(len(rows) - 1, steps, seconds, sum(row.get("tokens", 0) for row in rows[1:]), self._since())
+
+    def _since(self) -> float:
+        """Seconds since something was recorded."""
+        path = self.folder / TIMING
+        return min(self.spent, max(0.0, time.time() - path.stat().st_mtime)) if path.exists() else self.spent
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.began
+
+    def preparing(self) -> str:
+        """What it does before its first step, where it says so."""
+        with suppress(FileNotFoundError):
+            return (self.folder / PREPARING).read_text(encoding="utf-8")
+        return ""
 
     def thought(self) -> dict[str, Any]:
         """The rollout that was written last."""
@@ -322,13 +360,18 @@ def _end(status: int) -> str:
 
 def _last(path: Path) -> dict[str, Any]:
     """The last whole line of a JSONL file, without reading all of it."""
+    return next(iter(_tail(path, 1)), {})
+
+
+def _tail(path: Path, count: int = 4 * RECENT) -> list[dict[str, Any]]:
+    """The last whole lines of a JSONL file, `count` at most."""
     if not path.exists():
-        return {}
+        return []
     with open(path, "rb") as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - 65536))
         lines = file.read().split(b"\n")[:-1]
     try:
-        return json.loads(lines[-1]) if lines else {}
+        return [json.loads(line) for line in lines[-count:]]
     except ValueError:
-        return {}
+        return []

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from ..recipe import (
     Sample,
     Screen,
 )
-from ..record import Record, read, read_metrics
+from ..record import Record, prepare, read, read_metrics
 from ..tokenizer import Tokenizer, split_thought
 from ..train.learner import Learner
+from ..train.overflow import finite, spoiled
 from ..train.rl import reinforce, summarize
 from ..train.supervised import batches, plan_epochs
 from ..types import Completion, Group, LimbeckError, Resumable, fingerprint
@@ -70,6 +72,9 @@ def run_load(job: Job) -> Outcome:
             f"{source}: the tokenizer knows {tokenizer.size} tokens, the model only {decoder.config.vocab_size}; "
             "they are not of one model"
         )
+    if not finite(decoder.parameters()):
+        name = spoiled(decoder.named_parameters())
+        raise LimbeckError(f"{source}: the weight {name} is not finite; copy the model again from its source")
     if stage.layers:
         decoder = decoder.thinned(stage.layers)
     save_model(decoder, tokenizer, job.folder)
@@ -99,9 +104,21 @@ def run_pretrain(job: Job) -> Outcome:
         from ..model.fp8 import simulate
 
         simulate(decoder)
-    documents = encode_documents(task.documents(job.seed, stage.corpus), tokenizer, stage.tokens)
+    documents = encode_documents(watched(job.folder, task.documents(job.seed, stage.corpus), stage.tokens), tokenizer, stage.tokens)
+    prepare(job.folder, "at work")
     plan = batches(documents, stage.batch_tokens, job.seed)
     return fit_samples(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
+
+
+def watched(folder: Path, documents: Iterator[list[str]], tokens: int) -> Iterator[list[str]]:
+    """The documents of a corpus as they are; now and then it is told which share of its `tokens` is written."""
+    written, told = 0, time.monotonic()
+    for words in documents:
+        yield words
+        written += len(words)
+        if time.monotonic() - told > 1:
+            prepare(folder, f"writes its corpus, {written / tokens:.0%}")
+            told = time.monotonic()
 
 
 def run_sft(job: Job) -> Outcome:

@@ -27,6 +27,7 @@ from pydantic import TypeAdapter
 
 from ..cluster import allocator
 from ..recipe import AnyStage, Problems, Remote
+from ..record import prepare
 from ..types import LimbeckError
 from .curate import Waiting
 from .job import Job
@@ -129,6 +130,7 @@ def _carry_out(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
+        prepare(job.folder, "at work")
         _forget()
         used = _kernels_of(job, tell)
         began, cpu = time.monotonic(), time.process_time()

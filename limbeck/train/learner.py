@@ -5,6 +5,7 @@ N input tokens · M predicted tokens · C hidden · V vocabulary · K kept ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from .batch import Batch
 from .divergence import Logits, States, tempered
 from .losses import Loss
 from .optimizer import Optimizer
+from .overflow import SLOWER, blamed, finite, spoiled, stopped
 
 CHUNK = 1 << 22  # logits that may stand in memory at once: 16 MiB in float32
 
@@ -35,10 +37,12 @@ class Learner:
             raise LimbeckError("recompute: mixtures of experts and shared keys keep notes of a forward pass; leave it out")
         model.recompute = recompute
         self.optimizer = Optimizer(model, settings, steps)
+        self.parameters = list(model.parameters())
         self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
     def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Any]:
-        """One optimiser step over all micro-batches; returns the batch's metrics."""
+        """One optimiser step over all micro-batches; returns the batch's metrics. A loss or gradient that is not finite is
+        an error, and the step is not taken; so is a step that has made a weight so."""
         totals: dict[str, Tensor] = {}
         for batch in batches:
             hidden_NC = self._hidden(batch)
@@ -47,15 +51,27 @@ class Learner:
                 metrics["loss_ahead"] = self._ahead(hidden_NC, batch)
                 value = value + self.settings.ahead_weight * metrics["loss_ahead"]
             value = sum(self._penalties(batch, metrics), value)
+            if not math.isfinite(value.detach()):
+                raise self._stopped(*blamed(self.model, batch))
             value.backward()
             for name, part in metrics.items():
                 before = totals.get(name)
                 join = torch.maximum if name.startswith("max_") else torch.add
                 totals[name] = part.detach() if before is None else join(before, part.detach())
         norm = self.optimizer.step(self.step)
+        if not math.isfinite(norm):
+            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            raise self._stopped(f"the gradient of {spoiled(gradients)} is", SLOWER)
+        if not finite(self.parameters):
+            raise self._stopped(f"the new weight {spoiled(self.model.named_parameters())} is", SLOWER)
         self.step += 1
         routing = self._balance(batches) if self.mixtures else {}
         return {**{name: float(value) for name, value in totals.items()}, **routing, "gradient_norm": norm}
+
+    def _stopped(self, what: str, remedy: str) -> LimbeckError:
+        """What a step that cannot be taken ends with; its gradients are forgotten."""
+        self.model.zero_grad(set_to_none=True)
+        return stopped(what, remedy, self.step, self.optimizer.steps)
 
     def _lose(self, hidden_NC: Tensor, batch: Batch, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
         """A loss sees the log-probabilities of tokens; beside a teacher, what makes the logits."""

@@ -111,8 +111,13 @@ class Optimizer:
                 self.rates.append(ratio)
 
     def step(self, step: int) -> float:
-        """Clip, update, forget the gradients; returns the gradient's norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        """Clip, update, forget the gradients; returns the gradient's norm before clipping. Where that is not finite,
+        nothing is touched: neither weights nor moments nor gradients."""
+        learned = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in learned])
+        if not math.isfinite(norm):
+            return float(norm)
+        nn.utils.clip_grads_with_norm_(learned, self.settings.clip_norm, norm)
         rate = self.settings.learning_rate * schedule(self.settings, step, self.steps)
         for part, ratio in zip(self.parts, self.rates, strict=True):
             for group in part.param_groups:

@@ -82,8 +82,11 @@ def fit(
         step = learner.step
         chosen = [pairs[i] for i in plan[step]]
         metrics = learner.update(pack_pairs(chosen, micro_tokens), bradley_terry(len(chosen)))
+        tokens = sum(len(half.tokens) for pair in chosen for half in pair)
         if step % log_every == 0 or step == len(plan) - 1:
-            record.step(step, {name: value for name, value in metrics.items() if name != "entropy"})
+            record.step(step, {name: value for name, value in metrics.items() if name != "entropy"}, tokens=tokens)
+        else:
+            record.beat(step, tokens)
         checkpoint.offer(lambda: {"learner": learner.state_dict()}, record)
 
 

@@ -43,7 +43,10 @@ def fit(
     """One update a batch, in the order of `plan`, from where the learner stands."""
     while learner.step < len(plan):
         step = learner.step
-        metrics = learner.update(pack([samples[i] for i in plan[step]], micro_tokens), loss)
+        batch = [samples[i] for i in plan[step]]
+        metrics, tokens = learner.update(pack(batch, micro_tokens), loss), sum(len(sample.tokens) for sample in batch)
         if step % log_every == 0 or step == len(plan) - 1:
-            record.step(step, metrics)
+            record.step(step, metrics, tokens=tokens)
+        else:
+            record.beat(step, tokens)
         checkpoint.offer(lambda: {"learner": learner.state_dict()}, record)
