@@ -190,6 +190,7 @@ def _moves(answer: str) -> str:
 
 
 _N = grammar.NUMBER
+_TURN = r"[UDLRFBMESXYZudlrfbxyz]w?(?:'[1-9]?|[1-9]'?)?"
 # A reader of the answer's form; the scorer sees only what it gives back.
 SCORED: dict[str, Callable[[str], str]] = {
     "advanced_geometry": _like(rf"{_N} ?°?|\({_N}, ?{_N}\)"),
@@ -212,8 +213,8 @@ SCORED: dict[str, Callable[[str], str]] = {
     "power_function": _like(_N),
     "prime_factorization": _like(r"[0-9]{1,20}(?: ?× ?[0-9]{1,20})*"),
     "propositional_logic": _like(r"[A-Z()¬∧∨→↔ ]+"),
-    "quantum_lock": _like(r"[A-C](?: ?(?:→|,|->)? ?[A-C])*"),
-    "rubiks_cube": _like(r"[UDLRFBMESXYZudlrfbxyz]w?'?[1-9]?'?(?: [UDLRFBMESXYZudlrfbxyz]w?'?[1-9]?'?)*"),
+    "quantum_lock": _like(r"[A-C](?:(?: ?(?:→|,|->) ?| )?[A-C])*"),
+    "rubiks_cube": _like(rf"{_TURN}(?: {_TURN})*"),
     "rush_hour": _like(r"[A-Z][-+][0-9](?: [A-Z][-+][0-9])*"),
     "shortest_path": _like(r"infeasible|(?:up|down|left|right)(?: (?:up|down|left|right))*"),
     "sokoban": _like(r"[UDLR]+"),
@@ -227,7 +228,8 @@ SCORED: dict[str, Callable[[str], str]] = {
     "word_ladder": _like(r"[A-Za-z]+(?:, ?[A-Za-z]+)*"),
 }
 
-SYMBOLIC = frozenset({"intermediate_integration"})  # read by a grammar, and judged by sympy in the referee's child
+# Read by a grammar, and judged by sympy in the referee's child.
+SYMBOLIC = frozenset({"intermediate_integration"})
 REFUSED = {"composite": "it hands the answer on to other generators; name each of them as problems of its own"}
 
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 LONGEST = 4096  # characters
 DEEPEST = 24  # brackets and signs inside one another
 DIGITS = 40
+TOKENS = 400
 EXPONENT = 99
-DEGREE = 400
-TERMS = 2000
-BITS = 20_000  # of a numerator or a denominator
+SMALL = 10  # the largest exponent of a sum
+TERMS = 400  # of a polynomial, and of a product before like ones are added up
+BITS = 2000  # of a numerator or a denominator
 
 NUMBER = rf"[-+]?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE][-+]?[0-9]{{1,3}})?"
 
@@ -110,6 +111,8 @@ def expression(text: str, names: Iterable[str] = (), functions: Iterable[str] = 
             raise Unread("what is no part of an expression")
         tokens.append(match.group().strip())
         at = match.end()
+    if len(tokens) > TOKENS:
+        raise Unread("too long")
     return _Reader(tokens, frozenset(names), frozenset(functions)).whole()
 
 
@@ -179,13 +182,17 @@ class _Reader:
         return tree
 
 
-def leaves(tree: Node) -> Iterator[Fraction]:
-    """The numbers of a tree, in the order in which they were written."""
-    if tree.kind == "number":
-        yield tree.parts[0]
-    elif tree.kind != "name":
-        for part in tree.parts:
-            yield from leaves(part)
+def nodes(tree: Node) -> Iterator[Node]:
+    """A node and all below it, in the order in which they were written."""
+    yield tree
+    for part in tree.parts:
+        if isinstance(part, Node):
+            yield from nodes(part)
+
+
+def leaves(tree: Node) -> list[Fraction]:
+    """The numbers of a tree."""
+    return [node.parts[0] for node in nodes(tree) if node.kind == "number"]
 
 
 def folded(tree: Node, constant: Callable, name: Callable, power: Callable, function: Callable | None = None) -> Any:
@@ -218,12 +225,16 @@ def folded(tree: Node, constant: Callable, name: Callable, power: Callable, func
         raise Unread("divided by zero") from None
 
 
+def _bits(fraction: Fraction) -> int:
+    return max(fraction.numerator.bit_length(), fraction.denominator.bit_length())
+
+
 def amount(tree: Node) -> Fraction:
     """The exact value of a tree without names and functions."""
 
     def power(base: Fraction, exponent: Node) -> Fraction:
         wanted = amount(exponent)
-        if wanted.denominator > 1 or abs(wanted) > EXPONENT or base.numerator.bit_length() * abs(wanted) > BITS:
+        if wanted.denominator > 1 or abs(wanted) > EXPONENT or _bits(base) * abs(wanted) > BITS:
             raise Unread("too large an exponent")
         return base ** int(wanted)
 
@@ -241,13 +252,8 @@ class Polynomial:
 
     def __init__(self, terms: dict[tuple, Fraction]):
         self.terms = {powers: coefficient for powers, coefficient in terms.items() if coefficient}
-        bits = max((max(c.numerator.bit_length(), c.denominator.bit_length()) for c in self.terms.values()), default=0)
-        if len(self.terms) > TERMS or self.degree > DEGREE or bits > BITS:
+        if len(self.terms) > TERMS or any(_bits(coefficient) > BITS for coefficient in self.terms.values()):
             raise Unread("too large a polynomial")
-
-    @property
-    def degree(self) -> int:
-        return max((sum(power for _, power in powers) for powers in self.terms), default=0)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Polynomial) and self.terms == other.terms
@@ -299,7 +305,7 @@ def polynomial(tree: Node) -> Polynomial:
 
     def power(base: Polynomial, exponent: Node) -> Polynomial:
         wanted = amount(exponent)
-        if wanted.denominator > 1 or not 0 <= wanted <= EXPONENT:
+        if wanted.denominator > 1 or not 0 <= wanted <= (EXPONENT if len(base.terms) < 2 else SMALL):
             raise Unread("no exponent of a polynomial")
         product = Polynomial({(): Fraction(1)})
         for _ in range(int(wanted)):
@@ -313,10 +319,8 @@ def polynomial(tree: Node) -> Polynomial:
 
 def expanded(tree: Node) -> bool:
     """Whether nothing is left to multiply out: no sum inside a product or a power."""
-    inner = [part for part in tree.parts if isinstance(part, Node)]
-    if tree.kind in ("*", "/", "**") and any(part.kind in "+-" for part in inner):
-        return False
-    return all(expanded(part) for part in inner)
+    factors = [node for node in nodes(tree) if node.kind in ("*", "/", "**")]
+    return not any(inner.kind in ("+", "-") for factor in factors for inner in nodes(factor))
 
 
 # ---------------------------------------------------------------- sympy
@@ -327,13 +331,12 @@ def symbolic(tree: Node) -> Any:
     import sympy
 
     def power(base: Any, exponent: Node) -> Any:
-        if not any(node.kind == "name" for node in nodes(exponent)):
-            wanted = amount(exponent)
-            if abs(wanted) > EXPONENT or wanted.denominator > EXPONENT:
+        wanted = fold(exponent)
+        if wanted.is_Rational:
+            bits = _bits(Fraction(base.p, base.q)) if base.is_Rational else 1
+            if abs(wanted) > EXPONENT or bits * abs(wanted) > BITS:
                 raise Unread("too large an exponent")
-        elif base.is_number and any(node.kind == "**" for node in nodes(exponent)) and not base.has(sympy.Symbol):
-            raise Unread("a tower of powers")
-        return base ** fold(exponent)
+        return base**wanted
 
     def function(name: str, inner: Any) -> Any:
         return getattr(sympy, {"ln": "log", "abs": "Abs"}.get(name, name))(inner)
@@ -345,11 +348,3 @@ def symbolic(tree: Node) -> Any:
         return folded(node, lambda n: sympy.Rational(n.numerator, n.denominator), name, power, function)
 
     return fold(tree)
-
-
-def nodes(tree: Node) -> Iterator[Node]:
-    """A node and all below it."""
-    yield tree
-    for part in tree.parts:
-        if isinstance(part, Node):
-            yield from nodes(part)
