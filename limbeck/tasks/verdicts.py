@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import Any
 
 from . import grammar, sandbox
 from .generators import SCORED, elementary, unpacked
@@ -42,23 +42,21 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replies.write("|".join(_proven()) + "\n")
+    layers, reaches = _proven()
+    replies.write("|".join([*map(str, layers), *reaches]) + "\n")
     while head := questions.readline():
         asked = json.loads(head)
         answer = questions.read(asked["answer"])
-        replies.write(f"{_verdict(asked['question'], answer, asked['deadline'], replies)}\n")
+        try:
+            judge = JUDGES[asked["question"][0]](*asked["question"][1:])
+        except Exception:  # noqa: BLE001 — a library that is not there, or that cannot make this judge
+            replies.write("error\n")
+            continue
+        replies.write("started\n")
+        replies.write(f"{_apart(judge, answer, asked['deadline'], layers)}\n")
 
 
-def _verdict(question: list, answer: bytes, deadline: float, replies: TextIO) -> str:
-    try:
-        judge = JUDGES[question[0]](*question[1:])
-    except Exception:  # noqa: BLE001 — a library that is not there, or that cannot make this judge
-        return "error"
-    replies.write("started\n")
-    return _apart(lambda: judge(answer.decode("utf-8", "surrogatepass")), deadline)
-
-
-def _proven() -> list[str]:
+def _proven() -> tuple[tuple[int, bool], list[str]]:
     """The layers that were applied in one process, and what another could not reach."""
     parent = os.getpid()
 
@@ -72,18 +70,19 @@ def _proven() -> list[str]:
 
     layers, bits = (max(0, _ended(work) - TOLD) for work in (applied, refused))
     reaches = [reach for bit, reach in enumerate(sandbox.REACHES) if bits >> bit & 1]
-    return [str(layers >> 1), str(bool(layers & 1)), *reaches]
+    return (layers >> 1, bool(layers & 1)), reaches
 
 
-def _apart(judge: Callable[[], str], deadline: float) -> str:
-    """The verdict of a process that confines itself, judges and ends."""
+def _apart(judge: Judge, answer: bytes, deadline: float, layers: tuple[int, bool]) -> str:
+    """The verdict of a process that confines itself, in the layers that were proven, judges and ends."""
 
     def judged() -> int:
         _disarm()
         signal.setitimer(signal.ITIMER_PROF, deadline)
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * deadline + 1)
-        sandbox.confine()
-        return TOLD + VERDICTS.index(judge())
+        if sandbox.confine() != layers:
+            return TOLD + VERDICTS.index("error")
+        return TOLD + VERDICTS.index(judge(answer.decode("utf-8", "surrogatepass")))
 
     code = _ended(judged)
     if -code in (signal.SIGPROF, signal.SIGALRM):
