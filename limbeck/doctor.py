@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from typing import Any
 
 from .cluster.machine import usable_cores, usable_memory
 from .model.config import ModelConfig
+from .tasks.referee import REFEREE
 
 GIB = 1024**3
 
@@ -41,15 +40,12 @@ EXTRAS = {
     "fastapi": ("serve", "the chat page and the API"),
 }
 
-# linux/landlock.h: the call is 444 on every architecture; with this flag it returns the kernel's version.
-LANDLOCK_CREATE_RULESET, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
-
 
 @dataclass(frozen=True)
 class Finding:
     """One thing looked at. `ok` is None where it is neither good nor bad.
 
-    `Finding("sandbox", ok=False, value="none", advice="install bubblewrap: apt install bubblewrap")`
+    `Finding("reasoning_gym", ok=None, value="not installed", advice="pip install 'limbeck[gym]'")`
     """
 
     name: str
@@ -149,28 +145,10 @@ def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
 
 
 def _sandbox() -> Finding:
-    """The layer that holds model-written code: bubblewrap if it really starts, else Landlock, else none."""
-    if shutil.which("bwrap"):
-        probe = ["bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "true"]
-        outcome = subprocess.run(probe, capture_output=True, text=True, timeout=10, check=False)
-        if outcome.returncode == 0:
-            return Finding("sandbox", True, "bubblewrap")
-        advice = f"bwrap is here but does not start ({outcome.stderr.strip()}): allow user namespaces"
-    else:
-        advice = "for a stronger one install bubblewrap (apt install bubblewrap)"
-    version = landlock_version()
-    if version > 0:
-        return Finding("sandbox", True, f"landlock, version {version}", advice)
-    return Finding("sandbox", False, "none", f"code rewards are refused; {advice}")
-
-
-def landlock_version() -> int:
-    """The kernel's Landlock version, 0 where there is none."""
-    if not sys.platform.startswith("linux"):
-        return 0
-    call = ctypes.CDLL(None).syscall
-    call.restype = ctypes.c_long
-    return max(0, call(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), LANDLOCK_CREATE_RULESET_VERSION))
+    """What a process that judges answers tried to reach just now, and was refused."""
+    proof = REFEREE.proof()
+    advice = "" if proof.holds else "tasks whose scorers need it are refused: use Linux with seccomp (Docker's default profile allows it)"
+    return Finding("sandbox", proof.holds, str(proof), advice)
 
 
 def _extra(module: str) -> Finding:

@@ -222,7 +222,7 @@ def _prove(gold: str, answer: str, deadline: float) -> Verdict:
     known = _verdicts.get((gold, answer))
     if known:
         return known
-    verdict = Verdict(REFEREE.ask("mathematics", gold, answer, deadline=deadline))
+    verdict = Verdict(REFEREE.ask("mathematics", gold, answer=answer, deadline=deadline))
     if verdict is not Verdict.ERROR:
         with _verdicts_lock:
             if len(_verdicts) >= _REMEMBERED:

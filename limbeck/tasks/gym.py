@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import pickle
-import re
+import json
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from .. import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
-from . import answers
+from . import answers, generators
 from .answers import Verdict
+from .grammar import Unread
 from .referee import REFEREE
 from .task import judged, written
 
@@ -20,9 +21,9 @@ from .task import judged, written
 class GymTask:
     """Problems of one generator. Train and test have different seeds, and no question in common.
 
-    A whole-number answer is judged by `answers.judge`, any other by the generator's own scorer, which runs
-    in the referee's child (several call `eval` on the answer) and must give full marks. `skipped` counts
-    the entries that have neither an answer nor such a scorer.
+    A whole-number answer is judged by `answers.judge`, any other as `generators` says: compared with the gold
+    one, read by a grammar, or handed, in a form that is known, to the generator's own scorer in a process that
+    reaches nothing. `skipped` counts the entries that have neither an answer nor such a scorer.
     """
 
     def __init__(self, name: str, settings: recipe.Gym):
@@ -54,26 +55,36 @@ class GymTask:
         )
 
     def _compare(self, problem: Problem, answer: str) -> Verdict:
-        gold = problem.answer or ""
-        if _whole(gold) or not self._scores_itself():
+        gold, generator = problem.answer or "", self.settings.generator
+        if _whole(gold) or not self._scores_itself() or generator in generators.NUMBERS:
             return answers.judge(gold, answer)
-        if dangerous(answer):
+        try:
+            right = generators.compared(generator, answer, self._entries[problem.id])
+        except Unread:
             return Verdict.UNPARSED
-        entry = self._entries[problem.id]
-        config = pickle.dumps({**self.settings.config, "seed": 0, "size": 1})
-        return Verdict(REFEREE.ask("gym", self.settings.generator, config, entry, answer, deadline=2.0))
+        if right is not None:
+            return Verdict.CORRECT if right else Verdict.WRONG
+        return self._asked(self._entries[problem.id], answer)
+
+    def _asked(self, entry: dict[str, Any], answer: str) -> Verdict:
+        """What a process that reaches nothing says."""
+        if self.settings.generator in generators.SYMBOLIC:
+            known = entry["metadata"]
+            question = ["integral", known["integrand"], known["variable"]]
+        else:
+            config = json.dumps(self.settings.config, sort_keys=True)
+            question = ["scorer", self.settings.generator, config, generators.packed(entry)]
+        return Verdict(REFEREE.ask(*question, answer=answer, deadline=2.0))
 
     def _scores_itself(self) -> bool:
-        from reasoning_gym.dataset import ProceduralDataset
-
-        return self._kind.score_answer is not ProceduralDataset.score_answer
+        return _scores_itself(self._kind)
 
     def _problems(self, split: str, count: int, taken: set[str]) -> list[Problem]:
         # the generators seed entry i with seed + i, so neighbouring seeds would share nearly all entries
         seed = fingerprint("gym", self.settings.generator, self.settings.seed, split) % 2**31
         problems, taken = [], set(taken)
         for i, entry in enumerate(_create(self.name, self.settings, seed, count)):
-            if not entry["answer"] and not self._scores_itself():
+            if not entry["answer"] and self.settings.generator not in generators.SCORED:
                 self.skipped += 1
             elif entry["question"] not in taken:
                 taken.add(entry["question"])
@@ -92,22 +103,6 @@ class GymTask:
         return problem
 
 
-_FUNCTIONS = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|Abs|abs"
-_DANGEROUS = re.compile(
-    rf"__|\blambda\b|\]\s*\(|\b(?!(?:{_FUNCTIONS})\b)[^\W\d]\w*\s*\("  # calls
-    r"|\*\*[\s(]*-?\d+[\s)]*\*\*|\*\*[\s(]*-?\d{3,}"  # towers
-)
-
-
-def dangerous(answer: str) -> bool:
-    """Whether `eval` would call anything in it but an elementary function, or raise towers of powers.
-
-    >>> dangerous("sin(x) + (94*4 - 61)"), dangerous("open('/etc/passwd')"), dangerous("9**9**9")
-    (False, True, True)
-    """
-    return _DANGEROUS.search(answer) is not None
-
-
 def _whole(gold: str) -> bool:
     return gold.lstrip("-").isdecimal()
 
@@ -124,6 +119,8 @@ def _generator(name: str, settings: recipe.Gym) -> type:
         hint = _meant(settings.generator, DATASETS)
         raise LimbeckError(f"problems.{name}.generator: reasoning-gym has no {settings.generator}{hint}")
     kind, config = DATASETS[settings.generator]
+    if _scores_itself(kind):
+        _admit(name, settings.generator)
     keys = {field.name for field in dataclasses.fields(config)} - {"seed", "size"}
     for key in settings.config:
         if key in ("seed", "size"):
@@ -135,6 +132,35 @@ def _generator(name: str, settings: recipe.Gym) -> type:
                 f"problems.{name}.config: {settings.generator} has no key {key}{_meant(key, keys)}"
             )
     return kind
+
+
+def _scores_itself(kind: type) -> bool:
+    from reasoning_gym.dataset import ProceduralDataset
+
+    return kind.score_answer is not ProceduralDataset.score_answer
+
+
+def _admit(name: str, generator: str) -> None:
+    """Refuse a generator whose scorer nobody read, or that must run apart where nothing keeps it there."""
+    where = f"problems.{name}.generator: {generator}"
+    if generator in generators.REFUSED:
+        raise LimbeckError(f"{where} is refused: {generators.REFUSED[generator]}")
+    if not generators.known(generator):
+        raise LimbeckError(
+            f"{where} is refused: its scorer was never read, and may evaluate what a model writes; choose another"
+        )
+    if not generators.judged_apart(generator):
+        return
+    if (installed := metadata.version("reasoning-gym")) != generators.AUDITED:
+        raise LimbeckError(
+            f"{where} is refused: the scorers of reasoning-gym {installed} were never read; "
+            f"run pip install reasoning-gym=={generators.AUDITED}, or choose another"
+        )
+    if not (proof := REFEREE.proof()).holds:
+        raise LimbeckError(
+            f"{where} is refused: its scorer may reach too much here ({proof}); "
+            "use Linux 3.5 or later with seccomp, or a generator with whole-number answers such as chain_sum"
+        )
 
 
 def _create(name: str, settings: recipe.Gym, seed: int, size: int) -> Any:

@@ -1,0 +1,282 @@
+"""Who judges the answers to each generator of reasoning-gym, and what they may look like.
+
+Several of its scorers hand the answer to `eval` or to sympy's parser, others pay for what is no answer (`0` for any
+probability, `NaN` for any list, anything at all for game_of_life_halting). So each generator that has a scorer of
+its own was read, and stands here by name: `TEXT` is compared with the gold answer, `FORMS` are read by a grammar and
+judged here, and `SCORED` go to the generator's scorer, in a process that reaches nothing, once they have its form.
+All others are refused. A generator without one needs no entry: `answers.judge` compares its answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from . import grammar
+from .grammar import Unread, expression, number, numbers, polynomial, value
+
+AUDITED = "0.1.25"  # the version of reasoning-gym whose scorers were read
+
+Entry = dict[str, Any]
+
+# ---------------------------------------------------------------- compared with the gold answer
+
+# The words of each line count, and their case where it is part of the answer.
+TEXT = frozenset({
+    "ab", "arc_agi", "binary_matrix", "emoji_mystery", "futoshiki", "letter_jumble", "manipulate_matrix",
+    "mini_sudoku", "path_star", "rearc", "self_reference", "sentence_reordering", "spiral_matrix",
+    "string_insertion", "sudoku", "survo", "word_sorting",
+})  # fmt: skip
+TEXT_IN_ANY_CASE = frozenset({
+    "calendar_arithmetic", "color_cube_rotation", "dice", "family_relationships", "figlet_font",
+    "game_of_life_halting", "needle_haystack", "spell_backward", "tsumego", "zebra_puzzles",
+})  # fmt: skip
+# Numbers are for `answers.judge`, where they are no whole ones as well.
+NUMBERS = frozenset({"chain_sum", "circuit_logic", "decimal_chain_sum", "gsm_symbolic", "products", "rectangle_count"})
+
+
+def words(text: str) -> list[list[str]]:
+    """The words of each line; a comma keeps a word apart, with a space behind it or without."""
+    return [line.replace(",", ", ").split() for line in text.strip().splitlines()]
+
+
+# ---------------------------------------------------------------- read by a grammar
+
+
+def _countdown(answer: str, entry: Entry) -> bool:
+    tree = expression(answer)
+    used = sorted(grammar.leaves(tree))
+    return used == sorted(entry["metadata"]["numbers"]) and grammar.amount(tree) == entry["metadata"]["target"]
+
+
+def _puzzle24(answer: str, entry: Entry) -> bool:
+    tree = expression(answer)
+    return sorted(grammar.leaves(tree)) == sorted(entry["metadata"]["numbers"]) and grammar.amount(tree) == 24
+
+
+def _product(answer: str, entry: Entry) -> bool:
+    letters = frozenset(re.findall(r"[A-Za-z]", entry["answer"]))
+    wanted, given = (expression(text, letters, powers=True) for text in (entry["answer"], answer))
+    return grammar.expanded(given) and polynomial(given) == polynomial(wanted)
+
+
+def _antiderivative(answer: str, entry: Entry) -> bool:
+    letter = entry["metadata"]["variable"]
+    given = polynomial(expression(answer, (letter, "C"), powers=True))
+    return given.derivative(letter) == polynomial(
+        expression(entry["metadata"]["integrand"], (letter,), powers=True)
+    )
+
+
+def elementary(answer: str, letter: str) -> grammar.Node:
+    """The tree of an elementary function of `letter`, C being its constant."""
+    return expression(answer, (letter, "C", "pi", "E"), grammar.FUNCTIONS, powers=True)
+
+
+def _complex(answer: str, entry: Entry) -> bool:
+    return _parts(answer) == _parts(entry["answer"])
+
+
+def _parts(text: str) -> tuple[Fraction, Fraction]:
+    """Real and imaginary part of `-5.0 + 20.0i`."""
+    plain = re.sub(r"[ ()]", "", text).replace("j", "i")
+    unsigned = r"[0-9]{1,40}(?:\.[0-9]{1,40})?"
+    match = re.fullmatch(rf"([-+]?{unsigned}(?!i|\.|[0-9]))?(?:([-+]?)({unsigned})?i)?", plain)
+    if not match or not plain or (match[1] and plain != match[1] and not match[2]):
+        raise Unread("no complex number")
+    imaginary = Fraction(match[3] or 1) * (-1 if match[2] == "-" else 1) if plain.endswith("i") else Fraction(0)
+    return Fraction(match[1] or 0), imaginary
+
+
+def _probability(answer: str, entry: Entry) -> bool:
+    wanted = number(entry["answer"])
+    return abs(number(answer) - wanted) <= min(Fraction(1, 10_000), wanted / 100)
+
+
+def _sorted_numbers(answer: str, entry: Entry) -> bool:
+    return numbers(answer) == numbers(entry["answer"])
+
+
+def _roots(answer: str, entry: Entry) -> bool:
+    return sorted(numbers(answer)) == sorted(numbers(entry["answer"]))
+
+
+def _bits(answer: str, entry: Entry) -> bool:
+    form = r"-?(?:0x[0-9a-fA-F]{1,64}|0b[01]{1,256}|0o[0-7]{1,90}|[1-9][0-9]{0,80}|0)"
+    if not re.fullmatch(form, answer.strip()):
+        raise Unread("no whole number")
+    return int(answer, 0) == int(entry["answer"], 0)
+
+
+def _json(answer: str, entry: Entry) -> bool:
+    if answer.strip() == entry["answer"].strip():
+        return True
+    wanted, given = (json.dumps(value(text), sort_keys=True) for text in (entry["answer"], answer))
+    return wanted == given
+
+
+def _queens(answer: str, entry: Entry) -> bool:
+    return words(answer) in [words(board) for board in entry["metadata"]["valid_answers"]]
+
+
+# A judge of ours: whether an answer is right, or Unread.
+FORMS: dict[str, Callable[[str, Entry], bool]] = {
+    "bitwise_arithmetic": _bits,
+    "codeio": _json,
+    "coin_flip": _probability,
+    "complex_arithmetic": _complex,
+    "countdown": _countdown,
+    "game_of_life": _json,
+    "n_queens": _queens,
+    "number_sorting": _sorted_numbers,
+    "polynomial_equations": _roots,
+    "polynomial_multiplication": _product,
+    "puzzle24": _puzzle24,
+    "simple_integration": _antiderivative,
+}
+
+
+# ---------------------------------------------------------------- judged by their own scorers
+
+
+def _like(pattern: str) -> Callable[[str], str]:
+    """A reader that takes what the whole pattern matches, in ASCII digits and letters."""
+    compiled = re.compile(pattern, re.ASCII)
+
+    def read(answer: str) -> str:
+        if not compiled.fullmatch(answer.strip()):
+            raise Unread("another form")
+        return answer.strip()
+
+    return read
+
+
+def _texts(depth: int) -> Callable[[str], str]:
+    """A reader of JSON lists of texts, `depth` of them inside one another."""
+
+    def read(answer: str) -> str:
+        level = [value(answer)]
+        for _ in range(depth):
+            if not all(isinstance(item, list) for item in level):
+                raise Unread("no list")
+            level = [inner for item in level for inner in item]
+        if not all(isinstance(item, str) for item in level):
+            raise Unread("no texts")
+        return json.dumps(value(answer), ensure_ascii=False)
+
+    return read
+
+
+def _names(inner: type) -> Callable[[str], str]:
+    """A reader of one JSON object, or a list of them, whose values are texts or whole numbers."""
+
+    def read(answer: str) -> str:
+        found = value(answer)
+        objects = found if isinstance(found, list) else [found]
+        if not all(isinstance(item, dict) for item in objects):
+            raise Unread("no object")
+        if not all(type(item) is inner for one in objects for item in one.values()):
+            raise Unread("another form")
+        return json.dumps(found)
+
+    return read
+
+
+def _moves(answer: str) -> str:
+    return answer.strip() if answer.strip().lower() == "no" else _texts(1)(answer)
+
+
+_N = grammar.NUMBER
+_TURN = r"[UDLRFBMESXYZudlrfbxyz]w?(?:'[1-9]?|[1-9]'?)?"
+# A reader of the answer's form; the scorer sees only what it gives back.
+SCORED: dict[str, Callable[[str], str]] = {
+    "advanced_geometry": _like(rf"{_N} ?°?|\({_N}, ?{_N}\)"),
+    "boxnet": _names(str),
+    "cryptarithm": _like(r"[A-Z] ?= ?[0-9](?:, ?[A-Z] ?= ?[0-9]){0,25}"),
+    "decimal_arithmetic": _like(_N),
+    "fraction_simplification": _like(
+        r"\$?(?:[0-9]{1,40} ?/ ?[0-9]{1,40}|\\d?frac ?\{ ?[0-9]{1,40} ?\} ?\{ ?[0-9]{1,40} ?\})\$?"
+    ),
+    "graph_color": _names(int),
+    "group_anagrams": _texts(2),
+    "jugs": _texts(1),
+    "kakurasu": _like(r"[01](?: ?[01])*(?:\n ?[01](?: ?[01])*)*"),
+    "knight_swap": _moves,
+    "knights_knaves": _like(r"[A-Za-z]+(?:[ ,.]{1,3}[A-Za-z]+)*\.?"),
+    "number_format": _like(rf"{_N}|[0-9]{{1,3}}(?:,[0-9]{{3}}){{1,12}}(?:\.[0-9]{{1,40}})?"),
+    "palindrome_generation": _like(r"[A-Za-z]+"),
+    "palindrome_partitioning": _texts(2),
+    "pool_matrix": _like(rf"{_N}(?:[ \n]+{_N})*"),
+    "power_function": _like(_N),
+    "prime_factorization": _like(r"[0-9]{1,20}(?: ?× ?[0-9]{1,20})*"),
+    "propositional_logic": _like(r"[A-Z()¬∧∨→↔ ]+"),
+    "quantum_lock": _like(r"[A-C](?:(?: ?(?:→|,|->) ?| )?[A-C])*"),
+    "rubiks_cube": _like(rf"{_TURN}(?: {_TURN})*"),
+    "rush_hour": _like(r"[A-Z][-+][0-9](?: [A-Z][-+][0-9])*"),
+    "shortest_path": _like(r"infeasible|(?:up|down|left|right)(?: (?:up|down|left|right))*"),
+    "sokoban": _like(r"[UDLR]+"),
+    "time_intervals": _like(
+        r"(?:-?[0-9]{1,9} days?)?(?:, )?(?:-?[0-9]{1,4}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]{1,6})?)?)?"
+    ),
+    "tower_of_hanoi": _like(
+        r"Move disk [0-9]{1,3} from Peg [0-9]{1,3} to Peg [0-9]{1,3}"
+        r"(?:\nMove disk [0-9]{1,3} from Peg [0-9]{1,3} to Peg [0-9]{1,3})*"
+    ),
+    "word_ladder": _like(r"[A-Za-z]+(?:, ?[A-Za-z]+)*"),
+}
+
+# Read by a grammar, and judged by sympy in the referee's child.
+SYMBOLIC = frozenset({"intermediate_integration"})
+REFUSED = {"composite": "it hands the answer on to other generators; name each of them as problems of its own"}
+
+
+def compared(generator: str, answer: str, entry: Entry) -> bool | None:
+    """Whether an answer is right, or Unread; None where that is for a process that reaches nothing to say."""
+    if generator in TEXT:
+        return words(answer) == words(entry["answer"])
+    if generator in TEXT_IN_ANY_CASE:
+        return words(answer.lower()) == words(entry["answer"].lower())
+    if generator in FORMS:
+        return FORMS[generator](answer, entry)
+    if generator in SCORED:
+        SCORED[generator](answer)
+    else:
+        elementary(answer, entry["metadata"]["variable"])
+    return None
+
+
+def judged_apart(generator: str) -> bool:
+    """Whether answers to it need a process that reaches nothing."""
+    return generator in SCORED or generator in SYMBOLIC
+
+
+def known(generator: str) -> bool:
+    """Whether its scorer was read, and its answers have a judge here."""
+    return judged_apart(generator) or generator in FORMS or generator in TEXT | TEXT_IN_ANY_CASE | NUMBERS
+
+
+# ---------------------------------------------------------------- over the pipe
+
+
+def packed(thing: Any) -> Any:
+    """An entry as JSON can carry it: tuples and dictionaries of any keys are written as what they are."""
+    if isinstance(thing, list | tuple | set | frozenset):
+        return {type(thing).__name__: [packed(item) for item in thing]}
+    if isinstance(thing, dict):
+        return {"dict": [[packed(key), packed(item)] for key, item in thing.items()]}
+    if hasattr(thing, "item"):  # numpy's scalars
+        return thing.item()
+    return thing
+
+
+def unpacked(thing: Any) -> Any:
+    """What `packed` was given."""
+    if not isinstance(thing, dict):
+        return thing
+    [(kind, items)] = thing.items()
+    if kind == "dict":
+        return {unpacked(key): unpacked(item) for key, item in items}
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](unpacked(i) for i in items)
