@@ -47,7 +47,7 @@ def products() -> list[float]:
         for rows in trials.MOST:
             x, sides = torch.randn(rows, inner), []
             for kind in (Linear, torch.nn.Linear):
-                layers = cycle([kind(inner, columns, bias=False) for _ in range(4)])  # weights from memory, as in a model
+                layers = cycle([kind(inner, columns, bias=False) for _ in range(12)])  # weights from memory, as in a model
                 sides.append(lambda x=x, layers=layers: next(layers)(x))
             with torch.no_grad():
                 ours, plain = choice.interleaved(*sides, turns=TURNS)

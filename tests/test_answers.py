@@ -65,7 +65,7 @@ def test_different(wanted, answer):
 def test_bombs_are_refused_at_once(wanted, bomb):
     start = time.monotonic()
     assert judge(wanted, bomb) in (Verdict.WRONG, Verdict.UNPARSED)
-    assert time.monotonic() - start < 5  # one start of the child at most
+    assert time.monotonic() - start < 60  # on the slowest machine; what is not refused takes hours
 
 
 def test_numbers_need_no_child(monkeypatch):

@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ NEVER = {"transformers", "trl", "ray", "vllm", "lm_eval", "datasets", "accelerat
 NETWORK = {"urllib", "requests", "httpx", "http", "socket", "aiohttp", "huggingface_hub", "openai"}
 HARMLESS = ("urllib.parse", "http.cookies")  # these only read what is written in them
 LONGEST = 420
-PATIENCE = 0.6  # seconds for `limbeck --help`
+DOOR = 4  # times what typer takes: as long may `limbeck --help` take
 
 
 def room(path: Path) -> str:
@@ -172,17 +171,19 @@ def test_files_are_nouns_of_the_field_and_can_be_read():
 
 
 def test_help_is_there_at_once():
-    """In processor time, the best of three: on an idle machine that is the time on the wall."""
-    code = "import sys; sys.argv = ['limbeck', '--help']; from limbeck.cli import main; main()"
-    walls, works = [], []
-    for _ in range(3):
-        wall, work = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_clean()
-        )
-        walls.append(time.perf_counter() - wall)
+    """No more than a few times what its library for commands takes to be imported; torch alone takes ten times that."""
+
+    def processor_seconds(code: str) -> tuple[float, str]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_clean())
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        works.append(after.ru_utime + after.ru_stime - work.ru_utime - work.ru_stime)
-        assert "Usage: limbeck" in run.stdout
-    print(f"limbeck --help: {min(walls):.2f} s, {min(works):.2f} s of them the processor's")
-    assert min(works) < PATIENCE
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, run.stdout
+
+    helped, bare = [], []
+    for _ in range(3):
+        bare.append(processor_seconds("import typer, rich.console")[0])
+        spent, out = processor_seconds("import sys; sys.argv = ['limbeck', '--help']; from limbeck.cli import main; main()")
+        assert "Usage: limbeck" in out
+        helped.append(spent)
+    print(f"limbeck --help: {min(helped):.2f} s of the processor's; typer alone: {min(bare):.2f} s")
+    assert min(helped) < DOOR * min(bare)

@@ -144,7 +144,7 @@ def test_no_attack_runs_where_the_scorer_would_evaluate_it(tasks, canary, monkey
     for attack in ATTACKS:
         start = time.monotonic()
         assert Verdict.CORRECT not in verdicts(task, canary(attack)), attack
-        assert time.monotonic() - start < 8, attack
+        assert time.monotonic() - start < 60, attack
 
 
 def test_no_attack_is_paid_by_any_scorer(tasks, canary):
@@ -382,7 +382,7 @@ def test_code_leaves_nothing_behind(coding):
 def test_code_that_hogs_is_ended(coding, loop):
     start = time.monotonic()
     assert coding.ask("code", answer=loop, deadline=0.2) in ("timeout", "error")
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 60
     assert coding.ask("code", answer="reached = True", deadline=2) == "correct"
 
 

@@ -39,7 +39,7 @@ def test_bad_templates_end_in_one_sentence(template):
     with pytest.raises(LimbeckError, match=r"chat_template.jinja: .*; mend the template") as caught:
         tokenizer(template).prompt("hello")
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert sys.gettrace() is None or "look" not in repr(sys.gettrace())
 
 

@@ -31,6 +31,7 @@ PROBE = "limbeck.cluster.probe"
 DEPTHS = 2, (4, 10)  # layers at which a large model is measured: few; and as many as have MANY weights, within bounds
 MANY = 40_000_000
 FEW = (64, 192)  # tokens of an update then
+HELD_BACK = ("LIMBECK_KERNELS", "LIMBECK_MARCH", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")  # what slows a machine down
 SPREAD = 1.25  # a machine that others share is so much faster or slower from one minute to the next
 
 
@@ -168,7 +169,8 @@ def _keep(path: Path, known: dict[str, Any]) -> None:
 
 def _cache(threads: int, workers: int, code: str) -> Path:
     """One file for each processor, number of threads, and version of torch and Limbeck."""
-    told = (platform.node(), platform.machine(), _processor(), os.cpu_count(), threads, workers, version("torch"), code)
+    held_back = tuple(os.environ.get(name) for name in HELD_BACK)
+    told = (platform.node(), platform.machine(), _processor(), os.cpu_count(), threads, workers, version("torch"), code, held_back)
     digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
     return user_cache_path("limbeck") / "machine" / f"{digest}.json"
 

@@ -1,6 +1,6 @@
 """Which operations the kernels do, and which plain torch: whichever was faster on this machine.
 
-At first use every operation is timed both ways, interleaved, at a few shapes (about three seconds in all), and what was
+At first use every operation is timed both ways, interleaved, at a few shapes (under five seconds in all), and what was
 found is kept beside the library, for this processor, torch and number of threads. As rounding depends on it, a stage
 writes its choice down when it begins (`record`) and goes on with that one after a kill (`adopt`).
 """
@@ -32,6 +32,7 @@ from .operations import WAYS
 from .trials import MOST, OPERATIONS, WEIGHTS, WIDEST, Work
 
 TURNS, WAY_TURNS = 7, 5  # of each side; three where one takes long
+BUDGET = 4.0  # seconds of measuring, after which two turns of each side must do
 LEAST = 1e-3  # seconds of one turn, by repetition
 LONG = 0.05  # seconds of a turn from which three will do
 BUSY = 1.5  # a median that is so many times the least: others were at work, and medians say little
@@ -206,19 +207,21 @@ def _kept(threads: int) -> Path:
 def _measure(threads: int) -> list[Timing]:
     """Time every operation; what was found of the first is in use when the later ones are timed."""
     chosen = _choices[threads] = Choice.all(True)
+    late = time.perf_counter() + BUDGET
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         with torch.no_grad():
             found = [_time_products(chosen, weight, rows) for weight in WEIGHTS for rows in MOST]
         for name, operation in OPERATIONS.items():
             for i, (shape, make) in enumerate(operation.trials):
-                found.append(_time(name, shape, make()))
+                found.append(_time(name, shape, make(), turns=TURNS if time.perf_counter() < late else 2))
                 chosen.used[name][i] = found[-1].used != "torch"
+    trials.release()
     return found
 
 
-def _time(name: str, shape: str, work: Work, tie: float = TIE) -> Timing:
-    ours, plain = interleaved(work, work, forcing=(name, (True, False)))
+def _time(name: str, shape: str, work: Work, tie: float = TIE, turns: int = TURNS) -> Timing:
+    ours, plain = interleaved(work, work, turns=turns, forcing=(name, (True, False)))
     return Timing(name, shape, ours, plain, "ours" if ours <= tie * plain else "torch")
 
 

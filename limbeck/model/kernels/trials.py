@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 
 import torch
@@ -151,12 +152,13 @@ OPERATIONS = {
 
 # Classes of products.hpp: rows, and numbers of a weight; columns and inputs of a weight of each.
 MOST, WIDEST = (1, 2, 4, 8, 16, 32, 64, 128), (1 << 14, 1 << 17, 1 << 20, math.inf)
+POOL = 1 << 25  # numbers of all weights that take turns: 128 MiB
 WEIGHTS = ((128, 128), (384, 256), (960, 576), (1536, 1536))
 
 
 def products(rows: int, columns: int, inner: int, ways: list[int]) -> list[Work]:
-    """A product each of these ways. Weights take turns, so that large ones come from memory as in a model."""
-    x, weights = torch.randn(rows, inner), cycle([torch.randn(columns, inner) for _ in range(_several(columns, inner))])
+    """A product each of these ways."""
+    x, weights = torch.randn(rows, inner), cycle(_weights(columns, inner))
     return [lambda way=way: linear(x, next(weights), way) for way in ways]
 
 
@@ -165,12 +167,28 @@ def layer(rows: int, columns: int, inner: int) -> Work:
     from ..linear import Linear
     from .choice import serves_product
 
-    x = torch.randn(rows, inner)
-    several = [Linear(inner, columns, bias=False) for _ in range(_several(columns, inner))]
-    plain = [torch.nn.Linear(inner, columns, bias=False) for _ in several]
-    weight, both = several[0].weight, cycle(zip(plain, several, strict=True))
-    return lambda: next(both)[serves_product(x, weight)](x)
+    def layers(kind: type) -> list[torch.nn.Module]:
+        found = []
+        for weight in _weights(columns, inner):
+            found.append(kind(inner, columns, bias=False, device="meta"))
+            found[-1].weight = torch.nn.Parameter(weight)
+        return found
+
+    x, both = torch.randn(rows, inner), list(zip(layers(torch.nn.Linear), layers(Linear), strict=True))
+    weight, turns = both[0][0].weight, cycle(both)
+    return lambda: next(turns)[serves_product(x, weight)](x)
 
 
-def _several(columns: int, inner: int) -> int:
-    return max(1, min(4, (32 << 20) // (4 * columns * inner)))
+def _weights(columns: int, inner: int) -> list[Tensor]:
+    """Weights that take turns, so that large ones come from memory as in a model."""
+    return list(_pool()[: POOL // (columns * inner) * columns * inner].view(-1, columns, inner)[:64])
+
+
+@cache
+def _pool() -> Tensor:
+    return torch.empty(POOL).uniform_(-0.1, 0.1)
+
+
+def release() -> None:
+    """Give the memory of the weights back."""
+    _pool.cache_clear()

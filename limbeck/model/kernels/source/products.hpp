@@ -9,13 +9,25 @@ typedef void (*Sgemm)(const char*, const char*, const int*, const int*, const in
 
 static Sgemm sgemm = nullptr;  // of the BLAS that torch has loaded
 
+constexpr int LINE = 16;  // numbers of a line of the processor's cache
+
+// Of COUNT rows of w, `inner` numbers each, the line with number `i`: it will be read soon.
+template <int COUNT>
+static inline __attribute__((always_inline)) void prefetch(const float* w, int inner, int i) {
+    if (i % LINE == 0)
+        for (int n = 0; n < COUNT; n++) __builtin_prefetch(w + static_cast<int64_t>(n) * inner + i);
+}
+
 // WEIGHTS columns of y from as many rows of w and ROWS rows of x: sums over whole vectors, the last few numbers padded.
+// The rows of w behind these come from memory in the meantime.
 template <int WEIGHTS, int ROWS>
 static inline void tile(const float* w, const float* x, int inner, int64_t stride, float* y, bool add) {
+    const float* ahead = w + static_cast<int64_t>(WEIGHTS) * inner;
     V sum[WEIGHTS][ROWS] = {};
     by_lanes(inner, [&](int i, int count) {
         V weight[WEIGHTS];
         for (int n = 0; n < WEIGHTS; n++) weight[n] = load(w + static_cast<int64_t>(n) * inner + i, count);
+        prefetch<WEIGHTS>(ahead, inner, i);
         for (int m = 0; m < ROWS; m++) {
             V row = load(x + static_cast<int64_t>(m) * inner + i, count);
             for (int n = 0; n < WEIGHTS; n++) sum[n][m] += weight[n] * row;
@@ -75,7 +87,8 @@ static inline void turn_over(const float* x, int64_t x_stride, int down, float* 
 // y [WEIGHTS, ABREAST] = so many rows of w against VECTORS x LANES rows of x, which lie turned over, [inner, ABREAST];
 // summed in spans, whose sums are summed: one long sum would lose digits that BLAS keeps
 template <int WEIGHTS, int VECTORS>
-static inline void meet_rows(const float* w, const float* ahead, const float* x, int inner, float* y) {
+static inline void meet_rows(const float* w, const float* x, int inner, float* y) {
+    const float* ahead = w + static_cast<int64_t>(WEIGHTS) * inner;
     for (int begin = 0; begin < inner; begin += SPAN) {
         const int end = std::min(begin + SPAN, inner);
         V sum[WEIGHTS][VECTORS] = {};
@@ -84,8 +97,7 @@ static inline void meet_rows(const float* w, const float* ahead, const float* x,
             for (int m = 0; m < VECTORS; m++) rows[m] = load(x + static_cast<int64_t>(i) * ABREAST + m * LANES);
             for (int n = 0; n < WEIGHTS; n++)
                 for (int m = 0; m < VECTORS; m++) sum[n][m] += w[static_cast<int64_t>(n) * inner + i] * rows[m];
-            if (i % LANES == 0)
-                for (int n = 0; n < WEIGHTS; n++) __builtin_prefetch(ahead + static_cast<int64_t>(n) * inner + i);
+            prefetch<WEIGHTS>(ahead, inner, i);
         }
         for (int n = 0; n < WEIGHTS; n++)
             for (int m = 0; m < VECTORS; m++) {
@@ -101,10 +113,9 @@ static void meet_columns(const float* w, int columns, const float* x, int inner,
     constexpr int WEIGHTS = VECTORS == 1 ? 12 : VECTORS == 2 ? (REGISTERS > 16 ? 12 : 6) : VECTORS == 3 ? 8 : 6;  // sums that fit the registers
     int n = 0;
     for (; n + WEIGHTS <= columns; n += WEIGHTS) {
-        const float* here = w + static_cast<int64_t>(n) * inner;
-        meet_rows<WEIGHTS, VECTORS>(here, here + static_cast<int64_t>(WEIGHTS) * inner, x, inner, y + n * ABREAST);
+        meet_rows<WEIGHTS, VECTORS>(w + static_cast<int64_t>(n) * inner, x, inner, y + n * ABREAST);
     }
-    for (; n < columns; n++) meet_rows<1, VECTORS>(w + static_cast<int64_t>(n) * inner, w, x, inner, y + n * ABREAST);
+    for (; n < columns; n++) meet_rows<1, VECTORS>(w + static_cast<int64_t>(n) * inner, x, inner, y + n * ABREAST);
 }
 
 static void (*const by_vectors[])(const float*, int, const float*, int, float*) = {
