@@ -1,6 +1,7 @@
 # make run    sets up an environment and runs the quickstart
 # make test   sets up an environment and passes the tests
-# Both need Python 3.11 or newer and nothing else.
+# make check  what to do before every commit: the linter and the quick tests
+# All need Python 3.11 or newer and nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,21 +10,25 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
+# A process a core, each with one thread: tests of one file share what they set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: run test lint clean
+.PHONY: run check test clean
 
 run: $(VENV)/.installed
 	$(BIN)/limbeck plan recipes/quickstart.yaml --auto
 	$(BIN)/limbeck run recipes/quickstart.yaml --auto
 
-# The studio is tested in a real browser: Debian's, where it can be installed; without one these tests say that they are skipped.
+# What to do before every commit: the linter, and the tests that start no programs, browsers or whole runs.
+check: $(VENV)/.installed-dev
+	@begin=$$(date +%s) && $(BIN)/ruff check limbeck tests bench docs && $(PYTEST) -m "not slow" && \
+		echo "make check: $$(($$(date +%s) - begin)) s"
+
+# Everything. The studio is tested in a real browser: Debian's, where it can be installed; without one these tests say that they are skipped.
 test: $(VENV)/.installed-dev
 	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || \
 		(apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium fonts-noto-cjk >/dev/null) || true
-	$(BIN)/python -m pytest
-
-lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check limbeck tests bench
+	@begin=$$(date +%s) && $(PYTEST) && echo "make test: $$(($$(date +%s) - begin)) s, installation aside"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -101,6 +101,8 @@ class Timed:
     def of(cls, name: str, turns: list[dict[str, float]]) -> Timed:
         keys = turns[0].keys()
         medians = {key: statistics.median(turn[key] for turn in turns) for key in keys}
+        if {"tokens", "tokens_per_second"} <= keys:  # turns of several sizes: all tokens by all seconds
+            medians["tokens_per_second"] = sum(turn["tokens"] for turn in turns) / sum(turn["wall"] for turn in turns)
         wall = [turn["wall"] for turn in turns]
         low, middle, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else wall * 3
         return cls(name, (low, middle, high), medians)

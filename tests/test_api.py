@@ -15,6 +15,8 @@ import pytest
 import tiny
 from served import KEY, QUESTION, routes, save, server, slowly, soon
 
+pytestmark = pytest.mark.slow
+
 ASK = {"model": "plain", "messages": [{"role": "user", "content": QUESTION}]}
 LONG = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}}
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import tiny
 
 from limbeck.record import read_metrics
+
+pytestmark = pytest.mark.slow
 
 SMALL = [
     "problems.clock.numbers=2", "problems.clock.modulus=3", "stages.base.tokens=30000", "stages.small_base.tokens=6000",

@@ -29,6 +29,8 @@ from limbeck.serve.prose import BLOCK, PAGE, Prose, html, pages
 from limbeck.serve.replies import Replies
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 ONE, BOTH = Settings(("r1",)), Settings(("r1", "small"))
 
 

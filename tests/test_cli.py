@@ -23,6 +23,8 @@ from limbeck.pipeline import curate, reviews
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("run", "plan", "status", "show", "why", "recall", "release", "gc", "verify", "curate", "pull", "export", "doctor", "ask")
 
 

@@ -15,6 +15,8 @@ from served import KEY, save, server
 from limbeck.model import weights
 from limbeck.model.cache import Packed
 
+pytestmark = pytest.mark.slow
+
 CHOICES = ("5 -1 -6", "say 4", "6 *5 +1")
 QUESTIONS = ("use 5 1 6 make 4 ?", "say 4 ?", "use 6 1 5 make 3 ?", "use 2 2 4 make 6 ?")
 TASKS = {

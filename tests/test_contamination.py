@@ -17,6 +17,8 @@ from limbeck.record import read
 from limbeck.tasks.contamination import Sieve
 from limbeck.tasks.task import open_task
 
+pytestmark = pytest.mark.slow
+
 
 def sieve(task) -> Sieve:
     test = task.problems("test")

@@ -18,6 +18,8 @@ from limbeck.eval.history import History
 from limbeck.pipeline.run import Pace, Progress
 from limbeck.record import TIMING, Record, prepare, read
 
+pytestmark = pytest.mark.slow
+
 
 def progress(folder: Path, kind: str = "pretrain", seconds: float = 0.0, **budget) -> Progress:
     """A stage that began some seconds ago."""

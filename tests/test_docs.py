@@ -22,6 +22,8 @@ from limbeck.cli import app
 from limbeck.tasks.task import open_task
 from limbeck.types import Completion
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]

@@ -30,6 +30,8 @@ from limbeck.pull import pull
 from limbeck.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = {
     "llama": ggml.MODEL_ARCH.LLAMA,
     "qwen2": ggml.MODEL_ARCH.QWEN2,

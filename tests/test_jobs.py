@@ -17,6 +17,8 @@ from limbeck.pipeline import attendance, reviews
 from limbeck.serve import jobs
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: brief
 threads: 1

@@ -309,6 +309,15 @@ def test_the_faster_one_is_used_and_the_choice_is_kept(choosing, monkeypatch, ou
     assert kernels.current() == kept and list(choosing.glob("choice-*-1.json"))
 
 
+def test_a_choice_that_cannot_be_kept_is_made_all_the_same(choosing, monkeypatch):
+    (choosing / "file").touch()
+    monkeypatch.setattr(choice, "folder", lambda: choosing / "file" / "nowhere")
+    monkeypatch.setattr(choice, "interleaved", pretended(1.0, 2.0))
+    assert kernels.current().used["norm"] == [True, True] and kernels.timings()
+    assert [path.name for path in choosing.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
 def test_every_class_of_every_operation_is_timed(choosing, monkeypatch):
     """For real, each piece of work once: that it runs both ways is what counts here."""
     monkeypatch.setattr(choice, "TURNS", 1)
@@ -359,6 +368,7 @@ def test_a_wrong_wish_is_refused_in_one_sentence(variable, monkeypatch):
         build.mode() if variable == "LIMBECK_KERNELS" else build.march(shutil.which("c++") or "c++")
 
 
+@pytest.mark.slow
 def test_without_kernels_the_reason_is_told(tmp_path):
     assert "LIMBECK_KERNELS" in found_with(LIMBECK_KERNELS="off")
     assert "no C++ compiler" in found_with(PATH=str(tmp_path), LIMBECK_CACHE=str(tmp_path))
@@ -369,6 +379,7 @@ def test_without_kernels_the_reason_is_told(tmp_path):
     assert not list(tmp_path.glob("*.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernels.library() is None, reason=NONE)
 def test_two_processes_that_compile_at_once_share_one_library(tmp_path):
     environment = os.environ | {"LIMBECK_CACHE": str(tmp_path)}

@@ -18,6 +18,8 @@ from limbeck.train.learner import Learner
 from limbeck.train.rl import reinforce, summarize
 from limbeck.train.supervised import batches, fit
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 

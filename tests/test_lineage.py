@@ -17,6 +17,8 @@ from limbeck.pipeline.store import Store
 from limbeck.record import read
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def why(call, finished):  # noqa: F811

@@ -17,6 +17,8 @@ import pytest
 
 from limbeck.model.kernels.build import FLAGS
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).with_name("neon") / "check.cpp"
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [tool for tool in (CROSS, EMULATOR, "g++") if not shutil.which(tool)]

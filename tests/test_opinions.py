@@ -46,6 +46,8 @@ from limbeck.train.reward import (
 from limbeck.train.rl import reinforce
 from limbeck.types import Completion, Group, LimbeckError, Problem, Resumable, Sample, Score, generator
 
+pytestmark = pytest.mark.slow
+
 # ---------------------------------------------------------------- the reward model
 
 

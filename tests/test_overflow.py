@@ -39,6 +39,8 @@ from limbeck.train.rl import reinforce
 from limbeck.train.supervised import fit
 from limbeck.types import LimbeckError, Sample
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, STEPS = 40, 9
 SETTINGS = Optimizer(name="muon", learning_rate=0.01)
 ONE_SENTENCE = r"optimiser step 2 of 9: [^\n;]* not finite; [^\n;]+; the last checkpoint stays as it is"

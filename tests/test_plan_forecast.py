@@ -124,6 +124,7 @@ def test_a_large_model_is_drawn_out_from_two_depths():
     assert replace(large, length=70, prompt=30).request() == large.request()  # nothing is measured twice for that
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     """A real measurement of a tiny model, in a process that has torch; this one has no need of it."""
     monkeypatch.setattr(machine, "user_cache_path", lambda name: tmp_path)

@@ -18,6 +18,8 @@ from limbeck.plan.published import FILE, Row, read
 from limbeck.plan.step import predict
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parent.parent / "docs" / "models"
 V3 = ModelConfig.from_directory(MODELS / "deepseek-v3.json")
 QWEN = ModelConfig.from_directory(MODELS / "qwen2.5-72b.json")

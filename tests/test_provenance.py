@@ -15,6 +15,8 @@ from limbeck.pipeline.store import Store
 from limbeck.reading import load
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 # ---------------------------------------------------------------- the table
 
 # teacher or source, licences, may outputs train other models, what else is asked

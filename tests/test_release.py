@@ -23,6 +23,8 @@ from limbeck.reading import dump, load
 from limbeck.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def out(finished, tmp_path_factory):

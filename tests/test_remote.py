@@ -23,6 +23,8 @@ from limbeck.reading import load
 from limbeck.recipe import Remote
 from limbeck.types import LimbeckError, Problem, Resumable
 
+pytestmark = pytest.mark.slow
+
 openai = pytest.importorskip("openai")
 stamina = pytest.importorskip("stamina")
 

@@ -16,6 +16,8 @@ from limbeck.eval.run import Run
 from limbeck.eval.statistics import wilson
 from limbeck.eval.story import control, not_shown
 
+pytestmark = pytest.mark.slow
+
 # name: (t1, greedy, length, attempts, persist, language), all of them invented
 MODELS = {
     "base": (0.19, 0.17, 22, 1.0, 0.50, 0.76), "zero": (0.72, 0.84, 71, 4.8, 0.99, 0.78),

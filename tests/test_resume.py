@@ -17,6 +17,8 @@ from tiny import Attempt, alive, answer, children, digests, limbeck, until
 from limbeck.model import kernels
 from limbeck.pipeline.worker import KERNELS, perform, read_job
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("brought", "base", "zero", "screened", "traces", "coldstart", "general", "dev1", "evaluation/zero")
 KILLS = 3
 
@@ -118,6 +120,18 @@ def test_a_killed_stage_goes_on_with_the_kernels_it_began_with(nursery, finished
     outcome = json.loads(attempt.answer_to.read_text())["outcome"]
     assert outcome["kernels"]["instructions"] == kernels.instructions()
     assert attempt.end() == attempt.expected
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="there is nothing to choose from")
+def test_a_run_that_goes_on_with_other_kernels_says_so(nursery, finished, tmp_path):
+    attempt = Attempt(nursery, finished, tmp_path, "dev1")
+    folder = Path(attempt.request["folder"])
+    (folder / KERNELS).write_text(json.dumps({"instructions": "AVX9", "library": "kernels-of-another-processor"}))
+    code, _, errors = answer("run", finished.recipe, "--runs", tmp_path / "runs", "--auto")
+    assert code == 0
+    assert f"dev1: it began with other kernels (AVX9, kernels-of-another-processor; here {kernels.instructions()}" in errors
+    manifest = json.loads((attempt.run.store.find(attempt.node.kind, attempt.node.key).folder / "manifest.json").read_text())
+    assert manifest["kernels"]["instructions"] == kernels.instructions() and manifest["kernels"]["before"]["instructions"] == "AVX9"
 
 
 # ---------------------------------------------------------------- whole runs

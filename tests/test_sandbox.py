@@ -136,6 +136,7 @@ def canary(tmp_path):
     door.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", EVALUATING)
 def test_no_attack_runs_where_the_scorer_would_evaluate_it(tasks, canary, monkeypatch, generator):
     task = tasks[generator]
@@ -147,6 +148,7 @@ def test_no_attack_runs_where_the_scorer_would_evaluate_it(tasks, canary, monkey
         assert time.monotonic() - start < 60, attack
 
 
+@pytest.mark.slow
 def test_no_attack_is_paid_by_any_scorer(tasks, canary):
     # composite is refused; knight_swap is slow to generate, and its answers are read as those of jugs are
     for generator in set(scoring()) - {"composite", "knight_swap", *EVALUATING}:

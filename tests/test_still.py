@@ -31,6 +31,8 @@ from limbeck.train.learner import Learner
 from limbeck.train.preference import best_and_worst, likelihood, plan_pairs, to_pair
 from limbeck.types import Completion, Group, LimbeckError, Problem, Sample, Score
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: still
 threads: 1

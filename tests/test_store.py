@@ -22,6 +22,8 @@ from limbeck.record import Record, read_metrics
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.types import Corrupted, LimbeckError, Resumable
 
+pytestmark = pytest.mark.slow
+
 ABOUT = {"kind": "rl", "stage": "zero"}
 
 

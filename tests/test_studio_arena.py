@@ -26,6 +26,8 @@ from limbeck.serve.ballots import Answer, Ballots, Refused
 from limbeck.serve.questions import Questions
 from limbeck.types import LimbeckError, Problem
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [{"prompt": f"What is {i} and {i}?", "answer": str(2 * i)} for i in range(1, 9)]
 
 

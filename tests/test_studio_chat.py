@@ -11,6 +11,8 @@ from studio import accessible, picture
 
 from limbeck.serve.pages import say
 
+pytestmark = pytest.mark.slow
+
 DONE = "[data-state=done]"
 
 

@@ -25,6 +25,8 @@ from limbeck.serve.app import build
 from limbeck.serve.studio import desk as page_of
 from limbeck.tasks.miniature import Countdown
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: tiny
 threads: 1

@@ -19,6 +19,8 @@ from limbeck.record import METRICS, ROLLOUTS
 from limbeck.serve import jobs
 from limbeck.serve.app import build
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 name: watched
 description: A base that grows slowly enough to be looked at.

@@ -14,6 +14,8 @@ from test_gguf import write_gguf
 
 from limbeck.serve.pages import say
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "use 1 2 1 make 0 ?"
 HOW = {"max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
 

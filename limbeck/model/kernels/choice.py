@@ -184,18 +184,26 @@ def _named(choice: dict[str, Any]) -> str:
 
 
 def _find(threads: int) -> Choice:
-    """The choice that is kept for this machine and so many threads, measured if there is none yet."""
+    """The choice that is kept for this machine and so many threads, measured if there is none yet. One process measures,
+    others wait for it; where nothing can be kept, each does."""
     path = _kept(threads)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            measured = _measure(threads)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({**asdict(_choices[threads]), "timings": [asdict(t) for t in measured]}), encoding="utf-8")
-            partial.replace(path)
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                _keep(path, _measure(threads), _choices[threads])
+            kept = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        _timings[threads] = _measure(threads)
+        return _choices[threads]
     _timings[threads] = [Timing(**row) for row in kept["timings"]]
     _choices[threads] = Choice(kept["used"], kept["ways"])
     return _choices[threads]
+
+
+def _keep(path: Path, timings: list[Timing], chosen: Choice) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**asdict(chosen), "timings": [asdict(timing) for timing in timings]}), encoding="utf-8")
+    partial.replace(path)
 
 
 def _kept(threads: int) -> Path:
