@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +21,12 @@ def product(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """x w^T + b. Few tokens, as of a short prompt, meet the weights where they lie; BLAS packs them first."""
 
+    def __init__(self, *sizes: int, **options: Any):
+        super().__init__(*sizes, **options)
+        self.small = self.in_features * self.out_features <= SMALL
+
     def forward(self, x_NC: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or self.in_features * self.out_features <= SMALL:
+        if self.small or torch.is_grad_enabled():
             return F.linear(x_NC, self.weight, self.bias)
         weight_OC = self.weight
         if not kernels.serves_product(x_NC, weight_OC):

@@ -36,7 +36,7 @@ BUDGET = 4.0  # seconds of measuring, after which two turns of each side must do
 LEAST = 1e-3  # seconds of one turn, by repetition
 LONG = 0.05  # seconds of a turn from which three will do
 BUSY = 1.5  # a median that is so many times the least: others were at work, and medians say little
-TIE, LAYER_TIE = 1.03, 0.93  # ours must take at most so many times torch's seconds; of layers less: asking which costs, too
+TIE, LAYER_TIE = 1.0, 0.93  # ours must take at most so many times torch's seconds; of layers less: asking which costs, too
 SPEED = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # what slows torch down, for measuring
 
 
@@ -113,11 +113,13 @@ def serves_product(x_BC: Tensor, weight_VC: Tensor) -> bool:
 @contextmanager
 def forced(operation: str, ours: bool) -> Iterator[None]:
     """Do an operation our way, or torch's, whatever was chosen: to measure it."""
+    before = dict(_forced)
     _forced[operation] = ours
     try:
         yield
     finally:
-        del _forced[operation]
+        _forced.clear()
+        _forced.update(before)
 
 
 def current() -> Choice:
