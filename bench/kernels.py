@@ -45,14 +45,20 @@ def products() -> list[float]:
     ratios = []
     for columns, inner in trials.WEIGHTS:
         for rows in trials.MOST:
-            x, sides = torch.randn(rows, inner), []
-            for kind in (Linear, torch.nn.Linear):
-                layers = cycle([kind(inner, columns, bias=False) for _ in range(12)])  # weights from memory, as in a model
-                sides.append(lambda x=x, layers=layers: next(layers)(x))
+            x, layers = torch.randn(rows, inner), [Linear(inner, columns, bias=False) for _ in range(12)]
+            plain = [torch.nn.Linear(inner, columns, bias=False, device="meta") for _ in layers]
+            for theirs, mine in zip(plain, layers, strict=True):
+                theirs.weight = mine.weight  # from memory, as in a model, and from the same place
+            sides = [walk(x, kind) for kind in (layers, plain)]
             with torch.no_grad():
                 ours, plain = choice.interleaved(*sides, turns=TURNS)
             ratios.append(tell("product", f"{rows} x {inner}, weight {columns} x {inner}", ours, plain))
     return ratios
+
+
+def walk(x: torch.Tensor, layers: list[torch.nn.Module]) -> Callable[[], torch.Tensor]:
+    turns = cycle(layers)
+    return lambda: next(turns)(x)
 
 
 def operations() -> list[float]:
