@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from limbeck.config.load import load
+from limbeck.config.recipe import Files, Load
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Artifact, Store, digest_of
-from limbeck.reading import load
-from limbeck.recipe import Files, Load
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
