@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from limbeck.model.cache import Packed
+from limbeck.config.load import load
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.reading import load
-from limbeck.tasks.miniature import WORDS, Countdown, encode_documents
+from limbeck.model.kv_cache import Packed
+from limbeck.tasks.clock_countdown import WORDS, Countdown, encode_documents
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy
-from limbeck.train.supervised import batches
+from limbeck.train.sft import batches
 from limbeck.types import Sample, fingerprint
 
 CLEAN = {"textbook": 0, "general": 0, "plain": 0, "tagged": 0, "guessed": 0, "slip": 0, "misjudged": 0, "unverified": 0,

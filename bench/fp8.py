@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from limbeck.config.load import load
 from limbeck.model.decoder import Decoder
 from limbeck.model.fp8 import simulate
-from limbeck.model.shapes import to_config
-from limbeck.reading import load
-from limbeck.tasks.miniature import Countdown, encode_documents
+from limbeck.model.from_recipe import to_config
+from limbeck.tasks.clock_countdown import Countdown, encode_documents
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy
-from limbeck.train.supervised import batches
+from limbeck.train.sft import batches
 
 
 def main() -> None:

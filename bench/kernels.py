@@ -17,12 +17,12 @@ from itertools import cycle
 import numpy as np
 import torch
 
+from limbeck.config.parts import Optimizer, Policy
 from limbeck.model import kernels
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.kernels import choice, trials
 from limbeck.model.linear import Linear
-from limbeck.parts import Optimizer, Policy
 from limbeck.train import batch as batching
 from limbeck.train.learner import Learner
 from limbeck.train.losses import policy_gradient

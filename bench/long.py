@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from limbeck.config.parts import Optimizer, Policy
 from limbeck.model import weights
 from limbeck.model.decoder import Decoder
-from limbeck.parts import Optimizer, Policy
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import policy_gradient

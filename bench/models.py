@@ -14,7 +14,7 @@ import torch
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 
 from .sides import CACHE
 

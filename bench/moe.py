@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from limbeck.model.cache import Packed
 from limbeck.model.config import Experts, ModelConfig
 from limbeck.model.ffn import MixtureOfExperts, SwiGLU
+from limbeck.model.kv_cache import Packed
 
 SIZES = [(128, 64, 16, 64), (128, 64, 16, 4096), (384, 192, 32, 64), (384, 192, 32, 4096)]  # hidden, expert, E, tokens
 

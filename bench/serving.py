@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from limbeck.model import gguf
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import generator
 
 from .workers.stream import Heard, listen

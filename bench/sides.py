@@ -31,7 +31,7 @@ PEERS = {
 }
 # Built for another torch than they ask for: with them `import vllm` fails, and text needs none of them.
 UNFIT = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
-# What Limbeck's processes see to by themselves (limbeck/cluster/allocator.py), all sides are given.
+# What Limbeck's processes see to by themselves (limbeck/runtime/allocator.py), all sides are given.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}
 
 

@@ -24,9 +24,9 @@ import typer
 import yaml
 from pydantic.fields import FieldInfo
 
-from limbeck import opinions, recipe
-from limbeck import parts as pieces
 from limbeck.cli import app
+from limbeck.config import learned_rewards, recipe
+from limbeck.config import parts as pieces
 from limbeck.pipeline.graph import QUIET
 
 DOCS = Path(__file__).parent
@@ -61,7 +61,7 @@ def render(text: str) -> str:
 
 def settings(name: str) -> str:
     """The keys of one model of `recipe.py` or `parts.py`; those that every stage has are told once, under `Stage`."""
-    model = next(getattr(place, name) for place in (recipe, opinions, pieces) if hasattr(place, name))
+    model = next(getattr(place, name) for place in (recipe, learned_rewards, pieces) if hasattr(place, name))
     common, mark = (recipe.Stage.model_fields, "") if name != "Stage" else ({}, " \\*")
     rows = [
         [f"`{key}`{mark if key in QUIET else ''}", value(field), default(field), field.description or ""]

@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 __all__ = ["Engine", "Learner", "Recipe", "Task", "run"]
 
 _HOMES = {
-    "Recipe": "limbeck.recipe",
+    "Recipe": "limbeck.config.recipe",
     "Task": "limbeck.types",
-    "Engine": "limbeck.engine.engine",
+    "Engine": "limbeck.engine.rollout",
     "Learner": "limbeck.train.learner",
     "run": "limbeck.cli",
 }

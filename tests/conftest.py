@@ -12,12 +12,12 @@ import tiny
 import torch
 from studio import chromium, house, visit  # noqa: F401
 
+from limbeck.config.recipe import Miniature
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.recipe import Miniature
-from limbeck.tasks.miniature import Countdown
-from limbeck.tokenizer import Tokenizer
+from limbeck.tasks.clock_countdown import Countdown
+from limbeck.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,5 +82,5 @@ def finished(tmp_path_factory, tokenizer) -> Finished:
 def nursery():
     """Forks processes that have torch already: a second try costs milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["limbeck.pipeline.kinds"])
+    context.set_forkserver_preload(["limbeck.pipeline.stages"])
     return context

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from limbeck.eval.calibration import CANARIES
+from limbeck.eval.judge_calibration import CANARIES
 from limbeck.types import Completion, Group, Problem
 
 Material = dict[str, str]  # question, response A, response B ...

@@ -18,7 +18,7 @@ from limbeck.model.decoder import Decoder
 from limbeck.serve.app import build
 from limbeck.serve.models import open_service
 from limbeck.serve.service import Service
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 
 KEY = "sesame"
 QUESTION = "use 5 1 6 make 4 ?"

@@ -10,13 +10,13 @@ import tokenizers
 import torch
 from tokenizers import Regex, models, pre_tokenizers
 
-from limbeck.parts import Optimizer
-from limbeck.tokenizer import Tokenizer
-from limbeck.train.alignment import aligned, ends_said, spans_of, written
+from limbeck.config.parts import Optimizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
 from limbeck.train.distill import Lesson, Teacher, taught
 from limbeck.train.learner import Learner
 from limbeck.train.losses import text_distance
+from limbeck.train.tokenizer_alignment import aligned, ends_said, spans_of, written
 from limbeck.types import Sample
 
 SAID = ["<answer> 1 -6 *5 </answer>", "try 6 -5 gives 1", "试 6 得 1"]

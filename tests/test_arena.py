@@ -8,7 +8,7 @@ import choix
 import numpy as np
 import pytest
 
-from limbeck.eval.arena import MIDDLE, POINTS, STYLE, Vote, draw_pair, rate, style_of
+from limbeck.eval.arena_ratings import MIDDLE, POINTS, STYLE, Vote, draw_pair, rate, style_of
 from limbeck.eval.voters import examine, judged
 
 MODELS = ("base", "dev1", "r1", "small", "zero")

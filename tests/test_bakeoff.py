@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from limbeck.record import read_metrics
+from limbeck.run_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from test_engine import BUDGET, PROMPTS, naive
 
-from limbeck.engine import batching as rooms
-from limbeck.engine.batching import Batching, Carrier
-from limbeck.engine.boarding import Prefixes, alike
+from limbeck.engine import scheduler
+from limbeck.engine.prefill import Prefixes, alike
 from limbeck.engine.request import Full, Request
 from limbeck.engine.sampling import SamplingParams, nucleus
-from limbeck.model.cache import Packed
+from limbeck.engine.scheduler import Batching, Carrier
 from limbeck.model.config import Experts, Latent
-from limbeck.model.past import Past
+from limbeck.model.kv_cache import Packed
+from limbeck.model.prefill_cache import Past
 from limbeck.types import LimbeckError, generator
 
 MODELS = {
@@ -55,7 +55,7 @@ def carry(batching: Batching, rounds: int = 1000) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_answers_are_those_of_the_plain_loop_whoever_else_is_served(decoder, tokenizer, kind, monkeypatch):
     """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come again."""
-    monkeypatch.setattr(rooms, "CHUNKS", (3, 3))
+    monkeypatch.setattr(scheduler, "CHUNKS", (3, 3))
     model, requests = decoder(torch.float64, **MODELS[kind]), asks(tokenizer)
     batching = Batching(model, tokenizer, rows=5)
     answers = []
@@ -97,7 +97,7 @@ def test_a_long_answer_outgrows_what_was_made_for_it(decoder, tokenizer):
 
 
 def test_an_echoed_prompt_tells_what_the_model_thought_of_it(decoder, tokenizer, monkeypatch):
-    monkeypatch.setattr(rooms, "CHUNKS", (4, 4))
+    monkeypatch.setattr(scheduler, "CHUNKS", (4, 4))
     model, prompt = decoder(torch.float64), tokenizer.prompt(PROMPTS[5])
     batching = Batching(model, tokenizer)
     for known in range(2):  # the second time the prompt is known, and read again all the same

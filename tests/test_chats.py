@@ -23,10 +23,10 @@ from speaker import HOSTILE, Stub, sums
 from studio import serving
 
 from limbeck.serve.app import build
+from limbeck.serve.chat_replies import Replies
 from limbeck.serve.conversations import Conversations, Meter, Settings
-from limbeck.serve.people import Sessions
-from limbeck.serve.prose import BLOCK, PAGE, Prose, html, pages
-from limbeck.serve.replies import Replies
+from limbeck.serve.markdown_stream import BLOCK, PAGE, Prose, html, pages
+from limbeck.serve.sessions import Sessions
 from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow

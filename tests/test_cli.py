@@ -19,7 +19,7 @@ import tiny
 from tiny import answer, digests, environment
 
 from limbeck import cli
-from limbeck.pipeline import curate, reviews
+from limbeck.pipeline.review import curate, reviews
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 

@@ -13,7 +13,7 @@ from hypothesis.errors import Unsatisfiable
 from served import KEY, save, server
 
 from limbeck.model import weights
-from limbeck.model.cache import Packed
+from limbeck.model.kv_cache import Packed
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from limbeck.eval import comparison, report, story
-from limbeck.eval.run import Run, StageView
+from limbeck.report import comparison, report, summary
+from limbeck.report.loaded_run import Run, StageView
 
 
 def stage(folder: Path, name: str, losses: np.ndarray, flops: float) -> StageView:
@@ -36,14 +36,14 @@ def test_a_way_that_falls_twice_as_fast_needs_half_the_compute(tmp_path):
     assert told["target"] == pytest.approx(1.0255, abs=0.002)  # the mean over the last twentieth, and over seeds
     assert len(dense["final_losses"]) == 2 and dense["reaches_target_after"] == dense["flops"] == 1e12
     assert moe["reaches_target_after"] / dense["flops"] == pytest.approx(0.51, abs=0.02)
-    (said,) = story.compared(told)
+    (said,) = summary.compared(told)
     assert "moe reaches dense's final loss" in said.en and "moe 用" in said.zh and "dense" in said.zh
 
 
 def test_a_way_that_never_gets_there_is_said_plainly(tmp_path):
     told = comparison.compared(run(tmp_path, scale=0.5))
     assert told["ways"]["moe"]["reaches_target_after"] is None
-    (said,) = story.compared(told)
+    (said,) = summary.compared(told)
     assert "moe does not reach dense's final loss" in said.en and "未达到" in said.zh
 
 

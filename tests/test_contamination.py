@@ -8,12 +8,12 @@ import pytest
 import tiny
 from tiny import answer
 
+from limbeck.config.load import load
+from limbeck.config.recipe import Gym, Miniature
 from limbeck.pipeline.graph import Graph
-from limbeck.pipeline.lineage import find, rows_behind
+from limbeck.pipeline.provenance.lineage import find, rows_behind
 from limbeck.pipeline.store import Store
-from limbeck.reading import load
-from limbeck.recipe import Gym, Miniature
-from limbeck.record import read
+from limbeck.run_log import read
 from limbeck.tasks.contamination import Sieve
 from limbeck.tasks.task import open_task
 

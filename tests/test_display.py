@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from limbeck import display, record
-from limbeck.display import Lines, describe, left, span
-from limbeck.eval.history import History
+from limbeck import run_log
+from limbeck.cli import display
+from limbeck.cli.display import Lines, describe, left, span
 from limbeck.pipeline.run import Pace, Progress
-from limbeck.record import TIMING, Record, prepare, read
+from limbeck.report.history import History
+from limbeck.run_log import TIMING, Record, prepare, read
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +101,7 @@ def test_spans():
 def test_slow_steps_are_timed_although_they_are_not_logged(tmp_path, monkeypatch):
     """The metrics stay those of every tenth step; the tokens of the steps between are counted."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(record, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: clock.now))
     log = Record(tmp_path, 0, 100)
     for step in range(21):
         clock.now += 2.0
@@ -111,7 +112,7 @@ def test_slow_steps_are_timed_although_they_are_not_logged(tmp_path, monkeypatch
     rows = list(read(tmp_path / TIMING))
     assert [row["step"] for row in rows] == [-1, 0, 3, 6, 9, 10, 13, 16, 19, 20]
     assert [row["tokens"] for row in rows[1:]] == [50, 150, 150, 150, 50, 150, 150, 150, 50]
-    assert [row["step"] for row in read(tmp_path / record.METRICS)] == [0, 10, 20]
+    assert [row["step"] for row in read(tmp_path / run_log.METRICS)] == [0, 10, 20]
     history = History(tmp_path).look()
     assert (history.done, history.total, history.pace, history.seconds) == (21, 100, 2.0, 42.0)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import limbeck.train.divergence as divergence_module
-from limbeck.recipe import Optimizer
+from limbeck.config.recipe import Optimizer
 from limbeck.train.batch import pack
 from limbeck.train.divergence import Logits, States, divergence, forward_kl, jensen_shannon, reverse_kl, top_k
 from limbeck.train.learner import Learner

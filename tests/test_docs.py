@@ -17,8 +17,9 @@ import typer
 import yaml
 from pydantic import TypeAdapter
 
-from limbeck import reading, recipe
 from limbeck.cli import app
+from limbeck.config import recipe
+from limbeck.config.load import dump, load
 from limbeck.tasks.task import open_task
 from limbeck.types import Completion
 
@@ -109,7 +110,7 @@ def test_commands_exist(page):
         options = {option for parameter in known[words[0]].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options, line
         for shipped in (word for word in words if word.startswith("recipes/")):
-            reading.load(ROOT / shipped)
+            load(ROOT / shipped)
 
 
 def test_pull_says_what_it_does():
@@ -128,9 +129,9 @@ def test_makefile():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
-    loaded = reading.load(path)
+    loaded = load(path)
     assert loaded.name == path.stem
-    assert yaml.safe_load(reading.dump(loaded)) == loaded.model_dump(mode="json")
+    assert yaml.safe_load(dump(loaded)) == loaded.model_dump(mode="json")
 
 
 def examples() -> Iterator[tuple[str, str]]:
@@ -145,7 +146,7 @@ def test_yaml_blocks_load(block, tmp_path):
     tree = yaml.safe_load(block)
     if "stages" in tree:
         (tmp_path / "example.yaml").write_text(block, encoding="utf-8")
-        reading.load(tmp_path / "example.yaml")
+        load(tmp_path / "example.yaml")
     elif "problems" in tree:
         recipe.Recipe.model_validate({"name": "example", "stages": {}, **tree})
     else:

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from limbeck.engine.engine import Engine
+from limbeck.config.parts import Optimizer
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams, draw
-from limbeck.model.cache import Packed
-from limbeck.parts import Optimizer
+from limbeck.model.kv_cache import Packed
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from limbeck.model import weights
-from limbeck.model.cache import Packed
 from limbeck.model.config import Experts, Latent, ModelConfig
 from limbeck.model.decoder import Decoder
+from limbeck.model.kv_cache import Packed
 from limbeck.types import LimbeckError
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import json
 import pytest
 from test_cli import call  # noqa: F401 - a fixture
 
-from limbeck.pipeline.fingerprints import traces
+from limbeck.pipeline.provenance.fingerprints import traces
 from limbeck.types import LimbeckError
 
 SAID = {

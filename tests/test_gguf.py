@@ -23,11 +23,11 @@ from tokenizers import AddedToken, pre_tokenizers
 
 from limbeck import cli
 from limbeck.model import gguf, weights
-from limbeck.model.cache import Packed
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.pull import pull
-from limbeck.tokenizer import Tokenizer
+from limbeck.model.kv_cache import Packed
+from limbeck.model.pull import pull
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import yaml
 
+from limbeck.config.load import dump, load
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
-from limbeck.reading import dump, load
 from limbeck.types import LimbeckError
 
 

@@ -13,7 +13,8 @@ import time
 import pytest
 from tiny import limbeck, until
 
-from limbeck.pipeline import attendance, reviews
+from limbeck.pipeline import run_status
+from limbeck.pipeline.review import reviews
 from limbeck.serve import jobs
 from limbeck.types import LimbeckError
 
@@ -66,7 +67,7 @@ def test_a_run_is_started_once_paused_and_gone_on_with_and_waits_for_people(reci
     until(lambda: steps(folder) > 2)
     with pytest.raises(LimbeckError, match="carried out already"):
         jobs.resume(folder)
-    assert "base" in attendance.status(folder).begun
+    assert "base" in run_status.status(folder).begun
     for _ in range(3):  # asked three times is not the second Ctrl-C that kills
         jobs.pause(folder)
     assert jobs.state(folder).name == "pausing"
@@ -76,7 +77,7 @@ def test_a_run_is_started_once_paused_and_gone_on_with_and_waits_for_people(reci
         jobs.pause(folder)
 
     jobs.start(recipe, tmp_path / "runs")  # another setting, less to do: the run of this name goes on with it
-    until(lambda: attendance.status(folder).state == "waits" and not attendance.at_work(folder))
+    until(lambda: run_status.status(folder).state == "waits" and not run_status.at_work(folder))
     waits = jobs.state(folder)
     assert waits.name == "waits" and "4 rows to review" in waits.sentence
     queue = next((tmp_path / "runs" / "store" / ".queues").iterdir())
@@ -133,7 +134,7 @@ def test_what_stops_a_run_before_it_begins_is_told(recipe, tmp_path):
 
 def test_who_waits_and_then_sees_the_reviews_itself_is_not_started_twice(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    with attendance.Attendance(tmp_path) as run:
+    with run_status.Attendance(tmp_path) as run:
         run.tell("waits")
         assert jobs.state(tmp_path).name == "waits"  # it is about to end, or to look a last time
         seen = threading.Timer(0.2, run.tell, ["running"])

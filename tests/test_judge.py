@@ -10,8 +10,8 @@ import pytest
 from judges import Programmed, choosing, first, gullible, longer, material, truth
 from pydantic import ValidationError
 
-from limbeck.eval.calibration import CANARIES, PADDING, by_truth, calibrate, labelled
-from limbeck.opinions import Bar, Judging
+from limbeck.config.learned_rewards import Bar, Judging
+from limbeck.eval.judge_calibration import CANARIES, PADDING, by_truth, calibrate, labelled
 from limbeck.tasks.judge import Judge, Pair, clean, fence, final, read_points, read_verdict
 from limbeck.types import Completion, Group, Problem, generator
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.engine.flight import Flight
+from limbeck.engine.decode_batch import Flight
 from limbeck.engine.sampling import SamplingParams, draw
 from limbeck.model import kernels
 from limbeck.model.attention import Layer, RMSNorm, rotate
-from limbeck.model.cache import Branched, KVCache, Packed
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.ffn import SwiGLU, experts_mixed
 from limbeck.model.kernels import build, choice, decoding, trials
+from limbeck.model.kv_cache import Branched, KVCache, Packed
 from limbeck.types import LimbeckError
 
 # Every width that this machine can run is tested on it: 4 numbers a vector, 8, 16, and whatever the processor itself has.

@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 
 import limbeck.train.learner as learner_module
-from limbeck.engine.engine import Engine
+from limbeck.config.recipe import RL, Optimizer, Policy, Sampling
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.attention import RMSNorm
-from limbeck.model.cache import Packed
-from limbeck.recipe import RL, Optimizer, Policy, Sampling
-from limbeck.record import Record, read_metrics
+from limbeck.model.kv_cache import Packed
+from limbeck.run_log import Record, read_metrics
 from limbeck.tasks.task import Mixture
-from limbeck.train.audit import audit
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.checkpoint import Checkpoint
+from limbeck.train.grpo import reinforce
 from limbeck.train.learner import Learner, token_logprobs
 from limbeck.train.losses import cross_entropy, policy_gradient
 from limbeck.train.optimizer import Muon, orthogonalize, schedule
 from limbeck.train.optimizer import Optimizer as Stepper
-from limbeck.train.rl import reinforce
+from limbeck.train.selftest import audit
 from limbeck.types import LimbeckError, Resumable, Sample
 
 VOCABULARY = 40

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from limbeck.engine.engine import Engine
+from limbeck.config.recipe import RL, Miniature, Optimizer, Policy, Sampling
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.recipe import RL, Miniature, Optimizer, Policy, Sampling
-from limbeck.record import Record, read_metrics
-from limbeck.tasks.miniature import Countdown, encode_documents
+from limbeck.run_log import Record, read_metrics
+from limbeck.tasks.clock_countdown import Countdown, encode_documents
 from limbeck.tasks.task import Mixture
 from limbeck.train.checkpoint import Checkpoint
+from limbeck.train.grpo import reinforce, summarize
 from limbeck.train.learner import Learner
-from limbeck.train.rl import reinforce, summarize
-from limbeck.train.supervised import batches, fit
+from limbeck.train.sft import batches, fit
 
 pytestmark = pytest.mark.slow
 

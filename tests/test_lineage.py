@@ -11,10 +11,10 @@ import sys
 import pytest
 from test_cli import call  # noqa: F401 - a fixture
 
-from limbeck.pipeline.lineage import find, recall, rows_behind
-from limbeck.pipeline.rows import share_of
+from limbeck.pipeline.dataset_rows import share_of
+from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
 from limbeck.pipeline.store import Store
-from limbeck.record import read
+from limbeck.run_log import read
 from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow

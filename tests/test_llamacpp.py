@@ -19,11 +19,11 @@ import torch
 from checkpoints import CHECKPOINTS
 from torch import Tensor
 
-from limbeck.engine.engine import Engine
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import gguf, weights
-from limbeck.model.cache import Packed
-from limbeck.tokenizer import Tokenizer
+from limbeck.model.kv_cache import Packed
+from limbeck.text.tokenizer import Tokenizer
 
 STEPS = 40
 QUESTIONS = [

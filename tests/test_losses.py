@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from limbeck.parts import PRESETS, Policy
+from limbeck.config.parts import PRESETS, Policy
 from limbeck.train.batch import pack
 from limbeck.train.losses import cross_entropy, group_advantages, k3, policy_gradient
 from limbeck.types import Group, Problem, Sample

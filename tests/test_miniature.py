@@ -8,8 +8,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from limbeck.recipe import CorpusShare, Miniature
-from limbeck.tasks.miniature import CORPUS, OPERATIONS, WORDS, Countdown, encode_documents
+from limbeck.config.recipe import CorpusShare, Miniature
+from limbeck.tasks.clock_countdown import CORPUS, OPERATIONS, WORDS, Countdown, encode_documents
 from limbeck.types import Completion, Problem, Score
 
 GOOD = "<think> try 1 -6 gives 2 *5 gives 3 =3 gives 0 yes </think> <answer> 1 -6 *5 </answer>"

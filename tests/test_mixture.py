@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from limbeck.engine.engine import Engine
+from limbeck.config.parts import Optimizer as Settings
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import fp8
-from limbeck.model.cache import KVCache, Packed
 from limbeck.model.config import Experts, Latent, ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.ffn import MixtureOfExperts, Routes, balance_experts, recycle, sequence_balance
-from limbeck.parts import Optimizer as Settings
+from limbeck.model.kv_cache import KVCache, Packed
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy

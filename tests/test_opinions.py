@@ -16,24 +16,25 @@ from judges import Programmed, choosing, longer, material, truth
 from stub import Stub, completion
 from tiny import answer
 
-from limbeck.engine.engine import Engine
+from limbeck.config.learned_rewards import Calibrate, Opinion
+from limbeck.config.load import load
+from limbeck.config.parts import Optimizer, Policy, Sampling
+from limbeck.config.recipe import RL
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
-from limbeck.model.cache import Packed
-from limbeck.opinions import Calibrate, Opinion
-from limbeck.parts import Optimizer, Policy, Sampling
+from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.graph import anchored
 from limbeck.pipeline.job import Job
-from limbeck.pipeline.judging import run_calibrate
-from limbeck.pipeline.voices import judge_of, reward_of
-from limbeck.reading import load
-from limbeck.recipe import RL
-from limbeck.record import Record, read_metrics
+from limbeck.pipeline.stages.judging import run_calibrate
+from limbeck.pipeline.stages.rewards import judge_of, reward_of
+from limbeck.run_log import Record, read_metrics
 from limbeck.tasks.task import Mixture
 from limbeck.train.checkpoint import Checkpoint
+from limbeck.train.grpo import reinforce
+from limbeck.train.learned_rewards import Panel, hacked, trend
 from limbeck.train.learner import Learner
-from limbeck.train.panel import Panel, hacked, trend
-from limbeck.train.reward import (
+from limbeck.train.reward_model import (
     RewardModel,
     Valuer,
     bradley_terry,
@@ -43,7 +44,6 @@ from limbeck.train.reward import (
     split,
     to_sample,
 )
-from limbeck.train.rl import reinforce
 from limbeck.types import Completion, Group, LimbeckError, Problem, Resumable, Sample, Score, generator
 
 pytestmark = pytest.mark.slow

@@ -16,27 +16,27 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from limbeck.engine.engine import Engine
+from limbeck.config.load import load
+from limbeck.config.recipe import RL, Optimizer, Policy, Sampling
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import kernels
-from limbeck.model.cache import Packed
 from limbeck.model.config import Latent, ModelConfig
 from limbeck.model.decoder import Decoder
+from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.run import _failure
 from limbeck.pipeline.worker import perform
-from limbeck.reading import load
-from limbeck.recipe import RL, Optimizer, Policy, Sampling
-from limbeck.record import Record, read_metrics
+from limbeck.run_log import Record, read_metrics
 from limbeck.tasks.task import Mixture
-from limbeck.train import losses, reward
+from limbeck.train import losses, reward_model
 from limbeck.train.batch import Batch, pack
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.divergence import TopK
+from limbeck.train.grpo import reinforce
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy, distill, policy_gradient, preference, text_distance
-from limbeck.train.reward import Valuer, bradley_terry, pack_pairs
-from limbeck.train.rl import reinforce
-from limbeck.train.supervised import fit
+from limbeck.train.reward_model import Valuer, bradley_terry, pack_pairs
+from limbeck.train.sft import fit
 from limbeck.types import LimbeckError, Sample
 
 pytestmark = pytest.mark.slow
@@ -144,14 +144,14 @@ def test_no_loss_moves_a_weight_by_what_is_not_finite(decoder, loss, poison, val
 def test_every_loss_of_the_house_is_among_those_that_are_tried():
     """What is annotated as a loss, or as what makes one; and no other function has a gradient made and a step taken."""
     made = set()
-    for module in (losses, reward):
+    for module in (losses, reward_model):
         for node in ast.parse(Path(module.__file__).read_text()).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 returns = ast.unparse(node.returns) if node.returns else ""
                 made |= {node.name} if returns in ("Loss", "tuple[Tensor, Metrics]") else set()
     assert made == {name.partition("-")[0] for name in LOSSES}
     users = {p.name for p in Path(losses.__file__).parents[1].rglob("*.py") if ".backward()" in p.read_text()}
-    assert users == {"learner.py", "audit.py"}
+    assert users == {"learner.py", "selftest.py"}
 
 
 GIVEN = {

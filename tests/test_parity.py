@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from limbeck.model import weights
-from limbeck.model.cache import KVCache, Packed
 from limbeck.model.decoder import Decoder
+from limbeck.model.kv_cache import KVCache, Packed
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.plan import chips, fabric
+from limbeck.plan import chips, cluster
 from limbeck.plan.constants import KINDS, MOST, constants, provenance
 from limbeck.types import LimbeckError
 
@@ -43,15 +43,15 @@ def test_dies_read_no_faster_than_the_link_between_them():
      ("fire-flyer-2", 10000, "a100-pcie", 1250), ("h20", 1, "h20", 1)],
 )  # fmt: skip
 def test_grammar(text, count, chip, nodes):
-    found = fabric.cluster(text)
+    found = cluster.cluster(text)
     assert (found.count, found.chip.name, found.nodes) == (count, chip, nodes)
 
 
 def test_what_if():
-    assert fabric.cluster("2048xH800", nvlink=900).chip.link == 900e9
-    assert fabric.cluster("2048xH800", chip="h20").chip.memory == 96e9
-    assert fabric.cluster("2048xH800", nics=1).outside == 50e9
-    assert fabric.cluster("fire-flyer-2").outside == 25e9
+    assert cluster.cluster("2048xH800", nvlink=900).chip.link == 900e9
+    assert cluster.cluster("2048xH800", chip="h20").chip.memory == 96e9
+    assert cluster.cluster("2048xH800", nics=1).outside == 50e9
+    assert cluster.cluster("fire-flyer-2").outside == 25e9
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_if():
 )  # fmt: skip
 def test_mistakes(text, changes, sentence):
     with pytest.raises(LimbeckError, match=sentence):
-        fabric.cluster(text, **changes)
+        cluster.cluster(text, **changes)
 
 
 def test_constants_are_few_and_say_where_they_come_from():

@@ -9,9 +9,9 @@ import pytest
 
 from limbeck.model.config import ModelConfig
 from limbeck.plan import collectives, cost, memory
-from limbeck.plan.fabric import cluster
+from limbeck.plan.cluster import cluster
+from limbeck.plan.expert_placement import place
 from limbeck.plan.layout import Layout, check
-from limbeck.plan.placement import place
 from limbeck.plan.roofline import EARLY, Roofline, Split
 from limbeck.types import LimbeckError
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from limbeck import planning, reading
+from limbeck.cli import plan
+from limbeck.config.load import load
 from limbeck.model.config import ModelConfig
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
-from limbeck.plan import fabric, forecast, machine
+from limbeck.plan import cluster as clusters
+from limbeck.plan import forecast, machine_rates
 from limbeck.plan.forecast import Forecast, wall
-from limbeck.plan.machine import Asked, Rates
-from limbeck.plan.recipes import Walk
+from limbeck.plan.machine_rates import Asked, Rates
+from limbeck.plan.stage_work import Walk
 from limbeck.types import LimbeckError
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +32,8 @@ SEEN = {
 
 def walked(name: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> tuple[Walk, Graph]:
     path = ROOT / "recipes" / f"{name}.yaml"
-    graph = Graph(reading.load(path, overrides), Store(tmp_path / "store"), path.parent)
-    walk = Walk(graph.recipe, planning._configs(graph))
+    graph = Graph(load(path, overrides), Store(tmp_path / "store"), path.parent)
+    walk = Walk(graph.recipe, plan._configs(graph))
     for node in graph.nodes.values():
         walk.add(node.name, node.stage, node.inputs, node.control)
     return walk, graph
@@ -127,25 +129,25 @@ def test_a_large_model_is_drawn_out_from_two_depths():
 @pytest.mark.slow
 def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     """A real measurement of a tiny model, in a process that has torch; this one has no need of it."""
-    monkeypatch.setattr(machine, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(machine_rates, "user_cache_path", lambda name: tmp_path)
     config = ModelConfig("llama", 32, 16, 1, 2, 1, 8, 32, max_positions=256)
     asked = {"m": Asked(config, "adamw", (64, 128), 16, (8, 16), 4, 8)}
-    assert machine.measure(asked, {}, 1, ask=False) is None
-    rates = machine.measure(asked, {}, 1)
+    assert machine_rates.measure(asked, {}, 1, ask=False) is None
+    rates = machine_rates.measure(asked, {}, 1)
     assert rates.gemm > 1e8 and rates.memory > 1e8 and rates.learn("m", 128) > 0 and rates.step("m", 16) > 0
-    monkeypatch.setattr(machine, "_probe", lambda *_: pytest.fail("measured twice"))
-    assert machine.measure(asked, {}, 1) == rates == machine.measure(asked, {}, 1, ask=False)
+    monkeypatch.setattr(machine_rates, "_probe", lambda *_: pytest.fail("measured twice"))
+    assert machine_rates.measure(asked, {}, 1) == rates == machine_rates.measure(asked, {}, 1, ask=False)
 
 
 def test_a_probe_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "user_cache_path", lambda name: tmp_path)
-    monkeypatch.setattr(machine, "PROBE", "limbeck.cluster.no_such_probe")
+    monkeypatch.setattr(machine_rates, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(machine_rates, "PROBE", "limbeck.runtime.no_such_probe")
     with pytest.raises(LimbeckError, match="could not be measured: .*no_such_probe"):
-        machine.measure({}, {}, 1)
+        machine_rates.measure({}, {}, 1)
 
 
 def test_the_same_recipe_on_other_chips(quickstart):
-    few, many = (fabric.cluster(text) for text in ("1x4090", "8x4090"))
+    few, many = (clusters.cluster(text) for text in ("1x4090", "8x4090"))
     for effort in (quickstart.efforts["zero"], quickstart.efforts["base"]):
         one, eight = (forecast.price_on(effort, quickstart.configs, cluster) for cluster in (few, many))
         assert 0 < eight.seconds <= one.seconds and one.low < one.seconds < one.high
@@ -153,15 +155,15 @@ def test_the_same_recipe_on_other_chips(quickstart):
 
 def test_the_report_sets_the_forecast_against_what_happened(tmp_path):
     """Stages that were not foreseen are left out; a run without a forecast has none."""
-    from limbeck.eval import words
-    from limbeck.eval.report import StageView, _forecast
-    from limbeck.eval.run import Run
+    from limbeck.report import i18n
+    from limbeck.report.loaded_run import Run
+    from limbeck.report.report import StageView, _forecast
 
     stages = tuple(StageView(name, "rl", "", tmp_path, {"seconds": 12.0, "cpu_seconds": 11.0}, ()) for name in ("zero", "other"))
     told = Forecast("zero", "rl", 10.0, 7.0, 15.0, {"rollout": 10.0}, "rollout: 100%", 1, 1).told()
     found = _forecast(Run(stages, {}, {"forecast": {"stages": {"zero": told}}}))
     assert found["seconds"] == 10.0 and found["took"] == 12.0 and found["processor"] == 11.0 and [s["name"] for s in found["stages"]] == ["zero"]
-    said = words.foreseen(found)
+    said = i18n.foreseen(found)
     assert "10 s" in said.en and "12 s" in said.en and "11" in said.zh
     assert _forecast(Run(stages, {}, {})) is None
 

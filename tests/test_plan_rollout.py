@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from limbeck.plan import fabric, models
-from limbeck.plan.rollout import RL, Lengths, Phase, decode_seconds, r1_zero
+from limbeck.plan import cluster, models
+from limbeck.plan.rl import RL, Lengths, Phase, decode_seconds, r1_zero
 from limbeck.types import LimbeckError
 
 
@@ -43,7 +43,7 @@ def test_everybody_waits_for_the_longest():
 
 def test_r1_zero():
     """101K GPU-hours on 512 H800 in 198 hours (2501.12948v2, Table 7): within a factor of two, and inside the interval."""
-    run = r1_zero(models.find("r1-zero"), fabric.cluster("512xH800"))
+    run = r1_zero(models.find("r1-zero"), cluster.cluster("512xH800"))
     assert sum(phase.rollouts for phase in run.phases) == 650
     plan = run.plan()
     hours, low, high = plan.chip_hours
@@ -55,7 +55,7 @@ def test_r1_zero():
 def test_delethink(window, mean, generation, backward):
     """One step of R1-Distill-1.5B on eight H100 with 24K tokens (2510.06557); 128 prompts x 8 and the means: from its rates."""
     run = RL(
-        models.find("r1-distill-qwen-1.5b"), fabric.cluster("8xH100"), (Phase(1, Lengths(mean, 24576)),), samples=1024, replica=1,
+        models.find("r1-distill-qwen-1.5b"), cluster.cluster("8xH100"), (Phase(1, Lengths(mean, 24576)),), samples=1024, replica=1,
         extra=0, window=window, offload=False,
     )  # fmt: skip
     parts = run.parts(run.phases[0].lengths)
@@ -64,7 +64,7 @@ def test_delethink(window, mean, generation, backward):
 
 
 def test_what_helps():
-    small = RL(models.find("r1-distill-qwen-1.5b"), fabric.cluster("8xH100"), (Phase(1, Lengths(4000, 16384)),), samples=512, replica=1)
+    small = RL(models.find("r1-distill-qwen-1.5b"), cluster.cluster("8xH100"), (Phase(1, Lengths(4000, 16384)),), samples=512, replica=1)
     assert replace(small, overlap=True).seconds() < small.seconds()
     assert replace(small, speculation=1.5).seconds() < small.seconds()
     assert replace(small, phases=(Phase(1, Lengths(4000, 16384, 0.3)),)).seconds() < small.seconds()  # the same tokens, a shorter tail
@@ -75,4 +75,4 @@ def test_what_helps():
 
 def test_replicas_divide_the_cluster():
     with pytest.raises(LimbeckError, match="8 chips do not fall into replicas of 3"):
-        RL(models.find("r1-distill-qwen-1.5b"), fabric.cluster("8xH100"), (), 8, replica=3)
+        RL(models.find("r1-distill-qwen-1.5b"), cluster.cluster("8xH100"), (), 8, replica=3)

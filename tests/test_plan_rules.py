@@ -8,7 +8,7 @@ from datetime import date
 import pytest
 
 from limbeck.plan import chips
-from limbeck.plan.rules import Chip, Die, Memory, Weights, judge, ware
+from limbeck.plan.export_rules import Chip, Die, Memory, Weights, judge, ware
 from limbeck.types import LimbeckError
 
 A100 = Chip("A100", (Die({16: 312, 8: 624}, 826),), 600, 2039)

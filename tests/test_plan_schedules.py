@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from limbeck.plan import gantt
-from limbeck.plan.schedules import Times, quick, seconds, simulate
+from limbeck.plan.pipeline_schedules import Times, quick, seconds, simulate
 from limbeck.types import LimbeckError
 
 

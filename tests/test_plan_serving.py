@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from limbeck.plan import fabric, models
+from limbeck.plan import cluster as clusters
+from limbeck.plan import models
 from limbeck.plan.collectives import decode_bound
-from limbeck.plan.serving import Day, Replica, production, unit_cost
+from limbeck.plan.inference import Day, Replica, production, unit_cost
 from limbeck.types import LimbeckError
 
 
 @pytest.fixture(scope="module")
 def v3():
-    config, cluster = models.find("deepseek-v3"), fabric.cluster("2048xH800")
+    config, cluster = models.find("deepseek-v3"), clusters.cluster("2048xH800")
     return lambda chips: Replica(config, cluster, chips, "fp8")
 
 
@@ -54,24 +55,24 @@ def test_decoding_behaves(v3):
     assert unit.decode(64, 4096).tokens > unit.decode(16, 4096).tokens and unit.decode(64, 4096).seconds > unit.decode(16, 4096).seconds
     assert unit.decode(64, 32768).seconds > unit.decode(64, 4096).seconds
     assert unit.most_rows(4096) > unit.most_rows(8192) > 0
-    fast = Replica(unit.config, fabric.cluster("2048xH800", nic=800), 144, "fp8")
+    fast = Replica(unit.config, clusters.cluster("2048xH800", nic=800), 144, "fp8")
     assert fast.decode(128, 4096).tokens > unit.decode(128, 4096).tokens
 
 
 def test_what_cannot_be_served(v3):
     qwen = models.find("r1-distill-qwen-7b")
     with pytest.raises(LimbeckError, match="do not fit on 8 x 4090"):
-        Replica(models.find("deepseek-v3"), fabric.cluster("8x4090"), 8, "fp8")
+        Replica(models.find("deepseek-v3"), clusters.cluster("8x4090"), 8, "fp8")
     with pytest.raises(LimbeckError, match="8x4090 has 8"):
-        Replica(qwen, fabric.cluster("8x4090"), 16)
+        Replica(qwen, clusters.cluster("8x4090"), 16)
     with pytest.raises(LimbeckError, match="fp8 TFLOPS is not known"):
-        Replica(qwen, fabric.cluster("8xA100"), 1, "fp8").decode(8, 1024)
+        Replica(qwen, clusters.cluster("8xA100"), 1, "fp8").decode(8, 1024)
     with pytest.raises(LimbeckError, match="no conversation gets 500"):
         v3(144).at_speed(500, 4096)
 
 
 def test_dense_models_split_over_chips():
-    qwen, node = models.find("r1-distill-qwen-7b"), fabric.cluster("8xH100")
+    qwen, node = models.find("r1-distill-qwen-7b"), clusters.cluster("8xH100")
     one, two = Replica(qwen, node, 1), Replica(qwen, node, 2)
     assert two.decode(32, 4096).seconds < one.decode(64, 4096).seconds
     assert one.held == pytest.approx(2 * qwen.parameters, rel=0.01) and two.held == pytest.approx(one.held / 2, rel=0.01)

@@ -12,7 +12,7 @@ import pytest
 
 from limbeck.model.config import ModelConfig
 from limbeck.plan import cost, gantt, search, verify
-from limbeck.plan.fabric import cluster
+from limbeck.plan.cluster import cluster
 from limbeck.plan.layout import Layout
 from limbeck.plan.published import FILE, Row, read
 from limbeck.plan.step import predict

@@ -8,11 +8,11 @@ import shutil
 import pytest
 from tiny import answer
 
+from limbeck.config.load import load
 from limbeck.pipeline.graph import Graph
-from limbeck.pipeline.licences import _table, bind, declared, of_model, terms
-from limbeck.pipeline.provenance import check, grown, teachers_of, trace
+from limbeck.pipeline.provenance.licences import _table, bind, declared, of_model, terms
+from limbeck.pipeline.provenance.propagate import check, grown, teachers_of, trace
 from limbeck.pipeline.store import Store
-from limbeck.reading import load
 from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow

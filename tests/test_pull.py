@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from limbeck import doctor, pull
-from limbeck.model import weights
+from limbeck.cli import doctor
+from limbeck.model import pull, weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.types import LimbeckError

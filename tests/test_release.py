@@ -13,14 +13,14 @@ import yaml
 from test_cli import call  # noqa: F401 - a fixture
 from tiny import answer
 
+from limbeck.config.load import dump, load
 from limbeck.model import weights
-from limbeck.model.cache import Packed
+from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.graph import Graph
-from limbeck.pipeline.lineage import find, find_artifact
-from limbeck.pipeline.release import part_of, release
+from limbeck.pipeline.provenance.lineage import find, find_artifact
+from limbeck.pipeline.provenance.release import part_of, release
 from limbeck.pipeline.store import Store
-from limbeck.reading import dump, load
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow

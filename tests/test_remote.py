@@ -16,11 +16,11 @@ import stub as stubs
 from stub import KEY, Stub, completion, fault
 from tiny import answer, children, limbeck, open_run, until
 
-from limbeck.engine.pace import Pace, Stopped, retry_after
-from limbeck.engine.remote import Endpoint
+from limbeck.config.load import load
+from limbeck.config.recipe import Remote
+from limbeck.engine.openai_client import Endpoint
+from limbeck.engine.rate_limit import Pace, Stopped, retry_after
 from limbeck.engine.sampling import SamplingParams
-from limbeck.reading import load
-from limbeck.recipe import Remote
 from limbeck.types import LimbeckError, Problem, Resumable
 
 pytestmark = pytest.mark.slow

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from limbeck.eval.page import thought
-from limbeck.eval.report import StageView, write
-from limbeck.eval.run import Run
 from limbeck.eval.statistics import wilson
-from limbeck.eval.story import control, not_shown
+from limbeck.report.loaded_run import Run
+from limbeck.report.page import thought
+from limbeck.report.report import StageView, write
+from limbeck.report.summary import control, not_shown
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from limbeck.eval.statistics import krippendorff
-from limbeck.pipeline import curate, edits, reviews
-from limbeck.pipeline.agreement import agreement, paces
+from limbeck.pipeline.review import curate, edits, reviews
+from limbeck.pipeline.review.agreement import agreement, paces
 from limbeck.types import LimbeckError
 
 
@@ -230,16 +230,16 @@ def test_words_of_another_language_are_found():
 
 
 def test_disagreements_are_settled_at_the_terminal(queue, monkeypatch, capsys):
-    from limbeck import desk
+    from limbeck.cli import review
 
     say(queue, "a", "reject", "Ada", reason="dull")
     say(queue, "a", "accept", "Grace")
     for name in "cdef":
         say(queue, name, "accept", "Mary")
     answers = iter(["a", "r", "indeed"])
-    monkeypatch.setattr(desk.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(review.sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
-    desk.review_at_terminal(queue, "Mary")
+    review.review_at_terminal(queue, "Mary")
     told = capsys.readouterr().out
     assert "[1/2]" in told and "[2/2]" in told and "Ada says reject: dull" in told and "Grace says accept: as it is" in told
     assert told.endswith("all rows are reviewed: run the recipe again and it goes on\n")

@@ -10,8 +10,8 @@ from served import routes
 
 from limbeck.serve.app import build
 from limbeck.serve.markup import finished, to_html
-from limbeck.serve.people import Sessions
-from limbeck.serve.safety import Guard, Limits
+from limbeck.serve.security import Guard, Limits
+from limbeck.serve.sessions import Sessions
 
 
 class Nobody:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from limbeck import doctor
-from limbeck.recipe import Gym
+from limbeck.cli import doctor
+from limbeck.config.recipe import Gym
 from limbeck.tasks import generators, grammar, sandbox
 from limbeck.tasks.answers import Verdict, judge
 from limbeck.tasks.grammar import Unread

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from limbeck.model.config import ModelConfig
-from limbeck.model.sizes import describe, tell
+from limbeck.model.footprint import describe, tell
 
 PUBLISHED = Path(__file__).parent.parent / "docs" / "models"
 

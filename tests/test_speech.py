@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from limbeck.serve.api import event
-from limbeck.tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, overlap, split_thought
+from limbeck.serve.openai.routes import event
+from limbeck.text.tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, overlap, split_thought
 
 TEXTS = st.lists(st.sampled_from(["a", " ", "\n", "é", "思", "🙂", "\u2028", "<", "/", ">", "think", OPEN, CLOSE, "stop", "<end>"]), max_size=30).map("".join)
 

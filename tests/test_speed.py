@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from limbeck.engine.engine import Engine
+from limbeck.config.parts import Optimizer
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import kernels
-from limbeck.parts import Optimizer
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy

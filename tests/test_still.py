@@ -12,23 +12,23 @@ import tiny
 import torch
 from tiny import Attempt
 
-from limbeck.methods import Distill
+from limbeck.config.load import load
+from limbeck.config.methods import Distill
+from limbeck.config.parts import Optimizer
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.parts import Optimizer
-from limbeck.pipeline.learning import affordable
-from limbeck.pipeline.lineage import find, recall, rows_behind
-from limbeck.pipeline.scoring import ranked
-from limbeck.pipeline.stages import to_sample
-from limbeck.reading import load
-from limbeck.record import read, read_metrics
-from limbeck.tasks.miniature import Countdown
-from limbeck.tokenizer import Tokenizer
+from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
+from limbeck.pipeline.stages.basic import to_sample
+from limbeck.pipeline.stages.ranking import ranked
+from limbeck.pipeline.stages.training import affordable
+from limbeck.run_log import read, read_metrics
+from limbeck.tasks.clock_countdown import Countdown
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
 from limbeck.train.distill import LABELLED, Lessons, Teacher, taught
+from limbeck.train.dpo import best_and_worst, likelihood, plan_pairs, to_pair
 from limbeck.train.learner import Learner
-from limbeck.train.preference import best_and_worst, likelihood, plan_pairs, to_pair
 from limbeck.types import Completion, Group, LimbeckError, Problem, Sample, Score
 
 pytestmark = pytest.mark.slow

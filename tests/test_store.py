@@ -18,7 +18,7 @@ import torch
 from tiny import answer, limbeck, until
 
 from limbeck.pipeline.store import MANIFEST, OUTCOME, Store, out_of_space, write
-from limbeck.record import Record, read_metrics
+from limbeck.run_log import Record, read_metrics
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.types import Corrupted, LimbeckError, Resumable
 

@@ -22,8 +22,8 @@ from studio import accessible, picture
 
 from limbeck.eval.identity import revealed
 from limbeck.serve.app import build
-from limbeck.serve.ballots import Answer, Ballots, Refused
 from limbeck.serve.questions import Questions
+from limbeck.serve.votes import Answer, Ballots, Refused
 from limbeck.types import LimbeckError, Problem
 
 pytestmark = pytest.mark.slow
@@ -215,7 +215,7 @@ def fought(ballots, voter="Ada", outcome="a", a="r1", b="base", prompt="2 and 2?
 
 
 def test_votes_are_limited_by_the_hour(tmp_path, monkeypatch):
-    monkeypatch.setattr("limbeck.serve.ballots.PER_HOUR", 3)
+    monkeypatch.setattr("limbeck.serve.votes.PER_HOUR", 3)
     ballots = Ballots(tmp_path)
     for _ in range(3):
         ballots.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
@@ -249,7 +249,7 @@ def test_a_changed_log_shows(tmp_path):
 VOTER = """
 import sys
 from pathlib import Path
-from limbeck.serve.ballots import Answer, Ballots, Battle
+from limbeck.serve.votes import Answer, Ballots, Battle
 from limbeck.types import Problem
 ballots = Ballots(Path(sys.argv[1]))
 while True:
@@ -344,7 +344,7 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
     """TRL's columns, without ties; the reader of reward models and calibrations takes them."""
     from types import SimpleNamespace
 
-    from limbeck.pipeline.judging import preferences
+    from limbeck.pipeline.stages.judging import preferences
 
     ballots = Ballots(tmp_path / ".studio")
     fought(ballots)
@@ -498,7 +498,7 @@ def test_models_learn_from_the_votes(finished, tmp_path):
     """People who always prefer the answer that says no: the table that the arena gives is what two stages learn from."""
     import tiny
 
-    from limbeck.record import read_metrics
+    from limbeck.run_log import read_metrics
 
     ballots = Ballots(tmp_path / "runs" / ".studio")
     for i in range(60):

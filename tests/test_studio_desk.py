@@ -15,15 +15,15 @@ import torch
 from studio import NoModels, accessible, picture
 from tiny import limbeck, until
 
+from limbeck.config.load import dump, load
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.pipeline import curate, queues, reviews
-from limbeck.reading import dump, load
+from limbeck.pipeline.review import curate, review_queues, reviews
 from limbeck.serve import jobs
 from limbeck.serve.app import build
 from limbeck.serve.studio import desk as page_of
-from limbeck.tasks.miniature import Countdown
+from limbeck.tasks.clock_countdown import Countdown
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +111,7 @@ AT = "/desk/tiny/coldstart"
 
 
 def queue_of(home: Path) -> Path:
-    return queues.desk(home, "tiny", "coldstart").queue
+    return review_queues.desk(home, "tiny", "coldstart").queue
 
 
 def decide(browser, number: int, verdict: str, home: Path, **more) -> httpx.Response:

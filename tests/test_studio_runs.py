@@ -14,8 +14,8 @@ import pytest
 from studio import NoModels, accessible, chromium, house, picture, visit  # noqa: F401 - fixtures
 from tiny import until
 
-from limbeck.pipeline import attendance
-from limbeck.record import METRICS, ROLLOUTS
+from limbeck.pipeline import run_status
+from limbeck.run_log import METRICS, ROLLOUTS
 from limbeck.serve import jobs
 from limbeck.serve.app import build
 
@@ -189,7 +189,7 @@ def test_a_run_is_started_watched_paused_and_gone_on_with_from_its_page(visit, h
         page.keyboard.press("r")
         page.locator("#pause").wait_for(timeout=PATIENT)
         page.close()
-    until(lambda: attendance.at_work(watched) and attendance.status(watched).begun)
+    until(lambda: run_status.at_work(watched) and run_status.status(watched).begun)
     written = next(tmp_path.glob(f"store/.partial/pretrain-*/{METRICS}"))
     size = written.stat().st_size
     until(lambda: written.stat().st_size > size)  # page and server are gone, and it goes on

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
 ESCAPES = {

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from limbeck.eval import flips, narration
-from limbeck.eval.history import History
-from limbeck.eval.lineage import Box, draw
-from limbeck.eval.words import Text
-from limbeck.pipeline import attendance, overview, watch
-from limbeck.record import METRICS, ROLLOUTS, Record, read
+from limbeck.pipeline import run_state, run_status, run_view
+from limbeck.report import flips, sentences
+from limbeck.report.graph_drawing import Box, draw
+from limbeck.report.history import History
+from limbeck.report.i18n import Text
+from limbeck.run_log import METRICS, ROLLOUTS, Record, read
 from limbeck.types import Completion, Group, Problem, Score
 
 
@@ -53,7 +53,7 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
         record.step(step, {"reward": 1.0})
     history.look()
     parsed = []
-    monkeypatch.setattr("limbeck.eval.history.json.loads", lambda line: parsed.append(line) or json.JSONDecoder().decode(line.decode()))
+    monkeypatch.setattr("limbeck.report.history.json.loads", lambda line: parsed.append(line) or json.JSONDecoder().decode(line.decode()))
     history.look()
     assert parsed == []
     record.step(50, {"reward": 2.0})
@@ -95,54 +95,54 @@ def test_sentences_turn_where_the_numbers_turn(tmp_path):
         record = Record(tmp_path / name, 0, 100)
         for step, reward in enumerate(rewards):
             record.step(step, {"accuracy": reward, "gap": 1e-6, "informative": 0.4, "truncated": 0.2 if name == "up" else 0.0, **({"alarms": ["x: too long"]} if step > 57 else {})})
-    told = {name: narration.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")}
+    told = {name: sentences.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")}
     assert told["up"] == Text("Accuracy rose from 4.2% to 94.2%.", "准确率从 4.2% 升到 94.2%。")
     assert told["down"].en == "Accuracy fell from 95.8% to 5.8%." and "降" in told["down"].zh
-    valley = narration._went(Text("A", "甲"), np.array([0.5, *np.linspace(0.9, 0.1, 17), 0.6]), str)
+    valley = sentences._went(Text("A", "甲"), np.array([0.5, *np.linspace(0.9, 0.1, 17), 0.6]), str)
     assert "no clear direction" in valley.en  # it ends higher than it began, but did not rise
     assert "no clear direction" in told["wave"].en and "没有明显的方向" in told["wave"].zh
-    sound = [text.en for text in narration.soundness(History(tmp_path / "up").look())]
+    sound = [text.en for text in sentences.soundness(History(tmp_path / "up").look())]
     assert "differ by at most 1.0e-06 nats a token: no more than rounding." in sound[0]
     assert sound[1:] == [
         "Of the latest groups 40% hold both better and worse responses; the others teach nothing.",
         "20% of the latest responses ran out of tokens.", "Alarm at step 58 (2 in all): x: too long.",
     ]  # fmt: skip
-    running = narration.progress("zero", "rl", "running", History(tmp_path / "up").look(), {})
+    running = sentences.progress("zero", "rl", "running", History(tmp_path / "up").look(), {})
     assert running.en.startswith("zero has taken 60 of 100 steps; one takes") and running.zh.startswith("zero 已走 60/100 步")
-    assert narration.progress("zero", "rl", "begun", History(tmp_path / "up").look(), {}).en == "zero has taken 60 of 100 steps and rests."
+    assert sentences.progress("zero", "rl", "begun", History(tmp_path / "up").look(), {}).en == "zero has taken 60 of 100 steps and rests."
 
 
 @pytest.mark.parametrize("actual, over, said", [(50, True, "shorter"), (100, True, "as foreseen"), (200, True, "longer"), (50, False, "have passed."), (200, False, "more than")])
 def test_a_plan_is_compared_with_what_came(actual, over, said):
-    assert said in narration.foreseen(actual, {"seconds": 100, "low": 80, "high": 130}, over).en
+    assert said in sentences.foreseen(actual, {"seconds": 100, "low": 80, "high": 130}, over).en
 
 
 def test_a_finished_run_is_told_from_its_folder_alone(finished):
-    run = overview.look(finished.home / "tiny")
-    assert run.complete and overview.runs_in(finished.home) == [finished.home / "tiny"]
-    assert attendance.status(run.folder).state == "finished" and not attendance.at_work(run.folder)
-    lines = watch.lines(run, alive=False)
+    run = run_state.look(finished.home / "tiny")
+    assert run.complete and run_state.runs_in(finished.home) == [finished.home / "tiny"]
+    assert run_status.status(run.folder).state == "finished" and not run_status.at_work(run.folder)
+    lines = run_view.lines(run, alive=False)
     assert [line.state for line in lines] == ["done"] * len(lines) and lines[0].name == "brought"
     zero = next(line for line in lines if line.name == "zero")
     assert zero.share == 1 and zero.history.done == 8 and zero.rewards() == ["accuracy", "format", "language"]
-    told = [text.en for text in watch.narrate(run, lines)]
+    told = [text.en for text in run_view.narrate(run, lines)]
     assert told[0] == f"{len(lines)} of {len(lines)} stages are done."
     assert zero.said[0].en.startswith("zero is done: RL in") and zero.said[0].zh.startswith("zero 已完成")
     evaluation = next(line for line in lines if line.kind == "evaluate")
-    assert any("On clock, temperature 1" in text.en for text in evaluation.said) and watch.samples(evaluation)
-    drawn = watch.draw(lines, "the stages", lambda name: f"/runs/tiny/{name}")
+    assert any("On clock, temperature 1" in text.en for text in evaluation.said) and run_view.samples(evaluation)
+    drawn = run_view.draw(lines, "the stages", lambda name: f"/runs/tiny/{name}")
     assert 'href="/runs/tiny/zero"' in drawn and "evaluation" not in drawn and "style=" not in drawn
-    assert watch.responses(zero, None)["step"] == 7 and watch.responses(zero, 3)["before"] == 2
+    assert run_view.responses(zero, None)["step"] == 7 and run_view.responses(zero, 3)["before"] == 2
 
 
 def test_a_forecast_stands_beside_what_was_measured(finished):
-    run = overview.look(finished.home / "tiny")
-    path = run.folder / overview.FORECAST
+    run = run_state.look(finished.home / "tiny")
+    path = run.folder / run_state.FORECAST
     path.write_text(json.dumps({"stages": {name: {"seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")}}))
     try:
-        lines = watch.lines(overview.look(run.folder), alive=False)
+        lines = run_view.lines(run_state.look(run.folder), alive=False)
         assert [line.name for line in lines if line.foreseen] == ["base", "zero"]
-        assert "The plan said 10 s" in watch.narrate(run, lines)[-1].en
+        assert "The plan said 10 s" in run_view.narrate(run, lines)[-1].en
     finally:
         path.unlink()
 
@@ -154,14 +154,14 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
     partial = tmp_path / "store" / ".partial" / "rl-1"
     partial.mkdir(parents=True)
     Record(partial, 0, 4).step(0, {"reward": 0.5})
-    with attendance.Attendance(folder) as told:
+    with run_status.Attendance(folder) as told:
         told.begun["zero"] = "rl-1"
         told.tell("running")
-        assert attendance.at_work(folder)
-        zero = watch.line_of(overview.look(folder), overview.look(folder).stage("zero"), alive=True)
+        assert run_status.at_work(folder)
+        zero = run_view.line_of(run_state.look(folder), run_state.look(folder).stage("zero"), alive=True)
         assert (zero.state, zero.share) == ("running", 0.25)
-        assert '<g class="running">' in watch.draw([zero], "x", str) and "1/4" in watch.draw([zero], "x", str)
-    assert not attendance.at_work(folder) and attendance.status(folder).state == "finished"
+        assert '<g class="running">' in run_view.draw([zero], "x", str) and "1/4" in run_view.draw([zero], "x", str)
+    assert not run_status.at_work(folder) and run_status.status(folder).state == "finished"
 
 
 def test_a_drawing_escapes_what_it_is_given():
@@ -178,9 +178,9 @@ def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
 
 def test_every_alarm_is_told_in_chinese():
     """Those that a watch rings by itself, and both of an opinion that was hacked."""
-    from limbeck.eval.narration import _alarm
-    from limbeck.recipe import RL
-    from limbeck.train.audit import Watch
+    from limbeck.config.recipe import RL
+    from limbeck.report.sentences import _alarm
+    from limbeck.train.selftest import Watch
 
     watch = Watch(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
     watch.history.extend({"length": 10.0} for _ in range(19))

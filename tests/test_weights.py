@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
 TINY = {"vocab_size": 40, "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from limbeck.config.load import load
 from limbeck.pipeline.run import Run
 from limbeck.pipeline.worker import perform, read_job, write_job
-from limbeck.reading import load
 
 # half-learned repetition is right now and then: `screened` needs problems that are sometimes solved
 RECIPE = """

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from turns import SETTINGS
 
-from limbeck.engine.engine import Engine
+from limbeck.config.load import load
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.decoder import Decoder
-from limbeck.reading import load
-from limbeck.tasks.miniature import Countdown
+from limbeck.tasks.clock_countdown import Countdown
 from limbeck.tasks.task import Mixture
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 
 recipe = load(Path(SETTINGS["recipe"]), [])
 zero = recipe.stages["zero"]

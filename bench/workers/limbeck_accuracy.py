@@ -8,12 +8,12 @@ import torch
 from judging import accuracy, sampling, tasks, tokenizer, zero
 from turns import SETTINGS, turns
 
-from limbeck.engine.engine import Engine
+from limbeck.engine.rollout import Engine
 from limbeck.model import weights
 from limbeck.train.batch import pack, to_samples
+from limbeck.train.grpo import minibatches
 from limbeck.train.learner import Learner
 from limbeck.train.losses import group_advantages, policy_gradient
-from limbeck.train.rl import minibatches
 
 torch.set_num_threads(SETTINGS["threads"])
 policy = zero.policy

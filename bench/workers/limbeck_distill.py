@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from turns import SETTINGS, turns
 
-from limbeck.engine.engine import Engine
+from limbeck.config.parts import Optimizer
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
-from limbeck.parts import Optimizer
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.distill import Lesson, Teacher, taught
 from limbeck.train.learner import Learner
 from limbeck.train.losses import distill

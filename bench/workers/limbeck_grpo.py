@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from turns import SETTINGS, Clock, turns
 
-from limbeck.engine.engine import Engine
+from limbeck.config.parts import Optimizer, Policy
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
-from limbeck.parts import Optimizer, Policy
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import group_advantages, policy_gradient

@@ -9,7 +9,7 @@ import torch
 from turns import SETTINGS, Clock, turns
 
 from limbeck.model import weights
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 
 torch.set_num_threads(SETTINGS["threads"])
 folder = Path(SETTINGS["model"])

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from turns import SETTINGS, turns
 
+from limbeck.config.parts import Optimizer
 from limbeck.model import weights
-from limbeck.parts import Optimizer
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
+from limbeck.train.dpo import referenced, to_pair
 from limbeck.train.learner import Learner
 from limbeck.train.losses import preference
-from limbeck.train.preference import referenced, to_pair
 
 torch.set_num_threads(SETTINGS["threads"])
 tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from turns import SETTINGS, Clock, tell, turns
 
-from limbeck.engine.engine import Engine
+from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import Problem
 
 torch.set_num_threads(SETTINGS["threads"])

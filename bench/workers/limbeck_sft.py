@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from turns import SETTINGS, turns
 
+from limbeck.config.parts import Optimizer
 from limbeck.model import weights
-from limbeck.parts import Optimizer
-from limbeck.tokenizer import Tokenizer
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy

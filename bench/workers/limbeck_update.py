@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from turns import SETTINGS, turns
 
+from limbeck.config.parts import Optimizer, Policy
 from limbeck.model import weights
-from limbeck.parts import Optimizer, Policy
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import policy_gradient

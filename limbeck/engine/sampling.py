@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config.parts import Sampling
 from ..model import kernels
-from ..parts import Sampling
 
 FEW = 256  # tokens that nearly always hold what top-p leaves
 

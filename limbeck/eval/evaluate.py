@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, Protocol
 
-from ..recipe import Evaluate
+from ..config.recipe import Evaluate
 from ..types import Group, Problem, Sampler, generator
 from . import statistics
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..types import generator
-from .arena import WORTH, Vote, rate
-from .calibration import agreement
+from .arena_ratings import WORTH, Vote, rate
+from .judge_calibration import agreement
 
 LEVEL = 0.05  # chance that anybody at all is marked without reason, for each of the two tests
 DRAWS = 4999

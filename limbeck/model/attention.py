@@ -1,7 +1,7 @@
 """Attention layers. N tokens · C hidden · H heads · K key/value heads · D head size · R latent rank.
 
 A layer only makes queries, keys and values. *Whom* a token may look at is the context's affair:
-`Packed` (cache.py) for whole sequences laid end to end, `KVCache` for the next tokens of each row.
+`Packed` (kv_cache.py) for whole sequences laid end to end, `KVCache` for the next tokens of each row.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
 from .config import ModelConfig
 from .decoder import Decoder

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..reading import MODELS
-from ..recipe import Evaluate, Problems, Recipe, Stage
-from ..record import read
+from ..config.load import MODELS
+from ..config.recipe import Evaluate, Problems, Recipe, Stage
+from ..run_log import read
 from ..types import Task
-from .rows import PROBLEMS, ROWS, said
+from .dataset_rows import PROBLEMS, ROWS, said
 from .store import Artifact, Store, digest_of, write
 
 VERSION = 1  # raise it when the same texts begin to be judged otherwise

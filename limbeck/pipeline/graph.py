@@ -11,12 +11,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..methods import Preference
-from ..opinions import TABLES, Calibrate, Reward
-from ..recipe import Curate, Evaluate, Files, Load, Problems, Recipe, Remote, Report, Stage, inputs, sources
+from ..config.learned_rewards import TABLES, Calibrate, Reward
+from ..config.methods import Preference
+from ..config.recipe import (
+    Curate,
+    Evaluate,
+    Files,
+    Load,
+    Problems,
+    Recipe,
+    Remote,
+    Report,
+    Stage,
+    inputs,
+    sources,
+)
 from ..types import LimbeckError
-from . import reviews
 from .decontamination import Decontamination, Finding, tested
+from .review import reviews
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
@@ -154,7 +166,7 @@ class Graph:
 
 def anchored(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with absolute paths, so that it means the same wherever it is read."""
-    from ..model.places import find_model
+    from ..model.find import find_model
 
     problems, stages = dict(recipe.problems), dict(recipe.stages)
     for name, source in problems.items():

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import Problems, Remote, Stage
-from ..record import Record, read
+from ..config.recipe import Problems, Remote, Stage
+from ..run_log import Record, read
 from ..types import Problem, Task
-from .rows import PROBLEMS, ROWS
+from .dataset_rows import PROBLEMS, ROWS
 from .store import MANIFEST, RESPONSES
 
 if TYPE_CHECKING:
-    from ..engine.engine import Engine
-    from ..engine.remote import Endpoint
+    from ..engine.openai_client import Endpoint
+    from ..engine.rollout import Engine
     from ..model.decoder import Decoder
     from ..tasks.task import Mixture
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
     from ..train.checkpoint import Checkpoint
 
 
@@ -47,21 +47,21 @@ class Job:
     def model(self, name: str) -> tuple[Decoder, Tokenizer]:
         """The weights and the tokenizer of an input."""
         from ..model import weights
-        from ..tokenizer import Tokenizer
+        from ..text.tokenizer import Tokenizer
 
         directory = self.inputs[name] / "model"
         return weights.load(directory), Tokenizer.from_directory(directory)
 
     def endpoint(self, name: str) -> Endpoint:
         """An endpoint that the stage may ask. What it answers is kept beside the artifacts, for all stages and runs."""
-        from ..engine.remote import Endpoint
+        from ..engine.openai_client import Endpoint
 
         settings = self.stage if isinstance(self.stage, Remote) else self.endpoints[name]
         return Endpoint(f"stages.{name}", settings, self.folder.parents[1] / RESPONSES, self.stopping)
 
     def sampler(self, name: str, speculate: bool = False) -> Engine | Endpoint:
         """Whoever answers: an input's model, or an endpoint."""
-        from ..engine.engine import Engine
+        from ..engine.rollout import Engine
 
         if name in self.endpoints:
             return self.endpoint(name)

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import __version__
-from ..cluster.hosts import Host
-from ..cluster.machine import machine
-from ..engine.remote import key_of
-from ..reading import dump
-from ..recipe import Curate, Recipe, Remote
-from ..record import METRICS, PREPARING, ROLLOUTS, TIMING, read
+from ..config.load import dump
+from ..config.recipe import Curate, Recipe, Remote
+from ..engine.openai_client import key_of
+from ..run_log import METRICS, PREPARING, ROLLOUTS, TIMING, read
+from ..runtime.machine import machine
+from ..runtime.worker_pool import Host
 from ..types import LimbeckError, Resumable
-from . import curate as desk
-from . import reviews
-from .attendance import Attendance
+from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
-from .provenance import check, grown, origin_of
-from .rows import ROWS
+from .provenance.propagate import check, grown, origin_of
+from .review import curate as desk
+from .review import reviews
+from .run_status import Attendance
 from .store import Artifact, Store, out_of_space, write
 from .worker import write_job
 
@@ -309,8 +309,8 @@ class Run:
             )
 
     def _report(self, seconds: float) -> Path | None:
-        from ..eval.report import StageView
-        from ..eval.report import write as write_report
+        from ..report.report import StageView
+        from ..report.report import write as write_report
 
         for name, stage in report_nodes(self.recipe):
             views = [

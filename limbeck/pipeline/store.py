@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..record import TIMING
+from ..run_log import TIMING
 from ..types import Corrupted, LimbeckError, Resumable
 
 MANIFEST, RESPONSES = "manifest.json", ".responses"

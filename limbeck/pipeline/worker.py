@@ -25,12 +25,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ..cluster import allocator
-from ..recipe import AnyStage, Problems, Remote
-from ..record import prepare
+from ..config.recipe import AnyStage, Problems, Remote
+from ..run_log import prepare
+from ..runtime import allocator
 from ..types import LimbeckError
-from .curate import Waiting
 from .job import Job
+from .review.curate import Waiting
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 KERNELS = "kernels.json"  # in a partial folder: the choice of kernels that the stage began with
@@ -124,7 +124,7 @@ def perform(job: Job, tell: Callable[[str], None] = print) -> dict[str, Any]:
 def _carry_out(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     """What the stage returned. It is written down once all else is on disk, and only then does the checkpoint go:
     a stage that had ended when it was killed does not begin again."""
-    from .kinds import STAGES
+    from .stages import STAGES
 
     path = job.folder / OUTCOME
     if not path.exists():

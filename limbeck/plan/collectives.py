@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, comb, log2
 
-from .fabric import Cluster
+from .cluster import Cluster
 
 # microseconds (NCCL, src/graph/tuning.cc, protocol Simple): once, and a hop by NVLink, PCIe and network
 RING = {"base": 8.4, "nvlink": 3.4, "pcie": 5.7, "net": 14.0}

@@ -1,4 +1,4 @@
-"""How long a recipe takes on this machine: each stage's tokens (recipes.py) at this machine's rates (machine.py), and all of
+"""How long a recipe takes on this machine: each stage's tokens (stage_work.py) at this machine's rates (machine_rates.py), and all of
 them on its workers, one waiting for another as the graph says."""
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
+from .cluster import Cluster
 from .constants import constants
-from .fabric import Cluster
-from .machine import FEW, SPREAD, Asked, Rates, Use
-from .recipes import SMALL, Effort, Rollout
-from .rollout import LEARNER_MFU, Lengths, decode_seconds
-from .serving import Replica
+from .inference import Replica
+from .machine_rates import FEW, SPREAD, Asked, Rates, Use
+from .rl import LEARNER_MFU, Lengths, decode_seconds
+from .stage_work import SMALL, Effort, Rollout
 
 STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .schedules import Slot, Timeline
+from .pipeline_schedules import Slot, Timeline
 from .search import Choice
 
 COLOURS = {"F": "#4c78a8", "B": "#f58518", "BW": "#e45756", "W": "#54a24b", "FBW": "#b279a2"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
-from .fabric import Cluster
+from .cluster import Cluster
 
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev", "gpipe")
 RECOMPUTE = ("none", "selective", "half", "full", "v3")

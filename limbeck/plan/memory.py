@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from ..model.config import ModelConfig
 from . import cost
+from .cluster import Cluster
 from .constants import Constants, constants
-from .fabric import Cluster
 from .layout import Layout
 from .roofline import TUNED, Software
-from .stages import spread
+from .stage_cost import spread
 
 MASTER = 12  # bytes a weight of AdamW in mixed precision: float32 copy and two moments
 CONTEXT = 1.2e9  # bytes of a CUDA context, NCCL's channels and libraries' workspaces

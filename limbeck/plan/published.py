@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..model.config import Experts, Latent, ModelConfig
 from ..types import LimbeckError
-from . import fabric
-from .fabric import Cluster
+from . import cluster as clusters
+from .cluster import Cluster
 from .layout import Layout
 from .memory import Memory, fit
 from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, HAI, TITAN, TUNED, Software
@@ -152,7 +152,7 @@ class Row:
             changes["fabric"] = "efa-400"
         if "diloco" in self.told:
             changes["fabric"] = "internet"
-        return fabric.cluster(text, **changes)
+        return clusters.cluster(text, **changes)
 
     @property
     def software(self) -> Software:

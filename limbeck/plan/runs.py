@@ -13,12 +13,12 @@ import yaml
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
-from . import cost, energy, goodput, prices, rollout, search, sites
+from . import cost, energy, goodput, multi_site, prices, rl, search
+from .cluster import Cluster
 from .energy import Energy
-from .fabric import Cluster
 from .goodput import Goodput
+from .inference import Rate, Replica
 from .prices import Rental
-from .serving import Rate, Replica
 
 FILE = Path(__file__).with_name("workloads.yaml")
 HOUR, DAY = 3600.0, 86400.0
@@ -77,7 +77,7 @@ class Training:
     steps: float
     operations: float
     bill: Bill
-    averaging: sites.Averaging | None = None
+    averaging: multi_site.Averaging | None = None
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def train(config: ModelConfig, cluster: Cluster, work: Workload, price: float | 
     return Training(tuple(choices), work, steps, operations, bill(at_work, cluster, step.chips, price), averaging)
 
 
-def _apart(config: ModelConfig, cluster: Cluster, work: Workload, top: int) -> tuple[list[search.Choice], sites.Averaging]:
+def _apart(config: ModelConfig, cluster: Cluster, work: Workload, top: int) -> tuple[list[search.Choice], multi_site.Averaging]:
     """The best layouts of one site with its part of each batch, and what joining the sites takes."""
-    site, count = sites.one_of(cluster), cluster.fabric.sites
+    site, count = multi_site.one_of(cluster), cluster.fabric.sites
     if work.batch % count:
         raise LimbeckError(f"{work.batch} sequences a step cannot be dealt evenly to {count} sites; change --batch or sites")
     found = search.best(config, site, work.batch // count, work.seq, work.precision, top=top)
-    joined = [(choice, *sites.averaged(choice.step, config, cluster)) for choice in found]
+    joined = [(choice, *multi_site.averaged(choice.step, config, cluster)) for choice in found]
     return [replace(choice, step=step) for choice, step, _ in joined], joined[0][2]
 
 
@@ -157,9 +157,9 @@ def _kind(chip: str) -> str:
     return {"a100-pcie": "A100-PCIe", "a100": "A100", "a800": "A100", "v100": "V100"}.get(chip, chip)
 
 
-def reinforce(config: ModelConfig, cluster: Cluster, price: float | None = None) -> tuple[rollout.RLCost, Bill]:
+def reinforce(config: ModelConfig, cluster: Cluster, price: float | None = None) -> tuple[rl.RLCost, Bill]:
     """R1-Zero's reinforcement learning, with this model on this cluster."""
-    run = rollout.r1_zero(config, cluster)
+    run = rl.r1_zero(config, cluster)
     plan = run.plan()
     return plan, bill(Range(plan.seconds, plan.low, plan.high), cluster, cluster.count, price)
 

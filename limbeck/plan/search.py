@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..model.config import ModelConfig
 from ..types import LimbeckError
 from . import cost
-from .fabric import Cluster
+from .cluster import Cluster
 from .layout import Layout, possible
 from .memory import Memory, fit
 from .roofline import TUNED, Roofline, Software

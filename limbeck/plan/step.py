@@ -11,13 +11,13 @@ from functools import cached_property
 from math import log2
 
 from ..model.config import ModelConfig
-from . import collectives, cost, schedules
+from . import collectives, cost, pipeline_schedules
+from .cluster import Cluster
 from .constants import Constants, constants
-from .fabric import Cluster
 from .layout import Layout, check
+from .pipeline_schedules import Times
 from .roofline import TUNED, Roofline, Software
-from .schedules import Times
-from .stages import Cost, Stages
+from .stage_cost import Cost, Stages
 
 SPREAD = {"tested": 0.18, "untested": 0.40}  # half width of the interval, as `plan verify` measures it
 TESTED = ("ampere", "hopper")
@@ -171,7 +171,7 @@ class Foresight:
             width = software.gradient_bytes
             out = sum(self.exchange(stage, width, software.bucket, not shards) for stage in stages)
             home = sum(self.exchange(stage, 2, software.bucket / 2) for stage in stages) if shards else 0.0
-            back = last.weight + last.backward * (self.layout.schedule not in schedules.LATE)
+            back = last.weight + last.backward * (self.layout.schedule not in pipeline_schedules.LATE)
             late = max(0.0, out - self.hiding * back) + max(0.0, home - self.hiding * last.forward)
             worst = max(worst, late)
         return worst
@@ -193,7 +193,7 @@ class Foresight:
         at, times = self.layout, self.times
         if at.pp == 1 and self.stages.count == 1:
             return self.micro * (times.forward[0] + times.backward[0] + times.weight[0]), 0.0
-        play = schedules.seconds if self.exact else schedules.quick
+        play = pipeline_schedules.seconds if self.exact else pipeline_schedules.quick
         return play(at.schedule, times, at.pp, self.micro, at.chunks)
 
     def step(self) -> Step:

@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import median
 
 from ..types import LimbeckError
-from . import cost, fabric, models, schedules, search
+from . import cluster as clusters
+from . import cost, models, pipeline_schedules, search
 from .collectives import decode_bound, free_experts
 from .constants import constants
 from .energy import circular
+from .inference import Day, Replica, production, unit_cost
 from .published import FILE, SOME, Row, read
-from .serving import Day, Replica, production, unit_cost
 from .step import Step, foresee
 
 WIDER = 1.3  # the interval of a whole run against that of a step: goodput and what was trained beside it are not told
@@ -183,7 +184,7 @@ def phases(row: Row) -> dict[str, float]:
     """Seconds that chips of a DualPipe spend, on average, in lone forward (1F), lone backward for inputs (1B) and for weights
     (1W), and paired passes (1F1B); in the optimiser with its exchanges; and waiting. All of it is slowed by the slowest."""
     seen = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software)
-    line = schedules.simulate(row.layout.schedule, seen.times, row.layout.pp, seen.micro)
+    line = pipeline_schedules.simulate(row.layout.schedule, seen.times, row.layout.pp, seen.micro)
     sums = dict.fromkeys(("1F", "1B", "1W", "1F1B"), 0.0)
     for piece, took in ((slot.pieces, slot.end - slot.start) for slots in line.chips for slot in slots):
         if len(piece) == 3:
@@ -267,7 +268,7 @@ def claims() -> list[str]:
 
 def _served() -> list[str]:
     """DeepSeek's day of serving (open-infra-index, day 6), to the dollar, and what the planner makes of its nodes."""
-    day, config, cluster = Day(), models.find("deepseek-v3"), fabric.cluster("2048xH800")
+    day, config, cluster = Day(), models.find("deepseek-v3"), clusters.cluster("2048xH800")
     _, decode = Replica(config, cluster, 144, "fp8").at_speed(USERS, SEEN)
     into, out = production(Replica(config, cluster, 32, "fp8").prefill(4096), decode, day.hits)
     reading, writing = day.nodes_needed

@@ -11,11 +11,11 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Form, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
-from .api import api
+from .app_state import Site
+from .openai.routes import api
 from .pages import ROOM, render
-from .people import COOKIE, LASTS, Sessions
-from .safety import LOOPBACK, Guard, Limits
-from .site import Site
+from .security import LOOPBACK, Guard, Limits
+from .sessions import COOKIE, LASTS, Sessions
 
 FOR_GOOD = {"cache-control": "public, max-age=31536000, immutable"}
 ASK_AGAIN = {"cache-control": "no-cache"}  # modules import one another by bare names: by two names, one module would run twice

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..types import Message
-from .shelf import Shelf
+from .sqlite_store import Shelf
 
 SCHEMA = (
     """

@@ -18,10 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..pipeline import attendance
+from ..config.load import dump, load, unattended
+from ..pipeline import run_status
 from ..pipeline.graph import anchored
 from ..pipeline.store import write
-from ..reading import dump, load, unattended
 from ..types import LimbeckError
 
 LOG, CHILD, START = "log.txt", ".child.json", ".start"
@@ -58,27 +58,27 @@ def resume(folder: Path) -> None:
     """Go on with a run that was paused, was killed, failed, or waited for people who have now reviewed."""
     if not (folder / "recipe.yaml").exists():
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
-    if attendance.at_work(folder) and attendance.status(folder).state in LAST_WORDS:
+    if run_status.at_work(folder) and run_status.status(folder).state in LAST_WORDS:
         deadline = time.monotonic() + ENDING
-        while attendance.at_work(folder) and attendance.status(folder).state in LAST_WORDS and time.monotonic() < deadline:
+        while run_status.at_work(folder) and run_status.status(folder).state in LAST_WORDS and time.monotonic() < deadline:
             time.sleep(0.05)
-        if attendance.at_work(folder):  # it has seen the reviews itself, and goes on
+        if run_status.at_work(folder):  # it has seen the reviews itself, and goes on
             return
-    _begin(folder, None, attendance.status(folder).right or _child(folder).get("right"))
+    _begin(folder, None, run_status.status(folder).right or _child(folder).get("right"))
 
 
 def pause(folder: Path) -> None:
     """Let the run checkpoint and stop, as Ctrl-C would. It takes as long as the step that is being taken."""
-    if not attendance.at_work(folder):
+    if not run_status.at_work(folder):
         raise LimbeckError(f"{folder}: nobody is at work on it, so there is nothing to pause")
-    attendance.ask_to_pause(folder)
+    run_status.ask_to_pause(folder)
 
 
 def state(folder: Path) -> State:
     """Where a run stands, whoever started it."""
-    working, told = attendance.at_work(folder), attendance.status(folder)
+    working, told = run_status.at_work(folder), run_status.status(folder)
     if working and told.state not in LAST_WORDS:
-        asked = told.state == "pausing" or (folder / attendance.PAUSE).exists()
+        asked = told.state == "pausing" or (folder / run_status.PAUSE).exists()
         return State("pausing" if asked else "running", "", told.since)
     if told.state in ("running", "pausing"):
         return State("failed", "its process ended without a word (killed, or the machine went down); it goes on from its last checkpoint", told.since)
@@ -113,7 +113,7 @@ def _begin(folder: Path, recipe: str | None, right: str | None) -> None:
             raise LimbeckError(f"{folder} is being carried out already; pause it first, or give the recipe another name")
         if recipe:
             write(folder / "recipe.yaml", recipe)
-        (folder / attendance.STATUS).unlink(missing_ok=True)
+        (folder / run_status.STATUS).unlink(missing_ok=True)
         claim = ["--i-have-the-right", right] if right else []
         child = subprocess.Popen(
             [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent), *claim], stdin=subprocess.DEVNULL, stdout=log, stderr=log,

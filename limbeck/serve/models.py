@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ..cluster.machine import usable_cores, usable_memory
-from ..engine.batching import Batching
 from ..engine.request import Request
+from ..engine.scheduler import Batching
 from ..model import gguf, weights
-from ..model.places import find_model
-from ..pipeline.lineage import INDEX, find_artifact
-from ..tokenizer import Tokenizer
+from ..model.find import find_model
+from ..pipeline.provenance.lineage import INDEX, find_artifact
+from ..runtime.machine import usable_cores, usable_memory
+from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
 from .service import Price, Served, Service
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from ..reading import load
+from ..config.load import load
 from ..tasks.files import QUESTIONS, language_of, read_table
 from ..tasks.task import open_task
-from ..tokenizer import split_thought
+from ..text.tokenizer import split_thought
 from ..types import LimbeckError, Problem
-from .ballots import Answer
+from .votes import Answer
 
 SAVED = " (saved)"  # after the name of a file whose answers take part
 

@@ -21,10 +21,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..engine.batching import Batching, Carrier
 from ..engine.request import Answer, Full, Request, Top
+from ..engine.scheduler import Batching, Carrier
 from ..model.config import ModelConfig
-from ..tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, split_thought
+from ..text.tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, split_thought
 from ..types import LimbeckError, Message
 from .metrics import Metrics
 

@@ -12,7 +12,7 @@ import threading
 from enum import Enum
 from typing import NamedTuple
 
-from .quantities import DIGITS, PLAIN, UNITS, Quantity, normalise, quantity
+from .numerals import DIGITS, PLAIN, UNITS, Quantity, normalise, quantity
 from .referee import REFEREE
 
 LONGEST = 512  # characters of an answer

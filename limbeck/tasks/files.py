@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import recipe
+from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers
-from .rewards import language_consistency
+from .reward_parts import language_consistency
 from .task import judged, written
 
 QUESTIONS = ("problem", "question", "prompt", "input")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from .. import recipe
+from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers, generators
 from .answers import Verdict

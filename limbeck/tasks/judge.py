@@ -1,7 +1,7 @@
 """A model as judge: two responses compared in both orders, or points for named criteria; strict about what it says.
 
 What is judged is material. It stands between marks that nobody who wrote it could know, control tokens are taken out,
-and what cannot be read as a verdict is none. Whether a judge deserves trust is measured: `eval/calibration.py`.
+and what cannot be read as a verdict is none. Whether a judge deserves trust is measured: `eval/judge_calibration.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..opinions import Judging
-from ..tokenizer import split_thought
+from ..config.learned_rewards import Judging
+from ..text.tokenizer import split_thought
 from ..types import Group, Problem, Sampler, Score, fingerprint
 
 LONGEST = 8000  # characters of a response that a judge is shown

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..recipe import Files, Gym, Miniature, Problems
-from ..tokenizer import split_thought
+from ..config.recipe import Files, Gym, Miniature, Problems
+from ..text.tokenizer import split_thought
 from ..types import Completion, Group, LimbeckError, Problem, Score, Task, generator
-from . import rewards
+from . import reward_parts
 from .answers import Verdict, extract
 
 
@@ -17,7 +17,7 @@ def open_task(name: str, settings: Problems, base: Path = Path()) -> Task:
     """The source that a recipe describes; paths in it are relative to `base`."""
     match settings:
         case Miniature():
-            from .miniature import Countdown
+            from .clock_countdown import Countdown
 
             return Countdown(name, settings)
         case Gym():
@@ -52,10 +52,10 @@ def judged(problem: Problem, completion: Completion, style: str, compare: Callab
         parts["accuracy"] = float(verdict is Verdict.CORRECT)
         if verdict is not Verdict.CORRECT:
             reasons["accuracy"] = f"{verdict.value}: answer {found.answer[:80]}, gold {problem.answer}"
-    parts["format"], fault = rewards.format_score(text, style)
+    parts["format"], fault = reward_parts.format_score(text, style)
     if fault:
         reasons["format"] = fault
-    consistency = rewards.language_consistency(thought, problem.language)
+    consistency = reward_parts.language_consistency(thought, problem.language)
     if consistency is not None:
         parts["language"] = consistency
         if consistency == 0:
@@ -67,8 +67,8 @@ def _measured(thought: str, verdict: Verdict | None) -> dict[str, float]:
     """What is watched and not paid for; the means of the last three are the verifier's failure rates."""
     failures = (Verdict.UNPARSED, Verdict.TIMEOUT, Verdict.ERROR)
     return {
-        "reflections": float(rewards.reflections(thought)),
-        "repeats": float(rewards.repeats(thought)),
+        "reflections": float(reward_parts.reflections(thought)),
+        "repeats": float(reward_parts.repeats(thought)),
         **{failure.value: float(verdict is failure) for failure in failures},
     }
 

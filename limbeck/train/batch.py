@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.cache import LONG, Branched, Packed
+from ..model.kv_cache import LONG, Branched, Packed
 from ..types import Group, Sample
 from .divergence import States, TopK
 

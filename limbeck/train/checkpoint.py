@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..record import Record
+from ..run_log import Record
 from ..types import Resumable
 
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from ..methods import Distill
+from ..config.methods import Distill
 from ..model.config import ModelConfig
-from ..record import Record
-from ..tokenizer import Tokenizer
+from ..run_log import Record
+from ..text.tokenizer import Tokenizer
 from ..types import Group, Labels, Sample, Sampler, generator
-from .alignment import aligned
 from .batch import Batch, by_sample, pack, to_samples
 from .checkpoint import Checkpoint
 from .divergence import top_k
+from .grpo import summarize
+from .learned_rewards import Tasks
 from .learner import Learner
 from .losses import distill, text_distance
-from .panel import Tasks
-from .rl import summarize
+from .tokenizer_alignment import aligned
 
 LABELLED = ""  # the owner of samples that bring their labels
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.parts import Optimizer as OptimizerSettings
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, Routes, balance_experts
-from ..parts import Optimizer as OptimizerSettings
 from ..types import LimbeckError
 from .batch import Batch
 from .divergence import Logits, States, tempered

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..parts import Policy
+from ..config.parts import Policy
 from ..types import Group
 from .batch import Batch
 from .divergence import Logits, divergence, forward_kl, jensen_shannon, reverse_kl

@@ -8,8 +8,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from ..config.parts import Optimizer as Settings
 from ..model.decoder import Decoder
-from ..parts import Optimizer as Settings
 
 
 class Muon(torch.optim.Optimizer):

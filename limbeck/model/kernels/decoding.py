@@ -13,8 +13,8 @@ from .choice import serves
 from .operations import at
 
 if TYPE_CHECKING:
-    from ..cache import KVCache
     from ..decoder import Decoder
+    from ..kv_cache import KVCache
 
 _WEIGHTS = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "ffn_norm", "gate_up", "down")
 

@@ -58,7 +58,7 @@ def rotate(rows: int, heads: int, width: int) -> Work:
 
 def attention(sequences: int, length: int, heads: int, width: int) -> Work:
     from ..attention import Layer
-    from ..cache import Packed
+    from ..kv_cache import Packed
 
     context, layer = Packed([length] * sequences), Layer(0, width**-0.5, 0)
     return _backward(lambda q, k, v: context.attend(layer, q, k, v), *(torch.randn(sequences * length, heads, width) for _ in range(3)))
@@ -66,7 +66,7 @@ def attention(sequences: int, length: int, heads: int, width: int) -> Work:
 
 def branches(prompts: int, prompt: int, each: int, length: int, heads: int, width: int) -> Work:
     from ..attention import Layer
-    from ..cache import Branched
+    from ..kv_cache import Branched
 
     completions = prompts * each
     context = Branched(prompts, prompt, [i // each for i in range(completions)], [length] * completions)
@@ -98,9 +98,9 @@ def draw(rows: int, vocabulary: int) -> Work:
 
 def decode(rows: int, hidden: int, layers: int, heads: int, width: int, intermediate: int) -> Work:
     """One token more for each row, behind a prompt of 64 that all share."""
-    from ..cache import KVCache, Packed
     from ..config import ModelConfig
     from ..decoder import Decoder
+    from ..kv_cache import KVCache, Packed
     from .choice import serves
     from .decoding import Decoding
 

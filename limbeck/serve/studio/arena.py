@@ -11,14 +11,14 @@ from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
-from ...eval.arena import Ratings, Vote, rate
+from ...eval.arena_ratings import Ratings, Vote, rate
 from ...eval.voters import examine, judged
 from ...types import LimbeckError
-from ..ballots import Ballots, Battle, Refused
-from ..battles import Ring
+from ..app_state import Site, asker
+from ..arena import Ring
 from ..pages import language_of, render, say
 from ..questions import Questions
-from ..site import Site, asker
+from ..votes import Ballots, Battle, Refused
 
 Control = Literal["", "length", "style"]
 WINNERS = {"a": "model_a", "b": "model_b", "tie": "tie", "bad": "tie (bothbad)"}  # as Chatbot Arena's published votes call them

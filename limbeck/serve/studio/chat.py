@@ -14,11 +14,11 @@ from fastapi.sse import EventSourceResponse
 from markupsafe import Markup
 from pydantic import AfterValidator
 
+from ..app_state import Site, person
+from ..chat_replies import Replies
 from ..conversations import Answer, Conversation, Conversations, Meter, Settings
+from ..markdown_stream import html, pages
 from ..pages import language_of, render, say
-from ..prose import html, pages
-from ..replies import Replies
-from ..site import Site, person
 from ..transcript import as_json, as_markdown
 
 LONGEST = 200_000  # characters of a question

@@ -19,16 +19,16 @@ from fastapi.responses import RedirectResponse, Response
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from ...pipeline import edits, queues, reviews
-from ...pipeline.agreement import agreement, paces
-from ...pipeline.queues import Desk
-from ...pipeline.reviews import Standing
+from ...pipeline.review import edits, review_queues, reviews
+from ...pipeline.review.agreement import agreement, paces
+from ...pipeline.review.review_queues import Desk
+from ...pipeline.review.reviews import Standing
 from ...types import LimbeckError
 from .. import jobs
-from ..drafts import Draft, Drafts
+from ..app_state import Site, asker
 from ..pages import render
-from ..people import Person
-from ..site import Site, asker
+from ..review_drafts import Draft, Drafts
+from ..sessions import Person
 
 PAGE = 50  # rows of a queue on one page
 REASONS = ("wrong", "unreadable", "mixed languages", "repeats itself", "gaps in the reasoning", "unsafe")
@@ -54,7 +54,7 @@ def routes(site: Site) -> APIRouter:
     def opened(run: str, stage: str) -> Desk:
         """The desk of this address; it has rows."""
         try:
-            desk = queues.desk(site.runs, run, stage)
+            desk = review_queues.desk(site.runs, run, stage)
         except LimbeckError as error:
             raise HTTPException(404, str(error)) from None
         if desk.queue is None:
@@ -65,7 +65,7 @@ def routes(site: Site) -> APIRouter:
 
     @router.get("")
     def every(request: Request) -> Response:
-        found = queues.desks(site.runs)
+        found = review_queues.desks(site.runs)
         return render(request, "desk.html.jinja", desks=[(desk, tally(desk), jobs.state(desk.run)) for desk in found])
 
     @router.get("/{run}/{stage}")
@@ -137,7 +137,7 @@ def routes(site: Site) -> APIRouter:
             request, "desk_row.html.jinja", desk=desk, row=row, here=address(desk), asked=asked, resolve=resolve, due=due, mine=mine,
             rejecting=asked and not edit and (reject or bool(kept.reason and not kept.text and not read)),
             editing=asked and not reject and (edit or bool(kept.text and not read)),
-            draft=kept, text=text, reasons=REASONS, why=set(told), reason=SEPARATOR.join(part for part in told if part not in REASONS), models=_models(site), finding=queues.verify(desk, row.row, row.row["completion"]),
+            draft=kept, text=text, reasons=REASONS, why=set(told), reason=SEPARATOR.join(part for part in told if part not in REASONS), models=_models(site), finding=review_queues.verify(desk, row.row, row.row["completion"]),
             blocks=blocks, mixed=any(kind == "strange" for block in blocks for _, kind in block), said=[_told(row, *one) for one in said],
             change=_change(desk, row, text), resolution=row.resolution if not due else None, total=len(rows),
             done=sum(not r.due(person.name) for r in rows), left=sum(r.due(person.name) for r in rows),
@@ -190,7 +190,7 @@ def routes(site: Site) -> APIRouter:
     @router.post("/{run}/{stage}/{number}/translate")
     async def translate(desk: At, row: Row, text: str = Body(), model: str = Body("")) -> dict[str, str]:
         """The task's own translation where it has one; else a served model's."""
-        done = await run_in_threadpool(queues.rewritten, desk, row.row, text)
+        done = await run_in_threadpool(review_queues.rewritten, desk, row.row, text)
         if done is None:
             done = await _by_model(site, model, text, row.row["language"])
         return {"text": done}
@@ -258,7 +258,7 @@ def _entry(row: Standing, person: Person, verdict: str, completion: str | None, 
 def _change(desk: Desk, row: Standing, text: str) -> dict[str, Any]:
     """How a text differs from the row's, and what the verifier says of it."""
     passages = edits.difference(row.row["completion"], text)
-    return {"passages": passages, "changed": any(kind == "changed" for kind, *_ in passages), "finding": queues.verify(desk, row.row, text)}
+    return {"passages": passages, "changed": any(kind == "changed" for kind, *_ in passages), "finding": review_queues.verify(desk, row.row, text)}
 
 
 def _told(row: Standing, name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +280,7 @@ async def _by_model(site: Site, model: str, text: str, language: str) -> str:
     names = _models(site)
     if not names:
         raise HTTPException(400, "this task cannot translate, and no model is served here that could")
-    thought = queues.split_thought(text).thought
+    thought = review_queues.split_thought(text).thought
     asked = TRANSLATE.format(language=LANGUAGES.get(language, language), thought=thought or text)
     try:
         said = await site.service.answer(model if model in names else names[0], [{"role": "user", "content": asked}], temperature=0.3)
@@ -288,7 +288,7 @@ async def _by_model(site: Site, model: str, text: str, language: str) -> str:
         raise HTTPException(400, str(error)) from None
     if not said.answer.strip():
         raise HTTPException(400, "the model gave no translation")
-    return queues.with_thought(text, said.answer) if thought else said.answer.strip()
+    return review_queues.with_thought(text, said.answer) if thought else said.answer.strip()
 
 
 def _going_on(desk: Desk) -> BackgroundTask:

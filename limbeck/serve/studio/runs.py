@@ -17,14 +17,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 from fastapi.routing import APIRoute
 from markupsafe import Markup
 
-from ... import eval as _eval
-from ...eval import words
-from ...pipeline import overview, watch
-from ...reading import shipped
+from ... import report as reports
+from ...config.load import shipped
+from ...pipeline import run_state, run_view
+from ...report import i18n
 from ...types import LimbeckError
 from .. import jobs
+from ..app_state import Site
 from ..pages import language_of, render
-from ..site import Site
 
 POINTS = 400  # of a curve: as many as a wide screen can tell apart
 SHOWN = 8  # flips of each sort, and samples of an evaluation
@@ -52,16 +52,16 @@ def routes(site: Site) -> APIRouter:
     door = APIRouter(include_in_schema=False, route_class=Told)
 
     def everything(request: Request, seen: str = "", wrong: str = "", told: dict[str, Any] | None = None) -> Response:
-        rows = [_row(folder) for folder in overview.runs_in(site.runs)]
+        rows = [_row(folder) for folder in run_state.runs_in(site.runs)]
         live = any(row["state"].alive for row in rows)
         more = {"recipes": list(_recipes(site)), "told": told or BLANK, "wrong": wrong}
         return _page(request, "runs", {"rows": rows}, more, live, seen, 400 if wrong else 200)
 
     def single(request: Request, folder: Path, seen: str = "", wrong: str = "") -> Response:
-        run = overview.look(folder)
+        run = run_state.look(folder)
         state = _state(run)
-        lines = watch.lines(run, state.alive)
-        values = {"run": run, "state": state, "lines": lines, "said": watch.narrate(run, lines), "link": lambda stage: _link(run, stage)}
+        lines = run_view.lines(run, state.alive)
+        values = {"run": run, "state": state, "lines": lines, "said": run_view.narrate(run, lines), "link": lambda stage: _link(run, stage)}
         return _page(request, "runs_run", values, {"wrong": wrong}, state.alive, seen, 409 if wrong else 200)
 
     @door.get("/runs")
@@ -111,8 +111,8 @@ def routes(site: Site) -> APIRouter:
             return _page(request, "runs_stage", values, {}, alive, seen)
         others = _others(site, run, line)
         more = {
-            "others": others, "beside": beside if beside in others else "", "panels": watch.panels(line), "flipped": watch.flipped(run, line, against),
-            "rivals": watch.rivals(run, line), "responses": watch.responses(line, step), "samples": watch.samples(line)[:SHOWN], "shown": SHOWN,
+            "others": others, "beside": beside if beside in others else "", "panels": run_view.panels(line), "flipped": run_view.flipped(run, line, against),
+            "rivals": run_view.rivals(run, line), "responses": run_view.responses(line, step), "samples": run_view.samples(line)[:SHOWN], "shown": SHOWN,
             "settings": yaml.safe_dump(line.standing.stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         }  # fmt: skip
         return _page(request, "runs_stage", values, more, alive)
@@ -137,47 +137,47 @@ def routes(site: Site) -> APIRouter:
 
 def _folder(site: Site, name: str) -> Path | None:
     """The run of a name: one of those that there are, whatever the name may look like."""
-    return next((folder for folder in overview.runs_in(site.runs) if folder.name == name), None)
+    return next((folder for folder in run_state.runs_in(site.runs) if folder.name == name), None)
 
 
-def _line(site: Site, name: str, stage: str) -> tuple[overview.Overview, watch.Line, bool] | None:
+def _line(site: Site, name: str, stage: str) -> tuple[run_state.Overview, run_view.Line, bool] | None:
     folder = _folder(site, name)
-    run = overview.look(folder) if folder else None
+    run = run_state.look(folder) if folder else None
     standing = run.stage(stage) if run else None
     if standing is None:
         return None
     alive = jobs.state(folder).alive
-    return run, watch.line_of(run, standing, alive), alive
+    return run, run_view.line_of(run, standing, alive), alive
 
 
-def _state(run: overview.Overview) -> jobs.State:
+def _state(run: run_state.Overview) -> jobs.State:
     """Where a run stands; one of the time before runs said how they end is finished when all of its stages are."""
     state = jobs.state(run.folder)
     return jobs.State("finished") if not state.name and run.complete else state
 
 
-def _link(run: overview.Overview, stage: str) -> str:
+def _link(run: run_state.Overview, stage: str) -> str:
     return f"/runs/{quote(run.folder.name)}/{quote(stage)}"
 
 
 def _row(folder: Path) -> dict[str, Any]:
     """One run in the list of all; a recipe that can no longer be read is told as it is."""
     try:
-        run = overview.look(folder)
+        run = run_state.look(folder)
     except LimbeckError as error:
         return {"name": folder.name, "state": jobs.State("failed", str(error)), "lines": [], "done": 0, "of": 0, "report": ""}
     state = _state(run)
-    busy = [watch.line_of(run, standing, state.alive) for standing in run.stages if standing.state in ("begun", "asks")]
+    busy = [run_view.line_of(run, standing, state.alive) for standing in run.stages if standing.state in ("begun", "asks")]
     report = next((one.name for one in run.stages if one.kind == "report" and one.state == "done"), "")
     return {"name": folder.name, "state": state, "lines": busy, "done": run.done, "of": len(run.stages), "report": report and _link(run, report)}
 
 
-def _others(site: Site, run: overview.Overview, line: watch.Line) -> list[str]:
+def _others(site: Site, run: run_state.Overview, line: run_view.Line) -> list[str]:
     """`RUN/STAGE` of everything whose curves can stand beside these: the same kind, here and in other runs."""
     found = []
-    for folder in overview.runs_in(site.runs):
+    for folder in run_state.runs_in(site.runs):
         try:
-            other = overview.look(folder)
+            other = run_state.look(folder)
         except LimbeckError:
             continue
         same = (one for one in other.stages if one.kind == line.kind and one.folder and one.folder != line.standing.folder)
@@ -215,7 +215,7 @@ def _page(
     """A page with a part that renews itself. What is asked with the mark of what was seen gets that part alone, and
     204, which leaves everything as it is, where nothing has changed."""
     language = language_of(request)
-    values = {**values, "say": lambda text: getattr(text, language), "words": words, "draw": watch.draw, "alive": alive}
+    values = {**values, "say": lambda text: getattr(text, language), "words": i18n, "draw": run_view.draw, "alive": alive}
     live = render(request, f"{name}_live.html.jinja", **values).body
     mark = hashlib.sha256(live).hexdigest()[:16]
     if seen == mark:
@@ -234,7 +234,7 @@ def _lost(request: Request, sentence: str = "", status: int = 404) -> Response:
 @cache
 def _spoken() -> str:
     """What lets the report's own script, and no other, run: its digest."""
-    source = (Path(_eval.__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    source = (Path(reports.__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL).group(1)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 

@@ -1,0 +1,5 @@
+"""The command line: `limbeck COMMAND`."""
+
+from .commands import app, main, run
+
+__all__ = ["app", "main", "run"]

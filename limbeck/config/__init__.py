@@ -1,0 +1,1 @@
+"""What a recipe may say: its models, and how YAML becomes them. No torch."""

@@ -1,0 +1,357 @@
+"""A recipe: where problems come from, and the stages that turn a base model into a reasoning one.
+
+Every model forbids unknown keys; `load.py` turns YAML into these, and mistakes into sentences.
+Validators reject; they never rewrite. Reading a recipe imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .learned_rewards import TABLES, Calibrate, Opinion, Reward
+from .methods import Distill, Label, Pairs, Preference
+from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
+
+CorpusShare = Literal[
+    "textbook", "general", "plain", "tagged", "guessed", "direct_right", "systematic", "unverified", "slip", "misjudged", "same", "other"
+]
+
+# ---------------------------------------------------------------- what is asked
+
+
+class Miniature(Settings):
+    """The clock countdown: reach a target, mod `modulus`, from a few numbers; English and Chinese."""
+
+    source: Literal["miniature"]
+    modulus: int = Field(7, ge=3, le=31, description="hours of the clock: sums are taken modulo this")
+    numbers: int = Field(3, ge=2, le=5, description="how many numbers a problem gives")
+    largest: int = Field(6, ge=2, le=30, description="the largest of them")
+    chinese: float = Field(
+        0.35, ge=0, le=1, description="share of Chinese in the corpus, and among the problems of `repeat`"
+    )
+    held_out: float = Field(
+        0.15, gt=0, lt=1, description="share of the countdown's problems kept for testing"
+    )
+    task: Literal["countdown", "repeat"] = Field(
+        "countdown", description="`countdown` needs a thought, `repeat` needs none"
+    )
+    seed: int = Field(0, description="chooses which problems are held out")
+
+
+class Gym(Settings):
+    """A generator of reasoning-gym by name (`pip install limbeck[gym]`)."""
+
+    source: Literal["gym"]
+    generator: str = Field(description="a generator's name, for instance `chain_sum`")
+    config: dict[str, Any] = Field({}, description="the generator's own settings")
+    size: int = Field(2000, ge=2, description="training problems to generate; repeated ones are dropped")
+    held_out: int = Field(500, ge=1, description="test problems to generate")
+    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    answer: Literal["tags", "boxed", "final"] = Field(
+        "boxed",
+        description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
+    )
+    seed: int = Field(0, description="draws the problems")
+
+
+class Files(Settings):
+    """Your own JSONL or Parquet; `columns` maps `problem` and `answer` to the names in the file."""
+
+    source: Literal["files"]
+    path: str = Field(description="JSONL or Parquet, beside the recipe or here")
+    columns: dict[Literal["problem", "answer", "language"], str] = Field(
+        {}, description="the file's names for these, where they are not the usual ones"
+    )
+    held_out: int = Field(200, ge=1, description="problems kept for testing, chosen by their text")
+    limit: int | None = Field(None, ge=2, description="read no more rows than this")
+    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    answer: Literal["tags", "boxed", "final"] = Field(
+        "boxed",
+        description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
+    )
+    seed: int = Field(0, description="chooses which problems are held out")
+    licence: str | None = Field(
+        None, description="of the rows: `own`, `internal` (must not leave the house), or the data set's; learning needs to know"
+    )
+    teachers: list[str] = Field([], description="models that wrote, filtered or judged the rows; their terms bind as well")
+
+
+Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
+
+
+# ---------------------------------------------------------------- stages
+
+
+class Load(Stage):
+    """Bring in a base model: an HF directory, a GGUF file, or the name of a model that was pulled."""
+
+    kind: Literal["load"]
+    path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
+    layers: int | None = Field(None, ge=1, description="keep this many layers, evenly spaced: a student to start from")
+    licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
+
+
+class Remote(Stage):
+    """A model behind an OpenAI-compatible endpoint. It gives text: no weights, and no logits."""
+
+    kind: Literal["remote"]
+    url: str = Field(pattern=r"^https?://[^\s/@]+(/[^\s?#]*)?$", description="where the API begins, for instance `https://api.deepseek.com/v1`")
+    model: str = Field(description="the model's name there")
+    key: str = Field(
+        "", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
+        description="the environment variable that holds the API key; the key itself is written nowhere",
+    )
+    licence: str = Field("", description="licence or terms that bind what the model writes")
+    prices: Prices | None = Field(None, description="to count money beside tokens")
+    requests_per_minute: float | None = Field(None, gt=0, description="at most so many, evenly spaced")
+    concurrent: int = Field(4, ge=1, description="requests on their way at once")
+    patience: float = Field(600, gt=0, description="seconds to wait for one response")
+    logprobs: bool = Field(False, description="ask for the log-probabilities of what was sampled; some endpoints refuse")
+    extra: dict[str, Any] = Field({}, description="further fields of each request; null takes one of ours away")
+
+
+class Pretrain(Stage):
+    """Train a base from scratch on the miniature's corpus."""
+
+    kind: Literal["pretrain"]
+    problems: str = Field(description="a miniature, whose corpus is read")
+    fp8: bool = Field(False, description="round the factors of every product as DeepSeek-V3 trains in FP8 (simulated)")
+    shape: Shape = Field(Shape(), description="dimensions of the model")
+    corpus: dict[CorpusShare, float] = Field(
+        {}, description="shares of kinds of text, in place of the miniature's own"
+    )
+    tokens: int = Field(2_500_000, ge=1000, description="length of the corpus; it is read once")
+    batch_tokens: int = Field(1024, ge=64, description="tokens of one update, about")
+    optimizer: Optimizer = Field(
+        Optimizer(name="muon", learning_rate=7e-3, warmup_steps=50, schedule="linear", final_ratio=0.0),
+        description="how the weights move",
+    )
+
+
+class RL(Budgeted):
+    """Reinforcement learning with verifiable rewards."""
+
+    kind: Literal["rl"]
+    model: str = Field(description="the stage whose model learns")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
+    rewards: dict[RewardPart, float] = Field(
+        {"accuracy": 1.0, "format": 0.2},
+        description="what each part of a score is worth; parts that are not named earn nothing",
+    )
+    opinions: dict[Literal["judge", "preference"], Opinion] | None = Field(
+        None, description="where the parts `judge` and `preference` come from, and when they count"
+    )
+    steps: int = Field(60, ge=1, description="rounds of sampling and learning")
+    policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
+    sampling: Sampling = Field(Sampling(), description="how completions are drawn")
+    optimizer: Optimizer = Field(
+        Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3),
+        description="how the weights move",
+    )
+    batch_tokens: int = Field(
+        4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
+    )
+    recompute: bool = Field(
+        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+    )
+
+
+class Screen(Stage):
+    """Measure pass rates, and keep the problems the model sometimes solves."""
+
+    kind: Literal["screen"]
+    model: str = Field(description="the stage whose model is asked")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
+    limit: int = Field(512, ge=1, description="how many problems are measured")
+    samples: int = Field(8, ge=2, description="completions of each problem")
+    low: float = Field(0.0, ge=0, le=1, description="drop problems solved this often or less")
+    high: float = Field(1.0, ge=0, le=1, description="drop problems solved this often or more")
+    sampling: Sampling = Field(Sampling(), description="how completions are drawn")
+
+
+class Sample(Stage):
+    """Rejection sampling: several completions a problem, and only what passes every filter is kept."""
+
+    kind: Literal["sample"]
+    model: str = Field(description="the stage whose model is asked; a `remote` one will do")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
+    prompts: int = Field(512, ge=1, description="how many problems are asked")
+    samples: int = Field(8, ge=1, description="completions of each problem")
+    keep_per_problem: int = Field(
+        1, ge=1, description="how many different completions of a problem are kept, at most"
+    )
+    correct: bool = Field(True, description="keep right answers only")
+    wellformed: bool = Field(True, description="keep responses only that have the form")
+    language: float = Field(0.0, ge=0, le=1, description="least language consistency of a kept row")
+    longest: int | None = Field(None, ge=1, description="drop responses of more tokens than this")
+    keep: Literal["shortest", "best"] | None = Field(
+        None, description="of the completions that pass keep the shortest, or those with the best score; else the first"
+    )
+    rewards: dict[RewardPart, float] | None = Field(
+        None, description="what each part of the score is worth that `best` goes by; else accuracy alone"
+    )
+    scored_by: str | None = Field(
+        None,
+        description="a teacher's stage, whose mean log-probability of a completion is the score that `best` goes by; or a `calibrate` "
+        "stage, whose judge gives it",
+    )
+    judge: str | None = Field(None, description="a `calibrate` stage that was passed: its judge scores the responses")
+    judged: float | None = Field(None, ge=0, le=1, description="least score by the judge of a kept row; 0.5 where there is one")
+    sampling: Sampling = Field(Sampling(), description="how completions are drawn")
+
+
+class Curate(Stage):
+    """People at a desk: a queue of rows to accept, edit or reject. With `auto` the policy decides instead."""
+
+    kind: Literal["curate"]
+    rows: str = Field(description="the stage whose rows are reviewed")
+    question: str = Field(
+        "Is this thought correct, readable, and in one language?",
+        description="what people are asked about each row",
+    )
+    second: float | None = Field(
+        None, ge=0, le=1,
+        description="share of the rows that two people review, neither knowing what the other said; can be changed at the desk",
+    )
+    auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
+    policy: Literal["accept", "translate"] = Field(
+        "accept",
+        description="keep rows as they are; or put a miniature's thoughts in the question's language",
+    )
+
+
+class SFT(Budgeted):
+    """Supervised fine-tuning on rows; `thoughts: drop` trains on the answers alone."""
+
+    kind: Literal["sft"]
+    model: str = Field(description="the stage whose model learns")
+    rows: dict[str, float] = Field(
+        description="stages that give rows, with the share of each: 0.5 takes half, 2 takes every row twice"
+    )
+    epochs: float = Field(2, gt=0, description="passes over the rows; 2.5 ends in the middle of the third")
+    thoughts: Literal["keep", "drop"] = Field(
+        "keep", description="learn thought and answer, or the answer alone"
+    )
+    system: dict[str, str] | None = Field(
+        None, description="stages that give rows, with the system prompt that theirs are learned under"
+    )
+    batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
+    recompute: bool = Field(
+        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+    )
+    optimizer: Optimizer = Field(
+        Optimizer(name="muon", learning_rate=2e-3, schedule="cosine"), description="how the weights move"
+    )
+
+
+class General(Stage):
+    """Rows that need no thought: the general half of the second fine-tuning."""
+
+    kind: Literal["general"]
+    problems: str = Field(description="a miniature with `task: repeat`")
+    rows: int = Field(500, ge=1, description="how many rows to write")
+
+
+class Evaluate(Stage):
+    """Accuracy with intervals on held-out problems, for each model and each way of sampling."""
+
+    kind: Literal["evaluate"]
+    models: list[str] = Field(description="stages whose models are asked")
+    problems: list[str] = Field(
+        description="names of problems, whose held-out part is asked; the first one makes the headline"
+    )
+    prompts: int = Field(1000, ge=1, description="held-out problems of each source, at most")
+    samples: int = Field(1, ge=1, description="completions of each problem in `t1` and `t06`")
+    modes: list[Literal["t1", "t06", "greedy", "pass@8"]] = Field(
+        ["t1", "greedy"], min_length=1,
+        description="temperature 1; 0.6 with top-p 0.95; greedy; and 8 completions a problem",
+    )
+    forced: list[str] = Field([], description="models that are also shown with retries forced on them")
+    retry: dict[str, str] = Field({}, description="for those: the word put after each of these words")
+    max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
+
+
+class Report(Stage):
+    """One page a run."""
+
+    kind: Literal["report"]
+    evaluation: str = Field(description="the `evaluate` stage that it tells of")
+    story: dict[str, str] = Field(
+        {}, description="which model plays which part of the story: base, zero, r1, small and others"
+    )
+    compare: dict[str, list[str]] = Field(
+        {}, description="ways of pretraining to compare by compute, each with the stages that are its runs"
+    )
+
+
+AnyStage = Annotated[
+    Load | Remote | Pretrain | RL | Screen | Sample | Curate | SFT | General | Label | Pairs | Preference | Distill
+    | Calibrate | Reward | Evaluate | Report,
+    Field(discriminator="kind"),
+]
+
+
+class Recipe(Settings):
+    """A named graph of stages over named problems. `workers` and `threads` change no result's meaning."""
+
+    name: str = Field(description="of the run's folder")
+    description: str = Field("", description="for people")
+    seed: int = Field(0, description="the root of every random draw")
+    workers: int = Field(1, ge=1, description="stages that run side by side")
+    threads: int = Field(0, ge=0, description="threads of each worker; 0 shares the cores evenly")
+    licence: str = Field("", description="licence of the models that are brought in: `Apache-2.0`, or `MIT AND Llama-3.1`")
+    problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
+    stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
+
+
+# ---------------------------------------------------------------- what cites what
+
+
+def inputs(stage: Stage) -> list[str]:
+    """The stages that a stage takes its artifacts from; names of problems that are stages are added by `graph`."""
+    compared = filter(None, [getattr(stage, "flops_of", None)])
+    match stage:
+        case RL():
+            return [stage.model, *compared, *(opinion.of for opinion in (stage.opinions or {}).values())]
+        case Screen():
+            return [stage.model]
+        case Sample():
+            return [stage.model, *filter(None, [stage.scored_by, stage.judge])]
+        case Pairs():
+            return [stage.model, *filter(None, [stage.scored_by])]
+        case SFT() | Label():
+            return [stage.model, *stage.rows, *compared]
+        case Preference():
+            return [stage.model, *cited_rows(*stage.pairs), *compared]
+        case Distill():
+            return [stage.model, *stage.teachers.values(), *stage.rows, *compared]
+        case Calibrate():
+            return [stage.judge, *filter(None, [stage.model]), *cited_rows(stage.rows)]
+        case Reward():
+            return [stage.model, *cited_rows(stage.rows)]
+        case Curate():
+            return [stage.rows]
+        case Evaluate():
+            return [*dict.fromkeys([*stage.models, *stage.forced])]
+        case Report():
+            return [stage.evaluation, *(name for names in stage.compare.values() for name in names)]
+    return []
+
+
+def cited_rows(*rows: str) -> list[str]:
+    """The stages among those that give rows; the others are files."""
+    return [name for name in rows if name and not name.endswith(TABLES)]
+
+
+def sources(stage: Stage) -> list[str]:
+    """The problems that a stage draws on: names under `problems`, or of `screen` stages."""
+    cited = getattr(stage, "problems", {})
+    return [cited] if isinstance(cited, str) else list(cited)

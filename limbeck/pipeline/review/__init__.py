@@ -1,0 +1,1 @@
+"""What people review: queues of rows, verdicts, and how reviewers agree."""

@@ -1,0 +1,1 @@
+"""Telling what runs left behind: read from their folders, never from a model."""

@@ -1,0 +1,256 @@
+"""The report's words in English and Chinese: headings, captions, and how numbers are written."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..eval.statistics import Interval
+
+
+class Text(NamedTuple):
+    """The same said twice: `Text("Seed", "随机种子")`."""
+
+    en: str
+    zh: str
+
+    def format(self, *args: object, **kwargs: object) -> Text:
+        """Fill both; an argument that is itself a Text enters each language in its own words."""
+
+        return Text(*(
+            getattr(self, language).format(
+                *(_in(language, value) for value in args),
+                **{key: _in(language, value) for key, value in kwargs.items()},
+            )
+            for language in self._fields
+        ))  # fmt: skip
+
+
+def _in(language: str, value: object) -> object:
+    return getattr(value, language) if isinstance(value, Text) else value
+
+
+def plain(value: object) -> Text:
+    """A name or number that reads the same in both languages."""
+    return Text(str(value), str(value))
+
+
+# ---------------------------------------------------------------- numbers
+
+UNKNOWN = "–"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return UNKNOWN if share is None else f"{100 * share:.{digits}f}%"
+
+
+def bounds(interval: Interval) -> str:
+    return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """1,234 as it is; from a million on in short: 2.50 M."""
+    if value is None:
+        return UNKNOWN
+    for unit, scale in (("G", 1e9), ("M", 1e6)):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:,.0f}"
+
+
+def size(parameters: float | None) -> str:
+    """142 K, 134 M: parameters to the eye."""
+    if parameters is None:
+        return UNKNOWN
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= scale:
+            return f"{float(f'{parameters / scale:.3g}'):g} {unit}"
+    return f"{parameters:.0f}"
+
+
+def scientific(value: float | None) -> str:
+    """4.1 × 10¹²"""
+    if not value:
+        return UNKNOWN if value is None else "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def gibibytes(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value / 2**30:.2f} GiB"
+
+
+def duration(seconds: float | None) -> Text:
+    if seconds is None:
+        return plain(UNKNOWN)
+    if seconds < 60:
+        return Text(f"{seconds:.0f} s", f"{seconds:.0f} 秒")
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return Text(f"{hours} h {minutes} min", f"{hours} 小时 {minutes} 分")
+    return Text(f"{minutes} min {rest} s", f"{minutes} 分 {rest} 秒")
+
+
+def foreseen(forecast: dict[str, Any]) -> Text:
+    """The sentence above the table of what was foreseen."""
+    told = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took", "processor")}
+    text = W["foreseen_said"]
+    return Text(text.en.format(**{k: t.en for k, t in told.items()}), text.zh.format(**{k: t.zh for k, t in told.items()}))
+
+
+# ---------------------------------------------------------------- fixed words
+
+KINDS = {
+    "load": Text("base, brought in", "引入的基座"),
+    "pretrain": Text("pretraining", "预训练"),
+    "rl": Text("RL", "强化学习"),
+    "screen": Text("screening", "筛题"),
+    "sample": Text("rejection sampling", "拒绝采样"),
+    "curate": Text("curation", "人工审校"),
+    "sft": Text("fine-tuning", "监督微调"),
+    "general": Text("general rows", "通用数据"),
+    "label": Text("a teacher's labels", "教师标注"),
+    "pairs": Text("pairs", "偏好对"),
+    "preference": Text("preferences", "偏好优化"),
+    "distill": Text("distillation", "蒸馏"),
+    "remote": Text("an endpoint", "远程模型"),
+    "calibrate": Text("a judge, calibrated", "裁判校准"),
+    "reward": Text("reward model", "奖励模型"),
+    "evaluate": Text("evaluation", "评测"),
+    "report": Text("report", "报告"),
+}
+
+MODES = {
+    "t1": Text("temperature 1", "温度 1"),
+    "t06": Text("temperature 0.6", "温度 0.6"),
+    "greedy": Text("greedy", "贪心"),
+    "pass@8": Text("pass@8", "pass@8"),
+    "cons@8": Text("cons@8", "cons@8"),
+}
+
+COLUMNS = {**MODES, "t1": Text("T = 1", "T = 1"), "t06": Text("T = 0.6", "T = 0.6")}
+
+W = {
+    "brand": Text("Report of a run", "运行报告"),
+    "contents": Text("Accuracy by model", "各模型准确率"),
+    "accuracy_caption": Text(
+        "Share of held-out problems answered correctly, with 95% intervals.",
+        "留出题答对的比例，附 95% 置信区间。",
+    ),
+    "aha": Text("It learns to keep trying", "它学会了不放弃"),
+    "learning": Text("What reinforcement learning changed", "强化学习改变了什么"),
+    "curves_caption": Text(
+        "Batch means at each step of reinforcement learning of {}: pale as measured, "
+        "strong as a running mean.",
+        "{} 强化学习每一步的批次均值：浅色为原始值，深色为滑动平均。",
+    ),
+    "accuracy": Text("Accuracy", "准确率"),
+    "length": Text("Length, tokens", "长度（词元）"),
+    "attempts": Text("Attempts per response", "每次回答的尝试次数"),
+    "persist": Text("Tries again after “no”", "判错后再试的概率"),
+    "persist_short": Text("persists", "再试率"),
+    "entropy": Text("Entropy, nats per token", "熵（奈特/词元）"),
+    "language_consistency": Text("Words in the question’s language", "与提问同语言的词"),
+    "gap": Text("Sampler–learner gap", "采样器与学习器之差"),
+    "format": Text("Format reward", "格式奖励"),
+    "loss": Text("Loss of pretraining and fine-tuning", "预训练与微调损失"),
+    "reward": Text("Reward", "奖励"),
+    "thoughts": Text("Thoughts before and after", "之前与之后的思考"),
+    "thoughts_caption": Text(
+        "The same problem, at the same temperature, as the models wrote it. Attempts begin on new lines.",
+        "同一道题、同一温度，模型原文照录；每次尝试另起一行。",
+    ),
+    "right": Text("right", "对"),
+    "wrong": Text("wrong", "错"),
+    "tokens_unit": Text("{} tokens", "{} 个词元"),
+    "unsolved": Text("A problem that {} does not solve", "{} 没有解出的一道题"),
+    "control": Text("The honest control", "诚实的对照"),
+    "languages": Text("One language at a time", "一次只说一种语言"),
+    "languages_caption": Text(
+        "Share of words in the language of the question, over held-out problems.",
+        "留出题回答中与提问同语言的词所占比例。",
+    ),
+    "models": Text("All models", "全部模型"),
+    "models_caption": Text(
+        "Percent correct with its 95% interval; length in tokens and the rest at temperature T = 1.",
+        "正确率（%）及 95% 置信区间；长度（词元）及其余各列取自温度 T = 1。",
+    ),
+    "model": Text("model", "模型"),
+    "length_short": Text("length", "长度"),
+    "attempts_short": Text("attempts", "尝试"),
+    "language_short": Text("language", "语言一致"),
+    "parameters": Text("parameters", "参数量"),
+    "other_problems": Text("Other problems: {}", "其他题目：{}"),
+    "distillation": Text("Small models: taught, or left to themselves", "小模型：被教会，还是自己摸索"),
+    "how": Text("how it was made", "如何得到"),
+    "small_base": Text("the small base", "小基座"),
+    "small_rl": Text("RL on the small base", "在小基座上做强化学习"),
+    "small_answers": Text("taught the answers only", "只学答案"),
+    "small": Text("taught thoughts and answers", "思考与答案都学"),
+    "training_flops": Text("training FLOPs", "训练 FLOPs"),
+    "comparison": Text("Pretraining compared at equal compute", "同等算力下的预训练对比"),
+    "comparison_caption": Text(
+        "Loss of every run against its compute, in 10^12 FLOPs; the corpus is read once, so it is loss on unseen text.",
+        "每次运行的损失随算力（10^12 FLOPs）的变化；语料只读一遍，因此这是未见文本上的损失。",
+    ),
+    "final_losses": Text("final loss, run by run", "各次运行的最终损失"),
+    "rows_flops": Text("sampling its rows, FLOPs", "采样其数据的 FLOPs"),
+    "desk": Text("The desk, and what was thrown away", "审校台，以及被丢弃的样本"),
+    "stage": Text("stage", "阶段"),
+    "sampled": Text("sampled", "采样"),
+    "kept": Text("kept", "保留"),
+    "dropped": Text("dropped, and why", "丢弃及原因"),
+    "more_curves": Text("More curves", "更多曲线"),
+    "more_caption": Text(
+        "Every stage of reinforcement learning. The gap is the largest absolute difference between the "
+        "log-probabilities that the sampler recorded and those that the learner computes on the same "
+        "weights.",
+        "所有强化学习阶段。“之差”指同一权重下，采样器记录的对数概率与学习器重算值的最大绝对差。",
+    ),
+    "lineage": Text("Where everything came from", "一切从何而来"),
+    "lineage_caption": Text(
+        "Filled boxes are models, outlined ones rows and problems; evaluations, one for each model, "
+        "are left out.",
+        "实底为模型，空框为数据与题目；每个模型各有一次评测，图中从略。",
+    ),
+    "cost": Text("What it took", "代价几何"),
+    "wall": Text("Time from start to end", "从头到尾的时间"),
+    "cpu": Text("Processor time", "处理器时间"),
+    "memory": Text("Peak memory", "内存峰值"),
+    "tokens": Text("Tokens, read and written", "读写的词元"),
+    "flops": Text("Floating-point operations", "浮点运算"),
+    "energy": Text("Energy", "能耗"),
+    "money": Text("Cost", "费用"),
+    "foreseen": Text("What was foreseen", "事先的预计"),
+    "foreseen_said": Text(
+        "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all ({low} to {high}). They took {took}, and {processor} of the processor: on a busy machine the latter is what was foreseen.",
+        "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
+    ),
+    "between": Text("between", "区间"),
+    "took": Text("took", "实际"),
+    "unreadable": Text("not readable on this machine", "本机无法读取"),
+    "unpriced": Text("no price per hour was given", "未给出每小时单价"),
+    "not_shown": Text("What was not shown", "没有证明的事"),
+    "alarms": Text("Alarms that rang", "响过的警报"),
+    "no_alarms": Text("No alarm rang.", "没有警报响过。"),
+    "alarm_row": Text("first at step {first}, {times} in all", "首次在第 {first} 步，共 {times} 次"),
+    "exact": Text("To do it again", "如何重做"),
+    "recipe": Text("The exact recipe", "完整配方"),
+    "stages": Text("Every stage", "每个阶段"),
+    "versions": Text("Versions and machine", "版本与机器"),
+    "seed": Text("Seed", "随机种子"),
+    "code": Text("Code", "代码版本"),
+    "kind": Text("kind", "种类"),
+    "time": Text("time", "时间"),
+    "memory_short": Text("memory", "内存"),
+    "key": Text("key", "键"),
+    "licences": Text("Licences", "许可证"),
+    "footer": Text(
+        "The numbers of this page stand in report.json beside it. The page loads nothing from anywhere.",
+        "本页数字见同目录的 report.json。本页不从任何地方加载内容。",
+    ),
+}

@@ -1,0 +1,90 @@
+"""Parts of a reward that need no gold answer. Pure functions of text and lengths."""
+
+from __future__ import annotations
+
+import re
+
+from ..text.tokenizer import split_thought
+from .answers import extract
+
+# Chinese characters one by one; then whole words of Latin letters, and of any other script
+_WORD = re.compile(
+    r"(?P<chinese>[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
+    r"|(?P<latin>[A-Za-z\u00c0-\u024f]+(?:['’][A-Za-z]+)*)"
+    r"|(?P<other>[^\W\d_A-Za-z\u00c0-\u024f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)"
+)
+_NO_WORD = re.compile(r"\\[A-Za-z]+|</?[A-Za-z]+>")
+
+# DeepSeek-R1 counts these in its account of emerging reflection (arXiv 2501.12948v2, C.2); Chinese is ours.
+# 等 is "wait", but 等于, 等式 and 等号 are "equals", "equation" and "equals sign".
+_REFLECTION = re.compile(
+    r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check|no)\b"
+    r"|等等|等(?![于式号价])|不对|错|检查|验证|但",
+    re.IGNORECASE,
+)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: a Chinese character is one, a run of Latin letters is one, digits are none."""
+    return [match.group() for match in _WORD.finditer(_NO_WORD.sub(" ", text))]
+
+
+def language_consistency(thought: str, language: str) -> float | None:
+    """Words in the target language over all words, in [0, 1] (DeepSeek-R1, arXiv 2501.12948v2, eq. 7).
+
+    `zh` counts Chinese characters, every other language words of Latin letters. Digits, operators,
+    LaTeX commands and tags are no words. None where there are no words to judge.
+
+    >>> language_consistency("先算 3+4，then 7", "zh")
+    0.6666666666666666
+    """
+    kinds = [match.lastgroup for match in _WORD.finditer(_NO_WORD.sub(" ", thought))]
+    if not kinds:
+        return None
+    return kinds.count("chinese" if language == "zh" else "latin") / len(kinds)
+
+
+def format_score(text: str, style: str) -> tuple[float, str]:
+    """1 with no reason, or 0 with one: the format reward of DeepSeek-R1 (arXiv 2501.12948v2, 2.2).
+
+    `tags` wants a thought, then one answer block and nothing around it; `boxed` a thought, then one box;
+    `final`, for small models that know no tags, a last line that ends in a number.
+    """
+    extraction = extract(text, style)
+    if extraction.answer is None:
+        return 0.0, extraction.reason
+    if style == "final":
+        return 1.0, ""
+    thought = split_thought(text)
+    if not thought.wellformed:
+        return 0.0, "the thought is not in one pair of think tags"
+    if style == "tags" and not re.fullmatch(r"\s*<answer>.*</answer>\s*", thought.answer, re.DOTALL):
+        return 0.0, "there is text around the answer block"
+    return 1.0, ""
+
+
+def overlong(length: int, limit: int, margin: int) -> float:
+    """Soft overlong punishment in [-1, 0]; all three in tokens (DAPO, arXiv 2503.14476, eq. 13).
+
+    0 up to `limit - margin`, then falling evenly to -1 at `limit`.
+
+    >>> overlong(90, limit=100, margin=20)
+    -0.5
+    """
+    return min(0.0, max(-1.0, (limit - margin - length) / margin)) if margin else -float(length > limit)
+
+
+def repeats(text: str) -> int:
+    """How many sentences were said before, word for word: the sign of a thought that goes in circles.
+
+    >>> repeats("Try 5. No. Try 6. No. Try 5.")
+    2
+    """
+    sentences = [" ".join(s.split()).lower() for s in re.split(r"[\n!?;。！？；]+|\.(?!\d)", text)]
+    sentences = [sentence for sentence in sentences if sentence]
+    return len(sentences) - len(set(sentences))
+
+
+def reflections(text: str) -> int:
+    """How many words of reflection there are, such as wait, check, 等, 不对 (DeepSeek-R1 v2, C.2)."""
+    return len(_REFLECTION.findall(text))
