@@ -1,4 +1,4 @@
-"""The parts of the documentation that the code knows better: settings, commands, and what each file is.
+"""The parts of the documentation that the code knows better: settings and commands.
 
     python docs/generate.py            write them anew, between their marks in docs/*.md
     python docs/generate.py --check    change nothing; exit code 1 and the names of pages that are out of date
@@ -8,7 +8,6 @@ A part stands between `<!-- generated: NAME ARGUMENT -->` and `<!-- end -->`.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import sys
@@ -161,24 +160,7 @@ def preset(parameter: Any) -> str:
     return "**required**" if parameter.required else "" if silent else f"`{parameter.default}`"
 
 
-# ---------------------------------------------------------------- files
-
-
-def rooms(_: None) -> str:
-    """Every file of the package with the first sentence of its docstring."""
-    package, lines = DOCS.parent / "limbeck", []
-    files = sorted(package.rglob("*.py"))
-    for file in sorted(files, key=lambda p: (p.parent != package, p)):
-        sentence = first_sentence(file)
-        if sentence and file.name != "__init__.py":
-            lines.append([f"`{file.relative_to(package).as_posix()}`", sentence])
-    return table(["file", "what it is"], lines)
-
-
-def first_sentence(file: Path) -> str:
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.?])\s", paragraph)[0]
+# ---------------------------------------------------------------- tables
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -187,7 +169,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 PARTS: dict[str, Callable[[Any], str]] = {
-    "settings": settings, "presets": presets, "commands": commands, "rooms": rooms,
+    "settings": settings, "presets": presets, "commands": commands,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -194,3 +195,16 @@ def test_help_is_there_at_once():
         helped.append(spent)
     print(f"limbeck --help: {min(helped):.2f} s of the processor's; typer alone: {min(bare):.2f} s")
     assert min(helped) < DOOR * min(bare)
+
+
+def test_the_index_leads_to_what_it_names():
+    """docs/design.md, "Where is ...": every file is there, and defines one of the names beside it; every name is defined."""
+    page = (HOUSE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("## Where is ...")[2].partition("\n\n`recipes/`")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 25
+    for topic, paths, names in rows:
+        files = [HOUSE / path for path in re.findall(r"`(.*?)`", paths)]
+        texts = [path.read_text(encoding="utf-8") for path in files]
+        for name in re.findall(r"`(.*?)`", names):
+            assert any(re.search(rf"(?m)\b(def|class|void) {name}\b|^{name}\b", text) for text in texts), f"{topic}: {name}"
