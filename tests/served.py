@@ -65,16 +65,16 @@ def server(folder: Path, *names: str, **options: Any) -> Iterator[Server]:
 @contextmanager
 def slowly(service: Service, name: str, seconds: float) -> Iterator[None]:
     """Every step of a model takes so long at least."""
-    shuttle = service.models[name].batching.shuttle
-    step = shuttle.step
+    serving_batch = service.models[name].scheduler.serving_batch
+    step = serving_batch.step
 
     def slow() -> Any:
         time.sleep(seconds)
         return step()
 
-    shuttle.step = slow
+    serving_batch.step = slow
     yield
-    shuttle.step = step
+    serving_batch.step = step
 
 
 def routes(app: Any) -> list[Any]:

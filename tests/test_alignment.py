@@ -13,7 +13,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from limbeck.config.parts import Optimizer
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
-from limbeck.train.distill import Lesson, Teacher, taught
+from limbeck.train.distill import DistillBatch, Teacher, taught
 from limbeck.train.learner import Learner
 from limbeck.train.losses import text_distance
 from limbeck.train.tokenizer_alignment import aligned, ends_said, spans_of, written
@@ -115,7 +115,7 @@ def test_micro_batches_add_up_and_a_student_learns(decoder, tokenizer):
     other = spelling()
     student = Learner(decoder(torch.float64), Optimizer(learning_rate=1e-2), 40)
     teacher = Teacher(Learner(decoder(vocab_size=other.size), Optimizer(), 1), (tokenizer, other))
-    lesson = Lesson([("big", sample, question) for sample, question in zip(samples_of(tokenizer), "abc", strict=True)])
+    lesson = DistillBatch([("big", sample, question) for sample, question in zip(samples_of(tokenizer), "abc", strict=True)])
     gradients = []
     for size in (1 << 20, 1):
         batches, _ = taught(lesson, {"big": teacher}, size)

@@ -190,7 +190,7 @@ def test_many_streams_at_once_are_all_served_and_alike(served):
 def test_a_model_that_fails_says_so_and_goes_on(served, client):
     asked = {**ASK, "max_tokens": 5}
     for stream in (False, True):
-        served.service.models["plain"].batching.shuttle.step = lambda: 1 / 0
+        served.service.models["plain"].scheduler.serving_batch.step = lambda: 1 / 0
         with pytest.raises(openai.APIError, match="plain could not go on: division") as caught:
             list(client.chat.completions.create(**asked, stream=stream))
         assert stream or caught.value.status_code == 500 and caught.value.type == "server_error"
@@ -207,13 +207,13 @@ def test_who_leaves_frees_the_row_within_a_second(served, stream):
     with slowly(served.service, "plain", 0.04):
         with socket.create_connection((host, int(port))) as line:
             line.sendall(head.encode() + body)
-            soon(lambda: one.busy == 1 and one.batching.shuttle.busy == 1, 30)
+            soon(lambda: one.busy == 1 and one.scheduler.serving_batch.busy == 1, 30)
             if stream:
                 assert b"200 OK" in line.recv(1000)
-        steps = one.batching.steps
+        steps = one.scheduler.steps
         waited = soon(lambda: one.busy == 0, 30)
     print(f"free after {waited:.2f} s and {one.batching.steps - steps} steps")
-    assert one.batching.steps - steps < 25  # a second's worth, on a machine that has nothing else to do
+    assert one.scheduler.steps - steps < 25  # a second's worth, on a machine that has nothing else to do
 
 
 def test_too_many_are_told_to_come_back(tmp_path, tokenizer):

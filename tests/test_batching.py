@@ -9,14 +9,14 @@ import pytest
 import torch
 from test_engine import BUDGET, PROMPTS, naive
 
-from limbeck.engine import scheduler
-from limbeck.engine.prefill import Prefixes, alike
+from limbeck.engine import scheduler as scheduling
+from limbeck.engine.prefill import PrefixCache, alike
 from limbeck.engine.request import Full, Request
 from limbeck.engine.sampling import SamplingParams, nucleus
-from limbeck.engine.scheduler import Batching, Carrier
+from limbeck.engine.scheduler import EngineThread, Scheduler
 from limbeck.model.config import Experts, Latent
 from limbeck.model.kv_cache import Packed
-from limbeck.model.prefill_cache import Past
+from limbeck.model.prefill_cache import SequenceKV
 from limbeck.types import LimbeckError, generator
 
 MODELS = {
@@ -44,43 +44,43 @@ def asks(tokenizer) -> list[Request]:
     ]
 
 
-def carry(batching: Batching, rounds: int = 1000) -> None:
+def carry(scheduler: Scheduler, rounds: int = 1000) -> None:
     """Round after round until nobody is left."""
     with torch.inference_mode():
-        while (batching.line or batching.busy) and rounds:
-            batching.round()
+        while (scheduler.line or scheduler.busy) and rounds:
+            scheduler.round()
             rounds -= 1
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_answers_are_those_of_the_plain_loop_whoever_else_is_served(decoder, tokenizer, kind, monkeypatch):
     """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come again."""
-    monkeypatch.setattr(scheduler, "CHUNKS", (3, 3))
+    monkeypatch.setattr(scheduling, "CHUNKS", (3, 3))
     model, requests = decoder(torch.float64, **MODELS[kind]), asks(tokenizer)
-    batching = Batching(model, tokenizer, rows=5)
+    scheduler = Scheduler(model, tokenizer, rows=5)
     answers = []
     with torch.inference_mode():
         for request in [*requests, *requests[::-1]]:
-            answers.append(batching.submit(request))
-            batching.round()
-            lost = batching.submit(Request(request.prompt, seed=99, max_new_tokens=9))
-            batching.round()
-            batching.cancel(lost)
-    carry(batching)
+            answers.append(scheduler.submit(request))
+            scheduler.round()
+            lost = scheduler.submit(Request(request.prompt, seed=99, max_new_tokens=9))
+            scheduler.round()
+            scheduler.cancel(lost)
+    carry(scheduler)
     for answer in answers:
         found = [choice.tokens for choice in answer.choices]
         assert found == [alone(model, tokenizer, answer.request, sample) for sample in range(answer.request.copies)]
         assert [choice.finish for choice in answer.choices] == ["stop" if t[-1] == tokenizer.end_id else "length" for t in found]
     assert sum(answer.cached for answer in answers[: len(PROMPTS)]) < sum(answer.cached for answer in answers[len(PROMPTS) :])
-    assert batching.busy == 0
+    assert scheduler.busy == 0
 
 
 def test_the_kernels_say_the_same(decoder, tokenizer):
     """In float32 rows are moved and lent to one another by another layout."""
     model = decoder(layers=3)
-    batching = Batching(model, tokenizer, rows=6)
-    answers = [batching.submit(request) for request in asks(tokenizer) * 2]
-    carry(batching)
+    scheduler = Scheduler(model, tokenizer, rows=6)
+    answers = [scheduler.submit(request) for request in asks(tokenizer) * 2]
+    carry(scheduler)
     wanted = [[alone(model, tokenizer, a.request, s) for s in range(a.request.copies)] for a in answers]
     agreed = [[c.tokens for c in a.choices] == w for a, w in zip(answers, wanted, strict=True)]
     assert sum(agreed) >= len(agreed) - 1  # a draw may fall on a rounding
@@ -89,20 +89,20 @@ def test_the_kernels_say_the_same(decoder, tokenizer):
 def test_a_long_answer_outgrows_what_was_made_for_it(decoder, tokenizer):
     model = decoder(torch.float64, max_positions=512)
     request = Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=200, seed=4, endless=True)
-    batching = Batching(model, tokenizer, rows=3)
-    answers = [batching.submit(request), batching.submit(Request(tokenizer.prompt(PROMPTS[1]), max_new_tokens=5))]
-    carry(batching)
+    scheduler = Scheduler(model, tokenizer, rows=3)
+    answers = [scheduler.submit(request), scheduler.submit(Request(tokenizer.prompt(PROMPTS[1]), max_new_tokens=5))]
+    carry(scheduler)
     wanted = naive(model, -1, request.prompt, draws(request), SamplingParams(1.0, 1.0, 200))[0]
     assert answers[0].choices[0].tokens == wanted
 
 
 def test_an_echoed_prompt_tells_what_the_model_thought_of_it(decoder, tokenizer, monkeypatch):
-    monkeypatch.setattr(scheduler, "CHUNKS", (4, 4))
+    monkeypatch.setattr(scheduling, "CHUNKS", (4, 4))
     model, prompt = decoder(torch.float64), tokenizer.prompt(PROMPTS[5])
-    batching = Batching(model, tokenizer)
+    scheduler = Scheduler(model, tokenizer)
     for known in range(2):  # the second time the prompt is known, and read again all the same
-        answer = batching.submit(Request(prompt, 0.0, max_new_tokens=known, top=2, echo=True))
-        carry(batching)
+        answer = scheduler.submit(Request(prompt, 0.0, max_new_tokens=known, top=2, echo=True))
+        carry(scheduler)
         with torch.no_grad():
             scores = torch.log_softmax(model(torch.tensor(prompt), Packed([len(prompt)])) @ model.head.weight.T, -1)
         np.testing.assert_allclose(answer.prompt_logprobs, scores[:-1].gather(1, torch.tensor(prompt[1:, None])).flatten(), atol=1e-8)
@@ -119,12 +119,12 @@ def test_a_thought_that_has_had_its_budget_is_closed(decoder, tokenizer, budget)
     with torch.no_grad():
         model.head.weight[tokenizer.encode("</think>")[0]] *= 0
         model.head.weight[tokenizer.end_id] *= 0
-    close, batching = tokenizer.encode("</think>")[0], Batching(model, tokenizer)
+    close, scheduler = tokenizer.encode("</think>")[0], Scheduler(model, tokenizer)
     prompt = tokenizer.prompt(PROMPTS[0])
     opened = Request(np.append(prompt, tokenizer.encode("<think>")), max_new_tokens=40, seed=1, thought_budget=budget, opened=True)
     silent = Request(prompt, max_new_tokens=40, seed=1, thought_budget=budget)
-    answers = [batching.submit(opened), batching.submit(silent)]
-    carry(batching)
+    answers = [scheduler.submit(opened), scheduler.submit(silent)]
+    carry(scheduler)
     tokens = answers[0].choices[0].tokens
     free = alone(model, tokenizer, Request(opened.prompt, max_new_tokens=40, seed=1))
     assert tokens[: budget + 1] == [*free[:budget], close] and close not in tokens[budget + 1 :] and len(tokens) == 40
@@ -136,47 +136,47 @@ def test_a_model_that_opens_its_thought_itself_is_closed_too(decoder, tokenizer)
     model, (think, close) = decoder(torch.float64), tokenizer.encode("<think> </think>")
     with torch.no_grad():
         model.head.weight[[close, tokenizer.end_id]] *= 0
-    batching = Batching(model, tokenizer)
+    scheduler = Scheduler(model, tokenizer)
     for seed in range(400):
         if alone(model, tokenizer, Request(tokenizer.prompt(PROMPTS[0]), 2.0, max_new_tokens=1, seed=seed)) == [think]:
             break
     request = Request(tokenizer.prompt(PROMPTS[0]), 2.0, max_new_tokens=12, seed=seed, thought_budget=3)
-    answer = batching.submit(request)
-    carry(batching)
+    answer = scheduler.submit(request)
+    carry(scheduler)
     assert answer.choices[0].tokens[0] == think and answer.choices[0].tokens.index(close) == 4
 
 
 def test_rows_that_nobody_wants_are_free_before_the_next_step(decoder, tokenizer):
-    batching = Batching(decoder(max_positions=4096), tokenizer, rows=2)
+    scheduler = Scheduler(decoder(max_positions=4096), tokenizer, rows=2)
     prompt = tokenizer.prompt(PROMPTS[0])
-    first, second, third = (batching.submit(Request(prompt, max_new_tokens=2000, seed=i, endless=True)) for i in range(3))
+    first, second, third = (scheduler.submit(Request(prompt, max_new_tokens=2000, seed=i, endless=True)) for i in range(3))
     with torch.inference_mode():
         for _ in range(4):
-            batching.round()
-        assert (batching.busy, len(batching.line)) == (2, 1)
-        batching.cancel(first)
-        batching.round()
-        assert (batching.busy, len(batching.line)) == (2, 0) and third in {seat.answer for seat in batching.shuttle.owners}
-        batching.enough(second.choices[0])
-        batching.cancel(third)
-        batching.round()
-    assert batching.busy == 0 and first.done and second.done and third.done
-    assert batching.shuttle.cache.bytes == 0  # and what they held is given back
+            scheduler.round()
+        assert (scheduler.busy, len(scheduler.line)) == (2, 1)
+        scheduler.cancel(first)
+        scheduler.round()
+        assert (scheduler.busy, len(scheduler.line)) == (2, 0) and third in {sequence_state.answer for sequence_state in scheduler.serving_batch.owners}
+        scheduler.enough(second.choices[0])
+        scheduler.cancel(third)
+        scheduler.round()
+    assert scheduler.busy == 0 and first.done and second.done and third.done
+    assert scheduler.serving_batch.cache.bytes == 0  # and what they held is given back
 
 
 def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
     model, prompt = decoder(), tokenizer.prompt(PROMPTS[0])
     need = len(prompt) + 20
-    batching = Batching(model, tokenizer, rows=64, waiting=4, tokens=2 * need)
-    answers = [batching.submit(Request(prompt, max_new_tokens=20, seed=i, endless=True)) for i in range(4)]
+    scheduler = Scheduler(model, tokenizer, rows=64, waiting=4, tokens=2 * need)
+    answers = [scheduler.submit(Request(prompt, max_new_tokens=20, seed=i, endless=True)) for i in range(4)]
     with pytest.raises(Full, match="4 requests are waiting") as caught:
-        batching.submit(Request(prompt, max_new_tokens=20))
+        scheduler.submit(Request(prompt, max_new_tokens=20))
     assert caught.value.retry_after >= 1
     most = 0
     with torch.inference_mode():
-        while batching.line or batching.busy:
-            batching.round()
-            most = max(most, batching.busy)
+        while scheduler.line or scheduler.busy:
+            scheduler.round()
+            most = max(most, scheduler.busy)
     assert most == 2 and [len(a.choices[0].tokens) for a in answers] == [20] * 4
     assert all(a.first <= b.first for a, b in pairwise(answers))
 
@@ -188,40 +188,40 @@ def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
 )  # fmt: skip
 def test_what_cannot_be_answered_is_said_at_once(decoder, tokenizer, prompt, changes, message):
     with pytest.raises(LimbeckError, match=message):
-        Batching(decoder(), tokenizer).submit(Request(np.array(prompt, dtype=np.int64), **{"max_new_tokens": 9, **changes}))
+        Scheduler(decoder(), tokenizer).submit(Request(np.array(prompt, dtype=np.int64), **{"max_new_tokens": 9, **changes}))
 
 
 def test_a_model_that_fails_tells_everybody_and_serves_the_next(decoder, tokenizer):
     told = []
-    batching = Batching(decoder(), tokenizer, tell=told.extend)
-    carrier = Carrier([batching])
-    carrier.start()
-    broken, batching.shuttle.step = batching.shuttle.step, lambda: 1 / 0
-    answer = batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
+    scheduler = Scheduler(decoder(), tokenizer, tell=told.extend)
+    engine_thread = EngineThread([scheduler])
+    engine_thread.start()
+    broken, scheduler.serving_batch.step = scheduler.serving_batch.step, lambda: 1 / 0
+    answer = scheduler.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
     while not answer.done:
         pass
-    assert isinstance(answer.error, ZeroDivisionError) and batching.failures == 1 and broken
-    after = batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
+    assert isinstance(answer.error, ZeroDivisionError) and scheduler.failures == 1 and broken
+    after = scheduler.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
     while not after.done:
         pass
     assert after.error is None and after.choices[0].tokens
-    carrier.close()
+    engine_thread.close()
     assert answer in told and after in told
     with pytest.raises(LimbeckError, match="closing"):
-        batching.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
+        scheduler.submit(Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=5))
 
 
 def test_what_was_read_is_remembered_within_its_room(decoder):
     config = decoder().config
 
     def past(tokens):
-        made = Past(config, len(tokens))
+        made = SequenceKV(config, len(tokens))
         made.length = len(tokens)
         return made
 
     texts = [np.array(text) for text in ([1, 2, 3, 4], [1, 2, 9, 9, 9], [5, 6, 7])]
     size = past(texts[0]).bytes // 4
-    prefixes = Prefixes(10 * size)
+    prefixes = PrefixCache(10 * size)
     for text in texts:
         prefixes.keep(text, past(text))
     assert prefixes.held == 8 * size and len(prefixes.pasts) == 2  # the first had to go

@@ -88,7 +88,7 @@ def test_lm_eval_hears_what_is_said(served, measured, client, path):
     more = {"tokenizer": str(folder / "plain"), "tokenizer_backend": "huggingface"} if client == "local-completions" else {}
     _, samples = measured(client, path, "telling", **more)
     texts = [sample["resps"][0][0] for sample in samples]
-    assert len(texts) == len(QUESTIONS) and all(texts) and found.service.models["plain"].batching.failures == 0
+    assert len(texts) == len(QUESTIONS) and all(texts) and found.service.models["plain"].scheduler.failures == 0
 
 
 def test_nothing_a_fuzzer_sends_is_our_fault(served):
@@ -113,5 +113,5 @@ def test_nothing_a_fuzzer_sends_is_our_fault(served):
 
             with suppress(Unsatisfiable):  # nothing can be wrong about a request without parameters
                 ask()
-    assert found.service.models["plain"].batching.failures == 0
+    assert found.service.models["plain"].scheduler.failures == 0
     assert {200, 400} <= asked["/v1/completions"] and 400 in asked["/v1/chat/completions"], asked

@@ -134,7 +134,7 @@ def test_what_stops_a_run_before_it_begins_is_told(recipe, tmp_path):
 
 def test_who_waits_and_then_sees_the_reviews_itself_is_not_started_twice(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    with run_status.Attendance(tmp_path) as run:
+    with run_status.RunStatus(tmp_path) as run:
         run.tell("waits")
         assert jobs.state(tmp_path).name == "waits"  # it is about to end, or to look a last time
         seen = threading.Timer(0.2, run.tell, ["running"])

@@ -10,7 +10,7 @@ import pytest
 from judges import Programmed, choosing, first, gullible, longer, material, truth
 from pydantic import ValidationError
 
-from limbeck.config.learned_rewards import Bar, Judging
+from limbeck.config.learned_rewards import CalibrationThresholds, Judging
 from limbeck.eval.judge_calibration import CANARIES, PADDING, by_truth, calibrate, labelled
 from limbeck.tasks.judge import Judge, Pair, clean, fence, final, read_points, read_verdict
 from limbeck.types import Completion, Group, Problem, generator
@@ -189,7 +189,7 @@ def test_labelled_pairs_have_the_better_on_either_side(pairs, clock):
 def test_a_judge_that_checks_passes(pairs, clock, method):
     worth = truth(clock)
     points = lambda given, vote: f"correct: {round(10 * worth(given['question'], given['response']))}"
-    told = calibrate(judge(choosing(worth) if method == "pairwise" else points, method=method), pairs, Bar(), 0)
+    told = calibrate(judge(choosing(worth) if method == "pairwise" else points, method=method), pairs, CalibrationThresholds(), 0)
     assert told["passed"] and told["refusals"] == []
     assert told["agreement"]["mean"] == told["kappa"]["mean"] == 1 and 0.9 < told["kappa"]["low"] < 1
     assert told["position"] == told["length"]["padded"] == told["canaries"]["share"] == told["abstained"] == 0
@@ -211,7 +211,7 @@ def test_a_judge_that_nobody_should_trust_is_refused_with_its_number(pairs, cloc
         "noisy": lambda given, vote: check(given, vote) if dice.random() < 0.8 else f"verdict: {'AB'[dice.integers(2)]}",
         "silent": lambda given, vote: "I would rather not say.",
     }  # fmt: skip
-    told = calibrate(judge(replies[bad]), pairs, Bar(), 0)
+    told = calibrate(judge(replies[bad]), pairs, CalibrationThresholds(), 0)
     assert not told["passed"] and any(sentence in text for text in told["refusals"]), told["refusals"]
     measured = {"length": told["length"]["padded"], "canaries": told["canaries"]["share"], "agreement": None}.get(number, told[number])
     assert measured == value
@@ -222,7 +222,7 @@ def test_a_judge_that_nobody_should_trust_is_refused_with_its_number(pairs, cloc
 def test_a_preference_for_length_is_read_off_the_labels_too(pairs, clock):
     """A judge that takes the longer where it errs, and does not care for padding that it knows."""
     worth = choosing(lambda question, response: len(response.replace(PADDING, "")))
-    told = calibrate(judge(worth), pairs, Bar(agreement=0), 0)
+    told = calibrate(judge(worth), pairs, CalibrationThresholds(agreement=0), 0)
     assert told["length"]["padded"] == 0 and told["length"]["labelled"] == 1.0
     assert any("length bias +1.00" in text for text in told["refusals"])
 
@@ -232,11 +232,11 @@ def test_kappa_takes_away_what_agrees_by_chance():
     pairs = [Pair(SUM, "x" * i, "y" * i, "first" if i < 7 else "second") for i in range(1, 11)]
 
     always = judge(choosing(lambda question, response: float(response.startswith("x"))))
-    told = calibrate(always, pairs, Bar(), 0)
+    told = calibrate(always, pairs, CalibrationThresholds(), 0)
     assert told["agreement"]["mean"] == 0.6 and told["kappa"]["mean"] == pytest.approx(0.0)
 
 
 def test_a_calibration_can_be_repeated(pairs, clock):
-    told = [calibrate(judge(choosing(truth(clock)), seed="s"), pairs[:20], Bar(), 3) for _ in range(2)]
+    told = [calibrate(judge(choosing(truth(clock)), seed="s"), pairs[:20], CalibrationThresholds(), 3) for _ in range(2)]
     assert told[0] == told[1]
     assert labelled(SUM, "4", "5", 1) == labelled(SUM, "4", "5", 1)

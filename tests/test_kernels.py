@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.engine.decode_batch import Flight
+from limbeck.engine.decode_batch import DecodeBatch
 from limbeck.engine.sampling import SamplingParams, draw
 from limbeck.model import kernels
 from limbeck.model.attention import Layer, RMSNorm, rotate
@@ -24,7 +24,7 @@ from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.ffn import SwiGLU, experts_mixed
 from limbeck.model.kernels import build, choice, decoding, trials
-from limbeck.model.kv_cache import Branched, KVCache, Packed
+from limbeck.model.kv_cache import KVCache, Packed, SharedPrefix
 from limbeck.types import LimbeckError
 
 # Every width that this machine can run is tested on it: 4 numbers a vector, 8, 16, and whatever the processor itself has.
@@ -89,7 +89,7 @@ def assert_alike(ours, plain, tolerance=1e-5):
 
 CONTEXTS = {
     "packed": lambda: Packed([3, 40, 9, 17, 100]),
-    "branched": lambda: Branched(3, 6, [2, 0, 1, 1, 0, 2], [0, 1, 5, 17, 60, 61]),
+    "branched": lambda: SharedPrefix(3, 6, [2, 0, 1, 1, 0, 2], [0, 1, 5, 17, 60, 61]),
     "alone": lambda: Packed([1]),
 }
 
@@ -221,7 +221,7 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plain
 )
 def test_what_the_step_does_not_know_goes_the_plain_way(changes):
     assert not kernels.Decoding.fits(model(**changes))
-    assert Flight(model(**changes), 0, SamplingParams()).decoding is None
+    assert DecodeBatch(model(**changes), 0, SamplingParams()).decoding is None
 
 
 def test_float64_goes_the_plain_way():

@@ -23,7 +23,7 @@ from limbeck.run_log import Record, read_metrics
 from limbeck.tasks.task import Mixture
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.train.grpo import reinforce
+from limbeck.train.grpo import train_grpo
 from limbeck.train.learner import Learner, token_logprobs
 from limbeck.train.losses import cross_entropy, policy_gradient
 from limbeck.train.optimizer import Muon, orthogonalize, schedule
@@ -434,7 +434,7 @@ def test_reinforce_runs_with_every_preset(decoder, tokenizer, clock, tmp_path, p
         Engine(learner.model, tokenizer),
         Mixture({"clock": clock}, {"clock": 1}, settings.rewards),
     )
-    reinforce(learner, reference, engine, tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
+    train_grpo(learner, reference, engine, tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
               Record(tmp_path), Checkpoint(tmp_path))  # fmt: skip
     first, second = read_metrics(tmp_path)
     assert learner.step == 4 and 0 <= max(first["gap"], second["gap"]) < 1e-4
@@ -451,7 +451,7 @@ def test_reinforce_ends_when_its_flops_are_spent(decoder, tokenizer, clock, tmp_
     def spend(folder: Path, budget: float, stop: Callable[[], bool] = lambda: False) -> list[float]:
         folder.mkdir(exist_ok=True)
         learner, tasks = Learner(decoder(), settings.optimizer, 9), Mixture({"clock": clock}, {"clock": 1}, settings.rewards)
-        reinforce(learner, None, Engine(learner.model, tokenizer), tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
+        train_grpo(learner, None, Engine(learner.model, tokenizer), tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
                   Record(folder, len(read_metrics(folder))), Checkpoint(folder, 60, stop), budget)  # fmt: skip
         return [row["flops"] for row in read_metrics(folder)]
 

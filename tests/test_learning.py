@@ -14,7 +14,7 @@ from limbeck.run_log import Record, read_metrics
 from limbeck.tasks.clock_countdown import Countdown, encode_documents
 from limbeck.tasks.task import Mixture
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.train.grpo import reinforce, summarize
+from limbeck.train.grpo import summarize, train_grpo
 from limbeck.train.learner import Learner
 from limbeck.train.sft import batches, fit
 
@@ -58,7 +58,7 @@ def test_a_base_learns_from_text_and_then_from_rewards_alone(task, tmp_path):
     tasks = Mixture({"clock": task}, stage.problems, stage.rewards)
     engine, learner = Engine(decoder, tokenizer), Learner(decoder, stage.optimizer, 2 * STEPS)
     (tmp_path / "zero").mkdir()
-    reinforce(
+    train_grpo(
         learner, None, engine, tasks, SamplingParams(max_new_tokens=60), stage, "test", Record(tmp_path / "zero"),
         Checkpoint(tmp_path / "zero"),
     )  # fmt: skip

@@ -221,7 +221,7 @@ def test_what_looks_ahead_is_scored_on_the_token_after_the_next():
     tokens = torch.from_numpy(sample.tokens)
     context = Packed([len(tokens) - 1])
     hidden = model(tokens[:-1], context)
-    ahead = model.look_ahead(hidden, tokens[1:], context)
+    ahead = model.predict_next(hidden, tokens[1:], context)
     logprobs = F.log_softmax(ahead[:-1] @ model.head.weight.T, -1)
     expected = -logprobs.gather(1, tokens[2:].unsqueeze(1)).sum() / batch.tokens
     assert learner.update([batch], cross_entropy)["loss_ahead"] == pytest.approx(expected.item(), abs=1e-9)

@@ -24,19 +24,19 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.model.kv_cache import Packed
-from limbeck.pipeline.graph import anchored
+from limbeck.pipeline.graph import resolve_paths
 from limbeck.pipeline.job import Job
 from limbeck.pipeline.stages.judging import run_calibrate
 from limbeck.pipeline.stages.rewards import judge_of, reward_of
 from limbeck.run_log import Record, read_metrics
 from limbeck.tasks.task import Mixture
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.train.grpo import reinforce
+from limbeck.train.grpo import train_grpo
 from limbeck.train.learned_rewards import Panel, hacked, trend
 from limbeck.train.learner import Learner
 from limbeck.train.reward_model import (
     RewardModel,
-    Valuer,
+    RewardModelLearner,
     bradley_terry,
     fit,
     pack_pairs,
@@ -56,7 +56,7 @@ def test_bradley_terry_by_hand(decoder, tokenizer):
     said = ("5 5 5", "6"), ("4 4", "3 1 2 2"), ("2", "6")  # the worse halves of the first and the third are one text
     pairs = [tuple(to_sample(tokenizer, "say 4 ?", text) for text in pair) for pair in said]
     lengths = [sum(len(half.tokens) for half in pair) for pair in pairs]
-    learner = Valuer(decoder(), Optimizer(), 1)
+    learner = RewardModelLearner(decoder(), Optimizer(), 1)
     torch.nn.init.normal_(learner.model.value.weight)
     better, worse = (learner.values([pair[half] for pair in pairs]) for half in (0, 1))
     expected = np.mean(np.log1p(np.exp(-(better - worse))))
@@ -70,7 +70,7 @@ def test_bradley_terry_by_hand(decoder, tokenizer):
 
 def test_a_value_is_read_at_the_end_of_the_turn_and_alone(decoder, tokenizer):
     """By hand from the hidden states of the sequence alone; company in the batch changes nothing."""
-    learner = Valuer(decoder(torch.float64), Optimizer(), 1)
+    learner = RewardModelLearner(decoder(torch.float64), Optimizer(), 1)
     learner.model.value.double()
     torch.nn.init.normal_(learner.model.value.weight)
     samples = [to_sample(tokenizer, "say 4 2 6 ?", text) for text in ("<answer> 4 2 6 </answer>", "4", "<think>try 4</think> 5 5")]
@@ -101,7 +101,7 @@ def planted(tokenizer, count: int, seed: object) -> list[tuple[Sample, Sample]]:
 def test_it_learns_a_planted_preference(decoder, tokenizer, tmp_path):
     learned, kept = planted(tokenizer, 600, "learned"), planted(tokenizer, 200, "kept")
     plan = plan_pairs(600, 4, 32, "plan")
-    learner = Valuer(decoder(), Optimizer(learning_rate=3e-3, warmup_steps=5, schedule="linear"), len(plan))
+    learner = RewardModelLearner(decoder(), Optimizer(learning_rate=3e-3, warmup_steps=5, schedule="linear"), len(plan))
     before = np.mean(learner.values([p[0] for p in kept]) > learner.values([p[1] for p in kept]))
     fit(learner, learned, plan, 4096, 10, Record(tmp_path), Checkpoint(tmp_path))
     accuracy = np.mean(learner.values([p[0] for p in kept]) > learner.values([p[1] for p in kept]))
@@ -116,7 +116,7 @@ def test_killed_and_resumed_it_learns_the_same(decoder, tokenizer, tmp_path):
         folder = tmp_path / str(len(stops))
         folder.mkdir()
         for stop in (*stops, None):
-            learner, checkpoint = Valuer(decoder(), Optimizer(), len(plan)), Checkpoint(folder, 0.0)
+            learner, checkpoint = RewardModelLearner(decoder(), Optimizer(), len(plan)), Checkpoint(folder, 0.0)
             if state := checkpoint.restore():
                 learner.load_state_dict(state["learner"])
             if stop:
@@ -129,7 +129,7 @@ def test_killed_and_resumed_it_learns_the_same(decoder, tokenizer, tmp_path):
 
 
 def test_its_opinion_is_a_chance_and_of_nothing_it_thinks_nothing(decoder, tokenizer):
-    learner = Valuer(decoder(), Optimizer(), 1)
+    learner = RewardModelLearner(decoder(), Optimizer(), 1)
     torch.nn.init.normal_(learner.model.value.weight)
     texts = ["<think>try</think>4", "<think>endless", "5"]
     none = np.zeros(0)
@@ -225,7 +225,7 @@ def reinforced(decoder, tokenizer, clock, tmp_path):
         record = Record(tmp_path, state["step"] if state else 0)
         if steps:
             checkpoint.stopping = lambda: len(read_metrics(tmp_path)) >= steps
-        reinforce(learner, None, Engine(learner.model, tokenizer), tasks, params, settings, "s", record, checkpoint, panel=panel)
+        train_grpo(learner, None, Engine(learner.model, tokenizer), tasks, params, settings, "s", record, checkpoint, panel=panel)
         return read_metrics(tmp_path)
 
     return run
@@ -365,7 +365,7 @@ def job(recipe: Path, name: str, stub: Stub, **inputs: Path) -> Job:
     folder = recipe.parent / "store" / "partial" / name
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"digest": "d"}))
-    stages = anchored(load(recipe), recipe.parent).stages
+    stages = resolve_paths(load(recipe), recipe.parent).stages
     return Job(name, stages[name], f"0/{name}", inputs, {}, folder, endpoints={"wise": stages["wise"]})
 
 

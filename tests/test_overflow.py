@@ -32,10 +32,10 @@ from limbeck.train import losses, reward_model
 from limbeck.train.batch import Batch, pack
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.divergence import TopK
-from limbeck.train.grpo import reinforce
+from limbeck.train.grpo import train_grpo
 from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy, distill, policy_gradient, preference, text_distance
-from limbeck.train.reward_model import Valuer, bradley_terry, pack_pairs
+from limbeck.train.reward_model import RewardModelLearner, bradley_terry, pack_pairs
 from limbeck.train.sft import fit
 from limbeck.types import LimbeckError, Sample
 
@@ -85,7 +85,7 @@ LOSSES = {
     "preference": (lambda: preference(0.1), Learner, lambda build: pack(pairs(), 1 << 20)),
     "preference-normalized": (lambda: preference(0.1, True), Learner, lambda build: pack(pairs(), 1 << 20)),
     "text_distance": (lambda: text_distance, Learner, lambda build: pack([replace(s, spans=np.arange(len(s.tokens) - s.start)) for s in samples()], 1 << 20)),
-    "bradley_terry": (lambda: bradley_terry(1), Valuer, lambda build: halves()),
+    "bradley_terry": (lambda: bradley_terry(1), RewardModelLearner, lambda build: halves()),
     **{
         f"distill-{kind}-{'labels' if labels else 'states'}": (
             lambda kind=kind: distill(kind), Learner, lambda build, labels=labels: taught(pack(samples(), 1 << 20), build, labels),
@@ -240,7 +240,7 @@ def test_a_judge_that_rewards_without_bound_ends_the_stage(decoder, tokenizer, c
     learner = Learner(decoder(), settings.optimizer, 3)
     arguments = (Engine(learner.model, tokenizer), Judge({"clock": clock}, {"clock": 1}, settings.rewards), SamplingParams(max_new_tokens=16), settings, "0/zero")
     with np.errstate(invalid="ignore"), pytest.raises(LimbeckError, match="optimiser step 2 of 3: the advantages are not finite; a reward is"):
-        reinforce(learner, None, *arguments, Record(tmp_path), Checkpoint(tmp_path, 0.0))
+        train_grpo(learner, None, *arguments, Record(tmp_path), Checkpoint(tmp_path, 0.0))
     assert len(read_metrics(tmp_path)) == 1 and Checkpoint(tmp_path).restore()["learner"]["step"] == 1
 
 

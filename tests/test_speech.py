@@ -13,7 +13,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from limbeck.serve.openai.routes import event
-from limbeck.text.tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, overlap, split_thought
+from limbeck.text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, overlap, split_thought
 
 TEXTS = st.lists(st.sampled_from(["a", " ", "\n", "é", "思", "🙂", "\u2028", "<", "/", ">", "think", OPEN, CLOSE, "stop", "<end>"]), max_size=30).map("".join)
 
@@ -59,7 +59,7 @@ def test_thought_and_answer_are_those_of_the_whole(data):
     text, opened = data.draw(TEXTS), data.draw(st.booleans())
     said = {}
     for parts in ([text], cut(data.draw, text)):
-        speech, heard = Speech(opened), {"thought": "", "answer": ""}
+        speech, heard = ReasoningParser(opened), {"thought": "", "answer": ""}
         for kind, piece in [*(one for part in parts for one in speech.hear(part)), *speech.close()]:
             assert piece and piece == (piece if heard[kind] else piece.lstrip())
             heard[kind] += piece
@@ -74,14 +74,14 @@ def test_thought_and_answer_are_those_of_the_whole(data):
 @given(st.data())
 def test_stops_end_an_answer_wherever_they_are_cut(data):
     text, stops = data.draw(TEXTS), data.draw(st.lists(st.sampled_from(["stop", "a a", "\n\n", "思🙂", "<"]), max_size=3))
-    speech = Speech(stops=stops, plain=True)
+    speech = ReasoningParser(stops=stops, plain=True)
     heard = "".join(piece for part in cut(data.draw, text) for _, piece in speech.hear(part)) + "".join(piece for _, piece in speech.close())
     ends = [text.index(stop) for stop in stops if stop in text]
     assert heard == text[: min(ends, default=len(text))] and speech.stopped == bool(ends)
 
 
 def test_a_stop_does_not_end_a_thought():
-    speech = Speech(stops=["\n\n"])
+    speech = ReasoningParser(stops=["\n\n"])
     assert speech.hear(f"{OPEN}one\n\ntwo{CLOSE}\n\nthree\n\nfour") == [("thought", "one\n\ntwo"), ("answer", "three")]
     assert speech.stopped and speech.hear("more") == speech.close() == []
 

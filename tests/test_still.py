@@ -26,7 +26,7 @@ from limbeck.run_log import read, read_metrics
 from limbeck.tasks.clock_countdown import Countdown
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
-from limbeck.train.distill import LABELLED, Lessons, Teacher, taught
+from limbeck.train.distill import LABELLED, DistillSampler, Teacher, taught
 from limbeck.train.dpo import best_and_worst, likelihood, plan_pairs, to_pair
 from limbeck.train.learner import Learner
 from limbeck.types import Completion, Group, LimbeckError, Problem, Sample, Score
@@ -237,7 +237,7 @@ class Stub:
 def test_each_problem_is_taught_by_the_teacher_of_its_domain(decoder):
     settings = Distill(kind="distill", model="m", teachers={"clock": "a", "chat": "b"}, problems={"clock": 1, "chat": 1}, prompts_per_step=6)
     stub = Stub()
-    lesson = Lessons(settings, 0, stub, stub, None, [])(0)
+    lesson = DistillSampler(settings, 0, stub, stub, None, [])(0)
     assert {owner: [int(s.tokens[-1]) for s in part] for owner, part in lesson.samples.items()} == {"a": [0, 2, 4], "b": [1, 3, 5]}
     teachers = {name: Teacher(Learner(decoder(seed=seed), Optimizer(), 1)) for seed, name in enumerate("ab")}
     batches, read = taught(lesson, teachers, 1 << 20)
@@ -250,11 +250,11 @@ def test_each_problem_is_taught_by_the_teacher_of_its_domain(decoder):
 def test_rows_come_all_once_before_one_comes_twice_and_steps_are_their_own():
     settings = Distill(kind="distill", model="m", on_policy=0, rows={"r": 1}, prompts_per_step=4)
     rows = [(LABELLED, Sample(np.array([1, i]), 1), "") for i in range(6)]
-    lessons = Lessons(settings, 0, None, None, None, rows)
+    lessons = DistillSampler(settings, 0, None, None, None, rows)
     drawn = [[int(s.tokens[1]) for s in lessons(step).samples[LABELLED]] for step in range(6)]
     flat = [i for step in drawn for i in step]
     assert all(sorted(flat[i : i + 6]) == list(range(6)) for i in range(0, 24, 6)) and flat[:6] != flat[6:12]
-    again = Lessons(settings, 0, None, None, None, rows)(4).samples[LABELLED]
+    again = DistillSampler(settings, 0, None, None, None, rows)(4).samples[LABELLED]
     assert [int(s.tokens[1]) for s in again] == drawn[4]
 
 

@@ -23,7 +23,7 @@ from studio import accessible, picture
 from limbeck.eval.identity import revealed
 from limbeck.serve.app import build
 from limbeck.serve.questions import Questions
-from limbeck.serve.votes import Answer, Ballots, Refused
+from limbeck.serve.votes import Answer, Refused, VoteStore
 from limbeck.types import LimbeckError, Problem
 
 pytestmark = pytest.mark.slow
@@ -204,7 +204,7 @@ def test_one_vote_a_battle_by_its_owner_with_its_token(tmp_path):
         assert (await ada.begin())[1].status_code == 400
 
     visiting(tmp_path, Parrots(), story, "Ada", "Bob")
-    assert [vote.outcome for vote in Ballots(tmp_path / ".studio").votes()] == ["b"]
+    assert [vote.outcome for vote in VoteStore(tmp_path / ".studio").votes()] == ["b"]
 
 
 def fought(ballots, voter="Ada", outcome="a", a="r1", b="base", prompt="2 and 2?", said=("4", "5"), sources=("rl-1", "sft-1")):
@@ -216,7 +216,7 @@ def fought(ballots, voter="Ada", outcome="a", a="r1", b="base", prompt="2 and 2?
 
 def test_votes_are_limited_by_the_hour(tmp_path, monkeypatch):
     monkeypatch.setattr("limbeck.serve.votes.PER_HOUR", 3)
-    ballots = Ballots(tmp_path)
+    ballots = VoteStore(tmp_path)
     for _ in range(3):
         ballots.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
     with pytest.raises(Refused) as refused:
@@ -226,7 +226,7 @@ def test_votes_are_limited_by_the_hour(tmp_path, monkeypatch):
 
 
 def test_no_vote_before_the_answers(tmp_path):
-    ballots = Ballots(tmp_path)
+    ballots = VoteStore(tmp_path)
     battle = ballots.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
     with pytest.raises(Refused):
         ballots.vote(battle.id, battle.token, "Ada", "a")
@@ -236,7 +236,7 @@ def test_no_vote_before_the_answers(tmp_path):
 
 
 def test_a_changed_log_shows(tmp_path):
-    ballots = Ballots(tmp_path)
+    ballots = VoteStore(tmp_path)
     battles = [fought(ballots) for _ in range(5)]
     assert ballots.broken() is None
     for change, first in (("UPDATE votes SET outcome = 'b' WHERE number = 3", 3), ("DELETE FROM votes WHERE number = 2", 2),
@@ -268,13 +268,13 @@ def test_votes_that_were_acknowledged_survive_a_kill(tmp_path):
         time.sleep(wait)
         os.kill(process.pid, signal.SIGKILL)
         told += [line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
-    ballots = Ballots(tmp_path)
+    ballots = VoteStore(tmp_path)
     kept = [vote.battle for vote in ballots.votes()]
     assert set(told) <= set(kept) and len(kept) == len(set(kept)) and ballots.broken() is None
 
 
 def test_the_same_name_for_other_weights_is_another_model(tmp_path):
-    ballots = Ballots(tmp_path)
+    ballots = VoteStore(tmp_path)
     fought(ballots)
     fought(ballots, sources=("rl-2", "sft-1"))
     assert {vote.a for vote in ballots.votes()} == {"r1 (rl-1)", "r1 (rl-2)"} and {vote.b for vote in ballots.votes()} == {"base"}
@@ -298,12 +298,12 @@ def test_a_judge_votes_beside_people_and_not_in_its_own_cause(tmp_path):
         await ada.client.post("/arena/judge", data={"name": "umpire-1b"})
         for _ in range(200):
             await asyncio.sleep(0.02)
-            if len(Ballots(tmp_path / ".studio").votes()) == 3:
+            if len(VoteStore(tmp_path / ".studio").votes()) == 3:
                 break
         return (await ada.client.get("/arena/board")).text
 
     board = visiting(tmp_path, Parrots(says), story, "Ada")
-    people, judged = ([v for v in Ballots(tmp_path / ".studio").votes() if v.judge is judge] for judge in (False, True))
+    people, judged = ([v for v in VoteStore(tmp_path / ".studio").votes() if v.judge is judge] for judge in (False, True))
     assert len(people) == 2 and [v.outcome for v in people] == ["tie", "tie"]
     assert len(judged) == 1 and judged[0].voter == "umpire-1b" and {judged[0].a, judged[0].b} == {"parrot-135m", "quickling-7b"}
     assert "quickling-7b" == (judged[0].a if judged[0].outcome == "a" else judged[0].b)
@@ -346,7 +346,7 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
 
     from limbeck.pipeline.stages.judging import preferences
 
-    ballots = Ballots(tmp_path / ".studio")
+    ballots = VoteStore(tmp_path / ".studio")
     fought(ballots)
     fought(ballots, outcome="b")
     fought(ballots, outcome="tie")
@@ -374,7 +374,7 @@ def test_the_leaderboard_at_a_terminal(tmp_path):
         return CliRunner().invoke(commands, ["arena", "--runs", str(tmp_path), *options])
 
     assert "nobody has voted" in str(arena().exception)
-    ballots = Ballots(tmp_path / ".studio")
+    ballots = VoteStore(tmp_path / ".studio")
     for outcome in ("a", "a", "tie"):
         ballots.judge(fought(ballots, outcome=outcome).id, "umpire", "b")
     assert "length or style" in str(arena("--control", "luck").exception)
@@ -418,7 +418,7 @@ HOSTILE = "**4**\n\n<script>alert(1)</script> ![x](http://evil.example/x.png) [a
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_blind_battle_leads_to_a_changed_leaderboard(visit, house, tmp_path, language):
     bring(tmp_path)
-    ballots = Ballots(tmp_path / ".studio")
+    ballots = VoteStore(tmp_path / ".studio")
     for outcome in ("a", "b", "tie", "a"):
         fought(ballots, "Bob", outcome, "parrot-135m", "quickling-7b", sources=("rl-parrot-135m", "rl-quickling-7b"))
 
@@ -457,12 +457,12 @@ def test_a_blind_battle_leads_to_a_changed_leaderboard(visit, house, tmp_path, l
         page.wait_for_selector("text=/\\[[+-]\\d+/")
         accessible(page)
         picture(page, f"arena-board-{language}")
-        assert len(Ballots(tmp_path / ".studio").votes()) == 7
+        assert len(VoteStore(tmp_path / ".studio").votes()) == 7
 
 
 def test_the_arena_on_a_phone_and_in_the_dark(visit, house, tmp_path):
     bring(tmp_path)
-    ballots = Ballots(tmp_path / ".studio")
+    ballots = VoteStore(tmp_path / ".studio")
     for i, outcome in enumerate(("a", "b", "tie", "a", "a", "bad", "a")):
         battle = fought(ballots, ("Ada", "Bob", "Mei")[i % 3], outcome, "parrot-135m", "quickling-7b")
         ballots.judge(battle.id, "umpire-1b", ("a", "tie", "")[i % 3])
@@ -500,7 +500,7 @@ def test_models_learn_from_the_votes(finished, tmp_path):
 
     from limbeck.run_log import read_metrics
 
-    ballots = Ballots(tmp_path / "runs" / ".studio")
+    ballots = VoteStore(tmp_path / "runs" / ".studio")
     for i in range(60):
         better, worse = f"{i % 3} no", f"{i % 3} yes"
         fought(ballots, outcome="a", said=(better, worse), prompt=f"use {i % 3} {i // 3 % 3} {i // 9 % 3} make 0 ?")

@@ -154,7 +154,7 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
     partial = tmp_path / "store" / ".partial" / "rl-1"
     partial.mkdir(parents=True)
     Record(partial, 0, 4).step(0, {"reward": 0.5})
-    with run_status.Attendance(folder) as told:
+    with run_status.RunStatus(folder) as told:
         told.begun["zero"] = "rl-1"
         told.tell("running")
         assert run_status.at_work(folder)

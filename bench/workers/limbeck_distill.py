@@ -13,7 +13,7 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
-from limbeck.train.distill import Lesson, Teacher, taught
+from limbeck.train.distill import DistillBatch, Teacher, taught
 from limbeck.train.learner import Learner
 from limbeck.train.losses import distill
 from limbeck.types import Problem, Sample
@@ -43,6 +43,6 @@ for step, clock in enumerate(turns()):
     first = step * count % len(problems)
     batch = problems[first : first + count]
     samples = given(batch) if SETTINGS["rows"] else written(batch, step)
-    said = learner.update(taught(Lesson([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[0], loss)
+    said = learner.update(taught(DistillBatch([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[0], loss)
     engine.load(learner.weights())
     clock.say(tokens=sum(len(s.tokens) - s.start for s in samples), loss=said["loss"])

@@ -20,9 +20,9 @@ from .options import RUNS, AsJson, Home
 from .options import mistake as _mistake
 from .options import open_store as _store
 from .plan import SIGNS as _SIGNS
+from .plan import cached_forecast, plan
 from .plan import load_recipe as _load
 from .plan import open_graph as _graph
-from .plan import plan, remembered
 from .provenance import recall, release, why
 from .serve import serve
 
@@ -60,7 +60,7 @@ def run(
     try:
         job = Run(_load(recipe, set_, auto), recipe.parent, runs, display, right)
         _stop_gently(job)
-        page = job.carry_out(remembered(job.graph))
+        page = job.carry_out(cached_forecast(job.graph))
     finally:
         if isinstance(display, Tree):
             display.close()
@@ -237,14 +237,14 @@ def arena(
     from dataclasses import asdict
 
     from ..eval.arena_ratings import CONTROLS, rate
-    from ..serve.votes import FILE, Ballots
+    from ..serve.votes import FILE, VoteStore
 
     folder = runs / ".studio"
     if not (folder / FILE).exists():
         raise _mistake(f"{folder / FILE} does not exist; nobody has voted there yet: the arena opens with `limbeck serve`")
     if control not in CONTROLS:
         raise _mistake(f"--control {control}: choose {' or '.join(filter(None, CONTROLS))}")
-    ballots = Ballots(folder)
+    ballots = VoteStore(folder)
     if out:
         out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ballots.preferences()), encoding="utf-8")
         print(out)

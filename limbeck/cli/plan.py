@@ -115,10 +115,10 @@ def _of_recipe(path: Path, runs: Path, set_: list[str], auto: bool, on: str, cha
 
 
 def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
-    from ..config.load import load, unattended
+    from ..config.load import load, with_auto_curation
 
     recipe = load(path, overrides)
-    return unattended(recipe) if auto else recipe
+    return with_auto_curation(recipe) if auto else recipe
 
 
 def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
@@ -128,7 +128,7 @@ def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
     return Graph(recipe, Store(runs / "store"), path.parent)
 
 
-def remembered(graph: Graph) -> dict[str, Any] | None:
+def cached_forecast(graph: Graph) -> dict[str, Any] | None:
     """The forecast that a run keeps, where this machine has been measured for its models: a run does not wait for that."""
     from datetime import date
 

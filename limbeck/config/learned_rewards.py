@@ -34,7 +34,7 @@ class Judging(Settings):
         return self
 
 
-class Bar(Settings):
+class CalibrationThresholds(Settings):
     """What a judge must reach before it may reward; below it is refused, with the numbers."""
 
     agreement: float = Field(0.8, ge=0, le=1, description="with the labels, at least: the lower end of the 95 % interval")
@@ -50,7 +50,7 @@ class Calibrate(Stage):
     kind: Literal["calibrate"]
     judge: str = Field(description="the stage whose model judges; a `remote` one will do")
     judging: Judging = Field(Judging(), description="how it is asked, here and wherever the calibration is cited")
-    bar: Bar = Field(Bar(), description="what it must reach")
+    bar: CalibrationThresholds = Field(CalibrationThresholds(), description="what it must reach")
     rows: str = Field("", description="people's labels: JSONL or Parquet with `prompt`, `chosen` and `rejected`, or a stage with such rows")
     model: str | None = Field(None, description="without `rows`: the stage whose model answers `problems`, which are then labelled by the truth")
     problems: dict[str, float] = Field({}, description="names of problems or of `screen` stages, with their shares")

@@ -49,7 +49,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def unattended(recipe: Recipe) -> Recipe:
+def with_auto_curation(recipe: Recipe) -> Recipe:
     """The recipe with each curate stage's policy in the place of people."""
     stages = {n: s.model_copy(update={"auto": True}) if isinstance(s, Curate) else s for n, s in recipe.stages.items()}
     return recipe.model_copy(update={"stages": stages})

@@ -1,5 +1,5 @@
-"""The rows in flight: their cache, what they have said, and who they are. Numbers a row are numpy's, whose calls
-cost a fifth of torch's on arrays this small.
+"""A decode batch: the KV cache, the sampled tokens, and the (problem, sample) of each row. Numbers a row are numpy's, whose
+calls cost a fifth of torch's on arrays this small.
 
 B rows · T tokens of a completion · C hidden · V vocabulary · L sparse layers · K experts chosen.
 """
@@ -33,7 +33,7 @@ class Row:
     routes: np.ndarray | None
 
 
-class Flight:
+class DecodeBatch:
     """One token a row and step; `hidden_BC` is the state that the next token is sampled from."""
 
     drafted = accepted = 0

@@ -1,5 +1,5 @@
-"""Prompts on their way in: read in chunks, so that who is already speaking waits little, and begun where something
-alike was read before.
+"""Chunked prefill with a prefix cache. Prompts are prefilled in chunks between decode steps, so that running requests stall
+little; each prompt starts from the longest prefix that is cached.
 
 N tokens of a chunk · C hidden · T tokens of a prompt.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
-from ..model.prefill_cache import Continued, Past
+from ..model.prefill_cache import ChunkedPrefill, SequenceKV
 from .request import Answer
 from .serving_batch import likeliest
 
@@ -22,15 +22,16 @@ MOST_PASTS = 256  # looked through one by one
 ROWS = 512  # positions of an echoed prompt whose logits are made at once
 
 
-class Prefixes:
+class PrefixCache:
     """What was read lately, in so many bytes; the longest unused goes first."""
 
     def __init__(self, room: int):
         self.room, self.held = room, 0
-        self.pasts: OrderedDict[bytes, tuple[np.ndarray, Past]] = OrderedDict()
+        self.pasts: OrderedDict[bytes, tuple[np.ndarray, SequenceKV]] = OrderedDict()
 
-    def longest(self, prompt: np.ndarray) -> tuple[Past | None, int]:
-        """Who begins most alike, and for how many tokens; the prompt's last token is never among them."""
+    def longest(self, prompt: np.ndarray) -> tuple[SequenceKV | None, int]:
+        """The cached keys and values with the longest common prefix, and its length in tokens. Never the whole prompt: the last
+        token must be run, to have logits."""
         best, length = None, 0
         for key, (tokens, _) in self.pasts.items():
             shared = alike(tokens, prompt[:-1])
@@ -41,7 +42,7 @@ class Prefixes:
         self.pasts.move_to_end(best)
         return self.pasts[best][1], length
 
-    def keep(self, tokens: np.ndarray, past: Past) -> None:
+    def keep(self, tokens: np.ndarray, past: SequenceKV) -> None:
         """Remember it in place of what it begins with."""
         if past.bytes > self.room or any(alike(known, tokens) == len(tokens) for known, _ in self.pasts.values()):
             return
@@ -61,70 +62,71 @@ def alike(a: np.ndarray, b: np.ndarray) -> int:
 
 
 @dataclass(eq=False)
-class Guest:
+class PrefillingRequest:
     """A prompt that is being read: `past` has what was, `left` tokens are still to be."""
 
     answer: Answer
-    past: Past
+    past: SequenceKV
 
     @property
     def left(self) -> int:
         return len(self.answer.request.prompt) - self.past.length
 
 
-class Boarding:
+class PrefillQueue:
     """Prompts that are being read; the oldest gets half of each chunk, the shortest the rest."""
 
-    def __init__(self, model: Decoder, prefixes: Prefixes):
+    def __init__(self, model: Decoder, prefixes: PrefixCache):
         self.model, self.prefixes = model, prefixes
-        self.guests: deque[Guest] = deque()
+        self.prefillings: deque[PrefillingRequest] = deque()
 
     @property
     def rows(self) -> int:
-        return sum(guest.answer.request.copies for guest in self.guests)
+        return sum(prefilling.answer.request.copies for prefilling in self.prefillings)
 
     def add(self, answer: Answer) -> None:
-        """Begin with what is known of the prompt; whose own log-probabilities are asked for is read anew."""
+        """Queue a request, from its cached prefix on. With `echo` the whole prompt is prefilled, as its log-probabilities are
+        returned."""
         request, weight = answer.request, self.model.embed.weight
-        past = Past(self.model.config, len(request.prompt), weight.dtype)
+        past = SequenceKV(self.model.config, len(request.prompt), weight.dtype)
         if not request.echo:
             known, answer.cached = self.prefixes.longest(request.prompt)
             if known is not None:
                 past.begin_as(known, answer.cached)
-        self.guests.append(Guest(answer, past))
+        self.prefillings.append(PrefillingRequest(answer, past))
 
     def drop(self) -> None:
-        self.guests = deque(guest for guest in self.guests if not guest.answer.cancelled)
+        self.prefillings = deque(prefilling for prefilling in self.prefillings if not prefilling.answer.cancelled)
 
-    def read(self, most: int) -> list[tuple[Guest, Tensor]]:
+    def read(self, most: int) -> list[tuple[PrefillingRequest, Tensor]]:
         """Read at most so many tokens; the prompts that are through, each with the state [C] after its last token."""
         chosen = self._share(most)
         spans = [g.answer.request.prompt[g.past.length : g.past.length + n] for g, n in chosen]
-        context = Continued([guest.past for guest, _ in chosen], [n for _, n in chosen])
+        context = ChunkedPrefill([prefilling.past for prefilling, _ in chosen], [n for _, n in chosen])
         hidden_NC = self.model(torch.from_numpy(np.concatenate(spans)), context)
         begins = np.cumsum([0, *(n for _, n in chosen)])
-        for (guest, n), begin in zip(chosen, begins[:-1], strict=True):
-            if guest.answer.request.echo:
-                self._echo(guest, hidden_NC[begin : begin + n])
+        for (prefilling, n), begin in zip(chosen, begins[:-1], strict=True):
+            if prefilling.answer.request.echo:
+                self._echo(prefilling, hidden_NC[begin : begin + n])
         context.settle()
-        through = [(guest, hidden_NC[end - 1]) for (guest, _), end in zip(chosen, begins[1:], strict=True) if not guest.left]
-        for guest, _ in through:
-            self.guests.remove(guest)
-            self.prefixes.keep(guest.answer.request.prompt, guest.past)
+        through = [(prefilling, hidden_NC[end - 1]) for (prefilling, _), end in zip(chosen, begins[1:], strict=True) if not prefilling.left]
+        for prefilling, _ in through:
+            self.prefillings.remove(prefilling)
+            self.prefixes.keep(prefilling.answer.request.prompt, prefilling.past)
         return through
 
-    def _share(self, most: int) -> list[tuple[Guest, int]]:
-        oldest, shares, room = self.guests[0], {}, most
-        for guest, cap in ((oldest, -(-most // 2)), *((guest, most) for guest in sorted(self.guests, key=lambda guest: guest.left))):
-            taken = min(guest.left - shares.get(guest, 0), cap, room)
+    def _share(self, most: int) -> list[tuple[PrefillingRequest, int]]:
+        oldest, shares, room = self.prefillings[0], {}, most
+        for prefilling, cap in ((oldest, -(-most // 2)), *((prefilling, most) for prefilling in sorted(self.prefillings, key=lambda prefilling: prefilling.left))):
+            taken = min(prefilling.left - shares.get(prefilling, 0), cap, room)
             if taken > 0:
-                shares[guest] = shares.get(guest, 0) + taken
+                shares[prefilling] = shares.get(prefilling, 0) + taken
                 room -= taken
         return list(shares.items())
 
-    def _echo(self, guest: Guest, hidden_NC: Tensor) -> None:
+    def _echo(self, prefilling: PrefillingRequest, hidden_NC: Tensor) -> None:
         """Log-probabilities of the tokens that follow these."""
-        answer, begin = guest.answer, guest.past.length
+        answer, begin = prefilling.answer, prefilling.past.length
         following = torch.from_numpy(answer.request.prompt[begin + 1 : begin + 1 + len(hidden_NC)])
         for i in range(0, len(following), ROWS):
             logits_NV = torch.nn.functional.linear(hidden_NC[: len(following)][i : i + ROWS], self.model.head.weight)

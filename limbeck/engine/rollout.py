@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model.decoder import Decoder
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
-from .decode_batch import Flight, Row
+from .decode_batch import DecodeBatch, Row
 from .sampling import SamplingParams
 from .speculative import Speculation
 
@@ -44,10 +44,10 @@ class Engine:
         self.drafted = self.accepted = 0
         return told
 
-    def _flight(self, sampling: SamplingParams) -> Flight:
-        return (Speculation if self.speculate else Flight)(self.model, self.tokenizer.end_id, sampling)
+    def _flight(self, sampling: SamplingParams) -> DecodeBatch:
+        return (Speculation if self.speculate else DecodeBatch)(self.model, self.tokenizer.end_id, sampling)
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: DecodeBatch) -> None:
         self.drafted, self.accepted = self.drafted + flight.drafted, self.accepted + flight.accepted
 
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: Sampl
         if params.top_p < 1:
             kept_BV = nucleus(probabilities_BV, params.top_p)
             probabilities_BV = probabilities_BV * kept_BV
-        tokens_B = invert(probabilities_BV, uniform_B)
+        tokens_B = sample_inverse_cdf(probabilities_BV, uniform_B)
     if params.force:
         tokens_B = _forced(tokens_B, previous_B, params.force)
     if kept_BV is not None and params.keep_mask:
@@ -70,7 +70,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: Sampl
     return Draw(tokens_B, logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1), kept_BV if params.keep_mask else None)
 
 
-def invert(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def sample_inverse_cdf(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The first token at which the cumulative distribution passes the uniform number; sums in float64."""
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]

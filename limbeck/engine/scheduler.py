@@ -1,5 +1,5 @@
-"""Continuous batching: all who ask the same model are carried together, step by step, and newcomers let in between; one
-thread carries all models."""
+"""Continuous batching: all requests to a model decode as one batch, and new ones join between two decode steps. One thread
+runs every model of a server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from ..model.decoder import Decoder
-from ..model.prefill_cache import Past
+from ..model.prefill_cache import SequenceKV
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
-from .prefill import Boarding, Prefixes
+from .prefill import PrefillQueue, PrefixCache
 from .request import Answer, Choice, Full, Request
-from .serving_batch import Seat, Shuttle
+from .serving_batch import SequenceState, ServingBatch
 
 # Seconds that reading newcomers' prompts may hold up those who speak, or as long as two steps of theirs if that is more; and
 # longer where more wait than speak, for many prompts at once are read faster.
@@ -27,8 +27,8 @@ CHUNKS = 16, 4096  # the fewest and the most tokens that are read at once
 MOST_TOKENS = 1 << 17  # of one batch, where nobody says what memory allows
 
 
-class Batching:
-    """Answers requests by `round`s, which a `Carrier` goes; at most `rows` rows at once and `waiting` requests in line.
+class Scheduler:
+    """Answers requests by `round`s, which an `EngineThread` runs; at most `rows` rows at once and `waiting` requests in line.
 
     `tell` is called on the carrier's thread, once or twice a round, with the answers that have grown. `tokens` bounds what the rows'
     caches hold, `prefix_bytes` what is remembered of texts that were read. What a request is answered depends on it
@@ -43,7 +43,7 @@ class Batching:
         self.model, self.tokenizer, self.ends, self.tell = model, tokenizer, ends, tell
         self.rows, self.most_waiting, self.tokens = rows, waiting, max(tokens, 1)
         self.line: deque[Answer] = deque()
-        self.prefixes = Prefixes(prefix_bytes)
+        self.prefixes = PrefixCache(prefix_bytes)
         self.pace = 1000.0  # tokens of prompts a second, as measured
         self.steps = self.failures = 0
         self.seconds = self.lasted = 0.0  # of all steps, and of the last one
@@ -51,9 +51,9 @@ class Batching:
         self._begin()
 
     def _begin(self) -> None:
-        self.shuttle = Shuttle(self.model, self.tokenizer, self.ends, self.rows, self.tokens)
-        self.shuttle.told, self.shuttle.said = self._left, self._said
-        self.boarding = Boarding(self.model, self.prefixes)
+        self.serving_batch = ServingBatch(self.model, self.tokenizer, self.ends, self.rows, self.tokens)
+        self.serving_batch.told, self.serving_batch.said = self._left, self._said
+        self.prefill_queue = PrefillQueue(self.model, self.prefixes)
         self.grown: dict[Answer, None] = {}
 
     # ------------------------------------------------------------ for those who ask, on any thread
@@ -96,7 +96,7 @@ class Batching:
     @property
     def busy(self) -> int:
         """Rows that speak or are about to."""
-        return self.shuttle.busy + self.boarding.rows
+        return self.serving_batch.busy + self.prefill_queue.rows
 
     def _patience(self) -> int:
         """Seconds until somebody in line may have a place, roughly."""
@@ -124,7 +124,7 @@ class Batching:
     def _fail(self, error: Exception) -> None:
         self.failures += not self.closing
         with self.lock:
-            answers = {seat.answer: None for seat in self.shuttle.owners} | {guest.answer: None for guest in self.boarding.guests}
+            answers = {sequence_state.answer: None for sequence_state in self.serving_batch.owners} | {prefilling.answer: None for prefilling in self.prefill_queue.prefillings}
             answers |= dict.fromkeys(self.line) if self.closing else {}
             self.line = deque() if self.closing else self.line
             self._begin()
@@ -135,11 +135,11 @@ class Batching:
     def round(self) -> None:
         """Let go who has gone, let in who fits, read one chunk of their prompts, and say one token a row."""
         self._admit()
-        if self.boarding.guests:
+        if self.prefill_queue.prefillings:
             self._board()
-        if self.shuttle.busy:
+        if self.serving_batch.busy:
             begin = time.monotonic()
-            self.shuttle.step()
+            self.serving_batch.step()
             self.lasted = time.monotonic() - begin
             self.steps, self.seconds = self.steps + 1, self.seconds + self.lasted
         self._settle()
@@ -148,46 +148,46 @@ class Batching:
         with self.lock:
             if self.leaving:
                 self.line = deque(answer for answer in self.line if not answer.cancelled)
-                self.boarding.drop()
+                self.prefill_queue.drop()
                 self.leaving = False
-                self.shuttle.drop()
+                self.serving_batch.drop()
             while self.line and self._fits(self.line[0]):
-                self.boarding.add(self.line.popleft())
+                self.prefill_queue.add(self.line.popleft())
 
     def _fits(self, answer: Answer) -> bool:
         """Whether rows and memory are left: every row takes as much as the longest may."""
-        with_it = [seat.answer for seat in self.shuttle.owners] + [guest.answer for guest in self.boarding.guests] + [answer]
+        with_it = [sequence_state.answer for sequence_state in self.serving_batch.owners] + [prefilling.answer for prefilling in self.prefill_queue.prefillings] + [answer]
         rows = self.busy + answer.request.copies
         longest = max(len(one.request.prompt) + one.request.max_new_tokens for one in with_it)
         return rows <= self.rows and (not self.busy or rows * longest <= self.tokens)
 
     def _board(self) -> None:
-        speaking, waiting = self.shuttle.busy, self.boarding.rows
+        speaking, waiting = self.serving_batch.busy, self.prefill_queue.rows
         fewest, most = CHUNKS
         seconds = max(STALL, 2 * self.lasted) * max(1.0, 2 * waiting / speaking) if speaking else FIRST
         chunk = int(min(max(self.pace * seconds, fewest), most))
-        begin, before = time.monotonic(), sum(guest.left for guest in self.boarding.guests)
-        for guest, hidden_C in self.boarding.read(chunk):
-            if guest.answer.request.max_new_tokens:
-                self.shuttle.board(guest.past, hidden_C, guest.answer)
+        begin, before = time.monotonic(), sum(prefilling.left for prefilling in self.prefill_queue.prefillings)
+        for prefilling, hidden_C in self.prefill_queue.read(chunk):
+            if prefilling.answer.request.max_new_tokens:
+                self.serving_batch.board(prefilling.past, hidden_C, prefilling.answer)
             else:
-                guest.answer.choices[0].finish = "length"
-            self.grown[guest.answer] = None
-        read = before - sum(guest.left for guest in self.boarding.guests)
+                prefilling.answer.choices[0].finish = "length"
+            self.grown[prefilling.answer] = None
+        read = before - sum(prefilling.left for prefilling in self.prefill_queue.prefillings)
         if read >= fewest:
             self.pace += 0.5 * (read / (time.monotonic() - begin) - self.pace)
 
-    def _left(self, seat: Seat, row: int) -> None:
+    def _left(self, sequence_state: SequenceState, row: int) -> None:
         """A row is over: what it read and said may be how the next prompt begins."""
-        self.grown[seat.answer] = None
-        request, length = seat.answer.request, int(self.shuttle.cache.lengths[row])
-        if self.prefixes.room and not seat.answer.cancelled and not request.endless:
-            text = np.concatenate([request.prompt, np.array(seat.choice.tokens, dtype=np.int64)])[:length]
-            self.prefixes.keep(text, Past.of(self.shuttle.cache, row, length))
+        self.grown[sequence_state.answer] = None
+        request, length = sequence_state.answer.request, int(self.serving_batch.cache.lengths[row])
+        if self.prefixes.room and not sequence_state.answer.cancelled and not request.endless:
+            text = np.concatenate([request.prompt, np.array(sequence_state.choice.tokens, dtype=np.int64)])[:length]
+            self.prefixes.keep(text, SequenceKV.of(self.serving_batch.cache, row, length))
 
     def _said(self) -> None:
-        """Everybody has one token more; they need not wait for the next one to be prepared."""
-        self.grown |= {seat.answer: None for seat in self.shuttle.owners}
+        """Called when a token is sampled for every row, before the next forward pass: publish it now."""
+        self.grown |= {sequence_state.answer: None for sequence_state in self.serving_batch.owners}
         self._settle()
 
     def _settle(self) -> None:
@@ -204,7 +204,7 @@ class Batching:
         self.tell(answers)
 
 
-class Carrier:
+class EngineThread:
     """The one thread that computes, a round of each model in turn.
 
     torch keeps a team of helpers for every thread that computes. Two models on two threads would fight for the same cores, and
@@ -212,11 +212,11 @@ class Carrier:
     waiting for the next, which makes a step of decoding take up to twice as long.
     """
 
-    def __init__(self, batchings: Sequence[Batching]):
-        self.batchings, self.closing, self.lock = list(batchings), False, threading.Condition()
-        for one in self.batchings:
+    def __init__(self, schedulers: Sequence[Scheduler]):
+        self.schedulers, self.closing, self.lock = list(schedulers), False, threading.Condition()
+        for one in self.schedulers:
             one.lock = self.lock
-        self.thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
@@ -232,9 +232,9 @@ class Carrier:
         with torch.inference_mode():
             while not self.closing:
                 with self.lock:
-                    self.lock.wait_for(lambda: self.closing or any(one.wanted for one in self.batchings))
-                for one in self.batchings:
+                    self.lock.wait_for(lambda: self.closing or any(one.wanted for one in self.schedulers))
+                for one in self.schedulers:
                     if one.wanted:
                         one.attempt()
-            for one in self.batchings:
+            for one in self.schedulers:
                 one.close()

@@ -1,4 +1,4 @@
-"""A flight that never lands: rows join and leave at any step, each with its own sampling and its own length.
+"""The decode batch of serving: sequences join and leave at any step, each with its own sampling parameters and length limit.
 
 B rows · C hidden · T tokens of a completion · V vocabulary.
 """
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import KVCache
-from ..model.prefill_cache import Past
+from ..model.prefill_cache import SequenceKV
 from ..text.tokenizer import CLOSE, OPEN, Tokenizer, overlap
 from ..types import generator
-from .decode_batch import AHEAD, Flight, Row, _longer
+from .decode_batch import AHEAD, DecodeBatch, Row, _longer
 from .request import Answer, Top
 from .sampling import Draw, SamplingParams, draw
 
 PATIENCE = 8  # tokens that a thought may go on for, to end where it can
 
 
-class Seat:
+class SequenceState:
     """One row: whose answer it is, where its randomness comes from, and what it must say whatever the model would."""
 
     def __init__(self, answer: Answer, sample: int):
@@ -56,7 +56,7 @@ class Seat:
                 self.look = self.look + 1 if OPEN.startswith(text.lstrip()) else None
 
 
-class Shuttle(Flight):
+class ServingBatch(DecodeBatch):
     """At most `rows` rows, whose caches together hold at most `tokens` tokens."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, ends: tuple[int, ...], rows: int, tokens: int):
@@ -67,24 +67,24 @@ class Shuttle(Flight):
         self.tokenizer, self.owners = tokenizer, []
         self.limit_B, self.endless_B = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
         self._alike: list[tuple[SamplingParams, Tensor]] | None = None
-        self.told: Callable[[Seat, int], None] = lambda seat, row: None  # of rows that leave, while they still lie there
+        self.told: Callable[[SequenceState, int], None] = lambda sequence_state, row: None  # of rows that leave, while they still lie there
         self.said: Callable[[], None] = lambda: None  # each step, before the state is computed that the next tokens come from
 
-    def board(self, past: Past, hidden_C: Tensor, answer: Answer) -> None:
+    def board(self, past: SequenceKV, hidden_C: Tensor, answer: Answer) -> None:
         """Let a prompt's rows in: `past` is what its tokens left, `hidden_C` the state after the last of them."""
         request, width = answer.request, self.uniforms_BT.shape[1]
-        seats = [Seat(answer, sample) for sample in range(request.copies)]
-        for seat in seats:
-            seat.watch(self.tokenizer)
-        self.tokens_BT, self.logprobs_BT = (_longer(x, len(seats)) for x in (self.tokens_BT, self.logprobs_BT))
-        self.uniforms_BT = np.concatenate([self.uniforms_BT, *(seat.random.random((1, width)) for seat in seats)])
-        self.age_B, self.alive_B = _longer(self.age_B, len(seats)), np.append(self.alive_B, np.ones(len(seats), dtype=bool))
-        self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * len(seats))
-        self.endless_B = np.append(self.endless_B, [request.endless] * len(seats))
-        self.owners += seats
-        self.kept += [[] for _ in seats]
-        self.hidden_BC = torch.cat([self.hidden_BC, hidden_C.expand(len(seats), -1)])
-        self.cache.fork(past, [len(seats)])
+        sequence_states = [SequenceState(answer, sample) for sample in range(request.copies)]
+        for sequence_state in sequence_states:
+            sequence_state.watch(self.tokenizer)
+        self.tokens_BT, self.logprobs_BT = (_longer(x, len(sequence_states)) for x in (self.tokens_BT, self.logprobs_BT))
+        self.uniforms_BT = np.concatenate([self.uniforms_BT, *(sequence_state.random.random((1, width)) for sequence_state in sequence_states)])
+        self.age_B, self.alive_B = _longer(self.age_B, len(sequence_states)), np.append(self.alive_B, np.ones(len(sequence_states), dtype=bool))
+        self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * len(sequence_states))
+        self.endless_B = np.append(self.endless_B, [request.endless] * len(sequence_states))
+        self.owners += sequence_states
+        self.kept += [[] for _ in sequence_states]
+        self.hidden_BC = torch.cat([self.hidden_BC, hidden_C.expand(len(sequence_states), -1)])
+        self.cache.fork(past, [len(sequence_states)])
         self._alike = None
 
     def step(self) -> list[tuple[int, int, Row]]:
@@ -95,7 +95,7 @@ class Shuttle(Flight):
 
     def drop(self) -> None:
         """Rows of which nobody wants more leave."""
-        unwanted_B = np.array([seat.answer.cancelled or seat.choice.enough for seat in self.owners], dtype=bool)
+        unwanted_B = np.array([sequence_state.answer.cancelled or sequence_state.choice.enough for sequence_state in self.owners], dtype=bool)
         for i in unwanted_B.nonzero()[0].tolist():
             self.owners[i].choice.finish = "stop"
         self._leave(unwanted_B)
@@ -103,7 +103,7 @@ class Shuttle(Flight):
     def _widen(self) -> None:
         more = self.uniforms_BT.shape[1]
         self.tokens_BT, self.logprobs_BT = (np.pad(x, ((0, 0), (0, more))) for x in (self.tokens_BT, self.logprobs_BT))
-        self.uniforms_BT = np.concatenate([self.uniforms_BT, np.stack([seat.random.random(more) for seat in self.owners])], 1)
+        self.uniforms_BT = np.concatenate([self.uniforms_BT, np.stack([sequence_state.random.random(more) for sequence_state in self.owners])], 1)
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, age_B: np.ndarray, previous_B: np.ndarray) -> Draw:
         """Rows that sample alike are drawn together, just as a rollout would."""
@@ -113,29 +113,29 @@ class Shuttle(Flight):
             whole = len(some) == len(rows)
             given = (logits_BV, uniform_B, previous_B) if whole else (logits_BV[some], uniform_B[some], previous_B[some])
             tokens_B[some], logprobs_B[some], _ = draw(*given, sampling)
-        for i, seat in enumerate(self.owners):
-            if seat.forced:
-                tokens_B[i] = seat.forced.pop(0)
-            if seat.answer.request.top is not None:
-                (logprob,), (top,) = likeliest(logits_BV[i : i + 1], tokens_B[i : i + 1], seat.answer.request.top)
-                seat.choice.logprobs.append(logprob)
-                seat.choice.tops.append(top)
+        for i, sequence_state in enumerate(self.owners):
+            if sequence_state.forced:
+                tokens_B[i] = sequence_state.forced.pop(0)
+            if sequence_state.answer.request.top is not None:
+                (logprob,), (top,) = likeliest(logits_BV[i : i + 1], tokens_B[i : i + 1], sequence_state.answer.request.top)
+                sequence_state.choice.logprobs.append(logprob)
+                sequence_state.choice.tops.append(top)
         return Draw(tokens_B, logprobs_B, None)
 
     def _groups(self) -> list[tuple[SamplingParams, Tensor]]:
         if self._alike is None:
             kinds: dict[tuple[float, float], list[int]] = {}
-            for i, seat in enumerate(self.owners):
-                kinds.setdefault((seat.answer.request.temperature, seat.answer.request.top_p), []).append(i)
+            for i, sequence_state in enumerate(self.owners):
+                kinds.setdefault((sequence_state.answer.request.temperature, sequence_state.answer.request.top_p), []).append(i)
             self._alike = [(SamplingParams(*kind), torch.tensor(some)) for kind, some in kinds.items()]
         return self._alike
 
     def _finish(self) -> list[tuple[int, int, Row]]:
         """Hand the new tokens over; rows that ended leave at once."""
         last_B = self.tokens_BT[np.arange(self.busy), self.age_B - 1]
-        for seat, token in zip(self.owners, last_B.tolist(), strict=True):
-            seat.choice.tokens.append(token)
-            seat.watch(self.tokenizer)
+        for sequence_state, token in zip(self.owners, last_B.tolist(), strict=True):
+            sequence_state.choice.tokens.append(token)
+            sequence_state.watch(self.tokenizer)
         ended_B = self.ends_V[last_B] & ~self.endless_B
         over_B = ended_B | (self.age_B >= self.limit_B)
         for i in over_B.nonzero()[0].tolist():

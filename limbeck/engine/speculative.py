@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import Packed
-from .decode_batch import Flight, Row
+from .decode_batch import DecodeBatch, Row
 from .sampling import SamplingParams
 
 
-class Speculation(Flight):
+class Speculation(DecodeBatch):
     """Up to two tokens a row and step. A prompt's last token is left to the first step, which drafts already."""
 
     held_back = 1
@@ -35,7 +35,7 @@ class Speculation(Flight):
         hidden_NC = self._run(torch.from_numpy(np.concatenate([prompt[:-1] for prompt in prompts])), prefill)
         routes, prefill.routes = prefill.routes, None
         next_N = torch.from_numpy(np.concatenate([prompt[1:] for prompt in prompts]))
-        ahead_NC = self.model.look_ahead(hidden_NC, next_N, prefill)
+        ahead_NC = self.model.predict_next(hidden_NC, next_N, prefill)
         prefill.routes = routes
         last = torch.tensor(lengths).cumsum(0) - 1
         newest_B = np.repeat([int(prompt[-1]) for prompt in prompts], copies)
@@ -62,8 +62,8 @@ class Speculation(Flight):
         second_B = self._say(hidden_BSC[:, 1], agreed_B)
         self.cache.routes = None
         next_N = torch.from_numpy(np.stack([first_B, second_B], 1).ravel())
-        ahead_BSC = self.model.look_ahead(hidden_BSC.flatten(0, 1), next_N, self.cache).view_as(hidden_BSC)
-        self.cache.retract(~agreed_B)
+        ahead_BSC = self.model.predict_next(hidden_BSC.flatten(0, 1), next_N, self.cache).view_as(hidden_BSC)
+        self.cache.rollback(~agreed_B)
         self.newest_B = np.where(agreed_B, second_B, first_B)
         self.draft_B = self._guess(ahead_BSC[torch.from_numpy(rows), torch.from_numpy(agreed_B).long()], self.newest_B, rows)
         return self._finish()

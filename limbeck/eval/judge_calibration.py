@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..config.learned_rewards import Bar
+from ..config.learned_rewards import CalibrationThresholds
 from ..tasks.judge import Comparison, Judge, Pair, final
 from ..types import Group, Problem, generator
 from .statistics import Interval, wilson
@@ -27,7 +27,7 @@ SIDES = ("first", "second")
 FEW = 10  # pairs on either side, without which a preference for length is not read off the labels
 
 
-def calibrate(judge: Judge, pairs: Sequence[Pair], bar: Bar, seed: object) -> dict[str, Any]:
+def calibrate(judge: Judge, pairs: Sequence[Pair], bar: CalibrationThresholds, seed: object) -> dict[str, Any]:
     """The judge's numbers on labelled pairs (`better` filled, both sides first about as often), and whether it passed.
 
     `agreement` with the labels and Cohen's `kappa` with 95 % intervals, `position` and `length` bias in [-1, 1],
@@ -52,7 +52,7 @@ def calibrate(judge: Judge, pairs: Sequence[Pair], bar: Bar, seed: object) -> di
     return {"schema": 1, "pairs": len(pairs), **measured, "bar": bar.model_dump(), "passed": not refusals, "refusals": refusals}
 
 
-def refused(measured: Mapping[str, Any], bar: Bar) -> list[str]:
+def refused(measured: Mapping[str, Any], bar: CalibrationThresholds) -> list[str]:
     """What keeps a judge from rewarding, each with its number; nothing if it passes."""
     agreement, length = measured["agreement"], measured["length"]
     worst = max(length["padded"], length["labelled"] or 0.0)

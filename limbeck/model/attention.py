@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(latent.kv_rank, 1e-6)
         self.kv_up = Linear(latent.kv_rank, config.heads * (latent.nope_dim + latent.value_dim), bias=False)
         self.out = Linear(config.heads * latent.value_dim, config.hidden_size, bias=False)
-        scale = key_dim**-0.5 * stretch(config.rope_scaling) ** 2
+        scale = key_dim**-0.5 * yarn_attention_scale(config.rope_scaling) ** 2
         self.layer = Layer(config.slot(layer), scale, config.window(layer))
 
     def forward(self, x_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
@@ -175,11 +175,11 @@ def rotate(x_NHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_NHD * cos_N1D, x_NHD.roll(x_NHD.shape[-1] // 2, -1), sin_N1D)
 
 
-def stretch(scaling: dict) -> float:
+def yarn_attention_scale(scaling: dict) -> float:
     """By how much YaRN as DeepSeek uses it sharpens the scores (arXiv 2309.00071, eq. 22)."""
     every = scaling.get("mscale_all_dim")
-    return magnitude(scaling["factor"], every) if every else 1.0
+    return yarn_mscale(scaling["factor"], every) if every else 1.0
 
 
-def magnitude(factor: float, slope: float = 1.0) -> float:
+def yarn_mscale(factor: float, slope: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0

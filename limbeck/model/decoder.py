@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..types import LimbeckError
-from .attention import Context, GroupedQueryAttention, LatentAttention, RMSNorm, magnitude
+from .attention import Context, GroupedQueryAttention, LatentAttention, RMSNorm, yarn_mscale
 from .config import ModelConfig
 from .ffn import GELU, MixtureOfExperts, SwiGLU
 from .linear import Linear
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
                 x_NC = block(x_NC, rope, context)
         return self.norm(x_NC)
 
-    def look_ahead(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
+    def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
         """States one token further than `hidden_NC`, in the context that made them; `next_N` is the token that
         follows each position (at depth 1 the one after that, and so on)."""
         return self.ahead[depth](hidden_NC, self.embed(next_N), self._rope(context), context)
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             weight.normal_(0.0, scale / math.sqrt(2 * self.config.layers) if writes else scale, generator=random)
         return self
 
-    def thinned(self, layers: int) -> Decoder:
+    def prune_layers(self, layers: int) -> Decoder:
         """A decoder of evenly spaced layers of this one, first and last among them (as DistilBERT's student
         began, arXiv 1910.01108, section 2); its weights are copies."""
         if layers > self.config.layers:
@@ -177,4 +177,4 @@ def _yarn_magnitude(scaling: dict) -> float:
         return scaling["attention_factor"]
     one, every = scaling.get("mscale"), scaling.get("mscale_all_dim")
     factor = scaling["factor"]
-    return magnitude(factor, one) / magnitude(factor, every) if one and every else magnitude(factor)
+    return yarn_mscale(factor, one) / yarn_mscale(factor, every) if one and every else yarn_mscale(factor)

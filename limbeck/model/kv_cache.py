@@ -74,7 +74,7 @@ class Packed:
         return self._runs.joined([mix(layer, q, k, v) for q, k, v in runs])
 
 
-class Branched:
+class SharedPrefix:
     """Completions that branch off shared prompts; every prompt stands, and is computed, once.
 
     `prompts` prompts of `width` tokens come first, then the completions end to end (callers sort them by
@@ -218,9 +218,9 @@ class KVCache:
 
     Values are stored as [layers, B, K, T, D], with room to grow; keys as [layers, B, K, T / P, D, P], so that one
     number of a query meets P of them side by side: all T, or as many as a vector holds where the kernels read them (`compiled`), one
-    block after the other. MLA keeps its latents as keys of one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `retract`
+    block after the other. MLA keeps its latents as keys of one head, and no values, for they are the latents' first part. `fork` copies a prefilled prompt into rows, `keep` drops finished rows, `rollback`
     takes tokens back. Attention looks at the longest row and no further. Rows of one prompt may all read the copy
-    of the first of them (`lenders`), which then stays near the processor. With `spare` there is room for so many rows
+    of the first of them (`prefix_owner`), which then stays near the processor. With `spare` there is room for so many rows
     from the start, as long as it holds no more than `spare_tokens`; the last rows then move into places that fall free,
     and the others stay where they are.
     """
@@ -241,7 +241,7 @@ class KVCache:
         self.routes: Routes | None = None
 
     @property
-    def lenders(self) -> np.ndarray:
+    def prefix_owner(self) -> np.ndarray:
         """Of each row, the first one with the same prompt that still holds it."""
         if len(self._lenders) != len(self.lengths):
             rows, holds = np.arange(len(self.lengths)), self.shared > 0
@@ -303,7 +303,7 @@ class KVCache:
             self.k_LBKnDP, self.v_LBKTD = self._room(0, 0)  # what nobody needs goes back to the system
 
     def rest(self, idle_B: np.ndarray) -> None:
-        """Rows that nobody reads any more begin again at 0: left to grow, they would outgrow the model's positions."""
+        """Set finished rows back to length 0, so that an idle row never passes the model's last position."""
         self.lengths = np.where(idle_B, 0, self.lengths)
         if (self.shared[idle_B] > 0).any():
             self.shared, self._lenders = np.where(idle_B, 0, self.shared), self.lengths[:0]
@@ -335,7 +335,7 @@ class KVCache:
         self._bias[window] = bias_XGT
         return bias_XGT
 
-    def retract(self, tokens_B: np.ndarray) -> None:
+    def rollback(self, tokens_B: np.ndarray) -> None:
         """Take back that many of each row's last tokens: what they left is written over."""
         self.lengths = self.lengths - tokens_B
 

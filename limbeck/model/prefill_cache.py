@@ -16,9 +16,9 @@ from .ffn import Routes
 from .kv_cache import KVCache, mix
 
 
-class Past:
+class SequenceKV:
     """What one sequence keeps of its tokens, slot by slot: keys [T, K, D] and values, MLA's latents alone. It grows by
-    chunks (`Continued`), rows of a `KVCache` begin as copies of it (`fork`), and so may another sequence that begins alike.
+    chunks (`ChunkedPrefill`), rows of a `KVCache` begin as copies of it (`fork`), and so may another sequence that begins alike.
     """
 
     def __init__(self, config: ModelConfig, room: int, dtype: torch.dtype = torch.float32):
@@ -42,7 +42,7 @@ class Past:
         return sum(part.numel() * part.element_size() for pair in self.kept for part in pair if part is not None)
 
     @classmethod
-    def of(cls, cache: KVCache, row: int, length: int) -> Past:
+    def of(cls, cache: KVCache, row: int, length: int) -> SequenceKV:
         """A copy of the first `length` tokens of a row."""
         past = cls(cache.config, length, cache.dtype)
         past.length = length
@@ -52,7 +52,7 @@ class Past:
                 v.copy_(cache.v_LBKTD[slot, row, :, :length].transpose(0, 1))
         return past
 
-    def begin_as(self, other: Past, length: int) -> None:
+    def begin_as(self, other: SequenceKV, length: int) -> None:
         """Take the first `length` tokens of another sequence over."""
         self.length = length
         for mine, theirs in zip(self.kept, other.kept, strict=True):
@@ -61,12 +61,12 @@ class Past:
                     to[:length] = source[:length]
 
 
-class Continued:
+class ChunkedPrefill:
     """The next tokens of several sequences laid end to end, each seeing its own past and itself: a prefill by chunks."""
 
     absorbed = True
 
-    def __init__(self, pasts: Sequence[Past], counts: Sequence[int]):
+    def __init__(self, pasts: Sequence[SequenceKV], counts: Sequence[int]):
         self.pasts, self.counts = list(pasts), list(counts)
         self.positions = torch.cat([torch.arange(p.length, p.length + n) for p, n in zip(pasts, counts, strict=True)])
         self.routes: Routes | None = None

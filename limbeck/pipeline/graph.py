@@ -72,7 +72,7 @@ class Graph:
     """A recipe's nodes in the order in which they can run; `refresh` looks again at what is complete."""
 
     def __init__(self, recipe: Recipe, store: Store, base: Path):
-        self.recipe, self.store = anchored(recipe, base), store
+        self.recipe, self.store = resolve_paths(recipe, base), store
         self._files: dict[Path, str] = {}
         tests = tested(self.recipe)
         self.decontamination = Decontamination(store, tests, {name: self._source(problems) for name, problems in tests.items()})
@@ -88,7 +88,7 @@ class Graph:
             if all(given.values()):
                 self.nodes[name] = self._keyed(node, given)
 
-    def look_closely(self) -> None:
+    def check_contamination(self) -> None:
         """Key every node anew, once what it learns from has been compared with the tests."""
         self.decontamination.thorough = True
         self.nodes = {name: replace(node, key=None, artifact=None) for name, node in self.nodes.items()}
@@ -164,7 +164,7 @@ class Graph:
         return min(differences, key=len) or ["unchanged"]
 
 
-def anchored(recipe: Recipe, base: Path) -> Recipe:
+def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     """The recipe with absolute paths, so that it means the same wherever it is read."""
     from ..model.find import find_model
 

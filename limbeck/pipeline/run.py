@@ -24,7 +24,7 @@ from .job import Job
 from .provenance.propagate import check, grown, origin_of
 from .review import curate as desk
 from .review import reviews
-from .run_status import Attendance
+from .run_status import RunStatus
 from .store import Artifact, Store, out_of_space, write
 from .worker import write_job
 
@@ -109,7 +109,7 @@ class Run:
         self.graph = Graph(recipe, self.store, base)
         self.descent, self.claims = check(self.graph, right)
         self.host = Host(recipe.workers, recipe.threads)
-        self.attendance = Attendance(self.folder, right)
+        self.attendance = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
         self.stopping = self._asked_to_stop = False
 
@@ -122,7 +122,7 @@ class Run:
             return self._carry_out()
 
     def _carry_out(self) -> Path | None:
-        self.graph.look_closely()
+        self.graph.check_contamination()
         began = time.monotonic()
         try:
             while self._start() or self.running or self._reviewed():

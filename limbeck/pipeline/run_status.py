@@ -36,7 +36,7 @@ class Status:
     right: str | None = None
 
 
-class Attendance:
+class RunStatus:
     """Held while a run is carried out: `with Attendance(folder): ...` says that it runs, and in the end how it went."""
 
     def __init__(self, folder: Path, right: str | None = None):

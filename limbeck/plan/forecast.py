@@ -16,7 +16,7 @@ from .constants import constants
 from .inference import Replica
 from .machine_rates import FEW, SPREAD, Asked, Rates, Use
 from .rl import LEARNER_MFU, Lengths, decode_seconds
-from .stage_work import SMALL, Effort, Rollout
+from .stage_work import SMALL, Rollout, StageWork
 
 STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed
@@ -57,9 +57,9 @@ class Forecast:
         }  # fmt: skip
 
 
-def asked_of(efforts: Iterable[Effort], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
+def asked_of(efforts: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
     """What of the stages' models has to be measured; models of one shape and use share their measurement."""
-    shapes: dict[ModelConfig, list[Effort]] = {}
+    shapes: dict[ModelConfig, list[StageWork]] = {}
     for effort in efforts:
         if effort.model and (effort.rollouts or effort.learned or effort.read):
             shapes.setdefault(configs[effort.model], []).append(effort)
@@ -90,7 +90,7 @@ def _in_flight(config: ModelConfig) -> int:
     return 256 if config.parameters < SMALL else 64
 
 
-def price(effort: Effort, configs: Mapping[str, ModelConfig], rates: Rates) -> Forecast:
+def price(effort: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -> Forecast:
     """One stage at the measured rates."""
     parts: dict[str, float] = {}
     config = configs.get(effort.model)
@@ -111,7 +111,7 @@ def price(effort: Effort, configs: Mapping[str, ModelConfig], rates: Rates) -> F
     return _foreseen(effort, config, parts, hypot(log(SPREAD), log(effort.sure) * _unsure(parts)))
 
 
-def _foreseen(effort: Effort, config: ModelConfig | None, parts: dict[str, float], doubt: float) -> Forecast:
+def _foreseen(effort: StageWork, config: ModelConfig | None, parts: dict[str, float], doubt: float) -> Forecast:
     """A stage's forecast of its parts; `doubt` is the logarithm of the interval's factor."""
     seconds, factor = sum(parts.values()), exp(doubt)
     name = max(parts, key=parts.get)
@@ -121,7 +121,7 @@ def _foreseen(effort: Effort, config: ModelConfig | None, parts: dict[str, float
     )  # fmt: skip
 
 
-def _update(effort: Effort, config: ModelConfig, rates: Rates, use: Use) -> float:
+def _update(effort: StageWork, config: ModelConfig, rates: Rates, use: Use) -> float:
     """Seconds of one update. A large model was measured with few tokens; many more make products that reach what this machine can."""
     tokens = effort.learned / effort.updates
     drawn_out = rates.learn(use, tokens)
@@ -137,12 +137,12 @@ def _unsure(parts: Mapping[str, float]) -> float:
     return 1 - known / max(1e-9, sum(parts.values()))
 
 
-def _weights(effort: Effort, configs: Mapping[str, ModelConfig]) -> float:
+def _weights(effort: StageWork, configs: Mapping[str, ModelConfig]) -> float:
     config = configs.get(effort.model)
     return (1.0 if effort.saved else 0.5) * config.parameters if config else 0.0
 
 
-def _rollout(rollout: Rollout, effort: Effort, config: ModelConfig, rates: Rates, use: Use) -> float:
+def _rollout(rollout: Rollout, effort: StageWork, config: ModelConfig, rates: Rates, use: Use) -> float:
     """Rows decode side by side; when all prompts are in, ever fewer of them, until the longest one ends."""
     flight = min(rollout.rows, _in_flight(config) if effort.kind != "rl" else 256)
     fixed = rates.step(use, LEAD)
@@ -183,7 +183,7 @@ def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, ke
 # ---------------------------------------------------------------- on other machines
 
 
-def price_on(effort: Effort, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
+def price_on(effort: StageWork, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
     """One stage on chips: rollouts step by step as they decode, learning at the learner's usual share of the peak, or as fast as
     the host can start its operations where the model is small."""
     parts: dict[str, float] = {}

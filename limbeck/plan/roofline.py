@@ -164,8 +164,8 @@ class Roofline:
         slow = 1.0 if self.software.fused else self.numbers.eager
         whole = max(slow * (forward + light + core), host)
         rest = slow * (backward + weight + 2 * light + core_back)
-        stretch = slow * max(1.0, 2 * host / rest) if rest else slow
-        return Parts(whole, (backward + 2 * light + core_back) * stretch, weight * stretch, core, light + small)
+        yarn_attention_scale = slow * max(1.0, 2 * host / rest) if rest else slow
+        return Parts(whole, (backward + 2 * light + core_back) * yarn_attention_scale, weight * yarn_attention_scale, core, light + small)
 
     def core(self, work: Work, split: Split) -> tuple[float, float]:
         """Attention's scores and mixing, forward and backward."""

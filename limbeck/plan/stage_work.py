@@ -65,8 +65,8 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Effort:
-    """What one stage does with one model: `Effort("zero", "rl", "zero", rollouts=(...), updates=90, learned=850_000, ...)`.
+class StageWork:
+    """What one stage does with one model: `StageWork("zero", "rl", "zero", rollouts=(...), updates=90, learned=850_000, ...)`.
 
     `learned` tokens go forward and backward, `read` forward alone, by model `reader` (a teacher, a reference). `written` is text
     that the miniature writes, `people` rows that somebody looks at. `sure` is how well the tokens are known: a factor.
@@ -117,9 +117,9 @@ class Walk:
     recipe: Recipe
     configs: Mapping[str, ModelConfig]
     known: dict[str, _Known] = field(default_factory=dict)
-    efforts: dict[str, Effort] = field(default_factory=dict)
+    efforts: dict[str, StageWork] = field(default_factory=dict)
 
-    def add(self, node: str, stage: Stage, inputs: tuple[str, ...], control: str | None = None) -> Effort:
+    def add(self, node: str, stage: Stage, inputs: tuple[str, ...], control: str | None = None) -> StageWork:
         """A node of the graph; its inputs came before."""
         match stage:
             case Pretrain():
@@ -141,18 +141,18 @@ class Walk:
             case Curate():
                 before = self.known[stage.rows]
                 self.known[node] = before
-                effort = Effort(node, "curate", people=0 if stage.auto else int(before.rows), sure=before.sure)
+                effort = StageWork(node, "curate", people=0 if stage.auto else int(before.rows), sure=before.sure)
             case General():
                 length, prompt, _ = self._says(stage.problems, "learned", 1000)
                 self.known[node] = _Known("learned", stage.rows, length, prompt)
-                effort = Effort(node, "general")
+                effort = StageWork(node, "general")
             case Load():
                 self.known[node] = _Known("base")
-                effort = Effort(node, "load", node, saved=True)
+                effort = StageWork(node, "load", node, saved=True)
             case _:
                 self.known[node] = _Known("learned")
-                effort = Effort(node, stage.kind, getattr(stage, "model", ""), sure=2.0)
-        effort = Effort(**{**effort.__dict__, "inputs": inputs})
+                effort = StageWork(node, stage.kind, getattr(stage, "model", ""), sure=2.0)
+        effort = StageWork(**{**effort.__dict__, "inputs": inputs})
         self.efforts[node] = effort
         return effort
 
@@ -187,16 +187,16 @@ class Walk:
 
     # ------------------------------------------------------------ stages
 
-    def _pretrain(self, node: str, stage: Pretrain) -> Effort:
+    def _pretrain(self, node: str, stage: Pretrain) -> StageWork:
         self.known[node] = _Known("base")
         source = self.recipe.problems[stage.problems]
         length = _attempt(source) + 10
-        return Effort(
+        return StageWork(
             node, "pretrain", node, updates=stage.tokens / stage.batch_tokens, learned=stage.tokens, length=length,
             optimizer=stage.optimizer.name, written=stage.tokens, saved=True,
         )  # fmt: skip
 
-    def _rl(self, node: str, stage: RL) -> Effort:
+    def _rl(self, node: str, stage: RL) -> StageWork:
         """Completions take a few steps to change from how the model spoke to how it will speak: a tenth of the run."""
         policy, most = stage.policy, stage.sampling.max_new_tokens
         begin, end = (self._mean_says(stage.problems, says, most) for says in (self.known[stage.model].says, "learned"))
@@ -207,15 +207,15 @@ class Walk:
         groups = policy.prompts_per_step * (1.0 if policy.zero_variance == "replace" else share)
         learned = groups * (policy.group_size * said[0] + said[1])
         read = learned if policy.kl_coef else 0.0
-        one = Effort(node, "rl", stage.model, (rollout,), policy.updates_per_rollout, learned, said[0] + said[1], stage.optimizer.name, read, stage.model)
+        one = StageWork(node, "rl", stage.model, (rollout,), policy.updates_per_rollout, learned, said[0] + said[1], stage.optimizer.name, read, stage.model)
         steps = self._affordable(node, stage, one, stage.steps)
         self.known[node] = _Known("learned", sure=said[2])
-        return Effort(
+        return StageWork(
             node, "rl", node, (Rollout(steps, rollout.rows, *said[:1], rollout.longest, said[1], rollout.prompts),),
             steps * one.updates, steps * learned, one.length, one.optimizer, steps * read, stage.model if read else "", saved=True, sure=said[2] * 1.15,
         )  # fmt: skip
 
-    def _affordable(self, node: str, stage: Stage, one: Effort, steps: float) -> float:
+    def _affordable(self, node: str, stage: Stage, one: StageWork, steps: float) -> float:
         """Steps that a budget of FLOPs pays for."""
         config = self.configs[node]
         budget = stage.flops
@@ -232,20 +232,20 @@ class Walk:
         length, prompt = (sum(n * getattr(k, key) for n, k in parts) / rows for key in ("length", "prompt"))
         return rows, length, prompt, max(k.sure for _, k in parts)
 
-    def _sft(self, node: str, stage: SFT) -> Effort:
+    def _sft(self, node: str, stage: SFT) -> StageWork:
         rows, length, prompt, sure = self._rows(stage.rows)
         brief = stage.thoughts == "drop"
         length = min(length, 7) if brief else length
         self.known[node] = _Known("brief" if brief else "learned", sure=sure)
         learned = rows * (length + prompt) * stage.epochs
-        one = Effort(node, "sft", node, updates=1, learned=learned, length=length + prompt)
+        one = StageWork(node, "sft", node, updates=1, learned=learned, length=length + prompt)
         learned *= self._affordable(node, stage, one, 1.0)
-        return Effort(
+        return StageWork(
             node, "sft", node, updates=max(1.0, learned / stage.batch_tokens), learned=learned, length=length + prompt,
             optimizer=stage.optimizer.name, saved=True, sure=sure * 1.3,
         )  # fmt: skip
 
-    def _sweep(self, node: str, stage: Sample | Screen | Pairs) -> Effort:
+    def _sweep(self, node: str, stage: Sample | Screen | Pairs) -> StageWork:
         most = stage.sampling.max_new_tokens
         said = self._mean_says(stage.problems, self.known[stage.model].says, most)
         count = stage.limit if isinstance(stage, Screen) else stage.prompts
@@ -255,9 +255,9 @@ class Walk:
         kept = count * min(keep, stage.samples, 1.2 * passed * (1 + 0.45 * (keep - 1)))
         self.known[node] = _Known("learned", kept, said[0], said[1], said[2] * 1.3)
         remote = isinstance(self.recipe.stages.get(stage.model), Remote)
-        return Effort(node, stage.kind, "" if remote else stage.model, (rollout,), sure=said[2])
+        return StageWork(node, stage.kind, "" if remote else stage.model, (rollout,), sure=said[2])
 
-    def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> Effort:
+    def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
         rollouts, sure = [], 1.05
         for name in stage.problems:
             says = self.known[model].says
@@ -268,9 +268,9 @@ class Walk:
                 copies = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
                 prompts = max(1, asked // 8) if mode == "pass@8" else asked
                 rollouts.append(self._rollout(1, prompts, copies, (length, prompt, doubt), stage.max_new_tokens))
-        return Effort(node, "evaluate", model, tuple(rollouts), sure=sure)
+        return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
 
-    def _distill(self, node: str, stage: Distill) -> Effort:
+    def _distill(self, node: str, stage: Distill) -> StageWork:
         most = stage.sampling.max_new_tokens
         says = self.known[stage.model].says
         said = self._mean_says(stage.problems, says, most) if stage.problems else (*self._rows(stage.rows)[1:3], 1.5)
@@ -279,28 +279,28 @@ class Walk:
         learned = steps * rows * (said[0] + said[1])
         teacher = next(iter(stage.teachers.values()), "")
         spoken = self._rollout(steps * stage.on_policy, stage.prompts_per_step, stage.group_size, said, most)
-        whole = Effort(node, "distill", node, (spoken,), steps, learned, said[0] + said[1], stage.optimizer.name, learned if teacher else 0.0, teacher)
+        whole = StageWork(node, "distill", node, (spoken,), steps, learned, said[0] + said[1], stage.optimizer.name, learned if teacher else 0.0, teacher)
         paid = self._affordable(node, stage, whole, 1.0)
         self.known[node] = _Known("learned", sure=said[2])
         spoken = Rollout(paid * spoken.calls, *(getattr(spoken, key) for key in ("rows", "length", "longest", "prompt", "prompts")))
-        return Effort(
+        return StageWork(
             node, "distill", node, (spoken,) if stage.on_policy else (), paid * steps, paid * learned, whole.length, whole.optimizer,
             paid * whole.read, teacher, saved=True, sure=said[2] * 1.1,
         )  # fmt: skip
 
-    def _preference(self, node: str, stage: Preference) -> Effort:
+    def _preference(self, node: str, stage: Preference) -> StageWork:
         rows, length, prompt, sure = self._rows(stage.pairs)
         learned = 2 * rows * (length + prompt) * stage.epochs
         self.known[node] = _Known("learned", sure=sure)
-        return Effort(
+        return StageWork(
             node, "preference", node, updates=max(1.0, learned / stage.batch_tokens), learned=learned, length=length + prompt,
             optimizer=stage.optimizer.name, read=learned / stage.epochs, reader=stage.model, saved=True, sure=sure * 1.3,
         )  # fmt: skip
 
-    def _label(self, node: str, stage: Label) -> Effort:
+    def _label(self, node: str, stage: Label) -> StageWork:
         rows, length, prompt, sure = self._rows(stage.rows)
         self.known[node] = _Known("learned", rows, length, prompt, sure)
-        return Effort(node, "label", stage.model, read=rows * (length + prompt), reader=stage.model, length=length + prompt, sure=sure)
+        return StageWork(node, "label", stage.model, read=rows * (length + prompt), reader=stage.model, length=length + prompt, sure=sure)
 
 
 # ---------------------------------------------------------------- what the problems imply

@@ -139,8 +139,8 @@ def _hours(row: Row) -> Check:
 
 
 def best_effort(row: Row) -> Step:
-    """The best layout on a part of the chips (the least that holds the model), for runs whose layout is not told; of
-    one that is told but for its data parallelism, a thousand chips of it."""
+    """For a run whose layout is unpublished: the best layout on the fewest chips that hold the model. Where only the data
+    parallelism is unknown: the published tensor and pipeline parallelism on about a thousand chips."""
     if row["tp"] and row["pp"]:
         at = row.layout.change(dp=row.integer("dp", THOUSAND // (row.integer("tp") * row.integer("pp"))))
         batch = row.batch - row.batch % (at.dp * at.micro) or at.dp * at.micro

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Form, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
-from .app_state import Site
+from .app_state import AppState
 from .openai.routes import api
 from .pages import ROOM, render
 from .security import LOOPBACK, Guard, Limits
@@ -24,7 +24,7 @@ ASK_AGAIN = {"cache-control": "no-cache"}  # modules import one another by bare 
 def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str] = frozenset(), limits: Limits = Limits()) -> Guard:  # noqa: B008
     """The guarded application over the runs in a folder and the models that `service` serves."""
     sessions = Sessions(runs / ".studio", key)
-    site = Site(runs, sessions, service)
+    site = AppState(runs, sessions, service)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -38,14 +38,14 @@ def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str
     return Guard(app, LOOPBACK | hosts, key, sessions, limits)
 
 
-def rooms() -> list[Callable[[Site], APIRouter]]:
+def rooms() -> list[Callable[[AppState], APIRouter]]:
     """What makes the routes: each takes the site and returns an APIRouter."""
     from .studio import arena, chat, desk, runs
 
     return [api, arena.routes, chat.routes, desk.routes, runs.routes]
 
 
-def _door(site: Site, key: str | None) -> APIRouter:
+def _door(site: AppState, key: str | None) -> APIRouter:
     """The way in, and the files that pages are painted with."""
     door = APIRouter(include_in_schema=False)
     painted = {path.relative_to(ROOM / "static").as_posix(): path for path in (ROOM / "static").rglob("*") if path.is_file()}

@@ -13,8 +13,8 @@ from .sessions import Person, Sessions
 
 
 @dataclass(frozen=True)
-class Site:
-    """`Site(Path("runs"), sessions, service)`; `service` serves models and may have none."""
+class AppState:
+    """`AppState(Path("runs"), sessions, service)`; `service` serves models and may have none."""
 
     runs: Path
     sessions: Sessions

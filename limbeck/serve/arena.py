@@ -22,7 +22,7 @@ from ..tasks.files import language_of
 from ..tasks.judge import Judge, Pair
 from ..types import Completion, Group, LimbeckError, Problem
 from .questions import Questions
-from .votes import Answer, Ballots, Battle, Refused
+from .votes import Answer, Battle, Refused, VoteStore
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # as R1 is evaluated
 TRIES = 20  # while the server is full
@@ -31,11 +31,11 @@ JUDGING = Judging(reference=False)
 
 
 @dataclass
-class Ring:
+class Arena:
     """Where models of a service, and saved answers, meet. `failed` and `judging` tell what goes on in this process."""
 
     service: Any
-    ballots: Ballots
+    ballots: VoteStore
     questions: Questions
     failed: set[str] = field(default_factory=set)
     judging: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Ring:
 class _Voice:
     """A served model as the sampler that a judge asks, from a thread beside the loop. What cannot be asked says nothing."""
 
-    def __init__(self, ring: Ring, name: str, loop: asyncio.AbstractEventLoop):
+    def __init__(self, ring: Arena, name: str, loop: asyncio.AbstractEventLoop):
         self.ring, self.name, self.loop = ring, name, loop
 
     def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..types import Message
-from .sqlite_store import Shelf
+from .sqlite_store import SQLiteStore
 
 SCHEMA = (
     """
@@ -108,7 +108,7 @@ class Conversations:
     """The file of all conversations. Every method is one transaction; an id that there is not gives None or KeyError."""
 
     def __init__(self, path: Path):
-        self.shelf = Shelf(path, SCHEMA)
+        self.shelf = SQLiteStore(path, SCHEMA)
         with self.shelf.open() as db:  # the server that gave these is gone
             db.execute("UPDATE answer SET state = 'interrupted' WHERE state = 'running'")
 

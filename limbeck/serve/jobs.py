@@ -18,9 +18,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..config.load import dump, load, unattended
+from ..config.load import dump, load, with_auto_curation
 from ..pipeline import run_status
-from ..pipeline.graph import anchored
+from ..pipeline.graph import resolve_paths
 from ..pipeline.store import write
 from ..types import LimbeckError
 
@@ -48,9 +48,9 @@ class State:
 def start(recipe: Path, runs: Path, overrides: list[str] | tuple[str, ...] = (), auto: bool = False) -> Path:
     """Carry a recipe out; returns the run's folder at once. A mistake in the recipe is told here; one that shows only
     later is told by `state`."""
-    told = anchored(load(recipe, overrides), recipe.parent)
+    told = resolve_paths(load(recipe, overrides), recipe.parent)
     folder = runs.resolve() / told.name
-    _begin(folder, dump(unattended(told) if auto else told), None)
+    _begin(folder, dump(with_auto_curation(told) if auto else told), None)
     return folder
 
 

@@ -33,9 +33,9 @@ class Metrics:
             "limbeck_rows_busy": ("Rows that speak or are about to", lambda one: one.busy),
             "limbeck_rows": ("Rows there are", lambda one: one.rows),
             "limbeck_requests_waiting": ("Requests in line", lambda one: one.waiting),
-            "limbeck_steps_seconds": ("Seconds spent in steps of decoding", lambda one: one.batching.seconds),
-            "limbeck_steps": ("Steps of decoding", lambda one: one.batching.steps),
-            "limbeck_failures": ("Batches that failed", lambda one: one.batching.failures),
+            "limbeck_steps_seconds": ("Seconds spent in steps of decoding", lambda one: one.scheduler.seconds),
+            "limbeck_steps": ("Steps of decoding", lambda one: one.scheduler.steps),
+            "limbeck_failures": ("Batches that failed", lambda one: one.scheduler.failures),
         }
         for name, (text, number) in kinds.items():
             family = GaugeMetricFamily(name, text, labels=["model"])

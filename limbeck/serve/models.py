@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..engine.request import Request
-from ..engine.scheduler import Batching
+from ..engine.scheduler import Scheduler
 from ..model import gguf, weights
 from ..model.find import find_model
 from ..pipeline.provenance.lineage import INDEX, find_artifact
@@ -28,7 +28,7 @@ LAST = "r1"  # the model that a recipe leads to
 def open_service(
     names: Sequence[str], runs: Path, prices: Sequence[str] = (), rows: int = 64, waiting: int = 256, longest: int = 2048, threads: int = 0
 ) -> Service:
-    """The models, each `[NAME=]MODEL`, read into memory by a thread that ends with that: see `Carrier` for why."""
+    """The models, each `[NAME=]MODEL`, read into memory by a thread that ends with that: see `EngineThread` for why."""
     torch.set_num_threads(threads or max(1, int(usable_cores())))
     with ThreadPoolExecutor(1) as reader:
         return reader.submit(_open, names, runs, prices, rows, waiting, longest).result()
@@ -42,9 +42,9 @@ def _open(names: Sequence[str], runs: Path, prices: Sequence[str], rows: int, wa
         config = model.config
         left = usable_memory() / (len(places) - len(served))
         kept = config.kv_bytes_per_token(4)
-        batching = Batching(model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder))
-        _warm(batching)
-        served.append(Served(name, folder, batching, priced.get(name), longest))
+        scheduler = Scheduler(model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder))
+        _warm(scheduler)
+        served.append(Served(name, folder, scheduler, priced.get(name), longest))
     return Service(served)
 
 
@@ -116,12 +116,12 @@ def _ends(folder: Path) -> tuple[int, ...]:
     return tuple(told) if isinstance(told, list) else ()
 
 
-def _warm(batching: Batching) -> None:
+def _warm(scheduler: Scheduler) -> None:
     """Make the kernels and touch every weight before the first request does."""
     with torch.inference_mode():
-        answer = batching.submit(Request(batching.tokenizer.response(""), 1.0, 1.0, 2))
+        answer = scheduler.submit(Request(scheduler.tokenizer.response(""), 1.0, 1.0, 2))
         while not answer.done:
-            batching.round()
+            scheduler.round()
     if answer.error:
         raise answer.error
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sqlite_store import Shelf
+from .sqlite_store import SQLiteStore
 
 SCHEMA = [
     """CREATE TABLE draft (queue TEXT, row TEXT, person TEXT, text TEXT, reason TEXT, PRIMARY KEY (queue, row, person));
@@ -27,7 +27,7 @@ class Drafts:
     """Drafts and held rows of all queues; a queue goes by its folder's name, a person by the name they gave."""
 
     def __init__(self, folder: Path):
-        self.shelf = Shelf(folder / "desk.sqlite", SCHEMA)
+        self.shelf = SQLiteStore(folder / "desk.sqlite", SCHEMA)
 
     def keep(self, queue: str, row: str, person: str, draft: Draft) -> None:
         """On disk when this returns; it also holds the row for another while."""

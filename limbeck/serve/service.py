@@ -22,9 +22,9 @@ from typing import Any, Self
 import numpy as np
 
 from ..engine.request import Answer, Full, Request, Top
-from ..engine.scheduler import Batching, Carrier
+from ..engine.scheduler import EngineThread, Scheduler
 from ..model.config import ModelConfig
-from ..text.tokenizer import CLOSE, OPEN, Reader, Speech, Tokenizer, split_thought
+from ..text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, split_thought
 from ..types import LimbeckError, Message
 from .metrics import Metrics
 
@@ -104,7 +104,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerationOptions:
     """How an answer is to be sampled. `max_tokens` None is what the server gives; `top` is how many of the likeliest
     tokens are told beside each one said; `plain` text is not taken apart into thought and answer."""
 
@@ -127,32 +127,32 @@ class Served:
 
     name: str
     folder: Path
-    batching: Batching
+    scheduler: Scheduler
     price: Price | None = None
     longest: int = 2048
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def config(self) -> ModelConfig:
-        return self.batching.model.config
+        return self.scheduler.model.config
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.batching.tokenizer
+        return self.scheduler.tokenizer
 
     @property
     def rows(self) -> int:
-        return self.batching.rows
+        return self.scheduler.rows
 
     @property
     def busy(self) -> int:
-        return self.batching.busy
+        return self.scheduler.busy
 
     @property
     def waiting(self) -> int:
-        return len(self.batching.line)
+        return len(self.scheduler.line)
 
-    def request(self, prompt: np.ndarray, wish: Wish, opened: bool = False) -> Request:
+    def request(self, prompt: np.ndarray, wish: GenerationOptions, opened: bool = False) -> Request:
         room = self.config.max_positions - len(prompt)
         if room < 1 and wish.max_tokens is None:
             raise LimbeckError(f"the prompt has {len(prompt)} tokens, and {self.name} has only {self.config.max_positions} positions")
@@ -170,17 +170,17 @@ class Service:
         self.models: Mapping[str, Served] = {one.name: one for one in served}
         self.listening: dict[Answer, asyncio.Event] = {}
         self.metrics = Metrics(lambda: list(self.models.values()))
-        self.carrier = Carrier([one.batching for one in served])
+        self.engine_thread = EngineThread([one.scheduler for one in served])
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
         for served in self.models.values():
-            served.batching.tell = self._tell
-        self.carrier.start()
+            served.scheduler.tell = self._tell
+        self.engine_thread.start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await asyncio.to_thread(self.carrier.close)
+        await asyncio.to_thread(self.engine_thread.close)
 
     def model(self, name: str) -> Served:
         """Raises `UnknownModel`, which names those there are."""
@@ -189,11 +189,11 @@ class Service:
         return self.models[name]
 
     def chat(self, model: str, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool = False, **wishes: Any) -> AsyncIterator[Piece]:
-        """Pieces of the assistant's next turn; `wishes` are those of `Wish`. Raises LimbeckError, `UnknownModel` or `Full`
+        """Pieces of the assistant's next turn; `wishes` are those of `GenerationOptions`. Raises LimbeckError, `UnknownModel` or `Full`
         before the first piece. Thoughts in the history are left out unless `keep_thoughts`."""
-        return self._chat(self.model(model), messages, keep_thoughts, Wish(**wishes))
+        return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**wishes))
 
-    async def _chat(self, served: Served, messages: Sequence[Mapping[str, Any]], keep: bool, wish: Wish) -> AsyncIterator[Piece]:
+    async def _chat(self, served: Served, messages: Sequence[Mapping[str, Any]], keep: bool, wish: GenerationOptions) -> AsyncIterator[Piece]:
         answer = await self.ask(served, messages, wish, keep)
         async with aclosing(self.follow(served, answer, wish)) as pieces:
             async for piece in pieces:
@@ -203,7 +203,7 @@ class Service:
         """The first choice as a whole."""
         return (await gathered(self.chat(model, messages, **wishes)))[0]
 
-    async def ask(self, served: Served, messages: Sequence[Mapping[str, Any]], wish: Wish, keep_thoughts: bool = False) -> Answer:
+    async def ask(self, served: Served, messages: Sequence[Mapping[str, Any]], wish: GenerationOptions, keep_thoughts: bool = False) -> Answer:
         """Stand in line with a conversation. Somebody must `follow` or `forget` the answer."""
         prompt, opened = await asyncio.to_thread(_rendered, served.tokenizer, messages, keep_thoughts)
         return self.submit(served, [served.request(prompt, wish, opened)])[0]
@@ -213,7 +213,7 @@ class Service:
         answers: list[Answer] = []
         try:
             for request in requests:
-                answers.append(served.batching.submit(request))
+                answers.append(served.scheduler.submit(request))
         except Full:
             self.metrics.refused(served.name)
             raise
@@ -226,11 +226,11 @@ class Service:
         """Nobody wants what has not been said yet."""
         for answer in answers:
             if not answer.done:
-                served.batching.cancel(answer)
+                served.scheduler.cancel(answer)
 
-    async def follow(self, served: Served, answer: Answer, wish: Wish) -> AsyncIterator[Piece]:
+    async def follow(self, served: Served, answer: Answer, wish: GenerationOptions) -> AsyncIterator[Piece]:
         """Pieces of all choices, in the order in which they are said."""
-        ears = [_Ear(served, answer, i, wish) for i in range(answer.request.copies)]
+        ears = [_ChoiceStream(served, answer, i, wish) for i in range(answer.request.copies)]
         event = self.listening[answer] = asyncio.Event()
         try:
             while not all(ear.closed for ear in ears):
@@ -248,13 +248,13 @@ class Service:
             self._count(served, answer, ears)
             self.forget(served, [answer])
 
-    def _count(self, served: Served, answer: Answer, ears: Sequence[_Ear]) -> None:
+    def _count(self, served: Served, answer: Answer, ears: Sequence[_ChoiceStream]) -> None:
         heard = all(ear.closed for ear in ears)
         end = "failed" if answer.error else ears[0].end if heard else "left"
         self.metrics.ended(served, answer, _usage(served, answer, ears), end)
 
     def _tell(self, answers: Sequence[Answer]) -> None:
-        """Called on the carrier's thread."""
+        """Called on the engine's thread."""
         self.loop.call_soon_threadsafe(self._wake, answers)
 
     def _wake(self, answers: Sequence[Answer]) -> None:
@@ -263,13 +263,13 @@ class Service:
                 self.listening[answer].set()
 
 
-class _Ear:
-    """Makes pieces of what one choice says."""
+class _ChoiceStream:
+    """Turns one choice's tokens into deltas: detokenizes, separates reasoning from answer, applies stop strings."""
 
-    def __init__(self, served: Served, answer: Answer, index: int, wish: Wish):
+    def __init__(self, served: Served, answer: Answer, index: int, wish: GenerationOptions):
         self.served, self.answer, self.choice, self.index = served, answer, answer.choices[index], index
         self.reader = Reader(served.tokenizer)
-        self.speech = Speech(answer.request.opened, wish.stop, wish.plain)
+        self.speech = ReasoningParser(answer.request.opened, wish.stop, wish.plain)
         self.heard = self.reasoning = 0
         self.closed, self.end = False, ""
 
@@ -288,7 +288,7 @@ class _Ear:
         if finish or self.speech.stopped:
             self.closed, self.choice.enough = True, True
             if not finish:
-                self.served.batching.enough(self.choice)
+                self.served.scheduler.enough(self.choice)
             self.end = "stop" if self.speech.stopped else finish
             pieces.append(Piece("end", choice=self.index, finish=self.end))
         return pieces
@@ -339,7 +339,7 @@ async def gathered(pieces: AsyncIterator[Piece]) -> list[Answered]:
     return answered
 
 
-def _usage(served: Served, answer: Answer, ears: Sequence[_Ear]) -> Usage:
+def _usage(served: Served, answer: Answer, ears: Sequence[_ChoiceStream]) -> Usage:
     read, said = len(answer.request.prompt), sum(ear.heard for ear in ears)
     cost = served.price.of(read, said) if served.price else None
     first = answer.first or time.monotonic()

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class Shelf:
-    """`Shelf(path, schema)`: `schema[n]` takes a file of version n to n + 1, and is never edited once released."""
+class SQLiteStore:
+    """`SQLiteStore(path, schema)`: `schema[n]` takes a file of version n to n + 1, and is never edited once released."""
 
     def __init__(self, path: Path, schema: Sequence[str]):
         self.path = path

@@ -19,7 +19,7 @@ from typing import Any
 from ..eval.arena_ratings import Vote, style_of
 from ..types import Problem
 from .sessions import secret
-from .sqlite_store import Shelf
+from .sqlite_store import SQLiteStore
 
 FILE = "votes.db"
 OUTCOMES = ("a", "b", "tie", "bad")
@@ -80,11 +80,11 @@ class Battle:
     outcome: str = ""
 
 
-class Ballots:
+class VoteStore:
     """The book in a studio's folder; every method is one transaction."""
 
     def __init__(self, folder: Path):
-        self.shelf, self.secret = Shelf(folder / FILE, SCHEMA), secret(folder).encode()
+        self.shelf, self.secret = SQLiteStore(folder / FILE, SCHEMA), secret(folder).encode()
 
     # ------------------------------------------------------------ battles
 

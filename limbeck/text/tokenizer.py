@@ -185,7 +185,7 @@ class Reader:
         return self.tokenizer.decode(self.window)[len(self.given) :]
 
 
-class Speech:
+class ReasoningParser:
     """A completion taken apart while it is being said: `hear` gives what is certain, as pieces of ("thought", text) and
     ("answer", text). Tags are never given, nor is the space around thought and answer. `opened`: the prompt ends inside
     a thought. `stops` end an answer, never a thought. `plain` text is all answer, and its space is kept."""

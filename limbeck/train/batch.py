@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import LONG, Branched, Packed
+from ..model.kv_cache import LONG, Packed, SharedPrefix
 from ..types import Group, Sample
 from .divergence import States, TopK
 
@@ -30,7 +30,7 @@ class Batch:
     """
 
     tokens_N: Tensor
-    context: Packed | Branched
+    context: Packed | SharedPrefix
     predict_M: Tensor
     targets_M: Tensor
     rows_M: Tensor
@@ -103,13 +103,13 @@ def _cost(group: list[Sample]) -> int:
 
 
 def _family(group: list[Sample]) -> int:
-    """Tokens of the prompt that a group shares (without one, its first token stands for it); 0 for one that shares none.
-    Only groups of one number go into a piece together."""
+    """Length in tokens of the prompt that a group shares (at least 1), or 0 where it shares none. A micro-batch holds groups of
+    one such length only."""
     return max(group[0].start, 1) if len(group) > 1 else 0
 
 
 Piece = tuple[Sample, int, int]  # a sample's tokens from here to there
-Layout = tuple[list[Sample], list[Piece], "Packed | Branched", list[np.ndarray]]
+Layout = tuple[list[Sample], list[Piece], "Packed | SharedPrefix", list[np.ndarray]]
 
 
 def _packed(groups: list[list[Sample]]) -> Layout:
@@ -130,11 +130,11 @@ def _branched(groups: list[list[Sample]]) -> Layout:
     begins = len(groups) * width + np.cumsum([0, *lengths[:-1]])
     predict = [np.r_[(g + 1) * width - 1, b : b + n] for g, b, n in zip(owners, begins, lengths, strict=True)]
     pieces = [(group[0], 0, width) for group in groups] + [(s, width, len(s.tokens) - 1) for s in samples]
-    return samples, pieces, Branched(len(groups), width, owners, lengths), predict
+    return samples, pieces, SharedPrefix(len(groups), width, owners, lengths), predict
 
 
 def _batch(
-    samples: list[Sample], pieces: list[Piece], context: Packed | Branched, predict: list[np.ndarray],
+    samples: list[Sample], pieces: list[Piece], context: Packed | SharedPrefix, predict: list[np.ndarray],
     places: dict[int, int], tokens: int, sequences: int, device: torch.device | str,
 ) -> Batch:  # fmt: skip
     predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]

@@ -34,8 +34,8 @@ Asked = tuple[str, Sample, str]  # who teaches it, what was said, and the questi
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What one step learns from: `Lesson([("big", sample, "2 + 2?")], groups)`; groups are the student's own, and empty
+class DistillBatch:
+    """What one step learns from: `DistillBatch([("big", sample, "2 + 2?")], groups)`; groups are the student's own, and empty
     where rows are learned."""
 
     asked: Sequence[Asked]
@@ -69,7 +69,7 @@ class Teacher:
         return packed, sum(len(s.tokens) for s in samples)
 
 
-class Lessons:
+class DistillSampler:
     """The step-th lesson is a function of step, seed and the student's weights alone."""
 
     def __init__(
@@ -77,20 +77,20 @@ class Lessons:
     ):  # fmt: skip
         self.settings, self.seed, self.engine, self.tasks, self.sampling, self.rows = settings, seed, engine, tasks, sampling, rows
 
-    def __call__(self, step: int) -> Lesson:
+    def __call__(self, step: int) -> DistillBatch:
         own = generator(self.seed, step, "student").random() < self.settings.on_policy
         return self._own(step) if own else self._given(step)
 
-    def _own(self, step: int) -> Lesson:
+    def _own(self, step: int) -> DistillBatch:
         problems = self.tasks.draw(self.settings.prompts_per_step, (self.seed, step))
         rolled = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
         groups = [self.tasks.score(group) for group in rolled]
         samples = [to_samples([group], [np.zeros(len(group.completions))], False) for group in groups]
         owners = [self.settings.teachers[domain(group.problem.id)] for group in groups]
         told = zip(owners, samples, groups, strict=True)
-        return Lesson([(owner, s, group.problem.prompt) for owner, part, group in told for s in part], groups)
+        return DistillBatch([(owner, s, group.problem.prompt) for owner, part, group in told for s in part], groups)
 
-    def _given(self, step: int) -> Lesson:
+    def _given(self, step: int) -> DistillBatch:
         count = self.settings.prompts_per_step * self.settings.group_size
         places = (divmod(i, len(self.rows)) for i in range(step * count, (step + 1) * count))
         orders: dict[int, np.ndarray] = {}
@@ -99,11 +99,11 @@ class Lessons:
             if epoch not in orders:
                 orders[epoch] = generator(self.seed, "rows", epoch).permutation(len(self.rows))
             picked.append(self.rows[orders[epoch][place]])
-        return Lesson(picked)
+        return DistillBatch(picked)
 
 
-def imitate(
-    learner: Learner, teachers: Mapping[str, Teacher], lessons: Lessons, settings: Distill, record: Record, checkpoint: Checkpoint,
+def train_distill(
+    learner: Learner, teachers: Mapping[str, Teacher], lessons: DistillSampler, settings: Distill, record: Record, checkpoint: Checkpoint,
     budget: float = math.inf,
 ) -> None:  # fmt: skip
     """`settings.steps` updates, or fewer if `budget` FLOPs, the teachers' included, are spent before."""
@@ -125,7 +125,7 @@ def imitate(
         checkpoint.offer(lambda: {"learner": learner.state_dict(), "step": step + 1, "flops": spent}, record)  # noqa: B023
 
 
-def taught(lesson: Lesson, teachers: Mapping[str, Teacher], batch_tokens: int) -> tuple[list[Batch], dict[str, int]]:
+def taught(lesson: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int) -> tuple[list[Batch], dict[str, int]]:
     """Micro-batches, each with what its teacher or its labels say, whose counts are those of the whole; and how many
     tokens each teacher read."""
     batches, read, tokens, sequences = [], {}, 0, 0
@@ -140,7 +140,7 @@ def taught(lesson: Lesson, teachers: Mapping[str, Teacher], batch_tokens: int) -
 
 
 def labelled(teacher: Learner, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int) -> list[Labels]:
-    """What a teacher would have said at each learned token of each sample."""
+    """The teacher's `count` largest log-probabilities, and the mass of the others, at each learned token of each sample."""
     batches = pack(samples, batch_tokens)
     shown = [teacher.states(batch) for batch in batches]
     tops = [top_k(s.hidden_MC, s.head_VC, count, temperature) for s in shown]
@@ -153,7 +153,7 @@ def domain(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _volume(lesson: Lesson, student: ModelConfig, teachers: Mapping[str, tuple[int, ModelConfig]]) -> dict[str, float]:
+def _volume(lesson: DistillBatch, student: ModelConfig, teachers: Mapping[str, tuple[int, ModelConfig]]) -> dict[str, float]:
     """Tokens sampled (prompts once a group) and learned from, and the FLOPs of all: the student samples and learns, a
     teacher reads so many tokens; each sees half of its sequence on average, as `rl` counts."""
     samples = [sample for _, sample, _ in lesson.asked]

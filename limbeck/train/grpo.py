@@ -27,7 +27,7 @@ from .selftest import Watch, audit
 REDRAWS = 3  # how often a step looks for groups that differ before it takes what there is
 
 
-def reinforce(
+def train_grpo(
     learner: Learner, reference: Learner | None, engine: Sampler, tasks: Tasks, sampling: object, settings: RL,
     seed: object, record: Record, checkpoint: Checkpoint, budget: float = math.inf, panel: Panel | None = None,
 ) -> None:  # fmt: skip

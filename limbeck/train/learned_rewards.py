@@ -1,4 +1,4 @@
-"""Opinions beside the truth: judges and reward models as parts of a reward, watched for being pleased and not served.
+"""Learned rewards (LLM judge, reward model) beside the rule-based ones, with an alarm for reward hacking.
 
 Rewarding an opinion finds its weaknesses: DeepSeek-R1's helpfulness reward rose while its programs got worse (arXiv
 2501.12948v2, B.5), so it counted in the last 400 steps only. While an opinion counts, problems that are kept out of

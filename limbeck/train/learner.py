@@ -113,7 +113,7 @@ class Learner:
         target again, from one position further back."""
         positions_M, losses, next_N = batch.context.positions[batch.predict_M], [], batch.next_N
         for depth in range(len(self.model.ahead)):
-            hidden_NC = self.model.look_ahead(hidden_NC, next_N, batch.context, depth)
+            hidden_NC = self.model.predict_next(hidden_NC, next_N, batch.context, depth)
             far_M = positions_M > depth
             rows_M = batch.predict_M[far_M] - depth - 1
             logprobs_M, _ = token_logprobs(hidden_NC[rows_M], self.model.head.weight, batch.targets_M[far_M])

@@ -26,7 +26,7 @@ from .learner import Learner
 from .losses import Loss, Metrics
 
 
-class Valuer(Learner):
+class RewardModelLearner(Learner):
     """A learner whose `logprobs` are values: one for each sequence, read off its last token."""
 
     def __init__(self, model: Decoder, settings: Optimizer, steps: int):
@@ -74,7 +74,7 @@ def plan_pairs(count: int, epochs: float, batch: int, seed: object) -> list[list
 
 
 def fit(
-    learner: Valuer, pairs: Sequence[tuple[Sample, Sample]], plan: list[list[int]], micro_tokens: int, log_every: int,
+    learner: RewardModelLearner, pairs: Sequence[tuple[Sample, Sample]], plan: list[list[int]], micro_tokens: int, log_every: int,
     record: Record, checkpoint: Checkpoint,
 ) -> None:  # fmt: skip
     """One update a batch of pairs (better, worse), in the order of `plan`, from where the learner stands."""
@@ -115,7 +115,7 @@ def split(rows: Sequence[Mapping[str, Any]], share: float, seed: object) -> tupl
 class RewardModel:
     """A voice: the part `preference`, the chance that a final answer would be preferred to one of value `centre`."""
 
-    def __init__(self, learner: Valuer, tokenizer: Tokenizer, centre: float):
+    def __init__(self, learner: RewardModelLearner, tokenizer: Tokenizer, centre: float):
         self.learner, self.tokenizer, self.centre, self.tokens, self.flops = learner, tokenizer, centre, 0, 0.0
 
     def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:

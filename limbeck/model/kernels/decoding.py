@@ -65,7 +65,7 @@ class Decoding:
         step = _Step(
             config.layers, rows, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.intermediate_size,
             cache.v_LBKTD.shape[3], torch.get_num_threads(), model.embed.weight.data_ptr(), model.norm.weight.data_ptr(),
-            model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(), cache.lenders.ctypes.data,
+            model.cos.data_ptr(), model.sin.data_ptr(), tokens_B.data_ptr(), cache.positions.data_ptr(), cache.prefix_owner.ctypes.data,
             cache.shared.ctypes.data,
             *(part.data_ptr() for part in self.scratch), model.norm.eps,
         )  # fmt: skip

@@ -66,10 +66,10 @@ def attention(sequences: int, length: int, heads: int, width: int) -> Work:
 
 def branches(prompts: int, prompt: int, each: int, length: int, heads: int, width: int) -> Work:
     from ..attention import Layer
-    from ..kv_cache import Branched
+    from ..kv_cache import SharedPrefix
 
     completions = prompts * each
-    context = Branched(prompts, prompt, [i // each for i in range(completions)], [length] * completions)
+    context = SharedPrefix(prompts, prompt, [i // each for i in range(completions)], [length] * completions)
     layer, tokens = Layer(0, width**-0.5, 0), prompts * prompt + completions * length
     return _backward(lambda q, k, v: context.attend(layer, q, k, v), *(torch.randn(tokens, heads, width) for _ in range(3)))
 

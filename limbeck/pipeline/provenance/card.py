@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from .licences import Bonds, bind, terms
+from .licences import CombinedTerms, bind, terms
 
 WAYS = {"t1": "temperature 1", "t06": "temperature 0.6", "greedy": "greedy", "pass@8": "any of 8 right", "cons@8": "majority of 8"}
 
@@ -29,7 +29,7 @@ def card(name: str, lineage: Mapping[str, Any], evaluations: Sequence[Mapping[st
     return f"---\n{front}---\n\n{body.strip()}\n"
 
 
-def _front(name: str, bonds: Bonds, entries: Sequence[Mapping], results: Sequence[Mapping]) -> dict[str, Any]:
+def _front(name: str, bonds: CombinedTerms, entries: Sequence[Mapping], results: Sequence[Mapping]) -> dict[str, Any]:
     front: dict[str, Any] = {"pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["limbeck", "reasoning"]}
     binding = [licence for licence in bonds.licences if licence != "own"]
     if len(binding) == 1:

@@ -52,8 +52,8 @@ NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", sou
 
 
 @dataclass(frozen=True)
-class Bonds:
-    """What several licences ask together: `Bonds(("MIT", "Llama-3.1"), "passes on", "conditions", True, 700_000_000, ...)`."""
+class CombinedTerms:
+    """What several licences ask together: `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, 700_000_000, ...)`."""
 
     licences: tuple[str, ...]
     outputs: str
@@ -80,7 +80,7 @@ class Bonds:
         return f"{' AND '.join(self.licences)}: {'; '.join(filter(None, [outputs, release, *limits]))}"
 
 
-def bind(licences: Iterable[str]) -> Bonds:
+def bind(licences: Iterable[str]) -> CombinedTerms:
     """The maximum of the restrictions.
 
     >>> bind(["MIT", "Llama-3.1"]).outputs, bind(["MIT", "Llama-3"]).outputs
@@ -89,7 +89,7 @@ def bind(licences: Iterable[str]) -> Bonds:
     names = tuple(sorted(set(licences)))
     all_terms = [terms(name) for name in names]
     prefixes = dict.fromkeys(t.prefix for t in all_terms if t.prefix)
-    return Bonds(
+    return CombinedTerms(
         names,
         max((t.outputs for t in all_terms), key=OUTPUTS.index, default="free"),
         max((t.release for t in all_terms), key=RELEASE.index, default="free"),

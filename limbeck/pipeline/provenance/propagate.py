@@ -28,8 +28,8 @@ KINDS = ("problems", "models", "teachers", "editors")
 
 
 @dataclass(frozen=True)
-class Descent:
-    """What reaches a stage: `Descent({"MIT": "stages.base"}, {"MIT": "stages.base"}, frozenset({"zero"}), "base")`.
+class LicenceTrace:
+    """What reaches a stage: `LicenceTrace({"MIT": "stages.base"}, {"MIT": "stages.base"}, frozenset({"zero"}), "base")`.
 
     `bound` says of each licence who brought it in, `own` which of them came with the weights; `makers` are the models
     that wrote or chose its rows, `root` is the stage at which its weights began (none for rows).
@@ -42,27 +42,27 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Breach:
-    """Terms that a stage would break: `Breach("small", "OpenAI-Terms", "stages.small learns from ...")`."""
+class LicenceViolation:
+    """Terms that a stage would break: `LicenceViolation("small", "OpenAI-Terms", "stages.small learns from ...")`."""
 
     stage: str
     licence: str
     sentence: str
 
 
-def trace(graph: Graph) -> tuple[dict[str, Descent], list[Breach]]:
+def trace(graph: Graph) -> tuple[dict[str, LicenceTrace], list[LicenceViolation]]:
     """What binds each stage, and what may not be done, from the recipe alone: nothing has to have been run."""
-    found: dict[str, Descent] = {}
-    breaches: list[Breach] = []
+    found: dict[str, LicenceTrace] = {}
+    breaches: list[LicenceViolation] = []
     for name, node in graph.nodes.items():
         weights = getattr(node.stage, "model", None) if node.kind in LEARNING else None
         fed = [found[cited] for cited in feeding(node) if cited != weights]
         taught = {**_of_problems(node), **_union(d.bound for d in fed)}
-        descended = found.get(weights, Descent())
+        descended = found.get(weights, LicenceTrace())
         brought = _brought(name, node.stage, graph.recipe) if node.kind in BROUGHT else {}
         makers = frozenset().union(*(d.makers | ({c} if d.root else frozenset()) for c, d in _fed(node, found, weights)))
         model = node.kind in LEARNING | BROUGHT
-        found[name] = Descent(
+        found[name] = LicenceTrace(
             {**taught, **descended.bound, **brought},
             {**descended.own, **brought} if model else {},
             makers | descended.makers, (descended.root or name) if model else "",
@@ -72,7 +72,7 @@ def trace(graph: Graph) -> tuple[dict[str, Descent], list[Breach]]:
     return found, breaches
 
 
-def check(graph: Graph, right: str | None = None) -> tuple[dict[str, Descent], dict[str, list[dict[str, str]]]]:
+def check(graph: Graph, right: str | None = None) -> tuple[dict[str, LicenceTrace], dict[str, list[dict[str, str]]]]:
     """The descent of every stage, and by stage the rights that somebody claims to have (`right` is the reason given).
 
     Raises LimbeckError before anything runs, naming clause and remedy, where terms forbid what a recipe does or nobody
@@ -97,13 +97,13 @@ def feeding(node: Node) -> list[str]:
     return [cited for cited in node.inputs if cited != aside or cited == getattr(node.stage, "model", None)]
 
 
-def teachers_of(name: str, found: Mapping[str, Descent]) -> list[str]:
+def teachers_of(name: str, found: Mapping[str, LicenceTrace]) -> list[str]:
     """The models that taught a stage's model and are not of its own descent."""
     return sorted(maker for maker in found[name].makers if found[maker].root != found[name].root)
 
 
 def origin_of(
-    node: Node, outcome: Mapping[str, Any], given: Mapping[str, Artifact], found: Mapping[str, Descent], claims: Mapping[str, list]
+    node: Node, outcome: Mapping[str, Any], given: Mapping[str, Artifact], found: Mapping[str, LicenceTrace], claims: Mapping[str, list]
 ) -> dict[str, Any]:
     """What an artifact's manifest says of where it comes from: licences, sources, and rights that were claimed."""
     fed = [given[cited].manifest for cited in feeding(node)]
@@ -164,7 +164,7 @@ def _of_problems(node: Node) -> dict[str, str]:
     return found
 
 
-def _fed(node: Node, found: Mapping[str, Descent], weights: str | None) -> list[tuple[str, Descent]]:
+def _fed(node: Node, found: Mapping[str, LicenceTrace], weights: str | None) -> list[tuple[str, LicenceTrace]]:
     return [(cited, found[cited]) for cited in feeding(node) if cited != weights]
 
 
@@ -172,14 +172,14 @@ def _union(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
     return {licence: source for part in parts for licence, source in part.items()}
 
 
-def _breaches(name: str, descended: Descent, taught: Mapping[str, str]) -> list[Breach]:
+def _breaches(name: str, descended: LicenceTrace, taught: Mapping[str, str]) -> list[LicenceViolation]:
     """What the terms of teachers and data forbid, and what nobody has declared."""
     found = []
     for licence, source in {**taught, **descended.bound}.items():
         if terms(licence) is NOBODY_KNOWS:
-            found.append(Breach(name, licence, _unknown(name, licence, source)))
+            found.append(LicenceViolation(name, licence, _unknown(name, licence, source)))
         elif licence in taught and licence not in descended.own and terms(licence).outputs in ("own kind", "no"):
-            found.append(Breach(name, licence, _forbidden(name, licence, source)))
+            found.append(LicenceViolation(name, licence, _forbidden(name, licence, source)))
     return found
 
 
@@ -199,7 +199,7 @@ def _forbidden(name: str, licence: str, source: str) -> str:
 
 
 def _sources(
-    node: Node, outcome: Mapping[str, Any], given: Mapping[str, Artifact], found: Mapping[str, Descent]
+    node: Node, outcome: Mapping[str, Any], given: Mapping[str, Artifact], found: Mapping[str, LicenceTrace]
 ) -> dict[str, list[str]]:
     """What fed an artifact: problem sources by name, the models that wrote its rows, teachers, and who edited them."""
     merged: dict[str, set[str]] = {kind: set() for kind in KINDS}

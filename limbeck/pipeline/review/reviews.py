@@ -149,7 +149,7 @@ def _asked(queue: Path, stamp: int) -> dict[str, dict[str, Any]]:
 
 
 def pending(queue: Path) -> list[dict[str, Any]]:
-    """Rows that nobody's word stands on yet, in order."""
+    """Rows whose review is not settled, in the queue's order."""
     return [standing.row for standing in standings(queue) if standing.state != "settled"]
 
 

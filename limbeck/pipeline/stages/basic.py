@@ -37,7 +37,7 @@ from ...model.decoder import Decoder
 from ...model.from_recipe import to_config
 from ...run_log import Record, prepare, read, read_metrics
 from ...text.tokenizer import Tokenizer, split_thought
-from ...train.grpo import reinforce, summarize
+from ...train.grpo import summarize, train_grpo
 from ...train.learner import Learner
 from ...train.overflow import finite, spoiled
 from ...train.sft import batches, plan_epochs
@@ -76,7 +76,7 @@ def run_load(job: Job) -> Outcome:
         name = spoiled(decoder.named_parameters())
         raise LimbeckError(f"{source}: the weight {name} is not finite; copy the model again from its source")
     if stage.layers:
-        decoder = decoder.thinned(stage.layers)
+        decoder = decoder.prune_layers(stage.layers)
     save_model(decoder, tokenizer, job.folder)
     shutil.rmtree(job.folder / "converted", ignore_errors=True)
     origin = source / "provenance.json"
@@ -149,7 +149,7 @@ def run_rl(job: Job) -> Outcome:
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
     panel = panel_of(job, tasks, sampling)
-    reinforce(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget_of(job), panel)
+    train_grpo(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget_of(job), panel)
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
     tokens, flops = sum(row["sampled_tokens"] + row["learned_tokens"] for row in history), sum(row["flops"] for row in history)

@@ -23,7 +23,7 @@ from ...engine.sampling import params_of
 from ...run_log import read, read_metrics
 from ...text.tokenizer import Tokenizer, join_thought
 from ...train.batch import MICRO_TOKENS
-from ...train.distill import LABELLED, Asked, Lessons, Teacher, domain, imitate, labelled
+from ...train.distill import LABELLED, Asked, DistillSampler, Teacher, domain, labelled, train_distill
 from ...train.dpo import best_and_worst, plan_pairs, referenced, to_pair
 from ...train.learner import Learner
 from ...train.losses import preference
@@ -35,7 +35,7 @@ from ..review import curate as desk
 from ..store import digest_of
 from .basic import Outcome, given_rows, pause, sweep, to_row, to_sample
 from .judging import preferences
-from .ranking import check_tongue, scorer_of
+from .ranking import require_same_vocabulary, scorer_of
 from .training import affordable, budget_of, data_flops, fit_samples, save_model
 
 SHARD = 256  # rows whose labels stand in one file: what a kill may cost
@@ -111,10 +111,10 @@ def run_distill(job: Job) -> Outcome:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     learner, checkpoint = Learner(decoder, stage.optimizer, stage.steps, stage.recompute), job.checkpoint()
     tasks = job.mixture(stage.problems) if stage.problems else None
-    lessons = Lessons(stage, job.seed, Engine(decoder, tokenizer, speculate=stage.sampling.speculate), tasks, params_of(stage.sampling), rows)
+    lessons = DistillSampler(stage, job.seed, Engine(decoder, tokenizer, speculate=stage.sampling.speculate), tasks, params_of(stage.sampling), rows)
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
-    imitate(learner, teachers, lessons, stage, record, checkpoint, budget_of(job, stage.rows))
+    train_distill(learner, teachers, lessons, stage, record, checkpoint, budget_of(job, stage.rows))
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
     total = {key: sum(row[key] for row in history) for key in ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")}
@@ -134,7 +134,7 @@ def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
     decoder, tokenizer = job.model(name)
     if job.stage.divergence == "text":
         return Teacher(Learner(decoder, Optimizer(), 1), (student, tokenizer))
-    check_tongue(job, student, name, tokenizer)
+    require_same_vocabulary(job, student, name, tokenizer)
     return Teacher(Learner(decoder, Optimizer(), 1))
 
 
@@ -178,7 +178,7 @@ def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[
 
 
 def _labelled_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Learned]:
-    check_tongue(job, tokenizer, name, Tokenizer.from_directory(job.inputs[name] / "tokenizer"))
+    require_same_vocabulary(job, tokenizer, name, Tokenizer.from_directory(job.inputs[name] / "tokenizer"))
     at = job.manifest(name)["settings"]["temperature"]
     if at != job.stage.temperature:
         raise LimbeckError(f"stages.{job.name}.temperature is {job.stage.temperature:g}, but {name} was labelled at {at:g}; give both the same")

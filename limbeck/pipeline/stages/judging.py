@@ -18,7 +18,7 @@ from ...run_log import read
 from ...tasks.files import read_table
 from ...tasks.judge import Pair, final
 from ...text.tokenizer import Tokenizer
-from ...train.reward_model import Valuer, fit, plan_pairs, split, to_sample
+from ...train.reward_model import RewardModelLearner, fit, plan_pairs, split, to_sample
 from ...types import LimbeckError, Problem, Sample
 from ..dataset_rows import ROWS
 from ..job import Job
@@ -88,7 +88,7 @@ def run_reward(job: Job) -> Outcome:
         )
     pairs = [_halves(row, tokenizer) for row in learned]
     plan, checkpoint = plan_pairs(len(pairs), stage.epochs, stage.batch_pairs, job.seed), job.checkpoint()
-    learner = Valuer(decoder, stage.optimizer, len(plan))
+    learner = RewardModelLearner(decoder, stage.optimizer, len(plan))
     if state := checkpoint.restore():
         learner.load_state_dict(state["learner"])
     fit(learner, pairs, plan, stage.batch_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint)
@@ -107,7 +107,7 @@ def _halves(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[Sample, Sample]:
     return to_sample(tokenizer, row["prompt"], row["chosen"]), to_sample(tokenizer, row["prompt"], row["rejected"])
 
 
-def _measured(learner: Valuer, learned: list[tuple[Sample, Sample]], kept: list[tuple[Sample, Sample]]) -> dict[str, Any]:
+def _measured(learner: RewardModelLearner, learned: list[tuple[Sample, Sample]], kept: list[tuple[Sample, Sample]]) -> dict[str, Any]:
     """Accuracy on held-out pairs with its interval, and where the middle of the values is."""
     better, worse = (learner.values([pair[half] for pair in kept]) for half in (0, 1))
     middle = learner.values([half for pair in learned for half in pair]).mean()

@@ -47,12 +47,12 @@ def scorer_of(job: Job) -> tuple[Scorer, Bill]:
         judge = judge_of(job, name)
         return judge.scores, judge.bill
     teacher, tokenizer = job.model(name)
-    check_tongue(job, job.model(job.stage.model)[1], name, tokenizer)
+    require_same_vocabulary(job, job.model(job.stage.model)[1], name, tokenizer)
     reader = Reader(teacher)
     return reader, reader.bill
 
 
-def check_tongue(job: Job, student: Tokenizer, name: str, teacher: Tokenizer) -> None:
+def require_same_vocabulary(job: Job, student: Tokenizer, name: str, teacher: Tokenizer) -> None:
     """Token by token, only those can be compared who mean the same by an id, and end a turn alike."""
     mine, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (student, teacher))
     differ = sum(mine.get(token) != theirs.get(token) for token in {**mine, **theirs})

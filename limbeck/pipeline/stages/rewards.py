@@ -1,4 +1,5 @@
-"""Who may have an opinion in a stage: judges that passed their calibration, and reward models that learned something."""
+"""Opens the judges and reward models that a stage names; refuses a judge that failed its calibration, and a reward model that is
+no better than chance."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ...engine.sampling import SamplingParams, params_of
 from ...tasks.judge import Judge
 from ...tasks.task import Mixture
 from ...train.learned_rewards import Panel, Tasks, Voice, with_opinion
-from ...train.reward_model import RewardModel, Valuer
+from ...train.reward_model import RewardModel, RewardModelLearner
 from ...types import Group, LimbeckError
 from ..job import Job
 
@@ -72,7 +73,7 @@ def reward_of(job: Job, name: str) -> RewardModel:
             f"{accuracy['mean']:.0%} [{accuracy['low']:.0%}, {accuracy['high']:.0%}], no better than chance; give it more pairs"
         )
     decoder, tokenizer = job.model(name)
-    learner = Valuer(decoder, Optimizer(), 1)
+    learner = RewardModelLearner(decoder, Optimizer(), 1)
     with torch.no_grad():
         decoder.value.weight.copy_(load_value(job.inputs[name]))
     return RewardModel(learner, tokenizer, told["centre"])

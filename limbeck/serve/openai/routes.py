@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 
 from ...engine.request import Answer, Full
 from ...types import LimbeckError
-from ..app_state import Site
-from ..service import ModelFailed, Piece, Served, Service, UnknownModel, Wish, gathered
+from ..app_state import AppState
+from ..service import GenerationOptions, ModelFailed, Piece, Served, Service, UnknownModel, gathered
 from .schema import (
     ChatRequest,
     CompletionRequest,
@@ -74,7 +74,7 @@ def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
     return (f"{where}: {first['msg']}" if where else first["msg"]), where or "body"
 
 
-def api(site: Site) -> APIRouter:
+def api(site: AppState) -> APIRouter:
     """The routes over the models of a site."""
     service: Service = site.service
     router = APIRouter(route_class=Route)
@@ -159,7 +159,7 @@ def _ids(served: Served, prompt: str | list[int]) -> np.ndarray:
 
 
 async def _chat_chunks(
-    service: Service, served: Served, answer: Answer, wish: Wish, head: dict[str, Any], tells_usage: bool
+    service: Service, served: Served, answer: Answer, wish: GenerationOptions, head: dict[str, Any], tells_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
     head = {**head, "object": "chat.completion.chunk"}
     for choice in range(wish.n):
@@ -172,7 +172,7 @@ async def _chat_chunks(
                 yield {**head, "choices": [], "usage": usage_of([piece.usage])}
 
 
-def _chat_choice(served: Served, piece: Piece, wish: Wish) -> dict[str, Any]:
+def _chat_choice(served: Served, piece: Piece, wish: GenerationOptions) -> dict[str, Any]:
     delta = delta_of(piece.kind, piece.text) if piece.text else {}
     choice = {"index": piece.choice, "delta": delta, "finish_reason": piece.finish or None}
     if wish.top is None:
@@ -187,7 +187,7 @@ def _chat_choice(served: Served, piece: Piece, wish: Wish) -> dict[str, Any]:
 class _Text:
     """One prompt of a request and how it goes on."""
 
-    def __init__(self, served: Served, answer: Answer, wish: Wish, echo: bool):
+    def __init__(self, served: Served, answer: Answer, wish: GenerationOptions, echo: bool):
         self.served, self.answer, self.wish, self.echo = served, answer, wish, echo
         self.prompt = served.tokenizer.decode(answer.request.prompt) if echo else ""
         self.usage: Any = None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..service import Answered, Said, Served, Usage, Wish
+from ..service import Answered, GenerationOptions, Said, Served, Usage
 
 MOST = 1 << 20  # tokens
 SEED = 1 << 63
@@ -108,10 +108,10 @@ class ChatRequest(Sampled):
     thinking_budget: Annotated[int, Field(ge=0, le=MOST)] | None = None
     keep_reasoning: bool = False
 
-    def wish(self, served: Served) -> Wish:
+    def wish(self, served: Served) -> GenerationOptions:
         share = EFFORT[self.reasoning_effort] if self.reasoning_effort else None
         budget = None if share is None else int(share * served.config.max_positions)
-        return Wish(
+        return GenerationOptions(
             0.6 if self.temperature is None else self.temperature, 0.95 if self.top_p is None else self.top_p,
             self.max_completion_tokens or self.max_tokens, self.n or 1, self.seed, self.stops,
             budget if self.thinking_budget is None else self.thinking_budget,
@@ -139,8 +139,8 @@ class CompletionRequest(Sampled):
             raise ValueError("best_of other than n is not served here; ask for n and choose")
         return self
 
-    def wish(self, served: Served) -> Wish:
-        return Wish(
+    def wish(self, served: Served) -> GenerationOptions:
+        return GenerationOptions(
             1.0 if self.temperature is None else self.temperature, 1.0 if self.top_p is None else self.top_p, self.max_tokens, self.n or 1,
             self.seed, self.stops, None, self.logprobs, bool(self.echo and self.logprobs is not None), self.ignore_eos, plain=True,
         )  # fmt: skip

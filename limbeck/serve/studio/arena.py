@@ -14,20 +14,20 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from ...eval.arena_ratings import Ratings, Vote, rate
 from ...eval.voters import examine, judged
 from ...types import LimbeckError
-from ..app_state import Site, asker
-from ..arena import Ring
+from ..app_state import AppState, asker
+from ..arena import Arena
 from ..pages import language_of, render, say
 from ..questions import Questions
-from ..votes import Ballots, Battle, Refused
+from ..votes import Battle, Refused, VoteStore
 
 Control = Literal["", "length", "style"]
 WINNERS = {"a": "model_a", "b": "model_b", "tie": "tie", "bad": "tie (bothbad)"}  # as Chatbot Arena's published votes call them
 
 
-def routes(site: Site) -> APIRouter:
+def routes(site: AppState) -> APIRouter:
     """All of `/arena`."""
-    ballots = Ballots(site.desk)
-    ring = Ring(site.service, ballots, Questions(site.runs, site.desk / "sets"))
+    ballots = VoteStore(site.desk)
+    ring = Arena(site.service, ballots, Questions(site.runs, site.desk / "sets"))
     room = APIRouter(prefix="/arena", include_in_schema=False)
     _add_battles(room, ring)
     _add_board(room, ring)
@@ -58,7 +58,7 @@ def voter(request: Request) -> str:
 # ---------------------------------------------------------------- battles
 
 
-def _add_battles(room: APIRouter, ring: Ring) -> None:
+def _add_battles(room: APIRouter, ring: Arena) -> None:
     @room.get("")
     @told
     async def start(request: Request) -> Response:
@@ -111,7 +111,7 @@ def _to(battle: Battle) -> Response:
 # ---------------------------------------------------------------- the leaderboard
 
 
-def _add_board(room: APIRouter, ring: Ring) -> None:
+def _add_board(room: APIRouter, ring: Arena) -> None:
     @lru_cache(32)
     def shown(total: int, language: str, control: Control) -> dict[str, Any]:
         """Votes are only ever added: with as many of them, all is as it was."""
@@ -158,7 +158,7 @@ def _scale(ratings: list[Ratings]) -> Callable[[float], float]:
 # ---------------------------------------------------------------- to take away
 
 
-def _add_exports(room: APIRouter, ballots: Ballots) -> None:
+def _add_exports(room: APIRouter, ballots: VoteStore) -> None:
     @room.get("/preferences.jsonl")
     def preferences(judge: str = "") -> Response:
         return _lines(ballots.preferences(judge), "preferences.jsonl")

@@ -14,7 +14,7 @@ from fastapi.sse import EventSourceResponse
 from markupsafe import Markup
 from pydantic import AfterValidator
 
-from ..app_state import Site, person
+from ..app_state import AppState, person
 from ..chat_replies import Replies
 from ..conversations import Answer, Conversation, Conversations, Meter, Settings
 from ..markdown_stream import html, pages
@@ -31,7 +31,7 @@ Chosen = Annotated[int, Form(ge=0, le=LAST)]
 Text = Annotated[str, Form(min_length=1, max_length=LONGEST), AfterValidator(lambda text: text.replace("\r\n", "\n"))]  # as forms send it
 
 
-def routes(site: Site) -> APIRouter:
+def routes(site: AppState) -> APIRouter:
     """Everything under `/chat`."""
     shelf = Conversations(site.desk / "chats.db")
     replies = Replies(shelf, site.service)
@@ -52,7 +52,7 @@ def routes(site: Site) -> APIRouter:
 class _Desk:
     """What the routes share: the shelf, the answers being given, and who may do what."""
 
-    def __init__(self, site: Site, shelf: Conversations, replies: Replies):
+    def __init__(self, site: AppState, shelf: Conversations, replies: Replies):
         self.site, self.shelf, self.replies = site, shelf, replies
 
     def models(self) -> list[str]:

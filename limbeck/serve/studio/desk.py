@@ -25,7 +25,7 @@ from ...pipeline.review.review_queues import Desk
 from ...pipeline.review.reviews import Standing
 from ...types import LimbeckError
 from .. import jobs
-from ..app_state import Site, asker
+from ..app_state import AppState, asker
 from ..pages import render
 from ..review_drafts import Draft, Drafts
 from ..sessions import Person
@@ -47,7 +47,7 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 Asker = Annotated[Person, Depends(asker)]
 
 
-def routes(site: Site) -> APIRouter:
+def routes(site: AppState) -> APIRouter:
     router = APIRouter(prefix="/desk", include_in_schema=False)
     drafts = Drafts(site.desk)
 
@@ -272,11 +272,11 @@ def _opposed(row: Standing) -> dict[str, Any]:
     return {"row": row, "said": told, "resolution": row.resolution and _told(row, row.resolution["reviewer"], row.resolution)}
 
 
-def _models(site: Site) -> list[str]:
+def _models(site: AppState) -> list[str]:
     return sorted(getattr(site.service, "models", {}))
 
 
-async def _by_model(site: Site, model: str, text: str, language: str) -> str:
+async def _by_model(site: AppState, model: str, text: str, language: str) -> str:
     names = _models(site)
     if not names:
         raise HTTPException(400, "this task cannot translate, and no model is served here that could")

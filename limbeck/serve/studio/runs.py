@@ -23,7 +23,7 @@ from ...pipeline import run_state, run_view
 from ...report import i18n
 from ...types import LimbeckError
 from .. import jobs
-from ..app_state import Site
+from ..app_state import AppState
 from ..pages import language_of, render
 
 POINTS = 400  # of a curve: as many as a wide screen can tell apart
@@ -48,7 +48,7 @@ class Told(APIRoute):
         return told
 
 
-def routes(site: Site) -> APIRouter:
+def routes(site: AppState) -> APIRouter:
     door = APIRouter(include_in_schema=False, route_class=Told)
 
     def everything(request: Request, seen: str = "", wrong: str = "", told: dict[str, Any] | None = None) -> Response:
@@ -135,12 +135,12 @@ def routes(site: Site) -> APIRouter:
 # ---------------------------------------------------------------- what is looked at
 
 
-def _folder(site: Site, name: str) -> Path | None:
+def _folder(site: AppState, name: str) -> Path | None:
     """The run of a name: one of those that there are, whatever the name may look like."""
     return next((folder for folder in run_state.runs_in(site.runs) if folder.name == name), None)
 
 
-def _line(site: Site, name: str, stage: str) -> tuple[run_state.Overview, run_view.Line, bool] | None:
+def _line(site: AppState, name: str, stage: str) -> tuple[run_state.Overview, run_view.Line, bool] | None:
     folder = _folder(site, name)
     run = run_state.look(folder) if folder else None
     standing = run.stage(stage) if run else None
@@ -172,7 +172,7 @@ def _row(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "state": state, "lines": busy, "done": run.done, "of": len(run.stages), "report": report and _link(run, report)}
 
 
-def _others(site: Site, run: run_state.Overview, line: run_view.Line) -> list[str]:
+def _others(site: AppState, run: run_state.Overview, line: run_view.Line) -> list[str]:
     """`RUN/STAGE` of everything whose curves can stand beside these: the same kind, here and in other runs."""
     found = []
     for folder in run_state.runs_in(site.runs):
@@ -188,13 +188,13 @@ def _others(site: Site, run: run_state.Overview, line: run_view.Line) -> list[st
 # ---------------------------------------------------------------- recipes
 
 
-def _recipes(site: Site) -> dict[str, Path]:
+def _recipes(site: AppState) -> dict[str, Path]:
     """What can be started by a click: recipes that came with Limbeck, and those of the folder of runs."""
     own = {path.relative_to(site.runs).as_posix(): path for path in sorted(site.runs.glob("*.yaml"))}
     return {f"recipes/{path.name}": path for path in shipped()} | own
 
 
-def _chosen(site: Site, recipe: str, path: str) -> Path:
+def _chosen(site: AppState, recipe: str, path: str) -> Path:
     if not path:
         if recipe not in _recipes(site):
             raise LimbeckError("recipe: choose one of the list, or give the path of one inside the folder of runs")
