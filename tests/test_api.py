@@ -212,7 +212,7 @@ def test_who_leaves_frees_the_row_within_a_second(served, stream):
                 assert b"200 OK" in line.recv(1000)
         steps = one.scheduler.steps
         waited = soon(lambda: one.busy == 0, 30)
-    print(f"free after {waited:.2f} s and {one.batching.steps - steps} steps")
+    print(f"free after {waited:.2f} s and {one.scheduler.steps - steps} steps")
     assert one.scheduler.steps - steps < 25  # a second's worth, on a machine that has nothing else to do
 
 

@@ -249,9 +249,9 @@ def test_a_changed_log_shows(tmp_path):
 VOTER = """
 import sys
 from pathlib import Path
-from limbeck.serve.votes import Answer, Ballots, Battle
+from limbeck.serve.votes import Answer, Battle, VoteStore
 from limbeck.types import Problem
-ballots = Ballots(Path(sys.argv[1]))
+ballots = VoteStore(Path(sys.argv[1]))
 while True:
     battle = ballots.begin("v" + str(ballots.broken()), Problem("x", "?"), ("r1", "base"), ("", ""), {})
     ballots.answered(battle, Answer("one"), Answer("two"), "")

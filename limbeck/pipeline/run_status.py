@@ -37,7 +37,7 @@ class Status:
 
 
 class RunStatus:
-    """Held while a run is carried out: `with Attendance(folder): ...` says that it runs, and in the end how it went."""
+    """Held while a run is carried out: `with RunStatus(folder): ...` says that it runs, and in the end how it went."""
 
     def __init__(self, folder: Path, right: str | None = None):
         self.folder, self.right = folder, right
