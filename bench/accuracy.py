@@ -25,7 +25,9 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, help="a model directory")
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--every", type=int, default=3, help="steps between two looks at accuracy")
@@ -35,17 +37,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    settings = {"recipe": str(RECIPE), "model": str(options.base or base()), "every": options.every, "asked": options.asked}
+    settings = {
+        "recipe": str(RECIPE),
+        "model": str(options.base or base()),
+        "every": options.every,
+        "asked": options.asked,
+    }
     print("| seed | side | step | seconds of training | held-out accuracy |\n|---|---|---|---|---|")
     found = {seed: race({**settings, "seed": seed}, options) for seed in options.seeds}
     print("\n| seed | limbeck | trl | limbeck is |\n|---|---|---|---|")
     for seed, reached in found.items():
-        cells = [f"{reached[name][0]} steps, {reached[name][1]:.1f} s" if name in reached else "not reached" for name in ("limbeck", "trl")]
+        cells = [
+            f"{reached[name][0]} steps, {reached[name][1]:.1f} s" if name in reached else "not reached"
+            for name in ("limbeck", "trl")
+        ]
         ratio = f"{reached['trl'][1] / reached['limbeck'][1]:.2f}x as fast" if len(reached) == 2 else ""
         print(f"| {seed} | {cells[0]} | {cells[1]} | {ratio} |")
     if options.json:
         with options.json.open("a") as file:
-            file.write(json.dumps({"title": "time to accuracy", "reached": found, "roofline": roofline(options.threads)}) + "\n")
+            file.write(
+                json.dumps(
+                    {"title": "time to accuracy", "reached": found, "roofline": roofline(options.threads)}
+                )
+                + "\n"
+            )
 
 
 def race(settings: dict, options: argparse.Namespace) -> dict[str, tuple[int, float]]:
@@ -60,7 +75,10 @@ def race(settings: dict, options: argparse.Namespace) -> dict[str, tuple[int, fl
             said = side.turn()
             spent[side.name] += said["step"]
             if said["accuracy"] >= 0:
-                print(f"| {settings['seed']} | {side.name} | {step} | {spent[side.name]:.1f} | {said['accuracy']:.3f} |", flush=True)
+                print(
+                    f"| {settings['seed']} | {side.name} | {step} | {spent[side.name]:.1f} | {said['accuracy']:.3f} |",
+                    flush=True,
+                )
             if said["accuracy"] >= options.target:
                 reached[side.name] = (step, spent[side.name])
                 side.close()
@@ -80,7 +98,11 @@ def base() -> Path:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             yaml.safe_dump(recipe, file)
             file.flush()
-            subprocess.run([str(Path(sys.executable).parent / "limbeck"), "run", file.name, "--runs", str(runs)], check=True, stdout=sys.stderr)
+            subprocess.run(
+                [str(Path(sys.executable).parent / "limbeck"), "run", file.name, "--runs", str(runs)],
+                check=True,
+                stdout=sys.stderr,
+            )
         found = list(runs.glob("store/pretrain-*/model"))
     return found[0]
 

@@ -48,11 +48,17 @@ class Way:
     def error(self) -> float:
         """Half the 95 % interval of the mean over seeds."""
         means = [interval.mean for interval in self.accuracies]
-        return STUDENT_T[len(means)] * statistics.stdev(means) / math.sqrt(len(means)) if len(means) in STUDENT_T else math.nan
+        return (
+            STUDENT_T[len(means)] * statistics.stdev(means) / math.sqrt(len(means))
+            if len(means) in STUDENT_T
+            else math.nan
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -61,7 +67,9 @@ def main() -> None:
     reports = [seeds.run(options.recipe, f"bakeoff-{seed}", seed, options.runs) for seed in options.seeds]
     ways = sorted(gathered(reports), key=lambda way: -way.mean)
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "bakeoff.md").write_text("\n".join(page(ways, reports, options.seeds)) + "\n", encoding="utf-8")
+    (options.folder / "bakeoff.md").write_text(
+        "\n".join(page(ways, reports, options.seeds)) + "\n", encoding="utf-8"
+    )
     draw(ways, options.folder / "bakeoff.svg")
 
 
@@ -73,14 +81,18 @@ def gathered(reports: Sequence[dict]) -> Iterator[Way]:
         taught = [stage["notes"].get("teacher_flops", 0.0) for stage in stages]
         joules = [stage["joules"] for stage in stages]
         yield Way(
-            name, stages[0]["title"], [Interval(**model["accuracy"]["t1"]) for model in models],
-            [model["accuracy"]["greedy"]["mean"] for model in models], [model["length"] for model in models],
+            name,
+            stages[0]["title"],
+            [Interval(**model["accuracy"]["t1"]) for model in models],
+            [model["accuracy"]["greedy"]["mean"] for model in models],
+            [model["length"] for model in models],
             [model["language_consistency"] for model in models],
             statistics.fmean(stage["flops"] + data for stage, data in zip(stages, fed, strict=True)),
             statistics.fmean(data + teacher for data, teacher in zip(fed, taught, strict=True)),
-            statistics.fmean(stage["seconds"] for stage in stages), statistics.fmean(stage["tokens"] for stage in stages),
+            statistics.fmean(stage["seconds"] for stage in stages),
+            statistics.fmean(stage["tokens"] for stage in stages),
             None if None in joules else statistics.fmean(joules),
-        )  # fmt: skip
+        )
 
 
 def page(ways: Sequence[Way], reports: Sequence[dict], drawn: Sequence[int]) -> Iterator[str]:
@@ -111,7 +123,10 @@ def page(ways: Sequence[Way], reports: Sequence[dict], drawn: Sequence[int]) -> 
     yield "| way | difference on each seed, with its 95 % interval | verdict |\n|---|---|---|"
     for way in ways:
         if way.name not in (ALONE, START, TEACHER):
-            gaps = [difference(mine, theirs) for mine, theirs in zip(way.accuracies, alone.accuracies, strict=True)]
+            gaps = [
+                difference(mine, theirs)
+                for mine, theirs in zip(way.accuracies, alone.accuracies, strict=True)
+            ]
             yield f"| `{way.name}` | {'; '.join(f'{gap:+.1%} ({low:+.1%} to {high:+.1%})' for gap, low, high in gaps)} | {verdict(gaps)} |"
 
 
@@ -142,17 +157,42 @@ def draw(ways: Sequence[Way], path: Path) -> None:
     for way in sorted(ways, key=lambda way: way.flops):
         if way.name in (START, TEACHER):
             axis.axhline(100 * way.mean, color="#888", linewidth=0.8, linestyle=":")
-            axis.text(0.01, 100 * way.mean + 0.7, way.name, color="#666", fontsize=8, transform=axis.get_yaxis_transform())
+            axis.text(
+                0.01,
+                100 * way.mean + 0.7,
+                way.name,
+                color="#666",
+                fontsize=8,
+                transform=axis.get_yaxis_transform(),
+            )
             continue
         if way.mean > best:
             best = way.mean
             front.append(way)
         each = [100 * interval.mean for interval in way.accuracies]
         axis.plot([way.flops / 1e9] * 2, [min(each), max(each)], color="#2b6cb0", linewidth=1.2, alpha=0.5)
-        axis.plot(way.flops / 1e9, 100 * way.mean, "o", color="#c05621" if way.name == ALONE else "#2b6cb0", markersize=5)
-        axis.annotate(way.name, (way.flops / 1e9, 100 * way.mean), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axis.plot([way.flops / 1e9 for way in front], [100 * way.mean for way in front], color="#2b6cb0", linewidth=0.8, linestyle="--")
-    axis.set(xlabel="GFLOPs of the student's learning, its rows and its teacher", ylabel="held-out accuracy, %", xscale="log")
+        axis.plot(
+            way.flops / 1e9,
+            100 * way.mean,
+            "o",
+            color="#c05621" if way.name == ALONE else "#2b6cb0",
+            markersize=5,
+        )
+        axis.annotate(
+            way.name, (way.flops / 1e9, 100 * way.mean), xytext=(5, 3), textcoords="offset points", fontsize=8
+        )
+    axis.plot(
+        [way.flops / 1e9 for way in front],
+        [100 * way.mean for way in front],
+        color="#2b6cb0",
+        linewidth=0.8,
+        linestyle="--",
+    )
+    axis.set(
+        xlabel="GFLOPs of the student's learning, its rows and its teacher",
+        ylabel="held-out accuracy, %",
+        xscale="log",
+    )
     axis.grid(True, alpha=0.2)
     figure.savefig(path, metadata={"Date": None})
 

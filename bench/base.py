@@ -29,13 +29,24 @@ from limbeck.train.losses import cross_entropy
 from limbeck.train.sft import batches
 from limbeck.types import Sample, fingerprint
 
-CLEAN = {"textbook": 0, "general": 0, "plain": 0, "tagged": 0, "guessed": 0, "slip": 0, "misjudged": 0, "unverified": 0,
-         "same": 1}  # fmt: skip
+CLEAN = {
+    "textbook": 0,
+    "general": 0,
+    "plain": 0,
+    "tagged": 0,
+    "guessed": 0,
+    "slip": 0,
+    "misjudged": 0,
+    "unverified": 0,
+    "same": 1,
+}
 THOUGHTS = 300
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=800_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--stage", default="base", help="which pretraining of the recipe: base or small_base")
@@ -44,20 +55,33 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = load(Path(__file__).parent.parent / "recipes" / "quickstart.yaml", options.overrides)
     for seed in options.seeds:
-        grow(recipe.problems["clock"], recipe.stages[options.stage], options.tokens, f"{seed}/{options.stage}")
+        grow(
+            recipe.problems["clock"], recipe.stages[options.stage], options.tokens, f"{seed}/{options.stage}"
+        )
 
 
 def grow(world, stage, tokens: int, seed: str) -> None:
     """Train a base on `tokens` tokens, telling on the way what it can do."""
     task = Countdown("clock", world)
     tokenizer, shape = task.tokenizer(), stage.shape
-    config = ModelConfig("llama", tokenizer.size, shape.hidden_size, shape.layers, shape.heads, shape.kv_heads,
-                         shape.hidden_size // shape.heads, shape.intermediate_size, shape.rope_theta)  # fmt: skip
+    config = ModelConfig(
+        "llama",
+        tokenizer.size,
+        shape.hidden_size,
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        shape.hidden_size // shape.heads,
+        shape.intermediate_size,
+        shape.rope_theta,
+    )
     decoder = Decoder(config).initialize(fingerprint(seed, "weights"))
     documents = encode_documents(task.documents(seed, stage.corpus), tokenizer, tokens)
     lengths = np.array([len(document.tokens) for document in documents])
-    print(f"seed {seed}: {len(documents)} documents, mean length {lengths.mean():.1f}; "
-          f"{lengths[lengths > 100].sum() / lengths.sum():.1%} of the tokens in documents of more than 100")  # fmt: skip
+    print(
+        f"seed {seed}: {len(documents)} documents, mean length {lengths.mean():.1f}; "
+        f"{lengths[lengths > 100].sum() / lengths.sum():.1%} of the tokens in documents of more than 100"
+    )
     plan, thoughts = batches(documents, stage.batch_tokens, seed), clean_thoughts(task, tokenizer)
     learner = Learner(decoder, stage.optimizer, len(plan))
     seen = 0
@@ -65,7 +89,10 @@ def grow(world, stage, tokens: int, seed: str) -> None:
         metrics = learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), cross_entropy)
         seen += int(lengths[batch].sum())
         if step % 200 == 0 or step == len(plan):
-            print(f"{step:6} updates {seen:9} tokens  loss {metrics['loss']:.3f}  {probe(decoder, thoughts, tokenizer)}", flush=True)
+            print(
+                f"{step:6} updates {seen:9} tokens  loss {metrics['loss']:.3f}  {probe(decoder, thoughts, tokenizer)}",
+                flush=True,
+            )
 
 
 def clean_thoughts(task: Countdown, tokenizer) -> list[Sample]:
@@ -79,14 +106,19 @@ def clean_thoughts(task: Countdown, tokenizer) -> list[Sample]:
 def probe(decoder: Decoder, thoughts: list[Sample], tokenizer) -> str:
     """Teacher-forced: how often, and how surely, results and verdicts are foreseen."""
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
-    gives, verdicts = ([ids[WORDS[language][word]] for language in WORDS for word in words] for words in (["gives"], ["yes", "no"]))
+    gives, verdicts = (
+        [ids[WORDS[language][word]] for language in WORDS for word in words]
+        for words in (["gives"], ["yes", "no"])
+    )
     before = np.concatenate([thought.tokens[:-1] for thought in thoughts])
     after = np.concatenate([thought.tokens[1:] for thought in thoughts])
     hidden = decoder(torch.from_numpy(before), Packed([len(thought.tokens) - 1 for thought in thoughts]))
     probabilities = (hidden @ decoder.head.weight.T).softmax(-1).numpy()
     right, sure = probabilities.argmax(1) == after, probabilities[np.arange(len(after)), after]
     told = {"arith": np.isin(before, gives), "verdict": np.isin(after, verdicts)}
-    return "  ".join(f"{name} {right[where].mean():.3f} ({sure[where].mean():.3f})" for name, where in told.items())
+    return "  ".join(
+        f"{name} {right[where].mean():.3f} ({sure[where].mean():.3f})" for name, where in told.items()
+    )
 
 
 if __name__ == "__main__":

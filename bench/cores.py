@@ -16,7 +16,9 @@ from .sides import Side, alternate, roofline, tell
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(WORK), nargs="+", default=list(WORK))
     parser.add_argument("--lengths", choices=["fixed", "skewed"], default="fixed")
     parser.add_argument("--repeats", type=int, default=5)
@@ -24,7 +26,10 @@ def main() -> None:
     options = parser.parse_args()
     for size in options.size:
         settings = work(size, options.lengths)
-        sides = [Side(f"{threads} thread(s)", "limbeck_grpo.py", sys.executable, settings, threads) for threads in (2, 1)]
+        sides = [
+            Side(f"{threads} thread(s)", "limbeck_grpo.py", sys.executable, settings, threads)
+            for threads in (2, 1)
+        ]
         timed = alternate(sides, options.repeats)
         title = f"GRPO step on one core and two, {size}, {options.lengths} lengths"
         tell(title, timed, roofline(2), options.json, size=size, lengths=options.lengths)

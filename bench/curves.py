@@ -23,16 +23,26 @@ Point = tuple[float, float, float]  # where, rollout's tokens a second, update's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where curves.svg and curves.json go")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     small = SIZES[:2]
     curves: dict[str, dict[str, list[Point]]] = {
-        "rows at once": {size: [(n, *measure(size, rows=n, repeats=options.repeats)) for n in ROWS] for size in small},
-        "tokens of an answer": {size: [(n, *measure(size, new=n, repeats=options.repeats)) for n in LENGTHS] for size in small},
+        "rows at once": {
+            size: [(n, *measure(size, rows=n, repeats=options.repeats)) for n in ROWS] for size in small
+        },
+        "tokens of an answer": {
+            size: [(n, *measure(size, new=n, repeats=options.repeats)) for n in LENGTHS] for size in small
+        },
         "million parameters": {
-            f"{cores} core(s)": [(parameters(size), *measure(size, cores=cores, new=24, repeats=options.repeats)) for size in SIZES] for cores in CORES
+            f"{cores} core(s)": [
+                (parameters(size), *measure(size, cores=cores, new=24, repeats=options.repeats))
+                for size in SIZES
+            ]
+            for cores in CORES
         },
     }
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -41,13 +51,31 @@ def main() -> None:
     draw(curves, options.folder / "curves.svg")
 
 
-def measure(size: str, rows: int = 16, new: int = 64, cores: int = 1, repeats: int = 3) -> tuple[float, float]:
+def measure(
+    size: str, rows: int = 16, new: int = 64, cores: int = 1, repeats: int = 3
+) -> tuple[float, float]:
     """Tokens a second of rollouts, and of the update that learns them."""
     folder, group, vocabulary = str(models.make(size)), min(rows, 8), models.SIZES[size][0]
-    asked = {"model": folder, "texts": models.prompts(max(1, rows // group), PROMPT, vocabulary), "group": group, "new": new, "gflop": 0.0}
-    learned = {"model": folder, "prompts": max(1, rows // group), "lengths": [new] * group, "new": new, "width": PROMPT, "batch_tokens": 4096}
+    asked = {
+        "model": folder,
+        "texts": models.prompts(max(1, rows // group), PROMPT, vocabulary),
+        "group": group,
+        "new": new,
+        "gflop": 0.0,
+    }
+    learned = {
+        "model": folder,
+        "prompts": max(1, rows // group),
+        "lengths": [new] * group,
+        "new": new,
+        "width": PROMPT,
+        "batch_tokens": 4096,
+    }
     print(f"{size}, {rows} rows, {new} tokens, {cores} core(s)", file=sys.stderr, flush=True)
-    sides = [Side("rollout", "limbeck_rollout.py", sys.executable, asked, cores), Side("update", "limbeck_update.py", sys.executable, learned, cores)]
+    sides = [
+        Side("rollout", "limbeck_rollout.py", sys.executable, asked, cores),
+        Side("update", "limbeck_update.py", sys.executable, learned, cores),
+    ]
     timed = alternate(sides, repeats)
     return timed["rollout"].medians["tokens_per_second"], rows * new / timed["update"].seconds[1]
 

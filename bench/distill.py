@@ -21,7 +21,9 @@ BATCHES = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(WORK), default="tiny")
     parser.add_argument("--rows", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -31,10 +33,16 @@ def main() -> None:
     prompts, new, width = WORK[options.size]
     vocabulary = models.SIZES[options.size][0]
     settings = {
-        "model": str(models.make(options.size)), "teacher": str(models.make(options.size, 1)), "prompts": prompts, "new": new,
-        "rows": options.rows, "beta": 0.5, "batch_tokens": 8192, "texts": models.prompts(BATCHES * prompts, width, vocabulary),
+        "model": str(models.make(options.size)),
+        "teacher": str(models.make(options.size, 1)),
+        "prompts": prompts,
+        "new": new,
+        "rows": options.rows,
+        "beta": 0.5,
+        "batch_tokens": 8192,
+        "texts": models.prompts(BATCHES * prompts, width, vocabulary),
         "responses": models.prompts(BATCHES * prompts, new, vocabulary, 1),
-    }  # fmt: skip
+    }
     sides = [
         Side("limbeck", "limbeck_distill.py", sys.executable, settings, options.threads),
         Side("trl", "trl_distill.py", python_of("trl"), settings, options.threads),
@@ -42,7 +50,13 @@ def main() -> None:
     timed = alternate(sides, options.repeats)
     way = "on rows" if options.rows else "on-policy"
     facts = {"size": options.size, "way": way, "threads": options.threads}
-    tell(f"GKD step, {options.size}, {way}, {options.threads} thread(s)", timed, roofline(options.threads), options.json, **facts)
+    tell(
+        f"GKD step, {options.size}, {way}, {options.threads} thread(s)",
+        timed,
+        roofline(options.threads),
+        options.json,
+        **facts,
+    )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,12 @@ from limbeck.train.sft import batches
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parent.parent / "recipes" / "quickstart.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    )
     parser.add_argument("--stage", default="base")
     parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -40,10 +44,15 @@ def main() -> None:
     for seed in options.seeds:
         exact, rounded = (grow(world, stage, options.tokens, seed, fp8) for fp8 in (False, True))
         losses.append((exact, rounded))
-        print(f"seed {seed}: float32 {exact:.5f}   FP8 {rounded:.5f}   gap {rounded / exact - 1:+.3%}", flush=True)
+        print(
+            f"seed {seed}: float32 {exact:.5f}   FP8 {rounded:.5f}   gap {rounded / exact - 1:+.3%}",
+            flush=True,
+        )
     exact, rounded = np.array(losses).T
     gaps = rounded / exact - 1
-    print(f"gap {gaps.mean():+.3%}, from {gaps.min():+.3%} to {gaps.max():+.3%}; float32 over seeds: {exact.min():.5f} to {exact.max():.5f}")
+    print(
+        f"gap {gaps.mean():+.3%}, from {gaps.min():+.3%} to {gaps.max():+.3%}; float32 over seeds: {exact.min():.5f} to {exact.max():.5f}"
+    )
 
 
 def grow(world, stage, tokens: int, seed: int, fp8: bool) -> float:
@@ -56,9 +65,14 @@ def grow(world, stage, tokens: int, seed: int, fp8: bool) -> float:
     plan = batches(documents, stage.batch_tokens, seed)
     learner, losses = Learner(decoder, stage.optimizer, len(plan)), []
     for step, batch in enumerate(plan, 1):
-        losses.append(learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), cross_entropy)["loss"])
+        losses.append(
+            learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), cross_entropy)["loss"]
+        )
         if step % 100 == 0 or step == len(plan):
-            print(f"{'FP8' if fp8 else 'float32':8} {step:6} of {len(plan)} updates, loss {np.mean(losses[-100:]):.4f}", flush=True)
+            print(
+                f"{'FP8' if fp8 else 'float32':8} {step:6} of {len(plan)} updates, loss {np.mean(losses[-100:]):.4f}",
+                flush=True,
+            )
     return float(np.mean(losses[-len(losses) // 10 :]))
 
 

@@ -21,7 +21,9 @@ WORK = {"tiny": (8, 8, 64, 64), "10m": (8, 8, 64, 64), "135m": (2, 8, 32, 64)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", choices=["trl"], default="trl")
     parser.add_argument("--size", choices=list(WORK), default="tiny")
     parser.add_argument("--lengths", choices=["fixed", "skewed"], default="fixed")
@@ -36,17 +38,30 @@ def main() -> None:
     ]
     timed = alternate(sides, options.repeats)
     title = f"GRPO step, {options.size}, {options.lengths} lengths, {options.threads} thread(s)"
-    tell(title, timed, roofline(options.threads), options.json, size=options.size, lengths=options.lengths, threads=options.threads)
+    tell(
+        title,
+        timed,
+        roofline(options.threads),
+        options.json,
+        size=options.size,
+        lengths=options.lengths,
+        threads=options.threads,
+    )
 
 
 def work(size: str, lengths: str) -> dict:
     prompts, group, new, width = WORK[size]
     vocabulary = models.SIZES[size][0]
     return {
-        "model": str(models.make(size)), "prompts": prompts, "group": group, "new": new, "fixed": lengths == "fixed",
-        "texts": models.prompts(prompts, width, vocabulary), "batch_tokens": 8192,
+        "model": str(models.make(size)),
+        "prompts": prompts,
+        "group": group,
+        "new": new,
+        "fixed": lengths == "fixed",
+        "texts": models.prompts(prompts, width, vocabulary),
+        "batch_tokens": 8192,
         "stop": [] if lengths == "fixed" else list(range(round(stop_share(new) * vocabulary))),
-    }  # fmt: skip
+    }
 
 
 def stop_share(new: int) -> float:

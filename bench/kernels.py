@@ -35,7 +35,9 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"kernels: {kernels.instructions()}; torch: {torch.backends.cpu.get_cpu_capability()}\n")
     ratios = [*products(), *operations()]
-    print(f"\nthe slowest of {len(ratios)}: {min(ratios):.2f}x of plain torch's speed; median {statistics.median(ratios):.2f}x\n")
+    print(
+        f"\nthe slowest of {len(ratios)}: {min(ratios):.2f}x of plain torch's speed; median {statistics.median(ratios):.2f}x\n"
+    )
     prompts_once(prompt=10, longest=150, label="miniature")
     prompts_once(prompt=46, longest=20, label="short answers to longer prompts")
 
@@ -74,7 +76,10 @@ def operations() -> list[float]:
 
 
 def tell(name: str, shape: str, ours: float, plain: float) -> float:
-    print(f"{name:10} {shape:40} used {1e6 * ours:10,.1f} us  torch {1e6 * plain:10,.1f} us  {plain / ours:5.2f}x", flush=True)
+    print(
+        f"{name:10} {shape:40} used {1e6 * ours:10,.1f} us  torch {1e6 * plain:10,.1f} us  {plain / ours:5.2f}x",
+        flush=True,
+    )
     return plain / ours
 
 
@@ -82,9 +87,15 @@ def prompts_once(prompt: int, longest: int, label: str) -> None:
     """Forward and backward of 32 groups of 8: every sequence in full, or each prompt once."""
     dice = np.random.default_rng(0)
     samples = [
-        Sample(np.concatenate([asked, dice.integers(0, 63, n)]), prompt, float(dice.normal()), dice.normal(-2, 0.3, n).astype(np.float32))
-        for asked in dice.integers(0, 63, (32, prompt)) for n in dice.integers(1, longest, 8)
-    ]  # fmt: skip
+        Sample(
+            np.concatenate([asked, dice.integers(0, 63, n)]),
+            prompt,
+            float(dice.normal()),
+            dice.normal(-2, 0.3, n).astype(np.float32),
+        )
+        for asked in dice.integers(0, 63, (32, prompt))
+        for n in dice.integers(1, longest, 8)
+    ]
     learner = Learner(Decoder(ModelConfig("llama", 63, 64, 3, 4, 4, 16, 176)).initialize(0), Optimizer(), 1)
     loss = policy_gradient(Policy(), longest)
 

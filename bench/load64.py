@@ -36,9 +36,12 @@ async def keep_asking(port: int, stream: int, until: float, share: Share) -> Non
     random = generator("bench.load64", stream)
     while time.monotonic() < until and not share.error:
         body = {
-            "model": "model", "prompt": " ".join(random.choice(WORDS, 8)), "max_tokens": int(random.integers(16, 128)), "ignore_eos": True,
+            "model": "model",
+            "prompt": " ".join(random.choice(WORDS, 8)),
+            "max_tokens": int(random.integers(16, 128)),
+            "ignore_eos": True,
             "seed": int(random.integers(1 << 30)),
-        }  # fmt: skip
+        }
         if random.random() < 1 / 8:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(random.random()):
@@ -64,21 +67,27 @@ def fairness(numbers: list[int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     port = free_port()
-    with running(limbeck(options.model, port, options.threads), port, {"OMP_NUM_THREADS": str(options.threads)}):
+    with running(
+        limbeck(options.model, port, options.threads), port, {"OMP_NUM_THREADS": str(options.threads)}
+    ):
         begin = time.monotonic()
         shares = asyncio.run(load(port, options.streams, options.seconds))
         took = time.monotonic() - begin  # what had begun was heard to its end
     errors, events = [share.error for share in shares if share.error], [share.events for share in shares]
-    print(f"{options.streams} streams for {options.seconds:.0f} s: {sum(s.answers for s in shares)} answers, {sum(s.left for s in shares)} left in "
-          f"the middle, {len(errors)} errors; {sum(events) / took:.0f} events/s over {took:.0f} s; a stream got {min(events)} to {max(events)}, "
-          f"Jain's index {fairness(events):.3f}; worst wait for a first token {max(s.worst_first for s in shares):.2f} s")  # fmt: skip
+    print(
+        f"{options.streams} streams for {options.seconds:.0f} s: {sum(s.answers for s in shares)} answers, {sum(s.left for s in shares)} left in "
+        f"the middle, {len(errors)} errors; {sum(events) / took:.0f} events/s over {took:.0f} s; a stream got {min(events)} to {max(events)}, "
+        f"Jain's index {fairness(events):.3f}; worst wait for a first token {max(s.worst_first for s in shares):.2f} s"
+    )
     raise SystemExit(errors[0] if errors else 0)
 
 

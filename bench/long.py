@@ -30,11 +30,15 @@ from . import models
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(models.SIZES), default="135m")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="keep what the way back needs, and recompute nothing")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what the way back needs, and recompute nothing"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -49,10 +53,14 @@ def main() -> None:
     begun = time.perf_counter()
     metrics = learner.update(pack([sample], options.tokens), policy_gradient(Policy(), options.tokens))
     said = {
-        "size": options.size, "tokens": options.tokens, "threads": options.threads, "recompute": not options.keep,
-        "seconds": time.perf_counter() - begun, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "size": options.size,
+        "tokens": options.tokens,
+        "threads": options.threads,
+        "recompute": not options.keep,
+        "seconds": time.perf_counter() - begun,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "gradient_norm": metrics["gradient_norm"],
-    }  # fmt: skip
+    }
     print(json.dumps(said))
     if options.json:
         with options.json.open("a") as file:

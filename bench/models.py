@@ -32,7 +32,10 @@ def make(size: str, seed: int = 0) -> Path:
     if not (folder / "config.json").exists():
         vocabulary, hidden, layers, heads, kv_heads, width, inner, tied = SIZES[size]
         config = ModelConfig("llama", vocabulary, hidden, layers, heads, kv_heads, width, inner, tied=tied)
-        words = {f"w{i}": i for i in range(vocabulary - 2)} | {"<end>": vocabulary - 2, "<pad>": vocabulary - 1}
+        words = {f"w{i}": i for i in range(vocabulary - 2)} | {
+            "<end>": vocabulary - 2,
+            "<pad>": vocabulary - 1,
+        }
         backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
         tokenizer = Tokenizer(backend, "{{ messages[0].content }}", "<end>", "<pad>")

@@ -21,26 +21,43 @@ from limbeck.model.config import Experts, ModelConfig
 from limbeck.model.ffn import MixtureOfExperts, SwiGLU
 from limbeck.model.kv_cache import Packed
 
-SIZES = [(128, 64, 16, 64), (128, 64, 16, 4096), (384, 192, 32, 64), (384, 192, 32, 4096)]  # hidden, expert, E, tokens
+SIZES = [
+    (128, 64, 16, 64),
+    (128, 64, 16, 4096),
+    (384, 192, 32, 64),
+    (384, 192, 32, 4096),
+]  # hidden, expert, E, tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print("| hidden | expert | experts | tokens | side | forward | forward + backward |\n|---|---|---|---|---|---|---|")
+    print(
+        "| hidden | expert | experts | tokens | side | forward | forward + backward |\n|---|---|---|---|---|---|---|"
+    )
     for hidden, width, count, tokens in SIZES:
         sides = build(hidden, width, count, tokens)
         timed = measure(sides, options.rounds)
         for name, (forward, both) in timed.items():
-            print(f"| {hidden} | {width} | {count} | {tokens} | {name} | {told(forward)} | {told(both)} |", flush=True)
-        ours, best = timed["limbeck"], min((t for n, t in timed.items() if "transformers" in n), key=lambda t: statistics.median(t[1]))
+            print(
+                f"| {hidden} | {width} | {count} | {tokens} | {name} | {told(forward)} | {told(both)} |",
+                flush=True,
+            )
+        ours, best = (
+            timed["limbeck"],
+            min((t for n, t in timed.items() if "transformers" in n), key=lambda t: statistics.median(t[1])),
+        )
         ratios = [statistics.median(b) / statistics.median(o) for o, b in zip(ours, best, strict=True)]
-        print(f"\nfaster than transformers' best {ratios[0]:.2f}x forward, {ratios[1]:.2f}x both; "
-              f"{statistics.median(ours[1]) / statistics.median(timed['dense, equal active'][1]):.2f}x of dense\n")  # fmt: skip
+        print(
+            f"\nfaster than transformers' best {ratios[0]:.2f}x forward, {ratios[1]:.2f}x both; "
+            f"{statistics.median(ours[1]) / statistics.median(timed['dense, equal active'][1]):.2f}x of dense\n"
+        )
 
 
 def build(hidden: int, width: int, count: int, tokens: int) -> dict[str, tuple[nn.Module, Callable]]:
@@ -50,7 +67,11 @@ def build(hidden: int, width: int, count: int, tokens: int) -> dict[str, tuple[n
 
     experts = Experts(count, 4, width, width, sigmoid=True, balanced=True, normalize=True, scale=2.5)
     config = ModelConfig("deepseek_v3", 8, hidden, 1, 1, 1, hidden, width, experts=experts)
-    ours, x, context = MixtureOfExperts(config), torch.randn(tokens, hidden, requires_grad=True), Packed([tokens])
+    ours, x, context = (
+        MixtureOfExperts(config),
+        torch.randn(tokens, hidden, requires_grad=True),
+        Packed([tokens]),
+    )
     for weight in ours.parameters():
         if weight.ndim > 1:
             weight.data.normal_(0, weight.shape[-1] ** -0.5)
@@ -60,10 +81,17 @@ def build(hidden: int, width: int, count: int, tokens: int) -> dict[str, tuple[n
         "dense, equal active": (dense, lambda: dense(x)),
     }
     for way in ("eager", "grouped_mm"):
-        theirs = DeepseekV3MoE(DeepseekV3Config(
-            hidden_size=hidden, moe_intermediate_size=width, n_routed_experts=count, num_experts_per_tok=4, n_group=1, topk_group=1,
-            experts_implementation=way,
-        ))  # fmt: skip
+        theirs = DeepseekV3MoE(
+            DeepseekV3Config(
+                hidden_size=hidden,
+                moe_intermediate_size=width,
+                n_routed_experts=count,
+                num_experts_per_tok=4,
+                n_group=1,
+                topk_group=1,
+                experts_implementation=way,
+            )
+        )
         theirs.experts.gate_up_proj.data.copy_(ours.experts_gate_up)
         theirs.experts.down_proj.data.copy_(ours.experts_down)
         theirs.gate.weight.data.copy_(ours.router.weight)
@@ -75,7 +103,9 @@ def build(hidden: int, width: int, count: int, tokens: int) -> dict[str, tuple[n
     return sides
 
 
-def measure(sides: dict[str, tuple[nn.Module, Callable]], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+def measure(
+    sides: dict[str, tuple[nn.Module, Callable]], rounds: int
+) -> dict[str, tuple[list[float], list[float]]]:
     """Milliseconds of each round, forward alone and with backward; the first round warms up and is dropped."""
     times = {name: ([], []) for name in sides}
     for _ in range(rounds + 1):

@@ -22,27 +22,43 @@ PAIRS, PROMPT, LONGEST, BATCHES = {"tiny": 16, "10m": 16, "135m": 4}, 64, 128, 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(PAIRS), default="tiny")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    settings = {"model": str(models.make(options.size)), "pairs": PAIRS[options.size], "batch_tokens": 8192, **texts(options.size)}
+    settings = {
+        "model": str(models.make(options.size)),
+        "pairs": PAIRS[options.size],
+        "batch_tokens": 8192,
+        **texts(options.size),
+    }
     sides = [
         Side("limbeck", "limbeck_preference.py", sys.executable, settings, options.threads),
         Side("trl", "trl_preference.py", python_of("trl"), settings, options.threads),
     ]
     timed = alternate(sides, options.repeats)
     facts = {"size": options.size, "threads": options.threads}
-    tell(f"DPO step, {options.size}, {options.threads} thread(s)", timed, roofline(options.threads), options.json, **facts)
+    tell(
+        f"DPO step, {options.size}, {options.threads} thread(s)",
+        timed,
+        roofline(options.threads),
+        options.json,
+        **facts,
+    )
 
 
 def texts(size: str) -> dict[str, list[str]]:
     """Prompts, and two responses to each, their lengths drawn once."""
     count, vocabulary = BATCHES * PAIRS[size], models.SIZES[size][0]
     lengths = np.random.default_rng(0).exponential(40, (2, count)).clip(8, LONGEST).astype(int)
-    said = [[models.prompts(1, n, vocabulary, 1000 * side + i)[0] for i, n in enumerate(row)] for side, row in enumerate(lengths)]
+    said = [
+        [models.prompts(1, n, vocabulary, 1000 * side + i)[0] for i, n in enumerate(row)]
+        for side, row in enumerate(lengths)
+    ]
     return {"texts": models.prompts(count, PROMPT, vocabulary), "chosen": said[0], "rejected": said[1]}
 
 

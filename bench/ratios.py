@@ -19,7 +19,12 @@ import tempfile
 from pathlib import Path
 
 # What holds a machine with more back: our kernels, torch, MKL and oneDNN.
-AVX2 = {"LIMBECK_MARCH": "x86-64-v3", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+AVX2 = {
+    "LIMBECK_MARCH": "x86-64-v3",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 SIZES = ("tiny", "10m", "135m")
 TURNS = {"tiny": 5, "10m": 3, "135m": 2}
 
@@ -35,7 +40,9 @@ STREAMS = (1, 16, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--instructions", choices=["native", "avx2"], default="native")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--only", nargs="+", default=[""], help="comparisons whose names begin so")
@@ -46,7 +53,9 @@ def main() -> None:
     print(f"| work | {' | '.join(options.sizes)} |\n|---|{'---|' * len(options.sizes)}")
     for name, command in WORK.items():
         if name.startswith(tuple(options.only)):
-            found = [ratio(command, size, options.repeats or TURNS[size], environment) for size in options.sizes]
+            found = [
+                ratio(command, size, options.repeats or TURNS[size], environment) for size in options.sizes
+            ]
             print(f"| {name} | {' | '.join(f'{x:.2f}x' for x in found)} |", flush=True)
     if os.environ.get("LIMBECK_LLAMA_SERVER") and "serving".startswith(tuple(options.only)):
         print(f"\n| serving, streams | {' | '.join(map(str, STREAMS))} |\n|---|{'---|' * len(STREAMS)}")
@@ -72,13 +81,18 @@ def serving(environment: dict[str, str]) -> list[float]:
         out = Path(folder) / "serving.json"
         run = [sys.executable, "-m", "bench.serving", "--streams", *map(str, STREAMS), "--json", str(out)]
         subprocess.run(run, check=True, capture_output=True, text=True, env=environment)
-        speed = {(row["server"], row["streams"]): row["tokens_per_second"] for row in json.loads(out.read_text())}
+        speed = {
+            (row["server"], row["streams"]): row["tokens_per_second"] for row in json.loads(out.read_text())
+        }
     return [speed["limbeck", n] / speed["llama.cpp", n] for n in STREAMS]
 
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        "unknown processor",
+    )
 
 
 def instructions(environment: dict[str, str]) -> str:
@@ -86,7 +100,9 @@ def instructions(environment: dict[str, str]) -> str:
         "import torch; from limbeck.model import kernels\n"
         "print(f'kernels for {kernels.instructions()}, torch for {torch.backends.cpu.get_cpu_capability()}')"
     )
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -24,12 +24,20 @@ PROMPT = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(NEW), default="tiny")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 256])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against", nargs="*", choices=["transformers", "vllm", "vllm-compiled"], default=["transformers"], help="none: the share of the roofline alone")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=["transformers", "vllm", "vllm-compiled"],
+        default=["transformers"],
+        help="none: the share of the roofline alone",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     folder = models.make(options.size)
@@ -37,16 +45,33 @@ def main() -> None:
     for rows in options.rows:
         group = min(rows, 8)
         settings = {
-            "model": str(folder), "texts": models.prompts(rows // group, PROMPT, vocabulary), "group": group, "new": NEW[options.size],
+            "model": str(folder),
+            "texts": models.prompts(rows // group, PROMPT, vocabulary),
+            "group": group,
+            "new": NEW[options.size],
             "gflop": config.flops_per_token(PROMPT + NEW[options.size] // 2) / 1e9,
-        }  # fmt: skip
+        }
         sides = [Side("limbeck", "limbeck_rollout.py", sys.executable, settings, options.threads)]
         for peer in options.against:
             home, _, compiled = peer.partition("-")
-            sides.append(Side(peer, f"{home}_rollout.py", python_of(home), {**settings, "eager": not compiled}, options.threads))
+            sides.append(
+                Side(
+                    peer,
+                    f"{home}_rollout.py",
+                    python_of(home),
+                    {**settings, "eager": not compiled},
+                    options.threads,
+                )
+            )
         timed, roof = alternate(sides, options.repeats), roofline(options.threads)
         facts = {"size": options.size, "rows": rows, "threads": options.threads}
-        tell(f"rollouts, {options.size}, {rows} rows, {options.threads} thread(s)", timed, roof, options.json, **facts)
+        tell(
+            f"rollouts, {options.size}, {rows} rows, {options.threads} thread(s)",
+            timed,
+            roof,
+            options.json,
+            **facts,
+        )
 
 
 if __name__ == "__main__":

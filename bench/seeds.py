@@ -19,7 +19,9 @@ MODES = {"t1": "T = 1", "t06": "T = 0.6", "greedy": "greedy", "pass@8": "pass@8"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -31,14 +33,29 @@ def main() -> None:
 
 def run(recipe: Path, name: str, seed: int, runs: Path) -> dict:
     """One seed's report."""
-    command = ["limbeck", "run", str(recipe), "--auto", "--runs", str(runs), "--set", f"name={name}", "--set", f"seed={seed}"]
-    subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True, stdout=sys.stderr)
+    command = [
+        "limbeck",
+        "run",
+        str(recipe),
+        "--auto",
+        "--runs",
+        str(runs),
+        "--set",
+        f"name={name}",
+        "--set",
+        f"seed={seed}",
+    ]
+    subprocess.run(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]], check=True, stdout=sys.stderr
+    )
     return json.loads((runs / name / "report" / "report.json").read_text())
 
 
 def table(reports: dict[int, dict]) -> str:
     """Models down, ways of sampling across; each cell is one seed's share with its 95 % interval."""
-    lines = [f"| model | seed | {' | '.join(MODES.values())} | length | attempts | P(again \\| no) | one language |"]
+    lines = [
+        f"| model | seed | {' | '.join(MODES.values())} | length | attempts | P(again \\| no) | one language |"
+    ]
     lines.append("|---" * (len(MODES) + 6) + "|")
     for model in next(iter(reports.values()))["models"]:
         for seed, report in reports.items():
@@ -48,8 +65,10 @@ def table(reports: dict[int, dict]) -> str:
             lines.append(f"| {model} | {seed} | {' | '.join([*cells, *rest])} |")
     for seed, report in reports.items():
         machine = report["machine"]
-        lines.append(f"\nSeed {seed}: {report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, "
-                     f"{machine['cores']:g} cores of {machine['processor']}.")  # fmt: skip
+        lines.append(
+            f"\nSeed {seed}: {report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, "
+            f"{machine['cores']:g} cores of {machine['processor']}."
+        )
     return "\n".join(lines)
 
 

@@ -39,7 +39,10 @@ WORDS = (
 @contextmanager
 def running(command: list[str], port: int, environment: dict[str, str]) -> Iterator[None]:
     """A server, from when it answers until it is told to stop."""
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment}) as process:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment}) as process,
+    ):
         end = time.monotonic() + PATIENCE
         while True:
             try:
@@ -49,7 +52,9 @@ def running(command: list[str], port: int, environment: dict[str, str]) -> Itera
             except OSError:
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
-                    raise SystemExit(f"{command[0]} did not start:\n{log.read().decode(errors='replace')[-2000:]}") from None
+                    raise SystemExit(
+                        f"{command[0]} did not start:\n{log.read().decode(errors='replace')[-2000:]}"
+                    ) from None
                 time.sleep(0.1)
         try:
             yield
@@ -66,14 +71,38 @@ def free_port() -> int:
 
 def limbeck(model: Path, port: int, threads: int) -> list[str]:
     main = "from limbeck.cli import main; main()"
-    return [sys.executable, "-c", main, "serve", f"model={model}", "--port", str(port), "--threads", str(threads), "--runs", tempfile.gettempdir()]
+    return [
+        sys.executable,
+        "-c",
+        main,
+        "serve",
+        f"model={model}",
+        "--port",
+        str(port),
+        "--threads",
+        str(threads),
+        "--runs",
+        tempfile.gettempdir(),
+    ]
 
 
 def llama(server: str, file: Path, port: int, threads: int, rows: int, room: int) -> list[str]:
     return [
-        server, "-m", str(file), "--port", str(port), "-t", str(threads), "-tb", str(threads), "-np", str(rows), "-c", str(rows * room),
+        server,
+        "-m",
+        str(file),
+        "--port",
+        str(port),
+        "-t",
+        str(threads),
+        "-tb",
+        str(threads),
+        "-np",
+        str(rows),
+        "-c",
+        str(rows * room),
         "--no-webui",
-    ]  # fmt: skip
+    ]
 
 
 def prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: object) -> list[str]:
@@ -99,12 +128,16 @@ def measure(port: int, texts: list[str], new: int) -> dict[str, float]:
         raise SystemExit(f"{len(wrong)} of {len(heard)} streams failed: {wrong[0]}")
     first = [one.events[0] - one.asked for one in heard]
     return {
-        "first_median": statistics.median(first), "first_worst": max(first), "tokens_per_second": len(texts) * new / (max(one.ended for one in heard) - begin)
+        "first_median": statistics.median(first),
+        "first_worst": max(first),
+        "tokens_per_second": len(texts) * new / (max(one.ended for one in heard) - begin),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
@@ -121,21 +154,35 @@ def main() -> None:
             file = Path(folder) / "model.gguf"
             gguf.write(options.model, file, options.type)
             room = options.prompt + options.new + 16
-            commands["llama.cpp"] = lambda port: llama(peer, file, port, options.threads, max(options.streams), room)
+            commands["llama.cpp"] = lambda port: llama(
+                peer, file, port, options.threads, max(options.streams), room
+            )
         for name, command in commands.items():
             port = free_port()
             with running(command(port), port, {"OMP_NUM_THREADS": str(options.threads)}):
                 measure(port, prompts(tokenizer, 2, options.prompt, "warm"), 4)
                 for streams in options.streams:
-                    found[name, streams] = told = measure(port, prompts(tokenizer, streams, options.prompt, streams), options.new)
-                    print(f"{name:10} {streams:3} streams: first token after {told['first_median']:.2f} s (median), {told['first_worst']:.2f} s (worst), "
-                          f"{told['tokens_per_second']:7.1f} tokens/s", flush=True)  # fmt: skip
+                    found[name, streams] = told = measure(
+                        port, prompts(tokenizer, streams, options.prompt, streams), options.new
+                    )
+                    print(
+                        f"{name:10} {streams:3} streams: first token after {told['first_median']:.2f} s (median), {told['first_worst']:.2f} s (worst), "
+                        f"{told['tokens_per_second']:7.1f} tokens/s",
+                        flush=True,
+                    )
     for streams in options.streams if peer else ():
         ours, theirs = found["limbeck", streams], found["llama.cpp", streams]
-        print(f"{streams:3} streams, Limbeck over llama.cpp ({options.type}): {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} x the tokens, "
-              f"{ours['first_median'] / theirs['first_median']:.2f} x the wait for the first")  # fmt: skip
+        print(
+            f"{streams:3} streams, Limbeck over llama.cpp ({options.type}): {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} x the tokens, "
+            f"{ours['first_median'] / theirs['first_median']:.2f} x the wait for the first"
+        )
     if options.json:
-        options.json.write_text(json.dumps([{"server": name, "streams": n, **told} for (name, n), told in found.items()], indent=2) + "\n")
+        options.json.write_text(
+            json.dumps(
+                [{"server": name, "streams": n, **told} for (name, n), told in found.items()], indent=2
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,13 @@ import platformdirs
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("LIMBECK_BENCH") or Path(platformdirs.user_cache_dir("limbeck")) / "bench")
 # What each peer needs; torch's CPU build first, lest gigabytes of CUDA come with them.
-TORCH = ["torch==2.13.0", "--index-url", "https://download.pytorch.org/whl/cpu", "--extra-index-url", "https://pypi.org/simple"]
+TORCH = [
+    "torch==2.13.0",
+    "--index-url",
+    "https://download.pytorch.org/whl/cpu",
+    "--extra-index-url",
+    "https://pypi.org/simple",
+]
 PEERS = {
     "trl": ["transformers==5.23.0", "trl==1.16.0", "datasets", "accelerate"],
     "transformers": ["transformers==5.23.0", "accelerate"],
@@ -32,7 +38,11 @@ PEERS = {
 # Built for another torch than they ask for: with them `import vllm` fails, and text needs none of them.
 UNFIT = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 # What Limbeck's processes see to by themselves (limbeck/runtime/allocator.py), all sides are given.
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31), "THP_MEM_ALLOC_ENABLE": "1"}
+MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 31),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def python_of(peer: str) -> str:
@@ -59,14 +69,25 @@ class Side:
 
     def __init__(self, name: str, script: str, python: str, settings: Mapping[str, Any], threads: int):
         environment = {
-            **MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent),
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
+            **MEMORY,
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "PYTHONPATH": str(HERE.parent),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         CACHE.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, (CACHE / f"{name}.log").open("w")
         self.process = subprocess.Popen(
-            [python, str(HERE / "workers" / script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
-        )  # fmt: skip
+            [python, str(HERE / "workers" / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+        )
         self._write(json.dumps({**settings, "threads": threads}))
         self._read()  # ready
 
@@ -102,7 +123,9 @@ class Timed:
         keys = turns[0].keys()
         medians = {key: statistics.median(turn[key] for turn in turns) for key in keys}
         if {"tokens", "tokens_per_second"} <= keys:  # turns of several sizes: all tokens by all seconds
-            medians["tokens_per_second"] = sum(turn["tokens"] for turn in turns) / sum(turn["wall"] for turn in turns)
+            medians["tokens_per_second"] = sum(turn["tokens"] for turn in turns) / sum(
+                turn["wall"] for turn in turns
+            )
         wall = [turn["wall"] for turn in turns]
         low, middle, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else wall * 3
         return cls(name, (low, middle, high), medians)
@@ -114,7 +137,11 @@ def alternate(sides: list[Side], repeats: int, warmup: int = 1) -> dict[str, Tim
     for i in range(warmup + repeats):
         for side in sides:
             said = side.turn()
-            print(f"  {side.name:12} {said['wall']:8.3f} s{' (warm-up)' if i < warmup else ''}", file=sys.stderr, flush=True)
+            print(
+                f"  {side.name:12} {said['wall']:8.3f} s{' (warm-up)' if i < warmup else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
             if i >= warmup:
                 turns[side.name].append(said)
     for side in sides:
@@ -135,16 +162,29 @@ def roofline(threads: int) -> dict[str, float]:
         "print(json.dumps({'gflops': 2*2048**3/best(lambda: a@a)/1e9, 'gbytes': 4*len(x)/best(lambda: x.sum())/1e9}))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    out = subprocess.run([sys.executable, "-c", code, str(threads)], capture_output=True, text=True, check=True, env=environment)
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(threads)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     return json.loads(out.stdout)
 
 
-def tell(title: str, timed: Mapping[str, Timed], roof: Mapping[str, float], out: Path | None, **facts: Any) -> None:
+def tell(
+    title: str, timed: Mapping[str, Timed], roof: Mapping[str, float], out: Path | None, **facts: Any
+) -> None:
     """A table for people, and beside it JSON."""
     ours, *others = timed.values()
     print(f"\n{title}\nroofline: {roof['gflops']:.0f} GFLOP/s, {roof['gbytes']:.1f} GB/s\n")
     shown = [key for key in ours.medians if key != "wall"]
-    print("| side | seconds (quartiles) | " + " | ".join(shown) + " | limbeck is |\n|" + "---|" * (len(shown) + 3))
+    print(
+        "| side | seconds (quartiles) | "
+        + " | ".join(shown)
+        + " | limbeck is |\n|"
+        + "---|" * (len(shown) + 3)
+    )
     for side in (ours, *others):
         low, middle, high = side.seconds
         cells = " | ".join(f"{side.medians.get(key, np.nan):.4g}" for key in shown)
@@ -153,9 +193,12 @@ def tell(title: str, timed: Mapping[str, Timed], roof: Mapping[str, float], out:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         record = {
-            "title": title, "when": time.strftime("%F %T"), "roofline": dict(roof), **facts,
+            "title": title,
+            "when": time.strftime("%F %T"),
+            "roofline": dict(roof),
+            **facts,
             "sides": {t.name: {"seconds": t.seconds, **t.medians} for t in timed.values()},
             "ratios": {t.name: t.seconds[1] / ours.seconds[1] for t in others},
-        }  # fmt: skip
+        }
         with out.open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -1,6 +1,6 @@
 """How long one waits before anything happens: the help, the import, the first token of a model.
 
-    python -m bench.startup
+python -m bench.startup
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ BIN = Path(sys.executable).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     waits = {
@@ -27,7 +29,14 @@ def main() -> None:
         "limbeck run --help": [str(BIN / "limbeck"), "run", "--help"],
         "import limbeck": [sys.executable, "-c", "import limbeck"],
         "import torch": [sys.executable, "-c", "import torch"],
-        "first token, tiny": [str(BIN / "limbeck"), "ask", str(models.make("tiny")), "w1 w2 w3", "--max-new-tokens", "1"],
+        "first token, tiny": [
+            str(BIN / "limbeck"),
+            "ask",
+            str(models.make("tiny")),
+            "w1 w2 w3",
+            "--max-new-tokens",
+            "1",
+        ],
     }
     times: dict[str, list[float]] = {name: [] for name in waits}
     for _ in range(options.repeats + 1):

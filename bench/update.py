@@ -25,7 +25,9 @@ WORK = {"tiny": (8, 8, 64, 64), "10m": (8, 8, 64, 64), "135m": (2, 8, 32, 64)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(WORK), default="tiny")
     parser.add_argument("--lengths", choices=["fixed", "skewed"], default="fixed")
     parser.add_argument("--threads", type=int, default=1)
@@ -37,16 +39,33 @@ def main() -> None:
     drawn = np.random.default_rng(0).exponential(new / 3, group).clip(1, new).astype(int).tolist()
     lengths = [new] * group if options.lengths == "fixed" else drawn
     folder = models.make(options.size)
-    settings = {"model": str(folder), "prompts": prompts, "lengths": lengths, "new": new, "width": width, "batch_tokens": 4096}
+    settings = {
+        "model": str(folder),
+        "prompts": prompts,
+        "lengths": lengths,
+        "new": new,
+        "width": width,
+        "batch_tokens": 4096,
+    }
     sides = [Side("limbeck", "limbeck_update.py", sys.executable, settings, options.threads)]
     if not options.alone:
-        sides.append(Side("transformers", "transformers_update.py", python_of("transformers"), settings, options.threads))
+        sides.append(
+            Side(
+                "transformers", "transformers_update.py", python_of("transformers"), settings, options.threads
+            )
+        )
     timed, roof = alternate(sides, options.repeats), roofline(options.threads)
     work = useful(ModelConfig.from_directory(folder), prompts, lengths, width)
     for side in timed.values():
         side.medians["useful_gflops"] = work / side.seconds[1] / 1e9
     facts = {"size": options.size, "lengths": options.lengths, "threads": options.threads}
-    tell(f"update, {options.size}, {options.lengths} lengths, {options.threads} thread(s)", timed, roof, options.json, **facts)
+    tell(
+        f"update, {options.size}, {options.lengths} lengths, {options.threads} thread(s)",
+        timed,
+        roof,
+        options.json,
+        **facts,
+    )
 
 
 def useful(config: ModelConfig, prompts: int, lengths: list[int], width: int) -> float:

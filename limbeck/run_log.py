@@ -20,7 +20,11 @@ from .types import Group
 METRICS, ROLLOUTS, ASKED, TIMING = "metrics.jsonl", "rollouts.jsonl", "asked.jsonl", "timing.jsonl"
 PREPARING = "preparing.partial"  # what a stage does before its first step; swept away as torn files are
 BEAT = 5.0  # seconds after which a step is timed although it is not logged
-COUNTED = ("sampled_tokens", "learned_tokens", "labelled_tokens")  # metrics that say how many tokens a step had
+COUNTED = (
+    "sampled_tokens",
+    "learned_tokens",
+    "labelled_tokens",
+)  # metrics that say how many tokens a step had
 
 
 class Record:
@@ -39,7 +43,12 @@ class Record:
         self._began, self._tokens = time.monotonic(), 0
 
     def step(
-        self, step: int, metrics: dict[str, float], groups: Iterable[Group] = (), asked: Sequence[str] = (), tokens: int = 0
+        self,
+        step: int,
+        metrics: dict[str, float],
+        groups: Iterable[Group] = (),
+        asked: Sequence[str] = (),
+        tokens: int = 0,
     ) -> None:
         """Append one step: `metrics` as they are, `groups` as readable rows, `asked` the ids of all problems learned from;
         `tokens` where the metrics do not count them."""
@@ -59,7 +68,12 @@ class Record:
 
     def _time(self, step: int, tokens: int) -> None:
         now = time.monotonic()
-        row = {"step": step, "of": self.total, "seconds": round(now - self._began, 3), "tokens": self._tokens + tokens}
+        row = {
+            "step": step,
+            "of": self.total,
+            "seconds": round(now - self._began, 3),
+            "tokens": self._tokens + tokens,
+        }
         _append(self.folder / TIMING, row)
         self._began, self._tokens = now, 0
 

@@ -153,7 +153,9 @@ class Thought(NamedTuple):
 class Sampler(Protocol):
     """Whatever answers problems: the engine here, or any endpoint elsewhere."""
 
-    def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]: ...
+    def rollout(
+        self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any
+    ) -> list[Group]: ...
 
 
 class Task(Protocol):

@@ -44,9 +44,15 @@ def decoder(tokenizer) -> Callable[..., Decoder]:
 
     def build(dtype: torch.dtype = torch.float32, seed: int = 0, **sizes) -> Decoder:
         shape = {
-            "vocab_size": tokenizer.size, "hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8,
-            "intermediate_size": 48, "max_positions": 128,
-        }  # fmt: skip
+            "vocab_size": tokenizer.size,
+            "hidden_size": 32,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "max_positions": 128,
+        }
         model = Decoder(ModelConfig("llama", **{**shape, **sizes})).initialize(seed)
         with torch.no_grad():
             model.head.weight.mul_(12)

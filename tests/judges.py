@@ -16,7 +16,10 @@ Material = dict[str, str]  # question, response A, response B ...
 
 def material(prompt: str) -> Material:
     """What stands between the marks, by name."""
-    return {name: text for _, name, text in re.findall(r"(?s)(\[[0-9a-f]{16}\]) ([\w ]+)\n(.*?)\n\1 end of \2", prompt)}
+    return {
+        name: text
+        for _, name, text in re.findall(r"(?s)(\[[0-9a-f]{16}\]) ([\w ]+)\n(.*?)\n\1 end of \2", prompt)
+    }
 
 
 class Programmed:
@@ -29,9 +32,16 @@ class Programmed:
         none = np.zeros(0)
         self.prompts += [problem.prompt for problem in problems]
         return [
-            Group(p, none, tuple(Completion(none, none, self.reply(material(p.prompt), i), self.stopped, i) for i in range(group_size)))
+            Group(
+                p,
+                none,
+                tuple(
+                    Completion(none, none, self.reply(material(p.prompt), i), self.stopped, i)
+                    for i in range(group_size)
+                ),
+            )
             for p in problems
-        ]  # fmt: skip
+        ]
 
 
 def choosing(worth: Callable[[str, str], float]) -> Callable[[Material, int], str]:
@@ -49,9 +59,13 @@ def truth(task) -> Callable[[str, str], float]:
 
     def worth(question: str, response: str) -> float:
         numbers, target = re.fullmatch(r"\w+ ([\d ]+) \w+ (\d+) \?", question).groups()
-        problem = Problem("clock/x", question, data={"numbers": sorted(map(int, numbers.split())), "target": int(target)})
+        problem = Problem(
+            "clock/x", question, data={"numbers": sorted(map(int, numbers.split())), "target": int(target)}
+        )
         found = re.search(r"<answer>.*?</answer>", response)
-        return task.score(problem, Completion(np.zeros(1), np.zeros(1), found[0] if found else response, True, 0)).parts["accuracy"]
+        return task.score(
+            problem, Completion(np.zeros(1), np.zeros(1), found[0] if found else response, True, 0)
+        ).parts["accuracy"]
 
     return worth
 
@@ -67,4 +81,8 @@ longer = choosing(lambda question, response: len(response))
 def gullible(task, keys: Sequence[str] = CANARIES) -> Callable[[Material, int], str]:
     """Checks, but takes a response that says nothing for the best one can say."""
     check = truth(task)
-    return choosing(lambda question, response: 2.0 if response.strip() in map(str.strip, keys) else check(question, response))
+    return choosing(
+        lambda question, response: (
+            2.0 if response.strip() in map(str.strip, keys) else check(question, response)
+        )
+    )

@@ -26,12 +26,32 @@ QUESTION = "use 5 1 6 make 4 ?"
 
 def save(folder: Path, tokenizer: Tokenizer, opens: bool = False, positions: int = 4096) -> Path:
     """A random model whose every token is open; with `opens` the prompt ends inside a thought."""
-    shape = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate_size": 48, "max_positions": positions}
+    shape = {
+        "hidden_size": 32,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_positions": positions,
+    }
     model = Decoder(ModelConfig("llama", tokenizer.size, **shape)).initialize(0)
     with torch.no_grad():
         model.head.weight.mul_(6)
-    template = tokenizer.template.replace("{% if add_generation_prompt %}Assistant:", "{% if add_generation_prompt %}Assistant:<think>")
-    weights.save(model, folder, Tokenizer(tokenizer.backend, template if opens else tokenizer.template, tokenizer.end, tokenizer.pad, tokenizer.bos))
+    template = tokenizer.template.replace(
+        "{% if add_generation_prompt %}Assistant:", "{% if add_generation_prompt %}Assistant:<think>"
+    )
+    weights.save(
+        model,
+        folder,
+        Tokenizer(
+            tokenizer.backend,
+            template if opens else tokenizer.template,
+            tokenizer.end,
+            tokenizer.pad,
+            tokenizer.bos,
+        ),
+    )
     return folder
 
 

@@ -14,7 +14,13 @@ class Stub:
     """`script(model, question)` tells thought and answer; they come `size` characters at a time, `pause` seconds apart.
     While `held`, nobody gets beyond the first half of a thought."""
 
-    def __init__(self, script: Callable[[str, str], tuple[str, str]], names=("r1", "small"), pause: float = 0.0, size: int = 4):
+    def __init__(
+        self,
+        script: Callable[[str, str], tuple[str, str]],
+        names=("r1", "small"),
+        pause: float = 0.0,
+        size: int = 4,
+    ):
         self.script, self.pause, self.size = script, pause, size
         self.models = {name: SimpleNamespace(name=name) for name in names}
         self.asked: list[tuple[Any, ...]] = []
@@ -27,12 +33,16 @@ class Stub:
     async def __aexit__(self, *error: object) -> None:
         pass
 
-    async def chat(self, model: str, messages: Any, temperature=0.6, thought_budget=None, **_: Any) -> AsyncIterator[Piece]:
+    async def chat(
+        self, model: str, messages: Any, temperature=0.6, thought_budget=None, **_: Any
+    ) -> AsyncIterator[Piece]:
         self.asked.append((model, [dict(one) for one in messages], temperature, thought_budget))
         self.open += 1
         counts = {}
         try:
-            for kind, text in zip(("thought", "answer"), self.script(model, messages[-1]["content"]), strict=True):
+            for kind, text in zip(
+                ("thought", "answer"), self.script(model, messages[-1]["content"]), strict=True
+            ):
                 for at in range(0, len(text), self.size):
                     yield Piece(kind, text[at : at + self.size], 1)
                     await asyncio.sleep(self.pause)

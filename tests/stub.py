@@ -14,10 +14,19 @@ KEY = "sk-very-secret-0123456789abcdef"
 def completion(content: str, finish: str = "stop", **message: Any) -> dict[str, Any]:
     """A chat completion as servers send it: 11 tokens in, 7 out."""
     return {
-        "id": "c", "object": "chat.completion", "created": 0, "model": "stub-1",
-        "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}],
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "stub-1",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": finish,
+                "message": {"role": "assistant", "content": content, **message},
+            }
+        ],
         "usage": {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18},
-    }  # fmt: skip
+    }
 
 
 def fault(message: str, code: str = "") -> dict[str, Any]:
@@ -34,7 +43,9 @@ class Stub:
     came with them, `busy` the most that were on their way at once.
     """
 
-    def __init__(self, reply: Callable[[dict, int], Reply] = lambda body, n: (200, {}, completion(f"answer {n}"))):
+    def __init__(
+        self, reply: Callable[[dict, int], Reply] = lambda body, n: (200, {}, completion(f"answer {n}"))
+    ):
         self.reply, self.lock = reply, threading.Lock()
         self.asked: list[dict] = []
         self.answered: list[dict] = []
@@ -73,7 +84,11 @@ class Stub:
                 text = told if isinstance(told, str) else json.dumps(told)
                 self.send_response(status)
                 kind = "text/html" if isinstance(told, str) else "application/json"
-                for name, value in {"content-type": kind, "content-length": str(len(text.encode())), **headers}.items():
+                for name, value in {
+                    "content-type": kind,
+                    "content-length": str(len(text.encode())),
+                    **headers,
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -86,7 +101,9 @@ class Stub:
             def handle_error(self, *_: Any) -> None: ...  # whoever asked was killed
 
         self.server = Server(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def greet(self, headers: dict[str, str]) -> Reply:

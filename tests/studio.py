@@ -47,7 +47,9 @@ def serving(app: Any) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -67,14 +69,20 @@ def house(tmp_path: Path) -> Callable[..., Any]:
     return lambda service=None, runs=tmp_path, key=None: serving(build(runs, service or NoModels(), key))
 
 
-@pytest.fixture(scope="module")  # while it lives, this thread has an event loop: `asyncio.run` has to wait for it
+@pytest.fixture(
+    scope="module"
+)  # while it lives, this thread has an event loop: `asyncio.run` has to wait for it
 def chromium() -> Iterator[Any]:
     if not CHROMIUM:
-        pytest.skip("no Chromium on this machine: install Debian's package `chromium`, or name one in LIMBECK_CHROMIUM")
+        pytest.skip(
+            "no Chromium on this machine: install Debian's package `chromium`, or name one in LIMBECK_CHROMIUM"
+        )
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()
 
@@ -84,9 +92,13 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
     """`visit(url, language="en", name="Ada", width=1200, dark=False)`: a page of a browser of its own."""
     contexts, faults = [], []
 
-    def open_page(url: str, language: str = "en", name: str | None = "Ada", width: int = 1200, dark: bool = False) -> Any:
+    def open_page(
+        url: str, language: str = "en", name: str | None = "Ada", width: int = 1200, dark: bool = False
+    ) -> Any:
         context = chromium.new_context(
-            locale={"en": "en-GB", "zh": "zh-CN"}[language], viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
+            locale={"en": "en-GB", "zh": "zh-CN"}[language],
+            viewport={"width": width, "height": 900},
+            color_scheme="dark" if dark else "light",
         )
         contexts.append(context)
         context.set_default_timeout(PATIENCE)
@@ -94,7 +106,14 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith((home, "data:", "blob:")) else faults.append(f"asked {request.url}"))
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((home, "data:", "blob:"))
+                else faults.append(f"asked {request.url}")
+            ),
+        )
         if name:
             context.request.post(f"{home}/hello", form={"name": name})
         page.goto(url)
@@ -110,8 +129,16 @@ def accessible(page: Any) -> None:
     """No finding of axe at the levels A and AA of WCAG 2."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page, options={"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}).response["violations"]
-    assert not found, [(one["id"], one["help"], [node["html"][:160] for node in one["nodes"]][:3]) for one in found]
+    found = (
+        Axe()
+        .run(
+            page, options={"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
+        )
+        .response["violations"]
+    )
+    assert not found, [
+        (one["id"], one["help"], [node["html"][:160] for node in one["nodes"]][:3]) for one in found
+    ]
 
 
 def picture(page: Any, name: str) -> None:

@@ -25,7 +25,9 @@ SAID = ["<answer> 1 -6 *5 </answer>", "try 6 -5 gives 1", "试 6 得 1"]
 def spelling() -> Tokenizer:
     """Every character is a token; `|` ends a turn."""
     letters = sorted(set("".join(SAID) + "abcdefghijklmnopqrstuvwxyzUA:?"))
-    backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate([*letters, "|", "#"])}, unk_token="#"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate([*letters, "|", "#"])}, unk_token="#")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     return Tokenizer(backend, "{{ messages[0].content }}:", "|", "#")
@@ -35,7 +37,10 @@ def bytewise() -> Tokenizer:
     """Every byte is a token: of a Chinese character three, of which the last one alone ends where a character does."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     backend.add_special_tokens(["<end>"])
     return Tokenizer(backend, "{{ messages[0].content }}", "<end>", "<end>")
 
@@ -64,7 +69,10 @@ def test_what_is_cut_off_within_a_word_is_of_no_span():
 
 def samples_of(tokenizer: Tokenizer) -> list[Sample]:
     """One response of each kind, the second one cut off."""
-    prompts, responses = [tokenizer.prompt(q) for q in ("say 1 ?", "use 6 1 ?", "say 6 ?")], [tokenizer.response(text) for text in SAID]
+    prompts, responses = (
+        [tokenizer.prompt(q) for q in ("say 1 ?", "use 6 1 ?", "say 6 ?")],
+        [tokenizer.response(text) for text in SAID],
+    )
     responses[1] = responses[1][:-1]
     return [Sample(np.concatenate([p, r]), len(p)) for p, r in zip(prompts, responses, strict=True)]
 
@@ -87,7 +95,10 @@ def test_with_one_tokenizer_every_token_is_a_span(decoder, tokenizer):
     marked, _ = aligned(samples, questions, tokenizer, teacher, tokenizer, 1 << 20)
     batches, plain = pack(marked, 1 << 20), pack(samples, 1 << 20)
     gaps = torch.cat(student.logprobs(plain)) - torch.cat(teacher.logprobs(plain))
-    value, _ = (sum(parts) for parts in zip(*((text_distance(student.logprobs([b])[0], b)[0], 0) for b in batches), strict=True))
+    value, _ = (
+        sum(parts)
+        for parts in zip(*((text_distance(student.logprobs([b])[0], b)[0], 0) for b in batches), strict=True)
+    )
     assert float(value) == pytest.approx(float(gaps.square().mean() / 2), rel=1e-4)
 
 
@@ -97,12 +108,18 @@ def test_its_expected_gradient_is_that_of_the_reverse_kl():
     logits = torch.randn(7, dtype=torch.float64, generator=random, requires_grad=True)
     logp = torch.randn(7, dtype=torch.float64, generator=random).log_softmax(0)
     logq = logits.log_softmax(0)
-    (batch,) = pack([Sample(np.array([1, 2, i]), 2, spans=np.array([0]), reference=np.zeros(1)) for i in range(7)], 1 << 20)
+    (batch,) = pack(
+        [Sample(np.array([1, 2, i]), 2, spans=np.array([0]), reference=np.zeros(1)) for i in range(7)],
+        1 << 20,
+    )
     order = batch.targets_M
     expected = torch.zeros(7, dtype=torch.float64)
     for place in range(7):
         one = replace(
-            batch, tokens=1, spans_M=torch.zeros(1, dtype=torch.long), reference_M=logp[order[place]].unsqueeze(0)
+            batch,
+            tokens=1,
+            spans_M=torch.zeros(1, dtype=torch.long),
+            reference_M=logp[order[place]].unsqueeze(0),
         )
         value, _ = text_distance(logq[order[place]].unsqueeze(0), one)
         (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
@@ -115,7 +132,9 @@ def test_micro_batches_add_up_and_a_student_learns(decoder, tokenizer):
     other = spelling()
     student = Learner(decoder(torch.float64), Optimizer(learning_rate=1e-2), 40)
     teacher = Teacher(Learner(decoder(vocab_size=other.size), Optimizer(), 1), (tokenizer, other))
-    lesson = DistillBatch([("big", sample, question) for sample, question in zip(samples_of(tokenizer), "abc", strict=True)])
+    lesson = DistillBatch(
+        [("big", sample, question) for sample, question in zip(samples_of(tokenizer), "abc", strict=True)]
+    )
     gradients = []
     for size in (1 << 20, 1):
         batches, _ = taught(lesson, {"big": teacher}, size)
@@ -124,5 +143,7 @@ def test_micro_batches_add_up_and_a_student_learns(decoder, tokenizer):
         gradients.append(torch.cat([p.grad.flatten() for p in student.model.parameters()]))
         student.model.zero_grad(set_to_none=True)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)  # what the teacher thinks is in float32
-    losses = [student.update(taught(lesson, {"big": teacher}, 1 << 20)[0], text_distance)["loss"] for _ in range(40)]
+    losses = [
+        student.update(taught(lesson, {"big": teacher}, 1 << 20)[0], text_distance)["loss"] for _ in range(40)
+    ]
     assert losses[-1] < losses[0] / 4

@@ -44,15 +44,29 @@ def test_models_are_told_by_name(client):
 
 
 def test_a_seed_says_the_same_again(client):
-    first, again, other = (client.chat.completions.create(**ASK, max_tokens=30, seed=seed) for seed in (1, 1, 2))
-    assert first.choices[0].message.content == again.choices[0].message.content != other.choices[0].message.content
+    first, again, other = (
+        client.chat.completions.create(**ASK, max_tokens=30, seed=seed) for seed in (1, 1, 2)
+    )
+    assert (
+        first.choices[0].message.content
+        == again.choices[0].message.content
+        != other.choices[0].message.content
+    )
     assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
     assert first.usage.total_tokens == first.usage.prompt_tokens + first.usage.completion_tokens
-    assert first.usage.cost == pytest.approx((first.usage.prompt_tokens + 2 * first.usage.completion_tokens) / 1e6)
+    assert first.usage.cost == pytest.approx(
+        (first.usage.prompt_tokens + 2 * first.usage.completion_tokens) / 1e6
+    )
 
 
 def test_a_thought_comes_apart_under_both_names_and_ends_with_its_budget(client, served):
-    asked = {**ASK, "model": "thinker", "seed": 3, "max_tokens": 40, "extra_body": {"thinking_budget": 6, "ignore_eos": True}}
+    asked = {
+        **ASK,
+        "model": "thinker",
+        "seed": 3,
+        "max_tokens": 40,
+        "extra_body": {"thinking_budget": 6, "ignore_eos": True},
+    }
     whole = client.chat.completions.create(**asked)
     message = whole.choices[0].message
     assert message.reasoning_content == message.reasoning and len(message.reasoning.split()) <= 6
@@ -66,7 +80,9 @@ def test_a_thought_comes_apart_under_both_names_and_ends_with_its_budget(client,
     assert "".join(d.content or "" for d in deltas) == message.content and deltas[0].role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in parts if chunk.choices][-1] == "length"
     assert parts[-1].usage.completion_tokens_details.reasoning_tokens == 7
-    none = client.chat.completions.create(**{**ASK, "model": "thinker"}, max_tokens=20, reasoning_effort="none")
+    none = client.chat.completions.create(
+        **{**ASK, "model": "thinker"}, max_tokens=20, reasoning_effort="none"
+    )
     assert not hasattr(none.choices[0].message, "reasoning_content")
     assert none.usage.completion_tokens_details.reasoning_tokens == 1  # the closing mark
 
@@ -74,14 +90,21 @@ def test_a_thought_comes_apart_under_both_names_and_ends_with_its_budget(client,
 def test_history_comes_with_a_thought_or_without(client):
     turn = {"role": "assistant", "content": "5 -1 -6"}
     forms = [
-        turn, {**turn, "reasoning_content": "try 5 -1"}, {**turn, "reasoning": "try 5 -1"}, {**turn, "content": "<think>try 5 -1</think>5 -1 -6"},
-        {**turn, "tool_calls": None, "refusal": None, "annotations": []}, {**turn, "content": [{"type": "text", "text": "5 -1 -6"}]},
-    ]  # fmt: skip
+        turn,
+        {**turn, "reasoning_content": "try 5 -1"},
+        {**turn, "reasoning": "try 5 -1"},
+        {**turn, "content": "<think>try 5 -1</think>5 -1 -6"},
+        {**turn, "tool_calls": None, "refusal": None, "annotations": []},
+        {**turn, "content": [{"type": "text", "text": "5 -1 -6"}]},
+    ]
     more = {"model": "plain", "max_tokens": 12, "seed": 5}
     talks = [[*ASK["messages"], form, {"role": "user", "content": "say 4 ?"}] for form in forms]
     answers = [client.chat.completions.create(messages=talk, **more) for talk in talks]
     assert len({(a.usage.prompt_tokens, a.choices[0].message.content) for a in answers}) == 1
-    kept = [client.chat.completions.create(messages=talk, **more, extra_body={"keep_reasoning": True}) for talk in talks]
+    kept = [
+        client.chat.completions.create(messages=talk, **more, extra_body={"keep_reasoning": True})
+        for talk in talks
+    ]
     assert [a.usage.prompt_tokens - answers[0].usage.prompt_tokens for a in kept] == [0, 5, 5, 5, 0, 0]
 
 
@@ -93,11 +116,16 @@ def test_choices_stops_and_logprobs(client, served):
     assert texts[0] == client.chat.completions.create(**asked).choices[0].message.content
     for choice in many.choices:
         told = choice.logprobs.content
-        assert all(len(one.top_logprobs) == 2 and one.logprob <= one.top_logprobs[0].logprob <= 0 for one in told)
+        assert all(
+            len(one.top_logprobs) == 2 and one.logprob <= one.top_logprobs[0].logprob <= 0 for one in told
+        )
         assert " ".join(one.token for one in told).split() == choice.message.content.split()
     stop = texts[0].split()[8]
     cut = client.chat.completions.create(**asked, stop=[stop])
-    assert cut.choices[0].message.content == texts[0][: texts[0].index(stop)].rstrip() and cut.choices[0].finish_reason == "stop"
+    assert (
+        cut.choices[0].message.content == texts[0][: texts[0].index(stop)].rstrip()
+        and cut.choices[0].finish_reason == "stop"
+    )
     assert cut.usage.completion_tokens == 1 + next(i for i, w in enumerate(texts[0].split()) if stop in w)
     soon(lambda: served.service.models["plain"].busy == 0, 30)
 
@@ -110,13 +138,20 @@ def test_completions_in_every_form(client, tokenizer):
     assert len({a.choices[0].text for a in answers}) == 1 and answers[0].usage.completion_tokens == 6
     batch = client.completions.create(prompt=[text, "say 1 ?"], n=2, echo=True, logprobs=1, **more)
     assert [choice.index for choice in batch.choices] == [0, 1, 2, 3]
-    assert [choice.text.startswith(prompt) for choice, prompt in zip(batch.choices, [text, text, "say 1 ?", "say 1 ?"], strict=True)] == [True] * 4
+    assert [
+        choice.text.startswith(prompt)
+        for choice, prompt in zip(batch.choices, [text, text, "say 1 ?", "say 1 ?"], strict=True)
+    ] == [True] * 4
     assert batch.choices[0].text == text + answers[0].choices[0].text
     told = batch.choices[0].logprobs
-    assert told.token_logprobs[0] is None and len(told.tokens) == len(ids) + 6 == len(told.top_logprobs) == len(told.text_offset)
+    assert told.token_logprobs[0] is None and len(told.tokens) == len(ids) + 6 == len(
+        told.top_logprobs
+    ) == len(told.text_offset)
     alone = client.completions.create(prompt=text, model="plain", max_tokens=0, echo=True, logprobs=1)
     assert alone.choices[0].text == text and len(alone.choices[0].logprobs.tokens) == len(ids)
-    parts = list(client.completions.create(prompt=[text, "say 1 ?"], n=2, echo=True, logprobs=1, stream=True, **more))
+    parts = list(
+        client.completions.create(prompt=[text, "say 1 ?"], n=2, echo=True, logprobs=1, stream=True, **more)
+    )
     for choice in batch.choices:
         mine = [chunk.choices[0] for chunk in parts if chunk.choices[0].index == choice.index]
         assert "".join(part.text for part in mine) == choice.text
@@ -134,30 +169,62 @@ def test_completions_in_every_form(client, tokenizer):
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(served, changes, says):
-    answer = httpx.post(served.url + "/v1/chat/completions", content=json.dumps({**ASK, **changes}),
-                        headers={**served.headers, "content-type": "application/json"}, timeout=60)  # fmt: skip
+    answer = httpx.post(
+        served.url + "/v1/chat/completions",
+        content=json.dumps({**ASK, **changes}),
+        headers={**served.headers, "content-type": "application/json"},
+        timeout=60,
+    )
     error = answer.json()["error"]
-    assert answer.status_code == 400 and says in error["message"] and error["type"] == "invalid_request_error", error
+    assert (
+        answer.status_code == 400 and says in error["message"] and error["type"] == "invalid_request_error"
+    ), error
 
 
 def test_what_asks_for_nothing_is_taken(client):
-    client.chat.completions.create(**ASK, max_tokens=2, frequency_penalty=0, presence_penalty=0, tools=[], logit_bias={}, user="me", metadata={"a": "b"},
-                                   response_format={"type": "text"}, store=False)  # fmt: skip
+    client.chat.completions.create(
+        **ASK,
+        max_tokens=2,
+        frequency_penalty=0,
+        presence_penalty=0,
+        tools=[],
+        logit_bias={},
+        user="me",
+        metadata={"a": "b"},
+        response_format={"type": "text"},
+        store=False,
+    )
 
 
 def test_bodies_that_are_no_json(served):
-    for body, kind in ((b"{", "application/json"), (b"[]", "application/json"), (b"a=b", "application/x-www-form-urlencoded"), (b"\xff", "application/json")):
-        answer = httpx.post(served.url + "/v1/completions", content=body, headers={**served.headers, "content-type": kind})
+    for body, kind in (
+        (b"{", "application/json"),
+        (b"[]", "application/json"),
+        (b"a=b", "application/x-www-form-urlencoded"),
+        (b"\xff", "application/json"),
+    ):
+        answer = httpx.post(
+            served.url + "/v1/completions", content=body, headers={**served.headers, "content-type": kind}
+        )
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
 def test_nothing_is_told_without_the_key(served):
     open_paths = {"/health", "/hello", "/static/{name:path}"}
-    closed = [(m, route.path.replace("{", "").replace("}", "")) for route in routes(served.app) for m in route.methods if route.path not in open_paths]
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"} <= {path for _, path in closed}
+    closed = [
+        (m, route.path.replace("{", "").replace("}", ""))
+        for route in routes(served.app)
+        for m in route.methods
+        if route.path not in open_paths
+    ]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"} <= {
+        path for _, path in closed
+    }
     with httpx.Client(base_url=served.url) as plain:
         for headers in ({}, {"authorization": "Bearer wrong"}):
-            assert {plain.request(method, path, headers=headers).status_code for method, path in closed} == {401}
+            assert {plain.request(method, path, headers=headers).status_code for method, path in closed} == {
+                401
+            }
         assert plain.get("/health").json() == {"status": "ok"}
 
 
@@ -176,7 +243,9 @@ def test_many_streams_at_once_are_all_served_and_alike(served):
     async def all_of_them():
         async with openai.AsyncOpenAI(**served.client) as client:
             await asyncio.gather(*(listen(client, i) for i in range(64)))
-            alone = await client.chat.completions.create(**ASK, seed=5, max_tokens=48, extra_body={"ignore_eos": True})
+            alone = await client.chat.completions.create(
+                **ASK, seed=5, max_tokens=48, extra_body={"ignore_eos": True}
+            )
             return alone.choices[0].message.content
 
     with slowly(served.service, "plain", 0.02):
@@ -232,10 +301,20 @@ def test_too_many_are_told_to_come_back(tmp_path, tokenizer):
         soon(lambda: one.waiting == 0, 30)
         first.close()
         soon(lambda: one.busy == 0, 30)
-        assert client.chat.completions.create(**{**asked, "stream": False, "max_tokens": 3}).usage.completion_tokens == 3
+        assert (
+            client.chat.completions.create(
+                **{**asked, "stream": False, "max_tokens": 3}
+            ).usage.completion_tokens
+            == 3
+        )
         told = httpx.get(found.url + "/metrics", headers=found.headers).text
-    for line in ('limbeck_requests_total{end="refused",model="m"} 1.0', 'limbeck_requests_total{end="left",model="m"} 2.0',
-                 'limbeck_requests_total{end="length",model="m"} 1.0', 'limbeck_rows_busy{model="m"} 0.0', 'limbeck_rows{model="m"} 1.0'):  # fmt: skip
+    for line in (
+        'limbeck_requests_total{end="refused",model="m"} 1.0',
+        'limbeck_requests_total{end="left",model="m"} 2.0',
+        'limbeck_requests_total{end="length",model="m"} 1.0',
+        'limbeck_rows_busy{model="m"} 0.0',
+        'limbeck_rows{model="m"} 1.0',
+    ):
         assert line in told
 
 
@@ -244,11 +323,25 @@ def test_told_to_stop_it_finishes_what_it_says_and_takes_nothing_new(tmp_path, t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = tiny.limbeck("serve", f"m={folder}", "--runs", tmp_path, "--port", port, "--threads", 1, env=tiny.environment(OMP_NUM_THREADS="1"))
+    process = tiny.limbeck(
+        "serve",
+        f"m={folder}",
+        "--runs",
+        tmp_path,
+        "--port",
+        port,
+        "--threads",
+        1,
+        env=tiny.environment(OMP_NUM_THREADS="1"),
+    )
     try:
         assert f":{port} serves m" in process.stdout.readline()
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=10, timeout=120)
-        stream = client.chat.completions.create(**{**ASK, "model": "m"}, stream=True, max_tokens=800, extra_body={"ignore_eos": True})
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=10, timeout=120
+        )
+        stream = client.chat.completions.create(
+            **{**ASK, "model": "m"}, stream=True, max_tokens=800, extra_body={"ignore_eos": True}
+        )
         chunks = [next(iter(stream))]
         process.send_signal(signal.SIGTERM)
         asked = time.monotonic()
@@ -272,7 +365,12 @@ def test_told_to_stop_it_finishes_what_it_says_and_takes_nothing_new(tmp_path, t
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--host", "0.0.0.0"], "give a key"), (["nowhere"], "nowhere"), (["a=x", "--price", "dear"], "READ/SAID"), (["MODEL", "MODEL"], "NAME=")],
+    [
+        (["--host", "0.0.0.0"], "give a key"),
+        (["nowhere"], "nowhere"),
+        (["a=x", "--price", "dear"], "READ/SAID"),
+        (["MODEL", "MODEL"], "NAME="),
+    ],
 )
 def test_mistakes_of_the_command_line(tmp_path, tokenizer, arguments, says):
     folder = save(tmp_path / "x", tokenizer)

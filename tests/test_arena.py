@@ -19,16 +19,23 @@ def cast(dice, count, strengths=PLANTED, ties=0.3, style=0.0, **rest):
     """Votes whose mean is Bradley and Terry's: ties take half from either side. `style` is what length is worth, in logits."""
     i = dice.integers(0, len(strengths), count)
     j = (i + dice.integers(1, len(strengths), count)) % len(strengths)
-    longer = dice.uniform(-0.8, 0.8, count) + np.where(i < j, 0.3, -0.3)  # some models are wordier than others
+    longer = dice.uniform(-0.8, 0.8, count) + np.where(
+        i < j, 0.3, -0.3
+    )  # some models are wordier than others
     p = 1 / (1 + np.exp(strengths[j] - strengths[i] - style * longer))
     tie, draw = ties * 2 * np.minimum(p, 1 - p), dice.random(count)
     outcomes = np.where(draw < p - tie / 2, "a", np.where(draw < p + tie / 2, "tie", "b"))
     rows = zip(i, j, outcomes.tolist(), longer.tolist(), strict=True)
-    return [Vote(MODELS[a], MODELS[b], said, **{"voter": "Mei", "style": (looks, 0.0, 0.0, 0.0), **rest}) for a, b, said, looks in rows]
+    return [
+        Vote(MODELS[a], MODELS[b], said, **{"voter": "Mei", "style": (looks, 0.0, 0.0, 0.0), **rest})
+        for a, b, said, looks in rows
+    ]
 
 
 def logits(ratings):
-    return np.array([(ratings.of(model).rating - MIDDLE) / POINTS for model in sorted(r.model for r in ratings.models)])
+    return np.array(
+        [(ratings.of(model).rating - MIDDLE) / POINTS for model in sorted(r.model for r in ratings.models)]
+    )
 
 
 @pytest.mark.parametrize("count", [3, 40, 800])
@@ -100,14 +107,20 @@ def test_swapping_sides_changes_nothing():
 def test_whoever_won_everything_is_rated_all_the_same():
     found = rate([Vote("r1", "base", "a", "Mei")] * 5)
     best, worst = found.models
-    assert best.rating - worst.rating == pytest.approx(POINTS * math.log(5.5 / 0.5)) and best.low < best.rating < best.high
+    assert (
+        best.rating - worst.rating == pytest.approx(POINTS * math.log(5.5 / 0.5))
+        and best.low < best.rating < best.high
+    )
     assert best.low > worst.low and (best.share, worst.share, best.votes) == (1.0, 0.0, 5)
     # nobody is surely better after one vote
     assert {r.rank for r in rate([Vote("r1", "base", "a", "Mei")]).models} == {1}
 
 
 def test_models_that_never_met_are_rated_with_doubt():
-    votes = [Vote("a", "b", "a", "Mei"), Vote("a", "b", "b", "Mei")] * 50 + [Vote("c", "d", "a", "Mei"), Vote("c", "d", "b", "Mei")] * 50
+    votes = [Vote("a", "b", "a", "Mei"), Vote("a", "b", "b", "Mei")] * 50 + [
+        Vote("c", "d", "a", "Mei"),
+        Vote("c", "d", "b", "Mei"),
+    ] * 50
     alone = rate(votes[:100]).models[0]
     both = rate(votes).models[0]
     assert both.high - both.low > 5 * (alone.high - alone.low)
@@ -143,8 +156,17 @@ def crowd(seed=0, people=8, each=40):
 
 def stuffed(count=40, seed=0):
     """Somebody votes for `base` whatever it says; otherwise at random."""
-    return [Vote(v.a, v.b, "a" if v.a == "base" else "b" if v.b == "base" else v.outcome, "shill", seconds=1.5, when=i)
-            for i, v in enumerate(cast(np.random.default_rng([seed, 9]), count, np.zeros(5)))]  # fmt: skip
+    return [
+        Vote(
+            v.a,
+            v.b,
+            "a" if v.a == "base" else "b" if v.b == "base" else v.outcome,
+            "shill",
+            seconds=1.5,
+            when=i,
+        )
+        for i, v in enumerate(cast(np.random.default_rng([seed, 9]), count, np.zeros(5)))
+    ]
 
 
 def test_a_ballot_stuffer_is_found_and_honest_people_are_not():
@@ -179,8 +201,13 @@ def test_a_leader_by_one_persons_votes_is_named():
 
 
 def test_judges_stand_beside_people():
-    people = [Vote("r1", "base", outcome, "Mei", battle=str(i)) for i, outcome in enumerate(["a", "b", "bad", "a"])]
-    judge = [Vote("r1", "base", outcome, "teacher", judge=True, battle=str(i)) for i, outcome in enumerate(["a", "a", "tie", "", "b"])]
+    people = [
+        Vote("r1", "base", outcome, "Mei", battle=str(i)) for i, outcome in enumerate(["a", "b", "bad", "a"])
+    ]
+    judge = [
+        Vote("r1", "base", outcome, "teacher", judge=True, battle=str(i))
+        for i, outcome in enumerate(["a", "a", "tie", "", "b"])
+    ]
     (told,) = judged([*people, *judge])
     assert (told["judge"], told["votes"], told["abstained"], told["both"]) == ("teacher", 5, 1, 3)
     assert told["agreement"]["mean"] == pytest.approx(2 / 3)

@@ -31,5 +31,7 @@ def test_the_bake_off_runs_and_no_student_spends_more_than_the_others(tmp_path):
     for name, node in budgeted.items():
         manifest, steps = node.artifact.manifest, read_metrics(node.artifact.folder)
         spent = manifest["flops"] + manifest["notes"].get("data_flops", 0)
-        last = max((row.get("flops", 0) for row in steps), default=0)  # what stops after a step may pass the budget by it
+        last = max(
+            (row.get("flops", 0) for row in steps), default=0
+        )  # what stops after a step may pass the budget by it
         assert 0 < spent <= 1.02 * 1.5e9 + last, name

@@ -40,7 +40,8 @@ def alone(model, tokenizer, request: Request, sample: int = 0) -> list[int]:
 def asks(tokenizer) -> list[Request]:
     kinds = [(1.0, 1.0), (0.6, 0.9), (0.0, 1.0)]
     return [
-        Request(tokenizer.prompt(text), *kinds[i % 3], max_new_tokens=BUDGET - i, copies=1 + i % 2, seed=i) for i, text in enumerate(PROMPTS)
+        Request(tokenizer.prompt(text), *kinds[i % 3], max_new_tokens=BUDGET - i, copies=1 + i % 2, seed=i)
+        for i, text in enumerate(PROMPTS)
     ]
 
 
@@ -69,9 +70,15 @@ def test_answers_are_those_of_the_plain_loop_whoever_else_is_served(decoder, tok
     carry(scheduler)
     for answer in answers:
         found = [choice.tokens for choice in answer.choices]
-        assert found == [alone(model, tokenizer, answer.request, sample) for sample in range(answer.request.copies)]
-        assert [choice.finish for choice in answer.choices] == ["stop" if t[-1] == tokenizer.end_id else "length" for t in found]
-    assert sum(answer.cached for answer in answers[: len(PROMPTS)]) < sum(answer.cached for answer in answers[len(PROMPTS) :])
+        assert found == [
+            alone(model, tokenizer, answer.request, sample) for sample in range(answer.request.copies)
+        ]
+        assert [choice.finish for choice in answer.choices] == [
+            "stop" if t[-1] == tokenizer.end_id else "length" for t in found
+        ]
+    assert sum(answer.cached for answer in answers[: len(PROMPTS)]) < sum(
+        answer.cached for answer in answers[len(PROMPTS) :]
+    )
     assert scheduler.busy == 0
 
 
@@ -90,7 +97,10 @@ def test_a_long_answer_outgrows_what_was_made_for_it(decoder, tokenizer):
     model = decoder(torch.float64, max_positions=512)
     request = Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=200, seed=4, endless=True)
     scheduler = Scheduler(model, tokenizer, rows=3)
-    answers = [scheduler.submit(request), scheduler.submit(Request(tokenizer.prompt(PROMPTS[1]), max_new_tokens=5))]
+    answers = [
+        scheduler.submit(request),
+        scheduler.submit(Request(tokenizer.prompt(PROMPTS[1]), max_new_tokens=5)),
+    ]
     carry(scheduler)
     wanted = naive(model, -1, request.prompt, draws(request), SamplingParams(1.0, 1.0, 200))[0]
     assert answers[0].choices[0].tokens == wanted
@@ -104,8 +114,12 @@ def test_an_echoed_prompt_tells_what_the_model_thought_of_it(decoder, tokenizer,
         answer = scheduler.submit(Request(prompt, 0.0, max_new_tokens=known, top=2, echo=True))
         carry(scheduler)
         with torch.no_grad():
-            scores = torch.log_softmax(model(torch.tensor(prompt), Packed([len(prompt)])) @ model.head.weight.T, -1)
-        np.testing.assert_allclose(answer.prompt_logprobs, scores[:-1].gather(1, torch.tensor(prompt[1:, None])).flatten(), atol=1e-8)
+            scores = torch.log_softmax(
+                model(torch.tensor(prompt), Packed([len(prompt)])) @ model.head.weight.T, -1
+            )
+        np.testing.assert_allclose(
+            answer.prompt_logprobs, scores[:-1].gather(1, torch.tensor(prompt[1:, None])).flatten(), atol=1e-8
+        )
         assert [top[0][0] for top in answer.prompt_tops] == scores[:-1].argmax(-1).tolist()
         assert answer.cached == 0 and answer.done and answer.choices[0].finish == "length"
     assert answer.choices[0].tokens == [int(scores[-1].argmax())]
@@ -121,13 +135,23 @@ def test_a_thought_that_has_had_its_budget_is_closed(decoder, tokenizer, budget)
         model.head.weight[tokenizer.end_id] *= 0
     close, scheduler = tokenizer.encode("</think>")[0], Scheduler(model, tokenizer)
     prompt = tokenizer.prompt(PROMPTS[0])
-    opened = Request(np.append(prompt, tokenizer.encode("<think>")), max_new_tokens=40, seed=1, thought_budget=budget, opened=True)
+    opened = Request(
+        np.append(prompt, tokenizer.encode("<think>")),
+        max_new_tokens=40,
+        seed=1,
+        thought_budget=budget,
+        opened=True,
+    )
     silent = Request(prompt, max_new_tokens=40, seed=1, thought_budget=budget)
     answers = [scheduler.submit(opened), scheduler.submit(silent)]
     carry(scheduler)
     tokens = answers[0].choices[0].tokens
     free = alone(model, tokenizer, Request(opened.prompt, max_new_tokens=40, seed=1))
-    assert tokens[: budget + 1] == [*free[:budget], close] and close not in tokens[budget + 1 :] and len(tokens) == 40
+    assert (
+        tokens[: budget + 1] == [*free[:budget], close]
+        and close not in tokens[budget + 1 :]
+        and len(tokens) == 40
+    )
     said = answers[1].choices[0].tokens
     assert said == alone(model, tokenizer, silent) and said[0] not in tokenizer.encode("<think>")
 
@@ -138,7 +162,9 @@ def test_a_model_that_opens_its_thought_itself_is_closed_too(decoder, tokenizer)
         model.head.weight[[close, tokenizer.end_id]] *= 0
     scheduler = Scheduler(model, tokenizer)
     for seed in range(400):
-        if alone(model, tokenizer, Request(tokenizer.prompt(PROMPTS[0]), 2.0, max_new_tokens=1, seed=seed)) == [think]:
+        if alone(
+            model, tokenizer, Request(tokenizer.prompt(PROMPTS[0]), 2.0, max_new_tokens=1, seed=seed)
+        ) == [think]:
             break
     request = Request(tokenizer.prompt(PROMPTS[0]), 2.0, max_new_tokens=12, seed=seed, thought_budget=3)
     answer = scheduler.submit(request)
@@ -149,14 +175,18 @@ def test_a_model_that_opens_its_thought_itself_is_closed_too(decoder, tokenizer)
 def test_rows_that_nobody_wants_are_free_before_the_next_step(decoder, tokenizer):
     scheduler = Scheduler(decoder(max_positions=4096), tokenizer, rows=2)
     prompt = tokenizer.prompt(PROMPTS[0])
-    first, second, third = (scheduler.submit(Request(prompt, max_new_tokens=2000, seed=i, endless=True)) for i in range(3))
+    first, second, third = (
+        scheduler.submit(Request(prompt, max_new_tokens=2000, seed=i, endless=True)) for i in range(3)
+    )
     with torch.inference_mode():
         for _ in range(4):
             scheduler.round()
         assert (scheduler.busy, len(scheduler.line)) == (2, 1)
         scheduler.cancel(first)
         scheduler.round()
-        assert (scheduler.busy, len(scheduler.line)) == (2, 0) and third in {sequence_state.answer for sequence_state in scheduler.serving_batch.owners}
+        assert (scheduler.busy, len(scheduler.line)) == (2, 0) and third in {
+            sequence_state.answer for sequence_state in scheduler.serving_batch.owners
+        }
         scheduler.enough(second.choices[0])
         scheduler.cancel(third)
         scheduler.round()
@@ -188,7 +218,9 @@ def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
 )  # fmt: skip
 def test_what_cannot_be_answered_is_said_at_once(decoder, tokenizer, prompt, changes, message):
     with pytest.raises(LimbeckError, match=message):
-        Scheduler(decoder(), tokenizer).submit(Request(np.array(prompt, dtype=np.int64), **{"max_new_tokens": 9, **changes}))
+        Scheduler(decoder(), tokenizer).submit(
+            Request(np.array(prompt, dtype=np.int64), **{"max_new_tokens": 9, **changes})
+        )
 
 
 def test_a_model_that_fails_tells_everybody_and_serves_the_next(decoder, tokenizer):
@@ -235,7 +267,9 @@ def test_what_was_read_is_remembered_within_its_room(decoder):
 
 
 def test_the_nucleus_is_the_same_among_a_few_and_among_all():
-    logits = torch.randn(5, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1], [3], [6], [9]])
+    logits = torch.randn(
+        5, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ) * torch.tensor([[0.01], [1], [3], [6], [9]])
     probabilities = logits.softmax(-1)
     together = nucleus(probabilities, 0.9)  # the first row needs nearly all, so all are sorted
     assert 2600 < int(together[0].sum()) < 2800

@@ -79,13 +79,16 @@ def test_what_followed_a_variant_stays_with_it(shelf):
 def test_each_side_is_asked_with_its_own_history(shelf):
     name = shelf.start("", ONE)
     first = said(shelf, name, None, "one")
-    numbers = shelf.ask(name, first.id, "two", BOTH)  # the second model joins later: it is told what the first one said
+    numbers = shelf.ask(
+        name, first.id, "two", BOTH
+    )  # the second model joins later: it is told what the first one said
     shelf.save(numbers[0], "hm", "left", Meter(), "done")
     shelf.save(numbers[1], "hm", "right", Meter(), "done")
     numbers = shelf.ask(name, shelf.read(name).turns[-1].id, "three", BOTH)
     assert [[one["content"] for one in shelf.messages(number)] for number in numbers] == [
-        ["one", "a one", "two", "left", "three"], ["one", "a one", "two", "right", "three"],
-    ]  # fmt: skip
+        ["one", "a one", "two", "left", "three"],
+        ["one", "a one", "two", "right", "three"],
+    ]
     assert not any("reasoning_content" in one for one in shelf.messages(numbers[0]))
 
 
@@ -98,7 +101,28 @@ def test_lists_are_ones_own(shelf):
 
 
 TEXTS = st.lists(
-    st.sampled_from(["a", "word ", "\n", "\n\n", "```", "```\n", "$$", "$x$", "- a\n", "    ", "\\[", "\\]", "*b*", "<b>", "# t\n", "汉字", "~~~\n"]), max_size=60
+    st.sampled_from(
+        [
+            "a",
+            "word ",
+            "\n",
+            "\n\n",
+            "```",
+            "```\n",
+            "$$",
+            "$x$",
+            "- a\n",
+            "    ",
+            "\\[",
+            "\\]",
+            "*b*",
+            "<b>",
+            "# t\n",
+            "汉字",
+            "~~~\n",
+        ]
+    ),
+    max_size=60,
 ).map("".join)
 
 
@@ -127,10 +151,17 @@ def test_pages_lose_nothing(text, times):
     long = (text * times)[: 4 * PAGE]
     found = pages(long)
     assert all(len(page) <= PAGE + 100 for page in found)
-    ends = {0}  # where the pages so far may end: a line that opens code again may look like the text that follows
+    ends = {
+        0
+    }  # where the pages so far may end: a line that opens code again may look like the text that follows
     for page in found:
         starts = (0, len(page.partition("\n")[0]) + 1)
-        ends = {end + len(page) - start for end in ends for start in starts if long[end : end + len(page) - start] == page[start:]}
+        ends = {
+            end + len(page) - start
+            for end in ends
+            for start in starts
+            if long[end : end + len(page) - start] == page[start:]
+        }
     assert len(long) in ends
 
 
@@ -141,7 +172,9 @@ def test_code_that_a_page_cuts_goes_on_as_code():
     assert "<em>all</em>" in found[-1] and "Before" in found[0]
 
 
-@pytest.mark.parametrize("text", ["[" * BLOCK, "![" * BLOCK, "*a **a " * BLOCK, "> " * BLOCK, "$a$ " * BLOCK, "- a\n" * BLOCK])
+@pytest.mark.parametrize(
+    "text", ["[" * BLOCK, "![" * BLOCK, "*a **a " * BLOCK, "> " * BLOCK, "$a$ " * BLOCK, "- a\n" * BLOCK]
+)
 def test_hostile_length_costs_little(text):
     """Each of these takes Markdown seconds or minutes in one piece."""
     before = time.process_time()
@@ -191,7 +224,10 @@ def test_a_follower_hears_everything_and_the_end(tmp_path):
     assert events[-1] == {"answer": answer.id, "ended": True} and len(events) > 2
     blocks, tail = heard(events, "thought")
     assert "<math" in blocks and thought.endswith(tail)
-    assert answer.meter.thought_tokens == -(-len(thought) // 4) and answer.meter.seconds >= answer.meter.thought_seconds > 0
+    assert (
+        answer.meter.thought_tokens == -(-len(thought) // 4)
+        and answer.meter.seconds >= answer.meter.thought_seconds > 0
+    )
     assert service.asked == [("r1", [{"role": "user", "content": "?"}], 0.7, 100)]
 
 
@@ -228,10 +264,16 @@ def test_a_refusal_is_said_and_a_fault_is_not_hidden(tmp_path):
 def test_the_page_may_go_the_answer_goes_on(tmp_path):
     """Also: whose it is, what is refused, and what may be fetched by whom."""
     service = Stub(sums, pause=0.01)
-    with serving(build(tmp_path, service)) as url, httpx.Client(base_url=url) as ada, httpx.Client(base_url=url) as mei:
+    with (
+        serving(build(tmp_path, service)) as url,
+        httpx.Client(base_url=url) as ada,
+        httpx.Client(base_url=url) as mei,
+    ):
         for client, name in ((ada, "Ada"), (mei, "Mei")):
             client.cookies.set("limbeck", Sessions(tmp_path / ".studio", None).open(name))
-        begun = ada.post("/chat", data={"text": "2 and 3?\r\nplease", "model": "r1", "temperature": "0.3", "budget": ""})
+        begun = ada.post(
+            "/chat", data={"text": "2 and 3?\r\nplease", "model": "r1", "temperature": "0.3", "budget": ""}
+        )
         place = begun.headers["location"]
         assert begun.status_code == 303
         for what in ("say", "edit", "again"):  # one thing after the other
@@ -239,15 +281,26 @@ def test_the_page_may_go_the_answer_goes_on(tmp_path):
         while 'data-state="running"' in ada.get(place).text:
             time.sleep(0.1)
         assert service.asked == [("r1", [{"role": "user", "content": "2 and 3?\nplease"}], 0.3, None)]
-        assert "<math" in mei.get(place).text and 'action="' + place not in mei.get(place).text.replace("/show", "")
+        assert "<math" in mei.get(place).text and 'action="' + place not in mei.get(place).text.replace(
+            "/show", ""
+        )
         for what in ("say", "edit", "again", "show", "stop", "rename", "delete"):
-            assert mei.post(f"{place}/{what}", data={"text": "x", "title": "x", "turn": 1, "answer": 1}).status_code == 403
+            assert (
+                mei.post(
+                    f"{place}/{what}", data={"text": "x", "title": "x", "turn": 1, "answer": 1}
+                ).status_code
+                == 403
+            )
         other = ada.post("/chat", data={"text": "other", "model": "r1"}).headers["location"]
         assert ada.get(f"{other}/answers/1").status_code == 404  # another conversation's
         assert ada.post("/chat", data={"text": "x", "model": "r2"}).status_code == 400
         assert ada.post("/chat", data={"text": "", "model": "r1"}).status_code == 422
         for huge in (2**63, -1):
-            assert ada.get(f"{place}/answers/{huge}").status_code == ada.post(f"{place}/show", data={"turn": 2**63}).status_code == 422
+            assert (
+                ada.get(f"{place}/answers/{huge}").status_code
+                == ada.post(f"{place}/show", data={"turn": 2**63}).status_code
+                == 422
+            )
         assert [len(client.get("/chat").text.split('href="/chat/')) - 1 for client in (ada, mei)] == [2, 0]
         exported = ada.get(f"{place}/export.json").json()
         assert [one["role"] for one in exported["sides"][0]["messages"]] == ["user", "assistant"]
@@ -259,7 +312,15 @@ def test_the_page_may_go_the_answer_goes_on(tmp_path):
 def test_real_models_answer_are_stopped_and_refuse(tmp_path, tokenizer):
     """The service itself, over two tiny random models of one row each and one place in the line."""
     plain, thinker = save(tmp_path / "plain", tokenizer), save(tmp_path / "thinker", tokenizer, opens=True)
-    with server(tmp_path, f"plain={plain}", f"thinker={thinker}", rows=1, waiting=1, longest=600, prices=["thinker=10/20"]) as found:
+    with server(
+        tmp_path,
+        f"plain={plain}",
+        f"thinker={thinker}",
+        rows=1,
+        waiting=1,
+        longest=600,
+        prices=["thinker=10/20"],
+    ) as found:
         one = found.service.models["plain"]
         with httpx.Client(base_url=found.url, headers=found.headers, timeout=60) as client:
 
@@ -270,10 +331,14 @@ def test_real_models_answer_are_stopped_and_refuse(tmp_path, tokenizer):
                 soon(lambda: 'data-state="running"' not in client.get(place).text, 60)
                 return client.get(f"{place}/export.json").json()["sides"]
 
-            left, right = ended(ask(model="plain", beside="thinker", budget="6", temperature="0"))  # greedy: the same each time
+            left, right = ended(
+                ask(model="plain", beside="thinker", budget="6", temperature="0")
+            )  # greedy: the same each time
             assert [side["answers"][0]["model"] for side in (left, right)] == ["plain", "thinker"]
             told = right["answers"][0]
-            assert told["thought_tokens"] == 7 and told["tokens"] > 7 and told["cost"] > 0  # the budget, and the tag that ends it
+            assert (
+                told["thought_tokens"] == 7 and told["tokens"] > 7 and told["cost"] > 0
+            )  # the budget, and the tag that ends it
             thought = right["messages"][1]["reasoning_content"]
             assert len(thought.split()) == 6 and "think>" not in thought
             with slowly(found.service, "plain", 0.05):
@@ -282,7 +347,10 @@ def test_real_models_answer_are_stopped_and_refuse(tmp_path, tokenizer):
                 waiting = ask(model="plain")
                 soon(lambda: one.waiting == 1, 30)
                 refused = ask(model="plain")
-                assert ended(refused)[0]["answers"][0]["state"] == "failed" and "waiting already" in client.get(refused).text
+                assert (
+                    ended(refused)[0]["answers"][0]["state"] == "failed"
+                    and "waiting already" in client.get(refused).text
+                )
                 client.post(f"{waiting}/stop")
                 client.post(f"{long}/stop")
                 soon(lambda: one.busy == 0, 30)
@@ -304,7 +372,13 @@ with serving(build(Path(sys.argv[1]), Stub(lambda *_: ("step by step. " * 5000, 
 
 def test_after_kill_9_what_was_said_is_there(tmp_path):
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=here)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+        env=here,
+    )
     try:
         url = server.stdout.readline().strip()
         place = httpx.post(f"{url}/chat", data={"text": "go", "model": "r1"}).headers["location"]
@@ -319,10 +393,27 @@ def test_after_kill_9_what_was_said_is_there(tmp_path):
     with serving(build(tmp_path, Stub(sums))) as url:
         page = httpx.get(url + place).text
         assert 'data-state="interrupted"' in page and page.count("step by step") >= before > 0
-        assert "event" not in httpx.get(f"{url}{place}/follow?after=9").text  # nothing grows, and nobody waits
+        assert (
+            "event" not in httpx.get(f"{url}{place}/follow?after=9").text
+        )  # nothing grows, and nobody waits
 
 
-CAPABLE = {"script", "img", "svg", "iframe", "style", "object", "base", "meta", "link", "title", "form", "input", "button", "textarea"}
+CAPABLE = {
+    "script",
+    "img",
+    "svg",
+    "iframe",
+    "style",
+    "object",
+    "base",
+    "meta",
+    "link",
+    "title",
+    "form",
+    "input",
+    "button",
+    "textarea",
+}
 
 
 class Reader(HTMLParser):
@@ -336,13 +427,18 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.found.update([tag] if tag in CAPABLE else [])
         for name, value in attributes:
-            if name.startswith(("on", "srcdoc", "style")) or (name in ("href", "src") and re.match(r"\s*(javascript|data|vbscript)", value, re.IGNORECASE)):
+            if name.startswith(("on", "srcdoc", "style")) or (
+                name in ("href", "src") and re.match(r"\s*(javascript|data|vbscript)", value, re.IGNORECASE)
+            ):
                 self.found[(tag, name, value)] += 1
 
 
 def test_nothing_that_is_said_is_more_than_text(tmp_path):
     """In titles, questions, thoughts and answers: a page with the corpus in it can do what one without it can."""
-    with serving(build(tmp_path, Stub(lambda _, question: (question, question), size=1000))) as url, httpx.Client(base_url=url) as client:
+    with (
+        serving(build(tmp_path, Stub(lambda _, question: (question, question), size=1000))) as url,
+        httpx.Client(base_url=url) as client,
+    ):
 
         def capable(text):
             place = client.post("/chat", data={"text": text, "model": "r1"}).headers["location"]

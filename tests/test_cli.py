@@ -25,7 +25,22 @@ from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ("run", "plan", "status", "show", "why", "recall", "release", "gc", "verify", "curate", "pull", "export", "doctor", "ask")
+COMMANDS = (
+    "run",
+    "plan",
+    "status",
+    "show",
+    "why",
+    "recall",
+    "release",
+    "gc",
+    "verify",
+    "curate",
+    "pull",
+    "export",
+    "doctor",
+    "ask",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,9 @@ def test_every_command_explains_itself(call, command):
 def test_help_and_mistakes_are_answered_without_torch(tmp_path):
     program = "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
     for arguments, code in ((["--help"], 0), (["run", "none.yaml"], 2), (["status", str(tmp_path)], 2)):
-        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, "AssertionError" in done.stderr) == (code, False)
 
 
@@ -85,12 +102,41 @@ def test_a_mistake_in_a_recipe_is_one_line_and_nothing_is_written(call, finished
     runs = ("--runs", tmp_path / "runs")
     refused(call("run", tmp_path / "none.yaml", *runs), "no such recipe", "recipes/quickstart.yaml")
     refused(call("run", finished.recipe, *runs, "--set", "nonsense"), "--set nonsense: write key.path=value")
-    refused(call("run", finished.recipe, *runs, "--set", "stages.zero.stps=3"), str(finished.recipe), "did you mean steps?")
-    refused(call("run", finished.recipe, *runs, "--set", "stages.zero.model=bse"), "stages.zero.model", "did you mean base?")
-    refused(call("run", finished.recipe, *runs, "--set", "stages.zero.rewards.acuracy=1"), "rewards.acuracy", "did you mean accuracy?")
-    refused(call("run", finished.recipe, *runs, "--set", "stages.base.corpus.slips=0.1"), "corpus.slips", "did you mean slip?")
-    refused(call("plan", finished.recipe, *runs, "--set", "stages.base={kind: rl, model: zero, problems: {clock: 1}}"), "stages go in a circle")
-    refused(call("run", finished.recipe, *runs, "--set", "stages.brought.path=nowhere"), "stages.brought.path: model nowhere", "limbeck pull")
+    refused(
+        call("run", finished.recipe, *runs, "--set", "stages.zero.stps=3"),
+        str(finished.recipe),
+        "did you mean steps?",
+    )
+    refused(
+        call("run", finished.recipe, *runs, "--set", "stages.zero.model=bse"),
+        "stages.zero.model",
+        "did you mean base?",
+    )
+    refused(
+        call("run", finished.recipe, *runs, "--set", "stages.zero.rewards.acuracy=1"),
+        "rewards.acuracy",
+        "did you mean accuracy?",
+    )
+    refused(
+        call("run", finished.recipe, *runs, "--set", "stages.base.corpus.slips=0.1"),
+        "corpus.slips",
+        "did you mean slip?",
+    )
+    refused(
+        call(
+            "plan",
+            finished.recipe,
+            *runs,
+            "--set",
+            "stages.base={kind: rl, model: zero, problems: {clock: 1}}",
+        ),
+        "stages go in a circle",
+    )
+    refused(
+        call("run", finished.recipe, *runs, "--set", "stages.brought.path=nowhere"),
+        "stages.brought.path: model nowhere",
+        "limbeck pull",
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -103,7 +149,9 @@ def test_what_is_no_run_and_no_artifact_is_named(call, finished, tmp_path):
     refused(call("status", tmp_path), f"{tmp_path} is no run: it has no recipe.yaml")
     refused(call("curate", tmp_path, "coldstart"), "is no run")
     refused(call("curate", finished.home / "tiny", "zero"), "zero is not a stage of", "that waits for people")
-    refused(call("show", "sft-000", "--runs", finished.home), "sft-000: no artifact of that name", "limbeck show")
+    refused(
+        call("show", "sft-000", "--runs", finished.home), "sft-000: no artifact of that name", "limbeck show"
+    )
     refused(call("why", "s", "--runs", finished.home), "s: 3 artifacts of that name")
     for command in ("show", "gc", "verify"):
         refused(call(command, "--runs", tmp_path), f"{tmp_path}/store does not exist")
@@ -133,7 +181,9 @@ def test_a_spoiled_file_is_one_line_that_names_it(finished, tmp_path, spoil, wor
     from limbeck.pipeline.worker import perform
 
     shutil.copytree(finished.recipe.parent / "model", tmp_path / "model")
-    (tmp_path / "mine.jsonl").write_text("".join(f'{{"problem": "1+{i}", "answer": "{1 + i}"}}\n' for i in range(9)))
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(f'{{"problem": "1+{i}", "answer": "{1 + i}"}}\n' for i in range(9))
+    )
     (tmp_path / "one.yaml").write_text(MODELS)
     spoil(tmp_path)
     with pytest.raises(LimbeckError) as caught:
@@ -188,7 +238,9 @@ def test_lists_are_told_to_people_and_to_programs(call, finished):
 
 
 def test_a_finished_run_is_done_and_its_artifacts_are_shown(call, finished):
-    assert {row["state"] for row in json.loads(call("status", finished.home / "tiny", "--json").out)["data"]} == {"cached"}
+    assert {
+        row["state"] for row in json.loads(call("status", finished.home / "tiny", "--json").out)["data"]
+    } == {"cached"}
     manifest = json.loads(call("show", "sft-", "--runs", finished.home).out)
     assert manifest["stage"] == "dev1"
 
@@ -231,7 +283,9 @@ def test_gc_deletes_what_no_run_uses_and_only_when_told_to(call, copy, finished)
 
 
 def test_elsewhere_than_on_a_terminal_a_run_talks_in_plain_lines_on_standard_error(finished):
-    code, out, err = answer("run", finished.recipe, "--runs", finished.home, env=environment(NO_COLOR="1", FORCE_COLOR=""))
+    code, out, err = answer(
+        "run", finished.recipe, "--runs", finished.home, env=environment(NO_COLOR="1", FORCE_COLOR="")
+    )
     assert code == 0 and out == f"The report is at {finished.home / 'tiny/report/index.html'}\n"
     assert "\x1b" not in err and err.splitlines() == [f"writing {finished.home / 'tiny/report'}"]
 
@@ -246,13 +300,17 @@ def waiting(finished, tmp_path) -> Path:
     code, out, err = answer("run", finished.recipe, "--runs", home, "--set", "stages.coldstart.auto=false")
     assert (code, out) == (75, "")
     rows = len(reviews.pending(next(home.glob("store/.queues/*"))))
-    assert err.splitlines()[-1].startswith(f"limbeck: stage coldstart waits for a person: {rows} rows to review; `limbeck curate {home / 'tiny'}")
+    assert err.splitlines()[-1].startswith(
+        f"limbeck: stage coldstart waits for a person: {rows} rows to review; `limbeck curate {home / 'tiny'}"
+    )
     return home / "tiny"
 
 
 def test_rows_go_to_people_and_come_back_and_the_run_goes_on(call, finished, waiting, tmp_path):
     status = call("status", waiting).out
-    assert re.search(rf"asks you +coldstart +\d+ rows wait for a person: limbeck curate {waiting} coldstart", status)
+    assert re.search(
+        rf"asks you +coldstart +\d+ rows wait for a person: limbeck curate {waiting} coldstart", status
+    )
     sheet = tmp_path / "sheet.jsonl"
     assert call("curate", waiting, "coldstart", "--export", sheet).code == 0
     rows = [json.loads(line) for line in sheet.read_text().split("\n") if line]
@@ -274,7 +332,10 @@ def test_rows_go_to_people_and_come_back_and_the_run_goes_on(call, finished, wai
         refused(bring([*rows[:2], {**rows[2], **spoiled}]), f"{sheet}, {sentence}")
     refused(call("curate", waiting, "coldstart", "--import", tmp_path / "none.jsonl"), "none.jsonl")
     left = len(rows)
-    assert bring([{**row, "verdict": None} for row in rows]).out == f"took 0 verdicts over; {left} rows are still open\n"
+    assert (
+        bring([{**row, "verdict": None} for row in rows]).out
+        == f"took 0 verdicts over; {left} rows are still open\n"
+    )
     assert bring(rows[:4]).out == f"took 4 verdicts over; {left - 4} rows are still open\n"
     assert bring(rows[4:]).out.endswith("0 rows are still open\n")
     home = waiting.parent
@@ -304,12 +365,25 @@ def test_a_person_reviews_rows_at_the_terminal(call, waiting):
     ours, theirs = pty.openpty()
     editor = "sed -i s/.*/mended/"
     review = tiny.limbeck(
-        "curate", waiting, "coldstart", "--reviewer", "Grace",
-        stdin=theirs, stdout=theirs, stderr=theirs, env=environment(EDITOR=editor),
-    )  # fmt: skip
+        "curate",
+        waiting,
+        "coldstart",
+        "--reviewer",
+        "Grace",
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(EDITOR=editor),
+    )
     asked = "(q)uit: "
     assert first["prompt"] in read_until(ours, asked)
-    for keys, answered in (("?\n", asked), ("a\n", asked), ("e\n", asked), ("r\n", "why? "), ("mixed\n", asked)):
+    for keys, answered in (
+        ("?\n", asked),
+        ("a\n", asked),
+        ("e\n", asked),
+        ("r\n", "why? "),
+        ("mixed\n", asked),
+    ):
         os.write(ours, keys.encode())
         read_until(ours, answered)
     os.write(ours, b"q\n")

@@ -42,17 +42,27 @@ def measured(served, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q, "answer": 0}) + "\n" for q in QUESTIONS))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"question": q, "answer": 0}) + "\n" for q in QUESTIONS)
+    )
     for name, task in TASKS.items():
-        rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test"}
+        rows = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+            "test_split": "test",
+        }
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, **rows, **task}))
 
     def measure(client: str, path: str, task: str, **more):
         told = lm_eval.simple_evaluate(
-            client, {"base_url": found.url + path, "model": "plain", "num_concurrent": 2, "max_retries": 1, **more}, [task], bootstrap_iters=0,
-            task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False), apply_chat_template="chat" in client,
+            client,
+            {"base_url": found.url + path, "model": "plain", "num_concurrent": 2, "max_retries": 1, **more},
+            [task],
+            bootstrap_iters=0,
+            task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+            apply_chat_template="chat" in client,
             log_samples=True,
-        )  # fmt: skip
+        )
         return told["results"][task], told["samples"][task]
 
     return measure
@@ -72,7 +82,13 @@ def scores(folder, tokenizer, question: str) -> list[float]:
 
 def test_lm_eval_scores_choices_as_the_model_does(served, measured, tokenizer):
     _, folder = served
-    results, samples = measured("local-completions", "/v1/completions", "choosing", tokenizer=str(folder / "plain"), tokenizer_backend="huggingface")
+    results, samples = measured(
+        "local-completions",
+        "/v1/completions",
+        "choosing",
+        tokenizer=str(folder / "plain"),
+        tokenizer_backend="huggingface",
+    )
     wanted = [scores(folder, tokenizer, sample["doc"]["question"]) for sample in samples]
     given = [[float(one[0][0]) for one in sample["resps"]] for sample in samples]
     assert len(samples) == len(QUESTIONS)
@@ -81,14 +97,22 @@ def test_lm_eval_scores_choices_as_the_model_does(served, measured, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("client", "path"), [("local-completions", "/v1/completions"), ("local-chat-completions", "/v1/chat/completions")], ids=["text", "chat"]
+    ("client", "path"),
+    [("local-completions", "/v1/completions"), ("local-chat-completions", "/v1/chat/completions")],
+    ids=["text", "chat"],
 )
 def test_lm_eval_hears_what_is_said(served, measured, client, path):
     found, folder = served
-    more = {"tokenizer": str(folder / "plain"), "tokenizer_backend": "huggingface"} if client == "local-completions" else {}
+    more = (
+        {"tokenizer": str(folder / "plain"), "tokenizer_backend": "huggingface"}
+        if client == "local-completions"
+        else {}
+    )
     _, samples = measured(client, path, "telling", **more)
     texts = [sample["resps"][0][0] for sample in samples]
-    assert len(texts) == len(QUESTIONS) and all(texts) and found.service.models["plain"].scheduler.failures == 0
+    assert (
+        len(texts) == len(QUESTIONS) and all(texts) and found.service.models["plain"].scheduler.failures == 0
+    )
 
 
 def test_nothing_a_fuzzer_sends_is_our_fault(served):
@@ -100,12 +124,22 @@ def test_nothing_a_fuzzer_sends_is_our_fault(served):
     for operation in (result.ok() for result in schema.get_all_operations()):
         for mode in schemathesis.GenerationMode:
 
-            @settings(max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(
+                max_examples=12,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+            )
             @given(operation.as_strategy(generation_mode=mode))
             def ask(case):
                 if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
                     case.body["model"] = "plain"
-                if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int) and case.body["max_tokens"] < 4000:
+                if (
+                    isinstance(case.body, dict)
+                    and isinstance(case.body.get("max_tokens"), int)
+                    and case.body["max_tokens"] < 4000
+                ):
                     case.body["max_tokens"] = min(case.body["max_tokens"], 6)
                 answer = case.call(base_url=found.url, headers=found.headers, timeout=60)
                 asked.setdefault(case.path, set()).add(answer.status_code)

@@ -24,16 +24,24 @@ def run(folder: Path, scale: float, flops: float = 1e12) -> Run:
     """Two seeds each of `dense`, which falls from 2 to 1, and of `moe`, `scale` times as fast."""
     done = np.linspace(0, 1, 400)
     stages = [stage(folder, f"dense_{i}", 2 - done + 0.001 * i, flops) for i in range(2)]
-    stages += [stage(folder, f"moe_{i}", np.maximum(2 - scale * done, 0.5) + 0.001 * i, flops) for i in range(2)]
+    stages += [
+        stage(folder, f"moe_{i}", np.maximum(2 - scale * done, 0.5) + 0.001 * i, flops) for i in range(2)
+    ]
     names = {kind: [s.name for s in stages if s.name.startswith(kind)] for kind in ("dense", "moe")}
-    recipe = {"name": "two ways", "description": "", "stages": {"report": {"kind": "report", "evaluation": "none", "compare": names}}}
+    recipe = {
+        "name": "two ways",
+        "description": "",
+        "stages": {"report": {"kind": "report", "evaluation": "none", "compare": names}},
+    }
     return Run(tuple(stages), recipe, {})
 
 
 def test_a_way_that_falls_twice_as_fast_needs_half_the_compute(tmp_path):
     told = comparison.compared(run(tmp_path, scale=2))
     dense, moe = told["ways"]["dense"], told["ways"]["moe"]
-    assert told["target"] == pytest.approx(1.0255, abs=0.002)  # the mean over the last twentieth, and over seeds
+    assert told["target"] == pytest.approx(
+        1.0255, abs=0.002
+    )  # the mean over the last twentieth, and over seeds
     assert len(dense["final_losses"]) == 2 and dense["reaches_target_after"] == dense["flops"] == 1e12
     assert moe["reaches_target_after"] / dense["flops"] == pytest.approx(0.51, abs=0.02)
     (said,) = summary.compared(told)

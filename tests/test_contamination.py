@@ -22,23 +22,36 @@ pytestmark = pytest.mark.slow
 
 def sieve(task) -> Sieve:
     test = task.problems("test")
-    return Sieve({p.id: p.prompt for p in test}, {p.id: p.data["question"] for p in test if "question" in p.data})
+    return Sieve(
+        {p.id: p.prompt for p in test}, {p.id: p.data["question"] for p in test if "question" in p.data}
+    )
 
 
 def worlds(**settings):
-    return [open_task(name, Miniature(source="miniature", task=task, **settings)) for name, task in (("clock", "countdown"), ("chat", "repeat"))]
+    return [
+        open_task(name, Miniature(source="miniature", task=task, **settings))
+        for name, task in (("clock", "countdown"), ("chat", "repeat"))
+    ]
 
 
 # ---------------------------------------------------------------- the miniature, whose prompts are all alike
 
 
-@pytest.mark.parametrize("settings", [{}, {"numbers": 4}, {"modulus": 3, "numbers": 2, "largest": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"numbers": 4}, {"modulus": 3, "numbers": 2, "largest": 4}], ids=str
+)
 def test_nothing_honest_of_the_miniature_is_dropped(settings):
     tasks = worlds(**settings)
     sieves = [sieve(task) for task in tasks]
     train = [p for task in tasks for p in task.problems("train")]
     assert len(train) > 100
-    assert [p.id for p in train if any(s.fault(p.id, p.prompt, "<think> try 1 +5 gives 6 =4 gives 2 no </think> 1 +5") for s in sieves)] == []
+    assert [
+        p.id
+        for p in train
+        if any(
+            s.fault(p.id, p.prompt, "<think> try 1 +5 gives 6 =4 gives 2 no </think> 1 +5") for s in sieves
+        )
+    ] == []
 
 
 def test_planted_copies_of_the_miniature_are_caught_whatever_they_are_called():
@@ -48,7 +61,9 @@ def test_planted_copies_of_the_miniature_are_caught_whatever_they_are_called():
         assert found.fault("mine/1#0", problem.prompt), problem
         assert found.fault("mine/1", problem.prompt.upper().replace(" ?", "?!")), problem
         assert found.fault(f"{problem.id}#3", "something else") == f"is {problem.id} of the test"
-    assert found.fault("mine/1", f"Please: {clock.problems('test')[0].prompt} Thank you.").startswith("asks the same as clock/")
+    assert found.fault("mine/1", f"Please: {clock.problems('test')[0].prompt} Thank you.").startswith(
+        "asks the same as clock/"
+    )
 
 
 @pytest.mark.parametrize("generator, config", [
@@ -96,13 +111,27 @@ def test_other_problems_are_kept(prompt):
 
 
 def test_an_instruction_that_all_share_is_no_copy_and_hides_none():
-    tests = {f"t/{i}": f"Solve the riddle carefully and give one word as the final answer in a box: {word}" for i, word in enumerate(RIDDLES)}
+    tests = {
+        f"t/{i}": f"Solve the riddle carefully and give one word as the final answer in a box: {word}"
+        for i, word in enumerate(RIDDLES)
+    }
     found = Sieve(tests, {f"t/{i}": word for i, word in enumerate(RIDDLES)})
-    assert found.fault("a/1", "Solve the riddle carefully and give one word as the final answer in a box: what has teeth and bites none") is None
+    assert (
+        found.fault(
+            "a/1",
+            "Solve the riddle carefully and give one word as the final answer in a box: what has teeth and bites none",
+        )
+        is None
+    )
     assert "t/2" in found.fault("a/1", f"Another instruction altogether. {RIDDLES[2]}")
 
 
-RIDDLES = ("what has keys but opens no door", "what gets wetter while it dries", "what has hands but claps never", "what runs and has no legs")
+RIDDLES = (
+    "what has keys but opens no door",
+    "what gets wetter while it dries",
+    "what has hands but claps never",
+    "what runs and has no legs",
+)
 
 # ---------------------------------------------------------------- in a run
 
@@ -136,18 +165,33 @@ def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
         return {name: node.artifact for name, node in found.nodes.items()}, err
 
     first, err = run("mine")
-    assert first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}} and "leaves" not in err
+    assert (
+        first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}}
+        and "leaves" not in err
+    )
     second, err = run("mine, clock")
     finding = second["rows"].manifest["decontamination"]
-    planted = {f"mine/{i}" for i in (31, 32, 33)} - {p.id for p in open_task("mine", load(recipe).problems["mine"], tmp_path).problems("test")}
-    assert set(finding["dropped"]) == planted and finding["checked"] == 31 and all("of the test" in why for why in finding["dropped"].values())
+    planted = {f"mine/{i}" for i in (31, 32, 33)} - {
+        p.id for p in open_task("mine", load(recipe).problems["mine"], tmp_path).problems("test")
+    }
+    assert (
+        set(finding["dropped"]) == planted
+        and finding["checked"] == 31
+        and all("of the test" in why for why in finding["dropped"].values())
+    )
     assert f"rows: leaves {len(planted)} of 31 out, too near to the test" in err
     asked = {row["id"].partition("#")[0] for row in read(second["rows"].folder / "rows.jsonl")}
     assert asked and not asked & planted
-    assert first["rows"].manifest["key"] != second["rows"].manifest["key"] and first["base"].folder == second["base"].folder
+    assert (
+        first["rows"].manifest["key"] != second["rows"].manifest["key"]
+        and first["base"].folder == second["base"].folder
+    )
     assert {row["id"].partition("#")[0] for row in rows_behind(find("planted/taught", home))} == asked
     recipe.write_text(PLANTED % "mine")  # and back: what was made then is still there
-    assert Graph(load(recipe), Store(home / "store"), tmp_path).nodes["taught"].artifact.folder == first["taught"].folder
+    assert (
+        Graph(load(recipe), Store(home / "store"), tmp_path).nodes["taught"].artifact.folder
+        == first["taught"].folder
+    )
 
 
 def test_rows_that_are_too_near_are_not_learned_even_when_they_were_sampled(tmp_path, finished):
@@ -165,5 +209,7 @@ def test_rows_that_are_too_near_are_not_learned_even_when_they_were_sampled(tmp_
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoiled))
     artifact = type(run.graph.nodes["coldstart"].artifact)(folder, {"digest": "planted"})
     finding = looked.look(run.graph.nodes["dev1"].stage, {}, {}, {"coldstart": artifact})
-    assert finding.dropped == {"desk/1#0": f"asks the same as {test.id} of the test"} and finding.checked == len(rows)
+    assert finding.dropped == {
+        "desk/1#0": f"asks the same as {test.id} of the test"
+    } and finding.checked == len(rows)
     assert before.head["decontamination"]["dropped"] == {} and before.head["decontamination"]["checked"] > 0

@@ -30,7 +30,10 @@ def progress(folder: Path, kind: str = "pretrain", seconds: float = 0.0, **budge
 
 def timed(folder: Path, of: int, *rows: tuple[int, float | None, int]) -> None:
     """A record of timing: step, seconds (None begins a process), tokens."""
-    lines = [{"step": step, "of": of, "seconds": seconds, **({} if seconds is None else {"tokens": tokens})} for step, seconds, tokens in rows]
+    lines = [
+        {"step": step, "of": of, "seconds": seconds, **({} if seconds is None else {"tokens": tokens})}
+        for step, seconds, tokens in rows
+    ]
     (folder / TIMING).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -50,14 +53,19 @@ def test_a_stage_that_begins_says_so_once_and_a_number_every_ten_seconds(tmp_pat
         lines.show(None, running)
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "base: begins" and len(said) == 5 == len(set(said))
-    assert said[1:3] == ["base: its process starts · 12 s so far", "base: writes its corpus, 34% · 12 s so far"]
+    assert said[1:3] == [
+        "base: its process starts · 12 s so far",
+        "base: writes its corpus, 34% · 12 s so far",
+    ]
     assert re.fullmatch(r"base: 0 of 40 steps · this one takes \d s so far", said[3])
     assert said[4] == "base: 1 of 40 steps · loss 4"  # the first step tells nothing of the next
 
 
 def test_time_left_is_measured_without_the_first_step_and_told_as_a_range_until_it_is_known(tmp_path):
     timed(tmp_path, 100, (-1, None, 0), (0, 600.0, 100), (1, 2.0, 100), (2, 4.0, 200))
-    assert describe(progress(tmp_path, seconds=700)) == "3 of 100 steps · 3 to 7 min left · 50 tokens a second"
+    assert (
+        describe(progress(tmp_path, seconds=700)) == "3 of 100 steps · 3 to 7 min left · 50 tokens a second"
+    )
     timed(tmp_path, 100, (-1, None, 0), (0, 600.0, 100), *((step, 4.0, 8000) for step in range(1, 30)))
     assert describe(progress(tmp_path, seconds=700)) == "30 of 100 steps · 5 min left · 2,000 tokens a second"
     at_most = describe(progress(tmp_path, "rl", 700, flops_of="other"))
@@ -66,10 +74,20 @@ def test_time_left_is_measured_without_the_first_step_and_told_as_a_range_until_
 
 def test_a_run_that_goes_on_measures_itself_and_not_what_lay_between(tmp_path):
     """What a process did before a kill is not the pace of the next."""
-    timed(tmp_path, 100, *((step, 900.0, 10) for step in range(30)), (29, None, 0), (30, 50.0, 10), (31, 1.0, 10), (32, 1.0, 10))
+    timed(
+        tmp_path,
+        100,
+        *((step, 900.0, 10) for step in range(30)),
+        (29, None, 0),
+        (30, 50.0, 10),
+        (31, 1.0, 10),
+        (32, 1.0, 10),
+    )
     pace = progress(tmp_path, seconds=60).pace()
     assert (pace.looks, pace.steps, pace.seconds, pace.tokens) == (2, 2, 2.0, 20)
-    assert describe(progress(tmp_path)).startswith("33 of 100 steps · 45 s to 2 min left · 10 tokens a second")
+    assert describe(progress(tmp_path)).startswith(
+        "33 of 100 steps · 45 s to 2 min left · 10 tokens a second"
+    )
 
 
 def test_a_step_that_takes_long_is_told_and_its_time_is_not_left_any_more(tmp_path):
@@ -118,7 +136,13 @@ def test_slow_steps_are_timed_although_they_are_not_logged(tmp_path, monkeypatch
 
 
 def test_a_run_in_plain_lines_says_nothing_twice(finished, tmp_path):
-    code, _, err = tiny.answer("run", finished.recipe, "--runs", tmp_path / "runs", env=tiny.environment(NO_COLOR="1", FORCE_COLOR=""))
+    code, _, err = tiny.answer(
+        "run",
+        finished.recipe,
+        "--runs",
+        tmp_path / "runs",
+        env=tiny.environment(NO_COLOR="1", FORCE_COLOR=""),
+    )
     lines = err.splitlines()
     assert code == 0 and len(lines) == len(set(lines)), err
     assert next(line for line in lines if line.startswith("base: ")) == "base: begins"

@@ -35,7 +35,11 @@ def numbers(*shape: int, seed: int = 0, learned: bool = False) -> torch.Tensor:
 
 def sides(temperature: float = 1.0) -> tuple[Logits, States]:
     """A student and a teacher of different widths over one vocabulary, neither sure nor at a loss."""
-    student = Logits(numbers(TOKENS, STUDENT, seed=1, learned=True), numbers(VOCABULARY, STUDENT, seed=2, learned=True), temperature)
+    student = Logits(
+        numbers(TOKENS, STUDENT, seed=1, learned=True),
+        numbers(VOCABULARY, STUDENT, seed=2, learned=True),
+        temperature,
+    )
     return student, States(numbers(TOKENS, TEACHER, seed=3), numbers(VOCABULARY, TEACHER, seed=4))
 
 
@@ -78,7 +82,9 @@ def test_all_labels_are_full_logits_and_fewer_never_tell_more(measure):
     """Merging events can only lower a divergence (the data-processing inequality)."""
     student, teacher = sides()
     full = divergence(student, teacher, MEASURES[measure][0])[1]
-    values = [divergence(student, labels_of(teacher, k), MEASURES[measure][0])[1] for k in range(1, VOCABULARY + 1)]
+    values = [
+        divergence(student, labels_of(teacher, k), MEASURES[measure][0])[1] for k in range(1, VOCABULARY + 1)
+    ]
     torch.testing.assert_close(values[-1], full, atol=1e-12, rtol=0)
     assert all((few <= more + 1e-12).all() for few, more in itertools.pairwise(values))
     assert values[0].sum() < 0.9 * full.sum()
@@ -95,7 +101,10 @@ def test_labels_keep_all_mass():
 def test_a_sure_teacher_and_a_sure_student_give_finite_gradients(measure):
     """Logits hundreds apart, in float32: probabilities of 0 on either side."""
     student = Logits(torch.eye(4, requires_grad=True), 300 * torch.eye(4), 1.0)
-    for shown in (States(torch.eye(4).roll(1, 0), 300 * torch.eye(4)), top_k(torch.eye(4), 300 * torch.eye(4), 2, 1.0)):
+    for shown in (
+        States(torch.eye(4).roll(1, 0), 300 * torch.eye(4)),
+        top_k(torch.eye(4), 300 * torch.eye(4), 2, 1.0),
+    ):
         total, value_M, _ = divergence(student, shown, MEASURES[measure][0])
         total.backward()
         assert torch.isfinite(value_M).all() and torch.isfinite(student.hidden_MC.grad).all()
@@ -104,8 +113,12 @@ def test_a_sure_teacher_and_a_sure_student_give_finite_gradients(measure):
 def test_heads_padded_to_different_sizes_are_compared_on_what_both_have():
     student, teacher = sides()
     padded = replace(teacher, head_VC=torch.cat([teacher.head_VC, numbers(3, TEACHER, seed=9)]))
-    assert torch.equal(divergence(student, padded, reverse_kl)[1], divergence(student, teacher, reverse_kl)[1])
-    wide = replace(student, head_VC=torch.cat([student.head_VC, numbers(3, STUDENT, seed=9)]).detach().requires_grad_())
+    assert torch.equal(
+        divergence(student, padded, reverse_kl)[1], divergence(student, teacher, reverse_kl)[1]
+    )
+    wide = replace(
+        student, head_VC=torch.cat([student.head_VC, numbers(3, STUDENT, seed=9)]).detach().requires_grad_()
+    )
     total, value_M, _ = divergence(wide, teacher, reverse_kl)
     total.backward()
     assert torch.equal(value_M, divergence(student, teacher, reverse_kl)[1])
@@ -122,9 +135,12 @@ def test_value_and_gradient_equal_trls(measure, temperature):
     (total / TOKENS).backward()
     hidden, head = (x.detach().clone().requires_grad_() for x in (student.hidden_MC, student.head_VC))
     wanted = gkd.GKDTrainer.generalized_jsd_loss(
-        (hidden @ head.T)[None], (teacher.hidden_MC @ teacher.head_VC.T)[None], labels=torch.zeros(1, TOKENS, dtype=torch.long),
-        beta=beta, temperature=temperature,
-    )  # fmt: skip
+        (hidden @ head.T)[None],
+        (teacher.hidden_MC @ teacher.head_VC.T)[None],
+        labels=torch.zeros(1, TOKENS, dtype=torch.long),
+        beta=beta,
+        temperature=temperature,
+    )
     wanted.backward()
     torch.testing.assert_close(total / TOKENS, wanted)
     torch.testing.assert_close(student.hidden_MC.grad, hidden.grad)
@@ -148,7 +164,9 @@ def test_memory_is_a_chunks_and_not_the_batchs(monkeypatch):
     hidden = torch.randn(tokens, 8, requires_grad=True)
     head = torch.randn(vocabulary, 8, requires_grad=True)
     with Watched():
-        total, _, _ = divergence(Logits(hidden, head), States(torch.randn(tokens, 4), torch.randn(vocabulary, 4)), reverse_kl)
+        total, _, _ = divergence(
+            Logits(hidden, head), States(torch.randn(tokens, 4), torch.randn(vocabulary, 4)), reverse_kl
+        )
         total.backward()
     assert 1e6 < largest[0] <= 4 * (1 << 20)
     assert head.grad.abs().sum() > 0
@@ -162,11 +180,15 @@ def samples_of(seed: int = 0) -> list[Sample]:
     random = np.random.default_rng(seed)
     prompts = [random.integers(0, 40, n) for n in (3, 5, 5, 4)]
     return [
-        Sample(np.concatenate([prompt, random.integers(0, 40, random.integers(2, 9))]), len(prompt)) for prompt in prompts for _ in range(3)
+        Sample(np.concatenate([prompt, random.integers(0, 40, random.integers(2, 9))]), len(prompt))
+        for prompt in prompts
+        for _ in range(3)
     ]
 
 
-def gradient_of(learner: Learner, batches: list, loss, temperature: float = 1.0) -> tuple[float, torch.Tensor]:
+def gradient_of(
+    learner: Learner, batches: list, loss, temperature: float = 1.0
+) -> tuple[float, torch.Tensor]:
     total = 0.0
     for batch in batches:
         value, _ = learner._lose(learner._hidden(batch), batch, loss, temperature)
@@ -181,7 +203,9 @@ def gradient_of(learner: Learner, batches: list, loss, temperature: float = 1.0)
 def test_micro_batches_add_up(decoder, kind):
     student = Learner(decoder(torch.float64, vocab_size=40), Optimizer(), 1)
     teacher = Learner(decoder(torch.float64, seed=1, vocab_size=40, hidden_size=48), Optimizer(), 1)
-    shown = [[replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), size)] for size in (1 << 20, 12)]
+    shown = [
+        [replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), size)] for size in (1 << 20, 12)
+    ]
     assert len(shown[1]) > len(shown[0])
     (one, whole), (many, cut) = (gradient_of(student, batches, distill(kind, 0.3), 0.8) for batches in shown)
     assert one == pytest.approx(many, rel=1e-12)
@@ -196,7 +220,9 @@ def test_labels_of_samples_reach_their_own_predictions(decoder):
     for sample in samples_of():
         states = teacher.states(pack([sample], 1 << 20)[0])
         top = top_k(states.hidden_MC, states.head_VC, 40, 1.0)
-        labelled.append(replace(sample, labels=Labels(top.ids_MK.numpy(), top.logprobs_MK.numpy(), top.tail_M.numpy())))
+        labelled.append(
+            replace(sample, labels=Labels(top.ids_MK.numpy(), top.logprobs_MK.numpy(), top.tail_M.numpy()))
+        )
     full = [replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), 30)]
     one, by_labels = gradient_of(student, pack(labelled, 30), distill("forward"))
     other, by_states = gradient_of(student, full, distill("forward"))
@@ -206,7 +232,10 @@ def test_labels_of_samples_reach_their_own_predictions(decoder):
 
 @pytest.mark.parametrize("kind", MEASURES)
 def test_a_student_comes_close_to_its_teacher(decoder, kind):
-    student, teacher = Learner(decoder(seed=2), Optimizer(learning_rate=1e-2), 60), Learner(decoder(seed=1), Optimizer(), 1)
+    student, teacher = (
+        Learner(decoder(seed=2), Optimizer(learning_rate=1e-2), 60),
+        Learner(decoder(seed=1), Optimizer(), 1),
+    )
     batches = [replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), 1 << 20)]
     losses = [student.update(batches, distill(kind, 0.3))["loss"] for _ in range(60)]
     assert losses[-1] < losses[0] / 4
@@ -226,7 +255,9 @@ def pairs_of(widths: tuple[int, ...] = (3, 5, 5), reference: bool = True) -> lis
             response = random.integers(0, 40, random.integers(2, 9))
             scored = -random.exponential(3.0, len(response)).astype(np.float32) if reference else None
             halves[side].append(
-                Sample(np.concatenate([prompt, response]), len(prompt), pair=sign * (pair + 1), reference=scored)
+                Sample(
+                    np.concatenate([prompt, response]), len(prompt), pair=sign * (pair + 1), reference=scored
+                )
             )
     return [*halves[0], *halves[1]]
 
@@ -242,7 +273,9 @@ def test_preference_loss_and_gradient_equal_trls(normalized):
     loss.backward()
 
     pairs = batch.pairs_S.tolist()
-    order = sorted(range(len(pairs)), key=lambda s: (pairs[s] < 0, abs(pairs[s])))  # TRL's: the better ones, then the worse
+    order = sorted(
+        range(len(pairs)), key=lambda s: (pairs[s] < 0, abs(pairs[s]))
+    )  # TRL's: the better ones, then the worse
     mask = torch.zeros(len(order), 9)
     for row, s in enumerate(order):
         mask[row, : int(batch.lengths_S[s])] = 1
@@ -252,10 +285,14 @@ def test_preference_loss_and_gradient_equal_trls(normalized):
         return torch.zeros(mask.shape).masked_scatter_(mask.bool(), torch.cat(rows))
 
     theirs = padded(logprobs_M).requires_grad_()
-    wanted = trl_preference(theirs, padded(batch.reference_M), mask, 0.3, "sigmoid_norm" if normalized else "sigmoid")
+    wanted = trl_preference(
+        theirs, padded(batch.reference_M), mask, 0.3, "sigmoid_norm" if normalized else "sigmoid"
+    )
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(padded(logprobs_M.grad), theirs.grad * mask)  # it sums what its head left at zero too
+    torch.testing.assert_close(
+        padded(logprobs_M.grad), theirs.grad * mask
+    )  # it sums what its head left at zero too
     assert float(metrics["margin"]) == pytest.approx(float(metrics["chosen"] - metrics["rejected"]), abs=1e-4)
 
 
@@ -264,7 +301,10 @@ def trl_preference(logprobs_BT, reference_BT, mask_BT, beta: float, kind: str) -
     from trl.trainer.dpo_trainer import DPOTrainer
 
     said = SimpleNamespace(
-        log_probs=logprobs_BT, entropy=logprobs_BT.detach() * 0, mean_logits=logprobs_BT.detach() * 0, is_top1=mask_BT > 1
+        log_probs=logprobs_BT,
+        entropy=logprobs_BT.detach() * 0,
+        mean_logits=logprobs_BT.detach() * 0,
+        is_top1=mask_BT > 1,
     )
 
     def model(**_):
@@ -273,17 +313,31 @@ def trl_preference(logprobs_BT, reference_BT, mask_BT, beta: float, kind: str) -
     model.training = True
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = SimpleNamespace(
-        model=model, accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, beta=beta,
-        f_divergence_type="reverse_kl", loss_types=[kind], loss_weights=[1.0], use_weighting=False, label_smoothing=0.0,
-        _metrics={"train": Lists(), "eval": Lists()}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+        model=model,
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        beta=beta,
+        f_divergence_type="reverse_kl",
+        loss_types=[kind],
+        loss_weights=[1.0],
+        use_weighting=False,
+        label_smoothing=0.0,
+        _metrics={"train": Lists(), "eval": Lists()},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
     better, worse = reference_BT.sum(1).chunk(2)
     ones = torch.ones(len(mask_BT), 1)
     completion_mask = torch.cat([0 * ones, mask_BT], 1).long()
     inputs = {
-        "input_ids": completion_mask, "attention_mask": completion_mask, "completion_mask": completion_mask,
-        "ref_chosen_logps": better, "ref_rejected_logps": worse,
-    }  # fmt: skip
+        "input_ids": completion_mask,
+        "attention_mask": completion_mask,
+        "completion_mask": completion_mask,
+        "ref_chosen_logps": better,
+        "ref_rejected_logps": worse,
+    }
     return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
 
 
@@ -294,9 +348,14 @@ class Lists(dict):
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_pairs_stay_together_and_micro_batches_add_up(decoder, normalized):
-    learner, loss = Learner(decoder(torch.float64, vocab_size=40), Optimizer(), 1), preference(0.5, normalized)
+    learner, loss = (
+        Learner(decoder(torch.float64, vocab_size=40), Optimizer(), 1),
+        preference(0.5, normalized),
+    )
     whole, cut = pack(pairs_of(), 1 << 20), pack(pairs_of(), 1)
-    assert len(cut) == 3 and all(sorted(b.pairs_S.abs().tolist())[::2] == sorted(b.pairs_S.abs().tolist())[1::2] for b in cut)
+    assert len(cut) == 3 and all(
+        sorted(b.pairs_S.abs().tolist())[::2] == sorted(b.pairs_S.abs().tolist())[1::2] for b in cut
+    )
     (one, first), (many, second) = gradient_of(learner, whole, loss), gradient_of(learner, cut, loss)
     assert one == pytest.approx(many, rel=1e-12)
     torch.testing.assert_close(first, second, atol=1e-12, rtol=1e-9)
@@ -304,16 +363,23 @@ def test_pairs_stay_together_and_micro_batches_add_up(decoder, normalized):
 
 def test_a_shared_prompt_is_computed_once():
     alone = sum(len(s.tokens) - 1 for s in pairs_of())
-    (batch,) = (pack([s for s in pairs_of() if abs(s.pair) == 1], 1 << 20))
+    (batch,) = pack([s for s in pairs_of() if abs(s.pair) == 1], 1 << 20)
     better, worse = (s for s in pairs_of() if abs(s.pair) == 1)
     assert len(batch.tokens_N) == len(better.tokens) + len(worse.tokens) - better.start - 2 < alone
 
 
 def test_at_the_reference_the_loss_is_log_two_and_pulls_halves_apart(decoder):
-    learner, samples = Learner(decoder(vocab_size=40), Optimizer(learning_rate=3e-3), 30), pairs_of(reference=False)
-    batches = [replace(b, reference_M=score) for b in pack(samples, 1 << 20) for score in learner.logprobs([b])]
+    learner, samples = (
+        Learner(decoder(vocab_size=40), Optimizer(learning_rate=3e-3), 30),
+        pairs_of(reference=False),
+    )
+    batches = [
+        replace(b, reference_M=score) for b in pack(samples, 1 << 20) for score in learner.logprobs([b])
+    ]
     history = [learner.update(batches, preference(0.5)) for _ in range(30)]
-    assert history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and history[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and history[0]["margin"] == pytest.approx(
+        0, abs=1e-4
+    )
     assert history[-1]["loss"] < 0.2 and history[-1]["preferred"] == 1
 
 

@@ -82,10 +82,18 @@ def naive(model, end: int, prompt: np.ndarray, uniforms: np.ndarray, sampling: S
 
 def naive_groups(model, tokenizer, problems, group_size: int, sampling: SamplingParams, seed: object):
     return [
-        [naive(model, tokenizer.end_id, tokenizer.prompt(p.prompt),
-               generator(seed, p.id, sample).random(sampling.max_new_tokens), sampling) for sample in range(group_size)]
+        [
+            naive(
+                model,
+                tokenizer.end_id,
+                tokenizer.prompt(p.prompt),
+                generator(seed, p.id, sample).random(sampling.max_new_tokens),
+                sampling,
+            )
+            for sample in range(group_size)
+        ]
         for p in problems
-    ]  # fmt: skip
+    ]
 
 
 def tokens_of(groups: list[Group]) -> list[list[list[int]]]:
@@ -262,8 +270,11 @@ def test_stop_ids_end_a_completion_like_the_end_of_turn(decoder, tokenizer):
     free = engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=BUDGET), 0)
     stop = int(free[0].completions[0].tokens[2])
     cut = engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=BUDGET, stop_ids=(stop,)), 0)
-    for plain, stopped in ((a, b) for before, after in zip(free, cut, strict=True)
-                           for a, b in zip(before.completions, after.completions, strict=True)):  # fmt: skip
+    for plain, stopped in (
+        (a, b)
+        for before, after in zip(free, cut, strict=True)
+        for a, b in zip(before.completions, after.completions, strict=True)
+    ):
         met = (plain.tokens == stop).nonzero()[0]
         assert stopped.tokens.tolist() == (plain.tokens[: met[0] + 1] if len(met) else plain.tokens).tolist()
         assert stopped.stopped == (plain.stopped or len(met) > 0)

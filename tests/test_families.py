@@ -30,7 +30,9 @@ def shaken(model: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * 0.15 + (weight.ndim == 1))  # norms near one; parts come uninitialised
+            weight.copy_(
+                torch.randn_like(weight) * 0.15 + (weight.ndim == 1)
+            )  # norms near one; parts come uninitialised
     return model.eval()
 
 
@@ -72,10 +74,23 @@ def refusal(directory: Path) -> str:
 def test_deepseek_moe_is_llamas_attention_and_v2s_experts(tmp_path):
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=256, pad_token_id=None))
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, max_position_embeddings=256, pad_token_id=None)
+    )
     mixture = transformers.DeepseekV2Config(
-        **sizes, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, n_shared_experts=2, topk_method="greedy"
+        **sizes,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        n_shared_experts=2,
+        topk_method="greedy",
     )
     for layer in theirs.model.layers[1:]:
         layer.mlp = DeepseekV2Moe(mixture)
@@ -85,7 +100,9 @@ def test_deepseek_moe_is_llamas_attention_and_v2s_experts(tmp_path):
     ours = saved(config, tmp_path)
     copy_from(theirs, ours)
     with torch.no_grad():
-        torch.testing.assert_close(logits(ours, tokens()), theirs(tokens()[None]).logits[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            logits(ours, tokens()), theirs(tokens()[None]).logits[0], atol=1e-4, rtol=0
+        )
     weights.save(ours, tmp_path)
     again = weights.load(tmp_path)
     assert again.config == config and torch.equal(logits(again, tokens()), logits(ours, tokens()))
@@ -94,27 +111,57 @@ def test_deepseek_moe_is_llamas_attention_and_v2s_experts(tmp_path):
 def test_hunyuan_large_shares_keys_and_leaves_its_one_experts_weight_alone(tmp_path):
     """transformers' smaller Hunyuan, whose every second layer is handed the first's keys and values."""
     given = transformers.HunYuanMoEV1Config(
-        vocab_size=48, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, num_experts=4, moe_topk=1, max_position_embeddings=256, pad_token_id=None, tie_word_embeddings=True,
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        moe_topk=1,
+        max_position_embeddings=256,
+        pad_token_id=None,
+        tie_word_embeddings=True,
         rope_theta=10_000.0,
-    )  # fmt: skip
+    )
     theirs = shaken(transformers.HunYuanMoEV1ForCausalLM(given))
     for layer in theirs.model.layers:  # its gate would make one weight 1
+
         def gate(x, layer=layer):
             shares = layer.mlp.gate.wg(x.reshape(-1, 32)).softmax(-1)
             return None, *shares.topk(1)
+
         layer.mlp.gate.forward = gate
     for first, second in zip(theirs.model.layers[::2], theirs.model.layers[1::2], strict=True):
         for kind in ("k_proj", "v_proj"):
             made = {}
-            getattr(first.self_attn, kind).register_forward_hook(lambda _, __, out, made=made: made.update(out=out))
+            getattr(first.self_attn, kind).register_forward_hook(
+                lambda _, __, out, made=made: made.update(out=out)
+            )
             getattr(second.self_attn, kind).forward = lambda x, made=made: made["out"]
     experts = Experts(4, 1, 24, 24)
-    config = ModelConfig("hunyuan", 48, 32, 4, 4, 2, 8, 24, qk_norm="after", share_kv=2, experts=experts, norm_eps=1e-5, max_positions=256)
+    config = ModelConfig(
+        "hunyuan",
+        48,
+        32,
+        4,
+        4,
+        2,
+        8,
+        24,
+        qk_norm="after",
+        share_kv=2,
+        experts=experts,
+        norm_eps=1e-5,
+        max_positions=256,
+    )
     ours = saved(config, tmp_path)
     copy_from(theirs, ours)
     with torch.no_grad():
-        torch.testing.assert_close(logits(ours, tokens()), theirs(tokens()[None]).logits[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            logits(ours, tokens()), theirs(tokens()[None]).logits[0], atol=1e-4, rtol=0
+        )
 
 
 def copy_from(theirs: torch.nn.Module, ours: Decoder) -> None:
@@ -124,7 +171,9 @@ def copy_from(theirs: torch.nn.Module, ours: Decoder) -> None:
         stem, _, rest = part.theirs.partition(".experts.")
         if rest:
             number, kind, _ = rest.split(".")
-            both = held[f"{stem}.experts.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"][int(number)]
+            both = held[f"{stem}.experts.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"][
+                int(number)
+            ]
             source = both if kind == "down_proj" else both.chunk(2)[kind == "up_proj"]
         else:
             source = held[part.theirs]
@@ -142,18 +191,27 @@ def test_modules_that_look_ahead_travel_and_transformers_leaves_them(tmp_path, t
     assert weights.digest(weights.load(tmp_path)) == weights.digest(model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
-        torch.testing.assert_close(logits(model, tokens()), theirs(tokens()[None]).logits[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            logits(model, tokens()), theirs(tokens()[None]).logits[0], atol=1e-4, rtol=0
+        )
     theirs.save_pretrained(tmp_path / "again")
-    change(tmp_path / "again" / "config.json", num_nextn_predict_layers=1)  # announced, as fine-tuned copies of V3 do
+    change(
+        tmp_path / "again" / "config.json", num_nextn_predict_layers=1
+    )  # announced, as fine-tuned copies of V3 do
     assert weights.load(tmp_path / "again").config.predicted == 0
 
 
 def test_a_repeated_embedding_of_a_module_that_looks_ahead_is_no_harm(tmp_path):
     model = saved(replace(V3, predicted=1), tmp_path)
-    retensor(tmp_path, lambda held: held.update({
-        "model.layers.3.embed_tokens.weight": held["model.embed_tokens.weight"].clone(),
-        "model.layers.3.shared_head.head.weight": held["lm_head.weight"].clone(),
-    }))  # fmt: skip
+    retensor(
+        tmp_path,
+        lambda held: held.update(
+            {
+                "model.layers.3.embed_tokens.weight": held["model.embed_tokens.weight"].clone(),
+                "model.layers.3.shared_head.head.weight": held["lm_head.weight"].clone(),
+            }
+        ),
+    )
     assert weights.digest(weights.load(tmp_path)) == weights.digest(model)
 
 
@@ -168,7 +226,9 @@ def test_fp8_weights_are_multiplied_by_their_blocks_scales(tmp_path):
             scale = torch.rand(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128)) + 0.5
             held[kind] = (weight * 100).to(torch.float8_e4m3fn)
             held[f"{kind}_scale_inv"] = scale
-            wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+            wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[
+                : weight.shape[0], : weight.shape[1]
+            ]
             plain[kind] = held[kind].float() * wide
 
     retensor(tmp_path, quantize)
@@ -212,7 +272,11 @@ def test_a_pickle_is_never_read(tmp_path, name):
 
 def test_a_model_that_comes_as_code_is_refused_with_the_reason_and_the_way_out(tmp_path):
     saved(V3, tmp_path)
-    change(tmp_path / "config.json", architectures=["StrangeForCausalLM"], auto_map={"AutoModelForCausalLM": "strange.Strange"})
+    change(
+        tmp_path / "config.json",
+        architectures=["StrangeForCausalLM"],
+        auto_map={"AutoModelForCausalLM": "strange.Strange"},
+    )
     message = refusal(tmp_path)
     assert "Python code" in message and "never run" in message and "DeepseekV3ForCausalLM" in message
 
@@ -227,7 +291,9 @@ def test_tensors_of_experts_are_named_when_missing_or_too_many(tmp_path):
     assert f"tensor {name.replace('7', '8')} has no place" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [("topk_method", "greedy"), ("scoring_func", "softmax"), ("n_group", 0)])
+@pytest.mark.parametrize(
+    "key, value", [("topk_method", "greedy"), ("scoring_func", "softmax"), ("n_group", 0)]
+)
 def test_a_mixture_of_another_kind_is_refused(tmp_path, key, value):
     saved(V3, tmp_path)
     change(tmp_path / "config.json", **{key: value})
@@ -253,6 +319,8 @@ def test_reading_takes_little_more_memory_than_the_weights(tmp_path):
     )
     (tmp_path / "small").mkdir()
     saved(V3, tmp_path / "small")
-    told = subprocess.run([sys.executable, "-c", code, tmp_path, tmp_path / "small"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, tmp_path / "small"], capture_output=True, text=True, check=True
+    )
     before, after = map(int, told.stdout.split())
     assert 1024 * (after - before) < 1.2 * 4 * config.parameters

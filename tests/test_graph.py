@@ -68,12 +68,25 @@ def test_the_seed_changes_every_key_that_can_be_told(plan):
 
 
 def test_a_source_changes_what_draws_on_it(plan):
-    assert changed(plan("problems.chat={source: miniature, modulus: 5, task: repeat}")) == {"coldstart", "general", "dev1", "screened"}
+    assert changed(plan("problems.chat={source: miniature, modulus: 5, task: repeat}")) == {
+        "coldstart",
+        "general",
+        "dev1",
+        "screened",
+    }
 
 
 def test_an_evaluation_is_a_stage_for_each_model_and_each_control(plan):
-    graph = plan("stages.evaluation.models=[zero, dev1]", "stages.evaluation.forced=[base]", "stages.evaluation.retry={'no': wait}")
-    assert {n for n in graph.nodes if "/" in n} == {"evaluation/zero", "evaluation/dev1", "evaluation/base+forced"}
+    graph = plan(
+        "stages.evaluation.models=[zero, dev1]",
+        "stages.evaluation.forced=[base]",
+        "stages.evaluation.retry={'no': wait}",
+    )
+    assert {n for n in graph.nodes if "/" in n} == {
+        "evaluation/zero",
+        "evaluation/dev1",
+        "evaluation/base+forced",
+    }
     assert graph.nodes["evaluation/base+forced"].control == "forced"
 
 
@@ -115,7 +128,9 @@ def test_a_file_of_problems_counts_by_its_content_wherever_it_lies(tmp_path):
     before = identity("a.jsonl")
     (tmp_path / "a.jsonl").write_text('{"problem": "1+2", "answer": "3"}\n')
     assert identity("a.jsonl") != before
-    with pytest.raises(LimbeckError, match="problems.mine.path: none.jsonl is no file, neither beside the recipe nor here"):
+    with pytest.raises(
+        LimbeckError, match="problems.mine.path: none.jsonl is no file, neither beside the recipe nor here"
+    ):
         identity("none.jsonl")
 
 
@@ -193,7 +208,9 @@ def test_a_mistake_in_a_recipe_is_one_sentence_that_names_the_key(tmp_path, text
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):
-    with pytest.raises(LimbeckError, match=r"no such recipe; recipes that come with Limbeck: .*recipes/quickstart.yaml"):
+    with pytest.raises(
+        LimbeckError, match=r"no such recipe; recipes that come with Limbeck: .*recipes/quickstart.yaml"
+    ):
         load(tmp_path / "none.yaml")
     with pytest.raises(LimbeckError, match="cannot be read as text"):
         load(tmp_path)
@@ -217,8 +234,14 @@ def test_a_mistake_in_an_override_is_one_sentence(finished, override, sentence):
 
 
 def test_overrides_reach_every_depth(finished):
-    recipe = load(finished.recipe, ["seed=7", "stages.zero.policy.group_size=16", "stages.evaluation.modes=[greedy]"])
-    assert (recipe.seed, recipe.stages["zero"].policy.group_size, recipe.stages["evaluation"].modes) == (7, 16, ["greedy"])
+    recipe = load(
+        finished.recipe, ["seed=7", "stages.zero.policy.group_size=16", "stages.evaluation.modes=[greedy]"]
+    )
+    assert (recipe.seed, recipe.stages["zero"].policy.group_size, recipe.stages["evaluation"].modes) == (
+        7,
+        16,
+        ["greedy"],
+    )
 
 
 def test_a_recipe_written_out_reads_back_as_itself(finished, tmp_path):

@@ -122,7 +122,9 @@ def test_what_stops_a_run_before_it_begins_is_told(recipe, tmp_path):
     with pytest.raises(LimbeckError, match="stages.brought.path"):
         jobs.start(recipe, tmp_path)
     assert not (tmp_path / "brief").exists()
-    keyless = "{kind: remote, url: http://localhost:1/v1, model: wise, key: NOBODY_HAS_THIS_KEY, licence: MIT}"
+    keyless = (
+        "{kind: remote, url: http://localhost:1/v1, model: wise, key: NOBODY_HAS_THIS_KEY, licence: MIT}"
+    )
     recipe.write_text(RECIPE.replace("stages:", f"stages:\n  teacher: {keyless}"))
     folder = jobs.start(recipe, tmp_path)
     assert jobs.state(folder).name == "running"

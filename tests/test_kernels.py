@@ -95,7 +95,10 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("width", "heads", "kv_heads"), [(16, 4, 2), (64, 9, 3), (8, 2, 1), (5, 3, 3), (24, 2, 2), (80, 4, 2), (128, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("width", "heads", "kv_heads"),
+    [(16, 4, 2), (64, 9, 3), (8, 2, 1), (5, 3, 3), (24, 2, 2), (80, 4, 2), (128, 2, 1), (1, 2, 2)],
+)
 @pytest.mark.parametrize("window", [0, 7])
 def test_attention_and_its_gradients_equal_torchs(compiled, context, width, heads, kv_heads, window, plainly):
     torch.manual_seed(0)
@@ -114,7 +117,9 @@ def test_attention_reads_queries_keys_and_values_where_they_lie(compiled, plainl
     whole = torch.randn(30, 6, 16)
 
     def attend():
-        return gradients(lambda x: Packed([10, 20]).attend(Layer(0, 0.25, 0), *x.split([4, 1, 1], dim=1)), whole)
+        return gradients(
+            lambda x: Packed([10, 20]).attend(Layer(0, 0.25, 0), *x.split([4, 1, 1], dim=1)), whole
+        )
 
     assert_alike(attend(), plainly(attend))
 
@@ -154,7 +159,9 @@ def test_a_mixture_and_its_gradients_equal_torchs(compiled, tokens, threads, pla
     inputs = torch.randn(tokens, 24), torch.randn(8, 40, 24), torch.randn(8, 24, 20), torch.rand(tokens, 2)
 
     def run():
-        return gradients(lambda x, gate_up, down, weights: experts_mixed(x, gate_up, down, chosen, weights), *inputs)
+        return gradients(
+            lambda x, gate_up, down, weights: experts_mixed(x, gate_up, down, chosen, weights), *inputs
+        )
 
     try:
         assert_alike(run(), plainly(run))
@@ -177,12 +184,22 @@ MODELS = {
 
 
 def model(**changes) -> Decoder:
-    shape = {"vocab_size": 96, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 4, "head_dim": 16, "intermediate_size": 80}
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 80,
+    }
     decoder = Decoder(ModelConfig("llama", **(shape | changes))).initialize(0)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if name.endswith(("norm.weight", "bias")):
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)), alpha=0.3)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)), alpha=0.3
+                )
     return decoder
 
 
@@ -217,7 +234,9 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plain
 
 
 @pytest.mark.parametrize(
-    "changes", [{"gated": False}, {"parallel": True}, {"layer_norm": True}, {"share_kv": 2}, {"qk_norm": "after"}], ids=str
+    "changes",
+    [{"gated": False}, {"parallel": True}, {"layer_norm": True}, {"share_kv": 2}, {"qk_norm": "after"}],
+    ids=str,
 )
 def test_what_the_step_does_not_know_goes_the_plain_way(changes):
     assert not kernels.Decoding.fits(model(**changes))
@@ -324,8 +343,12 @@ def test_every_class_of_every_operation_is_timed(choosing, monkeypatch):
     monkeypatch.setattr(choice, "LEAST", 0)
     monkeypatch.setattr(choice, "LONG", 1e9)
     rows = kernels.timings()
-    assert len(rows) == len(trials.MOST) * len(trials.WIDEST) + sum(len(o.trials) for o in trials.OPERATIONS.values())
-    assert all(len(o.largest) == len(o.trials) and o.largest[-1] == float("inf") for o in trials.OPERATIONS.values())
+    assert len(rows) == len(trials.MOST) * len(trials.WIDEST) + sum(
+        len(o.trials) for o in trials.OPERATIONS.values()
+    )
+    assert all(
+        len(o.largest) == len(o.trials) and o.largest[-1] == float("inf") for o in trials.OPERATIONS.values()
+    )
     assert all(row.ours > 0 and row.torch > 0 for row in rows)
 
 
@@ -357,7 +380,9 @@ SAY = "from limbeck.model import kernels; print(kernels.found()[1])"
 
 def found_with(**environment: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if name not in ("LIMBECK_KERNELS", "CXX")}
-    done = subprocess.run([sys.executable, "-c", SAY], env=inherited | environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SAY], env=inherited | environment, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -383,6 +408,9 @@ def test_without_kernels_the_reason_is_told(tmp_path):
 @pytest.mark.skipif(kernels.library() is None, reason=NONE)
 def test_two_processes_that_compile_at_once_share_one_library(tmp_path):
     environment = os.environ | {"LIMBECK_CACHE": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, "-c", SAY], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", SAY], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = {process.communicate()[0].strip() for process in both}
     assert said == {str(path) for path in tmp_path.glob("kernels-*.so")} and len(said) == 1

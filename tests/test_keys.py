@@ -27,13 +27,18 @@ class Full(Store):
     """A store in which every stage has been carried out, with a result that is nothing but its key."""
 
     def find(self, kind: str, key: str) -> Artifact:
-        return Artifact(self.root / f"{kind}-{key[:16]}", {"kind": kind, "key": key, "digest": digest_of(key), "outputs": {}})
+        return Artifact(
+            self.root / f"{kind}-{key[:16]}",
+            {"kind": kind, "key": key, "digest": digest_of(key), "outputs": {}},
+        )
 
 
 def keys(path: Path, folder: Path) -> dict[str, str | None]:
     """Key by node. What a recipe reads and does not bring along, models and tables, is stood in for by one line in `folder`."""
     recipe = load(path)
-    files = [folder / stage.path / "config.json" for stage in recipe.stages.values() if isinstance(stage, Load)]
+    files = [
+        folder / stage.path / "config.json" for stage in recipe.stages.values() if isinstance(stage, Load)
+    ]
     files += [folder / source.path for source in recipe.problems.values() if isinstance(source, Files)]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

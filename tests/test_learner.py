@@ -125,7 +125,9 @@ def test_long_completions_read_their_prompt_each_for_itself(decoder, monkeypatch
     wanted = packed_gradient(model, samples, 1 << 20, cross_entropy)
     monkeypatch.setattr("limbeck.train.batch.LONG", 8)
     cut = pack(samples, 1 << 20)
-    assert any(isinstance(b.context, Packed) for b in cut) and not all(isinstance(b.context, Packed) for b in cut)
+    assert any(isinstance(b.context, Packed) for b in cut) and not all(
+        isinstance(b.context, Packed) for b in cut
+    )
     for found, expected in zip(packed_gradient(model, samples, 1 << 20, cross_entropy), wanted, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
 
@@ -425,17 +427,32 @@ def test_reinforce_runs_with_every_preset(decoder, tokenizer, clock, tmp_path, p
         preset=preset, group_size=4, prompts_per_step=8, updates_per_rollout=2, mask_truncated=False
     )
     settings = RL(
-        kind="rl", model="base", problems={"clock": 1}, rewards={"language": 1.0}, steps=2, policy=policy,
-        sampling=Sampling(max_new_tokens=16), batch_tokens=128,
-    )  # fmt: skip
+        kind="rl",
+        model="base",
+        problems={"clock": 1},
+        rewards={"language": 1.0},
+        steps=2,
+        policy=policy,
+        sampling=Sampling(max_new_tokens=16),
+        batch_tokens=128,
+    )
     learner = Learner(decoder(), settings.optimizer, 4)
     reference = Learner(decoder(), settings.optimizer, 1) if policy.kl_coef else None
     engine, tasks = (
         Engine(learner.model, tokenizer),
         Mixture({"clock": clock}, {"clock": 1}, settings.rewards),
     )
-    train_grpo(learner, reference, engine, tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
-              Record(tmp_path), Checkpoint(tmp_path))  # fmt: skip
+    train_grpo(
+        learner,
+        reference,
+        engine,
+        tasks,
+        SamplingParams(max_new_tokens=16),
+        settings,
+        "0/zero",
+        Record(tmp_path),
+        Checkpoint(tmp_path),
+    )
     first, second = read_metrics(tmp_path)
     assert learner.step == 4 and 0 <= max(first["gap"], second["gap"]) < 1e-4
     assert ("kl_reference" in first) == (preset == "r1")
@@ -445,14 +462,34 @@ def test_reinforce_runs_with_every_preset(decoder, tokenizer, clock, tmp_path, p
 def test_reinforce_ends_when_its_flops_are_spent(decoder, tokenizer, clock, tmp_path):
     """Never before, and not a step later; also where a checkpoint lies between."""
     policy = Policy(group_size=4, prompts_per_step=4, zero_variance="keep", mask_truncated=False)
-    settings = RL(kind="rl", model="base", problems={"clock": 1}, rewards={"language": 1.0}, steps=9, policy=policy,
-                  sampling=Sampling(max_new_tokens=16))  # fmt: skip
+    settings = RL(
+        kind="rl",
+        model="base",
+        problems={"clock": 1},
+        rewards={"language": 1.0},
+        steps=9,
+        policy=policy,
+        sampling=Sampling(max_new_tokens=16),
+    )
 
     def spend(folder: Path, budget: float, stop: Callable[[], bool] = lambda: False) -> list[float]:
         folder.mkdir(exist_ok=True)
-        learner, tasks = Learner(decoder(), settings.optimizer, 9), Mixture({"clock": clock}, {"clock": 1}, settings.rewards)
-        train_grpo(learner, None, Engine(learner.model, tokenizer), tasks, SamplingParams(max_new_tokens=16), settings, "0/zero",
-                  Record(folder, len(read_metrics(folder))), Checkpoint(folder, 60, stop), budget)  # fmt: skip
+        learner, tasks = (
+            Learner(decoder(), settings.optimizer, 9),
+            Mixture({"clock": clock}, {"clock": 1}, settings.rewards),
+        )
+        train_grpo(
+            learner,
+            None,
+            Engine(learner.model, tokenizer),
+            tasks,
+            SamplingParams(max_new_tokens=16),
+            settings,
+            "0/zero",
+            Record(folder, len(read_metrics(folder))),
+            Checkpoint(folder, 60, stop),
+            budget,
+        )
         return [row["flops"] for row in read_metrics(folder)]
 
     first, second, *_ = spend(tmp_path / "whole", math.inf)

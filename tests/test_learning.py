@@ -40,28 +40,55 @@ def test_a_base_learns_from_text_and_then_from_rewards_alone(task, tmp_path):
     """Pretraining halves the loss; RL, paid for right answers and tags, raises held-out accuracy and the number of
     attempts, without a demonstration."""
     tokenizer = task.tokenizer()
-    decoder = Decoder(ModelConfig("llama", tokenizer.size, 48, 2, 4, 4, 12, 96, rope_theta=100.0)).initialize(1)
+    decoder = Decoder(ModelConfig("llama", tokenizer.size, 48, 2, 4, 4, 12, 96, rope_theta=100.0)).initialize(
+        1
+    )
     documents = encode_documents(task.documents("test", {}), tokenizer, 600_000)
     plan = batches(documents, 1024, "test")
     settings = Optimizer(name="muon", learning_rate=1e-2, warmup_steps=20, schedule="linear", final_ratio=0)
     (tmp_path / "base").mkdir()
     record = Record(tmp_path / "base")
-    fit(Learner(decoder, settings, len(plan)), documents, plan, 1 << 20, 1, record, Checkpoint(tmp_path / "base"))
+    fit(
+        Learner(decoder, settings, len(plan)),
+        documents,
+        plan,
+        1 << 20,
+        1,
+        record,
+        Checkpoint(tmp_path / "base"),
+    )
     losses = [row["loss"] for row in read_metrics(tmp_path / "base")]
     assert sum(losses[-10:]) < sum(losses[:10]) / 2
 
     before = held_out(decoder, task)
     stage = RL(
-        kind="rl", model="base", problems={"clock": 1}, steps=STEPS, sampling=Sampling(max_new_tokens=60),
-        policy=Policy(prompts_per_step=16, updates_per_rollout=2, advantage_scale="group", zero_variance="drop", mask_truncated=False),
-    )  # fmt: skip
+        kind="rl",
+        model="base",
+        problems={"clock": 1},
+        steps=STEPS,
+        sampling=Sampling(max_new_tokens=60),
+        policy=Policy(
+            prompts_per_step=16,
+            updates_per_rollout=2,
+            advantage_scale="group",
+            zero_variance="drop",
+            mask_truncated=False,
+        ),
+    )
     tasks = Mixture({"clock": task}, stage.problems, stage.rewards)
     engine, learner = Engine(decoder, tokenizer), Learner(decoder, stage.optimizer, 2 * STEPS)
     (tmp_path / "zero").mkdir()
     train_grpo(
-        learner, None, engine, tasks, SamplingParams(max_new_tokens=60), stage, "test", Record(tmp_path / "zero"),
+        learner,
+        None,
+        engine,
+        tasks,
+        SamplingParams(max_new_tokens=60),
+        stage,
+        "test",
+        Record(tmp_path / "zero"),
         Checkpoint(tmp_path / "zero"),
-    )  # fmt: skip
+    )
     after = held_out(decoder, task)
     assert after["accuracy"] > before["accuracy"] + 0.1
     assert after["attempts"] > 1.5 * before["attempts"]

@@ -27,13 +27,19 @@ def why(call, finished):  # noqa: F811
 
 def test_a_model_is_found_by_stage_run_folder_and_artifact(why, finished):
     folder = next(a.folder for a in Store(finished.home / "store").all() if a.manifest["stage"] == "dev1")
-    told = {why(name).out for name in ("dev1", "tiny/dev1", finished.home / "tiny" / "dev1", folder, folder.name, "sft-")}
+    told = {
+        why(name).out
+        for name in ("dev1", "tiny/dev1", finished.home / "tiny" / "dev1", folder, folder.name, "sft-")
+    }
     assert len(told) == 1 and why("tiny/evaluation/zero").out.startswith("evaluation/zero (evaluate-")
     assert "tiny has no finished stage zerro; it has" in why("tiny/zerro").err and why("tiny/zerro").code == 2
     shutil.copytree(finished.home / "tiny", finished.home / "twin")
     other = json.loads((finished.home / "twin" / "stages.json").read_text())
     (finished.home / "twin" / "stages.json").write_text(json.dumps({**other, "dev1": other["base"]}))
-    assert f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or {finished.home / 'twin/dev1'}" in why("dev1").err
+    assert (
+        f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or {finished.home / 'twin/dev1'}"
+        in why("dev1").err
+    )
     shutil.rmtree(finished.home / "twin")
 
 
@@ -49,31 +55,57 @@ def test_why_begins_with_the_conclusion_and_walks_to_the_roots(why):
 
 
 def test_a_model_brought_in_undeclared_says_so_first(why):
-    assert "undeclared: outputs may train no other model; release is forbidden" in why("brought").out.splitlines()[0]
+    assert (
+        "undeclared: outputs may train no other model; release is forbidden"
+        in why("brought").out.splitlines()[0]
+    )
 
 
 def test_why_tells_programs_everything(why):
     told = json.loads(why("dev1", "--json").out)["data"]
     stages = {entry["stage"]: entry for entry in told["artifacts"].values()}
-    assert set(stages) == {"dev1", "base", "coldstart", "traces", "general"} and told["conclusion"] == "bound by no licence"
-    assert stages["dev1"]["inputs"]["coldstart"] == stages["coldstart"]["key"] and stages["dev1"]["key"] == told["root"]
+    assert (
+        set(stages) == {"dev1", "base", "coldstart", "traces", "general"}
+        and told["conclusion"] == "bound by no licence"
+    )
+    assert (
+        stages["dev1"]["inputs"]["coldstart"] == stages["coldstart"]["key"]
+        and stages["dev1"]["key"] == told["root"]
+    )
 
 
 def test_the_rows_listed_are_those_that_were_drawn(why, finished):
     """The recipe's `coldstart: 0.5` takes half of the desk's rows: those, and all general ones, are listed."""
     lineage = find("dev1", finished.home)
     listed = list(rows_behind(lineage))
-    coldstart, general = (list(read(find(name, finished.home).store.root / find(name, finished.home).head["artifact"] / "rows.jsonl")) for name in ("coldstart", "general"))
+    coldstart, general = (
+        list(
+            read(
+                find(name, finished.home).store.root
+                / find(name, finished.home).head["artifact"]
+                / "rows.jsonl"
+            )
+        )
+        for name in ("coldstart", "general")
+    )
     drawn = share_of(coldstart, 0.5, ("0/dev1", "coldstart"))
     assert 0 < len(drawn) < len(coldstart)
-    assert {(r["id"], r["given_by"]) for r in listed} == {(r["id"], "coldstart") for r in drawn} | {(r["id"], "general") for r in general}
+    assert {(r["id"], r["given_by"]) for r in listed} == {(r["id"], "coldstart") for r in drawn} | {
+        (r["id"], "general") for r in general
+    }
     assert sum(r["times"] for r in listed) == len(drawn) + len(general) == lineage.head["notes"]["rows"]
     row = next(r for r in listed if r["given_by"] == "coldstart")
     assert row["editor"] == "policy: translate" and row["origin"]["problem"] == "miniature/countdown"
     plain = why("dev1", "--rows").out.splitlines()
-    assert len(plain) == len(listed) and "row" not in json.loads(why("dev1", "--rows", "--json").out)["data"][0]
+    assert (
+        len(plain) == len(listed) and "row" not in json.loads(why("dev1", "--rows", "--json").out)["data"][0]
+    )
     shown = why("dev1", "--row", row["id"]).out
-    assert row["row"]["prompt"] in shown and row["row"]["completion"].strip() in shown and "policy: translate" in shown
+    assert (
+        row["row"]["prompt"] in shown
+        and row["row"]["completion"].strip() in shown
+        and "policy: translate" in shown
+    )
     assert "nothing-1: no row of that id trained dev1" in why("dev1", "--row", "nothing-1").err
 
 
@@ -84,10 +116,16 @@ def test_reinforcement_lists_the_problems_that_it_learned_from(finished):
     listed = {row["id"]: row for row in rows_behind(zero)}
     assert {row["learned_by"] for row in listed.values()} == {"zero"}
     steps = {row["step"]: row["problems"] for row in read(folder / "asked.jsonl")}
-    assert sum(row["times"] for row in listed.values()) == sum(len(set(problems)) for problems in steps.values()) > 0
+    assert (
+        sum(row["times"] for row in listed.values())
+        == sum(len(set(problems)) for problems in steps.values())
+        > 0
+    )
     groups = list(read(folder / "rollouts.jsonl"))
     taught = {(g["step"], g["problem"]): len({c["reward"] for c in g["completions"]}) > 1 for g in groups}
-    assert len(groups) == 8 and all((problem in steps.get(step, [])) == told for (step, problem), told in taught.items())
+    assert len(groups) == 8 and all(
+        (problem in steps.get(step, [])) == told for (step, problem), told in taught.items()
+    )
 
 
 # ---------------------------------------------------------------- recall
@@ -100,13 +138,23 @@ def stages(found: dict[str, str]) -> set[str]:
 def test_a_withdrawn_row_taints_who_learned_from_it_and_nobody_else(finished):
     drawn = next(r["id"] for r in rows_behind(find("dev1", finished.home)) if r["given_by"] == "coldstart")
     found = recall(drawn, finished.home)
-    assert stages(found.holds) == {"traces", "coldstart"} and stages(found.learned) == {"dev1"} and not found.tainted
+    assert (
+        stages(found.holds) == {"traces", "coldstart"}
+        and stages(found.learned) == {"dev1"}
+        and not found.tainted
+    )
     assert found.again == {"tiny": ["dev1"]} and found.flops > 0
     coldstart = find("coldstart", finished.home)
     kept = {r["id"] for r in rows_behind(find("dev1", finished.home))}
-    left = next(r["id"] for r in read(coldstart.store.root / coldstart.head["artifact"] / "rows.jsonl") if r["id"] not in kept)
+    left = next(
+        r["id"]
+        for r in read(coldstart.store.root / coldstart.head["artifact"] / "rows.jsonl")
+        if r["id"] not in kept
+    )
     found = recall(left, finished.home)
-    assert stages(found.holds) == {"traces", "coldstart"} and not found.learned and not found.again  # the share left it out
+    assert (
+        stages(found.holds) == {"traces", "coldstart"} and not found.learned and not found.again
+    )  # the share left it out
 
 
 def test_a_withdrawn_problem_reaches_through_the_model_that_practised_on_it(finished):
@@ -118,14 +166,27 @@ def test_a_withdrawn_problem_reaches_through_the_model_that_practised_on_it(fini
         recall("clock/none", finished.home)
 
 
-def artifact(store: Store, kind: str, stage: str, inputs: dict[str, object], kept: list[str] = (), **settings) -> object:
+def artifact(
+    store: Store, kind: str, stage: str, inputs: dict[str, object], kept: list[str] = (), **settings
+) -> object:
     """An artifact made by hand: of a long chain, in no time."""
     folder = store.partial(kind, stage)
     if kind in ("sample", "curate"):
         (folder / "rows.jsonl").write_text("".join(json.dumps({"id": row}) + "\n" for row in kept))
-    given = {name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]} for name, a in inputs.items()}
-    told = {"settings": {"kind": kind, **settings}, "seed": f"0/{stage}", "licences": [], "sources": {"problems": ["clock (miniature clock)"]}}
-    return store.finish(folder, {"kind": kind, "key": stage, "stage": stage, "inputs": given, "seconds": 1.0, "flops": 10, **told})
+    given = {
+        name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]}
+        for name, a in inputs.items()
+    }
+    told = {
+        "settings": {"kind": kind, **settings},
+        "seed": f"0/{stage}",
+        "licences": [],
+        "sources": {"problems": ["clock (miniature clock)"]},
+    }
+    return store.finish(
+        folder,
+        {"kind": kind, "key": stage, "stage": stage, "inputs": given, "seconds": 1.0, "flops": 10, **told},
+    )
 
 
 def test_taint_passes_through_models_that_sampled_what_others_learned(tmp_path):
@@ -142,12 +203,18 @@ def test_taint_passes_through_models_that_sampled_what_others_learned(tmp_path):
     index = {one.manifest["stage"]: one.folder.name for one in (a, first, b, second, desk, c, d)}
     (tmp_path / "r" / "stages.json").write_text(json.dumps(index))
     found = recall("q#0", tmp_path)
-    assert stages(found.holds) == {"first"} and stages(found.learned) == {"b"} and stages(found.tainted) == {"second", "desk", "c"}
+    assert (
+        stages(found.holds) == {"first"}
+        and stages(found.learned) == {"b"}
+        and stages(found.tainted) == {"second", "desk", "c"}
+    )
     assert found.again == {"r": ["b", "second", "desk", "c"]} and (found.seconds, found.flops) == (4.0, 40)
     found = recall("r#0", tmp_path)
     assert stages(found.holds) == {"second", "desk"} and stages(found.learned) == {"c"} and not found.tainted
     # two stages gave a row of that id: one of them alone
-    assert stages(recall("p#0", tmp_path, "second").learned) == {"c"} and stages(recall("p#0", tmp_path).learned) == {"b", "c"}
+    assert stages(recall("p#0", tmp_path, "second").learned) == {"c"} and stages(
+        recall("p#0", tmp_path).learned
+    ) == {"b", "c"}
     assert stages(recall("clock/1", tmp_path).unsure) == {"d"}  # it is older than the list of what was asked
 
 
@@ -164,5 +231,10 @@ def test_recall_tells_people_and_programs(call, finished):  # noqa: F811
 def test_origins_are_told_without_torch(finished):
     program = "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
     for command in (["why", "dev1"], ["why", "dev1", "--rows"], ["recall", "clock/none"]):
-        done = subprocess.run([sys.executable, "-c", program, *command, "--runs", str(finished.home)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command, "--runs", str(finished.home)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert "AssertionError" not in done.stderr and done.returncode in (0, 2)

@@ -222,10 +222,15 @@ def test_loss_and_gradient_equal_trls(policy, loss_type):
     pytest.importorskip("trl")
     random, longest = np.random.default_rng(4), 9
     lengths = random.permutation(np.r_[1:10, 3, 5, 9])
-    rows = [{
-        "ratios": np.exp(random.uniform(-1.1, 1.1, n)), "advantages": float(random.normal()),
-        "reference": np.exp(random.normal(0, 0.5, n)), "logprobs": -random.exponential(1.0, n),
-    } for n in lengths]  # fmt: skip
+    rows = [
+        {
+            "ratios": np.exp(random.uniform(-1.1, 1.1, n)),
+            "advantages": float(random.normal()),
+            "reference": np.exp(random.normal(0, 0.5, n)),
+            "logprobs": -random.exponential(1.0, n),
+        }
+        for n in lengths
+    ]
     rows[0]["ratios"][0] = rows[1]["ratios"][0] = 12.0
     rows[1]["advantages"] = -rows[0]["advantages"]
     rows.sort(key=lambda row: len(row["ratios"]))
@@ -243,11 +248,18 @@ def test_loss_and_gradient_equal_trls(policy, loss_type):
     theirs = padded(logprobs).requires_grad_()
     trainer = Trainer(policy, loss_type, theirs, longest)
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    wanted = trainer.compute({
-        "prompt_ids": ids[:, :2], "prompt_mask": ids[:, :2] + 1, "completion_ids": ids, "completion_mask": mask,
-        "advantages": torch.tensor([row["advantages"] for row in rows]), "num_items_in_batch": mask.sum(),
-        "old_per_token_logps": padded(batch.logprobs_M), "ref_per_token_logps": padded(batch.reference_M),
-    })  # fmt: skip
+    wanted = trainer.compute(
+        {
+            "prompt_ids": ids[:, :2],
+            "prompt_mask": ids[:, :2] + 1,
+            "completion_ids": ids,
+            "completion_mask": mask,
+            "advantages": torch.tensor([row["advantages"] for row in rows]),
+            "num_items_in_batch": mask.sum(),
+            "old_per_token_logps": padded(batch.logprobs_M),
+            "ref_per_token_logps": padded(batch.reference_M),
+        }
+    )
     wanted.backward()
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5, check_dtype=False)
     torch.testing.assert_close(padded(logprobs.grad), theirs.grad, atol=1e-6, rtol=1e-4)

@@ -29,7 +29,9 @@ EXPERTS = Experts(
 )  # fmt: skip
 LATENT = Latent(kv_rank=12, nope_dim=8, rope_dim=4, value_dim=8, q_rank=16)
 V3 = ModelConfig("deepseek_v3", 48, 32, 3, 4, 4, 4, 48, latent=LATENT, experts=EXPERTS, max_positions=256)
-PROBLEMS = [Problem(f"p/{i}", text) for i, text in enumerate(["use 6 1 5 make 3 ?", "say 4 ?", "用 2 2 凑 6 ?"])]
+PROBLEMS = [
+    Problem(f"p/{i}", text) for i, text in enumerate(["use 6 1 5 make 3 ?", "say 4 ?", "用 2 2 凑 6 ?"])
+]
 
 
 def decoder(config: ModelConfig = V3, dtype: torch.dtype = torch.float64, seed: int = 0) -> Decoder:
@@ -37,7 +39,9 @@ def decoder(config: ModelConfig = V3, dtype: torch.dtype = torch.float64, seed: 
     with torch.no_grad():  # fresh biases are zero, which would hide what they do
         for layer in mixtures(model):
             if layer.experts.balanced:
-                layer.correction.copy_(0.3 * torch.randn(config.experts.count, generator=torch.Generator().manual_seed(seed)))
+                layer.correction.copy_(
+                    0.3 * torch.randn(config.experts.count, generator=torch.Generator().manual_seed(seed))
+                )
         model.embed.weight.mul_(20)
     return model
 
@@ -50,7 +54,9 @@ def inputs(tokens: int = 40, size: int = 32) -> torch.Tensor:
     return torch.randn(tokens, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def looped(layer: MixtureOfExperts, x: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def looped(
+    layer: MixtureOfExperts, x: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
     """The layer token by token and expert by expert."""
     rows = []
     for token, weights, picks in zip(x, scores, chosen, strict=True):
@@ -90,7 +96,9 @@ def test_grouped_products_equal_a_loop_forward_and_backward(experts):
     weights = [x, *(p for p in layer.parameters() if p.requires_grad)]
     direction = torch.randn_like(out)
     for one, other in zip(
-        torch.autograd.grad((out * direction).sum(), weights), torch.autograd.grad((expected * direction).sum(), weights), strict=True
+        torch.autograd.grad((out * direction).sum(), weights),
+        torch.autograd.grad((expected * direction).sum(), weights),
+        strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
@@ -100,7 +108,9 @@ def test_single_precision_takes_the_same_way(size):
     layer = mixtures(decoder(replace(V3, experts=replace(EXPERTS, intermediate_size=size)), torch.float32))[0]
     x = inputs().float()
     scores, chosen = layer.route(x, None)
-    torch.testing.assert_close(layer(x, Packed([len(x)])), looped(layer, x, scores, chosen), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        layer(x, Packed([len(x)])), looped(layer, x, scores, chosen), atol=1e-5, rtol=0
+    )
 
 
 def test_the_bias_selects_and_never_weighs():
@@ -169,7 +179,12 @@ def test_recycling_fills_the_room_there_is_and_touches_nobody_else(tokens):
 
 
 def test_capacity_binds_in_training_alone():
-    config = replace(V3, family="hunyuan", latent=None, experts=replace(EXPERTS, top_k=1, groups=1, top_groups=1, capacity=1.0))
+    config = replace(
+        V3,
+        family="hunyuan",
+        latent=None,
+        experts=replace(EXPERTS, top_k=1, groups=1, top_groups=1, capacity=1.0),
+    )
     layer, x = mixtures(decoder(config))[0], inputs(80)
     layer.correction.data[2] = 100.0
     assert (layer.route(x, None)[1] == 2).all()
@@ -182,7 +197,10 @@ def test_capacity_binds_in_training_alone():
 
 def samples(model: Decoder, count: int = 6, seed: int = 0) -> list[Sample]:
     random = np.random.default_rng(seed)
-    return [Sample(random.integers(1, model.config.vocab_size, int(n)), start=1) for n in random.integers(5, 20, count)]
+    return [
+        Sample(random.integers(1, model.config.vocab_size, int(n)), start=1)
+        for n in random.integers(5, 20, count)
+    ]
 
 
 def test_an_update_tells_load_entropy_and_losses_and_moves_the_biases():
@@ -192,7 +210,9 @@ def test_an_update_tells_load_entropy_and_losses_and_moves_the_biases():
     metrics = learner.update(pack(samples(model), 40), cross_entropy)
     assert metrics["expert_load"] >= 1 and 0 < metrics["router_entropy"] <= np.log(8) + 1e-5
     shares = np.array(metrics["expert_loads"])  # layer by layer, an expert's share of its tokens
-    assert shares.sum(1) == pytest.approx(1, abs=1e-2) and (8 * shares.max(1)).mean() == pytest.approx(metrics["expert_load"], abs=1e-2)
+    assert shares.sum(1) == pytest.approx(1, abs=1e-2) and (8 * shares.max(1)).mean() == pytest.approx(
+        metrics["expert_load"], abs=1e-2
+    )
     assert metrics["loss_balance"] > 0 and metrics["loss_ahead"] > 0
     for layer, before in zip(mixtures(model), biases, strict=True):
         moved = (layer.correction - before).abs()
@@ -205,7 +225,9 @@ def test_cuts_change_neither_the_gradient_nor_the_balance():
         model = decoder(replace(V3, predicted=2))
         learner = Learner(model, Settings(balance_loss=0.5, clip_norm=1e9), 10)
         caught = {}
-        learner.optimizer.step = lambda _, m=model, c=caught: c.update({n: p.grad for n, p in m.named_parameters()}) or 0.0
+        learner.optimizer.step = lambda _, m=model, c=caught: (
+            c.update({n: p.grad for n, p in m.named_parameters()}) or 0.0
+        )
         learner.update(pack(samples(model), cut), cross_entropy)
         gradients.append(caught)
     for name, gradient in gradients[0].items():
@@ -242,7 +264,9 @@ def test_experts_may_learn_at_a_rate_of_their_own(name):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         random = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=random) if parameter.requires_grad else None
+            parameter.grad = (
+                torch.randn(parameter.shape, generator=random) if parameter.requires_grad else None
+            )
         Optimizer(model, Settings(name=name, expert_ratio=ratio, clip_norm=1e9), 10).step(0)
         moved.append({n: float((p.detach() - before[n]).norm()) for n, p in model.named_parameters()})
     for parameter, distance in moved[0].items():
@@ -267,7 +291,19 @@ def test_the_latent_cache_is_as_small_as_published():
 
 
 def test_shared_keys_halve_the_cache_and_equal_uncached():
-    config = ModelConfig("hunyuan", 48, 32, 4, 4, 2, 8, 24, qk_norm="after", share_kv=2, experts=replace(EXPERTS, balanced=False, dense=()))
+    config = ModelConfig(
+        "hunyuan",
+        48,
+        32,
+        4,
+        4,
+        2,
+        8,
+        24,
+        qk_norm="after",
+        share_kv=2,
+        experts=replace(EXPERTS, balanced=False, dense=()),
+    )
     assert config.kv_bytes_per_token() * 2 == replace(config, share_kv=1).kv_bytes_per_token()
     model = decoder(config)
     with torch.no_grad():
@@ -281,7 +317,9 @@ def test_shared_keys_halve_the_cache_and_equal_uncached():
     cache.fork(prefill, [1])
     for position in range(10, 24):
         cache.advance()
-        torch.testing.assert_close(model(tokens[position : position + 1], cache)[0], whole[position], atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            model(tokens[position : position + 1], cache)[0], whole[position], atol=1e-10, rtol=0
+        )
 
 
 def test_shared_keys_are_each_layers_own_normalised(tmp_path):
@@ -314,7 +352,11 @@ def talker(tokenizer):
     return decoder(replace(V3, vocab_size=tokenizer.size, predicted=1))
 
 
-MODES = {"greedy": SamplingParams(0.0, 1.0, 24), "t1": SamplingParams(1.0, 1.0, 24), "t06": SamplingParams(0.6, 0.9, 24)}
+MODES = {
+    "greedy": SamplingParams(0.0, 1.0, 24),
+    "t1": SamplingParams(1.0, 1.0, 24),
+    "t06": SamplingParams(0.6, 0.9, 24),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)

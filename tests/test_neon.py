@@ -28,13 +28,20 @@ def printed(compiler: str, options: list[str], run: list[str], folder: Path) -> 
     """What the check prints: names and numbers."""
     program = folder / compiler
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
-    subprocess.run([compiler, *flags, *options, "-static", str(SOURCE), "-o", str(program)], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [compiler, *flags, *options, "-static", str(SOURCE), "-o", str(program)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     out = subprocess.run([*run, str(program)], check=True, capture_output=True, text=True).stdout
     return [(name, float(number)) for name, _, number in (line.rpartition(" ") for line in out.splitlines())]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)}")
-@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="compares with kernels for x86")
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="compares with kernels for x86"
+)
 def test_neon_gives_what_vectors_of_x86_give(tmp_path):
     there = printed(CROSS, [], [EMULATOR], tmp_path)
     here = printed("g++", ["-march=x86-64-v2"], [], tmp_path)

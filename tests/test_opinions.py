@@ -53,7 +53,11 @@ pytestmark = pytest.mark.slow
 
 def test_bradley_terry_by_hand(decoder, tokenizer):
     """-log sigmoid(gap), the mean over pairs, however they are packed and cut."""
-    said = ("5 5 5", "6"), ("4 4", "3 1 2 2"), ("2", "6")  # the worse halves of the first and the third are one text
+    said = (
+        ("5 5 5", "6"),
+        ("4 4", "3 1 2 2"),
+        ("2", "6"),
+    )  # the worse halves of the first and the third are one text
     pairs = [tuple(to_sample(tokenizer, "say 4 ?", text) for text in pair) for pair in said]
     lengths = [sum(len(half.tokens) for half in pair) for pair in pairs]
     learner = RewardModelLearner(decoder(), Optimizer(), 1)
@@ -73,7 +77,10 @@ def test_a_value_is_read_at_the_end_of_the_turn_and_alone(decoder, tokenizer):
     learner = RewardModelLearner(decoder(torch.float64), Optimizer(), 1)
     learner.model.value.double()
     torch.nn.init.normal_(learner.model.value.weight)
-    samples = [to_sample(tokenizer, "say 4 2 6 ?", text) for text in ("<answer> 4 2 6 </answer>", "4", "<think>try 4</think> 5 5")]
+    samples = [
+        to_sample(tokenizer, "say 4 2 6 ?", text)
+        for text in ("<answer> 4 2 6 </answer>", "4", "<think>try 4</think> 5 5")
+    ]
     for sample, value in zip(samples, learner.values(samples), strict=True):
         assert sample.tokens[-2] == tokenizer.end_id
         with torch.no_grad():
@@ -94,20 +101,31 @@ def planted(tokenizer, count: int, seed: object) -> list[tuple[Sample, Sample]]:
         if a[0] != b[0]:
             high, low = (a, b) if a[0] > b[0] else (b, a)
             question = f"say {' '.join(map(str, dice.integers(1, 7, 3)))} ?"
-            pairs.append(tuple(to_sample(tokenizer, question, f"<answer> {' '.join(map(str, x))} </answer>") for x in (high, low)))
+            pairs.append(
+                tuple(
+                    to_sample(tokenizer, question, f"<answer> {' '.join(map(str, x))} </answer>")
+                    for x in (high, low)
+                )
+            )
     return pairs
 
 
 def test_it_learns_a_planted_preference(decoder, tokenizer, tmp_path):
     learned, kept = planted(tokenizer, 600, "learned"), planted(tokenizer, 200, "kept")
     plan = plan_pairs(600, 4, 32, "plan")
-    learner = RewardModelLearner(decoder(), Optimizer(learning_rate=3e-3, warmup_steps=5, schedule="linear"), len(plan))
+    learner = RewardModelLearner(
+        decoder(), Optimizer(learning_rate=3e-3, warmup_steps=5, schedule="linear"), len(plan)
+    )
     before = np.mean(learner.values([p[0] for p in kept]) > learner.values([p[1] for p in kept]))
     fit(learner, learned, plan, 4096, 10, Record(tmp_path), Checkpoint(tmp_path))
     accuracy = np.mean(learner.values([p[0] for p in kept]) > learner.values([p[1] for p in kept]))
     assert before == 0 and accuracy > 0.9, accuracy  # it begins with one value for all
     history = read_metrics(tmp_path)
-    assert history[0]["loss"] == pytest.approx(np.log(2), rel=1e-3) and history[-1]["loss"] < 0.4 and "entropy" not in history[0]
+    assert (
+        history[0]["loss"] == pytest.approx(np.log(2), rel=1e-3)
+        and history[-1]["loss"] < 0.4
+        and "entropy" not in history[0]
+    )
 
 
 def test_killed_and_resumed_it_learns_the_same(decoder, tokenizer, tmp_path):
@@ -116,7 +134,10 @@ def test_killed_and_resumed_it_learns_the_same(decoder, tokenizer, tmp_path):
         folder = tmp_path / str(len(stops))
         folder.mkdir()
         for stop in (*stops, None):
-            learner, checkpoint = RewardModelLearner(decoder(), Optimizer(), len(plan)), Checkpoint(folder, 0.0)
+            learner, checkpoint = (
+                RewardModelLearner(decoder(), Optimizer(), len(plan)),
+                Checkpoint(folder, 0.0),
+            )
             if state := checkpoint.restore():
                 learner.load_state_dict(state["learner"])
             if stop:
@@ -133,7 +154,11 @@ def test_its_opinion_is_a_chance_and_of_nothing_it_thinks_nothing(decoder, token
     torch.nn.init.normal_(learner.model.value.weight)
     texts = ["<think>try</think>4", "<think>endless", "5"]
     none = np.zeros(0)
-    group = Group(Problem("chat/1", "say 4 ?"), none, tuple(Completion(none, none, t, True, i) for i, t in enumerate(texts)))
+    group = Group(
+        Problem("chat/1", "say 4 ?"),
+        none,
+        tuple(Completion(none, none, t, True, i) for i, t in enumerate(texts)),
+    )
     value = learner.values([to_sample(tokenizer, "say 4 ?", "4")])[0]
     model = RewardModel(learner, tokenizer, centre=float(value))
     scores = model.opinions([group, group])
@@ -150,7 +175,9 @@ def test_a_question_is_learned_or_held_out_and_never_both():
 
 def test_plans_of_pairs():
     plan = plan_pairs(10, 1.5, 4, "s")
-    assert [len(batch) for batch in plan] == [4, 4, 4, 3] and sorted([i for batch in plan for i in batch][:10]) == list(range(10))
+    assert [len(batch) for batch in plan] == [4, 4, 4, 3] and sorted(
+        [i for batch in plan for i in batch][:10]
+    ) == list(range(10))
 
 
 # ---------------------------------------------------------------- the alarm
@@ -160,16 +187,21 @@ def run_of(kind: str, seed: int, steps: int = 60, held: int = 32) -> tuple[np.nd
     """An opinion and the truth, step by step, with the noise that so many samples have."""
     dice, way = generator("alarm", kind, seed), np.arange(steps) / steps
     opinion, truth = {
-        "hacked": (0.4 + 0.4 * way, 0.5 + 0 * way), "harmful": (0.4 + 0.4 * way, 0.6 - 0.3 * way),
-        "honest": (0.4 + 0.3 * way, 0.4 + 0.3 * way), "slow": (0.45 + 0.15 * way, 0.45 + 0.15 * way),
-        "still": (0.5 + 0 * way, 0.5 + 0 * way), "perfect": (0.4 + 0.4 * way, 0.99 + 0 * way),
-    }[kind]  # fmt: skip
+        "hacked": (0.4 + 0.4 * way, 0.5 + 0 * way),
+        "harmful": (0.4 + 0.4 * way, 0.6 - 0.3 * way),
+        "honest": (0.4 + 0.3 * way, 0.4 + 0.3 * way),
+        "slow": (0.45 + 0.15 * way, 0.45 + 0.15 * way),
+        "still": (0.5 + 0 * way, 0.5 + 0 * way),
+        "perfect": (0.4 + 0.4 * way, 0.99 + 0 * way),
+    }[kind]
     return opinion + dice.normal(0, 0.08, steps), dice.binomial(held, truth) / held
 
 
 def rings(kind: str, seed: int, window: int = 30) -> bool:
     opinion, truth = run_of(kind, seed)
-    return any(hacked(opinion[i : i + window], truth[i : i + window]) for i in range(len(opinion) - window + 1))
+    return any(
+        hacked(opinion[i : i + window], truth[i : i + window]) for i in range(len(opinion) - window + 1)
+    )
 
 
 @pytest.mark.parametrize("kind, low, high", [
@@ -196,7 +228,9 @@ class Flatterer:
     def opinions(self, groups):
         self.calls += 1
         rise = 0.2 + 0.01 * self.calls
-        return [[Score({"preference": rise + 0.1 * (i % 2)}) for i in range(len(g.completions))] for g in groups]
+        return [
+            [Score({"preference": rise + 0.1 * (i % 2)}) for i in range(len(g.completions))] for g in groups
+        ]
 
     def bill(self):
         return {"preference_tokens": 1, "preference_flops": 1e6}
@@ -204,10 +238,16 @@ class Flatterer:
 
 def stage(**changes) -> RL:
     settings = {
-        "kind": "rl", "model": "base", "problems": {"clock": 1}, "steps": 24, "rewards": {"accuracy": 1, "preference": 0.5},
-        "opinions": {"preference": {"of": "helpful", "window": 8, "held_out": 16}}, "sampling": Sampling(max_new_tokens=8),
-        "policy": Policy(prompts_per_step=2, group_size=2, zero_variance="keep", mask_truncated=False), "log_every": 1,
-    }  # fmt: skip
+        "kind": "rl",
+        "model": "base",
+        "problems": {"clock": 1},
+        "steps": 24,
+        "rewards": {"accuracy": 1, "preference": 0.5},
+        "opinions": {"preference": {"of": "helpful", "window": 8, "held_out": 16}},
+        "sampling": Sampling(max_new_tokens=8),
+        "policy": Policy(prompts_per_step=2, group_size=2, zero_variance="keep", mask_truncated=False),
+        "log_every": 1,
+    }
     return RL(**{**settings, **changes})
 
 
@@ -225,7 +265,18 @@ def reinforced(decoder, tokenizer, clock, tmp_path):
         record = Record(tmp_path, state["step"] if state else 0)
         if steps:
             checkpoint.stopping = lambda: len(read_metrics(tmp_path)) >= steps
-        train_grpo(learner, None, Engine(learner.model, tokenizer), tasks, params, settings, "s", record, checkpoint, panel=panel)
+        train_grpo(
+            learner,
+            None,
+            Engine(learner.model, tokenizer),
+            tasks,
+            params,
+            settings,
+            "s",
+            record,
+            checkpoint,
+            panel=panel,
+        )
         return read_metrics(tmp_path)
 
     return run
@@ -241,13 +292,23 @@ def test_a_hacked_opinion_is_told_of_and_no_longer_counts(reinforced):
 
 
 def test_a_hacked_opinion_ends_the_stage_where_that_is_wanted(reinforced):
-    history = reinforced(stage(opinions={"preference": {"of": "helpful", "window": 8, "held_out": 16, "on_alarm": "stop"}}), Flatterer())
+    history = reinforced(
+        stage(opinions={"preference": {"of": "helpful", "window": 8, "held_out": 16, "on_alarm": "stop"}}),
+        Flatterer(),
+    )
     assert "the stage ends here" in str(history[-1]["alarms"]) and len(history) < 24
 
 
 def test_an_opinion_counts_in_the_last_steps_and_for_its_problems_only(reinforced):
-    history = reinforced(stage(steps=12, opinions={"preference": {"of": "helpful", "window": 8, "last_steps": 9, "held_out": 4}}), Flatterer())
-    assert [row["step"] for row in history if "preference" in row] == list(range(3, 3 + sum("preference" in row for row in history)))
+    history = reinforced(
+        stage(
+            steps=12, opinions={"preference": {"of": "helpful", "window": 8, "last_steps": 9, "held_out": 4}}
+        ),
+        Flatterer(),
+    )
+    assert [row["step"] for row in history if "preference" in row] == list(
+        range(3, 3 + sum("preference" in row for row in history))
+    )
     assert "preference" not in history[2] and "preference" in history[3]
 
 
@@ -255,7 +316,9 @@ def test_what_it_adds_is_its_worth_and_other_problems_get_none(clock):
     tasks = Mixture({"clock": clock}, {"clock": 1}, {"accuracy": 1.0, "preference": 0.5})
     problem = clock.problems("train")[0]
     none = np.zeros(0)
-    group = Group(problem, none, tuple(Completion(none, none, text, True, i) for i, text in enumerate(("x", "y"))))
+    group = Group(
+        problem, none, tuple(Completion(none, none, text, True, i) for i, text in enumerate(("x", "y")))
+    )
     for names, expected in (([], [0.105, 0.155]), (["chat"], [0.0, 0.0]), (["clock"], [0.105, 0.155])):
         settings = stage(opinions={"preference": Opinion(of="helpful", problems=names, window=8, held_out=4)})
         panel = Panel(settings, {"preference": Flatterer()}, tasks, None, "s")
@@ -325,7 +388,13 @@ def opinions(tmp_path, decoder, tokenizer):
         dice, rows = generator("labels"), []
         for _ in range(60):
             a, b = (" ".join(map(str, dice.integers(1, 4, 3))) for _ in range(2))
-            rows.append({"prompt": f"say {a} ?", "chosen": f"<think>try</think><answer> {a} </answer>", "rejected": f"<answer> {b} </answer>"})
+            rows.append(
+                {
+                    "prompt": f"say {a} ?",
+                    "chosen": f"<think>try</think><answer> {a} </answer>",
+                    "rejected": f"<answer> {b} </answer>",
+                }
+            )
         rows = [row for row in rows if row["prompt"][4:-2] not in row["rejected"]]
         (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / "opinions.yaml"
@@ -337,7 +406,11 @@ def checking(body: dict, n: int):
     """A judge that looks whether the response says what was asked."""
     given = material(body["messages"][0]["content"])
     right = [f"<answer> {given['question'][4:-2]} </answer>" in given[f"response {name}"] for name in "AB"]
-    return 200, {}, completion(f"verdict: {'A' if right[0] > right[1] else 'B' if right[1] > right[0] else 'tie'}")
+    return (
+        200,
+        {},
+        completion(f"verdict: {'A' if right[0] > right[1] else 'B' if right[1] > right[0] else 'tie'}"),
+    )
 
 
 def test_a_calibrated_judge_rewards_and_a_reward_model_learns(opinions, tmp_path):
@@ -348,7 +421,10 @@ def test_a_calibrated_judge_rewards_and_a_reward_model_learns(opinions, tmp_path
     (calibration,) = tmp_path.glob("runs/store/calibrate-*/calibration.json")
     told = json.loads(calibration.read_text())
     assert told["passed"] and told["agreement"]["mean"] == 1 and told["pairs"] == 40 and asked > 200
-    manifests = {m["stage"]: m for m in map(json.loads, (p.read_text() for p in tmp_path.glob("runs/store/*/manifest.json")))}
+    manifests = {
+        m["stage"]: m
+        for m in map(json.loads, (p.read_text() for p in tmp_path.glob("runs/store/*/manifest.json")))
+    }
     assert manifests["checked"]["notes"]["judge_prompt_tokens"] > 0 and "MIT" in manifests["zero"]["licences"]
     (folder, *_) = tmp_path.glob("runs/store/rl-*")
     history = read_metrics(folder)
@@ -381,7 +457,9 @@ def test_a_judge_that_fails_is_refused_as_a_reward_with_its_numbers(opinions):
     assert str(error.value).startswith(
         "stages.zero: the judge wise is refused as a reward by checked: position bias +1.00 (it favours the first), above 0.2; "
     )
-    assert "agreement 0.00" in str(error.value) and str(error.value).endswith("ask it otherwise (stages.checked.judging)")
+    assert "agreement 0.00" in str(error.value) and str(error.value).endswith(
+        "ask it otherwise (stages.checked.judging)"
+    )
 
 
 @dataclass(frozen=True)
@@ -406,14 +484,25 @@ def test_without_labels_the_truth_of_the_checker_is_the_label(clock, decoder, tm
     class Student(Programmed):
         def rollout(self, problems, group_size, sampling, seed):
             none = np.zeros(5)
-            return [Group(p, none, tuple(Completion(none, none, guess(p.prompt), True, i) for i in range(group_size))) for p in problems]
+            return [
+                Group(
+                    p,
+                    none,
+                    tuple(Completion(none, none, guess(p.prompt), True, i) for i in range(group_size)),
+                )
+                for p in problems
+            ]
 
     student = Student(None)
     student.model = SimpleNamespace(config=decoder().config)
     cast = {"wise": Programmed({"truth": choosing(truth(clock)), "longer": longer}[reply]), "base": student}
-    stage = Calibrate(kind="calibrate", judge="wise", model="base", problems={"clock": 1.0}, samples=12, pairs=60)
+    stage = Calibrate(
+        kind="calibrate", judge="wise", model="base", problems={"clock": 1.0}, samples=12, pairs=60
+    )
     (tmp_path / "manifest.json").write_text('{"digest": "d"}')
-    job = Staged("checked", stage, "0/checked", {"wise": tmp_path}, {"clock": clock.settings}, tmp_path, cast=cast)
+    job = Staged(
+        "checked", stage, "0/checked", {"wise": tmp_path}, {"clock": clock.settings}, tmp_path, cast=cast
+    )
     outcome = run_calibrate(job)
     told = json.loads((tmp_path / "calibration.json").read_text())
     assert told["passed"] is outcome["notes"]["passed"] is passed and told["pairs"] == 60
@@ -426,8 +515,13 @@ def test_a_reward_model_that_learned_nothing_is_refused(opinions):
     with Stub() as stub:
         zero = job(opinions(stub), "zero", stub, helpful=Path("/nowhere"))
     folder = zero.folder
-    (folder / "reward.json").write_text(json.dumps({"accuracy": {"mean": 0.55, "low": 0.41, "high": 0.68, "n": 40}, "centre": 0.0}))
-    with pytest.raises(LimbeckError, match=r"helpful is refused: on 40 held-out pairs it is right in 55% \[41%, 68%\], no better than chance"):
+    (folder / "reward.json").write_text(
+        json.dumps({"accuracy": {"mean": 0.55, "low": 0.41, "high": 0.68, "n": 40}, "centre": 0.0})
+    )
+    with pytest.raises(
+        LimbeckError,
+        match=r"helpful is refused: on 40 held-out pairs it is right in 55% \[41%, 68%\], no better than chance",
+    ):
         reward_of(replace(zero, inputs={"helpful": folder}), "helpful")
 
 

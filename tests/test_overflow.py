@@ -63,7 +63,15 @@ def pairs() -> list[Sample]:
 
 
 def halves() -> list[Batch]:
-    at_end = [replace(s, learned=np.arange(s.start, len(s.tokens)) == len(s.tokens) - 1, logprobs=s.logprobs[:1], reference=None) for s in samples()]
+    at_end = [
+        replace(
+            s,
+            learned=np.arange(s.start, len(s.tokens)) == len(s.tokens) - 1,
+            logprobs=s.logprobs[:1],
+            reference=None,
+        )
+        for s in samples()
+    ]
     return pack_pairs([(at_end[0], at_end[1])], 1 << 20)
 
 
@@ -73,7 +81,10 @@ def taught(batches: list[Batch], build: Callable[..., Decoder], labels: bool) ->
     shown = [teacher.states(batch) for batch in batches]
     if labels:
         logp_MV = [torch.log_softmax(s.hidden_MC @ s.head_VC.T, -1) for s in shown]
-        shown = [TopK(top.indices, top.values, (1 - top.values.exp().sum(1)).log()) for top in (logp.topk(3) for logp in logp_MV)]
+        shown = [
+            TopK(top.indices, top.values, (1 - top.values.exp().sum(1)).log())
+            for top in (logp.topk(3) for logp in logp_MV)
+        ]
     return [replace(batch, teacher=teacher) for batch, teacher in zip(batches, shown, strict=True)]
 
 
@@ -100,7 +111,9 @@ def state(learner: Learner) -> dict[str, bytes]:
     found = {name: w.numpy().tobytes() for name, w in learner.weights().items()}
     for i, part in enumerate(learner.optimizer.state_dict()):
         for place, moments in part["state"].items():
-            found |= {f"{i}.{place}.{name}": torch.as_tensor(m).numpy().tobytes() for name, m in moments.items()}
+            found |= {
+                f"{i}.{place}.{name}": torch.as_tensor(m).numpy().tobytes() for name, m in moments.items()
+            }
     return found
 
 
@@ -189,7 +202,9 @@ def test_a_loss_that_overflows_by_itself_is_blamed_itself(decoder):
     """The policy is far from what sampled, and its ratio is infinite."""
     learner = Learner(decoder(vocab_size=VOCABULARY), SETTINGS, STEPS)
     far = [replace(s, logprobs=s.logprobs - 500, advantage=-1.0) for s in samples()]
-    with pytest.raises(LimbeckError, match="step 1 of 9: the loss is not finite; lower optimizer.learning_rate"):
+    with pytest.raises(
+        LimbeckError, match="step 1 of 9: the loss is not finite; lower optimizer.learning_rate"
+    ):
         learner.update(pack(far, 1 << 20), policy_gradient(Policy()))
 
 
@@ -206,7 +221,10 @@ def test_a_rate_that_overflows_is_told_before_anything_is_saved(decoder, tmp_pat
     plan, made = [[0, 1], [1, 2], [0, 2]], samples()
 
     def learn(rate: float, steps: int) -> Learner:
-        learner, checkpoint = Learner(decoder(vocab_size=VOCABULARY), Optimizer(learning_rate=rate, weight_decay=10.0), 3), Checkpoint(tmp_path, 0.0)
+        learner, checkpoint = (
+            Learner(decoder(vocab_size=VOCABULARY), Optimizer(learning_rate=rate, weight_decay=10.0), 3),
+            Checkpoint(tmp_path, 0.0),
+        )
         if saved := checkpoint.restore():
             learner.load_state_dict(saved["learner"])
         fit(learner, made, plan[:steps], 1 << 20, 1, Record(tmp_path, learner.step, 3), checkpoint)
@@ -214,7 +232,9 @@ def test_a_rate_that_overflows_is_told_before_anything_is_saved(decoder, tmp_pat
 
     learn(0.01, 1)
     good = (tmp_path / "state.pt").read_bytes()
-    with pytest.raises(LimbeckError, match=r"step 2 of 3: the new weight [\w.]+ is not finite; lower optimizer.learning_rate"):
+    with pytest.raises(
+        LimbeckError, match=r"step 2 of 3: the new weight [\w.]+ is not finite; lower optimizer.learning_rate"
+    ):
         learn(1e38, 3)
     assert (tmp_path / "state.pt").read_bytes() == good and len(read_metrics(tmp_path)) == 1
     assert learn(0.01, 3).step == 3 and all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
@@ -224,8 +244,15 @@ def test_a_rate_that_overflows_is_told_before_anything_is_saved(decoder, tmp_pat
 def test_a_judge_that_rewards_without_bound_ends_the_stage(decoder, tokenizer, clock, tmp_path, wrong):
     """It is sound in the first step, whose checkpoint stays; nothing is recorded of the second."""
     policy = Policy(group_size=4, prompts_per_step=4, zero_variance="keep", mask_truncated=False)
-    settings = RL(kind="rl", model="base", problems={"clock": 1}, rewards={"language": 1.0}, steps=3, policy=policy,
-                  sampling=Sampling(max_new_tokens=16))  # fmt: skip
+    settings = RL(
+        kind="rl",
+        model="base",
+        problems={"clock": 1},
+        rewards={"language": 1.0},
+        steps=3,
+        policy=policy,
+        sampling=Sampling(max_new_tokens=16),
+    )
 
     class Judge(Mixture):
         """Loses its mind after the first step."""
@@ -235,11 +262,26 @@ def test_a_judge_that_rewards_without_bound_ends_the_stage(decoder, tokenizer, c
         def score(self, group):
             self.groups += 1
             scored = super().score(group)
-            return replace(scored, rewards=(wrong, *scored.rewards[1:])) if self.groups > policy.prompts_per_step else scored
+            return (
+                replace(scored, rewards=(wrong, *scored.rewards[1:]))
+                if self.groups > policy.prompts_per_step
+                else scored
+            )
 
     learner = Learner(decoder(), settings.optimizer, 3)
-    arguments = (Engine(learner.model, tokenizer), Judge({"clock": clock}, {"clock": 1}, settings.rewards), SamplingParams(max_new_tokens=16), settings, "0/zero")
-    with np.errstate(invalid="ignore"), pytest.raises(LimbeckError, match="optimiser step 2 of 3: the advantages are not finite; a reward is"):
+    arguments = (
+        Engine(learner.model, tokenizer),
+        Judge({"clock": clock}, {"clock": 1}, settings.rewards),
+        SamplingParams(max_new_tokens=16),
+        settings,
+        "0/zero",
+    )
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(
+            LimbeckError, match="optimiser step 2 of 3: the advantages are not finite; a reward is"
+        ),
+    ):
         train_grpo(learner, None, *arguments, Record(tmp_path), Checkpoint(tmp_path, 0.0))
     assert len(read_metrics(tmp_path)) == 1 and Checkpoint(tmp_path).restore()["learner"]["step"] == 1
 
@@ -247,16 +289,27 @@ def test_a_judge_that_rewards_without_bound_ends_the_stage(decoder, tokenizer, c
 # ---------------------------------------------------------------- in a run
 
 
-@pytest.mark.parametrize("stage, setting", [("base", "stages.base.optimizer.learning_rate=1e38"), ("dev1", "stages.dev1.optimizer.learning_rate=1e38"),
-                                            ("zero", "stages.zero.optimizer.learning_rate=1e38")])  # fmt: skip
-def test_a_stage_that_overflows_ends_in_one_sentence_and_leaves_no_artifact(finished, tmp_path, stage, setting):
+@pytest.mark.parametrize(
+    "stage, setting",
+    [
+        ("base", "stages.base.optimizer.learning_rate=1e38"),
+        ("dev1", "stages.dev1.optimizer.learning_rate=1e38"),
+        ("zero", "stages.zero.optimizer.learning_rate=1e38"),
+    ],
+)
+def test_a_stage_that_overflows_ends_in_one_sentence_and_leaves_no_artifact(
+    finished, tmp_path, stage, setting
+):
     """Named are stage, step, tensor and remedy; with a lower rate the same run goes on."""
     shutil.copytree(finished.home, tmp_path / "runs")
     extra = () if stage == "base" else ("--set", f"stages.{stage}.optimizer.weight_decay=10")
     code, _, err = tiny.answer("run", finished.recipe, "--runs", tmp_path / "runs", "--set", setting, *extra)
     assert code == 2, err
     (said,) = [line for line in err.splitlines() if line.startswith("limbeck: ")]
-    assert f"limbeck: stage {stage}: optimiser step " in said and "is not finite; lower optimizer.learning_rate" in said
+    assert (
+        f"limbeck: stage {stage}: optimiser step " in said
+        and "is not finite; lower optimizer.learning_rate" in said
+    )
     assert tiny.digests(tmp_path / "runs") == tiny.digests(finished.home)
     code, _, err = tiny.answer("run", finished.recipe, "--runs", tmp_path / "runs")
     assert code == 0, err
@@ -297,8 +350,13 @@ def test_heads_that_cannot_be_rotated_are_refused(width, tmp_path):
 
 def test_a_file_whose_heads_are_rotated_in_part_is_refused():
     tree = ModelConfig("llama", 40, 24, 2, 4, 2, 6, 48).to_hf(0, 1)
-    for given in ({"partial_rotary_factor": 0.5}, {"rope_scaling": None, "rope_parameters": {"partial_rotary_factor": 0.5}}):
-        with pytest.raises(LimbeckError, match="^config.json: partial_rotary_factor = 0.5 is not supported; only 1 is"):
+    for given in (
+        {"partial_rotary_factor": 0.5},
+        {"rope_scaling": None, "rope_parameters": {"partial_rotary_factor": 0.5}},
+    ):
+        with pytest.raises(
+            LimbeckError, match="^config.json: partial_rotary_factor = 0.5 is not supported; only 1 is"
+        ):
             ModelConfig.from_hf({**tree, **given})
     with pytest.raises(LimbeckError, match="num_key_value_heads = 3 does not divide num_attention_heads = 4"):
         ModelConfig.from_hf({**tree, "num_key_value_heads": 3})
@@ -315,14 +373,23 @@ def test_a_shape_whose_heads_cannot_be_rotated_is_a_mistake_in_the_recipe(finish
     recipe.write_text(finished.recipe.read_text())
     with pytest.raises(LimbeckError, match=f"^{recipe}: stages.base.shape.*{told}"):
         load(recipe, [f"stages.base.shape={{{shape}}}"])
-    code, out, err = tiny.answer("run", recipe, "--runs", tmp_path / "runs", "--set", f"stages.base.shape={{{shape}}}")
-    assert code == 2 and not out and err.startswith(f"limbeck: {recipe}: stages.base.shape") and not (tmp_path / "runs").exists()
+    code, out, err = tiny.answer(
+        "run", recipe, "--runs", tmp_path / "runs", "--set", f"stages.base.shape={{{shape}}}"
+    )
+    assert (
+        code == 2
+        and not out
+        and err.startswith(f"limbeck: {recipe}: stages.base.shape")
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_latent_heads_may_be_odd_where_nothing_is_rotated(monkeypatch):
     """Keys of 2 + 5 and values of 7, or of 3: as plain torch computes them, forward and back."""
     for value in (7, 3):
-        config = ModelConfig("deepseek_v3", 40, 28, 2, 4, 4, 2, 48, latent=Latent(9, 5, 2, value), max_positions=32)
+        config = ModelConfig(
+            "deepseek_v3", 40, 28, 2, 4, 4, 2, 48, latent=Latent(9, 5, 2, value), max_positions=32
+        )
         model = Decoder(config).initialize(0)
         tokens = torch.arange(20)
 
@@ -339,4 +406,3 @@ def test_latent_heads_may_be_odd_where_nothing_is_rotated(monkeypatch):
             theirs = learn()
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
-

@@ -67,23 +67,51 @@ VARIANTS = {
     "qwen3-mqa": ("Qwen3", {"num_key_value_heads": 1}),
     "mistral-window": ("Mistral", {"sliding_window": 9}),
     "mistral-no-window": ("Mistral", {"sliding_window": None}),
-    "qwen2-half-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2-half-windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
     "qwen2-yarn": ("Qwen2", {"rope_scaling": YARN}),
     "mixtral": ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None}),
     "qwen3-moe": ("Qwen3Moe", {**MOE, "num_experts": 8, "norm_topk_prob": True}),
-    "qwen3-moe-some-dense": ("Qwen3Moe", {**MOE, "num_experts": 8, "decoder_sparse_step": 2, "norm_topk_prob": False}),
+    "qwen3-moe-some-dense": (
+        "Qwen3Moe",
+        {**MOE, "num_experts": 8, "decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
     "falcon-7b": ("Falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
-    "deepseek-v2-lite": ("DeepseekV2", {**MLA, **MOE, "q_lora_rank": None, "n_routed_experts": 6, "n_group": None}),
+    "deepseek-v2-lite": (
+        "DeepseekV2",
+        {**MLA, **MOE, "q_lora_rank": None, "n_routed_experts": 6, "n_group": None},
+    ),
     "deepseek-v2": (
         "DeepseekV2",
-        {**MLA, **MOE, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+        {
+            **MLA,
+            **MOE,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0,
+        },
     ),
     "deepseek-v2-yarn": ("DeepseekV2", {**MLA, **MOE, "rope_scaling": DEEPSEEK_YARN}),
     "deepseek-v3": ("DeepseekV3", {**MLA, **MOE, "n_group": 4, "topk_group": 2}),
-    "deepseek-v3-full-queries": ("DeepseekV3", {**MLA, **MOE, "n_group": 1, "topk_group": 1, "q_lora_rank": None}),
-    "deepseek-v3-yarn": ("DeepseekV3", {**MLA, **MOE, "n_group": 2, "topk_group": 1, "rope_scaling": DEEPSEEK_YARN}),
-    "deepseek-v3-dense": ("DeepseekV3", {**MLA, **MOE, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 3}),
-    "deepseek-v3-halves": ("DeepseekV3", {**MLA, **MOE, "n_group": 2, "topk_group": 1, "rope_interleave": False}),
+    "deepseek-v3-full-queries": (
+        "DeepseekV3",
+        {**MLA, **MOE, "n_group": 1, "topk_group": 1, "q_lora_rank": None},
+    ),
+    "deepseek-v3-yarn": (
+        "DeepseekV3",
+        {**MLA, **MOE, "n_group": 2, "topk_group": 1, "rope_scaling": DEEPSEEK_YARN},
+    ),
+    "deepseek-v3-dense": (
+        "DeepseekV3",
+        {**MLA, **MOE, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 3},
+    ),
+    "deepseek-v3-halves": (
+        "DeepseekV3",
+        {**MLA, **MOE, "n_group": 2, "topk_group": 1, "rope_interleave": False},
+    ),
     "hunyuan-moe": ("HunYuanMoEV1", {"num_experts": 6, "moe_topk": 2}),
     "hunyuan-moe-alpha": (
         "HunYuanMoEV1",
@@ -146,7 +174,11 @@ def test_what_is_saved_loads_in_transformers_with_equal_logits(pair, tmp_path):
 def test_parameters_are_counted_as_transformers_counts_them(pair):
     theirs, ours, _ = pair
     biases = sum(bias.numel() for name, bias in theirs.named_buffers() if name.endswith("correction_bias"))
-    assert ours.config.parameters == theirs.num_parameters() + biases == sum(w.numel() for w in ours.parameters())
+    assert (
+        ours.config.parameters
+        == theirs.num_parameters() + biases
+        == sum(w.numel() for w in ours.parameters())
+    )
 
 
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (7, 3, 30, 1, 12)], ids=str)

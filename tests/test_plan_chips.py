@@ -17,12 +17,20 @@ def test_every_figure_has_a_source_and_a_date():
 
 def test_names_and_units():
     chip = chips.find("H800-SXM")
-    assert (chip.name, chip.rate("bf16"), chip.memory, chip.bandwidth, chip.link) == ("h800", 989e12, 80e9, 3350e9, 400e9)
+    assert (chip.name, chip.rate("bf16"), chip.memory, chip.bandwidth, chip.link) == (
+        "h800",
+        989e12,
+        80e9,
+        3350e9,
+        400e9,
+    )
     assert chips.find("A800").link == 400e9 and chips.find("a100-sxm-80gb").link == 600e9
 
 
 def test_what_is_not_public_is_not_guessed():
-    with pytest.raises(LimbeckError, match="chip 910b: bf16 TFLOPS is not known here; give it as bf16=NUMBER"):
+    with pytest.raises(
+        LimbeckError, match="chip 910b: bf16 TFLOPS is not known here; give it as bf16=NUMBER"
+    ):
         chips.find("910b").rate("bf16")
     assert chips.find("910b").change(bf16=313).rate("bf16") == 313e12
     with pytest.raises(LimbeckError, match="did you mean h800"):

@@ -29,8 +29,24 @@ def test_a_model_on_chips(call, tmp_path):
     code, out, _ = call(*SMALL, "--until", "2099", "--svg", tmp_path / "plan.svg")
     assert code == 0 and (tmp_path / "plan.svg").read_text().lstrip().startswith("<?xml")
     said = {line.split("  ")[0].strip(): line for line in out.splitlines()}
-    assert {"training", "best layout", "a step", "goodput", "in all", "energy", "money", "until", "teacher", "serving"} <= set(said)
-    assert "MFU" in said["a step"] and "causal" in said["a step"] and "all of it is done" in said["until"] and "2026-01" in said["money"]
+    assert {
+        "training",
+        "best layout",
+        "a step",
+        "goodput",
+        "in all",
+        "energy",
+        "money",
+        "until",
+        "teacher",
+        "serving",
+    } <= set(said)
+    assert (
+        "MFU" in said["a step"]
+        and "causal" in said["a step"]
+        and "all of it is done" in said["until"]
+        and "2026-01" in said["money"]
+    )
 
 
 def test_the_same_for_programs(call):
@@ -53,14 +69,35 @@ def test_a_price_that_is_given(call):
 def test_r1_zero(call):
     code, out, _ = call("r1-zero", "--on", "512xH800", "--json")
     told = json.loads(out)["plan"]
-    assert code == 0 and told["rl"]["chips"] == 512 and told["rl"]["parts"]["tail"] > 0 and told["rl"]["parts"]["learning"] > 0
+    assert (
+        code == 0
+        and told["rl"]["chips"] == 512
+        and told["rl"]["parts"]["tail"] > 0
+        and told["rl"]["parts"]["learning"] > 0
+    )
     assert told["bill"]["chip_hours"]["low"] < 101e3 < told["bill"]["chip_hours"]["high"]
 
 
 def test_rules_are_asked_for_a_day_and_a_country(call):
-    code, out, _ = call(*SMALL[:1], "--on", "8xH800", *SMALL[3:], "--to", "china", "--date", "2023-06-01", "--what-if", "chip=h100", "--json")
+    code, out, _ = call(
+        *SMALL[:1],
+        "--on",
+        "8xH800",
+        *SMALL[3:],
+        "--to",
+        "china",
+        "--date",
+        "2023-06-01",
+        "--what-if",
+        "chip=h100",
+        "--json",
+    )
     rules = json.loads(out)["rules"]
-    assert code == 0 and [(r.get("chip"), r["decision"]) for r in rules] == [("h800", "free"), ("h100", "licence"), (None, "free")]
+    assert code == 0 and [(r.get("chip"), r["decision"]) for r in rules] == [
+        ("h800", "free"),
+        ("h100", "licence"),
+        (None, "free"),
+    ]
 
 
 def test_what_does_not_fit_is_said_with_what_would(call):

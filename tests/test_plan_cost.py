@@ -23,18 +23,25 @@ def model(name: str) -> ModelConfig:
     return ModelConfig.from_directory(MODELS / f"{name}.json")
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "hunyuan-large", "llama-3.1-405b", "qwen2.5-72b"])
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3", "deepseek-v2", "hunyuan-large", "llama-3.1-405b", "qwen2.5-72b"]
+)
 def test_layers_have_the_weights_that_the_model_has(name):
     """Matrices alone: within a thousandth of all but the embeddings; norms and biases are the rest."""
     config = model(name)
     tables = config.vocab_size * config.hidden_size * (1 if config.tied else 2)
-    assert sum(work.weights for work in cost.work(config)) == pytest.approx(cost.weights(config) - tables, rel=1e-3)
+    assert sum(work.weights for work in cost.work(config)) == pytest.approx(
+        cost.weights(config) - tables, rel=1e-3
+    )
 
 
 def test_shared_keys_are_projected_once():
     shared = model("hunyuan-large")
     alone = replace(shared, share_kv=1)
-    assert sum(w.weights for w in cost.work(alone)) - sum(w.weights for w in cost.work(shared)) == 32 * 2 * 6400 * 8 * shared.head_dim
+    assert (
+        sum(w.weights for w in cost.work(alone)) - sum(w.weights for w in cost.work(shared))
+        == 32 * 2 * 6400 * 8 * shared.head_dim
+    )
 
 
 def test_conventions_are_told_apart():
@@ -77,7 +84,9 @@ def test_activations_are_the_papers():
 
 def test_zero_shares_more_and_more():
     chips = cluster("64xh100")
-    totals = [memory.fit(GPT3, chips, Layout(dp=64, zero=zero, recompute="full"), 2048).total for zero in range(4)]
+    totals = [
+        memory.fit(GPT3, chips, Layout(dp=64, zero=zero, recompute="full"), 2048).total for zero in range(4)
+    ]
     assert totals == sorted(totals, reverse=True) and totals[3] < totals[0] / 10
     assert not memory.fit(GPT3, chips, Layout(dp=64, zero=0), 2048).fits
 
@@ -88,7 +97,11 @@ def test_zero_shares_more_and_more():
 def test_the_bound_of_decoding():
     """arXiv 2505.09343, section 2.3.2: 120.96 us a layer, 14.76 ms a token; NVL72 6.72 us, 0.82 ms."""
     layer, token = collectives.decode_bound()
-    assert layer == pytest.approx(120.96e-6) and token == pytest.approx(14.76e-3, rel=1e-3) and 67 < 1 / token < 68
+    assert (
+        layer == pytest.approx(120.96e-6)
+        and token == pytest.approx(14.76e-3, rel=1e-3)
+        and 67 < 1 / token < 68
+    )
     layer, token = collectives.decode_bound(bandwidth=900e9)
     assert layer == pytest.approx(6.72e-6) and token == pytest.approx(0.82e-3, rel=1e-2)
 
@@ -100,7 +113,9 @@ def test_experts_that_cost_nothing_more():
 
 def test_node_limited_routing_sends_less():
     group = collectives.group(cluster("64xh800"), 64)
-    free, limited, naive = (collectives.all_to_all(group, 8, limit, once) for limit, once in ((0, True), (4, True), (0, False)))
+    free, limited, naive = (
+        collectives.all_to_all(group, 8, limit, once) for limit, once in ((0, True), (4, True), (0, False))
+    )
     assert limited.far < free.far < naive.far == pytest.approx(7)
     assert collectives.nodes_met(8, 8, 4) < 4
 
@@ -115,12 +130,18 @@ def test_ring_for_much_and_tree_for_many():
 def test_hfreduce_beats_the_ring_behind_one_card():
     """arXiv 2408.14158: 24 passes of 320 GB/s are 13.3; half of the card's 25 is 12.5; measured 6.3 to 8.1 GB/s, NCCL 1.6 to 4.8."""
     group, size = collectives.group(cluster("fire-flyer-2"), 1024), 186 * 2**20
-    own, nccl = size / collectives.hfreduce(group, size) / 1e9, size / collectives.all_reduce(group, size) / 1e9
+    own, nccl = (
+        size / collectives.hfreduce(group, size) / 1e9,
+        size / collectives.all_reduce(group, size) / 1e9,
+    )
     assert 6.3 < own < 8.1 and own > 1.5 * nccl
 
 
 def test_capped_links_slow_the_sum():
-    fast, slow = (collectives.all_reduce(collectives.group(cluster("8xh800", nvlink=link), 8), 1e9) for link in (900, 400))
+    fast, slow = (
+        collectives.all_reduce(collectives.group(cluster("8xh800", nvlink=link), 8), 1e9)
+        for link in (900, 400)
+    )
     assert slow / fast == pytest.approx(900 / 400, rel=0.05)
 
 
@@ -129,8 +150,14 @@ def test_capped_links_slow_the_sum():
 
 def test_placement_is_eplbs():
     """The example of deepseek-ai/EPLB's README, both layers."""
-    load = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
-    wanted = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
+    load = [
+        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ]
+    wanted = [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]
     for layer, slots in zip(load, wanted, strict=True):
         found = place(layer, 16, groups=4, nodes=2, chips=8)
         assert list(found.experts) == slots and sum(found.loads) == pytest.approx(sum(layer))

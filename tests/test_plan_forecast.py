@@ -47,8 +47,21 @@ def quickstart(tmp_path_factory):
 def even(asked: dict[str, Asked]) -> Rates:
     """A machine that takes 20 us for a token learned, 10 us for one sampled and 1 ms for a step."""
     roll = {"8": 1e-3 + 8e-5, "256": 1e-3 + 256e-5}
-    models = {name: [{"layers": one.layers[0], "learn": {"1000": 0.02, "4000": 0.08}, "roll": roll if one.rows else {}}] for name, one in asked.items()}
-    return Rates(1e11, 1e10, 3.0, {"clock": 2e-6}, models, {name: one.config.layers for name, one in asked.items()}, dict.fromkeys(asked, 1e4))
+    models = {
+        name: [
+            {"layers": one.layers[0], "learn": {"1000": 0.02, "4000": 0.08}, "roll": roll if one.rows else {}}
+        ]
+        for name, one in asked.items()
+    }
+    return Rates(
+        1e11,
+        1e10,
+        3.0,
+        {"clock": 2e-6},
+        models,
+        {name: one.config.layers for name, one in asked.items()},
+        dict.fromkeys(asked, 1e4),
+    )
 
 
 @pytest.mark.parametrize("stage", SEEN)
@@ -62,11 +75,17 @@ def test_tokens_of_the_quickstart(quickstart, stage):
 def test_time_of_the_quickstart_is_the_sum_of_its_parts(quickstart):
     asked = forecast.asked_of(quickstart.efforts.values(), quickstart.configs)
     rates = even(asked)
-    foreseen = {name: forecast.price(effort, quickstart.configs, rates) for name, effort in quickstart.efforts.items()}
+    foreseen = {
+        name: forecast.price(effort, quickstart.configs, rates) for name, effort in quickstart.efforts.items()
+    }
     base = foreseen["base"]
-    assert base.parts["learning"] == pytest.approx(1.8e6 * 20e-6, rel=0.05) and base.parts["writing the corpus"] == pytest.approx(1.8e6 * 2e-6)
+    assert base.parts["learning"] == pytest.approx(1.8e6 * 20e-6, rel=0.05) and base.parts[
+        "writing the corpus"
+    ] == pytest.approx(1.8e6 * 2e-6)
     assert base.seconds == pytest.approx(sum(base.parts.values())) and base.low < base.seconds < base.high
-    assert foreseen["zero"].high / foreseen["zero"].low > base.high / base.low  # lengths are less sure than a corpus
+    assert (
+        foreseen["zero"].high / foreseen["zero"].low > base.high / base.low
+    )  # lengths are less sure than a corpus
     one, two = (wall(foreseen, workers) for workers in (1, 2))
     assert one == pytest.approx(sum(f.seconds for f in foreseen.values())) and one / 2 < two < one
     assert json.loads(json.dumps(base.told()))["binds"].startswith("learning")
@@ -88,13 +107,23 @@ def test_every_recipe_can_be_foreseen(name, tmp_path):
         pytest.skip(str(error))
     rates = even(forecast.asked_of(walk.efforts.values(), walk.configs))
     foreseen = {n: forecast.price(effort, walk.configs, rates) for n, effort in walk.efforts.items()}
-    assert set(foreseen) == set(graph.nodes) and all(f.seconds >= 0 and f.low <= f.seconds <= f.high for f in foreseen.values())
-    learning = [n for n, node in graph.nodes.items() if node.kind in ("pretrain", "rl", "sft", "distill", "preference")]
-    assert learning and all(foreseen[n].parts.get("learning", 0) > 0 and foreseen[n].flops > 0 for n in learning)
+    assert set(foreseen) == set(graph.nodes) and all(
+        f.seconds >= 0 and f.low <= f.seconds <= f.high for f in foreseen.values()
+    )
+    learning = [
+        n
+        for n, node in graph.nodes.items()
+        if node.kind in ("pretrain", "rl", "sft", "distill", "preference")
+    ]
+    assert learning and all(
+        foreseen[n].parts.get("learning", 0) > 0 and foreseen[n].flops > 0 for n in learning
+    )
 
 
 def test_people_are_asked_where_no_policy_decides(tmp_path):
-    by_people, by_policy = (walked("smoke", tmp_path, extra)[0] for extra in ((), ("stages.coldstart.auto=true",)))
+    by_people, by_policy = (
+        walked("smoke", tmp_path, extra)[0] for extra in ((), ("stages.coldstart.auto=true",))
+    )
     assert by_people.efforts["coldstart"].people > 0 == by_policy.efforts["coldstart"].people
 
 
@@ -115,15 +144,35 @@ def test_stages_wait_for_one_another_and_for_workers():
 
 def test_a_large_model_is_drawn_out_from_two_depths():
     learn = {2: {"64": 0.2, "192": 0.4}, 4: {"64": 0.3, "192": 0.6}}
-    rates = Rates(1, 1, 1, {}, {"m": [{"layers": n, "learn": learn[n], "roll": {"8": 0.01 * n, "64": 0.02 * n}} for n in (2, 4)]}, {"m": 30}, {"m": 0})
-    assert rates.learn("m", 192) == pytest.approx(0.4 + 14 * 0.2) and rates.learn("m", 64) == pytest.approx(0.2 + 14 * 0.1)
-    assert rates.learn("m", 320) == pytest.approx(0.6 + 14 * 0.3) and rates.step("m", 64) == pytest.approx(0.6)
-    heavy = replace(rates, gemm=1e3, memory=1e5, weights={"m": 500})  # a layer: 8 x 1,000 / 1e3 = 8 s, or 4 x 500 / 1e5 = 0.02 s at least
-    assert heavy.step("m", 8) == pytest.approx(0.02 + 28 * 8) and heavy.learn("m", 64) == pytest.approx(0.2 + 28 * 6 * 64 * 0.5)
+    rates = Rates(
+        1,
+        1,
+        1,
+        {},
+        {"m": [{"layers": n, "learn": learn[n], "roll": {"8": 0.01 * n, "64": 0.02 * n}} for n in (2, 4)]},
+        {"m": 30},
+        {"m": 0},
+    )
+    assert rates.learn("m", 192) == pytest.approx(0.4 + 14 * 0.2) and rates.learn("m", 64) == pytest.approx(
+        0.2 + 14 * 0.1
+    )
+    assert rates.learn("m", 320) == pytest.approx(0.6 + 14 * 0.3) and rates.step("m", 64) == pytest.approx(
+        0.6
+    )
+    heavy = replace(
+        rates, gemm=1e3, memory=1e5, weights={"m": 500}
+    )  # a layer: 8 x 1,000 / 1e3 = 8 s, or 4 x 500 / 1e5 = 0.02 s at least
+    assert heavy.step("m", 8) == pytest.approx(0.02 + 28 * 8) and heavy.learn("m", 64) == pytest.approx(
+        0.2 + 28 * 6 * 64 * 0.5
+    )
     assert replace(heavy, gemm=1e9).step("m", 8) == pytest.approx(0.02 + 28 * 0.02)
-    large = Asked(ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536), "adamw", (500, 2000), 50, (8, 64), 45, 20)
+    large = Asked(
+        ModelConfig("llama", 49152, 576, 30, 9, 3, 64, 1536), "adamw", (500, 2000), 50, (8, 64), 45, 20
+    )
     assert large.layers == [2, 10] and large.request()["config"]["layers"] == 0
-    assert replace(large, length=70, prompt=30).request() == large.request()  # nothing is measured twice for that
+    assert (
+        replace(large, length=70, prompt=30).request() == large.request()
+    )  # nothing is measured twice for that
 
 
 @pytest.mark.slow
@@ -159,10 +208,18 @@ def test_the_report_sets_the_forecast_against_what_happened(tmp_path):
     from limbeck.report.loaded_run import Run
     from limbeck.report.report import StageView, _forecast
 
-    stages = tuple(StageView(name, "rl", "", tmp_path, {"seconds": 12.0, "cpu_seconds": 11.0}, ()) for name in ("zero", "other"))
+    stages = tuple(
+        StageView(name, "rl", "", tmp_path, {"seconds": 12.0, "cpu_seconds": 11.0}, ())
+        for name in ("zero", "other")
+    )
     told = Forecast("zero", "rl", 10.0, 7.0, 15.0, {"rollout": 10.0}, "rollout: 100%", 1, 1).told()
     found = _forecast(Run(stages, {}, {"forecast": {"stages": {"zero": told}}}))
-    assert found["seconds"] == 10.0 and found["took"] == 12.0 and found["processor"] == 11.0 and [s["name"] for s in found["stages"]] == ["zero"]
+    assert (
+        found["seconds"] == 10.0
+        and found["took"] == 12.0
+        and found["processor"] == 11.0
+        and [s["name"] for s in found["stages"]] == ["zero"]
+    )
     said = i18n.foreseen(found)
     assert "10 s" in said.en and "12 s" in said.en and "11" in said.zh
     assert _forecast(Run(stages, {}, {})) is None
@@ -180,5 +237,8 @@ def test_a_run_keeps_what_was_foreseen_before_its_stages_began(tmp_path):
     Run._keep(job, {"schema": 1, "stages": {"base": {"seconds": 1}, "zero": {"seconds": 2}}})
     job.graph.nodes["base"] = node(object())
     Run._keep(job, {"schema": 1, "stages": {"base": {"seconds": 8}, "zero": {"seconds": 9}}})
-    assert json.loads((tmp_path / FORECAST).read_text())["stages"] == {"base": {"seconds": 1}, "zero": {"seconds": 9}}
+    assert json.loads((tmp_path / FORECAST).read_text())["stages"] == {
+        "base": {"seconds": 1},
+        "zero": {"seconds": 9},
+    }
     Run._keep(job, None)

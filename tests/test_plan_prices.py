@@ -28,7 +28,9 @@ def test_no_price_is_guessed():
 
 def test_the_two_lists_of_r1_agree():
     dollars, yuan = prices.tariff("deepseek-r1"), prices.tariff("deepseek-r1", "CNY")
-    assert yuan.output == pytest.approx(dollars.output, rel=0.02) and yuan.cached == pytest.approx(dollars.cached, rel=0.02)
+    assert yuan.output == pytest.approx(dollars.output, rel=0.02) and yuan.cached == pytest.approx(
+        dollars.cached, rel=0.02
+    )
 
 
 def test_the_claim_of_a_seventh_does_not_match_the_dated_table():
@@ -69,7 +71,9 @@ def test_the_checkpoint_interval_is_the_best_one():
     best = checkpoint_interval(20, reliability.mean_seconds(4096))
     shares = {factor: useful_share(4096, reliability, best * factor) for factor in (0.5, 0.8, 1.0, 1.25, 2)}
     assert max(shares, key=shares.get) == 1.0
-    assert checkpoint_interval(20, 1e7) == pytest.approx((2 * 20 * 1e7) ** 0.5, rel=0.01)  # Young's, where failures are rare
+    assert checkpoint_interval(20, 1e7) == pytest.approx(
+        (2 * 20 * 1e7) ** 0.5, rel=0.01
+    )  # Young's, where failures are rare
 
 
 def test_goodput_of_published_runs():

@@ -38,7 +38,9 @@ def test_everybody_waits_for_the_longest():
     seconds, tail = decode_seconds([10] * 99 + [1000], 100, even, 0)
     assert tail / seconds > 0.95
     assert decode_seconds([100, 100], 2, lambda rows, context: rows, 0)[0] == pytest.approx(200)
-    assert decode_seconds([100], 1, lambda rows, context: context, 50)[0] == pytest.approx(100 * 100, rel=0.01)
+    assert decode_seconds([100], 1, lambda rows, context: context, 50)[0] == pytest.approx(
+        100 * 100, rel=0.01
+    )
 
 
 def test_r1_zero():
@@ -51,23 +53,39 @@ def test_r1_zero():
     assert "longest" in plan.binds and plan.parts["tail"] > 0.5 * plan.parts["rollout"]
 
 
-@pytest.mark.parametrize(("window", "mean", "generation", "backward"), [(0, 8300, 170, 70), (8192, 8600, 130, 80)])
+@pytest.mark.parametrize(
+    ("window", "mean", "generation", "backward"), [(0, 8300, 170, 70), (8192, 8600, 130, 80)]
+)
 def test_delethink(window, mean, generation, backward):
     """One step of R1-Distill-1.5B on eight H100 with 24K tokens (2510.06557); 128 prompts x 8 and the means: from its rates."""
     run = RL(
-        models.find("r1-distill-qwen-1.5b"), cluster.cluster("8xH100"), (Phase(1, Lengths(mean, 24576)),), samples=1024, replica=1,
-        extra=0, window=window, offload=False,
-    )  # fmt: skip
+        models.find("r1-distill-qwen-1.5b"),
+        cluster.cluster("8xH100"),
+        (Phase(1, Lengths(mean, 24576)),),
+        samples=1024,
+        replica=1,
+        extra=0,
+        window=window,
+        offload=False,
+    )
     parts = run.parts(run.phases[0].lengths)
     assert parts["rollout"] == pytest.approx(generation, rel=0.25)
     assert parts["learning"] == pytest.approx(backward, rel=0.25)
 
 
 def test_what_helps():
-    small = RL(models.find("r1-distill-qwen-1.5b"), cluster.cluster("8xH100"), (Phase(1, Lengths(4000, 16384)),), samples=512, replica=1)
+    small = RL(
+        models.find("r1-distill-qwen-1.5b"),
+        cluster.cluster("8xH100"),
+        (Phase(1, Lengths(4000, 16384)),),
+        samples=512,
+        replica=1,
+    )
     assert replace(small, overlap=True).seconds() < small.seconds()
     assert replace(small, speculation=1.5).seconds() < small.seconds()
-    assert replace(small, phases=(Phase(1, Lengths(4000, 16384, 0.3)),)).seconds() < small.seconds()  # the same tokens, a shorter tail
+    assert (
+        replace(small, phases=(Phase(1, Lengths(4000, 16384, 0.3)),)).seconds() < small.seconds()
+    )  # the same tokens, a shorter tail
     assert replace(small, grading=60).seconds() > small.seconds()
     plan = small.plan()
     assert plan.low < plan.seconds < plan.high

@@ -93,11 +93,19 @@ def test_dies_of_a_package_add_up_and_planar_dies_do_not_dilute():
     die = Die({8: 300}, 400)
     alone, pair = Chip("one", (die,), 100, 1000), Chip("two", (die, die), 100, 1000)
     assert pair.tpp == 2 * alone.tpp == 4800 and pair.density == alone.density == 6.0
-    assert judge(alone, "china", LATE).clause.endswith("a.2") and judge(pair, "china", LATE).clause.endswith("a.1")
+    assert judge(alone, "china", LATE).clause.endswith("a.2") and judge(pair, "china", LATE).clause.endswith(
+        "a.1"
+    )
 
 
 def test_destinations():
-    for country, decision in {"Hong Kong": "licence", "uae": "licence", "Japan": "free", "united states": "free", "Israel": "free"}.items():
+    for country, decision in {
+        "Hong Kong": "licence",
+        "uae": "licence",
+        "Japan": "free",
+        "united states": "free",
+        "Israel": "free",
+    }.items():
         assert judge(H100, country, LATE).decision == decision
     assert judge(H100, "uae", EARLY).decision == "free"  # in 2022 China alone
     with pytest.raises(LimbeckError, match="Atlantis"):
@@ -110,7 +118,9 @@ def test_a_missing_figure_is_a_mistake_where_it_would_decide():
         judge(unknown, "china", LATE)
     with pytest.raises(LimbeckError, match="GB/s of transfer is not known"):
         judge(replace(unknown, dies=(Die({16: 320}),)), "china", EARLY)
-    assert judge(replace(unknown, dies=(Die({16: 320}),)), "china", LATE).decision == "licence"  # whatever the density
+    assert (
+        judge(replace(unknown, dies=(Die({16: 320}),)), "china", LATE).decision == "licence"
+    )  # whatever the density
     assert judge(replace(unknown, dies=(Die({16: 90}),)), "china", LATE).decision == "free"
 
 

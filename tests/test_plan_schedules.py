@@ -33,7 +33,9 @@ def test_bubbles_are_the_papers(schedule, chips, work):
     stages, chunks = (2 * chips, 2) if schedule in ("interleaved", "dualpipev") else (chips, 1)
     line = simulate(schedule, even(stages, *work), chips, 4 * chips, chunks)
     assert line.bubble == pytest.approx(IDEAL[schedule](chips, *work))
-    assert quick(schedule, even(stages, *work), chips, 4 * chips, chunks)[1] == pytest.approx(line.bubble, rel=0.35)
+    assert quick(schedule, even(stages, *work), chips, 4 * chips, chunks)[1] == pytest.approx(
+        line.bubble, rel=0.35
+    )
 
 
 @pytest.mark.parametrize("schedule", IDEAL)

@@ -24,7 +24,9 @@ def test_the_day_to_the_dollar():
     assert int(100 * day.margin) == 545
     prefill, decode = day.nodes_needed
     assert prefill == pytest.approx(95.5, abs=0.05) and decode == pytest.approx(131.4, abs=0.05)
-    assert prefill + decode == pytest.approx(226.75, rel=1e-3) and prefill / (prefill + decode) == pytest.approx(0.42, abs=0.005)
+    assert prefill + decode == pytest.approx(226.75, rel=1e-3) and prefill / (
+        prefill + decode
+    ) == pytest.approx(0.42, abs=0.005)
     assert day.hits == pytest.approx(0.563, abs=1e-3)
 
 
@@ -33,7 +35,10 @@ def test_unit_costs():
     assert unit_cost(16, 100e3, 50e3) == pytest.approx((0.044, 0.089), abs=5e-4)  # V2 by its report's rates
 
 
-@pytest.mark.parametrize(("hidden", "bandwidth", "layer", "speed"), [(7e3, 50e9, 120.96e-6, 67), (7168, 50e9, 123.86e-6, 66.1), (7e3, 900e9, 6.72e-6, 1200)])
+@pytest.mark.parametrize(
+    ("hidden", "bandwidth", "layer", "speed"),
+    [(7e3, 50e9, 120.96e-6, 67), (7168, 50e9, 123.86e-6, 66.1), (7e3, 900e9, 6.72e-6, 1200)],
+)
 def test_bound_of_decoding_by_the_network(hidden, bandwidth, layer, speed):
     """2505.09343, section 2.3.2: 67 tokens/s by InfiniBand (66.1 with the true width), 1,200 on NVL72."""
     found, token = decode_bound(hidden=hidden, bandwidth=bandwidth)
@@ -52,7 +57,10 @@ def test_v3_on_h800(v3):
 
 def test_decoding_behaves(v3):
     unit = v3(144)
-    assert unit.decode(64, 4096).tokens > unit.decode(16, 4096).tokens and unit.decode(64, 4096).seconds > unit.decode(16, 4096).seconds
+    assert (
+        unit.decode(64, 4096).tokens > unit.decode(16, 4096).tokens
+        and unit.decode(64, 4096).seconds > unit.decode(16, 4096).seconds
+    )
     assert unit.decode(64, 32768).seconds > unit.decode(64, 4096).seconds
     assert unit.most_rows(4096) > unit.most_rows(8192) > 0
     fast = Replica(unit.config, clusters.cluster("2048xH800", nic=800), 144, "fp8")
@@ -75,4 +83,6 @@ def test_dense_models_split_over_chips():
     qwen, node = models.find("r1-distill-qwen-7b"), clusters.cluster("8xH100")
     one, two = Replica(qwen, node, 1), Replica(qwen, node, 2)
     assert two.decode(32, 4096).seconds < one.decode(64, 4096).seconds
-    assert one.held == pytest.approx(2 * qwen.parameters, rel=0.01) and two.held == pytest.approx(one.held / 2, rel=0.01)
+    assert one.held == pytest.approx(2 * qwen.parameters, rel=0.01) and two.held == pytest.approx(
+        one.held / 2, rel=0.01
+    )

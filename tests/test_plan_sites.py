@@ -30,21 +30,32 @@ def test_intellect_1s_utilisation(seconds, utilisation):
     """arXiv 2412.01152, Table 2: a hundred steps in 38 minutes, and what the average over all sites took beside them."""
     cluster = clusters.cluster("intellect-1", site_latency=0)
     link = 2 * 13 / 14 * LLAMA.parameters * 8 / seconds / 1e9
-    whole, told = multi_site.averaged(step(22.8), LLAMA, replace(cluster, fabric=replace(cluster.fabric, site_link=link)))
+    whole, told = multi_site.averaged(
+        step(22.8), LLAMA, replace(cluster, fabric=replace(cluster.fabric, site_link=link))
+    )
     assert told.seconds == pytest.approx(seconds) and 1 - told.share == pytest.approx(utilisation, abs=0.001)
-    assert whole.seconds == pytest.approx(22.8 + seconds / 100) and sum(whole.parts.values()) == pytest.approx(whole.seconds)
+    assert whole.seconds == pytest.approx(22.8 + seconds / 100) and sum(
+        whole.parts.values()
+    ) == pytest.approx(whole.seconds)
     assert (whole.chips, whole.tokens) == (112, 14 * 1024) and told.plain > 2 * seconds
 
 
 def test_a_run_on_two_sites_takes_what_one_of_them_takes_and_the_averaging():
     work = Workload("train", 1e12, 512, 8192)
-    near, far = (runs.train(LLAMA, clusters.cluster("128xH100", **change), work, top=1) for change in ({"count": 64}, {"sites": 2, "site_link": 1}))
+    near, far = (
+        runs.train(LLAMA, clusters.cluster("128xH100", **change), work, top=1)
+        for change in ({"count": 64}, {"sites": 2, "site_link": 1})
+    )
     half = runs.train(LLAMA, clusters.cluster("64xH100"), replace(work, batch=256), top=1)
     late = multi_site.exchange(clusters.cluster("128xH100", sites=2, site_link=1), LLAMA.parameters) / 100
     assert near.averaging is None and far.averaging.sites == 2
-    assert far.choices[0].layout == half.choices[0].layout and far.choices[0].step.seconds == pytest.approx(half.choices[0].step.seconds + late)
+    assert far.choices[0].layout == half.choices[0].layout and far.choices[0].step.seconds == pytest.approx(
+        half.choices[0].step.seconds + late
+    )
     rare = runs.train(LLAMA, clusters.cluster("128xH100", sites=2, site_link=1, every=1000), work, top=1)
-    assert rare.averaging.share < far.averaging.share / 5 and rare.bill.seconds.middle < far.bill.seconds.middle
+    assert (
+        rare.averaging.share < far.averaging.share / 5 and rare.bill.seconds.middle < far.bill.seconds.middle
+    )
     thin = runs.train(LLAMA, clusters.cluster("128xH100", sites=2, site_link=0.01), work, top=1)
     assert "averaging over sites" in thin.choices[0].step.binds
 
@@ -56,6 +67,8 @@ def test_a_run_on_two_sites_takes_what_one_of_them_takes_and_the_averaging():
 ])  # fmt: skip
 def test_what_cannot_be_is_said(changes, batch, sentence):
     with pytest.raises(LimbeckError, match=sentence):
-        runs.train(LLAMA, clusters.cluster("128xH100", **changes), Workload("train", 1e12, batch, 8192), top=1)
+        runs.train(
+            LLAMA, clusters.cluster("128xH100", **changes), Workload("train", 1e12, batch, 8192), top=1
+        )
     with pytest.raises(LimbeckError, match="every=0: one at least"):
         clusters.cluster("8xH100", every=0)

@@ -50,7 +50,9 @@ def test_what_ifs_go_the_way_they_must(v3):
 
     assert step(chip="h20") > 2 * v3.seconds
     assert step(nics=1) > 1.5 * v3.seconds, "an eighth of the network binds the all-to-all"
-    assert step(nvlink=900) == pytest.approx(v3.seconds, rel=0.02), "V3 was built so that the capped link does not bind"
+    assert step(nvlink=900) == pytest.approx(v3.seconds, rel=0.02), (
+        "V3 was built so that the capped link does not bind"
+    )
     dense = predict(QWEN, cluster("64xh800"), Layout(dp=8, tp=8), 256, 4096)
     assert predict(QWEN, cluster("64xh100"), Layout(dp=8, tp=8), 256, 4096).seconds < 0.95 * dense.seconds
     assert "tensor-parallel sums" in dense.binds
@@ -62,11 +64,17 @@ def test_without_overlap_the_all_to_all_binds():
 
 
 def test_more_chips_are_faster_and_less_efficient():
-    steps = [predict(QWEN, cluster("1024xh100"), Layout(dp=n // 32, tp=8, pp=4), 1024, 4096) for n in (128, 256, 512, 1024)]
+    steps = [
+        predict(QWEN, cluster("1024xh100"), Layout(dp=n // 32, tp=8, pp=4), 1024, 4096)
+        for n in (128, 256, 512, 1024)
+    ]
     assert all(a.seconds > b.seconds > a.seconds / 2 for a, b in pairwise(steps))
 
 
-@pytest.mark.parametrize("name", ["Korthikanti gpt3-175b", "Korthikanti megatron-22b", "BLOOM 176B production", "Megatron-2021 GPT 18.4B"])
+@pytest.mark.parametrize(
+    "name",
+    ["Korthikanti gpt3-175b", "Korthikanti megatron-22b", "BLOOM 176B production", "Megatron-2021 GPT 18.4B"],
+)
 def test_dense_steps(name):
     errors = [verify.check(row).error for row in rows(name)]
     assert errors and max(errors) < 0.15
@@ -112,7 +120,10 @@ def test_korthikanti_is_the_papers_not_another_models_forecast():
 
 def test_hardware_utilisation_is_not_models():
     """BLOOM's 149.77 TFLOPS count recomputation: the same step as 104.7 s, and 110 TFLOPS of the model."""
-    time_row, rate_row = rows("BLOOM 176B production", "step_time")[0], rows("BLOOM 176B production", "hw_tflops")[0]
+    time_row, rate_row = (
+        rows("BLOOM 176B production", "step_time")[0],
+        rows("BLOOM 176B production", "hw_tflops")[0],
+    )
     assert verify.measured_seconds(rate_row) == pytest.approx(time_row.value, rel=0.01)
     model = replace(rate_row, columns={**rate_row.columns, "measured_metric": "model_tflops_per_gpu"})
     assert verify.measured_seconds(model) == pytest.approx(0.75 * verify.measured_seconds(rate_row), rel=0.01)
@@ -140,7 +151,12 @@ def test_claims_are_computed_again():
     assert "1/17" in tenth and "9.2%" in tenth
     assert "1/27" in seventh and "$5.576 million" in millions
     assert "14,800 tokens" in nodes and "$87,072" in day and "545% more" in day and "95.5 + 131.4" in day
-    assert "$0.044 and $0.089" in yuan and "120.96 us" in bound and "12.8 experts" in experts and "not a measurement" in energy
+    assert (
+        "$0.044 and $0.089" in yuan
+        and "120.96 us" in bound
+        and "12.8 experts" in experts
+        and "not a measurement" in energy
+    )
 
 
 # ------------------------------------------------------------ the table itself
@@ -154,10 +170,16 @@ def table():
 
 def test_the_table_of_steps_beats_the_constant():
     """A part of `limbeck plan verify`: steps of the Megatron family, whose layouts are told."""
-    found = list(verify.checks(rows("Korthikanti") + rows("Megatron-2021 GPT 1") + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")))
+    found = list(
+        verify.checks(
+            rows("Korthikanti") + rows("Megatron-2021 GPT 1") + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")
+        )
+    )
     lines = verify.summary(found)
     steps = [one for one in found if one.kind == "step, dense"]
-    assert median(one.error for one in steps) < 0.06 and any("goal 6% / 20%" in line and "skill" in line for line in lines)
+    assert median(one.error for one in steps) < 0.06 and any(
+        "goal 6% / 20%" in line and "skill" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(("kind", "middle", "most"), [

@@ -24,7 +24,12 @@ CASES = [
     ("deepseek-ai/DeepSeek-R1", ["MIT"], "free", {"users": None, "prefixes": ()}),
     ("deepseek-ai/DeepSeek-R1-Zero", ["MIT"], "free", {"release": "conditions"}),
     ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", ["Apache-2.0", "MIT"], "free", {}),
-    ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", ["Llama-3.1", "MIT"], "passes on", {"prefixes": ("Llama",), "display": ("Built with Llama",)}),
+    (
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        ["Llama-3.1", "MIT"],
+        "passes on",
+        {"prefixes": ("Llama",), "display": ("Built with Llama",)},
+    ),
     ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", ["Llama-3.3", "MIT"], "passes on", {"users": 700_000_000}),
     ("deepseek-ai/DeepSeek-V2", ["DeepSeek-Model"], "passes on", {"release": "conditions"}),
     ("deepseek-ai/DeepSeek-V3", ["DeepSeek-Model"], "passes on", {}),
@@ -32,18 +37,38 @@ CASES = [
     ("claude-3-5-sonnet", ["Anthropic-Commercial"], "no", {"release": "no"}),
     ("meta-llama/Llama-2-7b-hf", ["Llama-2"], "own kind", {"users": 700_000_000}),
     ("meta-llama/Meta-Llama-3-8B", ["Llama-3"], "own kind", {"prefixes": ("Llama 3",)}),
-    ("meta-llama/Llama-3.1-8B", ["Llama-3.1"], "passes on", {"prefixes": ("Llama",), "users": 700_000_000, "release": "conditions"}),
+    (
+        "meta-llama/Llama-3.1-8B",
+        ["Llama-3.1"],
+        "passes on",
+        {"prefixes": ("Llama",), "users": 700_000_000, "release": "conditions"},
+    ),
     ("meta-llama/Llama-4-Scout-17B-16E", ["Llama-4"], "passes on", {"prefixes": ("Llama",)}),
-    *((f"Qwen/Qwen2.5-{size}B", ["Apache-2.0"], "free", {"display": ()}) for size in ("1.5", "7", "14", "32")),
+    *(
+        (f"Qwen/Qwen2.5-{size}B", ["Apache-2.0"], "free", {"display": ()})
+        for size in ("1.5", "7", "14", "32")
+    ),
     ("Qwen/Qwen2.5-3B", ["Qwen-Research"], "passes on", {"commercial": False}),
-    ("Qwen/Qwen2.5-72B-Instruct", ["Qwen"], "passes on", {"users": 100_000_000, "display": ("Built with Qwen or Improved using Qwen",)}),
+    (
+        "Qwen/Qwen2.5-72B-Instruct",
+        ["Qwen"],
+        "passes on",
+        {"users": 100_000_000, "display": ("Built with Qwen or Improved using Qwen",)},
+    ),
     ("google/gemma-2-9b-it", ["Gemma"], "passes on", {"release": "conditions"}),
-    ("Tencent-Hunyuan-Large", ["Tencent-Hunyuan"], "own kind", {"excluded": ("the European Union",), "users": 100_000_000}),
+    (
+        "Tencent-Hunyuan-Large",
+        ["Tencent-Hunyuan"],
+        "own kind",
+        {"excluded": ("the European Union",), "users": 100_000_000},
+    ),
     ("HuggingFaceTB/SmolLM2-135M-Instruct", ["Apache-2.0"], "free", {"commercial": True}),
 ]
 
 
-@pytest.mark.parametrize("model, licences, outputs, more", CASES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "model, licences, outputs, more", CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_each_model_is_bound_by_what_its_size_and_version_say(model, licences, outputs, more):
     bonds = bind(of_model(model))
     assert list(bonds.licences) == licences and bonds.outputs == outputs
@@ -65,16 +90,28 @@ def test_every_entry_says_where_it_was_read():
 
 
 def test_licences_are_read_as_people_and_model_cards_write_them():
-    assert declared("mit AND Apache-2.0") == ["MIT", "Apache-2.0"] and declared("cc-by-nc-4.0") == ["CC-BY-NC-4.0"]
+    assert declared("mit AND Apache-2.0") == ["MIT", "Apache-2.0"] and declared("cc-by-nc-4.0") == [
+        "CC-BY-NC-4.0"
+    ]
     assert declared("llama3.1") == ["Llama-3.1"] and declared("ACME-1") == ["ACME-1"]
     assert declared("other") == declared("unknown") == declared(None) == []
 
 
 def test_of_several_licences_the_stricter_one_decides_question_by_question():
     bonds = bind(["MIT", "Qwen", "Llama-3.1", "CC-BY-NC-4.0", "Tencent-Hunyuan"])
-    assert (bonds.outputs, bonds.release, bonds.commercial, bonds.users) == ("own kind", "conditions", False, 100_000_000)
-    assert bonds.prefixes == ("Llama",) and set(bonds.display) == {"Built with Llama", "Built with Qwen or Improved using Qwen"}
-    assert bind(["Llama-3", "Llama-3.1"]).prefixes == ("Llama 3",)  # whoever begins with the longer begins with the shorter
+    assert (bonds.outputs, bonds.release, bonds.commercial, bonds.users) == (
+        "own kind",
+        "conditions",
+        False,
+        100_000_000,
+    )
+    assert bonds.prefixes == ("Llama",) and set(bonds.display) == {
+        "Built with Llama",
+        "Built with Qwen or Improved using Qwen",
+    }
+    assert bind(["Llama-3", "Llama-3.1"]).prefixes == (
+        "Llama 3",
+    )  # whoever begins with the longer begins with the shorter
     assert bind(["MIT", "internal"]).release == bind(["ACME-1"]).release == "no"
     assert bind([]).sentence() == "bound by no licence"
 
@@ -121,7 +158,9 @@ def test_restrictions_pass_three_hops_and_stop_at_what_learned_nothing(graph):
     assert not breaches
     for name in ("near", "near_rl", "near_rows", "desk"):
         assert set(found[name].bound) == {"Llama-3.1"}, name
-    assert set(found["small"].bound) == {"Llama-3.1", "Apache-2.0"} and set(found["small"].own) == {"Apache-2.0"}
+    assert set(found["small"].bound) == {"Llama-3.1", "Apache-2.0"} and set(found["small"].own) == {
+        "Apache-2.0"
+    }
     assert bind(found["small"].bound).prefixes == ("Llama",)
     assert not found["near_base"].bound and not found["other_rl"].bound
     assert teachers_of("near", found) == ["far"] and teachers_of("small", found) == ["far", "near_rl"]
@@ -137,8 +176,14 @@ def refusal(graph: Graph, right: str | None = None) -> str:
 
 def test_a_teacher_whose_terms_forbid_it_is_refused_with_clause_and_source(graph):
     sentence = refusal(graph(hops(), {"far": "hf:meta-llama/Meta-Llama-3-8B", "small": "disk"}))
-    assert sentence.startswith("stages.near learns from outputs of stages.far, whose terms forbid that for any model but one under the same licence")
-    assert "section 1.b.v" in sentence and "https://github.com/meta-llama/llama3" in sentence and "--i-have-the-right" in sentence
+    assert sentence.startswith(
+        "stages.near learns from outputs of stages.far, whose terms forbid that for any model but one under the same licence"
+    )
+    assert (
+        "section 1.b.v" in sentence
+        and "https://github.com/meta-llama/llama3" in sentence
+        and "--i-have-the-right" in sentence
+    )
 
 
 def test_a_forbidden_teacher_is_forbidden_three_hops_on(graph):
@@ -170,7 +215,9 @@ def test_a_model_may_learn_from_what_its_own_base_wrote(graph):
     text += "  zero: {kind: rl, model: base, problems: {clock: 1}}\n  traces: {kind: sample, model: zero, problems: {clock: 1}}\n"
     text += "  dev1: {kind: sft, model: base, rows: {traces: 1}}\n"
     found, breaches = trace(graph(text, {"base": "hf:Tencent/Tencent-Hunyuan-Large"}))
-    assert not breaches and set(found["dev1"].bound) == {"Tencent-Hunyuan"} and teachers_of("dev1", found) == []
+    assert (
+        not breaches and set(found["dev1"].bound) == {"Tencent-Hunyuan"} and teachers_of("dev1", found) == []
+    )
 
 
 def test_scores_teach_as_well_as_rows(graph):
@@ -178,7 +225,9 @@ def test_scores_teach_as_well_as_rows(graph):
     text = "name: s\nproblems: {clock: {source: miniature}}\nstages:\n  far: {kind: load, path: far, licence: openai}\n"
     text += "  base: {kind: pretrain, problems: clock}\n  chosen: {kind: screen, model: far, problems: {clock: 1}}\n"
     rl = "  zero: {kind: rl, model: base, problems: {%s: 1}%s}\n"
-    assert "stages.zero learns from outputs of stages.far" in refusal(graph(text + rl % ("chosen", ""), {"far": "disk"}))
+    assert "stages.zero learns from outputs of stages.far" in refusal(
+        graph(text + rl % ("chosen", ""), {"far": "disk"})
+    )
     assert trace(graph(text + rl % ("clock", ", flops_of: far"), {"far": "disk"}))[1] == []
 
 
@@ -190,7 +239,9 @@ def test_scores_teach_as_well_as_rows(graph):
 ], ids=["logits", "labels", "preferences", "best of k"])  # fmt: skip
 def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
     head = "name: w\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n  far: {kind: load, path: far, licence: %s}\n"
-    assert "stages.student learns from outputs of stages.far" in refusal(graph(head % "openai" + stages, {"far": "disk"}))
+    assert "stages.student learns from outputs of stages.far" in refusal(
+        graph(head % "openai" + stages, {"far": "disk"})
+    )
     found, _ = check(graph(head % "Gemma" + stages, {"far": "disk"}))
     assert set(found["student"].bound) == {"Gemma"} and teachers_of("student", found) == ["far"]
 
@@ -200,23 +251,33 @@ def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
     (", licence: own, teachers: [gpt-4o]", "learns from outputs of problems.mine.teachers (gpt-4o), whose terms forbid that"),
     (", licence: MIT, teachers: [nobody-9b]", "learns from problems.mine.teachers (nobody-9b), whose licence is undeclared; name a model"),
 ])  # fmt: skip
-def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judged_them(graph, tmp_path, told, words):
+def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judged_them(
+    graph, tmp_path, told, words
+):
     (tmp_path / "mine.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 3)
     text = "name: f\nproblems: {mine: {source: files, path: mine.jsonl%s}, clock: {source: miniature}}\nstages:\n"
-    text += "  base: {kind: pretrain, problems: clock}\n  zero: {kind: rl, model: base, problems: {mine: 1}}\n"
+    text += (
+        "  base: {kind: pretrain, problems: clock}\n  zero: {kind: rl, model: base, problems: {mine: 1}}\n"
+    )
     assert words in refusal(graph(text % told, {}))
     found, _ = check(graph(text % ", licence: CC-BY-NC-4.0, teachers: [Llama-3.3-70B-Instruct]", {}))
-    assert set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"} and not bind(found["zero"].bound).commercial
+    assert (
+        set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"} and not bind(found["zero"].bound).commercial
+    )
 
 
 def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
     (tmp_path / "labels.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     text = "name: t\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n"
     text += "  helpful: {kind: reward, model: base, rows: labels.jsonl%s}\n"
-    assert "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence" in refusal(graph(text % "", {}))
+    assert (
+        "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence"
+        in refusal(graph(text % "", {}))
+    )
     dpo = "  helpful: {kind: preference, model: base, pairs: {labels.jsonl: 1}}\n"
-    assert "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set stages.helpful.licence" in refusal(
-        graph(text.rpartition("  helpful")[0] + dpo, {})
+    assert (
+        "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set stages.helpful.licence"
+        in refusal(graph(text.rpartition("  helpful")[0] + dpo, {}))
     )
     declared_ = {licence: graph(text % f", licence: {licence}", {}) for licence in ("own", "CC-BY-NC-4.0")}
     assert set(check(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
@@ -225,7 +286,10 @@ def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
 
 def test_what_may_be_done_with_a_model_is_not_in_its_key(graph):
     text = "name: k\nstages: {base: {kind: load, path: base%s}}\n"
-    keys = {graph(text % said, {"base": "disk"}).nodes["base"].key for said in ("", ", licence: MIT", ", licence: openai")}
+    keys = {
+        graph(text % said, {"base": "disk"}).nodes["base"].key
+        for said in ("", ", licence: MIT", ", licence: openai")
+    }
     assert len(keys) == 1 and None not in keys
 
 
@@ -262,7 +326,11 @@ def test_a_run_is_refused_before_anything_runs_and_a_claimed_right_is_inherited_
     recipe, runs = tmp_path / "claimed.yaml", tmp_path / "runs"
     recipe.write_text(CLAIMED % "openai")
     code, out, err = answer("run", recipe, "--runs", runs)
-    assert (code, out) == (2, "") and "stages.taught learns from outputs of stages.brought" in err and not runs.exists()
+    assert (
+        (code, out) == (2, "")
+        and "stages.taught learns from outputs of stages.brought" in err
+        and not runs.exists()
+    )
     assert "a run would refuse this: stages.taught learns" in answer("plan", recipe, "--runs", runs)[2]
     code, _, err = answer("run", recipe, "--runs", runs, "--i-have-the-right", "we wrote the terms")
     assert code == 0, err
@@ -270,7 +338,11 @@ def test_a_run_is_refused_before_anything_runs_and_a_claimed_right_is_inherited_
     assert {name for name, manifest in manifests.items() if manifest["rights"]} == {"taught", "later"}
     for name in ("taught", "later"):
         (right,) = manifests[name]["rights"]
-        assert right["reason"] == "we wrote the terms" and right["licence"] == "OpenAI-Terms" and "compete with OpenAI" in right["clause"]
+        assert (
+            right["reason"] == "we wrote the terms"
+            and right["licence"] == "OpenAI-Terms"
+            and "compete with OpenAI" in right["clause"]
+        )
         assert manifests[name]["licences"] == ["OpenAI-Terms", "own"]
         assert [teacher.split()[0] for teacher in manifests[name]["sources"]["teachers"]] == ["brought"]
     assert manifests["alone"]["licences"] == ["own"] and manifests["brought"]["licences"] == ["OpenAI-Terms"]
@@ -279,15 +351,26 @@ def test_a_run_is_refused_before_anything_runs_and_a_claimed_right_is_inherited_
     code, _, err = answer("run", recipe, "--runs", runs)
     assert code == 0 and "begins" not in err, err
     again = {a.manifest["stage"]: a.manifest for a in Store(runs / "store").all()}
-    assert again["taught"]["rights"] == manifests["taught"]["rights"] and again["taught"]["digest"] == manifests["taught"]["digest"]
+    assert (
+        again["taught"]["rights"] == manifests["taught"]["rights"]
+        and again["taught"]["digest"] == manifests["taught"]["digest"]
+    )
     assert again["later"]["licences"] == ["MIT", "OpenAI-Terms", "own"]
     assert answer("verify", "--runs", runs)[0] == 0
 
 
 def test_an_origin_only_grows():
     sources = {"problems": ["p"], "models": [], "teachers": [], "editors": []}
-    before = {"licences": ["undeclared"], "rights": [{"reason": "a", "date": "2026-01-01"}], "sources": {"problems": ["p"], "models": []}}
-    origin = {"licences": ["MIT"], "rights": [{"reason": "a", "date": "2026-02-02"}], "sources": {**sources, "editors": ["Ada"]}}
+    before = {
+        "licences": ["undeclared"],
+        "rights": [{"reason": "a", "date": "2026-01-01"}],
+        "sources": {"problems": ["p"], "models": []},
+    }
+    origin = {
+        "licences": ["MIT"],
+        "rights": [{"reason": "a", "date": "2026-02-02"}],
+        "sources": {**sources, "editors": ["Ada"]},
+    }
     after = grown(before, origin)
     assert after["licences"] == ["MIT"] and after["rights"] == before["rights"]
     assert after["sources"] == {"problems": ["p"], "models": [], "teachers": [], "editors": ["Ada"]}

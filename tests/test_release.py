@@ -54,7 +54,9 @@ def test_transformers_loads_it_and_computes_the_same(out, finished):
     made = transformers.AutoTokenizer.from_pretrained(out)
     ours, tokenizer = weights.load(out), Tokenizer.from_directory(out)
     ids = tokenizer.prompt("use 1 2 1 make 0 ?")
-    asked = made.apply_chat_template([{"role": "user", "content": "use 1 2 1 make 0 ?"}], add_generation_prompt=True, return_dict=False)
+    asked = made.apply_chat_template(
+        [{"role": "user", "content": "use 1 2 1 make 0 ?"}], add_generation_prompt=True, return_dict=False
+    )
     assert list(asked) == ids.tolist() and theirs.generation_config.eos_token_id == tokenizer.end_id
     with torch.no_grad():
         expected = theirs(torch.tensor([ids.tolist()])).logits[0]
@@ -67,8 +69,19 @@ def test_transformers_loads_it_and_computes_the_same(out, finished):
 def test_the_sums_hold_and_name_every_file(out):
     lines = dict(reversed(line.split("  ")) for line in (out / "SHA256SUMS").read_text().splitlines())
     assert set(lines) == {p.name for p in out.iterdir()} - {"SHA256SUMS"}
-    assert set(lines) >= {"README.md", "lineage.json", "recipe.yaml", "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
-    assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in lines.items())
+    assert set(lines) >= {
+        "README.md",
+        "lineage.json",
+        "recipe.yaml",
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
+    assert all(
+        hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in lines.items()
+    )
 
 
 def test_its_recipe_is_the_part_that_it_depends_on_and_plans_to_the_same_keys(out, finished):
@@ -81,7 +94,10 @@ def test_its_recipe_is_the_part_that_it_depends_on_and_plans_to_the_same_keys(ou
 
 def test_a_recipe_with_a_desk_and_one_with_a_model_brought_in_plan_to_the_same_keys_too(finished, tmp_path):
     whole, store = load(finished.home / "tiny" / "recipe.yaml"), Store(finished.home / "store")
-    for name, stages in (("dev1", {"base", "traces", "coldstart", "general", "dev1", "evaluation"}), ("brought", {"brought", "evaluation"})):
+    for name, stages in (
+        ("dev1", {"base", "traces", "coldstart", "general", "dev1", "evaluation"}),
+        ("brought", {"brought", "evaluation"}),
+    ):
         part = part_of(whole, name)
         assert set(part.stages) == stages and part.stages["evaluation"].models == [name]
         (tmp_path / "recipe.yaml").write_text(dump(part))
@@ -95,10 +111,16 @@ def test_the_card_tells_what_the_runs_have_shown(out, finished):
     text = (out / "README.md").read_text()
     front, body = re.fullmatch(r"---\n(.*?)---\n(.*)", text, re.DOTALL).groups()
     front = yaml.safe_load(front)
-    told = json.loads((find_artifact("tiny/evaluation/zero", finished.home)[0].folder / "evaluation.json").read_text())
+    told = json.loads(
+        (find_artifact("tiny/evaluation/zero", finished.home)[0].folder / "evaluation.json").read_text()
+    )
     accuracy = told["sources"]["clock"]["modes"]["t1"]["accuracy"]
     values = front["model-index"][0]["results"][0]["metrics"]
-    assert {"type": "accuracy", "name": "accuracy, temperature 1", "value": round(100 * accuracy["mean"], 1)} in values
+    assert {
+        "type": "accuracy",
+        "name": "accuracy, temperature 1",
+        "value": round(100 * accuracy["mean"], 1),
+    } in values
     assert "license" not in front and front["pipeline_tag"] == "text-generation"
     row = f"| clock | temperature 1 | {100 * accuracy['mean']:.1f} % | {100 * accuracy['low']:.1f} – {100 * accuracy['high']:.1f} % | {accuracy['problems']} | {accuracy['n']} |"
     assert row in body and "Bound by no licence." in body and "Energy: not measured." in body
@@ -115,14 +137,36 @@ def test_why_reads_a_released_directory(call, out):  # noqa: F811
 
 
 def test_nothing_of_the_house_goes_along(copy, tmp_path):
-    home = copy(sources={"problems": [], "models": [], "teachers": [], "editors": ["Ada Lovelace", "policy: translate"]})
+    home = copy(
+        sources={
+            "problems": [],
+            "models": [],
+            "teachers": [],
+            "editors": ["Ada Lovelace", "policy: translate"],
+        }
+    )
     store = Store(home / "store")
     desk = find_artifact("tiny/coldstart", home)[0]
-    store.amend(desk, {"notes": {**desk.manifest["notes"], "reviewers": ["Ada Lovelace"]}, "sources": {**desk.manifest["sources"], "editors": ["Ada Lovelace"]}})
+    store.amend(
+        desk,
+        {
+            "notes": {**desk.manifest["notes"], "reviewers": ["Ada Lovelace"]},
+            "sources": {**desk.manifest["sources"], "editors": ["Ada Lovelace"]},
+        },
+    )
     release("tiny/dev1", tmp_path / "out", home)
-    told = {path.name: path.read_text(errors="replace") for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
-    assert not [name for name, text in told.items() if "Ada" in text or str(tmp_path) in text or "completion" in text]
-    assert "by reviewer 1" in told["README.md"] and "What people said at the desk is not in `recipe.yaml`" in told["README.md"]
+    told = {
+        path.name: path.read_text(errors="replace")
+        for path in (tmp_path / "out").iterdir()
+        if path.suffix != ".safetensors"
+    }
+    assert not [
+        name for name, text in told.items() if "Ada" in text or str(tmp_path) in text or "completion" in text
+    ]
+    assert (
+        "by reviewer 1" in told["README.md"]
+        and "What people said at the desk is not in `recipe.yaml`" in told["README.md"]
+    )
     assert json.loads(told["lineage.json"])["artifacts"][find("tiny/dev1", home).root]["rows"]["count"] > 0
 
 
@@ -137,12 +181,25 @@ def refused(home, out, *words: str, **options) -> None:
     assert not out.exists() and not list(out.parent.glob(".*part"))
 
 
-CLAIM = {"licence": "OpenAI-Terms", "stage": "dev1", "clause": "theirs", "reason": "we asked", "by": "Ada", "date": "2026-01-01"}
+CLAIM = {
+    "licence": "OpenAI-Terms",
+    "stage": "dev1",
+    "clause": "theirs",
+    "reason": "we asked",
+    "by": "Ada",
+    "date": "2026-01-01",
+}
 
 
 def test_a_licence_that_forbids_it_is_refused_with_its_clause(copy, tmp_path):
     out = tmp_path / "m"
-    refused(copy("MIT", "internal"), out, "dev1 cannot be released: internal", "declared `internal`", "train it without")
+    refused(
+        copy("MIT", "internal"),
+        out,
+        "dev1 cannot be released: internal",
+        "declared `internal`",
+        "train it without",
+    )
     artifact, store = find_artifact("tiny/dev1", tmp_path / "runs")
     store.amend(artifact, {"licences": ["CC-BY-ND-4.0"]})
     refused(tmp_path / "runs", out, "CC-BY-ND-4.0", "section 2(a)(1)(B)", "creativecommons.org")
@@ -153,18 +210,29 @@ def test_a_licence_that_forbids_it_is_refused_with_its_clause(copy, tmp_path):
     store.amend(artifact, {"rights": [CLAIM]})
     assert release("tiny/dev1", out, tmp_path / "runs").folder == out
     card = (out / "README.md").read_text()
-    assert "saying that they have the right to: “we asked” (2026-01-01)" in card and "Ada" not in (out / "lineage.json").read_text()
+    assert (
+        "saying that they have the right to: “we asked” (2026-01-01)" in card
+        and "Ada" not in (out / "lineage.json").read_text()
+    )
 
 
 def test_a_name_that_breaks_a_naming_duty_is_refused_with_the_remedy(copy, tmp_path):
     """As DeepSeek-R1-Distill-Llama-8B's would be: it does not begin with Llama."""
     home, out = copy("Llama-3.1", "MIT"), tmp_path / "DeepSeek-R1-Distill-Llama-8B"
-    refused(home, out, "DeepSeek-R1-Distill-Llama-8B: a model bound by Llama-3.1 must have a name that begins with 'Llama'",
-            "section 1.b.i", "--name Llama-DeepSeek-R1-Distill-Llama-8B")  # fmt: skip
+    refused(
+        home,
+        out,
+        "DeepSeek-R1-Distill-Llama-8B: a model bound by Llama-3.1 must have a name that begins with 'Llama'",
+        "section 1.b.i",
+        "--name Llama-DeepSeek-R1-Distill-Llama-8B",
+    )
     notes = release("tiny/dev1", out, home, name="Llama-tiny").notes
     assert "show “Built with Llama” where you present it" in notes
     card = (out / "README.md").read_text()
-    assert card.partition("# Llama-tiny\n\n**Built with Llama**")[1] and "license_name: Llama-3.1 AND MIT" in card
+    assert (
+        card.partition("# Llama-tiny\n\n**Built with Llama**")[1]
+        and "license_name: Llama-3.1 AND MIT" in card
+    )
     assert "Llama 3.1 Community License" in (out / "NOTICE").read_text()
     artifact, store = find_artifact("tiny/dev1", home)
     store.amend(artifact, {"licences": ["Llama-3"]})
@@ -176,7 +244,10 @@ def test_mistakes_are_one_sentence(call, finished, tmp_path, out):  # noqa: F811
     for arguments, words in (
         (("tiny/traces", tmp_path / "a"), "tiny/traces is a sample stage, which has no model to release"),
         (("tiny/zero", out), f"{out} is there already"),
-        (("tiny/zero", tmp_path / "b", "--gguf", "f16"), "model.type = WordLevel has no place in a GGUF file"),
+        (
+            ("tiny/zero", tmp_path / "b", "--gguf", "f16"),
+            "model.type = WordLevel has no place in a GGUF file",
+        ),
         (("tiny/zero", tmp_path / "b", "--gguf", "q9"), "there is no GGUF type 'q9'"),
     ):
         said = call("release", *arguments, "--runs", finished.home)
@@ -192,12 +263,16 @@ def test_a_model_that_the_format_holds_goes_as_gguf_too(tmp_path):
     checkpoints.save("llama", tmp_path / "bpe", 280)
     checkpoints.save_tokenizer(tmp_path / "bpe")
     (tmp_path / "bpe" / "LICENSE").write_text("MIT License")
-    (tmp_path / "bpe.yaml").write_text("name: bpe\nthreads: 1\nstages: {base: {kind: load, path: bpe, licence: MIT}}\n")
+    (tmp_path / "bpe.yaml").write_text(
+        "name: bpe\nthreads: 1\nstages: {base: {kind: load, path: bpe, licence: MIT}}\n"
+    )
     code, _, err = answer("run", tmp_path / "bpe.yaml", "--runs", tmp_path / "runs")
     assert code == 0, err
     notes = release("base", tmp_path / "out", tmp_path / "runs").notes
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"out-f16.gguf", "base-LICENSE", "NOTICE"} <= names and notes == ("MIT: keep the copyright notice and the licence's text",)
+    assert {"out-f16.gguf", "base-LICENSE", "NOTICE"} <= names and notes == (
+        "MIT: keep the copyright notice and the licence's text",
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card and "It was not evaluated" in card and "llama-cli -m out-f16.gguf" in card
     release("base", tmp_path / "bare", tmp_path / "runs", gguf="none")

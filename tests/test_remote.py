@@ -62,11 +62,18 @@ def told(error) -> str:
 def test_a_request_says_what_the_recipe_says_and_nothing_of_this_machine(tmp_path, key, monkeypatch):
     monkeypatch.setenv("OPENAI_ORG_ID", "org-of-somebody")
     with Stub() as stub:
-        endpoint(stub.url, tmp_path, key=key, extra={"reasoning_effort": "high", "top_p": None}).rollout(PROBLEMS[:1], 1, BRIEF)
-    assert stub.asked == [{
-        "model": "wise", "messages": [{"role": "user", "content": "question 0"}], "temperature": 0.7, "max_tokens": 50,
-        "reasoning_effort": "high",
-    }]  # fmt: skip
+        endpoint(stub.url, tmp_path, key=key, extra={"reasoning_effort": "high", "top_p": None}).rollout(
+            PROBLEMS[:1], 1, BRIEF
+        )
+    assert stub.asked == [
+        {
+            "model": "wise",
+            "messages": [{"role": "user", "content": "question 0"}],
+            "temperature": 0.7,
+            "max_tokens": 50,
+            "reasoning_effort": "high",
+        }
+    ]
     (sent,) = ({name.lower(): value for name, value in headers.items()} for headers in stub.headers)
     assert sent["authorization"] == f"Bearer {KEY}"
     assert not [name for name in sent if "stainless" in name or "organization" in name]
@@ -87,7 +94,15 @@ def test_a_thought_is_found_wherever_the_endpoint_puts_it(tmp_path, message, tex
 
 
 def test_groups_come_in_the_order_of_the_problems_with_what_is_known(tmp_path):
-    with Stub(lambda body, n: (200, {}, completion(body["messages"][0]["content"].upper(), "length" if "1" in str(body["messages"]) else "stop"))) as stub:
+    with Stub(
+        lambda body, n: (
+            200,
+            {},
+            completion(
+                body["messages"][0]["content"].upper(), "length" if "1" in str(body["messages"]) else "stop"
+            ),
+        )
+    ) as stub:
         groups = endpoint(stub.url, tmp_path, concurrent=3).rollout(PROBLEMS, 2, BRIEF)
     assert [[c.text for c in g.completions] for g in groups] == [[f"QUESTION {i}"] * 2 for i in range(3)]
     assert [[c.sample for c in g.completions] for g in groups] == [[0, 1]] * 3
@@ -100,7 +115,9 @@ def test_logprobs_come_where_they_are_asked_for_and_given(tmp_path):
     def reply(body, n):
         made = completion("4")
         if body.get("logprobs"):
-            made["choices"][0]["logprobs"] = {"content": [{"token": "4", "logprob": -0.25, "bytes": None, "top_logprobs": []}]}
+            made["choices"][0]["logprobs"] = {
+                "content": [{"token": "4", "logprob": -0.25, "bytes": None, "top_logprobs": []}]
+            }
         return 200, {}, made
 
     with Stub(reply) as stub:
@@ -115,7 +132,11 @@ def test_tokens_and_money_are_counted_also_of_what_was_found(tmp_path):
         for _ in range(2):
             teacher = endpoint(stub.url, tmp_path, prices=prices)
             teacher.rollout(PROBLEMS, 2, BRIEF)
-            assert teacher.bill() == {"prompt_tokens": 66, "response_tokens": 42, "money": pytest.approx((66 * 2 + 42 * 8) / 1e6)}
+            assert teacher.bill() == {
+                "prompt_tokens": 66,
+                "response_tokens": 42,
+                "money": pytest.approx((66 * 2 + 42 * 8) / 1e6),
+            }
             assert teacher.bill()["response_tokens"] == 0
     assert len(stub.asked) == 6
 
@@ -126,7 +147,9 @@ def test_tokens_and_money_are_counted_also_of_what_was_found(tmp_path):
 def test_what_was_answered_is_never_asked_again(tmp_path):
     with Stub() as stub:
         first = endpoint(stub.url, tmp_path).rollout(PROBLEMS, 2, BRIEF)
-        again = endpoint(stub.url, tmp_path, concurrent=9, patience=5).rollout(PROBLEMS, 2, BRIEF, seed="another")
+        again = endpoint(stub.url, tmp_path, concurrent=9, patience=5).rollout(
+            PROBLEMS, 2, BRIEF, seed="another"
+        )
     assert len(stub.asked) == 6
     assert [c.text for g in again for c in g.completions] == [c.text for g in first for c in g.completions]
     more = endpoint(stub.url, tmp_path)
@@ -153,7 +176,12 @@ def test_the_same_question_at_the_same_time_is_asked_once(tmp_path):
     with Stub(reply) as stub:
         teachers = [endpoint(stub.url, tmp_path) for _ in range(3)]
         texts = []
-        threads = [threading.Thread(target=lambda t=t: texts.append(t.rollout(PROBLEMS[:1] * 2, 1, BRIEF)[1].completions[0].text)) for t in teachers]
+        threads = [
+            threading.Thread(
+                target=lambda t=t: texts.append(t.rollout(PROBLEMS[:1] * 2, 1, BRIEF)[1].completions[0].text)
+            )
+            for t in teachers
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -166,14 +194,20 @@ def test_a_torn_response_is_asked_again(tmp_path):
         endpoint(stub.url, tmp_path).rollout(PROBLEMS[:1], 1, BRIEF)
         (file,) = tmp_path.rglob("*.json")
         file.write_text(file.read_text()[:20])
-        assert endpoint(stub.url, tmp_path).rollout(PROBLEMS[:1], 1, BRIEF)[0].completions[0].text == "answer 1"
+        assert (
+            endpoint(stub.url, tmp_path).rollout(PROBLEMS[:1], 1, BRIEF)[0].completions[0].text == "answer 1"
+        )
 
 
 # ---------------------------------------------------------------- pace and patience
 
 
 def test_429_then_success(tmp_path):
-    with Stub(lambda body, n: (429, {"retry-after": "0"}, fault("slow down")) if n < 2 else (200, {}, completion("4"))) as stub:
+    with Stub(
+        lambda body, n: (
+            (429, {"retry-after": "0"}, fault("slow down")) if n < 2 else (200, {}, completion("4"))
+        )
+    ) as stub:
         (group,) = endpoint(stub.url, tmp_path).rollout(PROBLEMS[:1], 1, BRIEF)
     assert group.completions[0].text == "4" and len(stub.asked) == 3
 
@@ -200,7 +234,9 @@ def test_requests_a_minute_and_at_once_are_bounded(tmp_path):
 
     with Stub(reply) as stub:
         endpoint(stub.url, tmp_path, requests_per_minute=600, concurrent=2).rollout(PROBLEMS, 2, BRIEF)
-    assert times[-1] - times[0] > 0.4  # five gaps of a tenth of a second; the first request takes longest to arrive
+    assert (
+        times[-1] - times[0] > 0.4
+    )  # five gaps of a tenth of a second; the first request takes longest to arrive
     with Stub(reply) as stub:
         endpoint(stub.url, tmp_path / "other", concurrent=2).rollout(PROBLEMS, 4, BRIEF)
     assert stub.busy == 2
@@ -237,7 +273,11 @@ def test_asked_to_stop_it_stops_and_keeps_what_came(tmp_path):
 
 
 def test_500_for_ever_is_one_sentence_and_nothing_is_lost(tmp_path, key):
-    with Stub(lambda body, n: (500, {}, fault("boom")) if "2" in str(body["messages"]) else (200, {}, completion("4"))) as stub:
+    with Stub(
+        lambda body, n: (
+            (500, {}, fault("boom")) if "2" in str(body["messages"]) else (200, {}, completion("4"))
+        )
+    ) as stub:
         with pytest.raises(Resumable) as error:
             endpoint(stub.url, tmp_path, key=key, concurrent=1).rollout(PROBLEMS, 1, BRIEF)
         assert f"stages.teacher: {stub.url} keeps answering 500; what was answered is kept" in told(error)
@@ -262,7 +302,9 @@ def test_mistakes_are_one_sentence_and_are_not_tried_again(tmp_path, key, status
 
 
 def test_a_wrong_address(tmp_path):
-    with pytest.raises(LimbeckError, match=r"stages.teacher.url: http://127.0.0.1:9/v1 cannot be reached .*check the address"):
+    with pytest.raises(
+        LimbeckError, match=r"stages.teacher.url: http://127.0.0.1:9/v1 cannot be reached .*check the address"
+    ):
         endpoint("http://127.0.0.1:9/v1", tmp_path).rollout(PROBLEMS, 1, BRIEF)
 
 
@@ -281,7 +323,9 @@ def test_an_endpoint_that_says_nothing(tmp_path):
 
 
 def test_a_key_that_is_not_set(tmp_path):
-    with pytest.raises(LimbeckError, match="stages.teacher.key names the environment variable NO_SUCH_KEY, which is not set"):
+    with pytest.raises(
+        LimbeckError, match="stages.teacher.key names the environment variable NO_SUCH_KEY, which is not set"
+    ):
         endpoint("http://127.0.0.1:9/v1", tmp_path, key="NO_SUCH_KEY")
 
 
@@ -331,14 +375,19 @@ def test_rows_of_a_teacher_are_text_and_say_who_wrote_them(away, tmp_path):
         code, _, err = answer("run", away(stub), "--runs", tmp_path / "runs")
         assert code == 0, err
         made, asked = rows(tmp_path / "runs"), len(stub.asked)
-        code, _, err = answer("run", away(stub), "--runs", tmp_path / "runs", "--set", "stages.outputs.samples=1")
+        code, _, err = answer(
+            "run", away(stub), "--runs", tmp_path / "runs", "--set", "stages.outputs.samples=1"
+        )
         assert code == 0 and len(stub.asked) == asked, "what was paid for is used again"
     assert len(made) == asked == 24
     assert all("tokens" not in row and row["reasoning_content"].startswith("thought") for row in made)
     assert {(row["origin"]["endpoint"], row["origin"]["model"]) for row in made} == {(stub.url, "wise")}
     manifests = [json.loads(path.read_text()) for path in tmp_path.glob("runs/store/sample-*/manifest.json")]
     manifest = next(m for m in manifests if m["settings"]["samples"] == 2)
-    assert manifest["notes"]["money"] == pytest.approx(24 * (11 + 2 * 7) / 1e6) and manifest["notes"]["currency"] == "USD"
+    assert (
+        manifest["notes"]["money"] == pytest.approx(24 * (11 + 2 * 7) / 1e6)
+        and manifest["notes"]["currency"] == "USD"
+    )
     assert manifest["notes"]["response_tokens"] == 24 * 7 == manifest["tokens"]
     assert manifest["licences"] == ["MIT"]
     assert any("wise at " in name for name in manifest["sources"]["models"])
@@ -351,7 +400,12 @@ def test_the_key_is_nowhere_on_disk_and_in_no_output(away, tmp_path):
     with Stub(reply) as stub:
         code, out, err = answer("run", away(stub), "--runs", tmp_path / "runs", "--json")
         assert code == 2 and "refuses the request" in err
-        assert {value for headers in stub.headers for name, value in headers.items() if name.lower() == "authorization"} == {f"Bearer {KEY}"}
+        assert {
+            value
+            for headers in stub.headers
+            for name, value in headers.items()
+            if name.lower() == "authorization"
+        } == {f"Bearer {KEY}"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if KEY.encode() in path.read_bytes()]
     assert KEY not in out + err
@@ -390,7 +444,9 @@ def test_a_wrong_key_is_known_before_anything_else_and_a_missing_one_before_that
     with Stub(varied) as stub:
         stub.greet = lambda headers: (401, {}, fault("no"))
         code, _, err = answer("run", away(stub), "--runs", tmp_path / "runs")
-        assert code == 2 and "stage teacher: stages.teacher.key:" in err and not stub.asked and stub.lists == 1
+        assert (
+            code == 2 and "stage teacher: stages.teacher.key:" in err and not stub.asked and stub.lists == 1
+        )
         monkeypatch.delenv("TEACHER_KEY")
         code, _, err = answer("run", away(stub), "--runs", tmp_path / "runs")
         assert code == 2 and "TEACHER_KEY, which is not set" in err and stub.lists == 1
@@ -400,8 +456,17 @@ def test_how_it_is_asked_changes_no_key_and_whom_does(away, tmp_path):
     with Stub() as stub:
         recipe = away(stub)
     key = open_run(recipe, tmp_path / "runs").graph.nodes["teacher"].key
-    for quiet in ("key=''", "prices={input: 9, output: 9}", "concurrent=9", "requests_per_minute=9", "patience=9", "licence=MIT"):
-        assert open_run(recipe, tmp_path / "runs", f"stages.teacher.{quiet}").graph.nodes["teacher"].key == key
+    for quiet in (
+        "key=''",
+        "prices={input: 9, output: 9}",
+        "concurrent=9",
+        "requests_per_minute=9",
+        "patience=9",
+        "licence=MIT",
+    ):
+        assert (
+            open_run(recipe, tmp_path / "runs", f"stages.teacher.{quiet}").graph.nodes["teacher"].key == key
+        )
     for loud in ("model=wiser", "url=http://other/v1", "extra={seed: 1}", "logprobs=true"):
         assert open_run(recipe, tmp_path / "runs", f"stages.teacher.{loud}").graph.nodes["teacher"].key != key
 

@@ -74,11 +74,18 @@ def evaluation(folder: Path, name: str, bare: bool = False) -> StageView:
     sources = {"clock": {"modes": modes}, "chat": {"modes": {"t1": {"accuracy": interval(0.9), "stats": {}}}}}
     told = {"schema": 1, "model": model, "control": forced or None, "seed": 0, "sources": sources}
     rows = [
-        {"problem": problem, "prompt": prompt, "language": language, "mode": "t1", "length": len(text) // 2,
-         "text": text, "correct": problem != "p2" and name != "base"}
+        {
+            "problem": problem,
+            "prompt": prompt,
+            "language": language,
+            "mode": "t1",
+            "length": len(text) // 2,
+            "text": text,
+            "correct": problem != "p2" and name != "base",
+        }
         for (problem, language), (prompt, before, after) in THOUGHTS.items()
         for text in [before if name == "base" else after]
-    ]  # fmt: skip
+    ]
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(told))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -87,12 +94,25 @@ def evaluation(folder: Path, name: str, bare: bool = False) -> StageView:
 
 def manifest(kind: str, seconds: float, **notes) -> dict:
     return {
-        "schema": 1, "kind": kind, "key": "3fa9c1d07b52aa", "digest": "77", "code_version": "0.1.0",
-        "seed": 0, "settings": {"auto": "accept"} if kind == "curate" else {}, "inputs": {}, "outputs": {},
-        "sources": {}, "seconds": seconds, "cpu_seconds": 1.9 * seconds, "peak_memory_bytes": 620 * 2**20,
+        "schema": 1,
+        "kind": kind,
+        "key": "3fa9c1d07b52aa",
+        "digest": "77",
+        "code_version": "0.1.0",
+        "seed": 0,
+        "settings": {"auto": "accept"} if kind == "curate" else {},
+        "inputs": {},
+        "outputs": {},
+        "sources": {},
+        "seconds": seconds,
+        "cpu_seconds": 1.9 * seconds,
+        "peak_memory_bytes": 620 * 2**20,
         "tokens": 31_000 * seconds,
-        "flops": 2.6e10 * seconds, "joules": None, "licences": ["MIT"], "notes": notes,
-    }  # fmt: skip
+        "flops": 2.6e10 * seconds,
+        "joules": None,
+        "licences": ["MIT"],
+        "notes": notes,
+    }
 
 
 def history(kind: str, name: str) -> list[dict]:
@@ -147,15 +167,19 @@ def fake_run(root: Path) -> tuple[list[StageView], dict, dict]:
         stages.append(StageView(name, kind, "", folder, told, inputs))
     stages += [evaluation(root / f"evaluate-{name}", name) for name in MODELS]
     recipe = {
-        "name": "quickstart", "description": "The R1 recipe in a bottle.", "seed": 0,
+        "name": "quickstart",
+        "description": "The R1 recipe in a bottle.",
+        "seed": 0,
         "problems": {"clock": {"source": "miniature", "modulus": 7}},
         "stages": {
-            **{name: {"kind": kind, **({"model": inputs[0]} if kind in ("rl", "sft") else {})}
-               for name, (kind, inputs) in STAGES.items()},
+            **{
+                name: {"kind": kind, **({"model": inputs[0]} if kind in ("rl", "sft") else {})}
+                for name, (kind, inputs) in STAGES.items()
+            },
             "evaluation": {"kind": "evaluate", "models": list(MODELS)[:-1], "forced": ["base"]},
             "report": {"kind": "report", "evaluation": "evaluation", "story": STORY},
         },
-    }  # fmt: skip
+    }
     machine = {"processor": "a processor", "cores": 2, "torch": "2.13.0", "python": "3.12.4"}
     return stages, recipe, {"seconds": 431.0, "peak_memory_bytes": 700 * 2**20, "machine": machine}
 

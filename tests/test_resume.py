@@ -38,7 +38,9 @@ def test_a_stage_killed_at_random_instants_ends_with_the_same_bytes(nursery, fin
 
 
 @pytest.mark.parametrize("stage", ["zero", "dev1"])
-def test_a_stage_that_had_no_time_to_checkpoint_begins_again_and_ends_the_same(nursery, finished, tmp_path, stage):
+def test_a_stage_that_had_no_time_to_checkpoint_begins_again_and_ends_the_same(
+    nursery, finished, tmp_path, stage
+):
     attempt = Attempt(nursery, finished, tmp_path, stage, f"stages.{stage}.save_every=60")
     process = attempt.start()
     process.join(0.7 * attempt.seconds)
@@ -61,7 +63,9 @@ def test_a_stage_killed_at_every_single_write_ends_with_the_same_bytes(nursery, 
 
 
 @pytest.mark.parametrize("stage", ["dev1", "zero"])
-def test_a_stage_killed_while_it_writes_its_checkpoint_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
+def test_a_stage_killed_while_it_writes_its_checkpoint_ends_with_the_same_bytes(
+    nursery, finished, tmp_path, stage
+):
     attempt = Attempt(nursery, finished, tmp_path, stage)
     for fatal in (4, 5, 9):  # within one save: record, state, rename
         process = attempt.start(fatal)
@@ -81,7 +85,9 @@ def stopped(request: dict, answer_to: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["evaluation/zero", "traces", "dev1"])
-def test_a_stage_asked_to_stop_again_and_again_stops_soon_and_ends_with_the_same_bytes(nursery, finished, tmp_path, stage):
+def test_a_stage_asked_to_stop_again_and_again_stops_soon_and_ends_with_the_same_bytes(
+    nursery, finished, tmp_path, stage
+):
     attempt = Attempt(nursery, finished, tmp_path, stage)
     events = []
     while not events or events[-1] != "done":
@@ -114,7 +120,9 @@ def test_a_killed_stage_goes_on_with_the_kernels_it_began_with(nursery, finished
     process.kill()
     process.join()
     assert json.loads((folder / KERNELS).read_text())["instructions"] == kernels.instructions()
-    process = nursery.Process(target=on_a_machine_that_chose_otherwise, args=(attempt.request, str(attempt.answer_to)))
+    process = nursery.Process(
+        target=on_a_machine_that_chose_otherwise, args=(attempt.request, str(attempt.answer_to))
+    )
     process.start()
     process.join(200)
     outcome = json.loads(attempt.answer_to.read_text())["outcome"]
@@ -126,18 +134,30 @@ def test_a_killed_stage_goes_on_with_the_kernels_it_began_with(nursery, finished
 def test_a_run_that_goes_on_with_other_kernels_says_so(nursery, finished, tmp_path):
     attempt = Attempt(nursery, finished, tmp_path, "dev1")
     folder = Path(attempt.request["folder"])
-    (folder / KERNELS).write_text(json.dumps({"instructions": "AVX9", "library": "kernels-of-another-processor"}))
+    (folder / KERNELS).write_text(
+        json.dumps({"instructions": "AVX9", "library": "kernels-of-another-processor"})
+    )
     code, _, errors = answer("run", finished.recipe, "--runs", tmp_path / "runs", "--auto")
     assert code == 0
-    assert f"dev1: it began with other kernels (AVX9, kernels-of-another-processor; here {kernels.instructions()}" in errors
-    manifest = json.loads((attempt.run.store.find(attempt.node.kind, attempt.node.key).folder / "manifest.json").read_text())
-    assert manifest["kernels"]["instructions"] == kernels.instructions() and manifest["kernels"]["before"]["instructions"] == "AVX9"
+    assert (
+        f"dev1: it began with other kernels (AVX9, kernels-of-another-processor; here {kernels.instructions()}"
+        in errors
+    )
+    manifest = json.loads(
+        (attempt.run.store.find(attempt.node.kind, attempt.node.key).folder / "manifest.json").read_text()
+    )
+    assert (
+        manifest["kernels"]["instructions"] == kernels.instructions()
+        and manifest["kernels"]["before"]["instructions"] == "AVX9"
+    )
 
 
 # ---------------------------------------------------------------- whole runs
 
 
-def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_and_leaves_no_process(finished, tmp_path):
+def test_a_run_killed_and_stopped_again_and_again_ends_with_the_same_artifacts_and_leaves_no_process(
+    finished, tmp_path
+):
     instants, workers, ended = random.Random(0), set(), []
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         run = limbeck("run", finished.recipe, "--runs", tmp_path)
@@ -170,7 +190,9 @@ def long(finished) -> list[str]:
 
 
 @pytest.mark.parametrize("presses, expected", [(1, 75), (2, 130)])
-def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(finished, tmp_path, long, presses, expected):
+def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(
+    finished, tmp_path, long, presses, expected
+):
     run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
     until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
     workers = children(run.pid)

@@ -14,7 +14,14 @@ from limbeck.types import LimbeckError
 
 def row(name: str) -> dict:
     text = f"<think> {name} </think> <answer> 1 </answer>"
-    return {"id": name, "prompt": "?", "language": "en", "completion": text, "tokens": [1], "origin": {"problem": "x"}}
+    return {
+        "id": name,
+        "prompt": "?",
+        "language": "en",
+        "completion": text,
+        "tokens": [1],
+        "origin": {"problem": "x"},
+    }
 
 
 ROWS = [row(name) for name in "abcdef"]
@@ -54,7 +61,9 @@ def test_a_larger_share_holds_a_smaller_one_and_is_as_large_as_it_says():
     names = [f"clock/{i}#0" for i in range(4000)]
     few, many = ({name for name in names if reviews.twice(name, share)} for share in (0.2, 0.5))
     assert few < many and abs(len(few) - 800) < 100 and abs(len(many) - 2000) < 130
-    assert not any(reviews.twice(name, 0.0) for name in names) and all(reviews.twice(name, 1.0) for name in names)
+    assert not any(reviews.twice(name, 0.0) for name in names) and all(
+        reviews.twice(name, 1.0) for name in names
+    )
 
 
 def test_people_who_disagree_leave_a_row_open_until_somebody_settles_it(queue):
@@ -65,7 +74,9 @@ def test_people_who_disagree_leave_a_row_open_until_somebody_settles_it(queue):
     assert not reviews.standings(queue)[0].due("Mary")
     say(queue, "a", "edit", "Mary", completion=mended, resolves=True)
     settled = reviews.standings(queue)[0]
-    assert settled.state == "settled" and settled.people == ["Mary"] and settled.verdict["completion"] == mended
+    assert (
+        settled.state == "settled" and settled.people == ["Mary"] and settled.verdict["completion"] == mended
+    )
     say(queue, "a", "reject", "Ada")  # a later word unsettles nothing
     assert reviews.standings(queue)[0].people == ["Mary"]
     reviews.undo(queue, "a", "Ada")
@@ -108,10 +119,28 @@ def test_rows_come_out_as_people_left_them(queue):
     say(queue, "c", "accept", "Mary", resolves=True)
     say(queue, "a", "accept", "Grace")
     kept, notes = curate.by_people(ROWS, queue)
-    assert [(one["id"], one["origin"]["editor"]) for one in kept] == [("a", "Ada, Grace"), ("c", "Mary"), ("d", "Ada"), ("e", "Ada"), ("f", "Ada")]
-    assert kept[3]["completion"] == mended and kept[3]["reasoning_content"] == "mended" and "tokens" not in kept[3] and kept[0]["tokens"] == [1]
+    assert [(one["id"], one["origin"]["editor"]) for one in kept] == [
+        ("a", "Ada, Grace"),
+        ("c", "Mary"),
+        ("d", "Ada"),
+        ("e", "Ada"),
+        ("f", "Ada"),
+    ]
+    assert (
+        kept[3]["completion"] == mended
+        and kept[3]["reasoning_content"] == "mended"
+        and "tokens" not in kept[3]
+        and kept[0]["tokens"] == [1]
+    )
     told = {key: notes[key] for key in ("policy", "reviewers", "accepted", "edited", "rejected", "resolved")}
-    assert told == {"policy": "people", "reviewers": ["Ada", "Grace", "Mary"], "accepted": 4, "edited": 1, "rejected": 1, "resolved": 1}
+    assert told == {
+        "policy": "people",
+        "reviewers": ["Ada", "Grace", "Mary"],
+        "accepted": 4,
+        "edited": 1,
+        "rejected": 1,
+        "resolved": 1,
+    }
     assert (notes["agreement"]["rows"], notes["agreement"]["same"]) == (2, 0.5)
 
 
@@ -121,7 +150,9 @@ def test_what_is_said_while_a_stage_runs_does_not_reach_into_it(queue):
     said = reviews.extent(queue)
     before = reviews.digest(queue, said)
     say(queue, "a", "reject", "Ada")
-    (queue / reviews.REVIEWS).open("a").write('{"id": "b", "verd')  # and somebody is killed in the middle of a word
+    (queue / reviews.REVIEWS).open("a").write(
+        '{"id": "b", "verd'
+    )  # and somebody is killed in the middle of a word
     assert len(curate.by_people(ROWS, queue, said)[0]) == 6 and len(curate.by_people(ROWS, queue)[0]) == 5
     assert reviews.digest(queue, said) == before != reviews.digest(queue, reviews.extent(queue))
     say(queue, "b", "reject", "Ada")
@@ -145,7 +176,11 @@ def test_rows_go_out_blind_and_disagreements_with_what_was_said(queue, tmp_path)
     say(queue, "b", "reject", "Grace", reason="open reason")
     blind, *_, disputed = reviews.export_rows(queue, "Grace")
     assert blind["id"] == "a" and "secret" not in json.dumps(blind)
-    assert disputed["id"] == "b" and disputed["resolves"] and [said["reviewer"] for said in disputed["verdicts"]] == ["Ada", "Grace"]
+    assert (
+        disputed["id"] == "b"
+        and disputed["resolves"]
+        and [said["reviewer"] for said in disputed["verdicts"]] == ["Ada", "Grace"]
+    )
     sheet = tmp_path / "sheet.jsonl"
     sheet.write_text("".join(json.dumps({**one, "verdict": "reject"}) + "\n" for one in (blind, disputed)))
     assert reviews.import_reviews(queue, sheet, "Grace") == 2
@@ -162,7 +197,12 @@ def test_pace_and_agreement(queue):
     assert (ada.reviewer, ada.rows, ada.seconds, ada.hourly, ada.timed) == ("Ada", 4, 15.0, 3600 * 4 / 80, 4)
     assert (grace.rows, grace.counts["reject"], grace.seconds, grace.hourly) == (3, 2, None, None)
     told = agreement(reviews.standings(queue))["agreement"]
-    assert (told["rows"], told["people"], round(told["same"], 3), round(told["alpha"], 3)) == (3, 2, 0.667, 0.444)
+    assert (told["rows"], told["people"], round(told["same"], 3), round(told["alpha"], 3)) == (
+        3,
+        2,
+        0.667,
+        0.444,
+    )
     assert told["low"] < 2 / 3 < told["high"]
     assert agreement([]) == {}
 
@@ -180,19 +220,33 @@ def test_alpha_is_that_of_the_literature():
 
 # ---------------------------------------------------------------- texts
 
-TEXTS = ["", " ", "try 5 +1 gives 6", "先算 3，再算 4。", "<think> 等 no </think>\n\n<answer> 2 </answer>", "a < b <c and\r\n\td", "x\ny\n\nz"]
+TEXTS = [
+    "",
+    " ",
+    "try 5 +1 gives 6",
+    "先算 3，再算 4。",
+    "<think> 等 no </think>\n\n<answer> 2 </answer>",
+    "a < b <c and\r\n\td",
+    "x\ny\n\nz",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_are_the_whole_text(text):
     assert "".join(edits.pieces(text)) == text
-    assert "".join(passage for passage, _ in edits.marked(text, "en")) == text == "".join(passage for passage, _ in edits.marked(text, "zh"))
+    assert (
+        "".join(passage for passage, _ in edits.marked(text, "en"))
+        == text
+        == "".join(passage for passage, _ in edits.marked(text, "zh"))
+    )
 
 
 def test_parts_are_whole_sentences_and_the_whole_text():
     text = "one two three.\n" * 20 + "x" * 90
     assert "".join(edits.parts(text, 40)) == text
-    assert all(len(part) <= 40 or part == "x" * 90 for part in edits.parts(text, 40)) and list(edits.parts("")) == [""]
+    assert all(len(part) <= 40 or part == "x" * 90 for part in edits.parts(text, 40)) and list(
+        edits.parts("")
+    ) == [""]
 
 
 @pytest.mark.parametrize("before", TEXTS)
@@ -204,15 +258,25 @@ def test_a_difference_holds_both_texts_whole(before, after):
 
 
 def test_a_difference_is_small_where_little_changed():
-    assert edits.difference("try 5 no 等 6", "try 5 错 等 6") == [("same", "try 5 ", "try 5 "), ("changed", "no ", "错 "), ("same", "等 6", "等 6")]
+    assert edits.difference("try 5 no 等 6", "try 5 错 等 6") == [
+        ("same", "try 5 ", "try 5 "),
+        ("changed", "no ", "错 "),
+        ("same", "等 6", "等 6"),
+    ]
     long = " ".join(f"then {i} comes." for i in range(20_000))
     found = edits.difference(long, long.replace("then 5 ", "Then 5 ").replace("17000", "seventeen"))
-    assert [one for one in found if one[0] == "changed"] == [("changed", "then ", "Then "), ("changed", "17000 ", "seventeen ")]
+    assert [one for one in found if one[0] == "changed"] == [
+        ("changed", "then ", "Then "),
+        ("changed", "17000 ", "seventeen "),
+    ]
 
 
 def test_trimming_takes_circles_and_endings_and_nothing_else():
     loop = "wait 2 +5 gives 0 =5 gives 2 no "
-    assert edits.trimmed(f"<think> try 1 {loop * 40}so 3 </think> <answer> 3 </answer> hope") == f"<think> try 1 {loop}so 3 </think> <answer> 3 </answer>"
+    assert (
+        edits.trimmed(f"<think> try 1 {loop * 40}so 3 </think> <answer> 3 </answer> hope")
+        == f"<think> try 1 {loop}so 3 </think> <answer> 3 </answer>"
+    )
     assert edits.trimmed("先算三加四等于七，" * 30 + "完") == "先算三加四等于七，完"
     plain = "<think> try 2 +5 gives 0 no no wait 2 -5 gives 4 </think> <answer> 2 -5 </answer>"
     assert edits.trimmed(plain) == plain
@@ -241,6 +305,14 @@ def test_disagreements_are_settled_at_the_terminal(queue, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
     review.review_at_terminal(queue, "Mary")
     told = capsys.readouterr().out
-    assert "[1/2]" in told and "[2/2]" in told and "Ada says reject: dull" in told and "Grace says accept: as it is" in told
+    assert (
+        "[1/2]" in told
+        and "[2/2]" in told
+        and "Ada says reject: dull" in told
+        and "Grace says accept: as it is" in told
+    )
     assert told.endswith("all rows are reviewed: run the recipe again and it goes on\n")
-    assert [(one.verdict["verdict"], one.people) for one in reviews.standings(queue)[:2]] == [("reject", ["Mary"]), ("accept", ["Mary"])]
+    assert [(one.verdict["verdict"], one.people) for one in reviews.standings(queue)[:2]] == [
+        ("reject", ["Mary"]),
+        ("accept", ["Mary"]),
+    ]

@@ -28,7 +28,9 @@ def asked(app, *requests, **options):
     """Answers to `(method, path, options)` in turn, in one client."""
 
     async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:8000", **options) as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost:8000", **options
+        ) as client:
             return [await client.request(method, path, **more) for method, path, more in requests]
 
     return asyncio.run(ask())
@@ -41,10 +43,24 @@ def locked(tmp_path):
 
 def test_every_route_but_the_door_is_closed_without_a_key(locked):
     open_paths = {"/health", "/hello", "/static/{name:path}"}
-    closed = [(m, r.path.replace("{", "").replace("}", ""), {}) for r in routes(locked) if r.path not in open_paths for m in r.methods]
-    closed += [("GET", "/nowhere", {}), ("GET", "/openapi.json", {}), ("POST", "/", {"headers": {"authorization": "Bearer wrong"}})]
+    closed = [
+        (m, r.path.replace("{", "").replace("}", ""), {})
+        for r in routes(locked)
+        if r.path not in open_paths
+        for m in r.methods
+    ]
+    closed += [
+        ("GET", "/nowhere", {}),
+        ("GET", "/openapi.json", {}),
+        ("POST", "/", {"headers": {"authorization": "Bearer wrong"}}),
+    ]
     assert {answer.status_code for answer in asked(locked, *closed)} == {401}
-    assert asked(locked, ("GET", "/openapi.json", {"headers": {"authorization": "Bearer sesame"}}))[0].status_code == 200
+    assert (
+        asked(locked, ("GET", "/openapi.json", {"headers": {"authorization": "Bearer sesame"}}))[
+            0
+        ].status_code
+        == 200
+    )
 
 
 def test_the_door_opens_to_the_key_and_leads_inside_only(locked):
@@ -70,13 +86,23 @@ def test_a_session_ends_with_its_key(tmp_path):
     assert (tmp_path / "secret").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1", "169.254.0.1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1", "169.254.0.1"]
+)
 def test_other_names_are_not_ours(tmp_path, host):
     app = build(tmp_path, Nobody())
     assert asked(app, ("GET", "/hello", {"headers": {"host": host}}))[0].status_code == 421
 
 
-@pytest.mark.parametrize("headers", [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}, {"origin": "http://localhost:1"}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"origin": "http://localhost:1"},
+    ],
+)
 def test_other_sites_change_nothing(tmp_path, headers):
     app = build(tmp_path, Nobody())
     assert asked(app, ("POST", "/hello", {"headers": headers, "data": {"name": "x"}}))[0].status_code == 403
@@ -92,7 +118,9 @@ def test_a_body_may_be_neither_long_nor_slow(locked):
 
     key = {"authorization": "Bearer sesame"}
     declared, streamed = asked(
-        locked, ("POST", "/hello", {"content": b"x" * 1001}), ("POST", "/hello", {"content": stream([b"x" * 600] * 2, 0), "headers": key})
+        locked,
+        ("POST", "/hello", {"content": b"x" * 1001}),
+        ("POST", "/hello", {"content": stream([b"x" * 600] * 2, 0), "headers": key}),
     )
     assert (declared.status_code, streamed.status_code) == (413, 413)
     assert asked(locked, ("POST", "/hello", {"content": stream([b"x"] * 5, 0.1)}))[0].status_code == 408
@@ -108,7 +136,11 @@ def test_the_body_arrives_whole_and_the_disconnect_after_it():
         def read(self, cookie):
             return None
 
-    coming = [{"type": "http.request", "body": b"ab", "more_body": True}, {"type": "http.request", "body": b"c"}, {"type": "http.disconnect"}]
+    coming = [
+        {"type": "http.request", "body": b"ab", "more_body": True},
+        {"type": "http.request", "body": b"c"},
+        {"type": "http.disconnect"},
+    ]
 
     async def receive():
         return coming.pop(0)
@@ -119,10 +151,24 @@ def test_the_body_arrives_whole_and_the_disconnect_after_it():
     guard = Guard(inner, frozenset({"localhost"}), None, Open())
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
     asyncio.run(guard(scope, receive, send))
-    assert heard == [{"type": "http.request", "body": b"abc", "more_body": False}, {"type": "http.disconnect"}]
+    assert heard == [
+        {"type": "http.request", "body": b"abc", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
 
 
-@pytest.mark.parametrize("path", ["../app.py", "%2e%2e/app.py", "..%2fapp.py", "%2fetc%2fpasswd", "vendor/../../app.py", "a%00b", "..\\app.py"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../app.py",
+        "%2e%2e/app.py",
+        "..%2fapp.py",
+        "%2fetc%2fpasswd",
+        "vendor/../../app.py",
+        "a%00b",
+        "..\\app.py",
+    ],
+)
 def test_files_are_served_from_one_folder(tmp_path, path):
     app = build(tmp_path, Nobody())
     assert asked(app, ("GET", f"/static/{path}", {}))[0].status_code in (404, 422)
@@ -148,14 +194,31 @@ def test_what_a_model_writes_can_do_nothing(text):
             found.append((tag, dict(attributes)))
 
     Reader().feed(to_html(text))
-    assert not {tag for tag, _ in found} & {"script", "img", "svg", "iframe", "style", "form", "input", "object", "embed", "link", "meta", "base"}
+    assert not {tag for tag, _ in found} & {
+        "script",
+        "img",
+        "svg",
+        "iframe",
+        "style",
+        "form",
+        "input",
+        "object",
+        "embed",
+        "link",
+        "meta",
+        "base",
+    }
     for _, attributes in found:
         assert not any(name.startswith("on") or name in ("src", "style", "xlink:href") for name in attributes)
         assert attributes.get("href", "https:").startswith(("http:", "https:", "mailto:"))
 
 
 def test_formulas_become_mathml_and_bombs_stay_text():
-    assert "<mfrac>" in to_html("$\\frac{1}{2}$") and "<msup>" in to_html("\\(x^2\\)") and 'display="block"' in to_html("\\[x\\]")
+    assert (
+        "<mfrac>" in to_html("$\\frac{1}{2}$")
+        and "<msup>" in to_html("\\(x^2\\)")
+        and 'display="block"' in to_html("\\[x\\]")
+    )
     assert "<math" not in to_html("$" + "{" * 500 + "}" * 500 + "$")
     assert "<code>" in to_html("$\\frac{$")
 

@@ -32,12 +32,18 @@ EVALUATING = [  # whose scorers hand the answer to eval or to sympy's parser
 
 
 def gym(generator: str, **settings) -> GymTask:
-    return GymTask(generator, Gym(source="gym", generator=generator, **{"size": SIZE, "held_out": 1, **settings}))
+    return GymTask(
+        generator, Gym(source="gym", generator=generator, **{"size": SIZE, "held_out": 1, **settings})
+    )
 
 
 def scoring() -> list[str]:
     """The generators that have a scorer of their own."""
-    return sorted(name for name, (kind, _) in DATASETS.items() if kind.score_answer is not ProceduralDataset.score_answer)
+    return sorted(
+        name
+        for name, (kind, _) in DATASETS.items()
+        if kind.score_answer is not ProceduralDataset.score_answer
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +133,14 @@ def canary(tmp_path):
     """A file that must not appear and a door that nobody may knock at; gives a function that arms an attack."""
     file, door = tmp_path / "canary", socket.create_server(("127.0.0.1", 0))
     door.setblocking(False)
-    yield lambda attack: attack.replace("{file}", str(file)).replace("{port}", str(door.getsockname()[1])).replace(
-        "{{", "{"
-    ).replace("}}", "}")
+    yield (
+        lambda attack: (
+            attack.replace("{file}", str(file))
+            .replace("{port}", str(door.getsockname()[1]))
+            .replace("{{", "{")
+            .replace("}}", "}")
+        )
+    )
     assert not file.exists()
     with pytest.raises(BlockingIOError):
         door.accept()
@@ -159,7 +170,10 @@ def test_no_attack_is_paid_by_any_scorer(tasks, canary):
 def test_what_one_answer_does_is_not_there_for_the_next(tasks, canary):
     for generator in EVALUATING:
         verdicts(tasks[generator], PATCH)
-        assert not any(Verdict.CORRECT in verdicts(tasks[generator], answer) for answer in ("nonsense", "7", "x", "0 0", "A"))
+        assert not any(
+            Verdict.CORRECT in verdicts(tasks[generator], answer)
+            for answer in ("nonsense", "7", "x", "0 0", "A")
+        )
 
 
 @pytest.mark.parametrize("gold", ["\\sqrt{2}", "x+1", "(1, 2)", "\\frac{\\pi}{2}"])
@@ -210,7 +224,9 @@ def test_what_is_no_answer_is_not_paid(tasks, generator, answer):
 def gold(entry: dict) -> str | None:
     """A right answer to an entry: its own, or an example that it gives."""
     examples = ("example_correct_answer", "possible_answer", "example_answer")
-    answer = entry["answer"] or next((entry["metadata"][name] for name in examples if name in entry["metadata"]), None)
+    answer = entry["answer"] or next(
+        (entry["metadata"][name] for name in examples if name in entry["metadata"]), None
+    )
     return json.dumps(answer) if isinstance(answer, dict) else answer
 
 
@@ -380,7 +396,10 @@ def test_code_leaves_nothing_behind(coding):
     assert coding.ask("mathematics", "x+1", answer="x+2", deadline=2) == "wrong"
 
 
-@pytest.mark.parametrize("loop", ["while True: pass", "import time\nwhile True: time.sleep(1)", "x = [bytes(1 << 28) for _ in range(99)]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "loop",
+    ["while True: pass", "import time\nwhile True: time.sleep(1)", "x = [bytes(1 << 28) for _ in range(99)]"],
+)
 def test_code_that_hogs_is_ended(coding, loop):
     start = time.monotonic()
     assert coding.ask("code", answer=loop, deadline=0.2) in ("timeout", "error")
@@ -399,7 +418,9 @@ def test_what_holds_was_tried():
 
 
 def test_what_does_not_hold_is_told():
-    open_house = "from limbeck.tasks import sandbox, verdicts; sandbox.confine = lambda: (0, False); verdicts.serve()"
+    open_house = (
+        "from limbeck.tasks import sandbox, verdicts; sandbox.confine = lambda: (0, False); verdicts.serve()"
+    )
     referee = Referee(open_house)
     proof = referee.proof()
     assert not proof.holds and proof.refused == () and "neither Landlock nor seccomp" in str(proof)
@@ -421,7 +442,9 @@ def test_each_layer_holds_what_it_can(layer):
 def test_where_nothing_holds_only_what_needs_it_is_refused(monkeypatch):
     monkeypatch.setattr(REFEREE, "proof", lambda: sandbox.Proof(0, False, ()))
     for generator in ("rubiks_cube", "intermediate_integration"):
-        with pytest.raises(LimbeckError, match=f"problems.{generator}.generator: {generator} is refused") as caught:
+        with pytest.raises(
+            LimbeckError, match=f"problems.{generator}.generator: {generator} is refused"
+        ) as caught:
             gym(generator)
         assert "\n" not in str(caught.value)
     for generator in ("chain_sum", "countdown", "sudoku"):
@@ -440,16 +463,33 @@ def test_what_nobody_read_is_refused_by_name(monkeypatch):
 
 
 def test_every_generator_is_judged_or_refused():
-    audited = [*generators.TEXT, *generators.TEXT_IN_ANY_CASE, *generators.NUMBERS, *generators.FORMS, *generators.SCORED,
-               *generators.SYMBOLIC, *generators.REFUSED]  # fmt: skip
+    audited = [
+        *generators.TEXT,
+        *generators.TEXT_IN_ANY_CASE,
+        *generators.NUMBERS,
+        *generators.FORMS,
+        *generators.SCORED,
+        *generators.SYMBOLIC,
+        *generators.REFUSED,
+    ]
     assert sorted(audited) == scoring()
 
 
 def test_the_recipes_page_says_how_each_is_judged():
     page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
-    rows = [set(row.split("|")[2].strip().split(", ")) for row in page.splitlines() if row.startswith(("| compared", "| read", "| its form"))]
+    rows = [
+        set(row.split("|")[2].strip().split(", "))
+        for row in page.splitlines()
+        if row.startswith(("| compared", "| read", "| its form"))
+    ]
     text = generators.TEXT | generators.TEXT_IN_ANY_CASE
-    assert rows == [text, generators.NUMBERS, set(generators.FORMS), generators.SYMBOLIC, set(generators.SCORED)]
+    assert rows == [
+        text,
+        generators.NUMBERS,
+        set(generators.FORMS),
+        generators.SYMBOLIC,
+        set(generators.SCORED),
+    ]
 
 
 def test_entries_cross_the_pipe_as_they_are():
@@ -460,7 +500,11 @@ def test_entries_cross_the_pipe_as_they_are():
 def test_threads_are_told_their_own_verdict(coding):
     said = {}
     threads = [
-        threading.Thread(target=lambda i=i: said.update({i: coding.ask("code", answer=f"reached = {i} % 2 == 0", deadline=2)}))
+        threading.Thread(
+            target=lambda i=i: said.update(
+                {i: coding.ask("code", answer=f"reached = {i} % 2 == 0", deadline=2)}
+            )
+        )
         for i in range(8)
     ]
     for thread in threads:

@@ -17,12 +17,21 @@ PUBLISHED = Path(__file__).parent.parent / "docs" / "models"
 FIGURES = {
     "deepseek-v3": (671, 37, 35_136),  # arXiv 2412.19437, section 4.2
     "deepseek-v2": (236, 21, 34_560),  # arXiv 2405.04434, section 3.1.2 and Table 1: (512 + 64) x 60
-    "hunyuan-large": (389, 52, 40_960),  # arXiv 2411.02265, Table 1; 2 x 8 x 80 x 64 / 2 with keys shared by two layers
+    "hunyuan-large": (
+        389,
+        52,
+        40_960,
+    ),  # arXiv 2411.02265, Table 1; 2 x 8 x 80 x 64 / 2 with keys shared by two layers
     "llama-3.1-405b": (405, 405, 258_048),
     "qwen2.5-72b": (72.7, 72.7, 163_840),
 }
 # ISCA 2025, "Insights into DeepSeek-V3", Tables 1 and 2: bytes of cache a token in bfloat16, training GFLOPs a token
-INSIGHTS = {"deepseek-v3": (70_272, 250), "deepseek-v2": (None, 155), "llama-3.1-405b": (516_096, 2448), "qwen2.5-72b": (327_680, None)}
+INSIGHTS = {
+    "deepseek-v3": (70_272, 250),
+    "deepseek-v2": (None, 155),
+    "llama-3.1-405b": (516_096, 2448),
+    "qwen2.5-72b": (327_680, None),
+}
 
 
 def published(name: str) -> ModelConfig:

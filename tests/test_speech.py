@@ -15,15 +15,28 @@ from tokenizers.models import BPE
 from limbeck.serve.openai.routes import event
 from limbeck.text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, overlap, split_thought
 
-TEXTS = st.lists(st.sampled_from(["a", " ", "\n", "é", "思", "🙂", "\u2028", "<", "/", ">", "think", OPEN, CLOSE, "stop", "<end>"]), max_size=30).map("".join)
+TEXTS = st.lists(
+    st.sampled_from(
+        ["a", " ", "\n", "é", "思", "🙂", "\u2028", "<", "/", ">", "think", OPEN, CLOSE, "stop", "<end>"]
+    ),
+    max_size=30,
+).map("".join)
 
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer() -> Tokenizer:
     """Every token is a byte or a few: characters beyond ASCII are cut."""
     backend = Backend(BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     backend.train_from_iterator(["think about a 思", "so 思考"], trainer)
     return Tokenizer(backend, "", end="<end>", pad="<end>")
 
@@ -39,7 +52,11 @@ def cut(draw, whole):
 def test_what_is_read_in_pieces_is_what_is_decoded_at_once(bytes_tokenizer, data):
     """Of real texts and of any bytes at all; what is given early is never half a character that could become whole."""
     text = data.draw(TEXTS)
-    tokens = bytes_tokenizer.encode(text) if data.draw(st.booleans()) else data.draw(st.lists(st.integers(0, bytes_tokenizer.size - 1), max_size=90))
+    tokens = (
+        bytes_tokenizer.encode(text)
+        if data.draw(st.booleans())
+        else data.draw(st.lists(st.integers(0, bytes_tokenizer.size - 1), max_size=90))
+    )
     reader = Reader(bytes_tokenizer)
     pieces = [reader.read(part) for part in cut(data.draw, tokens)]
     assert "".join(pieces) + reader.close() == bytes_tokenizer.decode(tokens)
@@ -73,16 +90,24 @@ def test_thought_and_answer_are_those_of_the_whole(data):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_stops_end_an_answer_wherever_they_are_cut(data):
-    text, stops = data.draw(TEXTS), data.draw(st.lists(st.sampled_from(["stop", "a a", "\n\n", "思🙂", "<"]), max_size=3))
+    text, stops = (
+        data.draw(TEXTS),
+        data.draw(st.lists(st.sampled_from(["stop", "a a", "\n\n", "思🙂", "<"]), max_size=3)),
+    )
     speech = ReasoningParser(stops=stops, plain=True)
-    heard = "".join(piece for part in cut(data.draw, text) for _, piece in speech.hear(part)) + "".join(piece for _, piece in speech.close())
+    heard = "".join(piece for part in cut(data.draw, text) for _, piece in speech.hear(part)) + "".join(
+        piece for _, piece in speech.close()
+    )
     ends = [text.index(stop) for stop in stops if stop in text]
     assert heard == text[: min(ends, default=len(text))] and speech.stopped == bool(ends)
 
 
 def test_a_stop_does_not_end_a_thought():
     speech = ReasoningParser(stops=["\n\n"])
-    assert speech.hear(f"{OPEN}one\n\ntwo{CLOSE}\n\nthree\n\nfour") == [("thought", "one\n\ntwo"), ("answer", "three")]
+    assert speech.hear(f"{OPEN}one\n\ntwo{CLOSE}\n\nthree\n\nfour") == [
+        ("thought", "one\n\ntwo"),
+        ("answer", "three"),
+    ]
     assert speech.stopped and speech.hear("more") == speech.close() == []
 
 
@@ -94,7 +119,14 @@ def test_overlaps():
 @given(st.data())
 def test_events_survive_any_cuts_of_the_network(data):
     """As OpenAI's own client reads them; no text can begin an event of its own."""
-    chunks = data.draw(st.lists(st.dictionaries(st.sampled_from(["content", "reasoning"]), TEXTS | st.just("\n\ndata: [DONE]\n\n")), max_size=5))
+    chunks = data.draw(
+        st.lists(
+            st.dictionaries(
+                st.sampled_from(["content", "reasoning"]), TEXTS | st.just("\n\ndata: [DONE]\n\n")
+            ),
+            max_size=5,
+        )
+    )
     wire = b"".join(map(event, chunks)) + b"data: [DONE]\n\n"
     events = [one.data for one in SSEDecoder().iter_bytes(iter(cut(data.draw, wire)))]
     assert events[-1] == "[DONE]" and [json.loads(one) for one in events[:-1]] == chunks

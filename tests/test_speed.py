@@ -17,12 +17,17 @@ from limbeck.train.learner import Learner
 from limbeck.train.losses import cross_entropy
 from limbeck.types import Problem, Sample
 
-MARGIN = 1.25  # where kernels are used they take half of the time: noise on a busy machine does not cross this
+MARGIN = (
+    1.25  # where kernels are used they take half of the time: noise on a busy machine does not cross this
+)
 TURNS = 5
 
 
 def rollout(model, tokenizer) -> Callable[[], object]:
-    engine, problems = Engine(model, tokenizer, 64), [Problem(id=str(i), prompt=f"use {i} 1 6 make 4 ?") for i in range(8)]
+    engine, problems = (
+        Engine(model, tokenizer, 64),
+        [Problem(id=str(i), prompt=f"use {i} 1 6 make 4 ?") for i in range(8)],
+    )
     return lambda: engine.rollout(problems, 8, SamplingParams(max_new_tokens=48), 0)
 
 
@@ -51,4 +56,3 @@ def test_our_path_is_never_slower_than_plain_torch(work, decoder, tokenizer, mon
                 turn()
                 times.append(time.process_time() - begin)
     assert min(spent[True][1:]) <= MARGIN * min(spent[False][1:])
-

@@ -107,7 +107,11 @@ def still(tmp_path_factory):
     code, _, err = tiny.answer("run", recipe, "--runs", folder / "runs", "--json")
     assert code == 0, err
     run = tiny.open_run(recipe, folder / "runs")
-    return SimpleNamespace(recipe=recipe, home=folder / "runs", artifacts={n: node.artifact for n, node in run.graph.nodes.items()})
+    return SimpleNamespace(
+        recipe=recipe,
+        home=folder / "runs",
+        artifacts={n: node.artifact for n, node in run.graph.nodes.items()},
+    )
 
 
 def history(still, stage: str) -> list[dict]:
@@ -125,13 +129,19 @@ def test_a_student_comes_half_way_to_its_teacher(still, stage):
 
 def test_preferences_part_best_from_worst(still):
     first, *_, last = history(still, "preferring")
-    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4) and last["loss"] < 0.4 and last["preferred"] > 0.85
+    assert (
+        first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+        and last["loss"] < 0.4
+        and last["preferred"] > 0.85
+    )
 
 
 def test_a_mixed_student_learns_from_itself_and_from_rows(still):
     rows = history(still, "mixed")
     own = [row for row in rows if row["on_policy"]]
-    assert 4 < len(own) < 16 and all(("accuracy" in row and "length" in row) == bool(row["on_policy"]) for row in rows)
+    assert 4 < len(own) < 16 and all(
+        ("accuracy" in row and "length" in row) == bool(row["on_policy"]) for row in rows
+    )
     assert all(row["sampled_tokens"] == row["learned_tokens"] > 0 for row in own)  # one completion a problem
     assert all(row["sampled_tokens"] == 0 < row["teacher_flops"] for row in rows if not row["on_policy"])
 
@@ -144,16 +154,32 @@ def test_a_teacher_with_another_tokenizer_is_learned_from_by_its_text(still):
 
 def test_whatever_way_it_learns_what_it_learned_from_is_listed_and_can_be_recalled(still):
     """Labelled rows, pairs, and what a student practised on itself; a withdrawn row reaches through labels and pairs."""
-    listed = {stage: list(rows_behind(find(f"still/{stage}", still.home))) for stage in ("offline", "preferring", "own", "mixed")}
-    assert {row["given_by"] for row in listed["offline"]} == {"labels"} and {row["given_by"] for row in listed["preferring"]} == {"pairs"}
+    listed = {
+        stage: list(rows_behind(find(f"still/{stage}", still.home)))
+        for stage in ("offline", "preferring", "own", "mixed")
+    }
+    assert {row["given_by"] for row in listed["offline"]} == {"labels"} and {
+        row["given_by"] for row in listed["preferring"]
+    } == {"pairs"}
     assert {row["given_by"] for row in listed["own"]} == {"practice"}
     assert {row["given_by"] for row in listed["mixed"]} == {"practice", "outputs"}
-    assert sum(row["times"] for row in listed["offline"]) == sum(1 for _ in read(still.artifacts["labels"].folder / "rows.jsonl"))
+    assert sum(row["times"] for row in listed["offline"]) == sum(
+        1 for _ in read(still.artifacts["labels"].folder / "rows.jsonl")
+    )
     found = recall(listed["offline"][0]["id"], still.home, "outputs")
-    assert set(found.holds.values()) == {"outputs", "labels"} and {"offline", "mixed", "raised"} <= set(found.learned.values())
+    assert set(found.holds.values()) == {"outputs", "labels"} and {"offline", "mixed", "raised"} <= set(
+        found.learned.values()
+    )
     assert set(recall(listed["preferring"][0]["id"], still.home, "pairs").learned.values()) == {"preferring"}
-    for stage, teachers in (("offline", {"big"}), ("mixed", {"big", "talker"}), ("preferring", {"big"}), ("talker", set())):
-        assert {name.split()[0] for name in still.artifacts[stage].manifest["sources"]["teachers"]} == teachers, stage
+    for stage, teachers in (
+        ("offline", {"big"}),
+        ("mixed", {"big", "talker"}),
+        ("preferring", {"big"}),
+        ("talker", set()),
+    ):
+        assert {
+            name.split()[0] for name in still.artifacts[stage].manifest["sources"]["teachers"]
+        } == teachers, stage
 
 
 def test_labels_hold_nearly_all_of_the_teachers_mass(still):
@@ -166,12 +192,18 @@ def test_labels_hold_nearly_all_of_the_teachers_mass(still):
 def test_pairs_have_trls_columns_and_the_better_half_is_the_likelier(still):
     rows = list(read(still.artifacts["pairs"].folder / "rows.jsonl"))
     assert len(rows) > 40 and {"prompt", "chosen", "rejected"} <= rows[0].keys()
-    assert all(row["chosen_score"] > row["rejected_score"] and row["chosen_tokens"] != row["rejected_tokens"] for row in rows)
+    assert all(
+        row["chosen_score"] > row["rejected_score"] and row["chosen_tokens"] != row["rejected_tokens"]
+        for row in rows
+    )
 
 
 def test_outputs_are_the_shortest_and_short(still):
     rows = list(read(still.artifacts["outputs"].folder / "rows.jsonl"))
-    assert max(len(row["tokens"]) for row in rows) <= 20 and still.artifacts["outputs"].manifest["notes"]["dropped"]["too long"] > 0
+    assert (
+        max(len(row["tokens"]) for row in rows) <= 20
+        and still.artifacts["outputs"].manifest["notes"]["dropped"]["too long"] > 0
+    )
 
 
 # ---------------------------------------------------------------- what it costs
@@ -182,15 +214,29 @@ def test_a_teachers_flops_are_counted_and_shown_apart(still, stage):
     manifest, rows = still.artifacts[stage].manifest, history(still, stage)
     assert manifest["flops"] == pytest.approx(sum(row["flops"] for row in rows))
     assert manifest["notes"]["teacher_flops"] == pytest.approx(sum(row["teacher_flops"] for row in rows))
-    assert 0.2 < manifest["notes"]["teacher_flops"] / manifest["flops"] < 0.5 if stage != "offline" else not manifest["notes"]["teacher_flops"]
+    assert (
+        0.2 < manifest["notes"]["teacher_flops"] / manifest["flops"] < 0.5
+        if stage != "offline"
+        else not manifest["notes"]["teacher_flops"]
+    )
 
 
 def test_what_rows_cost_goes_with_them(still):
     """Student's labels: the teacher sampled, then read; its bill is found from the student."""
-    cost = {name: still.artifacts[name].manifest for name in ("outputs", "labels", "offline", "best", "raised", "pairs", "preferring")}
+    cost = {
+        name: still.artifacts[name].manifest
+        for name in ("outputs", "labels", "offline", "best", "raised", "pairs", "preferring")
+    }
     assert cost["labels"]["notes"]["data_flops"] == cost["outputs"]["flops"] > 0
-    assert cost["offline"]["notes"]["data_flops"] == pytest.approx(cost["outputs"]["flops"] + cost["labels"]["flops"])
-    assert cost["preferring"]["notes"]["data_flops"] == cost["pairs"]["flops"] > cost["pairs"]["notes"]["teacher_flops"] > 0
+    assert cost["offline"]["notes"]["data_flops"] == pytest.approx(
+        cost["outputs"]["flops"] + cost["labels"]["flops"]
+    )
+    assert (
+        cost["preferring"]["notes"]["data_flops"]
+        == cost["pairs"]["flops"]
+        > cost["pairs"]["notes"]["teacher_flops"]
+        > 0
+    )
     spent = cost["raised"]["flops"] + cost["raised"]["notes"]["data_flops"]
     assert 0.85 * 6e8 < spent <= 1.01 * 6e8
 
@@ -206,7 +252,10 @@ def test_a_budget_stops_a_student_after_the_step_that_spends_it(still, tmp_path)
 
 def test_a_budget_that_the_rows_have_eaten_is_refused(still):
     run = tiny.open_run(still.recipe, still.home, "stages.raised.flops=1000")
-    with pytest.raises(LimbeckError, match=r"stages\.raised\.flops: its rows alone took .* of 1e\+03; allow more, or sample less"):
+    with pytest.raises(
+        LimbeckError,
+        match=r"stages\.raised\.flops: its rows alone took .* of 1e\+03; allow more, or sample less",
+    ):
         run.carry_out()
 
 
@@ -214,7 +263,14 @@ def test_a_plan_is_cut_where_the_budget_ends(tokenizer):
     config = ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=128)
     samples, plan = [Sample(np.zeros(10, np.int64), 2)] * 4, [[0], [1, 2], [3]]
     one = 10 * config.flops_per_token(5, backward=True)
-    assert [len(affordable(plan, samples, config, share * one)) for share in (0.1, 1, 2.9, 3, 4, np.inf)] == [1, 1, 1, 2, 3, 3]
+    assert [len(affordable(plan, samples, config, share * one)) for share in (0.1, 1, 2.9, 3, 4, np.inf)] == [
+        1,
+        1,
+        1,
+        2,
+        3,
+        3,
+    ]
 
 
 # ---------------------------------------------------------------- who teaches whom
@@ -235,10 +291,19 @@ class Stub:
 
 
 def test_each_problem_is_taught_by_the_teacher_of_its_domain(decoder):
-    settings = Distill(kind="distill", model="m", teachers={"clock": "a", "chat": "b"}, problems={"clock": 1, "chat": 1}, prompts_per_step=6)
+    settings = Distill(
+        kind="distill",
+        model="m",
+        teachers={"clock": "a", "chat": "b"},
+        problems={"clock": 1, "chat": 1},
+        prompts_per_step=6,
+    )
     stub = Stub()
     lesson = DistillSampler(settings, 0, stub, stub, None, [])(0)
-    assert {owner: [int(s.tokens[-1]) for s in part] for owner, part in lesson.samples.items()} == {"a": [0, 2, 4], "b": [1, 3, 5]}
+    assert {owner: [int(s.tokens[-1]) for s in part] for owner, part in lesson.samples.items()} == {
+        "a": [0, 2, 4],
+        "b": [1, 3, 5],
+    }
     teachers = {name: Teacher(Learner(decoder(seed=seed), Optimizer(), 1)) for seed, name in enumerate("ab")}
     batches, read = taught(lesson, teachers, 1 << 20)
     assert [(b.tokens, b.sequences) for b in batches] == [(6, 6)] * 2 and read == {"a": 9, "b": 9}
@@ -261,7 +326,11 @@ def test_rows_come_all_once_before_one_comes_twice_and_steps_are_their_own():
 def test_a_teachers_score_is_the_mean_log_probability_of_each_completion(decoder):
     teacher, prompt = Learner(decoder(), Optimizer(), 1), np.array([3, 4, 5])
     said = [np.array(tokens) for tokens in ([7, 8, 9, 2], [7, 2], [6, 6, 6])]
-    group = Group(Problem("clock/0", ""), prompt, tuple(Completion(t, np.zeros(len(t)), "", True, i) for i, t in enumerate(said)))
+    group = Group(
+        Problem("clock/0", ""),
+        prompt,
+        tuple(Completion(t, np.zeros(len(t)), "", True, i) for i, t in enumerate(said)),
+    )
     scores = likelihood(teacher, 1 << 20)(group)
     for score, tokens in zip(scores, said, strict=True):
         (alone,) = teacher.logprobs(pack([Sample(np.concatenate([prompt, tokens]), 3)], 1 << 20))
@@ -277,7 +346,9 @@ def test_best_and_worst_of_equals_are_the_first():
 
 
 def test_what_is_kept_first():
-    completions = tuple(Completion(np.zeros(n), np.zeros(n), str(n), True, i) for i, n in enumerate((5, 3, 4, 3)))
+    completions = tuple(
+        Completion(np.zeros(n), np.zeros(n), str(n), True, i) for i, n in enumerate((5, 3, 4, 3))
+    )
     group = Group(Problem("clock/0", ""), np.zeros(1), completions)
     assert ranked(group, None, None) == [0, 1, 2, 3]
     assert ranked(group, "shortest", None) == [1, 3, 2, 0]
@@ -285,15 +356,25 @@ def test_what_is_kept_first():
 
 
 def test_a_plan_of_pairs_never_parts_one():
-    samples = [half for i in range(9) for half in to_pair(np.arange(3), np.arange(2 + i), np.arange(4), i + 1)]
+    samples = [
+        half for i in range(9) for half in to_pair(np.arange(3), np.arange(2 + i), np.arange(4), i + 1)
+    ]
     plan = plan_pairs(samples, 2, 60, "seed")
     counts = Counter(samples[i].pair for batch in plan for i in batch)
     assert set(counts.values()) == {2} and len(counts) == 18 and len(plan) > 4
-    assert all(batch[k + 1] == batch[k] + 1 and samples[batch[k]].pair == -samples[batch[k + 1]].pair for batch in plan for k in range(0, len(batch), 2))
+    assert all(
+        batch[k + 1] == batch[k] + 1 and samples[batch[k]].pair == -samples[batch[k + 1]].pair
+        for batch in plan
+        for k in range(0, len(batch), 2)
+    )
 
 
 def test_rows_are_learned_under_a_system_prompt_where_one_is_given(tokenizer):
-    row = {"prompt": "use 6 1 5 make 3 ?", "completion": "<answer> 6 </answer>", "content": "<answer> 6 </answer>"}
+    row = {
+        "prompt": "use 6 1 5 make 3 ?",
+        "completion": "<answer> 6 </answer>",
+        "content": "<answer> 6 </answer>",
+    }
     plain, led = to_sample(row, tokenizer, "keep"), to_sample(row, tokenizer, "keep", "try wait")
     said = tokenizer.decode(led.tokens[: led.start])
     assert said == "<bos> try wait User: use 6 1 5 make 3 ? Assistant:"
@@ -306,10 +387,18 @@ def test_rows_are_learned_under_a_system_prompt_where_one_is_given(tokenizer):
 
 def foreign(folder, end: str = "<eos>") -> None:
     """A model of another world, or one that ends its turns otherwise."""
-    world = load(folder.parent / "still.yaml").problems["clock"].model_copy(update={"modulus": 3 if end != "<eos>" else 7})
+    world = (
+        load(folder.parent / "still.yaml")
+        .problems["clock"]
+        .model_copy(update={"modulus": 3 if end != "<eos>" else 7})
+    )
     base = Countdown("clock", world).tokenizer()
     tokenizer = Tokenizer(base.backend, base.template, end, base.pad, base.bos)
-    weights.save(Decoder(ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=128)).initialize(0), folder, tokenizer)
+    weights.save(
+        Decoder(ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=128)).initialize(0),
+        folder,
+        tokenizer,
+    )
     tokenizer.save(folder)
 
 
@@ -317,20 +406,34 @@ def foreign(folder, end: str = "<eos>") -> None:
     ("own", "teachers={clock: other, chat: big}", "<eos>", "the vocabulary of the teacher other differs from the student's in "),
     ("pairs", "scored_by=other", "<pad>", "the teacher other ends its turn with '<pad>', the student with '<eos>'"),
 ])  # fmt: skip
-def test_a_teacher_of_another_tongue_is_refused_before_anything_is_learned(still, tmp_path, end, said, stage, setting):
+def test_a_teacher_of_another_tongue_is_refused_before_anything_is_learned(
+    still, tmp_path, end, said, stage, setting
+):
     folder = tmp_path / "other"
     folder.mkdir()
     (tmp_path / "still.yaml").write_text(RECIPE)
     foreign(folder, end)
-    run = tiny.open_run(tmp_path / "still.yaml", still.home, f"stages.other={{kind: load, path: {folder}, licence: own}}", f"stages.{stage}.{setting}")
+    run = tiny.open_run(
+        tmp_path / "still.yaml",
+        still.home,
+        f"stages.other={{kind: load, path: {folder}, licence: own}}",
+        f"stages.{stage}.{setting}",
+    )
     with pytest.raises(LimbeckError, match=said):
         run.carry_out()
-    assert not any(read_metrics(p) for p in (still.home / "store" / ".partial").glob(f"{run.graph.nodes[stage].kind}-{run.graph.nodes[stage].key[:16]}"))
+    assert not any(
+        read_metrics(p)
+        for p in (still.home / "store" / ".partial").glob(
+            f"{run.graph.nodes[stage].kind}-{run.graph.nodes[stage].key[:16]}"
+        )
+    )
 
 
 def test_labels_at_another_temperature_are_refused(still):
     run = tiny.open_run(still.recipe, still.home, "stages.offline.temperature=2")
-    with pytest.raises(LimbeckError, match="temperature is 2, but labels was labelled at 1; give both the same"):
+    with pytest.raises(
+        LimbeckError, match="temperature is 2, but labels was labelled at 1; give both the same"
+    ):
         run.carry_out()
 
 

@@ -89,7 +89,9 @@ def test_verify_names_what_changed_and_what_is_missing(store):
 def test_a_manifest_that_is_no_json_is_named_with_the_remedy(store):
     put(store, "1")
     (store.root / "rl-1" / MANIFEST).write_text("{")
-    with pytest.raises(Corrupted, match="rl-1/manifest.json: not valid JSON; remove .* and run again") as caught:
+    with pytest.raises(
+        Corrupted, match="rl-1/manifest.json: not valid JSON; remove .* and run again"
+    ) as caught:
         store.find("rl", "1")
     assert caught.value.exit_code == 4
 
@@ -149,7 +151,9 @@ class Fault:
         self.left, self.nth, self.number, self.stays = nth, nth, number, stays
         for place, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (os, "unlink")):
             monkeypatch.setattr(place, name, self.wrapped(getattr(place, name)))
-        monkeypatch.setattr(builtins, "open", self.wrapped(open, lambda a, k: set("wa+") & set(str([*a[1:2], k.get("mode")]))))
+        monkeypatch.setattr(
+            builtins, "open", self.wrapped(open, lambda a, k: set("wa+") & set(str([*a[1:2], k.get("mode")])))
+        )
 
     @property
     def fired(self) -> bool:
@@ -248,7 +252,9 @@ def test_torch_hides_a_full_disk_and_it_is_found_all_the_same(tmp_path):
         "try: save({'weights': torch.zeros(10**6)}, path)\n"
         "except Exception as error: print(type(error).__name__, out_of_space(error), torch.load(path), len(list(path.parent.iterdir())))"
     )
-    out = subprocess.run([sys.executable, "-c", program, tmp_path / "state.pt"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "state.pt"], capture_output=True, text=True, check=True
+    )
     assert out.stdout == "RuntimeError True {'step': 1} 1\n"
 
 
@@ -269,7 +275,11 @@ def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        os.geteuid()
+        or not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("mounting a small disk takes a superuser")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -283,7 +293,9 @@ def fill(disk: Path) -> None:
                     pass
 
 
-def test_a_disk_that_fills_while_a_stage_runs_leaves_its_last_checkpoint_and_the_run_goes_on(small_disk, tmp_path):
+def test_a_disk_that_fills_while_a_stage_runs_leaves_its_last_checkpoint_and_the_run_goes_on(
+    small_disk, tmp_path
+):
     recipe = tmp_path / "one.yaml"
     recipe.write_text(ONE_STAGE)
     run = limbeck("run", recipe, "--runs", small_disk)

@@ -56,7 +56,11 @@ class Parrots:
 
     def __init__(self, says=None, delays=None, names=("parrot-135m", "quickling-7b", "umpire-1b")):
         self.models = {name: Served(name) for name in names}
-        self.says, self.delays, self.asked = says or (lambda name, prompt: f"The answer to {prompt}"), delays or {}, []
+        self.says, self.delays, self.asked = (
+            says or (lambda name, prompt: f"The answer to {prompt}"),
+            delays or {},
+            [],
+        )
 
     async def __aenter__(self):
         return self
@@ -100,7 +104,9 @@ def visiting(folder, service, story, *names):
 
     async def live():
         app = build(folder, service)
-        clients = [httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") for _ in names]
+        clients = [
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") for _ in names
+        ]
         for client, name in zip(clients, names, strict=True):
             await client.post("/hello", data={"name": name})
         return await story(*map(Visitor, clients))
@@ -136,8 +142,12 @@ def test_nothing_tells_who_speaks_before_the_vote(tmp_path):
         for name in ("parrot-135m", "quickling-7b", "secret-thought", "rl-"):
             assert not any(name in text for text in seen)
         assert len(waiting) == 1  # whatever goes on behind it
-        first, second = re.findall(r'<section class="card side" aria-labelledby="side-(?:a|b)">(.*?)</section>', seen[-1], re.DOTALL)
-        assert first.replace("side-a", "").replace(">A<", "") == second.replace("side-b", "").replace(">B<", "")
+        first, second = re.findall(
+            r'<section class="card side" aria-labelledby="side-(?:a|b)">(.*?)</section>', seen[-1], re.DOTALL
+        )
+        assert first.replace("side-a", "").replace(">A<", "") == second.replace("side-b", "").replace(
+            ">B<", ""
+        )
         await ada.vote(path, "a")
         told = (await ada.client.get(path)).text
         assert "parrot-135m" in told and "quickling-7b" in told and "secret-thought" in told
@@ -177,7 +187,11 @@ def test_a_battle_that_is_not_blind_takes_no_vote(tmp_path):
         path, _ = await ada.begin(prompt="Who are you?")
         page = await ada.ready(path)
         assert "says who wrote it" in page.text and "ballot" not in page.text
-        token = sqlite3.connect(tmp_path / ".studio" / "votes.db").execute("SELECT token FROM battles").fetchone()[0]
+        token = (
+            sqlite3.connect(tmp_path / ".studio" / "votes.db")
+            .execute("SELECT token FROM battles")
+            .fetchone()[0]
+        )
         refused, _ = await ada.vote(path, "a", token)
         assert refused.status_code == 409
         assert "no votes yet" in (await ada.client.get("/arena/board")).text
@@ -192,11 +206,18 @@ def test_one_vote_a_battle_by_its_owner_with_its_token(tmp_path):
     async def story(ada, bob):
         path, _ = await ada.begin(prompt="What is 2 and 2?")
         await ada.ready(path)
-        assert "only Ada can vote" in (await bob.client.get(path)).text and "ballot" not in (await bob.client.get(path)).text
+        assert (
+            "only Ada can vote" in (await bob.client.get(path)).text
+            and "ballot" not in (await bob.client.get(path)).text
+        )
         token = re.search(r'name="token" value="([^"]+)"', (await ada.ready(path)).text)[1]
         for visitor, outcome, given, status in (
-            (bob, "a", token, 403), (ada, "a", "guess", 403), (ada, "all", token, 409), (ada, "b", token, 303), (ada, "a", token, 303),
-        ):  # fmt: skip
+            (bob, "a", token, 403),
+            (ada, "a", "guess", 403),
+            (ada, "all", token, 409),
+            (ada, "b", token, 303),
+            (ada, "a", token, 303),
+        ):
             answer, _ = await visitor.vote(path, outcome, given)
             assert answer.status_code == status, (outcome, given)
         assert "You prefer B." in (await ada.client.get(path)).text
@@ -207,7 +228,16 @@ def test_one_vote_a_battle_by_its_owner_with_its_token(tmp_path):
     assert [vote.outcome for vote in VoteStore(tmp_path / ".studio").votes()] == ["b"]
 
 
-def fought(ballots, voter="Ada", outcome="a", a="r1", b="base", prompt="2 and 2?", said=("4", "5"), sources=("rl-1", "sft-1")):
+def fought(
+    ballots,
+    voter="Ada",
+    outcome="a",
+    a="r1",
+    b="base",
+    prompt="2 and 2?",
+    said=("4", "5"),
+    sources=("rl-1", "sft-1"),
+):
     battle = ballots.begin(voter, Problem("x", prompt, origin="typed"), (a, b), sources, {})
     ballots.answered(battle, *(Answer(text, f"thinking of {text}") for text in said), "")
     ballots.vote(battle.id, battle.token, voter, outcome)
@@ -239,8 +269,11 @@ def test_a_changed_log_shows(tmp_path):
     ballots = VoteStore(tmp_path)
     battles = [fought(ballots) for _ in range(5)]
     assert ballots.broken() is None
-    for change, first in (("UPDATE votes SET outcome = 'b' WHERE number = 3", 3), ("DELETE FROM votes WHERE number = 2", 2),
-                          (f"UPDATE battles SET a = 'base' WHERE id = '{battles[0].id}'", 1)):  # fmt: skip
+    for change, first in (
+        ("UPDATE votes SET outcome = 'b' WHERE number = 3", 3),
+        ("DELETE FROM votes WHERE number = 2", 2),
+        (f"UPDATE battles SET a = 'base' WHERE id = '{battles[0].id}'", 1),
+    ):
         with sqlite3.connect(tmp_path / "votes.db") as db:
             db.execute(change)
         assert ballots.broken() == first
@@ -267,7 +300,9 @@ def test_votes_that_were_acknowledged_survive_a_kill(tmp_path):
         told.append(process.stdout.readline().strip())
         time.sleep(wait)
         os.kill(process.pid, signal.SIGKILL)
-        told += [line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+        told += [
+            line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")
+        ]
     ballots = VoteStore(tmp_path)
     kept = [vote.battle for vote in ballots.votes()]
     assert set(told) <= set(kept) and len(kept) == len(set(kept)) and ballots.broken() is None
@@ -277,7 +312,9 @@ def test_the_same_name_for_other_weights_is_another_model(tmp_path):
     ballots = VoteStore(tmp_path)
     fought(ballots)
     fought(ballots, sources=("rl-2", "sft-1"))
-    assert {vote.a for vote in ballots.votes()} == {"r1 (rl-1)", "r1 (rl-2)"} and {vote.b for vote in ballots.votes()} == {"base"}
+    assert {vote.a for vote in ballots.votes()} == {"r1 (rl-1)", "r1 (rl-2)"} and {
+        vote.b for vote in ballots.votes()
+    } == {"base"}
 
 
 # ---------------------------------------------------------------- judges, sets, what is taken away
@@ -303,21 +340,34 @@ def test_a_judge_votes_beside_people_and_not_in_its_own_cause(tmp_path):
         return (await ada.client.get("/arena/board")).text
 
     board = visiting(tmp_path, Parrots(says), story, "Ada")
-    people, judged = ([v for v in VoteStore(tmp_path / ".studio").votes() if v.judge is judge] for judge in (False, True))
+    people, judged = (
+        [v for v in VoteStore(tmp_path / ".studio").votes() if v.judge is judge] for judge in (False, True)
+    )
     assert len(people) == 2 and [v.outcome for v in people] == ["tie", "tie"]
-    assert len(judged) == 1 and judged[0].voter == "umpire-1b" and {judged[0].a, judged[0].b} == {"parrot-135m", "quickling-7b"}
+    assert (
+        len(judged) == 1
+        and judged[0].voter == "umpire-1b"
+        and {judged[0].a, judged[0].b} == {"parrot-135m", "quickling-7b"}
+    )
     assert "quickling-7b" == (judged[0].a if judged[0].outcome == "a" else judged[0].b)
     assert "Judge umpire-1b" in board and "Says the same" in board
 
 
 def test_saved_answers_fight_too(tmp_path):
-    bring(tmp_path, "old.jsonl", [{"prompt": "What is 1 and 1?", "completion": "<think>hm</think>Two."}, {"prompt": "Unanswered?"}])
+    bring(
+        tmp_path,
+        "old.jsonl",
+        [{"prompt": "What is 1 and 1?", "completion": "<think>hm</think>Two."}, {"prompt": "Unanswered?"}],
+    )
 
     async def story(ada):
         page = (await ada.client.get("/arena")).text
         assert "old (saved)" in page and "old.jsonl" in page
         path, _ = await ada.begin(set="old.jsonl", who=["old (saved)", "parrot-135m"])
-        assert "Two." in (await ada.ready(path)).text and "hm" not in re.findall(r"(?s)<section.*?</section>", (await ada.ready(path)).text)[1]
+        assert (
+            "Two." in (await ada.ready(path)).text
+            and "hm" not in re.findall(r"(?s)<section.*?</section>", (await ada.ready(path)).text)[1]
+        )
         assert (await ada.begin(prompt="Unknown?", who=["old (saved)", "parrot-135m"]))[1].status_code == 409
         assert (await ada.begin(set="nowhere.jsonl"))[1].status_code == 400
 
@@ -330,14 +380,21 @@ def test_a_file_is_brought_whole_or_not_at_all(tmp_path):
     for bad in (b"", b"{", b'{"question": 3}\n', b'"x"\n', b"\xff\xfe"):
         with pytest.raises(LimbeckError):
             questions.add("bad.jsonl", bad)
-    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["my-sums.jsonl"] and questions.names() == ["my-sums.jsonl"]
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == [
+        "my-sums.jsonl"
+    ] and questions.names() == ["my-sums.jsonl"]
 
 
 def test_problems_of_a_run_are_asked(tmp_path):
     (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "recipe.yaml").write_text("name: first\nproblems: {clock: {source: miniature}}\nstages: {b: {kind: load, path: x}}\n")
+    (tmp_path / "first" / "recipe.yaml").write_text(
+        "name: first\nproblems: {clock: {source: miniature}}\nstages: {b: {kind: load, path: x}}\n"
+    )
     questions = Questions(tmp_path, tmp_path / "sets")
-    assert questions.names() == ["first/clock"] and {p.language for p in questions.open("first/clock")} == {"en", "zh"}
+    assert questions.names() == ["first/clock"] and {p.language for p in questions.open("first/clock")} == {
+        "en",
+        "zh",
+    }
 
 
 def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
@@ -354,15 +411,29 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
     ballots.judge(fought(ballots, outcome="bad").id, "umpire", "b")
 
     async def story(ada):
-        return [(await ada.client.get(f"/arena/{name}")).text for name in ("preferences.jsonl", "preferences.jsonl?judge=umpire", "votes.jsonl")]
+        return [
+            (await ada.client.get(f"/arena/{name}")).text
+            for name in ("preferences.jsonl", "preferences.jsonl?judge=umpire", "votes.jsonl")
+        ]
 
     people, judge, votes = visiting(tmp_path, Parrots(), story, "Ada")
     (tmp_path / "votes.jsonl").write_text(people)
-    rows = [row for _, row in preferences(SimpleNamespace(dropped=set(), inputs={}), str(tmp_path / "votes.jsonl"))]
-    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [("2 and 2?", "4", "5"), ("2 and 2?", "5", "4")]
-    assert rows[1]["origin"]["chosen_model"] == {"name": "base", "from": "sft-1"} and rows[0]["origin"]["voter"] == "Ada"
+    rows = [
+        row
+        for _, row in preferences(SimpleNamespace(dropped=set(), inputs={}), str(tmp_path / "votes.jsonl"))
+    ]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [
+        ("2 and 2?", "4", "5"),
+        ("2 and 2?", "5", "4"),
+    ]
+    assert (
+        rows[1]["origin"]["chosen_model"] == {"name": "base", "from": "sft-1"}
+        and rows[0]["origin"]["voter"] == "Ada"
+    )
     assert [json.loads(line)["origin"]["judge"] for line in judge.splitlines()] == ["umpire"]
-    assert [json.loads(line)["winner"] for line in votes.splitlines()].count("model_a") == 2 and len(votes.splitlines()) == 6
+    assert [json.loads(line)["winner"] for line in votes.splitlines()].count("model_a") == 2 and len(
+        votes.splitlines()
+    ) == 6
 
 
 def test_the_leaderboard_at_a_terminal(tmp_path):
@@ -379,7 +450,12 @@ def test_the_leaderboard_at_a_terminal(tmp_path):
         ballots.judge(fought(ballots, outcome=outcome).id, "umpire", "b")
     assert "length or style" in str(arena("--control", "luck").exception)
     lines = [line.split() for line in arena("--control", "length").stdout.splitlines()]
-    assert [(words[0], words[2]) for words in lines] == [("people", "r1"), ("people", "base"), ("umpire", "base"), ("umpire", "r1")]
+    assert [(words[0], words[2]) for words in lines] == [
+        ("people", "r1"),
+        ("people", "base"),
+        ("umpire", "base"),
+        ("umpire", "r1"),
+    ]
     assert arena("--out", str(tmp_path / "pairs.jsonl")).exit_code == 0
     assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
 
@@ -390,8 +466,10 @@ def test_without_a_name_there_is_a_door(tmp_path):
         return [await nobody.client.get(path) for path in ("/arena", "/arena/board", "/arena/b/x")]
 
     assert [answer.headers["location"] for answer in visiting(tmp_path, Parrots(), story, "x")] == [
-        "/hello?next=/arena", "/hello?next=/arena/board", "/hello?next=/arena/b/x"
-    ]  # fmt: skip
+        "/hello?next=/arena",
+        "/hello?next=/arena/board",
+        "/hello?next=/arena/b/x",
+    ]
 
 
 def test_models_that_are_gone_are_told_of(tmp_path):
@@ -420,7 +498,14 @@ def test_a_blind_battle_leads_to_a_changed_leaderboard(visit, house, tmp_path, l
     bring(tmp_path)
     ballots = VoteStore(tmp_path / ".studio")
     for outcome in ("a", "b", "tie", "a"):
-        fought(ballots, "Bob", outcome, "parrot-135m", "quickling-7b", sources=("rl-parrot-135m", "rl-quickling-7b"))
+        fought(
+            ballots,
+            "Bob",
+            outcome,
+            "parrot-135m",
+            "quickling-7b",
+            sources=("rl-parrot-135m", "rl-quickling-7b"),
+        )
 
     def says(name, prompt):
         return HOSTILE if name == "parrot-135m" else "It is five, I think."
@@ -503,7 +588,12 @@ def test_models_learn_from_the_votes(finished, tmp_path):
     ballots = VoteStore(tmp_path / "runs" / ".studio")
     for i in range(60):
         better, worse = f"{i % 3} no", f"{i % 3} yes"
-        fought(ballots, outcome="a", said=(better, worse), prompt=f"use {i % 3} {i // 3 % 3} {i // 9 % 3} make 0 ?")
+        fought(
+            ballots,
+            outcome="a",
+            said=(better, worse),
+            prompt=f"use {i % 3} {i // 3 % 3} {i // 9 % 3} make 0 ?",
+        )
     (tmp_path / "recipe.yaml").write_text(LEARNING)
     (tmp_path / "model").symlink_to(finished.recipe.parent / "model")
     code, _, errors = tiny.answer("run", tmp_path / "recipe.yaml", "--runs", tmp_path / "runs")

@@ -51,7 +51,9 @@ def test_a_conversation(visit, house, language):
         service.held = False
         for each in (page, twin):
             each.locator(f".answer{DONE}").wait_for()
-            assert each.locator(".spoken math").count() == 1 and not each.locator(".thought").evaluate("one => one.open")
+            assert each.locator(".spoken math").count() == 1 and not each.locator(".thought").evaluate(
+                "one => one.open"
+            )
         twin.close()
         assert t("tokens", count=32) in thought.locator(".took").inner_text()
         leave_the_pen(page)
@@ -89,8 +91,15 @@ def test_a_conversation(visit, house, language):
         editor.press("Enter")
         second.locator(f".answer{DONE}").nth(1).wait_for()
         assert {one[0] for one in service.asked[-2:]} == {"r1", "small"} and service.asked[-1][2:] == (1, 99)
-        assert service.asked[-1][1][1] == {"role": "assistant", "content": sums("r1", "Which two numbers?")[1]}
-        assert "(r1)" in second.inner_text() and "(small)" in second.inner_text() and "2/2" in second.inner_text()
+        assert service.asked[-1][1][1] == {
+            "role": "assistant",
+            "content": sums("r1", "Which two numbers?")[1],
+        }
+        assert (
+            "(r1)" in second.inner_text()
+            and "(small)" in second.inner_text()
+            and "2/2" in second.inner_text()
+        )
         page.set_viewport_size({"width": 1200, "height": 900})
         picture(page, f"chat-two-{language}")
         accessible(page)
@@ -105,7 +114,9 @@ def test_a_conversation(visit, house, language):
         with page.expect_download() as download:
             page.get_by_text(t("export_json")).click()
         taken = json.loads(download.value.path().read_text(encoding="utf-8"))
-        assert [len(side["messages"]) for side in taken["sides"]] == [4, 4] and taken["sides"][1]["answers"][1]["model"] == "small"
+        assert [len(side["messages"]) for side in taken["sides"]] == [4, 4] and taken["sides"][1]["answers"][
+            1
+        ]["model"] == "small"
         page.get_by_label(t("title")).fill("Numbers")
         page.get_by_role("button", name=t("rename")).click()
         page.get_by_role("heading", name="Numbers", exact=True).wait_for()
@@ -151,7 +162,9 @@ def test_nothing_runs(visit, house):
         page.goto(url + "/chat")
         page.locator(".talks a", has_text="onerror").click()
         page.locator(f".answer{DONE}").wait_for()
-        assert page.evaluate("window.harmed") is None  # and the fixture has seen no violation and no request elsewhere
+        assert (
+            page.evaluate("window.harmed") is None
+        )  # and the fixture has seen no violation and no request elsewhere
         assert page.locator("main :is(img, iframe, script, style, object, base), .spoken form").count() == 0
         page.close()
 
@@ -165,13 +178,19 @@ def test_a_thought_of_64k_tokens_freezes_nobody(visit, house):
         thought += lines[number // 200 % 3] % number
         number += 1
     thought = thought[: 4 * tokens]
-    with house(Stub(lambda _, question: (thought, ANSWER) if question == "long" else (THOUGHT, ANSWER))) as url:
+    with house(
+        Stub(lambda _, question: (thought, ANSWER) if question == "long" else (THOUGHT, ANSWER))
+    ) as url:
         page = visit(url + "/chat")
         meter = page.context.new_cdp_session(page)
         meter.send("Performance.enable", {"timeDomain": "threadTicks"})
 
         def worked():
-            return next(one["value"] for one in meter.send("Performance.getMetrics")["metrics"] if one["name"] == "TaskDuration")
+            return next(
+                one["value"]
+                for one in meter.send("Performance.getMetrics")["metrics"]
+                if one["name"] == "TaskDuration"
+            )
 
         def size():
             return page.evaluate("document.getElementsByTagName('*').length")
@@ -181,7 +200,10 @@ def test_a_thought_of_64k_tokens_freezes_nobody(visit, house):
         before = worked()
         page.locator(".settings summary").click()  # a page that hangs would not open this
         page.get_by_label("Temperature").fill("0.7")
-        assert page.evaluate("document.querySelector('.thought .flow').textContent.length") < 80_000 and size() < 8_000
+        assert (
+            page.evaluate("document.querySelector('.thought .flow').textContent.length") < 80_000
+            and size() < 8_000
+        )
         page.locator(f".answer{DONE}").wait_for()
         busy = worked() - before
         print(f"{tokens} tokens: {busy:.2f} s of the page's processor time, {size()} elements at the end")

@@ -56,11 +56,21 @@ def home(tmp_path) -> Path:
     (run / "recipe.yaml").write_text(dump(recipe))
     (run / "stages.json").write_text('{"traces": "sample-1"}')
     (rows / "manifest.json").write_text('{"digest": "0123456789abcdef0"}')
-    problems = [p for p in Countdown("clock", recipe.problems["clock"]).problems("train") if p.language == "en"][:4]
+    problems = [
+        p for p in Countdown("clock", recipe.problems["clock"]).problems("train") if p.language == "en"
+    ][:4]
     texts = ["try 1 +1 gives 2", "试 1 +1 gives 2", "no wait 1 +1 gives 2 " * 9, HOSTILE, "yes"]
     asked = [(p.id, p.prompt) for p in problems] + [("clock/gone", HOSTILE)]
     made = [
-        {"id": f"{id}#0", "prompt": prompt, "language": "en", "completion": thought(text), "reasoning_content": text, "content": "", "origin": {}}
+        {
+            "id": f"{id}#0",
+            "prompt": prompt,
+            "language": "en",
+            "completion": thought(text),
+            "reasoning_content": text,
+            "content": "",
+            "origin": {},
+        }
         for (id, prompt), text in zip(asked, texts, strict=True)
     ]
     curate.ask(tmp_path / "runs/store/.queues/0123456789abcdef", lambda: made, "Is it good?")
@@ -96,12 +106,16 @@ class Browser:
     def _ask(self, method: str, path: str, **more) -> httpx.Response:
         async def ask():
             transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", cookies=self.cookies) as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost:8000", cookies=self.cookies
+            ) as client:
                 answer = await client.request(method, path, **more)
                 self.cookies.update(client.cookies)
                 return answer
 
-        found: list[httpx.Response] = []  # a thread of its own: where a browser lives, this one has an event loop
+        found: list[
+            httpx.Response
+        ] = []  # a thread of its own: where a browser lives, this one has an event loop
         thread = threading.Thread(target=lambda: found.append(asyncio.run(ask())))
         thread.start(), thread.join()
         return found[0]
@@ -115,7 +129,9 @@ def queue_of(home: Path) -> Path:
 
 
 def decide(browser, number: int, verdict: str, home: Path, **more) -> httpx.Response:
-    return browser.post(f"{AT}/{number}", id=reviews.standings(queue_of(home))[number - 1].id, verdict=verdict, **more)
+    return browser.post(
+        f"{AT}/{number}", id=reviews.standings(queue_of(home))[number - 1].id, verdict=verdict, **more
+    )
 
 
 def test_a_queue_is_found_by_what_its_run_left(home, resumed):
@@ -124,7 +140,15 @@ def test_a_queue_is_found_by_what_its_run_left(home, resumed):
     page = ada.get(AT).text
     assert "Is this thought correct" in page and page.count(f'href="{AT}/') >= 6
     assert Browser(build(home, NoModels())).get(f"{AT}/1").headers["location"] == f"/hello?next={AT}/1"
-    for path in ("/desk/tiny/traces", "/desk/nowhere/coldstart", "/desk/%2e%2e/coldstart", "/desk/store/coldstart", f"{AT}/0", f"{AT}/6", "/desk/../coldstart/1"):
+    for path in (
+        "/desk/tiny/traces",
+        "/desk/nowhere/coldstart",
+        "/desk/%2e%2e/coldstart",
+        "/desk/store/coldstart",
+        f"{AT}/0",
+        f"{AT}/6",
+        "/desk/../coldstart/1",
+    ):
         assert ada.get(path).status_code == 404, path
     assert ada.get(f"{AT}/one").status_code == 422
 
@@ -142,9 +166,16 @@ def test_verdicts_are_on_disk_before_anybody_is_told(home, resumed):
     ada = Browser(build(home, NoModels()), "Ada")
     went = decide(ada, 1, "accept", home, seconds="4.2")
     assert (went.status_code, went.headers["location"]) == (303, f"{AT}/2?after=1")
-    assert decide(ada, 2, "reject", home, why=["mixed languages", "unsafe"], reason=" and dull ").headers["location"] == f"{AT}/3?after=2"
+    assert (
+        decide(ada, 2, "reject", home, why=["mixed languages", "unsafe"], reason=" and dull ").headers[
+            "location"
+        ]
+        == f"{AT}/3?after=2"
+    )
     decide(ada, 3, "edit", home, completion="<think> short </think>\r\n<answer> 1 </answer>", seconds="-3")
-    said = [{k: v for k, v in event.items() if k not in ("at", "id")} for event in reviews.events(queue_of(home))]
+    said = [
+        {k: v for k, v in event.items() if k not in ("at", "id")} for event in reviews.events(queue_of(home))
+    ]
     assert said == [
         {"reviewer": "Ada", "verdict": "accept", "seconds": 4.2},
         {"reviewer": "Ada", "verdict": "reject", "reason": "mixed languages; unsafe; and dull"},
@@ -184,9 +215,19 @@ def test_a_second_person_does_not_see_the_first_verdict_and_disagreements_are_se
     for number in range(1, 6):
         decide(ada, number, "reject", home, reason="zweifelhaft")
     assert not resumed and "wait for a second person" in ada.get(AT).text
-    for path in (f"{AT}/1", f"{AT}/1?edit=1", f"{AT}/1?reject=1", f"{AT}/1?resolve=1", AT, f"{AT}?q=zweifelhaft", f"{AT}/disagreements"):
+    for path in (
+        f"{AT}/1",
+        f"{AT}/1?edit=1",
+        f"{AT}/1?reject=1",
+        f"{AT}/1?resolve=1",
+        AT,
+        f"{AT}?q=zweifelhaft",
+        f"{AT}/disagreements",
+    ):
         page = grace.get(path).text
-        assert "zweifelhaft</q>" not in page and page.count("zweifelhaft") == page.count('value="zweifelhaft"'), path
+        assert "zweifelhaft</q>" not in page and page.count("zweifelhaft") == page.count(
+            'value="zweifelhaft"'
+        ), path
         assert "rejected</span>" not in page, path
     decide(grace, 1, "accept", home)
     decide(grace, 2, "reject", home)
@@ -196,7 +237,9 @@ def test_a_second_person_does_not_see_the_first_verdict_and_disagreements_are_se
     page = mary.get(f"{AT}/disagreements").text
     assert "zweifelhaft</q>" in page and "Take Ada&#39;s" in page and "Take Grace&#39;s" in page
     assert "Nothing is left for you" in mary.get(AT).text
-    settled = decide(mary, 1, "edit", home, completion="<think> both </think> <answer> 1 </answer>", resolves="true")
+    settled = decide(
+        mary, 1, "edit", home, completion="<think> both </think> <answer> 1 </answer>", resolves="true"
+    )
     assert settled.headers["location"] == f"{AT}/disagreements" and resumed == [home / "tiny"]
     assert reviews.standings(queue_of(home))[0].people == ["Mary"]
     page = mary.get(AT).text
@@ -218,11 +261,19 @@ def test_drafts_outlive_the_server(home, resumed):
     ada = Browser(build(home, NoModels()), "Ada")
     row = reviews.standings(queue_of(home))[1]
     shown = ada.send(f"{AT}/2/draft", id=row.id, text=thought("try 1 +1 gives 2 <b>"))
-    assert '<ins><span class="unseen">added: </span>try ' in shown.text and "&lt;b&gt;" in shown.text and "100 %" in shown.text
+    assert (
+        '<ins><span class="unseen">added: </span>try ' in shown.text
+        and "&lt;b&gt;" in shown.text
+        and "100 %" in shown.text
+    )
     ada.send(f"{AT}/2/draft", id=row.id, reason="mixed languages; dull")
     again = Browser(build(home, NoModels()), "Ada")  # as after kill -9: nothing but the disk is left
     page = again.get(f"{AT}/2").text
-    assert "gives 2 &lt;b&gt;" in page and "Your draft was kept" in page and '<textarea name="completion"' in page
+    assert (
+        "gives 2 &lt;b&gt;" in page
+        and "Your draft was kept" in page
+        and '<textarea name="completion"' in page
+    )
     page = again.get(f"{AT}/2?reject=1").text
     assert 'value="mixed languages" data-key="3" checked' in page and 'value="dull"' in page
     assert "draft" in again.get(f"{AT}?show=draft").text and "1 rows" in again.get(f"{AT}?show=draft").text
@@ -248,18 +299,35 @@ class Served(NoModels):
 def test_helpers_trim_and_translate(home, resumed, monkeypatch):
     service = Served()
     ada, poor = Browser(build(home, service), "Ada"), Browser(build(home, NoModels()), "Ada")
-    assert ada.send(f"{AT}/3/trim", text=thought("no wait 1 +1 gives 2 " * 9)).json()["text"].count("wait") == 1
+    assert (
+        ada.send(f"{AT}/3/trim", text=thought("no wait 1 +1 gives 2 " * 9)).json()["text"].count("wait") == 1
+    )
     own = ada.send(f"{AT}/2/translate", text=thought("试 1 +1 gives 2"))
     assert own.json()["text"] == thought("try 1 +1 gives 2")  # the task has a dictionary
     by_model = ada.send(f"{AT}/5/translate", text=thought("试试"), model="r1").json()["text"]
-    assert by_model == thought("the same in English") and "into English" in service.asked[1] and "试试" in service.asked[1]
-    assert ada.send(f"{AT}/5/translate", text="试试", model="r1").json()["text"] == "the same in English"  # there was no thought
+    assert (
+        by_model == thought("the same in English")
+        and "into English" in service.asked[1]
+        and "试试" in service.asked[1]
+    )
+    assert (
+        ada.send(f"{AT}/5/translate", text="试试", model="r1").json()["text"] == "the same in English"
+    )  # there was no thought
     refused = poor.send(f"{AT}/5/translate", text=thought("试试"))
     assert refused.status_code == 400 and "no model is served" in refused.json()["detail"]
 
 
 def test_long_queues_are_paged_searched_and_filtered(home, resumed):
-    rows = [{"id": f"clock/{i}#0", "prompt": f"problem {i}", "language": "zh" if i % 3 else "en", "completion": thought(f"word{i}"), "origin": {}} for i in range(3000)]
+    rows = [
+        {
+            "id": f"clock/{i}#0",
+            "prompt": f"problem {i}",
+            "language": "zh" if i % 3 else "en",
+            "completion": thought(f"word{i}"),
+            "origin": {},
+        }
+        for i in range(3000)
+    ]
     queue = queue_of(home)
     (queue / reviews.QUEUE).unlink()
     curate.ask(queue, lambda: rows, "good?")
@@ -272,9 +340,15 @@ def test_long_queues_are_paged_searched_and_filtered(home, resumed):
         assert "<html" not in part
         return [int(n) for n in re.findall(rf'href="{AT}/(\d+)"', part)]
 
-    assert numbers("") == list(range(1, 51)) and numbers("page=60") == list(range(2951, 3001)) == numbers("page=999")
+    assert numbers("") == list(range(1, 51)) and numbers("page=60") == list(range(2951, 3001)) == numbers(
+        "page=999"
+    )
     assert numbers("q=WORD2999") == [3000] and numbers("q=problem 77")[0] == 78 and numbers("q=nothing") == []
-    assert numbers("show=accept") == [8] and numbers("show=reject") == [9] and numbers("show=todo&lang_of=en")[:3] == [1, 4, 7]
+    assert (
+        numbers("show=accept") == [8]
+        and numbers("show=reject") == [9]
+        and numbers("show=todo&lang_of=en")[:3] == [1, 4, 7]
+    )
     assert ada.get(f"{AT}?show=todo&q=word1&page=2").text.count("show=todo") >= 2  # links keep what was asked
     began = time.process_time()
     ada.get(f"{AT}?q=word29")
@@ -286,10 +360,27 @@ def test_hostile_rows_are_text(home, resumed):
     ada.send(f"{AT}/4/draft", id=reviews.standings(queue_of(home))[3].id, text=thought(HOSTILE * 2))
     decide(ada, 5, "reject", home, reason=HOSTILE)
     Browser(ada.app, "Eve").post(f"{AT}/second", share="1")
-    for path in ("/desk", AT, f"{AT}/4", f"{AT}/4?read=1", f"{AT}/4?reject=1", f"{AT}/5", f"{AT}/5?after=5", f"{AT}/disagreements", f"{AT}?q={HOSTILE}"):
+    for path in (
+        "/desk",
+        AT,
+        f"{AT}/4",
+        f"{AT}/4?read=1",
+        f"{AT}/4?reject=1",
+        f"{AT}/5",
+        f"{AT}/5?after=5",
+        f"{AT}/disagreements",
+        f"{AT}?q={HOSTILE}",
+    ):
         page = ada.get(path).text
-        assert "<script>alert" not in page and "<img" not in page and 'href="javascript' not in page and "<b>Ada" not in page, path
-        assert page.count("</textarea>") == page.count("<textarea") and "49" not in page.split("{{ 7")[0][-3:], path
+        assert (
+            "<script>alert" not in page
+            and "<img" not in page
+            and 'href="javascript' not in page
+            and "<b>Ada" not in page
+        ), path
+        assert (
+            page.count("</textarea>") == page.count("<textarea") and "49" not in page.split("{{ 7")[0][-3:]
+        ), path
 
 
 # ---------------------------------------------------------------- a browser
@@ -299,7 +390,9 @@ def test_hostile_rows_are_text(home, resumed):
 def waiting(tmp_path_factory, tokenizer) -> Path:
     """A real run that waits for people to review ten rows."""
     folder = tmp_path_factory.mktemp("desk")
-    model = Decoder(ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=1024)).initialize(0)
+    model = Decoder(ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=1024)).initialize(
+        0
+    )
     with torch.no_grad():
         model.head.weight.zero_()  # every word is as likely as the end, which so comes in time for all rows
     weights.save(model, folder / "model", tokenizer)
@@ -392,7 +485,10 @@ def test_a_disagreement_is_settled_in_chinese_on_a_phone(visit, house, home, res
 
 
 def test_what_is_typed_while_the_server_is_down_is_saved_when_it_is_back(chromium, house, home, resumed):
-    with house(runs=home) as url, chromium.new_context() as context:  # not `visit`: here errors in the console are due
+    with (
+        house(runs=home) as url,
+        chromium.new_context() as context,
+    ):  # not `visit`: here errors in the console are due
         context.request.post(f"{url}/hello", form={"name": "Ada"})
         page = context.new_page()
         page.goto(f"{url}{AT}/1?edit=1")
@@ -403,4 +499,3 @@ def test_what_is_typed_while_the_server_is_down_is_saved_when_it_is_back(chromiu
         page.locator(".keeping", has_text="Draft saved").wait_for()
         page.reload()
         assert "kept" in page.locator("textarea").input_value()
-

@@ -46,7 +46,9 @@ def asked(runs, *requests, **options):
     app = build(runs, NoModels())
 
     async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:8000", **options) as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost:8000", **options
+        ) as client:
             return [await client.request(method, path, **more) for method, path, more in requests]
 
     return asyncio.run(ask())
@@ -57,15 +59,33 @@ def got(runs, *paths, **options):
 
 
 def test_every_stage_of_a_run_has_a_page_in_both_languages(finished):
-    names = ["brought", "base", "zero", "screened", "traces", "coldstart", "general", "dev1", "evaluation/zero"]
+    names = [
+        "brought",
+        "base",
+        "zero",
+        "screened",
+        "traces",
+        "coldstart",
+        "general",
+        "dev1",
+        "evaluation/zero",
+    ]
     paths = ["/runs", "/runs/tiny", *(f"/runs/tiny/{name}" for name in names)]
     for language, word in (("en", "Settings and origin"), ("zh", "设置与来源")):
         pages = got(finished.home, *paths, headers={"accept-language": language})
         assert [page.status_code for page in pages] == [200] * len(paths)
         assert all(word in page.text for page in pages[2:]) and f'lang="{language}"' in pages[0].text
     run, zero = pages[1].text, pages[4].text
-    assert 'href="/runs/tiny/evaluation/zero"' in run and 'href="/runs/tiny/report"' in run and 'class="lineage"' in run
-    assert "强化学习" in run and "zero 已完成" in zero and 'data-columns="reward accuracy format language"' in zero
+    assert (
+        'href="/runs/tiny/evaluation/zero"' in run
+        and 'href="/runs/tiny/report"' in run
+        and 'class="lineage"' in run
+    )
+    assert (
+        "强化学习" in run
+        and "zero 已完成" in zero
+        and 'data-columns="reward accuracy format language"' in zero
+    )
     assert not re.search(r"<[^>]+\sstyle=", run + zero)  # the content policy would refuse it
 
 
@@ -75,10 +95,26 @@ def test_the_report_runs_its_own_script_and_no_other(finished):
     assert report.status_code == 200 and "script-src 'sha256-" in policy and "default-src 'none'" in policy
 
 
-@pytest.mark.parametrize("path", ["/runs/nobody", "/runs/store", "/runs/..%2f..%2fetc", "/runs/tiny/nothing", "/runs/tiny/..%2f..%2fstore", "/runs/tiny/%00", "/runs/.studio"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/runs/nobody",
+        "/runs/store",
+        "/runs/..%2f..%2fetc",
+        "/runs/tiny/nothing",
+        "/runs/tiny/..%2f..%2fstore",
+        "/runs/tiny/%00",
+        "/runs/.studio",
+    ],
+)
 def test_what_is_not_there_is_not_found(finished, path):
     assert got(finished.home, path)[0].status_code == 404
-    assert asked(finished.home, ("POST", "/runs/nobody/pause", {}), ("POST", "/runs/tiny/burn", {}))[0].status_code == 404
+    assert (
+        asked(finished.home, ("POST", "/runs/nobody/pause", {}), ("POST", "/runs/tiny/burn", {}))[
+            0
+        ].status_code
+        == 404
+    )
 
 
 def test_curves_are_sent_once_and_thinned(finished, tmp_path):
@@ -115,8 +151,22 @@ def test_what_a_model_wrote_is_text(finished, tmp_path):
     shutil.copytree(finished.home, runs)
     stage = runs / "store" / json.loads((runs / "tiny" / "stages.json").read_text())["zero"]
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><svg onload=alert(1)>{{ 7*7 }}"
-    row = {"step": 9, "problem": evil, "prompt": evil, "language": evil, "completions": [
-        {"text": evil, "length": 3, "stopped": False, "reward": None, "parts": {evil: 0.0}, "reasons": {evil: evil}}]}  # fmt: skip
+    row = {
+        "step": 9,
+        "problem": evil,
+        "prompt": evil,
+        "language": evil,
+        "completions": [
+            {
+                "text": evil,
+                "length": 3,
+                "stopped": False,
+                "reward": None,
+                "parts": {evil: 0.0},
+                "reasons": {evil: evil},
+            }
+        ],
+    }
     with open(stage / ROLLOUTS, "a") as file:
         file.write(json.dumps(row) + "\n")
     with open(stage / METRICS, "a") as file:

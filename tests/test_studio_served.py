@@ -23,7 +23,9 @@ HOW = {"max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
 @contextmanager
 def serving(*arguments: object) -> Iterator[str]:
     """`limbeck serve`, as a process of its own; its address once it answers."""
-    process = tiny.limbeck("serve", *arguments, "--port", 0, "--threads", 1, env=tiny.environment(OMP_NUM_THREADS="1"))
+    process = tiny.limbeck(
+        "serve", *arguments, "--port", 0, "--threads", 1, env=tiny.environment(OMP_NUM_THREADS="1")
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith("http://"), process.stderr.read()
@@ -67,14 +69,20 @@ def test_a_released_model_is_talked_to(visit, released, tmp_path, language):
 
 def test_whatever_has_a_name_can_be_served(finished, released, tmp_path):
     """A run by its name and by its folder, a stage of one, an artifact by the beginning of its name, a GGUF file."""
-    (zero,) = {path.name for path in (finished.home / "store").glob("rl-*") if '"stage": "zero"' in (path / "manifest.json").read_text()}
+    (zero,) = {
+        path.name
+        for path in (finished.home / "store").glob("rl-*")
+        if '"stage": "zero"' in (path / "manifest.json").read_text()
+    }
     file = write_gguf(small(), tmp_path / "small.gguf")
     given = ["a=tiny", f"b={finished.home / 'tiny'}", "c=tiny/zero", f"d={zero[:7]}", f"e={released}", file]
     with serving(*given, "--runs", finished.home) as url:
         assert names(url) == ["a", "b", "c", "d", "e", "small"]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         said = {
-            name: client.completions.create(model=name, prompt="123" if name == "small" else QUESTION, **HOW).choices[0].text
+            name: client.completions.create(model=name, prompt="123" if name == "small" else QUESTION, **HOW)
+            .choices[0]
+            .text
             for name in names(url)
         }
         assert said["a"] == said["b"] and said["c"] == said["d"] == said["e"] and all(said.values())

@@ -294,7 +294,9 @@ def test_a_group_is_scored_part_by_part():
     ],
 )
 def test_language_consistency_by_hand(text, language, share):
-    assert reward_parts.language_consistency(text, language) == (share if share is None else pytest.approx(share))
+    assert reward_parts.language_consistency(text, language) == (
+        share if share is None else pytest.approx(share)
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,14 @@ def test_format(text, style, score):
 
 
 def test_overlong_falls_within_the_margin():
-    assert [reward_parts.overlong(n, 100, 20) for n in (0, 80, 85, 90, 100, 120)] == [0, 0, -0.25, -0.5, -1, -1]
+    assert [reward_parts.overlong(n, 100, 20) for n in (0, 80, 85, 90, 100, 120)] == [
+        0,
+        0,
+        -0.25,
+        -0.5,
+        -1,
+        -1,
+    ]
     assert [reward_parts.overlong(n, 100, 0) for n in (100, 101)] == [0, -1]
 
 

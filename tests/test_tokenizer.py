@@ -25,7 +25,11 @@ ENDLESS = {
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "long text": "{{ 'x' * 10 ** 12 }}",
 }
-MISTAKES = {"unknown filter": "{{ messages | frobnicate }}", "division": "{{ 1 / 0 }}", "unclosed": "{% for m in messages %}"}
+MISTAKES = {
+    "unknown filter": "{{ messages | frobnicate }}",
+    "division": "{{ 1 / 0 }}",
+    "unclosed": "{% for m in messages %}",
+}
 
 
 def tokenizer(template: str) -> Tokenizer:
@@ -33,7 +37,11 @@ def tokenizer(template: str) -> Tokenizer:
     return Tokenizer(Backend(WordLevel(words, unk_token="[UNK]")), template, end="<end>", pad="<end>")
 
 
-@pytest.mark.parametrize("template", [*ESCAPES.values(), *ENDLESS.values(), *MISTAKES.values()], ids=[*ESCAPES, *ENDLESS, *MISTAKES])
+@pytest.mark.parametrize(
+    "template",
+    [*ESCAPES.values(), *ENDLESS.values(), *MISTAKES.values()],
+    ids=[*ESCAPES, *ENDLESS, *MISTAKES],
+)
 def test_bad_templates_end_in_one_sentence(template):
     begin = time.monotonic()
     with pytest.raises(LimbeckError, match=r"chat_template.jinja: .*; mend the template") as caught:

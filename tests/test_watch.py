@@ -21,20 +21,34 @@ from limbeck.types import Completion, Group, Problem, Score
 
 def group(problem: str, *right: bool) -> Group:
     """A group of which some are right."""
-    made = tuple(Completion(np.array([1, 2]), np.array([-0.1, -0.1]), f"text {i}", True, i) for i in range(len(right)))
-    scores = tuple(Score({"accuracy": float(one)}, {} if one else {"accuracy": "answer 3, gold 4"}) for one in right)
-    return Group(Problem(problem, f"{problem}?"), np.array([5]), made, scores, tuple(float(one) for one in right))
+    made = tuple(
+        Completion(np.array([1, 2]), np.array([-0.1, -0.1]), f"text {i}", True, i) for i in range(len(right))
+    )
+    scores = tuple(
+        Score({"accuracy": float(one)}, {} if one else {"accuracy": "answer 3, gold 4"}) for one in right
+    )
+    return Group(
+        Problem(problem, f"{problem}?"), np.array([5]), made, scores, tuple(float(one) for one in right)
+    )
 
 
 def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does(tmp_path):
     record, history = Record(tmp_path, 0, 20), History(tmp_path)
     assert history.look().done == 0 and history.pace is None
     for step in range(10):
-        record.step(step, {"reward": step / 10, "gap": 1e-6}, [group("a", step > 5, step > 5)] if step % 4 == 0 else [])
+        record.step(
+            step,
+            {"reward": step / 10, "gap": 1e-6},
+            [group("a", step > 5, step > 5)] if step % 4 == 0 else [],
+        )
     seen = history.look().version
     assert (history.done, history.total, history.steps) == (10, 20, list(range(10)))
     assert [(one.step, one.right) for one in history.shown] == [(0, 0.0), (4, 0.0), (8, 1.0)]
-    assert history.responses(4) == [{k: v for k, v in row.items() if k != "step"} | {"step": 4} for row in read(tmp_path / ROLLOUTS) if row["step"] == 4]
+    assert history.responses(4) == [
+        {k: v for k, v in row.items() if k != "step"} | {"step": 4}
+        for row in read(tmp_path / ROLLOUTS)
+        if row["step"] == 4
+    ]
     assert history.look().version == seen
 
     with open(tmp_path / METRICS, "a") as file:
@@ -44,7 +58,9 @@ def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does
     history.look()
     assert history.steps == list(range(7)) and [one.step for one in history.shown] == [0, 4]
     assert math.isnan(history.columns["reward"][6]) and history.column("held_out_accuracy").tolist() == [0.5]
-    assert all(len(column) == 7 for column in history.columns.values()) and history.alarms == [(6, "too long")]
+    assert all(len(column) == 7 for column in history.columns.values()) and history.alarms == [
+        (6, "too long")
+    ]
 
 
 def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
@@ -53,7 +69,10 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
         record.step(step, {"reward": 1.0})
     history.look()
     parsed = []
-    monkeypatch.setattr("limbeck.report.history.json.loads", lambda line: parsed.append(line) or json.JSONDecoder().decode(line.decode()))
+    monkeypatch.setattr(
+        "limbeck.report.history.json.loads",
+        lambda line: parsed.append(line) or json.JSONDecoder().decode(line.decode()),
+    )
     history.look()
     assert parsed == []
     record.step(50, {"reward": 2.0})
@@ -62,7 +81,10 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
 
 
 def test_curves_of_thousands_of_steps_are_means_of_neighbours(tmp_path):
-    rows = ({"step": step, "reward": float(step % 2), **({"rare": 3.0} if step == 1000 else {})} for step in range(5000))
+    rows = (
+        {"step": step, "reward": float(step % 2), **({"rare": 3.0} if step == 1000 else {})}
+        for step in range(5000)
+    )
     (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = History(tmp_path).look().curves(400)
     assert len(told["steps"]) == 400 and max(map(len, told["columns"].values())) == 400
@@ -74,7 +96,10 @@ def test_curves_of_thousands_of_steps_are_means_of_neighbours(tmp_path):
 
 def test_flips_between_two_evaluations_and_between_steps(tmp_path):
     for name, right in (("before", "01101"), ("after", "11010")):
-        rows = [{"problem": str(i), "prompt": f"{i}?", "mode": "t1", "text": name, "correct": one == "1"} for i, one in enumerate(right)]
+        rows = [
+            {"problem": str(i), "prompt": f"{i}?", "mode": "t1", "text": name, "correct": one == "1"}
+            for i, one in enumerate(right)
+        ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = flips.between(tmp_path / "before", tmp_path / "after")
@@ -82,20 +107,45 @@ def test_flips_between_two_evaluations_and_between_steps(tmp_path):
     assert (found.held, found.missed, found.asked) == (1, 0, 5)
 
     record = Record(tmp_path, 0)
-    for step, groups in enumerate([[group("a", False, False), group("b", True, True)], [group("c", True, True)], [group("a", True, True), group("b", True, False)]]):
+    for step, groups in enumerate(
+        [
+            [group("a", False, False), group("b", True, True)],
+            [group("c", True, True)],
+            [group("a", True, True), group("b", True, False)],
+        ]
+    ):
         record.step(step, {}, groups)
     within = flips.within(History(tmp_path).look().shown)
-    assert [f.problem for f in within.won] == ["a"] and [f.problem for f in within.lost] == ["b"] and within.asked == 2
+    assert (
+        [f.problem for f in within.won] == ["a"]
+        and [f.problem for f in within.lost] == ["b"]
+        and within.asked == 2
+    )
 
 
 def test_sentences_turn_where_the_numbers_turn(tmp_path):
     wave = [0.5 + 0.2 * math.sin(2.4 * step) for step in range(60)]
-    for name, rewards in (("up", [step / 60 for step in range(60)]), ("down", [1 - step / 60 for step in range(60)]), ("wave", wave)):
+    for name, rewards in (
+        ("up", [step / 60 for step in range(60)]),
+        ("down", [1 - step / 60 for step in range(60)]),
+        ("wave", wave),
+    ):
         (tmp_path / name).mkdir()
         record = Record(tmp_path / name, 0, 100)
         for step, reward in enumerate(rewards):
-            record.step(step, {"accuracy": reward, "gap": 1e-6, "informative": 0.4, "truncated": 0.2 if name == "up" else 0.0, **({"alarms": ["x: too long"]} if step > 57 else {})})
-    told = {name: sentences.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")}
+            record.step(
+                step,
+                {
+                    "accuracy": reward,
+                    "gap": 1e-6,
+                    "informative": 0.4,
+                    "truncated": 0.2 if name == "up" else 0.0,
+                    **({"alarms": ["x: too long"]} if step > 57 else {}),
+                },
+            )
+    told = {
+        name: sentences.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")
+    }
     assert told["up"] == Text("Accuracy rose from 4.2% to 94.2%.", "准确率从 4.2% 升到 94.2%。")
     assert told["down"].en == "Accuracy fell from 95.8% to 5.8%." and "降" in told["down"].zh
     valley = sentences._went(Text("A", "甲"), np.array([0.5, *np.linspace(0.9, 0.1, 17), 0.6]), str)
@@ -105,14 +155,29 @@ def test_sentences_turn_where_the_numbers_turn(tmp_path):
     assert "differ by at most 1.0e-06 nats a token: no more than rounding." in sound[0]
     assert sound[1:] == [
         "Of the latest groups 40% hold both better and worse responses; the others teach nothing.",
-        "20% of the latest responses ran out of tokens.", "Alarm at step 58 (2 in all): x: too long.",
-    ]  # fmt: skip
+        "20% of the latest responses ran out of tokens.",
+        "Alarm at step 58 (2 in all): x: too long.",
+    ]
     running = sentences.progress("zero", "rl", "running", History(tmp_path / "up").look(), {})
-    assert running.en.startswith("zero has taken 60 of 100 steps; one takes") and running.zh.startswith("zero 已走 60/100 步")
-    assert sentences.progress("zero", "rl", "begun", History(tmp_path / "up").look(), {}).en == "zero has taken 60 of 100 steps and rests."
+    assert running.en.startswith("zero has taken 60 of 100 steps; one takes") and running.zh.startswith(
+        "zero 已走 60/100 步"
+    )
+    assert (
+        sentences.progress("zero", "rl", "begun", History(tmp_path / "up").look(), {}).en
+        == "zero has taken 60 of 100 steps and rests."
+    )
 
 
-@pytest.mark.parametrize("actual, over, said", [(50, True, "shorter"), (100, True, "as foreseen"), (200, True, "longer"), (50, False, "have passed."), (200, False, "more than")])
+@pytest.mark.parametrize(
+    "actual, over, said",
+    [
+        (50, True, "shorter"),
+        (100, True, "as foreseen"),
+        (200, True, "longer"),
+        (50, False, "have passed."),
+        (200, False, "more than"),
+    ],
+)
 def test_a_plan_is_compared_with_what_came(actual, over, said):
     assert said in sentences.foreseen(actual, {"seconds": 100, "low": 80, "high": 130}, over).en
 
@@ -129,7 +194,9 @@ def test_a_finished_run_is_told_from_its_folder_alone(finished):
     assert told[0] == f"{len(lines)} of {len(lines)} stages are done."
     assert zero.said[0].en.startswith("zero is done: RL in") and zero.said[0].zh.startswith("zero 已完成")
     evaluation = next(line for line in lines if line.kind == "evaluate")
-    assert any("On clock, temperature 1" in text.en for text in evaluation.said) and run_view.samples(evaluation)
+    assert any("On clock, temperature 1" in text.en for text in evaluation.said) and run_view.samples(
+        evaluation
+    )
     drawn = run_view.draw(lines, "the stages", lambda name: f"/runs/tiny/{name}")
     assert 'href="/runs/tiny/zero"' in drawn and "evaluation" not in drawn and "style=" not in drawn
     assert run_view.responses(zero, None)["step"] == 7 and run_view.responses(zero, 3)["before"] == 2
@@ -138,7 +205,9 @@ def test_a_finished_run_is_told_from_its_folder_alone(finished):
 def test_a_forecast_stands_beside_what_was_measured(finished):
     run = run_state.look(finished.home / "tiny")
     path = run.folder / run_state.FORECAST
-    path.write_text(json.dumps({"stages": {name: {"seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")}}))
+    path.write_text(
+        json.dumps({"stages": {name: {"seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")}})
+    )
     try:
         lines = run_view.lines(run_state.look(run.folder), alive=False)
         assert [line.name for line in lines if line.foreseen] == ["base", "zero"]
@@ -160,7 +229,9 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
         assert run_status.at_work(folder)
         zero = run_view.line_of(run_state.look(folder), run_state.look(folder).stage("zero"), alive=True)
         assert (zero.state, zero.share) == ("running", 0.25)
-        assert '<g class="running">' in run_view.draw([zero], "x", str) and "1/4" in run_view.draw([zero], "x", str)
+        assert '<g class="running">' in run_view.draw([zero], "x", str) and "1/4" in run_view.draw(
+            [zero], "x", str
+        )
     assert not run_status.at_work(folder) and run_status.status(folder).state == "finished"
 
 
@@ -186,9 +257,16 @@ def test_every_alarm_is_told_in_chinese():
     watch.history.extend({"length": 10.0} for _ in range(19))
     bad = {"truncated": 0.6, "informative": 0.05, "length": 40.0, "format": 1.0, "accuracy": 0.0}
     rung = watch.check(bad)["alarms"]
-    rung += [f"reward hacking: judge rises while the truth on held-out problems does not: {then}" for then in ("the stage ends here", "it no longer counts")]
+    rung += [
+        f"reward hacking: judge rises while the truth on held-out problems does not: {then}"
+        for then in ("the stage ends here", "it no longer counts")
+    ]
     assert len(rung) == 6
     for text in [*rung, "length fell to a third within 20 steps"]:
         said = _alarm(text)
-        assert said.en == text and not re.search(r"[a-z]{3} [a-z]{3}", said.zh) and re.search(r"[\u4e00-\u9fff]", said.zh)
+        assert (
+            said.en == text
+            and not re.search(r"[a-z]{3} [a-z]{3}", said.zh)
+            and re.search(r"[\u4e00-\u9fff]", said.zh)
+        )
     assert _alarm("unheard of").zh == "unheard of"

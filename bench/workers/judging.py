@@ -24,5 +24,7 @@ sampling = SamplingParams(max_new_tokens=zero.sampling.max_new_tokens)
 def accuracy(decoder: Decoder) -> float:
     """At temperature 1, over a sample of the held-out problems, three answers each."""
     problems = tasks.draw(SETTINGS["asked"], 0, "test")
-    groups = [tasks.score(group) for group in Engine(decoder, tokenizer).rollout(problems, 3, sampling, "accuracy")]
+    groups = [
+        tasks.score(group) for group in Engine(decoder, tokenizer).rollout(problems, 3, sampling, "accuracy")
+    ]
     return sum(score.parts["accuracy"] for group in groups for score in group.scores) / (3 * len(groups))

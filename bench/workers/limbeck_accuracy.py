@@ -23,7 +23,10 @@ engine, loss = Engine(decoder, tokenizer), policy_gradient(policy, sampling.max_
 
 for step, clock in enumerate(turns()):
     problems = tasks.draw(policy.prompts_per_step, (SETTINGS["seed"], step))
-    groups = [tasks.score(group) for group in engine.rollout(problems, policy.group_size, sampling, (SETTINGS["seed"], step))]
+    groups = [
+        tasks.score(group)
+        for group in engine.rollout(problems, policy.group_size, sampling, (SETTINGS["seed"], step))
+    ]
     groups = [group for group in groups if len(set(group.rewards)) > 1]
     samples = to_samples(groups, group_advantages(groups, policy.advantage_scale), False)
     for part in minibatches(samples, policy.updates_per_rollout, (SETTINGS["seed"], step)):

@@ -31,7 +31,10 @@ problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
 
 def written(batch: list[Problem], step: int) -> list[Sample]:
     groups = engine.rollout(batch, 1, sampling, step)
-    return [Sample(np.concatenate([g.prompt_tokens, g.completions[0].tokens]), len(g.prompt_tokens)) for g in groups]
+    return [
+        Sample(np.concatenate([g.prompt_tokens, g.completions[0].tokens]), len(g.prompt_tokens))
+        for g in groups
+    ]
 
 
 def given(batch: list[Problem]) -> list[Sample]:
@@ -43,6 +46,11 @@ for step, clock in enumerate(turns()):
     first = step * count % len(problems)
     batch = problems[first : first + count]
     samples = given(batch) if SETTINGS["rows"] else written(batch, step)
-    said = learner.update(taught(DistillBatch([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[0], loss)
+    said = learner.update(
+        taught(DistillBatch([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[
+            0
+        ],
+        loss,
+    )
     engine.load(learner.weights())
     clock.say(tokens=sum(len(s.tokens) - s.start for s in samples), loss=said["loss"])

@@ -24,7 +24,12 @@ decoder = weights.load(Path(SETTINGS["model"]))
 sampling = SamplingParams(max_new_tokens=SETTINGS["new"], stop_ids=tuple(SETTINGS["stop"]))
 if SETTINGS["fixed"]:
     tokenizer.end_id = decoder.config.vocab_size  # never said
-policy = Policy(group_size=SETTINGS["group"], prompts_per_step=SETTINGS["prompts"], zero_variance="keep", mask_truncated=False)
+policy = Policy(
+    group_size=SETTINGS["group"],
+    prompts_per_step=SETTINGS["prompts"],
+    zero_variance="keep",
+    mask_truncated=False,
+)
 learner = Learner(decoder, Optimizer(learning_rate=1e-6), 1000)
 engine, loss = Engine(decoder, tokenizer), policy_gradient(policy, SETTINGS["new"])
 problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
@@ -32,7 +37,9 @@ problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
 for step, clock in enumerate(turns()):
     groups = engine.rollout(problems, SETTINGS["group"], sampling, step)
     sampled = Clock()
-    groups = [replace(group, rewards=tuple(float(c.tokens[0] % 7) for c in group.completions)) for group in groups]
+    groups = [
+        replace(group, rewards=tuple(float(c.tokens[0] % 7) for c in group.completions)) for group in groups
+    ]
     samples = to_samples(groups, group_advantages(groups, policy.advantage_scale), False)
     learner.update(pack(samples, SETTINGS["batch_tokens"]), loss)
     engine.load(learner.weights())

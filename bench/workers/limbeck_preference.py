@@ -18,12 +18,17 @@ from limbeck.train.losses import preference
 
 torch.set_num_threads(SETTINGS["threads"])
 tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
-learner, loss = Learner(weights.load(Path(SETTINGS["model"])), Optimizer(learning_rate=1e-6), 1000), preference(0.1)
+learner, loss = (
+    Learner(weights.load(Path(SETTINGS["model"])), Optimizer(learning_rate=1e-6), 1000),
+    preference(0.1),
+)
 rows = zip(SETTINGS["texts"], SETTINGS["chosen"], SETTINGS["rejected"], strict=True)
 halves = [
     half
     for number, (asked, better, worse) in enumerate(rows, 1)
-    for half in to_pair(tokenizer.prompt(asked), tokenizer.response(better), tokenizer.response(worse), number)
+    for half in to_pair(
+        tokenizer.prompt(asked), tokenizer.response(better), tokenizer.response(worse), number
+    )
 ]
 samples, width = referenced(learner, halves, SETTINGS["batch_tokens"]), 2 * SETTINGS["pairs"]
 batches = [samples[i : i + width] for i in range(0, len(samples), width)]

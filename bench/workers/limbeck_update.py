@@ -17,14 +17,19 @@ from limbeck.types import Sample
 
 torch.set_num_threads(SETTINGS["threads"])
 decoder = weights.load(Path(SETTINGS["model"]))
-learner, loss = Learner(decoder, Optimizer(learning_rate=1e-6), 1000), policy_gradient(Policy(), SETTINGS["new"])
+learner, loss = (
+    Learner(decoder, Optimizer(learning_rate=1e-6), 1000),
+    policy_gradient(Policy(), SETTINGS["new"]),
+)
 random, width = np.random.default_rng(0), SETTINGS["width"]
 samples = []
 for _ in range(SETTINGS["prompts"]):
     prompt = random.integers(0, decoder.config.vocab_size, width)
     for length in SETTINGS["lengths"]:
         tokens = np.concatenate([prompt, random.integers(0, decoder.config.vocab_size, length)])
-        samples.append(Sample(tokens, width, float(random.standard_normal()), np.full(length, -6.0, np.float32)))
+        samples.append(
+            Sample(tokens, width, float(random.standard_normal()), np.full(length, -6.0, np.float32))
+        )
 
 for clock in turns():
     learner.update(pack(samples, SETTINGS["batch_tokens"]), loss)

@@ -12,7 +12,9 @@ torch.set_num_threads(SETTINGS["threads"])
 
 for clock in turns():
     model = AutoModelForCausalLM.from_pretrained(SETTINGS["model"], dtype=torch.float32)
-    sum(float(parameter.detach().sum()) for parameter in model.parameters())  # what is only mapped is read here
+    sum(
+        float(parameter.detach().sum()) for parameter in model.parameters()
+    )  # what is only mapped is read here
     loaded = clock.elapsed()
     with tempfile.TemporaryDirectory() as out:
         saving = Clock()

@@ -13,14 +13,20 @@ texts = [text for text in SETTINGS["texts"] for _ in range(SETTINGS["group"])]
 asked = tokenizer(texts, return_tensors="pt", add_special_tokens=False)
 
 
-
 def rollout(length: int) -> float:
     clock = Clock()
     with torch.no_grad():
         model.generate(
-            **asked, max_new_tokens=length, min_new_tokens=length, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-            pad_token_id=tokenizer.pad_token_id, disable_compile=True,
-        )  # fmt: skip
+            **asked,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+            disable_compile=True,
+        )
     return clock.elapsed()
 
 

@@ -19,15 +19,20 @@ from limbeck.types import Completion, Group
 policy, optimizer, model = zero.policy, zero.optimizer, load()
 steps: list[float] = []
 problems = {tokenizer.render([{"role": "user", "content": p.prompt}]): p for p in tasks.problems("clock")}
-drawn = [tokenizer.render([{"role": "user", "content": p.prompt}]) for step in range(60)
-         for p in tasks.draw(policy.prompts_per_step, (SETTINGS["seed"], step))]  # fmt: skip
+drawn = [
+    tokenizer.render([{"role": "user", "content": p.prompt}])
+    for step in range(60)
+    for p in tasks.draw(policy.prompts_per_step, (SETTINGS["seed"], step))
+]
 
 
 def reward(prompts, completion_ids, **_):
     scores = []
     for prompt, ids in zip(prompts, completion_ids, strict=True):
         stopped = ids[-1] == tokenizer.end_id
-        completion = Completion(torch.tensor(ids).numpy(), None, tokenizer.decode(ids), stopped, 0, None, None)
+        completion = Completion(
+            torch.tensor(ids).numpy(), None, tokenizer.decode(ids), stopped, 0, None, None
+        )
         scores.append(tasks.score(Group(problems[prompt], None, (completion,))).rewards[0])
     return scores
 

@@ -13,7 +13,11 @@ Counted, seen = counted(GKDTrainer, "labels", -100)
 def row(asked: str, said: str) -> dict:
     """As the trainer's collator takes rows that have ids already."""
     prompt, response = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, said))
-    return {"prompt": asked, "input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+    return {
+        "prompt": asked,
+        "input_ids": prompt + response,
+        "completion_mask": [0] * len(prompt) + [1] * len(response),
+    }
 
 
 rows = [row(asked, said) for asked, said in zip(SETTINGS["texts"], SETTINGS["responses"], strict=True)]

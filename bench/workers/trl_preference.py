@@ -11,7 +11,9 @@ Counted, seen = counted(DPOTrainer, "attention_mask", 0)
 
 
 columns = {"prompt": SETTINGS["texts"], "chosen": SETTINGS["chosen"], "rejected": SETTINGS["rejected"]}
-spaced = {key: values if key == "prompt" else [f" {text}" for text in values] for key, values in columns.items()}
+spaced = {
+    key: values if key == "prompt" else [f" {text}" for text in values] for key, values in columns.items()
+}
 Counted(
     model=load(),
     processing_class=tokenizer,

@@ -15,7 +15,9 @@ def tell(clock: Clock) -> None:
 
 
 packed = SETTINGS["packed"]
-rows = max(1, round(SETTINGS["batch"] * SETTINGS["mean"] / SETTINGS["longest"])) if packed else SETTINGS["batch"]
+rows = (
+    max(1, round(SETTINGS["batch"] * SETTINGS["mean"] / SETTINGS["longest"])) if packed else SETTINGS["batch"]
+)
 Counted(
     model=load(),
     processing_class=tokenizer,

@@ -43,7 +43,12 @@ def counted(trainer: type, mask: str, padding: int) -> tuple[type, list[tuple[in
     class Counted(trainer):
         def compute_loss(self, model, inputs, *args, **more):
             loss = super().compute_loss(model, inputs, *args, **more)
-            seen.append((int((inputs[mask] != padding).sum()), float((loss if torch.is_tensor(loss) else loss[0]).detach())))
+            seen.append(
+                (
+                    int((inputs[mask] != padding).sum()),
+                    float((loss if torch.is_tensor(loss) else loss[0]).detach()),
+                )
+            )
             return loss
 
     return Counted, seen

@@ -73,4 +73,12 @@ def tell(torch, rollout, rows: int) -> None:
     cpu, roof = clock.cpu_elapsed(), (roof + gflops(torch)) / 2
     decode = rows * (SETTINGS["new"] - 1) / (whole - first)
     share = decode * SETTINGS["gflop"] / roof
-    say(wall=whole, cpu=cpu, tokens_per_second=rows * SETTINGS["new"] / whole, decode=decode, roof=roof, share=share, peak_mib=peak())
+    say(
+        wall=whole,
+        cpu=cpu,
+        tokens_per_second=rows * SETTINGS["new"] / whole,
+        decode=decode,
+        roof=roof,
+        share=share,
+        peak_mib=peak(),
+    )

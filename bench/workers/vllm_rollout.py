@@ -21,13 +21,17 @@ model = LLM(
     SETTINGS["model"], dtype="float32", skip_tokenizer_init=True, enforce_eager=SETTINGS["eager"], max_model_len=512,
     max_num_seqs=rows, max_num_batched_tokens=4096, disable_log_stats=True, seed=0,
 )  # fmt: skip
-asked = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in SETTINGS["texts"]]
+asked = [
+    {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False).ids} for text in SETTINGS["texts"]
+]
 
 
 def rollout(length: int) -> float:
     clock = Clock()
     model.reset_prefix_cache()  # what the last turn read is not there for this one
-    sampling = SamplingParams(n=SETTINGS["group"], temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        n=SETTINGS["group"], temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False
+    )
     model.generate(asked, sampling, use_tqdm=False)
     return clock.elapsed()
 

@@ -34,8 +34,12 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode=None,
 )  # fmt: skip
 
-RecipeFile = Annotated[Path, typer.Argument(help="a recipe, for instance recipes/quickstart.yaml", show_default=False)]
-Overrides = Annotated[list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="a recipe, for instance recipes/quickstart.yaml", show_default=False)
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)
+]
 Auto = Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")]
 
 
@@ -48,7 +52,12 @@ def run(
     as_json: AsJson = False,
     right: Annotated[
         str | None,
-        typer.Option("--i-have-the-right", metavar="REASON", help="do what a teacher's terms forbid; recorded for ever", show_default=False),
+        typer.Option(
+            "--i-have-the-right",
+            metavar="REASON",
+            help="do what a teacher's terms forbid; recorded for ever",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
@@ -75,7 +84,9 @@ app.command()(plan)
 
 @app.command()
 def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Where a run stands, and for whom it waits."""
@@ -86,15 +97,22 @@ def status(
         raise _mistake(f"{run_folder} is no run: it has no recipe.yaml; runs begin with `limbeck run`")
     graph = _graph(_load(recipe, [], False), recipe, run_folder.parent)
     rows = [
-        {"stage": n.name, "kind": n.kind, "state": n.state, "artifact": n.artifact and n.artifact.folder.name,
-         "seconds": n.artifact and n.artifact.manifest["seconds"],
-         "waiting_rows": len(reviews.pending(n.queue)) if n.state == "asks" else 0}
+        {
+            "stage": n.name,
+            "kind": n.kind,
+            "state": n.state,
+            "artifact": n.artifact and n.artifact.folder.name,
+            "seconds": n.artifact and n.artifact.manifest["seconds"],
+            "waiting_rows": len(reviews.pending(n.queue)) if n.state == "asks" else 0,
+        }
         for n in graph.nodes.values()
-    ]  # fmt: skip
+    ]
 
     def line(r: dict[str, Any]) -> str:
         ask = f"{r['waiting_rows']} rows wait for a person: limbeck curate {run_folder} {r['stage']}"
-        return f"{_SIGNS[r['state']]:10} {r['stage']:32} {ask if r['state'] == 'asks' else r['artifact'] or ''}"
+        return (
+            f"{_SIGNS[r['state']]:10} {r['stage']:32} {ask if r['state'] == 'asks' else r['artifact'] or ''}"
+        )
 
     _print(rows, as_json, line)
 
@@ -102,11 +120,16 @@ def status(
 @app.command()
 def show(
     artifact: Annotated[
-        str, typer.Argument(help="the beginning of an artifact's name, or a model's directory or config.json; none lists all artifacts")
+        str,
+        typer.Argument(
+            help="the beginning of an artifact's name, or a model's directory or config.json; none lists all artifacts"
+        ),
     ] = "",
     runs: Home = RUNS,
     as_json: AsJson = False,
-    context: Annotated[int, typer.Option(min=1, help="tokens of context that a model's figures are for")] = 4096,
+    context: Annotated[
+        int, typer.Option(min=1, help="tokens of context that a model's figures are for")
+    ] = 4096,
 ) -> None:
     """List the artifacts, print one's manifest, or tell what a model takes: weights, FLOPs, cache, memory."""
     if Path(artifact).suffix == ".json" or (artifact and (Path(artifact) / "config.json").exists()):
@@ -121,11 +144,19 @@ def show(
         print(json.dumps(store.resolve(artifact).manifest, indent=2, ensure_ascii=False))
         return
     rows = [
-        {"artifact": a.folder.name, "stage": a.manifest["stage"], "seconds": a.manifest["seconds"],
-         "bytes": sum(o["bytes"] for o in a.manifest["outputs"].values())}
+        {
+            "artifact": a.folder.name,
+            "stage": a.manifest["stage"],
+            "seconds": a.manifest["seconds"],
+            "bytes": sum(o["bytes"] for o in a.manifest["outputs"].values()),
+        }
         for a in store.all()
-    ]  # fmt: skip
-    _print(rows, as_json, lambda r: f"{r['artifact']:28} {r['stage']:28} {r['seconds']:8.1f} s {r['bytes'] / 1e6:9.2f} MB")
+    ]
+    _print(
+        rows,
+        as_json,
+        lambda r: f"{r['artifact']:28} {r['stage']:28} {r['seconds']:8.1f} s {r['bytes'] / 1e6:9.2f} MB",
+    )
 
 
 app.command()(why)
@@ -167,12 +198,21 @@ def verify(runs: Home = RUNS) -> None:
 
 @app.command()
 def curate(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")],
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
+    ],
     stage: Annotated[str, typer.Argument(help="the curate stage that waits")],
     reviewer: Annotated[str, typer.Option(help="who reviews")] = os.environ.get("USER", "somebody"),
-    second: Annotated[float | None, typer.Option(min=0, max=1, help="let two people review this share of the rows", show_default=False)] = None,
-    export: Annotated[Path | None, typer.Option(help="write the open rows to this JSONL file, to be filled in")] = None,
-    import_: Annotated[Path | None, typer.Option("--import", help="take verdicts over from a JSONL file")] = None,
+    second: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="let two people review this share of the rows", show_default=False),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="write the open rows to this JSONL file, to be filled in")
+    ] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="take verdicts over from a JSONL file")
+    ] = None,
 ) -> None:
     """Review the rows of a waiting stage: here at the terminal, or in a JSONL file (fields: verdict, completion)."""
     from ..pipeline.review import reviews
@@ -207,9 +247,18 @@ def pull(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="a model directory, a model that was pulled, or the beginning of an artifact's name")],
-    gguf: Annotated[str, typer.Option("--gguf", metavar="TYPE", help="f32 is exact, f16 half its size, q8_0 a quarter")] = "f16",
-    out: Annotated[Path | None, typer.Option(help="the file to write; else MODEL-TYPE.gguf, here", show_default=False)] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a model directory, a model that was pulled, or the beginning of an artifact's name"
+        ),
+    ],
+    gguf: Annotated[
+        str, typer.Option("--gguf", metavar="TYPE", help="f32 is exact, f16 half its size, q8_0 a quarter")
+    ] = "f16",
+    out: Annotated[
+        Path | None, typer.Option(help="the file to write; else MODEL-TYPE.gguf, here", show_default=False)
+    ] = None,
     runs: Home = RUNS,
 ) -> None:
     """Write a model, tokenizer and chat template included, as one GGUF file for llama.cpp and what builds on it.
@@ -228,9 +277,22 @@ def export(
 @app.command()
 def arena(
     runs: Home = RUNS,
-    language: Annotated[str, typer.Option(help="questions in this language only: en, zh", show_default=False)] = "",
-    control: Annotated[str, typer.Option(help="leave out what answers gain by their length, or by their style", show_default=False)] = "",
-    out: Annotated[Path | None, typer.Option(help="write people's preferences to this JSONL file instead, for reward and calibrate stages", show_default=False)] = None,
+    language: Annotated[
+        str, typer.Option(help="questions in this language only: en, zh", show_default=False)
+    ] = "",
+    control: Annotated[
+        str,
+        typer.Option(
+            help="leave out what answers gain by their length, or by their style", show_default=False
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="write people's preferences to this JSONL file instead, for reward and calibrate stages",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The arena's leaderboard: ratings from people's votes and, apart from them, from each judge's, with 95 % intervals."""
@@ -241,25 +303,45 @@ def arena(
 
     folder = runs / ".studio"
     if not (folder / FILE).exists():
-        raise _mistake(f"{folder / FILE} does not exist; nobody has voted there yet: the arena opens with `limbeck serve`")
+        raise _mistake(
+            f"{folder / FILE} does not exist; nobody has voted there yet: the arena opens with `limbeck serve`"
+        )
     if control not in CONTROLS:
         raise _mistake(f"--control {control}: choose {' or '.join(filter(None, CONTROLS))}")
     ballots = VoteStore(folder)
     if out:
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ballots.preferences()), encoding="utf-8")
+        out.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ballots.preferences()),
+            encoding="utf-8",
+        )
         print(out)
         return
     votes = [vote for vote in ballots.votes() if language in ("", vote.language)]
     juries = {"": [vote for vote in votes if not vote.judge]}
-    juries |= {judge: [v for v in votes if v.judge and v.voter == judge] for judge in sorted({v.voter for v in votes if v.judge})}
-    rows = [{"judge": judge or None, **asdict(one)} for judge, cast in juries.items() for one in rate(cast, control).models]
-    _print(rows, as_json, lambda r: f"{r['judge'] or 'people':16} {r['rank']:3} {r['model']:28} {r['rating']:6.0f} [{r['low']:.0f}, {r['high']:.0f}] "
-           f"{r['votes']:6} votes {r['share']:5.0%}")  # fmt: skip
+    juries |= {
+        judge: [v for v in votes if v.judge and v.voter == judge]
+        for judge in sorted({v.voter for v in votes if v.judge})
+    }
+    rows = [
+        {"judge": judge or None, **asdict(one)}
+        for judge, cast in juries.items()
+        for one in rate(cast, control).models
+    ]
+    _print(
+        rows,
+        as_json,
+        lambda r: (
+            f"{r['judge'] or 'people':16} {r['rank']:3} {r['model']:28} {r['rating']:6.0f} [{r['low']:.0f}, {r['high']:.0f}] "
+            f"{r['votes']:6} votes {r['share']:5.0%}"
+        ),
+    )
 
 
 @app.command()
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="time the compiled kernels anew, on a quiet machine")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="time the compiled kernels anew, on a quiet machine")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what this machine has and lacks, and what to do about it."""
@@ -331,7 +413,12 @@ def _fail(message: str, code: int) -> NoReturn:
     """One sentence on standard error; for programs the same as a result."""
     if "--json" in sys.argv:
         event = {"event": "result"} if "run" in sys.argv[1:2] else {}
-        print(json.dumps({"schema": 1, **event, "ok": False, "error": {"code": code, "message": message}}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"schema": 1, **event, "ok": False, "error": {"code": code, "message": message}},
+                ensure_ascii=False,
+            )
+        )
     print(f"limbeck: {message}", file=sys.stderr)
     sys.exit(code)
 

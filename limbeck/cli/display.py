@@ -24,7 +24,13 @@ from ..pipeline.store import Artifact
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PATIENCE = 10.0  # seconds after which a step is slow enough to be told of
-PARTS = {"sample": "parts", "screen": "parts", "pairs": "parts", "label": "parts", "evaluate": "parts"}  # else steps of learning
+PARTS = {
+    "sample": "parts",
+    "screen": "parts",
+    "pairs": "parts",
+    "label": "parts",
+    "evaluate": "parts",
+}  # else steps of learning
 SHOWN = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
 
 
@@ -67,7 +73,13 @@ class Events(Lines):
 
     def finished(self, node: Node, artifact: Artifact) -> None:
         manifest = artifact.manifest
-        self.emit("finished", stage=node.name, artifact=artifact.folder.name, seconds=manifest["seconds"], notes=manifest["notes"])
+        self.emit(
+            "finished",
+            stage=node.name,
+            artifact=artifact.folder.name,
+            seconds=manifest["seconds"],
+            notes=manifest["notes"],
+        )
 
     def say(self, text: str) -> None:
         self.emit("said", text=text)
@@ -100,7 +112,9 @@ class Tree(Lines):
         self.live.update(Group(table, *thoughts))
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        self.live.console.print(f"[green]✓[/] {node.name} [dim]{artifact.manifest['seconds']:.1f} s{outcome(artifact)}[/]")
+        self.live.console.print(
+            f"[green]✓[/] {node.name} [dim]{artifact.manifest['seconds']:.1f} s{outcome(artifact)}[/]"
+        )
 
     def say(self, text: str) -> None:
         self.live.console.print(printable(text), highlight=False)
@@ -123,7 +137,11 @@ def describe(progress: Progress) -> str:
         words.append(f"this one takes {span(pace.since)} so far")
     if pace.tokens:
         words.append(f"{_round(pace.tokens / pace.seconds)} tokens a second")
-    words += [f"{name.replace('_', ' ')} {_number(metrics[name])}" for name in SHOWN if metrics.get(name) is not None]
+    words += [
+        f"{name.replace('_', ' ')} {_number(metrics[name])}"
+        for name in SHOWN
+        if metrics.get(name) is not None
+    ]
     words += [f"! {alarm}" for alarm in metrics.get("alarms", ())[:1]]
     return " · ".join(words)
 
@@ -166,7 +184,9 @@ def outcome(artifact: Artifact) -> str:
     path = artifact.folder / "evaluation.json"
     if path.exists():
         source = next(iter(json.loads(path.read_text(encoding="utf-8"))["sources"].values()))
-        return ", " + ", ".join(f"{mode} {entry['accuracy']['mean']:.1%}" for mode, entry in source["modes"].items())
+        return ", " + ", ".join(
+            f"{mode} {entry['accuracy']['mean']:.1%}" for mode, entry in source["modes"].items()
+        )
     return ""
 
 
@@ -177,7 +197,13 @@ def thought(progress: Progress) -> Panel | None:
         return None
     best = max(row["completions"], key=lambda c: c["reward"] or 0)
     text = Text(printable(f"{row['prompt'][-300:]}\n{best['text'][:600]}"))
-    return Panel(text, title=f"{progress.node.name}, step {row['step']}", title_align="left", border_style="dim", width=100)
+    return Panel(
+        text,
+        title=f"{progress.node.name}, step {row['step']}",
+        title_align="left",
+        border_style="dim",
+        width=100,
+    )
 
 
 def printable(text: str) -> str:

@@ -108,8 +108,17 @@ def _kernels(measure: bool = False) -> Finding:
     if library is not None:
         table = tuple(asdict(timing) for timing in kernels.timings())
         used = sum(row["used"] != "torch" for row in table)
-        return Finding("kernels", True, f"{kernels.instructions()}, used for {used} of {len(table)} kinds of work; in {place}", table=table)
-    off = "LIMBECK_KERNELS=auto turns them on" if kernels.mode() == "off" else "a C++ compiler makes training and sampling faster: apt install g++"
+        return Finding(
+            "kernels",
+            True,
+            f"{kernels.instructions()}, used for {used} of {len(table)} kinds of work; in {place}",
+            table=table,
+        )
+    off = (
+        "LIMBECK_KERNELS=auto turns them on"
+        if kernels.mode() == "off"
+        else "a C++ compiler makes training and sampling faster: apt install g++"
+    )
     return Finding("kernels", None, f"none: {place}", off)
 
 
@@ -147,7 +156,11 @@ def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
 def _sandbox() -> Finding:
     """What a process that judges answers tried to reach just now, and was refused."""
     proof = REFEREE.proof()
-    advice = "" if proof.holds else "tasks whose scorers need it are refused: use Linux with seccomp (Docker's default profile allows it)"
+    advice = (
+        ""
+        if proof.holds
+        else "tasks whose scorers need it are refused: use Linux with seccomp (Docker's default profile allows it)"
+    )
     return Finding("sandbox", proof.holds, str(proof), advice)
 
 

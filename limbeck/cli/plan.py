@@ -23,24 +23,72 @@ HERE = "this machine"
 
 
 def plan(
-    what: Annotated[str, typer.Argument(metavar="RECIPE|MODEL|verify", help="a recipe, a model's directory or config.json, or a name as deepseek-v3")],
-    file: Annotated[Path | None, typer.Argument(help="of `verify`: published runs as CSV, in place of its own table", show_default=False)] = None,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL|verify",
+            help="a recipe, a model's directory or config.json, or a name as deepseek-v3",
+        ),
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="of `verify`: published runs as CSV, in place of its own table", show_default=False
+        ),
+    ] = None,
     runs: Home = RUNS,
-    set_: Annotated[list[str], typer.Option("--set", help="change a setting of the recipe: stages.zero.steps=30; for a model, a figure of the cluster: bf16=313", show_default=False)] = [],  # noqa: B006
-    auto: Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")] = False,
-    on: Annotated[str, typer.Option(help="a cluster: 8x4090, 2048xH800, fire-flyer-2; a recipe's is this machine", show_default=False)] = "",
-    what_if: Annotated[
-        list[str], typer.Option("--what-if", help="beside it, the same with a change: nvlink=400, chip=H20, nics=1, count=512", show_default=False)
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            help="change a setting of the recipe: stages.zero.steps=30; for a model, a figure of the cluster: bf16=313",
+            show_default=False,
+        ),
     ] = [],  # noqa: B006
-    tokens: Annotated[float | None, typer.Option(help="that a model is to learn, in all: 1e12", show_default=False)] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")
+    ] = False,
+    on: Annotated[
+        str,
+        typer.Option(
+            help="a cluster: 8x4090, 2048xH800, fire-flyer-2; a recipe's is this machine", show_default=False
+        ),
+    ] = "",
+    what_if: Annotated[
+        list[str],
+        typer.Option(
+            "--what-if",
+            help="beside it, the same with a change: nvlink=400, chip=H20, nics=1, count=512",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    tokens: Annotated[
+        float | None, typer.Option(help="that a model is to learn, in all: 1e12", show_default=False)
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="sequences a step", show_default=False)] = None,
     seq: Annotated[int | None, typer.Option(help="tokens a sequence", show_default=False)] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp8, fp16", show_default=False)] = None,
-    price: Annotated[float | None, typer.Option(help="dollars for an hour of a chip (or of this machine)", show_default=False)] = None,
-    until: Annotated[str | None, typer.Option(metavar="DATE", help="when chips or stock run out: 2027-03", show_default=False)] = None,
-    to: Annotated[str | None, typer.Option(metavar="COUNTRY", help="may these chips be sold there?", show_default=False)] = None,
-    date: Annotated[str | None, typer.Option(metavar="DATE", help="the day that rules are asked for; today if not given", show_default=False)] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the schedule of the best layout", show_default=False)] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(help="dollars for an hour of a chip (or of this machine)", show_default=False),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(metavar="DATE", help="when chips or stock run out: 2027-03", show_default=False),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="COUNTRY", help="may these chips be sold there?", show_default=False)
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATE", help="the day that rules are asked for; today if not given", show_default=False
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="draw the schedule of the best layout", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would do, how long it takes and what it costs, on this machine or on chips one might get: nothing is run.
@@ -74,13 +122,24 @@ def plan(
 # ---------------------------------------------------------------- recipes
 
 
-def _of_recipe(path: Path, runs: Path, set_: list[str], auto: bool, on: str, changes: dict[str, Any], price: float | None, until: str | None) -> Answer:
+def _of_recipe(
+    path: Path,
+    runs: Path,
+    set_: list[str],
+    auto: bool,
+    on: str,
+    changes: dict[str, Any],
+    price: float | None,
+    until: str | None,
+) -> Answer:
     from ..pipeline.provenance.propagate import trace
     from ..types import LimbeckError
     from .plan_text import Answer, duration, told_changes
 
     if changes and not on:
-        raise mistake(f"--what-if {told_changes(changes)} changes a cluster: name it with --on, for instance --on 8x4090")
+        raise mistake(
+            f"--what-if {told_changes(changes)} changes a cluster: name it with --on, for instance --on 8x4090"
+        )
     graph = open_graph(load_recipe(path, set_, auto), path, runs)
     answer = Answer()
     foreseen, where, other = {}, HERE, {}
@@ -95,11 +154,25 @@ def _of_recipe(path: Path, runs: Path, set_: list[str], auto: bool, on: str, cha
         unforeseen = ""
     rows = []
     for node in graph.nodes.values():
-        row = {"stage": node.name, "kind": node.kind, "state": node.state, "key": node.key and node.key[:16], "why": [] if node.artifact else graph.why(node)}
+        row = {
+            "stage": node.name,
+            "kind": node.kind,
+            "state": node.state,
+            "key": node.key and node.key[:16],
+            "why": [] if node.artifact else graph.why(node),
+        }
         told = foreseen.get(node.name)
         took = f"{duration(told.seconds):>9}" if told and not node.artifact else f"{'':9}"
-        beside = f"{duration(other[node.name].seconds):>9}  " if node.name in other and not node.artifact else "           " if other else ""
-        answer.lines.append(f"{SIGNS[node.state]:10} {node.name:32} {node.kind:9} {took}  {beside}{'; '.join(row['why'][:3])}".rstrip())
+        beside = (
+            f"{duration(other[node.name].seconds):>9}  "
+            if node.name in other and not node.artifact
+            else "           "
+            if other
+            else ""
+        )
+        answer.lines.append(
+            f"{SIGNS[node.state]:10} {node.name:32} {node.kind:9} {took}  {beside}{'; '.join(row['why'][:3])}".rstrip()
+        )
         rows.append(row | ({"forecast": told.told()} if told else {}))
     answer.data["data"] = rows
     _sum_up(answer, graph, foreseen, where, price, until)
@@ -142,7 +215,9 @@ def cached_forecast(graph: Graph) -> dict[str, Any] | None:
     return {"schema": 1, "made": str(date.today()), "on": HERE, "stages": stages} if stages else None
 
 
-def foresee(graph: Graph, on: str = "", changes: dict[str, Any] | None = None, ask: bool = True) -> tuple[dict[str, Forecast], str]:
+def foresee(
+    graph: Graph, on: str = "", changes: dict[str, Any] | None = None, ask: bool = True
+) -> tuple[dict[str, Forecast], str]:
     """What each stage takes, and where: on this machine, which is measured in seconds if it was not yet (or not, without `ask`).
     Nothing, where all is done."""
     from .. import __version__
@@ -160,10 +235,18 @@ def foresee(graph: Graph, on: str = "", changes: dict[str, Any] | None = None, a
         walk.add(node.name, node.stage, node.inputs, node.control)
     if on:
         cluster = clusters.cluster(on, **(changes or {}))
-        return {name: forecast.price_on(effort, configs, cluster) for name, effort in walk.efforts.items()}, cluster.tell()
-    worlds = {s.problems: recipe.problems[s.problems].model_dump() for s in recipe.stages.values() if isinstance(s, Pretrain)}
+        return {
+            name: forecast.price_on(effort, configs, cluster) for name, effort in walk.efforts.items()
+        }, cluster.tell()
+    worlds = {
+        s.problems: recipe.problems[s.problems].model_dump()
+        for s in recipe.stages.values()
+        if isinstance(s, Pretrain)
+    }
     threads = recipe.threads or max(1, int(_cores()) // recipe.workers)
-    rates = machine_rates.measure(forecast.asked_of(walk.efforts.values(), configs), worlds, threads, recipe.workers, __version__, ask)
+    rates = machine_rates.measure(
+        forecast.asked_of(walk.efforts.values(), configs), worlds, threads, recipe.workers, __version__, ask
+    )
     if rates is None:
         return {}, HERE
     return {name: forecast.price(effort, configs, rates) for name, effort in walk.efforts.items()}, HERE
@@ -193,7 +276,11 @@ def _configs(graph: Graph) -> dict[str, Any]:
             vocabulary = open_task(stage.problems, graph.recipe.problems[stage.problems]).tokenizer().size
             found[node.name] = to_config(stage.shape, vocabulary)
         elif isinstance(stage, Load):
-            config = _gguf(Path(stage.path)) if Path(stage.path).is_file() else ModelConfig.from_directory(Path(stage.path))
+            config = (
+                _gguf(Path(stage.path))
+                if Path(stage.path).is_file()
+                else ModelConfig.from_directory(Path(stage.path))
+            )
             found[node.name] = replace(config, layers=stage.layers) if stage.layers else config
         elif (model := node.inputs[0] if node.kind == "evaluate" else getattr(stage, "model", "")) in found:
             found[node.name] = found[model]
@@ -201,7 +288,9 @@ def _configs(graph: Graph) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> Any:
-    raise mistake(f"{path}: how long a model from a GGUF file takes is foreseen once it is loaded; run that stage first, or name a model directory")
+    raise mistake(
+        f"{path}: how long a model from a GGUF file takes is foreseen once it is loaded; run that stage first, or name a model directory"
+    )
 
 
 def _total(graph: Graph, foreseen: dict[str, Forecast], where: str) -> tuple[float, float, float]:
@@ -210,13 +299,22 @@ def _total(graph: Graph, foreseen: dict[str, Forecast], where: str) -> tuple[flo
 
     left = {name: f for name, f in foreseen.items() if not graph.nodes[name].artifact}
     workers = graph.recipe.workers if where == HERE else 1
-    return tuple(wall(left, workers, START * (where == HERE and bool(left)), key) for key in ("seconds", "low", "high"))
+    return tuple(
+        wall(left, workers, START * (where == HERE and bool(left)), key) for key in ("seconds", "low", "high")
+    )
 
 
 START = 3.0  # seconds until a worker has torch
 
 
-def _sum_up(answer: Answer, graph: Graph, foreseen: dict[str, Forecast], where: str, price: float | None, until: str | None) -> None:
+def _sum_up(
+    answer: Answer,
+    graph: Graph,
+    foreseen: dict[str, Forecast],
+    where: str,
+    price: float | None,
+    until: str | None,
+) -> None:
     from .plan_text import deadline, duration
 
     if not foreseen:
@@ -232,10 +330,15 @@ def _sum_up(answer: Answer, graph: Graph, foreseen: dict[str, Forecast], where: 
     if people:
         from ..plan.forecast import DESK_SECONDS
 
-        answer.say("people", f"{people} rows to review, about {duration(people * DESK_SECONDS)} of somebody's time")
+        answer.say(
+            "people", f"{people} rows to review, about {duration(people * DESK_SECONDS)} of somebody's time"
+        )
     if price is not None:
         answer.data["money"] = price * seconds / 3600
-        answer.say("money", f"${price * seconds / 3600:,.2f} (${price * low / 3600:,.2f} to ${price * high / 3600:,.2f}) at ${price:g} an hour")
+        answer.say(
+            "money",
+            f"${price * seconds / 3600:,.2f} (${price * low / 3600:,.2f} to ${price * high / 3600:,.2f}) at ${price:g} an hour",
+        )
     if until:
         deadline(answer, seconds, until)
 
@@ -247,7 +350,11 @@ def _shares(left: Iterable[Forecast]) -> list[str]:
         for name, seconds in f.parts.items():
             parts[name] = parts.get(name, 0.0) + seconds
     whole = sum(parts.values()) or 1.0
-    return [f"{name} {seconds / whole:.0%}" for name, seconds in sorted(parts.items(), key=lambda item: -item[1]) if seconds / whole >= 0.01]
+    return [
+        f"{name} {seconds / whole:.0%}"
+        for name, seconds in sorted(parts.items(), key=lambda item: -item[1])
+        if seconds / whole >= 0.01
+    ]
 
 
 # ---------------------------------------------------------------- published runs, words

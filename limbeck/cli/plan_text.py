@@ -29,7 +29,16 @@ class Answer:
 # ---------------------------------------------------------------- models
 
 
-def of_model(name: str, on: str, figures: dict[str, Any], changes: dict[str, Any], given: dict[str, Any], price: float | None, until: str | None, svg: Path | None) -> Answer:
+def of_model(
+    name: str,
+    on: str,
+    figures: dict[str, Any],
+    changes: dict[str, Any],
+    given: dict[str, Any],
+    price: float | None,
+    until: str | None,
+    svg: Path | None,
+) -> Answer:
     config = models.find(name)
     cluster = clusters.cluster(on or _asked(name), **figures)
     work = runs.workload(name, given)
@@ -40,12 +49,24 @@ def of_model(name: str, on: str, figures: dict[str, Any], changes: dict[str, Any
     if changes:
         other = clusters.cluster(on, **figures | changes)
         answer.lines += ["", f"what if {told_changes(changes)}: {other.tell()}"]
-        answer.data["what_if"] = {"changes": changes, **_one(answer, name, config, other, work, price, until, None)}
+        answer.data["what_if"] = {
+            "changes": changes,
+            **_one(answer, name, config, other, work, price, until, None),
+        }
         _compare(answer)
     return answer
 
 
-def _one(answer: Answer, name: str, config: Any, cluster: Cluster, work: Any, price: float | None, until: str | None, svg: Path | None) -> dict[str, Any]:
+def _one(
+    answer: Answer,
+    name: str,
+    config: Any,
+    cluster: Cluster,
+    work: Any,
+    price: float | None,
+    until: str | None,
+    svg: Path | None,
+) -> dict[str, Any]:
     data: dict[str, Any] = {}
     if work.kind == "rl":
         cost, bill = runs.reinforce(config, cluster, price)
@@ -64,22 +85,45 @@ def _one(answer: Answer, name: str, config: Any, cluster: Cluster, work: Any, pr
     if work.teacher:
         taught = runs.teach(work)
         data["teacher"] = runs.told(taught)
-        answer.say("teacher", f"{_range(taught.tokens)} tokens by {work.teacher['model']}: {_range(taught.chip_hours)} H800-hours of a service "
-                   f"like DeepSeek's, or ${_range(taught.money)} by its list")  # fmt: skip
+        answer.say(
+            "teacher",
+            f"{_range(taught.tokens)} tokens by {work.teacher['model']}: {_range(taught.chip_hours)} H800-hours of a service "
+            f"like DeepSeek's, or ${_range(taught.money)} by its list",
+        )
     data["serving"] = _serving(answer, config, cluster, price)
     return data
 
 
-def _training(answer: Answer, config: Any, cluster: Cluster, work: Any, price: float | None, until: str | None, svg: Path | None) -> dict[str, Any]:
+def _training(
+    answer: Answer,
+    config: Any,
+    cluster: Cluster,
+    work: Any,
+    price: float | None,
+    until: str | None,
+    svg: Path | None,
+) -> dict[str, Any]:
     run = runs.train(config, cluster, work, price)
     step = run.choices[0].step
-    answer.say("training", f"{_short(work.tokens)} tokens in {run.steps:,.0f} steps of {work.batch:,} x {work.seq:,}, {work.precision} ({work.source})")
+    answer.say(
+        "training",
+        f"{_short(work.tokens)} tokens in {run.steps:,.0f} steps of {work.batch:,} x {work.seq:,}, {work.precision} ({work.source})",
+    )
     if run.averaging:
         answer.say("sites", run.averaging.tell())
     for i, choice in enumerate(run.choices):
-        answer.say("best layout" if i == 0 else f"{i + 1}th" if i > 2 else ("2nd", "3rd")[i - 1], choice.tell())
-    answer.say("a step", f"{step.seconds:.3g} s ({step.low:.3g} to {step.high:.3g}); {step.tflops:.0f} TFLOPS a chip, MFU {step.mfu:.1%} (causal, of the 16-bit peak)")
-    answer.say("operations", f"{run.operations:.3g}, causal" + (f"; {run.operations / 1e26:.1%} of 1e26" if run.operations > 1e23 else ""))
+        answer.say(
+            "best layout" if i == 0 else f"{i + 1}th" if i > 2 else ("2nd", "3rd")[i - 1], choice.tell()
+        )
+    answer.say(
+        "a step",
+        f"{step.seconds:.3g} s ({step.low:.3g} to {step.high:.3g}); {step.tflops:.0f} TFLOPS a chip, MFU {step.mfu:.1%} (causal, of the 16-bit peak)",
+    )
+    answer.say(
+        "operations",
+        f"{run.operations:.3g}, causal"
+        + (f"; {run.operations / 1e26:.1%} of 1e26" if run.operations > 1e23 else ""),
+    )
     _bill(answer, run.bill, until)
     if svg:
         answer.say("drawn", ", ".join(map(str, _draw(run, config, cluster, svg))))
@@ -96,22 +140,37 @@ def _shorter(answer: Answer, config: Any, cluster: Cluster, work: Any) -> None:
         except LimbeckError:
             seq //= 2
             continue
-        answer.say("but", f"with sequences of {seq:,} it can: {run.choices[0].tell()}; {duration(run.bill.seconds.middle)} in all")
+        answer.say(
+            "but",
+            f"with sequences of {seq:,} it can: {run.choices[0].tell()}; {duration(run.bill.seconds.middle)} in all",
+        )
         return
 
 
 def _bill(answer: Answer, bill: Any, until: str | None) -> None:
     share = bill.goodput
-    answer.say("goodput", f"{share.share:.1%} ({share.low:.1%} to {share.high:.1%}): {share.failures_per_day:.2g} failures a day, a checkpoint every "
-               f"{share.interval_seconds / 60:.0f} min")  # fmt: skip
+    answer.say(
+        "goodput",
+        f"{share.share:.1%} ({share.low:.1%} to {share.high:.1%}): {share.failures_per_day:.2g} failures a day, a checkpoint every "
+        f"{share.interval_seconds / 60:.0f} min",
+    )
     hours = bill.chip_hours
-    answer.say("in all", f"{duration(bill.seconds.middle)} ({duration(bill.seconds.low)} to {duration(bill.seconds.high)}); "
-               f"{_range(hours)} chip-hours on {bill.chips:,} chips")  # fmt: skip
+    answer.say(
+        "in all",
+        f"{duration(bill.seconds.middle)} ({duration(bill.seconds.low)} to {duration(bill.seconds.high)}); "
+        f"{_range(hours)} chip-hours on {bill.chips:,} chips",
+    )
     if bill.power:
-        answer.say("energy", f"{_range(Range(bill.power.kwh, bill.power.low, bill.power.high))} kWh, PUE {bill.power.pue:g}")
+        answer.say(
+            "energy",
+            f"{_range(Range(bill.power.kwh, bill.power.low, bill.power.high))} kWh, PUE {bill.power.pue:g}",
+        )
     if bill.money:
         source = f"{bill.rental.source}, {bill.rental.date}" if bill.rental.date else "the price given"
-        answer.say("money", f"${_range(bill.money)} at ${bill.rental.low:g} to ${bill.rental.high:g} an hour ({source})")
+        answer.say(
+            "money",
+            f"${_range(bill.money)} at ${bill.rental.low:g} to ${bill.rental.high:g} an hour ({source})",
+        )
     for text in bill.unknown:
         answer.say("not known", text)
     if until:
@@ -124,9 +183,16 @@ def _serving(answer: Answer, config: Any, cluster: Cluster, price: float | None)
     except LimbeckError as error:
         answer.say("serving", f"cannot be: {error}")
         return {"refused": str(error)}
-    money = f"; ${served.money[0]:.2g} a million tokens read, ${served.money[1]:.2g} written" if served.money else ""
-    answer.say("serving", f"a copy on {served.chips} chips, {served.precision}: {served.rows:,.0f} conversations of {served.context:,} tokens at {served.speed:.0f} tokens/s; "
-               f"a chip writes {served.decode.tokens:,.0f} tokens/s ({served.decode.binds}), reads {served.prefill.tokens:,.0f}{money}")  # fmt: skip
+    money = (
+        f"; ${served.money[0]:.2g} a million tokens read, ${served.money[1]:.2g} written"
+        if served.money
+        else ""
+    )
+    answer.say(
+        "serving",
+        f"a copy on {served.chips} chips, {served.precision}: {served.rows:,.0f} conversations of {served.context:,} tokens at {served.speed:.0f} tokens/s; "
+        f"a chip writes {served.decode.tokens:,.0f} tokens/s ({served.decode.binds}), reads {served.prefill.tokens:,.0f}{money}",
+    )
     return runs.told(served)
 
 
@@ -135,7 +201,9 @@ def _draw(run: Training, config: Any, cluster: Cluster, svg: Path) -> list[Path]
     from ..plan import gantt, pipeline_schedules, step
 
     layout, work = run.choices[0].layout, run.workload
-    drawn = [gantt.trade(list(run.choices), svg.with_name(f"{svg.stem}-layouts.svg") if layout.pp > 1 else svg)]
+    drawn = [
+        gantt.trade(list(run.choices), svg.with_name(f"{svg.stem}-layouts.svg") if layout.pp > 1 else svg)
+    ]
     if layout.pp > 1:
         at = step.foresee(config, cluster, layout, work.batch, work.seq, work.precision)
         line = pipeline_schedules.simulate(layout.schedule, at.times, layout.pp, at.micro, layout.chunks)
@@ -159,13 +227,18 @@ def _compare(answer: Answer) -> None:
 # ---------------------------------------------------------------- rules and deadlines
 
 
-def rule(answer: Answer, on: str, figures: dict[str, Any], changes: dict[str, Any], to: str, date: str | None) -> None:
+def rule(
+    answer: Answer, on: str, figures: dict[str, Any], changes: dict[str, Any], to: str, date: str | None
+) -> None:
     """Whether the chips may be sold there on that day; and the model's weights, were they kept closed."""
     if not on:
         raise mistake("--to asks whether chips may be sold: name them with --on, for instance --on 2048xH800")
     day = _day(date) if date else Date.today()
     told = []
-    chips = {chip.name: chip for chip in (clusters.cluster(on, **each).chip for each in (figures | changes, figures))}
+    chips = {
+        chip.name: chip
+        for chip in (clusters.cluster(on, **each).chip for each in (figures | changes, figures))
+    }
     for chip in reversed(chips.values()):
         verdict = export_rules.judge(export_rules.ware(chip), to, day)
         told.append({"chip": chip.name, **runs.told(verdict)})
@@ -190,7 +263,11 @@ def deadline(answer: Answer, seconds: float, until: str, chips: int = 1) -> None
     """What will be done when stock runs out, and what it would take to be through by then."""
     left = days_left(until) * 86400
     share = min(1.0, left / seconds)
-    faster = f"about {int(-(-chips * seconds // left)):,} chips" if chips > 1 else f"{seconds / left:.2g} times as many chips, or as fast ones"
+    faster = (
+        f"about {int(-(-chips * seconds // left)):,} chips"
+        if chips > 1
+        else f"{seconds / left:.2g} times as many chips, or as fast ones"
+    )
     text = "all of it is done" if share == 1 else f"{share:.0%} is done; to be through by then takes {faster}"
     answer.data["until"] = {"date": str(_day(until)), "share": share}
     answer.say("until", f"{_day(until)}, {left / 86400:.0f} days from today: {text}")

@@ -18,11 +18,22 @@ FACTS = ("rows", "pairs", "sampled", "kept", "accepted", "edited", "rejected", "
 def why(
     model: Annotated[str, typer.Argument(help=MODEL)],
     runs: Home = RUNS,
-    rows: Annotated[bool, typer.Option("--rows", help="list the rows that trained it: where they come from, who edited them")] = False,
-    row: Annotated[str, typer.Option("--row", metavar="ID", help="show one of these rows", show_default=False)] = "",
-    fingerprints: Annotated[bool, typer.Option("--fingerprints", help="look for other models' traces in them: evidence, never proof")] = False,
+    rows: Annotated[
+        bool,
+        typer.Option("--rows", help="list the rows that trained it: where they come from, who edited them"),
+    ] = False,
+    row: Annotated[
+        str, typer.Option("--row", metavar="ID", help="show one of these rows", show_default=False)
+    ] = "",
+    fingerprints: Annotated[
+        bool,
+        typer.Option("--fingerprints", help="look for other models' traces in them: evidence, never proof"),
+    ] = False,
     corpus: Annotated[
-        Path | None, typer.Option(help="with --fingerprints: a text or JSONL file of another model's outputs", show_default=False)
+        Path | None,
+        typer.Option(
+            help="with --fingerprints: a text or JSONL file of another model's outputs", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -33,13 +44,19 @@ def why(
     if row:
         found = [one for one in rows_behind(lineage) if one["id"] == row]
         if not found:
-            raise mistake(f"{row}: no row of that id trained {lineage.head['stage']}; `limbeck why {model} --rows` lists those that did")
+            raise mistake(
+                f"{row}: no row of that id trained {lineage.head['stage']}; `limbeck why {model} --rows` lists those that did"
+            )
         _emit(found, as_json, _tell_row)
     elif fingerprints or corpus:
         _trace(lineage, corpus, as_json)
     elif rows:
         listed = ({k: v for k, v in one.items() if k != "row"} for one in rows_behind(lineage))
-        _emit(list(listed), as_json, lambda r: f"{r['id']:36} {r['learned_by']:14} {r['given_by']:14} x{r['times']}  {_hands(r)}")
+        _emit(
+            list(listed),
+            as_json,
+            lambda r: f"{r['id']:36} {r['learned_by']:14} {r['given_by']:14} x{r['times']}  {_hands(r)}",
+        )
     elif as_json:
         print(json.dumps({"ok": True, "data": lineage.tell(), "schema": 1}, ensure_ascii=False))
     else:
@@ -47,9 +64,16 @@ def why(
 
 
 def recall(
-    row: Annotated[str, typer.Argument(metavar="ROW-ID", help="a row's id, or a problem's: all rows that answer it")],
+    row: Annotated[
+        str, typer.Argument(metavar="ROW-ID", help="a row's id, or a problem's: all rows that answer it")
+    ],
     runs: Home = RUNS,
-    given_by: Annotated[str, typer.Option("--from", metavar="STAGE", help="only the rows that this stage gave", show_default=False)] = "",
+    given_by: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="STAGE", help="only the rows that this stage gave", show_default=False
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Say what a withdrawn row has reached, also through models that learned from it, and what a rerun would redo."""
@@ -62,21 +86,36 @@ def recall(
     if as_json:
         print(json.dumps({"schema": 1, "ok": True, "data": asdict(found)}, ensure_ascii=False))
         return
-    for title, artifacts in (("held by", found.holds), ("learned by", found.learned), ("reached through them", found.tainted),
-                             ("may have been practised on by", found.unsure)):  # fmt: skip
+    for title, artifacts in (
+        ("held by", found.holds),
+        ("learned by", found.learned),
+        ("reached through them", found.tainted),
+        ("may have been practised on by", found.unsure),
+    ):
         if artifacts:
             print(f"{title}: {', '.join(f'{stage} ({name})' for name, stage in artifacts.items())}")
     for run, stages in found.again.items():
         print(f"a rerun of {run} without it: {', '.join(stages)}")
-    print(f"which took {found.seconds:.1f} s and {found.flops:.3g} FLOPs" if found.again else "nothing would have to be computed again")
+    print(
+        f"which took {found.seconds:.1f} s and {found.flops:.3g} FLOPs"
+        if found.again
+        else "nothing would have to be computed again"
+    )
 
 
 def release(
     model: Annotated[str, typer.Argument(help=MODEL.removeprefix("a released directory, "))],
     out: Annotated[Path, typer.Argument(help="the directory to write; it must not exist yet")],
     runs: Home = RUNS,
-    name: Annotated[str, typer.Option(help="what the model is called; else as the directory", show_default=False)] = "",
-    gguf: Annotated[str, typer.Option("--gguf", metavar="TYPE", help="f32, f16, q8_0, none; auto is f16 where the format holds it")] = "auto",
+    name: Annotated[
+        str, typer.Option(help="what the model is called; else as the directory", show_default=False)
+    ] = "",
+    gguf: Annotated[
+        str,
+        typer.Option(
+            "--gguf", metavar="TYPE", help="f32, f16, q8_0, none; auto is f16 where the format holds it"
+        ),
+    ] = "auto",
 ) -> None:
     """Write a model that others can load: weights, tokenizer, card, lineage, checksums, and the recipe that makes it again.
 
@@ -108,8 +147,18 @@ def _trace(lineage: Any, corpus: Path | None, as_json: bool) -> None:
     from ..pipeline.provenance.fingerprints import traces
     from ..pipeline.provenance.lineage import rows_behind
 
-    found = [asdict(trace) for trace in traces((one["row"] for one in rows_behind(lineage) if "row" in one), corpus)]
-    _emit(found, as_json, lambda t: f"{t['rows']} of {t['of']} rows: {t['kind']}" + "".join(f"\n    {id}: {text}" for id, text in t["examples"]))
+    found = [
+        asdict(trace)
+        for trace in traces((one["row"] for one in rows_behind(lineage) if "row" in one), corpus)
+    ]
+    _emit(
+        found,
+        as_json,
+        lambda t: (
+            f"{t['rows']} of {t['of']} rows: {t['kind']}"
+            + "".join(f"\n    {id}: {text}" for id, text in t["examples"])
+        ),
+    )
     if not as_json:
         print("This is evidence, never proof: people quote, and common phrases are common.")
 
@@ -138,7 +187,9 @@ def _show(lineage: Any) -> None:
     from .display import printable
 
     head = lineage.head
-    console = Console(highlight=False, **({} if sys.stdout.isatty() else {"width": 10_000}))  # nothing is cut in a pipe
+    console = Console(
+        highlight=False, **({} if sys.stdout.isatty() else {"width": 10_000})
+    )  # nothing is cut in a pipe
 
     def say(text: str) -> None:
         console.print(Text(printable(text)))
@@ -146,9 +197,14 @@ def _show(lineage: Any) -> None:
     say(f"{head['stage']} ({head['artifact']}): {lineage.conclusion}")
     for licence in bind(lineage.licences).licences:
         said = terms(licence)
-        say(f"  {licence}: {said.title}{f', {said.dated}' if said.dated else ''}; {said.source}" + (" (quoted by others)" if said.read != "primary" else ""))
+        say(
+            f"  {licence}: {said.title}{f', {said.dated}' if said.dated else ''}; {said.source}"
+            + (" (quoted by others)" if said.read != "primary" else "")
+        )
     for right in head.get("rights", []):
-        say(f"  claimed by {right.get('by', 'somebody')} on {right.get('date', 'some day')}: {right['reason']} (against {right['clause']})")
+        say(
+            f"  claimed by {right.get('by', 'somebody')} on {right.get('date', 'some day')}: {right['reason']} (against {right['clause']})"
+        )
     for kind, names in lineage.sources().items():
         say(f"{kind}: {', '.join(names) or 'none'}")
     seen: set[str] = set()

@@ -25,25 +25,37 @@ def review_at_terminal(queue: Path, reviewer: str) -> None:
     asked = [row for row in reviews.standings(queue) if row.due(reviewer)]
     disputed = [row for row in reviews.standings(queue) if row.state == "disputed"]
     for number, row in enumerate([*asked, *disputed], 1):
-        print(f"\n[{number}/{len(asked) + len(disputed)}] {printable(row.row['question'])}\n\n{printable(row.row['prompt'])}\n")
+        print(
+            f"\n[{number}/{len(asked) + len(disputed)}] {printable(row.row['question'])}\n\n{printable(row.row['prompt'])}\n"
+        )
         if not _review(queue, row, reviewer, number > len(asked)):
             break
     left, ours = len(reviews.pending(queue)), sum(row.due(reviewer) for row in reviews.standings(queue))
     print(
-        f"{left} rows are left" + ("" if ours or not left else ", for other people") if left
+        f"{left} rows are left" + ("" if ours or not left else ", for other people")
+        if left
         else "all rows are reviewed: run the recipe again and it goes on"
-    )  # fmt: skip
+    )
 
 
 def _review(queue: Path, row: reviews.Standing, reviewer: str, settle: bool) -> bool:
     """Show one row and save what is said of it; False if the person has had enough."""
     print(printable(row.row["completion"]) + "\n")
     for name, said in row.verdicts.items() if settle else ():
-        print(printable(f"{name} says {said['verdict']}: {said.get('completion') or said.get('reason') or 'as it is'}\n"))
+        print(
+            printable(
+                f"{name} says {said['verdict']}: {said.get('completion') or said.get('reason') or 'as it is'}\n"
+            )
+        )
     began, key = time.monotonic(), _choose()
     if key == "q":
         return False
-    entry = {"id": row.id, "verdict": KEYS[key], "reviewer": reviewer, **({"resolves": True} if settle else {})}
+    entry = {
+        "id": row.id,
+        "verdict": KEYS[key],
+        "reviewer": reviewer,
+        **({"resolves": True} if settle else {}),
+    }
     if key == "e":
         entry["completion"] = _edit(row.row["completion"])
     if key == "r":

@@ -51,7 +51,10 @@ def dump(recipe: Recipe) -> str:
 
 def with_auto_curation(recipe: Recipe) -> Recipe:
     """The recipe with each curate stage's policy in the place of people."""
-    stages = {n: s.model_copy(update={"auto": True}) if isinstance(s, Curate) else s for n, s in recipe.stages.items()}
+    stages = {
+        n: s.model_copy(update={"auto": True}) if isinstance(s, Curate) else s
+        for n, s in recipe.stages.items()
+    }
     return recipe.model_copy(update={"stages": stages})
 
 
@@ -88,7 +91,9 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key in written]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", written[i].start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} appears twice", written[i].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -109,7 +114,9 @@ def _override(tree: dict, override: str) -> None:
     for i, parent in enumerate(parents):
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise LimbeckError(f"--set {override}: {parent} is not a mapping, so it has no key {[*parents, last][i + 1]}")
+            raise LimbeckError(
+                f"--set {override}: {parent} is not a mapping, so it has no key {[*parents, last][i + 1]}"
+            )
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError:
@@ -160,7 +167,10 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
     return sorted(model.model_fields) if model else []
 
 
-MODELS, ROWS = {"load", "pretrain", "rl", "sft", "preference", "distill"}, {"sample", "curate", "general", "label"}
+MODELS, ROWS = (
+    {"load", "pretrain", "rl", "sft", "preference", "distill"},
+    {"sample", "curate", "general", "label"},
+)
 PAIRS = {"pairs"}
 
 
@@ -170,7 +180,9 @@ def _check_references(path: Path, recipe: Recipe) -> None:
 
     def cite(name: str, key: str, cited: str, kinds: set[str], what: str) -> None:
         if cited not in stages:
-            raise LimbeckError(f"{path}: stages.{name}.{key} cites {cited}, which is no stage{_meant(cited, stages)}")
+            raise LimbeckError(
+                f"{path}: stages.{name}.{key} cites {cited}, which is no stage{_meant(cited, stages)}"
+            )
         if isinstance(stages[cited], Remote) and "remote" not in kinds:
             raise LimbeckError(
                 f"{path}: stages.{name}.{key} needs {what}, but {cited} is remote: it gives text, no weights and no logits, "
@@ -182,7 +194,9 @@ def _check_references(path: Path, recipe: Recipe) -> None:
             )
 
     if not re.fullmatch(r"\w[\w.-]*", recipe.name) or recipe.name == "store":
-        raise LimbeckError(f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store")
+        raise LimbeckError(
+            f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store"
+        )
     for name, stage in stages.items():
         if "/" in name:
             raise LimbeckError(f"{path}: stages.{name}: a stage's name has no slash")
@@ -195,7 +209,10 @@ def _check_references(path: Path, recipe: Recipe) -> None:
         if getattr(stage, "model", None) and not isinstance(stage, Remote):
             asked = MODELS | {"remote"} if isinstance(stage, Sample) else MODELS
             cite(name, "model", stage.model, asked, "a model")
-        for key, kinds, what in (("flops_of", MODELS, "a stage that learns"), ("scored_by", MODELS | {"calibrate"}, "a model or a calibrated judge")):
+        for key, kinds, what in (
+            ("flops_of", MODELS, "a stage that learns"),
+            ("scored_by", MODELS | {"calibrate"}, "a model or a calibrated judge"),
+        ):
             if getattr(stage, key, None):
                 cite(name, key, getattr(stage, key), kinds, what)
         for row in stage.rows if isinstance(stage, SFT | Label | Distill) else ():
@@ -203,11 +220,15 @@ def _check_references(path: Path, recipe: Recipe) -> None:
         match stage:
             case Sample():
                 if stage.sampling.speculate and isinstance(stages[stage.model], Remote):
-                    raise LimbeckError(f"{path}: stages.{name}.sampling.speculate is not for {stage.model}, which is remote")
+                    raise LimbeckError(
+                        f"{path}: stages.{name}.sampling.speculate is not for {stage.model}, which is remote"
+                    )
                 if stage.judge:
                     cite(name, "judge", stage.judge, {"calibrate"}, "a calibration of the judge")
                 elif stage.judged is not None:
-                    raise LimbeckError(f"{path}: stages.{name}.judged needs a judge: name a calibrate stage in stages.{name}.judge")
+                    raise LimbeckError(
+                        f"{path}: stages.{name}.judged needs a judge: name a calibrate stage in stages.{name}.judge"
+                    )
             case Calibrate():
                 cite(name, "judge", stage.judge, MODELS | {"remote"}, "a model")
                 for row in cited_rows(stage.rows):
@@ -242,47 +263,71 @@ def _check_references(path: Path, recipe: Recipe) -> None:
                     cite(name, f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
             case Pretrain() | General():
                 if not isinstance(recipe.problems.get(stage.problems), Miniature):
-                    raise LimbeckError(f"{path}: stages.{name}.problems must be a miniature, which has a corpus")
+                    raise LimbeckError(
+                        f"{path}: stages.{name}.problems must be a miniature, which has a corpus"
+                    )
     _refuse_cycles(path, recipe)
 
 
 def _check_system(path: Path, name: str, stage: SFT) -> None:
     for cited in stage.system or {}:
         if cited not in stage.rows:
-            raise LimbeckError(f"{path}: stages.{name}.system cites {cited}, which gives it no rows{_meant(cited, stage.rows)}")
+            raise LimbeckError(
+                f"{path}: stages.{name}.system cites {cited}, which gives it no rows{_meant(cited, stage.rows)}"
+            )
 
 
 def _check_teachers(path: Path, name: str, stage: Distill, recipe: Recipe) -> None:
     """Every problem that the student may be asked has a teacher; so have rows that nobody has labelled."""
     for domain in stage.teachers:
         if domain not in recipe.problems:
-            raise LimbeckError(f"{path}: stages.{name}.teachers cites {domain}, which is not under problems{_meant(domain, recipe.problems)}")
+            raise LimbeckError(
+                f"{path}: stages.{name}.teachers cites {domain}, which is not under problems{_meant(domain, recipe.problems)}"
+            )
 
     def asked(names: list[str]) -> set[str]:
         screens = [recipe.stages[n] for n in names if n not in recipe.problems]
-        return {n for n in names if n in recipe.problems}.union(*(asked(sources(screen)) for screen in screens))
+        return {n for n in names if n in recipe.problems}.union(
+            *(asked(sources(screen)) for screen in screens)
+        )
 
     for domain in sorted(asked(list(stage.problems)) - set(stage.teachers)):
-        raise LimbeckError(f"{path}: stages.{name}.teachers has none for {domain}; name a stage whose model teaches it")
+        raise LimbeckError(
+            f"{path}: stages.{name}.teachers has none for {domain}; name a stage whose model teaches it"
+        )
     labels = [row for row in stage.rows if recipe.stages[row].kind == "label"]
     if labels and stage.divergence == "text":
-        raise LimbeckError(f"{path}: stages.{name}.rows cites {labels[0]}, labels of tokens, which divergence text cannot use; cite its rows")
+        raise LimbeckError(
+            f"{path}: stages.{name}.rows cites {labels[0]}, labels of tokens, which divergence text cannot use; cite its rows"
+        )
     bare = [row for row in stage.rows if recipe.stages[row].kind != "label"]
     if bare and not stage.teachers:
-        raise LimbeckError(f"{path}: stages.{name}.rows cites {bare[0]}, which nobody has labelled; name teachers, or cite a label stage")
+        raise LimbeckError(
+            f"{path}: stages.{name}.rows cites {bare[0]}, which nobody has labelled; name teachers, or cite a label stage"
+        )
+
+
 def _check_opinions(path: Path, name: str, stage: RL, cite: Callable[..., None]) -> None:
     """A part of the reward that is an opinion says whose; one that says whose is worth something, and its alarm can ring."""
     opinions, where = stage.opinions or {}, f"{path}: stages.{name}"
     for part in {"judge", "preference"} & set(stage.rewards) - set(opinions):
         kind = "calibrate" if part == "judge" else "reward"
-        raise LimbeckError(f"{where}.rewards.{part} is an opinion: name its {kind} stage in stages.{name}.opinions.{part}.of")
+        raise LimbeckError(
+            f"{where}.rewards.{part} is an opinion: name its {kind} stage in stages.{name}.opinions.{part}.of"
+        )
     for part, opinion in opinions.items():
-        kind, what = ("calibrate", "a calibration of the judge") if part == "judge" else ("reward", "a reward model")
+        kind, what = (
+            ("calibrate", "a calibration of the judge") if part == "judge" else ("reward", "a reward model")
+        )
         cite(name, f"opinions.{part}.of", opinion.of, {kind}, what)
         if part not in stage.rewards:
-            raise LimbeckError(f"{where}.opinions.{part} earns nothing; say what it is worth in stages.{name}.rewards.{part}")
+            raise LimbeckError(
+                f"{where}.opinions.{part} earns nothing; say what it is worth in stages.{name}.rewards.{part}"
+            )
         for problems in set(opinion.problems) - set(stage.problems):
-            raise LimbeckError(f"{where}.opinions.{part}.problems cites {problems}, of which the stage has none{_meant(problems, stage.problems)}")
+            raise LimbeckError(
+                f"{where}.opinions.{part}.problems cites {problems}, of which the stage has none{_meant(problems, stage.problems)}"
+            )
         counting = min(opinion.last_steps or stage.steps, stage.steps)
         if opinion.window > counting:
             raise LimbeckError(
@@ -296,7 +341,9 @@ def _refuse_cycles(path: Path, recipe: Recipe) -> None:
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         if name in trail:
-            raise LimbeckError(f"{path}: stages go in a circle: {' -> '.join([*trail[trail.index(name):], name])}")
+            raise LimbeckError(
+                f"{path}: stages go in a circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+            )
         if name not in done:
             stage = recipe.stages[name]
             for cited in [*inputs(stage), *(s for s in sources(stage) if s in recipe.stages)]:

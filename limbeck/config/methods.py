@@ -18,8 +18,14 @@ class Label(Stage):
     kind: Literal["label"]
     model: str = Field(description="the teacher's stage")
     rows: dict[str, float] = Field(description="stages that give rows, with the share of each")
-    top_k: int = Field(32, ge=1, description="tokens whose log-probabilities are kept; the mass of the others is kept as one number")
-    temperature: float = Field(1.0, gt=0, description="divides the logits; whoever learns from the labels uses the same")
+    top_k: int = Field(
+        32,
+        ge=1,
+        description="tokens whose log-probabilities are kept; the mass of the others is kept as one number",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="divides the logits; whoever learns from the labels uses the same"
+    )
     batch_tokens: int = Field(4096, ge=64, description="tokens at once, at most")
 
 
@@ -28,7 +34,9 @@ class Pairs(Stage):
 
     kind: Literal["pairs"]
     model: str = Field(description="the stage whose model is asked")
-    problems: dict[str, float] = Field(description="names of problems or of `screen` stages, with their shares")
+    problems: dict[str, float] = Field(
+        description="names of problems or of `screen` stages, with their shares"
+    )
     rewards: dict[RewardPart, float] = Field(
         {"accuracy": 1.0, "format": 0.2}, description="what each part of a score is worth"
     )
@@ -38,7 +46,9 @@ class Pairs(Stage):
         "stage, whose judge gives it",
     )
     prompts: int = Field(512, ge=1, description="how many problems are asked")
-    samples: int = Field(8, ge=2, description="completions of each problem, of which the best and the worst are kept")
+    samples: int = Field(
+        8, ge=2, description="completions of each problem, of which the best and the worst are kept"
+    )
     margin: float = Field(0.0, ge=0, description="leave out pairs whose scores differ by no more than this")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
@@ -48,14 +58,25 @@ class Preference(Budgeted):
 
     kind: Literal["preference"]
     model: str = Field(description="the stage whose model learns")
-    pairs: dict[str, float] = Field(description="`pairs` stages, and JSONL or Parquet with `prompt`, `chosen` and `rejected`, with the share of each")
-    licence: str | None = Field(None, description="of pairs that are a file: `own`, `internal`, or the data set's; learning needs to know")
-    beta: float = Field(0.1, gt=0, description="how much of a difference from the reference settles a preference")
-    normalized: bool = Field(False, description="compare mean log-probabilities, not sums: a longer response gains nothing by its length")
+    pairs: dict[str, float] = Field(
+        description="`pairs` stages, and JSONL or Parquet with `prompt`, `chosen` and `rejected`, with the share of each"
+    )
+    licence: str | None = Field(
+        None,
+        description="of pairs that are a file: `own`, `internal`, or the data set's; learning needs to know",
+    )
+    beta: float = Field(
+        0.1, gt=0, description="how much of a difference from the reference settles a preference"
+    )
+    normalized: bool = Field(
+        False,
+        description="compare mean log-probabilities, not sums: a longer response gains nothing by its length",
+    )
     epochs: float = Field(1, gt=0, description="passes over the pairs; 2.5 ends in the middle of the third")
     batch_tokens: int = Field(4096, ge=64, description="tokens of one update, about")
     recompute: bool = Field(
-        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+        False,
+        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
     )
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=2e-4, warmup_steps=5, schedule="linear"), description="how the weights move"
@@ -68,35 +89,51 @@ class Distill(Budgeted):
     kind: Literal["distill"]
     model: str = Field(description="the student's stage")
     teachers: dict[str, str] = Field(
-        {}, description="names of problems, each with the stage of the teacher for them; `label` stages need none"
+        {},
+        description="names of problems, each with the stage of the teacher for them; `label` stages need none",
     )
     divergence: Literal["forward", "reverse", "jsd", "text"] = Field(
-        "reverse", description="KL(teacher, student), which covers; KL(student, teacher), which selects; between them; or of spans of "
+        "reverse",
+        description="KL(teacher, student), which covers; KL(student, teacher), which selects; between them; or of spans of "
         "text, for teachers with other tokenizers",
     )
-    beta: float = Field(0.5, gt=0, lt=1, description="of `jsd`: towards 0 it acts as `forward`, towards 1 as `reverse`")
+    beta: float = Field(
+        0.5, gt=0, lt=1, description="of `jsd`: towards 0 it acts as `forward`, towards 1 as `reverse`"
+    )
     temperature: float = Field(1.0, gt=0, description="divides the logits of both; not that of sampling")
-    on_policy: float = Field(1.0, ge=0, le=1, description="share of the steps in which the student writes what is learned from")
-    problems: dict[str, float] = Field({}, description="where it does: problems or `screen` stages, with their shares")
-    rows: dict[str, float] = Field({}, description="in the other steps: stages that give rows, `label` among them, with their shares")
+    on_policy: float = Field(
+        1.0, ge=0, le=1, description="share of the steps in which the student writes what is learned from"
+    )
+    problems: dict[str, float] = Field(
+        {}, description="where it does: problems or `screen` stages, with their shares"
+    )
+    rows: dict[str, float] = Field(
+        {}, description="in the other steps: stages that give rows, `label` among them, with their shares"
+    )
     steps: int = Field(100, ge=1, description="updates")
     prompts_per_step: int = Field(32, ge=1, description="problems of each step")
-    group_size: int = Field(1, ge=1, description="completions of each problem; of rows a step takes as many as both make")
+    group_size: int = Field(
+        1, ge=1, description="completions of each problem; of rows a step takes as many as both make"
+    )
     sampling: Sampling = Field(Sampling(), description="how the student's completions are drawn")
     batch_tokens: int = Field(
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
     recompute: bool = Field(
-        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+        False,
+        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
     )
     optimizer: Optimizer = Field(
-        Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3), description="how the weights move"
+        Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3),
+        description="how the weights move",
     )
 
     @model_validator(mode="after")
     def _fed(self) -> Distill:
         if self.on_policy > 0 and not (self.problems and self.teachers):
-            raise ValueError(f"on_policy = {self.on_policy:g} needs problems for the student to answer, and teachers for them")
+            raise ValueError(
+                f"on_policy = {self.on_policy:g} needs problems for the student to answer, and teachers for them"
+            )
         if self.on_policy < 1 and not self.rows:
             raise ValueError(f"on_policy = {self.on_policy:g} leaves steps that need rows")
         return self

@@ -18,7 +18,8 @@ class Stage(Settings):
 
     title: str = Field("", description="a line for the report")
     log_every: int = Field(
-        10, ge=1,
+        10,
+        ge=1,
         description="steps between two that are logged; in `rl`, between two whose responses are kept",
     )
     save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
@@ -28,16 +29,21 @@ class Budgeted(Stage):
     """A stage that learns, and may be stopped by what it has spent."""
 
     flops_of: str | None = Field(
-        None, description="a stage to compare with: stop, at the latest when all is done, once as many FLOPs are spent as it took"
+        None,
+        description="a stage to compare with: stop, at the latest when all is done, once as many FLOPs are spent as it took",
     )
     flops: float | None = Field(
-        None, gt=0, description="or a number of FLOPs, of which the teacher's, and what the rows cost, are a part"
+        None,
+        gt=0,
+        description="or a number of FLOPs, of which the teacher's, and what the rows cost, are a part",
     )
 
     @model_validator(mode="after")
     def _one(self) -> Budgeted:
         if self.flops_of and self.flops:
-            raise ValueError(f"flops_of = {self.flops_of} and flops = {self.flops:g} are two budgets; give one")
+            raise ValueError(
+                f"flops_of = {self.flops_of} and flops = {self.flops:g} are two budgets; give one"
+            )
         return self
 
 
@@ -93,14 +99,18 @@ class Shape(Settings):
     @model_validator(mode="after")
     def _fit(self) -> Shape:
         if self.experts and not self.latent:
-            raise ValueError("experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too")
+            raise ValueError(
+                "experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too"
+            )
         if not self.latent and self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size = {self.hidden_size} is no even number of dimensions for each of heads = {self.heads}, and rotary "
                 f"positions take dimensions in pairs; make hidden_size a multiple of {2 * self.heads}"
             )
         if not self.latent and self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; give a number that does")
+            raise ValueError(
+                f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; give a number that does"
+            )
         return self
 
 
@@ -111,7 +121,9 @@ class Sampling(Settings):
     top_p: float = Field(
         1.0, gt=0, le=1, description="sample from the likeliest tokens that have this share together"
     )
-    speculate: bool = Field(False, description="let the module that looks ahead draft tokens: the same, sooner")
+    speculate: bool = Field(
+        False, description="let the module that looks ahead draft tokens: the same, sooner"
+    )
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
 
 
@@ -146,7 +158,9 @@ class Optimizer(Settings):
     balance_rate: float = Field(
         0.001, ge=0, description="how far the bias of an expert moves against its load in one update"
     )
-    balance_loss: float = Field(0.0001, ge=0, description="weight of the sequence-wise balance loss of experts")
+    balance_loss: float = Field(
+        0.0001, ge=0, description="weight of the sequence-wise balance loss of experts"
+    )
     expert_ratio: float = Field(
         1.0, gt=0, description="the rate of routed experts as a share of the others' (Hunyuan-Large: 0.31)"
     )

@@ -15,7 +15,18 @@ from .methods import Distill, Label, Pairs, Preference
 from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
 CorpusShare = Literal[
-    "textbook", "general", "plain", "tagged", "guessed", "direct_right", "systematic", "unverified", "slip", "misjudged", "same", "other"
+    "textbook",
+    "general",
+    "plain",
+    "tagged",
+    "guessed",
+    "direct_right",
+    "systematic",
+    "unverified",
+    "slip",
+    "misjudged",
+    "same",
+    "other",
 ]
 
 # ---------------------------------------------------------------- what is asked
@@ -73,9 +84,12 @@ class Files(Settings):
     )
     seed: int = Field(0, description="chooses which problems are held out")
     licence: str | None = Field(
-        None, description="of the rows: `own`, `internal` (must not leave the house), or the data set's; learning needs to know"
+        None,
+        description="of the rows: `own`, `internal` (must not leave the house), or the data set's; learning needs to know",
     )
-    teachers: list[str] = Field([], description="models that wrote, filtered or judged the rows; their terms bind as well")
+    teachers: list[str] = Field(
+        [], description="models that wrote, filtered or judged the rows; their terms bind as well"
+    )
 
 
 Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
@@ -89,7 +103,9 @@ class Load(Stage):
 
     kind: Literal["load"]
     path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
-    layers: int | None = Field(None, ge=1, description="keep this many layers, evenly spaced: a student to start from")
+    layers: int | None = Field(
+        None, ge=1, description="keep this many layers, evenly spaced: a student to start from"
+    )
     licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
 
 
@@ -97,10 +113,14 @@ class Remote(Stage):
     """A model behind an OpenAI-compatible endpoint. It gives text: no weights, and no logits."""
 
     kind: Literal["remote"]
-    url: str = Field(pattern=r"^https?://[^\s/@]+(/[^\s?#]*)?$", description="where the API begins, for instance `https://api.deepseek.com/v1`")
+    url: str = Field(
+        pattern=r"^https?://[^\s/@]+(/[^\s?#]*)?$",
+        description="where the API begins, for instance `https://api.deepseek.com/v1`",
+    )
     model: str = Field(description="the model's name there")
     key: str = Field(
-        "", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
+        "",
+        pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$",
         description="the environment variable that holds the API key; the key itself is written nowhere",
     )
     licence: str = Field("", description="licence or terms that bind what the model writes")
@@ -108,8 +128,12 @@ class Remote(Stage):
     requests_per_minute: float | None = Field(None, gt=0, description="at most so many, evenly spaced")
     concurrent: int = Field(4, ge=1, description="requests on their way at once")
     patience: float = Field(600, gt=0, description="seconds to wait for one response")
-    logprobs: bool = Field(False, description="ask for the log-probabilities of what was sampled; some endpoints refuse")
-    extra: dict[str, Any] = Field({}, description="further fields of each request; null takes one of ours away")
+    logprobs: bool = Field(
+        False, description="ask for the log-probabilities of what was sampled; some endpoints refuse"
+    )
+    extra: dict[str, Any] = Field(
+        {}, description="further fields of each request; null takes one of ours away"
+    )
 
 
 class Pretrain(Stage):
@@ -117,7 +141,9 @@ class Pretrain(Stage):
 
     kind: Literal["pretrain"]
     problems: str = Field(description="a miniature, whose corpus is read")
-    fp8: bool = Field(False, description="round the factors of every product as DeepSeek-V3 trains in FP8 (simulated)")
+    fp8: bool = Field(
+        False, description="round the factors of every product as DeepSeek-V3 trains in FP8 (simulated)"
+    )
     shape: Shape = Field(Shape(), description="dimensions of the model")
     corpus: dict[CorpusShare, float] = Field(
         {}, description="shares of kinds of text, in place of the miniature's own"
@@ -156,7 +182,8 @@ class RL(Budgeted):
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
     recompute: bool = Field(
-        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+        False,
+        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
     )
 
 
@@ -193,7 +220,8 @@ class Sample(Stage):
     language: float = Field(0.0, ge=0, le=1, description="least language consistency of a kept row")
     longest: int | None = Field(None, ge=1, description="drop responses of more tokens than this")
     keep: Literal["shortest", "best"] | None = Field(
-        None, description="of the completions that pass keep the shortest, or those with the best score; else the first"
+        None,
+        description="of the completions that pass keep the shortest, or those with the best score; else the first",
     )
     rewards: dict[RewardPart, float] | None = Field(
         None, description="what each part of the score is worth that `best` goes by; else accuracy alone"
@@ -203,8 +231,12 @@ class Sample(Stage):
         description="a teacher's stage, whose mean log-probability of a completion is the score that `best` goes by; or a `calibrate` "
         "stage, whose judge gives it",
     )
-    judge: str | None = Field(None, description="a `calibrate` stage that was passed: its judge scores the responses")
-    judged: float | None = Field(None, ge=0, le=1, description="least score by the judge of a kept row; 0.5 where there is one")
+    judge: str | None = Field(
+        None, description="a `calibrate` stage that was passed: its judge scores the responses"
+    )
+    judged: float | None = Field(
+        None, ge=0, le=1, description="least score by the judge of a kept row; 0.5 where there is one"
+    )
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
@@ -218,7 +250,9 @@ class Curate(Stage):
         description="what people are asked about each row",
     )
     second: float | None = Field(
-        None, ge=0, le=1,
+        None,
+        ge=0,
+        le=1,
         description="share of the rows that two people review, neither knowing what the other said; can be changed at the desk",
     )
     auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
@@ -245,7 +279,8 @@ class SFT(Budgeted):
     )
     batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
     recompute: bool = Field(
-        False, description="keep less in memory while learning, and compute it again: the same numbers, a third slower"
+        False,
+        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
     )
     optimizer: Optimizer = Field(
         Optimizer(name="muon", learning_rate=2e-3, schedule="cosine"), description="how the weights move"
@@ -271,7 +306,8 @@ class Evaluate(Stage):
     prompts: int = Field(1000, ge=1, description="held-out problems of each source, at most")
     samples: int = Field(1, ge=1, description="completions of each problem in `t1` and `t06`")
     modes: list[Literal["t1", "t06", "greedy", "pass@8"]] = Field(
-        ["t1", "greedy"], min_length=1,
+        ["t1", "greedy"],
+        min_length=1,
         description="temperature 1; 0.6 with top-p 0.95; greedy; and 8 completions a problem",
     )
     forced: list[str] = Field([], description="models that are also shown with retries forced on them")
@@ -293,8 +329,23 @@ class Report(Stage):
 
 
 AnyStage = Annotated[
-    Load | Remote | Pretrain | RL | Screen | Sample | Curate | SFT | General | Label | Pairs | Preference | Distill
-    | Calibrate | Reward | Evaluate | Report,
+    Load
+    | Remote
+    | Pretrain
+    | RL
+    | Screen
+    | Sample
+    | Curate
+    | SFT
+    | General
+    | Label
+    | Pairs
+    | Preference
+    | Distill
+    | Calibrate
+    | Reward
+    | Evaluate
+    | Report,
     Field(discriminator="kind"),
 ]
 
@@ -307,7 +358,9 @@ class Recipe(Settings):
     seed: int = Field(0, description="the root of every random draw")
     workers: int = Field(1, ge=1, description="stages that run side by side")
     threads: int = Field(0, ge=0, description="threads of each worker; 0 shares the cores evenly")
-    licence: str = Field("", description="licence of the models that are brought in: `Apache-2.0`, or `MIT AND Llama-3.1`")
+    licence: str = Field(
+        "", description="licence of the models that are brought in: `Apache-2.0`, or `MIT AND Llama-3.1`"
+    )
     problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
     stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
 

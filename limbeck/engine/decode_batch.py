@@ -48,9 +48,13 @@ class DecodeBatch:
         self.ends_V[list(self.ends)] = True
         self.decoding = kernels.Decoding(model) if self.compiled and kernels.Decoding.fits(model) else None
         budget = sampling.max_new_tokens
-        self.cache = KVCache(model.config, weight.dtype, weight.device, self.decoding is not None, min(budget, AHEAD))
+        self.cache = KVCache(
+            model.config, weight.dtype, weight.device, self.decoding is not None, min(budget, AHEAD)
+        )
         self.tokens_BT = np.zeros((0, budget), dtype=np.int64)
-        self.logprobs_BT = np.zeros((0, budget), dtype=np.float64 if weight.dtype == torch.float64 else np.float32)
+        self.logprobs_BT = np.zeros(
+            (0, budget), dtype=np.float64 if weight.dtype == torch.float64 else np.float32
+        )
         self.uniforms_BT = np.zeros((0, budget))
         self.age_B = np.zeros(0, dtype=np.int64)
         self.alive_B = np.zeros(0, dtype=bool)
@@ -59,7 +63,9 @@ class DecodeBatch:
         self.hidden_BC = torch.zeros(0, model.config.hidden_size, dtype=weight.dtype)
         self.sparse = sum(model.config.sparse(layer) for layer in range(model.config.layers))
         if self.sparse:
-            self.routes_BTLK = np.zeros((0, budget + 1, self.sparse, model.config.experts.top_k), dtype=np.int16)
+            self.routes_BTLK = np.zeros(
+                (0, budget + 1, self.sparse, model.config.experts.top_k), dtype=np.int16
+            )
             self.begun: list[np.ndarray] = []
 
     @property
@@ -72,7 +78,10 @@ class DecodeBatch:
         rows = np.array([i * copies + c for i in order for c in range(copies)])
         self.tokens_BT, self.logprobs_BT = (_longer(x, len(rows)) for x in (self.tokens_BT, self.logprobs_BT))
         self.uniforms_BT = np.concatenate([self.uniforms_BT, uniforms[rows]])
-        self.age_B, self.alive_B = _longer(self.age_B, len(rows)), np.append(self.alive_B, np.ones(len(rows), dtype=bool))
+        self.age_B, self.alive_B = (
+            _longer(self.age_B, len(rows)),
+            np.append(self.alive_B, np.ones(len(rows), dtype=bool)),
+        )
         self.owners += [(prompts[i][0], c) for i in order for c in range(copies)]
         self.kept += [[] for _ in rows]
         if self.sparse:
@@ -106,7 +115,9 @@ class DecodeBatch:
             self.cache.advance()
             rows, fed_B = np.arange(self.busy), self.age_B - 1
             tokens_B = torch.from_numpy(self.tokens_BT[rows, fed_B])
-            self.hidden_BC = self.decoding(tokens_B, self.cache) if self.decoding else self._run(tokens_B, self.cache)
+            self.hidden_BC = (
+                self.decoding(tokens_B, self.cache) if self.decoding else self._run(tokens_B, self.cache)
+            )
             if self.sparse:
                 self.routes_BTLK[rows, fed_B] = torch.stack(self.cache.routes.chosen, 1).numpy()
         return finished
@@ -127,7 +138,12 @@ class DecodeBatch:
         return tokens_B
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, age_B: np.ndarray, previous_B: np.ndarray) -> Draw:
-        return draw(logits_BV, torch.from_numpy(self.uniforms_BT[rows, age_B]), torch.from_numpy(previous_B), self.sampling)
+        return draw(
+            logits_BV,
+            torch.from_numpy(self.uniforms_BT[rows, age_B]),
+            torch.from_numpy(previous_B),
+            self.sampling,
+        )
 
     def _finish(self) -> list[tuple[int, int, Row]]:
         """The rows that ended just now; when too few are left alive, the others go."""

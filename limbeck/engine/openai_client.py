@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 ATTEMPTS = 8  # with waits of 1, 2, 4 ... 30 seconds between them: about two minutes
 QUICK = 30.0  # seconds for a first sign of life
 LONGEST_WAIT = 900.0  # seconds: an endpoint that asks for more is come back to another day
-TELLTALES = ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout")
+TELLTALES = (
+    "Lang",
+    "Package-Version",
+    "OS",
+    "Arch",
+    "Runtime",
+    "Runtime-Version",
+    "Async",
+    "Retry-Count",
+    "Read-Timeout",
+)
 
 
 class Garbled(Exception):
@@ -43,8 +53,15 @@ class Endpoint:
     not reach the endpoint: under another seed the same question has the same answers, already paid for.
     """
 
-    def __init__(self, name: str, settings: Remote, folder: Path, stopping: Callable[[], bool] = lambda: False):
-        self.name, self.settings, self.responses, self.asked_to_stop = name, settings, Responses(folder), stopping
+    def __init__(
+        self, name: str, settings: Remote, folder: Path, stopping: Callable[[], bool] = lambda: False
+    ):
+        self.name, self.settings, self.responses, self.asked_to_stop = (
+            name,
+            settings,
+            Responses(folder),
+            stopping,
+        )
         self.key, self.client = key_of(name, settings), None
         self.failed, self.reached, self.lock = threading.Event(), False, threading.Lock()
         self.pace = Pace(settings.requests_per_minute, self._stopping)
@@ -53,9 +70,13 @@ class Endpoint:
     # ------------------------------------------------------------ what a sampler does
 
     def rollout(
-        self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, seed: object = None,
+        self,
+        problems: Sequence[Problem],
+        group_size: int,
+        sampling: SamplingParams,
+        seed: object = None,
         progress: Callable[[int], None] | None = None,
-    ) -> list[Group]:  # fmt: skip
+    ) -> list[Group]:
         """`group_size` completions of every problem, in the problems' order. Token ids are unknown: each is -1.
 
         Raises LimbeckError for a wrong address, key or model, Resumable when the endpoint fails for good or
@@ -70,15 +91,25 @@ class Endpoint:
             owners.setdefault(key, place)
         self.failed.clear()
         with ThreadPoolExecutor(self.settings.concurrent) as pool:
-            tasks = {key: pool.submit(self._answer, key, bodies[problems[i].id], s, progress) for key, (i, s) in owners.items()}
+            tasks = {
+                key: pool.submit(self._answer, key, bodies[problems[i].id], s, progress)
+                for key, (i, s) in owners.items()
+            }
             done, _ = wait(tasks.values(), return_when=FIRST_EXCEPTION)
             if any(task.exception() for task in done):
                 pool.shutdown(cancel_futures=True)
-        self._raise_first([task.exception() for task in tasks.values() if task.done() and not task.cancelled()])
+        self._raise_first(
+            [task.exception() for task in tasks.values() if task.done() and not task.cancelled()]
+        )
         answers = {key: task.result() for key, task in tasks.items()}
         self._bill |= {key: answer["usage"] for key, answer in answers.items()}
-        rows = [[_completion(answers[keys[i, s]], s) for s in range(group_size)] for i in range(len(problems))]
-        return [Group(p, _unknown(answers[keys[i, 0]], "prompt_tokens"), tuple(rows[i])) for i, p in enumerate(problems)]
+        rows = [
+            [_completion(answers[keys[i, s]], s) for s in range(group_size)] for i in range(len(problems))
+        ]
+        return [
+            Group(p, _unknown(answers[keys[i, 0]], "prompt_tokens"), tuple(rows[i]))
+            for i, p in enumerate(problems)
+        ]
 
     def check(self) -> None:
         """Whether the endpoint can be reached and takes the key; asks for its list of models and for nothing that costs."""
@@ -94,7 +125,10 @@ class Endpoint:
 
     def bill(self) -> dict[str, float]:
         """Tokens, and money where there are prices, of all responses since the last bill, found or bought."""
-        prompt, response = (sum(usage.get(k, 0) for usage in self._bill.values()) for k in ("prompt_tokens", "completion_tokens"))
+        prompt, response = (
+            sum(usage.get(k, 0) for usage in self._bill.values())
+            for k in ("prompt_tokens", "completion_tokens")
+        )
         self._bill, prices = {}, self.settings.prices
         money = {"money": (prompt * prices.input + response * prices.output) / 1e6} if prices else {}
         return {"prompt_tokens": prompt, "response_tokens": response, **money}
@@ -117,14 +151,21 @@ class Endpoint:
     def _key(self, body: dict[str, Any], sample: int) -> str:
         return Responses.key({"endpoint": self.settings.url.rstrip("/"), "request": body, "sample": sample})
 
-    def _answer(self, key: str, body: dict[str, Any], sample: int, progress: Callable[[int], None] | None) -> dict[str, Any]:
+    def _answer(
+        self, key: str, body: dict[str, Any], sample: int, progress: Callable[[int], None] | None
+    ) -> dict[str, Any]:
         """From the disk, or else from the endpoint and to the disk."""
         found = self.responses.get(key)
         if found is None:
             with self.responses.claim(key):
                 found = self.responses.get(key)
                 if found is None:
-                    found = {"endpoint": self.settings.url, "request": body, "sample": sample, **self._ask(body)}
+                    found = {
+                        "endpoint": self.settings.url,
+                        "request": body,
+                        "sample": sample,
+                        **self._ask(body),
+                    }
                     self.responses.put(key, found)
         if progress:
             progress(1)
@@ -138,11 +179,16 @@ class Endpoint:
         logging.getLogger("stamina").setLevel(logging.ERROR)  # retries are our daily bread
         rest = {k: v for k, v in body.items() if k not in ("model", "messages")}
         try:
-            for attempt in stamina.retry_context(on=self._wait_after, attempts=ATTEMPTS, timeout=None, wait_initial=1.0, wait_max=30.0):
+            for attempt in stamina.retry_context(
+                on=self._wait_after, attempts=ATTEMPTS, timeout=None, wait_initial=1.0, wait_max=30.0
+            ):
                 with attempt:
                     self.pace.wait()
                     response = client.chat.completions.create(
-                        model=body["model"], messages=body["messages"], extra_body=rest, extra_headers=_silence()
+                        model=body["model"],
+                        messages=body["messages"],
+                        extra_body=rest,
+                        extra_headers=_silence(),
                     )
                     answer = _read(response)
                     self.reached = True
@@ -157,14 +203,23 @@ class Endpoint:
             import openai
             import stamina  # noqa: F401
         except ImportError:
-            raise LimbeckError(f"{self.name} is remote, which takes two more packages: pip install 'limbeck[remote]'") from None
+            raise LimbeckError(
+                f"{self.name} is remote, which takes two more packages: pip install 'limbeck[remote]'"
+            ) from None
         with self.lock:
             if self.client is None:
-                hidden = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit(), "User-Agent": "limbeck"}
+                hidden = {
+                    "OpenAI-Organization": openai.Omit(),
+                    "OpenAI-Project": openai.Omit(),
+                    "User-Agent": "limbeck",
+                }
                 self.client = openai.OpenAI(
-                    base_url=self.settings.url, api_key=self.key or "none", max_retries=0, timeout=self.settings.patience,
+                    base_url=self.settings.url,
+                    api_key=self.key or "none",
+                    max_retries=0,
+                    timeout=self.settings.patience,
                     default_headers={**hidden, **_silence()},
-                )  # fmt: skip
+                )
             return self.client
 
     def _wait_after(self, error: Exception) -> bool | float:
@@ -182,7 +237,9 @@ class Endpoint:
                 self.pace.hold(asked)
                 return 0.0
             return True
-        if isinstance(error, openai.APIConnectionError):  # a wrong address looks like this from the first request on
+        if isinstance(
+            error, openai.APIConnectionError
+        ):  # a wrong address looks like this from the first request on
             return self.reached or isinstance(error, openai.APITimeoutError)
         return isinstance(error, Garbled) and self.reached
 
@@ -208,24 +265,34 @@ class Endpoint:
         kept = "what was answered is kept, and the same command goes on from there"
         status = getattr(error, "status_code", None)
         if isinstance(error, openai.APITimeoutError):
-            return Resumable(f"{where}: {url} did not answer within {self.settings.patience:g} seconds, {ATTEMPTS} times; {kept}")
+            return Resumable(
+                f"{where}: {url} did not answer within {self.settings.patience:g} seconds, {ATTEMPTS} times; {kept}"
+            )
         if isinstance(error, openai.APIConnectionError):
             reason = str(error.__cause__ or error)
-            return LimbeckError(f"{where}.url: {url} cannot be reached ({reason}); check the address, and that the server runs")
+            return LimbeckError(
+                f"{where}.url: {url} cannot be reached ({reason}); check the address, and that the server runs"
+            )
         if status in (401, 403):
             key = f"the key in ${self.settings.key}" if self.settings.key else "requests without a key"
-            return LimbeckError(f"{where}.key: {url} refuses {key} ({status}); put a valid one into that variable, or name another")
+            return LimbeckError(
+                f"{where}.key: {url} refuses {key} ({status}); put a valid one into that variable, or name another"
+            )
         if status == 404 and (_code(error) == "model_not_found" or model in self._said(error)):
             return LimbeckError(f"{where}.model: {url} knows no model {model}; choose one that it offers")
         if status == 404 or isinstance(error, Garbled):
-            return LimbeckError(f"{where}.url: {url} answers, but not as a chat API does; most addresses end in /v1")
+            return LimbeckError(
+                f"{where}.url: {url} answers, but not as a chat API does; most addresses end in /v1"
+            )
         if _code(error) == "insufficient_quota":
             return Resumable(f"{where}: the account at {url} has no credit left; {kept}")
         if status == 429 or (status or 0) >= 500:
             said = retry_after(error.response.headers)
             patience = f" and wants {said:.0f} seconds of quiet" if said else ""
             return Resumable(f"{where}: {url} keeps answering {status}{patience}; {kept}")
-        return LimbeckError(f"{where}: {url} refuses the request ({status}: {self._said(error)}); `extra` changes its fields")
+        return LimbeckError(
+            f"{where}: {url} refuses the request ({status}: {self._said(error)}); `extra` changes its fields"
+        )
 
     def _said(self, error: Exception) -> str:
         body = getattr(error, "body", None)
@@ -241,7 +308,9 @@ def key_of(name: str, settings: Remote) -> str:
     """The API key from the environment; a variable that is named must be set."""
     key = os.environ.get(settings.key, "").strip() if settings.key else ""
     if settings.key and not key:
-        raise LimbeckError(f"{name}.key names the environment variable {settings.key}, which is not set; export it and run again")
+        raise LimbeckError(
+            f"{name}.key names the environment variable {settings.key}, which is not set; export it and run again"
+        )
     return key
 
 
@@ -271,9 +340,13 @@ def _read(response: Any) -> dict[str, Any]:
     usage = {k: (told.get("usage") or {}).get(k) or 0 for k in ("prompt_tokens", "completion_tokens")}
     scored = (choice.get("logprobs") or {}).get("content") or []
     return {
-        "content": content, "thought": thought if isinstance(thought, str) else "", "finish": choice.get("finish_reason"),
-        "usage": usage, "logprobs": [token["logprob"] for token in scored], "answered_by": told.get("model"),
-    }  # fmt: skip
+        "content": content,
+        "thought": thought if isinstance(thought, str) else "",
+        "finish": choice.get("finish_reason"),
+        "usage": usage,
+        "logprobs": [token["logprob"] for token in scored],
+        "answered_by": told.get("model"),
+    }
 
 
 def _completion(answer: dict[str, Any], sample: int) -> Completion:
@@ -281,7 +354,9 @@ def _completion(answer: dict[str, Any], sample: int) -> Completion:
     if answer["thought"] and CLOSE not in text:
         text = join_thought(answer["thought"], text)
     logprobs = np.array(answer["logprobs"], dtype=np.float32)
-    return Completion(_unknown(answer, "completion_tokens"), logprobs, text, answer["finish"] == "stop", sample)
+    return Completion(
+        _unknown(answer, "completion_tokens"), logprobs, text, answer["finish"] == "stop", sample
+    )
 
 
 def _unknown(answer: dict[str, Any], name: str) -> np.ndarray:

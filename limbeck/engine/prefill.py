@@ -44,7 +44,9 @@ class PrefixCache:
 
     def keep(self, tokens: np.ndarray, past: SequenceKV) -> None:
         """Remember it in place of what it begins with."""
-        if past.bytes > self.room or any(alike(known, tokens) == len(tokens) for known, _ in self.pasts.values()):
+        if past.bytes > self.room or any(
+            alike(known, tokens) == len(tokens) for known, _ in self.pasts.values()
+        ):
             return
         for key in [key for key, (known, _) in self.pasts.items() if alike(known, tokens) == len(known)]:
             self.held -= self.pasts.pop(key)[1].bytes
@@ -96,7 +98,9 @@ class PrefillQueue:
         self.prefillings.append(PrefillingRequest(answer, past))
 
     def drop(self) -> None:
-        self.prefillings = deque(prefilling for prefilling in self.prefillings if not prefilling.answer.cancelled)
+        self.prefillings = deque(
+            prefilling for prefilling in self.prefillings if not prefilling.answer.cancelled
+        )
 
     def read(self, most: int) -> list[tuple[PrefillingRequest, Tensor]]:
         """Read at most so many tokens; the prompts that are through, each with the state [C] after its last token."""
@@ -109,7 +113,11 @@ class PrefillQueue:
             if prefilling.answer.request.echo:
                 self._echo(prefilling, hidden_NC[begin : begin + n])
         context.settle()
-        through = [(prefilling, hidden_NC[end - 1]) for (prefilling, _), end in zip(chosen, begins[1:], strict=True) if not prefilling.left]
+        through = [
+            (prefilling, hidden_NC[end - 1])
+            for (prefilling, _), end in zip(chosen, begins[1:], strict=True)
+            if not prefilling.left
+        ]
         for prefilling, _ in through:
             self.prefillings.remove(prefilling)
             self.prefixes.keep(prefilling.answer.request.prompt, prefilling.past)
@@ -117,7 +125,13 @@ class PrefillQueue:
 
     def _share(self, most: int) -> list[tuple[PrefillingRequest, int]]:
         oldest, shares, room = self.prefillings[0], {}, most
-        for prefilling, cap in ((oldest, -(-most // 2)), *((prefilling, most) for prefilling in sorted(self.prefillings, key=lambda prefilling: prefilling.left))):
+        for prefilling, cap in (
+            (oldest, -(-most // 2)),
+            *(
+                (prefilling, most)
+                for prefilling in sorted(self.prefillings, key=lambda prefilling: prefilling.left)
+            ),
+        ):
             taken = min(prefilling.left - shares.get(prefilling, 0), cap, room)
             if taken > 0:
                 shares[prefilling] = shares.get(prefilling, 0) + taken
@@ -129,7 +143,9 @@ class PrefillQueue:
         answer, begin = prefilling.answer, prefilling.past.length
         following = torch.from_numpy(answer.request.prompt[begin + 1 : begin + 1 + len(hidden_NC)])
         for i in range(0, len(following), ROWS):
-            logits_NV = torch.nn.functional.linear(hidden_NC[: len(following)][i : i + ROWS], self.model.head.weight)
+            logits_NV = torch.nn.functional.linear(
+                hidden_NC[: len(following)][i : i + ROWS], self.model.head.weight
+            )
             said, tops = likeliest(logits_NV, following[i : i + ROWS], answer.request.top or 0)
             answer.prompt_logprobs += said
             answer.prompt_tops += tops

@@ -30,7 +30,9 @@ class Engine:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, rows: int = 256, speculate: bool = False):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         if speculate and not model.ahead:
-            raise LimbeckError("speculate: the model has no module that looks ahead (num_nextn_predict_layers is 0)")
+            raise LimbeckError(
+                "speculate: the model has no module that looks ahead (num_nextn_predict_layers is 0)"
+            )
         self.speculate, self.drafted, self.accepted = speculate, 0, 0
 
     @property
@@ -58,9 +60,13 @@ class Engine:
 
     @torch.no_grad()
     def rollout(
-        self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, seed: object,
+        self,
+        problems: Sequence[Problem],
+        group_size: int,
+        sampling: SamplingParams,
+        seed: object,
         progress: Callable[[int], None] | None = None,
-    ) -> list[Group]:  # fmt: skip
+    ) -> list[Group]:
         """`group_size` completions of every problem, in the problems' order; `progress` is told of each finished one."""
         prompts = [self.tokenizer.prompt(problem.prompt) for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
@@ -97,13 +103,17 @@ class Engine:
                     yield int(token)
             sent = len(tokens)
 
-    def _uniforms(self, problem: Problem, group_size: int, sampling: SamplingParams, seed: object) -> np.ndarray:
+    def _uniforms(
+        self, problem: Problem, group_size: int, sampling: SamplingParams, seed: object
+    ) -> np.ndarray:
         shape = sampling.max_new_tokens
         return np.stack([generator(seed, problem.id, sample).random(shape) for sample in range(group_size)])
 
     def _completion(self, sample: int, row: Row, ends: set[int]) -> Completion:
         stopped = int(row.tokens[-1]) in ends
-        return Completion(row.tokens, row.logprobs, self.tokenizer.decode(row.tokens), stopped, sample, row.kept, row.routes)
+        return Completion(
+            row.tokens, row.logprobs, self.tokenizer.decode(row.tokens), stopped, sample, row.kept, row.routes
+        )
 
     def _check_room(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
         room = self.model.config.max_positions

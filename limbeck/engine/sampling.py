@@ -51,9 +51,16 @@ class Draw(NamedTuple):
 def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams) -> Draw:
     """Choose one token a row. The log-probability is that of the tempered softmax over all tokens (over those
     kept, with `keep_mask`); greedy reports the softmax at temperature 1."""
-    if params.temperature and params.top_p == 1 and not params.force and kernels.serves("draw", logits_BV.shape[-1], logits_BV):
+    if (
+        params.temperature
+        and params.top_p == 1
+        and not params.force
+        and kernels.serves("draw", logits_BV.shape[-1], logits_BV)
+    ):
         return Draw(*kernels.sample(logits_BV, uniform_B, params.temperature), None)
-    logprobs_BV = torch.log_softmax(logits_BV / params.temperature if params.temperature not in (0, 1) else logits_BV, -1)
+    logprobs_BV = torch.log_softmax(
+        logits_BV / params.temperature if params.temperature not in (0, 1) else logits_BV, -1
+    )
     kept_BV = None
     if params.temperature == 0:
         tokens_B = logits_BV.argmax(-1)
@@ -67,7 +74,11 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: Sampl
         tokens_B = _forced(tokens_B, previous_B, params.force)
     if kept_BV is not None and params.keep_mask:
         logprobs_BV = torch.log_softmax(logprobs_BV.masked_fill(~kept_BV, float("-inf")), -1)
-    return Draw(tokens_B, logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1), kept_BV if params.keep_mask else None)
+    return Draw(
+        tokens_B,
+        logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1),
+        kept_BV if params.keep_mask else None,
+    )
 
 
 def sample_inverse_cdf(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -36,10 +36,16 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, rows: int = 64, waiting: int = 256, tokens: int = MOST_TOKENS,
-        prefix_bytes: int = 1 << 28, ends: tuple[int, ...] = (),
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        rows: int = 64,
+        waiting: int = 256,
+        tokens: int = MOST_TOKENS,
+        prefix_bytes: int = 1 << 28,
+        ends: tuple[int, ...] = (),
         tell: Callable[[Sequence[Answer]], None] = lambda answers: None,
-    ):  # fmt: skip
+    ):
         self.model, self.tokenizer, self.ends, self.tell = model, tokenizer, ends, tell
         self.rows, self.most_waiting, self.tokens = rows, waiting, max(tokens, 1)
         self.line: deque[Answer] = deque()
@@ -77,7 +83,9 @@ class Scheduler:
         if not asked:
             raise LimbeckError("the prompt is empty; ask something")
         if asked + request.max_new_tokens > room:
-            raise LimbeckError(f"{asked} prompt tokens and {request.max_new_tokens} to be said exceed the model's {room} positions")
+            raise LimbeckError(
+                f"{asked} prompt tokens and {request.max_new_tokens} to be said exceed the model's {room} positions"
+            )
         if request.prompt.min() < 0 or request.prompt.max() >= self.model.config.vocab_size:
             raise LimbeckError(f"the prompt has token ids outside 0 to {self.model.config.vocab_size - 1}")
         if request.copies > self.rows:
@@ -124,7 +132,9 @@ class Scheduler:
     def _fail(self, error: Exception) -> None:
         self.failures += not self.closing
         with self.lock:
-            answers = {sequence_state.answer: None for sequence_state in self.serving_batch.owners} | {prefilling.answer: None for prefilling in self.prefill_queue.prefillings}
+            answers = {sequence_state.answer: None for sequence_state in self.serving_batch.owners} | {
+                prefilling.answer: None for prefilling in self.prefill_queue.prefillings
+            }
             answers |= dict.fromkeys(self.line) if self.closing else {}
             self.line = deque() if self.closing else self.line
             self._begin()
@@ -156,7 +166,11 @@ class Scheduler:
 
     def _fits(self, answer: Answer) -> bool:
         """Whether rows and memory are left: every row takes as much as the longest may."""
-        with_it = [sequence_state.answer for sequence_state in self.serving_batch.owners] + [prefilling.answer for prefilling in self.prefill_queue.prefillings] + [answer]
+        with_it = (
+            [sequence_state.answer for sequence_state in self.serving_batch.owners]
+            + [prefilling.answer for prefilling in self.prefill_queue.prefillings]
+            + [answer]
+        )
         rows = self.busy + answer.request.copies
         longest = max(len(one.request.prompt) + one.request.max_new_tokens for one in with_it)
         return rows <= self.rows and (not self.busy or rows * longest <= self.tokens)
@@ -166,7 +180,10 @@ class Scheduler:
         fewest, most = CHUNKS
         seconds = max(STALL, 2 * self.lasted) * max(1.0, 2 * waiting / speaking) if speaking else FIRST
         chunk = int(min(max(self.pace * seconds, fewest), most))
-        begin, before = time.monotonic(), sum(prefilling.left for prefilling in self.prefill_queue.prefillings)
+        begin, before = (
+            time.monotonic(),
+            sum(prefilling.left for prefilling in self.prefill_queue.prefillings),
+        )
         for prefilling, hidden_C in self.prefill_queue.read(chunk):
             if prefilling.answer.request.max_new_tokens:
                 self.serving_batch.board(prefilling.past, hidden_C, prefilling.answer)
@@ -182,7 +199,9 @@ class Scheduler:
         self.grown[sequence_state.answer] = None
         request, length = sequence_state.answer.request, int(self.serving_batch.cache.lengths[row])
         if self.prefixes.room and not sequence_state.answer.cancelled and not request.endless:
-            text = np.concatenate([request.prompt, np.array(sequence_state.choice.tokens, dtype=np.int64)])[:length]
+            text = np.concatenate([request.prompt, np.array(sequence_state.choice.tokens, dtype=np.int64)])[
+                :length
+            ]
             self.prefixes.keep(text, SequenceKV.of(self.serving_batch.cache, row, length))
 
     def _said(self) -> None:

@@ -62,13 +62,19 @@ class ServingBatch(DecodeBatch):
     def __init__(self, model: Decoder, tokenizer: Tokenizer, ends: tuple[int, ...], rows: int, tokens: int):
         super().__init__(model, tokenizer.end_id, SamplingParams(max_new_tokens=AHEAD, stop_ids=ends))
         weight = model.embed.weight
-        self.cache = KVCache(model.config, weight.dtype, weight.device, self.decoding is not None, AHEAD, rows, tokens)
+        self.cache = KVCache(
+            model.config, weight.dtype, weight.device, self.decoding is not None, AHEAD, rows, tokens
+        )
         self.sparse = 0  # which experts were met is for learning
         self.tokenizer, self.owners = tokenizer, []
         self.limit_B, self.endless_B = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
         self._alike: list[tuple[SamplingParams, Tensor]] | None = None
-        self.told: Callable[[SequenceState, int], None] = lambda sequence_state, row: None  # of rows that leave, while they still lie there
-        self.said: Callable[[], None] = lambda: None  # each step, before the state is computed that the next tokens come from
+        self.told: Callable[[SequenceState, int], None] = lambda sequence_state, row: (
+            None
+        )  # of rows that leave, while they still lie there
+        self.said: Callable[[], None] = lambda: (
+            None
+        )  # each step, before the state is computed that the next tokens come from
 
     def board(self, past: SequenceKV, hidden_C: Tensor, answer: Answer) -> None:
         """Let a prompt's rows in: `past` is what its tokens left, `hidden_C` the state after the last of them."""
@@ -76,9 +82,19 @@ class ServingBatch(DecodeBatch):
         sequence_states = [SequenceState(answer, sample) for sample in range(request.copies)]
         for sequence_state in sequence_states:
             sequence_state.watch(self.tokenizer)
-        self.tokens_BT, self.logprobs_BT = (_longer(x, len(sequence_states)) for x in (self.tokens_BT, self.logprobs_BT))
-        self.uniforms_BT = np.concatenate([self.uniforms_BT, *(sequence_state.random.random((1, width)) for sequence_state in sequence_states)])
-        self.age_B, self.alive_B = _longer(self.age_B, len(sequence_states)), np.append(self.alive_B, np.ones(len(sequence_states), dtype=bool))
+        self.tokens_BT, self.logprobs_BT = (
+            _longer(x, len(sequence_states)) for x in (self.tokens_BT, self.logprobs_BT)
+        )
+        self.uniforms_BT = np.concatenate(
+            [
+                self.uniforms_BT,
+                *(sequence_state.random.random((1, width)) for sequence_state in sequence_states),
+            ]
+        )
+        self.age_B, self.alive_B = (
+            _longer(self.age_B, len(sequence_states)),
+            np.append(self.alive_B, np.ones(len(sequence_states), dtype=bool)),
+        )
         self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * len(sequence_states))
         self.endless_B = np.append(self.endless_B, [request.endless] * len(sequence_states))
         self.owners += sequence_states
@@ -95,15 +111,29 @@ class ServingBatch(DecodeBatch):
 
     def drop(self) -> None:
         """Rows of which nobody wants more leave."""
-        unwanted_B = np.array([sequence_state.answer.cancelled or sequence_state.choice.enough for sequence_state in self.owners], dtype=bool)
+        unwanted_B = np.array(
+            [
+                sequence_state.answer.cancelled or sequence_state.choice.enough
+                for sequence_state in self.owners
+            ],
+            dtype=bool,
+        )
         for i in unwanted_B.nonzero()[0].tolist():
             self.owners[i].choice.finish = "stop"
         self._leave(unwanted_B)
 
     def _widen(self) -> None:
         more = self.uniforms_BT.shape[1]
-        self.tokens_BT, self.logprobs_BT = (np.pad(x, ((0, 0), (0, more))) for x in (self.tokens_BT, self.logprobs_BT))
-        self.uniforms_BT = np.concatenate([self.uniforms_BT, np.stack([sequence_state.random.random(more) for sequence_state in self.owners])], 1)
+        self.tokens_BT, self.logprobs_BT = (
+            np.pad(x, ((0, 0), (0, more))) for x in (self.tokens_BT, self.logprobs_BT)
+        )
+        self.uniforms_BT = np.concatenate(
+            [
+                self.uniforms_BT,
+                np.stack([sequence_state.random.random(more) for sequence_state in self.owners]),
+            ],
+            1,
+        )
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, age_B: np.ndarray, previous_B: np.ndarray) -> Draw:
         """Rows that sample alike are drawn together, just as a rollout would."""
@@ -111,13 +141,19 @@ class ServingBatch(DecodeBatch):
         tokens_B, logprobs_B = torch.empty(len(rows), dtype=torch.long), logits_BV.new_empty(len(rows))
         for sampling, some in self._groups():
             whole = len(some) == len(rows)
-            given = (logits_BV, uniform_B, previous_B) if whole else (logits_BV[some], uniform_B[some], previous_B[some])
+            given = (
+                (logits_BV, uniform_B, previous_B)
+                if whole
+                else (logits_BV[some], uniform_B[some], previous_B[some])
+            )
             tokens_B[some], logprobs_B[some], _ = draw(*given, sampling)
         for i, sequence_state in enumerate(self.owners):
             if sequence_state.forced:
                 tokens_B[i] = sequence_state.forced.pop(0)
             if sequence_state.answer.request.top is not None:
-                (logprob,), (top,) = likeliest(logits_BV[i : i + 1], tokens_B[i : i + 1], sequence_state.answer.request.top)
+                (logprob,), (top,) = likeliest(
+                    logits_BV[i : i + 1], tokens_B[i : i + 1], sequence_state.answer.request.top
+                )
                 sequence_state.choice.logprobs.append(logprob)
                 sequence_state.choice.tops.append(top)
         return Draw(tokens_B, logprobs_B, None)
@@ -126,7 +162,9 @@ class ServingBatch(DecodeBatch):
         if self._alike is None:
             kinds: dict[tuple[float, float], list[int]] = {}
             for i, sequence_state in enumerate(self.owners):
-                kinds.setdefault((sequence_state.answer.request.temperature, sequence_state.answer.request.top_p), []).append(i)
+                kinds.setdefault(
+                    (sequence_state.answer.request.temperature, sequence_state.answer.request.top_p), []
+                ).append(i)
             self._alike = [(SamplingParams(*kind), torch.tensor(some)) for kind, some in kinds.items()]
         return self._alike
 
@@ -160,7 +198,9 @@ def likeliest(logits_NV: Tensor, tokens_N: Tensor, count: int) -> tuple[list[flo
     logprobs_NV = torch.log_softmax(logits_NV, -1)
     values_NK, ids_NK = logprobs_NV.topk(min(count, logprobs_NV.shape[1]))
     said = logprobs_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
-    return said.tolist(), [tuple(zip(*pair, strict=True)) for pair in zip(ids_NK.tolist(), values_NK.tolist(), strict=True)]
+    return said.tolist(), [
+        tuple(zip(*pair, strict=True)) for pair in zip(ids_NK.tolist(), values_NK.tolist(), strict=True)
+    ]
 
 
 def _closed_up(leaving_B: np.ndarray) -> np.ndarray:

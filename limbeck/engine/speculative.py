@@ -50,11 +50,19 @@ class Speculation(DecodeBatch):
         rows, began_B = np.arange(self.busy), self.age_B
         self.cache.rest(~self.alive_B)
         self.cache.advance(2)
-        hidden_BSC = self._run(torch.from_numpy(np.stack([self.newest_B, self.draft_B], 1).ravel()), self.cache).view(self.busy, 2, -1)
+        hidden_BSC = self._run(
+            torch.from_numpy(np.stack([self.newest_B, self.draft_B], 1).ravel()), self.cache
+        ).view(self.busy, 2, -1)
         if self.sparse:
-            met_BSLK = torch.stack(self.cache.routes.chosen, 1).view(self.busy, 2, *self.routes_BTLK.shape[2:]).numpy()
+            met_BSLK = (
+                torch.stack(self.cache.routes.chosen, 1)
+                .view(self.busy, 2, *self.routes_BTLK.shape[2:])
+                .numpy()
+            )
             for i in range(2):
-                self.routes_BTLK[rows, np.minimum(began_B + i, self.routes_BTLK.shape[1] - 1)] = met_BSLK[:, i]
+                self.routes_BTLK[rows, np.minimum(began_B + i, self.routes_BTLK.shape[1] - 1)] = met_BSLK[
+                    :, i
+                ]
         first_B = self._say(hidden_BSC[:, 0], self.alive_B)
         going_B = self.alive_B & ~self.ends_V[first_B] & (self.age_B < self.sampling.max_new_tokens)
         agreed_B = going_B & (first_B == self.draft_B)
@@ -65,13 +73,17 @@ class Speculation(DecodeBatch):
         ahead_BSC = self.model.predict_next(hidden_BSC.flatten(0, 1), next_N, self.cache).view_as(hidden_BSC)
         self.cache.rollback(~agreed_B)
         self.newest_B = np.where(agreed_B, second_B, first_B)
-        self.draft_B = self._guess(ahead_BSC[torch.from_numpy(rows), torch.from_numpy(agreed_B).long()], self.newest_B, rows)
+        self.draft_B = self._guess(
+            ahead_BSC[torch.from_numpy(rows), torch.from_numpy(agreed_B).long()], self.newest_B, rows
+        )
         return self._finish()
 
     def _guess(self, ahead_BC: Tensor, previous_B: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """The token after the next, drawn as the model will draw it."""
         age_B = np.minimum(self.age_B[rows], self.tokens_BT.shape[1] - 1)
-        return self._draw(F.linear(ahead_BC, self.model.head.weight), rows, age_B, previous_B).tokens_B.numpy()
+        return self._draw(
+            F.linear(ahead_BC, self.model.head.weight), rows, age_B, previous_B
+        ).tokens_B.numpy()
 
     def _keep(self, rows: np.ndarray) -> None:
         super()._keep(rows)

@@ -19,7 +19,12 @@ import numpy as np
 
 from .statistics import Z
 
-WORTH = {"a": 1.0, "tie": 0.5, "bad": 0.5, "b": 0.0}  # of an outcome to the answer on side A; both bad is a tie
+WORTH = {
+    "a": 1.0,
+    "tie": 0.5,
+    "bad": 0.5,
+    "b": 0.0,
+}  # of an outcome to the answer on side A; both bad is a tie
 POINTS, MIDDLE = 400 / math.log(10), 1000.0
 STYLE = ("length", "headers", "lists", "bold")
 CONTROLS = {"": (), "length": STYLE[:1], "style": STYLE}
@@ -138,12 +143,18 @@ class _Table:
         self.pairs = list(combinations(models, 2))
         self.given = 1 / (len(models) - 1)
         place = {model: i for i, model in enumerate(models)}
-        ends = [(place[a], place[b]) for a, b, *_ in self.cells] + 2 * [(place[a], place[b]) for a, b in self.pairs]
+        ends = [(place[a], place[b]) for a, b, *_ in self.cells] + 2 * [
+            (place[a], place[b]) for a, b in self.pairs
+        ]
         rows, (left, right) = np.arange(len(ends)), np.array(ends).T
         self.design_VX = np.zeros((len(ends), len(models) + len(style)))
         self.design_VX[rows, left], self.design_VX[rows, right] = 1.0, -1.0
-        self.worth_V = np.array([worth for _, _, worth, _ in self.cells] + [1.0] * len(self.pairs) + [0.0] * len(self.pairs))
-        self.weight_V = np.array([*map(float, self.cells.values()), *[self.given / 2] * (2 * len(self.pairs))])
+        self.worth_V = np.array(
+            [worth for _, _, worth, _ in self.cells] + [1.0] * len(self.pairs) + [0.0] * len(self.pairs)
+        )
+        self.weight_V = np.array(
+            [*map(float, self.cells.values()), *[self.given / 2] * (2 * len(self.pairs))]
+        )
         looks_VS = np.array([looks for *_, looks in self.cells]).reshape(len(self.cells), len(style))
         # without centring, so that swapping the sides of a battle changes nothing
         spread_S = np.sqrt(np.average(looks_VS**2, axis=0, weights=self.weight_V[: len(self.cells)]))
@@ -155,7 +166,11 @@ class _Table:
 
     def won(self, model: str) -> tuple[int, float]:
         """A model's votes, and its share of them: wins, and half of the ties."""
-        own = [(count, worth if a == model else 1 - worth) for (a, b, worth, _), count in self.cells.items() if model in (a, b)]
+        own = [
+            (count, worth if a == model else 1 - worth)
+            for (a, b, worth, _), count in self.cells.items()
+            if model in (a, b)
+        ]
         votes = sum(count for count, _ in own)
         return votes, sum(count * worth for count, worth in own) / votes
 
@@ -166,7 +181,9 @@ def _plain(table: _Table) -> np.ndarray:
 
     sign = {1.0: evalica.Winner.X, 0.5: evalica.Winner.Draw, 0.0: evalica.Winner.Y}
     rows = [(a, b, sign[worth], float(count)) for (a, b, worth, _), count in table.cells.items()]
-    xs, ys, winners, weights = zip(*rows, *((a, b, evalica.Winner.Draw, table.given) for a, b in table.pairs), strict=True)
+    xs, ys, winners, weights = zip(
+        *rows, *((a, b, evalica.Winner.Draw, table.given) for a, b in table.pairs), strict=True
+    )
     fitted = evalica.bradley_terry(xs, ys, winners, weights=list(weights), tolerance=1e-10, limit=10_000)
     strengths = np.log([fitted.scores[model] for model in table.models])
     return strengths - strengths.mean()
@@ -206,8 +223,14 @@ def _sandwich(table: _Table, fitted: np.ndarray) -> np.ndarray:
 
 def _told(table: _Table, fitted: np.ndarray, covariance: np.ndarray) -> Ratings:
     error = Z * np.sqrt(np.diag(covariance))
-    ends = [tuple(float(MIDDLE + POINTS * (fitted[i] + side * error[i])) for side in (0, -1, 1)) for i in range(len(table.models))]
-    rated = [Rating(model, *ends[i], _rank(i, fitted, covariance, len(table.models)), *table.won(model)) for i, model in enumerate(table.models)]
+    ends = [
+        tuple(float(MIDDLE + POINTS * (fitted[i] + side * error[i])) for side in (0, -1, 1))
+        for i in range(len(table.models))
+    ]
+    rated = [
+        Rating(model, *ends[i], _rank(i, fitted, covariance, len(table.models)), *table.won(model))
+        for i, model in enumerate(table.models)
+    ]
     style = {}
     for i, name in enumerate(table.style, len(table.models)):
         style[name] = tuple(float(POINTS * (fitted[i] + side * error[i])) for side in (0, -1, 1))
@@ -216,5 +239,7 @@ def _told(table: _Table, fitted: np.ndarray, covariance: np.ndarray) -> Ratings:
 
 def _rank(i: int, fitted: np.ndarray, covariance: np.ndarray, models: int) -> int:
     """One more than the number of models that are surely better."""
-    doubts = [math.sqrt(max(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j], 0.0)) for j in range(models)]
+    doubts = [
+        math.sqrt(max(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j], 0.0)) for j in range(models)
+    ]
     return 1 + sum(j != i and bool(fitted[j] - fitted[i] > Z * doubts[j]) for j in range(models))

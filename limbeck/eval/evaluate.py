@@ -23,7 +23,12 @@ class Problems(Protocol):
 
 
 def evaluate(
-    engine: Sampler, sources: Mapping[str, Problems], settings: Evaluate, ways: Mapping[str, Any], seed: str, done: int = 0
+    engine: Sampler,
+    sources: Mapping[str, Problems],
+    settings: Evaluate,
+    ways: Mapping[str, Any],
+    seed: str,
+    done: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Every source in every way of sampling (`ways`: name -> sampling parameters), from the `done`-th pair on.
 
@@ -33,11 +38,17 @@ def evaluate(
     for source, way in list(product(sources, ways))[done:]:
         problems = _held_out(sources[source].problems(source, "test"), settings.prompts, (seed, source))
         asked, copies = _quota(problems, way, settings)
-        groups = [sources[source].score(g) for g in engine.rollout(asked, copies, ways[way], (seed, "evaluate", way))]
+        groups = [
+            sources[source].score(g)
+            for g in engine.rollout(asked, copies, ways[way], (seed, "evaluate", way))
+        ]
         yield {
-            "source": source, "way": way, "modes": measure(way, groups), "samples": [_shown(group, way) for group in groups[:SHOWN]],
+            "source": source,
+            "way": way,
+            "modes": measure(way, groups),
+            "samples": [_shown(group, way) for group in groups[:SHOWN]],
             "tokens": sum(len(c.tokens) for g in groups for c in g.completions),
-        }  # fmt: skip
+        }
 
 
 def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
@@ -102,7 +113,12 @@ def _described(interval: Any) -> dict[str, Any]:
 def _shown(group: Group, way: str) -> dict[str, Any]:
     completion, score, problem = group.completions[0], group.scores[0], group.problem
     return {
-        "problem": problem.id, "prompt": problem.prompt, "language": problem.language, "mode": way,
-        "text": completion.text, "correct": bool(score.parts["accuracy"]), "length": len(completion.tokens),
+        "problem": problem.id,
+        "prompt": problem.prompt,
+        "language": problem.language,
+        "mode": way,
+        "text": completion.text,
+        "correct": bool(score.parts["accuracy"]),
+        "length": len(completion.tokens),
         "reasons": dict(score.reasons),
-    }  # fmt: skip
+    }

@@ -20,13 +20,20 @@ def revealed(answer: str, prompt: str, names: Iterable[str]) -> str:
     `names` are those that models are served under. One that could be an ordinary word ("zero", "small") counts only where
     somebody speaks of themselves.
 
-    >>> revealed("I am zero, and 2 - 2 is zero.", "2 - 2?", ["zero"]), revealed("2 - 2 is zero.", "2 - 2?", ["zero"])
+    >>> (
+    ...     revealed("I am zero, and 2 - 2 is zero.", "2 - 2?", ["zero"]),
+    ...     revealed("2 - 2 is zero.", "2 - 2?", ["zero"]),
+    ... )
     ('zero', '')
     """
     text, asked = answer.casefold(), prompt.casefold()
     for name in dict.fromkeys(name.casefold() for name in (*KNOWN, *names)):
         known = name in KNOWN or (len(name) > 4 and re.search(r"\d", name) and re.search(r"[^\W\d]", name))
-        word = rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])" if name not in KNOWN else rf"(?<![a-z]){re.escape(name)}"
+        word = (
+            rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])"
+            if name not in KNOWN
+            else rf"(?<![a-z]){re.escape(name)}"
+        )
         if name not in asked and re.search(word if known else _SELF + word, text):
             return name
     return ""

@@ -120,5 +120,8 @@ def krippendorff(units: Sequence[Sequence[str]]) -> float | None:
     expected = n * n - sum(count * count for count in totals.values())
     if not expected:
         return None
-    unlike = sum((len(values) ** 2 - sum(c * c for c in Counter(values).values())) / (len(values) - 1) for values in judged)
+    unlike = sum(
+        (len(values) ** 2 - sum(c * c for c in Counter(values).values())) / (len(values) - 1)
+        for values in judged
+    )
     return 1 - (n - 1) * unlike / expected

@@ -58,11 +58,26 @@ def examine(votes: Sequence[Vote]) -> list[Voter]:
         p_side = float(binomtest(sides["a"], decided).pvalue) if decided else 1.0
         shift, leader = _without(votes, name, full)
         times = [vote.seconds for vote in own if vote.seconds is not None]
-        odd = [what for what, chance in (("disagrees", p), ("side", p_side)) if chance is not None and chance * len(names) < LEVEL]
-        found.append(Voter(
-            name, count, share, p, sides["a"] / decided if decided else None, p_side, median(times) if times else None,
-            _busiest([vote.when for vote in own]), shift, leader, tuple(odd),
-        ))  # fmt: skip
+        odd = [
+            what
+            for what, chance in (("disagrees", p), ("side", p_side))
+            if chance is not None and chance * len(names) < LEVEL
+        ]
+        found.append(
+            Voter(
+                name,
+                count,
+                share,
+                p,
+                sides["a"] / decided if decided else None,
+                p_side,
+                median(times) if times else None,
+                _busiest([vote.when for vote in own]),
+                shift,
+                leader,
+                tuple(odd),
+            )
+        )
     return found
 
 
@@ -73,15 +88,29 @@ def judged(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     found = []
     for name in sorted({vote.voter for vote in votes if vote.judge}):
         own = [vote for vote in votes if vote.judge and vote.voter == name]
-        pairs = [(people[vote.battle], _NAMES.get(vote.outcome, "tie")) for vote in own if vote.outcome and vote.battle in people]
+        pairs = [
+            (people[vote.battle], _NAMES.get(vote.outcome, "tie"))
+            for vote in own
+            if vote.outcome and vote.battle in people
+        ]
         told = agreement(*zip(*pairs, strict=True)) if pairs else {}
-        found.append({"judge": name, "votes": len(own), "abstained": sum(not vote.outcome for vote in own), "both": len(pairs), **told})
+        found.append(
+            {
+                "judge": name,
+                "votes": len(own),
+                "abstained": sum(not vote.outcome for vote in own),
+                "both": len(pairs),
+                **told,
+            }
+        )
     return found
 
 
 def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
     """By voter, and by "" for all of them: for each pair of models, how often the second won, tied and lost."""
-    found: dict[str, dict[tuple, np.ndarray]] = defaultdict(lambda: defaultdict(lambda: np.zeros(3, dtype=np.int64)))
+    found: dict[str, dict[tuple, np.ndarray]] = defaultdict(
+        lambda: defaultdict(lambda: np.zeros(3, dtype=np.int64))
+    )
     for vote in votes:
         pair = min((vote.a, vote.b), (vote.b, vote.a))
         said = WORTH[vote.outcome] if vote.a == pair[0] else 1 - WORTH[vote.outcome]
@@ -90,16 +119,23 @@ def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
     return found
 
 
-def _agreement(mine: Mapping[tuple, np.ndarray], everybodys: Mapping[tuple, np.ndarray], name: str) -> tuple[float | None, float | None]:
+def _agreement(
+    mine: Mapping[tuple, np.ndarray], everybodys: Mapping[tuple, np.ndarray], name: str
+) -> tuple[float | None, float | None]:
     """How far the others say the same, and an exact test: if nobody differs, one person's votes on a pair are drawn from all
     votes on it without replacement."""
-    shared = [(own, everybodys[pair]) for pair, own in sorted(mine.items()) if everybodys[pair].sum() > own.sum()]
+    shared = [
+        (own, everybodys[pair]) for pair, own in sorted(mine.items()) if everybodys[pair].sum() > own.sum()
+    ]
     if not shared:
         return None, None
     dice, met = generator("voters", name), sum(own.sum() for own, _ in shared)
     same = sum(own @ (total - own) / (total - own).sum() for own, total in shared)
     observed = sum(own @ total / total.sum() for own, total in shared)
-    drawn = sum(dice.multivariate_hypergeometric(total, own.sum(), DRAWS, method="marginals") @ total / total.sum() for own, total in shared)
+    drawn = sum(
+        dice.multivariate_hypergeometric(total, own.sum(), DRAWS, method="marginals") @ total / total.sum()
+        for own, total in shared
+    )
     return float(same / met), float((1 + (drawn <= observed + 1e-9).sum()) / (DRAWS + 1))
 
 

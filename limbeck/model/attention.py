@@ -40,7 +40,9 @@ class Context(Protocol):
     absorbed: bool
     routes: Routes | None
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, kept: Tensor | None = None) -> Tensor: ...
+    def attend(
+        self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, kept: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class GroupedQueryAttention(nn.Module):
@@ -74,7 +76,10 @@ class GroupedQueryAttention(nn.Module):
             qk_NHD = torch.cat([self.q_norm(q_NHD), self.k_norm(k_NKD)], dim=1)
         q_NHD, k_NKD = rotate(qk_NHD, rope).split([self.heads, self.kv_heads], dim=1)
         if self.norm_after and self.shares:
-            q_NHD, k_NKD = self._shared_queries(q_NHD), _Normalize.apply(k_NKD, torch.ones_like(self.k_norm.weight), self.k_norm.eps)
+            q_NHD, k_NKD = (
+                self._shared_queries(q_NHD),
+                _Normalize.apply(k_NKD, torch.ones_like(self.k_norm.weight), self.k_norm.eps),
+            )
         elif self.norm_after:
             q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
         return self.out(context.attend(self.layer, q_NHD, k_NKD, v_NKD).flatten(1))
@@ -116,7 +121,9 @@ class LatentAttention(nn.Module):
         q_N, latent_NR, k_rope_ND = inward(x_NC).split([self.asks, latent.kv_rank, latent.rope_dim], dim=-1)
         if latent.q_rank:
             q_N = self.q_up(self.q_norm(q_N))
-        q_nope_NHD, q_rope_NHD = q_N.view(rows, self.heads, -1).split([latent.nope_dim, latent.rope_dim], dim=-1)
+        q_nope_NHD, q_rope_NHD = q_N.view(rows, self.heads, -1).split(
+            [latent.nope_dim, latent.rope_dim], dim=-1
+        )
         q_rope_NHD, k_rope_N1D = rotate(q_rope_NHD, rope), rotate(k_rope_ND.unsqueeze(1), rope)
         latent_NR = self.kv_norm(latent_NR)
         kept_N1D = torch.cat([latent_NR.unsqueeze(1), k_rope_N1D], dim=-1)

@@ -92,7 +92,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         key = LATENT["rope_dim"] if self.latent else "head_dim"
         if self.rope_dim % 2:
-            raise LimbeckError(f"{key} = {self.rope_dim} is odd, but rotary positions take dimensions in pairs; give an even size")
+            raise LimbeckError(
+                f"{key} = {self.rope_dim} is odd, but rotary positions take dimensions in pairs; give an even size"
+            )
         if not self.latent and self.heads % self.kv_heads:
             told = f"num_key_value_heads = {self.kv_heads} does not divide num_attention_heads = {self.heads}"
             raise LimbeckError(f"{told}; give a number that does")
@@ -166,7 +168,9 @@ class ModelConfig:
     @property
     def active_parameters(self) -> int:
         """Weights that one token is multiplied with: its experts' alone, and of embeddings only the head."""
-        return sum(self._block(layer, True) for layer in range(self.layers)) + self.vocab_size * self.hidden_size
+        return (
+            sum(self._block(layer, True) for layer in range(self.layers)) + self.vocab_size * self.hidden_size
+        )
 
     @property
     def parameters_ahead(self) -> int:
@@ -229,9 +233,13 @@ class ModelConfig:
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise LimbeckError(f"{path} is missing; a model directory holds config.json and *.safetensors") from None
+            raise LimbeckError(
+                f"{path} is missing; a model directory holds config.json and *.safetensors"
+            ) from None
         except (OSError, ValueError) as error:
-            raise LimbeckError(f"{path}: not valid JSON ({error}); copy it again from the model's source") from None
+            raise LimbeckError(
+                f"{path}: not valid JSON ({error}); copy it again from the model's source"
+            ) from None
         if not isinstance(tree, dict):
             raise LimbeckError(f"{path}: not a model's configuration; copy it again from the model's source")
         return cls.from_hf(tree, str(path))
@@ -244,7 +252,9 @@ class ModelConfig:
         tree = {**_implied(name, tree), **tree}
         for key, value in family.wanted.items():
             if _one(tree.get(key, value)) != value:
-                raise LimbeckError(f"{where}: {key} = {tree[key]!r} is not supported for {name}; only {value!r} is")
+                raise LimbeckError(
+                    f"{where}: {key} = {tree[key]!r} is not supported for {name}; only {value!r} is"
+                )
         sizes = {ours: _size(tree, theirs, where) for ours, theirs in family.sizes.items()}
         heads, layers = sizes["heads"], sizes["layers"]
         theta, scaling = _rope(tree, family, where)
@@ -279,7 +289,11 @@ class ModelConfig:
             "architectures": [family.architecture],
             "model_type": family.model_type,
             **{theirs: getattr(self, ours) for ours, theirs in family.sizes.items()},
-            **({} if self.family == "falcon" else {"num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}),
+            **(
+                {}
+                if self.family == "falcon"
+                else {"num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}
+            ),
             "max_position_embeddings": self.max_positions,
             family.norm_eps: self.norm_eps,
             "rope_theta": self.rope_theta,
@@ -306,7 +320,11 @@ class ModelConfig:
         if self.experts:
             tree |= self._hf_experts(family)
         if self.family == "hunyuan":
-            tree |= {"use_qk_norm": bool(self.qk_norm), "use_cla": self.share_kv > 1, "cla_share_factor": self.share_kv}
+            tree |= {
+                "use_qk_norm": bool(self.qk_norm),
+                "use_cla": self.share_kv > 1,
+                "cla_share_factor": self.share_kv,
+            }
         return tree
 
     def _hf_experts(self, family: Family) -> dict[str, Any]:
@@ -321,7 +339,10 @@ class ModelConfig:
             tree |= {"mlp_only_layers": list(experts.dense), "decoder_sparse_step": 1}
         if self.family == "hunyuan":
             tree["num_shared_expert"] = experts.shared_size // experts.intermediate_size
-            tree |= {"moe_drop_tokens": bool(experts.capacity), "moe_random_routing_dropped_token": bool(experts.capacity)}
+            tree |= {
+                "moe_drop_tokens": bool(experts.capacity),
+                "moe_random_routing_dropped_token": bool(experts.capacity),
+            }
         return tree
 
 
@@ -364,7 +385,9 @@ def _one(value: Any) -> Any:
 def _rope(tree: dict[str, Any], family: Family, where: str) -> tuple[float, dict[str, Any]]:
     given = tree.get("rope_parameters") or {}
     theta = float(tree.get("rope_theta") or given.get("rope_theta") or family.theta)
-    scaling = {k: v for k, v in (tree.get("rope_scaling") or given).items() if k not in ("rope_theta", "type")}
+    scaling = {
+        k: v for k, v in (tree.get("rope_scaling") or given).items() if k not in ("rope_theta", "type")
+    }
     share = tree.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1
     if share != 1 and not family.latent:
         raise LimbeckError(f"{where}: partial_rotary_factor = {share} is not supported; only 1 is")
@@ -372,7 +395,9 @@ def _rope(tree: dict[str, Any], family: Family, where: str) -> tuple[float, dict
     if kind == "default":
         return theta, {}
     if kind not in ("linear", "llama3", "yarn") and not (kind == "dynamic" and scaling.get("alpha")):
-        raise LimbeckError(f"{where}: rope_scaling of type {kind} is not supported; supported are linear, llama3, yarn, dynamic with alpha")
+        raise LimbeckError(
+            f"{where}: rope_scaling of type {kind} is not supported; supported are linear, llama3, yarn, dynamic with alpha"
+        )
     if kind != "dynamic" and not isinstance(scaling.get("factor"), int | float):
         raise LimbeckError(f"{where}: rope_scaling has no factor; copy the file again from its source")
     return theta, {**scaling, "rope_type": kind}
@@ -387,7 +412,9 @@ def _experts(tree: dict[str, Any], name: str, where: str) -> Experts | None:
     family, layers = FAMILIES[name], tree["num_hidden_layers"]
     if not tree.get(family.experts["count"]):
         return None
-    given = {ours: _one(tree[theirs]) for ours, theirs in family.experts.items() if tree.get(theirs) is not None}
+    given = {
+        ours: _one(tree[theirs]) for ours, theirs in family.experts.items() if tree.get(theirs) is not None
+    }
     for ours in ("count", "top_k", "intermediate_size"):
         given[ours] = _size(tree, family.experts[ours], where)
     shared = _one(tree.get("n_shared_experts" if name.startswith("deepseek") else "num_shared_expert")) or 0
@@ -396,7 +423,10 @@ def _experts(tree: dict[str, Any], name: str, where: str) -> Experts | None:
     dense = set(range(tree.get("first_k_dense_replace") or 0)) if name.startswith("deepseek") else set()
     if name == "qwen3_moe":
         step = tree.get("decoder_sparse_step", 1)
-        dense = {*(tree.get("mlp_only_layers") or ()), *(layer for layer in range(layers) if (layer + 1) % step)}
+        dense = {
+            *(tree.get("mlp_only_layers") or ()),
+            *(layer for layer in range(layers) if (layer + 1) % step),
+        }
     if name == "deepseek_v2" and tree.get("topk_method", "greedy") == "greedy":
         given |= {"groups": 1, "top_groups": 1}
     capacity = 1.0 if name == "hunyuan" and tree.get("moe_random_routing_dropped_token") else 0.0

@@ -29,7 +29,11 @@ class Block(nn.Module):
         self.attention = (LatentAttention if config.latent else GroupedQueryAttention)(config, layer)
         self.ffn_norm = None if config.parallel else _norm(config)
         dense = SwiGLU if config.gated else GELU
-        self.ffn = MixtureOfExperts(config) if config.sparse(layer) else dense(config.hidden_size, config.intermediate_size)
+        self.ffn = (
+            MixtureOfExperts(config)
+            if config.sparse(layer)
+            else dense(config.hidden_size, config.intermediate_size)
+        )
 
     def forward(self, x_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
         normed_NC = self.attention_norm(x_NC)
@@ -50,7 +54,9 @@ class Ahead(nn.Module):
         self.join = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, config.layers + depth)
 
-    def forward(self, hidden_NC: Tensor, next_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
+    def forward(
+        self, hidden_NC: Tensor, next_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context
+    ) -> Tensor:
         joined_NC = self.join(torch.cat([self.embed_norm(next_NC), self.hidden_norm(hidden_NC)], dim=-1))
         return self.head_norm(self.block(joined_NC, rope, context))
 
@@ -110,7 +116,9 @@ class Decoder(nn.Module):
                 continue
             scale = 0.02 if name.startswith(("embed", "head")) else weight.shape[-1] ** -0.5
             writes = name.endswith(("out.weight", "down.weight", "experts_down"))
-            weight.normal_(0.0, scale / math.sqrt(2 * self.config.layers) if writes else scale, generator=random)
+            weight.normal_(
+                0.0, scale / math.sqrt(2 * self.config.layers) if writes else scale, generator=random
+            )
         return self
 
     def prune_layers(self, layers: int) -> Decoder:
@@ -120,9 +128,13 @@ class Decoder(nn.Module):
             raise LimbeckError(f"layers = {layers}: the model has only {self.config.layers}; ask for fewer")
         kept = [round(i * (self.config.layers - 1) / max(1, layers - 1)) for i in range(layers)]
         if self.config.experts or self.config.windows or self.config.share_kv > 1 or self.config.predicted:
-            raise LimbeckError(f"layers = {layers}: only dense models whose layers are all alike can be thinned")
+            raise LimbeckError(
+                f"layers = {layers}: only dense models whose layers are all alike can be thinned"
+            )
         student = Decoder(replace(self.config, layers=layers))
-        student.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("blocks.")}, strict=False)
+        student.load_state_dict(
+            {k: v for k, v in self.state_dict().items() if not k.startswith("blocks.")}, strict=False
+        )
         for place, layer in enumerate(kept):
             student.blocks[place].load_state_dict(self.blocks[layer].state_dict())
         return student

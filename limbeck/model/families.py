@@ -122,7 +122,12 @@ DEEPSEEK_EXPERTS = {
     "intermediate_size": "moe_intermediate_size",
     "normalize": "norm_topk_prob",
 }
-DEEPSEEK_GROUPS = {**DEEPSEEK_EXPERTS, "scale": "routed_scaling_factor", "groups": "n_group", "top_groups": "topk_group"}
+DEEPSEEK_GROUPS = {
+    **DEEPSEEK_EXPERTS,
+    "scale": "routed_scaling_factor",
+    "groups": "n_group",
+    "top_groups": "topk_group",
+}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ def sequence_balance(share_NE: Tensor, chosen_NK: Tensor, sequences_N: Tensor) -
     count, top_k = share_NE.shape[1], chosen_NK.shape[1]
     sequences = int(sequences_N.max()) + 1
     lengths_S1 = torch.bincount(sequences_N, minlength=sequences).clamp(min=1).unsqueeze(1)
-    met = torch.bincount((sequences_N.unsqueeze(1) * count + chosen_NK).flatten(), minlength=sequences * count)
+    met = torch.bincount(
+        (sequences_N.unsqueeze(1) * count + chosen_NK).flatten(), minlength=sequences * count
+    )
     frequency_SE = met.view(sequences, count).to(share_NE.dtype) * (count / top_k) / lengths_S1
     mean_SE = torch.zeros_like(frequency_SE).index_add(0, sequences_N, share_NE) / lengths_S1
     return (frequency_SE * mean_SE).sum()
@@ -119,7 +121,9 @@ class MixtureOfExperts(nn.Module):
             self.correction = nn.Parameter(torch.zeros(experts.count), requires_grad=False)
         shape = (experts.count, 2 * experts.intermediate_size, config.hidden_size)
         self.experts_gate_up = nn.Parameter(torch.zeros(shape))
-        self.experts_down = nn.Parameter(torch.zeros(experts.count, config.hidden_size, experts.intermediate_size))
+        self.experts_down = nn.Parameter(
+            torch.zeros(experts.count, config.hidden_size, experts.intermediate_size)
+        )
         self.shared = SwiGLU(config.hidden_size, experts.shared_size) if experts.shared_size else None
 
     def forward(self, x_NC: Tensor, context: Context) -> Tensor:
@@ -129,7 +133,9 @@ class MixtureOfExperts(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         weights_NK = (weights_NK * self.experts.scale).to(x_NC.dtype)
         rounding = self.rounding if torch.is_grad_enabled() else EXACT
-        mixed_NC = experts_mixed(x_NC, self.experts_gate_up, self.experts_down, chosen_NK, weights_NK, rounding)
+        mixed_NC = experts_mixed(
+            x_NC, self.experts_gate_up, self.experts_down, chosen_NK, weights_NK, rounding
+        )
         return mixed_NC if self.shared is None else mixed_NC + self.shared(x_NC)
 
     def route(self, x_NC: Tensor, routes: Routes | None) -> tuple[Tensor, Tensor]:
@@ -153,7 +159,9 @@ class MixtureOfExperts(nn.Module):
         if experts.groups > 1:
             grouped_NGE = scores_NE.view(len(scores_NE), experts.groups, -1)
             best_NG = grouped_NGE.topk(2, -1).values.sum(-1) if experts.balanced else grouped_NGE.amax(-1)
-            kept_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(1, best_NG.topk(experts.top_groups).indices, True)
+            kept_NG = torch.zeros_like(best_NG, dtype=torch.bool).scatter_(
+                1, best_NG.topk(experts.top_groups).indices, True
+            )
             scores_NE = grouped_NGE.masked_fill(~kept_NG.unsqueeze(2), float("-inf")).flatten(1)
         return scores_NE.topk(experts.top_k).indices
 
@@ -171,14 +179,23 @@ def recycle(scores_NE: Tensor, chosen_NK: Tensor, experts: Experts) -> Tensor:
         begin_E = load_E.cumsum(0) - load_E
         rank_N = torch.arange(tokens, device=column_N.device) - begin_E[column_N[order_N]]
         over_M = order_N[rank_N >= room]
-        free_M = torch.arange(experts.count, device=column_N.device).repeat_interleave((room - load_E).clamp(min=0))
+        free_M = torch.arange(experts.count, device=column_N.device).repeat_interleave(
+            (room - load_E).clamp(min=0)
+        )
         over_M = over_M[torch.randperm(len(over_M), generator=random).to(over_M.device)][: len(free_M)]
-        column_N[over_M] = free_M[torch.randperm(len(free_M), generator=random).to(over_M.device)][: len(over_M)]
+        column_N[over_M] = free_M[torch.randperm(len(free_M), generator=random).to(over_M.device)][
+            : len(over_M)
+        ]
     return chosen_NK
 
 
 def experts_mixed(
-    x_NC: Tensor, gate_up_EIC: Tensor, down_ECI: Tensor, chosen_NK: Tensor, weights_NK: Tensor, rounding: Rounding = EXACT
+    x_NC: Tensor,
+    gate_up_EIC: Tensor,
+    down_ECI: Tensor,
+    chosen_NK: Tensor,
+    weights_NK: Tensor,
+    rounding: Rounding = EXACT,
 ) -> Tensor:
     """Sum over each token's experts of weight x SwiGLU(x)."""
     order_M = chosen_NK.flatten().argsort(stable=True)

@@ -15,4 +15,6 @@ def find_model(name: str, base: Path, key: str = "") -> Path:
     for place in (base / name, Path(name), Path("models") / name, base.parent / "models" / name):
         if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
             return place
-    raise LimbeckError(f"{key}model {name} is neither a directory nor a GGUF file; `limbeck pull smollm2-135m` fetches one")
+    raise LimbeckError(
+        f"{key}model {name} is neither a directory nor a GGUF file; `limbeck pull smollm2-135m` fetches one"
+    )

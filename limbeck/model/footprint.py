@@ -34,25 +34,56 @@ def tell(config: ModelConfig, context: int = 4096) -> str:
     """The same for people."""
     told = describe(config, context)
     layers = f"{config.layers} layers of {config.hidden_size}"
-    attention = "MLA" if config.latent else "MHA" if config.kv_heads == config.heads else "MQA" if config.kv_heads == 1 else "GQA"
+    attention = (
+        "MLA"
+        if config.latent
+        else "MHA"
+        if config.kv_heads == config.heads
+        else "MQA"
+        if config.kv_heads == 1
+        else "GQA"
+    )
     if config.share_kv > 1:
         attention += f", keys shared by {config.share_kv} layers"
     mixture = ""
     if config.experts:
         experts = config.experts
-        shared = f" and {experts.shared_size // experts.intermediate_size} shared" if experts.shared_size else ""
+        shared = (
+            f" and {experts.shared_size // experts.intermediate_size} shared" if experts.shared_size else ""
+        )
         mixture = f", {experts.top_k} of {experts.count} experts{shared} in {config.sparse_layers - config.predicted} layers"
     learning = _count(told["training_flops_per_token"])
     rows = [
         ("architecture", f"{config.family}: {layers}, {config.heads} heads, {attention}{mixture}"),
-        ("parameters", f"{_count(told['parameters'])}, of which a token meets {_count(told['active_parameters'])}"),
-        ("FLOPs a token", f"{_count(told['forward_flops_per_token'])} forward, {learning} in training, within {context:,} tokens"),
-        ("cache a token", f"{told['kv_values_per_token']:,} values, {told['kv_bytes_per_token']:,} bytes in bfloat16"),
-        ("to serve", f"{_bytes(told['serving_bytes'])}: weights in bfloat16 and one conversation of {context:,} tokens"),
-        ("to train", f"{_bytes(told['training_bytes'])}: {LEARNING} bytes a weight (AdamW, mixed precision or float32), activations aside"),
-    ]  # fmt: skip
+        (
+            "parameters",
+            f"{_count(told['parameters'])}, of which a token meets {_count(told['active_parameters'])}",
+        ),
+        (
+            "FLOPs a token",
+            f"{_count(told['forward_flops_per_token'])} forward, {learning} in training, within {context:,} tokens",
+        ),
+        (
+            "cache a token",
+            f"{told['kv_values_per_token']:,} values, {told['kv_bytes_per_token']:,} bytes in bfloat16",
+        ),
+        (
+            "to serve",
+            f"{_bytes(told['serving_bytes'])}: weights in bfloat16 and one conversation of {context:,} tokens",
+        ),
+        (
+            "to train",
+            f"{_bytes(told['training_bytes'])}: {LEARNING} bytes a weight (AdamW, mixed precision or float32), activations aside",
+        ),
+    ]
     if told["parameters_ahead"]:
-        rows.insert(2, ("looking ahead", f"{_count(told['parameters_ahead'])} more in {config.predicted} module(s) for multi-token prediction"))
+        rows.insert(
+            2,
+            (
+                "looking ahead",
+                f"{_count(told['parameters_ahead'])} more in {config.predicted} module(s) for multi-token prediction",
+            ),
+        )
     return "\n".join(f"{name:14} {text}" for name, text in rows)
 
 

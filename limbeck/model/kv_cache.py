@@ -60,7 +60,12 @@ class Packed:
         return self
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         if k_NKD is None:
             k_NKD, v_NKD = self._last
@@ -84,9 +89,13 @@ class SharedPrefix:
 
     absorbed = False
 
-    def __init__(self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2):
+    def __init__(
+        self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2
+    ):
         self.prompts, self.width = prompts, width
-        first = next((i for i, n in enumerate(lengths) if n), len(lengths))  # an empty one has nothing to attend
+        first = next(
+            (i for i, n in enumerate(lengths) if n), len(lengths)
+        )  # an empty one has nothing to attend
         self.owners = torch.as_tensor(owners[first:], dtype=torch.long)
         self.lengths, self.slack = list(lengths[first:]), slack
         columns = [width + torch.arange(n) for n in self.lengths]
@@ -110,21 +119,33 @@ class SharedPrefix:
         order = self.owners.argsort(stable=True).numpy()
         counts = self.owners.bincount(minlength=self.prompts).tolist()
         trunks = np.arange(self.prompts) * self.width
-        return kernels.Trees(trunks, [self.width] * self.prompts, counts, begins[order], np.asarray(self.lengths, int)[order])
+        return kernels.Trees(
+            trunks, [self.width] * self.prompts, counts, begins[order], np.asarray(self.lengths, int)[order]
+        )
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         k_NKD, v_NKD = self._last = self._last if k_NKD is None else (k_NKD, v_NKD)
         if _compiled("branches", layer, self.width + max(self.lengths, default=0), q_NHD, v_NKD):
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         head = self.prompts * self.width
-        q_p, k_p, v_p = (x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
+        q_p, k_p, v_p = (
+            x[:head].view(self.prompts, self.width, *x.shape[1:]).transpose(1, 2)
+            for x in (q_NHD, k_NKD, v_NKD)
+        )
         mixed_p = mix(layer, q_p, k_p, v_p).transpose(1, 2).flatten(0, 1)
         if not self._runs.cuts:
             return mixed_p
         mixed = []
-        for (a, b), q, k, v in zip(self._runs.cuts, *(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True):
+        for (a, b), q, k, v in zip(
+            self._runs.cuts, *(self._runs.padded(x) for x in (q_NHD, k_NKD, v_NKD)), strict=True
+        ):
             owner = self.owners[a:b]
             mixed.append(mix(layer, q, torch.cat([k_p[owner], k], dim=2), torch.cat([v_p[owner], v], dim=2)))
         return torch.cat([mixed_p, self._runs.joined(mixed)])
@@ -172,7 +193,10 @@ class _Runs:
         x_NHD = x_NHD.narrow(0, self.begin, self.tokens)
         padded_PHD = x_NHD if self.even else _Gather.apply(x_NHD, self.pad, self.real)
         runs = padded_PHD.split([rows * width for rows, width in self.shapes])
-        return [run.view(*shape, *x_NHD.shape[1:]).transpose(1, 2) for run, shape in zip(runs, self.shapes, strict=True)]
+        return [
+            run.view(*shape, *x_NHD.shape[1:]).transpose(1, 2)
+            for run, shape in zip(runs, self.shapes, strict=True)
+        ]
 
     def joined(self, mixed: list[Tensor]) -> Tensor:
         """Back to [N, H, D]."""
@@ -228,12 +252,26 @@ class KVCache:
     absorbed = True
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", compiled: bool = False,
-        ahead: int = 32, spare: int = 0, spare_tokens: int = 0,
-    ):  # fmt: skip
-        self.config, self.dtype, self.device, self.compiled, self.ahead = config, dtype, device, compiled, ahead
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+        ahead: int = 32,
+        spare: int = 0,
+        spare_tokens: int = 0,
+    ):
+        self.config, self.dtype, self.device, self.compiled, self.ahead = (
+            config,
+            dtype,
+            device,
+            compiled,
+            ahead,
+        )
         self.spare, self.spare_tokens = spare, spare_tokens
-        self.make = torch.empty if compiled else torch.zeros  # masked positions are multiplied by zero; kernels skip them
+        self.make = (
+            torch.empty if compiled else torch.zeros
+        )  # masked positions are multiplied by zero; kernels skip them
         self.heads, *self.widths = config.cache_widths
         self.k_LBKnDP, self.v_LBKTD = self._room(0, 0)
         self.lengths = self.shared = self._family = self._lenders = np.zeros(0, dtype=np.int64)
@@ -272,20 +310,31 @@ class KVCache:
         for length, count in zip(prefill.lengths, copies, strict=True):
             for slot, (k, v) in enumerate(prefill.entries):
                 keys_KnDP = self._blocks(k[begin : begin + length])
-                self.k_LBKnDP[slot, row : row + count, :, : keys_KnDP.shape[1], :, : keys_KnDP.shape[3]] = keys_KnDP
+                self.k_LBKnDP[slot, row : row + count, :, : keys_KnDP.shape[1], :, : keys_KnDP.shape[3]] = (
+                    keys_KnDP
+                )
                 if v is not None:
-                    self.v_LBKTD[slot, row : row + count, :, :length] = v[begin : begin + length].transpose(0, 1)
+                    self.v_LBKTD[slot, row : row + count, :, :length] = v[begin : begin + length].transpose(
+                        0, 1
+                    )
             begin += length
             row += count
 
     def _blocks(self, k_TKD: Tensor) -> Tensor:
         """[K, n, D, P] of a sequence's keys, zeros behind the last."""
         block = min(self.k_LBKnDP.shape[-1], len(k_TKD))
-        return F.pad(k_TKD, (0, 0, 0, 0, 0, -len(k_TKD) % block)).unflatten(0, (-1, block)).permute(2, 0, 3, 1)
+        return (
+            F.pad(k_TKD, (0, 0, 0, 0, 0, -len(k_TKD) % block)).unflatten(0, (-1, block)).permute(2, 0, 3, 1)
+        )
 
     def keep(self, rows: np.ndarray) -> None:
         """Keep only these rows, in this order."""
-        self.lengths, self.shared, self._family, self._lenders = self.lengths[rows], self.shared[rows], self._family[rows], rows[:0]
+        self.lengths, self.shared, self._family, self._lenders = (
+            self.lengths[rows],
+            self.shared[rows],
+            self._family[rows],
+            rows[:0],
+        )
         if self.spare:
             return self._move(rows)
         kept = torch.from_numpy(rows).to(self.device)
@@ -323,15 +372,23 @@ class KVCache:
         """[B*K, S*G, T] of zeros and -inf; for one new token a row the middle is 1 and broadcasts."""
         if window in self._bias:
             return self._bias[window]
-        ahead_BST = torch.arange(self._width, device=self.device) - self.positions.view(len(self.lengths), -1, 1)
+        ahead_BST = torch.arange(self._width, device=self.device) - self.positions.view(
+            len(self.lengths), -1, 1
+        )
         hidden_BST = (ahead_BST > 0) | (ahead_BST <= -window) if window else ahead_BST > 0
         rows, count, width = hidden_BST.shape
-        bias_BST = torch.zeros(hidden_BST.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden_BST, float("-inf"))
+        bias_BST = torch.zeros(hidden_BST.shape, dtype=self.dtype, device=self.device).masked_fill_(
+            hidden_BST, float("-inf")
+        )
         if count == 1:
             bias_XGT = bias_BST.repeat_interleave(self.heads, 0)
         else:
             groups = self.config.heads // self.heads
-            bias_XGT = bias_BST[:, None, :, None].expand(rows, self.heads, count, groups, width).reshape(rows * self.heads, -1, width)
+            bias_XGT = (
+                bias_BST[:, None, :, None]
+                .expand(rows, self.heads, count, groups, width)
+                .reshape(rows * self.heads, -1, width)
+            )
         self._bias[window] = bias_XGT
         return bias_XGT
 
@@ -340,7 +397,12 @@ class KVCache:
         self.lengths = self.lengths - tokens_B
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         rows = len(self.lengths)
         keys, values = self.k_LBKnDP[layer.slot, :rows], self.v_LBKTD[layer.slot, :rows]
@@ -353,7 +415,11 @@ class KVCache:
         q_BSKGD = q_NHD.view(rows, count, self.heads, -1, q_NHD.shape[-1])
         q_XGD = q_BSKGD.transpose(1, 2).reshape(rows * self.heads, -1, q_NHD.shape[-1])
         k_XDT = keys.transpose(2, 3).flatten(3).flatten(0, 1)[..., : self._width]
-        v_XTD = values[:, :, : self._width].flatten(0, 1) if self.widths[1] else k_XDT[:, : self.config.latent.kv_rank].mT
+        v_XTD = (
+            values[:, :, : self._width].flatten(0, 1)
+            if self.widths[1]
+            else k_XDT[:, : self.config.latent.kv_rank].mT
+        )
         scores_XGT = torch.baddbmm(self._mask(layer.window), q_XGD, k_XDT, alpha=layer.scale)
         mixed_XGD = torch.bmm(scores_XGT.softmax(-1), v_XTD)
         if count == 1:
@@ -366,8 +432,15 @@ class KVCache:
         have_rows, have_width = self.v_LBKTD.shape[1], self.v_LBKTD.shape[3]
         if rows <= have_rows and width <= have_width:
             return
-        wide = have_width if width <= have_width else -(-max(width, have_width * 3 // 2, 32) // 16) * 16  # whole vectors
-        keys, values = self._room(max(rows, min(self.spare, self.spare_tokens // wide) if self.spare else have_rows), wide)
+        wide = (
+            have_width if width <= have_width else -(-max(width, have_width * 3 // 2, 32) // 16) * 16
+        )  # whole vectors
+        keys, values = self._room(
+            max(rows, min(self.spare, self.spare_tokens // wide) if self.spare else have_rows), wide
+        )
         blocks, block = self.k_LBKnDP.shape[3], self.k_LBKnDP.shape[5]
-        keys[:, :used, :, :blocks, :, :block], values[:, :used, :, :have_width] = self.k_LBKnDP[:, :used], self.v_LBKTD[:, :used]
+        keys[:, :used, :, :blocks, :, :block], values[:, :used, :, :have_width] = (
+            self.k_LBKnDP[:, :used],
+            self.v_LBKTD[:, :used],
+        )
         self.k_LBKnDP, self.v_LBKTD = keys, values

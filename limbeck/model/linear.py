@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from . import kernels
 
-SMALL = 1 << 17  # numbers of a weight that torch multiplies in less time than it takes to ask who is faster, up to some rows
+SMALL = (
+    1 << 17
+)  # numbers of a weight that torch multiplies in less time than it takes to ask who is faster, up to some rows
 
 
 def product(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
     """x w^T, without a gradient, in the way that is fastest for so many tokens on this machine."""
-    return kernels.linear(x_NC, weight_OC) if kernels.serves_product(x_NC, weight_OC) else F.linear(x_NC, weight_OC)
+    return (
+        kernels.linear(x_NC, weight_OC)
+        if kernels.serves_product(x_NC, weight_OC)
+        else F.linear(x_NC, weight_OC)
+    )
 
 
 class Linear(nn.Linear):

@@ -25,7 +25,10 @@ class SequenceKV:
         heads, key, value = config.cache_widths
         self.length, self.latent = 0, config.latent
         self.kept = [
-            (torch.empty(room, heads, key, dtype=dtype), torch.empty(room, heads, value, dtype=dtype) if value else None)
+            (
+                torch.empty(room, heads, key, dtype=dtype),
+                torch.empty(room, heads, value, dtype=dtype) if value else None,
+            )
             for _ in range(config.slots)
         ]
 
@@ -39,7 +42,9 @@ class SequenceKV:
 
     @property
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for pair in self.kept for part in pair if part is not None)
+        return sum(
+            part.numel() * part.element_size() for pair in self.kept for part in pair if part is not None
+        )
 
     @classmethod
     def of(cls, cache: KVCache, row: int, length: int) -> SequenceKV:
@@ -68,11 +73,18 @@ class ChunkedPrefill:
 
     def __init__(self, pasts: Sequence[SequenceKV], counts: Sequence[int]):
         self.pasts, self.counts = list(pasts), list(counts)
-        self.positions = torch.cat([torch.arange(p.length, p.length + n) for p, n in zip(pasts, counts, strict=True)])
+        self.positions = torch.cat(
+            [torch.arange(p.length, p.length + n) for p, n in zip(pasts, counts, strict=True)]
+        )
         self.routes: Routes | None = None
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor | None, v_NKD: Tensor | None, kept: Tensor | None = None
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         mixed, begin = [], 0
         for past, count in zip(self.pasts, self.counts, strict=True):

@@ -68,12 +68,20 @@ def parts(decoder: Decoder) -> Iterator[Part]:
         module, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", stem).groups()
         sources = names[module]
         if "{expert}" in sources[0]:
-            sources = [source.replace("{expert}", str(e)) for e in range(config.experts.count) for source in sources]
+            sources = [
+                source.replace("{expert}", str(e)) for e in range(config.experts.count) for source in sources
+            ]
         heights = config.matrices(name) if len(sources) > 1 else None
         heights = heights or (weight.numel() // weight.shape[-1] if weight.ndim > 1 else len(weight),)
         begin = 0
         for source, height in zip(sources, heights, strict=True):
-            yield Part(source.format(layer=layer) + (suffix or ""), name, begin, begin + height, _order(config, source))
+            yield Part(
+                source.format(layer=layer) + (suffix or ""),
+                name,
+                begin,
+                begin + height,
+                _order(config, source),
+            )
             begin += height
 
 
@@ -89,7 +97,11 @@ def _place(name: str, layers: int) -> tuple[str, int]:
 def _order(config: ModelConfig, source: str) -> Tensor | None:
     """Checkpoints of DeepSeek's lay rotary dimensions out in pairs, we in halves."""
     latent = config.latent
-    if latent is None or not latent.interleaved or not source.endswith((".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")):
+    if (
+        latent is None
+        or not latent.interleaved
+        or not source.endswith((".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa"))
+    ):
         return None
     halves = torch.arange(latent.rope_dim).view(-1, 2).T.flatten()
     if source.endswith(".kv_a_proj_with_mqa"):
@@ -160,7 +172,9 @@ def _fill(decoder: Decoder, directory: Path) -> None:
                         f"{path}: tensor {name} has no place in this architecture; check config.json"
                     )
     ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
-    if ahead and ahead <= missing:  # transformers drops what looks ahead, and config.json goes on announcing it
+    if (
+        ahead and ahead <= missing
+    ):  # transformers drops what looks ahead, and config.json goes on announcing it
         missing -= ahead
         decoder.ahead, decoder.config = torch.nn.ModuleList(), replace(decoder.config, predicted=0)
     if missing:
@@ -189,9 +203,13 @@ def _tensor(file: Any, name: str, held: set[str], directory: Path) -> Tensor:
     if scale in held:
         scales = file.get_tensor(scale)
     else:
-        scales = next((found for path in _files(directory) if (found := _find(path, scale)) is not None), None)
+        scales = next(
+            (found for path in _files(directory) if (found := _find(path, scale)) is not None), None
+        )
     if scales is None or scales.shape != tuple(-(-size // FP8_BLOCK) for size in tensor.shape):
-        raise LimbeckError(f"{directory}: {name} is in FP8, but {scale} is missing or of another size; copy the weights again")
+        raise LimbeckError(
+            f"{directory}: {name} is in FP8, but {scale} is missing or of another size; copy the weights again"
+        )
     wide = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
     return tensor.float() * wide[: tensor.shape[0], : tensor.shape[1]]
 
@@ -203,7 +221,10 @@ def _find(path: Path, name: str) -> Tensor | None:
 
 def _expect_tied(head: Tensor, embedding: str, directory: Path, path: Path) -> None:
     """A tied model may carry its head a second time, but not a different one."""
-    if any((found := _find(other, embedding)) is not None and torch.equal(head, found) for other in _files(directory)):
+    if any(
+        (found := _find(other, embedding)) is not None and torch.equal(head, found)
+        for other in _files(directory)
+    ):
         return
     raise LimbeckError(
         f"{path}: lm_head.weight differs from the embedding, though config.json ties them; "
@@ -216,7 +237,9 @@ def _files(directory: Path) -> dict[Path, set[str]]:
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         single = directory / "model.safetensors"
-        pickled = [path for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in sorted(directory.glob(kind))]
+        pickled = [
+            path for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in sorted(directory.glob(kind))
+        ]
         if not single.exists() and pickled:
             raise LimbeckError(
                 f"{pickled[0]} is a pickle, which can run any code and is never read; "
@@ -266,7 +289,9 @@ def save(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None = None) 
         rows = part.place(weights[part.ours].detach())
         return (rows if part.order is None else rows[part.order.argsort()]).cpu().contiguous()
 
-    sizes = {name: part.place(w := weights[part.ours]).numel() * w.element_size() for name, part in place.items()}
+    sizes = {
+        name: part.place(w := weights[part.ours]).numel() * w.element_size() for name, part in place.items()
+    }
     write(directory, sizes, slice_of)
     ends = (tokenizer.end_id, tokenizer.pad_id) if tokenizer else (None, None)
     dtype = str(decoder.embed.weight.dtype).removeprefix("torch.")

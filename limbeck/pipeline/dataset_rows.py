@@ -25,16 +25,22 @@ def said(row: Mapping[str, Any]) -> str:
     return "\n\n".join(str(row[key]) for key in ("completion", "chosen", "rejected") if row.get(key))
 
 
-def learned_rows(manifest: Mapping[str, Any], folders: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Any], int]]:
+def learned_rows(
+    manifest: Mapping[str, Any], folders: Mapping[str, Path]
+) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Each row that a model learned from: the stage that gave it, the row, and how often an epoch has it.
 
     `folders` are those of the stage's inputs by name; one that is gone gives nothing.
     """
     settings, dropped = manifest["settings"], set(manifest.get("decontamination", {}).get("dropped", {}))
     given = settings.get("rows") or settings.get("pairs") or {}
-    shares = given if isinstance(given, dict) else dict.fromkeys([given] if isinstance(given, str) else given, 1.0)
+    shares = (
+        given if isinstance(given, dict) else dict.fromkeys([given] if isinstance(given, str) else given, 1.0)
+    )
     for name, part in shares.items():
-        rows = [row for row in read(folders[name] / ROWS) if row["id"] not in dropped] if name in folders else []
+        rows = (
+            [row for row in read(folders[name] / ROWS) if row["id"] not in dropped] if name in folders else []
+        )
         times = Counter(share_of(range(len(rows)), part, (manifest["seed"], name)) if rows else [])
         for i in sorted(times):
             yield name, rows[i], times[i]

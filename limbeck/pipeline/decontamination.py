@@ -36,7 +36,9 @@ class Finding:
 
 def tested(recipe: Recipe) -> dict[str, Problems]:
     """The problems whose held-out part some evaluation of the recipe asks."""
-    names = (name for stage in recipe.stages.values() if isinstance(stage, Evaluate) for name in stage.problems)
+    names = (
+        name for stage in recipe.stages.values() if isinstance(stage, Evaluate) for name in stage.problems
+    )
     return {name: recipe.problems[name] for name in dict.fromkeys(names)}
 
 
@@ -49,15 +51,25 @@ class Decontamination:
         self._sieves: dict[str, Any] = {}
         self._tasks: dict[str, Task] = {}
 
-    def look(self, stage: Stage, problems: Mapping[str, Problems], own: Mapping[str, Any], given: Mapping[str, Artifact]) -> Finding | None:
+    def look(
+        self,
+        stage: Stage,
+        problems: Mapping[str, Problems],
+        own: Mapping[str, Any],
+        given: Mapping[str, Artifact],
+    ) -> Finding | None:
         """The finding for one stage, None where there is nothing to compare or, unless thorough, nobody has."""
         drawn = {} if stage.kind in UNTAUGHT else problems
         rows = {name: a for name, a in given.items() if _has(a, ROWS)} if stage.kind in TAUGHT else {}
         kept = {name: a for name, a in given.items() if _has(a, PROBLEMS)}
         if not self.tests or not (drawn or rows or kept):
             return None
-        compared = {"version": VERSION, "tests": self.identities, "drawn": {name: own[name] for name in drawn},
-                    "given": {name: a.digest for name, a in {**rows, **kept}.items()}}  # fmt: skip
+        compared = {
+            "version": VERSION,
+            "tests": self.identities,
+            "drawn": {name: own[name] for name in drawn},
+            "given": {name: a.digest for name, a in {**rows, **kept}.items()},
+        }
         path = self.store.root / FINDINGS / f"{digest_of(compared)[:16]}.json"
         if path.exists():
             return Finding(**json.loads(path.read_text(encoding="utf-8")))
@@ -103,7 +115,11 @@ def _given(artifacts: Mapping[str, Artifact], name: str) -> Iterator[tuple[str, 
 
 
 def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content", "")) for message in prompt)
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else "\n".join(str(message.get("content", "")) for message in prompt)
+    )
 
 
 def _has(artifact: Artifact, name: str) -> bool:

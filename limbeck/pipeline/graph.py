@@ -32,7 +32,13 @@ from .review import reviews
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
-QUIET |= {"key", "prices", "requests_per_minute", "concurrent", "patience"}  # of an endpoint: what it says is the same
+QUIET |= {
+    "key",
+    "prices",
+    "requests_per_minute",
+    "concurrent",
+    "patience",
+}  # of an endpoint: what it says is the same
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
 
@@ -75,7 +81,9 @@ class Graph:
         self.recipe, self.store = resolve_paths(recipe, base), store
         self._files: dict[Path, str] = {}
         tests = tested(self.recipe)
-        self.decontamination = Decontamination(store, tests, {name: self._source(problems) for name, problems in tests.items()})
+        self.decontamination = Decontamination(
+            store, tests, {name: self._source(problems) for name, problems in tests.items()}
+        )
         self.nodes: dict[str, Node] = {node.name: node for node in nodes_of(self.recipe)}
         self.refresh()
 
@@ -100,7 +108,12 @@ class Graph:
             queue = self.store.root / ".queues" / given[node.stage.rows].digest[:16]
         own = {name: self._source(problems) for name, problems in node.problems.items()}
         said = reviews.extent(queue) if queue else None
-        node = replace(node, queue=queue, said=said, finding=self.decontamination.look(node.stage, node.problems, own, given))
+        node = replace(
+            node,
+            queue=queue,
+            said=said,
+            finding=self.decontamination.look(node.stage, node.problems, own, given),
+        )
         key = digest_of(self.identity(node))
         return replace(node, key=key, artifact=self.store.find(node.kind, key))
 
@@ -108,7 +121,9 @@ class Graph:
         """Everything that makes a stage's result what it is; its hash is the key."""
         given = {cited: self.nodes[cited].artifact for cited in node.inputs}
         told = node.stage.model_dump(mode="json").items()
-        settings = {k: v for k, v in told if k not in QUIET and v is not None}  # so a new option leaves old keys alone
+        settings = {
+            k: v for k, v in told if k not in QUIET and v is not None
+        }  # so a new option leaves old keys alone
         if isinstance(node.stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
@@ -156,7 +171,11 @@ class Graph:
         if node.key is None:
             waiting = [name for name in node.inputs if not self.nodes[name].artifact]
             return [f"{', '.join(waiting)} must run first"]
-        earlier = [a for a in self.store.all() if a.manifest["stage"] == node.name and a.manifest["kind"] == node.kind]
+        earlier = [
+            a
+            for a in self.store.all()
+            if a.manifest["stage"] == node.name and a.manifest["kind"] == node.kind
+        ]
         if not earlier:
             return ["never run"]
         mine = _flat(self.identity(node))
@@ -177,16 +196,28 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
             place = find_model(stage.path, base, f"stages.{name}.path: ")
             stages[name] = stage.model_copy(update={"path": str(place.resolve())})
         if tables := tables_of(stage):
-            places = {table: next((p for p in (base / table, Path(table)) if p.is_file()), None) for table in tables}
+            places = {
+                table: next((p for p in (base / table, Path(table)) if p.is_file()), None) for table in tables
+            }
             if missing := [table for table, place in places.items() if place is None]:
-                raise LimbeckError(f"stages.{name}.{key_of(stage)}: {missing[0]} is no file, neither beside the recipe nor here")
-            stages[name] = stage.model_copy(update=renamed(stage, {table: str(place.resolve()) for table, place in places.items()}))
+                raise LimbeckError(
+                    f"stages.{name}.{key_of(stage)}: {missing[0]} is no file, neither beside the recipe nor here"
+                )
+            stages[name] = stage.model_copy(
+                update=renamed(stage, {table: str(place.resolve()) for table, place in places.items()})
+            )
     return recipe.model_copy(update={"problems": problems, "stages": stages})
 
 
 def tables_of(stage: Stage) -> list[str]:
     """The files of people's that a stage reads rows from."""
-    given = [stage.rows] if isinstance(stage, Calibrate | Reward) else stage.pairs if isinstance(stage, Preference) else []
+    given = (
+        [stage.rows]
+        if isinstance(stage, Calibrate | Reward)
+        else stage.pairs
+        if isinstance(stage, Preference)
+        else []
+    )
     return [name for name in given if name.endswith(TABLES)]
 
 
@@ -223,7 +254,9 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
                 yield Node(f"{name}/{model}+forced", stage, (model,), problems, control="forced")
         elif not isinstance(stage, Report):
             cited = inputs(stage)
-            cited += [c.judge for c in (recipe.stages[n] for n in cited) if isinstance(c, Calibrate)]  # who cites one asks its judge
+            cited += [
+                c.judge for c in (recipe.stages[n] for n in cited) if isinstance(c, Calibrate)
+            ]  # who cites one asks its judge
             if isinstance(stage, Curate):  # the policy may need to know the problems that the rows answer
                 problems = {n: p for n, p in recipe.problems.items() if p.source == "miniature"}
             endpoints = {n: recipe.stages[n] for n in cited if isinstance(recipe.stages[n], Remote)}
@@ -269,13 +302,18 @@ def _find_file(name: str, path: str, base: Path) -> Path:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v
+        for key, inner in value.items()
+        for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     names = [n for n in {**theirs, **mine} if mine.get(n) != theirs.get(n)]
     return [
-        f"input {n.removeprefix('inputs.')} has changed" if n.startswith("inputs.")
+        f"input {n.removeprefix('inputs.')} has changed"
+        if n.startswith("inputs.")
         else f"{n.removeprefix('settings.')}: {theirs.get(n)!r} -> {mine.get(n)!r}"
         for n in names
-    ]  # fmt: skip
+    ]

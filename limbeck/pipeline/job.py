@@ -79,10 +79,14 @@ class Job:
         from ..tasks.task import Mixture
 
         tasks = {name: self.task(name) for name in self.problems}
-        subsets = {name: read_problems(self.inputs[name] / PROBLEMS) for name in weights if name in self.inputs}
+        subsets = {
+            name: read_problems(self.inputs[name] / PROBLEMS) for name in weights if name in self.inputs
+        }
         if self.dropped:
             subsets = {**{name: task.problems("train") for name, task in tasks.items()}, **subsets}
-        subsets = {name: [p for p in problems if p.id not in self.dropped] for name, problems in subsets.items()}
+        subsets = {
+            name: [p for p in problems if p.id not in self.dropped] for name, problems in subsets.items()
+        }
         return Mixture(tasks, weights, rewards or {"accuracy": 1.0}, subsets)
 
     def rows(self, name: str) -> list[dict[str, Any]]:

@@ -77,7 +77,9 @@ class Progress:
         if len(rows) < 2:
             return Pace(0, 0, 0.0, 0, self._since())
         steps, seconds = rows[-1]["step"] - rows[0]["step"], sum(row["seconds"] for row in rows[1:])
-        return Pace(len(rows) - 1, steps, seconds, sum(row.get("tokens", 0) for row in rows[1:]), self._since())
+        return Pace(
+            len(rows) - 1, steps, seconds, sum(row.get("tokens", 0) for row in rows[1:]), self._since()
+        )
 
     def _since(self) -> float:
         """Seconds since something was recorded."""
@@ -157,15 +159,23 @@ class Run:
         except OSError as error:
             if out_of_space(error):
                 raise
-            raise LimbeckError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs") from None
+            raise LimbeckError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
+            ) from None
 
     def _keep(self, forecast: dict[str, Any] | None) -> None:
         """What was foreseen, before it begins; of stages that are done already, what was foreseen before they began."""
         path = self.folder / FORECAST
         if forecast:
             earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
-            done = {name: told for name, told in earlier.items() if name in self.graph.nodes and self.graph.nodes[name].artifact}
-            coming = {name: told for name, told in forecast["stages"].items() if not self.graph.nodes[name].artifact}
+            done = {
+                name: told
+                for name, told in earlier.items()
+                if name in self.graph.nodes and self.graph.nodes[name].artifact
+            }
+            coming = {
+                name: told for name, told in forecast["stages"].items() if not self.graph.nodes[name].artifact
+            }
             write(path, json.dumps({**forecast, "stages": {**done, **coming}}, indent=2) + "\n")
 
     def _step(self) -> None:
@@ -204,7 +214,9 @@ class Run:
                 self.attendance.begun[node.name] = job.folder.name
                 self.host.start(write_job(job))
                 if job.dropped:
-                    self.display.say(f"{node.name}: leaves {len(job.dropped)} of {node.finding.checked} out, too near to the test")
+                    self.display.say(
+                        f"{node.name}: leaves {len(job.dropped)} of {node.finding.checked} out, too near to the test"
+                    )
                 started = True
         if started:
             self.attendance.tell("running")
@@ -235,11 +247,18 @@ class Run:
 
     def _job(self, node: Node) -> Job:
         return Job(
-            name=node.name, stage=node.stage, seed=seed_of(self.recipe, node),
-            inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs}, problems=node.problems,
-            folder=self.store.partial(node.kind, node.key), control=node.control, queue=node.queue, said=node.said,
-            endpoints=node.endpoints, dropped=frozenset(node.finding.dropped if node.finding else ()),
-        )  # fmt: skip
+            name=node.name,
+            stage=node.stage,
+            seed=seed_of(self.recipe, node),
+            inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs},
+            problems=node.problems,
+            folder=self.store.partial(node.kind, node.key),
+            control=node.control,
+            queue=node.queue,
+            said=node.said,
+            endpoints=node.endpoints,
+            dropped=frozenset(node.finding.dropped if node.finding else ()),
+        )
 
     def _hear(self, event: dict[str, Any]) -> None:
         if event["event"] == "told":
@@ -272,7 +291,10 @@ class Run:
             "title": node.stage.title,
             "settings": node.stage.model_dump(mode="json"),
             "identity": self.graph.identity(node),
-            "inputs": {name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]} for name, a in given.items()},
+            "inputs": {
+                name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]}
+                for name, a in given.items()
+            },
             "code_version": __version__,
             "seed": seed_of(self.recipe, node),
             "joules": None,

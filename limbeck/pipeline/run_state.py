@@ -1,9 +1,9 @@
 """A run as it stands, read from its folder alone: no key is computed, no model opened.
 
-    runs/NAME/recipe.yaml    the stages, in order
-    runs/NAME/stages.json    which artifact is which stage's
-    runs/NAME/status.json    what was begun (pipeline/run_status.py)
-    runs/NAME/forecast.json  what was foreseen, where somebody did: {"stages": {STAGE: {"seconds", "low", "high", ...}}}
+runs/NAME/recipe.yaml    the stages, in order
+runs/NAME/stages.json    which artifact is which stage's
+runs/NAME/status.json    what was begun (pipeline/run_status.py)
+runs/NAME/forecast.json  what was foreseen, where somebody did: {"stages": {STAGE: {"seconds", "low", "high", ...}}}
 """
 
 from __future__ import annotations
@@ -79,14 +79,22 @@ def runs_in(home: Path) -> list[Path]:
 
 
 def _touched(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder / "recipe.yaml", folder / run_status.STATUS, folder / "stages.json") if path.exists())
+    return max(
+        path.stat().st_mtime
+        for path in (folder / "recipe.yaml", folder / run_status.STATUS, folder / "stages.json")
+        if path.exists()
+    )
 
 
 def look(folder: Path) -> Overview:
     """The run in a folder; LimbeckError where its recipe cannot be read."""
     path = folder / "recipe.yaml"
     recipe = _recipe(path, path.stat().st_mtime_ns)
-    store, begun, made = folder.parent / "store", run_status.status(folder).begun, _json(folder / "stages.json")
+    store, begun, made = (
+        folder.parent / "store",
+        run_status.status(folder).begun,
+        _json(folder / "stages.json"),
+    )
     stages: dict[str, Standing] = {}
     for node in nodes_of(recipe):
         artifact = store / made[node.name] if node.name in made else None
@@ -94,16 +102,22 @@ def look(folder: Path) -> Overview:
         if manifest:
             stages[node.name] = Standing(node.name, node.stage, node.inputs, "done", artifact, manifest)
         elif node.name in begun:
-            stages[node.name] = Standing(node.name, node.stage, node.inputs, "begun", store / ".partial" / begun[node.name])
+            stages[node.name] = Standing(
+                node.name, node.stage, node.inputs, "begun", store / ".partial" / begun[node.name]
+            )
         else:
             stages[node.name] = _waiting(node.name, node.stage, node.inputs, stages, store)
     for name, stage in report_nodes(recipe):
         written = (folder / name / "index.html").exists()
-        stages[name] = Standing(name, stage, (), "done" if written else "waits", folder / name if written else None)
+        stages[name] = Standing(
+            name, stage, (), "done" if written else "waits", folder / name if written else None
+        )
     return Overview(folder, recipe, tuple(stages.values()), _json(folder / FORECAST).get("stages", {}))
 
 
-def _waiting(name: str, stage: Stage, inputs: Sequence[str], stages: dict[str, Standing], store: Path) -> Standing:
+def _waiting(
+    name: str, stage: Stage, inputs: Sequence[str], stages: dict[str, Standing], store: Path
+) -> Standing:
     if isinstance(stage, Curate) and not stage.auto and stages[stage.rows].state == "done":
         queue = store / ".queues" / stages[stage.rows].manifest["digest"][:16]
         if rows := len(reviews.pending(queue)):

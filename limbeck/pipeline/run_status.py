@@ -1,8 +1,8 @@
 """Whether somebody is at work on a run, what was begun, and how it ended: for pages and programs that look from outside.
 
-    runs/NAME/.lock        held, shared, by every process that carries the run out; the system frees it when one dies
-    runs/NAME/.pause       asks whoever is at work to checkpoint and stop
-    runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: partial folder}, "right"}
+runs/NAME/.lock        held, shared, by every process that carries the run out; the system frees it when one dies
+runs/NAME/.pause       asks whoever is at work to checkpoint and stop
+runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: partial folder}, "right"}
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class RunStatus:
         self.tell("running")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         ends = "finished" if error is None else self.state if self.state in ("paused", "waits") else "failed"
         with suppress(OSError):  # the disk may be full, which is then what `error` says
             self.tell(ends, "" if error is None else str(error) or kind.__name__)
@@ -59,7 +61,13 @@ class RunStatus:
 
     def tell(self, state: str, sentence: str = "") -> None:
         self.state = state
-        told = {"state": state, "sentence": sentence, "since": time.time(), "begun": self.begun, "right": self.right}
+        told = {
+            "state": state,
+            "sentence": sentence,
+            "since": time.time(),
+            "begun": self.begun,
+            "right": self.right,
+        }
         write(self.folder / STATUS, json.dumps(told, ensure_ascii=False) + "\n")
 
     def asked_to_pause(self) -> bool:

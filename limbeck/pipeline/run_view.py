@@ -51,7 +51,13 @@ class Line:
     @property
     def share(self) -> float:
         """How much of it is done, 0 to 1."""
-        return 1.0 if self.state == "done" else self.history.done / self.history.total if self.history.total else 0.0
+        return (
+            1.0
+            if self.state == "done"
+            else self.history.done / self.history.total
+            if self.history.total
+            else 0.0
+        )
 
     @property
     def seconds(self) -> float | None:
@@ -62,7 +68,11 @@ class Line:
     def said(self) -> list[Text]:
         """The whole stage in sentences."""
         if self.state == "asks":
-            return [Text("{} waits for people: {} rows to review.", "{} 在等人审阅：还有 {} 行。").format(self.name, self.standing.open_rows)]
+            return [
+                Text("{} waits for people: {} rows to review.", "{} 在等人审阅：还有 {} 行。").format(
+                    self.name, self.standing.open_rows
+                )
+            ]
         said = [sentences.progress(self.name, self.kind, self.state, self.history, self.standing.manifest)]
         said += [*sentences.curves(self.kind, self.history), *sentences.soundness(self.history)]
         if self.state == "done" and self.standing.manifest:
@@ -70,7 +80,11 @@ class Line:
         return [*said, *self._against_plan()]
 
     def _against_plan(self) -> list[Text]:
-        return [sentences.foreseen(self.seconds, self.foreseen, self.state == "done")] if self.foreseen and self.seconds else []
+        return (
+            [sentences.foreseen(self.seconds, self.foreseen, self.state == "done")]
+            if self.foreseen and self.seconds
+            else []
+        )
 
     def rewards(self) -> list[str]:
         """The parts that its reward is made of."""
@@ -94,7 +108,11 @@ def narrate(run: Overview, stages: Sequence[Line]) -> list[Text]:
     done = [line for line in stages if line.state == "done"]
     said = [Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。").format(len(done), len(stages))]
     views = tuple(line.standing.view for line in done if line.kind != "report")
-    said += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {})) if any(v.kind == "evaluate" for v in views) else []
+    said += (
+        summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
+        if any(v.kind == "evaluate" for v in views)
+        else []
+    )
     for line in stages:
         if line.state in ("running", "begun", "asks"):
             said += line.said if line.state == "running" else line.said[:1]
@@ -113,10 +131,18 @@ def _plan(stages: Sequence[Line]) -> list[Text]:
 def draw(stages: Sequence[Line], label: str, link: Callable[[str], str]) -> Markup:
     """The graph of the stages, each with its state, how far it is, and a way to its page."""
     boxes = [
-        graph_drawing.Box(line.name, _caption(line), line.standing.inputs, FAMILY.get(line.kind, "rows"), link(line.name), line.state,
-                    0.0 if line.state == "done" else line.share)
-        for line in stages if line.kind not in LEFT_OUT
-    ]  # fmt: skip
+        graph_drawing.Box(
+            line.name,
+            _caption(line),
+            line.standing.inputs,
+            FAMILY.get(line.kind, "rows"),
+            link(line.name),
+            line.state,
+            0.0 if line.state == "done" else line.share,
+        )
+        for line in stages
+        if line.kind not in LEFT_OUT
+    ]
     return graph_drawing.draw(boxes, label) if boxes else Markup()
 
 
@@ -163,21 +189,30 @@ PANELS = (
 def panels(line: Line) -> list[Panel]:
     """The charts of a stage: rewards and their parts first, then what is known by name; the rest is found by its page."""
     parts = line.rewards()
-    return [*([Panel(Text("Reward and its parts", "奖励及其各部分"), ("reward", *parts))] if parts else []), *PANELS]
+    return [
+        *([Panel(Text("Reward and its parts", "奖励及其各部分"), ("reward", *parts))] if parts else []),
+        *PANELS,
+    ]
 
 
 def rivals(run: Overview, line: Line) -> list[str]:
     """Evaluations that this one can be compared with, what it was made from first."""
     if line.kind != "evaluate" or line.state != "done":
         return []
-    found = [one.name for one in run.stages if one.kind == "evaluate" and one.state == "done" and one.name != line.name]
+    found = [
+        one.name
+        for one in run.stages
+        if one.kind == "evaluate" and one.state == "done" and one.name != line.name
+    ]
     return sorted(found, key=lambda name: name.split("/")[-1] not in _ancestors(run, line.standing.inputs[0]))
 
 
 def _ancestors(run: Overview, model: str) -> list[str]:
     """The models that a model's weights were before, the last one first."""
     found: list[str] = []
-    while (stage := run.stage(model)) and (model := getattr(stage.stage, "model", None)) and model not in found:
+    while (
+        (stage := run.stage(model)) and (model := getattr(stage.stage, "model", None)) and model not in found
+    ):
         found.append(model)
     return found
 
@@ -202,9 +237,14 @@ def responses(line: Line, step: int | None) -> dict[str, Any] | None:
     at = steps[-1] if step is None else min(steps, key=lambda known: abs(known - step))
     place = steps.index(at)
     return {
-        "step": at, "groups": line.history.responses(at), "first": steps[0], "last": steps[-1], "count": len(steps),
-        "before": steps[place - 1] if place else None, "after": steps[place + 1] if place + 1 < len(steps) else None,
-    }  # fmt: skip
+        "step": at,
+        "groups": line.history.responses(at),
+        "first": steps[0],
+        "last": steps[-1],
+        "count": len(steps),
+        "before": steps[place - 1] if place else None,
+        "after": steps[place + 1] if place + 1 < len(steps) else None,
+    }
 
 
 def samples(line: Line) -> list[dict[str, Any]]:

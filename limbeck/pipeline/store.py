@@ -1,11 +1,11 @@
 """Artifacts on disk, addressed by what made them. A folder with a manifest is complete; one without is not.
 
-    store/rl-3fa9c1d07b52/manifest.json ...      an artifact
-    store/.partial/rl-3fa9c1d07b52/ ...          a stage at work, or one that was killed
-    store/.partial/rl-3fa9c1d07b52.lock          held by whoever writes into it
-    store/.bad-rl-3fa9c1d07b52-1/ ...            was in an artifact's place without being one
-    store/.queues/8c41.../                       rows that wait for people
-    store/.responses/4d/4d09....json             what endpoints answered: paid for once, never asked again
+store/rl-3fa9c1d07b52/manifest.json ...      an artifact
+store/.partial/rl-3fa9c1d07b52/ ...          a stage at work, or one that was killed
+store/.partial/rl-3fa9c1d07b52.lock          held by whoever writes into it
+store/.bad-rl-3fa9c1d07b52-1/ ...            was in an artifact's place without being one
+store/.queues/8c41.../                       rows that wait for people
+store/.responses/4d/4d09....json             what endpoints answered: paid for once, never asked again
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from ..types import Corrupted, LimbeckError, Resumable
 MANIFEST, RESPONSES = "manifest.json", ".responses"
 SCHEMA = 1
 UNREPEATABLE = {TIMING}  # seconds differ from run to run and so stay out of an artifact's digest
-OUTCOME = "outcome.json"  # what a stage returned: in a partial folder it says that only `finish` is left to do
+OUTCOME = (
+    "outcome.json"  # what a stage returned: in a partial folder it says that only `finish` is left to do
+)
 PATIENCE = 10.0  # seconds to wait for a process that works in the same folder; an orphan ends within one
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -64,7 +66,9 @@ class Store:
         try:
             return Artifact(folder, json.loads(path.read_text(encoding="utf-8")))
         except ValueError:
-            raise Corrupted(f"{path}: not valid JSON; remove {folder} and run again, it is made anew") from None
+            raise Corrupted(
+                f"{path}: not valid JSON; remove {folder} and run again, it is made anew"
+            ) from None
 
     def all(self) -> Iterator[Artifact]:
         for folder in sorted(self.root.glob("*")):
@@ -86,7 +90,9 @@ class Store:
         try:
             lock.acquire(timeout=patience)
         except Timeout:
-            raise Resumable(f"another process works on {folder.name}; wait for it, or stop it, and run again") from None
+            raise Resumable(
+                f"another process works on {folder.name}; wait for it, or stop it, and run again"
+            ) from None
         try:
             yield
         finally:
@@ -140,7 +146,9 @@ class Store:
 
     def resolve(self, name: str) -> Artifact:
         """An artifact by (the beginning of) its folder's name or key."""
-        found = [a for a in self.all() if a.folder.name.startswith(name) or a.manifest["key"].startswith(name)]
+        found = [
+            a for a in self.all() if a.folder.name.startswith(name) or a.manifest["key"].startswith(name)
+        ]
         if len(found) != 1:
             what = "no artifact" if not found else f"{len(found)} artifacts"
             raise LimbeckError(f"{name}: {what} of that name in {self.root}; `limbeck show` lists them")

@@ -118,7 +118,11 @@ def perform(job: Job, tell: Callable[[str], None] = print) -> dict[str, Any]:
         if not out_of_space(error):
             return _crashed(error)
         left = "the same command goes on from the last checkpoint"
-        return {"event": "failed", "code": 75, "message": f"no space left on {job.folder}; free some, and {left}"}
+        return {
+            "event": "failed",
+            "code": 75,
+            "message": f"no space left on {job.folder}; free some, and {left}",
+        }
 
 
 def _carry_out(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -177,12 +181,20 @@ def _peak() -> int:
 
 
 def _spent(began: float, cpu: float) -> dict[str, Any]:
-    spent = {"seconds": round(time.monotonic() - began, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
+    spent = {
+        "seconds": round(time.monotonic() - began, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
     return {**spent, "peak_memory_bytes": _peak()}
 
 
 def _crashed(error: BaseException) -> dict[str, Any]:
-    return {"event": "failed", "code": 70, "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return {
+        "event": "failed",
+        "code": 70,
+        "message": f"{type(error).__name__}: {error}",
+        "traceback": traceback.format_exc(),
+    }
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def seconds(row: Row) -> float:
 def utilisation(row: Row) -> float:
     """6ND over the 16-bit peak: rough, to leave out what was broken."""
     peak = row.cluster.chip.rate("fp16")
-    return 6 * row.number("active_params") * row.number("global_batch_tokens") / seconds(row) / row.chips / peak
+    return (
+        6 * row.number("active_params") * row.number("global_batch_tokens") / seconds(row) / row.chips / peak
+    )
 
 
 def sets(rows: list[Row]) -> dict[str, list[Row]]:
@@ -68,7 +70,17 @@ def loss(numbers: Constants, chosen: dict[str, list[Row]], exact: bool = False) 
 def error(row: Row, numbers: Constants, exact: bool = True) -> float:
     """log(foreseen / measured)."""
     try:
-        step = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software, numbers, exact).step()
+        step = foresee(
+            row.model,
+            row.cluster,
+            row.layout,
+            row.batch,
+            row.seq,
+            row.precision,
+            row.software,
+            numbers,
+            exact,
+        ).step()
     except LimbeckError:
         return 0.5
     return log(step.seconds / seconds(row))
@@ -81,7 +93,9 @@ def fit(chosen: dict[str, list[Row]], numbers: Constants, rounds: int = 5) -> Co
     for _ in range(rounds):
         for name in names:
             for scale in (factor, 1 / factor):
-                while (now := loss(trial := replace(numbers, **{name: getattr(numbers, name) * scale}), chosen)) < least - 1e-5:
+                while (
+                    now := loss(trial := replace(numbers, **{name: getattr(numbers, name) * scale}), chosen)
+                ) < least - 1e-5:
                     least, numbers = now, trial
         factor = factor**0.6
         print(f"{least:.4f}", {name: float(f"{getattr(numbers, name):.3g}") for name in names}, flush=True)
@@ -94,7 +108,19 @@ def regrets(rows: list[Row]) -> list[float]:
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         if seconds(row) and row.complete:
-            shape = tuple(row[key] for key in ("layers", "hidden", "heads", "seq", "n_chips", "global_batch_tokens", "chip", "precision"))
+            shape = tuple(
+                row[key]
+                for key in (
+                    "layers",
+                    "hidden",
+                    "heads",
+                    "seq",
+                    "n_chips",
+                    "global_batch_tokens",
+                    "chip",
+                    "precision",
+                )
+            )
             groups[row.name.split()[0].split("-h=")[0], *shape].append(row)
     found = []
     for group in groups.values():
@@ -106,11 +132,17 @@ def regrets(rows: list[Row]) -> list[float]:
 
 def fitting(rows: list[Row]) -> str:
     """How often it is foreseen whether a run fits, and the error of its peak memory, on every third row."""
-    told = {metric: [row for row in rows if row.metric == metric][::3] for metric in ("peak_mem_reserved_gb", "oom")}
+    told = {
+        metric: [row for row in rows if row.metric == metric][::3]
+        for metric in ("peak_mem_reserved_gb", "oom")
+    }
     ran, broke = ([row.memory for row in some] for some in told.values())
     refused, admitted = sum(not held.fits for held in ran), sum(held.fits for held in broke)
     right = len(broke) - admitted
-    errors = [abs(held.reserved / 1e9 / row.value - 1) for held, row in zip(ran, told["peak_mem_reserved_gb"], strict=True)]
+    errors = [
+        abs(held.reserved / 1e9 / row.value - 1)
+        for held, row in zip(ran, told["peak_mem_reserved_gb"], strict=True)
+    ]
     return (
         f"{len(ran) + len(broke)} rows: {refused} wrongly refused, {admitted} wrongly admitted, F1 {2 * right / (2 * right + refused + admitted):.3f}; "
         f"peak memory median {median(errors):.1%}, 95th percentile {percentile(errors, 0.95):.1%}"
@@ -123,7 +155,9 @@ def main() -> None:
     if sys.argv[2:] == ["regret"]:
         for name in ("BLOOM", "vTrain-multi", "vTrain-single", "ultrascale"):
             lost = regrets([row for row in rows if row.name.startswith(name)])
-            print(f"{name}: {len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {percentile(lost, 0.95):.1%}")
+            print(
+                f"{name}: {len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {percentile(lost, 0.95):.1%}"
+            )
         return
     if sys.argv[2:] == ["memory"]:
         return print(fitting([row for row in rows if row.name.startswith("ultrascale")]))

@@ -16,7 +16,12 @@ FILE = Path(__file__).with_name("chips.yaml")
 UNITS = {"memory": 1e9, "bandwidth": 1e9, "link": 1e9, "die_link": 1e9}
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where there is one: ten times as fast
 RATES = {"bf16": 16, "fp16": 16, "tf32": 19, "fp32": 32, "fp8": 8, "int8": 8}  # precision -> bits an operand
-WHAT = {"memory": "GB of memory", "bandwidth": "GB/s of memory", "link": "GB/s of its scale-up link, both directions", "watts": "watts"}
+WHAT = {
+    "memory": "GB of memory",
+    "bandwidth": "GB/s of memory",
+    "link": "GB/s of its scale-up link, both directions",
+    "watts": "watts",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Chip:
         except KeyError:
             what = WHAT.get(key, f"{key} TFLOPS" if key in RATES else key)
             known = ", ".join(sorted(self.figures))
-            raise LimbeckError(f"chip {self.name}: {what} is not known here; give it as {key}=NUMBER (known: {known})") from None
+            raise LimbeckError(
+                f"chip {self.name}: {what} is not known here; give it as {key}=NUMBER (known: {known})"
+            ) from None
 
     def rate(self, precision: str) -> float:
         """Peak FLOP/s, dense. Throughput of a matrix product on several dies is that of all of them."""

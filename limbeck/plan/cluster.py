@@ -15,7 +15,19 @@ from . import chips
 from .chips import LOADER, Chip
 
 FILE = Path(__file__).with_name("clusters.yaml")
-NUMBERS = ("per_node", "nics", "nic", "pcie", "latency", "pod", "oversubscription", "sites", "site_link", "site_latency", "every")
+NUMBERS = (
+    "per_node",
+    "nics",
+    "nic",
+    "pcie",
+    "latency",
+    "pod",
+    "oversubscription",
+    "sites",
+    "site_link",
+    "site_latency",
+    "every",
+)
 COUNTED = re.compile(r"(?P<count>\d+)\s*x\s*(?P<chip>[\w.-]+)$", re.IGNORECASE)
 NAMED = re.compile(r"(?P<chip>[a-z0-9-]*[a-z0-9])-(?P<count>\d+)$", re.IGNORECASE)
 
@@ -95,9 +107,21 @@ class Cluster:
         return replace(self, name=f"{count} of {self.name}", count=count)
 
     def tell(self) -> str:
-        inner = f"{self.chip.link / 1e9:.0f} GB/s links" if self.linked else f"PCIe of {self.fabric.pcie:.0f} GB/s"
-        cards = f"{self.fabric.nics} x {self.fabric.nic:.0f} Gbit/s a node, {self.fabric.topology}" if self.nodes > 1 else "one node"
-        far = f"; {self.fabric.sites} sites joined by {self.fabric.site_link:g} Gbit/s" if self.fabric.sites > 1 else ""
+        inner = (
+            f"{self.chip.link / 1e9:.0f} GB/s links"
+            if self.linked
+            else f"PCIe of {self.fabric.pcie:.0f} GB/s"
+        )
+        cards = (
+            f"{self.fabric.nics} x {self.fabric.nic:.0f} Gbit/s a node, {self.fabric.topology}"
+            if self.nodes > 1
+            else "one node"
+        )
+        far = (
+            f"; {self.fabric.sites} sites joined by {self.fabric.site_link:g} Gbit/s"
+            if self.fabric.sites > 1
+            else ""
+        )
         return f"{self.count} x {self.chip.name}, {self.per_node} a node with {inner}; {cards}{far}"
 
 
@@ -119,14 +143,18 @@ def cluster(text: str, **changes: Any) -> Cluster:
     name = text.strip().lower()
     entry = _tree()["clusters"].get(name) or _counted(name, text)
     chip = chips.find(changes.pop("chip", entry["chip"]))
-    woven = fabric(changes.pop("fabric", entry.get("fabric") or _tree()["defaults"].get(chip.name, "infiniband-400")))
+    woven = fabric(
+        changes.pop("fabric", entry.get("fabric") or _tree()["defaults"].get(chip.name, "infiniband-400"))
+    )
     count = int(changes.pop("count", entry["count"]))
     if count < 1:
         raise LimbeckError(f"{text}: a cluster has at least one chip")
     if "nvlink" in changes:
         changes["link"] = changes.pop("nvlink")
     woven = _woven(woven, {key: changes.pop(key) for key in list(changes) if key in NUMBERS})
-    return Cluster(name, chip.change(**{key: _number(key, value) for key, value in changes.items()}), count, woven)
+    return Cluster(
+        name, chip.change(**{key: _number(key, value) for key, value in changes.items()}), count, woven
+    )
 
 
 def _counted(name: str, text: str) -> dict[str, Any]:
@@ -137,7 +165,9 @@ def _counted(name: str, text: str) -> dict[str, Any]:
     try:
         return {"chip": chips.find(name).name, "count": 1}
     except LimbeckError:
-        raise LimbeckError(f"{text!r} is no cluster: write COUNTxCHIP, for instance 8x4090, or one of {known}") from None
+        raise LimbeckError(
+            f"{text!r} is no cluster: write COUNTxCHIP, for instance 8x4090, or one of {known}"
+        ) from None
 
 
 def _woven(woven: Fabric, changes: dict[str, Any]) -> Fabric:

@@ -40,7 +40,11 @@ class Group:
     @property
     def inside(self) -> float:
         """Bytes a second of one chip to its neighbours; on PCIe all chips of a node share the host's way."""
-        return self.cluster.inside * self.links / (1 if self.cluster.linked else max(1, self.cluster.per_node / 2))
+        return (
+            self.cluster.inside
+            * self.links
+            / (1 if self.cluster.linked else max(1, self.cluster.per_node / 2))
+        )
 
     @property
     def outside(self) -> float:
@@ -55,7 +59,9 @@ class Group:
         return min([*ways, self.outside] if self.nodes > 1 else ways or [float("inf")])
 
 
-def group(cluster: Cluster, size: int, stride: int = 1, links: float = 1.0, cards: float = 1.0, rings: int = 0) -> Group:
+def group(
+    cluster: Cluster, size: int, stride: int = 1, links: float = 1.0, cards: float = 1.0, rings: int = 0
+) -> Group:
     """Every `stride`-th chip: `group(c, 8)` is a node, `group(c, 64, 8)` one chip of each of 64 nodes."""
     local = max(1, min(size, cluster.per_node // stride if stride < cluster.per_node else 1))
     return Group(cluster, size, local, max(1, cluster.per_node // local), size * stride, links, cards, rings)
@@ -118,7 +124,9 @@ def send(cluster: Cluster, size: float, inside: bool, links: float = 1.0, cards:
     """Seconds of one message from chip to chip, all chips of a node sending at once."""
     if inside:
         return 1e-6 * (RING["nvlink"] if cluster.linked else RING["pcie"]) + size / (cluster.inside * links)
-    return 1e-6 * cluster.fabric.latency + size / (cards * min(cluster.card, cluster.outside / cluster.per_node))
+    return 1e-6 * cluster.fabric.latency + size / (
+        cards * min(cluster.card, cluster.outside / cluster.per_node)
+    )
 
 
 # ------------------------------------------------------------ experts
@@ -142,7 +150,9 @@ class AllToAll:
     network: float
     link: float
 
-    def seconds(self, tokens: float, hidden: int, dispatch: float = 1.0, combine: float = 2.0) -> tuple[float, float]:
+    def seconds(
+        self, tokens: float, hidden: int, dispatch: float = 1.0, combine: float = 2.0
+    ) -> tuple[float, float]:
         """Of sending a batch's tokens to their experts and of getting the answers back, `dispatch` and `combine` bytes
         a value. The two ways work side by side, so the slower counts."""
         slow = max(self.network, self.link)
@@ -161,7 +171,9 @@ def all_to_all(g: Group, experts: float, limit: int = 0, once: bool = True) -> A
     return AllToAll(far, near, network, link)
 
 
-def decode_bound(tokens: int = 32, experts: int = 9, hidden: float = 7e3, bandwidth: float = 50e9, layers: int = 61) -> tuple[float, float]:
+def decode_bound(
+    tokens: int = 32, experts: int = 9, hidden: float = 7e3, bandwidth: float = 50e9, layers: int = 61
+) -> tuple[float, float]:
     """Seconds of one layer's dispatch (1 byte) and combine (2 bytes), and of a token through `layers` of them, each
     with two micro-batches: 120.96 us and 14.76 ms (arXiv 2505.09343, section 2.3.2)."""
     layer = (1 + 2) * tokens * experts * hidden / bandwidth

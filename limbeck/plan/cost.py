@@ -105,7 +105,9 @@ def weights(config: ModelConfig) -> int:
     return config.parameters + config.parameters_ahead
 
 
-def flops_per_token(config: ModelConfig, seq: float, convention: str = "causal", recompute: float = 0.0) -> float:
+def flops_per_token(
+    config: ModelConfig, seq: float, convention: str = "causal", recompute: float = 0.0
+) -> float:
     """Training FLOPs a token by one of CONVENTIONS; `recompute` is the share of a forward pass done twice."""
     if convention not in CONVENTIONS:
         raise LimbeckError(f"no FLOPs convention {convention!r}; known are {', '.join(CONVENTIONS)}")
@@ -153,14 +155,23 @@ def _attention(config: ModelConfig, layer: int) -> tuple[tuple[Matmul, ...], int
     if latent := config.latent:
         key, value = latent.nope_dim + latent.rope_dim, latent.value_dim
         low = latent.q_rank
-        asks = (Matmul("q_down", hidden, low, "none"), Matmul("q_up", low, heads * key)) if low else (Matmul("q_up", hidden, heads * key),)
+        asks = (
+            (Matmul("q_down", hidden, low, "none"), Matmul("q_up", low, heads * key))
+            if low
+            else (Matmul("q_up", hidden, heads * key),)
+        )
         down = Matmul("kv_down", hidden, latent.kv_rank + latent.rope_dim, "none")
         up = Matmul("kv_up", latent.kv_rank, heads * (latent.nope_dim + value))
         kept = low + latent.kv_rank + heads * (2 * key + 2 * value)
         return (*asks, down, up, Matmul("out", heads * value, hidden, "in")), key, value, kept
     queries, keys = heads * config.head_dim, config.kv_heads * config.head_dim * config.keeps(layer)
     kept = 2 * queries + 2 * config.kv_heads * config.head_dim
-    return (Matmul("qkv", hidden, queries + 2 * keys), Matmul("out", queries, hidden, "in")), config.head_dim, config.head_dim, kept
+    return (
+        (Matmul("qkv", hidden, queries + 2 * keys), Matmul("out", queries, hidden, "in")),
+        config.head_dim,
+        config.head_dim,
+        kept,
+    )
 
 
 def _dense(config: ModelConfig) -> tuple[tuple[Matmul, ...], float, float]:
@@ -178,6 +189,11 @@ def _mixture(config: ModelConfig) -> tuple[tuple[Matmul, ...], float, float]:
         Matmul("experts_down", size, hidden, "in", met, experts.count),
     ]
     if experts.shared_size:
-        matmuls += [Matmul("shared_up", hidden, 2 * experts.shared_size), Matmul("shared_down", experts.shared_size, hidden, "in")]
-    values = 3.0 * (size * met + experts.shared_size) + 4.0 * met * hidden  # and tokens put in order, and back
+        matmuls += [
+            Matmul("shared_up", hidden, 2 * experts.shared_size),
+            Matmul("shared_down", experts.shared_size, hidden, "in"),
+        ]
+    values = (
+        3.0 * (size * met + experts.shared_size) + 4.0 * met * hidden
+    )  # and tokens put in order, and back
     return tuple(matmuls), values, 3.0 * (size * met + experts.shared_size) + met * hidden

@@ -29,7 +29,9 @@ def place(load: Sequence[float], slots: int, groups: int = 1, nodes: int = 1, ch
     """Place one layer's experts of known `load` in `slots`, of which each chip has as many. Groups stay in a node if
     they divide over nodes (node-limited routing needs that); otherwise nodes are not regarded."""
     if slots < len(load) or slots % chips or len(load) % groups or chips % nodes:
-        raise LimbeckError(f"{len(load)} experts in {groups} groups do not go into {slots} slots of {chips} chips in {nodes} nodes")
+        raise LimbeckError(
+            f"{len(load)} experts in {groups} groups do not go into {slots} slots of {chips} chips in {nodes} nodes"
+        )
     if groups % nodes:
         groups = nodes = 1
     size = len(load) // groups

@@ -67,14 +67,21 @@ def ware(chip: chips.Chip) -> Chip:
     """A chip of the catalogue as the rules look at it. Dies of a package share its figures evenly; without a scale-up link its
     slot is what it transfers by."""
     dies = int(chip.figures.get("dies", 1))
-    tops = {RATES[name]: value / dies for name, value in chip.figures.items() if name in ("bf16", "fp16", "fp8", "int8")}
+    tops = {
+        RATES[name]: value / dies
+        for name, value in chip.figures.items()
+        if name in ("bf16", "fp16", "fp8", "int8")
+    }
     if not tops:
         chip.figure("bf16")  # says what is missing
     area, link = chip.figures.get("area"), chip.figures.get("link")
     return Chip(
-        chip.name, (Die(tops, area and area / dies),) * dies, PCIE if link == 0 else link, chip.figures.get("bandwidth"),
+        chip.name,
+        (Die(tops, area and area / dies),) * dies,
+        PCIE if link == 0 else link,
+        chip.figures.get("bandwidth"),
         "datacentre" if chip.datacentre else "consumer",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,9 @@ class Verdict:
     def sentence(self) -> str:
         if self.decision == "free":
             return f"free: {self.why}"
-        told = {"licence": "needs a licence", "review": "needs a licence, reviewed case by case"}[self.decision]
+        told = {"licence": "needs a licence", "review": "needs a licence, reviewed case by case"}[
+            self.decision
+        ]
         told += f" by {self.clause} ({self.why}); {self.policy}; {self.source}"
         return told if self.enforced else f"{told}: a rule that was published and never enforced"
 
@@ -135,9 +144,15 @@ def judge(ware: Chip | Weights | Memory, destination: str, on: date) -> Verdict:
     groups = _groups(destination)
     goods = {Chip: "chip", Weights: "weights", Memory: "memory"}[type(ware)]
     if isinstance(ware, Weights) and (ware.published or ware.operations <= ware.best_published):
-        what = "published weights are outside" if ware.published else "a published model needed as many operations"
+        what = (
+            "published weights are outside"
+            if ware.published
+            else "a published model needed as many operations"
+        )
         return Verdict("free", why=f"{what} (90 FR 4544, ECCN 4E091)")
-    found = [verdict for rule in _rules() if rule["goods"] == goods and (verdict := _apply(rule, ware, groups, on))]
+    found = [
+        verdict for rule in _rules() if rule["goods"] == goods and (verdict := _apply(rule, ware, groups, on))
+    ]
     binding = [v for v in found if v.enforced and v.decision == "licence"]
     review = next((v for v in found if v.decision == "review"), None)
     if binding and review and not any("letter" in v.clause for v in binding):
@@ -161,16 +176,33 @@ def _apply(rule: dict[str, Any], ware: Any, groups: set[str], on: date) -> Verdi
         outside = [m for m, x in figures.items() if x is not None and not _within(x, test[m])]
         unknown = [m for m, x in figures.items() if x is None]
         if not outside and not unknown:
-            why = ", ".join(f"{WORDS[m]} {x:,.0f}" if x >= 100 else f"{WORDS[m]} {x:.3g}" for m, x in figures.items()) or f"{ware.name} is named"
-            return Verdict(rule["decision"], test["clause"], rule["name"], rule["policy"], rule["source"], why, rule.get("enforced", True))
+            why = (
+                ", ".join(
+                    f"{WORDS[m]} {x:,.0f}" if x >= 100 else f"{WORDS[m]} {x:.3g}" for m, x in figures.items()
+                )
+                or f"{ware.name} is named"
+            )
+            return Verdict(
+                rule["decision"],
+                test["clause"],
+                rule["name"],
+                rule["policy"],
+                rule["source"],
+                why,
+                rule.get("enforced", True),
+            )
         missing = missing or (unknown[0] if not outside else "")
     if missing:
-        raise LimbeckError(f"{ware.name}: its {WORDS[missing]} is not known, and {rule['name']} ({rule['source']}) asks for it")
+        raise LimbeckError(
+            f"{ware.name}: its {WORDS[missing]} is not known, and {rule['name']} ({rule['source']}) asks for it"
+        )
     return None
 
 
 def _within(value: float, range_: dict[str, float]) -> bool:
-    return range_.get("least", 0) <= value < range_.get("below", float("inf")) and value > range_.get("above", -1)
+    return range_.get("least", 0) <= value < range_.get("below", float("inf")) and value > range_.get(
+        "above", -1
+    )
 
 
 def _groups(destination: str) -> set[str]:
@@ -180,7 +212,9 @@ def _groups(destination: str) -> set[str]:
     name = countries["also"].get(name, name)
     found = {group for group in ("d5", "d1_d4", "others", "home") if name in countries[group]}
     if not found:
-        raise LimbeckError(f"{destination}: no country of the rules' table; write its English name, for instance china, japan or united arab emirates")
+        raise LimbeckError(
+            f"{destination}: no country of the rules' table; write its English name, for instance china, japan or united arab emirates"
+        )
     return found | {name}
 
 

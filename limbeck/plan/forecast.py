@@ -52,9 +52,17 @@ class Forecast:
         """As a run's `forecast.json` has it."""
         rounded = {name: round(seconds, 2) for name, seconds in self.parts.items() if seconds >= 0.01}
         return {
-            "stage": self.stage, "kind": self.kind, "seconds": round(self.seconds, 2), "low": round(self.low, 2), "high": round(self.high, 2),
-            "parts": rounded, "binds": self.binds, "tokens": round(self.tokens), "flops": float(f"{self.flops:.3g}"), "people": self.people,
-        }  # fmt: skip
+            "stage": self.stage,
+            "kind": self.kind,
+            "seconds": round(self.seconds, 2),
+            "low": round(self.low, 2),
+            "high": round(self.high, 2),
+            "parts": rounded,
+            "binds": self.binds,
+            "tokens": round(self.tokens),
+            "flops": float(f"{self.flops:.3g}"),
+            "people": self.people,
+        }
 
 
 def asked_of(efforts: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
@@ -74,10 +82,14 @@ def asked_of(efforts: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -
             rollouts = [r for e in group for r in e.rollouts]
             lengths = [e.length for e in mine if e.length] or [64]
             found[config, optimizer] = Asked(
-                config, optimizer, (_round(min(sizes)), _round(max(max(sizes), 2 * min(sizes)))), _round(sum(lengths) / len(lengths)),
-                (8, _in_flight(config)) if i == 0 else (), _round(sum(r.prompt for r in rollouts) / len(rollouts)) if rollouts else 32,
+                config,
+                optimizer,
+                (_round(min(sizes)), _round(max(max(sizes), 2 * min(sizes)))),
+                _round(sum(lengths) / len(lengths)),
+                (8, _in_flight(config)) if i == 0 else (),
+                _round(sum(r.prompt for r in rollouts) / len(rollouts)) if rollouts else 32,
                 _round(sum(r.length for r in rollouts) / len(rollouts)) if rollouts else 16,
-            )  # fmt: skip
+            )
     return found
 
 
@@ -99,7 +111,9 @@ def price(effort: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -
         mine = next((use for use in uses if use[1] == effort.optimizer), uses[0])
         speaks = next(use for use in uses if rates.models[use][0]["roll"])
         if effort.rollouts:
-            parts["rollout"] = HANDLING * effort.sampled + sum(_rollout(r, effort, config, rates, speaks) for r in effort.rollouts)
+            parts["rollout"] = HANDLING * effort.sampled + sum(
+                _rollout(r, effort, config, rates, speaks) for r in effort.rollouts
+            )
         if effort.learned:
             parts["learning"] = effort.updates * _update(effort, config, rates, mine)
     if effort.read:
@@ -107,18 +121,31 @@ def price(effort: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -
         parts["teacher and reference"] = effort.read / 1024 * rates.learn(reader, 1024) / 3
     if effort.written:
         parts["writing the corpus"] = effort.written * max(rates.worlds.values(), default=0.0)
-    parts["loading and saving"] = STAGE * (effort.kind not in ("curate", "general")) + PARAMETER * _weights(effort, configs)
+    parts["loading and saving"] = STAGE * (effort.kind not in ("curate", "general")) + PARAMETER * _weights(
+        effort, configs
+    )
     return _foreseen(effort, config, parts, hypot(log(SPREAD), log(effort.sure) * _unsure(parts)))
 
 
-def _foreseen(effort: StageWork, config: ModelConfig | None, parts: dict[str, float], doubt: float) -> Forecast:
+def _foreseen(
+    effort: StageWork, config: ModelConfig | None, parts: dict[str, float], doubt: float
+) -> Forecast:
     """A stage's forecast of its parts; `doubt` is the logarithm of the interval's factor."""
     seconds, factor = sum(parts.values()), exp(doubt)
     name = max(parts, key=parts.get)
     return Forecast(
-        effort.stage, effort.kind, seconds, seconds / factor, seconds * factor, parts, f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
-        effort.sampled + effort.learned, effort.flops(config) if config else 0.0, effort.people, effort.inputs,
-    )  # fmt: skip
+        effort.stage,
+        effort.kind,
+        seconds,
+        seconds / factor,
+        seconds * factor,
+        parts,
+        f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
+        effort.sampled + effort.learned,
+        effort.flops(config) if config else 0.0,
+        effort.people,
+        effort.inputs,
+    )
 
 
 def _update(effort: StageWork, config: ModelConfig, rates: Rates, use: Use) -> float:
@@ -150,7 +177,9 @@ def _rollout(rollout: Rollout, effort: StageWork, config: ModelConfig, rates: Ra
     steps = max(rollout.longest, rollout.rows * rollout.length / max(1.0, flight) + rollout.longest / 2)
     # reading is a third of learning, without the optimiser's share, and the head looks at a prompt's last token alone
     body = 1 - config.vocab_size * config.hidden_size / config.active_parameters
-    prefill = rollout.prompts * rollout.prompt * body * (rates.learn(use, 2048) - rates.learn(use, 1024)) / 1024 / 3
+    prefill = (
+        rollout.prompts * rollout.prompt * body * (rates.learn(use, 2048) - rates.learn(use, 1024)) / 1024 / 3
+    )
     return rollout.calls * (steps * fixed + rollout.rows * rollout.length * each + prefill)
 
 
@@ -195,9 +224,13 @@ def price_on(effort: StageWork, configs: Mapping[str, ModelConfig], cluster: Clu
         peak = cluster.count * cluster.chip.rate("bf16" if "bf16" in cluster.chip.figures else "fp16")
         seen = max(1.0, effort.length / 2)
         floor = effort.updates * config.layers * OPERATIONS * constants().launch * 3
-        parts["learning"] = max(effort.learned * config.flops_per_token(seen, backward=True) / peak / LEARNER_MFU[1], floor)
+        parts["learning"] = max(
+            effort.learned * config.flops_per_token(seen, backward=True) / peak / LEARNER_MFU[1], floor
+        )
         if effort.read:
-            parts["teacher and reference"] = effort.read * configs[effort.reader].flops_per_token(seen) / peak / LEARNER_MFU[1]
+            parts["teacher and reference"] = (
+                effort.read * configs[effort.reader].flops_per_token(seen) / peak / LEARNER_MFU[1]
+            )
     parts["loading and saving"] = START * (effort.kind not in ("curate", "general"))
     return _foreseen(effort, config, parts, hypot(log(ELSEWHERE), log(effort.sure)))
 

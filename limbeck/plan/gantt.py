@@ -9,7 +9,13 @@ from .pipeline_schedules import Slot, Timeline
 from .search import Choice
 
 COLOURS = {"F": "#4c78a8", "B": "#f58518", "BW": "#e45756", "W": "#54a24b", "FBW": "#b279a2"}
-NAMES = {"F": "forward", "B": "backward, inputs", "BW": "backward", "W": "weight gradients", "FBW": "forward and backward, overlapped"}
+NAMES = {
+    "F": "forward",
+    "B": "backward, inputs",
+    "BW": "backward",
+    "W": "weight gradients",
+    "FBW": "forward and backward, overlapped",
+}
 
 
 def schedule(line: Timeline, path: Path, title: str = "") -> Path:
@@ -21,19 +27,39 @@ def schedule(line: Timeline, path: Path, title: str = "") -> Path:
         for kind, colour in COLOURS.items():
             own = [slot for slot in slots if _kind(slot) == kind]
             axes.broken_barh(
-                [(s.start, s.end - s.start) for s in own], (chip - 0.45, 0.9), facecolors=colour, edgecolor="white", linewidth=0.3
+                [(s.start, s.end - s.start) for s in own],
+                (chip - 0.45, 0.9),
+                facecolors=colour,
+                edgecolor="white",
+                linewidth=0.3,
             )
             for slot in own if numbered else ():
                 middle = (slot.start + slot.end) / 2
-                axes.text(middle, chip, str(slot.pieces[0].micro), ha="center", va="center", fontsize=5, color="white")
+                axes.text(
+                    middle,
+                    chip,
+                    str(slot.pieces[0].micro),
+                    ha="center",
+                    va="center",
+                    fontsize=5,
+                    color="white",
+                )
     axes.set_yticks(range(len(line.chips)), [f"chip {chip}" for chip in range(len(line.chips))])
     axes.invert_yaxis()
     axes.set_xlim(0, line.seconds)
     axes.set_xlabel("seconds")
-    axes.set_title(f"{title}: {line.seconds:.3g} s, of which the busiest chip waits {line.bubble:.3g} s".lstrip(": "))
+    axes.set_title(
+        f"{title}: {line.seconds:.3g} s, of which the busiest chip waits {line.bubble:.3g} s".lstrip(": ")
+    )
     seen = {_kind(slot) for slots in line.chips for slot in slots}
     handles = [_patch(COLOURS[kind], NAMES[kind]) for kind in COLOURS if kind in seen]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.18 - 0.6 / len(line.chips)), ncol=len(handles), frameon=False)
+    axes.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.18 - 0.6 / len(line.chips)),
+        ncol=len(handles),
+        frameon=False,
+    )
     return _save(figure, path)
 
 
@@ -43,7 +69,12 @@ def trade(choices: list[Choice], path: Path) -> Path:
     for rank, choice in enumerate(choices, 1):
         held, step = choice.memory.total / 1e9, choice.step
         axes.errorbar(
-            held, step.seconds, yerr=[[step.seconds - step.low], [step.high - step.seconds]], fmt="o", color=COLOURS["F"], capsize=3
+            held,
+            step.seconds,
+            yerr=[[step.seconds - step.low], [step.high - step.seconds]],
+            fmt="o",
+            color=COLOURS["F"],
+            capsize=3,
         )
         axes.annotate(f" {rank}. {choice.layout.tell().split(',')[0]}", (held, step.seconds), fontsize=8)
     axes.axvline(choices[0].memory.capacity / 1e9, color=COLOURS["BW"], linestyle="--", linewidth=1)

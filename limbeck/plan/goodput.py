@@ -56,11 +56,15 @@ def checkpoint_interval(save_seconds: float, mean_seconds: float) -> float:
     return sqrt(2 * save_seconds * mean_seconds) * (1 + sqrt(ratio) / 3 + ratio / 9) - save_seconds
 
 
-def useful_share(chips: int, reliability: Reliability = Reliability(), interval: float | None = None) -> float:
+def useful_share(
+    chips: int, reliability: Reliability = Reliability(), interval: float | None = None
+) -> float:
     """Useful seconds in a second, with a checkpoint every `interval` seconds of work (else the best)."""
     mean = reliability.mean_seconds(chips)
     t = interval or checkpoint_interval(reliability.save_seconds, mean)
-    taken = mean * exp(reliability.restart_seconds / mean) * (exp((t + reliability.save_seconds) / mean) - 1) / t
+    taken = (
+        mean * exp(reliability.restart_seconds / mean) * (exp((t + reliability.save_seconds) / mean) - 1) / t
+    )
     return 1 / taken
 
 

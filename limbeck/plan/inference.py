@@ -94,7 +94,10 @@ class Replica:
         """Bytes of weights on one chip; whole experts, one of them spare on each chip of a wide group."""
         table = self.config.vocab_size * self.config.hidden_size * (1 if self.config.tied else 2)
         rest = (sum(n * (w.weights - w.expert_weights) for w, n in self.layers.items()) + table) / self.split
-        return self.width * (rest + sum(n * w.expert_weights / max(1, w.experts) * self.hosted(w) for w, n in self.layers.items()))
+        return self.width * (
+            rest
+            + sum(n * w.expert_weights / max(1, w.experts) * self.hosted(w) for w, n in self.layers.items())
+        )
 
     def hosted(self, work: cost.Work) -> float:
         return -(-work.experts // self.chips) if work.experts else 0
@@ -125,7 +128,12 @@ class Replica:
         light = sum(n * (EXPERT_LAYER if work.experts else LAYER) for work, n in layers)
         busy = products + core + light
         seconds = max(busy, sent) + (1 - OVERLAP) * min(busy, sent) if self.config.experts else busy + sent
-        parts = {"weights and products": products, "attention and cache": core, "sending tokens": sent, "the rest": light}
+        parts = {
+            "weights and products": products,
+            "attention and cache": core,
+            "sending tokens": sent,
+            "the rest": light,
+        }
         return Rate(rows / seconds, seconds, max(parts, key=parts.get), parts)
 
     def _products(self, roof: Roofline, work: cost.Work, rows: float) -> float:
@@ -133,7 +141,9 @@ class Replica:
         for m in work.matmuls:
             if m.experts:
                 mine = self.hosted(work)
-                total += mine * self._product(roof, rows * m.copies * self.chips / m.experts, m.inputs, m.outputs)
+                total += mine * self._product(
+                    roof, rows * m.copies * self.chips / m.experts, m.inputs, m.outputs
+                )
             else:
                 wide = self.split if m.split == "out" else 1
                 deep = self.split if m.split == "in" else 1
@@ -147,8 +157,14 @@ class Replica:
     def _core(self, roof: Roofline, rows: float, context: float) -> float:
         """Scores and mixing of one new token: latent attention works on the latent itself, and so computes more than it reads."""
         c = self.config
-        key, value = (c.latent.kv_rank + c.latent.rope_dim, c.latent.kv_rank) if c.latent else (c.head_dim, c.head_dim)
-        seen = sum(min(context, c.window(layer) or context) for layer in range(c.layers)) if c.windows else c.layers * context
+        key, value = (
+            (c.latent.kv_rank + c.latent.rope_dim, c.latent.kv_rank) if c.latent else (c.head_dim, c.head_dim)
+        )
+        seen = (
+            sum(min(context, c.window(layer) or context) for layer in range(c.layers))
+            if c.windows
+            else c.layers * context
+        )
         flops = 2 * rows * c.heads * (key + value) * seen
         bytes_ = rows * c.kv_bytes_per_token(2) * seen / c.layers
         return max(flops / roof.flash, bytes_ / roof.memory)
@@ -158,7 +174,9 @@ class Replica:
         two sums a layer."""
         if work.experts and self.chips > 1:
             group = collectives.group(self.cluster, self.chips, links=LINKS, cards=CARDS)
-            return sum(collectives.all_to_all(group, work.routed, nodes, once=nodes > 0).seconds(rows, work.hidden))
+            return sum(
+                collectives.all_to_all(group, work.routed, nodes, once=nodes > 0).seconds(rows, work.hidden)
+            )
         if self.split > 1:
             group = collectives.group(self.cluster, self.split, links=LINKS, cards=CARDS)
             return 2 * collectives.all_reduce(group, 2 * rows * self.split * work.hidden)
@@ -168,7 +186,9 @@ class Replica:
         """The most conversations a chip that still get `speed` tokens a second each, and fit; with their rate."""
         low, high = 0.0, float(self.most_rows(context))
         if high < 1 or 1 / self.decode(1, context).seconds < speed:
-            raise LimbeckError(f"no conversation gets {speed:g} tokens a second at {context:,.0f} tokens of context here; ask less, or take more chips")
+            raise LimbeckError(
+                f"no conversation gets {speed:g} tokens a second at {context:,.0f} tokens of context here; ask less, or take more chips"
+            )
         if 1 / self.decode(high, context).seconds >= speed:
             return high, self.decode(high, context)
         low = 1.0
@@ -185,7 +205,11 @@ class Replica:
         split = Split(rows, prompt, tp=self.split, ep=self.chips if self.config.experts else 1)
         computed = sum(n * self.roof.layer(work, split).forward for work, n in self.layers.items())
         sent = sum(n * self._exchange(work, tokens, work.groups) for work, n in self.layers.items())
-        seconds = max(computed, sent) + (1 - OVERLAP) * min(computed, sent) if self.config.experts else computed + sent
+        seconds = (
+            max(computed, sent) + (1 - OVERLAP) * min(computed, sent)
+            if self.config.experts
+            else computed + sent
+        )
         parts = {"products and attention": computed, "sending tokens": sent}
         return Rate(tokens / seconds, seconds, max(parts, key=parts.get), parts)
 

@@ -59,7 +59,10 @@ class Layout:
         return max(1, sequences // (self.dp * self.micro))
 
     def tell(self) -> str:
-        parts = [f"DP{self.dp}", *(f"{n.upper()}{getattr(self, n)}" for n in ("tp", "pp", "ep", "cp") if getattr(self, n) > 1)]
+        parts = [
+            f"DP{self.dp}",
+            *(f"{n.upper()}{getattr(self, n)}" for n in ("tp", "pp", "ep", "cp") if getattr(self, n) > 1),
+        ]
         schedule = f", {self.schedule}{f' x{self.chunks}' if self.chunks > 1 else ''}" if self.pp > 1 else ""
         return f"{' '.join(parts)}, ZeRO-{self.zero}, micro-batch {self.micro}, recompute {self.recompute}{schedule}"
 
@@ -82,15 +85,30 @@ def _faults(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: in
     sizes = {key: getattr(layout, key) for key in ("dp", "tp", "pp", "ep", "cp", "micro", "chunks")}
     low = next((key for key, value in sizes.items() if value < 1), "")
     yield bool(low), f"{low} is less than 1"
-    yield layout.schedule not in SCHEDULES, f"schedule {layout.schedule} is not known; known are {', '.join(SCHEDULES)}"
-    yield layout.recompute not in RECOMPUTE, f"recompute {layout.recompute} is not known; known are {', '.join(RECOMPUTE)}"
+    yield (
+        layout.schedule not in SCHEDULES,
+        f"schedule {layout.schedule} is not known; known are {', '.join(SCHEDULES)}",
+    )
+    yield (
+        layout.recompute not in RECOMPUTE,
+        f"recompute {layout.recompute} is not known; known are {', '.join(RECOMPUTE)}",
+    )
     yield layout.zero not in (0, 1, 2, 3), f"ZeRO stage {layout.zero} is none of 0 to 3"
     yield layout.chips > cluster.count, f"needs {layout.chips} chips, and {cluster.name} has {cluster.count}"
-    yield layout.pp > config.layers + config.predicted, f"{layout.pp} stages are more than the {config.layers} layers"
+    yield (
+        layout.pp > config.layers + config.predicted,
+        f"{layout.pp} stages are more than the {config.layers} layers",
+    )
     yield config.heads % layout.tp > 0, f"{config.heads} heads do not divide by TP {layout.tp}"
     experts = config.experts.count if config.experts else 1
     yield layout.ep > 1 and (experts % layout.ep > 0), f"{experts} experts do not divide by EP {layout.ep}"
     room = layout.dp * layout.cp * layout.tp // layout.experts_split
     yield room % layout.ep > 0, f"EP {layout.ep} does not divide the {room} chips that hold copies"
-    yield layout.dp * layout.micro > sequences, f"{sequences} sequences a step are fewer than DP {layout.dp} x micro-batch {layout.micro}"
-    yield layout.schedule.startswith("dualpipe") and layout.pp % 2 > 0, f"DualPipe needs an even number of stages, not {layout.pp}"
+    yield (
+        layout.dp * layout.micro > sequences,
+        f"{sequences} sequences a step are fewer than DP {layout.dp} x micro-batch {layout.micro}",
+    )
+    yield (
+        layout.schedule.startswith("dualpipe") and layout.pp % 2 > 0,
+        f"DualPipe needs an even number of stages, not {layout.pp}",
+    )

@@ -28,10 +28,18 @@ from .stage_work import SMALL
 
 Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.runtime.probe"
-DEPTHS = 2, (4, 10)  # layers at which a large model is measured: few; and as many as have MANY weights, within bounds
+DEPTHS = (
+    2,
+    (4, 10),
+)  # layers at which a large model is measured: few; and as many as have MANY weights, within bounds
 MANY = 40_000_000
 FEW = (64, 192)  # tokens of an update then
-HELD_BACK = ("LIMBECK_KERNELS", "LIMBECK_MARCH", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")  # what slows a machine down
+HELD_BACK = (
+    "LIMBECK_KERNELS",
+    "LIMBECK_MARCH",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # what slows a machine down
 SPREAD = 1.25  # a machine that others share is so much faster or slower from one minute to the next
 
 
@@ -59,10 +67,15 @@ class Asked:
         large = len(self.layers) > 1
         learn = list(FEW) if large else sorted(set(self.learn))
         return {
-            "config": asdict(replace(self.config, layers=0) if large else self.config), "layers": self.layers, "optimizer": self.optimizer, "learn": learn,
-            "length": 64 if large else self.length, "rows": sorted(set(self.rows)), "prompt": 4 if large else self.prompt,
+            "config": asdict(replace(self.config, layers=0) if large else self.config),
+            "layers": self.layers,
+            "optimizer": self.optimizer,
+            "learn": learn,
+            "length": 64 if large else self.length,
+            "rows": sorted(set(self.rows)),
+            "prompt": 4 if large else self.prompt,
             "new": 4 if large else self.new,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,12 @@ def _line(points: Mapping[str, float], size: float) -> float:
 
 
 def measure(
-    models: Mapping[Use, Asked], worlds: Mapping[str, dict[str, Any]], threads: int, workers: int = 1, code: str = "", ask: bool = True
+    models: Mapping[Use, Asked],
+    worlds: Mapping[str, dict[str, Any]],
+    threads: int,
+    workers: int = 1,
+    code: str = "",
+    ask: bool = True,
 ) -> Rates | None:
     """Rates of these models on this machine while `workers` of `threads` each are at work, as they will be. What was measured of
     this version of the `code` is remembered; what was not is measured now, or without `ask` is no answer (None)."""
@@ -132,21 +150,34 @@ def measure(
     found = {use: known[_key(request)] for use, request in requests.items()}
     written = {name: known[_key(settings)] for name, settings in worlds.items()}
     depth = {use: asked.config.layers for use, asked in models.items()}
-    return Rates(known["gemm"], known["memory"], known["start"], written, found, depth, {use: _weights(asked.config) for use, asked in models.items()})
+    return Rates(
+        known["gemm"],
+        known["memory"],
+        known["start"],
+        written,
+        found,
+        depth,
+        {use: _weights(asked.config) for use, asked in models.items()},
+    )
 
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
     """Ask as many processes at once as will work at once: cores share memory, and often more."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(request["threads"])}
     asked = [
-        subprocess.Popen([sys.executable, "-m", PROBE], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment) for _ in range(workers)
+        subprocess.Popen(
+            [sys.executable, "-m", PROBE], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment
+        )
+        for _ in range(workers)
     ]
     with ThreadPoolExecutor(workers) as pool:
         told = list(pool.map(lambda process: process.communicate(json.dumps(request) + "\n"), asked))
     for process, (_, complaint) in zip(asked, told, strict=True):
         if process.returncode:
             last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
-            raise LimbeckError(f"this machine could not be measured: {last}; `limbeck doctor` says what it lacks")
+            raise LimbeckError(
+                f"this machine could not be measured: {last}; `limbeck doctor` says what it lacks"
+            )
     return _mean([json.loads(answer.splitlines()[-1]) for answer, _ in told])
 
 
@@ -170,7 +201,17 @@ def _keep(path: Path, known: dict[str, Any]) -> None:
 def _cache(threads: int, workers: int, code: str) -> Path:
     """One file for each processor, number of threads, and version of torch and Limbeck."""
     held_back = tuple(os.environ.get(name) for name in HELD_BACK)
-    told = (platform.node(), platform.machine(), _processor(), os.cpu_count(), threads, workers, version("torch"), code, held_back)
+    told = (
+        platform.node(),
+        platform.machine(),
+        _processor(),
+        os.cpu_count(),
+        threads,
+        workers,
+        version("torch"),
+        code,
+        held_back,
+    )
     digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
     return user_cache_path("limbeck") / "machine" / f"{digest}.json"
 

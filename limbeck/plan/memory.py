@@ -47,7 +47,10 @@ class Memory:
         return self.total <= self.capacity
 
     def tell(self) -> str:
-        gigabytes = {name: getattr(self, name) / 1e9 for name in ("weights", "gradients", "optimizer", "activations", "logits", "waste")}
+        gigabytes = {
+            name: getattr(self, name) / 1e9
+            for name in ("weights", "gradients", "optimizer", "activations", "logits", "waste")
+        }
         parts = ", ".join(f"{name} {value:.1f}" for name, value in gigabytes.items())
         return f"{self.total / 1e9:.1f} of {self.capacity / 1e9:.0f} GB ({parts})"
 
@@ -65,14 +68,21 @@ def fit(
     """Memory of the fullest chip of a layout. `batch` sequences a step bound the micro-batches in flight; 0 is many."""
     numbers = numbers or constants()
     micro = layout.micro_batches(batch) if batch else 10**6
-    ends = {0, min(1, layout.pp - 1), layout.pp // 2, layout.pp - 1}  # the fullest: most in flight, or a table of words
+    ends = {
+        0,
+        min(1, layout.pp - 1),
+        layout.pp // 2,
+        layout.pp - 1,
+    }  # the fullest: most in flight, or a table of words
     chips = (_chip(config, layout, seq, software, micro, rank) for rank in ends)
     weights, gradients, optimizer, activations, logits = max(chips, key=sum)
     waste = numbers.waste * (activations + logits)
     return Memory(weights, gradients, optimizer, activations, logits, waste, cluster.chip.memory)
 
 
-def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: int, rank: int) -> tuple[float, ...]:
+def _chip(
+    config: ModelConfig, at: Layout, seq: int, software: Software, micro: int, rank: int
+) -> tuple[float, ...]:
     works, count = cost.work(config), at.stages
     placed = spread(config, count, software.balanced)
     stages = at.owned(rank)
@@ -87,17 +97,33 @@ def _chip(config: ModelConfig, at: Layout, seq: int, software: Software, micro: 
     copies = at.dp * at.cp
     expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
     held, shared = dense + experts, dense / copies + experts / expert_copies
-    largest = max(((w.weights - w.expert_weights) / at.tp + w.expert_weights / (at.ep * at.experts_split) for w in layers), default=0.0)
-    sharded = at.zero == 3 and at.pp == 1  # in a pipeline weights stay gathered from one micro-batch to the next
-    tables = ends * table if sharded else 0.0  # what begins and ends a model stays gathered, and its gradients whole, to the end
+    largest = max(
+        (
+            (w.weights - w.expert_weights) / at.tp + w.expert_weights / (at.ep * at.experts_split)
+            for w in layers
+        ),
+        default=0.0,
+    )
+    sharded = (
+        at.zero == 3 and at.pp == 1
+    )  # in a pipeline weights stay gathered from one micro-batch to the next
+    tables = (
+        ends * table if sharded else 0.0
+    )  # what begins and ends a model stays gathered, and its gradients whole, to the end
     weights = 2 * (shared + 2 * largest + tables if sharded else held)
-    again = 0 if software.fused or software.gradient_bytes == 2 else 2  # of eager code: in 16 bits, then added up in 32
+    again = (
+        0 if software.fused or software.gradient_bytes == 2 else 2
+    )  # of eager code: in 16 bits, then added up in 32
     gradients = (software.gradient_bytes + again) * (shared if at.zero == 2 or sharded else held) + tables
     optimizer = MASTER * (shared if at.zero else held)
     rows = at.micro * seq / at.cp
     flight = _flight(at, micro, rank)
     kept = rows * sum(n * _kept(w, at, at.recompute, software, seq) for w, n in layers.items())
-    twice = rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0) if at.recompute == "full" else 0.0
+    twice = (
+        rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0)
+        if at.recompute == "full"
+        else 0.0
+    )
     if at.tp > 1 and at.recompute == "full" and not software.gathers_twice and not software.hides_tensor:
         twice += rows * 4 * config.hidden_size  # what is gathered, and what is yet to be scattered, as wholes
     activations = flight * kept + twice

@@ -16,7 +16,13 @@ FILE = Path(__file__).with_name("models.yaml")
 
 def find(name: str) -> ModelConfig:
     """`find("deepseek-v3").parameters` is 671 billion; an unknown name is answered with the nearest known one."""
-    key = name.strip().lower().replace("_", "-").removeprefix("deepseek-ai/").replace("deepseek-r1-distill", "r1-distill")
+    key = (
+        name.strip()
+        .lower()
+        .replace("_", "-")
+        .removeprefix("deepseek-ai/")
+        .replace("deepseek-r1-distill", "r1-distill")
+    )
     if key in shipped():
         return ModelConfig.from_hf(shipped()[key], f"{FILE.name}: {key}")
     path = Path(name)
@@ -24,7 +30,9 @@ def find(name: str) -> ModelConfig:
         return ModelConfig.from_directory(path)
     close = get_close_matches(key, shipped(), n=1)
     meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(shipped())}"
-    raise LimbeckError(f"{name}: no recipe, no model directory with a config.json, and no model of the plan's table; {meant}")
+    raise LimbeckError(
+        f"{name}: no recipe, no model directory with a config.json, and no model of the plan's table; {meant}"
+    )
 
 
 @cache

@@ -36,9 +36,13 @@ def one_of(cluster: Cluster) -> Cluster:
     """The chips of one site. Raises LimbeckError where sites would differ in size."""
     sites = cluster.fabric.sites
     if cluster.count % sites:
-        raise LimbeckError(f"{cluster.count} chips cannot be dealt evenly to {sites} sites; change count or sites")
+        raise LimbeckError(
+            f"{cluster.count} chips cannot be dealt evenly to {sites} sites; change count or sites"
+        )
     if not cluster.fabric.site_link:
-        raise LimbeckError(f"{sites} sites are joined by links of unknown speed; give it in Gbit/s, as site_link=10")
+        raise LimbeckError(
+            f"{sites} sites are joined by links of unknown speed; give it in Gbit/s, as site_link=10"
+        )
     woven = replace(cluster.fabric, sites=1)
     return replace(cluster, name=f"a site of {cluster.name}", count=cluster.count // sites, fabric=woven)
 
@@ -57,8 +61,14 @@ def averaged(step: Step, config: ModelConfig, cluster: Cluster) -> tuple[Step, A
     late = each / fabric.every
     parts, seconds = {**step.parts, "sites": late}, step.seconds + late
     whole = replace(
-        step, seconds=seconds, low=step.low + late / 2, high=step.high + 2 * late, parts=parts, binds=binds(parts, seconds),
-        tokens=step.tokens * fabric.sites, chips=step.chips * fabric.sites,
-    )  # fmt: skip
+        step,
+        seconds=seconds,
+        low=step.low + late / 2,
+        high=step.high + 2 * late,
+        parts=parts,
+        binds=binds(parts, seconds),
+        tokens=step.tokens * fabric.sites,
+        chips=step.chips * fabric.sites,
+    )
     plain = step.seconds + exchange(cluster, GRADIENT_BYTES * config.parameters)
     return whole, Averaging(fabric.sites, fabric.every, each, late / seconds, plain)

@@ -77,7 +77,9 @@ def simulate(schedule: str, times: Times, chips: int, micro: int, chunks: int = 
         raise LimbeckError(
             f"{schedule} over {chips} chips takes at least {2 * chips * (1 + (schedule == 'dualpipev'))} micro-batches, not {micro}"
         )
-    return _play([ORDERS[schedule](rank, chips, micro, chunks) for rank in range(chips)], times, stages, chips)
+    return _play(
+        [ORDERS[schedule](rank, chips, micro, chunks) for rank in range(chips)], times, stages, chips
+    )
 
 
 def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
@@ -108,14 +110,20 @@ def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) 
     share = 0.5 if schedule == "dualpipe" else 1.0
     both = schedule.startswith("dualpipe")
     work = [
-        share * sum(times.pair(s, s) if both else times.forward[s] + times.backward[s] + times.weight[s] for s in own) for own in places
+        share
+        * sum(
+            times.pair(s, s) if both else times.forward[s] + times.backward[s] + times.weight[s] for s in own
+        )
+        for own in places
     ]
     rest = chips - 1
     if schedule == "zb1p":
         bubble = rest * max(0.0, forward + backward - weight)
     elif both:
         pair = sum(times.pair(s, s) for s in stages) / chips
-        bubble = (chips / 2 - 1 if schedule == "dualpipe" else (chips - 1) / 2) * max(0.0, pair + backward - 2 * weight)
+        bubble = (chips / 2 - 1 if schedule == "dualpipe" else (chips - 1) / 2) * max(
+            0.0, pair + backward - 2 * weight
+        )
     else:
         bubble = rest * (forward + backward + weight) / (chunks if schedule == "interleaved" else 1)
     bubble += 2 * rest * times.send
@@ -160,7 +168,11 @@ def _ready(pieces: tuple[Piece, ...], done: dict[Piece, float], times: Times, st
         elif kind == "W":
             need = Piece("B", direction, stage, micro)
         else:
-            need = Piece("B", direction, stage + 1, micro) if stage < stages - 1 else Piece("F", direction, stage, micro)
+            need = (
+                Piece("B", direction, stage + 1, micro)
+                if stage < stages - 1
+                else Piece("F", direction, stage, micro)
+            )
         if need is None or need in pieces:
             continue
         at = done.get(need)
@@ -185,7 +197,9 @@ def _whole(stage: int, micro: int, direction: int = 0) -> tuple[Piece, ...]:
 
 
 def _gpipe(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
-    return [(Piece("F", 0, rank, m),) for m in range(micro)] + [_whole(rank, m) for m in reversed(range(micro))]
+    return [(Piece("F", 0, rank, m),) for m in range(micro)] + [
+        _whole(rank, m) for m in reversed(range(micro))
+    ]
 
 
 def _one_forward_one_backward(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
@@ -226,7 +240,9 @@ class _Both:
     Phase 0 is what comes from that end, phase 1 what comes back (V) or from the other end. `micro` is of each phase.
     """
 
-    def __init__(self, near: int, half: int, micro: int, place: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    def __init__(
+        self, near: int, half: int, micro: int, place: tuple[tuple[int, int], tuple[int, int]]
+    ) -> None:
         self.order: list[tuple[Piece, ...]] = []
         self.place, self.counts = place, {(kind, phase): 0 for kind in "FB" for phase in (0, 1)}
         self.late: list[Piece] = []

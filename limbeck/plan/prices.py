@@ -69,14 +69,27 @@ def rental(chip: str, price: float | None = None, until: str = "9999") -> Rental
 
 def tariff(model: str, currency: str = "USD", until: str = "9999") -> Tariff:
     """What a model's own host asked, in that currency's latest list by that month, in dollars."""
-    found = [r for r in _table("tokens") if r["model"] == model and r["currency"] == currency and str(r["date"]) <= until]
+    found = [
+        r
+        for r in _table("tokens")
+        if r["model"] == model and r["currency"] == currency and str(r["date"]) <= until
+    ]
     if not found:
         known = ", ".join(sorted({row["model"] for row in _table("tokens")}))
-        raise LimbeckError(f"{model}: no dated price of its tokens in {currency} in prices.yaml; there are {known}")
+        raise LimbeckError(
+            f"{model}: no dated price of its tokens in {currency} in prices.yaml; there are {known}"
+        )
     row = max(found, key=lambda row: str(row["date"]))
     dollar = exchange(currency)
     input_ = row["input"] / dollar
-    return Tariff(model, row.get("cached", row["input"]) / dollar, input_, row["output"] / dollar, str(row["date"]), row["source"])
+    return Tariff(
+        model,
+        row.get("cached", row["input"]) / dollar,
+        input_,
+        row["output"] / dollar,
+        str(row["date"]),
+        row["source"],
+    )
 
 
 def exchange(currency: str) -> float:
@@ -99,5 +112,7 @@ def _tables() -> dict[str, list[dict[str, Any]]]:
     for part, rows in tables.items():
         for row in rows:
             if not row.get("date") or not row.get("source"):
-                raise LimbeckError(f"{TABLE.name}: {part}: {row} has no date or no source; a price without them is no price")
+                raise LimbeckError(
+                    f"{TABLE.name}: {part}: {row} has no date or no source; a price without them is no price"
+                )
     return tables

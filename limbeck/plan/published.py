@@ -106,11 +106,20 @@ class Row:
         ffn = self.integer("ffn", 0) or 4 * hidden
         experts, dense = self._experts()
         return ModelConfig(
-            family="llama", vocab_size=self.integer("vocab", 32000), hidden_size=hidden, layers=self.integer("layers"), heads=heads,
-            kv_heads=self.integer("kv_heads", heads), head_dim=int(self.keys.get("hd", 0)) or hidden // heads,
-            intermediate_size=dense or ffn, tied=tied, gated=gated or bool(experts), latent=self._latent(), experts=experts,
+            family="llama",
+            vocab_size=self.integer("vocab", 32000),
+            hidden_size=hidden,
+            layers=self.integer("layers"),
+            heads=heads,
+            kv_heads=self.integer("kv_heads", heads),
+            head_dim=int(self.keys.get("hd", 0)) or hidden // heads,
+            intermediate_size=dense or ffn,
+            tied=tied,
+            gated=gated or bool(experts),
+            latent=self._latent(),
+            experts=experts,
             predicted=int(re.sub(r"\D.*", "", self.keys.get("mtp", "0")) or 0),
-        )  # fmt: skip
+        )
 
     def _latent(self) -> Latent | None:
         found = re.search(r"mla\(q(\d+),kv(\d+),rope(\d+),nope(\d+),v(\d+)\)", self.told)
@@ -134,9 +143,14 @@ class Row:
         width = re.search(r"shared_ffn=(\d+)", self.told)
         limit = re.search(r"node_limit=(\d+)", self.told)
         experts = Experts(
-            count, self.integer("topk"), size, int(width[1]) if width else number * size, dense=dense,
-            groups=8 if limit else 1, top_groups=int(limit[1]) if limit else 1,
-        )  # fmt: skip
+            count,
+            self.integer("topk"),
+            size,
+            int(width[1]) if width else number * size,
+            dense=dense,
+            groups=8 if limit else 1,
+            top_groups=int(limit[1]) if limit else 1,
+        )
         return experts, int(wide[1]) if wide else 0
 
     @property
@@ -162,10 +176,19 @@ class Row:
         told = self.told + self["source"].lower()
         if "zero3" in told and self.integer("pp") == 1 and self.integer("tp") == 1 and "fsdp" not in told:
             return DEEPSPEED
-        if self.precision == "fp16" or (month and int(month[1]) < FLASH) or "bigscience" in told or "megatron-deepspeed" in told:
+        if (
+            self.precision == "fp16"
+            or (month and int(month[1]) < FLASH)
+            or "bigscience" in told
+            or "megatron-deepspeed" in told
+        ):
             return EARLY
         if "torchtitan" in told:
-            return replace(TITAN, hides_tensor="asynctp" in told) if "compile" in told else replace(EAGER, balanced=False)
+            return (
+                replace(TITAN, hides_tensor="asynctp" in told)
+                if "compile" in told
+                else replace(EAGER, balanced=False)
+            )
         if "megascale" in self.name.lower() and "megatron" not in self.name.lower():
             return replace(TUNED, hides_tensor=True)  # arXiv 2402.15627, section 3.2
         if "nanotron" in told or "ultrascale" in told:
@@ -178,14 +201,26 @@ class Row:
     def layout(self) -> Layout:
         """As told; a micro-batch or a number of chunks that is not told is the one that the planner would choose."""
         told = self._layout()
-        if "local_bs" in self.keys:  # torchtitan makes as many micro-batches of it as there are pipeline ranks
+        if (
+            "local_bs" in self.keys
+        ):  # torchtitan makes as many micro-batches of it as there are pipeline ranks
             told = told.change(micro=max(1, int(self.keys["local_bs"]) // told.pp))
         micro = [told.micro] if "mbs" in self.keys or told.micro > 1 else self._micros(told)
         chunks = [told.chunks]
         if told.schedule == "interleaved" and "vpp" not in self.keys:
-            chunks = [2] if self.software.name == "eager" else [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
-        tried = [told.change(micro=m, chunks=c, schedule=told.schedule if c > 1 else _plain(told)) for m in micro for c in chunks]
-        tried = [at for at in tried if at.schedule != "interleaved" or at.micro_batches(self.batch) % at.pp == 0] or tried[:1]
+            chunks = (
+                [2]
+                if self.software.name == "eager"
+                else [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
+            )
+        tried = [
+            told.change(micro=m, chunks=c, schedule=told.schedule if c > 1 else _plain(told))
+            for m in micro
+            for c in chunks
+        ]
+        tried = [
+            at for at in tried if at.schedule != "interleaved" or at.micro_batches(self.batch) % at.pp == 0
+        ] or tried[:1]
         return min(tried, key=self._quick) if len(tried) > 1 else tried[0]
 
     @property
@@ -197,15 +232,28 @@ class Row:
     def _micros(self, told: Layout) -> list[int]:
         mine = max(1, self.batch // told.dp)
         fitting = [
-            m for m in (1, 2, 3, 4, 6, 8, 12, 16)
-            if mine % m == 0 and fit(self.model, self.cluster, told.change(micro=m), self.seq, self.software).fits
-        ]  # fmt: skip
+            m
+            for m in (1, 2, 3, 4, 6, 8, 12, 16)
+            if mine % m == 0
+            and fit(self.model, self.cluster, told.change(micro=m), self.seq, self.software).fits
+        ]
         return fitting or [1]
 
     def _quick(self, layout: Layout) -> float:
         try:
             return (
-                foresee(self.model, self.cluster, layout, self.batch, self.seq, self.precision, self.software, exact=False).step().seconds
+                foresee(
+                    self.model,
+                    self.cluster,
+                    layout,
+                    self.batch,
+                    self.seq,
+                    self.precision,
+                    self.software,
+                    exact=False,
+                )
+                .step()
+                .seconds
             )
         except LimbeckError:
             return float("inf")
@@ -221,13 +269,25 @@ class Row:
         if chunks > 1:
             schedule = "interleaved"
         return Layout(
-            dp=dp, tp=self.integer("tp"), pp=pp, ep=self.integer("ep"), cp=cp,
-            zero=3 if "fsdp" in self.told and "zero2" not in self.told and not zero else int(zero[1]) if zero else 1,
-            micro=micro, schedule="1f1b" if chunks == 1 and schedule == "interleaved" else schedule, chunks=max(1, chunks),
-            recompute=self._recompute(), sp="sp" in self.keys or "tp_mode=red" in self.told or self.software.attention != "unfused",
+            dp=dp,
+            tp=self.integer("tp"),
+            pp=pp,
+            ep=self.integer("ep"),
+            cp=cp,
+            zero=3
+            if "fsdp" in self.told and "zero2" not in self.told and not zero
+            else int(zero[1])
+            if zero
+            else 1,
+            micro=micro,
+            schedule="1f1b" if chunks == 1 and schedule == "interleaved" else schedule,
+            chunks=max(1, chunks),
+            recompute=self._recompute(),
+            sp="sp" in self.keys or "tp_mode=red" in self.told or self.software.attention != "unfused",
             expert_tp=int(self.keys.get("etp", 0) or 0),
-            overlap="overlap" in self.told or (self.integer("ep") > self.cluster.per_node and pp > 1 and self.software.fused),
-        )  # fmt: skip
+            overlap="overlap" in self.told
+            or (self.integer("ep") > self.cluster.per_node and pp > 1 and self.software.fused),
+        )
 
     def _recompute(self) -> str:
         told = self.keys.get("recompute", "full" if self.metric.startswith("hw_") else "none")
@@ -248,10 +308,14 @@ def read(path: Path = FILE) -> list[Row]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
-        raise LimbeckError(f"{path}: {error.strerror}; name a table of runs with the columns of {FILE.name}") from None
+        raise LimbeckError(
+            f"{path}: {error.strerror}; name a table of runs with the columns of {FILE.name}"
+        ) from None
     missing = {"name", "measured_metric", "measured_value", "chip"} - set(rows[0] if rows else ())
     if missing:
-        raise LimbeckError(f"{path}: has no column {', '.join(sorted(missing))}; its columns are to be those of {FILE.name}")
+        raise LimbeckError(
+            f"{path}: has no column {', '.join(sorted(missing))}; its columns are to be those of {FILE.name}"
+        )
     return [Row(row, _keys(row.get("schedule") or "")) for row in rows]
 
 

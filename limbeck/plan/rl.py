@@ -26,7 +26,11 @@ from . import cost
 from .cluster import Cluster
 from .inference import Replica
 
-LEARNER_MFU = (0.12, 0.20, 0.35)  # low, middle, high: 0.19 is Delethink's backward (2510.06557); causal, 16-bit peak
+LEARNER_MFU = (
+    0.12,
+    0.20,
+    0.35,
+)  # low, middle, high: 0.19 is Delethink's backward (2510.06557); causal, 16-bit peak
 WAKE = 20.0  # seconds to wake engines and learners up, a rollout: guessed
 HOST_LINK = 20e9  # bytes a second of one chip to its host's memory and back: PCIe 4.0 as it is reached
 STATE = 16  # bytes a weight that learning keeps (weights, gradients, AdamW in mixed precision)
@@ -58,7 +62,9 @@ class Lengths:
     def _median(self) -> float:
         """Of the lognormal before its cut, so that the mean after it is `mean`."""
         if self.mean > self.cap:
-            raise LimbeckError(f"completions of {self.mean:,.0f} tokens on average do not fit under a cap of {self.cap:,.0f}")
+            raise LimbeckError(
+                f"completions of {self.mean:,.0f} tokens on average do not fit under a cap of {self.cap:,.0f}"
+            )
         low, high = 1e-3, 1e3 * self.cap
         for _ in range(60):
             middle = sqrt(low * high)
@@ -104,7 +110,9 @@ class Lengths:
 StepTime = Callable[[float, float], float]  # rows alive, context -> seconds
 
 
-def decode_seconds(lengths: Sequence[float], slots: int, step: StepTime, prompt: float) -> tuple[float, float]:
+def decode_seconds(
+    lengths: Sequence[float], slots: int, step: StepTime, prompt: float
+) -> tuple[float, float]:
     """Seconds until the last of `lengths` is done on one replica of `slots` rows, and of these the tail, when less than half of the
     rows are alive. N samples, P points in time; time is counted in steps, one token each."""
     ends, free = [], [0.0] * min(slots, len(lengths))
@@ -119,7 +127,11 @@ def decode_seconds(lengths: Sequence[float], slots: int, step: StepTime, prompt:
     alive_PN = (begin_N <= at_P1) & (at_P1 < end_N)
     alive_P = np.maximum(1, alive_PN.sum(1))
     age_P = ((at_P1 - begin_N) * alive_PN).sum(1) / alive_P
-    took_P = np.array([step(float(n), prompt + float(age)) for n, age in zip(alive_P, age_P, strict=True)]) * last / POINTS
+    took_P = (
+        np.array([step(float(n), prompt + float(age)) for n, age in zip(alive_P, age_P, strict=True)])
+        * last
+        / POINTS
+    )
     return float(took_P.sum()), float(took_P[alive_P < 0.5 * min(slots, len(lengths))].sum())
 
 
@@ -187,16 +199,30 @@ class RL:
 
         def step(rows: float, context: float) -> float:
             context = min(context, 0.75 * self.window) if self.window else context
-            return self.unit.decode(max(1.0, rows) / self.replica, context).seconds * self.slower / self.speculation
+            return (
+                self.unit.decode(max(1.0, rows) / self.replica, context).seconds
+                * self.slower
+                / self.speculation
+            )
 
         rollout, tail = decode_seconds(lengths.draw(mine, self.samples), slots, step, self.prompt)
         tokens = self.samples * (lengths.mean + self.prompt)
-        flops = cost.flops_per_token(self.config, min(lengths.square, self.window or 1e9)) * (1 + self.extra / 3)
+        flops = cost.flops_per_token(self.config, min(lengths.square, self.window or 1e9)) * (
+            1 + self.extra / 3
+        )
         peak = self.cluster.chip.rate("bf16" if "bf16" in self.cluster.chip.figures else "fp16")
         learning = tokens * flops / (self.cluster.count * peak * self.mfu)
-        moved = 2 * STATE * cost.weights(self.config) / self.cluster.count / HOST_LINK if self.offload else 0.0
+        moved = (
+            2 * STATE * cost.weights(self.config) / self.cluster.count / HOST_LINK if self.offload else 0.0
+        )
         grading = max(0.0, self.grading - tail)  # rewards are computed while the last samples decode
-        return {"rollout": rollout, "tail": tail, "learning": learning, "changing over": self.wake * self.offload + moved, "grading": grading}
+        return {
+            "rollout": rollout,
+            "tail": tail,
+            "learning": learning,
+            "changing over": self.wake * self.offload + moved,
+            "grading": grading,
+        }
 
     def seconds(self) -> float:
         """Of all phases."""
@@ -219,26 +245,46 @@ class RL:
         for phase in self.phases:
             for name, value in self.parts(phase.lengths).items():
                 total[name] = total.get(name, 0.0) + phase.rollouts * value
-        shares = {"decoding the longest samples": total["tail"], "decoding": total["rollout"] - total["tail"], "learning": total["learning"],
-                  "changing over": total["changing over"]}  # fmt: skip
+        shares = {
+            "decoding the longest samples": total["tail"],
+            "decoding": total["rollout"] - total["tail"],
+            "learning": total["learning"],
+            "changing over": total["changing over"],
+        }
         name = max(shares, key=shares.get)
         tokens = sum(phase.rollouts * self.samples * phase.lengths.mean for phase in self.phases)
         binds = f"{name}: {shares[name] / sum(shares.values()):.0%} of the time"
-        return RLCost(middle, middle * exp(-sqrt(down)), middle * exp(sqrt(up)), total, tokens, self.cluster.count, binds)
+        return RLCost(
+            middle,
+            middle * exp(-sqrt(down)),
+            middle * exp(sqrt(up)),
+            total,
+            tokens,
+            self.cluster.count,
+            binds,
+        )
 
     def _unknowns(self) -> list[tuple[RL, RL]]:
         """How fast engines are in practice, how well the learner, how long completions get, how far they spread, drafts."""
 
         def phases(mean: float, spread: float) -> tuple[Phase, ...]:
             return tuple(
-                replace(p, lengths=replace(p.lengths.times(mean), spread=p.lengths.spread + spread) if not p.lengths.seen or mean != 1 else p.lengths)
+                replace(
+                    p,
+                    lengths=replace(p.lengths.times(mean), spread=p.lengths.spread + spread)
+                    if not p.lengths.seen or mean != 1
+                    else p.lengths,
+                )
                 for p in self.phases
             )
 
         drafts = replace(self, speculation=1.0)
         return [
             (replace(self, slower=self.slower / 1.4), replace(self, slower=self.slower * 1.6)),
-            (replace(self, mfu=self.mfu * LEARNER_MFU[2] / LEARNER_MFU[1]), replace(self, mfu=self.mfu * LEARNER_MFU[0] / LEARNER_MFU[1])),
+            (
+                replace(self, mfu=self.mfu * LEARNER_MFU[2] / LEARNER_MFU[1]),
+                replace(self, mfu=self.mfu * LEARNER_MFU[0] / LEARNER_MFU[1]),
+            ),
             (replace(self, phases=phases(0.65, 0)), replace(self, phases=phases(1.5, 0))),
             (replace(self, phases=phases(1, -0.2)), replace(self, phases=phases(1, 0.2))),
             (drafts, drafts),
@@ -269,6 +315,11 @@ def r1_zero(config: ModelConfig, cluster: Cluster) -> RL:
     phases = ((125, 1500, 32768), (187, 5000, 32768), (200, 8500, 32768), (138, 13000, 65536))
     replica = min(64, cluster.count)
     return RL(
-        config, cluster, tuple(Phase(n, Lengths(mean, cap, 0.8)) for n, mean, cap in phases), samples=8192, replica=replica,
-        precision="fp8" if "fp8" in cluster.chip.figures else "bf16", speculation=1.85 / 1.2,
-    )  # fmt: skip
+        config,
+        cluster,
+        tuple(Phase(n, Lengths(mean, cap, 0.8)) for n, mean, cap in phases),
+        samples=8192,
+        replica=replica,
+        precision="fp8" if "fp8" in cluster.chip.figures else "bf16",
+        speculation=1.85 / 1.2,
+    )

@@ -16,9 +16,22 @@ from .constants import Constants, constants
 from .cost import Matmul, Work
 
 TILE = 128 * 256  # values that one multiprocessor makes at a time (cuBLAS, CUTLASS)
-UNITS = {"a100": 108, "h20": 78, "4090": 128, "v100": 80, "b200": 148}  # multiprocessors; 132 on Hopper's others
-FORWARD_OPERATIONS, EXPERT_OPERATIONS, SUM_OPERATIONS = 20, 12, 8  # started by the host in a layer: norms, products, sums
-FULL, WATTS = {"hopper": 989, "blackwell": 2250}, 700  # TFLOPS of a whole chip, and the power at which it was fitted
+UNITS = {
+    "a100": 108,
+    "h20": 78,
+    "4090": 128,
+    "v100": 80,
+    "b200": 148,
+}  # multiprocessors; 132 on Hopper's others
+FORWARD_OPERATIONS, EXPERT_OPERATIONS, SUM_OPERATIONS = (
+    20,
+    12,
+    8,
+)  # started by the host in a layer: norms, products, sums
+FULL, WATTS = (
+    {"hopper": 989, "blackwell": 2250},
+    700,
+)  # TFLOPS of a whole chip, and the power at which it was fitted
 CAST_BYTES = 6  # an operand of an FP8 product: read, its largest value found, written in eight bits, and once transposed
 SCORE_BYTES = 13  # a score's way through memory forward, unfused: written, soft-maxed, dropped out, read (fp16, byte mask)
 
@@ -39,14 +52,24 @@ class Software:
     bucket: float = 400e6  # bytes of gradients exchanged at a time
     zigzag: bool = True  # context parallelism gives each chip an early and a late piece of a sequence
     prefetches: bool = True  # gradients and weights travel while others are computed
-    sums_late: bool = False  # under ZeRO-3 weights alone do: what is to be summed travels when a layer is done
+    sums_late: bool = (
+        False  # under ZeRO-3 weights alone do: what is to be summed travels when a layer is done
+    )
     rings: int = 0  # rings of an exchange between nodes; 0: as many as there are cards
-    gathers_twice: bool = True  # what sequence parallelism gathered is let go, and gathered again for the gradients
+    gathers_twice: bool = (
+        True  # what sequence parallelism gathered is let go, and gathered again for the gradients
+    )
     balanced: bool = False  # layers given to stages by what they cost, the head counted
 
     @property
     def name(self) -> str:
-        return "tuned" if self.fused and self.attention == "flash3" else "early" if self.attention == "unfused" else "eager"
+        return (
+            "tuned"
+            if self.fused and self.attention == "flash3"
+            else "early"
+            if self.attention == "unfused"
+            else "eager"
+        )
 
 
 TUNED = Software()
@@ -55,7 +78,9 @@ EARLY = Software(attention="unfused")
 FSDP = Software(fused=False, attention="flash2", gradient_bytes=2)  # PyTorch's, with prefetching
 HAI = Software(reduce="hfreduce", attention="flash2")  # HAI-LLM on Fire-Flyer 2
 TITAN = Software(attention="flash2", gathers_twice=False)  # compiled
-DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1, sums_late=True)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
+DEEPSPEED = Software(
+    attention="unfused", gradient_bytes=2, rings=1, sums_late=True
+)  # ZeRO-3 of 2021: what arXiv 2104.04473 measured is one ring
 
 
 @dataclass(frozen=True)
@@ -99,7 +124,10 @@ class Roofline:
         rate = chip.rate(self.precision)
         if "gemm" in chip.figures and self.precision != "fp8":
             return 1e12 * chip.figure("gemm")
-        if chip.generation in ("hopper", "blackwell"):  # bound by power: an H20 has power to spare, a 500 W board less
+        if chip.generation in (
+            "hopper",
+            "blackwell",
+        ):  # bound by power: an H20 has power to spare, a 500 W board less
             full = 1e12 * FULL[chip.generation]
             if self.precision == "fp8":
                 reached = 2 * full * c.gemm_fp8
@@ -116,7 +144,10 @@ class Roofline:
         if chip.generation not in FULL:
             return rate * c.flash_ampere
         full = 1e12 * FULL[chip.generation]
-        return min(rate * c.flash_ampere, full * (c.flash3_hopper if self.software.attention == "flash3" else c.flash_hopper))
+        return min(
+            rate * c.flash_ampere,
+            full * (c.flash3_hopper if self.software.attention == "flash3" else c.flash_hopper),
+        )
 
     @cached_property
     def memory(self) -> float:
@@ -127,7 +158,9 @@ class Roofline:
         name = self.chip.name
         return next((units for key, units in UNITS.items() if name.startswith(key)), 132)
 
-    def matmul(self, rows: float, inner: float, outputs: float, many: float = 1.0, written: float = 2.0) -> float:
+    def matmul(
+        self, rows: float, inner: float, outputs: float, many: float = 1.0, written: float = 2.0
+    ) -> float:
         """Seconds of `many` products of rows x inner with inner x outputs in one go; `written` bytes a value come out."""
         if rows <= 0:
             return 0.0
@@ -154,18 +187,28 @@ class Roofline:
             if self.precision == "fp8":
                 forward += self.copy(CAST_BYTES * many * rows * inner)
                 backward += self.copy(CAST_BYTES * many * rows * outputs)
-                weight += self.copy(CAST_BYTES * many * rows * (inner + outputs) / 2)  # again, along the other axis
+                weight += self.copy(
+                    CAST_BYTES * many * rows * (inner + outputs) / 2
+                )  # again, along the other axis
         passes = 1.0 if self.software.fused else self.numbers.passes
         wide = work.wide / (split.tp if split.sp else 1)
         light = self.copy(2 * split.rows * passes * (wide + work.narrow / split.tp))
         core, core_back = self.core(work, split)
-        operations = FORWARD_OPERATIONS + (EXPERT_OPERATIONS if work.experts else 0) + SUM_OPERATIONS * (split.tp > 1)
+        operations = (
+            FORWARD_OPERATIONS + (EXPERT_OPERATIONS if work.experts else 0) + SUM_OPERATIONS * (split.tp > 1)
+        )
         host = passes * operations * self.numbers.launch
         slow = 1.0 if self.software.fused else self.numbers.eager
         whole = max(slow * (forward + light + core), host)
         rest = slow * (backward + weight + 2 * light + core_back)
         yarn_attention_scale = slow * max(1.0, 2 * host / rest) if rest else slow
-        return Parts(whole, (backward + 2 * light + core_back) * yarn_attention_scale, weight * yarn_attention_scale, core, light + small)
+        return Parts(
+            whole,
+            (backward + 2 * light + core_back) * yarn_attention_scale,
+            weight * yarn_attention_scale,
+            core,
+            light + small,
+        )
 
     def core(self, work: Work, split: Split) -> tuple[float, float]:
         """Attention's scores and mixing, forward and backward."""
@@ -175,7 +218,9 @@ class Roofline:
             ahead = products / (self.peak * work.key / (work.key + self.numbers.depth / 4))
             scores = SCORE_BYTES * heads * split.rows * split.seq
             return ahead + self.copy(scores), 2 * (ahead + self.copy(scores))
-        late = 1.0 if self.software.zigzag else 2.0 - 1.0 / split.cp  # the last chip of a plain split sees nearly all
+        late = (
+            1.0 if self.software.zigzag else 2.0 - 1.0 / split.cp
+        )  # the last chip of a plain split sees nearly all
         flops = 2 * heads * (work.key + work.value) * split.rows * late * work.seen(split.seq)
         return flops / self.flash, 2.5 * flops / self.flash
 
@@ -188,5 +233,7 @@ def _shape(matmul: Matmul, split: Split) -> tuple[float, float, float, float]:
     if not matmul.experts:
         return split.rows, inner, outputs, 1.0
     mine = matmul.experts / split.ep
-    share = split.tp / split.expert_tp  # without tensor parallelism of experts, each chip has a tp-th of the tokens
+    share = (
+        split.tp / split.expert_tp
+    )  # without tensor parallelism of experts, each chip has a tp-th of the tokens
     return split.rows * matmul.copies / share / mine, inner, outputs, mine

@@ -103,13 +103,24 @@ def workload(name: str, given: Mapping[str, Any]) -> Workload:
     missing = [key for key in ("tokens", "batch", "seq") if not told.get(key)]
     if missing:
         options = ", ".join(f"--{key}" for key in missing)
-        raise LimbeckError(f"{name}: nobody has said how much it is to learn; give {options} (tokens in all, sequences a step, tokens each)")
+        raise LimbeckError(
+            f"{name}: nobody has said how much it is to learn; give {options} (tokens in all, sequences a step, tokens each)"
+        )
     kind = "train" if told.get("kind", "train") == "rl" else told.get("kind", "train")
-    return Workload(kind, float(told["tokens"]), int(told["batch"]), int(told["seq"]), told.get("precision", "bf16"), told.get("source", "given"),
-                    told.get("teacher", {}))  # fmt: skip
+    return Workload(
+        kind,
+        float(told["tokens"]),
+        int(told["batch"]),
+        int(told["seq"]),
+        told.get("precision", "bf16"),
+        told.get("source", "given"),
+        told.get("teacher", {}),
+    )
 
 
-def train(config: ModelConfig, cluster: Cluster, work: Workload, price: float | None = None, top: int = 5) -> Training:
+def train(
+    config: ModelConfig, cluster: Cluster, work: Workload, price: float | None = None, top: int = 5
+) -> Training:
     """The best layouts by search, and what the best one takes for the whole workload."""
     averaging = None
     if cluster.fabric.sites > 1:
@@ -120,14 +131,20 @@ def train(config: ModelConfig, cluster: Cluster, work: Workload, price: float | 
     steps = work.tokens / (work.batch * work.seq)
     at_work = Range(step.seconds, step.low, step.high).times(steps)
     operations = work.tokens * cost.flops_per_token(config, work.seq)
-    return Training(tuple(choices), work, steps, operations, bill(at_work, cluster, step.chips, price), averaging)
+    return Training(
+        tuple(choices), work, steps, operations, bill(at_work, cluster, step.chips, price), averaging
+    )
 
 
-def _apart(config: ModelConfig, cluster: Cluster, work: Workload, top: int) -> tuple[list[search.Choice], multi_site.Averaging]:
+def _apart(
+    config: ModelConfig, cluster: Cluster, work: Workload, top: int
+) -> tuple[list[search.Choice], multi_site.Averaging]:
     """The best layouts of one site with its part of each batch, and what joining the sites takes."""
     site, count = multi_site.one_of(cluster), cluster.fabric.sites
     if work.batch % count:
-        raise LimbeckError(f"{work.batch} sequences a step cannot be dealt evenly to {count} sites; change --batch or sites")
+        raise LimbeckError(
+            f"{work.batch} sequences a step cannot be dealt evenly to {count} sites; change --batch or sites"
+        )
     found = search.best(config, site, work.batch // count, work.seq, work.precision, top=top)
     joined = [(choice, *multi_site.averaged(choice.step, config, cluster)) for choice in found]
     return [replace(choice, step=step) for choice, step, _ in joined], joined[0][2]
@@ -141,7 +158,9 @@ def bill(at_work: Range, cluster: Cluster, chips: int, price: float | None = Non
     power = money = rent = None
     try:
         whole = energy.spend(_kind(cluster.chip.name), cluster.chip.watts, hours.middle)
-        power = replace(whole, low=whole.low * hours.low / hours.middle, high=whole.high * hours.high / hours.middle)
+        power = replace(
+            whole, low=whole.low * hours.low / hours.middle, high=whole.high * hours.high / hours.middle
+        )
     except LimbeckError as error:
         unknown.append(f"energy: {error}")
     try:
@@ -170,7 +189,9 @@ def teach(work: Workload) -> Distillation:
     low, middle, high = (told["rows"] * told["tokens"] * samples for samples in told["samples"])
     rate, chips = TEACHER
     tokens = Range(middle, low, high)
-    return Distillation(tokens, tokens.times(chips / rate / HOUR), tokens.times(prices.tariff(told["model"]).output / 1e6))
+    return Distillation(
+        tokens, tokens.times(chips / rate / HOUR), tokens.times(prices.tariff(told["model"]).output / 1e6)
+    )
 
 
 @dataclass(frozen=True)
@@ -187,21 +208,42 @@ class Service:
     money: tuple[float, float] | None
 
 
-def serve(config: ModelConfig, cluster: Cluster, context: int = 4096, price: float | None = None, speed: float = SPEED, chips: int = 0) -> Service:
+def serve(
+    config: ModelConfig,
+    cluster: Cluster,
+    context: int = 4096,
+    price: float | None = None,
+    speed: float = SPEED,
+    chips: int = 0,
+) -> Service:
     """On the fewest chips that hold the weights and a few conversations; V3's kind on its wide groups where there are so many."""
-    precision = "fp8" if "fp8" in cluster.chip.figures and config.experts else "bf16" if "bf16" in cluster.chip.figures else "fp16"
+    precision = (
+        "fp8"
+        if "fp8" in cluster.chip.figures and config.experts
+        else "bf16"
+        if "bf16" in cluster.chip.figures
+        else "fp16"
+    )
     unit, rows, decode = _replica(config, cluster, precision, context, speed, chips)
-    prompt = Replica(config, cluster, min(unit.chips, 32), precision) if config.experts and unit.chips > 32 else unit
+    prompt = (
+        Replica(config, cluster, min(unit.chips, 32), precision)
+        if config.experts and unit.chips > 32
+        else unit
+    )
     prefill = prompt.prefill(context)
     try:
         rent = prices.rental(cluster.chip.name, price).middle
     except LimbeckError:
         rent = 0.0
     money = tuple(rent / HOUR / rate * 1e6 for rate in (prefill.tokens, decode.tokens)) if rent else None
-    return Service(unit.chips, precision, rows * unit.chips, 1 / decode.seconds, context, decode, prefill, money)
+    return Service(
+        unit.chips, precision, rows * unit.chips, 1 / decode.seconds, context, decode, prefill, money
+    )
 
 
-def _replica(config: ModelConfig, cluster: Cluster, precision: str, context: int, speed: float, chips: int) -> tuple[Replica, float, Rate]:
+def _replica(
+    config: ModelConfig, cluster: Cluster, precision: str, context: int, speed: float, chips: int
+) -> tuple[Replica, float, Rate]:
     """The width with the most tokens a second and chip at that speed; at the highest speed that there is where none reaches it."""
     widths = [chips] if chips else [n for n in (1, 2, 4, 8, 16, 32, 64, 144, 320) if n <= cluster.count]
     found, refused = [], None
@@ -223,9 +265,18 @@ def _replica(config: ModelConfig, cluster: Cluster, precision: str, context: int
 def told(thing: Any) -> Any:
     """Dataclasses as plain values, for JSON."""
     if isinstance(thing, search.Choice):
-        return {"layout": asdict(thing.layout), "layout_text": thing.layout.tell(), "step": told(thing.step), "memory": asdict(thing.memory)}
+        return {
+            "layout": asdict(thing.layout),
+            "layout_text": thing.layout.tell(),
+            "step": told(thing.step),
+            "memory": asdict(thing.memory),
+        }
     if hasattr(thing, "__dataclass_fields__"):
-        more = {key: told(getattr(thing, key)) for key in ("mfu", "tflops", "tokens_per_second", "chip_hours") if hasattr(type(thing), key)}
+        more = {
+            key: told(getattr(thing, key))
+            for key in ("mfu", "tflops", "tokens_per_second", "chip_hours")
+            if hasattr(type(thing), key)
+        }
         return {key: told(getattr(thing, key)) for key in thing.__dataclass_fields__} | more
     if isinstance(thing, dict):
         return {key: told(value) for key, value in thing.items()}

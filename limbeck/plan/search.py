@@ -34,7 +34,13 @@ class Choice:
 
 
 def best(
-    config: ModelConfig, cluster: Cluster, batch: int, seq: int, precision: str = "bf16", software: Software = TUNED, top: int = 5
+    config: ModelConfig,
+    cluster: Cluster,
+    batch: int,
+    seq: int,
+    precision: str = "bf16",
+    software: Software = TUNED,
+    top: int = 5,
 ) -> list[Choice]:
     """The `top` best layouts, best first; one sentence where none fits."""
     found: list[tuple[float, Layout, Memory]] = []
@@ -53,11 +59,22 @@ def best(
     if not found:
         raise LimbeckError(_nothing(config, cluster, batch, seq, software))
     few = _different(sorted(found, key=lambda one: one[0]), EXACTLY + top)
-    exact = [Choice(layout, foresee(config, cluster, layout, batch, seq, precision, software).step(), memory) for _, layout, memory in few]
+    exact = [
+        Choice(layout, foresee(config, cluster, layout, batch, seq, precision, software).step(), memory)
+        for _, layout, memory in few
+    ]
     return sorted(exact, key=lambda choice: choice.step.seconds)[:top]
 
 
-def _leanest(config: ModelConfig, cluster: Cluster, layout: Layout, batch: int, seq: int, precision: str, software: Software):
+def _leanest(
+    config: ModelConfig,
+    cluster: Cluster,
+    layout: Layout,
+    batch: int,
+    seq: int,
+    precision: str,
+    software: Software,
+):
     """The layout with as little recomputation as memory allows; None if even the most does not fit."""
     for recompute in RECOMPUTE:
         at = layout.change(recompute=recompute)
@@ -82,7 +99,11 @@ def layouts(config: ModelConfig, cluster: Cluster, batch: int, seq: int) -> Iter
     ):
         count -= cluster.per_node if count > cluster.per_node else 1
     for tp in _powers(cluster.per_node):
-        for pp in [n for n in range(1, min(64, config.layers) + 1) if count % (tp * n) == 0 and (n <= 2 or n % 2 == 0)]:
+        for pp in [
+            n
+            for n in range(1, min(64, config.layers) + 1)
+            if count % (tp * n) == 0 and (n <= 2 or n % 2 == 0)
+        ]:
             for cp in [n for n in _powers(16) if count % (tp * pp * n) == 0 and (n == 1 or seq / n >= 4096)]:
                 dp = count // (tp * pp * cp)
                 if dp <= batch and batch % dp == 0:
@@ -99,9 +120,14 @@ def _variants(config: ModelConfig, cluster: Cluster, batch: int, base: Layout) -
             for schedule, chunks in _schedules(config, base, mine // micro):
                 for zero in (1, 3) if base.pp == 1 else (1,):
                     at = base.change(
-                        ep=ep, micro=micro, schedule=schedule, chunks=chunks, zero=zero,
-                        expert_tp=1 if mixed else 0, overlap=mixed and schedule in ("interleaved", "dualpipe"),
-                    )  # fmt: skip
+                        ep=ep,
+                        micro=micro,
+                        schedule=schedule,
+                        chunks=chunks,
+                        zero=zero,
+                        expert_tp=1 if mixed else 0,
+                        overlap=mixed and schedule in ("interleaved", "dualpipe"),
+                    )
                     if possible(at, config, cluster, batch):
                         yield at
 
@@ -138,6 +164,8 @@ def _nothing(config: ModelConfig, cluster: Cluster, batch: int, seq: int, softwa
     lean = (layout.change(recompute="full") for layout in layouts(config, cluster, batch, seq))
     tried = [fit(config, cluster, layout, seq, software, batch=batch) for layout in lean]
     if not tried:
-        return f"{batch} sequences a step cannot be dealt to {cluster.count} chips; choose a batch that divides"
+        return (
+            f"{batch} sequences a step cannot be dealt to {cluster.count} chips; choose a batch that divides"
+        )
     least = min(tried, key=lambda memory: memory.total)
     return f"{config.parameters / 1e9:.3g}G parameters do not fit {cluster.tell()}: the leanest layout takes {least.tell()}"

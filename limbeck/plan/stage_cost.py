@@ -15,7 +15,9 @@ from .layout import Layout
 from .roofline import Roofline, Split
 
 LOGIT_BYTES = 20  # a logit's way through memory: 16 bits, float32 and its exponent, and back
-EXCHANGING = 132 / 112  # DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all (arXiv 2412.19437, section 3.2.2)
+EXCHANGING = (
+    132 / 112
+)  # DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all (arXiv 2412.19437, section 3.2.2)
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,28 @@ class Cost:
             return a[0] + b[0], a[1] + b[1]
 
         return Cost(
-            self.forward + other.forward, self.backward + other.backward, self.weight + other.weight,
-            both(self.tensor, other.tensor), both(self.context, other.context), both(self.experts, other.experts), self.again + other.again,
-        )  # fmt: skip
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.weight + other.weight,
+            both(self.tensor, other.tensor),
+            both(self.context, other.context),
+            both(self.experts, other.experts),
+            self.again + other.again,
+        )
 
     def times(self, number: int) -> Cost:
         def both(pair: tuple[float, float]) -> tuple[float, float]:
             return number * pair[0], number * pair[1]
 
         return Cost(
-            number * self.forward, number * self.backward, number * self.weight,
-            both(self.tensor), both(self.context), both(self.experts), number * self.again,
-        )  # fmt: skip
+            number * self.forward,
+            number * self.backward,
+            number * self.weight,
+            both(self.tensor),
+            both(self.context),
+            both(self.experts),
+            number * self.again,
+        )
 
     @property
     def computing(self) -> float:
@@ -86,7 +98,9 @@ class Stages:
     layout: Layout
     seq: int
     roof: Roofline
-    made: dict[tuple, Cost] = field(default_factory=dict, compare=False)  # layers costed already, over many layouts
+    made: dict[tuple, Cost] = field(
+        default_factory=dict, compare=False
+    )  # layers costed already, over many layouts
 
     @cached_property
     def rows(self) -> float:
@@ -147,7 +161,15 @@ class Stages:
         again = self._again(parts)
         back = tensor[1] + (tensor[0] if at.recompute == "full" else 0.0)
         twice = experts[1] + (experts[0] if at.recompute == "full" else 0.0)
-        return Cost(parts.forward, parts.backward + again, parts.weight, (tensor[0], back), context, (experts[0], twice), again)
+        return Cost(
+            parts.forward,
+            parts.backward + again,
+            parts.weight,
+            (tensor[0], back),
+            context,
+            (experts[0], twice),
+            again,
+        )
 
     def _again(self, parts) -> float:
         """Forward work done a second time in the backward pass."""
@@ -176,7 +198,9 @@ class Stages:
         if cp == 1:
             return 0.0, 0.0
         kept = 2 * self.config.kv_heads * self.config.head_dim / min(self.layout.tp, self.config.kv_heads)
-        around = collectives.all_gather(self.group(cp, self.layout.tp), 2 * kept * self.layout.micro * self.seq)
+        around = collectives.all_gather(
+            self.group(cp, self.layout.tp), 2 * kept * self.layout.micro * self.seq
+        )
         return max(0.0, around - core), max(0.0, 2 * around - 2.5 * core)
 
     def _experts(self, work: Work) -> tuple[float, float]:
@@ -185,7 +209,9 @@ class Stages:
             return 0.0, 0.0
         at = self.layout
         limit = work.groups if work.groups > 1 else 0
-        way = collectives.all_to_all(self.group(at.ep, 1 if at.experts_split < at.tp else at.tp), work.routed, limit)
+        way = collectives.all_to_all(
+            self.group(at.ep, 1 if at.experts_split < at.tp else at.tp), work.routed, limit
+        )
         tokens = self.rows / (at.tp // at.experts_split if at.experts_split < at.tp else 1)
         dispatch = 1.0 if self.roof.precision == "fp8" else 2.0
         out, home = way.seconds(tokens, work.hidden, dispatch, 2.0)

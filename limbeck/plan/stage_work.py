@@ -94,9 +94,16 @@ class StageWork:
 
     def flops(self, config: ModelConfig) -> float:
         """All of it, teachers by the same model's size; forward FLOPs a token at half of a sequence's length."""
-        sampling = sum((r.tokens + r.calls * r.prompts * r.prompt) * config.flops_per_token(r.prompt + r.length / 2) for r in self.rollouts)
+        sampling = sum(
+            (r.tokens + r.calls * r.prompts * r.prompt) * config.flops_per_token(r.prompt + r.length / 2)
+            for r in self.rollouts
+        )
         seen = max(1.0, self.length / 2)
-        return sampling + self.learned * config.flops_per_token(seen, backward=True) + self.read * config.flops_per_token(seen)
+        return (
+            sampling
+            + self.learned * config.flops_per_token(seen, backward=True)
+            + self.read * config.flops_per_token(seen)
+        )
 
 
 @dataclass
@@ -141,7 +148,9 @@ class Walk:
             case Curate():
                 before = self.known[stage.rows]
                 self.known[node] = before
-                effort = StageWork(node, "curate", people=0 if stage.auto else int(before.rows), sure=before.sure)
+                effort = StageWork(
+                    node, "curate", people=0 if stage.auto else int(before.rows), sure=before.sure
+                )
             case General():
                 length, prompt, _ = self._says(stage.problems, "learned", 1000)
                 self.known[node] = _Known("learned", stage.rows, length, prompt)
@@ -158,7 +167,9 @@ class Walk:
 
     # ------------------------------------------------------------ how long
 
-    def _says(self, problems: str, says: str, most: int, control: str | None = None) -> tuple[float, float, float]:
+    def _says(
+        self, problems: str, says: str, most: int, control: str | None = None
+    ) -> tuple[float, float, float]:
         """Tokens of a completion, of its prompt, and how sure that is."""
         source = self.recipe.problems.get(problems)
         if source is None and problems in self.recipe.stages:  # a screening: of what it screened
@@ -179,7 +190,9 @@ class Walk:
         whole = sum(share for share, _ in parts)
         return tuple(sum(share * p[i] for share, p in parts) / whole for i in range(3))
 
-    def _rollout(self, calls: float, prompts: float, group: float, said: tuple[float, float, float], most: int) -> Rollout:
+    def _rollout(
+        self, calls: float, prompts: float, group: float, said: tuple[float, float, float], most: int
+    ) -> Rollout:
         length, prompt, _ = said
         rows = prompts * group
         longest = min(most, length * (1 + 1.2 * max(0.0, rows) ** 0.25))
@@ -192,14 +205,23 @@ class Walk:
         source = self.recipe.problems[stage.problems]
         length = _attempt(source) + 10
         return StageWork(
-            node, "pretrain", node, updates=stage.tokens / stage.batch_tokens, learned=stage.tokens, length=length,
-            optimizer=stage.optimizer.name, written=stage.tokens, saved=True,
-        )  # fmt: skip
+            node,
+            "pretrain",
+            node,
+            updates=stage.tokens / stage.batch_tokens,
+            learned=stage.tokens,
+            length=length,
+            optimizer=stage.optimizer.name,
+            written=stage.tokens,
+            saved=True,
+        )
 
     def _rl(self, node: str, stage: RL) -> StageWork:
         """Completions take a few steps to change from how the model spoke to how it will speak: a tenth of the run."""
         policy, most = stage.policy, stage.sampling.max_new_tokens
-        begin, end = (self._mean_says(stage.problems, says, most) for says in (self.known[stage.model].says, "learned"))
+        begin, end = (
+            self._mean_says(stage.problems, says, most) for says in (self.known[stage.model].says, "learned")
+        )
         said = tuple(0.1 * a + 0.9 * b for a, b in zip(begin, end, strict=True))
         share = 1.0 if policy.zero_variance == "keep" else INFORMATIVE[self._world(stage.problems)]
         redrawn = REDRAWN if policy.zero_variance == "replace" else 1.0
@@ -207,13 +229,34 @@ class Walk:
         groups = policy.prompts_per_step * (1.0 if policy.zero_variance == "replace" else share)
         learned = groups * (policy.group_size * said[0] + said[1])
         read = learned if policy.kl_coef else 0.0
-        one = StageWork(node, "rl", stage.model, (rollout,), policy.updates_per_rollout, learned, said[0] + said[1], stage.optimizer.name, read, stage.model)
+        one = StageWork(
+            node,
+            "rl",
+            stage.model,
+            (rollout,),
+            policy.updates_per_rollout,
+            learned,
+            said[0] + said[1],
+            stage.optimizer.name,
+            read,
+            stage.model,
+        )
         steps = self._affordable(node, stage, one, stage.steps)
         self.known[node] = _Known("learned", sure=said[2])
         return StageWork(
-            node, "rl", node, (Rollout(steps, rollout.rows, *said[:1], rollout.longest, said[1], rollout.prompts),),
-            steps * one.updates, steps * learned, one.length, one.optimizer, steps * read, stage.model if read else "", saved=True, sure=said[2] * 1.15,
-        )  # fmt: skip
+            node,
+            "rl",
+            node,
+            (Rollout(steps, rollout.rows, *said[:1], rollout.longest, said[1], rollout.prompts),),
+            steps * one.updates,
+            steps * learned,
+            one.length,
+            one.optimizer,
+            steps * read,
+            stage.model if read else "",
+            saved=True,
+            sure=said[2] * 1.15,
+        )
 
     def _affordable(self, node: str, stage: Stage, one: StageWork, steps: float) -> float:
         """Steps that a budget of FLOPs pays for."""
@@ -241,9 +284,16 @@ class Walk:
         one = StageWork(node, "sft", node, updates=1, learned=learned, length=length + prompt)
         learned *= self._affordable(node, stage, one, 1.0)
         return StageWork(
-            node, "sft", node, updates=max(1.0, learned / stage.batch_tokens), learned=learned, length=length + prompt,
-            optimizer=stage.optimizer.name, saved=True, sure=sure * 1.3,
-        )  # fmt: skip
+            node,
+            "sft",
+            node,
+            updates=max(1.0, learned / stage.batch_tokens),
+            learned=learned,
+            length=length + prompt,
+            optimizer=stage.optimizer.name,
+            saved=True,
+            sure=sure * 1.3,
+        )
 
     def _sweep(self, node: str, stage: Sample | Screen | Pairs) -> StageWork:
         most = stage.sampling.max_new_tokens
@@ -251,7 +301,9 @@ class Walk:
         count = stage.limit if isinstance(stage, Screen) else stage.prompts
         rollout = self._rollout(max(1.0, count / CHUNK), min(CHUNK, count), stage.samples, said, most)
         keep = getattr(stage, "keep_per_problem", 2)
-        passed = PASSED[self._world(stage.problems)]  # problems are solved often or hardly ever, so more tries help less than they might
+        passed = PASSED[
+            self._world(stage.problems)
+        ]  # problems are solved often or hardly ever, so more tries help less than they might
         kept = count * min(keep, stage.samples, 1.2 * passed * (1 + 0.45 * (keep - 1)))
         self.known[node] = _Known("learned", kept, said[0], said[1], said[2] * 1.3)
         remote = isinstance(self.recipe.stages.get(stage.model), Remote)
@@ -267,40 +319,87 @@ class Walk:
             for mode in stage.modes:
                 copies = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
                 prompts = max(1, asked // 8) if mode == "pass@8" else asked
-                rollouts.append(self._rollout(1, prompts, copies, (length, prompt, doubt), stage.max_new_tokens))
+                rollouts.append(
+                    self._rollout(1, prompts, copies, (length, prompt, doubt), stage.max_new_tokens)
+                )
         return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
 
     def _distill(self, node: str, stage: Distill) -> StageWork:
         most = stage.sampling.max_new_tokens
         says = self.known[stage.model].says
-        said = self._mean_says(stage.problems, says, most) if stage.problems else (*self._rows(stage.rows)[1:3], 1.5)
+        said = (
+            self._mean_says(stage.problems, says, most)
+            if stage.problems
+            else (*self._rows(stage.rows)[1:3], 1.5)
+        )
         rows = stage.prompts_per_step * stage.group_size
         steps = stage.steps
         learned = steps * rows * (said[0] + said[1])
         teacher = next(iter(stage.teachers.values()), "")
         spoken = self._rollout(steps * stage.on_policy, stage.prompts_per_step, stage.group_size, said, most)
-        whole = StageWork(node, "distill", node, (spoken,), steps, learned, said[0] + said[1], stage.optimizer.name, learned if teacher else 0.0, teacher)
+        whole = StageWork(
+            node,
+            "distill",
+            node,
+            (spoken,),
+            steps,
+            learned,
+            said[0] + said[1],
+            stage.optimizer.name,
+            learned if teacher else 0.0,
+            teacher,
+        )
         paid = self._affordable(node, stage, whole, 1.0)
         self.known[node] = _Known("learned", sure=said[2])
-        spoken = Rollout(paid * spoken.calls, *(getattr(spoken, key) for key in ("rows", "length", "longest", "prompt", "prompts")))
+        spoken = Rollout(
+            paid * spoken.calls,
+            *(getattr(spoken, key) for key in ("rows", "length", "longest", "prompt", "prompts")),
+        )
         return StageWork(
-            node, "distill", node, (spoken,) if stage.on_policy else (), paid * steps, paid * learned, whole.length, whole.optimizer,
-            paid * whole.read, teacher, saved=True, sure=said[2] * 1.1,
-        )  # fmt: skip
+            node,
+            "distill",
+            node,
+            (spoken,) if stage.on_policy else (),
+            paid * steps,
+            paid * learned,
+            whole.length,
+            whole.optimizer,
+            paid * whole.read,
+            teacher,
+            saved=True,
+            sure=said[2] * 1.1,
+        )
 
     def _preference(self, node: str, stage: Preference) -> StageWork:
         rows, length, prompt, sure = self._rows(stage.pairs)
         learned = 2 * rows * (length + prompt) * stage.epochs
         self.known[node] = _Known("learned", sure=sure)
         return StageWork(
-            node, "preference", node, updates=max(1.0, learned / stage.batch_tokens), learned=learned, length=length + prompt,
-            optimizer=stage.optimizer.name, read=learned / stage.epochs, reader=stage.model, saved=True, sure=sure * 1.3,
-        )  # fmt: skip
+            node,
+            "preference",
+            node,
+            updates=max(1.0, learned / stage.batch_tokens),
+            learned=learned,
+            length=length + prompt,
+            optimizer=stage.optimizer.name,
+            read=learned / stage.epochs,
+            reader=stage.model,
+            saved=True,
+            sure=sure * 1.3,
+        )
 
     def _label(self, node: str, stage: Label) -> StageWork:
         rows, length, prompt, sure = self._rows(stage.rows)
         self.known[node] = _Known("learned", rows, length, prompt, sure)
-        return StageWork(node, "label", stage.model, read=rows * (length + prompt), reader=stage.model, length=length + prompt, sure=sure)
+        return StageWork(
+            node,
+            "label",
+            stage.model,
+            read=rows * (length + prompt),
+            reader=stage.model,
+            length=length + prompt,
+            sure=sure,
+        )
 
 
 # ---------------------------------------------------------------- what the problems imply

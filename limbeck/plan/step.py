@@ -99,7 +99,9 @@ class Foresight:
         if at.pp == 1:
             return 0.0
         size = 2 * self.stages.rows * self.config.hidden_size / (at.tp if at.sp else 1)
-        return collectives.send(self.cluster, size, at.chips <= self.cluster.per_node, self.roof.numbers.links, self.stages.cards)
+        return collectives.send(
+            self.cluster, size, at.chips <= self.cluster.per_node, self.roof.numbers.links, self.stages.cards
+        )
 
     @cached_property
     def times(self) -> Times:
@@ -107,7 +109,10 @@ class Foresight:
         wait = 0.0 if self.roof.software.fused else self.send
         fetch = [self.fetched(stage) for stage in range(len(self.costs))]
         both = self.layout.schedule.startswith("dualpipe")
-        hidden = [c.paired / (c.computing + c.waiting) if self.layout.overlap and not both else 1.0 for c in self.costs]
+        hidden = [
+            c.paired / (c.computing + c.waiting) if self.layout.overlap and not both else 1.0
+            for c in self.costs
+        ]
         return Times(
             tuple(h * c.ahead + wait + f[0] for c, f, h in zip(self.costs, fetch, hidden, strict=True)),
             tuple(h * c.back + wait + f[1] for c, f, h in zip(self.costs, fetch, hidden, strict=True)),
@@ -138,7 +143,9 @@ class Foresight:
         mine = [works[layer] for layer in self.stages.layers[stage]]
         experts = sum(w.expert_weights for w in mine) / (at.ep * at.experts_split)
         dense = sum(w.weights - w.expert_weights for w in mine) / at.tp
-        ends = (stage == 0) + (stage == self.stages.count - 1) * (not self.config.tied or self.stages.count > 1)
+        ends = (stage == 0) + (stage == self.stages.count - 1) * (
+            not self.config.tied or self.stages.count > 1
+        )
         return dense + ends * self.config.vocab_size * self.config.hidden_size / at.tp, experts
 
     def exchange(self, stage: int, width: float, bucket: float, summed: bool = False) -> float:
@@ -150,12 +157,20 @@ class Foresight:
         total = 0.0
         exchange = collectives.all_reduce if summed else collectives.all_gather
         if self.roof.software.reduce == "hfreduce":
-            exchange, width = collectives.hfreduce, width / 2  # a sum is a scatter and a gather: half for each
-        for weights, size, stride in ((dense, copies, at.tp), (experts, expert_copies, at.ep * at.experts_split)):
+            exchange, width = (
+                collectives.hfreduce,
+                width / 2,
+            )  # a sum is a scatter and a gather: half for each
+        for weights, size, stride in (
+            (dense, copies, at.tp),
+            (experts, expert_copies, at.ep * at.experts_split),
+        ):
             if weights and size > 1:
                 whole = width * weights
                 messages = max(1.0, whole / bucket)
-                total += messages * exchange(self.stages.group(size, stride, self.roof.software.rings), whole / messages)
+                total += messages * exchange(
+                    self.stages.group(size, stride, self.roof.software.rings), whole / messages
+                )
         return total
 
     @cached_property
@@ -201,14 +216,25 @@ class Foresight:
         before = whole + self.data + self.optimizer
         jitter = before * self.roof.numbers.jitter * log2(self.cluster.across(self.layout.chips).nodes or 1)
         seconds = before + jitter
-        parts = self.parts(whole - bubble) | {"bubble": bubble, "data": self.data, "optimizer": self.optimizer, "jitter": jitter}
+        parts = self.parts(whole - bubble) | {
+            "bubble": bubble,
+            "data": self.data,
+            "optimizer": self.optimizer,
+            "jitter": jitter,
+        }
         spread = SPREAD["tested" if self.cluster.chip.generation in TESTED else "untested"]
         chip = self.cluster.chip
         return Step(
-            seconds, seconds / (1 + spread), seconds * (1 + spread), {k: v for k, v in parts.items() if v > 0}, binds(parts, seconds),
-            self.batch * self.seq, self.layout.chips, cost.flops_per_token(self.config, self.seq),
+            seconds,
+            seconds / (1 + spread),
+            seconds * (1 + spread),
+            {k: v for k, v in parts.items() if v > 0},
+            binds(parts, seconds),
+            self.batch * self.seq,
+            self.layout.chips,
+            cost.flops_per_token(self.config, self.seq),
             chip.rate("bf16" if "bf16" in chip.figures else "fp16"),
-        )  # fmt: skip
+        )
 
     def parts(self, busy: float) -> dict[str, float]:
         """What the busiest stage does meanwhile, in proportion."""
@@ -251,6 +277,16 @@ def predict(
     return foresee(config, cluster, layout, batch, seq, precision, software, numbers).step()
 
 
-def foresee(config, cluster, layout, batch, seq, precision="bf16", software=TUNED, numbers=None, exact=True) -> Foresight:
+def foresee(
+    config, cluster, layout, batch, seq, precision="bf16", software=TUNED, numbers=None, exact=True
+) -> Foresight:
     """The same, with all that it is made of; not `exact` is by formulas, for searching."""
-    return Foresight(config, cluster, layout, batch, seq, Roofline(cluster.chip, precision, software, numbers or constants()), exact)
+    return Foresight(
+        config,
+        cluster,
+        layout,
+        batch,
+        seq,
+        Roofline(cluster.chip, precision, software, numbers or constants()),
+        exact,
+    )

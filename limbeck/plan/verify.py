@@ -28,8 +28,19 @@ GOALS = {  # median and 95th percentile of the relative error
     "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35), "whole runs": (0.15, 0.40),
     "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
 }  # fmt: skip
-USERS, SEEN = 21, 4989  # tokens a second of a user of DeepSeek's service, and of his context on average (day 6)
-SECONDS = ("step_time_s", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "hw_tflops_per_gpu", "mfu_pct", "hfu_pct", "tokens_per_day_1e9")
+USERS, SEEN = (
+    21,
+    4989,
+)  # tokens a second of a user of DeepSeek's service, and of his context on average (day 6)
+SECONDS = (
+    "step_time_s",
+    "tokens_per_s_per_gpu",
+    "model_tflops_per_gpu",
+    "hw_tflops_per_gpu",
+    "mfu_pct",
+    "hfu_pct",
+    "tokens_per_day_1e9",
+)
 HOURS = ("gpu_hours", "gpu_hours_per_1T_tokens", "days_for_300B_tokens")
 MEMORY = ("peak_mem_gib", "peak_mem_gb", "peak_mem_reserved_gb")
 FORMULA = ("params_opt_mem_gib", "activation_mem_gib")
@@ -90,9 +101,13 @@ def check(row: Row) -> Check:
     measured = measured_seconds(row)
     kind = "step, mixture" if row.model.experts else "step, dense"
     return Check(
-        row, kind, row.value * (step.seconds / measured) ** (1 if metric == "step_time_s" else -1), step.seconds / measured,
-        step.low <= measured <= step.high, utilisation=_utilisation(row, measured),
-    )  # fmt: skip
+        row,
+        kind,
+        row.value * (step.seconds / measured) ** (1 if metric == "step_time_s" else -1),
+        step.seconds / measured,
+        step.low <= measured <= step.high,
+        utilisation=_utilisation(row, measured),
+    )
 
 
 def measured_seconds(row: Row) -> float:
@@ -109,28 +124,49 @@ def measured_seconds(row: Row) -> float:
     hardware = metric.startswith(("hw_", "hfu"))
     causal = "_causal" in metric or not ("noncausal" in metric or hardware or early)
     flops = cost.flops_per_token(
-        row.model, row.seq, "hardware" if hardware else "causal" if causal else "non-causal", float(row.layout.recompute == "full")
+        row.model,
+        row.seq,
+        "hardware" if hardware else "causal" if causal else "non-causal",
+        float(row.layout.recompute == "full"),
     )
     rate = 1e12 * value if "tflops" in metric else value / 100 * row.cluster.chip.rate("bf16")
     return flops * tokens / row.chips / rate
 
 
 def _utilisation(row: Row, seconds: float) -> float:
-    return cost.flops_per_token(row.model, row.seq, "6n") * row.batch * row.seq / seconds / row.chips / row.cluster.chip.rate("bf16")
+    return (
+        cost.flops_per_token(row.model, row.seq, "6n")
+        * row.batch
+        * row.seq
+        / seconds
+        / row.chips
+        / row.cluster.chip.rate("bf16")
+    )
 
 
 def _hours(row: Row) -> Check:
     """Chip-hours of a whole run: the time of a step, at the published layout or at the best one, over the goodput."""
     found = 1.0
     if row.complete and row.number("dp"):
-        step, chips = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software).step(), row.chips
+        step, chips = (
+            foresee(
+                row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software
+            ).step(),
+            row.chips,
+        )
     else:
         step = best_effort(row)
         chips, found = step.chips, constants().practice if not row["pp"] else 1.0
-    tokens = {"gpu_hours": row.number("tokens_total"), "gpu_hours_per_1T_tokens": 1e12, "days_for_300B_tokens": 3e11}[row.metric]
+    tokens = {
+        "gpu_hours": row.number("tokens_total"),
+        "gpu_hours_per_1T_tokens": 1e12,
+        "days_for_300B_tokens": 3e11,
+    }[row.metric]
     if not tokens:
         return Check(row, "not foreseen", why="its tokens are not published")
-    share = found * (1.0 if "logged step time" in row.told or row.metric.startswith("days") else constants().goodput)
+    share = found * (
+        1.0 if "logged step time" in row.told or row.metric.startswith("days") else constants().goodput
+    )
     hours = step.seconds / step.tokens * chips * tokens / 3600 / share
     value = hours / 24 / row.chips if row.metric.startswith("days") else hours
     ratio = value / row.value
@@ -155,10 +191,15 @@ def best_effort(row: Row) -> Step:
 
 
 def _best(row: Row, count: int) -> Step:
-    batch = max(1, round((row.number("global_batch_tokens") or SOME) / row.seq * count / max(row.chips or 1024, count)))
+    batch = max(
+        1,
+        round((row.number("global_batch_tokens") or SOME) / row.seq * count / max(row.chips or 1024, count)),
+    )
     batch = max(count, batch - batch % count)
     software = row.software
-    return search.best(row.model, row.cluster.across(count), batch, row.seq, row.precision, software, top=1)[0].step
+    return search.best(row.model, row.cluster.across(count), batch, row.seq, row.precision, software, top=1)[
+        0
+    ].step
 
 
 def _memory(row: Row) -> Check:
@@ -170,7 +211,13 @@ def _memory(row: Row) -> Check:
     if row.metric == "activation_mem_gib":
         size = held.activations
     ratio = size / unit / row.value
-    return Check(row, "memory by formula" if row.metric in FORMULA else "peak memory", size / unit, ratio, abs(ratio - 1) < 0.2)
+    return Check(
+        row,
+        "memory by formula" if row.metric in FORMULA else "peak memory",
+        size / unit,
+        ratio,
+        abs(ratio - 1) < 0.2,
+    )
 
 
 def _phase(row: Row) -> Check:
@@ -210,7 +257,9 @@ def floors(found: list[Check]) -> dict[int, float]:
         if one.utilisation:
             kinds[one.row.cluster.chip.name, one.row.precision, one.kind].append(one)
     middles = {kind: median(one.utilisation for one in group) for kind, group in kinds.items()}
-    return {id(one): abs(one.utilisation / middles[kind] - 1) for kind, group in kinds.items() for one in group}
+    return {
+        id(one): abs(one.utilisation / middles[kind] - 1) for kind, group in kinds.items() for one in group
+    }
 
 
 def percentile(errors: list[float], share: float) -> float:
@@ -260,9 +309,7 @@ def claims() -> list[str]:
         f"DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 a million tokens read, "
         f"1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
     )
-    cost_of_v3 = (
-        f"DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = ${2788e3 * 2 / 1e6:.3f} million; research is not in it"
-    )
+    cost_of_v3 = f"DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = ${2788e3 * 2 / 1e6:.3f} million; research is not in it"
     return [tenth, seventh, cost_of_v3, *_served(), *_bounds()]
 
 

@@ -36,7 +36,10 @@ class Curve:
 def curves(run: Run) -> list[Curve]:
     """Those that the report stage compares."""
     chosen = run.report_stage.get("compare") or {}
-    found = {name: [stage for n in names if (stage := run.stage(n)) and stage.metrics] for name, names in chosen.items()}
+    found = {
+        name: [stage for n in names if (stage := run.stage(n)) and stage.metrics]
+        for name, names in chosen.items()
+    }
     return [_curve(name, stages) for name, stages in found.items() if stages]
 
 

@@ -52,7 +52,11 @@ def within(shown: Sequence[Shown]) -> Flips:
     met: dict[str, list[Shown]] = {}
     for one in shown:
         met.setdefault(one.problem, []).append(one)
-    pairs = [Flip(name, times[0].prompt, times[0], times[-1]) for name, times in met.items() if times[-1].step > times[0].step]
+    pairs = [
+        Flip(name, times[0].prompt, times[0], times[-1])
+        for name, times in met.items()
+        if times[-1].step > times[0].step
+    ]
     return Flips(
         won=[pair for pair in pairs if pair.after.right > 0.5 >= pair.before.right],
         lost=[pair for pair in pairs if pair.before.right > 0.5 >= pair.after.right],

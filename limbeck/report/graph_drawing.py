@@ -146,13 +146,19 @@ def _edge(points: list[tuple[float, float]]) -> str:
 def _box(box: Box, x: float, y: float) -> str:
     # attributes and no styles: a page of the studio refuses styles that stand in its text
     size = 13 if len(box.name) <= 15 else 13 * 15 / len(box.name)
-    name = f'<text class="name" font-size="{size:.1f}px" x="{x:.1f}" y="{y + 18:.1f}">{escape(box.name)}</text>'
+    name = (
+        f'<text class="name" font-size="{size:.1f}px" x="{x:.1f}" y="{y + 18:.1f}">{escape(box.name)}</text>'
+    )
     captions = "".join(
         f'<text class="caption {language}" x="{x:.1f}" y="{y + 33:.1f}">{escape(caption)}</text>'
         for language, caption in (("en", box.caption.en), ("zh", box.caption.zh))
     )
     left = x - _WIDTH / 2
     place = f'x="{left:.1f}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="5"'
-    bar = f'<rect class="share" x="{left:.1f}" y="{y + _HEIGHT - 4}" width="{_WIDTH * min(1.0, box.share):.1f}" height="4" rx="2"/>' if box.share else ""
+    bar = (
+        f'<rect class="share" x="{left:.1f}" y="{y + _HEIGHT - 4}" width="{_WIDTH * min(1.0, box.share):.1f}" height="4" rx="2"/>'
+        if box.share
+        else ""
+    )
     drawn = f'<g class="{box.state}"><rect class="{box.family}" {place}/>{bar}{name}{captions}</g>'
     return f'<a href="{escape(box.link)}" id="box-{escape(box.name)}">{drawn}</a>' if box.link else drawn

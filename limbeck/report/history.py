@@ -76,7 +76,9 @@ class History:
             self.notes.append(row)
         for name, value in row.items():
             if isinstance(value, int | float) or value is None:
-                self.columns.setdefault(name, [math.nan] * before).append(math.nan if value is None else float(value))
+                self.columns.setdefault(name, [math.nan] * before).append(
+                    math.nan if value is None else float(value)
+                )
         for column in self.columns.values():
             if len(column) == before:
                 column.append(math.nan)
@@ -122,10 +124,12 @@ class History:
         at = cuts(len(self.steps), points)
         thin = {name: means(np.array(values), at) for name, values in self.columns.items()}
         return {
-            "of": self.total, "done": self.done, "steps": _plain(means(np.array(self.steps, float), at)),
+            "of": self.total,
+            "done": self.done,
+            "steps": _plain(means(np.array(self.steps, float), at)),
             "columns": {name: _plain(values) for name, values in thin.items()},
             "means": {name: _plain(running_mean(values)) for name, values in thin.items()},
-        }  # fmt: skip
+        }
 
     def responses(self, step: int) -> list[dict[str, Any]]:
         """The groups that were written down at a step, as `record.rollout_row` made them."""

@@ -16,13 +16,15 @@ class Text(NamedTuple):
     def format(self, *args: object, **kwargs: object) -> Text:
         """Fill both; an argument that is itself a Text enters each language in its own words."""
 
-        return Text(*(
-            getattr(self, language).format(
-                *(_in(language, value) for value in args),
-                **{key: _in(language, value) for key, value in kwargs.items()},
+        return Text(
+            *(
+                getattr(self, language).format(
+                    *(_in(language, value) for value in args),
+                    **{key: _in(language, value) for key, value in kwargs.items()},
+                )
+                for language in self._fields
             )
-            for language in self._fields
-        ))  # fmt: skip
+        )
 
 
 def _in(language: str, value: object) -> object:
@@ -99,7 +101,10 @@ def foreseen(forecast: dict[str, Any]) -> Text:
     """The sentence above the table of what was foreseen."""
     told = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took", "processor")}
     text = W["foreseen_said"]
-    return Text(text.en.format(**{k: t.en for k, t in told.items()}), text.zh.format(**{k: t.zh for k, t in told.items()}))
+    return Text(
+        text.en.format(**{k: t.en for k, t in told.items()}),
+        text.zh.format(**{k: t.zh for k, t in told.items()}),
+    )
 
 
 # ---------------------------------------------------------------- fixed words

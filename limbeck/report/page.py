@@ -23,9 +23,12 @@ _HALF = len("<think></think><answer></answer>")
 def render(run: Run, told: dict[str, Any]) -> str:
     """The whole page as one string; every text of a model or a recipe is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     environment.filters["thought"] = thought
     environment.globals.update(W=W, words=i18n)
     return environment.get_template("report.html.jinja").render(
@@ -104,12 +107,16 @@ def _models(run: Run, source: str | None = None) -> dict[str, Any]:
     """The table of all models: only the columns that some model fills."""
     names = [name for name in run.evaluations if run.modes(name, source)]
     modes = [mode for mode in MODES if any(run.accuracy(name, mode, source) for name in names)]
-    measures = [] if source else [
-        (W["length_short"], "length", i18n.number),
-        (W["attempts_short"], "attempts", i18n.number),
-        (W["persist_short"], "persist", i18n.percent),
-        (W["language_short"], "language_consistency", i18n.percent),
-    ]  # fmt: skip
+    measures = (
+        []
+        if source
+        else [
+            (W["length_short"], "length", i18n.number),
+            (W["attempts_short"], "attempts", i18n.number),
+            (W["persist_short"], "persist", i18n.percent),
+            (W["language_short"], "language_consistency", i18n.percent),
+        ]
+    )
     measures = [m for m in measures if any(run.measure(name, m[1]) is not None for name in names)]
     return {
         "modes": [i18n.COLUMNS[mode] for mode in modes],
@@ -222,12 +229,20 @@ def _distilled(run: Run) -> dict[str, Any] | None:
     if "small" not in roles or len(roles) < 2:
         return None
     rows = [
-        (run.cast[r], W[r], i18n.scientific(run.spent(run.cast[r], "flops")),
-         i18n.scientific(_rows_flops(run, run.cast[r])),
-         i18n.duration(run.spent(run.cast[r], "seconds")))
+        (
+            run.cast[r],
+            W[r],
+            i18n.scientific(run.spent(run.cast[r], "flops")),
+            i18n.scientific(_rows_flops(run, run.cast[r])),
+            i18n.duration(run.spent(run.cast[r], "seconds")),
+        )
         for r in roles
-    ]  # fmt: skip
-    return {"chart": _dots(run, [run.cast[r] for r in roles]), "said": summary.distillation(run), "rows": rows}
+    ]
+    return {
+        "chart": _dots(run, [run.cast[r] for r in roles]),
+        "said": summary.distillation(run),
+        "rows": rows,
+    }
 
 
 def _rows_flops(run: Run, model: str) -> float | None:

@@ -112,14 +112,21 @@ def _forecast(run: Run) -> dict[str, Any] | None:
     """What was expected of each stage before it began, and what it took."""
     foreseen = (run.summary.get("forecast") or {}).get("stages") or {}
     stages = [
-        {"name": s.name, **{key: foreseen[s.name][key] for key in ("seconds", "low", "high")}, "took": s.manifest["seconds"],
-         "processor": s.manifest.get("cpu_seconds") or 0.0}
+        {
+            "name": s.name,
+            **{key: foreseen[s.name][key] for key in ("seconds", "low", "high")},
+            "took": s.manifest["seconds"],
+            "processor": s.manifest.get("cpu_seconds") or 0.0,
+        }
         for s in run.stages
         if s.name in foreseen and s.manifest.get("seconds") is not None
-    ]  # fmt: skip
+    ]
     if not stages:
         return None
-    return {key: round(sum(stage[key] for stage in stages), 1) for key in ("seconds", "low", "high", "took", "processor")} | {"stages": stages}
+    return {
+        key: round(sum(stage[key] for stage in stages), 1)
+        for key in ("seconds", "low", "high", "took", "processor")
+    } | {"stages": stages}
 
 
 def _cost(summary: dict[str, Any]) -> float | None:

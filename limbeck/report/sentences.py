@@ -29,18 +29,29 @@ def progress(name: str, kind: str, state: str, history: History, manifest: dict[
         return Text("{} waits for the stages before it.", "{} 在等待前面的阶段。").format(name)
     if not done:
         return Text("{} has begun; nothing is measured yet.", "{} 已开始，还没有测量结果。").format(name)
-    said = Text("{name} has taken {done} of {total} {what}", "{name} 已走 {done}/{total} {what}") if total else Text("{name} has taken {done} {what}", "{name} 已走 {done} {what}")
+    said = (
+        Text("{name} has taken {done} of {total} {what}", "{name} 已走 {done}/{total} {what}")
+        if total
+        else Text("{name} has taken {done} {what}", "{name} 已走 {done} {what}")
+    )
     said = said.format(name=name, done=count(done), total=count(total), what=what)
     if state != "running":
         return Text(said.en + " and rests.", said.zh + "，现已暂停。")
     if history.pace is None or not total:
         return Text(said.en + ".", said.zh + "。")
-    left = Text("; one takes {}, so about {} are left.", "；每步 {}，大约还需 {}。").format(_brief(history.pace), duration(history.pace * max(0, total - done)))
+    left = Text("; one takes {}, so about {} are left.", "；每步 {}，大约还需 {}。").format(
+        _brief(history.pace), duration(history.pace * max(0, total - done))
+    )
     return Text(said.en + left.en, said.zh + left.zh)
 
 
 def _unit(kind: str) -> Text:
-    return {"sample": Text("chunks", "批"), "screen": Text("chunks", "批"), "label": Text("chunks", "批"), "evaluate": Text("measurements", "项测量")}.get(kind, Text("steps", "步"))
+    return {
+        "sample": Text("chunks", "批"),
+        "screen": Text("chunks", "批"),
+        "label": Text("chunks", "批"),
+        "evaluate": Text("measurements", "项测量"),
+    }.get(kind, Text("steps", "步"))
 
 
 def _kind(kind: str) -> Text:
@@ -64,7 +75,13 @@ _TOLD: tuple[tuple[str, Text, Callable[[float], str]], ...] = (
     ("entropy", Text("Entropy per token", "每词元的熵"), lambda value: f"{value:.2f}"),
     ("loss", Text("Loss", "损失"), lambda value: f"{value:.3g}"),
 )  # fmt: skip
-_QUIET = {"pretrain": {"entropy"}, "sft": {"entropy"}, "rl": {"loss"}, "sample": {"reward", "accuracy", "entropy"}, "screen": {"reward", "entropy"}}
+_QUIET = {
+    "pretrain": {"entropy"},
+    "sft": {"entropy"},
+    "rl": {"loss"},
+    "sample": {"reward", "accuracy", "entropy"},
+    "screen": {"reward", "entropy"},
+}
 
 
 def curves(kind: str, history: History) -> list[Text]:
@@ -72,7 +89,11 @@ def curves(kind: str, history: History) -> list[Text]:
     if kind == "evaluate":
         return []
     quiet = _QUIET.get(kind, set())
-    return [_went(what, history.column(name), write) for name, what, write in _TOLD if name not in quiet and len(history.column(name))]
+    return [
+        _went(what, history.column(name), write)
+        for name, what, write in _TOLD
+        if name not in quiet and len(history.column(name))
+    ]
 
 
 def _went(what: Text, values: np.ndarray, write: Callable[[float], str]) -> Text:
@@ -82,8 +103,14 @@ def _went(what: Text, values: np.ndarray, write: Callable[[float], str]) -> Text
         return Text("{} stands at {}.", "{}为 {}。").format(what, last)
     rises = float(values[-tenth:].mean()) > float(values[:tenth].mean())
     if first == last or (1 if rises else -1) * trend(values) < CLEAR:  # the ends and the whole must agree
-        return Text("{} has no clear direction: {} at first, {} now.", "{}没有明显的方向：起初 {}，现在 {}。").format(what, first, last)
-    said = Text("{} rose from {} to {}.", "{}从 {} 升到 {}。") if rises else Text("{} fell from {} to {}.", "{}从 {} 降到 {}。")
+        return Text(
+            "{} has no clear direction: {} at first, {} now.", "{}没有明显的方向：起初 {}，现在 {}。"
+        ).format(what, first, last)
+    said = (
+        Text("{} rose from {} to {}.", "{}从 {} 升到 {}。")
+        if rises
+        else Text("{} fell from {} to {}.", "{}从 {} 降到 {}。")
+    )
     return said.format(what, first, last)
 
 
@@ -93,16 +120,36 @@ def soundness(history: History) -> list[Text]:
     gap, informative, truncated = (history.column(name) for name in ("gap", "informative", "truncated"))
     if len(gap):
         most = float(gap.max())
-        verdict = Text(": no more than rounding", "，不超过舍入误差") if most < _GAP else Text(": more than rounding explains", "，超出舍入误差所能解释的范围")
-        text = Text("On the same weights sampler and learner differ by at most {} nats a token{}.", "同一权重下，采样器与学习器每词元最多相差 {} 奈特{}。")
+        verdict = (
+            Text(": no more than rounding", "，不超过舍入误差")
+            if most < _GAP
+            else Text(": more than rounding explains", "，超出舍入误差所能解释的范围")
+        )
+        text = Text(
+            "On the same weights sampler and learner differ by at most {} nats a token{}.",
+            "同一权重下，采样器与学习器每词元最多相差 {} 奈特{}。",
+        )
         said.append(text.format(f"{most:.1e}", verdict))
     if len(informative):
-        said.append(Text("Of the latest groups {} hold both better and worse responses; the others teach nothing.", "最近的组中有 {} 既有较好也有较差的回答，其余的组教不了什么。").format(percent(_latest(informative), 0)))
+        said.append(
+            Text(
+                "Of the latest groups {} hold both better and worse responses; the others teach nothing.",
+                "最近的组中有 {} 既有较好也有较差的回答，其余的组教不了什么。",
+            ).format(percent(_latest(informative), 0))
+        )
     if len(truncated) and _latest(truncated) >= _CROWDED:
-        said.append(Text("{} of the latest responses ran out of tokens.", "最近的回答中有 {} 用尽了词元。").format(percent(_latest(truncated), 0)))
+        said.append(
+            Text("{} of the latest responses ran out of tokens.", "最近的回答中有 {} 用尽了词元。").format(
+                percent(_latest(truncated), 0)
+            )
+        )
     for text, times in _rung(history.alarms).items():
         first, often = times[0], len(times)
-        said.append(Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。").format(first, often, _alarm(text)))
+        said.append(
+            Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。").format(
+                first, often, _alarm(text)
+            )
+        )
     return said
 
 
@@ -143,19 +190,47 @@ def outcome(view: StageView) -> list[Text]:
     """What a finished stage left: rows kept, verdicts, accuracies."""
     notes, said = view.notes, []
     if notes.get("sampled"):
-        said.append(Text("It kept {} of {} responses.", "从 {1} 个回答中留下 {0} 个。").format(count(notes["kept"]), count(notes["sampled"])))
-        said += [Text("{} were dropped: {}.", "{} 个被丢弃：{}。").format(count(many), why) for why, many in notes.get("dropped", {}).items() if many]
+        said.append(
+            Text("It kept {} of {} responses.", "从 {1} 个回答中留下 {0} 个。").format(
+                count(notes["kept"]), count(notes["sampled"])
+            )
+        )
+        said += [
+            Text("{} were dropped: {}.", "{} 个被丢弃：{}。").format(count(many), why)
+            for why, many in notes.get("dropped", {}).items()
+            if many
+        ]
     if "policy" in notes:
-        said.append(Text("{} rows were accepted, {} edited, {} rejected, by {}.", "接受 {} 行，修改 {} 行，拒绝 {} 行，由 {} 决定。").format(
-            notes["accepted"], notes["edited"], notes["rejected"], ", ".join(notes.get("reviewers", [])) or notes["policy"]))  # fmt: skip
+        said.append(
+            Text(
+                "{} rows were accepted, {} edited, {} rejected, by {}.",
+                "接受 {} 行，修改 {} 行，拒绝 {} 行，由 {} 决定。",
+            ).format(
+                notes["accepted"],
+                notes["edited"],
+                notes["rejected"],
+                ", ".join(notes.get("reviewers", [])) or notes["policy"],
+            )
+        )
     if view.kind == "evaluate" and (view.folder / EVALUATION).exists():
         run = Run((view,), {}, {})
         model = next(iter(run.evaluations))
         for source in run.sources:
             for mode in run.modes(model, source):
                 found = run.accuracy(model, mode, source)
-                said.append(Text("On {source}, {mode}: {mean} right ({low}–{high}, {n} problems).", "{source}，{mode}：答对 {mean}（{low}–{high}，{n} 题）。").format(
-                    source=source, mode=MODES.get(mode, plain(mode)), mean=percent(found.mean), low=percent(found.low), high=percent(found.high), n=count(found.problems)))  # fmt: skip
+                said.append(
+                    Text(
+                        "On {source}, {mode}: {mean} right ({low}–{high}, {n} problems).",
+                        "{source}，{mode}：答对 {mean}（{low}–{high}，{n} 题）。",
+                    ).format(
+                        source=source,
+                        mode=MODES.get(mode, plain(mode)),
+                        mean=percent(found.mean),
+                        low=percent(found.low),
+                        high=percent(found.high),
+                        n=count(found.problems),
+                    )
+                )
     return said
 
 
@@ -182,8 +257,21 @@ def foreseen(actual: float, told: dict[str, float], over: bool) -> Text:
     inside = told["low"] <= actual <= told["high"]
     bounds = (duration(told["seconds"]), duration(told["low"]), duration(told["high"]))
     if not over and actual <= told["high"]:
-        return Text("The plan said {} ({} to {}); {} have passed.", "计划为 {}（{} 至 {}），已过去 {}。").format(*bounds, duration(actual))
+        return Text(
+            "The plan said {} ({} to {}); {} have passed.", "计划为 {}（{} 至 {}），已过去 {}。"
+        ).format(*bounds, duration(actual))
     if not over:
-        return Text("The plan said {} ({} to {}); {} have passed, more than it allowed for.", "计划为 {}（{} 至 {}），已过去 {}，超出了预期。").format(*bounds, duration(actual))
-    verdict = Text("as foreseen", "如计划所料") if inside else Text("longer than foreseen", "比计划长") if actual > told["high"] else Text("shorter than foreseen", "比计划短")
-    return Text("The plan said {} ({} to {}); it took {}, {}.", "计划为 {}（{} 至 {}），实际 {}，{}。").format(*bounds, duration(actual), verdict)
+        return Text(
+            "The plan said {} ({} to {}); {} have passed, more than it allowed for.",
+            "计划为 {}（{} 至 {}），已过去 {}，超出了预期。",
+        ).format(*bounds, duration(actual))
+    verdict = (
+        Text("as foreseen", "如计划所料")
+        if inside
+        else Text("longer than foreseen", "比计划长")
+        if actual > told["high"]
+        else Text("shorter than foreseen", "比计划短")
+    )
+    return Text(
+        "The plan said {} ({} to {}); it took {}, {}.", "计划为 {}（{} 至 {}），实际 {}，{}。"
+    ).format(*bounds, duration(actual), verdict)

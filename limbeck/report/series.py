@@ -24,4 +24,6 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     """Mean of a thirtieth of all neighbours on each side, fewer at the ends; what is not finite is passed over."""
     reach = max(1, len(values) // 30)
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return np.array([np.mean(near[np.isfinite(near)]) if np.isfinite(near).any() else np.nan for near in windows])
+    return np.array(
+        [np.mean(near[np.isfinite(near)]) if np.isfinite(near).any() else np.nan for near in windows]
+    )

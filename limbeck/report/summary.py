@@ -16,15 +16,19 @@ def opening(run: Run) -> list[Text]:
     said = []
     base, zero, r1, small = (run.accuracy(run.role(role)) for role in ("base", "zero", "r1", "small"))
     if base:
-        said.append(Text(
-            "The base model answers {} of {:,} held-out problems correctly at temperature 1.",
-            "在温度 1 下，基座模型答对了 {1:,} 道留出题中的 {0}。",
-        ).format(percent(base.mean), base.problems))  # fmt: skip
+        said.append(
+            Text(
+                "The base model answers {} of {:,} held-out problems correctly at temperature 1.",
+                "在温度 1 下，基座模型答对了 {1:,} 道留出题中的 {0}。",
+            ).format(percent(base.mean), base.problems)
+        )
     if zero:
-        said.append(Text(
-            "Reinforcement learning with rule-based rewards alone takes it to {}: the model {}.",
-            "仅凭规则奖励的强化学习把它带到 {}，即模型 {}。",
-        ).format(percent(zero.mean), run.cast["zero"]))  # fmt: skip
+        said.append(
+            Text(
+                "Reinforcement learning with rule-based rewards alone takes it to {}: the model {}.",
+                "仅凭规则奖励的强化学习把它带到 {}，即模型 {}。",
+            ).format(percent(zero.mean), run.cast["zero"])
+        )
         said += _growth(run)
     if r1:
         said.append(_r1(run, r1))
@@ -84,19 +88,23 @@ def persistence(run: Run) -> list[Text]:
     before, after = (run.measure(run.role(role), "persist") for role in ("base", "zero"))
     if before is None or after is None:
         return []
-    return [Text(
-        "After writing “no”, the base makes another attempt in {} of cases; {} in {}.",
-        "写下“错”之后，基座有 {} 的时候会再试一次；{} 则为 {}。",
-    ).format(percent(before, 0), run.cast["zero"], percent(after, 0))]  # fmt: skip
+    return [
+        Text(
+            "After writing “no”, the base makes another attempt in {} of cases; {} in {}.",
+            "写下“错”之后，基座有 {} 的时候会再试一次；{} 则为 {}。",
+        ).format(percent(before, 0), run.cast["zero"], percent(after, 0))
+    ]
 
 
 def control(run: Run) -> list[Text]:
     """What the same base does when it is kept at it by force, and what that leaves for RL."""
-    said = [Text(
-        "Without any training: the base again, with another attempt forced on it after each “no” "
-        "(budget forcing, arXiv 2501.19393).",
-        "不做任何训练：还是那个基座，只在每次判错后强制它再试一次（budget forcing，arXiv 2501.19393）。",
-    )]  # fmt: skip
+    said = [
+        Text(
+            "Without any training: the base again, with another attempt forced on it after each “no” "
+            "(budget forcing, arXiv 2501.19393).",
+            "不做任何训练：还是那个基座，只在每次判错后强制它再试一次（budget forcing，arXiv 2501.19393）。",
+        )
+    ]
     shares = []
     for mode in ("t1", "greedy"):
         base, forced, zero = (run.accuracy(run.role(role), mode) for role in ("base", "control", "zero"))
@@ -117,9 +125,14 @@ def _against(run: Run, mode: str, forced: Interval, zero: Interval) -> Text:
         )
     elif high < 0:
         outcome, gap, low, high = (
-            Text("{} is below it by {:.1f} points ({:.1f} to {:.1f})", "{} 比它低 {:.1f} 个百分点（{:.1f} 至 {:.1f}）"),
-            -gap, -high, -low,
-        )  # fmt: skip
+            Text(
+                "{} is below it by {:.1f} points ({:.1f} to {:.1f})",
+                "{} 比它低 {:.1f} 个百分点（{:.1f} 至 {:.1f}）",
+            ),
+            -gap,
+            -high,
+            -low,
+        )
     else:
         outcome = Text(
             "{0} cannot be told from it ({2:.1f} to {3:.1f} points)",
@@ -170,21 +183,27 @@ def language(run: Run) -> list[Text]:
     )
     if first is None or last is None:
         return []
-    said = [Text(
-        "{} writes {} of its words in the language of the question, {} writes {}.",
-        "{} 有 {} 的词与提问同语言，{} 为 {}。",
-    ).format(run.cast["zero"], percent(first), run.cast["r1"], percent(last))]  # fmt: skip
+    said = [
+        Text(
+            "{} writes {} of its words in the language of the question, {} writes {}.",
+            "{} 有 {} 的词与提问同语言，{} 为 {}。",
+        ).format(run.cast["zero"], percent(first), run.cast["r1"], percent(last))
+    ]
     zero, cold, after = (run.accuracy(run.role(role)) for role in ("zero", "dev1", "dev2"))
     if zero and cold and difference(zero, cold)[1] > 0:
-        said.append(Text(
-            "Order has a price: the cold start, {}, is at {} where {} was at {}.",
-            "秩序是有代价的：冷启动得到的 {} 为 {}，而 {} 为 {}。",
-        ).format(run.cast["dev1"], percent(cold.mean), run.cast["zero"], percent(zero.mean)))  # fmt: skip
+        said.append(
+            Text(
+                "Order has a price: the cold start, {}, is at {} where {} was at {}.",
+                "秩序是有代价的：冷启动得到的 {} 为 {}，而 {} 为 {}。",
+            ).format(run.cast["dev1"], percent(cold.mean), run.cast["zero"], percent(zero.mean))
+        )
     if cold and after:
-        said.append(Text(
-            "Reinforcement learning from there, {}, takes {} to {}.",
-            "由此出发的强化学习 {} 把 {} 变为 {}。",
-        ).format(run.cast["dev2"], percent(cold.mean), percent(after.mean)))  # fmt: skip
+        said.append(
+            Text(
+                "Reinforcement learning from there, {}, takes {} to {}.",
+                "由此出发的强化学习 {} 把 {} 变为 {}。",
+            ).format(run.cast["dev2"], percent(cold.mean), percent(after.mean))
+        )
     return said
 
 
@@ -196,16 +215,20 @@ def distillation(run: Run) -> list[Text]:
     if low > 0 or high < 0:
         outcome = Text("above", "高") if low > 0 else Text("below", "低")
         edges = sorted((abs(low), abs(high)))
-        said = [Text(
-            "The student taught by traces is {:.1f} points ({:.1f} to {:.1f}) {} the same small base "
-            "trained by RL.",
-            "用教师轨迹教出的学生，比同一小基座做强化学习{3} {0:.1f} 个百分点（{1:.1f} 至 {2:.1f}）。",
-        ).format(100 * abs(gap), 100 * edges[0], 100 * edges[1], outcome)]  # fmt: skip
+        said = [
+            Text(
+                "The student taught by traces is {:.1f} points ({:.1f} to {:.1f}) {} the same small base "
+                "trained by RL.",
+                "用教师轨迹教出的学生，比同一小基座做强化学习{3} {0:.1f} 个百分点（{1:.1f} 至 {2:.1f}）。",
+            ).format(100 * abs(gap), 100 * edges[0], 100 * edges[1], outcome)
+        ]
     else:
-        said = [Text(
-            "The student taught by traces cannot be told from the same small base trained by RL.",
-            "用教师轨迹教出的学生，与同一小基座做强化学习的结果分不出高下。",
-        )]  # fmt: skip
+        said = [
+            Text(
+                "The student taught by traces cannot be told from the same small base trained by RL.",
+                "用教师轨迹教出的学生，与同一小基座做强化学习的结果分不出高下。",
+            )
+        ]
     spent, alone_spent = run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
     if spent and alone_spent:
         said.append(
@@ -221,20 +244,27 @@ def desk(run: Run) -> list[Text]:
     said = []
     for stage in run.of_kind("curate"):
         notes = stage.notes
-        said.append(Text(
-            "{name}: {accepted} rows accepted, {edited} edited, {rejected} rejected. Policy: {policy}.",
-            "{name}：接受 {accepted} 行，修改 {edited} 行，拒绝 {rejected} 行。方针：{policy}。",
-        ).format(
-            name=stage.name, policy=notes.get("policy", "–"),
-            **{key: count(notes.get(key, 0)) for key in ("accepted", "edited", "rejected")},
-        ))  # fmt: skip
-        if told := notes.get("agreement"):
-            said.append(Text(
-                "{rows} of them were seen by several people, who gave {same} of these the same verdict (Krippendorff's alpha {alpha}).",
-                "其中 {rows} 行由多人审阅，{same} 的结论一致（Krippendorff α 为 {alpha}）。",
+        said.append(
+            Text(
+                "{name}: {accepted} rows accepted, {edited} edited, {rejected} rejected. Policy: {policy}.",
+                "{name}：接受 {accepted} 行，修改 {edited} 行，拒绝 {rejected} 行。方针：{policy}。",
             ).format(
-                rows=count(told["rows"]), same=percent(told["same"]), alpha="–" if told["alpha"] is None else number(told["alpha"], 2)
-            ))  # fmt: skip
+                name=stage.name,
+                policy=notes.get("policy", "–"),
+                **{key: count(notes.get(key, 0)) for key in ("accepted", "edited", "rejected")},
+            )
+        )
+        if told := notes.get("agreement"):
+            said.append(
+                Text(
+                    "{rows} of them were seen by several people, who gave {same} of these the same verdict (Krippendorff's alpha {alpha}).",
+                    "其中 {rows} 行由多人审阅，{same} 的结论一致（Krippendorff α 为 {alpha}）。",
+                ).format(
+                    rows=count(told["rows"]),
+                    same=percent(told["same"]),
+                    alpha="–" if told["alpha"] is None else number(told["alpha"], 2),
+                )
+            )
     return said
 
 
@@ -243,17 +273,21 @@ def desk(run: Run) -> list[Text]:
 
 def not_shown(run: Run) -> list[Text]:
     """Limits of this run: those of every single run, and those that its own numbers betray."""
-    said = [Text(
-        "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary "
-        "over seeds.",
-        "只有一个随机种子：{}。区间说明准确率在题目间有多确定，并不说明换种子后会变化多少。",
-    ).format(run.recipe.get("seed", "–"))]  # fmt: skip
+    said = [
+        Text(
+            "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary "
+            "over seeds.",
+            "只有一个随机种子：{}。区间说明准确率在题目间有多确定，并不说明换种子后会变化多少。",
+        ).format(run.recipe.get("seed", "–"))
+    ]
     if any(problems.get("source") == "miniature" for problems in (run.recipe.get("problems") or {}).values()):
-        said.append(Text(
-            "A miniature: {} parameters and a small world of problems. That larger models learn in the "
-            "same way is not shown here.",
-            "这是一个微缩世界：{} 个参数，题目的天地很小。更大的模型是否同样如此，这里没有证明。",
-        ).format(size(run.parameters(run.role("base")) or run.parameters(run.role("zero")))))  # fmt: skip
+        said.append(
+            Text(
+                "A miniature: {} parameters and a small world of problems. That larger models learn in the "
+                "same way is not shown here.",
+                "这是一个微缩世界：{} 个参数，题目的天地很小。更大的模型是否同样如此，这里没有证明。",
+            ).format(size(run.parameters(run.role("base")) or run.parameters(run.role("zero"))))
+        )
     return [*said, *_size(run), *_differences(run), *_room(run), *_people(run)]
 
 
@@ -271,15 +305,27 @@ def compared(told: dict[str, Any]) -> list[Text]:
     for name, way in others:
         after, losses = way["reaches_target_after"], way["final_losses"]
         if after is None:
-            said.append(Text(
-                "{} does not reach {}'s final loss ({}) with as many tokens: it ends at {}.",
-                "词元数相同时，{} 未达到 {} 的最终损失（{}），止于 {}。",
-            ).format(name, first, number(told["target"], 4), number(sum(losses) / len(losses), 4)))  # fmt: skip
+            said.append(
+                Text(
+                    "{} does not reach {}'s final loss ({}) with as many tokens: it ends at {}.",
+                    "词元数相同时，{} 未达到 {} 的最终损失（{}），止于 {}。",
+                ).format(name, first, number(told["target"], 4), number(sum(losses) / len(losses), 4))
+            )
         else:
-            said.append(Text(
-                "{} reaches {}'s final loss ({}) after {} FLOPs, {} of the {} that {} took.",
-                "{0} 用 {3} FLOPs 达到 {1} 的最终损失（{2}），为 {6} 所用 {5} 的 {4}。",
-            ).format(name, first, number(told["target"], 4), scientific(after), percent(after / base["flops"]), scientific(base["flops"]), first))  # fmt: skip
+            said.append(
+                Text(
+                    "{} reaches {}'s final loss ({}) after {} FLOPs, {} of the {} that {} took.",
+                    "{0} 用 {3} FLOPs 达到 {1} 的最终损失（{2}），为 {6} 所用 {5} 的 {4}。",
+                ).format(
+                    name,
+                    first,
+                    number(told["target"], 4),
+                    scientific(after),
+                    percent(after / base["flops"]),
+                    scientific(base["flops"]),
+                    first,
+                )
+            )
     return said
 
 
@@ -290,18 +336,27 @@ def _differences(run: Run) -> list[Text]:
         for mode in ("t1", "greedy"):
             a, b = run.accuracy(run.role(upper), mode), run.accuracy(run.role(lower), mode)
             if a and b and difference(a, b)[1] <= 0:
-                said.append(Text(
-                    "That {} is above {} ({mode}): {} ({}) against {} ({}).",
-                    "“{} 高于 {}”（{mode}）：{}（{}）对 {}（{}）。",
-                ).format(
-                    run.cast[upper], run.cast[lower], percent(a.mean), bounds(a), percent(b.mean), bounds(b),
-                    mode=MODES[mode],
-                ))  # fmt: skip
+                said.append(
+                    Text(
+                        "That {} is above {} ({mode}): {} ({}) against {} ({}).",
+                        "“{} 高于 {}”（{mode}）：{}（{}）对 {}（{}）。",
+                    ).format(
+                        run.cast[upper],
+                        run.cast[lower],
+                        percent(a.mean),
+                        bounds(a),
+                        percent(b.mean),
+                        bounds(b),
+                        mode=MODES[mode],
+                    )
+                )
     if "zero" in run.cast and "control" not in run.cast:
-        said.append(Text(
-            "How much of the gain mere persistence would give: no control was run.",
-            "单靠坚持能得到多少提升：没有做对照。",
-        ))  # fmt: skip
+        said.append(
+            Text(
+                "How much of the gain mere persistence would give: no control was run.",
+                "单靠坚持能得到多少提升：没有做对照。",
+            )
+        )
     return said
 
 
@@ -310,18 +365,22 @@ def _room(run: Run) -> list[Text]:
     for role in ("zero", "r1"):
         truncated = run.measure(run.role(role), "truncated")
         if truncated is not None and truncated >= 0.05:
-            said.append(Text(
-                "What {} would reach with more room: {} of its responses ran out of tokens and count as "
-                "wrong unless an answer was given before.",
-                "{} 若有更多空间会怎样：它有 {} 的回答用尽词元，除非此前已作答，否则算错。",
-            ).format(run.cast[role], percent(truncated)))  # fmt: skip
+            said.append(
+                Text(
+                    "What {} would reach with more room: {} of its responses ran out of tokens and count as "
+                    "wrong unless an answer was given before.",
+                    "{} 若有更多空间会怎样：它有 {} 的回答用尽词元，除非此前已作答，否则算错。",
+                ).format(run.cast[role], percent(truncated))
+            )
     spent, alone = run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
     if spent and alone and alone < spent:
-        said.append(Text(
-            "Distillation against RL at equal compute: RL had only {} times the training FLOPs of "
-            "distillation.",
-            "同等算力下的蒸馏与强化学习：强化学习的训练 FLOPs 只有蒸馏的 {} 倍。",
-        ).format(number(alone / spent, 2)))  # fmt: skip
+        said.append(
+            Text(
+                "Distillation against RL at equal compute: RL had only {} times the training FLOPs of "
+                "distillation.",
+                "同等算力下的蒸馏与强化学习：强化学习的训练 FLOPs 只有蒸馏的 {} 倍。",
+            ).format(number(alone / spent, 2))
+        )
     return said
 
 
@@ -333,7 +392,9 @@ def _people(run: Run) -> list[Text]:
     ]
     if not by_policy:
         return []
-    return [Text(
-        "What people at the desk would have changed: {} applied a stated policy instead.",
-        "若由人来审校会改动什么：{} 按既定方针自动执行。",
-    ).format(plain(", ".join(by_policy)))]  # fmt: skip
+    return [
+        Text(
+            "What people at the desk would have changed: {} applied a stated policy instead.",
+            "若由人来审校会改动什么：{} 按既定方针自动执行。",
+        ).format(plain(", ".join(by_policy)))
+    ]

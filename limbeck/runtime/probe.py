@@ -34,7 +34,10 @@ def main() -> None:
     clock = _clock(request["threads"])
     answer: dict[str, Any] = {"start": time.process_time(), "gemm": _gemm(clock), "memory": _memory(clock)}
     answer["worlds"] = {name: _write(settings, clock) for name, settings in request["worlds"].items()}
-    answer["models"] = {name: [_measure(asked, layers, clock) for layers in asked["layers"]] for name, asked in request["models"].items()}
+    answer["models"] = {
+        name: [_measure(asked, layers, clock) for layers in asked["layers"]]
+        for name, asked in request["models"].items()
+    }
     print(json.dumps(answer))
 
 
@@ -78,7 +81,9 @@ def _write(settings: dict[str, Any], clock: Callable[[], float], tokens: int = 2
 
     task = open_task("world", Miniature(**settings))
     tokenizer = task.tokenizer()
-    return _typical(lambda: encode_documents(task.documents("0/probe", {}), tokenizer, tokens), clock) / tokens
+    return (
+        _typical(lambda: encode_documents(task.documents("0/probe", {}), tokenizer, tokens), clock) / tokens
+    )
 
 
 def _measure(asked: dict[str, Any], layers: int, clock: Callable[[], float]) -> dict[str, Any]:
@@ -112,7 +117,10 @@ def _learn(decoder: Any, asked: dict[str, Any], tokens: int, clock: Callable[[],
     from ..types import Sample
 
     draw, length = np.random.default_rng(0), asked["length"]
-    samples = [Sample(draw.integers(0, decoder.config.vocab_size, length), start=1) for _ in range(max(1, tokens // length))]
+    samples = [
+        Sample(draw.integers(0, decoder.config.vocab_size, length), start=1)
+        for _ in range(max(1, tokens // length))
+    ]
     learner = Learner(decoder, Optimizer(name=asked["optimizer"], learning_rate=1e-6), 1000)
     return _typical(lambda: learner.update(pack(samples, asked.get("micro", 1 << 30)), cross_entropy), clock)
 

@@ -77,8 +77,12 @@ class Host:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
         worker = subprocess.Popen(
             [sys.executable, "-m", "limbeck.pipeline.worker", str(self.threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         return worker
 

@@ -18,10 +18,18 @@ from .security import LOOPBACK, Guard, Limits
 from .sessions import COOKIE, LASTS, Sessions
 
 FOR_GOOD = {"cache-control": "public, max-age=31536000, immutable"}
-ASK_AGAIN = {"cache-control": "no-cache"}  # modules import one another by bare names: by two names, one module would run twice
+ASK_AGAIN = {
+    "cache-control": "no-cache"
+}  # modules import one another by bare names: by two names, one module would run twice
 
 
-def build(runs: Path, service: Any, key: str | None = None, hosts: frozenset[str] = frozenset(), limits: Limits = Limits()) -> Guard:  # noqa: B008
+def build(
+    runs: Path,
+    service: Any,
+    key: str | None = None,
+    hosts: frozenset[str] = frozenset(),
+    limits: Limits = Limits(),  # noqa: B008
+) -> Guard:
     """The guarded application over the runs in a folder and the models that `service` serves."""
     sessions = Sessions(runs / ".studio", key)
     site = AppState(runs, sessions, service)
@@ -48,7 +56,11 @@ def rooms() -> list[Callable[[AppState], APIRouter]]:
 def _door(site: AppState, key: str | None) -> APIRouter:
     """The way in, and the files that pages are painted with."""
     door = APIRouter(include_in_schema=False)
-    painted = {path.relative_to(ROOM / "static").as_posix(): path for path in (ROOM / "static").rglob("*") if path.is_file()}
+    painted = {
+        path.relative_to(ROOM / "static").as_posix(): path
+        for path in (ROOM / "static").rglob("*")
+        if path.is_file()
+    }
 
     @door.get("/")
     def home() -> Response:
@@ -59,10 +71,17 @@ def _door(site: AppState, key: str | None) -> APIRouter:
         return render(request, "hello.html.jinja", next=_inside(next), locked=key is not None, wrong=False)
 
     @door.post("/hello")
-    def enter(request: Request, name: str = Form(max_length=60), given: str = Form("", max_length=400), next: str = Form("/")) -> Response:
+    def enter(
+        request: Request,
+        name: str = Form(max_length=60),
+        given: str = Form("", max_length=400),
+        next: str = Form("/"),
+    ) -> Response:
         who = " ".join(name.split())
         if not who or (key is not None and not hmac.compare_digest(given.encode(), key.encode())):
-            return render(request, "hello.html.jinja", 401, next=_inside(next), locked=key is not None, wrong=True)
+            return render(
+                request, "hello.html.jinja", 401, next=_inside(next), locked=key is not None, wrong=True
+            )
         answer = RedirectResponse(_inside(next), 303)
         answer.set_cookie(COOKIE, site.sessions.open(who), max_age=LASTS, httponly=True, samesite="strict")
         return answer

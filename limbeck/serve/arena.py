@@ -55,7 +55,9 @@ class Arena:
         saved = self.questions.saved()
         served = self.served()
         who = [name for name in (*served, *saved) if name in wish["who"] or not wish["who"]]
-        problem = self._problem(wish, [name for name in who if name in saved], saved, sum(name in served for name in who))
+        problem = self._problem(
+            wish, [name for name in who if name in saved], saved, sum(name in served for name in who)
+        )
         able = [name for name in who if name in served or problem.prompt in saved[name]]
         if len(able) < 2:
             raise Refused("few", 409)
@@ -63,11 +65,23 @@ class Arena:
         sources = [source(served[name]) if name in served else "saved" for name in pair]
         return self.ballots.begin(voter, problem, pair, sources, wish)
 
-    def _problem(self, wish: dict[str, Any], files: Sequence[str], saved: Mapping[str, Mapping[str, Answer]], served: int) -> Problem:
+    def _problem(
+        self,
+        wish: dict[str, Any],
+        files: Sequence[str],
+        saved: Mapping[str, Mapping[str, Answer]],
+        served: int,
+    ) -> Problem:
         """What is asked: as typed, or one of the set's prompts that two can answer and that was asked least."""
         if wish["prompt"].strip():
-            return Problem("typed", wish["prompt"].strip(), language=language_of(wish["prompt"]), origin="typed")
-        fit = [p for p in self.questions.open(wish["set"]) if served + sum(p.prompt in saved[name] for name in files) >= 2]
+            return Problem(
+                "typed", wish["prompt"].strip(), language=language_of(wish["prompt"]), origin="typed"
+            )
+        fit = [
+            p
+            for p in self.questions.open(wish["set"])
+            if served + sum(p.prompt in saved[name] for name in files) >= 2
+        ]
         if not fit:
             raise Refused("few", 409)
         times = self.ballots.asked()
@@ -104,7 +118,14 @@ class Arena:
         wish = {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": battle.seed}
         told = await self.patiently(name, battle.prompt, **wish)
         usage = told.usage
-        return Answer(told.answer.strip(), told.thought, usage.completion_tokens, usage.reasoning_tokens, told.finish, round(usage.seconds, 2))
+        return Answer(
+            told.answer.strip(),
+            told.thought,
+            usage.completion_tokens,
+            usage.reasoning_tokens,
+            told.finish,
+            round(usage.seconds, 2),
+        )
 
     async def patiently(self, name: str, prompt: str, **wish: Any) -> Any:
         """A whole answer; where the server is full, after waiting as long as it says."""
@@ -127,7 +148,9 @@ class Arena:
             self._start(f"judge {judge}", self._judge(judge))
 
     async def _judge(self, judge: str) -> None:
-        voice = Judge(_Voice(self, judge, asyncio.get_running_loop()), JUDGING, JUDGING.sampling, secrets.token_hex(8))
+        voice = Judge(
+            _Voice(self, judge, asyncio.get_running_loop()), JUDGING, JUDGING.sampling, secrets.token_hex(8)
+        )
         try:
             battles = await asyncio.to_thread(self.ballots.unjudged, judge)
             for done in range(0, len(battles), JUDGED_AT_ONCE):
@@ -137,9 +160,14 @@ class Arena:
             del self.judging[judge]
 
     def _opine(self, voice: Judge, judge: str, battles: Sequence[Battle]) -> None:
-        pairs = [Pair(Problem(battle.id, battle.prompt), *(answer.text for answer in battle.answers)) for battle in battles]
+        pairs = [
+            Pair(Problem(battle.id, battle.prompt), *(answer.text for answer in battle.answers))
+            for battle in battles
+        ]
         for battle, comparison in zip(battles, voice.compare(pairs), strict=True):
-            self.ballots.judge(battle.id, judge, {"first": "a", "second": "b"}.get(comparison.verdict, comparison.verdict))
+            self.ballots.judge(
+                battle.id, judge, {"first": "a", "second": "b"}.get(comparison.verdict, comparison.verdict)
+            )
 
     def _start(self, name: str, work: Any) -> None:
         self._tasks[name] = task = asyncio.create_task(work)

@@ -42,7 +42,9 @@ class Reply:
     def now(self) -> Meter:
         """The figures of this moment: time passes also while the model is silent."""
         gone = time.monotonic() - self.begun
-        return replace(self.meter, seconds=gone, thought_seconds=gone if self.thinking else self.meter.thought_seconds)
+        return replace(
+            self.meter, seconds=gone, thought_seconds=gone if self.thinking else self.meter.thought_seconds
+        )
 
     @property
     def thinking(self) -> bool:
@@ -63,13 +65,20 @@ class Reply:
         if piece.kind == "end":
             self.end("length" if piece.finish == "length" else "done")
         self.meter = replace(
-            self.meter, tokens=self.meter.tokens + piece.tokens, seconds=now,
+            self.meter,
+            tokens=self.meter.tokens + piece.tokens,
+            seconds=now,
             thought_tokens=self.meter.thought_tokens + (piece.tokens if thinks else 0),
             thought_seconds=now if thinks else self.meter.thought_seconds,
-        )  # fmt: skip
+        )
         if piece.usage is not None:  # what the engine has counted is better than what we have
             used = piece.usage
-            self.meter = replace(self.meter, thought_tokens=used.reasoning_tokens, tokens=used.completion_tokens, cost=used.cost)
+            self.meter = replace(
+                self.meter,
+                thought_tokens=used.reasoning_tokens,
+                tokens=used.completion_tokens,
+                cost=used.cost,
+            )
 
     async def settle(self) -> None:
         """Render what is finished, in a thread: a block of hostile Markdown takes its time."""
@@ -102,7 +111,13 @@ class Seen:
             return None
         at = self.tail if first == len(prose.blocks) and not fresh else 0
         self.blocks, self.tail = len(prose.blocks), len(prose.tail)
-        return {"fresh": fresh, "folded": fresh and first > 0, "html": "".join(prose.blocks[first:]), "at": at, "tail": prose.tail[at:]}
+        return {
+            "fresh": fresh,
+            "folded": fresh and first > 0,
+            "html": "".join(prose.blocks[first:]),
+            "at": at,
+            "tail": prose.tail[at:],
+        }
 
 
 class Replies:
@@ -112,7 +127,9 @@ class Replies:
         self.shelf, self.service = shelf, service
         self._running: dict[int, tuple[Reply, asyncio.Task[None]]] = {}
 
-    def begin(self, conversation: str, number: int, model: str, temperature: float, budget: int | None) -> None:
+    def begin(
+        self, conversation: str, number: int, model: str, temperature: float, budget: int | None
+    ) -> None:
         """Answer; whoever asked need not wait."""
         reply = Reply(number, conversation)
         task = asyncio.create_task(self._give(reply, model, temperature, budget), name=f"answer {number}")
@@ -142,7 +159,12 @@ class Replies:
                 parts = {part: growth for part in PARTS if (growth := known[part].growth(reply.prose[part]))}
                 if parts or time.monotonic() - told.get(reply.number, 0.0) > SAVE_SECONDS:
                     told[reply.number] = time.monotonic()
-                    yield {"answer": reply.number, "parts": parts, "meter": reply.now, "thinking": reply.thinking}
+                    yield {
+                        "answer": reply.number,
+                        "parts": parts,
+                        "meter": reply.now,
+                        "thinking": reply.thinking,
+                    }
             await asyncio.sleep(TICK)
             for number in seen.keys() - {reply.number for reply in self.running(conversation)}:
                 del seen[number]
@@ -153,7 +175,9 @@ class Replies:
         keeper = asyncio.create_task(self._keep(reply))
         try:
             messages = await asyncio.to_thread(self.shelf.messages, reply.number)
-            async with aclosing(self.service.chat(model, messages, temperature=temperature, thought_budget=budget)) as pieces:
+            async with aclosing(
+                self.service.chat(model, messages, temperature=temperature, thought_budget=budget)
+            ) as pieces:
                 async for piece in pieces:
                     reply.take(piece)
         except LimbeckError as error:

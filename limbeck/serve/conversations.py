@@ -116,15 +116,19 @@ class Conversations:
         """A new conversation without turns; its id cannot be guessed."""
         name = secrets.token_urlsafe(12)
         with self.shelf.open() as db:
-            db.execute("INSERT INTO conversation (id, owner, title, settings, changed) VALUES (?, ?, '', ?, ?)",
-                       (name, owner, _text(settings), time.time()))  # fmt: skip
+            db.execute(
+                "INSERT INTO conversation (id, owner, title, settings, changed) VALUES (?, ?, '', ?, ?)",
+                (name, owner, _text(settings), time.time()),
+            )
         return name
 
     def listed(self, owner: str, before: float = float("inf"), most: int = 50) -> list[Conversation]:
         """Somebody's conversations, and those that nobody signed; the latest first."""
         with self.shelf.open() as db:
-            rows = db.execute("SELECT * FROM conversation WHERE owner IN (?, '') AND changed < ? ORDER BY changed DESC LIMIT ?",
-                              (owner, before, most))  # fmt: skip
+            rows = db.execute(
+                "SELECT * FROM conversation WHERE owner IN (?, '') AND changed < ? ORDER BY changed DESC LIMIT ?",
+                (owner, before, most),
+            )
             return [_conversation(row) for row in rows]
 
     def read(self, name: str) -> Conversation | None:
@@ -143,11 +147,14 @@ class Conversations:
         """An answer and the conversation it is of."""
         with self.shelf.open() as db:
             row = db.execute(
-                "SELECT answer.*, conversation FROM answer JOIN turn ON turn.id = turn WHERE answer.id = ?", (number,)
+                "SELECT answer.*, conversation FROM answer JOIN turn ON turn.id = turn WHERE answer.id = ?",
+                (number,),
             ).fetchone()
             if row is None:
                 return None
-            same = db.execute("SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"]))
+            same = db.execute(
+                "SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"])
+            )
             return row["conversation"], _answer(row, tuple(one["id"] for one in same))
 
     def ask(self, name: str, parent: int | None, content: str, settings: Settings) -> list[int]:
@@ -159,7 +166,9 @@ class Conversations:
     def edit(self, name: str, turn: int, content: str, settings: Settings) -> list[int]:
         """A turn in another's place; what followed the other one stays with it."""
         with self.shelf.open() as db:
-            old = db.execute("SELECT parent, after FROM turn WHERE id = ? AND conversation = ?", (turn, name)).fetchone()
+            old = db.execute(
+                "SELECT parent, after FROM turn WHERE id = ? AND conversation = ?", (turn, name)
+            ).fetchone()
             if old is None:
                 raise KeyError(turn)
             return _ask(db, name, old["parent"], old["after"], content, settings)
@@ -174,19 +183,31 @@ class Conversations:
         """Put a variant on view."""
         with self.shelf.open() as db:
             if turn is not None:
-                db.execute("UPDATE turn SET shown = ? WHERE id = ? AND conversation = ?", (_next(db, "turn"), turn, name))
+                db.execute(
+                    "UPDATE turn SET shown = ? WHERE id = ? AND conversation = ?",
+                    (_next(db, "turn"), turn, name),
+                )
             if answer is not None:
-                db.execute("UPDATE answer SET shown = ? WHERE id = ? AND turn IN (SELECT id FROM turn WHERE conversation = ?)",
-                           (_next(db, "answer"), answer, name))  # fmt: skip
+                db.execute(
+                    "UPDATE answer SET shown = ? WHERE id = ? AND turn IN (SELECT id FROM turn WHERE conversation = ?)",
+                    (_next(db, "answer"), answer, name),
+                )
             _touch(db, name)
 
-    def save(self, number: int, thought: str, content: str, meter: Meter, state: str = "running", why: str = "") -> None:
+    def save(
+        self, number: int, thought: str, content: str, meter: Meter, state: str = "running", why: str = ""
+    ) -> None:
         """Add what was said since; with another state, the answer has ended."""
         with self.shelf.open() as db:
-            db.execute("UPDATE answer SET thought = thought || ?, content = content || ?, meter = ?, state = ?, why = ? WHERE id = ?",
-                       (thought, content, _text(meter), state, why, number))  # fmt: skip
+            db.execute(
+                "UPDATE answer SET thought = thought || ?, content = content || ?, meter = ?, state = ?, why = ? WHERE id = ?",
+                (thought, content, _text(meter), state, why, number),
+            )
             if state != "running":
-                row = db.execute("SELECT conversation FROM turn JOIN answer ON turn = turn.id WHERE answer.id = ?", (number,)).fetchone()
+                row = db.execute(
+                    "SELECT conversation FROM turn JOIN answer ON turn = turn.id WHERE answer.id = ?",
+                    (number,),
+                ).fetchone()
                 _touch(db, row["conversation"] if row else "")
 
     def rename(self, name: str, title: str) -> None:
@@ -209,23 +230,35 @@ class Conversations:
                 mine = after[here["side"]] if here["side"] < len(after) else after[0]
                 content = db.execute("SELECT content FROM answer WHERE id = ?", (mine,)).fetchone()["content"]
                 turn = db.execute("SELECT * FROM turn WHERE id = ?", (turn["parent"],)).fetchone()
-                said = [{"role": "user", "content": turn["content"]}, {"role": "assistant", "content": content}, *said]
+                said = [
+                    {"role": "user", "content": turn["content"]},
+                    {"role": "assistant", "content": content},
+                    *said,
+                ]
             return said
 
 
-def _ask(db: sqlite3.Connection, name: str, parent: int | None, after: str, content: str, settings: Settings) -> list[int]:
-    turn = db.execute("INSERT INTO turn (conversation, parent, after, content, at, shown) VALUES (?, ?, ?, ?, ?, ?)",
-                      (name, parent, after, content, time.time(), _next(db, "turn"))).lastrowid  # fmt: skip
+def _ask(
+    db: sqlite3.Connection, name: str, parent: int | None, after: str, content: str, settings: Settings
+) -> list[int]:
+    turn = db.execute(
+        "INSERT INTO turn (conversation, parent, after, content, at, shown) VALUES (?, ?, ?, ?, ?, ?)",
+        (name, parent, after, content, time.time(), _next(db, "turn")),
+    ).lastrowid
     title = " ".join(content.split())
-    db.execute("UPDATE conversation SET settings = ?, title = CASE title WHEN '' THEN ? ELSE title END WHERE id = ?",
-               (_text(settings), title if len(title) <= TITLE else title[: TITLE - 1] + "…", name))  # fmt: skip
+    db.execute(
+        "UPDATE conversation SET settings = ?, title = CASE title WHEN '' THEN ? ELSE title END WHERE id = ?",
+        (_text(settings), title if len(title) <= TITLE else title[: TITLE - 1] + "…", name),
+    )
     _touch(db, name)
     return [_begin(db, turn, side, model, settings) for side, model in enumerate(settings.models)]
 
 
 def _begin(db: sqlite3.Connection, turn: int, side: int, model: str, settings: Settings) -> int:
-    return db.execute("INSERT INTO answer (turn, side, model, settings, state, at, shown) VALUES (?, ?, ?, ?, 'running', ?, ?)",
-                      (turn, side, model, _text(settings), time.time(), _next(db, "answer"))).lastrowid  # fmt: skip
+    return db.execute(
+        "INSERT INTO answer (turn, side, model, settings, state, at, shown) VALUES (?, ?, ?, ?, 'running', ?, ?)",
+        (turn, side, model, _text(settings), time.time(), _next(db, "answer")),
+    ).lastrowid
 
 
 def _touch(db: sqlite3.Connection, name: str) -> None:
@@ -257,19 +290,34 @@ def _branch(db: sqlite3.Connection, name: str) -> tuple[Turn, ...]:
 
 def _full(db: sqlite3.Connection, number: int) -> Answer:
     row = db.execute("SELECT * FROM answer WHERE id = ?", (number,)).fetchone()
-    same = db.execute("SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"]))
+    same = db.execute(
+        "SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"])
+    )
     return _answer(row, tuple(one["id"] for one in same))
 
 
 def _conversation(row: sqlite3.Row, turns: tuple[Turn, ...] = ()) -> Conversation:
     settings = _settings(row["settings"])
-    return Conversation(row["id"], row["owner"], row["title"], settings, row["changed"], row["version"], turns)
+    return Conversation(
+        row["id"], row["owner"], row["title"], settings, row["changed"], row["version"], turns
+    )
 
 
 def _answer(row: sqlite3.Row, variants: tuple[int, ...]) -> Answer:
     meter = Meter(**json.loads(row["meter"]))
-    return Answer(row["id"], row["turn"], row["side"], row["model"], _settings(row["settings"]), row["state"], row["why"],
-                  row["thought"], row["content"], meter, variants)  # fmt: skip
+    return Answer(
+        row["id"],
+        row["turn"],
+        row["side"],
+        row["model"],
+        _settings(row["settings"]),
+        row["state"],
+        row["why"],
+        row["thought"],
+        row["content"],
+        meter,
+        variants,
+    )
 
 
 def _settings(text: str) -> Settings:

@@ -60,7 +60,11 @@ def resume(folder: Path) -> None:
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
     if run_status.at_work(folder) and run_status.status(folder).state in LAST_WORDS:
         deadline = time.monotonic() + ENDING
-        while run_status.at_work(folder) and run_status.status(folder).state in LAST_WORDS and time.monotonic() < deadline:
+        while (
+            run_status.at_work(folder)
+            and run_status.status(folder).state in LAST_WORDS
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         if run_status.at_work(folder):  # it has seen the reviews itself, and goes on
             return
@@ -81,7 +85,11 @@ def state(folder: Path) -> State:
         asked = told.state == "pausing" or (folder / run_status.PAUSE).exists()
         return State("pausing" if asked else "running", "", told.since)
     if told.state in ("running", "pausing"):
-        return State("failed", "its process ended without a word (killed, or the machine went down); it goes on from its last checkpoint", told.since)
+        return State(
+            "failed",
+            "its process ended without a word (killed, or the machine went down); it goes on from its last checkpoint",
+            told.since,
+        )
     if told.state:
         return State(told.state, told.sentence, told.since)
     return _newborn(folder)
@@ -110,15 +118,21 @@ def _begin(folder: Path, recipe: str | None, right: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / START), open(folder / LOG, "ab") as log:
         if state(folder).alive:
-            raise LimbeckError(f"{folder} is being carried out already; pause it first, or give the recipe another name")
+            raise LimbeckError(
+                f"{folder} is being carried out already; pause it first, or give the recipe another name"
+            )
         if recipe:
             write(folder / "recipe.yaml", recipe)
         (folder / run_status.STATUS).unlink(missing_ok=True)
         claim = ["--i-have-the-right", right] if right else []
         child = subprocess.Popen(
-            [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent), *claim], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True, env={**os.environ, "CI": "1"},
-        )  # fmt: skip
+            [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent), *claim],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "CI": "1"},
+        )
         born = {"pid": child.pid, "born": _born(child.pid), "since": time.time(), "right": right}
         write(folder / CHILD, json.dumps(born))
     threading.Thread(target=child.wait, daemon=True).start()  # nobody is left a zombie
@@ -135,7 +149,9 @@ def _born(pid: int) -> str | None:
 
 def _listed(pid: int) -> str | None:
     """The same where there is no /proc."""
-    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
     return shown.stdout.strip() or None
 
 

@@ -82,7 +82,11 @@ def html(page: str) -> str:
 def _block(fence: str, text: str) -> str:
     """One block's HTML; what was rendered lately is not rendered again."""
     rendered = to_html(fence + text)
-    for wide in ("<pre>", "<table>", '<div class="math block">'):  # these scroll sideways: keys must reach them
+    for wide in (
+        "<pre>",
+        "<table>",
+        '<div class="math block">',
+    ):  # these scroll sideways: keys must reach them
         rendered = rendered.replace(wide, f'{wide[:-1]} tabindex="0">')
     return f'<div class="piece">{rendered}</div>'
 

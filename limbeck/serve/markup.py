@@ -39,8 +39,13 @@ LONGEST_FORMULA = 2000  # characters; beyond it a formula is shown as it was wri
 def to_html(text: str) -> str:
     """Safe HTML of Markdown with LaTeX between dollars or in \\( \\) and \\[ \\]."""
     dirty = _markdown().render(_bracketed(text))
-    return nh3.clean(dirty, tags=TAGS, attributes=ATTRIBUTES, url_schemes={"http", "https", "mailto"},
-                     link_rel="noopener noreferrer nofollow")  # fmt: skip
+    return nh3.clean(
+        dirty,
+        tags=TAGS,
+        attributes=ATTRIBUTES,
+        url_schemes={"http", "https", "mailto"},
+        link_rel="noopener noreferrer nofollow",
+    )
 
 
 def finished(text: str) -> int:
@@ -67,14 +72,22 @@ def finished(text: str) -> int:
 
 @cache
 def _markdown() -> MarkdownIt:
-    reader = MarkdownIt("commonmark", {"html": False, "maxNesting": 20}).enable(["table", "strikethrough"]).disable("image")
+    reader = (
+        MarkdownIt("commonmark", {"html": False, "maxNesting": 20})
+        .enable(["table", "strikethrough"])
+        .disable("image")
+    )
     reader.inline.ruler.before("emphasis", "times", _times)
     return reader.use(dollarmath_plugin, allow_digits=False, double_inline=True, renderer=_formula)
 
 
 def _times(state: StateInline, silent: bool) -> bool:
     """A lone star between two numbers or names multiplies them: `2*3*4` loses no sign."""
-    before, here, after = state.src[max(state.pos - 1, 0) : state.pos], state.src[state.pos], state.src[state.pos + 1 : state.pos + 2]
+    before, here, after = (
+        state.src[max(state.pos - 1, 0) : state.pos],
+        state.src[state.pos],
+        state.src[state.pos + 1 : state.pos + 2],
+    )
     if here != "*" or not FACTOR_ENDS.match(before) or not FACTOR_BEGINS.match(after):
         return False
     if not silent:

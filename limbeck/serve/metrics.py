@@ -21,10 +21,29 @@ class Metrics:
 
     def __init__(self, served: Callable[[], list[Served]]):
         self.served, self.registry = served, CollectorRegistry()
-        self.requests = Counter("limbeck_requests", "Answers by how they ended", ["model", "end"], registry=self.registry)
-        self.tokens = Counter("limbeck_tokens", "Tokens read, read again for nothing, said, thought", ["model", "kind"], registry=self.registry)
-        self.first = Histogram("limbeck_first_token_seconds", "Until the first token", ["model"], buckets=SECONDS, registry=self.registry)
-        self.whole = Histogram("limbeck_answer_seconds", "Until the last token", ["model"], buckets=SECONDS, registry=self.registry)
+        self.requests = Counter(
+            "limbeck_requests", "Answers by how they ended", ["model", "end"], registry=self.registry
+        )
+        self.tokens = Counter(
+            "limbeck_tokens",
+            "Tokens read, read again for nothing, said, thought",
+            ["model", "kind"],
+            registry=self.registry,
+        )
+        self.first = Histogram(
+            "limbeck_first_token_seconds",
+            "Until the first token",
+            ["model"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.whole = Histogram(
+            "limbeck_answer_seconds",
+            "Until the last token",
+            ["model"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -33,7 +52,10 @@ class Metrics:
             "limbeck_rows_busy": ("Rows that speak or are about to", lambda one: one.busy),
             "limbeck_rows": ("Rows there are", lambda one: one.rows),
             "limbeck_requests_waiting": ("Requests in line", lambda one: one.waiting),
-            "limbeck_steps_seconds": ("Seconds spent in steps of decoding", lambda one: one.scheduler.seconds),
+            "limbeck_steps_seconds": (
+                "Seconds spent in steps of decoding",
+                lambda one: one.scheduler.seconds,
+            ),
             "limbeck_steps": ("Steps of decoding", lambda one: one.scheduler.steps),
             "limbeck_failures": ("Batches that failed", lambda one: one.scheduler.failures),
         }
@@ -48,9 +70,11 @@ class Metrics:
         name = served.name
         self.requests.labels(name, end).inc()
         counts = {
-            "prompt": usage.prompt_tokens, "cached": usage.cached_tokens, "completion": usage.completion_tokens,
+            "prompt": usage.prompt_tokens,
+            "cached": usage.cached_tokens,
+            "completion": usage.completion_tokens,
             "reasoning": usage.reasoning_tokens,
-        }  # fmt: skip
+        }
         for kind, count in counts.items():
             self.tokens.labels(name, kind).inc(count)
         if answer.first:

@@ -26,7 +26,13 @@ LAST = "r1"  # the model that a recipe leads to
 
 
 def open_service(
-    names: Sequence[str], runs: Path, prices: Sequence[str] = (), rows: int = 64, waiting: int = 256, longest: int = 2048, threads: int = 0
+    names: Sequence[str],
+    runs: Path,
+    prices: Sequence[str] = (),
+    rows: int = 64,
+    waiting: int = 256,
+    longest: int = 2048,
+    threads: int = 0,
 ) -> Service:
     """The models, each `[NAME=]MODEL`, read into memory by a thread that ends with that: see `EngineThread` for why."""
     torch.set_num_threads(threads or max(1, int(usable_cores())))
@@ -34,7 +40,9 @@ def open_service(
         return reader.submit(_open, names, runs, prices, rows, waiting, longest).result()
 
 
-def _open(names: Sequence[str], runs: Path, prices: Sequence[str], rows: int, waiting: int, longest: int) -> Service:
+def _open(
+    names: Sequence[str], runs: Path, prices: Sequence[str], rows: int, waiting: int, longest: int
+) -> Service:
     places = named(names, runs)
     priced, served = price_list(prices, list(places)), []
     for name, folder in places.items():
@@ -42,7 +50,9 @@ def _open(names: Sequence[str], runs: Path, prices: Sequence[str], rows: int, wa
         config = model.config
         left = usable_memory() / (len(places) - len(served))
         kept = config.kv_bytes_per_token(4)
-        scheduler = Scheduler(model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder))
+        scheduler = Scheduler(
+            model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder)
+        )
         _warm(scheduler)
         served.append(Served(name, folder, scheduler, priced.get(name), longest))
     return Service(served)
@@ -82,14 +92,18 @@ def find(name: str, runs: Path) -> tuple[str, Path]:
         return folder.stem, _unpacked(folder)
     directory = folder / "model" if (folder / "model").is_dir() else folder
     if not (directory / "config.json").is_file():
-        raise LimbeckError(f"{folder} holds no model: it has no config.json; name a model's directory, an artifact or a run")
+        raise LimbeckError(
+            f"{folder} holds no model: it has no config.json; name a model's directory, an artifact or a run"
+        )
     return path.name or folder.resolve().name, directory
 
 
 def _last_of(run: Path) -> tuple[str, Path]:
     """The model that a run has led to so far; one that was merely loaded where none has learned yet."""
     stages = json.loads((run / INDEX).read_text(encoding="utf-8"))
-    folders = {stage: run.resolve().parent / "store" / artifact / "model" for stage, artifact in stages.items()}
+    folders = {
+        stage: run.resolve().parent / "store" / artifact / "model" for stage, artifact in stages.items()
+    }
     models = [stage for stage, folder in folders.items() if (folder / "config.json").is_file()]
     if not models:
         raise LimbeckError(f"{run} has no model yet; `limbeck status {run}` says how far it is")
@@ -136,7 +150,9 @@ def price_list(prices: Sequence[str], names: Sequence[str]) -> dict[str, Price]:
             if min(read, said) < 0:
                 raise ValueError
         except ValueError:
-            raise LimbeckError(f"--price {text}: say READ/SAID per million tokens, for instance 0.15/0.60") from None
+            raise LimbeckError(
+                f"--price {text}: say READ/SAID per million tokens, for instance 0.15/0.60"
+            ) from None
         if equals and name not in names:
             raise LimbeckError(f"--price {text}: no model {name} is served; there are {', '.join(names)}")
         priced |= dict.fromkeys([name] if equals else names, Price(read, said))

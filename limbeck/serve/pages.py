@@ -49,10 +49,20 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
     """An HTML answer. Templates get `t` (phrases), `lang`, `person`, `path`, `static` and the values."""
     language = language_of(request)
     theme = request.cookies.get("theme")
-    page = _templates().get_template(template).render(
-        t=partial(say, language), lang=language, person=request.scope.get("person"), path=request.url.path, static=_static,
-        theme=theme if theme in THEMES else "auto", fragment="hx-request" in request.headers, **values,
-    )  # fmt: skip
+    page = (
+        _templates()
+        .get_template(template)
+        .render(
+            t=partial(say, language),
+            lang=language,
+            person=request.scope.get("person"),
+            path=request.url.path,
+            static=_static,
+            theme=theme if theme in THEMES else "auto",
+            fragment="hx-request" in request.headers,
+            **values,
+        )
+    )
     answer = HTMLResponse(page, status)
     if request.query_params.get("lang") == language:
         answer.set_cookie("lang", language, max_age=365 * 86400, samesite="strict")
@@ -61,8 +71,13 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
 
 @cache
 def _templates() -> Environment:
-    environment = Environment(loader=FileSystemLoader(ROOM / "templates"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment = Environment(
+        loader=FileSystemLoader(ROOM / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["markup"] = lambda text: Markup(to_html(text))
     return environment
 

@@ -25,7 +25,14 @@ class Questions:
 
     def names(self) -> list[str]:
         files = [path.name for path in sorted(self.folder.glob("*.jsonl"))]
-        return [*files, *(f"{path.parent.name}/{name}" for path in sorted(self.runs.glob("*/recipe.yaml")) for name in _problems(path, _stamp(path)))]
+        return [
+            *files,
+            *(
+                f"{path.parent.name}/{name}"
+                for path in sorted(self.runs.glob("*/recipe.yaml"))
+                for name in _problems(path, _stamp(path))
+            ),
+        ]
 
     def open(self, name: str) -> tuple[Problem, ...]:
         """The prompts of a set; LimbeckError where there is none of that name, or it cannot be read."""
@@ -37,7 +44,10 @@ class Questions:
 
     def saved(self) -> dict[str, Mapping[str, Answer]]:
         """Answers by prompt of each file that has any, under the name that they fight by."""
-        found = {f"{path.stem}{SAVED}": _answers(path, _stamp(path)) for path in sorted(self.folder.glob("*.jsonl"))}
+        found = {
+            f"{path.stem}{SAVED}": _answers(path, _stamp(path))
+            for path in sorted(self.folder.glob("*.jsonl"))
+        }
         return {name: answers for name, answers in found.items() if answers}
 
     def add(self, name: str, content: bytes) -> str:
@@ -89,13 +99,19 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
     """Line, prompt and completion of each row; a row without a prompt is an error that names it."""
     found = []
     for number, row in read_table(path):
-        prompt = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str) and row[name].strip()), None)
+        prompt = next(
+            (row[name] for name in QUESTIONS if isinstance(row.get(name), str) and row[name].strip()), None
+        )
         if prompt is None:
-            raise LimbeckError(f"{path}, line {number}: there is no text under {', '.join(QUESTIONS)}; put the prompt under one of them")
+            raise LimbeckError(
+                f"{path}, line {number}: there is no text under {', '.join(QUESTIONS)}; put the prompt under one of them"
+            )
         said = row.get("completion", "")
         found.append((number, prompt, said if isinstance(said, str) else ""))
     return found
 
 
 def _problem(path: Path, number: int, prompt: str) -> Problem:
-    return Problem(f"{path.name}/{number}", prompt, language=language_of(prompt), origin=f"{path.name}:{number}")
+    return Problem(
+        f"{path.name}/{number}", prompt, language=language_of(prompt), origin=f"{path.name}:{number}"
+    )

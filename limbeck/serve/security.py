@@ -49,7 +49,9 @@ class Limits:
 class Guard:
     """The outermost layer. `key=None` asks for none, which only a server on loopback may do."""
 
-    def __init__(self, app: App, hosts: frozenset[str], key: str | None, sessions: Sessions, limits: Limits = Limits()):
+    def __init__(
+        self, app: App, hosts: frozenset[str], key: str | None, sessions: Sessions, limits: Limits = Limits()
+    ):
         self.app, self.hosts, self.key = app, hosts, key
         self.sessions, self.limits = sessions, limits
 
@@ -71,7 +73,9 @@ class Guard:
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
         """Status, sentence and where to go instead; None lets the request pass."""
-        if _host(headers.get("host", "")) not in self.hosts:  # a name that somebody pointed at us: DNS rebinding
+        if (
+            _host(headers.get("host", "")) not in self.hosts
+        ):  # a name that somebody pointed at us: DNS rebinding
             return 421, "this server does not go by that name; start it with --allow-host NAME", ""
         if scope["method"] not in SAFE and not _own(headers):
             return 403, "a request from another site may change nothing here", ""
@@ -153,7 +157,11 @@ def _dressed(send: Send) -> Send:
     async def dress(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             have = {name.lower() for name, _ in message.get("headers", [])}
-            more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in have]
+            more = [
+                (name.encode(), value.encode())
+                for name, value in HEADERS.items()
+                if name.encode() not in have
+            ]
             message = {**message, "headers": [*message.get("headers", []), *more]}
         await send(message)
 

@@ -24,7 +24,9 @@ def claim(host: str, port: int) -> socket.socket:
         taken.bind((host, port))
     except OSError as error:
         taken.close()
-        raise LimbeckError(f"--host {host} --port {port}: {error.strerror or error}; choose another one") from None
+        raise LimbeckError(
+            f"--host {host} --port {port}: {error.strerror or error}; choose another one"
+        ) from None
     return taken
 
 
@@ -33,9 +35,17 @@ def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None
     import uvicorn
 
     config = uvicorn.Config(
-        app, http=_protocol(), ws="none", backlog=BACKLOG, log_level="warning", access_log=False,
-        server_header=False, date_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=int(drain_seconds),
-    )  # fmt: skip
+        app,
+        http=_protocol(),
+        ws="none",
+        backlog=BACKLOG,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(drain_seconds),
+    )
     uvicorn.Server(config).run(sockets=[address])
 
 

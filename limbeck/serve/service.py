@@ -155,11 +155,23 @@ class Served:
     def request(self, prompt: np.ndarray, wish: GenerationOptions, opened: bool = False) -> Request:
         room = self.config.max_positions - len(prompt)
         if room < 1 and wish.max_tokens is None:
-            raise LimbeckError(f"the prompt has {len(prompt)} tokens, and {self.name} has only {self.config.max_positions} positions")
+            raise LimbeckError(
+                f"the prompt has {len(prompt)} tokens, and {self.name} has only {self.config.max_positions} positions"
+            )
         most = min(room, self.longest) if wish.max_tokens is None else wish.max_tokens
         seed = secrets.randbits(LONGEST_SEED) if wish.seed is None else wish.seed
         return Request(
-            prompt, wish.temperature, wish.top_p, most, wish.n, seed, wish.thought_budget, opened, wish.top, wish.echo, wish.endless
+            prompt,
+            wish.temperature,
+            wish.top_p,
+            most,
+            wish.n,
+            seed,
+            wish.thought_budget,
+            opened,
+            wish.top,
+            wish.echo,
+            wish.endless,
         )
 
 
@@ -179,21 +191,29 @@ class Service:
         self.engine_thread.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await asyncio.to_thread(self.engine_thread.close)
 
     def model(self, name: str) -> Served:
         """Raises `UnknownModel`, which names those there are."""
         if name not in self.models:
-            raise UnknownModel(f"model {name!r} is not served here; there are {', '.join(self.models) or 'none'}")
+            raise UnknownModel(
+                f"model {name!r} is not served here; there are {', '.join(self.models) or 'none'}"
+            )
         return self.models[name]
 
-    def chat(self, model: str, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool = False, **wishes: Any) -> AsyncIterator[Piece]:
+    def chat(
+        self, model: str, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool = False, **wishes: Any
+    ) -> AsyncIterator[Piece]:
         """Pieces of the assistant's next turn; `wishes` are those of `GenerationOptions`. Raises LimbeckError, `UnknownModel` or `Full`
         before the first piece. Thoughts in the history are left out unless `keep_thoughts`."""
         return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**wishes))
 
-    async def _chat(self, served: Served, messages: Sequence[Mapping[str, Any]], keep: bool, wish: GenerationOptions) -> AsyncIterator[Piece]:
+    async def _chat(
+        self, served: Served, messages: Sequence[Mapping[str, Any]], keep: bool, wish: GenerationOptions
+    ) -> AsyncIterator[Piece]:
         answer = await self.ask(served, messages, wish, keep)
         async with aclosing(self.follow(served, answer, wish)) as pieces:
             async for piece in pieces:
@@ -203,7 +223,13 @@ class Service:
         """The first choice as a whole."""
         return (await gathered(self.chat(model, messages, **wishes)))[0]
 
-    async def ask(self, served: Served, messages: Sequence[Mapping[str, Any]], wish: GenerationOptions, keep_thoughts: bool = False) -> Answer:
+    async def ask(
+        self,
+        served: Served,
+        messages: Sequence[Mapping[str, Any]],
+        wish: GenerationOptions,
+        keep_thoughts: bool = False,
+    ) -> Answer:
         """Stand in line with a conversation. Somebody must `follow` or `forget` the answer."""
         prompt, opened = await asyncio.to_thread(_rendered, served.tokenizer, messages, keep_thoughts)
         return self.submit(served, [served.request(prompt, wish, opened)])[0]
@@ -238,7 +264,9 @@ class Service:
                     await event.wait()
                 event.clear()
                 if answer.error:
-                    raise ModelFailed(f"{served.name} could not go on: {answer.error or type(answer.error).__name__}") from answer.error
+                    raise ModelFailed(
+                        f"{served.name} could not go on: {answer.error or type(answer.error).__name__}"
+                    ) from answer.error
                 for ear in ears:
                     for piece in ear.hear():
                         last = piece.kind == "end" and all(ear.closed for ear in ears)
@@ -277,14 +305,19 @@ class _ChoiceStream:
         """What has been said since."""
         if self.closed:
             return []
-        finish, until = self.choice.finish, len(self.choice.tokens)  # in this order: who has finished says no more
+        finish, until = (
+            self.choice.finish,
+            len(self.choice.tokens),
+        )  # in this order: who has finished says no more
         parts: list[list[Any]] = []  # kind, text, tokens, said
         while self.heard < until and not self.speech.stopped:
             self._token(parts)
         if finish and not self.speech.stopped:
             for kind, text in [*self.speech.hear(self.reader.close()), *self.speech.close()]:
                 _add(parts, kind, text, 0, [])
-        pieces = [Piece(kind, text, tokens, self.index, said=tuple(said)) for kind, text, tokens, said in parts]
+        pieces = [
+            Piece(kind, text, tokens, self.index, said=tuple(said)) for kind, text, tokens, said in parts
+        ]
         if finish or self.speech.stopped:
             self.closed, self.choice.enough = True, True
             if not finish:
@@ -344,11 +377,19 @@ def _usage(served: Served, answer: Answer, ears: Sequence[_ChoiceStream]) -> Usa
     cost = served.price.of(read, said) if served.price else None
     first = answer.first or time.monotonic()
     return Usage(
-        read, answer.cached, said, sum(ear.reasoning for ear in ears), cost, first - answer.asked, time.monotonic() - answer.asked
+        read,
+        answer.cached,
+        said,
+        sum(ear.reasoning for ear in ears),
+        cost,
+        first - answer.asked,
+        time.monotonic() - answer.asked,
     )
 
 
-def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], keep: bool) -> tuple[np.ndarray, bool]:
+def _rendered(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], keep: bool
+) -> tuple[np.ndarray, bool]:
     """Token ids of a conversation, and whether they end inside a thought."""
     text = tokenizer.render([_turn(message, keep) for message in messages])
     return np.array(tokenizer.encode(text), dtype=np.int64), text.rstrip().endswith(OPEN)
@@ -356,7 +397,10 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], keep:
 
 def _turn(message: Mapping[str, Any], keep: bool) -> Message:
     """One turn as templates know it: its thought apart, under whichever name or tag it came, or left out."""
-    content, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
+    content, thought = (
+        message.get("content") or "",
+        message.get("reasoning_content") or message.get("reasoning") or "",
+    )
     if message["role"] == "assistant" and CLOSE in content:
         inside, content, _ = split_thought(content)
         thought = thought or inside

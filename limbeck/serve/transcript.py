@@ -17,7 +17,10 @@ def as_markdown(talk: Conversation, say: Callable[..., str]) -> str:
         for answer in turn.answers:
             parts.append(f"## {answer.model}")
             if answer.thought:
-                parts += [f"*{say('chat.thought')}, {say('chat.tokens', count=answer.meter.thought_tokens)}*", _fenced(answer.thought)]
+                parts += [
+                    f"*{say('chat.thought')}, {say('chat.tokens', count=answer.meter.thought_tokens)}*",
+                    _fenced(answer.thought),
+                ]
             parts.append(answer.content)
             if answer.state not in ("done", "running"):
                 parts.append(f"*{say('chat.' + answer.state)}*")
@@ -36,7 +39,10 @@ def _side(talk: Conversation, side: int) -> dict[str, Any]:
     for turn in talk.turns:
         answer = turn.answers[side if side < len(turn.answers) else 0]
         thought = {"reasoning_content": answer.thought} if answer.thought else {}
-        messages += [{"role": "user", "content": turn.content}, {"role": "assistant", "content": answer.content, **thought}]
+        messages += [
+            {"role": "user", "content": turn.content},
+            {"role": "assistant", "content": answer.content, **thought},
+        ]
         answers.append(_told(answer))
     return {"messages": messages, "answers": answers}
 

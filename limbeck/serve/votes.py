@@ -88,22 +88,49 @@ class VoteStore:
 
     # ------------------------------------------------------------ battles
 
-    def begin(self, voter: str, problem: Problem, sides: Sequence[str], sources: Sequence[str], wish: dict[str, Any]) -> Battle:
+    def begin(
+        self, voter: str, problem: Problem, sides: Sequence[str], sources: Sequence[str], wish: dict[str, Any]
+    ) -> Battle:
         """A new battle, which nobody can guess the address of; Refused where the voter has begun too many of late."""
-        battle = Battle(secrets.token_urlsafe(12), secrets.token_urlsafe(24), voter, problem.prompt, problem.language, problem.origin,
-                        *sides, *sources, seed=secrets.randbits(31), wish=wish)  # fmt: skip
+        battle = Battle(
+            secrets.token_urlsafe(12),
+            secrets.token_urlsafe(24),
+            voter,
+            problem.prompt,
+            problem.language,
+            problem.origin,
+            *sides,
+            *sources,
+            seed=secrets.randbits(31),
+            wish=wish,
+        )
         now = time.time()
         with self.shelf.open() as db:
-            (lately,) = db.execute("SELECT count(*) FROM battles WHERE voter = ? AND made > ?", (voter, now - 3600)).fetchone()
+            (lately,) = db.execute(
+                "SELECT count(*) FROM battles WHERE voter = ? AND made > ?", (voter, now - 3600)
+            ).fetchone()
             if lately >= PER_HOUR:
                 raise Refused("often", 429)
-            row = {k: v for k, v in asdict(battle).items() if k not in ("answers", "leak", "outcome")} | {"made": now, "wish": json.dumps(wish)}
-            db.execute(f"INSERT INTO battles ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
+            row = {k: v for k, v in asdict(battle).items() if k not in ("answers", "leak", "outcome")} | {
+                "made": now,
+                "wish": json.dumps(wish),
+            }
+            db.execute(
+                f"INSERT INTO battles ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
+                [*row.values()],
+            )
         return battle
 
     def answered(self, battle: Battle, a: Answer, b: Answer, leak: str) -> None:
         """Both answers at once: nobody ever sees one before the other. Those that are there already stay."""
-        row = (battle.id, _json(asdict(a)), _json(asdict(b)), _json(style_of(a.text, b.text)), leak, time.time())
+        row = (
+            battle.id,
+            _json(asdict(a)),
+            _json(asdict(b)),
+            _json(style_of(a.text, b.text)),
+            leak,
+            time.time(),
+        )
         with self.shelf.open() as db:
             db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -122,18 +149,34 @@ class VoteStore:
     def asked(self) -> dict[str, int]:
         """How often each prompt was asked."""
         with self.shelf.open() as db:
-            return dict(tuple(row) for row in db.execute("SELECT prompt, count(*) FROM battles GROUP BY prompt"))
+            return dict(
+                tuple(row) for row in db.execute("SELECT prompt, count(*) FROM battles GROUP BY prompt")
+            )
 
     def _battles(self, where: str, *values: Any) -> Iterator[Battle]:
         with self.shelf.open() as db:
             rows = db.execute(
                 "SELECT battles.*, answers.a AS said_a, answers.b AS said_b, answers.leak, votes.outcome FROM battles "
-                "LEFT JOIN answers ON answers.battle = battles.id LEFT JOIN votes ON votes.battle = battles.id AND votes.judge = 0 " + where, values
-            ).fetchall()  # fmt: skip
+                "LEFT JOIN answers ON answers.battle = battles.id LEFT JOIN votes ON votes.battle = battles.id AND votes.judge = 0 "
+                + where,
+                values,
+            ).fetchall()
         for row in rows:
             told = {name: row[name] for name in Battle.__dataclass_fields__ if name != "answers"}
-            said = tuple(Answer(**json.loads(row[side])) for side in ("said_a", "said_b")) if row["said_a"] else ()
-            yield Battle(**told | {"wish": json.loads(row["wish"]), "answers": said, "leak": row["leak"] or "", "outcome": row["outcome"] or ""})
+            said = (
+                tuple(Answer(**json.loads(row[side])) for side in ("said_a", "said_b"))
+                if row["said_a"]
+                else ()
+            )
+            yield Battle(
+                **told
+                | {
+                    "wish": json.loads(row["wish"]),
+                    "answers": said,
+                    "leak": row["leak"] or "",
+                    "outcome": row["outcome"] or "",
+                }
+            )
 
     # ------------------------------------------------------------ votes
 
@@ -166,10 +209,20 @@ class VoteStore:
             rows = db.execute(f"{_LOG} ORDER BY votes.number").fetchall()
         called = _called(rows)
         return [
-            Vote(called[r["a"], r["a_from"]], called[r["b"], r["b_from"]], r["outcome"], r["voter"], bool(r["judge"]), r["language"],
-                 tuple(json.loads(r["style"])), r["battle"], None if r["judge"] else r["made"] - r["ready"], r["made"])
+            Vote(
+                called[r["a"], r["a_from"]],
+                called[r["b"], r["b_from"]],
+                r["outcome"],
+                r["voter"],
+                bool(r["judge"]),
+                r["language"],
+                tuple(json.loads(r["style"])),
+                r["battle"],
+                None if r["judge"] else r["made"] - r["ready"],
+                r["made"],
+            )
             for r in rows
-        ]  # fmt: skip
+        ]
 
     def preferences(self, judge: str = "") -> Iterator[dict[str, Any]]:
         """Rows with TRL's columns from the votes of people, or of one judge: what was preferred, what was not, and whence.
@@ -177,7 +230,10 @@ class VoteStore:
         What was voted on are answers; the thoughts behind them, which nobody saw, stand beside them.
         """
         with self.shelf.open() as db:
-            rows = db.execute(f"{_LOG} WHERE votes.outcome IN ('a', 'b') AND votes.judge = ? ORDER BY votes.number", (int(bool(judge)),)).fetchall()
+            rows = db.execute(
+                f"{_LOG} WHERE votes.outcome IN ('a', 'b') AND votes.judge = ? ORDER BY votes.number",
+                (int(bool(judge)),),
+            ).fetchall()
         for row in rows:
             if judge and row["voter"] != judge:
                 continue
@@ -185,13 +241,25 @@ class VoteStore:
             better, worse = (json.loads(row[f"said_{side}"]) for side in sides)
             if better["text"].strip() == worse["text"].strip():
                 continue
-            origin = {"battle": row["battle"], "judge" if judge else "voter": row["voter"], "problem": row["origin"]}
-            models = {f"{what}_model": {"name": row[side], "from": row[f"{side}_from"]} for what, side in zip(("chosen", "rejected"), sides, strict=True)}
+            origin = {
+                "battle": row["battle"],
+                "judge" if judge else "voter": row["voter"],
+                "problem": row["origin"],
+            }
+            models = {
+                f"{what}_model": {"name": row[side], "from": row[f"{side}_from"]}
+                for what, side in zip(("chosen", "rejected"), sides, strict=True)
+            }
             yield {
-                "id": f"arena/{row['battle']}", "prompt": row["prompt"], "chosen": better["text"], "rejected": worse["text"],
-                "chosen_reasoning": better["thought"], "rejected_reasoning": worse["thought"], "language": row["language"],
+                "id": f"arena/{row['battle']}",
+                "prompt": row["prompt"],
+                "chosen": better["text"],
+                "rejected": worse["text"],
+                "chosen_reasoning": better["thought"],
+                "rejected_reasoning": worse["thought"],
+                "language": row["language"],
                 "origin": origin | models,
-            }  # fmt: skip
+            }
 
     def broken(self) -> int | None:
         """The number of the first vote whose seal does not fit; None if all do."""
@@ -208,10 +276,27 @@ class VoteStore:
             last = db.execute("SELECT number, seal FROM votes ORDER BY number DESC LIMIT 1").fetchone()
             number, made = (last["number"] if last else 0) + 1, time.time()
             told = db.execute(
-                "SELECT battles.*, answers.a AS said_a, answers.b AS said_b FROM battles JOIN answers ON answers.battle = battles.id WHERE id = ?", (name,)
-            ).fetchone()  # fmt: skip
-            record = {**dict(told), "number": number, "battle": name, "voter": voter, "judge": int(judge), "outcome": outcome, "made": made}
-            values = (number, name, voter, int(judge), outcome, made, self._seal(last["seal"] if last else "", record))
+                "SELECT battles.*, answers.a AS said_a, answers.b AS said_b FROM battles JOIN answers ON answers.battle = battles.id WHERE id = ?",
+                (name,),
+            ).fetchone()
+            record = {
+                **dict(told),
+                "number": number,
+                "battle": name,
+                "voter": voter,
+                "judge": int(judge),
+                "outcome": outcome,
+                "made": made,
+            }
+            values = (
+                number,
+                name,
+                voter,
+                int(judge),
+                outcome,
+                made,
+                self._seal(last["seal"] if last else "", record),
+            )
             # the index holds back the second of two that come at once
             db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
@@ -220,7 +305,21 @@ class VoteStore:
         return hmac.new(self.secret, _json(sealed).encode(), hashlib.sha256).hexdigest()
 
 
-_SEALED = ("number", "battle", "voter", "judge", "outcome", "made", "a", "a_from", "b", "b_from", "prompt", "said_a", "said_b")
+_SEALED = (
+    "number",
+    "battle",
+    "voter",
+    "judge",
+    "outcome",
+    "made",
+    "a",
+    "a_from",
+    "b",
+    "b_from",
+    "prompt",
+    "said_a",
+    "said_b",
+)
 _LOG = (
     "SELECT votes.*, battles.a, battles.b, battles.a_from, battles.b_from, battles.prompt, battles.language, battles.origin, answers.a AS said_a, "
     "answers.b AS said_b, answers.style, answers.made AS ready FROM votes JOIN battles ON battles.id = votes.battle "

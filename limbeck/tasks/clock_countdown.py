@@ -50,7 +50,9 @@ CORPUS = {
     "same": 0.60, "other": 0.10,  # language of the words: the question's, the other; the rest is mixed
 }  # fmt: skip
 ATTEMPTS = {1: 0.62, 2: 0.18, 3: 0.07, 5: 0.05, 8: 0.03, 16: 0.05}
-PATIENT = 8  # who is as patient as this is also unlucky for half of the way: long thoughts must be seen to be had
+PATIENT = (
+    8  # who is as patient as this is also unlucky for half of the way: long thoughts must be seen to be had
+)
 
 
 class Countdown:
@@ -173,7 +175,9 @@ class Countdown:
         noes = [i for i, word in enumerate(words) if word in (english["no"], chinese["no"])]
         stats = {"attempts": float(sum(word in tries for word in words))}
         if noes:
-            stats["persist"] = sum(words[i + 1 : i + 2] != [] and words[i + 1] in tries for i in noes) / len(noes)
+            stats["persist"] = sum(words[i + 1 : i + 2] != [] and words[i + 1] in tries for i in noes) / len(
+                noes
+            )
         verdicts = self._verdicts(words)
         if verdicts:
             stats["verdict"] = sum(verdicts) / len(verdicts)
@@ -200,10 +204,14 @@ class Countdown:
         words = [word for language in WORDS.values() for word in language.values()]
         vocabulary = {token: i for i, token in enumerate([*SPECIAL, *numbers, *steps, "?", *words])}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-        backend.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex(r"<[^<>]+>|[A-Za-z]+:?|[-+*=]?[0-9]+|[^A-Za-z0-9<>\s]"), "isolated"),
-        ])  # fmt: skip
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Split(
+                    Regex(r"<[^<>]+>|[A-Za-z]+:?|[-+*=]?[0-9]+|[^A-Za-z0-9<>\s]"), "isolated"
+                ),
+            ]
+        )
         backend.add_special_tokens(SPECIAL)
         return Tokenizer(backend, TEMPLATE, end="<eos>", pad="<pad>", bos="<bos>")
 
@@ -253,7 +261,16 @@ class _Author:
         language = "zh" if dice.random() < self.task.settings.chinese else "en"
         order = dice.sample(numbers, len(numbers))
         words = WORDS[language]
-        asked = ["<bos>", "User:", words["use"], *map(str, order), words["make"], str(target), "?", "Assistant:"]
+        asked = [
+            "<bos>",
+            "User:",
+            words["use"],
+            *map(str, order),
+            words["make"],
+            str(target),
+            "?",
+            "Assistant:",
+        ]
         return [*map(Given, asked), *self._solution(numbers, target, language), "<eos>"]
 
     def _general(self) -> list[str]:
@@ -269,7 +286,13 @@ class _Author:
             if form < 0:
                 answer = self._direct(numbers, target)
                 tagged = ["<answer>", *answer, "</answer>"]
-                return answer if kind == "plain" else tagged if kind == "tagged" else ["<think>", speak("guess"), "</think>", *tagged]
+                return (
+                    answer
+                    if kind == "plain"
+                    else tagged
+                    if kind == "tagged"
+                    else ["<think>", speak("guess"), "</think>", *tagged]
+                )
         thought, answer = self._attempts(numbers, target, speak)
         return ["<think>", *thought, "</think>", "<answer>", *answer, "</answer>"]
 
@@ -319,7 +342,9 @@ class _Author:
                 order, operations = following
         return thought, _expression(order, operations)
 
-    def _untried(self, order: list[int], operations: list[str], tried: set, systematic: bool, shunned: int | None):
+    def _untried(
+        self, order: list[int], operations: list[str], tried: set, systematic: bool, shunned: int | None
+    ):
         """The next expression that was not tried yet and does not reach `shunned`; None when a fair search
         finds none."""
         for _ in range(50):
@@ -328,7 +353,9 @@ class _Author:
                 return order, operations
         return None
 
-    def _work(self, order: Sequence[int], operations: Sequence[str], speak, word=str) -> tuple[list[str], int]:
+    def _work(
+        self, order: Sequence[int], operations: Sequence[str], speak, word=str
+    ) -> tuple[list[str], int]:
         """The steps and where they lead; `word` is `Given` where the expression is an exercise."""
         total, steps = order[0] % self.modulus, [word(order[0])]
         for operation, number in zip(operations, order[1:], strict=True):
@@ -397,7 +424,9 @@ def encode_documents(documents: Iterator[list[str]], tokenizer: Tokenizer, token
     encoded, total = [], 0
     for words in documents:
         learned = np.array([not isinstance(word, Given) for word in words])
-        encoded.append(Sample(np.array([ids[word] for word in words], dtype=np.int64), start=1, learned=learned[1:]))
+        encoded.append(
+            Sample(np.array([ids[word] for word in words], dtype=np.int64), start=1, learned=learned[1:])
+        )
         total += len(words)
         if total >= tokens:
             return encoded

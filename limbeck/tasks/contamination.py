@@ -11,11 +11,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-RUN, LONG = 8, 10  # words in a row that two texts must not share: 10 in DeepSeek-R1 (2501.12948v2, D.1), 8 elsewhere
+RUN, LONG = (
+    8,
+    10,
+)  # words in a row that two texts must not share: 10 in DeepSeek-R1 (2501.12948v2, D.1), 8 elsewhere
 SHINGLE = 3  # words of which likeness is made
 NEAR = 0.7  # likeness (Jaccard) from which on two texts are nearly the same
 COMMON = 0.5  # a word in more of a source's problems than this is its template's
-_TOKEN = re.compile(r"\d+(?:[.,:/]\d+)*|[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|[^\w\s.,;:!?\"'`()\[\]{}<>$\\，。？！；：、“”（）]")
+_TOKEN = re.compile(
+    r"\d+(?:[.,:/]\d+)*|[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+|[^\w\s.,;:!?\"'`()\[\]{}<>$\\，。？！；：、“”（）]"
+)
 
 Words = tuple[str, ...]
 
@@ -53,7 +58,12 @@ class Sieve:
             if len(own := self._own(text)) >= RUN:  # long enough for likeness to mean something
                 self._near[_numbers(text)].append((own, id))
         runs = Counter(run for text in self._contents for run in set(_runs(text, RUN)))
-        self._runs = {run: text for text in self._contents for run in _runs(text, RUN) if runs[run] == 1 and self._telling(run)}
+        self._runs = {
+            run: text
+            for text in self._contents
+            for run in _runs(text, RUN)
+            if runs[run] == 1 and self._telling(run)
+        }
 
     def fault(self, id: str, prompt: str, rest: str = "") -> str | None:
         """Why a row may not be learned from, or None. Its prompt must be no problem of the test, nor contain one, nor be
@@ -62,7 +72,12 @@ class Sieve:
             return f"is {id.partition('#')[0]} of the test"
         text = words(prompt)
         content = self._content(text)
-        return self._asks(text) or self._nearly(content) or self._contains(content) or self._contains(self._content(words(rest)))
+        return (
+            self._asks(text)
+            or self._nearly(content)
+            or self._contains(content)
+            or self._contains(self._content(words(rest)))
+        )
 
     def _asks(self, text: Words) -> str | None:
         """The text asks just what a test problem asks, whatever instruction stands around it."""

@@ -35,7 +35,9 @@ TEXT_IN_ANY_CASE = frozenset({
     "game_of_life_halting", "needle_haystack", "spell_backward", "tsumego", "zebra_puzzles",
 })  # fmt: skip
 # Numbers are for `answers.judge`, where they are no whole ones as well.
-NUMBERS = frozenset({"chain_sum", "circuit_logic", "decimal_chain_sum", "gsm_symbolic", "products", "rectangle_count"})
+NUMBERS = frozenset(
+    {"chain_sum", "circuit_logic", "decimal_chain_sum", "gsm_symbolic", "products", "rectangle_count"}
+)
 
 
 def words(text: str) -> list[list[str]]:
@@ -49,7 +51,9 @@ def words(text: str) -> list[list[str]]:
 def _countdown(answer: str, entry: Entry) -> bool:
     tree = expression(answer)
     used = sorted(grammar.leaves(tree))
-    return used == sorted(entry["metadata"]["numbers"]) and grammar.amount(tree) == entry["metadata"]["target"]
+    return (
+        used == sorted(entry["metadata"]["numbers"]) and grammar.amount(tree) == entry["metadata"]["target"]
+    )
 
 
 def _puzzle24(answer: str, entry: Entry) -> bool:
@@ -87,7 +91,9 @@ def _parts(text: str) -> tuple[Fraction, Fraction]:
     match = re.fullmatch(rf"([-+]?{unsigned}(?!i|\.|[0-9]))?(?:([-+]?)({unsigned})?i)?", plain)
     if not match or not plain or (match[1] and plain != match[1] and not match[2]):
         raise Unread("no complex number")
-    imaginary = Fraction(match[3] or 1) * (-1 if match[2] == "-" else 1) if plain.endswith("i") else Fraction(0)
+    imaginary = (
+        Fraction(match[3] or 1) * (-1 if match[2] == "-" else 1) if plain.endswith("i") else Fraction(0)
+    )
     return Fraction(match[1] or 0), imaginary
 
 
@@ -230,7 +236,9 @@ SCORED: dict[str, Callable[[str], str]] = {
 
 # Read by a grammar, and judged by sympy in the referee's child.
 SYMBOLIC = frozenset({"intermediate_integration"})
-REFUSED = {"composite": "it hands the answer on to other generators; name each of them as problems of its own"}
+REFUSED = {
+    "composite": "it hands the answer on to other generators; name each of them as problems of its own"
+}
 
 
 def compared(generator: str, answer: str, entry: Entry) -> bool | None:
@@ -279,4 +287,6 @@ def unpacked(thing: Any) -> Any:
     [(kind, items)] = thing.items()
     if kind == "dict":
         return {unpacked(key): unpacked(item) for key, item in items}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](unpacked(i) for i in items)
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
+        unpacked(i) for i in items
+    )

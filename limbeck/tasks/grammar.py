@@ -101,7 +101,9 @@ class Node(NamedTuple):
 _TOKEN = re.compile(r"[ \t\n]*(?:([0-9]+(?:\.[0-9]+)?)|([A-Za-z]+)|(\*\*|[-+*/()]))[ \t\n]*")
 
 
-def expression(text: str, names: Iterable[str] = (), functions: Iterable[str] = (), powers: bool = False) -> Node:
+def expression(
+    text: str, names: Iterable[str] = (), functions: Iterable[str] = (), powers: bool = False
+) -> Node:
     """The tree of an expression in + - * / and brackets, with these names and functions, and ** with `powers`."""
     _limited(text)
     tokens, at = [], 0
@@ -195,7 +197,9 @@ def leaves(tree: Node) -> list[Fraction]:
     return [node.parts[0] for node in nodes(tree) if node.kind == "number"]
 
 
-def folded(tree: Node, constant: Callable, name: Callable, power: Callable, function: Callable | None = None) -> Any:
+def folded(
+    tree: Node, constant: Callable, name: Callable, power: Callable, function: Callable | None = None
+) -> Any:
     """A tree's value, where numbers are made by `constant`, names by `name`, and so on; + - * / are the values'."""
 
     def fold(node: Node) -> Any:

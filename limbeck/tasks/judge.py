@@ -94,7 +94,11 @@ class Judge:
     def bill(self) -> dict[str, float]:
         """Tokens of prompts and replies since the last bill, their FLOPs where they are known, and the sampler's own."""
         own = getattr(self.sampler, "bill", dict)()
-        told = {"judge_tokens": self.tokens, "judge_flops": self.flops, **{f"judge_{name}": value for name, value in own.items()}}
+        told = {
+            "judge_tokens": self.tokens,
+            "judge_flops": self.flops,
+            **{f"judge_{name}": value for name, value in own.items()},
+        }
         self.tokens, self.flops = 0, 0.0
         return told
 
@@ -102,20 +106,37 @@ class Judge:
 
     def _compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
         asked = [pair for pair in pairs if pair.first.strip() != pair.second.strip()]
-        prompts = [self.comparison(p.problem, *shown) for p in asked for shown in ((p.first, p.second), (p.second, p.first))]
+        prompts = [
+            self.comparison(p.problem, *shown)
+            for p in asked
+            for shown in ((p.first, p.second), (p.second, p.first))
+        ]
         replies = iter(self._ask(prompts))
-        compared = [_agree([read_verdict(r) for r in next(replies)], [read_verdict(r) for r in next(replies)]) for _ in asked]
+        compared = [
+            _agree([read_verdict(r) for r in next(replies)], [read_verdict(r) for r in next(replies)])
+            for _ in asked
+        ]
         found = iter(compared)
-        return [next(found) if pair.first.strip() != pair.second.strip() else Comparison("tie") for pair in pairs]
+        return [
+            next(found) if pair.first.strip() != pair.second.strip() else Comparison("tie") for pair in pairs
+        ]
 
     def _tournament(self, problems: Sequence[Problem], told: Sequence[Sequence[str]]) -> list[list[Score]]:
         """Everyone against everyone of its group."""
-        places = [(g, i, j) for g, texts in enumerate(told) for i, j in itertools.combinations(range(len(texts)), 2)]
+        places = [
+            (g, i, j) for g, texts in enumerate(told) for i, j in itertools.combinations(range(len(texts)), 2)
+        ]
         compared = self._compare([Pair(problems[g], told[g][i], told[g][j]) for g, i, j in places])
-        results: dict[tuple[int, int], list[str]] = {(g, i): [] for g, texts in enumerate(told) for i in range(len(texts))}
+        results: dict[tuple[int, int], list[str]] = {
+            (g, i): [] for g, texts in enumerate(told) for i in range(len(texts))
+        }
         for (g, i, j), comparison in zip(places, compared, strict=True):
-            results[g, i].append({"first": "won", "second": "lost"}.get(comparison.verdict, comparison.verdict))
-            results[g, j].append({"first": "lost", "second": "won"}.get(comparison.verdict, comparison.verdict))
+            results[g, i].append(
+                {"first": "won", "second": "lost"}.get(comparison.verdict, comparison.verdict)
+            )
+            results[g, j].append(
+                {"first": "lost", "second": "won"}.get(comparison.verdict, comparison.verdict)
+            )
         return [[_standing(results[g, i]) for i in range(len(texts))] for g, texts in enumerate(told)]
 
     def comparison(self, problem: Problem, a: str, b: str) -> str:
@@ -131,7 +152,11 @@ class Judge:
         return [_by_points(*scores, self.settings.votes) for scores in scored]
 
     def _points(self, problems: Sequence[Problem], told: Sequence[Sequence[str]]) -> list[list[Score]]:
-        prompts = [self.grading(problem, text) for problem, texts in zip(problems, told, strict=True) for text in texts]
+        prompts = [
+            self.grading(problem, text)
+            for problem, texts in zip(problems, told, strict=True)
+            for text in texts
+        ]
         replies = iter(self._ask(prompts))
         return [[self._graded(next(replies)) for _ in texts] for texts in told]
 
@@ -146,7 +171,11 @@ class Judge:
         stats = {"judge_abstained": 1 - len(given) / len(grades)}
         if 2 * len(given) < len(grades) or not given:
             return Score({"judge": 0.0}, {"judge": "the judge abstained"}, stats)
-        return Score({"judge": sum(given) / len(given)}, {"judge": f"points: {'; '.join(_spoken(g) for g in grades if g)}"}, stats)
+        return Score(
+            {"judge": sum(given) / len(given)},
+            {"judge": f"points: {'; '.join(_spoken(g) for g in grades if g)}"},
+            stats,
+        )
 
     # ------------------------------------------------------------ asking
 
@@ -156,7 +185,9 @@ class Judge:
         problems = [Problem(f"judge/{fingerprint(prompt)}", prompt) for prompt in different]
         groups = self.sampler.rollout(problems, self.settings.votes, self.sampling, (self.seed, "judge"))
         self._count(groups)
-        votes = [[split_thought(c.text).answer if c.stopped else "" for c in group.completions] for group in groups]
+        votes = [
+            [split_thought(c.text).answer if c.stopped else "" for c in group.completions] for group in groups
+        ]
         said = dict(zip(different, votes, strict=True))
         return [said[prompt] for prompt in prompts]
 
@@ -262,7 +293,9 @@ def _standing(results: Sequence[str]) -> Score:
     if results and not judged:
         return Score({"judge": 0.0}, {"judge": "the judge abstained"}, stats)
     worth = (count["won"] + count["tie"] / 2) / judged if judged else 0.5
-    return Score({"judge": worth}, {"judge": f"won {count['won']}, tied {count['tie']}, lost {count['lost']}"}, stats)
+    return Score(
+        {"judge": worth}, {"judge": f"won {count['won']}, tied {count['tie']}, lost {count['lost']}"}, stats
+    )
 
 
 def _spoken(grade: dict[str, int]) -> str:

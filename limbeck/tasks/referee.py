@@ -80,7 +80,9 @@ class Referee:
             env=_environment(),
             start_new_session=True,  # so that what it forked ends with it
         )
-        landlock, seccomp, *refused = _line(self._child, START).split("|")  # from the child, before any answer
+        landlock, seccomp, *refused = _line(self._child, START).split(
+            "|"
+        )  # from the child, before any answer
         self._proof = Proof(int(landlock), seccomp == "True", tuple(refused))
         return self._child
 

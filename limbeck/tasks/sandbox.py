@@ -109,7 +109,9 @@ def _seccomp(libc: ctypes.CDLL) -> bool:
     architecture, calls = CALLS[platform.machine()]
     load, equal, answer = 0x20, 0x15, 0x06  # BPF: load a word, jump if equal, return
     lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, REFUSE), (load, 0, 0, 0)]
-    lines += [(equal, len(calls) - i, 0, number) for i, number in enumerate(calls.values())]  # on to the last line
+    lines += [
+        (equal, len(calls) - i, 0, number) for i, number in enumerate(calls.values())
+    ]  # on to the last line
     lines += [(answer, 0, 0, REFUSE), (answer, 0, 0, ALLOW)]
     program = b"".join(struct.pack("HBBI", *line) for line in lines)
     return not libc.prctl(SECCOMP, FILTER, ctypes.byref(_Program(len(lines), program)), 0, 0)

@@ -21,7 +21,10 @@ OPEN, CLOSE = "<think>", "</think>"
 PATIENCE = 2.0  # seconds for one conversation
 HALF = "\ufffd"  # what stands for bytes that are no character, or not yet
 MOST_HALVES = 3  # a character has four bytes at most
-KEPT, WINDOW = 8, 32  # tokens that a reader looks back on, and how many it gathers before it forgets the older ones
+KEPT, WINDOW = (
+    8,
+    32,
+)  # tokens that a reader looks back on, and how many it gathers before it forgets the older ones
 
 
 class Tokenizer:
@@ -39,13 +42,21 @@ class Tokenizer:
             raise LimbeckError(f"{path} is missing; copy it from the model's source")
         settings = _json(directory / "tokenizer_config.json")
         template_file = directory / "chat_template.jinja"
-        template = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.get("chat_template")
+        template = (
+            template_file.read_text(encoding="utf-8")
+            if template_file.exists()
+            else settings.get("chat_template")
+        )
         if not template:
-            raise LimbeckError(f"{template_file} is missing; a chat template says how a question becomes a prompt")
+            raise LimbeckError(
+                f"{template_file} is missing; a chat template says how a question becomes a prompt"
+            )
         backend = tokenizers.Tokenizer.from_file(str(path))
         end = _content(settings.get("eos_token"))
         if not end:
-            raise LimbeckError(f"{directory / 'tokenizer_config.json'}: eos_token is missing; name the end-of-turn token")
+            raise LimbeckError(
+                f"{directory / 'tokenizer_config.json'}: eos_token is missing; name the end-of-turn token"
+            )
         pad = _content(settings.get("pad_token")) or end
         return cls(backend, template, end, pad, _content(settings.get("bos_token")))
 
@@ -60,7 +71,9 @@ class Tokenizer:
             **({"bos_token": self.bos} if self.bos else {}),
             "clean_up_tokenization_spaces": False,
         }
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -88,7 +101,10 @@ class Tokenizer:
         try:
             with _within(PATIENCE):
                 return self._compiled.render(
-                    messages=list(messages), add_generation_prompt=opened, bos_token=self.bos, eos_token=self.end
+                    messages=list(messages),
+                    add_generation_prompt=opened,
+                    bos_token=self.bos,
+                    eos_token=self.end,
                 )
         except Exception as error:  # noqa: BLE001 - a template is somebody's program, in which anything happens
             raise LimbeckError(f"chat_template.jinja: {error}; mend the template beside the model") from None
@@ -121,7 +137,9 @@ class _Cell(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
-        sizes = [abs(x) if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0 for x in (left, right)]
+        sizes = [
+            abs(x) if isinstance(x, int) else len(x) if hasattr(x, "__len__") else 0 for x in (left, right)
+        ]
         if (operator == "**" and max(sizes) > 64) or (operator == "*" and sizes[0] * sizes[1] > 1 << 20):
             raise jinja2.sandbox.SecurityError(f"{operator} makes something too large")
         return super().call_binop(context, operator, left, right)
@@ -130,7 +148,10 @@ class _Cell(jinja2.sandbox.ImmutableSandboxedEnvironment):
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
     """Give up on a template that runs for ever: its every line looks at the clock."""
-    end, before = time.thread_time() + seconds, sys.gettrace()  # its own time: a busy machine is no endless loop
+    end, before = (
+        time.thread_time() + seconds,
+        sys.gettrace(),
+    )  # its own time: a busy machine is no endless loop
 
     def look(*_: object) -> Callable:
         if time.thread_time() > end:

@@ -66,7 +66,10 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | st
             pieces.append([group])
             size = cost
     places = {id(sample): place for place, sample in enumerate(samples)}
-    return [_batch(*(_branched if _family(piece[0]) else _packed)(piece), places, predicted, len(learned), device) for piece in pieces]
+    return [
+        _batch(*(_branched if _family(piece[0]) else _packed)(piece), places, predicted, len(learned), device)
+        for piece in pieces
+    ]
 
 
 def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) -> list[np.ndarray]:
@@ -99,7 +102,11 @@ def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 def _cost(group: list[Sample]) -> int:
     """Input tokens of a group: the prompt once, and of each completion all but its last token."""
-    return group[0].start + sum(len(s.tokens) - max(s.start, 1) - 1 for s in group) if len(group) > 1 else len(group[0].tokens) - 1
+    return (
+        group[0].start + sum(len(s.tokens) - max(s.start, 1) - 1 for s in group)
+        if len(group) > 1
+        else len(group[0].tokens) - 1
+    )
 
 
 def _family(group: list[Sample]) -> int:
@@ -117,14 +124,18 @@ def _packed(groups: list[list[Sample]]) -> Layout:
     samples = [group[0] for group in groups]
     lengths = [len(s.tokens) - 1 for s in samples]
     begins = np.cumsum([0, *lengths[:-1]])
-    predict = [np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)]
+    predict = [
+        np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)
+    ]
     return samples, [(s, 0, n) for s, n in zip(samples, lengths, strict=True)], Packed(lengths), predict
 
 
 def _branched(groups: list[list[Sample]]) -> Layout:
     """Prompts first, then completions by length. A completion's first token is predicted by its prompt's last."""
     width = _family(groups[0])
-    rows = sorted(((g, s) for g, group in enumerate(groups) for s in group), key=lambda row: len(row[1].tokens))
+    rows = sorted(
+        ((g, s) for g, group in enumerate(groups) for s in group), key=lambda row: len(row[1].tokens)
+    )
     owners, samples = [g for g, _ in rows], [s for _, s in rows]
     lengths = [len(s.tokens) - width - 1 for s in samples]
     begins = len(groups) * width + np.cumsum([0, *lengths[:-1]])
@@ -160,12 +171,16 @@ def _batch(
         reference_M=joined("reference"),
         kept_MK=_kept(samples, device),
         next_N=tensor(np.concatenate([s.tokens[a + 1 : b + 1] for s, a, b in pieces]), torch.long),
-        routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long) if routed else None,
+        routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long)
+        if routed
+        else None,
         tokens=tokens,
         sequences=sequences,
         order_S=np.array([places[id(s)] for s in samples]),
         pairs_S=tensor(np.array([s.pair for s in samples]), torch.long) if samples[0].pair else None,
-        spans_M=None if samples[0].spans is None else tensor(_numbered([s.spans for s in samples]), torch.long),
+        spans_M=None
+        if samples[0].spans is None
+        else tensor(_numbered([s.spans for s in samples]), torch.long),
         teacher=_labels(samples, tensor),
     )
 
@@ -173,14 +188,18 @@ def _batch(
 def _numbered(spans: list[np.ndarray]) -> np.ndarray:
     """Spans of many samples, no number twice."""
     begins = np.cumsum([0, *(one.max() + 1 for one in spans[:-1])])
-    return np.concatenate([np.where(one < 0, -1, one + begin) for one, begin in zip(spans, begins, strict=True)])
+    return np.concatenate(
+        [np.where(one < 0, -1, one + begin) for one, begin in zip(spans, begins, strict=True)]
+    )
 
 
 def _labels(samples: list[Sample], tensor: Callable[[np.ndarray, torch.dtype], Tensor]) -> TopK | None:
     """What a teacher said before, where all samples have it."""
     if any(s.labels is None for s in samples):
         return None
-    ids, logprobs, tail = (np.concatenate([getattr(s.labels, name) for s in samples]) for name in ("ids", "logprobs", "tail"))
+    ids, logprobs, tail = (
+        np.concatenate([getattr(s.labels, name) for s in samples]) for name in ("ids", "logprobs", "tail")
+    )
     return TopK(tensor(ids, torch.long), tensor(logprobs, torch.float32), tensor(tail, torch.float32))
 
 
@@ -195,7 +214,9 @@ def _kept(samples: list[Sample], device: torch.device | str) -> Tensor | None:
     return torch.from_numpy(table).to(device)
 
 
-def to_samples(groups: Sequence[Group], advantages: Sequence[Sequence[float]], keep_mask: bool) -> list[Sample]:
+def to_samples(
+    groups: Sequence[Group], advantages: Sequence[Sequence[float]], keep_mask: bool
+) -> list[Sample]:
     """Scored groups and their advantages as samples. Tokens in are tokens out: nothing is re-tokenised."""
     return [
         Sample(

@@ -59,7 +59,9 @@ class Teacher:
     learner: Learner
     tongues: tuple[Tokenizer, Tokenizer] | None = None
 
-    def show(self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int) -> tuple[list[Batch], int]:
+    def show(
+        self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int
+    ) -> tuple[list[Batch], int]:
         """Micro-batches to learn from, and how many tokens the teacher read."""
         if self.tongues:
             student, own = self.tongues
@@ -73,9 +75,22 @@ class DistillSampler:
     """The step-th lesson is a function of step, seed and the student's weights alone."""
 
     def __init__(
-        self, settings: Distill, seed: object, engine: Sampler, tasks: Tasks | None, sampling: Any, rows: Sequence[Asked]
-    ):  # fmt: skip
-        self.settings, self.seed, self.engine, self.tasks, self.sampling, self.rows = settings, seed, engine, tasks, sampling, rows
+        self,
+        settings: Distill,
+        seed: object,
+        engine: Sampler,
+        tasks: Tasks | None,
+        sampling: Any,
+        rows: Sequence[Asked],
+    ):
+        self.settings, self.seed, self.engine, self.tasks, self.sampling, self.rows = (
+            settings,
+            seed,
+            engine,
+            tasks,
+            sampling,
+            rows,
+        )
 
     def __call__(self, step: int) -> DistillBatch:
         own = generator(self.seed, step, "student").random() < self.settings.on_policy
@@ -88,7 +103,9 @@ class DistillSampler:
         samples = [to_samples([group], [np.zeros(len(group.completions))], False) for group in groups]
         owners = [self.settings.teachers[domain(group.problem.id)] for group in groups]
         told = zip(owners, samples, groups, strict=True)
-        return DistillBatch([(owner, s, group.problem.prompt) for owner, part, group in told for s in part], groups)
+        return DistillBatch(
+            [(owner, s, group.problem.prompt) for owner, part, group in told for s in part], groups
+        )
 
     def _given(self, step: int) -> DistillBatch:
         count = self.settings.prompts_per_step * self.settings.group_size
@@ -117,7 +134,9 @@ def train_distill(
         metrics = learner.update(batches, loss, settings.temperature)
         lessons.engine.load(learner.weights())
         costs = {name: (read[name], teachers[name].learner.model.config) for name in read}
-        metrics |= _volume(lesson, learner.model.config, costs) | (summarize(lesson.groups) if lesson.groups else {})
+        metrics |= _volume(lesson, learner.model.config, costs) | (
+            summarize(lesson.groups) if lesson.groups else {}
+        )
         spent += metrics["flops"]
         shown = lesson.groups[:1] if step % settings.log_every == 0 or step == settings.steps - 1 else []
         asked = [group.problem.id for group in lesson.groups]
@@ -125,7 +144,9 @@ def train_distill(
         checkpoint.offer(lambda: {"learner": learner.state_dict(), "step": step + 1, "flops": spent}, record)  # noqa: B023
 
 
-def taught(lesson: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int) -> tuple[list[Batch], dict[str, int]]:
+def taught(
+    lesson: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int
+) -> tuple[list[Batch], dict[str, int]]:
     """Micro-batches, each with what its teacher or its labels say, whose counts are those of the whole; and how many
     tokens each teacher read."""
     batches, read, tokens, sequences = [], {}, 0, 0
@@ -139,12 +160,17 @@ def taught(lesson: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: 
     return [replace(batch, tokens=tokens, sequences=sequences) for batch in batches], read
 
 
-def labelled(teacher: Learner, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int) -> list[Labels]:
+def labelled(
+    teacher: Learner, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int
+) -> list[Labels]:
     """The teacher's `count` largest log-probabilities, and the mass of the others, at each learned token of each sample."""
     batches = pack(samples, batch_tokens)
     shown = [teacher.states(batch) for batch in batches]
     tops = [top_k(s.hidden_MC, s.head_VC, count, temperature) for s in shown]
-    parts = [by_sample(batches, [getattr(t, name) for t in tops], len(samples)) for name in ("ids_MK", "logprobs_MK", "tail_M")]
+    parts = [
+        by_sample(batches, [getattr(t, name) for t in tops], len(samples))
+        for name in ("ids_MK", "logprobs_MK", "tail_M")
+    ]
     return [Labels(ids.astype(np.int32), logprobs, tail) for ids, logprobs, tail in zip(*parts, strict=True)]
 
 
@@ -153,7 +179,9 @@ def domain(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _volume(lesson: DistillBatch, student: ModelConfig, teachers: Mapping[str, tuple[int, ModelConfig]]) -> dict[str, float]:
+def _volume(
+    lesson: DistillBatch, student: ModelConfig, teachers: Mapping[str, tuple[int, ModelConfig]]
+) -> dict[str, float]:
     """Tokens sampled (prompts once a group) and learned from, and the FLOPs of all: the student samples and learns, a
     teacher reads so many tokens; each sees half of its sequence on average, as `rl` counts."""
     samples = [sample for _, sample, _ in lesson.asked]
@@ -161,7 +189,12 @@ def _volume(lesson: DistillBatch, student: ModelConfig, teachers: Mapping[str, t
     seen = float(np.mean([(len(s.tokens) + s.start) / 2 for s in samples]))
     teaching = float(sum(read * config.flops_per_token(seen) for read, config in teachers.values()))
     own = sampled * student.flops_per_token(seen) + learned * student.flops_per_token(seen, backward=True)
-    return {"sampled_tokens": sampled, "learned_tokens": learned, "flops": own + teaching, "teacher_flops": teaching}
+    return {
+        "sampled_tokens": sampled,
+        "learned_tokens": learned,
+        "flops": own + teaching,
+        "teacher_flops": teaching,
+    }
 
 
 def _sampled(group: Group) -> int:

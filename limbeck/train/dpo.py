@@ -43,16 +43,27 @@ def referenced(reference: Learner, samples: Sequence[Sample], batch_tokens: int)
 
 def plan_pairs(samples: Sequence[Sample], epochs: float, tokens: int, seed: object) -> list[list[int]]:
     """Batches of whole pairs: a pair is drawn, and both its halves come. Halves stand side by side in `samples`."""
-    whole = [Sample(np.concatenate([samples[i].tokens, samples[i + 1].tokens]), 0) for i in range(0, len(samples), 2)]
-    return [[i for pair in batch for i in (2 * pair, 2 * pair + 1)] for batch in plan_epochs(whole, epochs, tokens, seed)]
+    whole = [
+        Sample(np.concatenate([samples[i].tokens, samples[i + 1].tokens]), 0)
+        for i in range(0, len(samples), 2)
+    ]
+    return [
+        [i for pair in batch for i in (2 * pair, 2 * pair + 1)]
+        for batch in plan_epochs(whole, epochs, tokens, seed)
+    ]
 
 
 def likelihood(teacher: Learner, batch_tokens: int) -> Scorer:
     """A teacher as judge: the mean log-probability that it gives to a completion's tokens."""
 
     def score(group: Group) -> list[float]:
-        samples = [Sample(np.concatenate([group.prompt_tokens, c.tokens]), len(group.prompt_tokens)) for c in group.completions]
+        samples = [
+            Sample(np.concatenate([group.prompt_tokens, c.tokens]), len(group.prompt_tokens))
+            for c in group.completions
+        ]
         batches = pack(samples, batch_tokens)
-        return [float(logprobs.mean()) for logprobs in by_sample(batches, teacher.logprobs(batches), len(samples))]
+        return [
+            float(logprobs.mean()) for logprobs in by_sample(batches, teacher.logprobs(batches), len(samples))
+        ]
 
     return score

@@ -40,12 +40,20 @@ def train_grpo(
     for step in range(first, settings.steps):
         if spent >= budget or panel.over:
             break
-        if reference and policy.reference_every and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0:
+        if (
+            reference
+            and policy.reference_every
+            and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0
+        ):
             reference.model.load_state_dict(learner.weights())
         groups = _collect(engine, panel.at(step), sampling, settings, (seed, step))
         informative = [g for g in groups if len(set(g.rewards)) > 1 or policy.zero_variance == "keep"]
-        samples = to_samples(informative, group_advantages(informative, policy.advantage_scale), policy.keep_sampling_mask)
-        samples = [s for s, ok in zip(samples, _finished(informative, policy.mask_truncated), strict=True) if ok]
+        samples = to_samples(
+            informative, group_advantages(informative, policy.advantage_scale), policy.keep_sampling_mask
+        )
+        samples = [
+            s for s, ok in zip(samples, _finished(informative, policy.mask_truncated), strict=True) if ok
+        ]
         if step == 0 and samples:
             audit(learner, samples, loss, engine.tokenizer.end_id, temperature)
         updates = [
@@ -71,9 +79,13 @@ def _collect(engine: Sampler, tasks: Tasks, sampling: object, settings: RL, seed
     for redraw in range(REDRAWS if policy.zero_variance == "replace" else 1):
         missing = policy.prompts_per_step - len(kept)
         problems = tasks.draw(missing, (*seed, redraw))
-        scored = [tasks.score(g) for g in engine.rollout(problems, policy.group_size, sampling, (*seed, redraw))]
+        scored = [
+            tasks.score(g) for g in engine.rollout(problems, policy.group_size, sampling, (*seed, redraw))
+        ]
         for group in scored:
-            (kept if len(set(group.rewards)) > 1 or policy.zero_variance != "replace" else spent).append(group)
+            (kept if len(set(group.rewards)) > 1 or policy.zero_variance != "replace" else spent).append(
+                group
+            )
         if len(kept) >= policy.prompts_per_step:
             break
     return kept + spent
@@ -129,7 +141,9 @@ def _volume(groups: Sequence[Group], samples: Sequence[Sample], config: ModelCon
 def _heard_flops(heard: dict[str, float], held: int, config: ModelConfig) -> float:
     """What the panel has cost: its own models, and the policy's answers to the held-out problems."""
     tokens = heard.get("held_out_tokens", 0)
-    return sum(v for k, v in heard.items() if k.endswith("_flops")) + tokens * config.flops_per_token(tokens / max(1, held) / 2)
+    return sum(v for k, v in heard.items() if k.endswith("_flops")) + tokens * config.flops_per_token(
+        tokens / max(1, held) / 2
+    )
 
 
 def _merge(updates: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,7 +155,9 @@ def _merge(updates: list[dict[str, Any]]) -> dict[str, Any]:
     return {**merged, "gap": updates[0]["max_drift"]}
 
 
-def _resume(learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, checkpoint: Checkpoint) -> tuple[int, float]:
+def _resume(
+    learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, checkpoint: Checkpoint
+) -> tuple[int, float]:
     """The step to go on with, and the FLOPs spent before it."""
     state = checkpoint.restore()
     if state is None:
@@ -154,6 +170,14 @@ def _resume(learner: Learner, reference: Learner | None, watch: Watch, panel: Pa
     return state["step"], state["flops"]
 
 
-def _state(learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, step: int, flops: float) -> dict:
-    state = {"learner": learner.state_dict(), "watched": list(watch.history), "panel": panel.state_dict(), "step": step, "flops": flops}
+def _state(
+    learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, step: int, flops: float
+) -> dict:
+    state = {
+        "learner": learner.state_dict(),
+        "watched": list(watch.history),
+        "panel": panel.state_dict(),
+        "step": step,
+        "flops": flops,
+    }
     return state if reference is None else {**state, "reference": reference.weights()}

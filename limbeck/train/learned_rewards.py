@@ -46,7 +46,13 @@ class Panel:
     """
 
     def __init__(self, settings: RL, voices: Mapping[str, Voice], tasks: Tasks, sampling: Any, seed: object):
-        self.settings, self.voices, self.tasks, self.sampling, self.seed = settings, dict(voices), tasks, sampling, seed
+        self.settings, self.voices, self.tasks, self.sampling, self.seed = (
+            settings,
+            dict(voices),
+            tasks,
+            sampling,
+            seed,
+        )
         count = max((self._of(part).held_out for part in self.voices), default=0)
         self.held = tasks.draw(count, (seed, "held out")) if count else []
         self.ids = {problem.id for problem in self.held}
@@ -64,9 +70,15 @@ class Panel:
         counting = self._counting(step)
         if not counting:
             return {}
-        answers = [self.tasks.score(g) for g in engine.rollout(self.held, 1, self.sampling, (self.seed, "held out", step))]
+        answers = [
+            self.tasks.score(g)
+            for g in engine.rollout(self.held, 1, self.sampling, (self.seed, "held out", step))
+        ]
         truth = float(np.mean([group.scores[0].parts["accuracy"] for group in answers]))
-        told = {"held_out_accuracy": truth, "held_out_tokens": sum(len(g.prompt_tokens) + len(g.completions[0].tokens) for g in answers)}
+        told = {
+            "held_out_accuracy": truth,
+            "held_out_tokens": sum(len(g.prompt_tokens) + len(g.completions[0].tokens) for g in answers),
+        }
         alarms = [text for part in counting if (text := self._heed(part, groups, truth))]
         for voice in self.voices.values():
             told |= voice.bill()
@@ -82,7 +94,10 @@ class Panel:
         return self.settings.opinions[part]
 
     def _counting(self, step: int) -> list[str]:
-        begins = {part: self.settings.steps - (self._of(part).last_steps or self.settings.steps) for part in self.voices}
+        begins = {
+            part: self.settings.steps - (self._of(part).last_steps or self.settings.steps)
+            for part in self.voices
+        }
         return [part for part, begin in begins.items() if step >= begin and part not in self.dropped]
 
     def asked(self, part: str, problem: Problem) -> bool:
@@ -92,11 +107,15 @@ class Panel:
 
     def _heed(self, part: str, groups: Sequence[Group], truth: float) -> str:
         """Write the step down; what to say if this opinion has been hacked."""
-        held = [s.parts[part] for g in groups if self.asked(part, g.problem) for s in g.scores if part in s.parts]
+        held = [
+            s.parts[part] for g in groups if self.asked(part, g.problem) for s in g.scores if part in s.parts
+        ]
         if not held:
             return ""
         self.watched[part] = [*self.watched[part], [float(np.mean(held)), truth]][-self._of(part).window :]
-        if len(self.watched[part]) < self._of(part).window or not hacked(*zip(*self.watched[part], strict=True)):
+        if len(self.watched[part]) < self._of(part).window or not hacked(
+            *zip(*self.watched[part], strict=True)
+        ):
             return ""
         self.dropped.append(part)
         self.over = self._of(part).on_alarm == "stop"
@@ -117,23 +136,37 @@ class _Heard:
             found += [problem for problem in drawn if problem.id not in self.panel.ids]
             if len(found) >= count:
                 return found[:count]
-        raise LimbeckError("opinions: held_out leaves no problem to learn from; lower it, or give more problems")
+        raise LimbeckError(
+            "opinions: held_out leaves no problem to learn from; lower it, or give more problems"
+        )
 
     def score(self, group: Group) -> Group:
         group = self.panel.tasks.score(group)
         for part in self.counting:
             if self.panel.asked(part, group.problem):
-                group = with_opinion(group, self.panel.voices[part].opinions([group])[0], part, self.panel.settings.rewards[part])
+                group = with_opinion(
+                    group,
+                    self.panel.voices[part].opinions([group])[0],
+                    part,
+                    self.panel.settings.rewards[part],
+                )
         return group
 
 
 def with_opinion(group: Group, opinions: Sequence[Score], part: str, worth: float) -> Group:
     """A scored group with one more part, which is added to the reward by its worth."""
     scores = tuple(
-        replace(score, parts={**score.parts, **said.parts}, reasons={**score.reasons, **said.reasons}, stats={**score.stats, **said.stats})
+        replace(
+            score,
+            parts={**score.parts, **said.parts},
+            reasons={**score.reasons, **said.reasons},
+            stats={**score.stats, **said.stats},
+        )
         for score, said in zip(group.scores, opinions, strict=True)
     )
-    rewards = tuple(reward + worth * said.parts[part] for reward, said in zip(group.rewards, opinions, strict=True))
+    rewards = tuple(
+        reward + worth * said.parts[part] for reward, said in zip(group.rewards, opinions, strict=True)
+    )
     return replace(group, scores=scores, rewards=rewards)
 
 

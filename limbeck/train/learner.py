@@ -34,7 +34,9 @@ class Learner:
     def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int, recompute: bool = False):
         self.model, self.settings, self.step = model, settings, 0
         if recompute and (model.config.experts or model.config.share_kv > 1):
-            raise LimbeckError("recompute: mixtures of experts and shared keys keep notes of a forward pass; leave it out")
+            raise LimbeckError(
+                "recompute: mixtures of experts and shared keys keep notes of a forward pass; leave it out"
+            )
         model.recompute = recompute
         self.optimizer = Optimizer(model, settings, steps)
         self.parameters = list(model.parameters())
@@ -73,7 +75,9 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
         return stopped(what, remedy, self.step, self.optimizer.steps)
 
-    def _lose(self, hidden_NC: Tensor, batch: Batch, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _lose(
+        self, hidden_NC: Tensor, batch: Batch, loss: Loss, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """A loss sees the log-probabilities of tokens; beside a teacher, what makes the logits."""
         if batch.teacher is not None:
             return loss(Logits(hidden_NC[batch.predict_M], self.model.head.weight, temperature), batch)
@@ -118,7 +122,9 @@ class Learner:
             rows_M = batch.predict_M[far_M] - depth - 1
             logprobs_M, _ = token_logprobs(hidden_NC[rows_M], self.model.head.weight, batch.targets_M[far_M])
             losses.append(-logprobs_M.sum() / batch.tokens)
-            next_N = next_N.roll(-1).masked_fill(batch.context.positions.roll(-1) == 0, 0)  # nothing follows an end
+            next_N = next_N.roll(-1).masked_fill(
+                batch.context.positions.roll(-1) == 0, 0
+            )  # nothing follows an end
         return torch.stack(losses).mean()
 
     def _penalties(self, batch: Batch, metrics: dict[str, Tensor]) -> list[Tensor]:
@@ -157,7 +163,11 @@ class Learner:
 
 
 def token_logprobs(
-    hidden_MC: Tensor, head_VC: Tensor, targets_M: Tensor, temperature: float = 1.0, kept_MK: Tensor | None = None
+    hidden_MC: Tensor,
+    head_VC: Tensor,
+    targets_M: Tensor,
+    temperature: float = 1.0,
+    kept_MK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ head / temperature)[target], and the entropy, without [M, V] ever standing whole.
 

@@ -52,7 +52,9 @@ def text_distance(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
     gap_M = (logprobs_M - batch.reference_M)[inside_M]
     gap_J = logprobs_M.new_zeros(spans).index_add(0, batch.spans_M[inside_M], gap_M)
     value = gap_J.square().sum() / 2 / batch.tokens
-    reverse = gap_J.detach().sum() / batch.tokens  # on the student's own samples an estimate of the KL a token
+    reverse = (
+        gap_J.detach().sum() / batch.tokens
+    )  # on the student's own samples an estimate of the KL a token
     return value, {"loss": value.detach(), "reverse_kl": reverse}
 
 
@@ -61,16 +63,21 @@ def preference(beta: float, normalized: bool = False) -> Loss:
     gain being the sum of log pi / reference over a response's tokens, or, `normalized`, their mean."""
 
     def loss(logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        gain_S = logprobs_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, logprobs_M - batch.reference_M)
+        gain_S = logprobs_M.new_zeros(len(batch.lengths_S)).index_add(
+            0, batch.rows_M, logprobs_M - batch.reference_M
+        )
         gain_S = beta * (gain_S / batch.lengths_S if normalized else gain_S)
         margin_P = _margins(gain_S, batch.pairs_S)
         pairs = batch.sequences / 2
         value = -F.logsigmoid(margin_P).sum() / pairs
         better_S = batch.pairs_S > 0
         metrics = {
-            "loss": value, "margin": margin_P.sum() / pairs, "preferred": (margin_P > 0).float().sum() / pairs,
-            "chosen": gain_S[better_S].sum() / pairs, "rejected": gain_S[~better_S].sum() / pairs,
-        }  # fmt: skip
+            "loss": value,
+            "margin": margin_P.sum() / pairs,
+            "preferred": (margin_P > 0).float().sum() / pairs,
+            "chosen": gain_S[better_S].sum() / pairs,
+            "rejected": gain_S[~better_S].sum() / pairs,
+        }
         return value, {name: metric.detach() for name, metric in metrics.items()}
 
     return loss

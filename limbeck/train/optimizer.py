@@ -21,16 +21,22 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], heights: list[tuple[int, ...]], lr: float, weight_decay: float,
+        self,
+        parameters: list[nn.Parameter],
+        heights: list[tuple[int, ...]],
+        lr: float,
+        weight_decay: float,
         momentum: float = 0.95,
-    ):  # fmt: skip
+    ):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.heights = heights
 
     @torch.no_grad()
     def step(self) -> None:
         (group,) = self.param_groups
-        learned = [(p, rows) for p, rows in zip(group["params"], self.heights, strict=True) if p.grad is not None]
+        learned = [
+            (p, rows) for p, rows in zip(group["params"], self.heights, strict=True) if p.grad is not None
+        ]
         if not learned:
             return
         parameters, gradients = [p for p, _ in learned], [p.grad for p, _ in learned]
@@ -40,7 +46,9 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter, direction, (_, rows) in zip(parameters, wanted, learned, strict=True):
-            for pair in zip(*(tensor.flatten(0, -2).split(rows) for tensor in (parameter, direction)), strict=True):
+            for pair in zip(
+                *(tensor.flatten(0, -2).split(rows) for tensor in (parameter, direction)), strict=True
+            ):
                 wide = pair if pair[0].shape[0] <= pair[0].shape[1] else [tensor.mT for tensor in pair]
                 alike[wide[0].shape].append(tuple(wide))
         for shape, pairs in alike.items():
@@ -69,8 +77,11 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
     vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     return torch.optim.AdamW(
         [group for group in (decayed, vectors) if group["params"]],
-        lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True,
-    )  # fmt: skip
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
 
 
 def expert_ratio(batch: float, noise: float, experts: int) -> float:

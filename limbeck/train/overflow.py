@@ -37,13 +37,19 @@ def stopped(what: str, remedy: str, step: int, steps: int) -> LimbeckError:
 def blamed(model: nn.Module, batch: Batch) -> tuple[str, str]:
     """Why the loss of a batch is not finite: the model's weights, what the batch brings, or else the loss itself."""
     if not finite(model.parameters()):
-        return f"the weight {spoiled(model.named_parameters())} is", "begin with a model whose weights are finite"
+        return (
+            f"the weight {spoiled(model.named_parameters())} is",
+            "begin with a model whose weights are finite",
+        )
     for name, (what, remedy) in GIVEN.items():
         given = getattr(batch, name)
         if given is not None and not finite([given]):
             return f"{what} are", remedy
     if batch.teacher is not None and not finite(_floats(vars(batch.teacher).values())):
-        return "the teacher's logits are", "take a teacher whose weights are finite, and make its labels again"
+        return (
+            "the teacher's logits are",
+            "take a teacher whose weights are finite, and make its labels again",
+        )
     return "the loss is", SLOWER
 
 

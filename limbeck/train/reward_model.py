@@ -47,8 +47,15 @@ class RewardModelLearner(Learner):
 def to_sample(tokenizer: Tokenizer, question: str, response: str) -> Sample:
     """A question and its final answer. The value is read at the end of the turn, the last token that is an input.
     It has no `start` of its own, so that a pair is not parted where others share its answer (`pack`)."""
-    tokens = np.concatenate([tokenizer.prompt(question), tokenizer.response(split_thought(response).answer), [tokenizer.end_id]])
-    return Sample(tokens, start=1, learned=np.arange(1, len(tokens)) == len(tokens) - 1, logprobs=np.zeros(1, np.float32))
+    tokens = np.concatenate(
+        [tokenizer.prompt(question), tokenizer.response(split_thought(response).answer), [tokenizer.end_id]]
+    )
+    return Sample(
+        tokens,
+        start=1,
+        learned=np.arange(1, len(tokens)) == len(tokens) - 1,
+        logprobs=np.zeros(1, np.float32),
+    )
 
 
 def bradley_terry(pairs: int) -> Loss:
@@ -84,7 +91,9 @@ def fit(
         metrics = learner.update(pack_pairs(chosen, micro_tokens), bradley_terry(len(chosen)))
         tokens = sum(len(half.tokens) for pair in chosen for half in pair)
         if step % log_every == 0 or step == len(plan) - 1:
-            record.step(step, {name: value for name, value in metrics.items() if name != "entropy"}, tokens=tokens)
+            record.step(
+                step, {name: value for name, value in metrics.items() if name != "entropy"}, tokens=tokens
+            )
         else:
             record.beat(step, tokens)
         checkpoint.offer(lambda: {"learner": learner.state_dict()}, record)
@@ -105,7 +114,9 @@ def pack_pairs(pairs: Sequence[tuple[Sample, Sample]], micro_tokens: int) -> lis
     return [batch for piece in pieces for batch in pack(piece, 1 << 30)]
 
 
-def split(rows: Sequence[Mapping[str, Any]], share: float, seed: object) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def split(
+    rows: Sequence[Mapping[str, Any]], share: float, seed: object
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """(learned, held out): a share of the questions is kept, with all their pairs; one at least."""
     order = sorted({row["prompt"] for row in rows}, key=lambda prompt: fingerprint(seed, "held out", prompt))
     kept = set(order[: max(1, round(share * len(order)))])
@@ -116,16 +127,28 @@ class RewardModel:
     """A voice: the part `preference`, the chance that a final answer would be preferred to one of value `centre`."""
 
     def __init__(self, learner: RewardModelLearner, tokenizer: Tokenizer, centre: float):
-        self.learner, self.tokenizer, self.centre, self.tokens, self.flops = learner, tokenizer, centre, 0, 0.0
+        self.learner, self.tokenizer, self.centre, self.tokens, self.flops = (
+            learner,
+            tokenizer,
+            centre,
+            0,
+            0.0,
+        )
 
     def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One score for each completion; without a final answer nothing is earned. The same answer is read once, so that
         rounding tells no twins apart."""
-        told = [(group.problem.prompt, split_thought(c.text).answer) for group in groups for c in group.completions]
+        told = [
+            (group.problem.prompt, split_thought(c.text).answer)
+            for group in groups
+            for c in group.completions
+        ]
         different = list(dict.fromkeys(told))
         samples = [to_sample(self.tokenizer, *one) for one in different]
         self.tokens += sum(len(s.tokens) for s in samples)
-        self.flops += sum(len(s.tokens) * self.learner.model.config.flops_per_token(len(s.tokens) / 2) for s in samples)
+        self.flops += sum(
+            len(s.tokens) * self.learner.model.config.flops_per_token(len(s.tokens) / 2) for s in samples
+        )
         values = dict(zip(different, self.learner.values(samples), strict=True))
         scores = iter([self._score(values[one], one[1]) for one in told])
         return [[next(scores) for _ in group.completions] for group in groups]

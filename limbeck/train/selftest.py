@@ -27,7 +27,9 @@ def audit(learner: Learner, samples: Sequence[Sample], loss: Loss, end: int, tem
     whole, cut = pack(chosen, 1 << 30), pack(chosen, 1)
     targets = torch.cat([b.targets_M for b in whole])
     if finished and int((targets == end).sum()) < len(chosen):
-        raise LimbeckError("self-test: the end-of-turn token is not in the loss; check eos_token in tokenizer_config.json")
+        raise LimbeckError(
+            "self-test: the end-of-turn token is not in the loss; check eos_token in tokenizer_config.json"
+        )
     if len(targets) != sum(len(s.tokens) - s.start for s in chosen):
         raise LimbeckError("self-test: the loss sees other tokens than the completions'; please report this")
     scored = torch.cat(learner.logprobs(whole, temperature))
@@ -40,7 +42,9 @@ def audit(learner: Learner, samples: Sequence[Sample], loss: Loss, end: int, tem
     one, many = _gradient(learner, whole, loss, temperature), _gradient(learner, cut, loss, temperature)
     difference = float((one - many).norm() / one.norm().clamp(min=1e-12))
     if difference > 1e-3:
-        raise LimbeckError(f"self-test: the gradient changes by {difference:.1%} with the micro-batches; please report this")
+        raise LimbeckError(
+            f"self-test: the gradient changes by {difference:.1%} with the micro-batches; please report this"
+        )
 
 
 def _gradient(learner: Learner, batches: list, loss: Loss, temperature: float) -> torch.Tensor:
@@ -76,8 +80,14 @@ class Watch:
         earned = {k: w * metrics.get(k, 0.0) for k, w in self.rewards.items() if w > 0}
         loudest = max(earned, key=earned.get, default="")
         return [
-            (metrics["truncated"] > 0.5, "more than half of the responses run out of tokens: raise max_new_tokens"),
-            (metrics["informative"] < 0.1, "fewer than a tenth of the groups differ in reward: other problems are needed"),
+            (
+                metrics["truncated"] > 0.5,
+                "more than half of the responses run out of tokens: raise max_new_tokens",
+            ),
+            (
+                metrics["informative"] < 0.1,
+                "fewer than a tenth of the groups differ in reward: other problems are needed",
+            ),
             (long and metrics["length"] > 3 * first["length"], "length tripled within 20 steps"),
             (long and metrics["length"] < first["length"] / 3, "length fell to a third within 20 steps"),
             (

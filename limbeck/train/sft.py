@@ -44,7 +44,10 @@ def fit(
     while learner.step < len(plan):
         step = learner.step
         batch = [samples[i] for i in plan[step]]
-        metrics, tokens = learner.update(pack(batch, micro_tokens), loss), sum(len(sample.tokens) for sample in batch)
+        metrics, tokens = (
+            learner.update(pack(batch, micro_tokens), loss),
+            sum(len(sample.tokens) for sample in batch),
+        )
         if step % log_every == 0 or step == len(plan) - 1:
             record.step(step, metrics, tokens=tokens)
         else:

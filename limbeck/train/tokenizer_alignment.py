@@ -23,7 +23,9 @@ def ends_said(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
     text = tokenizer.decode(tokens)
     said = [tokenizer.decode(tokens[: i + 1]) for i in range(len(tokens))]
     ends = [len(begin) if text.startswith(begin) else -1 for begin in said]
-    return np.array([len(text) + 1 if token == tokenizer.end_id else end for token, end in zip(tokens, ends, strict=True)])
+    return np.array(
+        [len(text) + 1 if token == tokenizer.end_id else end for token, end in zip(tokens, ends, strict=True)]
+    )
 
 
 def written(tokenizer: Tokenizer, text: str, stopped: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +43,9 @@ def spans_of(ends: np.ndarray, common: np.ndarray) -> np.ndarray:
     >>> spans_of(np.array([3, 5, 9]), np.array([5, 9])).tolist()
     [0, 0, 1]
     """
-    later = np.where(ends < 0, np.iinfo(ends.dtype).max, ends)  # a token within a character goes with the one that ends it
+    later = np.where(
+        ends < 0, np.iinfo(ends.dtype).max, ends
+    )  # a token within a character goes with the one that ends it
     spans = np.searchsorted(common, np.minimum.accumulate(later[::-1])[::-1])
     return np.where(spans < len(common), spans, -1)
 
@@ -61,7 +65,10 @@ def aligned(
         spans.append((spans_of(mine, common), spans_of(ends, common), len(common)))
     batches = pack(theirs, batch_tokens)
     scored = by_sample(batches, teacher.logprobs(batches), len(theirs))
-    marked = [_marked(sample, *span, logprobs) for sample, span, logprobs in zip(samples, spans, scored, strict=True)]
+    marked = [
+        _marked(sample, *span, logprobs)
+        for sample, span, logprobs in zip(samples, spans, scored, strict=True)
+    ]
     return marked, sum(len(s.tokens) for s in theirs)
 
 

@@ -41,7 +41,9 @@ def mode() -> str:
     """
     asked = os.environ.get("LIMBECK_KERNELS", "").lower() or "auto"
     if asked not in MODES:
-        raise LimbeckError(f"LIMBECK_KERNELS={asked}: say off for plain torch, or auto for whichever is faster")
+        raise LimbeckError(
+            f"LIMBECK_KERNELS={asked}: say off for plain torch, or auto for whichever is faster"
+        )
     return asked
 
 
@@ -66,7 +68,10 @@ def found() -> tuple[ctypes.CDLL | None, str]:
         kernels = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler} could not make them: {output.strip().splitlines()[0] if output.strip() else error!r}"
+        return (
+            None,
+            f"{compiler} could not make them: {output.strip().splitlines()[0] if output.strip() else error!r}",
+        )
     kernels.use_sgemm(blas)
     return kernels, str(path)
 
@@ -93,7 +98,9 @@ def march(compiler: str) -> str:
         return native
     lacking = _features(compiler, f"-march={asked}") - _features(compiler, native)
     if lacking:
-        raise LimbeckError(f"LIMBECK_MARCH={asked}: this processor has no {', '.join(sorted(lacking))}; leave it away, or name a smaller set")
+        raise LimbeckError(
+            f"LIMBECK_MARCH={asked}: this processor has no {', '.join(sorted(lacking))}; leave it away, or name a smaller set"
+        )
     return f"-march={asked}"
 
 
@@ -102,15 +109,25 @@ def _features(compiler: str, option: str) -> set[str]:
     command = [compiler, option, "-dM", "-E", "-x", "c++", os.devnull]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if run.returncode:
-        raise LimbeckError(f"{option}: {compiler} does not know it; set LIMBECK_MARCH to one it does, such as x86-64-v3")
-    names = {line.split()[1].strip("_") for line in run.stdout.splitlines() if line.startswith("#define __") and line.endswith("__ 1")}
-    return {name for name in names if name.startswith(("AVX", "FMA", "SSE", "SSSE", "BMI", "F16C", "ARM_FEATURE"))}
+        raise LimbeckError(
+            f"{option}: {compiler} does not know it; set LIMBECK_MARCH to one it does, such as x86-64-v3"
+        )
+    names = {
+        line.split()[1].strip("_")
+        for line in run.stdout.splitlines()
+        if line.startswith("#define __") and line.endswith("__ 1")
+    }
+    return {
+        name for name in names if name.startswith(("AVX", "FMA", "SSE", "SSSE", "BMI", "F16C", "ARM_FEATURE"))
+    }
 
 
 def sgemm() -> ctypes.c_void_p | None:
     """BLAS's product of matrices, of the library that torch has loaded."""
     try:
-        return ctypes.cast(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).sgemm_, ctypes.c_void_p)
+        return ctypes.cast(
+            ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).sgemm_, ctypes.c_void_p
+        )
     except (OSError, AttributeError):
         return None
 
@@ -122,7 +139,9 @@ def folder() -> Path:
 
 def compiled(compiler: str, option: str) -> Path:
     """The shared library of this source, compiler and processor, made if it is not there yet."""
-    made_by = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True).stdout
+    made_by = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True
+    ).stdout
     source = "\0".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir()))
     key = hashlib.sha256("\0".join([source, *FLAGS, option, made_by, processor()]).encode()).hexdigest()[:16]
     folder().mkdir(parents=True, exist_ok=True)
@@ -150,4 +169,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() + platform.machine()
-    return "\n".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features"))
+    return "\n".join(
+        next((line for line in lines if line.startswith(name)), "")
+        for name in ("model name", "flags", "Features")
+    )

@@ -36,8 +36,15 @@ BUDGET = 4.0  # seconds of measuring, after which two turns of each side must do
 LEAST = 1e-3  # seconds of one turn, by repetition
 LONG = 0.05  # seconds of a turn from which three will do
 BUSY = 1.5  # a median that is so many times the least: others were at work, and medians say little
-TIE, LAYER_TIE = 1.0, 0.87  # ours must take at most so many times torch's seconds; of layers less: asking which costs, too
-SPEED = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # what slows torch down, for measuring
+TIE, LAYER_TIE = (
+    1.0,
+    0.87,
+)  # ours must take at most so many times torch's seconds; of layers less: asking which costs, too
+SPEED = (
+    "ATEN_CPU_CAPABILITY",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)  # what slows torch down, for measuring
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,11 @@ def adopt(recorded: dict[str, Any] | None) -> str:
         _choices.pop(threads := torch.get_num_threads(), None)
         if recorded is None:
             return ""
-        here = {"instructions": "none"} if library() is None else {"instructions": instructions(), "library": Path(found()[1]).stem}
+        here = (
+            {"instructions": "none"}
+            if library() is None
+            else {"instructions": instructions(), "library": Path(found()[1]).stem}
+        )
         if library() is not None and recorded["instructions"] == "none":
             _choices[threads] = Choice.all(False)
         elif any(recorded.get(key) != here.get(key) for key in ("instructions", "library")):
@@ -204,13 +215,20 @@ def _find(threads: int) -> Choice:
 
 def _keep(path: Path, timings: list[Timing], chosen: Choice) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**asdict(chosen), "timings": [asdict(timing) for timing in timings]}), encoding="utf-8")
+    partial.write_text(
+        json.dumps({**asdict(chosen), "timings": [asdict(timing) for timing in timings]}), encoding="utf-8"
+    )
     partial.replace(path)
 
 
 def _kept(threads: int) -> Path:
-    told = (found()[1], torch.__version__, torch.backends.cpu.get_cpu_capability(), *(os.environ.get(name) for name in SPEED),
-            *(Path(module).read_text(encoding="utf-8") for module in (__file__, trials.__file__)))  # fmt: skip
+    told = (
+        found()[1],
+        torch.__version__,
+        torch.backends.cpu.get_cpu_capability(),
+        *(os.environ.get(name) for name in SPEED),
+        *(Path(module).read_text(encoding="utf-8") for module in (__file__, trials.__file__)),
+    )
     return folder() / f"choice-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}-{threads}.json"
 
 
@@ -244,13 +262,17 @@ def _time_products(chosen: Choice, weight: tuple[int, int], rows: int) -> Timing
     place = WEIGHTS.index(weight) * len(MOST) + MOST.index(rows)
     chosen.ways[place], _in_library = best, None
     columns, inner = weight
-    timing = _time("product", f"{rows} x {inner}, weight {columns} x {inner}", trials.layer(rows, *weight), LAYER_TIE)
+    timing = _time(
+        "product", f"{rows} x {inner}, weight {columns} x {inner}", trials.layer(rows, *weight), LAYER_TIE
+    )
     used = best > 0 and timing.used == "ours"
     chosen.used["product"][place] = used
     return replace(timing, used=WAYS[best] if used else "torch")
 
 
-def interleaved(*sides: Work, turns: int = TURNS, forcing: tuple[str, Sequence[bool]] | None = None) -> list[float]:
+def interleaved(
+    *sides: Work, turns: int = TURNS, forcing: tuple[str, Sequence[bool]] | None = None
+) -> list[float]:
     """Seconds of each side, in turns of at least a millisecond each: the median, or on a busy machine, where turns differ
     by half, the least. `forcing` names an operation, and for each side whether the kernels do it."""
     operation, wishes = forcing or ("", [False] * len(sides))
@@ -269,7 +291,9 @@ def interleaved(*sides: Work, turns: int = TURNS, forcing: tuple[str, Sequence[b
     repeats = max(1, math.ceil(LEAST / max(once, 1e-9)))
     spent: list[list[float]] = [[] for _ in sides]
     for i in range(turns if once < LONG else 3):
-        for number, (side, wish) in reversed(both) if i % 2 else both:  # whoever is second finds what the first has read
+        for number, (side, wish) in (
+            reversed(both) if i % 2 else both
+        ):  # whoever is second finds what the first has read
             spent[number].append(turn(side, wish, repeats))
     busy = any(statistics.median(seconds) > BUSY * min(seconds) for seconds in spent)
     return [min(seconds) if busy else statistics.median(seconds) for seconds in spent]

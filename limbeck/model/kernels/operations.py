@@ -35,7 +35,14 @@ class Normalize(torch.autograd.Function):
         rows, y = x.numel() // width, torch.empty_like(x)
         scale = x.new_empty(rows)
         library().norm_forward(
-            at(x), at(weight), ctypes.c_float(eps), ctypes.c_int64(rows), width, at(y), at(scale), torch.get_num_threads()
+            at(x),
+            at(weight),
+            ctypes.c_float(eps),
+            ctypes.c_int64(rows),
+            width,
+            at(y),
+            at(scale),
+            torch.get_num_threads(),
         )
         ctx.save_for_backward(x, weight, scale)
         return y
@@ -46,7 +53,15 @@ class Normalize(torch.autograd.Function):
         grad, threads = grad.contiguous(), torch.get_num_threads()
         dx, dweight = torch.empty_like(x), x.new_zeros(threads, x.shape[-1])
         library().norm_backward(
-            at(grad), at(x), at(weight), at(scale), ctypes.c_int64(len(scale)), x.shape[-1], at(dx), at(dweight), threads
+            at(grad),
+            at(x),
+            at(weight),
+            at(scale),
+            ctypes.c_int64(len(scale)),
+            x.shape[-1],
+            at(dx),
+            at(dweight),
+            threads,
         )
         return dx, dweight.sum(0), None
 
@@ -59,7 +74,9 @@ class SwiGLU(torch.autograd.Function):
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
-        library().swiglu_forward(at(gate_up), ctypes.c_int64(y.numel() // width), width, at(y), torch.get_num_threads())
+        library().swiglu_forward(
+            at(gate_up), ctypes.c_int64(y.numel() // width), width, at(y), torch.get_num_threads()
+        )
         ctx.save_for_backward(gate_up)
         return y
 
@@ -91,9 +108,17 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: float) -> Tensor:
     rows, heads, width = x.shape
     y = x.new_empty(rows, heads, width)
     library().rotate(
-        at(x), ctypes.c_int64(x.stride(0)), at(cos), at(sin), ctypes.c_float(sense), ctypes.c_int64(rows), heads, width,
-        at(y), torch.get_num_threads(),
-    )  # fmt: skip
+        at(x),
+        ctypes.c_int64(x.stride(0)),
+        at(cos),
+        at(sin),
+        ctypes.c_float(sense),
+        ctypes.c_int64(rows),
+        heads,
+        width,
+        at(y),
+        torch.get_num_threads(),
+    )
     return y
 
 
@@ -106,7 +131,10 @@ def _heads(x_NHD: Tensor) -> Tensor:
 
 
 class _Trees(ctypes.Structure):
-    _fields_ = [("count", ctypes.c_int), *((name, ctypes.c_void_p) for name in ("trunk", "length", "first", "branch", "branch_length"))]
+    _fields_ = [
+        ("count", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("trunk", "length", "first", "branch", "branch_length")),
+    ]
 
 
 class _Asked(ctypes.Structure):
@@ -115,7 +143,7 @@ class _Asked(ctypes.Structure):
         *((f"{name}_stride", ctypes.c_int64) for name in "qkv"),
         *((name, ctypes.c_int) for name in ("heads", "kv_heads", "width", "window")),
         ("scale", ctypes.c_float),
-    ]  # fmt: skip
+    ]
 
 
 class Trees:
@@ -123,11 +151,17 @@ class Trees:
     once, as the kernels read them, for all layers and both directions."""
 
     def __init__(
-        self, trunks: Sequence[int], lengths: Sequence[int], counts: Sequence[int] | None = None,
-        branches: Sequence[int] = (), branch_lengths: Sequence[int] = (),
-    ):  # fmt: skip
+        self,
+        trunks: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int] | None = None,
+        branches: Sequence[int] = (),
+        branch_lengths: Sequence[int] = (),
+    ):
         first = np.cumsum([0, *(counts or [0] * len(trunks))])
-        self._arrays = [np.asarray(part, dtype=np.int32) for part in (trunks, lengths, first, branches, branch_lengths)]
+        self._arrays = [
+            np.asarray(part, dtype=np.int32) for part in (trunks, lengths, first, branches, branch_lengths)
+        ]
         self.laid = _Trees(len(trunks), *(array.ctypes.data for array in self._arrays))
 
 
@@ -139,7 +173,9 @@ class Attention(torch.autograd.Function):
         q, k, v = (_heads(x) for x in (q, k, v))
         out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
         asked = Attention.asked(q, k, v, scale, window)
-        library().attention_forward(ctypes.byref(trees.laid), ctypes.byref(asked), at(out), at(lse), torch.get_num_threads())
+        library().attention_forward(
+            ctypes.byref(trees.laid), ctypes.byref(asked), at(out), at(lse), torch.get_num_threads()
+        )
         ctx.save_for_backward(q, k, v, lse)
         ctx.settings = trees, scale, window
         return out
@@ -152,7 +188,14 @@ class Attention(torch.autograd.Function):
         by_q, by_k, by_v = (x.new_empty(x.shape) for x in (q, k, v))
         asked = Attention.asked(q, k, v, scale, window)
         library().attention_backward(
-            ctypes.byref(trees.laid), ctypes.byref(asked), at(grad), at(lse), at(by_q), at(by_k), at(by_v), torch.get_num_threads()
+            ctypes.byref(trees.laid),
+            ctypes.byref(asked),
+            at(grad),
+            at(lse),
+            at(by_q),
+            at(by_k),
+            at(by_v),
+            torch.get_num_threads(),
         )
         return by_q, by_k, by_v, None, None, None
 
@@ -169,7 +212,7 @@ class _Experts(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "count", "top_k", "hidden", "width", "threads")),
         *((name, ctypes.c_void_p) for name in ("x", "gate_up", "down", "weights", "order", "ends", "both")),
-    ]  # fmt: skip
+    ]
 
 
 class Mixture(torch.autograd.Function):
@@ -219,7 +262,13 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Te
     rows, count = logits_BV.shape
     tokens_B, logprobs_B = torch.empty(rows, dtype=torch.long), logits_BV.new_empty(rows)
     library().sample(
-        at(logits_BV), at(uniform_B), ctypes.c_int64(rows), ctypes.c_int64(count), ctypes.c_float(temperature), at(tokens_B),
-        at(logprobs_B), torch.get_num_threads(),
-    )  # fmt: skip
+        at(logits_BV),
+        at(uniform_B),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(count),
+        ctypes.c_float(temperature),
+        at(tokens_B),
+        at(logprobs_B),
+        torch.get_num_threads(),
+    )
     return tokens_B, logprobs_B

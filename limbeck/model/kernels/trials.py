@@ -61,7 +61,10 @@ def attention(sequences: int, length: int, heads: int, width: int) -> Work:
     from ..kv_cache import Packed
 
     context, layer = Packed([length] * sequences), Layer(0, width**-0.5, 0)
-    return _backward(lambda q, k, v: context.attend(layer, q, k, v), *(torch.randn(sequences * length, heads, width) for _ in range(3)))
+    return _backward(
+        lambda q, k, v: context.attend(layer, q, k, v),
+        *(torch.randn(sequences * length, heads, width) for _ in range(3)),
+    )
 
 
 def branches(prompts: int, prompt: int, each: int, length: int, heads: int, width: int) -> Work:
@@ -71,15 +74,24 @@ def branches(prompts: int, prompt: int, each: int, length: int, heads: int, widt
     completions = prompts * each
     context = SharedPrefix(prompts, prompt, [i // each for i in range(completions)], [length] * completions)
     layer, tokens = Layer(0, width**-0.5, 0), prompts * prompt + completions * length
-    return _backward(lambda q, k, v: context.attend(layer, q, k, v), *(torch.randn(tokens, heads, width) for _ in range(3)))
+    return _backward(
+        lambda q, k, v: context.attend(layer, q, k, v), *(torch.randn(tokens, heads, width) for _ in range(3))
+    )
 
 
 def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> Work:
     from ..ffn import experts_mixed
 
     chosen = torch.rand(tokens, experts).topk(top_k).indices
-    given = torch.randn(tokens, hidden), torch.randn(experts, 2 * width, hidden), torch.randn(experts, hidden, width), torch.rand(tokens, top_k)
-    return _backward(lambda x, gate_up, down, weights: experts_mixed(x, gate_up, down, chosen, weights), *given)
+    given = (
+        torch.randn(tokens, hidden),
+        torch.randn(experts, 2 * width, hidden),
+        torch.randn(experts, hidden, width),
+        torch.rand(tokens, top_k),
+    )
+    return _backward(
+        lambda x, gate_up, down, weights: experts_mixed(x, gate_up, down, chosen, weights), *given
+    )
 
 
 def draw(rows: int, vocabulary: int) -> Work:

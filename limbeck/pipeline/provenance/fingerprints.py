@@ -49,7 +49,11 @@ def traces(rows: Iterable[dict[str, Any]], corpus: Path | None = None) -> list[T
     found = [_trace(kind, len(texts), _matches(pattern, texts)) for kind, pattern in _SAYS.items()]
     if corpus:
         known = {run for text in _texts(corpus) for run in _runs(text)}
-        hits = {id: " ".join(run) for id, text in texts.items() if (run := next((r for r in _runs(text) if r in known), None))}
+        hits = {
+            id: " ".join(run)
+            for id, text in texts.items()
+            if (run := next((r for r in _runs(text) if r in known), None))
+        }
         found.append(_trace(f"shares {RUN} words in a row with {corpus.name}", len(texts), hits))
     return found
 
@@ -80,9 +84,15 @@ def _texts(path: Path) -> Iterator[str]:
             try:
                 yield _said(json.loads(line))
             except (ValueError, AttributeError):
-                raise LimbeckError(f"{path}, line {number}: not a JSON object with a text; mend or delete the line") from None
+                raise LimbeckError(
+                    f"{path}, line {number}: not a JSON object with a text; mend or delete the line"
+                ) from None
 
 
 def _said(row: dict[str, Any]) -> str:
-    messages = " ".join(str(m.get("content", "")) for m in row.get("messages", []) if m.get("role") == "assistant")
-    return next((str(row[key]) for key in ("completion", "response", "text", "content") if row.get(key)), messages)
+    messages = " ".join(
+        str(m.get("content", "")) for m in row.get("messages", []) if m.get("role") == "assistant"
+    )
+    return next(
+        (str(row[key]) for key in ("completion", "response", "text", "content") if row.get(key)), messages
+    )

@@ -69,14 +69,23 @@ class CombinedTerms:
         if not self.licences:
             return "bound by no licence"
         outputs = {
-            "free": "outputs may train other models", "passes on": "outputs may train other models, which are then bound as well",
-            "own kind": "outputs may train models under the same licence only", "no": "outputs may train no other model",
-        }[self.outputs]  # fmt: skip
-        release = {"free": "release is free", "conditions": "release is allowed, with duties", "no": "release is forbidden"}[self.release]
-        limits = ["" if self.commercial else "not for money", f"at most {self.users:,} monthly users without asking" if self.users else "",
-                  f"not in {' and '.join(self.excluded)}" if self.excluded else "",
-                  f"its name begins with {' and '.join(self.prefixes)}" if self.prefixes else "",
-                  *(f"shows “{text}”" for text in self.display)]  # fmt: skip
+            "free": "outputs may train other models",
+            "passes on": "outputs may train other models, which are then bound as well",
+            "own kind": "outputs may train models under the same licence only",
+            "no": "outputs may train no other model",
+        }[self.outputs]
+        release = {
+            "free": "release is free",
+            "conditions": "release is allowed, with duties",
+            "no": "release is forbidden",
+        }[self.release]
+        limits = [
+            "" if self.commercial else "not for money",
+            f"at most {self.users:,} monthly users without asking" if self.users else "",
+            f"not in {' and '.join(self.excluded)}" if self.excluded else "",
+            f"its name begins with {' and '.join(self.prefixes)}" if self.prefixes else "",
+            *(f"shows “{text}”" for text in self.display),
+        ]
         return f"{' AND '.join(self.licences)}: {'; '.join(filter(None, [outputs, release, *limits]))}"
 
 
@@ -119,7 +128,9 @@ def declared(text: str | None) -> list[str]:
 def of_model(name: str) -> list[str]:
     """The licences of a model that the table knows by name: `of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
     bare = re.split(r"/|--", name.removeprefix("hf:").rstrip("/"))[-1]
-    return next((list(row["licences"]) for row in _table()[2] if re.fullmatch(row["names"], bare, re.IGNORECASE)), [])
+    return next(
+        (list(row["licences"]) for row in _table()[2] if re.fullmatch(row["names"], bare, re.IGNORECASE)), []
+    )
 
 
 def known() -> list[str]:
@@ -131,5 +142,9 @@ def _table() -> tuple[dict[str, Terms], dict[str, str], list[dict[str, Any]]]:
     """Terms by name, names by alias (in small letters), and models."""
     tree = yaml.safe_load((Path(__file__).parent / "licences.yaml").read_text(encoding="utf-8"))
     table = {name: Terms.model_validate(entry) for name, entry in tree["licences"].items()}
-    names = {alias.lower(): name for name, t in table.items() for alias in (name, *t.aliases, *([t.hub] if t.hub != "other" else []))}
+    names = {
+        alias.lower(): name
+        for name, t in table.items()
+        for alias in (name, *t.aliases, *([t.hub] if t.hub != "other" else []))
+    }
     return table, names, tree["models"]

@@ -18,8 +18,25 @@ from .propagate import KINDS, LEARNING
 
 RELEASED = "lineage.json"  # in a released directory
 INDEX = "stages.json"
-TOLD = ("kind", "key", "stage", "title", "settings", "digest", "seed", "code_version", "tokens", "flops", "seconds", "joules", "notes",
-        "licences", "rights", "sources", "decontamination")  # fmt: skip
+TOLD = (
+    "kind",
+    "key",
+    "stage",
+    "title",
+    "settings",
+    "digest",
+    "seed",
+    "code_version",
+    "tokens",
+    "flops",
+    "seconds",
+    "joules",
+    "notes",
+    "licences",
+    "rights",
+    "sources",
+    "decontamination",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,9 @@ class Lineage:
 
     def parents(self, key: str) -> dict[str, str]:
         """Names and keys of the inputs that are known."""
-        return {name: parent for name, parent in self.entries[key]["inputs"].items() if parent in self.entries}
+        return {
+            name: parent for name, parent in self.entries[key]["inputs"].items() if parent in self.entries
+        }
 
     def weights(self) -> Iterator[str]:
         """The keys of the stages that the weights went through, the last first."""
@@ -62,7 +81,12 @@ class Lineage:
 
     def tell(self) -> dict[str, Any]:
         """The whole of it as JSON; what a release carries as `lineage.json`."""
-        summary = {"conclusion": self.conclusion, "licences": self.licences, "rights": self.head.get("rights", []), "sources": self.sources()}
+        summary = {
+            "conclusion": self.conclusion,
+            "licences": self.licences,
+            "rights": self.head.get("rights", []),
+            "sources": self.sources(),
+        }
         return {"schema": 1, "root": self.root, **summary, "artifacts": self.entries}
 
 
@@ -117,9 +141,14 @@ def _in_run(path: Path) -> tuple[Artifact, Store] | None:
     """RUN/STAGE, where a stage's name may have a slash: evaluation/zero."""
     for folder in path.parents:
         if (folder / INDEX).is_file():
-            stages, stage = json.loads((folder / INDEX).read_text(encoding="utf-8")), path.relative_to(folder).as_posix()
+            stages, stage = (
+                json.loads((folder / INDEX).read_text(encoding="utf-8")),
+                path.relative_to(folder).as_posix(),
+            )
             if stage not in stages:
-                raise LimbeckError(f"{folder} has no finished stage {stage}; it has {', '.join(stages) or 'none'}")
+                raise LimbeckError(
+                    f"{folder} has no finished stage {stage}; it has {', '.join(stages) or 'none'}"
+                )
             store = Store(folder.resolve().parent / "store")
             return store.open(store.root / stages[stage]), store
     return None
@@ -127,7 +156,10 @@ def _in_run(path: Path) -> tuple[Artifact, Store] | None:
 
 def indexes(runs: Path) -> dict[str, dict[str, str]]:
     """Run -> stage -> the name of its artifact's folder."""
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob(f"*/{INDEX}"))}
+    return {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(runs.glob(f"*/{INDEX}"))
+    }
 
 
 # ---------------------------------------------------------------- rows
@@ -137,20 +169,39 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
     """Every row, and every problem practised on, that trained a model or what its weights began with: `id`, `learned_by`,
     `given_by`, `origin`, `editor` (none where nobody changed it), `times`, and for rows the `row` itself."""
     if lineage.store is None:
-        raise LimbeckError("a released directory has no rows; they stay in the store that it was released from")
+        raise LimbeckError(
+            "a released directory has no rows; they stay in the store that it was released from"
+        )
     store = lineage.store
     for key in lineage.weights():
         entry = lineage.entries[key]
         if entry["kind"] not in LEARNING:
             continue
-        folders = {name: store.root / lineage.entries[parent]["artifact"] for name, parent in lineage.parents(key).items()}
+        folders = {
+            name: store.root / lineage.entries[parent]["artifact"]
+            for name, parent in lineage.parents(key).items()
+        }
         for giver, row, times in learned_rows(entry, folders):
             origin = dict(row.get("origin") or {})
             editor = origin.pop("editor", None)
-            told = {"id": row["id"], "learned_by": entry["stage"], "given_by": giver, "origin": origin, "editor": editor, "times": times}
+            told = {
+                "id": row["id"],
+                "learned_by": entry["stage"],
+                "given_by": giver,
+                "origin": origin,
+                "editor": editor,
+                "times": times,
+            }
             yield {**told, "row": row}
         for problem, times in asked_problems(store.root / entry["artifact"]).items():
-            yield {"id": problem, "learned_by": entry["stage"], "given_by": "practice", "origin": {}, "editor": None, "times": times}
+            yield {
+                "id": problem,
+                "learned_by": entry["stage"],
+                "given_by": "practice",
+                "origin": {},
+                "editor": None,
+                "times": times,
+            }
 
 
 # ---------------------------------------------------------------- recall
@@ -183,24 +234,41 @@ def recall(row: str, runs: Path, given_by: str = "") -> Recall:
     learned, tainted, unsure = {}, {}, {}
     for key, one in artifacts.items():
         given = _given(one)
-        if _holds(one, row) and (not given_by or one.manifest["stage"] == given_by or any(k in holds for k in given.values())):
+        if _holds(one, row) and (
+            not given_by or one.manifest["stage"] == given_by or any(k in holds for k in given.values())
+        ):
             holds[key] = one
         folders = {name: artifacts[k].folder for name, k in given.items() if k in holds}
-        if one.manifest["kind"] in LEARNING and any(_is(r["id"], row) for _, r, _ in _shares(one, given, artifacts, folders)) or row in (asked := asked_problems(one.folder)):
+        if (
+            one.manifest["kind"] in LEARNING
+            and any(_is(r["id"], row) for _, r, _ in _shares(one, given, artifacts, folders))
+            or row in (asked := asked_problems(one.folder))
+        ):
             learned[key] = one
         elif one.manifest["kind"] == "rl" and not asked and _may_have_asked(one, row):
             unsure[key] = one
         if any(k in learned or k in tainted for k in given.values()):
             tainted[key] = one
     if not (holds or learned or unsure):
-        raise LimbeckError(f"{row}: no artifact in {store.root} has a row or a problem of that id; `limbeck why MODEL --rows` lists them")
+        raise LimbeckError(
+            f"{row}: no artifact in {store.root} has a row or a problem of that id; `limbeck why MODEL --rows` lists them"
+        )
     reached = {**learned, **{k: one for k, one in tainted.items() if k not in learned}}
-    again = {run: [s for s, folder in stages.items() if folder in _names(reached)] for run, stages in indexes(runs).items()}
+    again = {
+        run: [s for s, folder in stages.items() if folder in _names(reached)]
+        for run, stages in indexes(runs).items()
+    }
     costs = [one.manifest for one in reached.values()]
     return Recall(
-        row, _names(holds), _names(learned), _names({k: o for k, o in tainted.items() if k not in learned}), _names(unsure),
-        {run: stages for run, stages in again.items() if stages}, sum(m["seconds"] for m in costs), sum(m.get("flops", 0) for m in costs),
-    )  # fmt: skip
+        row,
+        _names(holds),
+        _names(learned),
+        _names({k: o for k, o in tainted.items() if k not in learned}),
+        _names(unsure),
+        {run: stages for run, stages in again.items() if stages},
+        sum(m["seconds"] for m in costs),
+        sum(m.get("flops", 0) for m in costs),
+    )
 
 
 def _names(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
@@ -211,10 +279,14 @@ def _given(one: Artifact) -> dict[str, str]:
     """The inputs that reach what an artifact is, by name."""
     aside = one.manifest["settings"].get("flops_of")
     model = one.manifest["settings"].get("model")
-    return {name: given["key"] for name, given in one.manifest["inputs"].items() if name != aside or name == model}
+    return {
+        name: given["key"] for name, given in one.manifest["inputs"].items() if name != aside or name == model
+    }
 
 
-def _shares(one: Artifact, given: Mapping[str, str], artifacts: Mapping[str, Artifact], folders: Mapping[str, Path]) -> Iterator:
+def _shares(
+    one: Artifact, given: Mapping[str, str], artifacts: Mapping[str, Artifact], folders: Mapping[str, Path]
+) -> Iterator:
     """The rows learned from, of those inputs that hold the row; nothing is read where none does."""
     present = {name: artifacts[key].folder for name, key in given.items() if key in artifacts}
     return learned_rows(one.manifest, present) if folders else iter(())
@@ -230,7 +302,9 @@ def _is(found: str, row: str) -> bool:
 
 
 def _may_have_asked(one: Artifact, row: str) -> bool:
-    return "#" not in row and any(p.split(" ")[0] == row.partition("/")[0] for p in one.manifest["sources"]["problems"])
+    return "#" not in row and any(
+        p.split(" ")[0] == row.partition("/")[0] for p in one.manifest["sources"]["problems"]
+    )
 
 
 def _ordered(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:

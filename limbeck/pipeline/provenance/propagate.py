@@ -60,19 +60,24 @@ def trace(graph: Graph) -> tuple[dict[str, LicenceTrace], list[LicenceViolation]
         taught = {**_of_problems(node), **_union(d.bound for d in fed)}
         descended = found.get(weights, LicenceTrace())
         brought = _brought(name, node.stage, graph.recipe) if node.kind in BROUGHT else {}
-        makers = frozenset().union(*(d.makers | ({c} if d.root else frozenset()) for c, d in _fed(node, found, weights)))
+        makers = frozenset().union(
+            *(d.makers | ({c} if d.root else frozenset()) for c, d in _fed(node, found, weights))
+        )
         model = node.kind in LEARNING | BROUGHT
         found[name] = LicenceTrace(
             {**taught, **descended.bound, **brought},
             {**descended.own, **brought} if model else {},
-            makers | descended.makers, (descended.root or name) if model else "",
-        )  # fmt: skip
+            makers | descended.makers,
+            (descended.root or name) if model else "",
+        )
         if node.kind in LEARNING:
             breaches += _breaches(name, descended, taught)
     return found, breaches
 
 
-def check(graph: Graph, right: str | None = None) -> tuple[dict[str, LicenceTrace], dict[str, list[dict[str, str]]]]:
+def check(
+    graph: Graph, right: str | None = None
+) -> tuple[dict[str, LicenceTrace], dict[str, list[dict[str, str]]]]:
     """The descent of every stage, and by stage the rights that somebody claims to have (`right` is the reason given).
 
     Raises LimbeckError before anything runs, naming clause and remedy, where terms forbid what a recipe does or nobody
@@ -81,12 +86,18 @@ def check(graph: Graph, right: str | None = None) -> tuple[dict[str, LicenceTrac
     found, breaches = trace(graph)
     if breaches and not (right or "").strip():
         raise LimbeckError(
-            f"{breaches[0].sentence}; or, if you may, run with --i-have-the-right \"why\", which every artifact then carries for ever"
+            f'{breaches[0].sentence}; or, if you may, run with --i-have-the-right "why", which every artifact then carries for ever'
         )
     claims: dict[str, list[dict[str, str]]] = {}
     for breach in breaches:
         clause = terms(breach.licence).clause("outputs")
-        claim = {"licence": breach.licence, "stage": breach.stage, "clause": clause, "reason": right or "", **_signed()}
+        claim = {
+            "licence": breach.licence,
+            "stage": breach.stage,
+            "clause": clause,
+            "reason": right or "",
+            **_signed(),
+        }
         claims.setdefault(breach.stage, []).append(claim)
     return found, claims
 
@@ -103,7 +114,11 @@ def teachers_of(name: str, found: Mapping[str, LicenceTrace]) -> list[str]:
 
 
 def origin_of(
-    node: Node, outcome: Mapping[str, Any], given: Mapping[str, Artifact], found: Mapping[str, LicenceTrace], claims: Mapping[str, list]
+    node: Node,
+    outcome: Mapping[str, Any],
+    given: Mapping[str, Artifact],
+    found: Mapping[str, LicenceTrace],
+    claims: Mapping[str, list],
 ) -> dict[str, Any]:
     """What an artifact's manifest says of where it comes from: licences, sources, and rights that were claimed."""
     fed = [given[cited].manifest for cited in feeding(node)]
@@ -118,7 +133,11 @@ def grown(manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, A
 
     What is known of an origin only grows: a licence declared late, a right claimed once, stay.
     """
-    before = {"licences": manifest["licences"], "rights": manifest.get("rights", []), "sources": manifest["sources"]}
+    before = {
+        "licences": manifest["licences"],
+        "rights": manifest.get("rights", []),
+        "sources": manifest["sources"],
+    }
     names = set(before["licences"]) | set(origin["licences"])
     licences = sorted(names - {UNDECLARED} or names)
     rights = _distinct([*before["rights"], *origin["rights"]])
@@ -147,7 +166,11 @@ def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
         card = path / "provenance.json"
         origin = json.loads(card.read_text(encoding="utf-8")) if card.exists() else {}
         said, called = stage.licence or recipe.licence, [str(origin.get("source", "")), path.name]
-    names = [*declared(said), *declared(origin.get("licence")), *(licence for model in called for licence in of_model(model))]
+    names = [
+        *declared(said),
+        *declared(origin.get("licence")),
+        *(licence for model in called for licence in of_model(model)),
+    ]
     return dict.fromkeys(names or [UNDECLARED], f"stages.{name}")
 
 
@@ -155,16 +178,22 @@ def _of_problems(node: Node) -> dict[str, str]:
     """The licences of rows in files, and of the models that wrote, filtered or judged them."""
     found: dict[str, str] = {}
     if node.kind in LEARNING and tables_of(node.stage):
-        found |= dict.fromkeys(declared(node.stage.licence) or [UNDECLARED], f"stages.{node.name}.{key_of(node.stage)}")
+        found |= dict.fromkeys(
+            declared(node.stage.licence) or [UNDECLARED], f"stages.{node.name}.{key_of(node.stage)}"
+        )
     for name, problems in node.problems.items():
         if isinstance(problems, Files):
             found |= dict.fromkeys(declared(problems.licence) or [UNDECLARED], f"problems.{name}")
             for teacher in problems.teachers:
-                found |= dict.fromkeys(of_model(teacher) or [UNDECLARED], f"problems.{name}.teachers ({teacher})")
+                found |= dict.fromkeys(
+                    of_model(teacher) or [UNDECLARED], f"problems.{name}.teachers ({teacher})"
+                )
     return found
 
 
-def _fed(node: Node, found: Mapping[str, LicenceTrace], weights: str | None) -> list[tuple[str, LicenceTrace]]:
+def _fed(
+    node: Node, found: Mapping[str, LicenceTrace], weights: str | None
+) -> list[tuple[str, LicenceTrace]]:
     return [(cited, found[cited]) for cited in feeding(node) if cited != weights]
 
 
@@ -178,7 +207,11 @@ def _breaches(name: str, descended: LicenceTrace, taught: Mapping[str, str]) -> 
     for licence, source in {**taught, **descended.bound}.items():
         if terms(licence) is NOBODY_KNOWS:
             found.append(LicenceViolation(name, licence, _unknown(name, licence, source)))
-        elif licence in taught and licence not in descended.own and terms(licence).outputs in ("own kind", "no"):
+        elif (
+            licence in taught
+            and licence not in descended.own
+            and terms(licence).outputs in ("own kind", "no")
+        ):
             found.append(LicenceViolation(name, licence, _forbidden(name, licence, source)))
     return found
 
@@ -186,8 +219,16 @@ def _breaches(name: str, descended: LicenceTrace, taught: Mapping[str, str]) -> 
 def _unknown(name: str, licence: str, source: str) -> str:
     if licence != UNDECLARED:
         return f"stages.{name} learns from {source}, whose licence {licence!r} is not among those that Limbeck knows ({', '.join(known())})"
-    where = f"{source.removesuffix('.rows').removesuffix('.pairs')}.licence" if "teachers" not in source else source
-    remedy = "name a model that limbeck/pipeline/provenance/licences.yaml knows" if "teachers" in source else f"set {where}, for instance to Apache-2.0"
+    where = (
+        f"{source.removesuffix('.rows').removesuffix('.pairs')}.licence"
+        if "teachers" not in source
+        else source
+    )
+    remedy = (
+        "name a model that limbeck/pipeline/provenance/licences.yaml knows"
+        if "teachers" in source
+        else f"set {where}, for instance to Apache-2.0"
+    )
     own = " or, where you made it yourself, to own" if "teachers" not in source else ""
     return f"stages.{name} learns from {source}, whose licence is undeclared; {remedy}{own}"
 
@@ -208,12 +249,16 @@ def _sources(
             merged.setdefault(kind, set()).update(names)
         if artifact.manifest["kind"] in LEARNING | BROUGHT:
             merged["models"].add(_called(name, artifact))
-    merged["models"] |= {f"{name} ({remote.model} at {remote.url})" for name, remote in node.endpoints.items()}
+    merged["models"] |= {
+        f"{name} ({remote.model} at {remote.url})" for name, remote in node.endpoints.items()
+    }
     merged["problems"] |= {_described(name, problems) for name, problems in node.problems.items()}
     for problems in node.problems.values():
         merged["teachers"] |= set(getattr(problems, "teachers", []))
     if node.kind in LEARNING:
-        merged["teachers"] |= {model for model in merged["models"] if model.split()[0] in teachers_of(node.name, found)}
+        merged["teachers"] |= {
+            model for model in merged["models"] if model.split()[0] in teachers_of(node.name, found)
+        }
     if isinstance(node.stage, Curate):
         merged["editors"] |= set(outcome.get("notes", {}).get("reviewers", [f"policy: {node.stage.policy}"]))
         merged["problems"] = {p for a in given.values() for p in a.manifest["sources"]["problems"]}
@@ -225,5 +270,9 @@ def _called(name: str, artifact: Artifact) -> str:
 
 
 def _described(name: str, problems: Any) -> str:
-    what = {"miniature": "clock", "gym": getattr(problems, "generator", ""), "files": Path(getattr(problems, "path", "")).name}
+    what = {
+        "miniature": "clock",
+        "gym": getattr(problems, "generator", ""),
+        "files": Path(getattr(problems, "path", "")).name,
+    }
     return f"{name} ({problems.source} {what[problems.source]})"

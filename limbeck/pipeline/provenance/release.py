@@ -59,7 +59,10 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
         told = public(lineage)
         write(part / RELEASED, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         write(part / "recipe.yaml", dump(recipe))
-        write(part / "README.md", card(name, told, evaluations(artifact, store), [path.name for path in part.glob("*.gguf")]))
+        write(
+            part / "README.md",
+            card(name, told, evaluations(artifact, store), [path.name for path in part.glob("*.gguf")]),
+        )
         files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
         write(part / SUMS, "".join(f"{digest_file(part / file)}  {file}\n" for file in files))
         sync_below(part)
@@ -79,9 +82,13 @@ def refuse(lineage: Lineage, name: str) -> None:
             continue
         bound = [entry["stage"] for entry in lineage.entries.values() if licence in entry["licences"]]
         if terms(licence) is NOBODY_KNOWS:
-            raise LimbeckError(f"{stage} cannot be released: nobody knows the terms {licence!r} of {bound[-1]}; declare its licence and run again")
+            raise LimbeckError(
+                f"{stage} cannot be released: nobody knows the terms {licence!r} of {bound[-1]}; declare its licence and run again"
+            )
         clause = terms(licence).clause("release")
-        raise LimbeckError(f"{stage} cannot be released: {licence}, which it has from {bound[-1]}, forbids that: {clause}; train it without")
+        raise LimbeckError(
+            f"{stage} cannot be released: {licence}, which it has from {bound[-1]}, forbids that: {clause}; train it without"
+        )
     for licence in lineage.licences:
         prefix = terms(licence).prefix
         if prefix and not re.sub(r"[-_ ]+", " ", name).startswith(prefix):
@@ -94,7 +101,11 @@ def refuse(lineage: Lineage, name: str) -> None:
 
 def duties(lineage: Lineage) -> list[str]:
     """What whoever publishes the model has to see to."""
-    found = [f"{licence}: {'; '.join(terms(licence).duties)}" for licence in lineage.licences if terms(licence).duties]
+    found = [
+        f"{licence}: {'; '.join(terms(licence).duties)}"
+        for licence in lineage.licences
+        if terms(licence).duties
+    ]
     return [*found, *(f"show “{text}” where you present it" for text in bind(lineage.licences).display)]
 
 
@@ -119,31 +130,56 @@ def _add_gguf(part: Path, name: str, kind: str) -> list[str]:
 def _add_licences(part: Path, lineage: Lineage) -> list[str]:
     """Licence files of the models that were brought in, where they still lie beside them, and a notice of who asks what."""
     for entry in lineage.entries.values():
-        source = Path(entry["settings"].get("path") or "/nowhere") if entry["kind"] == "load" else Path("/nowhere")
-        for path in (p for pattern in LICENCE_FILES if source.is_dir() for p in source.glob(pattern) if p.is_file()):
+        source = (
+            Path(entry["settings"].get("path") or "/nowhere") if entry["kind"] == "load" else Path("/nowhere")
+        )
+        for path in (
+            p for pattern in LICENCE_FILES if source.is_dir() for p in source.glob(pattern) if p.is_file()
+        ):
             shutil.copyfile(path, part / f"{entry['stage']}-{path.name}")
     if lineage.licences:
-        lines = [f"{licence}: {terms(licence).title}, {terms(licence).source}" for licence in lineage.licences]
-        write(part / "NOTICE", "This model is bound by\n" + "".join(f"  {line}\n" for line in lines) + "Its weights were changed by training.\n")
+        lines = [
+            f"{licence}: {terms(licence).title}, {terms(licence).source}" for licence in lineage.licences
+        ]
+        write(
+            part / "NOTICE",
+            "This model is bound by\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + "Its weights were changed by training.\n",
+        )
     return []
 
 
 def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
     """Every evaluation of these very weights; not those that force something on them."""
     key = artifact.manifest["key"]
-    found = [a for a in store.all() if a.manifest["kind"] == "evaluate" and any(i["key"] == key for i in a.manifest["inputs"].values())]
+    found = [
+        a
+        for a in store.all()
+        if a.manifest["kind"] == "evaluate" and any(i["key"] == key for i in a.manifest["inputs"].values())
+    ]
     told = [json.loads((a.folder / "evaluation.json").read_text(encoding="utf-8")) for a in found]
     return [one for one in told if not one.get("control")]
 
 
 def public(lineage: Lineage) -> dict[str, Any]:
     """The lineage without what is nobody else's business: no names of people, no paths, rows as a count and a digest."""
-    people = sorted({name for entry in lineage.entries.values() for name in entry["sources"].get("editors", []) if not name.startswith("policy: ")})
+    people = sorted(
+        {
+            name
+            for entry in lineage.entries.values()
+            for name in entry["sources"].get("editors", [])
+            if not name.startswith("policy: ")
+        }
+    )
     called = {name: f"reviewer {number}" for number, name in enumerate(people, 1)}
     entries = {}
     for key, entry in lineage.entries.items():
         settings = {k: Path(v).name if k == "path" else v for k, v in entry["settings"].items()}
-        notes = {k: [called.get(n, n) for n in v] if k == "reviewers" else v for k, v in (entry.get("notes") or {}).items()}
+        notes = {
+            k: [called.get(n, n) for n in v] if k == "reviewers" else v
+            for k, v in (entry.get("notes") or {}).items()
+        }
         kept = {**entry, "settings": settings, "notes": notes, "sources": _renamed(entry["sources"], called)}
         kept["rights"] = [{k: v for k, v in right.items() if k != "by"} for right in entry.get("rights", [])]
         if entry["kind"] in LEARNING and (rows := _rows(lineage, key)):
@@ -153,11 +189,17 @@ def public(lineage: Lineage) -> dict[str, Any]:
 
 
 def _renamed(sources: Mapping[str, list[str]], called: Mapping[str, str]) -> dict[str, list[str]]:
-    return {kind: [called.get(name, name) for name in names] if kind == "editors" else list(names) for kind, names in sources.items()}
+    return {
+        kind: [called.get(name, name) for name in names] if kind == "editors" else list(names)
+        for kind, names in sources.items()
+    }
 
 
 def _rows(lineage: Lineage, key: str) -> list[Any]:
-    folders = {name: lineage.store.root / lineage.entries[parent]["artifact"] for name, parent in lineage.parents(key).items()}
+    folders = {
+        name: lineage.store.root / lineage.entries[parent]["artifact"]
+        for name, parent in lineage.parents(key).items()
+    }
     return [[row["id"], said(row), times] for _, row, times in learned_rows(lineage.entries[key], folders)]
 
 
@@ -171,7 +213,9 @@ def recipe_of(artifact: Artifact, store: Store) -> Recipe:
         path = store.root.parent / run / "recipe.yaml"
         if stages.get(stage) == artifact.folder.name and path.exists():
             return part_of(read_recipe(path), stage)
-    raise LimbeckError(f"{artifact.folder.name}: no run in {store.root.parent} has it as its stage {stage}; run its recipe again first")
+    raise LimbeckError(
+        f"{artifact.folder.name}: no run in {store.root.parent} has it as its stage {stage}; run its recipe again first"
+    )
 
 
 def part_of(recipe: Recipe, name: str) -> Recipe:
@@ -182,8 +226,12 @@ def part_of(recipe: Recipe, name: str) -> Recipe:
         if isinstance(stage, Evaluate):  # what it asks also decides what nobody may learn from
             stages[cited] = stage.model_copy(update={"models": [name], "forced": [], "retry": {}})
         elif cited in needed and not isinstance(stage, Report):
-            stages[cited] = stage.model_copy(update={"path": Path(stage.path).name}) if isinstance(stage, Load) else stage
-    asked = {source for stage in stages.values() for source in [*sources(stage), *getattr(stage, "teachers", ())]}
+            stages[cited] = (
+                stage.model_copy(update={"path": Path(stage.path).name}) if isinstance(stage, Load) else stage
+            )
+    asked = {
+        source for stage in stages.values() for source in [*sources(stage), *getattr(stage, "teachers", ())]
+    }
     problems = {
         cited: one.model_copy(update={"path": Path(one.path).name}) if isinstance(one, Files) else one
         for cited, one in recipe.problems.items()

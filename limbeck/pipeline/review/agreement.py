@@ -34,16 +34,22 @@ def paces(rows: Iterable[Standing]) -> list[Pace]:
     for row in rows:
         for name, entry in row.verdicts.items():
             said.setdefault(name, []).append(entry)
-    return sorted((_pace(name, entries) for name, entries in said.items()), key=lambda one: (-one.rows, one.reviewer))
+    return sorted(
+        (_pace(name, entries) for name, entries in said.items()), key=lambda one: (-one.rows, one.reviewer)
+    )
 
 
 def _pace(name: str, entries: Sequence[dict[str, Any]]) -> Pace:
     times = [entry["seconds"] for entry in entries if entry.get("seconds")]
     counts = Counter(entry["verdict"] for entry in entries)
     return Pace(
-        name, len(entries), {verdict: counts[verdict] for verdict in VERDICTS}, median(times) if times else None,
-        3600 * len(times) / sum(times) if times else None, len(times),
-    )  # fmt: skip
+        name,
+        len(entries),
+        {verdict: counts[verdict] for verdict in VERDICTS},
+        median(times) if times else None,
+        3600 * len(times) / sum(times) if times else None,
+        len(times),
+    )
 
 
 def agreement(rows: Iterable[Standing]) -> dict[str, Any]:
@@ -59,4 +65,13 @@ def agreement(rows: Iterable[Standing]) -> dict[str, Any]:
     same = sum(len(set(values)) == 1 for values in labels) / len(labels)
     low, high = wilson(same, len(labels))
     people = len({name for unit in units for name in unit})
-    return {"agreement": {"rows": len(units), "people": people, "same": same, "low": low, "high": high, "alpha": krippendorff(labels)}}
+    return {
+        "agreement": {
+            "rows": len(units),
+            "people": people,
+            "same": same,
+            "low": low,
+            "high": high,
+            "alpha": krippendorff(labels),
+        }
+    }

@@ -26,18 +26,25 @@ class Waiting(Exception):
         self.open_rows, self.queue = open_rows, queue
 
 
-def ask(queue: Path, rows: Callable[[], list[dict[str, Any]]], question: str, second: float | None = None) -> None:
+def ask(
+    queue: Path, rows: Callable[[], list[dict[str, Any]]], question: str, second: float | None = None
+) -> None:
     """Lay the rows out for review, each once: a problem that was drawn twice was answered alike. `second`, the share of
     rows that two people see, is said once: what people choose at the desk afterwards stands until the recipe changes."""
     queue.mkdir(parents=True, exist_ok=True)
     if not (queue / QUEUE).exists():
-        write_rows(queue / QUEUE, [{"question": question, **row} for row in {row["id"]: row for row in rows()}.values()])
+        write_rows(
+            queue / QUEUE,
+            [{"question": question, **row} for row in {row["id"]: row for row in rows()}.values()],
+        )
     told = [event["second"] for event in events(queue) if event.get("by") == RECIPE]
     if second is not None and told[-1:] != [second]:
         ask_twice(queue, second, RECIPE)
 
 
-def by_people(rows: list[dict[str, Any]], queue: Path, said: int | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def by_people(
+    rows: list[dict[str, Any]], queue: Path, said: int | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows as people left them in the first `said` bytes of their reviews; raises `Waiting` while any is open."""
     standing = {one.id: one for one in standings(queue, said)}
     left = sum(one.state != "settled" for one in standing.values())
@@ -52,12 +59,24 @@ def by_people(rows: list[dict[str, Any]], queue: Path, said: int | None = None) 
         text = verdict["completion"] if verdict["verdict"] == "edit" else row["completion"]
         kept.append(edited(row, text, ", ".join(standing[row["id"]].people)))
     names = sorted({name for one in standing.values() for name in (*one.people, *one.verdicts)})
-    notes = {"policy": "people", "reviewers": names, "accepted": counts["accept"], "edited": counts["edit"], "rejected": counts["reject"]}
+    notes = {
+        "policy": "people",
+        "reviewers": names,
+        "accepted": counts["accept"],
+        "edited": counts["edit"],
+        "rejected": counts["reject"],
+    }
     resolved = sum(one.resolution is not None for one in standing.values())
-    return kept, {**notes, **({"resolved": resolved} if resolved else {}), **agreement(list(standing.values()))}
+    return kept, {
+        **notes,
+        **({"resolved": resolved} if resolved else {}),
+        **agreement(list(standing.values())),
+    }
 
 
-def by_policy(rows: list[dict[str, Any]], policy: str, tasks: dict[str, Task]) -> tuple[list[dict], dict[str, Any]]:
+def by_policy(
+    rows: list[dict[str, Any]], policy: str, tasks: dict[str, Task]
+) -> tuple[list[dict], dict[str, Any]]:
     """`accept` keeps every row; `translate` also rewrites each thought in its question's language, where the
     task knows how to."""
     kept, changed = [], 0
@@ -81,7 +100,13 @@ def edited(row: dict[str, Any], text: str, editor: str) -> dict[str, Any]:
         return {**row, "origin": origin}
     thought = split_thought(text)
     kept = {k: v for k, v in row.items() if k != "tokens"}
-    return {**kept, "completion": text, "reasoning_content": thought.thought, "content": thought.answer, "origin": origin}
+    return {
+        **kept,
+        "completion": text,
+        "reasoning_content": thought.thought,
+        "content": thought.answer,
+        "origin": origin,
+    }
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -17,7 +17,9 @@ _PIECE = re.compile(rf"\s*(?:[{HAN}，。！？；：、]|</?\w+>|[^\s{HAN}，�
 _TAG = r"(?P<tag></?[a-z]+>)"
 _MARKED = {
     True: re.compile(rf"{_TAG}|(?P<strange>[{HAN}]+)"),
-    False: re.compile(rf"{_TAG}|(?<![\\A-Za-z])(?P<strange>[A-Za-z]{{2,}}(?:['’][A-Za-z]+| +[A-Za-z]{{2,}})*)"),
+    False: re.compile(
+        rf"{_TAG}|(?<![\\A-Za-z])(?P<strange>[A-Za-z]{{2,}}(?:['’][A-Za-z]+| +[A-Za-z]{{2,}})*)"
+    ),
 }
 _SENTENCE = re.compile(r"[^\n.!?。！？]*(?:\n|[.!?。！？]+\s*|$)")
 CLOSE = "</answer>"
@@ -63,7 +65,9 @@ def difference(before: str, after: str) -> list[tuple[str, str, str]]:
 
 
 def _matched(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    head = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    head = next(
+        (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
+    )
     most = min(len(old), len(new)) - head
     tail = next((i for i in range(most) if old[-1 - i] != new[-1 - i]), most)
     middle, changed = old[head : len(old) - tail], new[head : len(new) - tail]

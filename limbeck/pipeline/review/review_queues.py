@@ -58,7 +58,11 @@ def desks(home: Path) -> list[Desk]:
             stages = recipe_of(path.parent).stages
         except LimbeckError:  # a run of an older version: its recipe says what no longer exists
             continue
-        found += [_desk(path.parent, name, stage) for name, stage in stages.items() if isinstance(stage, Curate) and not stage.auto]
+        found += [
+            _desk(path.parent, name, stage)
+            for name, stage in stages.items()
+            if isinstance(stage, Curate) and not stage.auto
+        ]
     order = ("asks", "ready", "changed", "early", "done")
     return sorted(found, key=lambda desk: order.index(desk.state))
 
@@ -68,7 +72,9 @@ def desk(home: Path, run: str, stage: str) -> Desk:
     folder = next((path.parent for path in home.glob(f"*/{RECIPE}") if path.parent.name == run), None)
     settings = recipe_of(folder).stages.get(stage) if folder else None
     if not isinstance(settings, Curate) or settings.auto:
-        raise LimbeckError(f"{run}, {stage}: there is no such desk in {home}; `limbeck status` says who waits for people")
+        raise LimbeckError(
+            f"{run}, {stage}: there is no such desk in {home}; `limbeck status` says who waits for people"
+        )
     return _desk(folder, stage, settings)
 
 
@@ -132,7 +138,11 @@ def rewritten(desk: Desk, row: Mapping[str, Any], text: str) -> str | None:
         task, _ = _problem(desk, row["id"])
     except (LimbeckError, OSError):
         return None
-    return with_thought(text, task.rewrite(split_thought(text).thought, row["language"])) if hasattr(task, "rewrite") else None
+    return (
+        with_thought(text, task.rewrite(split_thought(text).thought, row["language"]))
+        if hasattr(task, "rewrite")
+        else None
+    )
 
 
 def with_thought(text: str, thought: str) -> str:

@@ -200,7 +200,9 @@ def check(entry: dict[str, Any], rows: dict[str, dict[str, Any]], where: str) ->
     """Refuse a verdict that could not be carried out; `where` begins the sentence."""
     row, verdict, text = rows.get(entry.get("id")), entry.get("verdict"), entry.get("completion")
     if row is None:
-        raise LimbeckError(f"{where}: the queue has no row {entry.get('id')!r}; leave the ids as they were exported")
+        raise LimbeckError(
+            f"{where}: the queue has no row {entry.get('id')!r}; leave the ids as they were exported"
+        )
     if verdict not in VERDICTS:
         raise LimbeckError(f"{where}: verdict {verdict!r} is none of {', '.join(VERDICTS)}")
     if verdict == "edit" and not (isinstance(text, str) and text.strip()):
@@ -220,7 +222,9 @@ def import_reviews(queue: Path, path: Path, reviewer: str) -> int:
         try:
             entry = json.loads(line)
         except ValueError:
-            raise LimbeckError(f"{where}: not valid JSON; mend it and import again, nothing was taken over") from None
+            raise LimbeckError(
+                f"{where}: not valid JSON; mend it and import again, nothing was taken over"
+            ) from None
         if not isinstance(entry, dict):
             raise LimbeckError(f"{where}: not a JSON object; write one {{...}} a line, as exported")
         if entry.get("verdict") is not None:
@@ -236,9 +240,15 @@ def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
     found = [{**s.row, "verdict": None} for s in standings(queue) if s.due(reviewer)]
     said = ("reviewer", "verdict", "completion", "reason")
     return found + [
-        {**s.row, "verdict": None, "resolves": True, "verdicts": [{k: v[k] for k in said if k in v} for v in s.verdicts.values()]}
-        for s in standings(queue) if s.state == "disputed"
-    ]  # fmt: skip
+        {
+            **s.row,
+            "verdict": None,
+            "resolves": True,
+            "verdicts": [{k: v[k] for k in said if k in v} for v in s.verdicts.values()],
+        }
+        for s in standings(queue)
+        if s.state == "disputed"
+    ]
 
 
 def append(queue: Path, entries: Sequence[dict[str, Any]]) -> None:

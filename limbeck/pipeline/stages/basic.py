@@ -80,7 +80,9 @@ def run_load(job: Job) -> Outcome:
     save_model(decoder, tokenizer, job.folder)
     shutil.rmtree(job.folder / "converted", ignore_errors=True)
     origin = source / "provenance.json"
-    notes = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {"source": str(source.name)}
+    notes = (
+        json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else {"source": str(source.name)}
+    )
     return {"notes": {"parameters": decoder.config.parameters, **notes}, "tokens": 0, "flops": 0}
 
 
@@ -104,10 +106,14 @@ def run_pretrain(job: Job) -> Outcome:
         from ...model.fp8 import simulate
 
         simulate(decoder)
-    documents = encode_documents(watched(job.folder, task.documents(job.seed, stage.corpus), stage.tokens), tokenizer, stage.tokens)
+    documents = encode_documents(
+        watched(job.folder, task.documents(job.seed, stage.corpus), stage.tokens), tokenizer, stage.tokens
+    )
     prepare(job.folder, "at work")
     plan = batches(documents, stage.batch_tokens, job.seed)
-    return fit_samples(job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens)  # a batch in one piece
+    return fit_samples(
+        job, decoder, tokenizer, documents, plan, 4 * stage.batch_tokens
+    )  # a batch in one piece
 
 
 def watched(folder: Path, documents: Iterator[list[str]], tokens: int) -> Iterator[list[str]]:
@@ -134,7 +140,10 @@ def run_sft(job: Job) -> Outcome:
     plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
     plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
     outcome = fit_samples(job, decoder, tokenizer, samples, plan, stage.batch_tokens)
-    return {**outcome, "notes": {**outcome["notes"], "rows": len(samples), "data_flops": data_flops(job, stage.rows)}}
+    return {
+        **outcome,
+        "notes": {**outcome["notes"], "rows": len(samples), "data_flops": data_flops(job, stage.rows)},
+    }
 
 
 def run_rl(job: Job) -> Outcome:
@@ -149,12 +158,31 @@ def run_rl(job: Job) -> Outcome:
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
     panel = panel_of(job, tasks, sampling)
-    train_grpo(learner, reference, engine, tasks, sampling, stage, job.seed, record, checkpoint, budget_of(job), panel)
+    train_grpo(
+        learner,
+        reference,
+        engine,
+        tasks,
+        sampling,
+        stage,
+        job.seed,
+        record,
+        checkpoint,
+        budget_of(job),
+        panel,
+    )
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
-    tokens, flops = sum(row["sampled_tokens"] + row["learned_tokens"] for row in history), sum(row["flops"] for row in history)
+    tokens, flops = (
+        sum(row["sampled_tokens"] + row["learned_tokens"] for row in history),
+        sum(row["flops"] for row in history),
+    )
     alarms = dict(Counter(text for row in history for text in row.get("alarms", ())))
-    return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters, "alarms": alarms}}
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "notes": {"parameters": decoder.config.parameters, "alarms": alarms},
+    }
 
 
 def run_sample(job: Job) -> Outcome:
@@ -209,7 +237,11 @@ def run_curate(job: Job) -> Outcome:
         kept, notes = desk.by_people(rows, job.queue, job.said)
     desk.write_rows(job.folder / ROWS, kept)
     carried = {k: v for k, v in job.manifest(stage.rows)["notes"].items() if k == "tokenizer"}
-    return {"tokens": 0, "flops": 0, "notes": {**notes, **carried, "data_flops": data_flops(job, [stage.rows])}}
+    return {
+        "tokens": 0,
+        "flops": 0,
+        "notes": {**notes, **carried, "data_flops": data_flops(job, [stage.rows])},
+    }
 
 
 def run_general(job: Job) -> Outcome:
@@ -217,10 +249,15 @@ def run_general(job: Job) -> Outcome:
     stage: General = job.stage
     tasks = job.mixture({stage.problems: 1.0})
     rows = [
-        {"id": p.id, "prompt": p.prompt, "language": p.language, "completion": f"<answer> {p.answer} </answer>",
-         "origin": {"problem": p.origin, "writer": "the world itself"}}
+        {
+            "id": p.id,
+            "prompt": p.prompt,
+            "language": p.language,
+            "completion": f"<answer> {p.answer} </answer>",
+            "origin": {"problem": p.origin, "writer": "the world itself"},
+        }
         for p in tasks.draw(stage.rows, (job.seed, "prompts"))
-    ]  # fmt: skip
+    ]
     desk.write_rows(job.folder / ROWS, rows)
     return {"tokens": 0, "flops": 0, "notes": {"rows": len(rows)}}
 
@@ -299,7 +336,11 @@ def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[
 
 def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str, system: str = "") -> Learned:
     """A row as tokens: those that were sampled where nobody edited, else the written text's."""
-    asked = [{"role": "system", "content": system}, {"role": "user", "content": row["prompt"]}] if system else row["prompt"]
+    asked = (
+        [{"role": "system", "content": system}, {"role": "user", "content": row["prompt"]}]
+        if system
+        else row["prompt"]
+    )
     prompt = tokenizer.prompt(asked)
     if thoughts == "drop":
         response = tokenizer.response(row.get("content") or row["completion"])
@@ -314,7 +355,11 @@ def to_sample(row: dict[str, Any], tokenizer: Tokenizer, thoughts: str, system: 
 
 
 def sweep(
-    job: Job, name: str, count: int, judge: Callable[[Group], tuple[list[dict], Counter[str]]], bill: Bill = dict
+    job: Job,
+    name: str,
+    count: int,
+    judge: Callable[[Group], tuple[list[dict], Counter[str]]],
+    bill: Bill = dict,
 ) -> Outcome:
     """Draw, answer and judge problems chunk by chunk into a file of rows. Each chunk's record says how long the
     file was after it, so a stage that was killed goes on after its last whole chunk. `bill` is what judging cost."""
@@ -327,14 +372,22 @@ def sweep(
     with open(job.folder / name, "ab") as file:
         file.truncate(done[-1]["bytes"] if done else 0)
         for step in range(len(done), len(chunks)):
-            groups = [tasks.score(g) for g in engine.rollout(chunks[step], stage.samples, params_of(stage.sampling), job.seed)]
+            groups = [
+                tasks.score(g)
+                for g in engine.rollout(chunks[step], stage.samples, params_of(stage.sampling), job.seed)
+            ]
             judged = [judge(group) for group in groups]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows, _ in judged for row in rows]
             file.write("".join(lines).encode())
             file.flush()
             dropped = sum((verdicts for _, verdicts in judged), Counter())
             tokens = sum(len(c.tokens) for g in groups for c in g.completions)
-            counts = {"sampled_tokens": tokens, "kept": len(lines), "dropped": dict(sorted(dropped.items())), "bytes": file.tell()}
+            counts = {
+                "sampled_tokens": tokens,
+                "kept": len(lines),
+                "dropped": dict(sorted(dropped.items())),
+                "bytes": file.tell(),
+            }
             beside = Counter(getattr(tasks, "bill", dict)())
             beside.update(bill())  # two judges may have been asked
             record.step(step, {**summarize(groups), **counts, **engine.bill(), **beside}, groups[:1])
@@ -356,7 +409,9 @@ def _swept(job: Job, engine: Engine | Endpoint, sampled: int) -> Outcome:
     length = sum(row["length"] for row in history) / len(history)
     dropped = sum((Counter(row["dropped"]) for row in history), Counter())
     notes = {"sampled": sampled, "kept": sum(row["kept"] for row in history), "dropped": dict(dropped)}
-    bill = {name: sum(row[name] for row in history) for name in (*BILLED, "teacher_flops") if name in history[0]}
+    bill = {
+        name: sum(row[name] for row in history) for name in (*BILLED, "teacher_flops") if name in history[0]
+    }
     beside = bill.get("judge_flops", 0) + bill.get("teacher_flops", 0)
     if isinstance(engine, Engine):
         flops = tokens * engine.model.config.flops_per_token(length / 2) + beside

@@ -57,12 +57,19 @@ def run_label(job: Job) -> Outcome:
         known = float(np.mean(1 - np.exp(np.concatenate([one.tail for one in labels]))))
         record.step(step, {"labelled_tokens": sum(len(one.tail) for one in labels), "known_mass": known})
         pause(job, record, step < len(shards) - 1)
-    desk.write_rows(job.folder / ROWS, [{**row, "tokens": s.tokens[s.start :].tolist()} for row, s in zip(rows, samples, strict=True)])
+    desk.write_rows(
+        job.folder / ROWS,
+        [{**row, "tokens": s.tokens[s.start :].tolist()} for row, s in zip(rows, samples, strict=True)],
+    )
     (job.folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(job.folder / "tokenizer")
     tokens = sum(len(s.tokens) for s in samples)
     flops = sum(len(s.tokens) * decoder.config.flops_per_token(len(s.tokens) / 2) for s in samples)
-    notes = {"rows": len(rows), "tokenizer": digest_of(tokenizer.backend.to_str()), "data_flops": data_flops(job, stage.rows)}
+    notes = {
+        "rows": len(rows),
+        "tokenizer": digest_of(tokenizer.backend.to_str()),
+        "data_flops": data_flops(job, stage.rows),
+    }
     return {"tokens": tokens, "flops": flops, "notes": {**notes, "teacher_flops": flops}}
 
 
@@ -78,9 +85,16 @@ def run_pairs(job: Job) -> Outcome:
         if places is None:
             return [], Counter(["none is better"])
         best, worst = (to_row(group, group.completions[place], written) for place in places)
-        told = {"chosen": best["completion"], "rejected": worst["completion"], "chosen_score": scores[places[0]], "rejected_score": scores[places[1]]}
+        told = {
+            "chosen": best["completion"],
+            "rejected": worst["completion"],
+            "chosen_score": scores[places[0]],
+            "rejected_score": scores[places[1]],
+        }
         kept = {key: best[key] for key in ("id", "prompt", "language", "origin")}
-        return [{**kept, **told, "chosen_tokens": best["tokens"], "rejected_tokens": worst["tokens"]}], Counter()
+        return [
+            {**kept, **told, "chosen_tokens": best["tokens"], "rejected_tokens": worst["tokens"]}
+        ], Counter()
 
     outcome = sweep(job, ROWS, stage.prompts, judge, bill)
     return {**outcome, "notes": {**outcome["notes"], "tokenizer": digest_of(tokenizer.backend.to_str())}}
@@ -97,7 +111,9 @@ def run_preference(job: Job) -> Outcome:
     plan = plan_pairs(samples, stage.epochs, stage.batch_tokens, job.seed)
     sampled = cited_rows(*stage.pairs)
     plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reading)
-    outcome = fit_samples(job, decoder, tokenizer, samples, plan, stage.batch_tokens, preference(stage.beta, stage.normalized))
+    outcome = fit_samples(
+        job, decoder, tokenizer, samples, plan, stage.batch_tokens, preference(stage.beta, stage.normalized)
+    )
     notes = {**outcome["notes"], "pairs": len(samples) // 2, "data_flops": data_flops(job, sampled)}
     return {**outcome, "flops": outcome["flops"] + reading, "notes": notes}
 
@@ -111,15 +127,33 @@ def run_distill(job: Job) -> Outcome:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     learner, checkpoint = Learner(decoder, stage.optimizer, stage.steps, stage.recompute), job.checkpoint()
     tasks = job.mixture(stage.problems) if stage.problems else None
-    lessons = DistillSampler(stage, job.seed, Engine(decoder, tokenizer, speculate=stage.sampling.speculate), tasks, params_of(stage.sampling), rows)
+    lessons = DistillSampler(
+        stage,
+        job.seed,
+        Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
+        tasks,
+        params_of(stage.sampling),
+        rows,
+    )
     state = checkpoint.restore()
     record = job.record(state["step"] if state else 0, stage.steps)
     train_distill(learner, teachers, lessons, stage, record, checkpoint, budget_of(job, stage.rows))
     save_model(decoder, tokenizer, job.folder)
     history = read_metrics(job.folder)
-    total = {key: sum(row[key] for row in history) for key in ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")}
-    notes = {"parameters": decoder.config.parameters, "teacher_flops": total["teacher_flops"], "data_flops": data_flops(job, stage.rows)}
-    return {"tokens": total["sampled_tokens"] + total["learned_tokens"], "flops": total["flops"], "notes": notes}
+    total = {
+        key: sum(row[key] for row in history)
+        for key in ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")
+    }
+    notes = {
+        "parameters": decoder.config.parameters,
+        "teacher_flops": total["teacher_flops"],
+        "data_flops": data_flops(job, stage.rows),
+    }
+    return {
+        "tokens": total["sampled_tokens"] + total["learned_tokens"],
+        "flops": total["flops"],
+        "notes": notes,
+    }
 
 
 STAGES: dict[str, Callable[[Job], Outcome]] = {
@@ -145,7 +179,9 @@ def _pairs_of(job: Job, tokenizer: Tokenizer) -> list[Learned]:
     return [
         sample
         for number, (better, worse) in enumerate(halves, 1)
-        for sample in to_pair(better.tokens[: better.start], better.tokens[better.start :], worse.tokens[worse.start :], number)
+        for sample in to_pair(
+            better.tokens[: better.start], better.tokens[better.start :], worse.tokens[worse.start :], number
+        )
     ]
 
 
@@ -161,7 +197,11 @@ def _preferred(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[
 def _half(row: dict[str, Any], side: str) -> dict[str, Any]:
     """One side of a pair as a row of its own; a thought that a table keeps apart stands before its answer again."""
     tokens = {"tokens": row[f"{side}_tokens"]} if f"{side}_tokens" in row else {}
-    return {"prompt": row["prompt"], "completion": join_thought(row.get(f"{side}_reasoning") or "", row[side]), **tokens}
+    return {
+        "prompt": row["prompt"],
+        "completion": join_thought(row.get(f"{side}_reasoning") or "", row[side]),
+        **tokens,
+    }
 
 
 def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[Asked]:
@@ -173,7 +213,9 @@ def _owned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[
     for row in given_rows(job, name, share, tokenizer):
         teacher = stage.teachers.get(domain(row["id"]))
         if teacher is None:
-            raise LimbeckError(f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows")
+            raise LimbeckError(
+                f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows"
+            )
         yield teacher, to_sample(row, tokenizer, "keep"), row["prompt"]
 
 
@@ -181,9 +223,15 @@ def _labelled_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> l
     require_same_vocabulary(job, tokenizer, name, Tokenizer.from_directory(job.inputs[name] / "tokenizer"))
     at = job.manifest(name)["settings"]["temperature"]
     if at != job.stage.temperature:
-        raise LimbeckError(f"stages.{job.name}.temperature is {job.stage.temperature:g}, but {name} was labelled at {at:g}; give both the same")
+        raise LimbeckError(
+            f"stages.{job.name}.temperature is {job.stage.temperature:g}, but {name} was labelled at {at:g}; give both the same"
+        )
     rows = zip(read(job.inputs[name] / ROWS), _load_labels(job.inputs[name]), strict=True)
-    samples = [replace(to_sample(row, tokenizer, "keep"), labels=labels) for row, labels in rows if row["id"] not in job.dropped]
+    samples = [
+        replace(to_sample(row, tokenizer, "keep"), labels=labels)
+        for row, labels in rows
+        if row["id"] not in job.dropped
+    ]
     return share_of(samples, share, (job.seed, name))
 
 
@@ -191,7 +239,9 @@ def _labelled_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> l
 
 
 def _save_labels(folder: Path, shard: int, labels: list[Labels]) -> None:
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in labels]) for name in ("ids", "logprobs", "tail")}
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(one, name) for one in labels]) for name in ("ids", "logprobs", "tail")
+    }
     partial = folder / f"labels-{shard:05d}.partial"
     save_file({**arrays, "lengths": np.array([len(one.tail) for one in labels])}, partial)
     partial.replace(partial.with_suffix(".safetensors"))
@@ -201,5 +251,7 @@ def _load_labels(folder: Path) -> Iterator[Labels]:
     for path in sorted(folder.glob("labels-*.safetensors")):
         arrays = load_file(path)
         cuts = np.cumsum(arrays.pop("lengths"))[:-1]
-        for ids, logprobs, tail in zip(*(np.split(arrays[name], cuts) for name in ("ids", "logprobs", "tail")), strict=True):
+        for ids, logprobs, tail in zip(
+            *(np.split(arrays[name], cuts) for name in ("ids", "logprobs", "tail")), strict=True
+        ):
             yield Labels(ids, logprobs, tail)

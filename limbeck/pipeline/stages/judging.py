@@ -40,10 +40,17 @@ def run_calibrate(job: Job) -> Outcome:
         )
     judge = open_judge(job, stage.judge, stage.judging)
     told = calibrate(judge, pairs, stage.bar, job.seed)
-    whose = {"judge": stage.judge, "digest": job.manifest(stage.judge)["digest"], "judging": stage.judging.model_dump(mode="json")}
+    whose = {
+        "judge": stage.judge,
+        "digest": job.manifest(stage.judge)["digest"],
+        "judging": stage.judging.model_dump(mode="json"),
+    }
     write(job.folder / CALIBRATION, json.dumps({**told, **whose}, indent=2, ensure_ascii=False) + "\n")
     bill = judge.bill()
-    notes = {name: told[name] for name in ("pairs", "agreement", "kappa", "position", "length", "abstained", "passed", "refusals")}
+    notes = {
+        name: told[name]
+        for name in ("pairs", "agreement", "kappa", "position", "length", "abstained", "passed", "refusals")
+    }
     notes |= {"canaries": told["canaries"]["share"], **bill}
     return {"tokens": tokens + bill["judge_tokens"], "flops": flops + bill["judge_flops"], "notes": notes}
 
@@ -66,7 +73,12 @@ def _by_truth(job: Job) -> tuple[list[Pair], int, float]:
     problems = tasks.draw(4 * stage.pairs, (job.seed, "prompts"))
     pairs, lengths = [], []
     for i in range(0, len(problems), stage.pairs):
-        groups = [tasks.score(g) for g in engine.rollout(problems[i : i + stage.pairs], stage.samples, params_of(stage.sampling), job.seed)]
+        groups = [
+            tasks.score(g)
+            for g in engine.rollout(
+                problems[i : i + stage.pairs], stage.samples, params_of(stage.sampling), job.seed
+            )
+        ]
         lengths += [len(c.tokens) for group in groups for c in group.completions]
         pairs += by_truth(groups, job.seed)
         if len(pairs) >= stage.pairs:
@@ -91,7 +103,15 @@ def run_reward(job: Job) -> Outcome:
     learner = RewardModelLearner(decoder, stage.optimizer, len(plan))
     if state := checkpoint.restore():
         learner.load_state_dict(state["learner"])
-    fit(learner, pairs, plan, stage.batch_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint)
+    fit(
+        learner,
+        pairs,
+        plan,
+        stage.batch_tokens,
+        stage.log_every,
+        job.record(learner.step, len(plan)),
+        checkpoint,
+    )
     told = _measured(learner, pairs, [_halves(row, tokenizer) for row in kept])
     save_file({"value.weight": decoder.value.weight.detach().contiguous()}, job.folder / VALUE)
     del decoder.value
@@ -100,14 +120,22 @@ def run_reward(job: Job) -> Outcome:
     tokens = sum(len(half.tokens) for batch in plan for i in batch for half in pairs[i])
     count = sum(2 * len(batch) for batch in plan)
     flops = tokens * decoder.config.flops_per_token(tokens / count / 2, backward=True)
-    return {"tokens": tokens, "flops": flops, "notes": {"parameters": decoder.config.parameters, "pairs": len(pairs), **told}}
+    return {
+        "tokens": tokens,
+        "flops": flops,
+        "notes": {"parameters": decoder.config.parameters, "pairs": len(pairs), **told},
+    }
 
 
 def _halves(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[Sample, Sample]:
-    return to_sample(tokenizer, row["prompt"], row["chosen"]), to_sample(tokenizer, row["prompt"], row["rejected"])
+    return to_sample(tokenizer, row["prompt"], row["chosen"]), to_sample(
+        tokenizer, row["prompt"], row["rejected"]
+    )
 
 
-def _measured(learner: RewardModelLearner, learned: list[tuple[Sample, Sample]], kept: list[tuple[Sample, Sample]]) -> dict[str, Any]:
+def _measured(
+    learner: RewardModelLearner, learned: list[tuple[Sample, Sample]], kept: list[tuple[Sample, Sample]]
+) -> dict[str, Any]:
     """Accuracy on held-out pairs with its interval, and where the middle of the values is."""
     better, worse = (learner.values([pair[half] for pair in kept]) for half in (0, 1))
     middle = learner.values([half for pair in learned for half in pair]).mean()
@@ -125,7 +153,9 @@ def preferences(job: Job, rows: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for name in ("prompt", "chosen", "rejected"):
             if not isinstance(row.get(name), str):
                 where = f"{rows}, line {number}" if table else f"stages.{rows}, row {number}"
-                raise LimbeckError(f"{where}: {name} is missing or no text; rows of preferences have prompt, chosen and rejected")
+                raise LimbeckError(
+                    f"{where}: {name} is missing or no text; rows of preferences have prompt, chosen and rejected"
+                )
         yield number, dict(row)
 
 

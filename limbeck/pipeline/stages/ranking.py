@@ -24,11 +24,17 @@ class Reader:
     """A teacher that reads completions: how likely it finds each, and what that cost since the last bill."""
 
     def __init__(self, teacher: Decoder):
-        self.config, self.score, self.flops = teacher.config, likelihood(Learner(teacher, Optimizer(), 1), MICRO_TOKENS), 0.0
+        self.config, self.score, self.flops = (
+            teacher.config,
+            likelihood(Learner(teacher, Optimizer(), 1), MICRO_TOKENS),
+            0.0,
+        )
 
     def __call__(self, group: Group) -> Sequence[float]:
         asked, lengths = len(group.prompt_tokens), [len(c.tokens) for c in group.completions]
-        self.flops += (asked + sum(lengths)) * self.config.flops_per_token(asked + sum(lengths) / len(lengths) / 2)
+        self.flops += (asked + sum(lengths)) * self.config.flops_per_token(
+            asked + sum(lengths) / len(lengths) / 2
+        )
         return self.score(group)
 
     def bill(self) -> dict[str, float]:
@@ -58,9 +64,13 @@ def require_same_vocabulary(job: Job, student: Tokenizer, name: str, teacher: To
     differ = sum(mine.get(token) != theirs.get(token) for token in {**mine, **theirs})
     remedy = "take a teacher of the same family, learn its outputs (kind: sft), which are text, or distil spans of it (divergence: text)"
     if differ:
-        raise LimbeckError(f"{job.name}: the vocabulary of the teacher {name} differs from the student's in {differ} tokens; {remedy}")
+        raise LimbeckError(
+            f"{job.name}: the vocabulary of the teacher {name} differs from the student's in {differ} tokens; {remedy}"
+        )
     if student.end_id != teacher.end_id:
-        raise LimbeckError(f"{job.name}: the teacher {name} ends its turn with {teacher.end!r}, the student with {student.end!r}; {remedy}")
+        raise LimbeckError(
+            f"{job.name}: the teacher {name} ends its turn with {teacher.end!r}, the student with {student.end!r}; {remedy}"
+        )
 
 
 def ranked(group: Group, keep: str | None, scorer: Scorer | None) -> list[int]:

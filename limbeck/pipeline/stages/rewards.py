@@ -27,7 +27,9 @@ def panel_of(job: Job, tasks: Tasks, sampling: SamplingParams) -> Panel:
     """The opinions that an `rl` stage listens to, and what it listens with."""
     stage: RL = job.stage
     makers = {"judge": judge_of, "preference": reward_of}
-    voices: dict[str, Voice] = {part: makers[part](job, opinion.of) for part, opinion in (stage.opinions or {}).items()}
+    voices: dict[str, Voice] = {
+        part: makers[part](job, opinion.of) for part, opinion in (stage.opinions or {}).items()
+    }
     return Panel(stage, voices, tasks, sampling, job.seed)
 
 
@@ -43,7 +45,10 @@ class Judged:
 
 def heard(job: Job) -> Mixture | Judged:
     """A stage's problems, with a judge beside their checker where it names one."""
-    tasks, name = job.mixture(job.stage.problems, getattr(job.stage, "rewards", None)), getattr(job.stage, "judge", None)
+    tasks, name = (
+        job.mixture(job.stage.problems, getattr(job.stage, "rewards", None)),
+        getattr(job.stage, "judge", None),
+    )
     return Judged(tasks, judge_of(job, name)) if name else tasks
 
 

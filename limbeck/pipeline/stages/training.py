@@ -33,7 +33,16 @@ def fit_samples(
     learner, checkpoint = Learner(decoder, stage.optimizer, len(plan), recompute), job.checkpoint()
     if state := checkpoint.restore():
         learner.load_state_dict(state["learner"])
-    fit(learner, samples, plan, micro_tokens, stage.log_every, job.record(learner.step, len(plan)), checkpoint, loss)
+    fit(
+        learner,
+        samples,
+        plan,
+        micro_tokens,
+        stage.log_every,
+        job.record(learner.step, len(plan)),
+        checkpoint,
+        loss,
+    )
     save_model(decoder, tokenizer, job.folder)
     lengths = [len(samples[i].tokens) for batch in plan for i in batch]
     tokens = sum(lengths)
@@ -56,11 +65,15 @@ def budget_of(job: Job, data: Iterable[str] = ()) -> float:
         return math.inf
     taken = data_flops(job, data)
     if taken >= stage.flops:
-        raise LimbeckError(f"stages.{job.name}.flops: its rows alone took {taken:.3g} of {stage.flops:.3g}; allow more, or sample less")
+        raise LimbeckError(
+            f"stages.{job.name}.flops: its rows alone took {taken:.3g} of {stage.flops:.3g}; allow more, or sample less"
+        )
     return stage.flops - taken
 
 
-def affordable(plan: list[list[int]], samples: list[Sample], config: ModelConfig, budget: float) -> list[list[int]]:
+def affordable(
+    plan: list[list[int]], samples: list[Sample], config: ModelConfig, budget: float
+) -> list[list[int]]:
     """The batches of a plan that a budget pays for: one at least."""
     if math.isinf(budget):
         return plan

@@ -49,7 +49,9 @@ class Route(APIRoute):
             except HTTPException as error:  # a body that is not even text
                 return refusal(error.status_code, str(error.detail))
             except Full as error:
-                return refusal(429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)})
+                return refusal(
+                    429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)}
+                )
             except ModelFailed as error:
                 return refusal(500, str(error))
             except UnknownModel as error:
@@ -60,17 +62,29 @@ class Route(APIRoute):
         return handler
 
 
-def refusal(status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
+def refusal(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
     where = param.encode("utf-8", "replace").decode() if param else None  # a key may be half a character
     message = message.encode("utf-8", "replace").decode()
     kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": where, "code": code}}, status, headers)
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": where, "code": code}}, status, headers
+    )
 
 
 def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
     """Where, and what: `messages.0.role: Input should be ...`."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body") if first["type"] != "json_invalid" else ""
+    where = (
+        ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] != "json_invalid"
+        else ""
+    )
     return (f"{where}: {first['msg']}" if where else first["msg"]), where or "body"
 
 
@@ -104,17 +118,30 @@ def api(site: AppState) -> APIRouter:
         """The assistant's next turn, its thought apart."""
         served = service.model(asked.model)
         wish, head = asked.wish(served), _head("chatcmpl", "chat.completion", served)
-        answer = await service.ask(served, [turn.plain() for turn in asked.messages], wish, asked.keep_reasoning)
+        answer = await service.ask(
+            served, [turn.plain() for turn in asked.messages], wish, asked.keep_reasoning
+        )
         if asked.stream:
-            return Stream(_chat_chunks(service, served, answer, wish, head, asked.tells_usage), lambda: service.forget(served, [answer]))
-        answered = await _unless_gone(request, gathered(service.follow(served, answer, wish)), lambda: service.forget(served, [answer]))
+            return Stream(
+                _chat_chunks(service, served, answer, wish, head, asked.tells_usage),
+                lambda: service.forget(served, [answer]),
+            )
+        answered = await _unless_gone(
+            request, gathered(service.follow(served, answer, wish)), lambda: service.forget(served, [answer])
+        )
         if answered is None:
             return Response(status_code=GONE)
         choices = [
-            {"index": i, "message": message_of(one), "finish_reason": one.finish,
-             "logprobs": chat_logprobs(served, one.said, one.thought_said) if wish.top is not None else None}
+            {
+                "index": i,
+                "message": message_of(one),
+                "finish_reason": one.finish,
+                "logprobs": chat_logprobs(served, one.said, one.thought_said)
+                if wish.top is not None
+                else None,
+            }
             for i, one in enumerate(answered)
-        ]  # fmt: skip
+        ]
         return JSONResponse({**head, "choices": choices, "usage": usage_of([answered[0].usage])})
 
     @router.post("/v1/completions")
@@ -140,15 +167,28 @@ def api(site: AppState) -> APIRouter:
 
 
 def _model(served: Served) -> dict[str, Any]:
-    price = {"price": {"prompt": served.price.prompt, "completion": served.price.completion}} if served.price else {}
+    price = (
+        {"price": {"prompt": served.price.prompt, "completion": served.price.completion}}
+        if served.price
+        else {}
+    )
     return {
-        "id": served.name, "object": "model", "created": served.created, "owned_by": "limbeck",
-        "max_model_len": served.config.max_positions, **price,
-    }  # fmt: skip
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "limbeck",
+        "max_model_len": served.config.max_positions,
+        **price,
+    }
 
 
 def _head(kind: str, thing: str, served: Served) -> dict[str, Any]:
-    return {"id": f"{kind}-{secrets.token_hex(12)}", "object": thing, "created": int(time.time()), "model": served.name}
+    return {
+        "id": f"{kind}-{secrets.token_hex(12)}",
+        "object": thing,
+        "created": int(time.time()),
+        "model": served.name,
+    }
 
 
 def _ids(served: Served, prompt: str | list[int]) -> np.ndarray:
@@ -159,11 +199,21 @@ def _ids(served: Served, prompt: str | list[int]) -> np.ndarray:
 
 
 async def _chat_chunks(
-    service: Service, served: Served, answer: Answer, wish: GenerationOptions, head: dict[str, Any], tells_usage: bool
+    service: Service,
+    served: Served,
+    answer: Answer,
+    wish: GenerationOptions,
+    head: dict[str, Any],
+    tells_usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     head = {**head, "object": "chat.completion.chunk"}
     for choice in range(wish.n):
-        yield {**head, "choices": [{"index": choice, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+        yield {
+            **head,
+            "choices": [
+                {"index": choice, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            ],
+        }
     async with aclosing(service.follow(served, answer, wish)) as pieces:
         async for piece in pieces:
             if piece.text or piece.said or piece.finish:
@@ -178,7 +228,10 @@ def _chat_choice(served: Served, piece: Piece, wish: GenerationOptions) -> dict[
     if wish.top is None:
         return choice
     thinks = piece.kind == "thought"
-    return {**choice, "logprobs": chat_logprobs(served, () if thinks else piece.said, piece.said if thinks else ())}
+    return {
+        **choice,
+        "logprobs": chat_logprobs(served, () if thinks else piece.said, piece.said if thinks else ()),
+    }
 
 
 # ---------------------------------------------------------------- texts
@@ -198,7 +251,9 @@ class _Text:
         said = []
         if self.echo and self.wish.top is not None:
             scored = [(None, ()), *zip(self.answer.prompt_logprobs, self.answer.prompt_tops, strict=True)]
-            said = [(int(token), *score) for token, score in zip(self.answer.request.prompt, scored, strict=True)]
+            said = [
+                (int(token), *score) for token, score in zip(self.answer.request.prompt, scored, strict=True)
+            ]
         return self._choice(choice, self.prompt, said, 0, None)
 
     def went_on(self, piece: Piece) -> dict[str, Any]:
@@ -223,7 +278,9 @@ class _Text:
                     yield self.went_on(piece)
 
 
-async def _text_chunks(service: Service, texts: Sequence[_Text], head: dict[str, Any], tells_usage: bool) -> AsyncIterator[dict[str, Any]]:
+async def _text_chunks(
+    service: Service, texts: Sequence[_Text], head: dict[str, Any], tells_usage: bool
+) -> AsyncIterator[dict[str, Any]]:
     for i, text in enumerate(texts):
         async with aclosing(text.pieces(service)) as choices:
             async for choice in choices:
@@ -234,7 +291,9 @@ async def _text_chunks(service: Service, texts: Sequence[_Text], head: dict[str,
 
 async def _whole_texts(service: Service, texts: Sequence[_Text]) -> list[dict[str, Any]]:
     async def whole(i: int, text: _Text) -> list[dict[str, Any]]:
-        choices: list[dict[str, Any]] = [{"index": i * text.wish.n + c, "text": "", "logprobs": None} for c in range(text.wish.n)]
+        choices: list[dict[str, Any]] = [
+            {"index": i * text.wish.n + c, "text": "", "logprobs": None} for c in range(text.wish.n)
+        ]
         async with aclosing(text.pieces(service)) as parts:
             async for part in parts:
                 choice = choices[part["index"]]
@@ -244,7 +303,11 @@ async def _whole_texts(service: Service, texts: Sequence[_Text]) -> list[dict[st
                 choice["logprobs"] = {key: told[key] + part["logprobs"][key] for key in told} or None
         return choices
 
-    return [choice for choices in await asyncio.gather(*(whole(i, text) for i, text in enumerate(texts))) for choice in choices]
+    return [
+        choice
+        for choices in await asyncio.gather(*(whole(i, text) for i, text in enumerate(texts)))
+        for choice in choices
+    ]
 
 
 # ---------------------------------------------------------------- the wire
@@ -254,7 +317,9 @@ class Stream(Response):
     """Server-sent events, until the last chunk or until nobody reads them; `forget` is called in every case."""
 
     def __init__(self, chunks: AsyncIterator[dict[str, Any]], forget: Callable[[], None]):
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
         del self.headers["content-length"]
         self.chunks, self.forget = chunks, forget
 
@@ -279,13 +344,19 @@ class Stream(Response):
                 async for chunk in chunks:
                     yield event(chunk)
         except LimbeckError as error:
-            yield event({"error": {"message": str(error), "type": "server_error", "param": None, "code": None}})
+            yield event(
+                {"error": {"message": str(error), "type": "server_error", "param": None, "code": None}}
+            )
         yield b"data: [DONE]\n\n"
 
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event; JSON has no line breaks of its own."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return (
+        b"data: "
+        + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        + b"\n\n"
+    )
 
 
 async def _unless_gone(request: Request, work: Awaitable[Any], forget: Callable[[], None]) -> Any:

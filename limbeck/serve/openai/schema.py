@@ -14,7 +14,13 @@ from ..service import Answered, GenerationOptions, Said, Served, Usage
 
 MOST = 1 << 20  # tokens
 SEED = 1 << 63
-EFFORT = {"none": 0.0, "minimal": 1 / 64, "low": 1 / 16, "medium": 1 / 4, "high": None}  # of the model's positions
+EFFORT = {
+    "none": 0.0,
+    "minimal": 1 / 64,
+    "low": 1 / 16,
+    "medium": 1 / 4,
+    "high": None,
+}  # of the model's positions
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "parallel_tool_calls": True, "tool_choice": "none", "suffix": "",
     "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium",
@@ -36,7 +42,11 @@ class Asked(BaseModel):
     def _nothing_asked(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        empty = {key for key, value in data.items() if value is None or value in ([], {}, False) or NEUTRAL.get(key, ...) == value}
+        empty = {
+            key
+            for key, value in data.items()
+            if value is None or value in ([], {}, False) or NEUTRAL.get(key, ...) == value
+        }
         return {key: value for key, value in data.items() if key in cls.model_fields or key not in empty}
 
 
@@ -61,7 +71,11 @@ class Turn(Asked):
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text, "reasoning_content": self.reasoning_content or self.reasoning or ""}
+        return {
+            "role": role,
+            "content": text,
+            "reasoning_content": self.reasoning_content or self.reasoning or "",
+        }
 
 
 class StreamOptions(Asked):
@@ -112,11 +126,16 @@ class ChatRequest(Sampled):
         share = EFFORT[self.reasoning_effort] if self.reasoning_effort else None
         budget = None if share is None else int(share * served.config.max_positions)
         return GenerationOptions(
-            0.6 if self.temperature is None else self.temperature, 0.95 if self.top_p is None else self.top_p,
-            self.max_completion_tokens or self.max_tokens, self.n or 1, self.seed, self.stops,
+            0.6 if self.temperature is None else self.temperature,
+            0.95 if self.top_p is None else self.top_p,
+            self.max_completion_tokens or self.max_tokens,
+            self.n or 1,
+            self.seed,
+            self.stops,
             budget if self.thinking_budget is None else self.thinking_budget,
-            (self.top_logprobs or 0) if self.logprobs else None, endless=self.ignore_eos,
-        )  # fmt: skip
+            (self.top_logprobs or 0) if self.logprobs else None,
+            endless=self.ignore_eos,
+        )
 
 
 class CompletionRequest(Sampled):
@@ -126,7 +145,10 @@ class CompletionRequest(Sampled):
         Text
         | Annotated[list[Id], Field(min_length=1, max_length=MOST)]
         | Annotated[list[Text], Field(min_length=1, max_length=128)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1, max_length=MOST)]], Field(min_length=1, max_length=128)]
+        | Annotated[
+            list[Annotated[list[Id], Field(min_length=1, max_length=MOST)]],
+            Field(min_length=1, max_length=128),
+        ]
     )
     max_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = 16
     echo: bool | None = None
@@ -141,9 +163,18 @@ class CompletionRequest(Sampled):
 
     def wish(self, served: Served) -> GenerationOptions:
         return GenerationOptions(
-            1.0 if self.temperature is None else self.temperature, 1.0 if self.top_p is None else self.top_p, self.max_tokens, self.n or 1,
-            self.seed, self.stops, None, self.logprobs, bool(self.echo and self.logprobs is not None), self.ignore_eos, plain=True,
-        )  # fmt: skip
+            1.0 if self.temperature is None else self.temperature,
+            1.0 if self.top_p is None else self.top_p,
+            self.max_tokens,
+            self.n or 1,
+            self.seed,
+            self.stops,
+            None,
+            self.logprobs,
+            bool(self.echo and self.logprobs is not None),
+            self.ignore_eos,
+            plain=True,
+        )
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
@@ -158,17 +189,21 @@ def usage_of(usages: list[Usage]) -> dict[str, Any]:
     """The usage of one request, which may have had several prompts."""
     read, said = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
     told = {
-        "prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said,
+        "prompt_tokens": read,
+        "completion_tokens": said,
+        "total_tokens": read + said,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in usages)},
         "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning_tokens for u in usages)},
-    }  # fmt: skip
+    }
     costs = [u.cost for u in usages if u.cost is not None]
     return {**told, "cost": sum(costs)} if costs else told
 
 
 def message_of(answered: Answered) -> dict[str, Any]:
     """The thought under both names that clients know."""
-    thought = {"reasoning_content": answered.thought, "reasoning": answered.thought} if answered.thought else {}
+    thought = (
+        {"reasoning_content": answered.thought, "reasoning": answered.thought} if answered.thought else {}
+    )
     return {"role": "assistant", "content": answered.answer, **thought}
 
 
@@ -185,12 +220,21 @@ def chat_logprobs(served: Served, said: tuple[Said, ...], thought: tuple[Said, .
         return {"token": label, "logprob": max(logprob, -9999.0), "bytes": list(label.encode())}
 
     def entries(many: tuple[Said, ...]) -> list[dict[str, Any]]:
-        return [{**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in many]
+        return [
+            {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]}
+            for one in many
+        ]
 
-    return {"content": entries(said), "refusal": None, **({"reasoning_content": entries(thought)} if thought else {})}
+    return {
+        "content": entries(said),
+        "refusal": None,
+        **({"reasoning_content": entries(thought)} if thought else {}),
+    }
 
 
-def text_logprobs(served: Served, said: list[tuple[int, float | None, tuple]], offset: int = 0) -> dict[str, Any]:
+def text_logprobs(
+    served: Served, said: list[tuple[int, float | None, tuple]], offset: int = 0
+) -> dict[str, Any]:
     """As `/v1/completions` tells them: four lists side by side; the first token of all has no probability."""
     labels = [served.tokenizer.label(token) for token, _, _ in said]
     tops: list[dict[str, float] | None] = []
@@ -200,4 +244,9 @@ def text_logprobs(served: Served, said: list[tuple[int, float | None, tuple]], o
             told.setdefault(served.tokenizer.label(token), one)
         tops.append(None if logprob is None else {**told, label: told.get(label, logprob)})
     offsets = [offset + sum(map(len, labels[:i])) for i in range(len(labels))]
-    return {"tokens": labels, "token_logprobs": [logprob for _, logprob, _ in said], "top_logprobs": tops, "text_offset": offsets}
+    return {
+        "tokens": labels,
+        "token_logprobs": [logprob for _, logprob, _ in said],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }

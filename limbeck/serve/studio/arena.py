@@ -21,7 +21,12 @@ from ..questions import Questions
 from ..votes import Battle, Refused, VoteStore
 
 Control = Literal["", "length", "style"]
-WINNERS = {"a": "model_a", "b": "model_b", "tie": "tie", "bad": "tie (bothbad)"}  # as Chatbot Arena's published votes call them
+WINNERS = {
+    "a": "model_a",
+    "b": "model_b",
+    "tie": "tie",
+    "bad": "tie (bothbad)",
+}  # as Chatbot Arena's published votes call them
 
 
 def routes(site: AppState) -> APIRouter:
@@ -43,7 +48,12 @@ def told(route: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[R
         try:
             return await route(request=request, **given)
         except Refused as error:
-            return render(request, "arena_refused.html.jinja", error.status, why=say(language_of(request), f"arena.{error.key}"))
+            return render(
+                request,
+                "arena_refused.html.jinja",
+                error.status,
+                why=say(language_of(request), f"arena.{error.key}"),
+            )
         except LimbeckError as error:
             return render(request, "arena_refused.html.jinja", 400, why=str(error))
 
@@ -65,15 +75,24 @@ def _add_battles(room: APIRouter, ring: Arena) -> None:
         name = voter(request)
 
         def page() -> Response:
-            return render(request, "arena.html.jinja", fighters=ring.fighters(), sets=ring.questions.names(), waiting=ring.ballots.waiting(name))
+            return render(
+                request,
+                "arena.html.jinja",
+                fighters=ring.fighters(),
+                sets=ring.questions.names(),
+                waiting=ring.ballots.waiting(name),
+            )
 
         return await run_in_threadpool(page)
 
     @room.post("")
     @told
     async def begin(
-        request: Request, prompt: str = Form("", max_length=20_000), set: str = Form("", max_length=300), who: list[str] = Form([]),  # noqa: B008
-    ) -> Response:  # fmt: skip
+        request: Request,
+        prompt: str = Form("", max_length=20_000),
+        set: str = Form("", max_length=300),
+        who: list[str] = Form([]),  # noqa: B008
+    ) -> Response:
         if not prompt.strip() and not set:
             raise Refused("nothing", 400)
         wish = {"prompt": prompt, "set": set, "who": who}
@@ -88,11 +107,18 @@ def _add_battles(room: APIRouter, ring: Arena) -> None:
         battle = await run_in_threadpool(ring.ballots.battle, battle_id)
         own = battle.voter == name
         failed = own and not ring.attend(battle)
-        return await run_in_threadpool(render, request, "arena_battle.html.jinja", battle=battle, own=own, failed=failed)
+        return await run_in_threadpool(
+            render, request, "arena_battle.html.jinja", battle=battle, own=own, failed=failed
+        )
 
     @room.post("/b/{battle_id}")
     @told
-    async def vote(request: Request, battle_id: str, token: str = Form(max_length=100), outcome: str = Form(max_length=10)) -> Response:
+    async def vote(
+        request: Request,
+        battle_id: str,
+        token: str = Form(max_length=100),
+        outcome: str = Form(max_length=10),
+    ) -> Response:
         await run_in_threadpool(ring.ballots.vote, battle_id, token, voter(request), outcome)
         return RedirectResponse(f"/arena/b/{battle_id}", 303)
 
@@ -127,9 +153,16 @@ def _add_board(room: APIRouter, ring: Arena) -> None:
         def page() -> Response:
             total = len(ring.ballots)
             return render(
-                request, "arena_board.html.jinja", **shown(total, language, control), language=language, control=control, total=total,
-                broken=ring.ballots.broken(), judging=dict(ring.judging), served=sorted(ring.served()),
-            )  # fmt: skip
+                request,
+                "arena_board.html.jinja",
+                **shown(total, language, control),
+                language=language,
+                control=control,
+                total=total,
+                broken=ring.ballots.broken(),
+                judging=dict(ring.judging),
+                served=sorted(ring.served()),
+            )
 
         return await run_in_threadpool(page)
 
@@ -144,8 +177,17 @@ def _add_board(room: APIRouter, ring: Arena) -> None:
 def _board(votes: list[Vote], control: Control) -> dict[str, Any]:
     """What the leaderboard shows: ratings by people and, apart from them, by each judge; and who voted."""
     people = rate((vote for vote in votes if not vote.judge), control)
-    judges = {told["judge"]: rate((v for v in votes if v.judge and v.voter == told["judge"]), control) for told in judged(votes)}
-    return {"people": people, "judges": judges, "scale": _scale([people, *judges.values()]), "voters": examine(votes), "beside": judged(votes)}
+    judges = {
+        told["judge"]: rate((v for v in votes if v.judge and v.voter == told["judge"]), control)
+        for told in judged(votes)
+    }
+    return {
+        "people": people,
+        "judges": judges,
+        "scale": _scale([people, *judges.values()]),
+        "voters": examine(votes),
+        "beside": judged(votes),
+    }
 
 
 def _scale(ratings: list[Ratings]) -> Callable[[float], float]:
@@ -166,13 +208,26 @@ def _add_exports(room: APIRouter, ballots: VoteStore) -> None:
     @room.get("/votes.jsonl")
     def votes() -> Response:
         rows = (
-            {"model_a": v.a, "model_b": v.b, "winner": WINNERS[v.outcome], "judge": v.voter, "human": not v.judge, "language": v.language,
-             "tstamp": v.when, "question_id": v.battle}
-            for v in ballots.votes() if v.outcome
-        )  # fmt: skip
+            {
+                "model_a": v.a,
+                "model_b": v.b,
+                "winner": WINNERS[v.outcome],
+                "judge": v.voter,
+                "human": not v.judge,
+                "language": v.language,
+                "tstamp": v.when,
+                "question_id": v.battle,
+            }
+            for v in ballots.votes()
+            if v.outcome
+        )
         return _lines(rows, "votes.jsonl")
 
 
 def _lines(rows: Iterator[dict[str, Any]], name: str) -> Response:
     text = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return StreamingResponse(text, media_type="application/jsonl", headers={"content-disposition": f'attachment; filename="{name}"'})
+    return StreamingResponse(
+        text,
+        media_type="application/jsonl",
+        headers={"content-disposition": f'attachment; filename="{name}"'},
+    )

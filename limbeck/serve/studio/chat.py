@@ -28,7 +28,9 @@ WARMEST, DEEPEST = 2.0, 1_000_000
 
 Number = Annotated[int, Path(ge=0, le=LAST)]
 Chosen = Annotated[int, Form(ge=0, le=LAST)]
-Text = Annotated[str, Form(min_length=1, max_length=LONGEST), AfterValidator(lambda text: text.replace("\r\n", "\n"))]  # as forms send it
+Text = Annotated[
+    str, Form(min_length=1, max_length=LONGEST), AfterValidator(lambda text: text.replace("\r\n", "\n"))
+]  # as forms send it
 
 
 def routes(site: AppState) -> APIRouter:
@@ -92,7 +94,9 @@ class _Desk:
 
     def show(self, request: Request, name: str, turn: int | None = None) -> Response:
         talk = self.read(request, name)
-        turns = [one for one in talk.turns if turn is None or one.id >= turn]  # along a branch the numbers grow
+        turns = [
+            one for one in talk.turns if turn is None or one.id >= turn
+        ]  # along a branch the numbers grow
         return _page(request, self, "chat_turns.html.jinja", talk=talk, turns=turns)
 
 
@@ -115,7 +119,9 @@ Wished = Annotated[Settings | None, Depends(wished)]
 def _reading(router: APIRouter, desk: _Desk) -> None:
     @router.get("")
     def home(request: Request, before: float = float("inf")) -> Response:
-        return _page(request, desk, "chat_home.html.jinja", before=before, settings=Settings(tuple(desk.models()[:1])))
+        return _page(
+            request, desk, "chat_home.html.jinja", before=before, settings=Settings(tuple(desk.models()[:1]))
+        )
 
     @router.get("/{name}")
     def talk(request: Request, name: str, turns: int = TURNS) -> Response:
@@ -124,12 +130,24 @@ def _reading(router: APIRouter, desk: _Desk) -> None:
         found = desk.read(request, name)
         shown = found.turns[-turns:] if turns > 0 else found.turns
         return _page(
-            request, desk, "chat.html.jinja", talk=found, turns=shown, earlier=len(found.turns) - len(shown), settings=found.settings
+            request,
+            desk,
+            "chat.html.jinja",
+            talk=found,
+            turns=shown,
+            earlier=len(found.turns) - len(shown),
+            settings=found.settings,
         )
 
     @router.get("/{name}/answers/{number}")
     def answer(request: Request, name: str, number: Number) -> Response:
-        return _page(request, desk, "chat_answer.html.jinja", talk=desk.read(request, name), answer=desk.answer(request, name, number))
+        return _page(
+            request,
+            desk,
+            "chat_answer.html.jinja",
+            talk=desk.read(request, name),
+            answer=desk.answer(request, name, number),
+        )
 
     @router.get("/{name}/answers/{number}/text")
     def text(request: Request, name: str, number: Number) -> Response:
@@ -142,7 +160,16 @@ def _reading(router: APIRouter, desk: _Desk) -> None:
         if said is None:
             raise HTTPException(404, say(language_of(request), "site.lost"))
         template = "chat_leaf.html.jinja" if "hx-request" in request.headers else "chat_leaf_page.html.jinja"
-        return _page(request, desk, template, talk=desk.read(request, name), answer=answer, part=part, said=said, page=page)
+        return _page(
+            request,
+            desk,
+            template,
+            talk=desk.read(request, name),
+            answer=answer,
+            part=part,
+            said=said,
+            page=page,
+        )
 
     @router.get("/{name}/follow", response_class=EventSourceResponse)
     async def follow(request: Request, name: str, after: int = -1) -> AsyncIterator[Any]:
@@ -158,7 +185,9 @@ def _reading(router: APIRouter, desk: _Desk) -> None:
     @router.get("/{name}/export.md")
     def markdown(request: Request, name: str) -> Response:
         words = partial(say, language_of(request))
-        return _file(PlainTextResponse(as_markdown(desk.read(request, name), words), media_type="text/markdown"), "md")
+        return _file(
+            PlainTextResponse(as_markdown(desk.read(request, name), words), media_type="text/markdown"), "md"
+        )
 
     @router.get("/{name}/export.json")
     def export(request: Request, name: str) -> Response:
@@ -179,11 +208,18 @@ def _speaking(router: APIRouter, desk: _Desk) -> None:
     async def start(request: Request, text: Text, settings: Wished) -> Response:
         settings = served(request, settings)
         name = await asyncio.to_thread(desk.shelf.start, _name(request), settings)
-        desk.begin(name, await asyncio.to_thread(desk.shelf.ask, name, None, text, settings), settings.models, settings)
+        desk.begin(
+            name,
+            await asyncio.to_thread(desk.shelf.ask, name, None, text, settings),
+            settings.models,
+            settings,
+        )
         return RedirectResponse(f"/chat/{name}", 303)
 
     @router.post("/{name}/say")
-    async def ask(request: Request, name: str, text: Text, settings: Wished, parent: int | None = Form(None)) -> Response:
+    async def ask(
+        request: Request, name: str, text: Text, settings: Wished, parent: int | None = Form(None)
+    ) -> Response:
         talk = await asyncio.to_thread(desk.own, request, name, True)
         settings = served(request, settings, talk.settings)
         if parent is not None and parent not in {turn.id for turn in talk.turns}:
@@ -207,7 +243,12 @@ def _speaking(router: APIRouter, desk: _Desk) -> None:
     async def again(request: Request, name: str, settings: Wished, answer: Chosen) -> Response:
         talk = await asyncio.to_thread(desk.own, request, name, True)
         old = await asyncio.to_thread(desk.answer, request, name, answer)
-        settings = served(request, Settings((old.model,), (settings or talk.settings).temperature, (settings or talk.settings).budget))
+        settings = served(
+            request,
+            Settings(
+                (old.model,), (settings or talk.settings).temperature, (settings or talk.settings).budget
+            ),
+        )
         number = await asyncio.to_thread(desk.shelf.again, name, old, settings)
         desk.begin(name, [number], settings.models, settings)
         return await desk.rest(request, name, old.turn)
@@ -222,7 +263,10 @@ def _speaking(router: APIRouter, desk: _Desk) -> None:
 def _keeping(router: APIRouter, desk: _Desk) -> None:
     @router.post("/{name}/show")
     async def show(
-        request: Request, name: str, turn: int | None = Form(None, le=LAST), answer: int | None = Form(None, le=LAST)
+        request: Request,
+        name: str,
+        turn: int | None = Form(None, le=LAST),
+        answer: int | None = Form(None, le=LAST),
     ) -> Response:
         await asyncio.to_thread(desk.own, request, name, True)
         of = turn if answer is None else (await asyncio.to_thread(desk.answer, request, name, answer)).turn
@@ -250,14 +294,23 @@ def _page(request: Request, desk: _Desk, template: str, **values: Any) -> Respon
     before = values.pop("before", float("inf"))
     listed = [] if "hx-request" in request.headers else desk.shelf.listed(_name(request), before)
     return render(
-        request, template, models=desk.models(), listed=listed, own=talk is None or mine(request, talk), pages=pages,
-        html=lambda page: Markup(html(page)), meter=partial(_meter, words), **{"thinks": False, **values},
-    )  # fmt: skip
+        request,
+        template,
+        models=desk.models(),
+        listed=listed,
+        own=talk is None or mine(request, talk),
+        pages=pages,
+        html=lambda page: Markup(html(page)),
+        meter=partial(_meter, words),
+        **{"thinks": False, **values},
+    )
 
 
 def _meter(words: Any, meter: Meter, thought: bool) -> str:
     """What a thought, or a whole answer, took."""
-    tokens, seconds = (meter.thought_tokens, meter.thought_seconds) if thought else (meter.tokens, meter.seconds)
+    tokens, seconds = (
+        (meter.thought_tokens, meter.thought_seconds) if thought else (meter.tokens, meter.seconds)
+    )
     return " · ".join([words("chat.tokens", count=f"{tokens:,}"), duration(words, seconds)])
 
 

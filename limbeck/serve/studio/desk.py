@@ -66,28 +66,66 @@ def routes(site: AppState) -> APIRouter:
     @router.get("")
     def every(request: Request) -> Response:
         found = review_queues.desks(site.runs)
-        return render(request, "desk.html.jinja", desks=[(desk, tally(desk), jobs.state(desk.run)) for desk in found])
+        return render(
+            request, "desk.html.jinja", desks=[(desk, tally(desk), jobs.state(desk.run)) for desk in found]
+        )
 
     @router.get("/{run}/{stage}")
-    def queue(request: Request, desk: At, person: Asker, q: str = "", show: str = "", lang_of: str = "", page: int = 1) -> Response:
+    def queue(
+        request: Request,
+        desk: At,
+        person: Asker,
+        q: str = "",
+        show: str = "",
+        lang_of: str = "",
+        page: int = 1,
+    ) -> Response:
         everything, begun = reviews.standings(desk.queue), drafts.begun(desk.queue.name, person.name)
         labels = {row.id: label(row, person.name) for row in everything}
         wanted = [row for row in everything if _fits(row, labels[row.id], q, show, lang_of, begun)]
         pages = max(1, -(-len(wanted) // PAGE))
         page = min(max(1, page), pages)
         return render(
-            request, "desk_rows.html.jinja" if "hx-request" in request.headers else "desk_queue.html.jinja", desk=desk, q=q, show=show,
-            lang_of=lang_of, page=page, pages=pages, rows=wanted[(page - 1) * PAGE : page * PAGE], found=len(wanted), labels=labels,
-            begun=begun, counts={name: sum(1 for one in labels.values() if one == name) for name in LABELS}, tally=tally(desk),
-            mine=sum(row.due(person.name) for row in everything), job=jobs.state(desk.run), paces=paces(everything),
-            agreement=agreement(everything).get("agreement"), share=reviews.second_share(desk.queue), shares=SHARES,
-            languages=sorted({row.row.get("language", "") for row in everything} - {""}), here=address(desk),
-            link=lambda **changes: "?" + urlencode({k: v for k, v in {"q": q, "show": show, "lang_of": lang_of, **changes}.items() if v}),
-        )  # fmt: skip
+            request,
+            "desk_rows.html.jinja" if "hx-request" in request.headers else "desk_queue.html.jinja",
+            desk=desk,
+            q=q,
+            show=show,
+            lang_of=lang_of,
+            page=page,
+            pages=pages,
+            rows=wanted[(page - 1) * PAGE : page * PAGE],
+            found=len(wanted),
+            labels=labels,
+            begun=begun,
+            counts={name: sum(1 for one in labels.values() if one == name) for name in LABELS},
+            tally=tally(desk),
+            mine=sum(row.due(person.name) for row in everything),
+            job=jobs.state(desk.run),
+            paces=paces(everything),
+            agreement=agreement(everything).get("agreement"),
+            share=reviews.second_share(desk.queue),
+            shares=SHARES,
+            languages=sorted({row.row.get("language", "") for row in everything} - {""}),
+            here=address(desk),
+            link=lambda **changes: (
+                "?"
+                + urlencode(
+                    {k: v for k, v in {"q": q, "show": show, "lang_of": lang_of, **changes}.items() if v}
+                )
+            ),
+        )
 
     @router.get("/{run}/{stage}/state")
     def state(request: Request, desk: At) -> Response:
-        return render(request, "desk_state.html.jinja", desk=desk, tally=tally(desk), job=jobs.state(desk.run), here=address(desk))
+        return render(
+            request,
+            "desk_state.html.jinja",
+            desk=desk,
+            tally=tally(desk),
+            job=jobs.state(desk.run),
+            here=address(desk),
+        )
 
     @router.get("/{run}/{stage}/next")
     def next_row(desk: At, person: Asker, after: int = 0) -> Response:
@@ -97,7 +135,14 @@ def routes(site: AppState) -> APIRouter:
     def disagreements(request: Request, desk: At, person: Asker) -> Response:
         disputed = [_opposed(row) for row in reviews.standings(desk.queue) if row.state == "disputed"]
         settled = [_opposed(row) for row in reviews.standings(desk.queue) if row.resolution]
-        return render(request, "desk_disputes.html.jinja", desk=desk, here=address(desk), disputed=disputed, settled=settled)
+        return render(
+            request,
+            "desk_disputes.html.jinja",
+            desk=desk,
+            here=address(desk),
+            disputed=disputed,
+            settled=settled,
+        )
 
     @router.post("/{run}/{stage}/second")
     def second(desk: At, person: Asker, share: float = Form(ge=0, le=1)) -> Response:
@@ -120,35 +165,83 @@ def routes(site: AppState) -> APIRouter:
 
     @router.get("/{run}/{stage}/{number}")
     def one(
-        request: Request, desk: At, row: Row, person: Asker, edit: bool = False, reject: bool = False, read: bool = False, resolve: bool = False,
+        request: Request,
+        desk: At,
+        row: Row,
+        person: Asker,
+        edit: bool = False,
+        reject: bool = False,
+        read: bool = False,
+        resolve: bool = False,
         after: int = 0,
-    ) -> Response:  # fmt: skip
+    ) -> Response:
         due, mine = row.due(person.name), row.verdicts.get(person.name)
         resolve = resolve and row.state == "disputed"
         draft = drafts.find(desk.queue.name, row.id, person.name) if due or resolve else None
         if due:
             drafts.hold(desk.queue.name, row.id, person.name)
         asked, kept = due or resolve, draft or Draft("", "")
-        written = next((said["completion"] for said in row.verdicts.values() if said["verdict"] == "edit"), "") if resolve else ""
+        written = (
+            next((said["completion"] for said in row.verdicts.values() if said["verdict"] == "edit"), "")
+            if resolve
+            else ""
+        )
         text, told = kept.text or written or row.row["completion"], kept.reason.split(SEPARATOR)
-        said = list(row.verdicts.items()) if not due and row.state in ("settled", "disputed") else [(person.name, mine)] if mine else []
-        rows, blocks = reviews.standings(desk.queue), [list(edits.marked(part, row.row["language"])) for part in edits.parts(row.row["completion"])]
+        said = (
+            list(row.verdicts.items())
+            if not due and row.state in ("settled", "disputed")
+            else [(person.name, mine)]
+            if mine
+            else []
+        )
+        rows, blocks = (
+            reviews.standings(desk.queue),
+            [list(edits.marked(part, row.row["language"])) for part in edits.parts(row.row["completion"])],
+        )
         return render(
-            request, "desk_row.html.jinja", desk=desk, row=row, here=address(desk), asked=asked, resolve=resolve, due=due, mine=mine,
+            request,
+            "desk_row.html.jinja",
+            desk=desk,
+            row=row,
+            here=address(desk),
+            asked=asked,
+            resolve=resolve,
+            due=due,
+            mine=mine,
             rejecting=asked and not edit and (reject or bool(kept.reason and not kept.text and not read)),
             editing=asked and not reject and (edit or bool(kept.text and not read)),
-            draft=kept, text=text, reasons=REASONS, why=set(told), reason=SEPARATOR.join(part for part in told if part not in REASONS), models=_models(site), finding=review_queues.verify(desk, row.row, row.row["completion"]),
-            blocks=blocks, mixed=any(kind == "strange" for block in blocks for _, kind in block), said=[_told(row, *one) for one in said],
-            change=_change(desk, row, text), resolution=row.resolution if not due else None, total=len(rows),
-            done=sum(not r.due(person.name) for r in rows), left=sum(r.due(person.name) for r in rows),
-            last=_last(rows, after, person.name), focus=request.cookies.get("desk_focus") == "1",
-        )  # fmt: skip
+            draft=kept,
+            text=text,
+            reasons=REASONS,
+            why=set(told),
+            reason=SEPARATOR.join(part for part in told if part not in REASONS),
+            models=_models(site),
+            finding=review_queues.verify(desk, row.row, row.row["completion"]),
+            blocks=blocks,
+            mixed=any(kind == "strange" for block in blocks for _, kind in block),
+            said=[_told(row, *one) for one in said],
+            change=_change(desk, row, text),
+            resolution=row.resolution if not due else None,
+            total=len(rows),
+            done=sum(not r.due(person.name) for r in rows),
+            left=sum(r.due(person.name) for r in rows),
+            last=_last(rows, after, person.name),
+            focus=request.cookies.get("desk_focus") == "1",
+        )
 
     @router.post("/{run}/{stage}/{number}")
     def decide(
-        desk: At, row: Row, person: Asker, id: str = Form(), verdict: str = Form(), completion: str | None = Form(None),
-        why: list[str] = Form([]), reason: str = Form("", max_length=2000), seconds: float = Form(0.0), resolves: bool = Form(False),  # noqa: B008
-    ) -> Response:  # fmt: skip
+        desk: At,
+        row: Row,
+        person: Asker,
+        id: str = Form(),
+        verdict: str = Form(),
+        completion: str | None = Form(None),
+        why: list[str] = Form([]),  # noqa: B008
+        reason: str = Form("", max_length=2000),
+        seconds: float = Form(0.0),
+        resolves: bool = Form(False),
+    ) -> Response:
         if id != row.id or (resolves and row.state != "disputed"):
             raise HTTPException(409, "this row has changed since the page was opened; open it again")
         entry = _entry(row, person, verdict, completion, SEPARATOR.join(filter(None, [*why, reason.strip()])))
@@ -169,12 +262,26 @@ def routes(site: AppState) -> APIRouter:
         return RedirectResponse(f"{address(desk)}/{row.number}", 303)
 
     @router.post("/{run}/{stage}/{number}/draft")
-    def draft(request: Request, desk: At, row: Row, person: Asker, id: str = Body(), text: str | None = Body(None), reason: str | None = Body(None)) -> Response:
+    def draft(
+        request: Request,
+        desk: At,
+        row: Row,
+        person: Asker,
+        id: str = Body(),
+        text: str | None = Body(None),
+        reason: str | None = Body(None),
+    ) -> Response:
         """Keep what was typed, leaving alone what is not told; the answer is what has changed by it, as HTML."""
         if id != row.id:
             raise HTTPException(409, "this row has changed since the page was opened; open it again")
-        kept, original = drafts.find(desk.queue.name, row.id, person.name) or Draft("", ""), row.row["completion"]
-        kept = Draft(kept.text if text is None else "" if text == original else text, kept.reason if reason is None else reason)
+        kept, original = (
+            drafts.find(desk.queue.name, row.id, person.name) or Draft("", ""),
+            row.row["completion"],
+        )
+        kept = Draft(
+            kept.text if text is None else "" if text == original else text,
+            kept.reason if reason is None else reason,
+        )
         drafts.keep(desk.queue.name, row.id, person.name, kept)
         return render(request, "desk_change.html.jinja", change=_change(desk, row, kept.text or original))
 
@@ -198,7 +305,9 @@ def routes(site: AppState) -> APIRouter:
     @router.post("/focus")
     def focus(request: Request, next: str = Form("/desk", max_length=400)) -> Response:
         answer = RedirectResponse(next if next.startswith("/desk") else "/desk", 303)
-        answer.set_cookie("desk_focus", "0" if request.cookies.get("desk_focus") == "1" else "1", samesite="strict")
+        answer.set_cookie(
+            "desk_focus", "0" if request.cookies.get("desk_focus") == "1" else "1", samesite="strict"
+        )
         return answer
 
     return router
@@ -214,7 +323,10 @@ def address(desk: Desk) -> str:
 def tally(desk: Desk) -> dict[str, int]:
     """Rows in all and in each state."""
     states = [row.state for row in reviews.standings(desk.queue)] if desk.queue else []
-    return {"rows": len(states), **{name: states.count(name) for name in ("open", "second", "disputed", "settled")}}
+    return {
+        "rows": len(states),
+        **{name: states.count(name) for name in ("open", "second", "disputed", "settled")},
+    }
 
 
 def label(row: Standing, name: str) -> str:
@@ -244,7 +356,9 @@ def _last(rows: Any, after: int, name: str) -> Standing | None:
     return rows[after - 1] if 1 <= after <= len(rows) and name in rows[after - 1].verdicts else None
 
 
-def _entry(row: Standing, person: Person, verdict: str, completion: str | None, reason: str) -> dict[str, Any]:
+def _entry(
+    row: Standing, person: Person, verdict: str, completion: str | None, reason: str
+) -> dict[str, Any]:
     """One verdict; an edit that changes nothing is called what it is."""
     entry: dict[str, Any] = {"id": row.id, "verdict": verdict, "reviewer": person.name}
     if verdict == "edit":
@@ -258,18 +372,28 @@ def _entry(row: Standing, person: Person, verdict: str, completion: str | None, 
 def _change(desk: Desk, row: Standing, text: str) -> dict[str, Any]:
     """How a text differs from the row's, and what the verifier says of it."""
     passages = edits.difference(row.row["completion"], text)
-    return {"passages": passages, "changed": any(kind == "changed" for kind, *_ in passages), "finding": review_queues.verify(desk, row.row, text)}
+    return {
+        "passages": passages,
+        "changed": any(kind == "changed" for kind, *_ in passages),
+        "finding": review_queues.verify(desk, row.row, text),
+    }
 
 
 def _told(row: Standing, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """A verdict as it is shown: with what it changed."""
-    passages = edits.difference(row.row["completion"], entry["completion"]) if entry["verdict"] == "edit" else []
+    passages = (
+        edits.difference(row.row["completion"], entry["completion"]) if entry["verdict"] == "edit" else []
+    )
     return {"name": name, **entry, "passages": passages}
 
 
 def _opposed(row: Standing) -> dict[str, Any]:
     told = [_told(row, name, entry) for name, entry in row.verdicts.items()]
-    return {"row": row, "said": told, "resolution": row.resolution and _told(row, row.resolution["reviewer"], row.resolution)}
+    return {
+        "row": row,
+        "said": told,
+        "resolution": row.resolution and _told(row, row.resolution["reviewer"], row.resolution),
+    }
 
 
 def _models(site: AppState) -> list[str]:
@@ -283,7 +407,9 @@ async def _by_model(site: AppState, model: str, text: str, language: str) -> str
     thought = review_queues.split_thought(text).thought
     asked = TRANSLATE.format(language=LANGUAGES.get(language, language), thought=thought or text)
     try:
-        said = await site.service.answer(model if model in names else names[0], [{"role": "user", "content": asked}], temperature=0.3)
+        said = await site.service.answer(
+            model if model in names else names[0], [{"role": "user", "content": asked}], temperature=0.3
+        )
     except LimbeckError as error:
         raise HTTPException(400, str(error)) from None
     if not said.answer.strip():

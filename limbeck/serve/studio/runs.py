@@ -51,7 +51,9 @@ class Told(APIRoute):
 def routes(site: AppState) -> APIRouter:
     door = APIRouter(include_in_schema=False, route_class=Told)
 
-    def everything(request: Request, seen: str = "", wrong: str = "", told: dict[str, Any] | None = None) -> Response:
+    def everything(
+        request: Request, seen: str = "", wrong: str = "", told: dict[str, Any] | None = None
+    ) -> Response:
         rows = [_row(folder) for folder in run_state.runs_in(site.runs)]
         live = any(row["state"].alive for row in rows)
         more = {"recipes": list(_recipes(site)), "told": told or BLANK, "wrong": wrong}
@@ -61,7 +63,13 @@ def routes(site: AppState) -> APIRouter:
         run = run_state.look(folder)
         state = _state(run)
         lines = run_view.lines(run, state.alive)
-        values = {"run": run, "state": state, "lines": lines, "said": run_view.narrate(run, lines), "link": lambda stage: _link(run, stage)}
+        values = {
+            "run": run,
+            "state": state,
+            "lines": lines,
+            "said": run_view.narrate(run, lines),
+            "link": lambda stage: _link(run, stage),
+        }
         return _page(request, "runs_run", values, {"wrong": wrong}, state.alive, seen, 409 if wrong else 200)
 
     @door.get("/runs")
@@ -70,9 +78,13 @@ def routes(site: AppState) -> APIRouter:
 
     @door.post("/runs")
     def start(
-        request: Request, recipe: str = Form("", max_length=400), path: str = Form("", max_length=400), name: str = Form("", max_length=80),
-        settings: str = Form("", max_length=20_000), auto: bool = Form(False),
-    ) -> Response:  # fmt: skip
+        request: Request,
+        recipe: str = Form("", max_length=400),
+        path: str = Form("", max_length=400),
+        name: str = Form("", max_length=80),
+        settings: str = Form("", max_length=20_000),
+        auto: bool = Form(False),
+    ) -> Response:
         named = [f"name={name.strip()}"] if name.strip() else []
         overrides = [*(line.strip() for line in settings.splitlines() if line.strip()), *named]
         try:
@@ -99,7 +111,15 @@ def routes(site: AppState) -> APIRouter:
         return RedirectResponse(f"/runs/{quote(name)}", 303)
 
     @door.get("/runs/{name}/{stage:path}")
-    def stage(request: Request, name: str, stage: str, step: int | None = None, against: str = "", beside: str = "", seen: str = "") -> Response:
+    def stage(
+        request: Request,
+        name: str,
+        stage: str,
+        step: int | None = None,
+        against: str = "",
+        beside: str = "",
+        seen: str = "",
+    ) -> Response:
         found = _line(site, name, stage)
         if found is None:
             return _lost(request)
@@ -111,10 +131,18 @@ def routes(site: AppState) -> APIRouter:
             return _page(request, "runs_stage", values, {}, alive, seen)
         others = _others(site, run, line)
         more = {
-            "others": others, "beside": beside if beside in others else "", "panels": run_view.panels(line), "flipped": run_view.flipped(run, line, against),
-            "rivals": run_view.rivals(run, line), "responses": run_view.responses(line, step), "samples": run_view.samples(line)[:SHOWN], "shown": SHOWN,
-            "settings": yaml.safe_dump(line.standing.stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        }  # fmt: skip
+            "others": others,
+            "beside": beside if beside in others else "",
+            "panels": run_view.panels(line),
+            "flipped": run_view.flipped(run, line, against),
+            "rivals": run_view.rivals(run, line),
+            "responses": run_view.responses(line, step),
+            "samples": run_view.samples(line)[:SHOWN],
+            "shown": SHOWN,
+            "settings": yaml.safe_dump(
+                line.standing.stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+            ),
+        }
         return _page(request, "runs_stage", values, more, alive)
 
     @door.get("/curves/{name}/{stage:path}")
@@ -126,7 +154,11 @@ def routes(site: AppState) -> APIRouter:
         tag = f'W/"{line.state}-{line.history.version}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"etag": tag, **AGAIN})
-        told = {**line.history.curves(POINTS), "loads": line.history.loads, "alive": alive and line.state != "done"}
+        told = {
+            **line.history.curves(POINTS),
+            "loads": line.history.loads,
+            "alive": alive and line.state != "done",
+        }
         return JSONResponse(told, headers={"etag": tag, **AGAIN})
 
     return door
@@ -165,11 +197,29 @@ def _row(folder: Path) -> dict[str, Any]:
     try:
         run = run_state.look(folder)
     except LimbeckError as error:
-        return {"name": folder.name, "state": jobs.State("failed", str(error)), "lines": [], "done": 0, "of": 0, "report": ""}
+        return {
+            "name": folder.name,
+            "state": jobs.State("failed", str(error)),
+            "lines": [],
+            "done": 0,
+            "of": 0,
+            "report": "",
+        }
     state = _state(run)
-    busy = [run_view.line_of(run, standing, state.alive) for standing in run.stages if standing.state in ("begun", "asks")]
+    busy = [
+        run_view.line_of(run, standing, state.alive)
+        for standing in run.stages
+        if standing.state in ("begun", "asks")
+    ]
     report = next((one.name for one in run.stages if one.kind == "report" and one.state == "done"), "")
-    return {"name": folder.name, "state": state, "lines": busy, "done": run.done, "of": len(run.stages), "report": report and _link(run, report)}
+    return {
+        "name": folder.name,
+        "state": state,
+        "lines": busy,
+        "done": run.done,
+        "of": len(run.stages),
+        "report": report and _link(run, report),
+    }
 
 
 def _others(site: AppState, run: run_state.Overview, line: run_view.Line) -> list[str]:
@@ -180,7 +230,11 @@ def _others(site: AppState, run: run_state.Overview, line: run_view.Line) -> lis
             other = run_state.look(folder)
         except LimbeckError:
             continue
-        same = (one for one in other.stages if one.kind == line.kind and one.folder and one.folder != line.standing.folder)
+        same = (
+            one
+            for one in other.stages
+            if one.kind == line.kind and one.folder and one.folder != line.standing.folder
+        )
         found += [f"{folder.name}/{one.name}" for one in same]
     return found if line.kind != "evaluate" else []
 
@@ -197,7 +251,9 @@ def _recipes(site: AppState) -> dict[str, Path]:
 def _chosen(site: AppState, recipe: str, path: str) -> Path:
     if not path:
         if recipe not in _recipes(site):
-            raise LimbeckError("recipe: choose one of the list, or give the path of one inside the folder of runs")
+            raise LimbeckError(
+                "recipe: choose one of the list, or give the path of one inside the folder of runs"
+            )
         return _recipes(site)[recipe]
     home = site.runs.resolve()
     place = (home / path).resolve() if "\0" not in path else home
@@ -210,17 +266,31 @@ def _chosen(site: AppState, recipe: str, path: str) -> Path:
 
 
 def _page(
-    request: Request, name: str, values: dict[str, Any], more: dict[str, Any], alive: bool, seen: str = "", status: int = 200
+    request: Request,
+    name: str,
+    values: dict[str, Any],
+    more: dict[str, Any],
+    alive: bool,
+    seen: str = "",
+    status: int = 200,
 ) -> Response:
     """A page with a part that renews itself. What is asked with the mark of what was seen gets that part alone, and
     204, which leaves everything as it is, where nothing has changed."""
     language = language_of(request)
-    values = {**values, "say": lambda text: getattr(text, language), "words": i18n, "draw": run_view.draw, "alive": alive}
+    values = {
+        **values,
+        "say": lambda text: getattr(text, language),
+        "words": i18n,
+        "draw": run_view.draw,
+        "alive": alive,
+    }
     live = render(request, f"{name}_live.html.jinja", **values).body
     mark = hashlib.sha256(live).hexdigest()[:16]
     if seen == mark:
         return Response(status_code=204)
-    address = f'hx-get="{Markup.escape(request.url.path)}?seen={mark}" hx-trigger="{LIVE if alive else STILL}"'
+    address = (
+        f'hx-get="{Markup.escape(request.url.path)}?seen={mark}" hx-trigger="{LIVE if alive else STILL}"'
+    )
     part = Markup(f'<div id="live" {address} hx-swap="outerHTML">{live.decode()}</div>')
     if seen:
         return HTMLResponse(part)
