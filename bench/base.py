@@ -25,7 +25,7 @@ from limbeck.model.kv_cache import Packed
 from limbeck.tasks.clock_countdown import WORDS, Countdown, encode_documents
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
-from limbeck.train.losses import cross_entropy
+from limbeck.train.losses import CrossEntropy
 from limbeck.train.sft import batches
 from limbeck.types import Sample, fingerprint
 
@@ -86,7 +86,7 @@ def grow(world, stage, tokens: int, seed: str) -> None:
     learner = Learner(decoder, stage.optimizer, len(plan))
     seen = 0
     for step, batch in enumerate(plan, 1):
-        metrics = learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), cross_entropy)
+        metrics = learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), CrossEntropy())
         seen += int(lengths[batch].sum())
         if step % 200 == 0 or step == len(plan):
             print(

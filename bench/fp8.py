@@ -22,7 +22,7 @@ from limbeck.model.from_recipe import to_config
 from limbeck.tasks.clock_countdown import Countdown, encode_documents
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
-from limbeck.train.losses import cross_entropy
+from limbeck.train.losses import CrossEntropy
 from limbeck.train.sft import batches
 
 
@@ -66,7 +66,9 @@ def grow(world, stage, tokens: int, seed: int, fp8: bool) -> float:
     learner, losses = Learner(decoder, stage.optimizer, len(plan)), []
     for step, batch in enumerate(plan, 1):
         losses.append(
-            learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), cross_entropy)["loss"]
+            learner.update(pack([documents[i] for i in batch], 4 * stage.batch_tokens), CrossEntropy())[
+                "loss"
+            ]
         )
         if step % 100 == 0 or step == len(plan):
             print(

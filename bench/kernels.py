@@ -25,7 +25,7 @@ from limbeck.model.kernels import choice, trials
 from limbeck.model.linear import Linear
 from limbeck.train import batch as batching
 from limbeck.train.learner import Learner
-from limbeck.train.losses import policy_gradient
+from limbeck.train.losses import PolicyGradient
 from limbeck.types import Sample
 
 REPEATS, TURNS = 7, 15
@@ -97,7 +97,7 @@ def prompts_once(prompt: int, longest: int, label: str) -> None:
         for n in dice.integers(1, longest, 8)
     ]
     learner = Learner(Decoder(ModelConfig("llama", 63, 64, 3, 4, 4, 16, 176)).initialize(0), Optimizer(), 1)
-    loss = policy_gradient(Policy(), longest)
+    loss = PolicyGradient(Policy(), longest)
 
     def gradient(cut: list[batching.Batch]) -> torch.Tensor:
         for piece in cut:
@@ -114,11 +114,12 @@ def prompts_once(prompt: int, longest: int, label: str) -> None:
 
 def in_full(samples: list[Sample]) -> list[batching.Batch]:
     """The same batch with every sequence alone."""
-    alone, batching._by_prompt = batching._by_prompt, lambda found: [[sample] for sample in found]
+    grouped = batching._grouped
+    batching._grouped = lambda learned: [[sample] for sample in learned]
     try:
         return batching.pack(samples, 4096)
     finally:
-        batching._by_prompt = alone
+        batching._grouped = grouped
 
 
 def compare(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:

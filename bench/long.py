@@ -23,7 +23,7 @@ from limbeck.model import weights
 from limbeck.model.decoder import Decoder
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
-from limbeck.train.losses import policy_gradient
+from limbeck.train.losses import PolicyGradient
 from limbeck.types import Sample
 
 from . import models
@@ -51,7 +51,7 @@ def main() -> None:
     tokens = random.integers(0, decoder.config.vocab_size, options.tokens + 16)
     sample = Sample(tokens, 16, 1.0, np.full(options.tokens, -6.0, np.float32))
     begun = time.perf_counter()
-    metrics = learner.update(pack([sample], options.tokens), policy_gradient(Policy(), options.tokens))
+    metrics = learner.update(pack([sample], options.tokens), PolicyGradient(Policy(), options.tokens))
     said = {
         "size": options.size,
         "tokens": options.tokens,

@@ -13,10 +13,11 @@ from tokenizers import Regex, models, pre_tokenizers
 from limbeck.config.parts import Optimizer
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
-from limbeck.train.distill import DistillBatch, Teacher, taught
+from limbeck.train.distill import Assigned, DistillBatch, Teacher, attach_teachers
 from limbeck.train.learner import Learner
-from limbeck.train.losses import text_distance
-from limbeck.train.tokenizer_alignment import aligned, ends_said, spans_of, written
+from limbeck.train.losses import SpanDistance
+from limbeck.train.scorer import Scorer
+from limbeck.train.tokenizer_alignment import aligned, encode_with_ends, spans_of, token_ends
 from limbeck.types import Sample
 
 SAID = ["<answer> 1 -6 *5 </answer>", "try 6 -5 gives 1", "试 6 得 1"]
@@ -47,7 +48,7 @@ def bytewise() -> Tokenizer:
 
 def test_ends_of_words_and_of_letters_meet(tokenizer):
     ids = tokenizer.response("try 6 -5")
-    mine, (_, theirs) = ends_said(tokenizer, ids), written(spelling(), "try 6 -5", stopped=True)
+    mine, (_, theirs) = token_ends(tokenizer, ids), encode_with_ends(spelling(), "try 6 -5", stopped=True)
     assert mine.tolist() == [3, 5, 8, 9] and theirs.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     common = np.intersect1d(mine, theirs)
     assert spans_of(mine, common).tolist() == [0, 1, 2, 3]
@@ -57,10 +58,10 @@ def test_ends_of_words_and_of_letters_meet(tokenizer):
 def test_no_span_ends_within_a_character(tokenizer):
     other, text = bytewise(), "试 6"
     said = other.response(text)
-    assert ends_said(other, said).tolist() == [-1, -1, 1, 2, 3, 4]
-    _, ends = written(tokenizer, text, stopped=True)
+    assert token_ends(other, said).tolist() == [-1, -1, 1, 2, 3, 4]
+    _, ends = encode_with_ends(tokenizer, text, stopped=True)
     assert ends.tolist() == [1, 3, 4]
-    assert spans_of(ends_said(other, said), ends).tolist() == [0, 0, 0, 1, 1, 2]
+    assert spans_of(token_ends(other, said), ends).tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_what_is_cut_off_within_a_word_is_of_no_span():
@@ -79,10 +80,10 @@ def samples_of(tokenizer: Tokenizer) -> list[Sample]:
 
 def test_the_teachers_verdicts_add_up_to_its_own_log_probability(decoder, tokenizer):
     other = spelling()
-    teacher, samples = Learner(decoder(vocab_size=other.size), Optimizer(), 1), samples_of(tokenizer)
+    teacher, samples = Scorer(decoder(vocab_size=other.size)), samples_of(tokenizer)
     marked, read = aligned(samples, ["a", "b", "c"], tokenizer, teacher, other, 1 << 20)
     for sample, question, text, stopped in zip(marked, "abc", SAID, (True, False, True), strict=True):
-        prompt, (ids, _) = other.prompt(question), written(other, text, stopped)
+        prompt, (ids, _) = other.prompt(question), encode_with_ends(other, text, stopped)
         (alone,) = teacher.logprobs(pack([Sample(np.concatenate([prompt, ids]), len(prompt))], 1 << 20))
         assert sample.reference.sum() == pytest.approx(float(alone.sum()), abs=1e-3)
         assert (sample.reference != 0).sum() == sample.spans.max() + 1 == len(sample.tokens) - sample.start
@@ -97,7 +98,7 @@ def test_with_one_tokenizer_every_token_is_a_span(decoder, tokenizer):
     gaps = torch.cat(student.logprobs(plain)) - torch.cat(teacher.logprobs(plain))
     value, _ = (
         sum(parts)
-        for parts in zip(*((text_distance(student.logprobs([b])[0], b)[0], 0) for b in batches), strict=True)
+        for parts in zip(*((SpanDistance()(student.logprobs([b])[0], b)[0], 0) for b in batches), strict=True)
     )
     assert float(value) == pytest.approx(float(gaps.square().mean() / 2), rel=1e-4)
 
@@ -121,7 +122,7 @@ def test_its_expected_gradient_is_that_of_the_reverse_kl():
             spans_M=torch.zeros(1, dtype=torch.long),
             reference_M=logp[order[place]].unsqueeze(0),
         )
-        value, _ = text_distance(logq[order[place]].unsqueeze(0), one)
+        value, _ = SpanDistance()(logq[order[place]].unsqueeze(0), one)
         (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
         expected += logq[order[place]].detach().exp() * gradient
     (wanted,) = torch.autograd.grad((logq.exp() * (logq - logp)).sum(), logits)
@@ -131,19 +132,23 @@ def test_its_expected_gradient_is_that_of_the_reverse_kl():
 def test_micro_batches_add_up_and_a_student_learns(decoder, tokenizer):
     other = spelling()
     student = Learner(decoder(torch.float64), Optimizer(learning_rate=1e-2), 40)
-    teacher = Teacher(Learner(decoder(vocab_size=other.size), Optimizer(), 1), (tokenizer, other))
+    teacher = Teacher(Scorer(decoder(vocab_size=other.size)), (tokenizer, other))
     lesson = DistillBatch(
-        [("big", sample, question) for sample, question in zip(samples_of(tokenizer), "abc", strict=True)]
+        [
+            Assigned("big", sample, question)
+            for sample, question in zip(samples_of(tokenizer), "abc", strict=True)
+        ]
     )
     gradients = []
     for size in (1 << 20, 1):
-        batches, _ = taught(lesson, {"big": teacher}, size)
+        batches, _ = attach_teachers(lesson, {"big": teacher}, size)
         for batch in batches:
-            text_distance(student.forward(batch)[0], batch)[0].backward()
+            SpanDistance()(student.forward(batch)[0], batch)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.model.parameters()]))
         student.model.zero_grad(set_to_none=True)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)  # what the teacher thinks is in float32
     losses = [
-        student.update(taught(lesson, {"big": teacher}, 1 << 20)[0], text_distance)["loss"] for _ in range(40)
+        student.update(attach_teachers(lesson, {"big": teacher}, 1 << 20)[0], SpanDistance())["loss"]
+        for _ in range(40)
     ]
     assert losses[-1] < losses[0] / 4

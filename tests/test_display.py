@@ -17,7 +17,7 @@ from limbeck.cli import display
 from limbeck.cli.display import Lines, describe, left, span
 from limbeck.pipeline.run import Pace, Progress
 from limbeck.report.history import History
-from limbeck.run_log import TIMING, Record, prepare, read
+from limbeck.run_log import TIMING, RunLog, prepare, read
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_a_stage_that_begins_says_so_once_and_a_number_every_ten_seconds(tmp_pat
         if second == 15:
             prepare(tmp_path, "writes its corpus, 34%")
         if second == 25:
-            log = Record(tmp_path, 0, 40)
+            log = RunLog(tmp_path, 0, 40)
         if second == 35:
             log.step(0, {"loss": 4.0})
         lines.show(None, running)
@@ -120,7 +120,7 @@ def test_slow_steps_are_timed_although_they_are_not_logged(tmp_path, monkeypatch
     """The metrics stay those of every tenth step; the tokens of the steps between are counted."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    log = Record(tmp_path, 0, 100)
+    log = RunLog(tmp_path, 0, 100)
     for step in range(21):
         clock.now += 2.0
         if step % 10 == 0:

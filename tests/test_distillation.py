@@ -15,7 +15,7 @@ from limbeck.config.recipe import Optimizer
 from limbeck.train.batch import pack
 from limbeck.train.divergence import Logits, States, divergence, forward_kl, jensen_shannon, reverse_kl, top_k
 from limbeck.train.learner import Learner
-from limbeck.train.losses import distill, preference
+from limbeck.train.losses import DPO, Distillation
 from limbeck.types import Labels, Sample
 
 MEASURES = {"forward": (forward_kl, 0.0), "reverse": (reverse_kl, 1.0), "jsd": (jensen_shannon(0.3), 0.3)}
@@ -191,7 +191,7 @@ def gradient_of(
 ) -> tuple[float, torch.Tensor]:
     total = 0.0
     for batch in batches:
-        value, _ = learner._lose(learner._hidden(batch), batch, loss, temperature)
+        value, _ = learner._loss(batch, loss, temperature)
         value.backward()
         total += float(value.detach())
     flat = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
@@ -207,7 +207,9 @@ def test_micro_batches_add_up(decoder, kind):
         [replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), size)] for size in (1 << 20, 12)
     ]
     assert len(shown[1]) > len(shown[0])
-    (one, whole), (many, cut) = (gradient_of(student, batches, distill(kind, 0.3), 0.8) for batches in shown)
+    (one, whole), (many, cut) = (
+        gradient_of(student, batches, Distillation(kind, 0.3), 0.8) for batches in shown
+    )
     assert one == pytest.approx(many, rel=1e-12)
     torch.testing.assert_close(whole, cut, atol=1e-12, rtol=1e-9)
 
@@ -224,8 +226,8 @@ def test_labels_of_samples_reach_their_own_predictions(decoder):
             replace(sample, labels=Labels(top.ids_MK.numpy(), top.logprobs_MK.numpy(), top.tail_M.numpy()))
         )
     full = [replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), 30)]
-    one, by_labels = gradient_of(student, pack(labelled, 30), distill("forward"))
-    other, by_states = gradient_of(student, full, distill("forward"))
+    one, by_labels = gradient_of(student, pack(labelled, 30), Distillation("forward"))
+    other, by_states = gradient_of(student, full, Distillation("forward"))
     assert one == pytest.approx(other, rel=1e-4)
     torch.testing.assert_close(by_labels, by_states, atol=1e-5, rtol=1e-3)
 
@@ -237,7 +239,7 @@ def test_a_student_comes_close_to_its_teacher(decoder, kind):
         Learner(decoder(seed=1), Optimizer(), 1),
     )
     batches = [replace(b, teacher=teacher.states(b)) for b in pack(samples_of(), 1 << 20)]
-    losses = [student.update(batches, distill(kind, 0.3))["loss"] for _ in range(60)]
+    losses = [student.update(batches, Distillation(kind, 0.3))["loss"] for _ in range(60)]
     assert losses[-1] < losses[0] / 4
 
 
@@ -269,7 +271,7 @@ def test_preference_loss_and_gradient_equal_trls(normalized):
     (batch,) = pack(pairs_of((4, 4, 4)), 1 << 20)
     random = torch.Generator().manual_seed(1)
     logprobs_M = (-3 * torch.rand(batch.targets_M.shape, generator=random)).requires_grad_()
-    loss, metrics = preference(0.3, normalized)(logprobs_M, batch)
+    loss, metrics = DPO(0.3, normalized)(logprobs_M, batch)
     loss.backward()
 
     pairs = batch.pairs_S.tolist()
@@ -350,7 +352,7 @@ class Lists(dict):
 def test_pairs_stay_together_and_micro_batches_add_up(decoder, normalized):
     learner, loss = (
         Learner(decoder(torch.float64, vocab_size=40), Optimizer(), 1),
-        preference(0.5, normalized),
+        DPO(0.5, normalized),
     )
     whole, cut = pack(pairs_of(), 1 << 20), pack(pairs_of(), 1)
     assert len(cut) == 3 and all(
@@ -376,7 +378,7 @@ def test_at_the_reference_the_loss_is_log_two_and_pulls_halves_apart(decoder):
     batches = [
         replace(b, reference_M=score) for b in pack(samples, 1 << 20) for score in learner.logprobs([b])
     ]
-    history = [learner.update(batches, preference(0.5)) for _ in range(30)]
+    history = [learner.update(batches, DPO(0.5)) for _ in range(30)]
     assert history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and history[0]["margin"] == pytest.approx(
         0, abs=1e-4
     )
@@ -386,4 +388,4 @@ def test_at_the_reference_the_loss_is_log_two_and_pulls_halves_apart(decoder):
 def test_half_a_pair_is_refused():
     (batch,) = pack([s for s in pairs_of((4, 4, 4)) if s.pair != -2], 1 << 20)
     with pytest.raises(ValueError, match="a pair is not whole"):
-        preference(0.1)(torch.zeros(batch.targets_M.shape), batch)
+        DPO(0.1)(torch.zeros(batch.targets_M.shape), batch)

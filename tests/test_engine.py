@@ -15,7 +15,7 @@ from limbeck.engine.sampling import SamplingParams, draw
 from limbeck.model.kv_cache import Packed
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
-from limbeck.train.losses import cross_entropy
+from limbeck.train.losses import CrossEntropy
 from limbeck.types import Group, LimbeckError, Problem, generator
 
 BUDGET = 20
@@ -248,7 +248,7 @@ def test_new_weights_are_sampled_from(decoder, tokenizer):
     engine = Engine(decoder(), tokenizer)
     learner = Learner(decoder(), Optimizer(learning_rate=0.02), 1)
     before = engine.rollout(PROBLEMS, 2, MODES["t1"], 0)
-    learner.update(batches_of(before), cross_entropy)
+    learner.update(batches_of(before), CrossEntropy())
     assert gap(learner, before) > 1e-3
     engine.load(learner.weights())
     assert gap(learner, engine.rollout(PROBLEMS, 2, MODES["t1"], 0)) < 1e-5

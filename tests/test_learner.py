@@ -12,23 +12,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from trainers import train_grpo
 
-import limbeck.train.learner as learner_module
+import limbeck.train.scorer as scorer_module
 from limbeck.config.recipe import RL, Optimizer, Policy, Sampling
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.attention import RMSNorm
 from limbeck.model.kv_cache import Packed
-from limbeck.run_log import Record, read_metrics
+from limbeck.run_log import read_metrics
 from limbeck.tasks.task import Mixture
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.train.grpo import train_grpo
-from limbeck.train.learner import Learner, token_logprobs
-from limbeck.train.losses import cross_entropy, policy_gradient
+from limbeck.train.learned_rewards import LearnedRewards
+from limbeck.train.learner import Learner
+from limbeck.train.losses import CrossEntropy, PolicyGradient
 from limbeck.train.optimizer import Muon, orthogonalize, schedule
 from limbeck.train.optimizer import Optimizer as Stepper
-from limbeck.train.selftest import audit
+from limbeck.train.scorer import Scorer, token_logprobs
+from limbeck.train.selftest import selftest
 from limbeck.types import LimbeckError, Resumable, Sample
 
 VOCABULARY = 40
@@ -115,20 +117,20 @@ def test_packed_loss_and_gradient_equal_padded(decoder, batch, temperature):
     wanted = -plain.sum() / len(plain)
     wanted.backward()
     wanted_gradient = gradient(model)
-    loss, packed = packed_gradient(model, samples, 1 << 20, cross_entropy, temperature)
+    loss, packed = packed_gradient(model, samples, 1 << 20, CrossEntropy(), temperature)
     torch.testing.assert_close(loss, wanted.detach(), atol=1e-12, rtol=0, check_dtype=False)
     torch.testing.assert_close(packed, wanted_gradient, atol=1e-11, rtol=0)
 
 
 def test_long_completions_read_their_prompt_each_for_itself(decoder, monkeypatch):
     model, samples = decoder(torch.float64, vocab_size=VOCABULARY), shared()
-    wanted = packed_gradient(model, samples, 1 << 20, cross_entropy)
+    wanted = packed_gradient(model, samples, 1 << 20, CrossEntropy())
     monkeypatch.setattr("limbeck.train.batch.LONG", 8)
     cut = pack(samples, 1 << 20)
     assert any(isinstance(b.context, Packed) for b in cut) and not all(
         isinstance(b.context, Packed) for b in cut
     )
-    for found, expected in zip(packed_gradient(model, samples, 1 << 20, cross_entropy), wanted, strict=True):
+    for found, expected in zip(packed_gradient(model, samples, 1 << 20, CrossEntropy()), wanted, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
 
 
@@ -157,7 +159,9 @@ def test_a_samples_columns_stay_beside_its_tokens(decoder, batch):
 @pytest.mark.parametrize("loss", ["cross_entropy", *POLICIES])
 def test_gradient_does_not_depend_on_the_cuts(decoder, batch, loss):
     model, samples = decoder(torch.float64, vocab_size=VOCABULARY), BATCHES[batch]()
-    function = cross_entropy if loss == "cross_entropy" else policy_gradient(POLICIES[loss], longest=30)
+    function = (
+        CrossEntropy() if loss == "cross_entropy" else PolicyGradient(POLICIES[loss], max_new_tokens=30)
+    )
     whole, wanted = packed_gradient(model, samples, 1 << 20, function)
     assert len(pack(samples, 1)) > len(pack(samples, 60)) >= len(pack(samples, 1 << 20))
     for budget in (1, 25, 60):
@@ -167,7 +171,7 @@ def test_gradient_does_not_depend_on_the_cuts(decoder, batch, loss):
 
 
 def test_metrics_do_not_depend_on_the_cuts(decoder):
-    losses = policy_gradient(Policy(kl_coef=0.1))
+    losses = PolicyGradient(Policy(kl_coef=0.1))
     runs = [
         Learner(decoder(vocab_size=VOCABULARY), Optimizer(), 1).update(pack(shared(), n), losses)
         for n in (1, 30, 1 << 20)
@@ -216,7 +220,7 @@ def test_only_learned_tokens_count_and_all_are_read(decoder, batch):
     wanted.backward()
     wanted_gradient = gradient(model)
     for budget in (1, 60, 1 << 20):
-        loss, packed = packed_gradient(model, samples, budget, cross_entropy)
+        loss, packed = packed_gradient(model, samples, budget, CrossEntropy())
         torch.testing.assert_close(loss, wanted.detach(), atol=1e-12, rtol=0, check_dtype=False)
         torch.testing.assert_close(packed, wanted_gradient, atol=1e-11, rtol=0)
 
@@ -236,7 +240,7 @@ KEPT = torch.tensor([[0, 3, -1], [3, 1, 6], [2, -1, -1], [5, 0, -1], [6, 4, 2]])
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["all", "kept"])
 def test_token_logprobs_by_gradcheck(monkeypatch, chunk, temperature, kept):
     """Values against torch's log_softmax, gradients against finite differences, in chunks of rows."""
-    monkeypatch.setattr(learner_module, "CHUNK", chunk)
+    monkeypatch.setattr(scorer_module, "CHUNK", chunk)
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, dtype=torch.float64, generator=random, requires_grad=True)
     head = torch.randn(7, 3, dtype=torch.float64, generator=random, requires_grad=True)
@@ -371,13 +375,13 @@ def test_saved_and_loaded_continues_bit_for_bit(decoder, name):
     settings = Optimizer(name=name, learning_rate=0.01, weight_decay=0.1, warmup_steps=2, schedule="linear")
     whole, first = (Learner(decoder(vocab_size=VOCABULARY), settings, 6) for _ in range(2))
     second = Learner(decoder(vocab_size=VOCABULARY, seed=5), settings, 6)
-    uninterrupted = [whole.update(pack(alone(4 + i), 60), cross_entropy) for i in range(6)]
-    resumed = [first.update(pack(alone(4 + i), 60), cross_entropy) for i in range(3)]
+    uninterrupted = [whole.update(pack(alone(4 + i), 60), CrossEntropy()) for i in range(6)]
+    resumed = [first.update(pack(alone(4 + i), 60), CrossEntropy()) for i in range(3)]
     state = io.BytesIO()
     torch.save(first.state_dict(), state)
     state.seek(0)
     second.load_state_dict(torch.load(state, weights_only=True))
-    resumed += [second.update(pack(alone(4 + i), 60), cross_entropy) for i in range(3, 6)]
+    resumed += [second.update(pack(alone(4 + i), 60), CrossEntropy()) for i in range(3, 6)]
     assert resumed == uninterrupted
     assert second.step == 6
     for key, weight in whole.weights().items():
@@ -400,14 +404,14 @@ def rollouts(decoder, tokenizer, clock) -> tuple[Learner, list[Sample]]:
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_audit_passes_what_is_right_and_leaves_no_gradient(rollouts, tokenizer, policy):
     learner, samples = rollouts
-    audit(learner, samples, policy_gradient(policy, 24), tokenizer.end_id, 1.0)
+    selftest(learner, samples, PolicyGradient(policy, 24), tokenizer.end_id, 1.0)
     assert all(p.grad is None for p in learner.model.parameters())
 
 
 def test_audit_stops_a_run_whose_sampler_is_not_the_learner(rollouts, tokenizer):
     learner, samples = rollouts
     with pytest.raises(LimbeckError, match="sampler and learner disagree by"):
-        audit(learner, samples, policy_gradient(Policy()), tokenizer.end_id, temperature=0.6)
+        selftest(learner, samples, PolicyGradient(Policy()), tokenizer.end_id, temperature=0.6)
 
 
 def test_audit_stops_a_run_whose_gradient_depends_on_the_cuts(rollouts, tokenizer):
@@ -417,7 +421,7 @@ def test_audit_stops_a_run_whose_gradient_depends_on_the_cuts(rollouts, tokenize
         return -logprobs_M.mean(), {}
 
     with pytest.raises(LimbeckError, match="gradient changes"):
-        audit(learner, samples, forgetful, tokenizer.end_id, 1.0)
+        selftest(learner, samples, forgetful, tokenizer.end_id, 1.0)
 
 
 @pytest.mark.parametrize("preset", ["default", "r1"])
@@ -437,22 +441,13 @@ def test_reinforce_runs_with_every_preset(decoder, tokenizer, clock, tmp_path, p
         batch_tokens=128,
     )
     learner = Learner(decoder(), settings.optimizer, 4)
-    reference = Learner(decoder(), settings.optimizer, 1) if policy.kl_coef else None
+    reference = Scorer(decoder()) if policy.kl_coef else None
     engine, tasks = (
         Engine(learner.model, tokenizer),
         Mixture({"clock": clock}, {"clock": 1}, settings.rewards),
     )
-    train_grpo(
-        learner,
-        reference,
-        engine,
-        tasks,
-        SamplingParams(max_new_tokens=16),
-        settings,
-        "0/zero",
-        Record(tmp_path),
-        Checkpoint(tmp_path),
-    )
+    rewards = LearnedRewards(settings, {}, tasks, SamplingParams(max_new_tokens=16), "0/zero")
+    train_grpo(tmp_path, learner, engine, rewards, reference=reference)
     first, second = read_metrics(tmp_path)
     assert learner.step == 4 and 0 <= max(first["gap"], second["gap"]) < 1e-4
     assert ("kl_reference" in first) == (preset == "r1")
@@ -478,18 +473,9 @@ def test_reinforce_ends_when_its_flops_are_spent(decoder, tokenizer, clock, tmp_
             Learner(decoder(), settings.optimizer, 9),
             Mixture({"clock": clock}, {"clock": 1}, settings.rewards),
         )
-        train_grpo(
-            learner,
-            None,
-            Engine(learner.model, tokenizer),
-            tasks,
-            SamplingParams(max_new_tokens=16),
-            settings,
-            "0/zero",
-            Record(folder, len(read_metrics(folder))),
-            Checkpoint(folder, 60, stop),
-            budget,
-        )
+        rewards = LearnedRewards(settings, {}, tasks, SamplingParams(max_new_tokens=16), "0/zero")
+        engine = Engine(learner.model, tokenizer)
+        train_grpo(folder, learner, engine, rewards, Checkpoint(folder, 60, stop), budget)
         return [row["flops"] for row in read_metrics(folder)]
 
     first, second, *_ = spend(tmp_path / "whole", math.inf)
@@ -517,7 +503,7 @@ def test_recomputing_changes_no_bit_and_keeps_less(decoder, batch):
 
         packed = pack(BATCHES[batch](), 1 << 20)[0]
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            loss = cross_entropy(learner.forward(packed)[0], packed)[0]
+            loss = CrossEntropy()(learner.forward(packed)[0], packed)[0]
         before = held
         loss.backward()
         return gradient(model), before

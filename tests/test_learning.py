@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from trainers import train_grpo
 
 from limbeck.config.recipe import RL, Miniature, Optimizer, Policy, Sampling
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.run_log import Record, read_metrics
+from limbeck.run_log import RunLog, read_metrics
 from limbeck.tasks.clock_countdown import Countdown, encode_documents
 from limbeck.tasks.task import Mixture
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.train.grpo import summarize, train_grpo
+from limbeck.train.learned_rewards import LearnedRewards
 from limbeck.train.learner import Learner
-from limbeck.train.sft import batches, fit
+from limbeck.train.sft import SFTTrainer, batches
+from limbeck.train.training_log import summarize
 
 pytestmark = pytest.mark.slow
 
@@ -47,16 +49,8 @@ def test_a_base_learns_from_text_and_then_from_rewards_alone(task, tmp_path):
     plan = batches(documents, 1024, "test")
     settings = Optimizer(name="muon", learning_rate=1e-2, warmup_steps=20, schedule="linear", final_ratio=0)
     (tmp_path / "base").mkdir()
-    record = Record(tmp_path / "base")
-    fit(
-        Learner(decoder, settings, len(plan)),
-        documents,
-        plan,
-        1 << 20,
-        1,
-        record,
-        Checkpoint(tmp_path / "base"),
-    )
+    trainer = SFTTrainer(Learner(decoder, settings, len(plan)), documents, plan, 1 << 20, log_every=1)
+    trainer.train(RunLog(tmp_path / "base"), Checkpoint(tmp_path / "base"))
     losses = [row["loss"] for row in read_metrics(tmp_path / "base")]
     assert sum(losses[-10:]) < sum(losses[:10]) / 2
 
@@ -78,17 +72,8 @@ def test_a_base_learns_from_text_and_then_from_rewards_alone(task, tmp_path):
     tasks = Mixture({"clock": task}, stage.problems, stage.rewards)
     engine, learner = Engine(decoder, tokenizer), Learner(decoder, stage.optimizer, 2 * STEPS)
     (tmp_path / "zero").mkdir()
-    train_grpo(
-        learner,
-        None,
-        engine,
-        tasks,
-        SamplingParams(max_new_tokens=60),
-        stage,
-        "test",
-        Record(tmp_path / "zero"),
-        Checkpoint(tmp_path / "zero"),
-    )
+    rewards = LearnedRewards(stage, {}, tasks, SamplingParams(max_new_tokens=60), "test")
+    train_grpo(tmp_path / "zero", learner, engine, rewards)
     after = held_out(decoder, task)
     assert after["accuracy"] > before["accuracy"] + 0.1
     assert after["attempts"] > 1.5 * before["attempts"]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from limbeck.config.parts import PRESETS, Policy
 from limbeck.train.batch import pack
-from limbeck.train.losses import cross_entropy, group_advantages, k3, policy_gradient
+from limbeck.train.losses import CrossEntropy, PolicyGradient, group_advantages, k3
 from limbeck.types import Group, Problem, Sample
 
 # Two completions, of 3 and 2 tokens. pi / pi_old per token, the advantages of the sequences, pi_ref / pi.
@@ -34,7 +34,7 @@ def batch_of(ratios=RATIOS, advantages=ADVANTAGES, reference=REFERENCE, logprobs
 
 def run(policy: Policy, longest: int = 10, **given) -> tuple[float, list[float], dict[str, float]]:
     batch, logprobs = batch_of(**given)
-    loss, metrics = policy_gradient(policy, longest)(logprobs, batch)
+    loss, metrics = PolicyGradient(policy, longest)(logprobs, batch)
     loss.backward()
     return float(loss.detach()), logprobs.grad.tolist(), {k: float(v) for k, v in metrics.items()}
 
@@ -138,7 +138,7 @@ def test_on_policy_the_gradient_is_the_advantage():
 
 def test_cross_entropy_by_hand():
     batch, logprobs = batch_of()
-    loss, _ = cross_entropy(logprobs, batch)
+    loss, _ = CrossEntropy()(logprobs, batch)
     assert float(loss.detach()) == pytest.approx((1 + 2 + 0.5 + 0.25 + 1.5) / 5)
 
 
@@ -235,7 +235,7 @@ def test_loss_and_gradient_equal_trls(policy, loss_type):
     rows[1]["advantages"] = -rows[0]["advantages"]
     rows.sort(key=lambda row: len(row["ratios"]))
     batch, logprobs = batch_of(*([row[key] for row in rows] for key in rows[0]))
-    loss, metrics = policy_gradient(policy, longest)(logprobs, batch)
+    loss, metrics = PolicyGradient(policy, longest)(logprobs, batch)
     loss.backward()
 
     mask = torch.zeros(len(rows), longest)

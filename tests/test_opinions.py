@@ -15,6 +15,7 @@ import torch
 from judges import Programmed, choosing, longer, material, truth
 from stub import Stub, completion
 from tiny import answer
+from trainers import train_grpo
 
 from limbeck.config.learned_rewards import Calibrate, Opinion
 from limbeck.config.load import load
@@ -26,24 +27,18 @@ from limbeck.model import weights
 from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.graph import resolve_paths
 from limbeck.pipeline.job import Job
-from limbeck.pipeline.stages.judging import run_calibrate
-from limbeck.pipeline.stages.rewards import judge_of, reward_of
-from limbeck.run_log import Record, read_metrics
+from limbeck.pipeline.stages import calibrate
+from limbeck.pipeline.stages.rewards import judge_of, reward_model_of
+from limbeck.run_log import RunLog, read_metrics
 from limbeck.tasks.task import Mixture
+from limbeck.train.batch import pack
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.train.grpo import train_grpo
-from limbeck.train.learned_rewards import Panel, hacked, trend
+from limbeck.train.learned_rewards import LearnedRewards, hacked, trend
 from limbeck.train.learner import Learner
-from limbeck.train.reward_model import (
-    RewardModel,
-    RewardModelLearner,
-    bradley_terry,
-    fit,
-    pack_pairs,
-    plan_pairs,
-    split,
-    to_sample,
-)
+from limbeck.train.losses import BradleyTerry
+from limbeck.train.pairs import plan_by_count
+from limbeck.train.reward_model import RewardModelLearner, RewardModelScorer, split, to_sample
+from limbeck.train.sft import SFTTrainer
 from limbeck.types import Completion, Group, LimbeckError, Problem, Resumable, Sample, Score, generator
 
 pytestmark = pytest.mark.slow
@@ -65,9 +60,9 @@ def test_bradley_terry_by_hand(decoder, tokenizer):
     better, worse = (learner.values([pair[half] for pair in pairs]) for half in (0, 1))
     expected = np.mean(np.log1p(np.exp(-(better - worse))))
     for micro, pieces in ((1, 3), (lengths[1] + lengths[2], 2), (1 << 20, 1)):
-        batches = pack_pairs(pairs, micro)
+        batches = pack(numbered(pairs), micro)
         assert len(batches) == pieces
-        parts = [bradley_terry(3)(learner.forward(batch)[0], batch) for batch in batches]
+        parts = [BradleyTerry()(learner.forward(batch)[0], batch) for batch in batches]
         assert float(sum(loss.detach() for loss, _ in parts)) == pytest.approx(expected, rel=1e-5)
         assert float(sum(m["accuracy"] for _, m in parts)) == pytest.approx(np.mean(better > worse))
 
@@ -110,14 +105,29 @@ def planted(tokenizer, count: int, seed: object) -> list[tuple[Sample, Sample]]:
     return pairs
 
 
+def numbered(pairs: list[tuple[Sample, Sample]]) -> list[Sample]:
+    """The halves side by side, each with the number of its pair."""
+    return [
+        replace(half, pair=sign * number)
+        for number, pair in enumerate(pairs, start=1)
+        for half, sign in zip(pair, (1, -1), strict=True)
+    ]
+
+
+def learn(learner, pairs, plan, micro: int, log_every: int, log: RunLog, checkpoint: Checkpoint) -> None:
+    unlogged = frozenset(["entropy"])
+    trainer = SFTTrainer(learner, numbered(pairs), plan, micro, log_every, BradleyTerry(), unlogged)
+    trainer.train(log, checkpoint)
+
+
 def test_it_learns_a_planted_preference(decoder, tokenizer, tmp_path):
     learned, kept = planted(tokenizer, 600, "learned"), planted(tokenizer, 200, "kept")
-    plan = plan_pairs(600, 4, 32, "plan")
+    plan = plan_by_count(600, 4, 32, "plan")
     learner = RewardModelLearner(
         decoder(), Optimizer(learning_rate=3e-3, warmup_steps=5, schedule="linear"), len(plan)
     )
     before = np.mean(learner.values([p[0] for p in kept]) > learner.values([p[1] for p in kept]))
-    fit(learner, learned, plan, 4096, 10, Record(tmp_path), Checkpoint(tmp_path))
+    learn(learner, learned, plan, 4096, 10, RunLog(tmp_path), Checkpoint(tmp_path))
     accuracy = np.mean(learner.values([p[0] for p in kept]) > learner.values([p[1] for p in kept]))
     assert before == 0 and accuracy > 0.9, accuracy  # it begins with one value for all
     history = read_metrics(tmp_path)
@@ -129,7 +139,7 @@ def test_it_learns_a_planted_preference(decoder, tokenizer, tmp_path):
 
 
 def test_killed_and_resumed_it_learns_the_same(decoder, tokenizer, tmp_path):
-    pairs, plan, ended = planted(tokenizer, 40, "learned"), plan_pairs(40, 2, 8, "plan"), []
+    pairs, plan, ended = planted(tokenizer, 40, "learned"), plan_by_count(40, 2, 8, "plan"), []
     for stops in ((), (3, 6)):
         folder = tmp_path / str(len(stops))
         folder.mkdir()
@@ -142,9 +152,9 @@ def test_killed_and_resumed_it_learns_the_same(decoder, tokenizer, tmp_path):
                 learner.load_state_dict(state["learner"])
             if stop:
                 checkpoint.stopping = lambda learner=learner, stop=stop: learner.step >= stop
-            record = Record(folder, learner.step)
+            record = RunLog(folder, learner.step)
             with pytest.raises(Resumable) if stop else nullcontext():
-                fit(learner, pairs, plan, 64, 1, record, checkpoint)
+                learn(learner, pairs, plan, 64, 1, record, checkpoint)
         ended.append((learner.values([p[0] for p in pairs]).tolist(), read_metrics(folder)))
     assert ended[0] == ended[1] and len(ended[0][1]) == 10
 
@@ -160,7 +170,8 @@ def test_its_opinion_is_a_chance_and_of_nothing_it_thinks_nothing(decoder, token
         tuple(Completion(none, none, t, True, i) for i, t in enumerate(texts)),
     )
     value = learner.values([to_sample(tokenizer, "say 4 ?", "4")])[0]
-    model = RewardModel(learner, tokenizer, centre=float(value))
+    weight = learner.model.value.weight.detach().clone()
+    model = RewardModelScorer(learner.model, weight, tokenizer, centre=float(value))
     scores = model.opinions([group, group])
     assert scores[0] == scores[1] and scores[0][0].parts["preference"] == pytest.approx(0.5)
     assert scores[0][1] == Score({"preference": 0.0}, {"preference": "no final answer"})
@@ -174,10 +185,9 @@ def test_a_question_is_learned_or_held_out_and_never_both():
 
 
 def test_plans_of_pairs():
-    plan = plan_pairs(10, 1.5, 4, "s")
-    assert [len(batch) for batch in plan] == [4, 4, 4, 3] and sorted(
-        [i for batch in plan for i in batch][:10]
-    ) == list(range(10))
+    plan = plan_by_count(10, 1.5, 4, "s")
+    assert [len(batch) for batch in plan] == [8, 8, 4, 8, 2]
+    assert sorted([i for batch in plan for i in batch][:20]) == list(range(20))
 
 
 # ---------------------------------------------------------------- the alarm
@@ -259,24 +269,11 @@ def reinforced(decoder, tokenizer, clock, tmp_path):
         tasks = Mixture({"clock": clock}, {"clock": 1}, settings.rewards)
         learner = Learner(decoder(), settings.optimizer, settings.steps)
         params = SamplingParams(max_new_tokens=8)
-        panel = Panel(settings, {"preference": voice}, tasks, params, "s")
+        rewards = LearnedRewards(settings, {"preference": voice}, tasks, params, "s")
         checkpoint = Checkpoint(tmp_path, 0.0)
-        state = checkpoint.restore()
-        record = Record(tmp_path, state["step"] if state else 0)
         if steps:
             checkpoint.stopping = lambda: len(read_metrics(tmp_path)) >= steps
-        train_grpo(
-            learner,
-            None,
-            Engine(learner.model, tokenizer),
-            tasks,
-            params,
-            settings,
-            "s",
-            record,
-            checkpoint,
-            panel=panel,
-        )
+        train_grpo(tmp_path, learner, Engine(learner.model, tokenizer), rewards, checkpoint)
         return read_metrics(tmp_path)
 
     return run
@@ -321,18 +318,18 @@ def test_what_it_adds_is_its_worth_and_other_problems_get_none(clock):
     )
     for names, expected in (([], [0.105, 0.155]), (["chat"], [0.0, 0.0]), (["clock"], [0.105, 0.155])):
         settings = stage(opinions={"preference": Opinion(of="helpful", problems=names, window=8, held_out=4)})
-        panel = Panel(settings, {"preference": Flatterer()}, tasks, None, "s")
+        panel = LearnedRewards(settings, {"preference": Flatterer()}, tasks, None, "s")
         assert panel.at(0).score(group).rewards == pytest.approx(expected)
 
 
 def test_held_out_problems_are_never_learned_from(clock):
     tasks = Mixture({"clock": clock}, {"clock": 1}, {"accuracy": 1.0})
-    panel = Panel(stage(), {"preference": Flatterer()}, tasks, None, "s")
+    panel = LearnedRewards(stage(), {"preference": Flatterer()}, tasks, None, "s")
     drawn = {p.id for step in range(20) for p in panel.at(step).draw(64, ("s", step))}
-    assert len(panel.held) == 16 and not drawn & panel.ids
+    assert len(panel.held_out) == 16 and not drawn & panel.held_out_ids
     everything = Mixture({"clock": clock}, {"clock": 1}, {}, {"clock": clock.problems("train")[:4]})
     with pytest.raises(LimbeckError, match="held_out leaves no problem"):
-        Panel(stage(), {"preference": Flatterer()}, everything, None, "s").at(0).draw(1, "s")
+        LearnedRewards(stage(), {"preference": Flatterer()}, everything, None, "s").at(0).draw(1, "s")
 
 
 def test_killed_and_resumed_the_alarm_remembers(reinforced, tmp_path):
@@ -450,7 +447,7 @@ def test_a_judge_that_fails_is_refused_as_a_reward_with_its_numbers(opinions):
         recipe = opinions(stub)
         wise = job(recipe, "wise", stub)
         checked = job(recipe, "checked", stub, wise=wise.folder)
-        outcome = run_calibrate(checked)
+        outcome = calibrate.run(checked)
         assert not outcome["notes"]["passed"]
         with pytest.raises(LimbeckError) as error:
             judge_of(job(recipe, "zero", stub, wise=wise.folder, checked=checked.folder), "checked")
@@ -503,7 +500,7 @@ def test_without_labels_the_truth_of_the_checker_is_the_label(clock, decoder, tm
     job = Staged(
         "checked", stage, "0/checked", {"wise": tmp_path}, {"clock": clock.settings}, tmp_path, cast=cast
     )
-    outcome = run_calibrate(job)
+    outcome = calibrate.run(job)
     told = json.loads((tmp_path / "calibration.json").read_text())
     assert told["passed"] is outcome["notes"]["passed"] is passed and told["pairs"] == 60
     assert outcome["flops"] > 0 and outcome["tokens"] > 60 * 12 * 5 - 1
@@ -522,7 +519,7 @@ def test_a_reward_model_that_learned_nothing_is_refused(opinions):
         LimbeckError,
         match=r"helpful is refused: on 40 held-out pairs it is right in 55% \[41%, 68%\], no better than chance",
     ):
-        reward_of(replace(zero, inputs={"helpful": folder}), "helpful")
+        reward_model_of(replace(zero, inputs={"helpful": folder}), "helpful")
 
 
 @pytest.mark.parametrize("settings, sentence", [
@@ -554,5 +551,5 @@ def test_labels_that_will_not_do(opinions, tmp_path, line, sentence):
         recipe = opinions(stub)
         (tmp_path / "labels.jsonl").write_text(line + "\n")
         with pytest.raises(LimbeckError, match=re.escape(sentence)):
-            run_calibrate(job(recipe, "checked", stub))
+            calibrate.run(job(recipe, "checked", stub))
     assert not stub.asked

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from trainers import train_grpo
 
 from limbeck.config.load import load
 from limbeck.config.recipe import RL, Optimizer, Policy, Sampling
@@ -26,17 +27,17 @@ from limbeck.model.decoder import Decoder
 from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.run import _failure
 from limbeck.pipeline.worker import perform
-from limbeck.run_log import Record, read_metrics
+from limbeck.run_log import RunLog, read_metrics
 from limbeck.tasks.task import Mixture
-from limbeck.train import losses, reward_model
+from limbeck.train import losses
 from limbeck.train.batch import Batch, pack
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.divergence import TopK
-from limbeck.train.grpo import train_grpo
+from limbeck.train.learned_rewards import LearnedRewards
 from limbeck.train.learner import Learner
-from limbeck.train.losses import cross_entropy, distill, policy_gradient, preference, text_distance
-from limbeck.train.reward_model import RewardModelLearner, bradley_terry, pack_pairs
-from limbeck.train.sft import fit
+from limbeck.train.losses import DPO, BradleyTerry, CrossEntropy, Distillation, PolicyGradient, SpanDistance
+from limbeck.train.reward_model import RewardModelLearner
+from limbeck.train.sft import SFTTrainer
 from limbeck.types import LimbeckError, Sample
 
 pytestmark = pytest.mark.slow
@@ -72,7 +73,15 @@ def halves() -> list[Batch]:
         )
         for s in samples()
     ]
-    return pack_pairs([(at_end[0], at_end[1])], 1 << 20)
+    pair = [
+        replace(half, start=1, learned=_last(half), pair=sign)
+        for half, sign in zip(at_end[:2], (1, -1), strict=True)
+    ]
+    return pack(pair, 1 << 20)
+
+
+def _last(sample: Sample) -> np.ndarray:
+    return np.arange(1, len(sample.tokens)) == len(sample.tokens) - 1
 
 
 def taught(batches: list[Batch], build: Callable[..., Decoder], labels: bool) -> list[Batch]:
@@ -90,16 +99,16 @@ def taught(batches: list[Batch], build: Callable[..., Decoder], labels: bool) ->
 
 # Every loss: how it is made, what learns by it, and the batches that it sees.
 LOSSES = {
-    "cross_entropy": (lambda: cross_entropy, Learner, lambda build: pack(samples(), 1 << 20)),
-    "policy_gradient": (lambda: policy_gradient(Policy(kl_coef=0.1)), Learner, lambda build: pack(samples(), 1 << 20)),
-    "policy_gradient-r1": (lambda: policy_gradient(Policy(preset="r1", off_policy_threshold=0.5)), Learner, lambda build: pack(samples(), 1 << 20)),
-    "preference": (lambda: preference(0.1), Learner, lambda build: pack(pairs(), 1 << 20)),
-    "preference-normalized": (lambda: preference(0.1, True), Learner, lambda build: pack(pairs(), 1 << 20)),
-    "text_distance": (lambda: text_distance, Learner, lambda build: pack([replace(s, spans=np.arange(len(s.tokens) - s.start)) for s in samples()], 1 << 20)),
-    "bradley_terry": (lambda: bradley_terry(1), RewardModelLearner, lambda build: halves()),
+    "CrossEntropy": (CrossEntropy, Learner, lambda build: pack(samples(), 1 << 20)),
+    "PolicyGradient": (lambda: PolicyGradient(Policy(kl_coef=0.1)), Learner, lambda build: pack(samples(), 1 << 20)),
+    "PolicyGradient-r1": (lambda: PolicyGradient(Policy(preset="r1", off_policy_threshold=0.5)), Learner, lambda build: pack(samples(), 1 << 20)),
+    "DPO": (lambda: DPO(0.1), Learner, lambda build: pack(pairs(), 1 << 20)),
+    "DPO-normalized": (lambda: DPO(0.1, True), Learner, lambda build: pack(pairs(), 1 << 20)),
+    "SpanDistance": (SpanDistance, Learner, lambda build: pack([replace(s, spans=np.arange(len(s.tokens) - s.start)) for s in samples()], 1 << 20)),
+    "BradleyTerry": (BradleyTerry, RewardModelLearner, lambda build: halves()),
     **{
-        f"distill-{kind}-{'labels' if labels else 'states'}": (
-            lambda kind=kind: distill(kind), Learner, lambda build, labels=labels: taught(pack(samples(), 1 << 20), build, labels),
+        f"Distillation-{kind}-{'labels' if labels else 'states'}": (
+            lambda kind=kind: Distillation(kind), Learner, lambda build, labels=labels: taught(pack(samples(), 1 << 20), build, labels),
         )
         for kind in ("forward", "reverse", "jsd") for labels in (False, True)
     },
@@ -155,23 +164,22 @@ def test_no_loss_moves_a_weight_by_what_is_not_finite(decoder, loss, poison, val
 
 
 def test_every_loss_of_the_house_is_among_those_that_are_tried():
-    """What is annotated as a loss, or as what makes one; and no other function has a gradient made and a step taken."""
-    made = set()
-    for module in (losses, reward_model):
-        for node in ast.parse(Path(module.__file__).read_text()).body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                returns = ast.unparse(node.returns) if node.returns else ""
-                made |= {node.name} if returns in ("Loss", "tuple[Tensor, Metrics]") else set()
-    assert made == {name.partition("-")[0] for name in LOSSES}
+    """Every class of train/losses.py that can be called; and no other function has a gradient made and a step taken."""
+    callable_classes = {
+        node.name
+        for node in ast.parse(Path(losses.__file__).read_text()).body
+        if isinstance(node, ast.ClassDef) and any(getattr(m, "name", "") == "__call__" for m in node.body)
+    }
+    assert callable_classes == {name.partition("-")[0] for name in LOSSES}
     users = {p.name for p in Path(losses.__file__).parents[1].rglob("*.py") if ".backward()" in p.read_text()}
     assert users == {"learner.py", "selftest.py"}
 
 
 GIVEN = {
-    "policy_gradient": ("advantages_M", "the advantages are not finite; a reward is infinite"),
-    "policy_gradient-r1": ("logprobs_M", "the sampler's log-probabilities are not finite"),
-    "preference": ("reference_M", "the reference's log-probabilities are not finite"),
-    "text_distance": ("reference_M", "the reference's log-probabilities are not finite"),
+    "PolicyGradient": ("advantages_M", "the advantages are not finite; a reward is infinite"),
+    "PolicyGradient-r1": ("logprobs_M", "the sampler's log-probabilities are not finite"),
+    "DPO": ("reference_M", "the reference's log-probabilities are not finite"),
+    "SpanDistance": ("reference_M", "the reference's log-probabilities are not finite"),
 }
 
 
@@ -187,7 +195,7 @@ def test_what_a_batch_brings_is_blamed_before_the_loss_is(decoder, loss):
     assert state(learner) == before
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name.startswith("distill")])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name.startswith("Distillation")])
 def test_a_teacher_is_blamed_for_what_it_says(decoder, loss):
     make, kind, brings = LOSSES[loss]
     learner = kind(decoder(vocab_size=VOCABULARY), SETTINGS, STEPS)
@@ -205,7 +213,7 @@ def test_a_loss_that_overflows_by_itself_is_blamed_itself(decoder):
     with pytest.raises(
         LimbeckError, match="step 1 of 9: the loss is not finite; lower optimizer.learning_rate"
     ):
-        learner.update(pack(far, 1 << 20), policy_gradient(Policy()))
+        learner.update(pack(far, 1 << 20), PolicyGradient(Policy()))
 
 
 def test_a_gradient_too_large_to_be_measured_is_not_clipped_to_nothing(decoder):
@@ -213,7 +221,7 @@ def test_a_gradient_too_large_to_be_measured_is_not_clipped_to_nothing(decoder):
     learner = Learner(decoder(vocab_size=VOCABULARY), SETTINGS, STEPS)
     learner.model.blocks[0].ffn.down.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e25))
     with pytest.raises(LimbeckError, match="the gradient of blocks.0.ffn.down.weight is not finite"):
-        learner.update(pack(samples(), 1 << 20), cross_entropy)
+        learner.update(pack(samples(), 1 << 20), CrossEntropy())
 
 
 def test_a_rate_that_overflows_is_told_before_anything_is_saved(decoder, tmp_path):
@@ -227,7 +235,9 @@ def test_a_rate_that_overflows_is_told_before_anything_is_saved(decoder, tmp_pat
         )
         if saved := checkpoint.restore():
             learner.load_state_dict(saved["learner"])
-        fit(learner, made, plan[:steps], 1 << 20, 1, Record(tmp_path, learner.step, 3), checkpoint)
+        SFTTrainer(learner, made, plan[:steps], 1 << 20, 1).train(
+            RunLog(tmp_path, learner.step, 3), checkpoint
+        )
         return learner
 
     learn(0.01, 1)
@@ -269,20 +279,15 @@ def test_a_judge_that_rewards_without_bound_ends_the_stage(decoder, tokenizer, c
             )
 
     learner = Learner(decoder(), settings.optimizer, 3)
-    arguments = (
-        Engine(learner.model, tokenizer),
-        Judge({"clock": clock}, {"clock": 1}, settings.rewards),
-        SamplingParams(max_new_tokens=16),
-        settings,
-        "0/zero",
-    )
+    tasks = Judge({"clock": clock}, {"clock": 1}, settings.rewards)
+    rewards = LearnedRewards(settings, {}, tasks, SamplingParams(max_new_tokens=16), "0/zero")
     with (
         np.errstate(invalid="ignore"),
         pytest.raises(
             LimbeckError, match="optimiser step 2 of 3: the advantages are not finite; a reward is"
         ),
     ):
-        train_grpo(learner, None, *arguments, Record(tmp_path), Checkpoint(tmp_path, 0.0))
+        train_grpo(tmp_path, learner, Engine(learner.model, tokenizer), rewards, Checkpoint(tmp_path, 0.0))
     assert len(read_metrics(tmp_path)) == 1 and Checkpoint(tmp_path).restore()["learner"]["step"] == 1
 
 

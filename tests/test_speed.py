@@ -14,7 +14,7 @@ from limbeck.engine.sampling import SamplingParams
 from limbeck.model import kernels
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
-from limbeck.train.losses import cross_entropy
+from limbeck.train.losses import CrossEntropy
 from limbeck.types import Problem, Sample
 
 MARGIN = (
@@ -35,7 +35,7 @@ def update(model, tokenizer) -> Callable[[], object]:
     draw = np.random.default_rng(0)
     samples = [Sample(draw.integers(0, tokenizer.size, n), start=4) for n in draw.integers(20, 90, 48)]
     learner = Learner(model, Optimizer(learning_rate=1e-9), 1000)
-    return lambda: learner.update(pack(samples, 4096), cross_entropy)
+    return lambda: learner.update(pack(samples, 4096), CrossEntropy())
 
 
 @pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.found()[1]}")

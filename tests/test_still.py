@@ -14,21 +14,21 @@ from tiny import Attempt
 
 from limbeck.config.load import load
 from limbeck.config.methods import Distill
-from limbeck.config.parts import Optimizer
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
-from limbeck.pipeline.stages.basic import to_sample
+from limbeck.pipeline.stages.budget import affordable
 from limbeck.pipeline.stages.ranking import ranked
-from limbeck.pipeline.stages.training import affordable
+from limbeck.pipeline.stages.rows import to_sample
 from limbeck.run_log import read, read_metrics
 from limbeck.tasks.clock_countdown import Countdown
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
-from limbeck.train.distill import LABELLED, DistillSampler, Teacher, taught
-from limbeck.train.dpo import best_and_worst, likelihood, plan_pairs, to_pair
-from limbeck.train.learner import Learner
+from limbeck.train.distill import LABELLED, Assigned, DistillSampler, Teacher, attach_teachers
+from limbeck.train.dpo import mean_logprob, to_pair
+from limbeck.train.pairs import best_and_worst, plan_by_tokens
+from limbeck.train.scorer import Scorer
 from limbeck.types import Completion, Group, LimbeckError, Problem, Sample, Score
 
 pytestmark = pytest.mark.slow
@@ -300,38 +300,39 @@ def test_each_problem_is_taught_by_the_teacher_of_its_domain(decoder):
     )
     stub = Stub()
     lesson = DistillSampler(settings, 0, stub, stub, None, [])(0)
-    assert {owner: [int(s.tokens[-1]) for s in part] for owner, part in lesson.samples.items()} == {
+    parts = lesson.by_teacher()
+    assert {name: [int(a.sample.tokens[-1]) for a in part] for name, part in parts.items()} == {
         "a": [0, 2, 4],
         "b": [1, 3, 5],
     }
-    teachers = {name: Teacher(Learner(decoder(seed=seed), Optimizer(), 1)) for seed, name in enumerate("ab")}
-    batches, read = taught(lesson, teachers, 1 << 20)
+    teachers = {name: Teacher(Scorer(decoder(seed=seed))) for seed, name in enumerate("ab")}
+    batches, read = attach_teachers(lesson, teachers, 1 << 20)
     assert [(b.tokens, b.sequences) for b in batches] == [(6, 6)] * 2 and read == {"a": 9, "b": 9}
     for batch, name in zip(batches, "ab", strict=True):
-        assert torch.equal(batch.teacher.head_VC, teachers[name].learner.model.head.weight)
-        assert torch.equal(batch.teacher.hidden_MC, teachers[name].learner.states(batch).hidden_MC)
+        assert torch.equal(batch.teacher.head_VC, teachers[name].scorer.model.head.weight)
+        assert torch.equal(batch.teacher.hidden_MC, teachers[name].scorer.states(batch).hidden_MC)
 
 
 def test_rows_come_all_once_before_one_comes_twice_and_steps_are_their_own():
     settings = Distill(kind="distill", model="m", on_policy=0, rows={"r": 1}, prompts_per_step=4)
-    rows = [(LABELLED, Sample(np.array([1, i]), 1), "") for i in range(6)]
+    rows = [Assigned(LABELLED, Sample(np.array([1, i]), 1), "") for i in range(6)]
     lessons = DistillSampler(settings, 0, None, None, None, rows)
-    drawn = [[int(s.tokens[1]) for s in lessons(step).samples[LABELLED]] for step in range(6)]
+    drawn = [[int(a.sample.tokens[1]) for a in lessons(step).by_teacher()[LABELLED]] for step in range(6)]
     flat = [i for step in drawn for i in step]
     assert all(sorted(flat[i : i + 6]) == list(range(6)) for i in range(0, 24, 6)) and flat[:6] != flat[6:12]
-    again = DistillSampler(settings, 0, None, None, None, rows)(4).samples[LABELLED]
-    assert [int(s.tokens[1]) for s in again] == drawn[4]
+    again = DistillSampler(settings, 0, None, None, None, rows)(4).by_teacher()[LABELLED]
+    assert [int(a.sample.tokens[1]) for a in again] == drawn[4]
 
 
 def test_a_teachers_score_is_the_mean_log_probability_of_each_completion(decoder):
-    teacher, prompt = Learner(decoder(), Optimizer(), 1), np.array([3, 4, 5])
+    teacher, prompt = Scorer(decoder()), np.array([3, 4, 5])
     said = [np.array(tokens) for tokens in ([7, 8, 9, 2], [7, 2], [6, 6, 6])]
     group = Group(
         Problem("clock/0", ""),
         prompt,
         tuple(Completion(t, np.zeros(len(t)), "", True, i) for i, t in enumerate(said)),
     )
-    scores = likelihood(teacher, 1 << 20)(group)
+    scores = mean_logprob(teacher, 1 << 20)(group)
     for score, tokens in zip(scores, said, strict=True):
         (alone,) = teacher.logprobs(pack([Sample(np.concatenate([prompt, tokens]), 3)], 1 << 20))
         assert score == pytest.approx(float(alone.mean()), abs=1e-5)
@@ -359,7 +360,7 @@ def test_a_plan_of_pairs_never_parts_one():
     samples = [
         half for i in range(9) for half in to_pair(np.arange(3), np.arange(2 + i), np.arange(4), i + 1)
     ]
-    plan = plan_pairs(samples, 2, 60, "seed")
+    plan = plan_by_tokens(samples, 2, 60, "seed")
     counts = Counter(samples[i].pair for batch in plan for i in batch)
     assert set(counts.values()) == {2} and len(counts) == 18 and len(plan) > 4
     assert all(

@@ -18,7 +18,7 @@ import torch
 from tiny import answer, limbeck, until
 
 from limbeck.pipeline.store import MANIFEST, OUTCOME, Store, out_of_space, write
-from limbeck.run_log import Record, read_metrics
+from limbeck.run_log import RunLog, read_metrics
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.types import Corrupted, LimbeckError, Resumable
 
@@ -197,7 +197,7 @@ def test_whatever_write_fails_a_checkpoint_is_the_old_one_or_the_new_one(tmp_pat
     for nth in itertools.count(1):
         folder = tmp_path / str(nth)
         folder.mkdir()
-        record, checkpoint = Record(folder), Checkpoint(folder, every=0)
+        record, checkpoint = RunLog(folder), Checkpoint(folder, every=0)
         record.step(0, {"loss": 1.0})
         checkpoint.offer(lambda: {"step": 1, "weights": torch.ones(1000)}, record)
         with monkeypatch.context() as patch:

@@ -401,7 +401,7 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
     """TRL's columns, without ties; the reader of reward models and calibrations takes them."""
     from types import SimpleNamespace
 
-    from limbeck.pipeline.stages.judging import preferences
+    from limbeck.pipeline.stages.rows import preferences
 
     ballots = VoteStore(tmp_path / ".studio")
     fought(ballots)

@@ -15,7 +15,7 @@ from limbeck.report import flips, sentences
 from limbeck.report.graph_drawing import Box, draw
 from limbeck.report.history import History
 from limbeck.report.i18n import Text
-from limbeck.run_log import METRICS, ROLLOUTS, Record, read
+from limbeck.run_log import METRICS, ROLLOUTS, RunLog, read
 from limbeck.types import Completion, Group, Problem, Score
 
 
@@ -33,7 +33,7 @@ def group(problem: str, *right: bool) -> Group:
 
 
 def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does(tmp_path):
-    record, history = Record(tmp_path, 0, 20), History(tmp_path)
+    record, history = RunLog(tmp_path, 0, 20), History(tmp_path)
     assert history.look().done == 0 and history.pace is None
     for step in range(10):
         record.step(
@@ -54,7 +54,7 @@ def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does
     with open(tmp_path / METRICS, "a") as file:
         file.write('{"step": 10, "rew')
     assert history.look().done == 10 and history.version == seen
-    Record(tmp_path, 6, 20).step(6, {"reward": None, "held_out_accuracy": 0.5, "alarms": ["too long"]})
+    RunLog(tmp_path, 6, 20).step(6, {"reward": None, "held_out_accuracy": 0.5, "alarms": ["too long"]})
     history.look()
     assert history.steps == list(range(7)) and [one.step for one in history.shown] == [0, 4]
     assert math.isnan(history.columns["reward"][6]) and history.column("held_out_accuracy").tolist() == [0.5]
@@ -64,7 +64,7 @@ def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does
 
 
 def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
-    record, history = Record(tmp_path, 0), History(tmp_path)
+    record, history = RunLog(tmp_path, 0), History(tmp_path)
     for step in range(50):
         record.step(step, {"reward": 1.0})
     history.look()
@@ -106,7 +106,7 @@ def test_flips_between_two_evaluations_and_between_steps(tmp_path):
     assert ([f.problem for f in found.won], [f.problem for f in found.lost]) == (["0", "3"], ["2", "4"])
     assert (found.held, found.missed, found.asked) == (1, 0, 5)
 
-    record = Record(tmp_path, 0)
+    record = RunLog(tmp_path, 0)
     for step, groups in enumerate(
         [
             [group("a", False, False), group("b", True, True)],
@@ -131,7 +131,7 @@ def test_sentences_turn_where_the_numbers_turn(tmp_path):
         ("wave", wave),
     ):
         (tmp_path / name).mkdir()
-        record = Record(tmp_path / name, 0, 100)
+        record = RunLog(tmp_path / name, 0, 100)
         for step, reward in enumerate(rewards):
             record.step(
                 step,
@@ -222,7 +222,7 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
     (folder / "recipe.yaml").write_bytes((finished.home / "tiny" / "recipe.yaml").read_bytes())
     partial = tmp_path / "store" / ".partial" / "rl-1"
     partial.mkdir(parents=True)
-    Record(partial, 0, 4).step(0, {"reward": 0.5})
+    RunLog(partial, 0, 4).step(0, {"reward": 0.5})
     with run_status.RunStatus(folder) as told:
         told.begun["zero"] = "rl-1"
         told.tell("running")
@@ -241,7 +241,7 @@ def test_a_drawing_escapes_what_it_is_given():
 
 
 def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
-    record, history = Record(tmp_path, 0), History(tmp_path)
+    record, history = RunLog(tmp_path, 0), History(tmp_path)
     record.step(0, {"loss": 1.0, "expert_loads": [[0.5, 0.5]]})
     record.step(1, {"loss": 0.9, "expert_loads": [[0.25, 0.75]]})
     assert history.look().loads == [[0.25, 0.75]] and set(history.columns) == {"loss"}
@@ -251,12 +251,12 @@ def test_every_alarm_is_told_in_chinese():
     """Those that a watch rings by itself, and both of an opinion that was hacked."""
     from limbeck.config.recipe import RL
     from limbeck.report.sentences import _alarm
-    from limbeck.train.selftest import Watch
+    from limbeck.train.alarms import AlarmMonitor
 
-    watch = Watch(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
+    watch = AlarmMonitor(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
     watch.history.extend({"length": 10.0} for _ in range(19))
     bad = {"truncated": 0.6, "informative": 0.05, "length": 40.0, "format": 1.0, "accuracy": 0.0}
-    rung = watch.check(bad)["alarms"]
+    rung = watch.check(bad)
     rung += [
         f"reward hacking: judge rises while the truth on held-out problems does not: {then}"
         for then in ("the stage ends here", "it no longer counts")

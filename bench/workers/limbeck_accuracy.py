@@ -13,13 +13,13 @@ from limbeck.model import weights
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.grpo import minibatches
 from limbeck.train.learner import Learner
-from limbeck.train.losses import group_advantages, policy_gradient
+from limbeck.train.losses import PolicyGradient, group_advantages
 
 torch.set_num_threads(SETTINGS["threads"])
 policy = zero.policy
 decoder = weights.load(Path(SETTINGS["model"]))
 learner = Learner(decoder, zero.optimizer, zero.steps * policy.updates_per_rollout)
-engine, loss = Engine(decoder, tokenizer), policy_gradient(policy, sampling.max_new_tokens)
+engine, loss = Engine(decoder, tokenizer), PolicyGradient(policy, sampling.max_new_tokens)
 
 for step, clock in enumerate(turns()):
     problems = tasks.draw(policy.prompts_per_step, (SETTINGS["seed"], step))

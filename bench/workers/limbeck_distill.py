@@ -13,16 +13,18 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
-from limbeck.train.distill import DistillBatch, Teacher, taught
+from limbeck.train.distill import Assigned, DistillBatch, Teacher, attach_teachers
 from limbeck.train.learner import Learner
-from limbeck.train.losses import distill
+from limbeck.train.losses import Distillation
+from limbeck.train.scorer import Scorer
 from limbeck.types import Problem, Sample
 
 torch.set_num_threads(SETTINGS["threads"])
 tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
 decoder = weights.load(Path(SETTINGS["model"]))
-teachers = {"big": Teacher(Learner(weights.load(Path(SETTINGS["teacher"])), Optimizer(), 1))}
-learner, loss = Learner(decoder, Optimizer(learning_rate=1e-6), 1000), distill("jsd", SETTINGS["beta"])
+teachers = {"big": Teacher(Scorer(weights.load(Path(SETTINGS["teacher"]))))}
+learner = Learner(decoder, Optimizer(learning_rate=1e-6), 1000)
+loss = Distillation("jsd", SETTINGS["beta"])
 sampling = SamplingParams(max_new_tokens=SETTINGS["new"])
 tokenizer.end_id = decoder.config.vocab_size  # never said
 engine, count = Engine(decoder, tokenizer), SETTINGS["prompts"]
@@ -46,11 +48,8 @@ for step, clock in enumerate(turns()):
     first = step * count % len(problems)
     batch = problems[first : first + count]
     samples = given(batch) if SETTINGS["rows"] else written(batch, step)
-    said = learner.update(
-        taught(DistillBatch([("big", sample, "") for sample in samples]), teachers, SETTINGS["batch_tokens"])[
-            0
-        ],
-        loss,
-    )
+    assigned = DistillBatch([Assigned("big", sample, "") for sample in samples])
+    batches, _ = attach_teachers(assigned, teachers, SETTINGS["batch_tokens"])
+    said = learner.update(batches, loss)
     engine.load(learner.weights())
     clock.say(tokens=sum(len(s.tokens) - s.start for s in samples), loss=said["loss"])

@@ -15,7 +15,7 @@ from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
-from limbeck.train.losses import group_advantages, policy_gradient
+from limbeck.train.losses import PolicyGradient, group_advantages
 from limbeck.types import Problem
 
 torch.set_num_threads(SETTINGS["threads"])
@@ -31,7 +31,7 @@ policy = Policy(
     mask_truncated=False,
 )
 learner = Learner(decoder, Optimizer(learning_rate=1e-6), 1000)
-engine, loss = Engine(decoder, tokenizer), policy_gradient(policy, SETTINGS["new"])
+engine, loss = Engine(decoder, tokenizer), PolicyGradient(policy, SETTINGS["new"])
 problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
 
 for step, clock in enumerate(turns()):

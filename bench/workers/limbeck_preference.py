@@ -12,15 +12,15 @@ from limbeck.config.parts import Optimizer
 from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
-from limbeck.train.dpo import referenced, to_pair
+from limbeck.train.dpo import to_pair, with_reference_logprobs
 from limbeck.train.learner import Learner
-from limbeck.train.losses import preference
+from limbeck.train.losses import DPO
 
 torch.set_num_threads(SETTINGS["threads"])
 tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))
 learner, loss = (
     Learner(weights.load(Path(SETTINGS["model"])), Optimizer(learning_rate=1e-6), 1000),
-    preference(0.1),
+    DPO(0.1),
 )
 rows = zip(SETTINGS["texts"], SETTINGS["chosen"], SETTINGS["rejected"], strict=True)
 halves = [
@@ -30,7 +30,8 @@ halves = [
         tokenizer.prompt(asked), tokenizer.response(better), tokenizer.response(worse), number
     )
 ]
-samples, width = referenced(learner, halves, SETTINGS["batch_tokens"]), 2 * SETTINGS["pairs"]
+samples = with_reference_logprobs(learner, halves, SETTINGS["batch_tokens"])
+width = 2 * SETTINGS["pairs"]
 batches = [samples[i : i + width] for i in range(0, len(samples), width)]
 
 for clock, batch in zip(turns(), cycle(batches)):

@@ -14,7 +14,7 @@ from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
-from limbeck.train.losses import cross_entropy
+from limbeck.train.losses import CrossEntropy
 from limbeck.types import Sample
 
 torch.set_num_threads(SETTINGS["threads"])
@@ -24,6 +24,6 @@ documents = [Sample(np.array(tokenizer.encode(text)), 0) for text in SETTINGS["t
 batches = [documents[i : i + SETTINGS["batch"]] for i in range(0, len(documents), SETTINGS["batch"])]
 
 for clock, batch in zip(turns(), cycle(batches)):
-    learner.update(pack(batch, SETTINGS["batch_tokens"]), cross_entropy)
+    learner.update(pack(batch, SETTINGS["batch_tokens"]), CrossEntropy())
     tokens = sum(len(sample.tokens) - 1 for sample in batch)
     clock.say(tokens=tokens, tokens_per_second=tokens / clock.elapsed())

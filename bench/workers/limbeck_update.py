@@ -12,14 +12,14 @@ from limbeck.config.parts import Optimizer, Policy
 from limbeck.model import weights
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
-from limbeck.train.losses import policy_gradient
+from limbeck.train.losses import PolicyGradient
 from limbeck.types import Sample
 
 torch.set_num_threads(SETTINGS["threads"])
 decoder = weights.load(Path(SETTINGS["model"]))
 learner, loss = (
     Learner(decoder, Optimizer(learning_rate=1e-6), 1000),
-    policy_gradient(Policy(), SETTINGS["new"]),
+    PolicyGradient(Policy(), SETTINGS["new"]),
 )
 random, width = np.random.default_rng(0), SETTINGS["width"]
 samples = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Problems, Remote, Stage
-from ..run_log import Record, read
+from ..run_log import RunLog, read
 from ..types import Problem, Task
 from .dataset_rows import PROBLEMS, ROWS
 from .store import MANIFEST, RESPONSES
@@ -95,8 +95,8 @@ class Job:
     def manifest(self, name: str) -> dict[str, Any]:
         return json.loads((self.inputs[name] / MANIFEST).read_text(encoding="utf-8"))
 
-    def record(self, step: int = 0, total: int | None = None) -> Record:
-        return Record(self.folder, step, total)
+    def record(self, step: int = 0, total: int | None = None) -> RunLog:
+        return RunLog(self.folder, step, total)
 
     def checkpoint(self) -> Checkpoint:
         from ..train.checkpoint import Checkpoint

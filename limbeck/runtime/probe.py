@@ -113,7 +113,7 @@ def _learn(decoder: Any, asked: dict[str, Any], tokens: int, clock: Callable[[],
     from ..config.parts import Optimizer
     from ..train.batch import pack
     from ..train.learner import Learner
-    from ..train.losses import cross_entropy
+    from ..train.losses import CrossEntropy
     from ..types import Sample
 
     draw, length = np.random.default_rng(0), asked["length"]
@@ -122,7 +122,7 @@ def _learn(decoder: Any, asked: dict[str, Any], tokens: int, clock: Callable[[],
         for _ in range(max(1, tokens // length))
     ]
     learner = Learner(decoder, Optimizer(name=asked["optimizer"], learning_rate=1e-6), 1000)
-    return _typical(lambda: learner.update(pack(samples, asked.get("micro", 1 << 30)), cross_entropy), clock)
+    return _typical(lambda: learner.update(pack(samples, asked.get("micro", 1 << 30)), CrossEntropy()), clock)
 
 
 class _Endless:

@@ -1,12 +1,14 @@
-"""Samples to micro-batches: packed end to end, prompts once, normalised over the whole batch.
+"""Samples to micro-batches: sequences packed end to end, a shared prompt once, normalised over the whole
+batch.
 
-N input tokens · M predicted tokens (those the loss sees) · S sequences.
-"""
+N input tokens · M predicted tokens (those in the loss) · S sequences · L sparse layers · K ids or experts of
+a token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,18 +18,22 @@ from ..model.kv_cache import LONG, Packed, SharedPrefix
 from ..types import Group, Sample
 from .divergence import States, TopK
 
-MICRO_TOKENS = 8192  # of a model that only reads
+MICRO_TOKENS = 8192  # tokens of a micro-batch in a forward pass without gradients
+Device = torch.device | str
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`; `next_N`
-    is the token that follows each input token, `routes_NLK` the experts that it meets where they are settled.
+    """One micro-batch.
 
-    `order_S` tells each sequence's place among the samples that were packed, `pairs_S` numbers pairs from 1, the worse half negative; `teacher` is whom the predictions are compared with.
-    `tokens` and `sequences` count the *whole* batch that this is a piece of: a loss divides by them, so that
-    the sum over micro-batches is the loss of the batch, however it was cut.
-    """
+    Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`. `next_N` is the token after
+    each input token, `routes_NLK` the experts to replay, `kept_MK` the ids that top-p sampling left, padded
+    with -1. `order_S` is each sequence's place among the packed samples; `pairs_S` numbers preference pairs
+    from 1, the rejected response negative; `spans_M` numbers spans of text from 0, -1 for none; `teacher` is
+    the teacher's distribution at the predictions.
+
+    `tokens` and `sequences` count the *whole* batch of which this is one part. A loss divides by them, so the
+    sum over micro-batches is the loss of the batch, however it was cut."""
 
     tokens_N: Tensor
     context: Packed | SharedPrefix
@@ -49,184 +55,243 @@ class Batch:
     teacher: States | TopK | None = None
 
 
-def pack(samples: Sequence[Sample], batch_tokens: int, device: torch.device | str = "cpu") -> list[Batch]:
-    """Cut into micro-batches of at most `batch_tokens` input tokens (one sequence or group at least), like
-    lengths together. Samples of one prompt stand together, and their prompt once: a pair is never parted."""
-    learned = [s for s in samples if _targets(s).size]
-    predicted = sum(_targets(s).size for s in learned)
-    groups = sorted(_by_prompt(learned), key=lambda g: (_family(g), len(g[0].tokens)))
-    pieces: list[list[list[Sample]]] = []
+def pack(samples: Sequence[Sample], batch_tokens: int, device: Device = "cpu") -> list[Batch]:
+    """Micro-batches of at most `batch_tokens` input tokens (one group at least), like lengths together.
+
+    Samples with the same prompt form a group that holds the prompt once; the two responses of a preference
+    pair are always in one micro-batch. A sample without a token in the loss is left out."""
+    learned = [sample for sample in samples if _targets(sample).size]
+    places = {id(sample): place for place, sample in enumerate(samples)}
+    tokens = sum(_targets(sample).size for sample in learned)
+    batches = []
+    for groups in _cut(_grouped(learned), batch_tokens):
+        layout = _shared_prompts(groups) if _prompt_length(groups[0]) else _end_to_end(groups)
+        order_S = np.array([places[id(sample)] for sample in layout.samples])
+        batches.append(_batch(layout, order_S, tokens, len(learned), device))
+    return batches
+
+
+def _cut(groups: list[list[Sample]], batch_tokens: int) -> list[list[list[Sample]]]:
+    """Groups in order of length, cut into micro-batches. Those of one have the same prompt length."""
+    groups = sorted(groups, key=lambda group: (_prompt_length(group), len(group[0].tokens)))
+    micro_batches: list[list[list[Sample]]] = []
     size = 0
     for group in groups:
         cost = _cost(group)
-        if pieces and size + cost <= batch_tokens and _family(pieces[-1][0]) == _family(group):
-            pieces[-1].append(group)
+        fits = micro_batches and size + cost <= batch_tokens
+        if fits and _prompt_length(micro_batches[-1][0]) == _prompt_length(group):
+            micro_batches[-1].append(group)
             size += cost
         else:
-            pieces.append([group])
+            micro_batches.append([group])
             size = cost
-    places = {id(sample): place for place, sample in enumerate(samples)}
-    return [
-        _batch(*(_branched if _family(piece[0]) else _packed)(piece), places, predicted, len(learned), device)
-        for piece in pieces
-    ]
+    return micro_batches
 
 
 def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) -> list[np.ndarray]:
-    """What was computed for each prediction, back in the order of the `count` samples that were packed; of a sample
-    without a prediction, nothing."""
-    found = [np.zeros((0, *values_M[0].shape[1:]), np.float32)] * count
+    """A value for each prediction, back in the order of the `count` packed samples: arrays [predictions,
+    ...], empty for a sample without a prediction."""
+    values_of = [np.zeros((0, *values_M[0].shape[1:]), np.float32)] * count
     for batch, values in zip(batches, values_M, strict=True):
-        parts = np.split(values.numpy(), batch.lengths_S.long().cumsum(0)[:-1].numpy())
-        for place, part in zip(batch.order_S, parts, strict=True):
-            found[place] = part
-    return found
+        ends = batch.lengths_S.long().cumsum(0)[:-1].numpy()
+        for place, part in zip(batch.order_S, np.split(values.numpy(), ends), strict=True):
+            values_of[place] = part
+    return values_of
 
 
 def _targets(sample: Sample) -> np.ndarray:
-    """The tokens that the loss sees."""
+    """The tokens of a sample that are in the loss."""
     targets = sample.tokens[max(sample.start, 1) :]
     return targets if sample.learned is None else targets[sample.learned]
 
 
-def _by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples that begin with the same prompt, together; one without a prompt is alone, and so is one so long that
-    its prompt is the least of it."""
+def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples with the same prompt together, and the two responses of a pair together.
+
+    A sample without a prompt is alone, and so is one so long that its prompt is the least of it.
+    """
     groups: dict[object, list[Sample]] = {}
     for i, sample in enumerate(samples):
-        shares = (sample.start > 1 and len(sample.tokens) <= LONG) or (sample.pair and sample.start)
-        prompt = sample.tokens[: sample.start].tobytes() if shares else i
-        groups.setdefault(prompt, []).append(sample)
+        key: object = i
+        if sample.start > 1 and (sample.pair or len(sample.tokens) <= LONG):
+            key = sample.tokens[: sample.start].tobytes()
+        elif sample.pair:
+            key = ("pair", abs(sample.pair))
+        groups.setdefault(key, []).append(sample)
     return list(groups.values())
 
 
+def _prompt_length(group: list[Sample]) -> int:
+    """Tokens of the prompt that a group shares, or 0. A micro-batch holds groups of one prompt length
+    only."""
+    return group[0].start if len(group) > 1 and group[0].start > 1 else 0
+
+
 def _cost(group: list[Sample]) -> int:
-    """Input tokens of a group: the prompt once, and of each completion all but its last token."""
-    return (
-        group[0].start + sum(len(s.tokens) - max(s.start, 1) - 1 for s in group)
-        if len(group) > 1
-        else len(group[0].tokens) - 1
-    )
+    """Input tokens of a group: a shared prompt once, and of each completion all but its last token."""
+    prompt = _prompt_length(group)
+    return prompt + sum(len(sample.tokens) - prompt - 1 for sample in group)
 
 
-def _family(group: list[Sample]) -> int:
-    """Length in tokens of the prompt that a group shares (at least 1), or 0 where it shares none. A micro-batch holds groups of
-    one such length only."""
-    return max(group[0].start, 1) if len(group) > 1 else 0
+class Segment(NamedTuple):
+    """Input tokens `begin` to `end` of a sample."""
+
+    sample: Sample
+    begin: int
+    end: int
 
 
-Piece = tuple[Sample, int, int]  # a sample's tokens from here to there
-Layout = tuple[list[Sample], list[Piece], "Packed | SharedPrefix", list[np.ndarray]]
+class Layout(NamedTuple):
+    """The order of a micro-batch: its samples, the segments that are its input, the attention context, and
+    for each sample the input positions that predict its tokens."""
+
+    samples: list[Sample]
+    segments: list[Segment]
+    context: Packed | SharedPrefix
+    predict: list[np.ndarray]
 
 
-def _packed(groups: list[list[Sample]]) -> Layout:
-    """Whole sequences end to end: samples, input pieces, context, and the positions that predict."""
-    samples = [group[0] for group in groups]
-    lengths = [len(s.tokens) - 1 for s in samples]
+def _end_to_end(groups: list[list[Sample]]) -> Layout:
+    """Whole sequences one after the other."""
+    samples = [sample for group in groups for sample in group]
+    lengths = [len(sample.tokens) - 1 for sample in samples]
     begins = np.cumsum([0, *lengths[:-1]])
     predict = [
-        np.arange(b + max(s.start, 1) - 1, b + n) for b, s, n in zip(begins, samples, lengths, strict=True)
+        np.arange(begin + max(sample.start, 1) - 1, begin + length)
+        for begin, sample, length in zip(begins, samples, lengths, strict=True)
     ]
-    return samples, [(s, 0, n) for s, n in zip(samples, lengths, strict=True)], Packed(lengths), predict
+    segments = [Segment(sample, 0, length) for sample, length in zip(samples, lengths, strict=True)]
+    return Layout(samples, segments, Packed(lengths), predict)
 
 
-def _branched(groups: list[list[Sample]]) -> Layout:
-    """Prompts first, then completions by length. A completion's first token is predicted by its prompt's last."""
-    width = _family(groups[0])
-    rows = sorted(
-        ((g, s) for g, group in enumerate(groups) for s in group), key=lambda row: len(row[1].tokens)
-    )
-    owners, samples = [g for g, _ in rows], [s for _, s in rows]
-    lengths = [len(s.tokens) - width - 1 for s in samples]
+def _shared_prompts(groups: list[list[Sample]]) -> Layout:
+    """Prompts first, then completions by length. The last token of a prompt predicts the first of its
+    completions."""
+    width = _prompt_length(groups[0])
+    rows = [(owner, sample) for owner, group in enumerate(groups) for sample in group]
+    rows.sort(key=lambda row: len(row[1].tokens))
+    owners = [owner for owner, _ in rows]
+    samples = [sample for _, sample in rows]
+    lengths = [len(sample.tokens) - width - 1 for sample in samples]
     begins = len(groups) * width + np.cumsum([0, *lengths[:-1]])
-    predict = [np.r_[(g + 1) * width - 1, b : b + n] for g, b, n in zip(owners, begins, lengths, strict=True)]
-    pieces = [(group[0], 0, width) for group in groups] + [(s, width, len(s.tokens) - 1) for s in samples]
-    return samples, pieces, SharedPrefix(len(groups), width, owners, lengths), predict
+    predict = [
+        np.r_[(owner + 1) * width - 1, begin : begin + length]
+        for owner, begin, length in zip(owners, begins, lengths, strict=True)
+    ]
+    segments = [Segment(group[0], 0, width) for group in groups]
+    segments += [Segment(sample, width, len(sample.tokens) - 1) for sample in samples]
+    return Layout(samples, segments, SharedPrefix(len(groups), width, owners, lengths), predict)
 
 
-def _batch(
-    samples: list[Sample], pieces: list[Piece], context: Packed | SharedPrefix, predict: list[np.ndarray],
-    places: dict[int, int], tokens: int, sequences: int, device: torch.device | str,
-) -> Batch:  # fmt: skip
-    predict = [p if s.learned is None else p[s.learned] for p, s in zip(predict, samples, strict=True)]
-    counts = np.array([len(p) for p in predict])
+def _batch(layout: Layout, order_S: np.ndarray, tokens: int, sequences: int, device: Device) -> Batch:
+    """The tensors of a micro-batch; `tokens` and `sequences` are the whole batch's."""
+    samples = layout.samples
+    predict = [
+        positions if sample.learned is None else positions[sample.learned]
+        for positions, sample in zip(layout.predict, samples, strict=True)
+    ]
+    counts = np.array([len(positions) for positions in predict])
 
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    def tensor(array: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.as_tensor(array, dtype=dtype, device=device)
 
-    def joined(name: str) -> Tensor | None:
-        values = [getattr(s, name) for s in samples]
+    def floats(name: str) -> Tensor | None:
+        values = [getattr(sample, name) for sample in samples]
         return None if values[0] is None else tensor(np.concatenate(values), torch.float32)
 
-    routed = all(s.routes is not None for s in samples)
+    advantages = np.repeat([sample.advantage for sample in samples], counts)
+    inputs = [segment.sample.tokens[segment.begin : segment.end] for segment in layout.segments]
+    nexts = [segment.sample.tokens[segment.begin + 1 : segment.end + 1] for segment in layout.segments]
+    routes = _routes(layout.segments)
+    spans = _spans(samples)
+    kept = _top_p_ids(samples)
     return Batch(
-        tokens_N=tensor(np.concatenate([s.tokens[a:b] for s, a, b in pieces]), torch.long),
-        context=context,
-        predict_M=tensor(np.concatenate(predict), torch.long),
-        targets_M=tensor(np.concatenate([_targets(s) for s in samples]), torch.long),
-        rows_M=tensor(np.repeat(np.arange(len(samples)), counts), torch.long),
+        tokens_N=tensor(np.concatenate(inputs)),
+        context=layout.context,
+        predict_M=tensor(np.concatenate(predict)),
+        targets_M=tensor(np.concatenate([_targets(sample) for sample in samples])),
+        rows_M=tensor(np.repeat(np.arange(len(samples)), counts)),
         lengths_S=tensor(counts, torch.float32),
-        advantages_M=tensor(np.repeat([s.advantage for s in samples], counts), torch.float32),
-        logprobs_M=joined("logprobs"),
-        reference_M=joined("reference"),
-        kept_MK=_kept(samples, device),
-        next_N=tensor(np.concatenate([s.tokens[a + 1 : b + 1] for s, a, b in pieces]), torch.long),
-        routes_NLK=tensor(np.concatenate([s.routes[a:b] for s, a, b in pieces]), torch.long)
-        if routed
-        else None,
+        advantages_M=tensor(advantages, torch.float32),
+        logprobs_M=floats("logprobs"),
+        reference_M=floats("reference"),
+        kept_MK=None if kept is None else tensor(kept),
+        next_N=tensor(np.concatenate(nexts)),
+        routes_NLK=None if routes is None else tensor(routes),
         tokens=tokens,
         sequences=sequences,
-        order_S=np.array([places[id(s)] for s in samples]),
-        pairs_S=tensor(np.array([s.pair for s in samples]), torch.long) if samples[0].pair else None,
-        spans_M=None
-        if samples[0].spans is None
-        else tensor(_numbered([s.spans for s in samples]), torch.long),
-        teacher=_labels(samples, tensor),
+        order_S=order_S,
+        pairs_S=tensor(np.array([sample.pair for sample in samples])) if samples[0].pair else None,
+        spans_M=None if spans is None else tensor(spans),
+        teacher=_labels(samples, device),
     )
 
 
-def _numbered(spans: list[np.ndarray]) -> np.ndarray:
-    """Spans of many samples, no number twice."""
-    begins = np.cumsum([0, *(one.max() + 1 for one in spans[:-1])])
-    return np.concatenate(
-        [np.where(one < 0, -1, one + begin) for one, begin in zip(spans, begins, strict=True)]
-    )
-
-
-def _labels(samples: list[Sample], tensor: Callable[[np.ndarray, torch.dtype], Tensor]) -> TopK | None:
-    """What a teacher said before, where all samples have it."""
-    if any(s.labels is None for s in samples):
+def _routes(segments: list[Segment]) -> np.ndarray | None:
+    """The experts that each input token met at sampling [N, L, K]; None unless all samples have them."""
+    if any(segment.sample.routes is None for segment in segments):
         return None
-    ids, logprobs, tail = (
-        np.concatenate([getattr(s.labels, name) for s in samples]) for name in ("ids", "logprobs", "tail")
-    )
-    return TopK(tensor(ids, torch.long), tensor(logprobs, torch.float32), tensor(tail, torch.float32))
+    return np.concatenate([segment.sample.routes[segment.begin : segment.end] for segment in segments])
 
 
-def _kept(samples: list[Sample], device: torch.device | str) -> Tensor | None:
-    """The ids that top-p left, padded with -1; None where nothing was cut off."""
-    if any(s.kept is None for s in samples):
+def _spans(samples: list[Sample]) -> np.ndarray | None:
+    """Span numbers of all samples [M], made distinct between samples; None where samples have none."""
+    if samples[0].spans is None:
         return None
-    rows = [ids for s in samples for ids in s.kept]
+    counts = [sample.spans.max() + 1 for sample in samples]
+    offsets = np.cumsum([0, *counts[:-1]])
+    shifted = [
+        np.where(sample.spans < 0, -1, sample.spans + offset)
+        for sample, offset in zip(samples, offsets, strict=True)
+    ]
+    return np.concatenate(shifted)
+
+
+def _labels(samples: list[Sample], device: Device) -> TopK | None:
+    """The teacher's top-k labels of all samples; None unless all have them."""
+    if any(sample.labels is None for sample in samples):
+        return None
+
+    def joined(name: str) -> Tensor:
+        array = np.concatenate([getattr(sample.labels, name) for sample in samples])
+        return torch.as_tensor(array, dtype=torch.long if name == "ids" else torch.float32, device=device)
+
+    return TopK(joined("ids"), joined("logprobs"), joined("tail"))
+
+
+def _top_p_ids(samples: list[Sample]) -> np.ndarray | None:
+    """The ids that top-p left at each token [M, K], padded with -1; None where no token was cut off."""
+    if any(sample.kept is None for sample in samples):
+        return None
+    rows = [ids for sample in samples for ids in sample.kept]
     table = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
-    return torch.from_numpy(table).to(device)
+    return table
 
 
 def to_samples(
-    groups: Sequence[Group], advantages: Sequence[Sequence[float]], keep_mask: bool
+    groups: Sequence[Group],
+    advantages: Sequence[Sequence[float]],
+    keep_mask: bool,
+    mask_truncated: bool = False,
 ) -> list[Sample]:
-    """Scored groups and their advantages as samples. Tokens in are tokens out: nothing is re-tokenised."""
-    return [
-        Sample(
-            tokens=np.concatenate([group.prompt_tokens, completion.tokens]),
-            start=len(group.prompt_tokens),
-            advantage=float(advantage),
-            logprobs=completion.logprobs,
-            kept=completion.kept if keep_mask else None,
-            routes=completion.routes,
-        )
-        for group, row in zip(groups, advantages, strict=True)
-        for completion, advantage in zip(group.completions, row, strict=True)
-    ]
+    """Scored groups and their advantages as samples, token by token as sampled: no text is tokenized again.
+
+    `keep_mask` keeps the ids that top-p left, `mask_truncated` leaves out completions that ran out of tokens.
+    """
+    samples = []
+    for group, row in zip(groups, advantages, strict=True):
+        for completion, advantage in zip(group.completions, row, strict=True):
+            if mask_truncated and not completion.stopped:
+                continue
+            sample = Sample(
+                tokens=np.concatenate([group.prompt_tokens, completion.tokens]),
+                start=len(group.prompt_tokens),
+                advantage=float(advantage),
+                logprobs=completion.logprobs,
+                kept=completion.kept if keep_mask else None,
+                routes=completion.routes,
+            )
+            samples.append(sample)
+    return samples

@@ -1,210 +1,234 @@
-"""Distillation of distributions: on what the student says (on-policy), on rows, or on both in turn (GKD, arXiv
-2306.13649, algorithm 1). Each problem has the teacher of its domain.
+"""Distillation of distributions: on the student's own samples (on-policy), on rows, or on both in turn (GKD,
+arXiv 2306.13649, algorithm 1). Each problem has the teacher of its domain.
 
-What this is not: the gradient does not pass through sampling, and no reward is used; accuracies are watched only.
+The gradient does not pass through sampling, and no reward is used: accuracies are logged only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config.methods import Distill
 from ..model.config import ModelConfig
-from ..run_log import Record
 from ..text.tokenizer import Tokenizer
 from ..types import Group, Labels, Sample, Sampler, generator
 from .batch import Batch, by_sample, pack, to_samples
 from .checkpoint import Checkpoint
 from .divergence import top_k
-from .grpo import summarize
 from .learned_rewards import Tasks
 from .learner import Learner
-from .losses import distill, text_distance
+from .losses import Distillation, Loss, SpanDistance
+from .scorer import Scorer
 from .tokenizer_alignment import aligned
+from .training_log import TrainingLog, count_flops, sampled_tokens, summarize
 
-LABELLED = ""  # the owner of samples that bring their labels
+LABELLED = ""  # the teacher's name of samples that have labels
 
 
-Asked = tuple[str, Sample, str]  # who teaches it, what was said, and the question
+class Assigned(NamedTuple):
+    """A sample with the name of its teacher and the question that it answers."""
+
+    teacher: str
+    sample: Sample
+    question: str
 
 
 @dataclass(frozen=True)
 class DistillBatch:
-    """What one step learns from: `DistillBatch([("big", sample, "2 + 2?")], groups)`; groups are the student's own, and empty
-    where rows are learned."""
+    """The samples of one step: `DistillBatch([Assigned("big", sample, "2 + 2?")], groups)`. `groups` are the
+    student's own rollout, empty where rows are learned."""
 
-    asked: Sequence[Asked]
+    assigned: Sequence[Assigned]
     groups: Sequence[Group] = ()
 
-    @property
-    def samples(self) -> dict[str, list[Sample]]:
-        """By who teaches them."""
-        owners = sorted({owner for owner, _, _ in self.asked})
-        return {owner: [sample for mine, sample, _ in self.asked if mine == owner] for owner in owners}
-
-    def questions(self, owner: str) -> list[str]:
-        return [question for mine, _, question in self.asked if mine == owner]
+    def by_teacher(self) -> dict[str, list[Assigned]]:
+        """The samples of each teacher, by its name."""
+        parts: dict[str, list[Assigned]] = {name: [] for name in sorted({a.teacher for a in self.assigned})}
+        for assigned in self.assigned:
+            parts[assigned.teacher].append(assigned)
+        return parts
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model that shows its states. `tongues` are the student's tokenizer and its own where they differ: then it
-    judges spans of text."""
+    """A frozen model. `tokenizers` are the student's and its own where the vocabularies differ: then it
+    scores spans of text instead of tokens."""
 
-    learner: Learner
-    tongues: tuple[Tokenizer, Tokenizer] | None = None
+    scorer: Scorer
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = None
 
-    def show(
+    def attach(
         self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int
     ) -> tuple[list[Batch], int]:
-        """Micro-batches to learn from, and how many tokens the teacher read."""
-        if self.tongues:
-            student, own = self.tongues
-            marked, read = aligned(samples, questions, student, self.learner, own, batch_tokens)
-            return pack(marked, batch_tokens), read
-        packed = [replace(batch, teacher=self.learner.states(batch)) for batch in pack(samples, batch_tokens)]
-        return packed, sum(len(s.tokens) for s in samples)
+        """Micro-batches with the teacher's distributions or span log-probabilities, and the tokens of its
+        forward pass."""
+        if self.tokenizers:
+            student, own = self.tokenizers
+            spanned, tokens = aligned(samples, questions, student, self.scorer, own, batch_tokens)
+            return pack(spanned, batch_tokens), tokens
+        batches = [replace(batch, teacher=self.scorer.states(batch)) for batch in pack(samples, batch_tokens)]
+        return batches, sum(len(sample.tokens) for sample in samples)
 
 
+@dataclass(frozen=True)
 class DistillSampler:
-    """The step-th lesson is a function of step, seed and the student's weights alone."""
+    """Makes the batch of each step, a function of the step, the seed and the student's weights alone."""
 
-    def __init__(
-        self,
-        settings: Distill,
-        seed: object,
-        engine: Sampler,
-        tasks: Tasks | None,
-        sampling: Any,
-        rows: Sequence[Asked],
-    ):
-        self.settings, self.seed, self.engine, self.tasks, self.sampling, self.rows = (
-            settings,
-            seed,
-            engine,
-            tasks,
-            sampling,
-            rows,
-        )
+    settings: Distill
+    seed: object
+    engine: Sampler
+    tasks: Tasks | None
+    sampling: Any
+    rows: Sequence[Assigned]
 
     def __call__(self, step: int) -> DistillBatch:
-        own = generator(self.seed, step, "student").random() < self.settings.on_policy
-        return self._own(step) if own else self._given(step)
+        """The batch of a step: with probability `on_policy` the student's own samples, else rows."""
+        on_policy = generator(self.seed, step, "student").random() < self.settings.on_policy
+        return self._rollout(step) if on_policy else self._from_rows(step)
 
-    def _own(self, step: int) -> DistillBatch:
+    def _rollout(self, step: int) -> DistillBatch:
         problems = self.tasks.draw(self.settings.prompts_per_step, (self.seed, step))
-        rolled = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
-        groups = [self.tasks.score(group) for group in rolled]
-        samples = [to_samples([group], [np.zeros(len(group.completions))], False) for group in groups]
-        owners = [self.settings.teachers[domain(group.problem.id)] for group in groups]
-        told = zip(owners, samples, groups, strict=True)
-        return DistillBatch(
-            [(owner, s, group.problem.prompt) for owner, part, group in told for s in part], groups
-        )
+        rollout = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
+        groups = [self.tasks.score(group) for group in rollout]
+        assigned = []
+        for group in groups:
+            teacher = self.settings.teachers[domain(group.problem.id)]
+            no_advantages = [np.zeros(len(group.completions))]
+            for sample in to_samples([group], no_advantages, keep_mask=False):
+                assigned.append(Assigned(teacher, sample, group.problem.prompt))
+        return DistillBatch(assigned, groups)
 
-    def _given(self, step: int) -> DistillBatch:
+    def _from_rows(self, step: int) -> DistillBatch:
         count = self.settings.prompts_per_step * self.settings.group_size
-        places = (divmod(i, len(self.rows)) for i in range(step * count, (step + 1) * count))
         orders: dict[int, np.ndarray] = {}
-        picked = []
-        for epoch, place in places:
+        assigned = []
+        for i in range(step * count, (step + 1) * count):
+            epoch, place = divmod(i, len(self.rows))
             if epoch not in orders:
                 orders[epoch] = generator(self.seed, "rows", epoch).permutation(len(self.rows))
-            picked.append(self.rows[orders[epoch][place]])
-        return DistillBatch(picked)
+            assigned.append(self.rows[orders[epoch][place]])
+        return DistillBatch(assigned)
 
 
-def train_distill(
-    learner: Learner, teachers: Mapping[str, Teacher], lessons: DistillSampler, settings: Distill, record: Record, checkpoint: Checkpoint,
-    budget: float = math.inf,
-) -> None:  # fmt: skip
-    """`settings.steps` updates, or fewer if `budget` FLOPs, the teachers' included, are spent before."""
-    loss = text_distance if settings.divergence == "text" else distill(settings.divergence, settings.beta)
-    first, spent = _resume(learner, checkpoint)
-    for step in range(first, settings.steps):
-        if spent >= budget:
-            break
-        lesson = lessons(step)
-        batches, read = taught(lesson, teachers, settings.batch_tokens)
-        metrics = learner.update(batches, loss, settings.temperature)
-        lessons.engine.load(learner.weights())
-        costs = {name: (read[name], teachers[name].learner.model.config) for name in read}
-        metrics |= _volume(lesson, learner.model.config, costs) | (
-            summarize(lesson.groups) if lesson.groups else {}
+@dataclass
+class DistillTrainer:
+    """`settings.steps` updates, fewer if the log's budget, the teachers' FLOPs included, ends the stage;
+    `step` is the next step, restored by `load_state_dict`."""
+
+    learner: Learner
+    teachers: Mapping[str, Teacher]
+    sampler: DistillSampler
+    settings: Distill
+    log: TrainingLog
+    checkpoint: Checkpoint
+    step: int = field(default=0, init=False)
+
+    def train(self) -> None:
+        """Run the steps that are left."""
+        loss = distillation_loss(self.settings)
+        for step in range(self.step, self.settings.steps):
+            if self.log.over_budget:
+                break
+            batch = self.sampler(step)
+            batches, teacher_tokens = attach_teachers(batch, self.teachers, self.settings.batch_tokens)
+            update = self.learner.update(batches, loss, self.settings.temperature)
+            self.sampler.engine.load(self.learner.weights())
+            metrics = {
+                "on_policy": float(bool(batch.groups)),
+                **update,
+                **self._volume(batch, teacher_tokens),
+            }
+            if batch.groups:
+                metrics |= summarize(batch.groups)
+            self.log.step(step, metrics, batch.groups, batch.groups)
+            self.step = step + 1
+            self.checkpoint.offer(self.state_dict, self.log)
+
+    def _volume(self, batch: DistillBatch, teacher_tokens: Mapping[str, int]) -> dict[str, float]:
+        """Tokens sampled and learned from, and FLOPs: the student's sampling and learning, the teachers'
+        forward passes. A token attends to half of its sequence on average, as in GRPO's count."""
+        samples = [assigned.sample for assigned in batch.assigned]
+        sampled = sum(sampled_tokens([group]) for group in batch.groups)
+        learned = sum(len(sample.tokens) for sample in samples)
+        context = float(np.mean([(len(sample.tokens) + sample.start) / 2 for sample in samples]))
+        configs: dict[str, ModelConfig] = {
+            name: self.teachers[name].scorer.model.config for name in teacher_tokens
+        }
+        teacher_flops = float(
+            sum(tokens * configs[name].flops_per_token(context) for name, tokens in teacher_tokens.items())
         )
-        spent += metrics["flops"]
-        shown = lesson.groups[:1] if step % settings.log_every == 0 or step == settings.steps - 1 else []
-        asked = [group.problem.id for group in lesson.groups]
-        record.step(step, {"on_policy": float(bool(lesson.groups)), **metrics}, shown, asked)
-        checkpoint.offer(lambda: {"learner": learner.state_dict(), "step": step + 1, "flops": spent}, record)  # noqa: B023
+        flops = count_flops(self.learner.model.config, sampled, learned, context)
+        return {
+            "sampled_tokens": sampled,
+            "learned_tokens": learned,
+            "flops": flops + teacher_flops,
+            "teacher_flops": teacher_flops,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+        return {"learner": self.learner.state_dict(), "step": self.step, "flops": self.log.flops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of `state_dict`."""
+        self.learner.load_state_dict(state["learner"])
+        self.step = state["step"]
+        self.log.flops = state["flops"]
 
 
-def taught(
-    lesson: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int
+def distillation_loss(settings: Distill) -> Loss:
+    """The loss of a stage's `divergence`."""
+    if settings.divergence == "text":
+        return SpanDistance()
+    return Distillation(settings.divergence, settings.beta)
+
+
+def attach_teachers(
+    batch: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int
 ) -> tuple[list[Batch], dict[str, int]]:
-    """Micro-batches, each with what its teacher or its labels say, whose counts are those of the whole; and how many
-    tokens each teacher read."""
-    batches, read, tokens, sequences = [], {}, 0, 0
-    for owner, part in lesson.samples.items():
-        if owner == LABELLED:
-            packed = pack(part, batch_tokens)
+    """Micro-batches with their teachers' distributions or labels, whose counts are those of the whole batch;
+    and the tokens of each teacher's forward passes."""
+    batches: list[Batch] = []
+    forward_tokens: dict[str, int] = {}
+    tokens = 0
+    sequences = 0
+    for name, part in batch.by_teacher().items():
+        samples = [assigned.sample for assigned in part]
+        if name == LABELLED:
+            packed = pack(samples, batch_tokens)
         else:
-            packed, read[owner] = teachers[owner].show(part, lesson.questions(owner), batch_tokens)
-        tokens, sequences = tokens + packed[0].tokens, sequences + packed[0].sequences
+            questions = [assigned.question for assigned in part]
+            packed, forward_tokens[name] = teachers[name].attach(samples, questions, batch_tokens)
+        tokens += packed[0].tokens
+        sequences += packed[0].sequences
         batches += packed
-    return [replace(batch, tokens=tokens, sequences=sequences) for batch in batches], read
+    return [replace(one, tokens=tokens, sequences=sequences) for one in batches], forward_tokens
 
 
-def labelled(
-    teacher: Learner, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int
+def teacher_top_k(
+    teacher: Scorer, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int
 ) -> list[Labels]:
-    """The teacher's `count` largest log-probabilities, and the mass of the others, at each learned token of each sample."""
+    """The teacher's `count` largest log-probabilities, and the probability mass of all other ids, at each
+    token in the loss of each sample."""
     batches = pack(samples, batch_tokens)
-    shown = [teacher.states(batch) for batch in batches]
-    tops = [top_k(s.hidden_MC, s.head_VC, count, temperature) for s in shown]
-    parts = [
-        by_sample(batches, [getattr(t, name) for t in tops], len(samples))
-        for name in ("ids_MK", "logprobs_MK", "tail_M")
-    ]
-    return [Labels(ids.astype(np.int32), logprobs, tail) for ids, logprobs, tail in zip(*parts, strict=True)]
+    states = [teacher.states(batch) for batch in batches]
+    tops = [top_k(one.hidden_MC, one.head_VC, count, temperature) for one in states]
+
+    def of_samples(name: str) -> list[np.ndarray]:
+        return by_sample(batches, [getattr(top, name) for top in tops], len(samples))
+
+    columns = zip(of_samples("ids_MK"), of_samples("logprobs_MK"), of_samples("tail_M"), strict=True)
+    return [Labels(ids.astype(np.int32), logprobs, tail) for ids, logprobs, tail in columns]
 
 
 def domain(name: str) -> str:
-    """The problems that a problem's or a row's id is of: `clock` of `clock/en-1-2-3-4#0`."""
+    """The problem source in the id of a problem or a row.
+
+    >>> domain("clock/en-1-2-3-4#0")
+    'clock'
+    """
     return name.partition("/")[0]
-
-
-def _volume(
-    lesson: DistillBatch, student: ModelConfig, teachers: Mapping[str, tuple[int, ModelConfig]]
-) -> dict[str, float]:
-    """Tokens sampled (prompts once a group) and learned from, and the FLOPs of all: the student samples and learns, a
-    teacher reads so many tokens; each sees half of its sequence on average, as `rl` counts."""
-    samples = [sample for _, sample, _ in lesson.asked]
-    learned, sampled = sum(len(s.tokens) for s in samples), sum(_sampled(group) for group in lesson.groups)
-    seen = float(np.mean([(len(s.tokens) + s.start) / 2 for s in samples]))
-    teaching = float(sum(read * config.flops_per_token(seen) for read, config in teachers.values()))
-    own = sampled * student.flops_per_token(seen) + learned * student.flops_per_token(seen, backward=True)
-    return {
-        "sampled_tokens": sampled,
-        "learned_tokens": learned,
-        "flops": own + teaching,
-        "teacher_flops": teaching,
-    }
-
-
-def _sampled(group: Group) -> int:
-    return len(group.prompt_tokens) + sum(len(c.tokens) for c in group.completions)
-
-
-def _resume(learner: Learner, checkpoint: Checkpoint) -> tuple[int, float]:
-    """The step to go on with, and the FLOPs spent before it."""
-    state = checkpoint.restore()
-    if state is None:
-        return 0, 0.0
-    learner.load_state_dict(state["learner"])
-    return state["step"], state["flops"]

@@ -1,9 +1,9 @@
-"""How far a student's next token is from its teacher's, over the whole vocabulary.
+"""Divergences between a student's and a teacher's next-token distributions, over the whole vocabulary.
 
-Logits are made chunk by chunk, once, and their gradient with them: [M, V] never stands whole, the student's or the
-teacher's. A teacher shows its states (full logits) or labels: its likeliest ids, and what is left as one event more.
-M predicted tokens · R rows of a chunk · C hidden · V vocabulary · K labels · E events: V, or K and the rest.
-"""
+Logits are computed once, chunk by chunk, and their gradient with them: neither the student's nor the
+teacher's logits [M, V] are ever in memory whole. The teacher gives hidden states (full logits) or labels: its
+top-k ids, and the mass of all others as one more event. M predicted tokens · R rows of a chunk · C hidden · V
+vocabulary · K labels · E events: V, or K and the rest."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21  # logits of one side that may stand in memory at once: 8 MiB in float32, a handful of times
-FLOOR = -1e4  # nats: what a probability of zero counts as, so that 0 log 0 is 0
+CHUNK = 1 << 21  # logits of one side in memory at once: 8 MiB in float32, a handful of times
+FLOOR = -1e4  # nats: the log-probability in place of minus infinity, so that 0 log 0 is 0
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What logits are made from: states at M predictions, the head, and the temperature that divides them."""
+    """A student's logits, not yet computed: hidden states at M predictions, the head, and the temperature."""
 
     hidden_MC: Tensor
     head_VC: Tensor
@@ -31,13 +31,14 @@ class Logits:
 
 @dataclass(frozen=True)
 class States:
-    """A teacher's states at the same predictions, and its head: its logits in full, when they are asked for."""
+    """A teacher's hidden states at the same predictions, and its head: its full logits, computed when
+    needed."""
 
     hidden_MC: Tensor
     head_VC: Tensor
 
     def width(self, student: int) -> int:
-        """How many ids are compared: heads may be padded to different sizes."""
+        """The number of ids that are compared: heads may be padded to different sizes."""
         return min(student, len(self.head_VC))
 
     def events(self, part: slice, logq_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -45,25 +46,28 @@ class States:
         return log_softmax(self.hidden_MC[part], self.head_VC[: logq_RV.shape[1]], temperature), logq_RV
 
     def spread(self, part: slice, slope_RE: Tensor, logq_RE: Tensor, logq_RV: Tensor) -> Tensor:
-        """The gradient of the student's logits from that of the events."""
+        """The gradient of the student's logits [R, V] from that of the events [R, E]."""
         return slope_RE
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's K likeliest ids with their log-probabilities, and that of all others together, `tail_M`.
+    """A teacher's top-k ids with their log-probabilities, and the log-probability `tail_M` of all others
+    together.
 
-    Between distributions coarsened alike every divergence is still exact, and never above that of the full ones.
-    """
+    A divergence of two distributions with the same ids merged is exact, and never above that of the full
+    ones."""
 
     ids_MK: Tensor
     logprobs_MK: Tensor
     tail_M: Tensor
 
     def width(self, student: int) -> int:
+        """The number of ids that are compared: all of the student's."""
         return student
 
     def events(self, part: slice, logq_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of both over the K ids and the rest [R, E]: teacher, student."""
         ids_RK = self.ids_MK[part]
         logp_RE = torch.cat([self.logprobs_MK[part], self.tail_M[part].unsqueeze(1)], 1).to(logq_RV.dtype)
         rest_R1 = logq_RV.scatter(1, ids_RK, float("-inf")).logsumexp(1, keepdim=True)
@@ -71,26 +75,29 @@ class TopK:
         return logp_RE.clamp(min=FLOOR), logq_RE.clamp(min=FLOOR)
 
     def spread(self, part: slice, slope_RE: Tensor, logq_RE: Tensor, logq_RV: Tensor) -> Tensor:
-        """What the rest gets is shared among its ids by their probabilities."""
+        """The gradient of the student's logits [R, V]; that of the rest is shared among its ids by their
+        probabilities."""
         shared_RV = slope_RE[:, -1:] * (logq_RV - logq_RE[:, -1:]).exp()
         return shared_RV.scatter_(1, self.ids_MK[part], slope_RE[:, :-1])
 
 
 # ---------------------------------------------------------------- measures of two distributions
 
-# Each takes log-probabilities [R, E] of teacher and student, and returns the divergence [R] and its gradient by the
+# Each takes log-probabilities [R, E] of teacher and student, and returns the divergence [R] and its gradient
+# by the
 # student's logits [R, E]. With g = dF/dq that is q (g - sum q g); the closed forms below never divide by q.
 
 
 def forward_kl(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student): the student covers what the teacher might say. Hinton et al. 2015, arXiv 1503.02531."""
+    """KL(teacher || student), mode-covering. Hinton et al. 2015, arXiv 1503.02531."""
     p_RE = logp_RE.exp()
     return (p_RE * (logp_RE - logq_RE)).sum(1), logq_RE.exp() - p_RE
 
 
 def reverse_kl(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher): the student leaves what the teacher would not say. MiniLLM, arXiv 2306.08543."""
-    q_RE, ratio_RE = logq_RE.exp(), logq_RE - logp_RE
+    """KL(student || teacher), mode-seeking. MiniLLM, arXiv 2306.08543."""
+    q_RE = logq_RE.exp()
+    ratio_RE = logq_RE - logp_RE
     value_R = (q_RE * ratio_RE).sum(1)
     return value_R, q_RE * (ratio_RE - value_R.unsqueeze(1))
 
@@ -101,7 +108,8 @@ def jensen_shannon(beta: float) -> Measure:
 
     def measure(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
         logm_RE = torch.logaddexp(logp_RE + math.log(beta), logq_RE + math.log1p(-beta))
-        q_RE, ratio_RE = logq_RE.exp(), logq_RE - logm_RE
+        q_RE = logq_RE.exp()
+        ratio_RE = logq_RE - logm_RE
         student_R = (q_RE * ratio_RE).sum(1)
         value_R = beta * (logp_RE.exp() * (logp_RE - logm_RE)).sum(1) + (1 - beta) * student_R
         return value_R, (1 - beta) * q_RE * (ratio_RE - student_R.unsqueeze(1))
@@ -113,20 +121,24 @@ def jensen_shannon(beta: float) -> Measure:
 
 
 def divergence(logits: Logits, teacher: States | TopK, measure: Measure) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over all predictions, with its gradient; then, without one, the parts of it [M], and the entropy of
-    the student [M]."""
+    """The divergence summed over all predictions, differentiable; its terms [M] and the student's entropy
+    [M], not differentiable."""
     head_VC = logits.head_VC[: teacher.width(len(logits.head_VC))]
     return _Divergence.apply(logits.hidden_MC, head_VC, teacher, measure, logits.temperature)
 
 
 class _Divergence(torch.autograd.Function):
-    """All terms of the sum count alike, so their gradient is made with them: the way back only scales it."""
+    """All terms of the sum have the same weight, so the forward pass computes their gradient; the backward
+    pass scales it."""
 
     @staticmethod
     def forward(ctx, hidden_MC, head_VC, teacher, measure, temperature):
         learns = any(ctx.needs_input_grad)
-        grad_hidden, grad_head = (torch.zeros_like(x) if learns else None for x in (hidden_MC, head_VC))
-        values, entropies, rows = [], [], max(1, CHUNK // len(head_VC))
+        grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
+        grad_head_VC = torch.zeros_like(head_VC) if learns else None
+        values = []
+        entropies = []
+        rows = max(1, CHUNK // len(head_VC))
         for begin in range(0, max(1, len(hidden_MC)), rows):
             part = slice(begin, begin + rows)
             logq_RV = log_softmax(hidden_MC[part], head_VC, temperature)
@@ -136,10 +148,12 @@ class _Divergence(torch.autograd.Function):
             entropies.append(-(logq_RV.exp() * logq_RV).sum(1))
             if learns:
                 slope_RV = teacher.spread(part, slope_RE, logq_RE, logq_RV).div_(temperature)
-                torch.mm(slope_RV, head_VC, out=grad_hidden[part])
-                grad_head.addmm_(slope_RV.T, hidden_MC[part])
-        ctx.save_for_backward(*([grad_hidden, grad_head] if learns else []))
-        value_M, entropy_M = torch.cat(values), torch.cat(entropies)
+                torch.mm(slope_RV, head_VC, out=grad_hidden_MC[part])
+                grad_head_VC.addmm_(slope_RV.T, hidden_MC[part])
+        if learns:
+            ctx.save_for_backward(grad_hidden_MC, grad_head_VC)
+        value_M = torch.cat(values)
+        entropy_M = torch.cat(entropies)
         ctx.mark_non_differentiable(value_M, entropy_M)
         return value_M.sum(), value_M, entropy_M
 
@@ -151,7 +165,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
-    """Logits divided by the temperature."""
+    """Logits [R, V] divided by the temperature."""
     logits_RV = hidden_RC @ head_VC.T
     if temperature != 1.0:
         logits_RV /= temperature
@@ -159,14 +173,19 @@ def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
 
 
 def log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [R, V] at a temperature."""
     return torch.log_softmax(tempered(hidden_RC, head_VC, temperature), -1)
 
 
 @torch.no_grad()
 def top_k(hidden_MC: Tensor, head_VC: Tensor, count: int, temperature: float) -> TopK:
-    """Labels of a teacher's states: its `count` likeliest ids, and the mass of the rest."""
+    """A teacher's labels from its hidden states: its `count` most probable ids, and the mass of the
+    others."""
     size = len(head_VC)
-    ids, logprobs, tails, rows = [], [], [], max(1, CHUNK // size)
+    rows = max(1, CHUNK // size)
+    ids = []
+    logprobs = []
+    tails = []
     for begin in range(0, len(hidden_MC), rows):
         logp_RV = log_softmax(hidden_MC[begin : begin + rows], head_VC, temperature)
         top = logp_RV.topk(min(count, size), dim=1)

@@ -1,6 +1,6 @@
-"""Preferences: pairs of responses to one prompt, and how a plan of pairs is learned.
+"""DPO: the policy at the beginning is the reference, and scores every pair once before the first update.
 
-What this is not: there is no reward model. The reference is the student at the beginning, and has spoken once.
+There is no reward model. The loss is `losses.DPO`, the loop `sft.SFTTrainer`.
 """
 
 from __future__ import annotations
@@ -12,58 +12,41 @@ import numpy as np
 
 from ..types import Group, Sample
 from .batch import by_sample, pack
-from .learner import Learner
-from .sft import plan_epochs
+from .scorer import Scorer
 
-Scorer = Callable[[Group], Sequence[float]]  # one number for each completion, the more the better
-
-
-def best_and_worst(scores: Sequence[float], margin: float) -> tuple[int, int] | None:
-    """The places of the best and of the worst, of equals the first; None if they differ by no more than `margin`.
-
-    >>> best_and_worst([0.2, 1.2, 0.0, 1.2], margin=0.0)
-    (1, 2)
-    """
-    best, worst = int(np.argmax(scores)), int(np.argmin(scores))
-    return (best, worst) if scores[best] - scores[worst] > margin else None
+RankCompletions = Callable[[Group], Sequence[float]]  # one number per completion, the more the better
 
 
 def to_pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, number: int) -> list[Sample]:
-    """Two samples that know of each other; `number` counts pairs from 1."""
-    halves = (chosen, number), (rejected, -number)
-    return [Sample(np.concatenate([prompt, response]), len(prompt), pair=sign) for response, sign in halves]
-
-
-def referenced(reference: Learner, samples: Sequence[Sample], batch_tokens: int) -> list[Sample]:
-    """The samples with what `reference` thinks of them."""
-    batches = pack(samples, batch_tokens)
-    scored = by_sample(batches, reference.logprobs(batches), len(samples))
-    return [replace(sample, reference=logprobs) for sample, logprobs in zip(samples, scored, strict=True)]
-
-
-def plan_pairs(samples: Sequence[Sample], epochs: float, tokens: int, seed: object) -> list[list[int]]:
-    """Batches of whole pairs: a pair is drawn, and both its halves come. Halves stand side by side in `samples`."""
-    whole = [
-        Sample(np.concatenate([samples[i].tokens, samples[i + 1].tokens]), 0)
-        for i in range(0, len(samples), 2)
-    ]
+    """Token ids of a prompt and its two responses as two samples; `number` counts pairs from 1. Arrays are
+    [tokens]."""
+    start = len(prompt)
     return [
-        [i for pair in batch for i in (2 * pair, 2 * pair + 1)]
-        for batch in plan_epochs(whole, epochs, tokens, seed)
+        Sample(np.concatenate([prompt, chosen]), start, pair=number),
+        Sample(np.concatenate([prompt, rejected]), start, pair=-number),
     ]
 
 
-def likelihood(teacher: Learner, batch_tokens: int) -> Scorer:
-    """A teacher as judge: the mean log-probability that it gives to a completion's tokens."""
+def with_reference_logprobs(reference: Scorer, samples: Sequence[Sample], batch_tokens: int) -> list[Sample]:
+    """The samples with the reference's log-probabilities of their tokens."""
+    batches = pack(samples, batch_tokens)
+    logprobs = by_sample(batches, reference.logprobs(batches), len(samples))
+    return [
+        replace(sample, reference=reference_M) for sample, reference_M in zip(samples, logprobs, strict=True)
+    ]
 
-    def score(group: Group) -> list[float]:
+
+def mean_logprob(teacher: Scorer, batch_tokens: int) -> RankCompletions:
+    """Rank completions by the mean log-probability per token that a teacher gives them."""
+
+    def rank(group: Group) -> list[float]:
+        start = len(group.prompt_tokens)
         samples = [
-            Sample(np.concatenate([group.prompt_tokens, c.tokens]), len(group.prompt_tokens))
-            for c in group.completions
+            Sample(np.concatenate([group.prompt_tokens, completion.tokens]), start)
+            for completion in group.completions
         ]
         batches = pack(samples, batch_tokens)
-        return [
-            float(logprobs.mean()) for logprobs in by_sample(batches, teacher.logprobs(batches), len(samples))
-        ]
+        logprobs = by_sample(batches, teacher.logprobs(batches), len(samples))
+        return [float(logprobs_M.mean()) for logprobs_M in logprobs]
 
-    return score
+    return rank

@@ -1,183 +1,167 @@
-"""Reinforcement learning with verifiable rewards: GRPO and its kin.
+"""GRPO: reinforcement learning with verifiable rewards (arXiv 2402.03300), with DAPO's, Dr. GRPO's and V3.2's
+variants.
 
-What this is not: there is no critic, no asynchrony. One step draws problems, samples a group of
-completions for each, scores them, and takes one or a few clipped policy-gradient updates.
-"""
+A step samples a group of completions for each of a few problems, scores them, takes the reward minus the
+group's mean as the advantage, and makes one or more clipped policy-gradient updates. There is no critic, and
+nothing is asynchronous: the sampler has the learner's weights at every step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..config.parts import Policy
 from ..config.recipe import RL
-from ..model.config import ModelConfig
-from ..run_log import Record
 from ..types import Group, Sample, Sampler, generator
-from .batch import pack, to_samples
+from .alarms import AlarmMonitor
+from .batch import Batch, pack, to_samples
 from .checkpoint import Checkpoint
-from .learned_rewards import Panel, Tasks
+from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
-from .losses import group_advantages, policy_gradient
-from .selftest import Watch, audit
+from .losses import PolicyGradient, group_advantages
+from .scorer import Scorer
+from .selftest import selftest
+from .training_log import TrainingLog, merge, summarize, volume
 
-REDRAWS = 3  # how often a step looks for groups that differ before it takes what there is
+ATTEMPTS = 3  # rollouts of a step that looks for groups whose rewards differ
 
 
-def train_grpo(
-    learner: Learner, reference: Learner | None, engine: Sampler, tasks: Tasks, sampling: object, settings: RL,
-    seed: object, record: Record, checkpoint: Checkpoint, budget: float = math.inf, panel: Panel | None = None,
-) -> None:  # fmt: skip
-    """`settings.steps` steps of GRPO, or fewer if `budget` FLOPs are spent before; `reference` is a frozen copy of
-    the policy where a KL term wants one; `panel` has opinions that count beside the tasks' scores."""
-    policy, temperature = settings.policy, settings.sampling.temperature
-    loss, watch = policy_gradient(policy, settings.sampling.max_new_tokens), Watch(settings)
-    panel = panel or Panel(settings, {}, tasks, sampling, seed)
-    first, spent = _resume(learner, reference, watch, panel, checkpoint)
-    for step in range(first, settings.steps):
-        if spent >= budget or panel.over:
-            break
-        if (
-            reference
-            and policy.reference_every
-            and step % max(1, policy.reference_every // policy.updates_per_rollout) == 0
-        ):
-            reference.model.load_state_dict(learner.weights())
-        groups = _collect(engine, panel.at(step), sampling, settings, (seed, step))
-        informative = [g for g in groups if len(set(g.rewards)) > 1 or policy.zero_variance == "keep"]
-        samples = to_samples(
-            informative, group_advantages(informative, policy.advantage_scale), policy.keep_sampling_mask
-        )
-        samples = [
-            s for s, ok in zip(samples, _finished(informative, policy.mask_truncated), strict=True) if ok
+@dataclass
+class GRPOTrainer:
+    """`settings.steps` steps of GRPO on a learner's weights; fewer if the log's budget or an alarm ends the
+    stage.
+
+    `rewards` draws the problems and scores the answers; `reference` is the frozen policy of a KL term; `step`
+    is the next step, restored by `load_state_dict`."""
+
+    learner: Learner
+    engine: Sampler
+    rewards: LearnedRewards
+    settings: RL
+    seed: object
+    log: TrainingLog
+    checkpoint: Checkpoint
+    reference: Scorer | None = None
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        self.loss = PolicyGradient(self.settings.policy, self.settings.sampling.max_new_tokens)
+        self.alarms = AlarmMonitor(self.settings)
+
+    def train(self) -> None:
+        """Run the steps that are left."""
+        policy = self.settings.policy
+        temperature = self.settings.sampling.temperature
+        for step in range(self.step, self.settings.steps):
+            if self.log.over_budget or self.rewards.stopped:
+                break
+            self._refresh_reference(step)
+            groups = self._sample_groups(step)
+            informative = [group for group in groups if is_informative(group, policy)]
+            advantages = group_advantages(informative, policy.advantage_scale)
+            samples = to_samples(informative, advantages, policy.keep_sampling_mask, policy.mask_truncated)
+            if step == 0 and samples:
+                selftest(self.learner, samples, self.loss, self.engine.tokenizer.end_id, temperature)
+            updates = [
+                self.learner.update(self._with_reference(part), self.loss, temperature)
+                for part in minibatches(samples, policy.updates_per_rollout, (self.seed, step))
+            ]
+            self.engine.load(self.learner.weights())
+            held_out = self.rewards.evaluate(step, groups, self.engine)
+            metrics = self._metrics(groups, informative, samples, updates, held_out)
+            self.log.step(step, metrics, groups, informative)
+            self.step = step + 1
+            self.checkpoint.offer(self.state_dict, self.log)
+
+    def _refresh_reference(self, step: int) -> None:
+        """Copy the policy into the reference every `reference_every` updates."""
+        policy = self.settings.policy
+        if self.reference is None or not policy.reference_every:
+            return
+        if step % max(1, policy.reference_every // policy.updates_per_rollout) == 0:
+            self.reference.model.load_state_dict(self.learner.weights())
+
+    def _sample_groups(self, step: int) -> list[Group]:
+        """Scored groups of a step. With `zero_variance: replace` (DAPO's dynamic sampling), groups of equal
+        rewards are replaced by new ones, at most `ATTEMPTS` times."""
+        policy = self.settings.policy
+        tasks = self.rewards.at(step)
+        resample = policy.zero_variance == "replace"
+        kept: list[Group] = []
+        rejected: list[Group] = []
+        for attempt in range(ATTEMPTS if resample else 1):
+            seed = (self.seed, step, attempt)
+            problems = tasks.draw(policy.prompts_per_step - len(kept), seed)
+            for group in self.engine.rollout(problems, policy.group_size, self.rewards.sampling, seed):
+                group = tasks.score(group)
+                accepted = not resample or len(set(group.rewards)) > 1
+                (kept if accepted else rejected).append(group)
+            if len(kept) >= policy.prompts_per_step:
+                break
+        return kept + rejected
+
+    def _with_reference(self, samples: list[Sample]) -> list[Batch]:
+        """Micro-batches, with the reference's log-probabilities where the KL term needs them."""
+        batches = pack(samples, self.settings.batch_tokens)
+        if self.reference is None:
+            return batches
+        logprobs = self.reference.logprobs(batches, self.settings.sampling.temperature)
+        return [
+            replace(batch, reference_M=reference_M)
+            for batch, reference_M in zip(batches, logprobs, strict=True)
         ]
-        if step == 0 and samples:
-            audit(learner, samples, loss, engine.tokenizer.end_id, temperature)
-        updates = [
-            learner.update(_referenced(part, reference, settings), loss, temperature)
-            for part in minibatches(samples, policy.updates_per_rollout, (seed, step))
-        ]
-        engine.load(learner.weights())
-        metrics = {**summarize(groups), **_volume(groups, samples, learner.model.config), **_merge(updates)}
-        heard = panel.watch(step, groups, engine)
-        metrics["flops"] += _heard_flops(heard, len(panel.held), learner.model.config)
-        spent += metrics["flops"]
+
+    def _metrics(
+        self,
+        groups: Sequence[Group],
+        informative: Sequence[Group],
+        samples: Sequence[Sample],
+        updates: Sequence[dict[str, Any]],
+        held_out: HeldOut,
+    ) -> dict[str, Any]:
+        """The metrics of a step, with its FLOPs and alarms."""
+        config = self.learner.model.config
+        metrics = {**summarize(groups), **volume(groups, samples, config), **merge(updates)}
+        metrics["flops"] += held_out.flops(config)
         metrics["informative"] = len(informative) / len(groups)
-        shown = [groups[0]] if step % settings.log_every == 0 or step == settings.steps - 1 else []
-        alarms = [*heard.pop("alarms", ()), *watch.check(metrics).get("alarms", ())]
-        said = {**metrics, **heard, **({"alarms": alarms} if alarms else {})}
-        record.step(step, said, shown, [group.problem.id for group in informative])
-        checkpoint.offer(lambda: _state(learner, reference, watch, panel, step + 1, spent), record)  # noqa: B023
+        alarms = [*held_out.alarms, *self.alarms.check(metrics)]
+        metrics = {**metrics, **held_out.metrics}
+        return {**metrics, "alarms": alarms} if alarms else metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+        state = {
+            "learner": self.learner.state_dict(),
+            "watched": list(self.alarms.history),
+            "panel": self.rewards.state_dict(),
+            "step": self.step,
+            "flops": self.log.flops,
+        }
+        if self.reference is not None:
+            state["reference"] = self.reference.model.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of `state_dict`."""
+        self.learner.load_state_dict(state["learner"])
+        self.alarms.history.extend(state["watched"])
+        self.rewards.load_state_dict(state["panel"])
+        self.step = state["step"]
+        self.log.flops = state["flops"]
+        if self.reference is not None:
+            self.reference.model.load_state_dict(state["reference"])
 
 
-def _collect(engine: Sampler, tasks: Tasks, sampling: object, settings: RL, seed: tuple) -> list[Group]:
-    """Scored groups of one step; with `zero_variance: replace`, groups without a difference are drawn anew."""
-    policy, kept, spent = settings.policy, [], []
-    for redraw in range(REDRAWS if policy.zero_variance == "replace" else 1):
-        missing = policy.prompts_per_step - len(kept)
-        problems = tasks.draw(missing, (*seed, redraw))
-        scored = [
-            tasks.score(g) for g in engine.rollout(problems, policy.group_size, sampling, (*seed, redraw))
-        ]
-        for group in scored:
-            (kept if len(set(group.rewards)) > 1 or policy.zero_variance != "replace" else spent).append(
-                group
-            )
-        if len(kept) >= policy.prompts_per_step:
-            break
-    return kept + spent
-
-
-def _finished(groups: Sequence[Group], mask_truncated: bool) -> list[bool]:
-    """Which samples are learned from: a response cut off by the budget was not judged fairly."""
-    return [c.stopped or not mask_truncated for g in groups for c in g.completions]
+def is_informative(group: Group, policy: Policy) -> bool:
+    """True if a group is learned from: its rewards differ, or `zero_variance` is `keep`."""
+    return len(set(group.rewards)) > 1 or policy.zero_variance == "keep"
 
 
 def minibatches(samples: list[Sample], count: int, seed: object) -> list[list[Sample]]:
+    """The samples in random order, cut into `count` parts of about equal size; empty parts are left out."""
     order = generator(seed, "minibatches").permutation(len(samples))
     parts = [[samples[i] for i in part] for part in np.array_split(order, count)]
     return [part for part in parts if part]
-
-
-def _referenced(samples: list[Sample], reference: Learner | None, settings: RL):
-    """Packed micro-batches, with the reference's log-probabilities where the KL term needs them."""
-    batches = pack(samples, settings.batch_tokens)
-    if reference is None:
-        return batches
-    scored = reference.logprobs(batches, settings.sampling.temperature)
-    return [replace(b, reference_M=logprobs) for b, logprobs in zip(batches, scored, strict=True)]
-
-
-def summarize(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over all completions: reward, its parts, length, truncation, and what the task measured."""
-    completions = [c for g in groups for c in g.completions]
-    scores = [s for g in groups for s in g.scores]
-    means = {
-        "reward": float(np.mean([r for g in groups for r in g.rewards])),
-        "length": float(np.mean([len(c.tokens) for c in completions])),
-        "truncated": float(np.mean([not c.stopped for c in completions])),
-    }
-    for kind in ("parts", "stats"):
-        names = sorted({name for s in scores for name in getattr(s, kind)})
-        for name in names:
-            values = [getattr(s, kind)[name] for s in scores if name in getattr(s, kind)]
-            means[name] = float(np.mean(values))
-    return means
-
-
-def _volume(groups: Sequence[Group], samples: Sequence[Sample], config: ModelConfig) -> dict[str, float]:
-    """Tokens that were sampled (their prompts prefilled once a group) and tokens that were learned from; the FLOPs
-    of both, each token seeing half of its sequence on average."""
-    sampled = sum(len(g.prompt_tokens) + sum(len(c.tokens) for c in g.completions) for g in groups)
-    learned = sum(len(s.tokens) for s in samples)
-    seen = float(np.mean([len(g.prompt_tokens) + len(c.tokens) / 2 for g in groups for c in g.completions]))
-    flops = sampled * config.flops_per_token(seen) + learned * config.flops_per_token(seen, backward=True)
-    return {"sampled_tokens": sampled, "learned_tokens": learned, "flops": flops}
-
-
-def _heard_flops(heard: dict[str, float], held: int, config: ModelConfig) -> float:
-    """What the panel has cost: its own models, and the policy's answers to the held-out problems."""
-    tokens = heard.get("held_out_tokens", 0)
-    return sum(v for k, v in heard.items() if k.endswith("_flops")) + tokens * config.flops_per_token(
-        tokens / max(1, held) / 2
-    )
-
-
-def _merge(updates: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over a step's updates, number by number. The first update sees the very weights that sampled, so its drift is the
-    sampler/learner gap: zero but for rounding."""
-    if not updates:
-        return {}
-    merged = {name: np.mean([u[name] for u in updates], axis=0).tolist() for name in updates[0]}
-    return {**merged, "gap": updates[0]["max_drift"]}
-
-
-def _resume(
-    learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, checkpoint: Checkpoint
-) -> tuple[int, float]:
-    """The step to go on with, and the FLOPs spent before it."""
-    state = checkpoint.restore()
-    if state is None:
-        return 0, 0.0
-    learner.load_state_dict(state["learner"])
-    watch.history.extend(state["watched"])
-    panel.load_state_dict(state["panel"])
-    if reference is not None:
-        reference.model.load_state_dict(state["reference"])
-    return state["step"], state["flops"]
-
-
-def _state(
-    learner: Learner, reference: Learner | None, watch: Watch, panel: Panel, step: int, flops: float
-) -> dict:
-    state = {
-        "learner": learner.state_dict(),
-        "watched": list(watch.history),
-        "panel": panel.state_dict(),
-        "step": step,
-        "flops": flops,
-    }
-    return state if reference is None else {**state, "reference": reference.weights()}

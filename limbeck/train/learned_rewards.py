@@ -1,193 +1,226 @@
-"""Learned rewards (LLM judge, reward model) beside the rule-based ones, with an alarm for reward hacking.
+"""Learned rewards (LLM judge, reward model) added to the rule-based ones, with an alarm for reward hacking.
 
-Rewarding an opinion finds its weaknesses: DeepSeek-R1's helpfulness reward rose while its programs got worse (arXiv
-2501.12948v2, B.5), so it counted in the last 400 steps only. While an opinion counts, problems that are kept out of
-learning tell the truth; where it rises and the truth does not, an alarm is raised, and it no longer counts.
-"""
+Optimizing a learned reward finds its weaknesses: DeepSeek-R1's helpfulness reward rose while its programs got
+worse (arXiv 2501.12948v2, B.5), so it counted in the last 400 steps only. While a learned reward counts, the
+accuracy on held-out problems is measured; if the learned reward rises and that accuracy does not, an alarm is
+raised and the learned reward no longer counts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..config.learned_rewards import Opinion
 from ..config.recipe import RL
+from ..model.config import ModelConfig
 from ..types import Group, LimbeckError, Problem, Sampler, Score
 
-RISE, WIDER, CLEAR, FALL = 3.0, 3.0, 2.0, -3.0  # t values of a trend; false alarms of honest runs: LOG.md
-CEILING = 0.95  # a truth as high as this cannot rise: it has to fall
-PATIENCE = 100
+# t values of a trend; false alarms of honest runs: LOG.md
+RISE = 3.0  # of the learned reward
+WIDER = 3.0  # of its distance from the accuracy
+CLEAR = 2.0  # an accuracy that rises by less does not rise
+FALL = -3.0  # of an accuracy near its ceiling
+CEILING = 0.95  # an accuracy as high as this cannot rise: it has to fall
+DRAWS = 100  # attempts to draw problems that are not held out
 
 
 class Tasks(Protocol):
-    """What a loop needs to know of problems: how to draw and how to score them."""
+    """A source of problems that scores the answers."""
 
-    def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]: ...
+    def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]:
+        """`count` problems, a function of the seed."""
 
-    def score(self, group: Group) -> Group: ...
-
-
-class Voice(Protocol):
-    """Whoever has an opinion of completions: one named part for each, between 0 and 1, with its reason."""
-
-    def opinions(self, groups: Sequence[Group]) -> list[list[Score]]: ...
-
-    def bill(self) -> dict[str, float]: ...
+    def score(self, group: Group) -> Group:
+        """The group with scores and rewards."""
 
 
-class Panel:
-    """The opinions of one RL stage: which count at a step, what they add, and whether they still deserve it.
+class RewardFunction(Protocol):
+    """A judge or a reward model: one named part of a score per completion, between 0 and 1, with its
+    reason."""
 
-    `voices` and `settings.opinions` have the same names: the parts of the reward. `over` says that an alarm has
-    ended the stage.
-    """
+    def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """The scores of each group's completions."""
 
-    def __init__(self, settings: RL, voices: Mapping[str, Voice], tasks: Tasks, sampling: Any, seed: object):
-        self.settings, self.voices, self.tasks, self.sampling, self.seed = (
-            settings,
-            dict(voices),
-            tasks,
-            sampling,
-            seed,
-        )
-        count = max((self._of(part).held_out for part in self.voices), default=0)
-        self.held = tasks.draw(count, (seed, "held out")) if count else []
-        self.ids = {problem.id for problem in self.held}
-        self.watched: dict[str, list[list[float]]] = {part: [] for part in self.voices}
+    def bill(self) -> dict[str, float]:
+        """Tokens, FLOPs and money since the last call."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A step's measurement on `problems` held-out problems: metrics (accuracy, tokens, the reward functions'
+    usage) and alarms."""
+
+    metrics: Mapping[str, float]
+    alarms: Sequence[str] = ()
+    problems: int = 0
+
+    def flops(self, policy: ModelConfig) -> float:
+        """FLOPs of the reward functions' models, and of the policy's answers to the held-out problems."""
+        tokens = self.metrics.get("held_out_tokens", 0)
+        answers = tokens * policy.flops_per_token(tokens / max(1, self.problems) / 2)
+        return sum(value for name, value in self.metrics.items() if name.endswith("_flops")) + answers
+
+
+class LearnedRewards:
+    """The learned rewards of one RL stage: which count at a step, and whether one is being hacked.
+
+    `functions` and `settings.opinions` have the same keys: the parts of the reward. `stopped` is True once an
+    alarm has ended the stage."""
+
+    def __init__(
+        self,
+        settings: RL,
+        functions: Mapping[str, RewardFunction],
+        tasks: Tasks,
+        sampling: Any,
+        seed: object,
+    ):
+        self.settings = settings
+        self.functions = dict(functions)
+        self.tasks = tasks
+        self.sampling = sampling
+        self.seed = seed
+        count = max((self._settings(part).held_out for part in self.functions), default=0)
+        self.held_out = tasks.draw(count, (seed, "held out")) if count else []
+        self.held_out_ids = {problem.id for problem in self.held_out}
+        self.history: dict[str, list[list[float]]] = {part: [] for part in self.functions}
         self.dropped: list[str] = []
-        self.over = False
+        self.stopped = False
 
     def at(self, step: int) -> Tasks:
-        """The stage's tasks as they are at a step: their scores with the opinions that count by then."""
-        return _Heard(self, self._counting(step)) if self.voices else self.tasks
+        """The stage's tasks, scored with the learned rewards that count at a step."""
+        return RewardedTasks(self, self._counting(step)) if self.functions else self.tasks
 
-    def watch(self, step: int, groups: Sequence[Group], engine: Sampler) -> dict[str, Any]:
-        """Metrics of the truth and of what the opinions cost, and an alarm where they part; `engine` has the weights of
-        the step's end."""
+    def evaluate(self, step: int, groups: Sequence[Group], engine: Sampler) -> HeldOut:
+        """Answer the held-out problems with the weights after the step, and compare the accuracy with the
+        learned rewards of the step's groups."""
         counting = self._counting(step)
         if not counting:
-            return {}
-        answers = [
-            self.tasks.score(g)
-            for g in engine.rollout(self.held, 1, self.sampling, (self.seed, "held out", step))
-        ]
-        truth = float(np.mean([group.scores[0].parts["accuracy"] for group in answers]))
-        told = {
-            "held_out_accuracy": truth,
-            "held_out_tokens": sum(len(g.prompt_tokens) + len(g.completions[0].tokens) for g in answers),
-        }
-        alarms = [text for part in counting if (text := self._heed(part, groups, truth))]
-        for voice in self.voices.values():
-            told |= voice.bill()
-        return {**told, "alarms": alarms} if alarms else told
+            return HeldOut({})
+        rollout = engine.rollout(self.held_out, 1, self.sampling, (self.seed, "held out", step))
+        answers = [self.tasks.score(group) for group in rollout]
+        accuracy = float(np.mean([group.scores[0].parts["accuracy"] for group in answers]))
+        tokens = sum(len(group.prompt_tokens) + len(group.completions[0].tokens) for group in answers)
+        alarms = [alarm for part in counting if (alarm := self._check(part, groups, accuracy))]
+        metrics = {"held_out_accuracy": accuracy, "held_out_tokens": tokens}
+        for function in self.functions.values():
+            metrics |= function.bill()
+        return HeldOut(metrics, alarms, len(self.held_out))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"watched": self.watched, "dropped": self.dropped, "over": self.over}
+        """The alarms' history, for an exact resume."""
+        return {"watched": self.history, "dropped": self.dropped, "over": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.watched, self.dropped, self.over = state["watched"], state["dropped"], state["over"]
+        """Continue from a state of `state_dict`."""
+        self.history = state["watched"]
+        self.dropped = state["dropped"]
+        self.stopped = state["over"]
 
-    def _of(self, part: str) -> Opinion:
+    def _settings(self, part: str) -> Opinion:
         return self.settings.opinions[part]
 
     def _counting(self, step: int) -> list[str]:
-        begins = {
-            part: self.settings.steps - (self._of(part).last_steps or self.settings.steps)
-            for part in self.voices
-        }
-        return [part for part, begin in begins.items() if step >= begin and part not in self.dropped]
+        """The parts that count at a step."""
+        counting = []
+        for part in self.functions:
+            last_steps = self._settings(part).last_steps or self.settings.steps
+            if step >= self.settings.steps - last_steps and part not in self.dropped:
+                counting.append(part)
+        return counting
 
-    def asked(self, part: str, problem: Problem) -> bool:
-        """Whether this opinion is asked about responses to a problem."""
-        names = self._of(part).problems
-        return not names or problem.id.partition("/")[0] in names
+    def applies(self, part: str, problem: Problem) -> bool:
+        """True if a part is scored for responses to a problem."""
+        sources = self._settings(part).problems
+        return not sources or problem.id.partition("/")[0] in sources
 
-    def _heed(self, part: str, groups: Sequence[Group], truth: float) -> str:
-        """Write the step down; what to say if this opinion has been hacked."""
-        held = [
-            s.parts[part] for g in groups if self.asked(part, g.problem) for s in g.scores if part in s.parts
-        ]
-        if not held:
+    def _check(self, part: str, groups: Sequence[Group], accuracy: float) -> str:
+        """Add a step to a part's history; the alarm if the part has been hacked, else ""."""
+        settings = self._settings(part)
+        scores = [s for group in groups if self.applies(part, group.problem) for s in group.scores]
+        values = [score.parts[part] for score in scores if part in score.parts]
+        if not values:
             return ""
-        self.watched[part] = [*self.watched[part], [float(np.mean(held)), truth]][-self._of(part).window :]
-        if len(self.watched[part]) < self._of(part).window or not hacked(
-            *zip(*self.watched[part], strict=True)
-        ):
+        steps = [*self.history[part], [float(np.mean(values)), accuracy]]
+        self.history[part] = steps[-settings.window :]
+        if len(self.history[part]) < settings.window or not hacked(*zip(*self.history[part], strict=True)):
             return ""
         self.dropped.append(part)
-        self.over = self._of(part).on_alarm == "stop"
-        then = "the stage ends here" if self.over else "it no longer counts"
+        self.stopped = settings.on_alarm == "stop"
+        then = "the stage ends here" if self.stopped else "it no longer counts"
         return f"reward hacking: {part} rises while the truth on held-out problems does not: {then}"
 
 
-class _Heard:
-    """Tasks whose scores have opinions in them; held-out problems are never drawn."""
+class RewardedTasks:
+    """Tasks whose scores include learned rewards; held-out problems are never drawn."""
 
-    def __init__(self, panel: Panel, counting: Sequence[str]):
-        self.panel, self.counting = panel, counting
+    def __init__(self, rewards: LearnedRewards, parts: Sequence[str]):
+        self.rewards = rewards
+        self.parts = parts
 
     def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]:
-        found: list[Problem] = []
-        for again in range(PATIENCE):
-            drawn = self.panel.tasks.draw(count, (seed, again) if again else seed, split)
-            found += [problem for problem in drawn if problem.id not in self.panel.ids]
-            if len(found) >= count:
-                return found[:count]
+        """`count` problems that are not held out. Raises LimbeckError if there are none."""
+        problems: list[Problem] = []
+        for attempt in range(DRAWS):
+            drawn = self.rewards.tasks.draw(count, (seed, attempt) if attempt else seed, split)
+            problems += [problem for problem in drawn if problem.id not in self.rewards.held_out_ids]
+            if len(problems) >= count:
+                return problems[:count]
         raise LimbeckError(
             "opinions: held_out leaves no problem to learn from; lower it, or give more problems"
         )
 
     def score(self, group: Group) -> Group:
-        group = self.panel.tasks.score(group)
-        for part in self.counting:
-            if self.panel.asked(part, group.problem):
-                group = with_opinion(
-                    group,
-                    self.panel.voices[part].opinions([group])[0],
-                    part,
-                    self.panel.settings.rewards[part],
-                )
+        """The group with the tasks' scores and the learned parts."""
+        group = self.rewards.tasks.score(group)
+        for part in self.parts:
+            if self.rewards.applies(part, group.problem):
+                scores = self.rewards.functions[part].opinions([group])[0]
+                group = add_reward_part(group, scores, part, self.rewards.settings.rewards[part])
         return group
 
 
-def with_opinion(group: Group, opinions: Sequence[Score], part: str, worth: float) -> Group:
-    """A scored group with one more part, which is added to the reward by its worth."""
-    scores = tuple(
+def add_reward_part(group: Group, scores: Sequence[Score], part: str, weight: float) -> Group:
+    """A scored group with one more part, added to the reward by its weight."""
+    joined = [
         replace(
             score,
-            parts={**score.parts, **said.parts},
-            reasons={**score.reasons, **said.reasons},
-            stats={**score.stats, **said.stats},
+            parts={**score.parts, **extra.parts},
+            reasons={**score.reasons, **extra.reasons},
+            stats={**score.stats, **extra.stats},
         )
-        for score, said in zip(group.scores, opinions, strict=True)
-    )
-    rewards = tuple(
-        reward + worth * said.parts[part] for reward, said in zip(group.rewards, opinions, strict=True)
-    )
-    return replace(group, scores=scores, rewards=rewards)
+        for score, extra in zip(group.scores, scores, strict=True)
+    ]
+    rewards = [
+        reward + weight * extra.parts[part] for reward, extra in zip(group.rewards, scores, strict=True)
+    ]
+    return replace(group, scores=tuple(joined), rewards=tuple(rewards))
 
 
-def hacked(opinion: Sequence[float], truth: Sequence[float]) -> bool:
-    """Whether, step by step, an opinion rose, away from a truth that did not clearly rise. A truth near 1 has to
-    fall.
+def hacked(learned: Sequence[float], accuracy: Sequence[float]) -> bool:
+    """True if a learned reward rose from step to step, away from an accuracy that did not clearly rise. An
+    accuracy near 1 has to fall.
 
     >>> hacked([0.1, 0.2, 0.3, 0.41, 0.5], [0.5, 0.4, 0.5, 0.6, 0.5])
     True
     """
-    opinion_S, truth_S = np.asarray(opinion), np.asarray(truth)
-    still = trend(truth_S) < FALL if truth_S[: len(truth_S) // 2].mean() > CEILING else trend(truth_S) < CLEAR
-    return bool(still and trend(opinion_S) > RISE and trend(opinion_S - truth_S) > WIDER)
+    learned_S = np.asarray(learned)
+    accuracy_S = np.asarray(accuracy)
+    near_ceiling = accuracy_S[: len(accuracy_S) // 2].mean() > CEILING
+    if trend(accuracy_S) >= (FALL if near_ceiling else CLEAR):
+        return False
+    return bool(trend(learned_S) > RISE and trend(learned_S - accuracy_S) > WIDER)
 
 
 def trend(values_S: np.ndarray) -> float:
-    """The t value of the slope of a straight line through the values (least squares)."""
+    """The t value of the slope of a least-squares line through the values of S steps [S]."""
     n = len(values_S)
     steps_S = np.arange(n) - (n - 1) / 2
     spread = float((steps_S**2).sum())
     slope = float((steps_S * values_S).sum()) / spread
-    rest_S = values_S - values_S.mean() - slope * steps_S
-    error = float(np.sqrt((rest_S**2).sum() / (n - 2) / spread))
+    residual_S = values_S - values_S.mean() - slope * steps_S
+    error = float(np.sqrt((residual_S**2).sum() / (n - 2) / spread))
     return slope / max(error, 1e-9)

@@ -1,4 +1,7 @@
-"""AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+"""AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+X matrices · R rows · C columns.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from torch import Tensor, nn
 from ..config.parts import Optimizer as Settings
 from ..model.decoder import Decoder
 
+Pair = tuple[Tensor, Tensor]  # a matrix and the direction of its update
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan 2024); the update is scaled by 0.2 sqrt(larger side), so that one
     learning rate fits Muon and AdamW (Liu et al. 2025, arXiv 2502.16982, eq. 4).
 
-    Newton-Schulz runs in float32 (bfloat16 is slow on most CPUs), on all equal shapes at once, and on each
-    matrix of a fused product by itself: `heights` says, per parameter, how many rows each has.
-    """
+    Newton-Schulz runs in float32 (bfloat16 is slow on most CPUs), on all matrices of equal shape at once. A
+    fused projection is several matrices: `heights` gives, for each parameter, the rows of each."""
 
     def __init__(
         self,
@@ -33,50 +37,75 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update every parameter that has a gradient."""
         (group,) = self.param_groups
         learned = [
             (p, rows) for p, rows in zip(group["params"], self.heights, strict=True) if p.grad is not None
         ]
         if not learned:
             return
-        parameters, gradients = [p for p, _ in learned], [p.grad for p, _ in learned]
-        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        wanted = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        parameters = [p for p, _ in learned]
+        directions = self._directions(parameters, group["momentum"])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, direction, (_, rows) in zip(parameters, wanted, learned, strict=True):
-            for pair in zip(
-                *(tensor.flatten(0, -2).split(rows) for tensor in (parameter, direction)), strict=True
-            ):
-                wide = pair if pair[0].shape[0] <= pair[0].shape[1] else [tensor.mT for tensor in pair]
-                alike[wide[0].shape].append(tuple(wide))
-        for shape, pairs in alike.items():
-            matrices, directions = zip(*pairs, strict=True)
-            updates = orthogonalize(torch.stack(directions))
-            torch._foreach_sub_(matrices, updates.unbind(), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
+        by_shape: dict[tuple[int, ...], list[Pair]] = defaultdict(list)
+        for (parameter, rows), direction in zip(learned, directions, strict=True):
+            for pair in _matrices(parameter, direction, rows):
+                by_shape[pair[0].shape].append(pair)
+        for shape, pairs in by_shape.items():
+            matrices = [matrix for matrix, _ in pairs]
+            updates = orthogonalize(torch.stack([direction for _, direction in pairs]))
+            rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+            torch._foreach_sub_(matrices, updates.unbind(), alpha=rate)
+
+    def _directions(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """Nesterov momentum of the gradients, in the parameters' shapes [R, C] or [X, R, C]."""
+        gradients = [p.grad for p in parameters]
+        buffers = []
+        for p in parameters:
+            state = self.state[p]
+            buffers.append(state.setdefault("momentum", torch.zeros_like(p)))
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, buffers, momentum)
+
+
+def _matrices(parameter: Tensor, direction: Tensor, rows: tuple[int, ...]) -> list[Pair]:
+    """The matrices of a parameter with their directions, as views [R, C] with at most as many rows as
+    columns."""
+    pairs = []
+    parts = parameter.flatten(0, -2).split(rows)
+    steps = direction.flatten(0, -2).split(rows)
+    for matrix, step in zip(parts, steps, strict=True):
+        tall = matrix.shape[0] > matrix.shape[1]
+        pairs.append((matrix.mT, step.mT) if tall else (matrix, step))
+    return pairs
 
 
 def orthogonalize(matrices_XRC: Tensor, steps: int = 5) -> Tensor:
-    """Quintic Newton-Schulz: every singular value of each matrix goes to about 1; rows R at most columns C."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices_XRC / (matrices_XRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    """Quintic Newton-Schulz: every singular value of each matrix goes to about 1. At most as many rows as
+    columns."""
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
+    x_XRC = matrices_XRC / (matrices_XRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+        gram_XRR = x_XRC @ x_XRC.mT
+        polynomial_XRR = torch.baddbmm(gram_XRR, gram_XRR, gram_XRR, beta=b, alpha=c)
+        x_XRC = torch.baddbmm(x_XRC, polynomial_XRR, x_XRC, beta=a)
+    return x_XRC
 
 
-def _orthogonal(name: str, parameter: Tensor) -> bool:
-    """Matrices inside the blocks, stacks of experts' among them; a router chooses, it does not mix."""
+def _for_muon(name: str, parameter: Tensor) -> bool:
+    """True for a matrix [R, C] inside a block, or a stack of experts' [X, R, C]; a router's is AdamW's."""
     return parameter.ndim >= 2 and "block" in name and ".router." not in name
 
 
 def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
-    decayed = {"params": [p for p in parameters if p.ndim >= 2]}
-    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in (decayed, vectors) if group["params"]],
+        [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -84,46 +113,45 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
     )
 
 
-def expert_ratio(batch: float, noise: float, experts: int) -> float:
-    """Hunyuan-Large's rate of a routed expert over the rate of the rest (arXiv 2411.02265, section 2.2.4): the best
-    rate for `batch` tokens is 2 / (sqrt(noise / batch) + sqrt(batch / noise)) of the highest, and an expert sees
-    batch / experts of them. The paper states 0.31 for 16 experts, which its formula gives for a batch of 0.26
-    `noise`; for one of 61 `noise` the formula gives 3.2, the inverse."""
-
-    def best(tokens: float) -> float:
-        return 2 / ((noise / tokens) ** 0.5 + (tokens / noise) ** 0.5)
-
-    return best(batch / experts) / best(batch)
-
-
 class Optimizer:
-    """The settings' optimiser and schedule over a model's parameters; `step(i)` is told which step it is.
+    """The settings' optimizers and learning-rate schedule over a model's parameters.
 
-    Routers and embeddings are AdamW's also beside Muon. Routed experts may learn at a rate of their own.
-    """
+    Embeddings, vectors and routers are AdamW's also beside Muon. Routed experts may have a learning rate of
+    their own."""
 
     def __init__(self, model: Decoder, settings: Settings, steps: int):
-        self.model, self.settings, self.steps = model, settings, steps
-        learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        muons = [n for n, p in learned.items() if settings.name == "muon" and _orthogonal(n, p)]
-        adams = [n for n in learned if n not in muons]
-        self.parts, self.rates = [], []
-        for experts in (False, True):
-            ratio = settings.expert_ratio if experts else 1.0
-            inner = [n for n in muons if ("experts_" in n) == experts]
-            outer = [n for n in adams if ("experts_" in n) == experts]
-            if outer:
-                self.parts.append(_adamw([learned[n] for n in outer], settings))
-                self.rates.append(ratio * (settings.adamw_ratio if muons else 1.0))
-            if inner:
-                heights = [model.config.matrices(n) or (len(learned[n]),) for n in inner]
-                tall = [learned[n] for n in inner]
-                self.parts.append(Muon(tall, heights, settings.learning_rate, settings.weight_decay))
-                self.rates.append(ratio)
+        self.model = model
+        self.settings = settings
+        self.steps = steps
+        self.parts: list[torch.optim.Optimizer] = []
+        self.rates: list[float] = []  # of each part, over the settings' learning rate
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        dense = {name: p for name, p in named.items() if "experts_" not in name}
+        experts = {name: p for name, p in named.items() if "experts_" in name}
+        with_muon = settings.name == "muon" and any(_for_muon(name, p) for name, p in named.items())
+        adamw_ratio = settings.adamw_ratio if with_muon else 1.0
+        self._add(dense, 1.0, adamw_ratio)
+        self._add(experts, settings.expert_ratio, adamw_ratio)
+
+    def _add(self, named: dict[str, nn.Parameter], ratio: float, adamw_ratio: float) -> None:
+        """Add the optimizers of some parameters, whose rate is `ratio` times the settings'."""
+        settings = self.settings
+        muon = [name for name, p in named.items() if settings.name == "muon" and _for_muon(name, p)]
+        adamw = [p for name, p in named.items() if name not in muon]
+        if adamw:
+            self.parts.append(_adamw(adamw, settings))
+            self.rates.append(ratio * adamw_ratio)
+        if muon:
+            heights = [self.model.config.matrices(name) or (len(named[name]),) for name in muon]
+            matrices = [named[name] for name in muon]
+            self.parts.append(Muon(matrices, heights, settings.learning_rate, settings.weight_decay))
+            self.rates.append(ratio)
 
     def step(self, step: int) -> float:
-        """Clip, update, forget the gradients; returns the gradient's norm before clipping. Where that is not finite,
-        nothing is touched: neither weights nor moments nor gradients."""
+        """Clip the gradients, update, drop the gradients; returns their norm before clipping.
+
+        If the norm is not finite, nothing changes: neither weights nor moments nor gradients.
+        """
         learned = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learned])
         if not math.isfinite(norm):
@@ -138,9 +166,11 @@ class Optimizer:
         return float(norm)
 
     def state_dict(self) -> list[dict]:
+        """The states of all parts, for an exact resume."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Continue from states of `state_dict`."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 

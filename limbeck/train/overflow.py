@@ -1,9 +1,9 @@
-"""Numbers that are not finite: which tensor of a step of learning holds them, and what to do about it."""
+"""Overflow in a training step: the tensor that holds an infinity or NaN, and the remedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -11,47 +11,49 @@ from ..types import LimbeckError
 from .batch import Batch
 
 SLOWER = "lower optimizer.learning_rate, or raise optimizer.warmup_steps"
-GIVEN = {
+# Fields of a batch: their name in a sentence, and a remedy.
+BATCH_FIELDS = {
     "advantages_M": ("the advantages", "a reward is infinite or not a number, so mend what gives it"),
     "logprobs_M": ("the sampler's log-probabilities", "take a sampling.temperature nearer to 1"),
     "reference_M": ("the reference's log-probabilities", "take a reference whose weights are finite"),
-}  # fields of a batch
+}
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers are finite, and their sum of squares is."""
+    """True if all numbers of some tensors [...] are finite, and so is their sum of squares."""
     return math.isfinite(nn.utils.get_total_norm(list(tensors)))
 
 
 def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The first of the tensors that holds an infinity or NaN; where none does, the one with the largest number."""
-    return max(named, key=lambda one: float(one[1].detach().abs().max().nan_to_num(math.inf)))[0]
+    """The name of the first tensor [...] with an infinity or NaN; if none has one, of that with the largest
+    number."""
+
+    def magnitude(item: tuple[str, Tensor]) -> float:
+        largest = item[1].detach().abs().max()
+        return float(largest.nan_to_num(math.inf))
+
+    return max(named, key=magnitude)[0]
 
 
-def stopped(what: str, remedy: str, step: int, steps: int) -> LimbeckError:
-    """The sentence that ends a stage; `step` counts from 0."""
-    told = f"optimiser step {step + 1} of {steps}: {what} not finite"
-    return LimbeckError(f"{told}; {remedy}; the last checkpoint stays as it is")
+def stopped(subject: str, remedy: str, step: int, steps: int) -> LimbeckError:
+    """The error that ends a stage at `step`, which counts from 0; `subject` is a noun with its verb."""
+    sentence = f"optimiser step {step + 1} of {steps}: {subject} not finite"
+    return LimbeckError(f"{sentence}; {remedy}; the last checkpoint stays as it is")
 
 
 def blamed(model: nn.Module, batch: Batch) -> tuple[str, str]:
-    """Why the loss of a batch is not finite: the model's weights, what the batch brings, or else the loss itself."""
+    """The cause of a loss that is not finite, and a remedy: a weight, a field of the batch, the teacher, or
+    else the loss itself."""
     if not finite(model.parameters()):
-        return (
-            f"the weight {spoiled(model.named_parameters())} is",
-            "begin with a model whose weights are finite",
-        )
-    for name, (what, remedy) in GIVEN.items():
-        given = getattr(batch, name)
-        if given is not None and not finite([given]):
-            return f"{what} are", remedy
-    if batch.teacher is not None and not finite(_floats(vars(batch.teacher).values())):
-        return (
-            "the teacher's logits are",
-            "take a teacher whose weights are finite, and make its labels again",
-        )
+        weight = spoiled(model.named_parameters())
+        return f"the weight {weight} is", "begin with a model whose weights are finite"
+    for name, (noun, remedy) in BATCH_FIELDS.items():
+        tensor = getattr(batch, name)
+        if tensor is not None and not finite([tensor]):
+            return f"{noun} are", remedy
+    if batch.teacher is not None:
+        tensors = [tensor for tensor in vars(batch.teacher).values() if tensor.is_floating_point()]
+        if not finite(tensors):
+            remedy = "take a teacher whose weights are finite, and make its labels again"
+            return "the teacher's logits are", remedy
     return "the loss is", SLOWER
-
-
-def _floats(tensors: Iterable[Tensor]) -> Sequence[Tensor]:
-    return [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -1,157 +1,94 @@
-"""A reward model: the decoder with one more row, which says of a response how good it is; learned from preferences.
+"""A reward model: the decoder with a value head, one number per response, learned from preference pairs.
 
-It reads a question and the final answer, never the thought (DeepSeek-R1, arXiv 2501.12948v2, 3.1: a thought that is
-judged is a thought that pleases). Bradley and Terry (1952): P(a is preferred to b) = sigmoid(value(a) - value(b)).
-"""
+It reads a question and the final answer, never the thought: a thought that is rewarded learns to please
+(DeepSeek-R1, arXiv 2501.12948v2, 3.1). Bradley and Terry (1952): P(a is preferred to b) = sigmoid(value(a) -
+value(b)). The loss is `losses.BradleyTerry`, the loop `sft.SFTTrainer`. N input tokens · M predictions, one
+per sequence · C hidden."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.parts import Optimizer
 from ..model.decoder import Decoder
-from ..run_log import Record
 from ..text.tokenizer import Tokenizer, split_thought
-from ..types import Group, Sample, Score, fingerprint, generator
+from ..types import Group, Sample, Score, fingerprint
 from .batch import MICRO_TOKENS, Batch, by_sample, pack
-from .checkpoint import Checkpoint
 from .learner import Learner
-from .losses import Loss, Metrics
+from .scorer import Scorer
+
+Row = Mapping[str, Any]  # of preferences: prompt, chosen, rejected
 
 
-class RewardModelLearner(Learner):
-    """A learner whose `logprobs` are values: one for each sequence, read off its last token."""
+class _ValueHead:
+    """Values in the place of log-probabilities: one for each sequence, computed at its last token."""
 
-    def __init__(self, model: Decoder, settings: Optimizer, steps: int):
-        model.value = nn.Linear(model.config.hidden_size, 1, bias=False)
-        nn.init.zeros_(model.value.weight)  # all responses begin alike
-        super().__init__(model, settings, steps)
+    model: Decoder
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         values_M = self.model.value(hidden_NC[batch.predict_M]).squeeze(1)
         return values_M, torch.zeros_like(values_M).detach()
 
     def values(self, samples: Sequence[Sample], batch_tokens: int = MICRO_TOKENS) -> np.ndarray:
-        """The value of each sample, in their order."""
+        """The value of each sample [samples], in their order."""
         batches = pack(samples, batch_tokens)
         return np.concatenate(by_sample(batches, self.logprobs(batches), len(samples)))
 
 
-def to_sample(tokenizer: Tokenizer, question: str, response: str) -> Sample:
-    """A question and its final answer. The value is read at the end of the turn, the last token that is an input.
-    It has no `start` of its own, so that a pair is not parted where others share its answer (`pack`)."""
-    tokens = np.concatenate(
-        [tokenizer.prompt(question), tokenizer.response(split_thought(response).answer), [tokenizer.end_id]]
-    )
-    return Sample(
-        tokens,
-        start=1,
-        learned=np.arange(1, len(tokens)) == len(tokens) - 1,
-        logprobs=np.zeros(1, np.float32),
-    )
+def add_value_head(model: Decoder) -> None:
+    """Give a decoder a value head of zeros: every response has the value 0."""
+    model.value = nn.Linear(model.config.hidden_size, 1, bias=False)
+    nn.init.zeros_(model.value.weight)
 
 
-def bradley_terry(pairs: int) -> Loss:
-    """-log sigmoid(value of the better - value of the worse), the mean over `pairs`. A sequence's advantage says whose
-    half it is: +3 the better and -3 the worse of the third pair."""
+class RewardModelLearner(_ValueHead, Learner):
+    """A reward model that learns."""
 
-    def loss(values_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        marks_M = batch.advantages_M
-        _, rank_M = marks_M.abs().unique(return_inverse=True)
-        gap_P = values_M.new_zeros(len(marks_M) // 2).index_add(0, rank_M, values_M * marks_M.sign())
-        total = F.softplus(-gap_P).sum() / pairs
-        right = (gap_P.detach() > 0).float().sum() / pairs
-        return total, {"loss": total.detach(), "accuracy": right, "margin": gap_P.detach().sum() / pairs}
-
-    return loss
+    def __init__(self, model: Decoder, settings: Optimizer, steps: int):
+        add_value_head(model)
+        super().__init__(model, settings, steps)
 
 
-def plan_pairs(count: int, epochs: float, batch: int, seed: object) -> list[list[int]]:
-    """Indices of pairs, batch by batch, each epoch in its own order; a part of an epoch is its start."""
-    orders = [generator(seed, "pairs", epoch).permutation(count) for epoch in range(int(np.ceil(epochs)))]
-    order = np.concatenate(orders)[: max(1, round(epochs * count))]
-    return [order[i : i + batch].tolist() for i in range(0, len(order), batch)]
+class RewardModelScorer(_ValueHead, Scorer):
+    """A frozen reward model as a reward function: the part `preference` of a score is the probability that a
+    final answer is preferred to one of value `centre`."""
 
-
-def fit(
-    learner: RewardModelLearner, pairs: Sequence[tuple[Sample, Sample]], plan: list[list[int]], micro_tokens: int, log_every: int,
-    record: Record, checkpoint: Checkpoint,
-) -> None:  # fmt: skip
-    """One update a batch of pairs (better, worse), in the order of `plan`, from where the learner stands."""
-    while learner.step < len(plan):
-        step = learner.step
-        chosen = [pairs[i] for i in plan[step]]
-        metrics = learner.update(pack_pairs(chosen, micro_tokens), bradley_terry(len(chosen)))
-        tokens = sum(len(half.tokens) for pair in chosen for half in pair)
-        if step % log_every == 0 or step == len(plan) - 1:
-            record.step(
-                step, {name: value for name, value in metrics.items() if name != "entropy"}, tokens=tokens
-            )
-        else:
-            record.beat(step, tokens)
-        checkpoint.offer(lambda: {"learner": learner.state_dict()}, record)
-
-
-def pack_pairs(pairs: Sequence[tuple[Sample, Sample]], micro_tokens: int) -> list[Batch]:
-    """Micro-batches of whole pairs, at most `micro_tokens` each, one pair at least."""
-    pieces: list[list[Sample]] = []
-    size = 0
-    for i, (better, worse) in enumerate(pairs, start=1):
-        halves, cost = [_numbered(better, i), _numbered(worse, -i)], len(better.tokens) + len(worse.tokens)
-        if pieces and size + cost <= micro_tokens:
-            pieces[-1] += halves
-            size += cost
-        else:
-            pieces.append(halves)
-            size = cost
-    return [batch for piece in pieces for batch in pack(piece, 1 << 30)]
-
-
-def split(
-    rows: Sequence[Mapping[str, Any]], share: float, seed: object
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """(learned, held out): a share of the questions is kept, with all their pairs; one at least."""
-    order = sorted({row["prompt"] for row in rows}, key=lambda prompt: fingerprint(seed, "held out", prompt))
-    kept = set(order[: max(1, round(share * len(order)))])
-    return [row for row in rows if row["prompt"] not in kept], [row for row in rows if row["prompt"] in kept]
-
-
-class RewardModel:
-    """A voice: the part `preference`, the chance that a final answer would be preferred to one of value `centre`."""
-
-    def __init__(self, learner: RewardModelLearner, tokenizer: Tokenizer, centre: float):
-        self.learner, self.tokenizer, self.centre, self.tokens, self.flops = (
-            learner,
-            tokenizer,
-            centre,
-            0,
-            0.0,
-        )
+    def __init__(self, model: Decoder, value_1C: Tensor, tokenizer: Tokenizer, centre: float):
+        add_value_head(model)
+        with torch.no_grad():
+            model.value.weight.copy_(value_1C)
+        super().__init__(model)
+        self.tokenizer = tokenizer
+        self.centre = centre
+        self.tokens = 0
+        self.flops = 0.0
 
     def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """One score for each completion; without a final answer nothing is earned. The same answer is read once, so that
-        rounding tells no twins apart."""
-        told = [
-            (group.problem.prompt, split_thought(c.text).answer)
+        """One score per completion; without a final answer it is 0. Equal answers are scored once, so that
+        rounding does not tell them apart."""
+        answers = [
+            [
+                (group.problem.prompt, split_thought(completion.text).answer)
+                for completion in group.completions
+            ]
             for group in groups
-            for c in group.completions
         ]
-        different = list(dict.fromkeys(told))
-        samples = [to_sample(self.tokenizer, *one) for one in different]
-        self.tokens += sum(len(s.tokens) for s in samples)
-        self.flops += sum(
-            len(s.tokens) * self.learner.model.config.flops_per_token(len(s.tokens) / 2) for s in samples
-        )
-        values = dict(zip(different, self.learner.values(samples), strict=True))
-        scores = iter([self._score(values[one], one[1]) for one in told])
-        return [[next(scores) for _ in group.completions] for group in groups]
+        distinct = list(dict.fromkeys(answer for row in answers for answer in row))
+        samples = [to_sample(self.tokenizer, question, answer) for question, answer in distinct]
+        self._count(samples)
+        values = dict(zip(distinct, self.values(samples), strict=True))
+        return [[self._score(values[answer], answer[1]) for answer in row] for row in answers]
+
+    def _count(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            tokens = len(sample.tokens)
+            self.tokens += tokens
+            self.flops += tokens * self.model.config.flops_per_token(tokens / 2)
 
     def _score(self, value: float, answer: str) -> Score:
         if not answer:
@@ -159,11 +96,39 @@ class RewardModel:
         return Score({"preference": float(1 / (1 + np.exp(self.centre - value)))})
 
     def bill(self) -> dict[str, float]:
-        """Tokens that were read since the last bill, and their FLOPs."""
-        told = {"preference_tokens": self.tokens, "preference_flops": self.flops}
-        self.tokens, self.flops = 0, 0.0
-        return told
+        """Tokens and FLOPs since the last call."""
+        usage = {"preference_tokens": self.tokens, "preference_flops": self.flops}
+        self.tokens = 0
+        self.flops = 0.0
+        return usage
 
 
-def _numbered(sample: Sample, number: int) -> Sample:
-    return replace(sample, advantage=float(number))
+def to_sample(tokenizer: Tokenizer, question: str, response: str, pair: int = 0) -> Sample:
+    """A question and the final answer of a response as tokens; `pair` numbers preference pairs
+    (train/pairs.py).
+
+    The value is computed at the end-of-turn token, the last token that is an input, so one more follows it.
+    The sample has no prompt of its own: answers to one question are packed whole."""
+    answer = tokenizer.response(split_thought(response).answer)
+    tokens = np.concatenate([tokenizer.prompt(question), answer, [tokenizer.end_id]])
+    last = np.arange(1, len(tokens)) == len(tokens) - 1
+    return Sample(tokens, start=1, learned=last, logprobs=np.zeros(1, np.float32), pair=pair)
+
+
+def to_samples(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Sample]:
+    """Rows of preferences as samples, chosen and rejected side by side."""
+    samples = []
+    for number, row in enumerate(rows, start=1):
+        samples.append(to_sample(tokenizer, row["prompt"], row["chosen"], number))
+        samples.append(to_sample(tokenizer, row["prompt"], row["rejected"], -number))
+    return samples
+
+
+def split(rows: Sequence[Row], share: float, seed: object) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and held-out rows: a share of the questions, one at least, is held out with all its
+    pairs."""
+    questions = {row["prompt"] for row in rows}
+    order = sorted(questions, key=lambda question: fingerprint(seed, "held out", question))
+    held_out = set(order[: max(1, round(share * len(order)))])
+    learned = [row for row in rows if row["prompt"] not in held_out]
+    return learned, [row for row in rows if row["prompt"] in held_out]

@@ -1,34 +1,39 @@
-"""Supervised learning: pretraining on documents and fine-tuning on responses are one loop over planned batches.
+"""Supervised learning: pretraining on documents, SFT on responses, DPO and reward models on pairs are one
+loop over planned batches; they differ in their samples and their loss.
 
-What the loss sees is the samples' affair: all of a document that can be foreseen, or a response, end-of-turn
-included, and never its prompt.
-"""
+Which tokens are in the loss is set by the samples: all predictable tokens of a document, or a response with
+its end-of-turn token and never its prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..run_log import Record
+from ..run_log import RunLog
 from ..types import Sample, generator
 from .batch import pack
 from .checkpoint import Checkpoint
 from .learner import Learner
-from .losses import Loss, cross_entropy
+from .losses import CrossEntropy, Loss
+
+Plan = Sequence[Sequence[int]]  # indices of samples, batch by batch
 
 
 def batches(samples: Sequence[Sample], tokens: int, seed: object) -> list[list[int]]:
-    """Indices of samples in random order, cut into batches of about `tokens`. Lengths are left mixed:
-    batches of like length are batches of like kind, and a model learns less from those."""
+    """Indices of samples in random order, cut into batches of about `tokens`.
+
+    Lengths are left mixed: samples of like length are of like kind, and a model learns less from batches of
+    those."""
     order = generator(seed, "shuffle").permutation(len(samples))
     ends = np.cumsum([len(samples[i].tokens) for i in order])
     cuts = np.searchsorted(ends, np.arange(tokens, ends[-1], tokens), side="left") + 1
-    return [piece.tolist() for piece in np.split(order, np.unique(cuts)) if len(piece)]
+    return [part.tolist() for part in np.split(order, np.unique(cuts)) if len(part)]
 
 
 def plan_epochs(samples: Sequence[Sample], epochs: float, tokens: int, seed: object) -> list[list[int]]:
-    """The batches of all epochs, each epoch in its own order; a part of an epoch is its start."""
+    """The batches of all epochs, each epoch in its own order; a fraction of an epoch is its first batches."""
     whole, part = divmod(epochs, 1)
     plans = [batches(samples, tokens, (seed, epoch)) for epoch in range(int(whole) + bool(part))]
     if part:
@@ -36,20 +41,39 @@ def plan_epochs(samples: Sequence[Sample], epochs: float, tokens: int, seed: obj
     return [batch for plan in plans for batch in plan]
 
 
-def fit(
-    learner: Learner, samples: Sequence[Sample], plan: list[list[int]], micro_tokens: int, log_every: int,
-    record: Record, checkpoint: Checkpoint, loss: Loss = cross_entropy,
-) -> None:  # fmt: skip
-    """One update a batch, in the order of `plan`, from where the learner stands."""
-    while learner.step < len(plan):
-        step = learner.step
-        batch = [samples[i] for i in plan[step]]
-        metrics, tokens = (
-            learner.update(pack(batch, micro_tokens), loss),
-            sum(len(sample.tokens) for sample in batch),
-        )
-        if step % log_every == 0 or step == len(plan) - 1:
-            record.step(step, metrics, tokens=tokens)
-        else:
-            record.beat(step, tokens)
-        checkpoint.offer(lambda: {"learner": learner.state_dict()}, record)
+@dataclass(frozen=True)
+class SFTTrainer:
+    """One update per batch of `plan`, from the learner's step on.
+
+    `micro_tokens` is the size of a micro-batch; metrics are logged every `log_every` steps and after the
+    last, those in `unlogged` left out."""
+
+    learner: Learner
+    samples: Sequence[Sample]
+    plan: Plan
+    micro_tokens: int
+    log_every: int
+    loss: Loss = field(default_factory=CrossEntropy)
+    unlogged: frozenset[str] = frozenset()
+
+    def train(self, log: RunLog, checkpoint: Checkpoint) -> None:
+        """Run the steps that are left."""
+        while self.learner.step < len(self.plan):
+            step = self.learner.step
+            batch = [self.samples[i] for i in self.plan[step]]
+            tokens = sum(len(sample.tokens) for sample in batch)
+            metrics = self.learner.update(pack(batch, self.micro_tokens), self.loss)
+            if step % self.log_every == 0 or step == len(self.plan) - 1:
+                logged = {name: value for name, value in metrics.items() if name not in self.unlogged}
+                log.step(step, logged, tokens=tokens)
+            else:
+                log.beat(step, tokens)
+            checkpoint.offer(self.state_dict, log)
+
+    def state_dict(self) -> dict:
+        """Everything that an exact resume needs."""
+        return {"learner": self.learner.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a state of `state_dict`."""
+        self.learner.load_state_dict(state["learner"])

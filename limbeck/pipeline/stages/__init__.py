@@ -1,7 +1,46 @@
-"""Which function carries out which kind of stage."""
+"""One module per kind of stage, each with a `run(job)` that reads inputs and settings and writes the job's
+folder."""
 
 from __future__ import annotations
 
-from . import basic, distillation, judging
+from collections.abc import Callable
 
-STAGES = {**basic.STAGES, **distillation.STAGES, **judging.STAGES}
+from ..job import Job
+from . import (
+    calibrate,
+    curate,
+    distill,
+    dpo,
+    evaluate,
+    general,
+    label,
+    load,
+    pairs,
+    pretrain,
+    remote,
+    reward_model,
+    rl,
+    sample,
+    screen,
+    sft,
+)
+from .outcome import Outcome
+
+STAGES: dict[str, Callable[[Job], Outcome]] = {
+    "load": load.run,
+    "remote": remote.run,
+    "pretrain": pretrain.run,
+    "sft": sft.run,
+    "rl": rl.run,
+    "screen": screen.run,
+    "sample": sample.run,
+    "curate": curate.run,
+    "general": general.run,
+    "label": label.run,
+    "pairs": pairs.run,
+    "preference": dpo.run,
+    "distill": distill.run,
+    "calibrate": calibrate.run,
+    "reward": reward_model.run,
+    "evaluate": evaluate.run,
+}

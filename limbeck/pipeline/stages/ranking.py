@@ -1,51 +1,47 @@
-"""How completions are ranked where right and wrong are not enough: by rewards, or by what a teacher makes of them.
-
-A scorer is any callable from a group to one number for each of its completions, the more the better.
-"""
+"""Ranking of completions where right and wrong are not enough: by rewards, a judge, or a teacher's
+likelihood."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from ...config.parts import Optimizer
 from ...model.decoder import Decoder
 from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
-from ...train.dpo import Scorer, likelihood
-from ...train.learner import Learner
+from ...train.dpo import RankCompletions, mean_logprob
+from ...train.scorer import Scorer
 from ...types import Group, LimbeckError
 from ..job import Job
 from .rewards import CALIBRATION, judge_of
+from .sweep import Usage
 
-Bill = Callable[[], dict[str, float]]
 
-
-class Reader:
-    """A teacher that reads completions: how likely it finds each, and what that cost since the last bill."""
+class LikelihoodScorer:
+    """Ranks completions by a teacher's likelihood, and counts the FLOPs of it."""
 
     def __init__(self, teacher: Decoder):
-        self.config, self.score, self.flops = (
-            teacher.config,
-            likelihood(Learner(teacher, Optimizer(), 1), MICRO_TOKENS),
-            0.0,
-        )
+        self.config = teacher.config
+        self.rank = mean_logprob(Scorer(teacher), MICRO_TOKENS)
+        self.flops = 0.0
 
     def __call__(self, group: Group) -> Sequence[float]:
-        asked, lengths = len(group.prompt_tokens), [len(c.tokens) for c in group.completions]
-        self.flops += (asked + sum(lengths)) * self.config.flops_per_token(
-            asked + sum(lengths) / len(lengths) / 2
-        )
-        return self.score(group)
+        """One number per completion, the more the better."""
+        prompt = len(group.prompt_tokens)
+        lengths = [len(completion.tokens) for completion in group.completions]
+        context = prompt + sum(lengths) / len(lengths) / 2
+        self.flops += (prompt + sum(lengths)) * self.config.flops_per_token(context)
+        return self.rank(group)
 
-    def bill(self) -> dict[str, float]:
-        told = {"teacher_flops": self.flops}
+    def take_usage(self) -> dict[str, float]:
+        """FLOPs since the last call."""
+        usage = {"teacher_flops": self.flops}
         self.flops = 0.0
-        return told
+        return usage
 
 
-def scorer_of(job: Job) -> tuple[Scorer, Bill]:
-    """What a stage's completions are ranked by, and who tells its cost: a judge that passed its calibration, a teacher's
-    likelihood of them, or the rewards that they earned, which are there already."""
+def ranking_of(job: Job) -> tuple[RankCompletions, Usage]:
+    """The ranking of a stage's `scored_by`, and its usage: a calibrated judge, a teacher's likelihood, or,
+    where it is not set, the rewards of the scores."""
     name = job.stage.scored_by
     if not name:
         return lambda group: group.rewards, dict
@@ -54,29 +50,38 @@ def scorer_of(job: Job) -> tuple[Scorer, Bill]:
         return judge.scores, judge.bill
     teacher, tokenizer = job.model(name)
     require_same_vocabulary(job, job.model(job.stage.model)[1], name, tokenizer)
-    reader = Reader(teacher)
-    return reader, reader.bill
+    scorer = LikelihoodScorer(teacher)
+    return scorer, scorer.take_usage
 
 
 def require_same_vocabulary(job: Job, student: Tokenizer, name: str, teacher: Tokenizer) -> None:
-    """Token by token, only those can be compared who mean the same by an id, and end a turn alike."""
-    mine, theirs = (t.backend.get_vocab(with_added_tokens=True) for t in (student, teacher))
-    differ = sum(mine.get(token) != theirs.get(token) for token in {**mine, **theirs})
-    remedy = "take a teacher of the same family, learn its outputs (kind: sft), which are text, or distil spans of it (divergence: text)"
-    if differ:
+    """Raise LimbeckError unless student and teacher have the same token ids and the same end of turn: only
+    then can their distributions be compared token by token."""
+    own = student.backend.get_vocab(with_added_tokens=True)
+    other = teacher.backend.get_vocab(with_added_tokens=True)
+    different = sum(own.get(token) != other.get(token) for token in {**own, **other})
+    remedy = (
+        "take a teacher of the same family, learn its outputs (kind: sft), which are text, "
+        "or distil spans of it (divergence: text)"
+    )
+    if different:
         raise LimbeckError(
-            f"{job.name}: the vocabulary of the teacher {name} differs from the student's in {differ} tokens; {remedy}"
+            f"{job.name}: the vocabulary of the teacher {name} differs from the student's "
+            f"in {different} tokens; {remedy}"
         )
     if student.end_id != teacher.end_id:
         raise LimbeckError(
-            f"{job.name}: the teacher {name} ends its turn with {teacher.end!r}, the student with {student.end!r}; {remedy}"
+            f"{job.name}: the teacher {name} ends its turn with {teacher.end!r}, "
+            f"the student with {student.end!r}; {remedy}"
         )
 
 
-def ranked(group: Group, keep: str | None, scorer: Scorer | None) -> list[int]:
-    """The places of a group's completions, those to be kept first; of equals the first."""
+def ranked(group: Group, keep: str | None, rank: RankCompletions | None) -> list[int]:
+    """The places of a group's completions in the order of `keep`; of equals the first comes first."""
     places = list(range(len(group.completions)))
     if keep == "shortest":
-        return sorted(places, key=lambda i: len(group.completions[i].tokens))
-    scores = scorer(group) if scorer else [0.0] * len(places)
-    return sorted(places, key=lambda i: -scores[i])
+        return sorted(places, key=lambda place: len(group.completions[place].tokens))
+    if rank is None:
+        return places
+    scores = rank(group)
+    return sorted(places, key=lambda place: -scores[place])

@@ -1,66 +1,73 @@
-"""Opens the judges and reward models that a stage names; refuses a judge that failed its calibration, and a reward model that is
-no better than chance."""
+"""Judges and reward models of a stage. One that failed its calibration, or is no better than chance, is
+refused."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from ...config.learned_rewards import Judging
-from ...config.parts import Optimizer
 from ...config.recipe import RL
 from ...engine.sampling import SamplingParams, params_of
 from ...tasks.judge import Judge
 from ...tasks.task import Mixture
-from ...train.learned_rewards import Panel, Tasks, Voice, with_opinion
-from ...train.reward_model import RewardModel, RewardModelLearner
+from ...train.learned_rewards import LearnedRewards, RewardFunction, Tasks, add_reward_part
+from ...train.reward_model import RewardModelScorer
 from ...types import Group, LimbeckError
 from ..job import Job
 
-CALIBRATION, VALUE, MEASURED = "calibration.json", "value.safetensors", "reward.json"
+CALIBRATION = "calibration.json"  # of a judge
+VALUE = "value.safetensors"  # the value head of a reward model
+MEASURED = "reward.json"  # its accuracy on held-out pairs
 
 
-def panel_of(job: Job, tasks: Tasks, sampling: SamplingParams) -> Panel:
-    """The opinions that an `rl` stage listens to, and what it listens with."""
+def learned_rewards(job: Job, tasks: Tasks, sampling: SamplingParams) -> LearnedRewards:
+    """The learned rewards of an `rl` stage, over its tasks."""
     stage: RL = job.stage
-    makers = {"judge": judge_of, "preference": reward_of}
-    voices: dict[str, Voice] = {
-        part: makers[part](job, opinion.of) for part, opinion in (stage.opinions or {}).items()
-    }
-    return Panel(stage, voices, tasks, sampling, job.seed)
+    open_function = {"judge": judge_of, "preference": reward_model_of}
+    functions: dict[str, RewardFunction] = {}
+    for part, settings in (stage.opinions or {}).items():
+        functions[part] = open_function[part](job, settings.of)
+    return LearnedRewards(stage, functions, tasks, sampling, job.seed)
 
 
-class Judged:
-    """Tasks whose scores have the part `judge`: rows are kept by it, and nothing is earned."""
+class JudgedTasks:
+    """Tasks whose scores include the part `judge`, with no weight in the reward: rows are filtered by it."""
 
     def __init__(self, tasks: Mixture, judge: Judge):
-        self.tasks, self.judge, self.draw, self.bill = tasks, judge, tasks.draw, judge.bill
+        self.tasks = tasks
+        self.judge = judge
+        self.draw = tasks.draw
+        self.bill = judge.bill
 
     def score(self, group: Group) -> Group:
-        return with_opinion(self.tasks.score(group), self.judge.opinions([group])[0], "judge", 0.0)
+        """The group with the tasks' scores and the judge's."""
+        scores = self.judge.opinions([group])[0]
+        return add_reward_part(self.tasks.score(group), scores, "judge", 0.0)
 
 
-def heard(job: Job) -> Mixture | Judged:
-    """A stage's problems, with a judge beside their checker where it names one."""
-    tasks, name = (
-        job.mixture(job.stage.problems, getattr(job.stage, "rewards", None)),
-        getattr(job.stage, "judge", None),
-    )
-    return Judged(tasks, judge_of(job, name)) if name else tasks
+def tasks_of(job: Job) -> Mixture | JudgedTasks:
+    """A stage's problems with their checkers, and with a judge where it names one."""
+    tasks = job.mixture(job.stage.problems, getattr(job.stage, "rewards", None))
+    name = getattr(job.stage, "judge", None)
+    return JudgedTasks(tasks, judge_of(job, name)) if name else tasks
 
 
 def judge_of(job: Job, name: str) -> Judge:
-    """The judge of a `calibrate` stage, asked as it was there. One that failed the bar is refused, with its numbers."""
-    told = json.loads((job.inputs[name] / CALIBRATION).read_text(encoding="utf-8"))
-    if not told["passed"]:
+    """The judge of a `calibrate` stage, with the settings that were calibrated.
+
+    Raises LimbeckError with its numbers if it failed.
+    """
+    calibration = json.loads((job.inputs[name] / CALIBRATION).read_text(encoding="utf-8"))
+    judge = calibration["judge"]
+    if not calibration["passed"]:
         raise LimbeckError(
-            f"stages.{job.name}: the judge {told['judge']} is refused as a reward by {name}: {'; '.join(told['refusals'])}; "
+            f"stages.{job.name}: the judge {judge} is refused as a reward by {name}: "
+            f"{'; '.join(calibration['refusals'])}; "
             f"take another judge, or ask it otherwise (stages.{name}.judging)"
         )
-    return open_judge(job, told["judge"], Judging(**told["judging"]))
+    return open_judge(job, judge, Judging(**calibration["judging"]))
 
 
 def open_judge(job: Job, model: str, judging: Judging) -> Judge:
@@ -68,21 +75,19 @@ def open_judge(job: Job, model: str, judging: Judging) -> Judge:
     return Judge(job.sampler(model), judging, params_of(judging.sampling), job.seed)
 
 
-def reward_of(job: Job, name: str) -> RewardModel:
-    """The reward model of a `reward` stage. One that is no better than chance on pairs it has not seen is refused."""
-    told = json.loads((job.inputs[name] / MEASURED).read_text(encoding="utf-8"))
-    accuracy = told["accuracy"]
+def reward_model_of(job: Job, name: str) -> RewardModelScorer:
+    """The reward model of a `reward` stage.
+
+    Raises LimbeckError if its accuracy on held-out pairs is no better than chance.
+    """
+    measured = json.loads((job.inputs[name] / MEASURED).read_text(encoding="utf-8"))
+    accuracy = measured["accuracy"]
     if accuracy["low"] <= 0.5:
+        interval = f"{accuracy['mean']:.0%} [{accuracy['low']:.0%}, {accuracy['high']:.0%}]"
         raise LimbeckError(
-            f"stages.{job.name}: the reward model {name} is refused: on {accuracy['n']} held-out pairs it is right in "
-            f"{accuracy['mean']:.0%} [{accuracy['low']:.0%}, {accuracy['high']:.0%}], no better than chance; give it more pairs"
+            f"stages.{job.name}: the reward model {name} is refused: on {accuracy['n']} held-out pairs "
+            f"it is right in {interval}, no better than chance; give it more pairs"
         )
     decoder, tokenizer = job.model(name)
-    learner = RewardModelLearner(decoder, Optimizer(), 1)
-    with torch.no_grad():
-        decoder.value.weight.copy_(load_value(job.inputs[name]))
-    return RewardModel(learner, tokenizer, told["centre"])
-
-
-def load_value(folder: Path) -> torch.Tensor:
-    return load_file(folder / VALUE)["value.weight"]
+    value = load_file(job.inputs[name] / VALUE)["value.weight"]
+    return RewardModelScorer(decoder, value, tokenizer, measured["centre"])

@@ -1,0 +1,120 @@
+"""`distill`: learn teachers' distributions on the student's own samples, on rows, or on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...config.methods import Distill
+from ...engine.rollout import Engine
+from ...engine.sampling import params_of
+from ...run_log import read, read_metrics
+from ...text.tokenizer import Tokenizer
+from ...train.distill import LABELLED, Assigned, DistillSampler, DistillTrainer, Teacher, domain
+from ...train.learner import Learner
+from ...train.scorer import Scorer
+from ...train.training_log import TrainingLog
+from ...types import LimbeckError, Sample
+from ..dataset_rows import ROWS, share_of
+from ..job import Job
+from .budget import budget_of, data_flops
+from .label import load_labels
+from .outcome import Outcome, outcome
+from .ranking import require_same_vocabulary
+from .rows import given_rows, to_sample
+from .supervised import save_model
+
+SUMS = ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")  # metrics that are summed up
+
+
+def run(job: Job) -> Outcome:
+    """Train from the last checkpoint to the end; save the model; sum up the log."""
+    stage: Distill = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
+    rows = _rows(job, tokenizer)
+    checkpoint = job.checkpoint()
+    state = checkpoint.restore()
+    run_log = job.record(state["step"] if state else 0, stage.steps)
+    trainer = DistillTrainer(
+        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute),
+        teachers=teachers,
+        sampler=DistillSampler(
+            stage,
+            job.seed,
+            Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
+            job.mixture(stage.problems) if stage.problems else None,
+            params_of(stage.sampling),
+            rows,
+        ),
+        settings=stage,
+        log=TrainingLog(run_log, stage, budget_of(job, stage.rows)),
+        checkpoint=checkpoint,
+    )
+    if state:
+        trainer.load_state_dict(state)
+        del state  # as large as the weights and their moments
+    trainer.train()
+    save_model(decoder, tokenizer, job.folder)
+    steps = read_metrics(job.folder)
+    total = {name: sum(step[name] for step in steps) for name in SUMS}
+    return outcome(
+        total["sampled_tokens"] + total["learned_tokens"],
+        total["flops"],
+        parameters=decoder.config.parameters,
+        teacher_flops=total["teacher_flops"],
+        data_flops=data_flops(job, stage.rows),
+    )
+
+
+def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
+    decoder, tokenizer = job.model(name)
+    if job.stage.divergence == "text":
+        return Teacher(Scorer(decoder), (student, tokenizer))
+    require_same_vocabulary(job, student, name, tokenizer)
+    return Teacher(Scorer(decoder))
+
+
+def _rows(job: Job, tokenizer: Tokenizer) -> list[Assigned]:
+    """All rows as samples with their teachers. Raises LimbeckError if the stage cites rows and there are
+    none."""
+    stage: Distill = job.stage
+    rows = []
+    for name, share in stage.rows.items():
+        rows += _assigned(job, name, share, tokenizer)
+    if stage.rows and not rows:
+        raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
+    return rows
+
+
+def _assigned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[Assigned]:
+    """Rows of one stage as samples, with their labels, or the teacher of their problem's domain."""
+    stage: Distill = job.stage
+    if job.manifest(name)["kind"] == "label":
+        for sample in _labelled(job, name, share, tokenizer):
+            yield Assigned(LABELLED, sample, "")
+        return
+    for row in given_rows(job, name, share, tokenizer):
+        teacher = stage.teachers.get(domain(row["id"]))
+        if teacher is None:
+            raise LimbeckError(
+                f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows"
+            )
+        yield Assigned(teacher, to_sample(row, tokenizer, "keep"), row["prompt"])
+
+
+def _labelled(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Sample]:
+    """Rows of a `label` stage with the teacher's top-k labels."""
+    require_same_vocabulary(job, tokenizer, name, Tokenizer.from_directory(job.inputs[name] / "tokenizer"))
+    temperature = job.manifest(name)["settings"]["temperature"]
+    if temperature != job.stage.temperature:
+        raise LimbeckError(
+            f"stages.{job.name}.temperature is {job.stage.temperature:g}, but {name} was labelled at "
+            f"{temperature:g}; give both the same"
+        )
+    samples = []
+    rows = read(job.inputs[name] / ROWS)
+    for row, labels in zip(rows, load_labels(job.inputs[name]), strict=True):
+        if row["id"] not in job.dropped:
+            samples.append(replace(to_sample(row, tokenizer, "keep"), labels=labels))
+    return share_of(samples, share, (job.seed, name))

@@ -1,0 +1,77 @@
+"""`preference`: direct preference optimisation on pairs of a stage or of a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...config.learned_rewards import TABLES
+from ...config.methods import Preference
+from ...config.recipe import cited_rows
+from ...text.tokenizer import Tokenizer, join_thought
+from ...train.batch import MICRO_TOKENS
+from ...train.dpo import to_pair, with_reference_logprobs
+from ...train.learner import Learner
+from ...train.losses import DPO
+from ...train.pairs import plan_by_tokens
+from ...train.scorer import Scorer
+from ...train.sft import SFTTrainer
+from ...types import LimbeckError, Sample
+from ..dataset_rows import share_of
+from ..job import Job
+from .budget import affordable, budget_of, data_flops, forward_flops
+from .outcome import Outcome
+from .rows import given_rows, preferences, to_sample
+from .supervised import save_model, train
+
+
+def run(job: Job) -> Outcome:
+    """Score the pairs with the policy at the beginning, then train; the reference's FLOPs count."""
+    stage: Preference = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    samples = _samples(job, tokenizer)
+    if not samples:
+        raise LimbeckError(f"there are no pairs to learn from; {', '.join(stage.pairs)} kept none")
+    reference_flops = forward_flops(samples, decoder.config)
+    samples = with_reference_logprobs(Scorer(decoder), samples, MICRO_TOKENS)
+    plan = plan_by_tokens(samples, stage.epochs, stage.batch_tokens, job.seed)
+    sampled = cited_rows(*stage.pairs)
+    plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reference_flops)
+    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
+    loss = DPO(stage.beta, stage.normalized)
+    result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every, loss))
+    save_model(decoder, tokenizer, job.folder)
+    result["flops"] += reference_flops
+    result["notes"] |= {"pairs": len(samples) // 2, "data_flops": data_flops(job, sampled)}
+    return result
+
+
+def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
+    """The two responses of each pair side by side: sampled token ids of stages, tokenized text of tables."""
+    samples = []
+    rows = [row for name, share in job.stage.pairs.items() for row in _rows(job, name, share, tokenizer)]
+    for number, row in enumerate(rows, start=1):
+        chosen = to_sample(_response(row, "chosen"), tokenizer, "keep")
+        rejected = to_sample(_response(row, "rejected"), tokenizer, "keep")
+        prompt = chosen.tokens[: chosen.start]
+        responses = [side.tokens[side.start :] for side in (chosen, rejected)]
+        samples += to_pair(prompt, *responses, number)
+    return samples
+
+
+def _rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    if name.endswith(TABLES):
+        return share_of([row for _, row in preferences(job, name)], share, (job.seed, Path(name).name))
+    return given_rows(job, name, share, tokenizer)
+
+
+def _response(row: dict[str, Any], side: str) -> dict[str, Any]:
+    """One response of a pair as a row; a thought that a table has in its own column is put before the
+    answer."""
+    response = {
+        "prompt": row["prompt"],
+        "completion": join_thought(row.get(f"{side}_reasoning") or "", row[side]),
+    }
+    if f"{side}_tokens" in row:
+        response["tokens"] = row[f"{side}_tokens"]
+    return response

@@ -1,0 +1,59 @@
+"""`evaluate`: a model's accuracy on test problems, by several ways of sampling."""
+
+from __future__ import annotations
+
+import json
+
+from ...config.recipe import Evaluate
+from ...engine.sampling import SamplingParams
+from ...eval.evaluate import combine, evaluate
+from ...run_log import read
+from ...text.tokenizer import Tokenizer
+from ..job import Job
+from ..review import curate
+from ..store import write
+from .outcome import Outcome, outcome
+from .resume import finished_chunks, remaining_chunks
+
+PARTS = "ways.jsonl"  # results so far: one per source of problems and way of sampling
+TEMPERATURE_AND_TOP_P = {
+    "greedy": (0.0, 1.0),
+    "t06": (0.6, 0.95),
+}  # t06 is the paper's; others sample plainly
+
+
+def run(job: Job) -> Outcome:
+    """Evaluate source by source and way by way; a killed stage resumes after the last whole part."""
+    stage: Evaluate = job.stage
+    model = next(iter(job.inputs))
+    decoder, tokenizer = job.model(model)
+    engine = job.sampler(model)
+    sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
+    ways = {way: _sampling(way, stage, job.control, tokenizer) for way in stage.modes}
+    parts = list(read(job.folder / PARTS))[: finished_chunks(job)]
+    results = evaluate(engine, sources, stage, ways, job.seed, len(parts))
+    for number, log in remaining_chunks(job, len(ways) * len(sources)):
+        part = next(results)
+        parts.append(part)
+        curate.write_rows(job.folder / PARTS, parts)
+        accuracy = part["modes"][part["way"]]["accuracy"]["mean"]
+        log.step(number, {"source": part["source"], "mode": part["way"], "accuracy": accuracy})
+    (job.folder / PARTS).unlink()
+    result = {"schema": 1, "model": model, "control": job.control, **combine(parts, job.seed)}
+    curate.write_rows(job.folder / "samples.jsonl", [row for part in parts for row in part["samples"]])
+    write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    tokens = sum(part["tokens"] for part in parts)
+    first = result["sources"][next(iter(sources))]["modes"][stage.modes[0]]
+    flops = tokens * decoder.config.flops_per_token(first.get("length", 100) / 2)
+    return outcome(tokens, flops, parameters=decoder.config.parameters)
+
+
+def _sampling(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -> SamplingParams:
+    """The sampling parameters of a way. The control `forced` replaces the token that gives up by one that
+    goes on."""
+    temperature, top_p = TEMPERATURE_AND_TOP_P.get(way, (1.0, 1.0))
+    force = {}
+    if control == "forced":
+        for after, then in stage.retry.items():
+            force[tokenizer.encode(after)[0]] = tokenizer.encode(then)[0]
+    return SamplingParams(temperature, top_p, stage.max_new_tokens, force=force)

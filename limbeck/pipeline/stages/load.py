@@ -1,0 +1,58 @@
+"""`load`: copy a base model into the store as float32 safetensors, with its licence and source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ...config.recipe import Load
+from ...model import weights
+from ...text.tokenizer import Tokenizer
+from ...train.overflow import finite, spoiled
+from ...types import LimbeckError
+from ..job import Job
+from .outcome import Outcome, outcome
+from .supervised import save_model
+
+
+def run(job: Job) -> Outcome:
+    """Read a directory or a GGUF file, check it, cut layers off if `layers` says so, save.
+
+    Raises LimbeckError if tokenizer and weights do not fit, or a weight is not finite.
+    """
+    stage: Load = job.stage
+    source = _directory(Path(stage.path), job.folder / "converted")
+    tokenizer = Tokenizer.from_directory(source)
+    decoder = weights.load(source)
+    if tokenizer.size > decoder.config.vocab_size:
+        raise LimbeckError(
+            f"{source}: the tokenizer knows {tokenizer.size} tokens, the model only "
+            f"{decoder.config.vocab_size}; they are not of one model"
+        )
+    if not finite(decoder.parameters()):
+        name = spoiled(decoder.named_parameters())
+        raise LimbeckError(f"{source}: the weight {name} is not finite; copy the model again from its source")
+    if stage.layers:
+        decoder = decoder.prune_layers(stage.layers)
+    save_model(decoder, tokenizer, job.folder)
+    shutil.rmtree(job.folder / "converted", ignore_errors=True)
+    return outcome(parameters=decoder.config.parameters, **_provenance(source))
+
+
+def _directory(source: Path, converted: Path) -> Path:
+    """The directory of a model; a GGUF file is converted to one first."""
+    if not source.is_file():
+        return source
+    from ...model import gguf
+
+    gguf.read(source, converted)
+    return converted
+
+
+def _provenance(source: Path) -> dict[str, str]:
+    """The source and licence that `limbeck pull` noted, else the directory's name."""
+    notes = source / "provenance.json"
+    if notes.exists():
+        return json.loads(notes.read_text(encoding="utf-8"))
+    return {"source": str(source.name)}

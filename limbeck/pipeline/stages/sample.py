@@ -1,0 +1,64 @@
+"""`sample`: rejection sampling. Completions that pass the stage's filters become rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ...config.recipe import Sample
+from ...types import Completion, Group
+from ..dataset_rows import ROWS
+from ..job import Job
+from .outcome import Outcome
+from .ranking import ranked, ranking_of
+from .rows import to_row, tokenizer_digest
+from .sweep import sweep
+
+
+def run(job: Job) -> Outcome:
+    """Sample completions of each problem; keep the first that pass, in the order of `keep`, and differ in
+    text."""
+    stage: Sample = job.stage
+    origin = {"sampler": job.manifest(stage.model)["digest"]}
+    remote = job.endpoints.get(stage.model)
+    if remote:
+        origin |= {"endpoint": remote.url, "model": remote.model}
+    rank, take_usage = ranking_of(job) if stage.keep == "best" else (None, dict)
+
+    def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
+        faults = [_fault(group, place, stage) for place in range(len(group.completions))]
+        places = [place for place in ranked(group, stage.keep, rank) if not faults[place]]
+        passed = [group.completions[place] for place in places]
+        kept = _distinct(passed, stage.keep_per_problem)
+        dropped = Counter(fault for fault in faults if fault)
+        dropped["one of many for its problem"] += len(passed) - len(kept)
+        return [to_row(group, completion, origin) for completion in kept], dropped
+
+    result = sweep(job, ROWS, stage.prompts, judge, take_usage)
+    if not remote:
+        result["notes"]["tokenizer"] = tokenizer_digest(job.model(stage.model)[1])
+    return result
+
+
+def _fault(group: Group, place: int, stage: Sample) -> str | None:
+    """The reason why a completion is not kept, or None."""
+    completion = group.completions[place]
+    parts = group.scores[place].parts
+    judged = 0.5 if stage.judged is None else stage.judged
+    faults = {
+        "ran out of tokens": not completion.stopped,
+        "wrong": stage.correct and parts["accuracy"] < 1,
+        "not well-formed": stage.wellformed and parts.get("format", 1.0) < 1,
+        "mixed languages": parts.get("language", 1.0) < stage.language,
+        "too long": stage.longest and len(completion.tokens) > stage.longest,
+        "the judge thinks little of it": parts.get("judge", 1.0) < judged,
+    }
+    return next((fault for fault, present in faults.items() if present), None)
+
+
+def _distinct(completions: list[Completion], count: int) -> list[Completion]:
+    """`count` completions that differ in text; of equal texts the first, in the order of the last."""
+    distinct: dict[str, Completion] = {}
+    for completion in reversed(completions):
+        distinct[completion.text] = completion
+    return list(reversed(distinct.values()))[:count]

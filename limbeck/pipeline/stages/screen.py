@@ -1,0 +1,38 @@
+"""`screen`: keep the problems that a model solves sometimes, neither always nor never."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from ...config.recipe import Screen
+from ...types import Group, LimbeckError
+from ..dataset_rows import PROBLEMS
+from ..job import Job
+from .outcome import Outcome
+from .sweep import sweep
+
+
+def run(job: Job) -> Outcome:
+    """Sample completions of each problem; keep those with a pass rate between `low` and `high`.
+
+    Raises LimbeckError if none is.
+    """
+    stage: Screen = job.stage
+
+    def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
+        rate = sum(score.parts["accuracy"] for score in group.scores) / len(group.scores)
+        if stage.low < rate < stage.high:
+            return [{**asdict(group.problem), "pass_rate": rate}], Counter()
+        return [], Counter(["never solved" if rate <= stage.low else "always solved"])
+
+    result = sweep(job, PROBLEMS, stage.limit, judge)
+    if not result["notes"]["kept"]:
+        dropped = result["notes"]["dropped"]
+        raise LimbeckError(
+            f"of {stage.limit} problems {dropped.get('never solved', 0)} are never and "
+            f"{dropped.get('always solved', 0)} always solved, none sometimes; "
+            f"take other ones than {', '.join(stage.problems)}"
+        )
+    return result

@@ -1,0 +1,40 @@
+"""`sft`: supervised fine-tuning on rows."""
+
+from __future__ import annotations
+
+from ...config.recipe import SFT
+from ...text.tokenizer import Tokenizer
+from ...train.learner import Learner
+from ...train.sft import SFTTrainer, plan_epochs
+from ...types import LimbeckError, Sample
+from ..job import Job
+from .budget import affordable, budget_of, data_flops
+from .outcome import Outcome
+from .rows import given_rows, to_sample
+from .supervised import save_model, train
+
+
+def run(job: Job) -> Outcome:
+    """Train on the stage's rows for its epochs, or as long as its FLOPs last."""
+    stage: SFT = job.stage
+    decoder, tokenizer = job.model(stage.model)
+    samples = _samples(job, tokenizer)
+    if not samples:
+        raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
+    plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
+    plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
+    learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute)
+    result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every))
+    save_model(decoder, tokenizer, job.folder)
+    result["notes"] |= {"rows": len(samples), "data_flops": data_flops(job, stage.rows)}
+    return result
+
+
+def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
+    stage: SFT = job.stage
+    samples = []
+    for name, share in stage.rows.items():
+        system = (stage.system or {}).get(name, "")
+        rows = given_rows(job, name, share, tokenizer)
+        samples += [to_sample(row, tokenizer, stage.thoughts, system) for row in rows]
+    return samples

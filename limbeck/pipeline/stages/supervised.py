@@ -1,0 +1,37 @@
+"""The part that pretraining, SFT, DPO and reward models share: training by a plan, resumed, with its model
+and costs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ...model import weights
+from ...model.decoder import Decoder
+from ...text.tokenizer import Tokenizer
+from ...train.sft import SFTTrainer
+from ..job import Job
+from .outcome import Outcome, outcome
+
+
+def train(job: Job, trainer: SFTTrainer) -> Outcome:
+    """Run a trainer from its last checkpoint to its end; the tokens and FLOPs of the whole plan."""
+    checkpoint = job.checkpoint()
+    if state := checkpoint.restore():
+        trainer.load_state_dict(state)
+        del state  # as large as the weights and their moments
+    trainer.train(job.record(trainer.learner.step, len(trainer.plan)), checkpoint)
+    config = trainer.learner.model.config
+    lengths = [len(trainer.samples[i].tokens) for batch in trainer.plan for i in batch]
+    tokens = sum(lengths)
+    flops = tokens * config.flops_per_token(tokens / len(lengths) / 2, backward=True)
+    return outcome(tokens, flops, parameters=config.parameters)
+
+
+def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write weights, config and tokenizer to the folder's `model/`."""
+    directory = folder / "model"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    weights.save(decoder, directory, tokenizer)
+    tokenizer.save(directory)

@@ -1,0 +1,62 @@
+"""Alarms of an RL stage: what often goes wrong, told while the run can still be stopped."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from ..config.recipe import RL
+from ..types import LimbeckError
+
+SAMPLER_GAP = 1e-3  # nats: the largest sampler/learner difference of a token that float32 rounding explains
+WINDOW = 20  # steps
+
+
+class AlarmMonitor:
+    """Compares each step's metrics with those of the last `WINDOW` steps."""
+
+    def __init__(self, settings: RL):
+        self.rewards = settings.rewards
+        self.history: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+
+    def check(self, metrics: dict[str, float]) -> list[str]:
+        """The alarms of a step. Raises LimbeckError if the sampler's and the learner's log-probabilities
+        differ."""
+        gap = metrics.get("gap", 0.0)
+        if gap > SAMPLER_GAP:
+            raise LimbeckError(
+                f"the sampler's log-probabilities differ from the learner's by {gap:.4f} nats: "
+                "the engine runs with other weights or another precision; use float32 for both"
+            )
+        self.history.append(metrics)
+        alarms = [*self._sampling(metrics), *self._length(metrics), *self._dominance(metrics)]
+        return alarms
+
+    def _sampling(self, metrics: dict[str, float]) -> list[str]:
+        alarms = []
+        if metrics["truncated"] > 0.5:
+            alarms.append("more than half of the responses run out of tokens: raise max_new_tokens")
+        if metrics["informative"] < 0.1:
+            alarms.append("fewer than a tenth of the groups differ in reward: other problems are needed")
+        return alarms
+
+    def _length(self, metrics: dict[str, float]) -> list[str]:
+        if len(self.history) < WINDOW:
+            return []
+        first = self.history[0]["length"]
+        alarms = []
+        if metrics["length"] > 3 * first:
+            alarms.append("length tripled within 20 steps")
+        if metrics["length"] < first / 3:
+            alarms.append("length fell to a third within 20 steps")
+        return alarms
+
+    def _dominance(self, metrics: dict[str, float]) -> list[str]:
+        """An alarm if a part of the reward outweighs accuracy."""
+        earned = {
+            part: weight * metrics.get(part, 0.0) for part, weight in self.rewards.items() if weight > 0
+        }
+        largest = max(earned, key=earned.get, default="")
+        if largest in ("accuracy", "") or earned.get("accuracy", 0) >= 0.2 * earned[largest]:
+            return []
+        return [f"the part {largest!r} outweighs accuracy: lower its weight"]

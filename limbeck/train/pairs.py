@@ -1,0 +1,56 @@
+"""Preference pairs: two responses to one prompt, a chosen and a rejected one, as samples and as batches of
+whole pairs.
+
+DPO and reward models learn from the same encoding: `Sample.pair` is i for the chosen and -i for the rejected
+response of the i-th pair, and both stand side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..types import Sample, generator
+from .sft import plan_epochs
+
+
+def best_and_worst(scores: Sequence[float], margin: float) -> tuple[int, int] | None:
+    """The places of the best and of the worst, of equals the first; None if they differ by no more than
+    `margin`.
+
+    >>> best_and_worst([0.2, 1.2, 0.0, 1.2], margin=0.0)
+    (1, 2)
+    """
+    best = int(np.argmax(scores))
+    worst = int(np.argmin(scores))
+    return (best, worst) if scores[best] - scores[worst] > margin else None
+
+
+def both(pairs: Sequence[int]) -> list[int]:
+    """Indices of samples of some pairs: pair p is the samples 2p (chosen) and 2p + 1 (rejected).
+
+    >>> both([3, 0])
+    [6, 7, 0, 1]
+    """
+    return [half for pair in pairs for half in (2 * pair, 2 * pair + 1)]
+
+
+def plan_by_tokens(samples: Sequence[Sample], epochs: float, tokens: int, seed: object) -> list[list[int]]:
+    """Batches of whole pairs of about `tokens` tokens, each epoch in its own order."""
+    joined = [
+        Sample(np.concatenate([chosen.tokens, rejected.tokens]), 0)
+        for chosen, rejected in zip(samples[::2], samples[1::2], strict=True)
+    ]
+    return [both(batch) for batch in plan_epochs(joined, epochs, tokens, seed)]
+
+
+def plan_by_count(count: int, epochs: float, batch: int, seed: object) -> list[list[int]]:
+    """Batches of `batch` whole pairs of `count`, each epoch in its own order and cut by itself, so that no batch has a
+    pair twice; a fraction of an epoch is its beginning."""
+    plan = []
+    left = max(1, round(epochs * count))
+    for epoch in range(int(np.ceil(epochs))):
+        order = generator(seed, "pairs", epoch).permutation(count)[:left]
+        plan += [both(order[i : i + batch].tolist()) for i in range(0, len(order), batch)]
+        left -= len(order)
+    return plan

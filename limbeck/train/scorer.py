@@ -1,0 +1,133 @@
+"""A frozen model's forward pass over packed micro-batches: log-probabilities, entropies, hidden states.
+
+N input tokens · M predicted tokens · C hidden · V vocabulary · K ids that top-p sampling left · R rows of a
+chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Decoder
+from ..model.ffn import MixtureOfExperts, Routes
+from .batch import Batch
+from .divergence import States, tempered
+
+CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
+
+
+class Scorer:
+    """The forward pass of a reference, a teacher or a judge. `Learner` adds an optimizer to it."""
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability of each predicted token [M], differentiable, and the entropy of its distribution
+        [M]."""
+        return self._logprobs(self._hidden(batch), batch, temperature)
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities of the predicted tokens, one tensor [M] per micro-batch."""
+        return [self.forward(batch, temperature)[0] for batch in batches]
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> States:
+        """Hidden states at the batch's predictions and the head, from which a teacher's logits are made.
+
+        The model routes its experts itself: routes in the batch are the student's.
+        """
+        hidden_NC = self._hidden(replace(batch, routes_NLK=None))
+        batch.context.routes = None
+        return States(hidden_NC[batch.predict_M], self.model.head.weight.detach())
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, C]."""
+        if self.mixtures:
+            batch.context.routes = Routes(batch.routes_NLK, 0.0, None)
+        return self.model(batch.tokens_N, batch.context)
+
+    def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [M] and entropies [M] from the final hidden states [N, C]."""
+        hidden_MC = hidden_NC[batch.predict_M]
+        return token_logprobs(hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK)
+
+
+def token_logprobs(
+    hidden_MC: Tensor,
+    head_VC: Tensor,
+    targets_M: Tensor,
+    temperature: float = 1.0,
+    kept_MK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ head / temperature)[target] and the entropy, both [M]; the logits [M, V] are never
+    in memory whole.
+
+    With `kept_MK` the softmax is over those ids alone: the distribution that top-p sampling drew from.
+    """
+    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Logits are computed chunk by chunk, and again in the backward pass: memory saved by arithmetic."""
+
+    @staticmethod
+    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
+        ctx.rows = max(1, CHUNK // len(head_VC))
+        ctx.temperature = temperature
+        saved = [hidden_MC, head_VC, targets_M]
+        if kept_MK is not None:
+            saved.append(kept_MK)
+        ctx.save_for_backward(*saved)
+        logprobs = []
+        entropies = []
+        for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
+            logp_RV = _log_softmax(hidden_RC, head_VC, temperature, kept_RK)
+            logprobs.append(logp_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1))
+            entropies.append(-(logp_RV.exp() * logp_RV.nan_to_num(neginf=0.0)).sum(1))
+        entropy_M = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy_M)
+        return torch.cat(logprobs), entropy_M
+
+    @staticmethod
+    def backward(ctx, grad_M, _):
+        hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
+        kept_MK = rest[0] if rest else None
+        grad_hidden_MC = torch.empty_like(hidden_MC)
+        grad_head_VC = torch.zeros_like(head_VC)
+        begin = 0
+        for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
+            end = begin + len(hidden_RC)
+            grad_R1 = grad_M[begin:end].unsqueeze(1)
+            logp_RV = _log_softmax(hidden_RC, head_VC, ctx.temperature, kept_RK)
+            grad_RV = -logp_RV.exp_() * grad_R1
+            grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
+            grad_RV /= ctx.temperature
+            torch.mm(grad_RV, head_VC, out=grad_hidden_MC[begin:end])
+            grad_head_VC.addmm_(grad_RV.T, hidden_RC)
+            begin = end
+        return grad_hidden_MC, grad_head_VC, None, None, None
+
+
+def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK: Tensor | None) -> Tensor:
+    """Log-probabilities [R, V], those of ids outside `kept_RK` minus infinity."""
+    logits_RV = tempered(hidden_RC, head_VC, temperature)
+    if kept_RK is not None:
+        outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
+        # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
+        outside_RV[:, 0] = ~(kept_RK == 0).any(1)
+        logits_RV.masked_fill_(outside_RV, float("-inf"))
+    return torch.log_softmax(logits_RV, -1)
+
+
+def _chunks(
+    rows: int, hidden_MC: Tensor, targets_M: Tensor, kept_MK: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    for begin in range(0, max(1, len(hidden_MC)), rows):
+        part = slice(begin, begin + rows)
+        yield hidden_MC[part], targets_M[part], None if kept_MK is None else kept_MK[part]
