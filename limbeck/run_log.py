@@ -90,8 +90,9 @@ def prepare(folder: Path, work: str) -> None:
 
 def rollout_row(group: Group) -> dict[str, Any]:
     """A group in readable form: problem, texts, rewards part by part, reasons."""
-    completions = [
-        {
+    completions = []
+    for completion, score, reward in zip(group.completions, group.scores, group.rewards, strict=True):
+        row = {
             "text": completion.text,
             "length": len(completion.tokens),
             "stopped": completion.stopped,
@@ -99,8 +100,7 @@ def rollout_row(group: Group) -> dict[str, Any]:
             "parts": {name: _tidy(value) for name, value in score.parts.items()},
             "reasons": dict(score.reasons),
         }
-        for completion, score, reward in zip(group.completions, group.scores, group.rewards, strict=True)
-    ]
+        completions.append(row)
     return {
         "problem": group.problem.id,
         "prompt": group.problem.prompt,
@@ -139,6 +139,7 @@ class Tail:
             return False, []
 
     def _read(self, file: BinaryIO) -> tuple[bool, list[tuple[int, bytes]]]:
+        """The lines of an open file from the offset on."""
         status = os.fstat(file.fileno())
         rewritten = self.offset > 0 and (status.st_ino != self._inode or status.st_size < self.offset)
         self._inode = status.st_ino
@@ -159,6 +160,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
+    """Append one line of JSON."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -107,8 +107,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a teacher would have said in place of each learned token: its likeliest ids and their log-probabilities
-    [tokens, K], and the log-probability of all other ids together [tokens].
+    """What a teacher would have said in place of each learned token: its likeliest ids and their
+    log-probabilities [tokens, K], and the log-probability of all other ids together [tokens].
 
     `Labels(np.array([[7, 9]]), np.log([[.6, .3]]), np.log([.1]))` labels one token.
     """
@@ -124,10 +124,9 @@ class Sample:
 
     `tokens` is prompt + completion; the loss sees the tokens from `start` on, or those of them that are
     `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token),
-    `advantage` one number for the sequence, `routes` the experts to meet again (one row per token but the last).
-    Distillation fills `labels`, or across tokenizers the `spans` of text that learned tokens are parts of (-1: of none);
-    preferences say of which `pair` a sample is the better (3) or the worse half (-3).
-    """
+    `advantage` one number for the sequence, `routes` the experts to meet again (one row per token but the
+    last). Distillation fills `labels`, or across tokenizers the `spans` of text that learned tokens are parts
+    of (-1: of none); preferences say of which `pair` a sample is the better (3) or the worse half (-3)."""
 
     tokens: np.ndarray
     start: int
@@ -153,9 +152,8 @@ class Thought(NamedTuple):
 class Sampler(Protocol):
     """Whatever answers problems: the engine here, or any endpoint elsewhere."""
 
-    def rollout(
-        self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any
-    ) -> list[Group]: ...
+    def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:
+        """A group of completions for each problem."""
 
 
 class Task(Protocol):

@@ -33,6 +33,7 @@ class AlarmMonitor:
         return alarms
 
     def _sampling(self, metrics: dict[str, float]) -> list[str]:
+        """Alarms of truncation, and of groups without a difference in reward."""
         alarms = []
         if metrics["truncated"] > 0.5:
             alarms.append("more than half of the responses run out of tokens: raise max_new_tokens")
@@ -41,6 +42,7 @@ class AlarmMonitor:
         return alarms
 
     def _length(self, metrics: dict[str, float]) -> list[str]:
+        """Alarms of a response length that tripled or fell to a third within the window."""
         if len(self.history) < WINDOW:
             return []
         first = self.history[0]["length"]

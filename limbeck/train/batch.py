@@ -19,6 +19,7 @@ from ..types import Group, Sample
 from .divergence import States, TopK
 
 MICRO_TOKENS = 8192  # tokens of a micro-batch in a forward pass without gradients
+FLOATS = ("lengths_S", "advantages_M", "logprobs_M", "reference_M")  # other tensors of a batch are int64
 Device = torch.device | str
 
 
@@ -185,46 +186,53 @@ def _shared_prompts(groups: list[list[Sample]]) -> Layout:
 
 def _batch(layout: Layout, order_S: np.ndarray, tokens: int, sequences: int, device: Device) -> Batch:
     """The tensors of a micro-batch; `tokens` and `sequences` are the whole batch's."""
-    samples = layout.samples
-    predict = [
-        positions if sample.learned is None else positions[sample.learned]
-        for positions, sample in zip(layout.predict, samples, strict=True)
-    ]
-    counts = np.array([len(positions) for positions in predict])
-
-    def tensor(array: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.as_tensor(array, dtype=dtype, device=device)
-
-    def floats(name: str) -> Tensor | None:
-        values = [getattr(sample, name) for sample in samples]
-        return None if values[0] is None else tensor(np.concatenate(values), torch.float32)
-
-    advantages = np.repeat([sample.advantage for sample in samples], counts)
-    inputs = [segment.sample.tokens[segment.begin : segment.end] for segment in layout.segments]
-    nexts = [segment.sample.tokens[segment.begin + 1 : segment.end + 1] for segment in layout.segments]
-    routes = _routes(layout.segments)
-    spans = _spans(samples)
-    kept = _top_p_ids(samples)
+    tensors = {}
+    for name, array in _arrays(layout).items():
+        dtype = torch.float32 if name in FLOATS else torch.long
+        tensors[name] = None if array is None else torch.as_tensor(array, dtype=dtype, device=device)
     return Batch(
-        tokens_N=tensor(np.concatenate(inputs)),
+        **tensors,
         context=layout.context,
-        predict_M=tensor(np.concatenate(predict)),
-        targets_M=tensor(np.concatenate([_targets(sample) for sample in samples])),
-        rows_M=tensor(np.repeat(np.arange(len(samples)), counts)),
-        lengths_S=tensor(counts, torch.float32),
-        advantages_M=tensor(advantages, torch.float32),
-        logprobs_M=floats("logprobs"),
-        reference_M=floats("reference"),
-        kept_MK=None if kept is None else tensor(kept),
-        next_N=tensor(np.concatenate(nexts)),
-        routes_NLK=None if routes is None else tensor(routes),
         tokens=tokens,
         sequences=sequences,
         order_S=order_S,
-        pairs_S=tensor(np.array([sample.pair for sample in samples])) if samples[0].pair else None,
-        spans_M=None if spans is None else tensor(spans),
-        teacher=_labels(samples, device),
+        teacher=_labels(layout.samples, device),
     )
+
+
+def _arrays(layout: Layout) -> dict[str, np.ndarray | None]:
+    """The arrays of a micro-batch by their names in `Batch`; None for those that the samples lack."""
+    samples = layout.samples
+    segments = layout.segments
+    predict = []
+    for positions, sample in zip(layout.predict, samples, strict=True):
+        predict.append(positions if sample.learned is None else positions[sample.learned])
+    counts = np.array([len(positions) for positions in predict])
+    advantages = [sample.advantage for sample in samples]
+    targets = [_targets(sample) for sample in samples]
+    inputs = [segment.sample.tokens[segment.begin : segment.end] for segment in segments]
+    nexts = [segment.sample.tokens[segment.begin + 1 : segment.end + 1] for segment in segments]
+    return {
+        "tokens_N": np.concatenate(inputs),
+        "predict_M": np.concatenate(predict),
+        "targets_M": np.concatenate(targets),
+        "rows_M": np.repeat(np.arange(len(samples)), counts),
+        "lengths_S": counts,
+        "advantages_M": np.repeat(advantages, counts),
+        "logprobs_M": _joined(samples, "logprobs"),
+        "reference_M": _joined(samples, "reference"),
+        "kept_MK": _top_p_ids(samples),
+        "next_N": np.concatenate(nexts),
+        "routes_NLK": _routes(segments),
+        "pairs_S": np.array([sample.pair for sample in samples]) if samples[0].pair else None,
+        "spans_M": _spans(samples),
+    }
+
+
+def _joined(samples: list[Sample], name: str) -> np.ndarray | None:
+    """A field of all samples, end to end [M]; None if the first has none."""
+    values = [getattr(sample, name) for sample in samples]
+    return None if values[0] is None else np.concatenate(values)
 
 
 def _routes(segments: list[Segment]) -> np.ndarray | None:
@@ -238,12 +246,11 @@ def _spans(samples: list[Sample]) -> np.ndarray | None:
     """Span numbers of all samples [M], made distinct between samples; None where samples have none."""
     if samples[0].spans is None:
         return None
-    counts = [sample.spans.max() + 1 for sample in samples]
-    offsets = np.cumsum([0, *counts[:-1]])
-    shifted = [
-        np.where(sample.spans < 0, -1, sample.spans + offset)
-        for sample, offset in zip(samples, offsets, strict=True)
-    ]
+    offset = 0
+    shifted = []
+    for sample in samples:
+        shifted.append(np.where(sample.spans < 0, -1, sample.spans + offset))
+        offset += sample.spans.max() + 1
     return np.concatenate(shifted)
 
 
@@ -253,6 +260,7 @@ def _labels(samples: list[Sample], device: Device) -> TopK | None:
         return None
 
     def joined(name: str) -> Tensor:
+        """One array of all samples' labels, end to end [M, ...]."""
         array = np.concatenate([getattr(sample.labels, name) for sample in samples])
         return torch.as_tensor(array, dtype=torch.long if name == "ids" else torch.float32, device=device)
 

@@ -91,6 +91,7 @@ class DistillSampler:
         return self._rollout(step) if on_policy else self._from_rows(step)
 
     def _rollout(self, step: int) -> DistillBatch:
+        """The student's own samples of a step's problems."""
         problems = self.tasks.draw(self.settings.prompts_per_step, (self.seed, step))
         rollout = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
         groups = [self.tasks.score(group) for group in rollout]
@@ -103,6 +104,7 @@ class DistillSampler:
         return DistillBatch(assigned, groups)
 
     def _from_rows(self, step: int) -> DistillBatch:
+        """The next rows: every row once per epoch, each epoch in its own order."""
         count = self.settings.prompts_per_step * self.settings.group_size
         orders: dict[int, np.ndarray] = {}
         assigned = []
@@ -219,6 +221,7 @@ def teacher_top_k(
     tops = [top_k(one.hidden_MC, one.head_VC, count, temperature) for one in states]
 
     def of_samples(name: str) -> list[np.ndarray]:
+        """A field [M, ...] of the labels, back in the order of the samples."""
         return by_sample(batches, [getattr(top, name) for top in tops], len(samples))
 
     columns = zip(of_samples("ids_MK"), of_samples("logprobs_MK"), of_samples("tail_M"), strict=True)

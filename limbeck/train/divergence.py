@@ -107,6 +107,7 @@ def jensen_shannon(beta: float) -> Measure:
     2306.13649, eq. 1); it is of the order of beta times the forward KL for a small beta."""
 
     def measure(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence [R] and its gradient [R, E] from log-probabilities of teacher and student [R, E]."""
         logm_RE = torch.logaddexp(logp_RE + math.log(beta), logq_RE + math.log1p(-beta))
         q_RE = logq_RE.exp()
         ratio_RE = logq_RE - logm_RE
@@ -133,6 +134,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_MC, head_VC, teacher, measure, temperature):
+        """The divergence's sum, its terms [M] and the student's entropy [M]."""
         learns = any(ctx.needs_input_grad)
         grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
         grad_head_VC = torch.zeros_like(head_VC) if learns else None
@@ -160,6 +162,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
+        """Scale the gradients of the forward pass: [M, C] and [V, C]."""
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grad, grad_head * grad, None, None, None
 

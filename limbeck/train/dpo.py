@@ -40,6 +40,7 @@ def mean_logprob(teacher: Scorer, batch_tokens: int) -> RankCompletions:
     """Rank completions by the mean log-probability per token that a teacher gives them."""
 
     def rank(group: Group) -> list[float]:
+        """The mean log-probability of each completion."""
         start = len(group.prompt_tokens)
         samples = [
             Sample(np.concatenate([group.prompt_tokens, completion.tokens]), start)

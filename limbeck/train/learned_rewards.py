@@ -121,6 +121,7 @@ class LearnedRewards:
         self.stopped = state["over"]
 
     def _settings(self, part: str) -> Opinion:
+        """The settings of a part."""
         return self.settings.opinions[part]
 
     def _counting(self, step: int) -> list[str]:

@@ -107,6 +107,7 @@ class Learner(Scorer):
         return value, metrics
 
     def _hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, C]; with gradients, the experts' balance loss is computed too."""
         if self.mixtures:
             balance = self.settings.balance_loss / batch.sequences if torch.is_grad_enabled() else 0.0
             sequences_N = batch.context.sequences if balance else None

@@ -55,6 +55,7 @@ class Distillation:
         return loss, {"loss": loss.detach(), "entropy": entropy_M.sum() / batch.tokens}
 
     def _measure(self) -> Measure:
+        """The function of train/divergence.py that `kind` names."""
         if self.kind == "jsd":
             return jensen_shannon(self.beta)
         return forward_kl if self.kind == "forward" else reverse_kl
@@ -213,6 +214,8 @@ def _loss_mask(log_ratio_M: Tensor, batch: Batch, threshold: float) -> Tensor:
 def _ratio_metrics(
     log_ratio_M: Tensor, importance_ratio_M: Tensor, clipped_M: Tensor, tokens: int
 ) -> Metrics:
+    """Share of clipped tokens, k3 estimate of KL(pi || pi_old), and the largest log-ratio, from values
+    [M]."""
     return {
         "clipped": (importance_ratio_M != clipped_M).float().sum() / tokens,
         "kl_old": (importance_ratio_M - log_ratio_M - 1).sum() / tokens,

@@ -29,6 +29,7 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
     number."""
 
     def magnitude(item: tuple[str, Tensor]) -> float:
+        """The largest absolute number of a tensor [...], infinity for NaN."""
         largest = item[1].detach().abs().max()
         return float(largest.nan_to_num(math.inf))
 

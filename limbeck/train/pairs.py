@@ -45,8 +45,8 @@ def plan_by_tokens(samples: Sequence[Sample], epochs: float, tokens: int, seed: 
 
 
 def plan_by_count(count: int, epochs: float, batch: int, seed: object) -> list[list[int]]:
-    """Batches of `batch` whole pairs of `count`, each epoch in its own order and cut by itself, so that no batch has a
-    pair twice; a fraction of an epoch is its beginning."""
+    """Batches of `batch` whole pairs of `count`, each epoch in its own order and cut by itself, so that no
+    batch has a pair twice; a fraction of an epoch is its beginning."""
     plan = []
     left = max(1, round(epochs * count))
     for epoch in range(int(np.ceil(epochs))):

@@ -31,6 +31,7 @@ class _ValueHead:
     model: Decoder
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Values [M], and entropies [M] of zero."""
         values_M = self.model.value(hidden_NC[batch.predict_M]).squeeze(1)
         return values_M, torch.zeros_like(values_M).detach()
 
@@ -85,12 +86,14 @@ class RewardModelScorer(_ValueHead, Scorer):
         return [[self._score(values[answer], answer[1]) for answer in row] for row in answers]
 
     def _count(self, samples: Sequence[Sample]) -> None:
+        """Add the tokens and FLOPs of a forward pass to the usage."""
         for sample in samples:
             tokens = len(sample.tokens)
             self.tokens += tokens
             self.flops += tokens * self.model.config.flops_per_token(tokens / 2)
 
     def _score(self, value: float, answer: str) -> Score:
+        """The part `preference` of an answer's score."""
         if not answer:
             return Score({"preference": 0.0}, {"preference": "no final answer"})
         return Score({"preference": float(1 / (1 + np.exp(self.centre - value)))})

@@ -78,6 +78,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
+        """Log-probabilities [M] and entropies [M]."""
         ctx.rows = max(1, CHUNK // len(head_VC))
         ctx.temperature = temperature
         saved = [hidden_MC, head_VC, targets_M]
@@ -96,6 +97,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_M, _):
+        """Gradients of the hidden states [M, C] and of the head [V, C]."""
         hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
         kept_MK = rest[0] if rest else None
         grad_hidden_MC = torch.empty_like(hidden_MC)
@@ -128,6 +130,7 @@ def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK
 def _chunks(
     rows: int, hidden_MC: Tensor, targets_M: Tensor, kept_MK: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Chunks of `rows` predictions: hidden states [R, C], targets [R], kept ids [R, K]."""
     for begin in range(0, max(1, len(hidden_MC)), rows):
         part = slice(begin, begin + rows)
         yield hidden_MC[part], targets_M[part], None if kept_MK is None else kept_MK[part]

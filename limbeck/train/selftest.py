@@ -42,6 +42,7 @@ def selftest(
 
 
 def _check_targets(batches: Sequence[Batch], samples: Sequence[Sample], end_id: int | None) -> None:
+    """The end-of-turn token is in the loss, and prompts are not."""
     targets_M = torch.cat([batch.targets_M for batch in batches])
     if end_id is not None and int((targets_M == end_id).sum()) < len(samples):
         raise LimbeckError(
@@ -52,6 +53,7 @@ def _check_targets(batches: Sequence[Batch], samples: Sequence[Sample], end_id: 
 
 
 def _check_sampler(learner: Learner, batches: Sequence[Batch], temperature: float) -> None:
+    """The learner's log-probabilities [M] are the sampler's."""
     trainer_M = torch.cat(learner.logprobs(batches, temperature))
     sampler_M = torch.cat([batch.logprobs_M for batch in batches])
     gap = float((trainer_M - sampler_M).abs().max())

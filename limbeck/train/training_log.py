@@ -57,10 +57,17 @@ def summarize(groups: Sequence[Group]) -> dict[str, float]:
         "length": float(np.mean([len(completion.tokens) for completion in completions])),
         "truncated": float(np.mean([not completion.stopped for completion in completions])),
     }
-    for kind in ("parts", "stats"):
-        tables = [getattr(score, kind) for score in scores]
-        for name in sorted({name for table in tables for name in table}):
-            means[name] = float(np.mean([table[name] for table in tables if name in table]))
+    means |= _means([score.parts for score in scores])
+    return means | _means([score.stats for score in scores])
+
+
+def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name over the tables that have it, in the order of the names."""
+    names = sorted({name for table in tables for name in table})
+    means = {}
+    for name in names:
+        values = [table[name] for table in tables if name in table]
+        means[name] = float(np.mean(values))
     return means
 
 

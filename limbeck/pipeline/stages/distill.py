@@ -68,6 +68,8 @@ def run(job: Job) -> Outcome:
 
 
 def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
+    """A stage's model as a teacher; its vocabulary has to be the student's unless spans of text are
+    compared."""
     decoder, tokenizer = job.model(name)
     if job.stage.divergence == "text":
         return Teacher(Scorer(decoder), (student, tokenizer))

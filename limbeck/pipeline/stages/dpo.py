@@ -60,6 +60,7 @@ def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
 
 
 def _rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """A share of the pairs of a table or of a stage."""
     if name.endswith(TABLES):
         return share_of([row for _, row in preferences(job, name)], share, (job.seed, Path(name).name))
     return given_rows(job, name, share, tokenizer)

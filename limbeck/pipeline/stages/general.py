@@ -22,6 +22,7 @@ def run(job: Job) -> Outcome:
 
 
 def _row(problem: Problem) -> dict[str, Any]:
+    """A problem with its answer as a row."""
     return {
         "id": problem.id,
         "prompt": problem.prompt,

@@ -56,6 +56,7 @@ def run(job: Job) -> Outcome:
 
 
 def _with_tokens(row: dict[str, Any], sample: Any) -> dict[str, Any]:
+    """A row with the token ids that were labelled."""
     return {**row, "tokens": sample.tokens[sample.start :].tolist()}
 
 

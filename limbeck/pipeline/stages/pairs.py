@@ -27,6 +27,7 @@ def run(job: Job) -> Outcome:
     rank, take_usage = ranking_of(job)
 
     def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """The pair of a group as a row, or the reason why there is none."""
         scores = rank(group)
         places = best_and_worst(scores, stage.margin)
         if places is None:

@@ -67,6 +67,7 @@ def to_sample(row: Row, tokenizer: Tokenizer, thoughts: str, system: str = "") -
 
 
 def _messages(prompt: str, system: str) -> str | list[dict[str, str]]:
+    """A prompt, or the messages of a system prompt and a prompt."""
     if not system:
         return prompt
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]

@@ -26,6 +26,7 @@ def run(job: Job) -> Outcome:
     rank, take_usage = ranking_of(job) if stage.keep == "best" else (None, dict)
 
     def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """The completions of a group that are kept, as rows, and why the others are not."""
         faults = [_fault(group, place, stage) for place in range(len(group.completions))]
         places = [place for place in ranked(group, stage.keep, rank) if not faults[place]]
         passed = [group.completions[place] for place in places]
@@ -45,15 +46,19 @@ def _fault(group: Group, place: int, stage: Sample) -> str | None:
     completion = group.completions[place]
     parts = group.scores[place].parts
     judged = 0.5 if stage.judged is None else stage.judged
-    faults = {
-        "ran out of tokens": not completion.stopped,
-        "wrong": stage.correct and parts["accuracy"] < 1,
-        "not well-formed": stage.wellformed and parts.get("format", 1.0) < 1,
-        "mixed languages": parts.get("language", 1.0) < stage.language,
-        "too long": stage.longest and len(completion.tokens) > stage.longest,
-        "the judge thinks little of it": parts.get("judge", 1.0) < judged,
-    }
-    return next((fault for fault, present in faults.items() if present), None)
+    if not completion.stopped:
+        return "ran out of tokens"
+    if stage.correct and parts["accuracy"] < 1:
+        return "wrong"
+    if stage.wellformed and parts.get("format", 1.0) < 1:
+        return "not well-formed"
+    if parts.get("language", 1.0) < stage.language:
+        return "mixed languages"
+    if stage.longest and len(completion.tokens) > stage.longest:
+        return "too long"
+    if parts.get("judge", 1.0) < judged:
+        return "the judge thinks little of it"
+    return None
 
 
 def _distinct(completions: list[Completion], count: int) -> list[Completion]:

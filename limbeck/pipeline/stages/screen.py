@@ -22,6 +22,7 @@ def run(job: Job) -> Outcome:
     stage: Screen = job.stage
 
     def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
+        """The group's problem as a row if it is solved sometimes."""
         rate = sum(score.parts["accuracy"] for score in group.scores) / len(group.scores)
         if stage.low < rate < stage.high:
             return [{**asdict(group.problem), "pass_rate": rate}], Counter()

@@ -31,6 +31,7 @@ def run(job: Job) -> Outcome:
 
 
 def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
+    """The rows of all stages as samples, each with its system prompt."""
     stage: SFT = job.stage
     samples = []
     for name, share in stage.rows.items():
