@@ -1,6 +1,6 @@
 """The parts of the documentation that the code knows better: settings and commands.
 
-    python docs/generate.py            write them anew, between their marks in docs/*.md
+    python docs/generate.py            write them anew, between their marks in docs/**/*.md
     python docs/generate.py --check    change nothing; exit code 1 and the names of pages that are out of date
 
 A part stands between `<!-- generated: NAME ARGUMENT -->` and `<!-- end -->`.
@@ -38,7 +38,7 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 def main(check: bool) -> int:
     """Every page with its parts up to date; returns the exit code."""
     stale = []
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted(DOCS.rglob("*.md")):
         written = page.read_text(encoding="utf-8")
         fresh = render(written)
         if fresh != written:

@@ -155,7 +155,7 @@ def test_yaml_blocks_load(block, tmp_path):
 
 def test_worked_example(tmp_path):
     """The guide's row of JSONL, read by the guide's recipe, and judged."""
-    guide = ROOT / "docs" / "recipes.md"
+    guide = ROOT / "docs" / "tutorial" / "your-own-problems.md"
     (row,) = map(json.loads, blocks(guide, "json"))
     example = next(block for block in blocks(guide, "yaml") if "source: files" in block)
     rows = [{**row, "question": f"{row['question']} ({i})"} for i in range(400)]
