@@ -27,8 +27,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-NOT_OURS = {"runs", "models", "build", "__pycache__"}
+NOT_OURS = {"runs", "models", "build", "site", "__pycache__"}
 TEXT = {".py", ".md", ".yaml", ".toml", ".css", ".jinja", ".js", ""}
 
 
@@ -53,8 +54,8 @@ def prose(page: Path) -> str:
 
 
 def tour() -> list[str]:
-    """The commands of the README's tour."""
-    (block,) = (block for block in blocks(ENGLISH, "sh") if "smoke" in block)
+    """The commands of the tutorial's tour."""
+    (block,) = (block for block in blocks(DOCS / "tutorial" / "first-run.md", "sh") if "smoke" in block)
     return commands(block)
 
 
@@ -155,7 +156,7 @@ def test_yaml_blocks_load(block, tmp_path):
 
 def test_worked_example(tmp_path):
     """The guide's row of JSONL, read by the guide's recipe, and judged."""
-    guide = ROOT / "docs" / "tutorial" / "your-own-problems.md"
+    guide = DOCS / "tutorial" / "your-own-problems.md"
     (row,) = map(json.loads, blocks(guide, "json"))
     example = next(block for block in blocks(guide, "yaml") if "source: files" in block)
     rows = [{**row, "question": f"{row['question']} ({i})"} for i in range(400)]
