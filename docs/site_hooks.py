@@ -1,6 +1,6 @@
-"""MkDocs hooks: the documents in the repository's root are pages of the site too, from the same files.
+"""MkDocs hooks: the documents in the repository's root are pages of the site, too.
 
-Links are written so that they work in the repository. Here those between the root and docs/ are rewritten for the site.
+Links are written so that they work in the repository. Those between the root and docs/ are rewritten here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
-    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "AGENTS.md": "agents.md", "CHANGELOG.md": "changelog.md",
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "AGENTS.md": "agents.md",
+    "CHANGELOG.md": "changelog.md",
     "LOG.md": "log.md",
-}  # fmt: skip
+}
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -34,3 +37,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for name, page in PAGES.items():
         markdown = markdown.replace(f"](../../{name}", f"](../{page}")
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show a bar that is escaped in a table's cell without its backslash, as code hosts do."""
+    return re.sub(r"<td>.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)

@@ -170,6 +170,21 @@ def test_worked_example(tmp_path):
     assert score.parts["accuracy"] == score.parts["format"] == 1
 
 
+def test_the_python_api_example_runs():
+    """The first Python block of the page: two steps of GRPO, whose sampler and learner agree."""
+    program = blocks(DOCS / "reference" / "python-api.md", "python")[0]
+    done = call([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["0", "1"]
+
+
+def test_every_page_is_in_the_navigation():
+    config = re.sub(r"!\S+", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = set(re.findall(r": (\S+\.md)$", config, re.MULTILINE))
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert pages <= listed
+
+
 CODE = "\n".join(p.read_text(encoding="utf-8") for p in ROOT.glob("limbeck/**/*.py") if p.name != "recipe.py")
 MODELS = [m for m in vars(recipe).values() if isinstance(m, type) and issubclass(m, recipe.Settings)]
 FIELDS = [(m.__name__, field) for m in MODELS for field in m.model_fields if field in m.__annotations__]
