@@ -1,6 +1,7 @@
 # make run    sets up an environment and runs the quickstart
 # make test   sets up an environment and passes the tests
 # make check  what to do before every commit: the linter and the quick tests
+# make docs   builds the documentation as a site in site/; a warning is an error
 # All need Python 3.11 or newer and nothing else.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # A process a core, each with one thread: tests of one file share what they set up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: run check test clean
+.PHONY: run check test docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/limbeck plan recipes/quickstart.yaml --auto
@@ -30,6 +31,11 @@ test: $(VENV)/.installed-dev
 		(apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium fonts-noto-cjk >/dev/null) || true
 	@begin=$$(date +%s) && $(PYTEST) && echo "make test: $$(($$(date +%s) - begin)) s, installation aside"
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is at site/index.html (its search wants a server: python -m http.server --directory site)"
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) "$(TORCH)"
@@ -40,5 +46,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[dev,gym]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -1,7 +1,7 @@
-"""The parts of the documentation that the code knows better: settings and commands.
+"""Generated tables of the documentation: the settings of recipes and the commands.
 
-    python docs/generate.py            write them anew, between their marks in docs/*.md
-    python docs/generate.py --check    change nothing; exit code 1 and the names of pages that are out of date
+    python docs/generate.py            update them, between their marks in docs/**/*.md
+    python docs/generate.py --check    change nothing; exit code 1 and the names of outdated pages
 
 A part stands between `<!-- generated: NAME ARGUMENT -->` and `<!-- end -->`.
 """
@@ -36,9 +36,9 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def main(check: bool) -> int:
-    """Every page with its parts up to date; returns the exit code."""
+    """Update every page, or only check it; return the exit code."""
     stale = []
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted(DOCS.rglob("*.md")):
         written = page.read_text(encoding="utf-8")
         fresh = render(written)
         if fresh != written:
@@ -51,7 +51,7 @@ def main(check: bool) -> int:
 
 
 def render(text: str) -> str:
-    """The text of a page with all its generated parts made anew."""
+    """The text of a page with its generated parts up to date."""
     return PART.sub(lambda m: f"{m[1]}\n{PARTS[m[2]](m[3]).strip()}\n\n{m[4]}", text)
 
 
@@ -59,7 +59,7 @@ def render(text: str) -> str:
 
 
 def settings(name: str) -> str:
-    """The keys of one model of `recipe.py` or `parts.py`; those that every stage has are told once, under `Stage`."""
+    """A table of the keys of one settings class. Keys of every stage are listed under `Stage` only."""
     model = next(getattr(place, name) for place in (recipe, learned_rewards, pieces) if hasattr(place, name))
     common, mark = (recipe.Stage.model_fields, "") if name != "Stage" else ({}, " \\*")
     rows = [
@@ -71,7 +71,7 @@ def settings(name: str) -> str:
 
 
 def value(field: FieldInfo) -> str:
-    """What may be written, in words: `integer, at least 1`."""
+    """The allowed values in words: `integer, at least 1`."""
     limits = {name: getattr(part, name) for part in field.metadata for name in LIMITS if hasattr(part, name)}
     words = " and ".join(f"{LIMITS[name]} {limit}" for name, limit in limits.items())
     what, _, nothing = kind(field.annotation).partition(" or ") if words else (kind(field.annotation), "", "")
@@ -79,7 +79,7 @@ def value(field: FieldInfo) -> str:
 
 
 def kind(annotation: Any) -> str:
-    """A type as people say it."""
+    """A type annotation in words."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in NAMES:
         return NAMES[annotation]
@@ -99,7 +99,7 @@ def kind(annotation: Any) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """The default as YAML; what has none must be written."""
+    """The default as YAML, or **required**."""
     if field.is_required():
         return "**required**"
     chosen = field.default
@@ -110,6 +110,7 @@ def default(field: FieldInfo) -> str:
 
 
 def code(chosen: Any) -> str:
+    """A value as inline YAML code."""
     if chosen == "":
         return "none"
     text = yaml.safe_dump(chosen, default_flow_style=True, width=1000, sort_keys=False, allow_unicode=True)
@@ -117,7 +118,7 @@ def code(chosen: Any) -> str:
 
 
 def presets(_: None) -> str:
-    """The settings in which the presets differ."""
+    """A table of the settings in which the presets differ."""
     names = list(pieces.PRESETS)
     keys = dict.fromkeys(key for preset in pieces.PRESETS.values() for key in preset)
     policies = [pieces.Policy(preset=name) for name in names]
@@ -133,29 +134,31 @@ def _single(word: str) -> str:
 
 
 def commands(_: None) -> str:
-    """Every command as `--help` tells it."""
+    """Every command with its options, as in `--help`."""
     group = typer.main.get_command(app)
     return "\n\n".join(command(name, one) for name, one in group.commands.items())
 
 
 def command(name: str, one: Any) -> str:
+    """One command: help, usage, and a table of its parameters."""
     arguments = [p for p in one.params if p.param_type_name == "argument"]
     options = [p for p in one.params if p.param_type_name == "option" and p.name != "help"]
     shown = [metavar(p) if p.required else f"[{metavar(p)}]" for p in arguments]
     usage = " ".join(["limbeck", name, *shown, "[OPTIONS]"])
     rows = [[f"`{metavar(p)}`", preset(p), p.help or ""] for p in arguments]
     rows += [[f"`{', '.join(p.opts)}`", preset(p), p.help or ""] for p in options]
-    said = " ".join((one.help or "").split())
+    text = " ".join((one.help or "").split())
     parameters = table(["", "default", "meaning"], rows)
-    return f"## limbeck {name}\n\n{said}\n\n```text\n{usage}\n```\n\n{parameters}"
+    return f"## limbeck {name}\n\n{text}\n\n```text\n{usage}\n```\n\n{parameters}"
 
 
 def metavar(parameter: Any) -> str:
+    """A parameter's name in the usage line."""
     return parameter.metavar or parameter.name.upper()
 
 
 def preset(parameter: Any) -> str:
-    """A parameter's default; switches and open ends have none to tell."""
+    """A parameter's default; empty for switches and for options without one."""
     silent = parameter.default is False or parameter.default in (None, "", []) or callable(parameter.default)
     return "**required**" if parameter.required else "" if silent else f"`{parameter.default}`"
 
@@ -164,6 +167,7 @@ def preset(parameter: Any) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-NOT_OURS = {"runs", "models", "build", "__pycache__"}
+NOT_OURS = {"runs", "models", "build", "site", "__pycache__"}
 TEXT = {".py", ".md", ".yaml", ".toml", ".css", ".jinja", ".js", ""}
 
 
@@ -53,8 +54,8 @@ def prose(page: Path) -> str:
 
 
 def tour() -> list[str]:
-    """The commands of the README's tour."""
-    (block,) = (block for block in blocks(ENGLISH, "sh") if "smoke" in block)
+    """The commands of the tutorial's tour."""
+    (block,) = (block for block in blocks(DOCS / "tutorial" / "first-run.md", "sh") if "smoke" in block)
     return commands(block)
 
 
@@ -155,7 +156,7 @@ def test_yaml_blocks_load(block, tmp_path):
 
 def test_worked_example(tmp_path):
     """The guide's row of JSONL, read by the guide's recipe, and judged."""
-    guide = ROOT / "docs" / "recipes.md"
+    guide = DOCS / "tutorial" / "your-own-problems.md"
     (row,) = map(json.loads, blocks(guide, "json"))
     example = next(block for block in blocks(guide, "yaml") if "source: files" in block)
     rows = [{**row, "question": f"{row['question']} ({i})"} for i in range(400)]
@@ -167,6 +168,21 @@ def test_worked_example(tmp_path):
     text = f"<think> 7 times 12 </think> \\boxed{{{row['answer']}}}"
     score = task.score(problem, Completion(np.zeros(1, int), np.zeros(1), text, stopped=True, sample=0))
     assert score.parts["accuracy"] == score.parts["format"] == 1
+
+
+def test_the_python_api_example_runs():
+    """The first Python block of the page: two steps of GRPO, whose sampler and learner agree."""
+    program = blocks(DOCS / "reference" / "python-api.md", "python")[0]
+    done = call([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["0", "1"]
+
+
+def test_every_page_is_in_the_navigation():
+    config = re.sub(r"!\S+", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = set(re.findall(r": (\S+\.md)$", config, re.MULTILINE))
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert pages <= listed
 
 
 CODE = "\n".join(p.read_text(encoding="utf-8") for p in ROOT.glob("limbeck/**/*.py") if p.name != "recipe.py")

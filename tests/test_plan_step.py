@@ -186,7 +186,7 @@ def test_the_table_of_steps_beats_the_constant():
     ("step, dense", 0.06, 0.20), ("step, mixture", 0.08, 0.25), ("peak memory", 0.06, 0.20), ("memory by formula", 0.06, 0.20), ("V3's phases", 0.20, 0.22),
 ])  # fmt: skip
 def test_the_whole_table_stays_as_good_as_it_was(table, kind, middle, most):
-    """What docs/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
+    """What docs/explanation/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
     errors = [one.error for one in table if one.kind == kind]
     assert len(errors) > 5 and median(errors) < middle and verify.percentile(errors, 0.95) < most
 

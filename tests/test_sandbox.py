@@ -476,7 +476,7 @@ def test_every_generator_is_judged_or_refused():
 
 
 def test_the_recipes_page_says_how_each_is_judged():
-    page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/reference/recipes.md").read_text(encoding="utf-8")
     rows = [
         set(row.split("|")[2].strip().split(", "))
         for row in page.splitlines()

@@ -1,6 +1,6 @@
 """One page a run, and its numbers beside it: `index.html` for people, `report.json` for programs.
 
-`report.json`, schema 1 (docs/report.md tells every field):
+`report.json`, schema 1 (docs/reference/report.md tells every field):
 
     {"schema": 1, "name", "seed", "source": the headline problems, "story": {ROLE: MODEL},
      "models": {NAME: {"accuracy": {"t1" | "t06" | "greedy" | "pass@8" | "cons@8":

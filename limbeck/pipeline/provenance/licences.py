@@ -48,7 +48,7 @@ class Terms(Settings):
         return ", ".join(filter(None, [self.title, self.clauses.get(question, "")])) + f" ({self.source})"
 
 
-NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", source="docs/provenance.md")
+NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", source="docs/explanation/provenance.md")
 
 
 @dataclass(frozen=True)
