@@ -208,7 +208,7 @@ def test_rows_that_are_too_near_are_not_learned_even_when_they_were_sampled(tmp_
     spoiled = [{**rows[0], "id": "desk/1#0", "prompt": test.prompt}, *rows[1:]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoiled))
     artifact = type(run.graph.nodes["coldstart"].artifact)(folder, {"digest": "planted"})
-    finding = looked.look(run.graph.nodes["dev1"].stage, {}, {}, {"coldstart": artifact})
+    finding = looked.compare(run.graph.nodes["dev1"].stage, {}, {}, {"coldstart": artifact})
     assert finding.dropped == {
         "desk/1#0": f"asks the same as {test.id} of the test"
     } and finding.checked == len(rows)

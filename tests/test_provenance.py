@@ -11,7 +11,7 @@ from tiny import answer
 from limbeck.config.load import load
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.provenance.licences import _table, bind, declared, of_model, terms
-from limbeck.pipeline.provenance.propagate import check, grown, teachers_of, trace
+from limbeck.pipeline.provenance.propagate import check, merged_provenance, teachers_of, trace
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
@@ -371,10 +371,10 @@ def test_an_origin_only_grows():
         "rights": [{"reason": "a", "date": "2026-02-02"}],
         "sources": {**sources, "editors": ["Ada"]},
     }
-    after = grown(before, origin)
+    after = merged_provenance(before, origin)
     assert after["licences"] == ["MIT"] and after["rights"] == before["rights"]
     assert after["sources"] == {"problems": ["p"], "models": [], "teachers": [], "editors": ["Ada"]}
-    assert grown(after, origin) is None and grown(after, {**origin, "licences": []}) is None
+    assert merged_provenance(after, origin) is None and merged_provenance(after, {**origin, "licences": []}) is None
 
 
 def test_unknown_terms_forbid():

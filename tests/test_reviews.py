@@ -59,10 +59,10 @@ def test_one_person_is_enough_unless_two_are_asked_for(queue):
 
 def test_a_larger_share_holds_a_smaller_one_and_is_as_large_as_it_says():
     names = [f"clock/{i}#0" for i in range(4000)]
-    few, many = ({name for name in names if reviews.twice(name, share)} for share in (0.2, 0.5))
+    few, many = ({name for name in names if reviews.needs_second(name, share)} for share in (0.2, 0.5))
     assert few < many and abs(len(few) - 800) < 100 and abs(len(many) - 2000) < 130
-    assert not any(reviews.twice(name, 0.0) for name in names) and all(
-        reviews.twice(name, 1.0) for name in names
+    assert not any(reviews.needs_second(name, 0.0) for name in names) and all(
+        reviews.needs_second(name, 1.0) for name in names
     )
 
 
