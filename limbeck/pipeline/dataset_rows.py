@@ -1,7 +1,8 @@
-"""Rows of training data: their ids, their text, the part that a share takes, and the rows a finished stage learned from.
+"""Rows of training data: their ids, their text, the part that a share takes, and the rows a finished stage
+learned from.
 
-A row's id is `SOURCE/PROBLEM#SAMPLE`: `clock/17#0` is the first sampled response to the problem `clock/17` of the
-source `clock`.
+A row's id is `SOURCE/PROBLEM#SAMPLE`: `clock/17#0` is the first sampled response to the problem `clock/17` of
+the source `clock`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ PROBLEMS = "problems.jsonl"  # in a screening's artifact: the problems it kept
 Row = TypeVar("Row")
 
 
-def source_of(id: str) -> str:
+def source_of(row_id: str) -> str:
     """The problem source in the id of a row or of a problem.
 
     >>> source_of("clock/17#0")
     'clock'
     """
-    return id.partition("/")[0]
+    return row_id.partition("/")[0]
 
 
 def problem_of(row_id: str) -> str:
@@ -38,7 +39,8 @@ def problem_of(row_id: str) -> str:
 
 
 def share_of(rows: Sequence[Row], part: float, seed: object) -> list[Row]:
-    """All rows for a share of 1; a random part of them for a smaller share; some rows several times for a larger one."""
+    """All rows for a share of 1; a random part of them for a smaller share; some rows several times for a
+    larger one."""
     order = generator(seed, "share").permutation(len(rows))
     return [rows[order[i % len(rows)]] for i in range(round(part * len(rows)))]
 

@@ -1,7 +1,8 @@
 """Decontamination: rows and problems that are too near to the recipe's evaluations are left out of training.
 
-The ids left out are part of a stage's key, and only if there are any: a recipe that evaluates on one more source trains
-nothing again unless that source turns up in its training data. Reports are kept in the store, by the data compared.
+The ids left out are part of a stage's key, and only if there are any: a recipe that evaluates on one more
+source trains nothing again unless that source turns up in its training data. Reports are kept in the store,
+by the data compared.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ DRAWS_NO_PROBLEMS = {"pretrain", "curate", "evaluate", "load", "remote"}  # kind
 
 @dataclass(frozen=True)
 class ContaminationReport:
-    """A comparison's result: `ContaminationReport({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})`.
+    """A comparison's result:
+    `ContaminationReport({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})`.
 
-    `against` counts the test problems by source, `checked` the rows and problems compared with them; `dropped` maps the
-    ids to leave out to the reason.
+    `against` counts the test problems by source, `checked` the rows and problems compared with them;
+    `dropped` maps the ids to leave out to the reason.
     """
 
     against: dict[str, int] = field(default_factory=dict)
@@ -62,7 +64,8 @@ def evaluated_problems(recipe: Recipe) -> dict[str, Problems]:
 class Decontamination:
     """Compares the training data of a stage with the tests.
 
-    With `thorough`, data that was never compared is compared now; otherwise only stored reports are looked up.
+    With `thorough`, data that was never compared is compared now; otherwise only stored reports are looked
+    up.
     """
 
     def __init__(self, store: Store, tests: Mapping[str, Problems], identities: Mapping[str, Any]):
@@ -81,7 +84,8 @@ class Decontamination:
         identities: Mapping[str, Any],
         inputs: Mapping[str, Artifact],
     ) -> ContaminationReport | None:
-        """The report for one stage; None if it has no data to compare, or none was stored and `thorough` is off.
+        """The report for one stage; None if it has no data to compare, or none was stored and `thorough` is
+        off.
 
         `problems` are the stage's problem sources, `identities` what their content is keyed by.
         """

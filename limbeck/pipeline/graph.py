@@ -46,8 +46,8 @@ VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when
 class Node:
     """One stage of a run. `artifact` is its result; `key` is None while an input is missing.
 
-    `queue` is the folder of a stage that people review, `review_bytes` the bytes of reviews that its key covers: later
-    reviews do not count. `contamination` lists the rows and problems that the stage leaves out.
+    `queue` is the folder of a stage that people review, `review_bytes` the bytes of reviews that its key
+    covers: later reviews do not count. `contamination` lists the rows and problems that the stage leaves out.
     """
 
     name: str
@@ -189,7 +189,8 @@ class Graph:
         return dependents
 
     def why(self, node: Node) -> list[str]:
-        """The reasons for which a node has to run: differences from the nearest artifact of the same stage name."""
+        """The reasons for which a node has to run: differences from the nearest artifact of the same stage
+        name."""
         if node.key is None:
             missing = [name for name in node.inputs if not self.nodes[name].artifact]
             return [f"{', '.join(missing)} must run first"]

@@ -1,4 +1,5 @@
-"""The progress of a running stage, read from the files that it writes: steps, metrics, pace, the latest rollout."""
+"""The progress of a running stage, read from the files that it writes: steps, metrics, pace, the latest
+rollout."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ TAIL_BYTES = 65536  # bytes at a file's end that are searched for its last lines
 
 @dataclass(frozen=True)
 class Pace:
-    """The recent speed of a stage: `Pace(4, 40, 12.0, 40960, 0.7)` took 12 seconds for 40 steps and 40,960 tokens.
+    """The recent speed of a stage: `Pace(4, 40, 12.0, 40960, 0.7)` took 12 seconds for 40 steps and 40,960
+    tokens.
 
     `looks` counts the rows of timing behind it; the last one is `since` seconds old.
     """
@@ -46,7 +48,8 @@ class Progress:
         return timing.get("step", -1) + 1, timing.get("of"), metrics
 
     def pace(self) -> Pace:
-        """The pace over the latest rows of timing. The first row of a process has no seconds and marks its begin."""
+        """The pace over the latest rows of timing. The first row of a process has no seconds and marks its
+        begin."""
         rows = _tail(self.folder / TIMING)
         for i in reversed(range(len(rows))):
             if rows[i]["seconds"] is None:

@@ -27,12 +27,10 @@ from .review import curate, reviews
 from .run_folder import FORECAST, INDEX, RECIPE, read_json
 from .run_status import RunStatus
 from .store import Artifact, Store, out_of_space, write
-from .worker import write_job
+from .worker import SOFTWARE_FAILURE, TEMPORARY_FAILURE, write_job
 
 TICK = 0.25  # seconds between two looks at the workers
 GRACE = 20.0  # seconds that running stages have to checkpoint after another one has failed
-TEMPORARY_FAILURE = 75  # exit code (sysexits.h, EX_TEMPFAIL) of a stage that can go on
-SOFTWARE_FAILURE = 70  # exit code (sysexits.h, EX_SOFTWARE) of a defect in Limbeck
 
 
 class Display(Protocol):
@@ -52,8 +50,8 @@ class Run:
     """One recipe's run: its graph, its folder (`runs/NAME`), its workers and its display."""
 
     def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display, right: str | None = None):
-        """`base` is the folder that the recipe's relative paths start from, `home` the folder of all runs. Raises
-        LimbeckError if a licence forbids a stage and no `right` is claimed."""
+        """`base` is the folder that the recipe's relative paths start from, `home` the folder of all runs.
+        Raises LimbeckError if a licence forbids a stage and no `right` is claimed."""
         self.recipe = recipe
         self.home = home
         self.display = display
@@ -70,7 +68,8 @@ class Run:
     # ------------------------------------------------------------ the loop
 
     def carry_out(self, forecast: dict[str, Any] | None = None) -> Path | None:
-        """Execute all stages; return the report's page, if the recipe has one. A `forecast` is kept with the run.
+        """Execute all stages; return the report's page, if the recipe has one. A `forecast` is kept with the
+        run.
 
         Raises Resumable if the run was stopped or waits for reviews.
         """
@@ -98,7 +97,8 @@ class Run:
         return self._report(time.monotonic() - began)
 
     def stop(self) -> None:
-        """Let running stages checkpoint and end; start nothing new. Safe in a signal handler: it only sets a flag."""
+        """Let running stages checkpoint and end; start nothing new. Safe in a signal handler: it only sets a
+        flag."""
         self.stopping = True
 
     def _step(self) -> None:
@@ -124,8 +124,8 @@ class Run:
                 self._step()
 
     def _was_reviewed(self) -> bool:
-        """True if reviews have made a stage ready. The status `waits` is written before the last look: a person who
-        reviews and then reads `running` knows that the run will see it, and starts no other."""
+        """True if reviews have made a stage ready. The status `waits` is written before the last look: a
+        person who reviews and then reads `running` knows that the run will see it, and starts no other."""
         if self.stopping:
             return False
         if any(node.state == "asks" for node in self.graph.nodes.values()):
@@ -285,7 +285,8 @@ class Run:
         return {**manifest, **outcome}
 
     def _index(self) -> None:
-        """Write the index of artifacts by stage, which `gc` spares. Written after each stage: a run may be killed."""
+        """Write the index of artifacts by stage, which `gc` spares. Written after each stage: a run may be
+        killed."""
         stages = {}
         for name, node in self.graph.nodes.items():
             if node.artifact:
@@ -360,7 +361,8 @@ class Run:
 
 
 def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
-    """The error of a failed stage: a user's mistake as it is; a defect as a sentence, with the traceback in a file."""
+    """The error of a failed stage: a user's mistake as it is; a defect as a sentence, with the traceback in a
+    file."""
     if "traceback" in event:
         path = folder / "traceback.txt"
         write(path, event["traceback"])

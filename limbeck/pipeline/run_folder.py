@@ -40,7 +40,8 @@ def read_recipe(run: Path) -> Recipe:
 
 @lru_cache(maxsize=64)
 def _load_recipe(path: Path, modified: int) -> Recipe:
-    """`modified` is the file's time of change: a recipe that was written anew is another entry of the cache."""
+    """`modified` is the file's time of change: a recipe that was written anew is another entry of the
+    cache."""
     return load(path)
 
 
@@ -55,7 +56,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
-    """The manifest in an artifact's folder, parsed once; empty if it was deleted or damaged (see `limbeck verify`)."""
+    """The manifest in an artifact's folder, parsed once; empty if it was deleted or damaged (see
+    `limbeck verify`)."""
     path = artifact / MANIFEST
     try:
         return _parse(path, path.stat().st_mtime_ns)

@@ -21,8 +21,8 @@ from .run_folder import FORECAST, INDEX, RECIPE, read_json, read_manifest, read_
 class StageState:
     """One stage: `StageState("zero", stage, ("base",), "begun", Path("store/.partial/rl-3fa9…"))`.
 
-    `state` is done, begun, asks (for reviews), or waits. `folder` holds its metrics and its files, None if there are
-    none. `open_rows` counts the rows to review.
+    `state` is done, begun, asks (for reviews), or waits. `folder` holds its metrics and its files, None if
+    there are none. `open_rows` counts the rows to review.
     """
 
     name: str
@@ -46,7 +46,8 @@ class StageState:
 
 @dataclass(frozen=True)
 class Overview:
-    """A run: its recipe, its stages in an order in which they can run, and the forecast of each stage, if any."""
+    """A run: its recipe, its stages in an order in which they can run, and the forecast of each stage, if
+    any."""
 
     folder: Path
     recipe: Recipe

@@ -28,9 +28,11 @@ LOCK_INTERVAL_SECONDS = 0.005  # seconds between two attempts
 
 @dataclass(frozen=True)
 class Status:
-    """The content of `status.json`: `Status("paused", "stopped; the same command goes on", 1763822100.0, {"zero": "rl-3f…"})`.
+    """The content of `status.json`:
+    `Status("paused", "stopped; the same command goes on", 1763822100.0, {"zero": "rl-3f…"})`.
 
-    `state` is running, pausing, paused, waits (for reviews), finished, failed; "" if no process ever wrote one.
+    `state` is running, pausing, paused, waits (for reviews), finished, failed; "" if no process ever wrote
+    one.
     """
 
     state: str = ""
@@ -41,7 +43,8 @@ class Status:
 
 
 class RunStatus:
-    """The lock and the status file of a run at work: `with RunStatus(folder): ...` records its begin and its end."""
+    """The lock and the status file of a run at work: `with RunStatus(folder): ...` records its begin and its
+    end."""
 
     def __init__(self, folder: Path, right: str | None = None):
         """`right` is the reason for which a licence's terms may be broken, if one was given."""
@@ -112,5 +115,6 @@ def status(folder: Path) -> Status:
 
 
 def ask_to_pause(folder: Path) -> None:
-    """Ask the process at work to checkpoint and stop. A second call changes nothing, unlike a second Ctrl-C."""
+    """Ask the process at work to checkpoint and stop. A second call changes nothing, unlike a second
+    Ctrl-C."""
     (folder / PAUSE).touch()

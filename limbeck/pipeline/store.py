@@ -1,4 +1,5 @@
-"""Artifacts on disk, addressed by the hash of their inputs. A folder with a manifest is complete; one without is not.
+"""Artifacts on disk, addressed by the hash of their inputs. A folder with a manifest is complete; one without
+is not.
 
 store/rl-3fa9c1d07b52/manifest.json ...      an artifact
 store/.partial/rl-3fa9c1d07b52/ ...          a stage at work, or one that was killed
@@ -88,7 +89,8 @@ class Store:
                 yield artifact
 
     def resolve(self, name: str) -> Artifact:
-        """An artifact by (the beginning of) its folder's name or its key. Raises LimbeckError unless one matches."""
+        """An artifact by (the beginning of) its folder's name or its key. Raises LimbeckError unless one
+        matches."""
         matches = []
         for artifact in self.all():
             if artifact.folder.name.startswith(name) or artifact.manifest["key"].startswith(name):
@@ -132,7 +134,8 @@ class Store:
 
     @contextmanager
     def lock(self, folder: Path, patience: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-        """Hold a partial folder: at most one process works in it. The system frees the lock when the process dies.
+        """Hold a partial folder: at most one process works in it. The system frees the lock when the process
+        dies.
 
         Raises Resumable if another process holds it for longer than `patience` seconds.
         """
@@ -231,8 +234,8 @@ def sync_below(folder: Path) -> None:
 
 
 def out_of_space(error: BaseException | None) -> bool:
-    """True if a full disk caused the error. torch chains the system's error to its own, and Rust libraries only leave
-    its number in the text."""
+    """True if a full disk caused the error. torch chains the system's error to its own, and Rust libraries
+    only leave its number in the text."""
     while error:
         if isinstance(error, OSError) and error.errno in FULL:
             return True

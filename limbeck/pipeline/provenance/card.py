@@ -1,4 +1,5 @@
-"""The model card of a release, from its lineage and its evaluations: every number comes from a run's record."""
+"""The model card of a release, from its lineage and its evaluations: every number comes from a run's
+record."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ def _hub_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each problem source and each way of sampling: accuracy with its interval, and the other metrics."""
+    """A row for each problem source and each way of sampling: accuracy with its interval, and the other
+    metrics."""
     return [
         _result(source, way, metrics)
         for evaluation in evaluations

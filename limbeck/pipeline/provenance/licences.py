@@ -1,7 +1,9 @@
-"""Licences and terms as data: the demands of each, the licences of known models, and the terms of several together.
+"""Licences and terms as data: the demands of each, the licences of known models, and the terms of several
+together.
 
-The table is `licences.yaml`. Restrictions combine by their maximum: of two licences the stricter one decides, question
-by question. A licence that is not in the table counts as undeclared, which is stricter than any other.
+The table is `licences.yaml`. Restrictions combine by their maximum: of two licences the stricter one decides,
+question by question. A licence that is not in the table counts as undeclared, which is stricter than any
+other.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ RELEASE_SENTENCES = {
 
 
 class Terms(Settings):
-    """One licence: `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`."""
+    """One licence:
+    `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`."""
 
     title: str
     outputs: Literal["free", "passes on", "own kind", "no"] = "free"
@@ -55,7 +58,8 @@ class Terms(Settings):
     read: Literal["primary", "secondary"] = "primary"
 
     def clause(self, question: str) -> str:
-        """The place that answers a question: `Llama 3.1 Community License Agreement, section 1.b.i (https://...)`."""
+        """The place that answers a question:
+        `Llama 3.1 Community License Agreement, section 1.b.i (https://...)`."""
         section = self.clauses.get(question, "")
         place = f"{self.title}, {section}" if section else self.title
         return f"{place} ({self.source})"
@@ -66,7 +70,8 @@ NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", sou
 
 @dataclass(frozen=True)
 class CombinedTerms:
-    """The terms of several licences together: `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, ...)`."""
+    """The terms of several licences together:
+    `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, ...)`."""
 
     licences: tuple[str, ...]
     outputs: str
@@ -147,7 +152,8 @@ def declared(text: str | None) -> list[str]:
 
 
 def of_model(name: str) -> list[str]:
-    """The licences of a model that the table knows by name: `of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
+    """The licences of a model that the table knows by name:
+    `of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
     bare = re.split(r"/|--", name.removeprefix("hf:").rstrip("/"))[-1]
     for row in _table().models:
         if re.fullmatch(row["names"], bare, re.IGNORECASE):

@@ -1,5 +1,5 @@
-"""Lineage: from a model back to the stages, problems, people, teachers, licences and rows behind it; and from a
-withdrawn row forward to every artifact that it reached."""
+"""Lineage: from a model back to the stages, problems, people, teachers, licences and rows behind it; and from
+a withdrawn row forward to every artifact that it reached."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ ENTRY_KEYS = (
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model and every artifact behind it: `Lineage("3fa9...", {"3fa9...": {"stage": "dev1", "inputs": {...}}})`.
+    """A model and every artifact behind it:
+    `Lineage("3fa9...", {"3fa9...": {"stage": "dev1", "inputs": {...}}})`.
 
-    `entries` maps an artifact's key to `ENTRY_KEYS` of its manifest and the keys of its inputs. `store` holds the
-    artifacts; it is None for a released directory.
+    `entries` maps an artifact's key to `ENTRY_KEYS` of its manifest and the keys of its inputs. `store` holds
+    the artifacts; it is None for a released directory.
     """
 
     root: str
@@ -123,8 +124,9 @@ def lineage_of(artifact: Artifact, store: Store) -> Lineage:
 
 
 def find(name: str, runs: Path) -> Lineage:
-    """The lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder or the beginning of its
-    name, or a stage that only one run has. Raises LimbeckError if `name` is none of them, or several."""
+    """The lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder or the
+    beginning of its name, or a stage that only one run has. Raises LimbeckError if `name` is none of them, or
+    several."""
     released = Path(name) / RELEASED
     if released.is_file():
         lineage = read_json(released)
@@ -151,7 +153,8 @@ def find_artifact(name: str, runs: Path) -> tuple[Artifact, Store]:
 
 
 def _stage_folder(stage: str, runs: Path) -> str | None:
-    """The artifact's folder of a stage of that name; LimbeckError if runs disagree, None if no run has one."""
+    """The artifact's folder of a stage of that name; LimbeckError if runs disagree, None if no run has
+    one."""
     folders = {run: stages[stage] for run, stages in indexes(runs).items() if stage in stages}
     if len(set(folders.values())) > 1:
         choices = " or ".join(f"{runs / run / stage}" for run in folders)
@@ -186,8 +189,8 @@ def indexes(runs: Path) -> dict[str, dict[str, str]]:
 def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
     """Yield every row that trained the model or the weights it began with, and every problem practised on.
 
-    Keys: `id`, `learned_by`, `given_by`, `origin`, `editor` (None for an unchanged row), `times`, and for rows the
-    `row` itself. Raises LimbeckError for a released directory, which holds no rows.
+    Keys: `id`, `learned_by`, `given_by`, `origin`, `editor` (None for an unchanged row), `times`, and for
+    rows the `row` itself. Raises LimbeckError for a released directory, which holds no rows.
     """
     if lineage.store is None:
         raise LimbeckError(
@@ -231,9 +234,9 @@ def _describe_row(stage: str, giver: str, row: dict[str, Any], times: int) -> di
 class Recall:
     """The reach of a withdrawn row: maps from artifacts' folder names to their stages.
 
-    `holds` contain the row; `learned` were trained on it; `tainted` were made from those. `unsure` may have practised
-    on it: they are older than the record of practised problems. `again` lists by run the stages that a rerun computes
-    anew; `seconds` and `flops` are what they cost.
+    `holds` contain the row; `learned` were trained on it; `tainted` were made from those. `unsure` may have
+    practised on it: they are older than the record of practised problems. `again` lists by run the stages
+    that a rerun computes anew; `seconds` and `flops` are what they cost.
     """
 
     row: str
@@ -247,8 +250,9 @@ class Recall:
 
 
 def recall(row: str, runs: Path, given_by: str = "") -> Recall:
-    """Follow a row, by its id, or all rows of a problem, by the problem's, through every artifact of the store: also
-    through models that learned from it and sampled rows for others. `given_by` narrows to the rows of one stage.
+    """Follow a row, by its id, or all rows of a problem, by the problem's, through every artifact of the
+    store: also through models that learned from it and sampled rows for others. `given_by` narrows to the
+    rows of one stage.
 
     Raises LimbeckError if no artifact has such a row or problem.
     """
@@ -267,7 +271,8 @@ def recall(row: str, runs: Path, given_by: str = "") -> Recall:
 
 @dataclass
 class _Reach:
-    """The search behind `recall`; `visit` expects every artifact after its inputs. The four maps are keyed by key."""
+    """The search behind `recall`; `visit` expects every artifact after its inputs. The four maps are keyed by
+    key."""
 
     row: str
     given_by: str
@@ -306,7 +311,8 @@ class _Reach:
         return False
 
     def _trained(self, artifact: Artifact, parents: Mapping[str, str]) -> bool:
-        """True if the artifact's share of its inputs contains the row; reads nothing where no input holds it."""
+        """True if the artifact's share of its inputs contains the row; reads nothing where no input holds
+        it."""
         if artifact.kind not in LEARNING:
             return False
         if not any(parent in self.holds for parent in parents.values()):
@@ -317,9 +323,9 @@ class _Reach:
                 folders[name] = self.artifacts[parent].folder
         return any(self._matches(row["id"]) for _, row, _ in learned_rows(artifact.manifest, folders))
 
-    def _matches(self, id: str) -> bool:
+    def _matches(self, row_id: str) -> bool:
         """True for the row itself and for any row of the problem of that id."""
-        return self.row in (id, problem_of(id))
+        return self.row in (row_id, problem_of(row_id))
 
     def _may_have_practised(self, artifact: Artifact) -> bool:
         """True if the id is a problem's and the artifact drew problems of the same source."""
@@ -355,7 +361,8 @@ def _stages_by_folder(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
 
 
 def _data_parents(artifact: Artifact) -> dict[str, str]:
-    """Names and keys of the inputs that shape the artifact; a stage that it only compares its FLOPs with does not."""
+    """Names and keys of the inputs that shape the artifact; a stage that it only compares its FLOPs with does
+    not."""
     settings = artifact.manifest["settings"]
     compared = settings.get("flops_of")
     parents = {}

@@ -1,8 +1,8 @@
 """Provenance along the graph: problems, samplers, people and licences, carried from artifact to artifact.
 
-The licence of a model also binds every model that learns from its weights, its outputs or its scores, through any
-number of stages. A teacher is a model whose outputs or scores feed the training of a model that does not descend from
-it; a model that trains on its own base's outputs stays under its own licence.
+The licence of a model also binds every model that learns from its weights, its outputs or its scores, through
+any number of stages. A teacher is a model whose outputs or scores feed the training of a model that does not
+descend from it; a model that trains on its own base's outputs stays under its own licence.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ KINDS = ("problems", "models", "teachers", "editors")  # of sources
 
 @dataclass(frozen=True)
 class LicenceTrace:
-    """The licences that reach a stage: `LicenceTrace({"MIT": "stages.base"}, {"MIT": "stages.base"}, {"zero"}, "base")`.
+    """The licences that reach a stage:
+    `LicenceTrace({"MIT": "stages.base"}, {"MIT": "stages.base"}, {"zero"}, "base")`.
 
-    `bound` maps each licence to the place that brought it in; `own` are those that came with the weights. `makers` are
-    the models that sampled or scored its rows. `root` is the stage in which its weights began, "" for rows.
+    `bound` maps each licence to the place that brought it in; `own` are those that came with the weights.
+    `makers` are the models that sampled or scored its rows. `root` is the stage in which its weights began,
+    "" for rows.
     """
 
     bound: Mapping[str, str] = field(default_factory=dict)
@@ -43,7 +45,8 @@ class LicenceTrace:
 
 @dataclass(frozen=True)
 class LicenceViolation:
-    """Terms that a stage would break: `LicenceViolation("small", "OpenAI-Terms", "stages.small learns from ...")`."""
+    """Terms that a stage would break:
+    `LicenceViolation("small", "OpenAI-Terms", "stages.small learns from ...")`."""
 
     stage: str
     licence: str
@@ -51,7 +54,8 @@ class LicenceViolation:
 
 
 def trace(graph: Graph) -> tuple[dict[str, LicenceTrace], list[LicenceViolation]]:
-    """The licences that reach each stage and the violations, from the recipe alone: no stage has to have run."""
+    """The licences that reach each stage and the violations, from the recipe alone: no stage has to have
+    run."""
     traces: dict[str, LicenceTrace] = {}
     violations: list[LicenceViolation] = []
     for name, node in graph.nodes.items():
@@ -72,7 +76,8 @@ def _trace_node(
     learned: Mapping[str, str],
     traces: Mapping[str, LicenceTrace],
 ) -> LicenceTrace:
-    """The trace of one stage. `base` is that of the weights it starts from, `learned` the licences of its data."""
+    """The trace of one stage. `base` is that of the weights it starts from, `learned` the licences of its
+    data."""
     brought = _brought(node.name, node.stage, recipe) if node.kind in BROUGHT else {}
     bound = {**learned, **base.bound, **brought}
     makers = _makers(node, traces) | base.makers
@@ -110,8 +115,8 @@ def check(
 ) -> tuple[dict[str, LicenceTrace], dict[str, list[dict[str, str]]]]:
     """The trace of every stage, and by stage the rights that are claimed (`right` is the reason given).
 
-    Raises LimbeckError before anything runs, naming clause and remedy, if terms forbid a stage of the recipe or are
-    undeclared.
+    Raises LimbeckError before anything runs, naming clause and remedy, if terms forbid a stage of the recipe
+    or are undeclared.
     """
     traces, violations = trace(graph)
     if violations and not (right or "").strip():
@@ -202,7 +207,8 @@ def _distinct(rights: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
-    """The licences of a model that is brought in: as declared, as its source states, and as its name is known."""
+    """The licences of a model that is brought in: as declared, as its source states, and as its name is
+    known."""
     if isinstance(stage, Load):
         path = Path(stage.path)
         card = path / "provenance.json"
@@ -251,8 +257,8 @@ def _unknown(name: str, licence: str, source: str) -> str:
     if licence != UNDECLARED:
         licences = ", ".join(known())
         return (
-            f"stages.{name} learns from {source}, whose licence {licence!r} is not among those that Limbeck knows "
-            f"({licences})"
+            f"stages.{name} learns from {source}, whose licence {licence!r} is not among those that "
+            f"Limbeck knows ({licences})"
         )
     if "teachers" in source:
         remedy = "name a model that limbeck/pipeline/provenance/licences.yaml knows"
@@ -266,8 +272,8 @@ def _forbidden(name: str, licence: str, source: str) -> str:
     only = " but one under the same licence" if terms(licence).outputs == "own kind" else ""
     clause = terms(licence).clause("outputs")
     return (
-        f"stages.{name} learns from outputs of {source}, whose terms forbid that for any model{only}: {clause}; "
-        "take another teacher"
+        f"stages.{name} learns from outputs of {source}, whose terms forbid that for any model{only}: "
+        f"{clause}; take another teacher"
     )
 
 

@@ -1,4 +1,5 @@
-"""A model as others can load it: weights, tokenizer, card, checksums, lineage, and the recipe that makes it again.
+"""A model as others can load it: weights, tokenizer, card, checksums, lineage, and the recipe that makes it
+again.
 
 A release holds no rows and no paths, and names people as `reviewer 1`.
 """
@@ -38,8 +39,8 @@ class Released:
 
 
 def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto") -> Released:
-    """Write the directory; it appears whole or not at all. `gguf` is a type of `limbeck export`, `none`, or `auto`,
-    which leaves the file out if the format cannot hold the model.
+    """Write the directory; it appears whole or not at all. `gguf` is a type of `limbeck export`, `none`, or
+    `auto`, which leaves the file out if the format cannot hold the model.
 
     Raises LimbeckError, naming clause and remedy, if a licence forbids the release or the name breaks a duty.
     """
@@ -83,8 +84,8 @@ def refuse(lineage: Lineage, name: str) -> None:
             clause = terms(licence).clause("prefix")
             better = f"{prefix.replace(' ', '-')}-{name}"
             raise LimbeckError(
-                f"{name}: a model bound by {licence} must have a name that begins with {prefix!r} ({clause}); "
-                f"say --name {better}"
+                f"{name}: a model bound by {licence} must have a name that begins with {prefix!r} "
+                f"({clause}); say --name {better}"
             )
 
 
@@ -136,7 +137,8 @@ def _add_gguf(part: Path, name: str, kind: str) -> list[str]:
 
 
 def _add_licences(part: Path, lineage: Lineage) -> None:
-    """Copy the licence files that lie beside the models that were brought in, and write a notice of all licences."""
+    """Copy the licence files that lie beside the models that were brought in, and write a notice of all
+    licences."""
     for entry in lineage.entries.values():
         for path in _licence_files(entry):
             shutil.copyfile(path, part / f"{entry['stage']}-{path.name}")
@@ -210,7 +212,8 @@ def _aliases(lineage: Lineage) -> dict[str, str]:
 
 
 def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """An entry with aliases for people, a path's last name for the path, and rights without their claimant."""
+    """An entry with aliases for people, a path's last name for the path, and rights without their
+    claimant."""
     settings = dict(entry["settings"])
     if "path" in settings:
         settings["path"] = Path(settings["path"]).name
@@ -295,5 +298,6 @@ def _behind(recipe: Recipe, name: str, visited: set[str]) -> set[str]:
 
 
 def _policy_may_use(problems: Problems, stages: Mapping[str, Stage]) -> bool:
-    """True for a miniature in a recipe that curates: the policy may translate with it, so it is in that stage's key."""
+    """True for a miniature in a recipe that curates: the policy may translate with it, so it is in that
+    stage's key."""
     return problems.source == "miniature" and any(stage.kind == "curate" for stage in stages.values())

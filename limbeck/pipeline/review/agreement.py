@@ -14,10 +14,11 @@ from .reviews import VERDICTS, Standing
 
 @dataclass(frozen=True)
 class Pace:
-    """One reviewer of one queue: `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)`.
+    """One reviewer of one queue:
+    `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)`.
 
-    `seconds` is the median time a row, `hourly` the rows in an hour at the mean time; both are None if no verdict has a
-    time. `timed` counts the verdicts that have one.
+    `seconds` is the median time a row, `hourly` the rows in an hour at the mean time; both are None if no
+    verdict has a time. `timed` counts the verdicts that have one.
     """
 
     reviewer: str
@@ -52,11 +53,12 @@ def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
 
 
 def agreement(rows: Iterable[Standing]) -> dict[str, Any]:
-    """`{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}` over rows with several verdicts; {} without any.
+    """`{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}` over rows with several verdicts; {}
+    without any.
 
-    Every verdict was given alone: no reviewer sees those of others before. Resolutions come after that and do not
-    count. `same` is the share of rows with one and the same verdict, with its 95 % interval (Wilson); `alpha` is
-    Krippendorff's.
+    Every verdict was given alone: no reviewer sees those of others before. Resolutions come after that and do
+    not count. `same` is the share of rows with one and the same verdict, with its 95 % interval (Wilson);
+    `alpha` is Krippendorff's.
     """
     units = [row.verdicts for row in rows if len(row.verdicts) > 1]
     if not units:

@@ -1,6 +1,8 @@
-"""The curate stage: rows go out to reviewers and come back with verdicts. A policy can decide instead of people.
+"""The curate stage: rows go out to reviewers and come back with verdicts. A policy can decide instead of
+people.
 
-A queue belongs to the rows' content, so that no review is lost when a recipe changes; `reviews.py` describes its files.
+A queue belongs to the rows' content, so that no review is lost when a recipe changes; `reviews.py` describes
+its files.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def ask(
 ) -> None:
     """Write the queue, each id once: a problem that was drawn twice was answered alike.
 
-    `second`, the share of rows that two people review, is recorded when it changes: a share that people choose
-    afterwards counts until the recipe's changes.
+    `second`, the share of rows that two people review, is recorded when it changes: a share that people
+    choose afterwards counts until the recipe's changes.
     """
     queue.mkdir(parents=True, exist_ok=True)
     if not (queue / QUEUE).exists():
@@ -90,8 +92,8 @@ def _notes(reviewed: list[Standing], counts: dict[str, int]) -> dict[str, Any]:
 def by_policy(
     rows: list[dict[str, Any]], policy: str, tasks: dict[str, Task]
 ) -> tuple[list[dict], dict[str, Any]]:
-    """The rows that a policy leaves, and notes. `accept` keeps every row; `translate` also rewrites each thought in its
-    question's language, if the task can."""
+    """The rows that a policy leaves, and notes. `accept` keeps every row; `translate` also rewrites each
+    thought in its question's language, if the task can."""
     kept = []
     changed = 0
     for row in rows:

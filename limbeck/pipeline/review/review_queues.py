@@ -1,6 +1,7 @@
 """The review queues of all runs, and the verification of a row's text as its recipe verifies completions.
 
-Read from the files of runs (`recipe.yaml`, `stages.json`, manifests), so that a list of queues hashes no model.
+Read from the files of runs (`recipe.yaml`, `stages.json`, manifests), so that a list of queues hashes no
+model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ ORDER = ("asks", "ready", "changed", "early", "done")  # of states in a list of 
 
 @dataclass(frozen=True)
 class Desk:
-    """A curate stage that people review: `Desk(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
+    """A curate stage that people review:
+    `Desk(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
 
-    `queue` is None until the rows are there; `taken` is the digest of the reviews that the stage has run with, if it has.
+    `queue` is None until the rows are there; `taken` is the digest of the reviews that the stage has run
+    with, if it has.
     """
 
     run: Path
@@ -39,7 +42,8 @@ class Desk:
 
     @property
     def state(self) -> str:
-        """`early` (no rows yet), `asks`, `ready` (reviewed, the run may go on), `done`, or `changed` (reviewed since)."""
+        """`early` (no rows yet), `asks`, `ready` (reviewed, the run may go on), `done`, or `changed`
+        (reviewed since)."""
         if self.queue is None:
             return "early"
         if not reviews.complete(self.queue):
@@ -100,8 +104,8 @@ def _manifest(run: Path, artifact: str | None) -> dict[str, Any]:
 class Verification:
     """The verdict of the recipe's verifier on a text: `Verification("6 *5 +1", None, Score(...))`.
 
-    `answer` is the answer in the text, `gold` the one given with the problem, if any. `score` is None if the text cannot
-    be verified here; `why` is then the reason.
+    `answer` is the answer in the text, `gold` the one given with the problem, if any. `score` is None if the
+    text cannot be verified here; `why` is then the reason.
     """
 
     answer: str
@@ -141,19 +145,20 @@ def with_thought(text: str, thought: str) -> str:
     return f"<think> {thought.strip()} </think> {split_thought(text).answer}"
 
 
-def _problem(desk: Desk, id: str) -> tuple[Task, Problem]:
+def _problem(desk: Desk, row_id: str) -> tuple[Task, Problem]:
     """The task and the problem that a row answers."""
     recipe = desk.run / RECIPE
-    task, problems = _problems(desk.run, recipe.stat().st_mtime_ns, source_of(id))
-    problem = problems.get(problem_of(id))
+    task, problems = _problems(desk.run, recipe.stat().st_mtime_ns, source_of(row_id))
+    problem = problems.get(problem_of(row_id))
     if problem is None:
-        raise LimbeckError(f"the recipe's problems have no {problem_of(id)}")
+        raise LimbeckError(f"the recipe's problems have no {problem_of(row_id)}")
     return task, problem
 
 
 @lru_cache(maxsize=8)
 def _problems(run: Path, modified: int, name: str) -> tuple[Task, dict[str, Problem]]:
-    """The task of a problem source and its training problems by id; `modified` is the recipe's time of change."""
+    """The task of a problem source and its training problems by id; `modified` is the recipe's time of
+    change."""
     sources = read_recipe(run).problems
     if name not in sources:
         raise LimbeckError(f"the recipe has no problems of the name {name}")

@@ -1,15 +1,16 @@
-"""Reviews of the rows in a queue: several people may review a row, and the rules below decide which verdict counts.
+"""Reviews of the rows in a queue: several people may review a row, and the rules below decide which verdict
+counts.
 
-A queue is a folder with `queue.jsonl` (the rows to review, written once) and `reviews.jsonl` (append-only, a line an
-event):
+A queue is a folder with `queue.jsonl` (the rows to review, written once) and `reviews.jsonl` (append-only, a
+line an event):
 
     {"id", "verdict": accept | edit | reject, "completion"?, "reason"?, "reviewer", "at", "seconds"?}
     {"id", "verdict": "undo", "reviewer", "at"}        takes back the reviewer's own last event on a row
     {"second": 0.2, "by", "at"}                        from here on this share of all rows needs two reviewers
 
-A reviewer has one verdict a row, the last one given. All verdicts on a row must lead to the same text, or to none: where
-they do not, the row stays open until a reviewer settles it with a verdict that also has `"resolves": true`. That one
-counts, whatever verdicts follow, until its author takes it back.
+A reviewer has one verdict a row, the last one given. All verdicts on a row must lead to the same text, or to
+none: where they do not, the row stays open until a reviewer settles it with a verdict that also has
+`"resolves": true`. That one counts, whatever verdicts follow, until its author takes it back.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # of the verdic
 
 @dataclass(frozen=True)
 class Standing:
-    """A row with its verdicts: `Standing(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs a second reviewer.
+    """A row with its verdicts: `Standing(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs a second
+    reviewer.
 
-    `number` counts the queue's rows from 1, `wanted` is the number of reviewers that the row needs, `verdicts` maps
-    reviewers to their verdicts in order. `resolution` is the verdict that settles a dispute.
+    `number` counts the queue's rows from 1, `wanted` is the number of reviewers that the row needs,
+    `verdicts` maps reviewers to their verdicts in order. `resolution` is the verdict that settles a dispute.
     """
 
     number: int
@@ -113,7 +115,8 @@ def queue_folder(store: Path, digest: str) -> Path:
 
 
 def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing]:
-    """Every row in order, with its verdicts in the first `review_bytes` bytes of reviews; by default in all."""
+    """Every row in order, with its verdicts in the first `review_bytes` bytes of reviews; by default in
+    all."""
     return _standings(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
 
 
@@ -121,7 +124,8 @@ def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing
 def _standings(
     queue: Path, queue_stamp: object, reviews_stamp: object, review_bytes: int | None
 ) -> Sequence[Standing]:
-    """The stamps stand for the content of the two files: a run asks several times a second, and rows are long."""
+    """The stamps stand for the content of the two files: a run asks several times a second, and rows are
+    long."""
     verdicts: dict[str, dict[str, dict]] = {}
     resolutions: dict[str, dict] = {}
     share = 0.0
@@ -131,9 +135,9 @@ def _standings(
         if "verdict" in event:
             _apply(event, verdicts.setdefault(event["id"], {}), resolutions)
     found = []
-    for number, (id, row) in enumerate(queued_rows(queue).items(), 1):
-        wanted = 2 if needs_second(id, share) else 1
-        found.append(Standing(number, row, wanted, verdicts.get(id, {}), resolutions.get(id)))
+    for number, (row_id, row) in enumerate(queued_rows(queue).items(), 1):
+        wanted = 2 if needs_second(row_id, share) else 1
+        found.append(Standing(number, row, wanted, verdicts.get(row_id, {}), resolutions.get(row_id)))
     return tuple(found)
 
 
@@ -153,13 +157,15 @@ def _apply(event: dict[str, Any], verdicts: dict[str, dict], resolutions: dict[s
         verdicts[reviewer] = event
 
 
-def needs_second(id: str, share: float) -> bool:
-    """True if a row belongs to the share that two people review; a larger share contains every smaller one."""
-    return fingerprint("second", id) < share * 2**63
+def needs_second(row_id: str, share: float) -> bool:
+    """True if a row belongs to the share that two people review; a larger share contains every smaller
+    one."""
+    return fingerprint("second", row_id) < share * 2**63
 
 
 def events(queue: Path, review_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The events in the first `review_bytes` bytes of reviews, by default in all; a torn last line is left out."""
+    """The events in the first `review_bytes` bytes of reviews, by default in all; a torn last line is left
+    out."""
     path = queue / REVIEWS
     if not path.exists():
         return []
@@ -224,11 +230,11 @@ def review(queue: Path, entry: dict[str, Any]) -> None:
     append(queue, [entry])
 
 
-def undo(queue: Path, id: str, reviewer: str) -> None:
+def undo(queue: Path, row_id: str, reviewer: str) -> None:
     """Take back a reviewer's last event on a row. LimbeckError if the queue has no such row."""
-    if id not in queued_rows(queue):
-        raise LimbeckError(f"review of {id}: the queue has no such row")
-    append(queue, [{"id": id, "verdict": "undo", "reviewer": reviewer}])
+    if row_id not in queued_rows(queue):
+        raise LimbeckError(f"review of {row_id}: the queue has no such row")
+    append(queue, [{"id": row_id, "verdict": "undo", "reviewer": reviewer}])
 
 
 def ask_twice(queue: Path, share: float, by: str) -> None:
@@ -258,7 +264,8 @@ def check(entry: Mapping[str, Any], rows: Mapping[str, dict[str, Any]], where: s
 def import_reviews(queue: Path, path: Path, reviewer: str) -> int:
     """Append the verdicts of a JSONL file that was filled in elsewhere, all or none; return their number.
 
-    Rows whose verdict is still null stay open. Raises LimbeckError, naming the line, for one that is not valid.
+    Rows whose verdict is still null stay open. Raises LimbeckError, naming the line, for one that is not
+    valid.
     """
     rows = queued_rows(queue)
     entries = []
@@ -288,8 +295,8 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
-    """The rows that a reviewer may fill in elsewhere: first those due, without the verdicts of others; then the disputed
-    ones, with the verdicts, to be resolved."""
+    """The rows that a reviewer may fill in elsewhere: first those due, without the verdicts of others; then
+    the disputed ones, with the verdicts, to be resolved."""
     everything = standings(queue)
     rows = [{**standing.row, "verdict": None} for standing in everything if standing.due(reviewer)]
     for standing in everything:
@@ -303,8 +310,8 @@ def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
 
 
 def append(queue: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Append events; they are on disk when this returns, whatever other processes write. A last line that a power cut
-    or a full disk tore is dropped first."""
+    """Append events; they are on disk when this returns, whatever other processes write. A last line that a
+    power cut or a full disk tore is dropped first."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     lines = [json.dumps({**entry, "at": now}, ensure_ascii=False) + "\n" for entry in entries]
     with FileLock(queue / f"{REVIEWS}.lock"), open(queue / REVIEWS, "ab+") as file:
