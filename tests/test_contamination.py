@@ -1,4 +1,5 @@
-"""Copies of the test are found however they are dressed; what only looks like the test, being of its template, is kept."""
+"""Copies of the test are found however they are dressed; what only looks like the test, being of its
+template, is kept."""
 
 from __future__ import annotations
 
@@ -67,8 +68,13 @@ def test_planted_copies_of_the_miniature_are_caught_whatever_they_are_called():
 
 
 @pytest.mark.parametrize("generator, config", [
-    ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}), ("chain_sum", {"max_digits": 2}),
-    ("simple_equations", {}), ("word_sorting", {}), ("propositional_logic", {}), ("leg_counting", {}), ("spell_backward", {}),
+    ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
+    ("chain_sum", {"max_digits": 2}),
+    ("simple_equations", {}),
+    ("word_sorting", {}),
+    ("propositional_logic", {}),
+    ("leg_counting", {}),
+    ("spell_backward", {}),
 ])  # fmt: skip
 def test_of_generated_templates_every_copy_is_caught_and_nothing_else(generator, config):
     pytest.importorskip("reasoning_gym")
@@ -80,9 +86,14 @@ def test_of_generated_templates_every_copy_is_caught_and_nothing_else(generator,
 
 # ---------------------------------------------------------------- texts
 
-FARM = "A farmer keeps 17 hens and every hen lays 4 eggs in a week; how many boxes of 6 does she fill before the market opens?"
+FARM = (
+    "A farmer keeps 17 hens and every hen lays 4 eggs in a week; how many boxes of 6 does she fill before "
+    "the market opens?"
+)
 TEST = {
-    "t/1": FARM, "t/2": "小明有三个苹果，他又买了两个，妈妈再给他一个，他一共有几个苹果？", "t/3": "What is 3 + 4 - 5?",
+    "t/1": FARM,
+    "t/2": "小明有三个苹果，他又买了两个，妈妈再给他一个，他一共有几个苹果？",
+    "t/3": "What is 3 + 4 - 5?",
     "t/4": "Name the river that runs through the capital of Portugal and say where it rises.",
 }  # fmt: skip
 
@@ -94,7 +105,11 @@ TEST = {
     ("As an example", f"I remember: {FARM}", "shares 10 words in a row with t/1"),
     ("请问：小明有三个苹果，他又买了两个，妈妈再给他一个，他一共有几个苹果？谢谢", "", "t/2"),
     ("Compute: what is 3 + 4 - 5", "", "asks the same as t/3"),
-    ("Tell me: the river that runs through the capital of Portugal, and other things", "", "words in a row with t/4"),
+    (
+        "Tell me: the river that runs through the capital of Portugal, and other things",
+        "",
+        "words in a row with t/4",
+    ),
 ])  # fmt: skip
 def test_dressed_copies_are_caught(prompt, rest, words):
     assert words in Sieve(TEST).fault("mine/1#0", prompt, rest)
@@ -119,7 +134,10 @@ def test_an_instruction_that_all_share_is_no_copy_and_hides_none():
     assert (
         found.fault(
             "a/1",
-            "Solve the riddle carefully and give one word as the final answer in a box: what has teeth and bites none",
+            (
+                "Solve the riddle carefully and give one word as the final answer in a box: "
+                "what has teeth and bites none"
+            ),
         )
         is None
     )
@@ -142,8 +160,12 @@ problems:
   clock: {source: miniature, modulus: 3, numbers: 2, largest: 4}
   mine: {source: files, path: mine.jsonl, held_out: 2, answer: tags, licence: own}
 stages:
-  base: {kind: pretrain, problems: clock, tokens: 24000, shape: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, intermediate_size: 32}}
-  rows: {kind: sample, model: base, problems: {mine: 1}, prompts: 40, samples: 1, correct: false, wellformed: false, sampling: {max_new_tokens: 60}}
+  base:
+    {kind: pretrain, problems: clock, tokens: 24000, shape: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 2,
+     intermediate_size: 32}}
+  rows:
+    {kind: sample, model: base, problems: {mine: 1}, prompts: 40, samples: 1, correct: false, wellformed: false,
+     sampling: {max_new_tokens: 60}}
   taught: {kind: sft, model: base, rows: {rows: 1}, epochs: 1}
   evaluation: {kind: evaluate, models: [taught], problems: [%s], prompts: 8, max_new_tokens: 16}
 """
@@ -195,7 +217,8 @@ def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
 
 
 def test_rows_that_are_too_near_are_not_learned_even_when_they_were_sampled(tmp_path, finished):
-    """Rows of another run, or edited by people, pass no sampling: the stage that learns looks at them itself."""
+    """Rows of another run, or edited by people, pass no sampling: the stage that learns looks at them
+    itself."""
     run = tiny.open_run(finished.recipe, finished.home)
     store = run.store
     before = find("dev1", finished.home)

@@ -43,11 +43,13 @@ def test_traces_are_counted_with_examples_the_usual_ones_first():
 
 
 TOLD = "Let us weigh the options one by one and then decide calmly"
+MESSAGES = [{"role": "user", "content": "x"}, {"role": "assistant", "content": TOLD}]
 
 
 @pytest.mark.parametrize("name, text", [
-    ("c.txt", f"other\n{TOLD}\n"), ("c.jsonl", json.dumps({"response": TOLD})),
-    ("d.jsonl", json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": TOLD}]}) + "\n\n"),
+    ("c.txt", f"other\n{TOLD}\n"),
+    ("c.jsonl", json.dumps({"response": TOLD})),
+    ("d.jsonl", json.dumps({"messages": MESSAGES}) + "\n\n"),
 ])  # fmt: skip
 def test_runs_of_words_that_a_corpus_has_as_well(tmp_path, name, text):
     (tmp_path / name).write_text(text)

@@ -37,8 +37,8 @@ def test_a_model_is_found_by_stage_run_folder_and_artifact(why, finished):
     other = json.loads((finished.home / "twin" / "stages.json").read_text())
     (finished.home / "twin" / "stages.json").write_text(json.dumps({**other, "dev1": other["base"]}))
     assert (
-        f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or {finished.home / 'twin/dev1'}"
-        in why("dev1").err
+        f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or "
+        f"{finished.home / 'twin/dev1'}" in why("dev1").err
     )
     shutil.rmtree(finished.home / "twin")
 
@@ -75,7 +75,8 @@ def test_why_tells_programs_everything(why):
 
 
 def test_the_rows_listed_are_those_that_were_drawn(why, finished):
-    """The recipe's `coldstart: 0.5` takes half of the desk's rows: those, and all general ones, are listed."""
+    """The recipe's `coldstart: 0.5` takes half of the desk's rows: those, and all general ones, are
+    listed."""
     lineage = find("dev1", finished.home)
     listed = list(rows_behind(lineage))
     coldstart, general = (
@@ -110,7 +111,8 @@ def test_the_rows_listed_are_those_that_were_drawn(why, finished):
 
 
 def test_reinforcement_lists_the_problems_that_it_learned_from(finished):
-    """Of each step the first group is on record: it is listed if its rewards differ, which is what teaches, and else not."""
+    """Of each step the first group is on record: it is listed if its rewards differ, which is what teaches,
+    and else not."""
     zero = find("zero", finished.home)
     folder = zero.store.root / zero.head["artifact"]
     listed = {row["id"]: row for row in rows_behind(zero)}
@@ -229,7 +231,10 @@ def test_recall_tells_people_and_programs(call, finished):  # noqa: F811
 
 
 def test_origins_are_told_without_torch(finished):
-    program = "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    program = (
+        "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\n"
+        "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    )
     for command in (["why", "dev1"], ["why", "dev1", "--rows"], ["recall", "clock/none"]):
         done = subprocess.run(
             [sys.executable, "-c", program, *command, "--runs", str(finished.home)],

@@ -1,4 +1,5 @@
-"""What licences ask, how it reaches a model through others, what is refused, and what is recorded for ever."""
+"""What licences ask, how it reaches a model through others, what is refused, and what is recorded for
+ever."""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ stages:
 
 @pytest.fixture
 def graph(tmp_path):
-    """`graph(text, {"far": "hf:meta-llama/Llama-3.1-8B"})`: a recipe's graph; models are named with their source."""
+    """`graph(text, {"far": "hf:meta-llama/Llama-3.1-8B"})`: a recipe's graph; models are named with their
+    source."""
 
     def build(text: str, sources: dict[str, str]) -> Graph:
         for name, source in sources.items():
@@ -177,7 +179,8 @@ def refusal(graph: Graph, right: str | None = None) -> str:
 def test_a_teacher_whose_terms_forbid_it_is_refused_with_clause_and_source(graph):
     sentence = refusal(graph(hops(), {"far": "hf:meta-llama/Meta-Llama-3-8B", "small": "disk"}))
     assert sentence.startswith(
-        "stages.near learns from outputs of stages.far, whose terms forbid that for any model but one under the same licence"
+        "stages.near learns from outputs of stages.far, whose terms forbid that for any model but one "
+        "under the same licence"
     )
     assert (
         "section 1.b.v" in sentence
@@ -187,7 +190,8 @@ def test_a_teacher_whose_terms_forbid_it_is_refused_with_clause_and_source(graph
 
 
 def test_a_forbidden_teacher_is_forbidden_three_hops_on(graph):
-    """OpenAI's rows made `far`, which somebody brings in with their terms declared: `small` is refused too."""
+    """OpenAI's rows made `far`, which somebody brings in with their terms declared: `small` is refused
+    too."""
     breaches = trace(graph(hops(", licence: MIT AND OpenAI"), {"far": "disk", "small": "disk"}))[1]
     assert [breach.stage for breach in breaches] == ["near", "small"]
     assert all("stages.far" in b.sentence and "compete with OpenAI" in b.sentence for b in breaches)
@@ -210,9 +214,13 @@ def test_a_model_that_is_only_looked_at_needs_no_licence(graph):
 
 
 def test_a_model_may_learn_from_what_its_own_base_wrote(graph):
-    """zero -> traces -> dev1 on one base stays under that base's licence, whatever it says of other models."""
+    """zero -> traces -> dev1 on one base stays under that base's licence, whatever it says of other
+    models."""
     text = "name: own\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: load, path: base}\n"
-    text += "  zero: {kind: rl, model: base, problems: {clock: 1}}\n  traces: {kind: sample, model: zero, problems: {clock: 1}}\n"
+    text += (
+        "  zero: {kind: rl, model: base, problems: {clock: 1}}\n"
+        "  traces: {kind: sample, model: zero, problems: {clock: 1}}\n"
+    )
     text += "  dev1: {kind: sft, model: base, rows: {traces: 1}}\n"
     found, breaches = trace(graph(text, {"base": "hf:Tencent/Tencent-Hunyuan-Large"}))
     assert (
@@ -221,9 +229,16 @@ def test_a_model_may_learn_from_what_its_own_base_wrote(graph):
 
 
 def test_scores_teach_as_well_as_rows(graph):
-    """A model that chooses which problems another one learns is its teacher; one to compare FLOPs with is not."""
-    text = "name: s\nproblems: {clock: {source: miniature}}\nstages:\n  far: {kind: load, path: far, licence: openai}\n"
-    text += "  base: {kind: pretrain, problems: clock}\n  chosen: {kind: screen, model: far, problems: {clock: 1}}\n"
+    """A model that chooses which problems another one learns is its teacher; one to compare FLOPs with is
+    not."""
+    text = (
+        "name: s\nproblems: {clock: {source: miniature}}\nstages:\n"
+        "  far: {kind: load, path: far, licence: openai}\n"
+    )
+    text += (
+        "  base: {kind: pretrain, problems: clock}\n"
+        "  chosen: {kind: screen, model: far, problems: {clock: 1}}\n"
+    )
     rl = "  zero: {kind: rl, model: base, problems: {%s: 1}%s}\n"
     assert "stages.zero learns from outputs of stages.far" in refusal(
         graph(text + rl % ("chosen", ""), {"far": "disk"})
@@ -233,12 +248,25 @@ def test_scores_teach_as_well_as_rows(graph):
 
 @pytest.mark.parametrize("stages", [
     "  student: {kind: distill, model: base, teachers: {clock: far}, problems: {clock: 1}}\n",
-    "  rows: {kind: sample, model: base, problems: {clock: 1}}\n  marked: {kind: label, model: far, rows: {rows: 1}}\n  student: {kind: distill, model: base, rows: {marked: 1}, on_policy: 0}\n",
-    "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n  student: {kind: preference, model: base, pairs: {best: 1}}\n",
-    "  best: {kind: sample, model: base, problems: {clock: 1}, keep: best, scored_by: far}\n  student: {kind: sft, model: base, rows: {best: 1}}\n",
+    (
+        "  rows: {kind: sample, model: base, problems: {clock: 1}}\n"
+        "  marked: {kind: label, model: far, rows: {rows: 1}}\n"
+        "  student: {kind: distill, model: base, rows: {marked: 1}, on_policy: 0}\n"
+    ),
+    (
+        "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n"
+        "  student: {kind: preference, model: base, pairs: {best: 1}}\n"
+    ),
+    (
+        "  best: {kind: sample, model: base, problems: {clock: 1}, keep: best, scored_by: far}\n"
+        "  student: {kind: sft, model: base, rows: {best: 1}}\n"
+    ),
 ], ids=["logits", "labels", "preferences", "best of k"])  # fmt: skip
 def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
-    head = "name: w\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n  far: {kind: load, path: far, licence: %s}\n"
+    head = (
+        "name: w\nproblems: {clock: {source: miniature}}\nstages:\n"
+        "  base: {kind: pretrain, problems: clock}\n  far: {kind: load, path: far, licence: %s}\n"
+    )
     assert "stages.student learns from outputs of stages.far" in refusal(
         graph(head % "openai" + stages, {"far": "disk"})
     )
@@ -248,14 +276,23 @@ def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
 
 @pytest.mark.parametrize("told, words", [
     ("", "learns from problems.mine, whose licence is undeclared; set problems.mine.licence"),
-    (", licence: own, teachers: [gpt-4o]", "learns from outputs of problems.mine.teachers (gpt-4o), whose terms forbid that"),
-    (", licence: MIT, teachers: [nobody-9b]", "learns from problems.mine.teachers (nobody-9b), whose licence is undeclared; name a model"),
+    (
+        ", licence: own, teachers: [gpt-4o]",
+        "learns from outputs of problems.mine.teachers (gpt-4o), whose terms forbid that",
+    ),
+    (
+        ", licence: MIT, teachers: [nobody-9b]",
+        "learns from problems.mine.teachers (nobody-9b), whose licence is undeclared; name a model",
+    ),
 ])  # fmt: skip
 def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judged_them(
     graph, tmp_path, told, words
 ):
     (tmp_path / "mine.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 3)
-    text = "name: f\nproblems: {mine: {source: files, path: mine.jsonl%s}, clock: {source: miniature}}\nstages:\n"
+    text = (
+        "name: f\nproblems: {mine: {source: files, path: mine.jsonl%s}, clock: {source: miniature}}\n"
+        "stages:\n"
+    )
     text += (
         "  base: {kind: pretrain, problems: clock}\n  zero: {kind: rl, model: base, problems: {mine: 1}}\n"
     )
@@ -268,16 +305,19 @@ def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judge
 
 def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
     (tmp_path / "labels.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    text = "name: t\nproblems: {clock: {source: miniature}}\nstages:\n  base: {kind: pretrain, problems: clock}\n"
+    text = (
+        "name: t\nproblems: {clock: {source: miniature}}\nstages:\n"
+        "  base: {kind: pretrain, problems: clock}\n"
+    )
     text += "  helpful: {kind: reward, model: base, rows: labels.jsonl%s}\n"
     assert (
-        "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence"
-        in refusal(graph(text % "", {}))
+        "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set "
+        "stages.helpful.licence" in refusal(graph(text % "", {}))
     )
     dpo = "  helpful: {kind: preference, model: base, pairs: {labels.jsonl: 1}}\n"
     assert (
-        "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set stages.helpful.licence"
-        in refusal(graph(text.rpartition("  helpful")[0] + dpo, {}))
+        "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set "
+        "stages.helpful.licence" in refusal(graph(text.rpartition("  helpful")[0] + dpo, {}))
     )
     declared_ = {licence: graph(text % f", licence: {licence}", {}) for licence in ("own", "CC-BY-NC-4.0")}
     assert set(check(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
@@ -313,15 +353,22 @@ problems: {clock: {source: miniature}}
 stages:
   brought: {kind: load, path: model, licence: %s}
   free: {kind: load, path: model, licence: own}
-  heard: {kind: sample, model: brought, problems: {clock: 1}, prompts: 8, samples: 1, correct: false, wellformed: false, sampling: &s {max_new_tokens: 100}}
+  heard:
+    {kind: sample, model: brought, problems: {clock: 1}, prompts: 8, samples: 1, correct: false,
+     wellformed: false, sampling: &s {max_new_tokens: 100}}
   taught: {kind: sft, model: free, rows: {heard: 1}, epochs: 1}
-  later: {kind: sample, model: taught, problems: {clock: 1}, prompts: 4, samples: 1, correct: false, wellformed: false, sampling: *s}
-  alone: {kind: sample, model: free, problems: {clock: 1}, prompts: 4, samples: 1, correct: false, wellformed: false, sampling: *s}
+  later:
+    {kind: sample, model: taught, problems: {clock: 1}, prompts: 4, samples: 1, correct: false,
+     wellformed: false, sampling: *s}
+  alone:
+    {kind: sample, model: free, problems: {clock: 1}, prompts: 4, samples: 1, correct: false,
+     wellformed: false, sampling: *s}
 """
 
 
 def test_a_run_is_refused_before_anything_runs_and_a_claimed_right_is_inherited_for_ever(finished, tmp_path):
-    """A model is taught by one under OpenAI's terms: first refused, then claimed, and every heir carries the claim."""
+    """A model is taught by one under OpenAI's terms: first refused, then claimed, and every heir carries the
+    claim."""
     shutil.copytree(finished.recipe.parent / "model", tmp_path / "model")
     recipe, runs = tmp_path / "claimed.yaml", tmp_path / "runs"
     recipe.write_text(CLAIMED % "openai")
@@ -374,7 +421,10 @@ def test_an_origin_only_grows():
     after = merged_provenance(before, origin)
     assert after["licences"] == ["MIT"] and after["rights"] == before["rights"]
     assert after["sources"] == {"problems": ["p"], "models": [], "teachers": [], "editors": ["Ada"]}
-    assert merged_provenance(after, origin) is None and merged_provenance(after, {**origin, "licences": []}) is None
+    assert (
+        merged_provenance(after, origin) is None
+        and merged_provenance(after, {**origin, "licences": []}) is None
+    )
 
 
 def test_unknown_terms_forbid():

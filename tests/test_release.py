@@ -1,4 +1,5 @@
-"""A released directory: others load it, its sums hold, its recipe makes it again, and what may not leave does not."""
+"""A released directory: others load it, its sums hold, its recipe makes it again, and what may not leave does
+not."""
 
 from __future__ import annotations
 
@@ -122,7 +123,10 @@ def test_the_card_tells_what_the_runs_have_shown(out, finished):
         "value": round(100 * accuracy["mean"], 1),
     } in values
     assert "license" not in front and front["pipeline_tag"] == "text-generation"
-    row = f"| clock | temperature 1 | {100 * accuracy['mean']:.1f} % | {100 * accuracy['low']:.1f} – {100 * accuracy['high']:.1f} % | {accuracy['problems']} | {accuracy['n']} |"
+    row = (
+        f"| clock | temperature 1 | {100 * accuracy['mean']:.1f} % | {100 * accuracy['low']:.1f} – "
+        f"{100 * accuracy['high']:.1f} % | {accuracy['problems']} | {accuracy['n']} |"
+    )
     assert row in body and "Bound by no licence." in body and "Energy: not measured." in body
     zero = find("tiny/zero", finished.home)
     total = sum(entry["flops"] for entry in zero.entries.values())

@@ -208,8 +208,8 @@ def test_pace_and_agreement(queue):
 
 
 def test_alpha_is_that_of_the_literature():
-    """The two examples of Krippendorff 2011: two observers of ten units with two values (section A), and four observers of
-    twelve with five values and gaps (section C)."""
+    """The two examples of Krippendorff 2011: two observers of ten units with two values (section A), and four
+    observers of twelve with five values and gaps (section C)."""
     two = ["0100000010", "1110010000"]
     four = ["123321412***", "1233224125*3", "*3332342251*", "12332441251*"]
     for observers, alpha in ((two, 0.095), (four, 0.743)):

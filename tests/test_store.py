@@ -118,7 +118,8 @@ def test_when_another_process_was_faster_its_artifact_stays(store):
 def test_two_processes_never_work_in_one_folder(store):
     folder = lay(store, "1")
     program = (
-        "import sys, pathlib; from limbeck.pipeline.store import Store; s = Store(pathlib.Path(sys.argv[1]))\n"
+        "import sys, pathlib; from limbeck.pipeline.store import Store; s = "
+        "Store(pathlib.Path(sys.argv[1]))\n"
         "with s.lock(pathlib.Path(sys.argv[2])): print('mine', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(store.root), str(folder)]
@@ -250,7 +251,8 @@ def test_torch_hides_a_full_disk_and_it_is_found_all_the_same(tmp_path):
         "path = Path(sys.argv[1]); save({'step': 1}, path)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: save({'weights': torch.zeros(10**6)}, path)\n"
-        "except Exception as error: print(type(error).__name__, out_of_space(error), torch.load(path), len(list(path.parent.iterdir())))"
+        "except Exception as error: print(type(error).__name__, out_of_space(error), torch.load(path), "
+        "len(list(path.parent.iterdir())))"
     )
     out = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "state.pt"], capture_output=True, text=True, check=True

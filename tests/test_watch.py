@@ -1,4 +1,5 @@
-"""What is told of a run from outside: its record as it grows, flips, sentences, and the overview of its folder."""
+"""What is told of a run from outside: its record as it grows, flips, sentences, and the overview of its
+folder."""
 
 from __future__ import annotations
 
