@@ -161,11 +161,11 @@ problems:
   mine: {source: files, path: mine.jsonl, held_out: 2, answer: tags, licence: own}
 stages:
   base:
-    {kind: pretrain, problems: clock, tokens: 24000, shape: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 2,
-     intermediate_size: 32}}
+    {kind: pretrain, problems: clock, tokens: 24000, shape: {hidden_size: 32, layers: 1, heads: 2,
+     kv_heads: 2, intermediate_size: 32}}
   rows:
-    {kind: sample, model: base, problems: {mine: 1}, prompts: 40, samples: 1, correct: false, wellformed: false,
-     sampling: {max_new_tokens: 60}}
+    {kind: sample, model: base, problems: {mine: 1}, prompts: 40, samples: 1, correct: false,
+     wellformed: false, sampling: {max_new_tokens: 60}}
   taught: {kind: sft, model: base, rows: {rows: 1}, epochs: 1}
   evaluation: {kind: evaluate, models: [taught], problems: [%s], prompts: 8, max_new_tokens: 16}
 """

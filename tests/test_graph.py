@@ -42,7 +42,8 @@ def test_nothing_is_done_twice(plan):
 
 @pytest.mark.parametrize("quiet", [
     "workers=2", "threads=2", "description=other", "name=other", "stages.zero.title=other",
-    "stages.zero.log_every=7", "stages.base.save_every=9", "stages.evaluation.title=x", "stages.zero.recompute=true",
+    "stages.zero.log_every=7", "stages.base.save_every=9", "stages.evaluation.title=x",
+    "stages.zero.recompute=true",
 ])  # fmt: skip
 def test_how_and_how_chattily_it_is_computed_changes_no_key(plan, quiet):
     assert changed(plan(quiet)) == set()

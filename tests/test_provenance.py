@@ -11,8 +11,8 @@ from tiny import answer
 
 from limbeck.config.load import load
 from limbeck.pipeline.graph import Graph
-from limbeck.pipeline.provenance.licences import _table, bind, declared, of_model, terms
-from limbeck.pipeline.provenance.propagate import check, merged_provenance, teachers_of, trace
+from limbeck.pipeline.provenance.licences import _table, bind, licences_of_model, parse_licences, terms
+from limbeck.pipeline.provenance.propagate import check_licences, merged_provenance, teachers_of, trace
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
@@ -71,13 +71,18 @@ CASES = [
     "model, licences, outputs, more", CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_each_model_is_bound_by_what_its_size_and_version_say(model, licences, outputs, more):
-    bonds = bind(of_model(model))
+    bonds = bind(licences_of_model(model))
     assert list(bonds.licences) == licences and bonds.outputs == outputs
     assert {name: getattr(bonds, name) for name in more} == more
 
 
 def test_a_model_that_the_table_does_not_know_has_no_licence():
-    assert of_model("somebody/their-model") == of_model("Qwen/Qwen2.5-8B") == of_model("gemma") == []
+    assert (
+        licences_of_model("somebody/their-model")
+        == licences_of_model("Qwen/Qwen2.5-8B")
+        == licences_of_model("gemma")
+        == []
+    )
 
 
 def test_every_entry_says_where_it_was_read():
@@ -91,11 +96,11 @@ def test_every_entry_says_where_it_was_read():
 
 
 def test_licences_are_read_as_people_and_model_cards_write_them():
-    assert declared("mit AND Apache-2.0") == ["MIT", "Apache-2.0"] and declared("cc-by-nc-4.0") == [
-        "CC-BY-NC-4.0"
-    ]
-    assert declared("llama3.1") == ["Llama-3.1"] and declared("ACME-1") == ["ACME-1"]
-    assert declared("other") == declared("unknown") == declared(None) == []
+    assert parse_licences("mit AND Apache-2.0") == ["MIT", "Apache-2.0"] and parse_licences(
+        "cc-by-nc-4.0"
+    ) == ["CC-BY-NC-4.0"]
+    assert parse_licences("llama3.1") == ["Llama-3.1"] and parse_licences("ACME-1") == ["ACME-1"]
+    assert parse_licences("other") == parse_licences("unknown") == parse_licences(None) == []
 
 
 def test_of_several_licences_the_stricter_one_decides_question_by_question():
@@ -171,7 +176,7 @@ def test_restrictions_pass_three_hops_and_stop_at_what_learned_nothing(graph):
 
 def refusal(graph: Graph, right: str | None = None) -> str:
     with pytest.raises(LimbeckError) as caught:
-        check(graph, right)
+        check_licences(graph, right)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -210,7 +215,7 @@ def test_what_nobody_declared_is_refused_with_the_remedy(graph, far, words):
 def test_a_model_that_is_only_looked_at_needs_no_licence(graph):
     text = "name: a\nproblems: {clock: {source: miniature}}\nstages:\n  far: {kind: load, path: far}\n"
     text += "  e: {kind: evaluate, models: [far], problems: [clock]}\n"
-    assert check(graph(text, {"far": "disk"})) and trace(graph(text, {"far": "disk"}))[1] == []
+    assert check_licences(graph(text, {"far": "disk"})) and trace(graph(text, {"far": "disk"}))[1] == []
 
 
 def test_a_model_may_learn_from_what_its_own_base_wrote(graph):
@@ -270,7 +275,7 @@ def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
     assert "stages.student learns from outputs of stages.far" in refusal(
         graph(head % "openai" + stages, {"far": "disk"})
     )
-    found, _ = check(graph(head % "Gemma" + stages, {"far": "disk"}))
+    found, _ = check_licences(graph(head % "Gemma" + stages, {"far": "disk"}))
     assert set(found["student"].bound) == {"Gemma"} and teachers_of("student", found) == ["far"]
 
 
@@ -297,7 +302,7 @@ def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judge
         "  base: {kind: pretrain, problems: clock}\n  zero: {kind: rl, model: base, problems: {mine: 1}}\n"
     )
     assert words in refusal(graph(text % told, {}))
-    found, _ = check(graph(text % ", licence: CC-BY-NC-4.0, teachers: [Llama-3.3-70B-Instruct]", {}))
+    found, _ = check_licences(graph(text % ", licence: CC-BY-NC-4.0, teachers: [Llama-3.3-70B-Instruct]", {}))
     assert (
         set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"} and not bind(found["zero"].bound).commercial
     )
@@ -320,7 +325,7 @@ def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
         "stages.helpful.licence" in refusal(graph(text.rpartition("  helpful")[0] + dpo, {}))
     )
     declared_ = {licence: graph(text % f", licence: {licence}", {}) for licence in ("own", "CC-BY-NC-4.0")}
-    assert set(check(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
+    assert set(check_licences(declared_["CC-BY-NC-4.0"])[0]["helpful"].bound) == {"CC-BY-NC-4.0"}
     assert len({str(g.identity(g.nodes["base"])) for g in declared_.values()}) == 1
 
 
@@ -339,7 +344,7 @@ def test_shipped_recipes_pass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        found, claims = check(Graph(load(path), Store(tmp_path / "store"), path.parent))
+        found, claims = check_licences(Graph(load(path), Store(tmp_path / "store"), path.parent))
         licences = {licence for descent in found.values() for licence in descent.bound}
         assert claims == {} and licences == ({"Apache-2.0"} if "smollm2" in path.name else set()), path
 

@@ -51,7 +51,7 @@ def said(row: Mapping[str, Any]) -> str:
     return "\n\n".join(texts)
 
 
-def learned_rows(
+def training_rows(
     manifest: Mapping[str, Any], folders: Mapping[str, Path]
 ) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Yield each row that a stage trained on as (input stage, row, times per epoch).

@@ -32,13 +32,8 @@ from .review import reviews
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
-QUIET |= {
-    "key",
-    "prices",
-    "requests_per_minute",
-    "concurrent",
-    "patience",
-}  # of an endpoint: the answers are the same
+# of an endpoint: its responses are the same
+QUIET |= {"key", "prices", "requests_per_minute", "concurrent", "patience"}
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
 
@@ -146,10 +141,9 @@ class Graph:
 
     def _settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that change a stage's result."""
-        told = stage.model_dump(mode="json").items()
-        settings = {
-            k: v for k, v in told if k not in QUIET and v is not None
-        }  # so a new option leaves old keys alone
+        configured = {k: v for k, v in stage.model_dump(mode="json").items() if k not in QUIET}
+        # without None: a new option leaves old keys alone
+        settings = {k: v for k, v in configured.items() if v is not None}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(stage, Load):  # a model counts by its content, wherever it lies
@@ -229,7 +223,7 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
         stage = stage.model_copy(update={"path": str(path.resolve())})
     tables = tables_of(stage)
     if tables:
-        setting = f"stages.{name}.{key_of(stage)}"
+        setting = f"stages.{name}.{table_setting(stage)}"
         paths = {table: _find_file(setting, table, base) for table in tables}
         stage = stage.model_copy(update=rename_tables(stage, paths))
     return stage
@@ -252,7 +246,7 @@ def tables_of(stage: Stage) -> list[str]:
     return [name for name in cited if name.endswith(TABLES)]
 
 
-def key_of(stage: Stage) -> str:
+def table_setting(stage: Stage) -> str:
     """The setting that names a stage's files."""
     return "pairs" if isinstance(stage, Preference) else "rows"
 

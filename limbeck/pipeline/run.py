@@ -16,13 +16,13 @@ from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
 from ..run_log import read
 from ..runtime.machine import machine
-from ..runtime.worker_pool import Host
+from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
 from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
 from .progress import Progress
-from .provenance.propagate import check, merged_provenance, origin_of
+from .provenance.propagate import check_licences, merged_provenance, origin_of
 from .review import curate, reviews
 from .run_folder import FORECAST, INDEX, RECIPE, read_json
 from .run_status import RunStatus
@@ -58,8 +58,8 @@ class Run:
         self.store = Store(home / "store")
         self.folder = home / recipe.name
         self.graph = Graph(recipe, self.store, base)
-        self.licence_traces, self.claims = check(self.graph, right)
-        self.host = Host(recipe.workers, recipe.threads)
+        self.licence_traces, self.claims = check_licences(self.graph, right)
+        self.host = WorkerPool(recipe.workers, recipe.threads)
         self.status = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
         self.stopping = False
@@ -77,9 +77,9 @@ class Run:
         self._open_folder()
         with self.status:
             self._keep_forecast(forecast)
-            return self._execute()
+            return self._run_stages()
 
-    def _execute(self) -> Path | None:
+    def _run_stages(self) -> Path | None:
         self.graph.check_contamination()
         began = time.monotonic()
         try:

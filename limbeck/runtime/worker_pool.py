@@ -14,7 +14,7 @@ from typing import Any
 from .machine import usable_cores
 
 
-class Host:
+class WorkerPool:
     """`workers` processes on this machine, each with its share of the cores; started when first needed."""
 
     def __init__(self, workers: int, threads: int = 0):

@@ -71,11 +71,11 @@ def traces(rows: Iterable[dict[str, Any]], corpus: Path | None = None) -> list[T
     Raises LimbeckError if it cannot be read.
     """
     texts = {row["id"]: said(row) for row in rows}
-    found = [_trace(kind, len(texts), _match(pattern, texts)) for kind, pattern in _COMPILED.items()]
+    evidence = [_trace(kind, len(texts), _match(pattern, texts)) for kind, pattern in _COMPILED.items()]
     if corpus:
         shared = _shared_runs(texts, corpus)
-        found.append(_trace(f"shares {RUN_LENGTH} words in a row with {corpus.name}", len(texts), shared))
-    return found
+        evidence.append(_trace(f"shares {RUN_LENGTH} words in a row with {corpus.name}", len(texts), shared))
+    return evidence
 
 
 def _match(pattern: re.Pattern, texts: Mapping[str, str]) -> dict[str, str]:

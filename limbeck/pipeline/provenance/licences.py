@@ -140,10 +140,10 @@ def terms(name: str) -> Terms:
     return _table().terms.get(name, NOBODY_KNOWS)
 
 
-def declared(text: str | None) -> list[str]:
+def parse_licences(text: str | None) -> list[str]:
     """The licences that a recipe or a model card names; one that is not in the table keeps its spelling.
 
-    >>> declared("mit AND apache-2.0"), declared("llama3.1"), declared("other")
+    >>> parse_licences("mit AND apache-2.0"), parse_licences("llama3.1"), parse_licences("other")
     (['MIT', 'Apache-2.0'], ['Llama-3.1'], [])
     """
     names = _table().names
@@ -151,9 +151,9 @@ def declared(text: str | None) -> list[str]:
     return [names.get(word.lower(), word) for word in words if word.lower() not in SILENT]
 
 
-def of_model(name: str) -> list[str]:
+def licences_of_model(name: str) -> list[str]:
     """The licences of a model that the table knows by name:
-    `of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
+    `licences_of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
     bare = re.split(r"/|--", name.removeprefix("hf:").rstrip("/"))[-1]
     for row in _table().models:
         if re.fullmatch(row["names"], bare, re.IGNORECASE):
@@ -161,7 +161,7 @@ def of_model(name: str) -> list[str]:
     return []
 
 
-def known() -> list[str]:
+def known_licences() -> list[str]:
     """The names of all licences in the table."""
     return list(_table().terms)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...run_log import read
 from ...types import LimbeckError
-from ..dataset_rows import PROBLEMS, ROWS, learned_rows, practised_problems, problem_of, source_of
+from ..dataset_rows import PROBLEMS, ROWS, practised_problems, problem_of, source_of, training_rows
 from ..run_folder import INDEX, read_json
 from ..store import MANIFEST, Artifact, Store
 from .licences import bind
@@ -200,7 +200,7 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
         entry = lineage.entries[key]
         if entry["kind"] not in LEARNING:
             continue
-        for giver, row, times in learned_rows(entry, lineage.input_folders(key)):
+        for giver, row, times in training_rows(entry, lineage.input_folders(key)):
             yield _describe_row(entry["stage"], giver, row, times)
         for problem, times in practised_problems(lineage.store.root / entry["artifact"]).items():
             yield {
@@ -321,7 +321,7 @@ class _Reach:
         for name, parent in parents.items():
             if parent in self.artifacts:
                 folders[name] = self.artifacts[parent].folder
-        return any(self._matches(row["id"]) for _, row, _ in learned_rows(artifact.manifest, folders))
+        return any(self._matches(row["id"]) for _, row, _ in training_rows(artifact.manifest, folders))
 
     def _matches(self, row_id: str) -> bool:
         """True for the row itself and for any row of the problem of that id."""

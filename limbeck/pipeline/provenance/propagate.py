@@ -18,9 +18,9 @@ from typing import Any
 from ...config.load import MODELS
 from ...config.recipe import Curate, Files, Load, Problems, Recipe, Stage
 from ...types import LimbeckError
-from ..graph import Graph, Node, key_of, tables_of
+from ..graph import Graph, Node, table_setting, tables_of
 from ..store import Artifact
-from .licences import NOBODY_KNOWS, UNDECLARED, declared, known, of_model, terms
+from .licences import NOBODY_KNOWS, UNDECLARED, known_licences, licences_of_model, parse_licences, terms
 
 BROUGHT = {"load", "remote"}  # kinds of stages that bring in somebody else's model
 LEARNING = (MODELS | {"reward"}) - BROUGHT  # kinds of stages that train a model
@@ -110,7 +110,7 @@ def _teaching_inputs(node: Node) -> list[str]:
     return [cited for cited in data_inputs(node) if cited != weights]
 
 
-def check(
+def check_licences(
     graph: Graph, right: str | None = None
 ) -> tuple[dict[str, LicenceTrace], dict[str, list[dict[str, str]]]]:
     """The trace of every stage, and by stage the rights that are claimed (`right` is the reason given).
@@ -213,10 +213,10 @@ def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
         path = Path(stage.path)
         card = path / "provenance.json"
         origin = json.loads(card.read_text(encoding="utf-8")) if card.exists() else {}
-        names = declared(stage.licence or recipe.licence) + declared(origin.get("licence"))
-        names += of_model(str(origin.get("source", ""))) + of_model(path.name)
+        names = parse_licences(stage.licence or recipe.licence) + parse_licences(origin.get("licence"))
+        names += licences_of_model(str(origin.get("source", ""))) + licences_of_model(path.name)
     else:
-        names = declared(stage.licence) + of_model(getattr(stage, "model", ""))
+        names = parse_licences(stage.licence) + licences_of_model(getattr(stage, "model", ""))
     return dict.fromkeys(names or [UNDECLARED], f"stages.{name}")
 
 
@@ -224,15 +224,15 @@ def _of_problems(node: Node) -> dict[str, str]:
     """The licences of rows in files, and of the models that wrote, filtered or judged them."""
     licences: dict[str, str] = {}
     if node.kind in LEARNING and tables_of(node.stage):
-        names = declared(node.stage.licence) or [UNDECLARED]
-        licences |= dict.fromkeys(names, f"stages.{node.name}.{key_of(node.stage)}")
+        names = parse_licences(node.stage.licence) or [UNDECLARED]
+        licences |= dict.fromkeys(names, f"stages.{node.name}.{table_setting(node.stage)}")
     for source, problems in node.problems.items():
         if not isinstance(problems, Files):
             continue
-        names = declared(problems.licence) or [UNDECLARED]
+        names = parse_licences(problems.licence) or [UNDECLARED]
         licences |= dict.fromkeys(names, f"problems.{source}")
         for teacher in problems.teachers:
-            names = of_model(teacher) or [UNDECLARED]
+            names = licences_of_model(teacher) or [UNDECLARED]
             licences |= dict.fromkeys(names, f"problems.{source}.teachers ({teacher})")
     return licences
 
@@ -255,7 +255,7 @@ def _violations(name: str, base: LicenceTrace, learned: Mapping[str, str]) -> li
 
 def _unknown(name: str, licence: str, source: str) -> str:
     if licence != UNDECLARED:
-        licences = ", ".join(known())
+        licences = ", ".join(known_licences())
         return (
             f"stages.{name} learns from {source}, whose licence {licence!r} is not among those that "
             f"Limbeck knows ({licences})"

@@ -18,7 +18,7 @@ from ...config.load import MODELS, dump
 from ...config.load import load as read_recipe
 from ...config.recipe import Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
 from ...types import LimbeckError
-from ..dataset_rows import learned_rows, said
+from ..dataset_rows import said, training_rows
 from ..run_folder import RECIPE
 from ..store import Artifact, Store, digest_file, digest_of, sync_below, write
 from .card import card
@@ -51,7 +51,7 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} is there already; choose another directory, or remove it")
     lineage = lineage_of(artifact, store)
-    refuse(lineage, name)
+    check_release(lineage, name)
     recipe = recipe_of(artifact, store)
     part = out.resolve().parent / f".{out.resolve().name}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -60,7 +60,7 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
         notes = _add_gguf(part, name, gguf)
         _add_licences(part, lineage)
         write(part / RECIPE, dump(recipe))
-        _add_card(part, name, public(lineage), evaluations(artifact, store))
+        _add_card(part, name, published_lineage(lineage), evaluations(artifact, store))
         _add_sums(part)
         sync_below(part)
         if out.exists():
@@ -74,7 +74,7 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
 # ---------------------------------------------------------------- licences
 
 
-def refuse(lineage: Lineage, name: str) -> None:
+def check_release(lineage: Lineage, name: str) -> None:
     """Raise LimbeckError if a licence forbids handing the model on, or `name` breaks a naming duty."""
     for licence in lineage.licences:
         _refuse_forbidden(lineage, licence)
@@ -190,7 +190,7 @@ def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the published lineage
 
 
-def public(lineage: Lineage) -> dict[str, Any]:
+def published_lineage(lineage: Lineage) -> dict[str, Any]:
     """The lineage without private data: no names of people, no paths, rows as a count and a digest."""
     aliases = _aliases(lineage)
     entries = {}
@@ -231,7 +231,7 @@ def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str
 
 def _row_identities(lineage: Lineage, key: str) -> list[Any]:
     """Id, text and times per epoch of each row that a stage trained on."""
-    rows = learned_rows(lineage.entries[key], lineage.input_folders(key))
+    rows = training_rows(lineage.entries[key], lineage.input_folders(key))
     return [[row["id"], said(row), times] for _, row, times in rows]
 
 

@@ -35,8 +35,8 @@ def paces(rows: Iterable[Standing]) -> list[Pace]:
     for row in rows:
         for reviewer, verdict in row.verdicts.items():
             by_reviewer.setdefault(reviewer, []).append(verdict)
-    found = [_pace(reviewer, verdicts) for reviewer, verdicts in by_reviewer.items()]
-    return sorted(found, key=lambda pace: (-pace.rows, pace.reviewer))
+    measured = [_pace(reviewer, verdicts) for reviewer, verdicts in by_reviewer.items()]
+    return sorted(measured, key=lambda pace: (-pace.rows, pace.reviewer))
 
 
 def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:

@@ -134,11 +134,11 @@ def _standings(
             share = event["second"]
         if "verdict" in event:
             _apply(event, verdicts.setdefault(event["id"], {}), resolutions)
-    found = []
+    states = []
     for number, (row_id, row) in enumerate(queued_rows(queue).items(), 1):
         wanted = 2 if needs_second(row_id, share) else 1
-        found.append(Standing(number, row, wanted, verdicts.get(row_id, {}), resolutions.get(row_id)))
-    return tuple(found)
+        states.append(Standing(number, row, wanted, verdicts.get(row_id, {}), resolutions.get(row_id)))
+    return tuple(states)
 
 
 def _apply(event: dict[str, Any], verdicts: dict[str, dict], resolutions: dict[str, dict]) -> None:
