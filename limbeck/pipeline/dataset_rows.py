@@ -39,8 +39,7 @@ def problem_of(row_id: str) -> str:
 
 
 def share_of(rows: Sequence[Row], part: float, seed: object) -> list[Row]:
-    """All rows for a share of 1; a random part of them for a smaller share; some rows several times for a
-    larger one."""
+    """All rows for a share of 1, a random part of them below, and some rows several times above."""
     order = generator(seed, "share").permutation(len(rows))
     return [rows[order[i % len(rows)]] for i in range(round(part * len(rows)))]
 

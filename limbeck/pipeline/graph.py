@@ -183,8 +183,7 @@ class Graph:
         return dependents
 
     def why(self, node: Node) -> list[str]:
-        """The reasons for which a node has to run: differences from the nearest artifact of the same stage
-        name."""
+        """The reasons to run a node: its differences from the nearest artifact of the same stage."""
         if node.key is None:
             missing = [name for name in node.inputs if not self.nodes[name].artifact]
             return [f"{', '.join(missing)} must run first"]

@@ -60,8 +60,7 @@ class Job:
         return weights.load(directory), Tokenizer.from_directory(directory)
 
     def endpoint(self, name: str) -> Endpoint:
-        """An endpoint that the stage may use. Its responses are cached in the store, for all stages and
-        runs."""
+        """An endpoint that the stage may use; the store caches its responses for all stages and runs."""
         from ..engine.openai_client import Endpoint
 
         settings = self.stage if isinstance(self.stage, Remote) else self.endpoints[name]

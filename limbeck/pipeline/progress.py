@@ -1,5 +1,4 @@
-"""The progress of a running stage, read from the files that it writes: steps, metrics, pace, the latest
-rollout."""
+"""The progress of a running stage, read from its files: steps, metrics, pace, the latest rollout."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ class Progress:
         return timing.get("step", -1) + 1, timing.get("of"), metrics
 
     def pace(self) -> Pace:
-        """The pace over the latest rows of timing. The first row of a process has no seconds and marks its
-        begin."""
+        """The pace over the latest rows of timing; a process begins with a row that has no seconds."""
         rows = _tail(self.folder / TIMING)
         for i in reversed(range(len(rows))):
             if rows[i]["seconds"] is None:

@@ -97,8 +97,7 @@ class Run:
         return self._report(time.monotonic() - began)
 
     def stop(self) -> None:
-        """Let running stages checkpoint and end; start nothing new. Safe in a signal handler: it only sets a
-        flag."""
+        """Let running stages checkpoint and end. Safe in a signal handler: it only sets a flag."""
         self.stopping = True
 
     def _step(self) -> None:
@@ -285,8 +284,7 @@ class Run:
         return {**manifest, **outcome}
 
     def _index(self) -> None:
-        """Write the index of artifacts by stage, which `gc` spares. Written after each stage: a run may be
-        killed."""
+        """Write the artifacts by stage, which `gc` spares. Called after each stage: a run may be killed."""
         stages = {}
         for name, node in self.graph.nodes.items():
             if node.artifact:
@@ -361,8 +359,7 @@ class Run:
 
 
 def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
-    """The error of a failed stage: a user's mistake as it is; a defect as a sentence, with the traceback in a
-    file."""
+    """The error of a failed stage; for a defect of Limbeck the traceback is written to a file."""
     if "traceback" in event:
         path = folder / "traceback.txt"
         write(path, event["traceback"])

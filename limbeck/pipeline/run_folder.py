@@ -40,8 +40,7 @@ def read_recipe(run: Path) -> Recipe:
 
 @lru_cache(maxsize=64)
 def _load_recipe(path: Path, modified: int) -> Recipe:
-    """`modified` is the file's time of change: a recipe that was written anew is another entry of the
-    cache."""
+    """`modified` is the file's mtime, so that a changed recipe is another entry of the cache."""
     return load(path)
 
 

@@ -46,8 +46,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class Overview:
-    """A run: its recipe, its stages in an order in which they can run, and the forecast of each stage, if
-    any."""
+    """A run: its recipe, its stages in an order in which they can run, and their forecasts, if any."""
 
     folder: Path
     recipe: Recipe

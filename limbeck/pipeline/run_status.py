@@ -43,8 +43,7 @@ class Status:
 
 
 class RunStatus:
-    """The lock and the status file of a run at work: `with RunStatus(folder): ...` records its begin and its
-    end."""
+    """The lock and the status file of a run: `with RunStatus(folder): ...` records begin and end."""
 
     def __init__(self, folder: Path, right: str | None = None):
         """`right` is the reason for which a licence's terms may be broken, if one was given."""

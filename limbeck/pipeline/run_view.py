@@ -103,8 +103,7 @@ def line_of(run: Overview, standing: StageState, alive: bool) -> Line:
 
 
 def narrate(run: Overview, stages: Sequence[Line]) -> list[Text]:
-    """The run in a paragraph: stages done, results, the stages at work, and the forecast beside the time
-    taken."""
+    """The run in a paragraph: stages done, results, stages at work, forecast beside the time taken."""
     done = [line for line in stages if line.state == "done"]
     text = Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。")
     texts = [text.format(len(done), len(stages))]
@@ -169,8 +168,10 @@ def _caption(line: Line) -> Text:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: `Panel(W["accuracy"], ("accuracy",), "share")`; `scale` is share (in percent), log or
-    plain."""
+    """One chart: `Panel(W["accuracy"], ("accuracy",), "share")`.
+
+    `scale` is share (in percent), log or plain.
+    """
 
     title: Text
     columns: tuple[str, ...]
@@ -245,8 +246,7 @@ def flipped(run: Overview, line: Line, against: str = "") -> tuple[str, Flips, T
 
 
 def responses(line: Line, step: int | None) -> dict[str, Any] | None:
-    """The groups recorded at a step, or at the nearest recorded one, by default the last; with the steps
-    around it."""
+    """The groups recorded nearest to a step, by default the last, with the recorded steps around it."""
     steps = sorted({group.step for group in line.history.shown})
     if not steps:
         return None

@@ -89,8 +89,7 @@ class Store:
                 yield artifact
 
     def resolve(self, name: str) -> Artifact:
-        """An artifact by (the beginning of) its folder's name or its key. Raises LimbeckError unless one
-        matches."""
+        """An artifact by the beginning of its folder's name or its key; LimbeckError unless one matches."""
         matches = []
         for artifact in self.all():
             if artifact.folder.name.startswith(name) or artifact.manifest["key"].startswith(name):

@@ -165,8 +165,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _choose_kernels(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The kernels that the stage computes with: the same from its first start to its end, for they round
-    differently."""
+    """The stage's kernels, the same from its first start to its end, for they round differently."""
     from ..model import kernels
 
     path = job.folder / KERNELS

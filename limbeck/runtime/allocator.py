@@ -16,8 +16,7 @@ USER_SETTINGS = {
 
 
 def keep_memory() -> None:
-    """Keep freed memory for later tensors. Call it before torch is imported; without glibc it does
-    nothing."""
+    """Keep freed memory for later tensors. Call before importing torch; without glibc it does nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if os.name != "posix" or USER_SETTINGS & os.environ.keys():
         return

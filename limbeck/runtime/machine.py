@@ -38,8 +38,7 @@ def usable_cores() -> float:
 
 
 def usable_memory() -> int:
-    """Bytes that can still be allocated: the system's free memory, or the rest of the control group's limit
-    if less."""
+    """Bytes that can still be allocated: free memory, or the rest of the control group's limit."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())

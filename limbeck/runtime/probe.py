@@ -168,8 +168,7 @@ def _measure_update(decoder: Decoder, settings: dict[str, Any], tokens: int, clo
 
 
 class _EndlessTokenizer:
-    """A tokenizer for the engine whose end token lies outside the vocabulary. A prompt is a number, the first
-    id."""
+    """A tokenizer whose end token lies outside the vocabulary; a prompt is the number of its first id."""
 
     def __init__(self, vocabulary: int, length: int):
         """`length` is that of every prompt, in tokens."""

@@ -1,5 +1,4 @@
-"""The model card of a release, from its lineage and its evaluations: every number comes from a run's
-record."""
+"""The model card of a release: every number in it comes from a lineage or an evaluation."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ def _hub_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each problem source and each way of sampling: accuracy with its interval, and the other
-    metrics."""
+    """A row for each problem source and way of sampling: accuracy, its interval, and other metrics."""
     return [
         _result(source, way, metrics)
         for evaluation in evaluations
@@ -170,12 +168,18 @@ def _notes(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 def _limits(head: Mapping[str, Any], entries: Sequence[Mapping], results: Sequence[Mapping]) -> list[str]:
     """The limits of the evidence, a sentence each."""
     limits = ["It was made by one run with one seed; another seed may give other numbers."]
-    limits += _limits_of_evaluation(results)
+    limits.append(_limit_of_evaluation(results))
     limits.append("It was neither trained nor tested for safety, truthfulness or fairness.")
-    if not any(entry.get("decontamination") for entry in entries):
+    if not _decontaminations(entries):
         limits.append("What it learned from was not compared with any test.")
     if any((result["truncated"] or 0) > TRUNCATION_LIMIT for result in results):
         limits.append("More than one response in twenty ran out of tokens.")
+    limits += _limits_of_training(head, entries)
+    return limits
+
+
+def _limits_of_training(head: Mapping[str, Any], entries: Sequence[Mapping]) -> list[str]:
+    limits = []
     for entry in entries:
         for alarm in _notes(entry).get("alarms") or {}:
             limits.append(f"While it was trained this alarm rang: {alarm}.")
@@ -188,13 +192,11 @@ def _limits(head: Mapping[str, Any], entries: Sequence[Mapping], results: Sequen
     return limits
 
 
-def _limits_of_evaluation(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _limit_of_evaluation(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
-        return ["It was not evaluated: nothing is known of how well it does."]
+        return "It was not evaluated: nothing is known of how well it does."
     sources = dict.fromkeys(result["problems"] for result in results)
-    return [
-        f"It was measured on {', '.join(sources)} and on nothing else: nothing is known of other tasks.",
-    ]
+    return f"It was measured on {', '.join(sources)} and on nothing else: nothing is known of other tasks."
 
 
 def _number(value: float | None) -> str:

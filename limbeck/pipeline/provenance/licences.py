@@ -110,17 +110,21 @@ def bind(licences: Iterable[str]) -> CombinedTerms:
     """
     names = tuple(sorted(set(licences)))
     all_terms = [terms(name) for name in names]
-    excluded = [region for each in all_terms for region in each.excluded]
-    display = [" or ".join(each.display) for each in all_terms if each.display]
+    excluded: dict[str, None] = {}  # in order, each once
+    display: dict[str, None] = {}
+    for each in all_terms:
+        excluded |= dict.fromkeys(each.excluded)
+        if each.display:
+            display[" or ".join(each.display)] = None
     return CombinedTerms(
         licences=names,
         outputs=max((each.outputs for each in all_terms), key=OUTPUTS.index, default="free"),
         release=max((each.release for each in all_terms), key=RELEASE.index, default="free"),
         commercial=all(each.commercial for each in all_terms),
         users=min((each.users for each in all_terms if each.users), default=None),
-        excluded=tuple(dict.fromkeys(excluded)),
+        excluded=tuple(excluded),
         prefixes=_longest_prefixes(each.prefix for each in all_terms if each.prefix),
-        display=tuple(dict.fromkeys(display)),
+        display=tuple(display),
     )
 
 

@@ -125,8 +125,8 @@ def lineage_of(artifact: Artifact, store: Store) -> Lineage:
 
 def find(name: str, runs: Path) -> Lineage:
     """The lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder or the
-    beginning of its name, or a stage that only one run has. Raises LimbeckError if `name` is none of them, or
-    several."""
+    beginning of its name, or a stage that only one run has.
+    Raises LimbeckError unless one artifact matches."""
     released = Path(name) / RELEASED
     if released.is_file():
         lineage = read_json(released)
@@ -153,8 +153,7 @@ def find_artifact(name: str, runs: Path) -> tuple[Artifact, Store]:
 
 
 def _stage_folder(stage: str, runs: Path) -> str | None:
-    """The artifact's folder of a stage of that name; LimbeckError if runs disagree, None if no run has
-    one."""
+    """The artifact's folder of a stage, None if no run has it; LimbeckError if runs disagree."""
     folders = {run: stages[stage] for run, stages in indexes(runs).items() if stage in stages}
     if len(set(folders.values())) > 1:
         choices = " or ".join(f"{runs / run / stage}" for run in folders)
@@ -271,8 +270,7 @@ def recall(row: str, runs: Path, given_by: str = "") -> Recall:
 
 @dataclass
 class _Reach:
-    """The search behind `recall`; `visit` expects every artifact after its inputs. The four maps are keyed by
-    key."""
+    """The search behind `recall`: four maps of artifacts by key. `visit` expects inputs first."""
 
     row: str
     given_by: str
@@ -311,8 +309,7 @@ class _Reach:
         return False
 
     def _trained(self, artifact: Artifact, parents: Mapping[str, str]) -> bool:
-        """True if the artifact's share of its inputs contains the row; reads nothing where no input holds
-        it."""
+        """True if the artifact was trained on the row; reads no file if none of its inputs holds it."""
         if artifact.kind not in LEARNING:
             return False
         if not any(parent in self.holds for parent in parents.values()):
@@ -361,8 +358,7 @@ def _stages_by_folder(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
 
 
 def _data_parents(artifact: Artifact) -> dict[str, str]:
-    """Names and keys of the inputs that shape the artifact; a stage that it only compares its FLOPs with does
-    not."""
+    """Names and keys of the inputs that shape the artifact: all but a stage to compare FLOPs with."""
     settings = artifact.manifest["settings"]
     compared = settings.get("flops_of")
     parents = {}

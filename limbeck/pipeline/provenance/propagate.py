@@ -54,8 +54,7 @@ class LicenceViolation:
 
 
 def trace(graph: Graph) -> tuple[dict[str, LicenceTrace], list[LicenceViolation]]:
-    """The licences that reach each stage and the violations, from the recipe alone: no stage has to have
-    run."""
+    """The licences that reach each stage, and the violations, from the recipe alone."""
     traces: dict[str, LicenceTrace] = {}
     violations: list[LicenceViolation] = []
     for name, node in graph.nodes.items():
@@ -76,8 +75,7 @@ def _trace_node(
     learned: Mapping[str, str],
     traces: Mapping[str, LicenceTrace],
 ) -> LicenceTrace:
-    """The trace of one stage. `base` is that of the weights it starts from, `learned` the licences of its
-    data."""
+    """The trace of one stage, from that of its base model and the licences of its data."""
     brought = _brought(node.name, node.stage, recipe) if node.kind in BROUGHT else {}
     bound = {**learned, **base.bound, **brought}
     makers = _makers(node, traces) | base.makers
@@ -139,7 +137,7 @@ def check_licences(
 
 
 def data_inputs(node: Node) -> list[str]:
-    """The inputs that shape a stage's result; a stage that it only compares its FLOPs with does not."""
+    """The inputs that shape a stage's result: all but a stage to compare FLOPs with."""
     compared = getattr(node.stage, "flops_of", None)
     model = getattr(node.stage, "model", None)
     return [cited for cited in node.inputs if cited != compared or cited == model]
@@ -207,8 +205,7 @@ def _distinct(rights: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
-    """The licences of a model that is brought in: as declared, as its source states, and as its name is
-    known."""
+    """The licences of a model that is brought in: declared, stated by its source, or known by name."""
     if isinstance(stage, Load):
         path = Path(stage.path)
         card = path / "provenance.json"

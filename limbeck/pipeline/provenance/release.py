@@ -137,8 +137,7 @@ def _add_gguf(part: Path, name: str, kind: str) -> list[str]:
 
 
 def _add_licences(part: Path, lineage: Lineage) -> None:
-    """Copy the licence files that lie beside the models that were brought in, and write a notice of all
-    licences."""
+    """Copy the licence files of the models that were brought in, and write a notice of all licences."""
     for entry in lineage.entries.values():
         for path in _licence_files(entry):
             shutil.copyfile(path, part / f"{entry['stage']}-{path.name}")
@@ -212,8 +211,7 @@ def _aliases(lineage: Lineage) -> dict[str, str]:
 
 
 def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """An entry with aliases for people, a path's last name for the path, and rights without their
-    claimant."""
+    """An entry with aliases for people, the last name of a path, and rights without their claimant."""
     settings = dict(entry["settings"])
     if "path" in settings:
         settings["path"] = Path(settings["path"]).name

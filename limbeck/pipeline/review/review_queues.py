@@ -157,8 +157,7 @@ def _problem(desk: Desk, row_id: str) -> tuple[Task, Problem]:
 
 @lru_cache(maxsize=8)
 def _problems(run: Path, modified: int, name: str) -> tuple[Task, dict[str, Problem]]:
-    """The task of a problem source and its training problems by id; `modified` is the recipe's time of
-    change."""
+    """The task of a source and its training problems by id; `modified` is the recipe's mtime."""
     sources = read_recipe(run).problems
     if name not in sources:
         raise LimbeckError(f"the recipe has no problems of the name {name}")

@@ -115,8 +115,7 @@ def queue_folder(store: Path, digest: str) -> Path:
 
 
 def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing]:
-    """Every row in order, with its verdicts in the first `review_bytes` bytes of reviews; by default in
-    all."""
+    """Every row in order, with its verdicts in the first `review_bytes` bytes, by default in all."""
     return _standings(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
 
 
@@ -124,8 +123,7 @@ def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing
 def _standings(
     queue: Path, queue_stamp: object, reviews_stamp: object, review_bytes: int | None
 ) -> Sequence[Standing]:
-    """The stamps stand for the content of the two files: a run asks several times a second, and rows are
-    long."""
+    """The stamps stand for the content of the two files, which a run reads several times a second."""
     verdicts: dict[str, dict[str, dict]] = {}
     resolutions: dict[str, dict] = {}
     share = 0.0
@@ -158,14 +156,12 @@ def _apply(event: dict[str, Any], verdicts: dict[str, dict], resolutions: dict[s
 
 
 def needs_second(row_id: str, share: float) -> bool:
-    """True if a row belongs to the share that two people review; a larger share contains every smaller
-    one."""
+    """True if a row is in the share that two people review; larger shares contain smaller ones."""
     return fingerprint("second", row_id) < share * 2**63
 
 
 def events(queue: Path, review_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The events in the first `review_bytes` bytes of reviews, by default in all; a torn last line is left
-    out."""
+    """The events in the first `review_bytes` bytes, by default in all; without a torn last line."""
     path = queue / REVIEWS
     if not path.exists():
         return []
