@@ -81,7 +81,8 @@ def _shares(settings: Mapping[str, Any]) -> dict[str, float]:
 
 def practised_problems(folder: Path) -> dict[str, int]:
     """The problems that a model practised on by reinforcement, each with the number of steps that used it."""
-    times: Counter[str] = Counter()
+    times: dict[str, int] = {}
     for step in read(folder / ASKED):
-        times.update(set(step["problems"]))
-    return dict(times)
+        for problem in dict.fromkeys(step["problems"]):
+            times[problem] = times.get(problem, 0) + 1
+    return times
