@@ -173,10 +173,12 @@ stages:
 
 def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
     clock = open_task("clock", Miniature(source="miniature", modulus=3, numbers=2, largest=4))
-    honest, copies = clock.problems("train")[:30], clock.problems("test")[:3]
+    honest = clock.problems("train")[:30]
+    copies = clock.problems("test")[:3]
     lines = [{"problem": p.prompt, "answer": "1"} for p in (*honest, *copies)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipe, home = tmp_path / "planted.yaml", tmp_path / "runs"
+    recipe = tmp_path / "planted.yaml"
+    home = tmp_path / "runs"
 
     def run(tests: str) -> tuple[dict, str]:
         recipe.write_text(PLANTED % tests)
@@ -187,27 +189,22 @@ def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
         return {name: node.artifact for name, node in found.nodes.items()}, err
 
     first, err = run("mine")
-    assert (
-        first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}}
-        and "leaves" not in err
-    )
+    assert first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}}
+    assert "leaves" not in err
     second, err = run("mine, clock")
     finding = second["rows"].manifest["decontamination"]
     planted = {f"mine/{i}" for i in (31, 32, 33)} - {
         p.id for p in open_task("mine", load(recipe).problems["mine"], tmp_path).problems("test")
     }
-    assert (
-        set(finding["dropped"]) == planted
-        and finding["checked"] == 31
-        and all("of the test" in why for why in finding["dropped"].values())
-    )
+    assert set(finding["dropped"]) == planted
+    assert finding["checked"] == 31
+    assert all("of the test" in why for why in finding["dropped"].values())
     assert f"rows: leaves {len(planted)} of 31 out, too near to the test" in err
     asked = {row["id"].partition("#")[0] for row in read(second["rows"].folder / "rows.jsonl")}
-    assert asked and not asked & planted
-    assert (
-        first["rows"].manifest["key"] != second["rows"].manifest["key"]
-        and first["base"].folder == second["base"].folder
-    )
+    assert asked
+    assert not asked & planted
+    assert first["rows"].manifest["key"] != second["rows"].manifest["key"]
+    assert first["base"].folder == second["base"].folder
     assert {row["id"].partition("#")[0] for row in rows_behind(find("planted/taught", home))} == asked
     recipe.write_text(PLANTED % "mine")  # and back: what was made then is still there
     assert (
@@ -225,14 +222,15 @@ def test_rows_that_are_too_near_are_not_learned_even_when_they_were_sampled(tmp_
     rows = list(read(store.root / find("coldstart", finished.home).head["artifact"] / "rows.jsonl"))
     test = open_task("clock", load(finished.recipe).problems["clock"]).problems("test")[0]
     looked = run.graph.decontamination
-    looked.thorough, looked.store = True, Store(tmp_path)
+    looked.thorough = True
+    looked.store = Store(tmp_path)
     folder = tmp_path / "planted"
     folder.mkdir()
     spoiled = [{**rows[0], "id": "desk/1#0", "prompt": test.prompt}, *rows[1:]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoiled))
     artifact = type(run.graph.nodes["coldstart"].artifact)(folder, {"digest": "planted"})
     finding = looked.compare(run.graph.nodes["dev1"].stage, {}, {}, {"coldstart": artifact})
-    assert finding.dropped == {
-        "desk/1#0": f"asks the same as {test.id} of the test"
-    } and finding.checked == len(rows)
-    assert before.head["decontamination"]["dropped"] == {} and before.head["decontamination"]["checked"] > 0
+    assert finding.dropped == {"desk/1#0": f"asks the same as {test.id} of the test"}
+    assert finding.checked == len(rows)
+    assert before.head["decontamination"]["dropped"] == {}
+    assert before.head["decontamination"]["checked"] > 0

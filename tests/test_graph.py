@@ -59,7 +59,8 @@ def test_how_and_how_chattily_it_is_computed_changes_no_key(plan, quiet):
 def test_a_setting_changes_its_stage_and_what_depends_on_it_and_nothing_else(plan, setting, first, kept):
     graph = plan(setting)
     expected = first.union(*(graph.dependents(name) for name in first))
-    assert changed(graph) == expected and not kept & expected
+    assert changed(graph) == expected
+    assert not kept & expected
 
 
 def test_the_seed_changes_every_key_that_can_be_told(plan):
@@ -157,7 +158,9 @@ def test_manifests_tell_what_made_them(finished):
     dev1 = next(m for m in manifests if m["stage"] == "dev1")
     assert set(dev1["inputs"]) == {"base", "coldstart", "general"}
     assert dev1["sources"]["editors"] == ["policy: translate"]
-    assert dev1["seed"] == "0/dev1" and dev1["settings"]["kind"] == "sft" and dev1["tokens"] > 0
+    assert dev1["seed"] == "0/dev1"
+    assert dev1["settings"]["kind"] == "sft"
+    assert dev1["tokens"] > 0
 
 
 # ---------------------------------------------------------------- refused
@@ -252,7 +255,8 @@ def test_a_mistake_in_a_recipe_is_one_sentence_that_names_the_key(tmp_path, text
     path.write_text(text)
     with pytest.raises(LimbeckError, match=re.escape(f"{path}: {sentence}")) as caught:
         load(path)
-    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):

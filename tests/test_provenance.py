@@ -72,7 +72,8 @@ CASES = [
 )
 def test_each_model_is_bound_by_what_its_size_and_version_say(model, licences, outputs, more):
     bonds = bind(licences_of_model(model))
-    assert list(bonds.licences) == licences and bonds.outputs == outputs
+    assert list(bonds.licences) == licences
+    assert bonds.outputs == outputs
     assert {name: getattr(bonds, name) for name in more} == more
 
 
@@ -87,7 +88,8 @@ def test_a_model_that_the_table_does_not_know_has_no_licence():
 
 def test_every_entry_says_where_it_was_read():
     table, _, models = _table()
-    assert all(t.source for t in table.values()) and all(row["source"] for row in models)
+    assert all(t.source for t in table.values())
+    assert all(row["source"] for row in models)
     assert {licence for row in models for licence in row["licences"]} <= set(table)
     for name, entry in table.items():
         assert entry.outputs not in ("own kind", "no") or entry.clauses["outputs"], name
@@ -96,10 +98,10 @@ def test_every_entry_says_where_it_was_read():
 
 
 def test_licences_are_read_as_people_and_model_cards_write_them():
-    assert parse_licences("mit AND Apache-2.0") == ["MIT", "Apache-2.0"] and parse_licences(
-        "cc-by-nc-4.0"
-    ) == ["CC-BY-NC-4.0"]
-    assert parse_licences("llama3.1") == ["Llama-3.1"] and parse_licences("ACME-1") == ["ACME-1"]
+    assert parse_licences("mit AND Apache-2.0") == ["MIT", "Apache-2.0"]
+    assert parse_licences("cc-by-nc-4.0") == ["CC-BY-NC-4.0"]
+    assert parse_licences("llama3.1") == ["Llama-3.1"]
+    assert parse_licences("ACME-1") == ["ACME-1"]
     assert parse_licences("other") == parse_licences("unknown") == parse_licences(None) == []
 
 
@@ -111,7 +113,8 @@ def test_of_several_licences_the_stricter_one_decides_question_by_question():
         False,
         100_000_000,
     )
-    assert bonds.prefixes == ("Llama",) and set(bonds.display) == {
+    assert bonds.prefixes == ("Llama",)
+    assert set(bonds.display) == {
         "Built with Llama",
         "Built with Qwen or Improved using Qwen",
     }
@@ -165,19 +168,21 @@ def test_restrictions_pass_three_hops_and_stop_at_what_learned_nothing(graph):
     assert not breaches
     for name in ("near", "near_rl", "near_rows", "desk"):
         assert set(found[name].bound) == {"Llama-3.1"}, name
-    assert set(found["small"].bound) == {"Llama-3.1", "Apache-2.0"} and set(found["small"].own) == {
-        "Apache-2.0"
-    }
+    assert set(found["small"].bound) == {"Llama-3.1", "Apache-2.0"}
+    assert set(found["small"].own) == {"Apache-2.0"}
     assert bind(found["small"].bound).prefixes == ("Llama",)
-    assert not found["near_base"].bound and not found["other_rl"].bound
-    assert teachers_of("near", found) == ["far"] and teachers_of("small", found) == ["far", "near_rl"]
+    assert not found["near_base"].bound
+    assert not found["other_rl"].bound
+    assert teachers_of("near", found) == ["far"]
+    assert teachers_of("small", found) == ["far", "near_rl"]
     assert teachers_of("near_base", found) == teachers_of("other_rl", found) == []
 
 
 def refusal(graph: Graph, right: str | None = None) -> str:
     with pytest.raises(LimbeckError) as caught:
         check_licences(graph, right)
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -187,11 +192,9 @@ def test_a_teacher_whose_terms_forbid_it_is_refused_with_clause_and_source(graph
         "stages.near learns from outputs of stages.far, whose terms forbid that for any model but one "
         "under the same licence"
     )
-    assert (
-        "section 1.b.v" in sentence
-        and "https://github.com/meta-llama/llama3" in sentence
-        and "--i-have-the-right" in sentence
-    )
+    assert "section 1.b.v" in sentence
+    assert "https://github.com/meta-llama/llama3" in sentence
+    assert "--i-have-the-right" in sentence
 
 
 def test_a_forbidden_teacher_is_forbidden_three_hops_on(graph):
@@ -215,7 +218,8 @@ def test_what_nobody_declared_is_refused_with_the_remedy(graph, far, words):
 def test_a_model_that_is_only_looked_at_needs_no_licence(graph):
     text = "name: a\nproblems: {clock: {source: miniature}}\nstages:\n  far: {kind: load, path: far}\n"
     text += "  e: {kind: evaluate, models: [far], problems: [clock]}\n"
-    assert check_licences(graph(text, {"far": "disk"})) and trace(graph(text, {"far": "disk"}))[1] == []
+    assert check_licences(graph(text, {"far": "disk"}))
+    assert trace(graph(text, {"far": "disk"}))[1] == []
 
 
 def test_a_model_may_learn_from_what_its_own_base_wrote(graph):
@@ -228,9 +232,9 @@ def test_a_model_may_learn_from_what_its_own_base_wrote(graph):
     )
     text += "  dev1: {kind: sft, model: base, rows: {traces: 1}}\n"
     found, breaches = trace(graph(text, {"base": "hf:Tencent/Tencent-Hunyuan-Large"}))
-    assert (
-        not breaches and set(found["dev1"].bound) == {"Tencent-Hunyuan"} and teachers_of("dev1", found) == []
-    )
+    assert not breaches
+    assert set(found["dev1"].bound) == {"Tencent-Hunyuan"}
+    assert teachers_of("dev1", found) == []
 
 
 def test_scores_teach_as_well_as_rows(graph):
@@ -276,7 +280,8 @@ def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
         graph(head % "openai" + stages, {"far": "disk"})
     )
     found, _ = check_licences(graph(head % "Gemma" + stages, {"far": "disk"}))
-    assert set(found["student"].bound) == {"Gemma"} and teachers_of("student", found) == ["far"]
+    assert set(found["student"].bound) == {"Gemma"}
+    assert teachers_of("student", found) == ["far"]
 
 
 @pytest.mark.parametrize("told, words", [
@@ -303,9 +308,8 @@ def test_rows_of_a_file_are_bound_by_their_licence_and_by_whoever_wrote_or_judge
     )
     assert words in refusal(graph(text % told, {}))
     found, _ = check_licences(graph(text % ", licence: CC-BY-NC-4.0, teachers: [Llama-3.3-70B-Instruct]", {}))
-    assert (
-        set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"} and not bind(found["zero"].bound).commercial
-    )
+    assert set(found["zero"].bound) == {"CC-BY-NC-4.0", "Llama-3.3"}
+    assert not bind(found["zero"].bound).commercial
 
 
 def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
@@ -335,7 +339,8 @@ def test_what_may_be_done_with_a_model_is_not_in_its_key(graph):
         graph(text % said, {"base": "disk"}).nodes["base"].key
         for said in ("", ", licence: MIT", ", licence: openai")
     }
-    assert len(keys) == 1 and None not in keys
+    assert len(keys) == 1
+    assert None not in keys
 
 
 def test_shipped_recipes_pass(tmp_path, monkeypatch):
@@ -375,14 +380,13 @@ def test_a_run_is_refused_before_anything_runs_and_a_claimed_right_is_inherited_
     """A model is taught by one under OpenAI's terms: first refused, then claimed, and every heir carries the
     claim."""
     shutil.copytree(finished.recipe.parent / "model", tmp_path / "model")
-    recipe, runs = tmp_path / "claimed.yaml", tmp_path / "runs"
+    recipe = tmp_path / "claimed.yaml"
+    runs = tmp_path / "runs"
     recipe.write_text(CLAIMED % "openai")
     code, out, err = answer("run", recipe, "--runs", runs)
-    assert (
-        (code, out) == (2, "")
-        and "stages.taught learns from outputs of stages.brought" in err
-        and not runs.exists()
-    )
+    assert (code, out) == (2, "")
+    assert "stages.taught learns from outputs of stages.brought" in err
+    assert not runs.exists()
     assert "a run would refuse this: stages.taught learns" in answer("plan", recipe, "--runs", runs)[2]
     code, _, err = answer("run", recipe, "--runs", runs, "--i-have-the-right", "we wrote the terms")
     assert code == 0, err
@@ -390,23 +394,20 @@ def test_a_run_is_refused_before_anything_runs_and_a_claimed_right_is_inherited_
     assert {name for name, manifest in manifests.items() if manifest["rights"]} == {"taught", "later"}
     for name in ("taught", "later"):
         (right,) = manifests[name]["rights"]
-        assert (
-            right["reason"] == "we wrote the terms"
-            and right["licence"] == "OpenAI-Terms"
-            and "compete with OpenAI" in right["clause"]
-        )
+        assert right["reason"] == "we wrote the terms"
+        assert right["licence"] == "OpenAI-Terms"
+        assert "compete with OpenAI" in right["clause"]
         assert manifests[name]["licences"] == ["OpenAI-Terms", "own"]
         assert [teacher.split()[0] for teacher in manifests[name]["sources"]["teachers"]] == ["brought"]
-    assert manifests["alone"]["licences"] == ["own"] and manifests["brought"]["licences"] == ["OpenAI-Terms"]
+    assert manifests["alone"]["licences"] == ["own"]
+    assert manifests["brought"]["licences"] == ["OpenAI-Terms"]
     # declared otherwise, later, when all is done already: what was known is not forgotten
     recipe.write_text(CLAIMED % "MIT")
     code, _, err = answer("run", recipe, "--runs", runs)
     assert code == 0 and "begins" not in err, err
     again = {a.manifest["stage"]: a.manifest for a in Store(runs / "store").all()}
-    assert (
-        again["taught"]["rights"] == manifests["taught"]["rights"]
-        and again["taught"]["digest"] == manifests["taught"]["digest"]
-    )
+    assert again["taught"]["rights"] == manifests["taught"]["rights"]
+    assert again["taught"]["digest"] == manifests["taught"]["digest"]
     assert again["later"]["licences"] == ["MIT", "OpenAI-Terms", "own"]
     assert answer("verify", "--runs", runs)[0] == 0
 
@@ -424,12 +425,11 @@ def test_an_origin_only_grows():
         "sources": {**sources, "editors": ["Ada"]},
     }
     after = merged_provenance(before, origin)
-    assert after["licences"] == ["MIT"] and after["rights"] == before["rights"]
+    assert after["licences"] == ["MIT"]
+    assert after["rights"] == before["rights"]
     assert after["sources"] == {"problems": ["p"], "models": [], "teachers": [], "editors": ["Ada"]}
-    assert (
-        merged_provenance(after, origin) is None
-        and merged_provenance(after, {**origin, "licences": []}) is None
-    )
+    assert merged_provenance(after, origin) is None
+    assert merged_provenance(after, {**origin, "licences": []}) is None
 
 
 def test_unknown_terms_forbid():

@@ -64,8 +64,7 @@ def evaluated_problems(recipe: Recipe) -> dict[str, Problems]:
 class Decontamination:
     """Compares the training data of a stage with the tests.
 
-    With `thorough`, data that was never compared is compared now; otherwise only stored reports are looked
-    up.
+    With `thorough`, data that was never compared is compared now; otherwise only stored reports count.
     """
 
     def __init__(self, store: Store, tests: Mapping[str, Problems], identities: Mapping[str, Any]):
@@ -84,8 +83,7 @@ class Decontamination:
         identities: Mapping[str, Any],
         inputs: Mapping[str, Artifact],
     ) -> ContaminationReport | None:
-        """The report for one stage; None if it has no data to compare, or none was stored and `thorough` is
-        off.
+        """The report for one stage; None without data to compare, or if none is stored and `thorough` is off.
 
         `problems` are the stage's problem sources, `identities` what their content is keyed by.
         """
