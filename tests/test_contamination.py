@@ -1,4 +1,5 @@
-"""Copies of the test are found however they are dressed; what only looks like the test, being of its template, is kept."""
+"""Copies of the test are found however they are dressed; what only looks like the test, being of its
+template, is kept."""
 
 from __future__ import annotations
 
@@ -67,8 +68,13 @@ def test_planted_copies_of_the_miniature_are_caught_whatever_they_are_called():
 
 
 @pytest.mark.parametrize("generator, config", [
-    ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}), ("chain_sum", {"max_digits": 2}),
-    ("simple_equations", {}), ("word_sorting", {}), ("propositional_logic", {}), ("leg_counting", {}), ("spell_backward", {}),
+    ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
+    ("chain_sum", {"max_digits": 2}),
+    ("simple_equations", {}),
+    ("word_sorting", {}),
+    ("propositional_logic", {}),
+    ("leg_counting", {}),
+    ("spell_backward", {}),
 ])  # fmt: skip
 def test_of_generated_templates_every_copy_is_caught_and_nothing_else(generator, config):
     pytest.importorskip("reasoning_gym")
@@ -80,9 +86,14 @@ def test_of_generated_templates_every_copy_is_caught_and_nothing_else(generator,
 
 # ---------------------------------------------------------------- texts
 
-FARM = "A farmer keeps 17 hens and every hen lays 4 eggs in a week; how many boxes of 6 does she fill before the market opens?"
+FARM = (
+    "A farmer keeps 17 hens and every hen lays 4 eggs in a week; how many boxes of 6 does she fill before "
+    "the market opens?"
+)
 TEST = {
-    "t/1": FARM, "t/2": "小明有三个苹果，他又买了两个，妈妈再给他一个，他一共有几个苹果？", "t/3": "What is 3 + 4 - 5?",
+    "t/1": FARM,
+    "t/2": "小明有三个苹果，他又买了两个，妈妈再给他一个，他一共有几个苹果？",
+    "t/3": "What is 3 + 4 - 5?",
     "t/4": "Name the river that runs through the capital of Portugal and say where it rises.",
 }  # fmt: skip
 
@@ -94,7 +105,11 @@ TEST = {
     ("As an example", f"I remember: {FARM}", "shares 10 words in a row with t/1"),
     ("请问：小明有三个苹果，他又买了两个，妈妈再给他一个，他一共有几个苹果？谢谢", "", "t/2"),
     ("Compute: what is 3 + 4 - 5", "", "asks the same as t/3"),
-    ("Tell me: the river that runs through the capital of Portugal, and other things", "", "words in a row with t/4"),
+    (
+        "Tell me: the river that runs through the capital of Portugal, and other things",
+        "",
+        "words in a row with t/4",
+    ),
 ])  # fmt: skip
 def test_dressed_copies_are_caught(prompt, rest, words):
     assert words in Sieve(TEST).fault("mine/1#0", prompt, rest)
@@ -119,7 +134,10 @@ def test_an_instruction_that_all_share_is_no_copy_and_hides_none():
     assert (
         found.fault(
             "a/1",
-            "Solve the riddle carefully and give one word as the final answer in a box: what has teeth and bites none",
+            (
+                "Solve the riddle carefully and give one word as the final answer in a box: "
+                "what has teeth and bites none"
+            ),
         )
         is None
     )
@@ -142,8 +160,12 @@ problems:
   clock: {source: miniature, modulus: 3, numbers: 2, largest: 4}
   mine: {source: files, path: mine.jsonl, held_out: 2, answer: tags, licence: own}
 stages:
-  base: {kind: pretrain, problems: clock, tokens: 24000, shape: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 2, intermediate_size: 32}}
-  rows: {kind: sample, model: base, problems: {mine: 1}, prompts: 40, samples: 1, correct: false, wellformed: false, sampling: {max_new_tokens: 60}}
+  base:
+    {kind: pretrain, problems: clock, tokens: 24000, shape: {hidden_size: 32, layers: 1, heads: 2,
+     kv_heads: 2, intermediate_size: 32}}
+  rows:
+    {kind: sample, model: base, problems: {mine: 1}, prompts: 40, samples: 1, correct: false,
+     wellformed: false, sampling: {max_new_tokens: 60}}
   taught: {kind: sft, model: base, rows: {rows: 1}, epochs: 1}
   evaluation: {kind: evaluate, models: [taught], problems: [%s], prompts: 8, max_new_tokens: 16}
 """
@@ -151,10 +173,12 @@ stages:
 
 def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
     clock = open_task("clock", Miniature(source="miniature", modulus=3, numbers=2, largest=4))
-    honest, copies = clock.problems("train")[:30], clock.problems("test")[:3]
+    honest = clock.problems("train")[:30]
+    copies = clock.problems("test")[:3]
     lines = [{"problem": p.prompt, "answer": "1"} for p in (*honest, *copies)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipe, home = tmp_path / "planted.yaml", tmp_path / "runs"
+    recipe = tmp_path / "planted.yaml"
+    home = tmp_path / "runs"
 
     def run(tests: str) -> tuple[dict, str]:
         recipe.write_text(PLANTED % tests)
@@ -165,27 +189,22 @@ def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
         return {name: node.artifact for name, node in found.nodes.items()}, err
 
     first, err = run("mine")
-    assert (
-        first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}}
-        and "leaves" not in err
-    )
+    assert first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}}
+    assert "leaves" not in err
     second, err = run("mine, clock")
     finding = second["rows"].manifest["decontamination"]
     planted = {f"mine/{i}" for i in (31, 32, 33)} - {
         p.id for p in open_task("mine", load(recipe).problems["mine"], tmp_path).problems("test")
     }
-    assert (
-        set(finding["dropped"]) == planted
-        and finding["checked"] == 31
-        and all("of the test" in why for why in finding["dropped"].values())
-    )
+    assert set(finding["dropped"]) == planted
+    assert finding["checked"] == 31
+    assert all("of the test" in why for why in finding["dropped"].values())
     assert f"rows: leaves {len(planted)} of 31 out, too near to the test" in err
     asked = {row["id"].partition("#")[0] for row in read(second["rows"].folder / "rows.jsonl")}
-    assert asked and not asked & planted
-    assert (
-        first["rows"].manifest["key"] != second["rows"].manifest["key"]
-        and first["base"].folder == second["base"].folder
-    )
+    assert asked
+    assert not asked & planted
+    assert first["rows"].manifest["key"] != second["rows"].manifest["key"]
+    assert first["base"].folder == second["base"].folder
     assert {row["id"].partition("#")[0] for row in rows_behind(find("planted/taught", home))} == asked
     recipe.write_text(PLANTED % "mine")  # and back: what was made then is still there
     assert (
@@ -195,21 +214,23 @@ def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
 
 
 def test_rows_that_are_too_near_are_not_learned_even_when_they_were_sampled(tmp_path, finished):
-    """Rows of another run, or edited by people, pass no sampling: the stage that learns looks at them itself."""
+    """Rows of another run, or edited by people, pass no sampling: the stage that learns looks at them
+    itself."""
     run = tiny.open_run(finished.recipe, finished.home)
     store = run.store
     before = find("dev1", finished.home)
     rows = list(read(store.root / find("coldstart", finished.home).head["artifact"] / "rows.jsonl"))
     test = open_task("clock", load(finished.recipe).problems["clock"]).problems("test")[0]
     looked = run.graph.decontamination
-    looked.thorough, looked.store = True, Store(tmp_path)
+    looked.thorough = True
+    looked.store = Store(tmp_path)
     folder = tmp_path / "planted"
     folder.mkdir()
     spoiled = [{**rows[0], "id": "desk/1#0", "prompt": test.prompt}, *rows[1:]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoiled))
     artifact = type(run.graph.nodes["coldstart"].artifact)(folder, {"digest": "planted"})
-    finding = looked.look(run.graph.nodes["dev1"].stage, {}, {}, {"coldstart": artifact})
-    assert finding.dropped == {
-        "desk/1#0": f"asks the same as {test.id} of the test"
-    } and finding.checked == len(rows)
-    assert before.head["decontamination"]["dropped"] == {} and before.head["decontamination"]["checked"] > 0
+    finding = looked.compare(run.graph.nodes["dev1"].stage, {}, {}, {"coldstart": artifact})
+    assert finding.dropped == {"desk/1#0": f"asks the same as {test.id} of the test"}
+    assert finding.checked == len(rows)
+    assert before.head["decontamination"]["dropped"] == {}
+    assert before.head["decontamination"]["checked"] > 0

@@ -39,15 +39,18 @@ def test_traces_are_counted_with_examples_the_usual_ones_first():
         for i, text in enumerate(["I am Claude."] + ["I am ChatGPT."] * 4 + ["no"] * 5)
     ]
     trace = traces(rows)[0]
-    assert (trace.rows, trace.of) == (5, 10) and [text for _, text in trace.examples] == ["I am ChatGPT"] * 3
+    assert (trace.rows, trace.of) == (5, 10)
+    assert [text for _, text in trace.examples] == ["I am ChatGPT"] * 3
 
 
 TOLD = "Let us weigh the options one by one and then decide calmly"
+MESSAGES = [{"role": "user", "content": "x"}, {"role": "assistant", "content": TOLD}]
 
 
 @pytest.mark.parametrize("name, text", [
-    ("c.txt", f"other\n{TOLD}\n"), ("c.jsonl", json.dumps({"response": TOLD})),
-    ("d.jsonl", json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": TOLD}]}) + "\n\n"),
+    ("c.txt", f"other\n{TOLD}\n"),
+    ("c.jsonl", json.dumps({"response": TOLD})),
+    ("d.jsonl", json.dumps({"messages": MESSAGES}) + "\n\n"),
 ])  # fmt: skip
 def test_runs_of_words_that_a_corpus_has_as_well(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -56,9 +59,8 @@ def test_runs_of_words_that_a_corpus_has_as_well(tmp_path, name, text):
         {"id": "b", "completion": "Let us weigh the options one by two"},
     ]
     trace = traces(rows, tmp_path / name)[-1]
-    assert (trace.rows, trace.of) == (1, 2) and trace.examples == (
-        ("a", "let us weigh the options one by one"),
-    )
+    assert (trace.rows, trace.of) == (1, 2)
+    assert trace.examples == (("a", "let us weigh the options one by one"),)
 
 
 def test_a_corpus_that_cannot_be_read_is_named(tmp_path):
@@ -73,12 +75,10 @@ def test_why_reports_them_as_evidence(call, finished, tmp_path):  # noqa: F811
     (tmp_path / "closed.txt").write_text(TOLD)
     said = call("why", "dev1", "--fingerprints", "--corpus", tmp_path / "closed.txt", "--runs", finished.home)
     lines = said.out.splitlines()
-    assert (
-        said.code == 0
-        and lines[0].startswith("0 of ")
-        and "evidence, never proof" in lines[-1]
-        and len(lines) == 5
-    )
+    assert said.code == 0
+    assert lines[0].startswith("0 of ")
+    assert "evidence, never proof" in lines[-1]
+    assert len(lines) == 5
     told = json.loads(call("why", "dev1", "--fingerprints", "--runs", finished.home, "--json").out)["data"]
     assert [trace["kind"] for trace in told] == [
         "names itself",

@@ -41,8 +41,9 @@ def test_nothing_is_done_twice(plan):
 
 
 @pytest.mark.parametrize("quiet", [
-    "workers=2", "threads=2", "description=other", "name=other", "stages.zero.title=other", "stages.zero.log_every=7",
-    "stages.base.save_every=9", "stages.evaluation.title=x", "stages.zero.recompute=true",
+    "workers=2", "threads=2", "description=other", "name=other", "stages.zero.title=other",
+    "stages.zero.log_every=7", "stages.base.save_every=9", "stages.evaluation.title=x",
+    "stages.zero.recompute=true",
 ])  # fmt: skip
 def test_how_and_how_chattily_it_is_computed_changes_no_key(plan, quiet):
     assert changed(plan(quiet)) == set()
@@ -58,7 +59,8 @@ def test_how_and_how_chattily_it_is_computed_changes_no_key(plan, quiet):
 def test_a_setting_changes_its_stage_and_what_depends_on_it_and_nothing_else(plan, setting, first, kept):
     graph = plan(setting)
     expected = first.union(*(graph.dependents(name) for name in first))
-    assert changed(graph) == expected and not kept & expected
+    assert changed(graph) == expected
+    assert not kept & expected
 
 
 def test_the_seed_changes_every_key_that_can_be_told(plan):
@@ -156,7 +158,9 @@ def test_manifests_tell_what_made_them(finished):
     dev1 = next(m for m in manifests if m["stage"] == "dev1")
     assert set(dev1["inputs"]) == {"base", "coldstart", "general"}
     assert dev1["sources"]["editors"] == ["policy: translate"]
-    assert dev1["seed"] == "0/dev1" and dev1["settings"]["kind"] == "sft" and dev1["tokens"] > 0
+    assert dev1["seed"] == "0/dev1"
+    assert dev1["settings"]["kind"] == "sft"
+    assert dev1["tokens"] > 0
 
 
 # ---------------------------------------------------------------- refused
@@ -169,25 +173,69 @@ def change(old: str, new: str) -> str:
 
 @pytest.mark.parametrize("text, sentence", [
     (change("name: tiny", "nmae: tiny"), "unknown key nmae; did you mean name?"),
-    (change("{source: miniature, modulus: 3,", "{source: miniature, modulos: 3,"), "unknown key problems.clock.modulos; did you mean modulus?"),
+    (
+        change("{source: miniature, modulus: 3,", "{source: miniature, modulos: 3,"),
+        "unknown key problems.clock.modulos; did you mean modulus?",
+    ),
     (change("tokens: 24000", "tokns: 40000"), "unknown key stages.base.tokns; did you mean tokens?"),
-    (change("hidden_size: 32", "hiden_size: 32"), "unknown key stages.base.shape.hiden_size; did you mean hidden_size?"),
+    (
+        change("hidden_size: 32", "hiden_size: 32"),
+        "unknown key stages.base.shape.hiden_size; did you mean hidden_size?",
+    ),
     (change("kl_coef: 0.01", "kl_cof: 0.01"), "unknown key stages.zero.policy.kl_cof; did you mean kl_coef?"),
-    (change("steps: 8", "steps: 8\n    qqq: 8"), "unknown key stages.zero.qqq; known keys: batch_tokens, flops, flops_of, kind,"),
-    (change("steps: 8", "steps: 0"), "stages.zero.steps: input should be greater than or equal to 1, but it is 0"),
+    (
+        change("steps: 8", "steps: 8\n    qqq: 8"),
+        "unknown key stages.zero.qqq; known keys: batch_tokens, flops, flops_of, kind,",
+    ),
+    (
+        change("steps: 8", "steps: 0"),
+        "stages.zero.steps: input should be greater than or equal to 1, but it is 0",
+    ),
     (change("steps: 8", "steps: many"), "stages.zero.steps: input should be a valid integer"),
-    (change("kind: rl", "kind: lr"), "stages.zero.kind is missing or unknown; choose one of load, remote, pretrain, rl"),
-    (change("source: miniature", "source: mini"), "problems.clock.source is missing or unknown; choose one of miniature, gym, files"),
+    (
+        change("kind: rl", "kind: lr"),
+        "stages.zero.kind is missing or unknown; choose one of load, remote, pretrain, rl",
+    ),
+    (
+        change("source: miniature", "source: mini"),
+        "problems.clock.source is missing or unknown; choose one of miniature, gym, files",
+    ),
     (change("    kind: rl\n    model: base", "    kind: rl"), "stages.zero.model is missing"),
-    (change("    kind: rl\n    model: base", "    kind: rl\n    model: bse"), "stages.zero.model cites bse, which is no stage; did you mean base?"),
-    (change("    kind: rl\n    model: base", "    kind: rl\n    model: traces"), "stages.zero.model needs a model, but traces is a sample stage"),
+    (
+        change("    kind: rl\n    model: base", "    kind: rl\n    model: bse"),
+        "stages.zero.model cites bse, which is no stage; did you mean base?",
+    ),
+    (
+        change("    kind: rl\n    model: base", "    kind: rl\n    model: traces"),
+        "stages.zero.model needs a model, but traces is a sample stage",
+    ),
     (change("rows: traces", "rows: zero"), "stages.coldstart.rows needs rows, but zero is a rl stage"),
-    (change("evaluation: evaluation}", "evaluation: zero}"), "stages.report.evaluation needs an evaluation, but zero is a rl stage"),
-    (change("evaluation: evaluation}", "evaluation: evaluation, story: {zero: zer}}"), "stages.report.story.zero cites zer, which is no stage; did you mean zero?"),
-    (change("problems: {clock: 1}\n    rewards", "problems: {clok: 1}\n    rewards"), "stages.zero.problems cites clok, which is not under problems; did you mean clock?"),
-    (change("problems: [clock]", "problems: [screened]"), "stages.evaluation.problems cites screened, a screening, which keeps training problems only"),
-    (change("    kind: rl\n    model: base", "    kind: rl\n    model: zero"), "stages go in a circle: zero -> zero"),
-    (change("model: base\n    rows: {coldstart: 0.5, general: 1}", "model: zero\n    rows: {coldstart: 0.5}").replace("rl\n    model: base", "rl\n    model: dev1"), "stages go in a circle: zero -> dev1 -> zero"),
+    (
+        change("evaluation: evaluation}", "evaluation: zero}"),
+        "stages.report.evaluation needs an evaluation, but zero is a rl stage",
+    ),
+    (
+        change("evaluation: evaluation}", "evaluation: evaluation, story: {zero: zer}}"),
+        "stages.report.story.zero cites zer, which is no stage; did you mean zero?",
+    ),
+    (
+        change("problems: {clock: 1}\n    rewards", "problems: {clok: 1}\n    rewards"),
+        "stages.zero.problems cites clok, which is not under problems; did you mean clock?",
+    ),
+    (
+        change("problems: [clock]", "problems: [screened]"),
+        "stages.evaluation.problems cites screened, a screening, which keeps training problems only",
+    ),
+    (
+        change("    kind: rl\n    model: base", "    kind: rl\n    model: zero"),
+        "stages go in a circle: zero -> zero",
+    ),
+    (
+        change(
+            "model: base\n    rows: {coldstart: 0.5, general: 1}", "model: zero\n    rows: {coldstart: 0.5}"
+        ).replace("rl\n    model: base", "rl\n    model: dev1"),
+        "stages go in a circle: zero -> dev1 -> zero",
+    ),
     (change("name: tiny", "name: tiny\nname: tiny"), "not valid YAML: key 'name' appears twice"),
     (change("steps: 8", "steps: 8\n    steps: 9"), "not valid YAML: key 'steps' appears twice"),
     (change("name: tiny", "name: ../tiny"), "name '../tiny' names a folder"),
@@ -197,14 +245,18 @@ def change(old: str, new: str) -> str:
     ("- a\n- b", "a recipe is a mapping with the keys name, problems and stages"),
     ("", "a recipe is a mapping with the keys name, problems and stages"),
     ("name: x\nstages: 3", "stages: input should be a valid dictionary"),
-    ("name: x\nstages: {rl: {kind: rl, model: a, problems: {}, policy: {clip_lo: 1}}}", "unknown key stages.rl.policy.clip_lo; did you mean clip_low?"),
+    (
+        "name: x\nstages: {rl: {kind: rl, model: a, problems: {}, policy: {clip_lo: 1}}}",
+        "unknown key stages.rl.policy.clip_lo; did you mean clip_low?",
+    ),
 ])  # fmt: skip
 def test_a_mistake_in_a_recipe_is_one_sentence_that_names_the_key(tmp_path, text, sentence):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(LimbeckError, match=re.escape(f"{path}: {sentence}")) as caught:
         load(path)
-    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):

@@ -31,14 +31,16 @@ def test_a_model_is_found_by_stage_run_folder_and_artifact(why, finished):
         why(name).out
         for name in ("dev1", "tiny/dev1", finished.home / "tiny" / "dev1", folder, folder.name, "sft-")
     }
-    assert len(told) == 1 and why("tiny/evaluation/zero").out.startswith("evaluation/zero (evaluate-")
-    assert "tiny has no finished stage zerro; it has" in why("tiny/zerro").err and why("tiny/zerro").code == 2
+    assert len(told) == 1
+    assert why("tiny/evaluation/zero").out.startswith("evaluation/zero (evaluate-")
+    assert "tiny has no finished stage zerro; it has" in why("tiny/zerro").err
+    assert why("tiny/zerro").code == 2
     shutil.copytree(finished.home / "tiny", finished.home / "twin")
     other = json.loads((finished.home / "twin" / "stages.json").read_text())
     (finished.home / "twin" / "stages.json").write_text(json.dumps({**other, "dev1": other["base"]}))
     assert (
-        f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or {finished.home / 'twin/dev1'}"
-        in why("dev1").err
+        f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or "
+        f"{finished.home / 'twin/dev1'}" in why("dev1").err
     )
     shutil.rmtree(finished.home / "twin")
 
@@ -46,7 +48,8 @@ def test_a_model_is_found_by_stage_run_folder_and_artifact(why, finished):
 def test_why_begins_with_the_conclusion_and_walks_to_the_roots(why):
     lines = why("dev1").out.splitlines()
     assert re.fullmatch(r"dev1 \(sft-\w+\): bound by no licence", lines[0])
-    assert "editors: policy: translate" in lines and "teachers: none" in lines
+    assert "editors: policy: translate" in lines
+    assert "teachers: none" in lines
     assert "problems: chat (miniature clock), clock (miniature clock)" in lines
     shape = [re.sub(r" \(.*", "", line) for line in lines if "─" in line]
     assert shape == ["├── base", "├── coldstart", "│   └── traces", "│       └── base", "└── general"]
@@ -64,18 +67,15 @@ def test_a_model_brought_in_undeclared_says_so_first(why):
 def test_why_tells_programs_everything(why):
     told = json.loads(why("dev1", "--json").out)["data"]
     stages = {entry["stage"]: entry for entry in told["artifacts"].values()}
-    assert (
-        set(stages) == {"dev1", "base", "coldstart", "traces", "general"}
-        and told["conclusion"] == "bound by no licence"
-    )
-    assert (
-        stages["dev1"]["inputs"]["coldstart"] == stages["coldstart"]["key"]
-        and stages["dev1"]["key"] == told["root"]
-    )
+    assert set(stages) == {"dev1", "base", "coldstart", "traces", "general"}
+    assert told["conclusion"] == "bound by no licence"
+    assert stages["dev1"]["inputs"]["coldstart"] == stages["coldstart"]["key"]
+    assert stages["dev1"]["key"] == told["root"]
 
 
 def test_the_rows_listed_are_those_that_were_drawn(why, finished):
-    """The recipe's `coldstart: 0.5` takes half of the desk's rows: those, and all general ones, are listed."""
+    """The recipe's `coldstart: 0.5` takes half of the desk's rows: those, and all general ones, are
+    listed."""
     lineage = find("dev1", finished.home)
     listed = list(rows_behind(lineage))
     coldstart, general = (
@@ -95,22 +95,21 @@ def test_the_rows_listed_are_those_that_were_drawn(why, finished):
     }
     assert sum(r["times"] for r in listed) == len(drawn) + len(general) == lineage.head["notes"]["rows"]
     row = next(r for r in listed if r["given_by"] == "coldstart")
-    assert row["editor"] == "policy: translate" and row["origin"]["problem"] == "miniature/countdown"
+    assert row["editor"] == "policy: translate"
+    assert row["origin"]["problem"] == "miniature/countdown"
     plain = why("dev1", "--rows").out.splitlines()
-    assert (
-        len(plain) == len(listed) and "row" not in json.loads(why("dev1", "--rows", "--json").out)["data"][0]
-    )
+    assert len(plain) == len(listed)
+    assert "row" not in json.loads(why("dev1", "--rows", "--json").out)["data"][0]
     shown = why("dev1", "--row", row["id"]).out
-    assert (
-        row["row"]["prompt"] in shown
-        and row["row"]["completion"].strip() in shown
-        and "policy: translate" in shown
-    )
+    assert row["row"]["prompt"] in shown
+    assert row["row"]["completion"].strip() in shown
+    assert "policy: translate" in shown
     assert "nothing-1: no row of that id trained dev1" in why("dev1", "--row", "nothing-1").err
 
 
 def test_reinforcement_lists_the_problems_that_it_learned_from(finished):
-    """Of each step the first group is on record: it is listed if its rewards differ, which is what teaches, and else not."""
+    """Of each step the first group is on record: it is listed if its rewards differ, which is what teaches,
+    and else not."""
     zero = find("zero", finished.home)
     folder = zero.store.root / zero.head["artifact"]
     listed = {row["id"]: row for row in rows_behind(zero)}
@@ -123,9 +122,8 @@ def test_reinforcement_lists_the_problems_that_it_learned_from(finished):
     )
     groups = list(read(folder / "rollouts.jsonl"))
     taught = {(g["step"], g["problem"]): len({c["reward"] for c in g["completions"]}) > 1 for g in groups}
-    assert len(groups) == 8 and all(
-        (problem in steps.get(step, [])) == told for (step, problem), told in taught.items()
-    )
+    assert len(groups) == 8
+    assert all((problem in steps.get(step, [])) == told for (step, problem), told in taught.items())
 
 
 # ---------------------------------------------------------------- recall
@@ -138,12 +136,11 @@ def stages(found: dict[str, str]) -> set[str]:
 def test_a_withdrawn_row_taints_who_learned_from_it_and_nobody_else(finished):
     drawn = next(r["id"] for r in rows_behind(find("dev1", finished.home)) if r["given_by"] == "coldstart")
     found = recall(drawn, finished.home)
-    assert (
-        stages(found.holds) == {"traces", "coldstart"}
-        and stages(found.learned) == {"dev1"}
-        and not found.tainted
-    )
-    assert found.again == {"tiny": ["dev1"]} and found.flops > 0
+    assert stages(found.holds) == {"traces", "coldstart"}
+    assert stages(found.learned) == {"dev1"}
+    assert not found.tainted
+    assert found.again == {"tiny": ["dev1"]}
+    assert found.flops > 0
     coldstart = find("coldstart", finished.home)
     kept = {r["id"] for r in rows_behind(find("dev1", finished.home))}
     left = next(
@@ -152,16 +149,18 @@ def test_a_withdrawn_row_taints_who_learned_from_it_and_nobody_else(finished):
         if r["id"] not in kept
     )
     found = recall(left, finished.home)
-    assert (
-        stages(found.holds) == {"traces", "coldstart"} and not found.learned and not found.again
-    )  # the share left it out
+    assert stages(found.holds) == {"traces", "coldstart"}
+    assert not found.learned
+    assert not found.again  # the share left it out
 
 
 def test_a_withdrawn_problem_reaches_through_the_model_that_practised_on_it(finished):
     problem = next(rows_behind(find("zero", finished.home)))["id"]
     found = recall(problem, finished.home)
-    assert "zero" in stages(found.learned) and {"evaluation/zero"} <= stages(found.tainted)
-    assert "zero" in found.again["tiny"] and "base" not in found.again["tiny"]
+    assert "zero" in stages(found.learned)
+    assert {"evaluation/zero"} <= stages(found.tainted)
+    assert "zero" in found.again["tiny"]
+    assert "base" not in found.again["tiny"]
     with pytest.raises(LimbeckError, match="clock/none: no artifact in .* has a row or a problem of that id"):
         recall("clock/none", finished.home)
 
@@ -203,33 +202,38 @@ def test_taint_passes_through_models_that_sampled_what_others_learned(tmp_path):
     index = {one.manifest["stage"]: one.folder.name for one in (a, first, b, second, desk, c, d)}
     (tmp_path / "r" / "stages.json").write_text(json.dumps(index))
     found = recall("q#0", tmp_path)
-    assert (
-        stages(found.holds) == {"first"}
-        and stages(found.learned) == {"b"}
-        and stages(found.tainted) == {"second", "desk", "c"}
-    )
-    assert found.again == {"r": ["b", "second", "desk", "c"]} and (found.seconds, found.flops) == (4.0, 40)
+    assert stages(found.holds) == {"first"}
+    assert stages(found.learned) == {"b"}
+    assert stages(found.tainted) == {"second", "desk", "c"}
+    assert found.again == {"r": ["b", "second", "desk", "c"]}
+    assert (found.seconds, found.flops) == (4.0, 40)
     found = recall("r#0", tmp_path)
-    assert stages(found.holds) == {"second", "desk"} and stages(found.learned) == {"c"} and not found.tainted
+    assert stages(found.holds) == {"second", "desk"}
+    assert stages(found.learned) == {"c"}
+    assert not found.tainted
     # two stages gave a row of that id: one of them alone
-    assert stages(recall("p#0", tmp_path, "second").learned) == {"c"} and stages(
-        recall("p#0", tmp_path).learned
-    ) == {"b", "c"}
+    assert stages(recall("p#0", tmp_path, "second").learned) == {"c"}
+    assert stages(recall("p#0", tmp_path).learned) == {"b", "c"}
     assert stages(recall("clock/1", tmp_path).unsure) == {"d"}  # it is older than the list of what was asked
 
 
 def test_recall_tells_people_and_programs(call, finished):  # noqa: F811
     drawn = next(r["id"] for r in rows_behind(find("dev1", finished.home)) if r["given_by"] == "coldstart")
     plain = call("recall", drawn, "--runs", finished.home)
-    assert plain.code == 0 and re.search(r"^learned by: dev1 \(sft-\w+\)$", plain.out, re.MULTILINE)
+    assert plain.code == 0
+    assert re.search(r"^learned by: dev1 \(sft-\w+\)$", plain.out, re.MULTILINE)
     assert "a rerun of tiny without it: dev1" in plain.out
     told = json.loads(call("recall", drawn, "--runs", finished.home, "--json").out)["data"]
-    assert told["again"] == {"tiny": ["dev1"]} and set(told["learned"].values()) == {"dev1"}
+    assert told["again"] == {"tiny": ["dev1"]}
+    assert set(told["learned"].values()) == {"dev1"}
     assert call("recall", "none", "--runs", finished.home).code == 2
 
 
 def test_origins_are_told_without_torch(finished):
-    program = "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    program = (
+        "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\n"
+        "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    )
     for command in (["why", "dev1"], ["why", "dev1", "--rows"], ["recall", "clock/none"]):
         done = subprocess.run(
             [sys.executable, "-c", program, *command, "--runs", str(finished.home)],
@@ -237,4 +241,5 @@ def test_origins_are_told_without_torch(finished):
             text=True,
             check=False,
         )
-        assert "AssertionError" not in done.stderr and done.returncode in (0, 2)
+        assert "AssertionError" not in done.stderr
+        assert done.returncode in (0, 2)

@@ -234,11 +234,11 @@ def test_a_run_keeps_what_was_foreseen_before_its_stages_began(tmp_path):
     job.graph.nodes = {"base": node(None), "zero": node(None)}
     from limbeck.pipeline.run import Run
 
-    Run._keep(job, {"schema": 1, "stages": {"base": {"seconds": 1}, "zero": {"seconds": 2}}})
+    Run._keep_forecast(job, {"schema": 1, "stages": {"base": {"seconds": 1}, "zero": {"seconds": 2}}})
     job.graph.nodes["base"] = node(object())
-    Run._keep(job, {"schema": 1, "stages": {"base": {"seconds": 8}, "zero": {"seconds": 9}}})
+    Run._keep_forecast(job, {"schema": 1, "stages": {"base": {"seconds": 8}, "zero": {"seconds": 9}}})
     assert json.loads((tmp_path / FORECAST).read_text())["stages"] == {
         "base": {"seconds": 1},
         "zero": {"seconds": 9},
     }
-    Run._keep(job, None)
+    Run._keep_forecast(job, None)

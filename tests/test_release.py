@@ -1,4 +1,5 @@
-"""A released directory: others load it, its sums hold, its recipe makes it again, and what may not leave does not."""
+"""A released directory: others load it, its sums hold, its recipe makes it again, and what may not leave does
+not."""
 
 from __future__ import annotations
 
@@ -52,12 +53,14 @@ def test_transformers_loads_it_and_computes_the_same(out, finished):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     made = transformers.AutoTokenizer.from_pretrained(out)
-    ours, tokenizer = weights.load(out), Tokenizer.from_directory(out)
+    ours = weights.load(out)
+    tokenizer = Tokenizer.from_directory(out)
     ids = tokenizer.prompt("use 1 2 1 make 0 ?")
     asked = made.apply_chat_template(
         [{"role": "user", "content": "use 1 2 1 make 0 ?"}], add_generation_prompt=True, return_dict=False
     )
-    assert list(asked) == ids.tolist() and theirs.generation_config.eos_token_id == tokenizer.end_id
+    assert list(asked) == ids.tolist()
+    assert theirs.generation_config.eos_token_id == tokenizer.end_id
     with torch.no_grad():
         expected = theirs(torch.tensor([ids.tolist()])).logits[0]
         found = ours.head(ours(torch.tensor(ids), Packed([len(ids)])))
@@ -86,20 +89,24 @@ def test_the_sums_hold_and_name_every_file(out):
 
 def test_its_recipe_is_the_part_that_it_depends_on_and_plans_to_the_same_keys(out, finished):
     recipe = load(out / "recipe.yaml")
-    assert set(recipe.stages) == {"base", "zero", "evaluation"} and set(recipe.problems) == {"clock"}
+    assert set(recipe.stages) == {"base", "zero", "evaluation"}
+    assert set(recipe.problems) == {"clock"}
     nodes = Graph(recipe, Store(finished.home / "store"), out).nodes
-    assert set(nodes) == {"base", "zero", "evaluation/zero"} and all(node.artifact for node in nodes.values())
+    assert set(nodes) == {"base", "zero", "evaluation/zero"}
+    assert all(node.artifact for node in nodes.values())
     assert nodes["zero"].key == find("tiny/zero", finished.home).root
 
 
 def test_a_recipe_with_a_desk_and_one_with_a_model_brought_in_plan_to_the_same_keys_too(finished, tmp_path):
-    whole, store = load(finished.home / "tiny" / "recipe.yaml"), Store(finished.home / "store")
+    whole = load(finished.home / "tiny" / "recipe.yaml")
+    store = Store(finished.home / "store")
     for name, stages in (
         ("dev1", {"base", "traces", "coldstart", "general", "dev1", "evaluation"}),
         ("brought", {"brought", "evaluation"}),
     ):
         part = part_of(whole, name)
-        assert set(part.stages) == stages and part.stages["evaluation"].models == [name]
+        assert set(part.stages) == stages
+        assert part.stages["evaluation"].models == [name]
         (tmp_path / "recipe.yaml").write_text(dump(part))
         assert str(finished.home.parent) not in dump(part)
         shutil.copytree(finished.recipe.parent / "model", tmp_path / "model", dirs_exist_ok=True)
@@ -121,18 +128,26 @@ def test_the_card_tells_what_the_runs_have_shown(out, finished):
         "name": "accuracy, temperature 1",
         "value": round(100 * accuracy["mean"], 1),
     } in values
-    assert "license" not in front and front["pipeline_tag"] == "text-generation"
-    row = f"| clock | temperature 1 | {100 * accuracy['mean']:.1f} % | {100 * accuracy['low']:.1f} – {100 * accuracy['high']:.1f} % | {accuracy['problems']} | {accuracy['n']} |"
-    assert row in body and "Bound by no licence." in body and "Energy: not measured." in body
+    assert "license" not in front
+    assert front["pipeline_tag"] == "text-generation"
+    row = (
+        f"| clock | temperature 1 | {100 * accuracy['mean']:.1f} % | {100 * accuracy['low']:.1f} – "
+        f"{100 * accuracy['high']:.1f} % | {accuracy['problems']} | {accuracy['n']} |"
+    )
+    assert row in body
+    assert "Bound by no licence." in body
+    assert "Energy: not measured." in body
     zero = find("tiny/zero", finished.home)
     total = sum(entry["flops"] for entry in zero.entries.values())
     assert f"| all | | {sum(e['tokens'] for e in zero.entries.values()):,} | {total:.2g} |" in body
-    assert "measured on clock and on nothing else" in body and "were compared with the test" in body
+    assert "measured on clock and on nothing else" in body
+    assert "were compared with the test" in body
 
 
 def test_why_reads_a_released_directory(call, out):  # noqa: F811
     lines = call("why", out).out.splitlines()
-    assert lines[0].startswith("zero (rl-") and any("base (pretrain-" in line for line in lines)
+    assert lines[0].startswith("zero (rl-")
+    assert any("base (pretrain-" in line for line in lines)
     assert "rows; they stay in the store" in call("why", out, "--rows").err
 
 
@@ -163,10 +178,8 @@ def test_nothing_of_the_house_goes_along(copy, tmp_path):
     assert not [
         name for name, text in told.items() if "Ada" in text or str(tmp_path) in text or "completion" in text
     ]
-    assert (
-        "by reviewer 1" in told["README.md"]
-        and "What people said at the desk is not in `recipe.yaml`" in told["README.md"]
-    )
+    assert "by reviewer 1" in told["README.md"]
+    assert "What people said at the desk is not in `recipe.yaml`" in told["README.md"]
     assert json.loads(told["lineage.json"])["artifacts"][find("tiny/dev1", home).root]["rows"]["count"] > 0
 
 
@@ -176,9 +189,11 @@ def test_nothing_of_the_house_goes_along(copy, tmp_path):
 def refused(home, out, *words: str, **options) -> None:
     with pytest.raises(LimbeckError) as caught:
         release("tiny/dev1", out, home, **options)
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
-    assert not out.exists() and not list(out.parent.glob(".*part"))
+    assert not out.exists()
+    assert not list(out.parent.glob(".*part"))
 
 
 CLAIM = {
@@ -210,15 +225,14 @@ def test_a_licence_that_forbids_it_is_refused_with_its_clause(copy, tmp_path):
     store.amend(artifact, {"rights": [CLAIM]})
     assert release("tiny/dev1", out, tmp_path / "runs").folder == out
     card = (out / "README.md").read_text()
-    assert (
-        "saying that they have the right to: “we asked” (2026-01-01)" in card
-        and "Ada" not in (out / "lineage.json").read_text()
-    )
+    assert "saying that they have the right to: “we asked” (2026-01-01)" in card
+    assert "Ada" not in (out / "lineage.json").read_text()
 
 
 def test_a_name_that_breaks_a_naming_duty_is_refused_with_the_remedy(copy, tmp_path):
     """As DeepSeek-R1-Distill-Llama-8B's would be: it does not begin with Llama."""
-    home, out = copy("Llama-3.1", "MIT"), tmp_path / "DeepSeek-R1-Distill-Llama-8B"
+    home = copy("Llama-3.1", "MIT")
+    out = tmp_path / "DeepSeek-R1-Distill-Llama-8B"
     refused(
         home,
         out,
@@ -229,10 +243,8 @@ def test_a_name_that_breaks_a_naming_duty_is_refused_with_the_remedy(copy, tmp_p
     notes = release("tiny/dev1", out, home, name="Llama-tiny").notes
     assert "show “Built with Llama” where you present it" in notes
     card = (out / "README.md").read_text()
-    assert (
-        card.partition("# Llama-tiny\n\n**Built with Llama**")[1]
-        and "license_name: Llama-3.1 AND MIT" in card
-    )
+    assert card.partition("# Llama-tiny\n\n**Built with Llama**")[1]
+    assert "license_name: Llama-3.1 AND MIT" in card
     assert "Llama 3.1 Community License" in (out / "NOTICE").read_text()
     artifact, store = find_artifact("tiny/dev1", home)
     store.amend(artifact, {"licences": ["Llama-3"]})
@@ -251,7 +263,9 @@ def test_mistakes_are_one_sentence(call, finished, tmp_path, out):  # noqa: F811
         (("tiny/zero", tmp_path / "b", "--gguf", "q9"), "there is no GGUF type 'q9'"),
     ):
         said = call("release", *arguments, "--runs", finished.home)
-        assert said.code == 2 and words in said.err and not said.out
+        assert said.code == 2
+        assert words in said.err
+        assert not said.out
     assert not (tmp_path / "b").exists()
 
 
@@ -270,10 +284,11 @@ def test_a_model_that_the_format_holds_goes_as_gguf_too(tmp_path):
     assert code == 0, err
     notes = release("base", tmp_path / "out", tmp_path / "runs").notes
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"out-f16.gguf", "base-LICENSE", "NOTICE"} <= names and notes == (
-        "MIT: keep the copyright notice and the licence's text",
-    )
+    assert {"out-f16.gguf", "base-LICENSE", "NOTICE"} <= names
+    assert notes == ("MIT: keep the copyright notice and the licence's text",)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: mit" in card and "It was not evaluated" in card and "llama-cli -m out-f16.gguf" in card
+    assert "license: mit" in card
+    assert "It was not evaluated" in card
+    assert "llama-cli -m out-f16.gguf" in card
     release("base", tmp_path / "bare", tmp_path / "runs", gguf="none")
     assert not list((tmp_path / "bare").glob("*.gguf"))

@@ -53,7 +53,8 @@ def test_an_artifact_is_found_once_it_is_finished_and_its_partial_folder_is_gone
     assert store.find("rl", "1") == artifact
     assert artifact.folder == store.root / "rl-1"
     assert set(artifact.manifest["outputs"]) == {"model/model.safetensors", "metrics.jsonl", "timing.jsonl"}
-    assert not list(store.root.glob(".partial/rl-1")) and not (artifact.folder / OUTCOME).exists()
+    assert not list(store.root.glob(".partial/rl-1"))
+    assert not (artifact.folder / OUTCOME).exists()
 
 
 def test_a_folder_without_a_manifest_does_not_exist(store):
@@ -64,7 +65,9 @@ def test_a_folder_without_a_manifest_does_not_exist(store):
 
 
 def test_looking_into_a_store_creates_nothing(store):
-    assert store.find("rl", "1") is None and not list(store.all()) and not store.leftovers()
+    assert store.find("rl", "1") is None
+    assert not list(store.all())
+    assert not store.leftovers()
     assert not store.root.exists()
 
 
@@ -118,7 +121,8 @@ def test_when_another_process_was_faster_its_artifact_stays(store):
 def test_two_processes_never_work_in_one_folder(store):
     folder = lay(store, "1")
     program = (
-        "import sys, pathlib; from limbeck.pipeline.store import Store; s = Store(pathlib.Path(sys.argv[1]))\n"
+        "import sys, pathlib; from limbeck.pipeline.store import Store; s = "
+        "Store(pathlib.Path(sys.argv[1]))\n"
         "with s.lock(pathlib.Path(sys.argv[2])): print('mine', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(store.root), str(folder)]
@@ -148,7 +152,10 @@ class Fault:
     """The n-th call that writes, syncs or renames fails; so do all after it where the disk `stays` full."""
 
     def __init__(self, monkeypatch, nth: int, number: int, stays: bool):
-        self.left, self.nth, self.number, self.stays = nth, nth, number, stays
+        self.left = nth
+        self.nth = nth
+        self.number = number
+        self.stays = stays
         for place, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (os, "unlink")):
             monkeypatch.setattr(place, name, self.wrapped(getattr(place, name)))
         monkeypatch.setattr(
@@ -175,7 +182,8 @@ class Fault:
 def test_whatever_write_fails_no_artifact_is_broken_and_none_is_lost(tmp_path, monkeypatch, number, stays):
     for nth in itertools.count(1):
         store = Store(tmp_path / f"{nth}")
-        old, folder = put(store, "1"), lay(store, "2")
+        old = put(store, "1")
+        folder = lay(store, "2")
         with monkeypatch.context() as patch:
             fault = Fault(patch, nth, number, stays)
             try:
@@ -187,7 +195,8 @@ def test_whatever_write_fails_no_artifact_is_broken_and_none_is_lost(tmp_path, m
         assert all(wrong == [] for _, wrong in store.verify())
         assert store.find("rl", "1") == old
         again = store.find("rl", "2") or store.finish(store.partial("rl", "2"), {**ABOUT, "key": "2"})
-        assert again.digest == old.digest and len(list(store.all())) == 2
+        assert again.digest == old.digest
+        assert len(list(store.all())) == 2
         if not fault.fired:
             break
     assert nth > 8
@@ -197,7 +206,8 @@ def test_whatever_write_fails_a_checkpoint_is_the_old_one_or_the_new_one(tmp_pat
     for nth in itertools.count(1):
         folder = tmp_path / str(nth)
         folder.mkdir()
-        record, checkpoint = RunLog(folder), Checkpoint(folder, every=0)
+        record = RunLog(folder)
+        checkpoint = Checkpoint(folder, every=0)
         record.step(0, {"loss": 1.0})
         checkpoint.offer(lambda: {"step": 1, "weights": torch.ones(1000)}, record)
         with monkeypatch.context() as patch:
@@ -227,7 +237,8 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
                 assert path.read_text() == "old"
         if not fault.fired:
             break
-    assert path.read_text() == "new" and nth == 4
+    assert path.read_text() == "new"
+    assert nth == 4
 
 
 # ---------------------------------------------------------------- a disk that is full
@@ -239,7 +250,8 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_full_disk_is_known_by_whatever_library_tells_it(error):
     assert out_of_space(error)
-    assert not out_of_space(OSError(errno.EIO, "broken")) and not out_of_space(ValueError("(os error 5)"))
+    assert not out_of_space(OSError(errno.EIO, "broken"))
+    assert not out_of_space(ValueError("(os error 5)"))
 
 
 def test_torch_hides_a_full_disk_and_it_is_found_all_the_same(tmp_path):
@@ -250,7 +262,8 @@ def test_torch_hides_a_full_disk_and_it_is_found_all_the_same(tmp_path):
         "path = Path(sys.argv[1]); save({'step': 1}, path)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: save({'weights': torch.zeros(10**6)}, path)\n"
-        "except Exception as error: print(type(error).__name__, out_of_space(error), torch.load(path), len(list(path.parent.iterdir())))"
+        "except Exception as error: print(type(error).__name__, out_of_space(error), torch.load(path), "
+        "len(list(path.parent.iterdir())))"
     )
     out = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "state.pt"], capture_output=True, text=True, check=True
@@ -308,7 +321,8 @@ def test_a_disk_that_fills_while_a_stage_runs_leaves_its_last_checkpoint_and_the
     assert last.endswith("free some, and the same command goes on from the last checkpoint")
     (state,) = small_disk.glob("store/.partial/pretrain-*/state.pt")
     reached = torch.load(state, weights_only=True)["learner"]["step"]
-    assert reached > 0 and not list(small_disk.glob("store/pretrain-*"))
+    assert reached > 0
+    assert not list(small_disk.glob("store/pretrain-*"))
     (small_disk / "ballast").unlink()
     code, _, err = answer("run", recipe, "--runs", small_disk)
     assert code == 0, err
@@ -321,5 +335,6 @@ def test_a_file_that_may_not_grow_stops_a_run_resumably(tmp_path):
     recipe.write_text(ONE_STAGE)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
     code, _, err = answer("run", recipe, "--runs", tmp_path / "runs", preexec_fn=limit)
-    assert code == 75 and "no space left on" in err.splitlines()[-1]
+    assert code == 75
+    assert "no space left on" in err.splitlines()[-1]
     assert not list(tmp_path.glob("runs/store/pretrain-*"))

@@ -1,4 +1,5 @@
-"""What is told of a run from outside: its record as it grows, flips, sentences, and the overview of its folder."""
+"""What is told of a run from outside: its record as it grows, flips, sentences, and the overview of its
+folder."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ def group(problem: str, *right: bool) -> Group:
 
 
 def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does(tmp_path):
-    record, history = RunLog(tmp_path, 0, 20), History(tmp_path)
-    assert history.look().done == 0 and history.pace is None
+    record = RunLog(tmp_path, 0, 20)
+    history = History(tmp_path)
+    assert history.look().done == 0
+    assert history.pace is None
     for step in range(10):
         record.step(
             step,
@@ -53,18 +56,21 @@ def test_a_history_reads_on_where_it_stopped_and_begins_anew_when_its_stage_does
 
     with open(tmp_path / METRICS, "a") as file:
         file.write('{"step": 10, "rew')
-    assert history.look().done == 10 and history.version == seen
+    assert history.look().done == 10
+    assert history.version == seen
     RunLog(tmp_path, 6, 20).step(6, {"reward": None, "held_out_accuracy": 0.5, "alarms": ["too long"]})
     history.look()
-    assert history.steps == list(range(7)) and [one.step for one in history.shown] == [0, 4]
-    assert math.isnan(history.columns["reward"][6]) and history.column("held_out_accuracy").tolist() == [0.5]
-    assert all(len(column) == 7 for column in history.columns.values()) and history.alarms == [
-        (6, "too long")
-    ]
+    assert history.steps == list(range(7))
+    assert [one.step for one in history.shown] == [0, 4]
+    assert math.isnan(history.columns["reward"][6])
+    assert history.column("held_out_accuracy").tolist() == [0.5]
+    assert all(len(column) == 7 for column in history.columns.values())
+    assert history.alarms == [(6, "too long")]
 
 
 def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
-    record, history = RunLog(tmp_path, 0), History(tmp_path)
+    record = RunLog(tmp_path, 0)
+    history = History(tmp_path)
     for step in range(50):
         record.step(step, {"reward": 1.0})
     history.look()
@@ -77,7 +83,8 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
     assert parsed == []
     record.step(50, {"reward": 2.0})
     history.look()
-    assert len(parsed) == 2 and history.columns["reward"][-1] == 2.0  # its metrics and its timing
+    assert len(parsed) == 2
+    assert history.columns["reward"][-1] == 2.0  # its metrics and its timing
 
 
 def test_curves_of_thousands_of_steps_are_means_of_neighbours(tmp_path):
@@ -87,10 +94,13 @@ def test_curves_of_thousands_of_steps_are_means_of_neighbours(tmp_path):
     )
     (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = History(tmp_path).look().curves(400)
-    assert len(told["steps"]) == 400 and max(map(len, told["columns"].values())) == 400
+    assert len(told["steps"]) == 400
+    assert max(map(len, told["columns"].values())) == 400
     assert told["columns"]["reward"] == pytest.approx([0.5] * 400, abs=0.05)
     assert [value for value in told["columns"]["rare"] if value is not None] == [3.0]
-    assert told["steps"] == sorted(told["steps"]) and 0 <= told["steps"][0] < 13 and told["steps"][-1] > 4985
+    assert told["steps"] == sorted(told["steps"])
+    assert 0 <= told["steps"][0] < 13
+    assert told["steps"][-1] > 4985
     json.dumps(told, allow_nan=False)
 
 
@@ -116,11 +126,9 @@ def test_flips_between_two_evaluations_and_between_steps(tmp_path):
     ):
         record.step(step, {}, groups)
     within = flips.within(History(tmp_path).look().shown)
-    assert (
-        [f.problem for f in within.won] == ["a"]
-        and [f.problem for f in within.lost] == ["b"]
-        and within.asked == 2
-    )
+    assert [f.problem for f in within.won] == ["a"]
+    assert [f.problem for f in within.lost] == ["b"]
+    assert within.asked == 2
 
 
 def test_sentences_turn_where_the_numbers_turn(tmp_path):
@@ -147,10 +155,12 @@ def test_sentences_turn_where_the_numbers_turn(tmp_path):
         name: sentences.curves("rl", History(tmp_path / name).look())[0] for name in ("up", "down", "wave")
     }
     assert told["up"] == Text("Accuracy rose from 4.2% to 94.2%.", "准确率从 4.2% 升到 94.2%。")
-    assert told["down"].en == "Accuracy fell from 95.8% to 5.8%." and "降" in told["down"].zh
+    assert told["down"].en == "Accuracy fell from 95.8% to 5.8%."
+    assert "降" in told["down"].zh
     valley = sentences._went(Text("A", "甲"), np.array([0.5, *np.linspace(0.9, 0.1, 17), 0.6]), str)
     assert "no clear direction" in valley.en  # it ends higher than it began, but did not rise
-    assert "no clear direction" in told["wave"].en and "没有明显的方向" in told["wave"].zh
+    assert "no clear direction" in told["wave"].en
+    assert "没有明显的方向" in told["wave"].zh
     sound = [text.en for text in sentences.soundness(History(tmp_path / "up").look())]
     assert "differ by at most 1.0e-06 nats a token: no more than rounding." in sound[0]
     assert sound[1:] == [
@@ -159,9 +169,8 @@ def test_sentences_turn_where_the_numbers_turn(tmp_path):
         "Alarm at step 58 (2 in all): x: too long.",
     ]
     running = sentences.progress("zero", "rl", "running", History(tmp_path / "up").look(), {})
-    assert running.en.startswith("zero has taken 60 of 100 steps; one takes") and running.zh.startswith(
-        "zero 已走 60/100 步"
-    )
+    assert running.en.startswith("zero has taken 60 of 100 steps; one takes")
+    assert running.zh.startswith("zero 已走 60/100 步")
     assert (
         sentences.progress("zero", "rl", "begun", History(tmp_path / "up").look(), {}).en
         == "zero has taken 60 of 100 steps and rests."
@@ -184,22 +193,30 @@ def test_a_plan_is_compared_with_what_came(actual, over, said):
 
 def test_a_finished_run_is_told_from_its_folder_alone(finished):
     run = run_state.look(finished.home / "tiny")
-    assert run.complete and run_state.runs_in(finished.home) == [finished.home / "tiny"]
-    assert run_status.status(run.folder).state == "finished" and not run_status.at_work(run.folder)
+    assert run.complete
+    assert run_state.runs_in(finished.home) == [finished.home / "tiny"]
+    assert run_status.status(run.folder).state == "finished"
+    assert not run_status.at_work(run.folder)
     lines = run_view.lines(run, alive=False)
-    assert [line.state for line in lines] == ["done"] * len(lines) and lines[0].name == "brought"
+    assert [line.state for line in lines] == ["done"] * len(lines)
+    assert lines[0].name == "brought"
     zero = next(line for line in lines if line.name == "zero")
-    assert zero.share == 1 and zero.history.done == 8 and zero.rewards() == ["accuracy", "format", "language"]
+    assert zero.share == 1
+    assert zero.history.done == 8
+    assert zero.rewards() == ["accuracy", "format", "language"]
     told = [text.en for text in run_view.narrate(run, lines)]
     assert told[0] == f"{len(lines)} of {len(lines)} stages are done."
-    assert zero.said[0].en.startswith("zero is done: RL in") and zero.said[0].zh.startswith("zero 已完成")
+    assert zero.said[0].en.startswith("zero is done: RL in")
+    assert zero.said[0].zh.startswith("zero 已完成")
     evaluation = next(line for line in lines if line.kind == "evaluate")
-    assert any("On clock, temperature 1" in text.en for text in evaluation.said) and run_view.samples(
-        evaluation
-    )
+    assert any("On clock, temperature 1" in text.en for text in evaluation.said)
+    assert run_view.samples(evaluation)
     drawn = run_view.draw(lines, "the stages", lambda name: f"/runs/tiny/{name}")
-    assert 'href="/runs/tiny/zero"' in drawn and "evaluation" not in drawn and "style=" not in drawn
-    assert run_view.responses(zero, None)["step"] == 7 and run_view.responses(zero, 3)["before"] == 2
+    assert 'href="/runs/tiny/zero"' in drawn
+    assert "evaluation" not in drawn
+    assert "style=" not in drawn
+    assert run_view.responses(zero, None)["step"] == 7
+    assert run_view.responses(zero, 3)["before"] == 2
 
 
 def test_a_forecast_stands_beside_what_was_measured(finished):
@@ -229,22 +246,27 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
         assert run_status.at_work(folder)
         zero = run_view.line_of(run_state.look(folder), run_state.look(folder).stage("zero"), alive=True)
         assert (zero.state, zero.share) == ("running", 0.25)
-        assert '<g class="running">' in run_view.draw([zero], "x", str) and "1/4" in run_view.draw(
-            [zero], "x", str
-        )
-    assert not run_status.at_work(folder) and run_status.status(folder).state == "finished"
+        assert '<g class="running">' in run_view.draw([zero], "x", str)
+        assert "1/4" in run_view.draw([zero], "x", str)
+    assert not run_status.at_work(folder)
+    assert run_status.status(folder).state == "finished"
 
 
 def test_a_drawing_escapes_what_it_is_given():
     drawn = draw([Box("<b>", Text('"x"', "<i>"), (), "model", '/a"b', "running", 0.5)], 'la"bel')
-    assert "<b>" not in drawn and "<i>" not in drawn and 'href="/a&#34;b"' in drawn and "la&#34;bel" in drawn
+    assert "<b>" not in drawn
+    assert "<i>" not in drawn
+    assert 'href="/a&#34;b"' in drawn
+    assert "la&#34;bel" in drawn
 
 
 def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
-    record, history = RunLog(tmp_path, 0), History(tmp_path)
+    record = RunLog(tmp_path, 0)
+    history = History(tmp_path)
     record.step(0, {"loss": 1.0, "expert_loads": [[0.5, 0.5]]})
     record.step(1, {"loss": 0.9, "expert_loads": [[0.25, 0.75]]})
-    assert history.look().loads == [[0.25, 0.75]] and set(history.columns) == {"loss"}
+    assert history.look().loads == [[0.25, 0.75]]
+    assert set(history.columns) == {"loss"}
 
 
 def test_every_alarm_is_told_in_chinese():
@@ -264,9 +286,7 @@ def test_every_alarm_is_told_in_chinese():
     assert len(rung) == 6
     for text in [*rung, "length fell to a third within 20 steps"]:
         said = _alarm(text)
-        assert (
-            said.en == text
-            and not re.search(r"[a-z]{3} [a-z]{3}", said.zh)
-            and re.search(r"[\u4e00-\u9fff]", said.zh)
-        )
+        assert said.en == text
+        assert not re.search(r"[a-z]{3} [a-z]{3}", said.zh)
+        assert re.search(r"[\u4e00-\u9fff]", said.zh)
     assert _alarm("unheard of").zh == "unheard of"

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ..config.recipe import Stage
 from ..pipeline.graph import Graph, Node
-from ..pipeline.run import RECENT, Pace, Progress
+from ..pipeline.progress import RECENT, Pace, Progress
 from ..pipeline.store import Artifact
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -1,0 +1,1 @@
+"""Runs of recipes: the graph of stages, the store of artifacts, worker processes, reviews and provenance."""

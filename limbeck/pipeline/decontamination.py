@@ -1,16 +1,16 @@
-"""Before anything learns: rows and problems that are too near to what the recipe's evaluations ask are left out.
+"""Decontamination: rows and problems that are too near to the recipe's evaluations are left out of training.
 
-What is left out is part of a stage's key, and only where there is something: a recipe that evaluates on one more source
-trains nothing again unless that source turns up in what it trained on. Findings are kept in the store, by what was compared.
+The ids left out are part of a stage's key, and only if there are any: a recipe that evaluates on one more
+source trains nothing again unless that source turns up in its training data. Reports are kept in the store,
+by the data compared.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.load import MODELS
 from ..config.recipe import Evaluate, Problems, Recipe, Stage
@@ -19,86 +19,131 @@ from ..types import Task
 from .dataset_rows import PROBLEMS, ROWS, said
 from .store import Artifact, Store, digest_of, write
 
-VERSION = 1  # raise it when the same texts begin to be judged otherwise
-FINDINGS = ".decontamination"
-TAUGHT = (MODELS | {"reward"}) - {"load", "pretrain"}  # kinds that learn from rows, if they are given any
-UNTAUGHT = {"pretrain", "curate", "evaluate", "load", "remote"}  # kinds that draw on no training problems
+if TYPE_CHECKING:
+    from ..tasks.contamination import Sieve
+
+VERSION = 1  # of the comparison: raise it when the same texts begin to be judged otherwise
+REPORTS = ".decontamination"  # in the store
+LEARNS_FROM_ROWS = (MODELS | {"reward"}) - {"load", "pretrain"}  # kinds that train on rows, if they cite any
+DRAWS_NO_PROBLEMS = {"pretrain", "curate", "evaluate", "load", "remote"}  # kinds without training problems
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was compared and what came of it: `Finding({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})`."""
+class ContaminationReport:
+    """A comparison's result:
+    `ContaminationReport({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})`.
+
+    `against` counts the test problems by source, `checked` the rows and problems compared with them;
+    `dropped` maps the ids to leave out to the reason.
+    """
 
     against: dict[str, int] = field(default_factory=dict)
     checked: int = 0
     dropped: dict[str, str] = field(default_factory=dict)
 
 
-def tested(recipe: Recipe) -> dict[str, Problems]:
-    """The problems whose held-out part some evaluation of the recipe asks."""
-    names = (
-        name for stage in recipe.stages.values() if isinstance(stage, Evaluate) for name in stage.problems
-    )
-    return {name: recipe.problems[name] for name in dict.fromkeys(names)}
+@dataclass(frozen=True)
+class _Text:
+    """A row or a problem to compare: its id, its prompt, and its response ("" for a problem)."""
+
+    id: str
+    prompt: str
+    response: str = ""
+
+
+def evaluated_problems(recipe: Recipe) -> dict[str, Problems]:
+    """The problem sources whose held-out part some evaluation of the recipe uses."""
+    evaluated: dict[str, Problems] = {}
+    for stage in recipe.stages.values():
+        if isinstance(stage, Evaluate):
+            for name in stage.problems:
+                evaluated[name] = recipe.problems[name]
+    return evaluated
 
 
 class Decontamination:
-    """Finds, for each stage that learns or samples, what it must leave out. `thorough` looks where nobody has looked;
-    without it only what was found before is known."""
+    """Compares the training data of a stage with the tests.
+
+    With `thorough`, data that was never compared is compared now; otherwise only stored reports count.
+    """
 
     def __init__(self, store: Store, tests: Mapping[str, Problems], identities: Mapping[str, Any]):
-        self.store, self.tests, self.identities, self.thorough = store, tests, identities, False
-        self._sieves: dict[str, Any] = {}
+        """`tests` are the evaluated problem sources, `identities` what their content is keyed by."""
+        self.store = store
+        self.tests = tests
+        self.identities = identities
+        self.thorough = False
+        self._sieves: dict[str, Sieve] = {}
         self._tasks: dict[str, Task] = {}
 
-    def look(
+    def compare(
         self,
         stage: Stage,
         problems: Mapping[str, Problems],
-        own: Mapping[str, Any],
-        given: Mapping[str, Artifact],
-    ) -> Finding | None:
-        """The finding for one stage, None where there is nothing to compare or, unless thorough, nobody has."""
-        drawn = {} if stage.kind in UNTAUGHT else problems
-        rows = {name: a for name, a in given.items() if _has(a, ROWS)} if stage.kind in TAUGHT else {}
-        kept = {name: a for name, a in given.items() if _has(a, PROBLEMS)}
-        if not self.tests or not (drawn or rows or kept):
+        identities: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+    ) -> ContaminationReport | None:
+        """The report for one stage; None without data to compare, or if none is stored and `thorough` is off.
+
+        `problems` are the stage's problem sources, `identities` what their content is keyed by.
+        """
+        drawn = {} if stage.kind in DRAWS_NO_PROBLEMS else problems
+        rows = _with_file(inputs, ROWS) if stage.kind in LEARNS_FROM_ROWS else {}
+        screened = _with_file(inputs, PROBLEMS)
+        if not self.tests or not (drawn or rows or screened):
             return None
         compared = {
             "version": VERSION,
             "tests": self.identities,
-            "drawn": {name: own[name] for name in drawn},
-            "given": {name: a.digest for name, a in {**rows, **kept}.items()},
+            "drawn": {name: identities[name] for name in drawn},
+            "given": {name: artifact.digest for name, artifact in {**rows, **screened}.items()},
         }
-        path = self.store.root / FINDINGS / f"{digest_of(compared)[:16]}.json"
+        path = self.store.root / REPORTS / f"{digest_of(compared)[:16]}.json"
         if path.exists():
-            return Finding(**json.loads(path.read_text(encoding="utf-8")))
+            return ContaminationReport(**json.loads(path.read_text(encoding="utf-8")))
         if not self.thorough:
             return None
-        found = self._sift([*self._texts(drawn), *_given(rows, ROWS), *_given(kept, PROBLEMS)])
+        texts = [*self._problem_texts(drawn), *_row_texts(rows, ROWS), *_row_texts(screened, PROBLEMS)]
+        report = self._sift(texts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(asdict(found), ensure_ascii=False) + "\n")
-        return found
+        write(path, json.dumps(asdict(report), ensure_ascii=False) + "\n")
+        return report
 
-    def _sift(self, texts: list[tuple[str, str, str]]) -> Finding:
-        from ..tasks.contamination import Sieve
-
+    def _sift(self, texts: list[_Text]) -> ContaminationReport:
         for name in self.tests:
             if name not in self._sieves:
-                held_out = self._task(name, self.tests[name]).problems("test")
-                questions = {p.id: str(p.data["question"]) for p in held_out if "question" in p.data}
-                self._sieves[name] = Sieve({p.id: p.prompt for p in held_out}, questions)
+                self._sieves[name] = self._make_sieve(name)
         dropped = {}
-        for id, prompt, rest in texts:
-            faults = (sieve.fault(id, prompt, rest) for sieve in self._sieves.values())
-            if fault := next(filter(None, faults), None):
-                dropped[id] = fault
-        return Finding({name: len(sieve.ids) for name, sieve in self._sieves.items()}, len(texts), dropped)
+        for text in texts:
+            fault = self._find_fault(text)
+            if fault:
+                dropped[text.id] = fault
+        against = {name: len(sieve.ids) for name, sieve in self._sieves.items()}
+        return ContaminationReport(against, len(texts), dropped)
 
-    def _texts(self, drawn: Mapping[str, Problems]) -> Iterator[tuple[str, str, str]]:
+    def _make_sieve(self, name: str) -> Sieve:
+        from ..tasks.contamination import Sieve
+
+        prompts = {}
+        questions = {}
+        for problem in self._task(name, self.tests[name]).problems("test"):
+            prompts[problem.id] = problem.prompt
+            if "question" in problem.data:
+                questions[problem.id] = str(problem.data["question"])
+        return Sieve(prompts, questions)
+
+    def _find_fault(self, text: _Text) -> str | None:
+        """The reason for which a text is too near to some test, if it is."""
+        for sieve in self._sieves.values():
+            fault = sieve.fault(text.id, text.prompt, text.response)
+            if fault:
+                return fault
+        return None
+
+    def _problem_texts(self, drawn: Mapping[str, Problems]) -> Iterator[_Text]:
         for name, problems in drawn.items():
             for problem in self._task(name, problems).problems("train"):
-                yield problem.id, problem.prompt, ""
+                yield _Text(problem.id, problem.prompt)
 
     def _task(self, name: str, problems: Problems) -> Task:
         from ..tasks.task import open_task
@@ -108,19 +153,19 @@ class Decontamination:
         return self._tasks[name]
 
 
-def _given(artifacts: Mapping[str, Artifact], name: str) -> Iterator[tuple[str, str, str]]:
+def _with_file(inputs: Mapping[str, Artifact], file: str) -> dict[str, Artifact]:
+    """The inputs whose artifact has a file of that name."""
+    return {name: artifact for name, artifact in inputs.items() if (artifact.folder / file).exists()}
+
+
+def _row_texts(artifacts: Mapping[str, Artifact], file: str) -> Iterator[_Text]:
     for artifact in artifacts.values():
-        for row in read(artifact.folder / name):
-            yield row["id"], _text(row["prompt"]), said(row)
+        for row in read(artifact.folder / file):
+            yield _Text(row["id"], _prompt_text(row["prompt"]), said(row))
 
 
-def _text(prompt: Any) -> str:
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else "\n".join(str(message.get("content", "")) for message in prompt)
-    )
-
-
-def _has(artifact: Artifact, name: str) -> bool:
-    return Path(artifact.folder / name).exists()
+def _prompt_text(prompt: str | Iterable[Mapping[str, Any]]) -> str:
+    """A prompt as text: itself, or the contents of its chat messages, a line each."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message.get("content", "")) for message in prompt)

@@ -1,11 +1,11 @@
-"""Carry a recipe out: start what is ready, wait, store what is done, until nothing is left to do."""
+"""Execution of a recipe: start the stages that are ready, store those that are done, until none is left."""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,147 +14,139 @@ from .. import __version__
 from ..config.load import dump
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
-from ..run_log import METRICS, PREPARING, ROLLOUTS, TIMING, read
+from ..run_log import read
 from ..runtime.machine import machine
-from ..runtime.worker_pool import Host
+from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
 from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
-from .provenance.propagate import check, grown, origin_of
-from .review import curate as desk
-from .review import reviews
+from .progress import Progress
+from .provenance.propagate import check_licences, merged_provenance, origin_of
+from .review import curate, reviews
+from .run_folder import FORECAST, INDEX, RECIPE, read_json
 from .run_status import RunStatus
 from .store import Artifact, Store, out_of_space, write
-from .worker import write_job
+from .worker import SOFTWARE_FAILURE, TEMPORARY_FAILURE, write_job
 
-TICK = 0.25  # seconds between two looks at what is going on
-FORECAST = "forecast.json"  # in a run's folder: what its stages were expected to take
-RECENT = 10  # rows of timing that the pace of a stage is taken from
-GRACE = 20.0  # seconds that running stages have to checkpoint when another one has failed
+TICK = 0.25  # seconds between two looks at the workers
+GRACE = 20.0  # seconds that running stages have to checkpoint after another one has failed
 
 
 class Display(Protocol):
-    """Whoever watches: a terminal's tree, plain lines, or JSON events."""
+    """The display of a run: a tree in a terminal, plain lines, or JSON events."""
 
-    def show(self, graph: Graph, running: dict[str, Progress]) -> None: ...
+    def show(self, graph: Graph, running: dict[str, Progress]) -> None:
+        """Show the current state; called several times a second."""
 
-    def finished(self, node: Node, artifact: Artifact) -> None: ...
+    def finished(self, node: Node, artifact: Artifact) -> None:
+        """Show that a stage is done."""
 
-    def say(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast a stage has been lately: `Pace(4, 40, 12.0, 40960, 0.7)` took four looks at 40 steps, 12 seconds and so
-    many tokens, and the last one is 0.7 seconds old."""
-
-    looks: int
-    steps: int
-    seconds: float
-    tokens: int
-    since: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A running stage as its record shows it."""
-
-    node: Node
-    folder: Path
-    began: float
-
-    def look(self) -> tuple[int, int | None, dict[str, Any]]:
-        """Steps done, steps in all, and the latest metrics."""
-        timing, metrics = _last(self.folder / TIMING), _last(self.folder / METRICS)
-        return timing.get("step", -1) + 1, timing.get("of"), metrics
-
-    def pace(self) -> Pace:
-        """Measured over the latest rows. The first one of a process holds what it does once, and only marks a beginning."""
-        rows = _tail(self.folder / TIMING)
-        begins = max((i for i, row in enumerate(rows) if row["seconds"] is None), default=-1)
-        rows = rows[begins + 1 :][-RECENT - 1 :]
-        if len(rows) < 2:
-            return Pace(0, 0, 0.0, 0, self._since())
-        steps, seconds = rows[-1]["step"] - rows[0]["step"], sum(row["seconds"] for row in rows[1:])
-        return Pace(
-            len(rows) - 1, steps, seconds, sum(row.get("tokens", 0) for row in rows[1:]), self._since()
-        )
-
-    def _since(self) -> float:
-        """Seconds since something was recorded."""
-        path = self.folder / TIMING
-        return min(self.spent, max(0.0, time.time() - path.stat().st_mtime)) if path.exists() else self.spent
-
-    @property
-    def spent(self) -> float:
-        return time.monotonic() - self.began
-
-    def preparing(self) -> str:
-        """What it does before its first step, where it says so."""
-        with suppress(FileNotFoundError):
-            return (self.folder / PREPARING).read_text(encoding="utf-8")
-        return ""
-
-    def thought(self) -> dict[str, Any]:
-        """The rollout that was written last."""
-        return _last(self.folder / ROLLOUTS)
+    def say(self, text: str) -> None:
+        """Show a sentence."""
 
 
 class Run:
-    """One recipe's run: its graph, its folder (`runs/NAME`), its hosts and who watches."""
+    """One recipe's run: its graph, its folder (`runs/NAME`), its workers and its display."""
 
     def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display, right: str | None = None):
-        self.recipe, self.home, self.display = recipe, home, display
+        """`base` is the folder that the recipe's relative paths start from, `home` the folder of all runs.
+        Raises LimbeckError if a licence forbids a stage and no `right` is claimed."""
+        self.recipe = recipe
+        self.home = home
+        self.display = display
         self.store = Store(home / "store")
         self.folder = home / recipe.name
         self.graph = Graph(recipe, self.store, base)
-        self.descent, self.claims = check(self.graph, right)
-        self.host = Host(recipe.workers, recipe.threads)
-        self.attendance = RunStatus(self.folder, right)
+        self.licence_traces, self.claims = check_licences(self.graph, right)
+        self.host = WorkerPool(recipe.workers, recipe.threads)
+        self.status = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
-        self.stopping = self._asked_to_stop = False
+        self.stopping = False
+        self._stop_sent = False
+
+    # ------------------------------------------------------------ the loop
 
     def carry_out(self, forecast: dict[str, Any] | None = None) -> Path | None:
-        """Run all that can run; returns the report's page, if the recipe has one. A `forecast` made beforehand is kept with the run."""
+        """Execute all stages; return the report's page, if the recipe has one. A `forecast` is kept with the
+        run.
+
+        Raises Resumable if the run was stopped or waits for reviews.
+        """
         self._refuse_keyless()
         self._open_folder()
-        with self.attendance:
-            self._keep(forecast)
-            return self._carry_out()
+        with self.status:
+            self._keep_forecast(forecast)
+            return self._run_stages()
 
-    def _carry_out(self) -> Path | None:
+    def _run_stages(self) -> Path | None:
         self.graph.check_contamination()
         began = time.monotonic()
         try:
-            while self._start() or self.running or self._reviewed():
+            while self._start() or self.running or self._was_reviewed():
                 self._step()
         except (LimbeckError, OSError):
-            self._let_go()
+            self._drain_after_failure()
             raise
         finally:
             self.host.close()
         if self.stopping:
-            self.attendance.tell("paused")
+            self.status.tell("paused")
             raise Resumable("stopped; the same command goes on from here")
         self._refuse_waiting()
         return self._report(time.monotonic() - began)
 
     def stop(self) -> None:
-        """Let running stages checkpoint and end; start nothing new. Safe in a signal handler: it only asks."""
+        """Let running stages checkpoint and end. Safe in a signal handler: it only sets a flag."""
         self.stopping = True
 
+    def _step(self) -> None:
+        """Wait a moment for an event, and handle it."""
+        if self.status.asked_to_pause():
+            self.stop()
+        if self.stopping and not self._stop_sent:
+            self._stop_sent = True
+            self.status.tell("pausing")
+            self.display.say("stopping after a checkpoint; press Ctrl-C again to stop at once")
+            self.host.stop()
+        event = self.host.wait(TICK)
+        self.display.show(self.graph, self.running)
+        if event:
+            self._handle(event)
+
+    def _drain_after_failure(self) -> None:
+        """Let the other stages checkpoint after one has failed; further failures are not reported."""
+        self.stop()
+        deadline = time.monotonic() + GRACE
+        while self.running and time.monotonic() < deadline:
+            with suppress(LimbeckError, OSError):
+                self._step()
+
+    def _was_reviewed(self) -> bool:
+        """True if reviews have made a stage ready. The status `waits` is written before the last look: a
+        person who reviews and then reads `running` knows that the run will see it, and starts no other."""
+        if self.stopping:
+            return False
+        if any(node.state == "asks" for node in self.graph.nodes.values()):
+            self.status.tell("waits")
+        return any(node.state == "ready" for node in self.graph.nodes.values())
+
+    # ------------------------------------------------------------ before the first stage
+
     def _refuse_keyless(self) -> None:
-        """Before anything runs: every endpoint that will be asked has its key."""
+        """Raise LimbeckError if an endpoint that a stage will ask has no key."""
         for node in self.graph.nodes.values():
-            asked = {node.name: node.stage} if isinstance(node.stage, Remote) else node.endpoints
-            for name, settings in {} if node.artifact else asked.items():
+            if node.artifact:
+                continue
+            endpoints = {node.name: node.stage} if isinstance(node.stage, Remote) else node.endpoints
+            for name, settings in endpoints.items():
                 key_of(f"stages.{name}", settings)
 
     def _open_folder(self) -> None:
+        """Make the run's folder, with its recipe and the artifacts that are done already."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / "recipe.yaml", dump(self.graph.recipe))
+            write(self.folder / RECIPE, dump(self.graph.recipe))
             self._index()
         except OSError as error:
             if out_of_space(error):
@@ -163,237 +155,222 @@ class Run:
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
             ) from None
 
-    def _keep(self, forecast: dict[str, Any] | None) -> None:
-        """What was foreseen, before it begins; of stages that are done already, what was foreseen before they began."""
+    def _keep_forecast(self, forecast: dict[str, Any] | None) -> None:
+        """Write the forecast, if one was made; a stage that is done keeps the one made before it began."""
+        if not forecast:
+            return
         path = self.folder / FORECAST
-        if forecast:
-            earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
-            done = {
-                name: told
-                for name, told in earlier.items()
-                if name in self.graph.nodes and self.graph.nodes[name].artifact
-            }
-            coming = {
-                name: told for name, told in forecast["stages"].items() if not self.graph.nodes[name].artifact
-            }
-            write(path, json.dumps({**forecast, "stages": {**done, **coming}}, indent=2) + "\n")
+        earlier = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else {}
+        stages = {}
+        for name, forecast_of_stage in earlier.items():
+            if name in self.graph.nodes and self.graph.nodes[name].artifact:
+                stages[name] = forecast_of_stage
+        for name, forecast_of_stage in forecast["stages"].items():
+            if not self.graph.nodes[name].artifact:
+                stages[name] = forecast_of_stage
+        write(path, json.dumps({**forecast, "stages": stages}, indent=2) + "\n")
 
-    def _step(self) -> None:
-        """Wait a moment, and take in what has happened."""
-        if self.attendance.asked_to_pause():
-            self.stop()
-        if self.stopping and not self._asked_to_stop:
-            self._asked_to_stop = True
-            self.attendance.tell("pausing")
-            self.display.say("stopping after a checkpoint; press Ctrl-C again to stop at once")
-            self.host.stop()
-        event = self.host.wait(TICK)
-        self.display.show(self.graph, self.running)
-        if event:
-            self._hear(event)
-
-    def _let_go(self) -> None:
-        """When one stage has failed the others may still checkpoint; what fails beside it is not told."""
-        self.stop()
-        deadline = time.monotonic() + GRACE
-        while self.running and time.monotonic() < deadline:
-            with suppress(LimbeckError, OSError):
-                self._step()
+    # ------------------------------------------------------------ starting stages
 
     def _start(self) -> bool:
-        """Hand ready stages to free workers; those that most others wait for go first."""
+        """Hand ready stages to free workers, those with most dependents first. True if any was started."""
         if self.stopping:
             return False
-        self._ask()
+        self._write_queues()
         self.graph.refresh()  # people may have reviewed, and other runs may have finished
         started = False
         for node in sorted(self.graph.nodes.values(), key=self._urgency):
             if node.state == "ready" and node.name not in self.running and self.host.free:
-                job = self._job(node)
-                self.running[node.name] = Progress(node, job.folder, time.monotonic())
-                self.attendance.begun[node.name] = job.folder.name
-                self.host.start(write_job(job))
-                if job.dropped:
-                    self.display.say(
-                        f"{node.name}: leaves {len(job.dropped)} of {node.finding.checked} out, too near to the test"
-                    )
+                self._start_stage(node)
                 started = True
         if started:
-            self.attendance.tell("running")
+            self.status.tell("running")
         return started
 
-    def _reviewed(self) -> bool:
-        """Says that people are waited for, and only then looks a last time whether they have reviewed: whoever reviews
-        and afterwards reads `running` knows that it will be seen, and starts nobody else."""
-        if self.stopping:
-            return False
-        if any(node.state == "asks" for node in self.graph.nodes.values()):
-            self.attendance.tell("waits")
-        return any(node.state == "ready" for node in self.graph.nodes.values())
+    def _start_stage(self, node: Node) -> None:
+        job = self._job(node)
+        self.running[node.name] = Progress(node, job.folder, time.monotonic())
+        self.status.begun[node.name] = job.folder.name
+        self.host.start(write_job(job))
+        if job.dropped:
+            checked = node.contamination.checked
+            self.display.say(f"{node.name}: leaves {len(job.dropped)} of {checked} out, too near to the test")
 
-    def _ask(self) -> None:
-        """Lay out what people are to review."""
+    def _write_queues(self) -> None:
+        """Write the queues of rows that people are to review."""
         for node in self.graph.nodes.values():
             if node.queue and not node.artifact:
-                desk.ask(node.queue, partial(self._rows, node), node.stage.question, node.stage.second)
-
-    def _urgency(self, node: Node) -> int:
-        """Less is sooner: the number of stages behind this one, negated."""
-        return -len(self.graph.dependents(node.name))
+                curate.ask(node.queue, partial(self._rows, node), node.stage.question, node.stage.second)
 
     def _rows(self, node: Node) -> list[dict[str, Any]]:
         assert isinstance(node.stage, Curate)
-        return list(read(self.graph.nodes[node.stage.rows].artifact.folder / ROWS))
+        artifact = self.graph.nodes[node.stage.rows].artifact
+        return list(read(artifact.folder / ROWS))
+
+    def _urgency(self, node: Node) -> int:
+        """The sort key of a node, less is sooner: the number of its dependents, negated."""
+        return -len(self.graph.dependents(node.name))
 
     def _job(self, node: Node) -> Job:
         return Job(
             name=node.name,
             stage=node.stage,
             seed=seed_of(self.recipe, node),
-            inputs={name: self.graph.nodes[name].artifact.folder for name in node.inputs},
+            inputs={name: artifact.folder for name, artifact in self.graph.artifacts_of(node).items()},
             problems=node.problems,
             folder=self.store.partial(node.kind, node.key),
             control=node.control,
             queue=node.queue,
-            said=node.said,
+            said=node.review_bytes,
             endpoints=node.endpoints,
-            dropped=frozenset(node.finding.dropped if node.finding else ()),
+            dropped=frozenset(node.dropped),
         )
 
-    def _hear(self, event: dict[str, Any]) -> None:
-        if event["event"] == "told":
-            return self.display.say(f"{event['name']}: {event['text']}")
+    # ------------------------------------------------------------ events of workers
+
+    def _handle(self, event: dict[str, Any]) -> None:
+        """Handle an event of a worker. Raises what ended the stage, if it failed or its process died."""
+        kind = event["event"]
+        if kind == "told":
+            self.display.say(f"{event['name']}: {event['text']}")
+            return
         progress = self.running.pop(event["name"])
-        if event["event"] in ("done", "found", "waiting"):
-            self.attendance.begun.pop(event["name"])
-        if event["event"] in ("done", "found"):
-            if event["event"] == "done":
-                self.store.finish(progress.folder, self._manifest(progress.node, event["outcome"]))
-            self.graph.refresh()
-            self._index()
-            self.attendance.tell(self.attendance.state)
-            # by its own key: people who went on reviewing have given the stage another by now
-            self.display.finished(progress.node, self.store.find(progress.node.kind, progress.node.key))
-        elif event["event"] == "died":
+        if kind in ("done", "found", "waiting"):
+            self.status.begun.pop(event["name"])
+        if kind in ("done", "found"):
+            self._finish_stage(progress, event)
+        elif kind == "died":
             raise Resumable(
                 f"stage {event['name']}: its process {_end(event['status'])}; "
                 "run again to go on from its last checkpoint"
             )
-        elif event["event"] == "failed" and not (event["code"] == 75 and self.stopping):
+        elif kind == "failed" and not (event["code"] == TEMPORARY_FAILURE and self.stopping):
             raise _failure(event, self.folder)
 
+    def _finish_stage(self, progress: Progress, event: dict[str, Any]) -> None:
+        """Store the artifact of a stage that is done, or take over the one that another run has stored."""
+        node = progress.node
+        if event["event"] == "done":
+            self.store.finish(progress.folder, self._manifest(node, event["outcome"]))
+        self.graph.refresh()
+        self._index()
+        self.status.tell(self.status.state)
+        # found by the key it had: reviews given meanwhile have changed the key of the graph's node
+        self.display.finished(node, self.store.find(node.kind, node.key))
+
+    # ------------------------------------------------------------ manifests
+
     def _manifest(self, node: Node, outcome: dict[str, Any]) -> dict[str, Any]:
-        given = {name: self.graph.nodes[name].artifact for name in node.inputs}
-        return {
+        artifacts = self.graph.artifacts_of(node)
+        inputs = {}
+        for name, artifact in artifacts.items():
+            manifest = artifact.manifest
+            inputs[name] = {"key": manifest["key"], "digest": artifact.digest, "kind": manifest["kind"]}
+        manifest = {
             "kind": node.kind,
             "key": node.key,
             "stage": node.name,
             "title": node.stage.title,
             "settings": node.stage.model_dump(mode="json"),
             "identity": self.graph.identity(node),
-            "inputs": {
-                name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]}
-                for name, a in given.items()
-            },
+            "inputs": inputs,
             "code_version": __version__,
             "seed": seed_of(self.recipe, node),
             "joules": None,
-            **origin_of(node, outcome, given, self.descent, self.claims),
-            **({"decontamination": asdict(node.finding)} if node.finding else {}),
-            **outcome,
         }
+        manifest |= origin_of(node, outcome, artifacts, self.licence_traces, self.claims)
+        if node.contamination:
+            manifest["decontamination"] = asdict(node.contamination)
+        return {**manifest, **outcome}
 
     def _index(self) -> None:
-        """Which artifact is which stage's, so that `gc` spares it. Written after each stage: a run may be killed."""
-        for node in self.graph.nodes.values():
+        """Write the artifacts by stage, which `gc` spares. Called after each stage: a run may be killed."""
+        stages = {}
+        for name, node in self.graph.nodes.items():
             if node.artifact:
-                self._own_up(node)
-        stages = {name: node.artifact.folder.name for name, node in self.graph.nodes.items() if node.artifact}
-        write(self.folder / "stages.json", json.dumps(stages, indent=2) + "\n")
+                self._update_manifest(node)
+                stages[name] = node.artifact.folder.name
+        write(self.folder / INDEX, json.dumps(stages, indent=2) + "\n")
 
-    def _own_up(self, node: Node) -> None:
-        """An artifact that was made before says what the recipe knows of its origin by now."""
-        given = {name: self.graph.nodes[name].artifact for name in node.inputs}
+    def _update_manifest(self, node: Node) -> None:
+        """Add to an earlier artifact's manifest what the recipe knows of its origin by now."""
         manifest = node.artifact.manifest
-        news = grown(manifest, origin_of(node, manifest, given, self.descent, self.claims)) or {}
-        if node.finding and asdict(node.finding) != manifest.get("decontamination"):
-            news["decontamination"] = asdict(node.finding)
+        artifacts = self.graph.artifacts_of(node)
+        origin = origin_of(node, manifest, artifacts, self.licence_traces, self.claims)
+        news = merged_provenance(manifest, origin) or {}
+        if node.contamination and asdict(node.contamination) != manifest.get("decontamination"):
+            news["decontamination"] = asdict(node.contamination)
         if news:
             self.store.amend(node.artifact, news)
 
+    # ------------------------------------------------------------ after the last stage
+
     def _refuse_waiting(self) -> None:
-        asked = [node for node in self.graph.nodes.values() if node.queue and not node.artifact]
-        if asked:
-            rows = len(reviews.pending(asked[0].queue))
-            raise Resumable(
-                f"stage {asked[0].name} waits for a person: {rows} rows to review; "
-                f"`limbeck curate {self.folder} {asked[0].name}`, then run again (or run with --auto)"
-            )
+        """Raise Resumable if a stage waits for reviews."""
+        for node in self.graph.nodes.values():
+            if node.queue and not node.artifact:
+                rows = len(reviews.pending(node.queue))
+                raise Resumable(
+                    f"stage {node.name} waits for a person: {rows} rows to review; "
+                    f"`limbeck curate {self.folder} {node.name}`, then run again (or run with --auto)"
+                )
 
     def _report(self, seconds: float) -> Path | None:
+        """Write the recipe's report, if it has one, and return its page."""
         from ..report.report import StageView
         from ..report.report import write as write_report
 
-        for name, stage in report_nodes(self.recipe):
-            views = [
-                StageView(n.name, n.kind, n.stage.title, n.artifact.folder, n.artifact.manifest, n.inputs)
-                for n in self.graph.nodes.values()
-            ]
-            summary = self._summary(seconds)
-            folder = self.folder / name
-            folder.mkdir(exist_ok=True)
-            self.display.say(f"writing {folder}")
-            return write_report(folder, views, self.recipe.model_dump(mode="json"), summary)
-        return None
+        reports = report_nodes(self.recipe)
+        if not reports:
+            return None
+        name, _ = reports[0]
+        views = []
+        for node in self.graph.nodes.values():
+            artifact = node.artifact
+            title = node.stage.title
+            views.append(
+                StageView(node.name, node.kind, title, artifact.folder, artifact.manifest, node.inputs)
+            )
+        summary = self._summary(seconds)
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        self.display.say(f"writing {folder}")
+        return write_report(folder, views, self.recipe.model_dump(mode="json"), summary)
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        manifests = [n.artifact.manifest for n in self.graph.nodes.values()]
-        path, foreseen = self.folder / "summary.json", self.folder / FORECAST
+        """The costs of the whole run, also written as `summary.json`."""
+        path = self.folder / "summary.json"
         earlier = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
-        peaks = sorted((m["peak_memory_bytes"] for m in manifests), reverse=True)
+        manifests = [node.artifact.manifest for node in self.graph.nodes.values()]
+        peaks = sorted((manifest["peak_memory_bytes"] for manifest in manifests), reverse=True)
         summary = {
             "seconds": round(max(seconds, earlier["seconds"]), 1),
-            "stage_seconds": round(sum(m["seconds"] for m in manifests), 1),
+            "stage_seconds": round(sum(manifest["seconds"] for manifest in manifests), 1),
             # workers run side by side: their peaks add up
             "peak_memory_bytes": sum(peaks[: self.host.size]),
             "workers": self.host.size,
             "threads": self.host.threads,
             "machine": machine(),
-            **({"forecast": json.loads(foreseen.read_text(encoding="utf-8"))} if foreseen.exists() else {}),
         }
+        if (self.folder / FORECAST).exists():
+            summary["forecast"] = read_json(self.folder / FORECAST)
         write(path, json.dumps(summary, indent=2) + "\n")
         return summary
 
 
 def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
-    """A user's mistake as it is; our own as a short sentence, with the traceback in a file."""
-    error = {75: Resumable}.get(event["code"], LimbeckError)(f"stage {event['name']}: {event['message']}")
+    """The error of a failed stage; for a defect of Limbeck the traceback is written to a file."""
     if "traceback" in event:
         path = folder / "traceback.txt"
         write(path, event["traceback"])
         error = LimbeckError(f"stage {event['name']} failed: {event['message']} (the traceback is in {path})")
-        error.exit_code = 70
-    return error
+        error.exit_code = SOFTWARE_FAILURE
+        return error
+    kind = Resumable if event["code"] == TEMPORARY_FAILURE else LimbeckError
+    return kind(f"stage {event['name']}: {event['message']}")
 
 
 def _end(status: int) -> str:
-    return f"was killed (signal {-status}; out of memory?)" if status < 0 else f"ended with code {status}"
-
-
-def _last(path: Path) -> dict[str, Any]:
-    """The last whole line of a JSONL file, without reading all of it."""
-    return next(iter(_tail(path, 1)), {})
-
-
-def _tail(path: Path, count: int = 4 * RECENT) -> list[dict[str, Any]]:
-    """The last whole lines of a JSONL file, `count` at most."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 65536))
-        lines = file.read().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines[-count:]]
-    except ValueError:
-        return []
+    if status < 0:
+        return f"was killed (signal {-status}; out of memory?)"
+    return f"ended with code {status}"

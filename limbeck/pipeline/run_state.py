@@ -1,36 +1,28 @@
-"""A run as it stands, read from its folder alone: no key is computed, no model opened.
+"""The state of a run, read from its folder alone: no key is computed, no model opened.
 
-runs/NAME/recipe.yaml    the stages, in order
-runs/NAME/stages.json    which artifact is which stage's
-runs/NAME/status.json    what was begun (pipeline/run_status.py)
-runs/NAME/forecast.json  what was foreseen, where somebody did: {"stages": {STAGE: {"seconds", "low", "high", ...}}}
+`run_folder.py` and `run_status.py` describe the files.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config.load import load
 from ..config.recipe import Curate, Recipe, Stage
 from ..report.loaded_run import StageView
-from ..types import LimbeckError
 from . import run_status
-from .graph import nodes_of, report_nodes
+from .graph import Node, nodes_of, report_nodes
 from .review import reviews
-from .run import FORECAST
-from .store import MANIFEST
+from .run_folder import FORECAST, INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
 
 
 @dataclass(frozen=True)
-class Standing:
-    """One stage: `Standing("zero", stage, ("base",), "begun", Path("store/.partial/rl-3fa9…"))`.
+class StageState:
+    """One stage: `StageState("zero", stage, ("base",), "begun", Path("store/.partial/rl-3fa9…"))`.
 
-    `state` is done, begun, asks (people), or waits. `folder` holds its record and its files, None where there are none.
+    `state` is done, begun, asks (for reviews), or waits. `folder` holds its metrics and its files, None if
+    there are none. `open_rows` counts the rows to review.
     """
 
     name: str
@@ -43,109 +35,85 @@ class Standing:
 
     @property
     def kind(self) -> str:
+        """The kind of the stage, such as `rl`."""
         return self.stage.kind
 
     @property
     def view(self) -> StageView:
-        """As the report reads it."""
+        """The stage as a report reads it."""
         return StageView(self.name, self.kind, self.stage.title, self.folder, self.manifest, self.inputs)
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A run's folder: the recipe, its stages in the order in which they can run, and what was foreseen of each."""
+    """A run: its recipe, its stages in an order in which they can run, and their forecasts, if any."""
 
     folder: Path
     recipe: Recipe
-    stages: tuple[Standing, ...]
+    stages: tuple[StageState, ...]
     foreseen: dict[str, dict[str, float]]
 
-    def stage(self, name: str) -> Standing | None:
+    def stage(self, name: str) -> StageState | None:
+        """The stage of that name, None if there is none."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
     @property
     def done(self) -> int:
+        """The number of stages that are done."""
         return sum(stage.state == "done" for stage in self.stages)
 
     @property
     def complete(self) -> bool:
+        """True if all stages are done."""
         return self.done == len(self.stages)
 
 
 def runs_in(home: Path) -> list[Path]:
-    """The runs in a folder, the one that was touched last first."""
-    found = [path.parent for path in home.glob("*/recipe.yaml") if path.parent.name != "store"]
-    return sorted(found, key=_touched, reverse=True)
+    """The runs in a folder, the one changed last first."""
+    return sorted(run_folders(home), key=_last_change, reverse=True)
 
 
-def _touched(folder: Path) -> float:
-    return max(
-        path.stat().st_mtime
-        for path in (folder / "recipe.yaml", folder / run_status.STATUS, folder / "stages.json")
-        if path.exists()
-    )
+def _last_change(run: Path) -> float:
+    files = [run / name for name in (RECIPE, run_status.STATUS, INDEX)]
+    return max(path.stat().st_mtime for path in files if path.exists())
 
 
 def look(folder: Path) -> Overview:
-    """The run in a folder; LimbeckError where its recipe cannot be read."""
-    path = folder / "recipe.yaml"
-    recipe = _recipe(path, path.stat().st_mtime_ns)
-    store, begun, made = (
-        folder.parent / "store",
-        run_status.status(folder).begun,
-        _json(folder / "stages.json"),
-    )
-    stages: dict[str, Standing] = {}
+    """The run in a folder. Raises LimbeckError if its recipe cannot be read."""
+    recipe = read_recipe(folder)
+    begun = run_status.status(folder).begun
+    finished = read_json(folder / INDEX)
+    store = store_of(folder)
+    stages: dict[str, StageState] = {}
     for node in nodes_of(recipe):
-        artifact = store / made[node.name] if node.name in made else None
-        manifest = _manifest(artifact) if artifact else {}
+        artifact = store / finished[node.name] if node.name in finished else None
+        manifest = read_manifest(artifact) if artifact else {}
         if manifest:
-            stages[node.name] = Standing(node.name, node.stage, node.inputs, "done", artifact, manifest)
+            state = StageState(node.name, node.stage, node.inputs, "done", artifact, manifest)
         elif node.name in begun:
-            stages[node.name] = Standing(
-                node.name, node.stage, node.inputs, "begun", store / ".partial" / begun[node.name]
-            )
+            partial = store / ".partial" / begun[node.name]
+            state = StageState(node.name, node.stage, node.inputs, "begun", partial)
         else:
-            stages[node.name] = _waiting(node.name, node.stage, node.inputs, stages, store)
+            state = _waiting(node, stages, store)
+        stages[node.name] = state
     for name, stage in report_nodes(recipe):
-        written = (folder / name / "index.html").exists()
-        stages[name] = Standing(
-            name, stage, (), "done" if written else "waits", folder / name if written else None
-        )
-    return Overview(folder, recipe, tuple(stages.values()), _json(folder / FORECAST).get("stages", {}))
+        stages[name] = _report(name, stage, folder / name)
+    forecast = read_json(folder / FORECAST).get("stages", {})
+    return Overview(folder, recipe, tuple(stages.values()), forecast)
 
 
-def _waiting(
-    name: str, stage: Stage, inputs: Sequence[str], stages: dict[str, Standing], store: Path
-) -> Standing:
+def _waiting(node: Node, stages: dict[str, StageState], store: Path) -> StageState:
+    """A stage that has not begun: it asks for reviews if its rows are there, or waits for its inputs."""
+    stage = node.stage
     if isinstance(stage, Curate) and not stage.auto and stages[stage.rows].state == "done":
-        queue = store / ".queues" / stages[stage.rows].manifest["digest"][:16]
-        if rows := len(reviews.pending(queue)):
-            return Standing(name, stage, tuple(inputs), "asks", None, {}, rows)
-    return Standing(name, stage, tuple(inputs), "waits")
+        queue = reviews.queue_folder(store, stages[stage.rows].manifest["digest"])
+        open_rows = len(reviews.pending(queue))
+        if open_rows:
+            return StageState(node.name, stage, node.inputs, "asks", open_rows=open_rows)
+    return StageState(node.name, stage, node.inputs, "waits")
 
 
-@lru_cache(maxsize=64)
-def _recipe(path: Path, changed: int) -> Recipe:
-    return load(path)
-
-
-def _manifest(artifact: Path) -> dict[str, Any]:
-    try:
-        return _parsed(artifact / MANIFEST, (artifact / MANIFEST).stat().st_mtime_ns)
-    except (FileNotFoundError, ValueError):  # deleted since, or damaged: `limbeck verify` tells
-        return {}
-
-
-@lru_cache(maxsize=2048)
-def _parsed(path: Path, changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise LimbeckError(f"{path}: not valid JSON ({error}); remove it, and run again") from None
+def _report(name: str, stage: Stage, folder: Path) -> StageState:
+    if (folder / "index.html").exists():
+        return StageState(name, stage, (), "done", folder)
+    return StageState(name, stage, (), "waits")

@@ -1,7 +1,7 @@
-"""Whether somebody is at work on a run, what was begun, and how it ended: for pages and programs that look from outside.
+"""The status of a run: whether a process works on it, which stages were begun, and how it ended.
 
-runs/NAME/.lock        held, shared, by every process that carries the run out; the system frees it when one dies
-runs/NAME/.pause       asks whoever is at work to checkpoint and stop
+runs/NAME/.lock        held, shared, by every process that executes the run; the system frees it when one dies
+runs/NAME/.pause       a request to checkpoint and stop
 runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: partial folder}, "right"}
 """
 
@@ -12,21 +12,27 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from .store import write
 
-LOCK, PAUSE, STATUS = ".lock", ".pause", "status.json"
+LOCK = ".lock"
+PAUSE = ".pause"
+STATUS = "status.json"
+LOCK_ATTEMPTS = 3  # attempts to take a lock that another onlooker may hold for a few microseconds
+LOCK_INTERVAL_SECONDS = 0.005  # seconds between two attempts
 
 
 @dataclass(frozen=True)
 class Status:
-    """What was said last: `Status("paused", "stopped; the same command goes on from here", 1763822100.0, {"zero": "rl-3f…"})`.
+    """The content of `status.json`:
+    `Status("paused", "stopped; the same command goes on", 1763822100.0, {"zero": "rl-3f…"})`.
 
-    `state` is running, pausing, paused, waits (for people), finished, failed; "" where nobody has said anything.
+    `state` is running, pausing, paused, waits (for reviews), finished, failed; "" if no process ever wrote
+    one.
     """
 
     state: str = ""
@@ -37,16 +43,19 @@ class Status:
 
 
 class RunStatus:
-    """Held while a run is carried out: `with RunStatus(folder): ...` says that it runs, and in the end how it went."""
+    """The lock and the status file of a run: `with RunStatus(folder): ...` records begin and end."""
 
     def __init__(self, folder: Path, right: str | None = None):
-        self.folder, self.right = folder, right
-        self.state, self.begun = "", dict[str, str]()
+        """`right` is the reason for which a licence's terms may be broken, if one was given."""
+        self.folder = folder
+        self.right = right
+        self.state = ""
+        self.begun: dict[str, str] = {}
         self._lock: Any = None
 
     def __enter__(self) -> Self:
         self._lock = open(self.folder / LOCK, "ab")
-        fcntl.flock(self._lock, fcntl.LOCK_SH)  # two may share a run, as they always could
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # shared: two processes may execute one run
         (self.folder / PAUSE).unlink(missing_ok=True)
         self.tell("running")
         return self
@@ -54,36 +63,35 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ends = "finished" if error is None else self.state if self.state in ("paused", "waits") else "failed"
-        with suppress(OSError):  # the disk may be full, which is then what `error` says
-            self.tell(ends, "" if error is None else str(error) or kind.__name__)
+        with suppress(OSError):  # the disk may be full, which `error` then reports
+            if error is None:
+                self.tell("finished")
+            else:
+                state = self.state if self.state in ("paused", "waits") else "failed"
+                self.tell(state, str(error) or kind.__name__)
         self._lock.close()
 
     def tell(self, state: str, sentence: str = "") -> None:
+        """Write the status file."""
         self.state = state
-        told = {
-            "state": state,
-            "sentence": sentence,
-            "since": time.time(),
-            "begun": self.begun,
-            "right": self.right,
-        }
-        write(self.folder / STATUS, json.dumps(told, ensure_ascii=False) + "\n")
+        status = Status(state, sentence, time.time(), self.begun, self.right)
+        write(self.folder / STATUS, json.dumps(asdict(status), ensure_ascii=False) + "\n")
 
     def asked_to_pause(self) -> bool:
+        """True once `ask_to_pause` was called for the folder."""
         return (self.folder / PAUSE).exists()
 
 
 def at_work(folder: Path) -> bool:
-    """Whether a process carries this run out now: its lock cannot be had alone."""
-    for _ in range(3):  # somebody else who looks holds it for a few microseconds
-        if _free(folder):
+    """True while a process executes the run: its lock cannot be taken exclusively."""
+    for _ in range(LOCK_ATTEMPTS):
+        if _is_free(folder):
             return False
-        time.sleep(0.005)
+        time.sleep(LOCK_INTERVAL_SECONDS)
     return True
 
 
-def _free(folder: Path) -> bool:
+def _is_free(folder: Path) -> bool:
     try:
         lock = os.open(folder / LOCK, os.O_RDWR)
     except FileNotFoundError:
@@ -98,7 +106,7 @@ def _free(folder: Path) -> bool:
 
 
 def status(folder: Path) -> Status:
-    """What whoever was at work last has said."""
+    """The status that the last process wrote."""
     try:
         return Status(**json.loads((folder / STATUS).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -106,5 +114,6 @@ def status(folder: Path) -> Status:
 
 
 def ask_to_pause(folder: Path) -> None:
-    """Asked twice is asked once: a second Ctrl-C would stop at once, this never does."""
+    """Ask the process at work to checkpoint and stop. A second call changes nothing, unlike a second
+    Ctrl-C."""
     (folder / PAUSE).touch()

@@ -1,11 +1,12 @@
-"""Artifacts on disk, addressed by what made them. A folder with a manifest is complete; one without is not.
+"""Artifacts on disk, addressed by the hash of their inputs. A folder with a manifest is complete; one without
+is not.
 
 store/rl-3fa9c1d07b52/manifest.json ...      an artifact
 store/.partial/rl-3fa9c1d07b52/ ...          a stage at work, or one that was killed
-store/.partial/rl-3fa9c1d07b52.lock          held by whoever writes into it
-store/.bad-rl-3fa9c1d07b52-1/ ...            was in an artifact's place without being one
-store/.queues/8c41.../                       rows that wait for people
-store/.responses/4d/4d09....json             what endpoints answered: paid for once, never asked again
+store/.partial/rl-3fa9c1d07b52.lock          held by the process that writes into it
+store/.bad-rl-3fa9c1d07b52-1/ ...            a folder in an artifact's place that had no manifest
+store/.queues/8c41.../                       rows to be reviewed
+store/.responses/4d/4d09....json             responses of endpoints: paid for once, never requested again
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ from filelock import FileLock, Timeout
 from ..run_log import TIMING
 from ..types import Corrupted, LimbeckError, Resumable
 
-MANIFEST, RESPONSES = "manifest.json", ".responses"
-SCHEMA = 1
-UNREPEATABLE = {TIMING}  # seconds differ from run to run and so stay out of an artifact's digest
-OUTCOME = (
-    "outcome.json"  # what a stage returned: in a partial folder it says that only `finish` is left to do
-)
-PATIENCE = 10.0  # seconds to wait for a process that works in the same folder; an orphan ends within one
+MANIFEST = "manifest.json"
+RESPONSES = ".responses"
+SCHEMA = 1  # version of the manifest's layout
+UNREPEATABLE = {TIMING}  # files whose content differs from run to run and stays out of an artifact's digest
+OUTCOME = "outcome.json"  # the stage's return value: a partial folder that has it only needs `finish`
+LOCK_TIMEOUT_SECONDS = 10.0  # seconds to wait for a process in the same folder; an orphan ends within one
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -45,7 +45,13 @@ class Artifact:
     manifest: dict[str, Any]
 
     @property
+    def kind(self) -> str:
+        """The kind of the stage that made it, such as `rl`."""
+        return self.manifest["kind"]
+
+    @property
     def digest(self) -> str:
+        """SHA-256 of the content."""
         return self.manifest["digest"]
 
 
@@ -55,11 +61,14 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
 
+    # ------------------------------------------------------------ reading
+
     def find(self, kind: str, key: str) -> Artifact | None:
         """The artifact of this key, if it is complete."""
         return self.open(self.root / _name(kind, key))
 
     def open(self, folder: Path) -> Artifact | None:
+        """The artifact in a folder, if it is complete. Raises Corrupted if its manifest is not valid JSON."""
         path = folder / MANIFEST
         if not path.exists():
             return None
@@ -71,20 +80,64 @@ class Store:
             ) from None
 
     def all(self) -> Iterator[Artifact]:
+        """All complete artifacts, by the name of their folder."""
         for folder in sorted(self.root.glob("*")):
-            artifact = self.open(folder) if folder.is_dir() and not folder.name.startswith(".") else None
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            artifact = self.open(folder)
             if artifact:
                 yield artifact
 
+    def resolve(self, name: str) -> Artifact:
+        """An artifact by the beginning of its folder's name or its key; LimbeckError unless one matches."""
+        matches = []
+        for artifact in self.all():
+            if artifact.folder.name.startswith(name) or artifact.manifest["key"].startswith(name):
+                matches.append(artifact)
+        if len(matches) != 1:
+            what = f"{len(matches)} artifacts" if matches else "no artifact"
+            raise LimbeckError(f"{name}: {what} of that name in {self.root}; `limbeck show` lists them")
+        return matches[0]
+
+    def verify(self) -> Iterator[tuple[Artifact, list[str]]]:
+        """Every artifact, with a sentence for each file that differs from its manifest."""
+        for artifact in self.all():
+            outputs = artifact.manifest["outputs"]
+            faults = []
+            if _digest_of_outputs(outputs) != artifact.digest:
+                faults.append(f"{artifact.folder / MANIFEST} has changed")
+            for name, description in outputs.items():
+                path = artifact.folder / name
+                if not path.exists():
+                    faults.append(f"{path} is missing")
+                elif _describe(path) != description:
+                    faults.append(f"{path} has changed")
+            yield artifact, faults
+
+    def size(self, folder: Path) -> int:
+        """The bytes that a stage's files in a folder take."""
+        return sum(path.stat().st_size for path in _files(folder))
+
+    def leftovers(self) -> list[Path]:
+        """Partial and quarantined folders."""
+        candidates = [*self.root.glob(".partial/*"), *self.root.glob(".bad-*")]
+        return sorted(path for path in candidates if path.is_dir())
+
+    # ------------------------------------------------------------ writing
+
     def partial(self, kind: str, key: str) -> Path:
-        """Where a stage works until it is done; what a killed one left is still there."""
+        """The folder that a stage works in until it is done; the files of a killed stage are still there."""
         folder = self.root / ".partial" / _name(kind, key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @contextmanager
-    def lock(self, folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-        """At most one process works in a partial folder; the operating system frees it when that one dies."""
+    def lock(self, folder: Path, patience: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
+        """Hold a partial folder: at most one process works in it. The system frees the lock when the process
+        dies.
+
+        Raises Resumable if another process holds it for longer than `patience` seconds.
+        """
         (self.root / ".partial").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".partial" / f"{folder.name}.lock")
         try:
@@ -101,85 +154,60 @@ class Store:
     def finish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
         """Hash and sync every file, write the manifest last, rename into place, sync the parents.
 
-        Where another process was faster, its artifact is the one: the same key, the same bytes.
+        If another process was faster, return its artifact: the same key, the same bytes.
         """
         with self.lock(folder):
-            return self.find(manifest["kind"], manifest["key"]) or self._finish(folder, manifest)
+            existing = self.find(manifest["kind"], manifest["key"])
+            return existing or self._finish(folder, manifest)
 
     def _finish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
         sweep(folder)
-        outputs = {p.relative_to(folder).as_posix(): _describe(p) for p in _files(folder)}
+        outputs = {path.relative_to(folder).as_posix(): _describe(path) for path in _files(folder)}
         manifest = {"schema": SCHEMA, **manifest, "outputs": outputs, "digest": _digest_of_outputs(outputs)}
         sync_below(folder)
-        write(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        _write_manifest(folder, manifest)
         _sync(folder)
         place = self.root / _name(manifest["kind"], manifest["key"])
         if place.exists():  # a folder without a manifest: quarantined, never deleted
             place.rename(self._unused(f".bad-{place.name}"))
         folder.rename(place)
-        (place / OUTCOME).unlink(missing_ok=True)  # it has done its duty; should it stay, it harms nobody
+        (place / OUTCOME).unlink(missing_ok=True)  # no longer needed; if it stays, it harms nothing
         _sync(self.root)
         _sync(folder.parent)
         return Artifact(place, manifest)
 
     def amend(self, artifact: Artifact, news: dict[str, Any]) -> None:
-        """Say more in a manifest; what the artifact holds, and so its digest, stays."""
+        """Add to a manifest; the artifact's content, and so its digest, stays."""
         artifact.manifest.update(news)
-        write(artifact.folder / MANIFEST, json.dumps(artifact.manifest, indent=2, ensure_ascii=False) + "\n")
+        _write_manifest(artifact.folder, artifact.manifest)
 
     def _unused(self, name: str) -> Path:
-        return next(p for i in itertools.count(1) if not (p := self.root / f"{name}-{i}").exists())
-
-    def verify(self) -> Iterator[tuple[Artifact, list[str]]]:
-        """Every artifact, with the files that are not what the manifest says."""
-        for artifact in self.all():
-            wrong, outputs = [], artifact.manifest["outputs"]
-            if _digest_of_outputs(outputs) != artifact.digest:
-                wrong.append(f"{artifact.folder / MANIFEST} has changed")
-            for name, entry in outputs.items():
-                path = artifact.folder / name
-                if not path.exists():
-                    wrong.append(f"{path} is missing")
-                elif _describe(path) != entry:
-                    wrong.append(f"{path} has changed")
-            yield artifact, wrong
-
-    def resolve(self, name: str) -> Artifact:
-        """An artifact by (the beginning of) its folder's name or key."""
-        found = [
-            a for a in self.all() if a.folder.name.startswith(name) or a.manifest["key"].startswith(name)
-        ]
-        if len(found) != 1:
-            what = "no artifact" if not found else f"{len(found)} artifacts"
-            raise LimbeckError(f"{name}: {what} of that name in {self.root}; `limbeck show` lists them")
-        return found[0]
+        for i in itertools.count(1):
+            path = self.root / f"{name}-{i}"
+            if not path.exists():
+                return path
 
     def remove(self, folder: Path) -> int:
-        """Delete a folder; returns the bytes that it held."""
+        """Delete a folder; return the bytes that it held."""
         size = self.size(folder)
         shutil.rmtree(folder)
         return size
 
-    def size(self, folder: Path) -> int:
-        return sum(p.stat().st_size for p in _files(folder))
-
-    def leftovers(self) -> list[Path]:
-        """Partial and quarantined folders."""
-        return sorted(p for p in [*self.root.glob(".partial/*"), *self.root.glob(".bad-*")] if p.is_dir())
-
 
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value, keys sorted."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, whole and on disk, or not there."""
+    """Write a text file atomically: it is whole and on disk, or not there."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may share a run's folder
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -193,7 +221,7 @@ def write(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what kills left of files being written."""
+    """Remove the half-written files of killed processes."""
     for torn in folder.rglob("*.partial"):
         torn.unlink()
 
@@ -205,7 +233,8 @@ def sync_below(folder: Path) -> None:
 
 
 def out_of_space(error: BaseException | None) -> bool:
-    """torch buries the system's error under one of its own, and Rust libraries leave its number in the text."""
+    """True if a full disk caused the error. torch chains the system's error to its own, and Rust libraries
+    only leave its number in the text."""
     while error:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
@@ -219,21 +248,27 @@ def _name(kind: str, key: str) -> str:
     return f"{kind}-{key[:16]}"
 
 
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
 def _describe(path: Path) -> dict[str, Any]:
     return {"sha256": digest_file(path), "bytes": path.stat().st_size}
 
 
 def _digest_of_outputs(outputs: dict[str, Any]) -> str:
-    return digest_of({name: entry for name, entry in outputs.items() if Path(name).name not in UNREPEATABLE})
+    repeatable = {name: entry for name, entry in outputs.items() if Path(name).name not in UNREPEATABLE}
+    return digest_of(repeatable)
 
 
 def _files(folder: Path) -> list[Path]:
     """The files that a stage made."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, OUTCOME))
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name not in (MANIFEST, OUTCOME))
 
 
 def _sync(path: Path) -> None:
-    """A rename is durable only with the directory that names it."""
+    """Force a file or a directory to disk: a rename is durable only with the directory that names it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

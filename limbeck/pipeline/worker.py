@@ -1,8 +1,8 @@
-"""A process that runs stages one after the other, so that torch is imported once.
+"""The worker process, which runs stages one after the other, so that torch is imported once.
 
-Jobs arrive as JSON lines on standard input, events leave as JSON lines on standard output; what libraries
-print goes to standard error. When the parent dies, standard input ends and so does the worker, at once:
-nobody writes into a folder that a new run may take over.
+Jobs arrive as JSON lines on standard input, events leave as JSON lines on standard output; the output of
+libraries goes to standard error. When the parent dies, standard input ends and so does the worker, at once:
+it writes into no folder that a new run may take over.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ from .review.curate import Waiting
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 KERNELS = "kernels.json"  # in a partial folder: the choice of kernels that the stage began with
+TEMPORARY_FAILURE = 75  # exit code (sysexits.h, EX_TEMPFAIL) of a stage that can go on
+SOFTWARE_FAILURE = 70  # exit code (sysexits.h, EX_SOFTWARE) of a defect in Limbeck
+
+Event = dict[str, Any]
 
 
 def main(threads: int) -> None:
+    """Run jobs until standard input ends, with `threads` threads of torch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a stop
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -51,10 +56,11 @@ def main(threads: int) -> None:
     while True:
         request = jobs.get()
 
-        def tell(event: dict[str, Any], name: str = request["name"]) -> None:
+        def tell(event: Event, name: str = request["name"]) -> None:
             print(json.dumps({"name": name, **event}), file=events, flush=True)
 
-        tell(perform(read_job(request, stop), lambda text: tell({"event": "told", "text": text})))
+        job = read_job(request, stop)
+        tell(perform(job, lambda text: tell({"event": "told", "text": text})))
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
@@ -65,6 +71,9 @@ def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
         else:
             jobs.put(message)
     os._exit(1)
+
+
+# ---------------------------------------------------------------- jobs as JSON
 
 
 def write_job(job: Job) -> dict[str, Any]:
@@ -85,6 +94,7 @@ def write_job(job: Job) -> dict[str, Any]:
 
 
 def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
+    """The job that `write_job` wrote; `stop` ends it at its next checkpoint."""
     return Job(
         name=request["name"],
         stage=TypeAdapter(AnyStage).validate_python(request["stage"]),
@@ -101,33 +111,39 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
     )
 
 
-def perform(job: Job, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run one stage; whatever happens becomes an event: done, found, waiting, or failed with code and sentence. `tell`
-    takes sentences for people on the way."""
+# ---------------------------------------------------------------- running a stage
+
+
+def perform(job: Job, tell: Callable[[str], None] = print) -> Event:
+    """Run one stage; return its end as an event: done, found, waiting, or failed with code and message.
+
+    `tell` receives sentences for the user on the way. No error of the stage is raised.
+    """
     store = Store(job.folder.parent.parent)
     try:
         with store.lock(job.folder):
             if store.open(store.root / job.folder.name):  # another run was faster
                 return {"event": "found"}
-            return {"event": "done", "outcome": _carry_out(job, tell)}
+            return {"event": "done", "outcome": _execute(job, tell)}
     except Waiting as waiting:
         return {"event": "waiting", "rows": waiting.open_rows}
     except LimbeckError as error:
-        return {"event": "failed", "code": error.exit_code, "message": str(error)}
-    except BaseException as error:  # noqa: BLE001 - a worker outlives its stage and tells what ended it
-        if not out_of_space(error):
-            return _crashed(error)
-        left = "the same command goes on from the last checkpoint"
-        return {
-            "event": "failed",
-            "code": 75,
-            "message": f"no space left on {job.folder}; free some, and {left}",
-        }
+        return _failed(error.exit_code, str(error))
+    except BaseException as error:  # noqa: BLE001 - a worker outlives its stage and reports what ended it
+        if out_of_space(error):
+            remedy = "the same command goes on from the last checkpoint"
+            return _failed(TEMPORARY_FAILURE, f"no space left on {job.folder}; free some, and {remedy}")
+        message = f"{type(error).__name__}: {error}"
+        return {**_failed(SOFTWARE_FAILURE, message), "traceback": traceback.format_exc()}
 
 
-def _carry_out(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
-    """What the stage returned. It is written down once all else is on disk, and only then does the checkpoint go:
-    a stage that had ended when it was killed does not begin again."""
+def _failed(code: int, message: str) -> Event:
+    return {"event": "failed", "code": code, "message": message}
+
+
+def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Run the stage and return its outcome. The outcome is written once all else is on disk, and only then is
+    the checkpoint removed: a stage that was killed after its end does not begin again."""
     from .stages import STAGES
 
     path = job.folder / OUTCOME
@@ -135,35 +151,43 @@ def _carry_out(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
         prepare(job.folder, "at work")
-        _forget()
-        used = _kernels_of(job, tell)
-        began, cpu = time.monotonic(), time.process_time()
+        _release_memory()
+        kernels = _choose_kernels(job, tell)
+        began = time.monotonic()
+        cpu_began = time.process_time()
         outcome = STAGES[job.stage.kind](job)
         sync_below(job.folder)
-        write(path, json.dumps({**outcome, **_spent(began, cpu), "kernels": used}))
+        usage = _usage(began, cpu_began)
+        write(path, json.dumps({**outcome, **usage, "kernels": kernels}))
     job.checkpoint().clear()
     (job.folder / KERNELS).unlink(missing_ok=True)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _kernels_of(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Which kernels the stage computes with: from its first start to its end the same, for they round differently."""
+def _choose_kernels(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The stage's kernels, the same from its first start to its end, for they round differently."""
     from ..model import kernels
 
     path = job.folder / KERNELS
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if changed := kernels.adopt(before):
+    changed = kernels.adopt(before)
+    if changed:
         tell(changed)
     elif before:
         return before
-    used = {**kernels.record(), **({"before": before} if before else {})}
-    write(path, json.dumps(used))
-    return used
+    chosen = kernels.record()
+    if before:
+        chosen = {**chosen, "before": before}
+    write(path, json.dumps(chosen))
+    return chosen
 
 
-def _forget() -> None:
-    """Give back what the stage before has left, and let the peak begin anew, where the system can (malloc_trim(3);
-    proc(5), clear_refs)."""
+# ---------------------------------------------------------------- time and memory
+
+
+def _release_memory() -> None:
+    """Return the memory of the stage before to the system, and reset the peak, where the system can
+    (malloc_trim(3); proc(5), clear_refs)."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -171,8 +195,8 @@ def _forget() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
-    """Most resident bytes since then; elsewhere since the worker began."""
+def _peak_memory() -> int:
+    """The most resident bytes since `_release_memory`; on systems without /proc, since the worker began."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -180,20 +204,12 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _spent(began: float, cpu: float) -> dict[str, Any]:
-    spent = {
-        "seconds": round(time.monotonic() - began, 3),
-        "cpu_seconds": round(time.process_time() - cpu, 3),
-    }
-    return {**spent, "peak_memory_bytes": _peak()}
-
-
-def _crashed(error: BaseException) -> dict[str, Any]:
+def _usage(began: float, cpu_began: float) -> dict[str, Any]:
+    """Time since the stage began, by the clock and of the processor, and peak memory."""
     return {
-        "event": "failed",
-        "code": 70,
-        "message": f"{type(error).__name__}: {error}",
-        "traceback": traceback.format_exc(),
+        "seconds": round(time.monotonic() - began, 3),
+        "cpu_seconds": round(time.process_time() - cpu_began, 3),
+        "peak_memory_bytes": _peak_memory(),
     }
 
 

@@ -1,1 +1,1 @@
-"""This machine and the processes that stages run in."""
+"""This machine, its memory allocator, and the worker processes that stages run in."""

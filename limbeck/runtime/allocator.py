@@ -1,19 +1,26 @@
-"""How a process gets its memory: glibc gives freed tensors back to the system and takes them again, page by page, each
-step; and torch may ask for pages of two megabytes, which a processor finds sooner."""
+"""Settings of the memory allocator. By default glibc returns freed tensors to the system and takes their
+memory again, page by page, in each step; and torch can ask for pages of two megabytes, which a processor
+finds sooner."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt(3), in malloc.h
-OWN = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}  # with which somebody says otherwise
+TRIM_THRESHOLD = -1  # name of a parameter of glibc's mallopt(3), in malloc.h
+MMAP_THRESHOLD = -3  # name of a parameter of glibc's mallopt(3), in malloc.h
+USER_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+}  # environment variables that take precedence
 
 
 def keep_memory() -> None:
-    """Keep what was freed, for tensors to come; before torch is imported. Where there is no glibc, nothing happens."""
+    """Keep freed memory for later tensors. Call before importing torch; without glibc it does nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None and not OWN & os.environ.keys():
+    if os.name != "posix" or USER_SETTINGS & os.environ.keys():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
         mallopt(MMAP_THRESHOLD, 1 << 30)
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)

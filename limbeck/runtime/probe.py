@@ -1,14 +1,21 @@
-"""How fast this machine samples and learns, measured on this package's own engine and learner.
+"""The probe: speed of sampling and training on this machine, measured on this package's own engine and
+learner.
 
-A process of its own (`python -m limbeck.runtime.probe`): the plan asks, and imports no torch itself. A request is one
-JSON line on standard input, the answer one on standard output:
+A process of its own (`python -m limbeck.runtime.probe`), for the plan itself imports no torch. It reads one
+JSON line from standard input and writes one to standard output:
 
-    {"threads": 1, "worlds": {NAME: {settings of a miniature}}, "models": {NAME: {"config": {...}, "layers": [2, 10], "optimizer": "adamw",
-                                     "learn": [512, 1024], "length": 64, "rows": [8, 64], "prompt": 32, "new": 12}}}
-    {"gemm": FLOP/s, "memory": bytes/s, "start": s, "worlds": {NAME: s a token}, "models": {NAME: [{"layers", "learn": {tokens: s}, "roll": {rows: s}}]}}
+    {"threads": 1, "worlds": {NAME: {settings of a miniature}},
+     "models": {NAME: {"config": {...}, "layers": [2, 10], "optimizer": "adamw", "learn": [512, 1024],
+     "length": 64,
+                       "rows": [8, 64], "prompt": 32, "new": 12}}}
+    {"gemm": FLOP/s, "memory": bytes/s, "start": s, "worlds": {NAME: s a token},
+     "models": {NAME: [{"layers", "learn": {tokens: s}, "roll": {rows: s}}]}}
 
-A large model is measured at two depths: its cost is linear in the number of layers. `learn` is one update, all
-of it; `roll` one token for each of so many rows. Weights are random, and what is sampled never ends by itself.
+A large model is measured at two depths: its cost is linear in the number of layers. `learn` is one whole
+update; `roll` is one token for each of so many rows. Weights are random, and sampling never meets an end
+token.
+
+T  tokens of a prompt
 """
 
 from __future__ import annotations
@@ -18,96 +25,129 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import allocator
 
-PATIENCE = 0.4  # seconds for one figure, about; two times at least
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..model.config import ModelConfig
+    from ..model.decoder import Decoder
+
+MEASURE_SECONDS = 0.4  # seconds for one figure, about; after the warm-up at least one timing is taken
+MAX_TIMINGS = 9  # timings of one figure
+MIN_ROLL_SECONDS = 1e-7  # seconds a token, the least that a noisy difference may give
+
+Clock = Callable[[], float]
 
 
 def main() -> None:
+    """Answer one request."""
     request = json.loads(sys.stdin.readline())
     allocator.keep_memory()
     import torch
 
     torch.set_num_threads(request["threads"])
     clock = _clock(request["threads"])
-    answer: dict[str, Any] = {"start": time.process_time(), "gemm": _gemm(clock), "memory": _memory(clock)}
-    answer["worlds"] = {name: _write(settings, clock) for name, settings in request["worlds"].items()}
-    answer["models"] = {
-        name: [_measure(asked, layers, clock) for layers in asked["layers"]]
-        for name, asked in request["models"].items()
-    }
+    answer: dict[str, Any] = {"start": time.process_time()}
+    answer["gemm"] = _measure_gemm(clock)
+    answer["memory"] = _measure_memory(clock)
+    answer["worlds"] = {name: _measure_corpus(world, clock) for name, world in request["worlds"].items()}
+    answer["models"] = {}
+    for name, settings in request["models"].items():
+        depths = [_measure_model(settings, layers, clock) for layers in settings["layers"]]
+        answer["models"][name] = depths
     print(json.dumps(answer))
 
 
-def _clock(threads: int) -> Callable[[], float]:
-    """With one thread the processor's time, which others beside us lengthen little; else that of the wall."""
+def _clock(threads: int) -> Clock:
+    """The processor's time for one thread, which other processes lengthen little; wall time for more."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def _typical(work: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Median seconds of several times, after one that warms up: a run is not always lucky either."""
+def _median_seconds(work: Callable[[], Any], clock: Clock) -> float:
+    """The median time of `work`, after one call to warm up."""
     begin = time.perf_counter()
     work()
     times: list[float] = []
-    while not times or (time.perf_counter() - begin < PATIENCE and len(times) < 9):
+    while not times or (time.perf_counter() - begin < MEASURE_SECONDS and len(times) < MAX_TIMINGS):
         before = clock()
         work()
         times.append(clock() - before)
     return sorted(times)[len(times) // 2]
 
 
-def _gemm(clock: Callable[[], float], size: int = 1024) -> float:
+# ---------------------------------------------------------------- the machine
+
+
+def _measure_gemm(clock: Clock, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product in fp32."""
     import torch
 
-    a = torch.ones(size, size)
-    return 2 * size**3 / _typical(lambda: a @ a, clock)
+    matrix = torch.ones(size, size)
+    seconds = _median_seconds(lambda: matrix @ matrix, clock)
+    return 2 * size**3 / seconds
 
 
-def _memory(clock: Callable[[], float], values: int = 1 << 25) -> float:
-    """Bytes a second of a copy, both ways, larger than any cache."""
+def _measure_memory(clock: Clock, values: int = 1 << 25) -> float:
+    """Bytes a second, read and written, of a copy larger than any cache."""
     import torch
 
-    a, b = torch.ones(values), torch.empty(values)
-    return 8 * values / _typical(lambda: b.copy_(a), clock)
+    source = torch.ones(values)
+    target = torch.empty(values)
+    seconds = _median_seconds(lambda: target.copy_(source), clock)
+    return 8 * values / seconds
 
 
-def _write(settings: dict[str, Any], clock: Callable[[], float], tokens: int = 20_000) -> float:
-    """Seconds for a token of a miniature's corpus: written, and made ids."""
+def _measure_corpus(settings: dict[str, Any], clock: Clock, tokens: int = 20_000) -> float:
+    """Seconds a token for writing and encoding the corpus of a miniature."""
     from ..config.recipe import Miniature
     from ..tasks.clock_countdown import encode_documents
     from ..tasks.task import open_task
 
     task = open_task("world", Miniature(**settings))
     tokenizer = task.tokenizer()
-    return (
-        _typical(lambda: encode_documents(task.documents("0/probe", {}), tokenizer, tokens), clock) / tokens
+
+    def write_documents() -> None:
+        encode_documents(task.documents("0/probe", {}), tokenizer, tokens)
+
+    return _median_seconds(write_documents, clock) / tokens
+
+
+# ---------------------------------------------------------------- a model
+
+
+def _measure_model(settings: dict[str, Any], layers: int, clock: Clock) -> dict[str, Any]:
+    """Seconds of updates by tokens and of decoding by rows, with so many layers."""
+    from ..model.decoder import Decoder
+
+    config = replace(_read_config(settings["config"]), layers=layers)
+    decoder = Decoder(config).initialize(1)
+    learn = {tokens: _measure_update(decoder, settings, tokens, clock) for tokens in settings["learn"]}
+    roll = {rows: _measure_rollout(decoder, settings, rows, clock) for rows in settings["rows"]}
+    return {"layers": layers, "learn": learn, "roll": roll}
+
+
+def _read_config(entries: dict[str, Any]) -> ModelConfig:
+    """A model's configuration from JSON."""
+    from ..model.config import Experts, Latent, ModelConfig
+
+    entries = dict(entries)
+    latent = entries.pop("latent")
+    experts = entries.pop("experts")
+    if experts:
+        experts["dense"] = tuple(experts["dense"])
+    entries["windows"] = tuple(entries["windows"])
+    return ModelConfig(
+        **entries,
+        latent=latent and Latent(**latent),
+        experts=experts and Experts(**experts),
     )
 
 
-def _measure(asked: dict[str, Any], layers: int, clock: Callable[[], float]) -> dict[str, Any]:
-    from ..model.decoder import Decoder
-
-    decoder = Decoder(replace(_config(asked["config"]), layers=layers)).initialize(1)
-    learned = {tokens: _learn(decoder, asked, tokens, clock) for tokens in asked["learn"]}
-    rolled = {rows: _roll(decoder, asked, rows, clock) for rows in asked["rows"]}
-    return {"layers": layers, "learn": learned, "roll": rolled}
-
-
-def _config(told: dict[str, Any]) -> Any:
-    from ..model.config import Experts, Latent, ModelConfig
-
-    told = dict(told)
-    latent, experts = told.pop("latent"), told.pop("experts")
-    if experts:
-        experts["dense"] = tuple(experts["dense"])
-    told["windows"] = tuple(told["windows"])
-    return ModelConfig(**told, latent=latent and Latent(**latent), experts=experts and Experts(**experts))
-
-
-def _learn(decoder: Any, asked: dict[str, Any], tokens: int, clock: Callable[[], float]) -> float:
-    """One update on about so many tokens."""
+def _measure_update(decoder: Decoder, settings: dict[str, Any], tokens: int, clock: Clock) -> float:
+    """Seconds of one update on about so many tokens."""
     import numpy as np
 
     from ..config.parts import Optimizer
@@ -116,45 +156,56 @@ def _learn(decoder: Any, asked: dict[str, Any], tokens: int, clock: Callable[[],
     from ..train.losses import CrossEntropy
     from ..types import Sample
 
-    draw, length = np.random.default_rng(0), asked["length"]
-    samples = [
-        Sample(draw.integers(0, decoder.config.vocab_size, length), start=1)
-        for _ in range(max(1, tokens // length))
-    ]
-    learner = Learner(decoder, Optimizer(name=asked["optimizer"], learning_rate=1e-6), 1000)
-    return _typical(lambda: learner.update(pack(samples, asked.get("micro", 1 << 30)), CrossEntropy()), clock)
+    draw = np.random.default_rng(0)
+    length = settings["length"]
+    samples = []
+    for _ in range(max(1, tokens // length)):
+        samples.append(Sample(draw.integers(0, decoder.config.vocab_size, length), start=1))
+    optimizer = Optimizer(name=settings["optimizer"], learning_rate=1e-6)
+    learner = Learner(decoder, optimizer, 1000)
+    micro = settings.get("micro", 1 << 30)
+    return _median_seconds(lambda: learner.update(pack(samples, micro), CrossEntropy()), clock)
 
 
-class _Endless:
-    """A tokenizer in the engine's eyes, whose end no model can say."""
+class _EndlessTokenizer:
+    """A tokenizer whose end token lies outside the vocabulary; a prompt is the number of its first id."""
 
     def __init__(self, vocabulary: int, length: int):
-        self.end_id, self.vocabulary, self.length = vocabulary, vocabulary, length
+        """`length` is that of every prompt, in tokens."""
+        self.end_id = vocabulary
+        self.vocabulary = vocabulary
+        self.length = length
 
-    def prompt(self, text: str) -> Any:
+    def prompt(self, text: str) -> np.ndarray:
+        """Consecutive token ids [T]."""
         import numpy as np
 
-        return np.arange(int(text), int(text) + self.length) % self.vocabulary
+        first = int(text)
+        return np.arange(first, first + self.length) % self.vocabulary
 
     def decode(self, tokens: Any) -> str:
+        """No text: the probe reads none."""
         return ""
 
 
-def _roll(decoder: Any, asked: dict[str, Any], rows: int, clock: Callable[[], float]) -> float:
-    """Seconds for one token of each row, without the prompts: the difference of two lengths."""
+def _measure_rollout(decoder: Decoder, settings: dict[str, Any], rows: int, clock: Clock) -> float:
+    """Seconds for one token of each row, without the prompts: the difference between two lengths."""
     from ..engine.rollout import Engine
     from ..engine.sampling import SamplingParams
     from ..types import Problem
 
-    engine = Engine(decoder, _Endless(decoder.config.vocab_size, asked["prompt"]), rows)
-    group = min(8, rows)
-    problems = [Problem(id=str(i), prompt=str(i)) for i in range(max(1, rows // group))]
+    tokenizer = _EndlessTokenizer(decoder.config.vocab_size, settings["prompt"])
+    engine = Engine(decoder, tokenizer, rows)
+    group_size = min(8, rows)
+    problems = [Problem(id=str(i), prompt=str(i)) for i in range(max(1, rows // group_size))]
 
-    def sample(new: int) -> float:
-        return _typical(lambda: engine.rollout(problems, group, SamplingParams(max_new_tokens=new), 0), clock)
+    def measure(new_tokens: int) -> float:
+        sampling = SamplingParams(max_new_tokens=new_tokens)
+        return _median_seconds(lambda: engine.rollout(problems, group_size, sampling, 0), clock)
 
-    few, many = 2, 2 + asked["new"]
-    return max(1e-7, (sample(many) - sample(few)) / asked["new"])
+    few_tokens = 2
+    seconds = measure(few_tokens + settings["new"]) - measure(few_tokens)
+    return max(MIN_ROLL_SECONDS, seconds / settings["new"])
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Where a model comes from: licences, lineage, and what a release says of it."""
+"""Provenance of models: licences, lineage, model cards and releases."""

@@ -1,4 +1,4 @@
-"""A model's card, from its lineage and its evaluations: nothing in it that no run has shown."""
+"""The model card of a release: every number in it comes from a lineage or an evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import yaml
 
 from .licences import CombinedTerms, bind, terms
 
+TEMPLATE = Path(__file__).parent / "card.md.jinja"
+TRUNCATION_LIMIT = 0.05  # share of responses that ran out of tokens, above which the card warns
 WAYS = {
     "t1": "temperature 1",
     "t06": "temperature 0.6",
@@ -23,17 +25,23 @@ WAYS = {
 def card(
     name: str, lineage: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], ggufs: Sequence[str]
 ) -> str:
-    """The README.md: YAML front matter as model hubs read it, then Markdown."""
-    bonds, entries = bind(lineage["licences"]), list(lineage["artifacts"].values())
-    head, results = lineage["artifacts"][lineage["root"]], _results(evaluations)
-    template = jinja2.Environment(
+    """The README.md: YAML front matter as model hubs read it, then Markdown.
+
+    `lineage` is `Lineage.tell()` as it is published, `ggufs` the names of the GGUF files in the directory.
+    """
+    entries = list(lineage["artifacts"].values())
+    head = lineage["artifacts"][lineage["root"]]
+    bonds = bind(lineage["licences"])
+    results = _results(evaluations)
+    environment = jinja2.Environment(
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    body = template.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8")).render(
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    body = template.render(
         name=name,
         head=head,
         stages=entries[::-1],
@@ -43,116 +51,152 @@ def card(
         sources=lineage["sources"],
         results=results,
         ggufs=ggufs,
-        parameters=_parameters(entries, head),
+        parameters=_parameters([head, *entries]),
         total=_total(entries),
-        desks=[e for e in entries if e["kind"] == "curate"],
-        checked=_checked(entries),
+        desks=[entry for entry in entries if entry["kind"] == "curate"],
+        checked=_decontaminations(entries),
         limits=_limits(head, entries, results),
-        brought=[e for e in entries if e["kind"] == "load"],
+        brought=[entry for entry in entries if entry["kind"] == "load"],
         number=_number,
     )
     front = yaml.safe_dump(_front(name, bonds, entries, results), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n{body.strip()}\n"
 
 
+# ---------------------------------------------------------------- front matter
+
+
 def _front(
     name: str, bonds: CombinedTerms, entries: Sequence[Mapping], results: Sequence[Mapping]
 ) -> dict[str, Any]:
+    """The YAML front matter: tags, licence, base models, and results as a model index."""
     front: dict[str, Any] = {
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
         "tags": ["limbeck", "reasoning"],
+        **_hub_licence(bonds),
     }
-    binding = [licence for licence in bonds.licences if licence != "own"]
-    if len(binding) == 1:
-        front["license"] = terms(binding[0]).hub
-    if len(binding) > 1 or front.get("license") == "other":
-        front |= {"license": "other", "license_name": " AND ".join(binding), "license_link": "NOTICE"}
-    bases = [
-        str(e["notes"].get("source", "")).removeprefix("hf:")
-        for e in entries
-        if str((e.get("notes") or {}).get("source", "")).startswith("hf:")
-    ]
+    sources = [str(_notes(entry).get("source", "")) for entry in entries]
+    bases = [source.removeprefix("hf:") for source in sources if source.startswith("hf:")]
     if bases:
         front["base_model"] = bases
     if results:
-        metrics = [
-            {"type": "accuracy", "name": f"accuracy, {r['way']}", "value": round(100 * r["mean"], 1)}
-            for r in results
-            if r["problems"] == results[0]["problems"]
-        ]
-        dataset = {"name": results[0]["problems"], "type": results[0]["problems"]}
-        front["model-index"] = [
-            {
-                "name": name,
-                "results": [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}],
-            }
-        ]
+        front["model-index"] = [{"name": name, "results": [_hub_result(results)]}]
     return front
 
 
+def _hub_licence(bonds: CombinedTerms) -> dict[str, str]:
+    """The licence keys of the front matter; several licences, or one unknown to the hub, are "other"."""
+    binding = [licence for licence in bonds.licences if licence != "own"]
+    if not binding:
+        return {}
+    hub = terms(binding[0]).hub
+    if len(binding) == 1 and hub != "other":
+        return {"license": hub}
+    return {"license": "other", "license_name": " AND ".join(binding), "license_link": "NOTICE"}
+
+
+def _hub_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The accuracies on the first problem source, as one entry of a model index."""
+    source = results[0]["problems"]
+    metrics = []
+    for result in results:
+        if result["problems"] == source:
+            accuracy = round(100 * result["mean"], 1)
+            metrics.append(
+                {"type": "accuracy", "name": f"accuracy, {result['way']}", "value": accuracy},
+            )
+    dataset = {"name": source, "type": source}
+    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+
+
+# ---------------------------------------------------------------- numbers
+
+
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each source of problems and each way of sampling: accuracy with its interval, and what was measured beside."""
+    """A row for each problem source and way of sampling: accuracy, its interval, and other metrics."""
     return [
-        {
-            "problems": source,
-            "way": WAYS.get(way, way),
-            **numbers["accuracy"],
-            "asked": numbers["accuracy"]["problems"],
-            "length": numbers.get("length"),
-            "language": numbers.get("language_consistency"),
-            "truncated": numbers.get("truncated"),
-        }
-        | {"problems": source}
+        _result(source, way, metrics)
         for evaluation in evaluations
-        for source, told in evaluation["sources"].items()
-        for way, numbers in told["modes"].items()
+        for source, measured in evaluation["sources"].items()
+        for way, metrics in measured["modes"].items()
     ]
 
 
-def _total(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums over all stages; joules only where every stage that computed tells them."""
-    joules = [entry.get("joules") for entry in entries if entry.get("flops")]
+def _result(source: str, way: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    accuracy = metrics["accuracy"]
     return {
-        "tokens": sum(e.get("tokens") or 0 for e in entries),
-        "flops": sum(e.get("flops") or 0 for e in entries),
-        "seconds": sum(e.get("seconds") or 0 for e in entries),
-        "joules": sum(joules) if joules and all(joules) else None,
+        **accuracy,
+        "problems": source,
+        "way": WAYS.get(way, way),
+        "asked": accuracy["problems"],
+        "length": metrics.get("length"),
+        "language": metrics.get("language_consistency"),
+        "truncated": metrics.get("truncated"),
     }
 
 
-def _parameters(entries: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> int | None:
-    told = [(entry.get("notes") or {}).get("parameters") for entry in (head, *entries)]
-    return next(filter(None, told), None)
+def _total(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums over all stages; joules only if every stage that computed has measured them."""
+    total: dict[str, Any] = {}
+    for key in ("tokens", "flops", "seconds"):
+        total[key] = sum(entry.get(key) or 0 for entry in entries)
+    joules = [entry.get("joules") for entry in entries if entry.get("flops")]
+    total["joules"] = sum(joules) if joules and all(joules) else None
+    return total
 
 
-def _checked(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{"stage": e["stage"], **e["decontamination"]} for e in entries if e.get("decontamination")]
+def _parameters(entries: Sequence[Mapping[str, Any]]) -> int | None:
+    """The number of parameters in the first entry that notes it."""
+    for entry in entries:
+        parameters = _notes(entry).get("parameters")
+        if parameters:
+            return parameters
+    return None
+
+
+def _decontaminations(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The stages whose data was compared with tests, each with the finding."""
+    compared = [entry for entry in entries if entry.get("decontamination")]
+    return [{"stage": entry["stage"], **entry["decontamination"]} for entry in compared]
+
+
+def _notes(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    return entry.get("notes") or {}
 
 
 def _limits(head: Mapping[str, Any], entries: Sequence[Mapping], results: Sequence[Mapping]) -> list[str]:
-    """What the runs do not show, said plainly."""
+    """The limits of the evidence, a sentence each."""
     limits = ["It was made by one run with one seed; another seed may give other numbers."]
-    if results:
-        limits.append(
-            f"It was measured on {', '.join(dict.fromkeys(r['problems'] for r in results))} and on nothing else: nothing is known of other tasks."
-        )
-    else:
-        limits.append("It was not evaluated: nothing is known of how well it does.")
+    limits.append(_limit_of_evaluation(results))
     limits.append("It was neither trained nor tested for safety, truthfulness or fairness.")
-    if not any(e.get("decontamination") for e in entries):
+    if not _decontaminations(entries):
         limits.append("What it learned from was not compared with any test.")
-    if any(r["truncated"] and r["truncated"] > 0.05 for r in results):
+    if any((result["truncated"] or 0) > TRUNCATION_LIMIT for result in results):
         limits.append("More than one response in twenty ran out of tokens.")
-    alarms = [alarm for e in entries for alarm in ((e.get("notes") or {}).get("alarms") or {})]
-    limits += [f"While it was trained this alarm rang: {alarm}." for alarm in alarms]
-    if any(e["kind"] in ("load", "remote") for e in entries):
+    limits += _limits_of_training(head, entries)
+    return limits
+
+
+def _limits_of_training(head: Mapping[str, Any], entries: Sequence[Mapping]) -> list[str]:
+    limits = []
+    for entry in entries:
+        for alarm in _notes(entry).get("alarms") or {}:
+            limits.append(f"While it was trained this alarm rang: {alarm}.")
+    if any(entry["kind"] in ("load", "remote") for entry in entries):
         limits.append(
             "What the models that were brought in had learned before is known to their makers alone."
         )
     if any(name.startswith("reviewer ") for name in head["sources"]["editors"]):
         limits.append("What people said at the desk is not in `recipe.yaml`: whoever runs it reviews anew.")
     return limits
+
+
+def _limit_of_evaluation(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return "It was not evaluated: nothing is known of how well it does."
+    sources = dict.fromkeys(result["problems"] for result in results)
+    return f"It was measured on {', '.join(sources)} and on nothing else: nothing is known of other tasks."
 
 
 def _number(value: float | None) -> str:

@@ -1,7 +1,9 @@
-"""Licences and terms as data: what each asks, which model has which, and what binds whoever is bound by several.
+"""Licences and terms as data: the demands of each, the licences of known models, and the terms of several
+together.
 
-The table is `licences.yaml`. Restrictions add up by their maximum: of two licences the stricter one decides, question
-by question. What is not in the table counts as undeclared, which is stricter than anything.
+The table is `licences.yaml`. Restrictions combine by their maximum: of two licences the stricter one decides,
+question by question. A licence that is not in the table counts as undeclared, which is stricter than any
+other.
 """
 
 from __future__ import annotations
@@ -11,21 +13,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field
 
 from ...config.parts import Settings
 
-OUTPUTS = ("free", "passes on", "own kind", "no")
-RELEASE = ("free", "conditions", "no")
+OUTPUTS = ("free", "passes on", "own kind", "no")  # from lenient to strict
+RELEASE = ("free", "conditions", "no")  # from lenient to strict
 UNDECLARED = "undeclared"
-SILENT = {"", "unknown", "other", "none", UNDECLARED}  # what model cards say instead of a licence
+SILENT = {"", "unknown", "other", "none", UNDECLARED}  # words in model cards that name no licence
+OUTPUT_SENTENCES = {
+    "free": "outputs may train other models",
+    "passes on": "outputs may train other models, which are then bound as well",
+    "own kind": "outputs may train models under the same licence only",
+    "no": "outputs may train no other model",
+}
+RELEASE_SENTENCES = {
+    "free": "release is free",
+    "conditions": "release is allowed, with duties",
+    "no": "release is forbidden",
+}
 
 
 class Terms(Settings):
-    """One licence: `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`."""
+    """One licence:
+    `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`."""
 
     title: str
     outputs: Literal["free", "passes on", "own kind", "no"] = "free"
@@ -44,8 +58,11 @@ class Terms(Settings):
     read: Literal["primary", "secondary"] = "primary"
 
     def clause(self, question: str) -> str:
-        """Where it says so: `Llama 3.1 Community License Agreement, section 1.b.i (https://...)`."""
-        return ", ".join(filter(None, [self.title, self.clauses.get(question, "")])) + f" ({self.source})"
+        """The place that answers a question:
+        `Llama 3.1 Community License Agreement, section 1.b.i (https://...)`."""
+        section = self.clauses.get(question, "")
+        place = f"{self.title}, {section}" if section else self.title
+        return f"{place} ({self.source})"
 
 
 NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", source="docs/explanation/provenance.md")
@@ -53,7 +70,8 @@ NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", sou
 
 @dataclass(frozen=True)
 class CombinedTerms:
-    """What several licences ask together: `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, 700_000_000, ...)`."""
+    """The terms of several licences together:
+    `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, ...)`."""
 
     licences: tuple[str, ...]
     outputs: str
@@ -65,86 +83,110 @@ class CombinedTerms:
     display: tuple[str, ...]
 
     def sentence(self) -> str:
-        """The conclusion, for people."""
+        """The terms as a sentence."""
         if not self.licences:
             return "bound by no licence"
-        outputs = {
-            "free": "outputs may train other models",
-            "passes on": "outputs may train other models, which are then bound as well",
-            "own kind": "outputs may train models under the same licence only",
-            "no": "outputs may train no other model",
-        }[self.outputs]
-        release = {
-            "free": "release is free",
-            "conditions": "release is allowed, with duties",
-            "no": "release is forbidden",
-        }[self.release]
-        limits = [
-            "" if self.commercial else "not for money",
-            f"at most {self.users:,} monthly users without asking" if self.users else "",
-            f"not in {' and '.join(self.excluded)}" if self.excluded else "",
-            f"its name begins with {' and '.join(self.prefixes)}" if self.prefixes else "",
-            *(f"shows “{text}”" for text in self.display),
-        ]
-        return f"{' AND '.join(self.licences)}: {'; '.join(filter(None, [outputs, release, *limits]))}"
+        phrases = [OUTPUT_SENTENCES[self.outputs], RELEASE_SENTENCES[self.release], *self._limits()]
+        return f"{' AND '.join(self.licences)}: {'; '.join(phrases)}"
+
+    def _limits(self) -> list[str]:
+        limits = []
+        if not self.commercial:
+            limits.append("not for money")
+        if self.users:
+            limits.append(f"at most {self.users:,} monthly users without asking")
+        if self.excluded:
+            limits.append(f"not in {' and '.join(self.excluded)}")
+        if self.prefixes:
+            limits.append(f"its name begins with {' and '.join(self.prefixes)}")
+        return limits + [f"shows “{text}”" for text in self.display]
 
 
 def bind(licences: Iterable[str]) -> CombinedTerms:
-    """The maximum of the restrictions.
+    """The terms of several licences together: question by question, the strictest.
 
     >>> bind(["MIT", "Llama-3.1"]).outputs, bind(["MIT", "Llama-3"]).outputs
     ('passes on', 'own kind')
     """
     names = tuple(sorted(set(licences)))
     all_terms = [terms(name) for name in names]
-    prefixes = dict.fromkeys(t.prefix for t in all_terms if t.prefix)
+    excluded: dict[str, None] = {}  # in order, each once
+    display: dict[str, None] = {}
+    for each in all_terms:
+        excluded |= dict.fromkeys(each.excluded)
+        if each.display:
+            display[" or ".join(each.display)] = None
     return CombinedTerms(
-        names,
-        max((t.outputs for t in all_terms), key=OUTPUTS.index, default="free"),
-        max((t.release for t in all_terms), key=RELEASE.index, default="free"),
-        all(t.commercial for t in all_terms),
-        min((t.users for t in all_terms if t.users), default=None),
-        tuple(dict.fromkeys(region for t in all_terms for region in t.excluded)),
-        tuple(p for p in prefixes if not any(other != p and other.startswith(p) for other in prefixes)),
-        tuple(dict.fromkeys(" or ".join(t.display) for t in all_terms if t.display)),
+        licences=names,
+        outputs=max((each.outputs for each in all_terms), key=OUTPUTS.index, default="free"),
+        release=max((each.release for each in all_terms), key=RELEASE.index, default="free"),
+        commercial=all(each.commercial for each in all_terms),
+        users=min((each.users for each in all_terms if each.users), default=None),
+        excluded=tuple(excluded),
+        prefixes=_longest_prefixes(each.prefix for each in all_terms if each.prefix),
+        display=tuple(display),
     )
+
+
+def _longest_prefixes(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """The prefixes that no other one extends: a name that begins with "Llama 3" also begins with "Llama"."""
+    distinct = list(dict.fromkeys(prefixes))
+    longest = []
+    for prefix in distinct:
+        extended = [other for other in distinct if other != prefix and other.startswith(prefix)]
+        if not extended:
+            longest.append(prefix)
+    return tuple(longest)
 
 
 def terms(name: str) -> Terms:
-    """The terms of a licence by its name in the table; those of nobody's else."""
-    return _table()[0].get(name, NOBODY_KNOWS)
+    """The terms of a licence by its name in the table; for any other name, `NOBODY_KNOWS`."""
+    return _table().terms.get(name, NOBODY_KNOWS)
 
 
-def declared(text: str | None) -> list[str]:
-    """The licences that a recipe or a model card names; one that is not in the table stays as it is written.
+def parse_licences(text: str | None) -> list[str]:
+    """The licences that a recipe or a model card names; one that is not in the table keeps its spelling.
 
-    >>> declared("mit AND apache-2.0"), declared("llama3.1"), declared("other")
+    >>> parse_licences("mit AND apache-2.0"), parse_licences("llama3.1"), parse_licences("other")
     (['MIT', 'Apache-2.0'], ['Llama-3.1'], [])
     """
+    names = _table().names
     words = [word.strip() for word in re.split(r"\s+AND\s+|,|&", text or "")]
-    return [_table()[1].get(word.lower(), word) for word in words if word.lower() not in SILENT]
+    return [names.get(word.lower(), word) for word in words if word.lower() not in SILENT]
 
 
-def of_model(name: str) -> list[str]:
-    """The licences of a model that the table knows by name: `of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
+def licences_of_model(name: str) -> list[str]:
+    """The licences of a model that the table knows by name:
+    `licences_of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
     bare = re.split(r"/|--", name.removeprefix("hf:").rstrip("/"))[-1]
-    return next(
-        (list(row["licences"]) for row in _table()[2] if re.fullmatch(row["names"], bare, re.IGNORECASE)), []
-    )
+    for row in _table().models:
+        if re.fullmatch(row["names"], bare, re.IGNORECASE):
+            return list(row["licences"])
+    return []
 
 
-def known() -> list[str]:
-    return list(_table()[0])
+def known_licences() -> list[str]:
+    """The names of all licences in the table."""
+    return list(_table().terms)
+
+
+class _Table(NamedTuple):
+    """`licences.yaml`: terms by name, names by alias (in small letters), and models by pattern."""
+
+    terms: dict[str, Terms]
+    names: dict[str, str]
+    models: list[dict[str, Any]]
 
 
 @cache
-def _table() -> tuple[dict[str, Terms], dict[str, str], list[dict[str, Any]]]:
-    """Terms by name, names by alias (in small letters), and models."""
+def _table() -> _Table:
+    """The table, read once."""
     tree = yaml.safe_load((Path(__file__).parent / "licences.yaml").read_text(encoding="utf-8"))
-    table = {name: Terms.model_validate(entry) for name, entry in tree["licences"].items()}
-    names = {
-        alias.lower(): name
-        for name, t in table.items()
-        for alias in (name, *t.aliases, *([t.hub] if t.hub != "other" else []))
-    }
-    return table, names, tree["models"]
+    by_name = {name: Terms.model_validate(entry) for name, entry in tree["licences"].items()}
+    names = {}
+    for name, licence in by_name.items():
+        for alias in (name, *licence.aliases):
+            names[alias.lower()] = name
+        if licence.hub != "other":
+            names[licence.hub.lower()] = name
+    return _Table(by_name, names, tree["models"])

@@ -1,24 +1,23 @@
-"""From a model back to everything that made it: stages, problems, people, teachers, licences and rows; and from a row
-that is withdrawn forward to everything that it reached."""
+"""Lineage: from a model back to the stages, problems, people, teachers, licences and rows behind it; and from
+a withdrawn row forward to every artifact that it reached."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...run_log import read
 from ...types import LimbeckError
-from ..dataset_rows import PROBLEMS, ROWS, asked_problems, learned_rows
+from ..dataset_rows import PROBLEMS, ROWS, practised_problems, problem_of, source_of, training_rows
+from ..run_folder import INDEX, read_json
 from ..store import MANIFEST, Artifact, Store
 from .licences import bind
 from .propagate import KINDS, LEARNING
 
 RELEASED = "lineage.json"  # in a released directory
-INDEX = "stages.json"
-TOLD = (
+ENTRY_KEYS = (
     "kind",
     "key",
     "stage",
@@ -36,15 +35,16 @@ TOLD = (
     "rights",
     "sources",
     "decontamination",
-)
+)  # of a manifest, the keys that a lineage's entry repeats
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model and all that it was made from: `Lineage("3fa9...", {"3fa9...": {"stage": "dev1", "inputs": {"base": "71c0..."}}})`.
+    """A model and every artifact behind it:
+    `Lineage("3fa9...", {"3fa9...": {"stage": "dev1", "inputs": {...}}})`.
 
-    `entries` has one entry by key for each artifact (what manifests tell, `TOLD`, and the keys of its inputs);
-    `store` is where the artifacts are, None for a directory that was released.
+    `entries` maps an artifact's key to `ENTRY_KEYS` of its manifest and the keys of its inputs. `store` holds
+    the artifacts; it is None for a released directory.
     """
 
     root: str
@@ -53,147 +53,155 @@ class Lineage:
 
     @property
     def head(self) -> Mapping[str, Any]:
+        """The entry of the model itself."""
         return self.entries[self.root]
 
     @property
     def conclusion(self) -> str:
+        """The terms of all licences together, as a sentence."""
         return bind(self.licences).sentence()
 
     @property
     def licences(self) -> list[str]:
+        """The licences that bind the model."""
         return list(self.head["licences"])
 
     def sources(self) -> dict[str, list[str]]:
+        """The names of problems, models, teachers and editors behind the model."""
         return {kind: list(self.head["sources"].get(kind, [])) for kind in KINDS}
 
     def parents(self, key: str) -> dict[str, str]:
-        """Names and keys of the inputs that are known."""
-        return {
-            name: parent for name, parent in self.entries[key]["inputs"].items() if parent in self.entries
-        }
+        """Names and keys of the inputs that are in the lineage."""
+        inputs = self.entries[key]["inputs"]
+        return {name: parent for name, parent in inputs.items() if parent in self.entries}
+
+    def input_folders(self, key: str) -> dict[str, Path]:
+        """The folders of an entry's inputs by name. Needs a store."""
+        folders = {}
+        for name, parent in self.parents(key).items():
+            folders[name] = self.store.root / self.entries[parent]["artifact"]
+        return folders
 
     def weights(self) -> Iterator[str]:
-        """The keys of the stages that the weights went through, the last first."""
+        """The keys of the stages that trained the weights, the last first."""
         key: str | None = self.root
         while key:
             yield key
-            key = self.parents(key).get(self.entries[key]["settings"].get("model", ""))
+            base = self.entries[key]["settings"].get("model", "")
+            key = self.parents(key).get(base)
 
     def tell(self) -> dict[str, Any]:
-        """The whole of it as JSON; what a release carries as `lineage.json`."""
-        summary = {
+        """The lineage as JSON; a release carries it as `lineage.json`."""
+        return {
+            "schema": 1,
+            "root": self.root,
             "conclusion": self.conclusion,
             "licences": self.licences,
             "rights": self.head.get("rights", []),
             "sources": self.sources(),
+            "artifacts": self.entries,
         }
-        return {"schema": 1, "root": self.root, **summary, "artifacts": self.entries}
 
 
 def lineage_of(artifact: Artifact, store: Store) -> Lineage:
-    """Everything behind an artifact that is still in the store."""
-    by_key = {a.manifest["key"]: a for a in store.all()}
+    """The lineage of an artifact, as far as its inputs are still in the store."""
+    by_key = {known.manifest["key"]: known for known in store.all()}
     entries: dict[str, dict[str, Any]] = {}
-    waiting = [artifact]
-    while waiting:
-        one = waiting.pop()
-        if one.manifest["key"] in entries:
+    pending = [artifact]
+    while pending:
+        current = pending.pop()
+        key = current.manifest["key"]
+        if key in entries:
             continue
-        inputs = {name: given["key"] for name, given in one.manifest["inputs"].items()}
-        told = {key: one.manifest[key] for key in TOLD if key in one.manifest}
-        entries[one.manifest["key"]] = {**told, "artifact": one.folder.name, "inputs": inputs}
-        waiting += [by_key[key] for key in inputs.values() if key in by_key]
+        inputs = {name: cited["key"] for name, cited in current.manifest["inputs"].items()}
+        entry = {name: current.manifest[name] for name in ENTRY_KEYS if name in current.manifest}
+        entries[key] = {**entry, "artifact": current.folder.name, "inputs": inputs}
+        pending += [by_key[parent] for parent in inputs.values() if parent in by_key]
     return Lineage(artifact.manifest["key"], entries, store)
 
 
+# ---------------------------------------------------------------- finding a model
+
+
 def find(name: str, runs: Path) -> Lineage:
-    """The lineage of a model by a released directory, RUN/STAGE, an artifact's folder or the beginning of its name, or
-    the name of a stage that only one run has. Raises LimbeckError for what is none of them, or several."""
-    path = Path(name)
-    if (path / RELEASED).is_file():
-        told = json.loads((path / RELEASED).read_text(encoding="utf-8"))
-        return Lineage(told["root"], told["artifacts"])
+    """The lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder or the
+    beginning of its name, or a stage that only one run has.
+    Raises LimbeckError unless one artifact matches."""
+    released = Path(name) / RELEASED
+    if released.is_file():
+        lineage = read_json(released)
+        return Lineage(lineage["root"], lineage["artifacts"])
     artifact, store = find_artifact(name, runs)
     return lineage_of(artifact, store)
 
 
 def find_artifact(name: str, runs: Path) -> tuple[Artifact, Store]:
-    """As `find`, for what is in a store."""
+    """An artifact and its store, by a name as `find` takes it. Raises LimbeckError as `find` does."""
     for path in (Path(name), runs / name):
         if (path / MANIFEST).is_file():
             store = Store(path.resolve().parent)
             return store.open(path.resolve()), store
-        if indexed := _in_run(path):
+        indexed = _find_in_run(path)
+        if indexed:
             return indexed
-    if not (runs / "store").exists():
-        raise LimbeckError(f"{runs}/store does not exist; nothing has been run there yet")
     store = Store(runs / "store")
-    named = {run: stages[name] for run, stages in indexes(runs).items() if name in stages}
-    if len(set(named.values())) == 1:
-        return store.open(store.root / next(iter(named.values()))), store
-    if named:
-        choices = " or ".join(f"{runs / run / name}" for run in named)
-        raise LimbeckError(f"{name}: {len(named)} runs have a stage of that name; say {choices}")
-    return store.resolve(name), store
+    if not store.root.exists():
+        raise LimbeckError(f"{store.root} does not exist; nothing has been run there yet")
+    folder = _stage_folder(name, runs)
+    artifact = store.open(store.root / folder) if folder else store.resolve(name)
+    return artifact, store
 
 
-def _in_run(path: Path) -> tuple[Artifact, Store] | None:
-    """RUN/STAGE, where a stage's name may have a slash: evaluation/zero."""
+def _stage_folder(stage: str, runs: Path) -> str | None:
+    """The artifact's folder of a stage, None if no run has it; LimbeckError if runs disagree."""
+    folders = {run: stages[stage] for run, stages in indexes(runs).items() if stage in stages}
+    if len(set(folders.values())) > 1:
+        choices = " or ".join(f"{runs / run / stage}" for run in folders)
+        raise LimbeckError(f"{stage}: {len(folders)} runs have a stage of that name; say {choices}")
+    return next(iter(folders.values()), None)
+
+
+def _find_in_run(path: Path) -> tuple[Artifact, Store] | None:
+    """The artifact of RUN/STAGE, where a stage's name may have a slash: evaluation/zero."""
     for folder in path.parents:
-        if (folder / INDEX).is_file():
-            stages, stage = (
-                json.loads((folder / INDEX).read_text(encoding="utf-8")),
-                path.relative_to(folder).as_posix(),
-            )
-            if stage not in stages:
-                raise LimbeckError(
-                    f"{folder} has no finished stage {stage}; it has {', '.join(stages) or 'none'}"
-                )
-            store = Store(folder.resolve().parent / "store")
-            return store.open(store.root / stages[stage]), store
+        index = folder / INDEX
+        if not index.is_file():
+            continue
+        stages = read_json(index)
+        stage = path.relative_to(folder).as_posix()
+        if stage not in stages:
+            names = ", ".join(stages) or "none"
+            raise LimbeckError(f"{folder} has no finished stage {stage}; it has {names}")
+        store = Store(folder.resolve().parent / "store")
+        return store.open(store.root / stages[stage]), store
     return None
 
 
 def indexes(runs: Path) -> dict[str, dict[str, str]]:
-    """Run -> stage -> the name of its artifact's folder."""
-    return {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(runs.glob(f"*/{INDEX}"))
-    }
+    """Run -> stage -> name of its artifact's folder."""
+    return {path.parent.name: read_json(path) for path in sorted(runs.glob(f"*/{INDEX}"))}
 
 
 # ---------------------------------------------------------------- rows
 
 
 def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
-    """Every row, and every problem practised on, that trained a model or what its weights began with: `id`, `learned_by`,
-    `given_by`, `origin`, `editor` (none where nobody changed it), `times`, and for rows the `row` itself."""
+    """Yield every row that trained the model or the weights it began with, and every problem practised on.
+
+    Keys: `id`, `learned_by`, `given_by`, `origin`, `editor` (None for an unchanged row), `times`, and for
+    rows the `row` itself. Raises LimbeckError for a released directory, which holds no rows.
+    """
     if lineage.store is None:
         raise LimbeckError(
             "a released directory has no rows; they stay in the store that it was released from"
         )
-    store = lineage.store
     for key in lineage.weights():
         entry = lineage.entries[key]
         if entry["kind"] not in LEARNING:
             continue
-        folders = {
-            name: store.root / lineage.entries[parent]["artifact"]
-            for name, parent in lineage.parents(key).items()
-        }
-        for giver, row, times in learned_rows(entry, folders):
-            origin = dict(row.get("origin") or {})
-            editor = origin.pop("editor", None)
-            told = {
-                "id": row["id"],
-                "learned_by": entry["stage"],
-                "given_by": giver,
-                "origin": origin,
-                "editor": editor,
-                "times": times,
-            }
-            yield {**told, "row": row}
-        for problem, times in asked_problems(store.root / entry["artifact"]).items():
+        for giver, row, times in training_rows(entry, lineage.input_folders(key)):
+            yield _describe_row(entry["stage"], giver, row, times)
+        for problem, times in practised_problems(lineage.store.root / entry["artifact"]).items():
             yield {
                 "id": problem,
                 "learned_by": entry["stage"],
@@ -204,15 +212,30 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
             }
 
 
+def _describe_row(stage: str, giver: str, row: dict[str, Any], times: int) -> dict[str, Any]:
+    origin = dict(row.get("origin") or {})
+    editor = origin.pop("editor", None)
+    return {
+        "id": row["id"],
+        "learned_by": stage,
+        "given_by": giver,
+        "origin": origin,
+        "editor": editor,
+        "times": times,
+        "row": row,
+    }
+
+
 # ---------------------------------------------------------------- recall
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What a withdrawn row reached, as names of artifacts' folders with their stage.
+    """The reach of a withdrawn row: maps from artifacts' folder names to their stages.
 
-    `holds` contain it; `learned` were trained on it; `tainted` were made from those. `unsure` may have practised on it:
-    they are older than the list of what was asked. `again` says by run what a rerun would compute anew.
+    `holds` contain the row; `learned` were trained on it; `tainted` were made from those. `unsure` may have
+    practised on it: they are older than the record of practised problems. `again` lists by run the stages
+    that a rerun computes anew; `seconds` and `flops` are what they cost.
     """
 
     row: str
@@ -226,97 +249,136 @@ class Recall:
 
 
 def recall(row: str, runs: Path, given_by: str = "") -> Recall:
-    """Follow a row, by its id, or all rows of a problem, by the problem's, through every artifact of the store: also
-    through models that learned from it and sampled what others learned. `given_by` narrows to the rows of one stage."""
+    """Follow a row, by its id, or all rows of a problem, by the problem's, through every artifact of the
+    store: also through models that learned from it and sampled rows for others. `given_by` narrows to the
+    rows of one stage.
+
+    Raises LimbeckError if no artifact has such a row or problem.
+    """
     store = Store(runs / "store")
-    artifacts = _ordered({a.manifest["key"]: a for a in store.all()})
-    holds: dict[str, Artifact] = {}
-    learned, tainted, unsure = {}, {}, {}
-    for key, one in artifacts.items():
-        given = _given(one)
-        if _holds(one, row) and (
-            not given_by or one.manifest["stage"] == given_by or any(k in holds for k in given.values())
-        ):
-            holds[key] = one
-        folders = {name: artifacts[k].folder for name, k in given.items() if k in holds}
-        if (
-            one.manifest["kind"] in LEARNING
-            and any(_is(r["id"], row) for _, r, _ in _shares(one, given, artifacts, folders))
-            or row in (asked := asked_problems(one.folder))
-        ):
-            learned[key] = one
-        elif one.manifest["kind"] == "rl" and not asked and _may_have_asked(one, row):
-            unsure[key] = one
-        if any(k in learned or k in tainted for k in given.values()):
-            tainted[key] = one
-    if not (holds or learned or unsure):
+    artifacts = {artifact.manifest["key"]: artifact for artifact in store.all()}
+    reach = _Reach(row, given_by, artifacts)
+    for key in _in_order(artifacts):
+        reach.visit(key)
+    if not (reach.holds or reach.learned or reach.unsure):
         raise LimbeckError(
-            f"{row}: no artifact in {store.root} has a row or a problem of that id; `limbeck why MODEL --rows` lists them"
+            f"{row}: no artifact in {store.root} has a row or a problem of that id; "
+            "`limbeck why MODEL --rows` lists them"
         )
-    reached = {**learned, **{k: one for k, one in tainted.items() if k not in learned}}
-    again = {
-        run: [s for s, folder in stages.items() if folder in _names(reached)]
-        for run, stages in indexes(runs).items()
-    }
-    costs = [one.manifest for one in reached.values()]
-    return Recall(
-        row,
-        _names(holds),
-        _names(learned),
-        _names({k: o for k, o in tainted.items() if k not in learned}),
-        _names(unsure),
-        {run: stages for run, stages in again.items() if stages},
-        sum(m["seconds"] for m in costs),
-        sum(m.get("flops", 0) for m in costs),
-    )
+    return reach.summarize(runs)
 
 
-def _names(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    return {one.folder.name: one.manifest["stage"] for one in artifacts.values()}
+@dataclass
+class _Reach:
+    """The search behind `recall`: four maps of artifacts by key. `visit` expects inputs first."""
+
+    row: str
+    given_by: str
+    artifacts: Mapping[str, Artifact]
+    holds: dict[str, Artifact] = field(default_factory=dict)
+    learned: dict[str, Artifact] = field(default_factory=dict)
+    tainted: dict[str, Artifact] = field(default_factory=dict)
+    unsure: dict[str, Artifact] = field(default_factory=dict)
+
+    def visit(self, key: str) -> None:
+        """Sort one artifact into the maps."""
+        artifact = self.artifacts[key]
+        parents = _data_parents(artifact)
+        if self._holds(artifact, parents):
+            self.holds[key] = artifact
+        practised = practised_problems(artifact.folder)
+        if self.row in practised or self._trained(artifact, parents):
+            self.learned[key] = artifact
+        elif artifact.kind == "rl" and not practised and self._may_have_practised(artifact):
+            self.unsure[key] = artifact
+        if any(parent in self.learned or parent in self.tainted for parent in parents.values()):
+            self.tainted[key] = artifact
+
+    def _holds(self, artifact: Artifact, parents: Mapping[str, str]) -> bool:
+        """True if the artifact has the row, and has it from the stage that was asked for."""
+        if not self._has_row(artifact):
+            return False
+        if not self.given_by or artifact.manifest["stage"] == self.given_by:
+            return True
+        return any(parent in self.holds for parent in parents.values())
+
+    def _has_row(self, artifact: Artifact) -> bool:
+        for name in (ROWS, PROBLEMS):
+            if any(self._matches(row["id"]) for row in read(artifact.folder / name)):
+                return True
+        return False
+
+    def _trained(self, artifact: Artifact, parents: Mapping[str, str]) -> bool:
+        """True if the artifact was trained on the row; reads no file if none of its inputs holds it."""
+        if artifact.kind not in LEARNING:
+            return False
+        if not any(parent in self.holds for parent in parents.values()):
+            return False
+        folders = {}
+        for name, parent in parents.items():
+            if parent in self.artifacts:
+                folders[name] = self.artifacts[parent].folder
+        return any(self._matches(row["id"]) for _, row, _ in training_rows(artifact.manifest, folders))
+
+    def _matches(self, row_id: str) -> bool:
+        """True for the row itself and for any row of the problem of that id."""
+        return self.row in (row_id, problem_of(row_id))
+
+    def _may_have_practised(self, artifact: Artifact) -> bool:
+        """True if the id is a problem's and the artifact drew problems of the same source."""
+        if problem_of(self.row) != self.row:
+            return False
+        names = [described.split(" ")[0] for described in artifact.manifest["sources"]["problems"]]
+        return source_of(self.row) in names
+
+    def summarize(self, runs: Path) -> Recall:
+        """The result, with the stages that a rerun of each run computes anew."""
+        tainted = {key: artifact for key, artifact in self.tainted.items() if key not in self.learned}
+        reached = {**self.learned, **tainted}
+        folders = _stages_by_folder(reached)
+        again = {}
+        for run, stages in indexes(runs).items():
+            stale = [stage for stage, folder in stages.items() if folder in folders]
+            if stale:
+                again[run] = stale
+        return Recall(
+            row=self.row,
+            holds=_stages_by_folder(self.holds),
+            learned=_stages_by_folder(self.learned),
+            tainted=_stages_by_folder(tainted),
+            unsure=_stages_by_folder(self.unsure),
+            again=again,
+            seconds=sum(artifact.manifest["seconds"] for artifact in reached.values()),
+            flops=sum(artifact.manifest.get("flops", 0) for artifact in reached.values()),
+        )
 
 
-def _given(one: Artifact) -> dict[str, str]:
-    """The inputs that reach what an artifact is, by name."""
-    aside = one.manifest["settings"].get("flops_of")
-    model = one.manifest["settings"].get("model")
-    return {
-        name: given["key"] for name, given in one.manifest["inputs"].items() if name != aside or name == model
-    }
+def _stages_by_folder(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    return {artifact.folder.name: artifact.manifest["stage"] for artifact in artifacts.values()}
 
 
-def _shares(
-    one: Artifact, given: Mapping[str, str], artifacts: Mapping[str, Artifact], folders: Mapping[str, Path]
-) -> Iterator:
-    """The rows learned from, of those inputs that hold the row; nothing is read where none does."""
-    present = {name: artifacts[key].folder for name, key in given.items() if key in artifacts}
-    return learned_rows(one.manifest, present) if folders else iter(())
+def _data_parents(artifact: Artifact) -> dict[str, str]:
+    """Names and keys of the inputs that shape the artifact: all but a stage to compare FLOPs with."""
+    settings = artifact.manifest["settings"]
+    compared = settings.get("flops_of")
+    parents = {}
+    for name, cited in artifact.manifest["inputs"].items():
+        if name != compared or name == settings.get("model"):
+            parents[name] = cited["key"]
+    return parents
 
 
-def _holds(one: Artifact, row: str) -> bool:
-    return any(_is(r["id"], row) for name in (ROWS, PROBLEMS) for r in read(one.folder / name))
-
-
-def _is(found: str, row: str) -> bool:
-    """A row of that id, or any row of the problem of that id."""
-    return found == row or found.partition("#")[0] == row
-
-
-def _may_have_asked(one: Artifact, row: str) -> bool:
-    return "#" not in row and any(
-        p.split(" ")[0] == row.partition("/")[0] for p in one.manifest["sources"]["problems"]
-    )
-
-
-def _ordered(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
-    """Inputs before what was made from them."""
-    done: dict[str, Artifact] = {}
+def _in_order(artifacts: Mapping[str, Artifact]) -> list[str]:
+    """The keys of all artifacts, inputs before whatever was made from them."""
+    done: dict[str, None] = {}
 
     def visit(key: str) -> None:
-        if key in artifacts and key not in done:
-            for parent in artifacts[key].manifest["inputs"].values():
-                visit(parent["key"])
-            done[key] = artifacts[key]
+        if key not in artifacts or key in done:
+            return
+        for parent in artifacts[key].manifest["inputs"].values():
+            visit(parent["key"])
+        done[key] = None
 
     for key in artifacts:
         visit(key)
-    return done
+    return list(done)

@@ -1,6 +1,7 @@
-"""A model as others can load it: weights, tokenizer, card, checksums, its lineage, and the recipe that makes it again.
+"""A model as others can load it: weights, tokenizer, card, checksums, lineage, and the recipe that makes it
+again.
 
-Nothing of the house goes along but what is needed: no rows, no paths, and people as `reviewer 1`, not by name.
+A release holds no rows and no paths, and names people as `reviewer 1`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...config.load import MODELS, dump
 from ...config.load import load as read_recipe
-from ...config.recipe import Evaluate, Files, Load, Recipe, Report, Stage, inputs, sources
+from ...config.recipe import Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
 from ...types import LimbeckError
-from ..dataset_rows import learned_rows, said
+from ..dataset_rows import said, training_rows
+from ..run_folder import RECIPE
 from ..store import Artifact, Store, digest_file, digest_of, sync_below, write
 from .card import card
 from .licences import NOBODY_KNOWS, bind, terms
@@ -30,41 +32,36 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class Released:
-    """A directory that was written, and what its maker still has to know: `Released(Path("out"), ("no GGUF: ...",))`."""
+    """A released directory and the notes for its maker: `Released(Path("out"), ("no GGUF: ...",))`."""
 
     folder: Path
     notes: tuple[str, ...]
 
 
 def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto") -> Released:
-    """Write the directory; it appears whole or not at all. `gguf` is a type of `limbeck export`, `none`, or `auto`, which
-    leaves the file out where the format cannot hold the model.
+    """Write the directory; it appears whole or not at all. `gguf` is a type of `limbeck export`, `none`, or
+    `auto`, which leaves the file out if the format cannot hold the model.
 
-    Raises LimbeckError, naming clause and remedy, where a licence forbids the release or the name breaks a duty.
+    Raises LimbeckError, naming clause and remedy, if a licence forbids the release or the name breaks a duty.
     """
     artifact, store = find_artifact(model, runs)
     name = name or out.resolve().name
-    if artifact.manifest["kind"] not in MODELS:
+    if artifact.kind not in MODELS:
         raise LimbeckError(f"{model} is a {artifact.manifest['kind']} stage, which has no model to release")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} is there already; choose another directory, or remove it")
     lineage = lineage_of(artifact, store)
-    refuse(lineage, name)
+    check_release(lineage, name)
     recipe = recipe_of(artifact, store)
     part = out.resolve().parent / f".{out.resolve().name}.part"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(artifact.folder / "model", part)
     try:
-        notes = [*_add_gguf(part, name, gguf), *_add_licences(part, lineage)]
-        told = public(lineage)
-        write(part / RELEASED, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-        write(part / "recipe.yaml", dump(recipe))
-        write(
-            part / "README.md",
-            card(name, told, evaluations(artifact, store), [path.name for path in part.glob("*.gguf")]),
-        )
-        files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
-        write(part / SUMS, "".join(f"{digest_file(part / file)}  {file}\n" for file in files))
+        notes = _add_gguf(part, name, gguf)
+        _add_licences(part, lineage)
+        write(part / RECIPE, dump(recipe))
+        _add_card(part, name, published_lineage(lineage), evaluations(artifact, store))
+        _add_sums(part)
         sync_below(part)
         if out.exists():
             out.rmdir()
@@ -74,147 +71,184 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
     return Released(out, (*notes, *duties(lineage)))
 
 
-def refuse(lineage: Lineage, name: str) -> None:
-    """Raise where a licence forbids handing the model on, or the name it is to have breaks a naming duty."""
-    stage, claimed = lineage.head["stage"], {right["licence"] for right in lineage.head.get("rights", [])}
+# ---------------------------------------------------------------- licences
+
+
+def check_release(lineage: Lineage, name: str) -> None:
+    """Raise LimbeckError if a licence forbids handing the model on, or `name` breaks a naming duty."""
     for licence in lineage.licences:
-        if terms(licence).release != "no" or licence in claimed:
-            continue
-        bound = [entry["stage"] for entry in lineage.entries.values() if licence in entry["licences"]]
-        if terms(licence) is NOBODY_KNOWS:
-            raise LimbeckError(
-                f"{stage} cannot be released: nobody knows the terms {licence!r} of {bound[-1]}; declare its licence and run again"
-            )
-        clause = terms(licence).clause("release")
-        raise LimbeckError(
-            f"{stage} cannot be released: {licence}, which it has from {bound[-1]}, forbids that: {clause}; train it without"
-        )
+        _refuse_forbidden(lineage, licence)
     for licence in lineage.licences:
         prefix = terms(licence).prefix
         if prefix and not re.sub(r"[-_ ]+", " ", name).startswith(prefix):
+            clause = terms(licence).clause("prefix")
             better = f"{prefix.replace(' ', '-')}-{name}"
             raise LimbeckError(
-                f"{name}: a model bound by {licence} must have a name that begins with {prefix!r} ({terms(licence).clause('prefix')}); "
-                f"say --name {better}"
+                f"{name}: a model bound by {licence} must have a name that begins with {prefix!r} "
+                f"({clause}); say --name {better}"
             )
 
 
+def _refuse_forbidden(lineage: Lineage, licence: str) -> None:
+    claimed = {right["licence"] for right in lineage.head.get("rights", [])}
+    if terms(licence).release != "no" or licence in claimed:
+        return
+    stage = lineage.head["stage"]
+    bound = [entry["stage"] for entry in lineage.entries.values() if licence in entry["licences"]]
+    if terms(licence) is NOBODY_KNOWS:
+        raise LimbeckError(
+            f"{stage} cannot be released: nobody knows the terms {licence!r} of {bound[-1]}; "
+            "declare its licence and run again"
+        )
+    clause = terms(licence).clause("release")
+    raise LimbeckError(
+        f"{stage} cannot be released: {licence}, which it has from {bound[-1]}, forbids that: {clause}; "
+        "train it without"
+    )
+
+
 def duties(lineage: Lineage) -> list[str]:
-    """What whoever publishes the model has to see to."""
-    found = [
-        f"{licence}: {'; '.join(terms(licence).duties)}"
-        for licence in lineage.licences
-        if terms(licence).duties
-    ]
-    return [*found, *(f"show “{text}” where you present it" for text in bind(lineage.licences).display)]
+    """The duties of the model's publisher, one line a licence, then the texts to show."""
+    lines = []
+    for licence in lineage.licences:
+        if terms(licence).duties:
+            lines.append(f"{licence}: {'; '.join(terms(licence).duties)}")
+    return lines + [f"show “{text}” where you present it" for text in bind(lineage.licences).display]
 
 
-# ---------------------------------------------------------------- what goes along
+# ---------------------------------------------------------------- files
 
 
 def _add_gguf(part: Path, name: str, kind: str) -> list[str]:
+    """Write the GGUF file; return a note if the format cannot hold the model and `kind` is auto."""
     if kind == "none":
         return []
     from ...model import gguf
 
-    wanted = "f16" if kind == "auto" else kind
+    precision = "f16" if kind == "auto" else kind
     try:
-        gguf.write(part, part / f"{name}-{wanted}.gguf", wanted)
+        gguf.write(part, part / f"{name}-{precision}.gguf", precision)
     except LimbeckError as error:
         if kind != "auto":
             raise
-        return [f"no GGUF file: {str(error).replace(f'{part}/', '')}"]
+        reason = str(error).replace(f"{part}/", "")
+        return [f"no GGUF file: {reason}"]
     return []
 
 
-def _add_licences(part: Path, lineage: Lineage) -> list[str]:
-    """Licence files of the models that were brought in, where they still lie beside them, and a notice of who asks what."""
+def _add_licences(part: Path, lineage: Lineage) -> None:
+    """Copy the licence files of the models that were brought in, and write a notice of all licences."""
     for entry in lineage.entries.values():
-        source = (
-            Path(entry["settings"].get("path") or "/nowhere") if entry["kind"] == "load" else Path("/nowhere")
-        )
-        for path in (
-            p for pattern in LICENCE_FILES if source.is_dir() for p in source.glob(pattern) if p.is_file()
-        ):
+        for path in _licence_files(entry):
             shutil.copyfile(path, part / f"{entry['stage']}-{path.name}")
-    if lineage.licences:
-        lines = [
-            f"{licence}: {terms(licence).title}, {terms(licence).source}" for licence in lineage.licences
-        ]
-        write(
-            part / "NOTICE",
-            "This model is bound by\n"
-            + "".join(f"  {line}\n" for line in lines)
-            + "Its weights were changed by training.\n",
-        )
-    return []
+    if not lineage.licences:
+        return
+    lines = ["This model is bound by"]
+    for licence in lineage.licences:
+        lines.append(f"  {licence}: {terms(licence).title}, {terms(licence).source}")
+    lines.append("Its weights were changed by training.")
+    write(part / "NOTICE", "\n".join(lines) + "\n")
+
+
+def _licence_files(entry: Mapping[str, Any]) -> Iterator[Path]:
+    path = entry["settings"].get("path")
+    if entry["kind"] != "load" or not path or not Path(path).is_dir():
+        return
+    for pattern in LICENCE_FILES:
+        for file in Path(path).glob(pattern):
+            if file.is_file():
+                yield file
+
+
+def _add_card(part: Path, name: str, published: dict[str, Any], measured: list[dict[str, Any]]) -> None:
+    """Write `lineage.json` and the card made from it."""
+    write(part / RELEASED, json.dumps(published, indent=2, ensure_ascii=False) + "\n")
+    ggufs = [path.name for path in part.glob("*.gguf")]
+    write(part / "README.md", card(name, published, measured, ggufs))
+
+
+def _add_sums(part: Path) -> None:
+    files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
+    lines = [f"{digest_file(part / file)}  {file}\n" for file in files]
+    write(part / SUMS, "".join(lines))
 
 
 def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
-    """Every evaluation of these very weights; not those that force something on them."""
-    key = artifact.manifest["key"]
-    found = [
-        a
-        for a in store.all()
-        if a.manifest["kind"] == "evaluate" and any(i["key"] == key for i in a.manifest["inputs"].values())
-    ]
-    told = [json.loads((a.folder / "evaluation.json").read_text(encoding="utf-8")) for a in found]
-    return [one for one in told if not one.get("control")]
+    """Every evaluation of these very weights, without those that force a continuation on them."""
+    measured = []
+    for candidate in store.all():
+        if candidate.kind != "evaluate":
+            continue
+        keys = [cited["key"] for cited in candidate.manifest["inputs"].values()]
+        if artifact.manifest["key"] in keys:
+            path = candidate.folder / "evaluation.json"
+            measured.append(json.loads(path.read_text(encoding="utf-8")))
+    return [evaluation for evaluation in measured if not evaluation.get("control")]
 
 
-def public(lineage: Lineage) -> dict[str, Any]:
-    """The lineage without what is nobody else's business: no names of people, no paths, rows as a count and a digest."""
-    people = sorted(
-        {
-            name
-            for entry in lineage.entries.values()
-            for name in entry["sources"].get("editors", [])
-            if not name.startswith("policy: ")
-        }
-    )
-    called = {name: f"reviewer {number}" for number, name in enumerate(people, 1)}
+# ---------------------------------------------------------------- the published lineage
+
+
+def published_lineage(lineage: Lineage) -> dict[str, Any]:
+    """The lineage without private data: no names of people, no paths, rows as a count and a digest."""
+    aliases = _aliases(lineage)
     entries = {}
     for key, entry in lineage.entries.items():
-        settings = {k: Path(v).name if k == "path" else v for k, v in entry["settings"].items()}
-        notes = {
-            k: [called.get(n, n) for n in v] if k == "reviewers" else v
-            for k, v in (entry.get("notes") or {}).items()
-        }
-        kept = {**entry, "settings": settings, "notes": notes, "sources": _renamed(entry["sources"], called)}
-        kept["rights"] = [{k: v for k, v in right.items() if k != "by"} for right in entry.get("rights", [])]
-        if entry["kind"] in LEARNING and (rows := _rows(lineage, key)):
-            kept["rows"] = {"count": len(rows), "sha256": digest_of(rows)}
-        entries[key] = kept
+        entries[key] = _published(entry, aliases)
+        rows = _row_identities(lineage, key) if entry["kind"] in LEARNING else []
+        if rows:
+            entries[key]["rows"] = {"count": len(rows), "sha256": digest_of(rows)}
     return Lineage(lineage.root, entries).tell()
 
 
-def _renamed(sources: Mapping[str, list[str]], called: Mapping[str, str]) -> dict[str, list[str]]:
-    return {
-        kind: [called.get(name, name) for name in names] if kind == "editors" else list(names)
-        for kind, names in sources.items()
-    }
+def _aliases(lineage: Lineage) -> dict[str, str]:
+    """`reviewer 1`, `reviewer 2`, … by the names of the people who edited rows."""
+    editors: set[str] = set()
+    for entry in lineage.entries.values():
+        editors.update(entry["sources"].get("editors", []))
+    people = sorted(name for name in editors if not name.startswith("policy: "))
+    return {name: f"reviewer {number}" for number, name in enumerate(people, 1)}
 
 
-def _rows(lineage: Lineage, key: str) -> list[Any]:
-    folders = {
-        name: lineage.store.root / lineage.entries[parent]["artifact"]
-        for name, parent in lineage.parents(key).items()
-    }
-    return [[row["id"], said(row), times] for _, row, times in learned_rows(lineage.entries[key], folders)]
+def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """An entry with aliases for people, the last name of a path, and rights without their claimant."""
+    settings = dict(entry["settings"])
+    if "path" in settings:
+        settings["path"] = Path(settings["path"]).name
+    notes = dict(entry.get("notes") or {})
+    if "reviewers" in notes:
+        notes["reviewers"] = [aliases.get(name, name) for name in notes["reviewers"]]
+    sources = {kind: list(names) for kind, names in entry["sources"].items()}
+    if "editors" in sources:
+        sources["editors"] = [aliases.get(name, name) for name in sources["editors"]]
+    rights = []
+    for right in entry.get("rights", []):
+        rights.append({key: value for key, value in right.items() if key != "by"})
+    return {**entry, "settings": settings, "notes": notes, "sources": sources, "rights": rights}
+
+
+def _row_identities(lineage: Lineage, key: str) -> list[Any]:
+    """Id, text and times per epoch of each row that a stage trained on."""
+    rows = training_rows(lineage.entries[key], lineage.input_folders(key))
+    return [[row["id"], said(row), times] for _, row, times in rows]
 
 
 # ---------------------------------------------------------------- the recipe
 
 
 def recipe_of(artifact: Artifact, store: Store) -> Recipe:
-    """The part of a run's recipe that the model depends on, and the evaluations, of this model alone."""
+    """The part of a run's recipe that the model depends on, with the evaluations of this model alone.
+
+    Raises LimbeckError if no run has the artifact.
+    """
     stage = artifact.manifest["stage"]
-    for run, stages in indexes(store.root.parent).items():
-        path = store.root.parent / run / "recipe.yaml"
+    runs = store.root.parent
+    for run, stages in indexes(runs).items():
+        path = runs / run / RECIPE
         if stages.get(stage) == artifact.folder.name and path.exists():
             return part_of(read_recipe(path), stage)
     raise LimbeckError(
-        f"{artifact.folder.name}: no run in {store.root.parent} has it as its stage {stage}; run its recipe again first"
+        f"{artifact.folder.name}: no run in {runs} has it as its stage {stage}; run its recipe again first"
     )
 
 
@@ -223,32 +257,45 @@ def part_of(recipe: Recipe, name: str) -> Recipe:
     needed = _behind(recipe, name, set())
     stages: dict[str, Stage] = {}
     for cited, stage in recipe.stages.items():
-        if isinstance(stage, Evaluate):  # what it asks also decides what nobody may learn from
+        if isinstance(stage, Evaluate):  # kept, for its tests decide what decontamination leaves out
             stages[cited] = stage.model_copy(update={"models": [name], "forced": [], "retry": {}})
         elif cited in needed and not isinstance(stage, Report):
-            stages[cited] = (
-                stage.model_copy(update={"path": Path(stage.path).name}) if isinstance(stage, Load) else stage
-            )
-    asked = {
-        source for stage in stages.values() for source in [*sources(stage), *getattr(stage, "teachers", ())]
-    }
-    problems = {
-        cited: one.model_copy(update={"path": Path(one.path).name}) if isinstance(one, Files) else one
-        for cited, one in recipe.problems.items()
-        if cited in asked or _desk_knows(one, stages)
-    }
+            stages[cited] = _without_folder(stage) if isinstance(stage, Load) else stage
+    drawn = _problem_names(stages)
+    problems: dict[str, Problems] = {}
+    for cited, source in recipe.problems.items():
+        if cited in drawn or _policy_may_use(source, stages):
+            problems[cited] = _without_folder(source) if isinstance(source, Files) else source
     return recipe.model_copy(update={"stages": stages, "problems": problems})
 
 
-def _behind(recipe: Recipe, name: str, found: set[str]) -> set[str]:
-    if name not in found:
-        found.add(name)
-        stage = recipe.stages[name]
-        for cited in [*inputs(stage), *(s for s in sources(stage) if s in recipe.stages)]:
-            _behind(recipe, cited, found)
-    return found
+def _without_folder(config: Any) -> Any:
+    """A copy of the configuration whose path is its last name."""
+    return config.model_copy(update={"path": Path(config.path).name})
 
 
-def _desk_knows(problems: Any, stages: Mapping[str, Stage]) -> bool:
-    """A desk's policy may ask any miniature how to translate, so that all of them are in its key."""
+def _problem_names(stages: Mapping[str, Stage]) -> set[str]:
+    """The problems, screenings and teachers that the stages cite."""
+    names: set[str] = set()
+    for stage in stages.values():
+        names.update(sources(stage))
+        names.update(getattr(stage, "teachers", ()))
+    return names
+
+
+def _behind(recipe: Recipe, name: str, visited: set[str]) -> set[str]:
+    """The stage and all stages that it depends on, added to `visited`."""
+    if name in visited:
+        return visited
+    visited.add(name)
+    stage = recipe.stages[name]
+    screenings = [source for source in sources(stage) if source in recipe.stages]
+    for cited in [*inputs(stage), *screenings]:
+        _behind(recipe, cited, visited)
+    return visited
+
+
+def _policy_may_use(problems: Problems, stages: Mapping[str, Stage]) -> bool:
+    """True for a miniature in a recipe that curates: the policy may translate with it, so it is in that
+    stage's key."""
     return problems.source == "miniature" and any(stage.kind == "curate" for stage in stages.values())

@@ -1,1 +1,1 @@
-"""What people review: queues of rows, verdicts, and how reviewers agree."""
+"""Review of rows by people: queues, verdicts, edits, and the agreement of reviewers."""

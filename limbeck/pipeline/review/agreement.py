@@ -1,4 +1,4 @@
-"""How well reviewers agree, and how fast they are: from verdicts alone."""
+"""Agreement and pace of reviewers, computed from their verdicts alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .reviews import VERDICTS, Standing
 
 @dataclass(frozen=True)
 class Pace:
-    """One person at one desk: `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)`.
+    """One reviewer of one queue:
+    `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)`.
 
-    `seconds` is the median time a row, `hourly` the rows in an hour at the mean time; both are None where no verdict tells
-    how long it took, and `timed` says how many do.
+    `seconds` is the median time a row, `hourly` the rows in an hour at the mean time; both are None if no
+    verdict has a time. `timed` counts the verdicts that have one.
     """
 
     reviewer: str
@@ -29,49 +30,52 @@ class Pace:
 
 
 def paces(rows: Iterable[Standing]) -> list[Pace]:
-    """Everybody who gave a verdict, the busiest first."""
-    said: dict[str, list[dict[str, Any]]] = {}
+    """The pace of every reviewer, the one with most rows first."""
+    by_reviewer: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        for name, entry in row.verdicts.items():
-            said.setdefault(name, []).append(entry)
-    return sorted(
-        (_pace(name, entries) for name, entries in said.items()), key=lambda one: (-one.rows, one.reviewer)
-    )
+        for reviewer, verdict in row.verdicts.items():
+            by_reviewer.setdefault(reviewer, []).append(verdict)
+    measured = [_pace(reviewer, verdicts) for reviewer, verdicts in by_reviewer.items()]
+    return sorted(measured, key=lambda pace: (-pace.rows, pace.reviewer))
 
 
-def _pace(name: str, entries: Sequence[dict[str, Any]]) -> Pace:
-    times = [entry["seconds"] for entry in entries if entry.get("seconds")]
-    counts = Counter(entry["verdict"] for entry in entries)
+def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
+    times = [verdict["seconds"] for verdict in verdicts if verdict.get("seconds")]
+    counts = Counter(verdict["verdict"] for verdict in verdicts)
     return Pace(
-        name,
-        len(entries),
-        {verdict: counts[verdict] for verdict in VERDICTS},
-        median(times) if times else None,
-        3600 * len(times) / sum(times) if times else None,
-        len(times),
+        reviewer=reviewer,
+        rows=len(verdicts),
+        counts={kind: counts[kind] for kind in VERDICTS},
+        seconds=median(times) if times else None,
+        hourly=3600 * len(times) / sum(times) if times else None,
+        timed=len(times),
     )
 
 
 def agreement(rows: Iterable[Standing]) -> dict[str, Any]:
-    """`{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}` over rows with several verdicts; empty without any.
+    """`{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}` over rows with several verdicts; {}
+    without any.
 
-    Everybody judged alone: nobody is shown what others said before. Resolutions come after that and do not count.
-    `same` is the share of rows with one and the same verdict and its 95 % interval (Wilson), `alpha` Krippendorff's.
+    Every verdict was given alone: no reviewer sees those of others before. Resolutions come after that and do
+    not count. `same` is the share of rows with one and the same verdict, with its 95 % interval (Wilson);
+    `alpha` is Krippendorff's.
     """
     units = [row.verdicts for row in rows if len(row.verdicts) > 1]
     if not units:
         return {}
-    labels = [[entry["verdict"] for entry in unit.values()] for unit in units]
+    reviewers: set[str] = set()
+    labels = []
+    for unit in units:
+        reviewers.update(unit)
+        labels.append([verdict["verdict"] for verdict in unit.values()])
     same = sum(len(set(values)) == 1 for values in labels) / len(labels)
     low, high = wilson(same, len(labels))
-    people = len({name for unit in units for name in unit})
-    return {
-        "agreement": {
-            "rows": len(units),
-            "people": people,
-            "same": same,
-            "low": low,
-            "high": high,
-            "alpha": krippendorff(labels),
-        }
+    measured = {
+        "rows": len(units),
+        "people": len(reviewers),
+        "same": same,
+        "low": low,
+        "high": high,
+        "alpha": krippendorff(labels),
     }
+    return {"agreement": measured}

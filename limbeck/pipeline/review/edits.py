@@ -1,6 +1,9 @@
-"""What people do to a text at the desk: how it differs from what it was, what could go, what is in another language.
+"""Edits of a text under review: the difference from the original, repetitions to trim, words in another
+language.
 
-A text is seen as *pieces*: a word with the blanks behind it, or one Chinese character.
+A text is cut into *pieces*: a word with the blanks behind it, or one Chinese character.
+
+N  pieces of a text
 """
 
 from __future__ import annotations
@@ -15,17 +18,16 @@ import numpy as np
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _PIECE = re.compile(rf"\s*(?:[{HAN}，。！？；：、]|</?\w+>|[^\s{HAN}，。！？；：、<]+|<)\s*|\s+")
 _TAG = r"(?P<tag></?[a-z]+>)"
-_MARKED = {
-    True: re.compile(rf"{_TAG}|(?P<strange>[{HAN}]+)"),
-    False: re.compile(
-        rf"{_TAG}|(?<![\\A-Za-z])(?P<strange>[A-Za-z]{{2,}}(?:['’][A-Za-z]+| +[A-Za-z]{{2,}})*)"
-    ),
-}
+_LATIN_WORDS = r"[A-Za-z]{2,}(?:['’][A-Za-z]+| +[A-Za-z]{2,})*"
+_STRANGE_TO_LATIN = re.compile(rf"{_TAG}|(?P<strange>[{HAN}]+)")
+_STRANGE_TO_CHINESE = re.compile(rf"{_TAG}|(?<![\\A-Za-z])(?P<strange>{_LATIN_WORDS})")
 _SENTENCE = re.compile(r"[^\n.!?。！？]*(?:\n|[.!?。！？]+\s*|$)")
 CLOSE = "</answer>"
-LONGEST = 400  # pieces: longer passages are seldom said again word for word
-LEAST = 8  # pieces that have to be superfluous before they are called repeated
-TOO_MANY = 2_000_000  # pairs of equal pieces to choose among; beyond it a changed passage is shown as replaced at once
+MAX_SPAN = 400  # pieces: longer passages are seldom repeated word for word
+MIN_SUPERFLUOUS = 8  # pieces that a repetition must add before it is trimmed
+MAX_EQUAL_PAIRS = 2_000_000  # pairs of equal pieces; beyond it a changed passage is shown as replaced at once
+
+Passage = tuple[str, str, str]
 
 
 def pieces(text: str) -> list[str]:
@@ -43,48 +45,74 @@ def sentences(text: str) -> list[str]:
 
 
 def parts(text: str, size: int = 4000) -> Iterator[str]:
-    """The text in parts of whole sentences, each about `size` characters or one sentence long: a browser draws those in sight."""
-    held = ""
+    """The text in parts of whole sentences, each up to `size` characters or one sentence long, so that a
+    browser draws only those in sight."""
+    part = ""
     for sentence in sentences(text):
-        if held and len(held) + len(sentence) > size:
-            yield held
-            held = ""
-        held += sentence
-    yield held
+        if part and len(part) + len(sentence) > size:
+            yield part
+            part = ""
+        part += sentence
+    yield part
 
 
-def difference(before: str, after: str) -> list[tuple[str, str, str]]:
+# ---------------------------------------------------------------- difference
+
+
+def difference(before: str, after: str) -> list[Passage]:
     """Passages in order: `("same", text, text)` or `("changed", old, new)`, where old or new may be empty.
 
-    Sentences first, words where sentences differ: a long thought with a few changes is compared in a moment.
+    Sentences are compared first, and pieces where sentences differ, which is fast for a long text with a few
+    changes.
     """
-    found: list[tuple[str, str, str]] = []
-    for same, old, new in _matched(sentences(before), sentences(after)):
-        found += [(same, old, new)] if same == "same" else _matched(pieces(old), pieces(new))
-    return found
+    passages: list[Passage] = []
+    for kind, old, new in _match(sentences(before), sentences(after)):
+        if kind == "same":
+            passages.append((kind, old, new))
+        else:
+            passages += _match(pieces(old), pieces(new))
+    return passages
 
 
-def _matched(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    head = next(
-        (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new))
-    )
-    most = min(len(old), len(new)) - head
-    tail = next((i for i in range(most) if old[-1 - i] != new[-1 - i]), most)
-    middle, changed = old[head : len(old) - tail], new[head : len(new) - tail]
+def _match(old: Sequence[str], new: Sequence[str]) -> Iterator[Passage]:
+    """The passages of two sequences: their common head, their middle, their common tail."""
+    head = _common_head(old, new)
+    old_rest = old[head:]
+    new_rest = new[head:]
+    tail = _common_head(old_rest[::-1], new_rest[::-1])
     if head:
         yield "same", "".join(old[:head]), "".join(new[:head])
-    first, second = Counter(middle), Counter(changed)
-    if sum(first[piece] * second[piece] for piece in first) > TOO_MANY:
-        yield "changed", "".join(middle), "".join(changed)
-    else:
-        for kind, i, j, k, m in SequenceMatcher(None, middle, changed, autojunk=False).get_opcodes():
-            yield "same" if kind == "equal" else "changed", "".join(middle[i:j]), "".join(changed[k:m])
+    yield from _match_middle(old_rest[: len(old_rest) - tail], new_rest[: len(new_rest) - tail])
     if tail:
-        yield "same", "".join(old[len(old) - tail :]), "".join(new[len(new) - tail :])
+        yield "same", "".join(old[-tail:]), "".join(new[-tail:])
+
+
+def _common_head(old: Sequence[str], new: Sequence[str]) -> int:
+    """The number of equal pieces that two sequences begin with."""
+    for i, (before, after) in enumerate(zip(old, new, strict=False)):
+        if before != after:
+            return i
+    return min(len(old), len(new))
+
+
+def _match_middle(old: Sequence[str], new: Sequence[str]) -> Iterator[Passage]:
+    old_counts = Counter(old)
+    new_counts = Counter(new)
+    equal_pairs = sum(count * new_counts[piece] for piece, count in old_counts.items())
+    if equal_pairs > MAX_EQUAL_PAIRS:
+        yield "changed", "".join(old), "".join(new)
+        return
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    for tag, old_begin, old_end, new_begin, new_end in matcher.get_opcodes():
+        kind = "same" if tag == "equal" else "changed"
+        yield kind, "".join(old[old_begin:old_end]), "".join(new[new_begin:new_end])
+
+
+# ---------------------------------------------------------------- trimming
 
 
 def trimmed(text: str) -> str:
-    """The text with passages that are said again and again said once, and nothing behind its answer.
+    """The text with consecutive repetitions of a passage reduced to one, and nothing behind its answer.
 
     >>> trimmed("<think> " + "wait 5 + 1 makes 6 no " * 9 + "</think> <answer> 6 </answer> so I hope")
     '<think> wait 5 + 1 makes 6 no </think> <answer> 6 </answer>'
@@ -92,37 +120,45 @@ def trimmed(text: str) -> str:
     if CLOSE in text:
         text = text[: text.index(CLOSE) + len(CLOSE)]
     words = pieces(text)
-    known: dict[str, int] = {}
-    ids = np.array([known.setdefault(word.strip(), len(known)) for word in words], int)
-    for span in range(1, min(LONGEST, len(ids) // 2) + 1):
-        keep = _once(ids, span)
-        if not keep.all():
-            ids, words = ids[keep], [words[i] for i in np.flatnonzero(keep)]
+    vocabulary: dict[str, int] = {}
+    ids_N = np.array([vocabulary.setdefault(word.strip(), len(vocabulary)) for word in words], int)
+    for span in range(1, min(MAX_SPAN, len(ids_N) // 2) + 1):
+        keep_N = _keep_once(ids_N, span)
+        if not keep_N.all():
+            ids_N = ids_N[keep_N]
+            words = [words[i] for i in np.flatnonzero(keep_N)]
     return "".join(words).strip()
 
 
-def _once(ids: np.ndarray, span: int) -> np.ndarray:
-    """Which pieces to keep so that no passage of `span` pieces stands twice in a row."""
-    keep = np.ones(len(ids), bool)
-    same = np.zeros(max(0, len(ids) - span) + 2, bool)  # with an edge at either end
-    same[1:-1] = ids[:-span] == ids[span:]  # a piece and the one `span` further on
+def _keep_once(ids_N: np.ndarray, span: int) -> np.ndarray:
+    """The pieces to keep, as a mask [N], so that no passage of `span` pieces stands twice in a row."""
+    keep_N = np.ones(len(ids_N), bool)
+    same = np.zeros(max(0, len(ids_N) - span) + 2, bool)  # [N - span + 2], with an edge at either end
+    same[1:-1] = ids_N[:-span] == ids_N[span:]  # a piece and the one `span` further on
     edges = np.flatnonzero(same[1:] != same[:-1])
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         superfluous = (end - begin) // span * span
-        if superfluous >= LEAST:
-            keep[begin + span : begin + span + superfluous] = False
-    return keep
+        if superfluous >= MIN_SUPERFLUOUS:
+            keep_N[begin + span : begin + span + superfluous] = False
+    return keep_N
+
+
+# ---------------------------------------------------------------- languages
 
 
 def marked(text: str, language: str) -> Iterator[tuple[str, str]]:
-    """The text in passages, each with what it is: `tag`; `strange`, in another script than the language's (Chinese in an
-    English thought, Latin words in a Chinese one; commands of LaTeX and single letters belong to both); or neither, "".
+    """The text in passages, each with its mark: `tag`; `strange`, for another script than the language's; or
+    "".
+
+    Strange are Chinese characters in an English thought and Latin words in a Chinese one; LaTeX commands and
+    single letters belong to both.
 
     >>> list(marked("<think> try 5 先算", "en"))
     [('<think>', 'tag'), (' try 5 ', ''), ('先算', 'strange')]
     """
+    pattern = _STRANGE_TO_CHINESE if language == "zh" else _STRANGE_TO_LATIN
     end = 0
-    for match in _MARKED[language != "zh"].finditer(text):
+    for match in pattern.finditer(text):
         if match.start() > end:
             yield text[end : match.start()], ""
         yield match.group(), match.lastgroup

@@ -1,11 +1,11 @@
-"""The desks of all runs: which curate stages there are, where their queues lie, and what is known of each row's problem.
+"""The review queues of all runs, and the verification of a row's text as its recipe verifies completions.
 
-Read from what runs left on disk (`recipe.yaml`, `stages.json`, manifests), so that a list of desks hashes no model.
+Read from the files of runs (`recipe.yaml`, `stages.json`, manifests), so that a list of queues hashes no
+model.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,22 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from ...config.load import load
-from ...config.recipe import Curate, Recipe
+from ...config.recipe import Curate
 from ...tasks.task import open_task
 from ...text.tokenizer import split_thought
 from ...types import Completion, LimbeckError, Problem, Score, Task
-from ..store import MANIFEST
+from ..dataset_rows import problem_of, source_of
+from ..run_folder import INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
 from . import reviews
 
-RECIPE, STAGES = "recipe.yaml", "stages.json"
+ORDER = ("asks", "ready", "changed", "early", "done")  # of states in a list of queues
 
 
 @dataclass(frozen=True)
 class Desk:
-    """A curate stage that people decide at: `Desk(Path("runs/quickstart"), "coldstart", Path("runs/store/.queues/8c41…"), None, stage)`.
+    """A curate stage that people review:
+    `Desk(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
 
-    `queue` is None until the rows are there, `taken` the digest of the reviews that the stage went on with, if it has.
+    `queue` is None until the rows are there; `taken` is the digest of the reviews that the stage has run
+    with, if it has.
     """
 
     run: Path
@@ -40,79 +42,70 @@ class Desk:
 
     @property
     def state(self) -> str:
-        """`early` (no rows yet), `asks`, `ready` (reviewed, the run may go on), `done`, or `changed` (reviewed anew since)."""
+        """`early` (no rows yet), `asks`, `ready` (reviewed, the run may go on), `done`, or `changed`
+        (reviewed since)."""
         if self.queue is None:
             return "early"
         if not reviews.complete(self.queue):
             return "asks"
         if self.taken is None:
             return "ready"
-        return "done" if self.taken == reviews.digest(self.queue, reviews.extent(self.queue)) else "changed"
+        current = reviews.digest(self.queue, reviews.extent(self.queue))
+        return "done" if self.taken == current else "changed"
 
 
 def desks(home: Path) -> list[Desk]:
-    """All desks of the runs in a folder; those that ask first."""
-    found = []
-    for path in sorted(home.glob(f"*/{RECIPE}")):
+    """The queues of all runs in a folder, those that ask for reviews first."""
+    queues = []
+    for run in run_folders(home):
         try:
-            stages = recipe_of(path.parent).stages
-        except LimbeckError:  # a run of an older version: its recipe says what no longer exists
+            stages = read_recipe(run).stages
+        except LimbeckError:  # a run of an older version, whose recipe has keys that no longer exist
             continue
-        found += [
-            _desk(path.parent, name, stage)
-            for name, stage in stages.items()
-            if isinstance(stage, Curate) and not stage.auto
-        ]
-    order = ("asks", "ready", "changed", "early", "done")
-    return sorted(found, key=lambda desk: order.index(desk.state))
+        for name, stage in stages.items():
+            if isinstance(stage, Curate) and not stage.auto:
+                queues.append(_open(run, name, stage))
+    return sorted(queues, key=lambda queue: ORDER.index(queue.state))
 
 
 def desk(home: Path, run: str, stage: str) -> Desk:
-    """One desk by the names of its run and its stage; LimbeckError where there is none."""
-    folder = next((path.parent for path in home.glob(f"*/{RECIPE}") if path.parent.name == run), None)
-    settings = recipe_of(folder).stages.get(stage) if folder else None
-    if not isinstance(settings, Curate) or settings.auto:
-        raise LimbeckError(
-            f"{run}, {stage}: there is no such desk in {home}; `limbeck status` says who waits for people"
-        )
-    return _desk(folder, stage, settings)
+    """The queue of a stage, by the names of its run and its stage. Raises LimbeckError if there is none."""
+    for folder in run_folders(home):
+        if folder.name == run:
+            settings = read_recipe(folder).stages.get(stage)
+            if isinstance(settings, Curate) and not settings.auto:
+                return _open(folder, stage, settings)
+    raise LimbeckError(
+        f"{run}, {stage}: there is no such desk in {home}; `limbeck status` says who waits for people"
+    )
 
 
-def recipe_of(run: Path) -> Recipe:
-    """The recipe of a run, read once."""
-    return _recipe(run, (run / RECIPE).stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _recipe(run: Path, stamp: int) -> Recipe:
-    return load(run / RECIPE)
-
-
-def _desk(run: Path, name: str, settings: Curate) -> Desk:
-    artifacts = json.loads((run / STAGES).read_text(encoding="utf-8")) if (run / STAGES).exists() else {}
-    given = _manifest(run, artifacts.get(settings.rows))
-    queue = run.parent / "store" / ".queues" / given["digest"][:16] if given else None
-    if queue is None or not (queue / reviews.QUEUE).exists():
+def _open(run: Path, name: str, settings: Curate) -> Desk:
+    artifacts = read_json(run / INDEX)
+    rows = _manifest(run, artifacts.get(settings.rows))
+    if not rows:
         return Desk(run, name, None, None, settings)
-    mine = _manifest(run, artifacts.get(name)) or {"identity": {}}
-    fresh = mine["identity"].get("inputs", {}).get(settings.rows) == given["digest"]
-    return Desk(run, name, queue, mine["identity"].get("reviews") if fresh else None, settings)
+    queue = reviews.queue_folder(store_of(run), rows["digest"])
+    if not (queue / reviews.QUEUE).exists():
+        return Desk(run, name, None, None, settings)
+    identity = _manifest(run, artifacts.get(name)).get("identity", {})
+    fresh = identity.get("inputs", {}).get(settings.rows) == rows["digest"]
+    return Desk(run, name, queue, identity.get("reviews") if fresh else None, settings)
 
 
-def _manifest(run: Path, artifact: str | None) -> dict[str, Any] | None:
-    path = run.parent / "store" / (artifact or "") / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if artifact and path.exists() else None
+def _manifest(run: Path, artifact: str | None) -> dict[str, Any]:
+    return read_manifest(store_of(run) / artifact) if artifact else {}
 
 
-# ---------------------------------------------------------------- what is known of a row
+# ---------------------------------------------------------------- verification of a row
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What the recipe's verifier says of a text: `Finding("6 *5 +1", None, Score(...))`.
+class Verification:
+    """The verdict of the recipe's verifier on a text: `Verification("6 *5 +1", None, Score(...))`.
 
-    `answer` is what the text answers, `gold` the answer given with the problem, where one is. `score` is None where nobody
-    can judge here, and `why` says why.
+    `answer` is the answer in the text, `gold` the one given with the problem, if any. `score` is None if the
+    text cannot be verified here; `why` is then the reason.
     """
 
     answer: str
@@ -121,28 +114,30 @@ class Finding:
     why: str = ""
 
 
-def verify(desk: Desk, row: Mapping[str, Any], text: str) -> Finding:
-    """Judge a row's text, edited or not, as the recipe judges completions."""
+def verify(desk: Desk, row: Mapping[str, Any], text: str) -> Verification:
+    """Verify a row's text, edited or not, as the recipe verifies completions."""
     try:
         task, problem = _problem(desk, row["id"])
-    except (LimbeckError, OSError) as error:  # a file that has gone, or an extra that is not installed here
-        return Finding(split_thought(text).answer, why=str(error))
-    nothing = np.zeros(0)
-    score = task.score(problem, Completion(nothing.astype(int), nothing, text, stopped=True, sample=0))
-    return Finding(score.answer or split_thought(text).answer, problem.answer, score)
+    except (
+        LimbeckError,
+        OSError,
+    ) as error:  # a file that was deleted, or an extra that is not installed here
+        return Verification(split_thought(text).answer, why=str(error))
+    empty = np.zeros(0)
+    completion = Completion(empty.astype(int), empty, text, stopped=True, sample=0)
+    score = task.score(problem, completion)
+    return Verification(score.answer or split_thought(text).answer, problem.answer, score)
 
 
 def rewritten(desk: Desk, row: Mapping[str, Any], text: str) -> str | None:
-    """The text with its thought in its question's language, where the row's task knows how to put it; else None."""
+    """The text with its thought in its question's language; None if the row's task cannot rewrite."""
     try:
         task, _ = _problem(desk, row["id"])
     except (LimbeckError, OSError):
         return None
-    return (
-        with_thought(text, task.rewrite(split_thought(text).thought, row["language"]))
-        if hasattr(task, "rewrite")
-        else None
-    )
+    if not hasattr(task, "rewrite"):
+        return None
+    return with_thought(text, task.rewrite(split_thought(text).thought, row["language"]))
 
 
 def with_thought(text: str, thought: str) -> str:
@@ -150,18 +145,20 @@ def with_thought(text: str, thought: str) -> str:
     return f"<think> {thought.strip()} </think> {split_thought(text).answer}"
 
 
-def _problem(desk: Desk, id: str) -> tuple[Task, Problem]:
-    name, _, _ = id.partition("/")
-    task, problems = _problems(desk.run, (desk.run / RECIPE).stat().st_mtime_ns, name)
-    found = problems.get(id.rpartition("#")[0])
-    if found is None:
-        raise LimbeckError(f"the recipe's problems have no {id.rpartition('#')[0]}")
-    return task, found
+def _problem(desk: Desk, row_id: str) -> tuple[Task, Problem]:
+    """The task and the problem that a row answers."""
+    recipe = desk.run / RECIPE
+    task, problems = _problems(desk.run, recipe.stat().st_mtime_ns, source_of(row_id))
+    problem = problems.get(problem_of(row_id))
+    if problem is None:
+        raise LimbeckError(f"the recipe's problems have no {problem_of(row_id)}")
+    return task, problem
 
 
 @lru_cache(maxsize=8)
-def _problems(run: Path, stamp: int, name: str) -> tuple[Task, dict[str, Problem]]:
-    sources = recipe_of(run).problems
+def _problems(run: Path, modified: int, name: str) -> tuple[Task, dict[str, Problem]]:
+    """The task of a source and its training problems by id; `modified` is the recipe's mtime."""
+    sources = read_recipe(run).problems
     if name not in sources:
         raise LimbeckError(f"the recipe has no problems of the name {name}")
     task = open_task(name, sources[name], run)

@@ -1,14 +1,16 @@
-"""What people said about the rows of a queue: several may speak, and it is clear whose word stands.
+"""Reviews of the rows in a queue: several people may review a row, and the rules below decide which verdict
+counts.
 
-A queue is a folder with `queue.jsonl` (what is asked, written once) and `reviews.jsonl` (append-only, a line an event):
+A queue is a folder with `queue.jsonl` (the rows to review, written once) and `reviews.jsonl` (append-only, a
+line an event):
 
     {"id", "verdict": accept | edit | reject, "completion"?, "reason"?, "reviewer", "at", "seconds"?}
-    {"id", "verdict": "undo", "reviewer", "at"}        takes back one's own last word on a row
-    {"second": 0.2, "by", "at"}                        from here on this share of all rows needs two people
+    {"id", "verdict": "undo", "reviewer", "at"}        takes back the reviewer's own last event on a row
+    {"second": 0.2, "by", "at"}                        from here on this share of all rows needs two reviewers
 
-A person has one verdict a row, the last one given. All of a row's verdicts must lead to the same text, or to none: where
-they do not, the row stays open until somebody settles it with a verdict that also says `"resolves": true`. That one
-stands, whatever is said later, until its author takes it back.
+A reviewer has one verdict a row, the last one given. All verdicts on a row must lead to the same text, or to
+none: where they do not, the row stays open until a reviewer settles it with a verdict that also has
+`"resolves": true`. That one counts, whatever verdicts follow, until its author takes it back.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,17 +30,30 @@ from filelock import FileLock
 from ...run_log import read
 from ...types import LimbeckError, fingerprint
 
-QUEUE, REVIEWS = "queue.jsonl", "reviews.jsonl"
+QUEUES = ".queues"  # in the store
+QUEUE = "queue.jsonl"
+REVIEWS = "reviews.jsonl"
 VERDICTS = ("accept", "edit", "reject")
-TOLD = ("id", "verdict", "completion", "reason", "reviewer", "resolves", "seconds")  # what an import may say
-SOMEBODY = "somebody"  # who gave a verdict without a name
+SOMEBODY = "somebody"  # the reviewer of a verdict without a name
+IMPORTED_KEYS = (
+    "id",
+    "verdict",
+    "completion",
+    "reason",
+    "reviewer",
+    "resolves",
+    "seconds",
+)  # others are ignored
+EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # of the verdicts on a disputed row
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A row and what was said of it: `Standing(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` waits for a second person.
+    """A row with its verdicts: `Standing(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs a second
+    reviewer.
 
-    `number` counts the queue's rows from 1, `wanted` is how many people must see the row, `verdicts` are theirs in order.
+    `number` counts the queue's rows from 1, `wanted` is the number of reviewers that the row needs,
+    `verdicts` maps reviewers to their verdicts in order. `resolution` is the verdict that settles a dispute.
     """
 
     number: int
@@ -49,102 +64,127 @@ class Standing:
 
     @property
     def id(self) -> str:
+        """The row's id."""
         return self.row["id"]
 
     @property
     def state(self) -> str:
-        """`open`, `second` (waits for another person), `disputed` or `settled`."""
+        """`open`, `second` (needs another reviewer), `disputed` or `settled`."""
         if self.resolution:
             return "settled"
-        if len({outcome(self.row, entry) for entry in self.verdicts.values()}) > 1:
+        outcomes = {outcome(self.row, verdict) for verdict in self.verdicts.values()}
+        if len(outcomes) > 1:
             return "disputed"
-        return ("second" if self.verdicts else "open") if len(self.verdicts) < self.wanted else "settled"
+        if len(self.verdicts) >= self.wanted:
+            return "settled"
+        return "second" if self.verdicts else "open"
 
     @property
     def verdict(self) -> dict[str, Any] | None:
-        """The verdict that stands, if the row is settled."""
+        """The verdict that counts; None unless the row is settled."""
         if self.state != "settled":
             return None
         return self.resolution or next(iter(self.verdicts.values()))
 
     @property
     def people(self) -> list[str]:
-        """Whose word stands: who resolved, or all who agreed."""
-        return [self.resolution["reviewer"]] if self.resolution else list(self.verdicts)
+        """The reviewers behind the verdict that counts: the one who resolved, or all who agreed."""
+        if self.resolution:
+            return [self.resolution["reviewer"]]
+        return list(self.verdicts)
 
     def due(self, reviewer: str) -> bool:
-        """Whether this person is still to be asked."""
+        """True if the row still needs this reviewer's verdict."""
         return self.state in ("open", "second") and reviewer not in self.verdicts
 
 
-def outcome(row: dict[str, Any], entry: dict[str, Any]) -> str | None:
-    """The text that a verdict leaves, blanks aside; None if it leaves none."""
-    if entry["verdict"] == "reject":
+def outcome(row: Mapping[str, Any], verdict: Mapping[str, Any]) -> str | None:
+    """The text that a verdict leaves, with blanks normalized; None for a rejected row."""
+    if verdict["verdict"] == "reject":
         return None
-    return " ".join((entry["completion"] if entry["verdict"] == "edit" else row["completion"]).split())
+    text = verdict["completion"] if verdict["verdict"] == "edit" else row["completion"]
+    return " ".join(text.split())
 
 
 # ---------------------------------------------------------------- reading
 
 
-def standings(queue: Path, said: int | None = None) -> Sequence[Standing]:
-    """Every row in order, as it stands after the first `said` bytes of reviews, by default all."""
-    stamps = [(s.st_mtime_ns, s.st_size) if (s := _stat(queue / name)) else None for name in (QUEUE, REVIEWS)]
-    return _standings(queue, stamps[0], stamps[1], said)
+def queue_folder(store: Path, digest: str) -> Path:
+    """The queue for the rows of an artifact, by the artifact's digest."""
+    return store / QUEUES / digest[:16]
+
+
+def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing]:
+    """Every row in order, with its verdicts in the first `review_bytes` bytes, by default in all."""
+    return _standings(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
 
 
 @lru_cache(maxsize=16)
-def _standings(queue: Path, asked_at: object, said_at: object, said: int | None) -> Sequence[Standing]:
-    """The stamps say which state of the two files is meant: a run looks several times a second, and rows are long."""
-    rows, log = asked(queue), events(queue, said)
-    share = next((event["second"] for event in reversed(log) if "second" in event), 0.0)
+def _standings(
+    queue: Path, queue_stamp: object, reviews_stamp: object, review_bytes: int | None
+) -> Sequence[Standing]:
+    """The stamps stand for the content of the two files, which a run reads several times a second."""
     verdicts: dict[str, dict[str, dict]] = {}
     resolutions: dict[str, dict] = {}
-    for event in log:
-        if "verdict" not in event:
-            continue
-        name, own = event["reviewer"], verdicts.setdefault(event["id"], {})
-        if event["verdict"] == "undo":
-            if event["id"] in resolutions and resolutions[event["id"]]["reviewer"] == name:
-                del resolutions[event["id"]]
-            else:
-                own.pop(name, None)
-        elif event.get("resolves"):
-            resolutions[event["id"]] = event
+    share = 0.0
+    for event in events(queue, review_bytes):
+        if "second" in event:
+            share = event["second"]
+        if "verdict" in event:
+            _apply(event, verdicts.setdefault(event["id"], {}), resolutions)
+    states = []
+    for number, (row_id, row) in enumerate(queued_rows(queue).items(), 1):
+        wanted = 2 if needs_second(row_id, share) else 1
+        states.append(Standing(number, row, wanted, verdicts.get(row_id, {}), resolutions.get(row_id)))
+    return tuple(states)
+
+
+def _apply(event: dict[str, Any], verdicts: dict[str, dict], resolutions: dict[str, dict]) -> None:
+    """Apply one event to the verdicts on its row by reviewer, and to the resolutions by row."""
+    row = event["id"]
+    reviewer = event["reviewer"]
+    if event["verdict"] == "undo":
+        if row in resolutions and resolutions[row]["reviewer"] == reviewer:
+            del resolutions[row]
         else:
-            own.pop(name, None)
-            own[name] = event
-    return tuple(
-        Standing(number, row, 2 if twice(key, share) else 1, verdicts.get(key, {}), resolutions.get(key))
-        for number, (key, row) in enumerate(rows.items(), 1)
-    )
+            verdicts.pop(reviewer, None)
+    elif event.get("resolves"):
+        resolutions[row] = event
+    else:
+        verdicts.pop(reviewer, None)  # so that the last verdict given comes last
+        verdicts[reviewer] = event
 
 
-def twice(id: str, share: float) -> bool:
-    """Whether a row belongs to the share that two people see; a larger share holds all of a smaller one."""
-    return fingerprint("second", id) < share * 2**63
+def needs_second(row_id: str, share: float) -> bool:
+    """True if a row is in the share that two people review; larger shares contain smaller ones."""
+    return fingerprint("second", row_id) < share * 2**63
 
 
-def events(queue: Path, said: int | None = None) -> list[dict[str, Any]]:
-    """The lines of the reviews, or those that end within the first `said` bytes; a torn last one is left out."""
+def events(queue: Path, review_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The events in the first `review_bytes` bytes, by default in all; without a torn last line."""
     path = queue / REVIEWS
-    lines = path.read_bytes()[:said].split(b"\n")[:-1] if path.exists() else []
+    if not path.exists():
+        return []
+    lines = path.read_bytes()[:review_bytes].split(b"\n")[:-1]
     return [{"reviewer": SOMEBODY, **json.loads(line)} for line in lines]
 
 
 def second_share(queue: Path) -> float:
-    """Which share of rows two people review."""
-    return next((event["second"] for event in reversed(events(queue)) if "second" in event), 0.0)
+    """The share of rows that two people review."""
+    share = 0.0
+    for event in events(queue):
+        share = event.get("second", share)
+    return share
 
 
-def asked(queue: Path) -> dict[str, dict[str, Any]]:
+def queued_rows(queue: Path) -> dict[str, dict[str, Any]]:
     """The rows of a queue by their id."""
-    stamp = _stat(queue / QUEUE)
-    return _asked(queue, stamp.st_mtime_ns) if stamp else {}
+    stamp = _stamp(queue / QUEUE)
+    return _queued_rows(queue, stamp) if stamp else {}
 
 
 @lru_cache(maxsize=8)
-def _asked(queue: Path, stamp: int) -> dict[str, dict[str, Any]]:
+def _queued_rows(queue: Path, stamp: object) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in read(queue / QUEUE)}
 
 
@@ -154,23 +194,27 @@ def pending(queue: Path) -> list[dict[str, Any]]:
 
 
 def complete(queue: Path) -> bool:
-    """Whether rows were asked about and none is open."""
-    return (queue / QUEUE).exists() and all(standing.state == "settled" for standing in standings(queue))
+    """True if the queue has been written and every row is settled."""
+    return (queue / QUEUE).exists() and not pending(queue)
 
 
 def extent(queue: Path) -> int:
-    """How many bytes of reviews there are; a torn last line is none."""
+    """The size of the reviews in bytes, without a torn last line."""
     path = queue / REVIEWS
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
-def digest(queue: Path, said: int) -> str:
-    """SHA-256 of the first `said` bytes of reviews."""
-    return hashlib.sha256((queue / REVIEWS).read_bytes()[:said]).hexdigest()
+def digest(queue: Path, review_bytes: int) -> str:
+    """SHA-256 of the first `review_bytes` bytes of reviews."""
+    return hashlib.sha256((queue / REVIEWS).read_bytes()[:review_bytes]).hexdigest()
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    return path.stat() if path.exists() else None
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Time of change and size of a file, which tell its versions apart; None if there is none."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 # ---------------------------------------------------------------- writing
@@ -178,27 +222,29 @@ def _stat(path: Path) -> os.stat_result | None:
 
 def review(queue: Path, entry: dict[str, Any]) -> None:
     """Append one verdict; it is on disk when this returns. LimbeckError if it could not be carried out."""
-    check(entry, asked(queue), f"review of {entry.get('id')}")
+    check(entry, queued_rows(queue), f"review of {entry.get('id')}")
     append(queue, [entry])
 
 
-def undo(queue: Path, id: str, reviewer: str) -> None:
-    """Take back what this person said last of a row."""
-    if id not in asked(queue):
-        raise LimbeckError(f"review of {id}: the queue has no such row")
-    append(queue, [{"id": id, "verdict": "undo", "reviewer": reviewer}])
+def undo(queue: Path, row_id: str, reviewer: str) -> None:
+    """Take back a reviewer's last event on a row. LimbeckError if the queue has no such row."""
+    if row_id not in queued_rows(queue):
+        raise LimbeckError(f"review of {row_id}: the queue has no such row")
+    append(queue, [{"id": row_id, "verdict": "undo", "reviewer": reviewer}])
 
 
 def ask_twice(queue: Path, share: float, by: str) -> None:
-    """From now on two people review this share of the rows, between 0 and 1."""
+    """From now on two people review this share of the rows. LimbeckError unless it is between 0 and 1."""
     if not 0 <= share <= 1:
         raise LimbeckError(f"second: {share} is no share; give a number between 0 and 1")
     append(queue, [{"second": share, "by": by}])
 
 
-def check(entry: dict[str, Any], rows: dict[str, dict[str, Any]], where: str) -> None:
-    """Refuse a verdict that could not be carried out; `where` begins the sentence."""
-    row, verdict, text = rows.get(entry.get("id")), entry.get("verdict"), entry.get("completion")
+def check(entry: Mapping[str, Any], rows: Mapping[str, dict[str, Any]], where: str) -> None:
+    """Raise LimbeckError for a verdict that could not be carried out; `where` begins its sentence."""
+    row = rows.get(entry.get("id"))
+    verdict = entry.get("verdict")
+    text = entry.get("completion")
     if row is None:
         raise LimbeckError(
             f"{where}: the queue has no row {entry.get('id')!r}; leave the ids as they were exported"
@@ -212,53 +258,70 @@ def check(entry: dict[str, Any], rows: dict[str, dict[str, Any]], where: str) ->
 
 
 def import_reviews(queue: Path, path: Path, reviewer: str) -> int:
-    """Verdicts from a JSONL file that somebody filled in elsewhere; all of them or none. Rows whose verdict is
-    still null stay open."""
-    entries, rows = [], asked(queue)
+    """Append the verdicts of a JSONL file that was filled in elsewhere, all or none; return their number.
+
+    Rows whose verdict is still null stay open. Raises LimbeckError, naming the line, for one that is not
+    valid.
+    """
+    rows = queued_rows(queue)
+    entries = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            raise LimbeckError(
-                f"{where}: not valid JSON; mend it and import again, nothing was taken over"
-            ) from None
-        if not isinstance(entry, dict):
-            raise LimbeckError(f"{where}: not a JSON object; write one {{...}} a line, as exported")
+        entry = _parse(line, where)
         if entry.get("verdict") is not None:
             check(entry, rows, where)
-            entries.append({k: entry[k] for k in TOLD if k in entry})
-    append(queue, [{"reviewer": reviewer, **entry} for entry in entries])
+            verdict = {key: entry[key] for key in IMPORTED_KEYS if key in entry}
+            entries.append({"reviewer": reviewer, **verdict})
+    append(queue, entries)
     return len(entries)
 
 
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        raise LimbeckError(
+            f"{where}: not valid JSON; mend it and import again, nothing was taken over"
+        ) from None
+    if not isinstance(entry, dict):
+        raise LimbeckError(f"{where}: not a JSON object; write one {{...}} a line, as exported")
+    return entry
+
+
 def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
-    """What this person may fill in elsewhere: the rows to be asked about, without what others said; and the rows on which
-    others disagree, with it, to be resolved."""
-    found = [{**s.row, "verdict": None} for s in standings(queue) if s.due(reviewer)]
-    said = ("reviewer", "verdict", "completion", "reason")
-    return found + [
-        {
-            **s.row,
-            "verdict": None,
-            "resolves": True,
-            "verdicts": [{k: v[k] for k in said if k in v} for v in s.verdicts.values()],
-        }
-        for s in standings(queue)
-        if s.state == "disputed"
-    ]
+    """The rows that a reviewer may fill in elsewhere: first those due, without the verdicts of others; then
+    the disputed ones, with the verdicts, to be resolved."""
+    everything = standings(queue)
+    rows = [{**standing.row, "verdict": None} for standing in everything if standing.due(reviewer)]
+    for standing in everything:
+        if standing.state != "disputed":
+            continue
+        verdicts = []
+        for verdict in standing.verdicts.values():
+            verdicts.append({key: verdict[key] for key in EXPORTED_KEYS if key in verdict})
+        rows.append({**standing.row, "verdict": None, "resolves": True, "verdicts": verdicts})
+    return rows
 
 
 def append(queue: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """On disk when this returns, whoever else writes; a line that a power cut or a full disk tore is dropped first."""
+    """Append events; they are on disk when this returns, whatever other processes write. A last line that a
+    power cut or a full disk tore is dropped first."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    lines = "".join(json.dumps({**entry, "at": now}, ensure_ascii=False) + "\n" for entry in entries).encode()
+    lines = [json.dumps({**entry, "at": now}, ensure_ascii=False) + "\n" for entry in entries]
     with FileLock(queue / f"{REVIEWS}.lock"), open(queue / REVIEWS, "ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+        if not _ends_whole(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(lines)
+        file.write("".join(lines).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _ends_whole(file: Any) -> bool:
+    """True for an empty file, or one whose last line is whole."""
+    if file.tell() == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

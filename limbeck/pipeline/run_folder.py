@@ -1,0 +1,69 @@
+"""The files of a run's folder that describe it, read without computing a key or opening a model.
+
+runs/NAME/recipe.yaml    the stages, in order
+runs/NAME/stages.json    {STAGE: the name of its artifact's folder in runs/store}
+runs/NAME/forecast.json  {"stages": {STAGE: {"seconds", "low", "high", ...}}}, if a forecast was made
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..config.load import load
+from ..config.recipe import Recipe
+from ..types import LimbeckError
+from .store import MANIFEST
+
+RECIPE = "recipe.yaml"
+INDEX = "stages.json"
+FORECAST = "forecast.json"
+
+
+def run_folders(home: Path) -> list[Path]:
+    """The folders of all runs, by name."""
+    return sorted(path.parent for path in home.glob(f"*/{RECIPE}") if path.parent.name != "store")
+
+
+def store_of(run: Path) -> Path:
+    """The store that a run's artifacts are in."""
+    return run.parent / "store"
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe of a run, parsed once. Raises LimbeckError if it cannot be read."""
+    path = run / RECIPE
+    return _load_recipe(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _load_recipe(path: Path, modified: int) -> Recipe:
+    """`modified` is the file's mtime, so that a changed recipe is another entry of the cache."""
+    return load(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run's folder, empty if there is none. Raises LimbeckError if it is not valid."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise LimbeckError(f"{path}: not valid JSON ({error}); remove it, and run again") from None
+
+
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    """The manifest in an artifact's folder, parsed once; empty if it was deleted or damaged (see
+    `limbeck verify`)."""
+    path = artifact / MANIFEST
+    try:
+        return _parse(path, path.stat().st_mtime_ns)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=2048)
+def _parse(path: Path, modified: int) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
