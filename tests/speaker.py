@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, Self
 
-from limbeck.serve.service import Piece, Usage
+from limbeck.serve.types import Delta, Usage
 
 
 class Stub:
@@ -35,7 +35,7 @@ class Stub:
 
     async def chat(
         self, model: str, messages: Any, temperature=0.6, thought_budget=None, **_: Any
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncIterator[Delta]:
         self.asked.append((model, [dict(one) for one in messages], temperature, thought_budget))
         self.open += 1
         counts = {}
@@ -44,13 +44,13 @@ class Stub:
                 ("thought", "answer"), self.script(model, messages[-1]["content"]), strict=True
             ):
                 for at in range(0, len(text), self.size):
-                    yield Piece(kind, text[at : at + self.size], 1)
+                    yield Delta(kind, text[at : at + self.size], 1)
                     await asyncio.sleep(self.pause)
                     while self.held and at > len(text) / 2:
                         await asyncio.sleep(0.01)
                 counts[kind] = -(-len(text) // self.size)
             used = Usage(1, 0, sum(counts.values()), counts["thought"], cost=0.00012)
-            yield Piece("end", finish="stop", usage=used)
+            yield Delta("end", finish="stop", usage=used)
         finally:
             self.open -= 1
 

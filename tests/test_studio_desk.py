@@ -22,7 +22,7 @@ from limbeck.model.decoder import Decoder
 from limbeck.pipeline.review import curate, review_queues, reviews
 from limbeck.serve import jobs
 from limbeck.serve.app import build
-from limbeck.serve.studio import desk as page_of
+from limbeck.serve.studio import review as page_of
 from limbeck.tasks.clock_countdown import Countdown
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from ...eval.arena_ratings import Ratings, Vote, rate
 from ...eval.voters import examine, judged
 from ...types import LimbeckError
-from ..app_state import AppState, asker
+from ..app_state import AppState, signed_in
 from ..arena import Arena
 from ..pages import language_of, render, say
 from ..questions import Questions
@@ -31,8 +31,8 @@ WINNERS = {
 
 def routes(site: AppState) -> APIRouter:
     """All of `/arena`."""
-    ballots = VoteStore(site.desk)
-    ring = Arena(site.service, ballots, Questions(site.runs, site.desk / "sets"))
+    ballots = VoteStore(site.studio_folder)
+    ring = Arena(site.service, ballots, Questions(site.runs, site.studio_folder / "sets"))
     room = APIRouter(prefix="/arena", include_in_schema=False)
     _add_battles(room, ring)
     _add_board(room, ring)
@@ -62,7 +62,7 @@ def told(route: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[R
 
 def voter(request: Request) -> str:
     """The name that a vote is signed with."""
-    return asker(request).name
+    return signed_in(request).name
 
 
 # ---------------------------------------------------------------- battles

@@ -35,7 +35,7 @@ Text = Annotated[
 
 def routes(site: AppState) -> APIRouter:
     """Everything under `/chat`."""
-    shelf = Conversations(site.desk / "chats.db")
+    shelf = Conversations(site.studio_folder / "chats.db")
     replies = Replies(shelf, site.service)
 
     @asynccontextmanager

@@ -25,7 +25,7 @@ from ...pipeline.review.review_queues import Desk
 from ...pipeline.review.reviews import Standing
 from ...types import LimbeckError
 from .. import jobs
-from ..app_state import AppState, asker
+from ..app_state import AppState, signed_in
 from ..pages import render
 from ..review_drafts import Draft, Drafts
 from ..sessions import Person
@@ -44,12 +44,12 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
 # no `from __future__ import annotations` in this file: FastAPI could not resolve the names that `routes` gives to its rooms
-Asker = Annotated[Person, Depends(asker)]
+Asker = Annotated[Person, Depends(signed_in)]
 
 
 def routes(site: AppState) -> APIRouter:
     router = APIRouter(prefix="/desk", include_in_schema=False)
-    drafts = Drafts(site.desk)
+    drafts = Drafts(site.studio_folder)
 
     def opened(run: str, stage: str) -> Desk:
         """The desk of this address; it has rows."""
