@@ -15,9 +15,10 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import pytest
@@ -31,6 +32,8 @@ PICTURES = os.environ.get("LIMBECK_PICTURES")  # a folder: `picture(page, name)`
 
 class NoModels:
     """A service that serves nothing."""
+
+    models: Mapping[str, Any] = MappingProxyType({})
 
     async def __aenter__(self) -> Self:
         return self

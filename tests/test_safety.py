@@ -17,6 +17,8 @@ from limbeck.serve.sessions import Sessions
 class Nobody:
     """A service without models."""
 
+    models = {}
+
     async def __aenter__(self):
         return self
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Form, Request
+from fastapi import APIRouter, FastAPI, Form, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from .app_state import AppState
@@ -18,6 +18,9 @@ from .service import Service
 from .sessions import COOKIE, MAX_AGE_SECONDS, Sessions
 
 IMMUTABLE = {"cache-control": "public, max-age=31536000, immutable"}
+# The page that a form leads back to.
+NEXT_QUERY = Query("/", alias="next")
+NEXT_FIELD = Form("/", alias="next")
 # Modules import one another by addresses without a hash, so these are revalidated: with two addresses, one module
 # would run twice.
 REVALIDATE = {"cache-control": "no-cache"}
@@ -63,21 +66,21 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
         return RedirectResponse("/chat", 303)
 
     @router.get("/hello")
-    def hello(request: Request, next: str = "/") -> Response:
-        return _sign_in_page(request, next, locked=key is not None)
+    def hello(request: Request, target: str = NEXT_QUERY) -> Response:
+        return _sign_in_page(request, target, locked=key is not None)
 
     @router.post("/hello")
     def sign_in(
         request: Request,
         name: str = Form(max_length=60),
         given: str = Form("", max_length=400),
-        next: str = Form("/"),
+        target: str = NEXT_FIELD,
     ) -> Response:
         name = " ".join(name.split())
         key_fits = key is None or hmac.compare_digest(given.encode(), key.encode())
         if not name or not key_fits:
-            return _sign_in_page(request, next, locked=key is not None, wrong=True)
-        response = RedirectResponse(_own_path(next), 303)
+            return _sign_in_page(request, target, locked=key is not None, wrong=True)
+        response = RedirectResponse(_own_path(target), 303)
         cookie = state.sessions.open(name)
         response.set_cookie(COOKIE, cookie, max_age=MAX_AGE_SECONDS, httponly=True, samesite="strict")
         return response
@@ -89,18 +92,18 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
         return FileResponse(static_files[name], headers=IMMUTABLE if v else REVALIDATE)
 
     @router.post("/theme")
-    def theme(request: Request, to: str = Form(max_length=5), next: str = Form("/")) -> Response:
-        response = RedirectResponse(_own_path(next), 303)
+    def theme(request: Request, to: str = Form(max_length=5), target: str = NEXT_FIELD) -> Response:
+        response = RedirectResponse(_own_path(target), 303)
         response.set_cookie("theme", to, max_age=MAX_AGE_SECONDS, samesite="strict")
         return response
 
     return router
 
 
-def _sign_in_page(request: Request, next: str, locked: bool, wrong: bool = False) -> Response:
+def _sign_in_page(request: Request, target: str, locked: bool, wrong: bool = False) -> Response:
     """The page that asks for a name, and for the key if the server has one."""
     status = 401 if wrong else 200
-    return render(request, "hello.html.jinja", status, next=_own_path(next), locked=locked, wrong=wrong)
+    return render(request, "hello.html.jinja", status, next=_own_path(target), locked=locked, wrong=wrong)
 
 
 def _static_files() -> dict[str, Path]:

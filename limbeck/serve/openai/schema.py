@@ -33,7 +33,9 @@ Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Id = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Text = Annotated[str, Field(max_length=1 << 22)]
-ScoredToken = tuple[int, float | None, tuple]  # a token, its log-probability, and the likeliest tokens with theirs
+ScoredToken = tuple[
+    int, float | None, tuple
+]  # a token, its log-probability, and the likeliest tokens with theirs
 
 
 class StrictModel(BaseModel):
@@ -48,7 +50,9 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            key: value for key, value in data.items() if key in cls.model_fields or not _is_neutral(key, value)
+            key: value
+            for key, value in data.items()
+            if key in cls.model_fields or not _is_neutral(key, value)
         }
 
 
@@ -105,7 +109,9 @@ class SamplingRequest(StrictModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    user: Annotated[str, Field(max_length=1000)] | None = None  # this and what follows is accepted and not used
+    user: Annotated[str, Field(max_length=1000)] | None = (
+        None  # this and what follows is accepted and not used
+    )
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: Annotated[str, Field(max_length=100)] | None = None
@@ -249,7 +255,10 @@ def chat_logprobs(
     served: ServedModel, answer: Sequence[TokenLogprob], thought: Sequence[TokenLogprob]
 ) -> dict[str, Any]:
     """`logprobs` of a chat choice: of the answer's tokens in `content`, of the thought's in `reasoning_content`."""
-    logprobs: dict[str, Any] = {"content": [_chat_logprob(served, token) for token in answer], "refusal": None}
+    logprobs: dict[str, Any] = {
+        "content": [_chat_logprob(served, token) for token in answer],
+        "refusal": None,
+    }
     if thought:
         logprobs["reasoning_content"] = [_chat_logprob(served, token) for token in thought]
     return logprobs
