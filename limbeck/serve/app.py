@@ -6,6 +6,7 @@ import hmac
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Form, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
@@ -19,8 +20,8 @@ from .sessions import COOKIE, MAX_AGE_SECONDS, Sessions
 
 IMMUTABLE = {"cache-control": "public, max-age=31536000, immutable"}
 # The page that a form leads back to.
-NEXT_QUERY = Query("/", alias="next")
-NEXT_FIELD = Form("/", alias="next")
+NextQuery = Annotated[str, Query(alias="next")]
+NextField = Annotated[str, Form(alias="next")]
 # Modules import one another by addresses without a hash, so these are revalidated: with two addresses, one module
 # would run twice.
 REVALIDATE = {"cache-control": "no-cache"}
@@ -66,7 +67,7 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
         return RedirectResponse("/chat", 303)
 
     @router.get("/hello")
-    def hello(request: Request, target: str = NEXT_QUERY) -> Response:
+    def hello(request: Request, target: NextQuery = "/") -> Response:
         return _sign_in_page(request, target, locked=key is not None)
 
     @router.post("/hello")
@@ -74,7 +75,7 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
         request: Request,
         name: str = Form(max_length=60),
         given: str = Form("", max_length=400),
-        target: str = NEXT_FIELD,
+        target: NextField = "/",
     ) -> Response:
         name = " ".join(name.split())
         key_fits = key is None or hmac.compare_digest(given.encode(), key.encode())
@@ -92,7 +93,7 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
         return FileResponse(static_files[name], headers=IMMUTABLE if v else REVALIDATE)
 
     @router.post("/theme")
-    def theme(request: Request, to: str = Form(max_length=5), target: str = NEXT_FIELD) -> Response:
+    def theme(request: Request, to: str = Form(max_length=5), target: NextField = "/") -> Response:
         response = RedirectResponse(_own_path(target), 303)
         response.set_cookie("theme", to, max_age=MAX_AGE_SECONDS, samesite="strict")
         return response
