@@ -9,7 +9,7 @@ import pytest
 from served import routes
 
 from limbeck.serve.app import build
-from limbeck.serve.markup import finished, to_html
+from limbeck.serve.markup import finished_length, to_html
 from limbeck.serve.security import Guard, Limits
 from limbeck.serve.sessions import Sessions
 
@@ -230,4 +230,4 @@ def test_formulas_become_mathml_and_bombs_stay_text():
     ("$$\nx\n\ny\n$$\n\nz", "$$\nx\n\ny\n$$\n\n"), ("- a\n\n  b", ""), ("", ""),
 ])  # fmt: skip
 def test_blocks_are_finished_when_nothing_can_change_them(text, done):
-    assert text[: finished(text)] == done
+    assert text[: finished_length(text)] == done

@@ -25,18 +25,21 @@ from .sqlite_store import SQLiteStore
 FILE = "votes.db"
 OUTCOMES = ("a", "b", "tie", "bad")
 PER_HOUR = 120  # battles that one person may begin in an hour, and so votes that they may cast
-SCHEMA = ["""
-CREATE TABLE battles (id TEXT PRIMARY KEY, token TEXT NOT NULL, voter TEXT NOT NULL, made REAL NOT NULL, prompt TEXT NOT NULL,
-    language TEXT NOT NULL, origin TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL, a_from TEXT NOT NULL, b_from TEXT NOT NULL,
-    seed INTEGER NOT NULL, wish TEXT NOT NULL);
-CREATE INDEX battles_of ON battles (voter, made);
-CREATE TABLE answers (battle TEXT PRIMARY KEY REFERENCES battles, a TEXT NOT NULL, b TEXT NOT NULL, style TEXT NOT NULL,
-    leak TEXT NOT NULL, made REAL NOT NULL);
-CREATE TABLE votes (number INTEGER PRIMARY KEY, battle TEXT NOT NULL REFERENCES answers, voter TEXT NOT NULL, judge INTEGER NOT NULL,
-    outcome TEXT NOT NULL, made REAL NOT NULL, seal TEXT NOT NULL);
-CREATE UNIQUE INDEX one_vote ON votes (battle) WHERE judge = 0;
-CREATE UNIQUE INDEX one_judgement ON votes (battle, voter) WHERE judge = 1
-"""]  # fmt: skip
+SCHEMA = [
+    """
+    CREATE TABLE battles (id TEXT PRIMARY KEY, token TEXT NOT NULL, voter TEXT NOT NULL, made REAL NOT NULL,
+        prompt TEXT NOT NULL, language TEXT NOT NULL, origin TEXT NOT NULL, a TEXT NOT NULL, b TEXT NOT NULL,
+        a_from TEXT NOT NULL, b_from TEXT NOT NULL, seed INTEGER NOT NULL, wish TEXT NOT NULL);
+    CREATE INDEX battles_of ON battles (voter, made);
+    CREATE TABLE answers (battle TEXT PRIMARY KEY REFERENCES battles, a TEXT NOT NULL, b TEXT NOT NULL,
+        style TEXT NOT NULL, leak TEXT NOT NULL, made REAL NOT NULL);
+    CREATE TABLE votes (number INTEGER PRIMARY KEY, battle TEXT NOT NULL REFERENCES answers,
+        voter TEXT NOT NULL, judge INTEGER NOT NULL, outcome TEXT NOT NULL, made REAL NOT NULL,
+        seal TEXT NOT NULL);
+    CREATE UNIQUE INDEX one_vote ON votes (battle) WHERE judge = 0;
+    CREATE UNIQUE INDEX one_judgement ON votes (battle, voter) WHERE judge = 1
+    """
+]
 SEALED_COLUMNS = (
     "number", "battle", "voter", "judge", "outcome", "made", "a", "a_from", "b", "b_from", "prompt", "said_a", "said_b",
 )  # fmt: skip
