@@ -43,7 +43,7 @@ def recipe(tmp_path):
     path = tmp_path / "brief.yaml"
     path.write_text(RECIPE)
     yield path
-    if (child := jobs._child(tmp_path / "runs" / "brief")) and jobs._born(child["pid"]):  # a test has failed
+    if (child := jobs._child(tmp_path / "runs" / "brief")) and jobs._start_time(child["pid"]):  # a test has failed
         os.kill(child["pid"], signal.SIGKILL)
 
 
@@ -150,7 +150,7 @@ def test_a_number_that_another_process_has_is_not_ours(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / jobs.LOG).write_text("limbeck: it was so\n")
-    born = jobs._born(os.getpid())
+    born = jobs._start_time(os.getpid())
     told = {"pid": os.getpid(), "since": time.time(), "right": None}
     (folder / jobs.CHILD).write_text(json.dumps({**told, "born": born}))
     assert jobs.state(folder).name == "running"
