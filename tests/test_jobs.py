@@ -43,7 +43,9 @@ def recipe(tmp_path):
     path = tmp_path / "brief.yaml"
     path.write_text(RECIPE)
     yield path
-    if (child := jobs._child(tmp_path / "runs" / "brief")) and jobs._start_time(child["pid"]):  # a test has failed
+    if (child := jobs._child(tmp_path / "runs" / "brief")) and jobs._start_time(
+        child["pid"]
+    ):  # a test has failed
         os.kill(child["pid"], signal.SIGKILL)
 
 

@@ -22,8 +22,8 @@ IMMUTABLE = {"cache-control": "public, max-age=31536000, immutable"}
 # The page that a form leads back to.
 NextQuery = Annotated[str, Query(alias="next")]
 NextField = Annotated[str, Form(alias="next")]
-# Modules import one another by addresses without a hash, so these are revalidated: with two addresses, one module
-# would run twice.
+# Modules import one another by addresses without a hash, so these are revalidated: under two addresses, one
+# module would run twice.
 REVALIDATE = {"cache-control": "no-cache"}
 
 

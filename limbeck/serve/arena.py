@@ -1,7 +1,7 @@
-"""Blind battles: the choice of models and prompt, both answers generated at the same time, and votes of a model as judge.
+"""Blind battles: choice of models and prompt, generation of both answers, and votes by a model as judge.
 
-No part of an answer leaves the server before both are complete, so neither speed nor length of a thought gives a model
-away. Both sides sample with the same options.
+No part of an answer leaves the server before both are complete, so neither speed nor length of a thought
+gives a model away. Both sides sample with the same options.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ OUTCOMES = {"first": "a", "second": "b"}  # a judge's verdicts as outcomes of a 
 class Arena:
     """Battles between served models and saved answers.
 
-    `failed` holds the battles whose answers could not be generated, until they are shown. `judging` holds the judges
-    at work, with the numbers of battles that are done and in all.
+    `failed` holds the battles whose answers could not be generated, until they are shown. `judging` holds the
+    judges at work, with the numbers of battles that are done and in all.
     """
 
     service: Service
@@ -59,7 +59,9 @@ class Arena:
     # ------------------------------------------------------------ battles
 
     def draw(self, voter: str, options: dict[str, Any]) -> Battle:
-        """A new battle. `options` has `prompt` (as typed), `set` (of prompts) and `who` (contestants; empty for all).
+        """A new battle between two contestants on one prompt.
+
+        `options` has `prompt` (as typed), `set` (of prompts) and `who` (names of contestants; empty for all).
 
         Raises Refused if fewer than two contestants can answer, LimbeckError for an unknown set.
         """
@@ -105,7 +107,7 @@ class Arena:
         return True
 
     async def _generate_answers(self, battle: Battle) -> None:
-        """Generate both answers and store them, with the word by which one of them names its author, if any does."""
+        """Generate and store both answers, with the word by which one of them names its author."""
         tasks = [asyncio.create_task(self._answer(battle, name)) for name in (battle.a, battle.b)]
         try:
             answers = await asyncio.gather(*tasks)
@@ -140,7 +142,10 @@ class Arena:
         return answer
 
     async def answer_when_free(self, name: str, prompt: str, **options: Any) -> ChatOutput:
-        """A model's whole answer. While the server's queue is full, retries after the time that the server names."""
+        """A model's whole answer.
+
+        While the server's queue is full, retries after the time that the server names.
+        """
         messages = [{"role": "user", "content": prompt}]
         for _ in range(MAX_TRIES):
             try:

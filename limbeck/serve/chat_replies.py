@@ -1,7 +1,7 @@
 """Replies under generation: each is a task of the server and needs no open page.
 
-A reply is stored at least every `SAVE_SECONDS`. A page that follows it receives the difference from its own state, so no
-queue grows for a slow page.
+A reply is stored at least every `SAVE_SECONDS`. A page that follows it receives the difference from its own
+state, so no queue grows for a slow page.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Reply:
 
 @dataclass
 class PageCursor:
-    """The position up to which one page has received one part: blocks, and characters of the tail after them."""
+    """The position of one page in one part: received blocks, and received characters of the tail."""
 
     blocks: int = -1
     tail: int = 0
@@ -122,8 +122,8 @@ class PageCursor:
     def advance(self, stream: MarkdownStream) -> dict[str, Any] | None:
         """The event that brings the page up to date, None if it is; the cursor moves with it.
 
-        `html` are the blocks to append, `tail` replaces the page's tail from character `at` on. With `fresh`, the
-        event replaces the whole part; `folded` means that earlier blocks are left out.
+        `html` are the blocks to append, `tail` replaces the page's tail from character `at` on. With `fresh`,
+        the event replaces the whole part; `folded` means that earlier blocks are left out.
         """
         fresh = self.blocks < 0
         blocks = len(stream.blocks)
@@ -151,7 +151,7 @@ class ReplyCursor:
         self.last_event = 0.0
 
     def advance(self, reply: Reply) -> dict[str, Any] | None:
-        """The event that brings the page up to date; at least one every `SAVE_SECONDS`, for the time it shows."""
+        """The event that brings the page up to date, None if it is; at least one each `SAVE_SECONDS`."""
         changes = {}
         for part, cursor in self.parts.items():
             change = cursor.advance(reply.streams[part])

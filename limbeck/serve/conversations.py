@@ -1,8 +1,8 @@
 """Conversations on disk: turns with their answers, and every branch.
 
-A turn is a person's question. It has one answer on each side (two models may answer side by side), and each side may have
-several variants. A turn follows certain answers: if another variant is shown, the turns after the old one stay
-behind it. Of several variants in one place, the one shown last is shown.
+A turn is a person's question. It has one answer on each side (two models may answer side by side), and each
+side may have several variants. A turn follows certain answers: if another variant is shown, the turns after
+the old one stay behind it. Of several variants in one place, the one shown last is shown.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ class Conversation:
 
 
 class Conversations:
-    """The database of all conversations. Every method is one transaction; unknown ids give None or KeyError."""
+    """The database of all conversations.
+
+    Every method is one transaction; unknown ids give None or KeyError.
+    """
 
     def __init__(self, path: Path):
         self.database = SQLiteStore(path, SCHEMA)
@@ -121,13 +124,13 @@ class Conversations:
 
     def start(self, owner: str, settings: Settings) -> str:
         """A new conversation without turns, with an unguessable id."""
-        id = secrets.token_urlsafe(12)
+        name = secrets.token_urlsafe(12)
         with self.database.open() as db:
             db.execute(
                 "INSERT INTO conversation (id, owner, title, settings, changed) VALUES (?, ?, '', ?, ?)",
-                (id, owner, _json(settings), time.time()),
+                (name, owner, _json(settings), time.time()),
             )
-        return id
+        return name
 
     def recent(self, owner: str, before: float = float("inf"), limit: int = PER_LIST) -> list[Conversation]:
         """An owner's conversations and those without an owner, the latest change first."""
@@ -163,13 +166,19 @@ class Conversations:
             return row["conversation"], _answer(db, row)
 
     def ask(self, name: str, parent: int | None, content: str, settings: Settings) -> list[int]:
-        """Add a turn after another one (None: the first). Returns the ids of its running answers, one a side."""
+        """Add a turn after another one (None: the first).
+
+        Returns the ids of its running answers, one a side.
+        """
         with self.database.open() as db:
             after = _shown_answers(db, parent) if parent else []
             return _add_turn(db, _Place(name, parent, json.dumps(after)), content, settings)
 
     def edit(self, name: str, turn: int, content: str, settings: Settings) -> list[int]:
-        """Add a turn in another one's place, which keeps its own later turns. Returns the ids of running answers."""
+        """Add a turn in another one's place, which keeps its own later turns.
+
+        Returns the ids of running answers.
+        """
         with self.database.open() as db:
             old = db.execute(
                 "SELECT parent, after FROM turn WHERE id = ? AND conversation = ?", (turn, name)
@@ -206,8 +215,8 @@ class Conversations:
         """Append to an answer's thought and content; a state other than "running" ends it."""
         with self.database.open() as db:
             db.execute(
-                "UPDATE answer SET thought = thought || ?, content = content || ?, meter = ?, state = ?, why = ? "
-                "WHERE id = ?",
+                "UPDATE answer SET thought = thought || ?, content = content || ?, "
+                "meter = ?, state = ?, why = ? WHERE id = ?",
                 (thought, content, _json(meter), state, why, number),
             )
             if state == "running":
@@ -245,15 +254,15 @@ class Conversations:
 
 
 class _Place(NamedTuple):
-    """The place of a turn: its conversation, the turn before, and as JSON the ids of the answers it follows."""
+    """The place of a turn: conversation, previous turn, and the ids of the answers it follows as JSON."""
 
     conversation: str
     parent: int | None
     after: str
 
 
-def _row(db: sqlite3.Connection, table: str, id: int) -> sqlite3.Row:
-    return db.execute(f"SELECT * FROM {table} WHERE id = ?", (id,)).fetchone()
+def _row(db: sqlite3.Connection, table: str, number: int) -> sqlite3.Row:
+    return db.execute(f"SELECT * FROM {table} WHERE id = ?", (number,)).fetchone()
 
 
 def _answer_before(turn: sqlite3.Row, side: int) -> int:
@@ -296,7 +305,7 @@ def _touch(db: sqlite3.Connection, name: str) -> None:
 
 
 def _next_shown(db: sqlite3.Connection, table: str) -> int:
-    """A number above all others in the column `shown`; of several variants the one with the largest is shown."""
+    """A number above all others in the column `shown`; the variant with the largest number is shown."""
     return db.execute(f"SELECT COALESCE(MAX(shown), 0) + 1 FROM {table}").fetchone()[0]
 
 

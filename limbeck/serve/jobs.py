@@ -1,7 +1,7 @@
 """Runs as processes of their own, which outlive the page that started them, and the server.
 
-A run's state is read from its lock and its status file, not from a list in this process. So a run that was started at a
-terminal is shown and paused like any other, and a restarted server knows all runs.
+A run's state is read from its lock and its status file, not from a list in this process. So a run that was
+started at a terminal is shown and paused like any other, and a restarted server knows all runs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ COMMAND = [sys.executable, "-c", "from limbeck.cli import main; main()", "run"]
 class State:
     """A run's state: `State("failed", "stage zero: …", 1763822100.0)`, with the last message of its command.
 
-    `name` is running, pausing, paused, waits (for people), finished, failed, or "" if no command has recorded it.
-    `since` is the Unix time of the last change.
+    `name` is running, pausing, paused, waits (for people), finished, failed, or "" if no command has recorded
+    it. `since` is the Unix time of the last change.
     """
 
     name: str
@@ -55,7 +55,8 @@ class State:
 def start(recipe: Path, runs: Path, overrides: Sequence[str] = (), auto: bool = False) -> Path:
     """Start a run of a recipe, and return its folder at once.
 
-    Raises LimbeckError for a mistake in the recipe, and if the run is at work. Later failures are in its `state`.
+    Raises LimbeckError for a mistake in the recipe, and if the run is at work. Later failures are in its
+    `state`.
     """
     settings = resolve_paths(load(recipe, list(overrides)), recipe.parent)
     if auto:
@@ -78,7 +79,10 @@ def resume(folder: Path) -> None:
 
 
 def pause(folder: Path) -> None:
-    """Let the run write a checkpoint after its current step, and stop. Raises LimbeckError if it is not at work."""
+    """Let the run write a checkpoint after its current step, and stop.
+
+    Raises LimbeckError if it is not at work.
+    """
     if not run_status.at_work(folder):
         raise LimbeckError(f"{folder}: nobody is at work on it, so there is nothing to pause")
     run_status.ask_to_pause(folder)
@@ -134,7 +138,10 @@ def _wait_for_exit(folder: Path) -> None:
 
 
 def _start_process(folder: Path, recipe: str | None = None, right: str | None = None) -> None:
-    """Start the command in a run's folder, with a new recipe if one is given. Raises LimbeckError if it is at work."""
+    """Start the command in a run's folder, with a new recipe if one is given.
+
+    Raises LimbeckError if it is at work.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / START_LOCK):
         if state(folder).alive:
@@ -174,7 +181,7 @@ def _spawn(folder: Path, right: str | None) -> subprocess.Popen:
 
 
 def _start_time(pid: int) -> str | None:
-    """The start time of a living process in clock ticks, which tells it from a later process with the same pid."""
+    """The start time of a living process in clock ticks. A later process of the same pid has another one."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

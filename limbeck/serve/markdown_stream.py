@@ -1,7 +1,8 @@
 """Growing Markdown: finished blocks as HTML, the unfinished tail as plain text, and pages of long texts.
 
-The time of Markdown rendering grows faster than a text's length, and that of a browser with the size of a page. So no
-block has more than `MAX_BLOCK` characters, and a page shows no more than `MAX_PAGE` characters of a text at once.
+The time of Markdown rendering grows faster than a text's length, and that of a browser with the size of a
+page. So no block has more than `MAX_BLOCK` characters, and a page shows no more than `MAX_PAGE` characters of
+a text at once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from .markup import FENCES, finished_length, fence_after, to_html
+from .markup import FENCES, fence_after, finished_length, to_html
 
 MAX_BLOCK = 6_000  # characters: 0.16 s for the worst input that is known for Markdown parsers
 MAX_PAGE = 24_000  # characters, some 6,000 tokens
@@ -21,7 +22,10 @@ SCROLLING = (
 
 
 class RenderedBlocks(NamedTuple):
-    """Finished blocks as HTML, the opening line of the code block they end in, and their length in characters."""
+    """Finished blocks as HTML, the opening line of the code block they end in, and their length.
+
+    The length is in characters of the text, before rendering.
+    """
 
     blocks: list[str]
     fence: str
@@ -66,7 +70,10 @@ class MarkdownStream:
         return RenderedBlocks(blocks, fence, total - len(tail))
 
     def commit(self, rendered: RenderedBlocks) -> None:
-        """Move rendered blocks from the tail to `blocks`. Text that was added since `render` stays in the tail."""
+        """Move rendered blocks from the tail to `blocks`.
+
+        Text that was added since `render` stays in the tail.
+        """
         self.blocks += rendered.blocks
         self._fence = rendered.fence
         self.tail = self.tail[rendered.length :]
@@ -121,7 +128,7 @@ def _block_html(fence: str, text: str) -> str:
 
 
 def _block_length(fence: str, text: str) -> int:
-    """The length of a text's first block: finished paragraphs, or a cut part of a long one; 0 if it may go on."""
+    """The length of a text's first block: finished paragraphs, or a part of a long one; 0 if it is open."""
     window = text[:MAX_BLOCK]
     length = finished_length(fence + window) - len(fence)
     if length > 0:

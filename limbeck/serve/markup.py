@@ -1,7 +1,7 @@
 """Safe HTML of model output: Markdown and LaTeX are rendered, and only a short list of harmless tags passes.
 
-Model output is treated as hostile. Raw HTML is shown as text. Images are removed, because an image's address can
-leak data. Links tell browsers to pass no referrer. The result is sanitized once more at the end.
+Model output is treated as hostile. Raw HTML is shown as text. Images are removed, because an image's address
+can leak data. Links tell browsers to pass no referrer. The result is sanitized once more at the end.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from markdown_it.rules_inline import StateInline
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 MATH_TAGS = {
-    "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt", "mroot", "mover",
-    "munder", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose", "semantics",
+    "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt",
+    "mroot", "mover", "munder", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose", "semantics",
 }  # fmt: skip
 TAGS = MATH_TAGS | {
-    "p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "h1", "h2", "h3", "h4", "h5", "h6",
-    "table", "thead", "tbody", "tr", "th", "td", "a", "span", "div",
+    "p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li",
+    "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "a", "span", "div",
 }  # fmt: skip
 ATTRIBUTES = {
-    "a": {"href", "title"}, "ol": {"start"}, "code": {"class"}, "span": {"class"}, "div": {"class"}, "math": {"display"},
-    "th": {"align"}, "td": {"align"}, "mo": {"stretchy", "fence", "form", "separator"}, "mspace": {"width"},
-    "mtable": {"columnalign"}, "mi": {"mathvariant"}, "mstyle": {"displaystyle", "scriptlevel"}, "mover": {"accent"},
-    "munder": {"accentunder"}, "mfrac": {"linethickness"},
+    "a": {"href", "title"}, "ol": {"start"}, "code": {"class"}, "span": {"class"}, "div": {"class"},
+    "th": {"align"}, "td": {"align"}, "math": {"display"}, "mo": {"stretchy", "fence", "form", "separator"},
+    "mspace": {"width"}, "mtable": {"columnalign"}, "mi": {"mathvariant"}, "mover": {"accent"},
+    "mstyle": {"displaystyle", "scriptlevel"}, "munder": {"accentunder"}, "mfrac": {"linethickness"},
 }  # fmt: skip
 FACTOR_END = re.compile(r"[0-9A-Za-z)]")
 FACTOR_BEGIN = re.compile(r"[0-9A-Za-z(]")
@@ -56,7 +56,8 @@ def to_html(text: str) -> str:
 def finished_length(text: str) -> int:
     """The number of characters, from the beginning, in blocks that later text cannot change.
 
-    A blank line ends a block, unless a code fence or a displayed formula is open or an indented list may go on.
+    A blank line ends a block, unless a code fence or a displayed formula is open or an indented list may go
+    on.
     """
     length = 0
     position = 0

@@ -1,4 +1,4 @@
-"""Models by name: a directory, a pulled name, a GGUF file, an artifact, or a run, which stands for its last model."""
+"""Models by name: a directory, a pulled name, a GGUF file, an artifact, or the last model of a run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ KV_SHARE = 0.4  # of the free memory, for the KV cache
 PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
 FINAL_STAGE = "r1"  # the stage whose model a recipe leads to
 
-# Directories of unpacked GGUF files: each is removed with its object, so they are held until the process ends.
+# Directories of unpacked GGUF files, held until the process ends: each is removed with its object.
 _UNPACKED: list[tempfile.TemporaryDirectory] = []
 
 
 @dataclass(frozen=True)
 class _SchedulerLimits:
-    """Limits of each model: sequences at once, requests in the queue, and tokens of a completion by default."""
+    """Limits of each model: sequences at once, queued requests, and default tokens of a completion."""
 
     rows: int
     waiting: int
@@ -48,7 +48,9 @@ def open_service(
     longest: int = 2048,
     threads: int = 0,
 ) -> Service:
-    """A service over models, each `[NAME=]MODEL`. They are loaded by a thread of their own: see `EngineThread`.
+    """A service over models, each `[NAME=]MODEL`, loaded by a thread that ends afterwards.
+
+    `EngineThread` has the reason for that thread.
 
     Raises LimbeckError for a name that is no model, two models of one name, or a malformed price.
     """
@@ -141,7 +143,7 @@ def _find_folder(name: str, runs: Path) -> tuple[Path, Path]:
 
 
 def _last_model(run: Path) -> tuple[str, Path]:
-    """The stage and directory of a run's last model; a model that was only loaded counts if none was trained."""
+    """The stage and directory of a run's last trained model, or of its last loaded one if none is trained."""
     artifacts = json.loads((run / INDEX).read_text(encoding="utf-8"))
     store = run.resolve().parent / "store"
     folders = {stage: store / artifact / "model" for stage, artifact in artifacts.items()}

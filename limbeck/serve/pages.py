@@ -23,7 +23,10 @@ LANGUAGE_SECONDS = 365 * 86400  # seconds that the cookie of a chosen language l
 
 @cache
 def phrases() -> dict[str, dict[str, str]]:
-    """`"chat.send" -> {"en": "Send", "zh": "发送"}` from all files in `words/`; a key begins with the file's name."""
+    """All phrases: `"chat.send" -> {"en": "Send", "zh": "发送"}`.
+
+    They come from the files in `words/`; a key begins with its file's name.
+    """
     table: dict[str, dict[str, str]] = {}
     for path in sorted((FOLDER / "words").glob("*.yaml")):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -39,7 +42,7 @@ def say(language: str, key: str, **values: Any) -> str:
 
 
 def language_of(request: Request) -> str:
-    """The language of `?lang=zh`, of the cookie, or of the browser's preference, in this order; else English."""
+    """The language of `?lang=zh`, else of the cookie, else the browser's preference, else English."""
     chosen = request.query_params.get("lang") or request.cookies.get("lang")
     if chosen in LANGUAGES:
         return chosen
@@ -53,7 +56,10 @@ def is_fragment(request: Request) -> bool:
 
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """An HTML response. Templates get `t` (phrases), `lang`, `person`, `path`, `static`, `theme` and the values."""
+    """An HTML response.
+
+    Templates get `t` (phrases), `lang`, `person`, `path`, `static`, `theme` and the values.
+    """
     language = language_of(request)
     theme = request.cookies.get("theme")
     shared = {
@@ -87,6 +93,9 @@ def _templates() -> Environment:
 
 @cache
 def _static_address(name: str) -> str:
-    """The address of a file in `static/`. It contains the content's hash, so browsers may cache it for good."""
+    """The address of a file in `static/`.
+
+    It contains the content's hash, so browsers may cache it for good.
+    """
     content = (FOLDER / "static" / name).read_bytes()
     return f"/static/{name}?v={hashlib.sha256(content).hexdigest()[:12]}"

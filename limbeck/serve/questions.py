@@ -1,4 +1,4 @@
-"""Prompt sets of the arena: the held-out problems of runs' recipes, and uploaded JSONL files, with or without answers."""
+"""Prompt sets of the arena: held-out problems of runs' recipes, and uploaded JSONL files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_NAME_CHARACTERS = 60  # characters of an uploaded file's name
 
 
 class Questions:
-    """Prompt sets by name: `RUN/PROBLEMS` for a recipe's problems, `NAME.jsonl` for a file in the studio's folder."""
+    """Prompt sets by name: `RUN/PROBLEMS` from a recipe, `NAME.jsonl` from the studio's folder."""
 
     def __init__(self, runs: Path, folder: Path):
         self.runs = runs
@@ -45,7 +45,7 @@ class Questions:
         return _file_problems(path, _mtime(path))
 
     def saved(self) -> dict[str, Mapping[str, Answer]]:
-        """Saved answers by prompt, for each file that has any, under the name by which it takes part in battles."""
+        """Saved answers by prompt, for each file that has any, under its name as a contestant."""
         saved: dict[str, Mapping[str, Answer]] = {}
         for path in self._files():
             answers = _saved_answers(path, _mtime(path))
@@ -54,7 +54,9 @@ class Questions:
         return saved
 
     def add(self, name: str, content: bytes) -> str:
-        """Store an uploaded JSONL file; the result is its name. Rows have `prompt` and, with an answer, `completion`.
+        """Store an uploaded JSONL file. Returns its name.
+
+        Its rows have `prompt` and, for a saved answer, `completion`.
 
         Raises LimbeckError for a file without rows and for a row without a prompt; nothing is stored then.
         """

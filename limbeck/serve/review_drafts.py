@@ -1,4 +1,4 @@
-"""Drafts of the review page, stored as people type, and holds: rows that a person has open and others are not sent to."""
+"""Drafts of the review page, stored as people type, and holds on rows that a person has open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOLD_SECONDS = 600.0  # seconds for which an opened row is not offered to others
 
 @dataclass(frozen=True)
 class Draft:
-    """An unfinished review: `Draft("<think> mended </think> 4", "")`, the edited text and the reason, or empty strings."""
+    """An unfinished review, the edited text and the reason: `Draft("<think> mended </think> 4", "")`."""
 
     text: str = ""
     reason: str = ""
@@ -58,7 +58,7 @@ class Drafts:
         """Ids of the rows of which this person has a draft."""
         with self.database.open() as db:
             rows = db.execute("SELECT row FROM draft WHERE (queue, person) = (?, ?)", (queue, person))
-            return {id for (id,) in rows}
+            return {row["row"] for row in rows}
 
     def drop(self, key: DraftKey) -> None:
         """Delete the draft and the hold of a person on a row."""
@@ -67,7 +67,10 @@ class Drafts:
                 db.execute(f"DELETE FROM {table} WHERE (queue, row, person) = (?, ?, ?)", key)
 
     def hold(self, key: DraftKey) -> None:
-        """Hold a row for a person, unless another one holds it. Others are sent to later rows first; nothing is locked."""
+        """Hold a row for a person, unless another one holds it.
+
+        Others are sent to later rows first; nothing is locked.
+        """
         with self.database.open() as db:
             _hold(db, key)
 
@@ -78,7 +81,7 @@ class Drafts:
                 "SELECT row FROM held WHERE queue = ? AND person <> ? AND until > ?",
                 (queue, person, time.time()),
             )
-            return {id for (id,) in rows}
+            return {row["row"] for row in rows}
 
 
 def _hold(db: sqlite3.Connection, key: DraftKey) -> None:

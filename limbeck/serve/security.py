@@ -1,4 +1,4 @@
-"""The guard between the network and every route: host names, origins, the key, and limits on a request's body.
+"""The guard between the network and every route: host names, origins, key, and limits on the body.
 
 One pure ASGI layer; a middleware that hides disconnects would let abandoned requests run on.
 """
@@ -41,7 +41,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on a request's body: `Limits(body_bytes=1024)` refuses one of more than a kibibyte with status 413."""
+    """Limits on a request's body: `Limits(body_bytes=1024)` refuses more than a kibibyte with 413."""
 
     body_bytes: int = 8 << 20
     body_seconds: float = 20.0

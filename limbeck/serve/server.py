@@ -16,7 +16,10 @@ BACKLOG = 1024  # connections that wait to be accepted
 
 
 def claim(host: str, port: int) -> socket.socket:
-    """Bind the address before a model is loaded; it does not listen yet. Raises LimbeckError if it is not available."""
+    """Bind the address before a model is loaded; it does not listen yet.
+
+    Raises LimbeckError if it is not available.
+    """
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""The served models, and the interface of the API and the studio's pages to them: submit a request, stream its deltas.
+"""The service over all models, used by the API and the studio: submit a request, stream its deltas.
 
     async with aclosing(service.chat("r1", [{"role": "user", "content": "use 5 1 6 make 4 ?"}])) as deltas:
         async for delta in deltas:
@@ -34,7 +34,10 @@ class UnknownModel(LimbeckError):
 
 
 class ModelFailed(LimbeckError):
-    """The model raised an error during generation. The server is at fault; later requests are served again."""
+    """The model raised an error during generation.
+
+    The server is at fault; later requests are served again.
+    """
 
     exit_code = 70
 
@@ -72,8 +75,8 @@ class Service:
     ) -> AsyncIterator[Delta]:
         """Deltas of the assistant's next turn. `options` are the fields of `GenerationOptions`.
 
-        Thoughts in the history are left out unless `keep_thoughts`. Raises LimbeckError, `UnknownModel` or `Full`
-        before the first delta, and `ModelFailed` later.
+        Thoughts in the history are left out unless `keep_thoughts`. Raises LimbeckError, `UnknownModel` or
+        `Full` before the first delta, and `ModelFailed` later.
         """
         return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**options))
 
@@ -199,7 +202,7 @@ class _ChoiceStream:
         self.finish = ""
 
     def poll(self) -> list[Delta]:
-        """Deltas of the tokens that were sampled since the last call; the last one of a choice is of kind "end"."""
+        """Deltas of the tokens sampled since the last call; a choice's last delta is of kind "end"."""
         if self.closed:
             return []
         finish = self.choice.finish  # read before the length: no token is appended once it is set

@@ -25,7 +25,10 @@ class Person:
 
 
 class Sessions:
-    """Signs and verifies session cookies. The secret is a file in the studio's folder that only its owner can read."""
+    """Signs and verifies session cookies.
+
+    The secret is a file in the studio's folder that only its owner can read.
+    """
 
     def __init__(self, folder: Path, key: str | None):
         salt = hashlib.sha256((key or "").encode()).hexdigest()
@@ -40,10 +43,10 @@ class Sessions:
         if not cookie:
             return None
         try:
-            name, id = self._signer.loads(cookie, max_age=MAX_AGE_SECONDS)
+            name, browser = self._signer.loads(cookie, max_age=MAX_AGE_SECONDS)
         except (BadData, TypeError, ValueError):
             return None
-        return Person(name, id)
+        return Person(name, browser)
 
 
 def secret(folder: Path) -> str:

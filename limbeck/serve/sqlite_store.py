@@ -1,4 +1,4 @@
-"""The studio's storage: SQLite files with versioned schemas, each transaction durable before it is acknowledged."""
+"""The studio's storage: SQLite files with versioned schemas and durable transactions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ LOCK_TIMEOUT_SECONDS = 20.0  # seconds that a transaction waits for another one
 
 
 class SQLiteStore:
-    """`SQLiteStore(path, schema)`: `schema[n]` migrates a file of version n to n + 1; a released one never changes."""
+    """A SQLite file: `SQLiteStore(path, schema)`.
+
+    `schema[n]` migrates a file of version n to n + 1; a released migration never changes.
+    """
 
     def __init__(self, path: Path, schema: Sequence[str]):
         self.path = path

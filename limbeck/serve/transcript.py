@@ -37,7 +37,10 @@ def _answer_parts(answer: Answer, say: Callable[..., str]) -> list[str]:
 
 
 def as_json(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as JSON. Each side has `messages` for `/v1/chat/completions`, and the settings of its answers."""
+    """The conversation as JSON.
+
+    Each side has `messages` for `/v1/chat/completions`, and the settings of its answers.
+    """
     count = max((len(turn.answers) for turn in conversation.turns), default=0)
     sides = [_side(conversation, side) for side in range(count)]
     return {"id": conversation.id, "title": conversation.title, "sides": sides}

@@ -1,4 +1,4 @@
-"""Types that the service, its metrics and its API share: a served model, generation options, deltas and whole outputs.
+"""Types of the service: a served model, generation options, deltas and complete outputs.
 
 Shapes: N tokens of a prompt.
 """
@@ -38,8 +38,8 @@ class Usage:
     """Tokens, cost and latency of one request: `Usage(12, 8, 90, 70)`.
 
     `cached_tokens` are prompt tokens that were not computed again; `reasoning_tokens` are part of
-    `completion_tokens`. `cost` is in the unit of the model's price, None without one; `seconds_to_first` is the
-    time to the first token.
+    `completion_tokens`. `cost` is in the unit of the model's price, None without one; `seconds_to_first` is
+    the time to the first token.
     """
 
     prompt_tokens: int
@@ -67,8 +67,8 @@ class TokenLogprob:
 class Delta:
     """The next part of a streamed output: `Delta("thought", "try 5", tokens=2)`.
 
-    `kind` is "thought", "answer" or "end". The last delta of each choice is of kind "end" and has `finish`; the
-    last delta of the request has `usage`. Text is model output: hostile until it has been sanitized.
+    `kind` is "thought", "answer" or "end". The last delta of each choice is of kind "end" and has `finish`;
+    the last delta of the request has `usage`. Text is model output: hostile until it has been sanitized.
     """
 
     kind: str
@@ -96,8 +96,9 @@ class ChatOutput:
 class GenerationOptions:
     """Sampling options of one request.
 
-    `max_tokens` None stands for the server's default. `top_logprobs` is the number of likeliest tokens returned
-    beside each sampled token, None for no log-probabilities. `plain` output is not split into thought and answer.
+    `max_tokens` None stands for the server's default. `top_logprobs` is the number of likeliest tokens
+    returned beside each sampled token, None for no log-probabilities. `plain` output is not split into
+    thought and answer.
     """
 
     temperature: float = 0.6

@@ -1,7 +1,7 @@
 """The arena's votes: battles, their answers and the votes on them. Rows are added and never changed.
 
-Each vote has a seal: an HMAC over the vote and the seal before it. A changed or missing vote breaks the chain; votes cut
-off at the end do not.
+Each vote has a seal: an HMAC over the vote and the seal before it. A changed or missing vote breaks the
+chain; votes cut off at the end do not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ SCHEMA = [
     """
 ]
 SEALED_COLUMNS = (
-    "number", "battle", "voter", "judge", "outcome", "made", "a", "a_from", "b", "b_from", "prompt", "said_a", "said_b",
+    "number", "battle", "voter", "judge", "outcome", "made", "a", "a_from", "b", "b_from", "prompt",
+    "said_a", "said_b",
 )  # fmt: skip
 SELECT_BATTLES = """
 SELECT battles.*, answers.a AS said_a, answers.b AS said_b, answers.leak, votes.outcome
@@ -50,8 +51,8 @@ LEFT JOIN answers ON answers.battle = battles.id
 LEFT JOIN votes ON votes.battle = battles.id AND votes.judge = 0
 """
 SELECT_VOTES = """
-SELECT votes.*, battles.a, battles.b, battles.a_from, battles.b_from, battles.prompt, battles.language, battles.origin,
-    answers.a AS said_a, answers.b AS said_b, answers.style, answers.made AS ready
+SELECT votes.*, battles.a, battles.b, battles.a_from, battles.b_from, battles.prompt, battles.language,
+    battles.origin, answers.a AS said_a, answers.b AS said_b, answers.style, answers.made AS ready
 FROM votes
 JOIN battles ON battles.id = votes.battle
 JOIN answers ON answers.battle = votes.battle
@@ -59,7 +60,7 @@ JOIN answers ON answers.battle = votes.battle
 
 
 class Refused(Exception):
-    """A request that the arena refuses: `key` names the phrase with the reason, `status` is the HTTP status."""
+    """A request that the arena refuses: `key` names the phrase of the reason, `status` is HTTP's."""
 
     def __init__(self, key: str, status: int):
         super().__init__(key)
@@ -69,7 +70,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """One side's answer: `Answer("4", thought="2 and 2", tokens=9, thought_tokens=6, finish="stop", seconds=1.2)`."""
+    """One side's answer: `Answer("4", thought="2 and 2", tokens=9, thought_tokens=6, seconds=1.2)`."""
 
     text: str
     thought: str = ""
@@ -83,8 +84,8 @@ class Answer:
 class Battle:
     """Two models on one prompt; `a_from` and `b_from` are the sources of their weights.
 
-    `answers` is empty until both are complete, `outcome` until the owner has voted. `leak` is the word by which an
-    answer names its author. `options` are those that the owner chose, for the next battle.
+    `answers` is empty until both are complete, `outcome` until the owner has voted. `leak` is the word by
+    which an answer names its author. `options` are those that the owner chose, for the next battle.
     """
 
     id: str
@@ -121,7 +122,10 @@ class VoteStore:
         sources: Sequence[str],
         options: dict[str, Any],
     ) -> Battle:
-        """A new battle with an unguessable id. Raises Refused after `PER_HOUR` battles of the voter in an hour."""
+        """A new battle with an unguessable id.
+
+        Raises Refused after `PER_HOUR` battles of the voter in an hour.
+        """
         battle = Battle(
             secrets.token_urlsafe(12),
             secrets.token_urlsafe(24),
@@ -151,9 +155,9 @@ class VoteStore:
         with self.database.open() as db:
             db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def battle(self, id: str) -> Battle:
+    def battle(self, battle_id: str) -> Battle:
         """The battle of this id. Raises Refused for an unknown one."""
-        for battle in self._battles("WHERE battles.id = ?", id):
+        for battle in self._battles("WHERE battles.id = ?", battle_id):
             return battle
         raise Refused("lost", 404)
 
@@ -177,25 +181,28 @@ class VoteStore:
 
     # ------------------------------------------------------------ votes
 
-    def vote(self, id: str, token: str, voter: str, outcome: str) -> None:
+    def vote(self, battle_id: str, token: str, voter: str, outcome: str) -> None:
         """A person's vote on their own battle, with the token of its page; only the first vote counts.
 
         Raises Refused for another person's battle, and for a battle that cannot be voted on.
         """
-        battle = self.battle(id)
+        battle = self.battle(battle_id)
         if battle.voter != voter or not hmac.compare_digest(token.encode(), battle.token.encode()):
             raise Refused("stranger", 403)
         if outcome not in OUTCOMES or not battle.answers or battle.leak:
             raise Refused("early", 409)
         if not battle.outcome:
-            self._cast(id, voter, False, outcome)
+            self._cast(battle_id, voter, False, outcome)
 
-    def judge(self, id: str, judge: str, outcome: str) -> None:
+    def judge(self, battle_id: str, judge: str, outcome: str) -> None:
         """A judge's vote; an empty outcome is an abstention."""
-        self._cast(id, judge, True, outcome)
+        self._cast(battle_id, judge, True, outcome)
 
     def unjudged(self, judge: str) -> list[Battle]:
-        """Battles with a person's vote and without this judge's, in the order of votes; not the judge's own battles."""
+        """Battles that people have voted on and this judge has not, in the order of votes.
+
+        The judge's own battles are left out.
+        """
         where = (
             "WHERE votes.outcome <> '' AND ? NOT IN (battles.a, battles.b) AND battles.id NOT IN "
             "(SELECT battle FROM votes WHERE judge = 1 AND voter = ?) ORDER BY votes.number"
@@ -216,8 +223,8 @@ class VoteStore:
     def preferences(self, judge: str = "") -> Iterator[dict[str, Any]]:
         """Preference rows with TRL's columns, from the votes of people or of one judge.
 
-        The vote is on the answers alone; the thoughts, which the voter has not seen, are separate columns. Pairs of
-        equal answers are left out.
+        The vote is on the answers alone; the thoughts, which the voter has not seen, are separate columns.
+        Pairs of equal answers are left out.
         """
         where = "WHERE votes.outcome IN ('a', 'b') AND votes.judge = ? ORDER BY votes.number"
         with self.database.open() as db:
@@ -241,18 +248,18 @@ class VoteStore:
                 seal = row["seal"]
         return None
 
-    def _cast(self, id: str, voter: str, judge: bool, outcome: str) -> None:
+    def _cast(self, battle_id: str, voter: str, judge: bool, outcome: str) -> None:
         """Append a sealed vote. The unique indices ignore a second vote by the same voter."""
         with self.database.open() as db:
             last = db.execute("SELECT number, seal FROM votes ORDER BY number DESC LIMIT 1").fetchone()
             battle = db.execute(
                 "SELECT battles.*, answers.a AS said_a, answers.b AS said_b "
                 "FROM battles JOIN answers ON answers.battle = battles.id WHERE id = ?",
-                (id,),
+                (battle_id,),
             ).fetchone()
             vote = {
                 "number": last["number"] + 1 if last else 1,
-                "battle": id,
+                "battle": battle_id,
                 "voter": voter,
                 "judge": int(judge),
                 "outcome": outcome,

@@ -97,7 +97,7 @@ def _printable(text: str) -> str:
 
 
 def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
-    """Message and parameter of the first mistake: `messages.0.role: Input should be ...`, `messages.0.role`."""
+    """The first mistake as message and parameter: `messages.0.role: Input ...` and `messages.0.role`."""
     first = error.errors()[0]
     path = "" if first["type"] == "json_invalid" else _parameter(first["loc"])
     message = f"{path}: {first['msg']}" if path else first["msg"]
@@ -298,7 +298,7 @@ class _TextCompletion:
         self.offsets = [len(self.prompt)] * self.n  # of each choice's next token in its text
 
     async def choices(self) -> AsyncIterator[dict[str, Any]]:
-        """Choices of the completion's chunks; an echoed prompt comes before the first token of each choice."""
+        """Choices of the completion's chunks; an echoed prompt precedes the first token of each choice."""
         echoed: set[int] = set()
         async with aclosing(self.generation.stream()) as deltas:
             async for delta in deltas:
@@ -310,7 +310,7 @@ class _TextCompletion:
                     yield self._continue(delta)
 
     def _echo(self, index: int) -> dict[str, Any]:
-        """The prompt as the first chunk of a choice; its log-probabilities are known once it has been prefilled."""
+        """The prompt as the first chunk of a choice. Its log-probabilities are known after the prefill."""
         return self._choice(index, self.prompt, self._scored_prompt(), 0)
 
     def _scored_prompt(self) -> list[ScoredToken]:
@@ -395,7 +395,7 @@ def _joined_logprobs(
 
 
 class Stream(Response):
-    """Server-sent events, until the last chunk or until the client disconnects; `abort` is called in either case."""
+    """Server-sent events until the last chunk or the client's disconnect, and then a call of `abort`."""
 
     def __init__(self, chunks: AsyncIterator[dict[str, Any]], abort: Callable[[], None]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -1,7 +1,7 @@
 """Requests of OpenAI's API, with a bound on every number and every list; and the JSON of its responses.
 
-A parameter that asks for nothing (null, an empty list, a penalty of 0) is accepted. A parameter that asks for something
-that this server cannot do is an error that names it, never ignored.
+A parameter that asks for nothing (null, an empty list, a penalty of 0) is accepted. A parameter that asks for
+something that this server cannot do is an error that names it, never ignored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ EFFORT = {
     "high": None,
 }  # thinking budget as a share of the model's positions; None: no limit
 NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0, "parallel_tool_calls": True, "tool_choice": "none", "suffix": "",
-    "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium",
+    "frequency_penalty": 0, "presence_penalty": 0, "parallel_tool_calls": True, "tool_choice": "none",
+    "suffix": "", "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium",
 }  # fmt: skip
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -71,7 +71,10 @@ class TextPart(StrictModel):
 
 
 class Turn(StrictModel):
-    """One message. An assistant's thought may be in `reasoning_content`, in `reasoning`, in the content, or absent."""
+    """One message.
+
+    An assistant's thought may be in `reasoning_content`, in `reasoning`, in the content, or absent.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(max_length=1000)] | None = None
@@ -141,7 +144,10 @@ class SamplingRequest(StrictModel):
 
 
 class ChatRequest(SamplingRequest):
-    """`POST /v1/chat/completions`. `thinking_budget` is in tokens, `reasoning_effort` a share of the model's positions."""
+    """`POST /v1/chat/completions`.
+
+    `thinking_budget` is in tokens, `reasoning_effort` a share of the model's positions.
+    """
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1000)]
     max_tokens: Tokens | None = None
@@ -173,7 +179,10 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    """`POST /v1/completions`. `echo` returns the prompt before the completion, with its `logprobs` if any are asked."""
+    """`POST /v1/completions`.
+
+    `echo` returns the prompt before the completion, with its `logprobs` if any are asked.
+    """
 
     prompt: (
         Text
@@ -254,7 +263,7 @@ def _reasoning(text: str) -> dict[str, str]:
 def chat_logprobs(
     served: ServedModel, answer: Sequence[TokenLogprob], thought: Sequence[TokenLogprob]
 ) -> dict[str, Any]:
-    """`logprobs` of a chat choice: of the answer's tokens in `content`, of the thought's in `reasoning_content`."""
+    """`logprobs` of a chat choice: the answer's in `content`, the thought's in `reasoning_content`."""
     logprobs: dict[str, Any] = {
         "content": [_chat_logprob(served, token) for token in answer],
         "refusal": None,
@@ -277,7 +286,7 @@ def _token_logprob(served: ServedModel, token: int, logprob: float) -> dict[str,
 
 
 def text_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offset: int = 0) -> dict[str, Any]:
-    """`logprobs` of a text completion: four parallel lists. `offset` is the position of the first token in the text.
+    """`logprobs` of a text completion: four parallel lists, the text's tokens beginning at `offset`.
 
     The first token of a prompt has no log-probability.
     """

@@ -142,7 +142,10 @@ def _to_battle(battle_id: str) -> Response:
 def _add_leaderboard(router: APIRouter, arena: Arena) -> None:
     @lru_cache(32)
     def leaderboard(total: int, language: str, control: Control) -> dict[str, Any]:
-        """The leaderboard's values. Votes are only added, so their number identifies them in the cache's key."""
+        """The leaderboard's values.
+
+        Votes are only added, so their number identifies them in the cache's key.
+        """
         votes = arena.votes.votes()
         selected = [vote for vote in votes if language in ("", vote.language)]
         languages = sorted({vote.language for vote in votes})
@@ -178,7 +181,7 @@ def _add_leaderboard(router: APIRouter, arena: Arena) -> None:
 
 
 def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
-    """The values of the leaderboard's template: ratings by people and by each judge, and statistics of the voters."""
+    """Template values of the leaderboard: ratings by people and by each judge, statistics of the voters."""
     people = rate((vote for vote in votes if not vote.judge), control)
     agreements = judged(votes)
     judges: dict[str, Ratings] = {}

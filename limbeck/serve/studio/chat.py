@@ -110,7 +110,7 @@ class ChatPages:
             self.replies.begin(name, number, model, settings)
 
     async def respond(self, request: Request, name: str, turn: int | None) -> Response:
-        """To htmx the turns from `turn` on (None: all); to a browser without scripts a redirect to the page."""
+        """The turns from `turn` on (None: all) for htmx; without scripts, a redirect to the page."""
         if not is_fragment(request):
             return RedirectResponse(f"/chat/{name}", 303)
         return await asyncio.to_thread(self.turns, request, name, turn)
@@ -235,7 +235,10 @@ def _download(response: Response, suffix: str) -> Response:
 
 
 def _add_questions(router: APIRouter, pages: ChatPages) -> None:
-    """Routes that start replies. They run on the event loop, as the replies do, and use the database in threads."""
+    """Routes that start replies.
+
+    They run on the event loop, as the replies do, and use the database in threads.
+    """
 
     @router.post("")
     async def start(request: Request, text: Text, settings: FormSettings) -> Response:

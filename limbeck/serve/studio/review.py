@@ -6,11 +6,11 @@
     /desk/RUN/STAGE/disagreements  rows with two different verdicts, to be resolved
     /desk/RUN/STAGE/NUMBER         one row; ?edit=1 and ?reject=1 open its forms
 
-A person does not see the verdicts of others on a row that they are still to review. Reviews are stored in the queue;
-the studio's own database holds only drafts.
+A person does not see the verdicts of others on a row that they are still to review. Reviews are stored in the
+queue; the studio's own database holds only drafts.
 """
 
-# No `from __future__ import annotations`: FastAPI could not resolve annotations that are defined inside a function.
+# No `from __future__ import annotations`: FastAPI cannot resolve names that are defined inside a function.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -80,7 +80,7 @@ class QueueQuery:
 
 @dataclass(frozen=True)
 class RowQuery:
-    """View of a row: the edit or the reject form, neither of them (`read`), or the resolution of a disagreement.
+    """View of a row: the edit form, the reject form, neither (`read`), or the resolution of a disagreement.
 
     `after` is the number of the row that the person reviewed before.
     """
@@ -149,9 +149,9 @@ class QueueRow:
         """The key of a person's draft of this row."""
         return DraftKey(self.desk.queue.name, self.row.id, person.name)
 
-    def check_unchanged(self, id: str) -> None:
+    def check_unchanged(self, row_id: str) -> None:
         """Raise 409 if the row at this number is not the one that the page has shown."""
-        if id != self.row.id:
+        if row_id != self.row.id:
             raise HTTPException(409, "this row has changed since the page was opened; open it again")
 
     def change(self, text: str) -> dict[str, Any]:
@@ -394,7 +394,7 @@ class RowView:
 
     @property
     def rejecting(self) -> bool:
-        """True if the reject form is open: by the address, or because there is a draft of the reason alone."""
+        """True if the reject form is open: by the address, or because the draft has only a reason."""
         drafted = self.draft.reason and not self.draft.text
         opened = self.query.reject or bool(drafted and not self.query.read)
         return self.reviewing and opened and not self.query.edit
@@ -411,7 +411,7 @@ class RowView:
         return next((entry["completion"] for entry in verdicts if entry["verdict"] == "edit"), "")
 
     def verdicts(self) -> list[dict[str, Any]]:
-        """The verdicts that the person may see: all once they have reviewed a settled or disputed row, else their own."""
+        """The visible verdicts: all on a settled or disputed row that is not due, else the person's own."""
         row = self.at.row
         visible = row.verdicts
         if self.due or row.state not in ("settled", "disputed"):
@@ -539,12 +539,12 @@ def _add_drafts(router: APIRouter, pages: ReviewPages) -> None:
         request: Request,
         at: Row,
         person: SignedIn,
-        id: Annotated[str, Body()],
+        row_id: Annotated[str, Body(alias="id")],
         text: Annotated[str | None, Body()] = None,
         reason: Annotated[str | None, Body()] = None,
     ) -> Response:
-        """Store a draft's text, reason or both; the response is the difference from the row's text as HTML."""
-        at.check_unchanged(id)
+        """Store a draft's text, reason or both. The response is the change to the row's text as HTML."""
+        at.check_unchanged(row_id)
         stored = pages.drafts.find(at.key(person)) or Draft()
         if text is None:
             text = stored.text

@@ -1,4 +1,4 @@
-"""The pages of runs: all runs, one run with its stages as a graph, one stage with its curves and responses."""
+"""The pages of runs: the list, a run with its graph of stages, a stage with its curves and responses."""
 
 import base64
 import hashlib
@@ -70,8 +70,8 @@ class StartForm:
 class LivePage:
     """A page with a part that refreshes itself.
 
-    The part's template is `NAME_live.html.jinja` and has `values`; the page's template is `NAME.html.jinja` and has
-    `page_values` too. `alive` sets how often the part refreshes.
+    The part's template is `NAME_live.html.jinja` and has `values`; the page's template is `NAME.html.jinja`
+    and has `page_values` too. `alive` sets how often the part refreshes.
     """
 
     name: str
@@ -154,7 +154,10 @@ def _recipes(state: AppState) -> dict[str, Path]:
 
 
 def _recipe_path(state: AppState, recipe: str, path: str) -> Path:
-    """The file of the chosen recipe. Raises LimbeckError for an unknown one, and for a path outside the folder of runs."""
+    """The file of the chosen recipe.
+
+    Raises LimbeckError for an unknown one, and for a path outside the folder of runs.
+    """
     if path:
         return _path_inside_runs(state, path)
     recipes = _recipes(state)
