@@ -6,7 +6,7 @@
             ...
             accessible(page)
 
-A page that logs an error, breaks the content policy or asks any other machine for anything fails its test at the end.
+A page that logs an error, breaks the content policy or asks another machine for anything fails its test.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def house(tmp_path: Path) -> Callable[..., Any]:
 def chromium() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip(
-            "no Chromium on this machine: install Debian's package `chromium`, or name one in LIMBECK_CHROMIUM"
+            "no Chromium on this machine: "
+            "install Debian's package `chromium`, or name one in LIMBECK_CHROMIUM"
         )
     from playwright.sync_api import sync_playwright
 

@@ -1,4 +1,4 @@
-"""Conversations without a browser: branches, what models are asked, what is on disk when, what a page is told."""
+"""Conversations without a browser: branches, prompts of models, storage, and events of a page."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ TEXTS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, st.integers(1, 7))
 def test_however_a_text_comes_it_is_shown_whole(text, size):
-    """Blocks and tail together are what was said, at every moment, and a block once shown is never taken back."""
+    """Blocks and tail together are the text, at every moment, and a block once shown is never taken back."""
     stream, before = MarkdownStream(), []
     left = text
     for at in range(0, len(text), size):
@@ -374,7 +374,8 @@ from served import QUESTION, save, server, slowly, soon
 from speaker import Stub
 from studio import serving
 from limbeck.serve.app import build
-with serving(build(Path(sys.argv[1]), Stub(lambda *_: ("step by step. " * 5000, "never"), pause=0.01))) as url:
+service = Stub(lambda *_: ("step by step. " * 5000, "never"), pause=0.01)
+with serving(build(Path(sys.argv[1]), service)) as url:
     print(url, flush=True)
     sys.stdin.read()
 """
@@ -427,7 +428,7 @@ CAPABLE = {
 
 
 class Reader(HTMLParser):
-    """What in a page could do something: tags, handlers, and addresses that are neither ours nor a link to be clicked."""
+    """Active parts of a page: tags, handlers, and addresses that are neither ours nor a plain link."""
 
     def __init__(self, page):
         super().__init__()
@@ -444,7 +445,7 @@ class Reader(HTMLParser):
 
 
 def test_nothing_that_is_said_is_more_than_text(tmp_path):
-    """In titles, questions, thoughts and answers: a page with the corpus in it can do what one without it can."""
+    """In titles, questions, thoughts and answers: a page with hostile text has no more active parts."""
     with (
         serving(build(tmp_path, Stub(lambda _, question: (question, question), size=1000))) as url,
         httpx.Client(base_url=url) as client,

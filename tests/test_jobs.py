@@ -110,7 +110,10 @@ def test_a_run_that_somebody_started_at_a_terminal_is_seen_paused_and_its_death_
 
 
 def test_a_run_outlives_whoever_started_it(recipe, tmp_path):
-    code = "import sys; from pathlib import Path; from limbeck.serve import jobs; jobs.start(Path(sys.argv[1]), Path(sys.argv[2]))"
+    code = (
+        "import sys; from pathlib import Path; from limbeck.serve import jobs; "
+        "jobs.start(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
     subprocess.run([sys.executable, "-c", code, str(recipe), str(tmp_path / "runs")], check=True)
     folder = tmp_path / "runs" / "brief"
     assert at(folder, "waits", "failed").name == "waits"

@@ -1,4 +1,4 @@
-"""The arena's pages: nothing shows who speaks before the vote, a vote counts once, and the log outlives a kill."""
+"""The arena's pages: no page names a model before the vote, a vote counts once, and votes survive a kill."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def bring(folder, name="sums.jsonl", rows=PROMPTS):
 
 
 def test_nothing_tells_who_speaks_before_the_vote(tmp_path):
-    """Neither names nor speeds: both answers come together, whichever was ready first; after the vote all is told."""
+    """Neither names nor speeds: both answers come together; after the vote the names are shown."""
     delays = {"parrot-135m": 0.3}
 
     async def story(ada):
@@ -171,10 +171,17 @@ def test_both_sides_are_asked_the_same_way_and_sides_are_random(tmp_path):
 
 
 LEAKS = [
-    ("I am Qwen, made by Alibaba.", "who are you?", "qwen"), ("I'm zero.", "hi", "zero"), ("2 - 2 is zero.", "2 - 2?", ""),
-    ("As parrot-135m I cannot say.", "hi", "parrot-135m"), ("我是zero。", "你是谁", "zero"), ("Llamas are animals, as DeepSeek says", "llama or deepseek?", ""),
-    ("My name is **r1**", "hi", "r1"), ("let r1 = 5 and dev1 = 3", "hi", ""), ("GPT-4o said so", "hi", "gpt-4"), ("我是通义千问", "hi", "通义千问"),
-]  # fmt: skip
+    ("I am Qwen, made by Alibaba.", "who are you?", "qwen"),
+    ("I'm zero.", "hi", "zero"),
+    ("2 - 2 is zero.", "2 - 2?", ""),
+    ("As parrot-135m I cannot say.", "hi", "parrot-135m"),
+    ("我是zero。", "你是谁", "zero"),
+    ("Llamas are animals, as DeepSeek says", "llama or deepseek?", ""),
+    ("My name is **r1**", "hi", "r1"),
+    ("let r1 = 5 and dev1 = 3", "hi", ""),
+    ("GPT-4o said so", "hi", "gpt-4"),
+    ("我是通义千问", "hi", "通义千问"),
+]
 
 
 @pytest.mark.parametrize(("answer", "prompt", "word"), LEAKS)
@@ -490,7 +497,10 @@ def test_models_that_are_gone_are_told_of(tmp_path):
 # ---------------------------------------------------------------- in a browser
 
 
-HOSTILE = "**4**\n\n<script>alert(1)</script> ![x](http://evil.example/x.png) [a](javascript:alert(1)) $\\frac{8}{2}$"
+HOSTILE = (
+    "**4**\n\n<script>alert(1)</script> ![x](http://evil.example/x.png) "
+    "[a](javascript:alert(1)) $\\frac{8}{2}$"
+)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -573,14 +583,14 @@ problems: {clock: {source: miniature, modulus: 3, numbers: 3, largest: 2}}
 stages:
   brought: {kind: load, path: model, licence: own}
   dpo:
-    {kind: preference, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20, batch_tokens: 128, log_every: 1,
-     optimizer: {learning_rate: 0.01}}
+    {kind: preference, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20,
+     batch_tokens: 128, log_every: 1, optimizer: {learning_rate: 0.01}}
   valued: {kind: reward, model: brought, rows: votes.jsonl, licence: own, held_out: 0.5, batch_pairs: 8}
 """
 
 
 def test_models_learn_from_the_votes(finished, tmp_path):
-    """People who always prefer the answer that says no: the table that the arena gives is what two stages learn from."""
+    """People who always prefer the answer "no": two stages learn from the table that the arena exports."""
     import tiny
 
     from limbeck.run_log import read_metrics
