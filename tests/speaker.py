@@ -13,8 +13,8 @@ from limbeck.serve.types import Delta, Usage
 class Stub:
     """`script(model, question)` gives thought and answer.
 
-    They come `size` characters at a time, `pause` seconds apart. While `held`, no stream gets beyond the first
-    half of a thought.
+    They come `size` characters at a time, `pause` seconds apart. While `held`, no stream gets beyond the
+    first half of a thought.
     """
 
     def __init__(

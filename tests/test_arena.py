@@ -16,7 +16,7 @@ PLANTED = np.array([-0.9, -0.2, 0.8, 0.5, -0.2])  # mean 0
 
 
 def cast(dice, count, strengths=PLANTED, ties=0.3, style=0.0, **rest):
-    """Votes whose mean is Bradley and Terry's: a tie is half a win for both. `style` is length's weight in logits."""
+    """Bradley and Terry's votes: a tie is half a win for both sides. `style` is length's weight in logits."""
     i = dice.integers(0, len(strengths), count)
     j = (i + dice.integers(1, len(strengths), count)) % len(strengths)
     longer = dice.uniform(-0.8, 0.8, count) + np.where(

@@ -74,11 +74,11 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
     def sign_in(
         request: Request,
         name: str = Form(max_length=60),
-        given: str = Form("", max_length=400),
+        given_key: Annotated[str, Form(alias="given", max_length=400)] = "",
         target: NextField = "/",
     ) -> Response:
         name = " ".join(name.split())
-        key_fits = key is None or hmac.compare_digest(given.encode(), key.encode())
+        key_fits = key is None or hmac.compare_digest(given_key.encode(), key.encode())
         if not name or not key_fits:
             return _sign_in_page(request, target, locked=key is not None, wrong=True)
         response = RedirectResponse(_own_path(target), 303)

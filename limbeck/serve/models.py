@@ -45,7 +45,7 @@ def open_service(
     prices: Sequence[str] = (),
     rows: int = 64,
     waiting: int = 256,
-    longest: int = 2048,
+    max_tokens: int = 2048,
     threads: int = 0,
 ) -> Service:
     """A service over models, each `[NAME=]MODEL`, loaded by a thread that ends afterwards.
@@ -55,7 +55,7 @@ def open_service(
     Raises LimbeckError for a name that is no model, two models of one name, or a malformed price.
     """
     torch.set_num_threads(threads or max(1, int(usable_cores())))
-    limits = _SchedulerLimits(rows, waiting, longest)
+    limits = _SchedulerLimits(rows, waiting, max_tokens)
     with ThreadPoolExecutor(1) as loader:
         return loader.submit(_load_service, names, runs, prices, limits).result()
 

@@ -181,7 +181,7 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """`POST /v1/completions`.
 
-    `echo` returns the prompt before the completion, with its `logprobs` if any are asked.
+    `echo` returns the prompt before the completion, with its `logprobs` if they are requested.
     """
 
     prompt: (
