@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, Self
 
-from limbeck.serve.service import Piece, Usage
+from limbeck.serve.types import Delta, Usage
 
 
 class Stub:
-    """`script(model, question)` tells thought and answer; they come `size` characters at a time, `pause` seconds apart.
-    While `held`, nobody gets beyond the first half of a thought."""
+    """`script(model, question)` gives thought and answer.
+
+    They come `size` characters at a time, `pause` seconds apart. While `held`, no stream gets beyond the
+    first half of a thought.
+    """
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class Stub:
 
     async def chat(
         self, model: str, messages: Any, temperature=0.6, thought_budget=None, **_: Any
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncIterator[Delta]:
         self.asked.append((model, [dict(one) for one in messages], temperature, thought_budget))
         self.open += 1
         counts = {}
@@ -44,13 +47,13 @@ class Stub:
                 ("thought", "answer"), self.script(model, messages[-1]["content"]), strict=True
             ):
                 for at in range(0, len(text), self.size):
-                    yield Piece(kind, text[at : at + self.size], 1)
+                    yield Delta(kind, text[at : at + self.size], 1)
                     await asyncio.sleep(self.pause)
                     while self.held and at > len(text) / 2:
                         await asyncio.sleep(0.01)
                 counts[kind] = -(-len(text) // self.size)
             used = Usage(1, 0, sum(counts.values()), counts["thought"], cost=0.00012)
-            yield Piece("end", finish="stop", usage=used)
+            yield Delta("end", finish="stop", usage=used)
         finally:
             self.open -= 1
 
@@ -82,7 +85,7 @@ def sums(model: str, question: str) -> tuple[str, str]:
     return THOUGHT, f"{ANSWER}\n\nYou asked: {question} ({model})"
 
 
-# What must never run, wherever it stands. Each would set `window.harmed`, leave the page, or ask another machine.
+# Text that must never run. Each would set `window.harmed`, leave the page, or ask another machine.
 HOSTILE = [
     "<script>window.harmed = 1</script>",
     "<img src=x onerror=\"window.harmed = 1\">",
@@ -98,7 +101,9 @@ HOSTILE = [
     "<math><mtext><table><mglyph><style><!--</style><img title=\"--><img src=x onerror=window.harmed=1>\">",
     "$\\href{javascript:window.harmed=1}{x}$ \\(\\text{<img src=x onerror=window.harmed=1>}\\)",
     "```html\n<script>window.harmed = 1</script>\n```\n\n<div hx-get=\"/runs\" hx-trigger=\"load\">x</div>",
-    "<form action=/x><button formaction=javascript:window.harmed=1>go</button></form><object data=x></object>",
-    "<base href=http://evil.example><meta http-equiv=refresh content=0;url=http://evil.example><style>*{display:none}</style>",
+    ("<form action=/x><button formaction=javascript:window.harmed=1>go</button></form>"
+     "<object data=x></object>"),
+    ("<base href=http://evil.example><meta http-equiv=refresh content=0;url=http://evil.example>"
+     "<style>*{display:none}</style>"),
     "{{ 7 * 7 }}${7*7}<%= 7 %> \u202e\u0000\ufffe <details open ontoggle=window.harmed=1>",
 ]  # fmt: skip

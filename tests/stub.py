@@ -39,8 +39,8 @@ Reply = tuple[int, dict[str, str], Any]  # status, headers, JSON or text
 class Stub:
     """`with Stub(reply) as stub`: `reply(body, n)` answers the n-th chat request, from 0.
 
-    `asked` holds the bodies of chat requests as they came, `answered` those whose answer was sent, `headers` what
-    came with them, `busy` the most that were on their way at once.
+    `asked` holds the bodies of chat requests as they came, `answered` those whose answer was sent, `headers`
+    their headers, `busy` the most that were on their way at once.
     """
 
     def __init__(

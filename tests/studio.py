@@ -6,7 +6,7 @@
             ...
             accessible(page)
 
-A page that logs an error, breaks the content policy or asks any other machine for anything fails its test at the end.
+A page that logs an error, breaks the content policy or asks another machine for anything fails its test.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import pytest
@@ -31,6 +32,8 @@ PICTURES = os.environ.get("LIMBECK_PICTURES")  # a folder: `picture(page, name)`
 
 class NoModels:
     """A service that serves nothing."""
+
+    models: Mapping[str, Any] = MappingProxyType({})
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,7 +78,8 @@ def house(tmp_path: Path) -> Callable[..., Any]:
 def chromium() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip(
-            "no Chromium on this machine: install Debian's package `chromium`, or name one in LIMBECK_CHROMIUM"
+            "no Chromium on this machine: "
+            "install Debian's package `chromium`, or name one in LIMBECK_CHROMIUM"
         )
     from playwright.sync_api import sync_playwright
 

@@ -161,13 +161,25 @@ def test_completions_in_every_form(client, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"messages": []}, "messages"), ({"messages": [{"role": "user", "content": 4}]}, "messages.0.content"), ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 10**30}, "max_tokens"), ({"n": 65}, "n: "), ({"temperature": 3}, "temperature"), ({"top_p": 0}, "top_p"),
-        ({"top_k": 40}, "top_k: Extra"), ({"tools": [{"type": "function"}]}, "tools: Extra"), ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"max_tokens": 5000}, "4096 positions"), ({"stop": [""]}, "stop"), ({"seed": 2**64}, "seed"), ({"top_logprobs": 21}, "top_logprobs"),
-        ({"reasoning_effort": "hard"}, "reasoning_effort"), ({"thinking_budget": -1}, "thinking_budget"), ({"\ud800": 1}, "unicode"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": 4}]}, "messages.0.content"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"n": 65}, "n: "),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 40}, "top_k: Extra"),
+        ({"tools": [{"type": "function"}]}, "tools: Extra"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"max_tokens": 5000}, "4096 positions"),
+        ({"stop": [""]}, "stop"),
+        ({"seed": 2**64}, "seed"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"reasoning_effort": "hard"}, "reasoning_effort"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"\ud800": 1}, "unicode"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_in_one_sentence(served, changes, says):
     answer = httpx.post(
         served.url + "/v1/chat/completions",
@@ -271,7 +283,10 @@ def test_who_leaves_frees_the_row_within_a_second(served, stream):
     """The answer would take two minutes; the connection is cut, with nothing said."""
     body = json.dumps({**ASK, "stream": stream, "max_tokens": 3000, "ignore_eos": True}).encode()
     host, port = served.url.removeprefix("http://").split(":")
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {KEY}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     one = served.service.models["plain"]
     with slowly(served.service, "plain", 0.04):
         with socket.create_connection((host, int(port))) as line:

@@ -1,4 +1,4 @@
-"""Ratings: equal to an independent library's, true to what was planted, as sure as they claim; and voters looked at."""
+"""Ratings: equal to an independent library's, near planted strengths, with honest intervals; and voters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLANTED = np.array([-0.9, -0.2, 0.8, 0.5, -0.2])  # mean 0
 
 
 def cast(dice, count, strengths=PLANTED, ties=0.3, style=0.0, **rest):
-    """Votes whose mean is Bradley and Terry's: ties take half from either side. `style` is what length is worth, in logits."""
+    """Bradley and Terry's votes: a tie is half a win for both sides. `style` is length's weight in logits."""
     i = dice.integers(0, len(strengths), count)
     j = (i + dice.integers(1, len(strengths), count)) % len(strengths)
     longer = dice.uniform(-0.8, 0.8, count) + np.where(
@@ -73,7 +73,7 @@ def test_intervals_hold_what_they_promise(count, ties):
 
 
 def test_length_is_told_apart_from_strength():
-    """Wordy models look strong where voters like words; with control they do not, and the intervals still hold."""
+    """Wordy models look strong if voters like words; with control they do not, and the intervals hold."""
     inside, plain, controlled = [], [], []
     for seed in range(200):
         votes = cast(np.random.default_rng([7, seed]), 300, np.zeros(5), style=3.0)

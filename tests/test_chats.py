@@ -1,4 +1,4 @@
-"""Conversations without a browser: branches, what models are asked, what is on disk when, what a page is told."""
+"""Conversations without a browser: branches, prompts of models, storage, and events of a page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from studio import serving
 from limbeck.serve.app import build
 from limbeck.serve.chat_replies import Replies
 from limbeck.serve.conversations import Conversations, Meter, Settings
-from limbeck.serve.markdown_stream import BLOCK, PAGE, Prose, html, pages
+from limbeck.serve.markdown_stream import MAX_BLOCK, MAX_PAGE, MarkdownStream, render_page, split_pages
 from limbeck.serve.sessions import Sessions
 from limbeck.types import LimbeckError
 
@@ -35,69 +35,69 @@ ONE, BOTH = Settings(("r1",)), Settings(("r1", "small"))
 
 
 @pytest.fixture
-def shelf(tmp_path):
+def store(tmp_path):
     return Conversations(tmp_path / "chats.db")
 
 
-def said(shelf, name, parent, text, with_=ONE):
+def said(store, name, parent, text, with_=ONE):
     """A turn whose answers are done: `a` and the question."""
-    numbers = shelf.ask(name, parent, text, with_)
+    numbers = store.ask(name, parent, text, with_)
     for number in numbers:
-        shelf.save(number, "", f"a {text}", Meter(), "done")
-    return shelf.read(name).turns[-1]
+        store.save(number, "", f"a {text}", Meter(), "done")
+    return store.read(name).turns[-1]
 
 
-def view(shelf, name):
-    return [(turn.content, *(answer.content for answer in turn.answers)) for turn in shelf.read(name).turns]
+def view(store, name):
+    return [(turn.content, *(answer.content for answer in turn.answers)) for turn in store.read(name).turns]
 
 
-def test_an_edited_question_begins_a_branch_and_the_old_one_waits(shelf):
-    name = shelf.start("Ada", ONE)
-    first = said(shelf, name, None, "one")
-    second = said(shelf, name, first.id, "two")
-    said(shelf, name, second.id, "three")
-    shelf.save(*shelf.edit(name, second.id, "deux", ONE), "", "a deux", Meter(), "done")
-    assert view(shelf, name) == [("one", "a one"), ("deux", "a deux")]
-    assert len(shelf.read(name).turns[1].variants) == 2
-    shelf.show(name, turn=second.id)
-    assert view(shelf, name) == [("one", "a one"), ("two", "a two"), ("three", "a three")]
+def test_an_edited_question_begins_a_branch_and_the_old_one_waits(store):
+    name = store.start("Ada", ONE)
+    first = said(store, name, None, "one")
+    second = said(store, name, first.id, "two")
+    said(store, name, second.id, "three")
+    store.save(*store.edit(name, second.id, "deux", ONE), "", "a deux", Meter(), "done")
+    assert view(store, name) == [("one", "a one"), ("deux", "a deux")]
+    assert len(store.read(name).turns[1].variants) == 2
+    store.show(name, turn=second.id)
+    assert view(store, name) == [("one", "a one"), ("two", "a two"), ("three", "a three")]
 
 
-def test_what_followed_a_variant_stays_with_it(shelf):
-    name = shelf.start("", ONE)
-    first = said(shelf, name, None, "one")
-    said(shelf, name, first.id, "two")
-    again = shelf.again(name, first.answers[0], ONE)
-    shelf.save(again, "", "b one", Meter(), "done")
-    assert view(shelf, name) == [("one", "b one")]
-    shelf.show(name, answer=first.answers[0].id)
-    assert view(shelf, name) == [("one", "a one"), ("two", "a two")]
-    third = shelf.edit(name, first.id, "eins", ONE)
-    assert shelf.messages(third[0]) == [{"role": "user", "content": "eins"}]
+def test_what_followed_a_variant_stays_with_it(store):
+    name = store.start("", ONE)
+    first = said(store, name, None, "one")
+    said(store, name, first.id, "two")
+    again = store.regenerate(name, first.answers[0], ONE)
+    store.save(again, "", "b one", Meter(), "done")
+    assert view(store, name) == [("one", "b one")]
+    store.show(name, answer=first.answers[0].id)
+    assert view(store, name) == [("one", "a one"), ("two", "a two")]
+    third = store.edit(name, first.id, "eins", ONE)
+    assert store.messages(third[0]) == [{"role": "user", "content": "eins"}]
 
 
-def test_each_side_is_asked_with_its_own_history(shelf):
-    name = shelf.start("", ONE)
-    first = said(shelf, name, None, "one")
-    numbers = shelf.ask(
+def test_each_side_is_asked_with_its_own_history(store):
+    name = store.start("", ONE)
+    first = said(store, name, None, "one")
+    numbers = store.ask(
         name, first.id, "two", BOTH
     )  # the second model joins later: it is told what the first one said
-    shelf.save(numbers[0], "hm", "left", Meter(), "done")
-    shelf.save(numbers[1], "hm", "right", Meter(), "done")
-    numbers = shelf.ask(name, shelf.read(name).turns[-1].id, "three", BOTH)
-    assert [[one["content"] for one in shelf.messages(number)] for number in numbers] == [
+    store.save(numbers[0], "hm", "left", Meter(), "done")
+    store.save(numbers[1], "hm", "right", Meter(), "done")
+    numbers = store.ask(name, store.read(name).turns[-1].id, "three", BOTH)
+    assert [[one["content"] for one in store.messages(number)] for number in numbers] == [
         ["one", "a one", "two", "left", "three"],
         ["one", "a one", "two", "right", "three"],
     ]
-    assert not any("reasoning_content" in one for one in shelf.messages(numbers[0]))
+    assert not any("reasoning_content" in one for one in store.messages(numbers[0]))
 
 
-def test_lists_are_ones_own(shelf):
+def test_lists_are_ones_own(store):
     for owner in ("Ada", "Mei", ""):
-        said(shelf, shelf.start(owner, ONE), None, f"of {owner}")
-    assert [one.owner for one in shelf.listed("Ada")] == ["", "Ada"]
-    assert [one.owner for one in shelf.listed("Ada", before=shelf.listed("Ada")[0].changed)] == ["Ada"]
-    assert shelf.read("nobody's") is None and shelf.version("nobody's") is None
+        said(store, store.start(owner, ONE), None, f"of {owner}")
+    assert [one.owner for one in store.recent("Ada")] == ["", "Ada"]
+    assert [one.owner for one in store.recent("Ada", before=store.recent("Ada")[0].changed)] == ["Ada"]
+    assert store.read("nobody's") is None and store.version("nobody's") is None
 
 
 TEXTS = st.lists(
@@ -129,28 +129,28 @@ TEXTS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, st.integers(1, 7))
 def test_however_a_text_comes_it_is_shown_whole(text, size):
-    """Blocks and tail together are what was said, at every moment, and a block once shown is never taken back."""
-    prose, before = Prose(), []
+    """Blocks and tail together are the text, at every moment, and a block once shown is never taken back."""
+    stream, before = MarkdownStream(), []
     left = text
     for at in range(0, len(text), size):
-        prose.add(text[at : at + size])
-        blocks, _, length = found = prose.settled()
-        assert (length > 0) == prose.ready() == bool(blocks)
+        stream.add(text[at : at + size])
+        blocks, _, length = found = stream.render()
+        assert (length > 0) == stream.ready() == bool(blocks)
         left = left[length:]
-        prose.settle(found)
-        assert prose.blocks[: len(before)] == before
-        assert left.startswith(prose.tail) and text[: at + size].endswith(prose.tail)
-        before = list(prose.blocks)
-    assert prose.settled(everything=True)[2] == len(prose.tail)
+        stream.commit(found)
+        assert stream.blocks[: len(before)] == before
+        assert left.startswith(stream.tail) and text[: at + size].endswith(stream.tail)
+        before = list(stream.blocks)
+    assert stream.render(everything=True)[2] == len(stream.tail)
 
 
 @settings(max_examples=50, deadline=None)
 @given(TEXTS, st.integers(1, 2000))
 @example("aaword - a\n```aword word word word ", 1370)
 def test_pages_lose_nothing(text, times):
-    long = (text * times)[: 4 * PAGE]
-    found = pages(long)
-    assert all(len(page) <= PAGE + 100 for page in found)
+    long = (text * times)[: 4 * MAX_PAGE]
+    found = split_pages(long)
+    assert all(len(page) <= MAX_PAGE + 100 for page in found)
     ends = {
         0
     }  # where the pages so far may end: a line that opens code again may look like the text that follows
@@ -167,31 +167,39 @@ def test_pages_lose_nothing(text, times):
 
 def test_code_that_a_page_cuts_goes_on_as_code():
     long = "Before.\n\n```python\n" + "# a comment\n\nx = 1\n\n" * 3000 + "```\n\nAfter *all*."
-    found = [html(page) for page in pages(long)]
+    found = [render_page(page) for page in split_pages(long)]
     assert len(found) > 2 and not any("<h1>" in page for page in found)
     assert "<em>all</em>" in found[-1] and "Before" in found[0]
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * BLOCK, "![" * BLOCK, "*a **a " * BLOCK, "> " * BLOCK, "$a$ " * BLOCK, "- a\n" * BLOCK]
+    "text",
+    [
+        "[" * MAX_BLOCK,
+        "![" * MAX_BLOCK,
+        "*a **a " * MAX_BLOCK,
+        "> " * MAX_BLOCK,
+        "$a$ " * MAX_BLOCK,
+        "- a\n" * MAX_BLOCK,
+    ],
 )
 def test_hostile_length_costs_little(text):
     """Each of these takes Markdown seconds or minutes in one piece."""
     before = time.process_time()
-    assert html(pages(text)[0])
+    assert render_page(split_pages(text)[0])
     assert time.process_time() - before < 60
 
 
 def followed(tmp_path, script, act, **stub):
-    """The events of one answer while `act(replies, name, number)` goes on, and the shelf."""
-    shelf, service = Conversations(tmp_path / "chats.db"), Stub(script, **stub)
+    """The events of one answer while `act(replies, name, number)` goes on, and the store."""
+    store, service = Conversations(tmp_path / "chats.db"), Stub(script, **stub)
     events = []
 
     async def go():
-        replies = Replies(shelf, service)
-        name = shelf.start("", ONE)
-        (number,) = shelf.ask(name, None, "?", ONE)
-        replies.begin(name, number, "r1", 0.7, 100)
+        replies = Replies(store, service)
+        name = store.start("", ONE)
+        (number,) = store.ask(name, None, "?", ONE)
+        replies.begin(name, number, "r1", Settings(("r1",), 0.7, 100))
 
         async def listen():
             async for event in replies.follow(name):
@@ -199,7 +207,7 @@ def followed(tmp_path, script, act, **stub):
 
         await asyncio.gather(listen(), act(replies, name, number))
         assert not replies.running(name)
-        return shelf.answer(number)[1]
+        return store.answer(number)[1]
 
     return asyncio.run(go()), events, service
 
@@ -241,15 +249,17 @@ def test_whoever_comes_late_gets_the_end_of_a_long_thought(tmp_path):
     long = "".join(f"Line {i} of this thought.\n\n" for i in range(20_000))
 
     async def come_late(replies, name, number):
-        while sum(map(len, replies.running(name)[0].prose["thought"].blocks)) < 4 * PAGE:
+        while sum(map(len, replies.running(name)[0].streams["thought"].blocks)) < 4 * MAX_PAGE:
             await asyncio.sleep(0.02)
         late = await anext(replies.follow(name))
         growth = late["parts"]["thought"]
-        assert growth["fresh"] and growth["folded"] and PAGE <= len(growth["html"]) < 2 * PAGE
+        assert growth["fresh"] and growth["folded"] and MAX_PAGE <= len(growth["html"]) < 2 * MAX_PAGE
         await replies.stop(name)
 
     answer, _, service = followed(tmp_path, lambda *_: (long, ""), come_late, pause=0.0001, size=200)
-    assert answer.state == "stopped" and long.startswith(answer.thought) and len(answer.thought) > 2 * PAGE
+    assert (
+        answer.state == "stopped" and long.startswith(answer.thought) and len(answer.thought) > 2 * MAX_PAGE
+    )
     assert service.open == 0  # its seat is free
 
 
@@ -364,7 +374,8 @@ from served import QUESTION, save, server, slowly, soon
 from speaker import Stub
 from studio import serving
 from limbeck.serve.app import build
-with serving(build(Path(sys.argv[1]), Stub(lambda *_: ("step by step. " * 5000, "never"), pause=0.01))) as url:
+service = Stub(lambda *_: ("step by step. " * 5000, "never"), pause=0.01)
+with serving(build(Path(sys.argv[1]), service)) as url:
     print(url, flush=True)
     sys.stdin.read()
 """
@@ -417,7 +428,7 @@ CAPABLE = {
 
 
 class Reader(HTMLParser):
-    """What in a page could do something: tags, handlers, and addresses that are neither ours nor a link to be clicked."""
+    """Active parts of a page: tags, handlers, and addresses that are neither ours nor a plain link."""
 
     def __init__(self, page):
         super().__init__()
@@ -434,7 +445,7 @@ class Reader(HTMLParser):
 
 
 def test_nothing_that_is_said_is_more_than_text(tmp_path):
-    """In titles, questions, thoughts and answers: a page with the corpus in it can do what one without it can."""
+    """In titles, questions, thoughts and answers: a page with hostile text has no more active parts."""
     with (
         serving(build(tmp_path, Stub(lambda _, question: (question, question), size=1000))) as url,
         httpx.Client(base_url=url) as client,

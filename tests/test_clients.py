@@ -1,4 +1,4 @@
-"""Those who will call the API and were not written by us: lm-eval's two kinds of local models, and a fuzzer."""
+"""Clients of the API that are not ours: lm-eval's two kinds of local models, and a fuzzer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,21 @@ pytestmark = pytest.mark.slow
 CHOICES = ("5 -1 -6", "say 4", "6 *5 +1")
 QUESTIONS = ("use 5 1 6 make 4 ?", "say 4 ?", "use 6 1 5 make 3 ?", "use 2 2 4 make 6 ?")
 TASKS = {
-    "choosing": {"output_type": "multiple_choice", "doc_to_text": "<bos> User: {{question}} Assistant:", "doc_to_choice": list(CHOICES),
-                 "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}]},
-    "telling": {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{question}}",
-                "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12}, "metric_list": [{"metric": "exact_match"}]},
-}  # fmt: skip
+    "choosing": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "<bos> User: {{question}} Assistant:",
+        "doc_to_choice": list(CHOICES),
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "telling": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{question}}",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +126,7 @@ def test_lm_eval_hears_what_is_said(served, measured, client, path):
 
 
 def test_nothing_a_fuzzer_sends_is_our_fault(served):
-    """Every operation of the OpenAPI description, with what fits it and what does not: no answer of 500 or more."""
+    """Every operation of the OpenAPI description, valid and invalid requests: no status of 500 or more."""
     schemathesis = pytest.importorskip("schemathesis")
     found, _ = served
     schema = schemathesis.openapi.from_dict(found.app.app.openapi())

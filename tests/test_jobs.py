@@ -43,7 +43,9 @@ def recipe(tmp_path):
     path = tmp_path / "brief.yaml"
     path.write_text(RECIPE)
     yield path
-    if (child := jobs._child(tmp_path / "runs" / "brief")) and jobs._born(child["pid"]):  # a test has failed
+    if (child := jobs._child(tmp_path / "runs" / "brief")) and jobs._start_time(
+        child["pid"]
+    ):  # a test has failed
         os.kill(child["pid"], signal.SIGKILL)
 
 
@@ -108,7 +110,10 @@ def test_a_run_that_somebody_started_at_a_terminal_is_seen_paused_and_its_death_
 
 
 def test_a_run_outlives_whoever_started_it(recipe, tmp_path):
-    code = "import sys; from pathlib import Path; from limbeck.serve import jobs; jobs.start(Path(sys.argv[1]), Path(sys.argv[2]))"
+    code = (
+        "import sys; from pathlib import Path; from limbeck.serve import jobs; "
+        "jobs.start(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
     subprocess.run([sys.executable, "-c", code, str(recipe), str(tmp_path / "runs")], check=True)
     folder = tmp_path / "runs" / "brief"
     assert at(folder, "waits", "failed").name == "waits"
@@ -150,7 +155,7 @@ def test_a_number_that_another_process_has_is_not_ours(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / jobs.LOG).write_text("limbeck: it was so\n")
-    born = jobs._born(os.getpid())
+    born = jobs._start_time(os.getpid())
     told = {"pid": os.getpid(), "since": time.time(), "right": None}
     (folder / jobs.CHILD).write_text(json.dumps({**told, "born": born}))
     assert jobs.state(folder).name == "running"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from types import MappingProxyType
 
 import httpx
 import pytest
 from served import routes
 
 from limbeck.serve.app import build
-from limbeck.serve.markup import finished, to_html
+from limbeck.serve.markup import finished_length, to_html
 from limbeck.serve.security import Guard, Limits
 from limbeck.serve.sessions import Sessions
 
 
 class Nobody:
     """A service without models."""
+
+    models = MappingProxyType({})
 
     async def __aenter__(self):
         return self
@@ -176,11 +179,21 @@ def test_files_are_served_from_one_folder(tmp_path, path):
 
 
 HOSTILE = [
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "[a](javascript:alert(1))", "[a](data:text/html,<script>1</script>)",
-    "![x](http://evil.example/leak.png)", "<svg onload=alert(1)>", "`<iframe src=javascript:alert(1)>`", "$\\href{javascript:alert(1)}{x}$",
-    "<math><mi xlink:href='javascript:alert(1)'>x</mi></math>", "```html\n<script>1</script>\n```", '<a href="x" onclick="alert(1)">x</a>',
-    "$\\text{<script>alert(1)</script>}$", "<style>body{display:none}</style>", "<form action=/x><input name=y></form>",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[a](javascript:alert(1))",
+    "[a](data:text/html,<script>1</script>)",
+    "![x](http://evil.example/leak.png)",
+    "<svg onload=alert(1)>",
+    "`<iframe src=javascript:alert(1)>`",
+    "$\\href{javascript:alert(1)}{x}$",
+    "<math><mi xlink:href='javascript:alert(1)'>x</mi></math>",
+    "```html\n<script>1</script>\n```",
+    '<a href="x" onclick="alert(1)">x</a>',
+    "$\\text{<script>alert(1)</script>}$",
+    "<style>body{display:none}</style>",
+    "<form action=/x><input name=y></form>",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -223,9 +236,17 @@ def test_formulas_become_mathml_and_bombs_stay_text():
     assert "<code>" in to_html("$\\frac{$")
 
 
-@pytest.mark.parametrize(("text", "done"), [
-    ("one\n\ntwo", "one\n\n"), ("one\ntwo", ""), ("```\na\n\nb\n```\n\nc", "```\na\n\nb\n```\n\n"), ("```\na\n\nb", ""),
-    ("$$\nx\n\ny\n$$\n\nz", "$$\nx\n\ny\n$$\n\n"), ("- a\n\n  b", ""), ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("one\n\ntwo", "one\n\n"),
+        ("one\ntwo", ""),
+        ("```\na\n\nb\n```\n\nc", "```\na\n\nb\n```\n\n"),
+        ("```\na\n\nb", ""),
+        ("$$\nx\n\ny\n$$\n\nz", "$$\nx\n\ny\n$$\n\n"),
+        ("- a\n\n  b", ""),
+        ("", ""),
+    ],
+)
 def test_blocks_are_finished_when_nothing_can_change_them(text, done):
-    assert text[: finished(text)] == done
+    assert text[: finished_length(text)] == done

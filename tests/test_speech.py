@@ -50,7 +50,7 @@ def cut(draw, whole):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_what_is_read_in_pieces_is_what_is_decoded_at_once(bytes_tokenizer, data):
-    """Of real texts and of any bytes at all; what is given early is never half a character that could become whole."""
+    """Real texts and arbitrary bytes; text that is given early never ends in half a character."""
     text = data.draw(TEXTS)
     tokens = (
         bytes_tokenizer.encode(text)
@@ -72,7 +72,7 @@ def test_a_reader_does_not_look_back_for_ever(bytes_tokenizer, tokenizer):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_thought_and_answer_are_those_of_the_whole(data):
-    """Wherever the text is cut: the same pieces as of the whole, and of what is in order those of `split_thought`."""
+    """Wherever the text is cut: the parts of the whole text; of well-formed text those of `split_thought`."""
     text, opened = data.draw(TEXTS), data.draw(st.booleans())
     said = {}
     for parts in ([text], cut(data.draw, text)):

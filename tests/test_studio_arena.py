@@ -1,4 +1,4 @@
-"""The arena's pages: nothing shows who speaks before the vote, a vote counts once, and the log outlives a kill."""
+"""The arena's pages: no page names a model before the vote, a vote counts once, and votes survive a kill."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Answered:
+class Output:
     answer: str
     thought: str = "a-secret-thought"
     finish: str = "stop"
     usage: Usage = Usage()
 
 
-class Served:
+class Model:
     def __init__(self, name):
         self.folder = Path("runs/store") / f"rl-{name}" / "model"
 
@@ -55,7 +55,7 @@ class Parrots:
     """Models that say the same phrase always, each at its own speed; `says(name, prompt)` may be given."""
 
     def __init__(self, says=None, delays=None, names=("parrot-135m", "quickling-7b", "umpire-1b")):
-        self.models = {name: Served(name) for name in names}
+        self.models = {name: Model(name) for name in names}
         self.says, self.delays, self.asked = (
             says or (lambda name, prompt: f"The answer to {prompt}"),
             delays or {},
@@ -68,12 +68,12 @@ class Parrots:
     async def __aexit__(self, *error):
         pass
 
-    async def answer(self, model, messages, **wish):
-        self.asked.append((model, messages, wish))
+    async def answer(self, model, messages, **options):
+        self.asked.append((model, messages, options))
         if model not in self.models:
             raise LimbeckError(f"{model} is not served")
         await asyncio.sleep(self.delays.get(model, 0.0))
-        return Answered(self.says(model, messages[-1]["content"]))
+        return Output(self.says(model, messages[-1]["content"]))
 
 
 class Visitor:
@@ -82,8 +82,8 @@ class Visitor:
     def __init__(self, client):
         self.client = client
 
-    async def begin(self, **wish):
-        answer = await self.client.post("/arena", data=wish)
+    async def begin(self, **options):
+        answer = await self.client.post("/arena", data=options)
         return answer.headers.get("location"), answer
 
     async def ready(self, path):
@@ -124,7 +124,7 @@ def bring(folder, name="sums.jsonl", rows=PROMPTS):
 
 
 def test_nothing_tells_who_speaks_before_the_vote(tmp_path):
-    """Neither names nor speeds: both answers come together, whichever was ready first; after the vote all is told."""
+    """Neither names nor speeds: both answers come together; after the vote the names are shown."""
     delays = {"parrot-135m": 0.3}
 
     async def story(ada):
@@ -171,10 +171,17 @@ def test_both_sides_are_asked_the_same_way_and_sides_are_random(tmp_path):
 
 
 LEAKS = [
-    ("I am Qwen, made by Alibaba.", "who are you?", "qwen"), ("I'm zero.", "hi", "zero"), ("2 - 2 is zero.", "2 - 2?", ""),
-    ("As parrot-135m I cannot say.", "hi", "parrot-135m"), ("我是zero。", "你是谁", "zero"), ("Llamas are animals, as DeepSeek says", "llama or deepseek?", ""),
-    ("My name is **r1**", "hi", "r1"), ("let r1 = 5 and dev1 = 3", "hi", ""), ("GPT-4o said so", "hi", "gpt-4"), ("我是通义千问", "hi", "通义千问"),
-]  # fmt: skip
+    ("I am Qwen, made by Alibaba.", "who are you?", "qwen"),
+    ("I'm zero.", "hi", "zero"),
+    ("2 - 2 is zero.", "2 - 2?", ""),
+    ("As parrot-135m I cannot say.", "hi", "parrot-135m"),
+    ("我是zero。", "你是谁", "zero"),
+    ("Llamas are animals, as DeepSeek says", "llama or deepseek?", ""),
+    ("My name is **r1**", "hi", "r1"),
+    ("let r1 = 5 and dev1 = 3", "hi", ""),
+    ("GPT-4o said so", "hi", "gpt-4"),
+    ("我是通义千问", "hi", "通义千问"),
+]
 
 
 @pytest.mark.parametrize(("answer", "prompt", "word"), LEAKS)
@@ -229,7 +236,7 @@ def test_one_vote_a_battle_by_its_owner_with_its_token(tmp_path):
 
 
 def fought(
-    ballots,
+    store,
     voter="Ada",
     outcome="a",
     a="r1",
@@ -238,37 +245,37 @@ def fought(
     said=("4", "5"),
     sources=("rl-1", "sft-1"),
 ):
-    battle = ballots.begin(voter, Problem("x", prompt, origin="typed"), (a, b), sources, {})
-    ballots.answered(battle, *(Answer(text, f"thinking of {text}") for text in said), "")
-    ballots.vote(battle.id, battle.token, voter, outcome)
+    battle = store.begin(voter, Problem("x", prompt, origin="typed"), (a, b), sources, {})
+    store.add_answers(battle, *(Answer(text, f"thinking of {text}") for text in said), "")
+    store.vote(battle.id, battle.token, voter, outcome)
     return battle
 
 
 def test_votes_are_limited_by_the_hour(tmp_path, monkeypatch):
     monkeypatch.setattr("limbeck.serve.votes.PER_HOUR", 3)
-    ballots = VoteStore(tmp_path)
+    store = VoteStore(tmp_path)
     for _ in range(3):
-        ballots.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
+        store.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
     with pytest.raises(Refused) as refused:
-        ballots.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
+        store.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
     assert refused.value.status == 429
-    ballots.begin("Bob", Problem("x", "?"), ("r1", "base"), ("", ""), {})
+    store.begin("Bob", Problem("x", "?"), ("r1", "base"), ("", ""), {})
 
 
 def test_no_vote_before_the_answers(tmp_path):
-    ballots = VoteStore(tmp_path)
-    battle = ballots.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
+    store = VoteStore(tmp_path)
+    battle = store.begin("Ada", Problem("x", "?"), ("r1", "base"), ("", ""), {})
     with pytest.raises(Refused):
-        ballots.vote(battle.id, battle.token, "Ada", "a")
-    ballots.answered(battle, Answer("one"), Answer("two"), "")
-    ballots.answered(battle, Answer("three"), Answer("four"), "")  # the first stay
-    assert [answer.text for answer in ballots.battle(battle.id).answers] == ["one", "two"]
+        store.vote(battle.id, battle.token, "Ada", "a")
+    store.add_answers(battle, Answer("one"), Answer("two"), "")
+    store.add_answers(battle, Answer("three"), Answer("four"), "")  # the first stay
+    assert [answer.text for answer in store.battle(battle.id).answers] == ["one", "two"]
 
 
 def test_a_changed_log_shows(tmp_path):
-    ballots = VoteStore(tmp_path)
-    battles = [fought(ballots) for _ in range(5)]
-    assert ballots.broken() is None
+    store = VoteStore(tmp_path)
+    battles = [fought(store) for _ in range(5)]
+    assert store.broken() is None
     for change, first in (
         ("UPDATE votes SET outcome = 'b' WHERE number = 3", 3),
         ("DELETE FROM votes WHERE number = 2", 2),
@@ -276,7 +283,7 @@ def test_a_changed_log_shows(tmp_path):
     ):
         with sqlite3.connect(tmp_path / "votes.db") as db:
             db.execute(change)
-        assert ballots.broken() == first
+        assert store.broken() == first
 
 
 VOTER = """
@@ -284,11 +291,11 @@ import sys
 from pathlib import Path
 from limbeck.serve.votes import Answer, Battle, VoteStore
 from limbeck.types import Problem
-ballots = VoteStore(Path(sys.argv[1]))
+store = VoteStore(Path(sys.argv[1]))
 while True:
-    battle = ballots.begin("v" + str(ballots.broken()), Problem("x", "?"), ("r1", "base"), ("", ""), {})
-    ballots.answered(battle, Answer("one"), Answer("two"), "")
-    ballots.vote(battle.id, battle.token, battle.voter, "a")
+    battle = store.begin("v" + str(store.broken()), Problem("x", "?"), ("r1", "base"), ("", ""), {})
+    store.add_answers(battle, Answer("one"), Answer("two"), "")
+    store.vote(battle.id, battle.token, battle.voter, "a")
     print(battle.id, flush=True)
 """
 
@@ -303,17 +310,17 @@ def test_votes_that_were_acknowledged_survive_a_kill(tmp_path):
         told += [
             line.strip() for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")
         ]
-    ballots = VoteStore(tmp_path)
-    kept = [vote.battle for vote in ballots.votes()]
-    assert set(told) <= set(kept) and len(kept) == len(set(kept)) and ballots.broken() is None
+    store = VoteStore(tmp_path)
+    kept = [vote.battle for vote in store.votes()]
+    assert set(told) <= set(kept) and len(kept) == len(set(kept)) and store.broken() is None
 
 
 def test_the_same_name_for_other_weights_is_another_model(tmp_path):
-    ballots = VoteStore(tmp_path)
-    fought(ballots)
-    fought(ballots, sources=("rl-2", "sft-1"))
-    assert {vote.a for vote in ballots.votes()} == {"r1 (rl-1)", "r1 (rl-2)"} and {
-        vote.b for vote in ballots.votes()
+    store = VoteStore(tmp_path)
+    fought(store)
+    fought(store, sources=("rl-2", "sft-1"))
+    assert {vote.a for vote in store.votes()} == {"r1 (rl-1)", "r1 (rl-2)"} and {
+        vote.b for vote in store.votes()
     } == {"base"}
 
 
@@ -403,12 +410,12 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
 
     from limbeck.pipeline.stages.rows import preferences
 
-    ballots = VoteStore(tmp_path / ".studio")
-    fought(ballots)
-    fought(ballots, outcome="b")
-    fought(ballots, outcome="tie")
-    fought(ballots, outcome="a", said=("same", "same"))
-    ballots.judge(fought(ballots, outcome="bad").id, "umpire", "b")
+    store = VoteStore(tmp_path / ".studio")
+    fought(store)
+    fought(store, outcome="b")
+    fought(store, outcome="tie")
+    fought(store, outcome="a", said=("same", "same"))
+    store.judge(fought(store, outcome="bad").id, "umpire", "b")
 
     async def story(ada):
         return [
@@ -445,9 +452,9 @@ def test_the_leaderboard_at_a_terminal(tmp_path):
         return CliRunner().invoke(commands, ["arena", "--runs", str(tmp_path), *options])
 
     assert "nobody has voted" in str(arena().exception)
-    ballots = VoteStore(tmp_path / ".studio")
+    store = VoteStore(tmp_path / ".studio")
     for outcome in ("a", "a", "tie"):
-        ballots.judge(fought(ballots, outcome=outcome).id, "umpire", "b")
+        store.judge(fought(store, outcome=outcome).id, "umpire", "b")
     assert "length or style" in str(arena("--control", "luck").exception)
     lines = [line.split() for line in arena("--control", "length").stdout.splitlines()]
     assert [(words[0], words[2]) for words in lines] == [
@@ -490,16 +497,19 @@ def test_models_that_are_gone_are_told_of(tmp_path):
 # ---------------------------------------------------------------- in a browser
 
 
-HOSTILE = "**4**\n\n<script>alert(1)</script> ![x](http://evil.example/x.png) [a](javascript:alert(1)) $\\frac{8}{2}$"
+HOSTILE = (
+    "**4**\n\n<script>alert(1)</script> ![x](http://evil.example/x.png) "
+    "[a](javascript:alert(1)) $\\frac{8}{2}$"
+)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_blind_battle_leads_to_a_changed_leaderboard(visit, house, tmp_path, language):
     bring(tmp_path)
-    ballots = VoteStore(tmp_path / ".studio")
+    store = VoteStore(tmp_path / ".studio")
     for outcome in ("a", "b", "tie", "a"):
         fought(
-            ballots,
+            store,
             "Bob",
             outcome,
             "parrot-135m",
@@ -547,10 +557,10 @@ def test_a_blind_battle_leads_to_a_changed_leaderboard(visit, house, tmp_path, l
 
 def test_the_arena_on_a_phone_and_in_the_dark(visit, house, tmp_path):
     bring(tmp_path)
-    ballots = VoteStore(tmp_path / ".studio")
+    store = VoteStore(tmp_path / ".studio")
     for i, outcome in enumerate(("a", "b", "tie", "a", "a", "bad", "a")):
-        battle = fought(ballots, ("Ada", "Bob", "Mei")[i % 3], outcome, "parrot-135m", "quickling-7b")
-        ballots.judge(battle.id, "umpire-1b", ("a", "tie", "")[i % 3])
+        battle = fought(store, ("Ada", "Bob", "Mei")[i % 3], outcome, "parrot-135m", "quickling-7b")
+        store.judge(battle.id, "umpire-1b", ("a", "tie", "")[i % 3])
     with house(Parrots()) as url:
         page = visit(url + "/arena", width=375, dark=True)
         page.click("button.primary")
@@ -573,23 +583,23 @@ problems: {clock: {source: miniature, modulus: 3, numbers: 3, largest: 2}}
 stages:
   brought: {kind: load, path: model, licence: own}
   dpo:
-    {kind: preference, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20, batch_tokens: 128, log_every: 1,
-     optimizer: {learning_rate: 0.01}}
+    {kind: preference, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20,
+     batch_tokens: 128, log_every: 1, optimizer: {learning_rate: 0.01}}
   valued: {kind: reward, model: brought, rows: votes.jsonl, licence: own, held_out: 0.5, batch_pairs: 8}
 """
 
 
 def test_models_learn_from_the_votes(finished, tmp_path):
-    """People who always prefer the answer that says no: the table that the arena gives is what two stages learn from."""
+    """People who always prefer the answer "no": two stages learn from the table that the arena exports."""
     import tiny
 
     from limbeck.run_log import read_metrics
 
-    ballots = VoteStore(tmp_path / "runs" / ".studio")
+    store = VoteStore(tmp_path / "runs" / ".studio")
     for i in range(60):
         better, worse = f"{i % 3} no", f"{i % 3} yes"
         fought(
-            ballots,
+            store,
             outcome="a",
             said=(better, worse),
             prompt=f"use {i % 3} {i // 3 % 3} {i // 9 % 3} make 0 ?",

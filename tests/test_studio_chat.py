@@ -28,7 +28,7 @@ def leave_the_pen(page):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_conversation(visit, house, language):
-    """Asked, followed, reloaded, stopped, answered again, edited, put beside another model, taken along, deleted."""
+    """Ask, follow, reload, stop, regenerate, edit, compare with another model, export, delete."""
 
     def t(key, **values):
         return say(language, f"chat.{key}", **values)
@@ -170,7 +170,7 @@ def test_nothing_runs(visit, house):
 
 
 def test_a_thought_of_64k_tokens_freezes_nobody(visit, house):
-    """Of the page's own processor time, so that a busy machine does not decide; and it can be used all the while."""
+    """The page's own processor time, so that a busy machine does not decide; and the page stays usable."""
     tokens = 64_000
     lines = ("Let $x_{%d}$ be **it**; then 2*3 = 6.\n\n", "endless " * 40 + "%d ", "- try <b>%d</b>\n")
     thought, number = "", 0

@@ -1,4 +1,4 @@
-"""The cold-start desk as people use it: rows of a real run, two reviewers, drafts, and a stage that goes on by itself."""
+"""The review page in use: rows of a real run, two reviewers, drafts, and a stage that resumes by itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from limbeck.model.decoder import Decoder
 from limbeck.pipeline.review import curate, review_queues, reviews
 from limbeck.serve import jobs
 from limbeck.serve.app import build
-from limbeck.serve.studio import desk as page_of
+from limbeck.serve.studio import review as page_of
 from limbeck.tasks.clock_countdown import Countdown
 
 pytestmark = pytest.mark.slow
@@ -33,11 +33,15 @@ threads: 1
 problems: {clock: {source: miniature, modulus: 3, numbers: 3, largest: 2}}
 stages:
   brought: {kind: load, path: model, licence: own}
-  traces: {kind: sample, model: brought, problems: {clock: 1}, prompts: 10, samples: 1, correct: false, wellformed: false, sampling: {max_new_tokens: 500}}
+  traces: {kind: sample, model: brought, problems: {clock: 1}, prompts: 10, samples: 1, correct: false,
+    wellformed: false, sampling: {max_new_tokens: 500}}
   coldstart: {kind: curate, rows: traces}
   dev1: {kind: sft, model: brought, rows: {coldstart: 1}, epochs: 1}
 """
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> [a](javascript:alert(1)) \" ' </textarea> {{ 7 * 7 }}"
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(1)> "
+    "[a](javascript:alert(1)) \" ' </textarea> {{ 7 * 7 }}"
+)
 
 
 def thought(words: str) -> str:
@@ -63,7 +67,7 @@ def home(tmp_path) -> Path:
     asked = [(p.id, p.prompt) for p in problems] + [("clock/gone", HOSTILE)]
     made = [
         {
-            "id": f"{id}#0",
+            "id": f"{name}#0",
             "prompt": prompt,
             "language": "en",
             "completion": thought(text),
@@ -71,7 +75,7 @@ def home(tmp_path) -> Path:
             "content": "",
             "origin": {},
         }
-        for (id, prompt), text in zip(asked, texts, strict=True)
+        for (name, prompt), text in zip(asked, texts, strict=True)
     ]
     curate.ask(tmp_path / "runs/store/.queues/0123456789abcdef", lambda: made, "Is it good?")
     return tmp_path / "runs"

@@ -1,4 +1,4 @@
-"""From a release to a conversation: the command serves what others were given, and a person meets it in a browser."""
+"""From a release to a conversation: the command serves a released model, and a person chats in a browser."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_released_model_is_talked_to(visit, released, tmp_path, language):
 
 
 def test_whatever_has_a_name_can_be_served(finished, released, tmp_path):
-    """A run by its name and by its folder, a stage of one, an artifact by the beginning of its name, a GGUF file."""
+    """A run by name and by folder, a stage of it, an artifact by a prefix of its name, a GGUF file."""
     (zero,) = {
         path.name
         for path in (finished.home / "store").glob("rl-*")

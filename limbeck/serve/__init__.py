@@ -1,0 +1,1 @@
+"""The server: an OpenAI-compatible API over served models, and the studio's pages."""

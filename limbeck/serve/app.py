@@ -1,4 +1,4 @@
-"""The one ASGI application: API and studio behind the same guard."""
+"""The ASGI application: API and studio behind one guard."""
 
 from __future__ import annotations
 
@@ -6,101 +6,115 @@ import hmac
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from fastapi import APIRouter, FastAPI, Form, Request
+from fastapi import APIRouter, FastAPI, Form, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from .app_state import AppState
 from .openai.routes import api
-from .pages import ROOM, render
+from .pages import FOLDER, render
 from .security import LOOPBACK, Guard, Limits
-from .sessions import COOKIE, LASTS, Sessions
+from .service import Service
+from .sessions import COOKIE, MAX_AGE_SECONDS, Sessions
 
-FOR_GOOD = {"cache-control": "public, max-age=31536000, immutable"}
-ASK_AGAIN = {
-    "cache-control": "no-cache"
-}  # modules import one another by bare names: by two names, one module would run twice
+IMMUTABLE = {"cache-control": "public, max-age=31536000, immutable"}
+# The page that a form leads back to.
+NextQuery = Annotated[str, Query(alias="next")]
+NextField = Annotated[str, Form(alias="next")]
+# Modules import one another by addresses without a hash, so these are revalidated: under two addresses, one
+# module would run twice.
+REVALIDATE = {"cache-control": "no-cache"}
 
 
 def build(
     runs: Path,
-    service: Any,
+    service: Service,
     key: str | None = None,
     hosts: frozenset[str] = frozenset(),
     limits: Limits = Limits(),  # noqa: B008
 ) -> Guard:
-    """The guarded application over the runs in a folder and the models that `service` serves."""
+    """The guarded application over a folder of runs and the models of `service`."""
     sessions = Sessions(runs / ".studio", key)
-    site = AppState(runs, sessions, service)
+    state = AppState(runs, sessions, service)
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with service:
             yield
 
-    app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, lifespan=life)
-    for room in rooms():
-        app.include_router(room(site))
-    app.include_router(_door(site, key))
+    app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, lifespan=lifespan)
+    for make_router in routers():
+        app.include_router(make_router(state))
+    app.include_router(_entrance(state, key))
     return Guard(app, LOOPBACK | hosts, key, sessions, limits)
 
 
-def rooms() -> list[Callable[[AppState], APIRouter]]:
-    """What makes the routes: each takes the site and returns an APIRouter."""
-    from .studio import arena, chat, desk, runs
+def routers() -> list[Callable[[AppState], APIRouter]]:
+    """The functions that make the API's and the studio's routers."""
+    from .studio import arena, chat, review, runs
 
-    return [api, arena.routes, chat.routes, desk.routes, runs.routes]
+    return [api, arena.routes, chat.routes, review.routes, runs.routes]
 
 
-def _door(site: AppState, key: str | None) -> APIRouter:
-    """The way in, and the files that pages are painted with."""
-    door = APIRouter(include_in_schema=False)
-    painted = {
-        path.relative_to(ROOM / "static").as_posix(): path
-        for path in (ROOM / "static").rglob("*")
-        if path.is_file()
-    }
+def _entrance(state: AppState, key: str | None) -> APIRouter:
+    """Sign-in, the theme, and static files."""
+    router = APIRouter(include_in_schema=False)
+    static_files = _static_files()
 
-    @door.get("/")
+    @router.get("/")
     def home() -> Response:
         return RedirectResponse("/chat", 303)
 
-    @door.get("/hello")
-    def hello(request: Request, next: str = "/") -> Response:
-        return render(request, "hello.html.jinja", next=_inside(next), locked=key is not None, wrong=False)
+    @router.get("/hello")
+    def hello(request: Request, target: NextQuery = "/") -> Response:
+        return _sign_in_page(request, target, locked=key is not None)
 
-    @door.post("/hello")
-    def enter(
+    @router.post("/hello")
+    def sign_in(
         request: Request,
         name: str = Form(max_length=60),
-        given: str = Form("", max_length=400),
-        next: str = Form("/"),
+        given_key: Annotated[str, Form(alias="given", max_length=400)] = "",
+        target: NextField = "/",
     ) -> Response:
-        who = " ".join(name.split())
-        if not who or (key is not None and not hmac.compare_digest(given.encode(), key.encode())):
-            return render(
-                request, "hello.html.jinja", 401, next=_inside(next), locked=key is not None, wrong=True
-            )
-        answer = RedirectResponse(_inside(next), 303)
-        answer.set_cookie(COOKIE, site.sessions.open(who), max_age=LASTS, httponly=True, samesite="strict")
-        return answer
+        name = " ".join(name.split())
+        key_fits = key is None or hmac.compare_digest(given_key.encode(), key.encode())
+        if not name or not key_fits:
+            return _sign_in_page(request, target, locked=key is not None, wrong=True)
+        response = RedirectResponse(_own_path(target), 303)
+        cookie = state.sessions.open(name)
+        response.set_cookie(COOKIE, cookie, max_age=MAX_AGE_SECONDS, httponly=True, samesite="strict")
+        return response
 
-    @door.get("/static/{name:path}")
+    @router.get("/static/{name:path}")
     def static(name: str, v: str = "") -> Response:
-        if name not in painted:
+        if name not in static_files:
             return Response(status_code=404)
-        return FileResponse(painted[name], headers=FOR_GOOD if v else ASK_AGAIN)
+        return FileResponse(static_files[name], headers=IMMUTABLE if v else REVALIDATE)
 
-    @door.post("/theme")
-    def theme(request: Request, to: str = Form(max_length=5), next: str = Form("/")) -> Response:
-        answer = RedirectResponse(_inside(next), 303)
-        answer.set_cookie("theme", to, max_age=LASTS, samesite="strict")
-        return answer
+    @router.post("/theme")
+    def theme(request: Request, to: str = Form(max_length=5), target: NextField = "/") -> Response:
+        response = RedirectResponse(_own_path(target), 303)
+        response.set_cookie("theme", to, max_age=MAX_AGE_SECONDS, samesite="strict")
+        return response
 
-    return door
+    return router
 
 
-def _inside(path: str) -> str:
-    """A path of this server; anything that would lead elsewhere leads home."""
-    return path if path.startswith("/") and not path.startswith(("//", "/\\")) else "/"
+def _sign_in_page(request: Request, target: str, locked: bool, wrong: bool = False) -> Response:
+    """The page that asks for a name, and for the key if the server has one."""
+    status = 401 if wrong else 200
+    return render(request, "hello.html.jinja", status, next=_own_path(target), locked=locked, wrong=wrong)
+
+
+def _static_files() -> dict[str, Path]:
+    """Files of `static/` by their path in it."""
+    folder = FOLDER / "static"
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def _own_path(path: str) -> str:
+    """A path of this server; any other address is replaced by `/`."""
+    if not path.startswith("/") or path.startswith(("//", "/\\")):
+        return "/"
+    return path

@@ -1,7 +1,7 @@
-"""How a battle is fought: who meets whom on what, both answers asked for at once, and a judge's opinion afterwards.
+"""Blind battles: choice of models and prompt, generation of both answers, and votes by a model as judge.
 
-Nothing about an answer leaves the server before both are complete, and then both leave together: how fast a model is, or how
-long it thought, shows nowhere. Sampling is the same on either side.
+No part of an answer leaves the server before both are complete, so neither speed nor length of a thought
+gives a model away. Both sides sample with the same options.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,188 +22,224 @@ from ..tasks.files import language_of
 from ..tasks.judge import Judge, Pair
 from ..types import Completion, Group, LimbeckError, Problem
 from .questions import Questions
+from .service import Service
+from .types import ChatOutput, ServedModel
 from .votes import Answer, Battle, Refused, VoteStore
 
-TEMPERATURE, TOP_P = 0.6, 0.95  # as R1 is evaluated
-TRIES = 20  # while the server is full
-JUDGED_AT_ONCE = 4
+SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # as R1 is evaluated
+MAX_TRIES = 20  # attempts to submit a request while the server's queue is full
+BATTLES_PER_JUDGE_BATCH = 4  # battles
 JUDGING = Judging(reference=False)
+OUTCOMES = {"first": "a", "second": "b"}  # a judge's verdicts as outcomes of a battle
 
 
 @dataclass
 class Arena:
-    """Where models of a service, and saved answers, meet. `failed` and `judging` tell what goes on in this process."""
+    """Battles between served models and saved answers.
 
-    service: Any
-    ballots: VoteStore
+    `failed` holds the battles whose answers could not be generated, until they are shown. `judging` holds the
+    judges at work, with the numbers of battles that are done and in all.
+    """
+
+    service: Service
+    votes: VoteStore
     questions: Questions
     failed: set[str] = field(default_factory=set)
     judging: dict[str, tuple[int, int]] = field(default_factory=dict)
     _tasks: dict[str, asyncio.Task] = field(default_factory=dict)
 
-    def served(self) -> dict[str, Any]:
-        return dict(getattr(self.service, "models", {}))
+    def served(self) -> Mapping[str, ServedModel]:
+        """Served models by name."""
+        return self.service.models
 
-    def fighters(self) -> list[str]:
-        """Everybody who can take part."""
+    def contestants(self) -> list[str]:
+        """Names of all that can take part: served models, then files with saved answers."""
         return [*sorted(self.served()), *self.questions.saved()]
 
-    # ------------------------------------------------------------ a battle
+    # ------------------------------------------------------------ battles
 
-    def draw(self, voter: str, wish: dict[str, Any]) -> Battle:
-        """A new battle as wished: `prompt` as typed, or one from `set`; between those of `who`, or everybody."""
-        saved = self.questions.saved()
+    def draw(self, voter: str, options: dict[str, Any]) -> Battle:
+        """A new battle between two contestants on one prompt.
+
+        `options` has `prompt` (as typed), `set` (of prompts) and `who` (names of contestants; empty for all).
+
+        Raises Refused if fewer than two contestants can answer, LimbeckError for an unknown set.
+        """
         served = self.served()
-        who = [name for name in (*served, *saved) if name in wish["who"] or not wish["who"]]
-        problem = self._problem(
-            wish, [name for name in who if name in saved], saved, sum(name in served for name in who)
-        )
-        able = [name for name in who if name in served or problem.prompt in saved[name]]
-        if len(able) < 2:
+        saved = self.questions.saved()
+        chosen = options["who"]
+        contestants = [name for name in (*served, *saved) if name in chosen or not chosen]
+
+        def able(prompt: str) -> list[str]:
+            """The contestants that can answer a prompt."""
+            return [name for name in contestants if name in served or prompt in saved[name]]
+
+        if options["prompt"].strip():
+            problem = _typed_problem(options["prompt"])
+        else:
+            problems = self.questions.open(options["set"])
+            problem = self._least_asked([problem for problem in problems if len(able(problem.prompt)) >= 2])
+        names = able(problem.prompt)
+        if len(names) < 2:
             raise Refused("few", 409)
-        pair = draw_pair(able, self.ballots.votes(), np.random.default_rng())
+        pair = draw_pair(names, self.votes.votes(), np.random.default_rng())
         sources = [source(served[name]) if name in served else "saved" for name in pair]
-        return self.ballots.begin(voter, problem, pair, sources, wish)
+        return self.votes.begin(voter, problem, pair, sources, options)
 
-    def _problem(
-        self,
-        wish: dict[str, Any],
-        files: Sequence[str],
-        saved: Mapping[str, Mapping[str, Answer]],
-        served: int,
-    ) -> Problem:
-        """What is asked: as typed, or one of the set's prompts that two can answer and that was asked least."""
-        if wish["prompt"].strip():
-            return Problem(
-                "typed", wish["prompt"].strip(), language=language_of(wish["prompt"]), origin="typed"
-            )
-        fit = [
-            p
-            for p in self.questions.open(wish["set"])
-            if served + sum(p.prompt in saved[name] for name in files) >= 2
-        ]
-        if not fit:
+    def _least_asked(self, problems: Sequence[Problem]) -> Problem:
+        """A random one of the problems that were used least. Raises Refused if there is none."""
+        if not problems:
             raise Refused("few", 409)
-        times = self.ballots.asked()
-        least = min(times.get(problem.prompt, 0) for problem in fit)
-        return secrets.choice([problem for problem in fit if times.get(problem.prompt, 0) == least])
+        counts = self.votes.prompt_counts()
+        least = min(counts.get(problem.prompt, 0) for problem in problems)
+        return secrets.choice([problem for problem in problems if counts.get(problem.prompt, 0) == least])
 
-    def attend(self, battle: Battle) -> bool:
-        """See to it that the answers are on their way, as often as anybody looks; on the event loop. False where they
-        could not be had, which is said once: the next look tries again."""
+    def ensure_answers(self, battle: Battle) -> bool:
+        """Start the generation of a battle's answers unless it runs or is done. Call it on the event loop.
+
+        False, once, after the generation has failed; the next call starts it again.
+        """
         if battle.id in self.failed:
             self.failed.discard(battle.id)
             return False
         if not battle.answers and battle.id not in self._tasks:
-            self._start(battle.id, self._fight(battle))
+            self._start(battle.id, self._generate_answers(battle))
         return True
 
-    async def _fight(self, battle: Battle) -> None:
-        both = [asyncio.create_task(self._answer(battle, name)) for name in (battle.a, battle.b)]
+    async def _generate_answers(self, battle: Battle) -> None:
+        """Generate and store both answers, with the word by which one of them names its author."""
+        tasks = [asyncio.create_task(self._answer(battle, name)) for name in (battle.a, battle.b)]
         try:
-            said = await asyncio.gather(*both)
+            answers = await asyncio.gather(*tasks)
         finally:
-            for one in both:
-                one.cancel()  # where the other has failed
+            for task in tasks:
+                task.cancel()  # if the other one has failed
         names = [*self.served(), battle.a, battle.b]
-        leak = next(filter(None, (revealed(one.text, battle.prompt, names) for one in said)), "")
-        await asyncio.to_thread(self.ballots.answered, battle, *said, leak)
+        leaks = [revealed(answer.text, battle.prompt, names) for answer in answers]
+        leak = next(filter(None, leaks), "")
+        await asyncio.to_thread(self.votes.add_answers, battle, *answers, leak)
 
     async def _answer(self, battle: Battle, name: str) -> Answer:
+        """A contestant's answer, generated or saved."""
         if name not in self.served():
-            kept = (await asyncio.to_thread(self.questions.saved)).get(name, {}).get(battle.prompt)
-            if kept is None:
-                raise LimbeckError(f"{name} is not served any more")
-            return kept
-        wish = {"temperature": TEMPERATURE, "top_p": TOP_P, "seed": battle.seed}
-        told = await self.patiently(name, battle.prompt, **wish)
-        usage = told.usage
+            return await self._saved_answer(battle, name)
+        output = await self.answer_when_free(name, battle.prompt, **SAMPLING, seed=battle.seed)
+        usage = output.usage
         return Answer(
-            told.answer.strip(),
-            told.thought,
+            output.answer.strip(),
+            output.thought,
             usage.completion_tokens,
             usage.reasoning_tokens,
-            told.finish,
+            output.finish,
             round(usage.seconds, 2),
         )
 
-    async def patiently(self, name: str, prompt: str, **wish: Any) -> Any:
-        """A whole answer; where the server is full, after waiting as long as it says."""
-        for _ in range(TRIES):
+    async def _saved_answer(self, battle: Battle, name: str) -> Answer:
+        saved = await asyncio.to_thread(self.questions.saved)
+        answer = saved.get(name, {}).get(battle.prompt)
+        if answer is None:
+            raise LimbeckError(f"{name} is not served any more")
+        return answer
+
+    async def answer_when_free(self, name: str, prompt: str, **options: Any) -> ChatOutput:
+        """A model's whole answer.
+
+        While the server's queue is full, retries after the time that the server names.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        for _ in range(MAX_TRIES):
             try:
-                return await self.service.answer(name, [{"role": "user", "content": prompt}], **wish)
+                return await self.service.answer(name, messages, **options)
             except LimbeckError as error:
-                wait = getattr(error, "retry_after", None)
-                if wait is None:
+                seconds = getattr(error, "retry_after", None)
+                if seconds is None:
                     raise
-                await asyncio.sleep(wait)
+                await asyncio.sleep(seconds)
         raise LimbeckError("the server is busy")
 
     # ------------------------------------------------------------ judges
 
-    def call(self, judge: str) -> None:
-        """Let a served model vote on what people have voted on and it has not; on the event loop, once at a time."""
-        if judge in self.served() and judge not in self.judging:
-            self.judging[judge] = (0, 0)
-            self._start(f"judge {judge}", self._judge(judge))
+    def start_judge(self, name: str) -> None:
+        """Let a served model vote on the battles that people have voted on. Call it on the event loop."""
+        if name in self.served() and name not in self.judging:
+            self.judging[name] = (0, 0)
+            self._start(f"judge {name}", self._judge_battles(name))
 
-    async def _judge(self, judge: str) -> None:
-        voice = Judge(
-            _Voice(self, judge, asyncio.get_running_loop()), JUDGING, JUDGING.sampling, secrets.token_hex(8)
-        )
+    async def _judge_battles(self, name: str) -> None:
+        """Vote on all battles that the judge has not voted on, batch by batch."""
+        sampler = _ServedSampler(self, name, asyncio.get_running_loop())
+        judge = Judge(sampler, JUDGING, JUDGING.sampling, secrets.token_hex(8))
         try:
-            battles = await asyncio.to_thread(self.ballots.unjudged, judge)
-            for done in range(0, len(battles), JUDGED_AT_ONCE):
-                self.judging[judge] = (done, len(battles))
-                await asyncio.to_thread(self._opine, voice, judge, battles[done : done + JUDGED_AT_ONCE])
+            battles = await asyncio.to_thread(self.votes.unjudged, name)
+            for done in range(0, len(battles), BATTLES_PER_JUDGE_BATCH):
+                self.judging[name] = (done, len(battles))
+                batch = battles[done : done + BATTLES_PER_JUDGE_BATCH]
+                await asyncio.to_thread(self._judge_batch, judge, name, batch)
         finally:
-            del self.judging[judge]
+            del self.judging[name]
 
-    def _opine(self, voice: Judge, judge: str, battles: Sequence[Battle]) -> None:
-        pairs = [
-            Pair(Problem(battle.id, battle.prompt), *(answer.text for answer in battle.answers))
-            for battle in battles
-        ]
-        for battle, comparison in zip(battles, voice.compare(pairs), strict=True):
-            self.ballots.judge(
-                battle.id, judge, {"first": "a", "second": "b"}.get(comparison.verdict, comparison.verdict)
-            )
+    def _judge_batch(self, judge: Judge, name: str, battles: Sequence[Battle]) -> None:
+        """Compare the answers of each battle and store the votes. Runs in a thread."""
+        pairs = []
+        for battle in battles:
+            texts = [answer.text for answer in battle.answers]
+            pairs.append(Pair(Problem(battle.id, battle.prompt), *texts))
+        for battle, comparison in zip(battles, judge.compare(pairs), strict=True):
+            outcome = OUTCOMES.get(comparison.verdict, comparison.verdict)
+            self.votes.judge(battle.id, name, outcome)
 
-    def _start(self, name: str, work: Any) -> None:
-        self._tasks[name] = task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._ended(name, task))
+    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[name] = task
+        task.add_done_callback(lambda _: self._finish(name, task))
 
-    def _ended(self, name: str, task: asyncio.Task) -> None:
+    def _finish(self, name: str, task: asyncio.Task) -> None:
+        """Forget a task, and note its failure; errors that are no LimbeckError are logged."""
         del self._tasks[name]
-        if not task.cancelled() and (error := task.exception()):
-            self.failed.add(name)
-            if not isinstance(error, LimbeckError):
-                logging.getLogger("limbeck").error("%s", name, exc_info=error)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        self.failed.add(name)
+        if not isinstance(error, LimbeckError):
+            logging.getLogger("limbeck").error("%s", name, exc_info=error)
 
 
-class _Voice:
-    """A served model as the sampler that a judge asks, from a thread beside the loop. What cannot be asked says nothing."""
+class _ServedSampler:
+    """A served model as the judge's sampler, called from a thread beside the event loop."""
 
-    def __init__(self, ring: Arena, name: str, loop: asyncio.AbstractEventLoop):
-        self.ring, self.name, self.loop = ring, name, loop
+    def __init__(self, arena: Arena, name: str, loop: asyncio.AbstractEventLoop):
+        self.arena = arena
+        self.name = name
+        self.loop = loop
 
     def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:
-        return asyncio.run_coroutine_threadsafe(self._all(problems, sampling), self.loop).result()
+        """One completion for each problem."""
+        return asyncio.run_coroutine_threadsafe(self._rollout(problems, sampling), self.loop).result()
 
-    async def _all(self, problems: Iterable[Problem], sampling: Any) -> list[Group]:
-        return list(await asyncio.gather(*(self._one(problem, sampling) for problem in problems)))
+    async def _rollout(self, problems: Sequence[Problem], sampling: Any) -> list[Group]:
+        return list(await asyncio.gather(*(self._complete(problem, sampling) for problem in problems)))
 
-    async def _one(self, problem: Problem, sampling: Any) -> Group:
-        none = np.zeros(0, dtype=np.int64)
+    async def _complete(self, problem: Problem, sampling: Any) -> Group:
+        """One completion; empty if the model fails, most likely because the prompt is too long."""
+        text = ""
+        finished = False
         try:
-            told = await self.ring.patiently(self.name, problem.prompt, temperature=sampling.temperature)
-            said = Completion(none, none, told.answer, told.finish == "stop", 0)
-        except LimbeckError:  # longer than it can read, most likely
-            said = Completion(none, none, "", False, 0)
-        return Group(problem, none, (said,))
+            temperature = sampling.temperature
+            output = await self.arena.answer_when_free(self.name, problem.prompt, temperature=temperature)
+            text = output.answer
+            finished = output.finish == "stop"
+        except LimbeckError:
+            pass
+        no_tokens = np.zeros(0, dtype=np.int64)
+        return Group(problem, no_tokens, (Completion(no_tokens, no_tokens, text, finished, 0),))
 
 
-def source(served: Any) -> str:
-    """Which weights a served name stands for: the artifact's name, or the directory's."""
+def _typed_problem(prompt: str) -> Problem:
+    """A prompt that a person has typed, as a problem."""
+    return Problem("typed", prompt.strip(), language=language_of(prompt), origin="typed")
+
+
+def source(served: ServedModel) -> str:
+    """The weights behind a served name: the artifact's name, or the directory's."""
     folder = served.folder.resolve()
     return folder.parent.name if folder.name == "model" else folder.name

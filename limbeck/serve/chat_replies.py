@@ -1,7 +1,7 @@
-"""Answers being given: each is a task of the server's that needs no page to look at it.
+"""Replies under generation: each is a task of the server and needs no open page.
 
-What has been said is on disk at least every `SAVE_SECONDS`. A page that follows is told what it does not know yet, however
-much that is and however late it comes: nothing is queued for those who read slowly.
+A reply is stored at least every `SAVE_SECONDS`. A page that follows it receives the difference from its own
+state, so no queue grows for a slow page.
 """
 
 from __future__ import annotations
@@ -14,133 +14,182 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..types import LimbeckError
-from .conversations import Conversations, Meter
-from .markdown_stream import Prose
+from .conversations import Conversations, Meter, Settings
+from .markdown_stream import MarkdownStream
+from .service import Service
+from .types import Delta
 
-SAVE_SECONDS = 1.0
-TICK = 0.08  # seconds between two looks at what has grown
+SAVE_SECONDS = 1.0  # seconds between two saves, and the longest time between two events of a follower
+POLL_SECONDS = 0.08  # seconds between two looks at a growing reply
 PARTS = ("thought", "answer")
 
 
 class Reply:
-    """One answer while it is given."""
+    """One answer under generation: its text, its meter and its state, "running" until it ends."""
 
     def __init__(self, number: int, conversation: str):
-        self.number, self.conversation = number, conversation
-        self.prose = {part: Prose() for part in PARTS}
+        self.number = number
+        self.conversation = conversation
+        self.streams = {part: MarkdownStream() for part in PARTS}
         self.meter = Meter()
-        self.state, self.why = "running", ""
-        self.begun = time.monotonic()
+        self.state = "running"
+        self.why = ""
+        self.started = time.monotonic()
         self._unsaved = dict.fromkeys(PARTS, "")
         self._saving = asyncio.Lock()
 
     @property
     def unsaved(self) -> bool:
+        """True if text has been added since the last save."""
         return any(self._unsaved.values())
 
     @property
-    def now(self) -> Meter:
-        """The figures of this moment: time passes also while the model is silent."""
-        gone = time.monotonic() - self.begun
-        return replace(
-            self.meter, seconds=gone, thought_seconds=gone if self.thinking else self.meter.thought_seconds
-        )
+    def seconds(self) -> float:
+        """Seconds since the reply has started."""
+        return time.monotonic() - self.started
 
     @property
     def thinking(self) -> bool:
-        """Whether the answer itself has not begun."""
-        return not (self.prose["answer"].blocks or self.prose["answer"].tail)
+        """True until the answer's first text."""
+        answer = self.streams["answer"]
+        return not (answer.blocks or answer.tail)
+
+    def current_meter(self) -> Meter:
+        """The meter with the time up to now, also while no token arrives."""
+        seconds = self.seconds
+        thought_seconds = seconds if self.thinking else self.meter.thought_seconds
+        return replace(self.meter, seconds=seconds, thought_seconds=thought_seconds)
 
     def end(self, state: str, why: str = "") -> None:
-        """Say how it ended; whoever says so first is right."""
+        """Set the final state; only the first call counts."""
         if self.state == "running":
-            self.state, self.why = state, why
+            self.state = state
+            self.why = why
 
-    def take(self, piece: Any) -> None:
-        """One piece that a model said."""
-        now, thinks = time.monotonic() - self.begun, piece.kind == "thought"
-        if piece.kind in PARTS:
-            self.prose[piece.kind].add(piece.text)
-            self._unsaved[piece.kind] += piece.text
-        if piece.kind == "end":
-            self.end("length" if piece.finish == "length" else "done")
-        self.meter = replace(
-            self.meter,
-            tokens=self.meter.tokens + piece.tokens,
-            seconds=now,
-            thought_tokens=self.meter.thought_tokens + (piece.tokens if thinks else 0),
-            thought_seconds=now if thinks else self.meter.thought_seconds,
-        )
-        if piece.usage is not None:  # what the engine has counted is better than what we have
-            used = piece.usage
-            self.meter = replace(
-                self.meter,
-                thought_tokens=used.reasoning_tokens,
-                tokens=used.completion_tokens,
-                cost=used.cost,
+    def add(self, delta: Delta) -> None:
+        """Add a delta's text and tokens."""
+        if delta.kind in PARTS:
+            self.streams[delta.kind].add(delta.text)
+            self._unsaved[delta.kind] += delta.text
+        if delta.kind == "end":
+            self.end("length" if delta.finish == "length" else "done")
+        self._count(delta)
+
+    def _count(self, delta: Delta) -> None:
+        """Update the meter; the engine's usage, once it is known, replaces the counted tokens."""
+        seconds = self.seconds
+        meter = self.meter
+        thought_tokens = meter.thought_tokens
+        thought_seconds = meter.thought_seconds
+        if delta.kind == "thought":
+            thought_tokens += delta.tokens
+            thought_seconds = seconds
+        tokens = meter.tokens + delta.tokens
+        meter = Meter(thought_tokens, tokens, thought_seconds, seconds, meter.cost)
+        if delta.usage is not None:
+            usage = delta.usage
+            meter = replace(
+                meter,
+                thought_tokens=usage.reasoning_tokens,
+                tokens=usage.completion_tokens,
+                cost=usage.cost,
             )
+        self.meter = meter
 
-    async def settle(self) -> None:
-        """Render what is finished, in a thread: a block of hostile Markdown takes its time."""
-        for prose in self.prose.values():
-            if prose.ready():
-                prose.settle(await asyncio.to_thread(prose.settled))
+    async def render(self) -> None:
+        """Render finished blocks, in a thread because hostile Markdown can take long."""
+        for stream in self.streams.values():
+            if stream.ready():
+                stream.commit(await asyncio.to_thread(stream.render))
 
-    async def save(self, shelf: Conversations) -> None:
-        """Put on disk what has been said since, each save after the one before."""
+    async def save(self, store: Conversations) -> None:
+        """Store the text since the last save, and the state. Saves follow one another."""
         async with self._saving:
-            said = [self._unsaved[part] for part in PARTS]
+            thought, answer = (self._unsaved[part] for part in PARTS)
             self._unsaved = dict.fromkeys(PARTS, "")
-            await asyncio.to_thread(shelf.save, self.number, *said, self.meter, self.state, self.why)
+            await asyncio.to_thread(
+                store.save, self.number, thought, answer, self.meter, self.state, self.why
+            )
 
 
 @dataclass
-class Seen:
-    """How far one page has read one part: blocks, and characters of the tail behind them."""
+class PageCursor:
+    """The position of one page in one part: received blocks, and received characters of the tail."""
 
     blocks: int = -1
     tail: int = 0
 
-    def growth(self, prose: Prose) -> dict[str, Any] | None:
-        """What the page lacks, and from now on has: blocks to append, the tail from its `at`-th character on;
-        `fresh` where it replaces all that is there."""
+    def advance(self, stream: MarkdownStream) -> dict[str, Any] | None:
+        """The event that brings the page up to date, None if it is; the cursor moves with it.
+
+        `html` are the blocks to append, `tail` replaces the page's tail from character `at` on. With `fresh`,
+        the event replaces the whole part; `folded` means that earlier blocks are left out.
+        """
         fresh = self.blocks < 0
-        first = prose.last() if fresh else self.blocks
-        nothing = self.tail == len(prose.tail) if not fresh else not prose.tail
-        if nothing and first == len(prose.blocks):
+        blocks = len(stream.blocks)
+        first = stream.first_recent_block() if fresh else self.blocks
+        known_tail = 0 if fresh else self.tail
+        if first == blocks and known_tail == len(stream.tail):
             return None
-        at = self.tail if first == len(prose.blocks) and not fresh else 0
-        self.blocks, self.tail = len(prose.blocks), len(prose.tail)
+        at = known_tail if first == blocks else 0
+        self.blocks = blocks
+        self.tail = len(stream.tail)
         return {
             "fresh": fresh,
             "folded": fresh and first > 0,
-            "html": "".join(prose.blocks[first:]),
+            "html": "".join(stream.blocks[first:]),
             "at": at,
-            "tail": prose.tail[at:],
+            "tail": stream.tail[at:],
+        }
+
+
+class ReplyCursor:
+    """The position of one page in a reply, and the time of its last event."""
+
+    def __init__(self) -> None:
+        self.parts = {part: PageCursor() for part in PARTS}
+        self.last_event = 0.0
+
+    def advance(self, reply: Reply) -> dict[str, Any] | None:
+        """The event that brings the page up to date, None if it is; at least one each `SAVE_SECONDS`."""
+        changes = {}
+        for part, cursor in self.parts.items():
+            change = cursor.advance(reply.streams[part])
+            if change:
+                changes[part] = change
+        now = time.monotonic()
+        if not changes and now - self.last_event <= SAVE_SECONDS:
+            return None
+        self.last_event = now
+        return {
+            "answer": reply.number,
+            "parts": changes,
+            "meter": reply.current_meter(),
+            "thinking": reply.thinking,
         }
 
 
 class Replies:
-    """All answers being given, and those who listen."""
+    """All replies under generation, and the streams of events for pages that follow them."""
 
-    def __init__(self, shelf: Conversations, service: Any):
-        self.shelf, self.service = shelf, service
+    def __init__(self, store: Conversations, service: Service):
+        self.store = store
+        self.service = service
         self._running: dict[int, tuple[Reply, asyncio.Task[None]]] = {}
 
-    def begin(
-        self, conversation: str, number: int, model: str, temperature: float, budget: int | None
-    ) -> None:
-        """Answer; whoever asked need not wait."""
+    def begin(self, conversation: str, number: int, model: str, settings: Settings) -> None:
+        """Start the generation of an answer as a task. Call it on the event loop."""
         reply = Reply(number, conversation)
-        task = asyncio.create_task(self._give(reply, model, temperature, budget), name=f"answer {number}")
+        task = asyncio.create_task(self._generate(reply, model, settings), name=f"answer {number}")
         self._running[number] = (reply, task)
         task.add_done_callback(lambda _: self._running.pop(number, None))
 
     def running(self, conversation: str) -> list[Reply]:
+        """The running replies of a conversation."""
         return [reply for reply, _ in self._running.values() if reply.conversation == conversation]
 
     async def stop(self, conversation: str | None = None, state: str = "stopped") -> None:
-        """End the answers of a conversation, or of all; what they said stays."""
+        """End the replies of a conversation, or all of them; their text is kept."""
         tasks = []
         for reply, task in self._running.values():
             if conversation in (None, reply.conversation):
@@ -150,36 +199,28 @@ class Replies:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def follow(self, conversation: str) -> AsyncIterator[dict[str, Any]]:
-        """What grows in a conversation, from all there is now until nothing runs any more; at least the time, each second."""
-        seen: dict[int, dict[str, Seen]] = {}
-        told: dict[int, float] = {}
-        while replies := self.running(conversation):
+        """Events of a conversation's replies: all text up to now, then each change, until no reply runs."""
+        cursors: dict[int, ReplyCursor] = {}
+        while True:
+            replies = self.running(conversation)
+            if not replies:
+                return
             for reply in replies:
-                known = seen.setdefault(reply.number, {part: Seen() for part in PARTS})
-                parts = {part: growth for part in PARTS if (growth := known[part].growth(reply.prose[part]))}
-                if parts or time.monotonic() - told.get(reply.number, 0.0) > SAVE_SECONDS:
-                    told[reply.number] = time.monotonic()
-                    yield {
-                        "answer": reply.number,
-                        "parts": parts,
-                        "meter": reply.now,
-                        "thinking": reply.thinking,
-                    }
-            await asyncio.sleep(TICK)
-            for number in seen.keys() - {reply.number for reply in self.running(conversation)}:
-                del seen[number]
+                cursor = cursors.setdefault(reply.number, ReplyCursor())
+                event = cursor.advance(reply)
+                if event:
+                    yield event
+            await asyncio.sleep(POLL_SECONDS)
+            running = {reply.number for reply in self.running(conversation)}
+            for number in cursors.keys() - running:
+                del cursors[number]
                 yield {"answer": number, "ended": True}
 
-    async def _give(self, reply: Reply, model: str, temperature: float, budget: int | None) -> None:
-        """From the first piece to the last; however it ends, what was said is saved."""
-        keeper = asyncio.create_task(self._keep(reply))
+    async def _generate(self, reply: Reply, model: str, settings: Settings) -> None:
+        """Stream a reply from the service; however it ends, its text is saved."""
+        saver = asyncio.create_task(self._save_regularly(reply))
         try:
-            messages = await asyncio.to_thread(self.shelf.messages, reply.number)
-            async with aclosing(
-                self.service.chat(model, messages, temperature=temperature, thought_budget=budget)
-            ) as pieces:
-                async for piece in pieces:
-                    reply.take(piece)
+            await self._stream(reply, model, settings)
         except LimbeckError as error:
             reply.end("failed", str(error))
         except asyncio.CancelledError:
@@ -190,15 +231,24 @@ class Replies:
             raise
         finally:
             reply.end("done")
-            keeper.cancel()
-            await asyncio.shield(reply.save(self.shelf))
+            saver.cancel()
+            await asyncio.shield(reply.save(self.store))
 
-    async def _keep(self, reply: Reply) -> None:
-        """Render and save as the answer grows, also while the model is silent."""
-        saved = time.monotonic()
+    async def _stream(self, reply: Reply, model: str, settings: Settings) -> None:
+        messages = await asyncio.to_thread(self.store.messages, reply.number)
+        stream = self.service.chat(
+            model, messages, temperature=settings.temperature, thought_budget=settings.budget
+        )
+        async with aclosing(stream) as deltas:
+            async for delta in deltas:
+                reply.add(delta)
+
+    async def _save_regularly(self, reply: Reply) -> None:
+        """Render and save a growing reply until cancelled."""
+        last_save = time.monotonic()
         while True:
-            await asyncio.sleep(TICK)
-            await reply.settle()
-            if reply.unsaved and time.monotonic() - saved > SAVE_SECONDS:
-                await asyncio.shield(reply.save(self.shelf))
-                saved = time.monotonic()
+            await asyncio.sleep(POLL_SECONDS)
+            await reply.render()
+            if reply.unsaved and time.monotonic() - last_save > SAVE_SECONDS:
+                await asyncio.shield(reply.save(self.store))
+                last_save = time.monotonic()

@@ -1,8 +1,8 @@
-"""Conversations on disk: turns with their answers, and every branch that was left for another.
+"""Conversations on disk: turns with their answers, and every branch.
 
-A turn is what a person asked. It has one answer a side (two models may answer side by side), each in as many variants as were
-asked for. The next turn remembers after which answers it was asked: choose another variant, and what followed the old one
-waits behind it. Of those that could stand in one place, the one shown last is shown.
+A turn is a person's question. It has one answer on each side (two models may answer side by side), and each
+side may have several variants. A turn follows certain answers: if another variant is shown, the turns after
+the old one stay behind it. Of several variants in one place, the one shown last is shown.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import sqlite3
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ..types import Message
 from .sqlite_store import SQLiteStore
 
 SCHEMA = (
     """
-    CREATE TABLE conversation (id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, settings TEXT NOT NULL,
-        changed REAL NOT NULL, version INTEGER NOT NULL DEFAULT 0);
+    CREATE TABLE conversation (id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL,
+        settings TEXT NOT NULL, changed REAL NOT NULL, version INTEGER NOT NULL DEFAULT 0);
     CREATE INDEX conversation_changed ON conversation (changed);
-    CREATE TABLE turn (id INTEGER PRIMARY KEY, conversation TEXT NOT NULL REFERENCES conversation ON DELETE CASCADE,
-        parent INTEGER REFERENCES turn ON DELETE CASCADE, after TEXT NOT NULL, content TEXT NOT NULL, at REAL NOT NULL,
-        shown INTEGER NOT NULL);
+    CREATE TABLE turn (id INTEGER PRIMARY KEY,
+        conversation TEXT NOT NULL REFERENCES conversation ON DELETE CASCADE,
+        parent INTEGER REFERENCES turn ON DELETE CASCADE, after TEXT NOT NULL, content TEXT NOT NULL,
+        at REAL NOT NULL, shown INTEGER NOT NULL);
     CREATE INDEX turn_conversation ON turn (conversation);
-    CREATE TABLE answer (id INTEGER PRIMARY KEY, turn INTEGER NOT NULL REFERENCES turn ON DELETE CASCADE, side INTEGER NOT NULL,
-        model TEXT NOT NULL, settings TEXT NOT NULL, state TEXT NOT NULL, why TEXT NOT NULL DEFAULT '', at REAL NOT NULL,
+    CREATE TABLE answer (id INTEGER PRIMARY KEY,
+        turn INTEGER NOT NULL REFERENCES turn ON DELETE CASCADE, side INTEGER NOT NULL, model TEXT NOT NULL,
+        settings TEXT NOT NULL, state TEXT NOT NULL, why TEXT NOT NULL DEFAULT '', at REAL NOT NULL,
         shown INTEGER NOT NULL, thought TEXT NOT NULL DEFAULT '', content TEXT NOT NULL DEFAULT '',
         meter TEXT NOT NULL DEFAULT '{}');
     CREATE INDEX answer_turn ON answer (turn);
@@ -36,12 +38,16 @@ SCHEMA = (
     CREATE INDEX turn_shown ON turn (shown);
     """,
 )
-TITLE = 60  # characters of the first question
+MAX_TITLE = 60  # characters of the first question
+PER_LIST = 50  # conversations in one list
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`Settings(("r1", "small"), 0.6, 2048)`: who answers, side by side, how warm, and how many tokens they may think (None: any)."""
+    """Settings of a turn: the models that answer side by side, temperature, and thought budget in tokens.
+
+    `Settings(("r1", "small"), 0.6, 2048)`; a budget of None is no limit.
+    """
 
     models: tuple[str, ...]
     temperature: float = 0.6
@@ -50,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Meter:
-    """What an answer took: tokens and seconds of the thought and of the whole; `cost` where a price is set."""
+    """Tokens and seconds of the thought and of the whole answer; `cost` if the model has a price."""
 
     thought_tokens: int = 0
     tokens: int = 0
@@ -61,7 +67,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of one model; `variants` are all that could stand in its place."""
+    """One model's answer to a turn; `variants` are the ids of all answers of its side, its own included."""
 
     id: int
     turn: int
@@ -77,12 +83,13 @@ class Answer:
 
     @property
     def running(self) -> bool:
+        """True while the answer is generated."""
         return self.state == "running"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What was asked, and the answers on view, one a side."""
+    """A question and the shown answer of each side; `variants` are the ids of all questions at its place."""
 
     id: int
     parent: int | None
@@ -93,7 +100,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`turns` is the branch on view, from the first question on; empty in a list."""
+    """A conversation; `turns` is the shown branch from the first question on, empty in a list."""
 
     id: str
     owner: str
@@ -105,195 +112,225 @@ class Conversation:
 
 
 class Conversations:
-    """The file of all conversations. Every method is one transaction; an id that there is not gives None or KeyError."""
+    """The database of all conversations.
+
+    Every method is one transaction; unknown ids give None or KeyError.
+    """
 
     def __init__(self, path: Path):
-        self.shelf = SQLiteStore(path, SCHEMA)
-        with self.shelf.open() as db:  # the server that gave these is gone
+        self.database = SQLiteStore(path, SCHEMA)
+        with self.database.open() as db:  # answers of a server that no longer runs
             db.execute("UPDATE answer SET state = 'interrupted' WHERE state = 'running'")
 
     def start(self, owner: str, settings: Settings) -> str:
-        """A new conversation without turns; its id cannot be guessed."""
+        """A new conversation without turns, with an unguessable id."""
         name = secrets.token_urlsafe(12)
-        with self.shelf.open() as db:
+        with self.database.open() as db:
             db.execute(
                 "INSERT INTO conversation (id, owner, title, settings, changed) VALUES (?, ?, '', ?, ?)",
-                (name, owner, _text(settings), time.time()),
+                (name, owner, _json(settings), time.time()),
             )
         return name
 
-    def listed(self, owner: str, before: float = float("inf"), most: int = 50) -> list[Conversation]:
-        """Somebody's conversations, and those that nobody signed; the latest first."""
-        with self.shelf.open() as db:
+    def recent(self, owner: str, before: float = float("inf"), limit: int = PER_LIST) -> list[Conversation]:
+        """An owner's conversations and those without an owner, the latest change first."""
+        with self.database.open() as db:
             rows = db.execute(
-                "SELECT * FROM conversation WHERE owner IN (?, '') AND changed < ? ORDER BY changed DESC LIMIT ?",
-                (owner, before, most),
+                "SELECT * FROM conversation WHERE owner IN (?, '') AND changed < ? "
+                "ORDER BY changed DESC LIMIT ?",
+                (owner, before, limit),
             )
             return [_conversation(row) for row in rows]
 
     def read(self, name: str) -> Conversation | None:
-        """The branch on view."""
-        with self.shelf.open() as db:
+        """A conversation with its shown branch."""
+        with self.database.open() as db:
             row = db.execute("SELECT * FROM conversation WHERE id = ?", (name,)).fetchone()
             return _conversation(row, _branch(db, name)) if row else None
 
     def version(self, name: str) -> int | None:
-        """Grows with everything that changes what a page shows, but for an answer's growing."""
-        with self.shelf.open() as db:
+        """A number that grows with each change of what a page shows, except the growth of an answer."""
+        with self.database.open() as db:
             row = db.execute("SELECT version FROM conversation WHERE id = ?", (name,)).fetchone()
             return row["version"] if row else None
 
     def answer(self, number: int) -> tuple[str, Answer] | None:
-        """An answer and the conversation it is of."""
-        with self.shelf.open() as db:
+        """An answer and the id of its conversation."""
+        with self.database.open() as db:
             row = db.execute(
                 "SELECT answer.*, conversation FROM answer JOIN turn ON turn.id = turn WHERE answer.id = ?",
                 (number,),
             ).fetchone()
             if row is None:
                 return None
-            same = db.execute(
-                "SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"])
-            )
-            return row["conversation"], _answer(row, tuple(one["id"] for one in same))
+            return row["conversation"], _answer(db, row)
 
     def ask(self, name: str, parent: int | None, content: str, settings: Settings) -> list[int]:
-        """A turn after another (None: the first); its running answers, one a side."""
-        with self.shelf.open() as db:
+        """Add a turn after another one (None: the first).
+
+        Returns the ids of its running answers, one a side.
+        """
+        with self.database.open() as db:
             after = _shown_answers(db, parent) if parent else []
-            return _ask(db, name, parent, json.dumps(after), content, settings)
+            return _add_turn(db, _Place(name, parent, json.dumps(after)), content, settings)
 
     def edit(self, name: str, turn: int, content: str, settings: Settings) -> list[int]:
-        """A turn in another's place; what followed the other one stays with it."""
-        with self.shelf.open() as db:
+        """Add a turn in another one's place, which keeps its own later turns.
+
+        Returns the ids of running answers.
+        """
+        with self.database.open() as db:
             old = db.execute(
                 "SELECT parent, after FROM turn WHERE id = ? AND conversation = ?", (turn, name)
             ).fetchone()
             if old is None:
                 raise KeyError(turn)
-            return _ask(db, name, old["parent"], old["after"], content, settings)
+            return _add_turn(db, _Place(name, old["parent"], old["after"]), content, settings)
 
-    def again(self, name: str, answer: Answer, settings: Settings) -> int:
-        """Another variant of an answer, by the same model."""
-        with self.shelf.open() as db:
+    def regenerate(self, name: str, answer: Answer, settings: Settings) -> int:
+        """Add another variant of an answer by the same model. Returns its id."""
+        with self.database.open() as db:
             _touch(db, name)
-            return _begin(db, answer.turn, answer.side, answer.model, settings)
+            return _add_answer(db, answer.turn, answer.side, answer.model, settings)
 
     def show(self, name: str, turn: int | None = None, answer: int | None = None) -> None:
-        """Put a variant on view."""
-        with self.shelf.open() as db:
+        """Show a variant of a turn, of an answer, or of both."""
+        with self.database.open() as db:
             if turn is not None:
                 db.execute(
                     "UPDATE turn SET shown = ? WHERE id = ? AND conversation = ?",
-                    (_next(db, "turn"), turn, name),
+                    (_next_shown(db, "turn"), turn, name),
                 )
             if answer is not None:
                 db.execute(
-                    "UPDATE answer SET shown = ? WHERE id = ? AND turn IN (SELECT id FROM turn WHERE conversation = ?)",
-                    (_next(db, "answer"), answer, name),
+                    "UPDATE answer SET shown = ? WHERE id = ? "
+                    "AND turn IN (SELECT id FROM turn WHERE conversation = ?)",
+                    (_next_shown(db, "answer"), answer, name),
                 )
             _touch(db, name)
 
     def save(
         self, number: int, thought: str, content: str, meter: Meter, state: str = "running", why: str = ""
     ) -> None:
-        """Add what was said since; with another state, the answer has ended."""
-        with self.shelf.open() as db:
+        """Append to an answer's thought and content; a state other than "running" ends it."""
+        with self.database.open() as db:
             db.execute(
-                "UPDATE answer SET thought = thought || ?, content = content || ?, meter = ?, state = ?, why = ? WHERE id = ?",
-                (thought, content, _text(meter), state, why, number),
+                "UPDATE answer SET thought = thought || ?, content = content || ?, "
+                "meter = ?, state = ?, why = ? WHERE id = ?",
+                (thought, content, _json(meter), state, why, number),
             )
-            if state != "running":
-                row = db.execute(
-                    "SELECT conversation FROM turn JOIN answer ON turn = turn.id WHERE answer.id = ?",
-                    (number,),
-                ).fetchone()
-                _touch(db, row["conversation"] if row else "")
+            if state == "running":
+                return
+            row = db.execute(
+                "SELECT conversation FROM turn JOIN answer ON turn = turn.id WHERE answer.id = ?", (number,)
+            ).fetchone()
+            _touch(db, row["conversation"] if row else "")
 
     def rename(self, name: str, title: str) -> None:
-        with self.shelf.open() as db:
+        """Change the title."""
+        with self.database.open() as db:
             db.execute("UPDATE conversation SET title = ?, version = version + 1 WHERE id = ?", (title, name))
 
     def delete(self, name: str) -> None:
-        with self.shelf.open() as db:
+        """Delete a conversation with all its turns and answers."""
+        with self.database.open() as db:
             db.execute("DELETE FROM conversation WHERE id = ?", (name,))
 
     def messages(self, number: int) -> list[Message]:
-        """What the model is to answer: its own side of the branch that leads to the answer. Thoughts of earlier turns
-        are left out, as R1 was trained."""
-        with self.shelf.open() as db:
-            here = db.execute("SELECT turn, side FROM answer WHERE id = ?", (number,)).fetchone()
-            turn = db.execute("SELECT * FROM turn WHERE id = ?", (here["turn"],)).fetchone()
-            said: list[Message] = [{"role": "user", "content": turn["content"]}]
+        """The prompt of an answer: its own side of the branch that leads to it.
+
+        Thoughts of earlier turns are left out, as in R1's training.
+        """
+        with self.database.open() as db:
+            answer = db.execute("SELECT turn, side FROM answer WHERE id = ?", (number,)).fetchone()
+            turn = _row(db, "turn", answer["turn"])
+            newest_first: list[Message] = [{"role": "user", "content": turn["content"]}]
             while turn["parent"] is not None:
-                after = json.loads(turn["after"])
-                mine = after[here["side"]] if here["side"] < len(after) else after[0]
-                content = db.execute("SELECT content FROM answer WHERE id = ?", (mine,)).fetchone()["content"]
-                turn = db.execute("SELECT * FROM turn WHERE id = ?", (turn["parent"],)).fetchone()
-                said = [
-                    {"role": "user", "content": turn["content"]},
-                    {"role": "assistant", "content": content},
-                    *said,
-                ]
-            return said
+                content = _row(db, "answer", _answer_before(turn, answer["side"]))["content"]
+                turn = _row(db, "turn", turn["parent"])
+                newest_first.append({"role": "assistant", "content": content})
+                newest_first.append({"role": "user", "content": turn["content"]})
+        return newest_first[::-1]
 
 
-def _ask(
-    db: sqlite3.Connection, name: str, parent: int | None, after: str, content: str, settings: Settings
-) -> list[int]:
+class _Place(NamedTuple):
+    """The place of a turn: conversation, previous turn, and the ids of the answers it follows as JSON."""
+
+    conversation: str
+    parent: int | None
+    after: str
+
+
+def _row(db: sqlite3.Connection, table: str, number: int) -> sqlite3.Row:
+    return db.execute(f"SELECT * FROM {table} WHERE id = ?", (number,)).fetchone()
+
+
+def _answer_before(turn: sqlite3.Row, side: int) -> int:
+    """The answer that a turn follows on one side; the first side's if there were fewer sides then."""
+    after = json.loads(turn["after"])
+    return after[side] if side < len(after) else after[0]
+
+
+def _add_turn(db: sqlite3.Connection, place: _Place, content: str, settings: Settings) -> list[int]:
+    """Insert a turn with a running answer of each model. The first turn's question becomes the title."""
     turn = db.execute(
         "INSERT INTO turn (conversation, parent, after, content, at, shown) VALUES (?, ?, ?, ?, ?, ?)",
-        (name, parent, after, content, time.time(), _next(db, "turn")),
+        (*place, content, time.time(), _next_shown(db, "turn")),
     ).lastrowid
-    title = " ".join(content.split())
     db.execute(
         "UPDATE conversation SET settings = ?, title = CASE title WHEN '' THEN ? ELSE title END WHERE id = ?",
-        (_text(settings), title if len(title) <= TITLE else title[: TITLE - 1] + "…", name),
+        (_json(settings), _title(content), place.conversation),
     )
-    _touch(db, name)
-    return [_begin(db, turn, side, model, settings) for side, model in enumerate(settings.models)]
+    _touch(db, place.conversation)
+    return [_add_answer(db, turn, side, model, settings) for side, model in enumerate(settings.models)]
 
 
-def _begin(db: sqlite3.Connection, turn: int, side: int, model: str, settings: Settings) -> int:
+def _title(content: str) -> str:
+    """A question as a title: on one line, cut at `MAX_TITLE` characters."""
+    title = " ".join(content.split())
+    return title if len(title) <= MAX_TITLE else title[: MAX_TITLE - 1] + "…"
+
+
+def _add_answer(db: sqlite3.Connection, turn: int, side: int, model: str, settings: Settings) -> int:
     return db.execute(
-        "INSERT INTO answer (turn, side, model, settings, state, at, shown) VALUES (?, ?, ?, ?, 'running', ?, ?)",
-        (turn, side, model, _text(settings), time.time(), _next(db, "answer")),
+        "INSERT INTO answer (turn, side, model, settings, state, at, shown) "
+        "VALUES (?, ?, ?, ?, 'running', ?, ?)",
+        (turn, side, model, _json(settings), time.time(), _next_shown(db, "answer")),
     ).lastrowid
 
 
 def _touch(db: sqlite3.Connection, name: str) -> None:
+    """Note a change of a conversation."""
     db.execute("UPDATE conversation SET changed = ?, version = version + 1 WHERE id = ?", (time.time(), name))
 
 
-def _next(db: sqlite3.Connection, table: str) -> int:
+def _next_shown(db: sqlite3.Connection, table: str) -> int:
+    """A number above all others in the column `shown`; the variant with the largest number is shown."""
     return db.execute(f"SELECT COALESCE(MAX(shown), 0) + 1 FROM {table}").fetchone()[0]
 
 
 def _shown_answers(db: sqlite3.Connection, turn: int) -> list[int]:
-    """Of each side the answer on view; SQLite takes the other columns from the row of the maximum."""
+    """The id of the shown answer of each side. SQLite takes the other columns from the row of the maximum."""
     rows = db.execute("SELECT id, MAX(shown) FROM answer WHERE turn = ? GROUP BY side ORDER BY side", (turn,))
     return [row["id"] for row in rows]
 
 
 def _branch(db: sqlite3.Connection, name: str) -> tuple[Turn, ...]:
-    """From the first turn on view to the last."""
+    """The shown turns, from the first to the last."""
     turns = db.execute("SELECT * FROM turn WHERE conversation = ? ORDER BY id", (name,)).fetchall()
-    found: list[Turn] = []
-    parent, after = None, "[]"
-    while rivals := [turn for turn in turns if turn["parent"] == parent and turn["after"] == after]:
-        turn = max(rivals, key=lambda one: one["shown"])
-        answers = tuple(_full(db, number) for number in _shown_answers(db, turn["id"]))
-        found.append(Turn(turn["id"], parent, turn["content"], answers, tuple(one["id"] for one in rivals)))
-        parent, after = turn["id"], json.dumps([answer.id for answer in answers])
-    return tuple(found)
-
-
-def _full(db: sqlite3.Connection, number: int) -> Answer:
-    row = db.execute("SELECT * FROM answer WHERE id = ?", (number,)).fetchone()
-    same = db.execute(
-        "SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"])
-    )
-    return _answer(row, tuple(one["id"] for one in same))
+    branch: list[Turn] = []
+    parent: int | None = None
+    after = "[]"
+    while True:
+        variants = [turn for turn in turns if turn["parent"] == parent and turn["after"] == after]
+        if not variants:
+            return tuple(branch)
+        shown = max(variants, key=lambda turn: turn["shown"])
+        answers = tuple(_answer(db, _row(db, "answer", number)) for number in _shown_answers(db, shown["id"]))
+        ids = tuple(turn["id"] for turn in variants)
+        branch.append(Turn(shown["id"], parent, shown["content"], answers, ids))
+        parent = shown["id"]
+        after = json.dumps([answer.id for answer in answers])
 
 
 def _conversation(row: sqlite3.Row, turns: tuple[Turn, ...] = ()) -> Conversation:
@@ -303,8 +340,10 @@ def _conversation(row: sqlite3.Row, turns: tuple[Turn, ...] = ()) -> Conversatio
     )
 
 
-def _answer(row: sqlite3.Row, variants: tuple[int, ...]) -> Answer:
-    meter = Meter(**json.loads(row["meter"]))
+def _answer(db: sqlite3.Connection, row: sqlite3.Row) -> Answer:
+    variants = db.execute(
+        "SELECT id FROM answer WHERE turn = ? AND side = ? ORDER BY id", (row["turn"], row["side"])
+    )
     return Answer(
         row["id"],
         row["turn"],
@@ -315,15 +354,15 @@ def _answer(row: sqlite3.Row, variants: tuple[int, ...]) -> Answer:
         row["why"],
         row["thought"],
         row["content"],
-        meter,
-        variants,
+        Meter(**json.loads(row["meter"])),
+        tuple(variant["id"] for variant in variants),
     )
 
 
 def _settings(text: str) -> Settings:
-    said = json.loads(text)
-    return Settings(tuple(said["models"]), said["temperature"], said["budget"])
+    values = json.loads(text)
+    return Settings(tuple(values["models"]), values["temperature"], values["budget"])
 
 
-def _text(thing: Any) -> str:
-    return json.dumps(vars(thing))
+def _json(values: Settings | Meter) -> str:
+    return json.dumps(vars(values))

@@ -1,7 +1,7 @@
-"""A run as a process of its own, which outlives the page that started it, and the server.
+"""Runs as processes of their own, which outlive the page that started them, and the server.
 
-Who is at work is asked of the run's lock, not of a list that we keep: so a run that somebody started at a terminal is
-seen, and paused, like any other; and after a restart nothing is forgotten.
+A run's state is read from its lock and its status file, not from a list in this process. So a run that was
+started at a terminal is shown and paused like any other, and a restarted server knows all runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,21 @@ from ..pipeline.graph import resolve_paths
 from ..pipeline.store import write
 from ..types import LimbeckError
 
-LOG, CHILD, START = "log.txt", ".child.json", ".start"
-LAST_WORDS, ENDING = ("waits", "paused"), 10.0  # who has said these is gone within so many seconds
+LOG = "log.txt"
+CHILD = ".child.json"
+START_LOCK = ".start"
+FINAL_STATES = ("waits", "paused")  # a process that has written one of these is about to end
+EXIT_TIMEOUT_SECONDS = 10.0  # seconds that such a process is given to end
+POLL_SECONDS = 0.05  # seconds between two looks at it
 COMMAND = [sys.executable, "-c", "from limbeck.cli import main; main()", "run"]
 
 
 @dataclass(frozen=True)
 class State:
-    """`State("failed", "stage zero: …", 1763822100.0)`: where a run stands, with the sentence that its command ended with.
+    """A run's state: `State("failed", "stage zero: …", 1763822100.0)`, with the last message of its command.
 
-    `name` is running, pausing, paused, waits (for people), finished, failed, or "" where nobody has said so far how it ended.
+    `name` is running, pausing, paused, waits (for people), finished, failed, or "" if no command has recorded
+    it. `since` is the Unix time of the last change.
     """
 
     name: str
@@ -42,81 +48,102 @@ class State:
 
     @property
     def alive(self) -> bool:
+        """True while the run's process works."""
         return self.name in ("running", "pausing")
 
 
-def start(recipe: Path, runs: Path, overrides: list[str] | tuple[str, ...] = (), auto: bool = False) -> Path:
-    """Carry a recipe out; returns the run's folder at once. A mistake in the recipe is told here; one that shows only
-    later is told by `state`."""
-    told = resolve_paths(load(recipe, overrides), recipe.parent)
-    folder = runs.resolve() / told.name
-    _begin(folder, dump(with_auto_curation(told) if auto else told), None)
+def start(recipe: Path, runs: Path, overrides: Sequence[str] = (), auto: bool = False) -> Path:
+    """Start a run of a recipe, and return its folder at once.
+
+    Raises LimbeckError for a mistake in the recipe, and if the run is at work. Later failures are in its
+    `state`.
+    """
+    settings = resolve_paths(load(recipe, list(overrides)), recipe.parent)
+    if auto:
+        settings = with_auto_curation(settings)
+    folder = runs.resolve() / settings.name
+    _start_process(folder, dump(settings))
     return folder
 
 
 def resume(folder: Path) -> None:
-    """Go on with a run that was paused, was killed, failed, or waited for people who have now reviewed."""
+    """Resume a run that was paused or killed, has failed, or waits for reviews. Raises LimbeckError."""
     if not (folder / "recipe.yaml").exists():
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
-    if run_status.at_work(folder) and run_status.status(folder).state in LAST_WORDS:
-        deadline = time.monotonic() + ENDING
-        while (
-            run_status.at_work(folder)
-            and run_status.status(folder).state in LAST_WORDS
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.05)
-        if run_status.at_work(folder):  # it has seen the reviews itself, and goes on
+    if _is_ending(folder):
+        _wait_for_exit(folder)
+        if run_status.at_work(folder):  # it has seen the reviews and continues
             return
-    _begin(folder, None, run_status.status(folder).right or _child(folder).get("right"))
+    right = run_status.status(folder).right or _child(folder).get("right")
+    _start_process(folder, right=right)
 
 
 def pause(folder: Path) -> None:
-    """Let the run checkpoint and stop, as Ctrl-C would. It takes as long as the step that is being taken."""
+    """Let the run write a checkpoint after its current step, and stop.
+
+    Raises LimbeckError if it is not at work.
+    """
     if not run_status.at_work(folder):
         raise LimbeckError(f"{folder}: nobody is at work on it, so there is nothing to pause")
     run_status.ask_to_pause(folder)
 
 
 def state(folder: Path) -> State:
-    """Where a run stands, whoever started it."""
-    working, told = run_status.at_work(folder), run_status.status(folder)
-    if working and told.state not in LAST_WORDS:
-        asked = told.state == "pausing" or (folder / run_status.PAUSE).exists()
-        return State("pausing" if asked else "running", "", told.since)
-    if told.state in ("running", "pausing"):
+    """A run's state, whoever has started it."""
+    at_work = run_status.at_work(folder)
+    status = run_status.status(folder)
+    if at_work and status.state not in FINAL_STATES:
+        pausing = status.state == "pausing" or (folder / run_status.PAUSE).exists()
+        return State("pausing" if pausing else "running", "", status.since)
+    if status.state in ("running", "pausing"):
         return State(
             "failed",
-            "its process ended without a word (killed, or the machine went down); it goes on from its last checkpoint",
-            told.since,
+            "its process ended without a word (killed, or the machine went down); "
+            "it goes on from its last checkpoint",
+            status.since,
         )
-    if told.state:
-        return State(told.state, told.sentence, told.since)
-    return _newborn(folder)
+    if status.state:
+        return State(status.state, status.sentence, status.since)
+    return _state_of_child(folder)
 
 
-def _newborn(folder: Path) -> State:
-    """A process that was started and has not yet come to the run: on its way, or ended with its last line."""
+def _state_of_child(folder: Path) -> State:
+    """The state of a run without a status: of its process, which is starting or has failed at its start."""
     child = _child(folder)
     if not child:
         return State("finished" if (folder / "summary.json").exists() else "")
-    if child["born"] and _born(child["pid"]) == child["born"]:
+    if child["born"] and _start_time(child["pid"]) == child["born"]:
         return State("running", "", child["since"])
     return State("failed", _last_line(folder / LOG), child["since"])
 
 
 def _child(folder: Path) -> dict[str, Any]:
-    """The process that was started last from here."""
+    """The record of the last process that was started from here; empty without one."""
     try:
         return json.loads((folder / CHILD).read_text())
     except FileNotFoundError:
         return {}
 
 
-def _begin(folder: Path, recipe: str | None, right: str | None) -> None:
-    """Start the command on the recipe in a run's folder; `recipe` is put there first."""
+def _is_ending(folder: Path) -> bool:
+    """True if the run's process is about to end."""
+    return run_status.at_work(folder) and run_status.status(folder).state in FINAL_STATES
+
+
+def _wait_for_exit(folder: Path) -> None:
+    """Wait until an ending process has ended or continues, for `EXIT_TIMEOUT_SECONDS` at most."""
+    deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
+    while _is_ending(folder) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _start_process(folder: Path, recipe: str | None = None, right: str | None = None) -> None:
+    """Start the command in a run's folder, with a new recipe if one is given.
+
+    Raises LimbeckError if it is at work.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / START), open(folder / LOG, "ab") as log:
+    with FileLock(folder / START_LOCK):
         if state(folder).alive:
             raise LimbeckError(
                 f"{folder} is being carried out already; pause it first, or give the recipe another name"
@@ -124,37 +151,55 @@ def _begin(folder: Path, recipe: str | None, right: str | None) -> None:
         if recipe:
             write(folder / "recipe.yaml", recipe)
         (folder / run_status.STATUS).unlink(missing_ok=True)
-        claim = ["--i-have-the-right", right] if right else []
-        child = subprocess.Popen(
-            [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent), *claim],
+        child = _spawn(folder, right)
+        record = {
+            "pid": child.pid,
+            "born": _start_time(child.pid),
+            "since": time.time(),
+            "right": right,
+        }
+        write(folder / CHILD, json.dumps(record))
+    threading.Thread(
+        target=child.wait, daemon=True
+    ).start()  # reaps the process, so it does not stay a zombie
+
+
+def _spawn(folder: Path, right: str | None) -> subprocess.Popen:
+    """The command on the recipe in a run's folder, in a session of its own; its output goes to the log."""
+    command = [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent)]
+    if right:
+        command += ["--i-have-the-right", right]
+    with open(folder / LOG, "ab") as log:
+        return subprocess.Popen(
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
             env={**os.environ, "CI": "1"},
         )
-        born = {"pid": child.pid, "born": _born(child.pid), "since": time.time(), "right": right}
-        write(folder / CHILD, json.dumps(born))
-    threading.Thread(target=child.wait, daemon=True).start()  # nobody is left a zombie
 
 
-def _born(pid: int) -> str | None:
-    """When a living process began, in the kernel's own count; a number that was used again began at another time."""
+def _start_time(pid: int) -> str | None:
+    """The start time of a living process in clock ticks. A later process of the same pid has another one."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return _listed(pid) if sys.platform != "linux" else None
+        return _start_time_by_ps(pid) if sys.platform != "linux" else None
+    fields = stat.rpartition(")")[2].split()  # the command's name, in parentheses, may contain spaces
+    is_dead = fields[0] in "ZX"
+    return None if is_dead else fields[19]
 
 
-def _listed(pid: int) -> str | None:
-    """The same where there is no /proc."""
-    shown = subprocess.run(
+def _start_time_by_ps(pid: int) -> str | None:
+    """The start time of a process on systems without /proc."""
+    listing = subprocess.run(
         ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
-    return shown.stdout.strip() or None
+    return listing.stdout.strip() or None
 
 
 def _last_line(path: Path) -> str:
+    """The last line of a log, without the program's name."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("limbeck: ") if lines else "it ended without a word"

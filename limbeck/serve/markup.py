@@ -1,7 +1,7 @@
-"""What a model wrote, as HTML that can do nothing: Markdown and LaTeX in, a short list of harmless tags out.
+"""Safe HTML of model output: Markdown and LaTeX are rendered, and only a short list of harmless tags passes.
 
-Model output is hostile until shown otherwise. Raw HTML is text, images are gone (a picture's address can carry a secret
-away), links say where they go and open nothing by themselves; what is left is cleaned once more at the very end.
+Model output is treated as hostile. Raw HTML is shown as text. Images are removed, because an image's address
+can leak data. Links tell browsers to pass no referrer. The result is sanitized once more at the end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import html
 import re
 from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import nh3
@@ -19,28 +20,33 @@ from markdown_it.rules_inline import StateInline
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 MATH_TAGS = {
-    "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt", "mroot", "mover",
-    "munder", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose", "semantics",
+    "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac", "msqrt",
+    "mroot", "mover", "munder", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded",
+    "mphantom", "menclose", "semantics",
 }  # fmt: skip
 TAGS = MATH_TAGS | {
-    "p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "h1", "h2", "h3", "h4", "h5", "h6",
-    "table", "thead", "tbody", "tr", "th", "td", "a", "span", "div",
+    "p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li",
+    "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "a", "span", "div",
 }  # fmt: skip
 ATTRIBUTES = {
-    "a": {"href", "title"}, "ol": {"start"}, "code": {"class"}, "span": {"class"}, "div": {"class"}, "math": {"display"},
-    "th": {"align"}, "td": {"align"}, "mo": {"stretchy", "fence", "form", "separator"}, "mspace": {"width"},
-    "mtable": {"columnalign"}, "mi": {"mathvariant"}, "mstyle": {"displaystyle", "scriptlevel"}, "mover": {"accent"},
-    "munder": {"accentunder"}, "mfrac": {"linethickness"},
+    "a": {"href", "title"}, "ol": {"start"}, "code": {"class"}, "span": {"class"}, "div": {"class"},
+    "th": {"align"}, "td": {"align"}, "math": {"display"}, "mo": {"stretchy", "fence", "form", "separator"},
+    "mspace": {"width"}, "mtable": {"columnalign"}, "mi": {"mathvariant"}, "mover": {"accent"},
+    "mstyle": {"displaystyle", "scriptlevel"}, "munder": {"accentunder"}, "mfrac": {"linethickness"},
 }  # fmt: skip
-FACTOR_ENDS, FACTOR_BEGINS = re.compile(r"[0-9A-Za-z)]"), re.compile(r"[0-9A-Za-z(]")
-LONGEST_FORMULA = 2000  # characters; beyond it a formula is shown as it was written
+FACTOR_END = re.compile(r"[0-9A-Za-z)]")
+FACTOR_BEGIN = re.compile(r"[0-9A-Za-z(]")
+FENCES = ("```", "~~~")
+BRACKETS = {"\\(": "$", "\\)": "$", "\\[": "$$", "\\]": "$$"}
+MAX_FORMULA = 2000  # characters; a longer formula is shown as code
+MAX_BRACES = 200  # opening braces; a formula with more is shown as code
 
 
 def to_html(text: str) -> str:
     """Safe HTML of Markdown with LaTeX between dollars or in \\( \\) and \\[ \\]."""
-    dirty = _markdown().render(_bracketed(text))
+    rendered = _markdown().render(_brackets_to_dollars(text))
     return nh3.clean(
-        dirty,
+        rendered,
         tags=TAGS,
         attributes=ATTRIBUTES,
         url_schemes={"http", "https", "mailto"},
@@ -48,67 +54,86 @@ def to_html(text: str) -> str:
     )
 
 
-def finished(text: str) -> int:
-    """How many characters, from the beginning, are blocks that nothing written later can change.
+def finished_length(text: str) -> int:
+    """The number of characters, from the beginning, in blocks that later text cannot change.
 
-    A blank line ends a block, unless a code fence or a displayed formula is open or an indented list may go on.
+    A blank line ends a block, unless a code fence or a displayed formula is open or an indented list may go
+    on.
     """
-    end, fence, math = 0, "", False
+    length = 0
     position = 0
+    fence = ""
+    in_math = False
     lines = text.split("\n")
-    for number, line in enumerate(lines[:-1]):
+    for line, following in pairwise(lines):
         bare = line.strip()
         position += len(line) + 1
-        if fence:
-            fence = "" if bare.startswith(fence) and not bare.strip(fence[0]) else fence
-        elif bare.startswith(("```", "~~~")):
-            fence = bare[: len(bare) - len(bare.lstrip(bare[0]))]
-        elif bare.count("$$") % 2 or (bare.startswith("\\[")) != (bare.endswith("\\]")):
-            math = not math
-        elif not bare and not math and lines[number + 1] and not lines[number + 1][0].isspace():
-            end = position
-    return end
+        in_code = bool(fence)
+        fence = fence_after(fence, line)
+        if in_code or fence:
+            continue
+        if _toggles_math(bare):
+            in_math = not in_math
+        elif not bare and not in_math and following and not following[0].isspace():
+            length = position
+    return length
+
+
+def fence_after(fence: str, line: str) -> str:
+    """The code fence that is open after a line, given the one before it; empty outside code."""
+    bare = line.strip()
+    if fence:
+        closes = bare.startswith(fence) and not bare.strip(fence[0])
+        return "" if closes else fence
+    if bare.startswith(FENCES):
+        return bare[: len(bare) - len(bare.lstrip(bare[0]))]
+    return ""
+
+
+def _toggles_math(bare: str) -> bool:
+    """True if a line opens or closes a displayed formula and does not do both."""
+    opens = bare.startswith("\\[")
+    closes = bare.endswith("\\]")
+    return bool(bare.count("$$") % 2) or opens != closes
 
 
 @cache
 def _markdown() -> MarkdownIt:
-    reader = (
-        MarkdownIt("commonmark", {"html": False, "maxNesting": 20})
-        .enable(["table", "strikethrough"])
-        .disable("image")
-    )
-    reader.inline.ruler.before("emphasis", "times", _times)
-    return reader.use(dollarmath_plugin, allow_digits=False, double_inline=True, renderer=_formula)
+    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 20})
+    parser.enable(["table", "strikethrough"])
+    parser.disable("image")
+    parser.inline.ruler.before("emphasis", "times", _times)
+    return parser.use(dollarmath_plugin, allow_digits=False, double_inline=True, renderer=_formula)
 
 
 def _times(state: StateInline, silent: bool) -> bool:
-    """A lone star between two numbers or names multiplies them: `2*3*4` loses no sign."""
-    before, here, after = (
-        state.src[max(state.pos - 1, 0) : state.pos],
-        state.src[state.pos],
-        state.src[state.pos + 1 : state.pos + 2],
-    )
-    if here != "*" or not FACTOR_ENDS.match(before) or not FACTOR_BEGINS.match(after):
+    """An inline rule: a single star between two factors multiplies them, so `2*3*4` keeps its stars."""
+    position = state.pos
+    if state.src[position] != "*":
+        return False
+    before = state.src[max(position - 1, 0) : position]
+    after = state.src[position + 1 : position + 2]
+    if not FACTOR_END.match(before) or not FACTOR_BEGIN.match(after):
         return False
     if not silent:
-        state.pending += here
+        state.pending += "*"
     state.pos += 1
     return True
 
 
-def _bracketed(text: str) -> str:
-    """LaTeX's own brackets as dollars, outside code."""
-    pieces = text.split("```")
-    for i in range(0, len(pieces), 2):
-        for mark, dollars in (("\\(", "$"), ("\\)", "$"), ("\\[", "$$"), ("\\]", "$$")):
-            pieces[i] = pieces[i].replace(mark, dollars)
-    return "```".join(pieces)
+def _brackets_to_dollars(text: str) -> str:
+    """LaTeX's brackets as dollars, outside of fenced code."""
+    parts = text.split("```")
+    for i in range(0, len(parts), 2):
+        for bracket, dollars in BRACKETS.items():
+            parts[i] = parts[i].replace(bracket, dollars)
+    return "```".join(parts)
 
 
 def _formula(source: str, options: dict[str, Any]) -> str:
-    """MathML, which browsers draw by themselves; what cannot be read is shown as written."""
+    """A formula as MathML; as code if it is too long or cannot be parsed."""
     display = "block" if options.get("display_mode") else "inline"
-    if len(source) <= LONGEST_FORMULA and source.count("{") < 200:
-        with suppress(Exception):  # model output: whatever the reader stumbles over is not ours to mend
+    if len(source) <= MAX_FORMULA and source.count("{") < MAX_BRACES:
+        with suppress(Exception):  # the parser raises errors of many types on malformed LaTeX
             return convert(source, display=display)
     return f"<code>{html.escape(source)}</code>"

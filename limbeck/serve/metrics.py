@@ -1,26 +1,24 @@
-"""What Prometheus asks for: who was answered, how fast, and who waits."""
+"""Prometheus metrics of the server: requests, tokens, latencies and the load of each model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
 from ..engine.request import Answer
+from .types import ServedModel, Usage
 
-if TYPE_CHECKING:
-    from .service import Served, Usage
-
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 
 
 class Metrics:
-    """Counted where answers end; numbers of this moment are read when somebody asks."""
+    """Counters that grow when a request ends, and gauges that are read at each scrape."""
 
-    def __init__(self, served: Callable[[], list[Served]]):
-        self.served, self.registry = served, CollectorRegistry()
+    def __init__(self, models: Sequence[ServedModel]):
+        self.models = list(models)
+        self.registry = CollectorRegistry()
         self.requests = Counter(
             "limbeck_requests", "Answers by how they ended", ["model", "end"], registry=self.registry
         )
@@ -30,43 +28,33 @@ class Metrics:
             ["model", "kind"],
             registry=self.registry,
         )
-        self.first = Histogram(
-            "limbeck_first_token_seconds",
-            "Until the first token",
-            ["model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.whole = Histogram(
-            "limbeck_answer_seconds",
-            "Until the last token",
-            ["model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
+        self.first = self._latency("limbeck_first_token_seconds", "Until the first token")
+        self.whole = self._latency("limbeck_answer_seconds", "Until the last token")
         self.registry.register(self)
 
+    def _latency(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ["model"], buckets=LATENCY_BUCKETS, registry=self.registry)
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Rows that speak and requests in line, of each model."""
-        kinds = {
-            "limbeck_rows_busy": ("Rows that speak or are about to", lambda one: one.busy),
-            "limbeck_rows": ("Rows there are", lambda one: one.rows),
-            "limbeck_requests_waiting": ("Requests in line", lambda one: one.waiting),
-            "limbeck_steps_seconds": (
-                "Seconds spent in steps of decoding",
-                lambda one: one.scheduler.seconds,
-            ),
-            "limbeck_steps": ("Steps of decoding", lambda one: one.scheduler.steps),
-            "limbeck_failures": ("Batches that failed", lambda one: one.scheduler.failures),
-        }
-        for name, (text, number) in kinds.items():
+        """The gauges of every model; Prometheus's registry calls this at each scrape."""
+        names = [model.name for model in self.models]
+        schedulers = [model.scheduler for model in self.models]
+        gauges = [
+            ("limbeck_rows_busy", "Rows that speak or are about to", [model.busy for model in self.models]),
+            ("limbeck_rows", "Rows there are", [model.rows for model in self.models]),
+            ("limbeck_requests_waiting", "Requests in line", [model.waiting for model in self.models]),
+            ("limbeck_steps_seconds", "Seconds spent in steps of decoding", [s.seconds for s in schedulers]),
+            ("limbeck_steps", "Steps of decoding", [s.steps for s in schedulers]),
+            ("limbeck_failures", "Batches that failed", [s.failures for s in schedulers]),
+        ]
+        for name, text, values in gauges:
             family = GaugeMetricFamily(name, text, labels=["model"])
-            for one in self.served():
-                family.add_metric([one.name], number(one))
+            for model, value in zip(names, values, strict=True):
+                family.add_metric([model], value)
             yield family
 
-    def ended(self, served: Served, answer: Answer, usage: Usage, end: str) -> None:
-        """Count one answer; `end` is "stop", "length", "left" or "failed"."""
+    def ended(self, served: ServedModel, output: Answer, usage: Usage, end: str) -> None:
+        """Count one request; `end` is "stop", "length", "left" (the client disconnected) or "failed"."""
         name = served.name
         self.requests.labels(name, end).inc()
         counts = {
@@ -77,12 +65,14 @@ class Metrics:
         }
         for kind, count in counts.items():
             self.tokens.labels(name, kind).inc(count)
-        if answer.first:
+        if output.first:
             self.first.labels(name).observe(usage.seconds_to_first)
             self.whole.labels(name).observe(usage.seconds)
 
     def refused(self, model: str) -> None:
+        """Count one request that the full queue refused."""
         self.requests.labels(model, "refused").inc()
 
     def text(self) -> bytes:
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Models by name: a directory, a pulled name, a GGUF file, an artifact, or a run, whose last model it is then."""
+"""Models by name: a directory, a pulled name, a GGUF file, an artifact, or the last model of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,11 +19,24 @@ from ..pipeline.provenance.lineage import INDEX, find_artifact
 from ..runtime.machine import usable_cores, usable_memory
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
-from .service import Price, Served, Service
+from .service import Service
+from .types import Price, ServedModel
 
-SHARE = 0.4  # of the memory that is left, for what rows keep of their tokens
-PREFIX_SHARE = 0.1  # and for what is remembered of texts that were read
-LAST = "r1"  # the model that a recipe leads to
+KV_SHARE = 0.4  # of the free memory, for the KV cache
+PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
+FINAL_STAGE = "r1"  # the stage whose model a recipe leads to
+
+# Directories of unpacked GGUF files, held until the process ends: each is removed with its object.
+_UNPACKED: list[tempfile.TemporaryDirectory] = []
+
+
+@dataclass(frozen=True)
+class _SchedulerLimits:
+    """Limits of each model: sequences at once, queued requests, and default tokens of a completion."""
+
+    rows: int
+    waiting: int
+    max_tokens: int
 
 
 def open_service(
@@ -31,66 +45,85 @@ def open_service(
     prices: Sequence[str] = (),
     rows: int = 64,
     waiting: int = 256,
-    longest: int = 2048,
+    max_tokens: int = 2048,
     threads: int = 0,
 ) -> Service:
-    """The models, each `[NAME=]MODEL`, read into memory by a thread that ends with that: see `EngineThread` for why."""
+    """A service over models, each `[NAME=]MODEL`, loaded by a thread that ends afterwards.
+
+    `EngineThread` has the reason for that thread.
+
+    Raises LimbeckError for a name that is no model, two models of one name, or a malformed price.
+    """
     torch.set_num_threads(threads or max(1, int(usable_cores())))
-    with ThreadPoolExecutor(1) as reader:
-        return reader.submit(_open, names, runs, prices, rows, waiting, longest).result()
+    limits = _SchedulerLimits(rows, waiting, max_tokens)
+    with ThreadPoolExecutor(1) as loader:
+        return loader.submit(_load_service, names, runs, prices, limits).result()
 
 
-def _open(
-    names: Sequence[str], runs: Path, prices: Sequence[str], rows: int, waiting: int, longest: int
+def _load_service(
+    names: Sequence[str], runs: Path, prices: Sequence[str], limits: _SchedulerLimits
 ) -> Service:
-    places = named(names, runs)
-    priced, served = price_list(prices, list(places)), []
-    for name, folder in places.items():
-        tokenizer, model = Tokenizer.from_directory(folder), weights.load(folder)
-        config = model.config
-        left = usable_memory() / (len(places) - len(served))
-        kept = config.kv_bytes_per_token(4)
-        scheduler = Scheduler(
-            model, tokenizer, rows, waiting, int(SHARE * left / kept), int(PREFIX_SHARE * left), _ends(folder)
-        )
-        _warm(scheduler)
-        served.append(Served(name, folder, scheduler, priced.get(name), longest))
+    """Load the models one after the other; each takes an equal share of the memory that is free."""
+    folders = named(names, runs)
+    priced = price_list(prices, list(folders))
+    served: list[ServedModel] = []
+    for name, folder in folders.items():
+        scheduler = _load_scheduler(folder, len(folders) - len(served), limits)
+        served.append(ServedModel(name, folder, scheduler, priced.get(name), limits.max_tokens))
     return Service(served)
 
 
+def _load_scheduler(folder: Path, remaining: int, limits: _SchedulerLimits) -> Scheduler:
+    """A model's scheduler, warmed up. `remaining` models, this one included, share the free memory."""
+    tokenizer = Tokenizer.from_directory(folder)
+    model = weights.load(folder)
+    memory = usable_memory() / remaining  # what is free once the weights are loaded
+    bytes_per_token = model.config.kv_bytes_per_token(4)
+    scheduler = Scheduler(
+        model,
+        tokenizer,
+        limits.rows,
+        limits.waiting,
+        int(KV_SHARE * memory / bytes_per_token),
+        int(PREFIX_SHARE * memory),
+        _stop_token_ids(folder),
+    )
+    _warm_up(scheduler)
+    return scheduler
+
+
 def named(names: Sequence[str], runs: Path) -> dict[str, Path]:
-    """Where each of them lies, under the name that it is asked for by."""
-    places: dict[str, Path] = {}
-    for asked in names:
-        given, equals, rest = asked.partition("=")
-        name, folder = find(rest if equals else asked, runs)
-        name = given if equals else name
-        if name in places:
-            raise LimbeckError(f"two models would go by the name {name}; say NAME={rest or asked}")
-        places[name] = folder
-    return places
+    """Served names and the directories of their models. Raises LimbeckError for two models of one name."""
+    folders: dict[str, Path] = {}
+    for text in names:
+        alias, equals, model = text.partition("=")
+        name, folder = find(model if equals else text, runs)
+        if equals:
+            name = alias
+        if name in folders:
+            raise LimbeckError(f"two models would go by the name {name}; say NAME={model or text}")
+        folders[name] = folder
+    return folders
 
 
 def find(name: str, runs: Path) -> tuple[str, Path]:
-    """What a model is called if nothing else is said, and its directory. Raises LimbeckError for what is no model, and
-    for what is a run and a model."""
+    """A model's default served name and its directory.
+
+    Raises LimbeckError for a name of no model, and for a name of both a run and a model.
+    """
     path = Path(name)
     for run in (path, runs / name):
         if (run / INDEX).is_file():
-            if run != path and (twin := Path("models") / name).is_dir():
+            twin = Path("models") / name
+            if run != path and twin.is_dir():
                 raise LimbeckError(f"{name} is a run and a model; say {run} or {twin}")
-            return _last_of(run)
-    try:
-        folder = find_model(name, Path())
-    except LimbeckError:
-        if not (runs / "store").is_dir():
-            raise
-        artifact, _ = find_artifact(name, runs)
-        folder = artifact.folder
-        path = Path(artifact.manifest["stage"])
+            return _last_model(run)
+    path, folder = _find_folder(name, runs)
     if folder.is_file():
-        return folder.stem, _unpacked(folder)
-    directory = folder / "model" if (folder / "model").is_dir() else folder
+        return folder.stem, _unpack(folder)
+    directory = folder / "model"
+    if not directory.is_dir():
+        directory = folder
     if not (directory / "config.json").is_file():
         raise LimbeckError(
             f"{folder} holds no model: it has no config.json; name a model's directory, an artifact or a run"
@@ -98,62 +131,84 @@ def find(name: str, runs: Path) -> tuple[str, Path]:
     return path.name or folder.resolve().name, directory
 
 
-def _last_of(run: Path) -> tuple[str, Path]:
-    """The model that a run has led to so far; one that was merely loaded where none has learned yet."""
-    stages = json.loads((run / INDEX).read_text(encoding="utf-8"))
-    folders = {
-        stage: run.resolve().parent / "store" / artifact / "model" for stage, artifact in stages.items()
-    }
+def _find_folder(name: str, runs: Path) -> tuple[Path, Path]:
+    """The path that names a model, and its directory or file; an artifact is named by its stage."""
+    try:
+        return Path(name), find_model(name, Path())
+    except LimbeckError:
+        if not (runs / "store").is_dir():
+            raise
+    artifact, _ = find_artifact(name, runs)
+    return Path(artifact.manifest["stage"]), artifact.folder
+
+
+def _last_model(run: Path) -> tuple[str, Path]:
+    """The stage and directory of a run's last trained model, or of its last loaded one if none is trained."""
+    artifacts = json.loads((run / INDEX).read_text(encoding="utf-8"))
+    store = run.resolve().parent / "store"
+    folders = {stage: store / artifact / "model" for stage, artifact in artifacts.items()}
     models = [stage for stage, folder in folders.items() if (folder / "config.json").is_file()]
     if not models:
         raise LimbeckError(f"{run} has no model yet; `limbeck status {run}` says how far it is")
-    learned = [stage for stage in models if not stages[stage].startswith("load-")]
-    stage = LAST if LAST in models else (learned or models)[-1]
+    trained = [stage for stage in models if not artifacts[stage].startswith("load-")]
+    stage = FINAL_STAGE
+    if stage not in models:
+        stage = (trained or models)[-1]
     return stage, folders[stage]
 
 
-def _unpacked(file: Path) -> Path:
-    """A GGUF file as a directory, for as long as this process lives."""
+def _unpack(file: Path) -> Path:
+    """A GGUF file as a directory that exists until the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="limbeck-gguf-")
-    _KEPT.append(folder)
-    gguf.read(file, Path(folder.name) / "model")
-    return Path(folder.name) / "model"
+    _UNPACKED.append(folder)
+    directory = Path(folder.name) / "model"
+    gguf.read(file, directory)
+    return directory
 
 
-_KEPT: list[tempfile.TemporaryDirectory] = []
-
-
-def _ends(folder: Path) -> tuple[int, ...]:
-    """Further tokens that end a turn: some families have several."""
+def _stop_token_ids(folder: Path) -> tuple[int, ...]:
+    """Further tokens that end a turn, from `generation_config.json`; some model families have several."""
     path = folder / "generation_config.json"
-    told = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    return tuple(told) if isinstance(told, list) else ()
+    if not path.exists():
+        return ()
+    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else ()
 
 
-def _warm(scheduler: Scheduler) -> None:
-    """Make the kernels and touch every weight before the first request does."""
+def _warm_up(scheduler: Scheduler) -> None:
+    """Compile the kernels and touch every weight before the first request."""
+    prompt = scheduler.tokenizer.response("")
     with torch.inference_mode():
-        answer = scheduler.submit(Request(scheduler.tokenizer.response(""), 1.0, 1.0, 2))
-        while not answer.done:
+        output = scheduler.submit(Request(prompt, 1.0, 1.0, 2))
+        while not output.done:
             scheduler.round()
-    if answer.error:
-        raise answer.error
+    if output.error:
+        raise output.error
 
 
 def price_list(prices: Sequence[str], names: Sequence[str]) -> dict[str, Price]:
-    """`[NAME=]READ/SAID` per million tokens; without a name, of every model."""
+    """Prices by model, from `[NAME=]READ/SAID` per million tokens; one without a name is every model's.
+
+    Raises LimbeckError for a malformed price, and for a name that is not served.
+    """
     priced: dict[str, Price] = {}
     for text in prices:
         name, equals, rest = text.partition("=")
         try:
-            read, said = (float(part) for part in (rest if equals else text).split("/"))
-            if min(read, said) < 0:
-                raise ValueError
+            price = _parse_price(rest if equals else text)
         except ValueError:
             raise LimbeckError(
                 f"--price {text}: say READ/SAID per million tokens, for instance 0.15/0.60"
             ) from None
         if equals and name not in names:
             raise LimbeckError(f"--price {text}: no model {name} is served; there are {', '.join(names)}")
-        priced |= dict.fromkeys([name] if equals else names, Price(read, said))
+        priced |= dict.fromkeys([name] if equals else names, price)
     return priced
+
+
+def _parse_price(text: str) -> Price:
+    """`0.15/0.60` as a price; raises ValueError for anything but two numbers that are not negative."""
+    prompt, completion = (float(part) for part in text.split("/"))
+    if min(prompt, completion) < 0:
+        raise ValueError(text)
+    return Price(prompt, completion)

@@ -1,4 +1,4 @@
-"""Pages: templates, the two languages, and what every page shares."""
+"""HTML pages: templates, phrases in two languages, and the values that every page shares."""
 
 from __future__ import annotations
 
@@ -15,64 +15,73 @@ from markupsafe import Markup
 
 from .markup import to_html
 
-ROOM = Path(__file__).parent
+FOLDER = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 THEMES = ("auto", "light", "dark")
+LANGUAGE_SECONDS = 365 * 86400  # seconds that the cookie of a chosen language lasts
 
 
 @cache
-def words() -> dict[str, dict[str, str]]:
-    """`"chat.send" -> {"en": "Send", "zh": "发送"}`, from every file in `words/`: the file's name is the first part."""
-    return {
-        f"{path.stem}.{key}": dict(zip(LANGUAGES, said, strict=True))
-        for path in sorted((ROOM / "words").glob("*.yaml"))
-        for key, said in yaml.safe_load(path.read_text(encoding="utf-8")).items()
-    }
+def phrases() -> dict[str, dict[str, str]]:
+    """All phrases: `"chat.send" -> {"en": "Send", "zh": "发送"}`.
+
+    They come from the files in `words/`; a key begins with its file's name.
+    """
+    table: dict[str, dict[str, str]] = {}
+    for path in sorted((FOLDER / "words").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, translations in content.items():
+            table[f"{path.stem}.{key}"] = dict(zip(LANGUAGES, translations, strict=True))
+    return table
 
 
 def say(language: str, key: str, **values: Any) -> str:
-    """One phrase in one language; `{name}` in it is filled. Unknown keys raise KeyError: a page never shows a gap."""
-    phrase = words()[key][language]
+    """A phrase in one language, with `{name}` replaced by its value. Raises KeyError for an unknown key."""
+    phrase = phrases()[key][language]
     return phrase.format(**values) if values else phrase
 
 
 def language_of(request: Request) -> str:
-    """`?lang=zh` first, then the browser's cookie, then what the browser prefers, then English."""
-    wished = request.query_params.get("lang") or request.cookies.get("lang")
-    if wished in LANGUAGES:
-        return wished
+    """The language of `?lang=zh`, else of the cookie, else the browser's preference, else English."""
+    chosen = request.query_params.get("lang") or request.cookies.get("lang")
+    if chosen in LANGUAGES:
+        return chosen
     preferred = request.headers.get("accept-language", "")[:2].lower()
     return preferred if preferred in LANGUAGES else "en"
 
 
+def is_fragment(request: Request) -> bool:
+    """True if htmx asks for a part of a page, False if the browser asks for a whole page."""
+    return "hx-request" in request.headers
+
+
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """An HTML answer. Templates get `t` (phrases), `lang`, `person`, `path`, `static` and the values."""
+    """An HTML response.
+
+    Templates get `t` (phrases), `lang`, `person`, `path`, `static`, `theme` and the values.
+    """
     language = language_of(request)
     theme = request.cookies.get("theme")
-    page = (
-        _templates()
-        .get_template(template)
-        .render(
-            t=partial(say, language),
-            lang=language,
-            person=request.scope.get("person"),
-            path=request.url.path,
-            static=_static,
-            theme=theme if theme in THEMES else "auto",
-            fragment="hx-request" in request.headers,
-            **values,
-        )
-    )
-    answer = HTMLResponse(page, status)
+    shared = {
+        "t": partial(say, language),
+        "lang": language,
+        "person": request.scope.get("person"),
+        "path": request.url.path,
+        "static": _static_address,
+        "theme": theme if theme in THEMES else "auto",
+        "fragment": is_fragment(request),
+    }
+    page = _templates().get_template(template).render(**shared, **values)
+    response = HTMLResponse(page, status)
     if request.query_params.get("lang") == language:
-        answer.set_cookie("lang", language, max_age=365 * 86400, samesite="strict")
-    return answer
+        response.set_cookie("lang", language, max_age=LANGUAGE_SECONDS, samesite="strict")
+    return response
 
 
 @cache
 def _templates() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(ROOM / "templates"),
+        loader=FileSystemLoader(FOLDER / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -83,6 +92,10 @@ def _templates() -> Environment:
 
 
 @cache
-def _static(name: str) -> str:
-    """Where a file of `static/` is to be had; the address changes with its bytes, so that it can be cached for good."""
-    return f"/static/{name}?v={hashlib.sha256((ROOM / 'static' / name).read_bytes()).hexdigest()[:12]}"
+def _static_address(name: str) -> str:
+    """The address of a file in `static/`.
+
+    It contains the content's hash, so browsers may cache it for good.
+    """
+    content = (FOLDER / "static" / name).read_bytes()
+    return f"/static/{name}?v={hashlib.sha256(content).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""What the arena asks: the held-out problems of runs' recipes, and JSONL files that people bring, with or without answers."""
+"""Prompt sets of the arena: held-out problems of runs' recipes, and uploaded JSONL files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..config.load import load
 from ..tasks.files import QUESTIONS, language_of, read_table
@@ -14,104 +15,130 @@ from ..text.tokenizer import split_thought
 from ..types import LimbeckError, Problem
 from .votes import Answer
 
-SAVED = " (saved)"  # after the name of a file whose answers take part
+SAVED_SUFFIX = " (saved)"  # marks a file whose saved answers take part as if a model gave them
+MAX_NAME_CHARACTERS = 60  # characters of an uploaded file's name
 
 
 class Questions:
-    """Sets of prompts by name: `RUN/PROBLEMS` for those of a recipe, `NAME.jsonl` for files in the studio's folder."""
+    """Prompt sets by name: `RUN/PROBLEMS` from a recipe, `NAME.jsonl` from the studio's folder."""
 
     def __init__(self, runs: Path, folder: Path):
-        self.runs, self.folder = runs, folder
+        self.runs = runs
+        self.folder = folder
 
     def names(self) -> list[str]:
-        files = [path.name for path in sorted(self.folder.glob("*.jsonl"))]
-        return [
-            *files,
-            *(
-                f"{path.parent.name}/{name}"
-                for path in sorted(self.runs.glob("*/recipe.yaml"))
-                for name in _problems(path, _stamp(path))
-            ),
-        ]
+        """Names of all sets: uploaded files first, then the problems of each run."""
+        names = [path.name for path in self._files()]
+        for path in sorted(self.runs.glob("*/recipe.yaml")):
+            names += [f"{path.parent.name}/{problems}" for problems in _problem_names(path, _mtime(path))]
+        return names
 
     def open(self, name: str) -> tuple[Problem, ...]:
-        """The prompts of a set; LimbeckError where there is none of that name, or it cannot be read."""
+        """The prompts of a set. Raises LimbeckError for an unknown name or an unreadable file."""
         if name not in self.names():
             raise LimbeckError(f"there is no set of prompts named {name}")
         run, _, problems = name.rpartition("/")
-        path = self.runs / run / "recipe.yaml" if run else self.folder / name
-        return _held_out(path, problems, _stamp(path)) if run else _prompts(path, _stamp(path))
+        if run:
+            path = self.runs / run / "recipe.yaml"
+            return _held_out_problems(path, problems, _mtime(path))
+        path = self.folder / name
+        return _file_problems(path, _mtime(path))
 
     def saved(self) -> dict[str, Mapping[str, Answer]]:
-        """Answers by prompt of each file that has any, under the name that they fight by."""
-        found = {
-            f"{path.stem}{SAVED}": _answers(path, _stamp(path))
-            for path in sorted(self.folder.glob("*.jsonl"))
-        }
-        return {name: answers for name, answers in found.items() if answers}
+        """Saved answers by prompt, for each file that has any, under its name as a contestant."""
+        saved: dict[str, Mapping[str, Answer]] = {}
+        for path in self._files():
+            answers = _saved_answers(path, _mtime(path))
+            if answers:
+                saved[f"{path.stem}{SAVED_SUFFIX}"] = answers
+        return saved
 
     def add(self, name: str, content: bytes) -> str:
-        """Keep a JSONL file of rows with `prompt`, and `completion` where it brings answers; all of it or nothing."""
-        stem = re.sub(r"[^\w-]+", "-", Path(name).stem).strip("-")[:60]
-        kept = f"{stem or 'prompts'}.jsonl"
+        """Store an uploaded JSONL file. Returns its name.
+
+        Its rows have `prompt` and, for a saved answer, `completion`.
+
+        Raises LimbeckError for a file without rows and for a row without a prompt; nothing is stored then.
+        """
+        stem = re.sub(r"[^\w-]+", "-", Path(name).stem).strip("-")[:MAX_NAME_CHARACTERS]
+        file_name = f"{stem or 'prompts'}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{kept}.part"
+        part = self.folder / f"{file_name}.part"
         part.write_bytes(content)
         try:
-            if not _prompts(part, _stamp(part)):
+            if not _file_problems(part, _mtime(part)):
                 raise LimbeckError("the file has no rows; give it one prompt a line")
         except LimbeckError as error:
             part.unlink()
             raise LimbeckError(str(error).replace(str(part), name)) from None
-        part.replace(self.folder / kept)
-        return kept
+        part.replace(self.folder / file_name)
+        return file_name
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))
 
 
-def _stamp(path: Path) -> int:
+def _mtime(path: Path) -> int:
+    """The time of a file's last change in nanoseconds; part of a cache's key."""
     return path.stat().st_mtime_ns
 
 
 @lru_cache(128)
-def _problems(recipe: Path, stamp: int) -> tuple[str, ...]:
+def _problem_names(recipe: Path, mtime: int) -> tuple[str, ...]:
+    """Names of a recipe's problems; none for a recipe of another version, whose tasks cannot be opened."""
     try:
         return tuple(load(recipe).problems)
-    except LimbeckError:  # of another version: its run can be looked at, its problems cannot be asked
+    except LimbeckError:
         return ()
 
 
 @lru_cache(16)
-def _held_out(recipe: Path, name: str, stamp: int) -> tuple[Problem, ...]:
-    return tuple(open_task(name, load(recipe).problems[name], recipe.parent).problems("test"))
+def _held_out_problems(recipe: Path, name: str, mtime: int) -> tuple[Problem, ...]:
+    settings = load(recipe).problems[name]
+    task = open_task(name, settings, recipe.parent)
+    return tuple(task.problems("test"))
 
 
 @lru_cache(16)
-def _prompts(path: Path, stamp: int) -> tuple[Problem, ...]:
-    return tuple(_problem(path, number, prompt) for number, prompt, _ in _rows(path))
+def _file_problems(path: Path, mtime: int) -> tuple[Problem, ...]:
+    return tuple(_problem(path, line, prompt) for line, prompt, _ in _rows(path))
 
 
 @lru_cache(16)
-def _answers(path: Path, stamp: int) -> Mapping[str, Answer]:
-    told = {prompt: split_thought(said) for _, prompt, said in _rows(path) if said}
-    return {prompt: Answer(thought.answer, thought.thought) for prompt, thought in told.items()}
+def _saved_answers(path: Path, mtime: int) -> Mapping[str, Answer]:
+    """Answers by prompt; of several to one prompt, the last."""
+    answers: dict[str, Answer] = {}
+    for _, prompt, completion in _rows(path):
+        if completion:
+            parts = split_thought(completion)
+            answers[prompt] = Answer(parts.answer, parts.thought)
+    return answers
 
 
 def _rows(path: Path) -> list[tuple[int, str, str]]:
-    """Line, prompt and completion of each row; a row without a prompt is an error that names it."""
-    found = []
-    for number, row in read_table(path):
-        prompt = next(
-            (row[name] for name in QUESTIONS if isinstance(row.get(name), str) and row[name].strip()), None
-        )
+    """Line, prompt and completion of each row. Raises LimbeckError for a row without a prompt."""
+    rows = []
+    for line, row in read_table(path):
+        prompt = _prompt(row)
         if prompt is None:
+            columns = ", ".join(QUESTIONS)
             raise LimbeckError(
-                f"{path}, line {number}: there is no text under {', '.join(QUESTIONS)}; put the prompt under one of them"
+                f"{path}, line {line}: there is no text under {columns}; put the prompt under one of them"
             )
-        said = row.get("completion", "")
-        found.append((number, prompt, said if isinstance(said, str) else ""))
-    return found
+        completion = row.get("completion", "")
+        rows.append((line, prompt, completion if isinstance(completion, str) else ""))
+    return rows
 
 
-def _problem(path: Path, number: int, prompt: str) -> Problem:
-    return Problem(
-        f"{path.name}/{number}", prompt, language=language_of(prompt), origin=f"{path.name}:{number}"
-    )
+def _prompt(row: Mapping[str, Any]) -> str | None:
+    """The text of the first column that holds a prompt."""
+    for column in QUESTIONS:
+        text = row.get(column)
+        if isinstance(text, str) and text.strip():
+            return text
+    return None
+
+
+def _problem(path: Path, line: int, prompt: str) -> Problem:
+    name = path.name
+    return Problem(f"{name}/{line}", prompt, language=language_of(prompt), origin=f"{name}:{line}")

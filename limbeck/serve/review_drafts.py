@@ -1,85 +1,94 @@
-"""What people at the desk have begun and not yet said: kept as they type, and whose row is whose for the moment."""
+"""Drafts of the review page, stored as people type, and holds on rows that a person has open."""
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .sqlite_store import SQLiteStore
 
 SCHEMA = [
-    """CREATE TABLE draft (queue TEXT, row TEXT, person TEXT, text TEXT, reason TEXT, PRIMARY KEY (queue, row, person));
+    """CREATE TABLE draft (queue TEXT, row TEXT, person TEXT, text TEXT, reason TEXT,
+        PRIMARY KEY (queue, row, person));
     CREATE TABLE held (queue TEXT, row TEXT, person TEXT, until REAL, PRIMARY KEY (queue, row))"""
 ]
-PATIENCE = 600.0  # seconds for which a row that somebody opened is not given to others
+HOLD_SECONDS = 600.0  # seconds for which an opened row is not offered to others
 
 
 @dataclass(frozen=True)
 class Draft:
-    """`Draft("<think> mended </think> 4", "")`: an edited text, empty where none was begun, and a reason."""
+    """An unfinished review, the edited text and the reason: `Draft("<think> mended </think> 4", "")`."""
 
-    text: str
-    reason: str
+    text: str = ""
+    reason: str = ""
+
+
+class DraftKey(NamedTuple):
+    """The owner of a draft or a hold: the queue's folder name, the row's id and the person's name."""
+
+    queue: str
+    row: str
+    person: str
 
 
 class Drafts:
-    """Drafts and held rows of all queues; a queue goes by its folder's name, a person by the name they gave."""
+    """Drafts and holds of all queues. Every method is one transaction, on disk when it returns."""
 
     def __init__(self, folder: Path):
-        self.shelf = SQLiteStore(folder / "desk.sqlite", SCHEMA)
+        self.database = SQLiteStore(folder / "desk.sqlite", SCHEMA)
 
-    def keep(self, queue: str, row: str, person: str, draft: Draft) -> None:
-        """On disk when this returns; it also holds the row for another while."""
-        with self.shelf.open() as db:
-            db.execute(
-                "REPLACE INTO draft VALUES (?, ?, ?, ?, ?)", (queue, row, person, draft.text, draft.reason)
-            )
-            _hold(db, queue, row, person)
+    def save(self, key: DraftKey, draft: Draft) -> None:
+        """Store a draft, and renew the hold on its row."""
+        with self.database.open() as db:
+            db.execute("REPLACE INTO draft VALUES (?, ?, ?, ?, ?)", (*key, draft.text, draft.reason))
+            _hold(db, key)
 
-    def find(self, queue: str, row: str, person: str) -> Draft | None:
-        with self.shelf.open() as db:
-            found = db.execute(
-                "SELECT text, reason FROM draft WHERE (queue, row, person) = (?, ?, ?)", (queue, row, person)
+    def find(self, key: DraftKey) -> Draft | None:
+        """A person's draft of a row."""
+        with self.database.open() as db:
+            row = db.execute(
+                "SELECT text, reason FROM draft WHERE (queue, row, person) = (?, ?, ?)", key
             ).fetchone()
-        return Draft(*found) if found else None
+        return Draft(*row) if row else None
 
     def begun(self, queue: str, person: str) -> set[str]:
-        """The rows of which this person has a draft."""
-        with self.shelf.open() as db:
-            return {
-                row
-                for (row,) in db.execute(
-                    "SELECT row FROM draft WHERE (queue, person) = (?, ?)", (queue, person)
-                )
-            }
+        """Ids of the rows of which this person has a draft."""
+        with self.database.open() as db:
+            rows = db.execute("SELECT row FROM draft WHERE (queue, person) = (?, ?)", (queue, person))
+            return {row["row"] for row in rows}
 
-    def drop(self, queue: str, row: str, person: str) -> None:
-        """The person has had their say, or will not: neither draft nor row is held any longer."""
-        with self.shelf.open() as db:
+    def drop(self, key: DraftKey) -> None:
+        """Delete the draft and the hold of a person on a row."""
+        with self.database.open() as db:
             for table in ("draft", "held"):
-                db.execute(
-                    f"DELETE FROM {table} WHERE (queue, row, person) = (?, ?, ?)", (queue, row, person)
-                )
+                db.execute(f"DELETE FROM {table} WHERE (queue, row, person) = (?, ?, ?)", key)
 
-    def hold(self, queue: str, row: str, person: str) -> None:
-        """Somebody looks at this row: others are given the next one. It forbids nobody anything."""
-        with self.shelf.open() as db:
-            _hold(db, queue, row, person)
+    def hold(self, key: DraftKey) -> None:
+        """Hold a row for a person, unless another one holds it.
 
-    def held(self, queue: str, person: str) -> set[str]:
-        """The rows that others look at now."""
-        with self.shelf.open() as db:
-            found = db.execute(
+        Others are sent to later rows first; nothing is locked.
+        """
+        with self.database.open() as db:
+            _hold(db, key)
+
+    def held_by_others(self, queue: str, person: str) -> set[str]:
+        """Ids of the rows that other people hold now."""
+        with self.database.open() as db:
+            rows = db.execute(
                 "SELECT row FROM held WHERE queue = ? AND person <> ? AND until > ?",
                 (queue, person, time.time()),
             )
-            return {row for (row,) in found}
+            return {row["row"] for row in rows}
 
 
-def _hold(db: object, queue: str, row: str, person: str) -> None:
+def _hold(db: sqlite3.Connection, key: DraftKey) -> None:
+    now = time.time()
     db.execute(
-        "INSERT INTO held VALUES (?, ?, ?, ?) ON CONFLICT (queue, row) DO UPDATE SET person = excluded.person, until = excluded.until "
+        "INSERT INTO held VALUES (?, ?, ?, ?) "
+        "ON CONFLICT (queue, row) DO UPDATE SET person = excluded.person, until = excluded.until "
         "WHERE held.person = excluded.person OR held.until < ?",
-        (queue, row, person, time.time() + PATIENCE, time.time()),
+        (*key, now + HOLD_SECONDS, now),
     )

@@ -1,7 +1,6 @@
-"""What stands between the network and every route: nothing behind it is reached without its leave.
+"""The guard between the network and every route: host names, origins, key, and limits on the body.
 
-One pure ASGI layer (a middleware that hides disconnects would keep abandoned requests at work): names that the server
-answers to, origins that may change things, the key, and how long and how large a request may be.
+One pure ASGI layer; a middleware that hides disconnects would let abandoned requests run on.
 """
 
 from __future__ import annotations
@@ -15,23 +14,25 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from .sessions import COOKIE, Sessions
+from .sessions import COOKIE, Person, Sessions
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-OPEN = ("/health", "/hello", "/static/")  # what anybody may see: that we live, the door, and its paint
-SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+PUBLIC_PATHS = ("/health", "/hello")  # open without the key, as is everything below /static/
+STATIC_PATH = "/static/"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
         "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     ),
     "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",  # `no-referrer` would hide our own origin from us
+    "referrer-policy": "same-origin",  # `no-referrer` would hide the server's own origin from it
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
@@ -40,142 +41,164 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """`Limits(body_bytes=1024)` answers 413 to anything longer than a kibibyte."""
+    """Limits on a request's body: `Limits(body_bytes=1024)` refuses more than a kibibyte with 413."""
 
     body_bytes: int = 8 << 20
     body_seconds: float = 20.0
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A refused request: HTTP status, message, and for a redirect its target."""
+
+    status: int
+    message: str
+    location: str = ""
+
+
 class Guard:
-    """The outermost layer. `key=None` asks for none, which only a server on loopback may do."""
+    """The outermost ASGI layer. `key=None` requires no key, which is safe only for a server on loopback."""
 
     def __init__(
         self, app: App, hosts: frozenset[str], key: str | None, sessions: Sessions, limits: Limits = Limits()
     ):
-        self.app, self.hosts, self.key = app, hosts, key
-        self.sessions, self.limits = sessions, limits
+        self.app = app
+        self.hosts = hosts
+        self.key = key
+        self.sessions = sessions
+        self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http":  # no route speaks anything else
+        if scope["type"] != "http":  # no route speaks WebSocket
             return await send({"type": "websocket.close", "code": 1008})
-        send = _dressed(send)
+        send = _with_headers(send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        scope["person"] = self.sessions.read(_cookie(headers))
-        refusal = self._refuse(scope, headers)
-        if refusal is None:
-            body = await self._body(headers, receive)
-            if isinstance(body, bytes):
-                return await self.app(scope, _replayed(body, receive), send)
-            refusal = body
-        await _answer(send, *refusal)
+        scope["person"] = self.sessions.read(_session_cookie(headers))
+        refusal = self._check(scope, headers)
+        if refusal is not None:
+            return await _send_refusal(send, refusal)
+        body = await self._read_body(headers, receive)
+        if isinstance(body, Refusal):
+            return await _send_refusal(send, body)
+        return await self.app(scope, _replay(body, receive), send)
 
-    def _refuse(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
-        """Status, sentence and where to go instead; None lets the request pass."""
-        if (
-            _host(headers.get("host", "")) not in self.hosts
-        ):  # a name that somebody pointed at us: DNS rebinding
-            return 421, "this server does not go by that name; start it with --allow-host NAME", ""
-        if scope["method"] not in SAFE and not _own(headers):
-            return 403, "a request from another site may change nothing here", ""
+    def _check(self, scope: Scope, headers: dict[str, str]) -> Refusal | None:
+        """The refusal of a request by its head; None lets it pass."""
+        if _host_name(headers.get("host", "")) not in self.hosts:  # against DNS rebinding
+            return Refusal(421, "this server does not go by that name; start it with --allow-host NAME")
+        if scope["method"] not in SAFE_METHODS and not _same_origin(headers):
+            return Refusal(403, "a request from another site may change nothing here")
         path = scope["path"]
-        if self.key is None or path == OPEN[0] or path == OPEN[1] or path.startswith(OPEN[2]):
-            return None
-        if self._knows(headers, scope["person"]):
+        public = path in PUBLIC_PATHS or path.startswith(STATIC_PATH)
+        if public or self._authenticated(headers, scope["person"]):
             return None
         if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
-            return 303, "the key, please", f"/hello?next={quote(path)}"
-        return 401, "a key is needed: send it as `Authorization: Bearer KEY`", ""
+            return Refusal(303, "the key, please", f"/hello?next={quote(path)}")
+        return Refusal(401, "a key is needed: send it as `Authorization: Bearer KEY`")
 
-    def _knows(self, headers: dict[str, str], person: Any) -> bool:
+    def _authenticated(self, headers: dict[str, str], person: Person | None) -> bool:
+        """True if there is no key, the request has it, or a session was opened with it."""
+        if self.key is None:
+            return True
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return hmac.compare_digest(token.strip().encode(), self.key.encode())
-        return person is not None  # a session is opened with the key, and signed with it
+        return person is not None  # the key salts the signature of the session's cookie
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | tuple[int, str, str]:
-        """The whole body, or why it was not waited for."""
-        most, long = self.limits.body_bytes, (413, f"a request may have {self.limits.body_bytes} bytes", "")
+    async def _read_body(self, headers: dict[str, str], receive: Receive) -> bytes | Refusal:
+        """The whole body, or the refusal of one that is too long, too slow or incomplete."""
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > most:
-            return long
-        parts, size = [], 0
+        if length.isdecimal() and int(length) > self.limits.body_bytes:
+            return self._too_long()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return 400, "the request ended before its body did", ""
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
-                        return long
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
+                return await self._receive_body(receive)
         except TimeoutError:
-            return 408, f"the body took longer than {self.limits.body_seconds:.0f} seconds", ""
+            return Refusal(408, f"the body took longer than {self.limits.body_seconds:.0f} seconds")
+
+    async def _receive_body(self, receive: Receive) -> bytes | Refusal:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return Refusal(400, "the request ended before its body did")
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            if size > self.limits.body_bytes:
+                return self._too_long()
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    def _too_long(self) -> Refusal:
+        return Refusal(413, f"a request may have {self.limits.body_bytes} bytes")
 
 
-def _host(header: str) -> str:
-    """The name in a Host header, without its port."""
+def _host_name(header: str) -> str:
+    """The name in a Host header, without its port; empty for a malformed one."""
     try:
         return (urlsplit(f"//{header}").hostname or "").lower()
     except ValueError:
         return ""
 
 
-def _own(headers: dict[str, str]) -> bool:
-    """Whether a page of ours, or no page at all, sent this."""
+def _same_origin(headers: dict[str, str]) -> bool:
+    """True if a page of this server sent the request, or a client that is no browser."""
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")
     return origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
 
 
-def _cookie(headers: dict[str, str]) -> str:
+def _session_cookie(headers: dict[str, str]) -> str:
+    """The value of the session's cookie; empty without one."""
     try:
-        held = SimpleCookie(headers.get("cookie", ""))
+        cookies = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
         return ""
-    return held[COOKIE].value if COOKIE in held else ""
+    return cookies[COOKIE].value if COOKIE in cookies else ""
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body first, and afterwards what really comes: the disconnect."""
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body first and the real messages afterwards: the disconnect."""
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> MutableMapping[str, Any]:
-        return waiting.pop() if waiting else await receive()
+    async def replay() -> Message:
+        if pending:
+            return pending.pop()
+        return await receive()
 
     return replay
 
 
-def _dressed(send: Send) -> Send:
-    """A `send` whose answers carry the headers above, where a route has not set its own."""
+def _with_headers(send: Send) -> Send:
+    """A `send` whose responses carry `HEADERS`; a header that the route sets takes precedence."""
 
-    async def dress(message: MutableMapping[str, Any]) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            have = {name.lower() for name, _ in message.get("headers", [])}
-            more = [
-                (name.encode(), value.encode())
-                for name, value in HEADERS.items()
-                if name.encode() not in have
-            ]
-            message = {**message, "headers": [*message.get("headers", []), *more]}
+            headers = list(message.get("headers", []))
+            present = {name.lower() for name, _ in headers}
+            for name, value in HEADERS.items():
+                if name.encode() not in present:
+                    headers.append((name.encode(), value.encode()))
+            message = {**message, "headers": headers}
         await send(message)
 
-    return dress
+    return send_with_headers
 
 
-async def _answer(send: Send, status: int, sentence: str, where: str) -> None:
-    """A refusal, in the shape that clients of OpenAI's API read."""
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
-    body = json.dumps({"error": {"message": sentence, "type": kind, "param": None, "code": None}}).encode()
+async def _send_refusal(send: Send, refusal: Refusal) -> None:
+    """A refusal in the shape of OpenAI's errors."""
+    kind = "authentication_error" if refusal.status == 401 else "invalid_request_error"
+    error = {"message": refusal.message, "type": kind, "param": None, "code": None}
+    body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if where:
-        headers.append((b"location", where.encode()))
-    if status in (408, 413):
+    if refusal.location:
+        headers.append((b"location", refusal.location.encode()))
+    if refusal.status in (408, 413):
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

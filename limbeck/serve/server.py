@@ -1,37 +1,37 @@
-"""uvicorn, with a deadline for senders who never finish their request's head."""
+"""The HTTP server: uvicorn, with a deadline for the head of each request."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import socket
+from typing import Any
 
 from ..types import LimbeckError
 
-if TYPE_CHECKING:
-    import socket
-
-HEAD_SECONDS = 10.0
-BACKLOG = 1024
+HEAD_TIMEOUT_SECONDS = 10.0  # seconds from a request's first byte to the end of its head
+KEEP_ALIVE_SECONDS = 30  # seconds that an idle connection stays open
+BACKLOG = 1024  # connections that wait to be accepted
 
 
 def claim(host: str, port: int) -> socket.socket:
-    """Take the address before anything large is loaded; nobody is let in yet. Raises LimbeckError where it cannot be had."""
-    import socket
+    """Bind the address before a model is loaded; it does not listen yet.
 
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    Raises LimbeckError if it is not available.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = socket.socket(family)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((host, port))
+        address.bind((host, port))
     except OSError as error:
-        taken.close()
-        raise LimbeckError(
-            f"--host {host} --port {port}: {error.strerror or error}; choose another one"
-        ) from None
-    return taken
+        address.close()
+        reason = error.strerror or error
+        raise LimbeckError(f"--host {host} --port {port}: {reason}; choose another one") from None
+    return address
 
 
 def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None:
-    """Answer until SIGTERM or Ctrl-C; then take no new request, and give running ones `drain_seconds`."""
+    """Serve until SIGTERM or Ctrl-C; then accept no new request, and give running ones `drain_seconds`."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -43,45 +43,53 @@ def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None
         access_log=False,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(drain_seconds),
     )
     uvicorn.Server(config).run(sockets=[address])
 
 
 def _protocol() -> type:
+    """The protocol class; a function, so that uvicorn is imported only by a server."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Deadline(H11Protocol):
-        """A head has `HEAD_SECONDS` from its first byte (the first one from the connection) to its last;
-        uvicorn by itself waits for ever, and starts anew with each byte."""
+    class HeadDeadlineProtocol(H11Protocol):
+        """HTTP/1.1 that closes a connection whose request head is not complete in time.
 
-        _alarm: asyncio.TimerHandle | None = None
+        The deadline of the first request begins with the connection, that of a later one with its first byte.
+        uvicorn itself has no such deadline, and its keep-alive timeout begins anew with each byte.
+        """
+
+        _deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._alarm = self.loop.call_later(HEAD_SECONDS, self._give_up)
+            self._start_deadline()
 
         def data_received(self, data: bytes) -> None:
-            before = self.cycle
-            if self._alarm is None and self._idle():
-                self._alarm = self.loop.call_later(HEAD_SECONDS, self._give_up)
+            cycle_before = self.cycle
+            if self._deadline is None and self._between_requests():
+                self._start_deadline()
             super().data_received(data)
-            if self._alarm is not None and self.cycle is not before:
-                self._alarm.cancel()
-                self._alarm = None
+            head_is_complete = self.cycle is not cycle_before
+            if self._deadline is not None and head_is_complete:
+                self._deadline.cancel()
+                self._deadline = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self._alarm is not None:
-                self._alarm.cancel()
+            if self._deadline is not None:
+                self._deadline.cancel()
             super().connection_lost(exc)
 
-        def _idle(self) -> bool:
+        def _start_deadline(self) -> None:
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_SECONDS, self._close_if_idle)
+
+        def _between_requests(self) -> bool:
             return self.cycle is None or self.cycle.response_complete
 
-        def _give_up(self) -> None:
-            self._alarm = None
-            if self._idle() and not self.transport.is_closing():
+        def _close_if_idle(self) -> None:
+            self._deadline = None
+            if self._between_requests() and not self.transport.is_closing():
                 self.transport.close()
 
-    return Deadline
+    return HeadDeadlineProtocol

@@ -1,193 +1,60 @@
-"""The models that are served, and how the API and the studio's pages talk to them: ask, and listen while they speak.
+"""The service over all models, used by the API and the studio: submit a request, stream its deltas.
 
-    async with aclosing(service.chat("r1", [{"role": "user", "content": "use 5 1 6 make 4 ?"}])) as pieces:
-        async for piece in pieces:
-            print(piece.kind, piece.text)
+    async with aclosing(service.chat("r1", [{"role": "user", "content": "use 5 1 6 make 4 ?"}])) as deltas:
+        async for delta in deltas:
+            print(delta.kind, delta.text)
 
-Leaving the loop frees the rows before the model's next step.
+Leaving the loop aborts the request before the model's next decode step.
+
+Shapes: N tokens of a prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from ..engine.request import Answer, Full, Request, Top
-from ..engine.scheduler import EngineThread, Scheduler
-from ..model.config import ModelConfig
+from ..engine.request import Answer, Full, Request
+from ..engine.scheduler import EngineThread
 from ..text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, split_thought
 from ..types import LimbeckError, Message
 from .metrics import Metrics
-
-LONGEST_SEED = 53  # bits: what JSON's numbers hold
+from .types import ChatOutput, Delta, GenerationOptions, ServedModel, TokenLogprob, Usage
 
 
 class UnknownModel(LimbeckError):
-    """Nobody of that name is served."""
+    """No model of that name is served."""
 
 
 class ModelFailed(LimbeckError):
-    """Our fault, not the asker's; the next request is served again."""
+    """The model raised an error during generation.
+
+    The server is at fault; later requests are served again.
+    """
 
     exit_code = 70
 
 
-@dataclass(frozen=True)
-class Price:
-    """Of a million tokens read and a million said: `Price(0.15, 0.6)`."""
-
-    prompt: float
-    completion: float
-
-    def of(self, read: int, said: int) -> float:
-        return (read * self.prompt + said * self.completion) / 1e6
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What an answer took: `Usage(prompt_tokens=12, cached_tokens=8, completion_tokens=90, reasoning_tokens=70)`.
-
-    `cost` is in the unit of the model's price, None where none is set; `seconds_to_first` is until the first token.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-    cost: float | None = None
-    seconds_to_first: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Said:
-    """One sampled token: `Said(48, -0.02, ((48, -0.02), (56, -4.1)))`; log-probabilities at temperature 1."""
-
-    token: int
-    logprob: float
-    top: Top
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of an answer: `Piece("thought", "try 5", tokens=2)`; the last of each choice is of kind "end" and has
-    `finish`, the very last has `usage`. Text is what a model wrote: hostile until it has been made harmless."""
-
-    kind: str
-    text: str = ""
-    tokens: int = 0
-    choice: int = 0
-    finish: str = ""
-    usage: Usage | None = None
-    said: tuple[Said, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A whole answer: `Answered("5 -1 -6", "try 5 ...", "stop", usage)`."""
-
-    answer: str
-    thought: str
-    finish: str
-    usage: Usage | None = None
-    said: tuple[Said, ...] = ()
-    thought_said: tuple[Said, ...] = ()
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How an answer is to be sampled. `max_tokens` None is what the server gives; `top` is how many of the likeliest
-    tokens are told beside each one said; `plain` text is not taken apart into thought and answer."""
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_tokens: int | None = None
-    n: int = 1
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    thought_budget: int | None = None
-    top: int | None = None
-    echo: bool = False
-    endless: bool = False
-    plain: bool = False
-
-
-@dataclass(eq=False)
-class Served:
-    """One model and what answers for it. `longest` is what is said at most where a request sets nothing."""
-
-    name: str
-    folder: Path
-    scheduler: Scheduler
-    price: Price | None = None
-    longest: int = 2048
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.scheduler.model.config
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.scheduler.tokenizer
-
-    @property
-    def rows(self) -> int:
-        return self.scheduler.rows
-
-    @property
-    def busy(self) -> int:
-        return self.scheduler.busy
-
-    @property
-    def waiting(self) -> int:
-        return len(self.scheduler.line)
-
-    def request(self, prompt: np.ndarray, wish: GenerationOptions, opened: bool = False) -> Request:
-        room = self.config.max_positions - len(prompt)
-        if room < 1 and wish.max_tokens is None:
-            raise LimbeckError(
-                f"the prompt has {len(prompt)} tokens, and {self.name} has only {self.config.max_positions} positions"
-            )
-        most = min(room, self.longest) if wish.max_tokens is None else wish.max_tokens
-        seed = secrets.randbits(LONGEST_SEED) if wish.seed is None else wish.seed
-        return Request(
-            prompt,
-            wish.temperature,
-            wish.top_p,
-            most,
-            wish.n,
-            seed,
-            wish.thought_budget,
-            opened,
-            wish.top,
-            wish.echo,
-            wish.endless,
-        )
-
-
 class Service:
-    """All models that one server serves."""
+    """All models of one server, and the thread that runs them. An asynchronous context manager."""
 
-    def __init__(self, served: Sequence[Served] = ()):
-        self.models: Mapping[str, Served] = {one.name: one for one in served}
-        self.listening: dict[Answer, asyncio.Event] = {}
-        self.metrics = Metrics(lambda: list(self.models.values()))
-        self.engine_thread = EngineThread([one.scheduler for one in served])
+    def __init__(self, served: Sequence[ServedModel] = ()):
+        self.models: Mapping[str, ServedModel] = {model.name: model for model in served}
+        self.metrics = Metrics(served)
+        self.engine_thread = EngineThread([model.scheduler for model in served])
+        self._events: dict[Answer, asyncio.Event] = {}  # set when new tokens of an output can be streamed
 
     async def __aenter__(self) -> Self:
         self.loop = asyncio.get_running_loop()
         for served in self.models.values():
-            served.scheduler.tell = self._tell
+            served.scheduler.tell = self._notify
         self.engine_thread.start()
         return self
 
@@ -196,213 +63,279 @@ class Service:
     ) -> None:
         await asyncio.to_thread(self.engine_thread.close)
 
-    def model(self, name: str) -> Served:
-        """Raises `UnknownModel`, which names those there are."""
+    def model(self, name: str) -> ServedModel:
+        """The model of a name. Raises `UnknownModel`, whose message lists the served names."""
         if name not in self.models:
-            raise UnknownModel(
-                f"model {name!r} is not served here; there are {', '.join(self.models) or 'none'}"
-            )
+            names = ", ".join(self.models) or "none"
+            raise UnknownModel(f"model {name!r} is not served here; there are {names}")
         return self.models[name]
 
     def chat(
-        self, model: str, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool = False, **wishes: Any
-    ) -> AsyncIterator[Piece]:
-        """Pieces of the assistant's next turn; `wishes` are those of `GenerationOptions`. Raises LimbeckError, `UnknownModel` or `Full`
-        before the first piece. Thoughts in the history are left out unless `keep_thoughts`."""
-        return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**wishes))
+        self, model: str, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool = False, **options: Any
+    ) -> AsyncIterator[Delta]:
+        """Deltas of the assistant's next turn. `options` are the fields of `GenerationOptions`.
+
+        Thoughts in the history are left out unless `keep_thoughts`. Raises LimbeckError, `UnknownModel` or
+        `Full` before the first delta, and `ModelFailed` later.
+        """
+        return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**options))
 
     async def _chat(
-        self, served: Served, messages: Sequence[Mapping[str, Any]], keep: bool, wish: GenerationOptions
-    ) -> AsyncIterator[Piece]:
-        answer = await self.ask(served, messages, wish, keep)
-        async with aclosing(self.follow(served, answer, wish)) as pieces:
-            async for piece in pieces:
-                yield piece
-
-    async def answer(self, model: str, messages: Sequence[Mapping[str, Any]], **wishes: Any) -> Answered:
-        """The first choice as a whole."""
-        return (await gathered(self.chat(model, messages, **wishes)))[0]
-
-    async def ask(
         self,
-        served: Served,
+        served: ServedModel,
         messages: Sequence[Mapping[str, Any]],
-        wish: GenerationOptions,
+        keep_thoughts: bool,
+        options: GenerationOptions,
+    ) -> AsyncIterator[Delta]:
+        """Submit a conversation, then stream its deltas."""
+        output = await self.submit_chat(served, messages, options, keep_thoughts)
+        async with aclosing(self.stream(served, output, options)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def answer(self, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatOutput:
+        """The complete first choice of `chat`."""
+        outputs = await collect(self.chat(model, messages, **options))
+        return outputs[0]
+
+    async def submit_chat(
+        self,
+        served: ServedModel,
+        messages: Sequence[Mapping[str, Any]],
+        options: GenerationOptions,
         keep_thoughts: bool = False,
     ) -> Answer:
-        """Stand in line with a conversation. Somebody must `follow` or `forget` the answer."""
-        prompt, opened = await asyncio.to_thread(_rendered, served.tokenizer, messages, keep_thoughts)
-        return self.submit(served, [served.request(prompt, wish, opened)])[0]
+        """Render a conversation and queue it. The caller must `stream` or `abort` the output."""
+        prompt, opened = await asyncio.to_thread(_encode_chat, served.tokenizer, messages, keep_thoughts)
+        request = served.request(prompt, options, opened)
+        return self.submit(served, [request])[0]
 
-    def submit(self, served: Served, requests: Sequence[Request]) -> list[Answer]:
-        """Stand in line with all of them, or with none."""
-        answers: list[Answer] = []
+    def submit(self, served: ServedModel, requests: Sequence[Request]) -> list[Answer]:
+        """Queue all requests, or none of them. Raises LimbeckError, or `Full` if the queue is full."""
+        outputs: list[Answer] = []
         try:
             for request in requests:
-                answers.append(served.scheduler.submit(request))
+                outputs.append(served.scheduler.submit(request))
         except Full:
             self.metrics.refused(served.name)
             raise
         finally:
-            if len(answers) < len(requests):
-                self.forget(served, answers)
-        return answers
+            if len(outputs) < len(requests):
+                self.abort(served, outputs)
+        return outputs
 
-    def forget(self, served: Served, answers: Sequence[Answer]) -> None:
-        """Nobody wants what has not been said yet."""
-        for answer in answers:
-            if not answer.done:
-                served.scheduler.cancel(answer)
+    def abort(self, served: ServedModel, outputs: Sequence[Answer]) -> None:
+        """Stop the generation of unfinished outputs."""
+        for output in outputs:
+            if not output.done:
+                served.scheduler.cancel(output)
 
-    async def follow(self, served: Served, answer: Answer, wish: GenerationOptions) -> AsyncIterator[Piece]:
-        """Pieces of all choices, in the order in which they are said."""
-        ears = [_ChoiceStream(served, answer, i, wish) for i in range(answer.request.copies)]
-        event = self.listening[answer] = asyncio.Event()
+    async def stream(
+        self, served: ServedModel, output: Answer, options: GenerationOptions
+    ) -> AsyncIterator[Delta]:
+        """Deltas of all choices, in the order of generation. Raises `ModelFailed`."""
+        streams = [_ChoiceStream(served, output, i, options) for i in range(output.request.copies)]
+        event = asyncio.Event()
+        self._events[output] = event
         try:
-            while not all(ear.closed for ear in ears):
-                if not answer.done:
+            while not _all_closed(streams):
+                if not output.done:
                     await event.wait()
                 event.clear()
-                if answer.error:
-                    raise ModelFailed(
-                        f"{served.name} could not go on: {answer.error or type(answer.error).__name__}"
-                    ) from answer.error
-                for ear in ears:
-                    for piece in ear.hear():
-                        last = piece.kind == "end" and all(ear.closed for ear in ears)
-                        yield replace(piece, usage=_usage(served, answer, ears)) if last else piece
+                if output.error:
+                    reason = str(output.error) or type(output.error).__name__
+                    raise ModelFailed(f"{served.name} could not go on: {reason}") from output.error
+                for stream in streams:
+                    for delta in stream.poll():
+                        if delta.kind == "end" and _all_closed(streams):
+                            delta = replace(delta, usage=_usage(served, output, streams))
+                        yield delta
         finally:
-            del self.listening[answer]
-            self._count(served, answer, ears)
-            self.forget(served, [answer])
+            del self._events[output]
+            self._record_end(served, output, streams)
+            self.abort(served, [output])
 
-    def _count(self, served: Served, answer: Answer, ears: Sequence[_ChoiceStream]) -> None:
-        heard = all(ear.closed for ear in ears)
-        end = "failed" if answer.error else ears[0].end if heard else "left"
-        self.metrics.ended(served, answer, _usage(served, answer, ears), end)
+    def _record_end(self, served: ServedModel, output: Answer, streams: Sequence[_ChoiceStream]) -> None:
+        """Count one output in the metrics."""
+        if output.error:
+            end = "failed"
+        elif _all_closed(streams):
+            end = streams[0].finish
+        else:
+            end = "left"
+        self.metrics.ended(served, output, _usage(served, output, streams), end)
 
-    def _tell(self, answers: Sequence[Answer]) -> None:
-        """Called on the engine's thread."""
-        self.loop.call_soon_threadsafe(self._wake, answers)
+    def _notify(self, outputs: Sequence[Answer]) -> None:
+        """Wake the streams of outputs that have new tokens. Called on the engine's thread."""
+        self.loop.call_soon_threadsafe(self._set_events, outputs)
 
-    def _wake(self, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            if answer in self.listening:
-                self.listening[answer].set()
+    def _set_events(self, outputs: Sequence[Answer]) -> None:
+        for output in outputs:
+            event = self._events.get(output)
+            if event:
+                event.set()
+
+
+@dataclass
+class _OpenDelta:
+    """A delta that still takes text and tokens."""
+
+    kind: str
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class _ChoiceStream:
-    """Turns one choice's tokens into deltas: detokenizes, separates reasoning from answer, applies stop strings."""
+    """One choice's tokens as deltas: detokenizes, separates reasoning from answer, applies stop strings."""
 
-    def __init__(self, served: Served, answer: Answer, index: int, wish: GenerationOptions):
-        self.served, self.answer, self.choice, self.index = served, answer, answer.choices[index], index
-        self.reader = Reader(served.tokenizer)
-        self.speech = ReasoningParser(answer.request.opened, wish.stop, wish.plain)
-        self.heard = self.reasoning = 0
-        self.closed, self.end = False, ""
+    def __init__(self, served: ServedModel, output: Answer, index: int, options: GenerationOptions):
+        self.served = served
+        self.output = output
+        self.index = index
+        self.choice = output.choices[index]
+        self.detokenizer = Reader(served.tokenizer)
+        self.parser = ReasoningParser(output.request.opened, options.stop, options.plain)
+        self.next_token = 0
+        self.reasoning_tokens = 0
+        self.closed = False
+        self.finish = ""
 
-    def hear(self) -> list[Piece]:
-        """What has been said since."""
+    def poll(self) -> list[Delta]:
+        """Deltas of the tokens sampled since the last call; a choice's last delta is of kind "end"."""
         if self.closed:
             return []
-        finish, until = (
-            self.choice.finish,
-            len(self.choice.tokens),
-        )  # in this order: who has finished says no more
-        parts: list[list[Any]] = []  # kind, text, tokens, said
-        while self.heard < until and not self.speech.stopped:
-            self._token(parts)
-        if finish and not self.speech.stopped:
-            for kind, text in [*self.speech.hear(self.reader.close()), *self.speech.close()]:
-                _add(parts, kind, text, 0, [])
-        pieces = [
-            Piece(kind, text, tokens, self.index, said=tuple(said)) for kind, text, tokens, said in parts
+        finish = self.choice.finish  # read before the length: no token is appended once it is set
+        tokens = len(self.choice.tokens)
+        deltas: list[_OpenDelta] = []
+        while self.next_token < tokens and not self.parser.stopped:
+            self._add_token(deltas)
+        if finish and not self.parser.stopped:
+            _extend(deltas, self.parser.hear(self.detokenizer.close()))
+            _extend(deltas, self.parser.close())
+        closed = [
+            Delta(delta.kind, delta.text, delta.tokens, self.index, logprobs=tuple(delta.logprobs))
+            for delta in deltas
         ]
-        if finish or self.speech.stopped:
-            self.closed, self.choice.enough = True, True
-            if not finish:
-                self.served.scheduler.enough(self.choice)
-            self.end = "stop" if self.speech.stopped else finish
-            pieces.append(Piece("end", choice=self.index, finish=self.end))
-        return pieces
+        if finish or self.parser.stopped:
+            closed.append(self._end(finish))
+        return closed
 
-    def _token(self, parts: list[list[Any]]) -> None:
-        at, before = self.heard, self.speech.kind
-        token = self.choice.tokens[at]
-        tells = self.answer.request.top is not None and token != self.served.tokenizer.end_id
-        said = [Said(token, self.choice.logprobs[at], self.choice.tops[at])] if tells else []
-        text = self.reader.read([token])
-        pieces = self.speech.hear(text) if text else []
-        thinking = "thought" in (before, self.speech.kind)
-        self.heard, self.reasoning = at + 1, self.reasoning + thinking
-        _add(parts, "thought" if thinking else "answer", "", 1, said)
-        for kind, text in pieces:
-            _add(parts, kind, text, 0, [])
+    def _end(self, finish: str) -> Delta:
+        """Close the stream; a stop string also ends the row in the engine."""
+        self.closed = True
+        self.choice.enough = True
+        if not finish:
+            self.served.scheduler.enough(self.choice)
+        self.finish = "stop" if self.parser.stopped else finish
+        return Delta("end", choice=self.index, finish=self.finish)
+
+    def _add_token(self, deltas: list[_OpenDelta]) -> None:
+        """Detokenize the next token. A token on either side of a tag counts as reasoning."""
+        index = self.next_token
+        token = self.choice.tokens[index]
+        logprobs = self._logprobs(index, token)
+        kind_before = self.parser.kind
+        text = self.detokenizer.read([token])
+        parts = self.parser.hear(text) if text else []
+        thinking = "thought" in (kind_before, self.parser.kind)
+        self.next_token = index + 1
+        self.reasoning_tokens += thinking
+        delta = _last_of_kind(deltas, "thought" if thinking else "answer")
+        delta.tokens += 1
+        delta.logprobs += logprobs
+        _extend(deltas, parts)
+
+    def _logprobs(self, index: int, token: int) -> list[TokenLogprob]:
+        """The token's log-probability if the request returns them; the end of turn has none."""
+        if self.output.request.top is None or token == self.served.tokenizer.end_id:
+            return []
+        return [TokenLogprob(token, self.choice.logprobs[index], self.choice.tops[index])]
 
 
-def _add(parts: list[list[Any]], kind: str, text: str, tokens: int, said: list[Said]) -> None:
-    if parts and parts[-1][0] == kind:
-        parts[-1][1] += text
-        parts[-1][2] += tokens
-        parts[-1][3] += said
-    else:
-        parts.append([kind, text, tokens, said])
+def _last_of_kind(deltas: list[_OpenDelta], kind: str) -> _OpenDelta:
+    """The last delta if it is of this kind, or else a new one."""
+    if not deltas or deltas[-1].kind != kind:
+        deltas.append(_OpenDelta(kind))
+    return deltas[-1]
 
 
-async def gathered(pieces: AsyncIterator[Piece]) -> list[Answered]:
-    """All choices as wholes."""
-    texts: dict[int, dict[str, list[Piece]]] = {}
-    ends: dict[int, Piece] = {}
-    async with aclosing(pieces):
-        async for piece in pieces:
-            if piece.kind == "end":
-                ends[piece.choice] = piece
+def _extend(deltas: list[_OpenDelta], parts: Sequence[tuple[str, str]]) -> None:
+    """Add parsed text, as (kind, text), to the deltas."""
+    for kind, text in parts:
+        _last_of_kind(deltas, kind).text += text
+
+
+def _all_closed(streams: Sequence[_ChoiceStream]) -> bool:
+    return all(stream.closed for stream in streams)
+
+
+async def collect(deltas: AsyncIterator[Delta]) -> list[ChatOutput]:
+    """All choices of a stream as complete outputs."""
+    parts: dict[tuple[int, str], list[Delta]] = {}
+    ends: dict[int, Delta] = {}
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if delta.kind == "end":
+                ends[delta.choice] = delta
             else:
-                texts.setdefault(piece.choice, {}).setdefault(piece.kind, []).append(piece)
-    usage = next(piece.usage for piece in ends.values() if piece.usage)
-
-    def whole(choice: int, kind: str) -> tuple[str, tuple[Said, ...]]:
-        found = texts.get(choice, {}).get(kind, [])
-        return "".join(piece.text for piece in found), tuple(one for piece in found for one in piece.said)
-
-    answered = []
+                parts.setdefault((delta.choice, delta.kind), []).append(delta)
+    usage = next(end.usage for end in ends.values() if end.usage)
+    outputs = []
     for choice in sorted(ends):
-        (answer, said), (thought, thought_said) = whole(choice, "answer"), whole(choice, "thought")
-        answered.append(Answered(answer, thought, ends[choice].finish, usage, said, thought_said))
-    return answered
+        answer, logprobs = _join(parts.get((choice, "answer"), []))
+        thought, thought_logprobs = _join(parts.get((choice, "thought"), []))
+        finish = ends[choice].finish
+        outputs.append(ChatOutput(answer, thought, finish, usage, logprobs, thought_logprobs))
+    return outputs
 
 
-def _usage(served: Served, answer: Answer, ears: Sequence[_ChoiceStream]) -> Usage:
-    read, said = len(answer.request.prompt), sum(ear.heard for ear in ears)
-    cost = served.price.of(read, said) if served.price else None
-    first = answer.first or time.monotonic()
+def _join(deltas: Sequence[Delta]) -> tuple[str, tuple[TokenLogprob, ...]]:
+    """The text and the log-probabilities of deltas of one kind."""
+    text = "".join(delta.text for delta in deltas)
+    logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
+    return text, tuple(logprobs)
+
+
+def _usage(served: ServedModel, output: Answer, streams: Sequence[_ChoiceStream]) -> Usage:
+    """Usage of an output so far, over all choices."""
+    prompt_tokens = len(output.request.prompt)
+    completion_tokens = sum(stream.next_token for stream in streams)
+    reasoning_tokens = sum(stream.reasoning_tokens for stream in streams)
+    cost = served.price.cost(prompt_tokens, completion_tokens) if served.price else None
+    first = output.first or time.monotonic()
     return Usage(
-        read,
-        answer.cached,
-        said,
-        sum(ear.reasoning for ear in ears),
+        prompt_tokens,
+        output.cached,
+        completion_tokens,
+        reasoning_tokens,
         cost,
-        first - answer.asked,
-        time.monotonic() - answer.asked,
+        seconds_to_first=first - output.asked,
+        seconds=time.monotonic() - output.asked,
     )
 
 
-def _rendered(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], keep: bool
+def _encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool
 ) -> tuple[np.ndarray, bool]:
-    """Token ids of a conversation, and whether they end inside a thought."""
-    text = tokenizer.render([_turn(message, keep) for message in messages])
-    return np.array(tokenizer.encode(text), dtype=np.int64), text.rstrip().endswith(OPEN)
+    """Token ids [N] of a rendered conversation; True if they end inside a thought."""
+    turns = [_template_message(message, keep_thoughts) for message in messages]
+    text = tokenizer.render(turns)
+    tokens_N = np.array(tokenizer.encode(text), dtype=np.int64)
+    return tokens_N, text.rstrip().endswith(OPEN)
 
 
-def _turn(message: Mapping[str, Any], keep: bool) -> Message:
-    """One turn as templates know it: its thought apart, under whichever name or tag it came, or left out."""
-    content, thought = (
-        message.get("content") or "",
-        message.get("reasoning_content") or message.get("reasoning") or "",
-    )
+def _template_message(message: Mapping[str, Any], keep_thoughts: bool) -> Message:
+    """A message as chat templates read it: the thought in `reasoning_content`, or left out.
+
+    Clients send the thought as `reasoning_content`, as `reasoning`, or in tags inside the content.
+    """
+    content = message.get("content") or ""
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
     if message["role"] == "assistant" and CLOSE in content:
-        inside, content, _ = split_thought(content)
-        thought = thought or inside
-    turn = Message(role=message["role"], content=content)
-    return {**turn, "reasoning_content": thought} if keep and thought else turn
+        tagged, content, _ = split_thought(content)
+        thought = thought or tagged
+    rendered = Message(role=message["role"], content=content)
+    if keep_thoughts and thought:
+        return {**rendered, "reasoning_content": thought}
+    return rendered

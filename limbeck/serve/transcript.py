@@ -1,4 +1,4 @@
-"""A conversation as a file of its own: Markdown to read, JSON to go on with."""
+"""Exports of a conversation's shown branch: Markdown to read, JSON to continue with."""
 
 from __future__ import annotations
 
@@ -9,51 +9,71 @@ from typing import Any
 from .conversations import Answer, Conversation
 
 
-def as_markdown(talk: Conversation, say: Callable[..., str]) -> str:
-    """The branch on view. Thoughts are fenced, so that nothing in them ends up as the answer's Markdown."""
-    parts = [f"# {talk.title}"]
-    for turn in talk.turns:
-        parts += [f"## {say('chat.you')}", _fenced(turn.content)]
+def as_markdown(conversation: Conversation, say: Callable[..., str]) -> str:
+    """The conversation as Markdown; `say` gives phrases in its language.
+
+    Questions and thoughts are fenced, so that their text is not rendered.
+    """
+    parts = [f"# {conversation.title}"]
+    for turn in conversation.turns:
+        parts.append(f"## {say('chat.you')}")
+        parts.append(_fenced(turn.content))
         for answer in turn.answers:
-            parts.append(f"## {answer.model}")
-            if answer.thought:
-                parts += [
-                    f"*{say('chat.thought')}, {say('chat.tokens', count=answer.meter.thought_tokens)}*",
-                    _fenced(answer.thought),
-                ]
-            parts.append(answer.content)
-            if answer.state not in ("done", "running"):
-                parts.append(f"*{say('chat.' + answer.state)}*")
+            parts += _answer_parts(answer, say)
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def as_json(talk: Conversation) -> dict[str, Any]:
-    """The branch on view, one conversation a side, as `/v1/chat/completions` takes it; `answers` tells how each came about."""
-    sides = range(max((len(turn.answers) for turn in talk.turns), default=0))
-    return {"id": talk.id, "title": talk.title, "sides": [_side(talk, side) for side in sides]}
+def _answer_parts(answer: Answer, say: Callable[..., str]) -> list[str]:
+    """An answer's heading, thought, content, and its state if it is not complete."""
+    parts = [f"## {answer.model}"]
+    if answer.thought:
+        tokens = say("chat.tokens", count=answer.meter.thought_tokens)
+        parts.append(f"*{say('chat.thought')}, {tokens}*")
+        parts.append(_fenced(answer.thought))
+    parts.append(answer.content)
+    if answer.state not in ("done", "running"):
+        parts.append(f"*{say('chat.' + answer.state)}*")
+    return parts
 
 
-def _side(talk: Conversation, side: int) -> dict[str, Any]:
+def as_json(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as JSON.
+
+    Each side has `messages` for `/v1/chat/completions`, and the settings of its answers.
+    """
+    count = max((len(turn.answers) for turn in conversation.turns), default=0)
+    sides = [_side(conversation, side) for side in range(count)]
+    return {"id": conversation.id, "title": conversation.title, "sides": sides}
+
+
+def _side(conversation: Conversation, side: int) -> dict[str, Any]:
+    """Messages and answers of one side; a turn with fewer sides gives its first answer."""
     messages: list[dict[str, str]] = []
     answers = []
-    for turn in talk.turns:
+    for turn in conversation.turns:
         answer = turn.answers[side if side < len(turn.answers) else 0]
-        thought = {"reasoning_content": answer.thought} if answer.thought else {}
-        messages += [
-            {"role": "user", "content": turn.content},
-            {"role": "assistant", "content": answer.content, **thought},
-        ]
-        answers.append(_told(answer))
+        reply = {"role": "assistant", "content": answer.content}
+        if answer.thought:
+            reply["reasoning_content"] = answer.thought
+        messages.append({"role": "user", "content": turn.content})
+        messages.append(reply)
+        answers.append(_metadata(answer))
     return {"messages": messages, "answers": answers}
 
 
-def _told(answer: Answer) -> dict[str, Any]:
-    settings = {"temperature": answer.settings.temperature, "thought_budget": answer.settings.budget}
-    return {"model": answer.model, "state": answer.state, **settings, **vars(answer.meter)}
+def _metadata(answer: Answer) -> dict[str, Any]:
+    """An answer's model, state, settings and meter."""
+    return {
+        "model": answer.model,
+        "state": answer.state,
+        "temperature": answer.settings.temperature,
+        "thought_budget": answer.settings.budget,
+        **vars(answer.meter),
+    }
 
 
 def _fenced(text: str) -> str:
-    """Text as it was written, in a fence longer than any in it."""
-    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    """Text in a fence that is longer than any fence inside it."""
+    longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}text\n{text}\n{fence}"

@@ -1,1 +1,1 @@
-"""The API that clients of OpenAI's speak."""
+"""The OpenAI-compatible API: request schemas and routes."""

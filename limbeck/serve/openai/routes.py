@@ -1,4 +1,7 @@
-"""The API that clients of OpenAI's know: models, chat completions, completions; and what watches the server."""
+"""Routes of the OpenAI-compatible API: models, chat completions, text completions; health and metrics.
+
+Shapes: N tokens of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +24,12 @@ from starlette.exceptions import HTTPException
 from ...engine.request import Answer, Full
 from ...types import LimbeckError
 from ..app_state import AppState
-from ..service import GenerationOptions, ModelFailed, Piece, Served, Service, UnknownModel, gathered
+from ..service import ModelFailed, Service, UnknownModel, collect
+from ..types import ChatOutput, Delta, GenerationOptions, ServedModel, Usage
 from .schema import (
     ChatRequest,
     CompletionRequest,
+    ScoredToken,
     chat_logprobs,
     delta_of,
     message_of,
@@ -31,349 +37,424 @@ from .schema import (
     usage_of,
 )
 
-SEND_SECONDS = 60.0  # a reader who takes nothing for so long is gone
-GONE = 499  # nobody is there any more to read it
+SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that takes nothing for so long is disconnected
+CLIENT_CLOSED_REQUEST = 499  # HTTP status, as nginx has it; no client receives it
 
 
 class Route(APIRoute):
-    """Mistakes leave in the shape that clients of OpenAI's API read."""
+    """A route whose errors have the shape of OpenAI's."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        """FastAPI's handler, with every error turned into a response."""
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
             try:
                 return await handle(request)
-            except RequestValidationError as error:
-                return refusal(400, *_first_mistake(error))
-            except HTTPException as error:  # a body that is not even text
-                return refusal(error.status_code, str(error.detail))
-            except Full as error:
-                return refusal(
-                    429, str(error), code="queue_full", headers={"retry-after": str(error.retry_after)}
-                )
-            except ModelFailed as error:
-                return refusal(500, str(error))
-            except UnknownModel as error:
-                return refusal(404, str(error), "model", "model_not_found")
-            except LimbeckError as error:
-                return refusal(400, str(error))
+            except (RequestValidationError, HTTPException, LimbeckError) as error:
+                return _error_response(error)
 
         return handler
 
 
-def refusal(
+def _error_response(error: RequestValidationError | HTTPException | LimbeckError) -> Response:
+    """The response to an error: its status, message, parameter and code."""
+    match error:
+        case RequestValidationError():
+            return error_response(400, *_first_mistake(error))
+        case HTTPException():  # a body that is no text
+            return error_response(error.status_code, str(error.detail))
+        case Full():
+            headers = {"retry-after": str(error.retry_after)}
+            return error_response(429, str(error), code="queue_full", headers=headers)
+        case ModelFailed():
+            return error_response(500, str(error))
+        case UnknownModel():
+            return error_response(404, str(error), "model", "model_not_found")
+    return error_response(400, str(error))
+
+
+def error_response(
     status: int,
     message: str,
     param: str | None = None,
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    where = param.encode("utf-8", "replace").decode() if param else None  # a key may be half a character
-    message = message.encode("utf-8", "replace").decode()
+    """An error in the shape of OpenAI's API. Text that has no UTF-8 (half a surrogate pair) is replaced."""
     kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": where, "code": code}}, status, headers
-    )
+    error = {
+        "message": _printable(message),
+        "type": kind,
+        "param": _printable(param) if param else None,
+        "code": code,
+    }
+    return JSONResponse({"error": error}, status, headers)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
-    """Where, and what: `messages.0.role: Input should be ...`."""
+    """The first mistake as message and parameter: `messages.0.role: Input ...` and `messages.0.role`."""
     first = error.errors()[0]
-    where = (
-        ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] != "json_invalid"
-        else ""
-    )
-    return (f"{where}: {first['msg']}" if where else first["msg"]), where or "body"
+    path = "" if first["type"] == "json_invalid" else _parameter(first["loc"])
+    message = f"{path}: {first['msg']}" if path else first["msg"]
+    return message, path or "body"
 
 
-def api(site: AppState) -> APIRouter:
-    """The routes over the models of a site."""
-    service: Service = site.service
+def _parameter(location: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in location if part != "body")
+
+
+def api(state: AppState) -> APIRouter:
+    """The API over the models of the server."""
     router = APIRouter(route_class=Route)
+    _add_status_routes(router, state.service)
+    _add_generation_routes(router, state.service)
+    return router
 
+
+def _add_status_routes(router: APIRouter, service: Service) -> None:
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the server lives."""
+        """Liveness check."""
         return {"status": "ok"}
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus's text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """All that are served."""
-        return {"object": "list", "data": [_model(one) for one in service.models.values()]}
+        """All served models."""
+        return {"object": "list", "data": [_model_info(model) for model in service.models.values()]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        """One of them."""
-        return _model(service.model(name))
+        """One served model."""
+        return _model_info(service.model(name))
 
+
+def _add_generation_routes(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        """The assistant's next turn, its thought apart."""
-        served = service.model(asked.model)
-        wish, head = asked.wish(served), _head("chatcmpl", "chat.completion", served)
-        answer = await service.ask(
-            served, [turn.plain() for turn in asked.messages], wish, asked.keep_reasoning
-        )
-        if asked.stream:
-            return Stream(
-                _chat_chunks(service, served, answer, wish, head, asked.tells_usage),
-                lambda: service.forget(served, [answer]),
-            )
-        answered = await _unless_gone(
-            request, gathered(service.follow(served, answer, wish)), lambda: service.forget(served, [answer])
-        )
-        if answered is None:
-            return Response(status_code=GONE)
-        choices = [
-            {
-                "index": i,
-                "message": message_of(one),
-                "finish_reason": one.finish,
-                "logprobs": chat_logprobs(served, one.said, one.thought_said)
-                if wish.top is not None
-                else None,
-            }
-            for i, one in enumerate(answered)
-        ]
-        return JSONResponse({**head, "choices": choices, "usage": usage_of([answered[0].usage])})
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The assistant's next turn, with its reasoning apart."""
+        served = service.model(body.model)
+        options = body.options(served)
+        head = _head("chatcmpl", "chat.completion", served)
+        messages = [turn.plain() for turn in body.messages]
+        output = await service.submit_chat(served, messages, options, body.keep_reasoning)
+        generation = _Generation(service, served, output, options)
+        if body.stream:
+            return Stream(_chat_chunks(generation, head, body.include_usage), generation.abort)
+        outputs = await _unless_disconnected(request, collect(generation.stream()), generation.abort)
+        if outputs is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        choices = [_chat_choice(generation, i, choice) for i, choice in enumerate(outputs)]
+        return JSONResponse({**head, "choices": choices, "usage": usage_of([outputs[0].usage])})
 
     @router.post("/v1/completions")
-    async def complete(asked: CompletionRequest, request: Request) -> Response:
-        """How a text goes on."""
-        served = service.model(asked.model)
-        wish, head = asked.wish(served), _head("cmpl", "text_completion", served)
-        prompts = [await asyncio.to_thread(_ids, served, prompt) for prompt in asked.prompts()]
-        answers = service.submit(served, [served.request(prompt, wish) for prompt in prompts])
-        texts = [_Text(served, answer, wish, bool(asked.echo)) for answer in answers]
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Completions of texts."""
+        served = service.model(body.model)
+        options = body.options()
+        head = _head("cmpl", "text_completion", served)
+        prompts = [await asyncio.to_thread(_encode_prompt, served, prompt) for prompt in body.prompts()]
+        outputs = service.submit(served, [served.request(prompt, options) for prompt in prompts])
+        completions = [
+            _TextCompletion(_Generation(service, served, output, options), bool(body.echo))
+            for output in outputs
+        ]
 
-        def forget() -> None:
-            service.forget(served, answers)
+        def abort() -> None:
+            service.abort(served, outputs)
 
-        if asked.stream:
-            return Stream(_text_chunks(service, texts, head, asked.tells_usage), forget)
-        choices = await _unless_gone(request, _whole_texts(service, texts), forget)
+        if body.stream:
+            return Stream(_text_chunks(completions, head, body.include_usage), abort)
+        choices = await _unless_disconnected(request, _whole_texts(completions), abort)
         if choices is None:
-            return Response(status_code=GONE)
-        return JSONResponse({**head, "choices": choices, "usage": usage_of([text.usage for text in texts])})
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        usage = usage_of([completion.usage for completion in completions])
+        return JSONResponse({**head, "choices": choices, "usage": usage})
 
-    return router
 
-
-def _model(served: Served) -> dict[str, Any]:
-    price = (
-        {"price": {"prompt": served.price.prompt, "completion": served.price.completion}}
-        if served.price
-        else {}
-    )
-    return {
+def _model_info(served: ServedModel) -> dict[str, Any]:
+    """A model in the list of models."""
+    info = {
         "id": served.name,
         "object": "model",
         "created": served.created,
         "owned_by": "limbeck",
         "max_model_len": served.config.max_positions,
-        **price,
     }
+    if served.price:
+        info["price"] = {"prompt": served.price.prompt, "completion": served.price.completion}
+    return info
 
 
-def _head(kind: str, thing: str, served: Served) -> dict[str, Any]:
+def _head(prefix: str, object_name: str, served: ServedModel) -> dict[str, Any]:
+    """The fields that a response and all its chunks share."""
     return {
-        "id": f"{kind}-{secrets.token_hex(12)}",
-        "object": thing,
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": object_name,
         "created": int(time.time()),
         "model": served.name,
     }
 
 
-def _ids(served: Served, prompt: str | list[int]) -> np.ndarray:
-    return np.array(served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, dtype=np.int64)
+def _encode_prompt(served: ServedModel, prompt: str | list[int]) -> np.ndarray:
+    """Token ids [N] of a prompt."""
+    tokens = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    return np.array(tokens, dtype=np.int64)
 
 
-# ---------------------------------------------------------------- chat, piece by piece
+@dataclass(frozen=True)
+class _Generation:
+    """A submitted request with its model and options."""
+
+    service: Service
+    served: ServedModel
+    output: Answer
+    options: GenerationOptions
+
+    @property
+    def with_logprobs(self) -> bool:
+        """True if the request returns log-probabilities."""
+        return self.options.top_logprobs is not None
+
+    def stream(self) -> AsyncIterator[Delta]:
+        """Deltas of all choices."""
+        return self.service.stream(self.served, self.output, self.options)
+
+    def abort(self) -> None:
+        """Stop the generation."""
+        self.service.abort(self.served, [self.output])
+
+
+# ---------------------------------------------------------------- chat completions
 
 
 async def _chat_chunks(
-    service: Service,
-    served: Served,
-    answer: Answer,
-    wish: GenerationOptions,
-    head: dict[str, Any],
-    tells_usage: bool,
+    generation: _Generation, head: dict[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
+    """Chunks of a streamed chat completion: the roles, the deltas, and the usage if it is included."""
     head = {**head, "object": "chat.completion.chunk"}
-    for choice in range(wish.n):
-        yield {
-            **head,
-            "choices": [
-                {"index": choice, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            ],
-        }
-    async with aclosing(service.follow(served, answer, wish)) as pieces:
-        async for piece in pieces:
-            if piece.text or piece.said or piece.finish:
-                yield {**head, "choices": [_chat_choice(served, piece, wish)]}
-            if piece.usage and tells_usage:
-                yield {**head, "choices": [], "usage": usage_of([piece.usage])}
+    for index in range(generation.options.n):
+        delta = {"role": "assistant", "content": ""}
+        yield {**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]}
+    async with aclosing(generation.stream()) as deltas:
+        async for delta in deltas:
+            if delta.text or delta.logprobs or delta.finish:
+                yield {**head, "choices": [_chunk_choice(generation, delta)]}
+            if delta.usage and include_usage:
+                yield {**head, "choices": [], "usage": usage_of([delta.usage])}
 
 
-def _chat_choice(served: Served, piece: Piece, wish: GenerationOptions) -> dict[str, Any]:
-    delta = delta_of(piece.kind, piece.text) if piece.text else {}
-    choice = {"index": piece.choice, "delta": delta, "finish_reason": piece.finish or None}
-    if wish.top is None:
-        return choice
-    thinks = piece.kind == "thought"
+def _chunk_choice(generation: _Generation, delta: Delta) -> dict[str, Any]:
+    """One choice of a chunk."""
+    choice = {
+        "index": delta.choice,
+        "delta": delta_of(delta.kind, delta.text) if delta.text else {},
+        "finish_reason": delta.finish or None,
+    }
+    if generation.with_logprobs:
+        if delta.kind == "thought":
+            choice["logprobs"] = chat_logprobs(generation.served, (), delta.logprobs)
+        else:
+            choice["logprobs"] = chat_logprobs(generation.served, delta.logprobs, ())
+    return choice
+
+
+def _chat_choice(generation: _Generation, index: int, output: ChatOutput) -> dict[str, Any]:
+    """One choice of a whole chat completion."""
+    logprobs = None
+    if generation.with_logprobs:
+        logprobs = chat_logprobs(generation.served, output.logprobs, output.thought_logprobs)
     return {
-        **choice,
-        "logprobs": chat_logprobs(served, () if thinks else piece.said, piece.said if thinks else ()),
+        "index": index,
+        "message": message_of(output),
+        "finish_reason": output.finish,
+        "logprobs": logprobs,
     }
 
 
-# ---------------------------------------------------------------- texts
+# ---------------------------------------------------------------- text completions
 
 
-class _Text:
-    """One prompt of a request and how it goes on."""
+class _TextCompletion:
+    """The completion of one prompt; its choices are numbered within the prompt."""
 
-    def __init__(self, served: Served, answer: Answer, wish: GenerationOptions, echo: bool):
-        self.served, self.answer, self.wish, self.echo = served, answer, wish, echo
-        self.prompt = served.tokenizer.decode(answer.request.prompt) if echo else ""
-        self.usage: Any = None
-        self.offset = [len(self.prompt)] * wish.n
+    def __init__(self, generation: _Generation, echo: bool):
+        self.generation = generation
+        self.echo = echo
+        self.prompt = ""
+        if echo:
+            self.prompt = generation.served.tokenizer.decode(generation.output.request.prompt)
+        self.n = generation.options.n
+        self.usage: Usage | None = None
+        self.offsets = [len(self.prompt)] * self.n  # of each choice's next token in its text
 
-    def begun(self, choice: int) -> dict[str, Any]:
-        """What stands before the first new token: with `echo` the prompt, known only once it has been read."""
-        said = []
-        if self.echo and self.wish.top is not None:
-            scored = [(None, ()), *zip(self.answer.prompt_logprobs, self.answer.prompt_tops, strict=True)]
-            said = [
-                (int(token), *score) for token, score in zip(self.answer.request.prompt, scored, strict=True)
-            ]
-        return self._choice(choice, self.prompt, said, 0, None)
+    async def choices(self) -> AsyncIterator[dict[str, Any]]:
+        """Choices of the completion's chunks; an echoed prompt precedes the first token of each choice."""
+        echoed: set[int] = set()
+        async with aclosing(self.generation.stream()) as deltas:
+            async for delta in deltas:
+                self.usage = delta.usage or self.usage
+                if self.echo and delta.choice not in echoed:
+                    echoed.add(delta.choice)
+                    yield self._echo(delta.choice)
+                if delta.text or delta.logprobs or delta.finish:
+                    yield self._continue(delta)
 
-    def went_on(self, piece: Piece) -> dict[str, Any]:
-        said = [(one.token, one.logprob, one.top) for one in piece.said]
-        choice = self._choice(piece.choice, piece.text, said, self.offset[piece.choice], piece.finish or None)
-        self.offset[piece.choice] += sum(len(self.served.tokenizer.label(one.token)) for one in piece.said)
+    def _echo(self, index: int) -> dict[str, Any]:
+        """The prompt as the first chunk of a choice. Its log-probabilities are known after the prefill."""
+        return self._choice(index, self.prompt, self._scored_prompt(), 0)
+
+    def _scored_prompt(self) -> list[ScoredToken]:
+        """The prompt's tokens with their log-probabilities; the first one has none."""
+        if not self.generation.with_logprobs:
+            return []
+        output = self.generation.output
+        logprobs = [None, *output.prompt_logprobs]
+        tops = [(), *output.prompt_tops]
+        return [
+            (int(token), logprob, top)
+            for token, logprob, top in zip(output.request.prompt, logprobs, tops, strict=True)
+        ]
+
+    def _continue(self, delta: Delta) -> dict[str, Any]:
+        """A delta as a chunk's choice."""
+        index = delta.choice
+        tokens = [(scored.token, scored.logprob, scored.top) for scored in delta.logprobs]
+        choice = self._choice(index, delta.text, tokens, self.offsets[index], delta.finish or None)
+        tokenizer = self.generation.served.tokenizer
+        self.offsets[index] += sum(len(tokenizer.label(token)) for token, _, _ in tokens)
         return choice
 
-    def _choice(self, choice: int, text: str, said: list, offset: int, finish: str | None) -> dict[str, Any]:
-        told = text_logprobs(self.served, said, offset) if self.wish.top is not None else None
-        return {"index": choice, "text": text, "logprobs": told, "finish_reason": finish}
-
-    async def pieces(self, service: Service) -> AsyncIterator[dict[str, Any]]:
-        begun: set[int] = set()
-        async with aclosing(service.follow(self.served, self.answer, self.wish)) as pieces:
-            async for piece in pieces:
-                self.usage = piece.usage or self.usage
-                if self.echo and piece.choice not in begun:
-                    begun.add(piece.choice)
-                    yield self.begun(piece.choice)
-                if piece.text or piece.said or piece.finish:
-                    yield self.went_on(piece)
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[ScoredToken], offset: int, finish: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.generation.with_logprobs:
+            logprobs = text_logprobs(self.generation.served, tokens, offset)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
 async def _text_chunks(
-    service: Service, texts: Sequence[_Text], head: dict[str, Any], tells_usage: bool
+    completions: Sequence[_TextCompletion], head: dict[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    for i, text in enumerate(texts):
-        async with aclosing(text.pieces(service)) as choices:
+    """Chunks of a streamed text completion, prompt after prompt, and the usage if it is included."""
+    for i, completion in enumerate(completions):
+        async with aclosing(completion.choices()) as choices:
             async for choice in choices:
-                yield {**head, "choices": [{**choice, "index": i * text.wish.n + choice["index"]}]}
-    if tells_usage:
-        yield {**head, "choices": [], "usage": usage_of([text.usage for text in texts])}
+                index = i * completion.n + choice["index"]
+                yield {**head, "choices": [{**choice, "index": index}]}
+    if include_usage:
+        usage = usage_of([completion.usage for completion in completions])
+        yield {**head, "choices": [], "usage": usage}
 
 
-async def _whole_texts(service: Service, texts: Sequence[_Text]) -> list[dict[str, Any]]:
-    async def whole(i: int, text: _Text) -> list[dict[str, Any]]:
-        choices: list[dict[str, Any]] = [
-            {"index": i * text.wish.n + c, "text": "", "logprobs": None} for c in range(text.wish.n)
-        ]
-        async with aclosing(text.pieces(service)) as parts:
-            async for part in parts:
-                choice = choices[part["index"]]
-                choice["text"] += part["text"]
-                choice["finish_reason"] = part["finish_reason"]
-                told = choice["logprobs"] or {key: [] for key in part["logprobs"] or ()}
-                choice["logprobs"] = {key: told[key] + part["logprobs"][key] for key in told} or None
-        return choices
+async def _whole_texts(completions: Sequence[_TextCompletion]) -> list[dict[str, Any]]:
+    """The choices of all prompts, each as a whole; the prompts are answered at the same time."""
+    wholes = [_whole_text(completion, i * completion.n) for i, completion in enumerate(completions)]
+    choices: list[dict[str, Any]] = []
+    for whole in await asyncio.gather(*wholes):
+        choices += whole
+    return choices
 
-    return [
-        choice
-        for choices in await asyncio.gather(*(whole(i, text) for i, text in enumerate(texts)))
-        for choice in choices
+
+async def _whole_text(completion: _TextCompletion, first_index: int) -> list[dict[str, Any]]:
+    """The choices of one prompt, numbered from `first_index`."""
+    choices: list[dict[str, Any]] = [
+        {"index": first_index + i, "text": "", "logprobs": None} for i in range(completion.n)
     ]
+    async with aclosing(completion.choices()) as parts:
+        async for part in parts:
+            choice = choices[part["index"]]
+            choice["text"] += part["text"]
+            choice["finish_reason"] = part["finish_reason"]
+            choice["logprobs"] = _joined_logprobs(choice["logprobs"], part["logprobs"])
+    return choices
 
 
-# ---------------------------------------------------------------- the wire
+def _joined_logprobs(
+    before: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None
+) -> dict[str, list[Any]] | None:
+    """The parallel lists of two parts, joined; None for a request without log-probabilities."""
+    if not new:
+        return before
+    if not before:
+        return new
+    return {key: before[key] + new[key] for key in before}
+
+
+# ---------------------------------------------------------------- responses
 
 
 class Stream(Response):
-    """Server-sent events, until the last chunk or until nobody reads them; `forget` is called in every case."""
+    """Server-sent events until the last chunk or the client's disconnect, and then a call of `abort`."""
 
-    def __init__(self, chunks: AsyncIterator[dict[str, Any]], forget: Callable[[], None]):
-        super().__init__(
-            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
-        )
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], abort: Callable[[], None]):
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
-        self.chunks, self.forget = chunks, forget
+        self.chunks = chunks
+        self.abort = abort
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def work() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events():
-                async with asyncio.timeout(SEND_SECONDS):
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
         try:
-            await _first_of(work(), _disconnected(receive))
+            await _first_of(self._send_events(send), _disconnected(receive))
         except (OSError, TimeoutError):
-            pass  # whoever read it has gone
+            pass  # the client has disconnected
         finally:
-            self.forget()
+            self.abort()
+
+    async def _send_events(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for body in self._events():
+            async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
+        """The chunks as events, and an error as the last one of them."""
         try:
             async with aclosing(self.chunks) as chunks:
                 async for chunk in chunks:
                     yield event(chunk)
         except LimbeckError as error:
-            yield event(
-                {"error": {"message": str(error), "type": "server_error", "param": None, "code": None}}
-            )
+            failure = {"message": str(error), "type": "server_error", "param": None, "code": None}
+            yield event({"error": failure})
         yield b"data: [DONE]\n\n"
 
 
 def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event; JSON has no line breaks of its own."""
-    return (
-        b"data: "
-        + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        + b"\n\n"
-    )
+    """One server-sent event; JSON text has no line breaks."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
-async def _unless_gone(request: Request, work: Awaitable[Any], forget: Callable[[], None]) -> Any:
-    """The work's result; None if nobody waits for it any more."""
+async def _unless_disconnected(request: Request, work: Awaitable[Any], abort: Callable[[], None]) -> Any:
+    """The result of the work, or None if the client disconnects first; `abort` is called in either case."""
     try:
         return await _first_of(work, _disconnected(request.receive))
     finally:
-        forget()
+        abort()
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Return once the client has disconnected."""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
 
 
 async def _first_of(work: Awaitable[Any], other: Awaitable[None]) -> Any:
-    """The work's result, or None if the other came first; what is left is ended."""
+    """The result of the work, or None if `other` ends first; the unfinished one is cancelled."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(other)]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,64 +1,80 @@
-"""What clients of OpenAI's API send, with a bound on every number and every list; and the shapes that they are sent.
+"""Requests of OpenAI's API, with a bound on every number and every list; and the JSON of its responses.
 
-What asks for nothing (null, an empty list, a penalty of 0) may be there; what asks for something that this server cannot do
-is refused by name, never passed over.
+A parameter that asks for nothing (null, an empty list, a penalty of 0) is accepted. A parameter that asks for
+something that this server cannot do is an error that names it, never ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..service import Answered, GenerationOptions, Said, Served, Usage
+from ..types import ChatOutput, GenerationOptions, ServedModel, TokenLogprob, Usage
 
-MOST = 1 << 20  # tokens
-SEED = 1 << 63
+MAX_TOKENS = 1 << 20  # tokens
+MAX_SEED = 1 << 63  # seeds are signed 64-bit integers
+MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 EFFORT = {
     "none": 0.0,
     "minimal": 1 / 64,
     "low": 1 / 16,
     "medium": 1 / 4,
     "high": None,
-}  # of the model's positions
+}  # thinking budget as a share of the model's positions; None: no limit
 NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0, "parallel_tool_calls": True, "tool_choice": "none", "suffix": "",
-    "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium",
+    "frequency_penalty": 0, "presence_penalty": 0, "parallel_tool_calls": True, "tool_choice": "none",
+    "suffix": "", "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium",
 }  # fmt: skip
 
-Tokens = Annotated[int, Field(ge=1, le=MOST)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
-Id = Annotated[int, Field(ge=0, le=MOST)]
+Id = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Text = Annotated[str, Field(max_length=1 << 22)]
+ScoredToken = tuple[
+    int, float | None, tuple
+]  # a token, its log-probability, and the likeliest tokens with theirs
 
 
-class Asked(BaseModel):
-    """Unknown keys are mistakes, unless they ask for nothing."""
+class StrictModel(BaseModel):
+    """A request object: an unknown key is an error unless its value asks for nothing."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_asked(cls, data: Any) -> Any:
+    def _drop_neutral(cls, data: Any) -> Any:
+        """Remove unknown keys whose values ask for nothing."""
         if not isinstance(data, dict):
             return data
-        empty = {
-            key
+        return {
+            key: value
             for key, value in data.items()
-            if value is None or value in ([], {}, False) or NEUTRAL.get(key, ...) == value
+            if key in cls.model_fields or not _is_neutral(key, value)
         }
-        return {key: value for key, value in data.items() if key in cls.model_fields or key not in empty}
 
 
-class TextPart(Asked):
-    """Content in parts, as newer clients send it; only text is understood."""
+def _is_neutral(key: str, value: Any) -> bool:
+    """True if the value asks for nothing: null, empty, false, or the key's default in OpenAI's API."""
+    if value is None or value in ([], {}, False):
+        return True
+    return key in NEUTRAL and NEUTRAL[key] == value
+
+
+class TextPart(StrictModel):
+    """A text part of a message; no other type of part is accepted."""
 
     type: Literal["text"]
     text: Text
 
 
-class Turn(Asked):
-    """One message. An assistant's thought may come back as `reasoning_content`, as `reasoning`, inside the content, or not at all."""
+class Turn(StrictModel):
+    """One message.
+
+    An assistant's thought may be in `reasoning_content`, in `reasoning`, in the content, or absent.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(max_length=1000)] | None = None
@@ -67,51 +83,71 @@ class Turn(Asked):
     name: Annotated[str, Field(max_length=200)] | None = None
 
     def plain(self) -> dict[str, str]:
-        """As a template reads it."""
+        """The message as chat templates read it."""
         content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
         return {
-            "role": role,
-            "content": text,
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content,
             "reasoning_content": self.reasoning_content or self.reasoning or "",
         }
 
 
-class StreamOptions(Asked):
-    """Whether a stream ends with its usage."""
+class StreamOptions(StrictModel):
+    """Options of a stream; with `include_usage` its last chunk holds the usage."""
 
     include_usage: bool = False
 
 
-class Sampled(Asked):
-    """What both kinds of request may say about sampling."""
+class SamplingRequest(StrictModel):
+    """Parameters that chat and text completions share."""
 
     model: Annotated[str, Field(max_length=300)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
-    seed: Annotated[int, Field(ge=-SEED, lt=SEED)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED, lt=MAX_SEED)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    user: Annotated[str, Field(max_length=1000)] | None = None  # what follows is taken, and not used
+    user: Annotated[str, Field(max_length=1000)] | None = (
+        None  # this and what follows is accepted and not used
+    )
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: Annotated[str, Field(max_length=100)] | None = None
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings; `stop` may be one string or a list."""
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop or ())
 
     @property
-    def tells_usage(self) -> bool:
+    def include_usage(self) -> bool:
+        """True if the stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    def sampling(self, temperature: float, top_p: float) -> dict[str, Any]:
+        """Fields of `GenerationOptions` that both kinds of request set, with the defaults of one of them."""
+        return {
+            "temperature": temperature if self.temperature is None else self.temperature,
+            "top_p": top_p if self.top_p is None else self.top_p,
+            "n": self.n or 1,
+            "seed": self.seed,
+            "stop": self.stop_strings,
+            "ignore_eos": self.ignore_eos,
+        }
 
-class ChatRequest(Sampled):
-    """`POST /v1/chat/completions`. `thinking_budget` is in tokens; `reasoning_effort` is one in proportion to the model's room."""
+
+class ChatRequest(SamplingRequest):
+    """`POST /v1/chat/completions`.
+
+    `thinking_budget` is in tokens, `reasoning_effort` a share of the model's positions.
+    """
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=1000)]
     max_tokens: Tokens | None = None
@@ -119,134 +155,167 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    thinking_budget: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    thinking_budget: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     keep_reasoning: bool = False
 
-    def wish(self, served: Served) -> GenerationOptions:
-        share = EFFORT[self.reasoning_effort] if self.reasoning_effort else None
-        budget = None if share is None else int(share * served.config.max_positions)
+    def options(self, served: ServedModel) -> GenerationOptions:
+        """The options of generation, R1's recommended sampling by default."""
+        top_logprobs = None
+        if self.logprobs:
+            top_logprobs = self.top_logprobs or 0
         return GenerationOptions(
-            0.6 if self.temperature is None else self.temperature,
-            0.95 if self.top_p is None else self.top_p,
-            self.max_completion_tokens or self.max_tokens,
-            self.n or 1,
-            self.seed,
-            self.stops,
-            budget if self.thinking_budget is None else self.thinking_budget,
-            (self.top_logprobs or 0) if self.logprobs else None,
-            endless=self.ignore_eos,
+            **self.sampling(temperature=0.6, top_p=0.95),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            thought_budget=self._thought_budget(served),
+            top_logprobs=top_logprobs,
         )
 
+    def _thought_budget(self, served: ServedModel) -> int | None:
+        """Tokens of a thought at most: `thinking_budget`, or the effort's share; None for no limit."""
+        if self.thinking_budget is not None:
+            return self.thinking_budget
+        share = EFFORT[self.reasoning_effort] if self.reasoning_effort else None
+        return None if share is None else int(share * served.config.max_positions)
 
-class CompletionRequest(Sampled):
-    """`POST /v1/completions`: a text goes on. `echo` gives the prompt back, with `logprobs` its log-probabilities too."""
+
+class CompletionRequest(SamplingRequest):
+    """`POST /v1/completions`.
+
+    `echo` returns the prompt before the completion, with its `logprobs` if they are requested.
+    """
 
     prompt: (
         Text
-        | Annotated[list[Id], Field(min_length=1, max_length=MOST)]
+        | Annotated[list[Id], Field(min_length=1, max_length=MAX_TOKENS)]
         | Annotated[list[Text], Field(min_length=1, max_length=128)]
         | Annotated[
-            list[Annotated[list[Id], Field(min_length=1, max_length=MOST)]],
+            list[Annotated[list[Id], Field(min_length=1, max_length=MAX_TOKENS)]],
             Field(min_length=1, max_length=128),
         ]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
 
     @model_validator(mode="after")
-    def _best_is_all(self) -> CompletionRequest:
+    def _best_of_is_n(self) -> CompletionRequest:
+        """Refuse a `best_of` other than n."""
         if self.best_of not in (None, self.n or 1):
             raise ValueError("best_of other than n is not served here; ask for n and choose")
         return self
 
-    def wish(self, served: Served) -> GenerationOptions:
+    def options(self) -> GenerationOptions:
+        """The options of generation; the completion is not split into thought and answer."""
         return GenerationOptions(
-            1.0 if self.temperature is None else self.temperature,
-            1.0 if self.top_p is None else self.top_p,
-            self.max_tokens,
-            self.n or 1,
-            self.seed,
-            self.stops,
-            None,
-            self.logprobs,
-            bool(self.echo and self.logprobs is not None),
-            self.ignore_eos,
+            **self.sampling(temperature=1.0, top_p=1.0),
+            max_tokens=self.max_tokens,
+            top_logprobs=self.logprobs,
+            echo=bool(self.echo and self.logprobs is not None),
             plain=True,
         )
 
     def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- responses
 
 
 def usage_of(usages: list[Usage]) -> dict[str, Any]:
-    """The usage of one request, which may have had several prompts."""
-    read, said = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
-    told = {
-        "prompt_tokens": read,
-        "completion_tokens": said,
-        "total_tokens": read + said,
-        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in usages)},
-        "completion_tokens_details": {"reasoning_tokens": sum(u.reasoning_tokens for u in usages)},
+    """`usage` of a response: the sum over the prompts of the request."""
+    prompt_tokens = sum(usage.prompt_tokens for usage in usages)
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    total = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        "completion_tokens_details": {"reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)},
     }
-    costs = [u.cost for u in usages if u.cost is not None]
-    return {**told, "cost": sum(costs)} if costs else told
+    costs = [usage.cost for usage in usages if usage.cost is not None]
+    if costs:
+        total["cost"] = sum(costs)
+    return total
 
 
-def message_of(answered: Answered) -> dict[str, Any]:
-    """The thought under both names that clients know."""
-    thought = (
-        {"reasoning_content": answered.thought, "reasoning": answered.thought} if answered.thought else {}
-    )
-    return {"role": "assistant", "content": answered.answer, **thought}
+def message_of(output: ChatOutput) -> dict[str, Any]:
+    """The assistant's message of a choice."""
+    message = {"role": "assistant", "content": output.answer}
+    if output.thought:
+        message |= _reasoning(output.thought)
+    return message
 
 
 def delta_of(kind: str, text: str) -> dict[str, str]:
-    """As `message_of`, piece by piece."""
-    return {"reasoning_content": text, "reasoning": text} if kind == "thought" else {"content": text}
+    """`delta` of a streamed choice."""
+    return _reasoning(text) if kind == "thought" else {"content": text}
 
 
-def chat_logprobs(served: Served, said: tuple[Said, ...], thought: tuple[Said, ...]) -> dict[str, Any]:
-    """Log-probabilities of an answer's tokens, and apart from them those of its thought's."""
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        label = served.tokenizer.label(token)
-        return {"token": label, "logprob": max(logprob, -9999.0), "bytes": list(label.encode())}
-
-    def entries(many: tuple[Said, ...]) -> list[dict[str, Any]]:
-        return [
-            {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]}
-            for one in many
-        ]
-
-    return {
-        "content": entries(said),
-        "refusal": None,
-        **({"reasoning_content": entries(thought)} if thought else {}),
-    }
+def _reasoning(text: str) -> dict[str, str]:
+    """A thought under both names that clients read."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
-def text_logprobs(
-    served: Served, said: list[tuple[int, float | None, tuple]], offset: int = 0
+def chat_logprobs(
+    served: ServedModel, answer: Sequence[TokenLogprob], thought: Sequence[TokenLogprob]
 ) -> dict[str, Any]:
-    """As `/v1/completions` tells them: four lists side by side; the first token of all has no probability."""
-    labels = [served.tokenizer.label(token) for token, _, _ in said]
-    tops: list[dict[str, float] | None] = []
-    for label, (_, logprob, top) in zip(labels, said, strict=True):
-        told: dict[str, float] = {}
-        for token, one in top:
-            told.setdefault(served.tokenizer.label(token), one)
-        tops.append(None if logprob is None else {**told, label: told.get(label, logprob)})
-    offsets = [offset + sum(map(len, labels[:i])) for i in range(len(labels))]
+    """`logprobs` of a chat choice: the answer's in `content`, the thought's in `reasoning_content`."""
+    logprobs: dict[str, Any] = {
+        "content": [_chat_logprob(served, token) for token in answer],
+        "refusal": None,
+    }
+    if thought:
+        logprobs["reasoning_content"] = [_chat_logprob(served, token) for token in thought]
+    return logprobs
+
+
+def _chat_logprob(served: ServedModel, scored: TokenLogprob) -> dict[str, Any]:
+    """A sampled token with its log-probability and the likeliest tokens at its position."""
+    top = [_token_logprob(served, token, logprob) for token, logprob in scored.top]
+    return {**_token_logprob(served, scored.token, scored.logprob), "top_logprobs": top}
+
+
+def _token_logprob(served: ServedModel, token: int, logprob: float) -> dict[str, Any]:
+    """A token's text, log-probability and bytes."""
+    label = served.tokenizer.label(token)
+    return {"token": label, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(label.encode())}
+
+
+def text_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offset: int = 0) -> dict[str, Any]:
+    """`logprobs` of a text completion: four parallel lists, the text's tokens beginning at `offset`.
+
+    The first token of a prompt has no log-probability.
+    """
+    labels = [served.tokenizer.label(token) for token, _, _ in tokens]
+    logprobs = [logprob for _, logprob, _ in tokens]
+    tops = [
+        _top_logprobs(served, label, logprob, top)
+        for label, (_, logprob, top) in zip(labels, tokens, strict=True)
+    ]
+    offsets = list(accumulate(map(len, labels), initial=offset))
     return {
         "tokens": labels,
-        "token_logprobs": [logprob for _, logprob, _ in said],
+        "token_logprobs": logprobs,
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": offsets[:-1],
     }
+
+
+def _top_logprobs(
+    served: ServedModel, label: str, logprob: float | None, top: Sequence[tuple[int, float]]
+) -> dict[str, float] | None:
+    """Log-probabilities of the sampled token and of the likeliest tokens, by their text.
+
+    Of several tokens with the same text, the likeliest counts.
+    """
+    if logprob is None:
+        return None
+    logprobs: dict[str, float] = {}
+    for token, value in top:
+        logprobs.setdefault(served.tokenizer.label(token), value)
+    logprobs.setdefault(label, logprob)
+    return logprobs

@@ -1,0 +1,1 @@
+"""The studio's pages: chat, arena, review and runs."""

@@ -1,9 +1,9 @@
-"""The arena's pages: a blind battle and its vote, the leaderboard, and what the votes are good for."""
+"""The arena's pages: a blind battle and its vote, the leaderboard, and exports of the votes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, wraps
 from typing import Any, Literal
 
@@ -14,11 +14,11 @@ from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from ...eval.arena_ratings import Ratings, Vote, rate
 from ...eval.voters import examine, judged
 from ...types import LimbeckError
-from ..app_state import AppState, asker
+from ..app_state import AppState, signed_in
 from ..arena import Arena
 from ..pages import language_of, render, say
 from ..questions import Questions
-from ..votes import Battle, Refused, VoteStore
+from ..votes import Refused, VoteStore
 
 Control = Literal["", "length", "style"]
 WINNERS = {
@@ -26,208 +26,218 @@ WINNERS = {
     "b": "model_b",
     "tie": "tie",
     "bad": "tie (bothbad)",
-}  # as Chatbot Arena's published votes call them
+}  # the values of Chatbot Arena's published votes
+MEAN_RATING = 1000.0  # Elo points
 
 
-def routes(site: AppState) -> APIRouter:
+def routes(state: AppState) -> APIRouter:
     """All of `/arena`."""
-    ballots = VoteStore(site.desk)
-    ring = Arena(site.service, ballots, Questions(site.runs, site.desk / "sets"))
-    room = APIRouter(prefix="/arena", include_in_schema=False)
-    _add_battles(room, ring)
-    _add_board(room, ring)
-    _add_exports(room, ballots)
-    return room
+    votes = VoteStore(state.studio_folder)
+    questions = Questions(state.runs, state.studio_folder / "sets")
+    arena = Arena(state.service, votes, questions)
+    router = APIRouter(prefix="/arena", include_in_schema=False)
+    _add_battles(router, arena)
+    _add_votes(router, arena)
+    _add_leaderboard(router, arena)
+    _add_exports(router, votes)
+    return router
 
 
-def told(route: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
-    """What a route refuses becomes a page that says why, and leads back."""
+def with_error_page(route: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+    """A route whose `Refused` and LimbeckError become a page with the reason."""
 
     @wraps(route)
-    async def answer(request: Request, **given: Any) -> Response:
+    async def handle(request: Request, **parameters: Any) -> Response:
         try:
-            return await route(request=request, **given)
+            return await route(request=request, **parameters)
         except Refused as error:
-            return render(
-                request,
-                "arena_refused.html.jinja",
-                error.status,
-                why=say(language_of(request), f"arena.{error.key}"),
-            )
+            reason = say(language_of(request), f"arena.{error.key}")
+            return render(request, "arena_refused.html.jinja", error.status, why=reason)
         except LimbeckError as error:
             return render(request, "arena_refused.html.jinja", 400, why=str(error))
 
-    return answer
+    return handle
 
 
-def voter(request: Request) -> str:
-    """The name that a vote is signed with."""
-    return asker(request).name
+def voter_name(request: Request) -> str:
+    """The name that signs a vote; without a session, a redirect to the page that asks for it."""
+    return signed_in(request).name
 
 
 # ---------------------------------------------------------------- battles
 
 
-def _add_battles(room: APIRouter, ring: Arena) -> None:
-    @room.get("")
-    @told
+def _add_battles(router: APIRouter, arena: Arena) -> None:
+    @router.get("")
+    @with_error_page
     async def start(request: Request) -> Response:
-        name = voter(request)
+        name = voter_name(request)
 
         def page() -> Response:
             return render(
                 request,
                 "arena.html.jinja",
-                fighters=ring.fighters(),
-                sets=ring.questions.names(),
-                waiting=ring.ballots.waiting(name),
+                fighters=arena.contestants(),
+                sets=arena.questions.names(),
+                waiting=arena.votes.waiting(name),
             )
 
         return await run_in_threadpool(page)
 
-    @room.post("")
-    @told
+    @router.post("")
+    @with_error_page
     async def begin(
         request: Request,
         prompt: str = Form("", max_length=20_000),
-        set: str = Form("", max_length=300),
+        prompt_set: str = Form("", alias="set", max_length=300),
         who: list[str] = Form([]),  # noqa: B008
     ) -> Response:
-        if not prompt.strip() and not set:
+        if not prompt.strip() and not prompt_set:
             raise Refused("nothing", 400)
-        wish = {"prompt": prompt, "set": set, "who": who}
-        battle = await run_in_threadpool(ring.draw, voter(request), wish)
-        ring.attend(battle)
-        return _to(battle)
+        options = {"prompt": prompt, "set": prompt_set, "who": who}
+        battle = await run_in_threadpool(arena.draw, voter_name(request), options)
+        arena.ensure_answers(battle)
+        return _to_battle(battle.id)
 
-    @room.get("/b/{battle_id}")
-    @told
-    async def look(request: Request, battle_id: str) -> Response:
-        name = voter(request)
-        battle = await run_in_threadpool(ring.ballots.battle, battle_id)
+    @router.post("/sets")
+    @with_error_page
+    async def upload(request: Request, file: UploadFile) -> Response:
+        voter_name(request)
+        content = await file.read()
+        await run_in_threadpool(arena.questions.add, file.filename or "prompts", content)
+        return RedirectResponse("/arena", 303)
+
+
+def _add_votes(router: APIRouter, arena: Arena) -> None:
+    @router.get("/b/{battle_id}")
+    @with_error_page
+    async def show(request: Request, battle_id: str) -> Response:
+        name = voter_name(request)
+        battle = await run_in_threadpool(arena.votes.battle, battle_id)
         own = battle.voter == name
-        failed = own and not ring.attend(battle)
+        failed = own and not arena.ensure_answers(battle)
         return await run_in_threadpool(
             render, request, "arena_battle.html.jinja", battle=battle, own=own, failed=failed
         )
 
-    @room.post("/b/{battle_id}")
-    @told
+    @router.post("/b/{battle_id}")
+    @with_error_page
     async def vote(
         request: Request,
         battle_id: str,
         token: str = Form(max_length=100),
         outcome: str = Form(max_length=10),
     ) -> Response:
-        await run_in_threadpool(ring.ballots.vote, battle_id, token, voter(request), outcome)
-        return RedirectResponse(f"/arena/b/{battle_id}", 303)
-
-    @room.post("/sets")
-    @told
-    async def bring(request: Request, file: UploadFile) -> Response:
-        voter(request)
-        await run_in_threadpool(ring.questions.add, file.filename or "prompts", await file.read())
-        return RedirectResponse("/arena", 303)
+        await run_in_threadpool(arena.votes.vote, battle_id, token, voter_name(request), outcome)
+        return _to_battle(battle_id)
 
 
-def _to(battle: Battle) -> Response:
-    return RedirectResponse(f"/arena/b/{battle.id}", 303)
+def _to_battle(battle_id: str) -> Response:
+    return RedirectResponse(f"/arena/b/{battle_id}", 303)
 
 
 # ---------------------------------------------------------------- the leaderboard
 
 
-def _add_board(room: APIRouter, ring: Arena) -> None:
+def _add_leaderboard(router: APIRouter, arena: Arena) -> None:
     @lru_cache(32)
-    def shown(total: int, language: str, control: Control) -> dict[str, Any]:
-        """Votes are only ever added: with as many of them, all is as it was."""
-        votes = ring.ballots.votes()
-        board = _board([vote for vote in votes if language in ("", vote.language)], control)
-        return {**board, "languages": sorted({vote.language for vote in votes})}
+    def leaderboard(total: int, language: str, control: Control) -> dict[str, Any]:
+        """The leaderboard's values.
 
-    @room.get("/board")
-    @told
+        Votes are only added, so their number identifies them in the cache's key.
+        """
+        votes = arena.votes.votes()
+        selected = [vote for vote in votes if language in ("", vote.language)]
+        languages = sorted({vote.language for vote in votes})
+        return {**_leaderboard(selected, control), "languages": languages}
+
+    @router.get("/board")
+    @with_error_page
     async def board(request: Request, language: str = "", control: Control = "") -> Response:
-        voter(request)
+        voter_name(request)
 
         def page() -> Response:
-            total = len(ring.ballots)
+            total = len(arena.votes)
             return render(
                 request,
                 "arena_board.html.jinja",
-                **shown(total, language, control),
+                **leaderboard(total, language, control),
                 language=language,
                 control=control,
                 total=total,
-                broken=ring.ballots.broken(),
-                judging=dict(ring.judging),
-                served=sorted(ring.served()),
+                broken=arena.votes.broken(),
+                judging=dict(arena.judging),
+                served=sorted(arena.served()),
             )
 
         return await run_in_threadpool(page)
 
-    @room.post("/judge")
-    @told
+    @router.post("/judge")
+    @with_error_page
     async def judge(request: Request, name: str = Form(max_length=300)) -> Response:
-        voter(request)
-        ring.call(name)
+        voter_name(request)
+        arena.start_judge(name)
         return RedirectResponse("/arena/board#judges", 303)
 
 
-def _board(votes: list[Vote], control: Control) -> dict[str, Any]:
-    """What the leaderboard shows: ratings by people and, apart from them, by each judge; and who voted."""
+def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
+    """Template values of the leaderboard: ratings by people and by each judge, statistics of the voters."""
     people = rate((vote for vote in votes if not vote.judge), control)
-    judges = {
-        told["judge"]: rate((v for v in votes if v.judge and v.voter == told["judge"]), control)
-        for told in judged(votes)
-    }
+    agreements = judged(votes)
+    judges: dict[str, Ratings] = {}
+    for agreement in agreements:
+        name = agreement["judge"]
+        judges[name] = rate((vote for vote in votes if vote.judge and vote.voter == name), control)
     return {
         "people": people,
         "judges": judges,
         "scale": _scale([people, *judges.values()]),
         "voters": examine(votes),
-        "beside": judged(votes),
+        "beside": agreements,
     }
 
 
-def _scale(ratings: list[Ratings]) -> Callable[[float], float]:
-    """From points to the 0 to 100 of a drawing that holds every interval."""
-    ends = [end for rated in ratings for one in rated.models for end in (one.low, one.high)] or [1000.0]
-    low, high = min(ends), max(ends)
+def _scale(ratings: Iterable[Ratings]) -> Callable[[float], float]:
+    """A function from Elo points to 0 to 100, the width of a drawing that holds every interval."""
+    ends: list[float] = []
+    for table in ratings:
+        for rating in table.models:
+            ends += [rating.low, rating.high]
+    low = min(ends, default=MEAN_RATING)
+    high = max(ends, default=MEAN_RATING)
     return lambda points: round(2 + 96 * (points - low) / max(high - low, 1.0), 2)
 
 
-# ---------------------------------------------------------------- to take away
+# ---------------------------------------------------------------- exports
 
 
-def _add_exports(room: APIRouter, ballots: VoteStore) -> None:
-    @room.get("/preferences.jsonl")
+def _add_exports(router: APIRouter, store: VoteStore) -> None:
+    @router.get("/preferences.jsonl")
     def preferences(judge: str = "") -> Response:
-        return _lines(ballots.preferences(judge), "preferences.jsonl")
+        return _json_lines(store.preferences(judge), "preferences.jsonl")
 
-    @room.get("/votes.jsonl")
+    @router.get("/votes.jsonl")
     def votes() -> Response:
-        rows = (
-            {
-                "model_a": v.a,
-                "model_b": v.b,
-                "winner": WINNERS[v.outcome],
-                "judge": v.voter,
-                "human": not v.judge,
-                "language": v.language,
-                "tstamp": v.when,
-                "question_id": v.battle,
-            }
-            for v in ballots.votes()
-            if v.outcome
-        )
-        return _lines(rows, "votes.jsonl")
+        rows = (_exported(vote) for vote in store.votes() if vote.outcome)
+        return _json_lines(rows, "votes.jsonl")
 
 
-def _lines(rows: Iterator[dict[str, Any]], name: str) -> Response:
-    text = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return StreamingResponse(
-        text,
-        media_type="application/jsonl",
-        headers={"content-disposition": f'attachment; filename="{name}"'},
-    )
+def _exported(vote: Vote) -> dict[str, Any]:
+    """A vote with the columns of Chatbot Arena's published votes."""
+    return {
+        "model_a": vote.a,
+        "model_b": vote.b,
+        "winner": WINNERS[vote.outcome],
+        "judge": vote.voter,
+        "human": not vote.judge,
+        "language": vote.language,
+        "tstamp": vote.when,
+        "question_id": vote.battle,
+    }
+
+
+def _json_lines(rows: Iterator[dict[str, Any]], name: str) -> Response:
+    """Rows as a JSONL file to download."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(lines, media_type="application/jsonl", headers=headers)

@@ -1,9 +1,9 @@
-"""Chat: conversations that live on the server, each at an address of its own."""
+"""The chat's pages: conversations that are stored on the server, each at an address of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -17,327 +17,367 @@ from pydantic import AfterValidator
 from ..app_state import AppState, person
 from ..chat_replies import Replies
 from ..conversations import Answer, Conversation, Conversations, Meter, Settings
-from ..markdown_stream import html, pages
-from ..pages import language_of, render, say
+from ..markdown_stream import render_page, split_pages
+from ..pages import is_fragment, language_of, render, say
 from ..transcript import as_json, as_markdown
 
-LONGEST = 200_000  # characters of a question
-TURNS = 20  # shown at first; earlier ones on demand
-LAST = 2**63 - 1  # SQLite's largest number
-WARMEST, DEEPEST = 2.0, 1_000_000
-
-Number = Annotated[int, Path(ge=0, le=LAST)]
-Chosen = Annotated[int, Form(ge=0, le=LAST)]
-Text = Annotated[
-    str, Form(min_length=1, max_length=LONGEST), AfterValidator(lambda text: text.replace("\r\n", "\n"))
-]  # as forms send it
+MAX_QUESTION = 200_000  # characters
+TURNS_SHOWN = 20  # turns at first; earlier ones on demand
+MAX_ID = 2**63 - 1  # SQLite's largest integer
+MAX_TEMPERATURE = 2.0  # no unit
+MAX_BUDGET = 1_000_000  # tokens
 
 
-def routes(site: AppState) -> APIRouter:
-    """Everything under `/chat`."""
-    shelf = Conversations(site.desk / "chats.db")
-    replies = Replies(shelf, site.service)
+def _unix_lines(text: str) -> str:
+    """Text with LF line ends; forms send CRLF."""
+    return text.replace("\r\n", "\n")
+
+
+PathId = Annotated[int, Path(ge=0, le=MAX_ID)]
+FormId = Annotated[int, Form(ge=0, le=MAX_ID)]
+Text = Annotated[str, Form(min_length=1, max_length=MAX_QUESTION), AfterValidator(_unix_lines)]
+Phrases = Callable[..., str]
+
+
+def routes(state: AppState) -> APIRouter:
+    """All of `/chat`."""
+    store = Conversations(state.studio_folder / "chats.db")
+    pages = ChatPages(state, store, Replies(store, state.service))
 
     @asynccontextmanager
-    async def life(app: Any) -> AsyncIterator[None]:
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
-        await replies.stop(state="interrupted")
+        await pages.replies.stop(state="interrupted")
 
-    router = APIRouter(prefix="/chat", include_in_schema=False, lifespan=life)
-    desk = _Desk(site, shelf, replies)
-    _reading(router, desk)
-    _speaking(router, desk)
-    _keeping(router, desk)
+    router = APIRouter(prefix="/chat", include_in_schema=False, lifespan=lifespan)
+    _add_reading(router, pages)
+    _add_answers(router, pages)
+    _add_exports(router, pages)
+    _add_questions(router, pages)
+    _add_regeneration(router, pages)
+    _add_management(router, pages)
     return router
 
 
-class _Desk:
-    """What the routes share: the shelf, the answers being given, and who may do what."""
+class ChatPages:
+    """The conversations, the running replies, and access checks that the routes share."""
 
-    def __init__(self, site: AppState, shelf: Conversations, replies: Replies):
-        self.site, self.shelf, self.replies = site, shelf, replies
-
-    def models(self) -> list[str]:
-        return list(getattr(self.site.service, "models", {}))
+    def __init__(self, state: AppState, store: Conversations, replies: Replies):
+        self.state = state
+        self.store = store
+        self.replies = replies
 
     def read(self, request: Request, name: str) -> Conversation:
-        """A conversation by its address; whoever has that may read it."""
-        found = self.shelf.read(name)
-        if found is None:
-            raise HTTPException(404, say(language_of(request), "site.lost"))
-        return found
+        """A conversation by its address, which is all that reading takes; 404 for an unknown one."""
+        conversation = self.store.read(name)
+        if conversation is None:
+            raise _error(request, 404, "site.lost")
+        return conversation
 
-    def own(self, request: Request, name: str, quiet: bool = False) -> Conversation:
-        """One's own conversation, and with `quiet` one in which nobody is answering."""
-        found = self.read(request, name)
-        if not mine(request, found):
-            raise HTTPException(403, say(language_of(request), "chat.not_yours"))
-        if quiet and self.replies.running(name):
-            raise HTTPException(409, say(language_of(request), "chat.busy"))
-        return found
+    def read_own(self, request: Request, name: str) -> Conversation:
+        """A conversation that the person may continue; 403 for another person's."""
+        conversation = self.read(request, name)
+        if not is_own(request, conversation):
+            raise _error(request, 403, "chat.not_yours")
+        return conversation
 
-    def answer(self, request: Request, name: str, number: Number) -> Answer:
-        found = self.shelf.answer(number)
-        if found is None or found[0] != name:
-            raise HTTPException(404, say(language_of(request), "site.lost"))
-        return found[1]
+    def read_idle(self, request: Request, name: str) -> Conversation:
+        """A person's own conversation without a running reply; 409 while one runs."""
+        conversation = self.read_own(request, name)
+        if self.replies.running(name):
+            raise _error(request, 409, "chat.busy")
+        return conversation
 
-    def begin(self, name: str, numbers: list[int], models: tuple[str, ...], settings: Settings) -> None:
-        for number, model in zip(numbers, models, strict=True):
-            self.replies.begin(name, number, model, settings.temperature, settings.budget)
+    def answer(self, request: Request, name: str, number: int) -> Answer:
+        """An answer of a conversation; 404 for an unknown one."""
+        owner_and_answer = self.store.answer(number)
+        if owner_and_answer is None or owner_and_answer[0] != name:
+            raise _error(request, 404, "site.lost")
+        return owner_and_answer[1]
 
-    async def rest(self, request: Request, name: str, turn: int | None) -> Response:
-        """To a page's script the turns from one on (None: all), to a browser without scripts the way back to the page."""
-        if "hx-request" not in request.headers:
+    def served_settings(
+        self, request: Request, settings: Settings | None, default: Settings | None = None
+    ) -> Settings:
+        """The form's settings, else the default; 400 if one of the models is not served."""
+        settings = settings or default
+        if settings is None or not set(settings.models) <= set(self.state.model_names()):
+            raise _error(request, 400, "chat.no_such_model")
+        return settings
+
+    def begin(self, name: str, answers: Sequence[int], settings: Settings) -> None:
+        """Start the generation of answers, one for each model of the settings."""
+        for number, model in zip(answers, settings.models, strict=True):
+            self.replies.begin(name, number, model, settings)
+
+    async def respond(self, request: Request, name: str, turn: int | None) -> Response:
+        """The turns from `turn` on (None: all) for htmx; without scripts, a redirect to the page."""
+        if not is_fragment(request):
             return RedirectResponse(f"/chat/{name}", 303)
-        return await asyncio.to_thread(self.show, request, name, turn)
+        return await asyncio.to_thread(self.turns, request, name, turn)
 
-    def show(self, request: Request, name: str, turn: int | None = None) -> Response:
-        talk = self.read(request, name)
-        turns = [
-            one for one in talk.turns if turn is None or one.id >= turn
-        ]  # along a branch the numbers grow
-        return _page(request, self, "chat_turns.html.jinja", talk=talk, turns=turns)
-
-
-def mine(request: Request, talk: Conversation) -> bool:
-    """Whether somebody may go on with a conversation: those without a name are everybody's."""
-    return talk.owner in ("", _name(request))
+    def turns(self, request: Request, name: str, first: int | None = None) -> Response:
+        """The shown turns from `first` on; ids grow along a branch."""
+        conversation = self.read(request, name)
+        turns = [turn for turn in conversation.turns if first is None or turn.id >= first]
+        return _page(request, self, "chat_turns.html.jinja", talk=conversation, turns=turns)
 
 
-def wished(
-    model: str = Form("", max_length=200), beside: str = Form("", max_length=200), temperature: float = Form(0.6, ge=0, le=WARMEST),
-    budget: int | None = Form(None, ge=0, le=DEEPEST),
-) -> Settings | None:  # fmt: skip
-    """What a form says about who answers and how; None where it says nothing."""
-    return Settings((model, beside) if beside else (model,), temperature, budget) if model else None
+def is_own(request: Request, conversation: Conversation) -> bool:
+    """True if the person may continue a conversation: their own, or one without an owner."""
+    return conversation.owner in ("", _user_name(request))
 
 
-Wished = Annotated[Settings | None, Depends(wished)]
+def form_settings(
+    model: Annotated[str, Form(max_length=200)] = "",
+    beside: Annotated[str, Form(max_length=200)] = "",
+    temperature: Annotated[float, Form(ge=0, le=MAX_TEMPERATURE)] = 0.6,
+    budget: Annotated[int | None, Form(ge=0, le=MAX_BUDGET)] = None,
+) -> Settings | None:
+    """The settings in a form; None if it names no model."""
+    if not model:
+        return None
+    models = (model, beside) if beside else (model,)
+    return Settings(models, temperature, budget)
 
 
-def _reading(router: APIRouter, desk: _Desk) -> None:
+FormSettings = Annotated[Settings | None, Depends(form_settings)]
+
+
+def _error(request: Request, status: int, phrase: str) -> HTTPException:
+    return HTTPException(status, say(language_of(request), phrase))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _add_reading(router: APIRouter, pages: ChatPages) -> None:
     @router.get("")
     def home(request: Request, before: float = float("inf")) -> Response:
-        return _page(
-            request, desk, "chat_home.html.jinja", before=before, settings=Settings(tuple(desk.models()[:1]))
-        )
+        settings = Settings(tuple(pages.state.model_names()[:1]))
+        return _page(request, pages, "chat_home.html.jinja", before=before, settings=settings)
 
     @router.get("/{name}")
-    def talk(request: Request, name: str, turns: int = TURNS) -> Response:
-        if "hx-request" in request.headers:
-            return desk.show(request, name)
-        found = desk.read(request, name)
-        shown = found.turns[-turns:] if turns > 0 else found.turns
+    def show(request: Request, name: str, turns: int = TURNS_SHOWN) -> Response:
+        if is_fragment(request):
+            return pages.turns(request, name)
+        conversation = pages.read(request, name)
+        shown = conversation.turns[-turns:] if turns > 0 else conversation.turns
         return _page(
             request,
-            desk,
+            pages,
             "chat.html.jinja",
-            talk=found,
+            talk=conversation,
             turns=shown,
-            earlier=len(found.turns) - len(shown),
-            settings=found.settings,
-        )
-
-    @router.get("/{name}/answers/{number}")
-    def answer(request: Request, name: str, number: Number) -> Response:
-        return _page(
-            request,
-            desk,
-            "chat_answer.html.jinja",
-            talk=desk.read(request, name),
-            answer=desk.answer(request, name, number),
-        )
-
-    @router.get("/{name}/answers/{number}/text")
-    def text(request: Request, name: str, number: Number) -> Response:
-        return PlainTextResponse(desk.answer(request, name, number).content)
-
-    @router.get("/{name}/answers/{number}/{part}")
-    def leaf(request: Request, name: str, number: Number, part: str, page: int = 1) -> Response:
-        answer = desk.answer(request, name, number)
-        said = {"thought": answer.thought, "answer": answer.content}.get(part)
-        if said is None:
-            raise HTTPException(404, say(language_of(request), "site.lost"))
-        template = "chat_leaf.html.jinja" if "hx-request" in request.headers else "chat_leaf_page.html.jinja"
-        return _page(
-            request,
-            desk,
-            template,
-            talk=desk.read(request, name),
-            answer=answer,
-            part=part,
-            said=said,
-            page=page,
+            earlier=len(conversation.turns) - len(shown),
+            settings=conversation.settings,
         )
 
     @router.get("/{name}/follow", response_class=EventSourceResponse)
     async def follow(request: Request, name: str, after: int = -1) -> AsyncIterator[Any]:
-        """What grows in a conversation until nothing does; first of all, whether it is another than the page's version."""
-        if await asyncio.to_thread(desk.shelf.version, name) != after:
+        """Events of the running replies; the first one says if the page's version is outdated."""
+        if await asyncio.to_thread(pages.store.version, name) != after:
             yield {"changed": True}
-        async for event in desk.replies.follow(name):
+        async for event in pages.replies.follow(name):
             if event.get("ended"):
-                yield {**event, "version": await asyncio.to_thread(desk.shelf.version, name)}
+                yield {**event, "version": await asyncio.to_thread(pages.store.version, name)}
             else:
-                yield {**event, "meter": _pace(language_of(request), event["meter"], event["thinking"])}
+                figures = _running_figures(language_of(request), event["meter"], event["thinking"])
+                yield {**event, "meter": figures}
 
+
+def _add_answers(router: APIRouter, pages: ChatPages) -> None:
+    @router.get("/{name}/answers/{number}")
+    def answer(request: Request, name: str, number: PathId) -> Response:
+        conversation = pages.read(request, name)
+        shown = pages.answer(request, name, number)
+        return _page(request, pages, "chat_answer.html.jinja", talk=conversation, answer=shown)
+
+    @router.get("/{name}/answers/{number}/text")
+    def text(request: Request, name: str, number: PathId) -> Response:
+        return PlainTextResponse(pages.answer(request, name, number).content)
+
+    @router.get("/{name}/answers/{number}/{part}")
+    def leaf(request: Request, name: str, number: PathId, part: str, page: int = 1) -> Response:
+        answer = pages.answer(request, name, number)
+        texts = {"thought": answer.thought, "answer": answer.content}
+        if part not in texts:
+            raise _error(request, 404, "site.lost")
+        return _page(
+            request,
+            pages,
+            "chat_leaf.html.jinja" if is_fragment(request) else "chat_leaf_page.html.jinja",
+            talk=pages.read(request, name),
+            answer=answer,
+            part=part,
+            said=texts[part],
+            page=page,
+        )
+
+
+def _add_exports(router: APIRouter, pages: ChatPages) -> None:
     @router.get("/{name}/export.md")
     def markdown(request: Request, name: str) -> Response:
-        words = partial(say, language_of(request))
-        return _file(
-            PlainTextResponse(as_markdown(desk.read(request, name), words), media_type="text/markdown"), "md"
-        )
+        text = as_markdown(pages.read(request, name), partial(say, language_of(request)))
+        return _download(PlainTextResponse(text, media_type="text/markdown"), "md")
 
     @router.get("/{name}/export.json")
     def export(request: Request, name: str) -> Response:
-        return _file(JSONResponse(as_json(desk.read(request, name))), "json")
+        return _download(JSONResponse(as_json(pages.read(request, name))), "json")
 
 
-def _speaking(router: APIRouter, desk: _Desk) -> None:
-    """Whatever makes a model answer. These run in the event loop, where answers live, and read the shelf in threads."""
+def _download(response: Response, suffix: str) -> Response:
+    """A response that browsers store as a file."""
+    response.headers["content-disposition"] = f'attachment; filename="conversation.{suffix}"'
+    return response
 
-    def served(request: Request, settings: Settings | None, before: Settings | None = None) -> Settings:
-        """What is wished, or else what the conversation had: if those models are served."""
-        chosen = settings or before
-        if chosen is None or not set(chosen.models) <= set(desk.models()):
-            raise HTTPException(400, say(language_of(request), "chat.no_such_model"))
-        return chosen
+
+# ---------------------------------------------------------------- generation
+
+
+def _add_questions(router: APIRouter, pages: ChatPages) -> None:
+    """Routes that start replies.
+
+    They run on the event loop, as the replies do, and use the database in threads.
+    """
 
     @router.post("")
-    async def start(request: Request, text: Text, settings: Wished) -> Response:
-        settings = served(request, settings)
-        name = await asyncio.to_thread(desk.shelf.start, _name(request), settings)
-        desk.begin(
-            name,
-            await asyncio.to_thread(desk.shelf.ask, name, None, text, settings),
-            settings.models,
-            settings,
-        )
+    async def start(request: Request, text: Text, settings: FormSettings) -> Response:
+        settings = pages.served_settings(request, settings)
+        name = await asyncio.to_thread(pages.store.start, _user_name(request), settings)
+        answers = await asyncio.to_thread(pages.store.ask, name, None, text, settings)
+        pages.begin(name, answers, settings)
         return RedirectResponse(f"/chat/{name}", 303)
 
     @router.post("/{name}/say")
     async def ask(
-        request: Request, name: str, text: Text, settings: Wished, parent: int | None = Form(None)
+        request: Request,
+        name: str,
+        text: Text,
+        settings: FormSettings,
+        parent: Annotated[int | None, Form()] = None,
     ) -> Response:
-        talk = await asyncio.to_thread(desk.own, request, name, True)
-        settings = served(request, settings, talk.settings)
-        if parent is not None and parent not in {turn.id for turn in talk.turns}:
-            raise HTTPException(409, say(language_of(request), "chat.elsewhere"))
-        numbers = await asyncio.to_thread(desk.shelf.ask, name, parent, text, settings)
-        desk.begin(name, numbers, settings.models, settings)
-        return await desk.rest(request, name, (parent or 0) + 1)
+        conversation = await asyncio.to_thread(pages.read_idle, request, name)
+        settings = pages.served_settings(request, settings, conversation.settings)
+        if parent is not None and parent not in {turn.id for turn in conversation.turns}:
+            raise _error(request, 409, "chat.elsewhere")
+        answers = await asyncio.to_thread(pages.store.ask, name, parent, text, settings)
+        pages.begin(name, answers, settings)
+        return await pages.respond(request, name, (parent or 0) + 1)
 
     @router.post("/{name}/edit")
-    async def edit(request: Request, name: str, text: Text, settings: Wished, turn: Chosen) -> Response:
-        talk = await asyncio.to_thread(desk.own, request, name, True)
-        settings = served(request, settings, talk.settings)
+    async def edit(request: Request, name: str, text: Text, settings: FormSettings, turn: FormId) -> Response:
+        conversation = await asyncio.to_thread(pages.read_idle, request, name)
+        settings = pages.served_settings(request, settings, conversation.settings)
         try:
-            numbers = await asyncio.to_thread(desk.shelf.edit, name, turn, text, settings)
+            answers = await asyncio.to_thread(pages.store.edit, name, turn, text, settings)
         except KeyError:
-            raise HTTPException(404, say(language_of(request), "site.lost")) from None
-        desk.begin(name, numbers, settings.models, settings)
-        return await desk.rest(request, name, turn)
+            raise _error(request, 404, "site.lost") from None
+        pages.begin(name, answers, settings)
+        return await pages.respond(request, name, turn)
 
+
+def _add_regeneration(router: APIRouter, pages: ChatPages) -> None:
     @router.post("/{name}/again")
-    async def again(request: Request, name: str, settings: Wished, answer: Chosen) -> Response:
-        talk = await asyncio.to_thread(desk.own, request, name, True)
-        old = await asyncio.to_thread(desk.answer, request, name, answer)
-        settings = served(
-            request,
-            Settings(
-                (old.model,), (settings or talk.settings).temperature, (settings or talk.settings).budget
-            ),
-        )
-        number = await asyncio.to_thread(desk.shelf.again, name, old, settings)
-        desk.begin(name, [number], settings.models, settings)
-        return await desk.rest(request, name, old.turn)
+    async def again(request: Request, name: str, settings: FormSettings, answer: FormId) -> Response:
+        conversation = await asyncio.to_thread(pages.read_idle, request, name)
+        old = await asyncio.to_thread(pages.answer, request, name, answer)
+        chosen = settings or conversation.settings
+        same_model = Settings((old.model,), chosen.temperature, chosen.budget)
+        same_model = pages.served_settings(request, same_model)
+        number = await asyncio.to_thread(pages.store.regenerate, name, old, same_model)
+        pages.begin(name, [number], same_model)
+        return await pages.respond(request, name, old.turn)
 
     @router.post("/{name}/stop")
     async def stop(request: Request, name: str) -> Response:
-        await asyncio.to_thread(desk.own, request, name)
-        await desk.replies.stop(name)
-        return await desk.rest(request, name, None)
+        await asyncio.to_thread(pages.read_own, request, name)
+        await pages.replies.stop(name)
+        return await pages.respond(request, name, None)
 
 
-def _keeping(router: APIRouter, desk: _Desk) -> None:
+# ---------------------------------------------------------------- variants, title, deletion
+
+
+def _add_management(router: APIRouter, pages: ChatPages) -> None:
     @router.post("/{name}/show")
     async def show(
         request: Request,
         name: str,
-        turn: int | None = Form(None, le=LAST),
-        answer: int | None = Form(None, le=LAST),
+        turn: Annotated[int | None, Form(le=MAX_ID)] = None,
+        answer: Annotated[int | None, Form(le=MAX_ID)] = None,
     ) -> Response:
-        await asyncio.to_thread(desk.own, request, name, True)
-        of = turn if answer is None else (await asyncio.to_thread(desk.answer, request, name, answer)).turn
-        await asyncio.to_thread(desk.shelf.show, name, turn, answer)
-        return await desk.rest(request, name, of)
+        await asyncio.to_thread(pages.read_idle, request, name)
+        first = turn
+        if answer is not None:
+            shown = await asyncio.to_thread(pages.answer, request, name, answer)
+            first = shown.turn
+        await asyncio.to_thread(pages.store.show, name, turn, answer)
+        return await pages.respond(request, name, first)
 
     @router.post("/{name}/rename")
-    def rename(request: Request, name: str, title: str = Form(min_length=1, max_length=200)) -> Response:
-        desk.own(request, name)
-        desk.shelf.rename(name, " ".join(title.split()))
+    def rename(
+        request: Request, name: str, title: Annotated[str, Form(min_length=1, max_length=200)]
+    ) -> Response:
+        pages.read_own(request, name)
+        pages.store.rename(name, " ".join(title.split()))
         return RedirectResponse(f"/chat/{name}", 303)
 
     @router.post("/{name}/delete")
     async def delete(request: Request, name: str) -> Response:
-        await asyncio.to_thread(desk.own, request, name)
-        await desk.replies.stop(name)
-        await asyncio.to_thread(desk.shelf.delete, name)
+        await asyncio.to_thread(pages.read_own, request, name)
+        await pages.replies.stop(name)
+        await asyncio.to_thread(pages.store.delete, name)
         return RedirectResponse("/chat", 303)
 
 
-def _page(request: Request, desk: _Desk, template: str, **values: Any) -> Response:
-    """A page or a part of one; each knows who may do what, and how numbers are said."""
-    words = partial(say, language_of(request))
-    talk = values.get("talk")
+# ---------------------------------------------------------------- templates
+
+
+def _page(request: Request, pages: ChatPages, template: str, **values: Any) -> Response:
+    """A page or a part of one, with the values and functions that all chat templates use."""
+    conversation = values.get("talk")
     before = values.pop("before", float("inf"))
-    listed = [] if "hx-request" in request.headers else desk.shelf.listed(_name(request), before)
-    return render(
-        request,
-        template,
-        models=desk.models(),
-        listed=listed,
-        own=talk is None or mine(request, talk),
-        pages=pages,
-        html=lambda page: Markup(html(page)),
-        meter=partial(_meter, words),
-        **{"thinks": False, **values},
-    )
+    recent = [] if is_fragment(request) else pages.store.recent(_user_name(request), before)
+    shared = {
+        "models": pages.state.model_names(),
+        "listed": recent,
+        "own": conversation is None or is_own(request, conversation),
+        "pages": split_pages,
+        "html": lambda page: Markup(render_page(page)),
+        "meter": partial(_figures, partial(say, language_of(request))),
+        "thinks": False,
+    }
+    return render(request, template, **{**shared, **values})
 
 
-def _meter(words: Any, meter: Meter, thought: bool) -> str:
-    """What a thought, or a whole answer, took."""
-    tokens, seconds = (
-        (meter.thought_tokens, meter.thought_seconds) if thought else (meter.tokens, meter.seconds)
-    )
-    return " · ".join([words("chat.tokens", count=f"{tokens:,}"), duration(words, seconds)])
+def _figures(phrases: Phrases, meter: Meter, thought: bool) -> str:
+    """Tokens and time of a thought, or of a whole answer."""
+    tokens = meter.thought_tokens if thought else meter.tokens
+    seconds = meter.thought_seconds if thought else meter.seconds
+    count = phrases("chat.tokens", count=f"{tokens:,}")
+    return f"{count} · {duration(phrases, seconds)}"
 
 
-def _pace(language: str, meter: Meter, thinking: bool) -> dict[str, str]:
-    """A running answer's figures."""
-    words = partial(say, language)
-    whole = _meter(words, meter, False)
+def _running_figures(language: str, meter: Meter, thinking: bool) -> dict[str, str]:
+    """Figures of a running reply: its phase, and those of its thought."""
+    phrases = partial(say, language)
     if not meter.tokens:
-        phase = f"{words('chat.waiting')} {duration(words, meter.seconds)}"
+        phase = f"{phrases('chat.waiting')} {duration(phrases, meter.seconds)}"
+    elif thinking:
+        phase = phrases("chat.thinking")
     else:
-        phase = words("chat.thinking") if thinking else f"{words('chat.answering')} {whole}"
-    return {"phase": phase, "thought": _meter(words, meter, True)}
+        phase = f"{phrases('chat.answering')} {_figures(phrases, meter, False)}"
+    return {"phase": phase, "thought": _figures(phrases, meter, True)}
 
 
-def duration(words: Any, seconds: float) -> str:
-    """Seconds as people say them."""
+def duration(phrases: Phrases, seconds: float) -> str:
+    """Seconds, or minutes and seconds, in words."""
     if seconds < 60:
-        return words("chat.seconds", count=f"{seconds:.1f}")
-    return words("chat.minutes", minutes=int(seconds // 60), seconds=int(seconds % 60))
+        return phrases("chat.seconds", count=f"{seconds:.1f}")
+    return phrases("chat.minutes", minutes=int(seconds // 60), seconds=int(seconds % 60))
 
 
-def _name(request: Request) -> str:
-    who = person(request)
-    return who.name if who else ""
-
-
-def _file(answer: Response, ending: str) -> Response:
-    """To be kept, not shown."""
-    answer.headers["content-disposition"] = f'attachment; filename="conversation.{ending}"'
-    return answer
+def _user_name(request: Request) -> str:
+    """The name of the request's session; empty without a session."""
+    user = person(request)
+    return user.name if user else ""

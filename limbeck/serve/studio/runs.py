@@ -1,18 +1,17 @@
-"""Runs: all of them, one with its stages as a graph, one stage with its curves and its responses."""
-
-from __future__ import annotations
+"""The pages of runs: the list, a run with its graph of stages, a stage with its curves and responses."""
 
 import base64
 import hashlib
 import re
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import yaml
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from markupsafe import Markup
@@ -26,290 +25,364 @@ from .. import jobs
 from ..app_state import AppState
 from ..pages import language_of, render
 
-POINTS = 400  # of a curve: as many as a wide screen can tell apart
-SHOWN = 8  # flips of each sort, and samples of an evaluation
-LIVE, STILL = "every 2s", "every 15s"  # somebody may start a run at a terminal, so a page at rest looks too
-BLANK = {"recipe": "", "path": "", "name": "", "settings": "", "auto": False}
-AGAIN = {"cache-control": "private, no-cache"}
+MAX_POINTS = 400  # points of a curve: as many as a wide screen can resolve
+MAX_SHOWN = 8  # flipped answers of each kind, and samples of an evaluation
+REFRESH_ALIVE = "every 2s"
+REFRESH_IDLE = "every 15s"  # a run may be started at a terminal, so an idle page refreshes too
+REVALIDATE = {"cache-control": "private, no-cache"}
 
 
-class Told(APIRoute):
-    """A run whose files cannot be read is a sentence on the page."""
+class Route(APIRoute):
+    """A route that answers a LimbeckError, such as an unreadable run, with a page that shows its message."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, with LimbeckError turned into a page."""
         handle = super().get_route_handler()
 
-        async def told(request: Request) -> Response:
+        async def handler(request: Request) -> Response:
             try:
                 return await handle(request)
             except LimbeckError as error:
-                return _lost(request, str(error), 409)
+                return _not_found(request, str(error), 409)
 
-        return told
+        return handler
 
 
-def routes(site: AppState) -> APIRouter:
-    door = APIRouter(include_in_schema=False, route_class=Told)
+@dataclass(frozen=True)
+class StartForm:
+    """The form that starts a run: a recipe of the list or a path, a name, and overrides, one a line."""
 
-    def everything(
-        request: Request, seen: str = "", wrong: str = "", told: dict[str, Any] | None = None
-    ) -> Response:
-        rows = [_row(folder) for folder in run_state.runs_in(site.runs)]
-        live = any(row["state"].alive for row in rows)
-        more = {"recipes": list(_recipes(site)), "told": told or BLANK, "wrong": wrong}
-        return _page(request, "runs", {"rows": rows}, more, live, seen, 400 if wrong else 200)
+    recipe: Annotated[str, Form(max_length=400)] = ""
+    path: Annotated[str, Form(max_length=400)] = ""
+    name: Annotated[str, Form(max_length=80)] = ""
+    settings: Annotated[str, Form(max_length=20_000)] = ""
+    auto: Annotated[bool, Form()] = False
 
-    def single(request: Request, folder: Path, seen: str = "", wrong: str = "") -> Response:
-        run = run_state.look(folder)
-        state = _state(run)
-        lines = run_view.lines(run, state.alive)
-        values = {
-            "run": run,
-            "state": state,
-            "lines": lines,
-            "said": run_view.narrate(run, lines),
-            "link": lambda stage: _link(run, stage),
-        }
-        return _page(request, "runs_run", values, {"wrong": wrong}, state.alive, seen, 409 if wrong else 200)
+    def overrides(self) -> list[str]:
+        """`key.path=value` for each setting; the name is the last one, so it has precedence."""
+        overrides = [line.strip() for line in self.settings.splitlines() if line.strip()]
+        if self.name.strip():
+            overrides.append(f"name={self.name.strip()}")
+        return overrides
 
-    @door.get("/runs")
+
+@dataclass(frozen=True)
+class LivePage:
+    """A page with a part that refreshes itself.
+
+    The part's template is `NAME_live.html.jinja` and has `values`; the page's template is `NAME.html.jinja`
+    and has `page_values` too. `alive` sets how often the part refreshes.
+    """
+
+    name: str
+    values: dict[str, Any]
+    alive: bool
+    page_values: dict[str, Any] = field(default_factory=dict)
+    status: int = 200
+
+
+class StageLine(NamedTuple):
+    """A stage of a run, and True if the run is at work."""
+
+    run: run_state.Overview
+    line: run_view.Line
+    alive: bool
+
+
+def routes(state: AppState) -> APIRouter:
+    """All of `/runs` and `/curves`."""
+    router = APIRouter(include_in_schema=False, route_class=Route)
+    _add_list(router, state)
+    _add_run(router, state)
+    _add_stage(router, state)
+    _add_curves(router, state)
+    return router
+
+
+# ---------------------------------------------------------------- all runs
+
+
+def _add_list(router: APIRouter, state: AppState) -> None:
+    @router.get("/runs")
     def every(request: Request, seen: str = "") -> Response:
-        return everything(request, seen)
+        return _respond(request, _list_page(state), seen)
 
-    @door.post("/runs")
-    def start(
-        request: Request,
-        recipe: str = Form("", max_length=400),
-        path: str = Form("", max_length=400),
-        name: str = Form("", max_length=80),
-        settings: str = Form("", max_length=20_000),
-        auto: bool = Form(False),
-    ) -> Response:
-        named = [f"name={name.strip()}"] if name.strip() else []
-        overrides = [*(line.strip() for line in settings.splitlines() if line.strip()), *named]
+    @router.post("/runs")
+    def start(request: Request, form: Annotated[StartForm, Depends()]) -> Response:
         try:
-            folder = jobs.start(_chosen(site, recipe, path.strip()), site.runs, overrides, auto)
+            recipe = _recipe_path(state, form.recipe, form.path.strip())
+            folder = jobs.start(recipe, state.runs, form.overrides(), form.auto)
         except LimbeckError as error:
-            told = {"recipe": recipe, "path": path, "name": name, "settings": settings, "auto": auto}
-            return everything(request, "", str(error), told)
+            return _respond(request, _list_page(state, form, str(error)))
         return RedirectResponse(f"/runs/{quote(folder.name)}", 303)
 
-    @door.get("/runs/{name}")
-    def one(request: Request, name: str, seen: str = "") -> Response:
-        folder = _folder(site, name)
-        return single(request, folder, seen) if folder else _lost(request)
 
-    @door.post("/runs/{name}/{what}")
-    def act(request: Request, name: str, what: str) -> Response:
-        folder = _folder(site, name)
-        if folder is None or what not in ("pause", "resume"):
-            return _lost(request)
-        try:
-            (jobs.pause if what == "pause" else jobs.resume)(folder)
-        except LimbeckError as error:
-            return single(request, folder, "", str(error))
-        return RedirectResponse(f"/runs/{quote(name)}", 303)
-
-    @door.get("/runs/{name}/{stage:path}")
-    def stage(
-        request: Request,
-        name: str,
-        stage: str,
-        step: int | None = None,
-        against: str = "",
-        beside: str = "",
-        seen: str = "",
-    ) -> Response:
-        found = _line(site, name, stage)
-        if found is None:
-            return _lost(request)
-        run, line, alive = found
-        if line.kind == "report":
-            return _report(line.standing.folder / "index.html") if line.standing.folder else _lost(request)
-        values = {"run": run, "line": line, "link": lambda other: _link(run, other)}
-        if seen:
-            return _page(request, "runs_stage", values, {}, alive, seen)
-        others = _others(site, run, line)
-        more = {
-            "others": others,
-            "beside": beside if beside in others else "",
-            "panels": run_view.panels(line),
-            "flipped": run_view.flipped(run, line, against),
-            "rivals": run_view.rivals(run, line),
-            "responses": run_view.responses(line, step),
-            "samples": run_view.samples(line)[:SHOWN],
-            "shown": SHOWN,
-            "settings": yaml.safe_dump(
-                line.standing.stage.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-            ),
-        }
-        return _page(request, "runs_stage", values, more, alive)
-
-    @door.get("/curves/{name}/{stage:path}")
-    def curves(request: Request, name: str, stage: str) -> Response:
-        found = _line(site, name, stage)
-        if found is None:
-            return JSONResponse({"detail": "there is no such stage"}, 404)
-        _, line, alive = found
-        tag = f'W/"{line.state}-{line.history.version}"'
-        if request.headers.get("if-none-match") == tag:
-            return Response(status_code=304, headers={"etag": tag, **AGAIN})
-        told = {
-            **line.history.curves(POINTS),
-            "loads": line.history.loads,
-            "alive": alive and line.state != "done",
-        }
-        return JSONResponse(told, headers={"etag": tag, **AGAIN})
-
-    return door
+def _list_page(state: AppState, form: StartForm | None = None, error: str = "") -> LivePage:
+    """All runs, and the form that starts one; after a mistake with its values and the error."""
+    rows = [_list_row(folder) for folder in run_state.runs_in(state.runs)]
+    alive = any(row["state"].alive for row in rows)
+    page_values = {"recipes": list(_recipes(state)), "told": asdict(form or StartForm()), "wrong": error}
+    return LivePage("runs", {"rows": rows}, alive, page_values, status=400 if error else 200)
 
 
-# ---------------------------------------------------------------- what is looked at
-
-
-def _folder(site: AppState, name: str) -> Path | None:
-    """The run of a name: one of those that there are, whatever the name may look like."""
-    return next((folder for folder in run_state.runs_in(site.runs) if folder.name == name), None)
-
-
-def _line(site: AppState, name: str, stage: str) -> tuple[run_state.Overview, run_view.Line, bool] | None:
-    folder = _folder(site, name)
-    run = run_state.look(folder) if folder else None
-    standing = run.stage(stage) if run else None
-    if standing is None:
-        return None
-    alive = jobs.state(folder).alive
-    return run, run_view.line_of(run, standing, alive), alive
-
-
-def _state(run: run_state.Overview) -> jobs.State:
-    """Where a run stands; one of the time before runs said how they end is finished when all of its stages are."""
-    state = jobs.state(run.folder)
-    return jobs.State("finished") if not state.name and run.complete else state
-
-
-def _link(run: run_state.Overview, stage: str) -> str:
-    return f"/runs/{quote(run.folder.name)}/{quote(stage)}"
-
-
-def _row(folder: Path) -> dict[str, Any]:
-    """One run in the list of all; a recipe that can no longer be read is told as it is."""
+def _list_row(folder: Path) -> dict[str, Any]:
+    """A run's row in the list of runs; a recipe that cannot be read is shown as a failure."""
     try:
         run = run_state.look(folder)
     except LimbeckError as error:
-        return {
-            "name": folder.name,
-            "state": jobs.State("failed", str(error)),
-            "lines": [],
-            "done": 0,
-            "of": 0,
-            "report": "",
-        }
+        failed = jobs.State("failed", str(error))
+        return {"name": folder.name, "state": failed, "lines": [], "done": 0, "of": 0, "report": ""}
     state = _state(run)
-    busy = [
-        run_view.line_of(run, standing, state.alive)
-        for standing in run.stages
-        if standing.state in ("begun", "asks")
-    ]
-    report = next((one.name for one in run.stages if one.kind == "report" and one.state == "done"), "")
+    active = [stage for stage in run.stages if stage.state in ("begun", "asks")]
+    reports_done = [stage.name for stage in run.stages if stage.kind == "report" and stage.state == "done"]
     return {
         "name": folder.name,
         "state": state,
-        "lines": busy,
+        "lines": [run_view.line_of(run, stage, state.alive) for stage in active],
         "done": run.done,
         "of": len(run.stages),
-        "report": report and _link(run, report),
+        "report": _link(run, reports_done[0]) if reports_done else "",
     }
 
 
-def _others(site: AppState, run: run_state.Overview, line: run_view.Line) -> list[str]:
-    """`RUN/STAGE` of everything whose curves can stand beside these: the same kind, here and in other runs."""
-    found = []
-    for folder in run_state.runs_in(site.runs):
+def _recipes(state: AppState) -> dict[str, Path]:
+    """Recipes in the form's list: those shipped with Limbeck, and those in the folder of runs."""
+    recipes = {f"recipes/{path.name}": path for path in shipped()}
+    for path in sorted(state.runs.glob("*.yaml")):
+        recipes[path.relative_to(state.runs).as_posix()] = path
+    return recipes
+
+
+def _recipe_path(state: AppState, recipe: str, path: str) -> Path:
+    """The file of the chosen recipe.
+
+    Raises LimbeckError for an unknown one, and for a path outside the folder of runs.
+    """
+    if path:
+        return _path_inside_runs(state, path)
+    recipes = _recipes(state)
+    if recipe not in recipes:
+        raise LimbeckError(
+            "recipe: choose one of the list, or give the path of one inside the folder of runs"
+        )
+    return recipes[recipe]
+
+
+def _path_inside_runs(state: AppState, path: str) -> Path:
+    home = state.runs.resolve()
+    file = home
+    if "\0" not in path:
+        file = (home / path).resolve()
+    if not file.is_relative_to(home) or file.suffix not in (".yaml", ".yml"):
+        raise LimbeckError(f"path: {path!r} is no YAML file inside {home}; put the recipe there first")
+    return file
+
+
+# ---------------------------------------------------------------- one run
+
+
+def _add_run(router: APIRouter, state: AppState) -> None:
+    @router.get("/runs/{name}")
+    def show(request: Request, name: str, seen: str = "") -> Response:
+        folder = _folder(state, name)
+        if folder is None:
+            return _not_found(request)
+        return _respond(request, _run_page(folder), seen)
+
+    @router.post("/runs/{name}/{action}")
+    def act(request: Request, name: str, action: str) -> Response:
+        folder = _folder(state, name)
+        if folder is None or action not in ("pause", "resume"):
+            return _not_found(request)
         try:
-            other = run_state.look(folder)
+            if action == "pause":
+                jobs.pause(folder)
+            else:
+                jobs.resume(folder)
+        except LimbeckError as error:
+            return _respond(request, _run_page(folder, str(error)))
+        return RedirectResponse(f"/runs/{quote(name)}", 303)
+
+
+def _run_page(folder: Path, error: str = "") -> LivePage:
+    """One run: its state, its stages and the story so far."""
+    run = run_state.look(folder)
+    state = _state(run)
+    lines = run_view.lines(run, state.alive)
+    values = {
+        "run": run,
+        "state": state,
+        "lines": lines,
+        "said": run_view.narrate(run, lines),
+        "link": lambda stage: _link(run, stage),
+    }
+    return LivePage("runs_run", values, state.alive, {"wrong": error}, status=409 if error else 200)
+
+
+def _folder(state: AppState, name: str) -> Path | None:
+    """The folder of an existing run; a name is only compared, never made into a path."""
+    for folder in run_state.runs_in(state.runs):
+        if folder.name == name:
+            return folder
+    return None
+
+
+def _state(run: run_state.Overview) -> jobs.State:
+    """A run's state; an old run without a recorded state is finished if all of its stages are."""
+    state = jobs.state(run.folder)
+    if not state.name and run.complete:
+        return jobs.State("finished")
+    return state
+
+
+def _link(run: run_state.Overview, stage: str) -> str:
+    """The address of a stage's page."""
+    return f"/runs/{quote(run.folder.name)}/{quote(stage)}"
+
+
+# ---------------------------------------------------------------- one stage
+
+
+@dataclass(frozen=True)
+class StageQuery:
+    """View of a stage: a step's responses, the evaluation to compare with, and the curves beside its own."""
+
+    step: int | None = None
+    against: str = ""
+    beside: str = ""
+    seen: str = ""
+
+
+def _add_stage(router: APIRouter, state: AppState) -> None:
+    @router.get("/runs/{name}/{stage:path}")
+    def show(request: Request, name: str, stage: str, query: Annotated[StageQuery, Depends()]) -> Response:
+        found = _stage_line(state, name, stage)
+        if found is None:
+            return _not_found(request)
+        run, line, alive = found
+        if line.kind == "report":
+            folder = line.standing.folder
+            return _report(folder / "index.html") if folder else _not_found(request)
+        values = {"run": run, "line": line, "link": lambda other: _link(run, other)}
+        page_values = {} if query.seen else _stage_values(state, run, line, query)
+        return _respond(request, LivePage("runs_stage", values, alive, page_values), query.seen)
+
+
+def _stage_values(
+    state: AppState, run: run_state.Overview, line: run_view.Line, query: StageQuery
+) -> dict[str, Any]:
+    """Template values of a stage's curves, flipped answers, responses, samples and settings."""
+    comparable = _comparable_stages(state, run, line)
+    settings = line.standing.stage.model_dump(mode="json")
+    return {
+        "others": comparable,
+        "beside": query.beside if query.beside in comparable else "",
+        "panels": run_view.panels(line),
+        "flipped": run_view.flipped(run, line, query.against),
+        "rivals": run_view.rivals(run, line),
+        "responses": run_view.responses(line, query.step),
+        "samples": run_view.samples(line)[:MAX_SHOWN],
+        "shown": MAX_SHOWN,
+        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+    }
+
+
+def _stage_line(state: AppState, name: str, stage: str) -> StageLine | None:
+    """A stage by the names of its run and itself."""
+    folder = _folder(state, name)
+    if folder is None:
+        return None
+    run = run_state.look(folder)
+    standing = run.stage(stage)
+    if standing is None:
+        return None
+    alive = jobs.state(folder).alive
+    return StageLine(run, run_view.line_of(run, standing, alive), alive)
+
+
+def _comparable_stages(state: AppState, run: run_state.Overview, line: run_view.Line) -> list[str]:
+    """`RUN/STAGE` of all stages of the same kind, whose curves can be drawn beside this one's; in any run."""
+    if line.kind == "evaluate":
+        return []
+    names = []
+    for folder in run_state.runs_in(state.runs):
+        try:
+            stages = run_state.look(folder).stages
         except LimbeckError:
             continue
-        same = (
-            one
-            for one in other.stages
-            if one.kind == line.kind and one.folder and one.folder != line.standing.folder
-        )
-        found += [f"{folder.name}/{one.name}" for one in same]
-    return found if line.kind != "evaluate" else []
+        for stage in stages:
+            if stage.kind == line.kind and stage.folder and stage.folder != line.standing.folder:
+                names.append(f"{folder.name}/{stage.name}")
+    return names
 
 
-# ---------------------------------------------------------------- recipes
+def _add_curves(router: APIRouter, state: AppState) -> None:
+    @router.get("/curves/{name}/{stage:path}")
+    def curves(request: Request, name: str, stage: str) -> Response:
+        found = _stage_line(state, name, stage)
+        if found is None:
+            return JSONResponse({"detail": "there is no such stage"}, 404)
+        line = found.line
+        etag = f'W/"{line.state}-{line.history.version}"'
+        headers = {"etag": etag, **REVALIDATE}
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        content = {
+            **line.history.curves(MAX_POINTS),
+            "loads": line.history.loads,
+            "alive": found.alive and line.state != "done",
+        }
+        return JSONResponse(content, headers=headers)
 
 
-def _recipes(site: AppState) -> dict[str, Path]:
-    """What can be started by a click: recipes that came with Limbeck, and those of the folder of runs."""
-    own = {path.relative_to(site.runs).as_posix(): path for path in sorted(site.runs.glob("*.yaml"))}
-    return {f"recipes/{path.name}": path for path in shipped()} | own
+# ---------------------------------------------------------------- responses
 
 
-def _chosen(site: AppState, recipe: str, path: str) -> Path:
-    if not path:
-        if recipe not in _recipes(site):
-            raise LimbeckError(
-                "recipe: choose one of the list, or give the path of one inside the folder of runs"
-            )
-        return _recipes(site)[recipe]
-    home = site.runs.resolve()
-    place = (home / path).resolve() if "\0" not in path else home
-    if not place.is_relative_to(home) or place.suffix not in (".yaml", ".yml"):
-        raise LimbeckError(f"path: {path!r} is no YAML file inside {home}; put the recipe there first")
-    return place
+def _respond(request: Request, page: LivePage, seen: str = "") -> Response:
+    """The whole page, or with `seen`, the digest of the refreshed part on view, only that part.
 
-
-# ---------------------------------------------------------------- pages
-
-
-def _page(
-    request: Request,
-    name: str,
-    values: dict[str, Any],
-    more: dict[str, Any],
-    alive: bool,
-    seen: str = "",
-    status: int = 200,
-) -> Response:
-    """A page with a part that renews itself. What is asked with the mark of what was seen gets that part alone, and
-    204, which leaves everything as it is, where nothing has changed."""
+    204 if the part has not changed, which makes htmx leave everything as it is.
+    """
     language = language_of(request)
     values = {
-        **values,
+        **page.values,
         "say": lambda text: getattr(text, language),
         "words": i18n,
         "draw": run_view.draw,
-        "alive": alive,
+        "alive": page.alive,
     }
-    live = render(request, f"{name}_live.html.jinja", **values).body
-    mark = hashlib.sha256(live).hexdigest()[:16]
-    if seen == mark:
+    live = render(request, f"{page.name}_live.html.jinja", **values).body
+    digest = hashlib.sha256(live).hexdigest()[:16]
+    if seen == digest:
         return Response(status_code=204)
-    address = (
-        f'hx-get="{Markup.escape(request.url.path)}?seen={mark}" hx-trigger="{LIVE if alive else STILL}"'
+    address = f"{Markup.escape(request.url.path)}?seen={digest}"
+    trigger = REFRESH_ALIVE if page.alive else REFRESH_IDLE
+    part = Markup(
+        f'<div id="live" hx-get="{address}" hx-trigger="{trigger}" hx-swap="outerHTML">{live.decode()}</div>'
     )
-    part = Markup(f'<div id="live" {address} hx-swap="outerHTML">{live.decode()}</div>')
     if seen:
         return HTMLResponse(part)
-    return render(request, f"{name}.html.jinja", status, live=part, **values, **more)
+    return render(request, f"{page.name}.html.jinja", page.status, live=part, **values, **page.page_values)
 
 
-def _lost(request: Request, sentence: str = "", status: int = 404) -> Response:
+def _not_found(request: Request, sentence: str = "", status: int = 404) -> Response:
+    """The page of a run or stage that cannot be shown."""
     return render(request, "runs_lost.html.jinja", status, sentence=sentence)
 
 
 @cache
-def _spoken() -> str:
-    """What lets the report's own script, and no other, run: its digest."""
-    source = (Path(reports.__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+def _script_digest() -> str:
+    """The digest of the report's script, by which the content policy allows that script alone."""
+    template = Path(reports.__file__).parent / "report.html.jinja"
+    source = template.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL).group(1)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _report(page: Path) -> Response:
-    """The report as it was written; it brings its own styles, and needs nothing from anywhere."""
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_spoken()}'; frame-ancestors 'none'; base-uri 'none'"
+    """The report's file; it contains its own styles and script, and loads nothing."""
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{_script_digest()}'; frame-ancestors 'none'; base-uri 'none'"
+    )
     return HTMLResponse(page.read_bytes(), headers={"content-security-policy": policy})

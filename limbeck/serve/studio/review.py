@@ -1,0 +1,613 @@
+"""The review page: people read a cold-start row's reasoning, and accept, edit or reject it.
+
+    /desk                          all queues
+    /desk/RUN/STAGE                one queue: progress, rows, people
+    /desk/RUN/STAGE/next           the next row that this person is to review
+    /desk/RUN/STAGE/disagreements  rows with two different verdicts, to be resolved
+    /desk/RUN/STAGE/NUMBER         one row; ?edit=1 and ?reject=1 open its forms
+
+A person does not see the verdicts of others on a row that they are still to review. Reviews are stored in the
+queue; the studio's own database holds only drafts.
+"""
+
+# No `from __future__ import annotations`: FastAPI cannot resolve names that are defined inside a function.
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+from fastapi import APIRouter, Body, Depends, Form, HTTPException, Request
+from fastapi.responses import RedirectResponse, Response
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+
+from ...pipeline.review import edits, review_queues, reviews
+from ...pipeline.review.agreement import agreement, paces
+from ...pipeline.review.review_queues import Desk
+from ...pipeline.review.reviews import Standing
+from ...types import LimbeckError
+from .. import jobs
+from ..app_state import AppState, signed_in
+from ..pages import is_fragment, render
+from ..review_drafts import Draft, DraftKey, Drafts
+from ..sessions import Person
+
+ROWS_PER_PAGE = 50  # rows of a queue
+REASONS = ("wrong", "unreadable", "mixed languages", "repeats itself", "gaps in the reasoning", "unsafe")
+SHARES = (0.0, 0.1, 0.2, 0.5, 1.0)
+SEPARATOR = "; "
+LABELS = ("todo", "second", "disputed", "accept", "edit", "reject")
+MAX_READING_SECONDS = 3600.0  # seconds; a row that was open for longer was not read all the time
+TRANSLATION_TEMPERATURE = 0.3  # close to greedy: a translation has little freedom
+TRANSLATE = (
+    "Translate the reasoning below into {language}. Translate faithfully: add no step, leave none out, "
+    "correct nothing, and keep formulas, numbers and code as they are. Answer with the translation alone.\n\n"
+    "{thought}"
+)
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+
+SignedIn = Annotated[Person, Depends(signed_in)]
+
+
+@dataclass(frozen=True)
+class QueueQuery:
+    """Filters of a queue's table: a search text, a label or "draft", a language; and the page."""
+
+    q: str = ""
+    show: str = ""
+    lang_of: str = ""
+    page: int = 1
+
+    def link(self, **changes: Any) -> str:
+        """The query string with some values changed."""
+        values = {"q": self.q, "show": self.show, "lang_of": self.lang_of, **changes}
+        return "?" + urlencode({name: value for name, value in values.items() if value})
+
+    def matches(self, row: Standing, label: str, begun: set[str]) -> bool:
+        """True if a row fits all filters; `begun` are the rows with a draft."""
+        if self.show == "draft" and row.id not in begun:
+            return False
+        if self.show not in ("", "draft", label):
+            return False
+        if self.lang_of and row.row.get("language") != self.lang_of:
+            return False
+        if not self.q:
+            return True
+        text = f"{row.row['prompt']}\n{row.row['completion']}\n{row.id}"
+        return self.q.casefold() in text.casefold()
+
+
+@dataclass(frozen=True)
+class RowQuery:
+    """View of a row: the edit form, the reject form, neither (`read`), or the resolution of a disagreement.
+
+    `after` is the number of the row that the person reviewed before.
+    """
+
+    edit: bool = False
+    reject: bool = False
+    read: bool = False
+    resolve: bool = False
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The form of a verdict on a row."""
+
+    id: Annotated[str, Form()]
+    verdict: Annotated[str, Form()]
+    completion: Annotated[str | None, Form()] = None
+    why: Annotated[tuple[str, ...], Form()] = ()
+    reason: Annotated[str, Form(max_length=2000)] = ""
+    seconds: Annotated[float, Form()] = 0.0
+    resolves: Annotated[bool, Form()] = False
+
+    def entry(self, row: Standing, person: Person) -> dict[str, Any]:
+        """The review as the queue stores it. An edit that changes nothing is an acceptance."""
+        entry: dict[str, Any] = {"id": row.id, "verdict": self.verdict, "reviewer": person.name}
+        text = (self.completion or "").replace("\r\n", "\n")  # forms send CRLF
+        reason = SEPARATOR.join(filter(None, [*self.why, self.reason.strip()]))
+        if self.verdict == "edit" and text.strip() == row.row["completion"].strip():
+            entry["verdict"] = "accept"
+            reason = ""
+        elif self.verdict == "edit":
+            entry["completion"] = text
+        if reason:
+            entry["reason"] = reason
+        if 0 < self.seconds <= MAX_READING_SECONDS:
+            entry["seconds"] = round(self.seconds, 1)
+        if self.resolves:
+            entry["resolves"] = True
+        return entry
+
+
+@dataclass(frozen=True)
+class QueueRow:
+    """A row and its queue."""
+
+    desk: Desk
+    row: Standing
+
+    @property
+    def address(self) -> str:
+        """The address of the row's page."""
+        return f"{address(self.desk)}/{self.row.number}"
+
+    @property
+    def completion(self) -> str:
+        """The row's text before any edit."""
+        return self.row.row["completion"]
+
+    @property
+    def language(self) -> str:
+        """The row's language."""
+        return self.row.row["language"]
+
+    def key(self, person: Person) -> DraftKey:
+        """The key of a person's draft of this row."""
+        return DraftKey(self.desk.queue.name, self.row.id, person.name)
+
+    def check_unchanged(self, row_id: str) -> None:
+        """Raise 409 if the row at this number is not the one that the page has shown."""
+        if row_id != self.row.id:
+            raise HTTPException(409, "this row has changed since the page was opened; open it again")
+
+    def change(self, text: str) -> dict[str, Any]:
+        """The difference of a text from the row's, and the verifier's finding on it."""
+        passages = edits.difference(self.completion, text)
+        return {
+            "passages": passages,
+            "changed": any(kind == "changed" for kind, *_ in passages),
+            "finding": review_queues.verify(self.desk, self.row.row, text),
+        }
+
+
+class ReviewPages:
+    """Queues, rows and drafts that the routes share."""
+
+    def __init__(self, state: AppState):
+        self.state = state
+        self.drafts = Drafts(state.studio_folder)
+
+    def queue(self, run: str, stage: str) -> Desk:
+        """The queue of a stage; 404 without one, and for one that has no rows yet."""
+        try:
+            desk = review_queues.desk(self.state.runs, run, stage)
+        except LimbeckError as error:
+            raise HTTPException(404, str(error)) from None
+        if desk.queue is None:
+            raise HTTPException(404, f"the rows of {stage} are not there yet")
+        return desk
+
+    def row(self, run: str, stage: str, number: int) -> QueueRow:
+        """The row of a number; 404 for a number outside the queue."""
+        desk = self.queue(run, stage)
+        rows = reviews.standings(desk.queue)
+        if not 1 <= number <= len(rows):
+            raise HTTPException(404, f"the queue has rows 1 to {len(rows)}")
+        return QueueRow(desk, rows[number - 1])
+
+    def next_address(self, desk: Desk, person: Person, after: int) -> str:
+        """The next row for a person: one that nobody else holds, then any, then the queue itself."""
+        held = self.drafts.held_by_others(desk.queue.name, person.name)
+        due = [row for row in reviews.standings(desk.queue) if row.due(person.name)]
+        if not due:
+            return address(desk)
+        row = min(due, key=lambda row: (row.id in held, row.number <= after, row.number))
+        return f"{address(desk)}/{row.number}"
+
+    def model_names(self) -> list[str]:
+        """Names of the models that can translate."""
+        return sorted(self.state.model_names())
+
+
+def routes(state: AppState) -> APIRouter:
+    """All of `/desk`."""
+    router = APIRouter(prefix="/desk", include_in_schema=False)
+    pages = ReviewPages(state)
+    _add_queues(router, pages)
+    _add_queue_actions(router, pages)
+    _add_rows(router, pages)
+    _add_drafts(router, pages)
+    _add_text_tools(router, pages)
+    return router
+
+
+# ---------------------------------------------------------------- queues
+
+
+def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
+    Queue = Annotated[Desk, Depends(pages.queue)]
+
+    @router.get("")
+    def every(request: Request) -> Response:
+        desks = review_queues.desks(pages.state.runs)
+        rows = [(desk, tally(desk), jobs.state(desk.run)) for desk in desks]
+        return render(request, "desk.html.jinja", desks=rows)
+
+    @router.get("/{run}/{stage}")
+    def queue(
+        request: Request, desk: Queue, person: SignedIn, query: Annotated[QueueQuery, Depends()]
+    ) -> Response:
+        rows = reviews.standings(desk.queue)
+        begun = pages.drafts.begun(desk.queue.name, person.name)
+        template = "desk_rows.html.jinja" if is_fragment(request) else "desk_queue.html.jinja"
+        return render(
+            request,
+            template,
+            desk=desk,
+            here=address(desk),
+            begun=begun,
+            **_table(rows, query, person, begun),
+            **_queue_head(desk, rows, person),
+        )
+
+    @router.get("/{run}/{stage}/state")
+    def state(request: Request, desk: Queue) -> Response:
+        return render(
+            request,
+            "desk_state.html.jinja",
+            desk=desk,
+            tally=tally(desk),
+            job=jobs.state(desk.run),
+            here=address(desk),
+        )
+
+    @router.get("/{run}/{stage}/next")
+    def next_row(desk: Queue, person: SignedIn, after: int = 0) -> Response:
+        return RedirectResponse(pages.next_address(desk, person, after), 303)
+
+    @router.get("/{run}/{stage}/disagreements")
+    def disagreements(request: Request, desk: Queue, person: SignedIn) -> Response:
+        rows = reviews.standings(desk.queue)
+        return render(
+            request,
+            "desk_disputes.html.jinja",
+            desk=desk,
+            here=address(desk),
+            disputed=[_disagreement(row) for row in rows if row.state == "disputed"],
+            settled=[_disagreement(row) for row in rows if row.resolution],
+        )
+
+
+def _add_queue_actions(router: APIRouter, pages: ReviewPages) -> None:
+    Queue = Annotated[Desk, Depends(pages.queue)]
+
+    @router.post("/{run}/{stage}/second")
+    def second(desk: Queue, person: SignedIn, share: float = Form(ge=0, le=1)) -> Response:
+        reviews.ask_twice(desk.queue, share, person.name)
+        return RedirectResponse(address(desk), 303, background=_resume_later(desk))
+
+    @router.post("/{run}/{stage}/go")
+    def go(desk: Queue) -> Response:
+        with suppress(LimbeckError):  # the run is at work already
+            jobs.resume(desk.run)
+        return RedirectResponse(address(desk), 303)
+
+    @router.post("/focus")
+    def focus(
+        request: Request, target: Annotated[str, Form(alias="next", max_length=400)] = "/desk"
+    ) -> Response:
+        response = RedirectResponse(target if target.startswith("/desk") else "/desk", 303)
+        response.set_cookie("desk_focus", "0" if _focused(request) else "1", samesite="strict")
+        return response
+
+
+def _table(rows: Sequence[Standing], query: QueueQuery, person: Person, begun: set[str]) -> dict[str, Any]:
+    """Template values of a queue's table: the filtered rows of one page, and the filters."""
+    labels = {row.id: label(row, person.name) for row in rows}
+    matching = [row for row in rows if query.matches(row, labels[row.id], begun)]
+    pages = max(1, -(-len(matching) // ROWS_PER_PAGE))
+    page = min(max(1, query.page), pages)
+    values = list(labels.values())
+    return {
+        **asdict(query),
+        "page": page,
+        "pages": pages,
+        "rows": matching[(page - 1) * ROWS_PER_PAGE : page * ROWS_PER_PAGE],
+        "found": len(matching),
+        "labels": labels,
+        "counts": {name: values.count(name) for name in LABELS},
+        "languages": sorted({row.row.get("language", "") for row in rows} - {""}),
+        "link": query.link,
+    }
+
+
+def _queue_head(desk: Desk, rows: Sequence[Standing], person: Person) -> dict[str, Any]:
+    """Template values of a queue's head: progress, the run's job, the reviewers' pace and agreement."""
+    return {
+        "tally": tally(desk),
+        "mine": sum(row.due(person.name) for row in rows),
+        "job": jobs.state(desk.run),
+        "paces": paces(rows),
+        "agreement": agreement(rows).get("agreement"),
+        "share": reviews.second_share(desk.queue),
+        "shares": SHARES,
+    }
+
+
+def address(desk: Desk) -> str:
+    """The address of a queue's page."""
+    return f"/desk/{quote(desk.run.name, safe='')}/{quote(desk.stage, safe='')}"
+
+
+def tally(desk: Desk) -> dict[str, int]:
+    """The number of rows, and of rows in each state."""
+    states = [row.state for row in reviews.standings(desk.queue)] if desk.queue else []
+    counts = {name: states.count(name) for name in ("open", "second", "disputed", "settled")}
+    return {"rows": len(states), **counts}
+
+
+def label(row: Standing, name: str) -> str:
+    """A row's label for a person: "todo" as long as they are to review it, whatever others have decided."""
+    if row.due(name):
+        return "todo"
+    return row.verdict["verdict"] if row.state == "settled" else row.state
+
+
+def _disagreement(row: Standing) -> dict[str, Any]:
+    """Template values of a row with two different verdicts, and of their resolution."""
+    resolution = row.resolution
+    if resolution:
+        resolution = _shown_verdict(row, resolution["reviewer"], resolution)
+    return {
+        "row": row,
+        "said": [_shown_verdict(row, name, entry) for name, entry in row.verdicts.items()],
+        "resolution": resolution,
+    }
+
+
+def _shown_verdict(row: Standing, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A verdict with its reviewer and, for an edit, the changed passages."""
+    passages = []
+    if entry["verdict"] == "edit":
+        passages = edits.difference(row.row["completion"], entry["completion"])
+    return {"name": name, **entry, "passages": passages}
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class RowView:
+    """A row as one person sees it, with their draft."""
+
+    at: QueueRow
+    name: str
+    query: RowQuery
+    due: bool
+    resolve: bool
+    draft: Draft
+
+    @property
+    def reviewing(self) -> bool:
+        """True if the person can decide: the row is due, or its disagreement is to be resolved."""
+        return self.due or self.resolve
+
+    @property
+    def editing(self) -> bool:
+        """True if the edit form is open: by the address, or because there is a draft of the text."""
+        opened = self.query.edit or bool(self.draft.text and not self.query.read)
+        return self.reviewing and opened and not self.query.reject
+
+    @property
+    def rejecting(self) -> bool:
+        """True if the reject form is open: by the address, or because the draft has only a reason."""
+        drafted = self.draft.reason and not self.draft.text
+        opened = self.query.reject or bool(drafted and not self.query.read)
+        return self.reviewing and opened and not self.query.edit
+
+    @property
+    def text(self) -> str:
+        """The text in the edit form: the draft, else the edit to be resolved, else the row's."""
+        return self.draft.text or self._disputed_edit() or self.at.completion
+
+    def _disputed_edit(self) -> str:
+        if not self.resolve:
+            return ""
+        verdicts = self.at.row.verdicts.values()
+        return next((entry["completion"] for entry in verdicts if entry["verdict"] == "edit"), "")
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """The visible verdicts: all on a settled or disputed row that is not due, else the person's own."""
+        row = self.at.row
+        visible = row.verdicts
+        if self.due or row.state not in ("settled", "disputed"):
+            visible = {name: entry for name, entry in row.verdicts.items() if name == self.name}
+        return [_shown_verdict(row, name, entry) for name, entry in visible.items()]
+
+    def form_values(self) -> dict[str, Any]:
+        """Template values of the edit and the reject form."""
+        reasons = self.draft.reason.split(SEPARATOR)
+        return {
+            "editing": self.editing,
+            "rejecting": self.rejecting,
+            "draft": self.draft,
+            "text": self.text,
+            "change": self.at.change(self.text),
+            "reasons": REASONS,
+            "why": set(reasons),
+            "reason": SEPARATOR.join(reason for reason in reasons if reason not in REASONS),
+        }
+
+    def row_values(self) -> dict[str, Any]:
+        """Template values of the row, its text and its verdicts."""
+        row = self.at.row
+        parts = edits.parts(self.at.completion)
+        blocks = [list(edits.marked(part, self.at.language)) for part in parts]
+        return {
+            "desk": self.at.desk,
+            "row": row,
+            "here": address(self.at.desk),
+            "asked": self.reviewing,
+            "resolve": self.resolve,
+            "due": self.due,
+            "mine": row.verdicts.get(self.name),
+            "finding": review_queues.verify(self.at.desk, row.row, self.at.completion),
+            "blocks": blocks,
+            "mixed": any(kind == "strange" for block in blocks for _, kind in block),
+            "said": self.verdicts(),
+            "resolution": None if self.due else row.resolution,
+        }
+
+    def progress_values(self) -> dict[str, Any]:
+        """Template values of the person's progress in the queue."""
+        rows = reviews.standings(self.at.desk.queue)
+        left = sum(row.due(self.name) for row in rows)
+        return {
+            "total": len(rows),
+            "done": len(rows) - left,
+            "left": left,
+            "last": _last_reviewed(rows, self.query.after, self.name),
+        }
+
+
+def _add_rows(router: APIRouter, pages: ReviewPages) -> None:
+    Row = Annotated[QueueRow, Depends(pages.row)]
+
+    @router.get("/{run}/{stage}/{number}")
+    def show(request: Request, at: Row, person: SignedIn, query: Annotated[RowQuery, Depends()]) -> Response:
+        view = _row_view(pages.drafts, at, person, query)
+        return render(
+            request,
+            "desk_row.html.jinja",
+            models=pages.model_names(),
+            focus=_focused(request),
+            **view.row_values(),
+            **view.form_values(),
+            **view.progress_values(),
+        )
+
+    @router.post("/{run}/{stage}/{number}")
+    def decide(at: Row, person: SignedIn, decision: Annotated[Decision, Depends()]) -> Response:
+        at.check_unchanged(decision.id)
+        if decision.resolves and at.row.state != "disputed":
+            raise HTTPException(409, "this row has changed since the page was opened; open it again")
+        try:
+            reviews.review(at.desk.queue, decision.entry(at.row, person))
+        except LimbeckError as error:
+            raise HTTPException(400, str(error)) from None
+        pages.drafts.drop(at.key(person))
+        if decision.resolves:
+            target = f"{address(at.desk)}/disagreements"
+        else:
+            number = at.row.number
+            target = f"{pages.next_address(at.desk, person, number)}?after={number}"
+        return RedirectResponse(target, 303, background=_resume_later(at.desk))
+
+    @router.post("/{run}/{stage}/{number}/undo")
+    def undo(at: Row, person: SignedIn) -> Response:
+        reviews.undo(at.desk.queue, at.row.id, person.name)
+        return RedirectResponse(at.address, 303)
+
+
+def _row_view(drafts: Drafts, at: QueueRow, person: Person, query: RowQuery) -> RowView:
+    """The view of a row; a row that the person is to review is held for them."""
+    due = at.row.due(person.name)
+    resolve = query.resolve and at.row.state == "disputed"
+    draft = None
+    if due or resolve:
+        draft = drafts.find(at.key(person))
+    if due:
+        drafts.hold(at.key(person))
+    return RowView(at, person.name, query, due, resolve, draft or Draft())
+
+
+def _last_reviewed(rows: Sequence[Standing], number: int, name: str) -> Standing | None:
+    """The row of this number, if the person has a verdict on it that can be undone."""
+    if not 1 <= number <= len(rows):
+        return None
+    row = rows[number - 1]
+    return row if name in row.verdicts else None
+
+
+def _focused(request: Request) -> bool:
+    """True if the person has hidden everything but the row."""
+    return request.cookies.get("desk_focus") == "1"
+
+
+# ---------------------------------------------------------------- drafts and tools
+
+
+def _add_drafts(router: APIRouter, pages: ReviewPages) -> None:
+    Row = Annotated[QueueRow, Depends(pages.row)]
+
+    @router.post("/{run}/{stage}/{number}/draft")
+    def draft(
+        request: Request,
+        at: Row,
+        person: SignedIn,
+        row_id: Annotated[str, Body(alias="id")],
+        text: Annotated[str | None, Body()] = None,
+        reason: Annotated[str | None, Body()] = None,
+    ) -> Response:
+        """Store a draft's text, reason or both. The response is the change to the row's text as HTML."""
+        at.check_unchanged(row_id)
+        stored = pages.drafts.find(at.key(person)) or Draft()
+        if text is None:
+            text = stored.text
+        elif text == at.completion:
+            text = ""
+        if reason is None:
+            reason = stored.reason
+        pages.drafts.save(at.key(person), Draft(text, reason))
+        return render(request, "desk_change.html.jinja", change=at.change(text or at.completion))
+
+    @router.post("/{run}/{stage}/{number}/discard")
+    def discard(at: Row, person: SignedIn) -> Response:
+        pages.drafts.drop(at.key(person))
+        return RedirectResponse(at.address, 303)
+
+
+def _add_text_tools(router: APIRouter, pages: ReviewPages) -> None:
+    Row = Annotated[QueueRow, Depends(pages.row)]
+
+    @router.post("/{run}/{stage}/{number}/trim")
+    def trim(at: Row, text: str = Body(embed=True)) -> dict[str, str]:
+        return {"text": edits.trimmed(text)}
+
+    @router.post("/{run}/{stage}/{number}/translate")
+    async def translate(at: Row, text: str = Body(), model: str = Body("")) -> dict[str, str]:
+        """The task's own translation if it has one, else a served model's."""
+        translation = await run_in_threadpool(review_queues.rewritten, at.desk, at.row.row, text)
+        if translation is None:
+            translation = await _translate(pages, model, text, at.language)
+        return {"text": translation}
+
+
+async def _translate(pages: ReviewPages, model: str, text: str, language: str) -> str:
+    """A model's translation of a text's thought, or of the whole text without one."""
+    names = pages.model_names()
+    if not names:
+        raise HTTPException(400, "this task cannot translate, and no model is served here that could")
+    if model not in names:
+        model = names[0]
+    thought = review_queues.split_thought(text).thought
+    prompt = TRANSLATE.format(language=LANGUAGES.get(language, language), thought=thought or text)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        output = await pages.state.service.answer(model, messages, temperature=TRANSLATION_TEMPERATURE)
+    except LimbeckError as error:
+        raise HTTPException(400, str(error)) from None
+    if not output.answer.strip():
+        raise HTTPException(400, "the model gave no translation")
+    if thought:
+        return review_queues.with_thought(text, output.answer)
+    return output.answer.strip()
+
+
+# ---------------------------------------------------------------- the run
+
+
+def _resume_later(desk: Desk) -> BackgroundTask:
+    """`resume_if_complete` after the response has been sent."""
+    return BackgroundTask(resume_if_complete, desk)
+
+
+def resume_if_complete(desk: Desk) -> None:
+    """Resume a run that waits for people, if no row is left to review. A run at work notices it by itself."""
+    if reviews.complete(desk.queue) and jobs.state(desk.run).name in ("waits", ""):
+        with suppress(LimbeckError):
+            jobs.resume(desk.run)

@@ -1,0 +1,191 @@
+"""Types of the service: a served model, generation options, deltas and complete outputs.
+
+Shapes: N tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..engine.request import Request, Top
+from ..engine.scheduler import Scheduler
+from ..model.config import ModelConfig
+from ..text.tokenizer import Tokenizer
+from ..types import LimbeckError
+
+SEED_BITS = 53  # bits of a drawn seed: the largest integers that JSON numbers hold exactly
+
+
+@dataclass(frozen=True)
+class Price:
+    """The price of a million prompt tokens and of a million completion tokens: `Price(0.15, 0.6)`."""
+
+    prompt: float
+    completion: float
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The price of one request, in the unit of the price."""
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens, cost and latency of one request: `Usage(12, 8, 90, 70)`.
+
+    `cached_tokens` are prompt tokens that were not computed again; `reasoning_tokens` are part of
+    `completion_tokens`. `cost` is in the unit of the model's price, None without one; `seconds_to_first` is
+    the time to the first token.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    cost: float | None = None
+    seconds_to_first: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A sampled token and its log-probability at temperature 1, with the likeliest tokens at its position.
+
+    `TokenLogprob(48, -0.02, ((48, -0.02), (56, -4.1)))`
+    """
+
+    token: int
+    logprob: float
+    top: Top
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next part of a streamed output: `Delta("thought", "try 5", tokens=2)`.
+
+    `kind` is "thought", "answer" or "end". The last delta of each choice is of kind "end" and has `finish`;
+    the last delta of the request has `usage`. Text is model output: hostile until it has been sanitized.
+    """
+
+    kind: str
+    text: str = ""
+    tokens: int = 0
+    choice: int = 0
+    finish: str = ""
+    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatOutput:
+    """One complete choice: `ChatOutput("5 -1 -6", "try 5 ...", "stop", usage)`."""
+
+    answer: str
+    thought: str
+    finish: str
+    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    thought_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """Sampling options of one request.
+
+    `max_tokens` None stands for the server's default. `top_logprobs` is the number of likeliest tokens
+    returned beside each sampled token, None for no log-probabilities. `plain` output is not split into
+    thought and answer.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int | None = None
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    thought_budget: int | None = None
+    top_logprobs: int | None = None
+    echo: bool = False
+    ignore_eos: bool = False
+    plain: bool = False
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model under its served name, and its scheduler.
+
+    `default_max_tokens` bounds the completion of a request that sets no limit.
+    """
+
+    name: str
+    folder: Path
+    scheduler: Scheduler
+    price: Price | None = None
+    default_max_tokens: int = 2048
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.scheduler.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.scheduler.tokenizer
+
+    @property
+    def rows(self) -> int:
+        """The most sequences that run at once."""
+        return self.scheduler.rows
+
+    @property
+    def busy(self) -> int:
+        """The number of sequences that run or prefill now."""
+        return self.scheduler.busy
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests in the queue."""
+        return len(self.scheduler.line)
+
+    def request(self, prompt: np.ndarray, options: GenerationOptions, opened: bool = False) -> Request:
+        """The engine's request for a prompt [N]. `opened` means that the prompt ends inside a thought.
+
+        Raises LimbeckError if the prompt leaves no position for an output of the default length.
+        """
+        return Request(
+            prompt,
+            options.temperature,
+            options.top_p,
+            self._max_tokens(len(prompt), options),
+            options.n,
+            _seed(options),
+            options.thought_budget,
+            opened,
+            options.top_logprobs,
+            options.echo,
+            options.ignore_eos,
+        )
+
+    def _max_tokens(self, prompt_tokens: int, options: GenerationOptions) -> int:
+        """The limit of the completion; by default no longer than the positions that the prompt leaves."""
+        if options.max_tokens is not None:
+            return options.max_tokens
+        positions = self.config.max_positions
+        if prompt_tokens >= positions:
+            raise LimbeckError(
+                f"the prompt has {prompt_tokens} tokens, and {self.name} has only {positions} positions"
+            )
+        return min(positions - prompt_tokens, self.default_max_tokens)
+
+
+def _seed(options: GenerationOptions) -> int:
+    """The seed of the options, or a random one."""
+    if options.seed is None:
+        return secrets.randbits(SEED_BITS)
+    return options.seed
