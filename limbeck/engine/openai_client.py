@@ -48,9 +48,10 @@ class Garbled(Exception):
 class Endpoint:
     """The `Sampler` that `settings` name; `name` is where, for error messages: `stages.teacher`.
 
-    A response is decided by endpoint, model, messages, parameters and the sample's number; what was answered once,
-    to any stage of any run that shares `folder`, is read from there. A recipe's seed chooses the problems and does
-    not reach the endpoint: under another seed the same question has the same answers, already paid for.
+    A response is decided by endpoint, model, messages, parameters and the sample's number; what was answered
+    once, to any stage of any run that shares `folder`, is read from there. A recipe's seed chooses the
+    problems and does not reach the endpoint: under another seed the same question has the same answers,
+    already paid for.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Endpoint:
         seed: object = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Group]:
-        """`group_size` completions of every problem, in the problems' order. Token ids are unknown: each is -1.
+        """`group_size` completions of every problem, in the problems' order. Token ids are unknown: each is
+        -1.
 
         Raises LimbeckError for a wrong address, key or model, Resumable when the endpoint fails for good or
         somebody asks to stop; what was answered is kept.
@@ -112,7 +114,8 @@ class Endpoint:
         ]
 
     def check(self) -> None:
-        """Whether the endpoint can be reached and takes the key; asks for its list of models and for nothing that costs."""
+        """Whether the endpoint can be reached and takes the key; asks for its list of models and for nothing
+        that costs."""
         client = self._client()
         import openai
 
@@ -223,7 +226,8 @@ class Endpoint:
             return self.client
 
     def _wait_after(self, error: Exception) -> bool | float:
-        """What stamina asks after each failure: whether to try again, and how long to wait if the endpoint said so."""
+        """What stamina asks after each failure: whether to try again, and how long to wait if the endpoint
+        said so."""
         import openai
 
         if self._stopping():
@@ -258,7 +262,8 @@ class Endpoint:
     # ------------------------------------------------------------ what went wrong
 
     def _explain(self, error: Exception) -> LimbeckError:
-        """One sentence: what the endpoint did, and the remedy. Never the key, not even a part that the endpoint told."""
+        """One sentence: what the endpoint did, and the remedy. Never the key, not even a part that the
+        endpoint told."""
         import openai
 
         where, url, model = self.name, self.settings.url, self.settings.model

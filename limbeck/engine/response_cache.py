@@ -1,4 +1,5 @@
-"""What endpoints answered, on disk, so that nothing is asked twice: one file a response, whole or not there."""
+"""What endpoints answered, on disk, so that nothing is asked twice: one file a response, whole or not
+there."""
 
 from __future__ import annotations
 

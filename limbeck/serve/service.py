@@ -21,8 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..engine.loop import EngineThread
 from ..engine.request import Answer, Full, Request, Top
-from ..engine.scheduler import EngineThread, Scheduler
+from ..engine.scheduler import Scheduler
 from ..model.config import ModelConfig
 from ..text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, split_thought
 from ..types import LimbeckError, Message
