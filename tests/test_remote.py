@@ -19,7 +19,7 @@ from tiny import answer, children, limbeck, open_run, until
 from limbeck.config.load import load
 from limbeck.config.recipe import Remote
 from limbeck.engine.openai_client import Endpoint
-from limbeck.engine.rate_limit import Pace, Stopped, retry_after
+from limbeck.engine.rate_limit import RateLimiter, Stopped, retry_after
 from limbeck.engine.sampling import SamplingParams
 from limbeck.types import LimbeckError, Problem, Resumable
 
@@ -250,11 +250,11 @@ def test_retry_after_is_seconds_or_a_date():
 
 
 def test_whoever_waits_its_turn_can_be_stopped():
-    pace = Pace(None, lambda: time.monotonic() > began + 0.3)
-    pace.hold(60)
+    limiter = RateLimiter(None, lambda: time.monotonic() > began + 0.3)
+    limiter.pause(60)
     began = time.monotonic()
     with pytest.raises(Stopped):
-        pace.wait()
+        limiter.wait()
     assert time.monotonic() - began < 30
 
 
