@@ -1,5 +1,6 @@
 """Chat completions of OpenAI-compatible endpoints, read into what the response cache stores and into
-`Completion`s."""
+`Completion`s.
+N tokens."""
 
 from __future__ import annotations
 
@@ -52,5 +53,5 @@ def to_completion(response: dict[str, Any], sample: int) -> Completion:
 
 
 def unknown_tokens(response: dict[str, Any], name: str) -> np.ndarray:
-    """As many ids as the endpoint counted, [tokens]: each is -1, since an endpoint does not return ids."""
+    """As many ids [N] as the endpoint counted: each is -1, since an endpoint does not return ids."""
     return np.full(response["usage"][name], -1, dtype=np.int64)

@@ -226,5 +226,5 @@ class DecodeBatch:
 
 
 def append_zeros(x: np.ndarray, rows: int) -> np.ndarray:
-    """`x` with `rows` rows of zeros appended."""
+    """`x` [B, ...], with `rows` rows of zeros appended."""
     return np.concatenate([x, np.zeros((rows, *x.shape[1:]), dtype=x.dtype)])

@@ -35,7 +35,7 @@ class PrefillingRequest:
         return len(self.output.request.prompt) - self.past.length
 
     def next_tokens(self, count: int) -> np.ndarray:
-        """The next `count` tokens of the prompt."""
+        """The next `count` tokens of the prompt, [N]."""
         begin = self.past.length
         return self.output.request.prompt[begin : begin + count]
 

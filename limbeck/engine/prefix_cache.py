@@ -1,4 +1,4 @@
-"""The prefix cache: KV of recent sequences, from which prompts with a common prefix start."""
+"""The prefix cache: KV of recent sequences, from which prompts with a common prefix start. N tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PrefixCache:
         self.sequences: OrderedDict[bytes, tuple[np.ndarray, SequenceKV]] = OrderedDict()
 
     def longest(self, prompt: np.ndarray) -> tuple[SequenceKV | None, int]:
-        """The cached KV with the longest common prefix, and the prefix's length in tokens. Never the whole
-        prompt: the last token must be run to get logits."""
+        """The cached KV with the longest common prefix of a prompt [N], and the prefix's length in tokens.
+        Never the whole prompt: the last token must be run to get logits."""
         best = None
         length = 0
         for key, (tokens, _) in self.sequences.items():
@@ -36,7 +36,7 @@ class PrefixCache:
         return past, length
 
     def add(self, tokens: np.ndarray, past: SequenceKV) -> None:
-        """Cache the KV of `tokens` in place of all that it extends; without effect if an entry extends it
+        """Cache the KV of `tokens` [N] in place of all that it extends; without effect if an entry extends it
         already, or if it alone is too large."""
         if past.bytes > self.max_bytes:
             return
@@ -48,20 +48,17 @@ class PrefixCache:
             if common == len(cached):
                 extended.append(key)
         for key in extended:
-            self._subtract(self.sequences.pop(key))
+            _, replaced = self.sequences.pop(key)
+            self.bytes -= replaced.bytes
         self.sequences[tokens.tobytes()] = (tokens, past)
         self.bytes += past.bytes
         while self.bytes > self.max_bytes or len(self.sequences) > MAX_SEQUENCES:
             _, evicted = self.sequences.popitem(last=False)
-            self._subtract(evicted)
-
-    def _subtract(self, entry: tuple[np.ndarray, SequenceKV]) -> None:
-        _, past = entry
-        self.bytes -= past.bytes
+            self.bytes -= evicted.bytes
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of tokens in the longest common prefix of two sequences."""
+    """Number of tokens in the longest common prefix of two sequences [N]."""
     shorter = min(len(a), len(b))
     differing = (a[:shorter] != b[:shorter]).nonzero()[0]
     return int(differing[0]) if len(differing) else shorter

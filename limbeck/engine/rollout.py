@@ -1,7 +1,8 @@
 """Rollouts: each prompt is prefilled once and forked into its group; finished rows are dropped, and new ones
 admitted.
 
-Completions never depend on which rows run side by side. B rows · T tokens of a completion.
+Completions never depend on which rows run side by side. N tokens of a prompt · B rows · T tokens of a
+completion.
 """
 
 from __future__ import annotations
@@ -54,8 +55,7 @@ class Engine:
         return metrics
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy new weights into the model, each of its parameter's own shape; those that share memory with it
-        are left alone."""
+        """Copy new weights into the model; those that share memory with the model's own are left alone."""
         for name, parameter in self.model.state_dict().items():
             if parameter.data_ptr() != weights[name].data_ptr():
                 parameter.copy_(weights[name])
@@ -137,7 +137,7 @@ class Engine:
         )
 
     def _check_length(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
-        """Raise LimbeckError if prompt and budget exceed the model's positions; `prompt` is [tokens]."""
+        """Raise LimbeckError if prompt and budget exceed the model's positions; the prompt is [N]."""
         positions = self.model.config.max_positions
         if len(prompt) + sampling.max_new_tokens > positions:
             raise LimbeckError(
@@ -147,7 +147,7 @@ class Engine:
 
 
 def _uniforms(problem: Problem, group_size: int, sampling: SamplingParams, seed: object) -> np.ndarray:
-    """The random numbers [group_size, max_new_tokens] of a problem's completions, one per token."""
+    """The random numbers [B, T] of a problem's completions, one per token."""
     uniforms = []
     for sample in range(group_size):
         uniforms.append(generator(seed, problem.id, sample).random(sampling.max_new_tokens))
