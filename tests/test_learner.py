@@ -20,7 +20,7 @@ from limbeck.engine.sampling import SamplingParams
 from limbeck.model.attention import RMSNorm
 from limbeck.model.kv_cache import Packed
 from limbeck.run_log import Record, read_metrics
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.grpo import train_grpo

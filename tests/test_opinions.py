@@ -29,7 +29,7 @@ from limbeck.pipeline.job import Job
 from limbeck.pipeline.stages.judging import run_calibrate
 from limbeck.pipeline.stages.rewards import judge_of, reward_of
 from limbeck.run_log import Record, read_metrics
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.grpo import train_grpo
 from limbeck.train.learned_rewards import Panel, hacked, trend

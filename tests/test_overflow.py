@@ -27,7 +27,7 @@ from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.run import _failure
 from limbeck.pipeline.worker import perform
 from limbeck.run_log import Record, read_metrics
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train import losses, reward_model
 from limbeck.train.batch import Batch, pack
 from limbeck.train.checkpoint import Checkpoint

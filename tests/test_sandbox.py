@@ -13,11 +13,11 @@ import pytest
 
 from limbeck.cli import doctor
 from limbeck.config.recipe import Gym
-from limbeck.tasks import generators, grammar, sandbox
+from limbeck.tasks import confinement, generators, grammar
 from limbeck.tasks.answers import Verdict, judge
 from limbeck.tasks.grammar import Unread
 from limbeck.tasks.gym import GymTask
-from limbeck.tasks.referee import REFEREE, Referee
+from limbeck.tasks.sandbox import SANDBOX, Sandbox
 from limbeck.types import LimbeckError
 
 pytest.importorskip("reasoning_gym")
@@ -292,7 +292,7 @@ def test_polynomials_have_one_form():
 # ---------------------------------------------------------------- the sandbox, with the grammar left out
 
 CODE = """
-from limbeck.tasks import verdicts
+from limbeck.tasks import sandbox_worker
 run = exec
 def code():
     def judge(answer):
@@ -300,8 +300,8 @@ def code():
         run(answer, names)
         return "correct" if names.get("reached", True) else "wrong"
     return judge
-verdicts.JUDGES["code"] = code
-verdicts.serve()
+sandbox_worker.JUDGES["code"] = code
+sandbox_worker.serve()
 """
 REACHES = {
     "write": "open({file!r}, 'w')",
@@ -350,9 +350,9 @@ REACHES = {
 @pytest.fixture(scope="module")
 def coding():
     os.environ["LIMBECK_BAIT"] = "1"
-    referee = Referee(CODE)
-    yield referee
-    referee.close()
+    sandbox = Sandbox(CODE)
+    yield sandbox
+    sandbox.close()
     del os.environ["LIMBECK_BAIT"]
 
 
@@ -362,13 +362,17 @@ def test_code_is_run_by_the_judge_of_this_test(coding):
 
 def test_the_attempts_would_reach_where_nothing_was_taken_away(tmp_path):
     """Or the test below would prove nothing."""
-    away = "from limbeck.tasks import sandbox, verdicts\nsandbox.confine = lambda: (0, False)\nverdicts._disarm = lambda: None\n"
-    referee, door = Referee(away + CODE), socket.create_server(("127.0.0.1", 0))
+    away = (
+        "from limbeck.tasks import confinement, sandbox_worker\n"
+        "confinement.confine = lambda: (0, False)\n"
+        "sandbox_worker._disarm = lambda: None\n"
+    )
+    sandbox, door = Sandbox(away + CODE), socket.create_server(("127.0.0.1", 0))
     for reach in ("write", "read", "connect", "fork", "environ", "shell", "ctypes open", "clock", "eval"):
         code = REACHES[reach].format(file=str(tmp_path / "canary"), bait="", port=door.getsockname()[1])
-        assert referee.ask("code", answer=code, deadline=2) == "correct", reach
+        assert sandbox.ask("code", answer=code, deadline=2) == "correct", reach
     assert (tmp_path / "canary").exists()
-    referee.close()
+    sandbox.close()
     door.close()
 
 
@@ -387,7 +391,7 @@ def test_code_reaches_nothing(coding, tmp_path, reach):
 
 def test_code_leaves_nothing_behind(coding):
     patch = (
-        "import sys\nv = sys.modules['limbeck.tasks.verdicts']\nv._apart = v._ended = lambda *a: 'correct'\n"
+        "import sys\nv = sys.modules['limbeck.tasks.sandbox_worker']\nv._judge_in_fork = v._run_in_fork = lambda *a: 'correct'\n"
         "v.VERDICTS = ('correct',) * 4\nv.JUDGES.clear()\nreached = False"
     )
     assert coding.ask("code", answer=patch, deadline=2) in ("wrong", "error", "correct")
@@ -411,7 +415,7 @@ def test_code_that_hogs_is_ended(coding, loop):
 
 
 def test_what_holds_was_tried():
-    proof = REFEREE.proof()
+    proof = SANDBOX.proof()
     assert proof.holds and proof.seccomp
     finding = doctor._sandbox()
     assert finding.ok and "proven by trying: no file read, no file written, no connection" in finding.value
@@ -419,28 +423,31 @@ def test_what_holds_was_tried():
 
 def test_what_does_not_hold_is_told():
     open_house = (
-        "from limbeck.tasks import sandbox, verdicts; sandbox.confine = lambda: (0, False); verdicts.serve()"
+        "from limbeck.tasks import confinement, sandbox_worker; confinement.confine = lambda: (0, False); sandbox_worker.serve()"
     )
-    referee = Referee(open_house)
-    proof = referee.proof()
+    sandbox = Sandbox(open_house)
+    proof = sandbox.proof()
     assert not proof.holds and proof.refused == () and "neither Landlock nor seccomp" in str(proof)
-    referee.close()
+    sandbox.close()
 
 
 @pytest.mark.parametrize("layer", ["_landlock", "_seccomp"])
 def test_each_layer_holds_what_it_can(layer):
     """Without one of them the other still keeps files and connections away."""
-    off = f"from limbeck.tasks import sandbox, verdicts; sandbox.{layer} = lambda libc: 0; verdicts.serve()"
-    referee = Referee(off)
-    proof = referee.proof()
+    off = (
+        f"from limbeck.tasks import confinement, sandbox_worker; confinement.{layer} = lambda libc: 0; "
+        "sandbox_worker.serve()"
+    )
+    sandbox = Sandbox(off)
+    proof = sandbox.proof()
     if proof.landlock or proof.seccomp:
         assert {"file read", "file written", "program"} <= set(proof.refused)
     assert proof.holds == proof.seccomp
-    referee.close()
+    sandbox.close()
 
 
 def test_where_nothing_holds_only_what_needs_it_is_refused(monkeypatch):
-    monkeypatch.setattr(REFEREE, "proof", lambda: sandbox.Proof(0, False, ()))
+    monkeypatch.setattr(SANDBOX, "proof", lambda: confinement.Proof(0, False, ()))
     for generator in ("rubiks_cube", "intermediate_integration"):
         with pytest.raises(
             LimbeckError, match=f"problems.{generator}.generator: {generator} is refused"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..text.tokenizer import CLOSE, join_thought
+from ..text.reasoning_parser import CLOSE, join_thought
 from ..types import Completion
 
 

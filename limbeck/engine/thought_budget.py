@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..text.tokenizer import CLOSE, OPEN, Tokenizer, overlap
+from ..text.reasoning_parser import CLOSE, OPEN, overlap
+from ..text.tokenizer import Tokenizer
 
 OVERTIME = 8  # tokens past the budget in which a half-written character or marker may be completed
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..engine.openai_client import Endpoint
     from ..engine.rollout import Engine
     from ..model.decoder import Decoder
-    from ..tasks.task import Mixture
+    from ..tasks.mixture import Mixture
     from ..text.tokenizer import Tokenizer
     from ..train.checkpoint import Checkpoint
 
@@ -70,13 +70,13 @@ class Job:
         return Engine(decoder, tokenizer, 256 if decoder.config.parameters < 10_000_000 else 64, speculate)
 
     def task(self, name: str) -> Task:
-        from ..tasks.task import open_task
+        from ..tasks.registry import open_task
 
         return open_task(name, self.problems[name])
 
     def mixture(self, weights: dict[str, float], rewards: dict[str, float] | None = None) -> Mixture:
         """Problems by weight; a name that is a `screen` stage stands for the problems that it kept."""
-        from ..tasks.task import Mixture
+        from ..tasks.mixture import Mixture
 
         tasks = {name: self.task(name) for name in self.problems}
         subsets = {

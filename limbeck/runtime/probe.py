@@ -77,7 +77,7 @@ def _write(settings: dict[str, Any], clock: Callable[[], float], tokens: int = 2
     """Seconds for a token of a miniature's corpus: written, and made ids."""
     from ..config.recipe import Miniature
     from ..tasks.clock_countdown import encode_documents
-    from ..tasks.task import open_task
+    from ..tasks.registry import open_task
 
     task = open_task("world", Miniature(**settings))
     tokenizer = task.tokenizer()

@@ -25,7 +25,9 @@ from ..engine.loop import EngineThread
 from ..engine.request import Answer, Full, Request, Top
 from ..engine.scheduler import Scheduler
 from ..model.config import ModelConfig
-from ..text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, split_thought
+from ..text.detokenizer import Reader
+from ..text.reasoning_parser import CLOSE, OPEN, ReasoningParser, split_thought
+from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError, Message
 from .metrics import Metrics
 

@@ -1,11 +1,13 @@
 """The quickstart's small bilingual world: a clock countdown, and the text a base model grows up on.
 
-Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read from
-left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 -6 *5</answer>`. A thought tries, checks by taking the
-target away, and tries again: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives 3 =3 gives 0 yes`.
+Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read
+from left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 -6 *5</answer>`. A thought tries, checks by
+taking the target away, and tries again: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives
+3 =3 gives 0 yes`.
 
-A random legal expression hits with probability about .18, so guessing pays a little and persistence pays more.
-Problems are split by content (sorted numbers and target): whatever is tested was never in a corpus or in RL.
+A random legal expression hits with probability about .18, so guessing pays a little and persistence pays
+more. Problems are split by content (sorted numbers and target): whatever is tested was never in a corpus or
+in RL.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from ..config.recipe import Miniature
-from ..text.tokenizer import Tokenizer, split_thought
+from ..text.reasoning_parser import split_thought
+from ..text.tokenizer import Tokenizer
 from ..types import Completion, Problem, Sample, Score, fingerprint
 
 OPERATIONS = "+-*"
@@ -238,8 +241,8 @@ def _answer(text: str) -> tuple[str | None, str]:
 
 
 class Given(str):
-    """A word of a document that is read and not learned: a question, or the numbers of an exercise. Nobody can
-    foresee them, and learning to would drown the little that can be learned in noise."""
+    """A word of a document that is read and not learned: a question, or the numbers of an exercise. Nobody
+    can foresee them, and learning to would drown the little that can be learned in noise."""
 
 
 class _Author:

@@ -1,10 +1,11 @@
 """Who judges the answers to each generator of reasoning-gym, and what they may look like.
 
-Several of its scorers hand the answer to `eval` or to sympy's parser, others pay for what is no answer (`0` for any
-probability, `NaN` for any list, anything at all for game_of_life_halting). So each generator that has a scorer of
-its own was read, and stands here by name: `TEXT` is compared with the gold answer, `FORMS` are read by a grammar and
-judged here, and `SCORED` go to the generator's scorer, in a process that reaches nothing, once they have its form.
-All others are refused. A generator without one needs no entry: `answers.judge` compares its answers.
+Several of its scorers hand the answer to `eval` or to sympy's parser, others pay for what is no answer (`0`
+for any probability, `NaN` for any list, anything at all for game_of_life_halting). So each generator that has
+a scorer of its own was read, and stands here by name: `TEXT` is compared with the gold answer, `FORMS` are
+read by a grammar and judged here, and `SCORED` go to the generator's scorer, in a process that reaches
+nothing, once they have its form. All others are refused. A generator without one needs no entry:
+`answers.judge` compares its answers.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ SCORED: dict[str, Callable[[str], str]] = {
     "word_ladder": _like(r"[A-Za-z]+(?:, ?[A-Za-z]+)*"),
 }
 
-# Read by a grammar, and judged by sympy in the referee's child.
+# Read by a grammar, and judged by sympy in the sandbox.
 SYMBOLIC = frozenset({"intermediate_integration"})
 REFUSED = {
     "composite": "it hands the answer on to other generators; name each of them as problems of its own"

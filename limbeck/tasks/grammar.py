@@ -1,4 +1,5 @@
-"""What a model may write where a library would evaluate it: numbers, sums, polynomials, elementary functions, JSON.
+"""What a model may write where a library would evaluate it: numbers, sums, polynomials, elementary functions,
+JSON.
 
 Every reader takes the whole text or raises `Unread`. None of them evaluates anything: a text becomes tokens,
 tokens a tree, and from the tree alone a value is made. Length, depth, digits and exponents have bounds.
@@ -104,7 +105,8 @@ _TOKEN = re.compile(r"[ \t\n]*(?:([0-9]+(?:\.[0-9]+)?)|([A-Za-z]+)|(\*\*|[-+*/()
 def expression(
     text: str, names: Iterable[str] = (), functions: Iterable[str] = (), powers: bool = False
 ) -> Node:
-    """The tree of an expression in + - * / and brackets, with these names and functions, and ** with `powers`."""
+    """The tree of an expression in + - * / and brackets, with these names and functions, and ** with
+    `powers`."""
     _limited(text)
     tokens, at = [], 0
     while at < len(text):
@@ -200,7 +202,8 @@ def leaves(tree: Node) -> list[Fraction]:
 def folded(
     tree: Node, constant: Callable, name: Callable, power: Callable, function: Callable | None = None
 ) -> Any:
-    """A tree's value, where numbers are made by `constant`, names by `name`, and so on; + - * / are the values'."""
+    """A tree's value, where numbers are made by `constant`, names by `name`, and so on; + - * / are the
+    values'."""
 
     def fold(node: Node) -> Any:
         if node.kind == "number":

@@ -1,7 +1,9 @@
-"""A model as judge: two responses compared in both orders, or points for named criteria; strict about what it says.
+"""A model as judge: two responses compared in both orders, or points for named criteria; strict about what it
+says.
 
-What is judged is material. It stands between marks that nobody who wrote it could know, control tokens are taken out,
-and what cannot be read as a verdict is none. Whether a judge deserves trust is measured: `eval/judge_calibration.py`.
+What is judged is material. It stands between marks that nobody who wrote it could know, control tokens are
+taken out, and what cannot be read as a verdict is none. Whether a judge deserves trust is measured:
+`eval/judge_calibration.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.learned_rewards import Judging
-from ..text.tokenizer import split_thought
+from ..text.reasoning_parser import split_thought
 from ..types import Group, Problem, Sampler, Score, fingerprint
 
 LONGEST = 8000  # characters of a response that a judge is shown
@@ -44,7 +46,8 @@ _GRADE = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a problem. `better` is `first`, `second` or `tie` where people or a checker have said so.
+    """Two responses to a problem. `better` is `first`, `second` or `tie` where people or a checker have said
+    so.
 
     `Pair(problem, "<answer> 1 +2 </answer>", "", better="first")`
     """
@@ -59,8 +62,8 @@ class Pair:
 class Comparison:
     """What a judge made of a pair: `first`, `second`, `tie`, or nothing where it abstained.
 
-    `orders` says what it said in both orders, by the place that it was shown: `("A", "A")` is the same place twice,
-    and so a tie. `votes` were asked, of which `abstained` could not be read.
+    `orders` says what it said in both orders, by the place that it was shown: `("A", "A")` is the same place
+    twice, and so a tie. `votes` were asked, of which `abstained` could not be read.
     """
 
     verdict: str
@@ -70,7 +73,8 @@ class Comparison:
 
 
 class Judge:
-    """A judge is a sampler with a prompt: an engine, or an endpoint. The same seed asks the same, mark for mark."""
+    """A judge is a sampler with a prompt: an engine, or an endpoint. The same seed asks the same, mark for
+    mark."""
 
     def __init__(self, sampler: Sampler, settings: Judging, sampling: Any, seed: object):
         self.sampler, self.settings, self.sampling, self.seed = sampler, settings, sampling, seed
@@ -81,8 +85,9 @@ class Judge:
         return (self._compare if self.settings.method == "pairwise" else self._compare_points)(pairs)
 
     def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """Of each group's completions the part `judge` in [0, 1], with the reason: the share of the others that a
-        completion beats, a tie being half; or its points. Where the judge abstained nothing is earned."""
+        """Of each group's completions the part `judge` in [0, 1], with the reason: the share of the others
+        that a completion beats, a tie being half; or its points. Where the judge abstained nothing is
+        earned."""
         told = [[final(c.text) for c in group.completions] for group in groups]
         rate = self._tournament if self.settings.method == "pairwise" else self._points
         return rate([group.problem for group in groups], told)
@@ -92,7 +97,8 @@ class Judge:
         return [score.parts["judge"] for score in self.opinions([group])[0]]
 
     def bill(self) -> dict[str, float]:
-        """Tokens of prompts and replies since the last bill, their FLOPs where they are known, and the sampler's own."""
+        """Tokens of prompts and replies since the last bill, their FLOPs where they are known, and the
+        sampler's own."""
         own = getattr(self.sampler, "bill", dict)()
         told = {
             "judge_tokens": self.tokens,
@@ -225,7 +231,8 @@ def clean(text: str) -> str:
 
 
 def fence(seed: object, *contents: str) -> str:
-    """A mark that none of the contents holds: random to whoever does not know the seed, the same to whoever does."""
+    """A mark that none of the contents holds: random to whoever does not know the seed, the same to whoever
+    does."""
     marks = (f"[{fingerprint('fence', seed, contents, i):016x}]" for i in itertools.count())
     return next(mark for mark in marks if not any(mark in content for content in contents))
 
@@ -245,8 +252,8 @@ def read_verdict(reply: str) -> str:
 
 
 def read_points(reply: str, criteria: Sequence[str]) -> dict[str, int]:
-    """Points of every criterion from the last lines of a reply, each named once; nothing where one is missing,
-    named twice or out of range.
+    """Points of every criterion from the last lines of a reply, each named once; nothing where one is
+    missing, named twice or out of range.
 
     >>> read_points("Clear.\\ncorrect: 9", ["correct"])
     {'correct': 9}
@@ -258,7 +265,8 @@ def read_points(reply: str, criteria: Sequence[str]) -> dict[str, int]:
 
 
 def _agree(straight: Sequence[str], swapped: Sequence[str]) -> Comparison:
-    """Both orders' majorities as one verdict: a tie where it flips with the order, none where one order has none."""
+    """Both orders' majorities as one verdict: a tie where it flips with the order, none where one order has
+    none."""
     orders = _majority(straight), _majority(swapped)
     votes, abstained = len(straight) + len(swapped), [*straight, *swapped].count("")
     named = {"A": "first", "B": "second", "tie": "tie"}, {"A": "second", "B": "first", "tie": "tie"}

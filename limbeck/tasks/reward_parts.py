@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..text.tokenizer import split_thought
+from ..text.reasoning_parser import split_thought
 from .answers import extract
 
 # Chinese characters one by one; then whole words of Latin letters, and of any other script

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..config.parts import Optimizer
 from ..model.decoder import Decoder
 from ..run_log import Record
-from ..text.tokenizer import Tokenizer, split_thought
+from ..text.reasoning_parser import split_thought
+from ..text.tokenizer import Tokenizer
 from ..types import Group, Sample, Score, fingerprint, generator
 from .batch import MICRO_TOKENS, Batch, by_sample, pack
 from .checkpoint import Checkpoint

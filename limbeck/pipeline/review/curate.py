@@ -93,7 +93,7 @@ def by_policy(
 
 def edited(row: dict[str, Any], text: str, editor: str) -> dict[str, Any]:
     """The row with its new text; sampled ids stay only where the text did."""
-    from ...text.tokenizer import split_thought
+    from ...text.reasoning_parser import split_thought
 
     origin = {**row["origin"], "editor": editor}
     if text.split() == row["completion"].split():

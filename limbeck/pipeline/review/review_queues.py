@@ -16,8 +16,8 @@ import numpy as np
 
 from ...config.load import load
 from ...config.recipe import Curate, Recipe
-from ...tasks.task import open_task
-from ...text.tokenizer import split_thought
+from ...tasks.registry import open_task
+from ...text.reasoning_parser import split_thought
 from ...types import Completion, LimbeckError, Problem, Score, Task
 from ..store import MANIFEST
 from . import reviews

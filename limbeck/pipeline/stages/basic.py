@@ -36,7 +36,8 @@ from ...model import weights
 from ...model.decoder import Decoder
 from ...model.from_recipe import to_config
 from ...run_log import Record, prepare, read, read_metrics
-from ...text.tokenizer import Tokenizer, split_thought
+from ...text.reasoning_parser import split_thought
+from ...text.tokenizer import Tokenizer
 from ...train.grpo import summarize, train_grpo
 from ...train.learner import Learner
 from ...train.overflow import finite, spoiled

@@ -21,7 +21,8 @@ from ...config.recipe import cited_rows
 from ...engine.rollout import Engine
 from ...engine.sampling import params_of
 from ...run_log import read, read_metrics
-from ...text.tokenizer import Tokenizer, join_thought
+from ...text.reasoning_parser import join_thought
+from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
 from ...train.distill import LABELLED, Asked, DistillSampler, Teacher, domain, labelled, train_distill
 from ...train.dpo import best_and_worst, plan_pairs, referenced, to_pair

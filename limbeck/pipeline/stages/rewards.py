@@ -14,7 +14,7 @@ from ...config.parts import Optimizer
 from ...config.recipe import RL
 from ...engine.sampling import SamplingParams, params_of
 from ...tasks.judge import Judge
-from ...tasks.task import Mixture
+from ...tasks.mixture import Mixture
 from ...train.learned_rewards import Panel, Tasks, Voice, with_opinion
 from ...train.reward_model import RewardModel, RewardModelLearner
 from ...types import Group, LimbeckError
