@@ -14,7 +14,7 @@ from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers, generators
 from .answers import Verdict
 from .grading import fill_instruction, grade
-from .grammar import Unread
+from .grammar import ParseError
 from .sandbox import SANDBOX
 
 SCORER_DEADLINE = 2.0  # seconds of processor time
@@ -70,7 +70,7 @@ class GymTask:
         entry = self._entries[problem.id]
         try:
             correct = generators.compared(generator, answer, entry)
-        except Unread:
+        except ParseError:
             return Verdict.UNPARSED
         if correct is None:
             return self._judge_in_sandbox(entry, answer)

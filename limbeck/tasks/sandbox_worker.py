@@ -212,7 +212,7 @@ def scorer(generator: str, config: str, entry: Any) -> Judge:
     def judge(answer: str) -> str:
         try:
             form = read(answer)
-        except grammar.Unread:
+        except grammar.ParseError:
             return "unparsed"
         return "correct" if dataset.score_answer(form, entry) >= FULL_SCORE else "wrong"
 
@@ -230,7 +230,7 @@ def integral(integrand: str, letter: str) -> Judge:
         try:
             wanted = grammar.symbolic(elementary(integrand, letter))
             given = grammar.symbolic(elementary(answer, letter))
-        except grammar.Unread:
+        except grammar.ParseError:
             return "unparsed"
         difference = sympy.diff(given, sympy.Symbol(letter)) - wanted
         return "correct" if sympy.simplify(difference) == 0 else "wrong"
