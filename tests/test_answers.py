@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.tasks import answers
-from limbeck.tasks.answers import Verdict, extract, gold, judge
+from limbeck.tasks.answers import Verdict, extract, judge, parse_gold
 from limbeck.tasks.sandbox import SANDBOX, Sandbox
 
 SAME = [
@@ -253,7 +253,7 @@ def test_extract_refuses(text, style):
     ],
 )  # fmt: skip
 def test_gold(raw, answer):
-    assert gold(raw) == answer
+    assert parse_gold(raw) == answer
 
 
 # ---------------------------------------------------------------- whatever a model writes
@@ -335,7 +335,7 @@ def test_any_text_is_extracted_and_judged(text, style):
     answer = extract(text, style).answer
     assert answer is None or 0 < len(answer) <= 512
     assert judge("42", answer or text) in Verdict
-    assert gold(text) is None or gold(text).strip()
+    assert parse_gold(text) is None or parse_gold(text).strip()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,5 @@
-"""Continuous batching against the loop that knows no batch: whoever else is served, however prompts are cut, whatever is known."""
+"""Continuous batching against the loop that knows no batch: whoever else is served, however prompts are cut,
+whatever is known."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def carry(scheduler: Scheduler, rounds: int = 1000) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_answers_are_those_of_the_plain_loop_whoever_else_is_served(decoder, tokenizer, kind, monkeypatch):
-    """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come again."""
+    """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come
+    again."""
     monkeypatch.setattr(scheduling, "MIN_CHUNK", 3)
     monkeypatch.setattr(scheduling, "MAX_CHUNK", 3)
     model, requests = decoder(torch.float64, **MODELS[kind]), asks(tokenizer)

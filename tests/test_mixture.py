@@ -1,4 +1,5 @@
-"""Mixtures of experts, latent caches and modules that look ahead: by the papers' equations, and against loops."""
+"""Mixtures of experts, latent caches and modules that look ahead: by the papers' equations, and against
+loops."""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ ATTACKS = [
 
 @pytest.fixture
 def canary(tmp_path):
-    """A file that must not appear and a door that nobody may knock at; gives a function that arms an attack."""
+    """A file that must not appear and a door that nobody may knock at; gives a function that arms an
+    attack."""
     file, door = tmp_path / "canary", socket.create_server(("127.0.0.1", 0))
     door.setblocking(False)
     yield (
@@ -422,9 +423,7 @@ def test_what_holds_was_tried():
 
 
 def test_what_does_not_hold_is_told():
-    open_house = (
-        "from limbeck.tasks import confinement, sandbox_worker; confinement.confine = lambda: (0, False); sandbox_worker.serve()"
-    )
+    open_house = "from limbeck.tasks import confinement, sandbox_worker; confinement.confine = lambda: (0, False); sandbox_worker.serve()"
     sandbox = Sandbox(open_house)
     proof = sandbox.proof()
     assert not proof.holds and proof.refused == () and "neither Landlock nor seccomp" in str(proof)
@@ -501,7 +500,7 @@ def test_the_recipes_page_says_how_each_is_judged():
 
 def test_entries_cross_the_pipe_as_they_are():
     entry = {"a": (1, [2.5, None, {3: "x"}]), 4: True, "s": {1}, "t": ((), [], {})}
-    assert generators.unpacked(json.loads(json.dumps(generators.packed(entry)))) == entry
+    assert generators.unpack(json.loads(json.dumps(generators.pack(entry)))) == entry
 
 
 def test_threads_are_told_their_own_verdict(coding):

@@ -138,7 +138,7 @@ STYLES = {"tags": _extract_tagged, "boxed": _extract_boxed, "final": _extract_fi
 # ---------------------------------------------------------------- comparison
 
 
-def gold(raw: str) -> str | None:
+def parse_gold(raw: str) -> str | None:
     """The gold answer in a data set's field: GSM8K's `#### 18`, a `\\boxed{}`, or the answer itself.
 
     None if it cannot be judged: prose, an empty field, braces that do not match.
@@ -156,16 +156,16 @@ def gold(raw: str) -> str | None:
     return answer if len(prose) <= MAX_PROSE else None
 
 
-_HOPELESS = re.compile(
+_INTRACTABLE = re.compile(
     r"\^[\s{(]*[-+]?[\w.]+[\s})]*\^|\^\s*\{[^{}]*\^"  # a tower of exponents
     r"|\^[\s{(]*[-+]?[0-9]{3,}|\*\*|![\s)}]*!|[0-9]{4,}[\s)}]*!|\^[^+\-,]{0,8}!"
     r"|[0-9]{80,}|\\(?:sum|prod|int|begin)\b.*\\(?:sum|prod|int)\b"
 )
 
 
-def hopeless(text: str) -> bool:
+def is_intractable(text: str) -> bool:
     """True if no judge should see the text: too long, too deep, or a number too large to write down."""
-    if len(text) > MAX_ANSWER or _HOPELESS.search(text):
+    if len(text) > MAX_ANSWER or _INTRACTABLE.search(text):
         return True
     depth = 0
     deepest = 0
@@ -188,7 +188,7 @@ def judge(gold: str, answer: str, deadline: float = 2.0) -> Verdict:
         return Verdict.UNPARSED
     if gold == answer or (_is_word(gold) and gold.lower() == answer.lower()):
         return Verdict.CORRECT
-    if hopeless(answer) or hopeless(gold):
+    if is_intractable(answer) or is_intractable(gold):
         return Verdict.UNPARSED
     if ("=" in gold) != ("=" in answer):
         gold = _without_variable(gold)

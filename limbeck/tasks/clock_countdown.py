@@ -191,14 +191,13 @@ class Countdown:
         tidy = completion.stopped and answer is not None and _is_tidy(problem, completion, answer)
         consistency = language_consistency(split.thought, problem.language)
         parts = {"accuracy": float(not fault), "format": float(tidy)}
-        if consistency is not None:
-            parts["language"] = consistency
-        elif problem.answer is not None:  # a request without a thought
-            parts["language"] = 1.0
+        language = _language_part(problem, consistency)
+        if language is not None:
+            parts["language"] = language
         reasons = {"accuracy": fault} if fault else {}
         if not tidy:
             reasons["format"] = "not one thought and one answer, in their tags, and a stop"
-        if not parts.get("language"):
+        if not language:
             reasons["language"] = "no word in the question's language"
         return Score(parts, reasons, self._statistics(problem, split.thought, consistency), answer or "")
 
@@ -301,6 +300,13 @@ def _is_tidy(problem: Problem, completion: Completion, answer: str) -> bool:
         return completion.text.strip() == expected
     split = split_thought(completion.text)
     return split.wellformed and split.answer == expected
+
+
+def _language_part(problem: Problem, consistency: float | None) -> float | None:
+    """The language part; without a thought None, and so no reward, but 1 for a request to repeat."""
+    if consistency is None and problem.answer is not None:
+        return 1.0
+    return consistency
 
 
 def _both_languages(key: str) -> set[str]:

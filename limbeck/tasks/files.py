@@ -127,7 +127,7 @@ def _gold_answer(value: Any) -> str | None:
         return None
     if not isinstance(value, str | int | float):
         return None
-    return answers.gold(str(value))
+    return answers.parse_gold(str(value))
 
 
 def _normalise(question: str) -> str:

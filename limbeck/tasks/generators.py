@@ -255,7 +255,7 @@ REFUSED = {
 }
 
 
-def compared(generator: str, answer: str, entry: Entry) -> bool | None:
+def compare(generator: str, answer: str, entry: Entry) -> bool | None:
     """True for a correct answer, False for a wrong one, None if the sandbox must judge it. Raises
     `ParseError` for another form."""
     if generator in TEXT:
@@ -271,25 +271,25 @@ def compared(generator: str, answer: str, entry: Entry) -> bool | None:
     return None
 
 
-def judged_apart(generator: str) -> bool:
+def needs_sandbox(generator: str) -> bool:
     """True if the sandbox judges a generator's answers."""
     return generator in SCORED or generator in SYMBOLIC
 
 
-def known(generator: str) -> bool:
+def is_audited(generator: str) -> bool:
     """True if a generator's scorer was audited, and its answers have a judge here."""
-    return judged_apart(generator) or generator in FORMS or generator in TEXT | TEXT_IN_ANY_CASE | NUMBERS
+    return needs_sandbox(generator) or generator in FORMS or generator in TEXT | TEXT_IN_ANY_CASE | NUMBERS
 
 
 # ---------------------------------------------------------------- entries for the sandbox
 
 
-def packed(thing: Any) -> Any:
+def pack(thing: Any) -> Any:
     """An entry as JSON, with the type of each container: tuples, sets, and dictionaries of any keys."""
     if isinstance(thing, list | tuple | set | frozenset):
-        return {type(thing).__name__: [packed(item) for item in thing]}
+        return {type(thing).__name__: [pack(item) for item in thing]}
     if isinstance(thing, dict):
-        return {"dict": [[packed(key), packed(item)] for key, item in thing.items()]}
+        return {"dict": [[pack(key), pack(item)] for key, item in thing.items()]}
     if hasattr(thing, "item"):  # numpy's scalars
         return thing.item()
     return thing
@@ -298,11 +298,11 @@ def packed(thing: Any) -> Any:
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-def unpacked(thing: Any) -> Any:
-    """The inverse of `packed`."""
+def unpack(thing: Any) -> Any:
+    """The inverse of `pack`."""
     if not isinstance(thing, dict):
         return thing
     [(kind, items)] = thing.items()
     if kind == "dict":
-        return {unpacked(key): unpacked(item) for key, item in items}
-    return CONTAINERS[kind](unpacked(item) for item in items)
+        return {unpack(key): unpack(item) for key, item in items}
+    return CONTAINERS[kind](unpack(item) for item in items)

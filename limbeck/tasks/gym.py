@@ -69,7 +69,7 @@ class GymTask:
             return answers.judge(gold, answer)
         entry = self._entries[problem.id]
         try:
-            correct = generators.compared(generator, answer, entry)
+            correct = generators.compare(generator, answer, entry)
         except ParseError:
             return Verdict.UNPARSED
         if correct is None:
@@ -82,7 +82,7 @@ class GymTask:
             question = ["integral", facts["integrand"], facts["variable"]]
         else:
             config = json.dumps(self.settings.config, sort_keys=True)
-            question = ["scorer", self.settings.generator, config, generators.packed(entry)]
+            question = ["scorer", self.settings.generator, config, generators.pack(entry)]
         return Verdict(SANDBOX.ask(*question, answer=answer, deadline=SCORER_DEADLINE))
 
     def _problems(self, split: str, count: int, taken: set[str]) -> list[Problem]:
@@ -163,12 +163,12 @@ def _check_audited(name: str, generator: str) -> None:
     where = f"problems.{name}.generator: {generator}"
     if generator in generators.REFUSED:
         raise LimbeckError(f"{where} is refused: {generators.REFUSED[generator]}")
-    if not generators.known(generator):
+    if not generators.is_audited(generator):
         raise LimbeckError(
             f"{where} is refused: its scorer was never read, and may evaluate what a model writes; "
             "choose another"
         )
-    if not generators.judged_apart(generator):
+    if not generators.needs_sandbox(generator):
         return
     installed = metadata.version("reasoning-gym")
     if installed != generators.AUDITED:

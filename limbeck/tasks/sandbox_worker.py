@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Any
 
 from . import confinement, grammar
-from .generators import SCORED, elementary, unpacked
+from .generators import SCORED, elementary, unpack
 from .sandbox import WALL_FACTOR
 
 MEMORY = 2 << 30  # bytes of address space
@@ -206,7 +206,7 @@ def _dataset(generator: str, config: str) -> Any:
 def scorer(generator: str, config: str, entry: Any) -> Judge:
     """A judge by a reasoning-gym generator's own scorer; only a full score is correct."""
     dataset = _dataset(generator, config)
-    entry = unpacked(entry)
+    entry = unpack(entry)
     read = SCORED[generator]
 
     def judge(answer: str) -> str:
