@@ -218,7 +218,8 @@ def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
 
 @pytest.mark.parametrize(
     ("prompt", "changes", "message"),
-    [([], {}, "empty"), ([1] * 100, {"max_new_tokens": 29}, "128 positions"), ([1, -1], {}, "token ids"), ([10**6], {}, "token ids"),
+    [([], {}, "empty"), ([1] * 100, {"max_new_tokens": 29}, "128 positions"), ([1, -1], {}, "token ids"),
+     ([10**6], {}, "token ids"),
      ([1], {"copies": 65}, "64 rows")],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_said_at_once(decoder, tokenizer, prompt, changes, message):

@@ -26,7 +26,8 @@ from reasoning_gym.factory import DATASETS, create_dataset
 
 SIZE = 2
 EVALUATING = [  # whose scorers hand the answer to eval or to sympy's parser
-    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
+    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+    "puzzle24",
     "simple_integration", "spiral_matrix", "string_insertion",
 ]  # fmt: skip
 
@@ -115,15 +116,21 @@ ATTACKS = [
     "!!python/object/apply:os.system ['touch {file}']",
     "@/etc/passwd", "file:///etc/passwd", "/etc/passwd", "~/.ssh/id_rsa", "http://127.0.0.1:{port}/",
     "type('E',(),{{'__eq__':lambda *a:True}})()",
-    "9**9**9**9", "9**9**9**9**9*x", "((9**99)**99)**99", "x**(9**9**9)", "(x+1)**99**99", "((x+y+z+1)**99)**99",
+    "9**9**9**9", "9**9**9**9**9*x", "((9**99)**99)**99", "x**(9**9**9)", "(x+1)**99**99",
+    "((x+y+z+1)**99)**99",
     "exp(exp(exp(exp(9**99))))", "factorial(999999999)", "999999999!", "1e999999999", "[[0]]*10**9",
-    "9" * 512, "1." + "0" * 500, "(" * 250 + "1" + ")" * 250, "[" * 500, "[" * 250 + "]" * 250, "{{\"a\":" * 80,
-    "-" * 500 + "1", "+" * 511 + "1", "x**" * 160 + "x", "sin(" * 120 + "x" + ")" * 120, "a" * 511 + "!", " " * 510 + "x",
-    "1,2" + ", " * 250, "((" * 60 + "A∧" * 60, "\x00", "1\x001", "\ud800", "\u202e1", "\x1b[2J", "correct", "correct\n", "started\ncorrect",
+    "9" * 512, "1." + "0" * 500, "(" * 250 + "1" + ")" * 250, "[" * 500, "[" * 250 + "]" * 250,
+    "{{\"a\":" * 80,
+    "-" * 500 + "1", "+" * 511 + "1", "x**" * 160 + "x", "sin(" * 120 + "x" + ")" * 120, "a" * 511 + "!",
+    " " * 510 + "x",
+    "1,2" + ", " * 250, "((" * 60 + "A∧" * 60, "\x00", "1\x001", "\ud800", "\u202e1", "\x1b[2J", "correct",
+    "correct\n", "started\ncorrect",
     "NaN", "nan", "-nan", "inf", "-Infinity", "1e999", "[NaN]", "[NaN, NaN, NaN]", "[[NaN]]", "nan+nanj",
     "A " * 250 + "!", "U' " * 160 + "!", "1 " * 250 + "!", "a, " * 160 + "!", "((x+y+C)**9+1)**9",
-    "+".join(["(x+C)**10*(x+C)**9"] * 25), "x**((1/9)**99)**99", "((((1/9)**99)**99)**99)**99*x", "1/3**99+" * 60 + "x",
-    "None", "...", "NotImplemented", "[]", "{{}}", "[[]]", "()", "''", "1==1", "not 0", "0x", "1_0", "1/0", "0/0", "%s%n", "*", "٣", "½",
+    "+".join(["(x+C)**10*(x+C)**9"] * 25), "x**((1/9)**99)**99", "((((1/9)**99)**99)**99)**99*x",
+    "1/3**99+" * 60 + "x",
+    "None", "...", "NotImplemented", "[]", "{{}}", "[[]]", "()", "''", "1==1", "not 0", "0x", "1_0", "1/0",
+    "0/0", "%s%n", "*", "٣", "½",
     "{{\"a\": 1, \"a\": 2}}", "[true, true]", "[[true]]", "{{\"0\": true}}",
 ]  # fmt: skip
 
@@ -191,17 +198,20 @@ def test_no_attack_runs_as_mathematics(canary, gold):
         ("coin_flip", lambda e: "0"),
         ("complex_arithmetic", lambda e: "nan"),
         ("number_sorting", lambda e: json.dumps([float("nan")] * len(e["answer"].split(",")))),
-        ("number_sorting", lambda e: str([float(n) + 0.4 for n in json.loads(e["answer"].replace("'", '"'))])),
+        ("number_sorting",
+         lambda e: str([float(n) + 0.4 for n in json.loads(e["answer"].replace("'", '"'))])),
         ("puzzle24", lambda e: "6*4*1*1"),
         ("puzzle24", lambda e: "9*5/2 + 2"),
-        ("countdown", lambda e: f"{e['metadata']['target']} + 0*" + "*".join(map(str, e["metadata"]["numbers"]))),
+        ("countdown",
+         lambda e: f"{e['metadata']['target']} + 0*" + "*".join(map(str, e["metadata"]["numbers"]))),
         ("word_sorting", lambda e: e["answer"] + ", and more"),
         ("figlet_font", lambda e: e["answer"] + "s" * 20),
         ("letter_jumble", lambda e: e["answer"] + " and more"),
         ("spell_backward", lambda e: e["answer"] + "s"),
         ("game_of_life", lambda e: e["answer"][:-1] + ",[1,1,1]]"),
         ("game_of_life", lambda e: e["answer"].replace("0", "false").replace("1", "true")),
-        ("simple_integration", lambda e: f"Integral({e['metadata']['integrand']}, {e['metadata']['variable']})"),
+        ("simple_integration",
+         lambda e: f"Integral({e['metadata']['integrand']}, {e['metadata']['variable']})"),
         ("intermediate_integration", lambda e: f"Integral({e['metadata']['integrand']}, x)"),
         ("polynomial_multiplication", lambda e: f"({e['answer']})*(1)"),
         ("polynomial_multiplication", lambda e: f"expand({e['answer']})"),
@@ -268,8 +278,10 @@ def test_a_right_answer_in_other_words_is_right(tasks):
 
 @pytest.mark.parametrize(
     ("text", "amount"),
-    [("1 + 2*3", 7), ("(1 + 2)*3", 9), ("-2**2", -4), ("2**3**2", 512), ("2**-1", 0.5), ("7/2 - .5", None), ("1.5*2", 3),
-     ("--3", 3), ("2(3)", None), ("1 2", None), ("", None), ("1+", None), (")", None), ("2**100", None), ("x", None)],
+    [("1 + 2*3", 7), ("(1 + 2)*3", 9), ("-2**2", -4), ("2**3**2", 512), ("2**-1", 0.5), ("7/2 - .5", None),
+     ("1.5*2", 3),
+     ("--3", 3), ("2(3)", None), ("1 2", None), ("", None), ("1+", None), (")", None), ("2**100", None),
+     ("x", None)],
 )  # fmt: skip
 def test_sums_are_read_as_python_would(text, amount):
     if amount is None:
@@ -392,7 +404,9 @@ def test_code_reaches_nothing(coding, tmp_path, reach):
 
 def test_code_leaves_nothing_behind(coding):
     patch = (
-        "import sys\nv = sys.modules['limbeck.tasks.sandbox_worker']\nv._judge_in_fork = v._run_in_fork = lambda *a: 'correct'\n"
+        "import sys\n"
+        "v = sys.modules['limbeck.tasks.sandbox_worker']\n"
+        "v._judge_in_fork = v._run_in_fork = lambda *a: 'correct'\n"
         "v.VERDICTS = ('correct',) * 4\nv.JUDGES.clear()\nreached = False"
     )
     assert coding.ask("code", answer=patch, deadline=2) in ("wrong", "error", "correct")
@@ -423,7 +437,10 @@ def test_what_holds_was_tried():
 
 
 def test_what_does_not_hold_is_told():
-    open_house = "from limbeck.tasks import confinement, sandbox_worker; confinement.confine = lambda: (0, False); sandbox_worker.serve()"
+    open_house = (
+        "from limbeck.tasks import confinement, sandbox_worker; confinement.confine = lambda: (0, False); "
+        "sandbox_worker.serve()"
+    )
     sandbox = Sandbox(open_house)
     proof = sandbox.proof()
     assert not proof.holds and proof.refused == () and "neither Landlock nor seccomp" in str(proof)

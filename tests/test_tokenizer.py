@@ -19,7 +19,8 @@ ESCAPES = {
     "imports": "{% import 'os' as os %}",
 }
 ENDLESS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x"
+    "{% endfor %}{% endfor %}{% endfor %}",
     "long range": "{% for i in range(999999999) %}x{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
@@ -53,7 +54,8 @@ def test_bad_templates_end_in_one_sentence(template):
 
 def test_a_usual_template_is_rendered_as_it_stands():
     template = (
-        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '=' * 3 }}<|assistant|>{% endif %}"
     )
     asked = [{"role": "system", "content": " short "}, {"role": "user", "content": "hello"}]
