@@ -53,7 +53,7 @@ class PrefixCache:
         self.sequences[tokens.tobytes()] = (tokens, past)
         self.bytes += past.bytes
         while self.bytes > self.max_bytes or len(self.sequences) > MAX_SEQUENCES:
-            _, evicted = self.sequences.popitem(last=False)
+            _, (_, evicted) = self.sequences.popitem(last=False)
             self.bytes -= evicted.bytes
 
 
