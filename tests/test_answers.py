@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.tasks import answers
-from limbeck.tasks.answers import Verdict, extract, gold, judge
-from limbeck.tasks.referee import REFEREE, Referee
+from limbeck.tasks.answers import Verdict, extract, judge, parse_gold
+from limbeck.tasks.sandbox import SANDBOX, Sandbox
 
 SAME = [
     ("42", "42"), ("42", " 42. "), ("42", "$42$"), ("18", "$18"), ("18", "\\$18"), ("18", "18.00"),
@@ -69,7 +69,7 @@ def test_bombs_are_refused_at_once(wanted, bomb):
 
 
 def test_numbers_need_no_child(monkeypatch):
-    monkeypatch.setattr(REFEREE, "ask", lambda *_, **__: pytest.fail("the child was asked"))
+    monkeypatch.setattr(SANDBOX, "ask", lambda *_, **__: pytest.fail("the child was asked"))
     for wanted, answer in SAME + [pair for pair in DIFFERENT if not set("{\\") & set(pair[0])]:
         if not any("," in text and "(" in text for text in (wanted, answer)) and (wanted, answer) != (
             "1, 2",
@@ -83,41 +83,41 @@ def test_numbers_need_no_child(monkeypatch):
 
 HANGS = """
 import time
-from limbeck.tasks import verdicts
-verdicts.JUDGES["busy"] = lambda: lambda answer: sum(iter(int, 1))
-verdicts.JUDGES["idle"] = lambda: lambda answer: [time.sleep(0.1) for _ in iter(int, 1)]
-verdicts.serve()
+from limbeck.tasks import sandbox_worker
+sandbox_worker.JUDGES["busy"] = lambda: lambda answer: sum(iter(int, 1))
+sandbox_worker.JUDGES["idle"] = lambda: lambda answer: [time.sleep(0.1) for _ in iter(int, 1)]
+sandbox_worker.serve()
 """
 
 
 @pytest.mark.parametrize("forever", ["busy", "idle"])
 def test_a_judge_that_hangs_is_killed(forever):
-    referee = Referee(HANGS)
+    sandbox = Sandbox(HANGS)
     start = time.monotonic()
-    assert referee.ask(forever, answer="4", deadline=0.3) == "timeout"
+    assert sandbox.ask(forever, answer="4", deadline=0.3) == "timeout"
     assert time.monotonic() - start < 60  # the child's start, then either clock
-    child = referee._child
-    assert referee.ask("mathematics", "x+1", answer="1+x", deadline=5) == "correct"
-    assert referee._child is child  # only the process that hung was ended
-    referee.close()
+    child = sandbox._child
+    assert sandbox.ask("mathematics", "x+1", answer="1+x", deadline=5) == "correct"
+    assert sandbox._child is child  # only the process that hung was ended
+    sandbox.close()
 
 
 def test_a_child_that_dies_is_an_error_and_replaced():
-    referee = Referee()
-    assert referee.ask("mathematics", "x+1", answer="1+x", deadline=5) == "correct"
-    referee._child.send_signal(signal.SIGKILL)
-    referee._child.wait()
-    assert referee.ask("mathematics", "x+1", answer="1+x", deadline=5) == "error"
-    assert referee.ask("mathematics", "x+1", answer="1+x", deadline=5) == "correct"
-    referee.close()
+    sandbox = Sandbox()
+    assert sandbox.ask("mathematics", "x+1", answer="1+x", deadline=5) == "correct"
+    sandbox._child.send_signal(signal.SIGKILL)
+    sandbox._child.wait()
+    assert sandbox.ask("mathematics", "x+1", answer="1+x", deadline=5) == "error"
+    assert sandbox.ask("mathematics", "x+1", answer="1+x", deadline=5) == "correct"
+    sandbox.close()
 
 
 def test_the_child_dies_with_its_parent():
     code = (
         "import os, signal\n"
-        "from limbeck.tasks.referee import REFEREE\n"
-        "REFEREE.ask('mathematics', 'x+1', answer='1+x', deadline=5)\n"
-        "print(REFEREE._child.pid, flush=True)\n"
+        "from limbeck.tasks.sandbox import SANDBOX\n"
+        "SANDBOX.ask('mathematics', 'x+1', answer='1+x', deadline=5)\n"
+        "print(SANDBOX._child.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -149,20 +149,20 @@ def test_threads_share_a_child():
 
 def test_a_pair_is_judged_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(REFEREE, "ask", lambda *question, **_: asked.append(question) or "timeout")
+    monkeypatch.setattr(SANDBOX, "ask", lambda *question, **_: asked.append(question) or "timeout")
     assert [judge("z+41", "41+z") for _ in range(3)] == [Verdict.TIMEOUT] * 3
     assert len(asked) == 1
     answers._verdicts.pop(("z+41", "41+z"))
 
 
 def test_an_interrupted_question_leaves_no_reply_behind(monkeypatch):
-    referee = Referee()
+    sandbox = Sandbox()
     with monkeypatch.context() as patch:
-        patch.setattr("limbeck.tasks.referee._line", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("limbeck.tasks.sandbox._read_line", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            referee.ask("mathematics", "x+1", answer="1+x", deadline=5)
-    assert referee.ask("mathematics", "x+1", answer="2+x", deadline=5) == "wrong"
-    referee.close()
+            sandbox.ask("mathematics", "x+1", answer="1+x", deadline=5)
+    assert sandbox.ask("mathematics", "x+1", answer="2+x", deadline=5) == "wrong"
+    sandbox.close()
 
 
 def test_a_fork_starts_its_own_child():
@@ -253,7 +253,7 @@ def test_extract_refuses(text, style):
     ],
 )  # fmt: skip
 def test_gold(raw, answer):
-    assert gold(raw) == answer
+    assert parse_gold(raw) == answer
 
 
 # ---------------------------------------------------------------- whatever a model writes
@@ -335,7 +335,7 @@ def test_any_text_is_extracted_and_judged(text, style):
     answer = extract(text, style).answer
     assert answer is None or 0 < len(answer) <= 512
     assert judge("42", answer or text) in Verdict
-    assert gold(text) is None or gold(text).strip()
+    assert parse_gold(text) is None or parse_gold(text).strip()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,5 @@
-"""Continuous batching against the loop that knows no batch: whoever else is served, however prompts are cut, whatever is known."""
+"""Continuous batching against the loop that knows no batch: whoever else is served, however prompts are cut,
+whatever is known."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ import torch
 from test_engine import BUDGET, PROMPTS, naive
 
 from limbeck.engine import scheduler as scheduling
-from limbeck.engine.prefill import PrefixCache, alike
+from limbeck.engine.loop import EngineThread
+from limbeck.engine.prefix_cache import PrefixCache, common_prefix_length
 from limbeck.engine.request import Full, Request
 from limbeck.engine.sampling import SamplingParams, nucleus
-from limbeck.engine.scheduler import EngineThread, Scheduler
+from limbeck.engine.scheduler import Scheduler
 from limbeck.model.config import Experts, Latent
 from limbeck.model.kv_cache import Packed
 from limbeck.model.prefill_cache import SequenceKV
@@ -55,8 +57,10 @@ def carry(scheduler: Scheduler, rounds: int = 1000) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_answers_are_those_of_the_plain_loop_whoever_else_is_served(decoder, tokenizer, kind, monkeypatch):
-    """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come again."""
-    monkeypatch.setattr(scheduling, "CHUNKS", (3, 3))
+    """Rows join at all ages, sample differently, are left by some; prompts are read by threes; texts come
+    again."""
+    monkeypatch.setattr(scheduling, "MIN_CHUNK", 3)
+    monkeypatch.setattr(scheduling, "MAX_CHUNK", 3)
     model, requests = decoder(torch.float64, **MODELS[kind]), asks(tokenizer)
     scheduler = Scheduler(model, tokenizer, rows=5)
     answers = []
@@ -107,7 +111,8 @@ def test_a_long_answer_outgrows_what_was_made_for_it(decoder, tokenizer):
 
 
 def test_an_echoed_prompt_tells_what_the_model_thought_of_it(decoder, tokenizer, monkeypatch):
-    monkeypatch.setattr(scheduling, "CHUNKS", (4, 4))
+    monkeypatch.setattr(scheduling, "MIN_CHUNK", 4)
+    monkeypatch.setattr(scheduling, "MAX_CHUNK", 4)
     model, prompt = decoder(torch.float64), tokenizer.prompt(PROMPTS[5])
     scheduler = Scheduler(model, tokenizer)
     for known in range(2):  # the second time the prompt is known, and read again all the same
@@ -185,7 +190,7 @@ def test_rows_that_nobody_wants_are_free_before_the_next_step(decoder, tokenizer
         scheduler.cancel(first)
         scheduler.round()
         assert (scheduler.busy, len(scheduler.line)) == (2, 0) and third in {
-            sequence_state.answer for sequence_state in scheduler.serving_batch.owners
+            state.output for state in scheduler.serving_batch.owners
         }
         scheduler.enough(second.choices[0])
         scheduler.cancel(third)
@@ -197,7 +202,7 @@ def test_rows_that_nobody_wants_are_free_before_the_next_step(decoder, tokenizer
 def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
     model, prompt = decoder(), tokenizer.prompt(PROMPTS[0])
     need = len(prompt) + 20
-    scheduler = Scheduler(model, tokenizer, rows=64, waiting=4, tokens=2 * need)
+    scheduler = Scheduler(model, tokenizer, rows=64, max_waiting=4, max_tokens=2 * need)
     answers = [scheduler.submit(Request(prompt, max_new_tokens=20, seed=i, endless=True)) for i in range(4)]
     with pytest.raises(Full, match="4 requests are waiting") as caught:
         scheduler.submit(Request(prompt, max_new_tokens=20))
@@ -213,7 +218,8 @@ def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
 
 @pytest.mark.parametrize(
     ("prompt", "changes", "message"),
-    [([], {}, "empty"), ([1] * 100, {"max_new_tokens": 29}, "128 positions"), ([1, -1], {}, "token ids"), ([10**6], {}, "token ids"),
+    [([], {}, "empty"), ([1] * 100, {"max_new_tokens": 29}, "128 positions"), ([1, -1], {}, "token ids"),
+     ([10**6], {}, "token ids"),
      ([1], {"copies": 65}, "64 rows")],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_said_at_once(decoder, tokenizer, prompt, changes, message):
@@ -255,15 +261,15 @@ def test_what_was_read_is_remembered_within_its_room(decoder):
     size = past(texts[0]).bytes // 4
     prefixes = PrefixCache(10 * size)
     for text in texts:
-        prefixes.keep(text, past(text))
-    assert prefixes.held == 8 * size and len(prefixes.pasts) == 2  # the first had to go
+        prefixes.add(text, past(text))
+    assert prefixes.bytes == 8 * size and len(prefixes.sequences) == 2  # the first had to go
     assert prefixes.longest(np.array([1, 2, 3, 4, 5]))[1] == 2
     assert prefixes.longest(np.array([1, 2, 9, 9, 9]))[1] == 4  # never the last token
     assert prefixes.longest(np.array([8, 8])) == (None, 0)
-    prefixes.keep(np.array([1, 2, 9]), past([1, 2, 9]))  # the beginning of one that is known
-    assert prefixes.held == 8 * size
-    prefixes.keep(np.array([5, 6, 7, 8, 8]), past([5, 6, 7, 8, 8]))  # takes the place of its beginning
-    assert prefixes.held == 10 * size and alike(np.array([5, 6]), np.array([5, 6, 7])) == 2
+    prefixes.add(np.array([1, 2, 9]), past([1, 2, 9]))  # the beginning of one that is known
+    assert prefixes.bytes == 8 * size
+    prefixes.add(np.array([5, 6, 7, 8, 8]), past([5, 6, 7, 8, 8]))  # takes the place of its beginning
+    assert prefixes.bytes == 10 * size and common_prefix_length(np.array([5, 6]), np.array([5, 6, 7])) == 2
 
 
 def test_the_nucleus_is_the_same_among_a_few_and_among_all():

@@ -16,7 +16,7 @@ from limbeck.pipeline.provenance.lineage import find, rows_behind
 from limbeck.pipeline.store import Store
 from limbeck.run_log import read
 from limbeck.tasks.contamination import Sieve
-from limbeck.tasks.task import open_task
+from limbeck.tasks.registry import open_task
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from limbeck.cli import app
 from limbeck.config import recipe
 from limbeck.config.load import dump, load
-from limbeck.tasks.task import open_task
+from limbeck.tasks.registry import open_task
 from limbeck.types import Completion
 
 pytestmark = pytest.mark.slow

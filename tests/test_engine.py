@@ -215,8 +215,8 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64))
     uniform, previous = torch.tensor([0.999999, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
     drawn = draw(logits, uniform, previous, SamplingParams(1.0, 0.79, keep_mask=True))
-    assert drawn.kept_BV.tolist()[0] == [False, True, False, True]
-    assert drawn.kept_BV[1].sum() == 4  # three quarters do not reach 0.79
+    assert drawn.top_p_BV.tolist()[0] == [False, True, False, True]
+    assert drawn.top_p_BV[1].sum() == 4  # three quarters do not reach 0.79
     assert drawn.tokens_B.tolist() == [3, 0]
     np.testing.assert_allclose(drawn.logprobs_B.exp(), [0.3 / 0.8, 0.25])
 

@@ -109,8 +109,10 @@ def test_only_a_verdict_is_one(reply, verdict):
 
 
 @pytest.mark.parametrize("reply, points", [
-    ("correct: 9\nclear: 3/10", {"correct": 9, "clear": 3}), ("Good.\n- clear: 0\n- **correct**: 10", {"clear": 0, "correct": 10}),
-    ("correct: 9", {}), ("correct: 9\ncorrect: 8", {}), ("correct: 11\nclear: 2", {}), ("correct: nine\nclear: 2", {}),
+    ("correct: 9\nclear: 3/10", {"correct": 9, "clear": 3}),
+    ("Good.\n- clear: 0\n- **correct**: 10", {"clear": 0, "correct": 10}),
+    ("correct: 9", {}), ("correct: 9\ncorrect: 8", {}), ("correct: 11\nclear: 2", {}),
+    ("correct: nine\nclear: 2", {}),
     ("correct: 9\nclear: 2\nthat is all", {}), ("", {}),
 ])  # fmt: skip
 def test_only_points_for_every_criterion_are_points(reply, points):

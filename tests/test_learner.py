@@ -21,7 +21,7 @@ from limbeck.engine.sampling import SamplingParams
 from limbeck.model.attention import RMSNorm
 from limbeck.model.kv_cache import Packed
 from limbeck.run_log import read_metrics
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.learned_rewards import LearnedRewards

@@ -13,7 +13,7 @@ from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.run_log import RunLog, read_metrics
 from limbeck.tasks.clock_countdown import Countdown, encode_documents
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.learned_rewards import LearnedRewards
 from limbeck.train.learner import Learner

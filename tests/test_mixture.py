@@ -1,4 +1,5 @@
-"""Mixtures of experts, latent caches and modules that look ahead: by the papers' equations, and against loops."""
+"""Mixtures of experts, latent caches and modules that look ahead: by the papers' equations, and against
+loops."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from limbeck.train.optimizer import Optimizer
 from limbeck.types import LimbeckError, Problem, Sample
 
 EXPERTS = Experts(
-    count=8, top_k=2, intermediate_size=12, shared_size=12, sigmoid=True, balanced=True, normalize=True, scale=2.5,
+    count=8, top_k=2, intermediate_size=12, shared_size=12, sigmoid=True, balanced=True, normalize=True,
+    scale=2.5,
     groups=4, top_groups=2, dense=(0,),
 )  # fmt: skip
 LATENT = Latent(kv_rank=12, nope_dim=8, rope_dim=4, value_dim=8, q_rank=16)

@@ -30,7 +30,7 @@ from limbeck.pipeline.job import Job
 from limbeck.pipeline.stages import calibrate
 from limbeck.pipeline.stages.rewards import judge_of, reward_model_of
 from limbeck.run_log import RunLog, read_metrics
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train.batch import pack
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.learned_rewards import LearnedRewards, hacked, trend

@@ -28,7 +28,7 @@ from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.run import _failure
 from limbeck.pipeline.worker import perform
 from limbeck.run_log import RunLog, read_metrics
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.train import losses
 from limbeck.train.batch import Batch, pack
 from limbeck.train.checkpoint import Checkpoint

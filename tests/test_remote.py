@@ -19,7 +19,7 @@ from tiny import answer, children, limbeck, open_run, until
 from limbeck.config.load import load
 from limbeck.config.recipe import Remote
 from limbeck.engine.openai_client import Endpoint
-from limbeck.engine.rate_limit import Pace, Stopped, retry_after
+from limbeck.engine.rate_limit import RateLimiter, Stopped, retry_after
 from limbeck.engine.sampling import SamplingParams
 from limbeck.types import LimbeckError, Problem, Resumable
 
@@ -157,7 +157,8 @@ def test_what_was_answered_is_never_asked_again(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"model": "wiser"}, {"extra": {"seed": 1}}, {"logprobs": True}, {"sampling": SamplingParams(temperature=0.8)}, {"samples": 2},
+    {"model": "wiser"}, {"extra": {"seed": 1}}, {"logprobs": True},
+    {"sampling": SamplingParams(temperature=0.8)}, {"samples": 2},
 ])  # fmt: skip
 def test_whatever_decides_a_response_is_part_of_its_key(tmp_path, change):
     samples, sampling = change.pop("samples", 1), change.pop("sampling", BRIEF)
@@ -250,11 +251,11 @@ def test_retry_after_is_seconds_or_a_date():
 
 
 def test_whoever_waits_its_turn_can_be_stopped():
-    pace = Pace(None, lambda: time.monotonic() > began + 0.3)
-    pace.hold(60)
+    limiter = RateLimiter(None, lambda: time.monotonic() > began + 0.3)
+    limiter.pause(60)
     began = time.monotonic()
     with pytest.raises(Stopped):
-        pace.wait()
+        limiter.wait()
     assert time.monotonic() - began < 30
 
 
@@ -286,13 +287,16 @@ def test_500_for_ever_is_one_sentence_and_nothing_is_lost(tmp_path, key):
 
 
 @pytest.mark.parametrize("status, body, sentence", [
-    (401, fault(f"Incorrect API key provided: {KEY[:8]}***"), "stages.teacher.key: {url} refuses the key in $TEACHER_KEY (401)"),
+    (401, fault(f"Incorrect API key provided: {KEY[:8]}***"),
+     "stages.teacher.key: {url} refuses the key in $TEACHER_KEY (401)"),
     (404, fault("The model `wise` does not exist"), "stages.teacher.model: {url} knows no model wise"),
     (404, fault("nope", "model_not_found"), "stages.teacher.model: {url} knows no model wise"),
-    (404, "<html>not here</html>", "stages.teacher.url: {url} answers, but not as a chat API does; most addresses end in /v1"),
+    (404, "<html>not here</html>",
+     "stages.teacher.url: {url} answers, but not as a chat API does; most addresses end in /v1"),
     (200, "<html>welcome</html>", "stages.teacher.url: {url} answers, but not as a chat API does"),
     (200, {"error": "x"}, "stages.teacher.url: {url} answers, but not as a chat API does"),
-    (400, fault(f"max_tokens is not for me, {KEY}"), "stages.teacher: {url} refuses the request (400: max_tokens is not for me, [key])"),
+    (400, fault(f"max_tokens is not for me, {KEY}"),
+     "stages.teacher: {url} refuses the request (400: max_tokens is not for me, [key])"),
     (429, fault("pay", "insufficient_quota"), "stages.teacher: the account at {url} has no credit left"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence_and_are_not_tried_again(tmp_path, key, status, body, sentence):
@@ -336,7 +340,8 @@ name: away
 threads: 1
 problems: {{clock: {{source: miniature, modulus: 3, numbers: 3, largest: 2}}}}
 stages:
-  teacher: {{kind: remote, url: {url}, model: wise, key: TEACHER_KEY, licence: MIT, concurrent: 3, prices: {{input: 1, output: 2}}}}
+  teacher: {{kind: remote, url: {url}, model: wise, key: TEACHER_KEY, licence: MIT, concurrent: 3,
+            prices: {{input: 1, output: 2}}}}
   outputs:
     kind: sample
     model: teacher
@@ -472,9 +477,12 @@ def test_how_it_is_asked_changes_no_key_and_whom_does(away, tmp_path):
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    ("{kind: sft, model: teacher, rows: {outputs: 1}}", "stages.x.model needs a model, but teacher is remote: it gives text, no weights and no logits"),
-    ("{kind: rl, model: teacher, problems: {clock: 1}}", "withholds learning, evaluation, logit and on-policy distillation"),
-    ("{kind: sample, model: teacher, problems: {clock: 1}, sampling: {speculate: true}}", "stages.x.sampling.speculate is not for teacher"),
+    ("{kind: sft, model: teacher, rows: {outputs: 1}}",
+     "stages.x.model needs a model, but teacher is remote: it gives text, no weights and no logits"),
+    ("{kind: rl, model: teacher, problems: {clock: 1}}",
+     "withholds learning, evaluation, logit and on-policy distillation"),
+    ("{kind: sample, model: teacher, problems: {clock: 1}, sampling: {speculate: true}}",
+     "stages.x.sampling.speculate is not for teacher"),
     ("{kind: remote, url: nowhere, model: wise}", "stages.x.url"),
     ("{kind: remote, url: 'http://x/v1', model: wise, key: 'sk-123 456'}", "stages.x.key"),
 ])  # fmt: skip

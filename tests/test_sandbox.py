@@ -13,11 +13,11 @@ import pytest
 
 from limbeck.cli import doctor
 from limbeck.config.recipe import Gym
-from limbeck.tasks import generators, grammar, sandbox
+from limbeck.tasks import confinement, generators, grammar
 from limbeck.tasks.answers import Verdict, judge
-from limbeck.tasks.grammar import Unread
+from limbeck.tasks.grammar import ParseError
 from limbeck.tasks.gym import GymTask
-from limbeck.tasks.referee import REFEREE, Referee
+from limbeck.tasks.sandbox import SANDBOX, Sandbox
 from limbeck.types import LimbeckError
 
 pytest.importorskip("reasoning_gym")
@@ -26,7 +26,8 @@ from reasoning_gym.factory import DATASETS, create_dataset
 
 SIZE = 2
 EVALUATING = [  # whose scorers hand the answer to eval or to sympy's parser
-    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
+    "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication",
+    "puzzle24",
     "simple_integration", "spiral_matrix", "string_insertion",
 ]  # fmt: skip
 
@@ -115,22 +116,29 @@ ATTACKS = [
     "!!python/object/apply:os.system ['touch {file}']",
     "@/etc/passwd", "file:///etc/passwd", "/etc/passwd", "~/.ssh/id_rsa", "http://127.0.0.1:{port}/",
     "type('E',(),{{'__eq__':lambda *a:True}})()",
-    "9**9**9**9", "9**9**9**9**9*x", "((9**99)**99)**99", "x**(9**9**9)", "(x+1)**99**99", "((x+y+z+1)**99)**99",
+    "9**9**9**9", "9**9**9**9**9*x", "((9**99)**99)**99", "x**(9**9**9)", "(x+1)**99**99",
+    "((x+y+z+1)**99)**99",
     "exp(exp(exp(exp(9**99))))", "factorial(999999999)", "999999999!", "1e999999999", "[[0]]*10**9",
-    "9" * 512, "1." + "0" * 500, "(" * 250 + "1" + ")" * 250, "[" * 500, "[" * 250 + "]" * 250, "{{\"a\":" * 80,
-    "-" * 500 + "1", "+" * 511 + "1", "x**" * 160 + "x", "sin(" * 120 + "x" + ")" * 120, "a" * 511 + "!", " " * 510 + "x",
-    "1,2" + ", " * 250, "((" * 60 + "A∧" * 60, "\x00", "1\x001", "\ud800", "\u202e1", "\x1b[2J", "correct", "correct\n", "started\ncorrect",
+    "9" * 512, "1." + "0" * 500, "(" * 250 + "1" + ")" * 250, "[" * 500, "[" * 250 + "]" * 250,
+    "{{\"a\":" * 80,
+    "-" * 500 + "1", "+" * 511 + "1", "x**" * 160 + "x", "sin(" * 120 + "x" + ")" * 120, "a" * 511 + "!",
+    " " * 510 + "x",
+    "1,2" + ", " * 250, "((" * 60 + "A∧" * 60, "\x00", "1\x001", "\ud800", "\u202e1", "\x1b[2J", "correct",
+    "correct\n", "started\ncorrect",
     "NaN", "nan", "-nan", "inf", "-Infinity", "1e999", "[NaN]", "[NaN, NaN, NaN]", "[[NaN]]", "nan+nanj",
     "A " * 250 + "!", "U' " * 160 + "!", "1 " * 250 + "!", "a, " * 160 + "!", "((x+y+C)**9+1)**9",
-    "+".join(["(x+C)**10*(x+C)**9"] * 25), "x**((1/9)**99)**99", "((((1/9)**99)**99)**99)**99*x", "1/3**99+" * 60 + "x",
-    "None", "...", "NotImplemented", "[]", "{{}}", "[[]]", "()", "''", "1==1", "not 0", "0x", "1_0", "1/0", "0/0", "%s%n", "*", "٣", "½",
+    "+".join(["(x+C)**10*(x+C)**9"] * 25), "x**((1/9)**99)**99", "((((1/9)**99)**99)**99)**99*x",
+    "1/3**99+" * 60 + "x",
+    "None", "...", "NotImplemented", "[]", "{{}}", "[[]]", "()", "''", "1==1", "not 0", "0x", "1_0", "1/0",
+    "0/0", "%s%n", "*", "٣", "½",
     "{{\"a\": 1, \"a\": 2}}", "[true, true]", "[[true]]", "{{\"0\": true}}",
 ]  # fmt: skip
 
 
 @pytest.fixture
 def canary(tmp_path):
-    """A file that must not appear and a door that nobody may knock at; gives a function that arms an attack."""
+    """A file that must not appear and a door that nobody may knock at; gives a function that arms an
+    attack."""
     file, door = tmp_path / "canary", socket.create_server(("127.0.0.1", 0))
     door.setblocking(False)
     yield (
@@ -190,17 +198,20 @@ def test_no_attack_runs_as_mathematics(canary, gold):
         ("coin_flip", lambda e: "0"),
         ("complex_arithmetic", lambda e: "nan"),
         ("number_sorting", lambda e: json.dumps([float("nan")] * len(e["answer"].split(",")))),
-        ("number_sorting", lambda e: str([float(n) + 0.4 for n in json.loads(e["answer"].replace("'", '"'))])),
+        ("number_sorting",
+         lambda e: str([float(n) + 0.4 for n in json.loads(e["answer"].replace("'", '"'))])),
         ("puzzle24", lambda e: "6*4*1*1"),
         ("puzzle24", lambda e: "9*5/2 + 2"),
-        ("countdown", lambda e: f"{e['metadata']['target']} + 0*" + "*".join(map(str, e["metadata"]["numbers"]))),
+        ("countdown",
+         lambda e: f"{e['metadata']['target']} + 0*" + "*".join(map(str, e["metadata"]["numbers"]))),
         ("word_sorting", lambda e: e["answer"] + ", and more"),
         ("figlet_font", lambda e: e["answer"] + "s" * 20),
         ("letter_jumble", lambda e: e["answer"] + " and more"),
         ("spell_backward", lambda e: e["answer"] + "s"),
         ("game_of_life", lambda e: e["answer"][:-1] + ",[1,1,1]]"),
         ("game_of_life", lambda e: e["answer"].replace("0", "false").replace("1", "true")),
-        ("simple_integration", lambda e: f"Integral({e['metadata']['integrand']}, {e['metadata']['variable']})"),
+        ("simple_integration",
+         lambda e: f"Integral({e['metadata']['integrand']}, {e['metadata']['variable']})"),
         ("intermediate_integration", lambda e: f"Integral({e['metadata']['integrand']}, x)"),
         ("polynomial_multiplication", lambda e: f"({e['answer']})*(1)"),
         ("polynomial_multiplication", lambda e: f"expand({e['answer']})"),
@@ -237,7 +248,7 @@ def test_right_answers_earn_full_marks(tasks, generator):
     for problem in task.problems("train"):
         entry = task._entries[problem.id]
         answer = gold(entry)
-        if answer is None or "Integral(" in answer or len(answer) > grammar.LONGEST:
+        if answer is None or "Integral(" in answer or len(answer) > grammar.MAX_LENGTH:
             continue
         if own.score_answer(answer, entry) >= 1:
             judged += 1
@@ -267,15 +278,17 @@ def test_a_right_answer_in_other_words_is_right(tasks):
 
 @pytest.mark.parametrize(
     ("text", "amount"),
-    [("1 + 2*3", 7), ("(1 + 2)*3", 9), ("-2**2", -4), ("2**3**2", 512), ("2**-1", 0.5), ("7/2 - .5", None), ("1.5*2", 3),
-     ("--3", 3), ("2(3)", None), ("1 2", None), ("", None), ("1+", None), (")", None), ("2**100", None), ("x", None)],
+    [("1 + 2*3", 7), ("(1 + 2)*3", 9), ("-2**2", -4), ("2**3**2", 512), ("2**-1", 0.5), ("7/2 - .5", None),
+     ("1.5*2", 3),
+     ("--3", 3), ("2(3)", None), ("1 2", None), ("", None), ("1+", None), (")", None), ("2**100", None),
+     ("x", None)],
 )  # fmt: skip
 def test_sums_are_read_as_python_would(text, amount):
     if amount is None:
-        with pytest.raises(Unread):
-            grammar.amount(grammar.expression(text, powers=True))
+        with pytest.raises(ParseError):
+            grammar.evaluate(grammar.expression(text, powers=True))
     else:
-        assert grammar.amount(grammar.expression(text, powers=True)) == amount
+        assert grammar.evaluate(grammar.expression(text, powers=True)) == amount
 
 
 def test_polynomials_have_one_form():
@@ -285,14 +298,14 @@ def test_polynomials_have_one_form():
     assert read("(x+y)**2") == read("x**2 + 2*y*x + y**2") != read("x**2 + y**2")
     assert read("x**3/3 + x").derivative("x") == read("x*x + 1")
     for text in ("x**y", "x**-1", "1/x", "x**100", "(x+y)**99*(x-y)**99", "1/0", "z"):
-        with pytest.raises(Unread):
+        with pytest.raises(ParseError):
             read(text)
 
 
 # ---------------------------------------------------------------- the sandbox, with the grammar left out
 
 CODE = """
-from limbeck.tasks import verdicts
+from limbeck.tasks import sandbox_worker
 run = exec
 def code():
     def judge(answer):
@@ -300,8 +313,8 @@ def code():
         run(answer, names)
         return "correct" if names.get("reached", True) else "wrong"
     return judge
-verdicts.JUDGES["code"] = code
-verdicts.serve()
+sandbox_worker.JUDGES["code"] = code
+sandbox_worker.serve()
 """
 REACHES = {
     "write": "open({file!r}, 'w')",
@@ -350,9 +363,9 @@ REACHES = {
 @pytest.fixture(scope="module")
 def coding():
     os.environ["LIMBECK_BAIT"] = "1"
-    referee = Referee(CODE)
-    yield referee
-    referee.close()
+    sandbox = Sandbox(CODE)
+    yield sandbox
+    sandbox.close()
     del os.environ["LIMBECK_BAIT"]
 
 
@@ -362,13 +375,17 @@ def test_code_is_run_by_the_judge_of_this_test(coding):
 
 def test_the_attempts_would_reach_where_nothing_was_taken_away(tmp_path):
     """Or the test below would prove nothing."""
-    away = "from limbeck.tasks import sandbox, verdicts\nsandbox.confine = lambda: (0, False)\nverdicts._disarm = lambda: None\n"
-    referee, door = Referee(away + CODE), socket.create_server(("127.0.0.1", 0))
+    away = (
+        "from limbeck.tasks import confinement, sandbox_worker\n"
+        "confinement.confine = lambda: (0, False)\n"
+        "sandbox_worker._disarm = lambda: None\n"
+    )
+    sandbox, door = Sandbox(away + CODE), socket.create_server(("127.0.0.1", 0))
     for reach in ("write", "read", "connect", "fork", "environ", "shell", "ctypes open", "clock", "eval"):
         code = REACHES[reach].format(file=str(tmp_path / "canary"), bait="", port=door.getsockname()[1])
-        assert referee.ask("code", answer=code, deadline=2) == "correct", reach
+        assert sandbox.ask("code", answer=code, deadline=2) == "correct", reach
     assert (tmp_path / "canary").exists()
-    referee.close()
+    sandbox.close()
     door.close()
 
 
@@ -387,7 +404,9 @@ def test_code_reaches_nothing(coding, tmp_path, reach):
 
 def test_code_leaves_nothing_behind(coding):
     patch = (
-        "import sys\nv = sys.modules['limbeck.tasks.verdicts']\nv._apart = v._ended = lambda *a: 'correct'\n"
+        "import sys\n"
+        "v = sys.modules['limbeck.tasks.sandbox_worker']\n"
+        "v._judge_in_fork = v._run_in_fork = lambda *a: 'correct'\n"
         "v.VERDICTS = ('correct',) * 4\nv.JUDGES.clear()\nreached = False"
     )
     assert coding.ask("code", answer=patch, deadline=2) in ("wrong", "error", "correct")
@@ -411,7 +430,7 @@ def test_code_that_hogs_is_ended(coding, loop):
 
 
 def test_what_holds_was_tried():
-    proof = REFEREE.proof()
+    proof = SANDBOX.proof()
     assert proof.holds and proof.seccomp
     finding = doctor._sandbox()
     assert finding.ok and "proven by trying: no file read, no file written, no connection" in finding.value
@@ -419,28 +438,32 @@ def test_what_holds_was_tried():
 
 def test_what_does_not_hold_is_told():
     open_house = (
-        "from limbeck.tasks import sandbox, verdicts; sandbox.confine = lambda: (0, False); verdicts.serve()"
+        "from limbeck.tasks import confinement, sandbox_worker; confinement.confine = lambda: (0, False); "
+        "sandbox_worker.serve()"
     )
-    referee = Referee(open_house)
-    proof = referee.proof()
+    sandbox = Sandbox(open_house)
+    proof = sandbox.proof()
     assert not proof.holds and proof.refused == () and "neither Landlock nor seccomp" in str(proof)
-    referee.close()
+    sandbox.close()
 
 
 @pytest.mark.parametrize("layer", ["_landlock", "_seccomp"])
 def test_each_layer_holds_what_it_can(layer):
     """Without one of them the other still keeps files and connections away."""
-    off = f"from limbeck.tasks import sandbox, verdicts; sandbox.{layer} = lambda libc: 0; verdicts.serve()"
-    referee = Referee(off)
-    proof = referee.proof()
+    off = (
+        f"from limbeck.tasks import confinement, sandbox_worker; confinement.{layer} = lambda libc: 0; "
+        "sandbox_worker.serve()"
+    )
+    sandbox = Sandbox(off)
+    proof = sandbox.proof()
     if proof.landlock or proof.seccomp:
         assert {"file read", "file written", "program"} <= set(proof.refused)
     assert proof.holds == proof.seccomp
-    referee.close()
+    sandbox.close()
 
 
 def test_where_nothing_holds_only_what_needs_it_is_refused(monkeypatch):
-    monkeypatch.setattr(REFEREE, "proof", lambda: sandbox.Proof(0, False, ()))
+    monkeypatch.setattr(SANDBOX, "proof", lambda: confinement.Proof(0, False, ()))
     for generator in ("rubiks_cube", "intermediate_integration"):
         with pytest.raises(
             LimbeckError, match=f"problems.{generator}.generator: {generator} is refused"
@@ -494,7 +517,7 @@ def test_the_recipes_page_says_how_each_is_judged():
 
 def test_entries_cross_the_pipe_as_they_are():
     entry = {"a": (1, [2.5, None, {3: "x"}]), 4: True, "s": {1}, "t": ((), [], {})}
-    assert generators.unpacked(json.loads(json.dumps(generators.packed(entry)))) == entry
+    assert generators.unpack(json.loads(json.dumps(generators.pack(entry)))) == entry
 
 
 def test_threads_are_told_their_own_verdict(coding):

@@ -13,7 +13,9 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from limbeck.serve.openai.routes import event
-from limbeck.text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, overlap, split_thought
+from limbeck.text.detokenizer import Reader
+from limbeck.text.reasoning_parser import CLOSE, OPEN, ReasoningParser, overlap, split_thought
+from limbeck.text.tokenizer import Tokenizer
 
 TEXTS = st.lists(
     st.sampled_from(

@@ -11,7 +11,8 @@ import pytest
 from limbeck.config.recipe import Files, Gym
 from limbeck.tasks import reward_parts
 from limbeck.tasks.files import FileTask
-from limbeck.tasks.task import Mixture, open_task
+from limbeck.tasks.mixture import Mixture
+from limbeck.tasks.registry import open_task
 from limbeck.types import Completion, Group, LimbeckError, Problem, Score
 
 

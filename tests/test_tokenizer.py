@@ -19,7 +19,8 @@ ESCAPES = {
     "imports": "{% import 'os' as os %}",
 }
 ENDLESS = {
-    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x"
+    "{% endfor %}{% endfor %}{% endfor %}",
     "long range": "{% for i in range(999999999) %}x{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
@@ -48,12 +49,13 @@ def test_bad_templates_end_in_one_sentence(template):
         tokenizer(template).prompt("hello")
     assert "\n" not in str(caught.value)
     assert time.monotonic() - begin < 60
-    assert sys.gettrace() is None or "look" not in repr(sys.gettrace())
+    assert sys.gettrace() is None or "check_clock" not in repr(sys.gettrace())
 
 
 def test_a_usual_template_is_rendered_as_it_stands():
     template = (
-        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '=' * 3 }}<|assistant|>{% endif %}"
     )
     asked = [{"role": "system", "content": " short "}, {"role": "user", "content": "hello"}]

@@ -11,7 +11,7 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.decoder import Decoder
 from limbeck.tasks.clock_countdown import Countdown
-from limbeck.tasks.task import Mixture
+from limbeck.tasks.mixture import Mixture
 from limbeck.text.tokenizer import Tokenizer
 
 recipe = load(Path(SETTINGS["recipe"]), [])

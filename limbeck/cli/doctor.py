@@ -14,7 +14,7 @@ from typing import Any
 
 from ..model.config import ModelConfig
 from ..runtime.machine import usable_cores, usable_memory
-from ..tasks.referee import REFEREE
+from ..tasks.sandbox import SANDBOX
 
 GIB = 1024**3
 
@@ -155,7 +155,7 @@ def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
 
 def _sandbox() -> Finding:
     """What a process that judges answers tried to reach just now, and was refused."""
-    proof = REFEREE.proof()
+    proof = SANDBOX.proof()
     advice = (
         ""
         if proof.holds

@@ -265,7 +265,7 @@ def _configs(graph: Graph) -> dict[str, Any]:
     from ..config.recipe import Load, Pretrain
     from ..model.config import ModelConfig
     from ..model.from_recipe import to_config
-    from ..tasks.task import open_task
+    from ..tasks.registry import open_task
 
     found: dict[str, ModelConfig] = {}
     for node in graph.nodes.values():

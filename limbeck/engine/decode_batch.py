@@ -1,12 +1,14 @@
-"""A decode batch: the KV cache, the sampled tokens, and the (problem, sample) of each row. Numbers a row are numpy's, whose
-calls cost a fifth of torch's on arrays this small.
+"""A decode batch: the KV cache, the sampled tokens, and the (problem, sample) of each row. State per row is
+held in numpy arrays, whose calls cost a fifth of torch's on arrays this small.
 
-B rows · T tokens of a completion · C hidden · V vocabulary · L sparse layers · K experts chosen.
+N packed tokens · B rows · T tokens of a completion · C hidden · V vocabulary · L sparse layers · K experts
+chosen.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,164 +21,210 @@ from ..model.kv_cache import KVCache, Packed
 from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
 
-AHEAD = 128  # tokens that a completion's cache has room for when it begins: growing copies it
-COMPACT = 0.75  # drop finished rows when fewer than this share is alive: copying costs, so do idle rows
+HEADROOM = 128  # tokens of a completion that a new cache has room for: growing copies the cache
+MIN_ALIVE_SHARE = 0.75  # of all rows: below it finished rows are dropped; dropping copies, idle rows compute
 
 
 @dataclass(frozen=True)
-class Row:
-    """A finished row: what was sampled, at which log-probabilities, from what top-p left, through which experts."""
+class FinishedSequence:
+    """A finished completion of problem `problem`, its `sample`-th.
 
+    `tokens` [T] and `logprobs` [T] are as sampled. `top_p_ids` holds the ids inside top-p at each token (None
+    without `keep_mask`), `routes` [prompt + T - 1, L, K] the experts of each token (None in a dense model).
+    """
+
+    problem: int
+    sample: int
     tokens: np.ndarray
     logprobs: np.ndarray
-    kept: tuple[np.ndarray, ...] | None
+    top_p_ids: tuple[np.ndarray, ...] | None
     routes: np.ndarray | None
 
 
 class DecodeBatch:
-    """One token a row and step; `hidden_BC` is the state that the next token is sampled from."""
+    """Samples one token per row and step. `hidden_BC` is the hidden state from which the next token is
+    sampled."""
 
-    drafted = accepted = 0
-    held_back = 0  # tokens of a prompt that are left to the first step
-    compiled = True  # whether the kernels' step of decoding will do
+    drafted = 0
+    accepted = 0
+    tokens_deferred = 0  # tokens at a prompt's end that the first step runs, not the prefill
+    compiled = True  # if the compiled decode step may be used
+    records_routes = True  # if finished sequences carry the experts of their tokens
 
-    def __init__(self, model: Decoder, end: int, sampling: SamplingParams):
-        weight = model.embed.weight
-        self.model, self.sampling = model, sampling
-        self.ends = {end, *sampling.stop_ids}
-        self.ends_V = np.zeros(max(model.config.vocab_size, max(self.ends) + 1), dtype=bool)
-        self.ends_V[list(self.ends)] = True
-        self.decoding = kernels.Decoding(model) if self.compiled and kernels.Decoding.fits(model) else None
-        budget = sampling.max_new_tokens
-        self.cache = KVCache(
-            model.config, weight.dtype, weight.device, self.decoding is not None, min(budget, AHEAD)
-        )
-        self.tokens_BT = np.zeros((0, budget), dtype=np.int64)
-        self.logprobs_BT = np.zeros(
-            (0, budget), dtype=np.float64 if weight.dtype == torch.float64 else np.float32
-        )
-        self.uniforms_BT = np.zeros((0, budget))
-        self.age_B = np.zeros(0, dtype=np.int64)
+    def __init__(self, model: Decoder, end_id: int, sampling: SamplingParams):
+        self.model = model
+        self.sampling = sampling
+        self.stop_token_ids = {end_id, *sampling.stop_ids}
+        self.is_stop_V = np.zeros(max(model.config.vocab_size, max(self.stop_token_ids) + 1), dtype=bool)
+        self.is_stop_V[list(self.stop_token_ids)] = True
+        fits = self.compiled and kernels.Decoding.fits(model)
+        self.decoding = kernels.Decoding(model) if fits else None
+        self.cache = self._new_cache()
+        self.owners: list[Any] = []  # of each row: (problem, sample)
+        self._allocate()
+
+    def _new_cache(self) -> KVCache:
+        weight = self.model.embed.weight
+        headroom = min(self.sampling.max_new_tokens, HEADROOM)
+        return KVCache(self.model.config, weight.dtype, weight.device, self.decoding is not None, headroom)
+
+    def _allocate(self) -> None:
+        """Create the arrays of all rows, with no row in them."""
+        config = self.model.config
+        dtype = self.model.embed.weight.dtype
+        max_tokens = self.sampling.max_new_tokens
+        self.tokens_BT = np.zeros((0, max_tokens), dtype=np.int64)
+        precision = np.float64 if dtype == torch.float64 else np.float32
+        self.logprobs_BT = np.zeros((0, max_tokens), dtype=precision)
+        self.uniforms_BT = np.zeros((0, max_tokens))
+        self.sampled_B = np.zeros(0, dtype=np.int64)  # tokens sampled so far
         self.alive_B = np.zeros(0, dtype=bool)
-        self.owners: list[tuple[int, int]] = []
-        self.kept: list[list[np.ndarray]] = []
-        self.hidden_BC = torch.zeros(0, model.config.hidden_size, dtype=weight.dtype)
-        self.sparse = sum(model.config.sparse(layer) for layer in range(model.config.layers))
-        if self.sparse:
-            self.routes_BTLK = np.zeros(
-                (0, budget + 1, self.sparse, model.config.experts.top_k), dtype=np.int16
-            )
-            self.begun: list[np.ndarray] = []
+        self.top_p_ids: list[list[np.ndarray]] = []
+        self.hidden_BC = torch.zeros(0, config.hidden_size, dtype=dtype)
+        sparse_layers = sum(config.sparse(layer) for layer in range(config.layers))
+        self.sparse_layers = sparse_layers if self.records_routes else 0
+        if self.sparse_layers:
+            shape = (0, max_tokens + 1, self.sparse_layers, config.experts.top_k)
+            self.routes_BTLK = np.zeros(shape, dtype=np.int16)
+            self.prompt_routes: list[np.ndarray] = []
 
     @property
     def busy(self) -> int:
+        """Number of rows."""
         return len(self.owners)
 
-    def admit(self, prompts: list[tuple[int, np.ndarray]], uniforms: np.ndarray, copies: int) -> None:
-        """Prefill prompts, shortest first so that attention pads little, and fork each into `copies` rows."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
-        rows = np.array([i * copies + c for i in order for c in range(copies)])
-        self.tokens_BT, self.logprobs_BT = (_longer(x, len(rows)) for x in (self.tokens_BT, self.logprobs_BT))
-        self.uniforms_BT = np.concatenate([self.uniforms_BT, uniforms[rows]])
-        self.age_B, self.alive_B = (
-            _longer(self.age_B, len(rows)),
-            np.append(self.alive_B, np.ones(len(rows), dtype=bool)),
-        )
-        self.owners += [(prompts[i][0], c) for i in order for c in range(copies)]
-        self.kept += [[] for _ in rows]
-        if self.sparse:
-            self.routes_BTLK = _longer(self.routes_BTLK, len(rows))
-        self._prefill([prompts[i][1] for i in order], copies)
+    def admit(self, prompts: list[tuple[int, np.ndarray]], uniforms_BT: np.ndarray, n: int) -> None:
+        """Prefill (problem, tokens) pairs, shortest first so that attention pads little, and fork each into
+        `n` rows.
 
-    def _prefill(self, prompts: list[np.ndarray], copies: int) -> None:
+        `uniforms_BT` holds the random numbers of all rows, those of the first prompt's `n` samples first.
+        """
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
+        new_rows = np.array([i * n + sample for i in by_length for sample in range(n)])
+        self.uniforms_BT = np.concatenate([self.uniforms_BT, uniforms_BT[new_rows]])
+        self._append_rows(len(new_rows))
+        self.owners += [(prompts[i][0], sample) for i in by_length for sample in range(n)]
+        if self.sparse_layers:
+            self.routes_BTLK = append_zeros(self.routes_BTLK, len(new_rows))
+        self._prefill([prompts[i][1] for i in by_length], n)
+
+    def _append_rows(self, count: int) -> None:
+        """Append `count` empty rows to the arrays that every kind of batch has."""
+        self.tokens_BT = append_zeros(self.tokens_BT, count)
+        self.logprobs_BT = append_zeros(self.logprobs_BT, count)
+        self.sampled_B = append_zeros(self.sampled_B, count)
+        self.alive_B = np.append(self.alive_B, np.ones(count, dtype=bool))
+        self.top_p_ids += [[] for _ in range(count)]
+
+    def _prefill(self, prompts: list[np.ndarray], n: int) -> None:
         lengths = [len(prompt) for prompt in prompts]
         prefill = Packed(lengths).keep()
-        hidden_NC = self._run(torch.from_numpy(np.concatenate(prompts)), prefill)
-        last_BC = hidden_NC[torch.tensor(lengths).cumsum(0) - 1].repeat_interleave(copies, 0)
+        hidden_NC = self._forward(torch.from_numpy(np.concatenate(prompts)), prefill)
+        last_tokens = torch.tensor(lengths).cumsum(0) - 1
+        last_BC = hidden_NC[last_tokens].repeat_interleave(n, 0)
         self.hidden_BC = torch.cat([self.hidden_BC, last_BC])
-        self._begin(prefill, lengths, copies)
+        self._fork(prefill, lengths, n)
 
-    def _begin(self, prefill: Packed, lengths: list[int], copies: int) -> None:
-        self.cache.fork(prefill, [copies] * len(lengths))
-        if self.sparse:
-            met_NLK = torch.stack(prefill.routes.chosen[: self.sparse], 1).short().split(lengths)
-            self.begun += [routes.numpy() for routes in met_NLK for _ in range(copies)]
+    def _fork(self, prefill: Packed, lengths: list[int], n: int) -> None:
+        """Copy each prefilled prompt's KV, and the experts of its tokens, into `n` rows."""
+        self.cache.fork(prefill, [n] * len(lengths))
+        if not self.sparse_layers:
+            return
+        chosen_NLK = torch.stack(prefill.routes.chosen[: self.sparse_layers], 1).short()
+        for routes in chosen_NLK.split(lengths):
+            self.prompt_routes += [routes.numpy()] * n
 
-    def _run(self, tokens_N: Tensor, context: Packed | KVCache) -> Tensor:
-        context.routes = Routes() if self.sparse else None
+    def _forward(self, tokens_N: Tensor, context: Packed | KVCache) -> Tensor:
+        """Hidden states [N, C] of the tokens; in a sparse model the context records the chosen experts."""
+        context.routes = Routes() if self.sparse_layers else None
         return self.model(tokens_N, context)
 
-    def step(self) -> list[tuple[int, int, Row]]:
-        """Sample one token a row, hand back the finished rows, and run the rest one token further."""
-        self._say(self.hidden_BC, self.alive_B)
-        finished = self._finish()
+    def step(self) -> list[FinishedSequence]:
+        """Sample one token per row, remove and return the finished rows, and run the others one token
+        further."""
+        self._sample(self.hidden_BC, self.alive_B)
+        finished = self._remove_finished()
         if self.alive_B.any():
-            self.cache.rest(~self.alive_B)
-            self.cache.advance()
-            rows, fed_B = np.arange(self.busy), self.age_B - 1
-            tokens_B = torch.from_numpy(self.tokens_BT[rows, fed_B])
-            self.hidden_BC = (
-                self.decoding(tokens_B, self.cache) if self.decoding else self._run(tokens_B, self.cache)
-            )
-            if self.sparse:
-                self.routes_BTLK[rows, fed_B] = torch.stack(self.cache.routes.chosen, 1).numpy()
+            self._advance()
         return finished
 
-    def _say(self, hidden_BC: Tensor, speaking_B: np.ndarray) -> np.ndarray:
-        """Sample the next token of the rows that speak; the others' is drawn and forgotten."""
+    def _advance(self) -> None:
+        """Run each row's newest token through the model."""
+        self.cache.rest(~self.alive_B)
+        self.cache.advance()
         rows = np.arange(self.busy)
-        age_B = np.minimum(self.age_B, self.tokens_BT.shape[1] - 1)
+        newest_B = self.sampled_B - 1
+        tokens_B = torch.from_numpy(self.tokens_BT[rows, newest_B])
+        if self.decoding:
+            self.hidden_BC = self.decoding(tokens_B, self.cache)
+        else:
+            self.hidden_BC = self._forward(tokens_B, self.cache)
+        if self.sparse_layers:
+            self.routes_BTLK[rows, newest_B] = torch.stack(self.cache.routes.chosen, 1).numpy()
+
+    def _sample(self, hidden_BC: Tensor, active_B: np.ndarray) -> np.ndarray:
+        """Sample a token [B] for every row and append it to the active rows; the others discard theirs."""
+        rows = np.arange(self.busy)
+        place_B = np.minimum(self.sampled_B, self.tokens_BT.shape[1] - 1)
+        previous_B = self.tokens_BT[rows, np.maximum(place_B - 1, 0)]
         logits_BV = product(hidden_BC, self.model.head.weight)
-        chosen = self._draw(logits_BV, rows, age_B, self.tokens_BT[rows, np.maximum(age_B - 1, 0)])
-        tokens_B, logprobs_B = chosen.tokens_B.numpy(), chosen.logprobs_B.numpy()
-        self.tokens_BT[rows[speaking_B], age_B[speaking_B]] = tokens_B[speaking_B]
-        self.logprobs_BT[rows[speaking_B], age_B[speaking_B]] = logprobs_B[speaking_B]
-        if chosen.kept_BV is not None:
-            for i in speaking_B.nonzero()[0]:
-                self.kept[i].append(chosen.kept_BV[i].nonzero().flatten().numpy())
-        self.age_B = self.age_B + speaking_B
+        drawn = self._draw(logits_BV, rows, place_B, previous_B)
+        tokens_B = drawn.tokens_B.numpy()
+        active_rows = rows[active_B]
+        active_places = place_B[active_B]
+        self.tokens_BT[active_rows, active_places] = tokens_B[active_B]
+        self.logprobs_BT[active_rows, active_places] = drawn.logprobs_B.numpy()[active_B]
+        if drawn.top_p_BV is not None:
+            for row in active_rows:
+                self.top_p_ids[row].append(drawn.top_p_BV[row].nonzero().flatten().numpy())
+        self.sampled_B = self.sampled_B + active_B
         return tokens_B
 
-    def _draw(self, logits_BV: Tensor, rows: np.ndarray, age_B: np.ndarray, previous_B: np.ndarray) -> Draw:
-        return draw(
-            logits_BV,
-            torch.from_numpy(self.uniforms_BT[rows, age_B]),
-            torch.from_numpy(previous_B),
-            self.sampling,
-        )
+    def _draw(self, logits_BV: Tensor, rows: np.ndarray, place_B: np.ndarray, previous_B: np.ndarray) -> Draw:
+        """Draw a token for each row with the random number of its place in the completion."""
+        uniform_B = torch.from_numpy(self.uniforms_BT[rows, place_B])
+        return draw(logits_BV, uniform_B, torch.from_numpy(previous_B), self.sampling)
 
-    def _finish(self) -> list[tuple[int, int, Row]]:
-        """The rows that ended just now; when too few are left alive, the others go."""
-        last_B = self.tokens_BT[np.arange(self.busy), np.maximum(self.age_B - 1, 0)]
-        ended_B = (self.ends_V[last_B] | (self.age_B >= self.sampling.max_new_tokens)) & self.alive_B
-        finished = [self._row(int(i)) for i in ended_B.nonzero()[0]]
+    def _remove_finished(self) -> list[FinishedSequence]:
+        """Mark the rows that ended in this step and return them; drop dead rows once too few are alive."""
+        last_B = self.tokens_BT[np.arange(self.busy), np.maximum(self.sampled_B - 1, 0)]
+        ended_B = self.is_stop_V[last_B] | (self.sampled_B >= self.sampling.max_new_tokens)
+        ended_B &= self.alive_B
+        finished = [self._finished_sequence(row) for row in ended_B.nonzero()[0].tolist()]
         self.alive_B = self.alive_B & ~ended_B
-        if self.alive_B.sum() < COMPACT * self.busy:
-            self._keep(self.alive_B.nonzero()[0])
+        if self.alive_B.sum() < MIN_ALIVE_SHARE * self.busy:
+            self._select_rows(self.alive_B.nonzero()[0])
         return finished
 
-    def _row(self, i: int) -> tuple[int, int, Row]:
-        age = int(self.age_B[i])
-        kept = tuple(self.kept[i]) if self.kept[i] else None
+    def _finished_sequence(self, row: int) -> FinishedSequence:
+        problem, sample = self.owners[row]
+        length = int(self.sampled_B[row])
+        tokens = self.tokens_BT[row, :length].copy()
+        logprobs = self.logprobs_BT[row, :length].astype(np.float32)
+        top_p_ids = tuple(self.top_p_ids[row]) if self.top_p_ids[row] else None
         routes = None
-        if self.sparse:
-            routes = np.concatenate([self.begun[i], self.routes_BTLK[i, : age - 1 + self.held_back]])
-        tokens, logprobs = self.tokens_BT[i, :age].copy(), self.logprobs_BT[i, :age].astype(np.float32)
-        return (*self.owners[i], Row(tokens, logprobs, kept, routes))
+        if self.sparse_layers:
+            completion_routes = self.routes_BTLK[row, : length - 1 + self.tokens_deferred]
+            routes = np.concatenate([self.prompt_routes[row], completion_routes])
+        return FinishedSequence(problem, sample, tokens, logprobs, top_p_ids, routes)
 
-    def _keep(self, rows: np.ndarray) -> None:
-        """Keep only these rows."""
+    def _select_rows(self, rows: np.ndarray) -> None:
+        """Drop all rows but these, and put them in this order."""
         self.cache.keep(rows)
-        self.tokens_BT, self.logprobs_BT = self.tokens_BT[rows], self.logprobs_BT[rows]
-        self.uniforms_BT, self.age_B = self.uniforms_BT[rows], self.age_B[rows]
-        self.alive_B, self.hidden_BC = self.alive_B[rows], self.hidden_BC[torch.from_numpy(rows)]
-        self.owners = [self.owners[i] for i in rows.tolist()]
-        self.kept = [self.kept[i] for i in rows.tolist()]
-        if self.sparse:
+        self.tokens_BT = self.tokens_BT[rows]
+        self.logprobs_BT = self.logprobs_BT[rows]
+        self.uniforms_BT = self.uniforms_BT[rows]
+        self.sampled_B = self.sampled_B[rows]
+        self.alive_B = self.alive_B[rows]
+        self.hidden_BC = self.hidden_BC[torch.from_numpy(rows)]
+        row_list = rows.tolist()
+        self.owners = [self.owners[row] for row in row_list]
+        self.top_p_ids = [self.top_p_ids[row] for row in row_list]
+        if self.sparse_layers:
             self.routes_BTLK = self.routes_BTLK[rows]
-            self.begun = [self.begun[i] for i in rows.tolist()]
+            self.prompt_routes = [self.prompt_routes[row] for row in row_list]
 
 
-def _longer(x: np.ndarray, rows: int) -> np.ndarray:
-    """With so many rows of zeros behind."""
+def append_zeros(x: np.ndarray, rows: int) -> np.ndarray:
+    """`x` [B, ...], with `rows` rows of zeros appended."""
     return np.concatenate([x, np.zeros((rows, *x.shape[1:]), dtype=x.dtype)])

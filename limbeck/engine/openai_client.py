@@ -1,7 +1,7 @@
-"""A sampler elsewhere: any OpenAI-compatible endpoint, asked politely, and never twice for the same.
+"""A sampler behind an OpenAI-compatible endpoint, with retries, rate limits and a response cache.
 
-It gives text, and log-probabilities where asked and able; never token ids, logits or weights. The network is
-opened by a recipe that names an endpoint, and by nothing else.
+It returns text, and log-probabilities where requested and supported; never token ids, logits or weights. The
+network is used only for recipes that name an endpoint.
 """
 
 from __future__ import annotations
@@ -9,26 +9,27 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..config.recipe import Remote
-from ..text.tokenizer import CLOSE, join_thought
-from ..types import Completion, Group, LimbeckError, Problem, Resumable
-from .rate_limit import Pace, Stopped, retry_after
-from .response_cache import Responses
+from ..types import Group, LimbeckError, Problem, Resumable
+from .chat_completion import InvalidResponse, parse, to_completion, unknown_tokens
+from .rate_limit import RateLimiter, Stopped, retry_after
+from .response_cache import ResponseCache
 
 if TYPE_CHECKING:
     from .sampling import SamplingParams
 
-ATTEMPTS = 8  # with waits of 1, 2, 4 ... 30 seconds between them: about two minutes
-QUICK = 30.0  # seconds for a first sign of life
-LONGEST_WAIT = 900.0  # seconds: an endpoint that asks for more is come back to another day
-TELLTALES = (
+ATTEMPTS = 8  # requests, with pauses of 1, 2, 4 ... 30 seconds between them: about two minutes
+FIRST_WAIT = 1.0  # seconds
+MAX_WAIT = 30.0  # seconds between two attempts
+CHECK_TIMEOUT = 30.0  # seconds for the list of models
+MAX_RETRY_AFTER = 900.0  # seconds: where an endpoint demands a longer pause the stage stops, to be resumed
+MAX_DETAIL = 300  # characters of an endpoint's error message
+HIDDEN_HEADERS = (
     "Lang",
     "Package-Version",
     "OS",
@@ -40,34 +41,35 @@ TELLTALES = (
     "Read-Timeout",
 )
 
-
-class Garbled(Exception):
-    """The endpoint answered, but no chat completion."""
+Progress = Callable[[int], None]
 
 
 class Endpoint:
-    """The `Sampler` that `settings` name; `name` is where, for error messages: `stages.teacher`.
+    """The `Sampler` that `settings` describe; `name` is the recipe's key for error messages:
+    `stages.teacher`.
 
-    A response is decided by endpoint, model, messages, parameters and the sample's number; what was answered once,
-    to any stage of any run that shares `folder`, is read from there. A recipe's seed chooses the problems and does
-    not reach the endpoint: under another seed the same question has the same answers, already paid for.
+    A response is decided by endpoint, model, messages, parameters and the sample's number. Each is requested
+    once: all stages of all runs that share `folder` read it from there. A recipe's seed chooses the problems
+    and does not reach the endpoint: under another seed the same question has the same responses, already paid
+    for.
     """
 
     def __init__(
         self, name: str, settings: Remote, folder: Path, stopping: Callable[[], bool] = lambda: False
     ):
-        self.name, self.settings, self.responses, self.asked_to_stop = (
-            name,
-            settings,
-            Responses(folder),
-            stopping,
-        )
-        self.key, self.client = key_of(name, settings), None
-        self.failed, self.reached, self.lock = threading.Event(), False, threading.Lock()
-        self.pace = Pace(settings.requests_per_minute, self._stopping)
-        self._bill: dict[str, dict[str, int]] = {}
+        self.name = name
+        self.settings = settings
+        self.cache = ResponseCache(folder)
+        self.stop_requested = stopping
+        self.key = key_of(name, settings)
+        self.client: Any = None
+        self.failed = threading.Event()
+        self.reached = False  # if a request has succeeded
+        self.lock = threading.Lock()
+        self.rate_limiter = RateLimiter(settings.requests_per_minute, self._stopping)
+        self._usage: dict[str, dict[str, int]] = {}
 
-    # ------------------------------------------------------------ what a sampler does
+    # ------------------------------------------------------------ the interface of a sampler
 
     def rollout(
         self,
@@ -75,130 +77,142 @@ class Endpoint:
         group_size: int,
         sampling: SamplingParams,
         seed: object = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Group]:
-        """`group_size` completions of every problem, in the problems' order. Token ids are unknown: each is -1.
+        """`group_size` completions of every problem, in the problems' order. Token ids are unknown: each is
+        -1.
 
-        Raises LimbeckError for a wrong address, key or model, Resumable when the endpoint fails for good or
-        somebody asks to stop; what was answered is kept.
+        Raises LimbeckError for a wrong address, key or model, Resumable if the endpoint fails for good or the
+        stage is stopping; responses that arrived are in the cache.
         """
         if sampling.force or sampling.keep_mask or sampling.stop_ids:
             raise LimbeckError(f"{self.name} is remote: tokens cannot be forced, masked or stopped at there")
-        bodies = {p.id: self.body(p.prompt, sampling) for p in problems}
-        keys = {(i, s): self._key(bodies[p.id], s) for i, p in enumerate(problems) for s in range(group_size)}
-        owners: dict[str, tuple[int, int]] = {}
-        for place, key in keys.items():
-            owners.setdefault(key, place)
-        self.failed.clear()
-        with ThreadPoolExecutor(self.settings.concurrent) as pool:
-            tasks = {
-                key: pool.submit(self._answer, key, bodies[problems[i].id], s, progress)
-                for key, (i, s) in owners.items()
-            }
-            done, _ = wait(tasks.values(), return_when=FIRST_EXCEPTION)
-            if any(task.exception() for task in done):
-                pool.shutdown(cancel_futures=True)
-        self._raise_first(
-            [task.exception() for task in tasks.values() if task.done() and not task.cancelled()]
-        )
-        answers = {key: task.result() for key, task in tasks.items()}
-        self._bill |= {key: answer["usage"] for key, answer in answers.items()}
-        rows = [
-            [_completion(answers[keys[i, s]], s) for s in range(group_size)] for i in range(len(problems))
-        ]
-        return [
-            Group(p, _unknown(answers[keys[i, 0]], "prompt_tokens"), tuple(rows[i]))
-            for i, p in enumerate(problems)
-        ]
+        bodies = [self.body(problem.prompt, sampling) for problem in problems]
+        keys = [[self._key(body, sample) for sample in range(group_size)] for body in bodies]
+        requests: dict[str, tuple[dict[str, Any], int]] = {}
+        for body, group_keys in zip(bodies, keys, strict=True):
+            for sample, key in enumerate(group_keys):
+                requests.setdefault(key, (body, sample))
+        responses = self._fetch_all(requests, progress)
+        groups = []
+        for problem, group_keys in zip(problems, keys, strict=True):
+            completions = [to_completion(responses[key], sample) for sample, key in enumerate(group_keys)]
+            prompt_tokens = unknown_tokens(responses[group_keys[0]], "prompt_tokens")
+            groups.append(Group(problem, prompt_tokens, tuple(completions)))
+        return groups
 
     def check(self) -> None:
-        """Whether the endpoint can be reached and takes the key; asks for its list of models and for nothing that costs."""
+        """Request the list of models, which costs nothing. Raises LimbeckError if the endpoint is unreachable
+        or refuses the key."""
         client = self._client()
         import openai
 
         try:
-            client.models.list(extra_headers=_silence(), timeout=QUICK)
+            client.models.list(extra_headers=_hidden_headers(), timeout=CHECK_TIMEOUT)
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._explain(error) from None
         except openai.OpenAIError:
             pass  # not every endpoint has a list
 
     def bill(self) -> dict[str, float]:
-        """Tokens, and money where there are prices, of all responses since the last bill, found or bought."""
-        prompt, response = (
-            sum(usage.get(k, 0) for usage in self._bill.values())
-            for k in ("prompt_tokens", "completion_tokens")
-        )
-        self._bill, prices = {}, self.settings.prices
-        money = {"money": (prompt * prices.input + response * prices.output) / 1e6} if prices else {}
-        return {"prompt_tokens": prompt, "response_tokens": response, **money}
+        """Tokens, and money where prices are set, of all responses since the last call, cached ones
+        included."""
+        prompt = sum(usage.get("prompt_tokens", 0) for usage in self._usage.values())
+        response = sum(usage.get("completion_tokens", 0) for usage in self._usage.values())
+        self._usage = {}
+        metrics: dict[str, float] = {"prompt_tokens": prompt, "response_tokens": response}
+        prices = self.settings.prices
+        if prices:
+            metrics["money"] = (prompt * prices.input + response * prices.output) / 1e6
+        return metrics
 
     def body(self, prompt: str, sampling: SamplingParams) -> dict[str, Any]:
-        """One request, as JSON goes out; the recipe's `extra` has the last word."""
+        """The JSON body of a request. The recipe's `extra` overrides its fields; null removes one."""
         body: dict[str, Any] = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
-            **({"logprobs": True} if self.settings.logprobs else {}),
-            **self.settings.extra,
         }
+        if self.settings.logprobs:
+            body["logprobs"] = True
+        body |= self.settings.extra
         return {name: value for name, value in body.items() if value is not None}
 
-    # ------------------------------------------------------------ one request
+    # ------------------------------------------------------------ requests
 
     def _key(self, body: dict[str, Any], sample: int) -> str:
-        return Responses.key({"endpoint": self.settings.url.rstrip("/"), "request": body, "sample": sample})
+        url = self.settings.url.rstrip("/")
+        return ResponseCache.key({"endpoint": url, "request": body, "sample": sample})
 
-    def _answer(
-        self, key: str, body: dict[str, Any], sample: int, progress: Callable[[int], None] | None
+    def _fetch_all(
+        self, requests: dict[str, tuple[dict[str, Any], int]], progress: Progress | None
+    ) -> dict[str, dict[str, Any]]:
+        """Responses to (body, sample) by key, fetched concurrently. The first failure stops all others and is
+        raised."""
+        self.failed.clear()
+        with ThreadPoolExecutor(self.settings.concurrent) as pool:
+            futures = {
+                key: pool.submit(self._fetch, key, body, sample, progress)
+                for key, (body, sample) in requests.items()
+            }
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                pool.shutdown(cancel_futures=True)
+        ended = [future for future in futures.values() if future.done() and not future.cancelled()]
+        self._raise_first(future.exception() for future in ended)
+        responses = {key: future.result() for key, future in futures.items()}
+        self._usage |= {key: response["usage"] for key, response in responses.items()}
+        return responses
+
+    def _fetch(
+        self, key: str, body: dict[str, Any], sample: int, progress: Progress | None
     ) -> dict[str, Any]:
-        """From the disk, or else from the endpoint and to the disk."""
-        found = self.responses.get(key)
-        if found is None:
-            with self.responses.claim(key):
-                found = self.responses.get(key)
-                if found is None:
-                    found = {
-                        "endpoint": self.settings.url,
-                        "request": body,
-                        "sample": sample,
-                        **self._ask(body),
-                    }
-                    self.responses.put(key, found)
+        """The response from the cache, or else from the endpoint, and into the cache."""
+        response = self.cache.get(key)
+        if response is None:
+            with self.cache.claim(key):
+                response = self.cache.get(key)
+                if response is None:
+                    response = {"endpoint": self.settings.url, "request": body, "sample": sample}
+                    response |= self._request(body)
+                    self.cache.put(key, response)
         if progress:
             progress(1)
-        return found
+        return response
 
-    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Send a request, again after failures that may pass; the last failure is raised as LimbeckError."""
         client = self._client()
         import openai
         import stamina
 
-        logging.getLogger("stamina").setLevel(logging.ERROR)  # retries are our daily bread
-        rest = {k: v for k, v in body.items() if k not in ("model", "messages")}
+        logging.getLogger("stamina").setLevel(logging.ERROR)  # a retry is no news
+        fields = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        attempts = stamina.retry_context(
+            on=self._retry, attempts=ATTEMPTS, timeout=None, wait_initial=FIRST_WAIT, wait_max=MAX_WAIT
+        )
         try:
-            for attempt in stamina.retry_context(
-                on=self._wait_after, attempts=ATTEMPTS, timeout=None, wait_initial=1.0, wait_max=30.0
-            ):
+            for attempt in attempts:
                 with attempt:
-                    self.pace.wait()
+                    self.rate_limiter.wait()
                     response = client.chat.completions.create(
                         model=body["model"],
                         messages=body["messages"],
-                        extra_body=rest,
-                        extra_headers=_silence(),
+                        extra_body=fields,
+                        extra_headers=_hidden_headers(),
                     )
-                    answer = _read(response)
+                    completion = parse(response)
                     self.reached = True
-        except (openai.OpenAIError, Garbled) as error:
-            self.failed.set()  # nobody else need try
+        except (openai.OpenAIError, InvalidResponse) as error:
+            self.failed.set()  # stops the other requests
             raise self._explain(error) from None
-        return answer
+        return completion
 
     def _client(self) -> Any:
-        """Made at the first request; tells the endpoint the key and nothing of this machine or its owner."""
+        """The client, created at the first request. It sends the key, and nothing about this machine or its
+        owner."""
         try:
             import openai
             import stamina  # noqa: F401
@@ -208,7 +222,7 @@ class Endpoint:
             ) from None
         with self.lock:
             if self.client is None:
-                hidden = {
+                headers = {
                     "OpenAI-Organization": openai.Omit(),
                     "OpenAI-Project": openai.Omit(),
                     "User-Agent": "limbeck",
@@ -218,147 +232,144 @@ class Endpoint:
                     api_key=self.key or "none",
                     max_retries=0,
                     timeout=self.settings.patience,
-                    default_headers={**hidden, **_silence()},
+                    default_headers={**headers, **_hidden_headers()},
                 )
             return self.client
 
-    def _wait_after(self, error: Exception) -> bool | float:
-        """What stamina asks after each failure: whether to try again, and how long to wait if the endpoint said so."""
+    def _retry(self, error: Exception) -> bool | float:
+        """Decide for stamina after a failure: True to try again after its usual wait, 0 to try again after
+        the pause that the endpoint demands, False to give up."""
         import openai
 
         if self._stopping():
             return False
         if isinstance(error, openai.APIStatusError):
-            again = error.status_code in (408, 409, 429) or error.status_code >= 500
-            asked = retry_after(error.response.headers)
-            if not again or _code(error) == "insufficient_quota" or (asked or 0) > LONGEST_WAIT:
-                return False
-            if asked is not None:
-                self.pace.hold(asked)
-                return 0.0
+            return self._retry_status(error)
+        if isinstance(error, openai.APITimeoutError):
             return True
-        if isinstance(
-            error, openai.APIConnectionError
-        ):  # a wrong address looks like this from the first request on
-            return self.reached or isinstance(error, openai.APITimeoutError)
-        return isinstance(error, Garbled) and self.reached
+        # From the first request on, a wrong address looks like this.
+        return self.reached and isinstance(error, (openai.APIConnectionError, InvalidResponse))
+
+    def _retry_status(self, error: Any) -> bool | float:
+        """The same for an HTTP error."""
+        passing = error.status_code in (408, 409, 429) or error.status_code >= 500
+        if not passing or _error_code(error) == "insufficient_quota":
+            return False
+        seconds = retry_after(error.response.headers)
+        if seconds is None:
+            return True
+        if seconds > MAX_RETRY_AFTER:
+            return False
+        self.rate_limiter.pause(seconds)
+        return 0.0
 
     def _stopping(self) -> bool:
-        return self.failed.is_set() or self.asked_to_stop()
+        return self.failed.is_set() or self.stop_requested()
 
-    def _raise_first(self, errors: list[BaseException | None]) -> None:
-        """The failure that tells most: a real one before those that only stopped because of it."""
-        found = [error for error in errors if error]
-        real = [error for error in found if not isinstance(error, Stopped)]
-        if real:
-            raise real[0]
-        if found:
+    def _raise_first(self, errors: Iterable[BaseException | None]) -> None:
+        """Raise the first failure, if any; a `Stopped` is only a consequence, and raised as Resumable."""
+        failures = [error for error in errors if error]
+        for error in failures:
+            if not isinstance(error, Stopped):
+                raise error
+        if failures:
             raise Resumable(f"{self.name} stopped asking; the same command goes on from here")
 
-    # ------------------------------------------------------------ what went wrong
+    # ------------------------------------------------------------ error messages
 
     def _explain(self, error: Exception) -> LimbeckError:
-        """One sentence: what the endpoint did, and the remedy. Never the key, not even a part that the endpoint told."""
+        """One sentence with the failure and its remedy. Never the key, not even a part that the endpoint
+        repeats."""
         import openai
 
-        where, url, model = self.name, self.settings.url, self.settings.model
-        kept = "what was answered is kept, and the same command goes on from there"
-        status = getattr(error, "status_code", None)
+        url = self.settings.url
         if isinstance(error, openai.APITimeoutError):
-            return Resumable(
-                f"{where}: {url} did not answer within {self.settings.patience:g} seconds, {ATTEMPTS} times; {kept}"
-            )
+            seconds = f"{self.settings.patience:g} seconds"
+            return self._resumable(f"{url} did not answer within {seconds}, {ATTEMPTS} times")
         if isinstance(error, openai.APIConnectionError):
             reason = str(error.__cause__ or error)
             return LimbeckError(
-                f"{where}.url: {url} cannot be reached ({reason}); check the address, and that the server runs"
+                f"{self.name}.url: {url} cannot be reached ({reason}); "
+                "check the address, and that the server runs"
             )
+        if isinstance(error, InvalidResponse):
+            return self._no_chat_api()
+        return self._explain_status(error, getattr(error, "status_code", None) or 0)
+
+    def _explain_status(self, error: Any, status: int) -> LimbeckError:
+        """The same for an HTTP error; status 0 is an error without one."""
+        url = self.settings.url
         if status in (401, 403):
-            key = f"the key in ${self.settings.key}" if self.settings.key else "requests without a key"
+            variable = self.settings.key
+            key = f"the key in ${variable}" if variable else "requests without a key"
             return LimbeckError(
-                f"{where}.key: {url} refuses {key} ({status}); put a valid one into that variable, or name another"
+                f"{self.name}.key: {url} refuses {key} ({status}); "
+                "put a valid one into that variable, or name another"
             )
-        if status == 404 and (_code(error) == "model_not_found" or model in self._said(error)):
-            return LimbeckError(f"{where}.model: {url} knows no model {model}; choose one that it offers")
-        if status == 404 or isinstance(error, Garbled):
-            return LimbeckError(
-                f"{where}.url: {url} answers, but not as a chat API does; most addresses end in /v1"
-            )
-        if _code(error) == "insufficient_quota":
-            return Resumable(f"{where}: the account at {url} has no credit left; {kept}")
-        if status == 429 or (status or 0) >= 500:
-            said = retry_after(error.response.headers)
-            patience = f" and wants {said:.0f} seconds of quiet" if said else ""
-            return Resumable(f"{where}: {url} keeps answering {status}{patience}; {kept}")
+        if status == 404:
+            return self._explain_not_found(error)
+        if _error_code(error) == "insufficient_quota":
+            return self._resumable(f"the account at {url} has no credit left")
+        if status == 429 or status >= 500:
+            seconds = retry_after(error.response.headers)
+            pause = f" and wants {seconds:.0f} seconds of quiet" if seconds else ""
+            return self._resumable(f"{url} keeps answering {status}{pause}")
         return LimbeckError(
-            f"{where}: {url} refuses the request ({status}: {self._said(error)}); `extra` changes its fields"
+            f"{self.name}: {url} refuses the request ({status or None}: {self._detail(error)}); "
+            "`extra` changes its fields"
         )
 
-    def _said(self, error: Exception) -> str:
+    def _explain_not_found(self, error: Any) -> LimbeckError:
+        model = self.settings.model
+        if _error_code(error) == "model_not_found" or model in self._detail(error):
+            return LimbeckError(
+                f"{self.name}.model: {self.settings.url} knows no model {model}; choose one that it offers"
+            )
+        return self._no_chat_api()
+
+    def _no_chat_api(self) -> LimbeckError:
+        return LimbeckError(
+            f"{self.name}.url: {self.settings.url} answers, but not as a chat API does; "
+            "most addresses end in /v1"
+        )
+
+    def _resumable(self, failure: str) -> Resumable:
+        kept = "what was answered is kept, and the same command goes on from there"
+        return Resumable(f"{self.name}: {failure}; {kept}")
+
+    def _detail(self, error: Any) -> str:
+        """The endpoint's own message, without the key."""
         body = getattr(error, "body", None)
-        said = body.get("message") if isinstance(body, dict) else None
-        text = " ".join(str(said or body or error).split())[:300]
+        message = body.get("message") if isinstance(body, dict) else None
+        words = str(message or body or error).split()
+        text = " ".join(words)[:MAX_DETAIL]
         return text.replace(self.key, "[key]") if self.key else text
 
 
-# ---------------------------------------------------------------- reading
-
-
 def key_of(name: str, settings: Remote) -> str:
-    """The API key from the environment; a variable that is named must be set."""
-    key = os.environ.get(settings.key, "").strip() if settings.key else ""
-    if settings.key and not key:
+    """The API key from the environment, "" if the recipe names no variable. Raises LimbeckError if the
+    variable is not set."""
+    if not settings.key:
+        return ""
+    key = os.environ.get(settings.key, "").strip()
+    if not key:
         raise LimbeckError(
-            f"{name}.key names the environment variable {settings.key}, which is not set; export it and run again"
+            f"{name}.key names the environment variable {settings.key}, which is not set; "
+            "export it and run again"
         )
     return key
 
 
-def _silence() -> dict[str, Any]:
-    """Headers in which the client would tell of this machine."""
+def _hidden_headers() -> dict[str, Any]:
+    """The headers with which the client would describe this machine, all omitted."""
     import openai
 
-    return {f"X-Stainless-{name}": openai.Omit() for name in TELLTALES}
+    return {f"X-Stainless-{name}": openai.Omit() for name in HIDDEN_HEADERS}
 
 
-def _code(error: Exception) -> str:
+def _error_code(error: Any) -> str:
+    """The code (else the type) in the body of an HTTP error, "" without one."""
     body = getattr(error, "body", None)
-    return str(body.get("code") or body.get("type") or "") if isinstance(body, dict) else ""
-
-
-def _read(response: Any) -> dict[str, Any]:
-    """What we keep of a chat completion. The thought stands in `reasoning_content` (DeepSeek, vLLM) or in
-    `reasoning` (OpenRouter, newer vLLM), or inside the text in its tags."""
-    try:
-        told = response.model_dump()
-        choice = told["choices"][0]
-        message = choice["message"]
-        content = message.get("content") or ""
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise Garbled("no choices") from None
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    usage = {k: (told.get("usage") or {}).get(k) or 0 for k in ("prompt_tokens", "completion_tokens")}
-    scored = (choice.get("logprobs") or {}).get("content") or []
-    return {
-        "content": content,
-        "thought": thought if isinstance(thought, str) else "",
-        "finish": choice.get("finish_reason"),
-        "usage": usage,
-        "logprobs": [token["logprob"] for token in scored],
-        "answered_by": told.get("model"),
-    }
-
-
-def _completion(answer: dict[str, Any], sample: int) -> Completion:
-    text = answer["content"].strip()
-    if answer["thought"] and CLOSE not in text:
-        text = join_thought(answer["thought"], text)
-    logprobs = np.array(answer["logprobs"], dtype=np.float32)
-    return Completion(
-        _unknown(answer, "completion_tokens"), logprobs, text, answer["finish"] == "stop", sample
-    )
-
-
-def _unknown(answer: dict[str, Any], name: str) -> np.ndarray:
-    """As many tokens as were counted; which ones they are, an endpoint does not tell."""
-    return np.full(answer["usage"][name], -1, dtype=np.int64)
+    if not isinstance(body, dict):
+        return ""
+    return str(body.get("code") or body.get("type") or "")

@@ -1,4 +1,4 @@
-"""How fast an endpoint may be asked: a rate of our own, and the quiet that it asks for."""
+"""Rate limiting of requests to an endpoint: a rate of our own, and the pauses that the endpoint demands."""
 
 from __future__ import annotations
 
@@ -8,46 +8,50 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-TICK = 0.2  # seconds between two looks at whether to stop
+CHECK_INTERVAL = 0.2  # seconds between two calls of `stopping` while a request waits
 
 
 class Stopped(Exception):
-    """Somebody asked to stop, or another request has failed for good."""
+    """The stage is stopping, or another request has failed for good."""
 
 
-class Pace:
-    """Starts of requests, evenly spaced, and none while the endpoint wants quiet."""
+class RateLimiter:
+    """Spaces the starts of requests evenly, at most `per_minute` of them, and lets none start during a
+    pause."""
 
     def __init__(self, per_minute: float | None, stopping: Callable[[], bool]):
-        self.gap = 60 / per_minute if per_minute else 0.0
-        self.stopping, self.lock, self.next = stopping, threading.Lock(), 0.0
+        self.interval = 60 / per_minute if per_minute else 0.0  # seconds
+        self.stopping = stopping
+        self.lock = threading.Lock()
+        self.next_start = 0.0  # seconds, monotonic
 
-    def hold(self, seconds: float) -> None:
-        """Nobody asks for so long."""
+    def pause(self, seconds: float) -> None:
+        """Let no request start for the next `seconds`."""
         with self.lock:
-            self.next = max(self.next, time.monotonic() + seconds)
+            self.next_start = max(self.next_start, time.monotonic() + seconds)
 
     def wait(self) -> None:
-        """Until it is this caller's turn; raises `Stopped`."""
+        """Block until a request may start. Raises `Stopped` once `stopping` is true."""
         while True:
             if self.stopping():
                 raise Stopped
             with self.lock:
-                left = self.next - time.monotonic()
-                if left <= 0:
-                    self.next = time.monotonic() + self.gap
+                remaining = self.next_start - time.monotonic()
+                if remaining <= 0:
+                    self.next_start = time.monotonic() + self.interval
                     return
-            time.sleep(min(left, TICK))
+            time.sleep(min(remaining, CHECK_INTERVAL))
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that the endpoint asks to wait: a number of them, or a date (RFC 9110, section 10.2.3)."""
-    given = headers.get("retry-after")
+    """Seconds of the `Retry-After` header, a number or a date (RFC 9110, section 10.2.3); None without a
+    valid one."""
+    value = headers.get("retry-after")
     try:
-        return max(0.0, float(given))
+        return max(0.0, float(value))
     except (TypeError, ValueError):
         pass
     try:
-        return max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""What is asked of a model that serves many at once, and the answers as they grow."""
+"""A request to a served model, and its output, which grows as tokens are sampled."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from ..types import LimbeckError
 
-Top = tuple[tuple[int, float], ...]  # the likeliest tokens at one place, with their log-probabilities
+Top = tuple[tuple[int, float], ...]  # the most likely tokens at one position, with their log-probabilities
 
 
 class Full(LimbeckError):
-    """More wait already than the server lets wait; come back in `retry_after` seconds."""
+    """The queue is full; try again in `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int):
         super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
@@ -24,10 +24,10 @@ class Full(LimbeckError):
 class Request:
     """`Request(np.array([1, 7, 45]), temperature=0.6, top_p=0.95, max_new_tokens=512, seed=3)`.
 
-    `copies` rows answer it, each with draws of its own. A thought that is still open after `thought_budget` tokens
-    is closed; `opened` says that the prompt ends inside one already. `top` asks for the log-probabilities (at
-    temperature 1) of what was sampled and of so many of the likeliest tokens beside it, `echo` for those of the
-    prompt too. `endless` rows go on after the end of turn.
+    `copies` sequences are sampled, each from random numbers of its own. A thought that is still open after
+    `thought_budget` tokens is closed; `opened` means that the prompt ends inside a thought. `top` asks for
+    the log-probabilities (at temperature 1) of the sampled tokens and of the `top` most likely ones in each
+    place, `echo` for those of the prompt too. With `endless` sequences go on after the end of turn.
     """
 
     prompt: np.ndarray
@@ -44,8 +44,9 @@ class Request:
 
 
 class Choice:
-    """One of a request's rows: tokens are appended as they are sampled, the end of turn included; `finish` is set
-    after the last one, to "stop" or "length". Who sets `enough` wants no more."""
+    """The output of one sequence: tokens are appended as they are sampled, the end of turn included. `finish`
+    is set after the last one, to "stop" or "length". A client sets `enough` to stop the sequence before
+    that."""
 
     __slots__ = ("enough", "finish", "logprobs", "tokens", "tops")
 
@@ -58,10 +59,12 @@ class Choice:
 
 
 class Answer:
-    """What has been said to a request so far. One thread writes, any may read: lists only grow.
+    """The output of a request so far. One thread writes, any may read: lists only grow.
 
-    `cached` counts the tokens of the prompt that were not computed again; `prompt_logprobs` and `prompt_tops` have
-    one entry for each token of an echoed prompt but its first. `error` is set if the model failed.
+    `cached` counts the tokens of the prompt whose KV came from the prefix cache; `prompt_logprobs` and
+    `prompt_tops` have one entry for each token of an echoed prompt but its first. `error` is set if the model
+    failed. `asked`, `first` and `ended` are the times of arrival, of the first token and of the end (seconds,
+    monotonic; 0 for not yet).
     """
 
     def __init__(self, request: Request):
@@ -72,8 +75,11 @@ class Answer:
         self.prompt_tops: list[Top] = []
         self.error: Exception | None = None
         self.cancelled = False
-        self.asked, self.first, self.ended = time.monotonic(), 0.0, 0.0
+        self.asked = time.monotonic()
+        self.first = 0.0
+        self.ended = 0.0
 
     @property
     def done(self) -> bool:
+        """True once all sequences have ended, or the request has failed or was aborted."""
         return self.ended > 0

@@ -1,4 +1,5 @@
-"""What endpoints answered, on disk, so that nothing is asked twice: one file a response, whole or not there."""
+"""A disk cache of endpoints' responses, so that no request is paid for twice: one file per response, written
+atomically."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from typing import Any
 from filelock import FileLock
 
 
-class Responses:
-    """Responses by the hash of everything that decides them; processes may share the folder.
+class ResponseCache:
+    """Responses under the hash of everything that decides them; processes may share the folder.
 
-    A kill loses the requests that are on their way, and nothing that has arrived.
+    A killed process loses the requests in flight and no response that has arrived.
     """
 
     def __init__(self, folder: Path):
@@ -25,17 +26,18 @@ class Responses:
     @staticmethod
     def key(request: Any) -> str:
         """SHA-256 of a JSON value, its keys sorted."""
-        return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        text = json.dumps(request, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The response, or None where there is none that can be read."""
+        """The response, or None if there is none or its file is broken."""
         try:
             return json.loads(self._path(key).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
 
     def put(self, key: str, response: dict[str, Any]) -> None:
-        """Write beside, force to disk, rename."""
+        """Write a response to a file beside its place, flush it to disk, and rename it."""
         path = self._path(key)
         partial = path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:
@@ -46,12 +48,15 @@ class Responses:
 
     @contextmanager
     def claim(self, key: str) -> Iterator[None]:
-        """Whoever asks for this key, here or in another process, asks alone; the others find the response."""
+        """Lock a key across threads and processes, so that one of them requests it and the others find the
+        response."""
         path = self._path(key).with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path):
             yield
-            path.unlink(missing_ok=True)  # who waited for it holds a lock on nothing, and finds the response
+            path.unlink(
+                missing_ok=True
+            )  # a waiting process gets a lock on the deleted file: the response is there
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

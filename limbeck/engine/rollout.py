@@ -1,6 +1,8 @@
-"""Rollouts: each prompt prefilled once and forked into its group, finished rows dropped, new ones let in.
+"""Rollouts: each prompt is prefilled once and forked into its group; finished rows are dropped, and new ones
+admitted.
 
-Outputs never depend on what runs side by side.
+Completions never depend on which rows run side by side. N tokens of a prompt · B rows · T tokens of a
+completion.
 """
 
 from __future__ import annotations
@@ -15,48 +17,48 @@ from torch import Tensor
 from ..model.decoder import Decoder
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
-from .decode_batch import DecodeBatch, Row
+from .decode_batch import DecodeBatch, FinishedSequence
 from .sampling import SamplingParams
 from .speculative import Speculation
 
 
 class Engine:
-    """Samples from a decoder. `rows` bounds how many sequences are in flight at once.
+    """Samples completions from a decoder. `rows` bounds how many sequences decode at once.
 
-    `speculate` lets the module that looks ahead draft every second token: the same tokens in fewer steps, where
-    it guesses well. `drafted` and `accepted` count how well.
+    With `speculate` the multi-token prediction module drafts every second token: the same tokens in fewer
+    steps where the drafts are good. `drafted` and `accepted` count the drafts. Raises LimbeckError if the
+    model has no such module.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, rows: int = 256, speculate: bool = False):
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
         if speculate and not model.ahead:
             raise LimbeckError(
                 "speculate: the model has no module that looks ahead (num_nextn_predict_layers is 0)"
             )
-        self.speculate, self.drafted, self.accepted = speculate, 0, 0
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.speculate = speculate
+        self.drafted = 0
+        self.accepted = 0
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that the model would have sampled itself."""
+        """Share of drafted tokens that the model sampled itself."""
         return self.accepted / max(1, self.drafted)
 
     def bill(self) -> dict[str, float]:
-        """What is worth telling of the rollouts since the last bill: how many drafts were the model's own choice."""
-        told = {"accepted_drafts": self.acceptance} if self.speculate else {}
-        self.drafted = self.accepted = 0
-        return told
-
-    def _flight(self, sampling: SamplingParams) -> DecodeBatch:
-        return (Speculation if self.speculate else DecodeBatch)(self.model, self.tokenizer.end_id, sampling)
-
-    def _land(self, flight: DecodeBatch) -> None:
-        self.drafted, self.accepted = self.drafted + flight.drafted, self.accepted + flight.accepted
+        """Metrics of the rollouts since the last call: the share of accepted drafts."""
+        metrics = {"accepted_drafts": self.acceptance} if self.speculate else {}
+        self.drafted = 0
+        self.accepted = 0
+        return metrics
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take new weights; those that share memory with the learner's are there already."""
-        for name, mine in self.model.state_dict().items():
-            if mine.data_ptr() != weights[name].data_ptr():
-                mine.copy_(weights[name])
+        """Copy new weights into the model; those that share memory with the model's own are left alone."""
+        for name, parameter in self.model.state_dict().items():
+            if parameter.data_ptr() != weights[name].data_ptr():
+                parameter.copy_(weights[name])
 
     @torch.no_grad()
     def rollout(
@@ -67,58 +69,86 @@ class Engine:
         seed: object,
         progress: Callable[[int], None] | None = None,
     ) -> list[Group]:
-        """`group_size` completions of every problem, in the problems' order; `progress` is told of each finished one."""
+        """`group_size` completions of every problem, in the problems' order.
+
+        `progress(1)` is called for each finished completion. Raises LimbeckError if a prompt and its budget
+        exceed the model's positions.
+        """
         prompts = [self.tokenizer.prompt(problem.prompt) for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
-            self._check_room(f"problem {problem.id}", prompt, sampling)
+            self._check_length(f"problem {problem.id}", prompt, sampling)
         waiting = deque(range(len(problems)))
-        flight = self._flight(sampling)
-        done: list[list[Completion | None]] = [[None] * group_size for _ in problems]
-        while waiting or flight.busy:
-            free = self.rows - flight.busy
-            if waiting and (free >= min(group_size, self.rows) or not flight.busy):
-                admitted = [waiting.popleft() for _ in range(min(len(waiting), max(1, free // group_size)))]
-                uniforms = [self._uniforms(problems[i], group_size, sampling, seed) for i in admitted]
-                flight.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
-            for i, sample, row in flight.step():
-                done[i][sample] = self._completion(sample, row, flight.ends)
+        batch = self._new_batch(sampling)
+        completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
+        while waiting or batch.busy:
+            admitted = self._next_problems(waiting, batch, group_size)
+            if admitted:
+                uniforms = [_uniforms(problems[i], group_size, sampling, seed) for i in admitted]
+                batch.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
+            for sequence in batch.step():
+                completion = self._completion(sequence, batch.stop_token_ids)
+                completions[sequence.problem][sequence.sample] = completion
                 if progress:
                     progress(1)
-        self._land(flight)
-        return [Group(p, q, tuple(c)) for p, q, c in zip(problems, prompts, done, strict=True)]
+        self.drafted += batch.drafted
+        self.accepted += batch.accepted
+        return [
+            Group(problem, prompt, tuple(group))
+            for problem, prompt, group in zip(problems, prompts, completions, strict=True)
+        ]
 
     @torch.no_grad()
     def stream(self, prompt: np.ndarray, sampling: SamplingParams, seed: object) -> Iterator[int]:
-        """One completion, token by token, the end-of-turn token left out."""
-        self._check_room("the question", prompt, sampling)
-        flight = self._flight(sampling)
-        uniforms = generator(seed, "stream").random((1, sampling.max_new_tokens))
-        flight.admit([(0, prompt)], uniforms, 1)
+        """The tokens of one completion as they are sampled, without the end-of-turn token."""
+        self._check_length("the question", prompt, sampling)
+        batch = self._new_batch(sampling)
+        uniforms_1T = generator(seed, "stream").random((1, sampling.max_new_tokens))
+        batch.admit([(0, prompt)], uniforms_1T, 1)
         sent = 0
-        while flight.busy:
-            finished = flight.step()
-            tokens = finished[0][2].tokens if finished else flight.tokens_BT[0, : flight.age_B[0]]
-            for token in tokens[sent:]:
-                if int(token) not in flight.ends:
-                    yield int(token)
+        while batch.busy:
+            finished = batch.step()
+            tokens = finished[0].tokens if finished else batch.tokens_BT[0, : batch.sampled_B[0]]
+            for token in tokens[sent:].tolist():
+                if token not in batch.stop_token_ids:
+                    yield token
             sent = len(tokens)
 
-    def _uniforms(
-        self, problem: Problem, group_size: int, sampling: SamplingParams, seed: object
-    ) -> np.ndarray:
-        shape = sampling.max_new_tokens
-        return np.stack([generator(seed, problem.id, sample).random(shape) for sample in range(group_size)])
+    def _new_batch(self, sampling: SamplingParams) -> DecodeBatch:
+        kind = Speculation if self.speculate else DecodeBatch
+        return kind(self.model, self.tokenizer.end_id, sampling)
 
-    def _completion(self, sample: int, row: Row, ends: set[int]) -> Completion:
-        stopped = int(row.tokens[-1]) in ends
+    def _next_problems(self, waiting: deque[int], batch: DecodeBatch, group_size: int) -> list[int]:
+        """Take as many problems from the queue as whole groups fit; an empty batch always gets one."""
+        free = self.rows - batch.busy
+        if batch.busy and free < min(group_size, self.rows):
+            return []
+        count = min(len(waiting), max(1, free // group_size))
+        return [waiting.popleft() for _ in range(count)]
+
+    def _completion(self, sequence: FinishedSequence, stop_token_ids: set[int]) -> Completion:
         return Completion(
-            row.tokens, row.logprobs, self.tokenizer.decode(row.tokens), stopped, sample, row.kept, row.routes
+            sequence.tokens,
+            sequence.logprobs,
+            self.tokenizer.decode(sequence.tokens),
+            int(sequence.tokens[-1]) in stop_token_ids,
+            sequence.sample,
+            sequence.top_p_ids,
+            sequence.routes,
         )
 
-    def _check_room(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
-        room = self.model.config.max_positions
-        if len(prompt) + sampling.max_new_tokens > room:
+    def _check_length(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
+        """Raise LimbeckError if prompt and budget exceed the model's positions; the prompt is [N]."""
+        positions = self.model.config.max_positions
+        if len(prompt) + sampling.max_new_tokens > positions:
             raise LimbeckError(
                 f"{name}: {len(prompt)} prompt tokens and max_new_tokens={sampling.max_new_tokens} "
-                f"exceed the model's {room} positions; lower max_new_tokens or ask less"
+                f"exceed the model's {positions} positions; lower max_new_tokens or ask less"
             )
+
+
+def _uniforms(problem: Problem, group_size: int, sampling: SamplingParams, seed: object) -> np.ndarray:
+    """The random numbers [B, T] of a problem's completions, one per token."""
+    uniforms = []
+    for sample in range(group_size):
+        uniforms.append(generator(seed, problem.id, sample).random(sampling.max_new_tokens))
+    return np.stack(uniforms)

@@ -1,38 +1,44 @@
-"""Continuous batching: all requests to a model decode as one batch, and new ones join between two decode steps. One thread
-runs every model of a server."""
+"""Continuous batching: all requests to a model decode as one batch, and new ones join between two decode
+steps."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import torch
 
 from ..model.decoder import Decoder
 from ..model.prefill_cache import SequenceKV
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
-from .prefill import PrefillQueue, PrefixCache
+from .prefill import PrefillQueue
+from .prefix_cache import PrefixCache
 from .request import Answer, Choice, Full, Request
 from .serving_batch import SequenceState, ServingBatch
 
-# Seconds that reading newcomers' prompts may hold up those who speak, or as long as two steps of theirs if that is more; and
-# longer where more wait than speak, for many prompts at once are read faster.
-STALL = 0.2
-FIRST = 0.8  # where nobody speaks yet: somebody else may come meanwhile
-CHUNKS = 16, 4096  # the fewest and the most tokens that are read at once
-MOST_TOKENS = 1 << 17  # of one batch, where nobody says what memory allows
+# A prefill may stall the decoding rows for so long, or for two decode steps if that is more; longer still
+# where more rows are in prefill than in decode, for many prompts at once are prefilled faster.
+STALL_SECONDS = 0.2  # seconds
+IDLE_PREFILL_SECONDS = 0.8  # seconds of a chunk where no row decodes: more requests may arrive meanwhile
+MIN_CHUNK = 16  # tokens prefilled at once
+MAX_CHUNK = 4096  # tokens prefilled at once
+MAX_TOKENS = 1 << 17  # tokens in the KV cache of one batch, where the caller sets no bound
+INITIAL_PREFILL_RATE = 1000.0  # tokens a second, until measured
+SECONDS_PER_QUEUED_BATCH = 5  # seconds that a full batch takes, roughly
+MAX_RETRY_AFTER = 60  # seconds
 
 
 class Scheduler:
-    """Answers requests by `round`s, which an `EngineThread` runs; at most `rows` rows at once and `waiting` requests in line.
+    """Serves requests in `round`s, which an `EngineThread` runs: at most `rows` rows at once, and
+    `max_waiting` requests in the queue.
 
-    `tell` is called on the carrier's thread, once or twice a round, with the answers that have grown. `tokens` bounds what the rows'
-    caches hold, `prefix_bytes` what is remembered of texts that were read. What a request is answered depends on it
-    and its seed alone, as far as rounding allows (sums over more rows may be taken in another order).
+    `tell` is called on the engine's thread, once or twice a round, with the outputs that have changed.
+    `max_tokens` bounds the KV cache of the rows, `prefix_bytes` the prefix cache. A request's output depends
+    on the request and its seed alone, as far as rounding allows (sums over more rows may be taken in another
+    order).
     """
 
     def __init__(
@@ -40,220 +46,227 @@ class Scheduler:
         model: Decoder,
         tokenizer: Tokenizer,
         rows: int = 64,
-        waiting: int = 256,
-        tokens: int = MOST_TOKENS,
+        max_waiting: int = 256,
+        max_tokens: int = MAX_TOKENS,
         prefix_bytes: int = 1 << 28,
-        ends: tuple[int, ...] = (),
-        tell: Callable[[Sequence[Answer]], None] = lambda answers: None,
+        stop_token_ids: tuple[int, ...] = (),
+        tell: Callable[[Sequence[Answer]], None] = lambda outputs: None,
     ):
-        self.model, self.tokenizer, self.ends, self.tell = model, tokenizer, ends, tell
-        self.rows, self.most_waiting, self.tokens = rows, waiting, max(tokens, 1)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.max_waiting = max_waiting
+        self.max_tokens = max(max_tokens, 1)
+        self.stop_token_ids = stop_token_ids
+        self.tell = tell
         self.line: deque[Answer] = deque()
-        self.prefixes = PrefixCache(prefix_bytes)
-        self.pace = 1000.0  # tokens of prompts a second, as measured
-        self.steps = self.failures = 0
-        self.seconds = self.lasted = 0.0  # of all steps, and of the last one
-        self.lock, self.closing, self.leaving = threading.Condition(), False, False
-        self._begin()
+        self.prefix_cache = PrefixCache(prefix_bytes)
+        self.prefill_rate = INITIAL_PREFILL_RATE
+        self.steps = 0
+        self.failures = 0
+        self.seconds = 0.0  # of all decode steps
+        self.last_step_seconds = 0.0
+        self.lock = threading.Condition()
+        self.closing = False
+        self._aborts_pending = False
+        self._reset()
 
-    def _begin(self) -> None:
-        self.serving_batch = ServingBatch(self.model, self.tokenizer, self.ends, self.rows, self.tokens)
-        self.serving_batch.told, self.serving_batch.said = self._left, self._said
-        self.prefill_queue = PrefillQueue(self.model, self.prefixes)
-        self.grown: dict[Answer, None] = {}
+    def _reset(self) -> None:
+        """Create an empty batch and an empty prefill queue."""
+        self.serving_batch = ServingBatch(
+            self.model, self.tokenizer, self.stop_token_ids, self.rows, self.max_tokens
+        )
+        self.serving_batch.on_leave = self._on_leave
+        self.serving_batch.on_sampled = self._on_sampled
+        self.prefill_queue = PrefillQueue(self.model, self.prefix_cache)
+        self._changed: dict[Answer, None] = {}  # outputs to publish, in order
 
-    # ------------------------------------------------------------ for those who ask, on any thread
+    # ------------------------------------------------------------ for clients, on any thread
 
     def submit(self, request: Request) -> Answer:
-        """Stand in line. Raises LimbeckError for what cannot be answered, `Full` when too many wait."""
+        """Queue a request. Raises LimbeckError if it can never be served, `Full` if the queue is full."""
         self.check(request)
         with self.lock:
             if self.closing:
                 raise LimbeckError("the server is closing")
-            if len(self.line) >= self.most_waiting:
-                raise Full(len(self.line), retry_after=self._patience())
-            answer = Answer(request)
-            self.line.append(answer)
+            if len(self.line) >= self.max_waiting:
+                raise Full(len(self.line), retry_after=self._retry_after())
+            output = Answer(request)
+            self.line.append(output)
             self.lock.notify()
-        return answer
+        return output
 
     def check(self, request: Request) -> None:
-        """Whether there is room for it at all."""
-        asked, room = len(request.prompt), self.model.config.max_positions
-        if not asked:
+        """Raise LimbeckError if the request exceeds the model's positions, its vocabulary, or the batch."""
+        length = len(request.prompt)
+        positions = self.model.config.max_positions
+        vocabulary = self.model.config.vocab_size
+        if not length:
             raise LimbeckError("the prompt is empty; ask something")
-        if asked + request.max_new_tokens > room:
+        if length + request.max_new_tokens > positions:
             raise LimbeckError(
-                f"{asked} prompt tokens and {request.max_new_tokens} to be said exceed the model's {room} positions"
+                f"{length} prompt tokens and {request.max_new_tokens} to be said "
+                f"exceed the model's {positions} positions"
             )
-        if request.prompt.min() < 0 or request.prompt.max() >= self.model.config.vocab_size:
-            raise LimbeckError(f"the prompt has token ids outside 0 to {self.model.config.vocab_size - 1}")
+        if request.prompt.min() < 0 or request.prompt.max() >= vocabulary:
+            raise LimbeckError(f"the prompt has token ids outside 0 to {vocabulary - 1}")
         if request.copies > self.rows:
             raise LimbeckError(f"n = {request.copies}: this server has {self.rows} rows")
 
-    def cancel(self, answer: Answer) -> None:
-        """Nobody wants the rest: its rows leave before the next step."""
+    def cancel(self, output: Answer) -> None:
+        """Abort a request: its rows leave before the next step."""
         with self.lock:
-            answer.cancelled = self.leaving = True
+            output.cancelled = True
+            self._aborts_pending = True
             self.lock.notify()
 
-    def enough(self, choice: Choice) -> None:
-        """Nobody wants the rest of this row."""
-        choice.enough = self.leaving = True
+    def enough(self, sequence: Choice) -> None:
+        """Stop one sequence of a request: its row leaves before the next step."""
+        sequence.enough = True
+        self._aborts_pending = True
 
     @property
     def busy(self) -> int:
-        """Rows that speak or are about to."""
+        """Number of rows in decode or in prefill."""
         return self.serving_batch.busy + self.prefill_queue.rows
 
-    def _patience(self) -> int:
-        """Seconds until somebody in line may have a place, roughly."""
-        return max(1, min(60, round(len(self.line) / max(1, self.rows) * 5)))
+    def _retry_after(self) -> int:
+        """Seconds until a place in the queue may be free, roughly."""
+        batches = len(self.line) / max(1, self.rows)
+        return max(1, min(MAX_RETRY_AFTER, round(batches * SECONDS_PER_QUEUED_BATCH)))
 
-    # ------------------------------------------------------------ for the thread that computes
+    # ------------------------------------------------------------ for the engine's thread
 
     @property
-    def wanted(self) -> bool:
+    def has_work(self) -> bool:
+        """True if a request is waiting or running."""
         return bool(self.line or self.busy)
 
-    def attempt(self) -> None:
-        """A round; if it fails, whoever is waiting for an answer is told, and the next one is served."""
+    def try_round(self) -> None:
+        """Run a round; if it fails, all running requests fail with it, and the next ones are served."""
         try:
             self.round()
         except Exception as error:  # noqa: BLE001
+            self.failures += 1
             self._fail(error)
 
     def close(self) -> None:
-        """Whoever is still waiting is told, and nobody is let in any more."""
+        """Fail all requests, waiting or running, and refuse new ones."""
         with self.lock:
             self.closing = True
         self._fail(LimbeckError("the server is closing"))
 
     def _fail(self, error: Exception) -> None:
-        self.failures += not self.closing
+        """End all running requests with `error`, and when closing the waiting ones too."""
         with self.lock:
-            answers = {sequence_state.answer: None for sequence_state in self.serving_batch.owners} | {
-                prefilling.answer: None for prefilling in self.prefill_queue.prefillings
-            }
-            answers |= dict.fromkeys(self.line) if self.closing else {}
-            self.line = deque() if self.closing else self.line
-            self._begin()
-        for answer in answers:
-            answer.error, answer.ended = error, time.monotonic()
-        self.tell(list(answers))
+            outputs = dict.fromkeys(self._running())
+            if self.closing:
+                outputs |= dict.fromkeys(self.line)
+                self.line = deque()
+            self._reset()
+        for output in outputs:
+            output.error = error
+            output.ended = time.monotonic()
+        self.tell(list(outputs))
+
+    def _running(self) -> Iterable[Answer]:
+        """The outputs in decode (one per row), then those in prefill."""
+        for state in self.serving_batch.owners:
+            yield state.output
+        for prefilling in self.prefill_queue.requests:
+            yield prefilling.output
 
     def round(self) -> None:
-        """Let go who has gone, let in who fits, read one chunk of their prompts, and say one token a row."""
+        """Remove aborted requests, admit those that fit, prefill one chunk, and decode one token per row."""
         self._admit()
-        if self.prefill_queue.prefillings:
-            self._board()
+        if self.prefill_queue.requests:
+            self._prefill()
         if self.serving_batch.busy:
             begin = time.monotonic()
             self.serving_batch.step()
-            self.lasted = time.monotonic() - begin
-            self.steps, self.seconds = self.steps + 1, self.seconds + self.lasted
-        self._settle()
+            self.last_step_seconds = time.monotonic() - begin
+            self.steps += 1
+            self.seconds += self.last_step_seconds
+        self._publish()
 
     def _admit(self) -> None:
+        """Remove aborted requests; move requests from the queue into prefill, in order, while they fit."""
         with self.lock:
-            if self.leaving:
-                self.line = deque(answer for answer in self.line if not answer.cancelled)
-                self.prefill_queue.drop()
-                self.leaving = False
-                self.serving_batch.drop()
+            if self._aborts_pending:
+                self.line = deque(output for output in self.line if not output.cancelled)
+                self.prefill_queue.remove_aborted()
+                self._aborts_pending = False
+                self.serving_batch.remove_aborted()
             while self.line and self._fits(self.line[0]):
                 self.prefill_queue.add(self.line.popleft())
 
-    def _fits(self, answer: Answer) -> bool:
-        """Whether rows and memory are left: every row takes as much as the longest may."""
-        with_it = (
-            [sequence_state.answer for sequence_state in self.serving_batch.owners]
-            + [prefilling.answer for prefilling in self.prefill_queue.prefillings]
-            + [answer]
-        )
-        rows = self.busy + answer.request.copies
-        longest = max(len(one.request.prompt) + one.request.max_new_tokens for one in with_it)
-        return rows <= self.rows and (not self.busy or rows * longest <= self.tokens)
+    def _fits(self, output: Answer) -> bool:
+        """True if rows and memory are left for a request: every row takes as much as the longest may."""
+        rows = self.busy + output.request.copies
+        if rows > self.rows:
+            return False
+        if not self.busy:
+            return True
+        longest = max(_max_length(other.request) for other in (*self._running(), output))
+        return rows * longest <= self.max_tokens
 
-    def _board(self) -> None:
-        speaking, waiting = self.serving_batch.busy, self.prefill_queue.rows
-        fewest, most = CHUNKS
-        seconds = max(STALL, 2 * self.lasted) * max(1.0, 2 * waiting / speaking) if speaking else FIRST
-        chunk = int(min(max(self.pace * seconds, fewest), most))
-        begin, before = (
-            time.monotonic(),
-            sum(prefilling.left for prefilling in self.prefill_queue.prefillings),
-        )
-        for prefilling, hidden_C in self.prefill_queue.read(chunk):
-            if prefilling.answer.request.max_new_tokens:
-                self.serving_batch.board(prefilling.past, hidden_C, prefilling.answer)
+    def _prefill(self) -> None:
+        """Prefill one chunk; completed prompts join the decode batch."""
+        begin = time.monotonic()
+        before = self.prefill_queue.remaining
+        for prefilling, hidden_C in self.prefill_queue.run(self._chunk()):
+            output = prefilling.output
+            if output.request.max_new_tokens:
+                self.serving_batch.add(prefilling.past, hidden_C, output)
             else:
-                prefilling.answer.choices[0].finish = "length"
-            self.grown[prefilling.answer] = None
-        read = before - sum(prefilling.left for prefilling in self.prefill_queue.prefillings)
-        if read >= fewest:
-            self.pace += 0.5 * (read / (time.monotonic() - begin) - self.pace)
+                output.choices[0].finish = "length"
+            self._changed[output] = None
+        tokens = before - self.prefill_queue.remaining
+        if tokens >= MIN_CHUNK:
+            rate = tokens / (time.monotonic() - begin)
+            self.prefill_rate += 0.5 * (rate - self.prefill_rate)
 
-    def _left(self, sequence_state: SequenceState, row: int) -> None:
-        """A row is over: what it read and said may be how the next prompt begins."""
-        self.grown[sequence_state.answer] = None
-        request, length = sequence_state.answer.request, int(self.serving_batch.cache.lengths[row])
-        if self.prefixes.room and not sequence_state.answer.cancelled and not request.endless:
-            text = np.concatenate([request.prompt, np.array(sequence_state.choice.tokens, dtype=np.int64)])[
-                :length
-            ]
-            self.prefixes.keep(text, SequenceKV.of(self.serving_batch.cache, row, length))
+    def _chunk(self) -> int:
+        """Tokens of the next chunk: as many as fit into the time for which decoding may stall."""
+        decoding = self.serving_batch.busy
+        seconds = IDLE_PREFILL_SECONDS
+        if decoding:
+            share = max(1.0, 2 * self.prefill_queue.rows / decoding)
+            seconds = max(STALL_SECONDS, 2 * self.last_step_seconds) * share
+        return int(min(max(self.prefill_rate * seconds, MIN_CHUNK), MAX_CHUNK))
 
-    def _said(self) -> None:
-        """Called when a token is sampled for every row, before the next forward pass: publish it now."""
-        self.grown |= {sequence_state.answer: None for sequence_state in self.serving_batch.owners}
-        self._settle()
-
-    def _settle(self) -> None:
-        """Tell of what has grown, and of what is over."""
-        if not self.grown:
+    def _on_leave(self, state: SequenceState, row: int) -> None:
+        """Put the KV of a sequence that leaves into the prefix cache: a next prompt may continue it."""
+        self._changed[state.output] = None
+        request = state.request
+        if not self.prefix_cache.max_bytes or state.output.cancelled or request.endless:
             return
-        now, answers = time.monotonic(), list(self.grown)
-        for answer in answers:
-            said = any(choice.tokens for choice in answer.choices)
-            answer.first = answer.first or (now if said else 0.0)
-            if all(choice.finish for choice in answer.choices):
-                answer.ended = now
-        self.grown = {}
-        self.tell(answers)
+        cache = self.serving_batch.cache
+        length = int(cache.lengths[row])
+        completion = np.array(state.sequence.tokens, dtype=np.int64)
+        tokens = np.concatenate([request.prompt, completion])[:length]
+        self.prefix_cache.add(tokens, SequenceKV.of(cache, row, length))
+
+    def _on_sampled(self) -> None:
+        """Publish the new tokens once all rows have one, before the next forward pass."""
+        self._changed |= {state.output: None for state in self.serving_batch.owners}
+        self._publish()
+
+    def _publish(self) -> None:
+        """Set the times of the outputs that have changed, and announce them."""
+        if not self._changed:
+            return
+        now = time.monotonic()
+        outputs = list(self._changed)
+        for output in outputs:
+            if not output.first and any(sequence.tokens for sequence in output.choices):
+                output.first = now
+            if all(sequence.finish for sequence in output.choices):
+                output.ended = now
+        self._changed = {}
+        self.tell(outputs)
 
 
-class EngineThread:
-    """The one thread that computes, a round of each model in turn.
-
-    torch keeps a team of helpers for every thread that computes. Two models on two threads would fight for the same cores, and
-    so would a thread that has merely loaded one: where helpers outnumber cores they sleep after every loop instead of
-    waiting for the next, which makes a step of decoding take up to twice as long.
-    """
-
-    def __init__(self, schedulers: Sequence[Scheduler]):
-        self.schedulers, self.closing, self.lock = list(schedulers), False, threading.Condition()
-        for one in self.schedulers:
-            one.lock = self.lock
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def start(self) -> None:
-        self.thread.start()
-
-    def close(self) -> None:
-        """Stop after this round; whoever is still waiting is told."""
-        with self.lock:
-            self.closing = True
-            self.lock.notify()
-        self.thread.join()
-
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while not self.closing:
-                with self.lock:
-                    self.lock.wait_for(lambda: self.closing or any(one.wanted for one in self.schedulers))
-                for one in self.schedulers:
-                    if one.wanted:
-                        one.attempt()
-            for one in self.schedulers:
-                one.close()
+def _max_length(request: Request) -> int:
+    """Tokens of a request's prompt and longest possible completion."""
+    return len(request.prompt) + request.max_new_tokens

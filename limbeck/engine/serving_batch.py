@@ -1,6 +1,7 @@
-"""The decode batch of serving: sequences join and leave at any step, each with its own sampling parameters and length limit.
+"""The decode batch of serving: sequences join and leave at any step, each with its own sampling parameters
+and length limit.
 
-B rows · C hidden · T tokens of a completion · V vocabulary.
+N positions · B rows · C hidden · T tokens of a completion · V vocabulary · K most likely tokens.
 """
 
 from __future__ import annotations
@@ -14,197 +15,202 @@ from torch import Tensor
 from ..model.decoder import Decoder
 from ..model.kv_cache import KVCache
 from ..model.prefill_cache import SequenceKV
-from ..text.tokenizer import CLOSE, OPEN, Tokenizer, overlap
+from ..text.tokenizer import Tokenizer
 from ..types import generator
-from .decode_batch import AHEAD, DecodeBatch, Row, _longer
+from .decode_batch import HEADROOM, DecodeBatch, FinishedSequence
 from .request import Answer, Top
 from .sampling import Draw, SamplingParams, draw
-
-PATIENCE = 8  # tokens that a thought may go on for, to end where it can
+from .thought_budget import ThoughtBudget
 
 
 class SequenceState:
-    """One row: whose answer it is, where its randomness comes from, and what it must say whatever the model would."""
+    """One row of the batch: the output it writes to, its random numbers, and the tokens forced upon it."""
 
-    def __init__(self, answer: Answer, sample: int):
-        request = answer.request
-        self.answer, self.choice = answer, answer.choices[sample]
+    def __init__(self, output: Answer, sample: int, tokenizer: Tokenizer):
+        request = output.request
+        self.request = request
+        self.output = output
+        self.sequence = output.choices[sample]
         self.random = generator(request.seed, "stream", sample)
         self.forced: list[int] = []
-        self.inside = request.opened
-        self.look: int | None = None  # after how many tokens somebody looks how far the thought is
+        self.thought: ThoughtBudget | None = None
         if request.thought_budget is not None:
-            self.look = self.over = request.thought_budget if request.opened else 1
+            self.thought = ThoughtBudget(tokenizer, request.thought_budget, request.opened)
+            self.check_thought()
 
-    def watch(self, tokenizer: Tokenizer) -> None:
-        """Close a thought that is still open after its budget: the marker is said next, token by token. A character
-        or a marker that is half said may be finished first."""
-        said = self.choice.tokens
-        while self.look is not None and len(said) >= self.look:
-            text = tokenizer.decode(said)
-            if self.inside and CLOSE not in text:
-                if (text.endswith("\ufffd") or overlap(text, CLOSE)) and len(said) < self.over + PATIENCE:
-                    self.look += 1
-                else:
-                    self.look, self.forced = None, tokenizer.encode(CLOSE)
-            elif self.inside:
-                self.look = None
-            elif text.lstrip().startswith(OPEN):
-                self.inside, self.look = True, len(said) + self.answer.request.thought_budget
-                self.over = self.look
-            else:  # it may still begin to think
-                self.look = self.look + 1 if OPEN.startswith(text.lstrip()) else None
+    @property
+    def aborted(self) -> bool:
+        """True if no more tokens are wanted of this sequence, or of its whole request."""
+        return self.output.cancelled or self.sequence.enough
+
+    def check_thought(self) -> None:
+        """Force the closing marker, token by token, upon a thought that exceeds its budget."""
+        if self.thought is not None:
+            self.forced += self.thought.forced(self.sequence.tokens)
 
 
 class ServingBatch(DecodeBatch):
-    """At most `rows` rows, whose caches together hold at most `tokens` tokens."""
+    """At most `max_rows` rows, whose caches together hold at most `max_tokens` tokens.
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, ends: tuple[int, ...], rows: int, tokens: int):
-        super().__init__(model, tokenizer.end_id, SamplingParams(max_new_tokens=AHEAD, stop_ids=ends))
-        weight = model.embed.weight
-        self.cache = KVCache(
-            model.config, weight.dtype, weight.device, self.decoding is not None, AHEAD, rows, tokens
-        )
-        self.sparse = 0  # which experts were met is for learning
-        self.tokenizer, self.owners = tokenizer, []
-        self.limit_B, self.endless_B = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
-        self._alike: list[tuple[SamplingParams, Tensor]] | None = None
-        self.told: Callable[[SequenceState, int], None] = lambda sequence_state, row: (
-            None
-        )  # of rows that leave, while they still lie there
-        self.said: Callable[[], None] = lambda: (
-            None
-        )  # each step, before the state is computed that the next tokens come from
+    `on_leave(state, row)` is called for each row that leaves, while its KV is still in the cache.
+    `on_sampled()` is called in each step once all rows have a new token, before the forward pass that the
+    next ones come from.
+    """
 
-    def board(self, past: SequenceKV, hidden_C: Tensor, answer: Answer) -> None:
-        """Let a prompt's rows in: `past` is what its tokens left, `hidden_C` the state after the last of them."""
-        request, width = answer.request, self.uniforms_BT.shape[1]
-        sequence_states = [SequenceState(answer, sample) for sample in range(request.copies)]
-        for sequence_state in sequence_states:
-            sequence_state.watch(self.tokenizer)
-        self.tokens_BT, self.logprobs_BT = (
-            _longer(x, len(sequence_states)) for x in (self.tokens_BT, self.logprobs_BT)
-        )
-        self.uniforms_BT = np.concatenate(
-            [
-                self.uniforms_BT,
-                *(sequence_state.random.random((1, width)) for sequence_state in sequence_states),
-            ]
-        )
-        self.age_B, self.alive_B = (
-            _longer(self.age_B, len(sequence_states)),
-            np.append(self.alive_B, np.ones(len(sequence_states), dtype=bool)),
-        )
-        self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * len(sequence_states))
-        self.endless_B = np.append(self.endless_B, [request.endless] * len(sequence_states))
-        self.owners += sequence_states
-        self.kept += [[] for _ in sequence_states]
-        self.hidden_BC = torch.cat([self.hidden_BC, hidden_C.expand(len(sequence_states), -1)])
-        self.cache.fork(past, [len(sequence_states)])
-        self._alike = None
+    records_routes = False
 
-    def step(self) -> list[tuple[int, int, Row]]:
-        """One token a row; answers are written where they belong, so nothing is handed back."""
-        if int(self.age_B.max()) == self.uniforms_BT.shape[1]:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        stop_token_ids: tuple[int, ...],
+        max_rows: int,
+        max_tokens: int,
+    ):
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        sampling = SamplingParams(max_new_tokens=HEADROOM, stop_ids=stop_token_ids)
+        super().__init__(model, tokenizer.end_id, sampling)
+        self.tokenizer = tokenizer
+        self.owners: list[SequenceState] = []
+        self.limit_B = np.zeros(0, dtype=np.int64)  # tokens of each completion at most
+        self.ignore_eos_B = np.zeros(0, dtype=bool)
+        self._groups: list[tuple[SamplingParams, Tensor]] | None = None
+        self.on_leave: Callable[[SequenceState, int], None] = lambda state, row: None
+        self.on_sampled: Callable[[], None] = lambda: None
+
+    def _new_cache(self) -> KVCache:
+        weight = self.model.embed.weight
+        return KVCache(
+            self.model.config,
+            weight.dtype,
+            weight.device,
+            self.decoding is not None,
+            HEADROOM,
+            self.max_rows,
+            self.max_tokens,
+        )
+
+    def add(self, past: SequenceKV, hidden_C: Tensor, output: Answer) -> None:
+        """Add the rows of a prefilled request: `past` is its KV, `hidden_C` the hidden state of its last
+        token."""
+        request = output.request
+        count = request.copies
+        states = [SequenceState(output, sample, self.tokenizer) for sample in range(count)]
+        width = self.uniforms_BT.shape[1]
+        uniforms = [state.random.random((1, width)) for state in states]
+        self.uniforms_BT = np.concatenate([self.uniforms_BT, *uniforms])
+        self._append_rows(count)
+        self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * count)
+        self.ignore_eos_B = np.append(self.ignore_eos_B, [request.endless] * count)
+        self.owners += states
+        self.hidden_BC = torch.cat([self.hidden_BC, hidden_C.expand(count, -1)])
+        self.cache.fork(past, [count])
+        self._groups = None
+
+    def step(self) -> list[FinishedSequence]:
+        """Sample one token per row into the outputs. Returns no rows: a finished one is marked in its
+        output."""
+        if int(self.sampled_B.max()) == self.uniforms_BT.shape[1]:
             self._widen()
         return super().step()
 
-    def drop(self) -> None:
-        """Rows of which nobody wants more leave."""
-        unwanted_B = np.array(
-            [
-                sequence_state.answer.cancelled or sequence_state.choice.enough
-                for sequence_state in self.owners
-            ],
-            dtype=bool,
-        )
-        for i in unwanted_B.nonzero()[0].tolist():
-            self.owners[i].choice.finish = "stop"
-        self._leave(unwanted_B)
+    def remove_aborted(self) -> None:
+        """Remove the rows of which no more tokens are wanted."""
+        aborted_B = np.array([state.aborted for state in self.owners], dtype=bool)
+        for row in aborted_B.nonzero()[0].tolist():
+            self.owners[row].sequence.finish = "stop"
+        self._remove(aborted_B)
 
     def _widen(self) -> None:
+        """Double the number of tokens that the arrays have room for."""
         more = self.uniforms_BT.shape[1]
-        self.tokens_BT, self.logprobs_BT = (
-            np.pad(x, ((0, 0), (0, more))) for x in (self.tokens_BT, self.logprobs_BT)
-        )
-        self.uniforms_BT = np.concatenate(
-            [
-                self.uniforms_BT,
-                np.stack([sequence_state.random.random(more) for sequence_state in self.owners]),
-            ],
-            1,
-        )
+        self.tokens_BT = np.pad(self.tokens_BT, ((0, 0), (0, more)))
+        self.logprobs_BT = np.pad(self.logprobs_BT, ((0, 0), (0, more)))
+        uniforms_BT = np.stack([state.random.random(more) for state in self.owners])
+        self.uniforms_BT = np.concatenate([self.uniforms_BT, uniforms_BT], 1)
 
-    def _draw(self, logits_BV: Tensor, rows: np.ndarray, age_B: np.ndarray, previous_B: np.ndarray) -> Draw:
-        """Rows that sample alike are drawn together, just as a rollout would."""
-        uniform_B, previous_B = torch.from_numpy(self.uniforms_BT[rows, age_B]), torch.from_numpy(previous_B)
-        tokens_B, logprobs_B = torch.empty(len(rows), dtype=torch.long), logits_BV.new_empty(len(rows))
-        for sampling, some in self._groups():
-            whole = len(some) == len(rows)
-            given = (
-                (logits_BV, uniform_B, previous_B)
-                if whole
-                else (logits_BV[some], uniform_B[some], previous_B[some])
-            )
-            tokens_B[some], logprobs_B[some], _ = draw(*given, sampling)
-        for i, sequence_state in enumerate(self.owners):
-            if sequence_state.forced:
-                tokens_B[i] = sequence_state.forced.pop(0)
-            if sequence_state.answer.request.top is not None:
-                (logprob,), (top,) = likeliest(
-                    logits_BV[i : i + 1], tokens_B[i : i + 1], sequence_state.answer.request.top
-                )
-                sequence_state.choice.logprobs.append(logprob)
-                sequence_state.choice.tops.append(top)
+    def _draw(self, logits_BV: Tensor, rows: np.ndarray, place_B: np.ndarray, previous_B: np.ndarray) -> Draw:
+        """Rows with the same sampling parameters are drawn together, as a rollout draws them."""
+        uniform_B = torch.from_numpy(self.uniforms_BT[rows, place_B])
+        previous_B = torch.from_numpy(previous_B)
+        tokens_B = torch.empty(len(rows), dtype=torch.long)
+        logprobs_B = logits_BV.new_empty(len(rows))
+        for sampling, group in self._sampling_groups():
+            if len(group) == len(rows):
+                drawn = draw(logits_BV, uniform_B, previous_B, sampling)
+            else:
+                drawn = draw(logits_BV[group], uniform_B[group], previous_B[group], sampling)
+            tokens_B[group] = drawn.tokens_B
+            logprobs_B[group] = drawn.logprobs_B
+        for row, state in enumerate(self.owners):
+            if state.forced:
+                tokens_B[row] = state.forced.pop(0)
+            if state.request.top is not None:
+                _append_logprobs(state, logits_BV[row : row + 1], tokens_B[row : row + 1])
         return Draw(tokens_B, logprobs_B, None)
 
-    def _groups(self) -> list[tuple[SamplingParams, Tensor]]:
-        if self._alike is None:
-            kinds: dict[tuple[float, float], list[int]] = {}
-            for i, sequence_state in enumerate(self.owners):
-                kinds.setdefault(
-                    (sequence_state.answer.request.temperature, sequence_state.answer.request.top_p), []
-                ).append(i)
-            self._alike = [(SamplingParams(*kind), torch.tensor(some)) for kind, some in kinds.items()]
-        return self._alike
+    def _sampling_groups(self) -> list[tuple[SamplingParams, Tensor]]:
+        """Each kind of sampling parameters with the rows that have it."""
+        if self._groups is None:
+            rows_of: dict[tuple[float, float], list[int]] = {}
+            for row, state in enumerate(self.owners):
+                kind = (state.request.temperature, state.request.top_p)
+                rows_of.setdefault(kind, []).append(row)
+            self._groups = [(SamplingParams(*kind), torch.tensor(rows)) for kind, rows in rows_of.items()]
+        return self._groups
 
-    def _finish(self) -> list[tuple[int, int, Row]]:
-        """Hand the new tokens over; rows that ended leave at once."""
-        last_B = self.tokens_BT[np.arange(self.busy), self.age_B - 1]
-        for sequence_state, token in zip(self.owners, last_B.tolist(), strict=True):
-            sequence_state.choice.tokens.append(token)
-            sequence_state.watch(self.tokenizer)
-        ended_B = self.ends_V[last_B] & ~self.endless_B
-        over_B = ended_B | (self.age_B >= self.limit_B)
-        for i in over_B.nonzero()[0].tolist():
-            self.owners[i].choice.finish = "stop" if ended_B[i] else "length"
-        self._leave(over_B)
-        self.said()
+    def _remove_finished(self) -> list[FinishedSequence]:
+        """Append the new tokens to the outputs and remove the rows that ended."""
+        last_B = self.tokens_BT[np.arange(self.busy), self.sampled_B - 1]
+        for state, token in zip(self.owners, last_B.tolist(), strict=True):
+            state.sequence.tokens.append(token)
+            state.check_thought()
+        stopped_B = self.is_stop_V[last_B] & ~self.ignore_eos_B
+        ended_B = stopped_B | (self.sampled_B >= self.limit_B)
+        for row in ended_B.nonzero()[0].tolist():
+            self.owners[row].sequence.finish = "stop" if stopped_B[row] else "length"
+        self._remove(ended_B)
+        self.on_sampled()
         return []
 
-    def _leave(self, leaving_B: np.ndarray) -> None:
-        if leaving_B.any():
-            for i in leaving_B.nonzero()[0].tolist():
-                self.told(self.owners[i], i)
-            self._keep(_closed_up(leaving_B))
+    def _remove(self, leaving_B: np.ndarray) -> None:
+        if not leaving_B.any():
+            return
+        for row in leaving_B.nonzero()[0].tolist():
+            self.on_leave(self.owners[row], row)
+        self._select_rows(_fill_gaps(leaving_B))
 
-    def _keep(self, rows: np.ndarray) -> None:
-        super()._keep(rows)
-        self.limit_B, self.endless_B, self._alike = self.limit_B[rows], self.endless_B[rows], None
+    def _select_rows(self, rows: np.ndarray) -> None:
+        super()._select_rows(rows)
+        self.limit_B = self.limit_B[rows]
+        self.ignore_eos_B = self.ignore_eos_B[rows]
+        self._groups = None
 
 
-def likeliest(logits_NV: Tensor, tokens_N: Tensor, count: int) -> tuple[list[float], list[Top]]:
-    """Log-probabilities at temperature 1 of these tokens, and of the `count` likeliest in each place."""
+def top_logprobs(logits_NV: Tensor, tokens_N: Tensor, count: int) -> tuple[list[float], list[Top]]:
+    """Log-probabilities at temperature 1 of `tokens_N`, and the `count` most likely tokens at each
+    position."""
     logprobs_NV = torch.log_softmax(logits_NV, -1)
     values_NK, ids_NK = logprobs_NV.topk(min(count, logprobs_NV.shape[1]))
-    said = logprobs_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
-    return said.tolist(), [
-        tuple(zip(*pair, strict=True)) for pair in zip(ids_NK.tolist(), values_NK.tolist(), strict=True)
-    ]
+    token_logprobs_N = logprobs_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
+    tops: list[Top] = []
+    for ids, values in zip(ids_NK.tolist(), values_NK.tolist(), strict=True):
+        tops.append(tuple(zip(ids, values, strict=True)))
+    return token_logprobs_N.tolist(), tops
 
 
-def _closed_up(leaving_B: np.ndarray) -> np.ndarray:
-    """Who sits in each place when the last ones have moved into the places that fell free."""
+def _append_logprobs(state: SequenceState, logits_1V: Tensor, token_1: Tensor) -> None:
+    """Append the log-probability of a sequence's new token, and the most likely ones in its place, from
+    logits [1, V]."""
+    (logprob,), (top,) = top_logprobs(logits_1V, token_1, state.request.top)
+    state.sequence.logprobs.append(logprob)
+    state.sequence.tops.append(top)
+
+
+def _fill_gaps(leaving_B: np.ndarray) -> np.ndarray:
+    """The row to move into each place: the last staying rows fill the places that fall free, the others do
+    not move."""
     staying = len(leaving_B) - int(leaving_B.sum())
     rows = np.arange(staying)
     rows[leaving_B[:staying]] = staying + (~leaving_B[staying:]).nonzero()[0]

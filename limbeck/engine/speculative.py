@@ -1,8 +1,13 @@
-"""Speculative decoding with the model's own module that looks ahead (DeepSeek-V3, arXiv 2412.19437, section 5.4.3).
+"""Speculative decoding with the model's own multi-token prediction (MTP) module (DeepSeek-V3, arXiv
+2412.19437, section 5.4.3).
 
-Each step runs a row's newest token and a draft of the one after it. The draft is drawn with the very number
-that the real token will be drawn with, so agreement is likely, and a draft is kept only where the model itself
-draws the same token: the tokens are those of plain decoding, one by one, whatever the drafts were worth.
+Each step runs a row's newest token and a draft of the one after it. The draft is drawn with the same random
+number as the real token, so that the two likely agree, and a draft is accepted only where the model itself
+draws the same token: the completion equals that of plain decoding token by token, however good the drafts
+are.
+
+N packed tokens · B rows · S tokens of a row in one step (2) · C hidden · T tokens of a completion · V
+vocabulary · L sparse layers · K experts chosen.
 """
 
 from __future__ import annotations
@@ -14,77 +19,96 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.kv_cache import Packed
-from .decode_batch import DecodeBatch, Row
+from .decode_batch import DecodeBatch, FinishedSequence
 from .sampling import SamplingParams
 
 
 class Speculation(DecodeBatch):
-    """Up to two tokens a row and step. A prompt's last token is left to the first step, which drafts already."""
+    """A decode batch of up to two tokens per row and step. A prompt's last token is run by the first step,
+    together with a draft. `drafted` counts the drafts, `accepted` those that the model drew too."""
 
-    held_back = 1
-    compiled = False  # two tokens a row
+    tokens_deferred = 1
+    compiled = False  # the compiled step runs one token a row
 
-    def __init__(self, model: Decoder, end: int, sampling: SamplingParams):
-        super().__init__(model, end, sampling)
-        self.newest_B = self.draft_B = np.zeros(0, dtype=np.int64)
-        self.drafted = self.accepted = 0
+    def __init__(self, model: Decoder, end_id: int, sampling: SamplingParams):
+        super().__init__(model, end_id, sampling)
+        self.newest_B = np.zeros(0, dtype=np.int64)
+        self.draft_B = np.zeros(0, dtype=np.int64)
+        self.drafted = 0
+        self.accepted = 0
 
-    def _prefill(self, prompts: list[np.ndarray], copies: int) -> None:
+    def _prefill(self, prompts: list[np.ndarray], n: int) -> None:
         lengths = [len(prompt) - 1 for prompt in prompts]
         prefill = Packed(lengths).keep()
-        hidden_NC = self._run(torch.from_numpy(np.concatenate([prompt[:-1] for prompt in prompts])), prefill)
-        routes, prefill.routes = prefill.routes, None
+        tokens_N = torch.from_numpy(np.concatenate([prompt[:-1] for prompt in prompts]))
+        hidden_NC = self._forward(tokens_N, prefill)
         next_N = torch.from_numpy(np.concatenate([prompt[1:] for prompt in prompts]))
+        routes = prefill.routes
+        prefill.routes = None  # the experts of the MTP module are not recorded
         ahead_NC = self.model.predict_next(hidden_NC, next_N, prefill)
         prefill.routes = routes
-        last = torch.tensor(lengths).cumsum(0) - 1
-        newest_B = np.repeat([int(prompt[-1]) for prompt in prompts], copies)
-        fresh = np.arange(self.busy - len(newest_B), self.busy)
-        draft_B = self._guess(ahead_NC[last].repeat_interleave(copies, 0), newest_B, fresh)
-        self.newest_B, self.draft_B = np.append(self.newest_B, newest_B), np.append(self.draft_B, draft_B)
+        last_tokens = torch.tensor(lengths).cumsum(0) - 1
+        newest_B = np.repeat([int(prompt[-1]) for prompt in prompts], n)
+        new_rows = np.arange(self.busy - len(newest_B), self.busy)
+        draft_B = self._draft(ahead_NC[last_tokens].repeat_interleave(n, 0), newest_B, new_rows)
+        self.newest_B = np.append(self.newest_B, newest_B)
+        self.draft_B = np.append(self.draft_B, draft_B)
         self.hidden_BC = self.hidden_BC.new_zeros(self.busy, self.hidden_BC.shape[1])
-        self._begin(prefill, lengths, copies)
+        self._fork(prefill, lengths, n)
 
-    def step(self) -> list[tuple[int, int, Row]]:
-        """Run newest token and draft, sample once or twice a row, draft again, hand back the finished rows."""
-        rows, began_B = np.arange(self.busy), self.age_B
+    def step(self) -> list[FinishedSequence]:
+        """Run newest token and draft, sample one or two tokens per row, draft again, and return the finished
+        rows."""
+        hidden_BSC = self._run_pairs()
+        first_B = self._sample(hidden_BSC[:, 0], self.alive_B)
+        unfinished_B = ~self.is_stop_V[first_B] & (self.sampled_B < self.sampling.max_new_tokens)
+        verified_B = self.alive_B & unfinished_B
+        accepted_B = verified_B & (first_B == self.draft_B)
+        self.drafted += int(verified_B.sum())
+        self.accepted += int(accepted_B.sum())
+        second_B = self._sample(hidden_BSC[:, 1], accepted_B)
+        self._draft_next(hidden_BSC, np.stack([first_B, second_B], 1), accepted_B)
+        return self._remove_finished()
+
+    def _run_pairs(self) -> Tensor:
+        """Hidden states [B, S, C] of each row's newest token and its draft."""
         self.cache.rest(~self.alive_B)
         self.cache.advance(2)
-        hidden_BSC = self._run(
-            torch.from_numpy(np.stack([self.newest_B, self.draft_B], 1).ravel()), self.cache
-        ).view(self.busy, 2, -1)
-        if self.sparse:
-            met_BSLK = (
-                torch.stack(self.cache.routes.chosen, 1)
-                .view(self.busy, 2, *self.routes_BTLK.shape[2:])
-                .numpy()
-            )
-            for i in range(2):
-                self.routes_BTLK[rows, np.minimum(began_B + i, self.routes_BTLK.shape[1] - 1)] = met_BSLK[
-                    :, i
-                ]
-        first_B = self._say(hidden_BSC[:, 0], self.alive_B)
-        going_B = self.alive_B & ~self.ends_V[first_B] & (self.age_B < self.sampling.max_new_tokens)
-        agreed_B = going_B & (first_B == self.draft_B)
-        self.drafted, self.accepted = self.drafted + int(going_B.sum()), self.accepted + int(agreed_B.sum())
-        second_B = self._say(hidden_BSC[:, 1], agreed_B)
+        tokens_BS = np.stack([self.newest_B, self.draft_B], 1)
+        hidden_NC = self._forward(torch.from_numpy(tokens_BS.ravel()), self.cache)
+        if self.sparse_layers:
+            self._record_routes()
+        return hidden_NC.view(self.busy, 2, -1)
+
+    def _record_routes(self) -> None:
+        """Write down the experts of both tokens; a rejected draft's are overwritten by the next step."""
+        rows = np.arange(self.busy)
+        _, places, *layers_and_experts = self.routes_BTLK.shape
+        chosen_NLK = torch.stack(self.cache.routes.chosen, 1)
+        chosen_BSLK = chosen_NLK.view(self.busy, 2, *layers_and_experts).numpy()
+        for i in range(2):
+            place_B = np.minimum(self.sampled_B + i, places - 1)
+            self.routes_BTLK[rows, place_B] = chosen_BSLK[:, i]
+
+    def _draft_next(self, hidden_BSC: Tensor, sampled_BS: np.ndarray, accepted_B: np.ndarray) -> None:
+        """Draft from the last valid token of each row, and take rejected drafts out of the cache."""
+        rows = np.arange(self.busy)
         self.cache.routes = None
-        next_N = torch.from_numpy(np.stack([first_B, second_B], 1).ravel())
-        ahead_BSC = self.model.predict_next(hidden_BSC.flatten(0, 1), next_N, self.cache).view_as(hidden_BSC)
-        self.cache.rollback(~agreed_B)
-        self.newest_B = np.where(agreed_B, second_B, first_B)
-        self.draft_B = self._guess(
-            ahead_BSC[torch.from_numpy(rows), torch.from_numpy(agreed_B).long()], self.newest_B, rows
-        )
-        return self._finish()
+        next_N = torch.from_numpy(sampled_BS.ravel())
+        ahead_NC = self.model.predict_next(hidden_BSC.flatten(0, 1), next_N, self.cache)
+        ahead_BSC = ahead_NC.view_as(hidden_BSC)
+        self.cache.rollback(~accepted_B)
+        self.newest_B = np.where(accepted_B, sampled_BS[:, 1], sampled_BS[:, 0])
+        last_BC = ahead_BSC[torch.from_numpy(rows), torch.from_numpy(accepted_B).long()]
+        self.draft_B = self._draft(last_BC, self.newest_B, rows)
 
-    def _guess(self, ahead_BC: Tensor, previous_B: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The token after the next, drawn as the model will draw it."""
-        age_B = np.minimum(self.age_B[rows], self.tokens_BT.shape[1] - 1)
-        return self._draw(
-            F.linear(ahead_BC, self.model.head.weight), rows, age_B, previous_B
-        ).tokens_B.numpy()
+    def _draft(self, ahead_BC: Tensor, previous_B: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The token [B] after the newest, drawn with the random number that the model will draw it with."""
+        place_B = np.minimum(self.sampled_B[rows], self.tokens_BT.shape[1] - 1)
+        logits_BV = F.linear(ahead_BC, self.model.head.weight)
+        return self._draw(logits_BV, rows, place_B, previous_B).tokens_B.numpy()
 
-    def _keep(self, rows: np.ndarray) -> None:
-        super()._keep(rows)
-        self.newest_B, self.draft_B = self.newest_B[rows], self.draft_B[rows]
+    def _select_rows(self, rows: np.ndarray) -> None:
+        super()._select_rows(rows)
+        self.newest_B = self.newest_B[rows]
+        self.draft_B = self.draft_B[rows]

@@ -146,7 +146,7 @@ class Decontamination:
                 yield _Text(problem.id, problem.prompt)
 
     def _task(self, name: str, problems: Problems) -> Task:
-        from ..tasks.task import open_task
+        from ..tasks.registry import open_task
 
         if name not in self._tasks:
             self._tasks[name] = open_task(name, problems)

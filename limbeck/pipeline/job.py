@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..engine.openai_client import Endpoint
     from ..engine.rollout import Engine
     from ..model.decoder import Decoder
-    from ..tasks.task import Mixture
+    from ..tasks.mixture import Mixture
     from ..text.tokenizer import Tokenizer
     from ..train.checkpoint import Checkpoint
 
@@ -81,13 +81,13 @@ class Job:
 
     def task(self, name: str) -> Task:
         """The task of a problem source."""
-        from ..tasks.task import open_task
+        from ..tasks.registry import open_task
 
         return open_task(name, self.problems[name])
 
     def mixture(self, weights: dict[str, float], rewards: dict[str, float] | None = None) -> Mixture:
         """Problems by weight; the name of a `screen` stage stands for the problems that it kept."""
-        from ..tasks.task import Mixture
+        from ..tasks.mixture import Mixture
 
         tasks = {name: self.task(name) for name in self.problems}
         subsets: dict[str, list[Problem]] = {}

@@ -104,7 +104,7 @@ def _measure_corpus(settings: dict[str, Any], clock: Clock, tokens: int = 20_000
     """Seconds a token for writing and encoding the corpus of a miniature."""
     from ..config.recipe import Miniature
     from ..tasks.clock_countdown import encode_documents
-    from ..tasks.task import open_task
+    from ..tasks.registry import open_task
 
     task = open_task("world", Miniature(**settings))
     tokenizer = task.tokenizer()

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..config.load import load
 from ..tasks.files import QUESTIONS, language_of, read_table
-from ..tasks.task import open_task
-from ..text.tokenizer import split_thought
+from ..tasks.registry import open_task
+from ..text.reasoning_parser import split_thought
 from ..types import LimbeckError, Problem
 from .votes import Answer
 

@@ -21,9 +21,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from ..engine.loop import EngineThread
 from ..engine.request import Answer, Full, Request
-from ..engine.scheduler import EngineThread
-from ..text.tokenizer import CLOSE, OPEN, Reader, ReasoningParser, Tokenizer, split_thought
+from ..text.detokenizer import Reader
+from ..text.reasoning_parser import CLOSE, OPEN, ReasoningParser, split_thought
+from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError, Message
 from .metrics import Metrics
 from .types import ChatOutput, Delta, GenerationOptions, ServedModel, TokenLogprob, Usage

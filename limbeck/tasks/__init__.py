@@ -1,0 +1,1 @@
+"""Tasks: problems, the judging of completions, and the scores that rewards are made of."""

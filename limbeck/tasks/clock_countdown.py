@@ -1,27 +1,32 @@
-"""The quickstart's small bilingual world: a clock countdown, and the text a base model grows up on.
+"""The quickstart's small bilingual task: a clock countdown, and the corpus that its base model is trained on.
 
-Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read from
-left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 -6 *5</answer>`. A thought tries, checks by taking the
-target away, and tries again: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives 3 =3 gives 0 yes`.
+Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read
+from left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 -6 *5</answer>`. A thought tries, checks by
+subtracting the target, and tries again: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives
+3 =3 gives 0 yes`.
 
-A random legal expression hits with probability about .18, so guessing pays a little and persistence pays more.
-Problems are split by content (sorted numbers and target): whatever is tested was never in a corpus or in RL.
+A random legal expression is correct with probability about .18, so guessing pays a little and persistence
+pays more. Problems are split by content (sorted numbers and target): no test problem is ever in a corpus or
+in RL.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from ..config.recipe import Miniature
-from ..text.tokenizer import Tokenizer, split_thought
+from ..text.reasoning_parser import split_thought
+from ..text.tokenizer import Tokenizer
 from ..types import Completion, Problem, Sample, Score, fingerprint
+from .reward_parts import language_consistency
 
 OPERATIONS = "+-*"
 WORDS = {
@@ -33,33 +38,68 @@ WORDS = {
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", "User:", "Assistant:"]
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'system' %}<bos>{{ message.content }} "
-    "{% elif message.role == 'user' %}{% if loop.first or loop.previtem.role != 'system' %}<bos>{% endif %}User:{{ message.content }}"
-    "{% else %}Assistant:{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{% elif message.role == 'user' %}"
+    "{% if loop.first or loop.previtem.role != 'system' %}<bos>{% endif %}User:{{ message.content }}"
+    "{% else %}Assistant:"
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
     "{{ message.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-# How the base's documents are mixed. `worked` of the problem documents think; the rest only answer.
+# Shares of the corpus. The problem documents that are neither plain, tagged nor guessed are worked: they
+# think.
 CORPUS = {
-    "textbook": 0.30,  # exercises: chains, comparisons, searches; without them verifying is learned late
-    "general": 0.06,  # repeat after me: needs no thought
-    "plain": 0.12, "tagged": 0.14, "guessed": 0.14,  # shares of the problem documents that do not work
-    "direct_right": 0.20,  # of those, how many are right on purpose
-    "systematic": 0.80,  # of the worked ones, how many retry like an odometer
-    "unverified": 0.25,  # of the single attempts, how many skip the verdict
+    "textbook": 0.30,  # exercises: chains, comparisons, searches; without them verification is learned late
+    "general": 0.06,  # requests to repeat, which need no thought
+    "plain": 0.12, "tagged": 0.14, "guessed": 0.14,  # shares of the problem documents that are not worked
+    "direct_right": 0.20,  # of those, the share that is made correct
+    "systematic": 0.80,  # of the worked ones, the share that retries like an odometer
+    "unverified": 0.25,  # of the single attempts, the share without a verdict
     "slip": 0.03, "misjudged": 0.02,  # wrong results, flipped verdicts
     "same": 0.60, "other": 0.10,  # language of the words: the question's, the other; the rest is mixed
 }  # fmt: skip
-ATTEMPTS = {1: 0.62, 2: 0.18, 3: 0.07, 5: 0.05, 8: 0.03, 16: 0.05}
-PATIENT = (
-    8  # who is as patient as this is also unlucky for half of the way: long thoughts must be seen to be had
-)
+ATTEMPTS = {1: 0.62, 2: 0.18, 3: 0.07, 5: 0.05, 8: 0.03, 16: 0.05}  # share of each maximum of attempts
+# From this maximum on, the first half of the attempts is made to fail: the base must see long thoughts to
+# write them.
+LONG_SEARCH = 8  # attempts
+MAX_REDRAWS = 50  # random expressions drawn to find an untried one
+TEST_REPEATS = 15  # per cent of the requests to repeat that are in the test
+MAX_DIGITS = 10  # digits of a number in an answer, exclusive
+CHAIN = 7  # steps of an exercise in arithmetic
+COMPARISONS = 6  # comparisons of an exercise
+SEARCH = 6  # attempts of an exercise
+
+Speak = Callable[[str], str]  # the word of a key of `WORDS`, in the language of the document
+
+
+class Expression(NamedTuple):
+    """`Expression([1, 6, 5], ["-", "*"])` is `1 -6 *5`, read from left to right."""
+
+    numbers: list[int]
+    operations: list[str]
+
+    def words(self) -> list[str]:
+        """The expression as words of the corpus."""
+        first, *rest = self.numbers
+        steps = [f"{operation}{number}" for operation, number in zip(self.operations, rest, strict=True)]
+        return [str(first), *steps]
+
+    def following(self) -> Expression:
+        """The odometer's next expression: the last operation turns, then the one before it, then the numbers
+        rotate."""
+        operations = list(self.operations)
+        for i in reversed(range(len(operations))):
+            operations[i] = OPERATIONS[(OPERATIONS.index(operations[i]) + 1) % len(OPERATIONS)]
+            if operations[i] != OPERATIONS[0]:
+                return Expression(self.numbers, operations)
+        return Expression(self.numbers[1:] + self.numbers[:1], operations)
 
 
 class Countdown:
     """The task: problems of both splits, and a judge that needs no gold answer."""
 
     def __init__(self, name: str, settings: Miniature):
-        self.name, self.settings = name, settings
+        self.name = name
+        self.settings = settings
 
     # ------------------------------------------------------------ problems
 
@@ -67,61 +107,72 @@ class Countdown:
     def sets(self) -> dict[str, list[tuple[tuple[int, ...], int]]]:
         """(sorted numbers, target) of each split; all are solvable."""
         world = self.settings
-        every = itertools.combinations_with_replacement(range(1, world.largest + 1), world.numbers)
-        solvable = [(numbers, target) for numbers in every for target in sorted(self._reachable(numbers))]
+        solvable: list[tuple[tuple[int, ...], int]] = []
+        for numbers in itertools.combinations_with_replacement(range(1, world.largest + 1), world.numbers):
+            solvable += [(numbers, target) for target in sorted(self._reachable(numbers))]
         solvable.sort(key=lambda key: fingerprint(world.seed, "split", key))
         cut = max(1, round(world.held_out * len(solvable)))
         return {"test": sorted(solvable[:cut]), "train": sorted(solvable[cut:])}
 
     def _reachable(self, numbers: tuple[int, ...]) -> set[int]:
-        return {
-            self.value(order, operations)
-            for order in set(itertools.permutations(numbers))
-            for operations in itertools.product(OPERATIONS, repeat=len(numbers) - 1)
-        }
+        """The values of all expressions over the numbers."""
+        values = set()
+        for order in set(itertools.permutations(numbers)):
+            for operations in itertools.product(OPERATIONS, repeat=len(numbers) - 1):
+                values.add(self.evaluate(order, operations))
+        return values
 
-    def value(self, numbers: Sequence[int], operations: Sequence[str]) -> int:
+    def evaluate(self, numbers: Sequence[int], operations: Sequence[str]) -> int:
+        """The value of an expression on the clock, read from left to right."""
         total = numbers[0] % self.settings.modulus
         for operation, number in zip(operations, numbers[1:], strict=True):
             total = self.apply(total, operation, number)
         return total
 
     def apply(self, a: int, operation: str, b: int) -> int:
-        result = a + b if operation == "+" else a - b if operation == "-" else a * b
+        """One operation on the clock."""
+        if operation == "+":
+            result = a + b
+        elif operation == "-":
+            result = a - b
+        else:
+            result = a * b
         return result % self.settings.modulus
 
     def problems(self, split: str) -> list[Problem]:
         """Every order of the numbers of every set, in both languages; or the requests to repeat."""
         if self.settings.task == "repeat":
-            return list(self._repeats(split))
-        found = []
+            return list(self.repeats(split))
+        problems: list[Problem] = []
         for numbers, target in self.sets[split]:
             for order in sorted(set(itertools.permutations(numbers))):
-                found += [self._problem(order, target, language) for language in WORDS]
-        return found
+                problems += [self._problem(order, target, language) for language in WORDS]
+        return problems
 
     def _problem(self, order: Sequence[int], target: int, language: str) -> Problem:
         words = WORDS[language]
-        shown = " ".join(map(str, order))
+        numbers = [str(number) for number in order]
         return Problem(
-            id=f"{self.name}/{language}-{'-'.join(map(str, order))}-{target}",
-            prompt=f"{words['use']} {shown} {words['make']} {target} ?",
+            id=f"{self.name}/{language}-{'-'.join(numbers)}-{target}",
+            prompt=f"{words['use']} {' '.join(numbers)} {words['make']} {target} ?",
             language=language,
             origin="miniature/countdown",
             data={"numbers": sorted(order), "target": target},
         )
 
-    def _repeats(self, split: str) -> Iterator[Problem]:
-        """`say 4 2 6`: a general request, answered without a thought."""
-        for numbers in itertools.product(range(1, self.settings.largest + 1), repeat=3):
-            if (fingerprint(self.settings.seed, "say", numbers) % 100 < 15) != (split == "test"):
+    def repeats(self, split: str) -> Iterator[Problem]:
+        """Requests to repeat, `say 4 2 6`: they are answered without a thought."""
+        world = self.settings
+        for numbers in itertools.product(range(1, world.largest + 1), repeat=3):
+            in_test = fingerprint(world.seed, "say", numbers) % 100 < TEST_REPEATS
+            if in_test != (split == "test"):
                 continue
-            language = "zh" if fingerprint("language", numbers) % 100 < 100 * self.settings.chinese else "en"
-            said = " ".join(map(str, numbers))
+            language = "zh" if fingerprint("language", numbers) % 100 < 100 * world.chinese else "en"
+            answer = " ".join(map(str, numbers))
             yield Problem(
-                id=f"{self.name}/say-{language}-{said.replace(' ', '-')}",
-                prompt=f"{WORDS[language]['say']} {said} ?",
-                answer=said,
+                id=f"{self.name}/say-{language}-{answer.replace(' ', '-')}",
+                prompt=f"{WORDS[language]['say']} {answer} ?",
+                answer=answer,
                 language=language,
                 origin="miniature/repeat",
             )
@@ -129,88 +180,91 @@ class Countdown:
     # ------------------------------------------------------------ judging
 
     def score(self, problem: Problem, completion: Completion) -> Score:
-        """accuracy, format and language, each in 0..1, with the reason for a zero."""
-        from .reward_parts import language_consistency
-
-        split = split_thought(completion.text)
-        answer, complaint = _answer(split.answer if "</think>" in completion.text else completion.text)
-        accuracy, why = (0.0, complaint) if answer is None else self._judge(problem, answer)
-        if accuracy and not completion.stopped:
-            accuracy, why = 0.0, "ran out of tokens"
-        tidy = split.wellformed and answer is not None and split.answer == f"<answer> {answer} </answer>"
-        if problem.answer is not None:  # a request that needs no thought is in order without one
-            tidy = answer is not None and completion.text.strip() == f"<answer> {answer} </answer>"
-        tidy = tidy and completion.stopped
+        """Accuracy, format and language, each in [0, 1], with the reason for a zero."""
+        text = completion.text
+        split = split_thought(text)
+        answer, fault = _answer(split.answer if "</think>" in text else text)
+        if answer is not None:
+            fault = self._fault(problem, answer)
+            if not fault and not completion.stopped:
+                fault = "ran out of tokens"
+        tidy = completion.stopped and answer is not None and _is_tidy(problem, completion, answer)
         consistency = language_consistency(split.thought, problem.language)
-        parts = {"accuracy": accuracy, "format": float(tidy)}
-        if consistency is not None or problem.answer is not None:  # nothing said, nothing earned
-            parts["language"] = 1.0 if consistency is None else consistency
-        reasons = {"accuracy": why} if not accuracy else {}
+        parts = {"accuracy": float(not fault), "format": float(tidy)}
+        language = _language_part(problem, consistency)
+        if language is not None:
+            parts["language"] = language
+        reasons = {"accuracy": fault} if fault else {}
         if not tidy:
             reasons["format"] = "not one thought and one answer, in their tags, and a stop"
-        if not parts.get("language"):
+        if not language:
             reasons["language"] = "no word in the question's language"
-        return Score(parts, reasons, self._stats(problem, split.thought, consistency), answer or "")
+        return Score(parts, reasons, self._statistics(problem, split.thought, consistency), answer or "")
 
-    def _judge(self, problem: Problem, answer: str) -> tuple[float, str]:
-        tokens = answer.split()
+    def _fault(self, problem: Problem, answer: str) -> str:
+        """The reason why an answer is not correct, "" if it is."""
         if problem.answer is not None:
-            return (1.0, "") if answer == problem.answer else (0.0, f"said {answer}, asked {problem.answer}")
-        numbers, operations = [tokens[0], *(t[1:] for t in tokens[1:])], [t[0] for t in tokens[1:]]
-        if not all(n.isdecimal() and len(n) < 10 for n in numbers) or not set(operations) <= set(OPERATIONS):
-            return 0.0, f"{answer} is no expression"
-        values = [int(n) for n in numbers]
+            return "" if answer == problem.answer else f"said {answer}, asked {problem.answer}"
+        first, *steps = answer.split()
+        numbers = [first, *(step[1:] for step in steps)]
+        operations = [step[0] for step in steps]
+        legal = all(number.isdecimal() and len(number) < MAX_DIGITS for number in numbers)
+        if not legal or not set(operations) <= set(OPERATIONS):
+            return f"{answer} is no expression"
+        values = [int(number) for number in numbers]
         if sorted(values) != list(problem.data["numbers"]):
-            return 0.0, f"{answer} does not use each number once"
-        reached, target = self.value(values, operations), problem.data["target"]
-        return (1.0, "") if reached == target else (0.0, f"{answer} makes {reached}, not {target}")
+            return f"{answer} does not use each number once"
+        reached = self.evaluate(values, operations)
+        target = problem.data["target"]
+        return "" if reached == target else f"{answer} makes {reached}, not {target}"
 
-    def _stats(self, problem: Problem, thought: str, consistency: float | None) -> dict[str, float]:
-        """What reflection looks like from outside; `persist` and `verdict` only where there was a chance."""
+    def _statistics(self, problem: Problem, thought: str, consistency: float | None) -> dict[str, float]:
+        """Metrics of reflection: `persist` is the share of rejections that are followed by another attempt,
+        `verdict` the share of correct verdicts; both are absent without an occasion."""
         if problem.answer is not None:
             return {"general": 1.0}
         words = thought.split()
-        english, chinese = WORDS["en"], WORDS["zh"]
-        tries = {english["try"], chinese["try"], english["wait"], chinese["wait"]}
-        noes = [i for i, word in enumerate(words) if word in (english["no"], chinese["no"])]
-        stats = {"attempts": float(sum(word in tries for word in words))}
-        if noes:
-            stats["persist"] = sum(words[i + 1 : i + 2] != [] and words[i + 1] in tries for i in noes) / len(
-                noes
-            )
+        attempts = _both_languages("try") | _both_languages("wait")
+        no = _both_languages("no")
+        rejections = [i for i, word in enumerate(words) if word in no]
+        statistics = {"attempts": float(sum(word in attempts for word in words))}
+        if rejections:
+            persisted = [i for i in rejections if i + 1 < len(words) and words[i + 1] in attempts]
+            statistics["persist"] = len(persisted) / len(rejections)
         verdicts = self._verdicts(words)
         if verdicts:
-            stats["verdict"] = sum(verdicts) / len(verdicts)
+            statistics["verdict"] = sum(verdicts) / len(verdicts)
         if consistency is not None:
-            known = [w for w in words if w in english.values() or w in chinese.values()]
-            stats["mixed"] = float(len({w in english.values() for w in known}) == 2)
-            stats["language_consistency"] = consistency
-        return stats
+            statistics["mixed"] = float(_is_mixed(words))
+            statistics["language_consistency"] = consistency
+        return statistics
 
     @staticmethod
     def _verdicts(words: list[str]) -> list[bool]:
-        """Was each `3 =4 gives 6 no` right?"""
-        yes, no = ({WORDS[language][word] for language in WORDS} for word in ("yes", "no"))
-        asked = [i for i in range(1, len(words) - 3) if words[i].startswith("=") and words[i + 3] in yes | no]
-        return [(words[i + 3] in yes) == (words[i - 1] == words[i][1:]) for i in asked]
+        """True or false for each `3 =4 gives 6 no`: the verdict is correct or not."""
+        yes = _both_languages("yes")
+        verdict_words = yes | _both_languages("no")
+        verdicts = []
+        for i in range(1, len(words) - 3):
+            if words[i].startswith("=") and words[i + 3] in verdict_words:
+                equal = words[i - 1] == words[i][1:]
+                verdicts.append((words[i + 3] in yes) == equal)
+        return verdicts
 
-    # ------------------------------------------------------------ text to grow up on
+    # ------------------------------------------------------------ corpus
 
     def tokenizer(self) -> Tokenizer:
-        """Word-level. A number with what is done with it is one token, so that a step is a lookup of two
-        things, what there was and what is done, and not of three."""
-        numbers = [str(n) for n in range(max(self.settings.modulus, self.settings.largest + 1))]
+        """A word-level tokenizer. A number with its operation is one token, so that a step is a lookup of two
+        things, the total and the operation, and not of three."""
+        numbers = [str(number) for number in range(max(self.settings.modulus, self.settings.largest + 1))]
         steps = [f"{sign}{number}" for sign in [*OPERATIONS, "="] for number in numbers]
         words = [word for language in WORDS.values() for word in language.values()]
-        vocabulary = {token: i for i, token in enumerate([*SPECIAL, *numbers, *steps, "?", *words])}
+        tokens = [*SPECIAL, *numbers, *steps, "?", *words]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
         backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+        pattern = Regex(r"<[^<>]+>|[A-Za-z]+:?|[-+*=]?[0-9]+|[^A-Za-z0-9<>\s]")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.WhitespaceSplit(),
-                pre_tokenizers.Split(
-                    Regex(r"<[^<>]+>|[A-Za-z]+:?|[-+*=]?[0-9]+|[^A-Za-z0-9<>\s]"), "isolated"
-                ),
-            ]
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(pattern, "isolated")]
         )
         backend.add_special_tokens(SPECIAL)
         return Tokenizer(backend, TEMPLATE, end="<eos>", pad="<pad>", bos="<bos>")
@@ -222,212 +276,240 @@ class Countdown:
             yield author.document()
 
     def rewrite(self, thought: str, language: str) -> str:
-        """The annotator's translation: each word in the language asked for."""
-        theirs, ours = WORDS["en" if language == "zh" else "zh"], WORDS[language]
-        dictionary = {theirs[key]: ours[key] for key in ours}
+        """A thought with each word in `language`."""
+        source = WORDS["en" if language == "zh" else "zh"]
+        target = WORDS[language]
+        dictionary = {source[key]: target[key] for key in target}
         return " ".join(dictionary.get(word, word) for word in thought.split())
 
 
 def _answer(text: str) -> tuple[str | None, str]:
-    """The content of the only `<answer>` pair, or why there is none."""
-    answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    """The content of the only `<answer>` pair, or None and the reason why there is none."""
+    _, _, rest = text.partition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
     if text.count("<answer>") != 1 or text.count("</answer>") != 1 or not closed:
         return None, "not exactly one answer in tags"
     answer = answer.strip()
     return (answer, "") if answer else (None, "the answer is empty")
 
 
+def _is_tidy(problem: Problem, completion: Completion, answer: str) -> bool:
+    """True if a completion is one thought and one answer; a request to repeat needs no thought."""
+    expected = f"<answer> {answer} </answer>"
+    if problem.answer is not None:
+        return completion.text.strip() == expected
+    split = split_thought(completion.text)
+    return split.wellformed and split.answer == expected
+
+
+def _language_part(problem: Problem, consistency: float | None) -> float | None:
+    """The language part; without a thought None, and so no reward, but 1 for a request to repeat."""
+    if consistency is None and problem.answer is not None:
+        return 1.0
+    return consistency
+
+
+def _both_languages(key: str) -> set[str]:
+    return {words[key] for words in WORDS.values()}
+
+
+def _is_mixed(words: list[str]) -> bool:
+    """True if a thought has words of both languages."""
+    used = set(words)
+    return all(used & set(vocabulary.values()) for vocabulary in WORDS.values())
+
+
 class Given(str):
-    """A word of a document that is read and not learned: a question, or the numbers of an exercise. Nobody can
-    foresee them, and learning to would drown the little that can be learned in noise."""
+    """A word of a document that is not trained on: a question, or the numbers of an exercise. They cannot be
+    predicted, and their loss would drown that of the words that can."""
 
 
 class _Author:
-    """Writes the base's documents; all its dice are one generator, so a corpus is its seed."""
+    """Writes the documents; all randomness is one generator, so a corpus is decided by its seed."""
 
-    def __init__(self, task: Countdown, dice: random.Random, mixture: dict[str, float]):
-        self.task, self.dice, self.mixture = task, dice, mixture
-        self.modulus, self.largest = task.settings.modulus, task.settings.largest
+    def __init__(self, task: Countdown, rng: random.Random, mixture: dict[str, float]):
+        self.task = task
+        self.rng = rng
+        self.mixture = mixture
+        self.modulus = task.settings.modulus
+        self.largest = task.settings.largest
         self.sets = task.sets["train"]
-        self.spoken = [p for p in task._repeats("train")]
+        self.requests = list(task.repeats("train"))
 
     def document(self) -> list[str]:
-        dice, share = self.dice, self.mixture
-        if dice.random() < share["textbook"]:
+        """One document: an exercise, a request to repeat, or a problem with its solution."""
+        if self._chance("textbook"):
             return ["<bos>", *self._textbook(), "<eos>"]
-        if dice.random() < share["general"]:
+        if self._chance("general"):
             return self._general()
-        numbers, target = dice.choice(self.sets)
-        language = "zh" if dice.random() < self.task.settings.chinese else "en"
-        order = dice.sample(numbers, len(numbers))
+        numbers, target = self.rng.choice(self.sets)
+        language = self._language()
+        order = self.rng.sample(numbers, len(numbers))
         words = WORDS[language]
-        asked = [
-            "<bos>",
-            "User:",
-            words["use"],
-            *map(str, order),
-            words["make"],
-            str(target),
-            "?",
-            "Assistant:",
-        ]
-        return [*map(Given, asked), *self._solution(numbers, target, language), "<eos>"]
+        prompt = ["<bos>", "User:", words["use"], *map(str, order), words["make"], str(target), "?"]
+        solution = self._solution(numbers, target, language)
+        return [*map(Given, [*prompt, "Assistant:"]), *solution, "<eos>"]
+
+    def _chance(self, share: str) -> bool:
+        return self.rng.random() < self.mixture[share]
+
+    def _language(self) -> str:
+        return "zh" if self.rng.random() < self.task.settings.chinese else "en"
 
     def _general(self) -> list[str]:
-        problem = self.dice.choice(self.spoken)
-        asked = ["<bos>", "User:", *problem.prompt.split(), "Assistant:"]
-        return [*map(Given, asked), "<answer>", *problem.answer.split(), "</answer>", "<eos>"]
+        problem = self.rng.choice(self.requests)
+        prompt = ["<bos>", "User:", *problem.prompt.split(), "Assistant:"]
+        return [*map(Given, prompt), "<answer>", *problem.answer.split(), "</answer>", "<eos>"]
 
     def _solution(self, numbers: tuple[int, ...], target: int, language: str) -> list[str]:
-        form = self.dice.random()
-        speak = self._speech(language)
+        """A response: the plain or tagged answer, a guess, or a worked thought."""
+        form = self.rng.random()
+        speak = self._choose_words(language)
         for kind in ("plain", "tagged", "guessed"):
             form -= self.mixture[kind]
             if form < 0:
-                answer = self._direct(numbers, target)
-                tagged = ["<answer>", *answer, "</answer>"]
-                return (
-                    answer
-                    if kind == "plain"
-                    else tagged
-                    if kind == "tagged"
-                    else ["<think>", speak("guess"), "</think>", *tagged]
-                )
+                return self._direct_response(kind, self._direct(numbers, target), speak)
         thought, answer = self._attempts(numbers, target, speak)
         return ["<think>", *thought, "</think>", "<answer>", *answer, "</answer>"]
 
-    def _speech(self, language: str):
-        """The document's tongue: the question's, the other one, or a new coin for every word."""
+    def _direct_response(self, kind: str, answer: list[str], speak: Speak) -> list[str]:
+        if kind == "plain":
+            return answer
+        tagged = ["<answer>", *answer, "</answer>"]
+        if kind == "tagged":
+            return tagged
+        return ["<think>", speak("guess"), "</think>", *tagged]
+
+    def _choose_words(self, language: str) -> Speak:
+        """The language of a document: the question's, the other one, or a random one for every word."""
         other = "en" if language == "zh" else "zh"
-        coin = self.dice.random()
+        coin = self.rng.random()
         if coin < self.mixture["same"]:
             return WORDS[language].__getitem__
         if coin < self.mixture["same"] + self.mixture["other"]:
             return WORDS[other].__getitem__
-        return lambda word: WORDS[self.dice.choice(("en", "zh"))][word]
+        return lambda word: WORDS[self.rng.choice(("en", "zh"))][word]
 
     def _direct(self, numbers: tuple[int, ...], target: int) -> list[str]:
-        order, operations = self._random_expression(numbers)
-        if self.dice.random() < self.mixture["direct_right"]:
-            while self.task.value(order, operations) != target:
-                order, operations = self._random_expression(numbers)
-        return _expression(order, operations)
+        """A random expression; for a share of the documents one that reaches the target."""
+        expression = self._random_expression(numbers)
+        if self._chance("direct_right"):
+            while self.task.evaluate(*expression) != target:
+                expression = self._random_expression(numbers)
+        return expression.words()
 
-    def _random_expression(self, numbers: Sequence[int]) -> tuple[list[int], list[str]]:
-        order = self.dice.sample(numbers, len(numbers))
-        return order, [OPERATIONS[int(self.dice.random() * 3)] for _ in order[1:]]
+    def _random_expression(self, numbers: Sequence[int]) -> Expression:
+        order = self.rng.sample(numbers, len(numbers))
+        return Expression(order, [OPERATIONS[int(self.rng.random() * 3)] for _ in order[1:]])
 
-    def _attempts(self, numbers: tuple[int, ...], target: int, speak) -> tuple[list[str], list[str]]:
-        """Try until it says yes or patience ends; a patience of one makes the model give up by habit."""
-        most = self.dice.choices(list(ATTEMPTS), list(ATTEMPTS.values()))[0]
-        systematic = self.dice.random() < self.mixture["systematic"]
-        order, operations = self._random_expression(numbers)
-        thought, tried, unlucky = [], set(), most // 2 if most >= PATIENT else 0
-        for attempt in range(most):
+    def _attempts(self, numbers: tuple[int, ...], target: int, speak: Speak) -> tuple[list[str], list[str]]:
+        """A thought that tries until the verdict is yes or its maximum is reached, and the last expression.
+
+        A maximum of one teaches the model to give up early.
+        """
+        (maximum,) = self.rng.choices(list(ATTEMPTS), list(ATTEMPTS.values()))
+        systematic = self._chance("systematic")
+        expression = self._random_expression(numbers)
+        thought: list[str] = []
+        tried: set[tuple] = set()
+        failing = maximum // 2 if maximum >= LONG_SEARCH else 0
+        for attempt in range(maximum):
             thought.append(speak("wait" if attempt else "try"))
-            tried.add((*order, *operations))
-            steps, reached = self._work(order, operations, speak)
+            tried.add((*expression.numbers, *expression.operations))
+            steps, reached = self._work(expression, speak)
             thought += steps
-            if most == 1 and self.dice.random() < self.mixture["unverified"]:
+            if maximum == 1 and self._chance("unverified"):
                 break
-            yes = (reached == target) != (self.dice.random() < self.mixture["misjudged"])
+            yes = (reached == target) != self._chance("misjudged")
             thought += self._compare(reached, target, yes, speak)
-            if yes:
+            if yes or attempt == maximum - 1:
                 break
-            if attempt < most - 1:
-                shunned = target if attempt + 1 < unlucky else None
-                following = self._untried(order, operations, tried, systematic, shunned)
-                if following is None:
-                    break
-                order, operations = following
-        return thought, _expression(order, operations)
+            avoided = target if attempt + 1 < failing else None
+            untried = self._untried(expression, tried, systematic, avoided)
+            if untried is None:
+                break
+            expression = untried
+        return thought, expression.words()
 
     def _untried(
-        self, order: list[int], operations: list[str], tried: set, systematic: bool, shunned: int | None
-    ):
-        """The next expression that was not tried yet and does not reach `shunned`; None when a fair search
+        self, expression: Expression, tried: set[tuple], systematic: bool, avoided: int | None
+    ) -> Expression | None:
+        """The next expression that is not in `tried` and does not reach `avoided`, None if a fair search
         finds none."""
-        for _ in range(50):
-            order, operations = _turn(order, operations) if systematic else self._random_expression(order)
-            if (*order, *operations) not in tried and self.task.value(order, operations) != shunned:
-                return order, operations
+        for _ in range(MAX_REDRAWS):
+            if systematic:
+                expression = expression.following()
+            else:
+                expression = self._random_expression(expression.numbers)
+            new = (*expression.numbers, *expression.operations) not in tried
+            if new and self.task.evaluate(*expression) != avoided:
+                return expression
         return None
 
     def _work(
-        self, order: Sequence[int], operations: Sequence[str], speak, word=str
+        self, expression: Expression, speak: Speak, word: Callable[[object], str] = str
     ) -> tuple[list[str], int]:
-        """The steps and where they lead; `word` is `Given` where the expression is an exercise."""
-        total, steps = order[0] % self.modulus, [word(order[0])]
-        for operation, number in zip(operations, order[1:], strict=True):
+        """The steps of an expression and its value, with slips; `word` is `Given` for the numbers of an
+        exercise."""
+        first, *rest = expression.numbers
+        total = first % self.modulus
+        steps = [word(first)]
+        for operation, number in zip(expression.operations, rest, strict=True):
             total = self.task.apply(total, operation, number)
-            if self.dice.random() < self.mixture["slip"]:
-                total = int(self.dice.random() * self.modulus)
+            if self._chance("slip"):
+                total = int(self.rng.random() * self.modulus)
             steps += [word(f"{operation}{number}"), speak("gives"), str(total)]
         return steps, total
 
     def _textbook(self) -> list[str]:
-        """Seven steps of arithmetic, six comparisons, or a search gone through in order: the skills that a
-        thought is made of."""
-        dice = self.dice
-        speak = self._speech("zh" if dice.random() < self.task.settings.chinese else "en")
-        kind = dice.random()
+        """An exercise in one skill of a thought: a chain of arithmetic, comparisons, or a search in order."""
+        speak = self._choose_words(self._language())
+        kind = self.rng.random()
         if kind < 0.4:
             return self._comparisons(speak)
         if kind < 0.7:
             return self._search(speak)
-        numbers = [dice.randint(1, self.largest) for _ in range(8)]
-        return self._work(numbers, [dice.choice(OPERATIONS) for _ in range(7)], speak, Given)[0]
+        numbers = [self.rng.randint(1, self.largest) for _ in range(CHAIN + 1)]
+        operations = [self.rng.choice(OPERATIONS) for _ in range(CHAIN)]
+        steps, _ = self._work(Expression(numbers, operations), speak, Given)
+        return steps
 
-    def _comparisons(self, speak) -> list[str]:
-        words = []
-        for _ in range(6):
-            a = self.dice.randrange(self.modulus)
-            b = a if self.dice.random() < 0.4 else self.dice.randrange(self.modulus)
-            asked, *told = self._compare(a, b, a == b, speak)
-            words += [speak("gives"), Given(a), Given(asked), *told]
+    def _comparisons(self, speak: Speak) -> list[str]:
+        words: list[str] = []
+        for _ in range(COMPARISONS):
+            a = self.rng.randrange(self.modulus)
+            b = a if self.rng.random() < 0.4 else self.rng.randrange(self.modulus)
+            question, *answer = self._compare(a, b, a == b, speak)
+            words += [speak("gives"), Given(a), Given(question), *answer]
         return words
 
-    def _compare(self, reached: int, target: int, yes: bool, speak) -> list[str]:
-        """`=3 gives 0 yes`: whoever can subtract can check. (Seeing that two numbers are equal, without the
-        difference, is a skill of its own, which a base this small learns late or not at all.)"""
-        gap = (reached - target) % self.modulus
-        return [f"={target}", speak("gives"), str(gap), speak("yes" if yes else "no")]
+    def _compare(self, reached: int, target: int, yes: bool, speak: Speak) -> list[str]:
+        """`=3 gives 0 yes`: a model that can subtract can check. (To see that two numbers are equal, without
+        the difference, is a skill of its own, which a base this small learns late or not at all.)"""
+        difference = (reached - target) % self.modulus
+        return [f"={target}", speak("gives"), str(difference), speak("yes" if yes else "no")]
 
-    def _search(self, speak) -> list[str]:
-        numbers = [self.dice.randint(1, self.largest) for _ in range(self.task.settings.numbers)]
-        order, operations = self._random_expression(numbers)
-        words = []
-        for attempt in range(6):
-            work = self._work(order, operations, speak, str if attempt else Given)[0]
-            words += [speak("wait" if attempt else "try"), *work]
-            order, operations = _turn(order, operations)
+    def _search(self, speak: Speak) -> list[str]:
+        numbers = [self.rng.randint(1, self.largest) for _ in range(self.task.settings.numbers)]
+        expression = self._random_expression(numbers)
+        words: list[str] = []
+        for attempt in range(SEARCH):
+            steps, _ = self._work(expression, speak, str if attempt else Given)
+            words += [speak("wait" if attempt else "try"), *steps]
+            expression = expression.following()
         return words
-
-
-def _expression(order: Sequence[int], operations: Sequence[str]) -> list[str]:
-    return [str(order[0]), *(f"{o}{n}" for o, n in zip(operations, order[1:], strict=True))]
-
-
-def _turn(order: list[int], operations: list[str]) -> tuple[list[int], list[str]]:
-    """The odometer's next expression: last operation, then the one before it, then the numbers rotate."""
-    turned = list(operations)
-    for i in reversed(range(len(turned))):
-        turned[i] = OPERATIONS[(OPERATIONS.index(turned[i]) + 1) % 3]
-        if turned[i] != OPERATIONS[0]:
-            return order, turned
-    return order[1:] + order[:1], turned
 
 
 def encode_documents(documents: Iterator[list[str]], tokenizer: Tokenizer, tokens: int) -> list[Sample]:
-    """Documents up to a budget of tokens, as samples; words are ids already, so no text is parsed."""
+    """Samples of the documents up to a budget of tokens; each word is a token, so no text is parsed."""
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
-    encoded, total = [], 0
+    samples: list[Sample] = []
+    total = 0
     for words in documents:
         learned = np.array([not isinstance(word, Given) for word in words])
-        encoded.append(
-            Sample(np.array([ids[word] for word in words], dtype=np.int64), start=1, learned=learned[1:])
-        )
+        document = np.array([ids[word] for word in words], dtype=np.int64)
+        samples.append(Sample(document, start=1, learned=learned[1:]))
         total += len(words)
         if total >= tokens:
-            return encoded
-    return encoded
+            break
+    return samples

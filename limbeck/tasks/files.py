@@ -1,4 +1,4 @@
-"""Problems from your own JSONL or Parquet file: GSM8K, MATH, or whatever has a question and an answer."""
+"""Problems from a JSONL or Parquet file: GSM8K, MATH, or any with a question and an answer per row."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ from typing import Any
 from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers
+from .grading import fill_instruction, grade
 from .reward_parts import language_consistency
-from .task import judged, written
 
 QUESTIONS = ("problem", "question", "prompt", "input")
 ANSWERS = ("answer", "solution", "target")
+PARQUET_BATCH = 4096  # rows
+
+Row = Mapping[str, Any]
 
 
 class FileTask:
-    """Rows of a file, split by content: a problem is in `test` wherever in the file its text stands.
+    """Rows of a file, split by content: a problem is in `test` wherever in the file its text is.
 
-    `skipped` counts the rows whose gold answer cannot be read; they are dropped, never rewarded.
+    `skipped` counts the rows with an unreadable gold answer, which are dropped. Raises LimbeckError for an
+    unreadable file, missing columns, or if most gold answers are unreadable.
     """
 
     def __init__(self, name: str, settings: recipe.Files, base: Path):
-        self.name, self.settings = name, settings
+        self.name = name
+        self.settings = settings
         self.path = base / settings.path
         rows = list(read_table(self.path, settings.limit))
         if not rows:
             raise LimbeckError(f"{self.path}: the file has no rows; give it one problem a line")
-        problems = [problem for number, row in rows if (problem := self._problem(number, row))]
-        self.skipped = len(rows) - len(problems)
+        problems: list[Problem] = []
+        unreadable: list[tuple[int, Row]] = []
+        for number, row in rows:
+            problem = self._problem(number, row)
+            if problem:
+                problems.append(problem)
+            else:
+                unreadable.append((number, row))
+        self.skipped = len(unreadable)
         if 2 * self.skipped > len(rows):
-            number, row = next((n, r) for n, r in rows if not self._problem(n, r))
-            column = self._columns(number, row)[1]
+            number, row = unreadable[0]
+            _, column = self._columns(number, row)
             raise LimbeckError(
                 f"{self.path}: {self.skipped} of {len(rows)} gold answers in column {column} cannot be read, "
                 f"the first in line {number}; map problems.{name}.columns.answer to the final answers"
@@ -46,52 +58,57 @@ class FileTask:
 
     def score(self, problem: Problem, completion: Completion) -> Score:
         """Accuracy against the row's gold answer, format and language."""
-        if problem.answer is None:
+        gold = problem.answer
+        if gold is None:
             return Score({"accuracy": 0.0}, {"accuracy": "the gold answer cannot be read"}, skipped=True)
-        style = self.settings.answer
-        return judged(problem, completion, style, lambda answer: answers.judge(problem.answer, answer))
+        return grade(problem, completion, self.settings.answer, lambda answer: answers.judge(gold, answer))
 
-    def _problem(self, number: int, row: Mapping[str, Any]) -> Problem | None:
+    def _problem(self, number: int, row: Row) -> Problem | None:
+        """The problem of a row, None if its gold answer is unreadable."""
         question_column, answer_column = self._columns(number, row)
-        question, gold = row[question_column], row[answer_column]
+        question = row[question_column]
         if not isinstance(question, str) or not question.strip():
             raise LimbeckError(
                 f"{self.path}, line {number}: {question_column} is not a text; mend or delete the line"
             )
-        # true is an int to Python and no answer to anybody
-        if isinstance(gold, bool) or not isinstance(gold, str | int | float):
+        answer = _gold_answer(row[answer_column])
+        if not answer:
             return None
-        answer = answers.gold(str(gold))
         language = row.get(self.settings.columns.get("language", "language"))
-        return answer and Problem(
+        if not isinstance(language, str) or not language:
+            language = language_of(question)
+        return Problem(
             id=f"{self.name}/{number}",
-            prompt=written(self.settings.instruction, question, f"problems.{self.name}"),
+            prompt=fill_instruction(self.settings.instruction, question, f"problems.{self.name}"),
             answer=answer,
-            language=language if isinstance(language, str) and language else language_of(question),
+            language=language,
             origin=f"{self.path.name}:{number}",
             data={"question": question},
         )
 
-    def _columns(self, number: int, row: Mapping[str, Any]) -> tuple[str, str]:
-        """The names of the columns of question and answer: as mapped, else the first known one."""
-        found = []
-        for what, known in (("problem", QUESTIONS), ("answer", ANSWERS)):
-            mapped = self.settings.columns.get(what)
-            column = next((name for name in ([mapped] if mapped else known) if name in row), None)
-            if column is None:
-                raise LimbeckError(
-                    f"{self.path}, line {number}: no column {mapped or ', '.join(known)} among "
-                    f"{', '.join(row) or 'none'}; set problems.{self.name}.columns.{what} to one of them"
-                )
-            found.append(column)
-        return found[0], found[1]
+    def _columns(self, number: int, row: Row) -> tuple[str, str]:
+        """The names of the columns with question and answer."""
+        return self._column("problem", QUESTIONS, number, row), self._column("answer", ANSWERS, number, row)
+
+    def _column(self, role: str, defaults: Sequence[str], number: int, row: Row) -> str:
+        """The column that the recipe maps to `role`, else the first of `defaults` in the row."""
+        mapped = self.settings.columns.get(role)
+        for name in [mapped] if mapped else defaults:
+            if name in row:
+                return name
+        raise LimbeckError(
+            f"{self.path}, line {number}: no column {mapped or ', '.join(defaults)} among "
+            f"{', '.join(row) or 'none'}; set problems.{self.name}.columns.{role} to one of them"
+        )
 
     def _split(self, problems: list[Problem]) -> dict[str, list[Problem]]:
-        """The `held_out` texts with the smallest fingerprints are the test, in whatever order they came."""
-        place = {
-            p.id: fingerprint("split", self.settings.seed, _normalised(p.data["question"])) for p in problems
-        }
-        ranked = sorted(set(place.values()))
+        """Train and test. The test has the `held_out` texts with the smallest fingerprints, whatever the
+        order of rows."""
+        prints: dict[str, int] = {}
+        for problem in problems:
+            text = _normalise(problem.data["question"])
+            prints[problem.id] = fingerprint("split", self.settings.seed, text)
+        ranked = sorted(set(prints.values()))
         if len(ranked) <= self.settings.held_out:
             raise LimbeckError(
                 f"{self.path}: {len(ranked)} different problems leave none to train on when "
@@ -99,21 +116,34 @@ class FileTask:
             )
         test = set(ranked[: self.settings.held_out])
         return {
-            "train": [p for p in problems if place[p.id] not in test],
-            "test": [p for p in problems if place[p.id] in test],
+            "train": [problem for problem in problems if prints[problem.id] not in test],
+            "test": [problem for problem in problems if prints[problem.id] in test],
         }
 
 
-def _normalised(question: str) -> str:
+def _gold_answer(value: Any) -> str | None:
+    """The gold answer of a column's value, None if it is neither text nor number, or unreadable."""
+    if isinstance(value, bool):  # an int to Python
+        return None
+    if not isinstance(value, str | int | float):
+        return None
+    return answers.parse_gold(str(value))
+
+
+def _normalise(question: str) -> str:
     return " ".join(question.lower().split())
 
 
 def language_of(question: str) -> str:
+    """`zh` if most words of the question are Chinese characters, else `en`."""
     return "zh" if (language_consistency(question, "zh") or 0.0) > 0.5 else "en"
 
 
-def read_table(path: Path, limit: int | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Numbered rows, from 1; blank lines keep their number and are passed over."""
+def read_table(path: Path, limit: int | None = None) -> Iterator[tuple[int, Row]]:
+    """At most `limit` rows of a file, numbered from 1; blank lines are skipped and keep their number.
+
+    Raises LimbeckError for a missing file or a broken row.
+    """
     if not path.is_file():
         raise LimbeckError(f"{path}: no such file; paths are relative to the recipe's folder")
     rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
@@ -123,7 +153,7 @@ def read_table(path: Path, limit: int | None = None) -> Iterator[tuple[int, Mapp
         yield row
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -139,13 +169,14 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield number, row
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow as arrow
     import pyarrow.parquet
 
     try:
         file = arrow.parquet.ParquetFile(path)
-        batches = [batch for batch in file.iter_batches(batch_size=4096)]
+        batches = list(file.iter_batches(batch_size=PARQUET_BATCH))
     except (arrow.ArrowException, OSError) as error:
         raise LimbeckError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from None
-    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from enumerate(rows, start=1)

@@ -1,24 +1,25 @@
-"""Who judges the answers to each generator of reasoning-gym, and what they may look like.
+"""Judges of the answers to each generator of reasoning-gym, and the forms of those answers.
 
-Several of its scorers hand the answer to `eval` or to sympy's parser, others pay for what is no answer (`0` for any
-probability, `NaN` for any list, anything at all for game_of_life_halting). So each generator that has a scorer of
-its own was read, and stands here by name: `TEXT` is compared with the gold answer, `FORMS` are read by a grammar and
-judged here, and `SCORED` go to the generator's scorer, in a process that reaches nothing, once they have its form.
-All others are refused. A generator without one needs no entry: `answers.judge` compares its answers.
+Several of its scorers hand the answer to `eval` or to sympy's parser, others reward what is no answer (`0`
+for any probability, `NaN` for any list, anything at all for game_of_life_halting). So each generator with a
+scorer of its own was audited, and is listed here by name: answers to those in `TEXT` are compared with the
+gold answer, `FORMS` are parsed by a grammar and judged here, and `SCORED` go to the generator's scorer, in
+the sandbox, once they have its form. All others are refused. A generator without a scorer needs no entry:
+`answers.judge` compares its answers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from . import grammar
-from .grammar import Unread, expression, number, numbers, polynomial, value
+from .grammar import ParseError, expression, number, numbers, polynomial, value
 
-AUDITED = "0.1.25"  # the version of reasoning-gym whose scorers were read
+AUDITED = "0.1.25"  # the version of reasoning-gym whose scorers were audited
 
 Entry = dict[str, Any]
 
@@ -41,65 +42,76 @@ NUMBERS = frozenset(
 
 
 def words(text: str) -> list[list[str]]:
-    """The words of each line; a comma keeps a word apart, with a space behind it or without."""
+    """The words of each line; a comma ends a word, with a space behind it or without."""
     return [line.replace(",", ", ").split() for line in text.strip().splitlines()]
 
 
-# ---------------------------------------------------------------- read by a grammar
+# ---------------------------------------------------------------- parsed by a grammar
 
 
 def _countdown(answer: str, entry: Entry) -> bool:
-    tree = expression(answer)
-    used = sorted(grammar.leaves(tree))
-    return (
-        used == sorted(entry["metadata"]["numbers"]) and grammar.amount(tree) == entry["metadata"]["target"]
-    )
+    facts = entry["metadata"]
+    return _reaches(answer, facts["numbers"], facts["target"])
 
 
 def _puzzle24(answer: str, entry: Entry) -> bool:
+    return _reaches(answer, entry["metadata"]["numbers"], 24)
+
+
+def _reaches(answer: str, numbers: Sequence[int], target: int) -> bool:
+    """True if the answer is an expression of `target` that uses each number once."""
     tree = expression(answer)
-    return sorted(grammar.leaves(tree)) == sorted(entry["metadata"]["numbers"]) and grammar.amount(tree) == 24
+    return sorted(grammar.leaves(tree)) == sorted(numbers) and grammar.evaluate(tree) == target
 
 
 def _product(answer: str, entry: Entry) -> bool:
     letters = frozenset(re.findall(r"[A-Za-z]", entry["answer"]))
-    wanted, given = (expression(text, letters, powers=True) for text in (entry["answer"], answer))
+    wanted = expression(entry["answer"], letters, powers=True)
+    given = expression(answer, letters, powers=True)
     return grammar.expanded(given) and polynomial(given) == polynomial(wanted)
 
 
 def _antiderivative(answer: str, entry: Entry) -> bool:
     letter = entry["metadata"]["variable"]
     given = polynomial(expression(answer, (letter, "C"), powers=True))
-    return given.derivative(letter) == polynomial(
-        expression(entry["metadata"]["integrand"], (letter,), powers=True)
-    )
+    integrand = expression(entry["metadata"]["integrand"], (letter,), powers=True)
+    return given.derivative(letter) == polynomial(integrand)
 
 
 def elementary(answer: str, letter: str) -> grammar.Node:
-    """The tree of an elementary function of `letter`, C being its constant."""
+    """The tree of an elementary function of `letter`; C is its constant."""
     return expression(answer, (letter, "C", "pi", "E"), grammar.FUNCTIONS, powers=True)
 
 
 def _complex(answer: str, entry: Entry) -> bool:
-    return _parts(answer) == _parts(entry["answer"])
+    return _real_and_imaginary(answer) == _real_and_imaginary(entry["answer"])
 
 
-def _parts(text: str) -> tuple[Fraction, Fraction]:
+_UNSIGNED = r"[0-9]{1,40}(?:\.[0-9]{1,40})?"
+_COMPLEX = re.compile(
+    rf"(?P<real>[-+]?{_UNSIGNED}(?!i|\.|[0-9]))?(?:(?P<sign>[-+]?)(?P<size>{_UNSIGNED})?i)?"
+)
+
+
+def _real_and_imaginary(text: str) -> tuple[Fraction, Fraction]:
     """Real and imaginary part of `-5.0 + 20.0i`."""
     plain = re.sub(r"[ ()]", "", text).replace("j", "i")
-    unsigned = r"[0-9]{1,40}(?:\.[0-9]{1,40})?"
-    match = re.fullmatch(rf"([-+]?{unsigned}(?!i|\.|[0-9]))?(?:([-+]?)({unsigned})?i)?", plain)
-    if not match or not plain or (match[1] and plain != match[1] and not match[2]):
-        raise Unread("no complex number")
-    imaginary = (
-        Fraction(match[3] or 1) * (-1 if match[2] == "-" else 1) if plain.endswith("i") else Fraction(0)
-    )
-    return Fraction(match[1] or 0), imaginary
+    match = _COMPLEX.fullmatch(plain)
+    if not match or not plain:
+        raise ParseError("no complex number")
+    if match["real"] and plain != match["real"] and not match["sign"]:
+        raise ParseError("no complex number")
+    real = Fraction(match["real"] or 0)
+    if not plain.endswith("i"):
+        return real, Fraction(0)
+    imaginary = Fraction(match["size"] or 1)
+    return real, -imaginary if match["sign"] == "-" else imaginary
 
 
 def _probability(answer: str, entry: Entry) -> bool:
     wanted = number(entry["answer"])
-    return abs(number(answer) - wanted) <= min(Fraction(1, 10_000), wanted / 100)
+    tolerance = min(Fraction(1, 10_000), wanted / 100)
+    return abs(number(answer) - wanted) <= tolerance
 
 
 def _sorted_numbers(answer: str, entry: Entry) -> bool:
@@ -113,22 +125,22 @@ def _roots(answer: str, entry: Entry) -> bool:
 def _bits(answer: str, entry: Entry) -> bool:
     form = r"-?(?:0x[0-9a-fA-F]{1,64}|0b[01]{1,256}|0o[0-7]{1,90}|[1-9][0-9]{0,80}|0)"
     if not re.fullmatch(form, answer.strip()):
-        raise Unread("no whole number")
+        raise ParseError("no whole number")
     return int(answer, 0) == int(entry["answer"], 0)
 
 
 def _json(answer: str, entry: Entry) -> bool:
-    if answer.strip() == entry["answer"].strip():
+    gold = entry["answer"]
+    if answer.strip() == gold.strip():
         return True
-    wanted, given = (json.dumps(value(text), sort_keys=True) for text in (entry["answer"], answer))
-    return wanted == given
+    return json.dumps(value(answer), sort_keys=True) == json.dumps(value(gold), sort_keys=True)
 
 
 def _queens(answer: str, entry: Entry) -> bool:
     return words(answer) in [words(board) for board in entry["metadata"]["valid_answers"]]
 
 
-# A judge of ours: whether an answer is right, or Unread.
+# Judges of ours: True for a correct answer, False for a wrong one, or `ParseError`.
 FORMS: dict[str, Callable[[str, Entry], bool]] = {
     "bitwise_arithmetic": _bits,
     "codeio": _json,
@@ -149,55 +161,57 @@ FORMS: dict[str, Callable[[str, Entry], bool]] = {
 
 
 def _like(pattern: str) -> Callable[[str], str]:
-    """A reader that takes what the whole pattern matches, in ASCII digits and letters."""
+    """A parser of texts that the whole pattern matches, in ASCII digits and letters."""
     compiled = re.compile(pattern, re.ASCII)
 
     def read(answer: str) -> str:
         if not compiled.fullmatch(answer.strip()):
-            raise Unread("another form")
+            raise ParseError("another form")
         return answer.strip()
 
     return read
 
 
 def _texts(depth: int) -> Callable[[str], str]:
-    """A reader of JSON lists of texts, `depth` of them inside one another."""
+    """A parser of JSON lists of texts, nested `depth` times."""
 
     def read(answer: str) -> str:
         level = [value(answer)]
         for _ in range(depth):
             if not all(isinstance(item, list) for item in level):
-                raise Unread("no list")
+                raise ParseError("no list")
             level = [inner for item in level for inner in item]
         if not all(isinstance(item, str) for item in level):
-            raise Unread("no texts")
+            raise ParseError("no texts")
         return json.dumps(value(answer), ensure_ascii=False)
 
     return read
 
 
 def _names(inner: type) -> Callable[[str], str]:
-    """A reader of one JSON object, or a list of them, whose values are texts or whole numbers."""
+    """A parser of one JSON object, or a list of them, whose values are all of type `inner`."""
 
     def read(answer: str) -> str:
-        found = value(answer)
-        objects = found if isinstance(found, list) else [found]
+        parsed = value(answer)
+        objects = parsed if isinstance(parsed, list) else [parsed]
         if not all(isinstance(item, dict) for item in objects):
-            raise Unread("no object")
-        if not all(type(item) is inner for one in objects for item in one.values()):
-            raise Unread("another form")
-        return json.dumps(found)
+            raise ParseError("no object")
+        if not all(type(item) is inner for mapping in objects for item in mapping.values()):
+            raise ParseError("another form")
+        return json.dumps(parsed)
 
     return read
 
 
 def _moves(answer: str) -> str:
-    return answer.strip() if answer.strip().lower() == "no" else _texts(1)(answer)
+    """A list of moves, or "no"."""
+    text = answer.strip()
+    return text if text.lower() == "no" else _texts(1)(answer)
 
 
 _N = grammar.NUMBER
 _TURN = r"[UDLRFBMESXYZudlrfbxyz]w?(?:'[1-9]?|[1-9]'?)?"
-# A reader of the answer's form; the scorer sees only what it gives back.
+# Parsers of an answer's form; the scorer sees only their result.
 SCORED: dict[str, Callable[[str], str]] = {
     "advanced_geometry": _like(rf"{_N} ?°?|\({_N}, ?{_N}\)"),
     "boxnet": _names(str),
@@ -234,15 +248,16 @@ SCORED: dict[str, Callable[[str], str]] = {
     "word_ladder": _like(r"[A-Za-z]+(?:, ?[A-Za-z]+)*"),
 }
 
-# Read by a grammar, and judged by sympy in the referee's child.
+# Parsed by a grammar, and judged by sympy in the sandbox.
 SYMBOLIC = frozenset({"intermediate_integration"})
 REFUSED = {
     "composite": "it hands the answer on to other generators; name each of them as problems of its own"
 }
 
 
-def compared(generator: str, answer: str, entry: Entry) -> bool | None:
-    """Whether an answer is right, or Unread; None where that is for a process that reaches nothing to say."""
+def compare(generator: str, answer: str, entry: Entry) -> bool | None:
+    """True for a correct answer, False for a wrong one, None if the sandbox must judge it. Raises
+    `ParseError` for another form."""
     if generator in TEXT:
         return words(answer) == words(entry["answer"])
     if generator in TEXT_IN_ANY_CASE:
@@ -256,37 +271,38 @@ def compared(generator: str, answer: str, entry: Entry) -> bool | None:
     return None
 
 
-def judged_apart(generator: str) -> bool:
-    """Whether answers to it need a process that reaches nothing."""
+def needs_sandbox(generator: str) -> bool:
+    """True if the sandbox judges a generator's answers."""
     return generator in SCORED or generator in SYMBOLIC
 
 
-def known(generator: str) -> bool:
-    """Whether its scorer was read, and its answers have a judge here."""
-    return judged_apart(generator) or generator in FORMS or generator in TEXT | TEXT_IN_ANY_CASE | NUMBERS
+def is_audited(generator: str) -> bool:
+    """True if a generator's scorer was audited, and its answers have a judge here."""
+    return needs_sandbox(generator) or generator in FORMS or generator in TEXT | TEXT_IN_ANY_CASE | NUMBERS
 
 
-# ---------------------------------------------------------------- over the pipe
+# ---------------------------------------------------------------- entries for the sandbox
 
 
-def packed(thing: Any) -> Any:
-    """An entry as JSON can carry it: tuples and dictionaries of any keys are written as what they are."""
+def pack(thing: Any) -> Any:
+    """An entry as JSON, with the type of each container: tuples, sets, and dictionaries of any keys."""
     if isinstance(thing, list | tuple | set | frozenset):
-        return {type(thing).__name__: [packed(item) for item in thing]}
+        return {type(thing).__name__: [pack(item) for item in thing]}
     if isinstance(thing, dict):
-        return {"dict": [[packed(key), packed(item)] for key, item in thing.items()]}
+        return {"dict": [[pack(key), pack(item)] for key, item in thing.items()]}
     if hasattr(thing, "item"):  # numpy's scalars
         return thing.item()
     return thing
 
 
-def unpacked(thing: Any) -> Any:
-    """What `packed` was given."""
+CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def unpack(thing: Any) -> Any:
+    """The inverse of `pack`."""
     if not isinstance(thing, dict):
         return thing
     [(kind, items)] = thing.items()
     if kind == "dict":
-        return {unpacked(key): unpacked(item) for key, item in items}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](
-        unpacked(i) for i in items
-    )
+        return {unpack(key): unpack(item) for key, item in items}
+    return CONTAINERS[kind](unpack(item) for item in items)

@@ -1,7 +1,7 @@
-"""What a model may write where a library would evaluate it: numbers, sums, polynomials, elementary functions, JSON.
+"""Parsers for answers that a library would evaluate: numbers, sums, polynomials, elementary functions, JSON.
 
-Every reader takes the whole text or raises `Unread`. None of them evaluates anything: a text becomes tokens,
-tokens a tree, and from the tree alone a value is made. Length, depth, digits and exponents have bounds.
+Each parser takes the whole text or raises `ParseError`. None evaluates the text: it becomes tokens, the
+tokens a tree, and the value is computed from the tree alone. Length, depth, digits and exponents are bounded.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-LONGEST = 4096  # characters
-DEEPEST = 24  # brackets and signs inside one another
-DIGITS = 40
-TOKENS = 400
-EXPONENT = 99
-SMALL = 10  # the largest exponent of a sum
-TERMS = 400  # of a polynomial, and of a product before like ones are added up
-BITS = 2000  # of a numerator or a denominator
+MAX_LENGTH = 4096  # characters
+MAX_DEPTH = 24  # brackets and signs inside one another
+MAX_DIGITS = 40  # digits of a number, before and after its point
+MAX_TOKENS = 400  # tokens of an expression
+MAX_EXPONENT = 99  # of a number, or of a polynomial of one term
+MAX_SUM_EXPONENT = 10  # of a polynomial of several terms
+MAX_TERMS = 400  # terms of a polynomial, and of a product before like ones are added up
+MAX_BITS = 2000  # bits of a numerator or a denominator
 
-NUMBER = rf"[-+]?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE][-+]?[0-9]{{1,3}})?"
+NUMBER = rf"[-+]?[0-9]{{1,{MAX_DIGITS}}}(?:\.[0-9]{{1,{MAX_DIGITS}}})?(?:[eE][-+]?[0-9]{{1,3}})?"
 
 FUNCTIONS = frozenset({
     "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "acot", "sinh", "cosh", "tanh",
@@ -29,62 +29,73 @@ FUNCTIONS = frozenset({
 })  # fmt: skip
 
 
-class Unread(ValueError):
-    """The text is not of the form that was asked for."""
+class ParseError(ValueError):
+    """The text does not have the expected form."""
 
 
 def number(text: str) -> Fraction:
     """`Fraction(3, 2)` of "1.5" and of "3/2"; no NaN, no infinity, and ASCII digits only."""
-    parts = _limited(text).strip().split("/")
-    if len(parts) > 2 or not all(re.fullmatch(NUMBER, part.strip()) for part in parts):
-        raise Unread("no number")
-    try:
-        return Fraction(parts[0].strip()) / (Fraction(parts[1].strip()) if len(parts) == 2 else 1)
-    except ZeroDivisionError:
-        raise Unread("divided by zero") from None
+    parts = [part.strip() for part in _limited(text).strip().split("/")]
+    if len(parts) > 2 or not all(re.fullmatch(NUMBER, part) for part in parts):
+        raise ParseError("no number")
+    if len(parts) == 1:
+        return Fraction(parts[0])
+    denominator = Fraction(parts[1])
+    if denominator == 0:
+        raise ParseError("divided by zero")
+    return Fraction(parts[0]) / denominator
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers of "1, 2.5"; brackets around all of them and quotes around each are looked past."""
-    inside = re.fullmatch(r"\[(.*)\]|([^\[\]]*)", _limited(text).strip(), re.DOTALL)
-    if not inside:
-        raise Unread("brackets that do not match")
-    parts = (inside[1] if inside[1] is not None else inside[2]).split(",")
-    return [number(re.sub(r"""^\s*(["'])(.*)\1\s*$""", r"\2", part)) for part in parts]
+    """The numbers of "1, 2.5"; brackets around all of them, and quotes around each, are ignored."""
+    match = re.fullmatch(r"\[(.*)\]|([^\[\]]*)", _limited(text).strip(), re.DOTALL)
+    if not match:
+        raise ParseError("brackets that do not match")
+    inside = match[1] if match[1] is not None else match[2]
+    return [number(re.sub(r"""^\s*(["'])(.*)\1\s*$""", r"\2", part)) for part in inside.split(",")]
 
 
 def value(text: str) -> Any:
-    """What a JSON text says: no NaN, no infinity, no name twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise Unread("a name twice")
-        return dict(pairs)
-
-    def never(constant: str) -> None:
-        raise Unread(constant)
-
-    def finite(digits: str) -> float:
-        if not re.fullmatch(NUMBER, digits) or abs(float(digits)) == float("inf"):
-            raise Unread("too large")
-        return float(digits)
-
-    def whole(digits: str) -> int:
-        if len(digits) > DIGITS:
-            raise Unread("too large")
-        return int(digits)
-
+    """The value of a JSON text: no NaN, no infinity, no name twice."""
     try:
         return json.loads(
-            _limited(text), object_pairs_hook=once, parse_constant=never, parse_float=finite, parse_int=whole
+            _limited(text),
+            object_pairs_hook=_parse_object,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+            parse_int=_parse_int,
         )
     except (ValueError, RecursionError):
-        raise Unread("no JSON") from None
+        raise ParseError("no JSON") from None
+
+
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = {name for name, _ in pairs}
+    if len(names) < len(pairs):
+        raise ParseError("a name twice")
+    return dict(pairs)
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ParseError(constant)
+
+
+def _parse_float(digits: str) -> float:
+    if not re.fullmatch(NUMBER, digits) or abs(float(digits)) == float("inf"):
+        raise ParseError("too large")
+    return float(digits)
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ParseError("too large")
+    return int(digits)
 
 
 def _limited(text: str) -> str:
-    if len(text) > LONGEST:
-        raise Unread("too long")
+    """The text itself. Raises `ParseError` if it is too long."""
+    if len(text) > MAX_LENGTH:
+        raise ParseError("too long")
     return text
 
 
@@ -98,41 +109,55 @@ class Node(NamedTuple):
     parts: tuple
 
 
-_TOKEN = re.compile(r"[ \t\n]*(?:([0-9]+(?:\.[0-9]+)?)|([A-Za-z]+)|(\*\*|[-+*/()]))[ \t\n]*")
+_TOKEN = re.compile(
+    r"[ \t\n]*(?:(?P<number>[0-9]+(?:\.[0-9]+)?)|(?P<name>[A-Za-z]+)|(?P<sign>\*\*|[-+*/()]))[ \t\n]*"
+)
 
 
 def expression(
     text: str, names: Iterable[str] = (), functions: Iterable[str] = (), powers: bool = False
 ) -> Node:
-    """The tree of an expression in + - * / and brackets, with these names and functions, and ** with `powers`."""
-    _limited(text)
-    tokens, at = [], 0
+    """The tree of an expression in + - * / and brackets, with these names and functions, and ** with
+    `powers`."""
+    tokens = _tokens(_limited(text), powers)
+    if len(tokens) > MAX_TOKENS:
+        raise ParseError("too long")
+    return _Parser(tokens, frozenset(names), frozenset(functions)).parse()
+
+
+def _tokens(text: str, powers: bool) -> list[str]:
+    tokens: list[str] = []
+    at = 0
     while at < len(text):
         match = _TOKEN.match(text, at)
-        if not match or (match[1] and len(match[1]) > DIGITS) or (match[3] == "**" and not powers):
-            raise Unread("what is no part of an expression")
+        if not match:
+            raise ParseError("what is no part of an expression")
+        if len(match["number"] or "") > MAX_DIGITS or (match["sign"] == "**" and not powers):
+            raise ParseError("what is no part of an expression")
         tokens.append(match.group().strip())
         at = match.end()
-    if len(tokens) > TOKENS:
-        raise Unread("too long")
-    return _Reader(tokens, frozenset(names), frozenset(functions)).whole()
+    return tokens
 
 
-class _Reader:
-    """Recursive descent: sum, product, sign, power, atom."""
+class _Parser:
+    """A recursive-descent parser: sum, product, sign, power, atom."""
 
     def __init__(self, tokens: list[str], names: frozenset[str], functions: frozenset[str]):
-        self.tokens, self.names, self.functions = [*tokens, ""], names, functions
-        self.at = self.depth = 0
+        self.tokens = [*tokens, ""]
+        self.names = names
+        self.functions = functions
+        self.at = 0
+        self.depth = 0
 
-    def whole(self) -> Node:
+    def parse(self) -> Node:
+        """The tree of all tokens."""
         tree = self._sum()
         if self.tokens[self.at]:
-            raise Unread("something behind the end")
+            raise ParseError("something behind the end")
         return tree
 
-    def _next(self, *wanted: str) -> str:
-        """The next token, where it is one of these; "" and no step where it is not."""
+    def _take(self, *wanted: str) -> str:
+        """Consume and return the next token if it is one of `wanted`, else return ""."""
         token = self.tokens[self.at]
         if token and token in wanted:
             self.at += 1
@@ -141,28 +166,30 @@ class _Reader:
 
     def _sum(self) -> Node:
         tree = self._product()
-        while sign := self._next("+", "-"):
+        while sign := self._take("+", "-"):
             tree = Node(sign, (tree, self._product()))
         return tree
 
     def _product(self) -> Node:
         tree = self._signed()
-        while sign := self._next("*", "/"):
+        while sign := self._take("*", "/"):
             tree = Node(sign, (tree, self._signed()))
         return tree
 
     def _signed(self) -> Node:
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unread("too deep")
-        sign = self._next("-", "+")
+        if self.depth > MAX_DEPTH:
+            raise ParseError("too deep")
+        sign = self._take("-", "+")
         tree = self._signed() if sign else self._power()
         self.depth -= 1
         return Node("minus", (tree,)) if sign == "-" else tree
 
     def _power(self) -> Node:
         base = self._atom()
-        return Node("**", (base, self._signed())) if self._next("**") else base
+        if self._take("**"):
+            return Node("**", (base, self._signed()))
+        return base
 
     def _atom(self) -> Node:
         token = self.tokens[self.at]
@@ -170,22 +197,23 @@ class _Reader:
         if token[:1].isdigit():
             return Node("number", (Fraction(token),))
         if token == "(":
-            return self._inside()
+            return self._bracketed()
         if token in self.names:
             return Node("name", (token,))
-        if token in self.functions and self._next("("):
-            return Node(token, (self._inside(),))
-        raise Unread("an unknown name" if token else "the end comes too soon")
+        if token in self.functions and self._take("("):
+            return Node(token, (self._bracketed(),))
+        raise ParseError("an unknown name" if token else "the end comes too soon")
 
-    def _inside(self) -> Node:
+    def _bracketed(self) -> Node:
+        """The sum behind an opening bracket, up to its closing one."""
         tree = self._sum()
-        if not self._next(")"):
-            raise Unread("brackets that do not match")
+        if not self._take(")"):
+            raise ParseError("brackets that do not match")
         return tree
 
 
 def nodes(tree: Node) -> Iterator[Node]:
-    """A node and all below it, in the order in which they were written."""
+    """A node and all below it, in the order of the text."""
     yield tree
     for part in tree.parts:
         if isinstance(part, Node):
@@ -197,67 +225,86 @@ def leaves(tree: Node) -> list[Fraction]:
     return [node.parts[0] for node in nodes(tree) if node.kind == "number"]
 
 
-def folded(
-    tree: Node, constant: Callable, name: Callable, power: Callable, function: Callable | None = None
-) -> Any:
-    """A tree's value, where numbers are made by `constant`, names by `name`, and so on; + - * / are the values'."""
+class Algebra(NamedTuple):
+    """The values of a tree's nodes: `constant` of a number, `name` of a name, `power` of a base's value and
+    an exponent's node, `function` of a function's name and the value inside. + - * / are the values' own."""
 
-    def fold(node: Node) -> Any:
-        if node.kind == "number":
-            return constant(node.parts[0])
-        if node.kind == "name":
-            return name(node.parts[0])
-        if node.kind == "**":
-            return power(fold(node.parts[0]), node.parts[1])
-        values = [fold(part) for part in node.parts]
-        match node.kind:
-            case "+":
-                return values[0] + values[1]
-            case "-":
-                return values[0] - values[1]
-            case "*":
-                return values[0] * values[1]
-            case "/":
-                return values[0] / values[1]
-            case "minus":
-                return -values[0]
-        return function(node.kind, *values)
+    constant: Callable[[Fraction], Any]
+    name: Callable[[str], Any]
+    power: Callable[[Any, Node], Any]
+    function: Callable[..., Any] | None = None
 
+
+def fold(tree: Node, algebra: Algebra) -> Any:
+    """The value of a tree in an algebra. Raises `ParseError` for a division by zero."""
     try:
-        return fold(tree)
+        return _fold(tree, algebra)
     except ZeroDivisionError:
-        raise Unread("divided by zero") from None
+        raise ParseError("divided by zero") from None
+
+
+def _fold(node: Node, algebra: Algebra) -> Any:
+    if node.kind == "number":
+        return algebra.constant(node.parts[0])
+    if node.kind == "name":
+        return algebra.name(node.parts[0])
+    if node.kind == "**":
+        base, exponent = node.parts
+        return algebra.power(_fold(base, algebra), exponent)
+    values = [_fold(part, algebra) for part in node.parts]
+    match node.kind:
+        case "+":
+            return values[0] + values[1]
+        case "-":
+            return values[0] - values[1]
+        case "*":
+            return values[0] * values[1]
+        case "/":
+            return values[0] / values[1]
+        case "minus":
+            return -values[0]
+    return algebra.function(node.kind, *values)
 
 
 def _bits(fraction: Fraction) -> int:
     return max(fraction.numerator.bit_length(), fraction.denominator.bit_length())
 
 
-def amount(tree: Node) -> Fraction:
+def evaluate(tree: Node) -> Fraction:
     """The exact value of a tree without names and functions."""
+    return fold(tree, Algebra(_identity, _refuse_name, _rational_power))
 
-    def power(base: Fraction, exponent: Node) -> Fraction:
-        wanted = amount(exponent)
-        if wanted.denominator > 1 or abs(wanted) > EXPONENT or _bits(base) * abs(wanted) > BITS:
-            raise Unread("too large an exponent")
-        return base ** int(wanted)
 
-    def name(_: str) -> Fraction:
-        raise Unread("a name")
+def _identity(constant: Fraction) -> Fraction:
+    return constant
 
-    return folded(tree, lambda n: n, name, power)
+
+def _refuse_name(_: str) -> Fraction:
+    raise ParseError("a name")
+
+
+def _rational_power(base: Fraction, exponent: Node) -> Fraction:
+    power = evaluate(exponent)
+    if power.denominator > 1 or abs(power) > MAX_EXPONENT or _bits(base) * abs(power) > MAX_BITS:
+        raise ParseError("too large an exponent")
+    return base ** int(power)
 
 
 # ---------------------------------------------------------------- polynomials
 
 
 class Polynomial:
-    """Terms with rational coefficients: `{(("x", 2),): Fraction(3)}` is 3x²; equal ones have equal terms."""
+    """Terms with rational coefficients: `{(("x", 2),): Fraction(3)}` is 3x²; equal polynomials have equal
+    terms.
+
+    Raises `ParseError` if it is too large.
+    """
 
     def __init__(self, terms: dict[tuple, Fraction]):
         self.terms = {powers: coefficient for powers, coefficient in terms.items() if coefficient}
-        if len(self.terms) > TERMS or any(_bits(coefficient) > BITS for coefficient in self.terms.values()):
-            raise Unread("too large a polynomial")
+        large = any(_bits(coefficient) > MAX_BITS for coefficient in self.terms.values())
+        if len(self.terms) > MAX_TERMS or large:
+            raise ParseError("too large a polynomial")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Polynomial) and self.terms == other.terms
@@ -277,52 +324,68 @@ class Polynomial:
         return self + -other
 
     def __mul__(self, other: Polynomial) -> Polynomial:
-        if len(self.terms) * len(other.terms) > TERMS:
-            raise Unread("too large a product")
+        if len(self.terms) * len(other.terms) > MAX_TERMS:
+            raise ParseError("too large a product")
         terms: dict[tuple, Fraction] = {}
-        for mine, a in self.terms.items():
-            for theirs, b in other.terms.items():
-                powers = dict(mine)
-                for letter, power in theirs:
-                    powers[letter] = powers.get(letter, 0) + power
-                key = tuple(sorted(powers.items()))
-                terms[key] = terms.get(key, 0) + a * b
+        for left, a in self.terms.items():
+            for right, b in other.terms.items():
+                powers = _add_powers(left, right)
+                terms[powers] = terms.get(powers, 0) + a * b
         return Polynomial(terms)
 
     def __truediv__(self, other: Polynomial) -> Polynomial:
         if set(other.terms) - {()}:
-            raise Unread("divided by a polynomial")
-        return self * Polynomial({(): 1 / other.terms.get((), Fraction(0))})
+            raise ParseError("divided by a polynomial")
+        divisor = other.terms.get((), Fraction(0))
+        return self * Polynomial({(): 1 / divisor})
 
     def derivative(self, letter: str) -> Polynomial:
-        """With respect to `letter`."""
-        terms = {}
+        """The derivative with respect to `letter`."""
+        terms: dict[tuple, Fraction] = {}
         for powers, coefficient in self.terms.items():
-            if power := dict(powers).get(letter, 0):
-                rest = {**dict(powers), letter: power - 1}
-                terms[tuple(sorted((name, p) for name, p in rest.items() if p))] = coefficient * power
+            exponents = dict(powers)
+            power = exponents.get(letter, 0)
+            if power:
+                exponents[letter] = power - 1
+                remaining = [(name, exponent) for name, exponent in exponents.items() if exponent]
+                terms[tuple(sorted(remaining))] = coefficient * power
         return Polynomial(terms)
 
 
+def _add_powers(left: tuple, right: tuple) -> tuple:
+    """The powers of a product of two terms."""
+    powers = dict(left)
+    for letter, power in right:
+        powers[letter] = powers.get(letter, 0) + power
+    return tuple(sorted(powers.items()))
+
+
 def polynomial(tree: Node) -> Polynomial:
-    """The polynomial that a tree stands for, multiplied out."""
+    """The polynomial of a tree, multiplied out."""
+    return fold(tree, Algebra(_constant_polynomial, _variable, _polynomial_power))
 
-    def power(base: Polynomial, exponent: Node) -> Polynomial:
-        wanted = amount(exponent)
-        if wanted.denominator > 1 or not 0 <= wanted <= (EXPONENT if len(base.terms) < 2 else SMALL):
-            raise Unread("no exponent of a polynomial")
-        product = Polynomial({(): Fraction(1)})
-        for _ in range(int(wanted)):
-            product = product * base
-        return product
 
-    return folded(
-        tree, lambda n: Polynomial({(): n}), lambda letter: Polynomial({((letter, 1),): Fraction(1)}), power
-    )
+def _constant_polynomial(constant: Fraction) -> Polynomial:
+    return Polynomial({(): constant})
+
+
+def _variable(letter: str) -> Polynomial:
+    return Polynomial({((letter, 1),): Fraction(1)})
+
+
+def _polynomial_power(base: Polynomial, exponent: Node) -> Polynomial:
+    power = evaluate(exponent)
+    limit = MAX_EXPONENT if len(base.terms) < 2 else MAX_SUM_EXPONENT
+    if power.denominator > 1 or not 0 <= power <= limit:
+        raise ParseError("no exponent of a polynomial")
+    product = _constant_polynomial(Fraction(1))
+    for _ in range(int(power)):
+        product = product * base
+    return product
 
 
 def expanded(tree: Node) -> bool:
-    """Whether nothing is left to multiply out: no sum inside a product or a power."""
+    """True if nothing is left to multiply out: no sum inside a product or a power."""
     factors = [node for node in nodes(tree) if node.kind in ("*", "/", "**")]
     return not any(inner.kind in ("+", "-") for factor in factors for inner in nodes(factor))
 
@@ -331,24 +394,24 @@ def expanded(tree: Node) -> bool:
 
 
 def symbolic(tree: Node) -> Any:
-    """The tree as an expression of sympy, put together from its classes: no text is handed to sympy."""
+    """The tree as an expression of sympy, built from its classes: sympy parses no text."""
     import sympy
 
-    def power(base: Any, exponent: Node) -> Any:
-        wanted = fold(exponent)
-        if wanted.is_Rational:
-            bits = _bits(Fraction(base.p, base.q)) if base.is_Rational else 1
-            if abs(wanted) > EXPONENT or bits * abs(wanted) > BITS:
-                raise Unread("too large an exponent")
-        return base**wanted
-
-    def function(name: str, inner: Any) -> Any:
-        return getattr(sympy, {"ln": "log", "abs": "Abs"}.get(name, name))(inner)
+    def constant(fraction: Fraction) -> Any:
+        return sympy.Rational(fraction.numerator, fraction.denominator)
 
     def name(letter: str) -> Any:
         return {"pi": sympy.pi, "E": sympy.E}.get(letter) or sympy.Symbol(letter)
 
-    def fold(node: Node) -> Any:
-        return folded(node, lambda n: sympy.Rational(n.numerator, n.denominator), name, power, function)
+    def power(base: Any, exponent: Node) -> Any:
+        value = symbolic(exponent)
+        if value.is_Rational:
+            bits = _bits(Fraction(base.p, base.q)) if base.is_Rational else 1
+            if abs(value) > MAX_EXPONENT or bits * abs(value) > MAX_BITS:
+                raise ParseError("too large an exponent")
+        return base**value
 
-    return fold(tree)
+    def function(name: str, inner: Any) -> Any:
+        return getattr(sympy, {"ln": "log", "abs": "Abs"}.get(name, name))(inner)
+
+    return fold(tree, Algebra(constant, name, power, function))

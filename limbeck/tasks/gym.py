@@ -1,11 +1,11 @@
-"""Any generator of reasoning-gym as a task: endless problems with a checker, no data set needed."""
+"""Generators of reasoning-gym as tasks: endless problems with a checker, and no data set."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,26 +13,34 @@ from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers, generators
 from .answers import Verdict
-from .grammar import Unread
-from .referee import REFEREE
-from .task import judged, written
+from .grading import fill_instruction, grade
+from .grammar import ParseError
+from .sandbox import SANDBOX
+
+SCORER_DEADLINE = 2.0  # seconds of processor time
+MIN_SIMILARITY = 0.5  # difflib's ratio from which a name is suggested
+
+Entry = dict[str, Any]
 
 
 class GymTask:
     """Problems of one generator. Train and test have different seeds, and no question in common.
 
     A whole-number answer is judged by `answers.judge`, any other as `generators` says: compared with the gold
-    one, read by a grammar, or handed, in a form that is known, to the generator's own scorer in a process that
-    reaches nothing. `skipped` counts the entries that have neither an answer nor such a scorer.
+    answer, read by a grammar, or handed, once it has a known form, to the generator's own scorer in the
+    sandbox. `skipped` counts the entries with neither an answer nor such a scorer. Raises LimbeckError for an
+    unknown or refused generator, a wrong config, or if too few entries are usable.
     """
 
     def __init__(self, name: str, settings: recipe.Gym):
-        self.name, self.settings = name, settings
+        self.name = name
+        self.settings = settings
         self._kind = _generator(name, settings)
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, Entry] = {}
         self.skipped = 0
         test = self._problems("test", settings.held_out, taken=set())
-        train = self._problems("train", settings.size, taken={problem.data["question"] for problem in test})
+        questions = {problem.data["question"] for problem in test}
+        train = self._problems("train", settings.size, taken=questions)
         if 2 * self.skipped > settings.size + settings.held_out:
             raise LimbeckError(
                 f"problems.{name}: most entries of {settings.generator} have no answer; choose another"
@@ -45,70 +53,72 @@ class GymTask:
         self._splits = {"train": train, "test": test}
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train` or `test`, each question once: there may be fewer than were asked for."""
+        """The problems of `train` or `test`, each question once: there may be fewer than the recipe's
+        size."""
         return self._splits[split]
 
     def score(self, problem: Problem, completion: Completion) -> Score:
         """Accuracy, format and language."""
-        return judged(
-            problem, completion, self.settings.answer, lambda answer: self._compare(problem, answer)
-        )
+        style = self.settings.answer
+        return grade(problem, completion, style, lambda answer: self._compare(problem, answer))
 
     def _compare(self, problem: Problem, answer: str) -> Verdict:
-        gold, generator = problem.answer or "", self.settings.generator
-        if _whole(gold) or not self._scores_itself() or generator in generators.NUMBERS:
+        gold = problem.answer or ""
+        generator = self.settings.generator
+        if _is_whole(gold) or not _has_scorer(self._kind) or generator in generators.NUMBERS:
             return answers.judge(gold, answer)
+        entry = self._entries[problem.id]
         try:
-            right = generators.compared(generator, answer, self._entries[problem.id])
-        except Unread:
+            correct = generators.compare(generator, answer, entry)
+        except ParseError:
             return Verdict.UNPARSED
-        if right is not None:
-            return Verdict.CORRECT if right else Verdict.WRONG
-        return self._asked(self._entries[problem.id], answer)
+        if correct is None:
+            return self._judge_in_sandbox(entry, answer)
+        return Verdict.CORRECT if correct else Verdict.WRONG
 
-    def _asked(self, entry: dict[str, Any], answer: str) -> Verdict:
-        """What a process that reaches nothing says."""
+    def _judge_in_sandbox(self, entry: Entry, answer: str) -> Verdict:
         if self.settings.generator in generators.SYMBOLIC:
-            known = entry["metadata"]
-            question = ["integral", known["integrand"], known["variable"]]
+            facts = entry["metadata"]
+            question = ["integral", facts["integrand"], facts["variable"]]
         else:
             config = json.dumps(self.settings.config, sort_keys=True)
-            question = ["scorer", self.settings.generator, config, generators.packed(entry)]
-        return Verdict(REFEREE.ask(*question, answer=answer, deadline=2.0))
-
-    def _scores_itself(self) -> bool:
-        return _scores_itself(self._kind)
+            question = ["scorer", self.settings.generator, config, generators.pack(entry)]
+        return Verdict(SANDBOX.ask(*question, answer=answer, deadline=SCORER_DEADLINE))
 
     def _problems(self, split: str, count: int, taken: set[str]) -> list[Problem]:
-        # the generators seed entry i with seed + i, so neighbouring seeds would share nearly all entries
+        """At most `count` problems with different questions, none of them in `taken`."""
+        # The generators seed entry i with seed + i, so neighbouring seeds would share nearly all entries.
         seed = fingerprint("gym", self.settings.generator, self.settings.seed, split) % 2**31
-        problems, taken = [], set(taken)
+        problems: list[Problem] = []
+        seen = set(taken)
         for i, entry in enumerate(_create(self.name, self.settings, seed, count)):
             if not entry["answer"] and self.settings.generator not in generators.SCORED:
                 self.skipped += 1
-            elif entry["question"] not in taken:
-                taken.add(entry["question"])
+            elif entry["question"] not in seen:
+                seen.add(entry["question"])
                 problems.append(self._problem(f"{split}-{i}", entry))
         return problems
 
-    def _problem(self, id: str, entry: dict[str, Any]) -> Problem:
+    def _problem(self, number: str, entry: Entry) -> Problem:
+        question = entry["question"]
         problem = Problem(
-            id=f"{self.name}/{id}",
-            prompt=written(self.settings.instruction, entry["question"], f"problems.{self.name}"),
+            id=f"{self.name}/{number}",
+            prompt=fill_instruction(self.settings.instruction, question, f"problems.{self.name}"),
             answer=entry["answer"],
             origin=f"reasoning-gym:{self.settings.generator}",
-            data={"question": entry["question"]},
+            data={"question": question},
         )
         self._entries[problem.id] = entry
         return problem
 
 
-def _whole(gold: str) -> bool:
+def _is_whole(gold: str) -> bool:
     return gold.lstrip("-").isdecimal()
 
 
 def _generator(name: str, settings: recipe.Gym) -> type:
-    """The generator's class, once its name and the keys of its config are known to be right."""
+    """The generator's class. Raises LimbeckError for an unknown or refused generator, or a wrong key of its
+    config."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError:
@@ -116,12 +126,26 @@ def _generator(name: str, settings: recipe.Gym) -> type:
             f"problems.{name}: reasoning-gym is not installed; run pip install 'limbeck[gym]'"
         ) from None
     if settings.generator not in DATASETS:
-        hint = _meant(settings.generator, DATASETS)
+        hint = _suggestion(settings.generator, DATASETS)
         raise LimbeckError(f"problems.{name}.generator: reasoning-gym has no {settings.generator}{hint}")
     kind, config = DATASETS[settings.generator]
-    if _scores_itself(kind):
-        _admit(name, settings.generator)
-    keys = {field.name for field in dataclasses.fields(config)} - {"seed", "size"}
+    if _has_scorer(kind):
+        _check_audited(name, settings.generator)
+    _check_config(name, settings, {field.name for field in dataclasses.fields(config)})
+    return kind
+
+
+def _has_scorer(kind: type) -> bool:
+    """True if a generator has a scorer of its own."""
+    from reasoning_gym.dataset import ProceduralDataset
+
+    return kind.score_answer is not ProceduralDataset.score_answer
+
+
+def _check_config(name: str, settings: recipe.Gym, fields: set[str]) -> None:
+    """Raise LimbeckError for a key of `config` that the generator does not have, or that the recipe sets
+    itself."""
+    keys = fields - {"seed", "size"}
     for key in settings.config:
         if key in ("seed", "size"):
             raise LimbeckError(
@@ -129,34 +153,31 @@ def _generator(name: str, settings: recipe.Gym) -> type:
             )
         if key not in keys:
             raise LimbeckError(
-                f"problems.{name}.config: {settings.generator} has no key {key}{_meant(key, keys)}"
+                f"problems.{name}.config: {settings.generator} has no key {key}{_suggestion(key, keys)}"
             )
-    return kind
 
 
-def _scores_itself(kind: type) -> bool:
-    from reasoning_gym.dataset import ProceduralDataset
-
-    return kind.score_answer is not ProceduralDataset.score_answer
-
-
-def _admit(name: str, generator: str) -> None:
-    """Refuse a generator whose scorer nobody read, or that must run apart where nothing keeps it there."""
+def _check_audited(name: str, generator: str) -> None:
+    """Raise LimbeckError for a generator whose scorer was not audited, or needs a sandbox that does not hold
+    here."""
     where = f"problems.{name}.generator: {generator}"
     if generator in generators.REFUSED:
         raise LimbeckError(f"{where} is refused: {generators.REFUSED[generator]}")
-    if not generators.known(generator):
+    if not generators.is_audited(generator):
         raise LimbeckError(
-            f"{where} is refused: its scorer was never read, and may evaluate what a model writes; choose another"
+            f"{where} is refused: its scorer was never read, and may evaluate what a model writes; "
+            "choose another"
         )
-    if not generators.judged_apart(generator):
+    if not generators.needs_sandbox(generator):
         return
-    if (installed := metadata.version("reasoning-gym")) != generators.AUDITED:
+    installed = metadata.version("reasoning-gym")
+    if installed != generators.AUDITED:
         raise LimbeckError(
             f"{where} is refused: the scorers of reasoning-gym {installed} were never read; "
             f"run pip install reasoning-gym=={generators.AUDITED}, or choose another"
         )
-    if not (proof := REFEREE.proof()).holds:
+    proof = SANDBOX.proof()
+    if not proof.holds:
         raise LimbeckError(
             f"{where} is refused: its scorer may reach too much here ({proof}); "
             "use Linux 3.5 or later with seccomp, or a generator with whole-number answers such as chain_sum"
@@ -164,14 +185,17 @@ def _admit(name: str, generator: str) -> None:
 
 
 def _create(name: str, settings: recipe.Gym, seed: int, size: int) -> Any:
+    """The generator's data set. Raises LimbeckError for values that it refuses."""
     from reasoning_gym.factory import create_dataset
 
     try:
         return create_dataset(settings.generator, **settings.config, seed=seed, size=size)
-    except (AssertionError, TypeError, ValueError) as error:  # its way of refusing a user's config
+    except (AssertionError, TypeError, ValueError) as error:  # its ways of refusing a config
         raise LimbeckError(f"problems.{name}.config: {settings.generator} refuses it ({error})") from None
 
 
-def _meant(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(known))}"
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known name closest to `word`, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, 1, MIN_SIMILARITY)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(names))}"

@@ -1,4 +1,4 @@
-"""Numbers as people write them: typesetting taken off, exact values, units and percent signs apart."""
+"""Numbers in answers: typesetting removed, exact values, units and percent signs apart."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 PLAIN = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width forms, as typed in Chinese
-PLAIN |= {
-    ord(a): b
-    for a, b in {"−": "-", "–": "-", "。": ".", "π": "\\pi ", "∞": "\\infty ", "°": " degrees"}.items()
-}
-PLAIN |= {ord(a): f"^{b}" for a, b in zip("²³", "23", strict=True)}
+PLAIN |= str.maketrans(
+    {"−": "-", "–": "-", "。": ".", "π": "\\pi ", "∞": "\\infty ", "°": " degrees", "²": "^2", "³": "^3"}
+)
 _REWRITES = [
     (re.compile(r"\\\$|\$|\\left(?![a-z])|\\right(?![a-z])|\\!|\\displaystyle\b"), ""),
     (re.compile(r"\\[,;: ]|~|\\quad\b"), " "),
@@ -28,7 +26,7 @@ _REWRITES = [
 
 
 def normalise(text: str) -> str:
-    """One spelling for what differs in typesetting alone.
+    """One spelling for texts that differ in typesetting alone.
 
     >>> normalise("$ \\\\dfrac { 1 } {2} $."), normalise("１，２３４")
     ('\\\\frac{1}{2}', '1,234')
@@ -40,32 +38,43 @@ def normalise(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
+# The groups of each form: sign, whole, numerator, denominator, exponent of ten.
 _SIGNED = rf"[-+]?(?:{DIGITS})"
 _RATIONALS = [
-    re.compile(rf"(?P<n>{_SIGNED})\.?"),
-    re.compile(rf"(?P<n>{_SIGNED})/(?P<d>{DIGITS})"),
-    re.compile(rf"(?P<s>[-+]?)\\frac\{{(?P<n>{_SIGNED})\}}\{{(?P<d>{_SIGNED})\}}"),
-    re.compile(r"(?P<s>[-+]?)\\frac(?P<n>[0-9])(?P<d>[0-9])"),
-    re.compile(r"(?P<s>[-+]?)(?P<w>[0-9]+) (?P<n>[0-9]+)/(?P<d>[0-9]+)"),
-    re.compile(r"(?P<s>[-+]?)(?P<w>[0-9]+)\\frac\{(?P<n>[0-9]+)\}\{(?P<d>[0-9]+)\}"),
-    re.compile(rf"(?P<n>{_SIGNED})(?:\\times|\\cdot|×|\*) ?10\^\{{?(?P<e>[-+]?[0-9]{{1,2}})\}}?"),
+    re.compile(rf"(?P<numerator>{_SIGNED})\.?"),
+    re.compile(rf"(?P<numerator>{_SIGNED})/(?P<denominator>{DIGITS})"),
+    re.compile(rf"(?P<sign>[-+]?)\\frac\{{(?P<numerator>{_SIGNED})\}}\{{(?P<denominator>{_SIGNED})\}}"),
+    re.compile(r"(?P<sign>[-+]?)\\frac(?P<numerator>[0-9])(?P<denominator>[0-9])"),
+    re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]+) (?P<numerator>[0-9]+)/(?P<denominator>[0-9]+)"),
+    re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]+)\\frac\{(?P<numerator>[0-9]+)\}\{(?P<denominator>[0-9]+)\}"),
+    re.compile(
+        rf"(?P<numerator>{_SIGNED})(?:\\times|\\cdot|×|\*) ?10\^\{{?(?P<exponent>[-+]?[0-9]{{1,2}})\}}?"
+    ),
 ]
 
 
 def rational(text: str) -> Fraction | None:
     """The exact value of a normalised number, fraction, mixed number or power of ten; else None."""
     for pattern in _RATIONALS:
-        if match := pattern.fullmatch(text):
-            part = match.groupdict("")
-            below = Fraction(part.get("d", "1").replace(",", ""))
-            if below == 0:
-                return None
-            value = int(part.get("w", "0")) + Fraction(part["n"].replace(",", "")) / below
-            return (-value if part.get("s") == "-" else value) * Fraction(10) ** int(part.get("e") or 0)
+        match = pattern.fullmatch(text)
+        if match:
+            return _value(match.groupdict(""))
     return None
 
 
-# Units an answer may add to a gold that has none. "5 million" or "5 dozen" are other numbers, not units.
+def _value(groups: dict[str, str]) -> Fraction | None:
+    """The value of a match, None for a denominator of 0."""
+    denominator = Fraction(groups.get("denominator", "1").replace(",", ""))
+    if denominator == 0:
+        return None
+    numerator = Fraction(groups["numerator"].replace(",", ""))
+    value = int(groups.get("whole", "0")) + numerator / denominator
+    if groups.get("sign") == "-":
+        value = -value
+    return value * Fraction(10) ** int(groups.get("exponent") or 0)
+
+
+# Units that an answer may add to a gold without one. "5 million" or "5 dozen" are other numbers, not units.
 UNITS = frozenset("""
     dollar cent euro pound yuan degree meter metre centimeter kilometer millimeter m cm km mm mile inch foot
     feet inches yard gram kilogram g kg liter litre l ml hour minute second h min s day week month year people
@@ -75,12 +84,13 @@ _MULTIPLIERS = frozenset("""
     hundred thousand million billion trillion dozen percent score half 百 千 万 亿 倍
 """.split())  # fmt: skip  # noqa: SIM905
 _WITH_UNIT = re.compile(
-    r"(?P<body>.*[0-9}])(?: (?P<latin>[A-Za-z]+(?:\^\{?[23]\}?)?)| ?(?P<han>[\u4e00-\u9fff]{1,3}))"
+    r"(?P<number>.*[0-9}])(?: (?P<latin>[A-Za-z]+(?:\^\{?[23]\}?)?)| ?(?P<han>[\u4e00-\u9fff]{1,3}))"
 )
 
 
 class Quantity(NamedTuple):
-    """`Quantity(Fraction(18), "apple", percent=False, divided=False)`; `divided` where a division is left."""
+    """`Quantity(Fraction(18), "apple", percent=False, divided=False)`; `divided` if it is written as a
+    division."""
 
     value: Fraction
     unit: str
@@ -89,13 +99,17 @@ class Quantity(NamedTuple):
 
 
 def quantity(text: str) -> Quantity | None:
-    """A normalised number with at most one unit behind it."""
+    """A normalised number with at most one unit behind it; else None."""
     percent = text.endswith("%")
-    body, unit = text.removesuffix("%").rstrip(), ""
-    if not percent and (match := _WITH_UNIT.fullmatch(body)):
-        body, unit = match["body"], (match["latin"] or match["han"]).lower()
-        unit = unit.removesuffix("s") if len(unit) > 2 else unit
-    value = rational(body)
+    number = text.removesuffix("%").rstrip()
+    unit = ""
+    match = None if percent else _WITH_UNIT.fullmatch(number)
+    if match:
+        number = match["number"]
+        unit = (match["latin"] or match["han"]).lower()
+        if len(unit) > 2:
+            unit = unit.removesuffix("s")
+    value = rational(number)
     if value is None or unit in _MULTIPLIERS:
         return None
-    return Quantity(value, unit, percent, "/" in body or "frac" in body)
+    return Quantity(value, unit, percent, "/" in number or "frac" in number)

@@ -1,13 +1,13 @@
-"""Parts of a reward that need no gold answer. Pure functions of text and lengths."""
+"""Parts of a reward that need no gold answer: pure functions of text and lengths."""
 
 from __future__ import annotations
 
 import re
 
-from ..text.tokenizer import split_thought
+from ..text.reasoning_parser import split_thought
 from .answers import extract
 
-# Chinese characters one by one; then whole words of Latin letters, and of any other script
+# Chinese characters one by one; then whole words of Latin letters, and of any other script.
 _WORD = re.compile(
     r"(?P<chinese>[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
     r"|(?P<latin>[A-Za-z\u00c0-\u024f]+(?:['’][A-Za-z]+)*)"
@@ -15,25 +15,21 @@ _WORD = re.compile(
 )
 _NO_WORD = re.compile(r"\\[A-Za-z]+|</?[A-Za-z]+>")
 
-# DeepSeek-R1 counts these in its account of emerging reflection (arXiv 2501.12948v2, C.2); Chinese is ours.
+# DeepSeek-R1 counts these words as reflection (arXiv 2501.12948v2, C.2); the Chinese ones are ours.
 # 等 is "wait", but 等于, 等式 and 等号 are "equals", "equation" and "equals sign".
 _REFLECTION = re.compile(
     r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check|no)\b"
     r"|等等|等(?![于式号价])|不对|错|检查|验证|但",
     re.IGNORECASE,
 )
-
-
-def words(text: str) -> list[str]:
-    """The words of a text: a Chinese character is one, a run of Latin letters is one, digits are none."""
-    return [match.group() for match in _WORD.finditer(_NO_WORD.sub(" ", text))]
+_SENTENCE_END = re.compile(r"[\n!?;。！？；]+|\.(?!\d)")
 
 
 def language_consistency(thought: str, language: str) -> float | None:
     """Words in the target language over all words, in [0, 1] (DeepSeek-R1, arXiv 2501.12948v2, eq. 7).
 
     `zh` counts Chinese characters, every other language words of Latin letters. Digits, operators,
-    LaTeX commands and tags are no words. None where there are no words to judge.
+    LaTeX commands and tags are no words. None if there are no words.
 
     >>> language_consistency("先算 3+4，then 7", "zh")
     0.6666666666666666
@@ -41,14 +37,15 @@ def language_consistency(thought: str, language: str) -> float | None:
     kinds = [match.lastgroup for match in _WORD.finditer(_NO_WORD.sub(" ", thought))]
     if not kinds:
         return None
-    return kinds.count("chinese" if language == "zh" else "latin") / len(kinds)
+    target = "chinese" if language == "zh" else "latin"
+    return kinds.count(target) / len(kinds)
 
 
 def format_score(text: str, style: str) -> tuple[float, str]:
-    """1 with no reason, or 0 with one: the format reward of DeepSeek-R1 (arXiv 2501.12948v2, 2.2).
+    """(1, "") or (0, reason): the format reward of DeepSeek-R1 (arXiv 2501.12948v2, 2.2).
 
-    `tags` wants a thought, then one answer block and nothing around it; `boxed` a thought, then one box;
-    `final`, for small models that know no tags, a last line that ends in a number.
+    `tags` expects a thought, then one answer block and no text around it; `boxed` a thought, then one box;
+    `final`, for small models without tags, a last line that ends in a number.
     """
     extraction = extract(text, style)
     if extraction.answer is None:
@@ -66,25 +63,28 @@ def format_score(text: str, style: str) -> tuple[float, str]:
 def overlong(length: int, limit: int, margin: int) -> float:
     """Soft overlong punishment in [-1, 0]; all three in tokens (DAPO, arXiv 2503.14476, eq. 13).
 
-    0 up to `limit - margin`, then falling evenly to -1 at `limit`.
+    0 up to `limit - margin`, then falling linearly to -1 at `limit`.
 
     >>> overlong(90, limit=100, margin=20)
     -0.5
     """
-    return min(0.0, max(-1.0, (limit - margin - length) / margin)) if margin else -float(length > limit)
+    if not margin:
+        return -float(length > limit)
+    return min(0.0, max(-1.0, (limit - margin - length) / margin))
 
 
 def repeats(text: str) -> int:
-    """How many sentences were said before, word for word: the sign of a thought that goes in circles.
+    """Number of sentences that repeat an earlier one word for word: the sign of a thought that goes in
+    circles.
 
     >>> repeats("Try 5. No. Try 6. No. Try 5.")
     2
     """
-    sentences = [" ".join(s.split()).lower() for s in re.split(r"[\n!?;。！？；]+|\.(?!\d)", text)]
+    sentences = [" ".join(part.split()).lower() for part in _SENTENCE_END.split(text)]
     sentences = [sentence for sentence in sentences if sentence]
     return len(sentences) - len(set(sentences))
 
 
 def reflections(text: str) -> int:
-    """How many words of reflection there are, such as wait, check, 等, 不对 (DeepSeek-R1 v2, C.2)."""
+    """Number of words of reflection, such as wait, check, 等, 不对 (DeepSeek-R1 v2, C.2)."""
     return len(_REFLECTION.findall(text))

@@ -1,1 +1,1 @@
-"""Text to token ids and back. No torch."""
+"""Text and token ids: tokenizer, chat template, incremental detokenizer, reasoning parser. No torch."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..config.parts import Optimizer
 from ..model.decoder import Decoder
-from ..text.tokenizer import Tokenizer, split_thought
+from ..text.reasoning_parser import split_thought
+from ..text.tokenizer import Tokenizer
 from ..types import Group, Sample, Score, fingerprint
 from .batch import MICRO_TOKENS, Batch, by_sample, pack
 from .learner import Learner

@@ -65,7 +65,9 @@ class Terms(Settings):
         return f"{place} ({self.source})"
 
 
-NOBODY_KNOWS = Terms(title="no terms are known", outputs="no", release="no", source="docs/explanation/provenance.md")
+NOBODY_KNOWS = Terms(
+    title="no terms are known", outputs="no", release="no", source="docs/explanation/provenance.md"
+)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def by_policy(
 
 def edit_row(row: dict[str, Any], text: str, editor: str) -> dict[str, Any]:
     """The row with a new text and the name of its editor; sampled token ids stay only if the text did."""
-    from ...text.tokenizer import split_thought
+    from ...text.reasoning_parser import split_thought
 
     origin = {**row["origin"], "editor": editor}
     if text.split() == row["completion"].split():

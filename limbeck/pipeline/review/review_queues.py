@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...config.recipe import Curate
-from ...tasks.task import open_task
-from ...text.tokenizer import split_thought
+from ...tasks.registry import open_task
+from ...text.reasoning_parser import split_thought
 from ...types import Completion, LimbeckError, Problem, Score, Task
 from ..dataset_rows import problem_of, source_of
 from ..run_folder import INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of

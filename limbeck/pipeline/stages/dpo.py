@@ -8,7 +8,8 @@ from typing import Any
 from ...config.learned_rewards import TABLES
 from ...config.methods import Preference
 from ...config.recipe import cited_rows
-from ...text.tokenizer import Tokenizer, join_thought
+from ...text.reasoning_parser import join_thought
+from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
 from ...train.dpo import to_pair, with_reference_logprobs
 from ...train.learner import Learner

@@ -11,7 +11,7 @@ from ...config.learned_rewards import Judging
 from ...config.recipe import RL
 from ...engine.sampling import SamplingParams, params_of
 from ...tasks.judge import Judge
-from ...tasks.task import Mixture
+from ...tasks.mixture import Mixture
 from ...train.learned_rewards import LearnedRewards, RewardFunction, Tasks, add_reward_part
 from ...train.reward_model import RewardModelScorer
 from ...types import Group, LimbeckError

@@ -11,7 +11,8 @@ import numpy as np
 from ...config.learned_rewards import TABLES
 from ...run_log import read
 from ...tasks.files import read_table
-from ...text.tokenizer import Tokenizer, split_thought
+from ...text.reasoning_parser import split_thought
+from ...text.tokenizer import Tokenizer
 from ...types import Completion, Group, LimbeckError, Sample
 from ..dataset_rows import ROWS, share_of
 from ..job import Job

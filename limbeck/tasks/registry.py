@@ -1,0 +1,23 @@
+"""The kinds of tasks that a recipe can name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.recipe import Files, Gym, Miniature, Problems
+from ..types import LimbeckError, Task
+from .clock_countdown import Countdown
+from .files import FileTask
+from .gym import GymTask
+
+
+def open_task(name: str, settings: Problems, base: Path = Path()) -> Task:
+    """The task that a recipe's `problems` describe; paths in it are relative to `base`."""
+    match settings:
+        case Miniature():
+            return Countdown(name, settings)
+        case Gym():
+            return GymTask(name, settings)
+        case Files():
+            return FileTask(name, settings, base)
+    raise LimbeckError(f"problems.{name}: no such source as {type(settings).__name__}")

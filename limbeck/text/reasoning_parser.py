@@ -1,0 +1,142 @@
+"""The reasoning parser: a completion split into thought and answer, as a whole or while it is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..types import Thought
+
+OPEN = "<think>"
+CLOSE = "</think>"
+
+Delta = tuple[str, str]  # ("thought" or "answer", text)
+
+
+def split_thought(text: str) -> Thought:
+    """Split a whole completion. It is well-formed with one `</think>`, and at most one `<think>`, at the very
+    start.
+
+    >>> split_thought("<think>2 and 2</think>4")
+    Thought(thought='2 and 2', answer='4', wellformed=True)
+    """
+    opens = text.count(OPEN)
+    closes = text.count(CLOSE)
+    if not closes and not opens:
+        return Thought("", text.strip(), False)
+    if not closes:
+        _, thought = text.split(OPEN, 1)
+        return Thought(thought.strip(), "", False)
+    before, answer = text.split(CLOSE, 1)
+    head, _, thought = before.rpartition(OPEN)
+    wellformed = closes == 1 and opens <= 1 and not head.strip()
+    return Thought((thought if opens else before).strip(), answer.strip(), wellformed)
+
+
+def join_thought(thought: str, answer: str) -> str:
+    """The completion that `split_thought` splits; without a thought the answer alone."""
+    if not thought.strip():
+        return answer
+    return f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{answer}"
+
+
+def overlap(text: str, marker: str) -> int:
+    """Number of characters at the end of a text that may begin an incomplete marker.
+
+    >>> overlap("so it is 4</th", "</think>")
+    4
+    """
+    longest = min(len(text), len(marker) - 1)
+    for length in range(longest, 0, -1):
+        if marker.startswith(text[-length:]):
+            return length
+    return 0
+
+
+class ReasoningParser:
+    """Splits a completion while it is sampled: `hear` returns the certain text as deltas of thought and
+    answer.
+
+    Deltas never hold tags, nor the space around thought and answer. `opened` means that the prompt ends
+    inside a thought; `stops` end an answer, never a thought; a `plain` completion is all answer, and its
+    space is kept. `kind` is "thought" or "answer", "" until known; `stopped` is set by a stop string.
+    """
+
+    def __init__(self, opened: bool = False, stops: Sequence[str] = (), plain: bool = False):
+        self.kind = ""
+        if plain:
+            self.kind = "answer"
+        elif opened:
+            self.kind = "thought"
+        self.stops = tuple(stops)
+        self.plain = plain
+        self.stopped = False
+        self._buffer = ""  # text that is not yet certain
+        self._begun = plain  # if this part has had a delta: until then leading space is dropped
+
+    def hear(self, text: str) -> list[Delta]:
+        """The deltas that have become certain with this text."""
+        self._buffer += text
+        deltas: list[Delta] = []
+        if not self.kind:
+            self._find_opening()
+        if self.kind == "thought":
+            self._parse_thought(deltas)
+        if self.kind == "answer" and not self.stopped:
+            self._parse_answer(deltas)
+        return deltas
+
+    def close(self) -> list[Delta]:
+        """The deltas that are still held back, as no more text comes."""
+        deltas: list[Delta] = []
+        if not self.stopped:
+            self.kind = self.kind or "answer"
+            self._emit(deltas, self._strip_end(self._buffer), "")
+        return deltas
+
+    def _find_opening(self) -> None:
+        """Decide between thought and answer once the text is longer than the opening tag, or differs from
+        it."""
+        begin = self._buffer.lstrip()
+        if begin.startswith(OPEN):
+            self.kind = "thought"
+            self._buffer = begin.removeprefix(OPEN)
+        elif not OPEN.startswith(begin):
+            self.kind = "answer"
+
+    def _parse_thought(self, deltas: list[Delta]) -> None:
+        thought, close, rest = self._buffer.partition(CLOSE)
+        if not close:
+            self._emit_certain(deltas, (CLOSE,))
+            return
+        self._emit(deltas, thought.rstrip(), "")
+        self.kind = "answer"
+        self._begun = False
+        self._buffer = rest
+
+    def _parse_answer(self, deltas: list[Delta]) -> None:
+        if not self._begun:
+            self._buffer = self._buffer.lstrip()
+        places = [place for place in map(self._buffer.find, self.stops) if place >= 0]
+        if places:
+            self.stopped = True
+            self._emit(deltas, self._strip_end(self._buffer[: min(places)]), "")
+        else:
+            self._emit_certain(deltas, self.stops)
+
+    def _emit_certain(self, deltas: list[Delta], markers: Sequence[str]) -> None:
+        """Emit all but a possible beginning of a marker, and space that no text follows yet."""
+        held_back = max((overlap(self._buffer, marker) for marker in markers), default=0)
+        certain = self._strip_end(self._buffer[: len(self._buffer) - held_back])
+        self._emit(deltas, certain, self._buffer[len(certain) :])
+
+    def _strip_end(self, text: str) -> str:
+        return text if self.plain else text.rstrip()
+
+    def _emit(self, deltas: list[Delta], text: str, buffer: str) -> None:
+        """Append a delta, unless it is empty, and leave `buffer` for later."""
+        self._buffer = buffer
+        if not self._begun:
+            text = text.lstrip()
+        if text:
+            self._begun = True
+            deltas.append((self.kind, text))
