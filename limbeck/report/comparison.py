@@ -73,8 +73,10 @@ def _smooth(stage: StageView, share: np.ndarray) -> np.ndarray:
 
 
 def compared(run: Run) -> dict[str, Any] | None:
-    """The comparison in `report.json`: final losses and FLOPs of each way, and the FLOPs after which it reaches
-    the first way's final loss. None with fewer than two ways."""
+    """The comparison in `report.json`; None with fewer than two ways.
+
+    For each way: final losses, FLOPs, and the FLOPs after which it reaches the first way's final loss.
+    """
     ways = curves(run)
     if len(ways) < 2:
         return None

@@ -24,7 +24,8 @@ Point = tuple[float, float]  # x and y, in pixels
 class Box:
     """A stage in the drawing: `Box("zero", Text("RL · 76 s", "强化学习 · 76 秒"), ("base",), "model")`.
 
-    In a run in progress, `state` is the stage's state and `share` the share of it that is done; `link` leads to it.
+    In a run in progress, `state` is the stage's state and `share` the share of it that is done; `link` leads
+    to its page.
     """
 
     name: str
@@ -62,8 +63,8 @@ def draw(boxes: Sequence[Box], label: str = "") -> Markup:
 def _layers(names: list[str], edges: list[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
     """The nodes of each layer, and the chain of nodes of each edge.
 
-    A box is in the layer just above its first reader; an edge over several layers has a lane in each. So a box that
-    only the end needs, such as a student's base, starts no lane at the top.
+    A box is in the layer just above its first reader; an edge over several layers has a lane in each. So a
+    box that only the end needs, such as a student's base, starts no lane at the top.
     """
     depth = _depths(names, edges)
     layers: list[list[str]] = [[] for _ in range(max(depth.values()) + 1)]
