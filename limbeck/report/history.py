@@ -1,6 +1,7 @@
 """The growing logs of a stage: columns of metrics, recorded groups of responses, and the pace.
 
-Every call of `look` reads on from where the last one stopped, so following a long run costs only its new lines.
+Every call of `look` reads on from where the last one stopped, so following a long run costs only its new
+lines.
 
 Shapes: N values of a column.
 """
