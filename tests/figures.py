@@ -5,8 +5,9 @@
 Definitions. Lines of a function: those with code; docstring, comments and empty lines do not count. Nodes of a
 function: of its syntax tree, signature and all. Nodes a statement: the nodes of all functions over the statements
 inside them. Complexity: 1 + if, conditional expression, for, while, except, assert, match case, boolean operators,
-comprehensions with their conditions. A nested function counts by itself. A parallel assignment gives several names
-several expressions (`a, b = 1, 2`); unpacking one value is none.
+comprehensions with their conditions. A nested function counts by itself. Parameters: those of functions, commands
+aside: typer reads the options of a function decorated with `@app.command()` from its signature. A parallel
+assignment gives several names several expressions (`a, b = 1, 2`); unpacking one value is none.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _function(path: Path, node: FUNCTION, source: str, lines: set[int]) -> Funct
         lines=len(inside),
         nodes=_nodes(node),
         complexity=1 + sum(_branches(child) for child in _own(node)),
-        parameters=len(_parameters(node)),
+        parameters=0 if _is_command(node) else len(_parameters(node)),
         tensors=bool(tensors),
         shaped=bool(tensors) and (all(map(DIMENSIONS.search, tensors)) or bool(SHAPE.search(text))),
     )
@@ -135,6 +136,12 @@ def _branches(node: ast.AST) -> int:
     if isinstance(node, ast.BoolOp):
         return len(node.values) - 1
     return 1 + len(node.ifs) if isinstance(node, ast.comprehension) else 0
+
+
+def _is_command(node: FUNCTION) -> bool:
+    """Whether a function is a command of the command line, by its decorator: `@app.command()`."""
+    names = [ast.unparse(getattr(one, "func", one)) for one in node.decorator_list]
+    return any(name.endswith(".command") for name in names)
 
 
 def _parameters(node: FUNCTION) -> list[ast.arg]:
