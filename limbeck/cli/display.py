@@ -103,8 +103,8 @@ class Tree(Lines):
         table = Table.grid(padding=(0, 2))
         for node in graph.nodes.values():
             table.add_row(*_table_row(node, running.get(node.name)))
-        thoughts = [thought(progress) for progress in running.values()]
-        self.live.update(Group(table, *filter(None, thoughts)))
+        panels = [response_panel(progress) for progress in running.values()]
+        self.live.update(Group(table, *filter(None, panels)))
 
     def finished(self, node: Node, artifact: Artifact) -> None:
         """Print that a stage is done, above the table."""
@@ -154,7 +154,7 @@ def _timing(progress: Progress, done: int, total: int) -> list[str]:
     pace = progress.pace()
     words = []
     if pace.steps and done < total:
-        words.append(left(pace, total - done, _may_end_early(progress.node.stage)))
+        words.append(time_left(pace, total - done, _may_end_early(progress.node.stage)))
     if pace.since >= SLOW_STEP_SECONDS or not done:
         words.append(f"this one takes {span(pace.since)} so far")
     if pace.tokens:
@@ -162,7 +162,7 @@ def _timing(progress: Progress, done: int, total: int) -> list[str]:
     return words
 
 
-def left(pace: Pace, steps: int, at_most: bool = False) -> str:
+def time_left(pace: Pace, steps: int, at_most: bool = False) -> str:
     """Time left at the measured rate: a range that narrows with every look, and one number after ten."""
     seconds = max(0.0, pace.seconds / pace.steps * steps - pace.since)
     factor = 1 + 1 / pace.looks if pace.looks < RECENT else 1
@@ -221,7 +221,7 @@ def outcome(artifact: Artifact) -> str:
     return ", " + ", ".join(accuracies)
 
 
-def thought(progress: Progress) -> Panel | None:
+def response_panel(progress: Progress) -> Panel | None:
     """The best response of the group that was recorded last; None before the first."""
     row = progress.thought()
     if not row.get("completions"):

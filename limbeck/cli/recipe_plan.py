@@ -160,12 +160,12 @@ def _model_config(node: Node, recipe: Recipe, configs: dict[str, ModelConfig]) -
         task = open_task(stage.problems, recipe.problems[stage.problems])
         return to_config(stage.shape, task.tokenizer().size)
     if isinstance(stage, Load):
-        return _loaded_config(stage)
+        return _config_of_load(stage)
     initial = node.inputs[0] if node.kind == "evaluate" else getattr(stage, "model", "")
     return configs.get(initial)
 
 
-def _loaded_config(stage: Load) -> ModelConfig:
+def _config_of_load(stage: Load) -> ModelConfig:
     """The configuration of a model directory, with the number of layers that the stage keeps."""
     from dataclasses import replace
 

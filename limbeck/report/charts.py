@@ -42,8 +42,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Dots:
-    """One row of a dot plot, each point with mean, low, high and tone:
-    `Dots("zero", [(.848, .825, .869, "one"), (.924, .906, .939, "two")])`."""
+    """One row of a dot plot: `Dots("zero", [(.848, .825, .869, "one"), (.924, .906, .939, "two")])`.
+
+    A point is a mean, the ends of its interval, and a tone.
+    """
 
     label: str
     points: Sequence[tuple[float, float, float, str]]

@@ -72,7 +72,7 @@ def _smooth(stage: StageView, share: np.ndarray) -> np.ndarray:
     return (sums[ends_P] - sums[begins_P]) / np.maximum(ends_P - begins_P, 1)
 
 
-def compared(run: Run) -> dict[str, Any] | None:
+def compare(run: Run) -> dict[str, Any] | None:
     """The comparison in `report.json`; None with fewer than two ways.
 
     For each way: final losses, FLOPs, and the FLOPs after which it reaches the first way's final loss.

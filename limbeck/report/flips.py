@@ -23,8 +23,11 @@ class Flip:
 
 @dataclass(frozen=True)
 class Flips:
-    """Problems by outcome: `won` went from wrong to right and `lost` from right to wrong; `held` counts those
-    that were right both times, `missed` those that were wrong both times."""
+    """Problems by outcome at both times.
+
+    `won` went from wrong to right and `lost` from right to wrong; `held` counts those that were right both
+    times, `missed` those that were wrong both times.
+    """
 
     won: list[Flip]
     lost: list[Flip]

@@ -42,7 +42,7 @@ def render(run: Run, numbers: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["thought"] = thought
+    environment.filters["thought"] = format_response
     environment.globals.update(W=W, words=i18n)
     template = environment.get_template("report.html.jinja")
     css = (_FOLDER / "report.css").read_text(encoding="utf-8")
@@ -76,9 +76,9 @@ def _sections(run: Run) -> dict[str, Any]:
         "learning": _learning(run),
         "control": _control(run),
         "languages": _languages(run),
-        "distilled": _distilled(run),
-        "compared": _compared(run),
-        "desk": summary.desk(run),
+        "distilled": _distillation(run),
+        "compared": _comparison(run),
+        "desk": summary.curation(run),
         "drawn": sampled,
         "more": _more_curves(run),
     }
@@ -102,7 +102,7 @@ def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def thought(text: str) -> Markup:
+def format_response(text: str) -> Markup:
     """A response as HTML: tags are dimmed, each new attempt starts a line; the characters are unchanged."""
     lines = Markup("")
     for line in _RETRY.split(text):
@@ -163,7 +163,7 @@ def _models(run: Run, source: str | None = None) -> dict[str, Any]:
     for mode in MODES:
         if any(run.accuracy(name, mode, source) for name in names):
             modes.append(mode)
-    measures = [] if source else _measured(run, names)
+    measures = [] if source else _available_measures(run, names)
     rows = []
     for name in names:
         accuracies = [run.accuracy(name, mode, source) for mode in modes]
@@ -176,7 +176,7 @@ def _models(run: Run, source: str | None = None) -> dict[str, Any]:
     }
 
 
-def _measured(run: Run, names: list[str]) -> list[tuple[Text, str, Any]]:
+def _available_measures(run: Run, names: list[str]) -> list[tuple[Text, str, Any]]:
     """The measures that at least one of the models has a value for."""
     measured = []
     for column in _MEASURES:
@@ -303,7 +303,7 @@ def _languages(run: Run) -> dict[str, Any] | None:
     return {"chart": charts.ladder(names, shares), "said": summary.language(run)}
 
 
-def _distilled(run: Run) -> dict[str, Any] | None:
+def _distillation(run: Run) -> dict[str, Any] | None:
     """The section on the small models; None unless `small` and another one were evaluated."""
     candidates = ("small_base", "small_answers", "small_rl", "small")
     roles = [role for role in candidates if run.accuracy(run.role(role))]
@@ -338,12 +338,12 @@ def _input_stages(run: Run, stage: StageView) -> list[StageView]:
 # ---------------------------------------------------------------- the run as a whole
 
 
-def _compared(run: Run) -> dict[str, Any] | None:
+def _comparison(run: Run) -> dict[str, Any] | None:
     """The section that compares ways of pretraining: the loss of every run against its compute.
 
     Compute is in units of 10^12 FLOPs.
     """
-    compared = comparison.compared(run)
+    compared = comparison.compare(run)
     if compared is None:
         return None
     lines = []
@@ -351,7 +351,7 @@ def _compared(run: Run) -> dict[str, Any] | None:
         tone = charts.HUES[i % len(charts.HUES)]
         for losses in way.losses:
             lines.append(charts.Line(way.name, way.flops / 1e12, losses, tone))
-    return {"chart": charts.curves(lines), "said": summary.compared(compared), "ways": compared["ways"]}
+    return {"chart": charts.curves(lines), "said": summary.comparison(compared), "ways": compared["ways"]}
 
 
 def _graph(run: Run) -> Markup | None:

@@ -65,7 +65,7 @@ def numbers(run: Run) -> dict[str, Any]:
         "cost": _cost(run.summary),
         "machine": run.summary.get("machine") or {},
         "forecast": _forecast(run),
-        "comparison": comparison.compared(run),
+        "comparison": comparison.compare(run),
         "alarms": _alarms(run),
         "not_shown": [text.en for text in not_shown(run)],
     }

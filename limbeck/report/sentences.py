@@ -43,7 +43,7 @@ def progress(name: str, kind: str, state: str, history: History, manifest: dict[
         return Text("{} waits for the stages before it.", "{} 在等待前面的阶段。").format(name)
     if not history.done:
         return Text("{} has begun; nothing is measured yet.", "{} 已开始，还没有测量结果。").format(name)
-    steps = _steps_taken(name, kind, history)
+    steps = _count_steps(name, kind, history)
     if state != "running":
         return Text("{} and rests.", "{}，现已暂停。").format(steps)
     if history.pace is None or not history.total:
@@ -53,7 +53,7 @@ def progress(name: str, kind: str, state: str, history: History, manifest: dict[
     return sentence.format(steps, _brief(history.pace), duration(history.pace * left))
 
 
-def _steps_taken(name: str, kind: str, history: History) -> Text:
+def _count_steps(name: str, kind: str, history: History) -> Text:
     """The number of steps so far, of the total if it is known; without a full stop."""
     sentence = Text("{name} has taken {done} {what}", "{name} 已走 {done} {what}")
     if history.total:
@@ -141,8 +141,10 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def soundness(history: History) -> list[Text]:
-    """Sentences on whether training is sound: gap between sampler and learner, informative groups,
-    truncated responses, and alarms."""
+    """Sentences on whether training is sound.
+
+    They are about the gap between sampler and learner, informative groups, truncated responses, and alarms.
+    """
     sentences = []
     gap = history.column("gap")
     if len(gap):
@@ -220,15 +222,15 @@ def outcome(view: StageView) -> list[Text]:
     """Results of a finished stage: rows it kept, verdicts of its reviewers, accuracies."""
     sentences = []
     if view.notes.get("sampled"):
-        sentences += _sampled(view.notes)
+        sentences += _sampling_sentences(view.notes)
     if "policy" in view.notes:
-        sentences.append(_reviewed(view.notes))
+        sentences.append(_review_sentence(view.notes))
     if view.kind == "evaluate" and (view.folder / EVALUATION).exists():
-        sentences += _evaluated(view)
+        sentences += _accuracy_sentences(view)
     return sentences
 
 
-def _sampled(notes: dict[str, Any]) -> list[Text]:
+def _sampling_sentences(notes: dict[str, Any]) -> list[Text]:
     """The rows that rejection sampling kept, and the reasons for dropping the others."""
     kept = Text("It kept {} of {} responses.", "从 {1} 个回答中留下 {0} 个。")
     sentences = [kept.format(count(notes["kept"]), count(notes["sampled"]))]
@@ -239,7 +241,7 @@ def _sampled(notes: dict[str, Any]) -> list[Text]:
     return sentences
 
 
-def _reviewed(notes: dict[str, Any]) -> Text:
+def _review_sentence(notes: dict[str, Any]) -> Text:
     """The verdicts of a curation, and its reviewers or policy."""
     sentence = Text(
         "{} rows were accepted, {} edited, {} rejected, by {}.",
@@ -250,7 +252,7 @@ def _reviewed(notes: dict[str, Any]) -> Text:
     return sentence.format(notes["accepted"], notes["edited"], notes["rejected"], by)
 
 
-def _evaluated(view: StageView) -> list[Text]:
+def _accuracy_sentences(view: StageView) -> list[Text]:
     """The accuracies of an evaluation, by source of problems and mode."""
     run = Run((view,), {}, {})
     model = next(iter(run.evaluations))
@@ -299,7 +301,7 @@ def learned(flips: Flips) -> Text:
 
 
 def foreseen(actual: float, forecast: dict[str, float], over: bool) -> Text:
-    """The forecast of a stage beside its time so far, or beside its whole time if it is `over`; in seconds."""
+    """The forecast of a stage beside its time so far, in seconds; beside its whole time if it is `over`."""
     low = forecast["low"]
     high = forecast["high"]
     times = (duration(forecast["seconds"]), duration(low), duration(high), duration(actual))

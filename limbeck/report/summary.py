@@ -42,8 +42,8 @@ def opening(run: Run) -> list[Text]:
 
 def _growth(run: Run) -> list[Text]:
     """Length and attempts of zero's responses against base's."""
-    length_before, length_after = _measured(run, "length")
-    attempts_before, attempts_after = _measured(run, "attempts")
+    length_before, length_after = _base_and_zero(run, "length")
+    attempts_before, attempts_after = _base_and_zero(run, "attempts")
     if length_before is None or length_after is None:
         return []
     length = Text("Its responses went from {:.0f} to {:.0f} tokens", "它的回答从 {:.0f} 个词元变为 {:.0f} 个")
@@ -58,7 +58,7 @@ def _growth(run: Run) -> list[Text]:
     return [Text("{}{}{}", "{}{}{}").format(length, attempts, end)]
 
 
-def _measured(run: Run, name: str) -> tuple[float | None, float | None]:
+def _base_and_zero(run: Run, name: str) -> tuple[float | None, float | None]:
     """A measure of base and of zero."""
     return run.measure(run.role("base"), name), run.measure(run.role("zero"), name)
 
@@ -97,7 +97,7 @@ def _small(run: Run, small: Interval) -> Text:
 
 def persistence(run: Run) -> list[Text]:
     """How often base and zero make another attempt after a wrong one."""
-    before, after = _measured(run, "persist")
+    before, after = _base_and_zero(run, "persist")
     if before is None or after is None:
         return []
     sentence = Text(
@@ -230,7 +230,7 @@ def distillation(run: Run) -> list[Text]:
     trained = run.accuracy(run.role("small_rl"))
     if not distilled or not trained:
         return []
-    sentences = [_distilled_against(distilled, trained)]
+    sentences = [_student_against_rl(distilled, trained)]
     distillation_flops, rl_flops = _small_flops(run)
     if distillation_flops and rl_flops:
         sentence = Text("RL had {:.1f} times its training compute.", "强化学习用了它 {:.1f} 倍的训练算力。")
@@ -238,7 +238,7 @@ def distillation(run: Run) -> list[Text]:
     return sentences
 
 
-def _distilled_against(distilled: Interval, trained: Interval) -> Text:
+def _student_against_rl(distilled: Interval, trained: Interval) -> Text:
     """The difference between the distilled model and RL on the same base, if it is significant."""
     gap, low, high = difference(distilled, trained)
     if low <= 0 <= high:
@@ -261,7 +261,7 @@ def _small_flops(run: Run) -> tuple[float | None, float | None]:
     return run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
 
 
-def desk(run: Run) -> list[Text]:
+def curation(run: Run) -> list[Text]:
     """Verdicts of the reviewers, or of the policy in their place, and the reviewers' agreement."""
     sentence = Text(
         "{name}: {accepted} rows accepted, {edited} edited, {rejected} rejected. Policy: {policy}.",
@@ -289,11 +289,11 @@ def _agreement(agreement: dict[str, Any]) -> Text:
     return sentence.format(rows=count(agreement["rows"]), same=same, alpha=number(agreement["alpha"], 2))
 
 
-def compared(comparison: dict[str, Any]) -> list[Text]:
+def comparison(result: dict[str, Any]) -> list[Text]:
     """The compute after which each way of pretraining reaches the first one's final loss."""
-    ways = comparison["ways"]
+    ways = result["ways"]
     first, *others = ways
-    target = number(comparison["target"], 4)
+    target = number(result["target"], 4)
     flops = ways[first]["flops"]
     missed = Text(
         "{} does not reach {}'s final loss ({}) with as many tokens: it ends at {}.",
@@ -329,11 +329,11 @@ def not_shown(run: Run) -> list[Text]:
     return [
         seed.format(run.recipe.get("seed", "–")),
         *_miniature(run),
-        *_few_problems(run),
-        *_insignificant(run),
-        *_truncated(run),
+        *_sample_size(run),
+        *_missing_significance(run),
+        *_truncation(run),
         *_unequal_compute(run),
-        *_by_policy(run),
+        *_policies(run),
     ]
 
 
@@ -351,7 +351,7 @@ def _miniature(run: Run) -> list[Text]:
     return [sentence.format(size(parameters))]
 
 
-def _few_problems(run: Run) -> list[Text]:
+def _sample_size(run: Run) -> list[Text]:
     """The limit of an evaluation on few problems."""
     accuracies = [run.accuracy(model) for model in run.evaluations]
     problems = [accuracy.problems for accuracy in accuracies if accuracy]
@@ -361,7 +361,7 @@ def _few_problems(run: Run) -> list[Text]:
     return [sentence.format(count(min(problems)))]
 
 
-def _insignificant(run: Run) -> list[Text]:
+def _missing_significance(run: Run) -> list[Text]:
     """Pairs of models whose expected difference is not significant, and a control that was not run."""
     sentences = []
     for upper, lower in _COMPARED_ROLES:
@@ -370,7 +370,7 @@ def _insignificant(run: Run) -> list[Text]:
             below = run.accuracy(run.role(lower), mode)
             if above and below and difference(above, below)[1] <= 0:
                 names = (run.cast[upper], run.cast[lower])
-                sentences.append(_no_difference(names, mode, above, below))
+                sentences.append(_unsupported_claim(names, mode, above, below))
     if "zero" in run.cast and "control" not in run.cast:
         sentence = Text(
             "How much of the gain mere persistence would give: no control was run.",
@@ -380,7 +380,7 @@ def _insignificant(run: Run) -> list[Text]:
     return sentences
 
 
-def _no_difference(names: tuple[str, str], mode: str, above: Interval, below: Interval) -> Text:
+def _unsupported_claim(names: tuple[str, str], mode: str, above: Interval, below: Interval) -> Text:
     """The claim that a run does not support, with both accuracies."""
     sentence = Text(
         "That {} is above {} ({mode}): {} ({}) against {} ({}).",
@@ -390,7 +390,7 @@ def _no_difference(names: tuple[str, str], mode: str, above: Interval, below: In
     return sentence.format(*names, *accuracies, mode=MODES[mode])
 
 
-def _truncated(run: Run) -> list[Text]:
+def _truncation(run: Run) -> list[Text]:
     """The limit of models whose responses are often truncated."""
     sentence = Text(
         "What {} would reach with more room: {} of its responses ran out of tokens and count as "
@@ -417,7 +417,7 @@ def _unequal_compute(run: Run) -> list[Text]:
     return [sentence.format(number(rl_flops / distillation_flops, 2))]
 
 
-def _by_policy(run: Run) -> list[Text]:
+def _policies(run: Run) -> list[Text]:
     """The limit of a curation by a policy instead of people."""
     names = []
     for stage in run.of_kind("curate"):
