@@ -40,7 +40,7 @@ CLEAN = {
     "unverified": 0,
     "same": 1,
 }
-THOUGHTS = 300
+THOUGHTS = 300  # problems
 
 
 def main() -> None:

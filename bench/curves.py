@@ -18,7 +18,7 @@ from . import models
 from .sides import Side, alternate, roofline
 
 ROWS, LENGTHS, CORES, SIZES = (1, 8, 64, 256), (16, 64, 256), (1, 2), tuple(models.SIZES)
-PROMPT = 64
+PROMPT = 64  # tokens
 Point = tuple[float, float, float]  # where, rollout's tokens a second, update's
 
 

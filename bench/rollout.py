@@ -20,7 +20,7 @@ from . import models
 from .sides import Side, alternate, python_of, roofline, tell
 
 NEW = {"tiny": 64, "10m": 64, "135m": 24}
-PROMPT = 64
+PROMPT = 64  # tokens
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def _global_options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    pass
+    """Options of `limbeck` itself; the application's help stands in `app`."""
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ class Text(NamedTuple):
         return Text(self._format("en", args, kwargs), self._format("zh", args, kwargs))
 
     def _format(self, language: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+        """Format one language."""
         template = getattr(self, language)
         translated = [_in(language, value) for value in args]
         named = {key: _in(language, value) for key, value in kwargs.items()}
