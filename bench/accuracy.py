@@ -1,11 +1,11 @@
-"""Time to accuracy: the miniature's zero stage here and in TRL's GRPOTrainer, until 60 % of held-out problems are solved.
+"""Time until 60 % of held-out problems are solved: the miniature's zero stage, here and in TRL's GRPOTrainer.
 
     python -m bench.accuracy --base runs/store/pretrain-XXXX/model
 
-Both begin with the same base (without --base it grows up first, which takes two minutes), the same problems in the
-same order, the same rewards, group, clipping, learning rate and schedule. Sides take turns, a step each; held-out
-accuracy is measured every few steps by the same code, and its time does not count. One seed tells little: steps to a
-line vary by half.
+Both begin with the same base (without --base it grows up first, which takes two minutes), the same problems
+in the same order, the same rewards, group, clipping, learning rate and schedule. Sides take turns, a step
+each; held-out accuracy is measured every few steps by the same code, and its time does not count. One seed
+tells little: steps to a line vary by half.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 def main() -> None:
+    """Train both sides in turns and print their accuracy over steps and seconds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,7 +77,8 @@ def race(settings: dict, options: argparse.Namespace) -> dict[str, tuple[int, fl
             spent[side.name] += said["step"]
             if said["accuracy"] >= 0:
                 print(
-                    f"| {settings['seed']} | {side.name} | {step} | {spent[side.name]:.1f} | {said['accuracy']:.3f} |",
+                    f"| {settings['seed']} | {side.name} | {step} | {spent[side.name]:.1f} "
+                    f"| {said['accuracy']:.3f} |",
                     flush=True,
                 )
             if said["accuracy"] >= options.target:

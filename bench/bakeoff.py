@@ -2,8 +2,9 @@
 
     python -m bench.bakeoff docs/results --seeds 0 1 2
 
-Writes bakeoff.md and bakeoff.svg there. A run that is done already is read again and not repeated. A difference from RL
-alone is called one where it stands on every seed, between intervals that take the two as independent.
+Writes bakeoff.md and bakeoff.svg there. A run that is done already is read again and not repeated. A
+difference from RL alone is called one where it stands on every seed, between intervals that take the two as
+independent.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Way:
 
     @property
     def mean(self) -> float:
+        """The mean accuracy over seeds."""
         return statistics.fmean(interval.mean for interval in self.accuracies)
 
     @property
@@ -56,6 +58,7 @@ class Way:
 
 
 def main() -> None:
+    """Run the recipe with every seed and write the page and the chart."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,60 +77,102 @@ def main() -> None:
 
 
 def gathered(reports: Sequence[dict]) -> Iterator[Way]:
+    """Each way with its results over all seeds."""
     for name in reports[0]["models"]:
         models = [report["models"][name] for report in reports]
-        stages = [next(stage for stage in report["stages"] if stage["name"] == name) for report in reports]
-        fed = [stage["notes"].get("data_flops", 0.0) for stage in stages]
-        taught = [stage["notes"].get("teacher_flops", 0.0) for stage in stages]
-        joules = [stage["joules"] for stage in stages]
-        yield Way(
-            name,
-            stages[0]["title"],
-            [Interval(**model["accuracy"]["t1"]) for model in models],
-            [model["accuracy"]["greedy"]["mean"] for model in models],
-            [model["length"] for model in models],
-            [model["language_consistency"] for model in models],
-            statistics.fmean(stage["flops"] + data for stage, data in zip(stages, fed, strict=True)),
-            statistics.fmean(data + teacher for data, teacher in zip(fed, taught, strict=True)),
-            statistics.fmean(stage["seconds"] for stage in stages),
-            statistics.fmean(stage["tokens"] for stage in stages),
-            None if None in joules else statistics.fmean(joules),
-        )
+        stages = [_stage(report, name) for report in reports]
+        yield _way(name, models, stages)
+
+
+def _stage(report: dict, name: str) -> dict:
+    """The stage of a report with a name."""
+    return next(stage for stage in report["stages"] if stage["name"] == name)
+
+
+def _way(name: str, models: Sequence[dict], stages: Sequence[dict]) -> Way:
+    """One way from its model and its stage in each seed's report; FLOPs include its rows and its teacher."""
+    data = [stage["notes"].get("data_flops", 0.0) for stage in stages]
+    teacher = [stage["notes"].get("teacher_flops", 0.0) for stage in stages]
+    training = [stage["flops"] for stage in stages]
+    joules = [stage["joules"] for stage in stages]
+    return Way(
+        name,
+        stages[0]["title"],
+        accuracies=[Interval(**model["accuracy"]["t1"]) for model in models],
+        greedy=[model["accuracy"]["greedy"]["mean"] for model in models],
+        lengths=[model["length"] for model in models],
+        languages=[model["language_consistency"] for model in models],
+        flops=statistics.fmean(map(sum, zip(training, data, strict=True))),
+        teaching=statistics.fmean(map(sum, zip(data, teacher, strict=True))),
+        seconds=statistics.fmean(stage["seconds"] for stage in stages),
+        tokens=statistics.fmean(stage["tokens"] for stage in stages),
+        joules=None if None in joules else statistics.fmean(joules),
+    )
 
 
 def page(ways: Sequence[Way], reports: Sequence[dict], drawn: Sequence[int]) -> Iterator[str]:
+    """The lines of the page, in Markdown."""
     alone = next(way for way in ways if way.name == ALONE)
-    n, machine = alone.accuracies[0].n, reports[0]["machine"]
-    times = ", ".join(f"{report['seconds']:.0f}" for report in reports)
-    yield "# The bake-off\n"
-    yield f"`python -m bench.bakeoff docs/results --seeds {' '.join(map(str, drawn))}` wrote this page. {machine['processor']},"
-    yield f"{machine['cores']:g} cores; a run took {times} s. Every way has the same student and the same"
-    yield "FLOPs, in which all that its teacher and its rows took is counted; the teacher's own upbringing is not. Held-out problems,"
-    yield f"n = {n} a seed at temperature 1.\n"
-    yield "![accuracy against compute](bakeoff.svg)\n"
-    yield "| way | accuracy, T = 1, mean of seeds | each seed | greedy | length | one language | GFLOPs | of which rows and teacher | tokens | seconds | joules |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    for way in ways:
-        each = ", ".join(f"{interval.mean:.1%}" for interval in way.accuracies)
-        joules = "not readable" if way.joules is None else f"{way.joules:.0f}"
-        yield (
-            f"| `{way.name}`: {way.title} | {way.mean:.1%} ± {way.error:.1%} | {each} | {statistics.fmean(way.greedy):.1%} | "
-            f"{told(way.lengths, '.0f')} | {told(way.languages, '.3f')} | {way.flops / 1e9:.0f} | {way.teaching / 1e9:.0f} | "
-            f"{way.tokens / 1e3:.0f}k | {way.seconds:.0f} | {joules} |"
-        )
-    most = max(way.flops for way in ways if way.name not in (START, TEACHER))
-    less = [f"`{way.name}`" for way in ways if way.name not in (START, TEACHER) and way.flops < 0.9 * most]
+    yield from _head(reports, drawn, alone.accuracies[0].n)
+    yield from map(_row, ways)
+    compared = [way for way in ways if way.name not in (START, TEACHER)]
+    most = max(way.flops for way in compared)
+    less = [f"`{way.name}`" for way in compared if way.flops < 0.9 * most]
     if less:
-        yield f"\n{', '.join(less)} ended before the budget did: their recipe gives so few rows no more passes."
+        names = ", ".join(less)
+        yield f"\n{names} ended before the budget did: their recipe gives so few rows no more passes."
     yield "\n## Against RL alone\n"
     yield "| way | difference on each seed, with its 95 % interval | verdict |\n|---|---|---|"
-    for way in ways:
-        if way.name not in (ALONE, START, TEACHER):
-            gaps = [
-                difference(mine, theirs)
-                for mine, theirs in zip(way.accuracies, alone.accuracies, strict=True)
-            ]
-            yield f"| `{way.name}` | {'; '.join(f'{gap:+.1%} ({low:+.1%} to {high:+.1%})' for gap, low, high in gaps)} | {verdict(gaps)} |"
+    for way in compared:
+        if way is not alone:
+            yield _row_against(way, alone)
+
+
+def _head(reports: Sequence[dict], drawn: Sequence[int], problems: int) -> Iterator[str]:
+    """The page's title, its conditions, its chart, and the head of the table."""
+    machine = reports[0]["machine"]
+    times = ", ".join(f"{report['seconds']:.0f}" for report in reports)
+    command = f"python -m bench.bakeoff docs/results --seeds {' '.join(map(str, drawn))}"
+    yield "# The bake-off\n"
+    yield f"`{command}` wrote this page. {machine['processor']},"
+    yield f"{machine['cores']:g} cores; a run took {times} s. Every way has the same student and the same"
+    yield (
+        "FLOPs, in which all that its teacher and its rows took is counted; the teacher's own upbringing is "
+        "not. Held-out problems,"
+    )
+    yield f"n = {problems} a seed at temperature 1.\n"
+    yield "![accuracy against compute](bakeoff.svg)\n"
+    yield (
+        "| way | accuracy, T = 1, mean of seeds | each seed | greedy | length | one language | GFLOPs "
+        "| of which rows and teacher | tokens | seconds | joules |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+
+
+def _row(way: Way) -> str:
+    """One way's row of the table."""
+    cells = [
+        f"`{way.name}`: {way.title}",
+        f"{way.mean:.1%} ± {way.error:.1%}",
+        ", ".join(f"{interval.mean:.1%}" for interval in way.accuracies),
+        f"{statistics.fmean(way.greedy):.1%}",
+        told(way.lengths, ".0f"),
+        told(way.languages, ".3f"),
+        f"{way.flops / 1e9:.0f}",
+        f"{way.teaching / 1e9:.0f}",
+        f"{way.tokens / 1e3:.0f}k",
+        f"{way.seconds:.0f}",
+        "not readable" if way.joules is None else f"{way.joules:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _row_against(way: Way, alone: Way) -> str:
+    """One way's row of the comparison with RL alone."""
+    pairs = zip(way.accuracies, alone.accuracies, strict=True)
+    gaps = [difference(mine, theirs) for mine, theirs in pairs]
+    shown = "; ".join(f"{gap:+.1%} ({low:+.1%} to {high:+.1%})" for gap, low, high in gaps)
+    return f"| `{way.name}` | {shown} | {verdict(gaps)} |"
 
 
 def told(values: Sequence[float | None], form: str) -> str:
@@ -137,6 +182,7 @@ def told(values: Sequence[float | None], form: str) -> str:
 
 
 def verdict(gaps: Sequence[tuple[float, float, float]]) -> str:
+    """A verdict on the differences from RL: (difference, low, high) of each seed."""
     if all(low > 0 for _, low, _ in gaps):
         return "better on every seed"
     if all(high < 0 for _, _, high in gaps):

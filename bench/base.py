@@ -4,9 +4,9 @@
     python -m bench.base --stage small_base --tokens 3000000
     python -m bench.base --set stages.base.shape.rope_theta=10000
 
-Trains the quickstart's base and, every 200 updates, asks on clean thoughts about held-out problems how often the
-most likely next token is the right result (arith) and the right yes or no (verdict); each in brackets: the
-probability given to it, which is what sampling at temperature 1 meets.
+Trains the quickstart's base and, every 200 updates, asks on clean thoughts about held-out problems how
+often the most likely next token is the right result (arith) and the right yes or no (verdict); each in
+brackets: the probability given to it, which is what sampling at temperature 1 meets.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ CLEAN = {
     "unverified": 0,
     "same": 1,
 }
-THOUGHTS = 300
+THOUGHTS = 300  # problems
 
 
 def main() -> None:
+    """Train the base with every seed and print its answers every 200 updates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,7 +91,8 @@ def grow(world, stage, tokens: int, seed: str) -> None:
         seen += int(lengths[batch].sum())
         if step % 200 == 0 or step == len(plan):
             print(
-                f"{step:6} updates {seen:9} tokens  loss {metrics['loss']:.3f}  {probe(decoder, thoughts, tokenizer)}",
+                f"{step:6} updates {seen:9} tokens  loss {metrics['loss']:.3f}  "
+                f"{probe(decoder, thoughts, tokenizer)}",
                 flush=True,
             )
 

@@ -16,6 +16,7 @@ from .sides import Side, alternate, roofline, tell
 
 
 def main() -> None:
+    """Compare training with several numbers of cores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

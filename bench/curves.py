@@ -18,11 +18,12 @@ from . import models
 from .sides import Side, alternate, roofline
 
 ROWS, LENGTHS, CORES, SIZES = (1, 8, 64, 256), (16, 64, 256), (1, 2), tuple(models.SIZES)
-PROMPT = 64
+PROMPT = 64  # tokens
 Point = tuple[float, float, float]  # where, rollout's tokens a second, update's
 
 
 def main() -> None:
+    """Measure all curves, then write them as JSON and as a chart."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,10 +82,12 @@ def measure(
 
 
 def parameters(size: str) -> float:
+    """Millions of parameters of a model size."""
     return ModelConfig.from_directory(models.make(size)).parameters / 1e6
 
 
 def draw(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
+    """Draw the curves, one panel for each variable."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,9 +1,10 @@
-"""One GKD step against TRL's GKDTrainer: a student and a teacher of one shape, generalised JSD over the whole vocabulary.
+"""One GKD step against TRL's GKDTrainer: student and teacher of one shape, generalised JSD over all tokens.
 
-    python -m bench.distill --size tiny                          # the student writes, the teacher reads, the student learns
-    python -m bench.distill --size 10m --rows --threads 2        # on rows: nobody writes
+    python -m bench.distill --size tiny                      # on the student's own responses
+    python -m bench.distill --size 10m --rows --threads 2    # on given responses
 
-Both sides load the same random weights and read the same prompts, and take turns; responses are all at the limit.
+Both sides load the same random weights and read the same prompts, and take turns; responses are all at the
+limit.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ BATCHES = 4
 
 
 def main() -> None:
+    """Compare both sides and print their times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

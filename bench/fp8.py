@@ -1,10 +1,11 @@
-"""Does learning in FP8 cost anything? The same base, the same text, in float32 and rounded as DeepSeek-V3 rounds.
+"""The cost of training in FP8: the same base on the same text, in float32 and rounded as in DeepSeek-V3.
 
     python -m bench.fp8 --tokens 600000 --seeds 0 1 2
     python -m bench.fp8 --recipe recipes/moe.yaml --stage moe
 
-Prints both losses, each the mean over the last tenth of the text, and their gap, seed by seed; the paper reports less
-than 0.25 % (arXiv 2412.19437, appendix B.1). How far float32 varies over seeds says what a gap can show here.
+Prints both losses, each the mean over the last tenth of the text, and their gap, seed by seed; the paper
+reports less than 0.25 % (arXiv 2412.19437, appendix B.1). How far float32 varies over seeds says what a gap
+can show here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from limbeck.train.sft import batches
 
 
 def main() -> None:
+    """Train in both precisions with every seed and print the losses and their gap."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,7 +53,8 @@ def main() -> None:
     exact, rounded = np.array(losses).T
     gaps = rounded / exact - 1
     print(
-        f"gap {gaps.mean():+.3%}, from {gaps.min():+.3%} to {gaps.max():+.3%}; float32 over seeds: {exact.min():.5f} to {exact.max():.5f}"
+        f"gap {gaps.mean():+.3%}, from {gaps.min():+.3%} to {gaps.max():+.3%}; "
+        f"float32 over seeds: {exact.min():.5f} to {exact.max():.5f}"
     )
 
 
@@ -72,7 +75,8 @@ def grow(world, stage, tokens: int, seed: int, fp8: bool) -> float:
         )
         if step % 100 == 0 or step == len(plan):
             print(
-                f"{'FP8' if fp8 else 'float32':8} {step:6} of {len(plan)} updates, loss {np.mean(losses[-100:]):.4f}",
+                f"{'FP8' if fp8 else 'float32':8} {step:6} of {len(plan)} updates, "
+                f"loss {np.mean(losses[-100:]):.4f}",
                 flush=True,
             )
     return float(np.mean(losses[-len(losses) // 10 :]))

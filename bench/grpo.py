@@ -3,8 +3,8 @@
     python -m bench.grpo --size tiny                    # against TRL, lengths fixed, one thread
     python -m bench.grpo --size 10m --lengths skewed --threads 2 --json bench.jsonl
 
-Both sides load the same random weights and read the same prompts, and take turns. `fixed` lengths are all at the
-limit; `skewed` ones end at random, with a mean of a third of it, as answers do.
+Both sides load the same random weights and read the same prompts, and take turns. `fixed` lengths are all
+at the limit; `skewed` ones end at random, with a mean of a third of it, as answers do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ WORK = {"tiny": (8, 8, 64, 64), "10m": (8, 8, 64, 64), "135m": (2, 8, 32, 64)}
 
 
 def main() -> None:
+    """Compare both sides and print their times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,6 +51,7 @@ def main() -> None:
 
 
 def work(size: str, lengths: str) -> dict:
+    """The settings of a worker: model, prompts, groups, lengths."""
     prompts, group, new, width = WORK[size]
     vocabulary = models.SIZES[size][0]
     return {

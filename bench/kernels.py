@@ -1,10 +1,10 @@
-"""Every operation of the kernels beside plain torch on this machine, and prompts once in the update beside every sequence in full.
+"""Every operation of the kernels against torch on this machine, and an update that computes prompts once.
 
     python -m bench.kernels
-    LIMBECK_MARCH=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m bench.kernels    # as AVX2 has it
+    LIMBECK_MARCH=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m bench.kernels
 
-What is used was chosen before (`limbeck doctor` shows it); here it is timed again, each side in turn, fifteen times:
-medians of one thread. No operation may be slower than torch's beyond what noise explains.
+What is used was chosen before (`limbeck doctor` shows it); here it is timed again, each side in turn,
+fifteen times: medians of one thread. No operation may be slower than torch's beyond what noise explains.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ REPEATS, TURNS = 7, 15
 
 
 def main() -> None:
+    """Time every operation and print its ratio to plain torch."""
     torch.set_num_threads(1)
     print(f"kernels: {kernels.instructions()}; torch: {torch.backends.cpu.get_cpu_capability()}\n")
     ratios = [*products(), *operations()]
     print(
-        f"\nthe slowest of {len(ratios)}: {min(ratios):.2f}x of plain torch's speed; median {statistics.median(ratios):.2f}x\n"
+        f"\nthe slowest of {len(ratios)}: {min(ratios):.2f}x of plain torch's speed; "
+        f"median {statistics.median(ratios):.2f}x\n"
     )
     prompts_once(prompt=10, longest=150, label="miniature")
     prompts_once(prompt=46, longest=20, label="short answers to longer prompts")
 
 
 def products() -> list[float]:
-    """Layers without a gradient, for every class of rows and weights: `Linear` as a model has it, and torch's."""
+    """Layers without a gradient, for every class of rows and weights: the model's `Linear` and torch's."""
     ratios = []
     for columns, inner in trials.WEIGHTS:
         for rows in trials.MOST:
@@ -59,6 +61,7 @@ def products() -> list[float]:
 
 
 def walk(x: torch.Tensor, layers: list[torch.nn.Module]) -> Callable[[], torch.Tensor]:
+    """A function that applies the next of the layers to `x` [N, D] at each call."""
     turns = cycle(layers)
     return lambda: next(turns)(x)
 
@@ -76,8 +79,10 @@ def operations() -> list[float]:
 
 
 def tell(name: str, shape: str, ours: float, plain: float) -> float:
+    """Print one comparison, in seconds, and return the speedup."""
     print(
-        f"{name:10} {shape:40} used {1e6 * ours:10,.1f} us  torch {1e6 * plain:10,.1f} us  {plain / ours:5.2f}x",
+        f"{name:10} {shape:40} used {1e6 * ours:10,.1f} us  torch {1e6 * plain:10,.1f} us  "
+        f"{plain / ours:5.2f}x",
         flush=True,
     )
     return plain / ours

@@ -14,6 +14,7 @@ from .sides import Side, alternate, python_of, roofline, tell
 
 
 def main() -> None:
+    """Compare the times in which both sides load a model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,8 +3,8 @@
     python -m bench.load64 --model runs/quickstart --seconds 60
     python -m bench.load64 --model models/smollm2-135m --seconds 60
 
-Streams differ in length and prompt; one in eight leaves in the middle. Jain's index of the tokens a stream got is 1 where
-all got the same.
+Streams differ in length and prompt; one in eight leaves in the middle. Jain's index of the tokens a stream
+got is 1 where all got the same.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Share:
 
 
 async def keep_asking(port: int, stream: int, until: float, share: Share) -> None:
+    """Send one request after another until `until`; one in eight disconnects halfway."""
     random = generator("bench.load64", stream)
     while time.monotonic() < until and not share.error:
         body = {
@@ -67,6 +68,7 @@ def fairness(numbers: list[int]) -> float:
 
 
 def main() -> None:
+    """Serve a model, load it with all streams, and print throughput and fairness."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,9 +86,11 @@ def main() -> None:
         took = time.monotonic() - begin  # what had begun was heard to its end
     errors, events = [share.error for share in shares if share.error], [share.events for share in shares]
     print(
-        f"{options.streams} streams for {options.seconds:.0f} s: {sum(s.answers for s in shares)} answers, {sum(s.left for s in shares)} left in "
-        f"the middle, {len(errors)} errors; {sum(events) / took:.0f} events/s over {took:.0f} s; a stream got {min(events)} to {max(events)}, "
-        f"Jain's index {fairness(events):.3f}; worst wait for a first token {max(s.worst_first for s in shares):.2f} s"
+        f"{options.streams} streams for {options.seconds:.0f} s: {sum(s.answers for s in shares)} answers, "
+        f"{sum(s.left for s in shares)} left in the middle, {len(errors)} errors; "
+        f"{sum(events) / took:.0f} events/s over {took:.0f} s; "
+        f"a stream got {min(events)} to {max(events)}, Jain's index {fairness(events):.3f}; "
+        f"worst wait for a first token {max(s.worst_first for s in shares):.2f} s"
     )
     raise SystemExit(errors[0] if errors else 0)
 

@@ -2,8 +2,8 @@
 
     python -m bench.long --size 135m --tokens 32768 --threads 2
 
-Everything but the residual stream is computed again on the way back (`recompute: true`), and log-probabilities are
-made a chunk at a time.
+Everything but the residual stream is computed again on the way back (`recompute: true`), and
+log-probabilities are made a chunk at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from . import models
 
 
 def main() -> None:
+    """Update on one long sequence and print its time and memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,8 +3,9 @@
     python -m bench.moe                    # one thread; needs `pip install transformers`
     python -m bench.moe --threads 2
 
-DeepSeek-V3's layer, 4 experts of E and a shared one, on the same weights; forward, and forward plus backward. Each
-round runs every side once, so that a disturbance hits all; medians of the rounds in milliseconds, with quartiles.
+DeepSeek-V3's layer, 4 experts of E and a shared one, on the same weights; forward, and forward plus
+backward. Each round runs every side once, so that a disturbance hits all; medians of the rounds in
+milliseconds, with quartiles.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SIZES = [
 
 
 def main() -> None:
+    """Time every side and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,7 +41,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(
-        "| hidden | expert | experts | tokens | side | forward | forward + backward |\n|---|---|---|---|---|---|---|"
+        "| hidden | expert | experts | tokens | side | forward | forward + backward |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for hidden, width, count, tokens in SIZES:
         sides = build(hidden, width, count, tokens)
@@ -56,7 +59,8 @@ def main() -> None:
         ratios = [statistics.median(b) / statistics.median(o) for o, b in zip(ours, best, strict=True)]
         print(
             f"\nfaster than transformers' best {ratios[0]:.2f}x forward, {ratios[1]:.2f}x both; "
-            f"{statistics.median(ours[1]) / statistics.median(timed['dense, equal active'][1]):.2f}x of dense\n"
+            f"{statistics.median(ours[1]) / statistics.median(timed['dense, equal active'][1]):.2f}x "
+            "of dense\n"
         )
 
 
@@ -106,7 +110,7 @@ def build(hidden: int, width: int, count: int, tokens: int) -> dict[str, tuple[n
 def measure(
     sides: dict[str, tuple[nn.Module, Callable]], rounds: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Milliseconds of each round, forward alone and with backward; the first round warms up and is dropped."""
+    """Milliseconds of each round, forward alone and with backward; the first (warm-up) round is dropped."""
     times = {name: ([], []) for name in sides}
     for _ in range(rounds + 1):
         for name, (module, run) in sides.items():
@@ -118,12 +122,14 @@ def measure(
 
 
 def clock(run: Callable) -> float:
+    """Milliseconds of one call."""
     begin = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - begin)
 
 
 def told(times: list[float]) -> str:
+    """Median and quartiles as text."""
     low, middle, high = statistics.quantiles(times, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 

@@ -3,8 +3,8 @@
     python -m bench.preference --size tiny
     python -m bench.preference --size 10m --threads 2 --json bench.jsonl
 
-Pairs of responses of 8 to 128 tokens, most of them short, to prompts of 64. TRL's side is its fastest setting: the reference is
-asked before training (`precompute_ref_log_probs`), as it is here.
+Pairs of responses of 8 to 128 tokens, most of them short, to prompts of 64. TRL's side is its fastest
+setting: the reference is asked before training (`precompute_ref_log_probs`), as it is here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PAIRS, PROMPT, LONGEST, BATCHES = {"tiny": 16, "10m": 16, "135m": 4}, 64, 128, 8
 
 
 def main() -> None:
+    """Compare both sides and print their times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
 """Limbeck beside its peers, as a table: how many times as fast, for one instruction set.
 
-    python -m bench.ratios                                       # with all that this processor has
-    python -m bench.ratios --instructions avx2                   # as a processor without AVX-512 has it: both sides
+    python -m bench.ratios                               # with all that this processor has
+    python -m bench.ratios --instructions avx2           # both sides as on a processor without AVX-512
     python -m bench.ratios --only "GRPO" "SFT" --repeats 3
 
-Each line is one of the comparisons beside this file, in processes of their own that take turns. Serving is compared where
-LIMBECK_LLAMA_SERVER names llama.cpp's server, compiled for the same instruction set, and models/smollm2-135m is there.
+Each line is one of the comparisons beside this file, in processes of their own that take turns. Serving is
+compared where LIMBECK_LLAMA_SERVER names llama.cpp's server, compiled for the same instruction set, and
+models/smollm2-135m is there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ STREAMS = (1, 16, 64)
 
 
 def main() -> None:
+    """Run all comparisons and print their ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def ratio(command: list[str], size: str, repeats: int, environment: dict[str, str]) -> float:
-    """How many times as long as Limbeck the fastest other side took; where tokens are counted, for as many of them."""
+    """Time of the fastest other side over Limbeck's; per token where tokens are counted."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "ratios.jsonl"
         run = [sys.executable, "-m", *command, "--size", size, "--repeats", str(repeats), "--json", str(out)]
@@ -88,6 +90,7 @@ def serving(environment: dict[str, str]) -> list[float]:
 
 
 def processor() -> str:
+    """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
@@ -96,6 +99,7 @@ def processor() -> str:
 
 
 def instructions(environment: dict[str, str]) -> str:
+    """The instruction sets that the kernels and torch use in an environment."""
     code = (
         "import torch; from limbeck.model import kernels\n"
         "print(f'kernels for {kernels.instructions()}, torch for {torch.backends.cpu.get_cpu_capability()}')"

@@ -1,11 +1,11 @@
-"""Rollouts against transformers' `generate` and vLLM: tokens a second, and the share of what the processor can multiply.
+"""Rollouts against transformers' `generate` and vLLM: tokens a second, and share of the processor's FLOPs.
 
     python -m bench.rollout --size tiny --rows 8 64 256
     python -m bench.rollout --size 135m --rows 8 --threads 2 --against transformers vllm
 
-Groups of eight on prompts of 64 tokens (fewer than eight rows: one group). `decode` leaves the prompts out: it is
-(B x (N - 1)) / (time of N tokens - time of one); `share` is what that is of a large square product's GFLOP/s, taken
-before and after each turn.
+Groups of eight on prompts of 64 tokens (fewer than eight rows: one group). `decode` leaves the prompts out:
+it is (B x (N - 1)) / (time of N tokens - time of one); `share` is what that is of a large square product's
+GFLOP/s, taken before and after each turn.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from . import models
 from .sides import Side, alternate, python_of, roofline, tell
 
 NEW = {"tiny": 64, "10m": 64, "135m": 24}
-PROMPT = 64
+PROMPT = 64  # tokens
 
 
 def main() -> None:
+    """Measure rollouts of all sides and print their speed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,6 +19,7 @@ MODES = {"t1": "T = 1", "t06": "T = 0.6", "greedy": "greedy", "pass@8": "pass@8"
 
 
 def main() -> None:
+    """Run the recipe with every seed and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,9 +54,8 @@ def run(recipe: Path, name: str, seed: int, runs: Path) -> dict:
 
 def table(reports: dict[int, dict]) -> str:
     """Models down, ways of sampling across; each cell is one seed's share with its 95 % interval."""
-    lines = [
-        f"| model | seed | {' | '.join(MODES.values())} | length | attempts | P(again \\| no) | one language |"
-    ]
+    modes = " | ".join(MODES.values())
+    lines = [f"| model | seed | {modes} | length | attempts | P(again \\| no) | one language |"]
     lines.append("|---" * (len(MODES) + 6) + "|")
     for model in next(iter(reports.values()))["models"]:
         for seed, report in reports.items():
@@ -66,7 +66,8 @@ def table(reports: dict[int, dict]) -> str:
     for seed, report in reports.items():
         machine = report["machine"]
         lines.append(
-            f"\nSeed {seed}: {report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, "
+            f"\nSeed {seed}: {report['seconds']:.0f} s, "
+            f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB, "
             f"{machine['cores']:g} cores of {machine['processor']}."
         )
     return "\n".join(lines)
@@ -76,12 +77,14 @@ _REST = {"length": ".0f", "attempts": ".2f", "persist": ".2f", "language_consist
 
 
 def cell(entry: dict | None) -> str:
+    """An accuracy with its interval; empty where it was not measured."""
     if not entry:
         return ""
     return f"{entry['mean']:.1%} ({entry['low']:.1%} to {entry['high']:.1%}, n = {entry['n']})"
 
 
 def number(value: float | None, form: str) -> str:
+    """A formatted number; empty where it was not measured."""
     return "" if value is None else format(value, form)
 
 

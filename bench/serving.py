@@ -2,9 +2,9 @@
 
     LIMBECK_LLAMA_SERVER=/path/to/llama-server python -m bench.serving --model models/smollm2-135m
 
-Both read the same weights (llama.cpp a GGUF file that `limbeck export` writes, of type f32 unless told otherwise), the
-same number of threads, greedy, the end of turn ignored; every stream has a prompt of its own, so that none is read twice.
-Servers take turns. Without llama.cpp's, Limbeck is measured alone.
+Both read the same weights (llama.cpp a GGUF file that `limbeck export` writes, of type f32 unless told
+otherwise), the same number of threads, greedy, the end of turn ignored; every stream has a prompt of its
+own, so that none is read twice. Servers take turns. Without llama.cpp's, Limbeck is measured alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .workers.stream import Heard, listen
 
 PATIENCE = 300  # seconds for a server to start
 WORDS = (
-    "river", "stone", "lamp", "garden", "winter", "letter", "bread", "music", "window", "paper", "silver", "cloud", "market", "bridge",
+    "river", "stone", "lamp", "garden", "winter", "letter", "bread", "music",
+    "window", "paper", "silver", "cloud", "market", "bridge",
 )  # fmt: skip
 
 
@@ -64,12 +65,14 @@ def running(command: list[str], port: int, environment: dict[str, str]) -> Itera
 
 
 def free_port() -> int:
+    """A port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def limbeck(model: Path, port: int, threads: int) -> list[str]:
+    """The command that serves the model with Limbeck."""
     main = "from limbeck.cli import main; main()"
     return [
         sys.executable,
@@ -87,6 +90,7 @@ def limbeck(model: Path, port: int, threads: int) -> list[str]:
 
 
 def llama(server: str, file: Path, port: int, threads: int, rows: int, room: int) -> list[str]:
+    """The command that serves the model with llama.cpp's server."""
     return [
         server,
         "-m",
@@ -115,7 +119,7 @@ def prompts(tokenizer: Tokenizer, count: int, tokens: int, seed: object) -> list
 
 
 def measure(port: int, texts: list[str], new: int) -> dict[str, float]:
-    """All at once: median and worst time to the first token, and tokens a second from the first request to the last token."""
+    """All streams at once: median and worst time to the first token, and tokens a second overall."""
 
     async def all_of_them() -> list[Heard]:
         body = {"model": "model", "max_tokens": new, "temperature": 0, "ignore_eos": True}
@@ -135,6 +139,7 @@ def measure(port: int, texts: list[str], new: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Serve with both sides in turn and print their latency and throughput."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -166,14 +171,17 @@ def main() -> None:
                         port, prompts(tokenizer, streams, options.prompt, streams), options.new
                     )
                     print(
-                        f"{name:10} {streams:3} streams: first token after {told['first_median']:.2f} s (median), {told['first_worst']:.2f} s (worst), "
+                        f"{name:10} {streams:3} streams: "
+                        f"first token after {told['first_median']:.2f} s (median), "
+                        f"{told['first_worst']:.2f} s (worst), "
                         f"{told['tokens_per_second']:7.1f} tokens/s",
                         flush=True,
                     )
     for streams in options.streams if peer else ():
         ours, theirs = found["limbeck", streams], found["llama.cpp", streams]
         print(
-            f"{streams:3} streams, Limbeck over llama.cpp ({options.type}): {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} x the tokens, "
+            f"{streams:3} streams, Limbeck over llama.cpp ({options.type}): "
+            f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} x the tokens, "
             f"{ours['first_median'] / theirs['first_median']:.2f} x the wait for the first"
         )
     if options.json:

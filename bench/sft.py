@@ -21,6 +21,7 @@ BATCH, LONGEST, DOCUMENTS = {"tiny": 32, "10m": 32, "135m": 8}, 256, 640
 
 
 def main() -> None:
+    """Compare both sides and print their times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

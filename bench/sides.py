@@ -1,7 +1,8 @@
-"""Two programs take turns at the same work: each in a process of its own, in its own environment, never both at once.
+"""Two programs that take turns at the same work, each in a process and an environment of its own.
 
-A worker (bench/workers/) is told its settings, makes ready, and then does one piece of work per line that it reads.
-Both sides have the allocator's settings that Limbeck gives its own workers: a peer's users would have to find them.
+A worker (bench/workers/) is told its settings, makes ready, and then does one piece of work per line that
+it reads. Both sides have the allocator's settings that Limbeck gives its own workers: a peer's users would
+have to find them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MEMORY = {
 
 
 def python_of(peer: str) -> str:
-    """The interpreter of a peer's environment, made at first use; `LIMBECK_BENCH_TRL` and so on name another one."""
+    """The interpreter of a peer's environment, made at first use, or that of `LIMBECK_BENCH_TRL` etc."""
     given = os.environ.get(f"LIMBECK_BENCH_{peer.upper()}")
     if given:
         return given
@@ -92,6 +93,7 @@ class Side:
         self._read()  # ready
 
     def turn(self) -> dict[str, float]:
+        """Let the worker do one piece of work; returns its measurements."""
         self._write("go")
         return self._read()
 
@@ -106,6 +108,7 @@ class Side:
         return json.loads(line)
 
     def close(self) -> None:
+        """End the worker."""
         self.process.stdin.close()
         self.process.wait()
 
@@ -120,6 +123,7 @@ class Timed:
 
     @classmethod
     def of(cls, name: str, turns: list[dict[str, float]]) -> Timed:
+        """The summary of a side's turns."""
         keys = turns[0].keys()
         medians = {key: statistics.median(turn[key] for turn in turns) for key in keys}
         if {"tokens", "tokens_per_second"} <= keys:  # turns of several sizes: all tokens by all seconds
@@ -159,7 +163,8 @@ def roofline(threads: int) -> dict[str, float]:
         "    t=time.perf_counter(); f(); times.append(time.perf_counter()-t)\n"
         "  return min(times)\n"
         "a=torch.randn(2048,2048); x=torch.randn(64_000_000)\n"
-        "print(json.dumps({'gflops': 2*2048**3/best(lambda: a@a)/1e9, 'gbytes': 4*len(x)/best(lambda: x.sum())/1e9}))"
+        "print(json.dumps({'gflops': 2*2048**3/best(lambda: a@a)/1e9, "
+        "'gbytes': 4*len(x)/best(lambda: x.sum())/1e9}))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     out = subprocess.run(

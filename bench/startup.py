@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 
 
 def main() -> None:
+    """Time every command and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,8 +3,8 @@
     python -m bench.update --size tiny
     python -m bench.update --size 135m --lengths skewed --threads 2
 
-Useful work is that of every prompt once and every completion, forward and backward (3 x forward); what is computed
-again, or for padding, is not useful.
+Useful work is that of every prompt once and every completion, forward and backward (3 x forward); what is
+computed again, or for padding, is not useful.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ WORK = {"tiny": (8, 8, 64, 64), "10m": (8, 8, 64, 64), "135m": (2, 8, 32, 64)}
 
 
 def main() -> None:
+    """Compare both sides and print their times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Generated tables of the documentation: the settings of recipes and the commands.
+"""Generated parts of the documentation: tables of the recipes' settings and of the commands.
 
-    python docs/generate.py            update them, between their marks in docs/**/*.md
-    python docs/generate.py --check    change nothing; exit code 1 and the names of outdated pages
+    python docs/generate.py            write them, between their marks in docs/**/*.md
+    python docs/generate.py --check    change nothing; exit code 1 and the names of pages that are out of date
 
 A part stands between `<!-- generated: NAME ARGUMENT -->` and `<!-- end -->`.
 """
@@ -17,15 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["USER"] = "$USER"  # a default of the command line that is not the same for everybody
+os.environ["USER"] = "$USER"  # the default reviewer, so that it is the same on every machine
 
 import typer
 import yaml
 from pydantic.fields import FieldInfo
 
 from limbeck.cli import app
-from limbeck.config import learned_rewards, recipe
-from limbeck.config import parts as pieces
+from limbeck.config import learned_rewards, parts, recipe
 from limbeck.pipeline.graph import QUIET
 
 DOCS = Path(__file__).parent
@@ -36,145 +35,213 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def main(check: bool) -> int:
-    """Update every page, or only check it; return the exit code."""
+    """Bring every page up to date, or with `check` only name those that are not; returns the exit code."""
     stale = []
     for page in sorted(DOCS.rglob("*.md")):
         written = page.read_text(encoding="utf-8")
         fresh = render(written)
-        if fresh != written:
-            stale.append(page.name)
-            if not check:
-                page.write_text(fresh, encoding="utf-8")
+        if fresh == written:
+            continue
+        stale.append(page.name)
+        if not check:
+            page.write_text(fresh, encoding="utf-8")
     if stale:
         print(f"{'out of date' if check else 'written'}: {', '.join(stale)}")
     return int(check and bool(stale))
 
 
 def render(text: str) -> str:
-    """The text of a page with its generated parts up to date."""
-    return PART.sub(lambda m: f"{m[1]}\n{PARTS[m[2]](m[3]).strip()}\n\n{m[4]}", text)
+    """The text of a page with all its generated parts made anew."""
+    return PART.sub(_render_part, text)
+
+
+def _render_part(match: re.Match[str]) -> str:
+    """One generated part between its marks."""
+    start, name, argument, end = match.groups()
+    content = PARTS[name](argument).strip()
+    return f"{start}\n{content}\n\n{end}"
 
 
 # ---------------------------------------------------------------- settings
 
 
 def settings(name: str) -> str:
-    """A table of the keys of one settings class. Keys of every stage are listed under `Stage` only."""
-    model = next(getattr(place, name) for place in (recipe, learned_rewards, pieces) if hasattr(place, name))
-    common, mark = (recipe.Stage.model_fields, "") if name != "Stage" else ({}, " \\*")
-    rows = [
-        [f"`{key}`{mark if key in QUIET else ''}", value(field), default(field), field.description or ""]
-        for key, field in model.model_fields.items()
-        if key not in (*TAGS, *common)
-    ]
+    """The table of the keys of one settings model.
+
+    Keys that all stages share are in the table of `Stage` alone; there a star marks the keys that do not
+    change a stage's result.
+    """
+    model = _find_model(name)
+    shared = () if name == "Stage" else recipe.Stage.model_fields
+    rows = []
+    for key, field in model.model_fields.items():
+        if key in TAGS or key in shared:
+            continue
+        star = " \\*" if name == "Stage" and key in QUIET else ""
+        rows.append([f"`{key}`{star}", value(field), default(field), field.description or ""])
     return table(["key", "value", "default", "meaning"], rows)
 
 
+def _find_model(name: str) -> type[parts.Settings]:
+    """The settings model with a name."""
+    for module in (recipe, learned_rewards, parts):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise LookupError(f"no settings are called {name}")
+
+
 def value(field: FieldInfo) -> str:
-    """The allowed values in words: `integer, at least 1`."""
-    limits = {name: getattr(part, name) for part in field.metadata for name in LIMITS if hasattr(part, name)}
-    words = " and ".join(f"{LIMITS[name]} {limit}" for name, limit in limits.items())
-    what, _, nothing = kind(field.annotation).partition(" or ") if words else (kind(field.annotation), "", "")
-    return ", ".join(part for part in (what, words) if part) + (f", or {nothing}" if nothing else "")
+    """The values that a key accepts, in words: `integer, at least 1`."""
+    accepted = kind(field.annotation)
+    limits = _limits(field)
+    if not limits:
+        return accepted
+    accepted, _, null = accepted.partition(" or ")
+    text = f"{accepted}, {limits}"
+    return f"{text}, or {null}" if null else text
+
+
+def _limits(field: FieldInfo) -> str:
+    """The limits of a number in words: `at least 0 and below 1`."""
+    limits = {}
+    for constraint in field.metadata:
+        for name, words in LIMITS.items():
+            if hasattr(constraint, name):
+                limits[name] = f"{words} {getattr(constraint, name)}"
+    return " and ".join(limits.values())
 
 
 def kind(annotation: Any) -> str:
-    """A type annotation in words."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    """A type in words."""
     if annotation in NAMES:
         return NAMES[annotation]
+    origin = typing.get_origin(annotation)
+    if origin is not None:
+        return _generic(origin, typing.get_args(annotation), annotation)
+    if isinstance(annotation, type) and issubclass(annotation, parts.Settings):
+        name = annotation.__name__.lower()
+        return f"[{name}](#{name})"
+    return _named(annotation)
+
+
+def _generic(origin: Any, arguments: tuple[Any, ...], annotation: Any) -> str:
+    """A type with arguments in words: a choice, an optional value, a list, a mapping."""
     if origin is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in parts)
-    if origin in (types.UnionType, typing.Union) and type(None) in parts:
-        return f"{kind(parts[0])} or `null`"
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
+        return f"{kind(arguments[0])} or `null`"
     if origin is tuple:
-        return " and ".join(map(kind, parts))
+        return " and ".join(map(kind, arguments))
     if origin is list:
-        return f"list of {'names' if parts[0] is str else kind(parts[0])}"
+        return f"list of {_plural(arguments[0])}"
     if origin is dict:
-        return f"{'names' if parts[0] is str else kind(parts[0])}, each with {_single(kind(parts[1]))}"
-    if isinstance(annotation, type) and issubclass(annotation, pieces.Settings):
-        return f"[{annotation.__name__.lower()}](#{annotation.__name__.lower()})"
+        item = kind(arguments[1])
+        article = "a " if item in ("number", "text") else ""
+        return f"{_plural(arguments[0])}, each with {article}{item}"
+    return _named(annotation)
+
+
+def _plural(annotation: Any) -> str:
+    """A type of which there are several, in words."""
+    return "names" if annotation is str else kind(annotation)
+
+
+def _named(annotation: Any) -> str:
+    """A union of settings models in words."""
     return "a source of problems" if "Miniature" in str(annotation) else "a stage"
 
 
 def default(field: FieldInfo) -> str:
-    """The default as YAML, or **required**."""
+    """The default as YAML; a key without a default is required."""
     if field.is_required():
         return "**required**"
     chosen = field.default
-    if isinstance(chosen, pieces.Settings):
+    if isinstance(chosen, parts.Settings):
         chosen = chosen.model_dump(mode="json", exclude_unset=True)
         return code(chosen) if chosen else "its own"
     return code(list(chosen) if isinstance(chosen, tuple) else chosen)
 
 
 def code(chosen: Any) -> str:
-    """A value as inline YAML code."""
+    """A value as YAML on one line, in backticks."""
     if chosen == "":
         return "none"
     text = yaml.safe_dump(chosen, default_flow_style=True, width=1000, sort_keys=False, allow_unicode=True)
-    return f"`{text.removesuffix('...' + chr(10)).strip()}`"  # YAML ends a bare scalar with ...
+    text = text.removesuffix("...\n")  # the end of a document that is a bare scalar
+    return f"`{text.strip()}`"
 
 
 def presets(_: None) -> str:
-    """A table of the settings in which the presets differ."""
-    names = list(pieces.PRESETS)
-    keys = dict.fromkeys(key for preset in pieces.PRESETS.values() for key in preset)
-    policies = [pieces.Policy(preset=name) for name in names]
-    rows = [[f"`{key}`", *(code(getattr(policy, key)) for policy in policies)] for key in keys]
+    """The table of the settings in which the presets differ."""
+    names = list(parts.PRESETS)
+    keys = dict.fromkeys(key for preset in parts.PRESETS.values() for key in preset)
+    policies = [parts.Policy(preset=name) for name in names]
+    rows = []
+    for key in keys:
+        values = [code(getattr(policy, key)) for policy in policies]
+        rows.append([f"`{key}`", *values])
     return table(["key", *(f"`{name}`" for name in names)], rows)
-
-
-def _single(word: str) -> str:
-    return f"a {word}" if word in ("number", "text") else word
 
 
 # ---------------------------------------------------------------- commands
 
 
 def commands(_: None) -> str:
-    """Every command with its options, as in `--help`."""
+    """A section for each command, from its help."""
     group = typer.main.get_command(app)
-    return "\n\n".join(command(name, one) for name, one in group.commands.items())
+    return "\n\n".join(command(name, click_command) for name, click_command in group.commands.items())
 
 
-def command(name: str, one: Any) -> str:
-    """One command: help, usage, and a table of its parameters."""
-    arguments = [p for p in one.params if p.param_type_name == "argument"]
-    options = [p for p in one.params if p.param_type_name == "option" and p.name != "help"]
-    shown = [metavar(p) if p.required else f"[{metavar(p)}]" for p in arguments]
-    usage = " ".join(["limbeck", name, *shown, "[OPTIONS]"])
-    rows = [[f"`{metavar(p)}`", preset(p), p.help or ""] for p in arguments]
-    rows += [[f"`{', '.join(p.opts)}`", preset(p), p.help or ""] for p in options]
-    text = " ".join((one.help or "").split())
-    parameters = table(["", "default", "meaning"], rows)
-    return f"## limbeck {name}\n\n{text}\n\n```text\n{usage}\n```\n\n{parameters}"
+def command(name: str, click_command: Any) -> str:
+    """The section of one command: its help, its usage, and the table of its arguments and options."""
+    usage = ["limbeck", name]
+    arguments = []
+    options = []
+    for parameter in click_command.params:
+        row = [preset(parameter), parameter.help or ""]
+        if parameter.param_type_name == "argument":
+            word = metavar(parameter)
+            usage.append(word if parameter.required else f"[{word}]")
+            arguments.append([f"`{word}`", *row])
+        elif parameter.name != "help":
+            options.append([f"`{', '.join(parameter.opts)}`", *row])
+    usage.append("[OPTIONS]")
+    text = " ".join((click_command.help or "").split())
+    parameters = table(["", "default", "meaning"], arguments + options)
+    return f"## limbeck {name}\n\n{text}\n\n```text\n{' '.join(usage)}\n```\n\n{parameters}"
 
 
 def metavar(parameter: Any) -> str:
-    """A parameter's name in the usage line."""
+    """The name of an argument in the usage line."""
     return parameter.metavar or parameter.name.upper()
 
 
 def preset(parameter: Any) -> str:
-    """A parameter's default; empty for switches and for options without one."""
-    silent = parameter.default is False or parameter.default in (None, "", []) or callable(parameter.default)
-    return "**required**" if parameter.required else "" if silent else f"`{parameter.default}`"
+    """The default of an argument or option; empty for flags and for options without one."""
+    if parameter.required:
+        return "**required**"
+    chosen = parameter.default
+    if chosen is False or chosen in (None, "", []) or callable(chosen):
+        return ""
+    return f"`{chosen}`"
 
 
 # ---------------------------------------------------------------- tables
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        lines.append([cell.replace("|", "\\|") for cell in row])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 PARTS: dict[str, Callable[[Any], str]] = {
-    "settings": settings, "presets": presets, "commands": commands,
-}  # fmt: skip
+    "settings": settings,
+    "presets": presets,
+    "commands": commands,
+}
 
 
 if __name__ == "__main__":

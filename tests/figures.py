@@ -2,11 +2,13 @@
 
     python tests/figures.py [FOLDER ...] [--worst N]
 
-Definitions. Lines of a function: those with code; docstring, comments and empty lines do not count. Nodes of a
-function: of its syntax tree, signature and all. Nodes a statement: the nodes of all functions over the statements
-inside them. Complexity: 1 + if, conditional expression, for, while, except, assert, match case, boolean operators,
-comprehensions with their conditions. A nested function counts by itself. A parallel assignment gives several names
-several expressions (`a, b = 1, 2`); unpacking one value is none.
+Definitions. Lines of a function: those with code; docstring, comments and empty lines do not count. Nodes
+of a function: of its syntax tree, signature and all. Nodes a statement: the nodes of all functions over the
+statements inside them. Complexity: 1 + if, conditional expression, for, while, except, assert, match case,
+boolean operators, comprehensions with their conditions. A nested function counts by itself. Parameters:
+those of functions, commands aside: typer reads the options of a function decorated with `@app.command()`
+from its signature. A parallel assignment gives several names several expressions (`a, b = 1, 2`); unpacking
+one value is none.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def _function(path: Path, node: FUNCTION, source: str, lines: set[int]) -> Funct
         lines=len(inside),
         nodes=_nodes(node),
         complexity=1 + sum(_branches(child) for child in _own(node)),
-        parameters=len(_parameters(node)),
+        parameters=0 if _is_command(node) else len(_parameters(node)),
         tensors=bool(tensors),
         shaped=bool(tensors) and (all(map(DIMENSIONS.search, tensors)) or bool(SHAPE.search(text))),
     )
@@ -137,6 +139,12 @@ def _branches(node: ast.AST) -> int:
     return 1 + len(node.ifs) if isinstance(node, ast.comprehension) else 0
 
 
+def _is_command(node: FUNCTION) -> bool:
+    """Whether a function is a command of the command line, by its decorator: `@app.command()`."""
+    names = [ast.unparse(getattr(one, "func", one)) for one in node.decorator_list]
+    return any(name.endswith(".command") for name in names)
+
+
 def _parameters(node: FUNCTION) -> list[ast.arg]:
     given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     given += [one for one in (node.args.vararg, node.args.kwarg) if one]
@@ -154,7 +162,7 @@ def _is_tensor(annotation: ast.expr | None) -> bool:
 
 
 def statements(tree: ast.AST) -> Iterator[tuple[ast.stmt, int]]:
-    """Each statement in a function, with the nodes that are its own: those of statements inside it are theirs."""
+    """Each statement in a function with its own nodes, those of statements inside it aside."""
     for function in ast.walk(tree):
         if isinstance(function, FUNCTION):
             yield from ((node, _own_nodes(node)) for node in _own(function) if isinstance(node, ast.stmt))
@@ -191,7 +199,7 @@ def undescribed(path: Path) -> Iterator[str]:
 
 
 def _public(tree: ast.AST) -> Iterator[ast.ClassDef | FUNCTION]:
-    """Classes, functions and methods that a reader may use; what `@overload`s or sets a property is none."""
+    """Public classes, functions and methods, those with `@overload` and property setters aside."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, FUNCTION | ast.ClassDef) or node.name.startswith("_"):
             continue
@@ -214,7 +222,7 @@ def constants(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _above(source: list[str], line: int) -> bool:
-    """Whether the assignments without a gap above `line` begin with a comment, which then is for all of them."""
+    """Whether a comment heads the block of assignments that `line` ends, and so is for all of them."""
     at = line - 2
     while at >= 0 and re.match(r"[A-Z_]+ = ", source[at]):
         at -= 1

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import tiny
 from tiny import answer, digests, environment
 
+import limbeck
 from limbeck import cli
 from limbeck.pipeline.review import curate, reviews
 from limbeck.pipeline.store import Store
@@ -26,21 +28,9 @@ from limbeck.types import LimbeckError
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "run",
-    "plan",
-    "status",
-    "show",
-    "why",
-    "recall",
-    "release",
-    "gc",
-    "verify",
-    "curate",
-    "pull",
-    "export",
-    "doctor",
-    "ask",
-)
+    "run", "status", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", "verify",
+    "curate", "arena", "doctor", "ask",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,8 +70,26 @@ def test_every_command_explains_itself(call, command):
     assert command in call("--help").out
 
 
+def test_the_version_is_the_installed_one(call):
+    said = call("--version")
+    assert (said.code, said.out, said.err) == (0, f"limbeck {version('limbeck')}\n", "")
+    assert said.out == f"limbeck {limbeck.__version__}\n"
+
+
+def test_the_package_is_the_command():
+    """`python -m limbeck` does what `limbeck` does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "limbeck", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"limbeck {limbeck.__version__}\n"
+
+
 def test_help_and_mistakes_are_answered_without_torch(tmp_path):
-    program = "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    program = (
+        "import sys; sys.argv = ['limbeck', *sys.argv[1:]]; from limbeck import cli\n"
+        "try: cli.main()\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
     for arguments, code in ((["--help"], 0), (["run", "none.yaml"], 2), (["status", str(tmp_path)], 2)):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
@@ -167,12 +175,23 @@ stages:
 """
 
 
+def cut_short(path: Path) -> None:
+    """Drop the last bytes of a file."""
+    path.write_bytes(path.read_bytes()[:-9])
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda d: (d / "model/config.json").unlink(), ("model/config.json is missing",)),
-    (lambda d: (d / "model/config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}'), ("GPT2LMHeadModel is not supported; supported are LlamaForCausalLM",)),
-    (lambda d: (d / "model/model.safetensors").write_bytes((d / "model/model.safetensors").read_bytes()[:-9]), ("model.safetensors",)),
+    (
+        lambda d: (d / "model/config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}'),
+        ("GPT2LMHeadModel is not supported; supported are LlamaForCausalLM",),
+    ),
+    (lambda d: cut_short(d / "model/model.safetensors"), ("model.safetensors",)),
     (lambda d: (d / "mine.jsonl").write_text(""), ("mine.jsonl: the file has no rows",)),
-    (lambda d: (d / "mine.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": \n'), ("mine.jsonl, line 2: not valid JSON",)),
+    (
+        lambda d: (d / "mine.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": \n'),
+        ("mine.jsonl, line 2: not valid JSON",),
+    ),
     (lambda d: (d / "mine.jsonl").unlink(), ("problems.mine.path: mine.jsonl is no file",)),
 ])  # fmt: skip
 def test_a_spoiled_file_is_one_line_that_names_it(finished, tmp_path, spoil, words):

@@ -37,31 +37,31 @@ def run(folder: Path, scale: float, flops: float = 1e12) -> Run:
 
 
 def test_a_way_that_falls_twice_as_fast_needs_half_the_compute(tmp_path):
-    told = comparison.compared(run(tmp_path, scale=2))
+    told = comparison.compare(run(tmp_path, scale=2))
     dense, moe = told["ways"]["dense"], told["ways"]["moe"]
     assert told["target"] == pytest.approx(
         1.0255, abs=0.002
     )  # the mean over the last twentieth, and over seeds
     assert len(dense["final_losses"]) == 2 and dense["reaches_target_after"] == dense["flops"] == 1e12
     assert moe["reaches_target_after"] / dense["flops"] == pytest.approx(0.51, abs=0.02)
-    (said,) = summary.compared(told)
+    (said,) = summary.comparison(told)
     assert "moe reaches dense's final loss" in said.en and "moe 用" in said.zh and "dense" in said.zh
 
 
 def test_a_way_that_never_gets_there_is_said_plainly(tmp_path):
-    told = comparison.compared(run(tmp_path, scale=0.5))
+    told = comparison.compare(run(tmp_path, scale=0.5))
     assert told["ways"]["moe"]["reaches_target_after"] is None
-    (said,) = summary.compared(told)
+    (said,) = summary.comparison(told)
     assert "moe does not reach dense's final loss" in said.en and "未达到" in said.zh
 
 
 def test_nothing_is_compared_where_nothing_was_asked(tmp_path):
     alone = run(tmp_path, scale=2)
-    assert comparison.compared(Run(alone.stages, {"stages": {}}, {})) is None
+    assert comparison.compare(Run(alone.stages, {"stages": {}}, {})) is None
 
 
 def test_the_page_draws_the_curves_and_says_where_they_meet(tmp_path):
     done = run(tmp_path, scale=2)
     page = report.write(tmp_path / "report", done.stages, done.recipe, {"seconds": 1.0}).read_text()
-    target = comparison.compared(done)["target"]
+    target = comparison.compare(done)["target"]
     assert f"moe reaches dense&#39;s final loss ({target:.4f})" in page

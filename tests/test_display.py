@@ -14,8 +14,8 @@ import tiny
 
 from limbeck import run_log
 from limbeck.cli import display
-from limbeck.cli.display import Lines, describe, left, span
-from limbeck.pipeline.progress import Pace, Progress
+from limbeck.cli.display import Lines, describe, span, time_left
+from limbeck.pipeline.run import Pace, Progress
 from limbeck.report.history import History
 from limbeck.run_log import TIMING, RunLog, prepare, read
 
@@ -109,7 +109,7 @@ def test_a_step_that_takes_long_is_told_and_its_time_is_not_left_any_more(tmp_pa
     (Pace(1, 1, 10.0, 0, 0.0), 3, True, "at most 60 s left"),
 ])  # fmt: skip
 def test_time_left(pace, steps, at_most, told):
-    assert left(pace, steps, at_most) == told
+    assert time_left(pace, steps, at_most) == told
 
 
 def test_spans():

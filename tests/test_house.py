@@ -26,7 +26,7 @@ FLOORS = {
     "eval": 3, "runtime": 3, "plan": 3,
     "report": 4,
     "pipeline": 5,
-    "cli": 6, "serve": 6,
+    "cli": 6, "serve": 6, "__main__": 6,
 }  # fmt: skip
 TOP = 6  # rooms of the top floor and those of the ground floor may also use their neighbours
 GROUND = {"numpy", "pydantic", "tokenizers", "yaml", "jinja2"}

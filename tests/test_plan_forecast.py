@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from limbeck.cli import plan
+from limbeck.cli import recipe_plan
 from limbeck.config.load import load
 from limbeck.model.config import ModelConfig
 from limbeck.pipeline.graph import Graph
@@ -33,7 +33,7 @@ SEEN = {
 def walked(name: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> tuple[Walk, Graph]:
     path = ROOT / "recipes" / f"{name}.yaml"
     graph = Graph(load(path, overrides), Store(tmp_path / "store"), path.parent)
-    walk = Walk(graph.recipe, plan._configs(graph))
+    walk = Walk(graph.recipe, recipe_plan.model_configs(graph))
     for node in graph.nodes.values():
         walk.add(node.name, node.stage, node.inputs, node.control)
     return walk, graph

@@ -12,7 +12,7 @@ import pytest
 
 from limbeck.eval.statistics import wilson
 from limbeck.report.loaded_run import Run
-from limbeck.report.page import thought
+from limbeck.report.page import format_response
 from limbeck.report.report import StageView, write
 from limbeck.report.summary import control, not_shown
 
@@ -214,7 +214,7 @@ def test_both_languages_say_the_same_things(made):
 def test_what_a_model_wrote_is_text(made):
     page, _ = made
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert re.sub(r"</?span[^>]*>", "", thought("a <b> & wait 等 c")) == "a &lt;b&gt; &amp; wait 等 c"
+    assert re.sub(r"</?span[^>]*>", "", format_response("a <b> & wait 等 c")) == "a &lt;b&gt; &amp; wait 等 c"
 
 
 def test_the_same_run_makes_the_same_page(made, tmp_path):

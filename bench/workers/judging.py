@@ -1,4 +1,4 @@
-"""The miniature's clock for a worker: its problems, its rewards, and held-out accuracy, which no clock counts."""
+"""The miniature's clock for a worker: problems, rewards, and held-out accuracy, which is not timed."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
 
 
 def written(batch: list[Problem], step: int) -> list[Sample]:
+    """Samples that the student generates for a batch."""
     groups = engine.rollout(batch, 1, sampling, step)
     return [
         Sample(np.concatenate([g.prompt_tokens, g.completions[0].tokens]), len(g.prompt_tokens))
@@ -40,6 +41,7 @@ def written(batch: list[Problem], step: int) -> list[Sample]:
 
 
 def given(batch: list[Problem]) -> list[Sample]:
+    """Samples of the given responses to a batch."""
     pairs = [(tokenizer.prompt(p.prompt), tokenizer.encode(SETTINGS["responses"][int(p.id)])) for p in batch]
     return [Sample(np.concatenate([prompt, response]), len(prompt)) for prompt, response in pairs]
 

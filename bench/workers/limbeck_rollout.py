@@ -22,6 +22,7 @@ problems = [Problem(str(i), text) for i, text in enumerate(SETTINGS["texts"])]
 
 
 def rollout(length: int) -> float:
+    """Seconds of a rollout with responses of `length` tokens."""
     clock = Clock()
     engine.rollout(problems, SETTINGS["group"], SamplingParams(max_new_tokens=length), 0)
     return clock.elapsed()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Heard:
-    """When it was asked, and when each event with text arrived, in seconds of one clock; `error` if it went wrong."""
+    """Times of a request and of each event with text, in seconds of one clock; `error` if it failed."""
 
     asked: float
     events: list[float] = field(default_factory=list)
@@ -21,7 +21,10 @@ class Heard:
 async def listen(host: str, port: int, body: dict, path: str = "/v1/completions") -> Heard:
     """Ask and read to the end."""
     data = json.dumps({**body, "stream": True}).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
+        f"connection: close\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
     heard, done = Heard(time.monotonic()), False
     reader, writer = await asyncio.open_connection(host, port)
     try:

@@ -14,6 +14,7 @@ asked = tokenizer(texts, return_tensors="pt", add_special_tokens=False)
 
 
 def rollout(length: int) -> float:
+    """Seconds of a rollout with responses of `length` tokens."""
     clock = Clock()
     with torch.no_grad():
         model.generate(

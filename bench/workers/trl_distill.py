@@ -28,9 +28,15 @@ trainer = Counted(
     train_dataset=Dataset.from_list(rows * 20),
     callbacks=[Turns(lambda clock: clock.say(tokens=seen[-1][0], loss=seen[-1][1]))],
     args=GKDConfig(
-        per_device_train_batch_size=SETTINGS["prompts"], lmbda=0.0 if SETTINGS["rows"] else 1.0, beta=SETTINGS["beta"], temperature=1.0,
-        max_new_tokens=SETTINGS["new"], max_length=1024, **ENDLESS, **QUIET,
+        per_device_train_batch_size=SETTINGS["prompts"],
+        lmbda=0.0 if SETTINGS["rows"] else 1.0,
+        beta=SETTINGS["beta"],
+        temperature=1.0,
+        max_new_tokens=SETTINGS["new"],
+        max_length=1024,
+        **ENDLESS,
+        **QUIET,
     ),
-)  # fmt: skip
+)
 trainer.generation_config.min_new_tokens = SETTINGS["new"]
 trainer.train()

@@ -14,6 +14,7 @@ sampled: list[float] = []
 
 
 def reward(completions, completion_ids, **_):
+    """A reward that costs nothing: the first token modulo 7."""
     lengths.append(sum(map(len, completion_ids)))
     sampled.append(Clock().wall)
     return [float(ids[0] % 7) for ids in completion_ids]
@@ -28,8 +29,15 @@ trainer = GRPOTrainer(
     train_dataset=Dataset.from_dict({"prompt": SETTINGS["texts"] * 400}),
     callbacks=[Turns(lambda clock: clock.say(rollout=sampled[-1] - clock.wall, tokens=lengths[-1]))],
     args=GRPOConfig(
-        per_device_train_batch_size=rows, num_generations=SETTINGS["group"], max_completion_length=SETTINGS["new"], beta=0.0, temperature=1.0,
-        shuffle_dataset=False, generation_kwargs=options, **ENDLESS, **QUIET,
+        per_device_train_batch_size=rows,
+        num_generations=SETTINGS["group"],
+        max_completion_length=SETTINGS["new"],
+        beta=0.0,
+        temperature=1.0,
+        shuffle_dataset=False,
+        generation_kwargs=options,
+        **ENDLESS,
+        **QUIET,
     ),
-)  # fmt: skip
+)
 trainer.train()

@@ -20,6 +20,11 @@ Counted(
     train_dataset=Dataset.from_dict(spaced),
     callbacks=[Turns(lambda clock: clock.say(tokens=seen[-1][0], loss=seen[-1][1]))],
     args=DPOConfig(
-        per_device_train_batch_size=SETTINGS["pairs"], max_length=None, beta=0.1, precompute_ref_log_probs=True, **ENDLESS, **QUIET,
+        per_device_train_batch_size=SETTINGS["pairs"],
+        max_length=None,
+        beta=0.1,
+        precompute_ref_log_probs=True,
+        **ENDLESS,
+        **QUIET,
     ),
-).train()  # fmt: skip
+).train()

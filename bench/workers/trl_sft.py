@@ -11,6 +11,7 @@ Counted, seen = counted(SFTTrainer, "labels", -100)
 
 
 def tell(clock: Clock) -> None:
+    """Report the tokens of one step and their rate."""
     clock.say(tokens=seen[-1][0], tokens_per_second=seen[-1][0] / clock.elapsed())
 
 
@@ -24,6 +25,11 @@ Counted(
     train_dataset=Dataset.from_dict({"text": SETTINGS["texts"] * 20}),
     callbacks=[Turns(tell)],
     args=SFTConfig(
-        per_device_train_batch_size=rows, max_length=SETTINGS["longest"], packing=packed, eos_token=tokenizer.eos_token, **ENDLESS, **QUIET,
+        per_device_train_batch_size=rows,
+        max_length=SETTINGS["longest"],
+        packing=packed,
+        eos_token=tokenizer.eos_token,
+        **ENDLESS,
+        **QUIET,
     ),
-).train()  # fmt: skip
+).train()

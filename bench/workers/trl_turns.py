@@ -1,4 +1,4 @@
-"""What the workers of TRL's trainers share: a model, a callback that takes turns, and settings that keep a trainer quiet."""
+"""Parts of the workers with TRL's trainers: the model, a callback that takes turns, quiet settings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ torch.set_num_threads(SETTINGS["threads"])
 tokenizer = AutoTokenizer.from_pretrained(SETTINGS["model"])
 
 QUIET = {
-    "output_dir": "/tmp/limbeck-bench-trl", "use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False,
-    "logging_steps": 10**9, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-}  # fmt: skip
+    "output_dir": "/tmp/limbeck-bench-trl",
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 10**9,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 ENDLESS = {"learning_rate": 1e-6, "max_steps": 1000}
 
 
 def load(name: str = "model") -> torch.nn.Module:
+    """The model in float32."""
     return AutoModelForCausalLM.from_pretrained(SETTINGS[name], dtype=torch.float32)
 
 
@@ -29,6 +37,7 @@ class Turns(TrainerCallback):
         self.tell, self.steps, self.begun, self.clock = tell, steps, 0, None
 
     def on_step_begin(self, *_, **__):
+        """Report the last turn and wait for the next one."""
         if self.begun % self.steps == 0:
             self.tell(self.clock) if self.clock else say(ready=1)
             wait()

@@ -1,4 +1,4 @@
-"""A worker's side of bench/sides.py. Imports nothing but the standard library: it runs in every environment."""
+"""A worker's side of bench/sides.py, with the standard library alone: it runs in every environment."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ os.dup2(2, 1)  # whatever prints goes to the log
 
 
 def say(**numbers: float) -> None:
+    """Write one line of measurements."""
     _out.write(json.dumps(numbers) + "\n")
     _out.flush()
 
@@ -42,12 +43,15 @@ class Clock:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def elapsed(self) -> float:
+        """Seconds of wall time since the turn began."""
         return time.perf_counter() - self.wall
 
     def cpu_elapsed(self) -> float:
+        """Seconds of processor time since the turn began."""
         return time.process_time() - self.cpu
 
     def say(self, **more: float) -> None:
+        """Write the turn's times, its peak memory and `more`."""
         say(wall=self.elapsed(), cpu=self.cpu_elapsed(), **more, peak_mib=peak())
 
 
@@ -65,8 +69,11 @@ def turns() -> Iterator[Clock]:
 
 
 def tell(torch, rollout, rows: int) -> None:
-    """A turn of rollouts: of one token, then of all. Decoding is what the second takes longer; its share is of what a
-    large product reaches, before and after, as the machine is not always as fast."""
+    """Report a turn of two rollouts: of one token, then of all tokens.
+
+    Decoding is the difference of their times. Its share is that of a large product's FLOPs, measured before
+    and after, as the machine's speed varies.
+    """
     roof, clock = gflops(torch), Clock()
     first = rollout(1)
     whole = rollout(SETTINGS["new"])

@@ -1,5 +1,6 @@
 """The command line: `limbeck COMMAND`."""
 
-from .commands import app, main, run
+from .application import app, main
+from .run import run
 
 __all__ = ["app", "main", "run"]

@@ -1,6 +1,6 @@
-"""Who watches a run: a live tree on a terminal, plain lines elsewhere, JSON events for programs.
+"""Displays of a run in progress: a live tree on a terminal, plain lines elsewhere, JSON events for programs.
 
-Data goes to standard output, everything said to people goes to standard error.
+Data goes to standard output, messages for people go to standard error.
 """
 
 from __future__ import annotations
@@ -23,40 +23,37 @@ from ..pipeline.progress import RECENT, Pace, Progress
 from ..pipeline.store import Artifact
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-PATIENCE = 10.0  # seconds after which a step is slow enough to be told of
-PARTS = {
-    "sample": "parts",
-    "screen": "parts",
-    "pairs": "parts",
-    "label": "parts",
-    "evaluate": "parts",
-}  # else steps of learning
-SHOWN = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
+SLOW_STEP_SECONDS = 10.0  # seconds of a step after which its time is displayed
+CHUNKED_KINDS = ("sample", "screen", "pairs", "label", "evaluate")  # stages whose steps are parts of the work
+METRICS = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
 
 
 class Lines:
-    """One line when a stage begins, every ten seconds, and when it ends."""
+    """Plain lines on standard error: one when a stage begins, every ten seconds, and when it ends."""
 
-    every = 10.0
+    every = 10.0  # seconds
 
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}
+        self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
+        """Print the progress of the running stages whose line is due."""
         now = time.monotonic()
         for name, progress in running.items():
-            if name not in self._said:
+            if name not in self._shown:
                 self.say(f"{name}: begins")
-            elif now - self._said[name] >= self.every:
+            elif now - self._shown[name] >= self.every:
                 self.say(f"{name}: {describe(progress)}")
             else:
                 continue
-            self._said[name] = now
+            self._shown[name] = now
 
     def finished(self, node: Node, artifact: Artifact) -> None:
+        """Print that a stage is done, with its results."""
         self.say(f"{node.name}: done in {artifact.manifest['seconds']:.1f} s{outcome(artifact)}")
 
     def say(self, text: str) -> None:
+        """Print a message."""
         print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -64,14 +61,16 @@ class Events(Lines):
     """NDJSON on standard output: `{"event": "finished", "stage": ..., ...}`; the last one is the result."""
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
+        """Emit a `progress` event of each running stage whose event is due."""
         now = time.monotonic()
         for name, progress in running.items():
-            if now - self._said.get(name, 0) >= self.every:
+            if now - self._shown.get(name, 0) >= self.every:
                 done, total, metrics = progress.look()
                 self.emit("progress", stage=name, done=done, total=total, metrics=metrics)
-                self._said[name] = now
+                self._shown[name] = now
 
     def finished(self, node: Node, artifact: Artifact) -> None:
+        """Emit a `finished` event."""
         manifest = artifact.manifest
         self.emit(
             "finished",
@@ -82,15 +81,17 @@ class Events(Lines):
         )
 
     def say(self, text: str) -> None:
+        """Emit a message as a `said` event."""
         self.emit("said", text=text)
 
     @staticmethod
     def emit(event: str, **details: Any) -> None:
+        """Print one event."""
         print(json.dumps({"schema": 1, "event": event, **details}, ensure_ascii=False), flush=True)
 
 
 class Tree(Lines):
-    """The stages as they stand, what runs now, and a thought now and then."""
+    """A live table of all stages, with the latest recorded response of each running one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,29 +99,39 @@ class Tree(Lines):
         self.live.start()
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
+        """Draw the table anew."""
         table = Table.grid(padding=(0, 2))
         for node in graph.nodes.values():
-            if node.name in running:
-                table.add_row(Text("▶", "yellow"), Text(node.name, "bold"), describe(running[node.name]))
-            elif node.artifact:
-                table.add_row(Text("✓", "green"), node.name, Text(outcome(node.artifact).lstrip(" ,"), "dim"))
-            elif node.state == "asks":
-                table.add_row(Text("?", "magenta"), node.name, "waits for a person: limbeck curate")
-            else:
-                table.add_row(Text("·", "dim"), Text(node.name, "dim"), "")
-        thoughts = [panel for progress in running.values() if (panel := thought(progress))]
-        self.live.update(Group(table, *thoughts))
+            table.add_row(*_table_row(node, running.get(node.name)))
+        panels = [response_panel(progress) for progress in running.values()]
+        self.live.update(Group(table, *filter(None, panels)))
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        self.live.console.print(
-            f"[green]✓[/] {node.name} [dim]{artifact.manifest['seconds']:.1f} s{outcome(artifact)}[/]"
-        )
+        """Print that a stage is done, above the table."""
+        detail = f"{artifact.manifest['seconds']:.1f} s{outcome(artifact)}"
+        self.live.console.print(f"[green]✓[/] {node.name} [dim]{detail}[/]")
 
     def say(self, text: str) -> None:
+        """Print a message above the table."""
         self.live.console.print(printable(text), highlight=False)
 
     def close(self) -> None:
+        """Remove the table and restore the cursor."""
         self.live.stop()
+
+
+def _table_row(node: Node, progress: Progress | None) -> tuple[Text, Text | str, Text | str]:
+    """The sign, name and description of a stage in the table; `progress` if it is running."""
+    if progress:
+        return Text("▶", "yellow"), Text(node.name, "bold"), describe(progress)
+    if node.artifact:
+        return Text("✓", "green"), node.name, Text(outcome(node.artifact).lstrip(" ,"), "dim")
+    if node.state == "asks":
+        return Text("?", "magenta"), node.name, "waits for a person: limbeck curate"
+    return Text("·", "dim"), Text(node.name, "dim"), ""
+
+
+# ---------------------------------------------------------------- progress of a stage
 
 
 def describe(progress: Progress) -> str:
@@ -129,87 +140,98 @@ def describe(progress: Progress) -> str:
     preparing = progress.preparing()
     if total is None or preparing:
         return f"{preparing or 'its process starts'} · {span(progress.spent)} so far"
-    pace = progress.pace()
-    words = [f"{done} of {total} {PARTS.get(progress.node.kind, 'steps')}"]
-    if pace.steps and done < total:
-        words.append(left(pace, total - done, _may_end_early(progress.node.stage)))
-    if pace.since >= PATIENCE or not done:
-        words.append(f"this one takes {span(pace.since)} so far")
-    if pace.tokens:
-        words.append(f"{_round(pace.tokens / pace.seconds)} tokens a second")
-    words += [
-        f"{name.replace('_', ' ')} {_number(metrics[name])}"
-        for name in SHOWN
-        if metrics.get(name) is not None
-    ]
+    unit = "parts" if progress.node.kind in CHUNKED_KINDS else "steps"
+    words = [f"{done} of {total} {unit}", *_timing(progress, done, total)]
+    for name in METRICS:
+        if metrics.get(name) is not None:
+            words.append(f"{name.replace('_', ' ')} {_number(metrics[name])}")
     words += [f"! {alarm}" for alarm in metrics.get("alarms", ())[:1]]
     return " · ".join(words)
 
 
-def left(pace: Pace, steps: int, at_most: bool = False) -> str:
-    """Time left by the measured rate: a range that narrows with every look, and one number after ten."""
+def _timing(progress: Progress, done: int, total: int) -> list[str]:
+    """The time left, the time of a slow step, and the tokens a second, where they are known."""
+    pace = progress.pace()
+    words = []
+    if pace.steps and done < total:
+        words.append(time_left(pace, total - done, _may_end_early(progress.node.stage)))
+    if pace.since >= SLOW_STEP_SECONDS or not done:
+        words.append(f"this one takes {span(pace.since)} so far")
+    if pace.tokens:
+        words.append(f"{_round(pace.tokens / pace.seconds)} tokens a second")
+    return words
+
+
+def time_left(pace: Pace, steps: int, at_most: bool = False) -> str:
+    """Time left at the measured rate: a range that narrows with every look, and one number after ten."""
     seconds = max(0.0, pace.seconds / pace.steps * steps - pace.since)
-    wide = 1 + 1 / pace.looks if pace.looks < RECENT else 1
-    low, high = span(seconds / wide), span(seconds * wide)
-    if at_most or low == high:
-        return f"{'at most ' * at_most}{high} left"
+    factor = 1 + 1 / pace.looks if pace.looks < RECENT else 1
+    low = span(seconds / factor)
+    high = span(seconds * factor)
+    if at_most:
+        return f"at most {high} left"
+    if low == high:
+        return f"{high} left"
     number, unit = low.split()
-    return f"{number if high.endswith(f' {unit}') else low} to {high} left"
+    if high.endswith(f" {unit}"):
+        low = number
+    return f"{low} to {high} left"
 
 
 def span(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`."""
+    """A duration in its largest unit: `45 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _may_end_early(stage: Stage) -> bool:
-    """A budget may end it before its last step."""
+    """True for a stage that a FLOPs budget may end before its last step."""
     return stage.kind in ("rl", "distill") and bool(stage.flops or stage.flops_of)
 
 
 def _round(value: float) -> str:
-    """Two digits, and thousands apart: 3,400."""
+    """A number of two digits with separators: `3,400`."""
     return f"{float(f'{value:.2g}'):,.0f}"
 
 
+def _number(value: Any) -> str:
+    """A metric with three digits if it is a float."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------- results and responses
+
+
 def outcome(artifact: Artifact) -> str:
-    """The few numbers that say how a stage went."""
+    """The main results of a stage: `, kept 512 of 2048`; empty if it has none."""
     notes = artifact.manifest["notes"]
     if "kept" in notes:
         return f", kept {notes['kept']} of {notes['sampled']}"
     if "policy" in notes:
         return f", {notes['accepted'] + notes['edited']} rows by {notes['policy']}, {notes['edited']} edited"
     path = artifact.folder / "evaluation.json"
-    if path.exists():
-        source = next(iter(json.loads(path.read_text(encoding="utf-8"))["sources"].values()))
-        return ", " + ", ".join(
-            f"{mode} {entry['accuracy']['mean']:.1%}" for mode, entry in source["modes"].items()
-        )
-    return ""
+    if not path.exists():
+        return ""
+    sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
+    modes = next(iter(sources.values()))["modes"]
+    accuracies = [f"{mode} {entry['accuracy']['mean']:.1%}" for mode, entry in modes.items()]
+    return ", " + ", ".join(accuracies)
 
 
-def thought(progress: Progress) -> Panel | None:
-    """The response that was written down last."""
+def response_panel(progress: Progress) -> Panel | None:
+    """The best response of the group that was recorded last; None before the first."""
     row = progress.thought()
     if not row.get("completions"):
         return None
-    best = max(row["completions"], key=lambda c: c["reward"] or 0)
+    best = max(row["completions"], key=lambda completion: completion["reward"] or 0)
     text = Text(printable(f"{row['prompt'][-300:]}\n{best['text'][:600]}"))
-    return Panel(
-        text,
-        title=f"{progress.node.name}, step {row['step']}",
-        title_align="left",
-        border_style="dim",
-        width=100,
-    )
+    title = f"{progress.node.name}, step {row['step']}"
+    return Panel(text, title=title, title_align="left", border_style="dim", width=100)
 
 
 def printable(text: str) -> str:
-    """Model text may hold escape sequences; a terminal must not obey them."""
+    """The text without control characters: a terminal must not obey escape sequences of a model."""
     return CONTROL.sub("", text)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

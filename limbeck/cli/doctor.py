@@ -1,4 +1,4 @@
-"""What this machine has and lacks, and what to do about it. Nothing here needs the network."""
+"""Findings on this machine, with advice: software, memory, kernels, sandbox. No network is used."""
 
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ from ..model.config import ModelConfig
 from ..runtime.machine import usable_cores, usable_memory
 from ..tasks.sandbox import SANDBOX
 
-GIB = 1024**3
-
-# Weights, gradients and AdamW's two moments, four bytes each (Rajbhandari et al. 2020, section 3.1, in fp32).
-BYTES_PER_PARAMETER = 16
-
-# Tokens in the cache at once: 64 rollouts of 1,024 tokens.
-CACHED_TOKENS = 64 * 1024
+GIB = 1024**3  # bytes
+BYTES_PER_PARAMETER = 16  # bytes: weights, gradients, AdamW's moments in fp32 (arXiv 1910.02054, section 3.1)
+CACHED_TOKENS = 64 * 1024  # tokens in the KV cache at once: 64 rollouts of 1,024 tokens
 
 # family, vocabulary, hidden, layers, heads, key/value heads, head size, intermediate
 SIZES = {
@@ -43,7 +39,7 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `ok` is None where it is neither good nor bad.
+    """One property of the machine. `ok` is None if it is neither good nor bad.
 
     `Finding("reasoning_gym", ok=None, value="not installed", advice="pip install 'limbeck[gym]'")`
     """
@@ -56,8 +52,10 @@ class Finding:
 
 
 def examine(runs: Path = Path("runs"), measure: bool = False) -> list[Finding]:
-    """Look at the machine; about two seconds, most of them torch's. `runs` is where artifacts will go; with `measure` the
-    kernels are timed anew."""
+    """Examine the machine in about two seconds, most of them torch's.
+
+    `runs` is the folder of the artifacts; with `measure` the kernels are timed again.
+    """
     memory = usable_memory()
     return [
         _python(),
@@ -67,119 +65,139 @@ def examine(runs: Path = Path("runs"), measure: bool = False) -> list[Finding]:
         *_torch(),
         _kernels(measure),
         _sandbox(),
-        *(_extra(module) for module in EXTRAS),
+        *map(_extra, EXTRAS),
         _sizes(memory),
         Finding("network", None, "not needed", "only limbeck pull and remote teachers use it"),
     ]
 
 
 def _python() -> Finding:
-    recent = sys.version_info >= (3, 11)
-    return Finding("python", recent, platform.python_version(), "" if recent else "use 3.11 or later")
+    """The version of Python."""
+    is_recent = sys.version_info >= (3, 11)
+    advice = "" if is_recent else "use 3.11 or later"
+    return Finding("python", is_recent, platform.python_version(), advice)
 
 
 def _cores() -> Finding:
+    """The processor's cores."""
     cores = usable_cores()
     advice = "" if cores >= 2 else "runs work on one core, in twice the time"
     return Finding("cores", not advice, f"{cores:g}", advice)
 
 
 def _memory(free: int) -> Finding:
+    """The usable memory."""
     advice = "" if free >= 2 * GIB else "the quickstart needs 2 GiB: close other programs"
-    return Finding("memory", free >= 2 * GIB, f"{free / GIB:.1f} GiB usable", advice)
+    return Finding("memory", not advice, f"{free / GIB:.1f} GiB usable", advice)
 
 
 def _disk(runs: Path) -> Finding:
-    place = next(p for p in (runs.absolute(), *runs.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    writable = os.access(place, os.W_OK)
-    advice = "" if writable else f"{place} cannot be written to: choose another folder"
-    if writable and free < 5 * GIB:
+    """The free space for artifacts."""
+    path = runs.absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    advice = ""
+    if not os.access(path, os.W_OK):
+        advice = f"{path} cannot be written to: choose another folder"
+    elif free < 5 * GIB:
         advice = "a run of a 135M model keeps about 5 GiB of checkpoints: free some, or use limbeck gc"
-    return Finding("disk", not advice, f"{free / GIB:.0f} GiB free at {place}", advice)
+    return Finding("disk", not advice, f"{free / GIB:.0f} GiB free at {path}", advice)
 
 
 def _kernels(measure: bool = False) -> Finding:
+    """The compiled kernels, with their measured times."""
     from ..model import kernels
 
     if measure:
         kernels.forget()
     library, place = kernels.found()
-    if library is not None:
-        table = tuple(asdict(timing) for timing in kernels.timings())
-        used = sum(row["used"] != "torch" for row in table)
-        return Finding(
-            "kernels",
-            True,
-            f"{kernels.instructions()}, used for {used} of {len(table)} kinds of work; in {place}",
-            table=table,
-        )
-    off = (
-        "LIMBECK_KERNELS=auto turns them on"
-        if kernels.mode() == "off"
-        else "a C++ compiler makes training and sampling faster: apt install g++"
-    )
-    return Finding("kernels", None, f"none: {place}", off)
+    if library is None:
+        advice = "a C++ compiler makes training and sampling faster: apt install g++"
+        if kernels.mode() == "off":
+            advice = "LIMBECK_KERNELS=auto turns them on"
+        return Finding("kernels", None, f"none: {place}", advice)
+    table = tuple(asdict(timing) for timing in kernels.timings())
+    used = sum(row["used"] != "torch" for row in table)
+    value = f"{kernels.instructions()}, used for {used} of {len(table)} kinds of work; in {place}"
+    return Finding("kernels", True, value, table=table)
 
 
 def _torch() -> list[Finding]:
+    """Torch's version, instructions, threads, speed and GPU."""
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    slow = "no vector instructions were found: expect a tenth of the speed" if capability == "DEFAULT" else ""
-    threads, cores = torch.get_num_threads(), usable_cores()
-    fewer = f"more threads than cores: set OMP_NUM_THREADS={max(1, int(cores))}"
-    crowded = fewer if threads > cores + 1 else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; every stage runs on the CPU"
     return [
         Finding("torch", True, torch.__version__),
-        Finding("instructions", not slow, capability, slow),
-        Finding("threads", not crowded, str(threads), crowded),
+        _instructions(torch.backends.cpu.get_cpu_capability()),
+        _threads(torch.get_num_threads()),
         Finding("speed", None, f"{matrix_speed():.0f} GFLOP/s in matrix products (fp32)"),
         Finding("gpu", None, gpu),
     ]
+
+
+def _instructions(capability: str) -> Finding:
+    """The processor's vector instructions, as torch names them."""
+    if capability == "DEFAULT":
+        advice = "no vector instructions were found: expect a tenth of the speed"
+        return Finding("instructions", False, capability, advice)
+    return Finding("instructions", True, capability)
+
+
+def _threads(threads: int) -> Finding:
+    """Torch's threads, against the processor's cores."""
+    cores = usable_cores()
+    if threads > cores + 1:
+        advice = f"more threads than cores: set OMP_NUM_THREADS={max(1, int(cores))}"
+        return Finding("threads", False, str(threads), advice)
+    return Finding("threads", True, str(threads))
 
 
 def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
     """GFLOP/s of fp32 matrix products, the median over about `seconds`."""
     import torch
 
-    a, times = torch.ones(size, size), []
+    matrix = torch.ones(size, size)
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
-        begin = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / sorted(times)[len(times) // 2] / 1e9
+        start = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - start)
+    median = sorted(times)[len(times) // 2]
+    return 2 * size**3 / median / 1e9
 
 
 def _sandbox() -> Finding:
-    """What a process that judges answers tried to reach just now, and was refused."""
+    """The sandbox of processes that score answers: the accesses that it refused just now."""
     proof = SANDBOX.proof()
+    if proof.holds:
+        return Finding("sandbox", True, str(proof))
     advice = (
-        ""
-        if proof.holds
-        else "tasks whose scorers need it are refused: use Linux with seccomp (Docker's default profile allows it)"
+        "tasks whose scorers need it are refused: use Linux with seccomp (Docker's default profile allows it)"
     )
-    return Finding("sandbox", proof.holds, str(proof), advice)
+    return Finding("sandbox", False, str(proof), advice)
 
 
 def _extra(module: str) -> Finding:
-    extra, purpose = EXTRAS[module]
+    """An optional package."""
     if importlib.util.find_spec(module):
         return Finding(module, True, "installed")
+    extra, purpose = EXTRAS[module]
     return Finding(module, None, "not installed", f"for {purpose}: pip install 'limbeck[{extra}]'")
 
 
 def _sizes(memory: int) -> Finding:
-    """Which well-known models fit for reinforcement learning, by weights, AdamW and the rollouts' cache."""
+    """The well-known models whose RL fits in memory: weights, AdamW and the rollouts' KV cache."""
     needs = {name: reinforcement_bytes(ModelConfig(*shape)) for name, shape in SIZES.items()}
-    fit = [f"{name} ({need / GIB:.0f} GiB)" for name, need in needs.items() if need <= memory]
-    if not fit:
-        smallest = f"SmolLM2-135M needs {needs['SmolLM2-135M'] / GIB:.0f} GiB"
-        return Finding("models", True, "the quickstart's", smallest)
-    return Finding("models", True, "fit for RL: " + ", ".join(fit))
+    fitting = [f"{name} ({need / GIB:.0f} GiB)" for name, need in needs.items() if need <= memory]
+    if not fitting:
+        smallest = needs["SmolLM2-135M"] / GIB
+        return Finding("models", True, "the quickstart's", f"SmolLM2-135M needs {smallest:.0f} GiB")
+    return Finding("models", True, "fit for RL: " + ", ".join(fitting))
 
 
 def reinforcement_bytes(config: ModelConfig) -> int:
+    """Bytes that RL of a model needs: weights, gradients, AdamW and the rollouts' KV cache."""
     return BYTES_PER_PARAMETER * config.parameters + CACHED_TOKENS * config.kv_bytes_per_token()

@@ -1,26 +1,79 @@
-"""What several commands take, and how they open what they are given."""
+"""Options that several commands share, and functions that open a command's arguments and print its rows."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-Home = Annotated[Path, typer.Option("--runs", help="where runs and their artifacts live")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
-RUNS = Path("runs")
-
-
-def mistake(text: str) -> Exception:
+if TYPE_CHECKING:
+    from ..config.recipe import Recipe
+    from ..pipeline.graph import Graph
+    from ..pipeline.store import Store
     from ..types import LimbeckError
 
-    return LimbeckError(text)
+Home = Annotated[Path, typer.Option("--runs", help="where runs and their artifacts live")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
+Auto = Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
+]
+RUNS = Path("runs")
+STATES = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
 
 
-def open_store(runs: Path) -> Any:
+def usage_error(message: str) -> LimbeckError:
+    """The exception for a mistake in a command's arguments: exit code 2."""
+    from ..types import LimbeckError
+
+    return LimbeckError(message)
+
+
+def open_store(runs: Path) -> Store:
+    """The store of the runs in `runs`; an error if nothing has been run there."""
     from ..pipeline.store import Store
 
     if not (runs / "store").exists():
-        raise mistake(f"{runs}/store does not exist; nothing has been run there yet")
+        raise usage_error(f"{runs}/store does not exist; nothing has been run there yet")
     return Store(runs / "store")
+
+
+def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
+    """The recipe in a YAML file with its overrides; with `auto`, policies decide instead of people."""
+    from ..config.load import load, with_auto_curation
+
+    recipe = load(path, overrides)
+    return with_auto_curation(recipe) if auto else recipe
+
+
+def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
+    """The graph of a recipe's stages, with their artifacts in `runs`; `path` is the recipe's file."""
+    from ..pipeline.graph import Graph
+    from ..pipeline.store import Store
+
+    return Graph(recipe, Store(runs / "store"), path.parent)
+
+
+def open_run(folder: Path) -> Graph:
+    """The graph of the run in `folder`; an error if it is not a run's folder."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.exists():
+        raise usage_error(f"{folder} is no run: it has no recipe.yaml; runs begin with `limbeck run`")
+    return open_graph(load_recipe(recipe, [], False), recipe, folder.parent)
+
+
+def print_json(data: Any) -> None:
+    """Print a command's result for programs."""
+    print(json.dumps({"schema": 1, "ok": True, "data": data}, ensure_ascii=False))
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:
+    """Print rows as JSON, or each as the text that `line` makes of it."""
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        print(line(row).rstrip())

@@ -1,20 +1,32 @@
-"""The commands that tell where a model comes from, and hand it on: why, recall, release."""
+"""The commands for a model's provenance and its release: why, recall, release."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, AsJson, Home, mistake, open_store
+from .options import RUNS, AsJson, Home, open_store, print_json, print_rows, usage_error
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from ..pipeline.provenance.lineage import Lineage, Recall
+
+app = typer.Typer()
 
 MODEL = "a released directory, RUN/STAGE, a stage's name, or the beginning of an artifact's name"
 FACTS = ("rows", "pairs", "sampled", "kept", "accepted", "edited", "rejected", "parameters")
 
 
+# ---------------------------------------------------------------- why
+
+
+@app.command()
 def why(
     model: Annotated[str, typer.Argument(help=MODEL)],
     runs: Home = RUNS,
@@ -37,32 +49,157 @@ def why(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a model was made from: its licences first, then stages, problems, teachers and people down to the roots."""
+    """Tell what a model was made from: its licences first, then stages, problems, teachers and people down
+    to the roots.
+    """
     from ..pipeline.provenance.lineage import find, rows_behind
 
     lineage = find(model, runs)
     if row:
-        found = [one for one in rows_behind(lineage) if one["id"] == row]
-        if not found:
-            raise mistake(
-                f"{row}: no row of that id trained {lineage.head['stage']}; `limbeck why {model} --rows` lists those that did"
+        matches = [source for source in rows_behind(lineage) if source["id"] == row]
+        if not matches:
+            raise usage_error(
+                f"{row}: no row of that id trained {lineage.head['stage']}; "
+                f"`limbeck why {model} --rows` lists those that did"
             )
-        _emit(found, as_json, _tell_row)
+        _print_rows(matches, as_json, _full_row)
     elif fingerprints or corpus:
-        _trace(lineage, corpus, as_json)
+        _print_fingerprints(lineage, corpus, as_json)
     elif rows:
-        listed = ({k: v for k, v in one.items() if k != "row"} for one in rows_behind(lineage))
-        _emit(
-            list(listed),
-            as_json,
-            lambda r: f"{r['id']:36} {r['learned_by']:14} {r['given_by']:14} x{r['times']}  {_hands(r)}",
-        )
+        sources = []
+        for source in rows_behind(lineage):
+            sources.append({key: value for key, value in source.items() if key != "row"})
+        _print_rows(sources, as_json, _row_line)
     elif as_json:
         print(json.dumps({"ok": True, "data": lineage.tell(), "schema": 1}, ensure_ascii=False))
     else:
-        _show(lineage)
+        _print_lineage(lineage)
 
 
+def _print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:
+    """Print rows as JSON or as text without control characters."""
+    from .display import printable
+
+    print_rows(rows, as_json, lambda row: printable(line(row)))
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    """One line of the list of training rows."""
+    return f"{row['id']:36} {row['learned_by']:14} {row['given_by']:14} x{row['times']}  {_origin(row)}"
+
+
+def _full_row(row: dict[str, Any]) -> str:
+    """A training row with its prompt and response."""
+    from ..pipeline.dataset_rows import said
+
+    lines = [f"{row['id']}, given by {row['given_by']}, learned by {row['learned_by']}", _origin(row)]
+    if "row" in row:
+        lines += ["", row["row"]["prompt"], "", said(row["row"])]
+    return "\n".join(lines)
+
+
+def _origin(row: dict[str, Any]) -> str:
+    """The origin of a row, and its editor."""
+    origin = ", ".join(f"{key} {str(value)[:40]}" for key, value in row["origin"].items())
+    if row["editor"]:
+        origin += f"; desk: {row['editor']}"
+    return origin
+
+
+def _print_fingerprints(lineage: Lineage, corpus: Path | None, as_json: bool) -> None:
+    """Print the traces of other models in the training rows."""
+    from dataclasses import asdict
+
+    from ..pipeline.provenance.fingerprints import traces
+    from ..pipeline.provenance.lineage import rows_behind
+
+    rows = (source["row"] for source in rows_behind(lineage) if "row" in source)
+    _print_rows([asdict(trace) for trace in traces(rows, corpus)], as_json, _trace_lines)
+    if not as_json:
+        print("This is evidence, never proof: people quote, and common phrases are common.")
+
+
+def _trace_lines(trace: dict[str, Any]) -> str:
+    """One kind of trace with its examples."""
+    lines = [f"{trace['rows']} of {trace['of']} rows: {trace['kind']}"]
+    lines += [f"    {row_id}: {text}" for row_id, text in trace["examples"]]
+    return "\n".join(lines)
+
+
+def _print_lineage(lineage: Lineage) -> None:
+    """Print the conclusion, the licences, the sources, and the tree of artifacts."""
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from .display import printable
+
+    width = {} if sys.stdout.isatty() else {"width": 10_000}  # no line is cut in a pipe
+    console = Console(highlight=False, **width)
+    head = lineage.head
+    lines = [f"{head['stage']} ({head['artifact']}): {lineage.conclusion}", *_licence_lines(lineage)]
+    for kind, names in lineage.sources().items():
+        lines.append(f"{kind}: {', '.join(names) or 'none'}")
+    for line in lines:
+        console.print(Text(printable(line)))
+    tree = Tree("", hide_root=True)
+    _grow(tree, lineage, lineage.root, head["stage"], set())
+    console.print(tree)
+
+
+def _licence_lines(lineage: Lineage) -> list[str]:
+    """The licences that bind a model, and the rights that were claimed against one."""
+    from ..pipeline.provenance.licences import bind, terms
+
+    lines = []
+    for licence in bind(lineage.licences).licences:
+        entry = terms(licence)
+        title = f"{entry.title}, {entry.dated}" if entry.dated else entry.title
+        note = "" if entry.read == "primary" else " (quoted by others)"
+        lines.append(f"  {licence}: {title}; {entry.source}{note}")
+    for right in lineage.head.get("rights", []):
+        claimed = f"claimed by {right.get('by', 'somebody')} on {right.get('date', 'some day')}"
+        lines.append(f"  {claimed}: {right['reason']} (against {right['clause']})")
+    return lines
+
+
+def _grow(tree: Tree, lineage: Lineage, key: str, name: str, drawn: set[str]) -> None:
+    """Add an artifact and its parents to the tree; the parents of one already in `drawn` are not repeated."""
+    from rich.text import Text
+
+    from .display import printable
+
+    label = _label(lineage.entries[key], name)
+    if key in drawn:
+        tree.add(Text(printable(f"{label} (as above)")))
+        return
+    branch = tree.add(Text(printable(label)))
+    drawn.add(key)
+    for cited, parent in lineage.parents(key).items():
+        _grow(branch, lineage, parent, cited, drawn)
+
+
+def _label(entry: dict[str, Any], name: str) -> str:
+    """An artifact in the tree: `dev1 (sft-2f31...): 120 rows, 34 edited, MIT`."""
+    notes = entry.get("notes") or {}
+    facts = [f"{notes[fact]:,} {fact}" for fact in FACTS if notes.get(fact)]
+    if entry["kind"] == "curate":
+        facts.append("desk: " + ", ".join(entry["sources"]["editors"]))
+    check = entry.get("decontamination")
+    if check:
+        facts.append(f"{check['checked']:,} compared with the test, {len(check['dropped'])} left out")
+    if entry["kind"] in ("load", "remote"):
+        facts.append(" AND ".join(entry["licences"]))
+    if notes.get("source"):
+        facts.append(f"from {notes['source']}")
+    label = f"{name} ({entry['artifact']})"
+    return f"{label}: {', '.join(facts)}" if facts else label
+
+
+# ---------------------------------------------------------------- recall
+
+
+@app.command()
 def recall(
     row: Annotated[
         str, typer.Argument(metavar="ROW-ID", help="a row's id, or a problem's: all rows that answer it")
@@ -76,33 +213,45 @@ def recall(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a withdrawn row has reached, also through models that learned from it, and what a rerun would redo."""
+    """Say what a withdrawn row has reached, also through models that learned from it, and what a rerun would
+    redo.
+    """
     from dataclasses import asdict
 
-    from ..pipeline.provenance.lineage import recall as follow
+    from ..pipeline.provenance.lineage import recall as trace_row
 
     open_store(runs)
-    found = follow(row, runs, given_by)
+    recalled = trace_row(row, runs, given_by)
     if as_json:
-        print(json.dumps({"schema": 1, "ok": True, "data": asdict(found)}, ensure_ascii=False))
-        return
-    for title, artifacts in (
-        ("held by", found.holds),
-        ("learned by", found.learned),
-        ("reached through them", found.tainted),
-        ("may have been practised on by", found.unsure),
-    ):
+        print_json(asdict(recalled))
+    else:
+        _print_recalled(recalled)
+
+
+def _print_recalled(recalled: Recall) -> None:
+    """Print the artifacts that a row reached, and the cost of a rerun without it."""
+    reached = {
+        "held by": recalled.holds,
+        "learned by": recalled.learned,
+        "reached through them": recalled.tainted,
+        "may have been practised on by": recalled.unsure,
+    }
+    for title, artifacts in reached.items():
         if artifacts:
-            print(f"{title}: {', '.join(f'{stage} ({name})' for name, stage in artifacts.items())}")
-    for run, stages in found.again.items():
+            names = [f"{stage} ({name})" for name, stage in artifacts.items()]
+            print(f"{title}: {', '.join(names)}")
+    for run, stages in recalled.again.items():
         print(f"a rerun of {run} without it: {', '.join(stages)}")
-    print(
-        f"which took {found.seconds:.1f} s and {found.flops:.3g} FLOPs"
-        if found.again
-        else "nothing would have to be computed again"
-    )
+    if recalled.again:
+        print(f"which took {recalled.seconds:.1f} s and {recalled.flops:.3g} FLOPs")
+    else:
+        print("nothing would have to be computed again")
 
 
+# ---------------------------------------------------------------- release
+
+
+@app.command()
 def release(
     model: Annotated[str, typer.Argument(help=MODEL.removeprefix("a released directory, "))],
     out: Annotated[Path, typer.Argument(help="the directory to write; it must not exist yet")],
@@ -117,120 +266,14 @@ def release(
         ),
     ] = "auto",
 ) -> None:
-    """Write a model that others can load: weights, tokenizer, card, lineage, checksums, and the recipe that makes it again.
+    """Write a model that others can load: weights, tokenizer, card, lineage, checksums, and the recipe that
+    makes it again.
 
     A licence that forbids it, or a name that breaks a naming duty, is refused with its clause.
     """
-    from ..pipeline.provenance.release import release as hand_on
+    from ..pipeline.provenance.release import release as write_release
 
-    released = hand_on(model, out, runs, name, gguf)
+    released = write_release(model, out, runs, name, gguf)
     print(released.folder)
     for note in released.notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- for people
-
-
-def _emit(rows: list[dict[str, Any]], as_json: bool, line: Any) -> None:
-    from .display import printable
-
-    if as_json:
-        print(json.dumps({"schema": 1, "ok": True, "data": rows}, ensure_ascii=False))
-    for one in rows if not as_json else ():
-        print(printable(line(one)).rstrip())
-
-
-def _trace(lineage: Any, corpus: Path | None, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from ..pipeline.provenance.fingerprints import traces
-    from ..pipeline.provenance.lineage import rows_behind
-
-    found = [
-        asdict(trace)
-        for trace in traces((one["row"] for one in rows_behind(lineage) if "row" in one), corpus)
-    ]
-    _emit(
-        found,
-        as_json,
-        lambda t: (
-            f"{t['rows']} of {t['of']} rows: {t['kind']}"
-            + "".join(f"\n    {id}: {text}" for id, text in t["examples"])
-        ),
-    )
-    if not as_json:
-        print("This is evidence, never proof: people quote, and common phrases are common.")
-
-
-def _hands(row: dict[str, Any]) -> str:
-    origin = ", ".join(f"{key} {str(value)[:40]}" for key, value in row["origin"].items())
-    return origin + (f"; desk: {row['editor']}" if row["editor"] else "")
-
-
-def _tell_row(row: dict[str, Any]) -> str:
-    from ..pipeline.dataset_rows import said
-
-    text = [f"{row['id']}, given by {row['given_by']}, learned by {row['learned_by']}", _hands(row)]
-    if "row" in row:
-        text += ["", row["row"]["prompt"], "", said(row["row"])]
-    return "\n".join(text)
-
-
-def _show(lineage: Any) -> None:
-    """The conclusion, the sources, and the tree."""
-    from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
-
-    from ..pipeline.provenance.licences import bind, terms
-    from .display import printable
-
-    head = lineage.head
-    console = Console(
-        highlight=False, **({} if sys.stdout.isatty() else {"width": 10_000})
-    )  # nothing is cut in a pipe
-
-    def say(text: str) -> None:
-        console.print(Text(printable(text)))
-
-    say(f"{head['stage']} ({head['artifact']}): {lineage.conclusion}")
-    for licence in bind(lineage.licences).licences:
-        said = terms(licence)
-        say(
-            f"  {licence}: {said.title}{f', {said.dated}' if said.dated else ''}; {said.source}"
-            + (" (quoted by others)" if said.read != "primary" else "")
-        )
-    for right in head.get("rights", []):
-        say(
-            f"  claimed by {right.get('by', 'somebody')} on {right.get('date', 'some day')}: {right['reason']} (against {right['clause']})"
-        )
-    for kind, names in lineage.sources().items():
-        say(f"{kind}: {', '.join(names) or 'none'}")
-    seen: set[str] = set()
-
-    def grow(tree: Tree, key: str, name: str) -> None:
-        entry = lineage.entries[key]
-        told = key in seen
-        branch = tree.add(Text(printable(_label(entry, name) + (" (as above)" if told else ""))))
-        seen.add(key)
-        for cited, parent in () if told else lineage.parents(key).items():
-            grow(branch, parent, cited)
-
-    tree = Tree("", hide_root=True)
-    grow(tree, lineage.root, head["stage"])
-    console.print(tree)
-
-
-def _label(entry: Any, name: str) -> str:
-    """`dev1 (sft-2f31...): 120 rows, 34 edited by Ada, MIT`."""
-    notes = entry.get("notes") or {}
-    facts = [f"{notes[fact]:,} {fact}" for fact in FACTS if notes.get(fact)]
-    if entry["kind"] == "curate":
-        facts.append("desk: " + ", ".join(entry["sources"]["editors"]))
-    if finding := entry.get("decontamination"):
-        facts.append(f"{finding['checked']:,} compared with the test, {len(finding['dropped'])} left out")
-    facts += [" AND ".join(entry["licences"])] if entry["kind"] in ("load", "remote") else []
-    if source := notes.get("source"):
-        facts.append(f"from {source}")
-    return f"{name} ({entry['artifact']})" + (f": {', '.join(facts)}" if facts else "")

@@ -1,4 +1,4 @@
-"""A person at a terminal: reviewing rows of the human queue, and asking a model."""
+"""Review of a queue's rows at the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..pipeline.review import reviews
@@ -18,82 +17,75 @@ KEYS = {"a": "accept", "e": "edit", "r": "reject", "q": "quit"}
 
 
 def review_at_terminal(queue: Path, reviewer: str) -> None:
-    """Row after row: accept, edit (in $EDITOR), reject with a reason; every verdict is saved at once. After them the rows
-    on which two people disagree, to be settled."""
+    """Review row after row: accept, edit (in $EDITOR) or reject with a reason; each verdict is saved at once.
+
+    After them come the rows on which two reviewers disagree, to be settled.
+    """
     if not sys.stdin.isatty():
         raise LimbeckError("curate needs a terminal; use --export FILE and --import FILE to review elsewhere")
-    asked = [row for row in reviews.standings(queue) if row.due(reviewer)]
+    due = [row for row in reviews.standings(queue) if row.due(reviewer)]
     disputed = [row for row in reviews.standings(queue) if row.state == "disputed"]
-    for number, row in enumerate([*asked, *disputed], 1):
-        print(
-            f"\n[{number}/{len(asked) + len(disputed)}] {printable(row.row['question'])}\n\n{printable(row.row['prompt'])}\n"
-        )
-        if not _review(queue, row, reviewer, number > len(asked)):
+    total = len(due) + len(disputed)
+    for number, row in enumerate([*due, *disputed], 1):
+        question = printable(row.row["question"])
+        prompt = printable(row.row["prompt"])
+        print(f"\n[{number}/{total}] {question}\n\n{prompt}\n")
+        if not _review(queue, row, reviewer, settle=number > len(due)):
             break
-    left, ours = len(reviews.pending(queue)), sum(row.due(reviewer) for row in reviews.standings(queue))
-    print(
-        f"{left} rows are left" + ("" if ours or not left else ", for other people")
-        if left
-        else "all rows are reviewed: run the recipe again and it goes on"
-    )
+    print(_rows_left(queue, reviewer))
+
+
+def _rows_left(queue: Path, reviewer: str) -> str:
+    """A sentence on the rows that are still to be reviewed."""
+    left = len(reviews.pending(queue))
+    if not left:
+        return "all rows are reviewed: run the recipe again and it goes on"
+    if any(row.due(reviewer) for row in reviews.standings(queue)):
+        return f"{left} rows are left"
+    return f"{left} rows are left, for other people"
 
 
 def _review(queue: Path, row: reviews.Standing, reviewer: str, settle: bool) -> bool:
-    """Show one row and save what is said of it; False if the person has had enough."""
+    """Show one row and save its verdict; False if the reviewer quits. `settle` decides between verdicts."""
     print(printable(row.row["completion"]) + "\n")
-    for name, said in row.verdicts.items() if settle else ():
-        print(
-            printable(
-                f"{name} says {said['verdict']}: {said.get('completion') or said.get('reason') or 'as it is'}\n"
-            )
-        )
-    began, key = time.monotonic(), _choose()
+    if settle:
+        _show_verdicts(row)
+    start = time.monotonic()
+    key = _choose()
     if key == "q":
         return False
-    entry = {
-        "id": row.id,
-        "verdict": KEYS[key],
-        "reviewer": reviewer,
-        **({"resolves": True} if settle else {}),
-    }
+    entry = {"id": row.id, "verdict": KEYS[key], "reviewer": reviewer}
+    if settle:
+        entry["resolves"] = True
     if key == "e":
         entry["completion"] = _edit(row.row["completion"])
     if key == "r":
         entry["reason"] = input("why? ")
-    reviews.review(queue, {**entry, "seconds": round(time.monotonic() - began, 1)})
+    entry["seconds"] = round(time.monotonic() - start, 1)
+    reviews.review(queue, entry)
     return True
 
 
+def _show_verdicts(row: reviews.Standing) -> None:
+    """Print the verdicts that disagree."""
+    for name, verdict in row.verdicts.items():
+        detail = verdict.get("completion") or verdict.get("reason") or "as it is"
+        print(printable(f"{name} says {verdict['verdict']}: {detail}\n"))
+
+
 def _choose() -> str:
-    while (key := input("(a)ccept (e)dit (r)eject (q)uit: ").strip().lower()[:1]) not in KEYS:
-        pass
-    return key
+    """The key of a verdict, or `q`; any other key asks again."""
+    while True:
+        key = input("(a)ccept (e)dit (r)eject (q)uit: ").strip().lower()[:1]
+        if key in KEYS:
+            return key
 
 
 def _edit(text: str) -> str:
+    """The text as it is saved in $EDITOR, without newlines at its end."""
+    editor = os.environ.get("EDITOR", "vi").split()
     with tempfile.NamedTemporaryFile("w+", suffix=".txt", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        subprocess.run([*os.environ.get("EDITOR", "vi").split(), file.name], check=True)
+        subprocess.run([*editor, file.name], check=True)
         return Path(file.name).read_text(encoding="utf-8").rstrip("\n")
-
-
-def answer(model: Path, question: str, temperature: float, max_new_tokens: int, seed: int) -> Iterator[str]:
-    """The answer in pieces, as it is sampled."""
-    from ..engine.rollout import Engine
-    from ..engine.sampling import SamplingParams
-    from ..model import weights
-    from ..text.tokenizer import Tokenizer
-
-    directory = model / "model" if (model / "model").is_dir() else model
-    tokenizer = Tokenizer.from_directory(directory)
-    engine = Engine(weights.load(directory), tokenizer)
-    sampling = SamplingParams(temperature, 0.95 if temperature else 1.0, max_new_tokens)
-    tokens: list[int] = []
-    said = ""
-    for token in engine.stream(tokenizer.prompt(question), sampling, seed):
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # half a character: wait for the rest
-            yield printable(text[len(said) :])
-            said = text

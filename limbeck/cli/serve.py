@@ -1,83 +1,97 @@
-"""The command that serves models: an API that OpenAI's clients speak, and the studio, at one address."""
+"""The command that serves models: an OpenAI-compatible API and the studio, at one address."""
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 import typer
 
-from .options import RUNS, Home, mistake
+from .options import RUNS, Home, usage_error
+
+app = typer.Typer()
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME=]MODEL...",
+        help="a model directory, a pulled name, a GGUF file, an artifact, or a run, of which r1 is served",
+    ),
+]
+Host = Annotated[str, typer.Option(help="the address to listen at; beyond this machine a key is required")]
+Port = Annotated[int, typer.Option(min=0, max=65535)]
+Key = Annotated[
+    str,
+    typer.Option(envvar="LIMBECK_KEY", help="what clients must show; the environment hides it from `ps`"),
+]
+AllowedHosts = Annotated[
+    list[str], typer.Option(help="another name that this server goes by", show_default=False)
+]
+Prices = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[NAME=]READ/SAID",
+        help="per million tokens; answers then tell their cost",
+        show_default=False,
+    ),
+]
+MaxRows = Annotated[int, typer.Option(min=1, max=4096, help="how many answers of a model are said at once")]
+MaxQueue = Annotated[int, typer.Option(min=1, help="how many requests may wait for one")]
+MaxTokens = Annotated[
+    int, typer.Option(min=1, help="how long an answer may get where a request does not say")
+]
+Threads = Annotated[int, typer.Option(min=0, help="processor threads; 0 takes all")]
+Drain = Annotated[
+    float,
+    typer.Option(min=0, help="seconds that running answers are given when the server is told to stop"),
+]
 
 
+@app.command()
 def serve(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME=]MODEL...",
-            help="a model directory, a pulled name, a GGUF file, an artifact, or a run, of which r1 is served",
-        ),
-    ] = None,
+    models: Models = None,
     runs: Home = RUNS,
-    host: Annotated[
-        str, typer.Option(help="the address to listen at; beyond this machine a key is required")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    key: Annotated[
-        str,
-        typer.Option(envvar="LIMBECK_KEY", help="what clients must show; the environment hides it from `ps`"),
-    ] = "",
-    allow_host: Annotated[
-        list[str], typer.Option(help="another name that this server goes by", show_default=False)
-    ] = [],  # noqa: B006
-    price: Annotated[
-        list[str],
-        typer.Option(
-            metavar="[NAME=]READ/SAID",
-            help="per million tokens; answers then tell their cost",
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006
-    rows: Annotated[
-        int, typer.Option(min=1, max=4096, help="how many answers of a model are said at once")
-    ] = 64,
-    queue: Annotated[int, typer.Option(min=1, help="how many requests may wait for one")] = 256,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="how long an answer may get where a request does not say")
-    ] = 2048,
-    threads: Annotated[int, typer.Option(min=0, help="processor threads; 0 takes all")] = 0,
-    drain: Annotated[
-        float,
-        typer.Option(min=0, help="seconds that running answers are given when the server is told to stop"),
-    ] = 30.0,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    key: Key = "",
+    allow_host: AllowedHosts = [],  # noqa: B006
+    price: Prices = [],  # noqa: B006
+    rows: MaxRows = 64,
+    queue: MaxQueue = 256,
+    max_tokens: MaxTokens = 2048,
+    threads: Threads = 0,
+    drain: Drain = 30.0,
 ) -> None:
     """Serve models: an OpenAI-compatible API under /v1, and the studio. Without a model, the studio alone."""
-    if not key and not _loopback(host):
-        raise mistake(
-            f"--host {host} can be reached from elsewhere; give a key with --key or LIMBECK_KEY, or listen at 127.0.0.1"
+    if not key and not _is_loopback(host):
+        raise usage_error(
+            f"--host {host} can be reached from elsewhere; give a key with --key or LIMBECK_KEY, "
+            "or listen at 127.0.0.1"
         )
     from ..runtime import allocator
 
-    allocator.keep_memory()
+    allocator.keep_memory()  # before torch allocates any
     from ..serve.app import build
     from ..serve.models import open_service
     from ..serve.server import claim
-    from ..serve.server import serve as answer
+    from ..serve.server import serve as run_server
 
     address = claim(host, port)
     service = open_service(models or [], runs, price, rows, queue, max_tokens, threads)
-    app = build(runs, service, key or None, frozenset(name.lower() for name in (*allow_host, host)))
-    shown = f"[{host}]" if ":" in host else host
-    print(
-        f"http://{shown}:{address.getsockname()[1]} serves {', '.join(service.models) or 'the studio'}; the API is under /v1",
-        flush=True,
-    )
-    answer(app, address, drain)
+    host_names = frozenset(name.lower() for name in (*allow_host, host))
+    application = build(runs, service, key or None, host_names)
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{address.getsockname()[1]}"
+    names = ", ".join(service.models) or "the studio"
+    print(f"{url} serves {names}; the API is under /v1", flush=True)
+    run_server(application, address, drain)
 
 
-def _loopback(host: str) -> bool:
-    import ipaddress
-
+def _is_loopback(host: str) -> bool:
+    """True for a host that only this machine can reach."""
+    if host == "localhost":
+        return True
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

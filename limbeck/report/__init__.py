@@ -1,1 +1,1 @@
-"""Telling what runs left behind: read from their folders, never from a model."""
+"""Reports of runs, written from their folders: no model is opened."""

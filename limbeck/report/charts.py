@@ -1,6 +1,8 @@
-"""Pictures for the report: small SVGs that take their colours from the page, in daylight and in the dark.
+"""Charts of the report: small SVGs whose colours are the page's CSS variables, for its light and dark themes.
 
-No word of any language stands in a chart, only names of models and numbers: the page says the rest, twice.
+A chart holds names of models and numbers, no words: the page describes it in both languages.
+
+Shapes: P points of a curve.
 """
 
 from __future__ import annotations
@@ -10,18 +12,22 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
 from .series import cuts, means, running_mean
 
-# matplotlib draws in colours that nobody would choose; on the page each becomes a CSS variable
+# matplotlib draws each tone in a placeholder colour, which becomes a CSS variable on the page
 TONES = ("one", "two", "three", "four", "ink", "muted", "rule")
-HUES = TONES[:6]  # for lines; more than six in one chart share them
+HUES = TONES[:6]  # tones of lines; a chart of more than six lines repeats them
 _HEX = {tone: f"#0a0a{i:02x}" for i, tone in enumerate(TONES, 1)}
-POINTS = 240  # more than a chart of this size can show
+_MAX_POINTS = 240  # points of a curve; a chart of this size can show no more
+_SVG_METADATA = ("Date", "Creator", "Format", "Type")
+_SVG_NOISE = re.compile(
+    r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -36,25 +42,34 @@ class Line:
 
 @dataclass(frozen=True)
 class Dots:
-    """One row of a dot plot: `Dots("zero", [(.848, .825, .869, "one"), (.924, .906, .939, "two")])`."""
+    """One row of a dot plot: `Dots("zero", [(.848, .825, .869, "one"), (.924, .906, .939, "two")])`.
+
+    A point is a mean, the ends of its interval, and a tone.
+    """
 
     label: str
     points: Sequence[tuple[float, float, float, str]]
 
 
+class _End(NamedTuple):
+    """The last point of a curve, where its label stands."""
+
+    line: Line
+    x: float
+    y: float
+
+
+# ---------------------------------------------------------------- kinds of charts
+
+
 def dots(rows: Sequence[Dots]) -> Markup:
-    """Shares with their intervals, a row a model, every point labelled."""
+    """A dot plot of shares with their intervals: one row a model, a label at every point."""
     figure, axes = _figure(460, 34 * len(rows) + 30)
     for y, row in enumerate(rows):
         axes.axhline(y, color=_HEX["rule"], linewidth=0.6, zorder=0)
-        spread = np.linspace(-0.17, 0.17, len(row.points)) if len(row.points) > 1 else [0.0]
-        for offset, (mean, low, high, tone) in zip(spread, row.points, strict=True):
-            at = y + offset
-            axes.plot(
-                [100 * low, 100 * high], [at, at], color=_HEX[tone], linewidth=2.2, solid_capstyle="round"
-            )
-            axes.plot([100 * mean], [at], "o", color=_HEX[tone], markersize=6)
-            axes.text(100 * high + 1.6, at, f"{100 * mean:.0f}", color=_HEX[tone], va="center", fontsize=10)
+        offsets = np.linspace(-0.17, 0.17, len(row.points)) if len(row.points) > 1 else [0.0]
+        for offset, point in zip(offsets, row.points, strict=True):
+            _dot(axes, y + offset, *point)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(0, 108)
@@ -65,42 +80,60 @@ def dots(rows: Sequence[Dots]) -> Markup:
     return _svg(figure)
 
 
+def _dot(axes: Any, at: float, mean: float, low: float, high: float, tone: str) -> None:
+    """One share with its interval, at height `at`, in percent."""
+    color = _HEX[tone]
+    axes.plot([100 * low, 100 * high], [at, at], color=color, linewidth=2.2, solid_capstyle="round")
+    axes.plot([100 * mean], [at], "o", color=color, markersize=6)
+    axes.text(100 * high + 1.6, at, f"{100 * mean:.0f}", color=color, va="center", fontsize=10)
+
+
 def curves(lines: Sequence[Line], percent: bool = False, log: bool = False) -> Markup:
-    """Learning curves: the raw steps pale, their running mean strong, the name at its end."""
+    """Learning curves: the values pale, their running mean strong, a label at the end of each."""
     figure, axes = _figure(330, 190)
-    scale = 100 if percent else 1
     ends = []
     for line in lines:
-        x, y = (means(np.asarray(values, float), cuts(len(line.x), POINTS)) for values in (line.x, line.y))
-        y = scale * y
-        if log:
-            y = np.where(y > 0, y, np.nan)
-        smooth = running_mean(y)
-        axes.plot(x, y, color=_HEX[line.tone], linewidth=0.8, alpha=0.35)
-        axes.plot(x, smooth, color=_HEX[line.tone], linewidth=1.8)
-        ends.append((line, x[-1], smooth[-1]))
+        end = _curve(axes, line, percent, log)
+        if np.isfinite(end.y):
+            ends.append(end)
     _scale(axes, percent, log)
     axes.locator_params(axis="x", nbins=4, integer=True)
-    _label_ends(axes, [end for end in ends if np.isfinite(end[2])], percent, alone=len(lines) == 1)
+    _label_ends(axes, ends, percent, alone=len(lines) == 1)
     axes.grid(axis="y", color=_HEX["rule"], linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_HEX["rule"])
     return _svg(figure)
 
 
+def _curve(axes: Any, line: Line, percent: bool, log: bool) -> _End:
+    """Draw one curve with its running mean and return the running mean's last point."""
+    at = cuts(len(line.x), _MAX_POINTS)
+    x_P = means(np.asarray(line.x, float), at)
+    y_P = means(np.asarray(line.y, float), at)
+    if percent:
+        y_P = 100 * y_P
+    if log:
+        y_P = np.where(y_P > 0, y_P, np.nan)
+    smooth_P = running_mean(y_P)
+    axes.plot(x_P, y_P, color=_HEX[line.tone], linewidth=0.8, alpha=0.35)
+    axes.plot(x_P, smooth_P, color=_HEX[line.tone], linewidth=1.8)
+    return _End(line, x_P[-1], smooth_P[-1])
+
+
 def ladder(labels: Sequence[str], values: Sequence[float], tone: str = "one") -> Markup:
-    """A share through a sequence of models."""
+    """One share through a sequence of models, from left to right."""
     figure, axes = _figure(max(300, 92 * len(labels)), 180)
     shares = [100 * value for value in values]
+    lowest = min(shares)
+    highest = max(shares)
+    reach = max(highest - lowest, 4)
     axes.plot(range(len(shares)), shares, "-o", color=_HEX[tone], linewidth=1.6, markersize=6)
-    reach = max(max(shares) - min(shares), 4)
+    style = {"ha": "center", "va": "bottom", "color": _HEX[tone], "fontsize": 10}
     for x, share in enumerate(shares):
-        axes.text(
-            x, share + 0.09 * reach, f"{share:.1f}", ha="center", va="bottom", color=_HEX[tone], fontsize=10
-        )
+        axes.text(x, share + 0.09 * reach, f"{share:.1f}", **style)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.set_ylim(min(shares) - 0.15 * reach, max(shares) + 0.3 * reach)
+    axes.set_ylim(lowest - 0.15 * reach, highest + 0.3 * reach)
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_HEX["rule"])
@@ -108,8 +141,11 @@ def ladder(labels: Sequence[str], values: Sequence[float], tone: str = "one") ->
     return _svg(figure)
 
 
+# ---------------------------------------------------------------- axes
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of so many CSS pixels, without pyplot and its global state."""
+    """A figure of `width` x `height` CSS pixels and its axes, without pyplot and its global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -121,39 +157,58 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _scale(axes: Any, percent: bool, log: bool) -> None:
+    """Set the y axis: logarithmic, in percent, or from 0."""
     if log:
-        axes.set_yscale("log")  # before the limits are read, which a logarithm keeps above zero
-    low, high = axes.get_ylim()
-    if log:
-        axes.yaxis.set_minor_formatter(lambda *_: "")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
-        axes.tick_params(which="minor", length=0)
-        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        axes.set_ylim(10.0**bottom, 10.0 ** max(top, bottom + 1))
+        _scale_log(axes)
     elif percent:
-        low = 0 if low < 50 else low
-        axes.set_ylim(low, min(max(high, low + 5), 104))
-        axes.locator_params(axis="y", nbins=4)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+        _scale_percent(axes)
     else:
+        low, high = axes.get_ylim()
         axes.set_ylim(min(0, low), max(high, 1e-3))
         axes.locator_params(axis="y", nbins=4)
 
 
-def _label_ends(axes: Any, ends: list[tuple[Line, float, float]], percent: bool, alone: bool) -> None:
-    """Names where the curves end, pushed apart where they would touch."""
-    transform = axes.transData + axes.transAxes.inverted()
-    placed = sorted(((transform.transform((x, y))[1], line, y) for line, x, y in ends), key=lambda p: p[0])
-    heights = _apart([at for at, _, _ in placed])
-    for height, (_, line, value) in zip(heights, placed, strict=True):
-        label = (f"{value:.0f}%" if percent else f"{value:.3g}") if alone else line.label
-        axes.text(
-            1.02, height, label, transform=axes.transAxes, va="center", color=_HEX[line.tone], fontsize=10
-        )
+def _scale_log(axes: Any) -> None:
+    """A logarithmic y axis over whole decades."""
+    axes.set_yscale("log")  # before the limits are read: a logarithmic axis keeps them above zero
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(lambda *_: "")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
+    axes.tick_params(which="minor", length=0)
+    bottom = math.floor(math.log10(low))
+    top = max(math.ceil(math.log10(high)), bottom + 1)
+    axes.set_ylim(10.0**bottom, 10.0**top)
+
+
+def _scale_percent(axes: Any) -> None:
+    """A y axis in percent, from 0 if a value is below 50 %."""
+    low, high = axes.get_ylim()
+    if low < 50:
+        low = 0
+    axes.set_ylim(low, min(max(high, low + 5), 104))
+    axes.locator_params(axis="y", nbins=4)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}%")
+
+
+def _label_ends(axes: Any, ends: list[_End], percent: bool, alone: bool) -> None:
+    """Label the curves at their ends, moved apart where labels would touch.
+
+    The label is the line's name, or its last value if the line is `alone`.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = [(to_axes.transform((end.x, end.y))[1], end) for end in ends]
+    placed.sort(key=lambda pair: pair[0])
+    heights = _apart([height for height, _ in placed])
+    style = {"transform": axes.transAxes, "va": "center", "fontsize": 10}
+    for height, (_, end) in zip(heights, placed, strict=True):
+        label = end.line.label
+        if alone:
+            label = f"{end.y:.0f}%" if percent else f"{end.y:.3g}"
+        axes.text(1.02, height, label, color=_HEX[end.line.tone], **style)
 
 
 def _apart(heights: list[float], distance: float = 0.095) -> list[float]:
-    """A rising list with neighbours at least `distance` apart, below the top where there is room."""
+    """The rising `heights` with neighbours at least `distance` apart, below 1 where there is room."""
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + distance)
     ceiling = max(1.0, distance * (len(heights) - 1))
@@ -163,29 +218,27 @@ def _apart(heights: list[float], distance: float = 0.095) -> list[float]:
     return heights
 
 
-def _svg(figure: Any) -> Markup:
-    import matplotlib
+# ---------------------------------------------------------------- SVG
 
-    out = io.StringIO()
-    # `hashsalt` makes ids, and so the page, the same on every run
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "limbeck"}):
-        figure.savefig(
-            out, format="svg", metadata={key: None for key in ("Date", "Creator", "Format", "Type")}
-        )
-    text = re.sub(
-        r"^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"",
-        "",
-        out.getvalue(),
-        flags=re.DOTALL,
-    )
+
+def _svg(figure: Any) -> Markup:
+    """The figure as an SVG element: CSS variables for colours, a width that shrinks with the page."""
+    text = _SVG_NOISE.sub("", _savefig(figure))
     for tone, code in _HEX.items():
         text = text.replace(code, f"var(--{tone})")
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
-    width = re.search(r'width="([\d.]+)pt"', text).group(1)
-    text = re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"',
-        f'style="max-width:{1.35 * float(width):.0f}px" role="img"',
-        text,
-        count=1,
-    )
+    width = float(re.search(r'width="([\d.]+)pt"', text).group(1))
+    size = f'style="max-width:{1.35 * width:.0f}px" role="img"'
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', size, text, count=1)
     return Markup(re.sub(r">\s+<", "><", text))
+
+
+def _savefig(figure: Any) -> str:
+    """The figure as matplotlib writes it, the same bytes on every run."""
+    import matplotlib
+
+    file = io.StringIO()
+    # a fixed `hashsalt` makes the ids, and so the page, the same on every run
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "limbeck"}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(_SVG_METADATA))
+    return file.getvalue()

@@ -1,4 +1,7 @@
-"""Which of several ways of pretraining needs less compute for the same loss: curves over seeds, and where they meet."""
+"""Loss against compute for several ways of pretraining, averaged over seeds, and the compute at equal loss.
+
+Shapes: R runs (seeds) of one way, P points of a curve, S logged steps of a run.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,22 @@ import numpy as np
 
 from .loaded_run import Run, StageView
 
-POINTS = 100  # of a curve
-LAST = 0.05  # share of a run over which its loss is averaged, at its end and everywhere else
+CURVE_POINTS = 100  # points of a curve
+AVERAGED_SHARE = 0.05  # of a run: every loss on a curve is the mean over the last 5 % of the run before it
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against compute, a row a run: `Curve("dense", ("dense", "dense_2"), flops_P, losses_RP)`."""
+    """Loss against compute of one way: `Curve("dense", ("dense", "dense_2"), flops_P, losses_RP)`."""
 
     name: str
     runs: tuple[str, ...]
-    flops: np.ndarray
-    losses: np.ndarray
+    flops: np.ndarray  # [P]
+    losses: np.ndarray  # [R, P]
 
     @property
     def final(self) -> list[float]:
+        """The final loss of each run."""
         return [float(loss) for loss in self.losses[:, -1]]
 
     def reaches(self, loss: float) -> float | None:
@@ -34,49 +38,56 @@ class Curve:
 
 
 def curves(run: Run) -> list[Curve]:
-    """Those that the report stage compares."""
-    chosen = run.report_stage.get("compare") or {}
-    found = {
-        name: [stage for n in names if (stage := run.stage(n)) and stage.metrics]
-        for name, names in chosen.items()
-    }
-    return [_curve(name, stages) for name, stages in found.items() if stages]
+    """The curves that the report stage compares; stages without metrics are left out."""
+    ways = run.report_stage.get("compare") or {}
+    compared = []
+    for way, names in ways.items():
+        stages = [run.stage(name) for name in names]
+        measured = [stage for stage in stages if stage and stage.metrics]
+        if measured:
+            compared.append(_curve(way, measured))
+    return compared
 
 
 def _curve(name: str, stages: Sequence[StageView]) -> Curve:
-    share = np.linspace(LAST, 1.0, POINTS)
-    losses = np.stack([_smooth(stage, share) for stage in stages])
-    total = float(np.mean([stage.manifest["flops"] for stage in stages]))
-    return Curve(name, tuple(stage.name for stage in stages), share * total, losses)
+    """The curve of one way from its runs; their mean FLOPs scale the axis."""
+    share_P = np.linspace(AVERAGED_SHARE, 1.0, CURVE_POINTS)
+    losses_RP = np.stack([_smooth(stage, share_P) for stage in stages])
+    flops = np.mean([stage.manifest["flops"] for stage in stages])
+    runs = tuple(stage.name for stage in stages)
+    return Curve(name, runs, share_P * float(flops), losses_RP)
 
 
 def _smooth(stage: StageView, share: np.ndarray) -> np.ndarray:
-    """Mean loss over the `LAST` of a run before each point; its text is read once, so this is loss on unseen text."""
-    steps, losses = (np.asarray(column) for column in stage.column("loss"))
-    done = (steps + 1) / (steps[-1] + 1)
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
-    ends = np.searchsorted(done, share, side="right")
-    begins = np.minimum(np.searchsorted(done, share - LAST, side="right"), np.maximum(ends - 1, 0))
-    return (sums[ends] - sums[begins]) / np.maximum(ends - begins, 1)
+    """Mean loss [P] over the `AVERAGED_SHARE` of a run before each point of `share` [P].
+
+    Pretraining reads its text once, so this is loss on unseen text.
+    """
+    steps, losses = stage.column("loss")
+    done_S = (np.asarray(steps) + 1) / (steps[-1] + 1)
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(losses))])  # [S + 1]
+    ends_P = np.searchsorted(done_S, share, side="right")
+    begins_P = np.searchsorted(done_S, share - AVERAGED_SHARE, side="right")
+    begins_P = np.minimum(begins_P, np.maximum(ends_P - 1, 0))
+    return (sums[ends_P] - sums[begins_P]) / np.maximum(ends_P - begins_P, 1)
 
 
-def compared(run: Run) -> dict[str, Any] | None:
-    """For `report.json`: each way's final losses and FLOPs; and where the others reach the first one's final loss."""
+def compare(run: Run) -> dict[str, Any] | None:
+    """The comparison in `report.json`; None with fewer than two ways.
+
+    For each way: final losses, FLOPs, and the FLOPs after which it reaches the first way's final loss.
+    """
     ways = curves(run)
     if len(ways) < 2:
         return None
-    first = ways[0]
-    target = float(np.mean(first.final))
-    return {
-        "target": target,
-        "ways": {
-            way.name: {
-                "runs": list(way.runs),
-                "final_losses": way.final,
-                "flops": float(way.flops[-1]),
-                "parameters": run.parameters(way.runs[0]),
-                "reaches_target_after": way.reaches(target),
-            }
-            for way in ways
-        },
-    }
+    target = float(np.mean(ways[0].final))
+    described = {}
+    for way in ways:
+        described[way.name] = {
+            "runs": list(way.runs),
+            "final_losses": way.final,
+            "flops": float(way.flops[-1]),
+            "parameters": run.parameters(way.runs[0]),
+            "reaches_target_after": way.reaches(target),
+        }
+    return {"target": target, "ways": described}

@@ -1,4 +1,4 @@
-"""The report's words in English and Chinese: headings, captions, and how numbers are written."""
+"""The report's words in English and Chinese: headings, captions, and formats of numbers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from ..eval.statistics import Interval
 
 
 class Text(NamedTuple):
-    """The same said twice: `Text("Seed", "随机种子")`."""
+    """One text in both languages: `Text("Seed", "随机种子")`."""
 
     en: str
     zh: str
 
     def format(self, *args: object, **kwargs: object) -> Text:
-        """Fill both; an argument that is itself a Text enters each language in its own words."""
+        """Format both; an argument that is itself a Text enters each language in its own words."""
+        return Text(self._format("en", args, kwargs), self._format("zh", args, kwargs))
 
-        return Text(
-            *(
-                getattr(self, language).format(
-                    *(_in(language, value) for value in args),
-                    **{key: _in(language, value) for key, value in kwargs.items()},
-                )
-                for language in self._fields
-            )
-        )
+    def _format(self, language: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+        """Format one language."""
+        template = getattr(self, language)
+        translated = [_in(language, value) for value in args]
+        named = {key: _in(language, value) for key, value in kwargs.items()}
+        return template.format(*translated, **named)
 
 
 def _in(language: str, value: object) -> object:
+    """The value in one language: one half of a Text, anything else as it is."""
     return getattr(value, language) if isinstance(value, Text) else value
 
 
@@ -42,19 +41,26 @@ UNKNOWN = "–"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    return UNKNOWN if share is None else f"{100 * share:.{digits}f}%"
+    """A share in percent: 72.0%."""
+    if share is None:
+        return UNKNOWN
+    return f"{100 * share:.{digits}f}%"
 
 
 def bounds(interval: Interval) -> str:
+    """The ends of an interval in percent, without the sign: 69.1–74.7."""
     return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+    """A number with separators and fixed digits: 1,234.5."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,.{digits}f}"
 
 
 def count(value: float | None) -> str:
-    """1,234 as it is; from a million on in short: 2.50 M."""
+    """A count in full, or from a million on in short: 1,234 or 2.50 M."""
     if value is None:
         return UNKNOWN
     for unit, scale in (("G", 1e9), ("M", 1e6)):
@@ -64,28 +70,36 @@ def count(value: float | None) -> str:
 
 
 def size(parameters: float | None) -> str:
-    """142 K, 134 M: parameters to the eye."""
+    """A number of parameters to three digits: 142 K, 134 M."""
     if parameters is None:
         return UNKNOWN
     for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if parameters >= scale:
-            return f"{float(f'{parameters / scale:.3g}'):g} {unit}"
+            rounded = float(f"{parameters / scale:.3g}")
+            return f"{rounded:g} {unit}"
     return f"{parameters:.0f}"
 
 
 def scientific(value: float | None) -> str:
-    """4.1 × 10¹²"""
-    if not value:
-        return UNKNOWN if value is None else "0"
+    """A number in scientific notation: 4.1 × 10¹²."""
+    if value is None:
+        return UNKNOWN
+    if value == 0:
+        return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa} × 10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"{mantissa} × 10" + str(int(exponent)).translate(superscript)
 
 
 def gibibytes(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value / 2**30:.2f} GiB"
+    """A number of bytes in GiB: 0.68 GiB."""
+    if value is None:
+        return UNKNOWN
+    return f"{value / 2**30:.2f} GiB"
 
 
 def duration(seconds: float | None) -> Text:
+    """A duration in its largest two units: 42 s, 7 min 11 s, 3 h 20 min."""
     if seconds is None:
         return plain(UNKNOWN)
     if seconds < 60:
@@ -98,13 +112,9 @@ def duration(seconds: float | None) -> Text:
 
 
 def foreseen(forecast: dict[str, Any]) -> Text:
-    """The sentence above the table of what was foreseen."""
-    told = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took", "processor")}
-    text = W["foreseen_said"]
-    return Text(
-        text.en.format(**{k: t.en for k, t in told.items()}),
-        text.zh.format(**{k: t.zh for k, t in told.items()}),
-    )
+    """The sentence above the table of forecasts."""
+    times = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took", "processor")}
+    return W["foreseen_said"].format(**times)
 
 
 # ---------------------------------------------------------------- fixed words
@@ -199,7 +209,8 @@ W = {
     "training_flops": Text("training FLOPs", "训练 FLOPs"),
     "comparison": Text("Pretraining compared at equal compute", "同等算力下的预训练对比"),
     "comparison_caption": Text(
-        "Loss of every run against its compute, in 10^12 FLOPs; the corpus is read once, so it is loss on unseen text.",
+        "Loss of every run against its compute, in 10^12 FLOPs; the corpus is read once, so it is loss on "
+        "unseen text.",
         "每次运行的损失随算力（10^12 FLOPs）的变化；语料只读一遍，因此这是未见文本上的损失。",
     ),
     "final_losses": Text("final loss, run by run", "各次运行的最终损失"),
@@ -232,8 +243,11 @@ W = {
     "money": Text("Cost", "费用"),
     "foreseen": Text("What was foreseen", "事先的预计"),
     "foreseen_said": Text(
-        "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all ({low} to {high}). They took {took}, and {processor} of the processor: on a busy machine the latter is what was foreseen.",
-        "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
+        "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all "
+        "({low} to {high}). They took {took}, and {processor} of the processor: on a busy machine the "
+        "latter is what was foreseen.",
+        "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。"
+        "实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
     ),
     "between": Text("between", "区间"),
     "took": Text("took", "实际"),

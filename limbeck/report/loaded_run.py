@@ -1,4 +1,4 @@
-"""What a finished run left behind, as the report reads it: stages, evaluations, and who plays which part."""
+"""A finished run as the report reads it from its folders: stages, evaluations, and the models' roles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 from ..eval.statistics import Interval
 from ..run_log import read, read_metrics
 
-EVALUATION, SAMPLES = "evaluation.json", "samples.jsonl"
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.jsonl"
 MODES = ("t1", "t06", "greedy", "pass@8", "cons@8")
 ROLES = (
     "base",
@@ -43,21 +44,28 @@ class StageView:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
+        """The rows of the stage's metrics."""
         return read_metrics(self.folder)
 
     @property
     def notes(self) -> dict[str, Any]:
+        """The notes in the stage's manifest."""
         return self.manifest.get("notes") or {}
 
     def column(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one metric, without the steps that lack it."""
-        rows = [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
-        return [float(step) for step, _ in rows], [float(value) for _, value in rows]
+        steps = []
+        values = []
+        for row in self.metrics:
+            if row.get(key) is not None:
+                steps.append(float(row["step"]))
+                values.append(float(row[key]))
+        return steps, values
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything one report tells of: `Run(stages, recipe, {"seconds": 431.0, "machine": {...}})`."""
+    """Everything a report is made from: `Run(stages, recipe, {"seconds": 431.0, "machine": {...}})`."""
 
     stages: tuple[StageView, ...]
     recipe: dict[str, Any]
@@ -65,87 +73,107 @@ class Run:
 
     @cached_property
     def report_stage(self) -> dict[str, Any]:
+        """The recipe's report stage, or {}."""
         stages = self.recipe.get("stages") or {}
-        return next((stage for stage in stages.values() if stage.get("kind") == "report"), {})
+        for stage in stages.values():
+            if stage.get("kind") == "report":
+                return stage
+        return {}
 
     @cached_property
     def evaluations(self) -> dict[str, dict[str, Any]]:
-        """Name of a model -> its evaluation; a model with retries forced on it is `NAME+forced`."""
-        found = [stage for stage in self.stages if stage.kind == "evaluate"]
+        """Name of a model -> its evaluation; a model with forced retries is `NAME+forced`.
+
+        Only the evaluations that the report stage cites, or all if it cites none.
+        """
+        evaluated = self.of_kind("evaluate")
         prefix = f"{self.report_stage.get('evaluation')}/"
-        chosen = [stage for stage in found if stage.name.startswith(prefix)] or found
-        named = {}
-        for stage in chosen:
+        cited = [stage for stage in evaluated if stage.name.startswith(prefix)]
+        evaluations = {}
+        for stage in cited or evaluated:
             evaluation = json.loads((stage.folder / EVALUATION).read_text(encoding="utf-8"))
-            control = evaluation.get("control")
             name = evaluation["model"].partition("+")[0]
-            named[f"{name}+{control}" if control else name] = {**evaluation, "folder": stage.folder}
-        return named
+            if evaluation.get("control"):
+                name = f"{name}+{evaluation['control']}"
+            evaluations[name] = {**evaluation, "folder": stage.folder}
+        return evaluations
 
     @cached_property
     def sources(self) -> list[str]:
-        """The problems that were evaluated on, the headline first."""
-        return list(
-            dict.fromkeys(s for evaluation in self.evaluations.values() for s in evaluation["sources"])
-        )
+        """The problems that models were evaluated on, the headline ones first."""
+        sources: dict[str, None] = {}
+        for evaluation in self.evaluations.values():
+            sources.update(dict.fromkeys(evaluation["sources"]))
+        return list(sources)
 
     @cached_property
     def cast(self) -> dict[str, str]:
-        """Role -> model, for the roles that some model of this run plays."""
+        """Role -> model, for the roles that a model of this run has."""
         story = dict(self.report_stage.get("story") or {})
         story.setdefault("control", f"{story.get('base')}+forced")
         known = {stage.name for stage in self.stages} | set(self.evaluations)
         return {role: story[role] for role in ROLES if story.get(role) in known}
 
     def role(self, role: str) -> str | None:
-        """The model that plays a role; a recipe may well call a model `zero` and give it no part."""
+        """The model with a role. A model called `zero` has the role `zero` only if the recipe says so."""
         return self.cast.get(role)
 
     def stage(self, name: str | None) -> StageView | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
+        """The stage with a name."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        return None
 
     def of_kind(self, *kinds: str) -> list[StageView]:
+        """The stages of some kinds, in order."""
         return [stage for stage in self.stages if stage.kind in kinds]
 
     def modes(self, model: str | None, source: str | None = None) -> dict[str, Any]:
-        sources = self.evaluations.get(model or "", {}).get("sources", {})
-        wanted = source or (self.sources[0] if self.sources else "")
-        return sources.get(wanted, {}).get("modes", {})
+        """Mode -> measurements of a model on a source of problems, by default the headline one."""
+        evaluation = self.evaluations.get(model or "", {})
+        if not source:
+            source = self.sources[0] if self.sources else ""
+        return evaluation.get("sources", {}).get(source, {}).get("modes", {})
 
     def accuracy(self, model: str | None, mode: str = "t1", source: str | None = None) -> Interval | None:
-        found = self.modes(model, source).get(mode, {}).get("accuracy")
-        return (
-            Interval(**{key: found[key] for key in ("mean", "low", "high", "n", "problems")})
-            if found
-            else None
-        )
+        """Accuracy of a model in a mode with its interval; None where it was not evaluated."""
+        accuracy = self.modes(model, source).get(mode, {}).get("accuracy")
+        if not accuracy:
+            return None
+        return Interval(**{key: accuracy[key] for key in ("mean", "low", "high", "n", "problems")})
 
     def measure(self, model: str | None, name: str) -> float | None:
-        """A mean beside the accuracy (length, attempts, ...), at temperature 1 or else wherever measured."""
+        """A mean other than the accuracy (length, attempts, ...), at temperature 1 or else in any mode."""
         modes = self.modes(model)
-        for mode in sorted(modes.values(), key=lambda m: m is not modes.get("t1")):
-            value = mode.get(name, (mode.get("stats") or {}).get(name))
+        at_temperature_1 = modes.get("t1")
+        ordered = sorted(modes.values(), key=lambda mode: mode is not at_temperature_1)
+        for mode in ordered:
+            stats = mode.get("stats") or {}
+            value = mode.get(name, stats.get(name))
             if value is not None:
                 return float(value)
         return None
 
     def parameters(self, model: str | None) -> float | None:
-        """Parameters of a model; SFT and RL keep those of the model they begin with."""
+        """Number of parameters of a model; SFT and RL keep those of the model they begin with."""
         stage = self.stage((model or "").partition("+")[0])
         while stage is not None and "parameters" not in stage.notes:
-            started = (self.recipe.get("stages", {}).get(stage.name) or {}).get("model")
-            stage = self.stage(started) if started != stage.name else None
+            settings = self.recipe.get("stages", {}).get(stage.name) or {}
+            initial = settings.get("model")
+            stage = self.stage(initial) if initial != stage.name else None
         return stage.notes["parameters"] if stage else None
 
     def spent(self, model: str | None, key: str) -> float | None:
-        """What the last stage of a model cost: `key` is seconds, tokens, flops, ..."""
+        """Cost of a model's last stage: `key` is seconds, tokens, flops, ..."""
         stage = self.stage(model)
         return stage.manifest.get(key) if stage else None
 
     def total(self, key: str) -> float | None:
-        """Sum over the stages that tell; None where none does."""
-        told = [stage.manifest[key] for stage in self.stages if stage.manifest.get(key) is not None]
-        return sum(told) if told else None
+        """Sum of a cost over the stages that measured it; None where none did."""
+        costs = [stage.manifest.get(key) for stage in self.stages]
+        measured = [cost for cost in costs if cost is not None]
+        return sum(measured) if measured else None
 
     def samples(self, role: str) -> dict[str, dict[str, Any]]:
         """Problem -> the model's response to it, at temperature 1 where there is one."""
@@ -153,23 +181,34 @@ class Run:
         return samples_of(evaluation["folder"]) if evaluation else {}
 
     def alarms(self) -> Iterator[tuple[str, str, int, int]]:
-        """Every alarm that rang: stage, what it said first, at which step, how often.
+        """Every alarm of every stage: stage, message, first step, number of times.
 
-        An alarm's numbers change from step to step; without them it is the same alarm.
+        Messages that differ only in their numbers are one alarm, with the first message.
         """
         for stage in self.stages:
-            rung: dict[str, list[tuple[str, int]]] = {}
-            for row in stage.metrics if stage.kind != "evaluate" else []:
-                for alarm in row.get("alarms") or []:
-                    rung.setdefault(re.sub(r"\d+", "", str(alarm)), []).append((str(alarm), int(row["step"])))
-            for times in rung.values():
-                yield stage.name, *times[0], len(times)
+            if stage.kind == "evaluate":
+                continue
+            for times in _alarms(stage.metrics).values():
+                message, step = times[0]
+                yield stage.name, message, step, len(times)
+
+
+def _alarms(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, int]]]:
+    """Alarm without its numbers -> its messages and steps."""
+    alarms: dict[str, list[tuple[str, int]]] = {}
+    for row in rows:
+        for alarm in row.get("alarms") or []:
+            message = str(alarm)
+            kind = re.sub(r"\d+", "", message)
+            alarms.setdefault(kind, []).append((message, int(row["step"])))
+    return alarms
 
 
 def samples_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """An evaluation's first response to each problem, at temperature 1 where there is one."""
+    """Problem -> an evaluation's first response to it, at temperature 1 where there is one."""
     rows = list(read(folder / SAMPLES))
-    mode = "t1" if any(row["mode"] == "t1" for row in rows) else rows[0]["mode"] if rows else ""
+    modes = [row["mode"] for row in rows]
+    mode = "t1" if "t1" in modes else next(iter(modes), "")
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["mode"] == mode:

@@ -1,4 +1,4 @@
-"""The report's page: picks charts, tables and thoughts from a run, and hands them to the template."""
+"""The report's page: chooses charts, tables and example responses from a run for the template."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from ..eval.statistics import Interval
 from . import charts, comparison, graph_drawing, i18n, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
@@ -17,11 +18,23 @@ from .loaded_run import MODES, Run, StageView
 _FOLDER = Path(__file__).parent
 _RETRY = re.compile(r"(?=\bwait\b)|(?=等(?![于式号]))", re.IGNORECASE)
 _TAG = re.compile(r"(</?(?:think|answer)>)")
-_HALF = len("<think></think><answer></answer>")
+_SHORT_RESPONSE = len("<think></think><answer></answer>")  # characters
+_MEASURES = (
+    (W["length_short"], "length", i18n.number),
+    (W["attempts_short"], "attempts", i18n.number),
+    (W["persist_short"], "persist", i18n.percent),
+    (W["language_short"], "language_consistency", i18n.percent),
+)
+_MODEL_KINDS = ("load", "pretrain", "rl", "sft", "preference", "distill")  # stages whose output is a model
+
+Response = tuple[str, dict[str, Any]]  # a model's name and its row of samples
 
 
-def render(run: Run, told: dict[str, Any]) -> str:
-    """The whole page as one string; every text of a model or a recipe is escaped."""
+def render(run: Run, numbers: dict[str, Any]) -> str:
+    """The whole page as one string; `numbers` is the content of `report.json`.
+
+    Every text of a model or a recipe is escaped.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -29,272 +42,360 @@ def render(run: Run, told: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["thought"] = thought
+    environment.filters["thought"] = format_response
     environment.globals.update(W=W, words=i18n)
-    return environment.get_template("report.html.jinja").render(
+    template = environment.get_template("report.html.jinja")
+    css = (_FOLDER / "report.css").read_text(encoding="utf-8")
+    return template.render(
         run=run,
-        told=told,
-        css=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
-        recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
-        opening=summary.opening(run),
-        figures=_figures(run),
-        accuracy=_accuracy_chart(run),
-        learning=_learning(run),
-        thoughts=_thoughts(run),
-        unsolved=_unsolved(run),
-        control=_control(run),
-        languages=_languages(run),
-        models=_models(run),
-        others=[(source, _models(run, source)) for source in run.sources[1:]],
-        distilled=_distilled(run),
-        compared=_compared(run),
-        desk=summary.desk(run),
-        drawn=[stage for stage in run.of_kind("sample") if "sampled" in stage.notes],
-        more=_more_curves(run),
-        graph=_graph(run),
-        costs=_costs(run, told),
-        forecast=told["forecast"],
-        not_shown=summary.not_shown(run),
-        alarms=list(run.alarms()),
-        versions=sorted({v for s in run.stages if (v := s.manifest.get("code_version"))}),
-        licences=sorted({str(licence) for s in run.stages for licence in s.manifest.get("licences") or []}),
+        told=numbers,
+        css=Markup(css),
+        **_results(run),
+        **_sections(run),
+        **_record(run, numbers),
     )
 
 
-def thought(text: str) -> Markup:
-    """A response with its tags set back and each new attempt on its own line; not a character is changed."""
-    return Markup("").join(
-        Markup('<span class="line">{}</span>').format(Markup("").join(map(_set_back, _TAG.split(line))))
-        for line in _RETRY.split(text)
-        if line
-    )
+def _results(run: Run) -> dict[str, Any]:
+    """The template's variables for accuracies and example responses."""
+    return {
+        "opening": summary.opening(run),
+        "figures": _figures(run),
+        "accuracy": _accuracy_chart(run),
+        "models": _models(run),
+        "others": [(source, _models(run, source)) for source in run.sources[1:]],
+        "thoughts": _thoughts(run),
+        "unsolved": _unsolved(run),
+    }
 
 
-def _set_back(part: str) -> Markup:
-    return Markup('<span class="tag">{}</span>').format(part) if _TAG.fullmatch(part) else escape(part)
+def _sections(run: Run) -> dict[str, Any]:
+    """The template's variables for the sections about single stages of the recipe."""
+    sampled = [stage for stage in run.of_kind("sample") if "sampled" in stage.notes]
+    return {
+        "learning": _learning(run),
+        "control": _control(run),
+        "languages": _languages(run),
+        "distilled": _distillation(run),
+        "compared": _comparison(run),
+        "desk": summary.curation(run),
+        "drawn": sampled,
+        "more": _more_curves(run),
+    }
+
+
+def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
+    """The template's variables for the run as a whole: graph, costs, limits, versions, recipe."""
+    versions = {stage.manifest.get("code_version") for stage in run.stages}
+    licences: set[str] = set()
+    for stage in run.stages:
+        licences.update(map(str, stage.manifest.get("licences") or []))
+    return {
+        "graph": _graph(run),
+        "costs": _costs(run, numbers),
+        "forecast": numbers["forecast"],
+        "not_shown": summary.not_shown(run),
+        "alarms": list(run.alarms()),
+        "versions": sorted(version for version in versions if version),
+        "licences": sorted(licences),
+        "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+    }
+
+
+def format_response(text: str) -> Markup:
+    """A response as HTML: tags are dimmed, each new attempt starts a line; the characters are unchanged."""
+    lines = Markup("")
+    for line in _RETRY.split(text):
+        if line:
+            parts = Markup("").join(map(_dim_tag, _TAG.split(line)))
+            lines += Markup('<span class="line">{}</span>').format(parts)
+    return lines
+
+
+def _dim_tag(part: str) -> Markup:
+    """A tag in a span of its class, other text escaped."""
+    if _TAG.fullmatch(part):
+        return Markup('<span class="tag">{}</span>').format(part)
+    return escape(part)
 
 
 # ---------------------------------------------------------------- accuracy
 
 
-def _figures(run: Run) -> list[tuple[str, Any]]:
-    """The four numbers at the top."""
-    found = [
-        (run.cast.get(role, ""), run.accuracy(run.role(role))) for role in ("base", "zero", "r1", "small")
-    ]
-    return [(name, interval) for name, interval in found if interval]
+def _figures(run: Run) -> list[tuple[str, Interval]]:
+    """The accuracies at the top, with the models' names: at most four."""
+    figures = []
+    for role in ("base", "zero", "r1", "small"):
+        interval = run.accuracy(run.role(role))
+        if interval:
+            figures.append((run.cast.get(role, ""), interval))
+    return figures
 
 
 def _dots(run: Run, models: list[str]) -> Markup | None:
+    """The dot plot of the models' accuracies; None if none was measured."""
     rows = []
     for model in models:
-        found = [(run.accuracy(model, mode), tone) for mode, tone in (("t1", "one"), ("greedy", "two"))]
-        points = [(i.mean, i.low, i.high, tone) for i, tone in found if i]
+        points = []
+        for mode, tone in (("t1", "one"), ("greedy", "two")):
+            interval = run.accuracy(model, mode)
+            if interval:
+                points.append((interval.mean, interval.low, interval.high, tone))
         if points:
             rows.append(charts.Dots(model, points))
     return charts.dots(rows) if rows else None
 
 
 def _accuracy_chart(run: Run) -> Markup | None:
-    """The story's models where there is a story, else all; controls and foils have their own charts."""
-    told = [
-        run.cast[role] for role in ("base", "zero", "dev1", "dev2", "dev3", "r1", "small") if role in run.cast
-    ]
-    return _dots(run, told or list(run.evaluations))
+    """The dot plot of the models with a main role, or of all models if none has one.
+
+    The control and the small baselines have charts of their own.
+    """
+    roles = ("base", "zero", "dev1", "dev2", "dev3", "r1", "small")
+    main = [run.cast[role] for role in roles if role in run.cast]
+    return _dots(run, main or list(run.evaluations))
 
 
 def _models(run: Run, source: str | None = None) -> dict[str, Any]:
-    """The table of all models: only the columns that some model fills."""
+    """The table of all models, with the columns that at least one model has values for."""
     names = [name for name in run.evaluations if run.modes(name, source)]
-    modes = [mode for mode in MODES if any(run.accuracy(name, mode, source) for name in names)]
-    measures = (
-        []
-        if source
-        else [
-            (W["length_short"], "length", i18n.number),
-            (W["attempts_short"], "attempts", i18n.number),
-            (W["persist_short"], "persist", i18n.percent),
-            (W["language_short"], "language_consistency", i18n.percent),
-        ]
-    )
-    measures = [m for m in measures if any(run.measure(name, m[1]) is not None for name in names)]
+    modes = []
+    for mode in MODES:
+        if any(run.accuracy(name, mode, source) for name in names):
+            modes.append(mode)
+    measures = [] if source else _available_measures(run, names)
+    rows = []
+    for name in names:
+        accuracies = [run.accuracy(name, mode, source) for mode in modes]
+        values = [write(run.measure(name, measure)) for _, measure, write in measures]
+        rows.append((name, accuracies, values, i18n.size(run.parameters(name))))
     return {
         "modes": [i18n.COLUMNS[mode] for mode in modes],
         "measures": [title for title, _, _ in measures],
-        "rows": [
-            (
-                name,
-                [run.accuracy(name, mode, source) for mode in modes],
-                [write(run.measure(name, measure)) for _, measure, write in measures],
-                i18n.size(run.parameters(name)),
-            )
-            for name in names
-        ],
-    }
-
-
-# ---------------------------------------------------------------- sections of the story
-
-
-def _learning(run: Run) -> dict[str, Any] | None:
-    stage = run.stage(run.cast.get("zero")) or next(iter(run.of_kind("rl")), None)
-    if stage is None or not stage.metrics:
-        return None
-    wanted = [("accuracy", True), ("length", False), ("attempts", False), ("persist", True)]
-    small = [(W[key], chart) for key, percent in wanted if (chart := _curve([stage], key, percent=percent))]
-    persists = any(title == W["persist"] for title, _ in small)
-    return {
-        "name": stage.name,
-        "title": W["aha"] if persists and stage.name == run.cast.get("zero") else W["learning"],
-        "said": summary.persistence(run),
-        "charts": small,
-    }
-
-
-def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool = False) -> Markup | None:
-    lines = []
-    for stage in stages:
-        x, y = stage.column(key)
-        if x and any(y):
-            lines.append(charts.Line(stage.name, x, y, charts.HUES[len(lines) % len(charts.HUES)]))
-    return charts.curves(lines, percent, log) if lines else None
-
-
-def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
-    stages = run.of_kind("rl", "distill")
-    wanted = [
-        ("reward", stages, False, False),
-        ("entropy", stages, False, False),
-        ("language_consistency", stages, True, False),
-        ("length", stages, False, False),
-        ("gap", stages, False, True),
-        ("loss", run.of_kind("pretrain", "sft", "preference", "distill"), False, False),
-    ]
-    drawn = [(W[key], _curve(of, key, percent, log)) for key, of, percent, log in wanted]
-    return [(title, chart) for title, chart in drawn if chart]
-
-
-def _thoughts(run: Run) -> list[list[tuple[str, dict[str, Any]]]]:
-    """For each language, a problem that base fails and zero solves after a retry or two."""
-    base, zero = run.samples("base"), run.samples("zero")
-    turned = [zero[p] for p in zero if p in base and zero[p]["correct"] and not base[p]["correct"]]
-    turned.sort(key=lambda row: _readability(row, base[row["problem"]]))
-    chosen = [next((row for row in turned if row["language"] == tongue), None) for tongue in ("en", "zh")]
-    if not any(chosen):
-        chosen = turned[:1]
-    return [_side_by_side(run, row["problem"]) for row in chosen if row]
-
-
-def _readability(row: dict[str, Any], before: dict[str, Any]) -> tuple[bool, int, int]:
-    """Two retries show the habit and still fit the eye; a base that said next to nothing shows little."""
-    retries = len(_RETRY.findall(row["text"]))
-    return (len(before["text"]) <= _HALF, abs(retries - 2) + 3 * (retries == 0), row["length"])
-
-
-def _side_by_side(run: Run, problem: str) -> list[tuple[str, dict[str, Any]]]:
-    shown = [(run.cast.get(role, ""), run.samples(role).get(problem)) for role in ("base", "zero", "r1")]
-    return [(name, row) for name, row in shown if row]
-
-
-def _unsolved(run: Run) -> list[tuple[str, dict[str, Any]]]:
-    """The first problem that zero gets wrong: one that nobody picked."""
-    failed = next((row for row in run.samples("zero").values() if not row["correct"]), None)
-    return _side_by_side(run, failed["problem"]) if failed else []
-
-
-def _control(run: Run) -> dict[str, Any] | None:
-    if not all(run.accuracy(run.role(role)) for role in ("base", "control", "zero")):
-        return None
-    return {
-        "chart": _dots(run, [run.cast[role] for role in ("base", "control", "zero")]),
-        "said": summary.control(run),
-    }
-
-
-def _languages(run: Run) -> dict[str, Any] | None:
-    roles = [role for role in ("base", "zero", "dev1", "dev2", "dev3", "r1") if role in run.cast]
-    shares = [
-        (run.cast[role], share)
-        for role in roles
-        if (share := run.measure(run.role(role), "language_consistency")) is not None
-    ]
-    if len(shares) < 2:
-        return None
-    names, values = zip(*shares, strict=True)
-    return {"chart": charts.ladder(names, values), "said": summary.language(run)}
-
-
-def _distilled(run: Run) -> dict[str, Any] | None:
-    roles = [r for r in ("small_base", "small_answers", "small_rl", "small") if run.accuracy(run.role(r))]
-    if "small" not in roles or len(roles) < 2:
-        return None
-    rows = [
-        (
-            run.cast[r],
-            W[r],
-            i18n.scientific(run.spent(run.cast[r], "flops")),
-            i18n.scientific(_rows_flops(run, run.cast[r])),
-            i18n.duration(run.spent(run.cast[r], "seconds")),
-        )
-        for r in roles
-    ]
-    return {
-        "chart": _dots(run, [run.cast[r] for r in roles]),
-        "said": summary.distillation(run),
         "rows": rows,
     }
 
 
+def _available_measures(run: Run, names: list[str]) -> list[tuple[Text, str, Any]]:
+    """The measures that at least one of the models has a value for."""
+    measured = []
+    for column in _MEASURES:
+        _, measure, _ = column
+        if any(run.measure(name, measure) is not None for name in names):
+            measured.append(column)
+    return measured
+
+
+# ---------------------------------------------------------------- sections of the recipe
+
+
+def _learning(run: Run) -> dict[str, Any] | None:
+    """The learning curves of `zero`, or else of the first RL stage; None without metrics."""
+    stage = run.stage(run.cast.get("zero")) or next(iter(run.of_kind("rl")), None)
+    if stage is None or not stage.metrics:
+        return None
+    drawn = []
+    for key, percent in (("accuracy", True), ("length", False), ("attempts", False), ("persist", True)):
+        chart = _curve([stage], key, percent=percent)
+        if chart:
+            drawn.append((W[key], chart))
+    persists = any(title == W["persist"] for title, _ in drawn)
+    is_zero = stage.name == run.cast.get("zero")
+    return {
+        "name": stage.name,
+        "title": W["aha"] if persists and is_zero else W["learning"],
+        "said": summary.persistence(run),
+        "charts": drawn,
+    }
+
+
+def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool = False) -> Markup | None:
+    """The chart of one metric over several stages; None if it is missing or 0 everywhere."""
+    lines = []
+    for stage in stages:
+        x, y = stage.column(key)
+        if x and any(y):
+            tone = charts.HUES[len(lines) % len(charts.HUES)]
+            lines.append(charts.Line(stage.name, x, y, tone))
+    return charts.curves(lines, percent, log) if lines else None
+
+
+def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
+    """The charts of further metrics, over all stages that have them."""
+    rl = run.of_kind("rl", "distill")
+    other = run.of_kind("pretrain", "sft", "preference", "distill")
+    drawn = [
+        (W["reward"], _curve(rl, "reward")),
+        (W["entropy"], _curve(rl, "entropy")),
+        (W["language_consistency"], _curve(rl, "language_consistency", percent=True)),
+        (W["length"], _curve(rl, "length")),
+        (W["gap"], _curve(rl, "gap", log=True)),
+        (W["loss"], _curve(other, "loss")),
+    ]
+    return [(title, chart) for title, chart in drawn if chart]
+
+
+def _thoughts(run: Run) -> list[list[Response]]:
+    """For each language, a problem that base fails and zero solves after a retry or two."""
+    base = run.samples("base")
+    zero = run.samples("zero")
+    solved = []
+    for problem, row in zero.items():
+        if problem in base and row["correct"] and not base[problem]["correct"]:
+            solved.append(row)
+    solved.sort(key=lambda row: _readability(row, base[row["problem"]]))
+    chosen = []
+    for language in ("en", "zh"):
+        chosen += [row for row in solved if row["language"] == language][:1]
+    if not chosen:
+        chosen = solved[:1]
+    return [_side_by_side(run, row["problem"]) for row in chosen]
+
+
+def _readability(row: dict[str, Any], before: dict[str, Any]) -> tuple[bool, int, int]:
+    """Sort key of a response: best with two retries, short, and a base response that is not nearly empty."""
+    retries = len(_RETRY.findall(row["text"]))
+    is_empty = len(before["text"]) <= _SHORT_RESPONSE
+    distance = abs(retries - 2) + 3 * (retries == 0)
+    return (is_empty, distance, row["length"])
+
+
+def _side_by_side(run: Run, problem: str) -> list[Response]:
+    """The responses of base, zero and r1 to one problem."""
+    responses = []
+    for role in ("base", "zero", "r1"):
+        row = run.samples(role).get(problem)
+        if row:
+            responses.append((run.cast.get(role, ""), row))
+    return responses
+
+
+def _unsolved(run: Run) -> list[Response]:
+    """The responses to the first problem that zero gets wrong: the first, so it is not hand-picked."""
+    for row in run.samples("zero").values():
+        if not row["correct"]:
+            return _side_by_side(run, row["problem"])
+    return []
+
+
+def _control(run: Run) -> dict[str, Any] | None:
+    """The section on the forced base; None unless base, control and zero were all evaluated."""
+    roles = ("base", "control", "zero")
+    if not all(run.accuracy(run.role(role)) for role in roles):
+        return None
+    models = [run.cast[role] for role in roles]
+    return {"chart": _dots(run, models), "said": summary.control(run)}
+
+
+def _languages(run: Run) -> dict[str, Any] | None:
+    """The section on language consistency; None with fewer than two models that have it."""
+    names = []
+    shares = []
+    for role in ("base", "zero", "dev1", "dev2", "dev3", "r1"):
+        if role not in run.cast:
+            continue
+        share = run.measure(run.role(role), "language_consistency")
+        if share is not None:
+            names.append(run.cast[role])
+            shares.append(share)
+    if len(shares) < 2:
+        return None
+    return {"chart": charts.ladder(names, shares), "said": summary.language(run)}
+
+
+def _distillation(run: Run) -> dict[str, Any] | None:
+    """The section on the small models; None unless `small` and another one were evaluated."""
+    candidates = ("small_base", "small_answers", "small_rl", "small")
+    roles = [role for role in candidates if run.accuracy(run.role(role))]
+    if "small" not in roles or len(roles) < 2:
+        return None
+    models = [run.cast[role] for role in roles]
+    rows = []
+    for role, model in zip(roles, models, strict=True):
+        training = i18n.scientific(run.spent(model, "flops"))
+        sampling = i18n.scientific(_rows_flops(run, model))
+        rows.append((model, W[role], training, sampling, i18n.duration(run.spent(model, "seconds"))))
+    return {"chart": _dots(run, models), "said": summary.distillation(run), "rows": rows}
+
+
 def _rows_flops(run: Run, model: str) -> float | None:
-    """What sampling the rows of a model's last training cost, where rows were sampled for it."""
+    """FLOPs of sampling the rows of a model's last training; None if no rows were sampled for it."""
     stage = run.stage(model)
-    above = [run.stage(name) for name in stage.inputs] if stage else []
-    above += [run.stage(name) for rows in above if rows and rows.kind == "curate" for name in rows.inputs]
-    spent = [s.manifest.get("flops") for s in above if s and s.kind == "sample"]
-    return sum(f for f in spent if f) or None
+    inputs = _input_stages(run, stage) if stage else []
+    curated = [source for source in inputs if source.kind == "curate"]
+    for source in curated:
+        inputs += _input_stages(run, source)
+    flops = [source.manifest.get("flops") for source in inputs if source.kind == "sample"]
+    return sum(filter(None, flops)) or None
+
+
+def _input_stages(run: Run, stage: StageView) -> list[StageView]:
+    """The stages of the run that a stage reads."""
+    inputs = [run.stage(name) for name in stage.inputs]
+    return [source for source in inputs if source]
 
 
 # ---------------------------------------------------------------- the run as a whole
 
 
-def _compared(run: Run) -> dict[str, Any] | None:
-    """Ways of pretraining side by side: every run's loss against its compute, in units of 10^12."""
-    ways, told = comparison.curves(run), comparison.compared(run)
-    if told is None:
+def _comparison(run: Run) -> dict[str, Any] | None:
+    """The section that compares ways of pretraining: the loss of every run against its compute.
+
+    Compute is in units of 10^12 FLOPs.
+    """
+    compared = comparison.compare(run)
+    if compared is None:
         return None
-    lines = [
-        charts.Line(way.name, way.flops / 1e12, losses, charts.HUES[i % len(charts.HUES)])
-        for i, way in enumerate(ways)
-        for losses in way.losses
-    ]
-    return {"chart": charts.curves(lines), "said": summary.compared(told), "ways": told["ways"]}
+    lines = []
+    for i, way in enumerate(comparison.curves(run)):
+        tone = charts.HUES[i % len(charts.HUES)]
+        for losses in way.losses:
+            lines.append(charts.Line(way.name, way.flops / 1e12, losses, tone))
+    return {"chart": charts.curves(lines), "said": summary.comparison(compared), "ways": compared["ways"]}
 
 
 def _graph(run: Run) -> Markup | None:
-    family = dict.fromkeys(("load", "pretrain", "rl", "sft", "preference", "distill"), "model")
-    boxes = [
-        graph_drawing.Box(s.name, _caption(s), s.inputs, family.get(s.kind, "rows"))
-        for s in run.stages
-        if s.kind not in ("evaluate", "report")
-    ]
+    """The drawing of the run's stages without its evaluations; None without stages."""
+    boxes = []
+    for stage in run.stages:
+        if stage.kind not in ("evaluate", "report"):
+            family = "model" if stage.kind in _MODEL_KINDS else "rows"
+            boxes.append(graph_drawing.Box(stage.name, _caption(stage), stage.inputs, family))
     return graph_drawing.draw(boxes) if boxes else None
 
 
 def _caption(stage: StageView) -> Text:
-    time = i18n.duration(stage.manifest.get("seconds"))
+    """The stage's kind, and its duration if it is known."""
     kind = i18n.KINDS.get(stage.kind, i18n.plain(stage.kind))
-    return kind if time.en == i18n.UNKNOWN else Text(f"{kind.en} · {time.en}", f"{kind.zh} · {time.zh}")
+    time = i18n.duration(stage.manifest.get("seconds"))
+    if time.en == i18n.UNKNOWN:
+        return kind
+    return i18n.plain("{} · {}").format(kind, time)
 
 
-def _costs(run: Run, told: dict[str, Any]) -> list[tuple[Text, Text]]:
-    joules, cost = told["joules"], told["cost"]
-    currency = run.summary.get("currency", "")
+def _costs(run: Run, numbers: dict[str, Any]) -> list[tuple[Text, Text]]:
+    """The list of costs: what it is and how much."""
+    memory = i18n.gibibytes(numbers["peak_memory_bytes"])
     return [
-        (W["wall"], i18n.duration(told["seconds"])),
-        (W["cpu"], i18n.duration(told["cpu_seconds"])),
-        (W["memory"], i18n.plain(i18n.gibibytes(told["peak_memory_bytes"]))),
-        (W["tokens"], i18n.plain(i18n.count(told["tokens"]))),
-        (W["flops"], i18n.plain(i18n.scientific(told["flops"]))),
-        (W["energy"], W["unreadable"] if joules is None else i18n.plain(f"{joules / 3600:.2f} Wh")),
-        (W["money"], W["unpriced"] if cost is None else i18n.plain(f"{cost:.3g} {currency}".strip())),
+        (W["wall"], i18n.duration(numbers["seconds"])),
+        (W["cpu"], i18n.duration(numbers["cpu_seconds"])),
+        (W["memory"], i18n.plain(memory)),
+        (W["tokens"], i18n.plain(i18n.count(numbers["tokens"]))),
+        (W["flops"], i18n.plain(i18n.scientific(numbers["flops"]))),
+        (W["energy"], _energy(numbers["joules"])),
+        (W["money"], _price(numbers["cost"], run.summary.get("currency", ""))),
     ]
+
+
+def _energy(joules: float | None) -> Text:
+    """The energy in watt-hours, or that it can't be read."""
+    if joules is None:
+        return W["unreadable"]
+    return i18n.plain(f"{joules / 3600:.2f} Wh")
+
+
+def _price(cost: float | None, currency: str) -> Text:
+    """The cost with its currency, or that no price was given."""
+    if cost is None:
+        return W["unpriced"]
+    return i18n.plain(f"{cost:.3g} {currency}".strip())

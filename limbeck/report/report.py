@@ -1,6 +1,6 @@
-"""One page a run, and its numbers beside it: `index.html` for people, `report.json` for programs.
+"""The two files of a run's report: `index.html` for people, `report.json` for programs.
 
-`report.json`, schema 1 (docs/reference/report.md tells every field):
+`report.json`, schema 1 (docs/reference/report.md describes every field):
 
     {"schema": 1, "name", "seed", "source": the headline problems, "story": {ROLE: MODEL},
      "models": {NAME: {"accuracy": {"t1" | "t06" | "greedy" | "pass@8" | "cons@8":
@@ -10,13 +10,13 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
-     "forecast": {"seconds", "low", "high", "took", "processor": of the stages that were foreseen, "stages": [{"name", "seconds",
-                  "low", "high", "took", "processor"}]} or null,
+     "forecast": {"seconds", "low", "high", "took", "processor": sums over the forecast stages,
+                "stages": [{"name", "seconds", "low", "high", "took", "processor"}]} or null,
      "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
                 "reaches_target_after": FLOPs or null}}} or null,
      "alarms": [{"stage", "alarm", "first", "times"}], "not_shown": [sentence]}
 
-What was not measured is null. A reader that knows schema 1 may meet new keys, never changed ones.
+A value that was not measured is null. Later versions of schema 1 may add keys but change none.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from . import comparison, page
-from . import summary as story
 from .loaded_run import MODES, Run, StageView
+from .summary import not_shown
 
 __all__ = ["SCHEMA", "StageView", "numbers", "write"]
 
-SCHEMA = 1
+SCHEMA = 1  # version number
 _MEASURES = ("length", "truncated", "format", "language_consistency", "attempts", "persist", "mixed")
 _COSTS = ("seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules")
+_ALARM_KEYS = ("stage", "alarm", "first", "times")
+_FORECAST_KEYS = ("seconds", "low", "high")  # of a stage's forecast
+_DURATION_KEYS = (*_FORECAST_KEYS, "took", "processor")
 
 
 def write(folder: Path, stages: Sequence[StageView], recipe: dict[str, Any], summary: dict[str, Any]) -> Path:
@@ -45,17 +48,31 @@ def write(folder: Path, stages: Sequence[StageView], recipe: dict[str, Any], sum
     `price_per_hour` where one was given.
     """
     run = Run(tuple(stages), recipe, summary)
-    told = numbers(run)
+    content = numbers(run)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(told, ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     path = folder / "index.html"
-    path.write_text(page.render(run, told), encoding="utf-8")
+    path.write_text(page.render(run, content), encoding="utf-8")
     return path
 
 
 def numbers(run: Run) -> dict[str, Any]:
     """The content of `report.json`."""
+    return {
+        **_headline(run),
+        **_totals(run),
+        "cost": _cost(run.summary),
+        "machine": run.summary.get("machine") or {},
+        "forecast": _forecast(run),
+        "comparison": comparison.compare(run),
+        "alarms": _alarms(run),
+        "not_shown": [text.en for text in not_shown(run)],
+    }
+
+
+def _headline(run: Run) -> dict[str, Any]:
+    """The recipe's name and seed, the models with their roles, and the stages."""
     return {
         "schema": SCHEMA,
         "name": run.recipe.get("name", ""),
@@ -64,72 +81,94 @@ def numbers(run: Run) -> dict[str, Any]:
         "story": run.cast,
         "models": {name: _model(run, name) for name in run.evaluations},
         "stages": [_stage(stage) for stage in run.stages],
+    }
+
+
+def _totals(run: Run) -> dict[str, Any]:
+    """Time, memory, tokens and energy of the whole run."""
+    return {
         "seconds": run.summary.get("seconds"),
         "cpu_seconds": run.total("cpu_seconds"),
         "peak_memory_bytes": run.summary.get("peak_memory_bytes"),
         "tokens": run.total("tokens"),
         "flops": run.total("flops"),
         "joules": run.total("joules"),
-        "cost": _cost(run.summary),
-        "machine": run.summary.get("machine") or {},
-        "forecast": _forecast(run),
-        "comparison": comparison.compared(run),
-        "alarms": [dict(zip(("stage", "alarm", "first", "times"), row, strict=True)) for row in run.alarms()],
-        "not_shown": [text.en for text in story.not_shown(run)],
     }
 
 
+def _alarms(run: Run) -> list[dict[str, Any]]:
+    """The alarms of all stages, one entry for each kind of alarm in a stage."""
+    return [dict(zip(_ALARM_KEYS, row, strict=True)) for row in run.alarms()]
+
+
 def _model(run: Run, name: str) -> dict[str, Any]:
+    """Accuracies, other measures and costs of one evaluated model."""
+    measures = {measure: run.measure(name, measure) for measure in _MEASURES}
+    costs = {key: run.spent(name, key) for key in ("seconds", "tokens", "flops")}
     return {
         "accuracy": _accuracies(run, name, None),
-        **{measure: run.measure(name, measure) for measure in _MEASURES},
+        **measures,
         "parameters": run.parameters(name),
-        **{key: run.spent(name, key) for key in ("seconds", "tokens", "flops")},
+        **costs,
         "control": run.evaluations[name].get("control"),
         "other": {source: _accuracies(run, name, source) for source in run.sources[1:]},
     }
 
 
 def _accuracies(run: Run, model: str, source: str | None) -> dict[str, Any]:
-    found = {mode: run.accuracy(model, mode, source) for mode in MODES}
-    return {mode: asdict(interval) for mode, interval in found.items() if interval}
+    """Mode -> accuracy with its interval, for the modes that were evaluated."""
+    accuracies = {}
+    for mode in MODES:
+        interval = run.accuracy(model, mode, source)
+        if interval:
+            accuracies[mode] = asdict(interval)
+    return accuracies
 
 
 def _stage(stage: StageView) -> dict[str, Any]:
+    """One stage's identity, costs, licences and notes."""
     manifest = stage.manifest
+    measured = {key: manifest.get(key) for key in ("key", "digest", "code_version", *_COSTS)}
     return {
         "name": stage.name,
         "kind": stage.kind,
         "title": stage.title,
         "inputs": list(stage.inputs),
-        **{key: manifest.get(key) for key in ("key", "digest", "code_version", *_COSTS)},
+        **measured,
         "licences": manifest.get("licences") or [],
         "notes": stage.notes,
     }
 
 
 def _forecast(run: Run) -> dict[str, Any] | None:
-    """What was expected of each stage before it began, and what it took."""
-    foreseen = (run.summary.get("forecast") or {}).get("stages") or {}
-    stages = [
-        {
-            "name": s.name,
-            **{key: foreseen[s.name][key] for key in ("seconds", "low", "high")},
-            "took": s.manifest["seconds"],
-            "processor": s.manifest.get("cpu_seconds") or 0.0,
-        }
-        for s in run.stages
-        if s.name in foreseen and s.manifest.get("seconds") is not None
-    ]
+    """The forecast of each stage beside the time it took, and their sums; None without a forecast."""
+    forecasts = (run.summary.get("forecast") or {}).get("stages") or {}
+    stages = []
+    for stage in run.stages:
+        if stage.name in forecasts and stage.manifest.get("seconds") is not None:
+            stages.append(_stage_forecast(stage, forecasts[stage.name]))
     if not stages:
         return None
+    sums: dict[str, Any] = {}
+    for key in _DURATION_KEYS:
+        sums[key] = round(sum(stage[key] for stage in stages), 1)
+    return {**sums, "stages": stages}
+
+
+def _stage_forecast(stage: StageView, forecast: dict[str, Any]) -> dict[str, Any]:
+    """One stage's forecast beside its wall time (`took`) and processor time, in seconds."""
     return {
-        key: round(sum(stage[key] for stage in stages), 1)
-        for key in ("seconds", "low", "high", "took", "processor")
-    } | {"stages": stages}
+        "name": stage.name,
+        **{key: forecast[key] for key in _FORECAST_KEYS},
+        "took": stage.manifest["seconds"],
+        "processor": stage.manifest.get("cpu_seconds") or 0.0,
+    }
 
 
 def _cost(summary: dict[str, Any]) -> float | None:
-    """In whatever money the price per hour was."""
-    price, seconds = summary.get("price_per_hour"), summary.get("seconds")
-    return None if price is None or seconds is None else price * seconds / 3600
+    """Cost of the run in the currency of its price per hour; None without a price or a time."""
+    price = summary.get("price_per_hour")
+    seconds = summary.get("seconds")
+    if price is None or seconds is None:
+        return None
+    return price * seconds / 3600

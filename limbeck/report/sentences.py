@@ -1,4 +1,7 @@
-"""What is happening in a run, in sentences: every claim is computed, and turns where the numbers turn."""
+"""Sentences about a run in progress, in English and Chinese; each is chosen by the run's numbers.
+
+Shapes: N values of a metric.
+"""
 
 from __future__ import annotations
 
@@ -14,67 +17,75 @@ from .history import History
 from .i18n import KINDS, MODES, Text, count, duration, percent, plain
 from .loaded_run import EVALUATION, Run, StageView
 
-_TENTH = 10  # the beginning and the end of a curve are a tenth of it each
-_GAP = 1e-3  # nats that rounding in float32 explains (train/selftest.py)
-_CROWDED = 0.05  # a share of cut responses that is worth a word
+_ENDS = 10  # the beginning and the end of a curve are one in 10 of its values each
+_ROUNDING_GAP = 1e-3  # nats a token that rounding in float32 explains (train/selftest.py)
+_MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
+
+
+# ---------------------------------------------------------------- progress
+
+_UNITS = {
+    "sample": Text("chunks", "批"),
+    "screen": Text("chunks", "批"),
+    "label": Text("chunks", "批"),
+    "evaluate": Text("measurements", "项测量"),
+}
+_STEPS = Text("steps", "步")
 
 
 def progress(name: str, kind: str, state: str, history: History, manifest: dict[str, Any]) -> Text:
-    """Where a stage stands; `state` is done, running, begun (and nobody is at work), asks or waits."""
-    done, total, what = history.done, history.total, _unit(kind)
+    """Progress of a stage; `state` is done, running, begun (no process is at work), asks or waits."""
     if state == "done":
-        said = Text("{name} is done: {kind} in {time}.", "{name} 已完成：{kind}，用时 {time}。")
-        return said.format(name=name, kind=_kind(kind), time=duration(manifest.get("seconds")))
+        sentence = Text("{name} is done: {kind} in {time}.", "{name} 已完成：{kind}，用时 {time}。")
+        title = KINDS.get(kind, plain(kind))
+        return sentence.format(name=name, kind=title, time=duration(manifest.get("seconds")))
     if state == "waits":
         return Text("{} waits for the stages before it.", "{} 在等待前面的阶段。").format(name)
-    if not done:
+    if not history.done:
         return Text("{} has begun; nothing is measured yet.", "{} 已开始，还没有测量结果。").format(name)
-    said = (
-        Text("{name} has taken {done} of {total} {what}", "{name} 已走 {done}/{total} {what}")
-        if total
-        else Text("{name} has taken {done} {what}", "{name} 已走 {done} {what}")
-    )
-    said = said.format(name=name, done=count(done), total=count(total), what=what)
+    steps = _count_steps(name, kind, history)
     if state != "running":
-        return Text(said.en + " and rests.", said.zh + "，现已暂停。")
-    if history.pace is None or not total:
-        return Text(said.en + ".", said.zh + "。")
-    left = Text("; one takes {}, so about {} are left.", "；每步 {}，大约还需 {}。").format(
-        _brief(history.pace), duration(history.pace * max(0, total - done))
-    )
-    return Text(said.en + left.en, said.zh + left.zh)
+        return Text("{} and rests.", "{}，现已暂停。").format(steps)
+    if history.pace is None or not history.total:
+        return Text("{}.", "{}。").format(steps)
+    left = max(0, history.total - history.done)
+    sentence = Text("{}; one takes {}, so about {} are left.", "{}；每步 {}，大约还需 {}。")
+    return sentence.format(steps, _brief(history.pace), duration(history.pace * left))
 
 
-def _unit(kind: str) -> Text:
-    return {
-        "sample": Text("chunks", "批"),
-        "screen": Text("chunks", "批"),
-        "label": Text("chunks", "批"),
-        "evaluate": Text("measurements", "项测量"),
-    }.get(kind, Text("steps", "步"))
-
-
-def _kind(kind: str) -> Text:
-    return KINDS.get(kind, plain(kind))
+def _count_steps(name: str, kind: str, history: History) -> Text:
+    """The number of steps so far, of the total if it is known; without a full stop."""
+    sentence = Text("{name} has taken {done} {what}", "{name} 已走 {done} {what}")
+    if history.total:
+        sentence = Text("{name} has taken {done} of {total} {what}", "{name} 已走 {done}/{total} {what}")
+    unit = _UNITS.get(kind, _STEPS)
+    return sentence.format(name=name, done=count(history.done), total=count(history.total), what=unit)
 
 
 def _brief(seconds: float) -> Text:
-    return duration(seconds) if seconds >= 10 else Text(f"{seconds:.2g} s", f"{seconds:.2g} 秒")
+    """A duration, with two digits if it is short."""
+    if seconds >= 10:
+        return duration(seconds)
+    return Text(f"{seconds:.2g} s", f"{seconds:.2g} 秒")
 
 
-# ---------------------------------------------------------------- what the curves say
+# ---------------------------------------------------------------- curves
 
 _share: Callable[[float], str] = percent
-_TOLD: tuple[tuple[str, Text, Callable[[float], str]], ...] = (
+_CURVES: tuple[tuple[str, Text, Callable[[float], str]], ...] = (
     ("accuracy", Text("Accuracy", "准确率"), _share),
     ("held_out_accuracy", Text("Accuracy on held-out problems", "留出题准确率"), _share),
     ("reward", Text("The mean reward", "平均奖励"), lambda value: f"{value:.3g}"),
     ("length", Text("The mean length of a response", "回答的平均长度"), lambda value: f"{value:.0f}"),
     ("attempts", Text("Attempts per response", "每次回答的尝试次数"), lambda value: f"{value:.1f}"),
-    ("language_consistency", Text("The share of words in the question’s language", "与提问同语言的词所占比例"), _share),
+    (
+        "language_consistency",
+        Text("The share of words in the question’s language", "与提问同语言的词所占比例"),
+        _share,
+    ),
     ("entropy", Text("Entropy per token", "每词元的熵"), lambda value: f"{value:.2f}"),
     ("loss", Text("Loss", "损失"), lambda value: f"{value:.3g}"),
-)  # fmt: skip
+)
 _QUIET = {
     "pretrain": {"entropy"},
     "sft": {"entropy"},
@@ -85,193 +96,226 @@ _QUIET = {
 
 
 def curves(kind: str, history: History) -> list[Text]:
-    """From where to where the metrics of a stage went."""
+    """A sentence on each metric of a stage: its value at the beginning and at the end."""
     if kind == "evaluate":
         return []
     quiet = _QUIET.get(kind, set())
-    return [
-        _went(what, history.column(name), write)
-        for name, what, write in _TOLD
-        if name not in quiet and len(history.column(name))
-    ]
+    sentences = []
+    for name, title, write in _CURVES:
+        values = history.column(name)
+        if name not in quiet and len(values):
+            sentences.append(_went(title, values, write))
+    return sentences
 
 
-def _went(what: Text, values: np.ndarray, write: Callable[[float], str]) -> Text:
-    tenth = max(1, len(values) // _TENTH)
-    first, last = write(float(values[:tenth].mean())), write(float(values[-tenth:].mean()))
+def _went(title: Text, values: np.ndarray, write: Callable[[float], str]) -> Text:
+    """The change of a metric over its `values` [N].
+
+    It rose or fell only if both its ends and the trend of the whole curve say so.
+    """
+    start, end = _ends(values)
+    first = write(start)
+    last = write(end)
     if len(values) < 4:
-        return Text("{} stands at {}.", "{}为 {}。").format(what, last)
-    rises = float(values[-tenth:].mean()) > float(values[:tenth].mean())
-    if first == last or (1 if rises else -1) * trend(values) < CLEAR:  # the ends and the whole must agree
-        return Text(
+        return Text("{} stands at {}.", "{}为 {}。").format(title, last)
+    rises = end > start
+    direction = 1 if rises else -1
+    if first == last or direction * trend(values) < CLEAR:
+        sentence = Text(
             "{} has no clear direction: {} at first, {} now.", "{}没有明显的方向：起初 {}，现在 {}。"
-        ).format(what, first, last)
-    said = (
-        Text("{} rose from {} to {}.", "{}从 {} 升到 {}。")
-        if rises
-        else Text("{} fell from {} to {}.", "{}从 {} 降到 {}。")
-    )
-    return said.format(what, first, last)
+        )
+    elif rises:
+        sentence = Text("{} rose from {} to {}.", "{}从 {} 升到 {}。")
+    else:
+        sentence = Text("{} fell from {} to {}.", "{}从 {} 降到 {}。")
+    return sentence.format(title, first, last)
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    """The means of the first and of the last tenth of `values` [N]."""
+    tenth = max(1, len(values) // _ENDS)
+    return float(values[:tenth].mean()), float(values[-tenth:].mean())
+
+
+# ---------------------------------------------------------------- soundness
 
 
 def soundness(history: History) -> list[Text]:
-    """Whether learning can be trusted: sampler against learner, what teaches, what is cut off, what rang."""
-    said = []
-    gap, informative, truncated = (history.column(name) for name in ("gap", "informative", "truncated"))
+    """Sentences on whether training is sound.
+
+    They are about the gap between sampler and learner, informative groups, truncated responses, and alarms.
+    """
+    sentences = []
+    gap = history.column("gap")
     if len(gap):
-        most = float(gap.max())
-        verdict = (
-            Text(": no more than rounding", "，不超过舍入误差")
-            if most < _GAP
-            else Text(": more than rounding explains", "，超出舍入误差所能解释的范围")
-        )
-        text = Text(
-            "On the same weights sampler and learner differ by at most {} nats a token{}.",
-            "同一权重下，采样器与学习器每词元最多相差 {} 奈特{}。",
-        )
-        said.append(text.format(f"{most:.1e}", verdict))
+        sentences.append(_gap(float(gap.max())))
+    informative = history.column("informative")
     if len(informative):
-        said.append(
-            Text(
-                "Of the latest groups {} hold both better and worse responses; the others teach nothing.",
-                "最近的组中有 {} 既有较好也有较差的回答，其余的组教不了什么。",
-            ).format(percent(_latest(informative), 0))
+        _, share = _ends(informative)
+        sentence = Text(
+            "Of the latest groups {} hold both better and worse responses; the others teach nothing.",
+            "最近的组中有 {} 既有较好也有较差的回答，其余的组教不了什么。",
         )
-    if len(truncated) and _latest(truncated) >= _CROWDED:
-        said.append(
-            Text("{} of the latest responses ran out of tokens.", "最近的回答中有 {} 用尽了词元。").format(
-                percent(_latest(truncated), 0)
-            )
-        )
-    for text, times in _rung(history.alarms).items():
-        first, often = times[0], len(times)
-        said.append(
-            Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。").format(
-                first, often, _alarm(text)
-            )
-        )
-    return said
+        sentences.append(sentence.format(percent(share, 0)))
+    truncated = history.column("truncated")
+    if len(truncated):
+        _, share = _ends(truncated)
+        if share >= _MANY_TRUNCATED:
+            sentence = Text("{} of the latest responses ran out of tokens.", "最近的回答中有 {} 用尽了词元。")
+            sentences.append(sentence.format(percent(share, 0)))
+    return sentences + _alarm_sentences(history.alarms)
 
 
-# What train/selftest.py and train/learned_rewards.py say, and the same in Chinese.
+def _gap(gap: float) -> Text:
+    """The largest difference between sampler and learner in nats a token, and its likely cause."""
+    if gap < _ROUNDING_GAP:
+        cause = Text(": no more than rounding", "，不超过舍入误差")
+    else:
+        cause = Text(": more than rounding explains", "，超出舍入误差所能解释的范围")
+    sentence = Text(
+        "On the same weights sampler and learner differ by at most {} nats a token{}.",
+        "同一权重下，采样器与学习器每词元最多相差 {} 奈特{}。",
+    )
+    return sentence.format(f"{gap:.1e}", cause)
+
+
+def _alarm_sentences(alarms: Sequence[tuple[int, str]]) -> list[Text]:
+    """A sentence on each alarm: its first step and the number of times."""
+    steps: dict[str, list[int]] = {}
+    for step, message in alarms:
+        steps.setdefault(message, []).append(step)
+    sentence = Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。")
+    return [sentence.format(times[0], len(times), _alarm(message)) for message, times in steps.items()]
+
+
+# Messages of train/selftest.py and train/learned_rewards.py, and the same in Chinese.
+_HACKING = r"reward hacking: (\w+) rises while the truth on held-out problems does not: "
+_HACKING_ZH = r"奖励作弊：\1 上升，而留出题目上的实情没有上升；"
 _ALARMS = {
-    "more than half of the responses run out of tokens: raise max_new_tokens": "超过一半的回答用尽了词元，请调高 max_new_tokens",
-    "fewer than a tenth of the groups differ in reward: other problems are needed": "奖励有高低之分的组不到十分之一，需要别的题目",
+    "more than half of the responses run out of tokens: raise max_new_tokens": (
+        "超过一半的回答用尽了词元，请调高 max_new_tokens"
+    ),
+    "fewer than a tenth of the groups differ in reward: other problems are needed": (
+        "奖励有高低之分的组不到十分之一，需要别的题目"
+    ),
     "length tripled within 20 steps": "长度在 20 步内增至三倍",
     "length fell to a third within 20 steps": "长度在 20 步内降到三分之一",
     r"the part '(\w+)' outweighs accuracy: lower its weight": r"“\1”一项压过了正确率，请降低它的权重",
-    r"reward hacking: (\w+) rises while the truth on held-out problems does not: it no longer counts": r"奖励作弊：\1 上升，而留出题目上的实情没有上升；它不再计入奖励",
-    r"reward hacking: (\w+) rises while the truth on held-out problems does not: the stage ends here": r"奖励作弊：\1 上升，而留出题目上的实情没有上升；本阶段到此结束",
+    _HACKING + "it no longer counts": _HACKING_ZH + "它不再计入奖励",
+    _HACKING + "the stage ends here": _HACKING_ZH + "本阶段到此结束",
 }
 
 
 def _alarm(text: str) -> Text:
-    """In both languages where it is known; a message of another version stays as it was written."""
-    matches = ((re.fullmatch(pattern, text), chinese) for pattern, chinese in _ALARMS.items())
-    return next((Text(text, match.expand(chinese)) for match, chinese in matches if match), Text(text, text))
-
-
-def _latest(values: np.ndarray) -> float:
-    return float(values[-max(1, len(values) // _TENTH) :].mean())
-
-
-def _rung(alarms: Sequence[tuple[int, str]]) -> dict[str, list[int]]:
-    """Alarm -> the steps at which it rang."""
-    rung: dict[str, list[int]] = {}
-    for step, text in alarms:
-        rung.setdefault(text, []).append(step)
-    return rung
+    """An alarm in both languages; a message of another version stays as it was written."""
+    for pattern, chinese in _ALARMS.items():
+        match = re.fullmatch(pattern, text)
+        if match:
+            return Text(text, match.expand(chinese))
+    return Text(text, text)
 
 
 # ---------------------------------------------------------------- outcomes
 
 
 def outcome(view: StageView) -> list[Text]:
-    """What a finished stage left: rows kept, verdicts, accuracies."""
-    notes, said = view.notes, []
-    if notes.get("sampled"):
-        said.append(
-            Text("It kept {} of {} responses.", "从 {1} 个回答中留下 {0} 个。").format(
-                count(notes["kept"]), count(notes["sampled"])
-            )
-        )
-        said += [
-            Text("{} were dropped: {}.", "{} 个被丢弃：{}。").format(count(many), why)
-            for why, many in notes.get("dropped", {}).items()
-            if many
-        ]
-    if "policy" in notes:
-        said.append(
-            Text(
-                "{} rows were accepted, {} edited, {} rejected, by {}.",
-                "接受 {} 行，修改 {} 行，拒绝 {} 行，由 {} 决定。",
-            ).format(
-                notes["accepted"],
-                notes["edited"],
-                notes["rejected"],
-                ", ".join(notes.get("reviewers", [])) or notes["policy"],
-            )
-        )
+    """Results of a finished stage: rows it kept, verdicts of its reviewers, accuracies."""
+    sentences = []
+    if view.notes.get("sampled"):
+        sentences += _sampling_sentences(view.notes)
+    if "policy" in view.notes:
+        sentences.append(_review_sentence(view.notes))
     if view.kind == "evaluate" and (view.folder / EVALUATION).exists():
-        run = Run((view,), {}, {})
-        model = next(iter(run.evaluations))
-        for source in run.sources:
-            for mode in run.modes(model, source):
-                found = run.accuracy(model, mode, source)
-                said.append(
-                    Text(
-                        "On {source}, {mode}: {mean} right ({low}–{high}, {n} problems).",
-                        "{source}，{mode}：答对 {mean}（{low}–{high}，{n} 题）。",
-                    ).format(
-                        source=source,
-                        mode=MODES.get(mode, plain(mode)),
-                        mean=percent(found.mean),
-                        low=percent(found.low),
-                        high=percent(found.high),
-                        n=count(found.problems),
-                    )
-                )
-    return said
+        sentences += _accuracy_sentences(view)
+    return sentences
+
+
+def _sampling_sentences(notes: dict[str, Any]) -> list[Text]:
+    """The rows that rejection sampling kept, and the reasons for dropping the others."""
+    kept = Text("It kept {} of {} responses.", "从 {1} 个回答中留下 {0} 个。")
+    sentences = [kept.format(count(notes["kept"]), count(notes["sampled"]))]
+    dropped = Text("{} were dropped: {}.", "{} 个被丢弃：{}。")
+    for reason, times in notes.get("dropped", {}).items():
+        if times:
+            sentences.append(dropped.format(count(times), reason))
+    return sentences
+
+
+def _review_sentence(notes: dict[str, Any]) -> Text:
+    """The verdicts of a curation, and its reviewers or policy."""
+    sentence = Text(
+        "{} rows were accepted, {} edited, {} rejected, by {}.",
+        "接受 {} 行，修改 {} 行，拒绝 {} 行，由 {} 决定。",
+    )
+    reviewers = ", ".join(notes.get("reviewers", []))
+    by = reviewers or notes["policy"]
+    return sentence.format(notes["accepted"], notes["edited"], notes["rejected"], by)
+
+
+def _accuracy_sentences(view: StageView) -> list[Text]:
+    """The accuracies of an evaluation, by source of problems and mode."""
+    run = Run((view,), {}, {})
+    model = next(iter(run.evaluations))
+    sentence = Text(
+        "On {source}, {mode}: {mean} right ({low}–{high}, {n} problems).",
+        "{source}，{mode}：答对 {mean}（{low}–{high}，{n} 题）。",
+    )
+    sentences = []
+    for source in run.sources:
+        for mode in run.modes(model, source):
+            accuracy = run.accuracy(model, mode, source)
+            text = sentence.format(
+                source=source,
+                mode=MODES.get(mode, plain(mode)),
+                mean=percent(accuracy.mean),
+                low=percent(accuracy.low),
+                high=percent(accuracy.high),
+                n=count(accuracy.problems),
+            )
+            sentences.append(text)
+    return sentences
 
 
 def flipped(before: str, after: str, flips: Flips) -> Text:
-    """Between two evaluations."""
+    """Problems that flipped between the evaluations `before` and `after`."""
     if not flips.asked:
         return Text("{} and {} share no problem.", "{} 与 {} 没有共同的题目。").format(before, after)
-    return Text(
-        "Of {asked} problems that both answered, {won} went from wrong in {before} to right in {after}, and {lost} from right to wrong.",
+    sentence = Text(
+        "Of {asked} problems that both answered, {won} went from wrong in {before} to right in {after}, and "
+        "{lost} from right to wrong.",
         "两者都答过的 {asked} 题中，{won} 题由 {before} 的错变为 {after} 的对，{lost} 题由对变错。",
-    ).format(asked=flips.asked, won=len(flips.won), lost=len(flips.lost), before=before, after=after)
+    )
+    won = len(flips.won)
+    lost = len(flips.lost)
+    return sentence.format(asked=flips.asked, won=won, lost=lost, before=before, after=after)
 
 
 def learned(flips: Flips) -> Text:
-    """Between the first and the last time that a stage met a problem."""
-    return Text(
-        "Of {asked} problems that were written down more than once, {won} were mostly wrong at first and are mostly right by now; with {lost} it is the other way round.",
+    """Problems that flipped between a stage's first and last group for them."""
+    sentence = Text(
+        "Of {asked} problems that were written down more than once, {won} were mostly wrong at first and are "
+        "mostly right by now; with {lost} it is the other way round.",
         "记录过不止一次的 {asked} 题中，{won} 题起初多半答错、如今多半答对；{lost} 题则相反。",
-    ).format(asked=flips.asked, won=len(flips.won), lost=len(flips.lost))
-
-
-def foreseen(actual: float, told: dict[str, float], over: bool) -> Text:
-    """What a plan said against what came; `over` is false while it still runs."""
-    inside = told["low"] <= actual <= told["high"]
-    bounds = (duration(told["seconds"]), duration(told["low"]), duration(told["high"]))
-    if not over and actual <= told["high"]:
-        return Text(
-            "The plan said {} ({} to {}); {} have passed.", "计划为 {}（{} 至 {}），已过去 {}。"
-        ).format(*bounds, duration(actual))
-    if not over:
-        return Text(
-            "The plan said {} ({} to {}); {} have passed, more than it allowed for.",
-            "计划为 {}（{} 至 {}），已过去 {}，超出了预期。",
-        ).format(*bounds, duration(actual))
-    verdict = (
-        Text("as foreseen", "如计划所料")
-        if inside
-        else Text("longer than foreseen", "比计划长")
-        if actual > told["high"]
-        else Text("shorter than foreseen", "比计划短")
     )
-    return Text(
-        "The plan said {} ({} to {}); it took {}, {}.", "计划为 {}（{} 至 {}），实际 {}，{}。"
-    ).format(*bounds, duration(actual), verdict)
+    return sentence.format(asked=flips.asked, won=len(flips.won), lost=len(flips.lost))
+
+
+def foreseen(actual: float, forecast: dict[str, float], over: bool) -> Text:
+    """The forecast of a stage beside its time so far, in seconds; beside its whole time if it is `over`."""
+    low = forecast["low"]
+    high = forecast["high"]
+    times = (duration(forecast["seconds"]), duration(low), duration(high), duration(actual))
+    if not over:
+        sentence = Text(
+            "The plan said {} ({} to {}); {} have passed{}.", "计划为 {}（{} 至 {}），已过去 {}{}。"
+        )
+        late = Text(", more than it allowed for", "，超出了预期")
+        return sentence.format(*times, late if actual > high else "")
+    sentence = Text("The plan said {} ({} to {}); it took {}, {}.", "计划为 {}（{} 至 {}），实际 {}，{}。")
+    if actual > high:
+        verdict = Text("longer than foreseen", "比计划长")
+    elif actual < low:
+        verdict = Text("shorter than foreseen", "比计划短")
+    else:
+        verdict = Text("as foreseen", "如计划所料")
+    return sentence.format(*times, verdict)

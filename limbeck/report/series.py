@@ -1,4 +1,7 @@
-"""Long histories as curves that an eye can follow: means of neighbours, and running means."""
+"""Long series as curves of a few points: means of neighbours, and running means.
+
+Shapes: N values of a series, P pieces that it is cut into.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,38 @@ import numpy as np
 
 
 def cuts(length: int, points: int) -> np.ndarray:
-    """Where to cut `length` rows into at most `points` pieces of nearly equal size; the first is 0, the last `length`."""
-    return np.linspace(0, length, min(length, points) + 1).astype(int)
+    """The [P + 1] positions that cut `length` rows into P <= `points` pieces of nearly equal size.
+
+    The first position is 0, the last `length`.
+    """
+    pieces = min(length, points)
+    return np.linspace(0, length, pieces + 1).astype(int)
 
 
 def means(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The mean of each piece between two cuts, over what is finite; NaN where nothing is."""
+    """The means [P] of `values` [N] between neighbouring cuts `at` [P + 1], over finite values only.
+
+    A piece without a finite value is NaN.
+    """
     if len(at) == len(values) + 1:
         return values
-    finite = np.isfinite(values)
-    count = np.add.reduceat(finite, at[:-1], dtype=float)
-    total = np.add.reduceat(np.where(finite, values, 0.0), at[:-1])
-    return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    starts_P = at[:-1]
+    finite_N = np.isfinite(values)
+    count_P = np.add.reduceat(finite_N, starts_P, dtype=float)
+    total_P = np.add.reduceat(np.where(finite_N, values, 0.0), starts_P)
+    means_P = np.full(len(count_P), np.nan)
+    return np.divide(total_P, count_P, out=means_P, where=count_P > 0)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of a thirtieth of all neighbours on each side, fewer at the ends; what is not finite is passed over."""
+    """The running mean [N] of `values` [N], over a thirtieth of all values on each side (fewer at the ends).
+
+    Values that are not finite are left out; a window without a finite value is NaN.
+    """
     reach = max(1, len(values) // 30)
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return np.array(
-        [np.mean(near[np.isfinite(near)]) if np.isfinite(near).any() else np.nan for near in windows]
-    )
+    smooth = []
+    for i in range(len(values)):
+        window = values[max(0, i - reach) : i + reach + 1]
+        finite = window[np.isfinite(window)]
+        smooth.append(np.mean(finite) if len(finite) else np.nan)
+    return np.array(smooth)

@@ -1,104 +1,115 @@
-"""What the numbers say, in sentences: every claim is computed, and turns where the numbers turn."""
+"""Sentences of the report, in English and Chinese; each is chosen by the run's numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..eval.statistics import Interval, difference
-from .i18n import MODES, Text, bounds, count, number, percent, plain, scientific, size
+from .i18n import MODES, Text, bounds, count, number, percent, scientific, size
 from .loaded_run import Run
 
-_FEW = 1000  # problems below which an interval is wide enough to say so
+_FEW_PROBLEMS = 1000  # problems below which an interval is so wide that the report says so
+_MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
+_COMPARED_ROLES = (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("small", "small_rl"))
 
 
 def opening(run: Run) -> list[Text]:
-    """The whole run in a paragraph."""
-    said = []
-    base, zero, r1, small = (run.accuracy(run.role(role)) for role in ("base", "zero", "r1", "small"))
+    """The first paragraph: accuracies of base, zero, r1 and small."""
+    sentences = []
+    base = run.accuracy(run.role("base"))
     if base:
-        said.append(
-            Text(
-                "The base model answers {} of {:,} held-out problems correctly at temperature 1.",
-                "在温度 1 下，基座模型答对了 {1:,} 道留出题中的 {0}。",
-            ).format(percent(base.mean), base.problems)
+        sentence = Text(
+            "The base model answers {} of {:,} held-out problems correctly at temperature 1.",
+            "在温度 1 下，基座模型答对了 {1:,} 道留出题中的 {0}。",
         )
+        sentences.append(sentence.format(percent(base.mean), base.problems))
+    zero = run.accuracy(run.role("zero"))
     if zero:
-        said.append(
-            Text(
-                "Reinforcement learning with rule-based rewards alone takes it to {}: the model {}.",
-                "仅凭规则奖励的强化学习把它带到 {}，即模型 {}。",
-            ).format(percent(zero.mean), run.cast["zero"])
+        sentence = Text(
+            "Reinforcement learning with rule-based rewards alone takes it to {}: the model {}.",
+            "仅凭规则奖励的强化学习把它带到 {}，即模型 {}。",
         )
-        said += _growth(run)
+        sentences.append(sentence.format(percent(zero.mean), run.cast["zero"]))
+        sentences += _growth(run)
+    r1 = run.accuracy(run.role("r1"))
     if r1:
-        said.append(_r1(run, r1))
+        sentences.append(_r1(run, r1))
+    small = run.accuracy(run.role("small"))
     if small:
-        said.append(_small(run, small))
-    return said
+        sentences.append(_small(run, small))
+    return sentences
 
 
 def _growth(run: Run) -> list[Text]:
-    before, after = (run.measure(run.role(role), "length") for role in ("base", "zero"))
-    tried, tries = (run.measure(run.role(role), "attempts") for role in ("base", "zero"))
-    if before is None or after is None:
+    """Length and attempts of zero's responses against base's."""
+    length_before, length_after = _base_and_zero(run, "length")
+    attempts_before, attempts_after = _base_and_zero(run, "attempts")
+    if length_before is None or length_after is None:
         return []
-    said = Text(
-        "Its responses went from {:.0f} to {:.0f} tokens", "它的回答从 {:.0f} 个词元变为 {:.0f} 个"
-    ).format(before, after)
-    if tried is None or tries is None:
-        return [Text(said.en + ".", said.zh + "。")]
-    more = Text(", and from {:.1f} to {:.1f} attempts", "，尝试从 {:.1f} 次变为 {:.1f} 次").format(
-        tried, tries
-    )
-    unasked = Text("; no reward asked it to try again.", "；没有任何奖励要求它再试一次。")
-    end = unasked if tries > 1.2 * tried else Text(".", "。")
-    return [Text(said.en + more.en + end.en, said.zh + more.zh + end.zh)]
+    length = Text("Its responses went from {:.0f} to {:.0f} tokens", "它的回答从 {:.0f} 个词元变为 {:.0f} 个")
+    length = length.format(length_before, length_after)
+    if attempts_before is None or attempts_after is None:
+        return [Text("{}.", "{}。").format(length)]
+    attempts = Text(", and from {:.1f} to {:.1f} attempts", "，尝试从 {:.1f} 次变为 {:.1f} 次")
+    attempts = attempts.format(attempts_before, attempts_after)
+    end = Text(".", "。")
+    if attempts_after > 1.2 * attempts_before:
+        end = Text("; no reward asked it to try again.", "；没有任何奖励要求它再试一次。")
+    return [Text("{}{}{}", "{}{}{}").format(length, attempts, end)]
+
+
+def _base_and_zero(run: Run, name: str) -> tuple[float | None, float | None]:
+    """A measure of base and of zero."""
+    return run.measure(run.role("base"), name), run.measure(run.role("zero"), name)
 
 
 def _r1(run: Run, r1: Interval) -> Text:
+    """Accuracy of r1, and its language consistency where it was measured."""
     language = run.measure(run.role("r1"), "language_consistency")
+    accuracy = percent(r1.mean)
     if language is None:
-        return Text("The rest of the recipe ends in {} with {}.", "配方余下的步骤终于 {}：{}。").format(
-            run.cast["r1"], percent(r1.mean)
-        )
-    return Text(
+        sentence = Text("The rest of the recipe ends in {} with {}.", "配方余下的步骤终于 {}：{}。")
+        return sentence.format(run.cast["r1"], accuracy)
+    sentence = Text(
         "The rest of the recipe ends in {} with {}, and {} of its words in the language of the question.",
         "配方余下的步骤终于 {}：{}，且 {} 的词与提问同一种语言。",
-    ).format(run.cast["r1"], percent(r1.mean), percent(language))
+    )
+    return sentence.format(run.cast["r1"], accuracy, percent(language))
 
 
 def _small(run: Run, small: Interval) -> Text:
+    """Accuracy of the distilled model, and its size against the teacher's."""
     teacher = run.parameters(run.role("r1")) or run.parameters(run.role("base"))
     student = run.parameters(run.role("small"))
+    accuracy = percent(small.mean)
     if not teacher or not student or teacher <= student:
-        return Text("Distilled, {} reaches {}.", "蒸馏得到的 {} 达到 {}。").format(
-            run.cast["small"], percent(small.mean)
-        )
-    return Text(
+        sentence = Text("Distilled, {} reaches {}.", "蒸馏得到的 {} 达到 {}。")
+        return sentence.format(run.cast["small"], accuracy)
+    sentence = Text(
         "Distilled into a model {:.1f} times smaller, {} reaches {}.",
         "蒸馏进一个只有其 1/{:.1f} 大小的模型后，{} 达到 {}。",
-    ).format(teacher / student, run.cast["small"], percent(small.mean))
+    )
+    return sentence.format(teacher / student, run.cast["small"], accuracy)
 
 
 # ---------------------------------------------------------------- persistence, and its control
 
 
 def persistence(run: Run) -> list[Text]:
-    """What changed between base and zero, besides the accuracy."""
-    before, after = (run.measure(run.role(role), "persist") for role in ("base", "zero"))
+    """How often base and zero make another attempt after a wrong one."""
+    before, after = _base_and_zero(run, "persist")
     if before is None or after is None:
         return []
-    return [
-        Text(
-            "After writing “no”, the base makes another attempt in {} of cases; {} in {}.",
-            "写下“错”之后，基座有 {} 的时候会再试一次；{} 则为 {}。",
-        ).format(percent(before, 0), run.cast["zero"], percent(after, 0))
-    ]
+    sentence = Text(
+        "After writing “no”, the base makes another attempt in {} of cases; {} in {}.",
+        "写下“错”之后，基座有 {} 的时候会再试一次；{} 则为 {}。",
+    )
+    return [sentence.format(percent(before, 0), run.cast["zero"], percent(after, 0))]
 
 
 def control(run: Run) -> list[Text]:
-    """What the same base does when it is kept at it by force, and what that leaves for RL."""
-    said = [
+    """Accuracy of the base with forced retries (budget forcing), and the share of RL's gain it explains."""
+    sentences = [
         Text(
             "Without any training: the base again, with another attempt forced on it after each “no” "
             "(budget forcing, arXiv 2501.19393).",
@@ -107,16 +118,19 @@ def control(run: Run) -> list[Text]:
     ]
     shares = []
     for mode in ("t1", "greedy"):
-        base, forced, zero = (run.accuracy(run.role(role), mode) for role in ("base", "control", "zero"))
+        base = run.accuracy(run.role("base"), mode)
+        forced = run.accuracy(run.role("control"), mode)
+        zero = run.accuracy(run.role("zero"), mode)
         if not (base and forced and zero):
             continue
-        said.append(_against(run, mode, forced, zero))
+        sentences.append(_against(run, mode, forced, zero))
         if zero.mean > base.mean:
             shares.append((forced.mean - base.mean) / (zero.mean - base.mean))
-    return [*said, _verdict(shares)]
+    return [*sentences, _verdict(shares)]
 
 
 def _against(run: Run, mode: str, forced: Interval, zero: Interval) -> Text:
+    """Accuracy of zero against that of the forced base, in one mode."""
     gap, low, high = difference(zero, forced)
     if low > 0:
         outcome = Text(
@@ -124,277 +138,296 @@ def _against(run: Run, mode: str, forced: Interval, zero: Interval) -> Text:
             "{} 比它高 {:.1f} 个百分点（{:.1f} 至 {:.1f}）",
         )
     elif high < 0:
-        outcome, gap, low, high = (
-            Text(
-                "{} is below it by {:.1f} points ({:.1f} to {:.1f})",
-                "{} 比它低 {:.1f} 个百分点（{:.1f} 至 {:.1f}）",
-            ),
-            -gap,
-            -high,
-            -low,
+        outcome = Text(
+            "{} is below it by {:.1f} points ({:.1f} to {:.1f})",
+            "{} 比它低 {:.1f} 个百分点（{:.1f} 至 {:.1f}）",
         )
+        gap = -gap
+        low, high = -high, -low
     else:
         outcome = Text(
             "{0} cannot be told from it ({2:.1f} to {3:.1f} points)",
             "{0} 与它分不出高下（{2:.1f} 至 {3:.1f} 个百分点）",
         )
-    said = outcome.format(run.cast["zero"], 100 * gap, 100 * low, 100 * high)
-    return Text("{mode}: it reaches {forced}, and {said}.", "{mode}：它达到 {forced}，{said}。").format(
-        mode=Text(MODES[mode].en.capitalize(), MODES[mode].zh), forced=percent(forced.mean), said=said
-    )
+    outcome = outcome.format(run.cast["zero"], 100 * gap, 100 * low, 100 * high)
+    title = Text(MODES[mode].en.capitalize(), MODES[mode].zh)
+    sentence = Text("{mode}: it reaches {forced}, and {outcome}.", "{mode}：它达到 {forced}，{outcome}。")
+    return sentence.format(mode=title, forced=percent(forced.mean), outcome=outcome)
 
 
 def _verdict(shares: list[float]) -> Text:
-    """`shares` tell, mode by mode, how much of RL's gain the forced base shows without training."""
+    """The conclusion from `shares`: for each mode, the share of RL's gain that forcing the base gives."""
     if not shares:
         return Text(
             "There is no gain over the base here that a control could explain.",
             "这里没有超过基座的提升，对照也就无从解释。",
         )
-    least, most = min(shares), max(shares)
-    span = (
-        percent(least, 0) if percent(least, 0) == percent(most, 0) else f"{100 * least:.0f}–{100 * most:.0f}%"
-    )
+    least = min(shares)
+    most = max(shares)
     if least >= 0.5:
-        return Text(
+        sentence = Text(
             "Keeping at it alone gives {} of the gain. So what RL discovers is mostly persistence; "
             "it does not invent a skill that the base lacked.",
             "仅仅坚持下去就能得到提升的 {}。可见强化学习发现的主要是“坚持”，并没有发明基座所没有的本领。",
-        ).format(span)
-    if most < 0.5:
-        return Text(
+        )
+    elif most < 0.5:
+        sentence = Text(
             "Keeping at it alone gives {} of the gain: less than half. Here RL taught more than persistence.",
             "仅仅坚持下去只能得到提升的 {}，不到一半。在这里，强化学习教会的不止是“坚持”。",
-        ).format(span)
-    return Text(
-        "Keeping at it alone gives {} of the gain, depending on how one samples: "
-        "persistence explains much of what RL found, not all of it.",
-        "视采样方式不同，仅仅坚持下去可得到提升的 {}：坚持能解释强化学习所得的很大一部分，但不是全部。",
-    ).format(span)
+        )
+    else:
+        sentence = Text(
+            "Keeping at it alone gives {} of the gain, depending on how one samples: "
+            "persistence explains much of what RL found, not all of it.",
+            "视采样方式不同，仅仅坚持下去可得到提升的 {}：坚持能解释强化学习所得的很大一部分，但不是全部。",
+        )
+    return sentence.format(_span(least, most))
+
+
+def _span(low: float, high: float) -> str:
+    """A range of shares in percent, or one number if both ends are equal when rounded."""
+    if percent(low, 0) == percent(high, 0):
+        return percent(low, 0)
+    return f"{100 * low:.0f}–{100 * high:.0f}%"
 
 
 # ---------------------------------------------------------------- the later stages
 
 
 def language(run: Run) -> list[Text]:
-    first, last = (
-        run.measure(run.role("zero"), "language_consistency"),
-        run.measure(run.role("r1"), "language_consistency"),
-    )
+    """Language consistency of zero and r1, and its cost in accuracy."""
+    first = run.measure(run.role("zero"), "language_consistency")
+    last = run.measure(run.role("r1"), "language_consistency")
     if first is None or last is None:
         return []
-    said = [
-        Text(
-            "{} writes {} of its words in the language of the question, {} writes {}.",
-            "{} 有 {} 的词与提问同语言，{} 为 {}。",
-        ).format(run.cast["zero"], percent(first), run.cast["r1"], percent(last))
-    ]
-    zero, cold, after = (run.accuracy(run.role(role)) for role in ("zero", "dev1", "dev2"))
+    sentence = Text(
+        "{} writes {} of its words in the language of the question, {} writes {}.",
+        "{} 有 {} 的词与提问同语言，{} 为 {}。",
+    )
+    sentences = [sentence.format(run.cast["zero"], percent(first), run.cast["r1"], percent(last))]
+    zero = run.accuracy(run.role("zero"))
+    cold = run.accuracy(run.role("dev1"))
+    after = run.accuracy(run.role("dev2"))
     if zero and cold and difference(zero, cold)[1] > 0:
-        said.append(
-            Text(
-                "Order has a price: the cold start, {}, is at {} where {} was at {}.",
-                "秩序是有代价的：冷启动得到的 {} 为 {}，而 {} 为 {}。",
-            ).format(run.cast["dev1"], percent(cold.mean), run.cast["zero"], percent(zero.mean))
+        sentence = Text(
+            "Order has a price: the cold start, {}, is at {} where {} was at {}.",
+            "秩序是有代价的：冷启动得到的 {} 为 {}，而 {} 为 {}。",
         )
+        accuracies = (percent(cold.mean), run.cast["zero"], percent(zero.mean))
+        sentences.append(sentence.format(run.cast["dev1"], *accuracies))
     if cold and after:
-        said.append(
-            Text(
-                "Reinforcement learning from there, {}, takes {} to {}.",
-                "由此出发的强化学习 {} 把 {} 变为 {}。",
-            ).format(run.cast["dev2"], percent(cold.mean), percent(after.mean))
+        sentence = Text(
+            "Reinforcement learning from there, {}, takes {} to {}.",
+            "由此出发的强化学习 {} 把 {} 变为 {}。",
         )
-    return said
+        sentences.append(sentence.format(run.cast["dev2"], percent(cold.mean), percent(after.mean)))
+    return sentences
 
 
 def distillation(run: Run) -> list[Text]:
-    taught, alone = run.accuracy(run.role("small")), run.accuracy(run.role("small_rl"))
-    if not taught or not alone:
+    """Accuracy of the distilled model against RL on the same small base, and their training compute."""
+    distilled = run.accuracy(run.role("small"))
+    trained = run.accuracy(run.role("small_rl"))
+    if not distilled or not trained:
         return []
-    gap, low, high = difference(taught, alone)
-    if low > 0 or high < 0:
-        outcome = Text("above", "高") if low > 0 else Text("below", "低")
-        edges = sorted((abs(low), abs(high)))
-        said = [
-            Text(
-                "The student taught by traces is {:.1f} points ({:.1f} to {:.1f}) {} the same small base "
-                "trained by RL.",
-                "用教师轨迹教出的学生，比同一小基座做强化学习{3} {0:.1f} 个百分点（{1:.1f} 至 {2:.1f}）。",
-            ).format(100 * abs(gap), 100 * edges[0], 100 * edges[1], outcome)
-        ]
-    else:
-        said = [
-            Text(
-                "The student taught by traces cannot be told from the same small base trained by RL.",
-                "用教师轨迹教出的学生，与同一小基座做强化学习的结果分不出高下。",
-            )
-        ]
-    spent, alone_spent = run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
-    if spent and alone_spent:
-        said.append(
-            Text("RL had {:.1f} times its training compute.", "强化学习用了它 {:.1f} 倍的训练算力。").format(
-                alone_spent / spent
-            )
+    sentences = [_student_against_rl(distilled, trained)]
+    distillation_flops, rl_flops = _small_flops(run)
+    if distillation_flops and rl_flops:
+        sentence = Text("RL had {:.1f} times its training compute.", "强化学习用了它 {:.1f} 倍的训练算力。")
+        sentences.append(sentence.format(rl_flops / distillation_flops))
+    return sentences
+
+
+def _student_against_rl(distilled: Interval, trained: Interval) -> Text:
+    """The difference between the distilled model and RL on the same base, if it is significant."""
+    gap, low, high = difference(distilled, trained)
+    if low <= 0 <= high:
+        return Text(
+            "The student taught by traces cannot be told from the same small base trained by RL.",
+            "用教师轨迹教出的学生，与同一小基座做强化学习的结果分不出高下。",
         )
-    return said
+    direction = Text("above", "高") if low > 0 else Text("below", "低")
+    nearest, farthest = sorted((abs(low), abs(high)))
+    sentence = Text(
+        "The student taught by traces is {:.1f} points ({:.1f} to {:.1f}) {} the same small base "
+        "trained by RL.",
+        "用教师轨迹教出的学生，比同一小基座做强化学习{3} {0:.1f} 个百分点（{1:.1f} 至 {2:.1f}）。",
+    )
+    return sentence.format(100 * abs(gap), 100 * nearest, 100 * farthest, direction)
 
 
-def desk(run: Run) -> list[Text]:
-    """What people, or a policy in their place, decided."""
-    said = []
+def _small_flops(run: Run) -> tuple[float | None, float | None]:
+    """Training FLOPs of distillation and of RL on the small base."""
+    return run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
+
+
+def curation(run: Run) -> list[Text]:
+    """Verdicts of the reviewers, or of the policy in their place, and the reviewers' agreement."""
+    sentence = Text(
+        "{name}: {accepted} rows accepted, {edited} edited, {rejected} rejected. Policy: {policy}.",
+        "{name}：接受 {accepted} 行，修改 {edited} 行，拒绝 {rejected} 行。方针：{policy}。",
+    )
+    sentences = []
     for stage in run.of_kind("curate"):
         notes = stage.notes
-        said.append(
-            Text(
-                "{name}: {accepted} rows accepted, {edited} edited, {rejected} rejected. Policy: {policy}.",
-                "{name}：接受 {accepted} 行，修改 {edited} 行，拒绝 {rejected} 行。方针：{policy}。",
-            ).format(
-                name=stage.name,
-                policy=notes.get("policy", "–"),
-                **{key: count(notes.get(key, 0)) for key in ("accepted", "edited", "rejected")},
-            )
-        )
-        if told := notes.get("agreement"):
-            said.append(
-                Text(
-                    "{rows} of them were seen by several people, who gave {same} of these the same verdict (Krippendorff's alpha {alpha}).",
-                    "其中 {rows} 行由多人审阅，{same} 的结论一致（Krippendorff α 为 {alpha}）。",
-                ).format(
-                    rows=count(told["rows"]),
-                    same=percent(told["same"]),
-                    alpha="–" if told["alpha"] is None else number(told["alpha"], 2),
-                )
-            )
-    return said
+        policy = notes.get("policy", "–")
+        counts = {key: count(notes.get(key, 0)) for key in ("accepted", "edited", "rejected")}
+        sentences.append(sentence.format(name=stage.name, policy=policy, **counts))
+        if notes.get("agreement"):
+            sentences.append(_agreement(notes["agreement"]))
+    return sentences
 
 
-# ---------------------------------------------------------------- what was not shown
+def _agreement(agreement: dict[str, Any]) -> Text:
+    """Agreement of several reviewers on the same rows."""
+    sentence = Text(
+        "{rows} of them were seen by several people, who gave {same} of these the same verdict "
+        "(Krippendorff's alpha {alpha}).",
+        "其中 {rows} 行由多人审阅，{same} 的结论一致（Krippendorff α 为 {alpha}）。",
+    )
+    same = percent(agreement["same"])
+    return sentence.format(rows=count(agreement["rows"]), same=same, alpha=number(agreement["alpha"], 2))
+
+
+def comparison(result: dict[str, Any]) -> list[Text]:
+    """The compute after which each way of pretraining reaches the first one's final loss."""
+    ways = result["ways"]
+    first, *others = ways
+    target = number(result["target"], 4)
+    flops = ways[first]["flops"]
+    missed = Text(
+        "{} does not reach {}'s final loss ({}) with as many tokens: it ends at {}.",
+        "词元数相同时，{} 未达到 {} 的最终损失（{}），止于 {}。",
+    )
+    reached = Text(
+        "{} reaches {}'s final loss ({}) after {} FLOPs, {} of the {} that {} took.",
+        "{0} 用 {3} FLOPs 达到 {1} 的最终损失（{2}），为 {6} 所用 {5} 的 {4}。",
+    )
+    sentences = []
+    for name in others:
+        after = ways[name]["reaches_target_after"]
+        if after is None:
+            losses = ways[name]["final_losses"]
+            mean = number(sum(losses) / len(losses), 4)
+            sentences.append(missed.format(name, first, target, mean))
+        else:
+            compute = (scientific(after), percent(after / flops), scientific(flops))
+            sentences.append(reached.format(name, first, target, *compute, first))
+    return sentences
+
+
+# ---------------------------------------------------------------- limits
 
 
 def not_shown(run: Run) -> list[Text]:
-    """Limits of this run: those of every single run, and those that its own numbers betray."""
-    said = [
-        Text(
-            "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary "
-            "over seeds.",
-            "只有一个随机种子：{}。区间说明准确率在题目间有多确定，并不说明换种子后会变化多少。",
-        ).format(run.recipe.get("seed", "–"))
+    """Limits of the run: those of every single run, and those that its numbers show."""
+    seed = Text(
+        "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary "
+        "over seeds.",
+        "只有一个随机种子：{}。区间说明准确率在题目间有多确定，并不说明换种子后会变化多少。",
+    )
+    return [
+        seed.format(run.recipe.get("seed", "–")),
+        *_miniature(run),
+        *_sample_size(run),
+        *_missing_significance(run),
+        *_truncation(run),
+        *_unequal_compute(run),
+        *_policies(run),
     ]
-    if any(problems.get("source") == "miniature" for problems in (run.recipe.get("problems") or {}).values()):
-        said.append(
-            Text(
-                "A miniature: {} parameters and a small world of problems. That larger models learn in the "
-                "same way is not shown here.",
-                "这是一个微缩世界：{} 个参数，题目的天地很小。更大的模型是否同样如此，这里没有证明。",
-            ).format(size(run.parameters(run.role("base")) or run.parameters(run.role("zero"))))
-        )
-    return [*said, *_size(run), *_differences(run), *_room(run), *_people(run)]
 
 
-def _size(run: Run) -> list[Text]:
-    sizes = [interval.problems for model in run.evaluations if (interval := run.accuracy(model))]
-    if not sizes or min(sizes) >= _FEW:
+def _miniature(run: Run) -> list[Text]:
+    """The limit of a recipe with problems of the miniature."""
+    sources = [problems.get("source") for problems in (run.recipe.get("problems") or {}).values()]
+    if "miniature" not in sources:
         return []
-    return [Text("Only {} problems were evaluated.", "只评测了 {} 道题。").format(count(min(sizes)))]
+    sentence = Text(
+        "A miniature: {} parameters and a small world of problems. That larger models learn in the "
+        "same way is not shown here.",
+        "这是一个微缩世界：{} 个参数，题目的天地很小。更大的模型是否同样如此，这里没有证明。",
+    )
+    parameters = run.parameters(run.role("base")) or run.parameters(run.role("zero"))
+    return [sentence.format(size(parameters))]
 
 
-def compared(told: dict[str, Any]) -> list[Text]:
-    """Where each way of pretraining reaches the first one's final loss."""
-    (first, base), *others = told["ways"].items()
-    said = []
-    for name, way in others:
-        after, losses = way["reaches_target_after"], way["final_losses"]
-        if after is None:
-            said.append(
-                Text(
-                    "{} does not reach {}'s final loss ({}) with as many tokens: it ends at {}.",
-                    "词元数相同时，{} 未达到 {} 的最终损失（{}），止于 {}。",
-                ).format(name, first, number(told["target"], 4), number(sum(losses) / len(losses), 4))
-            )
-        else:
-            said.append(
-                Text(
-                    "{} reaches {}'s final loss ({}) after {} FLOPs, {} of the {} that {} took.",
-                    "{0} 用 {3} FLOPs 达到 {1} 的最终损失（{2}），为 {6} 所用 {5} 的 {4}。",
-                ).format(
-                    name,
-                    first,
-                    number(told["target"], 4),
-                    scientific(after),
-                    percent(after / base["flops"]),
-                    scientific(base["flops"]),
-                    first,
-                )
-            )
-    return said
+def _sample_size(run: Run) -> list[Text]:
+    """The limit of an evaluation on few problems."""
+    accuracies = [run.accuracy(model) for model in run.evaluations]
+    problems = [accuracy.problems for accuracy in accuracies if accuracy]
+    if not problems or min(problems) >= _FEW_PROBLEMS:
+        return []
+    sentence = Text("Only {} problems were evaluated.", "只评测了 {} 道题。")
+    return [sentence.format(count(min(problems)))]
 
 
-def _differences(run: Run) -> list[Text]:
-    """Pairs that the story would like to see apart, where the intervals do not."""
-    said = []
-    for upper, lower in (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("small", "small_rl")):
+def _missing_significance(run: Run) -> list[Text]:
+    """Pairs of models whose expected difference is not significant, and a control that was not run."""
+    sentences = []
+    for upper, lower in _COMPARED_ROLES:
         for mode in ("t1", "greedy"):
-            a, b = run.accuracy(run.role(upper), mode), run.accuracy(run.role(lower), mode)
-            if a and b and difference(a, b)[1] <= 0:
-                said.append(
-                    Text(
-                        "That {} is above {} ({mode}): {} ({}) against {} ({}).",
-                        "“{} 高于 {}”（{mode}）：{}（{}）对 {}（{}）。",
-                    ).format(
-                        run.cast[upper],
-                        run.cast[lower],
-                        percent(a.mean),
-                        bounds(a),
-                        percent(b.mean),
-                        bounds(b),
-                        mode=MODES[mode],
-                    )
-                )
+            above = run.accuracy(run.role(upper), mode)
+            below = run.accuracy(run.role(lower), mode)
+            if above and below and difference(above, below)[1] <= 0:
+                names = (run.cast[upper], run.cast[lower])
+                sentences.append(_unsupported_claim(names, mode, above, below))
     if "zero" in run.cast and "control" not in run.cast:
-        said.append(
-            Text(
-                "How much of the gain mere persistence would give: no control was run.",
-                "单靠坚持能得到多少提升：没有做对照。",
-            )
+        sentence = Text(
+            "How much of the gain mere persistence would give: no control was run.",
+            "单靠坚持能得到多少提升：没有做对照。",
         )
-    return said
+        sentences.append(sentence)
+    return sentences
 
 
-def _room(run: Run) -> list[Text]:
-    said = []
+def _unsupported_claim(names: tuple[str, str], mode: str, above: Interval, below: Interval) -> Text:
+    """The claim that a run does not support, with both accuracies."""
+    sentence = Text(
+        "That {} is above {} ({mode}): {} ({}) against {} ({}).",
+        "“{} 高于 {}”（{mode}）：{}（{}）对 {}（{}）。",
+    )
+    accuracies = (percent(above.mean), bounds(above), percent(below.mean), bounds(below))
+    return sentence.format(*names, *accuracies, mode=MODES[mode])
+
+
+def _truncation(run: Run) -> list[Text]:
+    """The limit of models whose responses are often truncated."""
+    sentence = Text(
+        "What {} would reach with more room: {} of its responses ran out of tokens and count as "
+        "wrong unless an answer was given before.",
+        "{} 若有更多空间会怎样：它有 {} 的回答用尽词元，除非此前已作答，否则算错。",
+    )
+    sentences = []
     for role in ("zero", "r1"):
         truncated = run.measure(run.role(role), "truncated")
-        if truncated is not None and truncated >= 0.05:
-            said.append(
-                Text(
-                    "What {} would reach with more room: {} of its responses ran out of tokens and count as "
-                    "wrong unless an answer was given before.",
-                    "{} 若有更多空间会怎样：它有 {} 的回答用尽词元，除非此前已作答，否则算错。",
-                ).format(run.cast[role], percent(truncated))
-            )
-    spent, alone = run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
-    if spent and alone and alone < spent:
-        said.append(
-            Text(
-                "Distillation against RL at equal compute: RL had only {} times the training FLOPs of "
-                "distillation.",
-                "同等算力下的蒸馏与强化学习：强化学习的训练 FLOPs 只有蒸馏的 {} 倍。",
-            ).format(number(alone / spent, 2))
-        )
-    return said
+        if truncated is not None and truncated >= _MANY_TRUNCATED:
+            sentences.append(sentence.format(run.cast[role], percent(truncated)))
+    return sentences
 
 
-def _people(run: Run) -> list[Text]:
-    by_policy = [
-        s.name
-        for s in run.of_kind("curate")
-        if (s.manifest.get("settings") or {}).get("auto", "off") != "off"
-    ]
-    if not by_policy:
+def _unequal_compute(run: Run) -> list[Text]:
+    """The limit of a comparison in which RL had less compute than distillation."""
+    distillation_flops, rl_flops = _small_flops(run)
+    if not distillation_flops or not rl_flops or rl_flops >= distillation_flops:
         return []
-    return [
-        Text(
-            "What people at the desk would have changed: {} applied a stated policy instead.",
-            "若由人来审校会改动什么：{} 按既定方针自动执行。",
-        ).format(plain(", ".join(by_policy)))
-    ]
+    sentence = Text(
+        "Distillation against RL at equal compute: RL had only {} times the training FLOPs of distillation.",
+        "同等算力下的蒸馏与强化学习：强化学习的训练 FLOPs 只有蒸馏的 {} 倍。",
+    )
+    return [sentence.format(number(rl_flops / distillation_flops, 2))]
+
+
+def _policies(run: Run) -> list[Text]:
+    """The limit of a curation by a policy instead of people."""
+    names = []
+    for stage in run.of_kind("curate"):
+        settings = stage.manifest.get("settings") or {}
+        if settings.get("auto", "off") != "off":
+            names.append(stage.name)
+    if not names:
+        return []
+    sentence = Text(
+        "What people at the desk would have changed: {} applied a stated policy instead.",
+        "若由人来审校会改动什么：{} 按既定方针自动执行。",
+    )
+    return [sentence.format(", ".join(names))]

@@ -1,0 +1,52 @@
+"""The command that asks a model one question: ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..engine.sampling import SamplingParams
+
+app = typer.Typer()
+
+
+@app.command()
+def ask(
+    model: Annotated[Path, typer.Argument(help="a model directory, or an artifact's folder")],
+    question: Annotated[str, typer.Argument(help="what to ask")],
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: int = 0,
+) -> None:
+    """Ask a model a question and watch it think."""
+    from ..engine.sampling import SamplingParams
+
+    top_p = 0.95 if temperature else 1.0
+    sampling = SamplingParams(temperature, top_p, max_new_tokens)
+    for text in stream_answer(model, question, sampling, seed):
+        print(text, end="", flush=True)
+    print()
+
+
+def stream_answer(model: Path, question: str, sampling: SamplingParams, seed: int) -> Iterator[str]:
+    """The answer as it is sampled, in pieces of text without control characters."""
+    from ..engine.rollout import Engine
+    from ..model import weights
+    from ..text.tokenizer import Tokenizer
+    from .display import printable
+
+    directory = model / "model" if (model / "model").is_dir() else model
+    tokenizer = Tokenizer.from_directory(directory)
+    engine = Engine(weights.load(directory), tokenizer)
+    tokens: list[int] = []
+    printed = 0
+    for token in engine.stream(tokenizer.prompt(question), sampling, seed):
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # an incomplete character, until its next token
+            yield printable(text[printed:])
+            printed = len(text)

@@ -1,0 +1,301 @@
+"""The plan of a recipe: state and forecast of each stage, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import STATES, usage_error
+from .plan_text import Answer, Conditions, add_deadline, changes_text, duration
+
+if TYPE_CHECKING:
+    from ..config.recipe import Load, Recipe
+    from ..model.config import ModelConfig
+    from ..pipeline.graph import Graph, Node
+    from ..plan.forecast import Forecast
+    from ..plan.machine_rates import Rates
+    from ..plan.stage_work import Walk
+
+HERE = "this machine"
+WORKER_START = 3.0  # seconds until a worker has imported torch
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """The forecast of each stage, and the machine or cluster it is for; without stages if all are done."""
+
+    stages: dict[str, Forecast]
+    where: str = HERE
+
+    def left(self, graph: Graph) -> dict[str, Forecast]:
+        """The forecasts of the stages that are not done."""
+        return {name: stage for name, stage in self.stages.items() if not graph.nodes[name].artifact}
+
+    def total(self, graph: Graph) -> tuple[float, float, float]:
+        """Wall time of the stages that are not done, in seconds, with its interval.
+
+        The errors of the stages are those of one machine, so they add up.
+        """
+        from ..plan.forecast import wall
+
+        left = self.left(graph)
+        workers = 1
+        start = 0.0
+        if self.where == HERE:
+            workers = graph.recipe.workers
+            start = WORKER_START * bool(left)
+        return tuple(wall(left, workers, start, key) for key in ("seconds", "low", "high"))
+
+
+# ---------------------------------------------------------------- forecasts
+
+
+def cached_forecast(graph: Graph) -> dict[str, Any] | None:
+    """The forecast that a run keeps; None unless this machine has been measured for its models.
+
+    A run does not wait for such a measurement, and does not fail without a forecast.
+    """
+    from datetime import date
+
+    from ..types import LimbeckError
+
+    try:
+        forecasts = forecast_here(graph, measure=False)
+    except LimbeckError:
+        return None
+    if not forecasts.stages:
+        return None
+    stages = {name: forecast.told() for name, forecast in forecasts.stages.items()}
+    return {"schema": 1, "made": str(date.today()), "on": HERE, "stages": stages}
+
+
+def forecast_here(graph: Graph, measure: bool = True) -> Forecasts:
+    """The forecast of each stage on this machine.
+
+    A machine that is not measured yet is measured in seconds; without `measure` it has no forecast.
+    """
+    from ..plan import forecast
+
+    if _is_done(graph):
+        return Forecasts({})
+    configs = model_configs(graph)
+    walk = _walk(graph, configs)
+    rates = _machine_rates(graph.recipe, walk, configs, measure)
+    if rates is None:
+        return Forecasts({})
+    return Forecasts({name: forecast.price(work, configs, rates) for name, work in walk.efforts.items()})
+
+
+def forecast_on(graph: Graph, on: str, changes: dict[str, str]) -> Forecasts:
+    """The forecast of each stage on a cluster with some changes."""
+    from ..plan import cluster as clusters
+    from ..plan import forecast
+
+    if _is_done(graph):
+        return Forecasts({})
+    configs = model_configs(graph)
+    walk = _walk(graph, configs)
+    cluster = clusters.cluster(on, **changes)
+    stages = {name: forecast.price_on(work, configs, cluster) for name, work in walk.efforts.items()}
+    return Forecasts(stages, cluster.tell())
+
+
+def _is_done(graph: Graph) -> bool:
+    """True if every stage has its artifact."""
+    return all(node.artifact for node in graph.nodes.values())
+
+
+def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
+    """The work of each stage of the graph."""
+    from ..plan.stage_work import Walk
+
+    walk = Walk(graph.recipe, configs)
+    for node in graph.nodes.values():
+        walk.add(node.name, node.stage, node.inputs, node.control)
+    return walk
+
+
+def _machine_rates(
+    recipe: Recipe, walk: Walk, configs: dict[str, ModelConfig], measure: bool
+) -> Rates | None:
+    """This machine's rates for the recipe's models; None if they are not known and `measure` is False."""
+    from .. import __version__
+    from ..config.recipe import Pretrain
+    from ..plan import forecast, machine_rates
+    from ..runtime.machine import usable_cores
+
+    worlds = {}
+    for stage in recipe.stages.values():
+        if isinstance(stage, Pretrain):
+            worlds[stage.problems] = recipe.problems[stage.problems].model_dump()
+    threads = recipe.threads or max(1, int(usable_cores()) // recipe.workers)
+    wanted = forecast.asked_of(walk.efforts.values(), configs)
+    return machine_rates.measure(wanted, worlds, threads, recipe.workers, __version__, measure)
+
+
+def model_configs(graph: Graph) -> dict[str, ModelConfig]:
+    """The configuration of the model that each stage makes or evaluates; other stages have none."""
+    configs: dict[str, ModelConfig] = {}
+    for node in graph.nodes.values():
+        config = _model_config(node, graph.recipe, configs)
+        if config is not None:
+            configs[node.name] = config
+    return configs
+
+
+def _model_config(node: Node, recipe: Recipe, configs: dict[str, ModelConfig]) -> ModelConfig | None:
+    """The configuration of a stage's model: of its artifact, its settings, or the model it begins with."""
+    from ..config.recipe import Load, Pretrain
+    from ..model.config import ModelConfig
+    from ..model.from_recipe import to_config
+    from ..tasks.registry import open_task
+
+    stage = node.stage
+    if node.artifact and (node.artifact.folder / "model" / "config.json").exists():
+        return ModelConfig.from_directory(node.artifact.folder / "model")
+    if isinstance(stage, Pretrain):
+        task = open_task(stage.problems, recipe.problems[stage.problems])
+        return to_config(stage.shape, task.tokenizer().size)
+    if isinstance(stage, Load):
+        return _config_of_load(stage)
+    initial = node.inputs[0] if node.kind == "evaluate" else getattr(stage, "model", "")
+    return configs.get(initial)
+
+
+def _config_of_load(stage: Load) -> ModelConfig:
+    """The configuration of a model directory, with the number of layers that the stage keeps."""
+    from dataclasses import replace
+
+    from ..model.config import ModelConfig
+
+    path = Path(stage.path)
+    if path.is_file():
+        raise usage_error(
+            f"{path}: how long a model from a GGUF file takes is foreseen once it is loaded; "
+            "run that stage first, or name a model directory"
+        )
+    config = ModelConfig.from_directory(path)
+    return replace(config, layers=stage.layers) if stage.layers else config
+
+
+# ---------------------------------------------------------------- text
+
+
+def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
+    """The plan of a recipe; each violation of a licence is printed on standard error."""
+    from ..pipeline.provenance.propagate import trace
+    from ..types import LimbeckError
+
+    answer = Answer()
+    forecasts = Forecasts({})
+    changed = Forecasts({})
+    problem = ""
+    try:
+        if conditions.on:
+            forecasts = forecast_on(graph, conditions.on, {})
+        else:
+            forecasts = forecast_here(graph)
+        if conditions.changes:
+            changed = forecast_on(graph, conditions.on, conditions.changes)
+    except LimbeckError as error:
+        if conditions.on:
+            raise
+        problem = str(error)
+    _add_stages(answer, graph, forecasts, changed)
+    _add_totals(answer, graph, forecasts, conditions)
+    if problem:
+        answer.data["unforeseen"] = problem
+        answer.say("not foreseen", problem)
+    if changed.stages:
+        _add_changes(answer, graph, changed, conditions.changes)
+    for breach in trace(graph)[1]:
+        print(f"limbeck: a run would refuse this: {breach.sentence}", file=sys.stderr)
+    return answer
+
+
+def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts) -> None:
+    """Add a line for each stage: its state, its time, its time with the changes, why it runs."""
+    rows = []
+    for node in graph.nodes.values():
+        reasons = [] if node.artifact else graph.why(node)
+        line = f"{STATES[node.state]:10} {node.name:32} {node.kind:9} {_stage_time(node, forecasts)}  "
+        if changed.stages:
+            line += f"{_stage_time(node, changed)}  "
+        line += "; ".join(reasons[:3])
+        answer.lines.append(line.rstrip())
+        row = {
+            "stage": node.name,
+            "kind": node.kind,
+            "state": node.state,
+            "key": node.key and node.key[:16],
+            "why": reasons,
+        }
+        if node.name in forecasts.stages:
+            row["forecast"] = forecasts.stages[node.name].told()
+        rows.append(row)
+    answer.data["data"] = rows
+
+
+def _stage_time(node: Node, forecasts: Forecasts) -> str:
+    """The time of a stage that is not done, nine characters wide."""
+    forecast = forecasts.stages.get(node.name)
+    if forecast is None or node.artifact:
+        return " " * 9
+    return f"{duration(forecast.seconds):>9}"
+
+
+def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: Conditions) -> None:
+    """Add the time of all stages that are not done, its parts, FLOPs, people's time, money and deadline."""
+    if not forecasts.stages:
+        answer.data["seconds"] = 0.0
+        return
+    left = forecasts.left(graph).values()
+    seconds, low, high = forecasts.total(graph)
+    where = forecasts.where
+    answer.data |= {"on": where, "seconds": round(seconds, 1), "low": round(low, 1), "high": round(high, 1)}
+    answer.say("in all", f"{duration(seconds)} ({duration(low)} to {duration(high)}) on {where}")
+    answer.say("of which", ", ".join(_shares(left)))
+    answer.say("operations", f"{sum(forecast.flops for forecast in left):.3g}")
+    _add_people(answer, sum(forecast.people for forecast in left))
+    price = conditions.price
+    if price is not None:
+        money = price * seconds / 3600
+        bounds = f"${price * low / 3600:,.2f} to ${price * high / 3600:,.2f}"
+        answer.data["money"] = money
+        answer.say("money", f"${money:,.2f} ({bounds}) at ${price:g} an hour")
+    if conditions.until:
+        add_deadline(answer, seconds, conditions.until)
+
+
+def _add_people(answer: Answer, rows: int) -> None:
+    """Add the time of the people who review `rows` rows."""
+    from ..plan.forecast import DESK_SECONDS
+
+    if rows:
+        time = duration(rows * DESK_SECONDS)
+        answer.say("people", f"{rows} rows to review, about {time} of somebody's time")
+
+
+def _add_changes(answer: Answer, graph: Graph, changed: Forecasts, changes: dict[str, str]) -> None:
+    """Add the time with the changes of `--what-if`."""
+    stages = [forecast.told() for forecast in changed.stages.values()]
+    answer.data["what_if"] = {"changes": changes, "stages": stages}
+    seconds, _, _ = changed.total(graph)
+    answer.say("what if", f"{changes_text(changes)}: {duration(seconds)}")
+
+
+def _shares(forecasts: Iterable[Forecast]) -> list[str]:
+    """Kinds of work with their shares of the time, the largest first; those below 1 % are left out."""
+    parts: dict[str, float] = {}
+    for forecast in forecasts:
+        for name, seconds in forecast.parts.items():
+            parts[name] = parts.get(name, 0.0) + seconds
+    whole = sum(parts.values()) or 1.0
+    shares = []
+    for name, seconds in sorted(parts.items(), key=lambda part: -part[1]):
+        if seconds / whole >= 0.01:
+            shares.append(f"{name} {seconds / whole:.0%}")
+    return shares

@@ -1,0 +1,123 @@
+"""The commands that carry a recipe out and show its state: run, status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import RUNS, STATES, AsJson, Auto, Home, RunFolder, load_recipe, open_run, print_rows
+
+if TYPE_CHECKING:
+    from ..pipeline.graph import Node
+    from ..pipeline.run import Run
+    from .display import Lines
+
+app = typer.Typer()
+
+RecipeFile = Annotated[
+    Path, typer.Argument(help="a recipe, for instance recipes/quickstart.yaml", show_default=False)
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    runs: Home = RUNS,
+    set_: Overrides = [],  # noqa: B006
+    auto: Auto = False,
+    as_json: AsJson = False,
+    right: Annotated[
+        str | None,
+        typer.Option(
+            "--i-have-the-right",
+            metavar="REASON",
+            help="do what a teacher's terms forbid; recorded for ever",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
+    from ..pipeline.run import Run
+    from .display import Events, Tree
+    from .recipe_plan import cached_forecast
+
+    display = _choose_display(as_json)
+    try:
+        job = Run(load_recipe(recipe, set_, auto), recipe.parent, runs, display, right)
+        _stop_on_interrupt(job)
+        page = job.carry_out(cached_forecast(job.graph))
+    finally:
+        if isinstance(display, Tree):
+            display.close()
+    if as_json:
+        Events.emit("result", ok=True, report=str(page) if page else None)
+    elif page:
+        print(f"The report is at {page}")
+
+
+def _choose_display(as_json: bool) -> Lines:
+    """The display of a run: events for programs, a live tree on a terminal, else plain lines."""
+    from .display import Events, Lines, Tree
+
+    if as_json:
+        return Events()
+    if os.environ.get("TERM") == "dumb" or os.environ.get("CI") or not sys.stderr.isatty():
+        return Lines()
+    return Tree()
+
+
+def _stop_on_interrupt(job: Run) -> None:
+    """Handle Ctrl-C: the first one checkpoints and stops, the second stops at once.
+
+    A handler may interrupt any line, so it prints nothing and takes no lock.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        if job.stopping:
+            job.host.kill()
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h\n")  # show the cursor, which the tree hides
+            os._exit(130)
+        job.stop()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+@app.command()
+def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
+    """Where a run stands, and for whom it waits."""
+    graph = open_run(run_folder)
+    rows = [_status(node) for node in graph.nodes.values()]
+
+    def line(row: dict[str, Any]) -> str:
+        detail = row["artifact"] or ""
+        if row["state"] == "asks":
+            command = f"limbeck curate {run_folder} {row['stage']}"
+            detail = f"{row['waiting_rows']} rows wait for a person: {command}"
+        return f"{STATES[row['state']]:10} {row['stage']:32} {detail}"
+
+    print_rows(rows, as_json, line)
+
+
+def _status(node: Node) -> dict[str, Any]:
+    """One stage's state, artifact and number of rows to review."""
+    from ..pipeline.review import reviews
+
+    artifact = node.artifact
+    return {
+        "stage": node.name,
+        "kind": node.kind,
+        "state": node.state,
+        "artifact": artifact and artifact.folder.name,
+        "seconds": artifact and artifact.manifest["seconds"],
+        "waiting_rows": len(reviews.pending(node.queue)) if node.state == "asks" else 0,
+    }
