@@ -1,4 +1,5 @@
-"""Samplers that answer a judge's prompts by programme: one that really checks, and some that nobody should trust."""
+"""Samplers that answer a judge's prompts by programme: one that really checks, and some that nobody should
+trust."""
 
 from __future__ import annotations
 

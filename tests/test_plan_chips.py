@@ -48,9 +48,15 @@ def test_dies_read_no_faster_than_the_link_between_them():
 
 @pytest.mark.parametrize(
     ("text", "count", "chip", "nodes"),
-    [("2048xH800", 2048, "h800", 256), ("8x4090", 8, "4090", 1), ("h800-512", 512, "h800", 64), ("h100-64", 64, "h100", 8),
-     ("fire-flyer-2", 10000, "a100-pcie", 1250), ("h20", 1, "h20", 1)],
-)  # fmt: skip
+    [
+        ("2048xH800", 2048, "h800", 256),
+        ("8x4090", 8, "4090", 1),
+        ("h800-512", 512, "h800", 64),
+        ("h100-64", 64, "h100", 8),
+        ("fire-flyer-2", 10000, "a100-pcie", 1250),
+        ("h20", 1, "h20", 1),
+    ],
+)
 def test_grammar(text, count, chip, nodes):
     found = cluster.cluster(text)
     assert (found.count, found.chip.name, found.nodes) == (count, chip, nodes)
@@ -65,9 +71,15 @@ def test_what_if():
 
 @pytest.mark.parametrize(
     ("text", "changes", "sentence"),
-    [("7yH800", {}, "is no cluster: write COUNTxCHIP"), ("8xfoo", {}, "chip 'foo' is not known"), ("0xh800", {}, "at least one chip"),
-     ("8xh800", {"nvlink": "fast"}, "is no number"), ("8xh800", {"nic": -1}, "less than nothing"), ("8xh800", {"fabric": "string"}, "fabric 'string'")],
-)  # fmt: skip
+    [
+        ("7yH800", {}, "is no cluster: write COUNTxCHIP"),
+        ("8xfoo", {}, "chip 'foo' is not known"),
+        ("0xh800", {}, "at least one chip"),
+        ("8xh800", {"nvlink": "fast"}, "is no number"),
+        ("8xh800", {"nic": -1}, "less than nothing"),
+        ("8xh800", {"fabric": "string"}, "fabric 'string'"),
+    ],
+)
 def test_mistakes(text, changes, sentence):
     with pytest.raises(LimbeckError, match=sentence):
         cluster.cluster(text, **changes)

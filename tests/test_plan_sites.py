@@ -27,7 +27,8 @@ def test_a_ring_over_the_sites_by_hand():
 
 @pytest.mark.parametrize(("seconds", "utilisation"), [(103, 0.957), (382, 0.856), (469, 0.830)])
 def test_intellect_1s_utilisation(seconds, utilisation):
-    """arXiv 2412.01152, Table 2: a hundred steps in 38 minutes, and what the average over all sites took beside them."""
+    """arXiv 2412.01152, Table 2: a hundred steps in 38 minutes, and what the average over all sites took
+    beside them."""
     cluster = clusters.cluster("intellect-1", site_latency=0)
     link = 2 * 13 / 14 * LLAMA.parameters * 8 / seconds / 1e9
     whole, told = multi_site.averaged(
