@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from ..config.learned_rewards import CalibrationThresholds
 from ..tasks.judge import Comparison, Judge, Pair, final
 from ..types import Group, Problem, generator
@@ -41,16 +43,8 @@ def calibrate(
     be read.
     """
     rng = generator(seed, "calibrate")
-    canaries = []
-    for i, pair in enumerate(pairs):
-        canary = CANARIES[i % len(CANARIES)]
-        first = rng.random() < 0.5
-        canaries.append(_place(pair, _better(pair), canary, first))
-    padded = []
-    for pair in pairs:
-        better = _better(pair)
-        first = rng.random() < 0.5
-        padded.append(_place(pair, better + PADDING, better, first))
+    canaries = _with_canaries(pairs, rng)
+    padded = _with_padding(pairs, rng)
     shown = [*pairs, *(pair for pair, _ in canaries), *(pair for pair, _ in padded)]
     compared = judge.compare(shown)
     count = len(pairs)
@@ -144,6 +138,26 @@ def labelled(problem: Problem, chosen: str, rejected: str, seed: object) -> Pair
 def _better(pair: Pair) -> str:
     """The better response of a labelled pair."""
     return pair.second if pair.better == "second" else pair.first
+
+
+def _with_canaries(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tuple[Pair, str]]:
+    """Each better response against a canary, and the side of the response."""
+    placed = []
+    for i, pair in enumerate(pairs):
+        canary = CANARIES[i % len(CANARIES)]
+        first = rng.random() < 0.5
+        placed.append(_place(pair, _better(pair), canary, first))
+    return placed
+
+
+def _with_padding(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tuple[Pair, str]]:
+    """Each better response with padding against itself, and the side of the padded one."""
+    placed = []
+    for pair in pairs:
+        better = _better(pair)
+        first = rng.random() < 0.5
+        placed.append(_place(pair, better + PADDING, better, first))
+    return placed
 
 
 def _place(pair: Pair, response: str, other: str, first: bool) -> tuple[Pair, str]:

@@ -38,7 +38,7 @@ class Reliability:
         return self.chip_hours * HOUR / chips
 
 
-DEFAULT = Reliability()
+_PUBLISHED = Reliability()
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def checkpoint_interval(save_seconds: float, mean_seconds: float) -> float:
     return young * (1 + sqrt(ratio) / 3 + ratio / 9) - save_seconds
 
 
-def useful_share(chips: int, reliability: Reliability = DEFAULT, interval: float | None = None) -> float:
+def useful_share(chips: int, reliability: Reliability = _PUBLISHED, interval: float | None = None) -> float:
     """Useful seconds in a second, with a checkpoint every `interval` seconds of work (else the best)."""
     mean = reliability.mean_seconds(chips)
     save = reliability.save_seconds
@@ -73,7 +73,7 @@ def useful_share(chips: int, reliability: Reliability = DEFAULT, interval: float
     return 1 / taken
 
 
-def goodput(chips: int, reliability: Reliability = DEFAULT) -> Goodput:
+def goodput(chips: int, reliability: Reliability = _PUBLISHED) -> Goodput:
     """Goodput of a run on `chips`.
 
     Its interval: half and twice the failures, restarts of a third and of two and a half times as long.
