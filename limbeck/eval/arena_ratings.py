@@ -40,8 +40,7 @@ _MARKS = {
 
 @dataclass(frozen=True)
 class Vote:
-    """One vote: `Vote("r1", "small", "a", voter="Mei")` means that Mei prefers r1's answer, which was shown
-    on side A.
+    """One vote: `Vote("r1", "small", "a", voter="Mei")` prefers r1's answer, which was shown on side A.
 
     `outcome` is `a`, `b`, `tie`, `bad` (both answers are bad), or empty where a judge abstained. `style`
     holds, for each property of `STYLE`, (A - B) / (A + B). `seconds` is the time from the answers to the
@@ -303,8 +302,7 @@ def _hessian(table: _Regression, chance_V: np.ndarray) -> np.ndarray:
 
 
 def _covariance(table: _Regression, fitted_X: np.ndarray) -> np.ndarray:
-    """Covariance [X, X] of the fitted coefficients by the sandwich estimator: bread, meat, bread (Huber
-    1967)."""
+    """Covariance [X, X] of the coefficients by the sandwich estimator: bread, meat, bread (Huber 1967)."""
     from scipy.special import expit
 
     design_VX = table.design_VX

@@ -1,5 +1,4 @@
-"""Evaluation on held-out problems with intervals: pass@1 for several sampling parameters, pass@k, majority
-voting."""
+"""Evaluation on held-out problems: pass@1 with several sampling parameters, pass@k, majority voting."""
 
 from __future__ import annotations
 
@@ -66,8 +65,7 @@ def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
 
 
 def measure(way: str, groups: Sequence[Group]) -> dict[str, Any]:
-    """Metrics of one way of sampling: accuracy, lengths and statistics; `pass@8` also gives the majority's
-    `cons@8`."""
+    """Metrics of one way of sampling; `pass@8` also gives the majority vote's `cons@8`."""
     right = []
     for group in groups:
         right.append([score.parts["accuracy"] for score in group.scores])
@@ -93,8 +91,10 @@ def _held_out(problems: Sequence[Problem], count: int, seed: object) -> list[Pro
 
 
 def _limit(problems: list[Problem], way: str, settings: Evaluate) -> tuple[list[Problem], int]:
-    """The problems of a way of sampling, and completions a problem: fewer problems for pass@k, one
-    completion for greedy."""
+    """The problems of a way of sampling, and completions a problem.
+
+    Fewer problems for pass@k, one completion for greedy decoding.
+    """
     if way.startswith("pass@"):
         count = max(1, len(problems) // MAJORITY_SHARE)
         return problems[:count], _k(way)

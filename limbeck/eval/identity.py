@@ -1,5 +1,4 @@
-"""Names of models and makers in an answer: a battle whose answer names its author is not blind, and takes
-no votes."""
+"""Names of models and makers in an answer: a battle with one is not blind, and takes no votes."""
 
 from __future__ import annotations
 

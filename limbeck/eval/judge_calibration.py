@@ -105,10 +105,9 @@ def _canaries_refusal(canaries: dict[str, Any], limit: float) -> str:
 
 
 def by_truth(groups: Sequence[Group], seed: object) -> list[Pair]:
-    """Labelled pairs from scored groups: the first right and the first wrong response of each, in random
-    order.
+    """Labelled pairs from scored groups: the first right and the first wrong response of each.
 
-    Groups without both are left out.
+    Their order is random. Groups without both are left out.
     """
     pairs = []
     for group in groups:
@@ -124,8 +123,7 @@ def by_truth(groups: Sequence[Group], seed: object) -> list[Pair]:
 
 
 def labelled(problem: Problem, chosen: str, rejected: str, seed: object) -> Pair:
-    """A pair whose better response is first in half of the cases, so that a judge with position bias gains
-    nothing."""
+    """A labelled pair in random order, so that a judge with position bias gains nothing."""
     first = generator(seed, "sides").random() < 0.5
     if first:
         return Pair(problem, chosen, rejected, "first")
@@ -204,8 +202,7 @@ def _position(compared: Sequence[Comparison]) -> float:
 
 
 def _flipped(compared: Sequence[Comparison]) -> float:
-    """The share of pairs, among those with a preference in both orders, whose preference is the same
-    position."""
+    """The share of pairs with a preference for the same position in both orders, of all with a preference."""
     strict = 0
     flipped = 0
     for comparison in compared:
@@ -217,8 +214,7 @@ def _flipped(compared: Sequence[Comparison]) -> float:
 
 
 def _length(pairs: Sequence[Pair], compared: Sequence[Comparison]) -> float | None:
-    """Errors in favour of the longer response minus errors in favour of the shorter, each as a share of its
-    pairs.
+    """The error rate in favour of the longer response minus that in favour of the shorter.
 
     None where fewer than `MIN_PAIRS` labels prefer the shorter, or the longer.
     """
@@ -243,8 +239,7 @@ def _length(pairs: Sequence[Pair], compared: Sequence[Comparison]) -> float | No
 
 
 def _padding_bias(compared: Sequence[Comparison], sides: Sequence[str]) -> float:
-    """How much more often the padded response (on `sides`) is preferred than the same response without
-    padding."""
+    """Preferences for the padded response (on `sides`) minus those for the plain one, a pair."""
     bias = 0
     for comparison, side in zip(compared, sides, strict=True):
         if comparison.verdict in ("", "tie"):

@@ -1,5 +1,4 @@
-"""Statistics of evaluations: confidence intervals of shares, pass@k, majority voting, agreement of
-annotators.
+"""Statistics of evaluations: intervals of shares, pass@k, majority voting, agreement of annotators.
 
 Every interval is a 95 % one. Completions of one problem resemble each other, so the problem, not the
 completion, is the independent draw (Miller 2024, arXiv 2411.00640, section 2.2).
@@ -59,8 +58,7 @@ def mean_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share of `n`; it neither leaves [0, 1] nor collapses at its
-    ends."""
+    """Wilson's score interval (1927) of a share of `n`, never empty and never outside [0, 1]."""
     square = Z * Z
     scale = 1 + square / n
     centre = (share + square / (2 * n)) / scale
@@ -114,8 +112,7 @@ def consensus(answers: Sequence[str | None]) -> str | None:
 
 
 def krippendorff(units: Sequence[Sequence[str]]) -> float | None:
-    """Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 agreement by chance, below 0 is
-    worse.
+    """Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 is agreement by chance.
 
     `units` holds, for each item, the values that its annotators gave; their number may differ, and an item
     with fewer than two is left out. None where no disagreement is expected: no item has two values, or all

@@ -1,5 +1,4 @@
-"""The voters of an arena: disagreement with all others, preference for a side, haste, influence on the
-ranking.
+"""Voters of an arena: disagreement with the others, preference for a side, haste, influence.
 
 Legend: counts_3 are votes that the second model of a pair won, tied and lost.
 """
@@ -136,11 +135,10 @@ def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
 def _agreement(
     own: Mapping[tuple, np.ndarray], everybody: Mapping[tuple, np.ndarray], name: str
 ) -> tuple[float | None, float | None]:
-    """The share of the others' votes that are equal, and the p-value of an exact test; counts are [3] by
-    pair.
+    """The share of the others' votes that are equal, and the p-value of an exact test.
 
-    The null hypothesis is that all voters are alike: one person's votes on a pair are then drawn from all
-    votes on it without replacement.
+    `own` and `everybody` hold counts [3] by pair of models. The null hypothesis is that all voters are alike:
+    one person's votes on a pair are then drawn from all votes on it without replacement.
     """
     shared = []
     for pair, counts_3 in sorted(own.items()):
@@ -186,8 +184,7 @@ def _odd(chances: Mapping[str, float | None], voters: int) -> tuple[str, ...]:
 
 
 def _without(votes: Sequence[Vote], name: str, full: Ratings) -> tuple[float, str]:
-    """The largest change of a rating without this person's votes, and the leader then if it is another
-    one, else ""."""
+    """The largest change of a rating without a person's votes, and the new leader ("" for the same)."""
     rest = rate(vote for vote in votes if vote.voter != name)
     shift = 0.0
     for rating in rest.models:

@@ -1,5 +1,4 @@
-"""Chips as data: every figure with its source and date; a figure that is not public is absent, and never
-guessed."""
+"""Chips as data: every figure with its source and date; an unpublished figure is absent, not guessed."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator: `find("h800").rate("bf16")` is 989e12 FLOP/s, `.memory` 80e9 bytes, `.link` 400e9
-    bytes/s.
+    """An accelerator: `find("h800").rate("bf16")` is 989e12 FLOP/s, its `memory` 80e9 bytes.
 
     `figures` are in the units of chips.yaml. A package of several dies is one chip with `dies` and
     `die_link`. Half of the bytes that one of two dies reads are at the other, so memory is no faster than the
@@ -72,8 +70,7 @@ class Chip:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second of memory: each of n dies reads 1/n of its bytes locally, and the rest over the
-        link."""
+        """Bytes a second of memory; each of n dies reads 1/n of its bytes locally, the rest by link."""
         local = 1e9 * self.figure("bandwidth")
         dies = int(self.figures.get("dies", 1))
         if dies == 1:

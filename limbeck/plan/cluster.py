@@ -23,10 +23,10 @@ NAMED = re.compile(r"(?P<chip>[a-z0-9-]*[a-z0-9])-(?P<count>\d+)$", re.IGNORECAS
 
 @dataclass(frozen=True)
 class Fabric:
-    """The network of a cluster; numbers as in clusters.yaml: Gbit/s of a card, GB/s of a slot, microseconds,
-    chips.
+    """The network of a cluster.
 
-    Eight chips behind one card of 200 Gbit/s is `Fabric("mine", "fat-tree", nics=1, nic=200, pcie=32)`.
+    Numbers are as in clusters.yaml: Gbit/s of a card, GB/s of a slot, microseconds, chips. Eight chips behind
+    one card of 200 Gbit/s is `Fabric("mine", "fat-tree", nics=1, nic=200, pcie=32)`.
     """
 
     name: str
@@ -129,8 +129,7 @@ def fabric(name: str) -> Fabric:
 
 
 def cluster(text: str, **changes: Any) -> Cluster:
-    """A cluster by name (`h800-2048`, `fire-flyer-2`), or by count and chip (`2048xH800`, `8x4090`,
-    `h800-64`).
+    """A cluster by name (`fire-flyer-2`), or by count and chip (`2048xH800`, `8x4090`, `h800-64`).
 
     `changes` are other values: `cluster("2048xH800", nvlink=900)`, `chip="h20"`, `nics=1`,
     `fabric="two-zone"`, or any figure of the chip. Raises LimbeckError for an unknown cluster, chip or

@@ -1,5 +1,4 @@
-"""Seconds of collective communication: NCCL's ring and tree, HFReduce, and all-to-all with node-limited
-routing.
+"""Seconds of collective communication: NCCL's ring and tree, HFReduce, node-limited all-to-all.
 
 Each is latency plus bytes over bandwidth. Latencies of ring and tree are NCCL's own (src/graph/tuning.cc,
 protocol Simple); the efficiency of links is one of the planner's constants.
@@ -45,8 +44,7 @@ class Group:
 
     @property
     def inside(self) -> float:
-        """Bytes a second of one chip to its neighbours; on PCIe all chips of a node share the host's
-        lanes."""
+        """Bytes a second of one chip to its neighbours; on PCIe a node's chips share the host's lanes."""
         sharing = 1 if self.cluster.linked else max(1, self.cluster.per_node / 2)
         return self.cluster.inside * self.links / sharing
 
@@ -107,8 +105,7 @@ def ring_all_reduce(g: Group, size: float) -> float:
 
 
 def tree_all_reduce(g: Group, size: float) -> float:
-    """Seconds of a tree all-reduce: latency grows with the logarithm of the nodes, at a little less
-    bandwidth."""
+    """Seconds of a tree all-reduce: latency grows with the logarithm of the nodes."""
     if g.size < 2:
         return 0.0
     depth = log2(g.nodes) if g.nodes > 1 else 0.0
@@ -219,6 +216,8 @@ def decode_bound(
 
 
 def free_experts(link: float = 160e9, network: float = 50e9, nodes: int = 4) -> float:
-    """Experts a token at the price of `nodes` network hops: 160/50 x 4, "up to 13" (arXiv 2412.19437,
-    3.2.2)."""
+    """Experts a token at the price of `nodes` network hops.
+
+    With the defaults 160/50 x 4, "up to 13" (arXiv 2412.19437, section 3.2.2).
+    """
     return nodes * link / network

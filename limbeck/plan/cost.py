@@ -1,5 +1,4 @@
-"""The cost of a model: multiply-adds and bytes of every layer, from the same `ModelConfig` that training
-uses.
+"""The cost of a model: FLOPs and values of every layer, from the `ModelConfig` that training uses.
 
 A matrix product of `tokens` rows costs 2 x tokens x inputs x outputs FLOPs forward and twice that backward.
 FLOPs a token are given under several conventions, because published figures use several; they differ by up to
@@ -56,11 +55,10 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Work:
-    """One layer: its matrices, its attention, and the values a token that its other operations read and
-    write.
+    """One layer: its matrices, its attention, and the values a token of its other operations.
 
     `wide` values are of the hidden size, and whole on each chip without sequence parallelism; `narrow` ones
-    are divided by tensor parallelism. `kept_wide` and `kept_narrow` values are inputs of the backward pass.
+    are divided by tensor parallelism. `saved_wide` and `saved_narrow` values are inputs of the backward pass.
     """
 
     matmuls: tuple[Matmul, ...]
@@ -70,8 +68,8 @@ class Work:
     window: int
     wide: float
     narrow: float
-    kept_wide: float
-    kept_narrow: float
+    saved_wide: float
+    saved_narrow: float
     routed: float = 0.0  # experts a token
     experts: int = 0
     groups: int = 1  # nodes of a token's experts, where routing is node-limited; 1 without limit
@@ -155,21 +153,21 @@ def _megatron_flops(config: ModelConfig, seq: float) -> float:
 
 @dataclass(frozen=True)
 class _Attention:
-    """Matrices of attention, sizes of a key and of a value, and values kept a token."""
+    """Attention: its matrices, sizes of a key and of a value, and values saved for the backward pass."""
 
     matmuls: tuple[Matmul, ...]
     key: int
     value: int
-    kept: float
+    saved: float
 
 
 @dataclass(frozen=True)
 class _FeedForward:
-    """Matrices of a feed-forward network, values a token read and written, and values kept a token."""
+    """A feed-forward network: its matrices, values a token, and values saved for the backward pass."""
 
     matmuls: tuple[Matmul, ...]
     values: float
-    kept: float
+    saved: float
     routed: float = 0.0
     experts: int = 0
     groups: int = 1
@@ -192,8 +190,8 @@ def _layer(config: ModelConfig, layer: int) -> Work:
         window=0 if ahead else config.window(layer),
         wide=10.0 * hidden,  # two norms and two residual sums, read and written
         narrow=2.0 * width + network.values,
-        kept_wide=4.0 * hidden,  # inputs of two norms and of two matrices
-        kept_narrow=attention.kept + network.kept,
+        saved_wide=4.0 * hidden,  # inputs of two norms and of two matrices
+        saved_narrow=attention.saved + network.saved,
         routed=network.routed,
         experts=network.experts,
         groups=network.groups,
@@ -210,8 +208,8 @@ def _attention(config: ModelConfig, layer: int) -> _Attention:
     keys = config.kv_heads * size * config.keeps(layer)  # 0 for a layer that uses another one's keys
     qkv = Matmul("qkv", config.hidden_size, queries + 2 * keys)
     out = Matmul("out", queries, config.hidden_size, "in")
-    kept = 2 * queries + 2 * config.kv_heads * size
-    return _Attention((qkv, out), size, size, kept)
+    saved = 2 * queries + 2 * config.kv_heads * size
+    return _Attention((qkv, out), size, size, saved)
 
 
 def _latent_attention(config: ModelConfig) -> _Attention:
@@ -232,8 +230,8 @@ def _latent_attention(config: ModelConfig) -> _Attention:
         Matmul("kv_up", latent.kv_rank, heads * (latent.nope_dim + value)),
         Matmul("out", heads * value, hidden, "in"),
     )
-    kept = rank + latent.kv_rank + heads * (2 * key + 2 * value)
-    return _Attention(matmuls, key, value, kept)
+    saved = rank + latent.kv_rank + heads * (2 * key + 2 * value)
+    return _Attention(matmuls, key, value, saved)
 
 
 def _dense(config: ModelConfig) -> _FeedForward:
@@ -264,7 +262,7 @@ def _mixture(config: ModelConfig) -> _FeedForward:
     return _FeedForward(
         tuple(matmuls),
         values=inner + 4.0 * copies * hidden,  # tokens are permuted to their experts, and back
-        kept=inner + copies * hidden,
+        saved=inner + copies * hidden,
         routed=copies,
         experts=experts.count,
         groups=experts.top_groups if experts.groups > 1 else 1,

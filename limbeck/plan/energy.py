@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measured:
-    """Measured power of one chip at work, its share of the host included: `Measured("V100", 330, 300,
-    "...")`.
+    """The measured power of a chip at work: `Measured("V100", 330, 300, "...")`.
 
-    `watts` is measured, `label` the label's.
+    `watts` is measured and includes the chip's share of the host; `label` is the label's.
     """
 
     chip: str
@@ -88,8 +87,7 @@ def _fractions(chip: str) -> tuple[float, float, float]:
 
 
 def circular(published_kwh: float, chip_hours: float, label_watts: float, pue: float | None = None) -> str:
-    """A sentence if a published energy is hours times the label's power (times a PUE), and so no
-    measurement; else ""."""
+    """A sentence if a published energy is chip-hours times the label's power (and a PUE); else ""."""
     label_kwh = label_watts * chip_hours / 1e3
     for factor in [pue] if pue else CIRCULAR_PUES:
         ratio = published_kwh / (label_kwh * factor)

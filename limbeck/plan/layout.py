@@ -1,5 +1,4 @@
-"""The layout of a run over chips: data (ZeRO), tensor, pipeline, expert and context parallelism,
-micro-batches."""
+"""Layouts of a run over chips: data (ZeRO), tensor, pipeline, expert and context parallelism."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Memory of a training step on one chip: weights, gradients, optimiser, activations, logits, and the
-allocator's waste.
+"""Memory of a training step on one chip: weights, gradients, optimiser, activations, logits, waste.
 
-weights     2 bytes each (ZeRO-3: a share, and one layer whole), gradients 2 or 4, master copy and moments 12
-activations inputs of the backward pass, for each micro-batch in flight: 1F1B's first stage has one for each
-stage logits      float32, twice; buffers of exchanges; `waste` for fragments that the allocator cannot use
+weights      2 bytes each (ZeRO-3: a share, and one layer whole)
+gradients    2 or 4 bytes a weight; the optimiser's master copy and moments 12
+activations  inputs of the backward pass, for each micro-batch in flight
+logits       float32, twice
+waste        fragments that the allocator cannot use
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ def fit(
     batch: int = 0,
     numbers: Constants | None = None,
 ) -> Memory:
-    """Memory of the fullest chip. `batch` sequences a step bound the micro-batches in flight; 0 means
-    many."""
+    """Memory of the fullest chip.
+
+    `batch` sequences a step bound the micro-batches in flight; 0 means many.
+    """
     numbers = numbers or constants()
     micro = layout.micro_batches(batch) if batch else UNBOUNDED
     last = layout.pp - 1
@@ -99,7 +102,9 @@ class _Chip:
     def parts(self) -> tuple[float, ...]:
         """Bytes of weights, gradients, optimiser, activations and logits."""
         at = self.layout
-        gathered = self.embeddings if self.sharded else 0.0  # embeddings stay gathered, and their gradients whole
+        gathered = (
+            self.embeddings if self.sharded else 0.0
+        )  # embeddings stay gathered, and their gradients whole
         if self.sharded:
             weights = 2 * (self.shard + 2 * self.largest_layer + gathered)
         else:
@@ -186,15 +191,15 @@ class _Chip:
         return self.layout.micro * self.seq / self.layout.cp
 
     def activations(self) -> float:
-        """Bytes kept for the backward pass by all micro-batches in flight, and by a layer recomputed."""
+        """Bytes saved for the backward pass by all micro-batches in flight, and by a layer recomputed."""
         at = self.layout
-        kept = sum(n * self._kept(work, at.recompute) for work, n in self.layers.items())
+        saved = sum(n * self._saved(work, at.recompute) for work, n in self.layers.items())
         again = 0.0
         if at.recompute == "full":
-            again = self.rows * max((self._kept(work, "none") for work in self.layers), default=0.0)
+            again = self.rows * max((self._saved(work, "none") for work in self.layers), default=0.0)
             if at.tp > 1 and not self.software.gathers_twice and not self.software.hides_tensor:
                 again += self.rows * 4 * self.config.hidden_size  # gathered inputs, and unscattered outputs
-        return self.in_flight() * (self.rows * kept) + again
+        return self.in_flight() * (self.rows * saved) + again
 
     def logits(self) -> float:
         """Bytes of the logits on the last stage."""
@@ -220,17 +225,16 @@ class _Chip:
             return min(self.micro, at.pp + 1) / (2 if at.schedule == "dualpipe" else 1)
         return min(self.micro, behind)
 
-    def _kept(self, work: cost.Work, recompute: str) -> float:
-        """Bytes a token that a layer keeps for its backward pass (arXiv 2205.05198, section 4; fused code
-        keeps less)."""
+    def _saved(self, work: cost.Work, recompute: str) -> float:
+        """Bytes a token that a layer saves for its backward pass (arXiv 2205.05198, section 4)."""
         at = self.layout
         whole = work.hidden / (at.tp if at.sp else 1)
         if recompute == "full":
             return 2 * whole
-        wide = work.kept_wide / (at.tp if at.sp else 1)
+        wide = work.saved_wide / (at.tp if at.sp else 1)
         if at.sp and not self.software.gathers_twice:
             wide = 2 * whole + 2 * work.hidden
-        narrow = work.kept_narrow / at.tp
+        narrow = work.saved_narrow / at.tp
         scores = 0.0
         if self.software.attention == "unfused":
             narrow += work.hidden / at.tp

@@ -1,6 +1,7 @@
-"""Training on several sites with thin links between them: each trains by itself, and every so many steps
-the sites average their weights (DiLoCo, arXiv 2311.08105; over the Internet: INTELLECT-1, arXiv
-2412.01152)."""
+"""Training on several sites with thin links: each trains by itself, and at times they average their weights.
+
+DiLoCo (arXiv 2311.08105); over the Internet: INTELLECT-1 (arXiv 2412.01152).
+"""
 
 from __future__ import annotations
 
@@ -38,8 +39,10 @@ class Averaging:
 
 
 def one_of(cluster: Cluster) -> Cluster:
-    """The chips of one site. Raises LimbeckError if sites differ in size, or the speed of their links is
-    unknown."""
+    """The chips of one site.
+
+    Raises LimbeckError if sites differ in size, or the speed of their links is unknown.
+    """
     sites = cluster.fabric.sites
     if cluster.count % sites:
         raise LimbeckError(

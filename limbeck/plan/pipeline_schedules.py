@@ -1,9 +1,9 @@
-"""Pipeline schedules as events: each chip has an order of passes, and a pass starts when the chip is free and
-its inputs have arrived. Stages may be uneven.
+"""Pipeline schedules as events, for stages that may be uneven.
 
-F is a forward pass of one micro-batch through one stage, B its backward pass without weight gradients, W the
-weight gradients. Ideal bubbles (arXiv 2412.19437, Table 2, where B includes W), which the tests compare with
-the events:
+Each chip has an order of passes, and a pass starts when the chip is free and its inputs have arrived. F is a
+forward pass of one micro-batch through one stage, B its backward pass without weight gradients, W the weight
+gradients. Ideal bubbles (arXiv 2412.19437, Table 2, where B includes W), which the tests compare with the
+events:
 
     1F1B (P-1)(F+B)    ZB1P (P-1)(F+B-2W)    DualPipe (P/2-1)(F&B + B - 3W)    interleaved (P-1)(F+B)/chunks
 """
@@ -34,8 +34,7 @@ Pieces = tuple[Piece, ...]  # run without a pause between them
 
 
 class Slot(NamedTuple):
-    """Passes that a chip runs without a pause: one pass, B with its W, or a forward overlapped with a
-    backward."""
+    """Passes without a pause: one pass, B with its W, or a forward overlapped with a backward."""
 
     pieces: Pieces
     start: float
@@ -126,10 +125,10 @@ def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1
 
 
 def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
-    """Seconds of a step and of its bubble by the formulas above, with the busiest chip's work and the mean of
-    all.
+    """Seconds of a step and of its bubble by the formulas above.
 
-    Within a few per cent of the events, and a thousand times as fast.
+    The step has the busiest chip's work, the bubble the mean of all chips. Within a few per cent of the
+    events, and a thousand times as fast.
     """
     dual = schedule.startswith("dualpipe")
     work = []
@@ -269,8 +268,7 @@ def _one_forward_one_backward(rank: int, chips: int, micro: int, chunks: int) ->
 
 
 def _interleaved(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """Interleaved 1F1B: `chunks` stages a chip, micro-batches in groups of the pipeline's size (arXiv
-    2104.04473)."""
+    """Interleaved 1F1B: `chunks` stages a chip, micro-batches in groups of `chips` (arXiv 2104.04473)."""
     ahead: list[Pieces] = []
     back: list[Pieces] = []
     for first in range(0, micro, chips):
@@ -303,8 +301,7 @@ def _zero_bubble(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]
 
 
 class _Both:
-    """The eight steps that DualPipe and DualPipeV share, for a chip `near` places from its end of `half`
-    chips.
+    """The eight steps of DualPipe and DualPipeV, for a chip `near` places from its end of `half` chips.
 
     Phase 0 enters at that end; phase 1 returns (V) or enters at the other end. `micro` micro-batches are of
     each phase, and `place` gives each phase's (direction, stage).

@@ -1,5 +1,4 @@
-"""Prices of chips and tokens: dated tables with sources (prices.yaml), always with a range, and never a
-guess.
+"""Prices of chips and tokens: dated tables with sources (prices.yaml), never a guess.
 
 A price without a date and a source is refused; a chip that the table does not have has no price at all.
 """
@@ -38,8 +37,7 @@ class Rental:
 
 @dataclass(frozen=True)
 class Tariff:
-    """The price of a million tokens, in dollars: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03",
-    "...")`."""
+    """Dollars for a million tokens: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`."""
 
     model: str
     cached: float

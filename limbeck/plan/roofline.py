@@ -1,5 +1,4 @@
-"""Roofline model of one layer on one chip: matrix products, attention, memory traffic, and the host's
-launches.
+"""Roofline model of one layer on one chip: matrix products, attention, memory traffic, launches.
 
 product    2 rows k n / (peak x reached x fill),  or its bytes / bandwidth if that is longer
 fill       k/(k + depth) x waves/(waves + 1/2)    short inner lengths and a last, half empty wave of tiles
@@ -102,8 +101,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Products:
-    """Seconds of a layer's matrix products: forward, backward, weight gradients, and small up-projections
-    forward."""
+    """Seconds of a layer's matrix products; `small` is those of small up-projections, forward."""
 
     forward: float
     backward: float
@@ -177,7 +175,7 @@ class Roofline:
     def matmul(
         self, rows: float, inner: float, outputs: float, many: float = 1.0, written: float = 2.0
     ) -> float:
-        """Seconds of `many` products of rows x inner with inner x outputs in one launch; outputs of
+        """Seconds of `many` products [rows, inner] x [inner, outputs] in one launch; outputs have
         `written` bytes."""
         if rows <= 0:
             return 0.0

@@ -110,7 +110,7 @@ def _leanest(
 
 
 def ideal(layout: Layout, batch: int, pace: float) -> float:
-    """A lower bound of a layout's seconds a step: all FLOPs at full speed (`pace` on one chip), and the
+    """A lower bound of a layout's seconds a step: FLOPs at full speed (`pace` on one chip), and the
     bubble."""
     waits = 1 / layout.chunks
     if layout.schedule in ("zb1p", "dualpipe", "dualpipev"):

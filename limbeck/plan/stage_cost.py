@@ -1,5 +1,4 @@
-"""The cost of one micro-batch in each stage of a pipeline: computing, and exchanges that computing does
-not hide."""
+"""The cost of one micro-batch in each stage of a pipeline: computing, and exposed exchanges."""
 
 from __future__ import annotations
 
@@ -204,8 +203,7 @@ class Stages:
         )
 
     def _recomputed(self, seconds: float) -> Pair:
-        """Seconds of an exchange forward and backward: with full recomputation the forward one is done
-        twice."""
+        """Seconds of an exchange forward and backward; full recomputation repeats the forward one."""
         again = seconds if self.layout.recompute == "full" else 0.0
         return seconds, seconds + again
 
@@ -221,10 +219,10 @@ class Stages:
         return parts.light if mode == "v3" else 0.0
 
     def _tensor(self, work: Work) -> float:
-        """Seconds of tensor parallelism, each way: two sums of a layer's hidden states, one where experts are
-        whole.
+        """Seconds of tensor parallelism, each way.
 
-        Software that hides tensor parallelism hides half of them.
+        Two sums of a layer's hidden states, or one where experts are whole. Software that hides tensor
+        parallelism hides half of them.
         """
         tp = self.layout.tp
         if tp == 1:
@@ -235,8 +233,7 @@ class Stages:
         return share * sums * one
 
     def _context(self, core: float) -> Pair:
-        """Exposed seconds of context parallelism: keys and values go round, behind `core` seconds of
-        attention."""
+        """Exposed seconds of context parallelism: keys and values go round behind `core` seconds."""
         at = self.layout
         if at.cp == 1:
             return 0.0, 0.0

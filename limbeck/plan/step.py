@@ -109,8 +109,7 @@ class Foresight:
 
     @cached_property
     def times(self) -> Times:
-        """Seconds of each stage's passes; eager code waits for its messages, tuned code only for their
-        arrival."""
+        """Seconds of each stage's passes; eager code also waits until its messages are sent."""
         wait = 0.0 if self.roof.software.fused else self.send
         dual = self.layout.dual
         forward = []
