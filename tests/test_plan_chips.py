@@ -58,8 +58,8 @@ def test_dies_read_no_faster_than_the_link_between_them():
     ],
 )
 def test_grammar(text, count, chip, nodes):
-    found = cluster.cluster(text)
-    assert (found.count, found.chip.name, found.nodes) == (count, chip, nodes)
+    parsed = cluster.cluster(text)
+    assert (parsed.count, parsed.chip.name, parsed.nodes) == (count, chip, nodes)
 
 
 def test_what_if():

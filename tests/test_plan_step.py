@@ -174,16 +174,10 @@ def table():
 
 def test_the_table_of_steps_beats_the_constant():
     """A part of `limbeck plan verify`: steps of the Megatron family, whose layouts are told."""
-    found = list(
-        verify.checks(
-            rows("Korthikanti") + rows("Megatron-2021 GPT 1") + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")
-        )
-    )
-    lines = verify.summary(found)
-    steps = [one for one in found if one.kind == "step, dense"]
-    assert median(one.error for one in steps) < 0.06 and any(
-        "goal 6% / 20%" in line and "skill" in line for line in lines
-    )
+    family = rows("Korthikanti") + rows("Megatron-2021 GPT 1")
+    checks = list(verify.checks(family + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")))
+    assert median(check.error for check in checks if check.kind == "step, dense") < 0.06
+    assert any("goal 6% / 20%" in line and "skill" in line for line in verify.summary(checks))
 
 
 @pytest.mark.parametrize(("kind", "middle", "most"), [
@@ -192,14 +186,14 @@ def test_the_table_of_steps_beats_the_constant():
 ])  # fmt: skip
 def test_the_whole_table_stays_as_good_as_it_was(table, kind, middle, most):
     """What docs/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
-    errors = [one.error for one in table if one.kind == kind]
+    errors = [check.error for check in table if check.kind == kind]
     assert len(errors) > 5 and median(errors) < middle and verify.percentile(errors, 0.95) < most
 
 
 def test_what_cannot_be_foreseen_says_why():
     row = replace(rows("LLaMA-1 7B")[0], columns={**rows("LLaMA-1 7B")[0].columns, "chip": "abacus"})
-    (found,) = verify.checks([row])
-    assert found.kind == "not foreseen" and "chip 'abacus' is not known" in found.tell()
+    (check,) = verify.checks([row])
+    assert check.kind == "not foreseen" and "chip 'abacus' is not known" in check.tell()
 
 
 def test_a_table_that_is_none(tmp_path):
