@@ -38,9 +38,9 @@ def calibrate(
 ) -> dict[str, Any]:
     """A judge's metrics on labelled pairs (`better` is set, each side about equally often), and if it passed.
 
-    `agreement` with the labels and Cohen's `kappa` with 95 % intervals, `position` and `length` bias in [-1,
-    1], `canaries`: the share that a good response does not beat, `abstained`: the share of votes that cannot
-    be read.
+    `agreement` with the labels and Cohen's `kappa` with 95 % intervals; `position` and `length` bias in
+    [-1, 1]; `canaries`: the share that a good response does not beat; `abstained`: the share of votes that
+    cannot be read.
     """
     rng = generator(seed, "calibrate")
     canaries = _with_canaries(pairs, rng)

@@ -102,16 +102,13 @@ class _Chip:
     def parts(self) -> tuple[float, ...]:
         """Bytes of weights, gradients, optimiser, activations and logits."""
         at = self.layout
-        gathered = (
-            self.embeddings if self.sharded else 0.0
-        )  # embeddings stay gathered, and their gradients whole
         if self.sharded:
-            weights = 2 * (self.shard + 2 * self.largest_layer + gathered)
+            # embeddings stay gathered, and their gradients whole
+            weights = 2 * (self.shard + 2 * self.largest_layer + self.embeddings)
+            gradients = self.gradient_bytes * self.shard + self.embeddings
         else:
             weights = 2 * self.whole
-        gradients = (
-            self.gradient_bytes * (self.shard if at.zero == 2 or self.sharded else self.whole) + gathered
-        )
+            gradients = self.gradient_bytes * (self.shard if at.zero == 2 else self.whole)
         optimizer = MASTER * (self.shard if at.zero else self.whole)
         return weights, gradients, optimizer, self.activations(), self.logits()
 

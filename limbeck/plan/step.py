@@ -206,10 +206,12 @@ class Foresight:
         software = self.roof.software
         shards = self.layout.zero > 0
         width = software.gradient_bytes
-        reduce = sum(self.exchange(stage, width, software.bucket, not shards) for stage in stages)
+        reduce = 0.0
         gather = 0.0
-        if shards:
-            gather = sum(self.exchange(stage, 2, software.bucket / 2) for stage in stages)
+        for stage in stages:
+            reduce += self.exchange(stage, width, software.bucket, summed=not shards)
+            if shards:
+                gather += self.exchange(stage, 2, software.bucket / 2)
         back = costs.weight
         if self.layout.schedule not in pipeline_schedules.LATE:
             back += costs.backward
