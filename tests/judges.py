@@ -1,4 +1,5 @@
-"""Samplers that answer a judge's prompts by programme: one that really checks, and some that nobody should trust."""
+"""Samplers that answer a judge's prompts by program: one that really checks, and some that no one should
+trust."""
 
 from __future__ import annotations
 
@@ -15,63 +16,65 @@ Material = dict[str, str]  # question, response A, response B ...
 
 
 def material(prompt: str) -> Material:
-    """What stands between the marks, by name."""
-    return {
-        name: text
-        for _, name, text in re.findall(r"(?s)(\[[0-9a-f]{16}\]) ([\w ]+)\n(.*?)\n\1 end of \2", prompt)
-    }
+    """The texts between the prompt's marks, by name."""
+    fenced = re.findall(r"(?s)(\[[0-9a-f]{16}\]) ([\w ]+)\n(.*?)\n\1 end of \2", prompt)
+    return {name: text for _, name, text in fenced}
 
 
 class Programmed:
-    """A sampler whose `reply(material, vote)` is what it says; `prompts` are those that it was asked."""
+    """A sampler whose completions are `reply(material, vote)`; `prompts` holds all prompts that it was
+    given."""
 
     def __init__(self, reply: Callable[[Material, int], str], stopped: bool = True):
-        self.reply, self.stopped, self.prompts = reply, stopped, []
+        self.reply = reply
+        self.stopped = stopped
+        self.prompts = []
 
     def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:
+        """A group of replies to each problem."""
+        return [self._group(problem, group_size) for problem in problems]
+
+    def _group(self, problem: Problem, size: int) -> Group:
         none = np.zeros(0)
-        self.prompts += [problem.prompt for problem in problems]
-        return [
-            Group(
-                p,
-                none,
-                tuple(
-                    Completion(none, none, self.reply(material(p.prompt), i), self.stopped, i)
-                    for i in range(group_size)
-                ),
-            )
-            for p in problems
-        ]
+        self.prompts.append(problem.prompt)
+        shown = material(problem.prompt)
+        completions = []
+        for vote in range(size):
+            completions.append(Completion(none, none, self.reply(shown, vote), self.stopped, vote))
+        return Group(problem, none, tuple(completions))
 
 
 def choosing(worth: Callable[[str, str], float]) -> Callable[[Material, int], str]:
-    """Prefers the response of more worth; `worth(question, response)`."""
+    """A reply that prefers the response of more worth, by `worth(question, response)`."""
 
-    def reply(given: Material, vote: int) -> str:
-        a, b = (worth(given["question"], given[f"response {name}"]) for name in "AB")
-        return f"verdict: {'A' if a > b else 'B' if b > a else 'tie'}"
+    def reply(shown: Material, vote: int) -> str:
+        a = worth(shown["question"], shown["response A"])
+        b = worth(shown["question"], shown["response B"])
+        if a == b:
+            return "verdict: tie"
+        return "verdict: A" if a > b else "verdict: B"
 
     return reply
 
 
 def truth(task) -> Callable[[str, str], float]:
-    """Really checks: 1 for a right answer of the miniature, wherever in the text it stands alone, else 0."""
+    """A worth that really checks: 1 for a right answer of the miniature, wherever in the text it is, else
+    0."""
 
     def worth(question: str, response: str) -> float:
         numbers, target = re.fullmatch(r"\w+ ([\d ]+) \w+ (\d+) \?", question).groups()
-        problem = Problem(
-            "clock/x", question, data={"numbers": sorted(map(int, numbers.split())), "target": int(target)}
-        )
-        found = re.search(r"<answer>.*?</answer>", response)
-        return task.score(
-            problem, Completion(np.zeros(1), np.zeros(1), found[0] if found else response, True, 0)
-        ).parts["accuracy"]
+        data = {"numbers": sorted(map(int, numbers.split())), "target": int(target)}
+        problem = Problem("clock/x", question, data=data)
+        answer = re.search(r"<answer>.*?</answer>", response)
+        text = answer[0] if answer else response
+        completion = Completion(np.zeros(1), np.zeros(1), text, True, 0)
+        return task.score(problem, completion).parts["accuracy"]
 
     return worth
 
 
-def first(given: Material, vote: int) -> str:
-    """Prefers whatever stands first."""
+def first(shown: Material, vote: int) -> str:
+    """A reply that prefers the first response always."""
     return "verdict: A"
 
 
@@ -79,10 +82,11 @@ longer = choosing(lambda question, response: len(response))
 
 
 def gullible(task, keys: Sequence[str] = CANARIES) -> Callable[[Material, int], str]:
-    """Checks, but takes a response that says nothing for the best one can say."""
+    """A reply that checks, but takes an empty phrase for the best response."""
     check = truth(task)
-    return choosing(
-        lambda question, response: (
-            2.0 if response.strip() in map(str.strip, keys) else check(question, response)
-        )
-    )
+    phrases = {key.strip() for key in keys}
+
+    def worth(question: str, response: str) -> float:
+        return 2.0 if response.strip() in phrases else check(question, response)
+
+    return choosing(worth)

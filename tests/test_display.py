@@ -15,7 +15,7 @@ import tiny
 from limbeck import run_log
 from limbeck.cli import display
 from limbeck.cli.display import Lines, describe, span, time_left
-from limbeck.pipeline.run import Pace, Progress
+from limbeck.pipeline.progress import Pace, Progress
 from limbeck.report.history import History
 from limbeck.run_log import TIMING, RunLog, prepare, read
 

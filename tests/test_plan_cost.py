@@ -1,4 +1,4 @@
-"""What models cost, how they lie in memory, what exchanges take, and where experts go."""
+"""Costs of models, their memory, seconds of exchanges, and impossible layouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from limbeck.model.config import ModelConfig
 from limbeck.plan import collectives, cost, memory
 from limbeck.plan.cluster import cluster
-from limbeck.plan.expert_placement import place
 from limbeck.plan.layout import Layout, check
 from limbeck.plan.roofline import EARLY, Roofline, Split
 from limbeck.types import LimbeckError
@@ -45,7 +44,8 @@ def test_shared_keys_are_projected_once():
 
 
 def test_conventions_are_told_apart():
-    """DeepSeek's 385 and 432 TFLOPS at 1,541.7 tokens a second and chip: 249.7 and 280.2 GFLOPs a token, without MTP."""
+    """DeepSeek's 385 and 432 TFLOPS at 1,541.7 tokens a second and chip: 249.7 and 280.2 GFLOPs a token,
+    without MTP."""
     v3 = model("deepseek-v3")
     assert cost.flops_per_token(v3, 4096, "causal") / 1e9 == pytest.approx(249.7, rel=0.005)
     assert cost.flops_per_token(v3, 4096, "non-causal") / 1e9 == pytest.approx(280.2, rel=0.005)
@@ -54,7 +54,8 @@ def test_conventions_are_told_apart():
 
 
 def test_megatrons_formula_with_everything_twice():
-    """96 B s L h^2 (1 + s/6h + V/16Lh), arXiv 2104.04473, equation 3, is "hardware" with full recomputation."""
+    """96 B s L h^2 (1 + s/6h + V/16Lh), arXiv 2104.04473, equation 3, is "hardware" with full
+    recomputation."""
     size, depth, vocab, seq = 12288, 96, 51200, 2048
     formula = 96 * depth * size**2 * (1 + seq / (6 * size) + vocab / (16 * depth * size))
     assert cost.flops_per_token(GPT3, seq, "hardware", recompute=1) == pytest.approx(formula, rel=0.005)
@@ -73,7 +74,8 @@ def test_a_layer_takes_at_least_its_flops_and_its_bytes():
 
 
 def test_activations_are_the_papers():
-    """arXiv 2205.05198, Figure 1, 175G on 64 chips: 66.84 GiB without recomputation, 12.35 selectively with SP."""
+    """arXiv 2205.05198, Figure 1, 175G on 64 chips: 66.84 GiB without recomputation, 12.35 selectively
+    with SP."""
     chips, base = cluster("64xa100"), Layout(tp=8, pp=8, zero=0, schedule="interleaved", chunks=3)
     plain = memory.fit(GPT3, chips, base.change(sp=False), 2048, EARLY)
     lean = memory.fit(GPT3, chips, base.change(recompute="selective"), 2048, EARLY)
@@ -128,7 +130,8 @@ def test_ring_for_much_and_tree_for_many():
 
 
 def test_hfreduce_beats_the_ring_behind_one_card():
-    """arXiv 2408.14158: 24 passes of 320 GB/s are 13.3; half of the card's 25 is 12.5; measured 6.3 to 8.1 GB/s, NCCL 1.6 to 4.8."""
+    """arXiv 2408.14158: 24 passes of 320 GB/s are 13.3; half of the card's 25 is 12.5; measured 6.3 to 8.1
+    GB/s, NCCL 1.6 to 4.8."""
     group, size = collectives.group(cluster("fire-flyer-2"), 1024), 186 * 2**20
     own, nccl = (
         size / collectives.hfreduce(group, size) / 1e9,
@@ -145,37 +148,20 @@ def test_capped_links_slow_the_sum():
     assert slow / fast == pytest.approx(900 / 400, rel=0.05)
 
 
-# ------------------------------------------------------------ experts and layouts
-
-
-def test_placement_is_eplbs():
-    """The example of deepseek-ai/EPLB's README, both layers."""
-    load = [
-        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
-    ]
-    wanted = [
-        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
-        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
-    ]
-    for layer, slots in zip(load, wanted, strict=True):
-        found = place(layer, 16, groups=4, nodes=2, chips=8)
-        assert list(found.experts) == slots and sum(found.loads) == pytest.approx(sum(layer))
-
-
-def test_copies_even_out_a_crowd():
-    load = [100.0] + [1.0] * 63
-    assert place(load, 64, chips=8).balance < 0.3
-    assert place(load, 128, chips=8).balance > 0.9
-    with pytest.raises(LimbeckError, match="do not go into"):
-        place(load, 60, chips=8)
+# ------------------------------------------------------------ layouts
 
 
 @pytest.mark.parametrize(
     ("layout", "sentence"),
-    [(Layout(dp=16), "needs 16 chips, and 8 of 128xh100 has 8"), (Layout(tp=5), "96 heads do not divide by TP 5"), (Layout(pp=98), "98 stages are more than the 96 layers"),
-     (Layout(schedule="loop"), "schedule loop is not known"), (Layout(dp=8, micro=8), "fewer than DP 8"), (Layout(tp=0), "tp is less than 1")],
-)  # fmt: skip
+    [
+        (Layout(dp=16), "needs 16 chips, and 8 of 128xh100 has 8"),
+        (Layout(tp=5), "96 heads do not divide by TP 5"),
+        (Layout(pp=98), "98 stages are more than the 96 layers"),
+        (Layout(schedule="loop"), "schedule loop is not known"),
+        (Layout(dp=8, micro=8), "fewer than DP 8"),
+        (Layout(tp=0), "tp is less than 1"),
+    ],
+)
 def test_impossible_layouts_say_why(layout, sentence):
     with pytest.raises(LimbeckError, match=sentence):
         check(layout, GPT3, cluster("128xh100").across(128 if layout.pp > 8 else 8), 32)

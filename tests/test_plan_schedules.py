@@ -73,7 +73,8 @@ def test_long_steps_are_foretold_from_short_ones(schedule):
 
 
 def test_dualpipe_of_v3_has_the_passes_that_its_makers_time():
-    """At the first chip of 16, with 120 micro-batches: 23 lone forwards, 97 pairs, 23 lone backwards, 15 lone W."""
+    """At the first chip of 16, with 120 micro-batches: 23 lone forwards, 97 pairs, 23 lone backwards, 15
+    lone W."""
     line = simulate("dualpipe", even(16, 1, 1, 1), 16, 120)
     kinds = ["".join(piece.kind for piece in slot.pieces) for slot in line.chips[0]]
     assert [kinds.count(kind) for kind in ("F", "FBW", "W")] == [23, 97, 15]

@@ -27,17 +27,20 @@ def test_a_ring_over_the_sites_by_hand():
 
 @pytest.mark.parametrize(("seconds", "utilisation"), [(103, 0.957), (382, 0.856), (469, 0.830)])
 def test_intellect_1s_utilisation(seconds, utilisation):
-    """arXiv 2412.01152, Table 2: a hundred steps in 38 minutes, and what the average over all sites took beside them."""
+    """arXiv 2412.01152, Table 2: a hundred steps in 38 minutes, and what the average over all sites took
+    beside them."""
     cluster = clusters.cluster("intellect-1", site_latency=0)
     link = 2 * 13 / 14 * LLAMA.parameters * 8 / seconds / 1e9
-    whole, told = multi_site.averaged(
+    whole, averaging = multi_site.averaged(
         step(22.8), LLAMA, replace(cluster, fabric=replace(cluster.fabric, site_link=link))
     )
-    assert told.seconds == pytest.approx(seconds) and 1 - told.share == pytest.approx(utilisation, abs=0.001)
+    assert averaging.seconds == pytest.approx(seconds) and 1 - averaging.share == pytest.approx(
+        utilisation, abs=0.001
+    )
     assert whole.seconds == pytest.approx(22.8 + seconds / 100) and sum(
         whole.parts.values()
     ) == pytest.approx(whole.seconds)
-    assert (whole.chips, whole.tokens) == (112, 14 * 1024) and told.plain > 2 * seconds
+    assert (whole.chips, whole.tokens) == (112, 14 * 1024) and averaging.plain > 2 * seconds
 
 
 def test_a_run_on_two_sites_takes_what_one_of_them_takes_and_the_averaging():

@@ -15,7 +15,7 @@ from limbeck.plan import cost, gantt, search, verify
 from limbeck.plan.cluster import cluster
 from limbeck.plan.layout import Layout
 from limbeck.plan.published import FILE, Row, read
-from limbeck.plan.step import predict
+from limbeck.plan.step import foresee
 from limbeck.types import LimbeckError
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def rows(name: str, metric: str = "") -> list[Row]:
 
 @pytest.fixture(scope="module")
 def v3():
-    return predict(V3, cluster("h800-2048"), OWN, 15360, 4096, "fp8")
+    return foresee(V3, cluster("h800-2048"), OWN, 15360, 4096, "fp8").step()
 
 
 def test_v3s_step_at_its_own_layout(v3):
@@ -46,26 +46,30 @@ def test_v3s_step_at_its_own_layout(v3):
 
 def test_what_ifs_go_the_way_they_must(v3):
     def step(**changes: float) -> float:
-        return predict(V3, cluster("h800-2048", **changes), OWN, 15360, 4096, "fp8").seconds
+        return foresee(V3, cluster("h800-2048", **changes), OWN, 15360, 4096, "fp8").step().seconds
 
     assert step(chip="h20") > 2 * v3.seconds
     assert step(nics=1) > 1.5 * v3.seconds, "an eighth of the network binds the all-to-all"
     assert step(nvlink=900) == pytest.approx(v3.seconds, rel=0.02), (
         "V3 was built so that the capped link does not bind"
     )
-    dense = predict(QWEN, cluster("64xh800"), Layout(dp=8, tp=8), 256, 4096)
-    assert predict(QWEN, cluster("64xh100"), Layout(dp=8, tp=8), 256, 4096).seconds < 0.95 * dense.seconds
+    dense = foresee(QWEN, cluster("64xh800"), Layout(dp=8, tp=8), 256, 4096).step()
+    assert (
+        foresee(QWEN, cluster("64xh100"), Layout(dp=8, tp=8), 256, 4096).step().seconds < 0.95 * dense.seconds
+    )
     assert "tensor-parallel sums" in dense.binds
 
 
 def test_without_overlap_the_all_to_all_binds():
-    plain = predict(V3, cluster("h800-2048"), OWN.change(schedule="1f1b", overlap=False), 15360, 4096, "fp8")
+    plain = foresee(
+        V3, cluster("h800-2048"), OWN.change(schedule="1f1b", overlap=False), 15360, 4096, "fp8"
+    ).step()
     assert plain.binds.startswith("all-to-all of experts") and plain.parts["experts"] > 0.25 * plain.seconds
 
 
 def test_more_chips_are_faster_and_less_efficient():
     steps = [
-        predict(QWEN, cluster("1024xh100"), Layout(dp=n // 32, tp=8, pp=4), 1024, 4096)
+        foresee(QWEN, cluster("1024xh100"), Layout(dp=n // 32, tp=8, pp=4), 1024, 4096).step()
         for n in (128, 256, 512, 1024)
     ]
     assert all(a.seconds > b.seconds > a.seconds / 2 for a, b in pairwise(steps))
@@ -170,31 +174,26 @@ def table():
 
 def test_the_table_of_steps_beats_the_constant():
     """A part of `limbeck plan verify`: steps of the Megatron family, whose layouts are told."""
-    found = list(
-        verify.checks(
-            rows("Korthikanti") + rows("Megatron-2021 GPT 1") + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")
-        )
-    )
-    lines = verify.summary(found)
-    steps = [one for one in found if one.kind == "step, dense"]
-    assert median(one.error for one in steps) < 0.06 and any(
-        "goal 6% / 20%" in line and "skill" in line for line in lines
-    )
+    family = rows("Korthikanti") + rows("Megatron-2021 GPT 1")
+    checks = list(verify.checks(family + rows("Megatron-2021 Table2 PTD-P gpt3", "hw")))
+    assert median(check.error for check in checks if check.kind == "step, dense") < 0.06
+    assert any("goal 6% / 20%" in line and "skill" in line for line in verify.summary(checks))
 
 
 @pytest.mark.parametrize(("kind", "middle", "most"), [
-    ("step, dense", 0.06, 0.20), ("step, mixture", 0.08, 0.25), ("peak memory", 0.06, 0.20), ("memory by formula", 0.06, 0.20), ("V3's phases", 0.20, 0.22),
+    ("step, dense", 0.06, 0.20), ("step, mixture", 0.08, 0.25), ("peak memory", 0.06, 0.20),
+    ("memory by formula", 0.06, 0.20), ("V3's phases", 0.20, 0.22),
 ])  # fmt: skip
 def test_the_whole_table_stays_as_good_as_it_was(table, kind, middle, most):
-    """What docs/explanation/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
-    errors = [one.error for one in table if one.kind == kind]
+    """What docs/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
+    errors = [check.error for check in table if check.kind == kind]
     assert len(errors) > 5 and median(errors) < middle and verify.percentile(errors, 0.95) < most
 
 
 def test_what_cannot_be_foreseen_says_why():
     row = replace(rows("LLaMA-1 7B")[0], columns={**rows("LLaMA-1 7B")[0].columns, "chip": "abacus"})
-    (found,) = verify.checks([row])
-    assert found.kind == "not foreseen" and "chip 'abacus' is not known" in found.tell()
+    (check,) = verify.checks([row])
+    assert check.kind == "not foreseen" and "chip 'abacus' is not known" in check.tell()
 
 
 def test_a_table_that_is_none(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from limbeck.eval.statistics import (
     difference,
     mean_interval,
     pass_at_k,
-    pass_at_k_interval,
     wilson,
 )
 
@@ -36,7 +34,8 @@ def test_one_binary_value_a_problem_is_wilson():
 def test_repeating_completions_adds_no_certainty():
     """Sixteen identical completions of a problem say no more than one."""
     shares = [[0.25], [0.5], [1.0], [0.0], [0.75]]
-    once, often = mean_interval(shares), mean_interval([values * 16 for values in shares])
+    once = mean_interval(shares)
+    often = mean_interval([values * 16 for values in shares])
     assert (once.low, once.high) == (often.low, often.high)
     assert (once.n, often.n) == (5, 80)
 
@@ -84,12 +83,6 @@ def test_pass_at_k_is_the_share_of_all_draws():
             assert pass_at_k(n, c, k) == pytest.approx(brute)
     with pytest.raises(ValueError, match="pass@8"):
         pass_at_k(4, 1, 8)
-
-
-def test_pass_at_k_interval():
-    interval = pass_at_k_interval([(8, 8), (8, 0), (8, 1), (8, 4)], k=8)
-    assert (interval.mean, interval.n, interval.problems) == (0.75, 32, 4)
-    assert pass_at_k_interval([(8, 2), (8, 4)], k=1).mean == pytest.approx(math.fsum([0.25, 0.5]) / 2)
 
 
 def test_consensus():

@@ -1,25 +1,28 @@
-"""Accuracy with intervals on held-out problems: pass@1 in several ways of sampling, pass@k, majority votes."""
+"""Evaluation on held-out problems: pass@1 with several sampling parameters, pass@k, majority voting."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from typing import Any, Protocol
 
 from ..config.recipe import Evaluate
-from ..types import Group, Problem, Sampler, generator
+from ..types import Completion, Group, Problem, Sampler, Score, generator
 from . import statistics
 
-SHOWN = 24  # problems whose responses are kept to be read
-VOTES = 8
+SAMPLES = 24  # problems whose first completion is part of the result
+MAJORITY_SHARE = 8  # one problem in so many is evaluated by pass@k
 
 
 class Problems(Protocol):
-    """What an evaluation needs to know of a source."""
+    """A source of problems that can score completions."""
 
-    def problems(self, name: str, split: str = "train") -> Sequence[Problem]: ...
+    def problems(self, name: str, split: str = "train") -> Sequence[Problem]:
+        """The problems of a split."""
 
-    def score(self, group: Group) -> Group: ...
+    def score(self, group: Group) -> Group:
+        """The group with a score for each completion."""
 
 
 def evaluate(
@@ -30,88 +33,138 @@ def evaluate(
     seed: str,
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Every source in every way of sampling (`ways`: name -> sampling parameters), from the `done`-th pair on.
+    """Evaluate each source with each of `ways` (name -> sampling parameters), from the `done`-th pair on.
 
-    Yields each pair's numbers, some responses to read, and how many tokens it took. The same seed asks every
-    model the same problems.
+    Yields for each pair its metrics, some samples, and the number of completion tokens. With the same seed,
+    every model is evaluated on the same problems.
     """
     for source, way in list(product(sources, ways))[done:]:
-        problems = _held_out(sources[source].problems(source, "test"), settings.prompts, (seed, source))
-        asked, copies = _quota(problems, way, settings)
-        groups = [
-            sources[source].score(g)
-            for g in engine.rollout(asked, copies, ways[way], (seed, "evaluate", way))
-        ]
+        task = sources[source]
+        test = task.problems(source, "test")
+        held_out = _held_out(test, settings.prompts, (seed, source))
+        problems, n = _limit(held_out, way, settings)
+        rollouts = engine.rollout(problems, n, ways[way], (seed, "evaluate", way))
+        groups = [task.score(group) for group in rollouts]
+        lengths = [len(completion.tokens) for completion in _completions(groups)]
         yield {
             "source": source,
             "way": way,
             "modes": measure(way, groups),
-            "samples": [_shown(group, way) for group in groups[:SHOWN]],
-            "tokens": sum(len(c.tokens) for g in groups for c in g.completions),
+            "samples": [_sample(group, way) for group in groups[:SAMPLES]],
+            "tokens": sum(lengths),
         }
 
 
 def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
-    """The whole evaluation of one model, of what `evaluate` yielded."""
+    """One model's whole evaluation, from all that `evaluate` yielded."""
     sources: dict[str, Any] = {}
     for part in parts:
-        sources.setdefault(part["source"], {"modes": {}})["modes"].update(part["modes"])
+        source = sources.setdefault(part["source"], {"modes": {}})
+        source["modes"].update(part["modes"])
     return {"seed": seed, "sources": sources}
 
 
 def measure(way: str, groups: Sequence[Group]) -> dict[str, Any]:
-    """The numbers of one way of sampling; `pass@8` also gives the majority's `cons@8`."""
-    right = [[score.parts["accuracy"] for score in g.scores] for g in groups]
-    if way.startswith("pass@"):
-        k = int(way.removeprefix("pass@"))
-        passed = statistics.mean_interval([[statistics.pass_at_k(len(r), int(sum(r)), k)] for r in right])
-        votes = statistics.mean_interval([[_majority(g)] for g in groups])
-        return {way: {"accuracy": _described(passed)}, f"cons@{k}": {"accuracy": _described(votes)}}
-    return {way: {"accuracy": _described(statistics.mean_interval(right)), **_means(groups)}}
-
-
-def _held_out(problems: Sequence[Problem], count: int, seed: object) -> list[Problem]:
-    order = generator(seed, "held out").permutation(len(problems))
-    return [problems[i] for i in order[:count]]
-
-
-def _quota(problems: list[Problem], way: str, settings: Evaluate) -> tuple[list[Problem], int]:
-    """Fewer problems where each is asked many times; once each for greedy, which would only repeat itself."""
-    if way.startswith("pass@"):
-        return problems[: max(1, len(problems) // VOTES)], int(way.removeprefix("pass@"))
-    return problems, 1 if "greedy" in way else settings.samples
-
-
-def _majority(group: Group) -> float:
-    """Is the most frequent answer right? Of equals, the first given counts."""
-    winner = statistics.consensus([score.answer or None for score in group.scores])
-    return next((score.parts["accuracy"] for score in group.scores if winner and score.answer == winner), 0.0)
-
-
-def _means(groups: Sequence[Group]) -> dict[str, Any]:
-    completions = [c for g in groups for c in g.completions]
-    scores = [s for g in groups for s in g.scores]
-    names = sorted({name for s in scores for name in s.stats})
-    stats = {name: _mean([s.stats[name] for s in scores if name in s.stats]) for name in names}
+    """Metrics of one way of sampling; `pass@8` also gives the majority vote's `cons@8`."""
+    right = []
+    for group in groups:
+        right.append([score.parts["accuracy"] for score in group.scores])
+    if not way.startswith("pass@"):
+        return {way: {"accuracy": _interval(right), **_means(groups)}}
+    k = _k(way)
+    passed = []
+    for values in right:
+        correct = int(sum(values))
+        passed.append([statistics.pass_at_k(len(values), correct, k)])
+    majority = [[_majority(group)] for group in groups]
     return {
-        "length": _mean([len(c.tokens) for c in completions]),
-        "truncated": _mean([not c.stopped for c in completions]),
-        "format": _mean([s.parts.get("format", 0.0) for s in scores]),
-        "language_consistency": _mean([s.parts["language"] for s in scores if "language" in s.parts]),
-        "stats": stats,
+        way: {"accuracy": _interval(passed)},
+        f"cons@{k}": {"accuracy": _interval(majority)},
     }
 
 
+def _held_out(problems: Sequence[Problem], count: int, seed: object) -> list[Problem]:
+    """At most `count` of the problems, in the order that the seed gives."""
+    rng = generator(seed, "held out")
+    order = rng.permutation(len(problems))
+    return [problems[i] for i in order[:count]]
+
+
+def _limit(problems: list[Problem], way: str, settings: Evaluate) -> tuple[list[Problem], int]:
+    """The problems of a way of sampling, and completions a problem.
+
+    Fewer problems for pass@k, one completion for greedy decoding.
+    """
+    if way.startswith("pass@"):
+        count = max(1, len(problems) // MAJORITY_SHARE)
+        return problems[:count], _k(way)
+    if "greedy" in way:
+        return problems, 1
+    return problems, settings.samples
+
+
+def _k(way: str) -> int:
+    """The k of `pass@k`."""
+    return int(way.removeprefix("pass@"))
+
+
+def _majority(group: Group) -> float:
+    """Accuracy of the most frequent answer, the earliest of several; 0 if no answer can be read."""
+    winner = statistics.consensus([score.answer or None for score in group.scores])
+    if not winner:
+        return 0.0
+    for score in group.scores:
+        if score.answer == winner:
+            return score.parts["accuracy"]
+    return 0.0
+
+
+def _completions(groups: Sequence[Group]) -> list[Completion]:
+    """The completions of all groups."""
+    return [completion for group in groups for completion in group.completions]
+
+
+def _means(groups: Sequence[Group]) -> dict[str, Any]:
+    """Means over all completions: length, truncation, format, language, and the task's own statistics."""
+    completions = _completions(groups)
+    scores = [score for group in groups for score in group.scores]
+    lengths = [len(completion.tokens) for completion in completions]
+    truncated = [not completion.stopped for completion in completions]
+    formats = [score.parts.get("format", 0.0) for score in scores]
+    languages = [score.parts["language"] for score in scores if "language" in score.parts]
+    return {
+        "length": _mean(lengths),
+        "truncated": _mean(truncated),
+        "format": _mean(formats),
+        "language_consistency": _mean(languages),
+        "stats": _mean_stats(scores),
+    }
+
+
+def _mean_stats(scores: Sequence[Score]) -> dict[str, float | None]:
+    """The mean of each statistic over the scores that have it, by name in alphabetical order."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.stats.items():
+            values.setdefault(name, []).append(value)
+    return {name: _mean(values[name]) for name in sorted(values)}
+
+
 def _mean(values: Sequence[float]) -> float | None:
+    """The mean; None without values."""
     return sum(values) / len(values) if values else None
 
 
-def _described(interval: Any) -> dict[str, Any]:
-    return {name: getattr(interval, name) for name in ("mean", "low", "high", "n", "problems")}
+def _interval(values_by_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The mean with its interval, as JSON."""
+    return asdict(statistics.mean_interval(values_by_problem))
 
 
-def _shown(group: Group, way: str) -> dict[str, Any]:
-    completion, score, problem = group.completions[0], group.scores[0], group.problem
+def _sample(group: Group, way: str) -> dict[str, Any]:
+    """A group's first completion with its score, as JSON."""
+    completion = group.completions[0]
+    score = group.scores[0]
+    problem = group.problem
     return {
         "problem": problem.id,
         "prompt": problem.prompt,

@@ -1,7 +1,7 @@
-"""How sure a share is: intervals, pass@k, consensus. Plain arithmetic, no model in sight.
+"""Statistics of evaluations: intervals of shares, pass@k, majority voting, agreement of annotators.
 
-Every interval is a 95% one. Completions of one problem resemble each other, so the problem, not the
-completion, is what counts as a draw (Miller 2024, arXiv 2411.00640, section 2.2).
+Every interval is a 95 % one. Completions of one problem resemble each other, so the problem, not the
+completion, is the independent draw (Miller 2024, arXiv 2411.00640, section 2.2).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-Z = 1.959963984540054  # the 97.5% quantile of the normal distribution
+Z = 1.959963984540054  # standard errors: the 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A share between 0 and 1 and its 95% interval: `Interval(.848, .825, .869, n=1000, problems=1000)`.
+    """A share between 0 and 1 and its 95 % interval: `Interval(.848, .825, .869, n=1000, problems=1000)`.
 
     `n` counts completions, `problems` the problems they belong to.
     """
@@ -29,42 +29,52 @@ class Interval:
 
 
 def mean_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
-    """The mean over problems of each problem's mean; values lie in [0, 1].
+    """The mean over problems of each problem's mean, with its interval; values lie in [0, 1].
 
-    One right-or-wrong value a problem: Wilson. Otherwise a normal interval on the problems' means, which is
-    robust to any likeness within a problem, cut to [0, 1].
+    One right-or-wrong value a problem: Wilson's interval. Otherwise a normal interval on the problems' means,
+    which allows for any correlation within a problem, clipped to [0, 1]. Raises ValueError without problems,
+    or where a problem has no values.
 
     >>> mean_interval([[1.0], [0.0], [1.0], [1.0]]).mean
     0.75
     """
     if not values_by_problem or not all(values_by_problem):
         raise ValueError("an interval needs at least one value for each of at least one problem")
-    means = [sum(values) / len(values) for values in values_by_problem]
-    n, problems = sum(map(len, values_by_problem)), len(means)
+    means = []
+    n = 0
+    for values in values_by_problem:
+        means.append(sum(values) / len(values))
+        n += len(values)
+    problems = len(means)
     mean = sum(means) / problems
-    spread = sum((m - mean) ** 2 for m in means)
-    binary = n == problems and all(m in (0.0, 1.0) for m in means)
-    if binary or spread == 0:  # without any spread the normal interval would claim certainty
-        low, high = wilson(mean, problems)
-    else:
-        error = math.sqrt(spread / (problems - 1) / problems)
-        low, high = max(0.0, mean - Z * error), min(1.0, mean + Z * error)
+    squares = sum((m - mean) ** 2 for m in means)
+    binary = n == problems and set(means) <= {0.0, 1.0}
+    if binary or squares == 0:  # without variance the normal interval would have no width
+        return Interval(mean, *wilson(mean, problems), n, problems)
+    error = math.sqrt(squares / (problems - 1) / problems)
+    low = max(0.0, mean - Z * error)
+    high = min(1.0, mean + Z * error)
     return Interval(mean, low, high, n, problems)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927), which neither leaves [0, 1] nor collapses at its ends."""
-    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    """Wilson's score interval (1927) of a share of `n`, never empty and never outside [0, 1]."""
+    square = Z * Z
+    scale = 1 + square / n
+    centre = (share + square / (2 * n)) / scale
+    variance = share * (1 - share) / n + square / (4 * n * n)
+    half = Z / scale * math.sqrt(variance)
     # rounding alone could leave the share outside at 0 and at 1
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    low = min(share, centre - half)
+    high = max(share, centre + half)
+    return max(0.0, low), min(1.0, high)
 
 
 def difference(a: Interval, b: Interval) -> tuple[float, float, float]:
-    """`a - b` with its interval, from the two (Newcombe 1998, Statistics in Medicine 17:873, method 10).
+    """`a - b` and the ends of its interval (Newcombe 1998, Statistics in Medicine 17:873, method 10).
 
-    It takes the two as independent. Two models on the same problems usually agree on the hard ones, so the
-    true interval is narrower: a difference that stands here stands.
+    The two are taken as independent. Two models on the same problems usually fail at the same hard ones, so
+    the true interval is narrower: a difference that is significant here is significant.
     """
     gap = a.mean - b.mean
     down = math.hypot(a.mean - a.low, b.high - b.mean)
@@ -73,10 +83,10 @@ def difference(a: Interval, b: Interval) -> tuple[float, float, float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of `k` completions is right, where `c` of `n` were.
+    """Probability that one of `k` completions is right, where `c` of `n` were.
 
-    Chen et al. 2021, arXiv 2107.03374, eq. 1: unbiased, unlike `1 - (1 - c/n)**k`; integers are
-    exact where the paper needs a stable product.
+    Chen et al. 2021, arXiv 2107.03374, eq. 1: unbiased, unlike `1 - (1 - c/n)**k`; integers are exact where
+    the paper needs a stable product. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -86,14 +96,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def pass_at_k_interval(counts: Sequence[tuple[int, int]], k: int) -> Interval:
-    """Mean pass@k over problems; `counts` holds `(n, c)` for each."""
-    interval = mean_interval([[pass_at_k(n, c, k)] for n, c in counts])
-    return replace(interval, n=sum(n for n, _ in counts))
-
-
 def consensus(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, the earliest of several; unreadable ones (None) have no vote.
+    """The most frequent answer, the earliest of several; an unreadable one (None) has no vote.
 
     Majority voting, cons@k (Wang et al. 2022, arXiv 2203.11171).
 
@@ -101,27 +105,32 @@ def consensus(answers: Sequence[str | None]) -> str | None:
     '5'
     """
     votes = Counter(answer for answer in answers if answer is not None)
-    return votes.most_common(1)[0][0] if votes else None
+    if not votes:
+        return None
+    answer, _ = votes.most_common(1)[0]
+    return answer
 
 
 def krippendorff(units: Sequence[Sequence[str]]) -> float | None:
-    """Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 what chance would give, below it is worse.
+    """Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 is agreement by chance.
 
-    `units` holds, for each thing judged, the values that its judges gave, in any number and by anybody; those with fewer
-    than two count for nothing. None where there is no disagreement to expect: nobody judged twice, or one value was all
-    that anybody gave (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C).
+    `units` holds, for each item, the values that its annotators gave; their number may differ, and an item
+    with fewer than two is left out. None where no disagreement is expected: no item has two values, or all
+    values are equal (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C).
 
     >>> round(krippendorff([["a", "a"], ["a", "b"], ["b", "b"]]), 3)
     0.444
     """
-    judged = [values for values in units if len(values) > 1]
-    totals = Counter(value for values in judged for value in values)
+    paired = [values for values in units if len(values) > 1]
+    totals = Counter(value for values in paired for value in values)
     n = totals.total()
-    expected = n * n - sum(count * count for count in totals.values())
+    expected = _unlike_pairs(totals)
     if not expected:
         return None
-    unlike = sum(
-        (len(values) ** 2 - sum(c * c for c in Counter(values).values())) / (len(values) - 1)
-        for values in judged
-    )
-    return 1 - (n - 1) * unlike / expected
+    observed = sum(_unlike_pairs(Counter(values)) / (len(values) - 1) for values in paired)
+    return 1 - (n - 1) * observed / expected
+
+
+def _unlike_pairs(counts: Counter[str]) -> int:
+    """Ordered pairs of values that differ."""
+    return counts.total() ** 2 - sum(count * count for count in counts.values())

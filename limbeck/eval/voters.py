@@ -1,9 +1,12 @@
-"""Whose votes an arena rests on: who disagrees with all others, prefers a side, votes in haste, or decides the order alone."""
+"""Voters of an arena: disagreement with the others, preference for a side, haste, influence.
+
+Legend: counts_3 are votes that the second model of a pair won, tied and lost.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,23 +14,26 @@ from typing import Any
 import numpy as np
 
 from ..types import generator
-from .arena_ratings import WORTH, Vote, rate
+from .arena_ratings import WORTH, Ratings, Vote, rate
 from .judge_calibration import agreement
 
-LEVEL = 0.05  # chance that anybody at all is marked without reason, for each of the two tests
-DRAWS = 4999
+SIGNIFICANCE = 0.05  # probability that any honest voter is marked, for each of the two tests
+PERMUTATIONS = 4999  # random draws of the test of agreement
+TIE_TOLERANCE = 1e-9  # of a statistic: a draw that equals the observation but for rounding counts as equal
+HOUR = 3600  # seconds
 _NAMES = {"a": "first", "b": "second"}
 
 
 @dataclass(frozen=True)
 class Voter:
-    """What one person's votes look like: `Voter("Mei", 80, .71, .44, .52, .74, 12.5, 31, 4.2, "", ())`.
+    """One person's votes: `Voter("Mei", 80, .71, .44, .52, .74, 12.5, 31, 4.2, "", ())`.
 
-    `agreement` is the share of others' votes on the same pairs that say the same, and `p` the chance of agreeing no more than
-    that if votes were anybody's (None where nobody else voted on those pairs). `side` is the share of A among their
-    preferences with `p_side` of such a lean either way. `seconds` is the median time to a vote, `busiest` the most votes in
-    an hour. Without them no rating changes by more than `shift` points, and `leader` would lead where somebody else does now.
-    `odd` names what was found: `disagrees`, `side`.
+    `agreement` is the share of the others' votes on the same pairs that are equal, `p` the probability of no
+    more agreement if all voters were alike (None where nobody else voted on those pairs). `side` is the share
+    of A among the preferences, `p_side` the two-sided probability of such a share. `seconds` is the median
+    time to a vote, `busiest` the most votes in an hour. Without these votes no rating changes by more than
+    `shift` points, and `leader` would lead ("" if the leader stays the same). `odd` names the failed tests:
+    `disagrees`, `side`.
     """
 
     name: str
@@ -44,110 +50,156 @@ class Voter:
 
 
 def examine(votes: Sequence[Vote]) -> list[Voter]:
-    """Every person who voted, most votes first. Chances below `LEVEL` over the number of voters (Bonferroni) are marked odd."""
-    from scipy.stats import binomtest
+    """All people who voted, most votes first.
 
+    A test is failed with a probability below `SIGNIFICANCE` over the number of voters (Bonferroni).
+    """
     votes = [vote for vote in votes if vote.outcome in WORTH and not vote.judge]
-    names, full = Counter(vote.voter for vote in votes), rate(votes)
-    tables, found = _tables(votes), []
-    for name, count in names.most_common():
+    counts = Counter(vote.voter for vote in votes)
+    ratings = rate(votes)
+    tables = _tables(votes)
+    voters = []
+    for name, _ in counts.most_common():
         own = [vote for vote in votes if vote.voter == name]
-        sides = Counter(vote.outcome for vote in own)
-        decided = sides["a"] + sides["b"]
         share, p = _agreement(tables[name], tables[""], name)
-        p_side = float(binomtest(sides["a"], decided).pvalue) if decided else 1.0
-        shift, leader = _without(votes, name, full)
+        side, p_side = _side(own)
+        shift, leader = _without(votes, name, ratings)
         times = [vote.seconds for vote in own if vote.seconds is not None]
-        odd = [
-            what
-            for what, chance in (("disagrees", p), ("side", p_side))
-            if chance is not None and chance * len(names) < LEVEL
-        ]
-        found.append(
-            Voter(
-                name,
-                count,
-                share,
-                p,
-                sides["a"] / decided if decided else None,
-                p_side,
-                median(times) if times else None,
-                _busiest([vote.when for vote in own]),
-                shift,
-                leader,
-                tuple(odd),
-            )
+        voter = Voter(
+            name=name,
+            votes=len(own),
+            agreement=share,
+            p=p,
+            side=side,
+            p_side=p_side,
+            seconds=median(times) if times else None,
+            busiest=_busiest([vote.when for vote in own]),
+            shift=shift,
+            leader=leader,
+            odd=_odd({"disagrees": p, "side": p_side}, len(counts)),
         )
-    return found
+        voters.append(voter)
+    return voters
 
 
 def judged(votes: Sequence[Vote]) -> list[dict[str, Any]]:
-    """Each judge beside the people who voted on the same battles: `judge`, `votes`, `abstained`, `both` and, where that is not
-    0, `agreement` and Cohen's `kappa` with intervals. Both bad counts as a tie, as it does in the ratings."""
-    people = {vote.battle: _NAMES.get(vote.outcome, "tie") for vote in votes if not vote.judge}
-    found = []
-    for name in sorted({vote.voter for vote in votes if vote.judge}):
-        own = [vote for vote in votes if vote.judge and vote.voter == name]
-        pairs = [
-            (people[vote.battle], _NAMES.get(vote.outcome, "tie"))
-            for vote in own
-            if vote.outcome and vote.battle in people
-        ]
-        told = agreement(*zip(*pairs, strict=True)) if pairs else {}
-        found.append(
-            {
-                "judge": name,
-                "votes": len(own),
-                "abstained": sum(not vote.outcome for vote in own),
-                "both": len(pairs),
-                **told,
-            }
-        )
-    return found
+    """Each judge compared with the people who voted on the same battles.
+
+    The keys are `judge`, `votes`, `abstained`, `both` (battles with votes of both) and, where that is not 0,
+    `agreement` and Cohen's `kappa` with intervals. Both bad counts as a tie, as it does in the ratings.
+    """
+    labels = {vote.battle: _label(vote) for vote in votes if not vote.judge}
+    judges: dict[str, list[Vote]] = defaultdict(list)
+    for vote in votes:
+        if vote.judge:
+            judges[vote.voter].append(vote)
+    return [_compare(name, judges[name], labels) for name in sorted(judges)]
+
+
+def _compare(name: str, votes: Sequence[Vote], labels: Mapping[str, str]) -> dict[str, Any]:
+    """One judge's votes compared with the labels that people gave, by battle."""
+    people = []
+    verdicts = []
+    for vote in votes:
+        if vote.outcome and vote.battle in labels:
+            people.append(labels[vote.battle])
+            verdicts.append(_label(vote))
+    measures = agreement(people, verdicts) if people else {}
+    return {
+        "judge": name,
+        "votes": len(votes),
+        "abstained": sum(not vote.outcome for vote in votes),
+        "both": len(people),
+        **measures,
+    }
+
+
+def _label(vote: Vote) -> str:
+    """The outcome as `first`, `second` or `tie`."""
+    return _NAMES.get(vote.outcome, "tie")
 
 
 def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
-    """By voter, and by "" for all of them: for each pair of models, how often the second won, tied and lost."""
-    found: dict[str, dict[tuple, np.ndarray]] = defaultdict(
-        lambda: defaultdict(lambda: np.zeros(3, dtype=np.int64))
-    )
+    """By voter, and by "" for all: for each pair of models, how often the second won, tied and lost [3]."""
+    tables = defaultdict(lambda: defaultdict(lambda: np.zeros(3, dtype=np.int64)))
     for vote in votes:
         pair = min((vote.a, vote.b), (vote.b, vote.a))
-        said = WORTH[vote.outcome] if vote.a == pair[0] else 1 - WORTH[vote.outcome]
+        worth = WORTH[vote.outcome]
+        if vote.a != pair[0]:
+            worth = 1 - worth
         for name in (vote.voter, ""):
-            found[name][pair][int(2 * said)] += 1
-    return found
+            tables[name][pair][int(2 * worth)] += 1
+    return tables
 
 
 def _agreement(
-    mine: Mapping[tuple, np.ndarray], everybodys: Mapping[tuple, np.ndarray], name: str
+    own: Mapping[tuple, np.ndarray], everybody: Mapping[tuple, np.ndarray], name: str
 ) -> tuple[float | None, float | None]:
-    """How far the others say the same, and an exact test: if nobody differs, one person's votes on a pair are drawn from all
-    votes on it without replacement."""
-    shared = [
-        (own, everybodys[pair]) for pair, own in sorted(mine.items()) if everybodys[pair].sum() > own.sum()
-    ]
+    """The share of the others' votes that are equal, and the p-value of an exact test.
+
+    `own` and `everybody` hold counts [3] by pair of models. The null hypothesis is that all voters are alike:
+    one person's votes on a pair are then drawn from all votes on it without replacement.
+    """
+    shared = []
+    for pair, counts_3 in sorted(own.items()):
+        total_3 = everybody[pair]
+        if total_3.sum() > counts_3.sum():
+            shared.append((counts_3, total_3))
     if not shared:
         return None, None
-    dice, met = generator("voters", name), sum(own.sum() for own, _ in shared)
-    same = sum(own @ (total - own) / (total - own).sum() for own, total in shared)
-    observed = sum(own @ total / total.sum() for own, total in shared)
-    drawn = sum(
-        dice.multivariate_hypergeometric(total, own.sum(), DRAWS, method="marginals") @ total / total.sum()
-        for own, total in shared
-    )
-    return float(same / met), float((1 + (drawn <= observed + 1e-9).sum()) / (DRAWS + 1))
+    rng = generator("voters", name)
+    votes = same = observed = drawn = 0
+    for counts_3, total_3 in shared:
+        others_3 = total_3 - counts_3
+        count = counts_3.sum()
+        total = total_3.sum()
+        votes += count
+        same += counts_3 @ others_3 / others_3.sum()
+        observed += counts_3 @ total_3 / total
+        draws = rng.multivariate_hypergeometric(total_3, count, PERMUTATIONS, method="marginals")
+        drawn += draws @ total_3 / total
+    no_more = (drawn <= observed + TIE_TOLERANCE).sum()
+    return float(same / votes), float((1 + no_more) / (PERMUTATIONS + 1))
 
 
-def _without(votes: Sequence[Vote], name: str, full: Any) -> tuple[float, str]:
-    """The largest change of a rating if this person had not voted, and who would lead if that is somebody else."""
+def _side(votes: Iterable[Vote]) -> tuple[float | None, float]:
+    """The share of side A among the preferences (None without any), and the p-value of its binomial test."""
+    from scipy.stats import binomtest
+
+    outcomes = Counter(vote.outcome for vote in votes)
+    first = outcomes["a"]
+    decided = first + outcomes["b"]
+    if not decided:
+        return None, 1.0
+    return first / decided, float(binomtest(first, decided).pvalue)
+
+
+def _odd(chances: Mapping[str, float | None], voters: int) -> tuple[str, ...]:
+    """Names of the tests whose p-value is significant, corrected for the number of voters."""
+    odd = []
+    for name, chance in chances.items():
+        if chance is not None and chance * voters < SIGNIFICANCE:
+            odd.append(name)
+    return tuple(odd)
+
+
+def _without(votes: Sequence[Vote], name: str, full: Ratings) -> tuple[float, str]:
+    """The largest change of a rating without a person's votes, and the new leader ("" for the same)."""
     rest = rate(vote for vote in votes if vote.voter != name)
-    changes = [abs(rating.rating - old.rating) for rating in rest.models if (old := full.of(rating.model))]
-    leads = rest.models[0].model if rest.models else ""
-    return max(changes, default=0.0), leads if leads != full.models[0].model else ""
+    shift = 0.0
+    for rating in rest.models:
+        before = full.of(rating.model)
+        if before:
+            shift = max(shift, abs(rating.rating - before.rating))
+    if not rest.models:
+        return shift, ""
+    leader = rest.models[0].model
+    return shift, "" if leader == full.models[0].model else leader
 
 
 def _busiest(times: Sequence[float]) -> int:
-    """The most votes within any hour."""
+    """The most votes within any hour; `times` are Unix times."""
     ordered = np.sort(np.array(times))
-    return int((np.searchsorted(ordered, ordered + 3600) - np.arange(len(ordered))).max(initial=0))
+    ends = np.searchsorted(ordered, ordered + HOUR)
+    counts = ends - np.arange(len(ordered))
+    return int(counts.max(initial=0))

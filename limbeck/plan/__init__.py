@@ -1,1 +1,1 @@
-"""What a run will take, on the chips one can get, before anything is bought or started. No torch in this room."""
+"""Forecasts of a run before anything is bought or started: time, memory, energy, cost. Imports no torch."""

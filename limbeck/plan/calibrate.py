@@ -17,7 +17,8 @@ from statistics import median
 from ..types import LimbeckError
 from .constants import Constants, constants, provenance
 from .published import Row, read
-from .step import foresee
+from .roofline import Roofline
+from .step import Foresight
 from .verify import percentile
 
 LEAST_MFU = 0.08  # below it a run was broken, not slow
@@ -70,17 +71,8 @@ def loss(numbers: Constants, chosen: dict[str, list[Row]], exact: bool = False) 
 def error(row: Row, numbers: Constants, exact: bool = True) -> float:
     """log(foreseen / measured)."""
     try:
-        step = foresee(
-            row.model,
-            row.cluster,
-            row.layout,
-            row.batch,
-            row.seq,
-            row.precision,
-            row.software,
-            numbers,
-            exact,
-        ).step()
+        roof = Roofline(row.cluster.chip, row.precision, row.software, numbers)
+        step = Foresight(row.model, row.cluster, row.layout, row.batch, row.seq, roof, exact).step()
     except LimbeckError:
         return 0.5
     return log(step.seconds / seconds(row))

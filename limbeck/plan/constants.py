@@ -1,4 +1,4 @@
-"""The planner's own numbers, each with where it comes from: physics, a specification, a fit, or a guess."""
+"""The planner's own numbers, each with its origin: physics, a specification, a fit, or a guess."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import yaml
 from .chips import LOADER
 
 FILE = Path(__file__).with_name("constants.yaml")
-KINDS = ("physics", "spec", "fitted", "guessed")
-MOST = 12  # fitted constants
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Values by name; constants.yaml says what each is. `Constants(**{...})` in a calibration."""
+    """The planner's constants by name; constants.yaml describes each."""
 
     gemm_ampere: float
     gemm_hopper: float
@@ -47,11 +45,15 @@ class Constants:
 
 @cache
 def provenance() -> dict[str, dict[str, Any]]:
-    """Name -> value, kind (one of KINDS), what it is, source."""
+    """Name -> value, kind (physics, spec, fitted or guessed), description, source."""
     return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 
 @cache
 def constants() -> Constants:
-    told = provenance()
-    return Constants(**{field.name: float(told[field.name]["value"]) for field in fields(Constants)})
+    """The constants of constants.yaml."""
+    entries = provenance()
+    values = {}
+    for field in fields(Constants):
+        values[field.name] = float(entries[field.name]["value"])
+    return Constants(**values)

@@ -1,7 +1,8 @@
-"""What a model costs: multiply-adds and bytes of every layer, from the same `ModelConfig` that training uses.
+"""The cost of a model: FLOPs and values of every layer, from the `ModelConfig` that training uses.
 
-A matrix product of `tokens` rows costs 2 x tokens x inputs x outputs FLOPs forward and twice that backward. FLOPs a token
-are told under several conventions, because published figures use several; they differ by up to a third for the same run.
+A matrix product of `tokens` rows costs 2 x tokens x inputs x outputs FLOPs forward and twice that backward.
+FLOPs a token are given under several conventions, because published figures use several; they differ by up to
+a third for the same run.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ from functools import cache, cached_property
 from ..model.config import ModelConfig
 from ..types import LimbeckError
 
-# name -> what it counts; all but "hardware" leave recomputation out
+# name -> definition; all but "hardware" leave recomputation out
 CONVENTIONS = {
     "6n": "6 x parameters met, embeddings not counted twice (Kaplan et al. 2020)",
     "6N": "6 x all parameters, embeddings included; of a mixture those that a token meets",
-    "causal": "6 x weights met without embeddings, and attention over half of the sequence (NVIDIA; DeepSeek's causal figure)",
+    "causal": "6 x weights met without embeddings, and attention over half of the sequence "
+    "(NVIDIA; DeepSeek's causal figure)",
     "non-causal": "the same with attention over the whole sequence (PaLM; DeepSeek's non-causal figure)",
-    "megatron": "72 B s L h^2 (1 + s/6h + V/12Lh) a step (arXiv 2104.04473, section 5.1, without recomputation)",
-    "hardware": "what chips compute: a second forward for every layer recomputed, attention over the whole sequence",
+    "megatron": "72 B s L h^2 (1 + s/6h + V/12Lh) a step "
+    "(arXiv 2104.04473, section 5.1, without recomputation)",
+    "hardware": "what chips compute: a second forward for every layer recomputed, "
+    "attention over the whole sequence",
 }
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """One matrix: `inputs` x `outputs`, met by `copies` of each token on average (8 of 256 experts: 8, and `experts`
-    256). `split` says what tensor parallelism divides: "out", "in" or nothing."""
+    """One matrix: `inputs` x `outputs`, multiplied with `copies` of each token on average.
+
+    Of 256 experts, 8 a token, `copies` is 8 and `experts` 256. `split` is the side that tensor parallelism
+    divides: "out", "in" or "none".
+    """
 
     name: str
     inputs: int
@@ -37,19 +44,21 @@ class Matmul:
 
     @property
     def weights(self) -> int:
+        """Weights of all experts."""
         return self.inputs * self.outputs * max(self.experts, 1)
 
     @property
     def met(self) -> float:
+        """Weights that a token is multiplied with."""
         return self.inputs * self.outputs * self.copies
 
 
 @dataclass(frozen=True)
 class Work:
-    """One layer: its matrices, its attention, and the values a token that its other operations read and write.
+    """One layer: its matrices, its attention, and the values a token of its other operations.
 
-    `wide` values are of the hidden size, and lie whole on each chip without sequence parallelism; `narrow` ones tensor
-    parallelism divides. `kept` values are those that the backward pass needs.
+    `wide` values are of the hidden size, and whole on each chip without sequence parallelism; `narrow` ones
+    are divided by tensor parallelism. `saved_wide` and `saved_narrow` values are inputs of the backward pass.
     """
 
     matmuls: tuple[Matmul, ...]
@@ -59,25 +68,27 @@ class Work:
     window: int
     wide: float
     narrow: float
-    kept_wide: float
-    kept_narrow: float
-    routed: float = 0.0  # experts a token goes to
+    saved_wide: float
+    saved_narrow: float
+    routed: float = 0.0  # experts a token
     experts: int = 0
-    groups: int = 1  # nodes a token may go to, where routing is node-limited; 1 without limit
+    groups: int = 1  # nodes of a token's experts, where routing is node-limited; 1 without limit
     hidden: int = 0
 
     @cached_property
     def weights(self) -> int:
-        return sum(m.weights for m in self.matmuls)
+        """Weights of the layer's matrices."""
+        return sum(matmul.weights for matmul in self.matmuls)
 
     @cached_property
     def expert_weights(self) -> int:
-        return sum(m.weights for m in self.matmuls if m.experts)
+        """Weights of its experts."""
+        return sum(matmul.weights for matmul in self.matmuls if matmul.experts)
 
     @cached_property
     def flops(self) -> float:
         """Forward FLOPs a token, attention aside."""
-        return 2 * sum(m.met for m in self.matmuls)
+        return 2 * sum(matmul.met for matmul in self.matmuls)
 
     def seen(self, seq: float, causal: bool = True) -> float:
         """Keys that a token sees on average in a sequence of `seq`."""
@@ -92,108 +103,167 @@ class Work:
 
 @cache
 def work(config: ModelConfig) -> tuple[Work, ...]:
-    """Every layer in order, those that predict further tokens last. The head is `head(config)`."""
-    return tuple(_layer(config, layer) for layer in range(config.layers + config.predicted))
+    """Every layer in order, MTP layers last. The head is `head(config)`."""
+    layers = range(config.layers + config.predicted)
+    return tuple(_layer(config, layer) for layer in layers)
 
 
 def head(config: ModelConfig) -> Matmul:
+    """The output matrix: hidden states to logits."""
     return Matmul("head", config.hidden_size, config.vocab_size)
 
 
 def weights(config: ModelConfig) -> int:
-    """All weights, those that look ahead included."""
+    """All weights, those of MTP layers included."""
     return config.parameters + config.parameters_ahead
 
 
 def flops_per_token(
     config: ModelConfig, seq: float, convention: str = "causal", recompute: float = 0.0
 ) -> float:
-    """Training FLOPs a token by one of CONVENTIONS; `recompute` is the share of a forward pass done twice."""
+    """Training FLOPs a token by one of CONVENTIONS; `recompute` is the share of a forward pass done twice.
+
+    Raises LimbeckError for an unknown convention.
+    """
     if convention not in CONVENTIONS:
         raise LimbeckError(f"no FLOPs convention {convention!r}; known are {', '.join(CONVENTIONS)}")
-    layers = work(config)[: config.layers]
-    met = sum(layer.flops for layer in layers) + 2 * head(config).met
-    if convention == "6n":
-        return 3 * met
-    if convention == "6N":
-        return 3 * met + 6 * config.vocab_size * config.hidden_size * (not config.tied)
     if convention == "megatron":
-        size, depth = config.hidden_size, config.layers
-        return 72 * depth * size**2 * (1 + seq / (6 * size) + config.vocab_size / (12 * depth * size))
+        return _megatron_flops(config, seq)
+    layers = work(config)[: config.layers]
+    forward = sum(layer.flops for layer in layers) + 2 * head(config).met
+    if convention == "6n":
+        return 3 * forward
+    if convention == "6N":
+        embedding = 0 if config.tied else config.vocab_size * config.hidden_size
+        return 3 * forward + 6 * embedding
     causal = convention == "causal"
-    seen = sum(layer.attention_flops(seq, causal) for layer in layers)
-    return (3 + recompute * (convention == "hardware")) * (met + seen)
+    attention = sum(layer.attention_flops(seq, causal) for layer in layers)
+    passes = 3 + recompute if convention == "hardware" else 3
+    return passes * (forward + attention)
+
+
+def _megatron_flops(config: ModelConfig, seq: float) -> float:
+    """FLOPs a token by Megatron's formula (arXiv 2104.04473, section 5.1)."""
+    size = config.hidden_size
+    depth = config.layers
+    attention = seq / (6 * size)
+    logits = config.vocab_size / (12 * depth * size)
+    return 72 * depth * size**2 * (1 + attention + logits)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Attention: its matrices, sizes of a key and of a value, and values saved for the backward pass."""
+
+    matmuls: tuple[Matmul, ...]
+    key: int
+    value: int
+    saved: float
+
+
+@dataclass(frozen=True)
+class _FeedForward:
+    """A feed-forward network: its matrices, values a token, and values saved for the backward pass."""
+
+    matmuls: tuple[Matmul, ...]
+    values: float
+    saved: float
+    routed: float = 0.0
+    experts: int = 0
+    groups: int = 1
 
 
 def _layer(config: ModelConfig, layer: int) -> Work:
-    mixed = config.sparse(layer)
-    attention, key, value, kept = _attention(config, layer)
-    ffn, middle, kept_ffn = _mixture(config) if mixed else _dense(config)
-    hidden, experts = config.hidden_size, config.experts
-    extra = (Matmul("join", 2 * hidden, hidden, "none"),) if layer >= config.layers else ()
-    width = sum(m.outputs for m in attention if m.name in ("qkv", "q_up", "kv_up")) + config.heads * value
+    """The work of one layer; MTP layers follow the model's own."""
+    ahead = layer >= config.layers
+    hidden = config.hidden_size
+    attention = _attention(config, layer)
+    network = _mixture(config) if config.sparse(layer) else _dense(config)
+    join = (Matmul("join", 2 * hidden, hidden, "none"),) if ahead else ()
+    projected = sum(m.outputs for m in attention.matmuls if m.name in ("qkv", "q_up", "kv_up"))
+    width = projected + config.heads * attention.value
     return Work(
-        matmuls=(*extra, *attention, *ffn),
+        matmuls=(*join, *attention.matmuls, *network.matmuls),
         heads=config.heads,
-        key=key,
-        value=value,
-        window=config.window(layer) if layer < config.layers else 0,
+        key=attention.key,
+        value=attention.value,
+        window=0 if ahead else config.window(layer),
         wide=10.0 * hidden,  # two norms and two residual sums, read and written
-        narrow=2.0 * width + middle,
-        kept_wide=4.0 * hidden,  # inputs of two norms and of two matrices
-        kept_narrow=kept + kept_ffn,
-        routed=experts.top_k if mixed else 0.0,
-        experts=experts.count if mixed else 0,
-        groups=experts.top_groups if mixed and experts.groups > 1 else 1,
+        narrow=2.0 * width + network.values,
+        saved_wide=4.0 * hidden,  # inputs of two norms and of two matrices
+        saved_narrow=attention.saved + network.saved,
+        routed=network.routed,
+        experts=network.experts,
+        groups=network.groups,
         hidden=hidden,
     )
 
 
-def _attention(config: ModelConfig, layer: int) -> tuple[tuple[Matmul, ...], int, int, float]:
-    """Matrices, sizes of a key and of a value, values kept a token."""
-    hidden, heads = config.hidden_size, config.heads
-    if latent := config.latent:
-        key, value = latent.nope_dim + latent.rope_dim, latent.value_dim
-        low = latent.q_rank
-        asks = (
-            (Matmul("q_down", hidden, low, "none"), Matmul("q_up", low, heads * key))
-            if low
-            else (Matmul("q_up", hidden, heads * key),)
-        )
-        down = Matmul("kv_down", hidden, latent.kv_rank + latent.rope_dim, "none")
-        up = Matmul("kv_up", latent.kv_rank, heads * (latent.nope_dim + value))
-        kept = low + latent.kv_rank + heads * (2 * key + 2 * value)
-        return (*asks, down, up, Matmul("out", heads * value, hidden, "in")), key, value, kept
-    queries, keys = heads * config.head_dim, config.kv_heads * config.head_dim * config.keeps(layer)
-    kept = 2 * queries + 2 * config.kv_heads * config.head_dim
-    return (
-        (Matmul("qkv", hidden, queries + 2 * keys), Matmul("out", queries, hidden, "in")),
-        config.head_dim,
-        config.head_dim,
-        kept,
+def _attention(config: ModelConfig, layer: int) -> _Attention:
+    """Attention with key-value heads; MLA where the model has it."""
+    if config.latent:
+        return _latent_attention(config)
+    size = config.head_dim
+    queries = config.heads * size
+    keys = config.kv_heads * size * config.keeps(layer)  # 0 for a layer that uses another one's keys
+    qkv = Matmul("qkv", config.hidden_size, queries + 2 * keys)
+    out = Matmul("out", queries, config.hidden_size, "in")
+    saved = 2 * queries + 2 * config.kv_heads * size
+    return _Attention((qkv, out), size, size, saved)
+
+
+def _latent_attention(config: ModelConfig) -> _Attention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+    hidden = config.hidden_size
+    heads = config.heads
+    latent = config.latent
+    key = latent.nope_dim + latent.rope_dim
+    value = latent.value_dim
+    rank = latent.q_rank
+    if rank:
+        queries = [Matmul("q_down", hidden, rank, "none"), Matmul("q_up", rank, heads * key)]
+    else:
+        queries = [Matmul("q_up", hidden, heads * key)]
+    matmuls = (
+        *queries,
+        Matmul("kv_down", hidden, latent.kv_rank + latent.rope_dim, "none"),
+        Matmul("kv_up", latent.kv_rank, heads * (latent.nope_dim + value)),
+        Matmul("out", heads * value, hidden, "in"),
     )
+    saved = rank + latent.kv_rank + heads * (2 * key + 2 * value)
+    return _Attention(matmuls, key, value, saved)
 
 
-def _dense(config: ModelConfig) -> tuple[tuple[Matmul, ...], float, float]:
-    hidden, middle = config.hidden_size, config.intermediate_size
+def _dense(config: ModelConfig) -> _FeedForward:
+    """A dense feed-forward network, gated or not."""
+    hidden = config.hidden_size
+    middle = config.intermediate_size
     up = (1 + config.gated) * middle
-    return (Matmul("up", hidden, up), Matmul("down", middle, hidden, "in")), up + middle, up + middle
+    matmuls = (Matmul("up", hidden, up), Matmul("down", middle, hidden, "in"))
+    return _FeedForward(matmuls, up + middle, up + middle)
 
 
-def _mixture(config: ModelConfig) -> tuple[tuple[Matmul, ...], float, float]:
-    hidden, experts = config.hidden_size, config.experts
-    size, met = experts.intermediate_size, experts.top_k
+def _mixture(config: ModelConfig) -> _FeedForward:
+    """A mixture of experts with its router and shared experts."""
+    hidden = config.hidden_size
+    experts = config.experts
+    size = experts.intermediate_size
+    shared = experts.shared_size
+    copies = experts.top_k
     matmuls = [
         Matmul("router", hidden, experts.count, "none"),
-        Matmul("experts_up", hidden, 2 * size, "out", met, experts.count),
-        Matmul("experts_down", size, hidden, "in", met, experts.count),
+        Matmul("experts_up", hidden, 2 * size, "out", copies, experts.count),
+        Matmul("experts_down", size, hidden, "in", copies, experts.count),
     ]
-    if experts.shared_size:
-        matmuls += [
-            Matmul("shared_up", hidden, 2 * experts.shared_size),
-            Matmul("shared_down", experts.shared_size, hidden, "in"),
-        ]
-    values = (
-        3.0 * (size * met + experts.shared_size) + 4.0 * met * hidden
-    )  # and tokens put in order, and back
-    return tuple(matmuls), values, 3.0 * (size * met + experts.shared_size) + met * hidden
+    if shared:
+        matmuls.append(Matmul("shared_up", hidden, 2 * shared))
+        matmuls.append(Matmul("shared_down", shared, hidden, "in"))
+    inner = 3.0 * (size * copies + shared)
+    return _FeedForward(
+        tuple(matmuls),
+        values=inner + 4.0 * copies * hidden,  # tokens are permuted to their experts, and back
+        saved=inner + copies * hidden,
+        routed=copies,
+        experts=experts.count,
+        groups=experts.top_groups if experts.groups > 1 else 1,
+    )

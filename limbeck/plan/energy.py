@@ -1,7 +1,7 @@
-"""Energy of chip-hours: measured power, not the label's, and the building's share (PUE).
+"""Energy of chip-hours: by measured power, not the label's, and with the building's share (PUE).
 
-Much that is published is no measurement: chip-hours times the label's power, and money that is hours times a rate.
-`circular` finds such figures, which test nothing.
+Many published figures are no measurements: energy that is chip-hours times the label's power, and money that
+is hours times a rate. `circular` finds such figures, which test nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measured:
-    """Power drawn at work for each chip, its share of the host included: `Measured("V100", 330, 300, "...")`, in watts."""
+    """The measured power of a chip at work: `Measured("V100", 330, 300, "...")`.
+
+    `watts` is measured and includes the chip's share of the host; `label` is the label's.
+    """
 
     chip: str
     watts: float
@@ -20,10 +23,12 @@ class Measured:
 
     @property
     def fraction(self) -> float:
+        """Measured power over the label's."""
         return self.watts / self.label
 
 
-# Of the whole server at work, a chip. The TPU's label counts two cores; a DGX's 4,200 W and Fire-Flyer's 2,500 W are of 8 chips.
+# Of the whole server at work, a chip. The TPU's label counts two cores; a DGX's 4,200 W and Fire-Flyer's
+# 2,500 W are of 8 chips.
 POWER = (
     Measured("V100", 330, 300, "GPT-3: 2104.10350, Table 4"),
     Measured("TPUv3", 310, 450, "T5-11B: 2104.10350, Table 4"),
@@ -34,12 +39,14 @@ POWER = (
     Measured("A100", 4200 / 8, 400, "DGX-A100: 2408.14158, Table II"),
 )
 
-# Of the label, for a chip without a line above: as little as the best TPU and as much as a DGX; between them GPT-3's, the one
-# GPU cluster whose meter was read.
+# Of the label's power, for a chip without a measurement: the best TPU's share, GPT-3's (the one GPU cluster
+# with a meter), and a DGX's.
 UNMEASURED = (0.69, 1.1, 1.31)
 
 # Power usage effectiveness: metered 1.08 to 1.2 (OLMo-2's centres: 1.1, 1.12, 1.2; GPT-3's 1.10).
 PUE = (1.08, 1.12, 1.2)
+CIRCULAR_PUES = (1.0, 1.1, 1.2)  # values that publications multiply with
+CIRCULAR_TOLERANCE = 0.005  # of an energy: as near to a product it is circular
 
 
 @dataclass(frozen=True)
@@ -54,24 +61,40 @@ class Energy:
 
 
 def spend(chip: str, label_watts: float, chip_hours: float, pue: float | None = None) -> Energy:
-    """Energy of so many hours of one chip with its share of the host, in kWh.
+    """Energy of the hours of one chip with its share of the host.
 
-    A chip that was measured takes what it took then, give or take a tenth; another one `UNMEASURED` of its label.
+    A measured chip takes its measured power, give or take a tenth; another one `UNMEASURED` of its label.
     """
-    found = sorted(m.fraction for m in POWER if m.chip == chip)
-    least, middle, most = (0.9 * found[0], found[len(found) // 2], 1.1 * found[-1]) if found else UNMEASURED
+    least, middle, most = _fractions(chip)
     low, mean, high = (pue, pue, pue) if pue else PUE
     kwh = label_watts * chip_hours / 1e3
-    return Energy(kwh * middle * mean, kwh * least * low, kwh * most * high, label_watts * middle, mean)
+    return Energy(
+        kwh=kwh * middle * mean,
+        low=kwh * least * low,
+        high=kwh * most * high,
+        watts=label_watts * middle,
+        pue=mean,
+    )
+
+
+def _fractions(chip: str) -> tuple[float, float, float]:
+    """The least, middle and greatest share of the label's power that a chip draws."""
+    fractions = sorted(measured.fraction for measured in POWER if measured.chip == chip)
+    if not fractions:
+        return UNMEASURED
+    middle = fractions[len(fractions) // 2]
+    return 0.9 * fractions[0], middle, 1.1 * fractions[-1]
 
 
 def circular(published_kwh: float, chip_hours: float, label_watts: float, pue: float | None = None) -> str:
-    """A sentence where a published energy is hours times the label's power (times a PUE), and so no measurement; else ''."""
-    tried = {f"PUE {p:g}": p for p in ([pue] if pue else [1.0, 1.1, 1.2])}
-    for name, factor in tried.items():
-        if abs(published_kwh / (label_watts * chip_hours / 1e3 * factor) - 1) < 0.005:
+    """A sentence if a published energy is chip-hours times the label's power (and a PUE); else ""."""
+    label_kwh = label_watts * chip_hours / 1e3
+    for factor in [pue] if pue else CIRCULAR_PUES:
+        ratio = published_kwh / (label_kwh * factor)
+        if abs(ratio - 1) < CIRCULAR_TOLERANCE:
+            label = f"{label_watts:g} W (PUE {factor:g})"
             return (
-                f"this energy is {chip_hours:,.0f} chip-hours at the label's {label_watts:g} W ({name}): "
+                f"this energy is {chip_hours:,.0f} chip-hours at the label's {label}: "
                 "arithmetic, not a measurement, and no test of a forecast"
             )
     return ""

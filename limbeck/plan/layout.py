@@ -1,7 +1,8 @@
-"""How a run is laid out over chips: data (ZeRO), tensor, pipeline, expert and context parallelism, and micro-batches."""
+"""Layouts of a run over chips: data (ZeRO), tensor, pipeline, expert and context parallelism."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..model.config import ModelConfig
@@ -16,9 +17,10 @@ RECOMPUTE = ("none", "selective", "half", "full", "v3")
 class Layout:
     """V3's is `Layout(dp=128, pp=16, ep=64, schedule="dualpipe", zero=1, recompute="v3")` on 2,048 chips.
 
-    `ep` chips of the data-parallel ones share the experts. `micro` is sequences a micro-batch; `chunks` model chunks a
-    chip of the interleaved schedule; `zero` 0 to 3; `sp` splits what tensor parallelism leaves whole; `overlap` says
-    that expert traffic hides behind the other direction's work (DualPipe always does).
+    `ep` of the data-parallel chips share the experts. `micro` is sequences a micro-batch; `chunks` is stages
+    a chip of the interleaved schedule; `zero` is 0 to 3; `sp` (sequence parallelism) splits the activations
+    that tensor parallelism leaves whole; `overlap` hides expert traffic behind the other direction's
+    computing (DualPipe always does).
     """
 
     dp: int = 1
@@ -37,11 +39,33 @@ class Layout:
 
     @property
     def chips(self) -> int:
+        """Chips that the layout uses."""
         return self.dp * self.tp * self.pp * self.cp
 
     @property
     def experts_split(self) -> int:
+        """Tensor parallelism of the experts."""
         return self.expert_tp or self.tp
+
+    @property
+    def copies(self) -> int:
+        """Chips that hold the same dense weights, and can shard them."""
+        return self.dp * self.cp
+
+    @property
+    def expert_shards(self) -> int:
+        """Parts that the experts of a layer are split into."""
+        return self.ep * self.experts_split
+
+    @property
+    def expert_copies(self) -> int:
+        """Chips that hold the same experts, and can shard them."""
+        return max(1, self.copies * self.tp // self.expert_shards)
+
+    @property
+    def dual(self) -> bool:
+        """True for schedules that overlap a forward with a backward pass."""
+        return self.schedule.startswith("dualpipe")
 
     @property
     def stages(self) -> int:
@@ -49,66 +73,80 @@ class Layout:
         return self.pp * (2 if self.schedule == "dualpipev" else self.chunks)
 
     def owned(self, chip: int) -> list[int]:
-        """Stages whose weights a chip of the pipeline holds; DualPipe's hold two stages, one of each direction."""
-        if self.schedule in ("dualpipe", "dualpipev"):
+        """Stages whose weights a chip of the pipeline holds; with DualPipe two, one of each direction."""
+        if self.dual:
             return [chip, self.stages - 1 - chip]
         return list(range(chip, self.stages, self.pp))
 
     def micro_batches(self, sequences: int) -> int:
-        """Micro-batches a pipeline takes in a step of so many sequences."""
+        """Micro-batches of one pipeline in a step of `sequences`."""
         return max(1, sequences // (self.dp * self.micro))
 
     def tell(self) -> str:
-        parts = [
-            f"DP{self.dp}",
-            *(f"{n.upper()}{getattr(self, n)}" for n in ("tp", "pp", "ep", "cp") if getattr(self, n) > 1),
-        ]
-        schedule = f", {self.schedule}{f' x{self.chunks}' if self.chunks > 1 else ''}" if self.pp > 1 else ""
-        return f"{' '.join(parts)}, ZeRO-{self.zero}, micro-batch {self.micro}, recompute {self.recompute}{schedule}"
+        """The layout in one line."""
+        parts = [f"DP{self.dp}"]
+        for name in ("tp", "pp", "ep", "cp"):
+            size = getattr(self, name)
+            if size > 1:
+                parts.append(f"{name.upper()}{size}")
+        text = f"{' '.join(parts)}, ZeRO-{self.zero}, micro-batch {self.micro}, recompute {self.recompute}"
+        if self.pp > 1:
+            text += f", {self.schedule}"
+            if self.chunks > 1:
+                text += f" x{self.chunks}"
+        return text
 
     def change(self, **keys: object) -> Layout:
+        """The layout with other values."""
         return replace(self, **keys)
 
 
 def check(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int) -> None:
-    """Refuse what cannot be laid out, in one sentence that says what is wrong."""
-    for wrong, sentence in _faults(layout, config, cluster, sequences):
-        if wrong:
-            raise LimbeckError(f"layout {layout.tell()}: {sentence}")
+    """Raise LimbeckError, with the reason, for an impossible layout."""
+    for reason in _faults(layout, config, cluster, sequences):
+        raise LimbeckError(f"layout {layout.tell()}: {reason}")
 
 
 def possible(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int) -> bool:
-    return not any(wrong for wrong, _ in _faults(layout, config, cluster, sequences))
+    """True if a model can be trained with a layout on a cluster, memory aside."""
+    return not any(_faults(layout, config, cluster, sequences))
 
 
-def _faults(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int):
-    sizes = {key: getattr(layout, key) for key in ("dp", "tp", "pp", "ep", "cp", "micro", "chunks")}
-    low = next((key for key, value in sizes.items() if value < 1), "")
-    yield bool(low), f"{low} is less than 1"
-    yield (
-        layout.schedule not in SCHEDULES,
-        f"schedule {layout.schedule} is not known; known are {', '.join(SCHEDULES)}",
-    )
-    yield (
-        layout.recompute not in RECOMPUTE,
-        f"recompute {layout.recompute} is not known; known are {', '.join(RECOMPUTE)}",
-    )
-    yield layout.zero not in (0, 1, 2, 3), f"ZeRO stage {layout.zero} is none of 0 to 3"
-    yield layout.chips > cluster.count, f"needs {layout.chips} chips, and {cluster.name} has {cluster.count}"
-    yield (
-        layout.pp > config.layers + config.predicted,
-        f"{layout.pp} stages are more than the {config.layers} layers",
-    )
-    yield config.heads % layout.tp > 0, f"{config.heads} heads do not divide by TP {layout.tp}"
+def _faults(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int) -> Iterator[str]:
+    """The reasons why a layout is impossible."""
+    yield from _invalid_values(layout)
+    if layout.chips > cluster.count:
+        yield f"needs {layout.chips} chips, and {cluster.name} has {cluster.count}"
+    yield from _indivisible(layout, config)
+    if layout.dp * layout.micro > sequences:
+        yield (f"{sequences} sequences a step are fewer than DP {layout.dp} x micro-batch {layout.micro}")
+    if layout.dual and layout.pp % 2 > 0:
+        yield f"DualPipe needs an even number of stages, not {layout.pp}"
+
+
+def _invalid_values(layout: Layout) -> Iterator[str]:
+    """Faults of single values."""
+    for name in ("dp", "tp", "pp", "ep", "cp", "micro", "chunks"):
+        if getattr(layout, name) < 1:
+            yield f"{name} is less than 1"
+            return
+    if layout.schedule not in SCHEDULES:
+        yield f"schedule {layout.schedule} is not known; known are {', '.join(SCHEDULES)}"
+    if layout.recompute not in RECOMPUTE:
+        yield f"recompute {layout.recompute} is not known; known are {', '.join(RECOMPUTE)}"
+    if layout.zero not in (0, 1, 2, 3):
+        yield f"ZeRO stage {layout.zero} is none of 0 to 3"
+
+
+def _indivisible(layout: Layout, config: ModelConfig) -> Iterator[str]:
+    """Faults of a model that does not divide over the chips."""
+    if layout.pp > config.layers + config.predicted:
+        yield f"{layout.pp} stages are more than the {config.layers} layers"
+    if config.heads % layout.tp > 0:
+        yield f"{config.heads} heads do not divide by TP {layout.tp}"
     experts = config.experts.count if config.experts else 1
-    yield layout.ep > 1 and (experts % layout.ep > 0), f"{experts} experts do not divide by EP {layout.ep}"
-    room = layout.dp * layout.cp * layout.tp // layout.experts_split
-    yield room % layout.ep > 0, f"EP {layout.ep} does not divide the {room} chips that hold copies"
-    yield (
-        layout.dp * layout.micro > sequences,
-        f"{sequences} sequences a step are fewer than DP {layout.dp} x micro-batch {layout.micro}",
-    )
-    yield (
-        layout.schedule.startswith("dualpipe") and layout.pp % 2 > 0,
-        f"DualPipe needs an even number of stages, not {layout.pp}",
-    )
+    if layout.ep > 1 and experts % layout.ep > 0:
+        yield f"{experts} experts do not divide by EP {layout.ep}"
+    room = layout.copies * layout.tp // layout.experts_split
+    if room % layout.ep > 0:
+        yield f"EP {layout.ep} does not divide the {room} chips that hold copies"

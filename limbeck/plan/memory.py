@@ -1,13 +1,17 @@
-"""What a step holds in a chip's memory: weights, gradients, optimiser, activations, buffers, and what is lost between.
+"""Memory of a training step on one chip: weights, gradients, optimiser, activations, logits, waste.
 
-weights     2 bytes each (ZeRO-3: a share, and one layer whole), gradients 2 or 4, master copy and moments 12
-activations what the backward pass needs, for each micro-batch in flight: stages ahead of the first in 1F1B
-logits      float32, twice; buffers of exchanges; `waste` for what the allocator cannot use
+weights      2 bytes each (ZeRO-3: a share, and one layer whole)
+gradients    2 or 4 bytes a weight; the optimiser's master copy and moments 12
+activations  inputs of the backward pass, for each micro-batch in flight
+logits       float32, twice
+waste        fragments that the allocator cannot use
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..model.config import ModelConfig
 from . import cost
@@ -19,11 +23,14 @@ from .stage_cost import spread
 
 MASTER = 12  # bytes a weight of AdamW in mixed precision: float32 copy and two moments
 CONTEXT = 1.2e9  # bytes of a CUDA context, NCCL's channels and libraries' workspaces
+UNBOUNDED = 10**6  # micro-batches a step, where the batch is not given
+LOGIT_BYTES = 8  # a logit: float32, twice
+EAGER_LOGIT_BYTES = 10  # a logit of eager code: 16 bits in addition
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest chip. `fits` says whether `total` lies below what the chip has."""
+    """Bytes on the fullest chip."""
 
     weights: float
     gradients: float
@@ -35,24 +42,25 @@ class Memory:
 
     @property
     def reserved(self) -> float:
-        """What the allocator holds: all but the context."""
+        """Bytes of the allocator: all but the context."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.waste
 
     @property
     def total(self) -> float:
+        """Bytes with the context."""
         return self.reserved + CONTEXT
 
     @property
     def fits(self) -> bool:
+        """True if the total is within the chip's memory."""
         return self.total <= self.capacity
 
     def tell(self) -> str:
-        gigabytes = {
-            name: getattr(self, name) / 1e9
-            for name in ("weights", "gradients", "optimizer", "activations", "logits", "waste")
-        }
-        parts = ", ".join(f"{name} {value:.1f}" for name, value in gigabytes.items())
-        return f"{self.total / 1e9:.1f} of {self.capacity / 1e9:.0f} GB ({parts})"
+        """The total and its parts in one line."""
+        parts = []
+        for name in ("weights", "gradients", "optimizer", "activations", "logits", "waste"):
+            parts.append(f"{name} {getattr(self, name) / 1e9:.1f}")
+        return f"{self.total / 1e9:.1f} of {self.capacity / 1e9:.0f} GB ({', '.join(parts)})"
 
 
 def fit(
@@ -65,103 +73,173 @@ def fit(
     batch: int = 0,
     numbers: Constants | None = None,
 ) -> Memory:
-    """Memory of the fullest chip of a layout. `batch` sequences a step bound the micro-batches in flight; 0 is many."""
+    """Memory of the fullest chip.
+
+    `batch` sequences a step bound the micro-batches in flight; 0 means many.
+    """
     numbers = numbers or constants()
-    micro = layout.micro_batches(batch) if batch else 10**6
-    ends = {
-        0,
-        min(1, layout.pp - 1),
-        layout.pp // 2,
-        layout.pp - 1,
-    }  # the fullest: most in flight, or a table of words
-    chips = (_chip(config, layout, seq, software, micro, rank) for rank in ends)
+    micro = layout.micro_batches(batch) if batch else UNBOUNDED
+    last = layout.pp - 1
+    # the fullest has most micro-batches in flight, or an embedding
+    ranks = {0, min(1, last), layout.pp // 2, last}
+    chips = [_Chip(config, layout, seq, software, micro, rank).parts() for rank in ranks]
     weights, gradients, optimizer, activations, logits = max(chips, key=sum)
     waste = numbers.waste * (activations + logits)
     return Memory(weights, gradients, optimizer, activations, logits, waste, cluster.chip.memory)
 
 
-def _chip(
-    config: ModelConfig, at: Layout, seq: int, software: Software, micro: int, rank: int
-) -> tuple[float, ...]:
-    works, count = cost.work(config), at.stages
-    placed = spread(config, count, software.balanced)
-    stages = at.owned(rank)
-    layers: dict[cost.Work, int] = {}
-    for stage in stages:
-        for layer in placed[stage]:
-            layers[works[layer]] = layers.get(works[layer], 0) + 1
-    table = config.vocab_size * config.hidden_size / at.tp
-    ends = (0 in stages) + (count - 1 in stages) * (not config.tied or count > 1)
-    dense = sum(n * (w.weights - w.expert_weights) for w, n in layers.items()) / at.tp + ends * table
-    experts = sum(n * w.expert_weights for w, n in layers.items()) / (at.ep * at.experts_split)
-    copies = at.dp * at.cp
-    expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
-    held, shared = dense + experts, dense / copies + experts / expert_copies
-    largest = max(
-        (
-            (w.weights - w.expert_weights) / at.tp + w.expert_weights / (at.ep * at.experts_split)
-            for w in layers
-        ),
-        default=0.0,
-    )
-    sharded = (
-        at.zero == 3 and at.pp == 1
-    )  # in a pipeline weights stay gathered from one micro-batch to the next
-    tables = (
-        ends * table if sharded else 0.0
-    )  # what begins and ends a model stays gathered, and its gradients whole, to the end
-    weights = 2 * (shared + 2 * largest + tables if sharded else held)
-    again = (
-        0 if software.fused or software.gradient_bytes == 2 else 2
-    )  # of eager code: in 16 bits, then added up in 32
-    gradients = (software.gradient_bytes + again) * (shared if at.zero == 2 or sharded else held) + tables
-    optimizer = MASTER * (shared if at.zero else held)
-    rows = at.micro * seq / at.cp
-    flight = _flight(at, micro, rank)
-    kept = rows * sum(n * _kept(w, at, at.recompute, software, seq) for w, n in layers.items())
-    twice = (
-        rows * max((_kept(w, at, "none", software, seq) for w in layers), default=0.0)
-        if at.recompute == "full"
-        else 0.0
-    )
-    if at.tp > 1 and at.recompute == "full" and not software.gathers_twice and not software.hides_tensor:
-        twice += rows * 4 * config.hidden_size  # what is gathered, and what is yet to be scattered, as wholes
-    activations = flight * kept + twice
-    logits = (count - 1 in stages) * rows * config.vocab_size / at.tp * (8 if software.fused else 10)
-    return weights, gradients, optimizer, activations, logits
+@dataclass(frozen=True)
+class _Chip:
+    """One chip of a pipeline, of rank `rank`, with at most `micro` micro-batches in flight."""
 
+    config: ModelConfig
+    layout: Layout
+    seq: int
+    software: Software
+    micro: int
+    rank: int
 
-def _flight(at: Layout, micro: int, rank: int) -> float:
-    """Micro-batches whose activations a chip holds at once, in shares of all its layers."""
-    if at.pp == 1:
-        return 1.0
-    if at.schedule == "gpipe":
-        return micro
-    if at.schedule == "interleaved":
-        return min(micro, (2 * (at.pp - rank - 1) + (at.chunks - 1) * at.pp + 1) / at.chunks)
-    if at.schedule == "zb1p":
-        return min(micro, at.pp)
-    if at.schedule.startswith("dualpipe"):
-        return min(micro, at.pp + 1) / (2 if at.schedule == "dualpipe" else 1)
-    return min(micro, at.pp - rank)
+    def parts(self) -> tuple[float, ...]:
+        """Bytes of weights, gradients, optimiser, activations and logits."""
+        at = self.layout
+        if self.sharded:
+            # embeddings stay gathered, and their gradients whole
+            weights = 2 * (self.shard + 2 * self.largest_layer + self.embeddings)
+            gradients = self.gradient_bytes * self.shard + self.embeddings
+        else:
+            weights = 2 * self.whole
+            gradients = self.gradient_bytes * (self.shard if at.zero == 2 else self.whole)
+        optimizer = MASTER * (self.shard if at.zero else self.whole)
+        return weights, gradients, optimizer, self.activations(), self.logits()
 
+    @cached_property
+    def layers(self) -> Counter[cost.Work]:
+        """The chip's layers, equal ones counted."""
+        works = cost.work(self.config)
+        placed = spread(self.config, self.layout.stages, self.software.balanced)
+        layers: Counter[cost.Work] = Counter()
+        for stage in self.layout.owned(self.rank):
+            layers.update(works[layer] for layer in placed[stage])
+        return layers
 
-def _kept(work: cost.Work, at: Layout, recompute: str, software: Software, seq: int) -> float:
-    """Bytes a token that one layer keeps for its backward pass (arXiv 2205.05198, section 4, with what fused code saves)."""
-    whole = work.hidden / (at.tp if at.sp else 1)
-    if recompute == "full":
-        return 2 * whole
-    wide = work.kept_wide / (at.tp if at.sp else 1)
-    if at.sp and not software.gathers_twice:
-        wide = 2 * whole + 2 * work.hidden
-    narrow = work.kept_narrow / at.tp
-    scores = 0.0
-    if software.attention == "unfused":
-        narrow += work.hidden / at.tp
-        wide += whole  # byte masks of two dropouts
-        scores = 0.0 if recompute == "selective" else 5 * work.heads * seq / at.tp
-    if recompute == "half":
-        return 2 * constants().half * (wide + narrow)
-    if recompute == "v3":
-        return 2 * (0.5 * wide + 0.4 * narrow)
-    return 2 * (wide + narrow) + scores
+    @cached_property
+    def last(self) -> bool:
+        """True if the chip holds the last stage."""
+        return self.layout.stages - 1 in self.layout.owned(self.rank)
+
+    @cached_property
+    def embeddings(self) -> float:
+        """Weights of the embedding and of the head, as far as they lie on this chip."""
+        table = self.config.vocab_size * self.config.hidden_size / self.layout.tp
+        own_head = not self.config.tied or self.layout.stages > 1
+        count = 0 in self.layout.owned(self.rank)
+        count += self.last and own_head
+        return count * table
+
+    @cached_property
+    def dense(self) -> float:
+        """Weights on this chip without the experts'."""
+        weights = sum(n * (work.weights - work.expert_weights) for work, n in self.layers.items())
+        return weights / self.layout.tp + self.embeddings
+
+    @cached_property
+    def experts(self) -> float:
+        """Weights of the experts on this chip."""
+        weights = sum(n * work.expert_weights for work, n in self.layers.items())
+        return weights / self.layout.expert_shards
+
+    @property
+    def whole(self) -> float:
+        """All weights on this chip."""
+        return self.dense + self.experts
+
+    @property
+    def shard(self) -> float:
+        """This chip's share of weights that are sharded over the data-parallel chips."""
+        return self.dense / self.layout.copies + self.experts / self.layout.expert_copies
+
+    @property
+    def largest_layer(self) -> float:
+        """Weights of the largest layer, whole but for tensor and expert parallelism."""
+        at = self.layout
+        largest = 0.0
+        for work in self.layers:
+            dense = (work.weights - work.expert_weights) / at.tp
+            experts = work.expert_weights / at.expert_shards
+            largest = max(largest, dense + experts)
+        return largest
+
+    @property
+    def sharded(self) -> bool:
+        """True under ZeRO-3; in a pipeline weights stay gathered from one micro-batch to the next."""
+        return self.layout.zero == 3 and self.layout.pp == 1
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes a weight; eager code has 16-bit gradients beside the sums in 32 bits."""
+        software = self.software
+        if software.fused or software.gradient_bytes == 2:
+            return software.gradient_bytes
+        return software.gradient_bytes + 2
+
+    @property
+    def rows(self) -> float:
+        """Tokens of a micro-batch on this chip."""
+        return self.layout.micro * self.seq / self.layout.cp
+
+    def activations(self) -> float:
+        """Bytes saved for the backward pass by all micro-batches in flight, and by a layer recomputed."""
+        at = self.layout
+        saved = sum(n * self._saved(work, at.recompute) for work, n in self.layers.items())
+        again = 0.0
+        if at.recompute == "full":
+            again = self.rows * max((self._saved(work, "none") for work in self.layers), default=0.0)
+            if at.tp > 1 and not self.software.gathers_twice and not self.software.hides_tensor:
+                again += self.rows * 4 * self.config.hidden_size  # gathered inputs, and unscattered outputs
+        return self.in_flight() * (self.rows * saved) + again
+
+    def logits(self) -> float:
+        """Bytes of the logits on the last stage."""
+        if not self.last:
+            return 0.0
+        width = LOGIT_BYTES if self.software.fused else EAGER_LOGIT_BYTES
+        return self.rows * self.config.vocab_size / self.layout.tp * width
+
+    def in_flight(self) -> float:
+        """Micro-batches whose activations the chip holds at once, each of all its layers."""
+        at = self.layout
+        behind = at.pp - self.rank  # stages from this one to the last
+        if at.pp == 1:
+            return 1.0
+        if at.schedule == "gpipe":
+            return self.micro
+        if at.schedule == "interleaved":
+            pieces = 2 * (behind - 1) + (at.chunks - 1) * at.pp + 1
+            return min(self.micro, pieces / at.chunks)
+        if at.schedule == "zb1p":
+            return min(self.micro, at.pp)
+        if at.dual:
+            return min(self.micro, at.pp + 1) / (2 if at.schedule == "dualpipe" else 1)
+        return min(self.micro, behind)
+
+    def _saved(self, work: cost.Work, recompute: str) -> float:
+        """Bytes a token that a layer saves for its backward pass (arXiv 2205.05198, section 4)."""
+        at = self.layout
+        whole = work.hidden / (at.tp if at.sp else 1)
+        if recompute == "full":
+            return 2 * whole
+        wide = work.saved_wide / (at.tp if at.sp else 1)
+        if at.sp and not self.software.gathers_twice:
+            wide = 2 * whole + 2 * work.hidden
+        narrow = work.saved_narrow / at.tp
+        scores = 0.0
+        if self.software.attention == "unfused":
+            narrow += work.hidden / at.tp
+            wide += whole  # byte masks of two dropouts
+            if recompute != "selective":
+                scores = 5 * work.heads * self.seq / at.tp
+        if recompute == "half":
+            return 2 * constants().half * (wide + narrow)
+        if recompute == "v3":
+            return 2 * (0.5 * wide + 0.4 * narrow)
+        return 2 * (wide + narrow) + scores

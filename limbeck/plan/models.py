@@ -15,26 +15,32 @@ FILE = Path(__file__).with_name("models.yaml")
 
 
 def find(name: str) -> ModelConfig:
-    """`find("deepseek-v3").parameters` is 671 billion; an unknown name is answered with the nearest known one."""
-    key = (
-        name.strip()
-        .lower()
-        .replace("_", "-")
-        .removeprefix("deepseek-ai/")
-        .replace("deepseek-r1-distill", "r1-distill")
-    )
-    if key in shipped():
-        return ModelConfig.from_hf(shipped()[key], f"{FILE.name}: {key}")
+    """A model by name or path: `find("deepseek-v3").parameters` is 671 billion.
+
+    Raises LimbeckError for an unknown name, with the nearest known one.
+    """
+    models = shipped()
+    key = _key(name)
+    if key in models:
+        return ModelConfig.from_hf(models[key], f"{FILE.name}: {key}")
     path = Path(name)
     if path.suffix == ".json" or (path / "config.json").exists():
         return ModelConfig.from_directory(path)
-    close = get_close_matches(key, shipped(), n=1)
-    meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(shipped())}"
+    close = get_close_matches(key, models, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(models)}"
     raise LimbeckError(
-        f"{name}: no recipe, no model directory with a config.json, and no model of the plan's table; {meant}"
+        f"{name}: no recipe, no model directory with a config.json, and no model of the plan's table; {hint}"
     )
+
+
+def _key(name: str) -> str:
+    """A model's key in models.yaml, from its name as it may be written."""
+    key = name.strip().lower().replace("_", "-")
+    key = key.removeprefix("deepseek-ai/")
+    return key.replace("deepseek-r1-distill", "r1-distill")
 
 
 @cache
 def shipped() -> dict[str, dict]:
+    """The models of models.yaml: name -> HF config."""
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))

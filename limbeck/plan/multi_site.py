@@ -1,5 +1,7 @@
-"""Sites far apart, joined by thin links: each trains by itself, and every so many steps they average what they learned
-(DiLoCo, arXiv 2311.08105; over the Internet: INTELLECT-1, arXiv 2412.01152)."""
+"""Training on several sites with thin links: each trains by itself, and at times they average their weights.
+
+DiLoCo (arXiv 2311.08105); over the Internet: INTELLECT-1 (arXiv 2412.01152).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,16 @@ from ..types import LimbeckError
 from .cluster import Cluster
 from .step import Step, binds
 
-OUTER_BYTES = 1  # a weight's change crosses in eight bits (arXiv 2412.01152, section 2.3)
-GRADIENT_BYTES = 2  # and a gradient in sixteen, where sites exchange them every step
+OUTER_BYTES = 1  # a weight's change is sent in eight bits (arXiv 2412.01152, section 2.3)
+GRADIENT_BYTES = 2  # a gradient is sent in sixteen, where sites exchange them every step
 
 
 @dataclass(frozen=True)
 class Averaging:
-    """What the sites' exchange takes: `seconds` each time, once in `every` steps, a `share` of all time; `plain` seconds a
-    step would go by with gradients exchanged every step."""
+    """The exchange between sites: `seconds` each time, once in `every` steps, a `share` of all time.
+
+    `plain` is the seconds of a step if gradients were exchanged every step.
+    """
 
     sites: int
     every: int
@@ -26,14 +30,19 @@ class Averaging:
     plain: float
 
     def tell(self) -> str:
+        """The exchange in one line."""
+        often = f"{self.sites} sites, averaged every {self.every} steps"
         return (
-            f"{self.sites} sites, averaged every {self.every} steps: {self.seconds:.3g} s each time, {self.share:.1%} of all; "
+            f"{often}: {self.seconds:.3g} s each time, {self.share:.1%} of all; "
             f"with gradients exchanged every step {self.plain:.3g} s a step"
         )
 
 
 def one_of(cluster: Cluster) -> Cluster:
-    """The chips of one site. Raises LimbeckError where sites would differ in size."""
+    """The chips of one site.
+
+    Raises LimbeckError if sites differ in size, or the speed of their links is unknown.
+    """
     sites = cluster.fabric.sites
     if cluster.count % sites:
         raise LimbeckError(
@@ -43,23 +52,25 @@ def one_of(cluster: Cluster) -> Cluster:
         raise LimbeckError(
             f"{sites} sites are joined by links of unknown speed; give it in Gbit/s, as site_link=10"
         )
-    woven = replace(cluster.fabric, sites=1)
-    return replace(cluster, name=f"a site of {cluster.name}", count=cluster.count // sites, fabric=woven)
+    fabric = replace(cluster.fabric, sites=1)
+    return replace(cluster, name=f"a site of {cluster.name}", count=cluster.count // sites, fabric=fabric)
 
 
 def exchange(cluster: Cluster, size: float) -> float:
-    """Seconds of a ring over the sites: each sends 2(n-1)/n of `size` bytes, in 2(n-1) steps of a link's latency."""
+    """Seconds of a ring over the sites: each sends 2(n-1)/n of `size` bytes, in 2(n-1) hops."""
     fabric = cluster.fabric
     hops = 2 * (fabric.sites - 1)
-    return hops / fabric.sites * size / (fabric.site_link * 1e9 / 8) + hops * 1e-3 * fabric.site_latency
+    bandwidth = fabric.site_link * 1e9 / 8
+    return hops / fabric.sites * size / bandwidth + hops * 1e-3 * fabric.site_latency
 
 
 def averaged(step: Step, config: ModelConfig, cluster: Cluster) -> tuple[Step, Averaging]:
-    """A site's step as that of all sites, with its share of the exchange; nothing hides it."""
+    """The step of all sites, from that of one, with its share of the exchange, which nothing hides."""
     fabric = cluster.fabric
     each = exchange(cluster, OUTER_BYTES * config.parameters)
     late = each / fabric.every
-    parts, seconds = {**step.parts, "sites": late}, step.seconds + late
+    seconds = step.seconds + late
+    parts = {**step.parts, "sites": late}
     whole = replace(
         step,
         seconds=seconds,

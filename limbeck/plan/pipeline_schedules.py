@@ -1,14 +1,16 @@
-"""Pipeline schedules as events: every chip has its order of work, and each piece starts when the chip is free and what
-it needs has arrived. Stages may be uneven.
+"""Pipeline schedules as events, for stages that may be uneven.
 
-F is a forward pass of one micro-batch through one stage, B its backward pass without weight gradients, W the weight
-gradients. Ideal bubbles (arXiv 2412.19437, Table 2, where B includes W), which tests hold the events to:
+Each chip has an order of passes, and a pass starts when the chip is free and its inputs have arrived. F is a
+forward pass of one micro-batch through one stage, B its backward pass without weight gradients, W the weight
+gradients. Ideal bubbles (arXiv 2412.19437, Table 2, where B includes W), which the tests compare with the
+events:
 
     1F1B (P-1)(F+B)    ZB1P (P-1)(F+B-2W)    DualPipe (P/2-1)(F&B + B - 3W)    interleaved (P-1)(F+B)/chunks
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,10 +18,11 @@ from ..types import LimbeckError
 
 LATE = ("zb1p", "dualpipe", "dualpipev")  # schedules that end with weight gradients
 ENOUGH = 2  # pipelines full of micro-batches are simulated; beyond that a schedule repeats itself
+PAIR = 3  # pieces of an overlapped slot: F, and B with its W
 
 
 class Piece(NamedTuple):
-    """One pass: kind "F", "B" or "W", direction 0 or 1 (DualPipe sends from both ends), stage, micro-batch."""
+    """One pass: kind "F", "B" or "W", direction 0 or 1 (DualPipe feeds both ends), stage, micro-batch."""
 
     kind: str
     direction: int
@@ -27,18 +30,24 @@ class Piece(NamedTuple):
     micro: int
 
 
-class Slot(NamedTuple):
-    """Something a chip does in one go: one piece, or a forward and a backward that overlap."""
+Pieces = tuple[Piece, ...]  # run without a pause between them
 
-    pieces: tuple[Piece, ...]
+
+class Slot(NamedTuple):
+    """Passes without a pause: one pass, B with its W, or a forward overlapped with a backward."""
+
+    pieces: Pieces
     start: float
     end: float
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each stage, and of handing a micro-batch on. `pair(f, b)` is a forward of stage f beside a whole
-    backward of stage b: their sum, unless `paired` says what overlapping leaves, stage by stage."""
+    """Seconds of each stage's passes, and of sending a micro-batch to the next stage.
+
+    `paired` holds, stage by stage, the seconds of a forward overlapped with a whole backward; without it
+    nothing overlaps.
+    """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
@@ -47,14 +56,19 @@ class Times:
     paired: tuple[float, ...] = ()
 
     def pair(self, ahead: int, back: int) -> float:
+        """Seconds of a forward of stage `ahead` beside a whole backward of stage `back`."""
         if self.paired:
             return (self.paired[ahead] + self.paired[back]) / 2
         return self.forward[ahead] + self.backward[back] + self.weight[back]
 
+    def whole(self, stage: int) -> float:
+        """Seconds of one micro-batch in a stage without overlap."""
+        return self.forward[stage] + self.backward[stage] + self.weight[stage]
+
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every chip did when. `bubble` is the time that the busiest chip waited."""
+    """The slots of every chip, its busy seconds, and the seconds of the whole step."""
 
     seconds: float
     chips: tuple[tuple[Slot, ...], ...]
@@ -62,253 +76,323 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
+        """Idle seconds of the busiest chip."""
         return self.seconds - max(self.busy)
 
 
 def simulate(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> Timeline:
-    """The schedule of `micro` micro-batches over `chips` in a pipeline; `times` has chips x chunks stages (DualPipeV
-    has two a chip, DualPipe one a chip in each direction)."""
+    """Simulate `micro` micro-batches over a pipeline of `chips`.
+
+    `times` has chips x chunks stages (DualPipeV: two a chip; DualPipe: one a chip in each direction). Raises
+    LimbeckError for an unknown schedule, a wrong number of stages, or too few micro-batches.
+    """
     if schedule not in ORDERS:
         raise LimbeckError(f"schedule {schedule} is not known; known are {', '.join(ORDERS)}")
     stages = chips * (2 if schedule == "dualpipev" else chunks)
     if len(times.forward) != stages:
         raise LimbeckError(f"{schedule} over {chips} chips has {stages} stages, not {len(times.forward)}")
-    if schedule.startswith("dualpipe") and micro < 2 * chips * (1 + (schedule == "dualpipev")):
-        raise LimbeckError(
-            f"{schedule} over {chips} chips takes at least {2 * chips * (1 + (schedule == 'dualpipev'))} micro-batches, not {micro}"
-        )
-    return _play(
-        [ORDERS[schedule](rank, chips, micro, chunks) for rank in range(chips)], times, stages, chips
-    )
+    least = _least_micro(schedule, chips)
+    if micro < least:
+        raise LimbeckError(f"{schedule} over {chips} chips takes at least {least} micro-batches, not {micro}")
+    order_of = ORDERS[schedule]
+    orders = [order_of(rank, chips, micro, chunks) for rank in range(chips)]
+    return _Player(orders, times, stages).run()
+
+
+def _least_micro(schedule: str, chips: int) -> int:
+    """The fewest micro-batches that DualPipe and DualPipeV are defined for; 0 for other schedules."""
+    if schedule == "dualpipe":
+        return 2 * chips
+    if schedule == "dualpipev":
+        return 4 * chips
+    return 0
 
 
 def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
-    """Whole time and bubble. A long step is simulated for a few rounds; each further round costs what it adds."""
-    step = chips * (2 if schedule == "dualpipev" else 1)
-    few = ENOUGH * step
-    if micro <= few + step:
+    """Seconds of a step and of its bubble. A long step is extrapolated from two short ones."""
+    per_round = chips * (2 if schedule == "dualpipev" else 1)
+    few = ENOUGH * per_round
+    if micro <= few + per_round:
         line = simulate(schedule, times, chips, micro, chunks)
         return line.seconds, line.bubble
-    few += (micro - few) % step
-    short, long = (simulate(schedule, times, chips, n, chunks) for n in (few, few + step))
-    rounds = (micro - few) / step
+    few += (micro - few) % per_round
+    short = simulate(schedule, times, chips, few, chunks)
+    long = simulate(schedule, times, chips, few + per_round, chunks)
+    rounds = (micro - few) / per_round
     whole = short.seconds + rounds * (long.seconds - short.seconds)
     busy = max(a + rounds * (b - a) for a, b in zip(short.busy, long.busy, strict=True))
     return whole, whole - busy
 
 
 def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
-    """Whole time and bubble by the formulas above, with the busiest chip's work and the mean of all: within a few
-    per cent of the events, and a thousand times as fast."""
-    forward, backward, weight = (sum(row) / chips for row in (times.forward, times.backward, times.weight))
-    stages = range(len(times.forward))
-    places = [[s for s in stages if s % chips == chip] for chip in range(chips)]
+    """Seconds of a step and of its bubble by the formulas above.
+
+    The step has the busiest chip's work, the bubble the mean of all chips. Within a few per cent of the
+    events, and a thousand times as fast.
+    """
+    dual = schedule.startswith("dualpipe")
+    work = []
+    for stages in _placement(schedule, len(times.forward), chips):
+        work.append(sum(times.pair(stage, stage) if dual else times.whole(stage) for stage in stages))
+    busiest = max(work)
+    if schedule == "dualpipe":  # half of the micro-batches come from each end
+        busiest *= 0.5
+    bubble = _bubble(schedule, times, chips, chunks)
+    bubble += 2 * (chips - 1) * times.send
+    return micro * busiest + bubble, bubble
+
+
+def _placement(schedule: str, stages: int, chips: int) -> list[list[int]]:
+    """The stages of each chip."""
     if schedule == "dualpipev":
-        places = [[chip, 2 * chips - 1 - chip] for chip in range(chips)]
+        return [[chip, 2 * chips - 1 - chip] for chip in range(chips)]
     if schedule == "dualpipe":
-        places = [[chip, chips - 1 - chip] for chip in range(chips)]
-    share = 0.5 if schedule == "dualpipe" else 1.0
-    both = schedule.startswith("dualpipe")
-    work = [
-        share
-        * sum(
-            times.pair(s, s) if both else times.forward[s] + times.backward[s] + times.weight[s] for s in own
-        )
-        for own in places
-    ]
-    rest = chips - 1
+        return [[chip, chips - 1 - chip] for chip in range(chips)]
+    return [list(range(chip, stages, chips)) for chip in range(chips)]
+
+
+def _bubble(schedule: str, times: Times, chips: int, chunks: int) -> float:
+    """The ideal bubble of a schedule, with the chips' mean times, without sending."""
+    forward = sum(times.forward) / chips
+    backward = sum(times.backward) / chips
+    weight = sum(times.weight) / chips
     if schedule == "zb1p":
-        bubble = rest * max(0.0, forward + backward - weight)
-    elif both:
-        pair = sum(times.pair(s, s) for s in stages) / chips
-        bubble = (chips / 2 - 1 if schedule == "dualpipe" else (chips - 1) / 2) * max(
-            0.0, pair + backward - 2 * weight
-        )
-    else:
-        bubble = rest * (forward + backward + weight) / (chunks if schedule == "interleaved" else 1)
-    bubble += 2 * rest * times.send
-    return micro * max(work) + bubble, bubble
+        return (chips - 1) * max(0.0, forward + backward - weight)
+    if schedule.startswith("dualpipe"):
+        pair = sum(times.pair(stage, stage) for stage in range(len(times.forward))) / chips
+        waits = chips / 2 - 1 if schedule == "dualpipe" else (chips - 1) / 2
+        return waits * max(0.0, pair + backward - 2 * weight)
+    whole = (chips - 1) * (forward + backward + weight)
+    return whole / chunks if schedule == "interleaved" else whole
 
 
-def _play(orders: list[list[tuple[Piece, ...]]], times: Times, stages: int, chips: int) -> Timeline:
-    done: dict[Piece, float] = {}
-    free, busy = [0.0] * chips, [0.0] * chips
-    slots: list[list[Slot]] = [[] for _ in orders]
-    ahead, waiting = [0] * chips, set(range(chips))
-    while waiting:
-        moved = False
-        for chip in sorted(waiting):
-            order = orders[chip]
-            while ahead[chip] < len(order):
-                pieces = order[ahead[chip]]
-                ready = _ready(pieces, done, times, stages)
-                if ready is None:
-                    break
-                start = max(free[chip], ready)
-                took = _took(pieces, times)
-                for piece in pieces:
-                    done[piece] = start + took
-                free[chip], busy[chip] = start + took, busy[chip] + took
-                slots[chip].append(Slot(pieces, start, start + took))
-                ahead[chip] += 1
-                moved = True
-            if ahead[chip] == len(order):
-                waiting.discard(chip)
-        if not moved:
-            raise LimbeckError("this schedule waits for itself: too few micro-batches for its stages")
-    return Timeline(max(free), tuple(map(tuple, slots)), tuple(busy))
+class _Player:
+    """Plays orders of passes, one list a chip, as events."""
 
+    def __init__(self, orders: list[list[Pieces]], times: Times, stages: int):
+        """Start with all chips free and nothing done."""
+        chips = len(orders)
+        self.orders = orders
+        self.times = times
+        self.stages = stages
+        self.done: dict[Piece, float] = {}
+        self.free = [0.0] * chips
+        self.busy = [0.0] * chips
+        self.slots: list[list[Slot]] = [[] for _ in orders]
 
-def _ready(pieces: tuple[Piece, ...], done: dict[Piece, float], times: Times, stages: int) -> float | None:
-    """When all that the pieces need has arrived; None while something is not even begun."""
-    latest = 0.0
-    for kind, direction, stage, micro in pieces:
+    def run(self) -> Timeline:
+        """All passes of all chips. Raises LimbeckError if the orders wait for each other."""
+        unfinished = list(range(len(self.orders)))
+        while unfinished:
+            moved = [self._advance(chip) for chip in unfinished]
+            if not any(moved):
+                raise LimbeckError("this schedule waits for itself: too few micro-batches for its stages")
+            unfinished = [chip for chip in unfinished if len(self.slots[chip]) < len(self.orders[chip])]
+        slots = tuple(tuple(own) for own in self.slots)
+        return Timeline(max(self.free), slots, tuple(self.busy))
+
+    def _advance(self, chip: int) -> bool:
+        """Run a chip's passes until one has to wait; False if the first has to."""
+        order = self.orders[chip]
+        slots = self.slots[chip]
+        begun = len(slots)
+        while len(slots) < len(order):
+            pieces = order[len(slots)]
+            ready = self._ready(pieces)
+            if ready is None:
+                break
+            start = max(self.free[chip], ready)
+            duration = self._duration(pieces)
+            end = start + duration
+            for piece in pieces:
+                self.done[piece] = end
+            self.free[chip] = end
+            self.busy[chip] += duration
+            slots.append(Slot(pieces, start, end))
+        return len(slots) > begun
+
+    def _ready(self, pieces: Pieces) -> float | None:
+        """The time at which all inputs of the pieces have arrived; None while one is not scheduled yet."""
+        latest = 0.0
+        for piece in pieces:
+            need = self._input(piece)
+            if need is None or need in pieces:
+                continue
+            arrival = self.done.get(need)
+            if arrival is None:
+                return None
+            if need.stage != piece.stage:
+                arrival += self.times.send
+            latest = max(latest, arrival)
+        return latest
+
+    def _input(self, piece: Piece) -> Piece | None:
+        """The pass whose output a pass needs; None for the forward pass of the first stage."""
+        kind, direction, stage, micro = piece
+        if kind == "W":
+            return Piece("B", direction, stage, micro)
         if kind == "F":
-            need = Piece("F", direction, stage - 1, micro) if stage else None
-        elif kind == "W":
-            need = Piece("B", direction, stage, micro)
-        else:
-            need = (
-                Piece("B", direction, stage + 1, micro)
-                if stage < stages - 1
-                else Piece("F", direction, stage, micro)
-            )
-        if need is None or need in pieces:
-            continue
-        at = done.get(need)
-        if at is None:
-            return None
-        latest = max(latest, at + times.send * (need.stage != stage))
-    return latest
+            return Piece("F", direction, stage - 1, micro) if stage else None
+        if stage == self.stages - 1:
+            return Piece("F", direction, stage, micro)
+        return Piece("B", direction, stage + 1, micro)
+
+    def _duration(self, pieces: Pieces) -> float:
+        """Seconds of a slot."""
+        times = self.times
+        if len(pieces) == PAIR:
+            return times.pair(pieces[0].stage, pieces[1].stage)
+        kinds = {"F": times.forward, "B": times.backward, "W": times.weight}
+        return sum(kinds[piece.kind][piece.stage] for piece in pieces)
 
 
-def _took(pieces: tuple[Piece, ...], times: Times) -> float:
-    if len(pieces) == 3:  # a forward beside a whole backward: F, B, W
-        return times.pair(pieces[0].stage, pieces[1].stage)
-    row = {"F": times.forward, "B": times.backward, "W": times.weight}
-    return sum(row[piece.kind][piece.stage] for piece in pieces)
+# ------------------------------------------------------------ orders of passes: one list a chip
 
 
-# ------------------------------------------------------------ orders of work: one list a chip
+def _with_weight(piece: Piece) -> Pieces:
+    """A backward pass and its weight gradients."""
+    return piece, piece._replace(kind="W")
 
 
-def _whole(stage: int, micro: int, direction: int = 0) -> tuple[Piece, ...]:
-    return Piece("B", direction, stage, micro), Piece("W", direction, stage, micro)
+def _gpipe(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
+    """All forward passes, then all backward passes (arXiv 1811.06965)."""
+    order: list[Pieces] = [(Piece("F", 0, rank, m),) for m in range(micro)]
+    for m in reversed(range(micro)):
+        order.append(_with_weight(Piece("B", 0, rank, m)))
+    return order
 
 
-def _gpipe(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
-    return [(Piece("F", 0, rank, m),) for m in range(micro)] + [
-        _whole(rank, m) for m in reversed(range(micro))
-    ]
-
-
-def _one_forward_one_backward(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
+def _one_forward_one_backward(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
+    """1F1B: a warm-up of forward passes, then one forward, one backward (arXiv 1806.03377)."""
     return _interleaved(rank, chips, micro, 1)
 
 
-def _interleaved(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
-    """Each chip has `chunks` stages; micro-batches go through in groups of as many as there are chips (arXiv 2104.04473)."""
-    groups = [range(first, min(first + chips, micro)) for first in range(0, micro, chips)]
-    forward = [(chunk, m) for group in groups for chunk in range(chunks) for m in group]
-    backward = [(chunk, m) for group in groups for chunk in reversed(range(chunks)) for m in group]
-    early = min(len(forward), (chips - rank - 1) * (2 if chunks > 1 else 1) + (chunks - 1) * chips)
-    ahead = [(Piece("F", 0, chunk * chips + rank, m),) for chunk, m in forward]
-    back = [_whole(chunk * chips + rank, m) for chunk, m in backward]
-    order = ahead[:early]
-    for i in range(len(forward) - early):
-        order += [ahead[early + i], back[i]]
-    return order + back[len(forward) - early :]
+def _interleaved(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
+    """Interleaved 1F1B: `chunks` stages a chip, micro-batches in groups of `chips` (arXiv 2104.04473)."""
+    ahead: list[Pieces] = []
+    back: list[Pieces] = []
+    for first in range(0, micro, chips):
+        group = range(first, min(first + chips, micro))
+        for chunk in range(chunks):
+            ahead += [(Piece("F", 0, chunk * chips + rank, m),) for m in group]
+        for chunk in reversed(range(chunks)):
+            back += [_with_weight(Piece("B", 0, chunk * chips + rank, m)) for m in group]
+    warm_up = (chips - rank - 1) * (2 if chunks > 1 else 1) + (chunks - 1) * chips
+    warm_up = min(len(ahead), warm_up)
+    order = ahead[:warm_up]
+    steady = len(ahead) - warm_up
+    for forward, backward in zip(ahead[warm_up:], back[:steady], strict=True):
+        order += [forward, backward]
+    return order + back[steady:]
 
 
-def _zero_bubble(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
-    """ZB-H1 (arXiv 2401.10241): 1F1B, with weight gradients later by as many micro-batches as the rank is deep."""
-    order, back = [], 0
+def _zero_bubble(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
+    """ZB-H1 (arXiv 2401.10241): 1F1B with the weight gradients `rank` micro-batches later."""
+    order: list[Pieces] = []
+    late: list[Piece] = []
     for pieces in _one_forward_one_backward(rank, chips, micro, 1):
-        if pieces[0].kind == "F":
-            order.append(pieces)
-            continue
         order.append(pieces[:1])
-        back += 1
-        if back > rank:
-            order.append((Piece("W", 0, rank, back - rank - 1),))
-    return order + [(Piece("W", 0, rank, m),) for m in range(max(0, back - rank), back)]
+        if pieces[0].kind == "F":
+            continue
+        late.append(pieces[1])
+        if len(late) > rank:
+            order.append((late.pop(0),))
+    return order + [(piece,) for piece in late]
 
 
 class _Both:
-    """The eight steps that DualPipe and DualPipeV share, of a chip `near` places from its end of `half` chips.
+    """The eight steps of DualPipe and DualPipeV, for a chip `near` places from its end of `half` chips.
 
-    Phase 0 is what comes from that end, phase 1 what comes back (V) or from the other end. `micro` is of each phase.
+    Phase 0 enters at that end; phase 1 returns (V) or enters at the other end. `micro` micro-batches are of
+    each phase, and `place` gives each phase's (direction, stage).
     """
 
-    def __init__(
-        self, near: int, half: int, micro: int, place: tuple[tuple[int, int], tuple[int, int]]
-    ) -> None:
-        self.order: list[tuple[Piece, ...]] = []
-        self.place, self.counts = place, {(kind, phase): 0 for kind in "FB" for phase in (0, 1)}
+    def __init__(self, near: int, half: int, micro: int, place: Sequence[tuple[int, int]]) -> None:
+        """Build `order`."""
+        self.order: list[Pieces] = []
+        self.place = place
+        self.counts = {(kind, phase): 0 for kind in "FB" for phase in (0, 1)}
         self.late: list[Piece] = []
-        for _ in range(2 * (half - near - 1)):
+        far = half - near - 1
+        for _ in range(2 * far):
             self.forward(0)
         for _ in range(near + 1):
             self.forward(0)
             self.forward(1)
-        for _ in range(half - near - 1):
+        for _ in range(far):
             self.backward(1, late=True)
             self.weight()
             self.forward(1)
         for _ in range(micro - 2 * half + near + 1):
-            self.both(0, 1)
-            self.both(1, 0)
-        for _ in range(half - near - 1):
+            self.overlap(0, 1)
+            self.overlap(1, 0)
+        for _ in range(far):
             self.backward(1)
-            self.both(1, 0)
-        self.finish(near, half)
+            self.overlap(1, 0)
+        self.finish(near, far)
 
-    def finish(self, near: int, half: int) -> None:
-        for i in range(near + 1):  # from the middle on weight gradients wait
-            self.backward(1, late=i > (near + 1) // 2 or (i == (near + 1) // 2 and near % 2 == 1))
-            self.backward(0, late=i >= (near + 1) // 2)
-        for _ in range(half - near - 1):
+    def finish(self, near: int, far: int) -> None:
+        """The last backward passes; from their middle on the weight gradients come later."""
+        middle = (near + 1) // 2
+        for i in range(near + 1):
+            self.backward(1, late=i > middle or (i == middle and near % 2 == 1))
+            self.backward(0, late=i >= middle)
+        for _ in range(far):
             self.weight()
             self.backward(0, late=True)
         while self.late:
             self.weight()
 
-    def piece(self, kind: str, phase: int) -> Piece:
+    def next_piece(self, kind: str, phase: int) -> Piece:
+        """The pass of a phase's next micro-batch."""
         micro = self.counts[kind, phase]
         self.counts[kind, phase] += 1
         direction, stage = self.place[phase]
         return Piece(kind, direction, stage, micro)
 
     def forward(self, phase: int) -> None:
-        self.order.append((self.piece("F", phase),))
+        """A forward pass by itself."""
+        self.order.append((self.next_piece("F", phase),))
 
     def backward(self, phase: int, late: bool = False) -> None:
-        piece = self.piece("B", phase)
-        if late:
-            self.late.append(piece)
-        self.order.append((piece,) if late else (piece, piece._replace(kind="W")))
+        """A backward pass, with its weight gradients or, if `late`, without."""
+        piece = self.next_piece("B", phase)
+        if not late:
+            self.order.append(_with_weight(piece))
+            return
+        self.late.append(piece)
+        self.order.append((piece,))
 
     def weight(self) -> None:
+        """The earliest weight gradients that are still to come, if any."""
         if self.late:
-            self.order.append((self.late.pop(0)._replace(kind="W"),))
+            piece = self.late.pop(0)
+            self.order.append((piece._replace(kind="W"),))
 
-    def both(self, ahead: int, back: int) -> None:
-        forward, backward = self.piece("F", ahead), self.piece("B", back)
-        self.order.append((forward, backward, backward._replace(kind="W")))
+    def overlap(self, ahead: int, back: int) -> None:
+        """A forward pass of one phase overlapped with a backward pass of the other."""
+        forward = self.next_piece("F", ahead)
+        backward = self.next_piece("B", back)
+        self.order.append((forward, *_with_weight(backward)))
 
 
-def _dualpipe(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
-    """Half of the micro-batches enter at each end (arXiv 2412.19437, section 3.2.1): chip r is stage r of the one
-    direction and stage P-1-r of the other."""
+def _dualpipe(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
+    """DualPipe: half of the micro-batches enter at each end (arXiv 2412.19437, section 3.2.1).
+
+    Chip r is stage r of one direction and stage P-1-r of the other.
+    """
     second = rank >= chips // 2
     near = chips - 1 - rank if second else rank
-    own, other = (int(second), near), (int(not second), chips - 1 - near)
+    own = (int(second), near)
+    other = (int(not second), chips - 1 - near)
     return _Both(near, chips // 2, micro // 2, (own, other)).order
 
 
-def _dualpipev(rank: int, chips: int, micro: int, chunks: int) -> list[tuple[Piece, ...]]:
-    """One direction, folded: chip r is stage r and stage 2P-1-r."""
-    return _Both(rank, chips, micro, ((0, rank), (0, 2 * chips - 1 - rank))).order
+def _dualpipev(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
+    """DualPipeV: one direction, folded; chip r is stage r and stage 2P-1-r."""
+    down = (0, rank)
+    up = (0, 2 * chips - 1 - rank)
+    return _Both(rank, chips, micro, (down, up)).order
 
 
 ORDERS = {

@@ -1,6 +1,6 @@
-"""What chips and tokens cost: dated, sourced tables (prices.yaml), always with a range, and never a guess.
+"""Prices of chips and tokens: dated tables with sources (prices.yaml), never a guess.
 
-A price without a date and a source is refused; a chip that the table does not know has no price at all.
+A price without a date and a source is refused; a chip that the table does not have has no price at all.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import yaml
 from ..types import LimbeckError
 
 TABLE = Path(__file__).with_name("prices.yaml")
-MILLION = 1e6
+MILLION = 1e6  # tokens
+FOREVER = "9999"  # a month after all others
 
 
 @dataclass(frozen=True)
 class Rental:
-    """What an hour of one chip costs, in dollars: `Rental("H800", 2.0, 3.42, "2025-01", "...")`."""
+    """The price of an hour of one chip, in dollars: `Rental("H800", 2.0, 3.42, "2025-01", "...")`."""
 
     chip: str
     low: float
@@ -36,7 +37,7 @@ class Rental:
 
 @dataclass(frozen=True)
 class Tariff:
-    """What a million tokens cost, in dollars: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`."""
+    """Dollars for a million tokens: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`."""
 
     model: str
     cached: float
@@ -46,54 +47,52 @@ class Tariff:
     source: str
 
     def revenue(self, cached: float, fresh: float, output: float) -> float:
-        """Dollars for so many tokens: input that the cache held, input that it did not, output."""
+        """Dollars for tokens: cached input, uncached input, output."""
         return (self.cached * cached + self.input * fresh + self.output * output) / MILLION
 
-    def blend(self, outputs: float = 0.25) -> float:
-        """Dollars for a million tokens of which `outputs` are written and the others read."""
-        return (1 - outputs) * self.input + outputs * self.output
 
+def rental(chip: str, price: float | None = None, until: str = FOREVER) -> Rental:
+    """The latest price of a chip up to a month, or a `price` of the user's, which needs no table.
 
-def rental(chip: str, price: float | None = None, until: str = "9999") -> Rental:
-    """The latest price that the table has by that month; or the one that was given, which needs no table."""
+    Raises LimbeckError for a chip without a price.
+    """
     if price is not None:
         return Rental(chip, price, price, "", "given")
     family = chip.partition("-")[0].upper()
-    found = [row for row in _table("rental") if str(row["chip"]) == family and str(row["date"]) <= until]
-    if not found:
+    rows = [row for row in _table("rental") if str(row["chip"]) == family]
+    row = _latest(rows, until)
+    if row is None:
         raise LimbeckError(f"{chip}: no dated price of an hour in prices.yaml; say one with --price")
-    row = max(found, key=lambda row: str(row["date"]))
     dollar = exchange(row["currency"])
     return Rental(chip, row["low"] / dollar, row["high"] / dollar, str(row["date"]), row["source"])
 
 
-def tariff(model: str, currency: str = "USD", until: str = "9999") -> Tariff:
-    """What a model's own host asked, in that currency's latest list by that month, in dollars."""
-    found = [
-        r
-        for r in _table("tokens")
-        if r["model"] == model and r["currency"] == currency and str(r["date"]) <= until
-    ]
-    if not found:
-        known = ", ".join(sorted({row["model"] for row in _table("tokens")}))
+def tariff(model: str, currency: str = "USD", until: str = FOREVER) -> Tariff:
+    """The price of a model's tokens in its own host's latest list up to a month, in dollars.
+
+    `currency` selects one of the host's lists. Raises LimbeckError for a model without a price.
+    """
+    table = _table("tokens")
+    rows = [row for row in table if row["model"] == model and row["currency"] == currency]
+    row = _latest(rows, until)
+    if row is None:
+        known = ", ".join(sorted({row["model"] for row in table}))
         raise LimbeckError(
             f"{model}: no dated price of its tokens in {currency} in prices.yaml; there are {known}"
         )
-    row = max(found, key=lambda row: str(row["date"]))
     dollar = exchange(currency)
-    input_ = row["input"] / dollar
     return Tariff(
-        model,
-        row.get("cached", row["input"]) / dollar,
-        input_,
-        row["output"] / dollar,
-        str(row["date"]),
-        row["source"],
+        model=model,
+        cached=row.get("cached", row["input"]) / dollar,
+        input=row["input"] / dollar,
+        output=row["output"] / dollar,
+        date=str(row["date"]),
+        source=row["source"],
     )
 
 
 def exchange(currency: str) -> float:
-    """Money of that currency for one dollar."""
+    """Units of a currency for one dollar. Raises LimbeckError for an unknown one."""
     if currency == "USD":
         return 1.0
     for row in _table("exchange"):
@@ -102,12 +101,20 @@ def exchange(currency: str) -> float:
     raise LimbeckError(f"{currency}: no rate in prices.yaml")
 
 
+def _latest(rows: list[dict[str, Any]], until: str) -> dict[str, Any] | None:
+    """The latest row up to a month; None if there is none."""
+    past = [row for row in rows if str(row["date"]) <= until]
+    return max(past, key=lambda row: str(row["date"]), default=None)
+
+
 def _table(part: str) -> list[dict[str, Any]]:
+    """The rows of one table of prices.yaml."""
     return _tables()[part]
 
 
 @cache
 def _tables() -> dict[str, list[dict[str, Any]]]:
+    """The content of prices.yaml. Raises LimbeckError for a price without a date or a source."""
     tables = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     for part, rows in tables.items():
         for row in rows:

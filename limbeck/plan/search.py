@@ -1,10 +1,13 @@
-"""The best layout of a model on a cluster: every layout that can be, pruned by memory and by what computing alone
-would take; the few best by events."""
+"""The best layouts of a model on a cluster.
+
+All possible layouts are candidates, pruned by memory and by a lower bound of their time; their time is
+estimated by formulas, and the best few are simulated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..model.config import ModelConfig
 from ..types import LimbeckError
@@ -16,21 +19,36 @@ from .roofline import TUNED, Roofline, Software
 from .step import Foresight, Step, foresee
 
 MICRO = (1, 2, 4, 8)
-RECOMPUTE = ("none", "selective", "v3", "full")  # each takes longer and holds less
-LATE = 1.25  # a layout whose computing and bubble alone take so much longer than the best is not looked at
-EXACTLY = 8  # candidates that are simulated
+RECOMPUTE = ("none", "selective", "v3", "full")  # each takes longer and needs less memory
+LATE = 1.25  # times the best estimate: a layout whose lower bound is above that is not estimated
+EXACTLY = 8  # candidates that are simulated, beside those asked for
+MAX_STAGES = 64  # of a pipeline
+MAX_CONTEXT = 16  # chips of context parallelism
+MIN_CONTEXT_TOKENS = 4096  # of a sequence on each chip of context parallelism
+MAX_EXPERT_SHARDS = 256  # chips of expert parallelism
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout with what it takes, and why it is not faster."""
+    """A layout with its forecast and its memory."""
 
     layout: Layout
     step: Step
     memory: Memory
 
     def tell(self) -> str:
-        return f"{self.layout.tell()}: {self.step.seconds:.3g} s a step, MFU {self.step.mfu:.1%}; {self.step.binds}; {self.memory.tell()}"
+        """The choice in one line."""
+        step = self.step
+        time = f"{step.seconds:.3g} s a step, MFU {step.mfu:.1%}; {step.binds}"
+        return f"{self.layout.tell()}: {time}; {self.memory.tell()}"
+
+
+class _Candidate(NamedTuple):
+    """A layout that fits, with its estimated seconds a step."""
+
+    seconds: float
+    layout: Layout
+    memory: Memory
 
 
 def best(
@@ -42,130 +60,165 @@ def best(
     software: Software = TUNED,
     top: int = 5,
 ) -> list[Choice]:
-    """The `top` best layouts, best first; one sentence where none fits."""
-    found: list[tuple[float, Layout, Memory]] = []
+    """The `top` best layouts, best first. Raises LimbeckError where none fits."""
+    candidates = _candidates(config, cluster, batch, seq, Roofline(cluster.chip, precision, software))
+    if not candidates:
+        raise LimbeckError(_explain(config, cluster, batch, seq, software))
+    candidates.sort(key=lambda candidate: candidate.seconds)
+    choices = []
+    for candidate in _different(candidates)[: EXACTLY + top]:
+        forecast = foresee(config, cluster, candidate.layout, batch, seq, precision, software)
+        choices.append(Choice(candidate.layout, forecast.step(), candidate.memory))
+    choices.sort(key=lambda choice: choice.step.seconds)
+    return choices[:top]
+
+
+def _candidates(
+    config: ModelConfig, cluster: Cluster, batch: int, seq: int, roof: Roofline
+) -> list[_Candidate]:
+    """Layouts that fit, with their estimated time, until no other can be close to the best."""
+    candidates: list[_Candidate] = []
     least = float("inf")
-    roof, made = Roofline(cluster.chip, precision, software), {}
-    pace = cost.flops_per_token(config, seq) * batch * seq / roof.peak
-    for layout in sorted(layouts(config, cluster, batch, seq), key=lambda at: ideal(at, batch, pace)):
-        if ideal(layout, batch, pace) > LATE * least:
+    costs_of_layers: dict = {}
+    flops = cost.flops_per_token(config, seq) * batch * seq
+    pace = flops / roof.peak
+    by_ideal = sorted(layouts(config, cluster, batch, seq), key=lambda layout: ideal(layout, batch, pace))
+    for unfitted in by_ideal:
+        if ideal(unfitted, batch, pace) > LATE * least:
             break
-        if (one := _leanest(config, cluster, layout, batch, seq, precision, software)) is None:
+        fitted = _leanest(config, cluster, unfitted, batch, seq, roof)
+        if fitted is None:
             continue
-        layout, memory = one
-        seconds = Foresight(config, cluster, layout, batch, seq, roof, False, made).step().seconds
+        layout, memory = fitted
+        forecast = Foresight(config, cluster, layout, batch, seq, roof, False, costs_of_layers)
+        seconds = forecast.step().seconds
         least = min(least, seconds)
-        found.append((seconds, layout, memory))
-    if not found:
-        raise LimbeckError(_nothing(config, cluster, batch, seq, software))
-    few = _different(sorted(found, key=lambda one: one[0]), EXACTLY + top)
-    exact = [
-        Choice(layout, foresee(config, cluster, layout, batch, seq, precision, software).step(), memory)
-        for _, layout, memory in few
-    ]
-    return sorted(exact, key=lambda choice: choice.step.seconds)[:top]
+        candidates.append(_Candidate(seconds, layout, memory))
+    return candidates
 
 
 def _leanest(
-    config: ModelConfig,
-    cluster: Cluster,
-    layout: Layout,
-    batch: int,
-    seq: int,
-    precision: str,
-    software: Software,
-):
-    """The layout with as little recomputation as memory allows; None if even the most does not fit."""
+    config: ModelConfig, cluster: Cluster, layout: Layout, batch: int, seq: int, roof: Roofline
+) -> tuple[Layout, Memory] | None:
+    """The layout with the least recomputation that fits in memory; None if it fits with none."""
     for recompute in RECOMPUTE:
-        at = layout.change(recompute=recompute)
-        if (memory := fit(config, cluster, at, seq, software, precision, batch)).fits:
-            return at, memory
+        changed = layout.change(recompute=recompute)
+        memory = fit(config, cluster, changed, seq, roof.software, roof.precision, batch)
+        if memory.fits:
+            return changed, memory
     return None
 
 
 def ideal(layout: Layout, batch: int, pace: float) -> float:
-    """No layout of its kind is faster: every FLOP at full speed (`pace` on one chip), and its schedule's bubble."""
-    waits = 0.3 if layout.schedule in ("zb1p", "dualpipe", "dualpipev") else 1 / layout.chunks
-    return pace / layout.chips * (1 + waits * (layout.pp - 1) / layout.micro_batches(batch))
+    """A lower bound of a layout's seconds a step: FLOPs at full speed (`pace` on one chip), and the
+    bubble."""
+    waits = 1 / layout.chunks
+    if layout.schedule in ("zb1p", "dualpipe", "dualpipev"):
+        waits = 0.3
+    bubble = waits * (layout.pp - 1) / layout.micro_batches(batch)
+    return pace / layout.chips * (1 + bubble)
 
 
 def layouts(config: ModelConfig, cluster: Cluster, batch: int, seq: int) -> Iterator[Layout]:
-    """Layouts that use all chips, or the most of them that a batch divides over."""
-    count = cluster.count
-    while (
-        count > 1
-        and not any(count % tp == 0 and batch % (count // tp) == 0 for tp in _powers(cluster.per_node))
-        and count > cluster.count // 2
-    ):
-        count -= cluster.per_node if count > cluster.per_node else 1
+    """Layouts that use all chips, or the most of them that the batch divides over."""
+    count = _usable(cluster, batch)
     for tp in _powers(cluster.per_node):
-        for pp in [
-            n
-            for n in range(1, min(64, config.layers) + 1)
-            if count % (tp * n) == 0 and (n <= 2 or n % 2 == 0)
-        ]:
-            for cp in [n for n in _powers(16) if count % (tp * pp * n) == 0 and (n == 1 or seq / n >= 4096)]:
+        if count % tp != 0:
+            continue
+        for pp in _pipelines(config, count // tp):
+            for cp in _contexts(seq, count // (tp * pp)):
                 dp = count // (tp * pp * cp)
                 if dp <= batch and batch % dp == 0:
                     yield from _variants(config, cluster, batch, Layout(dp=dp, tp=tp, pp=pp, cp=cp))
 
 
+def _usable(cluster: Cluster, batch: int) -> int:
+    """The most chips, in whole nodes, that the batch divides over; not less than half of the cluster."""
+    count = cluster.count
+    while count > 1 and count > cluster.count // 2:
+        for tp in _powers(cluster.per_node):
+            if count % tp == 0 and batch % (count // tp) == 0:
+                return count
+        count -= cluster.per_node if count > cluster.per_node else 1
+    return count
+
+
+def _pipelines(config: ModelConfig, chips: int) -> list[int]:
+    """Numbers of stages that divide `chips`: 1, and even ones."""
+    most = min(MAX_STAGES, config.layers)
+    sizes = (1, *range(2, most + 1, 2))
+    return [pp for pp in sizes if chips % pp == 0]
+
+
+def _contexts(seq: int, chips: int) -> list[int]:
+    """Sizes of context parallelism that divide `chips` and leave each enough of a sequence."""
+    sizes = [cp for cp in _powers(MAX_CONTEXT) if chips % cp == 0]
+    return [cp for cp in sizes if cp == 1 or seq / cp >= MIN_CONTEXT_TOKENS]
+
+
 def _variants(config: ModelConfig, cluster: Cluster, batch: int, base: Layout) -> Iterator[Layout]:
-    mixed = config.experts is not None
-    copies = base.dp * base.cp
-    splits = [ep for ep in _powers(copies) if config.experts.count % ep == 0 and ep <= 256] if mixed else [1]
-    mine = batch // base.dp
-    for ep in splits:
-        for micro in [m for m in MICRO if mine % m == 0]:
-            for schedule, chunks in _schedules(config, base, mine // micro):
+    """The layouts with the same numbers of chips: expert parallelism, micro-batch, schedule, ZeRO."""
+    own = batch // base.dp
+    for ep in _expert_shards(config, base):
+        for micro in MICRO:
+            if own % micro != 0:
+                continue
+            for schedule, chunks in _schedules(config, base, own // micro):
+                layout = base.change(ep=ep, micro=micro, schedule=schedule, chunks=chunks)
+                if config.experts:
+                    overlap = schedule in ("interleaved", "dualpipe")
+                    layout = layout.change(expert_tp=1, overlap=overlap)
                 for zero in (1, 3) if base.pp == 1 else (1,):
-                    at = base.change(
-                        ep=ep,
-                        micro=micro,
-                        schedule=schedule,
-                        chunks=chunks,
-                        zero=zero,
-                        expert_tp=1 if mixed else 0,
-                        overlap=mixed and schedule in ("interleaved", "dualpipe"),
-                    )
-                    if possible(at, config, cluster, batch):
-                        yield at
+                    sharded = layout.change(zero=zero)
+                    if possible(sharded, config, cluster, batch):
+                        yield sharded
+
+
+def _expert_shards(config: ModelConfig, base: Layout) -> list[int]:
+    """Sizes of expert parallelism; 1 for a dense model."""
+    if not config.experts:
+        return [1]
+    sizes = _powers(min(base.copies, MAX_EXPERT_SHARDS))
+    return [ep for ep in sizes if config.experts.count % ep == 0]
 
 
 def _schedules(config: ModelConfig, base: Layout, micro: int) -> list[tuple[str, int]]:
+    """Schedules for `micro` micro-batches, each with its chunks."""
     pp = base.pp
     if pp == 1:
         return [("1f1b", 1)]
-    found = [("1f1b", 1), ("zb1p", 1)]
+    schedules = [("1f1b", 1), ("zb1p", 1)]
     if micro % pp == 0:
-        found += [("interleaved", n) for n in (2, 4) if config.layers >= pp * n]
+        schedules += [("interleaved", chunks) for chunks in (2, 4) if config.layers >= pp * chunks]
     if pp % 2 == 0 and micro >= 2 * pp and micro % 2 == 0:
-        found += [("dualpipe", 1)]
-    return found
+        schedules.append(("dualpipe", 1))
+    return schedules
 
 
 def _powers(most: int) -> list[int]:
-    return [2**i for i in range(most.bit_length()) if 2**i <= most]
+    """Powers of two from 1 to `most`."""
+    return [2**i for i in range(most.bit_length())]
 
 
-def _different(found: list[tuple[float, Layout, Memory]], most: int) -> list[tuple[float, Layout, Memory]]:
-    """The best of each way of cutting and scheduling, so that five are five ideas."""
-    seen, few = set(), []
-    for one in found:
-        at = one[1]
+def _different(candidates: list[_Candidate]) -> list[_Candidate]:
+    """The first of each combination of parallelism and schedule."""
+    first = {}
+    for candidate in candidates:
+        at = candidate.layout
         key = (at.tp, at.pp, at.cp, at.ep, at.schedule)
-        if key not in seen:
-            seen.add(key)
-            few.append(one)
-    return few[:most]
+        first.setdefault(key, candidate)
+    return list(first.values())
 
 
-def _nothing(config: ModelConfig, cluster: Cluster, batch: int, seq: int, software: Software) -> str:
-    lean = (layout.change(recompute="full") for layout in layouts(config, cluster, batch, seq))
-    tried = [fit(config, cluster, layout, seq, software, batch=batch) for layout in lean]
-    if not tried:
-        return (
-            f"{batch} sequences a step cannot be dealt to {cluster.count} chips; choose a batch that divides"
-        )
-    least = min(tried, key=lambda memory: memory.total)
-    return f"{config.parameters / 1e9:.3g}G parameters do not fit {cluster.tell()}: the leanest layout takes {least.tell()}"
+def _explain(config: ModelConfig, cluster: Cluster, batch: int, seq: int, software: Software) -> str:
+    """The reason why no layout fits."""
+    least: Memory | None = None
+    for layout in layouts(config, cluster, batch, seq):
+        memory = fit(config, cluster, layout.change(recompute="full"), seq, software, batch=batch)
+        if least is None or memory.total < least.total:
+            least = memory
+    if least is None:
+        chips = cluster.count
+        return f"{batch} sequences a step cannot be dealt to {chips} chips; choose a batch that divides"
+    size = f"{config.parameters / 1e9:.3g}G parameters"
+    return f"{size} do not fit {cluster.tell()}: the leanest layout takes {least.tell()}"

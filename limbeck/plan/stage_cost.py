@@ -1,4 +1,4 @@
-"""What one micro-batch costs in each stage of a pipeline: computing, and what waits for exchanges."""
+"""The cost of one micro-batch in each stage of a pipeline: computing, and exposed exchanges."""
 
 from __future__ import annotations
 
@@ -12,81 +12,100 @@ from .cluster import Cluster
 from .collectives import Group, group
 from .cost import Work
 from .layout import Layout
-from .roofline import Roofline, Split
+from .roofline import Parts, Roofline, Split
 
-LOGIT_BYTES = 20  # a logit's way through memory: 16 bits, float32 and its exponent, and back
-EXCHANGING = (
-    132 / 112
-)  # DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all (arXiv 2412.19437, section 3.2.2)
+LOGIT_BYTES = 20  # a logit through memory: 16 bits, float32 and its exponent, and back
+# times longer: DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all (arXiv 2412.19437, section 3.2.2)
+EXCHANGING = 132 / 112
+BACKWARD_ATTENTION = 2.5  # times the forward seconds of attention's core
+BISECTIONS = 40  # steps of the search for the cheapest cut
+ROUNDING = 1 + 1e-9  # times the limit: a stage may exceed it by rounding
+
+Pair = tuple[float, float]  # seconds of the forward pass, and of the backward pass
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one micro-batch in one stage (or layer): forward, backward, weight gradients; of exchanges that
-    nothing hides: tensor and context parallelism, forward and backward; and of expert traffic both ways, which
-    overlapping may hide."""
+    """Seconds of one micro-batch in one stage (or layer).
+
+    Computing is forward, backward and weight gradients. `tensor` and `context` are exposed exchanges of
+    tensor and context parallelism, forward and backward; `experts` is expert traffic, which overlapping may
+    hide.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
     weight: float = 0.0
-    tensor: tuple[float, float] = (0.0, 0.0)
-    context: tuple[float, float] = (0.0, 0.0)
-    experts: tuple[float, float] = (0.0, 0.0)
-    again: float = 0.0  # of `backward`: forward work done twice
+    tensor: Pair = (0.0, 0.0)
+    context: Pair = (0.0, 0.0)
+    experts: Pair = (0.0, 0.0)
+    again: float = 0.0  # the part of `backward` that recomputes
 
     def __add__(self, other: Cost) -> Cost:
-        def both(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-            return a[0] + b[0], a[1] + b[1]
-
+        """The cost of both."""
         return Cost(
             self.forward + other.forward,
             self.backward + other.backward,
             self.weight + other.weight,
-            both(self.tensor, other.tensor),
-            both(self.context, other.context),
-            both(self.experts, other.experts),
+            _add(self.tensor, other.tensor),
+            _add(self.context, other.context),
+            _add(self.experts, other.experts),
             self.again + other.again,
         )
 
     def times(self, number: int) -> Cost:
-        def both(pair: tuple[float, float]) -> tuple[float, float]:
-            return number * pair[0], number * pair[1]
-
+        """The cost of `number` equal layers."""
         return Cost(
             number * self.forward,
             number * self.backward,
             number * self.weight,
-            both(self.tensor),
-            both(self.context),
-            both(self.experts),
+            _scale(self.tensor, number),
+            _scale(self.context, number),
+            _scale(self.experts, number),
             number * self.again,
         )
 
     @property
     def computing(self) -> float:
+        """Seconds of computing."""
         return self.forward + self.backward + self.weight
 
     @property
     def waiting(self) -> float:
+        """Seconds of exchanges, if nothing hides expert traffic."""
         return sum(self.tensor) + sum(self.context) + sum(self.experts)
 
     @property
     def ahead(self) -> float:
-        """A lone forward pass: nothing hides its expert traffic."""
+        """A forward pass by itself: nothing hides its expert traffic."""
         return self.forward + self.tensor[0] + self.context[0] + self.experts[0]
 
     @property
     def back(self) -> float:
+        """A backward pass by itself, without weight gradients."""
         return self.backward + self.tensor[1] + self.context[1] + self.experts[1]
 
     @property
     def paired(self) -> float:
-        """A forward beside a backward: expert traffic of each hides behind the other's computing, which has fewer
-        multiprocessors meanwhile."""
+        """A forward beside a backward pass: expert traffic of each hides behind the other's computing.
+
+        Computing has fewer multiprocessors meanwhile.
+        """
         fixed = sum(self.tensor) + sum(self.context)
-        if not sum(self.experts):
+        traffic = sum(self.experts)
+        if not traffic:
             return self.computing + fixed
-        return max(self.computing * EXCHANGING, sum(self.experts)) + fixed
+        return max(self.computing * EXCHANGING, traffic) + fixed
+
+
+def _add(a: Pair, b: Pair) -> Pair:
+    """Sums, forward and backward."""
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _scale(pair: Pair, number: float) -> Pair:
+    """Multiples, forward and backward."""
+    return number * pair[0], number * pair[1]
 
 
 @dataclass(frozen=True)
@@ -98,81 +117,98 @@ class Stages:
     layout: Layout
     seq: int
     roof: Roofline
-    made: dict[tuple, Cost] = field(
-        default_factory=dict, compare=False
-    )  # layers costed already, over many layouts
+    made: dict[tuple, Cost] = field(default_factory=dict, compare=False)  # costs of layers, over many layouts
 
     @cached_property
     def rows(self) -> float:
+        """Tokens of a micro-batch on one chip."""
         return self.layout.micro * self.seq / self.layout.cp
 
     @cached_property
     def split(self) -> Split:
+        """One chip's share of a layer."""
         at = self.layout
         return Split(self.rows, self.seq, at.tp, at.sp, at.cp, at.ep, at.experts_split)
 
     def group(self, size: int, stride: int = 1, rings: int = 0) -> Group:
+        """Every `stride`-th chip, `size` of them, with the fitted efficiency of links and cards."""
         return group(self.cluster, size, stride, self.roof.numbers.links, self.cards, rings)
 
     @property
     def cards(self) -> float:
-        """Share of its bandwidth that a card gives."""
+        """The share of its bandwidth that a card reaches."""
         numbers = self.roof.numbers
         return numbers.efa if self.cluster.fabric.name.startswith("efa") else numbers.cards
 
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each stage."""
         return spread(self.config, self.count, self.roof.software.balanced)
 
     @property
     def count(self) -> int:
+        """Stages of the pipeline."""
         return self.layout.stages
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
+        """The work of each layer of the model."""
         return cost.work(self.config)
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
-        at, sums = self.layout, []
-        key = (at.tp, at.sp, at.cp, at.ep, at.expert_tp, at.micro, at.recompute)
+        """The cost of each stage."""
+        costs = []
         for stage, layers in enumerate(self.layers):
             total = Cost()
-            for work, times in Counter(self.works[layer] for layer in layers).items():
-                if (*key, work) not in self.made:
-                    self.made[(*key, work)] = self._layer(work)
-                total += self.made[(*key, work)].times(times)
-            heads = (stage == self.count - 1) * (1 + self.config.predicted)
-            sums.append(total + self._head(heads) if heads else total)
-        return tuple(sums)
+            for work, number in Counter(self.works[layer] for layer in layers).items():
+                total += self._cached_layer(work).times(number)
+            if stage == self.count - 1:
+                total += self._head(1 + self.config.predicted)
+            costs.append(total)
+        return tuple(costs)
 
     def _head(self, times: int) -> Cost:
-        tp, hidden, vocab = self.layout.tp, self.config.hidden_size, self.config.vocab_size
-        passes = 1.0 if self.roof.software.fused else self.roof.numbers.passes
-        logits = self.roof.copy(passes * LOGIT_BYTES / 2 * self.rows * vocab / tp)
-        ahead = self.roof.matmul(self.rows, hidden, vocab / tp) + logits
-        back = self.roof.matmul(self.rows, vocab / tp, hidden) + logits
-        weight = self.roof.matmul(hidden, self.rows, vocab / tp)
+        """The cost of the head with the loss, `times` times."""
+        roof = self.roof
+        hidden = self.config.hidden_size
+        vocab = self.config.vocab_size / self.layout.tp
+        passes = 1.0 if roof.software.fused else roof.numbers.passes
+        logits = roof.copy(passes * LOGIT_BYTES / 2 * self.rows * self.config.vocab_size / self.layout.tp)
+        ahead = roof.matmul(self.rows, hidden, vocab) + logits
+        back = roof.matmul(self.rows, vocab, hidden) + logits
+        weight = roof.matmul(hidden, self.rows, vocab)
         return Cost(times * ahead, times * back, times * weight)
 
+    def _cached_layer(self, work: Work) -> Cost:
+        """The cost of a layer, from `made` if it is there."""
+        at = self.layout
+        key = (at.tp, at.sp, at.cp, at.ep, at.expert_tp, at.micro, at.recompute, work)
+        if key not in self.made:
+            self.made[key] = self._layer(work)
+        return self.made[key]
+
     def _layer(self, work: Work) -> Cost:
-        at, parts = self.layout, self.roof.layer(work, self.split)
-        tensor, context, experts = self._tensor(work), self._context(work, parts.core), self._experts(work)
+        """The cost of a layer."""
+        parts = self.roof.layer(work, self.split)
         again = self._again(parts)
-        back = tensor[1] + (tensor[0] if at.recompute == "full" else 0.0)
-        twice = experts[1] + (experts[0] if at.recompute == "full" else 0.0)
         return Cost(
             parts.forward,
             parts.backward + again,
             parts.weight,
-            (tensor[0], back),
-            context,
-            (experts[0], twice),
+            self._recomputed(self._tensor(work)),
+            self._context(parts.core),
+            self._recomputed(self._experts(work)),
             again,
         )
 
-    def _again(self, parts) -> float:
-        """Forward work done a second time in the backward pass."""
+    def _recomputed(self, seconds: float) -> Pair:
+        """Seconds of an exchange forward and backward; full recomputation repeats the forward one."""
+        again = seconds if self.layout.recompute == "full" else 0.0
+        return seconds, seconds + again
+
+    def _again(self, parts: Parts) -> float:
+        """Seconds of forward work done a second time in the backward pass."""
         mode = self.layout.recompute
         if mode == "full":
             return parts.forward
@@ -182,46 +218,51 @@ class Stages:
             return (parts.forward - parts.core) / 2
         return parts.light if mode == "v3" else 0.0
 
-    def _tensor(self, work: Work) -> tuple[float, float]:
-        """Two sums of a layer's hidden states forward, two backward; weight gradients hide a part of the latter."""
+    def _tensor(self, work: Work) -> float:
+        """Seconds of tensor parallelism, each way.
+
+        Two sums of a layer's hidden states, or one where experts are whole. Software that hides tensor
+        parallelism hides half of them.
+        """
         tp = self.layout.tp
         if tp == 1:
-            return 0.0, 0.0
+            return 0.0
         sums = 2 if not work.experts or self.layout.experts_split > 1 else 1
         one = collectives.all_reduce(self.group(tp), 2 * self.rows * self.config.hidden_size)
         share = 0.5 if self.roof.software.hides_tensor else 1.0
-        return share * sums * one, share * sums * one
+        return share * sums * one
 
-    def _context(self, work: Work, core: float) -> tuple[float, float]:
-        """Keys and values go round; attention hides them as far as it lasts."""
-        cp = self.layout.cp
-        if cp == 1:
-            return 0.0, 0.0
-        kept = 2 * self.config.kv_heads * self.config.head_dim / min(self.layout.tp, self.config.kv_heads)
-        around = collectives.all_gather(
-            self.group(cp, self.layout.tp), 2 * kept * self.layout.micro * self.seq
-        )
-        return max(0.0, around - core), max(0.0, 2 * around - 2.5 * core)
-
-    def _experts(self, work: Work) -> tuple[float, float]:
-        """Tokens to their experts and back: forward, and the same for gradients."""
-        if not work.experts or self.layout.ep == 1:
-            return 0.0, 0.0
+    def _context(self, core: float) -> Pair:
+        """Exposed seconds of context parallelism: keys and values go round behind `core` seconds."""
         at = self.layout
+        if at.cp == 1:
+            return 0.0, 0.0
+        kv_heads = self.config.kv_heads
+        values = 2 * kv_heads * self.config.head_dim / min(at.tp, kv_heads)
+        around = collectives.all_gather(self.group(at.cp, at.tp), 2 * values * at.micro * self.seq)
+        return max(0.0, around - core), max(0.0, 2 * around - BACKWARD_ATTENTION * core)
+
+    def _experts(self, work: Work) -> float:
+        """Seconds of expert parallelism, each way: tokens are sent to their experts, and the outputs back."""
+        at = self.layout
+        if not work.experts or at.ep == 1:
+            return 0.0
         limit = work.groups if work.groups > 1 else 0
-        way = collectives.all_to_all(
-            self.group(at.ep, 1 if at.experts_split < at.tp else at.tp), work.routed, limit
-        )
-        tokens = self.rows / (at.tp // at.experts_split if at.experts_split < at.tp else 1)
+        whole = at.experts_split < at.tp  # each chip then sends a part of the tokens
+        chips = self.group(at.ep, 1 if whole else at.tp)
+        way = collectives.all_to_all(chips, work.routed, limit)
+        tokens = self.rows / (at.tp // at.experts_split if whole else 1)
         dispatch = 1.0 if self.roof.precision == "fp8" else 2.0
-        out, home = way.seconds(tokens, work.hidden, dispatch, 2.0)
-        return out + home, out + home
+        return sum(way.seconds(tokens, work.hidden, dispatch, 2.0))
 
 
 @cache
 def spread(config: ModelConfig, stages: int, balanced: bool = False) -> tuple[tuple[int, ...], ...]:
-    """Layers of each stage. Layers that divide evenly and are alike are dealt evenly; `balanced` software, and whoever
-    has unequal layers, cuts where the dearest stage costs least, the head counted."""
+    """The layers of each stage.
+
+    Equal layers that divide evenly are dealt evenly. `balanced` software, and unequal layers, are cut so that
+    the most expensive stage costs least, the head included.
+    """
     layers = cost.work(config)
     if stages == 1:
         return (tuple(range(len(layers))),)
@@ -231,27 +272,37 @@ def spread(config: ModelConfig, stages: int, balanced: bool = False) -> tuple[tu
         prices = [layer.flops for layer in layers]
         prices[-1] += 2 * cost.head(config).met * (1 + config.predicted)
         counts = _cut(prices, stages)
-    firsts = [sum(counts[:stage]) for stage in range(stages)]
-    return tuple(tuple(range(first, first + count)) for first, count in zip(firsts, counts, strict=True))
+    first = 0
+    cut = []
+    for count in counts:
+        cut.append(tuple(range(first, first + count)))
+        first += count
+    return tuple(cut)
 
 
 def _cut(prices: list[float], stages: int) -> list[int]:
-    """Numbers of neighbours in each of so many pieces, such that the dearest piece is as cheap as can be."""
-    low, high = max(prices), sum(prices)
-    for _ in range(40):
+    """Lengths of `stages` runs of neighbours such that the most expensive run costs least."""
+    low = max(prices)
+    high = sum(prices)
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if len(_pieces(prices, middle, stages)) <= stages else (middle, high)
-    counts = _pieces(prices, high, stages)
+        if len(_runs(prices, middle, stages)) <= stages:
+            high = middle
+        else:
+            low = middle
+    counts = _runs(prices, high, stages)
     return counts + [0] * (stages - len(counts))
 
 
-def _pieces(prices: list[float], most: float, stages: int) -> list[int]:
-    """Greedy pieces of at most `most`, each leaving a layer for every stage to come."""
-    counts, total = [0], 0.0
+def _runs(prices: list[float], most: float, stages: int) -> list[int]:
+    """Lengths of greedy runs of at most `most`, each leaving a layer for every later stage."""
+    counts = [0]
+    total = 0.0
     for at, price in enumerate(prices):
         scarce = len(prices) - at <= stages - len(counts)
-        if counts[-1] and (total + price > most * (1 + 1e-9) or scarce):
-            counts, total = [*counts, 0], 0.0
+        if counts[-1] and (scarce or total + price > most * ROUNDING):
+            counts.append(0)
+            total = 0.0
         counts[-1] += 1
         total += price
     return counts

@@ -1,7 +1,8 @@
-"""How long one step takes, what binds it, and how sure that is.
+"""The duration of one training step, its parts, its bottleneck and its uncertainty.
 
-A micro-batch goes through stages; each stage's forward and backward passes come from `roofline`, exchanges from
-`collectives`, the order from `schedules`. What can hide behind computing is hidden; the rest is exposed and named.
+A micro-batch goes through stages; each stage's forward and backward passes come from `stage_cost` and
+`roofline`, exchanges from `collectives`, the order from `pipeline_schedules`. Exchanges are hidden behind
+computing where the software can do that; the rest is exposed and named.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from math import log2
 from ..model.config import ModelConfig
 from . import collectives, cost, pipeline_schedules
 from .cluster import Cluster
-from .constants import Constants, constants
 from .layout import Layout, check
 from .pipeline_schedules import Times
 from .roofline import TUNED, Roofline, Software
@@ -22,6 +22,8 @@ from .stage_cost import Cost, Stages
 SPREAD = {"tested": 0.18, "untested": 0.40}  # half width of the interval, as `plan verify` measures it
 TESTED = ("ampere", "hopper")
 OPTIMIZER_BYTES = 40  # a weight: gradient, master copy and two moments read and written, norm, new weight
+BINDING_SHARE = 0.05  # of a step: a smaller part than that is no bottleneck
+COMPUTING_SHARE = 0.8  # of a step: computing above it is the bottleneck
 
 WORDS = {
     "compute": "computing",
@@ -39,7 +41,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step: `seconds` within `low`..`high`; `parts` sum to it; `binds` says in words what costs most."""
+    """One step: `seconds` within `low`..`high`; `parts` sum to it; `binds` names the bottleneck."""
 
     seconds: float
     low: float
@@ -53,6 +55,7 @@ class Step:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens a second of all chips."""
         return self.tokens / self.seconds
 
     @property
@@ -68,7 +71,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Foresight:
-    """Everything a step's forecast is made of; `predict` makes one and reads it."""
+    """The forecast of a step of `batch` sequences of `seq` tokens, with all its parts."""
 
     config: ModelConfig
     cluster: Cluster
@@ -76,193 +79,221 @@ class Foresight:
     batch: int
     seq: int
     roof: Roofline
-    exact: bool = True  # events; otherwise formulas
-    made: dict = field(default_factory=dict, compare=False)  # layers costed already
+    exact: bool = True  # the schedule is simulated; otherwise its formulas are used
+    made: dict = field(default_factory=dict, compare=False)  # costs of layers, shared by many layouts
 
     @cached_property
     def stages(self) -> Stages:
+        """The model's stages under the layout."""
         return Stages(self.config, self.cluster, self.layout, self.seq, self.roof, self.made)
 
     @property
     def micro(self) -> int:
+        """Micro-batches of one pipeline."""
         return self.layout.micro_batches(self.batch)
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
-        """Of each stage, with parameters fetched for each micro-batch where ZeRO-3 does that."""
+        """The cost of one micro-batch in each stage, without ZeRO-3's exchanges."""
         return self.stages.costs
 
     @cached_property
     def send(self) -> float:
-        """Seconds of handing one micro-batch to the next stage."""
+        """Seconds to send one micro-batch to the next stage."""
         at = self.layout
         if at.pp == 1:
             return 0.0
         size = 2 * self.stages.rows * self.config.hidden_size / (at.tp if at.sp else 1)
-        return collectives.send(
-            self.cluster, size, at.chips <= self.cluster.per_node, self.roof.numbers.links, self.stages.cards
-        )
+        inside = at.chips <= self.cluster.per_node
+        return collectives.send(self.cluster, size, inside, self.roof.numbers.links, self.stages.cards)
 
     @cached_property
     def times(self) -> Times:
-        """What the schedule plays; eager code waits for its messages, tuned code only for their arrival."""
+        """Seconds of each stage's passes; eager code also waits until its messages are sent."""
         wait = 0.0 if self.roof.software.fused else self.send
-        fetch = [self.fetched(stage) for stage in range(len(self.costs))]
-        both = self.layout.schedule.startswith("dualpipe")
-        hidden = [
-            c.paired / (c.computing + c.waiting) if self.layout.overlap and not both else 1.0
-            for c in self.costs
-        ]
-        return Times(
-            tuple(h * c.ahead + wait + f[0] for c, f, h in zip(self.costs, fetch, hidden, strict=True)),
-            tuple(h * c.back + wait + f[1] for c, f, h in zip(self.costs, fetch, hidden, strict=True)),
-            tuple(h * c.weight for c, h in zip(self.costs, hidden, strict=True)),
-            self.send,
-            tuple(c.paired for c in self.costs) if both else (),
-        )
+        dual = self.layout.dual
+        forward = []
+        backward = []
+        weight = []
+        for stage, costs in enumerate(self.costs):
+            fetch_forward, fetch_backward = self.fetch(stage)
+            left = 1.0  # share of the seconds that overlapping leaves
+            if self.layout.overlap and not dual:
+                left = costs.paired / (costs.computing + costs.waiting)
+            forward.append(left * costs.ahead + wait + fetch_forward)
+            backward.append(left * costs.back + wait + fetch_backward)
+            weight.append(left * costs.weight)
+        paired = tuple(costs.paired for costs in self.costs) if dual else ()
+        return Times(tuple(forward), tuple(backward), tuple(weight), self.send, paired)
 
-    def fetched(self, stage: int) -> tuple[float, float]:
-        """ZeRO-3, a micro-batch: weights gathered forward and backward, gradients scattered, behind computing."""
+    def fetch(self, stage: int) -> tuple[float, float]:
+        """Exposed seconds of ZeRO-3, a micro-batch, forward and backward.
+
+        Weights are gathered forward and backward, gradients scattered, behind computing.
+        """
         if self.layout.zero < 3:
             return 0.0, 0.0
-        cost, software = self.costs[stage], self.roof.software
-        layer = 2 * sum(self.held(stage)) / max(1, len(self.stages.layers[stage]))
+        costs = self.costs[stage]
+        software = self.roof.software
+        layer = 2 * sum(self.weights(stage)) / max(1, len(self.stages.layers[stage]))
         gather = self.exchange(stage, 2, layer)
         scatter = self.exchange(stage, software.gradient_bytes, layer)
-        hidden, late = (gather, scatter) if software.sums_late else (gather + scatter, 0.0)
-        forward = max(0.0, gather - self.hiding * cost.forward)
-        return forward, max(0.0, hidden - self.hiding * (cost.backward + cost.weight)) + late
+        forward = max(0.0, gather - self.hiding * costs.forward)
+        computing = self.hiding * (costs.backward + costs.weight)
+        if software.sums_late:
+            return forward, max(0.0, gather - computing) + scatter
+        return forward, max(0.0, gather + scatter - computing)
 
     @property
     def hiding(self) -> float:
-        return self.roof.numbers.prefetched if self.roof.software.prefetches else self.roof.numbers.hidden
+        """The share of computing behind which exchanges hide."""
+        numbers = self.roof.numbers
+        return numbers.prefetched if self.roof.software.prefetches else numbers.hidden
 
-    def held(self, stage: int) -> tuple[float, float]:
-        """Weights of a stage on one chip: those that all data-parallel chips share, and its experts."""
-        at, works = self.layout, self.stages.works
-        mine = [works[layer] for layer in self.stages.layers[stage]]
-        experts = sum(w.expert_weights for w in mine) / (at.ep * at.experts_split)
-        dense = sum(w.weights - w.expert_weights for w in mine) / at.tp
-        ends = (stage == 0) + (stage == self.stages.count - 1) * (
-            not self.config.tied or self.stages.count > 1
-        )
-        return dense + ends * self.config.vocab_size * self.config.hidden_size / at.tp, experts
+    def weights(self, stage: int) -> tuple[float, float]:
+        """Weights of a stage on one chip: dense ones, and experts."""
+        at = self.layout
+        dense = 0
+        experts = 0
+        for layer in self.stages.layers[stage]:
+            work = self.stages.works[layer]
+            dense += work.weights - work.expert_weights
+            experts += work.expert_weights
+        own_head = not self.config.tied or self.stages.count > 1
+        tables = (stage == 0) + (stage == self.stages.count - 1) * own_head
+        table = tables * self.config.vocab_size * self.config.hidden_size / at.tp
+        return dense / at.tp + table, experts / at.expert_shards
 
     def exchange(self, stage: int, width: float, bucket: float, summed: bool = False) -> float:
-        """Seconds to gather a stage's weights of `width` bytes over the chips that share them, in messages of `bucket`
-        bytes; to scatter gradients takes as long. `summed` is an all-reduce."""
-        at, (dense, experts) = self.layout, self.held(stage)
-        copies = at.dp * at.cp
-        expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep))
-        total = 0.0
-        exchange = collectives.all_reduce if summed else collectives.all_gather
+        """Seconds to gather a stage's weights of `width` bytes over the chips that share them.
+
+        Messages are of `bucket` bytes. Scattering gradients takes as long; `summed` is an all-reduce.
+        """
+        at = self.layout
+        dense, experts = self.weights(stage)
+        collective = collectives.all_reduce if summed else collectives.all_gather
         if self.roof.software.reduce == "hfreduce":
-            exchange, width = (
-                collectives.hfreduce,
-                width / 2,
-            )  # a sum is a scatter and a gather: half for each
+            collective = collectives.hfreduce
+            width /= 2  # a sum is a scatter and a gather: half for each
+        total = 0.0
         for weights, size, stride in (
-            (dense, copies, at.tp),
-            (experts, expert_copies, at.ep * at.experts_split),
+            (dense, at.copies, at.tp),
+            (experts, at.expert_copies, at.expert_shards),
         ):
-            if weights and size > 1:
-                whole = width * weights
-                messages = max(1.0, whole / bucket)
-                total += messages * exchange(
-                    self.stages.group(size, stride, self.roof.software.rings), whole / messages
-                )
+            if not weights or size == 1:
+                continue
+            whole = width * weights
+            messages = max(1.0, whole / bucket)
+            group = self.stages.group(size, stride, self.roof.software.rings)
+            total += messages * collective(group, whole / messages)
         return total
 
     @cached_property
     def data(self) -> float:
-        """Exposed exchange of gradients and weights, a step: the last backward pass and the first forward one hide a part.
-        Where weight gradients come last, only they do."""
-        if self.layout.zero == 3 or self.layout.dp * self.layout.cp == 1:
+        """Exposed seconds of exchanging gradients and weights, a step, of the slowest chip of a pipeline."""
+        if self.layout.zero == 3 or self.layout.copies == 1:
             return 0.0
-        worst = 0.0
-        for chip in range(self.layout.pp):
-            stages = self.layout.owned(chip)
-            last, software, shards = self.costs[chip], self.roof.software, bool(self.layout.zero)
-            width = software.gradient_bytes
-            out = sum(self.exchange(stage, width, software.bucket, not shards) for stage in stages)
-            home = sum(self.exchange(stage, 2, software.bucket / 2) for stage in stages) if shards else 0.0
-            back = last.weight + last.backward * (self.layout.schedule not in pipeline_schedules.LATE)
-            late = max(0.0, out - self.hiding * back) + max(0.0, home - self.hiding * last.forward)
-            worst = max(worst, late)
-        return worst
+        return max(0.0, *(self._exposed(chip) for chip in range(self.layout.pp)))
+
+    def _exposed(self, chip: int) -> float:
+        """Exposed seconds of exchanges of one chip of a pipeline.
+
+        The last backward pass and the first forward pass hide a part; where weight gradients come last, only
+        they do.
+        """
+        stages = self.layout.owned(chip)
+        costs = self.costs[chip]
+        software = self.roof.software
+        shards = self.layout.zero > 0
+        width = software.gradient_bytes
+        reduce = 0.0
+        gather = 0.0
+        for stage in stages:
+            reduce += self.exchange(stage, width, software.bucket, summed=not shards)
+            if shards:
+                gather += self.exchange(stage, 2, software.bucket / 2)
+        back = costs.weight
+        if self.layout.schedule not in pipeline_schedules.LATE:
+            back += costs.backward
+        late = max(0.0, reduce - self.hiding * back)
+        return late + max(0.0, gather - self.hiding * costs.forward)
 
     @cached_property
     def optimizer(self) -> float:
+        """Seconds of the optimiser on the chip with most weights."""
         at = self.layout
-        worst = 0.0
+        copies = at.copies if at.zero else 1
+        expert_copies = at.expert_copies if at.zero else 1
+        most = 0.0
         for chip in range(at.pp):
-            held = [self.held(stage) for stage in at.owned(chip)]
-            copies = at.dp * at.cp if at.zero else 1
-            expert_copies = max(1, copies * at.tp // (at.experts_split * at.ep)) if at.zero else 1
-            worst = max(worst, sum(dense / copies + experts / expert_copies for dense, experts in held))
-        return self.roof.copy(OPTIMIZER_BYTES * worst)
+            own = 0.0
+            for stage in at.owned(chip):
+                dense, experts = self.weights(stage)
+                own += dense / copies + experts / expert_copies
+            most = max(most, own)
+        return self.roof.copy(OPTIMIZER_BYTES * most)
 
     @cached_property
     def pipeline(self) -> tuple[float, float]:
-        """Seconds of all micro-batches, and of its bubble."""
-        at, times = self.layout, self.times
+        """Seconds of all micro-batches, and of the bubble in them."""
+        at = self.layout
         if at.pp == 1 and self.stages.count == 1:
-            return self.micro * (times.forward[0] + times.backward[0] + times.weight[0]), 0.0
+            return self.micro * self.times.whole(0), 0.0
         play = pipeline_schedules.seconds if self.exact else pipeline_schedules.quick
-        return play(at.schedule, times, at.pp, self.micro, at.chunks)
+        return play(at.schedule, self.times, at.pp, self.micro, at.chunks)
 
     def step(self) -> Step:
+        """The step's seconds with their interval, parts and bottleneck."""
         whole, bubble = self.pipeline
         before = whole + self.data + self.optimizer
-        jitter = before * self.roof.numbers.jitter * log2(self.cluster.across(self.layout.chips).nodes or 1)
+        nodes = self.cluster.across(self.layout.chips).nodes
+        jitter = before * self.roof.numbers.jitter * log2(nodes or 1)
         seconds = before + jitter
-        parts = self.parts(whole - bubble) | {
-            "bubble": bubble,
-            "data": self.data,
-            "optimizer": self.optimizer,
-            "jitter": jitter,
-        }
-        spread = SPREAD["tested" if self.cluster.chip.generation in TESTED else "untested"]
+        parts = self.parts(whole - bubble)
+        parts |= {"bubble": bubble, "data": self.data, "optimizer": self.optimizer, "jitter": jitter}
         chip = self.cluster.chip
+        spread = SPREAD["tested" if chip.generation in TESTED else "untested"]
         return Step(
-            seconds,
-            seconds / (1 + spread),
-            seconds * (1 + spread),
-            {k: v for k, v in parts.items() if v > 0},
-            binds(parts, seconds),
-            self.batch * self.seq,
-            self.layout.chips,
-            cost.flops_per_token(self.config, self.seq),
-            chip.rate("bf16" if "bf16" in chip.figures else "fp16"),
+            seconds=seconds,
+            low=seconds / (1 + spread),
+            high=seconds * (1 + spread),
+            parts={name: value for name, value in parts.items() if value > 0},
+            binds=binds(parts, seconds),
+            tokens=self.batch * self.seq,
+            chips=self.layout.chips,
+            flops_per_token=cost.flops_per_token(self.config, self.seq),
+            peak=chip.rate("bf16" if "bf16" in chip.figures else "fp16"),
         )
 
     def parts(self, busy: float) -> dict[str, float]:
-        """What the busiest stage does meanwhile, in proportion."""
-        stage = max(self.costs, key=lambda c: c.computing + c.waiting)
-        overlaps = self.layout.overlap or bool(self.times.paired)
-        kinds = {
+        """`busy` seconds of a pipeline divided in proportion to the parts of its busiest stage."""
+        stage = max(self.costs, key=lambda costs: costs.computing + costs.waiting)
+        experts = sum(stage.experts)
+        if self.layout.overlap or self.times.paired:
+            experts = max(0.0, stage.paired - stage.computing)
+        parts = {
             "compute": stage.computing - stage.again,
             "recompute": stage.again,
             "tensor": sum(stage.tensor),
             "context": sum(stage.context),
-            "experts": max(0.0, stage.paired - stage.computing) if overlaps else sum(stage.experts),
+            "experts": experts,
+            "data": sum(self.fetch(0)),
         }
-        fetch = sum(self.fetched(0))
-        kinds["data"] = fetch
-        total = sum(kinds.values())
-        return {kind: busy * value / total for kind, value in kinds.items()}
+        total = sum(parts.values())
+        return {name: busy * value / total for name, value in parts.items()}
 
 
 def binds(parts: dict[str, float], seconds: float) -> str:
-    """What costs most beside computing: "all-to-all of experts: 31 % of the step"."""
-    name, value = max(((k, v) for k, v in parts.items() if k != "compute"), key=lambda item: item[1])
-    share = value / seconds
-    if share < 0.05 or parts["compute"] > 0.8 * seconds:
+    """The largest part beside computing: "all-to-all of experts: 31 % of the step"."""
+    others = [name for name in parts if name != "compute"]
+    largest = max(others, key=lambda name: parts[name])
+    share = parts[largest] / seconds
+    if share < BINDING_SHARE or parts["compute"] > COMPUTING_SHARE * seconds:
         return f"computing: {parts['compute'] / seconds:.0%} of the step"
-    return f"{WORDS[name]}: {share:.0%} of the step"
+    return f"{WORDS[largest]}: {share:.0%} of the step"
 
 
-def predict(
+def foresee(
     config: ModelConfig,
     cluster: Cluster,
     layout: Layout,
@@ -270,23 +301,12 @@ def predict(
     seq: int,
     precision: str = "bf16",
     software: Software = TUNED,
-    numbers: Constants | None = None,
-) -> Step:
-    """Foresee a step of `batch` sequences of `seq` tokens; impossible layouts are refused in one sentence."""
-    check(layout, config, cluster, batch)
-    return foresee(config, cluster, layout, batch, seq, precision, software, numbers).step()
-
-
-def foresee(
-    config, cluster, layout, batch, seq, precision="bf16", software=TUNED, numbers=None, exact=True
+    exact: bool = True,
 ) -> Foresight:
-    """The same, with all that it is made of; not `exact` is by formulas, for searching."""
-    return Foresight(
-        config,
-        cluster,
-        layout,
-        batch,
-        seq,
-        Roofline(cluster.chip, precision, software, numbers or constants()),
-        exact,
-    )
+    """The forecast of a step of `batch` sequences of `seq` tokens; not `exact` is by formulas, for searching.
+
+    Raises LimbeckError if the layout is impossible.
+    """
+    check(layout, config, cluster, batch)
+    roof = Roofline(cluster.chip, precision, software)
+    return Foresight(config, cluster, layout, batch, seq, roof, exact)
