@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import pytest
 
 import limbeck
@@ -20,7 +21,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # A room may use itself and the rooms on floors below. `engine`, `tasks` and `train` are not for one another:
 # loops take them as arguments.
 FLOORS = {
-    "types": 0, "config": 0, "text": 0, "run_log": 0,
+    "types": 0, "files": 0, "config": 0, "text": 0, "run_log": 0,
     "model": 1,
     "engine": 2, "tasks": 2, "train": 2,
     "eval": 3, "runtime": 3, "plan": 3,
@@ -33,7 +34,6 @@ GROUND = {"numpy", "pydantic", "tokenizers", "yaml", "jinja2"}
 NEVER = {"transformers", "trl", "ray", "vllm", "lm_eval", "datasets", "accelerate"}
 NETWORK = {"urllib", "requests", "httpx", "http", "socket", "aiohttp", "huggingface_hub", "openai"}
 HARMLESS = ("urllib.parse", "http.cookies")  # these only read what is written in them
-LONGEST = 600
 BESIDE = 4  # modules beside the packages
 DOOR = 4  # times what typer takes: as long may `limbeck --help` take
 
@@ -177,10 +177,17 @@ def test_the_top_holds_packages_and_few_files():
 def test_files_are_nouns_of_the_field_and_can_be_read():
     vague = {"utils", "util", "helpers", "helper", "common", "manager", "core", "misc"}
     assert not {path for path in FILES if path.stem in vague or path.parent.name in vague}
-    lengths = {
-        str(path.relative_to(HOUSE)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES
-    }
-    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
+@pytest.mark.parametrize("figure", figures.LIMITS)
+def test_the_code_is_as_simple_as_it_was_meant(measured, figure):
+    """`python tests/figures.py limbeck --worst 10` names the places."""
+    assert figures.kept(figure, measured[figure]), measured[figure]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, float]:
+    return figures.measure(FILES)
 
 
 def test_help_is_there_at_once():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..types import LimbeckError
+
+if TYPE_CHECKING:
+    import socket
 
 HEAD_TIMEOUT_SECONDS = 10.0  # seconds from a request's first byte to the end of its head
 KEEP_ALIVE_SECONDS = 30  # seconds that an idle connection stays open
@@ -18,6 +20,8 @@ def claim(host: str, port: int) -> socket.socket:
 
     Raises LimbeckError if it is not available.
     """
+    import socket
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     address = socket.socket(family)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
