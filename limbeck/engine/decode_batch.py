@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import kernels
 from ..model.decoder import Decoder
 from ..model.ffn import Routes
+from ..model.kernels.decode_step import Decoding
 from ..model.kv_cache import KVCache, Packed
 from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
@@ -46,7 +46,7 @@ class DecodeBatch:
         self.ends = {end, *sampling.stop_ids}
         self.ends_V = np.zeros(max(model.config.vocab_size, max(self.ends) + 1), dtype=bool)
         self.ends_V[list(self.ends)] = True
-        self.decoding = kernels.Decoding(model) if self.compiled and kernels.Decoding.fits(model) else None
+        self.decoding = Decoding(model) if self.compiled and Decoding.fits(model) else None
         budget = sampling.max_new_tokens
         self.cache = KVCache(
             model.config, weight.dtype, weight.device, self.decoding is not None, min(budget, AHEAD)
