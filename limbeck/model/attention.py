@@ -1,7 +1,8 @@
 """Attention layers. N tokens · C hidden · H heads · K key/value heads · D head size · R latent rank.
 
-A layer only makes queries, keys and values. The positions that a token attends to are up to the context: `Packed`
-(packed.py) for whole sequences laid end to end, `KVCache` (kv_cache.py) for the next tokens of each row.
+A layer only makes queries, keys and values. The positions that a token attends to are up to the context:
+`Packed` (packed.py) for whole sequences laid end to end, `KVCache` (kv_cache.py) for the next tokens of each
+row.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Rope = tuple[Tensor, Tensor]  # cos and sign-folded sin of each token, [N, 1, D]
 class GroupedQueryAttention(nn.Module):
     """GQA (Ainslie et al. 2023, arXiv 2305.13245), with MHA and MQA as its extremes.
 
-    One product makes queries, keys and values. Qwen2 adds a bias to it, Qwen3 normalises heads before they are
-    rotated, Hunyuan after. With CLA (arXiv 2405.12981) some layers make queries alone and share an earlier layer's
-    keys; as each layer has a key norm of its own, keys are stored without its weight, which multiplies the
-    queries instead.
+    One product makes queries, keys and values. Qwen2 adds a bias to it, Qwen3 normalises heads before they
+    are rotated, Hunyuan after. With CLA (arXiv 2405.12981) some layers make queries alone and share an
+    earlier layer's keys; as each layer has a key norm of its own, keys are stored without its weight, which
+    multiplies the queries instead.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -121,7 +122,10 @@ class LatentAttention(nn.Module):
         return self.out(mixed_NHD.flatten(1))
 
     def _project(self, x_NC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries without and with positions [N, H, D], the normalised latent [N, R], the rotated key [N, 1, D]."""
+        """Two parts of the queries [N, H, D], the normalised latent [N, R] and the rotated key [N, 1, D].
+
+        The queries' second part is rotated.
+        """
         latent = self.latent
         projection = self.q_latent if latent.q_rank else self.q_full
         widths = [self.query_width, latent.kv_rank, latent.rope_dim]

@@ -1,6 +1,8 @@
-"""Interfaces between a decoder's layers and the sequences that they run over: attention contexts and router traces.
+"""Interfaces between a decoder's layers and the sequences that they run over: attention contexts and router
+traces.
 
-N tokens · H heads · K key/value heads, or chosen experts · D head size · R latent rank · E experts · S sequences.
+N tokens · H heads · K key/value heads, or chosen experts · D head size · R latent rank · E experts · S
+sequences.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class Context(Protocol):
 class Routes:
     """The experts that a forward pass chose, layer by layer, or has to choose again (router replay).
 
-    `given` [N, sparse layers, K] are the choices to replay. `balance` is the weight of the sequence-wise balance
-    loss, for which `sequences_N` numbers each token's sequence. A forward pass appends, layer by layer, the
-    choices [N, K], the tokens of each expert [E], the routers' entropy summed over tokens, and the balance loss.
+    `given` [N, sparse layers, K] are the choices to replay. `balance` is the weight of the sequence-wise
+    balance loss, for which `sequences_N` numbers each token's sequence. A forward pass appends, layer by
+    layer, the choices [N, K], the tokens of each expert [E], the routers' entropy summed over tokens, and the
+    balance loss.
     """
 
     def __init__(self, given: Tensor | None = None, balance: float = 0.0, sequences_N: Tensor | None = None):

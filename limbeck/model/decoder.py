@@ -1,7 +1,8 @@
-"""The decoder: tokens laid end to end in, hidden states out. N tokens · C hidden · D head size · V vocabulary.
+"""The decoder: tokens laid end to end in, hidden states out. N tokens · C hidden · D head size · V
+vocabulary.
 
-Training, prefill and decoding call the same `forward`; only the context differs. Callers make logits (`head`) at the
-positions that they need.
+Training, prefill and decoding call the same `forward`; only the context differs. Callers make logits (`head`)
+at the positions that they need.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ RESIDUAL = ("out.weight", "down.weight", "experts_down")
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each on a normalised copy and added back; Falcon's both on the same copy."""
+    """Attention, then feed-forward, each on a normalised copy and added back.
+
+    In Falcon's parallel blocks both take the same copy.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -43,10 +47,11 @@ class Block(nn.Module):
 
 
 class Ahead(nn.Module):
-    """A module that predicts one token further (multi-token prediction; DeepSeek-V3, arXiv 2412.19437, section 2.2).
+    """One module of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
-    From the state at a position and the token that follows it, the state that predicts the token after that one;
-    embedding and head are the model's. `join` takes the embedding, then the state, as V3's checkpoints store it.
+    From the state at a position and the token that follows it, the state that predicts the token after that
+    one; embedding and head are the model's. `join` takes the embedding, then the state, as V3's checkpoints
+    store it.
     """
 
     def __init__(self, config: ModelConfig, depth: int):
@@ -58,7 +63,7 @@ class Ahead(nn.Module):
         self.block = Block(config, config.layers + depth)
 
     def forward(self, hidden_NC: Tensor, next_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """The states one token further, [N, C], of states and the embeddings of the tokens that follow them."""
+        """States one token further [N, C], of states and the embeddings of the tokens after them."""
         normed = [self.embed_norm(next_NC), self.hidden_norm(hidden_NC)]
         joined_NC = self.join(torch.cat(normed, dim=-1))
         return self.head_norm(self.block(joined_NC, rope, context))
@@ -81,8 +86,8 @@ def _ffn(config: ModelConfig, layer: int) -> nn.Module:
 class Decoder(nn.Module):
     """A language model without its sampling: `decoder(tokens_N, context)` -> hidden_NC.
 
-    With `recompute`, learning keeps each block's input alone and computes the block again on the way back (Chen et
-    al. 2016, arXiv 1604.06174): the same numbers for a third more time and a fraction of the memory.
+    With `recompute`, learning keeps each block's input alone and computes the block again on the way back
+    (Chen et al. 2016, arXiv 1604.06174): the same numbers for a third more time and a fraction of the memory.
     """
 
     recompute = False
@@ -164,11 +169,14 @@ class Decoder(nn.Module):
         return student
 
 
-# ---------------------------------------------------------------- rotary positions; of D head dimensions D / 2 waves
+# ---------------------------------------------------------------- rotary positions: one wave for two dimensions
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sign-folded sin, [positions, D] (Su et al. 2021, arXiv 2104.09864), in float64 until the end."""
+    """cos and sign-folded sin, [positions, D] (Su et al. 2021, arXiv 2104.09864).
+
+    They are computed in float64 and rounded at the end.
+    """
     scaling = config.rope_scaling
     kind = scaling.get("rope_type")
     half = config.rope_dim // 2

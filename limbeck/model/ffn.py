@@ -1,4 +1,5 @@
-"""Feed-forward layers. N tokens · C hidden · I intermediate · E experts · G groups of them · K chosen a token · M = N x K.
+"""Feed-forward layers. N tokens · C hidden · I intermediate · E experts · G groups of them · K chosen a token
+· M = N x K.
 
 A mixture sorts its tokens by expert and makes one grouped product per projection, forward and backward.
 """
@@ -145,8 +146,9 @@ class MixtureOfExperts(nn.Module):
 def recycle(scores_NE: Tensor, chosen_NK: Tensor, experts: Experts) -> Tensor:
     """Choices [N, K] with overflowing tokens moved to experts below capacity, in place.
 
-    Hunyuan-Large's recycle routing (arXiv 2411.02265, section 2.2.3): the tokens beyond an expert's capacity, drawn
-    at random, go to experts with room. The seed is a function of the scores, so a resumed run repeats it.
+    Hunyuan-Large's recycle routing (arXiv 2411.02265, section 2.2.3): the tokens beyond an expert's capacity,
+    drawn at random, go to experts with room. The seed is a function of the scores, so a resumed run repeats
+    it.
     """
     capacity = -(-int(len(chosen_NK) * experts.capacity) // experts.count)
     bits = scores_NE.sum().double().view(torch.int64)
@@ -198,7 +200,10 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding):
-        """The mixed outputs, [N, C]; `order_M` sorts the choices by expert, and expert e's end at `ends_E[e]`."""
+        """The mixed outputs, [N, C].
+
+        `order_M` sorts the choices by expert, and expert e's end at `ends_E[e]`.
+        """
         tile, block = rounding
         ctx.rounding = rounding
         ctx.top_k = weights_NK.shape[1]
@@ -253,8 +258,9 @@ def _sum_choices(y_MC: Tensor, order_M: Tensor, top_k: int) -> Tensor:
 def _grouped_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     """Products group by group; group e ends at `ends_E[e]`.
 
-    Rows of `a` [M, I] by `b` [E, I, C] give [M, C]; columns of `a` [I, M] by rows of `b` [M, C] give [E, I, C].
-    torch's own wants rows of a multiple of 16 bytes and at most 32 bits; else there is one product an expert.
+    Rows of `a` [M, I] by `b` [E, I, C] give [M, C]; columns of `a` [I, M] by rows of `b` [M, C] give [E, I,
+    C]. torch's own wants rows of a multiple of 16 bytes and at most 32 bits; else there is one product an
+    expert.
     """
     if a.dtype != torch.float64 and _is_aligned(a) and _is_aligned(b):
         return F.grouped_mm(a, b, offs=ends_E)

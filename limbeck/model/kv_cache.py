@@ -1,7 +1,8 @@
 """The KV cache of a decode batch: keys and values of every row, and attention of the next tokens over them.
 
-L slots (layers with keys of their own) · B rows · N new tokens of all rows · S new tokens of a row · T positions ·
-n blocks of P positions · H heads · K key/value heads · G queries a key head · D head size · X = B x K.
+L slots (layers with keys of their own) · B rows · N new tokens of all rows · S new tokens of a row · T
+positions · n blocks of P positions · H heads · K key/value heads · G queries a key head · D head size · X = B
+x K.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from .packed import Packed
 class KVCache:
     """Keys and values of a decode batch; a row's next tokens are stored at its own length.
 
-    Values are stored as [layers, B, K, T, D], with room to grow; keys as [layers, B, K, T / P, D, P], so that one
-    number of a query meets P of them side by side. P is T, or, where the kernels read them (`compiled`), the
-    numbers of a vector. MLA stores its latents as keys of one head and no values, for they are the latents'
-    first part.
+    Values are stored as [layers, B, K, T, D], with room to grow; keys as [layers, B, K, T / P, D, P], so that
+    one number of a query meets P of them side by side. P is T, or, where the kernels read them (`compiled`),
+    the numbers of a vector. MLA stores its latents as keys of one head and no values, for they are the
+    latents' first part.
 
     `fork` copies prefilled sequences into rows, `keep` drops finished rows, `rollback` takes tokens back.
     Attention reads up to the longest row. Rows of one prompt may all read the copy of the first of them
     (`prefix_owner`), which then stays in the processor's caches.
 
-    `ahead` is the number of tokens to reserve behind a prompt. With `spare` there is room for that many rows from
-    the start, as long as they hold no more than `spare_tokens`; the last rows then move into places that fall
-    free, and the others stay where they are.
+    `ahead` is the number of tokens to reserve behind a prompt. With `spare` there is room for that many rows
+    from the start, as long as they hold no more than `spare_tokens`; the last rows then move into places that
+    fall free, and the others stay where they are.
     """
 
     absorbed = True
@@ -129,7 +130,10 @@ class KVCache:
         self.v_LBKTD = self.v_LBKTD.index_select(1, index)
 
     def _move(self, rows: np.ndarray) -> None:
-        """Copy row `rows[i]` to place i where it is not there yet; no copied row is one that was overwritten before."""
+        """Copy row `rows[i]` to place i where it is not there yet.
+
+        `rows` must name no row that an earlier copy overwrites.
+        """
         moved = (rows != np.arange(len(rows))).nonzero()[0]
         for place in moved.tolist():
             row = int(rows[place])
@@ -174,7 +178,7 @@ class KVCache:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Attention of each row's new tokens over all of its tokens, [N, H, D]; stores the new keys and values."""
+        """Store new keys and values; attention of each row's new tokens over all of its tokens, [N, H, D]."""
         if k_NKD is not None:
             self._store(layer.slot, k_NKD, v_NKD)
         rows = len(self.lengths)

@@ -17,8 +17,9 @@ from torch import Tensor
 from . import kernels
 from .context import Layer, Routes
 
-# Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which walks
-# over keys in tiles, is ahead of ours there, and takes whole sequences only (`python -m bench.kernels`).
+# Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which
+# walks over keys in tiles, is ahead of ours there, and takes whole sequences only (`python -m
+# bench.kernels`).
 LONG = 3072
 
 
@@ -89,8 +90,8 @@ class SharedPrefix:
     """Completions that branch off shared prompts; every prompt is stored and computed once.
 
     `prompts` prompts of `width` tokens come first, then the completions end to end (callers sort them by
-    length); `owners[i]` is the prompt that completion i continues. A completion sees its whole prompt and its own
-    past: gradients equal those of the sequences written out in full.
+    length); `owners[i]` is the prompt that completion i continues. A completion sees its whole prompt and its
+    own past: gradients equal those of the sequences written out in full.
     """
 
     absorbed = False
@@ -195,9 +196,9 @@ def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tenso
 
 
 class _Runs:
-    """Sequences laid end to end from token `offset`, in runs of similar length, each run padded to its longest.
+    """Sequences laid end to end from token `offset`, cut into runs of similar length.
 
-    All runs are padded by one gather a tensor, and one gather takes the padding out again.
+    Each run is padded to its longest sequence. All runs are padded by one gather a tensor, and one gather takes the padding out again.
     """
 
     def __init__(self, lengths: list[int], slack: float, offset: int = 0, device: torch.device | str = "cpu"):
@@ -212,7 +213,7 @@ class _Runs:
             self.real_N = torch.from_numpy(real_N).to(device)
 
     def _gathers(self, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The token at each padded position [P] (padding: the first), and each token's padded position [N]."""
+        """The token at each padded position [P] (0 where it is padding), and each token's position [N]."""
         begins_B = np.cumsum([0, *lengths[:-1]])
         rows = [rows for rows, _ in self.shapes]
         widths_B = np.repeat([width for _, width in self.shapes], rows)
@@ -241,8 +242,8 @@ class _Runs:
 class _Gather(torch.autograd.Function):
     """`x[index]`, with a backward pass that leaves padding out.
 
-    `back` is, for each entry of `x`, the one place in the result whose gradient it gets. Without `back` no entry
-    is gathered twice.
+    `back` is, for each entry of `x`, the one place in the result whose gradient it gets. Without `back` no
+    entry is gathered twice.
     """
 
     @staticmethod

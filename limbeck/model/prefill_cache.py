@@ -1,4 +1,5 @@
-"""Chunked prefill: the cached keys and values of one sequence, and the attention of its next tokens over them.
+"""Chunked prefill: the cached keys and values of one sequence, and the attention of its next tokens over
+them.
 
 N tokens · T positions · H heads · K key/value heads · D head size · S new tokens of a sequence.
 """
@@ -19,8 +20,8 @@ from .packed import causal_attention
 class SequenceKV:
     """The cached keys [T, K, D] and values [T, K, D] of one sequence, slot by slot; of MLA the latents alone.
 
-    It grows by chunks (`ChunkedPrefill`). Rows of a `KVCache` start as copies of it (`fork`), and so may another
-    sequence with the same first tokens (`begin_as`). `room` is the number of tokens that it can hold.
+    It grows by chunks (`ChunkedPrefill`). Rows of a `KVCache` start as copies of it (`fork`), and so may
+    another sequence with the same first tokens (`begin_as`). `room` is the number of tokens that it can hold.
     """
 
     def __init__(self, config: ModelConfig, room: int, dtype: torch.dtype = torch.float32):
@@ -75,9 +76,9 @@ class SequenceKV:
 
 
 class ChunkedPrefill:
-    """The context of the next tokens of several sequences, laid end to end; each token sees its own sequence's past.
+    """The context of the next tokens of several sequences, laid end to end.
 
-    `counts[i]` tokens continue the i-th sequence. After the forward pass, `settle` makes them part of it.
+    Each token sees its own sequence's past. `counts[i]` tokens continue the i-th sequence. After the forward pass, `settle` makes them part of it.
     """
 
     absorbed = True
@@ -100,7 +101,7 @@ class ChunkedPrefill:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Attention of each sequence's new tokens over its past and themselves, [N, H, D]; stores their keys."""
+        """Store new keys and values; attention of new tokens over their own sequence, [N, H, D]."""
         mixed = []
         begin = 0
         for past, count in zip(self.pasts, self.counts, strict=True):

@@ -1,7 +1,7 @@
 """The kernels as torch calls them: autograd functions, and operations without a gradient.
 
-N tokens · B rows · H heads · K key/value heads or experts a token · D head size · C hidden · V vocabulary · E experts ·
-I intermediate · M = N x K.
+N tokens · B rows · H heads · K key/value heads or experts a token · D head size · C hidden · V vocabulary · E
+experts · I intermediate · M = N x K.
 """
 
 from __future__ import annotations
@@ -194,7 +194,10 @@ class Trees:
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention along every path from a trunk's begin to a branch's end: q [N, H, D], k and v [N, K, D]."""
+    """Causal attention along every path from a trunk's begin to a branch's end.
+
+    q [N, H, D], k and v [N, K, D].
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, trees, scale, window):
@@ -259,8 +262,8 @@ class _Experts(ctypes.Structure):
 class Mixture(torch.autograd.Function):
     """The sum over each token's experts of weight x SwiGLU(x).
 
-    x [N, C], gate_up [E, 2 I, C], down [E, C, I], weights [N, K]; `order` [M] sorts the choices by expert, and expert
-    e's end at `ends[e]`.
+    x [N, C], gate_up [E, 2 I, C], down [E, C, I], weights [N, K]; `order` [M] sorts the choices by expert,
+    and expert e's end at `ends[e]`.
     """
 
     @staticmethod
@@ -285,7 +288,7 @@ class Mixture(torch.autograd.Function):
 
 
 def _mixture(saved: Sequence[Tensor]) -> _Experts:
-    """The structure of x [N, C], gate_up [E, 2 I, C], down [E, C, I], weights [N, K], order, ends and scratch memory."""
+    """The structure of `Mixture`'s inputs x [N, C], gate_up, down, weights [N, K], order, ends, and scratch."""
     x, _, down, weights, *_ = saved
     count, hidden, width = down.shape
     addresses = (tensor.data_ptr() for tensor in saved)
@@ -306,7 +309,10 @@ def linear(x_BC: Tensor, weight_VC: Tensor, way: int = FASTEST) -> Tensor:
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The first token at which the cumulative softmax passes the uniform number, and its log-probability, both [B]."""
+    """Tokens drawn with `uniform_B`, and their log-probabilities, both [B].
+
+    A row's token is the first at which the cumulative softmax passes the row's uniform number.
+    """
     logits_BV = logits_BV.contiguous()
     uniform_B = uniform_B.contiguous()
     rows, count = logits_BV.shape

@@ -1,7 +1,7 @@
 """The operations of the kernels in classes of size, and a piece of work of each class to time them at.
 
-The work calls the decoder's own modules, so that the timed code is the code that will run, with kernels or with torch.
-N tokens · C inputs · O outputs.
+The work calls the decoder's own modules, so that the timed code is the code that will run, with kernels or
+with torch. N tokens · C inputs · O outputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Work = Callable[[], object]
 class Operation:
     """One operation of the kernels, in classes of size.
 
-    `size` names the quantity that is compared with `largest`, the largest size of each class; `trials` has, for each
-    class, a shape in words and a function that makes its work.
+    `size` names the quantity that is compared with `largest`, the largest size of each class; `trials` has,
+    for each class, a shape in words and a function that makes its work.
     """
 
     size: str
