@@ -45,11 +45,12 @@ class Latent:
 class Experts:
     """A mixture of experts.
 
-    V3's is `Experts(count=256, top_k=8, intermediate_size=2048, shared_size=2048, sigmoid=True, balanced=True,
-    normalize=True, scale=2.5, groups=8, top_groups=4, dense=(0, 1, 2))`. Scores are a softmax or sigmoids;
-    `balanced` adds a bias to the choice of experts, not to their weights; `normalize` makes the chosen weights sum
-    to one; `groups` limits the choice to the experts of the best `top_groups`. `capacity` is a limit in training,
-    in multiples of the even load, beyond which tokens are recycled to experts with room; 0 is no limit.
+    V3's is `Experts(count=256, top_k=8, intermediate_size=2048, shared_size=2048, sigmoid=True,
+    balanced=True, normalize=True, scale=2.5, groups=8, top_groups=4, dense=(0, 1, 2))`. Scores are a softmax
+    or sigmoids; `balanced` adds a bias to the choice of experts, not to their weights; `normalize` makes the
+    chosen weights sum to one; `groups` limits the choice to the experts of the best `top_groups`. `capacity`
+    is a limit in training, in multiples of the even load, beyond which tokens are recycled to experts with
+    room; 0 is no limit.
     """
 
     count: int
@@ -73,8 +74,9 @@ class ModelConfig:
     `ModelConfig("llama", vocab_size=48, hidden_size=64, layers=3, heads=4, kv_heads=2, head_dim=16,
     intermediate_size=176)` is a model of 130 thousand parameters.
 
-    `qk_norm` normalises heads "before" or "after" their rotation; `share_kv` lets that many neighbouring layers
-    use the keys and values of the first (CLA); `predicted` is the number of modules for multi-token prediction.
+    `qk_norm` normalises heads "before" or "after" their rotation; `share_kv` lets that many neighbouring
+    layers use the keys and values of the first (CLA); `predicted` is the number of modules for multi-token
+    prediction.
 
     Raises:
         LimbeckError: the sizes do not fit together.
@@ -199,7 +201,9 @@ class ModelConfig:
 
     @property
     def parameters_ahead(self) -> int:
-        """Weights of multi-token prediction: in each module a block, a joint of two states and three norms."""
+        """Weights of multi-token prediction: in each module a block, a joint of two states and three
+        norms.
+        """
         extra = 2 * self.hidden_size**2 + 3 * self.hidden_size
         return sum(self._block(self.layers + depth) + extra for depth in range(self.predicted))
 
@@ -269,8 +273,8 @@ class ModelConfig:
     def from_directory(cls, directory: Path) -> ModelConfig:
         """Read the `config.json` of a model directory, or the given file.
 
-        Raises:
-            LimbeckError: the file is missing, damaged or not supported; names the file, the key and the remedy.
+        Raises: LimbeckError: the file is missing, damaged or not supported; names the file, the key and the
+        remedy.
         """
         from .hf_config import read
 

@@ -1,7 +1,7 @@
 """HuggingFace's `config.json`: read into a `ModelConfig`, and written from one. No torch.
 
-The names of keys are data (families.py); here are the cases that are not a matter of names. A setting that would change
-the logits and is not supported is refused.
+The names of keys are data (families.py); here are the cases that are not a matter of names. A setting that
+would change the logits and is not supported is refused.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def _size(tree: Tree, key: str, where: str) -> int:
 
 
 def _uniform(value: Any) -> Any:
-    """The one value of a list of equal ones (Hunyuan's files give some numbers layer by layer), or `value` itself."""
+    """The one value of a list of equal ones (Hunyuan's files give some numbers layer by layer), or `value`
+    itself.
+    """
     if isinstance(value, list) and value and value.count(value[0]) == len(value):
         return value[0]
     return value

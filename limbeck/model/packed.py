@@ -198,7 +198,8 @@ def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tenso
 class _Runs:
     """Sequences laid end to end from token `offset`, cut into runs of similar length.
 
-    Each run is padded to its longest sequence. All runs are padded by one gather a tensor, and one gather takes the padding out again.
+    Each run is padded to its longest sequence. All runs are padded by one gather a tensor, and one gather
+    takes the padding out again.
     """
 
     def __init__(self, lengths: list[int], slack: float, offset: int = 0, device: torch.device | str = "cpu"):

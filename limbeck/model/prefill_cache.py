@@ -78,7 +78,8 @@ class SequenceKV:
 class ChunkedPrefill:
     """The context of the next tokens of several sequences, laid end to end.
 
-    Each token sees its own sequence's past. `counts[i]` tokens continue the i-th sequence. After the forward pass, `settle` makes them part of it.
+    Each token sees its own sequence's past. `counts[i]` tokens continue the i-th sequence. After the forward
+    pass, `settle` makes them part of it.
     """
 
     absorbed = True

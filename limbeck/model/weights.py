@@ -29,8 +29,8 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .families import FAMILIES
 
-# Old checkpoints carry the rotary frequencies, which follow from config.json; modules of multi-token prediction
-# carry the model's own embedding and head a second time.
+# Old checkpoints carry the rotary frequencies, which follow from config.json; modules of multi-token
+# prediction carry the model's own embedding and head a second time.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
 
 FP8_BLOCK = 128  # rows and columns of a checkpoint in FP8 that share one scale
@@ -82,8 +82,8 @@ def parts(decoder: Decoder) -> Iterator[Part]:
 def _split_layer(name: str, layers: int) -> tuple[str, int]:
     """The rest of a parameter's name and its layer.
 
-    `blocks.3.attention.out.weight` is `attention.out.weight` of layer 3; the layers of multi-token prediction follow
-    the last.
+    `blocks.3.attention.out.weight` is `attention.out.weight` of layer 3; the layers of multi-token prediction
+    follow the last.
     """
     match = re.match(r"(?:blocks\.(\d+)|ahead\.(\d+)(?:\.block)?)\.(.*)", name)
     if not match:
@@ -139,7 +139,9 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Leaves the memory of modules that are made inside as it is; drawing weights to overwrite takes seconds."""
+    """Leaves the memory of modules that are made inside as it is; drawing weights to overwrite takes
+    seconds.
+    """
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -205,7 +207,8 @@ def _check_extra(decoder: Decoder, file: Any, name: str, path: Path) -> None:
 
 
 def _drop_missing_ahead(decoder: Decoder, wanted: Mapping[str, Part], missing: set[str]) -> set[str]:
-    """Drop the modules of multi-token prediction if none of their weights is there; returns what is still missing.
+    """Drop the modules of multi-token prediction if none of their weights is there; returns what is still
+    missing.
 
     transformers saves a model without them, and its config.json goes on announcing them.
     """
@@ -229,7 +232,9 @@ def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
 
 
 def _tensor(file: Any, name: str, names: set[str], directory: Path) -> Tensor:
-    """One tensor [X, Y] in its own scale: FP8 weights times their blocks' scales (arXiv 2412.19437, 3.3.2)."""
+    """One tensor [X, Y] in its own scale: FP8 weights times their blocks' scales (arXiv 2412.19437,
+    3.3.2).
+    """
     tensor = file.get_tensor(name)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
@@ -266,7 +271,9 @@ def _expect_tied(head: Tensor, embedding: str, path: Path) -> None:
 
 
 def _files(directory: Path) -> dict[Path, set[str]]:
-    """The weight files, those of the index or the one there is, with the tensors that the index lists for each."""
+    """The weight files, those of the index or the one there is, with the tensors that the index lists for
+    each.
+    """
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return {_single_file(directory): set()}
