@@ -201,9 +201,7 @@ class ModelConfig:
 
     @property
     def parameters_ahead(self) -> int:
-        """Weights of multi-token prediction: in each module a block, a joint of two states and three
-        norms.
-        """
+        """Weights of multi-token prediction: a block, a joint of two states and three norms a module."""
         extra = 2 * self.hidden_size**2 + 3 * self.hidden_size
         return sum(self._block(self.layers + depth) + extra for depth in range(self.predicted))
 

@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         return student
 
 
-# ---------------------------------------------------------------- rotary positions: one wave for two dimensions
+# ---------------------------------------------------------------- rotary positions: a wave for two dimensions
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

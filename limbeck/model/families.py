@@ -154,9 +154,13 @@ class Family:
 
 SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 FALCON_7B = {
-    "alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False,
+    "alibi": False,
+    "new_decoder_architecture": False,
+    "multi_query": True,
+    "parallel_attn": True,
+    "bias": False,
     "activation": "gelu",
-}  # fmt: skip
+}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "llama", wanted=SILU),

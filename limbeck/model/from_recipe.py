@@ -24,8 +24,9 @@ def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
 
 
 def _experts(shape: Shape) -> Experts:
-    """The mixture of a shape; without one, a mixture all of whose layers are dense, as DeepSeek-V3's first
-    three.
+    """The mixture of a shape.
+
+    Without one, all layers are dense, as are DeepSeek-V3's first three.
     """
     mixture = shape.experts
     if not mixture:

@@ -86,8 +86,8 @@ def _family(tree: Tree, where: str) -> str:
     known = ", ".join(family.architecture for family in FAMILIES.values())
     if tree.get("auto_map"):
         raise LimbeckError(
-            f"{where}: architecture {architecture} comes as Python code beside the weights (auto_map), which is "
-            f"never run; use a checkpoint of a supported architecture: {known}"
+            f"{where}: architecture {architecture} comes as Python code beside the weights (auto_map), "
+            f"which is never run; use a checkpoint of a supported architecture: {known}"
         )
     raise LimbeckError(f"{where}: architecture {architecture} is not supported; supported are {known}")
 
@@ -119,8 +119,9 @@ def _size(tree: Tree, key: str, where: str) -> int:
 
 
 def _uniform(value: Any) -> Any:
-    """The one value of a list of equal ones (Hunyuan's files give some numbers layer by layer), or `value`
-    itself.
+    """The one value of a list of equal ones, or `value` itself.
+
+    Hunyuan's files give some numbers layer by layer.
     """
     if isinstance(value, list) and value and value.count(value[0]) == len(value):
         return value[0]
@@ -131,9 +132,8 @@ def _rope(tree: Tree, family: Family, where: str) -> tuple[float, Tree]:
     """Base and scaling of rotary positions, under older keys or newer ones; `{}` is no scaling."""
     newer = tree.get("rope_parameters") or {}
     scaling = tree.get("rope_scaling") or newer
-    share = tree.get("partial_rotary_factor") or newer.get("partial_rotary_factor") or 1
-    if share != 1 and not family.latent:
-        raise LimbeckError(f"{where}: partial_rotary_factor = {share} is not supported; only 1 is")
+    if not family.latent:
+        _refuse_partial(tree, newer, where)
     theta = float(tree.get("rope_theta") or newer.get("rope_theta") or family.theta)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
@@ -141,6 +141,13 @@ def _rope(tree: Tree, family: Family, where: str) -> tuple[float, Tree]:
     _check_scaling(scaling, kind, where)
     settings = {key: value for key, value in scaling.items() if key not in ("rope_theta", "type")}
     return theta, {**settings, "rope_type": kind}
+
+
+def _refuse_partial(tree: Tree, newer: Tree, where: str) -> None:
+    """Refuse heads of which only a part is rotated."""
+    share = tree.get("partial_rotary_factor") or newer.get("partial_rotary_factor") or 1
+    if share != 1:
+        raise LimbeckError(f"{where}: partial_rotary_factor = {share} is not supported; only 1 is")
 
 
 def _check_scaling(scaling: Tree, kind: str, where: str) -> None:

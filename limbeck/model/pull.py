@@ -125,7 +125,8 @@ def _download(wheel: Wheel, parcel: Path) -> Path:
     if outcome.returncode or not files:
         lines = outcome.stderr.strip().splitlines() or ["it said nothing"]
         raise LimbeckError(
-            f"pip could not download {wheel.requirement} ({lines[-1]}); check the network and that pip is here"
+            f"pip could not download {wheel.requirement} ({lines[-1]}); "
+            "check the network and that pip is here"
         )
     return files[0]
 

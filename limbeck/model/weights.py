@@ -139,9 +139,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Leaves the memory of modules that are made inside as it is; drawing weights to overwrite takes
-    seconds.
-    """
+    """Skips the initialisation of modules, whose weights are overwritten: it takes seconds."""
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -207,10 +205,10 @@ def _check_extra(decoder: Decoder, file: Any, name: str, path: Path) -> None:
 
 
 def _drop_missing_ahead(decoder: Decoder, wanted: Mapping[str, Part], missing: set[str]) -> set[str]:
-    """Drop the modules of multi-token prediction if none of their weights is there; returns what is still
-    missing.
+    """Drop the modules of multi-token prediction if all their weights are missing.
 
-    transformers saves a model without them, and its config.json goes on announcing them.
+    transformers saves a model without them, and its config.json goes on announcing them. Returns the names that
+    are still missing.
     """
     ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
     if not ahead or not ahead <= missing:
@@ -232,9 +230,7 @@ def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
 
 
 def _tensor(file: Any, name: str, names: set[str], directory: Path) -> Tensor:
-    """One tensor [X, Y] in its own scale: FP8 weights times their blocks' scales (arXiv 2412.19437,
-    3.3.2).
-    """
+    """One tensor [X, Y]; FP8 weights are multiplied by their blocks' scales (arXiv 2412.19437, 3.3.2)."""
     tensor = file.get_tensor(name)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
@@ -271,9 +267,7 @@ def _expect_tied(head: Tensor, embedding: str, path: Path) -> None:
 
 
 def _files(directory: Path) -> dict[Path, set[str]]:
-    """The weight files, those of the index or the one there is, with the tensors that the index lists for
-    each.
-    """
+    """The weight files of a directory, each with the tensors that the index lists for it."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return {_single_file(directory): set()}

@@ -49,8 +49,9 @@ class Same:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Query and key rows of Llama: `Interleaved(heads=9)`. llama.cpp rotates neighbours, transformers
-    halves.
+    """Query and key rows of Llama: `Interleaved(heads=9)`.
+
+    llama.cpp rotates neighbouring dimensions together, transformers those of both halves.
     """
 
     heads: int

@@ -119,8 +119,8 @@ class _File:
             values = gguf.quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise LimbeckError(
-                f"{self.path}: tensor {name} has quantisation {tensor.tensor_type.name}, which cannot be undone; "
-                "take Q8_0 or F16 instead"
+                f"{self.path}: tensor {name} has quantisation {tensor.tensor_type.name}, "
+                "which cannot be undone; take Q8_0 or F16 instead"
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32))
 
@@ -219,8 +219,9 @@ def _heads(file: _File, tree: Tree) -> dict[str, int]:
 
 
 def _latent(file: _File, family: Family) -> Tree:
-    """The sizes of MLA; llama.cpp stores the length of whole keys, and counts one head for all in its
-    cache.
+    """The sizes of MLA.
+
+    llama.cpp stores the length of whole keys, and counts one head for all in its cache.
     """
     positions = file.size("rope.dimension_count")
     key_length = file.size("attention.key_length_mla")
@@ -261,7 +262,8 @@ def _plan(file: _File, family: Family, tree: Tree) -> Plan:
     unknown = sorted(set(file.tensors) - known)
     if unknown:
         raise LimbeckError(
-            f"{file.path}: tensor {unknown[0]} has no place in {file.architecture}; it is another architecture"
+            f"{file.path}: tensor {unknown[0]} has no place in {file.architecture}; "
+            "it is another architecture"
         )
     return plan
 
@@ -276,8 +278,8 @@ def _sizes(file: _File, plan: Plan) -> dict[str, int]:
             sizes |= {name: 4 * tensor.numel() for name, tensor in zip(link.theirs, tensors, strict=True)}
         except (RuntimeError, ValueError):
             raise LimbeckError(
-                f"{file.path}: tensor {link.ggml[0]} is {shapes[0]}, which the sizes in the file do not divide; "
-                "download it again"
+                f"{file.path}: tensor {link.ggml[0]} is {shapes[0]}, "
+                "which the sizes in the file do not divide; download it again"
             ) from None
     return sizes
 

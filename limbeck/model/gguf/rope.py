@@ -34,15 +34,16 @@ def settle(tree: dict[str, Any], where: str) -> tuple[float, dict[str, Any]]:
     newer = tree.get("rope_parameters") or {}
     scaling = tree.get("rope_scaling") or newer
     scaling = {key: value for key, value in scaling.items() if value is not None}
-    theta = tree.get("rope_theta") or scaling.get("rope_theta") or newer.get("rope_theta") or 10_000.0
+    bases = (tree.get("rope_theta"), scaling.get("rope_theta"), newer.get("rope_theta"))
+    theta = float(next(filter(None, bases), 10_000.0))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in KINDS:
         known = ", ".join(KINDS[1:])
         raise LimbeckError(f"{where}: rope_scaling of type {kind} is not supported; supported are {known}")
     if kind == "default":
-        return float(theta), {}
+        return theta, {}
     rest = {key: value for key, value in scaling.items() if key not in ("type", "rope_type", "rope_theta")}
-    return float(theta), {"rope_type": kind, **rest}
+    return theta, {"rope_type": kind, **rest}
 
 
 # ---------------------------------------------------------------- writing
@@ -151,9 +152,7 @@ def llama3(factors_D: np.ndarray, theta: float, head_dim: int, where: str) -> di
 
 
 def factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """Llama 3.1's divisors of `head_dim / 2` frequencies, [D / 2]: 1 for short waves, `factor` for long
-    ones.
-    """
+    """Llama 3.1's divisors of a head's frequencies, [D / 2]: 1 for short waves, `factor` for long ones."""
     half = head_dim // 2
     frequency_D = theta ** -(np.arange(half) / half)
     turns_D = scaling["original_max_position_embeddings"] * frequency_D / (2 * np.pi)

@@ -90,8 +90,9 @@ Get = Callable[
 
 
 def build(get: Get, where: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file; `get(key, kind, default)` looks keys up, without default they must be
-    there.
+    """The tokenizer of a GGUF file.
+
+    `get(key, kind, default)` looks keys up; without default they must be there.
 
     Raises:
         LimbeckError: the tokenizer is damaged, or of a kind that is not supported.
@@ -191,8 +192,9 @@ def _begin_with(tokens: list[str], start: int) -> processors.TemplateProcessing:
 
 
 def add(writer: gguf.GGUFWriter, directory: Path, rows: int) -> None:
-    """Write the tokenizer and chat template of a directory; `rows` of the embedding beyond its tokens are
-    unused.
+    """Write the tokenizer and chat template of a directory.
+
+    The embedding has `rows`; those beyond the tokens are unused.
 
     Raises:
         LimbeckError: llama.cpp has no name for the tokenizer; raised before anything is written.
@@ -265,9 +267,7 @@ def _name(tree: dict[str, Any], path: Path) -> str:
 
 
 def _rule(tree: dict[str, Any]) -> Splitting | None:
-    """The splitting rule of a `tokenizer.json`, with or without a name; None if it is more than a
-    `Splitting`.
-    """
+    """The splitting rule of a `tokenizer.json`, or None if a `Splitting` cannot express it."""
     model = tree.get("model") or {}
     if any(model.get(key) for key in UNSUPPORTED):
         return None
@@ -283,8 +283,9 @@ def _rule(tree: dict[str, Any]) -> Splitting | None:
 
 
 def _cuts(tree: dict[str, Any]) -> tuple[tuple[str, ...], bool] | None:
-    """The patterns of a pre-tokenizer, and True if GPT-2's own rule follows; None where bytes do not come
-    last.
+    """The patterns of a pre-tokenizer, and True if GPT-2's own rule follows.
+
+    None where bytes do not come last.
     """
     *before, last = tree.get("pretokenizers") or [tree]
     cuts = tuple(_cut(step) for step in before)

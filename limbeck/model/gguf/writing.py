@@ -143,8 +143,8 @@ def _refuse_unsupported(tree: Tree, family: Family, path: Path) -> None:
     limited = tree.get("topk_method") == "group_limited_greedy"
     if limited and family.model_type == "deepseek_v2" and _is_grouped(tree):
         raise LimbeckError(
-            f"{path}: topk_method = 'group_limited_greedy' is not what llama.cpp computes; it rates a group of "
-            "experts by its two best, as DeepSeek-V3 does"
+            f"{path}: topk_method = 'group_limited_greedy' is not what llama.cpp computes; "
+            "it rates a group of experts by its two best, as DeepSeek-V3 does"
         )
 
 
@@ -177,8 +177,9 @@ def _heads(tree: Tree) -> dict[str, int]:
 
 
 def _latent(family: Family, tree: Tree) -> dict[str, int]:
-    """The sizes of MLA as llama.cpp runs it: one key and value head, the latent, and the widths of whole
-    heads.
+    """The sizes of MLA as llama.cpp runs it, with one key and value head: the latent.
+
+    The widths of whole heads are stored beside.
     """
     rank = tree["kv_lora_rank"]
     positions = tree["qk_rope_head_dim"]
@@ -269,9 +270,7 @@ def _plan(source: _Weights, family: Family, tree: Tree) -> list[Link]:
 
 
 def _is_left_out(name: str, tree: Tree) -> bool:
-    """True for a tied head, old rotary frequencies, and the layers of multi-token prediction beyond the
-    last.
-    """
+    """True for a tied head, old rotary frequencies, and the layers of multi-token prediction."""
     if name.endswith(HARMLESS):
         return True
     if name == "lm_head.weight":
@@ -334,9 +333,7 @@ def _rope_factors(tree: Tree) -> np.ndarray | None:
 
 
 def _quantization(name: str, shape: torch.Size, kind: str) -> Quantization:
-    """The quantisation of a tensor: fp32 for vectors and routers, and f16 for rows that blocks do not
-    fill.
-    """
+    """The quantisation of a tensor: fp32 for vectors and routers, f16 for rows that blocks do not fill."""
     if len(shape) == 1 or name.endswith(ROUTER):
         return Quantization.F32
     if kind == "q8_0" and shape[-1] % BLOCK:

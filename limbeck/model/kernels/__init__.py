@@ -13,6 +13,27 @@ from .choice import Timing, adopt, current, forced, forget, record, serves, serv
 from .operations import Attention, Mixture, Normalize, Rotate, SwiGLU, Trees, linear, sample
 
 __all__ = [
-    "Attention", "Mixture", "Normalize", "Rotate", "SwiGLU", "Timing", "Trees", "adopt", "current", "forced", "forget", "found",
-    "instructions", "lanes", "library", "linear", "mode", "record", "sample", "serves", "serves_product", "takes", "timings",
-]  # fmt: skip
+    "Attention",
+    "Mixture",
+    "Normalize",
+    "Rotate",
+    "SwiGLU",
+    "Timing",
+    "Trees",
+    "adopt",
+    "current",
+    "forced",
+    "forget",
+    "found",
+    "instructions",
+    "lanes",
+    "library",
+    "linear",
+    "mode",
+    "record",
+    "sample",
+    "serves",
+    "serves_product",
+    "takes",
+    "timings",
+]

@@ -288,9 +288,7 @@ class Mixture(torch.autograd.Function):
 
 
 def _mixture(saved: Sequence[Tensor]) -> _Experts:
-    """The structure of `Mixture`'s inputs x [N, C], gate_up, down, weights [N, K], order, ends, and
-    scratch.
-    """
+    """The structure of `Mixture`'s inputs, x [N, C] and so on, and of its scratch memory."""
     x, _, down, weights, *_ = saved
     count, hidden, width = down.shape
     addresses = (tensor.data_ptr() for tensor in saved)

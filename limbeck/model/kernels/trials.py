@@ -162,28 +162,64 @@ def decode(rows: int, hidden: int, layers: int, heads: int, width: int, intermed
 
 
 OPERATIONS = {
-    "norm": Operation("numbers", (1 << 14, math.inf), (("32 x 128", lambda: norm(32, 128)), ("2,048 x 256", lambda: norm(2048, 256)))),
-    "rotate": Operation("numbers", (1 << 14, math.inf), (
-        ("32 tokens, 4 heads of 32", lambda: rotate(32, 4, 32)), ("2,048 tokens, 4 heads of 64", lambda: rotate(2048, 4, 64)),
-    )),
-    "swiglu": Operation("numbers", (1 << 15, math.inf), (("32 x 344", lambda: swiglu(32, 344)), ("2,048 x 688", lambda: swiglu(2048, 688)))),
-    "attention": Operation("tokens of the longest sequence", (64, 512, 2048, math.inf), (
-        ("32 sequences of 48", lambda: attention(32, 48, 4, 32)), ("4 of 256", lambda: attention(4, 256, 4, 64)),
-        ("1 of 1,024", lambda: attention(1, 1024, 2, 64)), ("1 of 3,072", lambda: attention(1, 3072, 2, 32)),
-    )),
-    "branches": Operation("tokens of a prompt and its longest completion", (512, math.inf), (
-        ("4 prompts of 64, 8 completions of 64", lambda: branches(4, 64, 8, 64, 4, 32)),
-        ("1 prompt of 512, 4 completions of 256", lambda: branches(1, 512, 4, 256, 2, 32)),
-    )),
-    "mixture": Operation("tokens an expert", (16, math.inf), (
-        ("64 tokens, 4 of 16 experts", lambda: mixture(64, 16, 4, 128, 64)),
-        ("1,024 tokens, 4 of 16 experts", lambda: mixture(1024, 16, 4, 128, 64)),
-    )),
-    "draw": Operation("vocabulary", (4096, math.inf), (("8 rows of 512", lambda: draw(8, 512)), ("8 rows of 49,152", lambda: draw(8, 49152)))),
-    "decode": Operation("hidden size", (256, math.inf), (
-        ("8 rows, hidden 128", lambda: decode(8, 128, 2, 4, 32, 352)), ("8 rows, hidden 576", lambda: decode(8, 576, 1, 9, 64, 1536)),
-    )),
-}  # fmt: skip
+    "norm": Operation(
+        "numbers",
+        (1 << 14, math.inf),
+        (("32 x 128", lambda: norm(32, 128)), ("2,048 x 256", lambda: norm(2048, 256))),
+    ),
+    "rotate": Operation(
+        "numbers",
+        (1 << 14, math.inf),
+        (
+            ("32 tokens, 4 heads of 32", lambda: rotate(32, 4, 32)),
+            ("2,048 tokens, 4 heads of 64", lambda: rotate(2048, 4, 64)),
+        ),
+    ),
+    "swiglu": Operation(
+        "numbers",
+        (1 << 15, math.inf),
+        (("32 x 344", lambda: swiglu(32, 344)), ("2,048 x 688", lambda: swiglu(2048, 688))),
+    ),
+    "attention": Operation(
+        "tokens of the longest sequence",
+        (64, 512, 2048, math.inf),
+        (
+            ("32 sequences of 48", lambda: attention(32, 48, 4, 32)),
+            ("4 of 256", lambda: attention(4, 256, 4, 64)),
+            ("1 of 1,024", lambda: attention(1, 1024, 2, 64)),
+            ("1 of 3,072", lambda: attention(1, 3072, 2, 32)),
+        ),
+    ),
+    "branches": Operation(
+        "tokens of a prompt and its longest completion",
+        (512, math.inf),
+        (
+            ("4 prompts of 64, 8 completions of 64", lambda: branches(4, 64, 8, 64, 4, 32)),
+            ("1 prompt of 512, 4 completions of 256", lambda: branches(1, 512, 4, 256, 2, 32)),
+        ),
+    ),
+    "mixture": Operation(
+        "tokens an expert",
+        (16, math.inf),
+        (
+            ("64 tokens, 4 of 16 experts", lambda: mixture(64, 16, 4, 128, 64)),
+            ("1,024 tokens, 4 of 16 experts", lambda: mixture(1024, 16, 4, 128, 64)),
+        ),
+    ),
+    "draw": Operation(
+        "vocabulary",
+        (4096, math.inf),
+        (("8 rows of 512", lambda: draw(8, 512)), ("8 rows of 49,152", lambda: draw(8, 49152))),
+    ),
+    "decode": Operation(
+        "hidden size",
+        (256, math.inf),
+        (
+            ("8 rows, hidden 128", lambda: decode(8, 128, 2, 4, 32, 352)),
+            ("8 rows, hidden 576", lambda: decode(8, 576, 1, 9, 64, 1536)),
+        ),
+    ),
+}
 
 # Classes of products, as products.hpp has them: the most rows of each, and the most values of a weight.
 MOST = (1, 2, 4, 8, 16, 32, 64, 128)
