@@ -207,8 +207,8 @@ def _check_extra(decoder: Decoder, file: Any, name: str, path: Path) -> None:
 def _drop_missing_ahead(decoder: Decoder, wanted: Mapping[str, Part], missing: set[str]) -> set[str]:
     """Drop the modules of multi-token prediction if all their weights are missing.
 
-    transformers saves a model without them, and its config.json goes on announcing them. Returns the names that
-    are still missing.
+    transformers saves a model without them, and its config.json goes on announcing them. Returns the names
+    that are still missing.
     """
     ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
     if not ahead or not ahead <= missing:
