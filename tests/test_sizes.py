@@ -65,7 +65,7 @@ def test_v3_looks_one_token_ahead():
 
 
 def test_v2s_famous_cut_of_the_cache_needs_six_bits():
-    """93.3 % against DeepSeek 67B (arXiv 2405.04434, section 3.2.3) is at 6 bits a value; bfloat16: 82.2 %."""
+    """93.3 % against DeepSeek 67B (arXiv 2405.04434, 3.2.3) is at 6 bits; in bfloat16 it is 82.2 %."""
     dense = published("deepseek-67b").kv_bytes_per_token(2)
     latent = published("deepseek-v2")
     in_bfloat16 = latent.kv_bytes_per_token(2) / dense
