@@ -19,12 +19,15 @@ import torch
 from limbeck.engine.decode_batch import DecodeBatch
 from limbeck.engine.sampling import SamplingParams, draw
 from limbeck.model import kernels
-from limbeck.model.attention import Layer, RMSNorm, rotate
+from limbeck.model.attention import RMSNorm, rotate
 from limbeck.model.config import ModelConfig
+from limbeck.model.context import Layer
 from limbeck.model.decoder import Decoder
 from limbeck.model.ffn import SwiGLU, experts_mixed
-from limbeck.model.kernels import build, choice, decoding, trials
-from limbeck.model.kv_cache import KVCache, Packed, SharedPrefix
+from limbeck.model.kernels import build, choice, decode_step, trials
+from limbeck.model.kernels.decode_step import Decoding
+from limbeck.model.kv_cache import KVCache
+from limbeck.model.packed import Packed, SharedPrefix
 from limbeck.types import LimbeckError
 
 # Every width that this machine can run is tested on it: 4 numbers a vector, 8, 16, and whatever the processor itself has.
@@ -56,7 +59,7 @@ def compiled(request, monkeypatch):
         pytest.skip(str(error))
     monkeypatch.setattr(build, "found", lambda: library)
     monkeypatch.setattr(kernels, "serves", lambda operation, size, *tensors: kernels.takes(*tensors))
-    monkeypatch.setattr(decoding, "serves", lambda operation, size, *tensors: kernels.takes(*tensors))
+    monkeypatch.setattr(decode_step, "serves", lambda operation, size, *tensors: kernels.takes(*tensors))
     monkeypatch.setattr(kernels, "serves_product", kernels.takes)
     return library[0]
 
@@ -212,12 +215,12 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plain
     compiled.use_ways((ctypes.c_int8 * 32)(*[way] * 32))
     decoder = model(**MODELS[name])
     tokens = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
-    begun, step = [4, 9, 6], kernels.Decoding(decoder)
+    begun, step = [4, 9, 6], Decoding(decoder)
     prefill = Packed(begun).keep()
     decoder(torch.cat([row[:n] for row, n in zip(tokens, begun, strict=True)]), prefill)
     cache = KVCache(decoder.config, compiled=True)
     cache.fork(prefill, [1, 1, 1])
-    assert kernels.Decoding.fits(decoder)
+    assert Decoding.fits(decoder)
     said, rows = {0: [], 1: [], 2: []}, [0, 1, 2]
     for i in range(14):
         if i == 6:
@@ -239,13 +242,13 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plain
     ids=str,
 )
 def test_what_the_step_does_not_know_goes_the_plain_way(changes):
-    assert not kernels.Decoding.fits(model(**changes))
+    assert not Decoding.fits(model(**changes))
     assert DecodeBatch(model(**changes), 0, SamplingParams()).decoding is None
 
 
 def test_float64_goes_the_plain_way():
     assert not kernels.takes(torch.zeros(1, dtype=torch.float64))
-    assert not kernels.Decoding.fits(model().double())
+    assert not Decoding.fits(model().double())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 100, 128, 150])

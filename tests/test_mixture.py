@@ -15,8 +15,9 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import fp8
 from limbeck.model.config import Experts, Latent, ModelConfig
+from limbeck.model.context import Routes, sequence_balance
 from limbeck.model.decoder import Decoder
-from limbeck.model.ffn import MixtureOfExperts, Routes, balance_experts, recycle, sequence_balance
+from limbeck.model.ffn import MixtureOfExperts, balance_experts, recycle
 from limbeck.model.kv_cache import KVCache, Packed
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner

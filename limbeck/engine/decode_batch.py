@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import kernels
 from ..model.decoder import Decoder
 from ..model.ffn import Routes
+from ..model.kernels.decode_step import Decoding
 from ..model.kv_cache import KVCache, Packed
 from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
@@ -57,8 +57,8 @@ class DecodeBatch:
         self.stop_token_ids = {end_id, *sampling.stop_ids}
         self.is_stop_V = np.zeros(max(model.config.vocab_size, max(self.stop_token_ids) + 1), dtype=bool)
         self.is_stop_V[list(self.stop_token_ids)] = True
-        fits = self.compiled and kernels.Decoding.fits(model)
-        self.decoding = kernels.Decoding(model) if fits else None
+        fits = self.compiled and Decoding.fits(model)
+        self.decoding = Decoding(model) if fits else None
         self.cache = self._new_cache()
         self.owners: list[Any] = []  # of each row: (problem, sample)
         self._allocate()

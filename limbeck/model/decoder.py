@@ -1,7 +1,8 @@
-"""The decoder: tokens laid end to end in, hidden states out. N tokens · C hidden · D head size · V vocabulary.
+"""The decoder: tokens laid end to end in, hidden states out. N tokens · C hidden · D head size · V
+vocabulary.
 
-Training, prefill and decoding call the same `forward`; only the context differs. Logits are made by whoever
-needs them (`head`), for the positions they need.
+Training, prefill and decoding call the same `forward`; only the context differs. Callers make logits (`head`)
+at the positions that they need.
 """
 
 from __future__ import annotations
@@ -14,62 +15,79 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..types import LimbeckError
-from .attention import Context, GroupedQueryAttention, LatentAttention, RMSNorm, yarn_mscale
+from .attention import GroupedQueryAttention, LatentAttention, RMSNorm, Rope, yarn_mscale
 from .config import ModelConfig
+from .context import Context
 from .ffn import GELU, MixtureOfExperts, SwiGLU
 from .linear import Linear
 
+# Weights whose output is added to the residual stream, by the end of their names.
+RESIDUAL = ("out.weight", "down.weight", "experts_down")
+
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each on a normalised copy and added back; Falcon's both on the same copy."""
+    """Attention, then feed-forward, each on a normalised copy and added back.
+
+    In Falcon's parallel blocks both take the same copy.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        attention = LatentAttention if config.latent else GroupedQueryAttention
         self.attention_norm = _norm(config)
-        self.attention = (LatentAttention if config.latent else GroupedQueryAttention)(config, layer)
+        self.attention = attention(config, layer)
         self.ffn_norm = None if config.parallel else _norm(config)
-        dense = SwiGLU if config.gated else GELU
-        self.ffn = (
-            MixtureOfExperts(config)
-            if config.sparse(layer)
-            else dense(config.hidden_size, config.intermediate_size)
-        )
+        self.ffn = _ffn(config, layer)
 
-    def forward(self, x_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
+    def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
+        """The hidden states after the block, [N, C]."""
         normed_NC = self.attention_norm(x_NC)
         x_NC = x_NC + self.attention(normed_NC, rope, context)
         return x_NC + self.ffn(self.ffn_norm(x_NC) if self.ffn_norm else normed_NC, context)
 
 
 class Ahead(nn.Module):
-    """A module that predicts one token further (multi-token prediction; DeepSeek-V3, arXiv 2412.19437, section 2.2).
+    """One module of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
     From the state at a position and the token that follows it, the state that predicts the token after that
-    one; embedding and head are the model's. Joint of embedding, then state, as V3's checkpoints store it.
+    one; embedding and head are the model's. `join` takes the embedding, then the state, as V3's checkpoints
+    store it.
     """
 
     def __init__(self, config: ModelConfig, depth: int):
         super().__init__()
-        self.embed_norm, self.hidden_norm, self.head_norm = _norm(config), _norm(config), _norm(config)
+        self.embed_norm = _norm(config)
+        self.hidden_norm = _norm(config)
+        self.head_norm = _norm(config)
         self.join = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, config.layers + depth)
 
-    def forward(
-        self, hidden_NC: Tensor, next_NC: Tensor, rope: tuple[Tensor, Tensor], context: Context
-    ) -> Tensor:
-        joined_NC = self.join(torch.cat([self.embed_norm(next_NC), self.hidden_norm(hidden_NC)], dim=-1))
+    def forward(self, hidden_NC: Tensor, next_NC: Tensor, rope: Rope, context: Context) -> Tensor:
+        """States one token further [N, C], of states and the embeddings of the tokens after them."""
+        normed = [self.embed_norm(next_NC), self.hidden_norm(hidden_NC)]
+        joined_NC = self.join(torch.cat(normed, dim=-1))
         return self.head_norm(self.block(joined_NC, rope, context))
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return (nn.LayerNorm if config.layer_norm else RMSNorm)(config.hidden_size, config.norm_eps)
+    """A normalisation of hidden states."""
+    norm = nn.LayerNorm if config.layer_norm else RMSNorm
+    return norm(config.hidden_size, config.norm_eps)
+
+
+def _ffn(config: ModelConfig, layer: int) -> nn.Module:
+    """The feed-forward of one layer: a mixture of experts, or dense."""
+    if config.sparse(layer):
+        return MixtureOfExperts(config)
+    dense = SwiGLU if config.gated else GELU
+    return dense(config.hidden_size, config.intermediate_size)
 
 
 class Decoder(nn.Module):
     """A language model without its sampling: `decoder(tokens_N, context)` -> hidden_NC.
 
-    With `recompute`, learning keeps each block's input alone and computes the block again on the way back (Chen et
-    al. 2016, arXiv 1604.06174): the same numbers for a third more time and a fraction of the memory.
+    With `recompute`, learning keeps each block's input alone and computes the block again on the way back
+    (Chen et al. 2016, arXiv 1604.06174): the same numbers for a third more time and a fraction of the memory.
     """
 
     recompute = False
@@ -89,6 +107,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens_N: Tensor, context: Context) -> Tensor:
+        """The hidden states that predict each next token, [N, C]."""
         rope = self._rope(context)
         x_NC = self.embed(tokens_N)
         for block in self.blocks:
@@ -99,94 +118,122 @@ class Decoder(nn.Module):
         return self.norm(x_NC)
 
     def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
-        """States one token further than `hidden_NC`, in the context that made them; `next_N` is the token that
-        follows each position (at depth 1 the one after that, and so on)."""
+        """States one token further than `hidden_NC`, in the context that made them, [N, C].
+
+        `next_N` is the token that follows each position (at depth 1 the one after that, and so on).
+        """
         return self.ahead[depth](hidden_NC, self.embed(next_N), self._rope(context), context)
 
-    def _rope(self, context: Context) -> tuple[Tensor, Tensor]:
+    def _rope(self, context: Context) -> Rope:
+        """cos and sign-folded sin of the context's positions, [N, 1, D]."""
         return self.cos[context.positions].unsqueeze(1), self.sin[context.positions].unsqueeze(1)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Decoder:
-        """Normal with deviation 1 / sqrt(inputs), less by depth for what writes into the residual stream;
-        embeddings with 0.02. In small models this learns faster than 0.02 everywhere (GPT-2's)."""
+        """Draw all weights from normal distributions, and return the decoder.
+
+        The deviation is 1 / sqrt(inputs), divided by sqrt(2 layers) where a weight writes into the residual
+        stream, and 0.02 for embeddings. Small models learn faster so than with 0.02 everywhere (GPT-2's).
+        """
         random = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if weight.ndim < 2:
                 continue
-            scale = 0.02 if name.startswith(("embed", "head")) else weight.shape[-1] ** -0.5
-            writes = name.endswith(("out.weight", "down.weight", "experts_down"))
-            weight.normal_(
-                0.0, scale / math.sqrt(2 * self.config.layers) if writes else scale, generator=random
-            )
+            deviation = 0.02 if name.startswith(("embed", "head")) else weight.shape[-1] ** -0.5
+            if name.endswith(RESIDUAL):
+                deviation = deviation / math.sqrt(2 * self.config.layers)
+            weight.normal_(0.0, deviation, generator=random)
         return self
 
     def prune_layers(self, layers: int) -> Decoder:
-        """A decoder of evenly spaced layers of this one, first and last among them (as DistilBERT's student
-        began, arXiv 1910.01108, section 2); its weights are copies."""
-        if layers > self.config.layers:
-            raise LimbeckError(f"layers = {layers}: the model has only {self.config.layers}; ask for fewer")
-        kept = [round(i * (self.config.layers - 1) / max(1, layers - 1)) for i in range(layers)]
-        if self.config.experts or self.config.windows or self.config.share_kv > 1 or self.config.predicted:
+        """A decoder of evenly spaced layers of this one, first and last among them; its weights are copies.
+
+        DistilBERT's student began so (arXiv 1910.01108, section 2).
+
+        Raises:
+            LimbeckError: the model has fewer layers, or layers that are not all alike.
+        """
+        config = self.config
+        if layers > config.layers:
+            raise LimbeckError(f"layers = {layers}: the model has only {config.layers}; ask for fewer")
+        if config.experts or config.windows or config.share_kv > 1 or config.predicted:
             raise LimbeckError(
                 f"layers = {layers}: only dense models whose layers are all alike can be thinned"
             )
-        student = Decoder(replace(self.config, layers=layers))
-        student.load_state_dict(
-            {k: v for k, v in self.state_dict().items() if not k.startswith("blocks.")}, strict=False
-        )
-        for place, layer in enumerate(kept):
-            student.blocks[place].load_state_dict(self.blocks[layer].state_dict())
+        student = Decoder(replace(config, layers=layers))
+        outer = {k: v for k, v in self.state_dict().items() if not k.startswith("blocks.")}
+        student.load_state_dict(outer, strict=False)
+        for place, block in enumerate(student.blocks):
+            layer = round(place * (config.layers - 1) / max(1, layers - 1))
+            block.load_state_dict(self.blocks[layer].state_dict())
         return student
 
 
+# ---------------------------------------------------------------- rotary positions: a wave for two dimensions
+
+
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sign-folded sin, [positions, D] (Su et al. 2021, arXiv 2104.09864), in float64 until the end."""
-    scaling, half = config.rope_scaling, config.rope_dim // 2
-    theta, kind = config.rope_theta, scaling.get("rope_type")
+    """cos and sign-folded sin, [positions, D] (Su et al. 2021, arXiv 2104.09864).
+
+    They are computed in float64 and rounded at the end.
+    """
+    scaling = config.rope_scaling
+    kind = scaling.get("rope_type")
+    half = config.rope_dim // 2
+    theta = config.rope_theta
     if kind == "dynamic":  # Hunyuan's fixed alpha
         theta *= scaling["alpha"] ** (config.rope_dim / (config.rope_dim - 2))
-    frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    stretched = {"linear": _interpolated, "llama3": _by_turns, "yarn": _by_dimension}.get(kind)
-    frequency = stretched(frequency, scaling, theta) if stretched else frequency
-    angle = torch.outer(torch.arange(config.max_positions, dtype=torch.float64), frequency)
-    size = _yarn_magnitude(scaling) if kind == "yarn" else 1.0
-    cos, sin = size * angle.cos(), size * angle.sin()
-    return torch.cat([cos, cos], -1).float(), torch.cat([-sin, sin], -1).float()
+    frequency_D = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    if kind == "linear":
+        frequency_D = frequency_D / scaling["factor"]  # position interpolation (arXiv 2306.15595)
+    elif kind == "llama3":
+        frequency_D = _stretch_by_turns(frequency_D, scaling)
+    elif kind == "yarn":
+        frequency_D = _stretch_by_dimension(frequency_D, scaling, theta)
+    angle_TD = torch.outer(torch.arange(config.max_positions, dtype=torch.float64), frequency_D)
+    magnitude = _yarn_magnitude(scaling) if kind == "yarn" else 1.0
+    cos_TD = magnitude * angle_TD.cos()
+    sin_TD = magnitude * angle_TD.sin()
+    return torch.cat([cos_TD, cos_TD], -1).float(), torch.cat([-sin_TD, sin_TD], -1).float()
 
 
-def _interpolated(frequency: Tensor, scaling: dict, theta: float) -> Tensor:
-    """Position interpolation (arXiv 2306.15595)."""
-    return frequency / scaling["factor"]
+def _stretch_by_turns(frequency_D: Tensor, scaling: dict) -> Tensor:
+    """Frequencies of Llama 3.1: slow waves stretched, fast ones left alone."""
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    turns_D = scaling["original_max_position_embeddings"] * frequency_D / (2 * math.pi)
+    blend_D = ((turns_D - low) / (high - low)).clamp(0, 1)
+    return blend_D * frequency_D + (1 - blend_D) * frequency_D / scaling["factor"]
 
 
-def _by_turns(frequency: Tensor, scaling: dict, theta: float) -> Tensor:
-    """Llama 3.1: slow waves stretched, fast ones kept."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return blend * frequency + (1 - blend) * frequency / scaling["factor"]
-
-
-def _by_dimension(frequency: Tensor, scaling: dict, theta: float) -> Tensor:
-    """YaRN (arXiv 2309.00071, section 3.2): a ramp from kept to stretched waves, over the dimension."""
-    half, trained = len(frequency), scaling["original_max_position_embeddings"]
+def _stretch_by_dimension(frequency_D: Tensor, scaling: dict, theta: float) -> Tensor:
+    """Frequencies of YaRN (arXiv 2309.00071, section 3.2): a ramp from original to stretched waves."""
+    half = len(frequency_D)
+    trained = scaling["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:
+        """The dimension whose wave makes that many turns within the trained positions."""
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
 
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    low = dimension(scaling.get("beta_fast") or 32)
+    high = dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * half - 1)
-    ramp = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return (1 - ramp) * frequency + ramp * frequency / scaling["factor"]
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, 2 * half - 1)
+    places_D = torch.arange(half, dtype=torch.float64)
+    ramp_D = ((places_D - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return (1 - ramp_D) * frequency_D + ramp_D * frequency_D / scaling["factor"]
 
 
 def _yarn_magnitude(scaling: dict) -> float:
-    """What YaRN multiplies rotated vectors with; DeepSeek puts it into the scale of the scores instead."""
+    """The factor of YaRN on rotated vectors; DeepSeek puts it into the scale of the scores instead."""
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
-    one, every = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    mscale = scaling.get("mscale")
+    all_dims = scaling.get("mscale_all_dim")
     factor = scaling["factor"]
-    return yarn_mscale(factor, one) / yarn_mscale(factor, every) if one and every else yarn_mscale(factor)
+    if mscale and all_dims:
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dims)
+    return yarn_mscale(factor)

@@ -1,4 +1,4 @@
-"""What each family of models calls things: its switches, the keys of its config.json, the names of its tensors.
+"""The families of models: their switches, the keys of their config.json, the names of their tensors.
 
 All of it is data, read in both directions. A family that is not listed is refused with the list. No torch.
 """
@@ -132,10 +132,10 @@ DEEPSEEK_GROUPS = {
 
 @dataclass(frozen=True)
 class Family:
-    """How a family differs from Llama, and what transformers calls it.
+    """The differences of a family from Llama, and its names in transformers.
 
-    `switches` are fields of `ModelConfig` that all its models share; `gate` those of `Experts`; `experts` maps
-    fields of `Experts` to keys; `wanted` are keys whose other values would change the logits.
+    `switches` are fields of `ModelConfig` that all its models share; `gate` those of `Experts`; `experts`
+    maps fields of `Experts` to keys; `wanted` are keys whose other values would change the logits.
     """
 
     architecture: str
@@ -154,9 +154,13 @@ class Family:
 
 SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 FALCON_7B = {
-    "alibi": False, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False,
+    "alibi": False,
+    "new_decoder_architecture": False,
+    "multi_query": True,
+    "parallel_attn": True,
+    "bias": False,
     "activation": "gelu",
-}  # fmt: skip
+}
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "llama", wanted=SILU),

@@ -1,4 +1,4 @@
-"""Where a model named in a recipe lies. No torch."""
+"""The place of a model that a recipe names. No torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from ..types import LimbeckError
 
 
 def find_model(name: str, base: Path, key: str = "") -> Path:
-    """A directory or a GGUF file, beside the recipe or here; or the name of a model that was pulled.
+    """The directory or GGUF file of a model: beside the recipe, here, or among the pulled ones.
 
-    `key` is what an error begins with: where the name was given.
+    `base` is the recipe's folder; `key`, the setting that names the model, begins an error.
+
+    Raises:
+        LimbeckError: there is no such model.
     """
-    for place in (base / name, Path(name), Path("models") / name, base.parent / "models" / name):
-        if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+    pulled = Path("models")
+    for place in (base / name, Path(name), pulled / name, base.parent / pulled / name):
+        if place.is_dir():
+            return place
+        if place.is_file() and place.suffix == ".gguf":
             return place
     raise LimbeckError(
         f"{key}model {name} is neither a directory nor a GGUF file; `limbeck pull smollm2-135m` fetches one"

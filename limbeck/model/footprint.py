@@ -1,20 +1,21 @@
-"""What a model takes, told from its configuration alone: weights, arithmetic, cache, memory. No torch."""
+"""Weights, arithmetic, cache and memory of a model, from its configuration alone. No torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .config import ModelConfig
+from .config import Experts, ModelConfig
 
-# Bytes a weight while learning: weight and gradient in bfloat16 with a float32 master copy, or both in float32, and
-# AdamW's two moments in float32: 16 either way. (DeepSeek-V3 keeps its moments in bfloat16.)
-LEARNING = 16
+# Bytes a weight in training: weight and gradient in bfloat16 with a float32 master copy, or both in float32,
+# and AdamW's two moments in float32: 16 either way. (DeepSeek-V3 keeps its moments in bfloat16.)
+TRAINING_BYTES = 16  # bytes a weight
 
 
 def describe(config: ModelConfig, context: int = 4096) -> dict[str, Any]:
     """Figures of one model; FLOPs are at `context` tokens, causal, so that a token sees half of them."""
-    whole = config.parameters + config.parameters_ahead
     seen = context / 2
+    weights = config.parameters + config.parameters_ahead
+    cached = config.kv_bytes_per_token(2)
     return {
         "family": config.family,
         "parameters": config.parameters,
@@ -23,71 +24,71 @@ def describe(config: ModelConfig, context: int = 4096) -> dict[str, Any]:
         "forward_flops_per_token": config.flops_per_token(seen),
         "training_flops_per_token": config.flops_per_token(seen, backward=True),
         "kv_values_per_token": config.kv_bytes_per_token(1),
-        "kv_bytes_per_token": config.kv_bytes_per_token(2),
-        "training_bytes": LEARNING * whole,
-        "serving_bytes": 2 * config.parameters + config.kv_bytes_per_token(2) * context,
+        "kv_bytes_per_token": cached,
+        "training_bytes": TRAINING_BYTES * weights,
+        "serving_bytes": 2 * config.parameters + cached * context,
         "context": context,
     }
 
 
 def tell(config: ModelConfig, context: int = 4096) -> str:
-    """The same for people."""
-    told = describe(config, context)
-    layers = f"{config.layers} layers of {config.hidden_size}"
-    attention = (
-        "MLA"
-        if config.latent
-        else "MHA"
-        if config.kv_heads == config.heads
-        else "MQA"
-        if config.kv_heads == 1
-        else "GQA"
+    """The figures of `describe` as a table of sentences."""
+    figures = describe(config, context)
+    serving = _bytes(figures["serving_bytes"])
+    training = _bytes(figures["training_bytes"])
+    rows = {"architecture": _architecture(config)}
+    rows["parameters"] = (
+        f"{_count(figures['parameters'])}, of which a token meets {_count(figures['active_parameters'])}"
     )
+    if figures["parameters_ahead"]:
+        rows["looking ahead"] = (
+            f"{_count(figures['parameters_ahead'])} more in {config.predicted} module(s) "
+            "for multi-token prediction"
+        )
+    rows["FLOPs a token"] = (
+        f"{_count(figures['forward_flops_per_token'])} forward, "
+        f"{_count(figures['training_flops_per_token'])} in training, within {context:,} tokens"
+    )
+    rows["cache a token"] = (
+        f"{figures['kv_values_per_token']:,} values, {figures['kv_bytes_per_token']:,} bytes in bfloat16"
+    )
+    rows["to serve"] = f"{serving}: weights in bfloat16 and one conversation of {context:,} tokens"
+    rows["to train"] = (
+        f"{training}: {TRAINING_BYTES} bytes a weight (AdamW, mixed precision or float32), activations aside"
+    )
+    return "\n".join(f"{name:14} {text}" for name, text in rows.items())
+
+
+def _architecture(config: ModelConfig) -> str:
+    """Layers, heads and experts in words."""
+    attention = _attention(config)
     if config.share_kv > 1:
         attention += f", keys shared by {config.share_kv} layers"
-    mixture = ""
     if config.experts:
-        experts = config.experts
-        shared = (
-            f" and {experts.shared_size // experts.intermediate_size} shared" if experts.shared_size else ""
-        )
-        mixture = f", {experts.top_k} of {experts.count} experts{shared} in {config.sparse_layers - config.predicted} layers"
-    learning = _count(told["training_flops_per_token"])
-    rows = [
-        ("architecture", f"{config.family}: {layers}, {config.heads} heads, {attention}{mixture}"),
-        (
-            "parameters",
-            f"{_count(told['parameters'])}, of which a token meets {_count(told['active_parameters'])}",
-        ),
-        (
-            "FLOPs a token",
-            f"{_count(told['forward_flops_per_token'])} forward, {learning} in training, within {context:,} tokens",
-        ),
-        (
-            "cache a token",
-            f"{told['kv_values_per_token']:,} values, {told['kv_bytes_per_token']:,} bytes in bfloat16",
-        ),
-        (
-            "to serve",
-            f"{_bytes(told['serving_bytes'])}: weights in bfloat16 and one conversation of {context:,} tokens",
-        ),
-        (
-            "to train",
-            f"{_bytes(told['training_bytes'])}: {LEARNING} bytes a weight (AdamW, mixed precision or float32), activations aside",
-        ),
-    ]
-    if told["parameters_ahead"]:
-        rows.insert(
-            2,
-            (
-                "looking ahead",
-                f"{_count(told['parameters_ahead'])} more in {config.predicted} module(s) for multi-token prediction",
-            ),
-        )
-    return "\n".join(f"{name:14} {text}" for name, text in rows)
+        attention += _mixture(config.experts, config.sparse_layers - config.predicted)
+    layers = f"{config.layers} layers of {config.hidden_size}"
+    return f"{config.family}: {layers}, {config.heads} heads, {attention}"
+
+
+def _attention(config: ModelConfig) -> str:
+    """The kind of attention."""
+    if config.latent:
+        return "MLA"
+    if config.kv_heads == config.heads:
+        return "MHA"
+    return "MQA" if config.kv_heads == 1 else "GQA"
+
+
+def _mixture(experts: Experts, layers: int) -> str:
+    """The experts of a mixture in words."""
+    shared = ""
+    if experts.shared_size:
+        shared = f" and {experts.shared_size // experts.intermediate_size} shared"
+    return f", {experts.top_k} of {experts.count} experts{shared} in {layers} layers"
 
 
 def _count(number: float) -> str:
+    """A number with a decimal prefix."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.4g}{unit}"
@@ -95,6 +96,7 @@ def _count(number: float) -> str:
 
 
 def _bytes(number: float) -> str:
+    """Bytes in a decimal unit."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
             return f"{number / size:,.1f} {unit}"

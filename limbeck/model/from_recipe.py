@@ -1,54 +1,47 @@
-"""The model that a recipe's shape describes. No torch."""
+"""The architecture that a recipe's shape describes. No torch."""
 
 from __future__ import annotations
 
 from ..config.parts import Shape
 from .config import Experts, Latent, ModelConfig
 
+SIZES = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "rope_theta", "predicted")
+MAX_POSITIONS = 1024  # tokens of a sequence
+
 
 def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
-    """The model that a recipe's shape describes."""
-    sizes = {
-        name: getattr(shape, name)
-        for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "rope_theta")
-    }
-    sizes |= {
-        "vocab_size": vocab_size,
-        "head_dim": shape.hidden_size // shape.heads,
-        "max_positions": 1024,
-        "predicted": shape.predicted,
-    }
+    """A model of this shape: DeepSeek-V3's architecture if it has a `latent`, else Llama's."""
+    fields = {name: getattr(shape, name) for name in SIZES}
+    fields["vocab_size"] = vocab_size
+    fields["max_positions"] = MAX_POSITIONS
     if not shape.latent:
-        return ModelConfig("llama", **sizes)
+        head_dim = shape.hidden_size // shape.heads
+        return ModelConfig("llama", **fields, head_dim=head_dim)
     latent = Latent(**shape.latent.model_dump())
-    given = shape.experts
-    # a model without a mixture is one whose layers are all dense, as DeepSeek-V3's first three
-    experts = Experts(
-        2,
-        1,
-        4,
+    fields["kv_heads"] = shape.heads
+    fields["head_dim"] = latent.rope_dim
+    return ModelConfig("deepseek_v3", **fields, latent=latent, experts=_experts(shape))
+
+
+def _experts(shape: Shape) -> Experts:
+    """The mixture of a shape.
+
+    Without one, all layers are dense, as are DeepSeek-V3's first three.
+    """
+    mixture = shape.experts
+    if not mixture:
+        layers = range(shape.layers + shape.predicted)
+        return Experts(2, 1, 4, sigmoid=True, balanced=True, normalize=True, dense=tuple(layers))
+    return Experts(
+        mixture.count,
+        mixture.top_k,
+        mixture.intermediate_size,
+        mixture.shared * mixture.intermediate_size,
         sigmoid=True,
         balanced=True,
         normalize=True,
-        dense=tuple(range(shape.layers + shape.predicted)),
-    )
-    if given:
-        experts = Experts(
-            given.count,
-            given.top_k,
-            given.intermediate_size,
-            given.shared * given.intermediate_size,
-            sigmoid=True,
-            balanced=True,
-            normalize=True,
-            scale=given.scale,
-            groups=given.groups,
-            top_groups=given.top_groups,
-            dense=tuple(range(given.dense_layers)),
-        )
-    return ModelConfig(
-        "deepseek_v3",
-        **sizes | {"kv_heads": shape.heads, "head_dim": latent.rope_dim},
-        latent=latent,
-        experts=experts,
+        scale=mixture.scale,
+        groups=mixture.groups,
+        top_groups=mixture.top_groups,
+        dense=tuple(range(mixture.dense_layers)),
     )

@@ -10,28 +10,26 @@ from torch import Tensor, nn
 
 from . import kernels
 
-SMALL = (
-    1 << 17
-)  # numbers of a weight that torch multiplies in less time than it takes to ask who is faster, up to some rows
+# Values of a weight up to which looking up the faster way takes longer than the difference between the two.
+SMALL = 1 << 17  # values
 
 
 def product(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
-    """x w^T, without a gradient, in the way that is fastest for so many tokens on this machine."""
-    return (
-        kernels.linear(x_NC, weight_OC)
-        if kernels.serves_product(x_NC, weight_OC)
-        else F.linear(x_NC, weight_OC)
-    )
+    """x w^T [N, O] without a gradient, by the kernels or by torch, whichever is faster here."""
+    if kernels.serves_product(x_NC, weight_OC):
+        return kernels.linear(x_NC, weight_OC)
+    return F.linear(x_NC, weight_OC)
 
 
 class Linear(nn.Linear):
-    """x w^T + b. Few tokens, as of a short prompt, meet the weights where they lie; BLAS packs them first."""
+    """x w^T + b. The kernels multiply few tokens without packing the weights first, as BLAS does."""
 
     def __init__(self, *sizes: int, **options: Any):
         super().__init__(*sizes, **options)
         self.small = self.in_features * self.out_features <= SMALL
 
     def forward(self, x_NC: Tensor) -> Tensor:
+        """The output of the layer, [N, O]."""
         if self.small or torch.is_grad_enabled():
             return F.linear(x_NC, self.weight, self.bias)
         weight_OC = self.weight

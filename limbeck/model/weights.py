@@ -1,7 +1,7 @@
 """HuggingFace directories in and out, and the digest of a model's weights.
 
 The name map is data (families.py): each of our modules is one or more of theirs, stacked by rows. Reading
-holds one tensor beside the model; writing, one file's worth.
+holds one tensor beside the model; writing, one file's worth. X rows of a weight · Y its columns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,24 +29,27 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .families import FAMILIES
 
-# Old checkpoints carry the rotary frequencies, which follow from config.json; modules that look ahead carry
-# the model's own embedding and head a second time.
+# Old checkpoints carry the rotary frequencies, which follow from config.json; modules of multi-token
+# prediction carry the model's own embedding and head a second time.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
 
-FP8_BLOCK = 128  # a DeepSeek checkpoint in FP8 has one scale for each 128 x 128 weights
+FP8_BLOCK = 128  # rows and columns of a checkpoint in FP8 that share one scale
 
-SHARD_BYTES = 4 * 1024**3
+SHARD_BYTES = 4 * 1024**3  # bytes of one weight file at most
 
 # Embeddings are padded so that matrices divide well (Qwen: up to 399 rows); more is another tokenizer's.
-SPARE_ROWS = 1024
+SPARE_ROWS = 1024  # rows
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+PAIRED = (".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")  # rows that DeepSeek's checkpoints store in pairs
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `begin` to `end` of our tensor are all of one of theirs; a stack of matrices counts as one tall matrix.
+    """Rows `begin` to `end` of our tensor, which are all of one of theirs; a stack of matrices counts as one.
 
     `Part("model.layers.0.self_attn.k_proj.weight", "blocks.0.attention.qkv.weight", begin=64, end=96)`;
-    `order`, where given, is which of their rows each of ours is.
+    where given, row i of ours is row `order[i]` of theirs.
     """
 
     theirs: str
@@ -56,75 +59,87 @@ class Part:
     order: Tensor | None = None
 
     def place(self, weight: Tensor) -> Tensor:
-        """The part's own rows of our tensor, not a copy."""
-        return (weight.flatten(0, -2) if weight.ndim > 1 else weight)[self.begin : self.end]
+        """The part's own rows [X, Y] of our tensor, not a copy."""
+        rows = weight.flatten(0, -2) if weight.ndim > 1 else weight
+        return rows[self.begin : self.end]
 
 
 def parts(decoder: Decoder) -> Iterator[Part]:
-    """Which rows of which of our weights each HuggingFace tensor is, in the order of our layers."""
-    config, names = decoder.config, FAMILIES[decoder.config.family].names
+    """The rows of our weights that each HuggingFace tensor is, in the order of our layers."""
+    config = decoder.config
+    names = FAMILIES[config.family].names
     for name, weight in decoder.named_parameters():
-        stem, layer = _place(name, config.layers)
+        stem, layer = _split_layer(name, config.layers)
         module, suffix = re.fullmatch(r"(.*?)(\.weight|\.bias)?", stem).groups()
-        sources = names[module]
-        if "{expert}" in sources[0]:
-            sources = [
-                source.replace("{expert}", str(e)) for e in range(config.experts.count) for source in sources
-            ]
-        heights = config.matrices(name) if len(sources) > 1 else None
-        heights = heights or (weight.numel() // weight.shape[-1] if weight.ndim > 1 else len(weight),)
+        sources = _each_expert(names[module], config)
         begin = 0
-        for source, height in zip(sources, heights, strict=True):
-            yield Part(
-                source.format(layer=layer) + (suffix or ""),
-                name,
-                begin,
-                begin + height,
-                _order(config, source),
-            )
+        for source, height in zip(sources, _heights(config, name, weight, len(sources)), strict=True):
+            theirs = source.format(layer=layer) + (suffix or "")
+            yield Part(theirs, name, begin, begin + height, _order(config, source))
             begin += height
 
 
-def _place(name: str, layers: int) -> tuple[str, int]:
-    """`blocks.3.attention.out.weight` is `attention.out.weight` of layer 3; modules that look ahead come after."""
-    found = re.match(r"(?:blocks\.(\d+)|ahead\.(\d+)(?:\.block)?)\.(.*)", name)
-    if not found:
+def _split_layer(name: str, layers: int) -> tuple[str, int]:
+    """The rest of a parameter's name and its layer.
+
+    `blocks.3.attention.out.weight` is `attention.out.weight` of layer 3; the layers of multi-token prediction
+    follow the last.
+    """
+    match = re.match(r"(?:blocks\.(\d+)|ahead\.(\d+)(?:\.block)?)\.(.*)", name)
+    if not match:
         return name, 0
-    block, depth, rest = found.groups()
+    block, depth, rest = match.groups()
     return rest, int(block) if block else layers + int(depth)
 
 
+def _each_expert(sources: tuple[str, ...], config: ModelConfig) -> list[str]:
+    """Their names of one module, once for each expert if they have a place for its number."""
+    if "{expert}" not in sources[0]:
+        return list(sources)
+    experts = map(str, range(config.experts.count))
+    return [source.replace("{expert}", expert) for expert in experts for source in sources]
+
+
+def _heights(config: ModelConfig, name: str, weight: Tensor, sources: int) -> tuple[int, ...]:
+    """Rows of each of the matrices stacked in a weight [..., X, Y]."""
+    stacked = config.matrices(name) if sources > 1 else None
+    if stacked:
+        return stacked
+    return (weight.numel() // weight.shape[-1] if weight.ndim > 1 else len(weight),)
+
+
 def _order(config: ModelConfig, source: str) -> Tensor | None:
-    """Checkpoints of DeepSeek's lay rotary dimensions out in pairs, we in halves."""
+    """Our order of their rows [X]: checkpoints of DeepSeek store rotary dimensions in pairs, we in halves."""
     latent = config.latent
-    if (
-        latent is None
-        or not latent.interleaved
-        or not source.endswith((".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa"))
-    ):
+    if latent is None or not latent.interleaved or not source.endswith(PAIRED):
         return None
     halves = torch.arange(latent.rope_dim).view(-1, 2).T.flatten()
     if source.endswith(".kv_a_proj_with_mqa"):
         return torch.cat([torch.arange(latent.kv_rank), latent.kv_rank + halves])
     head = torch.cat([torch.arange(latent.nope_dim), latent.nope_dim + halves])
-    return (torch.arange(config.heads).unsqueeze(1) * len(head) + head).flatten()
+    heads = torch.arange(config.heads).unsqueeze(1)
+    return (heads * len(head) + head).flatten()
+
+
+# ---------------------------------------------------------------- reading
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     """Read a HuggingFace directory. Every tensor must be there, in its shape, and none that has no place.
 
-    Raises LimbeckError, naming file and remedy, for whatever is missing, truncated or of another model.
+    Raises:
+        LimbeckError: something is missing, truncated or of another model; names the file and the remedy.
     """
     config = ModelConfig.from_directory(directory)
     check_vocabulary(config, directory / "tokenizer.json")
-    with _Unfilled():
+    with _WithoutInit():
         decoder = Decoder(config)
     _fill(decoder.to(dtype), directory)
     return decoder
 
 
-class _Unfilled(TorchFunctionMode):
-    """Modules made inside keep memory as it came: drawing weights that are then overwritten takes seconds."""
+class _WithoutInit(TorchFunctionMode):
+    """Skips the initialisation of modules, whose weights are overwritten: it takes seconds."""
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -133,15 +148,20 @@ class _Unfilled(TorchFunctionMode):
 
 
 def check_vocabulary(config: ModelConfig, path: Path) -> None:
-    """Refuse a `tokenizer.json` that cannot be this model's; none there is no mistake."""
+    """Refuse a `tokenizer.json` that cannot be this model's; it may be missing.
+
+    Raises:
+        LimbeckError: the file is damaged, or has another number of tokens than the model.
+    """
     if not path.exists():
         return
     try:
-        size = max(tokenizers.Tokenizer.from_file(str(path)).get_vocab().values(), default=-1) + 1
+        vocabulary = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a file it cannot read
         raise LimbeckError(
             f"{path}: not a tokenizer ({error}); copy it again from the model's source"
         ) from None
+    size = max(vocabulary.values(), default=-1) + 1
     if not size <= config.vocab_size <= size + SPARE_ROWS:
         raise LimbeckError(
             f"{path}: {size} tokens, but config.json says vocab_size = {config.vocab_size}; "
@@ -151,32 +171,22 @@ def check_vocabulary(config: ModelConfig, path: Path) -> None:
 
 @torch.no_grad()
 def _fill(decoder: Decoder, directory: Path) -> None:
+    """Read every weight of a decoder from a directory."""
     weights = dict(decoder.named_parameters())
     wanted = {part.theirs: part for part in parts(decoder)}
-    names = FAMILIES[decoder.config.family].names
-    head, embedding = (f"{names[kind][0]}.weight" for kind in ("head", "embed"))
     missing = set(wanted)
     for path, listed in _files(directory).items():
         with _open(path) as file:
-            held = set(file.keys())
-            _check_index(directory, path, listed - held)
-            for name in sorted(held):
+            names = set(file.keys())
+            _check_index(directory, path, listed - names)
+            for name in sorted(names):
                 if name in wanted:
                     part = wanted[name]
-                    _copy(_tensor(file, name, held, directory), weights[part.ours], part, path)
-                    missing.discard(name)
-                elif name == head:
-                    _expect_tied(file.get_tensor(name), embedding, directory, path)
-                elif not HARMLESS.search(name) and name.removesuffix("_scale_inv") not in wanted:
-                    raise LimbeckError(
-                        f"{path}: tensor {name} has no place in this architecture; check config.json"
-                    )
-    ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
-    if (
-        ahead and ahead <= missing
-    ):  # transformers drops what looks ahead, and config.json goes on announcing it
-        missing -= ahead
-        decoder.ahead, decoder.config = torch.nn.ModuleList(), replace(decoder.config, predicted=0)
+                    _copy(_tensor(file, name, names, directory), weights[part.ours], part, path)
+                elif name.removesuffix("_scale_inv") not in wanted:
+                    _check_extra(decoder, file, name, path)
+        missing -= names
+    missing = _drop_missing_ahead(decoder, wanted, missing)
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise LimbeckError(
@@ -184,7 +194,32 @@ def _fill(decoder: Decoder, directory: Path) -> None:
         )
 
 
+def _check_extra(decoder: Decoder, file: Any, name: str, path: Path) -> None:
+    """Refuse a tensor that none of our weights is read from, unless it repeats one of them."""
+    names = FAMILIES[decoder.config.family].names
+    head = f"{names['head'][0]}.weight"
+    if name == head:
+        _expect_tied(file.get_tensor(name), f"{names['embed'][0]}.weight", path)
+    elif not HARMLESS.search(name):
+        raise LimbeckError(f"{path}: tensor {name} has no place in this architecture; check config.json")
+
+
+def _drop_missing_ahead(decoder: Decoder, wanted: Mapping[str, Part], missing: set[str]) -> set[str]:
+    """Drop the modules of multi-token prediction if all their weights are missing.
+
+    transformers saves a model without them, and its config.json goes on announcing them. Returns the names
+    that are still missing.
+    """
+    ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
+    if not ahead or not ahead <= missing:
+        return missing
+    decoder.ahead = torch.nn.ModuleList()
+    decoder.config = replace(decoder.config, predicted=0)
+    return missing - ahead
+
+
 def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
+    """Copy a tensor [X, Y] into its rows of our weight."""
     place = part.place(weight)
     if tensor.shape != place.shape:
         raise LimbeckError(
@@ -194,38 +229,37 @@ def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
     place.copy_(tensor if part.order is None else tensor[part.order])
 
 
-def _tensor(file: Any, name: str, held: set[str], directory: Path) -> Tensor:
-    """One tensor as it is meant: FP8 weights are multiplied by their blocks' scales (arXiv 2412.19437, 3.3.2)."""
+def _tensor(file: Any, name: str, names: set[str], directory: Path) -> Tensor:
+    """One tensor [X, Y]; FP8 weights are multiplied by their blocks' scales (arXiv 2412.19437, 3.3.2)."""
     tensor = file.get_tensor(name)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
     scale = f"{name}_scale_inv"
-    if scale in held:
-        scales = file.get_tensor(scale)
-    else:
-        scales = next(
-            (found for path in _files(directory) if (found := _find(path, scale)) is not None), None
-        )
+    scales = file.get_tensor(scale) if scale in names else _find(_files(directory), scale)
     if scales is None or scales.shape != tuple(-(-size // FP8_BLOCK) for size in tensor.shape):
         raise LimbeckError(
-            f"{directory}: {name} is in FP8, but {scale} is missing or of another size; copy the weights again"
+            f"{directory}: {name} is in FP8, but {scale} is missing or of another size; "
+            "copy the weights again"
         )
     wide = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
     return tensor.float() * wide[: tensor.shape[0], : tensor.shape[1]]
 
 
-def _find(path: Path, name: str) -> Tensor | None:
-    with _open(path) as file:
-        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a dict
+def _find(paths: Iterable[Path], name: str) -> Tensor | None:
+    """A tensor [X, Y] by its name, from the first file that has it."""
+    for path in paths:
+        with _open(path) as file:
+            if name in file.keys():  # noqa: SIM118 - not a dict
+                return file.get_tensor(name)
+    return None
 
 
-def _expect_tied(head: Tensor, embedding: str, directory: Path, path: Path) -> None:
-    """A tied model may carry its head a second time, but not a different one."""
-    if any(
-        (found := _find(other, embedding)) is not None and torch.equal(head, found)
-        for other in _files(directory)
-    ):
-        return
+def _expect_tied(head: Tensor, embedding: str, path: Path) -> None:
+    """Refuse a head [X, Y] that differs from the embedding that config.json ties it to."""
+    for other in _files(path.parent):
+        tensor = _find([other], embedding)
+        if tensor is not None and torch.equal(head, tensor):
+            return
     raise LimbeckError(
         f"{path}: lm_head.weight differs from the embedding, though config.json ties them; "
         "set tie_word_embeddings to false"
@@ -233,29 +267,36 @@ def _expect_tied(head: Tensor, embedding: str, directory: Path, path: Path) -> N
 
 
 def _files(directory: Path) -> dict[Path, set[str]]:
-    """The weight files and the tensors listed for each: those of the index if there is one, else one file."""
+    """The weight files of a directory, each with the tensors that the index lists for it."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
-        single = directory / "model.safetensors"
-        pickled = [
-            path for kind in ("*.bin", "*.pt", "*.pth", "*.pkl") for path in sorted(directory.glob(kind))
-        ]
-        if not single.exists() and pickled:
-            raise LimbeckError(
-                f"{pickled[0]} is a pickle, which can run any code and is never read; "
-                "take the model's safetensors files"
-            )
-        return {single: set()}
+        return {_single_file(directory): set()}
     files: dict[Path, set[str]] = {}
     try:
-        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for tensor, name in places.items():
             files.setdefault(directory / Path(name).name, set()).add(tensor)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise LimbeckError(f"{index}: not a weight index; copy it again from the model's source") from None
     return dict(sorted(files.items()))
 
 
+def _single_file(directory: Path) -> Path:
+    """The weight file of a directory without index; it may be missing, but not be a pickle instead."""
+    single = directory / "model.safetensors"
+    if single.exists():
+        return single
+    pickles = [path for pattern in PICKLES for path in sorted(directory.glob(pattern))]
+    if pickles:
+        raise LimbeckError(
+            f"{pickles[0]} is a pickle, which can run any code and is never read; "
+            "take the model's safetensors files"
+        )
+    return single
+
+
 def _check_index(directory: Path, path: Path, absent: set[str]) -> None:
+    """Refuse an index that lists tensors for a file that does not hold them."""
     if absent:
         raise LimbeckError(
             f"{directory / 'model.safetensors.index.json'}: {min(absent)} is said to be in {path.name}, "
@@ -264,6 +305,7 @@ def _check_index(directory: Path, path: Path, absent: set[str]) -> None:
 
 
 def _open(path: Path) -> Any:
+    """A safetensors file, open."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -274,6 +316,9 @@ def _open(path: Path) -> Any:
         ) from None
 
 
+# ---------------------------------------------------------------- writing
+
+
 def save(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a directory that transformers loads with equal logits; the same weights give the same bytes.
 
@@ -282,42 +327,60 @@ def save(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None = None) 
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = dict(decoder.named_parameters())
-    place = {part.theirs: part for part in parts(decoder)}
+    sources = {part.theirs: part for part in parts(decoder)}
 
-    def slice_of(name: str) -> Tensor:
-        part = place[name]
+    def fetch(name: str) -> Tensor:
+        """One of their tensors [X, Y], from our weights."""
+        part = sources[name]
         rows = part.place(weights[part.ours].detach())
-        return (rows if part.order is None else rows[part.order.argsort()]).cpu().contiguous()
+        if part.order is not None:
+            rows = rows[part.order.argsort()]
+        return rows.cpu().contiguous()
 
-    sizes = {
-        name: part.place(w := weights[part.ours]).numel() * w.element_size() for name, part in place.items()
-    }
-    write(directory, sizes, slice_of)
-    ends = (tokenizer.end_id, tokenizer.pad_id) if tokenizer else (None, None)
-    dtype = str(decoder.embed.weight.dtype).removeprefix("torch.")
-    write_json(directory / "config.json", {**decoder.config.to_hf(*ends), "torch_dtype": dtype})
-    write_json(directory / "generation_config.json", {"eos_token_id": ends[0], "pad_token_id": ends[1]})
-    if tokenizer:
-        tokenizer.save(directory)
+    sizes = {}
+    for name, part in sources.items():
+        rows = part.place(weights[part.ours])
+        sizes[name] = rows.numel() * rows.element_size()
+    write(directory, sizes, fetch)
+    _write_settings(decoder, directory, tokenizer)
     flush(directory)
 
 
+def _write_settings(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None) -> None:
+    """Write the files beside the weights."""
+    eos = tokenizer.end_id if tokenizer else None
+    pad = tokenizer.pad_id if tokenizer else None
+    dtype = str(decoder.embed.weight.dtype).removeprefix("torch.")
+    write_json(directory / "config.json", {**decoder.config.to_hf(eos, pad), "torch_dtype": dtype})
+    write_json(directory / "generation_config.json", {"eos_token_id": eos, "pad_token_id": pad})
+    if tokenizer:
+        tokenizer.save(directory)
+
+
 def write(directory: Path, sizes: Mapping[str, int], fetch: Callable[[str], Tensor]) -> None:
-    """Write tensors, fetched by name as they are needed, in files of at most `SHARD_BYTES`."""
+    """Write tensors [X, Y] in files of at most `SHARD_BYTES`.
+
+    `sizes` are the tensors' bytes, by name; `fetch` returns each tensor when it is needed.
+    """
     shards = _shards(sizes)
+    count = len(shards)
     names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if count > 1:
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         index = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        tree = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(index.items()))}
+        total = {"total_size": sum(sizes.values())}
+        tree = {"metadata": total, "weight_map": dict(sorted(index.items()))}
         write_json(directory / "model.safetensors.index.json", tree)
     for name, shard in zip(names, shards, strict=True):
-        save_file({tensor: fetch(tensor) for tensor in shard}, directory / name, metadata={"format": "pt"})
-        (directory / name).chmod(0o644)  # safetensors leaves it to its owner alone
+        path = directory / name
+        save_file({tensor: fetch(tensor) for tensor in shard}, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable for its owner alone
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    shards, filled = [[]], 0
+    """The names of tensors, in groups of at most `SHARD_BYTES`."""
+    shards: list[list[str]] = [[]]
+    filled = 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
@@ -328,6 +391,7 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a file of JSON, indented."""
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -339,20 +403,24 @@ def flush(directory: Path) -> None:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------- digest
+
+
 def digest(decoder: Decoder) -> str:
-    """SHA-256 of all weights in the order of their names: two models are the same if and only if this is.
+    """SHA-256 of all weights in the order of their names: equal for equal models, and for no others.
 
     Each weight is hashed by itself, so that cores share the work.
     """
-    named = sorted(decoder.named_parameters())
+    weights = dict(sorted(decoder.named_parameters()))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = list(pool.map(_digest, (weight for _, weight in named)))
+        digests = list(pool.map(_digest, weights.values()))
     whole = hashlib.sha256()
-    for (name, weight), one in zip(named, digests, strict=True):
-        whole.update(f"{name} {weight.dtype} {tuple(weight.shape)} {one}\n".encode())
+    for (name, weight), part in zip(weights.items(), digests, strict=True):
+        whole.update(f"{name} {weight.dtype} {tuple(weight.shape)} {part}\n".encode())
     return whole.hexdigest()
 
 
 def _digest(weight: Tensor) -> str:
+    """SHA-256 of the bytes of a weight [...]."""
     raw = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(memoryview(raw).cast("B")).hexdigest()

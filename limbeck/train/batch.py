@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import LONG, Packed, SharedPrefix
+from ..model.packed import LONG, Packed, SharedPrefix
 from ..types import Group, Sample
 from .divergence import States, TopK
 

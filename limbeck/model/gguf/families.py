@@ -1,4 +1,5 @@
-"""What GGUF and HuggingFace call the same things, family by family: data, read in both directions. No torch.
+"""Names of the same things in GGUF and in HuggingFace, family by family: data, read in both directions. No
+torch.
 
 Names of tensors stand without their layer: `attn_q.weight` of `blk.3` is `self_attn.q_proj.weight` of
 `model.layers.3`. A tensor that is not listed is refused.
@@ -38,7 +39,7 @@ QK_NORMS: Names = {
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
 }
-# Multi-head latent attention; its keys and values are one matrix there and two here (`forms.Latent`).
+# MLA; its keys and values are one matrix in HuggingFace and two in GGUF (`forms.Latent`).
 LATENT: Names = {
     "attn_kv_a_mqa.weight": "self_attn.kv_a_proj_with_mqa.weight",
     "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
@@ -108,7 +109,7 @@ DEEPSEEK_EXPERTS = (
     Key("expert_weights_norm", "norm_topk_prob", bool, False),
     Key("attention.kv_lora_rank", "kv_lora_rank"),
 )
-# Parts of the width of a head that llama.cpp keeps as sums.
+# Parts of the width of a head; llama.cpp stores their sums.
 LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -117,8 +118,9 @@ class Family:
     """One class of transformers, and the architecture of llama.cpp that runs it.
 
     `Family("qwen3", "qwen3", layer={**NORMS, **ATTENTION, **QK_NORMS})`. `layer` names what all layers have,
-    `dense` and `sparse` what the two kinds of feed-forward layer have besides; `wanted` are the only values of
-    config.json's switches that llama.cpp computes; `interleaved`: query and key rows stand in another order.
+    `dense` and `sparse` what the two kinds of feed-forward layer have besides; `wanted` are the only values
+    of config.json's switches that llama.cpp computes; `interleaved`: query and key rows stand in another
+    order.
     """
 
     ggml: str

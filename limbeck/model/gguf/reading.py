@@ -1,4 +1,7 @@
-"""A GGUF file becomes a HuggingFace directory: weights dequantised to fp32, tokenizer and template rebuilt."""
+"""A GGUF file becomes a HuggingFace directory: weights dequantised to fp32, tokenizer and template rebuilt.
+
+X rows of a matrix · Y its columns.
+"""
 
 from __future__ import annotations
 
@@ -14,129 +17,154 @@ from torch import Tensor
 from ...types import LimbeckError
 from .. import weights
 from . import rope, vocabulary
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, Key
 from .forms import Link, links
 
 REQUIRED = object()
+KINDS = {int: "one number", float: "one number", bool: "true or false", str: "a text", list: "a list"}
+
+Tree = dict[str, Any]
+Plan = dict[str, tuple[Link, int]]  # of each HuggingFace tensor, its link and its place there
+
+
+# ---------------------------------------------------------------- the file
 
 
 class _Reader(gguf.GGUFReader):
-    """The library's reader, which knows of a strange quantisation only its number; here it has a tensor."""
+    """The library's reader, with the tensor's name in the error for an unknown quantisation."""
 
     def _build_tensors(self, start: int, fields: list[gguf.ReaderField]) -> None:
         for field in fields:
             kind = int(field.parts[4][0])
             if kind not in iter(gguf.GGMLQuantizationType):
                 raise LimbeckError(
-                    f"tensor {field.name} has the unknown quantisation {kind}; take a file in Q8_0 or F16 instead"
+                    f"tensor {field.name} has the unknown quantisation {kind}; "
+                    "take a file in Q8_0 or F16 instead"
                 )
         super()._build_tensors(start, fields)
 
 
+def _open(path: Path) -> _Reader:
+    """The reader of a file."""
+    try:
+        return _Reader(path)
+    except FileNotFoundError:
+        raise LimbeckError(f"{path} is missing; give the path of a GGUF file") from None
+    except LimbeckError as error:
+        raise LimbeckError(f"{path}: {error}") from None
+    except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
+        raise LimbeckError(f"{path}: not a GGUF file, or truncated ({error}); download it again") from None
+
+
 class _File:
-    """An open GGUF: its path, its keys, its tensors by name, and the family that it belongs to."""
+    """An open GGUF: its path, its keys, its tensors by name, and its architecture.
+
+    Raises:
+        LimbeckError: the file is damaged, or of an architecture or quantisation that is not supported.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            reader = _Reader(path)
-        except FileNotFoundError:
-            raise LimbeckError(f"{path} is missing; give the path of a GGUF file") from None
-        except LimbeckError as error:
-            raise LimbeckError(f"{path}: {error}") from None
-        except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
-            raise LimbeckError(
-                f"{path}: not a GGUF file, or truncated ({error}); download it again"
-            ) from None
+        reader = _open(path)
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._fields = reader.fields
         self.architecture = self.get("general.architecture", str)
-        if not any(family.ggml == self.architecture for family in FAMILIES.values()):
-            known = ", ".join(dict.fromkeys(family.ggml for family in FAMILIES.values()))
+        known = dict.fromkeys(family.ggml for family in FAMILIES.values())
+        if self.architecture not in known:
             raise LimbeckError(
-                f"{path}: architecture {self.architecture} is not supported; supported are {known}"
+                f"{path}: architecture {self.architecture} is not supported; supported are {', '.join(known)}"
             )
-        for tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.values():
+        one_of_each = {tensor.tensor_type: tensor for tensor in reader.tensors}
+        for tensor in one_of_each.values():
             self.dequantize(tensor.name, first=True)
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key, which must be of this kind; without default it must be there."""
+        """The value of a key, which must be of this kind; without default the key must be there."""
         if key not in self._fields:
             if default is REQUIRED:
                 raise LimbeckError(f"{self.path}: key {key} is missing; download the file again")
             return default
         try:
-            found = self._fields[key].contents()
+            value = self._fields[key].contents()
         except (UnicodeDecodeError, IndexError):
-            found = None
-        if kind is float and type(found) is int:
-            found = float(found)
-        if type(found) is not kind:
+            value = None
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
             raise LimbeckError(
-                f"{self.path}: key {key} is damaged, {_WORDS[kind]} is needed; download the file again"
+                f"{self.path}: key {key} is damaged, {KINDS[kind]} is needed; download the file again"
             )
-        return _short(found) if kind is float else found
+        return _shortest(value) if kind is float else value
 
     def setting(self, key: str, kind: type = int, default: Any = REQUIRED) -> Any:
+        """The value of one of the architecture's own keys."""
         return self.get(f"{self.architecture}.{key}", kind, default)
 
     def size(self, key: str, default: Any = REQUIRED) -> int:
-        found = self.setting(key, int, default)
-        if found < 1:
+        """The value of one of the architecture's own keys that is a size, which must be above zero."""
+        value = self.setting(key, int, default)
+        if value < 1:
             raise LimbeckError(
-                f"{self.path}: key {self.architecture}.{key} = {found} is no size; download the file again"
+                f"{self.path}: key {self.architecture}.{key} = {value} is no size; download the file again"
             )
-        return found
+        return value
 
     def dequantize(self, name: str, first: bool = False) -> Tensor:
-        """A tensor in fp32, or only its first row."""
+        """A tensor [X, Y] in fp32, or only its first row."""
         tensor = self.tensors[name]
-        raw = tensor.data.reshape(-1, tensor.data.shape[-1])[:1] if first else tensor.data
-        try:  # the file is the user's, and only the library knows which quantisations it can undo
-            values = gguf.quants.dequantize(raw, tensor.tensor_type)
+        data = tensor.data
+        if first:
+            data = data.reshape(-1, data.shape[-1])[:1]
+        try:  # only the library knows the quantisations that it can undo
+            values = gguf.quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise LimbeckError(
-                f"{self.path}: tensor {name} has quantisation {tensor.tensor_type.name}, which cannot be undone; "
-                "take Q8_0 or F16 instead"
+                f"{self.path}: tensor {name} has quantisation {tensor.tensor_type.name}, "
+                "which cannot be undone; take Q8_0 or F16 instead"
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
-_WORDS = {int: "one number", float: "one number", bool: "true or false", str: "a text", list: "a list"}
-
-
-def _short(value: float) -> float:
+def _shortest(value: float) -> float:
     """The shortest decimal that is this float32: 1e-05, where the file's bits say 9.99999974e-06."""
     return float(str(np.float32(value)))
+
+
+# ---------------------------------------------------------------- the directory
 
 
 def read(path: Path, directory: Path) -> None:
     """Write `directory` so that `weights.load`, `Tokenizer.from_directory` and transformers read it.
 
-    Every architecture of `families.FAMILIES` with a byte-pair tokenizer, in whatever quantisation the gguf
-    package can undo. Raises LimbeckError for any other file and for a truncated or damaged one.
+    Every architecture of `families.FAMILIES` with a byte-pair tokenizer, in any quantisation that the gguf
+    package can undo.
+
+    Raises:
+        LimbeckError: the file is of another kind, truncated or damaged.
     """
     file = _File(path)
     name, family = _family(file)
     tree = {"architectures": [name], "model_type": family.model_type, **_config(file, family)}
     plan = _plan(file, family, tree)
     sizes = _sizes(file, plan)
-    tokenizer, settings = vocabulary.build(file.get, path), _tokenizer_settings(file)
+    tokenizer = vocabulary.build(file.get, path)
+    settings = _tokenizer_settings(file)
     directory.mkdir(parents=True, exist_ok=True)
     _write_weights(file, plan, sizes, directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     weights.write_json(directory / "tokenizer_config.json", settings)
     if "chat_template" in settings:
-        (directory / "chat_template.jinja").write_text(settings["chat_template"], encoding="utf-8")
+        template = directory / "chat_template.jinja"
+        template.write_text(settings["chat_template"], encoding="utf-8")
     ids = _special_tokens(file)
-    ends = {key: ids[key] for key in ("eos_token_id", "pad_token_id")}
-    weights.write_json(directory / "generation_config.json", ends)
+    generation = {key: ids[key] for key in ("eos_token_id", "pad_token_id")}
+    weights.write_json(directory / "generation_config.json", generation)
     weights.write_json(directory / "config.json", {**tree, **ids, "torch_dtype": "float32"})
     weights.flush(directory)
 
 
 def _family(file: _File) -> tuple[str, Family]:
-    """By architecture; DeepSeek-V2 and V3 share theirs, and differ in the gate."""
+    """The family of a file, by architecture; DeepSeek-V2 and V3 share theirs and differ in the gate."""
     gate = file.setting("expert_gating_func", int, gguf.ExpertGatingFuncType.SOFTMAX)
     for name, family in FAMILIES.items():
         if family.ggml == file.architecture and family.gate in (None, gate):
@@ -146,28 +174,39 @@ def _family(file: _File) -> tuple[str, Family]:
     )
 
 
-def _config(file: _File, family: Family) -> dict[str, Any]:
+def _config(file: _File, family: Family) -> Tree:
     """`config.json` without the tokens."""
-    tree = {
-        key.theirs: file.setting(key.ggml, key.kind, key.default)
-        if key.default is not None
-        else file.size(key.ggml)
-        for key in family.keys
-    }
+    tree = {key.theirs: _setting(file, key) for key in family.keys}
     if "token_embd.weight" not in file.tensors:
         raise LimbeckError(f"{file.path}: tensor token_embd.weight is missing; download the file again")
     tree["vocab_size"] = int(file.tensors["token_embd.weight"].shape[1])
     tree["tie_word_embeddings"] = "output.weight" not in file.tensors
     tree |= _latent(file, family) if family.latent else _heads(file, tree)
     theta = file.setting("rope.freq_base", float, 10_000.0)
-    factors = file.dequantize(rope.FACTORS).numpy() if rope.FACTORS in file.tensors else None
-    scaling = rope.scaling(file.setting, factors, theta, tree["head_dim"], str(file.path))
+    scaling = _rope_scaling(file, theta, tree["head_dim"])
     if family.latent:
         tree.pop("head_dim")
     return {**family.wanted, **tree, "rope_theta": theta, "rope_scaling": scaling or None}
 
 
-def _heads(file: _File, tree: dict[str, Any]) -> dict[str, int]:
+def _setting(file: _File, key: Key) -> Any:
+    """The value of a key; a size if it has no default."""
+    if key.default is None:
+        return file.size(key.ggml)
+    return file.setting(key.ggml, key.kind, key.default)
+
+
+def _rope_scaling(file: _File, theta: float, head_dim: int) -> Tree:
+    """The scaling of positions, by keys or by a tensor of factors."""
+    where = str(file.path)
+    scaling = rope.scaling(file.setting, where)
+    if scaling or rope.FACTORS not in file.tensors:
+        return scaling
+    return rope.llama3(file.dequantize(rope.FACTORS).numpy(), theta, head_dim, where)
+
+
+def _heads(file: _File, tree: Tree) -> dict[str, int]:
+    """The sizes of grouped-query attention."""
     heads = tree["num_attention_heads"]
     head_dim = file.size("attention.key_length", tree["hidden_size"] // heads)
     partial = file.setting("rope.dimension_count", int, head_dim) != head_dim
@@ -179,89 +218,107 @@ def _heads(file: _File, tree: dict[str, Any]) -> dict[str, int]:
     return {"num_key_value_heads": file.size("attention.head_count_kv", heads), "head_dim": head_dim}
 
 
-def _latent(file: _File, family: Family) -> dict[str, Any]:
-    """MLA's sizes: llama.cpp keeps whole keys, position included, and counts one head for all in its cache."""
-    positions, whole = file.size("rope.dimension_count"), file.size("attention.key_length_mla")
-    if whole <= positions:
+def _latent(file: _File, family: Family) -> Tree:
+    """The sizes of MLA.
+
+    llama.cpp stores the length of whole keys, and counts one head for all in its cache.
+    """
+    positions = file.size("rope.dimension_count")
+    key_length = file.size("attention.key_length_mla")
+    if key_length <= positions:
         raise LimbeckError(
-            f"{file.path}: key {file.architecture}.attention.key_length_mla is damaged; download the file again"
+            f"{file.path}: key {file.architecture}.attention.key_length_mla is damaged; "
+            "download the file again"
         )
     groups = file.setting("expert_group_count", int, 1)
-    limited = (
-        {"topk_method": "group_limited_greedy"} if groups > 1 and family.model_type == "deepseek_v2" else {}
-    )
-    return {
+    tree = {
         "num_key_value_heads": file.size("attention.head_count"),
         "head_dim": positions,
         "qk_rope_head_dim": positions,
-        "qk_nope_head_dim": whole - positions,
+        "qk_nope_head_dim": key_length - positions,
         "v_head_dim": file.size("attention.value_length_mla"),
         "q_lora_rank": file.setting("attention.q_lora_rank", int, 0) or None,
         "n_group": groups,
         "topk_group": file.setting("expert_group_used_count", int, groups),
-        **limited,
     }
+    if groups > 1 and family.model_type == "deepseek_v2":
+        tree["topk_method"] = "group_limited_greedy"
+    return tree
 
 
-def _plan(file: _File, family: Family, tree: dict[str, Any]) -> dict[str, tuple[Link, int]]:
-    """Where each HuggingFace tensor comes from: a link and its place in it; all are there, and no others."""
-    plan, known = {}, {rope.FACTORS}
+# ---------------------------------------------------------------- tensors
+
+
+def _plan(file: _File, family: Family, tree: Tree) -> Plan:
+    """The source of each HuggingFace tensor; all are there, and no others."""
+    plan: Plan = {}
+    known = {rope.FACTORS}
     for link in links(family, tree):
         for name in link.ggml:
             if name not in file.tensors:
                 raise LimbeckError(f"{file.path}: tensor {name} is missing; download the file again")
         known |= set(link.ggml)
         plan |= {name: (link, i) for i, name in enumerate(link.theirs)}
-    if strange := sorted(set(file.tensors) - known):
+    unknown = sorted(set(file.tensors) - known)
+    if unknown:
         raise LimbeckError(
-            f"{file.path}: tensor {strange[0]} has no place in {file.architecture}; it is another architecture"
+            f"{file.path}: tensor {unknown[0]} has no place in {file.architecture}; "
+            "it is another architecture"
         )
     return plan
 
 
-def _sizes(file: _File, plan: dict[str, tuple[Link, int]]) -> dict[str, int]:
+def _sizes(file: _File, plan: Plan) -> dict[str, int]:
     """Bytes of each HuggingFace tensor in fp32."""
     sizes = {}
     for link in dict.fromkeys(link for link, _ in plan.values()):
         shapes = [tuple(map(int, reversed(file.tensors[name].shape))) for name in link.ggml]
         try:
             tensors = link.form.unpack([torch.empty(shape, device="meta") for shape in shapes])
-            sizes |= {name: 4 * t.numel() for name, t in zip(link.theirs, tensors, strict=True)}
+            sizes |= {name: 4 * tensor.numel() for name, tensor in zip(link.theirs, tensors, strict=True)}
         except (RuntimeError, ValueError):
             raise LimbeckError(
-                f"{file.path}: tensor {link.ggml[0]} is {shapes[0]}, which the sizes in the file do not divide; "
-                "download it again"
+                f"{file.path}: tensor {link.ggml[0]} is {shapes[0]}, "
+                "which the sizes in the file do not divide; download it again"
             ) from None
     return sizes
 
 
-def _write_weights(
-    file: _File, plan: dict[str, tuple[Link, int]], sizes: dict[str, int], directory: Path
-) -> None:
+def _write_weights(file: _File, plan: Plan, sizes: dict[str, int], directory: Path) -> None:
+    """Dequantise and write all tensors, one file's worth at a time."""
+
     @lru_cache(maxsize=1)  # the experts of a layer come out of one stack, one after another
-    def unpacked(link: Link) -> list[Tensor]:
+    def unpack(link: Link) -> list[Tensor]:
+        """HuggingFace's tensors [X, Y] of a link."""
         return link.form.unpack([file.dequantize(name) for name in link.ggml])
 
     def fetch(name: str) -> Tensor:
+        """One of HuggingFace's tensors [X, Y]."""
         link, i = plan[name]
-        return unpacked(link)[i].contiguous()
+        return unpack(link)[i].contiguous()
 
     weights.write(directory, sizes, fetch)
 
 
-def _tokenizer_settings(file: _File) -> dict[str, Any]:
-    tokens, ids = file.get("tokenizer.ggml.tokens", list), _special_tokens(file)
+# ---------------------------------------------------------------- tokens
+
+
+def _tokenizer_settings(file: _File) -> Tree:
+    """`tokenizer_config.json`."""
+    tokens = file.get("tokenizer.ggml.tokens", list)
+    settings: Tree = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key, token in _special_tokens(file).items():
+        settings[key.removesuffix("_id")] = None if token is None else tokens[token]
     template = file.get("tokenizer.chat_template", str, "")
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{key.removesuffix("_id"): None if i is None else tokens[i] for key, i in ids.items()},
-        "model_max_length": file.size("context_length"),
-        "clean_up_tokenization_spaces": False,
-        **({"chat_template": template} if template else {}),
-    }
+    settings["model_max_length"] = file.size("context_length")
+    settings["clean_up_tokenization_spaces"] = False
+    if template:
+        settings["chat_template"] = template
+    return settings
 
 
 def _special_tokens(file: _File) -> dict[str, int | None]:
+    """The ids of special tokens, as config.json names them."""
     end = vocabulary.special_token(file.get, "eos", file.path)
     return {
         "bos_token_id": vocabulary.special_token(file.get, "bos", file.path, None),

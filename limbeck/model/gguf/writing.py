@@ -1,6 +1,8 @@
-"""A HuggingFace directory becomes one GGUF file, which llama.cpp runs: weights, settings, tokenizer and template.
+"""A HuggingFace directory becomes one GGUF file, which llama.cpp runs: weights, settings, tokenizer and
+template.
 
-Tensors are read, turned and written one after another, into a partial file that is renamed when it is whole.
+Tensors are read, converted and written one after another, into a partial file that is renamed when it is
+whole. X rows of a matrix · Y its columns · D / 2 frequencies of a head.
 """
 
 from __future__ import annotations
@@ -35,40 +37,66 @@ OPTIONAL = ("first_k_dense_replace", "q_lora_rank", "n_group", "topk_group", "sl
 # Rotary frequencies of old checkpoints, which follow from config.json.
 HARMLESS = "rotary_emb.inv_freq"
 
+Tree = dict[str, Any]
+
 
 def write(directory: Path, path: Path, kind: str = "f16") -> None:
     """Write the model of `directory` to `path` as `f32`, `f16` or `q8_0`; vectors and routers stay fp32.
 
-    The multi-token-prediction layers of DeepSeek-V3, which llama.cpp does not run, stay out. Raises
-    LimbeckError for a model or tokenizer that the format or llama.cpp cannot hold; then nothing is left behind.
+    The multi-token-prediction layers of DeepSeek-V3, which llama.cpp does not run, stay out.
+
+    Raises:
+        LimbeckError: the format or llama.cpp cannot hold the model or its tokenizer; nothing is left behind.
     """
     if kind not in TYPES:
         raise LimbeckError(f"there is no GGUF type {kind!r}; types are {', '.join(TYPES)}")
     family, tree = _config(directory / "config.json")
     source = _Weights(directory)
     plan = _plan(source, family, tree)
-    part = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(part, family.ggml)
+    partial = path.with_name(f".{path.name}.part")
+    writer = gguf.GGUFWriter(partial, family.ggml)
     writer.add_name(path.stem)
     writer.add_file_type(TYPES[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_settings(writer, family, tree, str(directory / "config.json"))
     vocabulary.add(writer, directory, tree["vocab_size"])
     try:
-        _write(writer, source, plan, tree, kind)
-        _flush(part)
-        os.replace(part, path)
+        kinds = _write_header(writer, source, plan, tree, kind)
+        _write_tensors(writer, source, plan, kinds)
+        _flush(partial)
+        os.replace(partial, path)
         _flush(path.parent)
     finally:
         writer.close()
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- settings
 
 
-def _config(path: Path) -> tuple[Family, dict[str, Any]]:
-    """The family of a `config.json`, and the file with every default in its place."""
+def _config(path: Path) -> tuple[Family, Tree]:
+    """The family of a `config.json`, and its settings with every default in its place."""
+    name, tree = _read_config(path)
+    family = FAMILIES[name]
+    tree = {ALIASES.get(key, key): value for key, value in tree.items() if value is not None}
+    kinds = {key.theirs: key.kind for key in family.keys}
+    kinds["vocab_size"] = int
+    if family.latent:
+        kinds |= dict.fromkeys(LATENT_SIZES, int)
+    _check(tree, kinds, path)
+    heads = tree["num_attention_heads"]
+    defaults = {"num_key_value_heads": heads, "head_dim": tree["hidden_size"] // heads}
+    tree = {**defaults, "tie_word_embeddings": False, **tree}
+    _check(tree, {key: int for key in (*defaults, *OPTIONAL) if key in tree}, path)
+    _refuse_unsupported(tree, family, path)
+    if tree.get("use_sliding_window", name == "MistralForCausalLM") and tree.get("sliding_window"):
+        # within one window there is nothing to forget, and llama.cpp computes the same
+        tree["max_position_embeddings"] = min(tree["max_position_embeddings"], tree["sliding_window"])
+    return family, tree
+
+
+def _read_config(path: Path) -> tuple[str, Tree]:
+    """The class and the settings of a `config.json`."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         name = (tree.get("architectures") or ["none"])[0]
@@ -84,86 +112,78 @@ def _config(path: Path) -> tuple[Family, dict[str, Any]]:
         raise LimbeckError(
             f"{path}: architecture {name} has no GGUF here; supported are {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[name]
-    tree = {ALIASES.get(key, key): value for key, value in tree.items() if value is not None}
-    sizes = ["vocab_size", *(LATENT_SIZES if family.latent else ())]
-    _check(tree, {**{key.theirs: key.kind for key in family.keys}, **dict.fromkeys(sizes, int)}, path)
-    heads = tree["num_attention_heads"]
-    defaults = {"num_key_value_heads": heads, "head_dim": tree["hidden_size"] // heads}
-    tree = {**defaults, "tie_word_embeddings": False, **tree}
-    _check(tree, {key: int for key in (*defaults, *OPTIONAL) if key in tree}, path)
-    _refuse(tree, family, path)
-    if tree.get("use_sliding_window", name == "MistralForCausalLM") and tree.get("sliding_window"):
-        # within one window there is nothing to forget, and llama.cpp computes the same
-        tree["max_position_embeddings"] = min(tree["max_position_embeddings"], tree["sliding_window"])
-    return family, tree
+    return name, tree
 
 
-def _check(tree: dict[str, Any], kinds: dict[str, type], path: Path) -> None:
-    """That settings are there, of their kind, and sizes above zero."""
+def _check(tree: Tree, kinds: dict[str, type], path: Path) -> None:
+    """Refuse settings that are missing, of another kind, or sizes of zero."""
     for key, kind in kinds.items():
-        found = tree.get(key)
-        least = key not in OPTIONAL
-        if not isinstance(found, (int, float) if kind is float else kind) or (kind is int and found < least):
+        value = tree.get(key)
+        allowed = (int, float) if kind is float else kind
+        least = 0 if key in OPTIONAL else 1
+        if not isinstance(value, allowed) or (kind is int and value < least):
             raise LimbeckError(
-                f"{path}: {key} = {found!r} is no setting; copy the file again from its source"
+                f"{path}: {key} = {value!r} is no setting; copy the file again from its source"
             )
 
 
-def _refuse(tree: dict[str, Any], family: Family, path: Path) -> None:
-    """What would make llama.cpp compute something else."""
+def _refuse_unsupported(tree: Tree, family: Family, path: Path) -> None:
+    """Refuse settings with which llama.cpp would compute something else."""
     if tree.get("quantization_config"):
         raise LimbeckError(
             f"{path}: quantization_config says the weights are quantised; export the unquantised model"
         )
-    for key, value in family.wanted.items():
-        found = tree.get(key, False if key == "norm_topk_prob" else value)
-        if (found or None) != (value or None):
+    for key, wanted in family.wanted.items():
+        value = tree.get(key, False if key == "norm_topk_prob" else wanted)
+        if (value or None) != (wanted or None):
             raise LimbeckError(
-                f"{path}: {key} = {found!r} is not what llama.cpp computes for {family.ggml}; only {value!r} is"
+                f"{path}: {key} = {value!r} is not what llama.cpp computes for {family.ggml}; "
+                f"only {wanted!r} is"
             )
-    if (
-        family.model_type == "deepseek_v2"
-        and tree.get("topk_method") == "group_limited_greedy"
-        and _grouped(tree)
-    ):
+    limited = tree.get("topk_method") == "group_limited_greedy"
+    if limited and family.model_type == "deepseek_v2" and _is_grouped(tree):
         raise LimbeckError(
-            f"{path}: topk_method = 'group_limited_greedy' is not what llama.cpp computes; it rates a group of "
-            "experts by its two best, as DeepSeek-V3 does"
+            f"{path}: topk_method = 'group_limited_greedy' is not what llama.cpp computes; "
+            "it rates a group of experts by its two best, as DeepSeek-V3 does"
         )
 
 
-def _grouped(tree: dict[str, Any]) -> bool:
-    """Whether some groups of experts are left out."""
+def _is_grouped(tree: Tree) -> bool:
+    """True if some groups of experts are left out."""
     return 0 < tree.get("topk_group", 0) < tree.get("n_group", 0)
 
 
-def _add_settings(writer: gguf.GGUFWriter, family: Family, tree: dict[str, Any], where: str) -> None:
+def _add_settings(writer: gguf.GGUFWriter, family: Family, tree: Tree, where: str) -> None:
+    """Write the architecture's keys."""
     theta, scaling = rope.settle(tree, where)
-    found = {key.ggml: key.kind(tree[key.theirs]) for key in family.keys}
-    found |= {"vocab_size": tree["vocab_size"], "rope.freq_base": theta}
-    found |= _latent(family, tree) if family.latent else _heads(tree)
-    found |= rope.settings(scaling, family.ggml, where)
+    settings = {key.ggml: key.kind(tree[key.theirs]) for key in family.keys}
+    settings |= {"vocab_size": tree["vocab_size"], "rope.freq_base": theta}
+    settings |= _latent(family, tree) if family.latent else _heads(tree)
+    settings |= rope.settings(scaling, family.ggml, where)
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for key, value in found.items():
+    for key, value in settings.items():
         add[type(value)](f"{family.ggml}.{key}", value)
 
 
-def _heads(tree: dict[str, Any]) -> dict[str, int]:
-    lengths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+def _heads(tree: Tree) -> dict[str, int]:
+    """The sizes of grouped-query attention."""
+    head_dim = tree["head_dim"]
     return {
         "attention.head_count_kv": tree["num_key_value_heads"],
-        **dict.fromkeys(lengths, tree["head_dim"]),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
     }
 
 
-def _latent(family: Family, tree: dict[str, Any]) -> dict[str, int]:
-    """MLA as llama.cpp runs it: one key and value head, the latent, and what it widens to."""
-    rank, positions = tree["kv_lora_rank"], tree["qk_rope_head_dim"]
-    groups = (
-        {"expert_group_count": "n_group", "expert_group_used_count": "topk_group"} if _grouped(tree) else {}
-    )
-    return {
+def _latent(family: Family, tree: Tree) -> dict[str, int]:
+    """The sizes of MLA as llama.cpp runs it, with one key and value head: the latent.
+
+    The widths of whole heads are stored beside.
+    """
+    rank = tree["kv_lora_rank"]
+    positions = tree["qk_rope_head_dim"]
+    settings = {
         "attention.head_count_kv": 1,
         "attention.key_length": rank + positions,
         "attention.value_length": rank,
@@ -172,26 +192,24 @@ def _latent(family: Family, tree: dict[str, Any]) -> dict[str, int]:
         "attention.q_lora_rank": tree.get("q_lora_rank") or 0,
         "rope.dimension_count": positions,
         "expert_gating_func": int(family.gate),
-        **{ours: tree[theirs] for ours, theirs in groups.items()},
     }
+    if _is_grouped(tree):
+        settings["expert_group_count"] = tree["n_group"]
+        settings["expert_group_used_count"] = tree["topk_group"]
+    return settings
 
 
 # ---------------------------------------------------------------- tensors
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The tensors of a directory by name, each read when it is asked for."""
+    """The tensors of a directory by name, each read on access."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in sorted(directory.glob("model*.safetensors")):
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise LimbeckError(
-                    f"{path}: truncated or damaged ({error}); copy it again from its source"
-                ) from None
+            file = _open(path)
             self._files |= dict.fromkeys(file.keys(), file)
         if not self._files:
             raise LimbeckError(
@@ -199,6 +217,7 @@ class _Weights(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
+        """A tensor [X, Y]."""
         return self._files[name].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -208,54 +227,71 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._files)
 
     def shape(self, name: str) -> Tensor:
-        """The tensor without its numbers."""
-        found = self._files[name].get_slice(name)
-        if found.get_dtype() not in FLOATS:
+        """A tensor [X, Y] without its numbers."""
+        part = self._files[name].get_slice(name)
+        if part.get_dtype() not in FLOATS:
             raise LimbeckError(
-                f"{self.directory}: tensor {name} is {found.get_dtype()}, already quantised; export the unquantised model"
+                f"{self.directory}: tensor {name} is {part.get_dtype()}, already quantised; "
+                "export the unquantised model"
             )
-        return torch.empty(found.get_shape(), device="meta")
+        return torch.empty(part.get_shape(), device="meta")
 
 
-def _plan(source: _Weights, family: Family, tree: dict[str, Any]) -> list[Link]:
-    """What becomes what: all tensors are there, and none that has no place."""
+def _open(path: Path) -> Any:
+    """A safetensors file, open."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise LimbeckError(f"{path}: truncated or damaged ({error}); copy it again from its source") from None
+
+
+def _plan(source: _Weights, family: Family, tree: Tree) -> list[Link]:
+    """The links of all tensors; all are there, and none that has no place."""
     plan = list(links(family, tree))
     known = {name for link in plan for name in link.theirs}
-    if missing := sorted(known - set(source)):
+    missing = sorted(known - set(source))
+    if missing:
         raise LimbeckError(
-            f"{source.directory}: {len(missing)} tensors are missing ({', '.join(missing[:3])}); copy the weights again"
+            f"{source.directory}: {len(missing)} tensors are missing ({', '.join(missing[:3])}); "
+            "copy the weights again"
         )
-    if (rows := source.shape("model.embed_tokens.weight").shape[0]) != tree["vocab_size"]:
+    rows = source.shape("model.embed_tokens.weight").shape[0]
+    if rows != tree["vocab_size"]:
         raise LimbeckError(
-            f"{source.directory}: the embedding has {rows} rows, config.json says vocab_size = {tree['vocab_size']}; "
-            "the two are of different models"
+            f"{source.directory}: the embedding has {rows} rows, "
+            f"config.json says vocab_size = {tree['vocab_size']}; the two are of different models"
         )
-    if strange := sorted(name for name in set(source) - known if not _left_out(name, tree)):
+    unknown = sorted(name for name in set(source) - known if not _is_left_out(name, tree))
+    if unknown:
         raise LimbeckError(
-            f"{source.directory}: tensor {strange[0]} has no place in {family.ggml}; check config.json"
+            f"{source.directory}: tensor {unknown[0]} has no place in {family.ggml}; check config.json"
         )
     return plan
 
 
-def _left_out(name: str, tree: dict[str, Any]) -> bool:
-    """A tied head told twice, old frequencies, and layers beyond the last, which predict more tokens at once."""
+def _is_left_out(name: str, tree: Tree) -> bool:
+    """True for a tied head, old rotary frequencies, and the layers of multi-token prediction."""
+    if name.endswith(HARMLESS):
+        return True
+    if name == "lm_head.weight":
+        return tree["tie_word_embeddings"]
     parts = name.split(".")
-    beyond = (
-        parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= tree["num_hidden_layers"]
-    )
-    return beyond or name.endswith(HARMLESS) or (name == "lm_head.weight" and tree["tie_word_embeddings"])
+    if parts[:2] != ["model", "layers"] or not parts[2].isdigit():
+        return False
+    return int(parts[2]) >= tree["num_hidden_layers"]
 
 
-def _write(
-    writer: gguf.GGUFWriter, source: _Weights, plan: list[Link], tree: dict[str, Any], kind: str
-) -> None:
-    factors = _factors(tree)
+def _write_header(
+    writer: gguf.GGUFWriter, source: _Weights, plan: list[Link], tree: Tree, kind: str
+) -> dict[str, Quantization]:
+    """Write all that comes before the weights, and rope factors; returns each tensor's quantisation."""
+    factors = _rope_factors(tree)
     if factors is not None:
         writer.add_tensor_info(rope.FACTORS, factors.shape, factors.dtype, factors.nbytes)
     kinds = {}
     for link in plan:
         for name, tensor in zip(link.ggml, _shapes(source, link), strict=True):
-            kinds[name] = _kind(name, tensor.shape, kind)
+            kinds[name] = _quantization(name, tensor.shape, kind)
             shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kinds[name])
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), kinds[name])
     writer.write_header_to_file()
@@ -263,6 +299,13 @@ def _write(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
+    return kinds
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter, source: _Weights, plan: list[Link], kinds: dict[str, Quantization]
+) -> None:
+    """Write all weights, one link's at a time."""
     for link in plan:
         packed = link.form.pack([source[name] for name in link.theirs])
         for name, tensor in zip(link.ggml, packed, strict=True):
@@ -270,31 +313,36 @@ def _write(
 
 
 def _shapes(source: _Weights, link: Link) -> list[Tensor]:
+    """The tensors [X, Y] of a GGUF file without their numbers."""
     shapes = [source.shape(name) for name in link.theirs]
     try:
         return link.form.pack(shapes)
     except RuntimeError:
         raise LimbeckError(
-            f"{source.directory}: {link.theirs[0]} is {tuple(shapes[0].shape)}, which config.json's sizes do not divide; "
-            "the two are of different models"
+            f"{source.directory}: {link.theirs[0]} is {tuple(shapes[0].shape)}, "
+            "which config.json's sizes do not divide; the two are of different models"
         ) from None
 
 
-def _factors(tree: dict[str, Any]) -> np.ndarray | None:
+def _rope_factors(tree: Tree) -> np.ndarray | None:
+    """The divisors of rotary frequencies, [D / 2], of Llama 3.1 alone."""
     theta, scaling = rope.settle(tree, "config.json")
     if scaling.get("rope_type") != "llama3":
         return None
     return rope.factors(theta, tree["head_dim"], scaling).astype(np.float32)
 
 
-def _kind(name: str, shape: torch.Size, kind: str) -> Quantization:
-    """Vectors and routers are small, and matter: fp32. Rows that blocks do not fill: f16."""
+def _quantization(name: str, shape: torch.Size, kind: str) -> Quantization:
+    """The quantisation of a tensor: fp32 for vectors and routers, f16 for rows that blocks do not fill."""
     if len(shape) == 1 or name.endswith(ROUTER):
         return Quantization.F32
-    return Quantization.F16 if kind == "q8_0" and shape[-1] % BLOCK else TYPES[kind][0]
+    if kind == "q8_0" and shape[-1] % BLOCK:
+        return Quantization.F16
+    return TYPES[kind][0]
 
 
 def _quantize(name: str, tensor: Tensor, kind: Quantization) -> np.ndarray:
+    """The bytes of a quantised tensor [X, Y]."""
     with np.errstate(over="ignore"):
         values = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
     if kind == Quantization.F16 and not np.isfinite(values).all():
@@ -303,6 +351,7 @@ def _quantize(name: str, tensor: Tensor, kind: Quantization) -> np.ndarray:
 
 
 def _flush(path: Path) -> None:
+    """Return when a file, or a directory's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,7 +1,8 @@
-"""The compiled kernels: made at first use where there is a C++ compiler, kept in the user's cache, never needed.
+"""The compiled kernels: made at first use where there is a C++ compiler, stored in the user's cache, never
+needed.
 
-`LIMBECK_KERNELS=off` turns them off. `LIMBECK_MARCH` compiles them for fewer instructions than the processor has, such as
-`x86-64-v3` for AVX2 without AVX-512: so every width can be tested and measured on one machine.
+`LIMBECK_KERNELS=off` turns them off. `LIMBECK_MARCH` compiles them for fewer instructions than the processor
+has, such as `x86-64-v3` for AVX2 without AVX-512, so that every width can be tested on one machine.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ FLAGS = (
 )  # fmt: skip
 TIMEOUT = 300  # seconds for the compiler
 MODES = ("off", "auto")
-SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON" if platform.machine().lower() in ("arm64", "aarch64") else "SSE2"}
+ARM = platform.machine().lower() in ("arm64", "aarch64")
+SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON" if ARM else "SSE2"}  # by float32 numbers of a vector
+# Instruction sets among the macros that compilers define, by the begin of their names.
+FEATURES = ("AVX", "FMA", "SSE", "SSSE", "BMI", "F16C", "ARM_FEATURE")
 
 
 def mode() -> str:
-    """What `LIMBECK_KERNELS` asks for: `auto`, or `off` for plain torch.
+    """The value of `LIMBECK_KERNELS`: `auto`, or `off` for plain torch.
 
     Raises:
-        LimbeckError: it says something else.
+        LimbeckError: it has another value.
     """
-    asked = os.environ.get("LIMBECK_KERNELS", "").lower() or "auto"
-    if asked not in MODES:
+    value = os.environ.get("LIMBECK_KERNELS", "").lower() or "auto"
+    if value not in MODES:
         raise LimbeckError(
-            f"LIMBECK_KERNELS={asked}: say off for plain torch, or auto for whichever is faster"
+            f"LIMBECK_KERNELS={value}: say off for plain torch, or auto for whichever is faster"
         )
-    return asked
+    return value
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels; None without a compiler, without a BLAS to share with torch, or where `LIMBECK_KERNELS` is off."""
+    """The kernels; None without a compiler, without a BLAS to share with torch, or with them turned off."""
     return found()[0]
 
 
@@ -60,20 +64,27 @@ def found() -> tuple[ctypes.CDLL | None, str]:
     blas = sgemm()
     if blas is None:
         return None, "this torch has no sgemm_ to share"
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    compiler = _find_compiler()
     if compiler is None:
         return None, "no C++ compiler (c++, g++ or clang++)"
     try:
         path = compiled(compiler, march(compiler))
         kernels = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        return (
-            None,
-            f"{compiler} could not make them: {output.strip().splitlines()[0] if output.strip() else error!r}",
-        )
+        output = (getattr(error, "stderr", None) or str(error)).strip()
+        reason = output.splitlines()[0] if output else repr(error)
+        return None, f"{compiler} could not make them: {reason}"
     kernels.use_sgemm(blas)
     return kernels, str(path)
+
+
+def _find_compiler() -> str | None:
+    """The path of a C++ compiler: that of `CXX`, or the first known one."""
+    for name in (os.environ.get("CXX") or "c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
 
 
 def lanes() -> int:
@@ -82,70 +93,69 @@ def lanes() -> int:
 
 
 def instructions() -> str:
-    """The vector instructions that the kernels were compiled for: AVX-512, AVX2, NEON or SSE2; `none` without kernels."""
+    """The vector instructions that the kernels are compiled for: AVX-512, AVX2, NEON or SSE2; or `none`."""
     return SETS[lanes()] if library() else "none"
 
 
 def march(compiler: str) -> str:
     """The instruction set to compile for, as the compiler's option.
 
-    Raises:
-        LimbeckError: `LIMBECK_MARCH` names a set that the compiler does not know, or that this processor lacks.
+    Raises: LimbeckError: `LIMBECK_MARCH` names a set that the compiler does not know, or that this processor
+    lacks.
     """
-    native = "-mcpu=native" if SETS[4] == "NEON" else "-march=native"
-    asked = os.environ.get("LIMBECK_MARCH", "native")
-    if asked == "native":
+    native = "-mcpu=native" if ARM else "-march=native"
+    name = os.environ.get("LIMBECK_MARCH", "native")
+    if name == "native":
         return native
-    lacking = _features(compiler, f"-march={asked}") - _features(compiler, native)
+    option = f"-march={name}"
+    lacking = _features(compiler, option) - _features(compiler, native)
     if lacking:
         raise LimbeckError(
-            f"LIMBECK_MARCH={asked}: this processor has no {', '.join(sorted(lacking))}; leave it away, or name a smaller set"
+            f"LIMBECK_MARCH={name}: this processor has no {', '.join(sorted(lacking))}; "
+            "leave it away, or name a smaller set"
         )
-    return f"-march={asked}"
+    return option
 
 
 def _features(compiler: str, option: str) -> set[str]:
-    """Instruction sets that an option turns on, by the names that compilers give them: `AVX2`, `FMA`, ..."""
+    """The instruction sets of an option, by the names that compilers give them: `AVX2`, `FMA`, ..."""
     command = [compiler, option, "-dM", "-E", "-x", "c++", os.devnull]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if run.returncode:
         raise LimbeckError(
             f"{option}: {compiler} does not know it; set LIMBECK_MARCH to one it does, such as x86-64-v3"
         )
-    names = {
-        line.split()[1].strip("_")
-        for line in run.stdout.splitlines()
-        if line.startswith("#define __") and line.endswith("__ 1")
-    }
-    return {
-        name for name in names if name.startswith(("AVX", "FMA", "SSE", "SSSE", "BMI", "F16C", "ARM_FEATURE"))
-    }
+    features = set()
+    for line in run.stdout.splitlines():
+        if line.startswith("#define __") and line.endswith("__ 1"):
+            features.add(line.split()[1].strip("_"))
+    return {name for name in features if name.startswith(FEATURES)}
 
 
 def sgemm() -> ctypes.c_void_p | None:
-    """BLAS's product of matrices, of the library that torch has loaded."""
+    """The address of BLAS's matrix product in the library that torch has loaded; None if it has none."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        return ctypes.cast(
-            ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).sgemm_, ctypes.c_void_p
-        )
+        return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p)
     except (OSError, AttributeError):
         return None
 
 
 def folder() -> Path:
-    """Where compiled kernels and what was measured of them are kept."""
+    """The folder of compiled kernels and their timings."""
     return Path(os.environ.get("LIMBECK_CACHE") or platformdirs.user_cache_dir("limbeck"))
 
 
 def compiled(compiler: str, option: str) -> Path:
     """The shared library of this source, compiler and processor, made if it is not there yet."""
-    made_by = subprocess.run(
+    version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True
     ).stdout
-    source = "\0".join(path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir()))
-    key = hashlib.sha256("\0".join([source, *FLAGS, option, made_by, processor()]).encode()).hexdigest()[:16]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.iterdir())]
+    key = "\0".join([*sources, *FLAGS, option, version, processor()])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder().mkdir(parents=True, exist_ok=True)
-    path = folder() / f"kernels-{key}.so"
+    path = folder() / f"kernels-{digest}.so"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder()) as work:
@@ -156,20 +166,28 @@ def compiled(compiler: str, option: str) -> Path:
 
 
 def build(compiler: str, option: str, path: Path) -> None:
-    """Compile the kernels into `path`; CalledProcessError where the compiler fails, with its output."""
-    # without this GCC halves vectors of 512 bits on some processors; it means nothing where there are none
-    wide = ["-mprefer-vector-width=512"] if SETS[4] == "SSE2" else []
+    """Compile the kernels into `path`.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler fails; holds its output.
+    """
+    # without this GCC halves vectors of 512 bits on some processors; it has no effect where there are none
+    wide = [] if ARM else ["-mprefer-vector-width=512"]
     command = [compiler, *FLAGS, option, *wide, str(SOURCE / "kernels.cpp"), "-o", str(path)]
     subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
 
 
 def processor() -> str:
-    """What -march=native looks at: a home directory may be shared by machines that differ."""
+    """Model and features of the processor, which -march=native follows.
+
+    They are part of a library's name, as machines that differ may share a home directory.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() + platform.machine()
-    return "\n".join(
+    first = [
         next((line for line in lines if line.startswith(name)), "")
         for name in ("model name", "flags", "Features")
-    )
+    ]
+    return "\n".join(first)

@@ -1,6 +1,7 @@
-"""The kernels as torch calls them: autograd functions, and what is computed without a gradient.
+"""The kernels as torch calls them: autograd functions, and operations without a gradient.
 
-N tokens · B rows · H heads · K key/value heads · D head size · C hidden · V vocabulary · E experts · I intermediate.
+N tokens · B rows · H heads · K key/value heads or experts a token · D head size · C hidden · V vocabulary · E
+experts · I intermediate · M = N x K.
 """
 
 from __future__ import annotations
@@ -15,33 +16,41 @@ from torch import Tensor
 from .build import library
 
 WAYS = ("blas", "dots", "strips")  # of multiplying, as products.hpp numbers them
-FASTEST = -1
+FASTEST = -1  # in place of an index into WAYS: the one that was measured as fastest
 
 
-def at(tensor: Tensor) -> ctypes.c_void_p:
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a tensor [...] as the kernels take it."""
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    """Fields of one C type, as `ctypes.Structure` lists them."""
+    return [(name, kind) for name in names]
 
 
 # ---------------------------------------------------------------- row by row
 
 
 class Normalize(torch.autograd.Function):
-    """x / rms(x) x weight over the last dimension."""
+    """x / rms(x) * weight over the last dimension."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
+        """x [..., C] normalised and multiplied by weight [C]."""
         x = x.contiguous()
         width = x.shape[-1]
-        rows, y = x.numel() // width, torch.empty_like(x)
+        rows = x.numel() // width
+        y = torch.empty_like(x)
         scale = x.new_empty(rows)
         library().norm_forward(
-            at(x),
-            at(weight),
+            pointer(x),
+            pointer(weight),
             ctypes.c_float(eps),
             ctypes.c_int64(rows),
             width,
-            at(y),
-            at(scale),
+            pointer(y),
+            pointer(scale),
             torch.get_num_threads(),
         )
         ctx.save_for_backward(x, weight, scale)
@@ -49,106 +58,126 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradients by x [..., C] and by weight [C]."""
         x, weight, scale = ctx.saved_tensors
-        grad, threads = grad.contiguous(), torch.get_num_threads()
-        dx, dweight = torch.empty_like(x), x.new_zeros(threads, x.shape[-1])
+        grad = grad.contiguous()
+        threads = torch.get_num_threads()
+        by_x = torch.empty_like(x)
+        by_weight = x.new_zeros(threads, x.shape[-1])  # one sum a thread
         library().norm_backward(
-            at(grad),
-            at(x),
-            at(weight),
-            at(scale),
+            pointer(grad),
+            pointer(x),
+            pointer(weight),
+            pointer(scale),
             ctypes.c_int64(len(scale)),
             x.shape[-1],
-            at(dx),
-            at(dweight),
+            pointer(by_x),
+            pointer(by_weight),
             threads,
         )
-        return dx, dweight.sum(0), None
+        return by_x, by_weight.sum(0), None
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) x up, of the two halves of the last dimension."""
+    """silu(gate) * up, where gate and up are the two halves of the last dimension."""
 
     @staticmethod
     def forward(ctx, gate_up):
+        """The product of both halves of gate_up [..., 2 I], [..., I]."""
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
-        library().swiglu_forward(
-            at(gate_up), ctypes.c_int64(y.numel() // width), width, at(y), torch.get_num_threads()
-        )
+        rows = ctypes.c_int64(y.numel() // width)
+        library().swiglu_forward(pointer(gate_up), rows, width, pointer(y), torch.get_num_threads())
         ctx.save_for_backward(gate_up)
         return y
 
     @staticmethod
     def backward(ctx, grad):
+        """The gradient by gate_up [..., 2 I]."""
         (gate_up,) = ctx.saved_tensors
-        grad, by_both = grad.contiguous(), torch.empty_like(gate_up)
+        grad = grad.contiguous()
+        by_both = torch.empty_like(gate_up)
         width = grad.shape[-1]
         rows = ctypes.c_int64(grad.numel() // width)
-        library().swiglu_backward(at(grad), at(gate_up), rows, width, at(by_both), torch.get_num_threads())
+        library().swiglu_backward(
+            pointer(grad), pointer(gate_up), rows, width, pointer(by_both), torch.get_num_threads()
+        )
         return by_both
 
 
 class Rotate(torch.autograd.Function):
-    """x [N, H, D] turned by its token's angles, cos and signed sin [N, 1, D]."""
+    """x [N, H, D] rotated by its tokens' angles, cos and sign-folded sin [N, 1, D]."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
+        """The rotated heads, [N, H, D]."""
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1.0)
+        return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        return _turned(grad, *ctx.saved_tensors, -1.0), None, None
+        """The gradient by x [N, H, D]: a rotation back."""
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1.0), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: float) -> Tensor:
-    x = _heads(x)
-    rows, heads, width = x.shape
-    y = x.new_empty(rows, heads, width)
+def _rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, direction: float) -> Tensor:
+    """Heads [N, H, D] rotated forwards (1) or back (-1)."""
+    x_NHD = _heads_side_by_side(x_NHD)
+    rows, heads, width = x_NHD.shape
+    y_NHD = x_NHD.new_empty(rows, heads, width)
     library().rotate(
-        at(x),
-        ctypes.c_int64(x.stride(0)),
-        at(cos),
-        at(sin),
-        ctypes.c_float(sense),
+        pointer(x_NHD),
+        ctypes.c_int64(x_NHD.stride(0)),
+        pointer(cos_N1D),
+        pointer(sin_N1D),
+        ctypes.c_float(direction),
         ctypes.c_int64(rows),
         heads,
         width,
-        at(y),
+        pointer(y_NHD),
         torch.get_num_threads(),
     )
-    return y
+    return y_NHD
 
 
-def _heads(x_NHD: Tensor) -> Tensor:
-    """With its heads side by side, however far its rows are apart."""
-    return x_NHD if x_NHD.stride(2) == 1 and x_NHD.stride(1) == x_NHD.shape[2] else x_NHD.contiguous()
+def _heads_side_by_side(x_NHD: Tensor) -> Tensor:
+    """The same heads [N, H, D], a row's lying side by side; the rows may be any distance apart."""
+    if x_NHD.stride(2) == 1 and x_NHD.stride(1) == x_NHD.shape[2]:
+        return x_NHD
+    return x_NHD.contiguous()
 
 
 # ---------------------------------------------------------------- attention over whole sequences
 
 
 class _Trees(ctypes.Structure):
+    """`Trees` as `attention.hpp` reads them."""
+
     _fields_ = [
-        ("count", ctypes.c_int),
-        *((name, ctypes.c_void_p) for name in ("trunk", "length", "first", "branch", "branch_length")),
+        *fields(ctypes.c_int, "count"),
+        *fields(ctypes.c_void_p, "trunk", "length", "first", "branch", "branch_length"),
     ]
 
 
-class _Asked(ctypes.Structure):
+class _Inputs(ctypes.Structure):
+    """The inputs of attention as `attention.hpp` reads them."""
+
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "qkv"),
-        *((f"{name}_stride", ctypes.c_int64) for name in "qkv"),
-        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "width", "window")),
-        ("scale", ctypes.c_float),
+        *fields(ctypes.c_void_p, "q", "k", "v"),
+        *fields(ctypes.c_int64, "q_stride", "k_stride", "v_stride"),
+        *fields(ctypes.c_int, "heads", "kv_heads", "width", "window"),
+        *fields(ctypes.c_float, "scale"),
     ]
 
 
 class Trees:
-    """Sequences as trees: token and length of each trunk; branches in order, and how many each trunk has. Laid down
-    once, as the kernels read them, for all layers and both directions."""
+    """Sequences as trees, laid out once for all layers and both directions.
+
+    `trunks` and `lengths` are the first token and the number of tokens of each trunk, `branches` and
+    `branch_lengths` those of all branches in the order of their trunks, `counts` the branches of each trunk.
+    """
 
     def __init__(
         self,
@@ -159,116 +188,144 @@ class Trees:
         branch_lengths: Sequence[int] = (),
     ):
         first = np.cumsum([0, *(counts or [0] * len(trunks))])
-        self._arrays = [
-            np.asarray(part, dtype=np.int32) for part in (trunks, lengths, first, branches, branch_lengths)
-        ]
+        parts = (trunks, lengths, first, branches, branch_lengths)
+        self._arrays = [np.asarray(part, dtype=np.int32) for part in parts]
         self.laid = _Trees(len(trunks), *(array.ctypes.data for array in self._arrays))
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention along every path from a trunk's begin to a branch's end: q [N, H, D], k and v [N, K, D]."""
+    """Causal attention along every path from a trunk's begin to a branch's end.
+
+    q [N, H, D], k and v [N, K, D].
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, trees, scale, window):
-        q, k, v = (_heads(x) for x in (q, k, v))
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
-        asked = Attention.asked(q, k, v, scale, window)
+        """The mixed values, [N, H, D]."""
+        q, k, v = (_heads_side_by_side(x) for x in (q, k, v))
+        out = q.new_empty(q.shape)
+        logsumexp = q.new_empty(q.shape[:2])
+        inputs = _attention_inputs((q, k, v), scale, window)
         library().attention_forward(
-            ctypes.byref(trees.laid), ctypes.byref(asked), at(out), at(lse), torch.get_num_threads()
+            ctypes.byref(trees.laid),
+            ctypes.byref(inputs),
+            pointer(out),
+            pointer(logsumexp),
+            torch.get_num_threads(),
         )
-        ctx.save_for_backward(q, k, v, lse)
+        ctx.save_for_backward(q, k, v, logsumexp)
         ctx.settings = trees, scale, window
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, lse = ctx.saved_tensors
+        """The gradients by q [N, H, D], by k and by v [N, K, D]."""
+        q, k, v, logsumexp = ctx.saved_tensors
         trees, scale, window = ctx.settings
         grad = grad.contiguous()
         by_q, by_k, by_v = (x.new_empty(x.shape) for x in (q, k, v))
-        asked = Attention.asked(q, k, v, scale, window)
+        inputs = _attention_inputs((q, k, v), scale, window)
         library().attention_backward(
             ctypes.byref(trees.laid),
-            ctypes.byref(asked),
-            at(grad),
-            at(lse),
-            at(by_q),
-            at(by_k),
-            at(by_v),
+            ctypes.byref(inputs),
+            pointer(grad),
+            pointer(logsumexp),
+            pointer(by_q),
+            pointer(by_k),
+            pointer(by_v),
             torch.get_num_threads(),
         )
         return by_q, by_k, by_v, None, None, None
 
-    @staticmethod
-    def asked(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> _Asked:
-        pointers, strides = (x.data_ptr() for x in (q, k, v)), (x.stride(0) for x in (q, k, v))
-        return _Asked(*pointers, *strides, q.shape[1], k.shape[1], q.shape[2], window, scale)
+
+def _attention_inputs(qkv: tuple[Tensor, Tensor, Tensor], scale: float, window: int) -> _Inputs:
+    """The structure of q [N, H, D], k and v [N, K, D]."""
+    q_NHD, k_NKD, _ = qkv
+    addresses = (x.data_ptr() for x in qkv)
+    strides = (x.stride(0) for x in qkv)
+    _, heads, width = q_NHD.shape
+    return _Inputs(*addresses, *strides, heads, k_NKD.shape[1], width, window, scale)
 
 
 # ---------------------------------------------------------------- a mixture of experts
 
 
 class _Experts(ctypes.Structure):
+    """A mixture as `experts.hpp` reads it."""
+
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tokens", "count", "top_k", "hidden", "width", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "gate_up", "down", "weights", "order", "ends", "both")),
+        *fields(ctypes.c_int64, "tokens", "count", "top_k", "hidden", "width", "threads"),
+        *fields(ctypes.c_void_p, "x", "gate_up", "down", "weights", "order", "ends", "both"),
     ]
 
 
 class Mixture(torch.autograd.Function):
-    """Sum over each token's experts of weight x SwiGLU(x): x [N, C], gate_up [E, 2I, C], down [E, C, I], weights
-    [N, K]; `order` [M] sorts the N x K choices by expert, and expert e's end at `ends[e]`."""
+    """The sum over each token's experts of weight x SwiGLU(x).
+
+    x [N, C], gate_up [E, 2 I, C], down [E, C, I], weights [N, K]; `order` [M] sorts the choices by expert,
+    and expert e's end at `ends[e]`.
+    """
 
     @staticmethod
     def forward(ctx, x, gate_up, down, weights, order, ends):
-        x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
-        both, y = x.new_empty(len(order), gate_up.shape[1]), torch.empty_like(x)
+        """The mixed outputs, [N, C]."""
+        x, gate_up, down, weights = (tensor.contiguous() for tensor in (x, gate_up, down, weights))
+        both = x.new_empty(len(order), gate_up.shape[1])
+        y = torch.empty_like(x)
         saved = x, gate_up, down, weights, order, ends, both
-        library().experts_forward(ctypes.byref(Mixture.laid(saved)), at(y))
+        library().experts_forward(ctypes.byref(_mixture(saved)), pointer(y))
         ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, gate_up, down, weights, *_ = saved = ctx.saved_tensors
+        """The gradients by x [N, C], gate_up [E, 2 I, C], down [E, C, I] and weights [N, K]."""
+        saved = ctx.saved_tensors
         grad = grad.contiguous()
-        found = tuple(torch.empty_like(part) for part in (x, gate_up, down, weights))
-        library().experts_backward(ctypes.byref(Mixture.laid(saved)), at(grad), *map(at, found))
-        return *found, None, None
+        by_inputs = tuple(torch.empty_like(tensor) for tensor in saved[:4])
+        library().experts_backward(ctypes.byref(_mixture(saved)), pointer(grad), *map(pointer, by_inputs))
+        return *by_inputs, None, None
 
-    @staticmethod
-    def laid(saved: Sequence[Tensor]) -> _Experts:
-        x, _, down, weights, *_ = saved
-        count, hidden, width = down.shape
-        pointers = (tensor.data_ptr() for tensor in saved)
-        return _Experts(len(x), count, weights.shape[1], hidden, width, torch.get_num_threads(), *pointers)
+
+def _mixture(saved: Sequence[Tensor]) -> _Experts:
+    """The structure of `Mixture`'s inputs, x [N, C] and so on, and of its scratch memory."""
+    x, _, down, weights, *_ = saved
+    count, hidden, width = down.shape
+    addresses = (tensor.data_ptr() for tensor in saved)
+    return _Experts(len(x), count, weights.shape[1], hidden, width, torch.get_num_threads(), *addresses)
 
 
 # ---------------------------------------------------------------- without a gradient
 
 
 def linear(x_BC: Tensor, weight_VC: Tensor, way: int = FASTEST) -> Tensor:
-    """x @ weight^T [B, V], without a gradient, in the way that is known to be fastest; or in this one of `WAYS`."""
-    x_BC, weight_VC = x_BC.contiguous(), weight_VC.contiguous()
+    """x @ weight^T [B, V], without a gradient, in the fastest known way or in one of `WAYS`."""
+    x_BC = x_BC.contiguous()
+    weight_VC = weight_VC.contiguous()
     y_BV = x_BC.new_empty(len(x_BC), len(weight_VC))
     sizes = map(ctypes.c_int, (len(x_BC), *weight_VC.shape))
-    library().linear(way, at(x_BC), at(weight_VC), *sizes, at(y_BV), torch.get_num_threads())
+    library().linear(way, pointer(x_BC), pointer(weight_VC), *sizes, pointer(y_BV), torch.get_num_threads())
     return y_BV
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The first token at which the cumulative softmax passes the uniform number, and its log-probability."""
-    logits_BV, uniform_B = logits_BV.contiguous(), uniform_B.contiguous()
+    """Tokens drawn with `uniform_B`, and their log-probabilities, both [B].
+
+    A row's token is the first at which the cumulative softmax passes the row's uniform number.
+    """
+    logits_BV = logits_BV.contiguous()
+    uniform_B = uniform_B.contiguous()
     rows, count = logits_BV.shape
-    tokens_B, logprobs_B = torch.empty(rows, dtype=torch.long), logits_BV.new_empty(rows)
+    tokens_B = torch.empty(rows, dtype=torch.long)
+    logprobs_B = logits_BV.new_empty(rows)
     library().sample(
-        at(logits_BV),
-        at(uniform_B),
+        pointer(logits_BV),
+        pointer(uniform_B),
         ctypes.c_int64(rows),
         ctypes.c_int64(count),
         ctypes.c_float(temperature),
-        at(tokens_B),
-        at(logprobs_B),
+        pointer(tokens_B),
+        pointer(logprobs_B),
         torch.get_num_threads(),
     )
     return tokens_B, logprobs_B

@@ -1,0 +1,284 @@
+"""Contexts of whole sequences: packed end to end, or completions that share their prompts.
+
+N tokens · B sequences · T positions of a sequence · S of them with a query · H heads · K key/value heads ·
+D head size · P padded positions of all sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels
+from .context import Layer, Routes
+
+# Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which
+# walks over keys in tiles, is ahead of ours there, and takes whole sequences only (`python -m
+# bench.kernels`).
+LONG = 3072
+
+
+class Packed:
+    """Sequences laid end to end, each causal and blind to the others.
+
+    Only attention sees padding: sequences are taken in order, in runs of similar length (callers sort), each
+    padded on the right to its longest; causality keeps padding out of every real position.
+    """
+
+    absorbed = False
+
+    def __init__(self, lengths: Sequence[int], slack: float = 0.2, device: torch.device | str = "cpu"):
+        self.lengths = list(lengths)
+        self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
+        self.slack = slack
+        self.device = device
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
+        self.entries: list[tuple[Tensor, Tensor | None]] | None = None
+        self.routes: Routes | None = None
+
+    @property
+    def sequences(self) -> Tensor:
+        """The number of each token's sequence, [N]."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+
+    @cached_property
+    def _runs(self) -> _Runs:
+        """Runs of padded sequences, for torch's attention."""
+        return _Runs(self.lengths, self.slack, device=self.device)
+
+    @cached_property
+    def _trees(self) -> kernels.Trees:
+        """Sequences without branches, for the kernels."""
+        begins = np.cumsum([0, *self.lengths[:-1]])
+        return kernels.Trees(begins, self.lengths)
+
+    def keep(self) -> Packed:
+        """Let `entries` collect the keys and values of every layer: a prefill."""
+        self.entries = []
+        return self
+
+    def attend(
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        latent: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
+        if k_NKD is None:
+            k_NKD, v_NKD = self._last
+        else:
+            self._last = k_NKD, v_NKD
+            if self.entries is not None:
+                self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
+        if _use_kernel("attention", layer, max(self.lengths), q_NHD, v_NKD):
+            return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
+        q_runs = self._runs.pad(q_NHD)
+        k_runs = self._runs.pad(k_NKD)
+        v_runs = self._runs.pad(v_NKD)
+        mixed = [causal_attention(layer, q, k, v) for q, k, v in zip(q_runs, k_runs, v_runs, strict=True)]
+        return self._runs.unpad(mixed)
+
+
+class SharedPrefix:
+    """Completions that branch off shared prompts; every prompt is stored and computed once.
+
+    `prompts` prompts of `width` tokens come first, then the completions end to end (callers sort them by
+    length); `owners[i]` is the prompt that completion i continues. A completion sees its whole prompt and its
+    own past: gradients equal those of the sequences written out in full.
+    """
+
+    absorbed = False
+
+    def __init__(
+        self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2
+    ):
+        self.prompts = prompts
+        self.width = width
+        # empty completions come first and have nothing to attend
+        empty = next((i for i, length in enumerate(lengths) if length), len(lengths))
+        self.owners = torch.as_tensor(owners[empty:], dtype=torch.long)
+        self.lengths = list(lengths[empty:])
+        self.slack = slack
+        columns = [width + torch.arange(length) for length in self.lengths]
+        self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
+        self.routes: Routes | None = None
+
+    @property
+    def sequences(self) -> Tensor:
+        """The number of each token's prompt or completion, [N]."""
+        lengths = [self.width] * self.prompts + self.lengths
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+    @cached_property
+    def _runs(self) -> _Runs:
+        """Runs of padded completions, for torch's attention."""
+        return _Runs(self.lengths, self.slack, self.prompts * self.width)
+
+    @cached_property
+    def _trees(self) -> kernels.Trees:
+        """Prompts as trunks and completions as their branches, for the kernels."""
+        begins = self.prompts * self.width + np.cumsum([0, *self.lengths])[:-1]
+        order = self.owners.argsort(stable=True).numpy()
+        counts = self.owners.bincount(minlength=self.prompts).tolist()
+        trunks = np.arange(self.prompts) * self.width
+        lengths = np.asarray(self.lengths, int)
+        return kernels.Trees(trunks, [self.width] * self.prompts, counts, begins[order], lengths[order])
+
+    def attend(
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        latent: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention along each prompt and its completions, [N, H, D] (see `Context.attend`)."""
+        if k_NKD is None:
+            k_NKD, v_NKD = self._last
+        else:
+            self._last = k_NKD, v_NKD
+        longest = self.width + max(self.lengths, default=0)
+        if _use_kernel("branches", layer, longest, q_NHD, v_NKD):
+            return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
+        q_BHTD, k_BKTD, v_BKTD = (self._prompts_of(x_NHD) for x_NHD in (q_NHD, k_NKD, v_NKD))
+        prompts_NHD = causal_attention(layer, q_BHTD, k_BKTD, v_BKTD).transpose(1, 2).flatten(0, 1)
+        if not self._runs.cuts:
+            return prompts_NHD
+        q_runs = self._runs.pad(q_NHD)
+        k_runs = self._runs.pad(k_NKD)
+        v_runs = self._runs.pad(v_NKD)
+        mixed = []
+        for (begin, end), q, k, v in zip(self._runs.cuts, q_runs, k_runs, v_runs, strict=True):
+            owner = self.owners[begin:end]
+            keys = torch.cat([k_BKTD[owner], k], dim=2)
+            values = torch.cat([v_BKTD[owner], v], dim=2)
+            mixed.append(causal_attention(layer, q, keys, values))
+        return torch.cat([prompts_NHD, self._runs.unpad(mixed)])
+
+    def _prompts_of(self, x_NHD: Tensor) -> Tensor:
+        """The prompts' part of a tensor, [B, H, T, D]."""
+        prompts_NHD = x_NHD[: self.prompts * self.width]
+        return prompts_NHD.view(self.prompts, self.width, *x_NHD.shape[1:]).transpose(1, 2)
+
+
+def _use_kernel(operation: str, layer: Layer, longest: int, q_NHD: Tensor, v_NKD: Tensor) -> bool:
+    """True if the kernels take these tensors, and are faster at sequences of up to `longest` tokens."""
+    seen = min(longest, layer.window or longest)
+    return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serves(operation, seen, q_NHD, v_NKD)
+
+
+def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Causal attention of the last S positions over all T, [B, H, S, D]; heads may outnumber key heads."""
+    width = q_BHSD.shape[2]
+    seen = k_BKTD.shape[2]
+    mask_ST = None
+    if seen > width or 0 < layer.window < seen:
+        mask_ST = torch.ones(width, seen, dtype=torch.bool, device=q_BHSD.device).tril(seen - width)
+        if layer.window:
+            mask_ST = mask_ST.triu(seen - width - layer.window + 1)
+    return F.scaled_dot_product_attention(
+        q_BHSD,
+        k_BKTD,
+        v_BKTD,
+        attn_mask=mask_ST,
+        is_causal=mask_ST is None,
+        scale=layer.scale,
+        enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1],
+    )
+
+
+class _Runs:
+    """Sequences laid end to end from token `offset`, cut into runs of similar length.
+
+    Each run is padded to its longest sequence. All runs are padded by one gather a tensor, and one gather
+    takes the padding out again.
+    """
+
+    def __init__(self, lengths: list[int], slack: float, offset: int = 0, device: torch.device | str = "cpu"):
+        self.cuts = _cut(lengths, slack) if lengths else []
+        self.shapes = [(end - begin, max(lengths[begin:end])) for begin, end in self.cuts]
+        self.begin = offset
+        self.tokens = sum(lengths)
+        self.even = self.tokens == sum(rows * width for rows, width in self.shapes)
+        if not self.even:
+            source_P, real_N = self._gathers(lengths)
+            self.source_P = torch.from_numpy(source_P).to(device)
+            self.real_N = torch.from_numpy(real_N).to(device)
+
+    def _gathers(self, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The token at each padded position [P] (0 where it is padding), and each token's position [N]."""
+        begins_B = np.cumsum([0, *lengths[:-1]])
+        rows = [rows for rows, _ in self.shapes]
+        widths_B = np.repeat([width for _, width in self.shapes], rows)
+        column_P = np.arange(widths_B.sum()) - np.repeat(np.cumsum(widths_B) - widths_B, widths_B)
+        inside_P = column_P < np.repeat(np.asarray(lengths), widths_B)
+        source_P = np.where(inside_P, np.repeat(begins_B, widths_B) + column_P, 0)
+        return source_P, inside_P.nonzero()[0]
+
+    def pad(self, x_NHD: Tensor) -> list[Tensor]:
+        """One padded tensor [B, H, T, D] for each run."""
+        x_NHD = x_NHD.narrow(0, self.begin, self.tokens)
+        padded_PHD = x_NHD if self.even else _Gather.apply(x_NHD, self.source_P, self.real_N)
+        runs = padded_PHD.split([rows * width for rows, width in self.shapes])
+        return [
+            run_PHD.view(*shape, *x_NHD.shape[1:]).transpose(1, 2)
+            for run_PHD, shape in zip(runs, self.shapes, strict=True)
+        ]
+
+    def unpad(self, runs: list[Tensor]) -> Tensor:
+        """The real positions of padded runs, end to end, [N, H, D]."""
+        flat = [run_BHTD.transpose(1, 2).flatten(0, 1) for run_BHTD in runs]
+        flat_PHD = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return flat_PHD if self.even else _Gather.apply(flat_PHD, self.real_N, None)
+
+
+class _Gather(torch.autograd.Function):
+    """`x[index]`, with a backward pass that leaves padding out.
+
+    `back` is, for each entry of `x`, the one place in the result whose gradient it gets. Without `back` no
+    entry is gathered twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        """Entries of x [N, ...] at `index` [P]."""
+        ctx.rows = len(x)
+        saved = (index,) if back is None else (index, back)
+        ctx.save_for_backward(*saved)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradient by x [N, ...]."""
+        index, *back = ctx.saved_tensors
+        if back:
+            return grad.index_select(0, back[0]), None, None
+        zeros = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        return zeros.index_copy_(0, index, grad), None, None
+
+
+def _cut(lengths: list[int], slack: float) -> list[tuple[int, int]]:
+    """Runs (begin, end) of sequences whose padding stays below `slack` of their tokens."""
+    cuts = []
+    first = 0
+    longest = 0
+    tokens = 0
+    for i, length in enumerate(lengths):
+        widest = max(longest, length)
+        padded = widest * (i - first + 1)
+        if i > first and padded > (1 + slack) * (tokens + length):
+            cuts.append((first, i))
+            first = i
+            widest = length
+            tokens = 0
+        longest = widest
+        tokens += length
+    return [*cuts, (first, len(lengths))]
