@@ -111,9 +111,7 @@ def test_every_recipe_can_be_foreseen(name, tmp_path):
         f.seconds >= 0 and f.low <= f.seconds <= f.high for f in foreseen.values()
     )
     learning = [
-        n
-        for n, node in graph.nodes.items()
-        if node.kind in ("pretrain", "rl", "sft", "distill", "preference")
+        n for n, node in graph.nodes.items() if node.kind in ("pretrain", "rl", "sft", "distill", "dpo")
     ]
     assert learning and all(
         foreseen[n].parts.get("learning", 0) > 0 and foreseen[n].flops > 0 for n in learning

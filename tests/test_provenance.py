@@ -234,7 +234,7 @@ def test_scores_teach_as_well_as_rows(graph):
 @pytest.mark.parametrize("stages", [
     "  student: {kind: distill, model: base, teachers: {clock: far}, problems: {clock: 1}}\n",
     "  rows: {kind: sample, model: base, problems: {clock: 1}}\n  marked: {kind: label, model: far, rows: {rows: 1}}\n  student: {kind: distill, model: base, rows: {marked: 1}, on_policy: 0}\n",
-    "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n  student: {kind: preference, model: base, pairs: {best: 1}}\n",
+    "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n  student: {kind: dpo, model: base, pairs: {best: 1}}\n",
     "  best: {kind: sample, model: base, problems: {clock: 1}, keep: best, scored_by: far}\n  student: {kind: sft, model: base, rows: {best: 1}}\n",
 ], ids=["logits", "labels", "preferences", "best of k"])  # fmt: skip
 def test_whichever_way_a_teacher_teaches_its_terms_bind(graph, stages):
@@ -274,7 +274,7 @@ def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
         "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set stages.helpful.licence"
         in refusal(graph(text % "", {}))
     )
-    dpo = "  helpful: {kind: preference, model: base, pairs: {labels.jsonl: 1}}\n"
+    dpo = "  helpful: {kind: dpo, model: base, pairs: {labels.jsonl: 1}}\n"
     assert (
         "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set stages.helpful.licence"
         in refusal(graph(text.rpartition("  helpful")[0] + dpo, {}))

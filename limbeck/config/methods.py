@@ -53,10 +53,10 @@ class Pairs(Stage):
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
-class Preference(Budgeted):
+class DPO(Budgeted):
     """Direct preference optimisation on pairs; the model at the beginning is the reference."""
 
-    kind: Literal["preference"]
+    kind: Literal["dpo"]
     model: str = Field(description="the stage whose model learns")
     pairs: dict[str, float] = Field(
         description="`pairs` stages, and JSONL or Parquet with `prompt`, `chosen` and `rejected`, with the share of each"

@@ -50,7 +50,7 @@ class Budgeted(Stage):
 class LatentShape(Settings):
     """Multi-head latent attention: keys and values are made from one small latent a token."""
 
-    kv_rank: int = Field(ge=4, description="size of the latent")
+    kv_lora_rank: int = Field(ge=4, description="size of the latent")
     nope_dim: int = Field(ge=2, description="part of a key that is not rotated")
     rope_dim: int = Field(ge=2, multiple_of=2, description="part of a key that is, shared by all heads")
     value_dim: int = Field(ge=2, description="size of a value")
@@ -94,7 +94,7 @@ class Shape(Settings):
     )
     latent: LatentShape | None = Field(None, description="latent attention in place of grouped queries")
     experts: ExpertsShape | None = Field(None, description="a mixture of experts; needs `latent`")
-    predicted: int = Field(0, ge=0, description="modules that predict one token further each")
+    mtp_layers: int = Field(0, ge=0, description="modules that predict one token further each")
 
     @model_validator(mode="after")
     def _fit(self) -> Shape:
@@ -164,7 +164,7 @@ class Optimizer(Settings):
     expert_ratio: float = Field(
         1.0, gt=0, description="the rate of routed experts as a share of the others' (Hunyuan-Large: 0.31)"
     )
-    ahead_weight: float = Field(
+    mtp_loss_weight: float = Field(
         0.3, ge=0, description="weight of the loss of modules that predict further than the next token"
     )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .learned_rewards import TABLES, Calibrate, Opinion, Reward
-from .methods import Distill, Label, Pairs, Preference
+from .methods import DPO, Distill, Label, Pairs
 from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
 CorpusShare = Literal[
@@ -126,8 +126,8 @@ class Remote(Stage):
     licence: str = Field("", description="licence or terms that bind what the model writes")
     prices: Prices | None = Field(None, description="to count money beside tokens")
     requests_per_minute: float | None = Field(None, gt=0, description="at most so many, evenly spaced")
-    concurrent: int = Field(4, ge=1, description="requests on their way at once")
-    patience: float = Field(600, gt=0, description="seconds to wait for one response")
+    max_concurrency: int = Field(4, ge=1, description="requests on their way at once")
+    timeout: float = Field(600, gt=0, description="seconds to wait for one response")
     logprobs: bool = Field(
         False, description="ask for the log-probabilities of what was sampled; some endpoints refuse"
     )
@@ -168,7 +168,7 @@ class RL(Budgeted):
         {"accuracy": 1.0, "format": 0.2},
         description="what each part of a score is worth; parts that are not named earn nothing",
     )
-    opinions: dict[Literal["judge", "preference"], Opinion] | None = Field(
+    learned_rewards: dict[Literal["judge", "preference"], Opinion] | None = Field(
         None, description="where the parts `judge` and `preference` come from, and when they count"
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
@@ -340,7 +340,7 @@ AnyStage = Annotated[
     | General
     | Label
     | Pairs
-    | Preference
+    | DPO
     | Distill
     | Calibrate
     | Reward
@@ -373,7 +373,11 @@ def inputs(stage: Stage) -> list[str]:
     compared = filter(None, [getattr(stage, "flops_of", None)])
     match stage:
         case RL():
-            return [stage.model, *compared, *(opinion.of for opinion in (stage.opinions or {}).values())]
+            return [
+                stage.model,
+                *compared,
+                *(opinion.of for opinion in (stage.learned_rewards or {}).values()),
+            ]
         case Screen():
             return [stage.model]
         case Sample():
@@ -382,7 +386,7 @@ def inputs(stage: Stage) -> list[str]:
             return [stage.model, *filter(None, [stage.scored_by])]
         case SFT() | Label():
             return [stage.model, *stage.rows, *compared]
-        case Preference():
+        case DPO():
             return [stage.model, *cited_rows(*stage.pairs), *compared]
         case Distill():
             return [stage.model, *stage.teachers.values(), *stage.rows, *compared]

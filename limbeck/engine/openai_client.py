@@ -90,7 +90,7 @@ class Endpoint:
         for place, key in keys.items():
             owners.setdefault(key, place)
         self.failed.clear()
-        with ThreadPoolExecutor(self.settings.concurrent) as pool:
+        with ThreadPoolExecutor(self.settings.max_concurrency) as pool:
             tasks = {
                 key: pool.submit(self._answer, key, bodies[problems[i].id], s, progress)
                 for key, (i, s) in owners.items()
@@ -217,7 +217,7 @@ class Endpoint:
                     base_url=self.settings.url,
                     api_key=self.key or "none",
                     max_retries=0,
-                    timeout=self.settings.patience,
+                    timeout=self.settings.timeout,
                     default_headers={**hidden, **_silence()},
                 )
             return self.client
@@ -266,7 +266,7 @@ class Endpoint:
         status = getattr(error, "status_code", None)
         if isinstance(error, openai.APITimeoutError):
             return Resumable(
-                f"{where}: {url} did not answer within {self.settings.patience:g} seconds, {ATTEMPTS} times; {kept}"
+                f"{where}: {url} did not answer within {self.settings.timeout:g} seconds, {ATTEMPTS} times; {kept}"
             )
         if isinstance(error, openai.APIConnectionError):
             reason = str(error.__cause__ or error)

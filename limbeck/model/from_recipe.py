@@ -16,11 +16,17 @@ def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
         "vocab_size": vocab_size,
         "head_dim": shape.hidden_size // shape.heads,
         "max_positions": 1024,
-        "predicted": shape.predicted,
+        "predicted": shape.mtp_layers,
     }
     if not shape.latent:
         return ModelConfig("llama", **sizes)
-    latent = Latent(**shape.latent.model_dump())
+    latent = Latent(
+        kv_rank=shape.latent.kv_lora_rank,
+        nope_dim=shape.latent.nope_dim,
+        rope_dim=shape.latent.rope_dim,
+        value_dim=shape.latent.value_dim,
+        q_rank=shape.latent.q_rank,
+    )
     given = shape.experts
     # a model without a mixture is one whose layers are all dense, as DeepSeek-V3's first three
     experts = Experts(
@@ -30,7 +36,7 @@ def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
         sigmoid=True,
         balanced=True,
         normalize=True,
-        dense=tuple(range(shape.layers + shape.predicted)),
+        dense=tuple(range(shape.layers + shape.mtp_layers)),
     )
     if given:
         experts = Experts(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.aliases import stored, stored_kind
 from ..config.learned_rewards import TABLES, Calibrate, Reward
-from ..config.methods import Preference
+from ..config.methods import DPO
 from ..config.recipe import (
     Curate,
     Evaluate,
@@ -36,8 +37,8 @@ QUIET |= {
     "key",
     "prices",
     "requests_per_minute",
-    "concurrent",
-    "patience",
+    "max_concurrency",
+    "timeout",
 }  # of an endpoint: what it says is the same
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
@@ -120,10 +121,9 @@ class Graph:
     def identity(self, node: Node) -> dict[str, Any]:
         """Everything that makes a stage's result what it is; its hash is the key."""
         given = {cited: self.nodes[cited].artifact for cited in node.inputs}
-        told = node.stage.model_dump(mode="json").items()
-        settings = {
-            k: v for k, v in told if k not in QUIET and v is not None
-        }  # so a new option leaves old keys alone
+        told = {k: v for k, v in node.stage.model_dump(mode="json").items() if k not in QUIET}
+        # in the words of old keys, and without None: neither a new word nor a new option changes a key
+        settings = {k: v for k, v in stored(told).items() if v is not None}
         if isinstance(node.stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(node.stage, Load):  # what a model is counts, not where it lies
@@ -132,7 +132,7 @@ class Graph:
         if tables := {name: self._digest(Path(name)) for name in tables_of(node.stage)}:
             settings |= renamed(node.stage, tables)
         return {
-            "version": VERSIONS.get(node.kind, 1),
+            "version": VERSIONS.get(stored_kind(node.kind), 1),
             "settings": settings,
             "seed": seed_of(self.recipe, node),
             "problems": {name: self._source(problems) for name, problems in node.problems.items()},
@@ -171,11 +171,7 @@ class Graph:
         if node.key is None:
             waiting = [name for name in node.inputs if not self.nodes[name].artifact]
             return [f"{', '.join(waiting)} must run first"]
-        earlier = [
-            a
-            for a in self.store.all()
-            if a.manifest["stage"] == node.name and a.manifest["kind"] == node.kind
-        ]
+        earlier = [a for a in self.store.all() if a.manifest["stage"] == node.name and a.kind == node.kind]
         if not earlier:
             return ["never run"]
         mine = _flat(self.identity(node))
@@ -215,7 +211,7 @@ def tables_of(stage: Stage) -> list[str]:
         [stage.rows]
         if isinstance(stage, Calibrate | Reward)
         else stage.pairs
-        if isinstance(stage, Preference)
+        if isinstance(stage, DPO)
         else []
     )
     return [name for name in given if name.endswith(TABLES)]
@@ -223,12 +219,12 @@ def tables_of(stage: Stage) -> list[str]:
 
 def key_of(stage: Stage) -> str:
     """The setting that names a stage's files."""
-    return "pairs" if isinstance(stage, Preference) else "rows"
+    return "pairs" if isinstance(stage, DPO) else "rows"
 
 
-def renamed(stage: Calibrate | Reward | Preference, names: Mapping[str, str]) -> dict[str, Any]:
+def renamed(stage: Calibrate | Reward | DPO, names: Mapping[str, str]) -> dict[str, Any]:
     """That setting, with other names for the files."""
-    if isinstance(stage, Preference):
+    if isinstance(stage, DPO):
         return {"pairs": {names.get(given, given): share for given, share in stage.pairs.items()}}
     return {"rows": names[stage.rows]}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import __version__
+from ..config.aliases import stored, stored_kind
 from ..config.load import dump
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
@@ -285,11 +286,11 @@ class Run:
     def _manifest(self, node: Node, outcome: dict[str, Any]) -> dict[str, Any]:
         given = {name: self.graph.nodes[name].artifact for name in node.inputs}
         return {
-            "kind": node.kind,
+            "kind": stored_kind(node.kind),
             "key": node.key,
             "stage": node.name,
             "title": node.stage.title,
-            "settings": node.stage.model_dump(mode="json"),
+            "settings": stored(node.stage.model_dump(mode="json")),
             "identity": self.graph.identity(node),
             "inputs": {
                 name: {"key": a.manifest["key"], "digest": a.digest, "kind": a.manifest["kind"]}

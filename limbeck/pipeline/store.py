@@ -24,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..config.aliases import current_kind, stored_kind
 from ..run_log import TIMING
 from ..types import Corrupted, LimbeckError, Resumable
 
@@ -43,6 +44,11 @@ class Artifact:
 
     folder: Path
     manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The stage kind in today's word: `dpo`, where the manifest has `preference`."""
+        return current_kind(self.manifest["kind"])
 
     @property
     def digest(self) -> str:
@@ -216,7 +222,7 @@ def out_of_space(error: BaseException | None) -> bool:
 
 
 def _name(kind: str, key: str) -> str:
-    return f"{kind}-{key[:16]}"
+    return f"{stored_kind(kind)}-{key[:16]}"
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from math import comb, factorial
 from pathlib import Path
 
 from ..config.recipe import (
+    DPO,
     RL,
     SFT,
     Curate,
@@ -24,7 +25,6 @@ from ..config.recipe import (
     Load,
     Miniature,
     Pairs,
-    Preference,
     Pretrain,
     Recipe,
     Remote,
@@ -141,8 +141,8 @@ class Walk:
                 effort = self._evaluate(node, stage, inputs[0], control)
             case Distill():
                 effort = self._distill(node, stage)
-            case Preference():
-                effort = self._preference(node, stage)
+            case DPO():
+                effort = self._dpo(node, stage)
             case Label():
                 effort = self._label(node, stage)
             case Curate():
@@ -370,13 +370,13 @@ class Walk:
             sure=said[2] * 1.1,
         )
 
-    def _preference(self, node: str, stage: Preference) -> StageWork:
+    def _dpo(self, node: str, stage: DPO) -> StageWork:
         rows, length, prompt, sure = self._rows(stage.pairs)
         learned = 2 * rows * (length + prompt) * stage.epochs
         self.known[node] = _Known("learned", sure=sure)
         return StageWork(
             node,
-            "preference",
+            "dpo",
             node,
             updates=max(1.0, learned / stage.batch_tokens),
             learned=learned,

@@ -168,7 +168,7 @@ def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
         ("language_consistency", stages, True, False),
         ("length", stages, False, False),
         ("gap", stages, False, True),
-        ("loss", run.of_kind("pretrain", "sft", "preference", "distill"), False, False),
+        ("loss", run.of_kind("pretrain", "sft", "dpo", "distill"), False, False),
     ]
     drawn = [(W[key], _curve(of, key, percent, log)) for key, of, percent, log in wanted]
     return [(title, chart) for title, chart in drawn if chart]
@@ -271,7 +271,7 @@ def _compared(run: Run) -> dict[str, Any] | None:
 
 
 def _graph(run: Run) -> Markup | None:
-    family = dict.fromkeys(("load", "pretrain", "rl", "sft", "preference", "distill"), "model")
+    family = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill"), "model")
     boxes = [
         graph_drawing.Box(s.name, _caption(s), s.inputs, family.get(s.kind, "rows"))
         for s in run.stages

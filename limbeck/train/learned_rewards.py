@@ -41,7 +41,7 @@ class Voice(Protocol):
 class Panel:
     """The opinions of one RL stage: which count at a step, what they add, and whether they still deserve it.
 
-    `voices` and `settings.opinions` have the same names: the parts of the reward. `over` says that an alarm has
+    `voices` and `settings.learned_rewards` have the same names: the parts of the reward. `over` says that an alarm has
     ended the stage.
     """
 
@@ -91,7 +91,7 @@ class Panel:
         self.watched, self.dropped, self.over = state["watched"], state["dropped"], state["over"]
 
     def _of(self, part: str) -> Opinion:
-        return self.settings.opinions[part]
+        return self.settings.learned_rewards[part]
 
     def _counting(self, step: int) -> list[str]:
         begins = {
@@ -137,7 +137,7 @@ class _Heard:
             if len(found) >= count:
                 return found[:count]
         raise LimbeckError(
-            "opinions: held_out leaves no problem to learn from; lower it, or give more problems"
+            "learned_rewards: held_out leaves no problem to learn from; lower it, or give more problems"
         )
 
     def score(self, group: Group) -> Group:

@@ -51,7 +51,7 @@ class Learner:
             value, metrics = self._lose(hidden_NC, batch, loss, temperature)
             if self.model.ahead and batch.logprobs_M is None:
                 metrics["loss_ahead"] = self._ahead(hidden_NC, batch)
-                value = value + self.settings.ahead_weight * metrics["loss_ahead"]
+                value = value + self.settings.mtp_loss_weight * metrics["loss_ahead"]
             value = sum(self._penalties(batch, metrics), value)
             if not math.isfinite(value.detach()):
                 raise self._stopped(*blamed(self.model, batch))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...config.aliases import current_kind
 from ...run_log import read
 from ...types import LimbeckError
 from ..dataset_rows import PROBLEMS, ROWS, asked_problems, learned_rows
@@ -175,7 +176,7 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
     store = lineage.store
     for key in lineage.weights():
         entry = lineage.entries[key]
-        if entry["kind"] not in LEARNING:
+        if current_kind(entry["kind"]) not in LEARNING:
             continue
         folders = {
             name: store.root / lineage.entries[parent]["artifact"]
@@ -240,12 +241,12 @@ def recall(row: str, runs: Path, given_by: str = "") -> Recall:
             holds[key] = one
         folders = {name: artifacts[k].folder for name, k in given.items() if k in holds}
         if (
-            one.manifest["kind"] in LEARNING
+            one.kind in LEARNING
             and any(_is(r["id"], row) for _, r, _ in _shares(one, given, artifacts, folders))
             or row in (asked := asked_problems(one.folder))
         ):
             learned[key] = one
-        elif one.manifest["kind"] == "rl" and not asked and _may_have_asked(one, row):
+        elif one.kind == "rl" and not asked and _may_have_asked(one, row):
             unsure[key] = one
         if any(k in learned or k in tainted for k in given.values()):
             tainted[key] = one

@@ -15,8 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ...config.load import MODELS
 from ...config.recipe import Curate, Files, Load, Recipe, Stage
+from ...config.validate import MODELS
 from ...types import LimbeckError
 from ..graph import Graph, Node, key_of, tables_of
 from ..store import Artifact
@@ -247,7 +247,7 @@ def _sources(
     for name, artifact in given.items():
         for kind, names in artifact.manifest["sources"].items():
             merged.setdefault(kind, set()).update(names)
-        if artifact.manifest["kind"] in LEARNING | BROUGHT:
+        if artifact.kind in LEARNING | BROUGHT:
             merged["models"].add(_called(name, artifact))
     merged["models"] |= {
         f"{name} ({remote.model} at {remote.url})" for name, remote in node.endpoints.items()

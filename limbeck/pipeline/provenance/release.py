@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.load import MODELS, dump
+from ...config.aliases import current_kind
+from ...config.load import dump
 from ...config.load import load as read_recipe
 from ...config.recipe import Evaluate, Files, Load, Recipe, Report, Stage, inputs, sources
+from ...config.validate import MODELS
 from ...types import LimbeckError
 from ..dataset_rows import learned_rows, said
 from ..store import Artifact, Store, digest_file, digest_of, sync_below, write
@@ -44,8 +46,8 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
     """
     artifact, store = find_artifact(model, runs)
     name = name or out.resolve().name
-    if artifact.manifest["kind"] not in MODELS:
-        raise LimbeckError(f"{model} is a {artifact.manifest['kind']} stage, which has no model to release")
+    if artifact.kind not in MODELS:
+        raise LimbeckError(f"{model} is a {artifact.kind} stage, which has no model to release")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LimbeckError(f"{out} is there already; choose another directory, or remove it")
     lineage = lineage_of(artifact, store)
@@ -182,7 +184,7 @@ def public(lineage: Lineage) -> dict[str, Any]:
         }
         kept = {**entry, "settings": settings, "notes": notes, "sources": _renamed(entry["sources"], called)}
         kept["rights"] = [{k: v for k, v in right.items() if k != "by"} for right in entry.get("rights", [])]
-        if entry["kind"] in LEARNING and (rows := _rows(lineage, key)):
+        if current_kind(entry["kind"]) in LEARNING and (rows := _rows(lineage, key)):
             kept["rows"] = {"count": len(rows), "sha256": digest_of(rows)}
         entries[key] = kept
     return Lineage(lineage.root, entries).tell()

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ...config.learned_rewards import TABLES
-from ...config.methods import Distill, Label, Pairs, Preference
+from ...config.methods import DPO, Distill, Label, Pairs
 from ...config.parts import Optimizer
 from ...config.recipe import cited_rows
 from ...engine.rollout import Engine
@@ -101,7 +101,7 @@ def run_pairs(job: Job) -> Outcome:
 
 
 def run_preference(job: Job) -> Outcome:
-    stage: Preference = job.stage
+    stage: DPO = job.stage
     decoder, tokenizer = job.model(stage.model)
     samples = _pairs_of(job, tokenizer)
     if not samples:
@@ -157,7 +157,7 @@ def run_distill(job: Job) -> Outcome:
 
 
 STAGES: dict[str, Callable[[Job], Outcome]] = {
-    "label": run_label, "pairs": run_pairs, "preference": run_preference, "distill": run_distill,
+    "label": run_label, "pairs": run_pairs, "dpo": run_preference, "distill": run_distill,
 }  # fmt: skip
 
 

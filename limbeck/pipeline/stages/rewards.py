@@ -28,7 +28,7 @@ def panel_of(job: Job, tasks: Tasks, sampling: SamplingParams) -> Panel:
     stage: RL = job.stage
     makers = {"judge": judge_of, "preference": reward_of}
     voices: dict[str, Voice] = {
-        part: makers[part](job, opinion.of) for part, opinion in (stage.opinions or {}).items()
+        part: makers[part](job, opinion.of) for part, opinion in (stage.learned_rewards or {}).items()
     }
     return Panel(stage, voices, tasks, sampling, job.seed)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...config.parts import Budgeted
-from ...config.recipe import SFT, Preference, Pretrain
+from ...config.recipe import DPO, SFT, Pretrain
 from ...model import weights
 from ...model.config import ModelConfig
 from ...model.decoder import Decoder
@@ -28,7 +28,7 @@ def fit_samples(
     loss: Loss = cross_entropy,
 ) -> dict[str, Any]:  # fmt: skip
     """What every supervised stage does: learn by plan, from the last checkpoint on; save the model; count."""
-    stage: Pretrain | SFT | Preference = job.stage
+    stage: Pretrain | SFT | DPO = job.stage
     recompute = getattr(stage, "recompute", False)
     learner, checkpoint = Learner(decoder, stage.optimizer, len(plan), recompute), job.checkpoint()
     if state := checkpoint.restore():
