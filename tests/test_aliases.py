@@ -1,4 +1,4 @@
-"""Recipes in earlier words: the same keys, one notice for each old word, and no setting under both of its words."""
+"""Recipes in earlier words: the same keys, one notice for each old word, no setting under both its words."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Earlier words of a recipe: old recipes stay readable, and artifacts keep the words that they were stored under.
+"""Earlier words of a recipe: old recipes stay readable, and artifacts keep the words they were stored with.
 
-`RENAMED` is the one table. `rename` maps a recipe's YAML tree to today's words before it is validated, `stored` maps a
-stage's settings back where they are hashed into a key or written into a manifest: a new word changes no key.
+`RENAMED` is the one table. `rename` maps a recipe's YAML tree to today's words before it is validated. `stored`
+maps a stage's settings back where they are hashed or written into a manifest, so a new word changes no key.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rename(tree: dict) -> list[Alias]:
 
 
 def rename_path(path: list[str], tree: dict) -> list[Alias]:
-    """Replace the old words of a setting's path in place, `["stages", "far", "patience"]`; return their aliases."""
+    """Replace the old words of a path, `["stages", "far", "patience"]`, in place; return their aliases."""
     aliases: list[Alias] = []
     if len(path) < 3 or path[0] != "stages":
         return aliases
@@ -103,6 +103,7 @@ def current_kind(kind: str) -> str:
 
 
 def _rename_stage(place: str, stage: dict) -> list[Alias]:
+    """Replace the old words of one stage's settings in place; return their aliases."""
     aliases: list[Alias] = []
     kind = stage.get("kind")
     if isinstance(kind, str) and kind in KINDS:
@@ -117,7 +118,8 @@ def _rename_stage(place: str, stage: dict) -> list[Alias]:
         if alias.new in mapping:
             where = ".".join([place, *alias.inside])
             raise LimbeckError(
-                f"{where} has {alias.old} and {alias.new}, the old and the new word for one setting; keep {alias.new}"
+                f"{where} has {alias.old} and {alias.new}, the old and the new word for one setting; "
+                f"keep {alias.new}"
             )
         _replace_key(mapping, alias)
         aliases.append(alias)
@@ -142,12 +144,14 @@ def _mapping_inside(stage: dict, inside: tuple[str, ...]) -> dict:
 
 
 def _kind_at(tree: dict, name: str) -> Any:
+    """The kind of a stage in a recipe's YAML tree; None where it has none."""
     stages = tree.get("stages")
     stage = stages.get(name) if isinstance(stages, dict) else None
     return stage.get("kind") if isinstance(stage, dict) else None
 
 
 def _stored_mapping(mapping: dict[str, Any], kind: Any, inside: tuple[str, ...]) -> dict[str, Any]:
+    """A mapping `inside` a stage in the stored words, with the mappings below it."""
     words = {alias.new: alias.old for alias in _aliases_of(kind, inside)}
     settings = {}
     for key, value in mapping.items():
@@ -158,4 +162,5 @@ def _stored_mapping(mapping: dict[str, Any], kind: Any, inside: tuple[str, ...])
 
 
 def _aliases_of(kind: Any, inside: tuple[str, ...]) -> Iterator[Alias]:
+    """The renamed settings of one mapping `inside` a stage."""
     return (alias for alias in RENAMED if alias.applies(kind, inside))

@@ -32,9 +32,10 @@ def with_auto_curation(recipe: Recipe) -> Recipe:
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe; `overrides` are `key.path=value` pairs. Old words are read as the new ones, with a notice.
+    """Read a recipe; `overrides` are `key.path=value` pairs. Old words are read as new ones.
 
-    Raises LimbeckError with one sentence for the first mistake.
+    Each old word gives one notice on standard error. Raises LimbeckError with one sentence for the first
+    mistake.
     """
     path = Path(path)
     tree = _read_tree(path)

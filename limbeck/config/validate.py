@@ -46,9 +46,9 @@ ROWS = {"sample", "curate", "general", "label"}
 PAIRS = {"pairs"}
 SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
 STAGES: dict[str, type[Stage]] = {
-    "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample, "curate": Curate,
-    "sft": SFT, "general": General, "label": Label, "pairs": Pairs, "dpo": DPO, "distill": Distill,
-    "calibrate": Calibrate, "reward": Reward, "evaluate": Evaluate, "report": Report,
+    "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample,
+    "curate": Curate, "sft": SFT, "general": General, "label": Label, "pairs": Pairs, "dpo": DPO,
+    "distill": Distill, "calibrate": Calibrate, "reward": Reward, "evaluate": Evaluate, "report": Report,
 }  # fmt: skip
 KINDS: dict[str, type[Settings]] = {**SOURCES, **STAGES}
 
@@ -56,7 +56,7 @@ KINDS: dict[str, type[Settings]] = {**SOURCES, **STAGES}
 
 
 def explain(error: ValidationError, tree: dict) -> str:
-    """The first mistake of many in one sentence; unknown keys come before keys that are missing because of them."""
+    """The first mistake of many in one sentence; unknown keys come before missing ones, which they cause."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     sentence = _sentence(first, tree)
     if error.error_count() > 1:
@@ -65,6 +65,7 @@ def explain(error: ValidationError, tree: dict) -> str:
 
 
 def _sentence(mistake: dict[str, Any], tree: dict) -> str:
+    """One of pydantic's mistakes as a sentence."""
     # pydantic puts the chosen member of a union into the path; people did not write it
     location = [str(part) for i, part in enumerate(mistake["loc"]) if i != 2 or part not in KINDS]
     where = ".".join(location)
@@ -83,6 +84,7 @@ def _sentence(mistake: dict[str, Any], tree: dict) -> str:
 
 
 def _hint(word: str, known: list[str]) -> str:
+    """The known key most like a word, or all known keys."""
     close = _closest(word, known)
     return f"did you mean {close}?" if close else f"known keys: {', '.join(known)}"
 
@@ -104,7 +106,7 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
 
 
 def check_references(path: Path, recipe: Recipe) -> None:
-    """Raise LimbeckError unless every citation exists and is of the right kind, and the stages have no cycle."""
+    """Raise LimbeckError unless every citation exists and is of the right kind, without a cycle."""
     if not re.fullmatch(r"\w[\w.-]*", recipe.name) or recipe.name == "store":
         raise LimbeckError(
             f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store"
@@ -182,6 +184,7 @@ def _check_source(references: _References, source: str) -> None:
 
 
 def _check_sample(references: _References, stage: Sample) -> None:
+    """The judge is calibrated, `judged` has a judge, and an endpoint drafts no tokens."""
     if stage.sampling.speculate and isinstance(references.recipe.stages[stage.model], Remote):
         raise references.error(f".sampling.speculate is not for {stage.model}, which is remote")
     if stage.judge:
@@ -193,15 +196,18 @@ def _check_sample(references: _References, stage: Sample) -> None:
 
 
 def _check_calibrate(references: _References, stage: Calibrate) -> None:
+    """The judge is a model or an endpoint; the rows are pairs."""
     references.cite("judge", stage.judge, MODELS | {"remote"}, "a model")
     references.cite_all("rows", cited_rows(stage.rows), PAIRS, "rows of preferences")
 
 
 def _check_reward(references: _References, stage: Reward) -> None:
+    """The rows are pairs."""
     references.cite_all("rows", cited_rows(stage.rows), PAIRS, "rows of preferences")
 
 
 def _check_sft(references: _References, stage: SFT) -> None:
+    """System prompts name rows of the stage."""
     for cited in stage.system or {}:
         if cited not in stage.rows:
             raise references.error(
@@ -210,14 +216,17 @@ def _check_sft(references: _References, stage: SFT) -> None:
 
 
 def _check_dpo(references: _References, stage: DPO) -> None:
+    """The pairs are from `pairs` stages, where they are no files."""
     references.cite_all("pairs", cited_rows(*stage.pairs), PAIRS, "pairs")
 
 
 def _check_curate(references: _References, stage: Curate) -> None:
+    """The rows come from a stage that gives rows."""
     references.cite("rows", stage.rows, ROWS, "rows")
 
 
 def _check_evaluate(references: _References, stage: Evaluate) -> None:
+    """The models are models, and the problems are no screen stages."""
     recipe = references.recipe
     references.cite_all("models", [*stage.models, *stage.forced], MODELS, "a model")
     for source in stage.problems:
@@ -229,12 +238,14 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
 
 
 def _check_report(references: _References, stage: Report) -> None:
+    """The evaluation is one, and the story's parts are models."""
     references.cite("evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
     for role, model in stage.story.items():
         references.cite(f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
 
 
 def _check_corpus(references: _References, stage: Pretrain | General) -> None:
+    """The problems are a miniature."""
     if not isinstance(references.recipe.problems.get(stage.problems), Miniature):
         raise references.error(".problems must be a miniature, which has a corpus")
 
@@ -256,6 +267,7 @@ def _check_distill(references: _References, stage: Distill) -> None:
 
 
 def _check_labels(references: _References, stage: Distill) -> None:
+    """Labels of tokens are not mixed with divergence `text`, and unlabelled rows have teachers."""
     labels: list[str] = []
     unlabelled: list[str] = []
     for name in stage.rows:
@@ -289,13 +301,15 @@ def _check_rl(references: _References, stage: RL) -> None:
     for part, kind in (("judge", "calibrate"), ("preference", "reward")):
         if part in stage.rewards and part not in learned:
             raise references.error(
-                f".rewards.{part} is an opinion: name its {kind} stage in stages.{name}.learned_rewards.{part}.of"
+                f".rewards.{part} is an opinion: name its {kind} stage in "
+                f"stages.{name}.learned_rewards.{part}.of"
             )
     for part, opinion in learned.items():
         _check_opinion(references, stage, part, opinion)
 
 
 def _check_opinion(references: _References, stage: RL, part: str, opinion: Opinion) -> None:
+    """One learned part of the reward: its stage, weight, problems, and its alarm's window."""
     key = f"learned_rewards.{part}"
     if part == "judge":
         references.cite(f"{key}.of", opinion.of, {"calibrate"}, "a calibration of the judge")
@@ -312,8 +326,8 @@ def _check_opinion(references: _References, stage: RL, part: str, opinion: Opini
     steps = min(opinion.last_steps or stage.steps, stage.steps)
     if opinion.window > steps:
         raise references.error(
-            f".{key}.window = {opinion.window} is longer than the {steps} steps in which {part} counts, so its "
-            "alarm could never ring; shorten it, or raise steps or last_steps"
+            f".{key}.window = {opinion.window} is longer than the {steps} steps in which {part} counts, "
+            "so its alarm could never ring; shorten it, or raise steps or last_steps"
         )
 
 
@@ -351,5 +365,6 @@ def _closest(word: str, known: Iterable[str]) -> str:
 
 
 def _meant(word: str, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown word: the known word most like it, or all known words."""
     close = _closest(word, known)
     return f"; did you mean {close}?" if close else f"; there are {', '.join(known) or 'none'}"
