@@ -1,4 +1,4 @@
-"""Published runs: measured rows with their sources, and the model, cluster and layout that each row describes.
+"""Published runs: measured rows with their sources, and the model, cluster and layout of each.
 
 A row has the columns of `published.csv`. Facts without a column are in `schedule`:
 `1f1b;zero1;mbs=2;vpp=6;recompute=full`.
@@ -38,7 +38,7 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `columns` as in the file, `keys` from its `schedule`; the properties interpret them."""
+    """One measurement: `columns` as in the file, and the `keys` of its `schedule`."""
 
     columns: dict[str, str]
     keys: dict[str, str] = field(default_factory=dict)
@@ -246,7 +246,7 @@ class Row:
 
     @cached_property
     def layout(self) -> Layout:
-        """The published layout; an unknown micro-batch or number of chunks is the one the planner would choose."""
+        """The published layout; where micro-batch or chunks are unknown, the planner chooses them."""
         published = self._layout()
         if "local_bs" in self.keys:
             # torchtitan makes as many micro-batches of it as there are pipeline ranks
@@ -356,7 +356,7 @@ class Row:
         return stated or self.software.attention != "unfused"
 
     def _overlap(self) -> bool:
-        """True if the experts' all-to-all overlaps computing: stated, or usual for wide groups with a pipeline."""
+        """True if the experts' all-to-all overlaps computing; wide groups with a pipeline usually do."""
         if "overlap" in self.schedule:
             return True
         wide = self.integer("ep") > self.cluster.per_node

@@ -77,7 +77,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class StageWork:
-    """The work of one stage with one model: `StageWork("zero", "rl", "zero", rollouts=(...), updates=90, ...)`.
+    """The work of one stage with one model: `StageWork("zero", "rl", "zero", updates=90, ...)`.
 
     `learned` tokens go forward and backward. `read` tokens go forward only, through model `reader` (a
     teacher, a reference). `written` is text of the miniature in tokens, `people` the number of rows that a
@@ -450,7 +450,7 @@ class Walk:
 
 
 def _rollout(calls: float, prompts: float, group_size: float, tokens: _Tokens, limit: int) -> Rollout:
-    """A rollout of `group_size` completions for each prompt; the longest grows with their number, up to `limit`."""
+    """A rollout of `group_size` completions for each prompt; the longest one grows with their number."""
     rows = prompts * group_size
     longest = min(limit, tokens.length * (1 + 1.2 * max(0.0, rows) ** 0.25))
     return Rollout(calls, rows, tokens.length, longest, tokens.prompt, prompts)

@@ -1,4 +1,4 @@
-"""The planner's accuracy: every published run beside its forecast, the error, and the skill against a constant.
+"""The planner's accuracy: published runs beside their forecasts, errors, and skill against a constant.
 
 The floor predicts every run by one number: the median utilisation of its kind (chip, precision, dense or
 mixture) in the same table, which flatters the floor. Skill is 1 - error / error of the floor.
@@ -30,8 +30,8 @@ NEAR = 0.2  # relative error, below which memory and phases count as covered
 DAY = 86400  # seconds
 LONGEST_REASON = 110  # characters
 GOALS = {  # median and 95th percentile of the relative error
-    "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35), "whole runs": (0.15, 0.40),
-    "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
+    "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35),
+    "whole runs": (0.15, 0.40), "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
 }  # fmt: skip
 USER_SPEED = 21  # tokens a second of a user of DeepSeek's service (day 6)
 USER_CONTEXT = 4989  # tokens, on average (day 6)
@@ -382,14 +382,15 @@ def _training_claims() -> list[str]:
     million = 2788e3 * 2 / 1e6
     return [
         (
-            f"Hunyuan-Large took 1/10 of Meta's compute: 6ND gives 1/{meta / hunyuan:.0f} ({hunyuan / meta:.1%}; "
+            f"Hunyuan-Large took 1/10 of Meta's compute: 6ND gives 1/{meta / hunyuan:.0f} "
+            f"({hunyuan / meta:.1%}; "
             "52G x 7T against 405G x 15.6T); "
-            f"its paper's own 9.59 ND + 2.3e8 D gives {own / meta:.1%} (arXiv 2411.02265, section 2.3.1; Llama "
-            "still by 6ND)"
+            f"its paper's own 9.59 ND + 2.3e8 D gives {own / meta:.1%} (arXiv 2411.02265, "
+            "section 2.3.1; Llama still by 6ND)"
         ),
         (
-            "DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 a million "
-            f"tokens read, 1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
+            "DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 "
+            f"a million tokens read, 1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
         ),
         (
             "DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = "
@@ -410,8 +411,8 @@ def _serving_claims() -> list[str]:
     input_price, output_price = unit_cost(8 * day.chip_price, 100e3, 50e3)
     return [
         (
-            f"DeepSeek's nodes wrote {day.output_rate:,.0f} tokens a second and read {day.input_rate:,.0f}: foreseen "
-            f"at their users' {USER_SPEED} tokens a second {output_rate:,.0f} and {input_rate:,.0f}"
+            f"DeepSeek's nodes wrote {day.output_rate:,.0f} tokens a second and read {day.input_rate:,.0f}: "
+            f"foreseen at their users' {USER_SPEED} tokens a second {output_rate:,.0f} and {input_rate:,.0f}"
         ),
         (
             f"a day of it cost ${day.cost:,.0f} and would have sold for ${day.revenue:,.0f}, "
@@ -419,8 +420,8 @@ def _serving_claims() -> list[str]:
             f"its rates ask for {prefill_nodes:.1f} + {decode_nodes:.1f} nodes of {day.nodes}"
         ),
         (
-            "one yuan ($0.14) a million tokens read: at V2's 100 thousand read and 50 thousand written a second, "
-            f"a node of ${8 * day.chip_price:.0f} an hour costs ${input_price:.3f} and ${output_price:.3f}"
+            "one yuan ($0.14) a million tokens read: at V2's 100 thousand read and 50 thousand written "
+            f"a second, a node of ${8 * day.chip_price:.0f} an hour costs ${input_price:.3f} and ${output_price:.3f}"
         ),
     ]
 
