@@ -1,4 +1,4 @@
-"""Pictures of a plan as SVG: the schedule of a pipeline's chips, and memory against time for several layouts."""
+"""Pictures of a plan as SVG: the schedule of a pipeline, and memory against time of several layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_NUMBERED = 600  # slots of a picture in which numbers can be read
 
 
 def schedule(line: Timeline, path: Path, title: str = "") -> Path:
-    """A Gantt chart: a row a chip, time to the right, idle time white; small charts number the micro-batches."""
+    """A Gantt chart: a row a chip, time to the right; small charts number the micro-batches."""
     figure, axes = _figure(11, 0.32 * len(line.chips) + 1.6)
     numbered = sum(len(slots) for slots in line.chips) < MOST_NUMBERED
     for chip, slots in enumerate(line.chips):

@@ -1,7 +1,7 @@
 """The cost of serving: prefill and decoding on chips of their own, and the price of a million tokens.
 
-    decoding   a step is one token for each of `rows` conversations a chip: weights and cache are read, products and attention
-               computed, experts' tokens sent and fetched back; sending hides in part behind computing
+    decoding   a step is one token for each of `rows` conversations a chip: weights and cache are read, products and
+               attention computed, experts' tokens sent and fetched; sending hides in part behind computing
     prefill    products and attention over whole prompts, experts' tokens to a limited number of nodes
     busy       prompts arrive at any time: prefill nodes in production reach a share of their benchmark
 
@@ -57,7 +57,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Replica:
-    """Chips that serve one copy of a model: `Replica(config, cluster, 144, "fp8")` is V3's decoding unit of 18 nodes.
+    """Chips that serve one copy of a model; `Replica(config, cluster, 144, "fp8")` is V3's decoding unit.
 
     Experts are spread over all chips; a model without experts has its layers split (TP). Raises LimbeckError
     if the cluster has too few chips, or if the weights do not fit.
@@ -245,13 +245,13 @@ class Replica:
 
 
 def unit_cost(node_price: float, input_rate: float, output_rate: float) -> tuple[float, float]:
-    """Dollars for a million input and output tokens of nodes at `node_price` an hour: (0.060, 0.300) for day 6."""
+    """Dollars for a million input and output tokens of nodes at `node_price` an hour."""
     second = node_price / 3600
     return second / input_rate * MILLION, second / output_rate * MILLION
 
 
 def production(prefill: Rate, decode: Rate, hits: float, chips: int = 8) -> tuple[float, float]:
-    """Tokens a second of a node in production: input with cached tokens, and output; `hits` is the cache's share."""
+    """Tokens a second of a node in production, input and output; the cache holds `hits` of the input."""
     return BUSY * prefill.node(chips) / (1 - hits), decode.node(chips)
 
 

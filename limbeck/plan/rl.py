@@ -1,8 +1,8 @@
-"""The cost of reinforcement learning: rollouts, which wait for their longest sample, learning, and switching between them.
+"""The cost of reinforcement learning: rollouts with their longest sample, learning, and switching over.
 
     rollout    samples decode side by side; rows end at their lengths, and the last one decodes alone:
                the sum over tokens t of step(rows alive at t, context at t)
-    learning   FLOPs of every sampled token, forward and backward, and a forward pass for each set of log-probabilities
+    learning   FLOPs of every sampled token, forward and backward, and forward for each set of log-probabilities
     changing   weights and optimizer go to the host and come back, engines wake up
     overlap    asynchronous systems sample the next batch while they learn: the longer of the two counts
 
@@ -95,7 +95,7 @@ class Lengths:
         return min(self.cap, self._median * exp(self.spread * NormalDist().inv_cdf(share)))
 
     def draw(self, count: int, of: int | None = None) -> list[float]:
-        """Evenly spaced quantiles in place of random lengths; the last one is the longest of `of` samples, if more."""
+        """`count` evenly spaced quantiles; the last one is the longest of `of` samples, if more."""
         lengths = [self.quantile((i + 0.5) / count) for i in range(count)]
         if of and of > count:
             lengths[-1] = self.quantile(1 - 0.5 / of)
@@ -174,7 +174,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class RL:
-    """A run of reinforcement learning on a cluster. One rollout is `samples` completions, learned in `updates` updates.
+    """A run of reinforcement learning on a cluster. One rollout is `samples` completions.
 
     `replica` chips serve one copy of the model. `extra` forward passes score each token again (old policy,
     reference). `speculation` is tokens a step by self-speculation. `overlap` samples while it learns, on the
@@ -211,7 +211,7 @@ class RL:
         return Replica(self.config, self.cluster, self.replica, self.precision)
 
     def parts(self, lengths: Lengths) -> dict[str, float]:
-        """Seconds of one rollout and its learning: rollout, tail (a part of it), learning, changing over, grading."""
+        """Seconds of one rollout and its learning; the tail is a part of the rollout."""
         rollout, tail = self._decoding(lengths)
         return {
             "rollout": rollout,
@@ -294,7 +294,7 @@ class RL:
         return total
 
     def _unknowns(self) -> list[tuple[RL, RL]]:
-        """The run with each unknown at its bounds: engine, learner, mean length, spread of lengths, drafts."""
+        """The run with each unknown at its bounds: engine, learner, lengths, their spread, drafts."""
         low_mfu, middle_mfu, high_mfu = LEARNER_MFU
         undrafted = replace(self, speculation=1.0)
         return [
@@ -351,7 +351,7 @@ class RLCost:
 
 
 def r1_zero(config: ModelConfig, cluster: Cluster) -> RL:
-    """R1-Zero's run (2501.12948v2, section 2.1 and B.1): 10,400 updates, 16 for each rollout of 512 questions x 16.
+    """R1-Zero's run (2501.12948v2, section 2.1 and B.1): 10,400 updates, 16 for each rollout of 512 x 16.
 
     The cap doubles at update 8,200. Mean lengths are read off its Figure 1 (b). MTP drafts one token, of
     which 85 % are accepted (V3, 5.4.3), and a step with a draft takes about a fifth longer. 64 chips serve
