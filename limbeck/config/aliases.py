@@ -1,7 +1,8 @@
 """Earlier words of a recipe: old recipes stay readable, and artifacts keep the words they were stored with.
 
-`RENAMED` is the one table. `rename` maps a recipe's YAML tree to today's words before it is validated. `stored`
-maps a stage's settings back where they are hashed or written into a manifest, so a new word changes no key.
+`RENAMED` is the one table. `rename` maps a recipe's YAML tree to today's words before it is validated.
+`stored` maps a stage's settings back where they are hashed or written into a manifest, so a new word changes
+no key.
 """
 
 from __future__ import annotations

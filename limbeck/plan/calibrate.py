@@ -1,4 +1,4 @@
-"""Fit the planner's constants to public benchmark sweeps: `python -m limbeck.plan.calibrate published_runs.csv`.
+"""Fit the planner's constants to public benchmark sweeps: `python -m limbeck.plan.calibrate runs.csv`.
 
 The table is the user's own copy; it is not part of the package. A fit uses every second model x chips group
 of the Ultrascale rows, the single-node rows of vTrain, BLOOM's prequel and MPT; vTrain's multi-node rows are
@@ -142,7 +142,7 @@ def _descend(
 
 
 def regrets(rows: list[Row]) -> list[float]:
-    """The relative time lost by choosing the layout that is predicted to be fastest, one of each group of runs.
+    """The relative time lost by choosing the layout with the shortest forecast, for each group of runs.
 
     The runs of a group differ in nothing but their layout.
     """
@@ -190,7 +190,8 @@ def main() -> None:
         for name in ("BLOOM", "vTrain-multi", "vTrain-single", "ultrascale"):
             lost = regrets([row for row in rows if row.name.startswith(name)])
             high = percentile(lost, 0.95)
-            print(f"{name}: {len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {high:.1%}")
+            line = f"{len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {high:.1%}"
+            print(f"{name}: {line}")
         return
     if sys.argv[2:] == ["memory"]:
         print(fitting([row for row in rows if row.name.startswith("ultrascale")]))

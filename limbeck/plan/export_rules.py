@@ -44,7 +44,7 @@ class Die:
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip's figures for export rules: `Chip("A100", (Die({16: 312}, 826),), io_gb_s=600, memory_gb_s=2039)`.
+    """A chip's figures for export rules: `Chip("A100", (Die({16: 312}, 826),), 600, memory_gb_s=2039)`.
 
     The dies of a package add up, in performance and in area. Planar dies (memory, most input and output)
     count in neither, so they do not dilute the density.

@@ -1,7 +1,7 @@
 """The cost of serving: prefill and decoding on chips of their own, and the price of a million tokens.
 
-    decoding   a step is one token for each of `rows` conversations a chip: weights and cache are read, products and
-               attention computed, experts' tokens sent and fetched; sending hides in part behind computing
+    decoding   a step is one token for each of `rows` conversations a chip: weights and cache are read,
+               products and attention computed, experts' tokens sent and fetched; sending hides in part
     prefill    products and attention over whole prompts, experts' tokens to a limited number of nodes
     busy       prompts arrive at any time: prefill nodes in production reach a share of their benchmark
 
@@ -75,7 +75,8 @@ class Replica:
             chip = self.cluster.chip
             raise LimbeckError(
                 f"{self.config.parameters / 1e9:.1f}G weights in {self.precision} do not fit on "
-                f"{self.chips} x {chip.name} of {chip.memory / 1e9:.0f} GB; serve on more chips, or in fewer bits"
+                f"{self.chips} x {chip.name} of {chip.memory / 1e9:.0f} GB; "
+                "serve on more chips, or in fewer bits"
             )
 
     @cached_property
@@ -149,7 +150,7 @@ class Replica:
         return Rate(rows / seconds, seconds, max(parts, key=parts.get), parts)
 
     def _overlapped(self, computed: float, sent: float) -> float:
-        """Seconds of computing and sending; with experts, part of the shorter one hides behind the longer one."""
+        """Seconds of computing and sending; with experts, part of the shorter one is hidden."""
         if not self.config.experts:
             return computed + sent
         return max(computed, sent) + (1 - OVERLAP) * min(computed, sent)

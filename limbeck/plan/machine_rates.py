@@ -86,7 +86,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rates:
-    """The measured rates: `learn(use, tokens)` in seconds an update, `step(use, rows)` in seconds a decode step.
+    """The measured rates: `learn(use, tokens)` is seconds an update, `step(use, rows)` seconds a step.
 
     `gemm` is FLOP/s, `memory` bytes a second, `start` the seconds until a worker has started, `worlds` the
     seconds for a token of each miniature's corpus. `depth` is a model's layers, and `weights` the weights of

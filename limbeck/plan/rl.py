@@ -2,7 +2,7 @@
 
     rollout    samples decode side by side; rows end at their lengths, and the last one decodes alone:
                the sum over tokens t of step(rows alive at t, context at t)
-    learning   FLOPs of every sampled token, forward and backward, and forward for each set of log-probabilities
+    learning   FLOPs of every sampled token, forward and backward, and forward for each set of log-probs
     changing   weights and optimizer go to the host and come back, engines wake up
     overlap    asynchronous systems sample the next batch while they learn: the longer of the two counts
 

@@ -29,6 +29,7 @@ TEACHER_CHIPS = 8  # chips of that node
 SPEED = 20.0  # tokens a second of one conversation, where no speed is given
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 144, 320)  # chips of a replica that are tried
 PREFILL_CHIPS = 32  # chips of a prefill replica, at most
+PROPERTIES = ("mfu", "tflops", "tokens_per_second", "chip_hours")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Bill:
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: layouts (of each site, where there are several), best first, steps, FLOPs, and the bill."""
+    """A training run: layouts (of each site), best first, steps, FLOPs, and the bill."""
 
     choices: tuple[search.Choice, ...]
     workload: Workload
@@ -96,7 +97,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The cost of a teacher's rows: tokens, chip-hours of a service like DeepSeek's, and list price in dollars."""
+    """A teacher's rows: tokens, chip-hours of a service like DeepSeek's, and list price in dollars."""
 
     tokens: Range
     chip_hours: Range
@@ -230,7 +231,7 @@ def teach(work: Workload) -> Distillation:
 
 @dataclass(frozen=True)
 class Service:
-    """The serving of one copy: chips, conversations at once (`rows`), rates, and dollars for a million tokens."""
+    """The serving of one copy: chips, conversations at once (`rows`), rates, dollars for a million tokens."""
 
     chips: int
     precision: str
@@ -319,9 +320,6 @@ def _widths(config: ModelConfig, cluster: Cluster, chips: int) -> list[int]:
     if config.experts:
         return widths
     return [width for width in widths if width <= cluster.per_node]
-
-
-PROPERTIES = ("mfu", "tflops", "tokens_per_second", "chip_hours")
 
 
 def told(thing: Any) -> Any:

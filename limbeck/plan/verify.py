@@ -390,7 +390,8 @@ def _training_claims() -> list[str]:
         ),
         (
             "DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 "
-            f"a million tokens read, 1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
+            f"a million tokens read, 1/{3.78 / 0.14:.0f}; "
+            f"1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
         ),
         (
             "DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = "
@@ -421,7 +422,8 @@ def _serving_claims() -> list[str]:
         ),
         (
             "one yuan ($0.14) a million tokens read: at V2's 100 thousand read and 50 thousand written "
-            f"a second, a node of ${8 * day.chip_price:.0f} an hour costs ${input_price:.3f} and ${output_price:.3f}"
+            f"a second, a node of ${8 * day.chip_price:.0f} an hour "
+            f"costs ${input_price:.3f} and ${output_price:.3f}"
         ),
     ]
 
