@@ -178,7 +178,8 @@ def fitting(rows: list[Row]) -> str:
     right = len(failed) - admitted
     f1 = 2 * right / (2 * right + refused + admitted)
     return (
-        f"{len(ran) + len(failed)} rows: {refused} wrongly refused, {admitted} wrongly admitted, F1 {f1:.3f}; "
+        f"{len(ran) + len(failed)} rows: {refused} wrongly refused, {admitted} wrongly admitted, "
+        f"F1 {f1:.3f}; "
         f"peak memory median {median(errors):.1%}, 95th percentile {percentile(errors, 0.95):.1%}"
     )
 

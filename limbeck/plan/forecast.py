@@ -110,15 +110,9 @@ def _measurement(config: ModelConfig, optimizer: str, group: list[StageWork], ro
     learning = [work for work in group if work.learned and work.optimizer == optimizer]
     lengths = [work.length for work in learning if work.length] or [64]
     rollouts = [rollout for work in group for rollout in work.rollouts]
-    return Asked(
-        config,
-        optimizer,
-        _update_sizes(learning),
-        _round_mean(lengths),
-        rows,
-        _round_mean([rollout.prompt for rollout in rollouts] or [32]),
-        _round_mean([rollout.length for rollout in rollouts] or [16]),
-    )
+    prompt = _round_mean([rollout.prompt for rollout in rollouts] or [32])
+    new = _round_mean([rollout.length for rollout in rollouts] or [16])
+    return Asked(config, optimizer, _update_sizes(learning), _round_mean(lengths), rows, prompt, new)
 
 
 def _update_sizes(learning: list[StageWork]) -> tuple[int, int]:

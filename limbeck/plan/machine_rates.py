@@ -168,15 +168,11 @@ def measure(
         known |= {key: answer[key] for key in ("gemm", "memory", "start")}
         known |= answer["models"] | answer["worlds"]
         _keep(path, known)
-    return Rates(
-        known["gemm"],
-        known["memory"],
-        known["start"],
-        worlds={name: known[_key(settings)] for name, settings in worlds.items()},
-        models={use: known[_key(request)] for use, request in requests.items()},
-        depth={use: asked.config.layers for use, asked in models.items()},
-        weights={use: _layer_weights(asked.config) for use, asked in models.items()},
-    )
+    corpora = {name: known[_key(settings)] for name, settings in worlds.items()}
+    measured = {use: known[_key(request)] for use, request in requests.items()}
+    depth = {use: asked.config.layers for use, asked in models.items()}
+    weights = {use: _layer_weights(asked.config) for use, asked in models.items()}
+    return Rates(known["gemm"], known["memory"], known["start"], corpora, measured, depth, weights)
 
 
 def _missing(requests: Iterable[dict[str, Any]], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -127,20 +127,24 @@ class Row:
 
     def _model(self, gated: bool, tied: bool) -> ModelConfig:
         """The model with a gated feed-forward or not, and a tied head or not."""
+        vocabulary = self.integer("vocab", 32000)
+        layers = self.integer("layers")
         heads = self.integer("heads")
+        kv_heads = self.integer("kv_heads", heads)
         hidden = self.integer("hidden")
+        head_dim = int(self.keys.get("hd", 0)) or hidden // heads
         ffn = self.integer("ffn", 0) or 4 * hidden
         experts = self._experts()
         dense = self._dense_width() if experts else 0
         mtp_layers = re.sub(r"\D.*", "", self.keys.get("mtp", "0"))
         return ModelConfig(
             family="llama",
-            vocab_size=self.integer("vocab", 32000),
+            vocab_size=vocabulary,
             hidden_size=hidden,
-            layers=self.integer("layers"),
+            layers=layers,
             heads=heads,
-            kv_heads=self.integer("kv_heads", heads),
-            head_dim=int(self.keys.get("hd", 0)) or hidden // heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             intermediate_size=dense or ffn,
             tied=tied,
             gated=gated or bool(experts),
@@ -318,8 +322,10 @@ class Row:
         cp = self.integer("cp")
         chunks = int(self.keys.get("vpp", 0) or 0)
         micro = int(float(self.keys.get("mbs", 0) or 0))
+        expert_tp = int(self.keys.get("etp", 0) or 0)
+        dp = self.integer("dp", max(1, self.chips // (tp * pp * cp)))
         return Layout(
-            dp=self.integer("dp", max(1, self.chips // (tp * pp * cp))),
+            dp=dp,
             tp=tp,
             pp=pp,
             ep=self.integer("ep"),
@@ -330,7 +336,7 @@ class Row:
             chunks=max(1, chunks),
             recompute=self._recompute(),
             sp=self._sequence_parallel(),
-            expert_tp=int(self.keys.get("etp", 0) or 0),
+            expert_tp=expert_tp,
             overlap=self._overlap(),
         )
 

@@ -274,16 +274,11 @@ class RL:
             effects = [log(run.seconds() / middle) for run in (low, high)]
             up += max(0.0, *effects) ** 2
             down += min(0.0, *effects) ** 2
+        low = middle * exp(-sqrt(down))
+        high = middle * exp(sqrt(up))
         total = self._total_parts()
-        return RLCost(
-            middle,
-            middle * exp(-sqrt(down)),
-            middle * exp(sqrt(up)),
-            total,
-            sum(phase.rollouts * self.samples * phase.lengths.mean for phase in self.phases),
-            self.cluster.count,
-            _binds(total),
-        )
+        tokens = sum(phase.rollouts * self.samples * phase.lengths.mean for phase in self.phases)
+        return RLCost(middle, low, high, total, tokens, self.cluster.count, _binds(total))
 
     def _total_parts(self) -> dict[str, float]:
         """Seconds of each part over the whole run."""
@@ -297,12 +292,13 @@ class RL:
         """The run with each unknown at its bounds: engine, learner, lengths, their spread, drafts."""
         low_mfu, middle_mfu, high_mfu = LEARNER_MFU
         undrafted = replace(self, speculation=1.0)
+        fast_engine = replace(self, slower=self.slower / 1.4)
+        slow_engine = replace(self, slower=self.slower * 1.6)
+        fast_learner = replace(self, mfu=self.mfu * high_mfu / middle_mfu)
+        slow_learner = replace(self, mfu=self.mfu * low_mfu / middle_mfu)
         return [
-            (replace(self, slower=self.slower / 1.4), replace(self, slower=self.slower * 1.6)),
-            (
-                replace(self, mfu=self.mfu * high_mfu / middle_mfu),
-                replace(self, mfu=self.mfu * low_mfu / middle_mfu),
-            ),
+            (fast_engine, slow_engine),
+            (fast_learner, slow_learner),
             (self._with_lengths(0.65, 0), self._with_lengths(1.5, 0)),
             (self._with_lengths(1, -0.2), self._with_lengths(1, 0.2)),
             (undrafted, undrafted),

@@ -223,13 +223,15 @@ class Walk:
     def _pretrain(self, node: str, stage: Pretrain) -> StageWork:
         """A pass over the miniature's corpus, which is written first."""
         self.outputs[node] = _Output("base")
+        attempt = _attempt_tokens(self.recipe.problems[stage.problems])
+        updates = stage.tokens / stage.batch_tokens
         return StageWork(
             node,
             "pretrain",
             node,
-            updates=stage.tokens / stage.batch_tokens,
+            updates=updates,
             learned=stage.tokens,
-            length=_attempt_tokens(self.recipe.problems[stage.problems]) + 10,
+            length=attempt + 10,
             optimizer=stage.optimizer.name,
             written=stage.tokens,
             saved=True,
@@ -386,17 +388,12 @@ class Walk:
 
     def _sample(self, node: str, stage: Sample | Screen | Pairs) -> StageWork:
         """Several completions of each problem, and the rows that pass."""
-        tokens = self._mean_tokens(
-            stage.problems, self.outputs[stage.model].style, stage.sampling.max_new_tokens
-        )
+        limit = stage.sampling.max_new_tokens
+        style = self.outputs[stage.model].style
+        tokens = self._mean_tokens(stage.problems, style, limit)
         problems = stage.limit if isinstance(stage, Screen) else stage.prompts
-        rollout = _rollout(
-            max(1.0, problems / CHUNK),
-            min(CHUNK, problems),
-            stage.samples,
-            tokens,
-            stage.sampling.max_new_tokens,
-        )
+        calls = max(1.0, problems / CHUNK)
+        rollout = _rollout(calls, min(CHUNK, problems), stage.samples, tokens, limit)
         keep = getattr(stage, "keep_per_problem", 2)
         passed = PASSED[self._world(stage.problems)]
         # problems are solved often or hardly ever, so more tries help less than they might
