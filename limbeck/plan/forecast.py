@@ -166,6 +166,8 @@ def _sum_up(work: StageWork, config: ModelConfig | None, parts: dict[str, float]
     factor = exp(doubt)
     longest = max(parts, key=parts.get)
     share = parts[longest] / max(seconds, 1e-9)
+    tokens = work.sampled + work.learned
+    flops = work.flops(config) if config else 0.0
     return Forecast(
         work.stage,
         work.kind,
@@ -174,8 +176,8 @@ def _sum_up(work: StageWork, config: ModelConfig | None, parts: dict[str, float]
         seconds * factor,
         parts,
         f"{longest}: {share:.0%}",
-        work.sampled + work.learned,
-        work.flops(config) if config else 0.0,
+        tokens,
+        flops,
         work.people,
         work.inputs,
     )

@@ -170,11 +170,14 @@ class Row:
         shared = self._find_integer(r"(\d+) shared expert|shared=(\d+)") or 0
         shared_size = self._find_integer(r"shared_ffn=(\d+)")
         node_limit = self._find_integer(r"node_limit=(\d+)")
+        if shared_size is None:
+            shared_size = shared * size
+        top_k = self.integer("topk")
         return Experts(
             count,
-            self.integer("topk"),
+            top_k,
             size,
-            shared * size if shared_size is None else shared_size,
+            shared_size,
             dense=self._dense_layers(),
             groups=1 if node_limit is None else 8,
             top_groups=1 if node_limit is None else node_limit,

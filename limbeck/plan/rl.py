@@ -353,13 +353,19 @@ def r1_zero(config: ModelConfig, cluster: Cluster) -> RL:
     which 85 % are accepted (V3, 5.4.3), and a step with a draft takes about a fifth longer. 64 chips serve
     one copy: assumed.
     """
-    phases = ((125, 1500, 32768), (187, 5000, 32768), (200, 8500, 32768), (138, 13000, 65536))
+    phases = (
+        Phase(125, Lengths(1500, 32768, 0.8)),
+        Phase(187, Lengths(5000, 32768, 0.8)),
+        Phase(200, Lengths(8500, 32768, 0.8)),
+        Phase(138, Lengths(13000, 65536, 0.8)),
+    )
+    precision = "fp8" if "fp8" in cluster.chip.figures else "bf16"
     return RL(
         config,
         cluster,
-        tuple(Phase(rollouts, Lengths(mean, cap, 0.8)) for rollouts, mean, cap in phases),
+        phases,
         samples=8192,
         replica=min(64, cluster.count),
-        precision="fp8" if "fp8" in cluster.chip.figures else "bf16",
+        precision=precision,
         speculation=1.85 / 1.2,
     )

@@ -299,10 +299,11 @@ class Walk:
         """Passes over rows; without thoughts the completions are short."""
         rows = self._rows(stage.rows)
         brief = stage.thoughts == "drop"
-        length = min(rows.length, BRIEF_ANSWER) if brief else rows.length
+        completion = min(rows.length, BRIEF_ANSWER) if brief else rows.length
+        length = completion + rows.prompt
+        learned = rows.rows * length * stage.epochs
         self.outputs[node] = _Output("brief" if brief else "learned", sure=rows.sure)
-        learned = rows.rows * (length + rows.prompt) * stage.epochs
-        whole = StageWork(node, "sft", node, updates=1, learned=learned, length=length + rows.prompt)
+        whole = StageWork(node, "sft", node, updates=1, learned=learned, length=length)
         learned *= self._affordable(node, stage, whole, 1.0)
         return replace(
             whole,
@@ -316,15 +317,17 @@ class Walk:
     def _dpo(self, node: str, stage: DPO) -> StageWork:
         """Passes over pairs; the reference reads each pair once."""
         rows = self._rows(stage.pairs)
-        learned = 2 * rows.rows * (rows.length + rows.prompt) * stage.epochs
+        length = rows.length + rows.prompt
+        learned = 2 * rows.rows * length * stage.epochs
+        updates = max(1.0, learned / stage.batch_tokens)
         self.outputs[node] = _Output("learned", sure=rows.sure)
         return StageWork(
             node,
             "dpo",
             node,
-            updates=max(1.0, learned / stage.batch_tokens),
+            updates=updates,
             learned=learned,
-            length=rows.length + rows.prompt,
+            length=length,
             optimizer=stage.optimizer.name,
             read=learned / stage.epochs,
             reader=stage.model,

@@ -125,14 +125,10 @@ def _check_step(row: Row) -> Check:
     measured = measured_seconds(row)
     ratio = step.seconds / measured
     power = 1 if row.metric == "step_time_s" else -1
-    return Check(
-        row,
-        "step, mixture" if row.model.experts else "step, dense",
-        row.value * ratio**power,
-        ratio,
-        step.low <= measured <= step.high,
-        utilisation=_utilisation(row, measured),
-    )
+    kind = "step, mixture" if row.model.experts else "step, dense"
+    covered = step.low <= measured <= step.high
+    utilisation = _utilisation(row, measured)
+    return Check(row, kind, row.value * ratio**power, ratio, covered, utilisation=utilisation)
 
 
 def measured_seconds(row: Row) -> float:
