@@ -1,4 +1,4 @@
-"""What people have stored stays valid: the keys of every stage of every shipped recipe are those of tests/keys.json.
+"""Stored artifacts stay valid: the keys of all stages of all shipped recipes are those of tests/keys.json.
 
 A key that changes makes everybody compute the stage again. Where that is meant, raise the stage's number in
 `pipeline/graph.py`, and write the file anew: `python tests/test_keys.py`.
@@ -34,7 +34,7 @@ class Full(Store):
 
 
 def keys(path: Path, folder: Path) -> dict[str, str | None]:
-    """Key by node. What a recipe reads and does not bring along, models and tables, is stood in for by one line in `folder`."""
+    """Key by node. Models and tables that a recipe reads are files of one line in `folder`."""
     recipe = load(path)
     files = [
         folder / stage.path / "config.json" for stage in recipe.stages.values() if isinstance(stage, Load)

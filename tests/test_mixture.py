@@ -240,7 +240,7 @@ def test_cuts_change_neither_the_gradient_nor_the_balance():
 
 def test_what_looks_ahead_is_scored_on_the_token_after_the_next():
     model = decoder(replace(V3, predicted=1))
-    learner = Learner(model, Settings(ahead_weight=1.0), 10)
+    learner = Learner(model, Settings(mtp_loss_weight=1.0), 10)
     (sample,) = samples(model, 1)
     (batch,) = pack([sample], 10**6)
     tokens = torch.from_numpy(sample.tokens)

@@ -253,7 +253,7 @@ def stage(**changes) -> RL:
         "problems": {"clock": 1},
         "steps": 24,
         "rewards": {"accuracy": 1, "preference": 0.5},
-        "opinions": {"preference": {"of": "helpful", "window": 8, "held_out": 16}},
+        "learned_rewards": {"preference": {"of": "helpful", "window": 8, "held_out": 16}},
         "sampling": Sampling(max_new_tokens=8),
         "policy": Policy(prompts_per_step=2, group_size=2, zero_variance="keep", mask_truncated=False),
         "log_every": 1,
@@ -290,7 +290,9 @@ def test_a_hacked_opinion_is_told_of_and_no_longer_counts(reinforced):
 
 def test_a_hacked_opinion_ends_the_stage_where_that_is_wanted(reinforced):
     history = reinforced(
-        stage(opinions={"preference": {"of": "helpful", "window": 8, "held_out": 16, "on_alarm": "stop"}}),
+        stage(
+            learned_rewards={"preference": {"of": "helpful", "window": 8, "held_out": 16, "on_alarm": "stop"}}
+        ),
         Flatterer(),
     )
     assert "the stage ends here" in str(history[-1]["alarms"]) and len(history) < 24
@@ -299,7 +301,8 @@ def test_a_hacked_opinion_ends_the_stage_where_that_is_wanted(reinforced):
 def test_an_opinion_counts_in_the_last_steps_and_for_its_problems_only(reinforced):
     history = reinforced(
         stage(
-            steps=12, opinions={"preference": {"of": "helpful", "window": 8, "last_steps": 9, "held_out": 4}}
+            steps=12,
+            learned_rewards={"preference": {"of": "helpful", "window": 8, "last_steps": 9, "held_out": 4}},
         ),
         Flatterer(),
     )
@@ -317,7 +320,9 @@ def test_what_it_adds_is_its_worth_and_other_problems_get_none(clock):
         problem, none, tuple(Completion(none, none, text, True, i) for i, text in enumerate(("x", "y")))
     )
     for names, expected in (([], [0.105, 0.155]), (["chat"], [0.0, 0.0]), (["clock"], [0.105, 0.155])):
-        settings = stage(opinions={"preference": Opinion(of="helpful", problems=names, window=8, held_out=4)})
+        settings = stage(
+            learned_rewards={"preference": Opinion(of="helpful", problems=names, window=8, held_out=4)}
+        )
         panel = LearnedRewards(settings, {"preference": Flatterer()}, tasks, None, "s")
         assert panel.at(0).score(group).rewards == pytest.approx(expected)
 
@@ -358,7 +363,7 @@ problems:
   clock: &clock {{source: miniature, modulus: 3, numbers: 2, largest: 3}}
   chat: {{<<: *clock, task: repeat}}
 stages:
-  wise: {{kind: remote, url: {url}, model: wise, licence: MIT, concurrent: 8}}
+  wise: {{kind: remote, url: {url}, model: wise, licence: MIT, max_concurrency: 8}}
   base: {{kind: load, path: model, licence: own}}
   checked: {{kind: calibrate, judge: wise, rows: labels.jsonl, pairs: 40, judging: {{reference: false}}}}
   zero:
@@ -366,7 +371,7 @@ stages:
     model: base
     problems: {{clock: 0.5, chat: 0.5}}
     rewards: {{accuracy: 1, judge: 0.5}}
-    opinions: {{judge: {{of: checked, problems: [chat], last_steps: 8, window: 8, held_out: 4}}}}
+    learned_rewards: {{judge: {{of: checked, problems: [chat], last_steps: 8, window: 8, held_out: 4}}}}
     steps: 9
     policy: {{prompts_per_step: 4, group_size: 2, zero_variance: keep, mask_truncated: false}}
     sampling: {{max_new_tokens: 12}}
@@ -523,12 +528,12 @@ def test_a_reward_model_that_learned_nothing_is_refused(opinions):
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    ("stages.zero.opinions=null", "stages.zero.rewards.judge is an opinion: name its calibrate stage in stages.zero.opinions.judge.of"),
-    ("stages.zero.opinions.judge.of=wise", "stages.zero.opinions.judge.of needs a calibration of the judge, but wise is remote"),
-    ("stages.zero.opinions.judge.of=base", "stages.zero.opinions.judge.of needs a calibration of the judge, but base is a load stage"),
-    ("stages.zero.rewards={accuracy: 1}", "stages.zero.opinions.judge earns nothing; say what it is worth in stages.zero.rewards.judge"),
-    ("stages.zero.opinions.judge.problems=[chad]", "stages.zero.opinions.judge.problems cites chad, of which the stage has none; did you mean chat?"),
-    ("stages.zero.opinions.judge.window=9", "stages.zero.opinions.judge.window = 9 is longer than the 8 steps in which judge counts"),
+    ("stages.zero.learned_rewards=null", "stages.zero.rewards.judge is an opinion: name its calibrate stage in stages.zero.learned_rewards.judge.of"),
+    ("stages.zero.learned_rewards.judge.of=wise", "stages.zero.learned_rewards.judge.of needs a calibration of the judge, but wise is remote"),
+    ("stages.zero.learned_rewards.judge.of=base", "stages.zero.learned_rewards.judge.of needs a calibration of the judge, but base is a load stage"),
+    ("stages.zero.rewards={accuracy: 1}", "stages.zero.learned_rewards.judge earns nothing; say what it is worth in stages.zero.rewards.judge"),
+    ("stages.zero.learned_rewards.judge.problems=[chad]", "stages.zero.learned_rewards.judge.problems cites chad, of which the stage has none; did you mean chat?"),
+    ("stages.zero.learned_rewards.judge.window=9", "stages.zero.learned_rewards.judge.window = 9 is longer than the 8 steps in which judge counts"),
     ("stages.kept.judge=helpful", "stages.kept.judge needs a calibration of the judge, but helpful is a reward stage"),
     ("stages.helpful.rows=kept", "stages.helpful.rows needs rows of preferences, but kept is a sample stage"),
     ("stages.checked.model=base", "labels come from rows, or from model and problems together"),

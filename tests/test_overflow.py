@@ -371,7 +371,7 @@ def test_a_file_whose_heads_are_rotated_in_part_is_refused():
     ("hidden_size: 28, heads: 4, kv_heads: 4", "hidden_size = 28 is no even number of dimensions for each of heads = 4, .* a multiple of 8"),
     ("hidden_size: 8, heads: 8, kv_heads: 4", "hidden_size = 8 is no even number of dimensions for each of heads = 8, .* a multiple of 16"),
     ("hidden_size: 64, heads: 4, kv_heads: 3", "kv_heads = 3 does not divide heads = 4"),
-    ("latent: {kv_rank: 8, nope_dim: 4, rope_dim: 3, value_dim: 4}", "latent.rope_dim: input should be a multiple of 2"),
+    ("latent: {kv_lora_rank: 8, nope_dim: 4, rope_dim: 3, value_dim: 4}", "latent.rope_dim: input should be a multiple of 2"),
 ])  # fmt: skip
 def test_a_shape_whose_heads_cannot_be_rotated_is_a_mistake_in_the_recipe(finished, tmp_path, shape, told):
     recipe = tmp_path / "odd.yaml"

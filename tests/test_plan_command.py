@@ -113,11 +113,11 @@ def test_what_does_not_fit_is_said_with_what_would(call):
         (("deepseek-v3", "--on", "8xH801"), "h801"),
         (("qwen2.5-72b", "--on", "8xH100"), "give --tokens, --batch, --seq"),
         (("deepseek-v3", "--on", "64x910b"), "910b"),
-        (SMALL + ("--what-if", "nvlink"), "--what-if nvlink: write KEY=VALUE"),
-        (SMALL + ("--what-if", "nvlnk=400"), "nvlnk"),
-        (SMALL + ("--to", "atlantis"), "atlantis: no country"),
-        (SMALL + ("--until", "2001-01"), "has passed"),
-        (SMALL + ("--until", "soon"), "soon: no day"),
+        ((*SMALL, "--what-if", "nvlink"), "--what-if nvlink: write KEY=VALUE"),
+        ((*SMALL, "--what-if", "nvlnk=400"), "nvlnk"),
+        ((*SMALL, "--to", "atlantis"), "atlantis: no country"),
+        ((*SMALL, "--until", "2001-01"), "has passed"),
+        ((*SMALL, "--until", "soon"), "soon: no day"),
         (("deepseek-v3", "runs.csv", "--on", "8xH100"), "only `limbeck plan verify`"),
         (("recipes/smoke.yaml", "--what-if", "nvlink=400"), "name it with --on"),
     ],
@@ -130,7 +130,8 @@ def test_mistakes_end_in_one_sentence(call, arguments, sentence):
 
 def test_a_plan_for_a_model_needs_no_torch():
     code = (
-        "import sys; sys.argv = ['limbeck', 'plan', 'r1-distill-qwen-1.5b', '--on', '8xH100', '--seq', '4096', '--batch', '64'];"
+        "import sys; sys.argv = ['limbeck', 'plan', 'r1-distill-qwen-1.5b', '--on', '8xH100',"
+        "'--seq', '4096', '--batch', '64'];"
         "from limbeck.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The cost of reinforcement learning: length distributions, the tail, R1-Zero's bill and Delethink's steps."""
+"""The cost of reinforcement learning: lengths, the tail, R1-Zero's bill and Delethink's steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_seen_lengths():
 
 
 def test_everybody_waits_for_the_longest():
-    """A step of one second for any number of rows: the time is the longest length, or the work over the rows."""
+    """A step of one second for any rows: the time is the longest length, or the work over the rows."""
 
     def even(rows, context):
         return 1.0
@@ -44,7 +44,7 @@ def test_everybody_waits_for_the_longest():
 
 
 def test_r1_zero():
-    """101K GPU-hours on 512 H800 in 198 hours (2501.12948v2, Table 7): within a factor of two, and inside the interval."""
+    """101K GPU-hours on 512 H800 (2501.12948v2, Table 7): within a factor of two, and the interval."""
     run = r1_zero(models.find("r1-zero"), cluster.cluster("512xH800"))
     assert sum(phase.rollouts for phase in run.phases) == 650
     plan = run.plan()
@@ -57,7 +57,7 @@ def test_r1_zero():
     ("window", "mean", "generation", "backward"), [(0, 8300, 170, 70), (8192, 8600, 130, 80)]
 )
 def test_delethink(window, mean, generation, backward):
-    """One step of R1-Distill-1.5B on eight H100 with 24K tokens (2510.06557); 128 prompts x 8 and the means: from its rates."""
+    """One step of R1-Distill-1.5B on eight H100 with 24K tokens (2510.06557); the means: from its rates."""
     run = RL(
         models.find("r1-distill-qwen-1.5b"),
         cluster.cluster("8xH100"),

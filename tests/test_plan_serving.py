@@ -1,4 +1,4 @@
-"""Serving: DeepSeek's day to the dollar, the published bounds of decoding, V3's rates, and what does not fit."""
+"""Serving: DeepSeek's day to the dollar, the bounds of decoding, V3's rates, and models that do not fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_bound_of_decoding_by_the_network(hidden, bandwidth, layer, speed):
 
 
 def test_v3_on_h800(v3):
-    """The profiles were fitted; 14.8k of production was not, nor the speed that its users saw (20 to 22 tokens/s)."""
+    """The profiles were fitted; 14.8k of production was not, nor its users' speed (20 to 22 tokens/s)."""
     assert v3(32).prefill(4096).tokens == pytest.approx(7839, rel=0.15)
     assert v3(128).decode(128, 4200).tokens == pytest.approx(2324, rel=0.15)
     rows, decode = v3(144).at_speed(21, 4989)

@@ -264,7 +264,7 @@ def test_scores_teach_as_well_as_rows(graph):
     ),
     (
         "  best: {kind: pairs, model: base, problems: {clock: 1}, scored_by: far}\n"
-        "  student: {kind: preference, model: base, pairs: {best: 1}}\n"
+        "  student: {kind: dpo, model: base, pairs: {best: 1}}\n"
     ),
     (
         "  best: {kind: sample, model: base, problems: {clock: 1}, keep: best, scored_by: far}\n"
@@ -323,7 +323,7 @@ def test_a_table_of_preferences_is_somebodys_too(graph, tmp_path):
         "stages.helpful learns from stages.helpful.rows, whose licence is undeclared; set "
         "stages.helpful.licence" in refusal(graph(text % "", {}))
     )
-    dpo = "  helpful: {kind: preference, model: base, pairs: {labels.jsonl: 1}}\n"
+    dpo = "  helpful: {kind: dpo, model: base, pairs: {labels.jsonl: 1}}\n"
     assert (
         "stages.helpful learns from stages.helpful.pairs, whose licence is undeclared; set "
         "stages.helpful.licence" in refusal(graph(text.rpartition("  helpful")[0] + dpo, {}))

@@ -103,7 +103,7 @@ def test_groups_come_in_the_order_of_the_problems_with_what_is_known(tmp_path):
             ),
         )
     ) as stub:
-        groups = endpoint(stub.url, tmp_path, concurrent=3).rollout(PROBLEMS, 2, BRIEF)
+        groups = endpoint(stub.url, tmp_path, max_concurrency=3).rollout(PROBLEMS, 2, BRIEF)
     assert [[c.text for c in g.completions] for g in groups] == [[f"QUESTION {i}"] * 2 for i in range(3)]
     assert [[c.sample for c in g.completions] for g in groups] == [[0, 1]] * 3
     assert [g.completions[0].stopped for g in groups] == [True, False, True]
@@ -147,7 +147,7 @@ def test_tokens_and_money_are_counted_also_of_what_was_found(tmp_path):
 def test_what_was_answered_is_never_asked_again(tmp_path):
     with Stub() as stub:
         first = endpoint(stub.url, tmp_path).rollout(PROBLEMS, 2, BRIEF)
-        again = endpoint(stub.url, tmp_path, concurrent=9, patience=5).rollout(
+        again = endpoint(stub.url, tmp_path, max_concurrency=9, timeout=5).rollout(
             PROBLEMS, 2, BRIEF, seed="another"
         )
     assert len(stub.asked) == 6
@@ -221,7 +221,7 @@ def test_the_quiet_that_an_endpoint_asks_for_is_kept_by_everybody(tmp_path):
         return (429, {"retry-after": "1"}, fault("slow down")) if n == 0 else (200, {}, completion("4"))
 
     with Stub(reply) as stub:
-        endpoint(stub.url, tmp_path, concurrent=1).rollout(PROBLEMS, 1, BRIEF)
+        endpoint(stub.url, tmp_path, max_concurrency=1).rollout(PROBLEMS, 1, BRIEF)
     assert len(times) == 4 and times[1] - times[0] > 0.95
 
 
@@ -234,12 +234,12 @@ def test_requests_a_minute_and_at_once_are_bounded(tmp_path):
         return 200, {}, completion("4")
 
     with Stub(reply) as stub:
-        endpoint(stub.url, tmp_path, requests_per_minute=600, concurrent=2).rollout(PROBLEMS, 2, BRIEF)
+        endpoint(stub.url, tmp_path, requests_per_minute=600, max_concurrency=2).rollout(PROBLEMS, 2, BRIEF)
     assert (
         times[-1] - times[0] > 0.4
     )  # five gaps of a tenth of a second; the first request takes longest to arrive
     with Stub(reply) as stub:
-        endpoint(stub.url, tmp_path / "other", concurrent=2).rollout(PROBLEMS, 4, BRIEF)
+        endpoint(stub.url, tmp_path / "other", max_concurrency=2).rollout(PROBLEMS, 4, BRIEF)
     assert stub.busy == 2
 
 
@@ -261,7 +261,7 @@ def test_whoever_waits_its_turn_can_be_stopped():
 
 def test_asked_to_stop_it_stops_and_keeps_what_came(tmp_path):
     with Stub() as stub:
-        settings = Remote(kind="remote", url=stub.url, model="wise", concurrent=1)
+        settings = Remote(kind="remote", url=stub.url, model="wise", max_concurrency=1)
         teacher = Endpoint("stages.teacher", settings, tmp_path, stopping=lambda: len(stub.answered) >= 2)
         with pytest.raises(Resumable, match="the same command goes on"):
             teacher.rollout(PROBLEMS, 2, BRIEF)
@@ -280,7 +280,7 @@ def test_500_for_ever_is_one_sentence_and_nothing_is_lost(tmp_path, key):
         )
     ) as stub:
         with pytest.raises(Resumable) as error:
-            endpoint(stub.url, tmp_path, key=key, concurrent=1).rollout(PROBLEMS, 1, BRIEF)
+            endpoint(stub.url, tmp_path, key=key, max_concurrency=1).rollout(PROBLEMS, 1, BRIEF)
         assert f"stages.teacher: {stub.url} keeps answering 500; what was answered is kept" in told(error)
         assert Counter(stub.questions()) == {"question 0": 1, "question 1": 1, "question 2": 3}
     assert len(list(tmp_path.rglob("*.json"))) == 2
@@ -301,7 +301,7 @@ def test_500_for_ever_is_one_sentence_and_nothing_is_lost(tmp_path, key):
 ])  # fmt: skip
 def test_mistakes_are_one_sentence_and_are_not_tried_again(tmp_path, key, status, body, sentence):
     with Stub(lambda _, n: (status, {}, body)) as stub, pytest.raises(LimbeckError) as error:
-        endpoint(stub.url, tmp_path, key=key, concurrent=1).rollout(PROBLEMS, 1, BRIEF)
+        endpoint(stub.url, tmp_path, key=key, max_concurrency=1).rollout(PROBLEMS, 1, BRIEF)
     assert sentence.format(url=stub.url) in told(error) and len(stub.asked) == 1
 
 
@@ -323,7 +323,7 @@ def test_an_endpoint_that_says_nothing(tmp_path):
         return 200, {}, completion("late")
 
     with Stub(reply) as stub, pytest.raises(Resumable, match="did not answer within 0.1 seconds"):
-        endpoint(stub.url, tmp_path, patience=0.1).rollout(PROBLEMS[:1], 1, BRIEF)
+        endpoint(stub.url, tmp_path, timeout=0.1).rollout(PROBLEMS[:1], 1, BRIEF)
 
 
 def test_a_key_that_is_not_set(tmp_path):
@@ -340,7 +340,7 @@ name: away
 threads: 1
 problems: {{clock: {{source: miniature, modulus: 3, numbers: 3, largest: 2}}}}
 stages:
-  teacher: {{kind: remote, url: {url}, model: wise, key: TEACHER_KEY, licence: MIT, concurrent: 3,
+  teacher: {{kind: remote, url: {url}, model: wise, key: TEACHER_KEY, licence: MIT, max_concurrency: 3,
             prices: {{input: 1, output: 2}}}}
   outputs:
     kind: sample
@@ -464,9 +464,9 @@ def test_how_it_is_asked_changes_no_key_and_whom_does(away, tmp_path):
     for quiet in (
         "key=''",
         "prices={input: 9, output: 9}",
-        "concurrent=9",
+        "max_concurrency=9",
         "requests_per_minute=9",
-        "patience=9",
+        "timeout=9",
         "licence=MIT",
     ):
         assert (

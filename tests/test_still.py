@@ -12,6 +12,7 @@ import tiny
 import torch
 from tiny import Attempt
 
+from limbeck.config.aliases import stored_kind
 from limbeck.config.load import load
 from limbeck.config.methods import Distill
 from limbeck.model import weights
@@ -89,7 +90,7 @@ stages:
   across: {<<: *mixed, divergence: text, teachers: {clock: stranger, chat: stranger}, steps: 30}
   pairs: {kind: pairs, model: base, problems: {chat: 1, clock: 1}, scored_by: big, prompts: 64, samples: 4, sampling: *brief}
   preferring:
-    {kind: preference, model: base, pairs: {pairs: 1}, beta: 0.5, epochs: 6, batch_tokens: 512, optimizer: {learning_rate: 0.003},
+    {kind: dpo, model: base, pairs: {pairs: 1}, beta: 0.5, epochs: 6, batch_tokens: 512, optimizer: {learning_rate: 0.003},
      log_every: 1, save_every: 0.01}
   best:
     {kind: sample, model: base, problems: {chat: 1}, keep: best, scored_by: big, prompts: 32, samples: 4, correct: false,
@@ -425,7 +426,7 @@ def test_a_teacher_of_another_tongue_is_refused_before_anything_is_learned(
     assert not any(
         read_metrics(p)
         for p in (still.home / "store" / ".partial").glob(
-            f"{run.graph.nodes[stage].kind}-{run.graph.nodes[stage].key[:16]}"
+            f"{stored_kind(run.graph.nodes[stage].kind)}-{run.graph.nodes[stage].key[:16]}"
         )
     )
 

@@ -583,7 +583,7 @@ problems: {clock: {source: miniature, modulus: 3, numbers: 3, largest: 2}}
 stages:
   brought: {kind: load, path: model, licence: own}
   dpo:
-    {kind: preference, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20,
+    {kind: dpo, model: brought, pairs: {votes.jsonl: 1}, licence: own, beta: 0.5, epochs: 20,
      batch_tokens: 128, log_every: 1, optimizer: {learning_rate: 0.01}}
   valued: {kind: reward, model: brought, rows: votes.jsonl, licence: own, held_out: 0.5, batch_pairs: 8}
 """

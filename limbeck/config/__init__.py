@@ -1,1 +1,1 @@
-"""What a recipe may say: its models, and how YAML becomes them. No torch."""
+"""Recipes: their settings as pydantic models, reading them from YAML, and checking them. No torch."""

@@ -1,4 +1,4 @@
-"""What is not the truth and may count as a reward all the same: judges and reward models, in a recipe. No torch."""
+"""Learned rewards in a recipe: LLM judges, their calibration, and reward models. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TABLES = (".jsonl", ".parquet")
 
 
 class Judging(Settings):
-    """How a judge is asked."""
+    """The settings of an LLM judge: prompt, number of votes, and sampling."""
 
     method: Literal["pairwise", "rubric"] = Field(
         "pairwise",
@@ -38,6 +38,7 @@ class Judging(Settings):
 
     @model_validator(mode="after")
     def _vote(self) -> Judging:
+        """Refuse several votes at temperature 0: they would all be equal."""
         if self.votes > 1 and self.sampling.temperature == 0:
             raise ValueError(
                 f"votes = {self.votes} at temperature 0 are the same vote; give sampling a temperature"
@@ -46,7 +47,7 @@ class Judging(Settings):
 
 
 class CalibrationThresholds(Settings):
-    """What a judge must reach before it may reward; below it is refused, with the numbers."""
+    """The figures that a judge's calibration must reach; a judge below them is refused as a reward."""
 
     agreement: float = Field(
         0.8, ge=0, le=1, description="with the labels, at least: the lower end of the 95 % interval"
@@ -60,7 +61,7 @@ class CalibrationThresholds(Settings):
 
 
 class Calibrate(Stage):
-    """Measure a judge on labelled pairs, before it may be used as a reward."""
+    """Measures a judge on labelled pairs; only a calibrated judge may be used as a reward."""
 
     kind: Literal["calibrate"]
     judge: str = Field(description="the stage whose model judges; a `remote` one will do")
@@ -70,11 +71,13 @@ class Calibrate(Stage):
     bar: CalibrationThresholds = Field(CalibrationThresholds(), description="what it must reach")
     rows: str = Field(
         "",
-        description="people's labels: JSONL or Parquet with `prompt`, `chosen` and `rejected`, or a stage with such rows",
+        description="people's labels: JSONL or Parquet with `prompt`, `chosen` and `rejected`, or a "
+        "stage with such rows",
     )
     model: str | None = Field(
         None,
-        description="without `rows`: the stage whose model answers `problems`, which are then labelled by the truth",
+        description="without `rows`: the stage whose model answers `problems`, which are then "
+        "labelled by the truth",
     )
     problems: dict[str, float] = Field(
         {}, description="names of problems or of `screen` stages, with their shares"
@@ -87,7 +90,10 @@ class Calibrate(Stage):
 
     @model_validator(mode="after")
     def _labelled(self) -> Calibrate:
-        if bool(self.rows) == bool(self.model or self.problems) or bool(self.model) != bool(self.problems):
+        """Refuse labels from two sources, or from none."""
+        sampled = bool(self.model and self.problems)
+        half = bool(self.model) != bool(self.problems)
+        if bool(self.rows) == sampled or half:
             raise ValueError(
                 "labels come from rows, or from model and problems together; give one of the two"
             )
@@ -95,7 +101,7 @@ class Calibrate(Stage):
 
 
 class Reward(Stage):
-    """A reward model: a number for a response, learned from preferences."""
+    """Trains a reward model, which gives a response a number, on pairs of preferences."""
 
     kind: Literal["reward"]
     model: str = Field(description="the stage whose model it begins from")
@@ -120,7 +126,7 @@ class Reward(Stage):
 
 
 class Opinion(Settings):
-    """How a part of a reward that is an opinion and not the truth counts in reinforcement learning."""
+    """One learned part of a reward in reinforcement learning, and its reward-hacking alarm."""
 
     of: str = Field(
         description="for `judge` a `calibrate` stage that was passed, for `preference` a `reward` stage"

@@ -1,6 +1,6 @@
-"""Methods of distillation as stages of a recipe: labels, pairs, preferences, divergences. No torch.
+"""Methods of distillation as stages of a recipe: labels, pairs, DPO, divergences. No torch.
 
-Fine-tuning on a teacher's outputs is `sample` and `sft`. Here are the methods that look at more than what was said.
+Fine-tuning on a teacher's outputs is `sample` and `sft`. These methods use more than the sampled tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .parts import Budgeted, Optimizer, RewardPart, Sampling, Stage
 
 
 class Label(Stage):
-    """A teacher's likeliest tokens at every token of rows, once for all students."""
+    """Computes a teacher's top-k log-probabilities at every token of rows, once for all students."""
 
     kind: Literal["label"]
     model: str = Field(description="the teacher's stage")
@@ -30,7 +30,7 @@ class Label(Stage):
 
 
 class Pairs(Stage):
-    """Samples of a student, best against worst: what preferences are learned from."""
+    """Samples a student and keeps the best and the worst completion of each problem as a pair, for `dpo`."""
 
     kind: Literal["pairs"]
     model: str = Field(description="the stage whose model is asked")
@@ -42,7 +42,8 @@ class Pairs(Stage):
     )
     scored_by: str | None = Field(
         None,
-        description="a teacher's stage, whose mean log-probability of a completion is the score, in place of `rewards`; or a `calibrate` "
+        description="a teacher's stage, whose mean log-probability of a completion is the score, in "
+        "place of `rewards`; or a `calibrate` "
         "stage, whose judge gives it",
     )
     prompts: int = Field(512, ge=1, description="how many problems are asked")
@@ -53,13 +54,14 @@ class Pairs(Stage):
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
-class Preference(Budgeted):
-    """Direct preference optimisation on pairs; the model at the beginning is the reference."""
+class DPO(Budgeted):
+    """Direct preference optimisation on pairs (arXiv 2305.18290); the initial model is the reference."""
 
-    kind: Literal["preference"]
+    kind: Literal["dpo"]
     model: str = Field(description="the stage whose model learns")
     pairs: dict[str, float] = Field(
-        description="`pairs` stages, and JSONL or Parquet with `prompt`, `chosen` and `rejected`, with the share of each"
+        description="`pairs` stages, and JSONL or Parquet with `prompt`, `chosen` and `rejected`, "
+        "with the share of each"
     )
     licence: str | None = Field(
         None,
@@ -76,7 +78,8 @@ class Preference(Budgeted):
     batch_tokens: int = Field(4096, ge=64, description="tokens of one update, about")
     recompute: bool = Field(
         False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
+        description="keep less in memory while learning, and compute it again: the same numbers, a "
+        "third slower",
     )
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=2e-4, warmup_steps=5, schedule="linear"), description="how the weights move"
@@ -84,17 +87,19 @@ class Preference(Budgeted):
 
 
 class Distill(Budgeted):
-    """A student learns its teachers' distributions, on what it says itself, on rows, or on both."""
+    """Trains a student on its teachers' distributions: on its own completions, on rows, or on both."""
 
     kind: Literal["distill"]
     model: str = Field(description="the student's stage")
     teachers: dict[str, str] = Field(
         {},
-        description="names of problems, each with the stage of the teacher for them; `label` stages need none",
+        description="names of problems, each with the stage of the teacher for them; "
+        "`label` stages need none",
     )
     divergence: Literal["forward", "reverse", "jsd", "text"] = Field(
         "reverse",
-        description="KL(teacher, student), which covers; KL(student, teacher), which selects; between them; or of spans of "
+        description="KL(teacher, student), which covers; KL(student, teacher), which selects; "
+        "between them; or of spans of "
         "text, for teachers with other tokenizers",
     )
     beta: float = Field(
@@ -121,7 +126,8 @@ class Distill(Budgeted):
     )
     recompute: bool = Field(
         False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
+        description="keep less in memory while learning, and compute it again: the same numbers, a "
+        "third slower",
     )
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3),
@@ -130,9 +136,11 @@ class Distill(Budgeted):
 
     @model_validator(mode="after")
     def _fed(self) -> Distill:
+        """Refuse steps that have nothing to learn from."""
         if self.on_policy > 0 and not (self.problems and self.teachers):
             raise ValueError(
-                f"on_policy = {self.on_policy:g} needs problems for the student to answer, and teachers for them"
+                f"on_policy = {self.on_policy:g} needs problems for the student to answer, and "
+                "teachers for them"
             )
         if self.on_policy < 1 and not self.rows:
             raise ValueError(f"on_policy = {self.on_policy:g} leaves steps that need rows")

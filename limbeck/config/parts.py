@@ -1,4 +1,4 @@
-"""The parts that stages of a recipe are made of: what all have, a model's shape, sampling, optimiser, policy. No torch."""
+"""Settings that several stages share: a model's shape, sampling, optimizer, policy. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ RewardPart = Literal["accuracy", "format", "language", "judge", "preference"]
 
 
 class Settings(BaseModel):
+    """The base of all settings: immutable, and an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Stage(Settings):
-    """What every stage has. `title` and `log_every` change no result and so no key."""
+    """The settings of every stage. None of them changes a result, and so none changes a key."""
 
     title: str = Field("", description="a line for the report")
     log_every: int = Field(
@@ -26,11 +28,12 @@ class Stage(Settings):
 
 
 class Budgeted(Stage):
-    """A stage that learns, and may be stopped by what it has spent."""
+    """A stage that learns, with an optional budget of FLOPs."""
 
     flops_of: str | None = Field(
         None,
-        description="a stage to compare with: stop, at the latest when all is done, once as many FLOPs are spent as it took",
+        description="a stage to compare with: stop, at the latest when all is done, once as many "
+        "FLOPs are spent as it took",
     )
     flops: float | None = Field(
         None,
@@ -40,6 +43,7 @@ class Budgeted(Stage):
 
     @model_validator(mode="after")
     def _one(self) -> Budgeted:
+        """Refuse two budgets."""
         if self.flops_of and self.flops:
             raise ValueError(
                 f"flops_of = {self.flops_of} and flops = {self.flops:g} are two budgets; give one"
@@ -48,9 +52,9 @@ class Budgeted(Stage):
 
 
 class LatentShape(Settings):
-    """Multi-head latent attention: keys and values are made from one small latent a token."""
+    """Multi-head latent attention: each token's keys and values are projected from one small latent."""
 
-    kv_rank: int = Field(ge=4, description="size of the latent")
+    kv_lora_rank: int = Field(ge=4, description="size of the latent")
     nope_dim: int = Field(ge=2, description="part of a key that is not rotated")
     rope_dim: int = Field(ge=2, multiple_of=2, description="part of a key that is, shared by all heads")
     value_dim: int = Field(ge=2, description="size of a value")
@@ -58,7 +62,7 @@ class LatentShape(Settings):
 
 
 class ExpertsShape(Settings):
-    """A mixture of experts as DeepSeek-V3's: sigmoid scores, biases that balance, shared experts."""
+    """A mixture of experts like DeepSeek-V3's: sigmoid scores, balancing biases, shared experts."""
 
     count: int = Field(ge=2, description="routed experts")
     top_k: int = Field(ge=1, description="of which each token meets so many")
@@ -71,6 +75,7 @@ class ExpertsShape(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> ExpertsShape:
+        """Refuse groups of unequal size, and more experts a token than its groups have."""
         if self.count % self.groups:
             raise ValueError(f"count = {self.count} experts do not fall into groups = {self.groups} alike")
         if self.top_groups > self.groups or self.top_k > self.count // self.groups * self.top_groups:
@@ -79,8 +84,10 @@ class ExpertsShape(Settings):
 
 
 class Shape(Settings):
-    """The dimensions of a model trained from scratch, tied embeddings: Llama-style; with `latent`, DeepSeek-V3's
-    kind, whose feed-forward may be `experts`."""
+    """The dimensions of a model trained from scratch, with tied embeddings.
+
+    Without `latent` the model is Llama-style. With it, it is like DeepSeek-V3, and may have `experts`.
+    """
 
     hidden_size: int = Field(64, ge=8, description="width of the hidden states")
     layers: int = Field(3, ge=1, description="number of blocks")
@@ -94,17 +101,19 @@ class Shape(Settings):
     )
     latent: LatentShape | None = Field(None, description="latent attention in place of grouped queries")
     experts: ExpertsShape | None = Field(None, description="a mixture of experts; needs `latent`")
-    predicted: int = Field(0, ge=0, description="modules that predict one token further each")
+    mtp_layers: int = Field(0, ge=0, description="modules that predict one token further each")
 
     @model_validator(mode="after")
     def _fit(self) -> Shape:
+        """Refuse experts without latent attention, and heads that do not divide."""
         if self.experts and not self.latent:
             raise ValueError(
                 "experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too"
             )
         if not self.latent and self.hidden_size % (2 * self.heads):
             raise ValueError(
-                f"hidden_size = {self.hidden_size} is no even number of dimensions for each of heads = {self.heads}, and rotary "
+                f"hidden_size = {self.hidden_size} is no even number of dimensions for each of heads "
+                f"= {self.heads}, and rotary "
                 f"positions take dimensions in pairs; make hidden_size a multiple of {2 * self.heads}"
             )
         if not self.latent and self.heads % self.kv_heads:
@@ -115,7 +124,7 @@ class Shape(Settings):
 
 
 class Sampling(Settings):
-    """How completions are drawn. `temperature: 0` is greedy."""
+    """Sampling parameters of completions. `temperature: 0` is greedy."""
 
     temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
     top_p: float = Field(
@@ -128,7 +137,7 @@ class Sampling(Settings):
 
 
 class Prices(Settings):
-    """What an endpoint asks for, per million tokens."""
+    """An endpoint's prices per million tokens."""
 
     input: float = Field(ge=0, description="for a million tokens of prompts")
     output: float = Field(ge=0, description="for a million tokens of responses, thoughts included")
@@ -136,7 +145,7 @@ class Prices(Settings):
 
 
 class Optimizer(Settings):
-    """AdamW, or Muon for the matrices with AdamW for the rest; linear warm-up, then the schedule."""
+    """AdamW, or Muon for matrices and AdamW for the rest; a linear warm-up, then the schedule."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="`muon` for the matrices inside the blocks, AdamW for the rest; or AdamW for all"
@@ -164,7 +173,7 @@ class Optimizer(Settings):
     expert_ratio: float = Field(
         1.0, gt=0, description="the rate of routed experts as a share of the others' (Hunyuan-Large: 0.31)"
     )
-    ahead_weight: float = Field(
+    mtp_loss_weight: float = Field(
         0.3, ge=0, description="weight of the loss of modules that predict further than the next token"
     )
 
@@ -182,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Policy(Settings):
-    """Group-relative policy optimisation: what makes an advantage, and how far one step may go."""
+    """Group-relative policy optimisation: group size, advantages, clipping, and the reference."""
 
     preset: Literal["default", "r1"] = Field(
         "default", description="where the defaults of the other settings come from"
@@ -220,7 +229,9 @@ class Policy(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {**PRESETS.get(str(given.get("preset", "default")), {}), **given}
+    def _preset(cls, settings: Any) -> Any:
+        """Take the preset's value for each setting that is not given."""
+        if not isinstance(settings, dict):
+            return settings
+        preset = str(settings.get("preset", "default"))
+        return {**PRESETS.get(preset, {}), **settings}

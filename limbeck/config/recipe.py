@@ -1,17 +1,18 @@
-"""A recipe: where problems come from, and the stages that turn a base model into a reasoning one.
+"""A recipe: its sources of problems, and the stages that turn a base model into a reasoning one.
 
-Every model forbids unknown keys; `load.py` turns YAML into these, and mistakes into sentences.
+Every model forbids unknown keys. `load.py` reads YAML into these; `validate.py` makes sentences of mistakes.
 Validators reject; they never rewrite. Reading a recipe imports no torch.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from .learned_rewards import TABLES, Calibrate, Opinion, Reward
-from .methods import Distill, Label, Pairs, Preference
+from .methods import DPO, Distill, Label, Pairs
 from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
 CorpusShare = Literal[
@@ -85,7 +86,8 @@ class Files(Settings):
     seed: int = Field(0, description="chooses which problems are held out")
     licence: str | None = Field(
         None,
-        description="of the rows: `own`, `internal` (must not leave the house), or the data set's; learning needs to know",
+        description="of the rows: `own`, `internal` (must not leave the house), or the data set's; "
+        "learning needs to know",
     )
     teachers: list[str] = Field(
         [], description="models that wrote, filtered or judged the rows; their terms bind as well"
@@ -126,8 +128,8 @@ class Remote(Stage):
     licence: str = Field("", description="licence or terms that bind what the model writes")
     prices: Prices | None = Field(None, description="to count money beside tokens")
     requests_per_minute: float | None = Field(None, gt=0, description="at most so many, evenly spaced")
-    concurrent: int = Field(4, ge=1, description="requests on their way at once")
-    patience: float = Field(600, gt=0, description="seconds to wait for one response")
+    max_concurrency: int = Field(4, ge=1, description="requests on their way at once")
+    timeout: float = Field(600, gt=0, description="seconds to wait for one response")
     logprobs: bool = Field(
         False, description="ask for the log-probabilities of what was sampled; some endpoints refuse"
     )
@@ -168,7 +170,7 @@ class RL(Budgeted):
         {"accuracy": 1.0, "format": 0.2},
         description="what each part of a score is worth; parts that are not named earn nothing",
     )
-    opinions: dict[Literal["judge", "preference"], Opinion] | None = Field(
+    learned_rewards: dict[Literal["judge", "preference"], Opinion] | None = Field(
         None, description="where the parts `judge` and `preference` come from, and when they count"
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
@@ -183,7 +185,8 @@ class RL(Budgeted):
     )
     recompute: bool = Field(
         False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
+        description="keep less in memory while learning, and compute it again: the same numbers, a "
+        "third slower",
     )
 
 
@@ -221,14 +224,16 @@ class Sample(Stage):
     longest: int | None = Field(None, ge=1, description="drop responses of more tokens than this")
     keep: Literal["shortest", "best"] | None = Field(
         None,
-        description="of the completions that pass keep the shortest, or those with the best score; else the first",
+        description="of the completions that pass keep the shortest, or those with the best score; "
+        "else the first",
     )
     rewards: dict[RewardPart, float] | None = Field(
         None, description="what each part of the score is worth that `best` goes by; else accuracy alone"
     )
     scored_by: str | None = Field(
         None,
-        description="a teacher's stage, whose mean log-probability of a completion is the score that `best` goes by; or a `calibrate` "
+        description="a teacher's stage, whose mean log-probability of a completion is the score that "
+        "`best` goes by; or a `calibrate` "
         "stage, whose judge gives it",
     )
     judge: str | None = Field(
@@ -253,7 +258,8 @@ class Curate(Stage):
         None,
         ge=0,
         le=1,
-        description="share of the rows that two people review, neither knowing what the other said; can be changed at the desk",
+        description="share of the rows that two people review, neither knowing what the other said; "
+        "can be changed at the desk",
     )
     auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
     policy: Literal["accept", "translate"] = Field(
@@ -280,7 +286,8 @@ class SFT(Budgeted):
     batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
     recompute: bool = Field(
         False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a third slower",
+        description="keep less in memory while learning, and compute it again: the same numbers, a "
+        "third slower",
     )
     optimizer: Optimizer = Field(
         Optimizer(name="muon", learning_rate=2e-3, schedule="cosine"), description="how the weights move"
@@ -340,7 +347,7 @@ AnyStage = Annotated[
     | General
     | Label
     | Pairs
-    | Preference
+    | DPO
     | Distill
     | Calibrate
     | Reward
@@ -369,38 +376,54 @@ class Recipe(Settings):
 
 
 def inputs(stage: Stage) -> list[str]:
-    """The stages that a stage takes its artifacts from; names of problems that are stages are added by `graph`."""
-    compared = filter(None, [getattr(stage, "flops_of", None)])
+    """The stages whose artifacts a stage needs; screen stages among its `problems` are added by `graph`."""
     match stage:
-        case RL():
-            return [stage.model, *compared, *(opinion.of for opinion in (stage.opinions or {}).values())]
+        case Budgeted():
+            return _inputs_of_budgeted(stage)
         case Screen():
             return [stage.model]
         case Sample():
-            return [stage.model, *filter(None, [stage.scored_by, stage.judge])]
+            return [stage.model, *_named(stage.scored_by, stage.judge)]
         case Pairs():
-            return [stage.model, *filter(None, [stage.scored_by])]
-        case SFT() | Label():
-            return [stage.model, *stage.rows, *compared]
-        case Preference():
-            return [stage.model, *cited_rows(*stage.pairs), *compared]
-        case Distill():
-            return [stage.model, *stage.teachers.values(), *stage.rows, *compared]
+            return [stage.model, *_named(stage.scored_by)]
+        case Label():
+            return [stage.model, *stage.rows]
         case Calibrate():
-            return [stage.judge, *filter(None, [stage.model]), *cited_rows(stage.rows)]
+            return [stage.judge, *_named(stage.model), *cited_rows(stage.rows)]
         case Reward():
             return [stage.model, *cited_rows(stage.rows)]
         case Curate():
             return [stage.rows]
         case Evaluate():
-            return [*dict.fromkeys([*stage.models, *stage.forced])]
+            return list(dict.fromkeys([*stage.models, *stage.forced]))
         case Report():
-            return [stage.evaluation, *(name for names in stage.compare.values() for name in names)]
+            return [stage.evaluation, *itertools.chain(*stage.compare.values())]
     return []
 
 
+def _inputs_of_budgeted(stage: Budgeted) -> list[str]:
+    """The inputs of a stage that learns under a budget; the stage that it is compared with is one."""
+    compared = _named(stage.flops_of)
+    match stage:
+        case RL():
+            learned = stage.learned_rewards or {}
+            return [stage.model, *compared, *(opinion.of for opinion in learned.values())]
+        case SFT():
+            return [stage.model, *stage.rows, *compared]
+        case DPO():
+            return [stage.model, *cited_rows(*stage.pairs), *compared]
+        case Distill():
+            return [stage.model, *stage.teachers.values(), *stage.rows, *compared]
+    return compared
+
+
+def _named(*stages: str | None) -> list[str]:
+    """The names among optional ones."""
+    return [name for name in stages if name]
+
+
 def cited_rows(*rows: str) -> list[str]:
-    """The stages among those that give rows; the others are files."""
+    """The stages among sources of rows; the others are files."""
     return [name for name in rows if name and not name.endswith(TABLES)]
 
 

@@ -152,7 +152,7 @@ class Endpoint:
         """Responses to (body, sample) by key, fetched concurrently. The first failure stops all others and is
         raised."""
         self.failed.clear()
-        with ThreadPoolExecutor(self.settings.concurrent) as pool:
+        with ThreadPoolExecutor(self.settings.max_concurrency) as pool:
             futures = {
                 key: pool.submit(self._fetch, key, body, sample, progress)
                 for key, (body, sample) in requests.items()
@@ -231,7 +231,7 @@ class Endpoint:
                     base_url=self.settings.url,
                     api_key=self.key or "none",
                     max_retries=0,
-                    timeout=self.settings.patience,
+                    timeout=self.settings.timeout,
                     default_headers={**headers, **_hidden_headers()},
                 )
             return self.client
@@ -284,7 +284,7 @@ class Endpoint:
 
         url = self.settings.url
         if isinstance(error, openai.APITimeoutError):
-            seconds = f"{self.settings.patience:g} seconds"
+            seconds = f"{self.settings.timeout:g} seconds"
             return self._resumable(f"{url} did not answer within {seconds}, {ATTEMPTS} times")
         if isinstance(error, openai.APIConnectionError):
             reason = str(error.__cause__ or error)

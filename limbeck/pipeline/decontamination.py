@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..config.load import MODELS
 from ..config.recipe import Evaluate, Problems, Recipe, Stage
+from ..config.validate import MODELS
 from ..run_log import read
 from ..types import Task
 from .dataset_rows import PROBLEMS, ROWS, said

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.aliases import stored, stored_kind
 from ..config.learned_rewards import TABLES, Calibrate, Reward
-from ..config.methods import Preference
+from ..config.methods import DPO
 from ..config.recipe import (
     Curate,
     Evaluate,
@@ -33,7 +34,7 @@ from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
 # of an endpoint: its responses are the same
-QUIET |= {"key", "prices", "requests_per_minute", "concurrent", "patience"}
+QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
 VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
 
 
@@ -126,7 +127,7 @@ class Graph:
     def identity(self, node: Node) -> dict[str, Any]:
         """Everything that determines a stage's result; its hash is the key."""
         identity = {
-            "version": VERSIONS.get(node.kind, 1),
+            "version": VERSIONS.get(stored_kind(node.kind), 1),
             "settings": self._settings(node.stage),
             "seed": seed_of(self.recipe, node),
             "problems": {name: self._source(problems) for name, problems in node.problems.items()},
@@ -142,8 +143,8 @@ class Graph:
     def _settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that change a stage's result."""
         configured = {k: v for k, v in stage.model_dump(mode="json").items() if k not in QUIET}
-        # without None: a new option leaves old keys alone
-        settings = {k: v for k, v in configured.items() if v is not None}
+        # in the words of old keys, and without None: neither a new word nor a new option changes a key
+        settings = {k: v for k, v in stored(configured).items() if v is not None}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(stage, Load):  # a model counts by its content, wherever it lies
@@ -240,19 +241,19 @@ def tables_of(stage: Stage) -> list[str]:
     cited: Iterable[str] = ()
     if isinstance(stage, Calibrate | Reward):
         cited = [stage.rows]
-    elif isinstance(stage, Preference):
+    elif isinstance(stage, DPO):
         cited = stage.pairs
     return [name for name in cited if name.endswith(TABLES)]
 
 
 def table_setting(stage: Stage) -> str:
     """The setting that names a stage's files."""
-    return "pairs" if isinstance(stage, Preference) else "rows"
+    return "pairs" if isinstance(stage, DPO) else "rows"
 
 
-def rename_tables(stage: Calibrate | Reward | Preference, names: Mapping[str, str]) -> dict[str, Any]:
+def rename_tables(stage: Calibrate | Reward | DPO, names: Mapping[str, str]) -> dict[str, Any]:
     """The setting that names a stage's files, with the files renamed as `names` maps them."""
-    if isinstance(stage, Preference):
+    if isinstance(stage, DPO):
         return {"pairs": {names.get(cited, cited): share for cited, share in stage.pairs.items()}}
     return {"rows": names[stage.rows]}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import __version__
+from ..config.aliases import stored, stored_kind
 from ..config.load import dump
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
@@ -267,11 +268,11 @@ class Run:
             manifest = artifact.manifest
             inputs[name] = {"key": manifest["key"], "digest": artifact.digest, "kind": manifest["kind"]}
         manifest = {
-            "kind": node.kind,
+            "kind": stored_kind(node.kind),
             "key": node.key,
             "stage": node.name,
             "title": node.stage.title,
-            "settings": node.stage.model_dump(mode="json"),
+            "settings": stored(node.stage.model_dump(mode="json")),
             "identity": self.graph.identity(node),
             "inputs": inputs,
             "code_version": __version__,

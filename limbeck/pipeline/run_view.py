@@ -19,7 +19,7 @@ from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
 from .run_state import Overview, StageState
 
-FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "preference", "distill", "reward"), "model")
+FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
 LEFT_OUT = ("evaluate", "report")  # kinds that are not drawn: one a model, and one at the end of everything
 
 

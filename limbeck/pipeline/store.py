@@ -25,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..config.aliases import current_kind, stored_kind
 from ..run_log import TIMING
 from ..types import Corrupted, LimbeckError, Resumable
 
@@ -47,7 +48,7 @@ class Artifact:
     @property
     def kind(self) -> str:
         """The kind of the stage that made it, such as `rl`."""
-        return self.manifest["kind"]
+        return current_kind(self.manifest["kind"])
 
     @property
     def digest(self) -> str:
@@ -245,7 +246,7 @@ def out_of_space(error: BaseException | None) -> bool:
 
 
 def _name(kind: str, key: str) -> str:
-    return f"{kind}-{key[:16]}"
+    return f"{stored_kind(kind)}-{key[:16]}"
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Fit the planner's constants to public benchmark sweeps: `python -m limbeck.plan.calibrate published_runs_ext.csv`.
+"""Fit the planner's constants to public benchmark sweeps: `python -m limbeck.plan.calibrate runs.csv`.
 
-The table is the user's own copy; it is not part of the package. A fit uses every second model x chips group of the
-Ultrascale rows, the single-node rows of vTrain, BLOOM's prequel and MPT; vTrain's multi-node rows are left for checking.
-The loss is the mean over sets of the mean of min(|log(foreseen / measured)|, 0.5), so that no set and no outlier rules.
+The table is the user's own copy; it is not part of the package. A fit uses every second model x chips group
+of the Ultrascale rows, the single-node rows of vTrain, BLOOM's prequel and MPT; vTrain's multi-node rows are
+left for checking. The loss is the mean over sets of the mean of min(|log(predicted / measured)|, 0.5), so
+that no set and no outlier dominates.
 """
 
 from __future__ import annotations
@@ -21,141 +22,175 @@ from .roofline import Roofline
 from .step import Foresight
 from .verify import percentile
 
-LEAST_MFU = 0.08  # below it a run was broken, not slow
-MOST_ROWS = 24  # of a set
+LEAST_MFU = 0.08  # share of the peak, below which a run was broken, not slow
+MOST_ROWS = 24  # rows of a set
+MOST_ERROR = 0.5  # of a logarithm: a worse row counts no more
+MOST_CHIPS = 128  # chips of an Ultrascale row that is fitted to
+GAIN = 1e-5  # loss by which a change must be better
+FIRST_FACTOR = 1.25  # by which a constant is changed in the first round
+SHRINK = 0.6  # exponent of the factor from one round to the next
+SAME_RUN = ("layers", "hidden", "heads", "seq", "n_chips", "global_batch_tokens", "chip", "precision")
 
 
 def seconds(row: Row) -> float:
-    """Measured seconds of a step; 0 where the row tells none."""
+    """Measured seconds of a step; 0 where the row has none."""
     if row.metric == "step_time_s":
         return row.value
-    if row.metric == "tokens_per_s_per_gpu" and row.number("global_batch_tokens") and row.chips:
-        return row.number("global_batch_tokens") / row.value / row.chips
+    tokens = row.number("global_batch_tokens")
+    if row.metric == "tokens_per_s_per_gpu" and tokens and row.chips:
+        return tokens / row.value / row.chips
     return 0.0
 
 
 def utilisation(row: Row) -> float:
-    """6ND over the 16-bit peak: rough, to leave out what was broken."""
+    """6ND over the 16-bit peak: rough, to leave out broken runs."""
     peak = row.cluster.chip.rate("fp16")
-    return (
-        6 * row.number("active_params") * row.number("global_batch_tokens") / seconds(row) / row.chips / peak
-    )
+    flops = 6 * row.number("active_params") * row.number("global_batch_tokens")
+    return flops / seconds(row) / row.chips / peak
 
 
 def sets(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows to fit to, by where they come from."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    """The rows to fit to, by their source."""
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if not seconds(row) or not row.complete or utilisation(row) < LEAST_MFU:
-            continue
-        name = row.name.split("-")[0].split()[0] + " " + row["chip"].split("-")[0]
-        if row.precision == "fp8":
-            continue
-        if row.name.startswith("vTrain"):
-            name = row.name.split()[0]
-        if row.name.startswith("ultrascale"):
-            if row.chips > 128 or (row.integer("layers") + row.chips.bit_length()) % 2:
-                continue
-            name += " pp" if row.integer("pp") > 1 else " tp" if row.integer("tp") > 1 else " dp"
-        found[name].append(row)
-    return {name: few[:: max(1, len(few) // MOST_ROWS)] for name, few in found.items()}
+        if _is_fitted(row):
+            groups[_set_name(row)].append(row)
+    return {name: group[:: max(1, len(group) // MOST_ROWS)] for name, group in groups.items()}
 
 
-def loss(numbers: Constants, chosen: dict[str, list[Row]], exact: bool = False) -> float:
+def _is_fitted(row: Row) -> bool:
+    """True if a row has a step's time and belongs to the half that is fitted to."""
+    if not seconds(row) or not row.complete or utilisation(row) < LEAST_MFU:
+        return False
+    if row.precision == "fp8":
+        return False
+    if row.name.startswith("ultrascale"):
+        odd = (row.integer("layers") + row.chips.bit_length()) % 2
+        return row.chips <= MOST_CHIPS and not odd
+    return True
+
+
+def _set_name(row: Row) -> str:
+    """The set of a row: source and chip; Ultrascale's are split by their parallelism."""
+    source = row.name.split()[0]
+    if row.name.startswith("vTrain"):
+        return source
+    chip = row["chip"].split("-")[0]
+    name = f"{row.name.split('-')[0].split()[0]} {chip}"
+    if not row.name.startswith("ultrascale"):
+        return name
+    if row.integer("pp") > 1:
+        return f"{name} pp"
+    return f"{name} tp" if row.integer("tp") > 1 else f"{name} dp"
+
+
+def loss(numbers: Constants, groups: dict[str, list[Row]], exact: bool = False) -> float:
+    """The mean over sets of the mean error, which is cut at MOST_ERROR."""
     total = 0.0
-    for rows in chosen.values():
-        total += sum(min(0.5, abs(error(row, numbers, exact))) for row in rows) / len(rows)
-    return total / len(chosen)
+    for rows in groups.values():
+        errors = [min(MOST_ERROR, abs(error(row, numbers, exact))) for row in rows]
+        total += sum(errors) / len(rows)
+    return total / len(groups)
 
 
 def error(row: Row, numbers: Constants, exact: bool = True) -> float:
-    """log(foreseen / measured)."""
+    """log(predicted / measured); MOST_ERROR where the planner refuses the run."""
     try:
         roof = Roofline(row.cluster.chip, row.precision, row.software, numbers)
         step = Foresight(row.model, row.cluster, row.layout, row.batch, row.seq, roof, exact).step()
     except LimbeckError:
-        return 0.5
+        return MOST_ERROR
     return log(step.seconds / seconds(row))
 
 
-def fit(chosen: dict[str, list[Row]], numbers: Constants, rounds: int = 5) -> Constants:
-    """One constant after the other, by smaller and smaller factors."""
-    names = [name for name, told in provenance().items() if told["kind"] == "fitted" and name != "waste"]
-    least, factor = loss(numbers, chosen), 1.25
+def fit(groups: dict[str, list[Row]], numbers: Constants, rounds: int = 5) -> Constants:
+    """Coordinate descent: one constant after the other, by smaller and smaller factors."""
+    fitted = [name for name, entry in provenance().items() if entry["kind"] == "fitted"]
+    names = [name for name in fitted if name != "waste"]
+    least = loss(numbers, groups)
+    factor = FIRST_FACTOR
     for _ in range(rounds):
         for name in names:
             for scale in (factor, 1 / factor):
-                while (
-                    now := loss(trial := replace(numbers, **{name: getattr(numbers, name) * scale}), chosen)
-                ) < least - 1e-5:
-                    least, numbers = now, trial
-        factor = factor**0.6
-        print(f"{least:.4f}", {name: float(f"{getattr(numbers, name):.3g}") for name in names}, flush=True)
+                numbers, least = _descend(groups, numbers, least, name, scale)
+        factor = factor**SHRINK
+        values = {name: float(f"{getattr(numbers, name):.3g}") for name in names}
+        print(f"{least:.4f}", values, flush=True)
     return numbers
 
 
+def _descend(
+    groups: dict[str, list[Row]], numbers: Constants, least: float, name: str, scale: float
+) -> tuple[Constants, float]:
+    """The constants with one of them scaled as often as the loss falls, with the loss."""
+    while True:
+        trial = replace(numbers, **{name: getattr(numbers, name) * scale})
+        trial_loss = loss(trial, groups)
+        if trial_loss >= least - GAIN:
+            return numbers, least
+        least = trial_loss
+        numbers = trial
+
+
 def regrets(rows: list[Row]) -> list[float]:
-    """By how much the layout that is foreseen to be fastest is slower than the fastest measured, a group of runs that
-    differ in nothing else."""
+    """The relative time lost by choosing the layout with the shortest forecast, for each group of runs.
+
+    The runs of a group differ in nothing but their layout.
+    """
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         if seconds(row) and row.complete:
-            shape = tuple(
-                row[key]
-                for key in (
-                    "layers",
-                    "hidden",
-                    "heads",
-                    "seq",
-                    "n_chips",
-                    "global_batch_tokens",
-                    "chip",
-                    "precision",
-                )
-            )
-            groups[row.name.split()[0].split("-h=")[0], *shape].append(row)
-    found = []
-    for group in groups.values():
-        if len(group) > 2:
-            chosen = min(group, key=lambda row: error(row, constants(), exact=False) + log(seconds(row)))
-            found.append(seconds(chosen) / min(map(seconds, group)) - 1)
-    return found
+            model = row.name.split()[0].split("-h=")[0]
+            groups[model, *(row[key] for key in SAME_RUN)].append(row)
+    return [_regret(group) for group in groups.values() if len(group) > 2]
+
+
+def _regret(group: list[Row]) -> float:
+    """The relative time lost in one group."""
+    numbers = constants()
+
+    def predicted(row: Row) -> float:
+        return error(row, numbers, exact=False) + log(seconds(row))
+
+    chosen = min(group, key=predicted)
+    return seconds(chosen) / min(map(seconds, group)) - 1
 
 
 def fitting(rows: list[Row]) -> str:
-    """How often it is foreseen whether a run fits, and the error of its peak memory, on every third row."""
-    told = {
-        metric: [row for row in rows if row.metric == metric][::3]
-        for metric in ("peak_mem_reserved_gb", "oom")
-    }
-    ran, broke = ([row.memory for row in some] for some in told.values())
-    refused, admitted = sum(not held.fits for held in ran), sum(held.fits for held in broke)
-    right = len(broke) - admitted
-    errors = [
-        abs(held.reserved / 1e9 / row.value - 1)
-        for held, row in zip(ran, told["peak_mem_reserved_gb"], strict=True)
-    ]
+    """How often the planner knows if a run fits, and the error of its peak memory, on every third row."""
+    ran = [row for row in rows if row.metric == "peak_mem_reserved_gb"][::3]
+    failed = [row for row in rows if row.metric == "oom"][::3]
+    memories = [row.memory for row in ran]
+    errors: list[float] = []
+    for row, memory in zip(ran, memories, strict=True):
+        errors.append(abs(memory.reserved / 1e9 / row.value - 1))
+    refused = sum(not memory.fits for memory in memories)
+    admitted = sum(row.memory.fits for row in failed)
+    right = len(failed) - admitted
+    f1 = 2 * right / (2 * right + refused + admitted)
     return (
-        f"{len(ran) + len(broke)} rows: {refused} wrongly refused, {admitted} wrongly admitted, F1 {2 * right / (2 * right + refused + admitted):.3f}; "
+        f"{len(ran) + len(failed)} rows: {refused} wrongly refused, {admitted} wrongly admitted, "
+        f"F1 {f1:.3f}; "
         f"peak memory median {median(errors):.1%}, 95th percentile {percentile(errors, 0.95):.1%}"
     )
 
 
 def main() -> None:
-    """`FILE` fits; `FILE regret` tells what choosing by forecast costs, `FILE memory` how well it is known what fits."""
+    """`FILE` fits; `FILE regret` prints the time lost by choosing, `FILE memory` errors of memory."""
     rows = read(Path(sys.argv[1]))
     if sys.argv[2:] == ["regret"]:
         for name in ("BLOOM", "vTrain-multi", "vTrain-single", "ultrascale"):
             lost = regrets([row for row in rows if row.name.startswith(name)])
-            print(
-                f"{name}: {len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {percentile(lost, 0.95):.1%}"
-            )
+            high = percentile(lost, 0.95)
+            line = f"{len(lost)} groups, regret median {median(lost):.1%}, 95th percentile {high:.1%}"
+            print(f"{name}: {line}")
         return
     if sys.argv[2:] == ["memory"]:
-        return print(fitting([row for row in rows if row.name.startswith("ultrascale")]))
-    chosen = sets(rows)
-    print({name: len(few) for name, few in chosen.items()})
-    fit(chosen, constants())
+        print(fitting([row for row in rows if row.name.startswith("ultrascale")]))
+        return
+    groups = sets(rows)
+    print({name: len(group) for name, group in groups.items()})
+    fit(groups, constants())
 
 
 if __name__ == "__main__":

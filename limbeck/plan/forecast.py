@@ -1,5 +1,8 @@
-"""How long a recipe takes on this machine: each stage's tokens (stage_work.py) at this machine's rates (machine_rates.py), and all of
-them on its workers, one waiting for another as the graph says."""
+"""The time of a recipe on this machine, or on chips elsewhere.
+
+Each stage's tokens (stage_work.py) at this machine's measured rates (machine_rates.py), scheduled on the
+recipe's workers by the graph's dependencies.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,28 @@ from .stage_work import SMALL, Rollout, StageWork
 STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed
 LEAD = 2  # rows that an engine still has when the last ones end
-HANDLING = 18e-6  # seconds for a sampled token beside the engine: text, scores, packing, records. Fitted to the quickstart's records
-DESK_SECONDS = 60  # a person's, a row: guessed
-REACHED = 0.75  # of a large square product's FLOP/s, learning of a large model with many tokens: from SmolLM2's fine-tuning
-ELSEWHERE = 2.0  # how sure a stage's time on chips is that nobody has measured: a factor
-START = 30.0  # seconds to start a stage there: processes, weights, compiling
-OPERATIONS = 20  # that the host starts for a layer, forward
+# seconds for a sampled token beside the engine: text, scores, packing, records; fitted to the quickstart's
+# records
+HANDLING = 18e-6
+DESK_SECONDS = 60  # seconds of a person for a row: guessed
+# share of a large square product's FLOP/s that learning of a large model with many tokens reaches:
+# SmolLM2's fine-tuning
+REACHED = 0.75
+ELSEWHERE = 2.0  # factor within which a stage's time on other chips is known
+START = 30.0  # seconds to start a stage on other chips: processes, weights, compiling
+OPERATIONS = 20  # operations that the host starts for a layer, forward
+PREFILL_TOKENS = (1024, 2048)  # tokens of the two updates from which the cost of prefill is taken
+LEARNING_ROWS = 256  # rows in flight of an RL stage
+MOST_DRAWN = 512  # lengths that are simulated for one replica
+REPLICA_CHIPS = (1, 2, 4, 8, 16, 32, 64)  # chips of a replica that are tried
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage's seconds with their interval, its tokens and FLOPs, and what binds it.
+    """A stage's seconds with their interval, its tokens and FLOPs, and the part that takes the longest.
 
-    `Forecast("zero", "rl", 70.0, 45.0, 105.0, {"rollout": 38.0, "learning": 24.0, ...}, "rollout: 54 %", 1.7e6, 1.2e12)`
+    `Forecast("zero", "rl", 70.0, 45.0, 105.0, {"rollout": 38.0, "learning": 24.0, ...}, "rollout: 54 %",
+    1.7e6, 1.2e12)`
     """
 
     stage: str
@@ -49,15 +61,15 @@ class Forecast:
     inputs: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
-        """As a run's `forecast.json` has it."""
-        rounded = {name: round(seconds, 2) for name, seconds in self.parts.items() if seconds >= 0.01}
+        """The forecast as JSON, as in a run's `forecast.json`."""
+        parts = {name: round(seconds, 2) for name, seconds in self.parts.items() if seconds >= 0.01}
         return {
             "stage": self.stage,
             "kind": self.kind,
             "seconds": round(self.seconds, 2),
             "low": round(self.low, 2),
             "high": round(self.high, 2),
-            "parts": rounded,
+            "parts": parts,
             "binds": self.binds,
             "tokens": round(self.tokens),
             "flops": float(f"{self.flops:.3g}"),
@@ -65,143 +77,198 @@ class Forecast:
         }
 
 
-def asked_of(efforts: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
-    """What of the stages' models has to be measured; models of one shape and use share their measurement."""
-    shapes: dict[ModelConfig, list[StageWork]] = {}
-    for effort in efforts:
-        if effort.model and (effort.rollouts or effort.learned or effort.read):
-            shapes.setdefault(configs[effort.model], []).append(effort)
-        if effort.reader:
-            shapes.setdefault(configs[effort.reader], [])
-    found: dict[Use, Asked] = {}
-    for config, group in shapes.items():
-        learning = [e for e in group if e.learned]
-        for i, optimizer in enumerate(sorted({e.optimizer for e in learning}) or ["adamw"]):
-            mine = [e for e in learning if e.optimizer == optimizer]
-            sizes = [e.learned / max(1, e.updates) for e in mine] or [1024]
-            rollouts = [r for e in group for r in e.rollouts]
-            lengths = [e.length for e in mine if e.length] or [64]
-            found[config, optimizer] = Asked(
-                config,
-                optimizer,
-                (_round(min(sizes)), _round(max(max(sizes), 2 * min(sizes)))),
-                _round(sum(lengths) / len(lengths)),
-                (8, _in_flight(config)) if i == 0 else (),
-                _round(sum(r.prompt for r in rollouts) / len(rollouts)) if rollouts else 32,
-                _round(sum(r.length for r in rollouts) / len(rollouts)) if rollouts else 16,
-            )
-    return found
+# ---------------------------------------------------------------- measurements
+
+
+def asked_of(works: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
+    """The measurements that a forecast needs; models of one shape and optimizer share one."""
+    measurements: dict[Use, Asked] = {}
+    for config, group in _by_shape(works, configs).items():
+        optimizers = sorted({work.optimizer for work in group if work.learned})
+        for i, optimizer in enumerate(optimizers or ["adamw"]):
+            rows = (8, _in_flight(config)) if i == 0 else ()
+            measurements[config, optimizer] = _measurement(config, optimizer, group, rows)
+    return measurements
+
+
+def _by_shape(
+    works: Iterable[StageWork], configs: Mapping[str, ModelConfig]
+) -> dict[ModelConfig, list[StageWork]]:
+    """The work of stages by their models' shapes; a teacher's shape may have none."""
+    groups: dict[ModelConfig, list[StageWork]] = {}
+    for work in works:
+        busy = work.rollouts or work.learned or work.read
+        if work.model and busy:
+            groups.setdefault(configs[work.model], []).append(work)
+        if work.reader:
+            groups.setdefault(configs[work.reader], [])
+    return groups
+
+
+def _measurement(config: ModelConfig, optimizer: str, group: list[StageWork], rows: tuple[int, ...]) -> Asked:
+    """The measurement of one model; its sizes are those of the stages in `group`."""
+    learning = [work for work in group if work.learned and work.optimizer == optimizer]
+    lengths = [work.length for work in learning if work.length] or [64]
+    rollouts = [rollout for work in group for rollout in work.rollouts]
+    prompt = _round_mean([rollout.prompt for rollout in rollouts] or [32])
+    new = _round_mean([rollout.length for rollout in rollouts] or [16])
+    return Asked(config, optimizer, _update_sizes(learning), _round_mean(lengths), rows, prompt, new)
+
+
+def _update_sizes(learning: list[StageWork]) -> tuple[int, int]:
+    """The smallest and the largest update in tokens, at least a factor of two apart."""
+    sizes = [work.learned / max(1, work.updates) for work in learning] or [1024]
+    smallest = min(sizes)
+    return _round(smallest), _round(max(*sizes, 2 * smallest))
+
+
+def _round_mean(values: list[float]) -> int:
+    """The mean, rounded."""
+    return _round(sum(values) / len(values))
 
 
 def _round(value: float) -> int:
-    """To a power of the fourth root of two, so that small changes of a recipe measure nothing anew."""
-    return max(2, round(2 ** (round(4 * log2(max(2.0, value))) / 4)))
+    """The nearest power of 2 ** 0.25, so that a small change of a recipe needs no new measurement."""
+    exponent = round(4 * log2(max(2.0, value))) / 4
+    return max(2, round(2**exponent))
 
 
 def _in_flight(config: ModelConfig) -> int:
+    """Rows that an engine decodes side by side."""
     return 256 if config.parameters < SMALL else 64
 
 
-def price(effort: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -> Forecast:
-    """One stage at the measured rates."""
+# ---------------------------------------------------------------- on this machine
+
+
+def price(work: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -> Forecast:
+    """The forecast of one stage at the measured rates."""
+    config = configs.get(work.model)
     parts: dict[str, float] = {}
-    config = configs.get(effort.model)
-    if config is not None and (effort.rollouts or effort.learned):
-        uses = [use for use in rates.models if use[0] == config]
-        mine = next((use for use in uses if use[1] == effort.optimizer), uses[0])
-        speaks = next(use for use in uses if rates.models[use][0]["roll"])
-        if effort.rollouts:
-            parts["rollout"] = HANDLING * effort.sampled + sum(
-                _rollout(r, effort, config, rates, speaks) for r in effort.rollouts
-            )
-        if effort.learned:
-            parts["learning"] = effort.updates * _update(effort, config, rates, mine)
-    if effort.read:
-        reader = next(use for use in rates.models if use[0] == configs[effort.reader])
-        parts["teacher and reference"] = effort.read / 1024 * rates.learn(reader, 1024) / 3
-    if effort.written:
-        parts["writing the corpus"] = effort.written * max(rates.worlds.values(), default=0.0)
-    parts["loading and saving"] = STAGE * (effort.kind not in ("curate", "general")) + PARAMETER * _weights(
-        effort, configs
-    )
-    return _foreseen(effort, config, parts, hypot(log(SPREAD), log(effort.sure) * _unsure(parts)))
+    if config is not None and work.rollouts:
+        parts["rollout"] = _rollouts(work, config, rates)
+    if config is not None and work.learned:
+        parts["learning"] = work.updates * _update(work, config, rates)
+    if work.read:
+        reader = next(use for use in rates.models if use[0] == configs[work.reader])
+        parts["teacher and reference"] = work.read / 1024 * rates.learn(reader, 1024) / 3
+    if work.written:
+        parts["writing the corpus"] = work.written * max(rates.worlds.values(), default=0.0)
+    startup = STAGE * _has_files(work)
+    parts["loading and saving"] = startup + PARAMETER * _moved_weights(work, config)
+    doubt = hypot(log(SPREAD), log(work.sure) * _uncertain_share(parts))
+    return _sum_up(work, config, parts, doubt)
 
 
-def _foreseen(
-    effort: StageWork, config: ModelConfig | None, parts: dict[str, float], doubt: float
-) -> Forecast:
+def _sum_up(work: StageWork, config: ModelConfig | None, parts: dict[str, float], doubt: float) -> Forecast:
     """A stage's forecast of its parts; `doubt` is the logarithm of the interval's factor."""
-    seconds, factor = sum(parts.values()), exp(doubt)
-    name = max(parts, key=parts.get)
+    seconds = sum(parts.values())
+    factor = exp(doubt)
+    longest = max(parts, key=parts.get)
+    share = parts[longest] / max(seconds, 1e-9)
+    tokens = work.sampled + work.learned
+    flops = work.flops(config) if config else 0.0
     return Forecast(
-        effort.stage,
-        effort.kind,
+        work.stage,
+        work.kind,
         seconds,
         seconds / factor,
         seconds * factor,
         parts,
-        f"{name}: {parts[name] / max(seconds, 1e-9):.0%}",
-        effort.sampled + effort.learned,
-        effort.flops(config) if config else 0.0,
-        effort.people,
-        effort.inputs,
+        f"{longest}: {share:.0%}",
+        tokens,
+        flops,
+        work.people,
+        work.inputs,
     )
 
 
-def _update(effort: StageWork, config: ModelConfig, rates: Rates, use: Use) -> float:
-    """Seconds of one update. A large model was measured with few tokens; many more make products that reach what this machine can."""
-    tokens = effort.learned / effort.updates
-    drawn_out = rates.learn(use, tokens)
-    if tokens <= FEW[1] or config.parameters <= SMALL:
-        return drawn_out
-    more = (tokens - FEW[1]) * config.flops_per_token(max(1.0, effort.length / 2), backward=True)
-    return min(drawn_out, rates.learn(use, FEW[1]) + more / (REACHED * rates.gemm))
+def _has_files(work: StageWork) -> bool:
+    """True if a stage reads and writes more than rows of text."""
+    return work.kind not in ("curate", "general")
 
 
-def _unsure(parts: Mapping[str, float]) -> float:
-    """The share of the time that depends on how long completions are."""
+def _uncertain_share(parts: Mapping[str, float]) -> float:
+    """The share of the time that depends on the length of completions."""
     known = parts.get("writing the corpus", 0.0) + parts["loading and saving"]
     return 1 - known / max(1e-9, sum(parts.values()))
 
 
-def _weights(effort: StageWork, configs: Mapping[str, ModelConfig]) -> float:
-    config = configs.get(effort.model)
-    return (1.0 if effort.saved else 0.5) * config.parameters if config else 0.0
+def _moved_weights(work: StageWork, config: ModelConfig | None) -> float:
+    """Weights that are loaded and saved; a model that is not saved counts half."""
+    if not config:
+        return 0.0
+    return (1.0 if work.saved else 0.5) * config.parameters
 
 
-def _rollout(rollout: Rollout, effort: StageWork, config: ModelConfig, rates: Rates, use: Use) -> float:
-    """Rows decode side by side; when all prompts are in, ever fewer of them, until the longest one ends."""
-    flight = min(rollout.rows, _in_flight(config) if effort.kind != "rl" else 256)
+def _update(work: StageWork, config: ModelConfig, rates: Rates) -> float:
+    """Seconds of one update.
+
+    A large model is measured with few tokens; more tokens make larger products, which run at REACHED of the
+    machine's rate.
+    """
+    uses = [use for use in rates.models if use[0] == config]
+    use = next((use for use in uses if use[1] == work.optimizer), uses[0])
+    tokens = work.learned / work.updates
+    seconds = rates.learn(use, tokens)
+    most_measured = FEW[1]
+    if tokens <= most_measured or config.parameters <= SMALL:
+        return seconds
+    token_flops = config.flops_per_token(max(1.0, work.length / 2), backward=True)
+    more = (tokens - most_measured) * token_flops
+    return min(seconds, rates.learn(use, most_measured) + more / (REACHED * rates.gemm))
+
+
+def _rollouts(work: StageWork, config: ModelConfig, rates: Rates) -> float:
+    """Seconds of a stage's rollouts."""
+    uses = [use for use in rates.models if use[0] == config]
+    use = next(use for use in uses if rates.models[use][0]["roll"])
+    slots = LEARNING_ROWS if work.kind == "rl" else _in_flight(config)
+    seconds = sum(_rollout(rollout, slots, config, rates, use) for rollout in work.rollouts)
+    return HANDLING * work.sampled + seconds
+
+
+def _rollout(rollout: Rollout, slots: int, config: ModelConfig, rates: Rates, use: Use) -> float:
+    """Seconds of a rollout on `slots` rows; after the last prompt ever fewer rows decode."""
+    rows = min(rollout.rows, slots)
     fixed = rates.step(use, LEAD)
-    each = max(0.0, rates.step(use, max(flight, LEAD + 1)) - fixed) / max(1.0, flight - LEAD)
-    steps = max(rollout.longest, rollout.rows * rollout.length / max(1.0, flight) + rollout.longest / 2)
-    # reading is a third of learning, without the optimiser's share, and the head looks at a prompt's last token alone
+    full = rates.step(use, max(rows, LEAD + 1))
+    row = max(0.0, full - fixed) / max(1.0, rows - LEAD)
+    refills = rollout.rows * rollout.length / max(1.0, rows)
+    steps = max(rollout.longest, refills + rollout.longest / 2)
+    prefill = _prefill(rollout, config, rates, use)
+    return rollout.calls * (steps * fixed + rollout.rows * rollout.length * row + prefill)
+
+
+def _prefill(rollout: Rollout, config: ModelConfig, rates: Rates, use: Use) -> float:
+    """Seconds of prefill: a third of learning the prompts, without optimizer and most of the head."""
     body = 1 - config.vocab_size * config.hidden_size / config.active_parameters
-    prefill = (
-        rollout.prompts * rollout.prompt * body * (rates.learn(use, 2048) - rates.learn(use, 1024)) / 1024 / 3
-    )
-    return rollout.calls * (steps * fixed + rollout.rows * rollout.length * each + prefill)
+    few, many = PREFILL_TOKENS
+    difference = rates.learn(use, many) - rates.learn(use, few)
+    return rollout.prompts * rollout.prompt * body * difference / (many - few) / 3
+
+
+# ---------------------------------------------------------------- workers
 
 
 def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, key: str = "seconds") -> float:
-    """Seconds on the wall: stages on `workers`, those first that most others wait for (as `pipeline/run.py` does)."""
-    after = {name: {other for other in forecasts if name in forecasts[other].inputs} for name in forecasts}
+    """Wall-clock seconds of all stages on `workers`; `key` is the forecast's field that counts.
 
-    def behind(name: str, seen: set[str]) -> set[str]:
-        for other in after[name] - seen:
-            seen |= {other}
-            behind(other, seen)
-        return seen
-
-    urgency = {name: -len(behind(name, set())) for name in forecasts}
-    waiting = {name: {cited for cited in f.inputs if cited in forecasts} for name, f in forecasts.items()}
-    now, running, left = start, [], dict.fromkeys(forecasts)
+    As in `pipeline/run.py`, the stage with the most dependents starts first.
+    """
+    urgency = {name: -len(dependents) for name, dependents in _dependents(forecasts).items()}
+    pending: dict[str, set[str]] = {}
+    for name, forecast in forecasts.items():
+        pending[name] = {cited for cited in forecast.inputs if cited in forecasts}
+    now = start
+    running: list[tuple[float, str]] = []
     done: set[str] = set()
-    while left or running:
-        ready = sorted((n for n in left if waiting[n] <= done), key=lambda n: urgency[n])
+    while pending or running:
+        ready = [name for name, cited in pending.items() if cited <= done]
+        ready.sort(key=urgency.get)
         for name in ready[: workers - len(running)]:
             heapq.heappush(running, (now + getattr(forecasts[name], key), name))
-            left.pop(name)
+            del pending[name]
         if not running:
             break
         now, name = heapq.heappop(running)
@@ -209,52 +276,79 @@ def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, ke
     return now
 
 
-# ---------------------------------------------------------------- on other machines
+def _dependents(forecasts: Mapping[str, Forecast]) -> dict[str, set[str]]:
+    """For each stage the stages that cannot run before it has."""
+    direct: dict[str, set[str]] = {name: set() for name in forecasts}
+    for name, forecast in forecasts.items():
+        for cited in forecast.inputs:
+            if cited in direct:
+                direct[cited].add(name)
+
+    def collect(name: str, found: set[str]) -> set[str]:
+        for other in direct[name] - found:
+            found.add(other)
+            collect(other, found)
+        return found
+
+    return {name: collect(name, set()) for name in forecasts}
 
 
-def price_on(effort: StageWork, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
-    """One stage on chips: rollouts step by step as they decode, learning at the learner's usual share of the peak, or as fast as
-    the host can start its operations where the model is small."""
+# ---------------------------------------------------------------- on other chips
+
+
+def price_on(work: StageWork, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
+    """The forecast of one stage on chips.
+
+    Rollouts decode step by step. Learning runs at the learner's usual share of the peak, or as fast as the
+    host can start its operations where the model is small.
+    """
+    config = configs.get(work.model)
     parts: dict[str, float] = {}
-    config = configs.get(effort.model)
-    if config is not None and effort.rollouts:
-        unit = _smallest(config, cluster)
-        parts["rollout"] = sum(_on_chips(r, unit, cluster) for r in effort.rollouts)
-    if config is not None and (effort.learned or effort.read):
-        peak = cluster.count * cluster.chip.rate("bf16" if "bf16" in cluster.chip.figures else "fp16")
-        seen = max(1.0, effort.length / 2)
-        floor = effort.updates * config.layers * OPERATIONS * constants().launch * 3
-        parts["learning"] = max(
-            effort.learned * config.flops_per_token(seen, backward=True) / peak / LEARNER_MFU[1], floor
-        )
-        if effort.read:
-            parts["teacher and reference"] = (
-                effort.read * configs[effort.reader].flops_per_token(seen) / peak / LEARNER_MFU[1]
-            )
-    parts["loading and saving"] = START * (effort.kind not in ("curate", "general"))
-    return _foreseen(effort, config, parts, hypot(log(ELSEWHERE), log(effort.sure)))
+    if config is not None and work.rollouts:
+        replica = _smallest_replica(config, cluster)
+        parts["rollout"] = sum(_rollout_on(replica, rollout, cluster) for rollout in work.rollouts)
+    if config is not None and (work.learned or work.read):
+        peak = cluster.count * cluster.chip.rate(_precision(cluster))
+        mfu = LEARNER_MFU[1]
+        middle = max(1.0, work.length / 2)
+        launching = work.updates * config.layers * OPERATIONS * constants().launch * 3
+        computing = work.learned * config.flops_per_token(middle, backward=True) / peak / mfu
+        parts["learning"] = max(computing, launching)
+        if work.read:
+            reader = configs[work.reader]
+            parts["teacher and reference"] = work.read * reader.flops_per_token(middle) / peak / mfu
+    parts["loading and saving"] = START * _has_files(work)
+    return _sum_up(work, config, parts, hypot(log(ELSEWHERE), log(work.sure)))
 
 
-def _smallest(config: ModelConfig, cluster: Cluster) -> Replica:
-    """The fewest chips that hold a copy."""
-    precision = "bf16" if "bf16" in cluster.chip.figures else "fp16"
+def _precision(cluster: Cluster) -> str:
+    """The chips' 16-bit format."""
+    return "bf16" if "bf16" in cluster.chip.figures else "fp16"
+
+
+def _smallest_replica(config: ModelConfig, cluster: Cluster) -> Replica:
+    """The replica with the fewest chips. Raises LimbeckError if none holds the model."""
     refused: LimbeckError | None = None
-    for chips in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= cluster.count and cluster.count % n == 0):
+    for chips in REPLICA_CHIPS:
+        if chips > cluster.count or cluster.count % chips:
+            continue
         try:
-            return Replica(config, cluster, chips, precision)
+            return Replica(config, cluster, chips, _precision(cluster))
         except LimbeckError as error:
             refused = error
     raise refused or LimbeckError(f"{cluster.name}: no group of its chips holds a copy of the model")
 
 
-def _on_chips(rollout: Rollout, unit: Replica, cluster: Cluster) -> float:
-    copies = cluster.count // unit.chips
-    mine = max(1, round(rollout.rows / copies))
-    lengths = Lengths(min(rollout.length, 0.95 * rollout.longest), rollout.longest).draw(min(mine, 512))
-    slots = max(1, min(mine, unit.chips * unit.most_rows(rollout.prompt + rollout.length)))
+def _rollout_on(replica: Replica, rollout: Rollout, cluster: Cluster) -> float:
+    """Seconds of a rollout on a cluster of replicas."""
+    rows = max(1, round(rollout.rows / (cluster.count // replica.chips)))
+    mean = min(rollout.length, 0.95 * rollout.longest)
+    lengths = Lengths(mean, rollout.longest).draw(min(rows, MOST_DRAWN))
+    fitting = replica.chips * replica.most_rows(rollout.prompt + rollout.length)
+    slots = max(1, min(rows, fitting))
 
-    def step(rows: float, context: float) -> float:
-        return unit.decode(rows / unit.chips, context).seconds
+    def step(alive: float, context: float) -> float:
+        return replica.decode(alive / replica.chips, context).seconds
 
     seconds, _ = decode_seconds(lengths, min(slots, len(lengths)), step, rollout.prompt)
-    return rollout.calls * seconds * max(1.0, mine / 512)
+    return rollout.calls * seconds * max(1.0, rows / MOST_DRAWN)

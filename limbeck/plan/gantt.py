@@ -1,7 +1,8 @@
-"""Pictures of a plan, as SVG: what every chip of a pipeline does when, and what layouts trade against one another."""
+"""Pictures of a plan as SVG: the schedule of a pipeline, and memory against time of several layouts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +17,90 @@ NAMES = {
     "W": "weight gradients",
     "FBW": "forward and backward, overlapped",
 }
+MOST_NUMBERED = 600  # slots of a picture in which numbers can be read
 
 
 def schedule(line: Timeline, path: Path, title: str = "") -> Path:
-    """A Gantt chart: a row a chip, time to the right, idle time left white. Micro-batches bear their number where it
-    can be read."""
+    """A Gantt chart: a row a chip, time to the right; small charts number the micro-batches."""
     figure, axes = _figure(11, 0.32 * len(line.chips) + 1.6)
-    numbered = sum(len(slots) for slots in line.chips) < 600
+    numbered = sum(len(slots) for slots in line.chips) < MOST_NUMBERED
     for chip, slots in enumerate(line.chips):
-        for kind, colour in COLOURS.items():
-            own = [slot for slot in slots if _kind(slot) == kind]
-            axes.broken_barh(
-                [(s.start, s.end - s.start) for s in own],
-                (chip - 0.45, 0.9),
-                facecolors=colour,
-                edgecolor="white",
-                linewidth=0.3,
-            )
-            for slot in own if numbered else ():
-                middle = (slot.start + slot.end) / 2
-                axes.text(
-                    middle,
-                    chip,
-                    str(slot.pieces[0].micro),
-                    ha="center",
-                    va="center",
-                    fontsize=5,
-                    color="white",
-                )
+        for kind in COLOURS:
+            _draw_slots(axes, chip, kind, [slot for slot in slots if _kind(slot) == kind], numbered)
     axes.set_yticks(range(len(line.chips)), [f"chip {chip}" for chip in range(len(line.chips))])
     axes.invert_yaxis()
     axes.set_xlim(0, line.seconds)
     axes.set_xlabel("seconds")
-    axes.set_title(
-        f"{title}: {line.seconds:.3g} s, of which the busiest chip waits {line.bubble:.3g} s".lstrip(": ")
-    )
-    seen = {_kind(slot) for slots in line.chips for slot in slots}
-    handles = [_patch(COLOURS[kind], NAMES[kind]) for kind in COLOURS if kind in seen]
-    axes.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.18 - 0.6 / len(line.chips)),
-        ncol=len(handles),
-        frameon=False,
-    )
+    times = f"{line.seconds:.3g} s, of which the busiest chip waits {line.bubble:.3g} s"
+    axes.set_title(f"{title}: {times}".lstrip(": "))
+    _draw_legend(axes, {_kind(slot) for slots in line.chips for slot in slots}, len(line.chips))
     return _save(figure, path)
 
 
 def trade(choices: list[Choice], path: Path) -> Path:
-    """Seconds a step against memory, a point a layout; the line is the chips' memory."""
+    """Seconds a step against memory, a point a layout; the dashed line is the chips' memory."""
     figure, axes = _figure(8, 4.5)
     for rank, choice in enumerate(choices, 1):
-        held, step = choice.memory.total / 1e9, choice.step
+        step = choice.step
+        gigabytes = choice.memory.total / 1e9
         axes.errorbar(
-            held,
+            gigabytes,
             step.seconds,
             yerr=[[step.seconds - step.low], [step.high - step.seconds]],
             fmt="o",
             color=COLOURS["F"],
             capsize=3,
         )
-        axes.annotate(f" {rank}. {choice.layout.tell().split(',')[0]}", (held, step.seconds), fontsize=8)
+        label = choice.layout.tell().split(",")[0]
+        axes.annotate(f" {rank}. {label}", (gigabytes, step.seconds), fontsize=8)
     axes.axvline(choices[0].memory.capacity / 1e9, color=COLOURS["BW"], linestyle="--", linewidth=1)
     axes.set_xlabel("GB on the fullest chip (dashed: what it has)")
     axes.set_ylabel("seconds a step")
     return _save(figure, path)
 
 
+def _draw_slots(axes: Any, chip: int, kind: str, slots: list[Slot], numbered: bool) -> None:
+    """The slots of one kind in a chip's row."""
+    axes.broken_barh(
+        [(slot.start, slot.end - slot.start) for slot in slots],
+        (chip - 0.45, 0.9),
+        facecolors=COLOURS[kind],
+        edgecolor="white",
+        linewidth=0.3,
+    )
+    if not numbered:
+        return
+    for slot in slots:
+        axes.text(
+            (slot.start + slot.end) / 2,
+            chip,
+            str(slot.pieces[0].micro),
+            ha="center",
+            va="center",
+            fontsize=5,
+            color="white",
+        )
+
+
+def _draw_legend(axes: Any, kinds: Iterable[str], chips: int) -> None:
+    """The colours of the kinds that the chart has, below a chart of `chips` rows."""
+    handles = [_patch(COLOURS[kind], NAMES[kind]) for kind in COLOURS if kind in kinds]
+    axes.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.18 - 0.6 / chips),
+        ncol=len(handles),
+        frameon=False,
+    )
+
+
 def _kind(slot: Slot) -> str:
+    """The passes of a slot, `FBW` for an overlapped pair."""
     return "".join(piece.kind for piece in slot.pieces)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of a size in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -95,12 +108,14 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _patch(colour: str, name: str) -> Any:
+    """An entry of a legend."""
     from matplotlib.patches import Patch
 
     return Patch(color=colour, label=name)
 
 
 def _save(figure: Any, path: Path) -> Path:
+    """Write a figure as SVG; the same figure gives the same bytes but for ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", metadata={"Date": None})
     return path

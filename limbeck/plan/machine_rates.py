@@ -1,7 +1,7 @@
-"""This machine, measured in seconds and remembered: how fast Limbeck's own engine and learner are on it.
+"""The measured rates of this machine: the speed of Limbeck's engine and learner on it, kept on disk.
 
-The measuring is a process of its own (limbeck/runtime/probe.py), as it needs torch and the plan does not. A model is known
-here by its shape; large ones are measured at two depths and drawn out, since each layer costs the same.
+A separate process measures (limbeck/runtime/probe.py): it needs torch, and the plan does not. Models are told
+apart by shape; a large one is measured at two depths and extrapolated, since each layer costs the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -28,24 +28,26 @@ from .stage_work import SMALL
 
 Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.runtime.probe"
-DEPTHS = (
-    2,
-    (4, 10),
-)  # layers at which a large model is measured: few; and as many as have MANY weights, within bounds
-MANY = 40_000_000
-FEW = (64, 192)  # tokens of an update then
-HELD_BACK = (
+FEW_LAYERS = 2  # layers at which a large model is measured first
+MANY_LAYERS = (4, 10)  # layers, least and most, at which it is measured again: as many as have MANY weights
+MANY = 40_000_000  # weights
+FEW = (64, 192)  # tokens of an update of a large model
+SLOWING = (  # environment variables that slow a machine down
     "LIMBECK_KERNELS",
     "LIMBECK_MARCH",
     "ATEN_CPU_CAPABILITY",
     "MKL_ENABLE_INSTRUCTIONS",
-)  # what slows a machine down
-SPREAD = 1.25  # a machine that others share is so much faster or slower from one minute to the next
+)
+SPREAD = 1.25  # factor by which a shared machine's speed varies from one minute to the next
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be measured of a model: `Asked(config, "muon", learn=(1024, 4096), length=32, rows=(8, 256), prompt=10, new=60)`."""
+    """The measurement of one model: `Asked(config, "muon", (1024, 4096), 32, (8, 256), prompt=10, new=60)`.
+
+    `learn` is two sizes of an update in tokens, of sequences of `length` tokens; `rows` are the numbers of
+    rows that decode `new` tokens after prompts of `prompt` tokens.
+    """
 
     config: ModelConfig
     optimizer: str
@@ -57,33 +59,38 @@ class Asked:
 
     @property
     def layers(self) -> list[int]:
-        few, (least, most) = DEPTHS
-        large = self.config.parameters > SMALL and self.config.layers > least
-        many = min(max(least, int(MANY / _weights(self.config))), most, self.config.layers)
-        return [few, many] if large else [self.config.layers]
+        """Depths at which the model is measured: its own, or two for a large model."""
+        least, most = MANY_LAYERS
+        if self.config.parameters <= SMALL or self.config.layers <= least:
+            return [self.config.layers]
+        many = max(least, int(MANY / _layer_weights(self.config)))
+        return [FEW_LAYERS, min(many, most, self.config.layers)]
 
     def request(self) -> dict[str, Any]:
-        """As the probe reads it; large models learn fewer tokens, and the cost of more is drawn out."""
-        large = len(self.layers) > 1
-        learn = list(FEW) if large else sorted(set(self.learn))
-        return {
-            "config": asdict(replace(self.config, layers=0) if large else self.config),
+        """The measurement as JSON for the probe; large models learn few tokens."""
+        request = {
+            "config": asdict(self.config),
             "layers": self.layers,
             "optimizer": self.optimizer,
-            "learn": learn,
-            "length": 64 if large else self.length,
+            "learn": sorted(set(self.learn)),
+            "length": self.length,
             "rows": sorted(set(self.rows)),
-            "prompt": 4 if large else self.prompt,
-            "new": 4 if large else self.new,
+            "prompt": self.prompt,
+            "new": self.new,
         }
+        if len(self.layers) > 1:
+            request["config"] = asdict(replace(self.config, layers=0))
+            request |= {"learn": list(FEW), "length": 64, "prompt": 4, "new": 4}
+        return request
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured. `learn(use, tokens)` is an update's seconds, `step(use, rows)` that of one token for each row.
+    """The measured rates: `learn(use, tokens)` is seconds an update, `step(use, rows)` seconds a step.
 
-    `start` is a worker's, `worlds` a token of a miniature's corpus, `gemm` FLOP/s and `memory` bytes a second. `depth` is how
-    many layers a model has, and `weights` how many of them a token meets in one.
+    `gemm` is FLOP/s, `memory` bytes a second, `start` the seconds until a worker has started, `worlds` the
+    seconds for a token of each miniature's corpus. `depth` is a model's layers, and `weights` the weights of
+    a layer that a token meets.
     """
 
     gemm: float
@@ -95,34 +102,44 @@ class Rates:
     weights: dict[Use, float]
 
     def learn(self, use: Use, tokens: float) -> float:
-        return self._drawn_out(use, "learn", tokens, 6 * tokens)
+        """Seconds of an update on `tokens` tokens."""
+        return self._extrapolate(use, "learn", tokens, 6 * tokens)
 
     def step(self, use: Use, rows: float) -> float:
-        return self._drawn_out(use, "roll", rows, 2 * rows)
+        """Seconds of a decode step of `rows` rows."""
+        return self._extrapolate(use, "roll", rows, 2 * rows)
 
-    def _drawn_out(self, use: Use, what: str, size: float, operations: float) -> float:
-        """Linear in the size, and in the number of layers. A layer takes no less than this machine needs to read its weights,
-        and for so many `operations` with each: what is measured of few layers may be lost in the noise of the rest."""
-        at = {entry["layers"]: _line(entry[what], size) for entry in self.models[use]}
-        (few, cheap), (many, dear) = min(at.items()), max(at.items())
+    def _extrapolate(self, use: Use, figure: str, size: float, operations: float) -> float:
+        """Seconds by lines through the measured sizes and depths.
+
+        A layer takes no less than this machine needs to read its weights, and for `operations` with each: the
+        difference of two depths may be lost in noise.
+        """
+        seconds = {entry["layers"]: _line(entry[figure], size) for entry in self.models[use]}
+        few, many = min(seconds), max(seconds)
         if many == few:
-            return cheap
+            return seconds[few]
         weights = self.weights[use]
         least = max(4 * weights / self.memory, operations * weights / self.gemm)
-        return cheap + max(least, (dear - cheap) / (many - few)) * (self.depth[use] - few)
+        layer = max(least, (seconds[many] - seconds[few]) / (many - few))
+        return seconds[few] + layer * (self.depth[use] - few)
 
 
-def _weights(config: ModelConfig) -> float:
-    """That a token meets in one layer, on average."""
+def _layer_weights(config: ModelConfig) -> float:
+    """Weights that a token meets in one layer, on average."""
     return (config.active_parameters - config.vocab_size * config.hidden_size) / config.layers
 
 
 def _line(points: Mapping[str, float], size: float) -> float:
-    """Through the smallest and the largest measured point; flat where noise made the larger one cheaper."""
+    """Seconds at a size by a line through the smallest and the largest measured point; it never falls."""
     measured = sorted((float(n), seconds) for n, seconds in points.items())
-    (small, a), (large, b) = measured[0], measured[-1]
-    slope = max(0.0, b - a) / (large - small) if large > small else a / small
-    return max(a + slope * (size - small), 0.3 * a * min(1.0, size / small))
+    small, first = measured[0]
+    large, last = measured[-1]
+    slope = first / small
+    if large > small:
+        slope = max(0.0, last - first) / (large - small)
+    least = 0.3 * first * min(1.0, size / small)
+    return max(first + slope * (size - small), least)
 
 
 def measure(
@@ -133,56 +150,62 @@ def measure(
     code: str = "",
     ask: bool = True,
 ) -> Rates | None:
-    """Rates of these models on this machine while `workers` of `threads` each are at work, as they will be. What was measured of
-    this version of the `code` is remembered; what was not is measured now, or without `ask` is no answer (None)."""
+    """Rates of these models on this machine while `workers` processes of `threads` threads are busy.
+
+    Measurements are kept on disk for each version of the `code`. What is missing is measured now; without
+    `ask` the result is then None. Raises LimbeckError if the measurement fails.
+    """
     requests = {use: asked.request() for use, asked in models.items()}
-    kept = _cache(threads, workers, code)
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    missing = {key: request for request in requests.values() if (key := _key(request)) not in known}
-    strange = {key: settings for settings in worlds.values() if (key := _key(settings)) not in known}
-    if missing or strange or "gemm" not in known:
+    path = _cache(threads, workers, code)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing_models = _missing(requests.values(), known)
+    missing_worlds = _missing(worlds.values(), known)
+    if missing_models or missing_worlds or "gemm" not in known:
         if not ask:
             return None
-        answer = _probe({"threads": threads, "models": missing, "worlds": strange}, workers)
+        request = {"threads": threads, "models": missing_models, "worlds": missing_worlds}
+        answer = _probe(request, workers)
         known |= {key: answer[key] for key in ("gemm", "memory", "start")}
         known |= answer["models"] | answer["worlds"]
-        _keep(kept, known)
-    found = {use: known[_key(request)] for use, request in requests.items()}
-    written = {name: known[_key(settings)] for name, settings in worlds.items()}
+        _keep(path, known)
+    corpora = {name: known[_key(settings)] for name, settings in worlds.items()}
+    measured = {use: known[_key(request)] for use, request in requests.items()}
     depth = {use: asked.config.layers for use, asked in models.items()}
-    return Rates(
-        known["gemm"],
-        known["memory"],
-        known["start"],
-        written,
-        found,
-        depth,
-        {use: _weights(asked.config) for use, asked in models.items()},
-    )
+    weights = {use: _layer_weights(asked.config) for use, asked in models.items()}
+    return Rates(known["gemm"], known["memory"], known["start"], corpora, measured, depth, weights)
+
+
+def _missing(requests: Iterable[dict[str, Any]], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The requests without a measurement, by their keys."""
+    missing = {_key(request): request for request in requests}
+    return {key: request for key, request in missing.items() if key not in known}
 
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Ask as many processes at once as will work at once: cores share memory, and often more."""
+    """The mean answer of as many processes as will work at once: cores share memory, and often more."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(request["threads"])}
-    asked = [
-        subprocess.Popen(
-            [sys.executable, "-m", PROBE], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment
-        )
-        for _ in range(workers)
-    ]
+    processes = [_start_probe(environment) for _ in range(workers)]
+    line = json.dumps(request) + "\n"
     with ThreadPoolExecutor(workers) as pool:
-        told = list(pool.map(lambda process: process.communicate(json.dumps(request) + "\n"), asked))
-    for process, (_, complaint) in zip(asked, told, strict=True):
+        outputs = list(pool.map(lambda process: process.communicate(line), processes))
+    for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
-            last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
+            lines = errors.strip().splitlines() or ["it said nothing"]
             raise LimbeckError(
-                f"this machine could not be measured: {last}; `limbeck doctor` says what it lacks"
+                f"this machine could not be measured: {lines[-1]}; `limbeck doctor` says what it lacks"
             )
-    return _mean([json.loads(answer.splitlines()[-1]) for answer, _ in told])
+    answers = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return _mean(answers)
+
+
+def _start_probe(environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """A process that measures."""
+    command = [sys.executable, "-m", PROBE]
+    return subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment)
 
 
 def _mean(answers: list[Any]) -> Any:
-    """Of answers of one form, number by number."""
+    """The mean of answers of one form, number by number."""
     first = answers[0]
     if isinstance(first, dict):
         return {key: _mean([answer[key] for answer in answers]) for key in first}
@@ -192,6 +215,7 @@ def _mean(answers: list[Any]) -> Any:
 
 
 def _keep(path: Path, known: dict[str, Any]) -> None:
+    """Write the measurements, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(known), encoding="utf-8")
@@ -199,9 +223,8 @@ def _keep(path: Path, known: dict[str, Any]) -> None:
 
 
 def _cache(threads: int, workers: int, code: str) -> Path:
-    """One file for each processor, number of threads, and version of torch and Limbeck."""
-    held_back = tuple(os.environ.get(name) for name in HELD_BACK)
-    told = (
+    """The file of measurements: one for each processor, number of threads, and version of the code."""
+    identity = (
         platform.node(),
         platform.machine(),
         _processor(),
@@ -210,17 +233,22 @@ def _cache(threads: int, workers: int, code: str) -> Path:
         workers,
         version("torch"),
         code,
-        held_back,
+        tuple(os.environ.get(name) for name in SLOWING),
     )
-    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     return user_cache_path("limbeck") / "machine" / f"{digest}.json"
 
 
 def _processor() -> str:
+    """The processor's name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line for line in lines if line.startswith("model name")), platform.processor())
+    for line in lines:
+        if line.startswith("model name"):
+            return line
+    return platform.processor()
 
 
 def _key(request: dict[str, Any]) -> str:
+    """The key of a measurement: a hash of its request."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]

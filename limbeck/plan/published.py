@@ -1,6 +1,7 @@
-"""Published runs: rows of facts with their sources, and what they say about model, cluster and layout.
+"""Published runs: measured rows with their sources, and the model, cluster and layout of each.
 
-A row has the columns of `published.csv`. `schedule` holds what has no column: `1f1b;zero1;mbs=2;vpp=6;recompute=full`.
+A row has the columns of `published.csv`. Facts without a column are in `schedule`:
+`1f1b;zero1;mbs=2;vpp=6;recompute=full`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from .roofline import DEEPSPEED, EAGER, EARLY, FSDP, HAI, TITAN, TUNED, Software
 from .step import foresee
 
 FILE = Path(__file__).with_name("published.csv")
-SOME = 4_000_000  # tokens a step where none are told
-FLASH = 2206  # arXiv's month after FlashAttention (2205.14135); what was measured before has none
+SOME = 4_000_000  # tokens a step where the row gives none
+FLASH = 2206  # arXiv's month (YYMM) after FlashAttention (2205.14135); earlier runs are without it
+MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # sequences of a micro-batch that are tried
+CHUNKS = range(2, 9)  # model chunks a chip that are tried for an interleaved schedule
 SCHEDULES = {
     "dualpipev": "dualpipev",
     "dualpipe": "dualpipe",
@@ -35,275 +38,366 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `columns` as in the file; what they mean as properties."""
+    """One measurement: `columns` as in the file, and the `keys` of its `schedule`."""
 
     columns: dict[str, str]
     keys: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> str:
+        """The text of a column; empty where the row has none."""
         return self.columns.get(key) or ""
 
     def number(self, key: str, default: float = 0) -> float:
+        """The number in a column. Raises LimbeckError where it is no number."""
         try:
             return float(self[key] or default)
         except ValueError:
             raise LimbeckError(f"{self['name']}: {key} = {self[key]!r} is no number") from None
 
     def integer(self, key: str, default: int = 1) -> int:
+        """The number in a column, rounded down."""
         return int(self.number(key, default))
 
     @property
     def name(self) -> str:
+        """The run's name."""
         return self["name"]
 
     @property
     def metric(self) -> str:
+        """The name of the measured figure."""
         return self["measured_metric"]
 
     @property
     def value(self) -> float:
+        """The measured figure, in the unit of its metric."""
         return self.number("measured_value")
 
     @property
-    def told(self) -> str:
+    def schedule(self) -> str:
+        """The text of the column `schedule` in lower case."""
         return self["schedule"].lower()
 
     @property
     def seq(self) -> int:
+        """Tokens of a sequence."""
         return self.integer("seq", 4096)
 
     @property
     def chips(self) -> int:
+        """Number of chips; 0 where the row gives none."""
         return self.integer("n_chips", 0)
 
     @property
     def batch(self) -> int:
-        """Sequences a step; where none are told, about four million tokens that every replica has a share of."""
-        if told := self.number("global_batch_tokens"):
-            return max(1, round(told / self.seq))
+        """Sequences a step; by default about four million tokens, a multiple of eight for each replica."""
+        tokens = self.number("global_batch_tokens")
+        if tokens:
+            return max(1, round(tokens / self.seq))
         share = 8 * self.integer("dp")
         return -(-SOME // (self.seq * share)) * share
 
     @property
     def precision(self) -> str:
+        """`fp16`, `fp8` or `bf16`."""
         first = self["precision"].split("/")[0].lower()
         return first if first in ("fp16", "fp8", "bf16") else "bf16"
 
     @property
     def complete(self) -> bool:
-        """Whether the layout is told."""
+        """True if the row gives its layout."""
         return all(self[key] for key in ("n_chips", "pp", "global_batch_tokens"))
+
+    @property
+    def unsplit(self) -> bool:
+        """True if neither layers nor matrices are split over chips."""
+        return self.integer("pp") == 1 and self.integer("tp") == 1
+
+    # ------------------------------------------------------------ model
 
     @cached_property
     def model(self) -> ModelConfig:
-        """The model; whether its feed-forward is gated and its head tied is what fits the published parameters best."""
-        wanted = self.number("total_params")
-        shapes = [self._model(gated, tied) for gated in (True, False) for tied in (False, True)]
-        return min(shapes, key=lambda shape: abs(shape.parameters - wanted))
+        """The model; a gated feed-forward and a tied head are taken as fits the published parameters best."""
+        published = self.number("total_params")
+        shapes: list[ModelConfig] = []
+        for gated in (True, False):
+            for tied in (False, True):
+                shapes.append(self._model(gated, tied))
+        return min(shapes, key=lambda shape: abs(shape.parameters - published))
 
     def _model(self, gated: bool, tied: bool) -> ModelConfig:
-        heads, hidden = self.integer("heads"), self.integer("hidden")
+        """The model with a gated feed-forward or not, and a tied head or not."""
+        vocabulary = self.integer("vocab", 32000)
+        layers = self.integer("layers")
+        heads = self.integer("heads")
+        kv_heads = self.integer("kv_heads", heads)
+        hidden = self.integer("hidden")
+        head_dim = int(self.keys.get("hd", 0)) or hidden // heads
         ffn = self.integer("ffn", 0) or 4 * hidden
-        experts, dense = self._experts()
+        experts = self._experts()
+        dense = self._dense_width() if experts else 0
+        mtp_layers = re.sub(r"\D.*", "", self.keys.get("mtp", "0"))
         return ModelConfig(
             family="llama",
-            vocab_size=self.integer("vocab", 32000),
+            vocab_size=vocabulary,
             hidden_size=hidden,
-            layers=self.integer("layers"),
+            layers=layers,
             heads=heads,
-            kv_heads=self.integer("kv_heads", heads),
-            head_dim=int(self.keys.get("hd", 0)) or hidden // heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             intermediate_size=dense or ffn,
             tied=tied,
             gated=gated or bool(experts),
             latent=self._latent(),
             experts=experts,
-            predicted=int(re.sub(r"\D.*", "", self.keys.get("mtp", "0")) or 0),
+            predicted=int(mtp_layers or 0),
         )
 
     def _latent(self) -> Latent | None:
-        found = re.search(r"mla\(q(\d+),kv(\d+),rope(\d+),nope(\d+),v(\d+)\)", self.told)
-        if not found:
+        """The sizes of latent attention, `mla(q1536,kv512,rope64,nope128,v128)`; None for other attention."""
+        match = re.search(r"mla\(q(\d+),kv(\d+),rope(\d+),nope(\d+),v(\d+)\)", self.schedule)
+        if not match:
             return None
-        q, kv, rope, nope, value = map(int, found.groups())
+        q, kv, rope, nope, value = map(int, match.groups())
         return Latent(kv, nope, rope, value, q)
 
-    def _experts(self) -> tuple[Experts | None, int]:
-        """The mixture, and the width of layers that have none."""
-        count, layers = self.integer("experts", 0), self.integer("layers")
+    def _experts(self) -> Experts | None:
+        """The mixture of experts; None for a dense model."""
+        count = self.integer("experts", 0)
         if count < 2:
-            return None, 0
+            return None
         size = self.integer("ffn")
-        few, wide = re.search(r"dense=(\d+)", self.told), re.search(r"ffn\D?(\d{4,})", self.told)
-        dense = tuple(range(int(few[1]))) if few else (0,) if "dense first layer" in self.told else ()
-        if "every 2nd layer" in self.told:
-            dense = tuple(range(0, layers, 2))
-        shared = re.search(r"(\d+) shared expert|shared=(\d+)", self.told)
-        number = int(shared[1] or shared[2]) if shared else 0
-        width = re.search(r"shared_ffn=(\d+)", self.told)
-        limit = re.search(r"node_limit=(\d+)", self.told)
-        experts = Experts(
+        shared = self._find_integer(r"(\d+) shared expert|shared=(\d+)") or 0
+        shared_size = self._find_integer(r"shared_ffn=(\d+)")
+        node_limit = self._find_integer(r"node_limit=(\d+)")
+        if shared_size is None:
+            shared_size = shared * size
+        top_k = self.integer("topk")
+        return Experts(
             count,
-            self.integer("topk"),
+            top_k,
             size,
-            int(width[1]) if width else number * size,
-            dense=dense,
-            groups=8 if limit else 1,
-            top_groups=int(limit[1]) if limit else 1,
+            shared_size,
+            dense=self._dense_layers(),
+            groups=1 if node_limit is None else 8,
+            top_groups=1 if node_limit is None else node_limit,
         )
-        return experts, int(wide[1]) if wide else 0
+
+    def _dense_layers(self) -> tuple[int, ...]:
+        """The layers of a mixture that have no experts."""
+        if "every 2nd layer" in self.schedule:
+            return tuple(range(0, self.integer("layers"), 2))
+        count = self._find_integer(r"dense=(\d+)")
+        if count is not None:
+            return tuple(range(count))
+        return (0,) if "dense first layer" in self.schedule else ()
+
+    def _dense_width(self) -> int:
+        """The width of a mixture's layers without experts; 0 where the row gives none."""
+        return self._find_integer(r"ffn\D?(\d{4,})") or 0
+
+    def _find_integer(self, pattern: str) -> int | None:
+        """The first group of a pattern in the schedule that matched."""
+        match = re.search(pattern, self.schedule)
+        return int(match[match.lastindex]) if match else None
+
+    # ------------------------------------------------------------ cluster and software
 
     @property
     def cluster(self) -> Cluster:
-        """The chips, and the fabric that the row or its source tells."""
-        text = f"{max(1, self.chips)}x{self['chip']}"
+        """The chips, with the network that the row or its source gives."""
         changes: dict[str, object] = {}
-        if node := re.search(r"(\d+)gbps/node", self.told):
-            changes |= {"nics": max(1, int(node[1]) // 200), "nic": 200}
+        node_gbps = self._find_integer(r"(\d+)gbps/node")
+        if node_gbps is not None:
+            changes["nics"] = max(1, node_gbps // 200)
+            changes["nic"] = 200
         if "bigscience" in self["source"] or "211.05100" in self["source"]:
             changes["fabric"] = "omnipath-4x100"
         if "ultrascale" in self["source"]:
             changes["fabric"] = "efa-400"
-        if "diloco" in self.told:
+        if "diloco" in self.schedule:
             changes["fabric"] = "internet"
-        return clusters.cluster(text, **changes)
+        return clusters.cluster(f"{max(1, self.chips)}x{self['chip']}", **changes)
 
     @property
     def software(self) -> Software:
-        """Tuned unless the row says otherwise: nanotron, FSDP of plain PyTorch and DeepSpeed are eager, and what was
-        measured in half precision or before FlashAttention has none."""
-        month = re.search(r"arxiv:(\d{4})\.", self["source"].lower())
-        told = self.told + self["source"].lower()
-        if "zero3" in told and self.integer("pp") == 1 and self.integer("tp") == 1 and "fsdp" not in told:
+        """The training software, tuned by default.
+
+        nanotron, FSDP of plain PyTorch and DeepSpeed are eager. Runs in fp16 and runs before FlashAttention
+        have unfused attention.
+        """
+        text = self.schedule + self["source"].lower()
+        name = self.name.lower()
+        if "zero3" in text and self.unsplit and "fsdp" not in text:
             return DEEPSPEED
-        if (
-            self.precision == "fp16"
-            or (month and int(month[1]) < FLASH)
-            or "bigscience" in told
-            or "megatron-deepspeed" in told
-        ):
+        if self.precision == "fp16" or self._before_flash(text):
             return EARLY
-        if "torchtitan" in told:
-            return (
-                replace(TITAN, hides_tensor="asynctp" in told)
-                if "compile" in told
-                else replace(EAGER, balanced=False)
-            )
-        if "megascale" in self.name.lower() and "megatron" not in self.name.lower():
+        if "torchtitan" in text:
+            return _torchtitan(text)
+        if "megascale" in name and "megatron" not in name:
             return replace(TUNED, hides_tensor=True)  # arXiv 2402.15627, section 3.2
-        if "nanotron" in told or "ultrascale" in told:
+        if "nanotron" in text or "ultrascale" in text:
             return EAGER
-        if "haiscale" in told:
+        if "haiscale" in text:
             return HAI
-        return FSDP if "fsdp" in told and self.integer("pp") == 1 else TUNED
+        return FSDP if "fsdp" in text and self.integer("pp") == 1 else TUNED
+
+    def _before_flash(self, text: str) -> bool:
+        """True if the run is older than FlashAttention, by its arXiv number or its software."""
+        month = re.search(r"arxiv:(\d{4})\.", self["source"].lower())
+        if month and int(month[1]) < FLASH:
+            return True
+        return "bigscience" in text or "megatron-deepspeed" in text
+
+    # ------------------------------------------------------------ layout and memory
 
     @cached_property
     def layout(self) -> Layout:
-        """As told; a micro-batch or a number of chunks that is not told is the one that the planner would choose."""
-        told = self._layout()
-        if (
-            "local_bs" in self.keys
-        ):  # torchtitan makes as many micro-batches of it as there are pipeline ranks
-            told = told.change(micro=max(1, int(self.keys["local_bs"]) // told.pp))
-        micro = [told.micro] if "mbs" in self.keys or told.micro > 1 else self._micros(told)
-        chunks = [told.chunks]
-        if told.schedule == "interleaved" and "vpp" not in self.keys:
-            chunks = (
-                [2]
-                if self.software.name == "eager"
-                else [n for n in range(2, 9) if -(-self.model.layers // told.pp) % n == 0] or [1]
-            )
-        tried = [
-            told.change(micro=m, chunks=c, schedule=told.schedule if c > 1 else _plain(told))
-            for m in micro
-            for c in chunks
-        ]
-        tried = [
-            at for at in tried if at.schedule != "interleaved" or at.micro_batches(self.batch) % at.pp == 0
-        ] or tried[:1]
-        return min(tried, key=self._quick) if len(tried) > 1 else tried[0]
+        """The published layout; where micro-batch or chunks are unknown, the planner chooses them."""
+        published = self._layout()
+        if "local_bs" in self.keys:
+            # torchtitan makes as many micro-batches of it as there are pipeline ranks
+            published = published.change(micro=max(1, int(self.keys["local_bs"]) // published.pp))
+        layouts: list[Layout] = []
+        for micro in self._micros(published):
+            for chunks in self._chunks(published):
+                schedule = published.schedule if chunks > 1 else _plain(published)
+                layouts.append(published.change(micro=micro, chunks=chunks, schedule=schedule))
+        possible = [layout for layout in layouts if self._divides(layout)]
+        possible = possible or layouts[:1]
+        return min(possible, key=self._quick) if len(possible) > 1 else possible[0]
 
     @property
     def memory(self) -> Memory:
-        """What the planner thinks that its chips hold."""
+        """The memory of the fullest chip by the planner."""
         batch = self.batch if self.number("global_batch_tokens") else 0
         return fit(self.model, self.cluster, self.layout, self.seq, self.software, self.precision, batch)
 
-    def _micros(self, told: Layout) -> list[int]:
-        mine = max(1, self.batch // told.dp)
-        fitting = [
-            m
-            for m in (1, 2, 3, 4, 6, 8, 12, 16)
-            if mine % m == 0
-            and fit(self.model, self.cluster, told.change(micro=m), self.seq, self.software).fits
-        ]
-        return fitting or [1]
+    def _divides(self, layout: Layout) -> bool:
+        """True unless an interleaved schedule has micro-batches that its ranks do not divide."""
+        if layout.schedule != "interleaved":
+            return True
+        return layout.micro_batches(self.batch) % layout.pp == 0
+
+    def _micros(self, published: Layout) -> list[int]:
+        """The micro-batch of the row; without one, all that divide a replica's sequences and fit."""
+        if "mbs" in self.keys or published.micro > 1:
+            return [published.micro]
+        sequences = max(1, self.batch // published.dp)
+        micros: list[int] = []
+        for micro in MICRO_BATCHES:
+            if sequences % micro == 0:
+                layout = published.change(micro=micro)
+                if fit(self.model, self.cluster, layout, self.seq, self.software).fits:
+                    micros.append(micro)
+        return micros or [1]
+
+    def _chunks(self, published: Layout) -> list[int]:
+        """The chunks of the row; without them, all that divide the layers of a pipeline rank."""
+        if published.schedule != "interleaved" or "vpp" in self.keys:
+            return [published.chunks]
+        if self.software.name == "eager":
+            return [2]
+        rank_layers = -(-self.model.layers // published.pp)
+        return [chunks for chunks in CHUNKS if rank_layers % chunks == 0] or [1]
 
     def _quick(self, layout: Layout) -> float:
+        """Seconds of a step by the schedule's formula; infinite where the layout cannot be."""
         try:
-            return (
-                foresee(
-                    self.model,
-                    self.cluster,
-                    layout,
-                    self.batch,
-                    self.seq,
-                    self.precision,
-                    self.software,
-                    exact=False,
-                )
-                .step()
-                .seconds
+            plan = foresee(
+                self.model,
+                self.cluster,
+                layout,
+                self.batch,
+                self.seq,
+                self.precision,
+                self.software,
+                exact=False,
             )
+            return plan.step().seconds
         except LimbeckError:
             return float("inf")
 
     def _layout(self) -> Layout:
+        """The layout as far as the row gives it."""
+        tp = self.integer("tp")
         pp = self.integer("pp")
-        zero = re.search(r"zero-?(\d)", self.told)
-        schedule = next((ours for theirs, ours in SCHEDULES.items() if theirs in self.told), "1f1b")
-        chunks = int(self.keys.get("vpp", 0) or 0)
         cp = self.integer("cp")
-        dp = self.integer("dp", max(1, self.chips // (self.integer("tp") * pp * cp)))
-        micro = int(float(self.keys.get("mbs", 0) or 0)) or 1
-        if chunks > 1:
-            schedule = "interleaved"
+        chunks = int(self.keys.get("vpp", 0) or 0)
+        micro = int(float(self.keys.get("mbs", 0) or 0))
+        expert_tp = int(self.keys.get("etp", 0) or 0)
+        dp = self.integer("dp", max(1, self.chips // (tp * pp * cp)))
         return Layout(
             dp=dp,
-            tp=self.integer("tp"),
+            tp=tp,
             pp=pp,
             ep=self.integer("ep"),
             cp=cp,
-            zero=3
-            if "fsdp" in self.told and "zero2" not in self.told and not zero
-            else int(zero[1])
-            if zero
-            else 1,
-            micro=micro,
-            schedule="1f1b" if chunks == 1 and schedule == "interleaved" else schedule,
+            zero=self._zero(),
+            micro=micro or 1,
+            schedule=self._schedule(chunks),
             chunks=max(1, chunks),
             recompute=self._recompute(),
-            sp="sp" in self.keys or "tp_mode=red" in self.told or self.software.attention != "unfused",
-            expert_tp=int(self.keys.get("etp", 0) or 0),
-            overlap="overlap" in self.told
-            or (self.integer("ep") > self.cluster.per_node and pp > 1 and self.software.fused),
+            sp=self._sequence_parallel(),
+            expert_tp=expert_tp,
+            overlap=self._overlap(),
         )
 
+    def _zero(self) -> int:
+        """The stage of ZeRO; FSDP shards all there is to shard."""
+        zero = self._find_integer(r"zero-?(\d)")
+        if zero is not None:
+            return zero
+        return 3 if "fsdp" in self.schedule else 1
+
+    def _schedule(self, chunks: int) -> str:
+        """The pipeline schedule by Limbeck's name; `chunks` is 0 where the row gives none."""
+        if chunks > 1:
+            return "interleaved"
+        for name, schedule in SCHEDULES.items():
+            if name in self.schedule:
+                return "1f1b" if chunks == 1 and schedule == "interleaved" else schedule
+        return "1f1b"
+
+    def _sequence_parallel(self) -> bool:
+        """True if activations between layers are split along the sequence."""
+        stated = "sp" in self.keys or "tp_mode=red" in self.schedule
+        return stated or self.software.attention != "unfused"
+
+    def _overlap(self) -> bool:
+        """True if the experts' all-to-all overlaps computing; wide groups with a pipeline usually do."""
+        if "overlap" in self.schedule:
+            return True
+        wide = self.integer("ep") > self.cluster.per_node
+        return wide and self.integer("pp") > 1 and self.software.fused
+
     def _recompute(self) -> str:
-        told = self.keys.get("recompute", "full" if self.metric.startswith("hw_") else "none")
-        if told.startswith("selective") and "torchtitan" in self["source"]:
+        """The recomputation mode by Limbeck's name."""
+        mode = self.keys.get("recompute", "full" if self.metric.startswith("hw_") else "none")
+        if mode.startswith("selective") and "torchtitan" in self["source"]:
             return "half"  # its "selective op" keeps every second product
-        if "mla_up" in told:
+        if "mla_up" in mode:
             return "v3"
-        return next((mode for mode in ("full", "selective") if told.startswith(mode)), "none")
+        for known in ("full", "selective"):
+            if mode.startswith(known):
+                return known
+        return "none"
+
+
+def _torchtitan(text: str) -> Software:
+    """torchtitan compiled or not, with asynchronous tensor parallelism where the row says so."""
+    if "compile" in text:
+        return replace(TITAN, hides_tensor="asynctp" in text)
+    return replace(EAGER, balanced=False)
 
 
 def _plain(layout: Layout) -> str:
+    """The schedule of a layout with one chunk a chip."""
     return "1f1b" if layout.schedule == "interleaved" else layout.schedule
 
 
 def read(path: Path = FILE) -> list[Row]:
-    """Rows of a file; one sentence where it is none."""
+    """The rows of a file. Raises LimbeckError where it is no table of runs."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -311,14 +405,19 @@ def read(path: Path = FILE) -> list[Row]:
         raise LimbeckError(
             f"{path}: {error.strerror}; name a table of runs with the columns of {FILE.name}"
         ) from None
-    missing = {"name", "measured_metric", "measured_value", "chip"} - set(rows[0] if rows else ())
+    columns = set(rows[0]) if rows else set()
+    missing = {"name", "measured_metric", "measured_value", "chip"} - columns
     if missing:
-        raise LimbeckError(
-            f"{path}: has no column {', '.join(sorted(missing))}; its columns are to be those of {FILE.name}"
-        )
+        names = ", ".join(sorted(missing))
+        raise LimbeckError(f"{path}: has no column {names}; its columns are to be those of {FILE.name}")
     return [Row(row, _keys(row.get("schedule") or "")) for row in rows]
 
 
 def _keys(schedule: str) -> dict[str, str]:
-    pairs = (token.strip().lower().partition("=") for token in schedule.split(";"))
-    return {key: value for key, _, value in pairs if key}
+    """The `key=value` pairs of a schedule; a word alone is a key with an empty value."""
+    keys: dict[str, str] = {}
+    for token in schedule.split(";"):
+        key, _, value = token.strip().lower().partition("=")
+        if key:
+            keys[key] = value
+    return keys

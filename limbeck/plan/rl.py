@@ -1,12 +1,15 @@
-"""What reinforcement learning costs: rollouts whose longest sample everybody waits for, learning, and changing over.
+"""The cost of reinforcement learning: rollouts with their longest sample, learning, and switching over.
 
     rollout    samples decode side by side; rows end at their lengths, and the last one decodes alone:
                the sum over tokens t of step(rows alive at t, context at t)
-    learning   FLOPs of every sampled token, forward and backward, and forward once more for each set of log-probabilities
-    changing   weights and optimiser go to the host and come back, engines wake up
+    learning   FLOPs of every sampled token, forward and backward, and forward for each set of log-probs
+    changing   weights and optimizer go to the host and come back, engines wake up
     overlap    asynchronous systems sample the next batch while they learn: the longer of the two counts
 
-Ideal decoding and ideal learning are several times too cheap: small batches at the tail, not arithmetic, fill the time.
+Ideal decoding and ideal learning are several times too cheap: small batches at the tail, not arithmetic, fill
+the time.
+
+N samples · P points in time.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import exp, log, sqrt
+from math import exp, gcd, log, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -26,23 +29,24 @@ from . import cost
 from .cluster import Cluster
 from .inference import Replica
 
-LEARNER_MFU = (
-    0.12,
-    0.20,
-    0.35,
-)  # low, middle, high: 0.19 is Delethink's backward (2510.06557); causal, 16-bit peak
+# low, middle, high share of the 16-bit peak, causal; 0.19 is Delethink's backward (2510.06557)
+LEARNER_MFU = (0.12, 0.20, 0.35)
 WAKE = 20.0  # seconds to wake engines and learners up, a rollout: guessed
 HOST_LINK = 20e9  # bytes a second of one chip to its host's memory and back: PCIe 4.0 as it is reached
-STATE = 16  # bytes a weight that learning keeps (weights, gradients, AdamW in mixed precision)
-POINTS = 96  # of the curve of rows alive
+STATE = 16  # bytes of learning for a weight (weights, gradients, AdamW in mixed precision)
+POINTS = 96  # points of the curve of rows alive
 SPREAD = 0.7  # standard deviation of the logarithm of a length, where nobody has measured it
+BISECTIONS = 60  # halvings of the median's interval
+SQUARE_SAMPLES = 256  # lengths from which the mean square is taken
+GOLDEN = 0.618  # share of the count that the stride of a shuffle is near
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long completions are, in tokens: `Lengths(8000, cap=32768)` is lognormal; `Lengths.of(samples)` is what was seen.
+    """The distribution of completion lengths in tokens.
 
-    `mean` is that of what is sampled, the cap's cut included.
+    `Lengths(8000, cap=32768)` is lognormal; `Lengths.of(samples)` is empirical. `mean` is the mean after the
+    cut at the cap.
     """
 
     mean: float
@@ -52,38 +56,46 @@ class Lengths:
 
     @classmethod
     def of(cls, samples: Sequence[float], cap: float) -> Lengths:
-        """An empirical distribution."""
-        cut = tuple(sorted(min(float(x), cap) for x in samples))
+        """An empirical distribution. Raises LimbeckError if there are no samples."""
+        cut = tuple(sorted(min(float(sample), cap) for sample in samples))
         if not cut:
             raise LimbeckError("no lengths were given")
         return cls(sum(cut) / len(cut), cap, seen=cut)
 
     @cached_property
     def _median(self) -> float:
-        """Of the lognormal before its cut, so that the mean after it is `mean`."""
+        """The median of the lognormal before its cut, such that the mean after the cut is `mean`."""
         if self.mean > self.cap:
             raise LimbeckError(
                 f"completions of {self.mean:,.0f} tokens on average do not fit under a cap of {self.cap:,.0f}"
             )
-        low, high = 1e-3, 1e3 * self.cap
-        for _ in range(60):
+        low = 1e-3
+        high = 1e3 * self.cap
+        for _ in range(BISECTIONS):
             middle = sqrt(low * high)
-            low, high = (middle, high) if self._cut_mean(middle) < self.mean else (low, middle)
+            if self._cut_mean(middle) < self.mean:
+                low = middle
+            else:
+                high = middle
         return low
 
     def _cut_mean(self, median: float) -> float:
         """E min(x, cap) of a lognormal."""
-        normal, s = NormalDist(), self.spread
+        normal = NormalDist()
+        s = self.spread
         z = (log(self.cap) - log(median)) / s
-        return median * exp(s * s / 2) * normal.cdf(z - s) + self.cap * (1 - normal.cdf(z))
+        below = median * exp(s * s / 2) * normal.cdf(z - s)
+        return below + self.cap * (1 - normal.cdf(z))
 
     def quantile(self, share: float) -> float:
+        """The length that `share` of the completions do not exceed."""
         if self.seen:
-            return self.seen[min(len(self.seen) - 1, int(share * len(self.seen)))]
+            index = int(share * len(self.seen))
+            return self.seen[min(len(self.seen) - 1, index)]
         return min(self.cap, self._median * exp(self.spread * NormalDist().inv_cdf(share)))
 
     def draw(self, count: int, of: int | None = None) -> list[float]:
-        """`count` lengths that stand for all: evenly spaced quantiles. The longest is that of `of` samples, if more."""
+        """`count` evenly spaced quantiles; the last one is the longest of `of` samples, if more."""
         lengths = [self.quantile((i + 0.5) / count) for i in range(count)]
         if of and of > count:
             lengths[-1] = self.quantile(1 - 0.5 / of)
@@ -91,19 +103,19 @@ class Lengths:
 
     @property
     def truncated(self) -> float:
-        """Share that the cap cuts."""
+        """The share of completions that the cap cuts."""
         if self.seen:
-            return sum(x >= self.cap for x in self.seen) / len(self.seen)
+            return sum(length >= self.cap for length in self.seen) / len(self.seen)
         return 1 - NormalDist().cdf((log(self.cap) - log(self._median)) / self.spread)
 
     @property
     def square(self) -> float:
-        """Mean of the square over the mean: how long the sample is that a random token is in."""
-        sample = self.draw(256)
-        return sum(x * x for x in sample) / sum(sample)
+        """Mean square over mean: the mean length of the completion of a random token."""
+        sample = self.draw(SQUARE_SAMPLES)
+        return sum(length * length for length in sample) / sum(sample)
 
     def times(self, factor: float) -> Lengths:
-        """As many times as long, under the same cap."""
+        """A lognormal distribution with the mean times `factor`, under the same cap."""
         return replace(self, mean=min(self.mean * factor, 0.95 * self.cap), seen=())
 
 
@@ -113,44 +125,48 @@ StepTime = Callable[[float, float], float]  # rows alive, context -> seconds
 def decode_seconds(
     lengths: Sequence[float], slots: int, step: StepTime, prompt: float
 ) -> tuple[float, float]:
-    """Seconds until the last of `lengths` is done on one replica of `slots` rows, and of these the tail, when less than half of the
-    rows are alive. N samples, P points in time; time is counted in steps, one token each."""
-    ends, free = [], [0.0] * min(slots, len(lengths))
-    order = lengths if len(lengths) <= slots else _mixed(lengths)
-    for length in order:
-        end = heapq.heappop(free) + length if len(free) == min(slots, len(lengths)) else length
-        heapq.heappush(free, end)
-        ends.append((end, length))
-    end_N, length_N = np.array(ends).T
-    begin_N, last = end_N - length_N, end_N.max()
+    """Seconds until the last of `lengths` is done on one replica of `slots` rows, and seconds of the tail.
+
+    The tail is the time in which less than half of the rows are alive. Time is counted in steps of one token.
+    """
+    slots = min(slots, len(lengths))
+    begin_N, end_N = _occupy(lengths, slots)
+    last = end_N.max()
     at_P1 = (last * (np.arange(POINTS) + 0.5) / POINTS)[:, None]
     alive_PN = (begin_N <= at_P1) & (at_P1 < end_N)
     alive_P = np.maximum(1, alive_PN.sum(1))
     age_P = ((at_P1 - begin_N) * alive_PN).sum(1) / alive_P
-    took_P = (
-        np.array([step(float(n), prompt + float(age)) for n, age in zip(alive_P, age_P, strict=True)])
-        * last
-        / POINTS
-    )
-    return float(took_P.sum()), float(took_P[alive_P < 0.5 * min(slots, len(lengths))].sum())
+    step_P = np.array([step(float(n), prompt + float(age)) for n, age in zip(alive_P, age_P, strict=True)])
+    took_P = step_P * last / POINTS
+    tail_P = alive_P < 0.5 * slots
+    return float(took_P.sum()), float(took_P[tail_P].sum())
 
 
-def _mixed(lengths: Sequence[float]) -> list[float]:
-    """A fixed shuffle: every k-th in turn, k prime to the count."""
-    n = len(lengths)
-    stride = next(k for k in range(int(n * 0.618) | 1, 2 * n + 3, 2) if _prime(k, n))
-    return [lengths[i * stride % n] for i in range(n)]
+def _occupy(lengths: Sequence[float], slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and end [N] of each sample; a new sample takes the slot that is free first."""
+    order = lengths if len(lengths) == slots else _shuffle(lengths)
+    free = [0.0] * slots
+    ends: list[float] = []
+    for length in order:
+        end = heapq.heappop(free) + length
+        heapq.heappush(free, end)
+        ends.append(end)
+    end_N = np.array(ends, dtype=float)
+    return end_N - np.array(order, dtype=float), end_N
 
 
-def _prime(a: int, b: int) -> bool:
-    while b:
-        a, b = b, a % b
-    return a == 1
+def _shuffle(lengths: Sequence[float]) -> list[float]:
+    """A fixed shuffle: every k-th in turn, k coprime to the count."""
+    count = len(lengths)
+    stride = int(count * GOLDEN) | 1
+    while gcd(stride, count) != 1:
+        stride += 2
+    return [lengths[i * stride % count] for i in range(count)]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """So many rollouts with completions of such lengths: `Phase(512, Lengths(6000, 32768))`."""
+    """A number of rollouts with one distribution of lengths: `Phase(512, Lengths(6000, 32768))`."""
 
     rollouts: int
     lengths: Lengths
@@ -158,11 +174,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class RL:
-    """A run of reinforcement learning on a cluster. One rollout is `samples` completions, learned in `updates` updates.
+    """A run of reinforcement learning on a cluster. One rollout is `samples` completions.
 
-    `replica` chips serve one copy of the model. `extra` forward passes score each token once more (old policy, reference).
-    `speculation` is tokens a step by self-speculation. `overlap` samples while it learns, on the same chips in turn.
-    `window` bounds the context that decoding looks back on, for methods that think in chunks.
+    `replica` chips serve one copy of the model. `extra` forward passes score each token again (old policy,
+    reference). `speculation` is tokens a step by self-speculation. `overlap` samples while it learns, on the
+    same chips in turn. `window` bounds the context of decoding, for methods that think in chunks. `slower` is
+    the engine's time over the ideal. `grading` and `wake` are seconds a rollout.
+
+    Raises LimbeckError if the replicas do not divide the cluster.
     """
 
     config: ModelConfig
@@ -188,112 +207,130 @@ class RL:
 
     @cached_property
     def unit(self) -> Replica:
+        """The chips of one copy of the model."""
         return Replica(self.config, self.cluster, self.replica, self.precision)
 
     def parts(self, lengths: Lengths) -> dict[str, float]:
-        """Seconds of one rollout and its learning: rollout, tail (a part of it), learning, changing over, grading."""
-        replicas = self.cluster.count // self.replica
-        mine = max(1, self.samples // replicas)
-        seen = min(self.prompt + lengths.square / 2, self.window or 1e9)
-        slots = min(mine, self.replica * max(1, self.unit.most_rows(seen)))
-
-        def step(rows: float, context: float) -> float:
-            context = min(context, 0.75 * self.window) if self.window else context
-            return (
-                self.unit.decode(max(1.0, rows) / self.replica, context).seconds
-                * self.slower
-                / self.speculation
-            )
-
-        rollout, tail = decode_seconds(lengths.draw(mine, self.samples), slots, step, self.prompt)
-        tokens = self.samples * (lengths.mean + self.prompt)
-        flops = cost.flops_per_token(self.config, min(lengths.square, self.window or 1e9)) * (
-            1 + self.extra / 3
-        )
-        peak = self.cluster.chip.rate("bf16" if "bf16" in self.cluster.chip.figures else "fp16")
-        learning = tokens * flops / (self.cluster.count * peak * self.mfu)
-        moved = (
-            2 * STATE * cost.weights(self.config) / self.cluster.count / HOST_LINK if self.offload else 0.0
-        )
-        grading = max(0.0, self.grading - tail)  # rewards are computed while the last samples decode
+        """Seconds of one rollout and its learning; the tail is a part of the rollout."""
+        rollout, tail = self._decoding(lengths)
         return {
             "rollout": rollout,
             "tail": tail,
-            "learning": learning,
-            "changing over": self.wake * self.offload + moved,
-            "grading": grading,
+            "learning": self._learning(lengths),
+            "changing over": self._changing(),
+            # rewards are computed while the last samples decode
+            "grading": max(0.0, self.grading - tail),
         }
 
-    def seconds(self) -> float:
-        """Of all phases."""
-        return sum(phase.rollouts * self._one(self.parts(phase.lengths)) for phase in self.phases)
+    def _decoding(self, lengths: Lengths) -> tuple[float, float]:
+        """Seconds of one rollout, and of its tail."""
+        samples = max(1, self.samples // (self.cluster.count // self.replica))
+        context = min(self.prompt + lengths.square / 2, self.window or 1e9)
+        slots = min(samples, self.replica * max(1, self.unit.most_rows(context)))
 
-    def _one(self, parts: dict[str, float]) -> float:
+        def step(rows: float, context: float) -> float:
+            if self.window:
+                context = min(context, 0.75 * self.window)
+            chip_rows = max(1.0, rows) / self.replica
+            return self.unit.decode(chip_rows, context).seconds * self.slower / self.speculation
+
+        return decode_seconds(lengths.draw(samples, self.samples), slots, step, self.prompt)
+
+    def _learning(self, lengths: Lengths) -> float:
+        """Seconds of learning one rollout."""
+        tokens = self.samples * (lengths.mean + self.prompt)
+        attended = min(lengths.square, self.window or 1e9)
+        flops = cost.flops_per_token(self.config, attended) * (1 + self.extra / 3)
+        chip = self.cluster.chip
+        peak = chip.rate("bf16" if "bf16" in chip.figures else "fp16")
+        return tokens * flops / (self.cluster.count * peak * self.mfu)
+
+    def _changing(self) -> float:
+        """Seconds between a rollout and learning, and back."""
+        if not self.offload:
+            return 0.0
+        moved = 2 * STATE * cost.weights(self.config)
+        return self.wake + moved / self.cluster.count / HOST_LINK
+
+    def seconds(self) -> float:
+        """Seconds of all phases."""
+        return sum(phase.rollouts * self._wall(self.parts(phase.lengths)) for phase in self.phases)
+
+    def _wall(self, parts: dict[str, float]) -> float:
+        """Wall-clock seconds of one rollout and its learning."""
         if self.overlap:
             return max(parts["rollout"] + parts["grading"], parts["learning"])
         return sum(parts.values()) - parts["tail"]
 
     def plan(self) -> RLCost:
-        """Seconds with their interval: what is not known is varied one by one, and the logarithms of what each changes add
-        up like independent errors (squares)."""
+        """The run's cost with its interval.
+
+        Each unknown is varied by itself; the logarithms of their effects add up like independent errors
+        (squares).
+        """
         middle = self.seconds()
         up = down = 0.0
         for low, high in self._unknowns():
-            up += max(0.0, *(log(one.seconds() / middle) for one in (low, high))) ** 2
-            down += min(0.0, *(log(one.seconds() / middle) for one in (low, high))) ** 2
+            effects = [log(run.seconds() / middle) for run in (low, high)]
+            up += max(0.0, *effects) ** 2
+            down += min(0.0, *effects) ** 2
+        low = middle * exp(-sqrt(down))
+        high = middle * exp(sqrt(up))
+        total = self._total_parts()
+        tokens = sum(phase.rollouts * self.samples * phase.lengths.mean for phase in self.phases)
+        return RLCost(middle, low, high, total, tokens, self.cluster.count, _binds(total))
+
+    def _total_parts(self) -> dict[str, float]:
+        """Seconds of each part over the whole run."""
         total: dict[str, float] = {}
         for phase in self.phases:
-            for name, value in self.parts(phase.lengths).items():
-                total[name] = total.get(name, 0.0) + phase.rollouts * value
-        shares = {
-            "decoding the longest samples": total["tail"],
-            "decoding": total["rollout"] - total["tail"],
-            "learning": total["learning"],
-            "changing over": total["changing over"],
-        }
-        name = max(shares, key=shares.get)
-        tokens = sum(phase.rollouts * self.samples * phase.lengths.mean for phase in self.phases)
-        binds = f"{name}: {shares[name] / sum(shares.values()):.0%} of the time"
-        return RLCost(
-            middle,
-            middle * exp(-sqrt(down)),
-            middle * exp(sqrt(up)),
-            total,
-            tokens,
-            self.cluster.count,
-            binds,
-        )
+            for name, seconds in self.parts(phase.lengths).items():
+                total[name] = total.get(name, 0.0) + phase.rollouts * seconds
+        return total
 
     def _unknowns(self) -> list[tuple[RL, RL]]:
-        """How fast engines are in practice, how well the learner, how long completions get, how far they spread, drafts."""
-
-        def phases(mean: float, spread: float) -> tuple[Phase, ...]:
-            return tuple(
-                replace(
-                    p,
-                    lengths=replace(p.lengths.times(mean), spread=p.lengths.spread + spread)
-                    if not p.lengths.seen or mean != 1
-                    else p.lengths,
-                )
-                for p in self.phases
-            )
-
-        drafts = replace(self, speculation=1.0)
+        """The run with each unknown at its bounds: engine, learner, lengths, their spread, drafts."""
+        low_mfu, middle_mfu, high_mfu = LEARNER_MFU
+        undrafted = replace(self, speculation=1.0)
+        fast_engine = replace(self, slower=self.slower / 1.4)
+        slow_engine = replace(self, slower=self.slower * 1.6)
+        fast_learner = replace(self, mfu=self.mfu * high_mfu / middle_mfu)
+        slow_learner = replace(self, mfu=self.mfu * low_mfu / middle_mfu)
         return [
-            (replace(self, slower=self.slower / 1.4), replace(self, slower=self.slower * 1.6)),
-            (
-                replace(self, mfu=self.mfu * LEARNER_MFU[2] / LEARNER_MFU[1]),
-                replace(self, mfu=self.mfu * LEARNER_MFU[0] / LEARNER_MFU[1]),
-            ),
-            (replace(self, phases=phases(0.65, 0)), replace(self, phases=phases(1.5, 0))),
-            (replace(self, phases=phases(1, -0.2)), replace(self, phases=phases(1, 0.2))),
-            (drafts, drafts),
+            (fast_engine, slow_engine),
+            (fast_learner, slow_learner),
+            (self._with_lengths(0.65, 0), self._with_lengths(1.5, 0)),
+            (self._with_lengths(1, -0.2), self._with_lengths(1, 0.2)),
+            (undrafted, undrafted),
         ]
+
+    def _with_lengths(self, factor: float, spread: float) -> RL:
+        """The run with all means times `factor` and all spreads changed; empirical lengths have no spread."""
+        phases: list[Phase] = []
+        for phase in self.phases:
+            lengths = phase.lengths
+            if not lengths.seen or factor != 1:
+                lengths = replace(lengths.times(factor), spread=lengths.spread + spread)
+            phases.append(replace(phase, lengths=lengths))
+        return replace(self, phases=tuple(phases))
+
+
+def _binds(total: dict[str, float]) -> str:
+    """The longest part of a run, in words, with its share."""
+    parts = {
+        "decoding the longest samples": total["tail"],
+        "decoding": total["rollout"] - total["tail"],
+        "learning": total["learning"],
+        "changing over": total["changing over"],
+    }
+    longest = max(parts, key=parts.get)
+    share = parts[longest] / sum(parts.values())
+    return f"{longest}: {share:.0%} of the time"
 
 
 @dataclass(frozen=True)
 class RLCost:
-    """Seconds within their interval, their parts over the whole run, tokens sampled, and what binds."""
+    """Seconds within their interval, their parts over the whole run, sampled tokens, and the longest part."""
 
     seconds: float
     low: float
@@ -305,21 +342,30 @@ class RLCost:
 
     @property
     def chip_hours(self) -> tuple[float, float, float]:
-        return tuple(x * self.chips / 3600 for x in (self.seconds, self.low, self.high))
+        """Chip-hours, and the ends of their interval."""
+        return tuple(seconds * self.chips / 3600 for seconds in (self.seconds, self.low, self.high))
 
 
 def r1_zero(config: ModelConfig, cluster: Cluster) -> RL:
-    """R1-Zero's run (2501.12948v2, section 2.1 and B.1): 10,400 updates, 16 for each rollout of 512 questions x 16; the cap doubles
-    at update 8,200. Mean lengths were read off its Figure 1 (b); MTP drafts one token, of which 85 % are accepted (V3, 5.4.3),
-    and a step with a draft takes about a fifth longer. 64 chips serve one copy: assumed."""
-    phases = ((125, 1500, 32768), (187, 5000, 32768), (200, 8500, 32768), (138, 13000, 65536))
-    replica = min(64, cluster.count)
+    """R1-Zero's run (2501.12948v2, section 2.1 and B.1): 10,400 updates, 16 for each rollout of 512 x 16.
+
+    The cap doubles at update 8,200. Mean lengths are read off its Figure 1 (b). MTP drafts one token, of
+    which 85 % are accepted (V3, 5.4.3), and a step with a draft takes about a fifth longer. 64 chips serve
+    one copy: assumed.
+    """
+    phases = (
+        Phase(125, Lengths(1500, 32768, 0.8)),
+        Phase(187, Lengths(5000, 32768, 0.8)),
+        Phase(200, Lengths(8500, 32768, 0.8)),
+        Phase(138, Lengths(13000, 65536, 0.8)),
+    )
+    precision = "fp8" if "fp8" in cluster.chip.figures else "bf16"
     return RL(
         config,
         cluster,
-        tuple(Phase(n, Lengths(mean, cap, 0.8)) for n, mean, cap in phases),
+        phases,
         samples=8192,
-        replica=replica,
-        precision="fp8" if "fp8" in cluster.chip.figures else "bf16",
+        replica=min(64, cluster.count),
+        precision=precision,
         speculation=1.85 / 1.2,
     )

@@ -1,5 +1,7 @@
-"""A whole run of a model on a cluster: the best layout, time with what failures take, chip-hours, energy, money; each with
-its interval. What is not said is looked up in workloads.yaml, or asked for."""
+"""A whole run of a model on a cluster: the best layout, time with failures, chip-hours, energy and money.
+
+Each figure has its interval. Settings that are not given are looked up in workloads.yaml.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ from .inference import Rate, Replica
 from .prices import Rental
 
 FILE = Path(__file__).with_name("workloads.yaml")
-HOUR, DAY = 3600.0, 86400.0
-TEACHER = (14.8e3, 8)  # tokens a second that a node writes, and its chips: DeepSeek's day 6
-SPEED = 20.0  # tokens a second that a reader is given, where nothing else is said
+HOUR = 3600.0  # seconds
+TEACHER_RATE = 14.8e3  # tokens a second that a node writes: DeepSeek's day 6
+TEACHER_CHIPS = 8  # chips of that node
+SPEED = 20.0  # tokens a second of one conversation, where no speed is given
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 144, 320)  # chips of a replica that are tried
+PREFILL_CHIPS = 32  # chips of a prefill replica, at most
+PROPERTIES = ("mfu", "tflops", "tokens_per_second", "chip_hours")
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,17 @@ class Range:
     high: float
 
     def times(self, factor: float) -> Range:
+        """The range times a factor."""
         return Range(self.middle * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be trained: `Workload("train", 14.8e12, 15360, 4096, "fp8")`: tokens in all, sequences a step, tokens each."""
+    """A training run's size: `Workload("train", 14.8e12, 15360, 4096, "fp8")`.
+
+    `tokens` is all tokens, `batch` sequences a step, `seq` tokens a sequence. `teacher` has the rows of a
+    distillation.
+    """
 
     kind: str
     tokens: float = 0.0
@@ -53,7 +64,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a run takes. `seconds` has failures in it; `money` and `power` are None where a price or a figure is not known."""
+    """The bill of a run. `seconds` includes failures.
+
+    `money` and `power` are None where a price or a figure is not known; `unknown` has the reasons.
+    """
 
     seconds: Range
     chips: int
@@ -65,12 +79,13 @@ class Bill:
 
     @property
     def chip_hours(self) -> Range:
+        """Chip-hours with their interval."""
         return self.seconds.times(self.chips / HOUR)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: the layouts found (of each site, where there are several), best first, steps, FLOPs in all, and the bill."""
+    """A training run: layouts (of each site), best first, steps, FLOPs, and the bill."""
 
     choices: tuple[search.Choice, ...]
     workload: Workload
@@ -82,7 +97,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a teacher's rows cost: its tokens, the chip-hours of a service like DeepSeek's, and their list price in dollars."""
+    """A teacher's rows: tokens, chip-hours of a service like DeepSeek's, and list price in dollars."""
 
     tokens: Range
     chip_hours: Range
@@ -91,37 +106,43 @@ class Distillation:
 
 @cache
 def _workloads() -> dict[str, dict[str, Any]]:
+    """The table of known workloads by model."""
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 
 def workload(name: str, given: Mapping[str, Any]) -> Workload:
-    """What the table knows of a model's run, changed by what was given."""
-    known = dict(_workloads().get(name.strip().lower(), {}))
-    told = {**known, **{key: value for key, value in given.items() if value is not None}}
-    if told.get("kind") == "rl" and not given.get("tokens"):
-        return Workload("rl", source=known["source"], precision=told.get("precision", "fp8"))
-    missing = [key for key in ("tokens", "batch", "seq") if not told.get(key)]
+    """The known workload of a model, changed by the settings that are given.
+
+    Raises LimbeckError where the number of tokens, the batch or the length of sequences is not known.
+    """
+    known = _workloads().get(name.strip().lower(), {})
+    chosen = {key: value for key, value in given.items() if value is not None}
+    settings = {**known, **chosen}
+    kind = settings.get("kind", "train")
+    if kind == "rl" and not given.get("tokens"):
+        return Workload("rl", source=known["source"], precision=settings.get("precision", "fp8"))
+    missing = [key for key in ("tokens", "batch", "seq") if not settings.get(key)]
     if missing:
         options = ", ".join(f"--{key}" for key in missing)
         raise LimbeckError(
-            f"{name}: nobody has said how much it is to learn; give {options} (tokens in all, sequences a step, tokens each)"
+            f"{name}: nobody has said how much it is to learn; give {options} (tokens in all, sequences a "
+            "step, tokens each)"
         )
-    kind = "train" if told.get("kind", "train") == "rl" else told.get("kind", "train")
     return Workload(
-        kind,
-        float(told["tokens"]),
-        int(told["batch"]),
-        int(told["seq"]),
-        told.get("precision", "bf16"),
-        told.get("source", "given"),
-        told.get("teacher", {}),
+        "train" if kind == "rl" else kind,
+        float(settings["tokens"]),
+        int(settings["batch"]),
+        int(settings["seq"]),
+        settings.get("precision", "bf16"),
+        settings.get("source", "given"),
+        settings.get("teacher", {}),
     )
 
 
 def train(
     config: ModelConfig, cluster: Cluster, work: Workload, price: float | None = None, top: int = 5
 ) -> Training:
-    """The best layouts by search, and what the best one takes for the whole workload."""
+    """The `top` best layouts by search, and the bill of the best one for the whole workload."""
     averaging = None
     if cluster.fabric.sites > 1:
         choices, averaging = _apart(config, cluster, work, top)
@@ -130,37 +151,44 @@ def train(
     step = choices[0].step
     steps = work.tokens / (work.batch * work.seq)
     at_work = Range(step.seconds, step.low, step.high).times(steps)
-    operations = work.tokens * cost.flops_per_token(config, work.seq)
     return Training(
-        tuple(choices), work, steps, operations, bill(at_work, cluster, step.chips, price), averaging
+        tuple(choices),
+        work,
+        steps,
+        work.tokens * cost.flops_per_token(config, work.seq),
+        bill(at_work, cluster, step.chips, price),
+        averaging,
     )
 
 
 def _apart(
     config: ModelConfig, cluster: Cluster, work: Workload, top: int
 ) -> tuple[list[search.Choice], multi_site.Averaging]:
-    """The best layouts of one site with its part of each batch, and what joining the sites takes."""
-    site, count = multi_site.one_of(cluster), cluster.fabric.sites
+    """The best layouts of one site with its share of each batch, and the averaging over sites."""
+    site = multi_site.one_of(cluster)
+    count = cluster.fabric.sites
     if work.batch % count:
         raise LimbeckError(
             f"{work.batch} sequences a step cannot be dealt evenly to {count} sites; change --batch or sites"
         )
-    found = search.best(config, site, work.batch // count, work.seq, work.precision, top=top)
-    joined = [(choice, *multi_site.averaged(choice.step, config, cluster)) for choice in found]
-    return [replace(choice, step=step) for choice, step, _ in joined], joined[0][2]
+    choices: list[search.Choice] = []
+    averagings: list[multi_site.Averaging] = []
+    for choice in search.best(config, site, work.batch // count, work.seq, work.precision, top=top):
+        step, averaging = multi_site.averaged(choice.step, config, cluster)
+        choices.append(replace(choice, step=step))
+        averagings.append(averaging)
+    return choices, averagings[0]
 
 
 def bill(at_work: Range, cluster: Cluster, chips: int, price: float | None = None) -> Bill:
     """Failures, energy and money on top of the seconds at work."""
     share = goodput.goodput(chips)
     seconds = Range(at_work.middle / share.share, at_work.low / share.high, at_work.high / share.low)
-    hours, unknown = seconds.times(chips / HOUR), []
+    hours = seconds.times(chips / HOUR)
+    unknown: list[str] = []
     power = money = rent = None
     try:
-        whole = energy.spend(_kind(cluster.chip.name), cluster.chip.watts, hours.middle)
-        power = replace(
-            whole, low=whole.low * hours.low / hours.middle, high=whole.high * hours.high / hours.middle
-        )
+        power = _power(cluster, hours)
     except LimbeckError as error:
         unknown.append(f"energy: {error}")
     try:
@@ -171,32 +199,39 @@ def bill(at_work: Range, cluster: Cluster, chips: int, price: float | None = Non
     return Bill(seconds, chips, share, power, money, rent, tuple(unknown))
 
 
+def _power(cluster: Cluster, hours: Range) -> Energy:
+    """The energy of a range of chip-hours. Raises LimbeckError where a chip's power is not known."""
+    power = energy.spend(_kind(cluster.chip.name), cluster.chip.watts, hours.middle)
+    low = power.low * hours.low / hours.middle
+    high = power.high * hours.high / hours.middle
+    return replace(power, low=low, high=high)
+
+
 def _kind(chip: str) -> str:
-    """As energy.py's table has it."""
+    """The chip's name in energy.py's table."""
     return {"a100-pcie": "A100-PCIe", "a100": "A100", "a800": "A100", "v100": "V100"}.get(chip, chip)
 
 
 def reinforce(config: ModelConfig, cluster: Cluster, price: float | None = None) -> tuple[rl.RLCost, Bill]:
-    """R1-Zero's reinforcement learning, with this model on this cluster."""
+    """The cost of R1-Zero's reinforcement learning with this model on this cluster, and the bill."""
     run = rl.r1_zero(config, cluster)
     plan = run.plan()
     return plan, bill(Range(plan.seconds, plan.low, plan.high), cluster, cluster.count, price)
 
 
 def teach(work: Workload) -> Distillation:
-    """What the rows of a distillation cost whoever wrote them, by the rates and prices of DeepSeek's day."""
-    told = work.teacher
-    low, middle, high = (told["rows"] * told["tokens"] * samples for samples in told["samples"])
-    rate, chips = TEACHER
+    """The cost of a distillation's rows, by the rates and prices of DeepSeek's day."""
+    teacher = work.teacher
+    low, middle, high = (teacher["rows"] * teacher["tokens"] * samples for samples in teacher["samples"])
     tokens = Range(middle, low, high)
-    return Distillation(
-        tokens, tokens.times(chips / rate / HOUR), tokens.times(prices.tariff(told["model"]).output / 1e6)
-    )
+    chip_hours = tokens.times(TEACHER_CHIPS / TEACHER_RATE / HOUR)
+    token_price = prices.tariff(teacher["model"]).output / 1e6
+    return Distillation(tokens, chip_hours, tokens.times(token_price))
 
 
 @dataclass(frozen=True)
 class Service:
-    """How one copy is served: on how many chips, conversations at once, and rates; dollars for a million tokens."""
+    """The serving of one copy: chips, conversations at once (`rows`), rates, dollars for a million tokens."""
 
     chips: int
     precision: str
@@ -216,54 +251,79 @@ def serve(
     speed: float = SPEED,
     chips: int = 0,
 ) -> Service:
-    """On the fewest chips that hold the weights and a few conversations; V3's kind on its wide groups where there are so many."""
-    precision = (
-        "fp8"
-        if "fp8" in cluster.chip.figures and config.experts
-        else "bf16"
-        if "bf16" in cluster.chip.figures
-        else "fp16"
+    """The serving with the most tokens a second and chip at `speed`; `chips` fixes the chips of a copy."""
+    precision = _precision(config, cluster)
+    replica, rows, decode = _best_replica(config, cluster, precision, context, speed, chips)
+    prefiller = replica
+    if config.experts and replica.chips > PREFILL_CHIPS:
+        prefiller = Replica(config, cluster, PREFILL_CHIPS, precision)
+    prefill = prefiller.prefill(context)
+    return Service(
+        replica.chips,
+        precision,
+        rows * replica.chips,
+        1 / decode.seconds,
+        context,
+        decode,
+        prefill,
+        _token_prices(cluster, price, prefill, decode),
     )
-    unit, rows, decode = _replica(config, cluster, precision, context, speed, chips)
-    prompt = (
-        Replica(config, cluster, min(unit.chips, 32), precision)
-        if config.experts and unit.chips > 32
-        else unit
-    )
-    prefill = prompt.prefill(context)
+
+
+def _precision(config: ModelConfig, cluster: Cluster) -> str:
+    """The precision of serving: FP8 for experts where the chips have it, else 16 bits."""
+    figures = cluster.chip.figures
+    if config.experts and "fp8" in figures:
+        return "fp8"
+    return "bf16" if "bf16" in figures else "fp16"
+
+
+def _token_prices(
+    cluster: Cluster, price: float | None, prefill: Rate, decode: Rate
+) -> tuple[float, float] | None:
+    """Dollars for a million input and output tokens; None where no price of the chips is known."""
     try:
         rent = prices.rental(cluster.chip.name, price).middle
     except LimbeckError:
-        rent = 0.0
-    money = tuple(rent / HOUR / rate * 1e6 for rate in (prefill.tokens, decode.tokens)) if rent else None
-    return Service(
-        unit.chips, precision, rows * unit.chips, 1 / decode.seconds, context, decode, prefill, money
-    )
+        return None
+    if not rent:
+        return None
+    return rent / HOUR / prefill.tokens * 1e6, rent / HOUR / decode.tokens * 1e6
 
 
-def _replica(
+def _best_replica(
     config: ModelConfig, cluster: Cluster, precision: str, context: int, speed: float, chips: int
 ) -> tuple[Replica, float, Rate]:
-    """The width with the most tokens a second and chip at that speed; at the highest speed that there is where none reaches it."""
-    widths = [chips] if chips else [n for n in (1, 2, 4, 8, 16, 32, 64, 144, 320) if n <= cluster.count]
-    found, refused = [], None
-    for width in widths:
-        if not config.experts and width > cluster.per_node:
-            break
+    """The replica with the most tokens a second and chip at that speed, its rows and rate.
+
+    Raises LimbeckError if no replica holds the model or reaches the speed.
+    """
+    best: tuple[Replica, float, Rate] | None = None
+    refused: LimbeckError | None = None
+    for width in _widths(config, cluster, chips):
         try:
-            unit = Replica(config, cluster, width, precision)
-            rows, rate = unit.at_speed(speed, context)
-            found.append((rate.tokens, unit, rows, rate))
+            replica = Replica(config, cluster, width, precision)
+            rows, rate = replica.at_speed(speed, context)
         except LimbeckError as error:
             refused = refused or error
-    if not found:
+            continue
+        if best is None or rate.tokens > best[2].tokens:
+            best = (replica, rows, rate)
+    if best is None:
         raise refused or LimbeckError(f"{cluster.name}: nothing to serve on")
-    _, unit, rows, rate = max(found, key=lambda one: one[0])
-    return unit, rows, rate
+    return best
+
+
+def _widths(config: ModelConfig, cluster: Cluster, chips: int) -> list[int]:
+    """Chips of a replica that are tried: `chips`, or up to the cluster; dense models stay inside a node."""
+    widths = [chips] if chips else [width for width in WIDTHS if width <= cluster.count]
+    if config.experts:
+        return widths
+    return [width for width in widths if width <= cluster.per_node]
 
 
 def told(thing: Any) -> Any:
-    """Dataclasses as plain values, for JSON."""
+    """Dataclasses as plain values for JSON, with some of their properties."""
     if isinstance(thing, search.Choice):
         return {
             "layout": asdict(thing.layout),
@@ -272,12 +332,10 @@ def told(thing: Any) -> Any:
             "memory": asdict(thing.memory),
         }
     if hasattr(thing, "__dataclass_fields__"):
-        more = {
-            key: told(getattr(thing, key))
-            for key in ("mfu", "tflops", "tokens_per_second", "chip_hours")
-            if hasattr(type(thing), key)
-        }
-        return {key: told(getattr(thing, key)) for key in thing.__dataclass_fields__} | more
+        names = [*thing.__dataclass_fields__, *(name for name in PROPERTIES if hasattr(type(thing), name))]
+        return {name: told(getattr(thing, name)) for name in names}
     if isinstance(thing, dict):
         return {key: told(value) for key, value in thing.items()}
-    return [told(one) for one in thing] if isinstance(thing, list | tuple) else thing
+    if isinstance(thing, list | tuple):
+        return [told(value) for value in thing]
+    return thing

@@ -1,17 +1,20 @@
-"""What the stages of a recipe do, in tokens: how many are sampled, learned and read, of which length, in how many updates.
+"""The work of a recipe's stages in tokens: sampled, learned and read tokens, their lengths, and updates.
 
-Most of it the recipe says. What it can't say is how long completions will be, how many rows are kept and how many groups
-differ: for these stand priors, each with its range, and lengths that the miniature's own rules imply.
+Most of it follows from the recipe. The length of completions, the rows that pass a filter and the groups that
+differ do not: for these there are priors, each with its range, and lengths that follow from the miniature's
+rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import comb, factorial
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config.recipe import (
+    DPO,
     RL,
     SFT,
     Curate,
@@ -24,7 +27,6 @@ from ..config.recipe import (
     Load,
     Miniature,
     Pairs,
-    Preference,
     Pretrain,
     Recipe,
     Remote,
@@ -35,22 +37,30 @@ from ..config.recipe import (
 )
 from ..model.config import ModelConfig
 
-CHUNK = 64  # problems that a sampling stage asks at once (pipeline/stages/basic.py)
+CHUNK = 64  # problems that a sampling stage samples at once (pipeline/stages/basic.py)
 SMALL = 10_000_000  # parameters up to which an engine has 256 rows in flight, and not 64 (pipeline/job.py)
 PROMPT = 45  # tokens of a question from a file or a generator: SmolLM2's sums have 47
 
-# Priors of what no recipe says, for the miniature and for problems of files and generators. From three runs of the quickstart and
-# one of SmolLM2's recipe: groups whose completions are not all right or all wrong; completions that pass every filter; and
-# how long completions are, as a share of the most that is allowed: (low, middle, high).
+# Priors of what no recipe gives, for the miniature and for problems of files and generators. From three
+# runs of the quickstart and one of SmolLM2's recipe: groups whose completions are not all right or all
+# wrong; completions that pass every filter; and the length of completions as a share of the limit: (low,
+# middle, high).
 INFORMATIVE = {"miniature": 0.75, "real": 0.4}
 PASSED = {"miniature": 0.8, "real": 0.35}
 REACHED = {"base": (0.3, 0.6, 0.9), "learned": (0.1, 0.22, 0.6)}
-REDRAWN = 1.3  # rollouts that `zero_variance: replace` asks for, of what a step needs
+REDRAWN = 1.3  # rollouts that `zero_variance: replace` samples, for each that a step needs
+CHANGING = 0.1  # share of an RL run in which completions still have their initial length
+BRIEF_ANSWER = 7  # tokens of an answer without its thought, at most
+TABLE_ROWS = 1000  # rows of a Parquet file; their number is not read
+TABLE_LENGTH = 100  # tokens of an answer in a table
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """`calls` times `rows` completions of `length` tokens, the longest of `longest`, for `prompts` prompts of `prompt` tokens."""
+    """Completions sampled together: `calls` times `rows` completions for `prompts` prompts.
+
+    `length` is their mean in tokens, `longest` the longest, `prompt` the mean of the prompts.
+    """
 
     calls: float
     rows: float
@@ -61,15 +71,17 @@ class Rollout:
 
     @property
     def tokens(self) -> float:
+        """Sampled tokens in all."""
         return self.calls * self.rows * self.length
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """What one stage does with one model: `StageWork("zero", "rl", "zero", rollouts=(...), updates=90, learned=850_000, ...)`.
+    """The work of one stage with one model: `StageWork("zero", "rl", "zero", updates=90, ...)`.
 
-    `learned` tokens go forward and backward, `read` forward alone, by model `reader` (a teacher, a reference). `written` is text
-    that the miniature writes, `people` rows that somebody looks at. `sure` is how well the tokens are known: a factor.
+    `learned` tokens go forward and backward. `read` tokens go forward only, through model `reader` (a
+    teacher, a reference). `written` is text of the miniature in tokens, `people` the number of rows that a
+    person reviews. `sure` is the factor within which the tokens are known.
     """
 
     stage: str
@@ -90,27 +102,41 @@ class StageWork:
 
     @property
     def sampled(self) -> float:
-        return sum(r.tokens for r in self.rollouts)
+        """Sampled tokens in all."""
+        return sum(rollout.tokens for rollout in self.rollouts)
 
     def flops(self, config: ModelConfig) -> float:
-        """All of it, teachers by the same model's size; forward FLOPs a token at half of a sequence's length."""
-        sampling = sum(
-            (r.tokens + r.calls * r.prompts * r.prompt) * config.flops_per_token(r.prompt + r.length / 2)
-            for r in self.rollouts
-        )
-        seen = max(1.0, self.length / 2)
-        return (
-            sampling
-            + self.learned * config.flops_per_token(seen, backward=True)
-            + self.read * config.flops_per_token(seen)
-        )
+        """FLOPs of all tokens; a teacher counts by the same model's size.
+
+        A token's forward FLOPs are those in the middle of its sequence.
+        """
+        sampling = 0.0
+        for rollout in self.rollouts:
+            prefilled = rollout.calls * rollout.prompts * rollout.prompt
+            middle = rollout.prompt + rollout.length / 2
+            sampling += (rollout.tokens + prefilled) * config.flops_per_token(middle)
+        middle = max(1.0, self.length / 2)
+        learning = self.learned * config.flops_per_token(middle, backward=True)
+        reading = self.read * config.flops_per_token(middle)
+        return sampling + learning + reading
+
+
+class _Tokens(NamedTuple):
+    """Mean tokens of a completion and of its prompt, and the factor within which they are known."""
+
+    length: float
+    prompt: float
+    sure: float
 
 
 @dataclass
-class _Known:
-    """What later stages ask of one: how it speaks, and the rows it gives."""
+class _Output:
+    """A stage's output, as later stages need it: the model's style of completions, and the rows.
 
-    says: str = "base"
+    `style` is `base`, `learned` or `brief` (answers without thoughts).
+    """
+
+    style: str = "base"
     rows: float = 0.0
     length: float = 0.0
     prompt: float = float(PROMPT)
@@ -119,326 +145,366 @@ class _Known:
 
 @dataclass
 class Walk:
-    """Efforts of all stages, inputs first. `configs` has the shape of each stage's model."""
+    """The work of all stages, inputs first. `configs` has the shape of each stage's model."""
 
     recipe: Recipe
     configs: Mapping[str, ModelConfig]
-    known: dict[str, _Known] = field(default_factory=dict)
+    outputs: dict[str, _Output] = field(default_factory=dict)
     efforts: dict[str, StageWork] = field(default_factory=dict)
 
     def add(self, node: str, stage: Stage, inputs: tuple[str, ...], control: str | None = None) -> StageWork:
-        """A node of the graph; its inputs came before."""
+        """The work of a node of the graph; its inputs must have been added before."""
+        if isinstance(stage, Evaluate):
+            work = self._evaluate(node, stage, inputs[0], control)
+        else:
+            work = self._stage(node, stage)
+        work = replace(work, inputs=inputs)
+        self.efforts[node] = work
+        return work
+
+    def _stage(self, node: str, stage: Stage) -> StageWork:
+        """The work of a stage by its kind."""
         match stage:
             case Pretrain():
-                effort = self._pretrain(node, stage)
+                return self._pretrain(node, stage)
             case RL():
-                effort = self._rl(node, stage)
+                return self._rl(node, stage)
             case SFT():
-                effort = self._sft(node, stage)
-            case Sample() | Screen() | Pairs():
-                effort = self._sweep(node, stage)
-            case Evaluate():
-                effort = self._evaluate(node, stage, inputs[0], control)
+                return self._sft(node, stage)
+            case DPO():
+                return self._dpo(node, stage)
             case Distill():
-                effort = self._distill(node, stage)
-            case Preference():
-                effort = self._preference(node, stage)
+                return self._distill(node, stage)
+            case Sample() | Screen() | Pairs():
+                return self._sample(node, stage)
             case Label():
-                effort = self._label(node, stage)
+                return self._label(node, stage)
             case Curate():
-                before = self.known[stage.rows]
-                self.known[node] = before
-                effort = StageWork(
-                    node, "curate", people=0 if stage.auto else int(before.rows), sure=before.sure
-                )
+                return self._curate(node, stage)
             case General():
-                length, prompt, _ = self._says(stage.problems, "learned", 1000)
-                self.known[node] = _Known("learned", stage.rows, length, prompt)
-                effort = StageWork(node, "general")
+                return self._general(node, stage)
             case Load():
-                self.known[node] = _Known("base")
-                effort = StageWork(node, "load", node, saved=True)
-            case _:
-                self.known[node] = _Known("learned")
-                effort = StageWork(node, stage.kind, getattr(stage, "model", ""), sure=2.0)
-        effort = StageWork(**{**effort.__dict__, "inputs": inputs})
-        self.efforts[node] = effort
-        return effort
+                self.outputs[node] = _Output("base")
+                return StageWork(node, "load", node, saved=True)
+        self.outputs[node] = _Output("learned")
+        return StageWork(node, stage.kind, getattr(stage, "model", ""), sure=2.0)
 
-    # ------------------------------------------------------------ how long
+    # ------------------------------------------------------------ lengths
 
-    def _says(
-        self, problems: str, says: str, most: int, control: str | None = None
-    ) -> tuple[float, float, float]:
-        """Tokens of a completion, of its prompt, and how sure that is."""
+    def _tokens(self, problems: str, style: str, limit: int, control: str | None = None) -> _Tokens:
+        """Tokens of a completion for a source of problems, or for the sources of a screen stage."""
         source = self.recipe.problems.get(problems)
-        if source is None and problems in self.recipe.stages:  # a screening: of what it screened
-            parts = [self._says(name, says, most, control) for name in sources(self.recipe.stages[problems])]
-            return tuple(sum(p[i] for p in parts) / len(parts) for i in range(3))
+        if source is None and problems in self.recipe.stages:
+            screened = sources(self.recipe.stages[problems])
+            parts = [self._tokens(name, style, limit, control) for name in screened]
+            return _Tokens(*(sum(column) / len(parts) for column in zip(*parts, strict=True)))
         if isinstance(source, Miniature):
-            return _miniature(source, says, most, control)
-        low, middle, high = REACHED["base" if says == "base" else "learned"]
-        return middle * most, PROMPT, (high / low) ** 0.5
+            return _miniature_tokens(source, style, limit, control)
+        low, middle, high = REACHED["base" if style == "base" else "learned"]
+        return _Tokens(middle * limit, PROMPT, (high / low) ** 0.5)
+
+    def _mean_tokens(self, problems: Mapping[str, float], style: str, limit: int) -> _Tokens:
+        """Tokens of a completion for a mixture of problems, by their shares."""
+        parts = [self._tokens(name, style, limit) for name in problems]
+        shares = list(problems.values())
+        means: list[float] = []
+        for column in zip(*parts, strict=True):
+            weighted = sum(share * value for share, value in zip(shares, column, strict=True))
+            means.append(weighted / sum(shares))
+        return _Tokens(*means)
 
     def _world(self, problems: Mapping[str, float]) -> str:
-        """Whether the problems are the miniature's."""
-        named = [self.recipe.problems.get(name) for name in problems]
-        return "miniature" if all(isinstance(source, Miniature) for source in named) else "real"
+        """`miniature` if all problems are the miniature's, else `real`."""
+        known = [self.recipe.problems.get(name) for name in problems]
+        return "miniature" if all(isinstance(source, Miniature) for source in known) else "real"
 
-    def _mean_says(self, problems: Mapping[str, float], says: str, most: int) -> tuple[float, float, float]:
-        parts = [(share, self._says(name, says, most)) for name, share in problems.items()]
-        whole = sum(share for share, _ in parts)
-        return tuple(sum(share * p[i] for share, p in parts) / whole for i in range(3))
-
-    def _rollout(
-        self, calls: float, prompts: float, group: float, said: tuple[float, float, float], most: int
-    ) -> Rollout:
-        length, prompt, _ = said
-        rows = prompts * group
-        longest = min(most, length * (1 + 1.2 * max(0.0, rows) ** 0.25))
-        return Rollout(calls, rows, length, longest, prompt, prompts)
-
-    # ------------------------------------------------------------ stages
+    # ------------------------------------------------------------ stages that learn
 
     def _pretrain(self, node: str, stage: Pretrain) -> StageWork:
-        self.known[node] = _Known("base")
-        source = self.recipe.problems[stage.problems]
-        length = _attempt(source) + 10
+        """A pass over the miniature's corpus, which is written first."""
+        self.outputs[node] = _Output("base")
+        attempt = _attempt_tokens(self.recipe.problems[stage.problems])
+        updates = stage.tokens / stage.batch_tokens
         return StageWork(
             node,
             "pretrain",
             node,
-            updates=stage.tokens / stage.batch_tokens,
+            updates=updates,
             learned=stage.tokens,
-            length=length,
+            length=attempt + 10,
             optimizer=stage.optimizer.name,
             written=stage.tokens,
             saved=True,
         )
 
     def _rl(self, node: str, stage: RL) -> StageWork:
-        """Completions take a few steps to change from how the model spoke to how it will speak: a tenth of the run."""
-        policy, most = stage.policy, stage.sampling.max_new_tokens
-        begin, end = (
-            self._mean_says(stage.problems, says, most) for says in (self.known[stage.model].says, "learned")
-        )
-        said = tuple(0.1 * a + 0.9 * b for a, b in zip(begin, end, strict=True))
-        share = 1.0 if policy.zero_variance == "keep" else INFORMATIVE[self._world(stage.problems)]
-        redrawn = REDRAWN if policy.zero_variance == "replace" else 1.0
-        rollout = self._rollout(1, policy.prompts_per_step * redrawn, policy.group_size, said, most)
-        groups = policy.prompts_per_step * (1.0 if policy.zero_variance == "replace" else share)
-        learned = groups * (policy.group_size * said[0] + said[1])
-        read = learned if policy.kl_coef else 0.0
-        one = StageWork(
+        """Rollouts and updates; completions reach their final length after a tenth of the run."""
+        policy = stage.policy
+        tokens = self._rl_tokens(stage)
+        replaces = policy.zero_variance == "replace"
+        sampled = policy.prompts_per_step * (REDRAWN if replaces else 1.0)
+        rollout = _rollout(1, sampled, policy.group_size, tokens, stage.sampling.max_new_tokens)
+        groups = policy.prompts_per_step * self._learned_share(stage)
+        learned = groups * (policy.group_size * tokens.length + tokens.prompt)
+        step = StageWork(
             node,
             "rl",
             stage.model,
             (rollout,),
             policy.updates_per_rollout,
             learned,
-            said[0] + said[1],
+            tokens.length + tokens.prompt,
             stage.optimizer.name,
-            read,
+            learned if policy.kl_coef else 0.0,
             stage.model,
         )
-        steps = self._affordable(node, stage, one, stage.steps)
-        self.known[node] = _Known("learned", sure=said[2])
-        return StageWork(
-            node,
-            "rl",
-            node,
-            (Rollout(steps, rollout.rows, *said[:1], rollout.longest, said[1], rollout.prompts),),
-            steps * one.updates,
-            steps * learned,
-            one.length,
-            one.optimizer,
-            steps * read,
-            stage.model if read else "",
+        steps = self._affordable(node, stage, step, stage.steps)
+        self.outputs[node] = _Output("learned", sure=tokens.sure)
+        return replace(
+            step,
+            model=node,
+            rollouts=(replace(rollout, calls=steps),),
+            updates=steps * step.updates,
+            learned=steps * learned,
+            read=steps * step.read,
+            reader=stage.model if step.read else "",
             saved=True,
-            sure=said[2] * 1.15,
+            sure=tokens.sure * 1.15,
         )
 
-    def _affordable(self, node: str, stage: Stage, one: StageWork, steps: float) -> float:
-        """Steps that a budget of FLOPs pays for."""
-        config = self.configs[node]
+    def _rl_tokens(self, stage: RL) -> _Tokens:
+        """Mean tokens of a completion over a run of reinforcement learning."""
+        limit = stage.sampling.max_new_tokens
+        first = self._mean_tokens(stage.problems, self.outputs[stage.model].style, limit)
+        last = self._mean_tokens(stage.problems, "learned", limit)
+        return _Tokens(*(CHANGING * a + 0.9 * b for a, b in zip(first, last, strict=True)))
+
+    def _learned_share(self, stage: RL) -> float:
+        """Share of a step's groups that are learned from."""
+        if stage.policy.zero_variance == "drop":
+            return INFORMATIVE[self._world(stage.problems)]
+        return 1.0
+
+    def _affordable(self, node: str, stage: Stage, step: StageWork, steps: float) -> float:
+        """The steps that a budget of FLOPs pays for; `steps` without one."""
         budget = stage.flops
         if stage.flops_of:
-            other = self.efforts[stage.flops_of]
-            budget = other.flops(self.configs[stage.flops_of])
-        return min(steps, max(1.0, budget / one.flops(config))) if budget else steps
-
-    def _rows(self, given: Mapping[str, float]) -> tuple[float, float, float, float]:
-        """Rows, tokens of a completion and a prompt, how sure."""
-        found = {name: self.known.get(name) or _of_a_file(name) for name in given}
-        parts = [(share * found[name].rows, found[name]) for name, share in given.items()]
-        rows = max(1e-9, sum(n for n, _ in parts))
-        length, prompt = (sum(n * getattr(k, key) for n, k in parts) / rows for key in ("length", "prompt"))
-        return rows, length, prompt, max(k.sure for _, k in parts)
+            compared = self.efforts[stage.flops_of]
+            budget = compared.flops(self.configs[stage.flops_of])
+        if not budget:
+            return steps
+        return min(steps, max(1.0, budget / step.flops(self.configs[node])))
 
     def _sft(self, node: str, stage: SFT) -> StageWork:
-        rows, length, prompt, sure = self._rows(stage.rows)
+        """Passes over rows; without thoughts the completions are short."""
+        rows = self._rows(stage.rows)
         brief = stage.thoughts == "drop"
-        length = min(length, 7) if brief else length
-        self.known[node] = _Known("brief" if brief else "learned", sure=sure)
-        learned = rows * (length + prompt) * stage.epochs
-        one = StageWork(node, "sft", node, updates=1, learned=learned, length=length + prompt)
-        learned *= self._affordable(node, stage, one, 1.0)
-        return StageWork(
-            node,
-            "sft",
-            node,
+        completion = min(rows.length, BRIEF_ANSWER) if brief else rows.length
+        length = completion + rows.prompt
+        learned = rows.rows * length * stage.epochs
+        self.outputs[node] = _Output("brief" if brief else "learned", sure=rows.sure)
+        whole = StageWork(node, "sft", node, updates=1, learned=learned, length=length)
+        learned *= self._affordable(node, stage, whole, 1.0)
+        return replace(
+            whole,
             updates=max(1.0, learned / stage.batch_tokens),
             learned=learned,
-            length=length + prompt,
             optimizer=stage.optimizer.name,
             saved=True,
-            sure=sure * 1.3,
+            sure=rows.sure * 1.3,
         )
 
-    def _sweep(self, node: str, stage: Sample | Screen | Pairs) -> StageWork:
-        most = stage.sampling.max_new_tokens
-        said = self._mean_says(stage.problems, self.known[stage.model].says, most)
-        count = stage.limit if isinstance(stage, Screen) else stage.prompts
-        rollout = self._rollout(max(1.0, count / CHUNK), min(CHUNK, count), stage.samples, said, most)
-        keep = getattr(stage, "keep_per_problem", 2)
-        passed = PASSED[
-            self._world(stage.problems)
-        ]  # problems are solved often or hardly ever, so more tries help less than they might
-        kept = count * min(keep, stage.samples, 1.2 * passed * (1 + 0.45 * (keep - 1)))
-        self.known[node] = _Known("learned", kept, said[0], said[1], said[2] * 1.3)
-        remote = isinstance(self.recipe.stages.get(stage.model), Remote)
-        return StageWork(node, stage.kind, "" if remote else stage.model, (rollout,), sure=said[2])
-
-    def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
-        rollouts, sure = [], 1.05
-        for name in stage.problems:
-            says = self.known[model].says
-            length, prompt, doubt = self._says(name, says, stage.max_new_tokens, control)
-            sure = max(sure, doubt)
-            asked = min(stage.prompts, _held_out(self.recipe.problems[name]))
-            for mode in stage.modes:
-                copies = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
-                prompts = max(1, asked // 8) if mode == "pass@8" else asked
-                rollouts.append(
-                    self._rollout(1, prompts, copies, (length, prompt, doubt), stage.max_new_tokens)
-                )
-        return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
+    def _dpo(self, node: str, stage: DPO) -> StageWork:
+        """Passes over pairs; the reference reads each pair once."""
+        rows = self._rows(stage.pairs)
+        length = rows.length + rows.prompt
+        learned = 2 * rows.rows * length * stage.epochs
+        updates = max(1.0, learned / stage.batch_tokens)
+        self.outputs[node] = _Output("learned", sure=rows.sure)
+        return StageWork(
+            node,
+            "dpo",
+            node,
+            updates=updates,
+            learned=learned,
+            length=length,
+            optimizer=stage.optimizer.name,
+            read=learned / stage.epochs,
+            reader=stage.model,
+            saved=True,
+            sure=rows.sure * 1.3,
+        )
 
     def _distill(self, node: str, stage: Distill) -> StageWork:
-        most = stage.sampling.max_new_tokens
-        says = self.known[stage.model].says
-        said = (
-            self._mean_says(stage.problems, says, most)
-            if stage.problems
-            else (*self._rows(stage.rows)[1:3], 1.5)
-        )
-        rows = stage.prompts_per_step * stage.group_size
-        steps = stage.steps
-        learned = steps * rows * (said[0] + said[1])
+        """Steps on the student's completions and on rows; a teacher reads all that is learned."""
+        tokens = self._distill_tokens(stage)
+        limit = stage.sampling.max_new_tokens
+        calls = stage.steps * stage.on_policy
+        rollout = _rollout(calls, stage.prompts_per_step, stage.group_size, tokens, limit)
+        completions = stage.prompts_per_step * stage.group_size
+        learned = stage.steps * completions * (tokens.length + tokens.prompt)
         teacher = next(iter(stage.teachers.values()), "")
-        spoken = self._rollout(steps * stage.on_policy, stage.prompts_per_step, stage.group_size, said, most)
         whole = StageWork(
             node,
             "distill",
             node,
-            (spoken,),
-            steps,
+            (rollout,),
+            stage.steps,
             learned,
-            said[0] + said[1],
+            tokens.length + tokens.prompt,
             stage.optimizer.name,
             learned if teacher else 0.0,
             teacher,
         )
         paid = self._affordable(node, stage, whole, 1.0)
-        self.known[node] = _Known("learned", sure=said[2])
-        spoken = Rollout(
-            paid * spoken.calls,
-            *(getattr(spoken, key) for key in ("rows", "length", "longest", "prompt", "prompts")),
-        )
-        return StageWork(
-            node,
-            "distill",
-            node,
-            (spoken,) if stage.on_policy else (),
-            paid * steps,
-            paid * learned,
-            whole.length,
-            whole.optimizer,
-            paid * whole.read,
-            teacher,
+        self.outputs[node] = _Output("learned", sure=tokens.sure)
+        rollout = replace(rollout, calls=paid * rollout.calls)
+        return replace(
+            whole,
+            rollouts=(rollout,) if stage.on_policy else (),
+            updates=paid * stage.steps,
+            learned=paid * learned,
+            read=paid * whole.read,
             saved=True,
-            sure=said[2] * 1.1,
+            sure=tokens.sure * 1.1,
         )
 
-    def _preference(self, node: str, stage: Preference) -> StageWork:
-        rows, length, prompt, sure = self._rows(stage.pairs)
-        learned = 2 * rows * (length + prompt) * stage.epochs
-        self.known[node] = _Known("learned", sure=sure)
-        return StageWork(
-            node,
-            "preference",
-            node,
-            updates=max(1.0, learned / stage.batch_tokens),
-            learned=learned,
-            length=length + prompt,
-            optimizer=stage.optimizer.name,
-            read=learned / stage.epochs,
-            reader=stage.model,
-            saved=True,
-            sure=sure * 1.3,
-        )
+    def _distill_tokens(self, stage: Distill) -> _Tokens:
+        """Tokens of a completion of the student, or of a row where it samples nothing."""
+        if stage.problems:
+            style = self.outputs[stage.model].style
+            return self._mean_tokens(stage.problems, style, stage.sampling.max_new_tokens)
+        rows = self._rows(stage.rows)
+        return _Tokens(rows.length, rows.prompt, 1.5)
+
+    def _rows(self, shares: Mapping[str, float]) -> _Output:
+        """The rows of several stages or files by their shares, as one output."""
+        outputs = {name: self.outputs.get(name) or _table_output(name) for name in shares}
+        counts = {name: share * outputs[name].rows for name, share in shares.items()}
+        rows = max(1e-9, sum(counts.values()))
+        length = sum(count * outputs[name].length for name, count in counts.items()) / rows
+        prompt = sum(count * outputs[name].prompt for name, count in counts.items()) / rows
+        sure = max(output.sure for output in outputs.values())
+        return _Output("learned", rows, length, prompt, sure)
+
+    # ------------------------------------------------------------ stages that give rows or figures
+
+    def _sample(self, node: str, stage: Sample | Screen | Pairs) -> StageWork:
+        """Several completions of each problem, and the rows that pass."""
+        limit = stage.sampling.max_new_tokens
+        style = self.outputs[stage.model].style
+        tokens = self._mean_tokens(stage.problems, style, limit)
+        problems = stage.limit if isinstance(stage, Screen) else stage.prompts
+        calls = max(1.0, problems / CHUNK)
+        rollout = _rollout(calls, min(CHUNK, problems), stage.samples, tokens, limit)
+        keep = getattr(stage, "keep_per_problem", 2)
+        passed = PASSED[self._world(stage.problems)]
+        # problems are solved often or hardly ever, so more tries help less than they might
+        passing = 1.2 * passed * (1 + 0.45 * (keep - 1))
+        rows = problems * min(keep, stage.samples, passing)
+        self.outputs[node] = _Output("learned", rows, tokens.length, tokens.prompt, tokens.sure * 1.3)
+        remote = isinstance(self.recipe.stages.get(stage.model), Remote)
+        return StageWork(node, stage.kind, "" if remote else stage.model, (rollout,), sure=tokens.sure)
 
     def _label(self, node: str, stage: Label) -> StageWork:
-        rows, length, prompt, sure = self._rows(stage.rows)
-        self.known[node] = _Known("learned", rows, length, prompt, sure)
+        """A teacher's pass over rows."""
+        rows = self._rows(stage.rows)
+        self.outputs[node] = rows
+        length = rows.length + rows.prompt
         return StageWork(
             node,
             "label",
             stage.model,
-            read=rows * (length + prompt),
+            read=rows.rows * length,
             reader=stage.model,
-            length=length + prompt,
-            sure=sure,
+            length=length,
+            sure=rows.sure,
         )
 
+    def _curate(self, node: str, stage: Curate) -> StageWork:
+        """Rows that people review, where no policy decides."""
+        rows = self.outputs[stage.rows]
+        self.outputs[node] = rows
+        people = 0 if stage.auto else int(rows.rows)
+        return StageWork(node, "curate", people=people, sure=rows.sure)
 
-# ---------------------------------------------------------------- what the problems imply
+    def _general(self, node: str, stage: General) -> StageWork:
+        """Rows that need no model."""
+        tokens = self._tokens(stage.problems, "learned", 1000)
+        self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt)
+        return StageWork(node, "general")
+
+    def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
+        """Completions of held-out problems in every mode."""
+        rollouts: list[Rollout] = []
+        sure = 1.05
+        for name in stage.problems:
+            tokens = self._tokens(name, self.outputs[model].style, stage.max_new_tokens, control)
+            sure = max(sure, tokens.sure)
+            problems = min(stage.prompts, _held_out(self.recipe.problems[name]))
+            for mode in stage.modes:
+                samples = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
+                prompts = max(1, problems // 8) if mode == "pass@8" else problems
+                rollouts.append(_rollout(1, prompts, samples, tokens, stage.max_new_tokens))
+        return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
 
 
-def _attempt(source: Miniature) -> float:
+def _rollout(calls: float, prompts: float, group_size: float, tokens: _Tokens, limit: int) -> Rollout:
+    """A rollout of `group_size` completions for each prompt; the longest one grows with their number."""
+    rows = prompts * group_size
+    longest = min(limit, tokens.length * (1 + 1.2 * max(0.0, rows) ** 0.25))
+    return Rollout(calls, rows, tokens.length, longest, tokens.prompt, prompts)
+
+
+# ---------------------------------------------------------------- lengths of the problems
+
+
+def _attempt_tokens(source: Miniature) -> float:
     """Tokens of one attempt: `try 6 *5 gives 2 +1 gives 3 =4 gives 6 no` has 12 for three numbers."""
     return 3 * source.numbers + 3
 
 
-def _miniature(source: Miniature, says: str, most: int, control: str | None) -> tuple[float, float, float]:
-    """A base tries once; one that has learned tries until it is right: of all expressions one in `modulus` is. Five tags beside."""
+def _miniature_tokens(source: Miniature, style: str, limit: int, control: str | None) -> _Tokens:
+    """Tokens of a completion for the miniature, five tags included.
+
+    A base model makes one attempt. A learned one makes attempts until one is right; of all expressions one in
+    `modulus` is.
+    """
     prompt = 2 * source.numbers + 4
-    if source.task == "repeat" or says == "brief":
-        return (source.numbers + 3 if says != "base" else _attempt(source)), prompt, 1.3
-    once = _attempt(source)
-    if says == "base" and not control:
-        return once + source.numbers + 5, prompt, 1.2
-    tries = _attempts(source, max(1, int((most - 8) // once)))
+    attempt = _attempt_tokens(source)
+    if source.task == "repeat" or style == "brief":
+        return _Tokens(attempt if style == "base" else source.numbers + 3, prompt, 1.3)
+    if style == "base" and not control:
+        return _Tokens(attempt + source.numbers + 5, prompt, 1.2)
+    attempts = _mean_attempts(source, max(1, int((limit - 8) // attempt)))
     if control:  # forced on after each "no", the base finds less than it looks for
-        tries = 1 + (tries - 1) / 2
-    return min(0.95 * most, tries * once + source.numbers + 5), prompt, 1.25
+        attempts = 1 + (attempts - 1) / 2
+    return _Tokens(min(0.95 * limit, attempts * attempt + source.numbers + 5), prompt, 1.25)
 
 
-def _attempts(source: Miniature, most: int) -> float:
-    """Mean number of different expressions tried until one is right, or `most`: sum over t of P(none of t is right)."""
-    whole = factorial(source.numbers) * 3 ** (source.numbers - 1)
-    right = max(1, round(whole / source.modulus))
-    return sum(comb(whole - right, t) / comb(whole, t) for t in range(most) if whole - right >= t)
+def _mean_attempts(source: Miniature, limit: int) -> float:
+    """Mean number of different expressions tried until one is right, or `limit`.
+
+    It is the sum over t of P(none of t expressions is right).
+    """
+    expressions = factorial(source.numbers) * 3 ** (source.numbers - 1)
+    wrong = expressions - max(1, round(expressions / source.modulus))
+    tries = range(min(limit, wrong + 1))
+    return sum(comb(wrong, t) / comb(expressions, t) for t in tries)
 
 
-def _of_a_file(name: str) -> _Known:
-    """Preferences in a table: as many as it has lines, as long as answers are; of Parquet's nobody looks how many."""
+def _table_output(name: str) -> _Output:
+    """Preferences in a table: its lines are counted, but those of Parquet."""
     path = Path(name)
-    rows = sum(1 for _ in path.open("rb")) if path.suffix == ".jsonl" and path.is_file() else 1000
-    return _Known("learned", rows, 100, PROMPT, 3.0)
+    rows = TABLE_ROWS
+    if path.suffix == ".jsonl" and path.is_file():
+        with path.open("rb") as file:
+            rows = sum(1 for _ in file)
+    return _Output("learned", rows, TABLE_LENGTH, PROMPT, 3.0)
 
 
 def _held_out(source: Miniature | Gym | Files) -> int:
+    """Number of held-out problems of a source, about."""
     if not isinstance(source, Miniature):
         return int(0.9 * source.held_out)  # some are repeated or too near to one another
     return int(0.15 * source.largest**3) if source.task == "repeat" else 10**9

@@ -1,14 +1,15 @@
-"""How good the planner is: every published run with what is foreseen, the error, and the skill against a constant.
+"""The planner's accuracy: published runs beside their forecasts, errors, and skill against a constant.
 
-The floor foresees every run by one number: the median utilisation of its kind (chip, precision, dense or mixture) in
-the same table, which flatters the floor. Skill is 1 - error / error of the floor.
+The floor predicts every run by one number: the median utilisation of its kind (chip, precision, dense or
+mixture) in the same table, which flatters the floor. Skill is 1 - error / error of the floor.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -20,18 +21,20 @@ from .constants import constants
 from .energy import circular
 from .inference import Day, Replica, production, unit_cost
 from .published import FILE, SOME, Row, read
-from .step import Step, foresee
+from .step import Foresight, Step, foresee
 
-WIDER = 1.3  # the interval of a whole run against that of a step: goodput and what was trained beside it are not told
-THOUSAND, FEW = 1024, 64  # chips on which a run whose layout is not told is laid out
+WIDER = 1.3  # factor of a whole run's interval on a step's: goodput and side runs are not published
+LARGE_CLUSTER = 1024  # chips of a run whose data parallelism is not published
+SMALL_CLUSTER = 64  # chips on which a run with an unpublished layout is laid out first
+NEAR = 0.2  # relative error, below which memory and phases count as covered
+DAY = 86400  # seconds
+LONGEST_REASON = 110  # characters
 GOALS = {  # median and 95th percentile of the relative error
-    "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35), "whole runs": (0.15, 0.40),
-    "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
+    "step, dense": (0.06, 0.20), "step, mixture": (0.08, 0.25), "V3's phases": (0.20, 0.35),
+    "whole runs": (0.15, 0.40), "peak memory": (0.06, 0.20), "memory by formula": (0.06, 0.20),
 }  # fmt: skip
-USERS, SEEN = (
-    21,
-    4989,
-)  # tokens a second of a user of DeepSeek's service, and of his context on average (day 6)
+USER_SPEED = 21  # tokens a second of a user of DeepSeek's service (day 6)
+USER_CONTEXT = 4989  # tokens, on average (day 6)
 SECONDS = (
     "step_time_s",
     "tokens_per_s_per_gpu",
@@ -48,8 +51,12 @@ FORMULA = ("params_opt_mem_gib", "activation_mem_gib")
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement beside what is foreseen. `ratio` is foreseen over measured time (or bytes); `covered` whether the
-    interval holds it; `why` says what kept it from being foreseen."""
+    """One measurement beside its forecast.
+
+    `ratio` is forecast over measured time (or bytes). `covered` is True if the interval holds the
+    measurement. `why` is the reason of a row without a forecast. `utilisation` is 6ND over the peak,
+    measured.
+    """
 
     row: Row
     kind: str
@@ -57,280 +64,377 @@ class Check:
     ratio: float = 0.0
     covered: bool = False
     why: str = ""
-    utilisation: float = 0.0  # 6ND over the peak, measured
+    utilisation: float = 0.0
 
     @property
     def error(self) -> float:
+        """The relative error."""
         return abs(self.ratio - 1)
 
     def tell(self) -> str:
-        name = f"{self.row.name[:46]:46} {self.row.metric[:24]:24} {self.row.value:>12.5g}"
-        return (
-            f"{name}  {self.why}"
-            if self.why
-            else f"{name} {self.foreseen:>12.5g} {self.ratio - 1:>+7.1%}{'' if self.covered else '  outside'}"
-        )
+        """One line of the table."""
+        line = f"{self.row.name[:46]:46} {self.row.metric[:24]:24} {self.row.value:>12.5g}"
+        if self.why:
+            return f"{line}  {self.why}"
+        outside = "" if self.covered else "  outside"
+        return f"{line} {self.foreseen:>12.5g} {self.ratio - 1:>+7.1%}{outside}"
 
 
 def checks(rows: list[Row]) -> Iterator[Check]:
-    """Every row; what cannot be foreseen says why and counts nowhere."""
+    """A check of every row; a row without a forecast has the reason, and counts nowhere."""
     for row in rows:
         try:
             yield check(row)
         except LimbeckError as error:
-            yield Check(row, "not foreseen", why=str(error)[:110])
+            yield _unforeseen(row, str(error)[:LONGEST_REASON])
 
 
 def check(row: Row) -> Check:
+    """One row beside its forecast. Raises LimbeckError where the planner refuses the run."""
     metric = row.metric
     if metric.startswith("phase_"):
-        return _phase(row)
+        return _check_phase(row)
     if metric in MEMORY or metric in FORMULA:
-        return _memory(row)
+        return _check_memory(row)
     if metric == "oom":
         fits = row.memory.fits
         return Check(row, "fits or not", float(not fits), 1.0 + float(fits), not fits)
-    base = metric.removesuffix("_bf16peak").removesuffix("_noncausal").removesuffix("_causal")
     if metric in HOURS:
-        return _hours(row)
+        return _check_hours(row)
+    base = metric.removesuffix("_bf16peak").removesuffix("_noncausal").removesuffix("_causal")
     if base not in SECONDS:
-        return Check(row, "not foreseen", why="the planner foresees no such figure")
+        return _unforeseen(row, "the planner foresees no such figure")
     if not row.complete:
-        return Check(row, "not foreseen", why="its layout is not published")
-    step = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software).step()
+        return _unforeseen(row, "its layout is not published")
+    return _check_step(row)
+
+
+def _unforeseen(row: Row, why: str) -> Check:
+    """A row without a forecast."""
+    return Check(row, "not foreseen", why=why)
+
+
+def _plan(row: Row) -> Foresight:
+    """The forecast of a step at the row's layout."""
+    return foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software)
+
+
+def _check_step(row: Row) -> Check:
+    """The time of a step, or a rate that follows from it."""
+    step = _plan(row).step()
     measured = measured_seconds(row)
+    ratio = step.seconds / measured
+    power = 1 if row.metric == "step_time_s" else -1
     kind = "step, mixture" if row.model.experts else "step, dense"
-    return Check(
-        row,
-        kind,
-        row.value * (step.seconds / measured) ** (1 if metric == "step_time_s" else -1),
-        step.seconds / measured,
-        step.low <= measured <= step.high,
-        utilisation=_utilisation(row, measured),
-    )
+    covered = step.low <= measured <= step.high
+    utilisation = _utilisation(row, measured)
+    return Check(row, kind, row.value * ratio**power, ratio, covered, utilisation=utilisation)
 
 
 def measured_seconds(row: Row) -> float:
-    """Seconds a step that a row's figure means. TFLOPS and utilisation are converted by the convention that its source
-    uses: hardware FLOPs with what is recomputed; attention over the whole sequence on A100 and TPU; half of it since."""
-    tokens, metric, value = row.batch * row.seq, row.metric, row.value
-    if metric == "step_time_s":
-        return value
-    if metric == "tokens_per_s_per_gpu":
-        return tokens / value / row.chips
-    if metric == "tokens_per_day_1e9":
-        return tokens / (1e9 * value) * 86400
-    early = row.cluster.chip.generation in ("ampere", "tpu", "volta")
-    hardware = metric.startswith(("hw_", "hfu"))
-    causal = "_causal" in metric or not ("noncausal" in metric or hardware or early)
-    flops = cost.flops_per_token(
-        row.model,
-        row.seq,
-        "hardware" if hardware else "causal" if causal else "non-causal",
-        float(row.layout.recompute == "full"),
-    )
-    rate = 1e12 * value if "tflops" in metric else value / 100 * row.cluster.chip.rate("bf16")
+    """Seconds a step that a row's figure means.
+
+    TFLOPS and utilisation are converted by the convention of the source: hardware FLOPs include
+    recomputation; attention counts over the whole sequence on A100 and TPU, and over half of it since.
+    """
+    tokens = row.batch * row.seq
+    if row.metric == "step_time_s":
+        return row.value
+    if row.metric == "tokens_per_s_per_gpu":
+        return tokens / row.value / row.chips
+    if row.metric == "tokens_per_day_1e9":
+        return tokens / (1e9 * row.value) * DAY
+    recomputed = float(row.layout.recompute == "full")
+    flops = cost.flops_per_token(row.model, row.seq, _convention(row), recomputed)
+    if "tflops" in row.metric:
+        rate = 1e12 * row.value
+    else:
+        rate = row.value / 100 * row.cluster.chip.rate("bf16")
     return flops * tokens / row.chips / rate
 
 
+def _convention(row: Row) -> str:
+    """The convention by which a row's source counts FLOPs."""
+    if row.metric.startswith(("hw_", "hfu")):
+        return "hardware"
+    if "_causal" in row.metric:
+        return "causal"
+    early = row.cluster.chip.generation in ("ampere", "tpu", "volta")
+    return "non-causal" if "noncausal" in row.metric or early else "causal"
+
+
 def _utilisation(row: Row, seconds: float) -> float:
-    return (
-        cost.flops_per_token(row.model, row.seq, "6n")
-        * row.batch
-        * row.seq
-        / seconds
-        / row.chips
-        / row.cluster.chip.rate("bf16")
-    )
+    """6ND over the 16-bit peak."""
+    flops = cost.flops_per_token(row.model, row.seq, "6n") * row.batch * row.seq
+    return flops / seconds / row.chips / row.cluster.chip.rate("bf16")
 
 
-def _hours(row: Row) -> Check:
-    """Chip-hours of a whole run: the time of a step, at the published layout or at the best one, over the goodput."""
-    found = 1.0
+# ------------------------------------------------------------ whole runs
+
+
+def _check_hours(row: Row) -> Check:
+    """Chip-hours of a whole run: a step at the published layout, or at the best one, over the goodput."""
+    practice = 1.0
     if row.complete and row.number("dp"):
-        step, chips = (
-            foresee(
-                row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software
-            ).step(),
-            row.chips,
-        )
+        step = _plan(row).step()
+        chips = row.chips
     else:
         step = best_effort(row)
-        chips, found = step.chips, constants().practice if not row["pp"] else 1.0
-    tokens = {
-        "gpu_hours": row.number("tokens_total"),
-        "gpu_hours_per_1T_tokens": 1e12,
-        "days_for_300B_tokens": 3e11,
-    }[row.metric]
+        chips = step.chips
+        practice = 1.0 if row["pp"] else constants().practice
+    tokens = _tokens_of_run(row)
     if not tokens:
-        return Check(row, "not foreseen", why="its tokens are not published")
-    share = found * (
-        1.0 if "logged step time" in row.told or row.metric.startswith("days") else constants().goodput
-    )
+        return _unforeseen(row, "its tokens are not published")
+    in_days = row.metric.startswith("days")
+    at_work = in_days or "logged step time" in row.schedule
+    share = practice * (1.0 if at_work else constants().goodput)
     hours = step.seconds / step.tokens * chips * tokens / 3600 / share
-    value = hours / 24 / row.chips if row.metric.startswith("days") else hours
+    value = hours / 24 / row.chips if in_days else hours
     ratio = value / row.value
     wide = step.high / step.seconds * WIDER
     return Check(row, "whole runs", value, ratio, 1 / wide <= ratio <= wide)
 
 
+def _tokens_of_run(row: Row) -> float:
+    """Tokens that the figure of a whole run is for; 0 where they are not published."""
+    if row.metric == "gpu_hours":
+        return row.number("tokens_total")
+    return 1e12 if row.metric == "gpu_hours_per_1T_tokens" else 3e11
+
+
 def best_effort(row: Row) -> Step:
-    """For a run whose layout is unpublished: the best layout on the fewest chips that hold the model. Where only the data
-    parallelism is unknown: the published tensor and pipeline parallelism on about a thousand chips."""
+    """A step of a run whose layout is unpublished: the best layout on the fewest chips that hold the model.
+
+    If only the data parallelism is unknown: the published tensor and pipeline parallelism on about a thousand
+    chips.
+    """
     if row["tp"] and row["pp"]:
-        at = row.layout.change(dp=row.integer("dp", THOUSAND // (row.integer("tp") * row.integer("pp"))))
-        batch = row.batch - row.batch % (at.dp * at.micro) or at.dp * at.micro
-        chips = row.cluster if row.chips else row.cluster.across(at.chips)
-        return foresee(row.model, chips, at, batch, row.seq, row.precision, row.software).step()
-    for count in (FEW, 4 * FEW):
+        return _step_with_unknown_dp(row)
+    for count in (SMALL_CLUSTER, 4 * SMALL_CLUSTER):
         try:
-            return _best(row, min(row.chips or count, count))
+            return _best_step(row, min(row.chips or count, count))
         except LimbeckError:
             continue
-    return _best(row, 16 * FEW)
+    return _best_step(row, 16 * SMALL_CLUSTER)
 
 
-def _best(row: Row, count: int) -> Step:
-    batch = max(
-        1,
-        round((row.number("global_batch_tokens") or SOME) / row.seq * count / max(row.chips or 1024, count)),
-    )
+def _step_with_unknown_dp(row: Row) -> Step:
+    """A step at the published tensor and pipeline parallelism."""
+    dp = row.integer("dp", LARGE_CLUSTER // (row.integer("tp") * row.integer("pp")))
+    layout = row.layout.change(dp=dp)
+    multiple = layout.dp * layout.micro
+    batch = row.batch - row.batch % multiple or multiple
+    chips = row.cluster if row.chips else row.cluster.across(layout.chips)
+    return foresee(row.model, chips, layout, batch, row.seq, row.precision, row.software).step()
+
+
+def _best_step(row: Row, count: int) -> Step:
+    """A step at the best layout on `count` chips, with their share of the batch.
+
+    Raises LimbeckError if none fits.
+    """
+    sequences = (row.number("global_batch_tokens") or SOME) / row.seq
+    chips = max(row.chips or LARGE_CLUSTER, count)
+    batch = max(1, round(sequences * count / chips))
     batch = max(count, batch - batch % count)
-    software = row.software
-    return search.best(row.model, row.cluster.across(count), batch, row.seq, row.precision, software, top=1)[
-        0
-    ].step
+    cluster = row.cluster.across(count)
+    choices = search.best(row.model, cluster, batch, row.seq, row.precision, row.software, top=1)
+    return choices[0].step
 
 
-def _memory(row: Row) -> Check:
-    held = row.memory
-    unit = 2**30 if row.metric.endswith("gib") else 1e9
-    size = held.reserved
+# ------------------------------------------------------------ memory and phases
+
+
+def _check_memory(row: Row) -> Check:
+    """The memory of the fullest chip, or a part of it."""
+    memory = row.memory
     if row.metric == "params_opt_mem_gib":
-        size = held.weights + held.gradients + held.optimizer
-    if row.metric == "activation_mem_gib":
-        size = held.activations
+        size = memory.weights + memory.gradients + memory.optimizer
+    elif row.metric == "activation_mem_gib":
+        size = memory.activations
+    else:
+        size = memory.reserved
+    unit = 2**30 if row.metric.endswith("gib") else 1e9
     ratio = size / unit / row.value
-    return Check(
-        row,
-        "memory by formula" if row.metric in FORMULA else "peak memory",
-        size / unit,
-        ratio,
-        abs(ratio - 1) < 0.2,
-    )
+    kind = "memory by formula" if row.metric in FORMULA else "peak memory"
+    return Check(row, kind, size / unit, ratio, abs(ratio - 1) < NEAR)
 
 
-def _phase(row: Row) -> Check:
-    found = phases(row)
-    key = row.metric.removeprefix("phase_").removesuffix("_s")
-    ratio = found[key] / row.value
-    return Check(row, "V3's phases", found[key], ratio, abs(ratio - 1) < 0.2)
+def _check_phase(row: Row) -> Check:
+    """One phase of DeepSeek-V3's step."""
+    phase = row.metric.removeprefix("phase_").removesuffix("_s")
+    seconds = phases(row)[phase]
+    ratio = seconds / row.value
+    return Check(row, "V3's phases", seconds, ratio, abs(ratio - 1) < NEAR)
 
 
 def phases(row: Row) -> dict[str, float]:
-    """Seconds that chips of a DualPipe spend, on average, in lone forward (1F), lone backward for inputs (1B) and for weights
-    (1W), and paired passes (1F1B); in the optimiser with its exchanges; and waiting. All of it is slowed by the slowest."""
-    seen = foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software)
-    line = pipeline_schedules.simulate(row.layout.schedule, seen.times, row.layout.pp, seen.micro)
+    """Mean seconds that the chips of a DualPipe spend in each phase of a step.
+
+    The phases: lone forward (1F), lone backward for inputs (1B) and for weights (1W), and paired passes
+    (1F1B); the optimizer with its exchanges; and the bubble. The slowest chip slows all of them.
+    """
+    plan = _plan(row)
+    line = pipeline_schedules.simulate(row.layout.schedule, plan.times, row.layout.pp, plan.micro)
+    stage_seconds = {"F": plan.times.forward, "B": plan.times.backward, "W": plan.times.weight}
     sums = dict.fromkeys(("1F", "1B", "1W", "1F1B"), 0.0)
-    for piece, took in ((slot.pieces, slot.end - slot.start) for slots in line.chips for slot in slots):
-        if len(piece) == 3:
-            sums["1F1B"] += took
-            continue
-        rows = {"F": seen.times.forward, "B": seen.times.backward, "W": seen.times.weight}
-        for kind, _, stage, _ in piece:
-            sums["1" + kind] += rows[kind][stage]
-    step = seen.step()
-    slowed = step.seconds / (line.seconds + seen.data + seen.optimizer)
-    sums = {kind: slowed * total / len(line.chips) for kind, total in sums.items()}
-    sums["opt"] = slowed * (seen.optimizer + seen.data)
-    return {**sums, "bubble": step.seconds - sum(sums.values())}
+    for slots in line.chips:
+        for slot in slots:
+            if len(slot.pieces) == 3:
+                sums["1F1B"] += slot.end - slot.start
+                continue
+            for piece in slot.pieces:
+                sums["1" + piece.kind] += stage_seconds[piece.kind][piece.stage]
+    step = plan.step()
+    slowed = step.seconds / (line.seconds + plan.data + plan.optimizer)
+    seconds = {phase: slowed * total / len(line.chips) for phase, total in sums.items()}
+    seconds["opt"] = slowed * (plan.optimizer + plan.data)
+    seconds["bubble"] = step.seconds - sum(seconds.values())
+    return seconds
 
 
 # ------------------------------------------------------------ the table
 
 
-def floors(found: list[Check]) -> dict[int, float]:
-    """Error of foreseeing each step by the median utilisation of its kind; by the check's id."""
-    kinds: dict[tuple[str, str, str], list[Check]] = defaultdict(list)
-    for one in found:
-        if one.utilisation:
-            kinds[one.row.cluster.chip.name, one.row.precision, one.kind].append(one)
-    middles = {kind: median(one.utilisation for one in group) for kind, group in kinds.items()}
-    return {
-        id(one): abs(one.utilisation / middles[kind] - 1) for kind, group in kinds.items() for one in group
-    }
+def floors(results: list[Check]) -> dict[int, float]:
+    """Error of predicting each step by the median utilisation of its kind, by the check's id."""
+    groups: dict[tuple[str, str, str], list[Check]] = defaultdict(list)
+    for result in results:
+        if result.utilisation:
+            groups[result.row.cluster.chip.name, result.row.precision, result.kind].append(result)
+    errors: dict[int, float] = {}
+    for group in groups.values():
+        middle = median(result.utilisation for result in group)
+        for result in group:
+            errors[id(result)] = abs(result.utilisation / middle - 1)
+    return errors
 
 
 def percentile(errors: list[float], share: float) -> float:
-    """Nearest rank."""
-    ordered = sorted(errors)
-    return ordered[max(0, -(-len(ordered) * share // 1).__int__() - 1)] if ordered else 0.0
+    """The percentile of errors by nearest rank; 0 of none."""
+    if not errors:
+        return 0.0
+    rank = ceil(len(errors) * share)
+    return sorted(errors)[max(0, rank - 1)]
 
 
-def summary(found: list[Check]) -> list[str]:
+def summary(results: list[Check]) -> list[str]:
     """One line a kind: median, 95th percentile, goals, skill, coverage."""
     kinds: dict[str, list[Check]] = defaultdict(list)
-    for one in found:
-        kinds[one.kind].append(one)
-    floor, lines = floors(found), []
+    for result in results:
+        kinds[result.kind].append(result)
+    floor = floors(results)
+    lines: list[str] = []
     for kind, group in sorted(kinds.items()):
         if kind == "not foreseen":
             lines.append(f"{kind:18} {len(group):4} rows")
-            continue
-        errors = [one.error for one in group]
-        line = f"{kind:18} {len(group):4} rows: error median {median(errors):.1%}, 95th percentile {percentile(errors, 0.95):.1%}"
-        if kind in GOALS:
-            line += f" (goal {GOALS[kind][0]:.0%} / {GOALS[kind][1]:.0%})"
-        line += f", interval covers {sum(one.covered for one in group) / len(group):.0%}"
-        plain = [floor[id(one)] for one in group if id(one) in floor]
-        if plain and median(plain):
-            line += f", skill {1 - sum(errors) / sum(plain):.2f} against a constant (median {median(plain):.1%}, 95th {percentile(plain, 0.95):.1%})"
-        lines.append(line)
+        else:
+            lines.append(_summary_line(kind, group, floor))
     return lines
+
+
+def _summary_line(kind: str, group: list[Check], floor: Mapping[int, float]) -> str:
+    """The summary of one kind; `floor` is the floor's error by the check's id."""
+    errors = [result.error for result in group]
+    line = (
+        f"{kind:18} {len(group):4} rows: error median {median(errors):.1%}, "
+        f"95th percentile {percentile(errors, 0.95):.1%}"
+    )
+    if kind in GOALS:
+        middle, high = GOALS[kind]
+        line += f" (goal {middle:.0%} / {high:.0%})"
+    covered = sum(result.covered for result in group)
+    line += f", interval covers {covered / len(group):.0%}"
+    plain = [floor[id(result)] for result in group if id(result) in floor]
+    if plain and median(plain):
+        skill = 1 - sum(errors) / sum(plain)
+        line += (
+            f", skill {skill:.2f} against a constant (median {median(plain):.1%}, "
+            f"95th {percentile(plain, 0.95):.1%})"
+        )
+    return line
 
 
 def table(path: Path = FILE) -> list[str]:
     """All lines of `limbeck plan verify`: rows, summary, claims."""
-    found = list(checks(read(path)))
+    results = list(checks(read(path)))
     head = f"{'run':46} {'figure':24} {'measured':>12} {'foreseen':>12} {'error':>7}"
-    return [head, *(one.tell() for one in found), "", *summary(found), "", *claims()]
+    return [head, *(result.tell() for result in results), "", *summary(results), "", *claims()]
+
+
+# ------------------------------------------------------------ public claims
 
 
 def claims() -> list[str]:
-    """What is said in public, computed again with what it assumes."""
-    meta, hunyuan = 6 * 405e9 * 15.6e12, 6 * 52e9 * 7e12
+    """Public claims, computed again with their assumptions, one a line."""
+    return [*_training_claims(), *_serving_claims(), *_bounds()]
+
+
+def _training_claims() -> list[str]:
+    """Claims on the cost of Hunyuan-Large, DeepSeek-V2 and DeepSeek-V3."""
+    meta = 6 * 405e9 * 15.6e12
+    hunyuan = 6 * 52e9 * 7e12
     own = 9.59 * 52e9 * 7e12 + 2.3e8 * 7e12
-    tenth = (
-        f"Hunyuan-Large took 1/10 of Meta's compute: 6ND gives 1/{meta / hunyuan:.0f} ({hunyuan / meta:.1%}; 52G x 7T against 405G x 15.6T); "
-        f"its paper's own 9.59 ND + 2.3e8 D gives {own / meta:.1%} (arXiv 2411.02265, section 2.3.1; Llama still by 6ND)"
-    )
-    seventh = (
-        f"DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 a million tokens read, "
-        f"1/{3.78 / 0.14:.0f}; 1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
-    )
-    cost_of_v3 = f"DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = ${2788e3 * 2 / 1e6:.3f} million; research is not in it"
-    return [tenth, seventh, cost_of_v3, *_served(), *_bounds()]
-
-
-def _served() -> list[str]:
-    """DeepSeek's day of serving (open-infra-index, day 6), to the dollar, and what the planner makes of its nodes."""
-    day, config, cluster = Day(), models.find("deepseek-v3"), clusters.cluster("2048xH800")
-    _, decode = Replica(config, cluster, 144, "fp8").at_speed(USERS, SEEN)
-    into, out = production(Replica(config, cluster, 32, "fp8").prefill(4096), decode, day.hits)
-    reading, writing = day.nodes_needed
-    read_, written = unit_cost(8 * day.chip_price, 100e3, 50e3)
+    million = 2788e3 * 2 / 1e6
     return [
-        f"DeepSeek's nodes wrote {day.output_rate:,.0f} tokens a second and read {day.input_rate:,.0f}: foreseen at their users' {USERS} tokens a second {out:,.0f} and {into:,.0f}",
-        f"a day of it cost ${day.cost:,.0f} and would have sold for ${day.revenue:,.0f}, {int(100 * day.margin)}% more; its rates ask for {reading:.1f} + {writing:.1f} nodes of {day.nodes}",
-        f"one yuan ($0.14) a million tokens read: at V2's 100 thousand read and 50 thousand written a second, a node of ${8 * day.chip_price:.0f} an hour costs ${read_:.3f} and ${written:.3f}",
+        (
+            f"Hunyuan-Large took 1/10 of Meta's compute: 6ND gives 1/{meta / hunyuan:.0f} "
+            f"({hunyuan / meta:.1%}; "
+            "52G x 7T against 405G x 15.6T); "
+            f"its paper's own 9.59 ND + 2.3e8 D gives {own / meta:.1%} (arXiv 2411.02265, "
+            "section 2.3.1; Llama still by 6ND)"
+        ),
+        (
+            "DeepSeek-V2 costs 1/7 of Llama-3-70B: its makers' table of May 2024 has $0.14 against $3.78 "
+            f"a million tokens read, 1/{3.78 / 0.14:.0f}; "
+            f"1/7 needs a host at about $1 ($0.14 x 7 = ${0.14 * 7:.2f})"
+        ),
+        (
+            "DeepSeek-V3 cost 5.576 million dollars: 2,788,000 H800-hours x $2 = "
+            f"${million:.3f} million; research is not in it"
+        ),
+    ]
+
+
+def _serving_claims() -> list[str]:
+    """DeepSeek's day of serving (open-infra-index, day 6), to the dollar, and the forecast of its nodes."""
+    day = Day()
+    config = models.find("deepseek-v3")
+    cluster = clusters.cluster("2048xH800")
+    _, decode = Replica(config, cluster, 144, "fp8").at_speed(USER_SPEED, USER_CONTEXT)
+    prefill = Replica(config, cluster, 32, "fp8").prefill(4096)
+    input_rate, output_rate = production(prefill, decode, day.hits)
+    prefill_nodes, decode_nodes = day.nodes_needed
+    input_price, output_price = unit_cost(8 * day.chip_price, 100e3, 50e3)
+    return [
+        (
+            f"DeepSeek's nodes wrote {day.output_rate:,.0f} tokens a second and read {day.input_rate:,.0f}: "
+            f"foreseen at their users' {USER_SPEED} tokens a second {output_rate:,.0f} and {input_rate:,.0f}"
+        ),
+        (
+            f"a day of it cost ${day.cost:,.0f} and would have sold for ${day.revenue:,.0f}, "
+            f"{int(100 * day.margin)}% more; "
+            f"its rates ask for {prefill_nodes:.1f} + {decode_nodes:.1f} nodes of {day.nodes}"
+        ),
+        (
+            "one yuan ($0.14) a million tokens read: at V2's 100 thousand read and 50 thousand written "
+            f"a second, a node of ${8 * day.chip_price:.0f} an hour "
+            f"costs ${input_price:.3f} and ${output_price:.3f}"
+        ),
     ]
 
 
 def _bounds() -> list[str]:
+    """Published bounds of decoding, of choosing experts, and of LLaMA's energy."""
     layer, token = decode_bound()
     return [
-        f"67 tokens a second at most over 50 GB/s: {1e6 * layer:.2f} us of all-to-all a layer, {1e3 * token:.2f} ms a token, {1 / token:.1f} a second (arXiv 2505.09343, section 2.3.2)",
-        f"V3 could choose {free_experts():.1f} experts on four nodes at the network's price of four (arXiv 2412.19437, section 3.2.2)",
+        (
+            f"67 tokens a second at most over 50 GB/s: {1e6 * layer:.2f} us of all-to-all a layer, "
+            f"{1e3 * token:.2f} ms a token, {1 / token:.1f} a second (arXiv 2505.09343, section 2.3.2)"
+        ),
+        (
+            f"V3 could choose {free_experts():.1f} experts on four nodes at the network's price of four "
+            "(arXiv 2412.19437, section 3.2.2)"
+        ),
         f"LLaMA-65B took 449 MWh: {circular(449e3, 1_022_362, 400)}",
     ]

@@ -130,7 +130,7 @@ KINDS = {
     "general": Text("general rows", "通用数据"),
     "label": Text("a teacher's labels", "教师标注"),
     "pairs": Text("pairs", "偏好对"),
-    "preference": Text("preferences", "偏好优化"),
+    "dpo": Text("preferences", "偏好优化"),
     "distill": Text("distillation", "蒸馏"),
     "remote": Text("an endpoint", "远程模型"),
     "calibrate": Text("a judge, calibrated", "裁判校准"),

@@ -25,7 +25,7 @@ _MEASURES = (
     (W["persist_short"], "persist", i18n.percent),
     (W["language_short"], "language_consistency", i18n.percent),
 )
-_MODEL_KINDS = ("load", "pretrain", "rl", "sft", "preference", "distill")  # stages whose output is a model
+_MODEL_KINDS = ("load", "pretrain", "rl", "sft", "dpo", "distill")  # stages whose output is a model
 
 Response = tuple[str, dict[str, Any]]  # a model's name and its row of samples
 
@@ -223,7 +223,7 @@ def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool =
 def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
     """The charts of further metrics, over all stages that have them."""
     rl = run.of_kind("rl", "distill")
-    other = run.of_kind("pretrain", "sft", "preference", "distill")
+    other = run.of_kind("pretrain", "sft", "dpo", "distill")
     drawn = [
         (W["reward"], _curve(rl, "reward")),
         (W["entropy"], _curve(rl, "entropy")),

@@ -67,7 +67,7 @@ class HeldOut:
 class LearnedRewards:
     """The learned rewards of one RL stage: which count at a step, and whether one is being hacked.
 
-    `functions` and `settings.opinions` have the same keys: the parts of the reward. `stopped` is True once an
+    `functions` and `settings.learned_rewards` have the same keys: the parts of the reward. `stopped` is True once an
     alarm has ended the stage."""
 
     def __init__(
@@ -122,7 +122,7 @@ class LearnedRewards:
 
     def _settings(self, part: str) -> Opinion:
         """The settings of a part."""
-        return self.settings.opinions[part]
+        return self.settings.learned_rewards[part]
 
     def _counting(self, step: int) -> list[str]:
         """The parts that count at a step."""
@@ -171,7 +171,7 @@ class RewardedTasks:
             if len(problems) >= count:
                 return problems[:count]
         raise LimbeckError(
-            "opinions: held_out leaves no problem to learn from; lower it, or give more problems"
+            "learned_rewards: held_out leaves no problem to learn from; lower it, or give more problems"
         )
 
     def score(self, group: Group) -> Group:

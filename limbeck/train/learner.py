@@ -99,7 +99,7 @@ class Learner(Scorer):
             metrics = {**metrics, "entropy": entropy_M.sum() / batch.tokens}
         if self.model.ahead and batch.logprobs_M is None:
             metrics["loss_ahead"] = self._mtp_loss(hidden_NC, batch)
-            value = value + self.settings.ahead_weight * metrics["loss_ahead"]
+            value = value + self.settings.mtp_loss_weight * metrics["loss_ahead"]
         routes = batch.context.routes
         if routes is not None and routes.penalties:
             metrics["loss_balance"] = torch.stack(routes.penalties).sum()

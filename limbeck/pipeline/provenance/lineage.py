@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...config.aliases import current_kind
 from ...run_log import read
 from ...types import LimbeckError
 from ..dataset_rows import PROBLEMS, ROWS, practised_problems, problem_of, source_of, training_rows
@@ -197,7 +198,7 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
         )
     for key in lineage.weights():
         entry = lineage.entries[key]
-        if entry["kind"] not in LEARNING:
+        if current_kind(entry["kind"]) not in LEARNING:
             continue
         for giver, row, times in training_rows(entry, lineage.input_folders(key)):
             yield _describe_row(entry["stage"], giver, row, times)

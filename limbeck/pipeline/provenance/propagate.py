@@ -15,8 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ...config.load import MODELS
 from ...config.recipe import Curate, Files, Load, Problems, Recipe, Stage
+from ...config.validate import MODELS
 from ...types import LimbeckError
 from ..graph import Graph, Node, table_setting, tables_of
 from ..store import Artifact

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config.load import MODELS, dump
+from ...config.aliases import current_kind
+from ...config.load import dump
 from ...config.load import load as read_recipe
 from ...config.recipe import Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
+from ...config.validate import MODELS
 from ...types import LimbeckError
 from ..dataset_rows import said, training_rows
 from ..run_folder import RECIPE
@@ -195,7 +197,7 @@ def published_lineage(lineage: Lineage) -> dict[str, Any]:
     entries = {}
     for key, entry in lineage.entries.items():
         entries[key] = _published(entry, aliases)
-        rows = _row_identities(lineage, key) if entry["kind"] in LEARNING else []
+        rows = _row_identities(lineage, key) if current_kind(entry["kind"]) in LEARNING else []
         if rows:
             entries[key]["rows"] = {"count": len(rows), "sha256": digest_of(rows)}
     return Lineage(lineage.root, entries).tell()

@@ -38,7 +38,7 @@ STAGES: dict[str, Callable[[Job], Outcome]] = {
     "general": general.run,
     "label": label.run,
     "pairs": pairs.run,
-    "preference": dpo.run,
+    "dpo": dpo.run,
     "distill": distill.run,
     "calibrate": calibrate.run,
     "reward": reward_model.run,

@@ -1,4 +1,4 @@
-"""`preference`: direct preference optimisation on pairs of a stage or of a table."""
+"""`dpo`: direct preference optimisation on pairs of a stage or of a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.learned_rewards import TABLES
-from ...config.methods import Preference
+from ...config.methods import DPO as Settings
 from ...config.recipe import cited_rows
 from ...text.reasoning_parser import join_thought
 from ...text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from .supervised import save_model, train
 
 def run(job: Job) -> Outcome:
     """Score the pairs with the policy at the beginning, then train; the reference's FLOPs count."""
-    stage: Preference = job.stage
+    stage: Settings = job.stage
     decoder, tokenizer = job.model(stage.model)
     samples = _samples(job, tokenizer)
     if not samples:

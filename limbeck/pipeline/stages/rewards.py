@@ -27,7 +27,7 @@ def learned_rewards(job: Job, tasks: Tasks, sampling: SamplingParams) -> Learned
     stage: RL = job.stage
     open_function = {"judge": judge_of, "preference": reward_model_of}
     functions: dict[str, RewardFunction] = {}
-    for part, settings in (stage.opinions or {}).items():
+    for part, settings in (stage.learned_rewards or {}).items():
         functions[part] = open_function[part](job, settings.of)
     return LearnedRewards(stage, functions, tasks, sampling, job.seed)
 

@@ -1,0 +1,370 @@
+"""Mistakes of a recipe as sentences: those that pydantic finds, and citations that lead nowhere. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..types import LimbeckError
+from .learned_rewards import Calibrate, Opinion, Reward
+from .parts import Settings
+from .recipe import (
+    DPO,
+    RL,
+    SFT,
+    Curate,
+    Distill,
+    Evaluate,
+    Files,
+    General,
+    Gym,
+    Label,
+    Load,
+    Miniature,
+    Pairs,
+    Pretrain,
+    Recipe,
+    Remote,
+    Report,
+    Sample,
+    Screen,
+    Stage,
+    cited_rows,
+    inputs,
+    sources,
+)
+
+# Kinds of stages by what their artifacts hold.
+MODELS = {"load", "pretrain", "rl", "sft", "dpo", "distill"}
+ROWS = {"sample", "curate", "general", "label"}
+PAIRS = {"pairs"}
+SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
+STAGES: dict[str, type[Stage]] = {
+    "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample,
+    "curate": Curate, "sft": SFT, "general": General, "label": Label, "pairs": Pairs, "dpo": DPO,
+    "distill": Distill, "calibrate": Calibrate, "reward": Reward, "evaluate": Evaluate, "report": Report,
+}  # fmt: skip
+KINDS: dict[str, type[Settings]] = {**SOURCES, **STAGES}
+
+# ---------------------------------------------------------------- what pydantic finds
+
+
+def explain(error: ValidationError, tree: dict) -> str:
+    """The first mistake of many in one sentence; unknown keys come before missing ones, which they cause."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    sentence = _sentence(first, tree)
+    if error.error_count() > 1:
+        return f"{sentence} ({error.error_count() - 1} more after it)"
+    return sentence
+
+
+def _sentence(mistake: dict[str, Any], tree: dict) -> str:
+    """One of pydantic's mistakes as a sentence."""
+    # pydantic puts the chosen member of a union into the path; people did not write it
+    location = [str(part) for i, part in enumerate(mistake["loc"]) if i != 2 or part not in KINDS]
+    where = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown key {where}; {_hint(location[-1], _known_keys(mistake['loc'], tree))}"
+    if location[-1] == "[key]":  # of a table whose names are settled
+        known = re.findall(r"'([^']+)'", mistake["ctx"]["expected"])
+        return f"unknown key {'.'.join(location[:-1])}{_meant(location[-2], known)}"
+    if mistake["type"] == "missing":
+        return f"{where} is missing"
+    if mistake["type"].startswith("union_tag"):
+        key, choices = ("source", SOURCES) if location[0] == "problems" else ("kind", STAGES)
+        return f"{where}.{key} is missing or unknown; choose one of {', '.join(choices)}"
+    message = mistake["msg"][0].lower() + mistake["msg"][1:]
+    return f"{where}: {message}, but it is {mistake['input']!r}"
+
+
+def _hint(word: str, known: list[str]) -> str:
+    """The known key most like a word, or all known keys."""
+    close = _closest(word, known)
+    return f"did you mean {close}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _known_keys(location: tuple, tree: dict) -> list[str]:
+    """The keys of the mapping in which a mistake lies."""
+    model: type[Settings] | None = Recipe
+    for i, part in enumerate(location[:-1]):
+        if i == 2 and part in KINDS:
+            model = KINDS[part]
+        elif model and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            is_settings = isinstance(annotation, type) and issubclass(annotation, Settings)
+            model = annotation if is_settings else None
+    return sorted(model.model_fields) if model else []
+
+
+# ---------------------------------------------------------------- what stages cite
+
+
+def check_references(path: Path, recipe: Recipe) -> None:
+    """Raise LimbeckError unless every citation exists and is of the right kind, without a cycle."""
+    if not re.fullmatch(r"\w[\w.-]*", recipe.name) or recipe.name == "store":
+        raise LimbeckError(
+            f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store"
+        )
+    for name, stage in recipe.stages.items():
+        references = _References(path, recipe, name)
+        _check_any_stage(references, stage)
+        check = _CHECKS.get(type(stage))
+        if check:
+            check(references, stage)
+    _refuse_cycles(path, recipe)
+
+
+@dataclass(frozen=True)
+class _References:
+    """The citations of one stage, `name`, of the recipe at `path`."""
+
+    path: Path
+    recipe: Recipe
+    name: str
+
+    def error(self, sentence: str) -> LimbeckError:
+        """An error whose sentence goes on from the stage's name: `.model cites …`."""
+        return LimbeckError(f"{self.path}: stages.{self.name}{sentence}")
+
+    def cite(self, key: str, cited: str, kinds: set[str], need: str) -> None:
+        """Raise LimbeckError unless `cited` is a stage of one of `kinds`; `need` names what the key needs."""
+        stages = self.recipe.stages
+        if cited not in stages:
+            raise self.error(f".{key} cites {cited}, which is no stage{_meant(cited, stages)}")
+        kind = stages[cited].kind
+        if kind in kinds:
+            return
+        if kind == "remote":
+            raise self.error(
+                f".{key} needs {need}, but {cited} is remote: it gives text, no weights and no logits, "
+                "and so withholds learning, evaluation, logit and on-policy distillation; it can be asked by "
+                "sample stages and judge"
+            )
+        raise self.error(f".{key} needs {need}, but {cited} is a {kind} stage")
+
+    def cite_all(self, key: str, names: Iterable[str], kinds: set[str], need: str) -> None:
+        """Raise LimbeckError unless all of `names` are stages of one of `kinds`."""
+        for cited in names:
+            self.cite(key, cited, kinds, need)
+
+
+def _check_any_stage(references: _References, stage: Stage) -> None:
+    """Citations that stages of several kinds have."""
+    if "/" in references.name:
+        raise references.error(": a stage's name has no slash")
+    for source in sources(stage):
+        _check_source(references, source)
+    model = getattr(stage, "model", None)
+    if model and not isinstance(stage, Remote):
+        kinds = MODELS | {"remote"} if isinstance(stage, Sample) else MODELS
+        references.cite("model", model, kinds, "a model")
+    flops_of = getattr(stage, "flops_of", None)
+    if flops_of:
+        references.cite("flops_of", flops_of, MODELS, "a stage that learns")
+    scored_by = getattr(stage, "scored_by", None)
+    if scored_by:
+        references.cite("scored_by", scored_by, MODELS | {"calibrate"}, "a model or a calibrated judge")
+    if isinstance(stage, SFT | Label | Distill):
+        references.cite_all("rows", stage.rows, ROWS, "rows")
+
+
+def _check_source(references: _References, source: str) -> None:
+    """A name under `problems` is a source of problems or a screen stage."""
+    recipe = references.recipe
+    screens = [name for name, stage in recipe.stages.items() if isinstance(stage, Screen)]
+    if source not in recipe.problems and source not in screens:
+        meant = _meant(source, [*recipe.problems, *screens])
+        raise references.error(f".problems cites {source}, which is not under problems{meant}")
+
+
+def _check_sample(references: _References, stage: Sample) -> None:
+    """The judge is calibrated, `judged` has a judge, and an endpoint drafts no tokens."""
+    if stage.sampling.speculate and isinstance(references.recipe.stages[stage.model], Remote):
+        raise references.error(f".sampling.speculate is not for {stage.model}, which is remote")
+    if stage.judge:
+        references.cite("judge", stage.judge, {"calibrate"}, "a calibration of the judge")
+    elif stage.judged is not None:
+        raise references.error(
+            f".judged needs a judge: name a calibrate stage in stages.{references.name}.judge"
+        )
+
+
+def _check_calibrate(references: _References, stage: Calibrate) -> None:
+    """The judge is a model or an endpoint; the rows are pairs."""
+    references.cite("judge", stage.judge, MODELS | {"remote"}, "a model")
+    references.cite_all("rows", cited_rows(stage.rows), PAIRS, "rows of preferences")
+
+
+def _check_reward(references: _References, stage: Reward) -> None:
+    """The rows are pairs."""
+    references.cite_all("rows", cited_rows(stage.rows), PAIRS, "rows of preferences")
+
+
+def _check_sft(references: _References, stage: SFT) -> None:
+    """System prompts name rows of the stage."""
+    for cited in stage.system or {}:
+        if cited not in stage.rows:
+            raise references.error(
+                f".system cites {cited}, which gives it no rows{_meant(cited, stage.rows)}"
+            )
+
+
+def _check_dpo(references: _References, stage: DPO) -> None:
+    """The pairs are from `pairs` stages, where they are no files."""
+    references.cite_all("pairs", cited_rows(*stage.pairs), PAIRS, "pairs")
+
+
+def _check_curate(references: _References, stage: Curate) -> None:
+    """The rows come from a stage that gives rows."""
+    references.cite("rows", stage.rows, ROWS, "rows")
+
+
+def _check_evaluate(references: _References, stage: Evaluate) -> None:
+    """The models are models, and the problems are no screen stages."""
+    recipe = references.recipe
+    references.cite_all("models", [*stage.models, *stage.forced], MODELS, "a model")
+    for source in stage.problems:
+        if source in recipe.stages and source not in recipe.problems:
+            raise references.error(
+                f".problems cites {source}, a screening, which keeps training problems only; cite what it "
+                "screened"
+            )
+
+
+def _check_report(references: _References, stage: Report) -> None:
+    """The evaluation is one, and the story's parts are models."""
+    references.cite("evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
+    for role, model in stage.story.items():
+        references.cite(f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
+
+
+def _check_corpus(references: _References, stage: Pretrain | General) -> None:
+    """The problems are a miniature."""
+    if not isinstance(references.recipe.problems.get(stage.problems), Miniature):
+        raise references.error(".problems must be a miniature, which has a corpus")
+
+
+def _check_distill(references: _References, stage: Distill) -> None:
+    """Every problem that the student may be asked has a teacher; so have rows without a teacher's labels."""
+    recipe = references.recipe
+    for domain, teacher in stage.teachers.items():
+        references.cite(f"teachers.{domain}", teacher, MODELS, "a model")
+    for domain in stage.teachers:
+        if domain not in recipe.problems:
+            raise references.error(
+                f".teachers cites {domain}, which is not under problems{_meant(domain, recipe.problems)}"
+            )
+    untaught = _problems_behind(recipe, list(stage.problems)) - set(stage.teachers)
+    if untaught:
+        raise references.error(f".teachers has none for {min(untaught)}; name a stage whose model teaches it")
+    _check_labels(references, stage)
+
+
+def _check_labels(references: _References, stage: Distill) -> None:
+    """Labels of tokens are not mixed with divergence `text`, and unlabelled rows have teachers."""
+    labels: list[str] = []
+    unlabelled: list[str] = []
+    for name in stage.rows:
+        is_label = isinstance(references.recipe.stages[name], Label)
+        (labels if is_label else unlabelled).append(name)
+    if labels and stage.divergence == "text":
+        raise references.error(
+            f".rows cites {labels[0]}, labels of tokens, which divergence text cannot use; cite its rows"
+        )
+    if unlabelled and not stage.teachers:
+        raise references.error(
+            f".rows cites {unlabelled[0]}, which nobody has labelled; name teachers, or cite a label stage"
+        )
+
+
+def _problems_behind(recipe: Recipe, names: list[str]) -> set[str]:
+    """The sources of problems among `names`, and those that the screen stages among them draw on."""
+    found: set[str] = set()
+    for name in names:
+        if name in recipe.problems:
+            found.add(name)
+        else:
+            found |= _problems_behind(recipe, sources(recipe.stages[name]))
+    return found
+
+
+def _check_rl(references: _References, stage: RL) -> None:
+    """A learned part of the reward names its stage, has a weight, and counts long enough for its alarm."""
+    name = references.name
+    learned = stage.learned_rewards or {}
+    for part, kind in (("judge", "calibrate"), ("preference", "reward")):
+        if part in stage.rewards and part not in learned:
+            raise references.error(
+                f".rewards.{part} is an opinion: name its {kind} stage in "
+                f"stages.{name}.learned_rewards.{part}.of"
+            )
+    for part, opinion in learned.items():
+        _check_opinion(references, stage, part, opinion)
+
+
+def _check_opinion(references: _References, stage: RL, part: str, opinion: Opinion) -> None:
+    """One learned part of the reward: its stage, weight, problems, and its alarm's window."""
+    key = f"learned_rewards.{part}"
+    if part == "judge":
+        references.cite(f"{key}.of", opinion.of, {"calibrate"}, "a calibration of the judge")
+    else:
+        references.cite(f"{key}.of", opinion.of, {"reward"}, "a reward model")
+    if part not in stage.rewards:
+        raise references.error(
+            f".{key} earns nothing; say what it is worth in stages.{references.name}.rewards.{part}"
+        )
+    for source in opinion.problems:
+        if source not in stage.problems:
+            meant = _meant(source, stage.problems)
+            raise references.error(f".{key}.problems cites {source}, of which the stage has none{meant}")
+    steps = min(opinion.last_steps or stage.steps, stage.steps)
+    if opinion.window > steps:
+        raise references.error(
+            f".{key}.window = {opinion.window} is longer than the {steps} steps in which {part} counts, "
+            "so its alarm could never ring; shorten it, or raise steps or last_steps"
+        )
+
+
+_CHECKS: dict[type[Stage], Callable[[_References, Any], None]] = {
+    Sample: _check_sample, Calibrate: _check_calibrate, Reward: _check_reward, RL: _check_rl, SFT: _check_sft,
+    DPO: _check_dpo, Distill: _check_distill, Curate: _check_curate, Evaluate: _check_evaluate,
+    Report: _check_report, Pretrain: _check_corpus, General: _check_corpus,
+}  # fmt: skip
+
+
+def _refuse_cycles(path: Path, recipe: Recipe) -> None:
+    """Raise LimbeckError where a stage cites itself, through others or at once."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            cycle = [*trail[trail.index(name) :], name]
+            raise LimbeckError(f"{path}: stages go in a circle: {' -> '.join(cycle)}")
+        if name in done:
+            return
+        stage = recipe.stages[name]
+        screens = [source for source in sources(stage) if source in recipe.stages]
+        for cited in [*inputs(stage), *screens]:
+            visit(cited, (*trail, name))
+        done.add(name)
+
+    for name in recipe.stages:
+        visit(name, ())
+
+
+def _closest(word: str, known: Iterable[str]) -> str:
+    """The known word most like `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return close[0] if close else ""
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    """The end of a sentence about an unknown word: the known word most like it, or all known words."""
+    close = _closest(word, known)
+    return f"; did you mean {close}?" if close else f"; there are {', '.join(known) or 'none'}"
