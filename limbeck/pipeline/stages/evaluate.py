@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from ...config.recipe import Evaluate
 from ...engine.sampling import SamplingParams
@@ -43,9 +44,16 @@ def run(job: Job) -> Outcome:
     curate.write_rows(job.folder / "samples.jsonl", [row for part in parts for row in part["samples"]])
     write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     tokens = sum(part["tokens"] for part in parts)
-    first = result["sources"][next(iter(sources))]["modes"][stage.modes[0]]
-    flops = tokens * decoder.config.flops_per_token(first.get("length", 100) / 2)
-    return outcome(tokens, flops, parameters=decoder.config.parameters)
+    context = _mean_length(result, stage) / 2
+    return outcome(
+        tokens, tokens * decoder.config.flops_per_token(context), parameters=decoder.config.parameters
+    )
+
+
+def _mean_length(result: dict[str, Any], stage: Evaluate) -> float:
+    """The mean response length in tokens of the first source and way of sampling."""
+    source = next(iter(stage.problems))
+    return result["sources"][source]["modes"][stage.modes[0]].get("length", 100)
 
 
 def _sampling(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -> SamplingParams:
