@@ -17,8 +17,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 .PHONY: run check test docs clean
 
 run: $(VENV)/.installed
-	$(BIN)/limbeck plan recipes/quickstart.yaml --auto
-	$(BIN)/limbeck run recipes/quickstart.yaml --auto
+	$(BIN)/limbeck plan quickstart --auto
+	$(BIN)/limbeck run quickstart --auto
 
 # What to do before every commit: the linter, and the tests that start no programs, browsers or whole runs.
 check: $(VENV)/.installed-dev

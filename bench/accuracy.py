@@ -21,7 +21,7 @@ import yaml
 
 from .sides import CACHE, Side, python_of, roofline
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).parent.parent / "limbeck" / "recipes" / "quickstart.yaml"
 
 
 def main() -> None:

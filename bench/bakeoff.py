@@ -20,7 +20,7 @@ from limbeck.eval.statistics import Interval, difference
 
 from . import seeds
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "bakeoff.yaml"
+RECIPE = Path(__file__).parent.parent / "limbeck" / "recipes" / "bakeoff.yaml"
 ALONE, START, TEACHER = "alone", "small_base", "zero"
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles with n - 1 degrees of freedom
 

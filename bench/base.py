@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="as in limbeck run")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = load(Path(__file__).parent.parent / "recipes" / "quickstart.yaml", options.overrides)
+    recipe = load(Path(__file__).parent.parent / "limbeck" / "recipes" / "quickstart.yaml", options.overrides)
     for seed in options.seeds:
         grow(
             recipe.problems["clock"], recipe.stages[options.stage], options.tokens, f"{seed}/{options.stage}"

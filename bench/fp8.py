@@ -1,7 +1,7 @@
 """The cost of training in FP8: the same base on the same text, in float32 and rounded as in DeepSeek-V3.
 
     python -m bench.fp8 --tokens 600000 --seeds 0 1 2
-    python -m bench.fp8 --recipe recipes/moe.yaml --stage moe
+    python -m bench.fp8 --recipe limbeck/recipes/moe.yaml --stage moe
 
 Prints both losses, each the mean over the last tenth of the text, and their gap, seed by seed; the paper
 reports less than 0.25 % (arXiv 2412.19437, appendix B.1). How far float32 varies over seeds says what a gap
@@ -33,7 +33,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recipe", type=Path, default=Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+        "--recipe",
+        type=Path,
+        default=Path(__file__).parent.parent / "limbeck" / "recipes" / "quickstart.yaml",
     )
     parser.add_argument("--stage", default="base")
     parser.add_argument("--tokens", type=int, default=600_000)

@@ -1,6 +1,6 @@
 """A recipe over several seeds, and one table of what came out.
 
-    python -m bench.seeds recipes/quickstart.yaml --seeds 0 1 2 > docs/results/quickstart-table.md
+    python -m bench.seeds quickstart --seeds 0 1 2 > docs/results/quickstart-table.md
 
 Each seed is a run of its own (`runs/NAME-SEED`); what is done already is not done again.
 """

@@ -1,4 +1,7 @@
-"""Limbeck: the DeepSeek-R1 recipe end to end, from a base model to a small distilled one, on hardware you own."""
+"""Limbeck: the DeepSeek-R1 recipe end to end, from a base model to a small distilled one, on hardware you own.
+
+The public names: `run` and `Recipe` for whole recipes, `Engine`, `Learner` and `Task` for loops of one's own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _HOMES = {
     "Task": "limbeck.types",
     "Engine": "limbeck.engine.rollout",
     "Learner": "limbeck.train.learner",
-    "run": "limbeck.cli",
+    "run": "limbeck.pipeline.run",
 }
 
 

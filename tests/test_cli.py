@@ -108,7 +108,7 @@ def refused(said: Said, *words: str) -> None:
 
 def test_a_mistake_in_a_recipe_is_one_line_and_nothing_is_written(call, finished, tmp_path):
     runs = ("--runs", tmp_path / "runs")
-    refused(call("run", tmp_path / "none.yaml", *runs), "no such recipe", "recipes/quickstart.yaml")
+    refused(call("run", tmp_path / "none.yaml", *runs), "no such recipe", "quickstart")
     refused(call("run", finished.recipe, *runs, "--set", "nonsense"), "--set nonsense: write key.path=value")
     refused(
         call("run", finished.recipe, *runs, "--set", "stages.zero.stps=3"),

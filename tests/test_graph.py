@@ -260,9 +260,7 @@ def test_a_mistake_in_a_recipe_is_one_sentence_that_names_the_key(tmp_path, text
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path):
-    with pytest.raises(
-        LimbeckError, match=r"no such recipe; recipes that come with Limbeck: .*recipes/quickstart.yaml"
-    ):
+    with pytest.raises(LimbeckError, match=r"no such recipe; recipes that come with Limbeck: .*quickstart"):
         load(tmp_path / "none.yaml")
     with pytest.raises(LimbeckError, match="cannot be read as text"):
         load(tmp_path)

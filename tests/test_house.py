@@ -216,7 +216,7 @@ def test_help_is_there_at_once():
 def test_the_index_leads_to_what_it_names():
     """docs/explanation/design.md, "Where is ...": every file is there, and defines one of the names beside it; every name is defined."""
     page = (HOUSE.parent / "docs" / "explanation" / "design.md").read_text(encoding="utf-8")
-    table = page.partition("## Where is ...")[2].partition("\n\n`recipes/`")[0]
+    table = page.partition("## Where is ...")[2].partition("\n\n`limbeck/recipes/`")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
     assert len(rows) > 25
     for topic, paths, names in rows:

@@ -19,7 +19,7 @@ from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Artifact, Store, digest_of
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "limbeck" / "recipes").glob("*.yaml"))
 KNOWN = Path(__file__).with_name("keys.json")
 
 

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_said_with_what_would(call):
         ((*SMALL, "--until", "2001-01"), "has passed"),
         ((*SMALL, "--until", "soon"), "soon: no day"),
         (("deepseek-v3", "runs.csv", "--on", "8xH100"), "only `limbeck plan verify`"),
-        (("recipes/smoke.yaml", "--what-if", "nvlink=400"), "name it with --on"),
+        (("smoke", "--what-if", "nvlink=400"), "name it with --on"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -33,7 +33,7 @@ SEEN = {
 
 
 def walked(name: str, tmp_path: Path, overrides: tuple[str, ...] = ()) -> tuple[Walk, Graph]:
-    path = ROOT / "recipes" / f"{name}.yaml"
+    path = ROOT / "limbeck" / "recipes" / f"{name}.yaml"
     graph = Graph(load(path, overrides), Store(tmp_path / "store"), path.parent)
     walk = Walk(graph.recipe, recipe_plan.model_configs(graph))
     for node in graph.nodes.values():

@@ -348,7 +348,7 @@ def test_shipped_recipes_pass(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+    for path in sorted((ROOT / "limbeck" / "recipes").glob("*.yaml")):
         found, claims = check_licences(Graph(load(path), Store(tmp_path / "store"), path.parent))
         licences = {licence for descent in found.values() for licence in descent.bound}
         assert claims == {} and licences == ({"Apache-2.0"} if "smollm2" in path.name else set()), path

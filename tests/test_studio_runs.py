@@ -177,8 +177,8 @@ def test_what_a_model_wrote_is_text(finished, tmp_path):
 
 
 @pytest.mark.parametrize("form, said", [
-    ({"recipe": "recipes/smoke.yaml", "settings": "stages.zero.stepz=3"}, "did you mean steps"),
-    ({"recipe": "recipes/smoke.yaml", "name": "../elsewhere"}, "names a folder"),
+    ({"recipe": "smoke", "settings": "stages.zero.stepz=3"}, "did you mean steps"),
+    ({"recipe": "smoke", "name": "../elsewhere"}, "names a folder"),
     ({"recipe": "/etc/passwd"}, "choose one of the list"),
     ({"path": "../../etc/passwd"}, "is no YAML file inside"),
     ({"path": "/etc/x.yaml"}, "is no YAML file inside"),

@@ -32,7 +32,6 @@ SIZES = {
 EXTRAS = {
     "reasoning_gym": ("gym", "generated tasks"),
     "huggingface_hub": ("hub", "limbeck pull hf:OWNER/NAME"),
-    "ray": ("scale", "runs on several machines"),
     "fastapi": ("serve", "the chat page and the API"),
 }
 

@@ -41,6 +41,13 @@ def open_store(runs: Path) -> Store:
     return Store(runs / "store")
 
 
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe, given by its path or by the name of a shipped one."""
+    from ..config.load import find
+
+    return find(recipe)
+
+
 def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
     """The recipe in a YAML file with its overrides; with `auto`, policies decide instead of people."""
     from ..config.load import load, with_auto_curation

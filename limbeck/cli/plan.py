@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, AsJson, Auto, Home, load_recipe, open_graph, usage_error
+from .options import RUNS, AsJson, Auto, Home, find_recipe, load_recipe, open_graph, usage_error
 
 if TYPE_CHECKING:
     from .plan_text import Answer
@@ -115,7 +115,7 @@ def plan(
         answer = _verify(file)
     elif file is not None:
         raise usage_error(f"{file}: only `limbeck plan verify` reads a second file")
-    elif Path(what).suffix in (".yaml", ".yml"):
+    elif _is_recipe(what):
         from .recipe_plan import plan_recipe
 
         if conditions.changes and not on:
@@ -123,7 +123,8 @@ def plan(
                 f"--what-if {changes_text(conditions.changes)} changes a cluster: name it with --on, "
                 "for instance --on 8x4090"
             )
-        graph = open_graph(load_recipe(Path(what), set_, auto), Path(what), runs)
+        path = find_recipe(what)
+        graph = open_graph(load_recipe(path, set_, auto), path, runs)
         answer = plan_recipe(graph, conditions)
     else:
         from .model_plan import plan_model
@@ -139,6 +140,13 @@ def plan(
         print(json.dumps({"schema": 1, "ok": True, **answer.data}, ensure_ascii=False))
     else:
         print("\n".join(answer.lines))
+
+
+def _is_recipe(what: str) -> bool:
+    """True for a YAML file, and for the name of a shipped recipe."""
+    from ..config.load import shipped
+
+    return Path(what).suffix in (".yaml", ".yml") or what in shipped()
 
 
 def _verify(file: Path | None) -> Answer:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, STATES, AsJson, Auto, Home, RunFolder, load_recipe, open_run, print_rows
+from .options import (
+    RUNS,
+    STATES,
+    AsJson,
+    Auto,
+    Home,
+    RunFolder,
+    find_recipe,
+    load_recipe,
+    open_run,
+    print_rows,
+)
 
 if TYPE_CHECKING:
     from ..pipeline.graph import Node
@@ -20,7 +31,11 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 RecipeFile = Annotated[
-    Path, typer.Argument(help="a recipe, for instance recipes/quickstart.yaml", show_default=False)
+    Path,
+    typer.Argument(
+        help="a recipe: a file, or the name of one that comes with Limbeck, such as quickstart",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)
@@ -50,8 +65,9 @@ def run(
     from .recipe_plan import cached_forecast
 
     display = _choose_display(as_json)
+    path = find_recipe(recipe)
     try:
-        job = Run(load_recipe(recipe, set_, auto), recipe.parent, runs, display, right)
+        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
         _stop_on_interrupt(job)
         page = job.carry_out(cached_forecast(job.graph))
     finally:

@@ -32,12 +32,13 @@ def with_auto_curation(recipe: Recipe) -> Recipe:
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe; `overrides` are `key.path=value` pairs. Old words are read as new ones.
+    """Read a recipe, from a file or by the name of a shipped one; `overrides` are `key.path=value` pairs. Old words
+    are read as new ones.
 
     Each old word gives one notice on standard error. Raises LimbeckError with one sentence for the first
     mistake.
     """
-    path = Path(path)
+    path = find(path)
     tree = _read_tree(path)
     try:
         renamed = aliases.rename(tree)
@@ -54,9 +55,17 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     return recipe
 
 
-def shipped() -> list[Path]:
-    """The recipes that come with Limbeck."""
-    return sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+def shipped() -> dict[str, Path]:
+    """The recipes that come with Limbeck, by name: `quickstart`."""
+    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe: the path itself, or if there is none and it is a name, that of a shipped recipe."""
+    path = Path(recipe)
+    if path.exists():
+        return path
+    return shipped().get(str(recipe), path)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -81,7 +90,7 @@ def _read_tree(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        names = ", ".join(f"recipes/{recipe.name}" for recipe in shipped())
+        names = ", ".join(shipped())
         raise LimbeckError(
             f"{path}: no such recipe; recipes that come with Limbeck: {names or 'none found'}"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..config.aliases import stored, stored_kind
-from ..config.load import dump
+from ..config.load import dump, find, load, with_auto_curation
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
 from ..run_log import read
@@ -45,6 +46,41 @@ class Display(Protocol):
 
     def say(self, text: str) -> None:
         """Show a sentence."""
+
+
+class Quiet:
+    """A display that shows nothing."""
+
+    def show(self, graph: Graph, running: dict[str, Progress]) -> None:
+        """Show nothing."""
+
+    def finished(self, node: Node, artifact: Artifact) -> None:
+        """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Show nothing."""
+
+
+def run(
+    recipe: str | Path,
+    runs: str | Path = "runs",
+    overrides: Sequence[str] = (),
+    auto: bool = False,
+    display: Display | None = None,
+) -> Run:
+    """Execute a recipe, a file or the name of a shipped one; stages that are done are not done again.
+
+    `overrides` are `key.path=value` pairs; with `auto`, the policies of curate stages decide instead of people. The
+    result's `graph` has the artifact of every stage. Raises LimbeckError for a mistake, and Resumable if the run was
+    stopped or waits for reviews.
+    """
+    path = find(recipe)
+    settings = load(path, tuple(overrides))
+    if auto:
+        settings = with_auto_curation(settings)
+    executed = Run(settings, path.parent, Path(runs), display or Quiet())
+    executed.carry_out()
+    return executed
 
 
 class Run:

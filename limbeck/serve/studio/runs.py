@@ -147,7 +147,7 @@ def _list_row(folder: Path) -> dict[str, Any]:
 
 def _recipes(state: AppState) -> dict[str, Path]:
     """Recipes in the form's list: those shipped with Limbeck, and those in the folder of runs."""
-    recipes = {f"recipes/{path.name}": path for path in shipped()}
+    recipes = dict(shipped())
     for path in sorted(state.runs.glob("*.yaml")):
         recipes[path.relative_to(state.runs).as_posix()] = path
     return recipes
