@@ -25,7 +25,7 @@ SMALL = [
 def test_the_bake_off_runs_and_no_student_spends_more_than_the_others(tmp_path):
     recipe = Path(__file__).parent.parent / "limbeck" / "recipes" / "bakeoff.yaml"
     run = tiny.open_run(recipe, tmp_path, *SMALL)
-    assert run.carry_out().name == "index.html"
+    assert run.execute().name == "index.html"
     budgeted = {name: node for name, node in run.graph.nodes.items() if getattr(node.stage, "flops", None)}
     assert len(budgeted) == 10
     for name, node in budgeted.items():

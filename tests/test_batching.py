@@ -13,7 +13,7 @@ from test_engine import BUDGET, PROMPTS, naive
 from limbeck.engine import scheduler as scheduling
 from limbeck.engine.loop import EngineThread
 from limbeck.engine.prefix_cache import PrefixCache, common_prefix_length
-from limbeck.engine.request import Full, Request
+from limbeck.engine.request import QueueFull, Request
 from limbeck.engine.sampling import SamplingParams, nucleus
 from limbeck.engine.scheduler import Scheduler
 from limbeck.model.config import Experts, Latent
@@ -99,7 +99,7 @@ def test_the_kernels_say_the_same(decoder, tokenizer):
 
 def test_a_long_answer_outgrows_what_was_made_for_it(decoder, tokenizer):
     model = decoder(torch.float64, max_positions=512)
-    request = Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=200, seed=4, endless=True)
+    request = Request(tokenizer.prompt(PROMPTS[0]), max_new_tokens=200, seed=4, ignore_eos=True)
     scheduler = Scheduler(model, tokenizer, rows=3)
     answers = [
         scheduler.submit(request),
@@ -181,7 +181,7 @@ def test_rows_that_nobody_wants_are_free_before_the_next_step(decoder, tokenizer
     scheduler = Scheduler(decoder(max_positions=4096), tokenizer, rows=2)
     prompt = tokenizer.prompt(PROMPTS[0])
     first, second, third = (
-        scheduler.submit(Request(prompt, max_new_tokens=2000, seed=i, endless=True)) for i in range(3)
+        scheduler.submit(Request(prompt, max_new_tokens=2000, seed=i, ignore_eos=True)) for i in range(3)
     )
     with torch.inference_mode():
         for _ in range(4):
@@ -203,8 +203,10 @@ def test_who_does_not_fit_waits_in_line_or_is_sent_away(decoder, tokenizer):
     model, prompt = decoder(), tokenizer.prompt(PROMPTS[0])
     need = len(prompt) + 20
     scheduler = Scheduler(model, tokenizer, rows=64, max_waiting=4, max_tokens=2 * need)
-    answers = [scheduler.submit(Request(prompt, max_new_tokens=20, seed=i, endless=True)) for i in range(4)]
-    with pytest.raises(Full, match="4 requests are waiting") as caught:
+    answers = [
+        scheduler.submit(Request(prompt, max_new_tokens=20, seed=i, ignore_eos=True)) for i in range(4)
+    ]
+    with pytest.raises(QueueFull, match="4 requests are waiting") as caught:
         scheduler.submit(Request(prompt, max_new_tokens=20))
     assert caught.value.retry_after >= 1
     most = 0

@@ -328,7 +328,7 @@ def test_real_models_answer_are_stopped_and_refuse(tmp_path, tokenizer):
         f"thinker={thinker}",
         rows=1,
         waiting=1,
-        longest=600,
+        max_tokens=600,
         prices=["thinker=10/20"],
     ) as found:
         one = found.service.models["plain"]

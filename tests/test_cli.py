@@ -197,7 +197,7 @@ def cut_short(path: Path) -> None:
 def test_a_spoiled_file_is_one_line_that_names_it(finished, tmp_path, spoil, words):
     """The stages run in this process: what a worker would say is what the run says."""
     from limbeck.pipeline.run import _failure
-    from limbeck.pipeline.worker import perform
+    from limbeck.pipeline.worker import run_job
 
     shutil.copytree(finished.recipe.parent / "model", tmp_path / "model")
     (tmp_path / "mine.jsonl").write_text(
@@ -209,7 +209,7 @@ def test_a_spoiled_file_is_one_line_that_names_it(finished, tmp_path, spoil, wor
         run = tiny.open_run(tmp_path / "one.yaml", tmp_path / "runs")
         for name in run.graph.nodes:
             node = run.graph.nodes[name]
-            event = perform(run._job(node))
+            event = run_job(run._job(node))
             if event["event"] == "failed":
                 raise _failure({**event, "name": name}, tmp_path)
             run.store.finish(run.store.partial(node.kind, node.key), run._manifest(node, event["outcome"]))
@@ -409,7 +409,7 @@ def test_a_person_reviews_rows_at_the_terminal(call, waiting):
     read_until(ours, "rows are left")
     assert review.wait(10) == 0
     os.close(theirs), os.close(ours)
-    said = {row.id: row.verdict for row in reviews.standings(queue) if row.verdict}
+    said = {row.id: row.verdict for row in reviews.review_states(queue) if row.verdict}
     assert all(entry.pop("seconds") >= 0 and entry.pop("at") for entry in said.values())
     assert said == {
         first["id"]: {"id": first["id"], "verdict": "accept", "reviewer": "Grace"},

@@ -40,7 +40,7 @@ TASKS = {
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("served")
-    with server(folder, f"plain={save(folder / 'plain', tokenizer)}", longest=4) as found:
+    with server(folder, f"plain={save(folder / 'plain', tokenizer)}", max_tokens=4) as found:
         yield found, folder
 
 

@@ -15,15 +15,15 @@ from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.provenance.lineage import find, rows_behind
 from limbeck.pipeline.store import Store
 from limbeck.run_log import read
-from limbeck.tasks.contamination import Sieve
+from limbeck.tasks.contamination import ContaminationIndex
 from limbeck.tasks.registry import open_task
 
 pytestmark = pytest.mark.slow
 
 
-def sieve(task) -> Sieve:
+def sieve(task) -> ContaminationIndex:
     test = task.problems("test")
-    return Sieve(
+    return ContaminationIndex(
         {p.id: p.prompt for p in test}, {p.id: p.data["question"] for p in test if "question" in p.data}
     )
 
@@ -112,7 +112,7 @@ TEST = {
     ),
 ])  # fmt: skip
 def test_dressed_copies_are_caught(prompt, rest, words):
-    assert words in Sieve(TEST).fault("mine/1#0", prompt, rest)
+    assert words in ContaminationIndex(TEST).fault("mine/1#0", prompt, rest)
 
 
 @pytest.mark.parametrize("prompt", [
@@ -122,7 +122,7 @@ def test_dressed_copies_are_caught(prompt, rest, words):
     "A farmer keeps 17 cows.", "Name the capital of Portugal.", "",
 ])  # fmt: skip
 def test_other_problems_are_kept(prompt):
-    assert Sieve(TEST).fault("mine/1#0", prompt, "some answer") is None
+    assert ContaminationIndex(TEST).fault("mine/1#0", prompt, "some answer") is None
 
 
 def test_an_instruction_that_all_share_is_no_copy_and_hides_none():
@@ -130,7 +130,7 @@ def test_an_instruction_that_all_share_is_no_copy_and_hides_none():
         f"t/{i}": f"Solve the riddle carefully and give one word as the final answer in a box: {word}"
         for i, word in enumerate(RIDDLES)
     }
-    found = Sieve(tests, {f"t/{i}": word for i, word in enumerate(RIDDLES)})
+    found = ContaminationIndex(tests, {f"t/{i}": word for i, word in enumerate(RIDDLES)})
     assert (
         found.fault(
             "a/1",

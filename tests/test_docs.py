@@ -176,7 +176,7 @@ API_EXAMPLES = blocks(DOCS / "reference" / "python-api.md", "python")
 
 @pytest.mark.parametrize(
     "number, beginnings",
-    [(0, {"base", "zero", "r1"}), (1, {"8192"}), (2, {"What"}), (3, {"0", "1"})],
+    [(0, {"base", "zero"}), (1, {"1024"}), (2, {"What"}), (3, {"0", "1"})],
     ids=["run", "recipe", "task", "loop"],
 )
 def test_the_python_api_examples_run(number, beginnings, tmp_path):

@@ -79,7 +79,7 @@ def test_a_run_is_started_once_paused_and_gone_on_with_and_waits_for_people(reci
         jobs.pause(folder)
 
     jobs.start(recipe, tmp_path / "runs")  # another setting, less to do: the run of this name goes on with it
-    until(lambda: run_status.status(folder).state == "waits" and not run_status.at_work(folder))
+    until(lambda: run_status.status(folder).state == "waits" and not run_status.is_running(folder))
     waits = jobs.state(folder)
     assert waits.name == "waits" and "4 rows to review" in waits.sentence
     queue = next((tmp_path / "runs" / "store" / ".queues").iterdir())

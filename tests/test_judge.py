@@ -10,8 +10,8 @@ import pytest
 from judges import Programmed, choosing, first, gullible, longer, material, truth
 from pydantic import ValidationError
 
-from limbeck.config.learned_rewards import CalibrationThresholds, Judging
-from limbeck.eval.judge_calibration import CANARIES, PADDING, by_truth, calibrate, labelled
+from limbeck.config.learned_rewards import CalibrationThresholds, JudgeConfig
+from limbeck.eval.judge_calibration import CANARIES, PADDING, calibrate, labelled, pairs_from_scores
 from limbeck.tasks.judge import Judge, Pair, clean, fence, final, read_points, read_verdict
 from limbeck.types import Completion, Group, Problem, generator
 
@@ -20,7 +20,7 @@ SUM = Problem("p/1", "What is 2 + 2?", answer="4")
 
 def judge(reply, seed: object = 0, stopped: bool = True, **settings) -> Judge:
     settings.setdefault("sampling", {"temperature": 1.0})
-    return Judge(Programmed(reply, stopped), Judging(**settings), None, seed)
+    return Judge(Programmed(reply, stopped), JudgeConfig(**settings), None, seed)
 
 
 def group(*texts: str, problem: Problem = SUM) -> Group:
@@ -153,8 +153,8 @@ def test_a_reply_that_ran_out_of_tokens_is_none():
 
 def test_one_reply_to_several_votes_at_temperature_zero_is_refused():
     with pytest.raises(ValidationError, match="the same vote"):
-        Judging(votes=3)
-    assert Judging(votes=3, sampling={"temperature": 0.7}).votes == 3
+        JudgeConfig(votes=3)
+    assert JudgeConfig(votes=3, sampling={"temperature": 0.7}).votes == 3
 
 
 # ---------------------------------------------------------------- scores
@@ -164,7 +164,7 @@ def test_a_score_is_the_share_of_the_others_that_are_beaten():
     assert judge(correct).scores(group("5", "4", "6", "4")) == pytest.approx(
         [0.5 / 3, 2.5 / 3, 0.5 / 3, 2.5 / 3]
     )
-    scores = judge(correct).opinions([group("5", "4", "6"), group("4")])
+    scores = judge(correct).score_groups([group("5", "4", "6"), group("4")])
     assert scores[0][1].reasons["judge"] == "won 2, tied 0, lost 0" and scores[1][0].parts["judge"] == 0.5
 
 
@@ -177,7 +177,7 @@ def test_points_are_a_share_and_an_abstention_earns_nothing():
         )
 
     one = judge(reply, method="rubric", criteria={"correct": "is right", "clear": "can be read"})
-    scores = one.opinions([group("4", "5", "?")])[0]
+    scores = one.score_groups([group("4", "5", "?")])[0]
     assert [s.parts["judge"] for s in scores] == [0.75, 0.4, 0.0]
     assert [s.reasons["judge"] for s in scores] == [
         "points: correct 10, clear 5",
@@ -209,7 +209,7 @@ def world_pairs(clock, count: int = 100) -> list[Pair]:
         made = group(*texts, problem=problems[i])
         plain = group(*(t.partition(" I am")[0] for t in texts), problem=problems[i])
         groups.append(replace(made, scores=tuple(clock.score(problems[i], c) for c in plain.completions)))
-    return by_truth(groups, "pairs")[:count]
+    return pairs_from_scores(groups, "pairs")[:count]
 
 
 @pytest.fixture(scope="module")

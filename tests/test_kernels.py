@@ -23,9 +23,9 @@ from limbeck.model.attention import RMSNorm, rotate
 from limbeck.model.config import ModelConfig
 from limbeck.model.context import Layer
 from limbeck.model.decoder import Decoder
-from limbeck.model.ffn import SwiGLU, experts_mixed
+from limbeck.model.ffn import SwiGLU, mix_experts
 from limbeck.model.kernels import build, choice, decode_step, trials
-from limbeck.model.kernels.decode_step import Decoding
+from limbeck.model.kernels.decode_step import DecodeStep
 from limbeck.model.kv_cache import KVCache
 from limbeck.model.packed import Packed, SharedPrefix
 from limbeck.types import LimbeckError
@@ -163,7 +163,7 @@ def test_a_mixture_and_its_gradients_equal_torchs(compiled, tokens, threads, pla
 
     def run():
         return gradients(
-            lambda x, gate_up, down, weights: experts_mixed(x, gate_up, down, chosen, weights), *inputs
+            lambda x, gate_up, down, weights: mix_experts(x, gate_up, down, chosen, weights), *inputs
         )
 
     try:
@@ -215,17 +215,17 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plain
     compiled.use_ways((ctypes.c_int8 * 32)(*[way] * 32))
     decoder = model(**MODELS[name])
     tokens = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))
-    begun, step = [4, 9, 6], Decoding(decoder)
+    begun, step = [4, 9, 6], DecodeStep(decoder)
     prefill = Packed(begun).keep()
     decoder(torch.cat([row[:n] for row, n in zip(tokens, begun, strict=True)]), prefill)
     cache = KVCache(decoder.config, compiled=True)
     cache.fork(prefill, [1, 1, 1])
-    assert Decoding.fits(decoder)
+    assert DecodeStep.fits(decoder)
     said, rows = {0: [], 1: [], 2: []}, [0, 1, 2]
     for i in range(14):
         if i == 6:
             rows = [0, 2]
-            cache.keep(np.array(rows))
+            cache.select_rows(np.array(rows))
         cache.advance()
         states = step(tokens[rows, [begun[row] + i for row in rows]], cache)
         for row, state in zip(rows, states, strict=True):
@@ -242,13 +242,13 @@ def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plain
     ids=str,
 )
 def test_what_the_step_does_not_know_goes_the_plain_way(changes):
-    assert not Decoding.fits(model(**changes))
+    assert not DecodeStep.fits(model(**changes))
     assert DecodeBatch(model(**changes), 0, SamplingParams()).decoding is None
 
 
 def test_float64_goes_the_plain_way():
     assert not kernels.takes(torch.zeros(1, dtype=torch.float64))
-    assert not Decoding.fits(model().double())
+    assert not DecodeStep.fits(model().double())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 100, 128, 150])

@@ -11,7 +11,7 @@ import sys
 import pytest
 from test_cli import call  # noqa: F401 - a fixture
 
-from limbeck.pipeline.dataset_rows import share_of
+from limbeck.pipeline.dataset_rows import take_share
 from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
 from limbeck.pipeline.store import Store
 from limbeck.run_log import read
@@ -88,7 +88,7 @@ def test_the_rows_listed_are_those_that_were_drawn(why, finished):
         )
         for name in ("coldstart", "general")
     )
-    drawn = share_of(coldstart, 0.5, ("0/dev1", "coldstart"))
+    drawn = take_share(coldstart, 0.5, ("0/dev1", "coldstart"))
     assert 0 < len(drawn) < len(coldstart)
     assert {(r["id"], r["given_by"]) for r in listed} == {(r["id"], "coldstart") for r in drawn} | {
         (r["id"], "general") for r in general

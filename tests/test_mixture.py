@@ -15,7 +15,7 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import fp8
 from limbeck.model.config import Experts, Latent, ModelConfig
-from limbeck.model.context import Routes, sequence_balance
+from limbeck.model.context import RouterTrace, sequence_balance
 from limbeck.model.decoder import Decoder
 from limbeck.model.ffn import MixtureOfExperts, balance_experts, recycle
 from limbeck.model.kv_cache import KVCache, Packed
@@ -91,7 +91,7 @@ def test_grouped_products_equal_a_loop_forward_and_backward(experts):
     model = decoder(replace(V3, experts=experts))
     layer, x = mixtures(model)[0], inputs().requires_grad_()
     context = Packed([len(x)])
-    context.routes = Routes()
+    context.routes = RouterTrace()
     out = layer(x, context)
     scores, _ = layer.route(x, None)
     expected = looped(layer, x, scores, context.routes.chosen[0])

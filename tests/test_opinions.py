@@ -17,7 +17,7 @@ from stub import Stub, completion
 from tiny import answer
 from trainers import train_grpo
 
-from limbeck.config.learned_rewards import Calibrate, Opinion
+from limbeck.config.learned_rewards import Calibrate, LearnedReward
 from limbeck.config.load import load
 from limbeck.config.parts import Optimizer, Policy, Sampling
 from limbeck.config.recipe import RL
@@ -172,10 +172,10 @@ def test_its_opinion_is_a_chance_and_of_nothing_it_thinks_nothing(decoder, token
     value = learner.values([to_sample(tokenizer, "say 4 ?", "4")])[0]
     weight = learner.model.value.weight.detach().clone()
     model = RewardModelScorer(learner.model, weight, tokenizer, centre=float(value))
-    scores = model.opinions([group, group])
+    scores = model.score_groups([group, group])
     assert scores[0] == scores[1] and scores[0][0].parts["preference"] == pytest.approx(0.5)
     assert scores[0][1] == Score({"preference": 0.0}, {"preference": "no final answer"})
-    assert model.bill()["preference_tokens"] > 0 == model.bill()["preference_tokens"]
+    assert model.take_usage()["preference_tokens"] > 0 == model.take_usage()["preference_tokens"]
 
 
 def test_a_question_is_learned_or_held_out_and_never_both():
@@ -235,14 +235,14 @@ class Flatterer:
     def __init__(self):
         self.calls = 0
 
-    def opinions(self, groups):
+    def score_groups(self, groups):
         self.calls += 1
         rise = 0.2 + 0.01 * self.calls
         return [
             [Score({"preference": rise + 0.1 * (i % 2)}) for i in range(len(g.completions))] for g in groups
         ]
 
-    def bill(self):
+    def take_usage(self):
         return {"preference_tokens": 1, "preference_flops": 1e6}
 
 
@@ -321,7 +321,7 @@ def test_what_it_adds_is_its_worth_and_other_problems_get_none(clock):
     )
     for names, expected in (([], [0.105, 0.155]), (["chat"], [0.0, 0.0]), (["clock"], [0.105, 0.155])):
         settings = stage(
-            learned_rewards={"preference": Opinion(of="helpful", problems=names, window=8, held_out=4)}
+            learned_rewards={"preference": LearnedReward(of="helpful", problems=names, window=8, held_out=4)}
         )
         panel = LearnedRewards(settings, {"preference": Flatterer()}, tasks, None, "s")
         assert panel.at(0).score(group).rewards == pytest.approx(expected)
@@ -341,7 +341,7 @@ def test_killed_and_resumed_the_alarm_remembers(reinforced, tmp_path):
     """A voice without memory, so that two halves can be compared with one whole."""
 
     class Steady(Flatterer):
-        def opinions(self, groups):
+        def score_groups(self, groups):
             return [[Score({"preference": 0.1 * (len(c.text) % 7)}) for c in g.completions] for g in groups]
 
     whole = reinforced(stage(steps=10), Steady())
@@ -381,8 +381,8 @@ stages:
 
 
 @pytest.fixture
-def opinions(tmp_path, decoder, tokenizer):
-    """`opinions(stub)`: a recipe whose judge is a stub, and sixty labelled rows: the better answer repeats the question."""
+def learned_recipe(tmp_path, decoder, tokenizer):
+    """`learned_recipe(stub)`: a recipe whose judge is a stub, and sixty labelled rows: the better answer repeats the question."""
 
     def write(stub: Stub) -> Path:
         weights.save(decoder(), tmp_path / "model", tokenizer)
@@ -415,9 +415,9 @@ def checking(body: dict, n: int):
     )
 
 
-def test_a_calibrated_judge_rewards_and_a_reward_model_learns(opinions, tmp_path):
+def test_a_calibrated_judge_rewards_and_a_reward_model_learns(learned_recipe, tmp_path):
     with Stub(checking) as stub:
-        code, _, err = answer("run", opinions(stub), "--runs", tmp_path / "runs")
+        code, _, err = answer("run", learned_recipe(stub), "--runs", tmp_path / "runs")
         assert code == 0, err
         asked = len(stub.asked)
     (calibration,) = tmp_path.glob("runs/store/calibrate-*/calibration.json")
@@ -447,9 +447,9 @@ def job(recipe: Path, name: str, stub: Stub, **inputs: Path) -> Job:
     return Job(name, stages[name], f"0/{name}", inputs, {}, folder, endpoints={"wise": stages["wise"]})
 
 
-def test_a_judge_that_fails_is_refused_as_a_reward_with_its_numbers(opinions):
+def test_a_judge_that_fails_is_refused_as_a_reward_with_its_numbers(learned_recipe):
     with Stub(lambda body, n: (200, {}, completion("verdict: A"))) as stub:
-        recipe = opinions(stub)
+        recipe = learned_recipe(stub)
         wise = job(recipe, "wise", stub)
         checked = job(recipe, "checked", stub, wise=wise.folder)
         outcome = calibrate.run(checked)
@@ -513,9 +513,9 @@ def test_without_labels_the_truth_of_the_checker_is_the_label(clock, decoder, tm
         assert any("length bias +1.00" in text for text in told["refusals"])
 
 
-def test_a_reward_model_that_learned_nothing_is_refused(opinions):
+def test_a_reward_model_that_learned_nothing_is_refused(learned_recipe):
     with Stub() as stub:
-        zero = job(opinions(stub), "zero", stub, helpful=Path("/nowhere"))
+        zero = job(learned_recipe(stub), "zero", stub, helpful=Path("/nowhere"))
     folder = zero.folder
     (folder / "reward.json").write_text(
         json.dumps({"accuracy": {"mean": 0.55, "low": 0.41, "high": 0.68, "n": 40}, "centre": 0.0})
@@ -539,9 +539,9 @@ def test_a_reward_model_that_learned_nothing_is_refused(opinions):
     ("stages.checked.model=base", "labels come from rows, or from model and problems together"),
     ("stages.checked.judging.votes=3", "are the same vote"),
 ])  # fmt: skip
-def test_an_opinion_that_cannot_be_had_is_said_before_anything_runs(opinions, settings, sentence):
+def test_an_opinion_that_cannot_be_had_is_said_before_anything_runs(learned_recipe, settings, sentence):
     with Stub() as stub:
-        recipe = opinions(stub)
+        recipe = learned_recipe(stub)
     with pytest.raises(LimbeckError) as error:
         load(recipe, [settings])
     assert sentence in str(error.value) and "\n" not in str(error.value)
@@ -551,9 +551,9 @@ def test_an_opinion_that_cannot_be_had_is_said_before_anything_runs(opinions, se
     ('{"prompt": "x", "chosen": "y"}', "labels.jsonl, line 1: rejected is missing or no text; rows of preferences have prompt, chosen and rejected"),
     ('{"prompt": "x", "chosen": "y", "rejected": "z"}', "1 labelled pairs are too few to measure a judge by (20 at least); label more rows"),
 ])  # fmt: skip
-def test_labels_that_will_not_do(opinions, tmp_path, line, sentence):
+def test_labels_that_will_not_do(learned_recipe, tmp_path, line, sentence):
     with Stub(checking) as stub:
-        recipe = opinions(stub)
+        recipe = learned_recipe(stub)
         (tmp_path / "labels.jsonl").write_text(line + "\n")
         with pytest.raises(LimbeckError, match=re.escape(sentence)):
             calibrate.run(job(recipe, "checked", stub))

@@ -26,7 +26,7 @@ from limbeck.model.config import Latent, ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.run import _failure
-from limbeck.pipeline.worker import perform
+from limbeck.pipeline.worker import run_job
 from limbeck.run_log import RunLog, read_metrics
 from limbeck.tasks.mixture import Mixture
 from limbeck.train import losses
@@ -327,7 +327,7 @@ def test_a_model_with_a_spoiled_weight_is_not_loaded(finished, tmp_path):
     held["model.norm.weight"][0] = math.nan
     save_file(held, tmp_path / "model/model.safetensors", {"format": "pt"})
     run = tiny.open_run(tmp_path / "tiny.yaml", tmp_path / "runs")
-    event = perform(run._job(run.graph.nodes["brought"]))
+    event = run_job(run._job(run.graph.nodes["brought"]))
     assert str(_failure({**event, "name": "brought"}, tmp_path)) == (
         f"stage brought: {tmp_path / 'model'}: the weight norm.weight is not finite; copy the model again from its source"
     )

@@ -189,7 +189,7 @@ def test_packed_sequences_are_blind_to_each_other(pair, lengths):
     torch.testing.assert_close(logits(ours, *rows), alone, atol=1e-10, rtol=0)
 
 
-class Decoding:
+class DecodeStep:
     """Rows that grow by given tokens through the cache; `seen` holds each row's logits, step by step."""
 
     def __init__(self, decoder: Decoder):
@@ -214,13 +214,13 @@ class Decoding:
             self.seen[i].append(logits)
 
     def keep(self, rows: list[int]) -> None:
-        self.cache.keep(np.array(rows))
+        self.cache.select_rows(np.array(rows))
         self.rows, self.seen = [self.rows[i] for i in rows], [self.seen[i] for i in rows]
 
 
 def test_cached_decoding_equals_uncached(pair):
     """Two prompts prefilled and forked; rows dropped and new ones let in while others are on their way."""
-    decoding = Decoding(pair[1].double())
+    decoding = DecodeStep(pair[1].double())
     decoding.admit([tokens(5, 1), tokens(11, 2)], [3, 2])
     for seed in range(40):
         decoding.step(seed)

@@ -121,10 +121,10 @@ def test_every_recipe_can_be_foreseen(name, tmp_path):
 
 
 def test_people_are_asked_where_no_policy_decides(tmp_path):
-    by_people, by_policy = (
+    apply_reviews, apply_policy = (
         walked("smoke", tmp_path, extra)[0] for extra in ((), ("stages.coldstart.auto=true",))
     )
-    assert by_people.efforts["coldstart"].people > 0 == by_policy.efforts["coldstart"].people
+    assert apply_reviews.efforts["coldstart"].people > 0 == apply_policy.efforts["coldstart"].people
 
 
 def test_teachers_are_paid_for(tmp_path):

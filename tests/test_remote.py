@@ -132,12 +132,12 @@ def test_tokens_and_money_are_counted_also_of_what_was_found(tmp_path):
         for _ in range(2):
             teacher = endpoint(stub.url, tmp_path, prices=prices)
             teacher.rollout(PROBLEMS, 2, BRIEF)
-            assert teacher.bill() == {
+            assert teacher.take_usage() == {
                 "prompt_tokens": 66,
                 "response_tokens": 42,
                 "money": pytest.approx((66 * 2 + 42 * 8) / 1e6),
             }
-            assert teacher.bill()["response_tokens"] == 0
+            assert teacher.take_usage()["response_tokens"] == 0
     assert len(stub.asked) == 6
 
 

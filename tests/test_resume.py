@@ -15,7 +15,7 @@ import pytest
 from tiny import Attempt, alive, answer, children, digests, limbeck, until
 
 from limbeck.model import kernels
-from limbeck.pipeline.worker import KERNELS, perform, read_job
+from limbeck.pipeline.worker import KERNELS, read_job, run_job
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def stopped(request: dict, answer_to: str) -> None:
     torch.set_num_threads(1)
     stop = threading.Event()
     stop.set()
-    Path(answer_to).write_text(json.dumps(perform(read_job(request, stop))))
+    Path(answer_to).write_text(json.dumps(run_job(read_job(request, stop))))
 
 
 @pytest.mark.parametrize("stage", ["evaluation/zero", "traces", "dev1"])
@@ -107,7 +107,7 @@ def on_a_machine_that_chose_otherwise(request: dict, answer_to: str) -> None:
 
     torch.set_num_threads(1)
     choice._find = lambda threads: choice._choices.setdefault(threads, choice.Choice.all(False))
-    Path(answer_to).write_text(json.dumps(perform(read_job(request, threading.Event()))))
+    Path(answer_to).write_text(json.dumps(run_job(read_job(request, threading.Event()))))
 
 
 @pytest.mark.skipif(kernels.library() is None, reason="there is nothing to choose from")

@@ -38,24 +38,24 @@ def say(queue, name, verdict, reviewer, **more):
 
 
 def states(queue) -> str:
-    return " ".join(one.state for one in reviews.standings(queue))
+    return " ".join(one.state for one in reviews.review_states(queue))
 
 
 def test_one_person_is_enough_unless_two_are_asked_for(queue):
     say(queue, "a", "accept", "Ada")
     assert states(queue) == "settled open open open open open"
-    reviews.ask_twice(queue, 1.0, "Ada")
+    reviews.set_second_share(queue, 1.0, "Ada")
     assert states(queue) == "second open open open open open"
-    first = reviews.standings(queue)[0]
+    first = reviews.review_states(queue)[0]
     assert not first.due("Ada")
     assert first.due("Grace")
     say(queue, "a", "accept", "Grace")
-    assert reviews.standings(queue)[0].people == ["Ada", "Grace"]
-    reviews.ask_twice(queue, 0.0, "Ada")
+    assert reviews.review_states(queue)[0].people == ["Ada", "Grace"]
+    reviews.set_second_share(queue, 0.0, "Ada")
     say(queue, "b", "reject", "Grace", reason="wrong")
     assert states(queue) == "settled settled open open open open"
     with pytest.raises(LimbeckError, match="no share"):
-        reviews.ask_twice(queue, 1.5, "Ada")
+        reviews.set_second_share(queue, 1.5, "Ada")
 
 
 def test_a_larger_share_holds_a_smaller_one_and_is_as_large_as_it_says():
@@ -74,18 +74,18 @@ def test_people_who_disagree_leave_a_row_open_until_somebody_settles_it(queue):
     say(queue, "a", "edit", "Grace", completion=mended)
     assert states(queue).startswith("disputed")
     assert reviews.pending(queue)[0]["id"] == "a"
-    assert not reviews.standings(queue)[0].due("Mary")
+    assert not reviews.review_states(queue)[0].due("Mary")
     say(queue, "a", "edit", "Mary", completion=mended, resolves=True)
-    settled = reviews.standings(queue)[0]
+    settled = reviews.review_states(queue)[0]
     assert settled.state == "settled"
     assert settled.people == ["Mary"]
     assert settled.verdict["completion"] == mended
     say(queue, "a", "reject", "Ada")  # a later word unsettles nothing
-    assert reviews.standings(queue)[0].people == ["Mary"]
+    assert reviews.review_states(queue)[0].people == ["Mary"]
     reviews.undo(queue, "a", "Ada")
     reviews.undo(queue, "a", "Mary")
-    assert reviews.standings(queue)[0].state == "settled"
-    assert reviews.standings(queue)[0].people == ["Grace"]
+    assert reviews.review_states(queue)[0].state == "settled"
+    assert reviews.review_states(queue)[0].people == ["Grace"]
 
 
 def test_the_same_text_is_no_disagreement_whatever_it_is_called(queue):
@@ -101,12 +101,12 @@ def test_the_same_text_is_no_disagreement_whatever_it_is_called(queue):
 def test_the_last_word_of_a_person_counts_and_can_be_taken_back(queue):
     say(queue, "a", "accept", "Ada")
     say(queue, "a", "reject", "Ada")
-    assert reviews.standings(queue)[0].verdict["verdict"] == "reject"
+    assert reviews.review_states(queue)[0].verdict["verdict"] == "reject"
     reviews.undo(queue, "a", "Grace")
-    assert reviews.standings(queue)[0].state == "settled"
+    assert reviews.review_states(queue)[0].state == "settled"
     reviews.undo(queue, "a", "Ada")
-    assert reviews.standings(queue)[0].state == "open"
-    assert reviews.standings(queue)[0].due("Ada")
+    assert reviews.review_states(queue)[0].state == "open"
+    assert reviews.review_states(queue)[0].due("Ada")
     with pytest.raises(LimbeckError, match="no such row"):
         reviews.undo(queue, "z", "Ada")
 
@@ -116,14 +116,14 @@ def test_rows_come_out_as_people_left_them(queue):
     for name, verdict in zip("abcde", ("accept", "reject", "accept", "accept", "edit"), strict=True):
         say(queue, name, verdict, "Ada", **({"completion": mended} if verdict == "edit" else {}))
     with pytest.raises(curate.Waiting, match="1 rows"):
-        curate.by_people(ROWS, queue)
+        curate.apply_reviews(ROWS, queue)
     say(queue, "f", "accept", "Ada")
     say(queue, "c", "reject", "Grace")
     with pytest.raises(curate.Waiting):
-        curate.by_people(ROWS, queue)
+        curate.apply_reviews(ROWS, queue)
     say(queue, "c", "accept", "Mary", resolves=True)
     say(queue, "a", "accept", "Grace")
-    kept, notes = curate.by_people(ROWS, queue)
+    kept, notes = curate.apply_reviews(ROWS, queue)
     assert [(one["id"], one["origin"]["editor"]) for one in kept] == [
         ("a", "Ada, Grace"),
         ("c", "Mary"),
@@ -156,11 +156,11 @@ def test_what_is_said_while_a_stage_runs_does_not_reach_into_it(queue):
     (queue / reviews.REVIEWS).open("a").write(
         '{"id": "b", "verd'
     )  # and somebody is killed in the middle of a word
-    assert len(curate.by_people(ROWS, queue, said)[0]) == 6
-    assert len(curate.by_people(ROWS, queue)[0]) == 5
+    assert len(curate.apply_reviews(ROWS, queue, said)[0]) == 6
+    assert len(curate.apply_reviews(ROWS, queue)[0]) == 5
     assert reviews.digest(queue, said) == before != reviews.digest(queue, reviews.extent(queue))
     say(queue, "b", "reject", "Ada")
-    assert len(curate.by_people(ROWS, queue)[0]) == 4
+    assert len(curate.apply_reviews(ROWS, queue)[0]) == 4
 
 
 def test_a_recipe_says_once_how_many_rows_two_people_see(queue):
@@ -170,12 +170,12 @@ def test_a_recipe_says_once_how_many_rows_two_people_see(queue):
 
     assert [ask(None), ask(0.5), ask(0.5)] == [0.0, 0.5, 0.5]
     assert len(reviews.events(queue)) == 1
-    reviews.ask_twice(queue, 1.0, "Ada")
+    reviews.set_second_share(queue, 1.0, "Ada")
     assert [ask(0.5), ask(0.2), ask(None)] == [1.0, 0.2, 0.2]
 
 
 def test_rows_go_out_blind_and_disagreements_with_what_was_said(queue, tmp_path):
-    reviews.ask_twice(queue, 1.0, "Ada")
+    reviews.set_second_share(queue, 1.0, "Ada")
     say(queue, "a", "reject", "Ada", reason="secret reason")
     say(queue, "b", "accept", "Ada")
     say(queue, "b", "reject", "Grace", reason="open reason")
@@ -197,10 +197,10 @@ def test_pace_and_agreement(queue):
         say(queue, name, grace, "Grace")
     say(queue, "d", "accept", "Ada", seconds=20.0)
     say(queue, "b", "accept", "Grace", resolves=True)  # comes after the disagreement, and is no vote
-    ada, grace = paces(reviews.standings(queue))
+    ada, grace = paces(reviews.review_states(queue))
     assert (ada.reviewer, ada.rows, ada.seconds, ada.hourly, ada.timed) == ("Ada", 4, 15.0, 3600 * 4 / 80, 4)
     assert (grace.rows, grace.counts["reject"], grace.seconds, grace.hourly) == (3, 2, None, None)
-    told = agreement(reviews.standings(queue))["agreement"]
+    told = agreement(reviews.review_states(queue))["agreement"]
     assert (told["rows"], told["people"], round(told["same"], 3), round(told["alpha"], 3)) == (
         3,
         2,
@@ -315,7 +315,7 @@ def test_disagreements_are_settled_at_the_terminal(queue, monkeypatch, capsys):
     assert "Ada says reject: dull" in told
     assert "Grace says accept: as it is" in told
     assert told.endswith("all rows are reviewed: run the recipe again and it goes on\n")
-    assert [(one.verdict["verdict"], one.people) for one in reviews.standings(queue)[:2]] == [
+    assert [(one.verdict["verdict"], one.people) for one in reviews.review_states(queue)[:2]] == [
         ("reject", ["Mary"]),
         ("accept", ["Mary"]),
     ]

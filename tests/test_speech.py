@@ -13,7 +13,7 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from limbeck.serve.openai.routes import event
-from limbeck.text.detokenizer import Reader
+from limbeck.text.detokenizer import IncrementalDetokenizer
 from limbeck.text.reasoning_parser import CLOSE, OPEN, ReasoningParser, overlap, split_thought
 from limbeck.text.tokenizer import Tokenizer
 
@@ -59,14 +59,14 @@ def test_what_is_read_in_pieces_is_what_is_decoded_at_once(bytes_tokenizer, data
         if data.draw(st.booleans())
         else data.draw(st.lists(st.integers(0, bytes_tokenizer.size - 1), max_size=90))
     )
-    reader = Reader(bytes_tokenizer)
+    reader = IncrementalDetokenizer(bytes_tokenizer)
     pieces = [reader.read(part) for part in cut(data.draw, tokens)]
     assert "".join(pieces) + reader.close() == bytes_tokenizer.decode(tokens)
 
 
 def test_a_reader_does_not_look_back_for_ever(bytes_tokenizer, tokenizer):
     for one in (bytes_tokenizer, tokenizer):
-        reader, tokens = Reader(one), one.encode("5 1 6 " * 300)
+        reader, tokens = IncrementalDetokenizer(one), one.encode("5 1 6 " * 300)
         assert "".join(reader.read([token]) for token in tokens) + reader.close() == one.decode(tokens)
         assert len(reader.window) < 50
 
@@ -79,7 +79,7 @@ def test_thought_and_answer_are_those_of_the_whole(data):
     said = {}
     for parts in ([text], cut(data.draw, text)):
         speech, heard = ReasoningParser(opened), {"thought": "", "answer": ""}
-        for kind, piece in [*(one for part in parts for one in speech.hear(part)), *speech.close()]:
+        for kind, piece in [*(one for part in parts for one in speech.parse(part)), *speech.close()]:
             assert piece and piece == (piece if heard[kind] else piece.lstrip())
             heard[kind] += piece
         said[len(said)] = heard
@@ -97,7 +97,7 @@ def test_stops_end_an_answer_wherever_they_are_cut(data):
         data.draw(st.lists(st.sampled_from(["stop", "a a", "\n\n", "思🙂", "<"]), max_size=3)),
     )
     speech = ReasoningParser(stops=stops, plain=True)
-    heard = "".join(piece for part in cut(data.draw, text) for _, piece in speech.hear(part)) + "".join(
+    heard = "".join(piece for part in cut(data.draw, text) for _, piece in speech.parse(part)) + "".join(
         piece for _, piece in speech.close()
     )
     ends = [text.index(stop) for stop in stops if stop in text]
@@ -106,11 +106,11 @@ def test_stops_end_an_answer_wherever_they_are_cut(data):
 
 def test_a_stop_does_not_end_a_thought():
     speech = ReasoningParser(stops=["\n\n"])
-    assert speech.hear(f"{OPEN}one\n\ntwo{CLOSE}\n\nthree\n\nfour") == [
+    assert speech.parse(f"{OPEN}one\n\ntwo{CLOSE}\n\nthree\n\nfour") == [
         ("thought", "one\n\ntwo"),
         ("answer", "three"),
     ]
-    assert speech.stopped and speech.hear("more") == speech.close() == []
+    assert speech.stopped and speech.parse("more") == speech.close() == []
 
 
 def test_overlaps():

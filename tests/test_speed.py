@@ -12,7 +12,7 @@ from limbeck.config.parts import Optimizer
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import kernels
-from limbeck.model.kernels.decode_step import Decoding
+from limbeck.model.kernels.decode_step import DecodeStep
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import CrossEntropy
@@ -51,7 +51,7 @@ def test_our_path_is_never_slower_than_plain_torch(work, decoder, tokenizer, mon
             with monkeypatch.context() as patch:
                 if not ours:
                     patch.setattr(kernels, "serves", lambda *_: False)
-                    patch.setattr(Decoding, "fits", staticmethod(lambda model: False))
+                    patch.setattr(DecodeStep, "fits", staticmethod(lambda model: False))
                     patch.setattr(kernels, "serves_product", lambda *_: False)
                 begin = time.process_time()
                 turn()

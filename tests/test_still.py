@@ -245,7 +245,7 @@ def test_what_rows_cost_goes_with_them(still):
 def test_a_budget_stops_a_student_after_the_step_that_spends_it(still, tmp_path):
     first = history(still, "own")[0]["flops"]
     attempt = tiny.open_run(still.recipe, still.home, f"stages.own.flops={2.5 * first}")
-    attempt.carry_out()
+    attempt.execute()
     manifest = attempt.graph.nodes["own"].artifact.manifest
     steps = read_metrics(attempt.graph.nodes["own"].artifact.folder)
     assert 2.5 * first <= manifest["flops"] < 2.5 * first + steps[-1]["flops"] * 1.001 and len(steps) < 5
@@ -257,7 +257,7 @@ def test_a_budget_that_the_rows_have_eaten_is_refused(still):
         LimbeckError,
         match=r"stages\.raised\.flops: its rows alone took .* of 1e\+03; allow more, or sample less",
     ):
-        run.carry_out()
+        run.execute()
 
 
 def test_a_plan_is_cut_where_the_budget_ends(tokenizer):
@@ -422,7 +422,7 @@ def test_a_teacher_of_another_tongue_is_refused_before_anything_is_learned(
         f"stages.{stage}.{setting}",
     )
     with pytest.raises(LimbeckError, match=said):
-        run.carry_out()
+        run.execute()
     assert not any(
         read_metrics(p)
         for p in (still.home / "store" / ".partial").glob(
@@ -436,7 +436,7 @@ def test_labels_at_another_temperature_are_refused(still):
     with pytest.raises(
         LimbeckError, match="temperature is 2, but labels was labelled at 1; give both the same"
     ):
-        run.carry_out()
+        run.execute()
 
 
 @pytest.mark.parametrize("setting, said", [

@@ -20,7 +20,7 @@ import pytest
 from judges import material
 from studio import accessible, picture
 
-from limbeck.eval.identity import revealed
+from limbeck.eval.identity import author_name
 from limbeck.serve.app import build
 from limbeck.serve.questions import Questions
 from limbeck.serve.votes import Answer, Refused, VoteStore
@@ -186,7 +186,7 @@ LEAKS = [
 
 @pytest.mark.parametrize(("answer", "prompt", "word"), LEAKS)
 def test_an_answer_that_gives_its_author_away_is_found(answer, prompt, word):
-    assert revealed(answer, prompt, ["zero", "r1", "dev1", "parrot-135m"]) == word
+    assert author_name(answer, prompt, ["zero", "r1", "dev1", "parrot-135m"]) == word
 
 
 def test_a_battle_that_is_not_blind_takes_no_vote(tmp_path):

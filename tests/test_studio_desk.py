@@ -134,7 +134,7 @@ def queue_of(home: Path) -> Path:
 
 def decide(browser, number: int, verdict: str, home: Path, **more) -> httpx.Response:
     return browser.post(
-        f"{AT}/{number}", id=reviews.standings(queue_of(home))[number - 1].id, verdict=verdict, **more
+        f"{AT}/{number}", id=reviews.review_states(queue_of(home))[number - 1].id, verdict=verdict, **more
     )
 
 
@@ -186,10 +186,12 @@ def test_verdicts_are_on_disk_before_anybody_is_told(home, resumed):
         {"reviewer": "Ada", "verdict": "edit", "completion": "<think> short </think>\n<answer> 1 </answer>"},
     ]
     assert decide(ada, 4, "edit", home, completion=thought(HOSTILE) + "\n").status_code == 303
-    assert reviews.standings(queue_of(home))[3].verdict["verdict"] == "accept"  # an edit that changed nothing
+    assert (
+        reviews.review_states(queue_of(home))[3].verdict["verdict"] == "accept"
+    )  # an edit that changed nothing
     assert "Row 4: accepted." in ada.get(f"{AT}/5?after=4").text
     assert ada.post(f"{AT}/4/undo").headers["location"] == f"{AT}/4"
-    assert reviews.standings(queue_of(home))[3].state == "open" and not resumed
+    assert reviews.review_states(queue_of(home))[3].state == "open" and not resumed
     for wrong in ({"verdict": "edit", "completion": " "}, {"verdict": "perhaps"}):
         assert ada.post(f"{AT}/5", id="clock/gone#0", **wrong).status_code == 400
     assert ada.post(f"{AT}/5", id="another", verdict="accept").status_code == 409
@@ -245,7 +247,7 @@ def test_a_second_person_does_not_see_the_first_verdict_and_disagreements_are_se
         mary, 1, "edit", home, completion="<think> both </think> <answer> 1 </answer>", resolves="true"
     )
     assert settled.headers["location"] == f"{AT}/disagreements" and resumed == [home / "tiny"]
-    assert reviews.standings(queue_of(home))[0].people == ["Mary"]
+    assert reviews.review_states(queue_of(home))[0].people == ["Mary"]
     page = mary.get(AT).text
     assert "80 % of 5 rows" in page and "Krippendorff" in page and "n = 5" in page
 
@@ -263,7 +265,7 @@ def test_two_people_at_once_get_different_rows(home, resumed):
 
 def test_drafts_outlive_the_server(home, resumed):
     ada = Browser(build(home, NoModels()), "Ada")
-    row = reviews.standings(queue_of(home))[1]
+    row = reviews.review_states(queue_of(home))[1]
     shown = ada.send(f"{AT}/2/draft", id=row.id, text=thought("try 1 +1 gives 2 <b>"))
     assert (
         '<ins><span class="unseen">added: </span>try ' in shown.text
@@ -361,7 +363,7 @@ def test_long_queues_are_paged_searched_and_filtered(home, resumed):
 
 def test_hostile_rows_are_text(home, resumed):
     ada = Browser(build(home, NoModels()), "<b>Ada</b>")
-    ada.send(f"{AT}/4/draft", id=reviews.standings(queue_of(home))[3].id, text=thought(HOSTILE * 2))
+    ada.send(f"{AT}/4/draft", id=reviews.review_states(queue_of(home))[3].id, text=thought(HOSTILE * 2))
     decide(ada, 5, "reject", home, reason=HOSTILE)
     Browser(ada.app, "Eve").post(f"{AT}/second", share="1")
     for path in (
@@ -481,7 +483,7 @@ def test_a_disagreement_is_settled_in_chinese_on_a_phone(visit, house, home, res
         picture(page, "desk-disputes-zh-phone")
         page.get_by_role("button", name="采用 Ada 的结论").click()
         page.get_by_text("没有分歧").wait_for()
-        assert reviews.standings(queue_of(home))[0].verdict["reason"] == "读不懂"
+        assert reviews.review_states(queue_of(home))[0].verdict["reason"] == "读不懂"
         page.goto(f"{url}{AT}/4")  # a hostile row
         accessible(page)
         page.get_by_role("button", name="专注").click()

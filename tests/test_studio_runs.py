@@ -239,7 +239,7 @@ def test_a_run_is_started_watched_paused_and_gone_on_with_from_its_page(visit, h
         page.keyboard.press("r")
         page.locator("#pause").wait_for(timeout=PATIENT)
         page.close()
-    until(lambda: run_status.at_work(watched) and run_status.status(watched).begun)
+    until(lambda: run_status.is_running(watched) and run_status.status(watched).begun)
     written = next(tmp_path.glob(f"store/.partial/pretrain-*/{METRICS}"))
     size = written.stat().st_size
     until(lambda: written.stat().st_size > size)  # page and server are gone, and it goes on

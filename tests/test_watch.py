@@ -194,9 +194,9 @@ def test_a_plan_is_compared_with_what_came(actual, over, said):
 def test_a_finished_run_is_told_from_its_folder_alone(finished):
     run = run_state.look(finished.home / "tiny")
     assert run.complete
-    assert run_state.runs_in(finished.home) == [finished.home / "tiny"]
+    assert run_state.list_runs(finished.home) == [finished.home / "tiny"]
     assert run_status.status(run.folder).state == "finished"
-    assert not run_status.at_work(run.folder)
+    assert not run_status.is_running(run.folder)
     lines = run_view.lines(run, alive=False)
     assert [line.state for line in lines] == ["done"] * len(lines)
     assert lines[0].name == "brought"
@@ -243,12 +243,12 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
     with run_status.RunStatus(folder) as told:
         told.begun["zero"] = "rl-1"
         told.tell("running")
-        assert run_status.at_work(folder)
+        assert run_status.is_running(folder)
         zero = run_view.line_of(run_state.look(folder), run_state.look(folder).stage("zero"), alive=True)
         assert (zero.state, zero.share) == ("running", 0.25)
         assert '<g class="running">' in run_view.draw([zero], "x", str)
         assert "1/4" in run_view.draw([zero], "x", str)
-    assert not run_status.at_work(folder)
+    assert not run_status.is_running(folder)
     assert run_status.status(folder).state == "finished"
 
 

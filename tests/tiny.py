@@ -15,7 +15,7 @@ from pathlib import Path
 
 from limbeck.config.load import load
 from limbeck.pipeline.run import Run
-from limbeck.pipeline.worker import perform, read_job, write_job
+from limbeck.pipeline.worker import read_job, run_job, write_job
 
 # half-learned repetition is right now and then: `screened` needs problems that are sometimes solved
 RECIPE = """
@@ -151,7 +151,7 @@ def child(request: dict, answer_to: str, fatal: int) -> None:
 
     for name in ("fsync", "replace", "rename", "unlink"):
         setattr(os, name, deadly(getattr(os, name)))
-    event = perform(read_job(request, threading.Event()))
+    event = run_job(read_job(request, threading.Event()))
     Path(answer_to).write_text(json.dumps(event))
 
 

@@ -38,7 +38,7 @@ def curate(
 
     queue = _queue(run_folder, stage)
     if second is not None:
-        reviews.ask_twice(queue, second, reviewer)
+        reviews.set_second_share(queue, second, reviewer)
         print(f"two people review {second:.0%} of the rows; {len(reviews.pending(queue))} rows are open")
     elif export:
         rows = reviews.export_rows(queue, reviewer)

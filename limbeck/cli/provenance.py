@@ -90,11 +90,11 @@ def _row_line(row: dict[str, Any]) -> str:
 
 def _full_row(row: dict[str, Any]) -> str:
     """A training row with its prompt and response."""
-    from ..pipeline.dataset_rows import said
+    from ..pipeline.dataset_rows import response_text
 
     lines = [f"{row['id']}, given by {row['given_by']}, learned by {row['learned_by']}", _origin(row)]
     if "row" in row:
-        lines += ["", row["row"]["prompt"], "", said(row["row"])]
+        lines += ["", row["row"]["prompt"], "", response_text(row["row"])]
     return "\n".join(lines)
 
 

@@ -23,8 +23,8 @@ def review_at_terminal(queue: Path, reviewer: str) -> None:
     """
     if not sys.stdin.isatty():
         raise LimbeckError("curate needs a terminal; use --export FILE and --import FILE to review elsewhere")
-    due = [row for row in reviews.standings(queue) if row.due(reviewer)]
-    disputed = [row for row in reviews.standings(queue) if row.state == "disputed"]
+    due = [row for row in reviews.review_states(queue) if row.due(reviewer)]
+    disputed = [row for row in reviews.review_states(queue) if row.state == "disputed"]
     total = len(due) + len(disputed)
     for number, row in enumerate([*due, *disputed], 1):
         question = printable(row.row["question"])
@@ -40,12 +40,12 @@ def _rows_left(queue: Path, reviewer: str) -> str:
     left = len(reviews.pending(queue))
     if not left:
         return "all rows are reviewed: run the recipe again and it goes on"
-    if any(row.due(reviewer) for row in reviews.standings(queue)):
+    if any(row.due(reviewer) for row in reviews.review_states(queue)):
         return f"{left} rows are left"
     return f"{left} rows are left, for other people"
 
 
-def _review(queue: Path, row: reviews.Standing, reviewer: str, settle: bool) -> bool:
+def _review(queue: Path, row: reviews.ReviewState, reviewer: str, settle: bool) -> bool:
     """Show one row and save its verdict; False if the reviewer quits. `settle` decides between verdicts."""
     print(printable(row.row["completion"]) + "\n")
     if settle:
@@ -66,7 +66,7 @@ def _review(queue: Path, row: reviews.Standing, reviewer: str, settle: bool) -> 
     return True
 
 
-def _show_verdicts(row: reviews.Standing) -> None:
+def _show_verdicts(row: reviews.ReviewState) -> None:
     """Print the verdicts that disagree."""
     for name, verdict in row.verdicts.items():
         detail = verdict.get("completion") or verdict.get("reason") or "as it is"

@@ -69,7 +69,7 @@ def run(
     try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
         _stop_on_interrupt(job)
-        page = job.carry_out(cached_forecast(job.graph))
+        page = job.execute(cached_forecast(job.graph))
     finally:
         if isinstance(display, Tree):
             display.close()

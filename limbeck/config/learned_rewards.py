@@ -11,7 +11,7 @@ from .parts import Optimizer, Sampling, Settings, Stage
 TABLES = (".jsonl", ".parquet")
 
 
-class Judging(Settings):
+class JudgeConfig(Settings):
     """The settings of an LLM judge: prompt, number of votes, and sampling."""
 
     method: Literal["pairwise", "rubric"] = Field(
@@ -37,7 +37,7 @@ class Judging(Settings):
     )
 
     @model_validator(mode="after")
-    def _vote(self) -> Judging:
+    def _vote(self) -> JudgeConfig:
         """Refuse several votes at temperature 0: they would all be equal."""
         if self.votes > 1 and self.sampling.temperature == 0:
             raise ValueError(
@@ -65,8 +65,8 @@ class Calibrate(Stage):
 
     kind: Literal["calibrate"]
     judge: str = Field(description="the stage whose model judges; a `remote` one will do")
-    judging: Judging = Field(
-        Judging(), description="how it is asked, here and wherever the calibration is cited"
+    judging: JudgeConfig = Field(
+        JudgeConfig(), description="how it is asked, here and wherever the calibration is cited"
     )
     bar: CalibrationThresholds = Field(CalibrationThresholds(), description="what it must reach")
     rows: str = Field(
@@ -125,7 +125,7 @@ class Reward(Stage):
     )
 
 
-class Opinion(Settings):
+class LearnedReward(Settings):
     """One learned part of a reward in reinforcement learning, and its reward-hacking alarm."""
 
     of: str = Field(

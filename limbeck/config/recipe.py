@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .learned_rewards import TABLES, Calibrate, Opinion, Reward
+from .learned_rewards import TABLES, Calibrate, LearnedReward, Reward
 from .methods import DPO, Distill, Label, Pairs
 from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
@@ -170,7 +170,7 @@ class RL(Budgeted):
         {"accuracy": 1.0, "format": 0.2},
         description="what each part of a score is worth; parts that are not named earn nothing",
     )
-    learned_rewards: dict[Literal["judge", "preference"], Opinion] | None = Field(
+    learned_rewards: dict[Literal["judge", "preference"], LearnedReward] | None = Field(
         None, description="where the parts `judge` and `preference` come from, and when they count"
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..types import LimbeckError
-from .learned_rewards import Calibrate, Opinion, Reward
+from .learned_rewards import Calibrate, LearnedReward, Reward
 from .parts import Settings
 from .recipe import (
     DPO,
@@ -308,7 +308,7 @@ def _check_rl(references: _References, stage: RL) -> None:
         _check_opinion(references, stage, part, opinion)
 
 
-def _check_opinion(references: _References, stage: RL, part: str, opinion: Opinion) -> None:
+def _check_opinion(references: _References, stage: RL, part: str, opinion: LearnedReward) -> None:
     """One learned part of the reward: its stage, weight, problems, and its alarm's window."""
     key = f"learned_rewards.{part}"
     if part == "judge":

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
-from ..model.ffn import Routes
-from ..model.kernels.decode_step import Decoding
+from ..model.ffn import RouterTrace
+from ..model.kernels.decode_step import DecodeStep
 from ..model.kv_cache import KVCache, Packed
 from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
@@ -57,8 +57,8 @@ class DecodeBatch:
         self.stop_token_ids = {end_id, *sampling.stop_ids}
         self.is_stop_V = np.zeros(max(model.config.vocab_size, max(self.stop_token_ids) + 1), dtype=bool)
         self.is_stop_V[list(self.stop_token_ids)] = True
-        fits = self.compiled and Decoding.fits(model)
-        self.decoding = Decoding(model) if fits else None
+        fits = self.compiled and DecodeStep.fits(model)
+        self.decoding = DecodeStep(model) if fits else None
         self.cache = self._new_cache()
         self.owners: list[Any] = []  # of each row: (problem, sample)
         self._allocate()
@@ -136,7 +136,7 @@ class DecodeBatch:
 
     def _forward(self, tokens_N: Tensor, context: Packed | KVCache) -> Tensor:
         """Hidden states [N, C] of the tokens; in a sparse model the context records the chosen experts."""
-        context.routes = Routes() if self.sparse_layers else None
+        context.routes = RouterTrace() if self.sparse_layers else None
         return self.model(tokens_N, context)
 
     def step(self) -> list[FinishedSequence]:
@@ -150,7 +150,7 @@ class DecodeBatch:
 
     def _advance(self) -> None:
         """Run each row's newest token through the model."""
-        self.cache.rest(~self.alive_B)
+        self.cache.reset_idle(~self.alive_B)
         self.cache.advance()
         rows = np.arange(self.busy)
         newest_B = self.sampled_B - 1
@@ -210,7 +210,7 @@ class DecodeBatch:
 
     def _select_rows(self, rows: np.ndarray) -> None:
         """Drop all rows but these, and put them in this order."""
-        self.cache.keep(rows)
+        self.cache.select_rows(rows)
         self.tokens_BT = self.tokens_BT[rows]
         self.logprobs_BT = self.logprobs_BT[rows]
         self.uniforms_BT = self.uniforms_BT[rows]

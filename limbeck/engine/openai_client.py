@@ -114,7 +114,7 @@ class Endpoint:
         except openai.OpenAIError:
             pass  # not every endpoint has a list
 
-    def bill(self) -> dict[str, float]:
+    def take_usage(self) -> dict[str, float]:
         """Tokens, and money where prices are set, of all responses since the last call, cached ones
         included."""
         prompt = sum(usage.get("prompt_tokens", 0) for usage in self._usage.values())

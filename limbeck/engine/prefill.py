@@ -66,7 +66,7 @@ class PrefillQueue:
         if not request.echo:
             prefix, output.cached = self.prefix_cache.longest(request.prompt)
             if prefix is not None:
-                past.begin_as(prefix, output.cached)
+                past.copy_prefix(prefix, output.cached)
         self.requests.append(PrefillingRequest(output, past))
 
     def remove_aborted(self) -> None:

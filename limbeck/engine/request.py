@@ -12,7 +12,7 @@ from ..types import LimbeckError
 Top = tuple[tuple[int, float], ...]  # the most likely tokens at one position, with their log-probabilities
 
 
-class Full(LimbeckError):
+class QueueFull(LimbeckError):
     """The queue is full; try again in `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int):
@@ -27,7 +27,7 @@ class Request:
     `copies` sequences are sampled, each from random numbers of its own. A thought that is still open after
     `thought_budget` tokens is closed; `opened` means that the prompt ends inside a thought. `top` asks for
     the log-probabilities (at temperature 1) of the sampled tokens and of the `top` most likely ones in each
-    place, `echo` for those of the prompt too. With `endless` sequences go on after the end of turn.
+    place, `echo` for those of the prompt too. With `ignore_eos` sequences go on after the end of turn.
     """
 
     prompt: np.ndarray
@@ -40,7 +40,7 @@ class Request:
     opened: bool = False
     top: int | None = None
     echo: bool = False
-    endless: bool = False
+    ignore_eos: bool = False
 
 
 class Choice:

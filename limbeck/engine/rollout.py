@@ -47,7 +47,7 @@ class Engine:
         """Share of drafted tokens that the model sampled itself."""
         return self.accepted / max(1, self.drafted)
 
-    def bill(self) -> dict[str, float]:
+    def take_usage(self) -> dict[str, float]:
         """Metrics of the rollouts since the last call: the share of accepted drafts."""
         metrics = {"accepted_drafts": self.acceptance} if self.speculate else {}
         self.drafted = 0

@@ -35,7 +35,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
 
 
-def params_of(sampling: Sampling) -> SamplingParams:
+def to_sampling_params(sampling: Sampling) -> SamplingParams:
     """The sampling parameters of a recipe's `sampling`."""
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 

@@ -16,7 +16,7 @@ from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
 from .prefill import PrefillQueue
 from .prefix_cache import PrefixCache
-from .request import Answer, Choice, Full, Request
+from .request import Answer, Choice, QueueFull, Request
 from .serving_batch import SequenceState, ServingBatch
 
 # A prefill may stall the decoding rows for so long, or for two decode steps if that is more; longer still
@@ -84,13 +84,13 @@ class Scheduler:
     # ------------------------------------------------------------ for clients, on any thread
 
     def submit(self, request: Request) -> Answer:
-        """Queue a request. Raises LimbeckError if it can never be served, `Full` if the queue is full."""
+        """Queue a request. Raises LimbeckError if it can never be served, `QueueFull` if the queue is full."""
         self.check(request)
         with self.lock:
             if self.closing:
                 raise LimbeckError("the server is closing")
             if len(self.line) >= self.max_waiting:
-                raise Full(len(self.line), retry_after=self._retry_after())
+                raise QueueFull(len(self.line), retry_after=self._retry_after())
             output = Answer(request)
             self.line.append(output)
             self.lock.notify()
@@ -239,7 +239,7 @@ class Scheduler:
         """Put the KV of a sequence that leaves into the prefix cache: a next prompt may continue it."""
         self._changed[state.output] = None
         request = state.request
-        if not self.prefix_cache.max_bytes or state.output.cancelled or request.endless:
+        if not self.prefix_cache.max_bytes or state.output.cancelled or request.ignore_eos:
             return
         cache = self.serving_batch.cache
         length = int(cache.lengths[row])

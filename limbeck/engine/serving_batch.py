@@ -102,7 +102,7 @@ class ServingBatch(DecodeBatch):
         self.uniforms_BT = np.concatenate([self.uniforms_BT, *uniforms])
         self._append_rows(count)
         self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * count)
-        self.ignore_eos_B = np.append(self.ignore_eos_B, [request.endless] * count)
+        self.ignore_eos_B = np.append(self.ignore_eos_B, [request.ignore_eos] * count)
         self.owners += states
         self.hidden_BC = torch.cat([self.hidden_BC, hidden_C.expand(count, -1)])
         self.cache.fork(past, [count])

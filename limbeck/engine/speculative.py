@@ -72,7 +72,7 @@ class Speculation(DecodeBatch):
 
     def _run_pairs(self) -> Tensor:
         """Hidden states [B, S, C] of each row's newest token and its draft."""
-        self.cache.rest(~self.alive_B)
+        self.cache.reset_idle(~self.alive_B)
         self.cache.advance(2)
         tokens_BS = np.stack([self.newest_B, self.draft_B], 1)
         hidden_NC = self._forward(torch.from_numpy(tokens_BS.ravel()), self.cache)

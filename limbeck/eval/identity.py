@@ -21,7 +21,7 @@ _SELF = (
 MIN_NAME = 5  # characters of a name with digits and letters that is no ordinary word
 
 
-def revealed(answer: str, prompt: str, names: Iterable[str]) -> str:
+def author_name(answer: str, prompt: str, names: Iterable[str]) -> str:
     """The name by which an answer reveals its author, or "". A name that the prompt contains reveals nothing.
 
     `names` are the served models' names. One that could be an ordinary word ("zero", "small") counts only

@@ -104,7 +104,7 @@ def _canaries_refusal(canaries: dict[str, Any], limit: float) -> str:
     return f"canaries stand beside good responses in {share:.0%} of cases, above {limit:.0%}: {quoted}"
 
 
-def by_truth(groups: Sequence[Group], seed: object) -> list[Pair]:
+def pairs_from_scores(groups: Sequence[Group], seed: object) -> list[Pair]:
     """Labelled pairs from scored groups: the first right and the first wrong response of each.
 
     Their order is random. Groups without both are left out.

@@ -35,7 +35,7 @@ class Context(Protocol):
 
     positions: Tensor
     absorbed: bool
-    routes: Routes | None
+    routes: RouterTrace | None
 
     def attend(
         self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, latent: Tensor | None = None
@@ -48,7 +48,7 @@ class Context(Protocol):
         ...
 
 
-class Routes:
+class RouterTrace:
     """The experts that a forward pass chose, layer by layer, or has to choose again (router replay).
 
     `given` [N, sparse layers, K] are the choices to replay. `balance` is the weight of the sequence-wise

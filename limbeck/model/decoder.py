@@ -46,7 +46,7 @@ class Block(nn.Module):
         return x_NC + self.ffn(self.ffn_norm(x_NC) if self.ffn_norm else normed_NC, context)
 
 
-class Ahead(nn.Module):
+class MTPModule(nn.Module):
     """One module of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
     From the state at a position and the token that follows it, the state that predicts the token after that
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.ahead = nn.ModuleList(Ahead(config, depth) for depth in range(config.predicted))
+        self.ahead = nn.ModuleList(MTPModule(config, depth) for depth in range(config.predicted))
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Experts, ModelConfig
-from .context import Context, Routes
+from .context import Context, RouterTrace
 from .linear import Linear
 
 Rounding = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of activations, of weights
@@ -95,7 +95,7 @@ class MixtureOfExperts(nn.Module):
         if self.experts.normalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         weights_NK = (weights_NK * self.experts.scale).to(x_NC.dtype)
-        mixed_NC = experts_mixed(
+        mixed_NC = mix_experts(
             x_NC,
             self.experts_gate_up,
             self.experts_down,
@@ -105,7 +105,7 @@ class MixtureOfExperts(nn.Module):
         )
         return mixed_NC if self.shared is None else mixed_NC + self.shared(x_NC)
 
-    def route(self, x_NC: Tensor, routes: Routes | None) -> tuple[Tensor, Tensor]:
+    def route(self, x_NC: Tensor, routes: RouterTrace | None) -> tuple[Tensor, Tensor]:
         """Every expert's score [N, E], in float32 or better, and the experts of each token [N, K]."""
         precision = torch.promote_types(x_NC.dtype, torch.float32)
         logits_NE = F.linear(x_NC.to(precision), self.router.weight.to(precision))
@@ -175,7 +175,7 @@ def _recycle_column(column_N: Tensor, capacity: int, count: int, random: torch.G
     column_N[over_M] = free_M[: len(over_M)]
 
 
-def experts_mixed(
+def mix_experts(
     x_NC: Tensor,
     gate_up_EIC: Tensor,
     down_ECI: Tensor,
@@ -193,7 +193,7 @@ def experts_mixed(
 
 
 class _Mixed(torch.autograd.Function):
-    """`experts_mixed` over rows sorted by expert: one grouped product per projection, and back the same way.
+    """`mix_experts` over rows sorted by expert: one grouped product per projection, and back the same way.
 
     An expert's weight multiplies its intermediate values, which are fewer than its outputs.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import kernels
 from .config import ModelConfig
-from .context import Layer, Routes
+from .context import Layer, RouterTrace
 from .packed import Packed
 
 
@@ -63,7 +63,7 @@ class KVCache:
         self._prompts = np.zeros(0, dtype=np.int64)  # the number of each row's prompt
         self._owners = np.zeros(0, dtype=np.int64)  # `prefix_owner`, empty when it has to be found anew
         self.positions = torch.zeros(0, dtype=torch.long, device=device)
-        self.routes: Routes | None = None
+        self.routes: RouterTrace | None = None
 
     @property
     def prefix_owner(self) -> np.ndarray:
@@ -116,7 +116,7 @@ class KVCache:
         padded_TKD = F.pad(k_TKD, (0, 0, 0, 0, 0, -len(k_TKD) % block))
         return padded_TKD.unflatten(0, (-1, block)).permute(2, 0, 3, 1)
 
-    def keep(self, rows: np.ndarray) -> None:
+    def select_rows(self, rows: np.ndarray) -> None:
         """Keep only these rows, in this order."""
         self.lengths = self.lengths[rows]
         self.shared = self.shared[rows]
@@ -144,7 +144,7 @@ class KVCache:
         if not len(rows):
             self.k_LBKnDP, self.v_LBKTD = self._allocate(0, 0)  # an idle cache gives its memory back
 
-    def rest(self, idle_B: np.ndarray) -> None:
+    def reset_idle(self, idle_B: np.ndarray) -> None:
         """Reset finished rows to length 0, so that an idle row never passes the model's last position."""
         self.lengths = np.where(idle_B, 0, self.lengths)
         if (self.shared[idle_B] > 0).any():

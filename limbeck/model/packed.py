@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .context import Layer, Routes
+from .context import Layer, RouterTrace
 
 # Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which
 # walks over keys in tiles, is ahead of ours there, and takes whole sequences only (`python -m
@@ -39,7 +39,7 @@ class Packed:
         self.device = device
         self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
-        self.routes: Routes | None = None
+        self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
@@ -109,7 +109,7 @@ class SharedPrefix:
         columns = [width + torch.arange(length) for length in self.lengths]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
         self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
-        self.routes: Routes | None = None
+        self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:

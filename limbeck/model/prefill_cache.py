@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .context import Layer, Routes
+from .context import Layer, RouterTrace
 from .kv_cache import KVCache
 from .packed import causal_attention
 
@@ -21,7 +21,7 @@ class SequenceKV:
     """The cached keys [T, K, D] and values [T, K, D] of one sequence, slot by slot; of MLA the latents alone.
 
     It grows by chunks (`ChunkedPrefill`). Rows of a `KVCache` start as copies of it (`fork`), and so may
-    another sequence with the same first tokens (`begin_as`). `room` is the number of tokens that it can hold.
+    another sequence with the same first tokens (`copy_prefix`). `room` is the number of tokens that it can hold.
     """
 
     def __init__(self, config: ModelConfig, room: int, dtype: torch.dtype = torch.float32):
@@ -66,7 +66,7 @@ class SequenceKV:
                 v_TKD.copy_(cache.v_LBKTD[slot, row, :, :length].transpose(0, 1))
         return past
 
-    def begin_as(self, other: SequenceKV, length: int) -> None:
+    def copy_prefix(self, other: SequenceKV, length: int) -> None:
         """Copy the first `length` tokens of another sequence."""
         self.length = length
         for mine, theirs in zip(self.kept, other.kept, strict=True):
@@ -84,15 +84,15 @@ class ChunkedPrefill:
 
     absorbed = True
 
-    def __init__(self, pasts: Sequence[SequenceKV], counts: Sequence[int]):
-        self.pasts = list(pasts)
+    def __init__(self, sequences_kv: Sequence[SequenceKV], counts: Sequence[int]):
+        self.sequences_kv = list(sequences_kv)
         self.counts = list(counts)
         positions = [
             torch.arange(past.length, past.length + count)
-            for past, count in zip(self.pasts, self.counts, strict=True)
+            for past, count in zip(self.sequences_kv, self.counts, strict=True)
         ]
         self.positions = torch.cat(positions)
-        self.routes: Routes | None = None
+        self.routes: RouterTrace | None = None
 
     def attend(
         self,
@@ -105,7 +105,7 @@ class ChunkedPrefill:
         """Store new keys and values; attention of new tokens over their own sequence, [N, H, D]."""
         mixed = []
         begin = 0
-        for past, count in zip(self.pasts, self.counts, strict=True):
+        for past, count in zip(self.sequences_kv, self.counts, strict=True):
             new = slice(begin, begin + count)
             if k_NKD is not None:
                 _store(past, layer.slot, k_NKD[new], None if v_NKD is None else v_NKD[new])
@@ -115,7 +115,7 @@ class ChunkedPrefill:
 
     def settle(self) -> None:
         """Add the new tokens to their sequences; call once they have passed every layer."""
-        for past, count in zip(self.pasts, self.counts, strict=True):
+        for past, count in zip(self.sequences_kv, self.counts, strict=True):
             past.length += count
 
 

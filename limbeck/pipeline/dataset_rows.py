@@ -38,13 +38,13 @@ def problem_of(row_id: str) -> str:
     return row_id.rpartition("#")[0] or row_id
 
 
-def share_of(rows: Sequence[Row], part: float, seed: object) -> list[Row]:
+def take_share(rows: Sequence[Row], part: float, seed: object) -> list[Row]:
     """All rows for a share of 1, a random part of them below, and some rows several times above."""
     order = generator(seed, "share").permutation(len(rows))
     return [rows[order[i % len(rows)]] for i in range(round(part * len(rows)))]
 
 
-def said(row: Mapping[str, Any]) -> str:
+def response_text(row: Mapping[str, Any]) -> str:
     """The response text of a row; both responses of a preference pair."""
     texts = [str(row[key]) for key in ("completion", "chosen", "rejected") if row.get(key)]
     return "\n\n".join(texts)
@@ -64,7 +64,7 @@ def training_rows(
         rows = [row for row in read(folders[name] / ROWS) if row["id"] not in dropped]
         if not rows:
             continue
-        times = Counter(share_of(range(len(rows)), part, (manifest["seed"], name)))
+        times = Counter(take_share(range(len(rows)), part, (manifest["seed"], name)))
         for i in sorted(times):
             yield name, rows[i], times[i]
 

@@ -16,11 +16,11 @@ from ..config.recipe import Evaluate, Problems, Recipe, Stage
 from ..config.validate import MODELS
 from ..run_log import read
 from ..types import Task
-from .dataset_rows import PROBLEMS, ROWS, said
+from .dataset_rows import PROBLEMS, ROWS, response_text
 from .store import Artifact, Store, digest_of, write
 
 if TYPE_CHECKING:
-    from ..tasks.contamination import Sieve
+    from ..tasks.contamination import ContaminationIndex
 
 VERSION = 1  # of the comparison: raise it when the same texts begin to be judged otherwise
 REPORTS = ".decontamination"  # in the store
@@ -73,7 +73,7 @@ class Decontamination:
         self.tests = tests
         self.identities = identities
         self.thorough = False
-        self._sieves: dict[str, Sieve] = {}
+        self._sieves: dict[str, ContaminationIndex] = {}
         self._tasks: dict[str, Task] = {}
 
     def compare(
@@ -121,8 +121,8 @@ class Decontamination:
         against = {name: len(sieve.ids) for name, sieve in self._sieves.items()}
         return ContaminationReport(against, len(texts), dropped)
 
-    def _make_sieve(self, name: str) -> Sieve:
-        from ..tasks.contamination import Sieve
+    def _make_sieve(self, name: str) -> ContaminationIndex:
+        from ..tasks.contamination import ContaminationIndex
 
         prompts = {}
         questions = {}
@@ -130,7 +130,7 @@ class Decontamination:
             prompts[problem.id] = problem.prompt
             if "question" in problem.data:
                 questions[problem.id] = str(problem.data["question"])
-        return Sieve(prompts, questions)
+        return ContaminationIndex(prompts, questions)
 
     def _find_fault(self, text: _Text) -> str | None:
         """The reason for which a text is too near to some test, if it is."""
@@ -161,7 +161,7 @@ def _with_file(inputs: Mapping[str, Artifact], file: str) -> dict[str, Artifact]
 def _row_texts(artifacts: Mapping[str, Artifact], file: str) -> Iterator[_Text]:
     for artifact in artifacts.values():
         for row in read(artifact.folder / file):
-            yield _Text(row["id"], _prompt_text(row["prompt"]), said(row))
+            yield _Text(row["id"], _prompt_text(row["prompt"]), response_text(row))
 
 
 def _prompt_text(prompt: str | Iterable[Mapping[str, Any]]) -> str:

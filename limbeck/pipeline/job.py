@@ -32,7 +32,7 @@ class Job:
     """One stage to run: settings, seed, complete inputs, and the partial folder to write into.
 
     `seed` is "0/zero" (recipe seed and stage name): the root of every random draw of the stage. `dropped` are
-    the ids of rows and training problems to leave out, being too near to the test. `said` is the number of
+    the ids of rows and training problems to leave out, being too near to the test. `review_bytes` is the number of
     bytes of the queue's reviews that count.
     """
 
@@ -44,7 +44,7 @@ class Job:
     folder: Path
     control: str | None = None
     queue: Path | None = None
-    said: int | None = None
+    review_bytes: int | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)

@@ -79,7 +79,7 @@ def run(
     if auto:
         settings = with_auto_curation(settings)
     executed = Run(settings, path.parent, Path(runs), display or Quiet())
-    executed.carry_out()
+    executed.execute()
     return executed
 
 
@@ -104,7 +104,7 @@ class Run:
 
     # ------------------------------------------------------------ the loop
 
-    def carry_out(self, forecast: dict[str, Any] | None = None) -> Path | None:
+    def execute(self, forecast: dict[str, Any] | None = None) -> Path | None:
         """Execute all stages; return the report's page, if the recipe has one. A `forecast` is kept with the
         run.
 
@@ -139,7 +139,7 @@ class Run:
 
     def _step(self) -> None:
         """Wait a moment for an event, and handle it."""
-        if self.status.asked_to_pause():
+        if self.status.pause_requested():
             self.stop()
         if self.stopping and not self._stop_sent:
             self._stop_sent = True
@@ -258,7 +258,7 @@ class Run:
             folder=self.store.partial(node.kind, node.key),
             control=node.control,
             queue=node.queue,
-            said=node.review_bytes,
+            review_bytes=node.review_bytes,
             endpoints=node.endpoints,
             dropped=frozenset(node.dropped),
         )

@@ -45,7 +45,7 @@ class StageState:
 
 
 @dataclass(frozen=True)
-class Overview:
+class RunState:
     """A run: its recipe, its stages in an order in which they can run, and their forecasts, if any."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Overview:
         return self.done == len(self.stages)
 
 
-def runs_in(home: Path) -> list[Path]:
+def list_runs(home: Path) -> list[Path]:
     """The runs in a folder, the one changed last first."""
     return sorted(run_folders(home), key=_last_change, reverse=True)
 
@@ -78,7 +78,7 @@ def _last_change(run: Path) -> float:
     return max(path.stat().st_mtime for path in files if path.exists())
 
 
-def look(folder: Path) -> Overview:
+def look(folder: Path) -> RunState:
     """The run in a folder. Raises LimbeckError if its recipe cannot be read."""
     recipe = read_recipe(folder)
     begun = run_status.status(folder).begun
@@ -99,7 +99,7 @@ def look(folder: Path) -> Overview:
     for name, stage in report_nodes(recipe):
         stages[name] = _report(name, stage, folder / name)
     forecast = read_json(folder / FORECAST).get("stages", {})
-    return Overview(folder, recipe, tuple(stages.values()), forecast)
+    return RunState(folder, recipe, tuple(stages.values()), forecast)
 
 
 def _waiting(node: Node, stages: dict[str, StageState], store: Path) -> StageState:

@@ -77,12 +77,12 @@ class RunStatus:
         status = Status(state, sentence, time.time(), self.begun, self.right)
         write(self.folder / STATUS, json.dumps(asdict(status), ensure_ascii=False) + "\n")
 
-    def asked_to_pause(self) -> bool:
-        """True once `ask_to_pause` was called for the folder."""
+    def pause_requested(self) -> bool:
+        """True once `request_pause` was called for the folder."""
         return (self.folder / PAUSE).exists()
 
 
-def at_work(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     """True while a process executes the run: its lock cannot be taken exclusively."""
     for _ in range(LOCK_ATTEMPTS):
         if _is_free(folder):
@@ -113,7 +113,7 @@ def status(folder: Path) -> Status:
         return Status()
 
 
-def ask_to_pause(folder: Path) -> None:
+def request_pause(folder: Path) -> None:
     """Ask the process at work to checkpoint and stop. A second call changes nothing, unlike a second
     Ctrl-C."""
     (folder / PAUSE).touch()

@@ -17,7 +17,7 @@ from ..report.history import History
 from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
-from .run_state import Overview, StageState
+from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
 LEFT_OUT = ("evaluate", "report")  # kinds that are not drawn: one a model, and one at the end of everything
@@ -90,19 +90,19 @@ class Line:
 # ---------------------------------------------------------------- all stages
 
 
-def lines(run: Overview, alive: bool) -> list[Line]:
+def lines(run: RunState, alive: bool) -> list[Line]:
     """All stages; `alive` if a process executes the run."""
     return [line_of(run, stage, alive) for stage in run.stages]
 
 
-def line_of(run: Overview, standing: StageState, alive: bool) -> Line:
+def line_of(run: RunState, standing: StageState, alive: bool) -> Line:
     """One stage of the run, with its history read up to now."""
     state = "running" if standing.state == "begun" and alive else standing.state
     history = _history(standing.folder).look() if standing.folder else History(Path())
     return Line(standing, state, history, run.foreseen.get(standing.name))
 
 
-def narrate(run: Overview, stages: Sequence[Line]) -> list[Text]:
+def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
     """The run in a paragraph: stages done, results, stages at work, forecast beside the time taken."""
     done = [line for line in stages if line.state == "done"]
     text = Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。")
@@ -208,7 +208,7 @@ def panels(line: Line) -> list[Panel]:
     return [Panel(Text("Reward and its parts", "奖励及其各部分"), ("reward", *parts)), *PANELS]
 
 
-def rivals(run: Overview, line: Line) -> list[str]:
+def rivals(run: RunState, line: Line) -> list[str]:
     """Evaluations to compare this one with, those of its model's ancestors first."""
     if line.kind != "evaluate" or line.state != "done":
         return []
@@ -220,7 +220,7 @@ def rivals(run: Overview, line: Line) -> list[str]:
     return sorted(others, key=lambda name: name.split("/")[-1] not in ancestors)
 
 
-def _ancestors(run: Overview, model: str) -> list[str]:
+def _ancestors(run: RunState, model: str) -> list[str]:
     """The models that a model's weights went through, the last one first."""
     ancestors: list[str] = []
     while True:
@@ -231,7 +231,7 @@ def _ancestors(run: Overview, model: str) -> list[str]:
         ancestors.append(model)
 
 
-def flipped(run: Overview, line: Line, against: str = "") -> tuple[str, Flips, Text] | None:
+def flipped(run: RunState, line: Line, against: str = "") -> tuple[str, Flips, Text] | None:
     """The problems that flipped between two evaluations, or between the steps of one stage: the other
     evaluation's name ("" within a stage), the flips, and a sentence. `against` chooses among the rivals."""
     others = rivals(run, line)

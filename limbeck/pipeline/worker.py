@@ -60,7 +60,7 @@ def main(threads: int) -> None:
             print(json.dumps({"name": name, **event}), file=events, flush=True)
 
         job = read_job(request, stop)
-        tell(perform(job, lambda text: tell({"event": "told", "text": text})))
+        tell(run_job(job, lambda text: tell({"event": "told", "text": text})))
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
@@ -87,7 +87,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "folder": str(job.folder),
         "control": job.control,
         "queue": str(job.queue) if job.queue else None,
-        "said": job.said,
+        "review_bytes": job.review_bytes,
         "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
         "dropped": sorted(job.dropped),
     }
@@ -104,7 +104,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         folder=Path(request["folder"]),
         control=request["control"],
         queue=Path(request["queue"]) if request["queue"] else None,
-        said=request["said"],
+        review_bytes=request["review_bytes"],
         endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         dropped=frozenset(request["dropped"]),
         stopping=stop.is_set,
@@ -114,7 +114,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
 # ---------------------------------------------------------------- running a stage
 
 
-def perform(job: Job, tell: Callable[[str], None] = print) -> Event:
+def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
     """Run one stage; return its end as an event: done, found, waiting, or failed with code and message.
 
     `tell` receives sentences for the user on the way. No error of the stage is raised.

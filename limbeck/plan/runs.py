@@ -150,13 +150,13 @@ def train(
         choices = search.best(config, cluster, work.batch, work.seq, work.precision, top=top)
     step = choices[0].step
     steps = work.tokens / (work.batch * work.seq)
-    at_work = Range(step.seconds, step.low, step.high).times(steps)
+    is_running = Range(step.seconds, step.low, step.high).times(steps)
     return Training(
         tuple(choices),
         work,
         steps,
         work.tokens * cost.flops_per_token(config, work.seq),
-        bill(at_work, cluster, step.chips, price),
+        bill(is_running, cluster, step.chips, price),
         averaging,
     )
 
@@ -180,10 +180,10 @@ def _apart(
     return choices, averagings[0]
 
 
-def bill(at_work: Range, cluster: Cluster, chips: int, price: float | None = None) -> Bill:
+def bill(is_running: Range, cluster: Cluster, chips: int, price: float | None = None) -> Bill:
     """Failures, energy and money on top of the seconds at work."""
     share = goodput.goodput(chips)
-    seconds = Range(at_work.middle / share.share, at_work.low / share.high, at_work.high / share.low)
+    seconds = Range(is_running.middle / share.share, is_running.low / share.high, is_running.high / share.low)
     hours = seconds.times(chips / HOUR)
     unknown: list[str] = []
     power = money = rent = None

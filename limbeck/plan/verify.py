@@ -186,8 +186,8 @@ def _check_hours(row: Row) -> Check:
     if not tokens:
         return _unforeseen(row, "its tokens are not published")
     in_days = row.metric.startswith("days")
-    at_work = in_days or "logged step time" in row.schedule
-    share = practice * (1.0 if at_work else constants().goodput)
+    is_running = in_days or "logged step time" in row.schedule
+    share = practice * (1.0 if is_running else constants().goodput)
     hours = step.seconds / step.tokens * chips * tokens / 3600 / share
     value = hours / 24 / row.chips if in_days else hours
     ratio = value / row.value

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config.learned_rewards import Judging
+from ..config.learned_rewards import JudgeConfig
 from ..eval.arena_ratings import draw_pair
-from ..eval.identity import revealed
+from ..eval.identity import author_name
 from ..tasks.files import language_of
 from ..tasks.judge import Judge, Pair
 from ..types import Completion, Group, LimbeckError, Problem
@@ -29,7 +29,7 @@ from .votes import Answer, Battle, Refused, VoteStore
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # as R1 is evaluated
 MAX_TRIES = 20  # attempts to submit a request while the server's queue is full
 BATTLES_PER_JUDGE_BATCH = 4  # battles
-JUDGING = Judging(reference=False)
+JUDGING = JudgeConfig(reference=False)
 OUTCOMES = {"first": "a", "second": "b"}  # a judge's verdicts as outcomes of a battle
 
 
@@ -115,7 +115,7 @@ class Arena:
             for task in tasks:
                 task.cancel()  # if the other one has failed
         names = [*self.served(), battle.a, battle.b]
-        leaks = [revealed(answer.text, battle.prompt, names) for answer in answers]
+        leaks = [author_name(answer.text, battle.prompt, names) for answer in answers]
         leak = next(filter(None, leaks), "")
         await asyncio.to_thread(self.votes.add_answers, battle, *answers, leak)
 

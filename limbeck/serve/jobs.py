@@ -72,7 +72,7 @@ def resume(folder: Path) -> None:
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
     if _is_ending(folder):
         _wait_for_exit(folder)
-        if run_status.at_work(folder):  # it has seen the reviews and continues
+        if run_status.is_running(folder):  # it has seen the reviews and continues
             return
     right = run_status.status(folder).right or _child(folder).get("right")
     _start_process(folder, right=right)
@@ -83,16 +83,16 @@ def pause(folder: Path) -> None:
 
     Raises LimbeckError if it is not at work.
     """
-    if not run_status.at_work(folder):
+    if not run_status.is_running(folder):
         raise LimbeckError(f"{folder}: nobody is at work on it, so there is nothing to pause")
-    run_status.ask_to_pause(folder)
+    run_status.request_pause(folder)
 
 
 def state(folder: Path) -> State:
     """A run's state, whoever has started it."""
-    at_work = run_status.at_work(folder)
+    is_running = run_status.is_running(folder)
     status = run_status.status(folder)
-    if at_work and status.state not in FINAL_STATES:
+    if is_running and status.state not in FINAL_STATES:
         pausing = status.state == "pausing" or (folder / run_status.PAUSE).exists()
         return State("pausing" if pausing else "running", "", status.since)
     if status.state in ("running", "pausing"):
@@ -127,7 +127,7 @@ def _child(folder: Path) -> dict[str, Any]:
 
 def _is_ending(folder: Path) -> bool:
     """True if the run's process is about to end."""
-    return run_status.at_work(folder) and run_status.status(folder).state in FINAL_STATES
+    return run_status.is_running(folder) and run_status.status(folder).state in FINAL_STATES
 
 
 def _wait_for_exit(folder: Path) -> None:

@@ -22,8 +22,8 @@ from typing import Any, Self
 import numpy as np
 
 from ..engine.loop import EngineThread
-from ..engine.request import Answer, Full, Request
-from ..text.detokenizer import Reader
+from ..engine.request import Answer, QueueFull, Request
+from ..text.detokenizer import IncrementalDetokenizer
 from ..text.reasoning_parser import CLOSE, OPEN, ReasoningParser, split_thought
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError, Message
@@ -78,7 +78,7 @@ class Service:
         """Deltas of the assistant's next turn. `options` are the fields of `GenerationOptions`.
 
         Thoughts in the history are left out unless `keep_thoughts`. Raises LimbeckError, `UnknownModel` or
-        `Full` before the first delta, and `ModelFailed` later.
+        `QueueFull` before the first delta, and `ModelFailed` later.
         """
         return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**options))
 
@@ -113,12 +113,12 @@ class Service:
         return self.submit(served, [request])[0]
 
     def submit(self, served: ServedModel, requests: Sequence[Request]) -> list[Answer]:
-        """Queue all requests, or none of them. Raises LimbeckError, or `Full` if the queue is full."""
+        """Queue all requests, or none of them. Raises LimbeckError, or `QueueFull` if the queue is full."""
         outputs: list[Answer] = []
         try:
             for request in requests:
                 outputs.append(served.scheduler.submit(request))
-        except Full:
+        except QueueFull:
             self.metrics.refused(served.name)
             raise
         finally:
@@ -196,7 +196,7 @@ class _ChoiceStream:
         self.output = output
         self.index = index
         self.choice = output.choices[index]
-        self.detokenizer = Reader(served.tokenizer)
+        self.detokenizer = IncrementalDetokenizer(served.tokenizer)
         self.parser = ReasoningParser(output.request.opened, options.stop, options.plain)
         self.next_token = 0
         self.reasoning_tokens = 0
@@ -213,7 +213,7 @@ class _ChoiceStream:
         while self.next_token < tokens and not self.parser.stopped:
             self._add_token(deltas)
         if finish and not self.parser.stopped:
-            _extend(deltas, self.parser.hear(self.detokenizer.close()))
+            _extend(deltas, self.parser.parse(self.detokenizer.close()))
             _extend(deltas, self.parser.close())
         closed = [
             Delta(delta.kind, delta.text, delta.tokens, self.index, logprobs=tuple(delta.logprobs))
@@ -239,7 +239,7 @@ class _ChoiceStream:
         logprobs = self._logprobs(index, token)
         kind_before = self.parser.kind
         text = self.detokenizer.read([token])
-        parts = self.parser.hear(text) if text else []
+        parts = self.parser.parse(text) if text else []
         thinking = "thought" in (kind_before, self.parser.kind)
         self.next_token = index + 1
         self.reasoning_tokens += thinking

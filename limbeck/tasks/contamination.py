@@ -34,8 +34,8 @@ def words(text: str) -> Words:
     return tuple(_TOKEN.findall(text.lower()))
 
 
-class Sieve:
-    """An index of one source's test problems: `Sieve({"clock/en-1-5-6-4": "use 1 5 6 make 4 ?"}).fault(...)`.
+class ContaminationIndex:
+    """An index of one source's test problems: `ContaminationIndex({"clock/en-1-5-6-4": "use 1 5 6 make 4 ?"}).fault(...)`.
 
     `prompts` has the prompt of each id, `questions` the prompts without the instruction that they share,
     where known.

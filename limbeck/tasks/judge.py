@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.learned_rewards import Judging
+from ..config.learned_rewards import JudgeConfig
 from ..text.reasoning_parser import split_thought
 from ..types import Group, Problem, Sampler, Score, fingerprint
 
@@ -87,7 +87,7 @@ class Judge:
     """A sampler (an engine or an endpoint) with a judge's prompt. The same seed gives the same prompts and
     requests."""
 
-    def __init__(self, sampler: Sampler, settings: Judging, sampling: Any, seed: object):
+    def __init__(self, sampler: Sampler, settings: JudgeConfig, sampling: Any, seed: object):
         self.sampler = sampler
         self.settings = settings
         self.sampling = sampling
@@ -102,7 +102,7 @@ class Judge:
             return self._compare_pairwise(pairs)
         return self._compare_by_points(pairs)
 
-    def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
+    def score_groups(self, groups: Sequence[Group]) -> list[list[Score]]:
         """For each completion of each group the part `judge` in [0, 1], with its reason; 0 if the judge
         abstained.
 
@@ -117,14 +117,14 @@ class Judge:
 
     def scores(self, group: Group) -> list[float]:
         """One number for each completion, higher is better."""
-        (scores,) = self.opinions([group])
+        (scores,) = self.score_groups([group])
         return [score.parts["judge"] for score in scores]
 
-    def bill(self) -> dict[str, float]:
+    def take_usage(self) -> dict[str, float]:
         """Tokens of prompts and replies since the last call, their FLOPs where known, and the sampler's own
         metrics."""
         metrics = {"judge_tokens": self.tokens, "judge_flops": self.flops}
-        sampler_metrics = getattr(self.sampler, "bill", dict)()
+        sampler_metrics = getattr(self.sampler, "take_usage", dict)()
         for name, value in sampler_metrics.items():
             metrics[f"judge_{name}"] = value
         self.tokens = 0

@@ -18,7 +18,7 @@ class Decoder(Protocol):
         """Text of the tokens."""
 
 
-class Reader:
+class IncrementalDetokenizer:
     """Tokens in, text out as soon as it is certain: an incomplete character is held back. All texts and that
     of `close` together are `Tokenizer.decode` of all tokens."""
 

@@ -73,7 +73,7 @@ class ReasoningParser:
         self._buffer = ""  # text that is not yet certain
         self._begun = plain  # if this part has had a delta: until then leading space is dropped
 
-    def hear(self, text: str) -> list[Delta]:
+    def parse(self, text: str) -> list[Delta]:
         """The deltas that have become certain with this text."""
         self._buffer += text
         deltas: list[Delta] = []

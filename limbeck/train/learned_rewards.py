@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config.learned_rewards import Opinion
+from ..config.learned_rewards import LearnedReward
 from ..config.recipe import RL
 from ..model.config import ModelConfig
 from ..types import Group, LimbeckError, Problem, Sampler, Score
@@ -41,10 +41,10 @@ class RewardFunction(Protocol):
     """A judge or a reward model: one named part of a score per completion, between 0 and 1, with its
     reason."""
 
-    def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
+    def score_groups(self, groups: Sequence[Group]) -> list[list[Score]]:
         """The scores of each group's completions."""
 
-    def bill(self) -> dict[str, float]:
+    def take_usage(self) -> dict[str, float]:
         """Tokens, FLOPs and money since the last call."""
 
 
@@ -107,7 +107,7 @@ class LearnedRewards:
         alarms = [alarm for part in counting if (alarm := self._check(part, groups, accuracy))]
         metrics = {"held_out_accuracy": accuracy, "held_out_tokens": tokens}
         for function in self.functions.values():
-            metrics |= function.bill()
+            metrics |= function.take_usage()
         return HeldOut(metrics, alarms, len(self.held_out))
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class LearnedRewards:
         self.dropped = state["dropped"]
         self.stopped = state["over"]
 
-    def _settings(self, part: str) -> Opinion:
+    def _settings(self, part: str) -> LearnedReward:
         """The settings of a part."""
         return self.settings.learned_rewards[part]
 
@@ -179,7 +179,7 @@ class RewardedTasks:
         group = self.rewards.tasks.score(group)
         for part in self.parts:
             if self.rewards.applies(part, group.problem):
-                scores = self.rewards.functions[part].opinions([group])[0]
+                scores = self.rewards.functions[part].score_groups([group])[0]
                 group = add_reward_part(group, scores, part, self.rewards.settings.rewards[part])
         return group
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.parts import Optimizer as OptimizerSettings
 from ..model.decoder import Decoder
-from ..model.ffn import Routes, balance_experts
+from ..model.ffn import RouterTrace, balance_experts
 from ..types import LimbeckError
 from .batch import Batch
 from .divergence import Logits
@@ -40,7 +40,7 @@ class Learner(Scorer):
         self.step = 0
         self.optimizer = Optimizer(model, settings, steps)
         self.parameters = list(model.parameters())
-        self._routes: list[Routes] = []  # of the micro-batches since the last apply()
+        self._routes: list[RouterTrace] = []  # of the micro-batches since the last apply()
         self._replayed = False
 
     def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Learner(Scorer):
         if self.mixtures:
             balance = self.settings.balance_loss / batch.sequences if torch.is_grad_enabled() else 0.0
             sequences_N = batch.context.sequences if balance else None
-            batch.context.routes = Routes(batch.routes_NLK, balance, sequences_N)
+            batch.context.routes = RouterTrace(batch.routes_NLK, balance, sequences_N)
         return self.model(batch.tokens_N, batch.context)
 
     def _mtp_loss(self, hidden_NC: Tensor, batch: Batch) -> Tensor:

@@ -70,7 +70,7 @@ class RewardModelScorer(_ValueHead, Scorer):
         self.tokens = 0
         self.flops = 0.0
 
-    def opinions(self, groups: Sequence[Group]) -> list[list[Score]]:
+    def score_groups(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One score per completion; without a final answer it is 0. Equal answers are scored once, so that
         rounding does not tell them apart."""
         answers = [
@@ -99,7 +99,7 @@ class RewardModelScorer(_ValueHead, Scorer):
             return Score({"preference": 0.0}, {"preference": "no final answer"})
         return Score({"preference": float(1 / (1 + np.exp(self.centre - value)))})
 
-    def bill(self) -> dict[str, float]:
+    def take_usage(self) -> dict[str, float]:
         """Tokens and FLOPs since the last call."""
         usage = {"preference_tokens": self.tokens, "preference_flops": self.flops}
         self.tokens = 0

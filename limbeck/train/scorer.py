@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
-from ..model.ffn import MixtureOfExperts, Routes
+from ..model.ffn import MixtureOfExperts, RouterTrace
 from .batch import Batch
 from .divergence import States, tempered
 
@@ -49,7 +49,7 @@ class Scorer:
     def _hidden(self, batch: Batch) -> Tensor:
         """Final hidden states [N, C]."""
         if self.mixtures:
-            batch.context.routes = Routes(batch.routes_NLK, 0.0, None)
+            batch.context.routes = RouterTrace(batch.routes_NLK, 0.0, None)
         return self.model(batch.tokens_N, batch.context)
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:

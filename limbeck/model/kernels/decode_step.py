@@ -44,7 +44,7 @@ class _Step(ctypes.Structure):
     ]
 
 
-class Decoding:
+class DecodeStep:
     """The decode step of a dense decoder, one token a row, over a `KVCache`.
 
     It holds pointers to the decoder's weights, whose memory must stay where it is.

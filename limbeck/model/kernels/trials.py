@@ -91,7 +91,7 @@ def branches(prompts: int, prompt: int, each: int, length: int, heads: int, widt
 
 def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> Work:
     """A mixture of experts without shared ones."""
-    from ..ffn import experts_mixed
+    from ..ffn import mix_experts
 
     chosen = torch.rand(tokens, experts).topk(top_k).indices
     inputs = (
@@ -103,7 +103,7 @@ def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> W
 
     def module(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
         """x [N, C] through the experts, [N, C]."""
-        return experts_mixed(x, gate_up, down, chosen, weights)
+        return mix_experts(x, gate_up, down, chosen, weights)
 
     return _backward(module, *inputs)
 
@@ -132,12 +132,12 @@ def decode(rows: int, hidden: int, layers: int, heads: int, width: int, intermed
     from ..kv_cache import KVCache
     from ..packed import Packed
     from .choice import serves
-    from .decode_step import Decoding
+    from .decode_step import DecodeStep
 
     config = ModelConfig("llama", 256, hidden, layers, heads, heads, width, intermediate)
     model = Decoder(config).initialize(0)
     tokens = torch.randint(0, 256, (64,))
-    step = Decoding(model)
+    step = DecodeStep(model)
 
     def prefilled(compiled: bool) -> KVCache:
         """A cache with the prompt in every row."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...types import LimbeckError
-from ..dataset_rows import said
+from ..dataset_rows import response_text
 
 RUN_LENGTH = 8  # words in a row
 MAX_EXAMPLES = 3  # examples of each kind of trace
@@ -70,7 +70,7 @@ def traces(rows: Iterable[dict[str, Any]], corpus: Path | None = None) -> list[T
     `corpus` is a text file, or JSONL whose texts are under completion, response, text, content or messages.
     Raises LimbeckError if it cannot be read.
     """
-    texts = {row["id"]: said(row) for row in rows}
+    texts = {row["id"]: response_text(row) for row in rows}
     evidence = [_trace(kind, len(texts), _match(pattern, texts)) for kind, pattern in _COMPILED.items()]
     if corpus:
         shared = _shared_runs(texts, corpus)

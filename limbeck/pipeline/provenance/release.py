@@ -20,7 +20,7 @@ from ...config.load import load as read_recipe
 from ...config.recipe import Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
 from ...config.validate import MODELS
 from ...types import LimbeckError
-from ..dataset_rows import said, training_rows
+from ..dataset_rows import response_text, training_rows
 from ..run_folder import RECIPE
 from ..store import Artifact, Store, digest_file, digest_of, sync_below, write
 from .card import card
@@ -232,7 +232,7 @@ def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str
 def _row_identities(lineage: Lineage, key: str) -> list[Any]:
     """Id, text and times per epoch of each row that a stage trained on."""
     rows = training_rows(lineage.entries[key], lineage.input_folders(key))
-    return [[row["id"], said(row), times] for _, row, times in rows]
+    return [[row["id"], response_text(row), times] for _, row, times in rows]
 
 
 # ---------------------------------------------------------------- the recipe

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ...eval.statistics import krippendorff, wilson
-from .reviews import VERDICTS, Standing
+from .reviews import VERDICTS, ReviewState
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Pace:
     timed: int
 
 
-def paces(rows: Iterable[Standing]) -> list[Pace]:
+def paces(rows: Iterable[ReviewState]) -> list[Pace]:
     """The pace of every reviewer, the one with most rows first."""
     by_reviewer: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -52,7 +52,7 @@ def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
     )
 
 
-def agreement(rows: Iterable[Standing]) -> dict[str, Any]:
+def agreement(rows: Iterable[ReviewState]) -> dict[str, Any]:
     """`{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}` over rows with several verdicts; {}
     without any.
 

@@ -16,7 +16,7 @@ from ...types import Task
 from ..dataset_rows import source_of
 from ..store import write
 from .agreement import agreement
-from .reviews import QUEUE, VERDICTS, Standing, ask_twice, events, standings
+from .reviews import QUEUE, VERDICTS, ReviewState, events, review_states, set_second_share
 
 RECIPE = "the recipe"  # the author of the share of rows that two people review
 
@@ -44,17 +44,17 @@ def ask(
         write_rows(queue / QUEUE, [{"question": question, **row} for row in distinct.values()])
     shares = [event["second"] for event in events(queue) if event.get("by") == RECIPE]
     if second is not None and shares[-1:] != [second]:
-        ask_twice(queue, second, RECIPE)
+        set_second_share(queue, second, RECIPE)
 
 
-def by_people(
+def apply_reviews(
     rows: list[dict[str, Any]], queue: Path, review_bytes: int | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows that the first `review_bytes` bytes of reviews leave, and notes on the reviews.
 
     Raises `Waiting` while any row is open.
     """
-    reviewed = {standing.id: standing for standing in standings(queue, review_bytes)}
+    reviewed = {standing.id: standing for standing in review_states(queue, review_bytes)}
     still_open = sum(standing.state != "settled" for standing in reviewed.values())
     if still_open or not (queue / QUEUE).exists():
         raise Waiting(still_open, queue)
@@ -71,7 +71,7 @@ def by_people(
     return kept, _notes(list(reviewed.values()), counts)
 
 
-def _notes(reviewed: list[Standing], counts: dict[str, int]) -> dict[str, Any]:
+def _notes(reviewed: list[ReviewState], counts: dict[str, int]) -> dict[str, Any]:
     reviewers: set[str] = set()
     for standing in reviewed:
         reviewers.update(standing.people)
@@ -89,7 +89,7 @@ def _notes(reviewed: list[Standing], counts: dict[str, int]) -> dict[str, Any]:
     return {**notes, **agreement(reviewed)}
 
 
-def by_policy(
+def apply_policy(
     rows: list[dict[str, Any]], policy: str, tasks: dict[str, Task]
 ) -> tuple[list[dict], dict[str, Any]]:
     """The rows that a policy leaves, and notes. `accept` keeps every row; `translate` also rewrites each

@@ -26,9 +26,9 @@ ORDER = ("asks", "ready", "changed", "early", "done")  # of states in a list of 
 
 
 @dataclass(frozen=True)
-class Desk:
+class ReviewQueue:
     """A curate stage that people review:
-    `Desk(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
+    `ReviewQueue(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
 
     `queue` is None until the rows are there; `taken` is the digest of the reviews that the stage has run
     with, if it has.
@@ -54,7 +54,7 @@ class Desk:
         return "done" if self.taken == current else "changed"
 
 
-def desks(home: Path) -> list[Desk]:
+def desks(home: Path) -> list[ReviewQueue]:
     """The queues of all runs in a folder, those that ask for reviews first."""
     queues = []
     for run in run_folders(home):
@@ -68,7 +68,7 @@ def desks(home: Path) -> list[Desk]:
     return sorted(queues, key=lambda queue: ORDER.index(queue.state))
 
 
-def desk(home: Path, run: str, stage: str) -> Desk:
+def desk(home: Path, run: str, stage: str) -> ReviewQueue:
     """The queue of a stage, by the names of its run and its stage. Raises LimbeckError if there is none."""
     for folder in run_folders(home):
         if folder.name == run:
@@ -80,17 +80,17 @@ def desk(home: Path, run: str, stage: str) -> Desk:
     )
 
 
-def _open(run: Path, name: str, settings: Curate) -> Desk:
+def _open(run: Path, name: str, settings: Curate) -> ReviewQueue:
     artifacts = read_json(run / INDEX)
     rows = _manifest(run, artifacts.get(settings.rows))
     if not rows:
-        return Desk(run, name, None, None, settings)
+        return ReviewQueue(run, name, None, None, settings)
     queue = reviews.queue_folder(store_of(run), rows["digest"])
     if not (queue / reviews.QUEUE).exists():
-        return Desk(run, name, None, None, settings)
+        return ReviewQueue(run, name, None, None, settings)
     identity = _manifest(run, artifacts.get(name)).get("identity", {})
     fresh = identity.get("inputs", {}).get(settings.rows) == rows["digest"]
-    return Desk(run, name, queue, identity.get("reviews") if fresh else None, settings)
+    return ReviewQueue(run, name, queue, identity.get("reviews") if fresh else None, settings)
 
 
 def _manifest(run: Path, artifact: str | None) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Verification:
     why: str = ""
 
 
-def verify(desk: Desk, row: Mapping[str, Any], text: str) -> Verification:
+def verify(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> Verification:
     """Verify a row's text, edited or not, as the recipe verifies completions."""
     try:
         task, problem = _problem(desk, row["id"])
@@ -129,7 +129,7 @@ def verify(desk: Desk, row: Mapping[str, Any], text: str) -> Verification:
     return Verification(score.answer or split_thought(text).answer, problem.answer, score)
 
 
-def rewritten(desk: Desk, row: Mapping[str, Any], text: str) -> str | None:
+def rewritten(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> str | None:
     """The text with its thought in its question's language; None if the row's task cannot rewrite."""
     try:
         task, _ = _problem(desk, row["id"])
@@ -145,7 +145,7 @@ def with_thought(text: str, thought: str) -> str:
     return f"<think> {thought.strip()} </think> {split_thought(text).answer}"
 
 
-def _problem(desk: Desk, row_id: str) -> tuple[Task, Problem]:
+def _problem(desk: ReviewQueue, row_id: str) -> tuple[Task, Problem]:
     """The task and the problem that a row answers."""
     recipe = desk.run / RECIPE
     task, problems = _problems(desk.run, recipe.stat().st_mtime_ns, source_of(row_id))

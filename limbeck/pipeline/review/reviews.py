@@ -48,8 +48,8 @@ EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # of the verdic
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A row with its verdicts: `Standing(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs a second
+class ReviewState:
+    """A row with its verdicts: `ReviewState(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs a second
     reviewer.
 
     `number` counts the queue's rows from 1, `wanted` is the number of reviewers that the row needs,
@@ -114,7 +114,7 @@ def queue_folder(store: Path, digest: str) -> Path:
     return store / QUEUES / digest[:16]
 
 
-def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing]:
+def review_states(queue: Path, review_bytes: int | None = None) -> Sequence[ReviewState]:
     """Every row in order, with its verdicts in the first `review_bytes` bytes, by default in all."""
     return _standings(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
 
@@ -122,7 +122,7 @@ def standings(queue: Path, review_bytes: int | None = None) -> Sequence[Standing
 @lru_cache(maxsize=16)
 def _standings(
     queue: Path, queue_stamp: object, reviews_stamp: object, review_bytes: int | None
-) -> Sequence[Standing]:
+) -> Sequence[ReviewState]:
     """The stamps stand for the content of the two files, which a run reads several times a second."""
     verdicts: dict[str, dict[str, dict]] = {}
     resolutions: dict[str, dict] = {}
@@ -135,7 +135,7 @@ def _standings(
     states = []
     for number, (row_id, row) in enumerate(queued_rows(queue).items(), 1):
         wanted = 2 if needs_second(row_id, share) else 1
-        states.append(Standing(number, row, wanted, verdicts.get(row_id, {}), resolutions.get(row_id)))
+        states.append(ReviewState(number, row, wanted, verdicts.get(row_id, {}), resolutions.get(row_id)))
     return tuple(states)
 
 
@@ -190,7 +190,7 @@ def _queued_rows(queue: Path, stamp: object) -> dict[str, dict[str, Any]]:
 
 def pending(queue: Path) -> list[dict[str, Any]]:
     """Rows whose review is not settled, in the queue's order."""
-    return [standing.row for standing in standings(queue) if standing.state != "settled"]
+    return [standing.row for standing in review_states(queue) if standing.state != "settled"]
 
 
 def complete(queue: Path) -> bool:
@@ -233,7 +233,7 @@ def undo(queue: Path, row_id: str, reviewer: str) -> None:
     append(queue, [{"id": row_id, "verdict": "undo", "reviewer": reviewer}])
 
 
-def ask_twice(queue: Path, share: float, by: str) -> None:
+def set_second_share(queue: Path, share: float, by: str) -> None:
     """From now on two people review this share of the rows. LimbeckError unless it is between 0 and 1."""
     if not 0 <= share <= 1:
         raise LimbeckError(f"second: {share} is no share; give a number between 0 and 1")
@@ -293,7 +293,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
     """The rows that a reviewer may fill in elsewhere: first those due, without the verdicts of others; then
     the disputed ones, with the verdicts, to be resolved."""
-    everything = standings(queue)
+    everything = review_states(queue)
     rows = [{**standing.row, "verdict": None} for standing in everything if standing.due(reviewer)]
     for standing in everything:
         if standing.state != "disputed":

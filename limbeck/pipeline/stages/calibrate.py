@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from ...config.learned_rewards import Calibrate
-from ...engine.sampling import params_of
-from ...eval.judge_calibration import by_truth, calibrate, labelled
+from ...engine.sampling import to_sampling_params
+from ...eval.judge_calibration import calibrate, labelled, pairs_from_scores
 from ...tasks.judge import Pair, final
 from ...types import LimbeckError, Problem
 from ..job import Job
@@ -43,7 +43,7 @@ def run(job: Job) -> Outcome:
     }
     text = json.dumps({**result, **settings}, indent=2, ensure_ascii=False)
     write(job.folder / CALIBRATION, text + "\n")
-    usage = judge.bill()
+    usage = judge.take_usage()
     notes = {name: result[name] for name in NOTED}
     notes["canaries"] = result["canaries"]["share"]
     return outcome(tokens + usage["judge_tokens"], flops + usage["judge_flops"], **notes, **usage)
@@ -68,14 +68,14 @@ def _by_truth(job: Job) -> tuple[list[Pair], int, float]:
     engine = job.sampler(stage.model)
     tasks = job.mixture(stage.problems)
     problems = tasks.draw(4 * stage.pairs, (job.seed, "prompts"))
-    sampling = params_of(stage.sampling)
+    sampling = to_sampling_params(stage.sampling)
     pairs: list[Pair] = []
     lengths: list[int] = []
     for i in range(0, len(problems), stage.pairs):
         rollout = engine.rollout(problems[i : i + stage.pairs], stage.samples, sampling, job.seed)
         groups = [tasks.score(group) for group in rollout]
         lengths += [len(completion.tokens) for group in groups for completion in group.completions]
-        pairs += by_truth(groups, job.seed)
+        pairs += pairs_from_scores(groups, job.seed)
         if len(pairs) >= stage.pairs:
             break
     tokens = sum(lengths)

@@ -16,9 +16,9 @@ def run(job: Job) -> Outcome:
     rows = job.rows(stage.rows)
     if stage.auto:
         names = {row["id"].partition("/")[0] for row in rows} & set(job.problems)
-        kept, notes = curate.by_policy(rows, stage.policy, {name: job.task(name) for name in names})
+        kept, notes = curate.apply_policy(rows, stage.policy, {name: job.task(name) for name in names})
     else:
-        kept, notes = curate.by_people(rows, job.queue, job.said)
+        kept, notes = curate.apply_reviews(rows, job.queue, job.review_bytes)
     curate.write_rows(job.folder / ROWS, kept)
     carried = job.manifest(stage.rows)["notes"]
     if "tokenizer" in carried:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...config.methods import Distill
 from ...engine.rollout import Engine
-from ...engine.sampling import params_of
+from ...engine.sampling import to_sampling_params
 from ...run_log import read, read_metrics
 from ...text.tokenizer import Tokenizer
 from ...train.distill import LABELLED, Assigned, DistillSampler, DistillTrainer, Teacher, domain
@@ -15,7 +15,7 @@ from ...train.learner import Learner
 from ...train.scorer import Scorer
 from ...train.training_log import TrainingLog
 from ...types import LimbeckError, Sample
-from ..dataset_rows import ROWS, share_of
+from ..dataset_rows import ROWS, take_share
 from ..job import Job
 from .budget import budget_of, data_flops
 from .label import load_labels
@@ -44,7 +44,7 @@ def run(job: Job) -> Outcome:
             job.seed,
             Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
             job.mixture(stage.problems) if stage.problems else None,
-            params_of(stage.sampling),
+            to_sampling_params(stage.sampling),
             rows,
         ),
         settings=stage,
@@ -119,4 +119,4 @@ def _labelled(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[S
     for row, labels in zip(rows, load_labels(job.inputs[name]), strict=True):
         if row["id"] not in job.dropped:
             samples.append(replace(to_sample(row, tokenizer, "keep"), labels=labels))
-    return share_of(samples, share, (job.seed, name))
+    return take_share(samples, share, (job.seed, name))

@@ -18,7 +18,7 @@ from ...train.pairs import plan_by_tokens
 from ...train.scorer import Scorer
 from ...train.sft import SFTTrainer
 from ...types import LimbeckError, Sample
-from ..dataset_rows import share_of
+from ..dataset_rows import take_share
 from ..job import Job
 from .budget import affordable, budget_of, data_flops, forward_flops
 from .outcome import Outcome
@@ -63,7 +63,7 @@ def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
 def _rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """A share of the pairs of a table or of a stage."""
     if name.endswith(TABLES):
-        return share_of([row for _, row in preferences(job, name)], share, (job.seed, Path(name).name))
+        return take_share([row for _, row in preferences(job, name)], share, (job.seed, Path(name).name))
     return given_rows(job, name, share, tokenizer)
 
 

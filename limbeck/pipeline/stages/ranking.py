@@ -47,7 +47,7 @@ def ranking_of(job: Job) -> tuple[RankCompletions, Usage]:
         return lambda group: group.rewards, dict
     if (job.inputs[name] / CALIBRATION).exists():
         judge = judge_of(job, name)
-        return judge.scores, judge.bill
+        return judge.scores, judge.take_usage
     teacher, tokenizer = job.model(name)
     require_same_vocabulary(job, job.model(job.stage.model)[1], name, tokenizer)
     scorer = LikelihoodScorer(teacher)

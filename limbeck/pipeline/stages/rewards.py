@@ -7,9 +7,9 @@ import json
 
 from safetensors.torch import load_file
 
-from ...config.learned_rewards import Judging
+from ...config.learned_rewards import JudgeConfig
 from ...config.recipe import RL
-from ...engine.sampling import SamplingParams, params_of
+from ...engine.sampling import SamplingParams, to_sampling_params
 from ...tasks.judge import Judge
 from ...tasks.mixture import Mixture
 from ...train.learned_rewards import LearnedRewards, RewardFunction, Tasks, add_reward_part
@@ -39,11 +39,11 @@ class JudgedTasks:
         self.tasks = tasks
         self.judge = judge
         self.draw = tasks.draw
-        self.bill = judge.bill
+        self.take_usage = judge.take_usage
 
     def score(self, group: Group) -> Group:
         """The group with the tasks' scores and the judge's."""
-        scores = self.judge.opinions([group])[0]
+        scores = self.judge.score_groups([group])[0]
         return add_reward_part(self.tasks.score(group), scores, "judge", 0.0)
 
 
@@ -67,12 +67,12 @@ def judge_of(job: Job, name: str) -> Judge:
             f"{'; '.join(calibration['refusals'])}; "
             f"take another judge, or ask it otherwise (stages.{name}.judging)"
         )
-    return open_judge(job, judge, Judging(**calibration["judging"]))
+    return open_judge(job, judge, JudgeConfig(**calibration["judging"]))
 
 
-def open_judge(job: Job, model: str, judging: Judging) -> Judge:
+def open_judge(job: Job, model: str, judging: JudgeConfig) -> Judge:
     """A stage's model, or an endpoint, as a judge."""
-    return Judge(job.sampler(model), judging, params_of(judging.sampling), job.seed)
+    return Judge(job.sampler(model), judging, to_sampling_params(judging.sampling), job.seed)
 
 
 def reward_model_of(job: Job, name: str) -> RewardModelScorer:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...config.recipe import RL
 from ...engine.rollout import Engine
-from ...engine.sampling import params_of
+from ...engine.sampling import to_sampling_params
 from ...run_log import read_metrics
 from ...train.grpo import GRPOTrainer
 from ...train.learner import Learner
@@ -25,7 +25,7 @@ def run(job: Job) -> Outcome:
     stage: RL = job.stage
     decoder, tokenizer = job.model(stage.model)
     updates = stage.steps * stage.policy.updates_per_rollout
-    sampling = replace(params_of(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
+    sampling = replace(to_sampling_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     tasks = job.mixture(stage.problems, stage.rewards)
     checkpoint = job.checkpoint()
     state = checkpoint.restore()

@@ -14,7 +14,7 @@ from ...tasks.files import read_table
 from ...text.reasoning_parser import split_thought
 from ...text.tokenizer import Tokenizer
 from ...types import Completion, Group, LimbeckError, Sample
-from ..dataset_rows import ROWS, share_of
+from ..dataset_rows import ROWS, take_share
 from ..job import Job
 from ..store import digest_of
 
@@ -47,7 +47,7 @@ def to_row(group: Group, completion: Completion, origin: dict[str, str]) -> Row:
 
 def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Row]:
     """A share of a stage's rows; without token ids if another tokenizer made them."""
-    rows = share_of(job.rows(name), share, (job.seed, name))
+    rows = take_share(job.rows(name), share, (job.seed, name))
     made_by = job.manifest(name)["notes"].get("tokenizer")
     if made_by in (None, tokenizer_digest(tokenizer)):
         return rows

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...engine.openai_client import Endpoint
 from ...engine.rollout import Engine
-from ...engine.sampling import params_of
+from ...engine.sampling import to_sampling_params
 from ...run_log import read_metrics
 from ...train.training_log import summarize
 from ...types import Group
@@ -36,16 +36,16 @@ def sweep(job: Job, name: str, count: int, judge: Judge, take_usage: Usage = dic
     tasks = tasks_of(job)
     problems = tasks.draw(count, (job.seed, "prompts"))
     chunks = [problems[i : i + CHUNK] for i in range(0, count, CHUNK)]
-    sampling = params_of(stage.sampling)
+    sampling = to_sampling_params(stage.sampling)
     with open(job.folder / name, "ab") as file:
         cut_back(job, file)
         for number, log in remaining_chunks(job, len(chunks)):
             rollout = engine.rollout(chunks[number], stage.samples, sampling, job.seed)
             groups = [tasks.score(group) for group in rollout]
             counts = _write(file, groups, judge)
-            usage = Counter(getattr(tasks, "bill", dict)())
+            usage = Counter(getattr(tasks, "take_usage", dict)())
             usage.update(take_usage())  # two judges may have been asked
-            log.step(number, {**summarize(groups), **counts, **engine.bill(), **usage}, groups[:1])
+            log.step(number, {**summarize(groups), **counts, **engine.take_usage(), **usage}, groups[:1])
     return _sum_up(job, engine, count * stage.samples)
 
 

@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from ...engine.request import Answer, Full
+from ...engine.request import Answer, QueueFull
 from ...types import LimbeckError
 from ..app_state import AppState
 from ..service import ModelFailed, Service, UnknownModel, collect
@@ -64,7 +64,7 @@ def _error_response(error: RequestValidationError | HTTPException | LimbeckError
             return error_response(400, *_first_mistake(error))
         case HTTPException():  # a body that is no text
             return error_response(error.status_code, str(error.detail))
-        case Full():
+        case QueueFull():
             headers = {"retry-after": str(error.retry_after)}
             return error_response(429, str(error), code="queue_full", headers=headers)
         case ModelFailed():

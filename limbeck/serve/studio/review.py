@@ -24,8 +24,8 @@ from starlette.concurrency import run_in_threadpool
 
 from ...pipeline.review import edits, review_queues, reviews
 from ...pipeline.review.agreement import agreement, paces
-from ...pipeline.review.review_queues import Desk
-from ...pipeline.review.reviews import Standing
+from ...pipeline.review.review_queues import ReviewQueue
+from ...pipeline.review.reviews import ReviewState
 from ...types import LimbeckError
 from .. import jobs
 from ..app_state import AppState, signed_in
@@ -64,7 +64,7 @@ class QueueQuery:
         values = {"q": self.q, "show": self.show, "lang_of": self.lang_of, **changes}
         return "?" + urlencode({name: value for name, value in values.items() if value})
 
-    def matches(self, row: Standing, label: str, begun: set[str]) -> bool:
+    def matches(self, row: ReviewState, label: str, begun: set[str]) -> bool:
         """True if a row fits all filters; `begun` are the rows with a draft."""
         if self.show == "draft" and row.id not in begun:
             return False
@@ -104,7 +104,7 @@ class Decision:
     seconds: Annotated[float, Form()] = 0.0
     resolves: Annotated[bool, Form()] = False
 
-    def entry(self, row: Standing, person: Person) -> dict[str, Any]:
+    def entry(self, row: ReviewState, person: Person) -> dict[str, Any]:
         """The review as the queue stores it. An edit that changes nothing is an acceptance."""
         entry: dict[str, Any] = {"id": row.id, "verdict": self.verdict, "reviewer": person.name}
         text = (self.completion or "").replace("\r\n", "\n")  # forms send CRLF
@@ -127,8 +127,8 @@ class Decision:
 class QueueRow:
     """A row and its queue."""
 
-    desk: Desk
-    row: Standing
+    desk: ReviewQueue
+    row: ReviewState
 
     @property
     def address(self) -> str:
@@ -171,7 +171,7 @@ class ReviewPages:
         self.state = state
         self.drafts = Drafts(state.studio_folder)
 
-    def queue(self, run: str, stage: str) -> Desk:
+    def queue(self, run: str, stage: str) -> ReviewQueue:
         """The queue of a stage; 404 without one, and for one that has no rows yet."""
         try:
             desk = review_queues.desk(self.state.runs, run, stage)
@@ -184,15 +184,15 @@ class ReviewPages:
     def row(self, run: str, stage: str, number: int) -> QueueRow:
         """The row of a number; 404 for a number outside the queue."""
         desk = self.queue(run, stage)
-        rows = reviews.standings(desk.queue)
+        rows = reviews.review_states(desk.queue)
         if not 1 <= number <= len(rows):
             raise HTTPException(404, f"the queue has rows 1 to {len(rows)}")
         return QueueRow(desk, rows[number - 1])
 
-    def next_address(self, desk: Desk, person: Person, after: int) -> str:
+    def next_address(self, desk: ReviewQueue, person: Person, after: int) -> str:
         """The next row for a person: one that nobody else holds, then any, then the queue itself."""
         held = self.drafts.held_by_others(desk.queue.name, person.name)
-        due = [row for row in reviews.standings(desk.queue) if row.due(person.name)]
+        due = [row for row in reviews.review_states(desk.queue) if row.due(person.name)]
         if not due:
             return address(desk)
         row = min(due, key=lambda row: (row.id in held, row.number <= after, row.number))
@@ -219,7 +219,7 @@ def routes(state: AppState) -> APIRouter:
 
 
 def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
-    Queue = Annotated[Desk, Depends(pages.queue)]
+    Queue = Annotated[ReviewQueue, Depends(pages.queue)]
 
     @router.get("")
     def every(request: Request) -> Response:
@@ -231,7 +231,7 @@ def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
     def queue(
         request: Request, desk: Queue, person: SignedIn, query: Annotated[QueueQuery, Depends()]
     ) -> Response:
-        rows = reviews.standings(desk.queue)
+        rows = reviews.review_states(desk.queue)
         begun = pages.drafts.begun(desk.queue.name, person.name)
         template = "desk_rows.html.jinja" if is_fragment(request) else "desk_queue.html.jinja"
         return render(
@@ -261,7 +261,7 @@ def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
 
     @router.get("/{run}/{stage}/disagreements")
     def disagreements(request: Request, desk: Queue, person: SignedIn) -> Response:
-        rows = reviews.standings(desk.queue)
+        rows = reviews.review_states(desk.queue)
         return render(
             request,
             "desk_disputes.html.jinja",
@@ -273,11 +273,11 @@ def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
 
 
 def _add_queue_actions(router: APIRouter, pages: ReviewPages) -> None:
-    Queue = Annotated[Desk, Depends(pages.queue)]
+    Queue = Annotated[ReviewQueue, Depends(pages.queue)]
 
     @router.post("/{run}/{stage}/second")
     def second(desk: Queue, person: SignedIn, share: float = Form(ge=0, le=1)) -> Response:
-        reviews.ask_twice(desk.queue, share, person.name)
+        reviews.set_second_share(desk.queue, share, person.name)
         return RedirectResponse(address(desk), 303, background=_resume_later(desk))
 
     @router.post("/{run}/{stage}/go")
@@ -295,7 +295,7 @@ def _add_queue_actions(router: APIRouter, pages: ReviewPages) -> None:
         return response
 
 
-def _table(rows: Sequence[Standing], query: QueueQuery, person: Person, begun: set[str]) -> dict[str, Any]:
+def _table(rows: Sequence[ReviewState], query: QueueQuery, person: Person, begun: set[str]) -> dict[str, Any]:
     """Template values of a queue's table: the filtered rows of one page, and the filters."""
     labels = {row.id: label(row, person.name) for row in rows}
     matching = [row for row in rows if query.matches(row, labels[row.id], begun)]
@@ -315,7 +315,7 @@ def _table(rows: Sequence[Standing], query: QueueQuery, person: Person, begun: s
     }
 
 
-def _queue_head(desk: Desk, rows: Sequence[Standing], person: Person) -> dict[str, Any]:
+def _queue_head(desk: ReviewQueue, rows: Sequence[ReviewState], person: Person) -> dict[str, Any]:
     """Template values of a queue's head: progress, the run's job, the reviewers' pace and agreement."""
     return {
         "tally": tally(desk),
@@ -328,26 +328,26 @@ def _queue_head(desk: Desk, rows: Sequence[Standing], person: Person) -> dict[st
     }
 
 
-def address(desk: Desk) -> str:
+def address(desk: ReviewQueue) -> str:
     """The address of a queue's page."""
     return f"/desk/{quote(desk.run.name, safe='')}/{quote(desk.stage, safe='')}"
 
 
-def tally(desk: Desk) -> dict[str, int]:
+def tally(desk: ReviewQueue) -> dict[str, int]:
     """The number of rows, and of rows in each state."""
-    states = [row.state for row in reviews.standings(desk.queue)] if desk.queue else []
+    states = [row.state for row in reviews.review_states(desk.queue)] if desk.queue else []
     counts = {name: states.count(name) for name in ("open", "second", "disputed", "settled")}
     return {"rows": len(states), **counts}
 
 
-def label(row: Standing, name: str) -> str:
+def label(row: ReviewState, name: str) -> str:
     """A row's label for a person: "todo" as long as they are to review it, whatever others have decided."""
     if row.due(name):
         return "todo"
     return row.verdict["verdict"] if row.state == "settled" else row.state
 
 
-def _disagreement(row: Standing) -> dict[str, Any]:
+def _disagreement(row: ReviewState) -> dict[str, Any]:
     """Template values of a row with two different verdicts, and of their resolution."""
     resolution = row.resolution
     if resolution:
@@ -359,7 +359,7 @@ def _disagreement(row: Standing) -> dict[str, Any]:
     }
 
 
-def _shown_verdict(row: Standing, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _shown_verdict(row: ReviewState, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """A verdict with its reviewer and, for an edit, the changed passages."""
     passages = []
     if entry["verdict"] == "edit":
@@ -454,7 +454,7 @@ class RowView:
 
     def progress_values(self) -> dict[str, Any]:
         """Template values of the person's progress in the queue."""
-        rows = reviews.standings(self.at.desk.queue)
+        rows = reviews.review_states(self.at.desk.queue)
         left = sum(row.due(self.name) for row in rows)
         return {
             "total": len(rows),
@@ -515,7 +515,7 @@ def _row_view(drafts: Drafts, at: QueueRow, person: Person, query: RowQuery) -> 
     return RowView(at, person.name, query, due, resolve, draft or Draft())
 
 
-def _last_reviewed(rows: Sequence[Standing], number: int, name: str) -> Standing | None:
+def _last_reviewed(rows: Sequence[ReviewState], number: int, name: str) -> ReviewState | None:
     """The row of this number, if the person has a verdict on it that can be undone."""
     if not 1 <= number <= len(rows):
         return None
@@ -601,12 +601,12 @@ async def _translate(pages: ReviewPages, model: str, text: str, language: str) -
 # ---------------------------------------------------------------- the run
 
 
-def _resume_later(desk: Desk) -> BackgroundTask:
+def _resume_later(desk: ReviewQueue) -> BackgroundTask:
     """`resume_if_complete` after the response has been sent."""
     return BackgroundTask(resume_if_complete, desk)
 
 
-def resume_if_complete(desk: Desk) -> None:
+def resume_if_complete(desk: ReviewQueue) -> None:
     """Resume a run that waits for people, if no row is left to review. A run at work notices it by itself."""
     if reviews.complete(desk.queue) and jobs.state(desk.run).name in ("waits", ""):
         with suppress(LimbeckError):

@@ -84,7 +84,7 @@ class LivePage:
 class StageLine(NamedTuple):
     """A stage of a run, and True if the run is at work."""
 
-    run: run_state.Overview
+    run: run_state.RunState
     line: run_view.Line
     alive: bool
 
@@ -119,7 +119,7 @@ def _add_list(router: APIRouter, state: AppState) -> None:
 
 def _list_page(state: AppState, form: StartForm | None = None, error: str = "") -> LivePage:
     """All runs, and the form that starts one; after a mistake with its values and the error."""
-    rows = [_list_row(folder) for folder in run_state.runs_in(state.runs)]
+    rows = [_list_row(folder) for folder in run_state.list_runs(state.runs)]
     alive = any(row["state"].alive for row in rows)
     page_values = {"recipes": list(_recipes(state)), "told": asdict(form or StartForm()), "wrong": error}
     return LivePage("runs", {"rows": rows}, alive, page_values, status=400 if error else 200)
@@ -221,13 +221,13 @@ def _run_page(folder: Path, error: str = "") -> LivePage:
 
 def _folder(state: AppState, name: str) -> Path | None:
     """The folder of an existing run; a name is only compared, never made into a path."""
-    for folder in run_state.runs_in(state.runs):
+    for folder in run_state.list_runs(state.runs):
         if folder.name == name:
             return folder
     return None
 
 
-def _state(run: run_state.Overview) -> jobs.State:
+def _state(run: run_state.RunState) -> jobs.State:
     """A run's state; an old run without a recorded state is finished if all of its stages are."""
     state = jobs.state(run.folder)
     if not state.name and run.complete:
@@ -235,7 +235,7 @@ def _state(run: run_state.Overview) -> jobs.State:
     return state
 
 
-def _link(run: run_state.Overview, stage: str) -> str:
+def _link(run: run_state.RunState, stage: str) -> str:
     """The address of a stage's page."""
     return f"/runs/{quote(run.folder.name)}/{quote(stage)}"
 
@@ -269,7 +269,7 @@ def _add_stage(router: APIRouter, state: AppState) -> None:
 
 
 def _stage_values(
-    state: AppState, run: run_state.Overview, line: run_view.Line, query: StageQuery
+    state: AppState, run: run_state.RunState, line: run_view.Line, query: StageQuery
 ) -> dict[str, Any]:
     """Template values of a stage's curves, flipped answers, responses, samples and settings."""
     comparable = _comparable_stages(state, run, line)
@@ -300,12 +300,12 @@ def _stage_line(state: AppState, name: str, stage: str) -> StageLine | None:
     return StageLine(run, run_view.line_of(run, standing, alive), alive)
 
 
-def _comparable_stages(state: AppState, run: run_state.Overview, line: run_view.Line) -> list[str]:
+def _comparable_stages(state: AppState, run: run_state.RunState, line: run_view.Line) -> list[str]:
     """`RUN/STAGE` of all stages of the same kind, whose curves can be drawn beside this one's; in any run."""
     if line.kind == "evaluate":
         return []
     names = []
-    for folder in run_state.runs_in(state.runs):
+    for folder in run_state.list_runs(state.runs):
         try:
             stages = run_state.look(folder).stages
         except LimbeckError:
