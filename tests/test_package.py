@@ -79,6 +79,6 @@ def test_a_shipped_recipe_runs_from_an_empty_folder(wheel, tmp_path):
         check=True,
     ).stdout
     assert place.startswith(str(environment))
-    assert "quickstart" in limbeck("plan", "quickstart", "--auto", "--json")
+    assert '"small_rl"' in limbeck("plan", "quickstart", "--auto", "--json")
     assert "The report is at" in limbeck("run", "smoke", "--auto")
     assert (empty / "runs" / "smoke" / "report" / "index.html").exists()
