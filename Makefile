@@ -11,6 +11,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
+CODE := limbeck tests bench docs
+LINT := $(BIN)/ruff format --check $(CODE) && $(BIN)/ruff check $(CODE)
 # A process a core, each with one thread: tests of one file share what they set up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
@@ -20,16 +22,16 @@ run: $(VENV)/.installed
 	$(BIN)/limbeck plan quickstart --auto
 	$(BIN)/limbeck run quickstart --auto
 
-# What to do before every commit: the linter, and the tests that start no programs, browsers or whole runs.
+# What to do before every commit: the formatter, the linter, and the tests that start no programs, browsers or whole runs.
 check: $(VENV)/.installed-dev
-	@begin=$$(date +%s) && $(BIN)/ruff check limbeck tests bench docs && $(PYTEST) -m "not slow" && \
+	@begin=$$(date +%s) && $(LINT) && $(PYTEST) -m "not slow" && \
 		echo "make check: $$(($$(date +%s) - begin)) s"
 
-# Everything. The studio is tested in a real browser: Debian's, where it can be installed; without one these tests say that they are skipped.
+# The formatter, the linter and all tests. The studio is tested in a real browser: Debian's, where it can be installed; without one these tests say that they are skipped.
 test: $(VENV)/.installed-dev
 	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || \
 		(apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium fonts-noto-cjk >/dev/null) || true
-	@begin=$$(date +%s) && $(PYTEST) && echo "make test: $$(($$(date +%s) - begin)) s, installation aside"
+	@begin=$$(date +%s) && $(LINT) && $(PYTEST) && echo "make test: $$(($$(date +%s) - begin)) s, installation aside"
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/generate.py --check

@@ -22,18 +22,29 @@ SHAPE = {
 }  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 LATENT = {
-    **SHAPE, **EXPERTS, "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
-    "v_head_dim": 24, "n_routed_experts": 8, "first_k_dense_replace": 1,
-}  # fmt: skip
+    **SHAPE,
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
 del LATENT["head_dim"]
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128,
     "beta_fast": 32.0, "beta_slow": 1.0,
 }  # fmt: skip
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 GROUPS = {"n_group": 4, "topk_group": 2}
 
 # The configuration class of transformers, and what it is given.
@@ -99,7 +110,8 @@ def save(name: str, directory: Path, vocabulary: int, seed: int = 0, **changes: 
 
 
 def tokenizer(steps: list[Any] | None = None, nfc: bool = False, whole_words: bool = False) -> Tokenizer:
-    """Byte-level BPE over single bytes and a few merges; SmolLM's way of cutting text unless told otherwise."""
+    """Byte-level BPE over single bytes and a few merges; SmolLM's way of cutting text unless told
+    otherwise."""
     tokens = [*SPECIAL, *LETTERS, *map("".join, MERGES)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     made = Tokenizer(models.BPE(vocabulary, MERGES, ignore_merges=whole_words))

@@ -1,4 +1,5 @@
-"""Docstrings drawn at random, with name and signature, for a reader to grade: plain at once, read twice, obscure.
+"""Docstrings drawn at random, with name and signature, for a reader to grade: plain at once, read twice,
+obscure.
 
 python tests/sample_docstrings.py [--count 60] [--seed 0] [FOLDER]
 """

@@ -1,4 +1,5 @@
-"""Distillation across tokenizers: spans that both close, what a teacher thinks of them, and whither it pulls."""
+"""Distillation across tokenizers: spans that both close, what a teacher thinks of them, and whither it
+pulls."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def spelling() -> Tokenizer:
 
 
 def bytewise() -> Tokenizer:
-    """Every byte is a token: of a Chinese character three, of which the last one alone ends where a character does."""
+    """Every byte is a token: of a Chinese character three, of which the last one alone ends where a character
+    does."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
     backend.pre_tokenizer, backend.decoder = (

@@ -12,14 +12,45 @@ from limbeck.run_log import read_metrics
 pytestmark = pytest.mark.slow
 
 SMALL = [
-    "problems.clock.numbers=2", "problems.clock.modulus=3", "stages.base.tokens=30000", "stages.small_base.tokens=6000",
-    "stages.zero.steps=2", "stages.zero.policy.prompts_per_step=4", "stages.alone.policy.prompts_per_step=4",
-    *(f"stages.{stage}.{setting}" for stage in ("outputs", "brief", "pairs", "best") for setting in ("prompts=24", "samples=2")),
-    *(f"stages.{stage}.sampling.max_new_tokens=24" for stage in ("zero", "alone", "outputs", "brief", "pairs", "best", "gkd", "on_policy")),
-    *(f"stages.{stage}.{setting}=false" for stage in ("outputs", "brief") for setting in ("correct", "wellformed")),
-    *(f"stages.{stage}.flops=1.5e+9" for stage in ("full", "answers", "short", "chosen", "dpo", "dpo_mean", "logits", "gkd", "on_policy", "alone")),
-    "stages.evaluation.prompts=8", "stages.evaluation.max_new_tokens=24",
-]  # fmt: skip
+    "problems.clock.numbers=2",
+    "problems.clock.modulus=3",
+    "stages.base.tokens=30000",
+    "stages.small_base.tokens=6000",
+    "stages.zero.steps=2",
+    "stages.zero.policy.prompts_per_step=4",
+    "stages.alone.policy.prompts_per_step=4",
+    *(
+        f"stages.{stage}.{setting}"
+        for stage in ("outputs", "brief", "pairs", "best")
+        for setting in ("prompts=24", "samples=2")
+    ),
+    *(
+        f"stages.{stage}.sampling.max_new_tokens=24"
+        for stage in ("zero", "alone", "outputs", "brief", "pairs", "best", "gkd", "on_policy")
+    ),
+    *(
+        f"stages.{stage}.{setting}=false"
+        for stage in ("outputs", "brief")
+        for setting in ("correct", "wellformed")
+    ),
+    *(
+        f"stages.{stage}.flops=1.5e+9"
+        for stage in (
+            "full",
+            "answers",
+            "short",
+            "chosen",
+            "dpo",
+            "dpo_mean",
+            "logits",
+            "gkd",
+            "on_policy",
+            "alone",
+        )
+    ),
+    "stages.evaluation.prompts=8",
+    "stages.evaluation.max_new_tokens=24",
+]
 
 
 def test_the_bake_off_runs_and_no_student_spends_more_than_the_others(tmp_path):

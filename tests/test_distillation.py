@@ -215,7 +215,8 @@ def test_micro_batches_add_up(decoder, kind):
 
 
 def test_labels_of_samples_reach_their_own_predictions(decoder):
-    """As many labels as ids, cut and sorted by packing, teach what the teacher itself teaches, up to float32."""
+    """As many labels as ids, cut and sorted by packing, teach what the teacher itself teaches, up to
+    float32."""
     student = Learner(decoder(vocab_size=40), Optimizer(), 1)
     teacher = Learner(decoder(seed=1, vocab_size=40), Optimizer(), 1)
     labelled = []
@@ -299,7 +300,8 @@ def test_preference_loss_and_gradient_equal_trls(normalized):
 
 
 def trl_preference(logprobs_BT, reference_BT, mask_BT, beta: float, kind: str) -> torch.Tensor:
-    """DPOTrainer's loss with a model that says these log-probabilities, the first column a prompt of one token."""
+    """DPOTrainer's loss with a model that says these log-probabilities, the first column a prompt of one
+    token."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     said = SimpleNamespace(

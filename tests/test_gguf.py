@@ -230,7 +230,10 @@ def test_llama3_rope_factors_become_a_configuration():
 
 # ---------------------------------------------------------------- writing
 
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
@@ -251,7 +254,10 @@ RULES = {
     "deepseek-v3": {"steps": isolated(*DEEPSEEK3)},
     "deepseek-coder": {"steps": [*isolated(*CODER)[:-1], DIGITS, isolated()[-1]]},
 }
-TEXT = "In 1984, the naïve 中文 を 🙂\n\tx = 3.14  # it's DON'T they're\r\n\n   the<think>12312</think><|im_end|>"
+TEXT = (
+    "In 1984, the naïve 中文 を 🙂\n\tx = 3.14  # it's DON'T they're\r\n\n   "
+    "the<think>12312</think><|im_end|>"
+)
 
 
 def checkpoint(folder: Path, name: str = "llama", rows: int = 280, **changes) -> Path:

@@ -191,7 +191,8 @@ def measured() -> dict[str, float]:
 
 
 def test_help_is_there_at_once():
-    """No more than a few times what its library for commands takes to be imported; torch alone takes ten times that."""
+    """No more than a few times what its library for commands takes to be imported; torch alone takes ten
+    times that."""
 
     def processor_seconds(code: str) -> tuple[float, str]:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -214,7 +215,8 @@ def test_help_is_there_at_once():
 
 
 def test_the_index_leads_to_what_it_names():
-    """docs/explanation/design.md, "Where is ...": every file is there, and defines one of the names beside it; every name is defined."""
+    """docs/explanation/design.md, "Where is ...": every file is there, and defines one of the names beside
+    it; every name is defined."""
     page = (HOUSE.parent / "docs" / "explanation" / "design.md").read_text(encoding="utf-8")
     table = page.partition("## Where is ...")[2].partition("\n\n`limbeck/recipes/`")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]

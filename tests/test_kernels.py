@@ -30,7 +30,8 @@ from limbeck.model.kv_cache import KVCache
 from limbeck.model.packed import Packed, SharedPrefix
 from limbeck.types import LimbeckError
 
-# Every width that this machine can run is tested on it: 4 numbers a vector, 8, 16, and whatever the processor itself has.
+# Every width that this machine can run is tested on it: 4 numbers a vector, 8, 16, and whatever the processor
+# itself has.
 WIDTHS = ("native", "x86-64-v2", "x86-64-v3", "x86-64-v4")
 NONE = f"no kernels here: {kernels.found()[1]}"
 
@@ -210,8 +211,8 @@ def model(**changes) -> Decoder:
 @pytest.mark.parametrize("way", range(3))
 @torch.no_grad()
 def test_steps_of_decoding_equal_a_whole_forward_pass(compiled, way, name, plainly):
-    """Rows of different ages, a prompt forked, rows dropped on the way; against the packed pass in plain torch. Each way
-    of multiplying is taken."""
+    """Rows of different ages, a prompt forked, rows dropped on the way; against the packed pass in plain
+    torch. Each way of multiplying is taken."""
     compiled.use_ways((ctypes.c_int8 * 32)(*[way] * 32))
     decoder = model(**MODELS[name])
     tokens = torch.randint(0, 96, (3, 24), generator=torch.Generator().manual_seed(1))

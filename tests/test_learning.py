@@ -39,8 +39,8 @@ def held_out(decoder: Decoder, task: Countdown) -> dict[str, float]:
 
 
 def test_a_base_learns_from_text_and_then_from_rewards_alone(task, tmp_path):
-    """Pretraining halves the loss; RL, paid for right answers and tags, raises held-out accuracy and the number of
-    attempts, without a demonstration."""
+    """Pretraining halves the loss; RL, paid for right answers and tags, raises held-out accuracy and the
+    number of attempts, without a demonstration."""
     tokenizer = task.tokenizer()
     decoder = Decoder(ModelConfig("llama", tokenizer.size, 48, 2, 4, 4, 12, 96, rope_theta=100.0)).initialize(
         1

@@ -115,9 +115,9 @@ def test_smollm2_says_in_llama_cpp_what_our_engine_says(tmp_path, llama_simple, 
 def test_random_models_say_in_llama_cpp_what_they_say_in_transformers(tmp_path, llama_simple, smollm2, name):
     """The second prompt is longer than the positions that yarn began with.
 
-    Random weights leave the next token in doubt more often than learned ones, and a cache in fp16 then parts the
-    two: with it 36 to 80 of 80 tokens agree, with one in fp32 all of them. A wrong form or key leaves none.
-    """
+    Random weights leave the next token in doubt more often than learned ones, and a cache in fp16 then parts
+    the two: with it 36 to 80 of 80 tokens agree, with one in fp32 all of them. A wrong form or key leaves
+    none."""
     pytest.importorskip("transformers")
     tokenizer = Tokenizer.from_directory(smollm2)
     model = checkpoints.save(name, tmp_path / "hf", tokenizer.size)

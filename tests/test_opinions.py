@@ -1,4 +1,5 @@
-"""Opinions in a recipe: judges that were calibrated, reward models that learned, and the alarm that watches both."""
+"""Opinions in a recipe: judges that were calibrated, reward models that learned, and the alarm that watches
+both."""
 
 from __future__ import annotations
 
@@ -214,9 +215,17 @@ def rings(kind: str, seed: int, window: int = 30) -> bool:
     )
 
 
-@pytest.mark.parametrize("kind, low, high", [
-    ("hacked", 0.85, 1), ("harmful", 0.95, 1), ("honest", 0, 0.12), ("slow", 0, 0.12), ("still", 0, 0.12), ("perfect", 0, 0.15),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, low, high",
+    [
+        ("hacked", 0.85, 1),
+        ("harmful", 0.95, 1),
+        ("honest", 0, 0.12),
+        ("slow", 0, 0.12),
+        ("still", 0, 0.12),
+        ("perfect", 0, 0.15),
+    ],
+)
 def test_the_alarm_rings_on_hacks_and_is_silent_on_honest_progress(kind, low, high):
     assert low <= np.mean([rings(kind, seed) for seed in range(50)]) <= high
 
@@ -375,14 +384,17 @@ stages:
     steps: 9
     policy: {{prompts_per_step: 4, group_size: 2, zero_variance: keep, mask_truncated: false}}
     sampling: {{max_new_tokens: 12}}
-  kept: {{kind: sample, model: base, problems: {{chat: 1}}, prompts: 8, samples: 2, correct: false, wellformed: false, judge: checked, sampling: {{max_new_tokens: 12}}}}
-  helpful: {{kind: reward, model: base, rows: labels.jsonl, licence: own, held_out: 0.4, epochs: 6, batch_pairs: 8, optimizer: {{learning_rate: 5.0e-3}}, save_every: 0.01}}
+  kept: {{kind: sample, model: base, problems: {{chat: 1}}, prompts: 8, samples: 2,
+         correct: false, wellformed: false, judge: checked, sampling: {{max_new_tokens: 12}}}}
+  helpful: {{kind: reward, model: base, rows: labels.jsonl, licence: own, held_out: 0.4, epochs: 6,
+            batch_pairs: 8, optimizer: {{learning_rate: 5.0e-3}}, save_every: 0.01}}
 """
 
 
 @pytest.fixture
 def learned_recipe(tmp_path, decoder, tokenizer):
-    """`learned_recipe(stub)`: a recipe whose judge is a stub, and sixty labelled rows: the better answer repeats the question."""
+    """`learned_recipe(stub)`: a recipe whose judge is a stub, and sixty labelled rows: the better answer
+    repeats the question."""
 
     def write(stub: Stub) -> Path:
         weights.save(decoder(), tmp_path / "model", tokenizer)
@@ -457,7 +469,8 @@ def test_a_judge_that_fails_is_refused_as_a_reward_with_its_numbers(learned_reci
         with pytest.raises(LimbeckError) as error:
             judge_of(job(recipe, "zero", stub, wise=wise.folder, checked=checked.folder), "checked")
     assert str(error.value).startswith(
-        "stages.zero: the judge wise is refused as a reward by checked: position bias +1.00 (it favours the first), above 0.2; "
+        "stages.zero: the judge wise is refused as a reward by checked: "
+        "position bias +1.00 (it favours the first), above 0.2; "
     )
     assert "agreement 0.00" in str(error.value) and str(error.value).endswith(
         "ask it otherwise (stages.checked.judging)"
@@ -522,23 +535,60 @@ def test_a_reward_model_that_learned_nothing_is_refused(learned_recipe):
     )
     with pytest.raises(
         LimbeckError,
-        match=r"helpful is refused: on 40 held-out pairs it is right in 55% \[41%, 68%\], no better than chance",
+        match=r"helpful is refused: on 40 held-out pairs it is right in 55% \[41%, 68%\], "
+        "no better than chance",
     ):
         reward_model_of(replace(zero, inputs={"helpful": folder}), "helpful")
 
 
-@pytest.mark.parametrize("settings, sentence", [
-    ("stages.zero.learned_rewards=null", "stages.zero.rewards.judge is an opinion: name its calibrate stage in stages.zero.learned_rewards.judge.of"),
-    ("stages.zero.learned_rewards.judge.of=wise", "stages.zero.learned_rewards.judge.of needs a calibration of the judge, but wise is remote"),
-    ("stages.zero.learned_rewards.judge.of=base", "stages.zero.learned_rewards.judge.of needs a calibration of the judge, but base is a load stage"),
-    ("stages.zero.rewards={accuracy: 1}", "stages.zero.learned_rewards.judge earns nothing; say what it is worth in stages.zero.rewards.judge"),
-    ("stages.zero.learned_rewards.judge.problems=[chad]", "stages.zero.learned_rewards.judge.problems cites chad, of which the stage has none; did you mean chat?"),
-    ("stages.zero.learned_rewards.judge.window=9", "stages.zero.learned_rewards.judge.window = 9 is longer than the 8 steps in which judge counts"),
-    ("stages.kept.judge=helpful", "stages.kept.judge needs a calibration of the judge, but helpful is a reward stage"),
-    ("stages.helpful.rows=kept", "stages.helpful.rows needs rows of preferences, but kept is a sample stage"),
-    ("stages.checked.model=base", "labels come from rows, or from model and problems together"),
-    ("stages.checked.judging.votes=3", "are the same vote"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (
+            "stages.zero.learned_rewards=null",
+            (
+                "stages.zero.rewards.judge is an opinion: name its calibrate stage in "
+                "stages.zero.learned_rewards.judge.of"
+            ),
+        ),
+        (
+            "stages.zero.learned_rewards.judge.of=wise",
+            "stages.zero.learned_rewards.judge.of needs a calibration of the judge, but wise is remote",
+        ),
+        (
+            "stages.zero.learned_rewards.judge.of=base",
+            "stages.zero.learned_rewards.judge.of needs a calibration of the judge, but base is a load stage",
+        ),
+        (
+            "stages.zero.rewards={accuracy: 1}",
+            (
+                "stages.zero.learned_rewards.judge earns nothing; say what it is worth in "
+                "stages.zero.rewards.judge"
+            ),
+        ),
+        (
+            "stages.zero.learned_rewards.judge.problems=[chad]",
+            (
+                "stages.zero.learned_rewards.judge.problems cites chad, of which the stage has none; "
+                "did you mean chat?"
+            ),
+        ),
+        (
+            "stages.zero.learned_rewards.judge.window=9",
+            "stages.zero.learned_rewards.judge.window = 9 is longer than the 8 steps in which judge counts",
+        ),
+        (
+            "stages.kept.judge=helpful",
+            "stages.kept.judge needs a calibration of the judge, but helpful is a reward stage",
+        ),
+        (
+            "stages.helpful.rows=kept",
+            "stages.helpful.rows needs rows of preferences, but kept is a sample stage",
+        ),
+        ("stages.checked.model=base", "labels come from rows, or from model and problems together"),
+        ("stages.checked.judging.votes=3", "are the same vote"),
+    ],
+)
 def test_an_opinion_that_cannot_be_had_is_said_before_anything_runs(learned_recipe, settings, sentence):
     with Stub() as stub:
         recipe = learned_recipe(stub)
@@ -547,10 +597,22 @@ def test_an_opinion_that_cannot_be_had_is_said_before_anything_runs(learned_reci
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line, sentence", [
-    ('{"prompt": "x", "chosen": "y"}', "labels.jsonl, line 1: rejected is missing or no text; rows of preferences have prompt, chosen and rejected"),
-    ('{"prompt": "x", "chosen": "y", "rejected": "z"}', "1 labelled pairs are too few to measure a judge by (20 at least); label more rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        (
+            '{"prompt": "x", "chosen": "y"}',
+            (
+                "labels.jsonl, line 1: rejected is missing or no text; "
+                "rows of preferences have prompt, chosen and rejected"
+            ),
+        ),
+        (
+            '{"prompt": "x", "chosen": "y", "rejected": "z"}',
+            "1 labelled pairs are too few to measure a judge by (20 at least); label more rows",
+        ),
+    ],
+)
 def test_labels_that_will_not_do(learned_recipe, tmp_path, line, sentence):
     with Stub(checking) as stub:
         recipe = learned_recipe(stub)

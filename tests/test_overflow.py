@@ -100,19 +100,36 @@ def taught(batches: list[Batch], build: Callable[..., Decoder], labels: bool) ->
 # Every loss: how it is made, what learns by it, and the batches that it sees.
 LOSSES = {
     "CrossEntropy": (CrossEntropy, Learner, lambda build: pack(samples(), 1 << 20)),
-    "PolicyGradient": (lambda: PolicyGradient(Policy(kl_coef=0.1)), Learner, lambda build: pack(samples(), 1 << 20)),
-    "PolicyGradient-r1": (lambda: PolicyGradient(Policy(preset="r1", off_policy_threshold=0.5)), Learner, lambda build: pack(samples(), 1 << 20)),
+    "PolicyGradient": (
+        lambda: PolicyGradient(Policy(kl_coef=0.1)),
+        Learner,
+        lambda build: pack(samples(), 1 << 20),
+    ),
+    "PolicyGradient-r1": (
+        lambda: PolicyGradient(Policy(preset="r1", off_policy_threshold=0.5)),
+        Learner,
+        lambda build: pack(samples(), 1 << 20),
+    ),
     "DPO": (lambda: DPO(0.1), Learner, lambda build: pack(pairs(), 1 << 20)),
     "DPO-normalized": (lambda: DPO(0.1, True), Learner, lambda build: pack(pairs(), 1 << 20)),
-    "SpanDistance": (SpanDistance, Learner, lambda build: pack([replace(s, spans=np.arange(len(s.tokens) - s.start)) for s in samples()], 1 << 20)),
+    "SpanDistance": (
+        SpanDistance,
+        Learner,
+        lambda build: pack(
+            [replace(s, spans=np.arange(len(s.tokens) - s.start)) for s in samples()], 1 << 20
+        ),
+    ),
     "BradleyTerry": (BradleyTerry, RewardModelLearner, lambda build: halves()),
     **{
         f"Distillation-{kind}-{'labels' if labels else 'states'}": (
-            lambda kind=kind: Distillation(kind), Learner, lambda build, labels=labels: taught(pack(samples(), 1 << 20), build, labels),
+            lambda kind=kind: Distillation(kind),
+            Learner,
+            lambda build, labels=labels: taught(pack(samples(), 1 << 20), build, labels),
         )
-        for kind in ("forward", "reverse", "jsd") for labels in (False, True)
+        for kind in ("forward", "reverse", "jsd")
+        for labels in (False, True)
     },
-}  # fmt: skip
+}
 
 
 def state(learner: Learner) -> dict[str, bytes]:
@@ -164,7 +181,8 @@ def test_no_loss_moves_a_weight_by_what_is_not_finite(decoder, loss, poison, val
 
 
 def test_every_loss_of_the_house_is_among_those_that_are_tried():
-    """Every class of train/losses.py that can be called; and no other function has a gradient made and a step taken."""
+    """Every class of train/losses.py that can be called; and no other function has a gradient made and a step
+    taken."""
     callable_classes = {
         node.name
         for node in ast.parse(Path(losses.__file__).read_text()).body
@@ -225,7 +243,8 @@ def test_a_gradient_too_large_to_be_measured_is_not_clipped_to_nothing(decoder):
 
 
 def test_a_rate_that_overflows_is_told_before_anything_is_saved(decoder, tmp_path):
-    """The step itself makes a weight infinite: the file on disk is still the last good one, from which a lower rate goes on."""
+    """The step itself makes a weight infinite: the file on disk is still the last good one, from which a
+    lower rate goes on."""
     plan, made = [[0, 1], [1, 2], [0, 2]], samples()
 
     def learn(rate: float, steps: int) -> Learner:
@@ -329,7 +348,8 @@ def test_a_model_with_a_spoiled_weight_is_not_loaded(finished, tmp_path):
     run = tiny.open_run(tmp_path / "tiny.yaml", tmp_path / "runs")
     event = run_job(run._job(run.graph.nodes["brought"]))
     assert str(_failure({**event, "name": "brought"}, tmp_path)) == (
-        f"stage brought: {tmp_path / 'model'}: the weight norm.weight is not finite; copy the model again from its source"
+        f"stage brought: {tmp_path / 'model'}: the weight norm.weight is not finite; "
+        "copy the model again from its source"
     )
 
 
@@ -367,12 +387,24 @@ def test_a_file_whose_heads_are_rotated_in_part_is_refused():
         ModelConfig.from_hf({**tree, "num_key_value_heads": 3})
 
 
-@pytest.mark.parametrize("shape, told", [
-    ("hidden_size: 28, heads: 4, kv_heads: 4", "hidden_size = 28 is no even number of dimensions for each of heads = 4, .* a multiple of 8"),
-    ("hidden_size: 8, heads: 8, kv_heads: 4", "hidden_size = 8 is no even number of dimensions for each of heads = 8, .* a multiple of 16"),
-    ("hidden_size: 64, heads: 4, kv_heads: 3", "kv_heads = 3 does not divide heads = 4"),
-    ("latent: {kv_lora_rank: 8, nope_dim: 4, rope_dim: 3, value_dim: 4}", "latent.rope_dim: input should be a multiple of 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, told",
+    [
+        (
+            "hidden_size: 28, heads: 4, kv_heads: 4",
+            "hidden_size = 28 is no even number of dimensions for each of heads = 4, .* a multiple of 8",
+        ),
+        (
+            "hidden_size: 8, heads: 8, kv_heads: 4",
+            "hidden_size = 8 is no even number of dimensions for each of heads = 8, .* a multiple of 16",
+        ),
+        ("hidden_size: 64, heads: 4, kv_heads: 3", "kv_heads = 3 does not divide heads = 4"),
+        (
+            "latent: {kv_lora_rank: 8, nope_dim: 4, rope_dim: 3, value_dim: 4}",
+            "latent.rope_dim: input should be a multiple of 2",
+        ),
+    ],
+)
 def test_a_shape_whose_heads_cannot_be_rotated_is_a_mistake_in_the_recipe(finished, tmp_path, shape, told):
     recipe = tmp_path / "odd.yaml"
     recipe.write_text(finished.recipe.read_text())

@@ -140,8 +140,8 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(nursery, finished, tmp_pa
     code, _, errors = answer("run", finished.recipe, "--runs", tmp_path / "runs", "--auto")
     assert code == 0
     assert (
-        f"dev1: it began with other kernels (AVX9, kernels-of-another-processor; here {kernels.instructions()}"
-        in errors
+        f"dev1: it began with other kernels "
+        f"(AVX9, kernels-of-another-processor; here {kernels.instructions()}" in errors
     )
     manifest = json.loads(
         (attempt.run.store.find(attempt.node.kind, attempt.node.key).folder / "manifest.json").read_text()

@@ -1,4 +1,5 @@
-"""What guards speed: our path beside our plain path, on the machine at hand. Ratios to peers are benchmarks (`bench/`)."""
+"""What guards speed: our path beside our plain path, on the machine at hand. Ratios to peers are benchmarks
+(`bench/`)."""
 
 from __future__ import annotations
 

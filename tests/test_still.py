@@ -42,7 +42,8 @@ problems:
   chat: {<<: *clock, task: repeat}
   elsewhere: {<<: *clock, modulus: 7}
 stages:
-  stranger: {kind: pretrain, problems: elsewhere, tokens: 12000, batch_tokens: 512, shape: &shape {hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}}
+  stranger: {kind: pretrain, problems: elsewhere, tokens: 12000, batch_tokens: 512,
+             shape: &shape {hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}}
   big:
     kind: pretrain
     problems: clock
@@ -88,14 +89,18 @@ stages:
     steps: 20
   own: {<<: *mixed, on_policy: 1, divergence: reverse, rows: {}, steps: 40}
   across: {<<: *mixed, divergence: text, teachers: {clock: stranger, chat: stranger}, steps: 30}
-  pairs: {kind: pairs, model: base, problems: {chat: 1, clock: 1}, scored_by: big, prompts: 64, samples: 4, sampling: *brief}
+  pairs: {kind: pairs, model: base, problems: {chat: 1, clock: 1}, scored_by: big,
+          prompts: 64, samples: 4, sampling: *brief}
   preferring:
-    {kind: dpo, model: base, pairs: {pairs: 1}, beta: 0.5, epochs: 6, batch_tokens: 512, optimizer: {learning_rate: 0.003},
+    {kind: dpo, model: base, pairs: {pairs: 1}, beta: 0.5, epochs: 6, batch_tokens: 512,
+     optimizer: {learning_rate: 0.003},
      log_every: 1, save_every: 0.01}
   best:
-    {kind: sample, model: base, problems: {chat: 1}, keep: best, scored_by: big, prompts: 32, samples: 4, correct: false,
+    {kind: sample, model: base, problems: {chat: 1}, keep: best, scored_by: big, prompts: 32,
+     samples: 4, correct: false,
      wellformed: false, sampling: *brief}
-  raised: {kind: sft, model: base, rows: {best: 1, outputs: 1}, system: {outputs: try wait}, epochs: 30, batch_tokens: 512, flops: 6.0e+8}
+  raised: {kind: sft, model: base, rows: {best: 1, outputs: 1}, system: {outputs: try wait}, epochs: 30,
+           batch_tokens: 512, flops: 6.0e+8}
 """
 
 
@@ -154,7 +159,8 @@ def test_a_teacher_with_another_tokenizer_is_learned_from_by_its_text(still):
 
 
 def test_whatever_way_it_learns_what_it_learned_from_is_listed_and_can_be_recalled(still):
-    """Labelled rows, pairs, and what a student practised on itself; a withdrawn row reaches through labels and pairs."""
+    """Labelled rows, pairs, and what a student practised on itself; a withdrawn row reaches through labels
+    and pairs."""
     listed = {
         stage: list(rows_behind(find(f"still/{stage}", still.home)))
         for stage in ("offline", "preferring", "own", "mixed")
@@ -404,10 +410,23 @@ def foreign(folder, end: str = "<eos>") -> None:
     tokenizer.save(folder)
 
 
-@pytest.mark.parametrize("stage, setting, end, said", [
-    ("own", "teachers={clock: other, chat: big}", "<eos>", "the vocabulary of the teacher other differs from the student's in "),
-    ("pairs", "scored_by=other", "<pad>", "the teacher other ends its turn with '<pad>', the student with '<eos>'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, setting, end, said",
+    [
+        (
+            "own",
+            "teachers={clock: other, chat: big}",
+            "<eos>",
+            "the vocabulary of the teacher other differs from the student's in ",
+        ),
+        (
+            "pairs",
+            "scored_by=other",
+            "<pad>",
+            "the teacher other ends its turn with '<pad>', the student with '<eos>'",
+        ),
+    ],
+)
 def test_a_teacher_of_another_tongue_is_refused_before_anything_is_learned(
     still, tmp_path, end, said, stage, setting
 ):
@@ -439,19 +458,37 @@ def test_labels_at_another_temperature_are_refused(still):
         run.execute()
 
 
-@pytest.mark.parametrize("setting, said", [
-    ("stages.own.teachers={clock: big}", "stages.own.teachers has none for chat"),
-    ("stages.own.teachers={clock: big, chat: big, chta: big}", "stages.own.teachers cites chta, which is not under problems; did you mean chat"),
-    ("stages.own.teachers={clock: outputs, chat: big}", "stages.own.teachers.clock needs a model, but outputs is a sample stage"),
-    ("stages.offline.rows={outputs: 1}", "stages.offline.rows cites outputs, which nobody has labelled"),
-    ("stages.offline.rows={}", "leaves steps that need rows"),
-    ("stages.own.problems={}", "needs problems for the student to answer"),
-    ("stages.preferring.pairs={outputs: 1}", "stages.preferring.pairs needs pairs, but outputs is a sample stage"),
-    ("stages.raised.system={outptus: try}", "stages.raised.system cites outptus, which gives it no rows; did you mean outputs"),
-    ("stages.offline.divergence=text", "stages.offline.rows cites labels, labels of tokens, which divergence text cannot use"),
-    ("stages.raised.flops_of=own", "are two budgets; give one"),
-    ("stages.pairs.scored_by=outputs", "stages.pairs.scored_by needs a model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("stages.own.teachers={clock: big}", "stages.own.teachers has none for chat"),
+        (
+            "stages.own.teachers={clock: big, chat: big, chta: big}",
+            "stages.own.teachers cites chta, which is not under problems; did you mean chat",
+        ),
+        (
+            "stages.own.teachers={clock: outputs, chat: big}",
+            "stages.own.teachers.clock needs a model, but outputs is a sample stage",
+        ),
+        ("stages.offline.rows={outputs: 1}", "stages.offline.rows cites outputs, which nobody has labelled"),
+        ("stages.offline.rows={}", "leaves steps that need rows"),
+        ("stages.own.problems={}", "needs problems for the student to answer"),
+        (
+            "stages.preferring.pairs={outputs: 1}",
+            "stages.preferring.pairs needs pairs, but outputs is a sample stage",
+        ),
+        (
+            "stages.raised.system={outptus: try}",
+            "stages.raised.system cites outptus, which gives it no rows; did you mean outputs",
+        ),
+        (
+            "stages.offline.divergence=text",
+            "stages.offline.rows cites labels, labels of tokens, which divergence text cannot use",
+        ),
+        ("stages.raised.flops_of=own", "are two budgets; give one"),
+        ("stages.pairs.scored_by=outputs", "stages.pairs.scored_by needs a model"),
+    ],
+)
 def test_a_mistake_is_one_sentence(tmp_path, setting, said):
     (tmp_path / "still.yaml").write_text(RECIPE)
     with pytest.raises(LimbeckError, match="still.yaml: ") as error:

@@ -46,7 +46,8 @@ stages:
     sampling: {max_new_tokens: 24}
     log_every: 1
     save_every: 0.01
-  screened: {kind: screen, model: base, problems: {chat: 1}, limit: 192, samples: 4, sampling: {max_new_tokens: 24}}
+  screened: {kind: screen, model: base, problems: {chat: 1}, limit: 192, samples: 4,
+             sampling: {max_new_tokens: 24}}
   traces:
     kind: sample
     model: base
@@ -134,7 +135,8 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def child(request: dict, answer_to: str, fatal: int) -> None:
-    """Carry one stage out; die by SIGKILL at the `fatal`-th time that something is forced to disk or renamed."""
+    """Carry one stage out; die by SIGKILL at the `fatal`-th time that something is forced to disk or
+    renamed."""
     import torch
 
     torch.set_num_threads(1)
