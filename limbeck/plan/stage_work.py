@@ -37,7 +37,7 @@ from ..config.recipe import (
 )
 from ..model.config import ModelConfig
 
-CHUNK = 64  # problems that a sampling stage samples at once (pipeline/stages/basic.py)
+CHUNK = 64  # problems that a sampling stage samples at once (pipeline/stages/sweep.py)
 SMALL = 10_000_000  # parameters up to which an engine has 256 rows in flight, and not 64 (pipeline/job.py)
 PROMPT = 45  # tokens of a question from a file or a generator: SmolLM2's sums have 47
 

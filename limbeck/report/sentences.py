@@ -18,7 +18,7 @@ from .i18n import KINDS, MODES, Text, count, duration, percent, plain
 from .loaded_run import EVALUATION, Run, StageView
 
 _ENDS = 10  # the beginning and the end of a curve are one in 10 of its values each
-_ROUNDING_GAP = 1e-3  # nats a token that rounding in float32 explains (train/selftest.py)
+_ROUNDING_GAP = 1e-3  # nats a token that rounding in float32 explains (train/alarms.py)
 _MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
 
 
