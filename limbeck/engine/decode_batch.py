@@ -22,8 +22,10 @@ from ..model.kv_cache import KVCache, Packed
 from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
 
-HEADROOM = 128  # tokens of a completion that a new cache has room for: growing copies the cache
-MIN_ALIVE_SHARE = 0.75  # of all rows: below it finished rows are dropped; dropping copies, idle rows compute
+HEADROOM = 128  # tokens per row that a new cache has room for; growing it later copies the whole cache
+# Finished rows are dropped once less than this share of all rows is unfinished: dropping copies the cache, and
+# rows that stay cost computation.
+MIN_ALIVE_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class DecodeBatch:
 
     drafted = 0
     accepted = 0
-    tokens_deferred = 0  # tokens at a prompt's end that the first step runs, not the prefill
-    compiled = True  # if the compiled decode step may be used
-    records_routes = True  # if finished sequences carry the experts of their tokens
+    tokens_deferred = 0  # tokens at the end of a prompt that are run by the first step, not by the prefill
+    compiled = True  # True if the compiled decode step may be used
+    records_routes = True  # True if finished sequences have the experts chosen for their tokens
 
     def __init__(self, model: Decoder, end_id: int, sampling: SamplingParams):
         self.model = model
@@ -62,7 +64,7 @@ class DecodeBatch:
         fits = self.compiled and DecodeStep.fits(model)
         self.decoding = DecodeStep(model) if fits else None
         self.cache = self._new_cache()
-        self.owners: list[Any] = []  # of each row: (problem, sample)
+        self.owners: list[Any] = []  # for each row the pair (problem, sample)
         self._allocate()
 
     def _new_cache(self) -> KVCache:
@@ -79,7 +81,7 @@ class DecodeBatch:
         precision = np.float64 if dtype == torch.float64 else np.float32
         self.logprobs_BT = np.zeros((0, max_tokens), dtype=precision)
         self.uniforms_BT = np.zeros((0, max_tokens))
-        self.sampled_B = np.zeros(0, dtype=np.int64)  # tokens sampled so far
+        self.sampled_B = np.zeros(0, dtype=np.int64)  # tokens that each row has sampled so far
         self.alive_B = np.zeros(0, dtype=bool)
         self.top_p_ids: list[list[np.ndarray]] = []
         self.hidden_BC = torch.zeros(0, config.hidden_size, dtype=dtype)

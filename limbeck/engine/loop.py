@@ -29,7 +29,7 @@ class EngineThread:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, which then runs the schedulers until `close` is called."""
         self.thread.start()
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ ATTEMPTS = 8  # requests, with pauses of 1, 2, 4 ... 30 seconds between them: ab
 FIRST_WAIT = 1.0  # seconds
 MAX_WAIT = 30.0  # seconds between two attempts
 CHECK_TIMEOUT = 30.0  # seconds for the list of models
-MAX_RETRY_AFTER = 900.0  # seconds: where an endpoint demands a longer pause the stage stops, to be resumed
+MAX_RETRY_AFTER = 900.0  # seconds; if an endpoint demands a longer pause, the stage stops and can be resumed
 MAX_DETAIL = 300  # characters of an endpoint's error message
 HIDDEN_HEADERS = (
     "Lang",
@@ -66,7 +66,7 @@ class Endpoint:
         self.key = key_of(name, settings)
         self.client: Any = None
         self.failed = threading.Event()
-        self.reached = False  # if a request has succeeded
+        self.reached = False  # True once a request has succeeded
         self.lock = threading.Lock()
         self.rate_limiter = RateLimiter(settings.requests_per_minute, self._stopping)
         self._usage: dict[str, dict[str, int]] = {}
@@ -115,7 +115,7 @@ class Endpoint:
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._explain(error) from None
         except openai.OpenAIError:
-            pass  # not every endpoint has a list
+            pass  # not every endpoint can list its models
 
     def take_usage(self) -> dict[str, float]:
         """Return the numbers of prompt and response tokens of all different responses since the last call,
@@ -255,7 +255,7 @@ class Endpoint:
             return self._retry_status(error)
         if isinstance(error, openai.APITimeoutError):
             return True
-        # From the first request on, a wrong address looks like this.
+        # Before any request has succeeded, these errors more likely come from a wrong address: do not retry.
         return self.reached and isinstance(error, (openai.APIConnectionError, InvalidResponse))
 
     def _retry_status(self, error: Any) -> bool | float:

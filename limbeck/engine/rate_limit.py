@@ -29,7 +29,7 @@ class RateLimiter:
         self.next_start = 0.0  # seconds, monotonic
 
     def pause(self, seconds: float) -> None:
-        """Let no request start for the next `seconds`."""
+        """Let no request start for the next `seconds`; a longer pause that is already in force stays."""
         with self.lock:
             self.next_start = max(self.next_start, time.monotonic() + seconds)
 

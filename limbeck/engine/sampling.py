@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config.parts import Sampling
 from ..model import kernels
 
-NUCLEUS_CANDIDATES = 256  # tokens, the most likely ones: they nearly always hold the whole nucleus
+NUCLEUS_CANDIDATES = 256  # number of most likely tokens, which nearly always contain the whole top-p set
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,17 @@ from .prefix_cache import PrefixCache
 from .request import Answer, Choice, QueueFull, Request
 from .serving_batch import SequenceState, ServingBatch
 
-# A prefill may stall the decoding rows for so long, or for two decode steps if that is more; longer still
-# where more rows are in prefill than in decode, for many prompts at once are prefilled faster.
-STALL_SECONDS = 0.2  # seconds
-IDLE_PREFILL_SECONDS = 0.8  # seconds of a chunk where no row decodes: more requests may arrive meanwhile
+# The time for which one prefill chunk may delay the rows in decode, or two decode steps if these take longer. It
+# is extended if more than half as many rows are in prefill as in decode: large chunks run at a higher rate.
+STALL_SECONDS = 0.2
+IDLE_PREFILL_SECONDS = (
+    0.8  # duration of a chunk while no row is in decode; more requests may arrive meanwhile
+)
 MIN_CHUNK = 16  # tokens prefilled at once
 MAX_CHUNK = 4096  # tokens prefilled at once
-MAX_TOKENS = 1 << 17  # tokens in the KV cache of one batch, where the caller sets no bound
+MAX_TOKENS = 1 << 17  # default limit on the tokens in the KV cache of one batch
 INITIAL_PREFILL_RATE = 1000.0  # tokens a second, until measured
-SECONDS_PER_QUEUED_BATCH = 5  # seconds that a full batch takes, roughly
+SECONDS_PER_QUEUED_BATCH = 5  # rough time that a full batch takes
 MAX_RETRY_AFTER = 60  # seconds
 
 
@@ -65,7 +67,7 @@ class Scheduler:
         self.prefill_rate = INITIAL_PREFILL_RATE
         self.steps = 0
         self.failures = 0
-        self.seconds = 0.0  # of all decode steps
+        self.seconds = 0.0  # total time of all decode steps
         self.last_step_seconds = 0.0
         self.lock = threading.Condition()
         self.closing = False

@@ -76,7 +76,7 @@ class ServingBatch(DecodeBatch):
         super().__init__(model, tokenizer.end_id, sampling)
         self.tokenizer = tokenizer
         self.owners: list[SequenceState] = []
-        self.limit_B = np.zeros(0, dtype=np.int64)  # tokens of each completion at most
+        self.limit_B = np.zeros(0, dtype=np.int64)  # maximal number of tokens of each completion
         self.ignore_eos_B = np.zeros(0, dtype=bool)
         self._groups: list[tuple[SamplingParams, Tensor]] | None = None
         self.on_leave: Callable[[SequenceState, int], None] = lambda state, row: None

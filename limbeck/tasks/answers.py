@@ -19,7 +19,7 @@ from .sandbox import SANDBOX
 
 MAX_ANSWER = 512  # characters of an answer
 MAX_DEPTH = 12  # brackets inside one another
-MAX_PROSE = 5  # words of a gold answer that is no prose
+MAX_PROSE = 5  # words; a gold answer with more of them is prose
 CACHED_VERDICTS = 1 << 16  # verdicts of the sandbox
 
 
@@ -147,11 +147,11 @@ STYLES = {"tags": _extract_tagged, "boxed": _extract_boxed, "final": _extract_fi
 
 
 def parse_gold(raw: str) -> str | None:
-    """Return the gold answer in the field `raw` of a data set's row: what follows `####` (GSM8K), the content
-    of the last `\\boxed{}`, or the whole field.
+    """Return the gold answer in the field `raw` of a data set's row: what follows the last `####` (GSM8K),
+    the content of the last `\\boxed{}`, or the whole field.
 
-    Return None if an answer could not be compared with it: a field with prose, an empty or too long field, or
-    unbalanced braces.
+    Return None if answers could not be compared with it: a field that is prose, empty, too long, or of
+    several lines, or whose braces are unbalanced.
     """
     if "####" in raw:
         _, _, raw = raw.rpartition("####")

@@ -47,21 +47,28 @@ TEMPLATE = (
     "{{ message.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-# Shares of the corpus. The problem documents that are neither plain, tagged nor guessed are worked: they
-# think.
+# Shares of the kinds of documents in the corpus. A problem document whose solution is neither plain, tagged nor
+# guessed is worked: its solution has a thought with attempts.
 CORPUS = {
     "textbook": 0.30,  # exercises: chains, comparisons, searches; without them verification is learned late
     "general": 0.06,  # requests to repeat, which need no thought
     "plain": 0.12, "tagged": 0.14, "guessed": 0.14,  # shares of the problem documents that are not worked
     "direct_right": 0.20,  # of those, the share that is made correct
-    "systematic": 0.80,  # of the worked ones, the share that retries like an odometer
+    "systematic": 0.80,  # of the worked ones, the share that tries expressions in systematic order
     "unverified": 0.25,  # of the single attempts, the share without a verdict
-    "slip": 0.03, "misjudged": 0.02,  # wrong results, flipped verdicts
+    "slip": 0.03, "misjudged": 0.02,  # shares of wrong results and of flipped verdicts
     "same": 0.60, "other": 0.10,  # language of the words: the question's, the other; the rest is mixed
 }  # fmt: skip
-ATTEMPTS = {1: 0.62, 2: 0.18, 3: 0.07, 5: 0.05, 8: 0.03, 16: 0.05}  # share of each maximum of attempts
-# From this maximum on, the first half of the attempts is made to fail: the base must see long thoughts to
-# write them.
+ATTEMPTS = {
+    1: 0.62,
+    2: 0.18,
+    3: 0.07,
+    5: 0.05,
+    8: 0.03,
+    16: 0.05,
+}  # share of the worked documents with each maximum of attempts
+# If the maximum of attempts is at least this, the first half of them is made to fail: the base model must see
+# long thoughts in order to write them.
 LONG_SEARCH = 8  # attempts
 MAX_REDRAWS = 50  # random expressions drawn to find an untried one
 TEST_REPEATS = 15  # per cent of the requests to repeat that are in the test

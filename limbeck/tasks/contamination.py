@@ -36,10 +36,11 @@ def words(text: str) -> Words:
 
 
 class ContaminationIndex:
-    """An index of one source's test problems: `ContaminationIndex({"clock/en-1-5-6-4": "use 1 5 6 make 4 ?"}).fault(...)`.
+    """An index of the test problems of one source, with which training rows are checked by `fault`. For
+    example, `ContaminationIndex({"clock/en-1-5-6-4": "use 1 5 6 make 4 ?"})`.
 
-    `prompts` has the prompt of each id, `questions` the prompts without the instruction that they share,
-    where known.
+    `prompts` maps the id of each test problem to its prompt. `questions` maps ids to the prompts without the
+    instruction that all of them share, where these are known.
     """
 
     def __init__(self, prompts: Mapping[str, str], questions: Mapping[str, str] | None = None):

@@ -28,7 +28,7 @@ Entry = dict[str, Any]
 
 # ---------------------------------------------------------------- compared with the gold answer
 
-# The words of each line count, and their case where it is part of the answer.
+# The words of each line are compared, in TEXT with their case.
 TEXT = frozenset({
     "ab", "arc_agi", "binary_matrix", "emoji_mystery", "futoshiki", "letter_jumble", "manipulate_matrix",
     "mini_sudoku", "path_star", "rearc", "self_reference", "sentence_reordering", "spiral_matrix",
@@ -38,7 +38,7 @@ TEXT_IN_ANY_CASE = frozenset({
     "calendar_arithmetic", "color_cube_rotation", "dice", "family_relationships", "figlet_font",
     "game_of_life_halting", "needle_haystack", "spell_backward", "tsumego", "zebra_puzzles",
 })  # fmt: skip
-# Numbers are for `answers.judge`, where they are no whole ones as well.
+# Answers to these are judged by `answers.judge`, even if they are not whole numbers.
 NUMBERS = frozenset(
     {"chain_sum", "circuit_logic", "decimal_chain_sum", "gsm_symbolic", "products", "rectangle_count"}
 )
@@ -146,7 +146,7 @@ def _queens(answer: str, entry: Entry) -> bool:
     return words(answer) in [words(board) for board in entry["metadata"]["valid_answers"]]
 
 
-# Judges of ours: True for a correct answer, False for a wrong one, or `ParseError`.
+# Judges of this package: True for a correct answer, False for a wrong one; `ParseError` for another form.
 FORMS: dict[str, Callable[[str, Entry], bool]] = {
     "bitwise_arithmetic": _bits,
     "codeio": _json,

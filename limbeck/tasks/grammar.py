@@ -32,7 +32,7 @@ FUNCTIONS = frozenset({
 
 
 class ParseError(ValueError):
-    """The text does not have the expected form."""
+    """Raised if a text does not have the form that a parser expects."""
 
 
 def number(text: str) -> Fraction:

@@ -355,8 +355,8 @@ def _compare_scores(first: Score, second: Score, votes: int) -> Comparison:
 
 def _score_results(results: Sequence[str]) -> Score:
     """Return the score of a response from the results of its comparisons ("won", "tie", "lost", or "" for an
-    abstention): the share that it won, where a tie counts half. Without any comparison the share is one half;
-    if all are abstentions it is 0."""
+    abstention). It is the share won of those without an abstention, where a tie counts half. Without any
+    comparison it is one half; if all are abstentions it is 0."""
     count = Counter(results)
     judged = count["won"] + count["tie"] + count["lost"]
     stats = {"judge_abstained": count[""] / max(1, len(results))}

@@ -97,7 +97,8 @@ class Sandbox:
         return self._child
 
     def close(self) -> None:
-        """Kill the child, if there is one."""
+        """Kill the child process and the processes that it has forked, if it is running; the next `ask`
+        starts another."""
         child = self._child
         self._child = None
         if child is None:

@@ -31,7 +31,9 @@ MEMORY = 2 << 30  # bytes of address space
 VERDICTS = ("correct", "wrong", "unparsed", "error")
 FIRST_CODE = 64  # exit codes from here on are results; Python itself exits with smaller ones
 ROUNDING = 12  # digits to which floats must agree
-FULL_SCORE = 1.0  # of a reasoning-gym scorer: partial scores reward substrings
+FULL_SCORE = (
+    1.0  # score of a correct answer by a reasoning-gym scorer; lower scores are given for mere substrings
+)
 Judge = Callable[[str], str]
 Layers = tuple[int, bool]  # the Landlock version, and True with seccomp
 
@@ -244,5 +246,5 @@ def integral(integrand: str, letter: str) -> Judge:
     return judge
 
 
-# Each imports its library once, in the child, which never reads an answer.
+# Each function imports its library once, in the child process, which never reads an answer.
 JUDGES: dict[str, Callable[..., Judge]] = {"mathematics": mathematics, "scorer": scorer, "integral": integral}

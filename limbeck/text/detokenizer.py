@@ -7,8 +7,8 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # decoded from bytes that are no character, or not yet
 MAX_INCOMPLETE = 3  # bytes of an incomplete character: a character has four at most
-WINDOW = 32  # tokens after which the older ones are dropped
-KEPT = 8  # tokens that are kept as context then
+WINDOW = 32  # number of tokens beyond which older ones are dropped
+KEPT = 8  # number of last tokens that are kept as context when older ones are dropped
 
 
 class Decoder(Protocol):

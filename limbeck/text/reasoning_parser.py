@@ -75,7 +75,7 @@ class ReasoningParser:
         self.plain = plain
         self.stopped = False
         self._buffer = ""  # text that is not yet certain
-        self._begun = plain  # if this part has had a delta: until then leading space is dropped
+        self._begun = plain  # True if the current part has had a delta; until then leading space is dropped
 
     def parse(self, text: str) -> list[Delta]:
         """Add `text` to the completion and return the deltas that have become certain."""
