@@ -23,8 +23,8 @@ from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
 
 HEADROOM = 128  # tokens per row that a new cache has room for; growing it later copies the whole cache
-# Finished rows are dropped once less than this share of all rows is unfinished: dropping copies the cache, and
-# rows that stay cost computation.
+# Finished rows are dropped once less than this share of all rows is unfinished: dropping copies the cache,
+# and rows that stay cost computation.
 MIN_ALIVE_SHARE = 0.75
 
 

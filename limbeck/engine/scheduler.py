@@ -19,12 +19,10 @@ from .prefix_cache import PrefixCache
 from .request import Answer, Choice, QueueFull, Request
 from .serving_batch import SequenceState, ServingBatch
 
-# The time for which one prefill chunk may delay the rows in decode, or two decode steps if these take longer. It
-# is extended if more than half as many rows are in prefill as in decode: large chunks run at a higher rate.
+# The time for which one prefill chunk may delay the rows in decode, or two decode steps if these take longer.
+# It is extended if more than half as many rows are in prefill as in decode: large chunks are more efficient.
 STALL_SECONDS = 0.2
-IDLE_PREFILL_SECONDS = (
-    0.8  # duration of a chunk while no row is in decode; more requests may arrive meanwhile
-)
+IDLE_PREFILL_SECONDS = 0.8  # duration of a chunk if no row is in decode: more requests may arrive
 MIN_CHUNK = 16  # tokens prefilled at once
 MAX_CHUNK = 4096  # tokens prefilled at once
 MAX_TOKENS = 1 << 17  # default limit on the tokens in the KV cache of one batch

@@ -47,8 +47,8 @@ TEMPLATE = (
     "{{ message.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-# Shares of the kinds of documents in the corpus. A problem document whose solution is neither plain, tagged nor
-# guessed is worked: its solution has a thought with attempts.
+# Shares of the kinds of documents in the corpus. A problem document whose solution is neither plain, tagged
+# nor guessed is worked: its solution has a thought with attempts.
 CORPUS = {
     "textbook": 0.30,  # exercises: chains, comparisons, searches; without them verification is learned late
     "general": 0.06,  # requests to repeat, which need no thought

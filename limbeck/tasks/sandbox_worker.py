@@ -31,9 +31,7 @@ MEMORY = 2 << 30  # bytes of address space
 VERDICTS = ("correct", "wrong", "unparsed", "error")
 FIRST_CODE = 64  # exit codes from here on are results; Python itself exits with smaller ones
 ROUNDING = 12  # digits to which floats must agree
-FULL_SCORE = (
-    1.0  # score of a correct answer by a reasoning-gym scorer; lower scores are given for mere substrings
-)
+FULL_SCORE = 1.0  # a reasoning-gym scorer's score of a correct answer; substrings get lower scores
 Judge = Callable[[str], str]
 Layers = tuple[int, bool]  # the Landlock version, and True with seccomp
 
