@@ -1,2 +1,2 @@
-"""Sampling from models: rollouts for training, continuous batching for serving, and a client of remote
-endpoints."""
+"""Sampling of completions from models: rollouts for training, continuous batching for serving, and a client
+of remote OpenAI-compatible endpoints."""

@@ -1,6 +1,8 @@
-"""Chat completions of OpenAI-compatible endpoints, read into what the response cache stores and into
-`Completion`s.
-N tokens."""
+"""Conversion of the chat completions of OpenAI-compatible endpoints: first to the JSON fields that the
+response cache stores, then to `Completion`s.
+
+Dimensions: N tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ from ..types import Completion
 
 
 class InvalidResponse(Exception):
-    """The endpoint's response is no chat completion."""
+    """The endpoint's response is not a chat completion."""
 
 
 def parse(response: Any) -> dict[str, Any]:
-    """The stored fields of a chat completion.
+    """Return the fields of a chat completion that the response cache stores: the text (`content`), the
+    reasoning (`thought`), the finish reason, the token counts, the log-probabilities, and the model's name.
 
-    The thought is in `reasoning_content` (DeepSeek, vLLM) or in `reasoning` (OpenRouter, newer vLLM), or
-    inside the text in its tags. Raises `InvalidResponse` if there is no message.
+    The reasoning is read from `reasoning_content` (DeepSeek, vLLM) or `reasoning` (OpenRouter, newer vLLM);
+    where the endpoint leaves it inside the text, between `<think>` tags, the text is returned as it is.
+    Raises `InvalidResponse` if the response has no message.
     """
     try:
         body = response.model_dump()
@@ -43,7 +47,8 @@ def parse(response: Any) -> dict[str, Any]:
 
 
 def to_completion(response: dict[str, Any], sample: int) -> Completion:
-    """The `sample`-th completion of a problem from a stored response, its thought in tags."""
+    """Return a stored response as a `Completion`; `sample` is its number within the problem's group.
+    Reasoning that the endpoint returned separately is put before the text, between `<think>` tags."""
     text = response["content"].strip()
     if response["thought"] and CLOSE not in text:
         text = join_thought(response["thought"], text)
@@ -53,5 +58,6 @@ def to_completion(response: dict[str, Any], sample: int) -> Completion:
 
 
 def unknown_tokens(response: dict[str, Any], name: str) -> np.ndarray:
-    """As many ids [N] as the endpoint counted: each is -1, since an endpoint does not return ids."""
+    """Return an array [N] of -1 in place of the token ids, which an endpoint does not return. N is the count
+    that the endpoint reports under `name`, such as `completion_tokens`."""
     return np.full(response["usage"][name], -1, dtype=np.int64)

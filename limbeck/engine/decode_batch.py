@@ -1,8 +1,9 @@
-"""A decode batch: the KV cache, the sampled tokens, and the (problem, sample) of each row. State per row is
-held in numpy arrays, whose calls cost a fifth of torch's on arrays this small.
+"""A decode batch: the KV cache, the sampled tokens, and the (problem, sample) of each row. A row is one
+sequence that is being sampled. The state of the rows is held in numpy arrays, whose calls cost a fifth of
+torch's on arrays this small.
 
-N packed tokens · B rows · T tokens of a completion · C hidden · V vocabulary · L sparse layers · K experts
-chosen.
+Dimensions: N packed tokens · B rows · T tokens of a completion · C hidden · V vocabulary · L sparse
+(mixture-of-experts) layers · K experts chosen per token.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from ..model.kv_cache import KVCache, Packed
 from ..model.linear import product
 from .sampling import Draw, SamplingParams, draw
 
-HEADROOM = 128  # tokens of a completion that a new cache has room for: growing copies the cache
-MIN_ALIVE_SHARE = 0.75  # of all rows: below it finished rows are dropped; dropping copies, idle rows compute
+HEADROOM = 128  # tokens per row that a new cache has room for; growing it later copies the whole cache
+# Finished rows are dropped once less than this share of all rows is unfinished: dropping copies the cache,
+# and rows that stay cost computation.
+MIN_ALIVE_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class FinishedSequence:
-    """A finished completion of problem `problem`, its `sample`-th.
+    """A finished completion: number `sample` of the group of the problem with index `problem`.
 
-    `tokens` [T] and `logprobs` [T] are as sampled. `top_p_ids` holds the ids inside top-p at each token (None
-    without `keep_mask`), `routes` [prompt + T - 1, L, K] the experts of each token (None in a dense model).
+    `tokens` [T] and `logprobs` [T] are as sampled. `top_p_ids` has for each token the ids inside top-p (None
+    unless `SamplingParams.keep_mask` is set). `routes` [prompt length + T - 1, L, K] has the experts chosen
+    for each token but the last, which is never run (None in a dense model).
     """
 
     problem: int
@@ -42,14 +46,14 @@ class FinishedSequence:
 
 
 class DecodeBatch:
-    """Samples one token per row and step. `hidden_BC` is the hidden state from which the next token is
-    sampled."""
+    """A batch of sequences, of which each `step` samples one token per row. `hidden_BC` is the hidden state
+    from which each row's next token is sampled."""
 
     drafted = 0
     accepted = 0
-    tokens_deferred = 0  # tokens at a prompt's end that the first step runs, not the prefill
-    compiled = True  # if the compiled decode step may be used
-    records_routes = True  # if finished sequences carry the experts of their tokens
+    tokens_deferred = 0  # tokens at the end of a prompt that are run by the first step, not by the prefill
+    compiled = True  # True if the compiled decode step may be used
+    records_routes = True  # True if finished sequences have the experts chosen for their tokens
 
     def __init__(self, model: Decoder, end_id: int, sampling: SamplingParams):
         self.model = model
@@ -60,7 +64,7 @@ class DecodeBatch:
         fits = self.compiled and DecodeStep.fits(model)
         self.decoding = DecodeStep(model) if fits else None
         self.cache = self._new_cache()
-        self.owners: list[Any] = []  # of each row: (problem, sample)
+        self.owners: list[Any] = []  # for each row the pair (problem, sample)
         self._allocate()
 
     def _new_cache(self) -> KVCache:
@@ -69,7 +73,7 @@ class DecodeBatch:
         return KVCache(self.model.config, weight.dtype, weight.device, self.decoding is not None, headroom)
 
     def _allocate(self) -> None:
-        """Create the arrays of all rows, with no row in them."""
+        """Create the arrays that hold the state of the rows, with zero rows in them."""
         config = self.model.config
         dtype = self.model.embed.weight.dtype
         max_tokens = self.sampling.max_new_tokens
@@ -77,7 +81,7 @@ class DecodeBatch:
         precision = np.float64 if dtype == torch.float64 else np.float32
         self.logprobs_BT = np.zeros((0, max_tokens), dtype=precision)
         self.uniforms_BT = np.zeros((0, max_tokens))
-        self.sampled_B = np.zeros(0, dtype=np.int64)  # tokens sampled so far
+        self.sampled_B = np.zeros(0, dtype=np.int64)  # tokens that each row has sampled so far
         self.alive_B = np.zeros(0, dtype=bool)
         self.top_p_ids: list[list[np.ndarray]] = []
         self.hidden_BC = torch.zeros(0, config.hidden_size, dtype=dtype)
@@ -90,14 +94,15 @@ class DecodeBatch:
 
     @property
     def busy(self) -> int:
-        """Number of rows."""
+        """The number of rows in the batch, including finished rows that have not been dropped yet."""
         return len(self.owners)
 
     def admit(self, prompts: list[tuple[int, np.ndarray]], uniforms_BT: np.ndarray, n: int) -> None:
-        """Prefill (problem, tokens) pairs, shortest first so that attention pads little, and fork each into
-        `n` rows.
+        """Prefill prompts and fork each into `n` rows. `prompts` has a pair (problem index, token ids) for
+        each; the shortest are put first, so that attention pads little.
 
-        `uniforms_BT` holds the random numbers of all rows, those of the first prompt's `n` samples first.
+        `uniforms_BT` has one random number in [0, 1) for each token of each new row: the `n` rows of the
+        first prompt come first, then those of the second, in the order of `prompts`.
         """
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][1]))
         new_rows = np.array([i * n + sample for i in by_length for sample in range(n)])
@@ -109,7 +114,7 @@ class DecodeBatch:
         self._prefill([prompts[i][1] for i in by_length], n)
 
     def _append_rows(self, count: int) -> None:
-        """Append `count` empty rows to the arrays that every kind of batch has."""
+        """Append `count` empty rows to the arrays that both this class and its subclasses use."""
         self.tokens_BT = append_zeros(self.tokens_BT, count)
         self.logprobs_BT = append_zeros(self.logprobs_BT, count)
         self.sampled_B = append_zeros(self.sampled_B, count)
@@ -126,7 +131,8 @@ class DecodeBatch:
         self._fork(prefill, lengths, n)
 
     def _fork(self, prefill: Packed, lengths: list[int], n: int) -> None:
-        """Copy each prefilled prompt's KV, and the experts of its tokens, into `n` rows."""
+        """Copy the KV of each prefilled prompt, and the experts chosen for its tokens, into `n` rows.
+        `lengths` has the number of tokens of each prompt."""
         self.cache.fork(prefill, [n] * len(lengths))
         if not self.sparse_layers:
             return
@@ -135,13 +141,14 @@ class DecodeBatch:
             self.prompt_routes += [routes.numpy()] * n
 
     def _forward(self, tokens_N: Tensor, context: Packed | KVCache) -> Tensor:
-        """Hidden states [N, C] of the tokens; in a sparse model the context records the chosen experts."""
+        """Run tokens through the model and return their hidden states [N, C]. In a sparse model
+        `context.routes` then has the experts that were chosen for each token."""
         context.routes = RouterTrace() if self.sparse_layers else None
         return self.model(tokens_N, context)
 
     def step(self) -> list[FinishedSequence]:
-        """Sample one token per row, remove and return the finished rows, and run the others one token
-        further."""
+        """Sample one token per row, remove and return the rows that are finished, and run the new tokens of
+        the other rows through the model."""
         self._sample(self.hidden_BC, self.alive_B)
         finished = self._remove_finished()
         if self.alive_B.any():
@@ -149,7 +156,7 @@ class DecodeBatch:
         return finished
 
     def _advance(self) -> None:
-        """Run each row's newest token through the model."""
+        """Run each row's newest token through the model, which gives the hidden states for the next step."""
         self.cache.reset_idle(~self.alive_B)
         self.cache.advance()
         rows = np.arange(self.busy)
@@ -163,7 +170,8 @@ class DecodeBatch:
             self.routes_BTLK[rows, newest_B] = torch.stack(self.cache.routes.chosen, 1).numpy()
 
     def _sample(self, hidden_BC: Tensor, active_B: np.ndarray) -> np.ndarray:
-        """Sample a token [B] for every row and append it to the active rows; the others discard theirs."""
+        """Sample a token for every row and return all of them [B]. The token is appended to the row where
+        `active_B` is true, and discarded elsewhere."""
         rows = np.arange(self.busy)
         place_B = np.minimum(self.sampled_B, self.tokens_BT.shape[1] - 1)
         previous_B = self.tokens_BT[rows, np.maximum(place_B - 1, 0)]
@@ -181,12 +189,14 @@ class DecodeBatch:
         return tokens_B
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, place_B: np.ndarray, previous_B: np.ndarray) -> Draw:
-        """Draw a token for each row with the random number of its place in the completion."""
+        """Draw a token for each of `rows` from its logits. `place_B` is the token's index in its completion,
+        which selects the random number; `previous_B` is the token before it."""
         uniform_B = torch.from_numpy(self.uniforms_BT[rows, place_B])
         return draw(logits_BV, uniform_B, torch.from_numpy(previous_B), self.sampling)
 
     def _remove_finished(self) -> list[FinishedSequence]:
-        """Mark the rows that ended in this step and return them; drop dead rows once too few are alive."""
+        """Mark the rows whose completion ended in this step as finished and return their sequences. Finished
+        rows are dropped from the arrays once the share of unfinished ones is below `MIN_ALIVE_SHARE`."""
         last_B = self.tokens_BT[np.arange(self.busy), np.maximum(self.sampled_B - 1, 0)]
         ended_B = self.is_stop_V[last_B] | (self.sampled_B >= self.sampling.max_new_tokens)
         ended_B &= self.alive_B
@@ -209,7 +219,7 @@ class DecodeBatch:
         return FinishedSequence(problem, sample, tokens, logprobs, top_p_ids, routes)
 
     def _select_rows(self, rows: np.ndarray) -> None:
-        """Drop all rows but these, and put them in this order."""
+        """Keep only the rows with the indices `rows`, in that order, and drop all others."""
         self.cache.select_rows(rows)
         self.tokens_BT = self.tokens_BT[rows]
         self.logprobs_BT = self.logprobs_BT[rows]
@@ -226,5 +236,5 @@ class DecodeBatch:
 
 
 def append_zeros(x: np.ndarray, rows: int) -> np.ndarray:
-    """`x` [B, ...], with `rows` rows of zeros appended."""
+    """Return `x` [B, ...] with `rows` rows of zeros appended along its first dimension."""
     return np.concatenate([x, np.zeros((rows, *x.shape[1:]), dtype=x.dtype)])

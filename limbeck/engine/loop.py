@@ -1,4 +1,4 @@
-"""The engine's thread, which runs every model of a server."""
+"""The thread of the engine, on which all models of a server run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from .scheduler import Scheduler
 
 
 class EngineThread:
-    """The one thread that computes: a round of each scheduler with work, in turn.
+    """The only thread of a server that runs models. It runs one round of every scheduler that has requests,
+    one scheduler after another.
 
-    torch keeps a pool of worker threads for every thread that computes. Two models on two threads would
-    compete for the same cores, and so would a thread that has merely loaded one: where pool threads outnumber
-    cores they sleep after every loop instead of spinning until the next, which makes a decode step take up to
-    twice as long.
+    One thread is used because torch keeps a pool of worker threads for every thread that computes. Two models
+    on two threads would compete for the same cores, and so would a thread that has merely loaded a model:
+    where pool threads outnumber cores they sleep after every loop instead of spinning until the next, which
+    makes a decode step take up to twice as long.
     """
 
     def __init__(self, schedulers: Sequence[Scheduler]):
@@ -28,11 +29,12 @@ class EngineThread:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, which then runs the schedulers until `close` is called."""
         self.thread.start()
 
     def close(self) -> None:
-        """Stop after this round and wait for the thread; all requests fail."""
+        """Stop the thread after its current round and wait for it to end. All requests that are waiting or
+        running fail."""
         with self.lock:
             self.closing = True
             self.lock.notify()

@@ -1,7 +1,8 @@
-"""A sampler behind an OpenAI-compatible endpoint, with retries, rate limits and a response cache.
+"""A sampler whose completions come from an OpenAI-compatible endpoint, with retries, rate limits and a
+response cache.
 
-It returns text, and log-probabilities where requested and supported; never token ids, logits or weights. The
-network is used only for recipes that name an endpoint.
+It returns text, and log-probabilities if they are requested and the endpoint supports them, but never token
+ids, logits or weights. The network is used only for recipes that name an endpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ATTEMPTS = 8  # requests, with pauses of 1, 2, 4 ... 30 seconds between them: ab
 FIRST_WAIT = 1.0  # seconds
 MAX_WAIT = 30.0  # seconds between two attempts
 CHECK_TIMEOUT = 30.0  # seconds for the list of models
-MAX_RETRY_AFTER = 900.0  # seconds: where an endpoint demands a longer pause the stage stops, to be resumed
+MAX_RETRY_AFTER = 900.0  # seconds; if an endpoint demands a longer pause, the stage stops and can be resumed
 MAX_DETAIL = 300  # characters of an endpoint's error message
 HIDDEN_HEADERS = (
     "Lang",
@@ -45,13 +46,14 @@ Progress = Callable[[int], None]
 
 
 class Endpoint:
-    """The `Sampler` that `settings` describe; `name` is the recipe's key for error messages:
-    `stages.teacher`.
+    """The `Sampler` for the endpoint that `settings` describe. `name` is the endpoint's key in the recipe,
+    such as `stages.teacher`, for error messages; `folder` holds the response cache; `stopping` returns True
+    once the stage should stop.
 
-    A response is decided by endpoint, model, messages, parameters and the sample's number. Each is requested
-    once: all stages of all runs that share `folder` read it from there. A recipe's seed chooses the problems
-    and does not reach the endpoint: under another seed the same question has the same responses, already paid
-    for.
+    A response depends on the endpoint, the model, the messages, the parameters and the number of the sample
+    within its group. Each such response is requested once: all stages of all runs that share `folder` read it
+    from there. A recipe's seed selects problems but is not sent to the endpoint, so the same question has the
+    same cached responses under another seed.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Endpoint:
         self.key = key_of(name, settings)
         self.client: Any = None
         self.failed = threading.Event()
-        self.reached = False  # if a request has succeeded
+        self.reached = False  # True once a request has succeeded
         self.lock = threading.Lock()
         self.rate_limiter = RateLimiter(settings.requests_per_minute, self._stopping)
         self._usage: dict[str, dict[str, int]] = {}
@@ -79,11 +81,12 @@ class Endpoint:
         seed: object = None,
         progress: Progress | None = None,
     ) -> list[Group]:
-        """`group_size` completions of every problem, in the problems' order. Token ids are unknown: each is
-        -1.
+        """Return a group of `group_size` completions for every problem, in the order of the problems. Token
+        ids are unknown: each is -1. `seed` has no effect; `progress(1)` is called for each response.
 
-        Raises LimbeckError for a wrong address, key or model, Resumable if the endpoint fails for good or the
-        stage is stopping; responses that arrived are in the cache.
+        Raises LimbeckError for a wrong address, key or model, and for sampling parameters that need token
+        ids; Resumable if the endpoint still fails after all retries, or if the stage is stopping. Responses
+        that have arrived stay in the cache.
         """
         if sampling.force or sampling.keep_mask or sampling.stop_ids:
             raise LimbeckError(f"{self.name} is remote: tokens cannot be forced, masked or stopped at there")
@@ -102,8 +105,8 @@ class Endpoint:
         return groups
 
     def check(self) -> None:
-        """Request the list of models, which costs nothing. Raises LimbeckError if the endpoint is unreachable
-        or refuses the key."""
+        """Test the connection by requesting the list of models, which costs nothing. Raises LimbeckError if
+        the endpoint is unreachable or refuses the key."""
         client = self._client()
         import openai
 
@@ -112,11 +115,12 @@ class Endpoint:
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._explain(error) from None
         except openai.OpenAIError:
-            pass  # not every endpoint has a list
+            pass  # not every endpoint can list its models
 
     def take_usage(self) -> dict[str, float]:
-        """Tokens, and money where prices are set, of all responses since the last call, cached ones
-        included."""
+        """Return the numbers of prompt and response tokens of all different responses since the last call,
+        including responses from the cache, and reset them. If the recipe sets prices, `money` is their cost
+        in the currency of the prices, which are per million tokens."""
         prompt = sum(usage.get("prompt_tokens", 0) for usage in self._usage.values())
         response = sum(usage.get("completion_tokens", 0) for usage in self._usage.values())
         self._usage = {}
@@ -127,7 +131,8 @@ class Endpoint:
         return metrics
 
     def body(self, prompt: str, sampling: SamplingParams) -> dict[str, Any]:
-        """The JSON body of a request. The recipe's `extra` overrides its fields; null removes one."""
+        """Return the JSON body of a chat-completion request for `prompt`. The recipe's `extra` overrides or
+        adds fields; a field that `extra` sets to null is removed."""
         body: dict[str, Any] = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": prompt}],
@@ -149,8 +154,9 @@ class Endpoint:
     def _fetch_all(
         self, requests: dict[str, tuple[dict[str, Any], int]], progress: Progress | None
     ) -> dict[str, dict[str, Any]]:
-        """Responses to (body, sample) by key, fetched concurrently. The first failure stops all others and is
-        raised."""
+        """Fetch responses concurrently and return them by key; `requests` maps each key of the response cache
+        to a request body and a sample number. After the first failure no further request is sent, and the
+        failure is raised."""
         self.failed.clear()
         with ThreadPoolExecutor(self.settings.max_concurrency) as pool:
             futures = {
@@ -169,7 +175,8 @@ class Endpoint:
     def _fetch(
         self, key: str, body: dict[str, Any], sample: int, progress: Progress | None
     ) -> dict[str, Any]:
-        """The response from the cache, or else from the endpoint, and into the cache."""
+        """Return the response with this `key` from the cache; if it is not there, request it from the
+        endpoint and add it to the cache."""
         response = self.cache.get(key)
         if response is None:
             with self.cache.claim(key):
@@ -183,7 +190,8 @@ class Endpoint:
         return response
 
     def _request(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Send a request, again after failures that may pass; the last failure is raised as LimbeckError."""
+        """Send one request and return the fields of its completion. Failures that may be temporary are
+        retried; the last failure is raised as LimbeckError."""
         client = self._client()
         import openai
         import stamina
@@ -211,8 +219,8 @@ class Endpoint:
         return completion
 
     def _client(self) -> Any:
-        """The client, created at the first request. It sends the key, and nothing about this machine or its
-        owner."""
+        """Return the OpenAI client, which is created at the first call. It sends the API key, and no header
+        that describes this machine or its owner."""
         try:
             import openai
             import stamina  # noqa: F401
@@ -237,8 +245,8 @@ class Endpoint:
             return self.client
 
     def _retry(self, error: Exception) -> bool | float:
-        """Decide for stamina after a failure: True to try again after its usual wait, 0 to try again after
-        the pause that the endpoint demands, False to give up."""
+        """Tell stamina, the retry library, what to do after `error`: True to retry after its usual wait, 0 to
+        retry after the pause that the endpoint demands, False to give up."""
         import openai
 
         if self._stopping():
@@ -247,11 +255,12 @@ class Endpoint:
             return self._retry_status(error)
         if isinstance(error, openai.APITimeoutError):
             return True
-        # From the first request on, a wrong address looks like this.
+        # Before any request has succeeded, these errors more likely come from a wrong address: do not retry.
         return self.reached and isinstance(error, (openai.APIConnectionError, InvalidResponse))
 
     def _retry_status(self, error: Any) -> bool | float:
-        """The same for an HTTP error."""
+        """Tell stamina what to do after a response with an HTTP error status; the values are those of
+        `_retry`."""
         passing = error.status_code in (408, 409, 429) or error.status_code >= 500
         if not passing or _error_code(error) == "insufficient_quota":
             return False
@@ -267,7 +276,8 @@ class Endpoint:
         return self.failed.is_set() or self.stop_requested()
 
     def _raise_first(self, errors: Iterable[BaseException | None]) -> None:
-        """Raise the first failure, if any; a `Stopped` is only a consequence, and raised as Resumable."""
+        """Raise the first of `errors` that is not None and not `Stopped`, if there is any. If all are
+        `Stopped`, which requests raise when they are cancelled, raise Resumable."""
         failures = [error for error in errors if error]
         for error in failures:
             if not isinstance(error, Stopped):
@@ -278,8 +288,8 @@ class Endpoint:
     # ------------------------------------------------------------ error messages
 
     def _explain(self, error: Exception) -> LimbeckError:
-        """One sentence with the failure and its remedy. Never the key, not even a part that the endpoint
-        repeats."""
+        """Return a LimbeckError whose one sentence states the failure and its remedy. The sentence never
+        contains the API key, even if the endpoint's message repeats it."""
         import openai
 
         url = self.settings.url
@@ -297,7 +307,8 @@ class Endpoint:
         return self._explain_status(error, getattr(error, "status_code", None) or 0)
 
     def _explain_status(self, error: Any, status: int) -> LimbeckError:
-        """The same for an HTTP error; status 0 is an error without one."""
+        """Return the LimbeckError for an HTTP error with this `status`; 0 means that the error has no
+        status."""
         url = self.settings.url
         if status in (401, 403):
             variable = self.settings.key
@@ -338,7 +349,8 @@ class Endpoint:
         return Resumable(f"{self.name}: {failure}; {kept}")
 
     def _detail(self, error: Any) -> str:
-        """The endpoint's own message, without the key."""
+        """Return the error message that the endpoint sent, at most `MAX_DETAIL` characters of it, with the
+        API key replaced."""
         body = getattr(error, "body", None)
         message = body.get("message") if isinstance(body, dict) else None
         words = str(message or body or error).split()
@@ -347,8 +359,8 @@ class Endpoint:
 
 
 def key_of(name: str, settings: Remote) -> str:
-    """The API key from the environment, "" if the recipe names no variable. Raises LimbeckError if the
-    variable is not set."""
+    """Return the API key from the environment variable that `settings.key` names, or "" if it names none.
+    `name` is the endpoint's key in the recipe. Raises LimbeckError if the variable is not set."""
     if not settings.key:
         return ""
     key = os.environ.get(settings.key, "").strip()
@@ -361,14 +373,15 @@ def key_of(name: str, settings: Remote) -> str:
 
 
 def _hidden_headers() -> dict[str, Any]:
-    """The headers with which the client would describe this machine, all omitted."""
+    """Return the headers in which the OpenAI client would describe this machine, each marked to be
+    omitted."""
     import openai
 
     return {f"X-Stainless-{name}": openai.Omit() for name in HIDDEN_HEADERS}
 
 
 def _error_code(error: Any) -> str:
-    """The code (else the type) in the body of an HTTP error, "" without one."""
+    """Return the `code`, or else the `type`, in the body of an HTTP error; "" if the body has neither."""
     body = getattr(error, "body", None)
     if not isinstance(body, dict):
         return ""

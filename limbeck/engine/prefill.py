@@ -1,7 +1,7 @@
-"""Chunked prefill. Prompts are prefilled in chunks between decode steps, so that running requests stall
-little; each prompt starts from the longest prefix that is cached.
+"""Chunked prefill: prompts are prefilled in chunks between decode steps, so that running requests are delayed
+little. Each prompt starts from its longest prefix whose KV is cached.
 
-N tokens of a chunk · C hidden · V vocabulary.
+Dimensions: N tokens of a chunk · C hidden · V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ LOGIT_ROWS = 512  # positions of an echoed prompt whose logits are computed at o
 
 @dataclass(eq=False)
 class PrefillingRequest:
-    """A request in prefill: `past` holds the KV of the prompt's tokens so far."""
+    """A request whose prompt is being prefilled. `output` is the request's output, which also holds the
+    request; `past` is the KV of the prompt's tokens that have been run so far."""
 
     output: Answer
     past: SequenceKV
 
     @property
     def remaining(self) -> int:
-        """Tokens of the prompt that are still to be run."""
+        """The number of prompt tokens that have not been run yet."""
         return len(self.output.request.prompt) - self.past.length
 
     def next_tokens(self, count: int) -> np.ndarray:
-        """The next `count` tokens of the prompt, [N]."""
+        """Return the ids [N] of the next tokens of the prompt that have not been run, at most `count` of
+        them."""
         begin = self.past.length
         return self.output.request.prompt[begin : begin + count]
 
 
 class PrefillQueue:
-    """Requests in prefill. The oldest gets half of each chunk, the shortest ones the rest."""
+    """The requests whose prompts are being prefilled. Half of each chunk is for the oldest request, the rest
+    for the requests with the fewest remaining tokens."""
 
     def __init__(self, model: Decoder, prefix_cache: PrefixCache):
         self.model = model
@@ -50,17 +53,19 @@ class PrefillQueue:
 
     @property
     def rows(self) -> int:
-        """Rows that the requests will have in the decode batch."""
+        """The number of rows that these requests will take in the decode batch: one per sequence to
+        sample."""
         return sum(request.output.request.copies for request in self.requests)
 
     @property
     def remaining(self) -> int:
-        """Tokens of all prompts that are still to be run."""
+        """The number of prompt tokens, over all requests, that have not been run yet."""
         return sum(request.remaining for request in self.requests)
 
     def add(self, output: Answer) -> None:
-        """Queue a request, from its cached prefix on. With `echo` the whole prompt is prefilled, since its
-        log-probabilities are returned."""
+        """Add a request to the queue, with the KV of its longest cached prefix. If the request sets `echo`,
+        no cached prefix is used: the log-probabilities of all prompt tokens are returned, so all must be
+        run."""
         request = output.request
         past = SequenceKV(self.model.config, len(request.prompt), self.model.embed.weight.dtype)
         if not request.echo:
@@ -70,12 +75,12 @@ class PrefillQueue:
         self.requests.append(PrefillingRequest(output, past))
 
     def remove_aborted(self) -> None:
-        """Drop the requests that were aborted."""
+        """Remove the requests that their clients have cancelled."""
         self.requests = deque(request for request in self.requests if not request.output.cancelled)
 
     def run(self, max_tokens: int) -> list[tuple[PrefillingRequest, Tensor]]:
-        """Prefill at most `max_tokens` tokens. Returns the completed requests, each with the hidden state [C]
-        of its last token."""
+        """Prefill one chunk of at most `max_tokens` tokens. Returns the requests whose prompts are now
+        complete, each with the hidden state [C] of its last prompt token."""
         shares = self._share(max_tokens)
         tokens = [request.next_tokens(count) for request, count in shares]
         context = ChunkedPrefill([request.past for request, _ in shares], [count for _, count in shares])
@@ -94,7 +99,8 @@ class PrefillQueue:
         return completed
 
     def _share(self, max_tokens: int) -> list[tuple[PrefillingRequest, int]]:
-        """The requests of the next chunk, each with its number of tokens."""
+        """Divide a chunk of `max_tokens` tokens among the requests: return each request that takes part in it
+        with its number of tokens."""
         shares: dict[PrefillingRequest, int] = {}
         oldest = self.requests[0]
         half = -(-max_tokens // 2)
@@ -108,7 +114,8 @@ class PrefillQueue:
         return list(shares.items())
 
     def _echo(self, request: PrefillingRequest, hidden_NC: Tensor) -> None:
-        """Append the log-probabilities of the prompt's tokens that follow those of `hidden_NC`."""
+        """Compute the log-probabilities of prompt tokens and append them to the request's output: `hidden_NC`
+        are the hidden states of the chunk just run, and each predicts the token after it."""
         output = request.output
         begin = request.past.length + 1
         targets_N = torch.from_numpy(output.request.prompt[begin : begin + len(hidden_NC)])

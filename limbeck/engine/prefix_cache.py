@@ -1,4 +1,7 @@
-"""The prefix cache: KV of recent sequences, from which prompts with a common prefix start. N tokens."""
+"""The prefix cache: the KV of recent sequences, which prompts that begin with the same tokens reuse.
+
+Dimensions: N tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ MAX_SEQUENCES = 256  # sequences in the cache: a lookup compares them one by one
 
 
 class PrefixCache:
-    """KV of recent sequences, at most `max_bytes` of it; the least recently used is evicted first."""
+    """The KV of recent sequences, at most `max_bytes` bytes in total; the least recently used sequence is
+    evicted first."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
@@ -20,8 +24,9 @@ class PrefixCache:
         self.sequences: OrderedDict[bytes, tuple[np.ndarray, SequenceKV]] = OrderedDict()
 
     def longest(self, prompt: np.ndarray) -> tuple[SequenceKV | None, int]:
-        """The cached KV with the longest common prefix of a prompt [N], and the prefix's length in tokens.
-        Never the whole prompt: the last token must be run to get logits."""
+        """Return the cached KV that shares the longest prefix with `prompt` [N], and the length of that
+        prefix in tokens; (None, 0) if no cached sequence shares a token. The prefix never covers the whole
+        prompt, since the last token must be run to get logits."""
         best = None
         length = 0
         for key, (tokens, _) in self.sequences.items():
@@ -36,8 +41,9 @@ class PrefixCache:
         return past, length
 
     def add(self, tokens: np.ndarray, past: SequenceKV) -> None:
-        """Cache the KV of `tokens` [N] in place of all that it extends; without effect if an entry extends it
-        already, or if it alone is too large."""
+        """Cache the KV `past` of `tokens` [N] and remove the cached sequences that are prefixes of `tokens`.
+        Nothing changes if `tokens` equals or is a prefix of a cached sequence, or if `past` alone exceeds
+        `max_bytes`."""
         if past.bytes > self.max_bytes:
             return
         extended: list[bytes] = []
@@ -58,7 +64,7 @@ class PrefixCache:
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of tokens in the longest common prefix of two sequences [N]."""
+    """Return the number of tokens at the beginning that two sequences of token ids have in common."""
     shorter = min(len(a), len(b))
     differing = (a[:shorter] != b[:shorter]).nonzero()[0]
     return int(differing[0]) if len(differing) else shorter

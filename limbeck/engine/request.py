@@ -1,4 +1,4 @@
-"""A request to a served model, and its output, which grows as tokens are sampled."""
+"""A request to a served model, and its output, to which tokens are added as they are sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Top = tuple[tuple[int, float], ...]  # the most likely tokens at one position, w
 
 
 class QueueFull(LimbeckError):
-    """The queue is full; try again in `retry_after` seconds."""
+    """Raised when the queue already holds its maximum of `waiting` requests; the client should try again
+    after `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int):
         super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
@@ -22,12 +23,14 @@ class QueueFull(LimbeckError):
 
 @dataclass(frozen=True)
 class Request:
-    """`Request(np.array([1, 7, 45]), temperature=0.6, top_p=0.95, max_new_tokens=512, seed=3)`.
+    """A prompt (token ids) with its sampling parameters, for instance `Request(np.array([1, 7, 45]),
+    temperature=0.6, top_p=0.95, max_new_tokens=512, seed=3)`.
 
-    `copies` sequences are sampled, each from random numbers of its own. A thought that is still open after
-    `thought_budget` tokens is closed; `opened` means that the prompt ends inside a thought. `top` asks for
-    the log-probabilities (at temperature 1) of the sampled tokens and of the `top` most likely ones in each
-    place, `echo` for those of the prompt too. With `ignore_eos` sequences go on after the end of turn.
+    `copies` sequences are sampled, each with its own random numbers. A thought (the reasoning before the
+    answer) that is still open after `thought_budget` tokens is closed; `opened` is True if the prompt ends
+    inside a thought. With `top` set, log-probabilities at temperature 1 are returned for the sampled tokens
+    and for the `top` most likely tokens at each position; with `echo`, for the prompt's tokens as well. With
+    `ignore_eos` sequences are sampled past the end-of-turn token.
     """
 
     prompt: np.ndarray
@@ -44,9 +47,12 @@ class Request:
 
 
 class Choice:
-    """The output of one sequence: tokens are appended as they are sampled, the end of turn included. `finish`
-    is set after the last one, to "stop" or "length". A client sets `enough` to stop the sequence before
-    that."""
+    """The output of one sequence of a request. Sampled tokens, including the end-of-turn token, are appended
+    to `tokens`; `logprobs` and `tops` are filled if the request sets `top`.
+
+    `finish` is "" until the sequence has ended, then "stop" or "length". A client sets `enough` to True to
+    end the sequence early.
+    """
 
     __slots__ = ("enough", "finish", "logprobs", "tokens", "tops")
 
@@ -59,12 +65,13 @@ class Choice:
 
 
 class Answer:
-    """The output of a request so far. One thread writes, any may read: lists only grow.
+    """The output of a request so far, with one `Choice` per sequence. Only the engine's thread writes to it;
+    any thread may read it, since its lists only grow.
 
-    `cached` counts the tokens of the prompt whose KV came from the prefix cache; `prompt_logprobs` and
-    `prompt_tops` have one entry for each token of an echoed prompt but its first. `error` is set if the model
-    failed. `asked`, `first` and `ended` are the times of arrival, of the first token and of the end (seconds,
-    monotonic; 0 for not yet).
+    `cached` is the number of prompt tokens whose KV came from the prefix cache. If the request sets `echo`,
+    `prompt_logprobs` and `prompt_tops` have one entry for each prompt token but the first. `error` is the
+    exception if the model failed. `asked`, `first` and `ended` are the times of the request's arrival, its
+    first token and its end, in seconds of the monotonic clock (0: not yet).
     """
 
     def __init__(self, request: Request):
@@ -81,5 +88,5 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        """True once all sequences have ended, or the request has failed or was aborted."""
+        """True once all sequences have ended, or the request has failed or was cancelled."""
         return self.ended > 0

@@ -1,5 +1,5 @@
-"""A disk cache of endpoints' responses, so that no request is paid for twice: one file per response, written
-atomically."""
+"""A disk cache of the responses of endpoints, so that no response is paid for twice. Each response is one
+JSON file, written atomically."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from filelock import FileLock
 
 
 class ResponseCache:
-    """Responses under the hash of everything that decides them; processes may share the folder.
+    """Responses stored in `folder` under a hash of everything that determines them; several processes may
+    share the folder.
 
-    A killed process loses the requests in flight and no response that has arrived.
+    If a process is killed, the requests that it is waiting for are lost, but no response that has arrived.
     """
 
     def __init__(self, folder: Path):
@@ -25,19 +26,22 @@ class ResponseCache:
 
     @staticmethod
     def key(request: Any) -> str:
-        """SHA-256 of a JSON value, its keys sorted."""
+        """Return the key of a response: the SHA-256 hash of `request`, a JSON value, with its object keys
+        sorted."""
         text = json.dumps(request, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The response, or None if there is none or its file is broken."""
+        """Return the response stored under `key`, or None if there is no file or the file is not valid
+        JSON."""
         try:
             return json.loads(self._path(key).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
 
     def put(self, key: str, response: dict[str, Any]) -> None:
-        """Write a response to a file beside its place, flush it to disk, and rename it."""
+        """Store a response under `key`: write a temporary file, flush it to disk, and rename it to its final
+        name."""
         path = self._path(key)
         partial = path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:
@@ -48,8 +52,8 @@ class ResponseCache:
 
     @contextmanager
     def claim(self, key: str) -> Iterator[None]:
-        """Lock a key across threads and processes, so that one of them requests it and the others find the
-        response."""
+        """Hold a lock on `key`, across threads and processes, inside the `with` block. The first to hold it
+        requests the response; the others wait and then find the response in the cache."""
         path = self._path(key).with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path):

@@ -1,8 +1,8 @@
-"""Rollouts: each prompt is prefilled once and forked into its group; finished rows are dropped, and new ones
-admitted.
+"""Rollouts: each prompt is prefilled once and forked into the completions of its group. During decoding,
+finished rows are dropped and new problems are admitted. A row is one sequence that is being sampled.
 
-Completions never depend on which rows run side by side. N tokens of a prompt · B rows · T tokens of a
-completion.
+A completion does not depend on which other rows are in the batch. Dimensions: N tokens of a prompt · B rows ·
+T tokens of a completion.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .speculative import Speculation
 
 
 class Engine:
-    """Samples completions from a decoder. `rows` bounds how many sequences decode at once.
+    """Samples completions from a decoder, at most `rows` sequences at once.
 
-    With `speculate` the multi-token prediction module drafts every second token: the same tokens in fewer
-    steps where the drafts are good. `drafted` and `accepted` count the drafts. Raises LimbeckError if the
-    model has no such module.
+    With `speculate`, the model's multi-token prediction (MTP) module drafts every second token: the
+    completions are the same, in fewer steps if many drafts are accepted. `drafted` and `accepted` count
+    drafted and accepted tokens. Raises LimbeckError if `speculate` is set and the model has no MTP module.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, rows: int = 256, speculate: bool = False):
@@ -44,18 +44,21 @@ class Engine:
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that the model sampled itself."""
+        """The share of drafted tokens that were accepted, which means that the model itself sampled the same
+        token."""
         return self.accepted / max(1, self.drafted)
 
     def take_usage(self) -> dict[str, float]:
-        """Metrics of the rollouts since the last call: the share of accepted drafts."""
+        """Return the metrics of the rollouts since the last call, and reset them: `accepted_drafts`, the
+        share of drafted tokens that were accepted. Without `speculate` there are none."""
         metrics = {"accepted_drafts": self.acceptance} if self.speculate else {}
         self.drafted = 0
         self.accepted = 0
         return metrics
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy new weights into the model; those that share memory with the model's own are left alone."""
+        """Copy `weights`, by parameter name, into the model. A tensor that shares memory with the model's own
+        is skipped."""
         for name, parameter in self.model.state_dict().items():
             if parameter.data_ptr() != weights[name].data_ptr():
                 parameter.copy_(weights[name])
@@ -69,10 +72,10 @@ class Engine:
         seed: object,
         progress: Callable[[int], None] | None = None,
     ) -> list[Group]:
-        """`group_size` completions of every problem, in the problems' order.
+        """Return a group of `group_size` completions for every problem, in the order of the problems.
 
-        `progress(1)` is called for each finished completion. Raises LimbeckError if a prompt and its budget
-        exceed the model's positions.
+        `progress(1)` is called for each finished completion. Raises LimbeckError if a prompt's length plus
+        `sampling.max_new_tokens` exceeds the model's maximal number of positions.
         """
         prompts = [self.tokenizer.prompt(problem.prompt) for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
@@ -99,7 +102,8 @@ class Engine:
 
     @torch.no_grad()
     def stream(self, prompt: np.ndarray, sampling: SamplingParams, seed: object) -> Iterator[int]:
-        """The tokens of one completion as they are sampled, without the end-of-turn token."""
+        """Yield the token ids of one completion of `prompt` [N] as they are sampled, without the end-of-turn
+        token."""
         self._check_length("the question", prompt, sampling)
         batch = self._new_batch(sampling)
         uniforms_1T = generator(seed, "stream").random((1, sampling.max_new_tokens))
@@ -118,7 +122,8 @@ class Engine:
         return kind(self.model, self.tokenizer.end_id, sampling)
 
     def _next_problems(self, waiting: deque[int], batch: DecodeBatch, group_size: int) -> list[int]:
-        """Take as many problems from the queue as whole groups fit; an empty batch always gets one."""
+        """Remove from `waiting` and return the problem indices whose whole groups fit into the free rows. If
+        the batch is empty, one problem is returned even if its group exceeds `rows`."""
         free = self.rows - batch.busy
         if batch.busy and free < min(group_size, self.rows):
             return []
@@ -137,7 +142,8 @@ class Engine:
         )
 
     def _check_length(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
-        """Raise LimbeckError if prompt and budget exceed the model's positions; the prompt is [N]."""
+        """Raise LimbeckError if the length of `prompt` [N] plus `sampling.max_new_tokens` exceeds the model's
+        maximal number of positions. `name` stands for the prompt in the message."""
         positions = self.model.config.max_positions
         if len(prompt) + sampling.max_new_tokens > positions:
             raise LimbeckError(
@@ -147,7 +153,8 @@ class Engine:
 
 
 def _uniforms(problem: Problem, group_size: int, sampling: SamplingParams, seed: object) -> np.ndarray:
-    """The random numbers [B, T] of a problem's completions, one per token."""
+    """Return the random numbers in [0, 1) for a problem's completions [B, T]: one row per completion, one
+    number per token."""
     uniforms = []
     for sample in range(group_size):
         uniforms.append(generator(seed, problem.id, sample).random(sampling.max_new_tokens))

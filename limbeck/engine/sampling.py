@@ -1,7 +1,8 @@
-"""Sampling of the next token: temperature, top-p, greedy. B rows · V vocabulary · K candidates of top-p.
+"""Sampling of the next token: temperature, top-p, greedy.
 
-Randomness is one uniform number per token, drawn beforehand from (seed, problem, sample) and looked up in the
-cumulative distribution: a row's tokens never depend on which rows happen to run beside it.
+Each token uses one uniform random number, drawn beforehand from (seed, problem, sample) and looked up in the
+cumulative distribution, so a row's tokens do not depend on which other rows are in the batch. Dimensions: B
+rows · V vocabulary · K most likely tokens that are searched for the top-p set.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from torch import Tensor
 from ..config.parts import Sampling
 from ..model import kernels
 
-NUCLEUS_CANDIDATES = 256  # tokens, the most likely ones: they nearly always hold the whole nucleus
+NUCLEUS_CANDIDATES = 256  # number of most likely tokens, which nearly always contain the whole top-p set
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=512)`; temperature 0 is greedy.
+    """Sampling parameters, for instance `SamplingParams(temperature=0.6, top_p=0.95, max_new_tokens=512)`;
+    temperature 0 is greedy.
 
-    `keep_mask` returns the ids inside top-p and log-probabilities renormalised over them (DeepSeek-V3.2,
-    arXiv 2512.02556, section 3.1). `force` puts a token after another one, in place of the sampled one: `{no:
-    wait}` is the budget forcing of s1 (arXiv 2501.19393). `stop_ids` end a completion like the end of turn.
+    With `keep_mask` the ids inside top-p are returned, and log-probabilities are renormalised over them
+    (DeepSeek-V3.2, arXiv 2512.02556, section 3.1). `force` maps a token id to the id that must follow it,
+    whatever was sampled: `{no: wait}` is the budget forcing of s1 (arXiv 2501.19393). `stop_ids` are token
+    ids that end a completion, in addition to the end-of-turn token.
     """
 
     temperature: float = 1.0
@@ -36,13 +39,13 @@ class SamplingParams:
 
 
 def to_sampling_params(sampling: Sampling) -> SamplingParams:
-    """The sampling parameters of a recipe's `sampling`."""
+    """Return the `SamplingParams` for the `sampling` section of a recipe."""
     return SamplingParams(sampling.temperature, sampling.top_p, sampling.max_new_tokens)
 
 
 class Draw(NamedTuple):
-    """Sampled ids [B], their log-probabilities [B], and the top-p mask [B, V] (None where top-p excludes
-    nothing)."""
+    """The sampled ids [B], their log-probabilities [B], and the mask [B, V] of the ids inside top-p (None if
+    no id was excluded or the mask was not requested)."""
 
     tokens_B: Tensor
     logprobs_B: Tensor
@@ -50,8 +53,12 @@ class Draw(NamedTuple):
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams) -> Draw:
-    """Sample one token per row. Its log-probability is that of the tempered softmax over all tokens (with
-    `keep_mask` over those inside top-p); greedy reports the softmax at temperature 1."""
+    """Sample one token per row. `uniform_B` has a random number in [0, 1) for each row and `previous_B` the
+    token before.
+
+    The log-probability of a token is taken from the softmax at the sampling temperature, over all tokens or,
+    with `keep_mask`, over the tokens inside top-p. Greedy sampling reports the softmax at temperature 1.
+    """
     if _compiled(logits_BV, params):
         tokens_B, logprobs_B = kernels.sample(logits_BV, uniform_B, params.temperature)
         return Draw(tokens_B, logprobs_B, None)
@@ -70,7 +77,8 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: Sampl
 
 
 def _compiled(logits_BV: Tensor, params: SamplingParams) -> bool:
-    """True if the kernels can sample this: a plain tempered softmax on a supported machine and dtype."""
+    """Return True if the compiled kernel can sample with these parameters: temperature above 0, no top-p, no
+    forced tokens, on a supported machine and dtype."""
     plain = params.temperature and params.top_p == 1 and not params.force
     return bool(plain) and kernels.serves("draw", logits_BV.shape[-1], logits_BV)
 
@@ -78,7 +86,8 @@ def _compiled(logits_BV: Tensor, params: SamplingParams) -> bool:
 def _choose(
     logits_BV: Tensor, logprobs_BV: Tensor, uniform_B: Tensor, params: SamplingParams
 ) -> tuple[Tensor, Tensor | None]:
-    """Sampled ids [B] and the top-p mask [B, V], None without one."""
+    """Return the sampled ids [B] and the mask [B, V] of the ids inside top-p, or None in its place if top-p
+    excludes nothing."""
     if params.temperature == 0:
         return logits_BV.argmax(-1), None
     probabilities_BV = logprobs_BV.exp()
@@ -89,7 +98,8 @@ def _choose(
 
 
 def sample_inverse_cdf(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first token [B] at which the cumulative distribution passes the uniform number; sums in float64."""
+    """Return for each row the first token [B] at which the cumulative sum of the probabilities exceeds the
+    uniform number times their total. Sums are in float64."""
     cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
     threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
     tokens_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
@@ -97,11 +107,11 @@ def sample_inverse_cdf(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    """The mask [B, V] of the smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al.
-    2019).
+    """Return the mask [B, V] of the smallest set of most likely tokens whose total probability reaches
+    `top_p` (Holtzman et al. 2019).
 
-    The most likely few are searched first: sorting a large vocabulary takes longer than all other work for a
-    token.
+    The `NUCLEUS_CANDIDATES` most likely tokens are searched first: sorting a large vocabulary takes longer
+    than all other work for a token.
     """
     vocabulary = probabilities_BV.shape[1]
     for candidates in sorted({min(NUCLEUS_CANDIDATES, vocabulary), vocabulary}):
@@ -114,7 +124,8 @@ def nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
 
 
 def _force(tokens_B: Tensor, previous_B: Tensor, force: dict[int, int]) -> Tensor:
-    """Tokens [B], with `force[previous]` in place of those whose previous token is a key of `force`."""
+    """Return `tokens_B`, with a row's token replaced by `force[previous]` if the row's previous token is a
+    key of `force`."""
     for after, forced in force.items():
         tokens_B = tokens_B.masked_fill(previous_B == after, forced)
     return tokens_B

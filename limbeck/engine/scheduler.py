@@ -1,5 +1,5 @@
-"""Continuous batching: all requests to a model decode as one batch, and new ones join between two decode
-steps."""
+"""Continuous batching: all requests to a model are decoded as one batch, and new requests join it between two
+decode steps. A row is one sequence in that batch; a request has one row per sequence that it asks for."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from .prefix_cache import PrefixCache
 from .request import Answer, Choice, QueueFull, Request
 from .serving_batch import SequenceState, ServingBatch
 
-# A prefill may stall the decoding rows for so long, or for two decode steps if that is more; longer still
-# where more rows are in prefill than in decode, for many prompts at once are prefilled faster.
-STALL_SECONDS = 0.2  # seconds
-IDLE_PREFILL_SECONDS = 0.8  # seconds of a chunk where no row decodes: more requests may arrive meanwhile
+# The time for which one prefill chunk may delay the rows in decode, or two decode steps if these take longer.
+# It is extended if more than half as many rows are in prefill as in decode: large chunks are more efficient.
+STALL_SECONDS = 0.2
+IDLE_PREFILL_SECONDS = 0.8  # duration of a chunk if no row is in decode: more requests may arrive
 MIN_CHUNK = 16  # tokens prefilled at once
 MAX_CHUNK = 4096  # tokens prefilled at once
-MAX_TOKENS = 1 << 17  # tokens in the KV cache of one batch, where the caller sets no bound
+MAX_TOKENS = 1 << 17  # default limit on the tokens in the KV cache of one batch
 INITIAL_PREFILL_RATE = 1000.0  # tokens a second, until measured
-SECONDS_PER_QUEUED_BATCH = 5  # seconds that a full batch takes, roughly
+SECONDS_PER_QUEUED_BATCH = 5  # rough time that a full batch takes
 MAX_RETRY_AFTER = 60  # seconds
 
 
 class Scheduler:
-    """Serves requests in `round`s, which an `EngineThread` runs: at most `rows` rows at once, and
-    `max_waiting` requests in the queue.
+    """Serves the requests to one model: at most `rows` sequences at once, and at most `max_waiting` requests
+    in the queue. An `EngineThread` calls `try_round`, which computes; clients call `submit`, `cancel` and
+    `enough` from any thread.
 
-    `tell` is called on the engine's thread, once or twice a round, with the outputs that have changed.
-    `max_tokens` bounds the KV cache of the rows, `prefix_bytes` the prefix cache. A request's output depends
-    on the request and its seed alone, as far as rounding allows (sums over more rows may be taken in another
-    order).
+    `tell(outputs)` is called on the engine's thread, once or twice a round, with the outputs that have
+    changed. `max_tokens` limits the tokens in the KV cache of all rows, `prefix_bytes` the bytes of the
+    prefix cache. A request's output depends on the request and its seed alone, except for rounding (in a
+    larger batch sums may be taken in another order).
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Scheduler:
         self.prefill_rate = INITIAL_PREFILL_RATE
         self.steps = 0
         self.failures = 0
-        self.seconds = 0.0  # of all decode steps
+        self.seconds = 0.0  # total time of all decode steps
         self.last_step_seconds = 0.0
         self.lock = threading.Condition()
         self.closing = False
@@ -72,7 +73,7 @@ class Scheduler:
         self._reset()
 
     def _reset(self) -> None:
-        """Create an empty batch and an empty prefill queue."""
+        """Create an empty decode batch, an empty prefill queue, and an empty list of changed outputs."""
         self.serving_batch = ServingBatch(
             self.model, self.tokenizer, self.stop_token_ids, self.rows, self.max_tokens
         )
@@ -84,7 +85,9 @@ class Scheduler:
     # ------------------------------------------------------------ for clients, on any thread
 
     def submit(self, request: Request) -> Answer:
-        """Queue a request. Raises LimbeckError if it can never be served, `QueueFull` if the queue is full."""
+        """Add a request to the queue and return its output, which grows as tokens are sampled. Raises
+        LimbeckError if the request can never be served or the server is closing, `QueueFull` if the queue is
+        full."""
         self.check(request)
         with self.lock:
             if self.closing:
@@ -97,7 +100,9 @@ class Scheduler:
         return output
 
     def check(self, request: Request) -> None:
-        """Raise LimbeckError if the request exceeds the model's positions, its vocabulary, or the batch."""
+        """Raise LimbeckError if the prompt is empty or has ids outside the vocabulary, if its length plus
+        `max_new_tokens` exceeds the model's positions, or if the request has more copies than there are
+        rows."""
         length = len(request.prompt)
         positions = self.model.config.max_positions
         vocabulary = self.model.config.vocab_size
@@ -114,24 +119,25 @@ class Scheduler:
             raise LimbeckError(f"n = {request.copies}: this server has {self.rows} rows")
 
     def cancel(self, output: Answer) -> None:
-        """Abort a request: its rows leave before the next step."""
+        """Cancel the request with this output: its rows are removed before the next decode step."""
         with self.lock:
             output.cancelled = True
             self._aborts_pending = True
             self.lock.notify()
 
     def enough(self, sequence: Choice) -> None:
-        """Stop one sequence of a request: its row leaves before the next step."""
+        """End one sequence of a request: its row is removed before the next decode step."""
         sequence.enough = True
         self._aborts_pending = True
 
     @property
     def busy(self) -> int:
-        """Number of rows in decode or in prefill."""
+        """The number of rows that all running requests take, whether they are in decode or still in
+        prefill."""
         return self.serving_batch.busy + self.prefill_queue.rows
 
     def _retry_after(self) -> int:
-        """Seconds until a place in the queue may be free, roughly."""
+        """Return an estimate of the seconds until a place in the queue is free."""
         batches = len(self.line) / max(1, self.rows)
         return max(1, min(MAX_RETRY_AFTER, round(batches * SECONDS_PER_QUEUED_BATCH)))
 
@@ -143,7 +149,8 @@ class Scheduler:
         return bool(self.line or self.busy)
 
     def try_round(self) -> None:
-        """Run a round; if it fails, all running requests fail with it, and the next ones are served."""
+        """Run one round. If it raises, all running requests fail with that error; waiting and later requests
+        are still served."""
         try:
             self.round()
         except Exception as error:  # noqa: BLE001
@@ -151,13 +158,13 @@ class Scheduler:
             self._fail(error)
 
     def close(self) -> None:
-        """Fail all requests, waiting or running, and refuse new ones."""
+        """Fail all waiting and running requests, and refuse new ones from now on."""
         with self.lock:
             self.closing = True
         self._fail(LimbeckError("the server is closing"))
 
     def _fail(self, error: Exception) -> None:
-        """End all running requests with `error`, and when closing the waiting ones too."""
+        """End all running requests with `error`; if the scheduler is closing, the waiting ones as well."""
         with self.lock:
             outputs = dict.fromkeys(self._running())
             if self.closing:
@@ -170,14 +177,16 @@ class Scheduler:
         self.tell(list(outputs))
 
     def _running(self) -> Iterable[Answer]:
-        """The outputs in decode (one per row), then those in prefill."""
+        """Yield the output of each row in the decode batch (a request with several rows is yielded several
+        times), then the outputs of the requests in prefill."""
         for state in self.serving_batch.owners:
             yield state.output
         for prefilling in self.prefill_queue.requests:
             yield prefilling.output
 
     def round(self) -> None:
-        """Remove aborted requests, admit those that fit, prefill one chunk, and decode one token per row."""
+        """Run one round: remove cancelled requests, admit waiting ones that fit, prefill one chunk, and
+        sample one token for each row in decode."""
         self._admit()
         if self.prefill_queue.requests:
             self._prefill()
@@ -190,7 +199,8 @@ class Scheduler:
         self._publish()
 
     def _admit(self) -> None:
-        """Remove aborted requests; move requests from the queue into prefill, in order, while they fit."""
+        """Remove cancelled requests, then move waiting requests into prefill, oldest first, until one does
+        not fit."""
         with self.lock:
             if self._aborts_pending:
                 self.line = deque(output for output in self.line if not output.cancelled)
@@ -201,7 +211,8 @@ class Scheduler:
                 self.prefill_queue.add(self.line.popleft())
 
     def _fits(self, output: Answer) -> bool:
-        """True if rows and memory are left for a request: every row takes as much as the longest may."""
+        """Return True if there are rows and KV cache left for a request. Each row is counted with the maximal
+        length of the longest request. A request always fits if nothing is running."""
         rows = self.busy + output.request.copies
         if rows > self.rows:
             return False
@@ -211,7 +222,8 @@ class Scheduler:
         return rows * longest <= self.max_tokens
 
     def _prefill(self) -> None:
-        """Prefill one chunk; completed prompts join the decode batch."""
+        """Prefill one chunk of prompt tokens, add the requests whose prompts are complete to the decode
+        batch, and update the measured prefill rate."""
         begin = time.monotonic()
         before = self.prefill_queue.remaining
         for prefilling, hidden_C in self.prefill_queue.run(self._chunk()):
@@ -227,7 +239,8 @@ class Scheduler:
             self.prefill_rate += 0.5 * (rate - self.prefill_rate)
 
     def _chunk(self) -> int:
-        """Tokens of the next chunk: as many as fit into the time for which decoding may stall."""
+        """Return the number of tokens in the next prefill chunk: as many as can be run, at the measured rate,
+        in the time for which decoding may be delayed."""
         decoding = self.serving_batch.busy
         seconds = IDLE_PREFILL_SECONDS
         if decoding:
@@ -236,7 +249,8 @@ class Scheduler:
         return int(min(max(self.prefill_rate * seconds, MIN_CHUNK), MAX_CHUNK))
 
     def _on_leave(self, state: SequenceState, row: int) -> None:
-        """Put the KV of a sequence that leaves into the prefix cache: a next prompt may continue it."""
+        """Add the KV of a sequence that leaves the decode batch to the prefix cache, since a later prompt may
+        continue it."""
         self._changed[state.output] = None
         request = state.request
         if not self.prefix_cache.max_bytes or state.output.cancelled or request.ignore_eos:
@@ -248,12 +262,14 @@ class Scheduler:
         self.prefix_cache.add(tokens, SequenceKV.of(cache, row, length))
 
     def _on_sampled(self) -> None:
-        """Publish the new tokens once all rows have one, before the next forward pass."""
+        """Publish the new tokens after all rows have sampled one and before the next forward pass, so that
+        clients need not wait for that pass."""
         self._changed |= {state.output: None for state in self.serving_batch.owners}
         self._publish()
 
     def _publish(self) -> None:
-        """Set the times of the outputs that have changed, and announce them."""
+        """Set the times `first` and `ended` of the outputs that have changed, and pass these outputs to
+        `tell`."""
         if not self._changed:
             return
         now = time.monotonic()
@@ -268,5 +284,5 @@ class Scheduler:
 
 
 def _max_length(request: Request) -> int:
-    """Tokens of a request's prompt and longest possible completion."""
+    """Return the length of a request's prompt plus `max_new_tokens`, in tokens."""
     return len(request.prompt) + request.max_new_tokens

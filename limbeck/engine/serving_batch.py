@@ -1,7 +1,7 @@
-"""The decode batch of serving: sequences join and leave at any step, each with its own sampling parameters
-and length limit.
+"""The decode batch of a server: sequences join and leave it at any step, each with its own sampling
+parameters and length limit. A row is one sequence in the batch.
 
-N positions · B rows · C hidden · T tokens of a completion · V vocabulary · K most likely tokens.
+Dimensions: N positions · B rows · C hidden · T tokens of a completion · V vocabulary · K most likely tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .thought_budget import ThoughtBudget
 
 
 class SequenceState:
-    """One row of the batch: the output it writes to, its random numbers, and the tokens forced upon it."""
+    """The state of one row of the batch: sequence number `sample` of the request of `output`, with its random
+    numbers and the tokens that will be put in place of the next sampled ones (`forced`)."""
 
     def __init__(self, output: Answer, sample: int, tokenizer: Tokenizer):
         request = output.request
@@ -40,21 +41,23 @@ class SequenceState:
 
     @property
     def aborted(self) -> bool:
-        """True if no more tokens are wanted of this sequence, or of its whole request."""
+        """True if the client has ended this sequence or cancelled its whole request, so that no more tokens
+        are needed."""
         return self.output.cancelled or self.sequence.enough
 
     def check_thought(self) -> None:
-        """Force the closing marker, token by token, upon a thought that exceeds its budget."""
+        """If the thought (the reasoning before the answer) exceeds its budget, schedule the tokens of the
+        closing marker as the next tokens of this row."""
         if self.thought is not None:
             self.forced += self.thought.forced(self.sequence.tokens)
 
 
 class ServingBatch(DecodeBatch):
-    """At most `max_rows` rows, whose caches together hold at most `max_tokens` tokens.
+    """A batch of at most `max_rows` rows, whose KV caches together hold at most `max_tokens` tokens.
 
     `on_leave(state, row)` is called for each row that leaves, while its KV is still in the cache.
-    `on_sampled()` is called in each step once all rows have a new token, before the forward pass that the
-    next ones come from.
+    `on_sampled()` is called in each step after all rows have a new token and before the forward pass that
+    yields the next tokens.
     """
 
     records_routes = False
@@ -73,7 +76,7 @@ class ServingBatch(DecodeBatch):
         super().__init__(model, tokenizer.end_id, sampling)
         self.tokenizer = tokenizer
         self.owners: list[SequenceState] = []
-        self.limit_B = np.zeros(0, dtype=np.int64)  # tokens of each completion at most
+        self.limit_B = np.zeros(0, dtype=np.int64)  # maximal number of tokens of each completion
         self.ignore_eos_B = np.zeros(0, dtype=bool)
         self._groups: list[tuple[SamplingParams, Tensor]] | None = None
         self.on_leave: Callable[[SequenceState, int], None] = lambda state, row: None
@@ -92,8 +95,8 @@ class ServingBatch(DecodeBatch):
         )
 
     def add(self, past: SequenceKV, hidden_C: Tensor, output: Answer) -> None:
-        """Add the rows of a prefilled request: `past` is its KV, `hidden_C` the hidden state of its last
-        token."""
+        """Add the rows of a request whose prompt has been prefilled. `past` is the prompt's KV, `hidden_C`
+        the hidden state of its last token."""
         request = output.request
         count = request.copies
         states = [SequenceState(output, sample, self.tokenizer) for sample in range(count)]
@@ -109,21 +112,21 @@ class ServingBatch(DecodeBatch):
         self._groups = None
 
     def step(self) -> list[FinishedSequence]:
-        """Sample one token per row into the outputs. Returns no rows: a finished one is marked in its
-        output."""
+        """Sample one token per row and append it to the row's output. The list returned is always empty:
+        finished sequences are marked in their outputs."""
         if int(self.sampled_B.max()) == self.uniforms_BT.shape[1]:
             self._widen()
         return super().step()
 
     def remove_aborted(self) -> None:
-        """Remove the rows of which no more tokens are wanted."""
+        """Remove the rows whose client has ended them, with "stop" as the finish reason."""
         aborted_B = np.array([state.aborted for state in self.owners], dtype=bool)
         for row in aborted_B.nonzero()[0].tolist():
             self.owners[row].sequence.finish = "stop"
         self._remove(aborted_B)
 
     def _widen(self) -> None:
-        """Double the number of tokens that the arrays have room for."""
+        """Double the number of tokens per row that the arrays hold, and draw the random numbers for them."""
         more = self.uniforms_BT.shape[1]
         self.tokens_BT = np.pad(self.tokens_BT, ((0, 0), (0, more)))
         self.logprobs_BT = np.pad(self.logprobs_BT, ((0, 0), (0, more)))
@@ -131,7 +134,9 @@ class ServingBatch(DecodeBatch):
         self.uniforms_BT = np.concatenate([self.uniforms_BT, uniforms_BT], 1)
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, place_B: np.ndarray, previous_B: np.ndarray) -> Draw:
-        """Rows with the same sampling parameters are drawn together, as a rollout draws them."""
+        """Draw a token for each of `rows` from its logits. Rows with the same sampling parameters are drawn
+        together; a row with forced tokens gets the first of them instead. `place_B` is the token's index in
+        its completion, `previous_B` the token before it."""
         uniform_B = torch.from_numpy(self.uniforms_BT[rows, place_B])
         previous_B = torch.from_numpy(previous_B)
         tokens_B = torch.empty(len(rows), dtype=torch.long)
@@ -151,7 +156,8 @@ class ServingBatch(DecodeBatch):
         return Draw(tokens_B, logprobs_B, None)
 
     def _sampling_groups(self) -> list[tuple[SamplingParams, Tensor]]:
-        """Each kind of sampling parameters with the rows that have it."""
+        """Return each combination of sampling parameters in the batch, with the indices of the rows that use
+        it."""
         if self._groups is None:
             rows_of: dict[tuple[float, float], list[int]] = {}
             for row, state in enumerate(self.owners):
@@ -161,7 +167,8 @@ class ServingBatch(DecodeBatch):
         return self._groups
 
     def _remove_finished(self) -> list[FinishedSequence]:
-        """Append the new tokens to the outputs and remove the rows that ended."""
+        """Append the new tokens to the outputs and remove the rows that ended with a stop token or at their
+        length limit. The list returned is always empty."""
         last_B = self.tokens_BT[np.arange(self.busy), self.sampled_B - 1]
         for state, token in zip(self.owners, last_B.tolist(), strict=True):
             state.sequence.tokens.append(token)
@@ -189,8 +196,8 @@ class ServingBatch(DecodeBatch):
 
 
 def top_logprobs(logits_NV: Tensor, tokens_N: Tensor, count: int) -> tuple[list[float], list[Top]]:
-    """Log-probabilities at temperature 1 of `tokens_N`, and the `count` most likely tokens at each
-    position."""
+    """Return the log-probabilities at temperature 1 of `tokens_N`, one per position, and for each position
+    the `count` most likely tokens as pairs (id, log-probability)."""
     logprobs_NV = torch.log_softmax(logits_NV, -1)
     values_NK, ids_NK = logprobs_NV.topk(min(count, logprobs_NV.shape[1]))
     token_logprobs_N = logprobs_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
@@ -201,16 +208,17 @@ def top_logprobs(logits_NV: Tensor, tokens_N: Tensor, count: int) -> tuple[list[
 
 
 def _append_logprobs(state: SequenceState, logits_1V: Tensor, token_1: Tensor) -> None:
-    """Append the log-probability of a sequence's new token, and the most likely ones in its place, from
-    logits [1, V]."""
+    """Append to a sequence's output the log-probability of its new token, and the most likely tokens at that
+    position. `logits_1V` are the logits [1, V] from which the token `token_1` [1] was sampled."""
     (logprob,), (top,) = top_logprobs(logits_1V, token_1, state.request.top)
     state.sequence.logprobs.append(logprob)
     state.sequence.tops.append(top)
 
 
 def _fill_gaps(leaving_B: np.ndarray) -> np.ndarray:
-    """The row to move into each place: the last staying rows fill the places that fall free, the others do
-    not move."""
+    """Return the rows to keep, in their new order: rows from the end are moved into the places of leaving
+    rows, and all others keep their place, so that little of the cache is copied. `leaving_B` is True for the
+    rows to remove."""
     staying = len(leaving_B) - int(leaving_B.sum())
     rows = np.arange(staying)
     rows[leaving_B[:staying]] = staying + (~leaving_B[staying:]).nonzero()[0]

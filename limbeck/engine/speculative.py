@@ -1,13 +1,13 @@
 """Speculative decoding with the model's own multi-token prediction (MTP) module (DeepSeek-V3, arXiv
 2412.19437, section 5.4.3).
 
-Each step runs a row's newest token and a draft of the one after it. The draft is drawn with the same random
-number as the real token, so that the two likely agree, and a draft is accepted only where the model itself
-draws the same token: the completion equals that of plain decoding token by token, however good the drafts
-are.
+Each step runs a row's newest token together with a draft of the token after it. (A row is one sequence that
+is being sampled.) The draft is drawn with the same random number as the real token will be, so that the two
+often agree. A draft is accepted only if the model itself draws the same token, so the completion equals that
+of plain decoding token by token, whatever the quality of the drafts.
 
-N packed tokens · B rows · S tokens of a row in one step (2) · C hidden · T tokens of a completion · V
-vocabulary · L sparse layers · K experts chosen.
+Dimensions: N packed tokens · B rows · S tokens of a row in one step (2) · C hidden · T tokens of a completion
+· V vocabulary · L sparse (mixture-of-experts) layers · K experts chosen per token.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from .sampling import SamplingParams
 
 
 class Speculation(DecodeBatch):
-    """A decode batch of up to two tokens per row and step. A prompt's last token is run by the first step,
-    together with a draft. `drafted` counts the drafts, `accepted` those that the model drew too."""
+    """A decode batch that samples up to two tokens per row and step. The last token of a prompt is not
+    prefilled but run by the first step, together with a draft. `drafted` counts the drafts that were checked,
+    `accepted` those that the model drew too."""
 
     tokens_deferred = 1
     compiled = False  # the compiled step runs one token a row
@@ -57,8 +58,8 @@ class Speculation(DecodeBatch):
         self._fork(prefill, lengths, n)
 
     def step(self) -> list[FinishedSequence]:
-        """Run newest token and draft, sample one or two tokens per row, draft again, and return the finished
-        rows."""
+        """Run each row's newest token and draft, sample one or two tokens per row, draft the next token, and
+        return the finished sequences."""
         hidden_BSC = self._run_pairs()
         first_B = self._sample(hidden_BSC[:, 0], self.alive_B)
         unfinished_B = ~self.is_stop_V[first_B] & (self.sampled_B < self.sampling.max_new_tokens)
@@ -71,7 +72,8 @@ class Speculation(DecodeBatch):
         return self._remove_finished()
 
     def _run_pairs(self) -> Tensor:
-        """Hidden states [B, S, C] of each row's newest token and its draft."""
+        """Run each row's newest token and draft through the model and return their hidden states [B, S,
+        C]."""
         self.cache.reset_idle(~self.alive_B)
         self.cache.advance(2)
         tokens_BS = np.stack([self.newest_B, self.draft_B], 1)
@@ -81,7 +83,8 @@ class Speculation(DecodeBatch):
         return hidden_NC.view(self.busy, 2, -1)
 
     def _record_routes(self) -> None:
-        """Write down the experts of both tokens; a rejected draft's are overwritten by the next step."""
+        """Record the experts chosen for both tokens of each row. Those of a rejected draft are overwritten in
+        the next step."""
         rows = np.arange(self.busy)
         _, places, *layers_and_experts = self.routes_BTLK.shape
         chosen_NLK = torch.stack(self.cache.routes.chosen, 1)
@@ -91,7 +94,9 @@ class Speculation(DecodeBatch):
             self.routes_BTLK[rows, place_B] = chosen_BSLK[:, i]
 
     def _draft_next(self, hidden_BSC: Tensor, sampled_BS: np.ndarray, accepted_B: np.ndarray) -> None:
-        """Draft from the last valid token of each row, and take rejected drafts out of the cache."""
+        """Draft the token after each row's last sampled token, and remove rejected drafts from the KV cache.
+        `sampled_BS` has the two tokens sampled in this step, of which the second is valid where `accepted_B`
+        is True."""
         rows = np.arange(self.busy)
         self.cache.routes = None
         next_N = torch.from_numpy(sampled_BS.ravel())
@@ -103,7 +108,8 @@ class Speculation(DecodeBatch):
         self.draft_B = self._draft(last_BC, self.newest_B, rows)
 
     def _draft(self, ahead_BC: Tensor, previous_B: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The token [B] after the newest, drawn with the random number that the model will draw it with."""
+        """Return the drafts [B]: tokens drawn from the MTP module's hidden states `ahead_BC`, with the random
+        numbers with which the model will draw the real tokens. `previous_B` are the tokens before them."""
         place_B = np.minimum(self.sampled_B[rows], self.tokens_BT.shape[1] - 1)
         logits_BV = F.linear(ahead_BC, self.model.head.weight)
         return self._draw(logits_BV, rows, place_B, previous_B).tokens_B.numpy()

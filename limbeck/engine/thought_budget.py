@@ -1,4 +1,5 @@
-"""The thought budget of one sequence: after so many reasoning tokens an open thought is closed."""
+"""The thought budget of one sequence: a thought, the reasoning between `<think>` and `</think>`, that is
+still open after a given number of tokens is closed."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ OVERTIME = 8  # tokens past the budget in which a half-written character or mark
 
 
 class ThoughtBudget:
-    """Counts the tokens of a thought and closes one that exceeds its budget.
+    """Counts the tokens of a thought, and closes the thought once it exceeds `budget` tokens.
 
-    `ThoughtBudget(tokenizer, 512, opened=True)` is for a prompt that ends inside a thought. A completion that
-    opens its thought itself is counted from there; one that begins with anything else is never checked again.
+    `opened` is True if the prompt ends inside a thought, as in `ThoughtBudget(tokenizer, 512, opened=True)`.
+    If the completion itself opens a thought, tokens are counted from there. If the completion begins with any
+    other text, it has no thought and is not checked further.
     """
 
     def __init__(self, tokenizer: Tokenizer, budget: int, opened: bool):
@@ -23,7 +25,8 @@ class ThoughtBudget:
         self.check_at: int | None = self.limit  # tokens of the completion at the next check, None for no more
 
     def forced(self, tokens: list[int]) -> list[int]:
-        """The tokens of the closing marker once the thought in `tokens` is too long, else none."""
+        """Return the tokens of the closing marker if the completion `tokens` ends in a thought that exceeds
+        the budget, else an empty list."""
         while self.check_at is not None and len(tokens) >= self.check_at:
             text = self.tokenizer.decode(tokens)
             if not self.inside:
@@ -38,8 +41,9 @@ class ThoughtBudget:
         return []
 
     def _find_opening(self, text: str, length: int) -> None:
-        """Start to count at an opening marker; check again after the next token if it is only half
-        written."""
+        """Look for the opening marker at the beginning of `text`, the first `length` tokens of the
+        completion. Start to count if it is there; look again after the next token if `text` may be its
+        beginning."""
         begin = text.lstrip()
         if begin.startswith(OPEN):
             self.inside = True
@@ -52,5 +56,5 @@ class ThoughtBudget:
 
 
 def _is_half_written(text: str) -> bool:
-    """True if `text` ends inside a character of several bytes, or inside a closing marker."""
+    """Return True if `text` ends inside a character of several bytes or inside a closing marker."""
     return text.endswith("\ufffd") or bool(overlap(text, CLOSE))

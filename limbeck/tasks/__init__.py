@@ -1,1 +1,1 @@
-"""Tasks: problems, the judging of completions, and the scores that rewards are made of."""
+"""Tasks: sources of problems, the judging of completions, and the scores from which rewards are computed."""

@@ -1,8 +1,10 @@
-"""Answers: extraction from a completion, and comparison with the gold answer. Never raises, never hangs.
+"""Extraction of the answer from a completion, and comparison with the gold (reference) answer. For any text,
+both end within a time limit and raise nothing.
 
-A policy learns to exploit a lenient verifier, so this one is strict: one answer in one place, as finished as
-the gold (`76+60` is no answer to a question whose gold is 136), and of the gold's form. Three layers,
-cheapest first: the same normalised string, exact rationals, and math-verify in a sandbox.
+A policy learns to exploit a lenient verifier, so this one is strict: a completion must have one answer in one
+place, as finished as the gold answer (`76+60` is not accepted if the gold answer is 136), and of the same
+form. Three comparisons are tried, cheapest first: equality of the normalised strings, equality as exact
+rational numbers, and math-verify in a sandbox.
 """
 
 from __future__ import annotations
@@ -17,19 +19,22 @@ from .sandbox import SANDBOX
 
 MAX_ANSWER = 512  # characters of an answer
 MAX_DEPTH = 12  # brackets inside one another
-MAX_PROSE = 5  # words of a gold answer that is no prose
+MAX_PROSE = 5  # words; a gold answer with more of them is prose
 CACHED_VERDICTS = 1 << 16  # verdicts of the sandbox
 
 
 class Extraction(NamedTuple):
-    """`Extraction("42", "")`, or `Extraction(None, "no \\boxed{}")` if there is no single answer."""
+    """The answer that was extracted from a completion, as in `Extraction("42", "")`. If there is not exactly
+    one, `answer` is None and `reason` states why: `Extraction(None, "no \\boxed{}")`."""
 
     answer: str | None
     reason: str
 
 
 class Verdict(Enum):
-    """Only `CORRECT` earns a reward; the rates of the last three are reported."""
+    """The result of comparing an answer with the gold answer. Only `CORRECT` is rewarded. The rates of the
+    last three are reported as failures of the verifier: `UNPARSED` (the text cannot be read as an answer),
+    `TIMEOUT` and `ERROR`."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -42,9 +47,11 @@ class Verdict(Enum):
 
 
 def extract(text: str, style: str) -> Extraction:
-    """The one answer of a completion: in `tags`, `boxed`, or the `final` number of the last line.
+    """Return the only answer of a completion. `style` selects where it stands: `tags` (between `<answer>`
+    tags), `boxed` (in `\\boxed{}`) or `final` (the number at the end of the last line).
 
-    `tags` and `boxed` accept an answer only behind the only `</think>`; `final` is the lenient style for
+    An answer is searched only after `</think>`, and there is none if the text has several. `tags` requires a
+    `</think>`; `boxed` and `final` read the whole text if there is none. `final` is the lenient style, for
     small models.
     """
     thoughts = text.count("</think>")
@@ -87,7 +94,8 @@ def _extract_boxed(text: str) -> Extraction:
 
 
 def _braced(text: str, start: int) -> str | None:
-    """The text between the brace at `start` and its partner, None without one."""
+    """Return the text between the opening brace at or after `start` (only white space may precede it) and the
+    matching closing brace, or None if there is no such pair."""
     opening = re.compile(r"\s*\{").match(text, start)
     if not opening:
         return None
@@ -139,9 +147,11 @@ STYLES = {"tags": _extract_tagged, "boxed": _extract_boxed, "final": _extract_fi
 
 
 def parse_gold(raw: str) -> str | None:
-    """The gold answer in a data set's field: GSM8K's `#### 18`, a `\\boxed{}`, or the answer itself.
+    """Return the gold answer in the field `raw` of a data set's row: what follows the last `####` (GSM8K),
+    the content of the last `\\boxed{}`, or the whole field.
 
-    None if it cannot be judged: prose, an empty field, braces that do not match.
+    Return None if answers could not be compared with it: a field that is prose, empty, too long, or of
+    several lines, or whose braces are unbalanced.
     """
     if "####" in raw:
         _, _, raw = raw.rpartition("####")
@@ -164,7 +174,8 @@ _INTRACTABLE = re.compile(
 
 
 def is_intractable(text: str) -> bool:
-    """True if no judge should see the text: too long, too deep, or a number too large to write down."""
+    """Return True if the text must not be passed to math-verify, because it is too long, has too deeply
+    nested brackets, or stands for a number too large to compute."""
     if len(text) > MAX_ANSWER or _INTRACTABLE.search(text):
         return True
     depth = 0
@@ -179,7 +190,8 @@ def is_intractable(text: str) -> bool:
 
 
 def judge(gold: str, answer: str, deadline: float = 2.0) -> Verdict:
-    """Compare an answer with the gold one; `deadline` is the sandbox's processor time in seconds."""
+    """Return the verdict on an answer, compared with the gold answer. `deadline` limits the sandbox's
+    processor time, in seconds."""
     if max(len(gold), len(answer)) > MAX_ANSWER:
         return Verdict.UNPARSED
     gold = normalise(gold)
@@ -197,7 +209,8 @@ def judge(gold: str, answer: str, deadline: float = 2.0) -> Verdict:
 
 
 def _judge_value(gold: str, answer: str) -> Verdict | None:
-    """The verdict on two different texts from numbers and form alone, None if that takes algebra."""
+    """Return the verdict on two different normalised texts if their numbers or their form decide it, or None
+    if algebra is needed."""
     wanted = quantity(gold)
     given = quantity(answer)
     if wanted:
@@ -214,12 +227,14 @@ def _is_word(text: str) -> bool:
 
 
 def _without_variable(text: str) -> str:
-    """`5` of `x=5`: a single letter may stand before the answer; `41=42` is left as it is."""
+    """Return the text without a leading variable: `5` for `x=5`. Other equations, such as `41=42`, are
+    unchanged."""
     return re.sub(r"^[A-Za-z]=(?=[^=]+$)", "", text)
 
 
 def _is_equal(gold: Quantity, answer: Quantity) -> bool:
-    """True for equal values whose percent sign and unit agree, and whose division is as finished."""
+    """Return True if the two values are equal, both or neither have a percent sign, the units are compatible,
+    and the answer is not an unfinished division where the gold answer is a whole number."""
     if gold.value != answer.value or gold.percent != answer.percent:
         return False
     if answer.divided and gold.value.denominator == 1 and not gold.divided:
@@ -234,10 +249,10 @@ _RELATION = re.compile(r"[=<>≈≤≥≠]|\\(?:le|ge|leq|geq|ne|neq|approx|sim|
 
 
 def _form(text: str) -> tuple:
-    """The features that two equal answers share and math-verify ignores: letters, brackets, relations, list
-    items.
+    """Return the features that equal answers must share but math-verify ignores: letters, brackets, absolute
+    bars, relations, and the number of list items.
 
-    Without them x/x would be 1, x^2 would be |x|^2, and [1,2] would equal (1,2).
+    Without this check x/x would equal 1, x^2 would equal |x|^2, and [1,2] would equal (1,2).
     """
     letters = frozenset(re.findall(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", " ", text)))
     commas = len(re.findall(r"[,;]", text))
@@ -253,7 +268,8 @@ _verdicts_lock = threading.Lock()
 
 
 def _judge_in_sandbox(gold: str, answer: str, deadline: float) -> Verdict:
-    """math-verify's verdict, cached for each pair; an error may pass, so it is not cached."""
+    """Return math-verify's verdict, which is cached for each pair of gold answer and answer. `ERROR` is not
+    cached, since its cause may be temporary."""
     cached = _verdicts.get((gold, answer))
     if cached:
         return cached

@@ -1,13 +1,15 @@
-"""The quickstart's small bilingual task: a clock countdown, and the corpus that its base model is trained on.
+"""The small bilingual task of the quickstart, a countdown game on a clock, and the text corpus on which its
+base model is trained.
 
-Problem: reach a target on a clock with `modulus` hours, using each of a few numbers once, with + - * read
-from left to right. `use 6 1 5 make 3 ?` is answered by `<answer>1 -6 *5</answer>`. A thought tries, checks by
-subtracting the target, and tries again: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6 gives 2 *5 gives
-3 =3 gives 0 yes`.
+A problem asks for an expression that has the value `target` modulo the clock's hours (`modulus`) and uses
+each of a few numbers once, with + - * evaluated from left to right. For example `use 6 1 5 make 3 ?` is
+answered by `<answer>1 -6 *5</answer>`. In a thought, the model tries an expression, checks it by subtracting
+the target, and tries again if the difference is not 0: `try 6 -5 gives 1 *1 gives 1 =3 gives 5 no wait 1 -6
+gives 2 *5 gives 3 =3 gives 0 yes`.
 
-A random legal expression is correct with probability about .18, so guessing pays a little and persistence
-pays more. Problems are split by content (sorted numbers and target): no test problem is ever in a corpus or
-in RL.
+A random valid expression is correct with probability about .18, so guessing earns a little and trying
+repeatedly earns more. Problems are split by content (sorted numbers and target), so that no test problem
+occurs in a corpus or in reinforcement learning.
 """
 
 from __future__ import annotations
@@ -45,21 +47,28 @@ TEMPLATE = (
     "{{ message.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-# Shares of the corpus. The problem documents that are neither plain, tagged nor guessed are worked: they
-# think.
+# Shares of the kinds of documents in the corpus. A problem document whose solution is neither plain, tagged
+# nor guessed is worked: its solution has a thought with attempts.
 CORPUS = {
     "textbook": 0.30,  # exercises: chains, comparisons, searches; without them verification is learned late
     "general": 0.06,  # requests to repeat, which need no thought
     "plain": 0.12, "tagged": 0.14, "guessed": 0.14,  # shares of the problem documents that are not worked
     "direct_right": 0.20,  # of those, the share that is made correct
-    "systematic": 0.80,  # of the worked ones, the share that retries like an odometer
+    "systematic": 0.80,  # of the worked ones, the share that tries expressions in systematic order
     "unverified": 0.25,  # of the single attempts, the share without a verdict
-    "slip": 0.03, "misjudged": 0.02,  # wrong results, flipped verdicts
+    "slip": 0.03, "misjudged": 0.02,  # shares of wrong results and of flipped verdicts
     "same": 0.60, "other": 0.10,  # language of the words: the question's, the other; the rest is mixed
 }  # fmt: skip
-ATTEMPTS = {1: 0.62, 2: 0.18, 3: 0.07, 5: 0.05, 8: 0.03, 16: 0.05}  # share of each maximum of attempts
-# From this maximum on, the first half of the attempts is made to fail: the base must see long thoughts to
-# write them.
+ATTEMPTS = {
+    1: 0.62,
+    2: 0.18,
+    3: 0.07,
+    5: 0.05,
+    8: 0.03,
+    16: 0.05,
+}  # share of the worked documents with each maximum of attempts
+# If the maximum of attempts is at least this, the first half of them is made to fail: the base model must see
+# long thoughts in order to write them.
 LONG_SEARCH = 8  # attempts
 MAX_REDRAWS = 50  # random expressions drawn to find an untried one
 TEST_REPEATS = 15  # per cent of the requests to repeat that are in the test
@@ -72,20 +81,23 @@ Speak = Callable[[str], str]  # the word of a key of `WORDS`, in the language of
 
 
 class Expression(NamedTuple):
-    """`Expression([1, 6, 5], ["-", "*"])` is `1 -6 *5`, read from left to right."""
+    """An expression evaluated from left to right: `Expression([1, 6, 5], ["-", "*"])` is `1 -6 *5`."""
 
     numbers: list[int]
     operations: list[str]
 
     def words(self) -> list[str]:
-        """The expression as words of the corpus."""
+        """Return the expression as words of the corpus: the first number, then each operation joined with its
+        number (`-6`)."""
         first, *rest = self.numbers
         steps = [f"{operation}{number}" for operation, number in zip(self.operations, rest, strict=True)]
         return [str(first), *steps]
 
     def following(self) -> Expression:
-        """The odometer's next expression: the last operation turns, then the one before it, then the numbers
-        rotate."""
+        """Return the next expression in a systematic search, which changes like an odometer: the last
+        operation is replaced by the next in `OPERATIONS`; after the last of these comes the first, and the
+        operation before it changes too. Once all operations are the first again, the numbers rotate by one
+        place."""
         operations = list(self.operations)
         for i in reversed(range(len(operations))):
             operations[i] = OPERATIONS[(OPERATIONS.index(operations[i]) + 1) % len(OPERATIONS)]
@@ -95,7 +107,7 @@ class Expression(NamedTuple):
 
 
 class Countdown:
-    """The task: problems of both splits, and a judge that needs no gold answer."""
+    """The task: its problems in both splits, and the scoring of completions, which needs no gold answer."""
 
     def __init__(self, name: str, settings: Miniature):
         self.name = name
@@ -105,7 +117,7 @@ class Countdown:
 
     @cached_property
     def sets(self) -> dict[str, list[tuple[tuple[int, ...], int]]]:
-        """(sorted numbers, target) of each split; all are solvable."""
+        """The solvable problems of the splits `train` and `test`, each a pair (sorted numbers, target)."""
         world = self.settings
         solvable: list[tuple[tuple[int, ...], int]] = []
         for numbers in itertools.combinations_with_replacement(range(1, world.largest + 1), world.numbers):
@@ -115,7 +127,7 @@ class Countdown:
         return {"test": sorted(solvable[:cut]), "train": sorted(solvable[cut:])}
 
     def _reachable(self, numbers: tuple[int, ...]) -> set[int]:
-        """The values of all expressions over the numbers."""
+        """Return the values of all expressions that use each of the numbers once."""
         values = set()
         for order in set(itertools.permutations(numbers)):
             for operations in itertools.product(OPERATIONS, repeat=len(numbers) - 1):
@@ -123,14 +135,14 @@ class Countdown:
         return values
 
     def evaluate(self, numbers: Sequence[int], operations: Sequence[str]) -> int:
-        """The value of an expression on the clock, read from left to right."""
+        """Return the value of an expression, evaluated from left to right modulo the clock's hours."""
         total = numbers[0] % self.settings.modulus
         for operation, number in zip(operations, numbers[1:], strict=True):
             total = self.apply(total, operation, number)
         return total
 
     def apply(self, a: int, operation: str, b: int) -> int:
-        """One operation on the clock."""
+        """Return the result of one operation modulo the clock's hours."""
         if operation == "+":
             result = a + b
         elif operation == "-":
@@ -140,7 +152,9 @@ class Countdown:
         return result % self.settings.modulus
 
     def problems(self, split: str) -> list[Problem]:
-        """Every order of the numbers of every set, in both languages; or the requests to repeat."""
+        """Return the problems of a split: one for every set of numbers and target, every order of the
+        numbers, and both languages. If the recipe's `task` is `repeat`, return the requests to repeat numbers
+        instead."""
         if self.settings.task == "repeat":
             return list(self.repeats(split))
         problems: list[Problem] = []
@@ -161,7 +175,8 @@ class Countdown:
         )
 
     def repeats(self, split: str) -> Iterator[Problem]:
-        """Requests to repeat, `say 4 2 6`: they are answered without a thought."""
+        """Yield the requests of a split to repeat three numbers, such as `say 4 2 6 ?`, which are answered
+        without a thought."""
         world = self.settings
         for numbers in itertools.product(range(1, world.largest + 1), repeat=3):
             in_test = fingerprint(world.seed, "say", numbers) % 100 < TEST_REPEATS
@@ -180,7 +195,8 @@ class Countdown:
     # ------------------------------------------------------------ judging
 
     def score(self, problem: Problem, completion: Completion) -> Score:
-        """Accuracy, format and language, each in [0, 1], with the reason for a zero."""
+        """Return the score of a completion: the parts accuracy, format and language, each in [0, 1], and a
+        reason for each part that is zero."""
         text = completion.text
         split = split_thought(text)
         answer, fault = _answer(split.answer if "</think>" in text else text)
@@ -202,7 +218,7 @@ class Countdown:
         return Score(parts, reasons, self._statistics(problem, split.thought, consistency), answer or "")
 
     def _fault(self, problem: Problem, answer: str) -> str:
-        """The reason why an answer is not correct, "" if it is."""
+        """Return the reason why an answer is not correct, or "" if it is correct."""
         if problem.answer is not None:
             return "" if answer == problem.answer else f"said {answer}, asked {problem.answer}"
         first, *steps = answer.split()
@@ -219,8 +235,9 @@ class Countdown:
         return "" if reached == target else f"{answer} makes {reached}, not {target}"
 
     def _statistics(self, problem: Problem, thought: str, consistency: float | None) -> dict[str, float]:
-        """Metrics of reflection: `persist` is the share of rejections that are followed by another attempt,
-        `verdict` the share of correct verdicts; both are absent without an occasion."""
+        """Return metrics of how a thought checks itself. `attempts` is the number of attempts, `persist` the
+        share of rejected attempts that are followed by another one, and `verdict` the share of verdicts (yes
+        or no) that are correct. The last two are absent if there is no rejected attempt or no verdict."""
         if problem.answer is not None:
             return {"general": 1.0}
         words = thought.split()
@@ -241,7 +258,8 @@ class Countdown:
 
     @staticmethod
     def _verdicts(words: list[str]) -> list[bool]:
-        """True or false for each `3 =4 gives 6 no`: the verdict is correct or not."""
+        """Return one truth value for each check in a thought: True if its verdict is correct. In `3 =4 gives
+        6 no` the value 3 is compared with the target 4; the verdict "no" is correct, since they differ."""
         yes = _both_languages("yes")
         verdict_words = yes | _both_languages("no")
         verdicts = []
@@ -254,8 +272,9 @@ class Countdown:
     # ------------------------------------------------------------ corpus
 
     def tokenizer(self) -> Tokenizer:
-        """A word-level tokenizer. A number with its operation is one token, so that a step is a lookup of two
-        things, the total and the operation, and not of three."""
+        """Return the tokenizer of the task, in which every word is one token. A number with its operation
+        (`-6`) is one token too, so that the next value depends on two tokens, the value so far and the step,
+        and not on three."""
         numbers = [str(number) for number in range(max(self.settings.modulus, self.settings.largest + 1))]
         steps = [f"{sign}{number}" for sign in [*OPERATIONS, "="] for number in numbers]
         words = [word for language in WORDS.values() for word in language.values()]
@@ -270,13 +289,14 @@ class Countdown:
         return Tokenizer(backend, TEMPLATE, end="<eos>", pad="<pad>", bos="<bos>")
 
     def documents(self, seed: object, mixture: dict[str, float]) -> Iterator[list[str]]:
-        """Endless documents as lists of words; `mixture` overrides `CORPUS`."""
+        """Yield an endless sequence of documents, each a list of words. `mixture` overrides entries of
+        `CORPUS`, the shares of the kinds of documents."""
         author = _Author(self, random.Random(fingerprint(seed, "corpus")), {**CORPUS, **mixture})
         while True:
             yield author.document()
 
     def rewrite(self, thought: str, language: str) -> str:
-        """A thought with each word in `language`."""
+        """Return the thought with each word translated into `language`."""
         source = WORDS["en" if language == "zh" else "zh"]
         target = WORDS[language]
         dictionary = {source[key]: target[key] for key in target}
@@ -284,7 +304,8 @@ class Countdown:
 
 
 def _answer(text: str) -> tuple[str | None, str]:
-    """The content of the only `<answer>` pair, or None and the reason why there is none."""
+    """Return the text between the only pair of `<answer>` tags and "", or None and the reason why there is no
+    such text."""
     _, _, rest = text.partition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
     if text.count("<answer>") != 1 or text.count("</answer>") != 1 or not closed:
@@ -294,7 +315,8 @@ def _answer(text: str) -> tuple[str | None, str]:
 
 
 def _is_tidy(problem: Problem, completion: Completion, answer: str) -> bool:
-    """True if a completion is one thought and one answer; a request to repeat needs no thought."""
+    """Return True if a completion consists of one thought and one answer in tags, or for a request to repeat
+    of the answer alone."""
     expected = f"<answer> {answer} </answer>"
     if problem.answer is not None:
         return completion.text.strip() == expected
@@ -303,7 +325,9 @@ def _is_tidy(problem: Problem, completion: Completion, answer: str) -> bool:
 
 
 def _language_part(problem: Problem, consistency: float | None) -> float | None:
-    """The language part; without a thought None, and so no reward, but 1 for a request to repeat."""
+    """Return the `language` part of a score: the share `consistency` of words in the question's language. It
+    is None, and so earns no reward, if there are no words in the thought; a request to repeat, which needs no
+    thought, then gets 1."""
     if consistency is None and problem.answer is not None:
         return 1.0
     return consistency
@@ -314,18 +338,19 @@ def _both_languages(key: str) -> set[str]:
 
 
 def _is_mixed(words: list[str]) -> bool:
-    """True if a thought has words of both languages."""
+    """Return True if the words of a thought are from both languages."""
     used = set(words)
     return all(used & set(vocabulary.values()) for vocabulary in WORDS.values())
 
 
 class Given(str):
-    """A word of a document that is not trained on: a question, or the numbers of an exercise. They cannot be
-    predicted, and their loss would drown that of the words that can."""
+    """A word of a document that has no loss in training: a word of a question, or a number of an exercise.
+    Such words cannot be predicted, and their loss would dominate that of the words that can."""
 
 
 class _Author:
-    """Writes the documents; all randomness is one generator, so a corpus is decided by its seed."""
+    """Generates the documents of the corpus. All random choices come from the generator `rng`, so its seed
+    determines the corpus."""
 
     def __init__(self, task: Countdown, rng: random.Random, mixture: dict[str, float]):
         self.task = task
@@ -337,7 +362,8 @@ class _Author:
         self.requests = list(task.repeats("train"))
 
     def document(self) -> list[str]:
-        """One document: an exercise, a request to repeat, or a problem with its solution."""
+        """Return the words of one document: an exercise, a request to repeat, or a problem with its
+        solution."""
         if self._chance("textbook"):
             return ["<bos>", *self._textbook(), "<eos>"]
         if self._chance("general"):
@@ -362,7 +388,8 @@ class _Author:
         return [*map(Given, prompt), "<answer>", *problem.answer.split(), "</answer>", "<eos>"]
 
     def _solution(self, numbers: tuple[int, ...], target: int, language: str) -> list[str]:
-        """A response: the plain or tagged answer, a guess, or a worked thought."""
+        """Return the words of a response to a problem: a plain answer, an answer in tags, a guess, or a
+        thought with attempts and an answer."""
         form = self.rng.random()
         speak = self._choose_words(language)
         for kind in ("plain", "tagged", "guessed"):
@@ -381,7 +408,8 @@ class _Author:
         return ["<think>", speak("guess"), "</think>", *tagged]
 
     def _choose_words(self, language: str) -> Speak:
-        """The language of a document: the question's, the other one, or a random one for every word."""
+        """Return a function from the keys of `WORDS` to the words of a document. The words are in the
+        question's language, in the other one, or each in a random one."""
         other = "en" if language == "zh" else "zh"
         coin = self.rng.random()
         if coin < self.mixture["same"]:
@@ -391,7 +419,8 @@ class _Author:
         return lambda word: WORDS[self.rng.choice(("en", "zh"))][word]
 
     def _direct(self, numbers: tuple[int, ...], target: int) -> list[str]:
-        """A random expression; for a share of the documents one that reaches the target."""
+        """Return the words of a random expression. In a share of the documents (`direct_right` in `CORPUS`)
+        it reaches the target."""
         expression = self._random_expression(numbers)
         if self._chance("direct_right"):
             while self.task.evaluate(*expression) != target:
@@ -403,9 +432,10 @@ class _Author:
         return Expression(order, [OPERATIONS[int(self.rng.random() * 3)] for _ in order[1:]])
 
     def _attempts(self, numbers: tuple[int, ...], target: int, speak: Speak) -> tuple[list[str], list[str]]:
-        """A thought that tries until the verdict is yes or its maximum is reached, and the last expression.
+        """Return the words of a thought, and of the expression that it tries last. The thought tries
+        expressions until a verdict is yes or a random maximum of attempts is reached.
 
-        A maximum of one teaches the model to give up early.
+        Documents with a maximum of one attempt teach the model to give up early.
         """
         (maximum,) = self.rng.choices(list(ATTEMPTS), list(ATTEMPTS.values()))
         systematic = self._chance("systematic")
@@ -434,8 +464,9 @@ class _Author:
     def _untried(
         self, expression: Expression, tried: set[tuple], systematic: bool, avoided: int | None
     ) -> Expression | None:
-        """The next expression that is not in `tried` and does not reach `avoided`, None if a fair search
-        finds none."""
+        """Return the next expression that is not in `tried` and does not have the value `avoided`, or None if
+        `MAX_REDRAWS` candidates contain none. If `systematic`, candidates follow each other in the order of
+        `Expression.following`; otherwise they are random."""
         for _ in range(MAX_REDRAWS):
             if systematic:
                 expression = expression.following()
@@ -449,8 +480,9 @@ class _Author:
     def _work(
         self, expression: Expression, speak: Speak, word: Callable[[object], str] = str
     ) -> tuple[list[str], int]:
-        """The steps of an expression and its value, with slips; `word` is `Given` for the numbers of an
-        exercise."""
+        """Return the words that compute an expression step by step, and the value they arrive at. In a share
+        of the steps (`slip` in `CORPUS`) the result is made wrong. `word` converts the numbers and steps; for
+        exercises it is `Given`, which takes them out of the loss."""
         first, *rest = expression.numbers
         total = first % self.modulus
         steps = [word(first)]
@@ -462,7 +494,8 @@ class _Author:
         return steps, total
 
     def _textbook(self) -> list[str]:
-        """An exercise in one skill of a thought: a chain of arithmetic, comparisons, or a search in order."""
+        """Return the words of an exercise in one skill that thoughts need: a chain of arithmetic, comparisons
+        of numbers, or a systematic search."""
         speak = self._choose_words(self._language())
         kind = self.rng.random()
         if kind < 0.4:
@@ -484,8 +517,9 @@ class _Author:
         return words
 
     def _compare(self, reached: int, target: int, yes: bool, speak: Speak) -> list[str]:
-        """`=3 gives 0 yes`: a model that can subtract can check. (To see that two numbers are equal, without
-        the difference, is a skill of its own, which a base this small learns late or not at all.)"""
+        """Return the words that compare a value with the target by their difference, such as `=3 gives 0
+        yes`. Through the difference, a model that can subtract can check. (To see without it that two numbers
+        are equal is a separate skill, which so small a model learns late or not at all.)"""
         difference = (reached - target) % self.modulus
         return [f"={target}", speak("gives"), str(difference), speak("yes" if yes else "no")]
 
@@ -501,7 +535,8 @@ class _Author:
 
 
 def encode_documents(documents: Iterator[list[str]], tokenizer: Tokenizer, tokens: int) -> list[Sample]:
-    """Samples of the documents up to a budget of tokens; each word is a token, so no text is parsed."""
+    """Return the documents as training samples, until these have at least `tokens` tokens in total. Each word
+    is one token, so its id is looked up directly."""
     ids = tokenizer.backend.get_vocab(with_added_tokens=True)
     samples: list[Sample] = []
     total = 0

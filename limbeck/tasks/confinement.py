@@ -1,10 +1,10 @@
-"""Confinement of a process by the kernel, from inside: Landlock for files, seccomp for all other system
-calls.
+"""Confinement of a process by the Linux kernel, applied from inside the process: Landlock for files, seccomp
+for all other system calls.
 
-`confine` leaves a process its memory and its clocks: no file can be opened, no connection made, no program or
-process started, no signal sent, and none of it can be undone. `attempt` tries all of that, so that the
-confinement is proven on this machine. Landlock: linux/landlock.h; seccomp: linux/seccomp.h and
-linux/filter.h.
+After `confine` a process can only use its memory and read clocks: it can open no file, make no connection,
+start no program or process, and send no signal, and it cannot undo any of this. `attempt` tries each of
+these, to prove that the confinement works on this machine. Sources of the constants: linux/landlock.h,
+linux/seccomp.h and linux/filter.h.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ REACHES = ("file read", "file written", "connection", "signal", "process", "prog
 
 @dataclass(frozen=True)
 class Proof:
-    """The accesses that were attempted and refused. `Proof(landlock=7, seccomp=True, refused=REACHES).holds`
-    is True."""
+    """The kinds of access that a confined process attempted and was refused (`refused`). For example,
+    `Proof(landlock=7, seccomp=True, refused=REACHES).holds` is True."""
 
     landlock: int  # version of Landlock that was applied, 0 for none
     seccomp: bool
@@ -63,12 +63,12 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """True if every access was refused."""
+        """True if every kind of access in `REACHES` was refused."""
         return set(self.refused) == set(REACHES)
 
     @property
     def layers(self) -> str:
-        """`Landlock 7 and seccomp`, or the one of them that was applied."""
+        """A text that names what was applied, such as `Landlock 7 and seccomp`."""
         applied = []
         if self.landlock:
             applied.append(f"Landlock {self.landlock}")
@@ -87,8 +87,8 @@ class Proof:
 
 
 def confine() -> tuple[int, bool]:
-    """Take all access from this process. Returns the Landlock version that was applied (0 for none), and True
-    if seccomp was."""
+    """Take away all access from this process, irrevocably. Returns the version of Landlock that was applied
+    (0 if none), and True if seccomp was applied."""
     os.closerange(0, MAX_DESCRIPTORS)
     libc = ctypes.CDLL(None, use_errno=True)
     supported = sys.platform.startswith("linux") and not libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -99,8 +99,8 @@ def confine() -> tuple[int, bool]:
 
 
 def _landlock(libc: ctypes.CDLL) -> int:
-    """Apply a ruleset that handles all rights and grants none. Returns the version, 0 if it was not
-    applied."""
+    """Apply a Landlock ruleset that covers all rights and grants none of them. Returns Landlock's version, or
+    0 if the ruleset was not applied."""
     call = libc.syscall
     call.restype = ctypes.c_long
     version = call(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
@@ -125,8 +125,8 @@ class _Program(ctypes.Structure):
 
 
 def _seccomp(libc: ctypes.CDLL) -> bool:
-    """Allow the calls of this architecture's table, and answer all others with EPERM. Returns True if
-    applied."""
+    """Apply a seccomp filter that allows the system calls in this architecture's table and fails all others
+    with EPERM. Returns True if it was applied."""
     if platform.machine() not in CALLS or sys.maxsize < 2**32:
         return False
     architecture, calls = CALLS[platform.machine()]
@@ -146,8 +146,8 @@ def _seccomp(libc: ctypes.CDLL) -> bool:
 
 
 def attempt(parent: int) -> int:
-    """Attempt each of `REACHES`, `signal` on the process `parent`. Returns one bit for each that was
-    refused."""
+    """Attempt each kind of access in `REACHES`; the signal goes to the process with the id `parent`. Returns
+    an integer in which bit i is set if access i was refused."""
     libc = ctypes.CDLL(None, use_errno=True)
     attempts = (
         lambda: os.open(__file__, os.O_RDONLY),
@@ -163,8 +163,8 @@ def attempt(parent: int) -> int:
 
 
 def _open_sockets(libc: ctypes.CDLL) -> None:
-    """Open a stream and a datagram socket, of Unix and of the internet; raises OSError at the first that
-    fails."""
+    """Open a stream and a datagram socket of the Unix and the internet families. Raises OSError at the first
+    that fails."""
     for family in (1, 2):
         for kind in (1, 2):
             if libc.socket(family, kind, 0) < 0:

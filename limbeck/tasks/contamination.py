@@ -1,9 +1,10 @@
-"""Contamination of training text by test problems: copies, shared runs of words, near-duplicates; exact,
-without hashing.
+"""Detection of test problems in training text: copies, shared runs of words, and near-duplicates. Words are
+compared exactly, without hashing.
 
-Much training text is made from templates ("use 5 1 6 make 4 ?"), where every text is close to every other and
-only the slots tell problems apart. So a phrase that several problems of a source share identifies none of
-them, and a problem with other numbers is another problem.
+Much training text is made from templates ("use 5 1 6 make 4 ?"): all texts of a template are similar, and
+only the words in its slots distinguish problems. Therefore a phrase that several problems of a source share
+does not identify any of them, and a problem with other numbers is another problem. A shingle is a run of
+`SHINGLE` consecutive words, the unit of similarity.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Words = tuple[str, ...]
 
 
 def words(text: str) -> Words:
-    """Lower-case words, numbers, Chinese characters and operators.
+    """Return the lower-case words, numbers, Chinese characters and operators of a text.
 
     >>> words("What is 3.5 - 4? 多少")
     ('what', 'is', '3.5', '-', '4', '多', '少')
@@ -35,10 +36,11 @@ def words(text: str) -> Words:
 
 
 class ContaminationIndex:
-    """An index of one source's test problems: `ContaminationIndex({"clock/en-1-5-6-4": "use 1 5 6 make 4 ?"}).fault(...)`.
+    """An index of the test problems of one source, with which training rows are checked by `fault`. For
+    example, `ContaminationIndex({"clock/en-1-5-6-4": "use 1 5 6 make 4 ?"})`.
 
-    `prompts` has the prompt of each id, `questions` the prompts without the instruction that they share,
-    where known.
+    `prompts` maps the id of each test problem to its prompt. `questions` maps ids to the prompts without the
+    instruction that all of them share, where these are known.
     """
 
     def __init__(self, prompts: Mapping[str, str], questions: Mapping[str, str] | None = None):
@@ -54,8 +56,10 @@ class ContaminationIndex:
         self._runs = self._index_runs()
 
     def fault(self, row_id: str, prompt: str, rest: str = "") -> str | None:
-        """The reason to leave out a row, or None. Its prompt must not be, contain or nearly be a test
-        problem; the rest of the row, its response, must not contain one."""
+        """Return the reason why a training row must be left out, or None. A training row is one example, with
+        an id, a `prompt`, and further text such as a response (`rest`). Its prompt must not equal, contain or
+        be nearly the same as a test problem, and `rest` must not contain a test problem. The part of `row_id`
+        before `#` is the id of the problem."""
         problem = row_id.partition("#")[0]
         if problem in self.ids:
             return f"is {problem} of the test"
@@ -69,7 +73,8 @@ class ContaminationIndex:
         )
 
     def _index_similar(self) -> dict[Words, list[tuple[set[Words], str]]]:
-        """By their numbers, the problems that are long enough to be similar: their own shingles, and ids."""
+        """Return, by the numbers in their text, the problems that are long enough to be compared for
+        similarity, each with its id and the shingles that no other problem has."""
         index: dict[Words, list[tuple[set[Words], str]]] = defaultdict(list)
         for content, problem_id in self._contents.items():
             own = self._own_shingles(content)
@@ -78,7 +83,8 @@ class ContaminationIndex:
         return index
 
     def _index_runs(self) -> dict[Words, Words]:
-        """The runs of words that identify one problem, with its content."""
+        """Return a mapping from each run of `RUN` words that identifies one problem to the words of that
+        problem, without the template's."""
         several = _in_several(self._contents, RUN)
         index: dict[Words, Words] = {}
         for content in self._contents:
@@ -88,7 +94,8 @@ class ContaminationIndex:
         return index
 
     def _find_exact(self, text: Words) -> str | None:
-        """The reason if the text asks what a test problem asks, whatever instruction surrounds it."""
+        """Return the reason if the text contains the words of a test problem and has the same numbers,
+        whatever instruction surrounds it; else None."""
         numbers = _numbers(text)
         for length in self._lengths:
             for part in _runs(text, length):
@@ -97,7 +104,8 @@ class ContaminationIndex:
         return None
 
     def _find_similar(self, content: Words) -> str | None:
-        """The reason if a test problem has the same numbers and nearly the same words."""
+        """Return the reason if a test problem has the same numbers as `content` and nearly the same words;
+        else None. `content` is a text's words without the template's."""
         candidates = self._similar.get(_numbers(content))
         if not candidates:
             return None
@@ -108,7 +116,8 @@ class ContaminationIndex:
         return None
 
     def _find_run(self, content: Words) -> str | None:
-        """The reason if the content has a run of words of one test problem, and that problem's numbers."""
+        """Return the reason if `content` has a run of words that identifies a test problem, and that
+        problem's numbers in the same order; else None."""
         numbers = _numbers(content)
         for at, run in enumerate(_runs(content, RUN)):
             problem = self._runs.get(run)
@@ -123,22 +132,24 @@ class ContaminationIndex:
         return tuple(word for word in text if word not in self._template)
 
     def _own_shingles(self, content: Words) -> set[Words]:
-        """The shingles of a content without those that several problems share."""
+        """Return the shingles of `content`, except those that several test problems share."""
         return set(_runs(content, SHINGLE)) - self._shared
 
     def _is_specific(self, run: Words) -> bool:
-        """True if at least half of a run's shingles are its problem's own: more than a template with one
-        slot."""
+        """Return True if at least half of the run's shingles occur in only one problem. A run with fewer may
+        be a template with one slot."""
         return 2 * len(self._own_shingles(run)) >= RUN - SHINGLE + 1
 
 
 def _ids_by_words(texts: Mapping[str, str]) -> dict[Words, str]:
-    """Each different text with an id: the last one that has it."""
+    """Return the ids of texts, keyed by the texts' words. Of several texts with the same words, the last
+    one's id is kept."""
     return {words(text): problem_id for problem_id, text in texts.items()}
 
 
 def _template_words(texts: Iterable[Words]) -> set[str]:
-    """The words of more than one letter that most texts have."""
+    """Return the words of the template: those of at least two letters that occur in more than a share
+    `COMMON` of the texts."""
     different = list(texts)
     frequency = Counter(word for text in different for word in set(text))
     threshold = max(2, COMMON * len(different))
@@ -148,7 +159,7 @@ def _template_words(texts: Iterable[Words]) -> set[str]:
 
 
 def _in_several(texts: Iterable[Words], n: int) -> set[Words]:
-    """The runs of `n` words that are in more than one text."""
+    """Return the runs of `n` consecutive words that occur in more than one text."""
     frequency = Counter(run for text in texts for run in set(_runs(text, n)))
     return {run for run, count in frequency.items() if count > 1}
 
@@ -162,5 +173,5 @@ def _numbers(text: Words) -> Words:
 
 
 def _contains(many: Words, few: Words) -> bool:
-    """True if `few` is a run of `many`."""
+    """Return True if `few` occurs in `many` as consecutive words."""
     return not few or few in _runs(many, len(few))

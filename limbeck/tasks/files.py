@@ -1,4 +1,5 @@
-"""Problems from a JSONL or Parquet file: GSM8K, MATH, or any with a question and an answer per row."""
+"""Problems from a JSONL or Parquet file, such as GSM8K or MATH: any file whose rows have a question and an
+answer."""
 
 from __future__ import annotations
 
@@ -21,10 +22,13 @@ Row = Mapping[str, Any]
 
 
 class FileTask:
-    """Rows of a file, split by content: a problem is in `test` wherever in the file its text is.
+    """The problems in the rows of a file. Train and test are split by the text of the question, so a question
+    that is in `test` is there wherever in the file it stands. `name` is the task's key in the recipe; the
+    file's path is relative to `base`.
 
-    `skipped` counts the rows with an unreadable gold answer, which are dropped. Raises LimbeckError for an
-    unreadable file, missing columns, or if most gold answers are unreadable.
+    `skipped` counts the rows whose gold (reference) answer is unreadable, which are dropped. Raises
+    LimbeckError for an unreadable file, missing columns, or if more than half of the gold answers are
+    unreadable.
     """
 
     def __init__(self, name: str, settings: recipe.Files, base: Path):
@@ -53,18 +57,19 @@ class FileTask:
         self._splits = self._split(problems)
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train` or `test`; the same text is never in both."""
+        """Return the problems of the split `train` or `test`. No question is in both."""
         return self._splits[split]
 
     def score(self, problem: Problem, completion: Completion) -> Score:
-        """Accuracy against the row's gold answer, format and language."""
+        """Return the score of a completion: accuracy against the row's gold answer, format, and language."""
         gold = problem.answer
         if gold is None:
             return Score({"accuracy": 0.0}, {"accuracy": "the gold answer cannot be read"}, skipped=True)
         return grade(problem, completion, self.settings.answer, lambda answer: answers.judge(gold, answer))
 
     def _problem(self, number: int, row: Row) -> Problem | None:
-        """The problem of a row, None if its gold answer is unreadable."""
+        """Return the problem of row `number`, or None if its gold answer is unreadable. Raises LimbeckError
+        if the question is not a text."""
         question_column, answer_column = self._columns(number, row)
         question = row[question_column]
         if not isinstance(question, str) or not question.strip():
@@ -87,11 +92,12 @@ class FileTask:
         )
 
     def _columns(self, number: int, row: Row) -> tuple[str, str]:
-        """The names of the columns with question and answer."""
+        """Return the names of the columns that hold the question and the answer."""
         return self._column("problem", QUESTIONS, number, row), self._column("answer", ANSWERS, number, row)
 
     def _column(self, role: str, defaults: Sequence[str], number: int, row: Row) -> str:
-        """The column that the recipe maps to `role`, else the first of `defaults` in the row."""
+        """Return the column that the recipe maps to `role` ("problem" or "answer"), or else the first of
+        `defaults` that the row has. Raises LimbeckError if the row has no such column."""
         mapped = self.settings.columns.get(role)
         for name in [mapped] if mapped else defaults:
             if name in row:
@@ -102,8 +108,8 @@ class FileTask:
         )
 
     def _split(self, problems: list[Problem]) -> dict[str, list[Problem]]:
-        """Train and test. The test has the `held_out` texts with the smallest fingerprints, whatever the
-        order of rows."""
+        """Return the problems of `train` and `test`. The test has the `held_out` different questions with the
+        smallest fingerprints (hashes), so the split does not depend on the order of the rows."""
         prints: dict[str, int] = {}
         for problem in problems:
             text = _normalise(problem.data["question"])
@@ -122,7 +128,8 @@ class FileTask:
 
 
 def _gold_answer(value: Any) -> str | None:
-    """The gold answer of a column's value, None if it is neither text nor number, or unreadable."""
+    """Return the gold answer in a column's value, or None if the value is neither text nor number or cannot
+    be read as an answer."""
     if isinstance(value, bool):  # an int to Python
         return None
     if not isinstance(value, str | int | float):
@@ -135,14 +142,15 @@ def _normalise(question: str) -> str:
 
 
 def language_of(question: str) -> str:
-    """`zh` if most words of the question are Chinese characters, else `en`."""
+    """Return "zh" if more than half of the question's words are Chinese characters, else "en"."""
     return "zh" if (language_consistency(question, "zh") or 0.0) > 0.5 else "en"
 
 
 def read_table(path: Path, limit: int | None = None) -> Iterator[tuple[int, Row]]:
-    """At most `limit` rows of a file, numbered from 1; blank lines are skipped and keep their number.
+    """Yield at most `limit` rows of a file, each with its number, starting at 1. Blank lines of a JSONL file
+    are skipped but counted, so that a number is that of a line.
 
-    Raises LimbeckError for a missing file or a broken row.
+    Raises LimbeckError for a missing file or an invalid row.
     """
     if not path.is_file():
         raise LimbeckError(f"{path}: no such file; paths are relative to the recipe's folder")

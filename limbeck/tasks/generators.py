@@ -1,11 +1,14 @@
-"""Judges of the answers to each generator of reasoning-gym, and the forms of those answers.
+"""The judging of answers to the problem generators of the library reasoning-gym, and the forms that these
+answers must have. An entry is one problem of a generator, a dictionary with the keys `question`, `answer` and
+`metadata`.
 
-Several of its scorers hand the answer to `eval` or to sympy's parser, others reward what is no answer (`0`
-for any probability, `NaN` for any list, anything at all for game_of_life_halting). So each generator with a
-scorer of its own was audited, and is listed here by name: answers to those in `TEXT` are compared with the
-gold answer, `FORMS` are parsed by a grammar and judged here, and `SCORED` go to the generator's scorer, in
-the sandbox, once they have its form. All others are refused. A generator without a scorer needs no entry:
-`answers.judge` compares its answers.
+Several of the library's scorers pass the answer to `eval` or to sympy's parser, and others accept what is not
+an answer (`0` for any probability, `NaN` for any list, any text for game_of_life_halting). So each generator
+with its own scorer was audited and is listed here by name. Answers to generators in `TEXT` and
+`TEXT_IN_ANY_CASE` are compared with the gold answer as text. Answers to those in `FORMS` are parsed and
+judged here. Answers to those in `SCORED` are passed to the generator's own scorer, in the sandbox, if they
+have the expected form. All other generators with a scorer are refused. A generator without one needs no entry
+in a list: `answers.judge` compares its answers.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ Entry = dict[str, Any]
 
 # ---------------------------------------------------------------- compared with the gold answer
 
-# The words of each line count, and their case where it is part of the answer.
+# The words of each line are compared, in TEXT with their case.
 TEXT = frozenset({
     "ab", "arc_agi", "binary_matrix", "emoji_mystery", "futoshiki", "letter_jumble", "manipulate_matrix",
     "mini_sudoku", "path_star", "rearc", "self_reference", "sentence_reordering", "spiral_matrix",
@@ -35,14 +38,14 @@ TEXT_IN_ANY_CASE = frozenset({
     "calendar_arithmetic", "color_cube_rotation", "dice", "family_relationships", "figlet_font",
     "game_of_life_halting", "needle_haystack", "spell_backward", "tsumego", "zebra_puzzles",
 })  # fmt: skip
-# Numbers are for `answers.judge`, where they are no whole ones as well.
+# Answers to these are judged by `answers.judge`, even if they are not whole numbers.
 NUMBERS = frozenset(
     {"chain_sum", "circuit_logic", "decimal_chain_sum", "gsm_symbolic", "products", "rectangle_count"}
 )
 
 
 def words(text: str) -> list[list[str]]:
-    """The words of each line; a comma ends a word, with a space behind it or without."""
+    """Return the words of each line of a text. A comma ends a word, whether or not a space follows it."""
     return [line.replace(",", ", ").split() for line in text.strip().splitlines()]
 
 
@@ -59,7 +62,8 @@ def _puzzle24(answer: str, entry: Entry) -> bool:
 
 
 def _reaches(answer: str, numbers: Sequence[int], target: int) -> bool:
-    """True if the answer is an expression of `target` that uses each number once."""
+    """Return True if the answer is an expression that uses each of `numbers` once and has the value
+    `target`."""
     tree = expression(answer)
     return sorted(grammar.leaves(tree)) == sorted(numbers) and grammar.evaluate(tree) == target
 
@@ -79,7 +83,8 @@ def _antiderivative(answer: str, entry: Entry) -> bool:
 
 
 def elementary(answer: str, letter: str) -> grammar.Node:
-    """The tree of an elementary function of `letter`; C is its constant."""
+    """Return the syntax tree of an elementary function of the variable `letter`, which may also contain the
+    constants pi and E and the integration constant C. Raises `ParseError` for any other text."""
     return expression(answer, (letter, "C", "pi", "E"), grammar.FUNCTIONS, powers=True)
 
 
@@ -94,7 +99,8 @@ _COMPLEX = re.compile(
 
 
 def _real_and_imaginary(text: str) -> tuple[Fraction, Fraction]:
-    """Real and imaginary part of `-5.0 + 20.0i`."""
+    """Return the real and the imaginary part of a complex number such as `-5.0 + 20.0i`. Raises `ParseError`
+    for any other text."""
     plain = re.sub(r"[ ()]", "", text).replace("j", "i")
     match = _COMPLEX.fullmatch(plain)
     if not match or not plain:
@@ -140,7 +146,7 @@ def _queens(answer: str, entry: Entry) -> bool:
     return words(answer) in [words(board) for board in entry["metadata"]["valid_answers"]]
 
 
-# Judges of ours: True for a correct answer, False for a wrong one, or `ParseError`.
+# Judges of this package: True for a correct answer, False for a wrong one; `ParseError` for another form.
 FORMS: dict[str, Callable[[str, Entry], bool]] = {
     "bitwise_arithmetic": _bits,
     "codeio": _json,
@@ -161,7 +167,8 @@ FORMS: dict[str, Callable[[str, Entry], bool]] = {
 
 
 def _like(pattern: str) -> Callable[[str], str]:
-    """A parser of texts that the whole pattern matches, in ASCII digits and letters."""
+    """Return a parser that accepts texts which the whole regular expression `pattern` matches, with ASCII
+    digits and letters only. It returns the stripped text, and raises `ParseError` for others."""
     compiled = re.compile(pattern, re.ASCII)
 
     def read(answer: str) -> str:
@@ -173,7 +180,8 @@ def _like(pattern: str) -> Callable[[str], str]:
 
 
 def _texts(depth: int) -> Callable[[str], str]:
-    """A parser of JSON lists of texts, nested `depth` times."""
+    """Return a parser that accepts JSON lists of strings, nested `depth` deep. It returns the JSON text, and
+    raises `ParseError` for others."""
 
     def read(answer: str) -> str:
         level = [value(answer)]
@@ -189,7 +197,8 @@ def _texts(depth: int) -> Callable[[str], str]:
 
 
 def _names(inner: type) -> Callable[[str], str]:
-    """A parser of one JSON object, or a list of them, whose values are all of type `inner`."""
+    """Return a parser that accepts one JSON object, or a list of objects, whose values are all of type
+    `inner`. It returns the JSON text, and raises `ParseError` for others."""
 
     def read(answer: str) -> str:
         parsed = value(answer)
@@ -204,7 +213,8 @@ def _names(inner: type) -> Callable[[str], str]:
 
 
 def _moves(answer: str) -> str:
-    """A list of moves, or "no"."""
+    """Return an answer that is a JSON list of moves or the word "no". Raises `ParseError` for any other
+    text."""
     text = answer.strip()
     return text if text.lower() == "no" else _texts(1)(answer)
 
@@ -256,8 +266,9 @@ REFUSED = {
 
 
 def compare(generator: str, answer: str, entry: Entry) -> bool | None:
-    """True for a correct answer, False for a wrong one, None if the sandbox must judge it. Raises
-    `ParseError` for another form."""
+    """Return True if the answer to an entry is correct, False if it is wrong, and None if it has the right
+    form but must be judged in the sandbox. Raises `ParseError` if it does not have the form that the
+    generator's answers need."""
     if generator in TEXT:
         return words(answer) == words(entry["answer"])
     if generator in TEXT_IN_ANY_CASE:
@@ -272,12 +283,12 @@ def compare(generator: str, answer: str, entry: Entry) -> bool | None:
 
 
 def needs_sandbox(generator: str) -> bool:
-    """True if the sandbox judges a generator's answers."""
+    """Return True if answers to this generator are judged in the sandbox."""
     return generator in SCORED or generator in SYMBOLIC
 
 
 def is_audited(generator: str) -> bool:
-    """True if a generator's scorer was audited, and its answers have a judge here."""
+    """Return True if the scorer of this generator was audited, so that its answers can be judged."""
     return needs_sandbox(generator) or generator in FORMS or generator in TEXT | TEXT_IN_ANY_CASE | NUMBERS
 
 
@@ -285,7 +296,8 @@ def is_audited(generator: str) -> bool:
 
 
 def pack(thing: Any) -> Any:
-    """An entry as JSON, with the type of each container: tuples, sets, and dictionaries of any keys."""
+    """Return an entry as a JSON value that keeps the type of each container: tuples, sets, and dictionaries
+    with keys of any type."""
     if isinstance(thing, list | tuple | set | frozenset):
         return {type(thing).__name__: [pack(item) for item in thing]}
     if isinstance(thing, dict):
@@ -299,7 +311,7 @@ CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def unpack(thing: Any) -> Any:
-    """The inverse of `pack`."""
+    """Return the entry that `pack` converted into this JSON value."""
     if not isinstance(thing, dict):
         return thing
     [(kind, items)] = thing.items()

@@ -1,5 +1,4 @@
-"""Scores of completions from the parts of a reward, and prompts from instructions: shared by all tasks with
-text answers."""
+"""The scoring of completions and the building of prompts, shared by all tasks whose answers are texts."""
 
 from __future__ import annotations
 
@@ -15,10 +14,11 @@ FAILURES = (Verdict.UNPARSED, Verdict.TIMEOUT, Verdict.ERROR)
 
 
 def grade(problem: Problem, completion: Completion, style: str, compare: Callable[[str], Verdict]) -> Score:
-    """Score a completion by the parts accuracy, format and language; `compare` judges its extracted answer.
+    """Return the score of a completion, with the parts accuracy, format and language. `style` is how the
+    answer is marked (see `answers.extract`), and `compare` returns the verdict on the extracted answer.
 
-    Without a marked thought the whole text is one. `language` is absent, and so earns nothing, where the
-    thought has no words. A completion that ran out of tokens is never correct.
+    A completion without a marked thought counts as a thought as a whole. The part `language` is absent, and
+    so earns nothing, if the thought has no words. A completion that ran out of tokens is never correct.
     """
     text = completion.text
     thought = split_thought(text).thought or text
@@ -48,7 +48,8 @@ def grade(problem: Problem, completion: Completion, style: str, compare: Callabl
 
 
 def _statistics(thought: str, verdict: Verdict | None) -> dict[str, float]:
-    """Metrics that earn no reward; the means of the verdicts are the verifier's failure rates."""
+    """Return metrics that earn no reward: counts of reflections and repeats in the thought, and 1.0 or 0.0
+    for each failed verdict, so that the mean over completions is the verifier's failure rate."""
     statistics = {
         "reflections": float(reward_parts.reflections(thought)),
         "repeats": float(reward_parts.repeats(thought)),
@@ -59,10 +60,10 @@ def _statistics(thought: str, verdict: Verdict | None) -> dict[str, float]:
 
 
 def fill_instruction(instruction: str, question: str, where: str) -> str:
-    """The prompt: `instruction` with the question for `{problem}`; other braces (`\\boxed{}`) are left as
-    they are.
+    """Return the prompt: `instruction` with the question in place of `{problem}`. Other braces, as in
+    `\\boxed{}`, are left unchanged.
 
-    Raises LimbeckError, which names the recipe's key `where`, if there is no `{problem}`.
+    Raises LimbeckError if the instruction has no `{problem}`; the message names `where`, a key of the recipe.
     """
     if "{problem}" not in instruction:
         raise LimbeckError(f"{where}: instruction has no {{problem}}; put it where the question belongs")

@@ -1,7 +1,9 @@
-"""Parsers for answers that a library would evaluate: numbers, sums, polynomials, elementary functions, JSON.
+"""Parsers for answers that other libraries would evaluate as code: numbers, arithmetic expressions,
+polynomials, elementary functions, and JSON.
 
-Each parser takes the whole text or raises `ParseError`. None evaluates the text: it becomes tokens, the
-tokens a tree, and the value is computed from the tree alone. Length, depth, digits and exponents are bounded.
+Each parser reads the whole text or raises `ParseError`. No text is evaluated: it is split into tokens, the
+tokens are parsed into a tree, and the value is computed from the tree. Length, depth, digits and exponents
+are limited.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ FUNCTIONS = frozenset({
 
 
 class ParseError(ValueError):
-    """The text does not have the expected form."""
+    """Raised if a text does not have the form that a parser expects."""
 
 
 def number(text: str) -> Fraction:
-    """`Fraction(3, 2)` of "1.5" and of "3/2"; no NaN, no infinity, and ASCII digits only."""
+    """Return a number as an exact fraction: `Fraction(3, 2)` for "1.5" and for "3/2". Raises `ParseError` for
+    anything else, including NaN, infinity and digits outside ASCII."""
     parts = [part.strip() for part in _limited(text).strip().split("/")]
     if len(parts) > 2 or not all(re.fullmatch(NUMBER, part) for part in parts):
         raise ParseError("no number")
@@ -47,7 +50,8 @@ def number(text: str) -> Fraction:
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers of "1, 2.5"; brackets around all of them, and quotes around each, are ignored."""
+    """Return the numbers in a text separated by commas, such as "1, 2.5". Square brackets around the list and
+    quotes around each number are ignored. Raises `ParseError` for anything else."""
     match = re.fullmatch(r"\[(.*)\]|([^\[\]]*)", _limited(text).strip(), re.DOTALL)
     if not match:
         raise ParseError("brackets that do not match")
@@ -56,7 +60,8 @@ def numbers(text: str) -> list[Fraction]:
 
 
 def value(text: str) -> Any:
-    """The value of a JSON text: no NaN, no infinity, no name twice."""
+    """Return the value of a JSON text. Raises `ParseError` if it is invalid, contains NaN or infinity, or has
+    an object with a repeated key."""
     try:
         return json.loads(
             _limited(text),
@@ -93,7 +98,7 @@ def _parse_int(digits: str) -> int:
 
 
 def _limited(text: str) -> str:
-    """The text itself. Raises `ParseError` if it is too long."""
+    """Return `text` unchanged. Raises `ParseError` if it is longer than `MAX_LENGTH`."""
     if len(text) > MAX_LENGTH:
         raise ParseError("too long")
     return text
@@ -103,7 +108,9 @@ def _limited(text: str) -> str:
 
 
 class Node(NamedTuple):
-    """`Node("+", (a, b))`, `Node("number", (Fraction(1),))`, `Node("name", ("x",))`, `Node("sin", (a,))`."""
+    """A node of a syntax tree: an operation or function with its operands, or a leaf. Examples: `Node("+",
+    (a, b))`, `Node("minus", (a,))`, `Node("sin", (a,))`, where a and b are nodes; `Node("number",
+    (Fraction(1),))`, `Node("name", ("x",))`."""
 
     kind: str
     parts: tuple
@@ -117,8 +124,9 @@ _TOKEN = re.compile(
 def expression(
     text: str, names: Iterable[str] = (), functions: Iterable[str] = (), powers: bool = False
 ) -> Node:
-    """The tree of an expression in + - * / and brackets, with these names and functions, and ** with
-    `powers`."""
+    """Return the syntax tree of an expression with + - * / and brackets, which may contain the variables or
+    constants in `names`, the functions in `functions`, and, if `powers` is set, the operator **. Raises
+    `ParseError` for any other text."""
     tokens = _tokens(_limited(text), powers)
     if len(tokens) > MAX_TOKENS:
         raise ParseError("too long")
@@ -140,7 +148,8 @@ def _tokens(text: str, powers: bool) -> list[str]:
 
 
 class _Parser:
-    """A recursive-descent parser: sum, product, sign, power, atom."""
+    """A recursive-descent parser with one method per level of the grammar, from the loosest to the tightest
+    binding: sum, product, sign, power, atom."""
 
     def __init__(self, tokens: list[str], names: frozenset[str], functions: frozenset[str]):
         self.tokens = [*tokens, ""]
@@ -150,7 +159,7 @@ class _Parser:
         self.depth = 0
 
     def parse(self) -> Node:
-        """The tree of all tokens."""
+        """Return the syntax tree of all tokens. Raises `ParseError` if they are not an expression."""
         tree = self._sum()
         if self.tokens[self.at]:
             raise ParseError("something behind the end")
@@ -205,7 +214,7 @@ class _Parser:
         raise ParseError("an unknown name" if token else "the end comes too soon")
 
     def _bracketed(self) -> Node:
-        """The sum behind an opening bracket, up to its closing one."""
+        """Parse and return the sum that follows an opening bracket, and consume its closing bracket."""
         tree = self._sum()
         if not self._take(")"):
             raise ParseError("brackets that do not match")
@@ -213,7 +222,7 @@ class _Parser:
 
 
 def nodes(tree: Node) -> Iterator[Node]:
-    """A node and all below it, in the order of the text."""
+    """Yield a node and all nodes below it, parents before their operands, operands from left to right."""
     yield tree
     for part in tree.parts:
         if isinstance(part, Node):
@@ -221,13 +230,14 @@ def nodes(tree: Node) -> Iterator[Node]:
 
 
 def leaves(tree: Node) -> list[Fraction]:
-    """The numbers of a tree."""
+    """Return the numbers in a tree, from left to right."""
     return [node.parts[0] for node in nodes(tree) if node.kind == "number"]
 
 
 class Algebra(NamedTuple):
-    """The values of a tree's nodes: `constant` of a number, `name` of a name, `power` of a base's value and
-    an exponent's node, `function` of a function's name and the value inside. + - * / are the values' own."""
+    """The functions with which `fold` computes the value of a tree: `constant` takes a number, `name` a
+    variable's name, `power` the value of a base and the node of an exponent, and `function` a function's name
+    and the value of its operand. For + - * / the operators of the values are used."""
 
     constant: Callable[[Fraction], Any]
     name: Callable[[str], Any]
@@ -236,7 +246,8 @@ class Algebra(NamedTuple):
 
 
 def fold(tree: Node, algebra: Algebra) -> Any:
-    """The value of a tree in an algebra. Raises `ParseError` for a division by zero."""
+    """Compute the value of a tree with the functions of an algebra. Raises `ParseError` for a division by
+    zero."""
     try:
         return _fold(tree, algebra)
     except ZeroDivisionError:
@@ -271,7 +282,8 @@ def _bits(fraction: Fraction) -> int:
 
 
 def evaluate(tree: Node) -> Fraction:
-    """The exact value of a tree without names and functions."""
+    """Return the exact value of a tree that consists of numbers and operators only. Raises `ParseError` for a
+    name, a division by zero, or too large an exponent."""
     return fold(tree, Algebra(_identity, _refuse_name, _rational_power))
 
 
@@ -294,10 +306,10 @@ def _rational_power(base: Fraction, exponent: Node) -> Fraction:
 
 
 class Polynomial:
-    """Terms with rational coefficients: `{(("x", 2),): Fraction(3)}` is 3x²; equal polynomials have equal
-    terms.
+    """A polynomial with rational coefficients. `terms` maps the powers of a term to its coefficient: `{(("x",
+    2),): Fraction(3)}` is 3x². Equal polynomials have equal terms.
 
-    Raises `ParseError` if it is too large.
+    Raises `ParseError` if it has too many terms or too large a coefficient.
     """
 
     def __init__(self, terms: dict[tuple, Fraction]):
@@ -340,7 +352,7 @@ class Polynomial:
         return self * Polynomial({(): 1 / divisor})
 
     def derivative(self, letter: str) -> Polynomial:
-        """The derivative with respect to `letter`."""
+        """Return the derivative with respect to the variable `letter`."""
         terms: dict[tuple, Fraction] = {}
         for powers, coefficient in self.terms.items():
             exponents = dict(powers)
@@ -353,7 +365,8 @@ class Polynomial:
 
 
 def _add_powers(left: tuple, right: tuple) -> tuple:
-    """The powers of a product of two terms."""
+    """Return the powers of the product of two terms, given the powers of each: exponents of the same variable
+    are added."""
     powers = dict(left)
     for letter, power in right:
         powers[letter] = powers.get(letter, 0) + power
@@ -361,7 +374,8 @@ def _add_powers(left: tuple, right: tuple) -> tuple:
 
 
 def polynomial(tree: Node) -> Polynomial:
-    """The polynomial of a tree, multiplied out."""
+    """Return the polynomial that a tree represents, multiplied out. Raises `ParseError` if it is not a
+    polynomial or too large."""
     return fold(tree, Algebra(_constant_polynomial, _variable, _polynomial_power))
 
 
@@ -385,7 +399,7 @@ def _polynomial_power(base: Polynomial, exponent: Node) -> Polynomial:
 
 
 def expanded(tree: Node) -> bool:
-    """True if nothing is left to multiply out: no sum inside a product or a power."""
+    """Return True if the expression is multiplied out: no product, quotient or power contains a sum."""
     factors = [node for node in nodes(tree) if node.kind in ("*", "/", "**")]
     return not any(inner.kind in ("+", "-") for factor in factors for inner in nodes(factor))
 
@@ -394,7 +408,8 @@ def expanded(tree: Node) -> bool:
 
 
 def symbolic(tree: Node) -> Any:
-    """The tree as an expression of sympy, built from its classes: sympy parses no text."""
+    """Return the tree as an expression of sympy. It is built from sympy's classes, so that sympy's parser
+    never reads the text. Raises `ParseError` for too large an exponent."""
     import sympy
 
     def constant(fraction: Fraction) -> Any:

@@ -1,4 +1,5 @@
-"""Generators of reasoning-gym as tasks: endless problems with a checker, and no data set."""
+"""Problem generators of the library reasoning-gym as tasks: any number of problems, and a judge of their
+answers, without a data set."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ Entry = dict[str, Any]
 
 
 class GymTask:
-    """Problems of one generator. Train and test have different seeds, and no question in common.
+    """The problems of one reasoning-gym generator. Train and test are generated with different seeds and have
+    no question in common. `name` is the task's key in the recipe.
 
-    A whole-number answer is judged by `answers.judge`, any other as `generators` says: compared with the gold
-    answer, read by a grammar, or handed, once it has a known form, to the generator's own scorer in the
-    sandbox. `skipped` counts the entries with neither an answer nor such a scorer. Raises LimbeckError for an
-    unknown or refused generator, a wrong config, or if too few entries are usable.
+    If the gold (reference) answer is a whole number, answers are judged by `answers.judge`. Others are judged
+    as the module `generators` prescribes: compared with the gold answer, parsed, or passed, if they have the
+    expected form, to the generator's own scorer in the sandbox. `skipped` counts the generated entries that
+    have no gold answer and no such scorer. Raises LimbeckError for an unknown or refused generator, an
+    invalid config, or if too few entries are usable.
     """
 
     def __init__(self, name: str, settings: recipe.Gym):
@@ -53,12 +56,12 @@ class GymTask:
         self._splits = {"train": train, "test": test}
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train` or `test`, each question once: there may be fewer than the recipe's
-        size."""
+        """Return the problems of the split `train` or `test`. Repeated questions are removed, so there may be
+        fewer problems than the recipe's size."""
         return self._splits[split]
 
     def score(self, problem: Problem, completion: Completion) -> Score:
-        """Accuracy, format and language."""
+        """Return the score of a completion, with the parts accuracy, format and language."""
         style = self.settings.answer
         return grade(problem, completion, style, lambda answer: self._compare(problem, answer))
 
@@ -86,7 +89,8 @@ class GymTask:
         return Verdict(SANDBOX.ask(*question, answer=answer, deadline=SCORER_DEADLINE))
 
     def _problems(self, split: str, count: int, taken: set[str]) -> list[Problem]:
-        """At most `count` problems with different questions, none of them in `taken`."""
+        """Generate `count` entries and return the problems with different questions, none of which is in
+        `taken`."""
         # The generators seed entry i with seed + i, so neighbouring seeds would share nearly all entries.
         seed = fingerprint("gym", self.settings.generator, self.settings.seed, split) % 2**31
         problems: list[Problem] = []
@@ -117,8 +121,8 @@ def _is_whole(gold: str) -> bool:
 
 
 def _generator(name: str, settings: recipe.Gym) -> type:
-    """The generator's class. Raises LimbeckError for an unknown or refused generator, or a wrong key of its
-    config."""
+    """Return the class of the generator that `settings` name. Raises LimbeckError if reasoning-gym is not
+    installed, for an unknown or refused generator, or for an unknown key in its config."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError:
@@ -136,15 +140,15 @@ def _generator(name: str, settings: recipe.Gym) -> type:
 
 
 def _has_scorer(kind: type) -> bool:
-    """True if a generator has a scorer of its own."""
+    """Return True if the generator's class `kind` overrides the library's default scorer."""
     from reasoning_gym.dataset import ProceduralDataset
 
     return kind.score_answer is not ProceduralDataset.score_answer
 
 
 def _check_config(name: str, settings: recipe.Gym, fields: set[str]) -> None:
-    """Raise LimbeckError for a key of `config` that the generator does not have, or that the recipe sets
-    itself."""
+    """Raise LimbeckError if `config` has a key that is not in `fields`, the generator's own keys, or that the
+    recipe sets elsewhere (seed and size)."""
     keys = fields - {"seed", "size"}
     for key in settings.config:
         if key in ("seed", "size"):
@@ -158,8 +162,8 @@ def _check_config(name: str, settings: recipe.Gym, fields: set[str]) -> None:
 
 
 def _check_audited(name: str, generator: str) -> None:
-    """Raise LimbeckError for a generator whose scorer was not audited, or needs a sandbox that does not hold
-    here."""
+    """Raise LimbeckError if the generator is refused, if its scorer was not audited in the installed version,
+    or if it needs the sandbox and the sandbox does not work on this machine."""
     where = f"problems.{name}.generator: {generator}"
     if generator in generators.REFUSED:
         raise LimbeckError(f"{where} is refused: {generators.REFUSED[generator]}")
@@ -185,7 +189,8 @@ def _check_audited(name: str, generator: str) -> None:
 
 
 def _create(name: str, settings: recipe.Gym, seed: int, size: int) -> Any:
-    """The generator's data set. Raises LimbeckError for values that it refuses."""
+    """Return a reasoning-gym data set of `size` entries. Raises LimbeckError if the generator refuses the
+    values in its config."""
     from reasoning_gym.factory import create_dataset
 
     try:
@@ -195,7 +200,8 @@ def _create(name: str, settings: recipe.Gym, seed: int, size: int) -> Any:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known name closest to `word`, or all of them."""
+    """Return the end of an error message for an unknown name `word`: the most similar known name, or a list
+    of all known names."""
     names = list(known)
     close = difflib.get_close_matches(word, names, 1, MIN_SIMILARITY)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(sorted(names))}"

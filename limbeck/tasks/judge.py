@@ -1,9 +1,9 @@
-"""An LLM judge: two responses compared in both orders, or points for named criteria; replies are read
-strictly.
+"""An LLM judge, which compares two responses in both orders or gives points for named criteria. Its replies
+are parsed strictly.
 
-Responses are untrusted material. They stand between marks that their authors could not know, control tokens
-are removed, and a reply that cannot be read is an abstention. `eval/judge_calibration.py` measures if a judge
-deserves trust.
+Responses are untrusted text. In the judge's prompt each stands between marks that the response's author could
+not know, and control tokens are removed. A reply that cannot be parsed counts as an abstention.
+`eval/judge_calibration.py` measures whether a judge is reliable.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ ABSTAINED = "the judge abstained"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a problem. `better` is `first`, `second` or `tie` where a person or a checker has
-    labelled it.
+    """Two responses to the same problem, to be compared. `better` is `first`, `second` or `tie` if a person
+    or a checker has labelled the pair, else "".
 
-    `Pair(problem, "<answer> 1 +2 </answer>", "", better="first")`
+    For example, `Pair(problem, "<answer> 1 +2 </answer>", "", better="first")` has an empty second response,
+    which is labelled as the worse one.
     """
 
     problem: Problem
@@ -65,16 +66,18 @@ class Pair:
 
     @property
     def equal(self) -> bool:
-        """True if the responses are the same but for surrounding space."""
+        """True if the two responses are the same except for white space at their beginning and end."""
         return self.first.strip() == self.second.strip()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A judge's verdict on a pair: `first`, `second`, `tie`, or "" for an abstention.
+    """The judge's verdict on a pair: `first` or `second` for the better response, `tie`, or "" if the judge
+    abstained.
 
-    `orders` has the verdict in each order, by the letter of the place: `("A", "A")` is the same place twice,
-    and so a tie. `votes` were requested, of which `abstained` could not be read.
+    `orders` has the verdict for each of the two orders in which the responses were shown, as the letter of
+    the place: `("A", "A")` prefers the same place in both orders, and so counts as a tie. `votes` is the
+    number of replies that were requested, `abstained` how many of them could not be parsed.
     """
 
     verdict: str
@@ -84,8 +87,8 @@ class Comparison:
 
 
 class Judge:
-    """A sampler (an engine or an endpoint) with a judge's prompt. The same seed gives the same prompts and
-    requests."""
+    """A sampler (a local engine or a remote endpoint) that is prompted to judge responses. The same seed
+    leads to the same prompts and requests."""
 
     def __init__(self, sampler: Sampler, settings: JudgeConfig, sampling: Any, seed: object):
         self.sampler = sampler
@@ -97,17 +100,19 @@ class Judge:
         self._pairwise = settings.method == "pairwise"
 
     def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
-        """The verdict on each pair. Compared pairwise, equal responses are a tie without a request."""
+        """Return the verdict on each pair. With the pairwise method, equal responses are a tie and no request
+        is sent."""
         if self._pairwise:
             return self._compare_pairwise(pairs)
         return self._compare_by_points(pairs)
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """For each completion of each group the part `judge` in [0, 1], with its reason; 0 if the judge
-        abstained.
+        """Return for each completion of each group a score with one part, `judge`, in [0, 1], and its reason.
+        The part is 0 if the judge abstained.
 
-        Pairwise it is the share of the group's other completions that this one beats, a tie counting half; by
-        a rubric the mean share of the points.
+        With the pairwise method it is the share of the group's other completions that this one is preferred
+        to, where a tie counts half. With a rubric it is the points as a share of the maximum, averaged over
+        the votes.
         """
         problems = [group.problem for group in groups]
         responses = [[final(completion.text) for completion in group.completions] for group in groups]
@@ -116,13 +121,13 @@ class Judge:
         return self._grade(problems, responses)
 
     def scores(self, group: Group) -> list[float]:
-        """One number for each completion, higher is better."""
+        """Return one number in [0, 1] for each completion of the group; higher is better."""
         (scores,) = self.score_groups([group])
         return [score.parts["judge"] for score in scores]
 
     def take_usage(self) -> dict[str, float]:
-        """Tokens of prompts and replies since the last call, their FLOPs where known, and the sampler's own
-        metrics."""
+        """Return the number of prompt and reply tokens since the last call, their FLOPs (0 if the sampler is
+        an endpoint), and the metrics of the sampler, each with the prefix `judge_`; then reset them."""
         metrics = {"judge_tokens": self.tokens, "judge_flops": self.flops}
         sampler_metrics = getattr(self.sampler, "take_usage", dict)()
         for name, value in sampler_metrics.items():
@@ -153,7 +158,8 @@ class Judge:
     def _tournament(
         self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]
     ) -> list[list[Score]]:
-        """Compare every two responses to a problem."""
+        """Compare every two responses to the same problem and return a score for each response. `responses`
+        has one list per problem."""
         matches = [
             (group, i, j)
             for group, texts in enumerate(responses)
@@ -168,14 +174,14 @@ class Judge:
         return [[_score_results(response) for response in group] for group in results]
 
     def comparison(self, problem: Problem, a: str, b: str) -> str:
-        """The prompt with `a` as response A and `b` as response B."""
+        """Return the prompt that asks for a comparison, with `a` as response A and `b` as response B."""
         task = _COMPARE.format(question=self.settings.question)
         return self._fenced_prompt(task, problem, {"response A": a, "response B": b})
 
     # ------------------------------------------------------------ rubric
 
     def _compare_by_points(self, pairs: Sequence[Pair]) -> list[Comparison]:
-        """Grade each response by itself and compare the points."""
+        """Let the judge give points to each response separately, and return the comparisons of the points."""
         problems = [pair.problem for pair in pairs]
         graded = self._grade(problems, [[pair.first, pair.second] for pair in pairs])
         return [_compare_scores(first, second, self.settings.votes) for first, second in graded]
@@ -188,13 +194,14 @@ class Judge:
         return [[self._score_grades(next(votes)) for _ in texts] for texts in responses]
 
     def grading(self, problem: Problem, response: str) -> str:
-        """The prompt that asks for a response's points."""
+        """Return the prompt that asks for the points of one response, by criterion."""
         criteria = "\n".join(f"- {name}: {meaning}" for name, meaning in self.settings.criteria.items())
         task = _GRADE.format(points=MAX_POINTS, criteria=criteria)
         return self._fenced_prompt(task, problem, {"response": response})
 
     def _score_grades(self, replies: list[str]) -> Score:
-        """The mean share of the points over the votes; an abstention if most votes cannot be read."""
+        """Return the score of a response: its points as a share of the maximum, averaged over the votes
+        (`replies`). It is an abstention if most votes cannot be parsed."""
         criteria = list(self.settings.criteria)
         votes = [read_points(reply, criteria) for reply in replies]
         grades = [grade for grade in votes if grade]
@@ -208,7 +215,8 @@ class Judge:
     # ------------------------------------------------------------ requests
 
     def _ask(self, prompts: Sequence[str]) -> list[list[str]]:
-        """The votes on every prompt, without their thoughts; one that ran out of tokens is empty."""
+        """Send the prompts to the sampler and return for each the replies, one per vote, without their
+        thoughts. A reply that ran out of tokens is returned as ""."""
         different = list(dict.fromkeys(prompts))
         problems = [Problem(f"judge/{fingerprint(prompt)}", prompt) for prompt in different]
         groups = self.sampler.rollout(problems, self.settings.votes, self.sampling, (self.seed, "judge"))
@@ -220,7 +228,8 @@ class Judge:
         return [votes[prompt] for prompt in prompts]
 
     def _count(self, groups: Sequence[Group]) -> None:
-        """Count tokens, and the FLOPs of a local model, which follow from its shape."""
+        """Add the tokens of these groups to the usage, and for a local model the FLOPs, which are computed
+        from its config."""
         config = getattr(getattr(self.sampler, "model", None), "config", None)
         for group in groups:
             completions = sum(len(completion.tokens) for completion in group.completions)
@@ -230,7 +239,8 @@ class Judge:
                 self.flops += total * config.flops_per_token(total / 2)
 
     def _fenced_prompt(self, task: str, problem: Problem, responses: dict[str, str]) -> str:
-        """The prompt: the task, a warning, and the material between marks."""
+        """Return a prompt for the judge: the task, a warning that all other text is untrusted, and then the
+        question, the reference answer if the recipe asks for it, and the responses, each between marks."""
         material = {"question": problem.prompt}
         if self.settings.reference and problem.answer is not None:
             material["right answer"] = problem.answer
@@ -245,19 +255,20 @@ class Judge:
 
 
 def final(text: str) -> str:
-    """The answer of a completion without its thought, which is all that is judged. A text without tags is an
-    answer."""
+    """Return the answer of a completion without its thought; only this is judged. A text without tags is an
+    answer as a whole."""
     return split_thought(text).answer
 
 
 def clean(text: str) -> str:
-    """A text without control tokens, cut at its maximal length."""
+    """Return the text without control tokens, cut at `MAX_RESPONSE` characters."""
     text = _CONTROL.sub(" ", text)
     return text if len(text) <= MAX_RESPONSE else f"{text[:MAX_RESPONSE]} [cut]"
 
 
 def fence(seed: object, *contents: str) -> str:
-    """A mark that is in none of the contents: unpredictable without the seed, reproducible with it."""
+    """Return a mark that occurs in none of the contents. It cannot be predicted without the seed, and is the
+    same for the same seed and contents."""
     for mark in _marks(seed, contents):
         if not any(mark in content for content in contents):
             return mark
@@ -273,7 +284,8 @@ def _marks(seed: object, contents: tuple[str, ...]) -> Iterator[str]:
 
 
 def read_verdict(reply: str) -> str:
-    """`A`, `B` or `tie` from a reply with one verdict, on its last line; else "".
+    """Return the verdict of a reply, `A`, `B` or `tie`, if it has exactly one and that is its last line; else
+    "".
 
     >>> read_verdict("B forgot the 3.\\nverdict: A")
     'A'
@@ -286,8 +298,8 @@ def read_verdict(reply: str) -> str:
 
 
 def read_points(reply: str, criteria: Sequence[str]) -> dict[str, int]:
-    """Points of every criterion from the last lines of a reply; {} if one is missing, named twice or out of
-    range.
+    """Return the points of every criterion from the last lines of a reply, or {} if a criterion is missing,
+    named twice, or has more than `MAX_POINTS` points.
 
     >>> read_points("Clear.\\ncorrect: 9", ["correct"])
     {'correct': 9}
@@ -304,8 +316,8 @@ def read_points(reply: str, criteria: Sequence[str]) -> dict[str, int]:
 
 
 def _combine_orders(straight: Sequence[str], swapped: Sequence[str]) -> Comparison:
-    """One verdict from the votes in both orders: a tie if it changes with the order, "" if an order has no
-    majority."""
+    """Return one comparison from the votes in the two orders of the responses. It is a tie if the two orders
+    disagree, and an abstention ("") if most votes in one of the orders are abstentions."""
     orders = (_majority(straight), _majority(swapped))
     votes = len(straight) + len(swapped)
     abstained = [*straight, *swapped].count("")
@@ -317,7 +329,8 @@ def _combine_orders(straight: Sequence[str], swapped: Sequence[str]) -> Comparis
 
 
 def _majority(votes: Sequence[str]) -> str:
-    """The most frequent verdict, a tie if two are equally frequent, "" if most votes are abstentions."""
+    """Return the most frequent verdict, "tie" if two are equally frequent, or "" if most votes are
+    abstentions."""
     counts = Counter(vote for vote in votes if vote)
     if 2 * counts.total() < len(votes) or not counts:
         return ""
@@ -326,7 +339,8 @@ def _majority(votes: Sequence[str]) -> str:
 
 
 def _compare_scores(first: Score, second: Score, votes: int) -> Comparison:
-    """The comparison of two responses with points from `votes` votes each."""
+    """Return the comparison of two responses by their points. `votes` is the number of votes on each
+    response."""
     shares = first.stats["judge_abstained"] + second.stats["judge_abstained"]
     abstained = round(votes * shares)
     difference = first.parts["judge"] - second.parts["judge"]
@@ -340,7 +354,9 @@ def _compare_scores(first: Score, second: Score, votes: int) -> Comparison:
 
 
 def _score_results(results: Sequence[str]) -> Score:
-    """The share of a response's matches that it won, a tie counting half; one half without a match."""
+    """Return the score of a response from the results of its comparisons ("won", "tie", "lost", or "" for an
+    abstention). It is the share won of those without an abstention, where a tie counts half. Without any
+    comparison it is one half; if all are abstentions it is 0."""
     count = Counter(results)
     judged = count["won"] + count["tie"] + count["lost"]
     stats = {"judge_abstained": count[""] / max(1, len(results))}

@@ -1,4 +1,5 @@
-"""Mixtures of tasks: problems drawn by weight, and rewards as weighted sums of score parts."""
+"""Mixtures of tasks: problems are drawn from several tasks, and rewards are weighted sums of the parts of a
+score."""
 
 from __future__ import annotations
 
@@ -9,11 +10,12 @@ from ..types import Group, LimbeckError, Problem, Score, Task, generator
 
 
 class Mixture:
-    """Several tasks drawn from by weight, with one set of reward weights.
+    """Several tasks from which problems are drawn, with the weights of a reward that all of them share.
 
-    `weights` has a positive share for each task, `rewards` the weight of each part of a score; `subsets`
-    replace the training problems of the tasks under their names, as a screening leaves them. Raises
-    LimbeckError for a share of an unknown task, a negative one, or none at all.
+    `weights` has the relative probability of each task (a task without one is never drawn), `rewards` the
+    weight of each part of a score. `subsets` maps names to lists of training problems, for instance the
+    problems that a screening kept, which replace the training problems of the task with that name. Raises
+    LimbeckError if a weight is negative or of an unknown task, or if all are 0.
     """
 
     def __init__(
@@ -41,15 +43,16 @@ class Mixture:
         self.shares = {name: share / total for name, share in shares.items() if share}
 
     def problems(self, name: str, split: str = "train") -> Sequence[Problem]:
-        """All problems of one task, or of the subset in its place."""
+        """Return all problems of the task `name` in a split; for `train`, its subset if there is one."""
         if split == "train" and name in self.subsets:
             return self.subsets[name]
         return self.tasks[name].problems(split)
 
     def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]:
-        """`count` problems, the same for the same seed; none is repeated before its task is used up.
+        """Return `count` random problems of a split, the same for the same seed. A problem is repeated only
+        after all problems of its task were drawn.
 
-        Raises LimbeckError if a task with a share has no problems.
+        Raises LimbeckError if a task from which to draw has no problems in this split.
         """
         names = list(self.shares)
         probabilities = list(self.shares.values())
@@ -67,22 +70,23 @@ class Mixture:
         return [next(drawn[names[pick]]) for pick in picks]
 
     def score(self, group: Group) -> Group:
-        """A copy of the group with its scores and rewards."""
+        """Return a copy of the group with the scores and the rewards of its completions."""
         task = self.tasks[group.problem.id.partition("/")[0]]
         scores = tuple(task.score(group.problem, completion) for completion in group.completions)
         rewards = tuple(self._reward(score) for score in scores)
         return replace(group, scores=scores, rewards=rewards)
 
     def _reward(self, score: Score) -> float:
-        """The weighted sum of a score's parts, absent parts 0."""
+        """Return the sum of a score's parts multiplied by their weights. A part that is absent counts as 0,
+        and a skipped score has the reward 0."""
         if score.skipped:
             return 0.0
         return float(sum(weight * score.parts.get(part, 0.0) for part, weight in self.rewards.items()))
 
 
 def _sample_indices(size: int, count: int, key: tuple) -> list[int]:
-    """`count` indices below `size`: rounds through all of them, each in a new order, the last one cut
-    short."""
+    """Return `count` random indices below `size`. All indices are drawn once, in random order, before any is
+    drawn again."""
     indices: list[int] = []
     while len(indices) < count:
         rng = generator("indices", *key, len(indices))

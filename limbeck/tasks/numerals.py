@@ -1,4 +1,4 @@
-"""Numbers in answers: typesetting removed, exact values, units and percent signs apart."""
+"""Numbers in answers: removal of typesetting, exact values, and separation of units and percent signs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REWRITES = [
 
 
 def normalise(text: str) -> str:
-    """One spelling for texts that differ in typesetting alone.
+    """Return the text without typesetting, so that texts which differ only in typesetting become equal.
 
     >>> normalise("$ \\\\dfrac { 1 } {2} $."), normalise("１，２３４")
     ('\\\\frac{1}{2}', '1,234')
@@ -54,7 +54,8 @@ _RATIONALS = [
 
 
 def rational(text: str) -> Fraction | None:
-    """The exact value of a normalised number, fraction, mixed number or power of ten; else None."""
+    """Return the exact value of a normalised text that is a number, a fraction, a mixed number or a multiple
+    of a power of ten; None for any other text."""
     for pattern in _RATIONALS:
         match = pattern.fullmatch(text)
         if match:
@@ -63,7 +64,8 @@ def rational(text: str) -> Fraction | None:
 
 
 def _value(groups: dict[str, str]) -> Fraction | None:
-    """The value of a match, None for a denominator of 0."""
+    """Return the number that the groups of a regular expression's match represent, or None if its denominator
+    is 0."""
     denominator = Fraction(groups.get("denominator", "1").replace(",", ""))
     if denominator == 0:
         return None
@@ -89,8 +91,9 @@ _WITH_UNIT = re.compile(
 
 
 class Quantity(NamedTuple):
-    """`Quantity(Fraction(18), "apple", percent=False, divided=False)`; `divided` if it is written as a
-    division."""
+    """A number with its unit, such as `Quantity(Fraction(18), "apple", percent=False, divided=False)`. `unit`
+    is "" if there is none; `percent` is True if a percent sign follows, `divided` if the number is written as
+    a division."""
 
     value: Fraction
     unit: str
@@ -99,7 +102,8 @@ class Quantity(NamedTuple):
 
 
 def quantity(text: str) -> Quantity | None:
-    """A normalised number with at most one unit behind it; else None."""
+    """Return the quantity in a normalised text: a number that is followed by a percent sign, a unit or
+    nothing. None for any other text."""
     percent = text.endswith("%")
     number = text.removesuffix("%").rstrip()
     unit = ""

@@ -1,4 +1,4 @@
-"""The kinds of tasks that a recipe can name."""
+"""The kinds of tasks that a recipe can use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .gym import GymTask
 
 
 def open_task(name: str, settings: Problems, base: Path = Path()) -> Task:
-    """The task that a recipe's `problems` describe; paths in it are relative to `base`."""
+    """Return the task that `settings`, an entry of the recipe's `problems`, describe. `name` is the entry's
+    key; paths are relative to `base`."""
     match settings:
         case Miniature():
             return Countdown(name, settings)

@@ -1,4 +1,4 @@
-"""Parts of a reward that need no gold answer: pure functions of text and lengths."""
+"""Parts of a reward that need no gold (reference) answer, computed from the text and its length alone."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _SENTENCE_END = re.compile(r"[\n!?;。！？；]+|\.(?!\d)")
 
 
 def language_consistency(thought: str, language: str) -> float | None:
-    """Words in the target language over all words, in [0, 1] (DeepSeek-R1, arXiv 2501.12948v2, eq. 7).
+    """Return the share of words that are in the target language, in [0, 1] (DeepSeek-R1, arXiv 2501.12948v2,
+    eq. 7), or None if the text has no words.
 
-    `zh` counts Chinese characters, every other language words of Latin letters. Digits, operators,
-    LaTeX commands and tags are no words. None if there are no words.
+    For `zh` each Chinese character is a word of the language; for every other language, each word of Latin
+    letters. Digits, operators, LaTeX commands and tags do not count as words.
 
     >>> language_consistency("先算 3+4，then 7", "zh")
     0.6666666666666666
@@ -42,10 +43,11 @@ def language_consistency(thought: str, language: str) -> float | None:
 
 
 def format_score(text: str, style: str) -> tuple[float, str]:
-    """(1, "") or (0, reason): the format reward of DeepSeek-R1 (arXiv 2501.12948v2, 2.2).
+    """Return (1, "") if the completion has the required format, else 0 and the reason: the format reward of
+    DeepSeek-R1 (arXiv 2501.12948v2, 2.2).
 
-    `tags` expects a thought, then one answer block and no text around it; `boxed` a thought, then one box;
-    `final`, for small models without tags, a last line that ends in a number.
+    The style `tags` requires a thought, then one answer block and no other text; `boxed` a thought, then text
+    with one box; `final`, for small models without tags, a last line that ends in a number.
     """
     extraction = extract(text, style)
     if extraction.answer is None:
@@ -61,9 +63,10 @@ def format_score(text: str, style: str) -> tuple[float, str]:
 
 
 def overlong(length: int, limit: int, margin: int) -> float:
-    """Soft overlong punishment in [-1, 0]; all three in tokens (DAPO, arXiv 2503.14476, eq. 13).
+    """Return the soft overlong punishment, in [-1, 0] (DAPO, arXiv 2503.14476, eq. 13). `length`, `limit` and
+    `margin` are in tokens.
 
-    0 up to `limit - margin`, then falling linearly to -1 at `limit`.
+    It is 0 up to a length of `limit - margin`, then falls linearly to -1 at `limit`.
 
     >>> overlong(90, limit=100, margin=20)
     -0.5
@@ -74,8 +77,8 @@ def overlong(length: int, limit: int, margin: int) -> float:
 
 
 def repeats(text: str) -> int:
-    """Number of sentences that repeat an earlier one word for word: the sign of a thought that goes in
-    circles.
+    """Return the number of sentences that repeat an earlier sentence word for word, which is a sign of a
+    thought that makes no progress.
 
     >>> repeats("Try 5. No. Try 6. No. Try 5.")
     2
@@ -86,5 +89,6 @@ def repeats(text: str) -> int:
 
 
 def reflections(text: str) -> int:
-    """Number of words of reflection, such as wait, check, 等, 不对 (DeepSeek-R1 v2, C.2)."""
+    """Return the number of words that indicate reflection, such as wait, check, 等 and 不对 (DeepSeek-R1 v2,
+    C.2)."""
     return len(_REFLECTION.findall(text))

@@ -1,13 +1,14 @@
-"""A sandbox for judges that could hang, crash, escape or exhaust memory: each verdict comes from a process of
-its own.
+"""A sandbox for judges that could hang, crash, be exploited or exhaust memory: each verdict is computed in a
+process of its own. A judge is a function that decides whether an answer is correct.
 
-This module is the parent's end of a pipe, `sandbox_worker.py` the child's. The child loads the judges and
-never looks at an answer: for each it forks a process that confines itself, judges this one answer, returns
-the verdict as its exit code, and leaves nothing behind. The pipe carries JSON of our own, and the answer as
-bytes.
+This module runs in the parent process, `sandbox_worker.py` in a child at the other end of a pipe. The child
+loads the judges and never parses an answer: for each answer it forks a process that confines itself, judges
+this one answer, returns the verdict as its exit code, and ends. Requests in the pipe are JSON written by this
+package, followed by the answer as bytes.
 
-Two clocks are set before the answer is read: the first counts the process's own time, so that a busy machine
-changes no verdict, the second wall time. If both fail, the parent stops waiting and kills the child.
+Two timers are set before the answer is read: one of the process's own processor time, so that the load of the
+machine does not change verdicts, and one of wall time. If both fail, the parent stops waiting and kills the
+child.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ PROGRAM = "from limbeck.tasks.sandbox_worker import serve; serve()"
 
 
 class Sandbox:
-    """One child process at the other end of a pipe; safe to share between threads, and across a fork.
+    """A child process that judges answers, and the pipe to it. It may be shared between threads, and used
+    after a fork.
 
-    `program` is the child's Python code.
+    `program` is the Python code that the child runs.
     """
 
     def __init__(self, program: str = PROGRAM) -> None:
@@ -46,9 +48,11 @@ class Sandbox:
         self._proof: Proof | None = None
 
     def ask(self, judge: str, *question: Any, answer: str, deadline: float) -> str:
-        """The verdict of the judge of that name: `correct`, `wrong`, `unparsed`, `timeout` or `error`.
+        """Return the verdict of the judge with the name `judge` on an answer: `correct`, `wrong`, `unparsed`,
+        `timeout` or `error`.
 
-        `question` are the judge's JSON arguments; `deadline` is in seconds of processor time.
+        `question` are the judge's arguments, which are JSON values; `deadline` is in seconds of processor
+        time.
         """
         with self._lock:
             verdict = None
@@ -67,7 +71,8 @@ class Sandbox:
             return verdict or "error"
 
     def proof(self) -> Proof:
-        """The accesses that a confined process attempted when the child started, and was refused."""
+        """Return which kinds of access were refused to a confined process when the child started; this is
+        tested once. The child is started if needed."""
         with self._lock:
             if self._proof is None:
                 try:
@@ -92,7 +97,8 @@ class Sandbox:
         return self._child
 
     def close(self) -> None:
-        """Kill the child, if there is one."""
+        """Kill the child process and the processes that it has forked, if it is running; the next `ask`
+        starts another."""
         child = self._child
         self._child = None
         if child is None:
@@ -105,8 +111,8 @@ class Sandbox:
 
 
 def _environment() -> dict[str, str]:
-    """The variables that Python needs, and none of ours; one thread and one hash seed make verdicts
-    reproducible."""
+    """Return the environment variables of the child: those that Python needs, and no others of this process.
+    One thread and a fixed hash seed make verdicts reproducible."""
     package = str(Path(__file__).parents[2])
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, sys.path)])
@@ -117,7 +123,7 @@ def _environment() -> dict[str, str]:
 
 
 def _send(child: subprocess.Popen, question: list, answer: str, deadline: float) -> None:
-    """Write a line of JSON, and the answer's bytes behind it."""
+    """Write a request to the child: a line of JSON, followed by the bytes of the answer."""
     body = answer.encode("utf-8", "surrogatepass")
     head = json.dumps({"question": question, "deadline": deadline, "answer": len(body)})
     child.stdin.write(head.encode() + b"\n")
@@ -125,7 +131,8 @@ def _send(child: subprocess.Popen, question: list, answer: str, deadline: float)
 
 
 def _read_line(child: subprocess.Popen, seconds: float) -> str:
-    """One line from the child. Raises TimeoutError if it is late, OSError if the child has ended."""
+    """Return the next line that the child writes. Raises TimeoutError if it is not complete within `seconds`,
+    OSError if the child has ended."""
     pipe = child.stdout.fileno()
     end = time.monotonic() + seconds
     text = b""

@@ -1,8 +1,9 @@
-"""The sandbox's child process: it loads the judges, and forks for each answer a process without any access.
+"""The child process of the sandbox: it loads the judges, and for each answer forks a process that has no
+access to files, network or other processes.
 
-A judge is built from its question (`mathematics(gold)`) before the answer is read; a process of its own then
-reads the answer. In that process sympy's parser accepts numerals only, `eval` and `compile` are gone, and
-`exec` makes sympy's arithmetic of monomials and nothing else.
+A judge is built from its question, as in `mathematics(gold)`, before the answer is read; the forked process
+then judges the answer. In that process sympy's parser accepts numerals only, `eval` and `compile` are
+removed, and `exec` works only for sympy's own arithmetic of monomials.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ MEMORY = 2 << 30  # bytes of address space
 VERDICTS = ("correct", "wrong", "unparsed", "error")
 FIRST_CODE = 64  # exit codes from here on are results; Python itself exits with smaller ones
 ROUNDING = 12  # digits to which floats must agree
-FULL_SCORE = 1.0  # of a reasoning-gym scorer: partial scores reward substrings
+FULL_SCORE = 1.0  # a reasoning-gym scorer's score of a correct answer; substrings get lower scores
 Judge = Callable[[str], str]
 Layers = tuple[int, bool]  # the Landlock version, and True with seccomp
 
 
 def serve() -> None:
-    """Write a line with the proven confinement; then for each question a line `started` and one with the
-    verdict."""
+    """Write a line that states the tested confinement, then answer requests until the input ends: for each,
+    write a line `started` and a line with the verdict."""
     logging.disable()
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library's output must not become a verdict
@@ -63,7 +64,8 @@ def serve() -> None:
 
 
 def _prove_confinement() -> tuple[Layers, list[str]]:
-    """The layers that were applied in one process, and the accesses that another was refused."""
+    """Confine two forked processes. Return the layers of confinement that were applied in the first, and the
+    kinds of access that the second attempted and was refused."""
     parent = os.getpid()
 
     def apply() -> int:
@@ -81,7 +83,9 @@ def _prove_confinement() -> tuple[Layers, list[str]]:
 
 
 def _judge_in_fork(judge: Judge, answer: bytes, deadline: float, layers: Layers) -> str:
-    """The verdict of a process that confines itself, in the layers that were proven, judges and exits."""
+    """Return the verdict on an answer, judged in a forked process that first confines itself. The verdict is
+    `error` if the confinement has other `layers` than those that were tested, `timeout` if a timer ends the
+    process."""
 
     def work() -> int:
         _disarm()
@@ -100,8 +104,8 @@ def _judge_in_fork(judge: Judge, answer: bytes, deadline: float, layers: Layers)
 
 
 def _disarm() -> None:
-    """Remove from Python all that turns text into code; math-verify hands the digits of a number to sympy's
-    parser."""
+    """Remove from this process the functions that turn text into code. This matters because math-verify
+    passes the digits of a number to sympy's parser, which evaluates them."""
     builtin_exec = builtins.exec
 
     def exec_monomials(code: Any, names: dict) -> None:
@@ -124,7 +128,8 @@ def _disarm() -> None:
 
 
 def _run_in_fork(work: Callable[[], int]) -> int:
-    """The exit code of a process that does `work`: its result, or minus the signal that ended the process."""
+    """Run `work` in a forked process and return its exit code: the result of `work`, or the negative number
+    of the signal that ended the process."""
     pid = os.fork()
     if pid:
         _, status = os.waitpid(pid, 0)
@@ -143,8 +148,8 @@ def _run_in_fork(work: Callable[[], int]) -> int:
 
 @lru_cache
 def _load_sympy() -> None:
-    """Import math-verify, and all of sympy that may be imported late: after the confinement no file can be
-    opened."""
+    """Import math-verify and all modules of sympy that are otherwise imported late, since a confined process
+    can open no files."""
     for name in _PACKAGES.split():
         package = importlib.import_module(f"sympy.{name}")
         for module in pkgutil.iter_modules(package.__path__, f"sympy.{name}."):
@@ -182,8 +187,8 @@ def _is_same(gold: list, answer: list) -> bool:
 
 
 def mathematics(gold: str) -> Judge:
-    """A judge by math-verify on two LaTeX strings; floats agree to 12 digits, so 1.41421356 is not the root
-    of 2."""
+    """Return a judge that compares LaTeX answers with the gold answer by math-verify. Floats must agree to 12
+    digits, so 1.41421356 does not equal the root of 2."""
     _load_sympy()
 
     def judge(answer: str) -> str:
@@ -204,7 +209,8 @@ def _dataset(generator: str, config: str) -> Any:
 
 
 def scorer(generator: str, config: str, entry: Any) -> Judge:
-    """A judge by a reasoning-gym generator's own scorer; only a full score is correct."""
+    """Return a judge that applies the scorer of a reasoning-gym generator to an entry; only a full score is
+    correct. `config` is the generator's config as JSON, `entry` the output of `generators.pack`."""
     dataset = _dataset(generator, config)
     entry = unpack(entry)
     read = SCORED[generator]
@@ -220,8 +226,8 @@ def scorer(generator: str, config: str, entry: Any) -> Judge:
 
 
 def integral(integrand: str, letter: str) -> Judge:
-    """A judge that differentiates the answer and compares with the integrand: both are built from the
-    grammar's tree."""
+    """Return a judge that differentiates an answer with respect to the variable `letter` and compares the
+    result with the integrand. Both are parsed by this package's grammar, not by sympy."""
     import sympy
 
     _load_sympy()
@@ -238,5 +244,5 @@ def integral(integrand: str, letter: str) -> Judge:
     return judge
 
 
-# Each imports its library once, in the child, which never reads an answer.
+# Each function imports its library once, in the child process, which never reads an answer.
 JUDGES: dict[str, Callable[..., Judge]] = {"mathematics": mathematics, "scorer": scorer, "integral": integral}

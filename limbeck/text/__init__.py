@@ -1,1 +1,2 @@
-"""Text and token ids: tokenizer, chat template, incremental detokenizer, reasoning parser. No torch."""
+"""Conversion between text and token ids: tokenizer, chat template, incremental detokenizer, and reasoning
+parser. Nothing here imports torch."""

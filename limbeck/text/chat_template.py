@@ -1,5 +1,5 @@
-"""Chat templates: a conversation rendered as one string. Templates are programs of unknown origin, and run
-restricted."""
+"""Chat templates, which render a conversation as one string. A template is a program that comes with a
+checkpoint and is not trusted, so it runs in a restricted environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ MAX_PRODUCT = 1 << 20  # characters or items of a result of `*`
 
 
 class ChatTemplate:
-    """A jinja template of a HuggingFace checkpoint; `bos` and `eos` are its special tokens."""
+    """A chat template in jinja, as in HuggingFace checkpoints. `bos` and `eos` are the texts of the special
+    tokens that it may insert."""
 
     def __init__(self, source: str, bos: str, eos: str):
         self.source = source
@@ -29,9 +30,10 @@ class ChatTemplate:
         self.eos = eos
 
     def render(self, messages: Sequence[Message], opened: bool) -> str:
-        """The conversation as one string; with `opened` it ends where the assistant's turn begins.
+        """Return the conversation as one string. If `opened`, the string ends where the assistant's next turn
+        begins (the template's `add_generation_prompt`).
 
-        Raises the template's own errors, and jinja's.
+        Raises any error that the template or jinja raises, and jinja's TemplateError after `RENDER_TIMEOUT`.
         """
         with _time_limit(RENDER_TIMEOUT):
             return self._compiled.render(
@@ -50,17 +52,18 @@ class ChatTemplate:
 
 
 def template_error(error: Exception) -> LimbeckError:
-    """The message for any error of a template."""
+    """Return the LimbeckError that reports any `error` of a template."""
     return LimbeckError(f"chat_template.jinja: {error}; mend the template beside the model")
 
 
 class _SandboxedTemplates(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """No access to private attributes, no changes to arguments, and no huge results."""
+    """A jinja environment in which templates cannot access private attributes, change their arguments, or
+    compute huge results with `*` and `**`."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: object, operator: str, left: object, right: object) -> object:
-        """The result of `*` or `**`. Raises SecurityError if it would be too large."""
+        """Return the result of `*` or `**`. Raises SecurityError if the result would be too large."""
         sizes = (_size(left), _size(right))
         too_large = max(sizes) > MAX_POWER if operator == "**" else sizes[0] * sizes[1] > MAX_PRODUCT
         if too_large:
@@ -69,7 +72,7 @@ class _SandboxedTemplates(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _size(value: object) -> int:
-    """The absolute value of an integer, the length of a container, else 0."""
+    """Return the absolute value of an integer, the length of a container, or 0 for any other value."""
     if isinstance(value, int):
         return abs(value)
     return len(value) if hasattr(value, "__len__") else 0
@@ -81,9 +84,11 @@ def _raise_exception(message: str) -> None:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TemplateError in a template that runs for too long: each of its lines checks the clock.
+    """Raise jinja's TemplateError in a template that runs for more than `seconds`: a trace function checks
+    the clock at each line.
 
-    The thread's own time counts: on a busy machine a template is not stopped for waiting.
+    Only the processor time of the thread counts, so that a template is not stopped because the machine is
+    busy.
     """
     end = time.thread_time() + seconds
     previous = sys.gettrace()

@@ -1,4 +1,4 @@
-"""The incremental detokenizer: tokens to text while they are sampled."""
+"""The incremental detokenizer, which converts tokens to text while they are sampled."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # decoded from bytes that are no character, or not yet
 MAX_INCOMPLETE = 3  # bytes of an incomplete character: a character has four at most
-WINDOW = 32  # tokens after which the older ones are dropped
-KEPT = 8  # tokens that are kept as context then
+WINDOW = 32  # number of tokens beyond which older ones are dropped
+KEPT = 8  # number of last tokens that are kept as context when older ones are dropped
 
 
 class Decoder(Protocol):
-    """A tokenizer's `decode`."""
+    """Any tokenizer with a method `decode`."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens."""
+        """Return the text of the token ids."""
 
 
 class IncrementalDetokenizer:
-    """Tokens in, text out as soon as it is certain: an incomplete character is held back. All texts and that
-    of `close` together are `Tokenizer.decode` of all tokens."""
+    """Converts tokens to text while they are sampled. Text is returned once later tokens cannot change it:
+    the bytes of an incomplete character are held back. The texts that `read` and `close` return, joined,
+    equal `Tokenizer.decode` of all tokens."""
 
     def __init__(self, tokenizer: Decoder):
         self.tokenizer = tokenizer
@@ -28,7 +29,7 @@ class IncrementalDetokenizer:
         self.emitted = ""  # the beginning of the window's text that was returned
 
     def read(self, tokens: Sequence[int]) -> str:
-        """The text that has become certain with these tokens."""
+        """Add `tokens` to the sequence and return the text that has become certain."""
         self.window += tokens
         text = self.tokenizer.decode(self.window)
         incomplete = len(text) - len(text.rstrip(REPLACEMENT))
@@ -41,7 +42,8 @@ class IncrementalDetokenizer:
         return new
 
     def _shorten(self, text: str) -> None:
-        """Drop all but the last tokens, if their text does not depend on the others."""
+        """Forget all but the last `KEPT` tokens, if the text of these does not depend on the forgotten ones.
+        `text` is the text of all tokens in the window."""
         kept = self.window[-KEPT:]
         tail = self.tokenizer.decode(kept)
         if text.endswith(tail) and REPLACEMENT not in tail:
@@ -49,5 +51,5 @@ class IncrementalDetokenizer:
             self.emitted = tail
 
     def close(self) -> str:
-        """The text that is still held back."""
+        """Return the text that is still held back, once no more tokens follow."""
         return self.tokenizer.decode(self.window)[len(self.emitted) :]

@@ -1,4 +1,5 @@
-"""The reasoning parser: a completion split into thought and answer, as a whole or while it is sampled."""
+"""The reasoning parser, which splits a completion into its thought (the reasoning between `<think>` and
+`</think>`) and its answer, either as a whole or while it is sampled."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ Delta = tuple[str, str]  # ("thought" or "answer", text)
 
 
 def split_thought(text: str) -> Thought:
-    """Split a whole completion. It is well-formed with one `</think>`, and at most one `<think>`, at the very
-    start.
+    """Split a complete completion into thought and answer. It is `wellformed` if it has exactly one
+    `</think>`, and at most one `<think>`, with no text before it.
 
     >>> split_thought("<think>2 and 2</think>4")
     Thought(thought='2 and 2', answer='4', wellformed=True)
@@ -33,14 +34,16 @@ def split_thought(text: str) -> Thought:
 
 
 def join_thought(thought: str, answer: str) -> str:
-    """The completion that `split_thought` splits; without a thought the answer alone."""
+    """Return a completion that `split_thought` would split into this thought and answer. If the thought is
+    empty, the completion is the answer alone."""
     if not thought.strip():
         return answer
     return f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{answer}"
 
 
 def overlap(text: str, marker: str) -> int:
-    """Number of characters at the end of a text that may begin an incomplete marker.
+    """Return the number of characters at the end of `text` that are the beginning of `marker`; a complete
+    marker does not count.
 
     >>> overlap("so it is 4</th", "</think>")
     4
@@ -53,12 +56,13 @@ def overlap(text: str, marker: str) -> int:
 
 
 class ReasoningParser:
-    """Splits a completion while it is sampled: `hear` returns the certain text as deltas of thought and
-    answer.
+    """Splits a completion into thought and answer while it is sampled. `parse` takes the next piece of text
+    and returns deltas: pairs of "thought" or "answer" and new text.
 
-    Deltas never hold tags, nor the space around thought and answer. `opened` means that the prompt ends
-    inside a thought; `stops` end an answer, never a thought; a `plain` completion is all answer, and its
-    space is kept. `kind` is "thought" or "answer", "" until known; `stopped` is set by a stop string.
+    Deltas contain neither tags nor the white space around thought and answer. `opened` is True if the prompt
+    ends inside a thought. `stops` are strings that end an answer, but never a thought. If `plain`, the whole
+    completion is an answer, and its white space is kept. The attribute `kind` is the part that is being read
+    ("" until known); `stopped` is True once a stop string was found.
     """
 
     def __init__(self, opened: bool = False, stops: Sequence[str] = (), plain: bool = False):
@@ -71,10 +75,10 @@ class ReasoningParser:
         self.plain = plain
         self.stopped = False
         self._buffer = ""  # text that is not yet certain
-        self._begun = plain  # if this part has had a delta: until then leading space is dropped
+        self._begun = plain  # True if the current part has had a delta; until then leading space is dropped
 
     def parse(self, text: str) -> list[Delta]:
-        """The deltas that have become certain with this text."""
+        """Add `text` to the completion and return the deltas that have become certain."""
         self._buffer += text
         deltas: list[Delta] = []
         if not self.kind:
@@ -86,7 +90,7 @@ class ReasoningParser:
         return deltas
 
     def close(self) -> list[Delta]:
-        """The deltas that are still held back, as no more text comes."""
+        """Return the deltas of the text that is still held back, once no more text follows."""
         deltas: list[Delta] = []
         if not self.stopped:
             self.kind = self.kind or "answer"
@@ -94,8 +98,8 @@ class ReasoningParser:
         return deltas
 
     def _find_opening(self) -> None:
-        """Decide between thought and answer once the text is longer than the opening tag, or differs from
-        it."""
+        """Decide whether the completion begins with a thought, once its text contains the whole opening tag
+        or differs from it."""
         begin = self._buffer.lstrip()
         if begin.startswith(OPEN):
             self.kind = "thought"
@@ -124,7 +128,8 @@ class ReasoningParser:
             self._emit_certain(deltas, self.stops)
 
     def _emit_certain(self, deltas: list[Delta], markers: Sequence[str]) -> None:
-        """Emit all but a possible beginning of a marker, and space that no text follows yet."""
+        """Append to `deltas` all text but its end, if that may be the beginning of one of `markers` or is
+        white space that no other text follows yet."""
         held_back = max((overlap(self._buffer, marker) for marker in markers), default=0)
         certain = self._strip_end(self._buffer[: len(self._buffer) - held_back])
         self._emit(deltas, certain, self._buffer[len(certain) :])
@@ -133,7 +138,8 @@ class ReasoningParser:
         return text if self.plain else text.rstrip()
 
     def _emit(self, deltas: list[Delta], text: str, buffer: str) -> None:
-        """Append a delta, unless it is empty, and leave `buffer` for later."""
+        """Append `text` to `deltas` unless it is empty, and keep `buffer` as the text that is not certain
+        yet."""
         self._buffer = buffer
         if not self._begun:
             text = text.lstrip()

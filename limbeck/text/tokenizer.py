@@ -1,5 +1,8 @@
-"""The tokenizer of a HuggingFace checkpoint: text to token ids and back, and conversations to prompts. N
-tokens."""
+"""The tokenizer of a HuggingFace checkpoint, which converts text to token ids and back, and conversations to
+prompts.
+
+Dimensions: N tokens.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from .detokenizer import REPLACEMENT
 
 
 class Tokenizer:
-    """A HuggingFace `tokenizer.json` with its chat template and its special tokens."""
+    """A HuggingFace `tokenizer.json` (`backend`) with its chat template and the texts of its end-of-turn
+    (`end`), padding (`pad`) and beginning-of-sequence (`bos`) tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str, end: str, pad: str, bos: str = ""):
         self.backend = backend
@@ -31,8 +35,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read the files of a HuggingFace checkpoint. Raises LimbeckError, which names the file, if one is
-        missing."""
+        """Read a tokenizer from the files of a HuggingFace checkpoint. Raises LimbeckError, which names the
+        file, if a file is missing or names no end-of-turn token."""
         path = directory / "tokenizer.json"
         if not path.exists():
             raise LimbeckError(f"{path} is missing; copy it from the model's source")
@@ -54,7 +58,7 @@ class Tokenizer:
         return cls(backend, template, end, pad, _token_text(config.get("bos_token")))
 
     def save(self, directory: Path) -> None:
-        """Write the files that `from_directory`, and transformers' AutoTokenizer, read."""
+        """Write the files that `from_directory`, and the AutoTokenizer of transformers, read."""
         self.backend.save(str(directory / "tokenizer.json"))
         (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
         config: dict[str, Any] = {
@@ -69,34 +73,39 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens around it."""
+        """Return the token ids of a text, without special tokens at its beginning or end."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Text of the tokens [N]; tags such as `<think>` are kept, end-of-turn tokens are not."""
+        """Return the text of token ids [N]. Special tokens such as `<think>` are kept, but end-of-turn tokens
+        are left out."""
         ids = [int(token) for token in tokens if token != self.end_id]
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def label(self, token: int) -> str:
-        """The text of a single token for display, or its name if it is part of a character."""
+        """Return the text of a single token for display. If the token is only part of a character, its name
+        in the vocabulary is returned instead."""
         text = self.backend.decode([token], skip_special_tokens=False)
         if text and REPLACEMENT not in text:
             return text
         return self.backend.id_to_token(token) or ""
 
     def prompt(self, question: str | Sequence[Message]) -> np.ndarray:
-        """Token ids [N] of a question, or of a conversation, up to where the assistant's turn begins."""
+        """Return the token ids [N] of a question, or of a conversation, rendered with the chat template up to
+        where the assistant's turn begins."""
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         return np.array(self.encode(self.render(messages)), dtype=np.int64)
 
     def response(self, text: str) -> np.ndarray:
-        """Token ids [N] of a written (not sampled) response, end-of-turn included."""
+        """Return the token ids [N] of a response that was written, not sampled, followed by the end-of-turn
+        token."""
         return np.array([*self.encode(text), self.end_id], dtype=np.int64)
 
     def render(self, messages: Sequence[Message], opened: bool = True) -> str:
-        """The conversation as one string; with `opened` it ends where the assistant's turn begins.
+        """Return the conversation as one string, rendered with the chat template. If `opened`, the string
+        ends where the assistant's next turn begins.
 
-        Raises LimbeckError for any error of the template.
+        Raises LimbeckError for any error in the template.
         """
         try:
             return self._chat_template.render(messages, opened)
@@ -115,12 +124,13 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Number of tokens in the vocabulary."""
+        """The number of tokens in the vocabulary."""
         return self.backend.get_vocab_size()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no file."""
+    """Return the object in a JSON file, or {} if the file does not exist. Raises LimbeckError if it is not
+    valid JSON."""
     if not path.exists():
         return {}
     try:
@@ -130,7 +140,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _token_text(token: str | dict | None) -> str:
-    """The text of a special token, which tokenizer_config.json writes as a string or an object."""
+    """Return the text of a special token, which tokenizer_config.json gives as a string or as an object with
+    the field `content`; "" for None."""
     if isinstance(token, dict):
         token = token["content"]
     return token or ""
