@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .context import Context, Layer
 from .linear import Linear
 
-Rope = tuple[Tensor, Tensor]  # cos and sign-folded sin of each token, [N, 1, D] both
+Rope = tuple[Tensor, Tensor]  # cos and sin of each token, [N, 1, D] both; see `rope_table`
 
 
 class GroupedQueryAttention(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 
 Names = Mapping[str, tuple[str, ...]]
 
-# Ours -> theirs, stacked by rows. `{layer}` and `{expert}` are numbers; a name without a dot-suffix here gets
-# `.weight` or `.bias` as ours has it.
+# Our module -> the HuggingFace tensors that are stacked in it by rows. `{layer}` and `{expert}` are numbers; a
+# name without `.weight` or `.bias` gets the suffix of our parameter.
 LLAMA: Names = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),
@@ -103,7 +103,7 @@ FALCON: Names = {
     "ffn.down": ("transformer.h.{layer}.mlp.dense_4h_to_h",),
 }
 
-# Our field -> the key of config.json.
+# Field of `ModelConfig`, `Latent` or `Experts` -> key of config.json.
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",

@@ -19,7 +19,9 @@ from .config import Experts, ModelConfig
 from .context import Context, RouterTrace
 from .linear import Linear
 
-Rounding = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of activations, of weights
+Rounding = tuple[
+    Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
+]  # functions for activations, for weights
 EXACT: Rounding = (lambda x: x, lambda weight: weight)
 SEED_BITS = 2**63 - 1  # bits of a hash that make a seed: all but the sign
 
@@ -49,7 +51,7 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """down(gelu(up(x))), the feed-forward of Falcon."""
+    """Falcon's feed-forward without a gate: down(gelu(up(x)))."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -262,8 +264,7 @@ class _Mixed(torch.autograd.Function):
 
 
 def _swiglu_backward(grad_MI: Tensor, both_MI: Tensor) -> Tensor:
-    """Return the gradient of SwiGLU with respect to gate and up, side by side [M, 2 I]; overwrites `grad_MI`.
-    """
+    """Return SwiGLU's gradient with respect to gate and up, side by side [M, 2 I]; overwrites `grad_MI`."""
     gate_MI, up_MI = both_MI.chunk(2, -1)
     by_both_MI = torch.empty_like(both_MI)
     by_gate_MI, by_up_MI = by_both_MI.chunk(2, -1)

@@ -32,8 +32,7 @@ def blocks(weight: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Return x [..., N, C] rounded to E4M3, with one scale for each rectangle of `rows` x `columns` values.
-    """
+    """Return x [..., N, C] rounded to E4M3, with one scale per rectangle of `rows` x `columns` values."""
     height, width = x.shape[-2:]
     rows = min(rows, height)
     columns = min(columns, width)

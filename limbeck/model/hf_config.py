@@ -17,7 +17,7 @@ from .families import FAMILIES, LATENT, Family
 
 Tree = dict[str, Any]
 
-SCALINGS = ("linear", "llama3", "yarn")  # of positions, by the name of their type
+SCALINGS = ("linear", "llama3", "yarn")  # supported types of rope_scaling
 
 
 # ---------------------------------------------------------------- reading

@@ -158,8 +158,7 @@ class KVCache:
     # ------------------------------------------------------------ steps
 
     def advance(self, count: int = 1) -> None:
-        """Make room for `count` more tokens in each row and set their positions; call once before each step.
-        """
+        """Make room for `count` more tokens per row and set their positions; call once before each step."""
         rows = len(self.lengths)
         width = int(self.lengths.max()) + count
         self._reserve(rows, width, rows)
@@ -169,7 +168,7 @@ class KVCache:
         self.lengths = self.lengths + count
         self._width = width
         self._rows = torch.from_numpy(rows_N).to(self.device)
-        self._masks: dict[int, Tensor] = {}  # by window, of this step
+        self._masks: dict[int, Tensor] = {}  # masks of this step, by window
 
     def rollback(self, tokens_B: np.ndarray) -> None:
         """Remove the last `tokens_B[i]` tokens of each row i; the next tokens overwrite them."""
@@ -231,8 +230,7 @@ class KVCache:
         return self._masks[window]
 
     def _make_mask(self, window: int) -> Tensor:
-        """Compute the mask of `_mask` for one window, [X, S x G, T], or [X, 1, T] for one new token per row.
-        """
+        """Compute `_mask` for one window, [X, S x G, T], or [X, 1, T] for one new token per row."""
         positions_BS1 = self.positions.view(len(self.lengths), -1, 1)
         ahead_BST = torch.arange(self._width, device=self.device) - positions_BS1
         hidden_BST = ahead_BST > 0

@@ -41,7 +41,7 @@ class Packed:
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         self.slack = slack
         self.device = device
-        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: RouterTrace | None = None
 
@@ -113,13 +113,12 @@ class SharedPrefix:
         self.slack = slack
         columns = [width + torch.arange(length) for length in self.lengths]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
-        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
         self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
-        """The index of the prompt or completion that each token belongs to, [N]; prompts are numbered first.
-        """
+        """The index of the prompt or completion of each token, [N]; prompts are numbered first."""
         lengths = [self.width] * self.prompts + self.lengths
         return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 

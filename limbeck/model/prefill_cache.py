@@ -58,8 +58,7 @@ class SequenceKV:
 
     @classmethod
     def of(cls, cache: KVCache, row: int, length: int) -> SequenceKV:
-        """Return a copy of the keys and values of the first `length` tokens of row number `row` of `cache`.
-        """
+        """Return a copy of the keys and values of the first `length` tokens of row `row` of `cache`."""
         past = cls(cache.config, length, cache.dtype)
         past.length = length
         for slot, (k_TKD, v_TKD) in enumerate(past.kept):

@@ -90,8 +90,7 @@ def _unknown(name: str) -> str:
 
 
 def _finish(partial: Path, directory: Path, provenance: dict[str, Any]) -> None:
-    """Write the provenance, flush the files of `partial` to the disk, and rename the folder to `directory`.
-    """
+    """Write the provenance, flush the files of `partial` to the disk, and rename it to `directory`."""
     from .weights import flush, write_json
 
     write_json(partial / "provenance.json", provenance)

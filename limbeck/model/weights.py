@@ -42,7 +42,7 @@ SHARD_BYTES = 4 * 1024**3  # bytes of one weight file at most
 SPARE_ROWS = 1024  # rows
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
-PAIRED = (".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")  # rows that DeepSeek's checkpoints store in pairs
+PAIRED = (".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")  # rotary rows in pairs in checkpoints of DeepSeek
 
 
 @dataclass(frozen=True)
@@ -291,8 +291,7 @@ def _expect_tied(head: Tensor, embedding: str, path: Path) -> None:
 
 
 def _files(directory: Path) -> dict[Path, set[str]]:
-    """Return the weight files of a directory, each with the names of the tensors that the index lists for it.
-    """
+    """Return a directory's weight files, each with the names of the tensors that the index lists for it."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return {_single_file(directory): set()}
@@ -424,8 +423,7 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
 
 
 def flush(directory: Path) -> None:
-    """Return when all files in a directory, and the directory's own entries, are flushed to the disk (fsync).
-    """
+    """Return when a directory's files, and its own entries, are flushed to the disk (fsync)."""
     for path in (*directory.iterdir(), directory):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

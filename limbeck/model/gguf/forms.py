@@ -62,13 +62,11 @@ class Interleaved:
         return [self._reorder(tensor, 2, -1) for tensor in tensors]
 
     def unpack(self, tensors: Tensors) -> list[Tensor]:
-        """Return the tensors [X, Y] with the two halves of each head one after the other, as in HuggingFace.
-        """
+        """Return the tensors [X, Y] with each head's two halves one after the other, as in HuggingFace."""
         return [self._reorder(tensor, -1, 2) for tensor in tensors]
 
     def _reorder(self, tensor_XY: Tensor, first: int, second: int) -> Tensor:
-        """Return the tensor [X, Y] after transposing each head's rows as a grid of `first` x `second` rows.
-        """
+        """Return the tensor [X, Y] with each head's rows transposed as a grid of `first` x `second` rows."""
         heads = tensor_XY.reshape(self.heads, first, second, *tensor_XY.shape[1:])
         return heads.transpose(1, 2).reshape(tensor_XY.shape)
 

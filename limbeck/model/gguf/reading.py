@@ -25,7 +25,7 @@ REQUIRED = object()
 KINDS = {int: "one number", float: "one number", bool: "true or false", str: "a text", list: "a list"}
 
 Tree = dict[str, Any]
-Plan = dict[str, tuple[Link, int]]  # of each HuggingFace tensor, its link and its place there
+Plan = dict[str, tuple[Link, int]]  # name of a HuggingFace tensor -> its link, its index in it
 
 
 # ---------------------------------------------------------------- the file
@@ -101,8 +101,7 @@ class _File:
         return _shortest(value) if kind is float else value
 
     def setting(self, key: str, kind: type = int, default: Any = REQUIRED) -> Any:
-        """Return the value of a key whose name begins with the architecture; `key` is the rest of the name.
-        """
+        """Return the value of a key that begins with the architecture; `key` is the rest of its name."""
         return self.get(f"{self.architecture}.{key}", kind, default)
 
     def size(self, key: str, default: Any = REQUIRED) -> int:

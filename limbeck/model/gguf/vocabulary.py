@@ -186,8 +186,7 @@ def _splitting(name: str, where: Path) -> Splitting:
 
 
 def _steps(splitting: Splitting) -> list[Any]:
-    """Return the steps of a pre-tokenizer that apply the rule: one for each cut, and the conversion to bytes.
-    """
+    """Return the steps of a pre-tokenizer that apply a rule: one for each cut, and the conversion to bytes."""
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in splitting.cuts]
     return [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.gpt2)]
 
@@ -319,8 +318,7 @@ def _cut(step: dict[str, Any]) -> str | None:
 
 
 def _tokens(tree: dict[str, Any], rows: int, path: Path) -> tuple[list[str], list[int]]:
-    """Return the text and the type of each of the embedding's `rows` rows; rows without a token are unused.
-    """
+    """Return text and type of each of the embedding's `rows` rows; rows without a token are unused."""
     added = {token["id"]: token for token in tree.get("added_tokens") or []}
     texts = {i: text for text, i in tree["model"]["vocab"].items()}
     texts |= {i: token["content"] for i, token in added.items()}
@@ -362,8 +360,7 @@ def _begins(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> bool:
 
 
 def _text(token: str | dict | None) -> str:
-    """Return the text of a token as tokenizer_config.json stores it, as a string or an object; "" for None.
-    """
+    """Return the text of a token as tokenizer_config.json stores it, a string or an object; "" for None."""
     text = token["content"] if isinstance(token, dict) else token
     return text or ""
 

@@ -99,8 +99,7 @@ def lanes() -> int:
 
 
 def instructions() -> str:
-    """Return the vector instructions that the kernels use: AVX-512, AVX2, NEON, SSE2; `none` without kernels.
-    """
+    """Return the vector instructions of the kernels: AVX-512, AVX2, NEON, SSE2; `none` without kernels."""
     return SETS[lanes()] if library() else "none"
 
 
@@ -125,8 +124,7 @@ def march(compiler: str) -> str:
 
 
 def _features(compiler: str, option: str) -> set[str]:
-    """Return the instruction sets that a compiler option enables, by their macros' names: `AVX2`, `FMA`, ...
-    """
+    """Return the instruction sets of a compiler option, by their macros' names: `AVX2`, `FMA`, ..."""
     command = [compiler, option, "-dM", "-E", "-x", "c++", os.devnull]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if run.returncode:
@@ -141,8 +139,7 @@ def _features(compiler: str, option: str) -> set[str]:
 
 
 def sgemm() -> ctypes.c_void_p | None:
-    """Return the address of the float32 matrix product of torch's BLAS, or None if torch does not export it.
-    """
+    """Return the address of torch's float32 BLAS matrix product, or None if torch does not export it."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p)

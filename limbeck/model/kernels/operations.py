@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .build import library
 
-WAYS = ("blas", "dots", "strips")  # of multiplying, as products.hpp numbers them
+WAYS = ("blas", "dots", "strips")  # algorithms of a product, numbered as in products.hpp
 FASTEST = -1  # in place of an index into WAYS: the one that was measured as fastest
 
 
@@ -63,7 +63,7 @@ class Normalize(torch.autograd.Function):
         grad = grad.contiguous()
         threads = torch.get_num_threads()
         by_x = torch.empty_like(x)
-        by_weight = x.new_zeros(threads, x.shape[-1])  # one sum a thread
+        by_weight = x.new_zeros(threads, x.shape[-1])  # one sum per thread
         library().norm_backward(
             pointer(grad),
             pointer(x),
@@ -121,8 +121,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """Return the gradient with respect to x [N, H, D], which is the rotation in the opposite direction.
-        """
+        """Return the gradient with respect to x [N, H, D]: a rotation in the opposite direction."""
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, sin, -1.0), None, None
 
