@@ -1,1 +1,1 @@
-"""One decoder for training and sampling, its cache, and its way to and from the disk."""
+"""The decoder that is used for training and sampling, its KV cache, and reading and writing its files."""

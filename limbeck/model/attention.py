@@ -1,8 +1,9 @@
-"""Attention layers. N tokens · C hidden · H heads · K key/value heads · D head size · R latent rank.
+"""Attention layers. N tokens · C hidden size · H heads · K key/value heads · D head size · R latent rank.
 
-A layer only makes queries, keys and values. The positions that a token attends to are up to the context:
-`Packed` (packed.py) for whole sequences laid end to end, `KVCache` (kv_cache.py) for the next tokens of each
-row.
+A layer only computes queries, keys and values. What a token attends to is decided by the context: `Packed`
+(packed.py) for whole sequences that are concatenated, `KVCache` (kv_cache.py) for the next tokens of each row
+of a decode batch. `rope` is a pair of cos and sin [N, 1, D] of each token's rotary angles, in the form of
+`decoder.rope_table`: the first half of sin is negated.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from .config import ModelConfig
 from .context import Context, Layer
 from .linear import Linear
 
-Rope = tuple[Tensor, Tensor]  # cos and sign-folded sin of each token, [N, 1, D] both
+Rope = tuple[Tensor, Tensor]  # cos and sin of each token, [N, 1, D] both; see `rope_table`
 
 
 class GroupedQueryAttention(nn.Module):
     """GQA (Ainslie et al. 2023, arXiv 2305.13245), with MHA and MQA as its extremes.
 
-    One product makes queries, keys and values. Qwen2 adds a bias to it, Qwen3 normalises heads before they
-    are rotated, Hunyuan after. With CLA (arXiv 2405.12981) some layers make queries alone and share an
-    earlier layer's keys; as each layer has a key norm of its own, keys are stored without its weight, which
-    multiplies the queries instead.
+    One matrix product makes queries, keys and values. Qwen2 adds a bias to it; Qwen3 normalises the heads
+    before they are rotated, Hunyuan after. With cross-layer attention (CLA, arXiv 2405.12981) some layers
+    compute only queries and use an earlier layer's keys and values. As each of these layers has a key norm
+    with its own weight, the shared keys are stored without any such weight, and each layer multiplies its
+    queries with its weight instead, which gives the same scores.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -46,7 +48,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """The output of the layer, [N, C]."""
+        """Return the output of the layer, [N, C]."""
         if self.keeps:
             q_NHD, k_NKD, v_NKD = self._project(x_NC, rope)
         else:
@@ -57,7 +59,7 @@ class GroupedQueryAttention(nn.Module):
         return self.out(context.attend(self.layer, q_NHD, k_NKD, v_NKD).flatten(1))
 
     def _project(self, x_NC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, H, D], keys and values [N, K, D], normalised and rotated."""
+        """Return queries [N, H, D], keys and values [N, K, D]; queries and keys are normed and rotated."""
         heads_NHD = self.qkv(x_NC).view(len(x_NC), -1, self.head_dim)
         qk_NHD, v_NKD = heads_NHD.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and not self.norm_after:
@@ -73,7 +75,10 @@ class GroupedQueryAttention(nn.Module):
         return q_NHD, k_NKD, v_NKD
 
     def _normalize_shared(self, q_NHD: Tensor) -> Tensor:
-        """Queries over shared keys, with the weight of the layer's own key norm, [N, H, D]."""
+        """Return the normalised queries [N, H, D], multiplied with the weight of this layer's key norm.
+
+        The shared keys are stored without this weight. Without norms the queries are returned unchanged.
+        """
         if self.q_norm is None:
             return q_NHD
         return self.q_norm(q_NHD) * self.k_norm.weight
@@ -82,9 +87,10 @@ class GroupedQueryAttention(nn.Module):
 class LatentAttention(nn.Module):
     """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3, arXiv 2412.19437, eq. 1-11).
 
-    Keys and values are made from one latent a token, and a rotated key that all heads share. Over whole
-    sequences they are written out; over a cache, which holds the latents alone, the two products that would
-    make them are absorbed into the queries and the output.
+    Keys and values are made from one latent vector per token, and a rotated key that all heads share. For
+    whole sequences, keys and values are computed explicitly. Over a cache, which holds only latents and
+    rotated keys, the two matrix products that would compute them are absorbed into the queries and the
+    output.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -109,7 +115,7 @@ class LatentAttention(nn.Module):
         self.layer = Layer(config.slot(layer), scale, config.window(layer))
 
     def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """The output of the layer, [N, C]."""
+        """Return the output of the layer, [N, C]."""
         q_nope_NHD, q_rope_NHD, latent_NR, k_rope_N1D = self._project(x_NC, rope)
         cached_N1D = torch.cat([latent_NR.unsqueeze(1), k_rope_N1D], dim=-1)
         if context.absorbed:
@@ -122,9 +128,9 @@ class LatentAttention(nn.Module):
         return self.out(mixed_NHD.flatten(1))
 
     def _project(self, x_NC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Two parts of the queries [N, H, D], the normalised latent [N, R] and the rotated key [N, 1, D].
+        """Return unrotated and rotated queries [N, H, D], the latent [N, R], the rotated key [N, 1, D].
 
-        The queries' second part is rotated.
+        The latent is normalised.
         """
         latent = self.latent
         projection = self.q_latent if latent.q_rank else self.q_full
@@ -140,7 +146,7 @@ class LatentAttention(nn.Module):
     def _attend_absorbed(
         self, q_nope_NHD: Tensor, q_rope_NHD: Tensor, cached_N1D: Tensor, context: Context
     ) -> Tensor:
-        """The output of the layer over latents in place of keys and values, [N, C]."""
+        """Return the output of the layer [N, C], with the cached latents in place of keys and values."""
         latent = self.latent
         up_HDR = self.kv_up.weight.view(self.heads, -1, latent.kv_rank)
         up_key_HDR, up_value_HDR = up_HDR.split([latent.nope_dim, latent.value_dim], dim=1)
@@ -152,7 +158,7 @@ class LatentAttention(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -160,18 +166,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x normalised over its last dimension, [..., C]; by the kernels where they are faster."""
+        """Return x [..., C] normalised over its last dimension, by the compiled kernels where faster."""
         if kernels.serves("norm", x.numel(), x, self.weight):
             return kernels.Normalize.apply(x, self.weight, self.eps)
         return _Normalize.apply(x, self.weight, self.eps)
 
 
 class _Normalize(torch.autograd.Function):
-    """RMSNorm with half the passes over memory of torch's own on a CPU, forward and backward."""
+    """RMSNorm that reads and writes memory half as often as torch's own on a CPU, forward and backward."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        """x [..., C] normalised and multiplied by weight [C]."""
+        """Return x [..., C] normalised over its last dimension and multiplied by weight [C]."""
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = x * scale
@@ -180,7 +186,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients by x [..., C] and by weight [C]."""
+        """Return the gradients with respect to x [..., C] and to the weight [C]."""
         unit, scale, weight = ctx.saved_tensors
         by_unit = grad * unit
         along = (by_unit @ weight).unsqueeze(-1) / unit.shape[-1]
@@ -189,7 +195,10 @@ class _Normalize(torch.autograd.Function):
 
 
 def rotate(x_NHD: Tensor, rope: Rope) -> Tensor:
-    """Heads [N, H, D] with rotary positions in the half-split layout: x * cos + roll(x) * signed sin."""
+    """Return the heads [N, H, D] rotated, in the half-split layout: `x * cos + x.roll(D / 2) * sin`.
+
+    The first half of sin is negated (`decoder.rope_table`).
+    """
     cos_N1D, sin_N1D = rope
     if kernels.serves("rotate", x_NHD.numel(), x_NHD):
         return kernels.Rotate.apply(x_NHD, cos_N1D, sin_N1D)
@@ -198,13 +207,19 @@ def rotate(x_NHD: Tensor, rope: Rope) -> Tensor:
 
 
 def yarn_attention_scale(scaling: dict) -> float:
-    """The factor by which YaRN, as DeepSeek uses it, sharpens the scores (arXiv 2309.00071, eq. 22)."""
+    """Return the factor of the attention scores of DeepSeek's variant of YaRN, before it is squared.
+
+    See arXiv 2309.00071, eq. 22. It is 1 without YaRN.
+    """
     all_dims = scaling.get("mscale_all_dim")
     return yarn_mscale(scaling["factor"], all_dims) if all_dims else 1.0
 
 
 def yarn_mscale(factor: float, slope: float = 1.0) -> float:
-    """YaRN's attention temperature for positions stretched by `factor` (arXiv 2309.00071, eq. 22)."""
+    """Return YaRN's factor for positions stretched by `factor`: 0.1 * slope * ln(factor) + 1.
+
+    See arXiv 2309.00071, eq. 22. It is 1 if `factor` is at most 1.
+    """
     if factor <= 1:
         return 1.0
     return 0.1 * slope * math.log(factor) + 1.0

@@ -1,8 +1,8 @@
-"""Interfaces between a decoder's layers and the sequences that they run over: attention contexts and router
-traces.
+"""What a decoder's layers need to know of the sequences: attention contexts and router traces.
 
-N tokens · H heads · K key/value heads, or chosen experts · D head size · R latent rank · E experts · S
-sequences.
+A context says which sequences the tokens of a forward pass belong to and computes the attention among them. A
+router trace records which experts were chosen. N tokens · H heads · K key/value heads, or chosen experts of a
+token · D head size · R latent rank · E experts · S sequences.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Layer(NamedTuple):
-    """One attention layer, as a context needs it.
+    """The properties of one attention layer that a context needs.
 
-    `slot` is the index of its keys and values in a cache, `scale` multiplies its scores, and `window` is the
-    number of positions that a token sees, itself included (0: all).
+    `slot` is the index of the layer's keys and values in a cache, `scale` the factor of its attention scores,
+    and `window` the number of positions that a token sees, its own included (0: all).
     """
 
     slot: int
@@ -28,9 +28,10 @@ class Layer(NamedTuple):
 class Context(Protocol):
     """The sequences that the tokens of a forward pass belong to, and the attention among them.
 
-    `positions` [N] are the tokens' positions; `routes` records, or replays, the choices of the routers. An
-    `absorbed` context attends over MLA's latents as keys and returns mixed latents; others attend over whole
-    keys and values.
+    `positions` [N] are the tokens' positions in their sequences. `routes`, if it is not None, records the
+    routers' choices of experts or makes them repeat given ones. If `absorbed` is True, layers of multi-head
+    latent attention pass latents as keys and get mixed latents back; otherwise they pass full keys and
+    values.
     """
 
     positions: Tensor
@@ -40,10 +41,10 @@ class Context(Protocol):
     def attend(
         self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, latent: Tensor | None = None
     ) -> Tensor:
-        """Attention of q [N, H, D] over keys [N, K, D] and values [N, K, D]: mixed values [N, H, D].
+        """Return the attention of queries [N, H, D] to keys and values [N, K, D]: mixed values [N, H, D].
 
-        A layer that shares an earlier layer's keys and values passes None for both. `latent` [N, 1, R + D] is
-        what a cache stores in place of the keys and values of MLA.
+        A layer that uses an earlier layer's keys and values passes None for both. `latent` [N, 1, R + D] is
+        what a cache stores for MLA in place of keys and values.
         """
         ...
 
@@ -51,10 +52,11 @@ class Context(Protocol):
 class RouterTrace:
     """The experts that a forward pass chose, layer by layer, or has to choose again (router replay).
 
-    `given` [N, sparse layers, K] are the choices to replay. `balance` is the weight of the sequence-wise
-    balance loss, for which `sequences_N` numbers each token's sequence. A forward pass appends, layer by
-    layer, the choices [N, K], the tokens of each expert [E], the routers' entropy summed over tokens, and the
-    balance loss.
+    `given` [N, layers with experts, K] are the choices to repeat; with None the routers choose. `balance` is
+    the weight of the sequence-wise balance loss (0: none), and `sequences_N` the index of each token's
+    sequence, which this loss needs. Each layer with experts appends to four lists: `chosen` its choices [N,
+    K], `loads` the number of tokens of each expert [E], `entropies` the entropy of its router, summed over
+    tokens, and, if `balance` is set, `penalties` its balance loss.
     """
 
     def __init__(self, given: Tensor | None = None, balance: float = 0.0, sequences_N: Tensor | None = None):
@@ -67,7 +69,7 @@ class RouterTrace:
         self.penalties: list[Tensor] = []
 
     def note(self, scores_NE: Tensor, chosen_NK: Tensor) -> None:
-        """Record one layer's choices; every mixture calls this once, in order."""
+        """Record the scores and choices of one layer; every layer with experts calls this once, in order."""
         self.chosen.append(chosen_NK)
         self.loads.append(torch.bincount(chosen_NK.flatten(), minlength=scores_NE.shape[1]))
         share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
@@ -78,9 +80,11 @@ class RouterTrace:
 
 
 def sequence_balance(share_NE: Tensor, chosen_NK: Tensor, sequences_N: Tensor) -> Tensor:
-    """DeepSeek-V3's sequence-wise balance loss (arXiv 2412.19437, eq. 17-20), summed over sequences.
+    """Return DeepSeek-V3's sequence-wise balance loss (arXiv 2412.19437, eq. 17-20), summed over sequences.
 
-    Each sequence adds the sum over experts of f_e P_e, which is 1 for one that uses its experts evenly.
+    `share_NE` are the router's scores, normalised to a sum of 1 per token. Each sequence adds the sum over
+    experts of the relative frequency with which it chose the expert, times the expert's mean share; this is 1
+    for a sequence that uses its experts evenly.
     """
     count = share_NE.shape[1]
     top_k = chosen_NK.shape[1]

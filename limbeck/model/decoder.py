@@ -1,8 +1,9 @@
-"""The decoder: tokens laid end to end in, hidden states out. N tokens · C hidden · D head size · V
-vocabulary.
+"""The decoder: takes the tokens of all sequences, concatenated, and returns their hidden states.
 
-Training, prefill and decoding call the same `forward`; only the context differs. Callers make logits (`head`)
-at the positions that they need.
+Training, prefill and decoding call the same `forward`. They differ only in the `Context`, which says which
+tokens belong to one sequence and what each token attends to. `forward` does not compute logits: callers apply
+`head` at the positions that they need. N tokens · C hidden size · D dimensions of a head that are rotated · T
+positions · V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ RESIDUAL = ("out.weight", "down.weight", "experts_down")
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each on a normalised copy and added back.
+    """One layer: attention, then feed-forward, each applied to a normalised copy and added to the residual.
 
-    In Falcon's parallel blocks both take the same copy.
+    In Falcon's parallel blocks attention and feed-forward take the same normalised copy.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.ffn = _ffn(config, layer)
 
     def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """The hidden states after the block, [N, C]."""
+        """Return the hidden states after the block, [N, C]."""
         normed_NC = self.attention_norm(x_NC)
         x_NC = x_NC + self.attention(normed_NC, rope, context)
         return x_NC + self.ffn(self.ffn_norm(x_NC) if self.ffn_norm else normed_NC, context)
@@ -49,9 +50,9 @@ class Block(nn.Module):
 class MTPModule(nn.Module):
     """One module of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
-    From the state at a position and the token that follows it, the state that predicts the token after that
-    one; embedding and head are the model's. `join` takes the embedding, then the state, as V3's checkpoints
-    store it.
+    It takes the hidden state at a position and the embedding of the token that follows, and returns the state
+    that predicts the token after that one. Embedding and head are those of the model. The input of `join` is
+    the embedding followed by the state, in the order of DeepSeek-V3's checkpoints.
     """
 
     def __init__(self, config: ModelConfig, depth: int):
@@ -63,20 +64,23 @@ class MTPModule(nn.Module):
         self.block = Block(config, config.layers + depth)
 
     def forward(self, hidden_NC: Tensor, next_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """States one token further [N, C], of states and the embeddings of the tokens after them."""
+        """Return the states [N, C] that predict one token further than `hidden_NC` do.
+
+        `next_NC` are the embeddings of the token that follows each position.
+        """
         normed = [self.embed_norm(next_NC), self.hidden_norm(hidden_NC)]
         joined_NC = self.join(torch.cat(normed, dim=-1))
         return self.head_norm(self.block(joined_NC, rope, context))
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    """A normalisation of hidden states."""
+    """Return a normalisation of hidden states: LayerNorm or RMSNorm, as `config` says."""
     norm = nn.LayerNorm if config.layer_norm else RMSNorm
     return norm(config.hidden_size, config.norm_eps)
 
 
 def _ffn(config: ModelConfig, layer: int) -> nn.Module:
-    """The feed-forward of one layer: a mixture of experts, or dense."""
+    """Return the feed-forward of one layer: a mixture of experts, or a dense one."""
     if config.sparse(layer):
         return MixtureOfExperts(config)
     dense = SwiGLU if config.gated else GELU
@@ -84,10 +88,11 @@ def _ffn(config: ModelConfig, layer: int) -> nn.Module:
 
 
 class Decoder(nn.Module):
-    """A language model without its sampling: `decoder(tokens_N, context)` -> hidden_NC.
+    """A language model without its sampling: `decoder(tokens_N, context)` returns hidden states [N, C].
 
-    With `recompute`, learning keeps each block's input alone and computes the block again on the way back
-    (Chen et al. 2016, arXiv 1604.06174): the same numbers for a third more time and a fraction of the memory.
+    With `recompute`, training stores only the input of each block and computes the block again in the
+    backward pass (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174): the same results in about a
+    third more time and with a fraction of the memory for activations.
     """
 
     recompute = False
@@ -107,7 +112,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens_N: Tensor, context: Context) -> Tensor:
-        """The hidden states that predict each next token, [N, C]."""
+        """Return the hidden states [N, C]; `head` makes of each state the logits of the next token."""
         rope = self._rope(context)
         x_NC = self.embed(tokens_N)
         for block in self.blocks:
@@ -118,22 +123,24 @@ class Decoder(nn.Module):
         return self.norm(x_NC)
 
     def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
-        """States one token further than `hidden_NC`, in the context that made them, [N, C].
+        """Return states [N, C] that predict one token further than `hidden_NC`, by MTP module `depth`.
 
-        `next_N` is the token that follows each position (at depth 1 the one after that, and so on).
+        `context` is the one in which `hidden_NC` were computed. `next_N` is the token one place after each
+        position; at depth 1, two places after it, and so on.
         """
         return self.ahead[depth](hidden_NC, self.embed(next_N), self._rope(context), context)
 
     def _rope(self, context: Context) -> Rope:
-        """cos and sign-folded sin of the context's positions, [N, 1, D]."""
+        """Return cos and sin of the rotary angles of all tokens, each [N, 1, D] (see `rope_table`)."""
         return self.cos[context.positions].unsqueeze(1), self.sin[context.positions].unsqueeze(1)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Decoder:
-        """Draw all weights from normal distributions, and return the decoder.
+        """Draw all weight matrices from normal distributions, in place, and return the decoder.
 
-        The deviation is 1 / sqrt(inputs), divided by sqrt(2 layers) where a weight writes into the residual
-        stream, and 0.02 for embeddings. Small models learn faster so than with 0.02 everywhere (GPT-2's).
+        The standard deviation is 0.02 for embedding and head and 1 / sqrt(inputs) for all other matrices;
+        matrices that write into the residual stream divide it by sqrt(2 layers). Small models learn faster
+        this way than with GPT-2's 0.02 for all matrices. Vectors keep their values.
         """
         random = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -146,9 +153,10 @@ class Decoder(nn.Module):
         return self
 
     def prune_layers(self, layers: int) -> Decoder:
-        """A decoder of evenly spaced layers of this one, first and last among them; its weights are copies.
+        """Return a new decoder with `layers` evenly spaced layers of this one, first and last included.
 
-        DistilBERT's student began so (arXiv 1910.01108, section 2).
+        Its weights are copies. DistilBERT's student was initialised in this way (arXiv 1910.01108, section
+        2).
 
         Raises:
             LimbeckError: the model has fewer layers, or layers that are not all alike.
@@ -173,9 +181,10 @@ class Decoder(nn.Module):
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sign-folded sin, [positions, D] (Su et al. 2021, arXiv 2104.09864).
+    """Return cos and sin of the rotary angles, each [T, D] (Su et al. 2021, arXiv 2104.09864).
 
-    They are computed in float64 and rounded at the end.
+    The second half of the dimensions repeats the first, and the first half of sin is negated, so that
+    rotating a head is `x * cos + x.roll(D / 2) * sin`. Computed in float64 and rounded to float32 at the end.
     """
     scaling = config.rope_scaling
     kind = scaling.get("rope_type")
@@ -198,7 +207,11 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def _stretch_by_turns(frequency_D: Tensor, scaling: dict) -> Tensor:
-    """Frequencies of Llama 3.1: slow waves stretched, fast ones left alone."""
+    """Return the rotary frequencies [D / 2] after Llama 3.1's scaling.
+
+    Low frequencies are divided by the scaling's factor, high ones stay the same, and those between are
+    blended.
+    """
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
     turns_D = scaling["original_max_position_embeddings"] * frequency_D / (2 * math.pi)
@@ -207,12 +220,15 @@ def _stretch_by_turns(frequency_D: Tensor, scaling: dict) -> Tensor:
 
 
 def _stretch_by_dimension(frequency_D: Tensor, scaling: dict, theta: float) -> Tensor:
-    """Frequencies of YaRN (arXiv 2309.00071, section 3.2): a ramp from original to stretched waves."""
+    """Return the rotary frequencies [D / 2] after YaRN's scaling (arXiv 2309.00071, section 3.2).
+
+    Along the dimensions, a linear ramp leads from the original frequencies to those divided by the factor.
+    """
     half = len(frequency_D)
     trained = scaling["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:
-        """The dimension whose wave makes that many turns within the trained positions."""
+        """Return the index of the frequency that makes `turns` full turns within the trained positions."""
         return half * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
 
     low = dimension(scaling.get("beta_fast") or 32)
@@ -228,7 +244,11 @@ def _stretch_by_dimension(frequency_D: Tensor, scaling: dict, theta: float) -> T
 
 
 def _yarn_magnitude(scaling: dict) -> float:
-    """The factor of YaRN on rotated vectors; DeepSeek puts it into the scale of the scores instead."""
+    """Return the factor by which YaRN multiplies cos and sin.
+
+    DeepSeek's usual settings (`mscale` equal to `mscale_all_dim`) make it 1 and scale the attention scores
+    instead (`yarn_attention_scale`).
+    """
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
     mscale = scaling.get("mscale")

@@ -1,6 +1,7 @@
-"""The families of models: their switches, the keys of their config.json, the names of their tensors.
+"""The supported families of models: their fixed settings, their keys in config.json, their tensor names.
 
-All of it is data, read in both directions. A family that is not listed is refused with the list. No torch.
+All of it is data that is used both for reading and for writing. A model whose family is not listed is refused
+with an error that lists the families. Does not import torch.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 Names = Mapping[str, tuple[str, ...]]
 
-# Ours -> theirs, stacked by rows. `{layer}` and `{expert}` are numbers; a name without a dot-suffix here gets
-# `.weight` or `.bias` as ours has it.
+# Our module -> the HuggingFace tensors that are stacked in it by rows. `{layer}` and `{expert}` are numbers; a
+# name without `.weight` or `.bias` gets the suffix of our parameter.
 LLAMA: Names = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),
@@ -102,7 +103,7 @@ FALCON: Names = {
     "ffn.down": ("transformer.h.{layer}.mlp.dense_4h_to_h",),
 }
 
-# Our field -> the key of config.json.
+# Field of `ModelConfig`, `Latent` or `Experts` -> key of config.json.
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -132,10 +133,15 @@ DEEPSEEK_GROUPS = {
 
 @dataclass(frozen=True)
 class Family:
-    """The differences of a family from Llama, and its names in transformers.
+    """The differences of one family of models from Llama, and its names in transformers.
 
-    `switches` are fields of `ModelConfig` that all its models share; `gate` those of `Experts`; `experts`
-    maps fields of `Experts` to keys; `wanted` are keys whose other values would change the logits.
+    `architecture` is the class in transformers and `model_type` its short name. `names` maps our modules to
+    HuggingFace tensors. `sizes` maps fields of `ModelConfig` to keys of config.json, `experts` does so for
+    fields of `Experts`. `switches` are the values of fields of `ModelConfig` that all models of the family
+    share, and `gate` the values of fields of `Experts`. `wanted` holds the one supported value of each key of
+    config.json that would change the logits: any other value is refused. `norm_eps` is the key of the epsilon
+    of norms. `latent` marks families with MLA. `tied` and `theta` are the defaults of tied embeddings and of
+    the base of rotary positions.
     """
 
     architecture: str

@@ -1,7 +1,8 @@
-"""Feed-forward layers. N tokens · C hidden · I intermediate · E experts · G groups of them · K chosen a token
-· M = N x K.
+"""Feed-forward layers, dense and with experts.
 
-A mixture sorts its tokens by expert and makes one grouped product per projection, forward and backward.
+A mixture of experts sorts its tokens by expert and computes one grouped matrix product per projection,
+forward and backward. N tokens · C hidden size · I intermediate size · E experts · G groups of experts · K
+experts of each token · M = N x K choices, one for each token and expert.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from .config import Experts, ModelConfig
 from .context import Context, RouterTrace
 from .linear import Linear
 
-Rounding = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # of activations, of weights
+Rounding = tuple[
+    Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
+]  # functions for activations, for weights
 EXACT: Rounding = (lambda x: x, lambda weight: weight)
 SEED_BITS = 2**63 - 1  # bits of a hash that make a seed: all but the sign
 
 
 def swiglu(both_NI: Tensor) -> Tensor:
-    """silu(gate) * up [N, I], where gate and up are the two halves of the last dimension."""
+    """Return silu(gate) * up [N, I], where gate and up are the two halves of the last dimension."""
     if kernels.serves("swiglu", both_NI.numel(), both_NI):
         return kernels.SwiGLU.apply(both_NI)
     gate_NI, up_NI = both_NI.chunk(2, dim=-1)
@@ -32,7 +35,10 @@ def swiglu(both_NI: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6); gate and up are one product."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6).
+
+    Gate and up are computed by one matrix product.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -40,12 +46,12 @@ class SwiGLU(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
-        """The output of the layer, [N, C]; `context` is not used."""
+        """Return the output of the layer, [N, C]; `context` is not used."""
         return self.down(swiglu(self.gate_up(x_NC)))
 
 
 class GELU(nn.Module):
-    """down(gelu(up(x))), the feed-forward of Falcon."""
+    """Falcon's feed-forward without a gate: down(gelu(up(x)))."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -53,13 +59,17 @@ class GELU(nn.Module):
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
-        """The output of the layer, [N, C]; `context` is not used."""
+        """Return the output of the layer, [N, C]; `context` is not used."""
         return self.down(F.gelu(self.up(x_NC)))
 
 
 @torch.no_grad()
 def balance_experts(mixtures: list[MixtureOfExperts], loads: list[Tensor], rate: float) -> None:
-    """Move each expert's bias by `rate` against its load [E] (arXiv 2412.19437, section 2.1.2)."""
+    """Lower the bias of experts above the mean load by `rate`, and raise it below the mean; in place.
+
+    `loads` holds for each layer's mixture the number of tokens of each expert, [E] (arXiv 2412.19437, section
+    2.1.2).
+    """
     for mixture, load_E in zip(mixtures, loads, strict=False):
         if mixture.experts.balanced:
             mixture.correction += rate * (load_E.float().mean() - load_E).sign()
@@ -68,9 +78,10 @@ def balance_experts(mixtures: list[MixtureOfExperts], loads: list[Tensor], rate:
 class MixtureOfExperts(nn.Module):
     """Shared and routed experts (DeepSeekMoE, arXiv 2401.06066; V3, arXiv 2412.19437, eq. 12-16).
 
-    No token is dropped. `correction` is V3's bias that balances the load without a loss: it moves after each
-    update (`balance_experts`), takes part in the choice of experts, and never in their weights. `rounding` is
-    applied to the factors of the experts' products while learning (fp8.py).
+    No token is dropped. `correction` is the bias with which DeepSeek-V3 balances the load without a loss: it
+    changes after each update (`balance_experts`) and is added to the scores for the choice of experts, never
+    to the weights of their outputs. `rounding` holds two functions that are applied to the factors of the
+    experts' matrix products in training: one to activations, one to weights (fp8.py).
     """
 
     rounding: Rounding = EXACT
@@ -89,7 +100,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = SwiGLU(hidden, experts.shared_size) if experts.shared_size else None
 
     def forward(self, x_NC: Tensor, context: Context) -> Tensor:
-        """The output of the layer, [N, C]; its choices are recorded in `context.routes`."""
+        """Return the output of the layer, [N, C]; the choices of experts are recorded in `context.routes`."""
         scores_NE, chosen_NK = self.route(x_NC, context.routes)
         weights_NK = scores_NE.gather(1, chosen_NK)
         if self.experts.normalize:
@@ -106,7 +117,11 @@ class MixtureOfExperts(nn.Module):
         return mixed_NC if self.shared is None else mixed_NC + self.shared(x_NC)
 
     def route(self, x_NC: Tensor, routes: RouterTrace | None) -> tuple[Tensor, Tensor]:
-        """Every expert's score [N, E], in float32 or better, and the experts of each token [N, K]."""
+        """Return the score of every expert [N, E], in float32 or better, and the chosen experts [N, K].
+
+        If `routes` has given choices, these are returned in place of new ones. The choices are recorded in
+        `routes`.
+        """
         precision = torch.promote_types(x_NC.dtype, torch.float32)
         logits_NE = F.linear(x_NC.to(precision), self.router.weight.to(precision))
         scores_NE = logits_NE.sigmoid() if self.experts.sigmoid else logits_NE.softmax(-1)
@@ -122,7 +137,10 @@ class MixtureOfExperts(nn.Module):
         return scores_NE, chosen_NK
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
-        """The experts with the best scores, from the best groups alone where choices are limited, [N, K]."""
+        """Return the indices of the experts with the best scores, [N, K].
+
+        If the choice is limited to groups, only the experts of each token's best groups are considered.
+        """
         experts = self.experts
         if experts.balanced:
             scores_NE = scores_NE + self.correction
@@ -131,9 +149,10 @@ class MixtureOfExperts(nn.Module):
         return scores_NE.topk(experts.top_k).indices
 
     def _limit_to_groups(self, scores_NE: Tensor) -> Tensor:
-        """Scores [N, E] with -inf outside each token's best groups.
+        """Return the scores [N, E] with -inf for experts outside each token's best groups.
 
-        A group's score is its best expert's (DeepSeek-V2), or the sum of its two best (V3).
+        The score of a group is that of its best expert (DeepSeek-V2), or the sum of its two best
+        (DeepSeek-V3).
         """
         experts = self.experts
         scores_NGE = scores_NE.view(len(scores_NE), experts.groups, -1)
@@ -144,11 +163,10 @@ class MixtureOfExperts(nn.Module):
 
 
 def recycle(scores_NE: Tensor, chosen_NK: Tensor, experts: Experts) -> Tensor:
-    """Choices [N, K] with overflowing tokens moved to experts below capacity, in place.
+    """Move tokens beyond an expert's capacity to experts with room; return the changed `chosen_NK`, [N, K].
 
-    Hunyuan-Large's recycle routing (arXiv 2411.02265, section 2.2.3): the tokens beyond an expert's capacity,
-    drawn at random, go to experts with room. The seed is a function of the scores, so a resumed run repeats
-    it.
+    This is Hunyuan-Large's recycle routing (arXiv 2411.02265, section 2.2.3): the tokens to move are drawn at
+    random. The random seed is computed from the scores, so that a resumed run draws the same tokens.
     """
     capacity = -(-int(len(chosen_NK) * experts.capacity) // experts.count)
     bits = scores_NE.sum().double().view(torch.int64)
@@ -159,7 +177,10 @@ def recycle(scores_NE: Tensor, chosen_NK: Tensor, experts: Experts) -> Tensor:
 
 
 def _recycle_column(column_N: Tensor, capacity: int, count: int, random: torch.Generator) -> None:
-    """Recycle one choice of every token, in place."""
+    """Apply `recycle` in place to one choice of each token, [N], such as the tokens' first experts.
+
+    `capacity` is the highest number of tokens per expert, `count` the number of experts.
+    """
     device = column_N.device
     drawn_N = torch.randperm(len(column_N), generator=random).to(device)
     order_N = drawn_N[column_N[drawn_N].argsort(stable=True)]
@@ -183,7 +204,10 @@ def mix_experts(
     weights_NK: Tensor,
     rounding: Rounding = EXACT,
 ) -> Tensor:
-    """The sum over each token's experts of weight x SwiGLU(x), [N, C]."""
+    """Return the sum over each token's experts of weight x SwiGLU(x), [N, C].
+
+    `chosen_NK` are the experts of each token and `weights_NK` the weights of their outputs.
+    """
     order_M = chosen_NK.flatten().argsort(stable=True)
     ends_E = torch.bincount(chosen_NK.flatten(), minlength=len(down_ECI)).cumsum(0)
     each = len(order_M) // len(down_ECI)
@@ -193,16 +217,17 @@ def mix_experts(
 
 
 class _Mixed(torch.autograd.Function):
-    """`mix_experts` over rows sorted by expert: one grouped product per projection, and back the same way.
+    """`mix_experts` as an autograd function: one grouped matrix product per projection, forward and backward.
 
-    An expert's weight multiplies its intermediate values, which are fewer than its outputs.
+    The weight of an expert's output is multiplied into its intermediate values, as they are fewer than its
+    outputs.
     """
 
     @staticmethod
     def forward(ctx, x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding):
-        """The mixed outputs, [N, C].
+        """Return the weighted sums of the experts' outputs, [N, C].
 
-        `order_M` sorts the choices by expert, and expert e's end at `ends_E[e]`.
+        `order_M` sorts the choices by expert; the choices of expert e end at `ends_E[e]`.
         """
         tile, block = rounding
         ctx.rounding = rounding
@@ -220,7 +245,7 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_NC):
-        """The gradients by x [N, C], by both matrices [E, I, C] and [E, C, I], and by the weights [N, K]."""
+        """Return the gradients by x [N, C], gate_up [E, 2 I, C], down [E, C, I] and weights [N, K]."""
         x_MC, both_MI, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E = ctx.saved_tensors
         tile, _ = ctx.rounding
         grad_MC = grad_NC[order_M // ctx.top_k]
@@ -239,7 +264,7 @@ class _Mixed(torch.autograd.Function):
 
 
 def _swiglu_backward(grad_MI: Tensor, both_MI: Tensor) -> Tensor:
-    """The gradient of SwiGLU by gate and up side by side, like `both_MI`; overwrites `grad_MI`."""
+    """Return SwiGLU's gradient with respect to gate and up, side by side [M, 2 I]; overwrites `grad_MI`."""
     gate_MI, up_MI = both_MI.chunk(2, -1)
     by_both_MI = torch.empty_like(both_MI)
     by_gate_MI, by_up_MI = by_both_MI.chunk(2, -1)
@@ -249,18 +274,22 @@ def _swiglu_backward(grad_MI: Tensor, both_MI: Tensor) -> Tensor:
 
 
 def _sum_choices(y_MC: Tensor, order_M: Tensor, top_k: int) -> Tensor:
-    """Rows sorted by expert, back in their tokens' order and summed over each token's experts, [N, C]."""
+    """Bring rows that are sorted by expert back to the order of their tokens, and sum them per token, [N, C].
+
+    `order_M` is the index that sorted the rows.
+    """
     places_M = torch.arange(len(order_M), device=order_M.device)
     back_M = torch.empty_like(order_M).scatter_(0, order_M, places_M)
     return y_MC[back_M].view(-1, top_k, y_MC.shape[-1]).sum(1)
 
 
 def _grouped_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
-    """Products group by group; group e ends at `ends_E[e]`.
+    """Return one matrix product for each expert; the rows of expert e end at `ends_E[e]`.
 
-    Rows of `a` [M, I] by `b` [E, I, C] give [M, C]; columns of `a` [I, M] by rows of `b` [M, C] give [E, I,
-    C]. torch's own wants rows of a multiple of 16 bytes and at most 32 bits; else there is one product an
-    expert.
+    If `b` is [E, I, C], the rows of `a` [M, I] are multiplied with their expert's matrix, which gives [M, C].
+    If `b` is [M, C], each expert's columns of `a` [I, M] are multiplied with its rows of `b`, which gives [E,
+    I, C]. torch's grouped product takes only rows of a multiple of 16 bytes and types of at most 32 bits;
+    otherwise one product per expert is computed.
     """
     if a.dtype != torch.float64 and _is_aligned(a) and _is_aligned(b):
         return F.grouped_mm(a, b, offs=ends_E)
@@ -271,5 +300,5 @@ def _grouped_product(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """True if the rows of a matrix [..., I, C] are a multiple of 16 bytes apart."""
+    """Return True if the rows of a matrix [..., I, C] are a multiple of 16 bytes apart in memory."""
     return max(tensor.stride()[-2:]) * tensor.element_size() % 16 == 0

@@ -1,4 +1,4 @@
-"""The place of a model that a recipe names. No torch."""
+"""Finds the files of a model that a recipe names. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from ..types import LimbeckError
 
 
 def find_model(name: str, base: Path, key: str = "") -> Path:
-    """The directory or GGUF file of a model: beside the recipe, here, or among the pulled ones.
+    """Return the path of the model `name`: a directory or a GGUF file.
 
-    `base` is the recipe's folder; `key`, the setting that names the model, begins an error.
+    It is searched for in `base`, which is the recipe's folder, then in the working directory, then among the
+    models that `limbeck pull` fetched. `key` is the recipe's setting that names the model; error messages
+    begin with it.
 
     Raises:
         LimbeckError: there is no such model.

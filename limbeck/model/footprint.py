@@ -1,4 +1,4 @@
-"""Weights, arithmetic, cache and memory of a model, from its configuration alone. No torch."""
+"""A model's parameters, FLOPs, cache and memory, from its configuration alone. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from typing import Any
 
 from .config import Experts, ModelConfig
 
-# Bytes a weight in training: weight and gradient in bfloat16 with a float32 master copy, or both in float32,
+# Bytes per weight in training: weight and gradient in bfloat16 with a float32 master copy, or both in float32,
 # and AdamW's two moments in float32: 16 either way. (DeepSeek-V3 keeps its moments in bfloat16.)
-TRAINING_BYTES = 16  # bytes a weight
+TRAINING_BYTES = 16  # bytes per weight
 
 
 def describe(config: ModelConfig, context: int = 4096) -> dict[str, Any]:
-    """Figures of one model; FLOPs are at `context` tokens, causal, so that a token sees half of them."""
+    """Return the sizes and costs of a model by name: parameters, FLOPs, values and bytes.
+
+    FLOPs are the mean over a sequence of `context` tokens: with causal attention, a token sees half of them.
+    Cache and serving memory assume bfloat16.
+    """
     seen = context / 2
     weights = config.parameters + config.parameters_ahead
     cached = config.kv_bytes_per_token(2)
@@ -32,7 +36,7 @@ def describe(config: ModelConfig, context: int = 4096) -> dict[str, Any]:
 
 
 def tell(config: ModelConfig, context: int = 4096) -> str:
-    """The figures of `describe` as a table of sentences."""
+    """Return the figures of `describe` as text, one line for each."""
     figures = describe(config, context)
     serving = _bytes(figures["serving_bytes"])
     training = _bytes(figures["training_bytes"])
@@ -60,7 +64,7 @@ def tell(config: ModelConfig, context: int = 4096) -> str:
 
 
 def _architecture(config: ModelConfig) -> str:
-    """Layers, heads and experts in words."""
+    """Return one line of text about layers, heads and experts."""
     attention = _attention(config)
     if config.share_kv > 1:
         attention += f", keys shared by {config.share_kv} layers"
@@ -71,7 +75,7 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _attention(config: ModelConfig) -> str:
-    """The kind of attention."""
+    """Return the name of the kind of attention: MLA, MHA, MQA or GQA."""
     if config.latent:
         return "MLA"
     if config.kv_heads == config.heads:
@@ -80,7 +84,7 @@ def _attention(config: ModelConfig) -> str:
 
 
 def _mixture(experts: Experts, layers: int) -> str:
-    """The experts of a mixture in words."""
+    """Return a phrase about the experts; `layers` is the number of layers that have them."""
     shared = ""
     if experts.shared_size:
         shared = f" and {experts.shared_size // experts.intermediate_size} shared"
@@ -88,7 +92,7 @@ def _mixture(experts: Experts, layers: int) -> str:
 
 
 def _count(number: float) -> str:
-    """A number with a decimal prefix."""
+    """Return a number with a decimal prefix, such as `1.5G`."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.4g}{unit}"
@@ -96,7 +100,7 @@ def _count(number: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    """Bytes in a decimal unit."""
+    """Return a number of bytes in a decimal unit, such as `1.5 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
             return f"{number / size:,.1f} {unit}"

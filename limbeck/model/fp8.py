@@ -1,9 +1,10 @@
 """Training in FP8 as DeepSeek-V3 does it (arXiv 2412.19437, section 3.3), simulated on any hardware.
 
-Every product of a block's weights, forward and both ways back, gets factors rounded to E4M3: activations and
-gradients in tiles of 1 x 128, weights in blocks of 128 x 128, each scaled so that its largest value is the
-format's. Products are summed in float32. Embedding, head, routers, norms and the attention itself stay exact;
-so do the master weights, which the optimiser updates. N tokens · C inputs · O outputs.
+In every matrix product with a weight of a block, in the forward pass and for both gradients, the two factors
+are rounded to the format E4M3: activations and gradients in tiles of 1 x 128 values, weights in blocks of 128
+x 128. Each tile or block is scaled so that its largest value becomes the largest value of the format.
+Products are summed in float32. Embedding, head, routers, norms and attention scores are not rounded, nor are
+the master weights, which the optimiser updates. N tokens · C inputs · O outputs.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ SIDE = 128  # values of a tile's, or a block's, side
 
 
 def tiles(x: Tensor) -> Tensor:
-    """x [..., N, C] rounded in runs of 128 along the last dimension."""
+    """Return x [..., N, C] rounded to E4M3, with one scale per 128 values of the last dimension."""
     return _rounded(x, 1, SIDE)
 
 
 def blocks(weight: Tensor) -> Tensor:
-    """A weight [..., O, C] rounded in squares of 128 x 128 of the last two dimensions."""
+    """Return a weight [..., O, C] rounded to E4M3, with one scale for each block of 128 x 128 values."""
     return _rounded(weight, SIDE, SIDE)
 
 
 def _rounded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """x [..., N, C] rounded to E4M3, with one scale for each rectangle of `rows` x `columns`."""
+    """Return x [..., N, C] rounded to E4M3, with one scale per rectangle of `rows` x `columns` values."""
     height, width = x.shape[-2:]
     rows = min(rows, height)
     columns = min(columns, width)
@@ -45,21 +46,22 @@ def _rounded(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T; on the way back the gradient is rounded along the dimension that each product sums over.
+    """The product x @ weight.T of factors that are rounded to E4M3, with gradients that are rounded as well.
 
-    V3's figure 6.
+    In the backward pass each gradient is rounded in tiles along the dimension over which the product sums
+    (DeepSeek-V3, figure 6).
     """
 
     @staticmethod
     def forward(ctx, x_NC, weight_OC):
-        """The product of the rounded factors, [N, O]."""
+        """Return the product [N, O] of the rounded factors x [N, C] and weight [O, C]."""
         rounded_OC = blocks(weight_OC)
         ctx.save_for_backward(x_NC, rounded_OC)
         return tiles(x_NC) @ rounded_OC.T
 
     @staticmethod
     def backward(ctx, grad_NO):
-        """The gradients by x [N, C] and by weight [O, C]."""
+        """Return the gradients with respect to x [N, C] and to the weight [O, C]."""
         x_NC, rounded_OC = ctx.saved_tensors
         by_x_NC = tiles(grad_NO) @ rounded_OC
         by_weight_OC = tiles(grad_NO.T) @ tiles(x_NC.T).T
@@ -67,10 +69,10 @@ class _Product(torch.autograd.Function):
 
 
 class FP8Linear(Linear):
-    """A linear layer whose products are rounded while it learns; without gradients it is exact."""
+    """A linear layer that rounds its factors to E4M3 while gradients are recorded, and is exact otherwise."""
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        """The output of the layer, [N, O]."""
+        """Return the output of the layer, [N, O]."""
         if not torch.is_grad_enabled():
             return super().forward(x_NC)
         y_NO = _Product.apply(x_NC, self.weight)
@@ -78,9 +80,10 @@ class FP8Linear(Linear):
 
 
 def simulate(decoder: Decoder) -> Decoder:
-    """Let a decoder's blocks learn in FP8, routers excepted, and return it.
+    """Make all linear layers of a decoder's blocks but the routers train in simulated FP8, in place.
 
-    Its weights, their names and the tokens that it samples stay the same.
+    Returns the same decoder. Its weights, their names and its outputs without gradients (sampling) stay the
+    same.
     """
     for layer in [*decoder.blocks.modules(), *decoder.ahead.modules()]:
         if isinstance(layer, MixtureOfExperts):

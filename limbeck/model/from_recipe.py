@@ -1,4 +1,4 @@
-"""The architecture that a recipe's shape describes. No torch."""
+"""The model architecture that the `shape` section of a recipe describes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_POSITIONS = 1024  # tokens of a sequence
 
 
 def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
-    """A model of this shape: DeepSeek-V3's architecture if it has a `latent`, else Llama's."""
+    """Return the architecture for `shape`: DeepSeek-V3's if the shape has a `latent`, otherwise Llama's."""
     fields = {name: getattr(shape, name) for name in SIZES}
     fields["vocab_size"] = vocab_size
     fields["max_positions"] = MAX_POSITIONS
@@ -31,9 +31,10 @@ def to_config(shape: Shape, vocab_size: int) -> ModelConfig:
 
 
 def _experts(shape: Shape) -> Experts:
-    """The mixture of a shape.
+    """Return the mixture of experts of `shape`.
 
-    Without one, all layers are dense, as are DeepSeek-V3's first three.
+    A shape without experts gets a mixture that no layer uses: all its layers are listed as dense, as
+    DeepSeek-V3's first three are.
     """
     mixture = shape.experts
     if not mixture:

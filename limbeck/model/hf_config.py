@@ -1,7 +1,8 @@
-"""HuggingFace's `config.json`: read into a `ModelConfig`, and written from one. No torch.
+"""Reading HuggingFace's `config.json` into a `ModelConfig`, and writing one. Does not import torch.
 
-The names of keys are data (families.py); here are the cases that are not a matter of names. A setting that
-would change the logits and is not supported is refused.
+The names of keys are data (families.py); this module handles what names alone do not express. A setting that
+would change the logits and is not supported is refused. In all functions `tree` is the content of a
+config.json and `where` the name of its file in error messages.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from .families import FAMILIES, LATENT, Family
 
 Tree = dict[str, Any]
 
-SCALINGS = ("linear", "llama3", "yarn")  # of positions, by the name of their type
+SCALINGS = ("linear", "llama3", "yarn")  # supported types of rope_scaling
 
 
 # ---------------------------------------------------------------- reading
 
 
 def read(directory: Path) -> ModelConfig:
-    """Read the `config.json` of a model directory, or the given file.
+    """Read the `config.json` of a model directory; `directory` may also be the JSON file itself.
 
     Raises:
-        LimbeckError: the file is missing, damaged or not supported; names the file, the key and the remedy.
+        LimbeckError: the file is missing, damaged or not supported. The message names the file, the key
+            and the remedy.
     """
     path = directory if directory.suffix == ".json" else directory / "config.json"
     try:
@@ -45,7 +47,7 @@ def read(directory: Path) -> ModelConfig:
 
 
 def parse(tree: Tree, where: str) -> ModelConfig:
-    """Translate a HuggingFace configuration; `where` is the name of its file in errors.
+    """Translate a HuggingFace configuration; `where` is the name of its file in error messages.
 
     Raises:
         LimbeckError: a setting is missing, damaged or not supported.
@@ -78,7 +80,7 @@ def parse(tree: Tree, where: str) -> ModelConfig:
 
 
 def _family(tree: Tree, where: str) -> str:
-    """The family of an architecture, by its class in transformers."""
+    """Return the name of the family whose class in transformers `tree` names as its architecture."""
     architecture = (tree.get("architectures") or ["none"])[0]
     for name, family in FAMILIES.items():
         if family.architecture == architecture:
@@ -93,7 +95,7 @@ def _family(tree: Tree, where: str) -> str:
 
 
 def _implied(name: str, tree: Tree) -> Tree:
-    """Keys that a family's files may leave out or name otherwise."""
+    """Return values for keys that files of the family `name` may leave out or call by another name."""
     if name == "falcon":
         return {"ffn_hidden_size": 4 * tree.get("hidden_size", 0), "num_key_value_heads": 1}
     if name == "qwen3_moe" and "num_local_experts" in tree:
@@ -102,7 +104,7 @@ def _implied(name: str, tree: Tree) -> Tree:
 
 
 def _refuse_unsupported(tree: Tree, name: str, where: str) -> None:
-    """Refuse switches with another value than the one that the decoder computes."""
+    """Refuse settings whose value is not the one that our decoder computes for the family `name`."""
     for key, value in FAMILIES[name].wanted.items():
         if _uniform(tree.get(key, value)) != value:
             raise LimbeckError(
@@ -111,7 +113,7 @@ def _refuse_unsupported(tree: Tree, name: str, where: str) -> None:
 
 
 def _size(tree: Tree, key: str, where: str) -> int:
-    """A size, which must be there and above zero."""
+    """Return the size stored under `key`, which must be a whole number above zero."""
     value = _uniform(tree.get(key))
     if not isinstance(value, int) or value < 1:
         raise LimbeckError(f"{where}: {key} = {value!r} is no size; copy the file again from its source")
@@ -119,9 +121,9 @@ def _size(tree: Tree, key: str, where: str) -> int:
 
 
 def _uniform(value: Any) -> Any:
-    """The one value of a list of equal ones, or `value` itself.
+    """Return the common value if `value` is a list of equal values, otherwise `value` itself.
 
-    Hunyuan's files give some numbers layer by layer.
+    Hunyuan's files list some settings once for each layer.
     """
     if isinstance(value, list) and value and value.count(value[0]) == len(value):
         return value[0]
@@ -129,7 +131,10 @@ def _uniform(value: Any) -> Any:
 
 
 def _rope(tree: Tree, family: Family, where: str) -> tuple[float, Tree]:
-    """Base and scaling of rotary positions, under older keys or newer ones; `{}` is no scaling."""
+    """Return the base and the scaling of rotary positions; the scaling is `{}` if there is none.
+
+    Both the older keys (`rope_theta`, `rope_scaling`) and the newer `rope_parameters` are read.
+    """
     newer = tree.get("rope_parameters") or {}
     scaling = tree.get("rope_scaling") or newer
     if not family.latent:
@@ -144,14 +149,14 @@ def _rope(tree: Tree, family: Family, where: str) -> tuple[float, Tree]:
 
 
 def _refuse_partial(tree: Tree, newer: Tree, where: str) -> None:
-    """Refuse heads of which only a part is rotated."""
+    """Refuse models whose heads are rotated only in part; `newer` is the content of `rope_parameters`."""
     share = tree.get("partial_rotary_factor") or newer.get("partial_rotary_factor") or 1
     if share != 1:
         raise LimbeckError(f"{where}: partial_rotary_factor = {share} is not supported; only 1 is")
 
 
 def _check_scaling(scaling: Tree, kind: str, where: str) -> None:
-    """Refuse a scaling of positions that is not supported or lacks its factor."""
+    """Refuse a scaling of rotary positions that is not supported or has no factor; `kind` is its type."""
     if kind == "dynamic" and scaling.get("alpha"):
         return
     if kind not in SCALINGS:
@@ -164,14 +169,14 @@ def _check_scaling(scaling: Tree, kind: str, where: str) -> None:
 
 
 def _latent(tree: Tree, where: str) -> Latent:
-    """The sizes of MLA."""
+    """Return the sizes of multi-head latent attention."""
     sizes = {ours: _size(tree, theirs, where) for ours, theirs in LATENT.items()}
     rank = tree.get("q_lora_rank") or 0
     return Latent(**sizes, q_rank=rank, interleaved=tree.get("rope_interleave", True))
 
 
 def _experts(tree: Tree, name: str, where: str) -> Experts | None:
-    """The mixture of experts; None for a configuration without experts."""
+    """Return the mixture of experts of the family `name`; None for a configuration without experts."""
     family = FAMILIES[name]
     if not tree.get(family.experts["count"]):
         return None
@@ -192,7 +197,7 @@ def _experts(tree: Tree, name: str, where: str) -> Experts | None:
 
 
 def _shared_experts(tree: Tree, name: str) -> int:
-    """The number of shared experts."""
+    """Return the number of shared experts."""
     if name == "hunyuan_v1_moe":
         return 1
     key = "n_shared_experts" if name.startswith("deepseek") else "num_shared_expert"
@@ -200,7 +205,7 @@ def _shared_experts(tree: Tree, name: str) -> int:
 
 
 def _dense_layers(tree: Tree, name: str) -> set[int]:
-    """The layers of a mixture of experts that have a dense feed-forward."""
+    """Return the indices of the layers that have a dense feed-forward in a model with experts."""
     if name.startswith("deepseek"):
         return set(range(tree.get("first_k_dense_replace") or 0))
     if name != "qwen3_moe":
@@ -211,7 +216,10 @@ def _dense_layers(tree: Tree, name: str) -> set[int]:
 
 
 def _windows(tree: Tree, layers: int) -> tuple[int, ...]:
-    """The positions that each layer sees. Qwen's `sliding_window` counts only where it is switched on."""
+    """Return the number of positions that each layer sees (0: all); an empty tuple if no layer is limited.
+
+    Qwen's `sliding_window` applies only if `use_sliding_window` is true.
+    """
     width = tree.get("sliding_window")
     if not width or not tree.get("use_sliding_window", True):
         return ()
@@ -226,7 +234,10 @@ def _windows(tree: Tree, layers: int) -> tuple[int, ...]:
 
 
 def dump(config: ModelConfig, eos: int, pad: int) -> Tree:
-    """The `config.json` of an architecture, as transformers reads it, with the ids of two tokens."""
+    """Return the content of a `config.json`, as transformers reads it.
+
+    `eos` and `pad` are the ids of the end-of-sequence token and of the padding token.
+    """
     family = FAMILIES[config.family]
     tree: Tree = {"architectures": [family.architecture], "model_type": family.model_type}
     tree |= {theirs: getattr(config, ours) for ours, theirs in family.sizes.items()}
@@ -259,7 +270,7 @@ def dump(config: ModelConfig, eos: int, pad: int) -> Tree:
 
 
 def _dump_windows(config: ModelConfig) -> Tree:
-    """Keys of sliding windows."""
+    """Return the keys of config.json for sliding windows."""
     if any(config.windows):
         kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
         first = config.layers if all(config.windows) else kinds.index("sliding_attention")
@@ -275,7 +286,7 @@ def _dump_windows(config: ModelConfig) -> Tree:
 
 
 def _dump_latent(latent: Latent) -> Tree:
-    """Keys of MLA."""
+    """Return the keys of config.json for multi-head latent attention."""
     tree = {theirs: getattr(latent, ours) for ours, theirs in LATENT.items()}
     tree["q_lora_rank"] = latent.q_rank or None
     tree["head_dim"] = latent.rope_dim
@@ -284,7 +295,7 @@ def _dump_latent(latent: Latent) -> Tree:
 
 
 def _dump_experts(config: ModelConfig, family: Family) -> Tree:
-    """Keys of a mixture of experts."""
+    """Return the keys of config.json for the mixture of experts."""
     experts = config.experts
     tree = {theirs: getattr(experts, ours) for ours, theirs in family.experts.items()}
     shared = experts.shared_size // experts.intermediate_size

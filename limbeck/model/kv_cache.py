@@ -1,8 +1,9 @@
-"""The KV cache of a decode batch: keys and values of every row, and attention of the next tokens over them.
+"""The KV cache of a decode batch: keys and values of every row, and the attention of the next tokens to them.
 
-L slots (layers with keys of their own) · B rows · N new tokens of all rows · S new tokens of a row · T
-positions · n blocks of P positions · H heads · K key/value heads · G queries a key head · D head size · X = B
-x K.
+A row: one sequence that is being decoded. A slot: the index of a layer's keys and values; layers that share
+them share the slot. L slots · B rows · N new tokens of all rows · S new tokens of one row · T positions · n
+blocks of P positions · H heads · K key/value heads · G query heads of each key head · D head size · X = B x
+K.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from .packed import Packed
 
 
 class KVCache:
-    """Keys and values of a decode batch; a row's next tokens are stored at its own length.
+    """The keys and values of a decode batch; each row's next tokens are stored at that row's own length.
 
-    Values are stored as [layers, B, K, T, D], with room to grow; keys as [layers, B, K, T / P, D, P], so that
-    one number of a query meets P of them side by side. P is T, or, where the kernels read them (`compiled`),
-    the numbers of a vector. MLA stores its latents as keys of one head and no values, for they are the
-    latents' first part.
+    Values are stored as [L, B, K, T, D], where T includes room to grow; keys as [L, B, K, T / P, D, P], so
+    that P keys lie side by side for each dimension of a query. P is T, or, if the compiled kernels read the
+    cache (`compiled`), the number of float32 values in a vector register. For MLA the latents are stored as
+    the keys of a single head and there are no values, as these are the first part of the latents.
 
-    `fork` copies prefilled sequences into rows, `keep` drops finished rows, `rollback` takes tokens back.
-    Attention reads up to the longest row. Rows of one prompt may all read the copy of the first of them
-    (`prefix_owner`), which then stays in the processor's caches.
+    `fork` copies prefilled sequences into new rows, `select_rows` drops finished rows, `rollback` removes a
+    row's last tokens. Attention reads up to the length of the longest row. Rows with the same prompt may all
+    read the prompt from the first of these rows (`prefix_owner`), which keeps it in the processor's caches.
 
-    `ahead` is the number of tokens to reserve behind a prompt. With `spare` there is room for that many rows
-    from the start, as long as they hold no more than `spare_tokens`; the last rows then move into places that
-    fall free, and the others stay where they are.
+    `ahead` is the number of tokens to reserve after a prompt. With `spare`, memory for that many rows is
+    allocated from the start, but for no more than `spare_tokens` tokens in total; when rows are dropped, the
+    last rows then move into the free places and the others stay where they are.
     """
 
     absorbed = True
@@ -67,7 +68,7 @@ class KVCache:
 
     @property
     def prefix_owner(self) -> np.ndarray:
-        """For each row, the first row with the same prompt that still holds it, [B]."""
+        """For each row, the index of the first row with the same prompt that still holds that prompt, [B]."""
         if len(self._owners) != len(self.lengths):
             rows_B = np.arange(len(self.lengths))
             holds_B = self.shared > 0
@@ -78,13 +79,13 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of keys and values, their room to grow included."""
+        """The bytes of memory of keys and values, including the room to grow."""
         return sum(store.numel() * store.element_size() for store in (self.k_LBKnDP, self.v_LBKTD))
 
     # ------------------------------------------------------------ rows
 
     def fork(self, prefill: Packed, copies: Sequence[int]) -> None:
-        """Add `copies[i]` rows that begin with the i-th prefilled sequence."""
+        """Add `copies[i]` rows that begin with the i-th sequence of `prefill`."""
         old = len(self.lengths)
         source = np.repeat(np.arange(len(copies)), copies)
         lengths = np.repeat(prefill.lengths, copies)
@@ -101,7 +102,7 @@ class KVCache:
             row += count
 
     def _copy_in(self, prefill: Packed, tokens: slice, rows: slice) -> None:
-        """Copy one prefilled sequence, the given tokens of `prefill`, into rows."""
+        """Copy one prefilled sequence, the tokens `tokens` of `prefill`, into each of the rows `rows`."""
         length = tokens.stop - tokens.start
         for slot, (k_NKD, v_NKD) in enumerate(prefill.entries):
             keys_KnDP = self._blocks(k_NKD[tokens])
@@ -111,13 +112,13 @@ class KVCache:
                 self.v_LBKTD[slot, rows, :, :length] = v_NKD[tokens].transpose(0, 1)
 
     def _blocks(self, k_TKD: Tensor) -> Tensor:
-        """A sequence's keys in blocks of positions, [K, n, D, P], padded with zeros."""
+        """Return one sequence's keys in blocks of P positions, [K, n, D, P], padded with zeros."""
         block = min(self.k_LBKnDP.shape[-1], len(k_TKD))
         padded_TKD = F.pad(k_TKD, (0, 0, 0, 0, 0, -len(k_TKD) % block))
         return padded_TKD.unflatten(0, (-1, block)).permute(2, 0, 3, 1)
 
     def select_rows(self, rows: np.ndarray) -> None:
-        """Keep only these rows, in this order."""
+        """Keep only the rows with these indices, in this order, and drop all others."""
         self.lengths = self.lengths[rows]
         self.shared = self.shared[rows]
         self._prompts = self._prompts[rows]
@@ -130,9 +131,9 @@ class KVCache:
         self.v_LBKTD = self.v_LBKTD.index_select(1, index)
 
     def _move(self, rows: np.ndarray) -> None:
-        """Copy row `rows[i]` to place i where it is not there yet.
+        """Copy row `rows[i]` to row i, for every i where the two differ.
 
-        `rows` must name no row that an earlier copy overwrites.
+        `rows` must not name a row that an earlier copy has overwritten.
         """
         moved = (rows != np.arange(len(rows))).nonzero()[0]
         for place in moved.tolist():
@@ -145,7 +146,10 @@ class KVCache:
             self.k_LBKnDP, self.v_LBKTD = self._allocate(0, 0)  # an idle cache gives its memory back
 
     def reset_idle(self, idle_B: np.ndarray) -> None:
-        """Reset finished rows to length 0, so that an idle row never passes the model's last position."""
+        """Set the length of finished rows to 0, so that they never pass the model's last position.
+
+        `idle_B` is True for the finished rows.
+        """
         self.lengths = np.where(idle_B, 0, self.lengths)
         if (self.shared[idle_B] > 0).any():
             self.shared = np.where(idle_B, 0, self.shared)
@@ -154,7 +158,7 @@ class KVCache:
     # ------------------------------------------------------------ steps
 
     def advance(self, count: int = 1) -> None:
-        """Make room for `count` more tokens a row and set their positions; call once before each step."""
+        """Make room for `count` more tokens per row and set their positions; call once before each step."""
         rows = len(self.lengths)
         width = int(self.lengths.max()) + count
         self._reserve(rows, width, rows)
@@ -164,10 +168,10 @@ class KVCache:
         self.lengths = self.lengths + count
         self._width = width
         self._rows = torch.from_numpy(rows_N).to(self.device)
-        self._masks: dict[int, Tensor] = {}  # by window, of this step
+        self._masks: dict[int, Tensor] = {}  # masks of this step, by window
 
     def rollback(self, tokens_B: np.ndarray) -> None:
-        """Take back each row's last `tokens_B` tokens; the next ones overwrite them."""
+        """Remove the last `tokens_B[i]` tokens of each row i; the next tokens overwrite them."""
         self.lengths = self.lengths - tokens_B
 
     def attend(
@@ -178,7 +182,10 @@ class KVCache:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Store new keys and values; attention of each row's new tokens over all of its tokens, [N, H, D]."""
+        """Store the new keys and values; return the new tokens' attention in their rows, [N, H, D].
+
+        If `k_NKD` is None, nothing is stored: the layer uses the keys and values of an earlier layer.
+        """
         if k_NKD is not None:
             self._store(layer.slot, k_NKD, v_NKD)
         rows = len(self.lengths)
@@ -195,7 +202,7 @@ class KVCache:
         return mixed_BKSGD.transpose(1, 2).flatten(0, 1).flatten(1, 2)
 
     def _store(self, slot: int, k_NKD: Tensor, v_NKD: Tensor | None) -> None:
-        """Write the keys and values of this step's tokens."""
+        """Write the keys and values of this step's new tokens into one slot."""
         rows = len(self.lengths)
         keys_BKnDP = self.k_LBKnDP[slot, :rows]
         block = keys_BKnDP.shape[-1]
@@ -204,7 +211,7 @@ class KVCache:
             self.v_LBKTD[slot, :rows][self._rows, :, self.positions] = v_NKD
 
     def _keys_and_values(self, slot: int) -> tuple[Tensor, Tensor]:
-        """The keys [X, D, T] and values [X, T, D] of a slot, up to the longest row."""
+        """Return the keys [X, D, T] and values [X, T, D] of one slot, up to the length of the longest row."""
         rows = len(self.lengths)
         keys_BKnDP = self.k_LBKnDP[slot, :rows]
         k_XDT = keys_BKnDP.transpose(2, 3).flatten(3).flatten(0, 1)[..., : self._width]
@@ -213,13 +220,17 @@ class KVCache:
         return k_XDT, self.v_LBKTD[slot, :rows, :, : self._width].flatten(0, 1)
 
     def _mask(self, window: int) -> Tensor:
-        """Zeros and -inf to add to the scores, [X, S x G, T]; for one new token a row [X, 1, T]."""
+        """Return the mask to add to the scores, zeros and -inf, [X, S x G, T].
+
+        With one new token per row the mask is [X, 1, T]. The mask of each `window` is computed once in a
+        step.
+        """
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
 
     def _make_mask(self, window: int) -> Tensor:
-        """The mask of `_mask` for a window, [X, S x G, T]."""
+        """Compute `_mask` for one window, [X, S x G, T], or [X, 1, T] for one new token per row."""
         positions_BS1 = self.positions.view(len(self.lengths), -1, 1)
         ahead_BST = torch.arange(self._width, device=self.device) - positions_BS1
         hidden_BST = ahead_BST > 0
@@ -237,7 +248,7 @@ class KVCache:
     # ------------------------------------------------------------ memory
 
     def _allocate(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Stores of keys and of values for so many rows and positions."""
+        """Return new tensors for the keys and for the values of `rows` rows of `length` positions."""
         layers = self.config.slots + self.config.predicted
         key, value = self.widths
         block = kernels.lanes() if self.compiled else max(1, length)
@@ -250,7 +261,11 @@ class KVCache:
         return keys, values
 
     def _reserve(self, rows: int, width: int, used: int) -> None:
-        """Grow by half again if there is not enough room; the first `used` rows are copied over."""
+        """Allocate larger tensors if there is no room for `rows` rows of `width` positions.
+
+        If positions are lacking, their number grows by at least half. The first `used` rows are copied to the
+        new tensors.
+        """
         _, have_rows, _, have_width, _ = self.v_LBKTD.shape
         if rows <= have_rows and width <= have_width:
             return

@@ -15,21 +15,24 @@ SMALL = 1 << 17  # values
 
 
 def product(x_NC: Tensor, weight_OC: Tensor) -> Tensor:
-    """x w^T [N, O] without a gradient, by the kernels or by torch, whichever is faster here."""
+    """Return x @ weight.T [N, O] without a gradient, by the compiled kernels where faster, else by torch."""
     if kernels.serves_product(x_NC, weight_OC):
         return kernels.linear(x_NC, weight_OC)
     return F.linear(x_NC, weight_OC)
 
 
 class Linear(nn.Linear):
-    """x w^T + b. The kernels multiply few tokens without packing the weights first, as BLAS does."""
+    """x @ weight.T + bias, by the compiled kernels where they are faster and no gradient is recorded.
+
+    For few tokens the kernels are faster because they do not repack the weights first, as BLAS does.
+    """
 
     def __init__(self, *sizes: int, **options: Any):
         super().__init__(*sizes, **options)
         self.small = self.in_features * self.out_features <= SMALL
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        """The output of the layer, [N, O]."""
+        """Return the output of the layer, [N, O]."""
         if self.small or torch.is_grad_enabled():
             return F.linear(x_NC, self.weight, self.bias)
         weight_OC = self.weight

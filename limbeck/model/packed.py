@@ -1,7 +1,9 @@
-"""Contexts of whole sequences: packed end to end, or completions that share their prompts.
+"""Attention contexts of whole sequences: concatenated, or completions that share their stored prompts.
 
-N tokens · B sequences · T positions of a sequence · S of them with a query · H heads · K key/value heads ·
-D head size · P padded positions of all sequences.
+A run: consecutive sequences of similar length that are padded to the longest of them. A tree: a trunk of
+tokens (a prompt or a sequence) with the branches that continue it (its completions). N tokens · B sequences ·
+T positions of a sequence · S positions with a query · H heads · K key/value heads · D head size · P padded
+positions of all sequences.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ LONG = 3072
 
 
 class Packed:
-    """Sequences laid end to end, each causal and blind to the others.
+    """Sequences that are concatenated; attention is causal within each of them and never crosses to another.
 
-    Only attention sees padding: sequences are taken in order, in runs of similar length (callers sort), each
-    padded on the right to its longest; causality keeps padding out of every real position.
+    Only attention needs padding. For it the sequences are taken in the given order, in runs of similar length
+    (callers sort them by length), and each is padded on the right to the longest of its run; causal attention
+    keeps the padding from affecting any real position. `slack` is the highest share of padding in a run,
+    relative to its real tokens.
     """
 
     absorbed = False
@@ -37,28 +41,28 @@ class Packed:
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         self.slack = slack
         self.device = device
-        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
-        """The number of each token's sequence, [N]."""
+        """The index of the sequence that each token belongs to, [N]."""
         return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
 
     @cached_property
     def _runs(self) -> _Runs:
-        """Runs of padded sequences, for torch's attention."""
+        """The padded runs, which torch's attention takes."""
         return _Runs(self.lengths, self.slack, device=self.device)
 
     @cached_property
     def _trees(self) -> kernels.Trees:
-        """Sequences without branches, for the kernels."""
+        """The sequences as trees without branches, which the compiled kernels take."""
         begins = np.cumsum([0, *self.lengths[:-1]])
         return kernels.Trees(begins, self.lengths)
 
     def keep(self) -> Packed:
-        """Let `entries` collect the keys and values of every layer: a prefill."""
+        """Make the next forward pass, a prefill, collect all keys and values in `entries`; return self."""
         self.entries = []
         return self
 
@@ -70,7 +74,7 @@ class Packed:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
+        """Return causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
         if k_NKD is None:
             k_NKD, v_NKD = self._last
         else:
@@ -87,11 +91,12 @@ class Packed:
 
 
 class SharedPrefix:
-    """Completions that branch off shared prompts; every prompt is stored and computed once.
+    """Completions with shared prompts: every prompt is stored and computed once.
 
-    `prompts` prompts of `width` tokens come first, then the completions end to end (callers sort them by
-    length); `owners[i]` is the prompt that completion i continues. A completion sees its whole prompt and its
-    own past: gradients equal those of the sequences written out in full.
+    The tokens are `prompts` prompts of `width` tokens each, then all completions, concatenated (callers sort
+    them by length). `owners[i]` is the index of the prompt that completion i continues, and `lengths[i]` its
+    number of tokens. A completion attends to its whole prompt and its own earlier tokens, so gradients equal
+    those of the sequences written out in full. `slack` is as in `Packed`.
     """
 
     absorbed = False
@@ -108,23 +113,23 @@ class SharedPrefix:
         self.slack = slack
         columns = [width + torch.arange(length) for length in self.lengths]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
-        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the layer before
+        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
         self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
-        """The number of each token's prompt or completion, [N]."""
+        """The index of the prompt or completion of each token, [N]; prompts are numbered first."""
         lengths = [self.width] * self.prompts + self.lengths
         return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
     @cached_property
     def _runs(self) -> _Runs:
-        """Runs of padded completions, for torch's attention."""
+        """The padded runs of completions, which torch's attention takes."""
         return _Runs(self.lengths, self.slack, self.prompts * self.width)
 
     @cached_property
     def _trees(self) -> kernels.Trees:
-        """Prompts as trunks and completions as their branches, for the kernels."""
+        """The prompts as trunks and their completions as branches, which the compiled kernels take."""
         begins = self.prompts * self.width + np.cumsum([0, *self.lengths])[:-1]
         order = self.owners.argsort(stable=True).numpy()
         counts = self.owners.bincount(minlength=self.prompts).tolist()
@@ -140,7 +145,10 @@ class SharedPrefix:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention along each prompt and its completions, [N, H, D] (see `Context.attend`)."""
+        """Return causal attention in each prompt, and of completions to prompt and own past, [N, H, D].
+
+        See `Context.attend`.
+        """
         if k_NKD is None:
             k_NKD, v_NKD = self._last
         else:
@@ -164,19 +172,25 @@ class SharedPrefix:
         return torch.cat([prompts_NHD, self._runs.unpad(mixed)])
 
     def _prompts_of(self, x_NHD: Tensor) -> Tensor:
-        """The prompts' part of a tensor, [B, H, T, D]."""
+        """Return the part of `x_NHD` that belongs to the prompts, [B, H, T, D]."""
         prompts_NHD = x_NHD[: self.prompts * self.width]
         return prompts_NHD.view(self.prompts, self.width, *x_NHD.shape[1:]).transpose(1, 2)
 
 
 def _use_kernel(operation: str, layer: Layer, longest: int, q_NHD: Tensor, v_NKD: Tensor) -> bool:
-    """True if the kernels take these tensors, and are faster at sequences of up to `longest` tokens."""
+    """Return True if the compiled kernels support these tensors and are faster than torch.
+
+    `operation` is the kernel's name, `longest` the number of tokens of the longest sequence.
+    """
     seen = min(longest, layer.window or longest)
     return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serves(operation, seen, q_NHD, v_NKD)
 
 
 def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Causal attention of the last S positions over all T, [B, H, S, D]; heads may outnumber key heads."""
+    """Return causal attention of the last S positions to all T positions, [B, H, S, D].
+
+    There may be more query heads than key heads (grouped-query attention).
+    """
     width = q_BHSD.shape[2]
     seen = k_BKTD.shape[2]
     mask_ST = None
@@ -196,10 +210,10 @@ def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tenso
 
 
 class _Runs:
-    """Sequences laid end to end from token `offset`, cut into runs of similar length.
+    """Concatenated sequences, cut into runs of similar length; each run is padded to its longest sequence.
 
-    Each run is padded to its longest sequence. All runs are padded by one gather a tensor, and one gather
-    takes the padding out again.
+    The first sequence begins at token `offset`. `slack` is the highest share of padding in a run, relative to
+    its real tokens. One gather per tensor pads all runs, and one gather removes the padding again.
     """
 
     def __init__(self, lengths: list[int], slack: float, offset: int = 0, device: torch.device | str = "cpu"):
@@ -214,7 +228,10 @@ class _Runs:
             self.real_N = torch.from_numpy(real_N).to(device)
 
     def _gathers(self, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The token at each padded position [P] (0 where it is padding), and each token's position [N]."""
+        """Return the token index of each padded position [P], and the padded position of each token [N].
+
+        The index is 0 where the position is padding.
+        """
         begins_B = np.cumsum([0, *lengths[:-1]])
         rows = [rows for rows, _ in self.shapes]
         widths_B = np.repeat([width for _, width in self.shapes], rows)
@@ -224,7 +241,7 @@ class _Runs:
         return source_P, inside_P.nonzero()[0]
 
     def pad(self, x_NHD: Tensor) -> list[Tensor]:
-        """One padded tensor [B, H, T, D] for each run."""
+        """Return one padded tensor [B, H, T, D] for each run, from the tokens' tensor [N, H, D]."""
         x_NHD = x_NHD.narrow(0, self.begin, self.tokens)
         padded_PHD = x_NHD if self.even else _Gather.apply(x_NHD, self.source_P, self.real_N)
         runs = padded_PHD.split([rows * width for rows, width in self.shapes])
@@ -234,22 +251,22 @@ class _Runs:
         ]
 
     def unpad(self, runs: list[Tensor]) -> Tensor:
-        """The real positions of padded runs, end to end, [N, H, D]."""
+        """Return the real positions of the padded runs, concatenated, [N, H, D]."""
         flat = [run_BHTD.transpose(1, 2).flatten(0, 1) for run_BHTD in runs]
         flat_PHD = flat[0] if len(flat) == 1 else torch.cat(flat)
         return flat_PHD if self.even else _Gather.apply(flat_PHD, self.real_N, None)
 
 
 class _Gather(torch.autograd.Function):
-    """`x[index]`, with a backward pass that leaves padding out.
+    """`x[index]` with a backward pass that ignores padding.
 
-    `back` is, for each entry of `x`, the one place in the result whose gradient it gets. Without `back` no
-    entry is gathered twice.
+    `back[i]` is the one position in the result from which entry i of `x` receives its gradient. `back` may be
+    None if `index` names no entry twice.
     """
 
     @staticmethod
     def forward(ctx, x, index, back):
-        """Entries of x [N, ...] at `index` [P]."""
+        """Return the entries of x [N, ...] at `index` [P]."""
         ctx.rows = len(x)
         saved = (index,) if back is None else (index, back)
         ctx.save_for_backward(*saved)
@@ -257,7 +274,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradient by x [N, ...]."""
+        """Return the gradient with respect to x [N, ...]."""
         index, *back = ctx.saved_tensors
         if back:
             return grad.index_select(0, back[0]), None, None
@@ -266,7 +283,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _cut(lengths: list[int], slack: float) -> list[tuple[int, int]]:
-    """Runs (begin, end) of sequences whose padding stays below `slack` of their tokens."""
+    """Return runs (begin, end) of sequences; in each the padding is at most `slack` times the real tokens."""
     cuts = []
     first = 0
     longest = 0

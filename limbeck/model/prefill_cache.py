@@ -1,7 +1,8 @@
-"""Chunked prefill: the cached keys and values of one sequence, and the attention of its next tokens over
-them.
+"""Chunked prefill: the cached keys and values of one sequence, and the attention of its next tokens to them.
 
-N tokens · T positions · H heads · K key/value heads · D head size · S new tokens of a sequence.
+A slot is the index of one layer's keys and values in the cache. N tokens of all sequences · T positions of
+one sequence · H heads · K key/value heads · D head size · S new tokens of one sequence · n blocks of P
+positions.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from .packed import causal_attention
 
 
 class SequenceKV:
-    """The cached keys [T, K, D] and values [T, K, D] of one sequence, slot by slot; of MLA the latents alone.
+    """The cached keys [T, K, D] and values [T, K, D] of one sequence, slot by slot; with MLA the latents.
 
-    It grows by chunks (`ChunkedPrefill`). Rows of a `KVCache` start as copies of it (`fork`), and so may
-    another sequence with the same first tokens (`copy_prefix`). `room` is the number of tokens that it can hold.
+    `ChunkedPrefill` appends tokens to it. Rows of a `KVCache` can start as copies of it (`KVCache.fork`), and
+    another sequence with the same first tokens can copy them from it (`copy_prefix`). `room` is the number of
+    tokens that it can hold; it never grows beyond.
     """
 
     def __init__(self, config: ModelConfig, room: int, dtype: torch.dtype = torch.float32):
@@ -36,12 +38,12 @@ class SequenceKV:
 
     @property
     def lengths(self) -> list[int]:
-        """The length of the one sequence, as `KVCache.fork` reads it."""
+        """A list with the length of this one sequence in tokens, in the form that `KVCache.fork` reads."""
         return [self.length]
 
     @property
     def entries(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Keys and values of the tokens so far, slot by slot, as `KVCache.fork` reads them."""
+        """The keys and values of the tokens so far, slot by slot, in the form that `KVCache.fork` reads."""
         filled = []
         for k_TKD, v_TKD in self.kept:
             values = None if v_TKD is None else v_TKD[: self.length]
@@ -50,13 +52,13 @@ class SequenceKV:
 
     @property
     def bytes(self) -> int:
-        """Memory of the whole room."""
+        """The bytes of memory of the whole room, including the part that is not used yet."""
         tensors = [tensor for pair in self.kept for tensor in pair if tensor is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @classmethod
     def of(cls, cache: KVCache, row: int, length: int) -> SequenceKV:
-        """A copy of the first `length` tokens of a row of `cache`."""
+        """Return a copy of the keys and values of the first `length` tokens of row `row` of `cache`."""
         past = cls(cache.config, length, cache.dtype)
         past.length = length
         for slot, (k_TKD, v_TKD) in enumerate(past.kept):
@@ -67,7 +69,7 @@ class SequenceKV:
         return past
 
     def copy_prefix(self, other: SequenceKV, length: int) -> None:
-        """Copy the first `length` tokens of another sequence."""
+        """Replace the contents of this sequence by the first `length` tokens of `other`."""
         self.length = length
         for mine, theirs in zip(self.kept, other.kept, strict=True):
             for target_TKD, source_TKD in zip(mine, theirs, strict=True):
@@ -76,10 +78,11 @@ class SequenceKV:
 
 
 class ChunkedPrefill:
-    """The context of the next tokens of several sequences, laid end to end.
+    """The attention context of the next tokens of several sequences, which are concatenated.
 
-    Each token sees its own sequence's past. `counts[i]` tokens continue the i-th sequence. After the forward
-    pass, `settle` makes them part of it.
+    The first `counts[0]` tokens continue `sequences_kv[0]`, the next `counts[1]` tokens continue
+    `sequences_kv[1]`, and so on. Each token attends to the earlier tokens of its own sequence. After the
+    forward pass, call `settle` to count the new tokens as part of their sequences.
     """
 
     absorbed = True
@@ -102,7 +105,10 @@ class ChunkedPrefill:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Store new keys and values; attention of new tokens over their own sequence, [N, H, D]."""
+        """Store the new keys and values; return the new tokens' attention in their sequences, [N, H, D].
+
+        If `k_NKD` is None, nothing is stored: the layer uses the keys and values of an earlier layer.
+        """
         mixed = []
         begin = 0
         for past, count in zip(self.sequences_kv, self.counts, strict=True):
@@ -114,13 +120,13 @@ class ChunkedPrefill:
         return torch.cat(mixed)
 
     def settle(self) -> None:
-        """Add the new tokens to their sequences; call once they have passed every layer."""
+        """Add the new tokens to the lengths of their sequences; call this once, after the last layer."""
         for past, count in zip(self.sequences_kv, self.counts, strict=True):
             past.length += count
 
 
 def _store(past: SequenceKV, slot: int, k_SKD: Tensor, v_SKD: Tensor | None) -> None:
-    """Write new keys and values behind a sequence's last token."""
+    """Write the new keys and values [S, K, D] after the last token of the sequence `past`, in one slot."""
     keys_TKD, values_TKD = past.kept[slot]
     end = past.length + len(k_SKD)
     keys_TKD[past.length : end] = k_SKD
@@ -129,7 +135,7 @@ def _store(past: SequenceKV, slot: int, k_SKD: Tensor, v_SKD: Tensor | None) -> 
 
 
 def _attend(past: SequenceKV, layer: Layer, q_SHD: Tensor) -> Tensor:
-    """Attention of a sequence's new tokens, [S, H, D]."""
+    """Return the causal attention of one sequence's new tokens to all of its tokens, [S, H, D]."""
     keys_TKD, values_TKD = past.kept[layer.slot]
     end = past.length + len(q_SHD)
     k_TKD = keys_TKD[:end]

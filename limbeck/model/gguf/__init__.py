@@ -1,5 +1,6 @@
-"""GGUF, llama.cpp's file format: `read` makes a HuggingFace directory of one, `write` makes one of a
-directory.
+"""Conversion from and to GGUF, llama.cpp's file format.
+
+`read` converts a GGUF file to a HuggingFace model directory, `write` a directory to a GGUF file.
 """
 
 from .reading import read

@@ -1,8 +1,8 @@
-"""Names of the same things in GGUF and in HuggingFace, family by family: data, read in both directions. No
-torch.
+"""The names of tensors and settings in GGUF and in HuggingFace, for each family of models.
 
-Names of tensors stand without their layer: `attn_q.weight` of `blk.3` is `self_attn.q_proj.weight` of
-`model.layers.3`. A tensor that is not listed is refused.
+All of it is data that is used both for reading and for writing. Names of tensors are listed without their
+layer: `attn_q.weight` of `blk.3` is `self_attn.q_proj.weight` of `model.layers.3`. A tensor that is not
+listed is refused. Does not import torch.
 """
 
 from __future__ import annotations
@@ -74,9 +74,11 @@ BALANCE: Names = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
 
 @dataclass(frozen=True)
 class Key:
-    """A setting that both formats hold: `Key("block_count", "num_hidden_layers")`.
+    """A setting that both formats hold, such as `Key("block_count", "num_hidden_layers")`.
 
-    `default` is what a GGUF file without it means; one without default must be there, and is a size.
+    `ggml` is its name in GGUF without the architecture, `theirs` its name in config.json, `kind` its type.
+    `default` is the value if a GGUF file lacks the key. A key without a default must be there, and its value
+    is a size: a whole number above zero.
     """
 
     ggml: str
@@ -115,12 +117,14 @@ LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 @dataclass(frozen=True)
 class Family:
-    """One class of transformers, and the architecture of llama.cpp that runs it.
+    """One class of models in transformers, and the architecture of llama.cpp that runs it.
 
-    `Family("qwen3", "qwen3", layer={**NORMS, **ATTENTION, **QK_NORMS})`. `layer` names what all layers have,
-    `dense` and `sparse` what the two kinds of feed-forward layer have besides; `wanted` are the only values
-    of config.json's switches that llama.cpp computes; `interleaved`: query and key rows stand in another
-    order.
+    `Family("qwen3", "qwen3", layer={**NORMS, **ATTENTION, **QK_NORMS})` is Qwen3's. `ggml` is the name of
+    llama.cpp's architecture, `model_type` the short name in transformers. `layer` lists the tensors that all
+    layers have, `dense` and `sparse` those that a dense feed-forward and one with experts have in addition.
+    `wanted` holds, for keys of config.json, the only value that llama.cpp computes. `interleaved` means that
+    the rows of queries and keys have another order in GGUF than in HuggingFace. `latent` marks multi-head
+    latent attention (MLA), `gate` the function of the router's scores.
     """
 
     ggml: str

@@ -1,6 +1,7 @@
-"""A GGUF file becomes a HuggingFace directory: weights dequantised to fp32, tokenizer and template rebuilt.
+"""Conversion of a GGUF file to a HuggingFace directory: fp32 weights, settings, tokenizer and chat template.
 
-X rows of a matrix · Y its columns.
+A plan maps the name of each HuggingFace tensor to its link (forms.py), which names its source in the GGUF
+file, and to its index among the link's tensors. X rows of a matrix · Y its columns.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ REQUIRED = object()
 KINDS = {int: "one number", float: "one number", bool: "true or false", str: "a text", list: "a list"}
 
 Tree = dict[str, Any]
-Plan = dict[str, tuple[Link, int]]  # of each HuggingFace tensor, its link and its place there
+Plan = dict[str, tuple[Link, int]]  # name of a HuggingFace tensor -> its link, its index in it
 
 
 # ---------------------------------------------------------------- the file
 
 
 class _Reader(gguf.GGUFReader):
-    """The library's reader, with the tensor's name in the error for an unknown quantisation."""
+    """The reader of the gguf package; its error for an unknown quantisation also names the tensor."""
 
     def _build_tensors(self, start: int, fields: list[gguf.ReaderField]) -> None:
         for field in fields:
@@ -45,7 +46,7 @@ class _Reader(gguf.GGUFReader):
 
 
 def _open(path: Path) -> _Reader:
-    """The reader of a file."""
+    """Return a reader of the GGUF file at `path`."""
     try:
         return _Reader(path)
     except FileNotFoundError:
@@ -57,10 +58,10 @@ def _open(path: Path) -> _Reader:
 
 
 class _File:
-    """An open GGUF: its path, its keys, its tensors by name, and its architecture.
+    """An open GGUF file: its path, its keys, its tensors by name, and the name of its architecture.
 
     Raises:
-        LimbeckError: the file is damaged, or of an architecture or quantisation that is not supported.
+        LimbeckError: the file is damaged, or has an unsupported architecture or quantisation.
     """
 
     def __init__(self, path: Path):
@@ -79,7 +80,10 @@ class _File:
             self.dequantize(tensor.name, first=True)
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key, which must be of this kind; without default the key must be there."""
+        """Return the value of a key, which must be of the type `kind`.
+
+        If the file lacks the key, return `default`; raise LimbeckError if no default is given.
+        """
         if key not in self._fields:
             if default is REQUIRED:
                 raise LimbeckError(f"{self.path}: key {key} is missing; download the file again")
@@ -97,11 +101,11 @@ class _File:
         return _shortest(value) if kind is float else value
 
     def setting(self, key: str, kind: type = int, default: Any = REQUIRED) -> Any:
-        """The value of one of the architecture's own keys."""
+        """Return the value of a key that begins with the architecture; `key` is the rest of its name."""
         return self.get(f"{self.architecture}.{key}", kind, default)
 
     def size(self, key: str, default: Any = REQUIRED) -> int:
-        """The value of one of the architecture's own keys that is a size, which must be above zero."""
+        """Return the value of a key of the architecture that is a size: a whole number above zero."""
         value = self.setting(key, int, default)
         if value < 1:
             raise LimbeckError(
@@ -110,7 +114,7 @@ class _File:
         return value
 
     def dequantize(self, name: str, first: bool = False) -> Tensor:
-        """A tensor [X, Y] in fp32, or only its first row."""
+        """Return a tensor [X, Y] converted to fp32; with `first`, only its first row."""
         tensor = self.tensors[name]
         data = tensor.data
         if first:
@@ -126,7 +130,10 @@ class _File:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, where the file's bits say 9.99999974e-06."""
+    """Return the float with the fewest decimal digits that rounds to the same float32 as `value`.
+
+    For example 1e-05 in place of 9.99999974e-06.
+    """
     return float(str(np.float32(value)))
 
 
@@ -134,13 +141,14 @@ def _shortest(value: float) -> float:
 
 
 def read(path: Path, directory: Path) -> None:
-    """Write `directory` so that `weights.load`, `Tokenizer.from_directory` and transformers read it.
+    """Convert the GGUF file at `path` to the model directory `directory`.
 
-    Every architecture of `families.FAMILIES` with a byte-pair tokenizer, in any quantisation that the gguf
-    package can undo.
+    `weights.load`, `Tokenizer.from_directory` and transformers read the result. Every architecture of
+    `families.FAMILIES` with a byte-pair tokenizer can be read, in any quantisation that the gguf package can
+    convert to fp32.
 
     Raises:
-        LimbeckError: the file is of another kind, truncated or damaged.
+        LimbeckError: the file is not supported, truncated or damaged.
     """
     file = _File(path)
     name, family = _family(file)
@@ -164,7 +172,10 @@ def read(path: Path, directory: Path) -> None:
 
 
 def _family(file: _File) -> tuple[str, Family]:
-    """The family of a file, by architecture; DeepSeek-V2 and V3 share theirs and differ in the gate."""
+    """Return the name of the model's class in transformers and its family, from the architecture of the file.
+
+    DeepSeek-V2 and V3 have the same architecture in GGUF and are told apart by the router's gate.
+    """
     gate = file.setting("expert_gating_func", int, gguf.ExpertGatingFuncType.SOFTMAX)
     for name, family in FAMILIES.items():
         if family.ggml == file.architecture and family.gate in (None, gate):
@@ -175,7 +186,7 @@ def _family(file: _File) -> tuple[str, Family]:
 
 
 def _config(file: _File, family: Family) -> Tree:
-    """`config.json` without the tokens."""
+    """Return the settings of config.json, except the architecture's name and the ids of special tokens."""
     tree = {key.theirs: _setting(file, key) for key in family.keys}
     if "token_embd.weight" not in file.tensors:
         raise LimbeckError(f"{file.path}: tensor token_embd.weight is missing; download the file again")
@@ -190,14 +201,17 @@ def _config(file: _File, family: Family) -> Tree:
 
 
 def _setting(file: _File, key: Key) -> Any:
-    """The value of a key; a size if it has no default."""
+    """Return the value of `key`; a key without a default must be in the file and must be a size."""
     if key.default is None:
         return file.size(key.ggml)
     return file.setting(key.ggml, key.kind, key.default)
 
 
 def _rope_scaling(file: _File, theta: float, head_dim: int) -> Tree:
-    """The scaling of positions, by keys or by a tensor of factors."""
+    """Return config.json's `rope_scaling`, from the file's keys or from its tensor of frequency divisors.
+
+    `theta` is the base of the rotary positions. The result is `{}` if there is no scaling.
+    """
     where = str(file.path)
     scaling = rope.scaling(file.setting, where)
     if scaling or rope.FACTORS not in file.tensors:
@@ -206,7 +220,7 @@ def _rope_scaling(file: _File, theta: float, head_dim: int) -> Tree:
 
 
 def _heads(file: _File, tree: Tree) -> dict[str, int]:
-    """The sizes of grouped-query attention."""
+    """Return the keys of config.json for the heads of grouped-query attention."""
     heads = tree["num_attention_heads"]
     head_dim = file.size("attention.key_length", tree["hidden_size"] // heads)
     partial = file.setting("rope.dimension_count", int, head_dim) != head_dim
@@ -219,9 +233,10 @@ def _heads(file: _File, tree: Tree) -> dict[str, int]:
 
 
 def _latent(file: _File, family: Family) -> Tree:
-    """The sizes of MLA.
+    """Return the keys of config.json for multi-head latent attention and for the groups of experts.
 
-    llama.cpp stores the length of whole keys, and counts one head for all in its cache.
+    llama.cpp's plain key length and number of key heads describe its cache, so the full sizes of a head are
+    read from the keys that end in `_mla`.
     """
     positions = file.size("rope.dimension_count")
     key_length = file.size("attention.key_length_mla")
@@ -250,7 +265,11 @@ def _latent(file: _File, family: Family) -> Tree:
 
 
 def _plan(file: _File, family: Family, tree: Tree) -> Plan:
-    """The source of each HuggingFace tensor; all are there, and no others."""
+    """Return the link and the index in it of each HuggingFace tensor.
+
+    Raises LimbeckError if a tensor is missing from the file, or if the file has one that the architecture
+    does not know.
+    """
     plan: Plan = {}
     known = {rope.FACTORS}
     for link in links(family, tree):
@@ -269,7 +288,7 @@ def _plan(file: _File, family: Family, tree: Tree) -> Plan:
 
 
 def _sizes(file: _File, plan: Plan) -> dict[str, int]:
-    """Bytes of each HuggingFace tensor in fp32."""
+    """Return the bytes of each HuggingFace tensor in fp32, by name."""
     sizes = {}
     for link in dict.fromkeys(link for link, _ in plan.values()):
         shapes = [tuple(map(int, reversed(file.tensors[name].shape))) for name in link.ggml]
@@ -285,15 +304,15 @@ def _sizes(file: _File, plan: Plan) -> dict[str, int]:
 
 
 def _write_weights(file: _File, plan: Plan, sizes: dict[str, int], directory: Path) -> None:
-    """Dequantise and write all tensors, one file's worth at a time."""
+    """Convert all tensors to fp32 and write them; only those of one output file are in memory at a time."""
 
     @lru_cache(maxsize=1)  # the experts of a layer come out of one stack, one after another
     def unpack(link: Link) -> list[Tensor]:
-        """HuggingFace's tensors [X, Y] of a link."""
+        """Return the HuggingFace tensors [X, Y] of one link."""
         return link.form.unpack([file.dequantize(name) for name in link.ggml])
 
     def fetch(name: str) -> Tensor:
-        """One of HuggingFace's tensors [X, Y]."""
+        """Return the HuggingFace tensor called `name`, [X, Y]."""
         link, i = plan[name]
         return unpack(link)[i].contiguous()
 
@@ -304,7 +323,7 @@ def _write_weights(file: _File, plan: Plan, sizes: dict[str, int], directory: Pa
 
 
 def _tokenizer_settings(file: _File) -> Tree:
-    """`tokenizer_config.json`."""
+    """Return the content of `tokenizer_config.json`."""
     tokens = file.get("tokenizer.ggml.tokens", list)
     settings: Tree = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for key, token in _special_tokens(file).items():
@@ -318,7 +337,11 @@ def _tokenizer_settings(file: _File) -> Tree:
 
 
 def _special_tokens(file: _File) -> dict[str, int | None]:
-    """The ids of special tokens, as config.json names them."""
+    """Return the ids of the special tokens, under the keys of config.json.
+
+    Without a beginning-of-sequence token its id is None; without a padding token its id is that of the
+    end-of-sequence token, which must be there.
+    """
     end = vocabulary.special_token(file.get, "eos", file.path)
     return {
         "bos_token_id": vocabulary.special_token(file.get, "bos", file.path, None),

@@ -1,6 +1,8 @@
-"""Stretched positions: `rope_scaling` of config.json as llama.cpp's keys and tensor, and back. No torch.
+"""Conversion of the scaling of rotary positions between config.json and GGUF. Does not import torch.
 
-D / 2 frequencies of a head of D dimensions.
+config.json has it under `rope_scaling`; llama.cpp has keys for it, and for Llama 3.1 a tensor with a divisor
+for each frequency. A head of D dimensions has D / 2 frequencies. `where` is the name of a file in error
+messages.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ Settings = dict[str, int | float | str]
 
 
 def settle(tree: dict[str, Any], where: str) -> tuple[float, dict[str, Any]]:
-    """Base and scaling of positions in a config.json, under older keys or newer ones; `{}` is no scaling."""
+    """Return the base and the scaling of rotary positions of a config.json (`tree`); `{}` means no scaling.
+
+    Both the older keys (`rope_theta`, `rope_scaling`) and the newer `rope_parameters` are read.
+    """
     newer = tree.get("rope_parameters") or {}
     scaling = tree.get("rope_scaling") or newer
     scaling = {key: value for key, value in scaling.items() if value is not None}
@@ -50,10 +55,12 @@ def settle(tree: dict[str, Any], where: str) -> tuple[float, dict[str, Any]]:
 
 
 def settings(scaling: dict[str, Any], ggml: str, where: str) -> Settings:
-    """The keys of a GGUF file, without its architecture.
+    """Return the keys of a GGUF file for this scaling, by name without the architecture.
+
+    `ggml` is the name of llama.cpp's architecture.
 
     Raises:
-        LimbeckError: llama.cpp would compute something else.
+        LimbeckError: llama.cpp cannot compute this scaling, or would compute another one.
     """
     kind = scaling.get("rope_type")
     if kind == "llama3" and ggml != "llama":
@@ -71,9 +78,10 @@ def settings(scaling: dict[str, Any], ggml: str, where: str) -> Settings:
 
 
 def _yarn_settings(scaling: dict[str, Any], ggml: str, where: str) -> Settings:
-    """The keys of YaRN, whose temperature llama.cpp derives.
+    """Return the keys of a GGUF file for YaRN.
 
-    It follows from the factor, or for DeepSeek from `mscale_all_dim` alone.
+    llama.cpp derives YaRN's factor of the attention scores itself: from the stretching factor, or for
+    DeepSeek from `mscale_all_dim`. A setting that would change this is refused.
     """
     known = {"rope_type", *YARN.values()}
     if ggml == "deepseek2":
@@ -93,12 +101,12 @@ def _yarn_settings(scaling: dict[str, Any], ggml: str, where: str) -> Settings:
 
 
 def _kind(theirs: str) -> type:
-    """The type of one of YaRN's settings."""
+    """Return the type of the value of one of YaRN's settings, int or float."""
     return int if theirs.startswith("original") else float
 
 
 def _log_multiplier(scaling: dict[str, Any], where: str) -> float:
-    """DeepSeek's attention temperature."""
+    """Return llama.cpp's `yarn_log_multiplier` for DeepSeek: a tenth of `mscale_all_dim`."""
     mscale = scaling.get("mscale")
     all_dim = scaling.get("mscale_all_dim")
     if not mscale or mscale != all_dim:
@@ -113,7 +121,11 @@ def _log_multiplier(scaling: dict[str, Any], where: str) -> float:
 
 
 def scaling(setting: Callable[..., Any], where: str) -> dict[str, Any]:
-    """`rope_scaling` of a GGUF file by its keys alone; `setting(key, kind, default)` looks them up."""
+    """Return config.json's `rope_scaling` from the keys of a GGUF file, `{}` for none.
+
+    `setting(key, kind, default)` returns the value of a key. The tensor of Llama 3.1 is not considered;
+    `llama3` reads it.
+    """
     kind = setting("rope.scaling.type", str, "none")
     if kind == "none":
         return {}
@@ -126,7 +138,7 @@ def scaling(setting: Callable[..., Any], where: str) -> dict[str, Any]:
 
 
 def _read_yarn(setting: Callable[..., Any]) -> dict[str, Any]:
-    """YaRN's settings in a GGUF file."""
+    """Return YaRN's settings, as config.json names them, from the keys of a GGUF file."""
     values = {theirs: setting(ours, _kind(theirs), None) for ours, theirs in YARN.items()}
     multiplier = setting(LOG_MULTIPLIER, float, None)
     if multiplier:
@@ -136,10 +148,10 @@ def _read_yarn(setting: Callable[..., Any]) -> dict[str, Any]:
 
 
 def llama3(factors_D: np.ndarray, theta: float, head_dim: int, where: str) -> dict[str, Any]:
-    """`rope_scaling` of Llama 3.1, from the divisors of the frequencies in a GGUF file.
+    """Return Llama 3.1's `rope_scaling`, from the divisors [D / 2] of the frequencies in a GGUF file.
 
     Raises:
-        LimbeckError: they are not Llama 3.1's.
+        LimbeckError: the divisors are not those of Llama 3.1.
     """
     scaling = {"rope_type": "llama3", "factor": float(factors_D.max()), **LLAMA31}
     if factors_D.shape == (head_dim // 2,):
@@ -152,7 +164,11 @@ def llama3(factors_D: np.ndarray, theta: float, head_dim: int, where: str) -> di
 
 
 def factors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
-    """Llama 3.1's divisors of a head's frequencies, [D / 2]: 1 for short waves, `factor` for long ones."""
+    """Return Llama 3.1's divisors of a head's frequencies, [D / 2].
+
+    High frequencies are divided by 1, low ones by the scaling's `factor`, and those between by a blend of
+    both. `theta` is the base of the rotary positions.
+    """
     half = head_dim // 2
     frequency_D = theta ** -(np.arange(half) / half)
     turns_D = scaling["original_max_position_embeddings"] * frequency_D / (2 * np.pi)

@@ -1,6 +1,9 @@
-"""Tokenizers in and out: llama.cpp stores lists of tokens and merges, and the name of a splitting rule.
+"""Conversion of tokenizers between HuggingFace and GGUF.
 
-The meaning of each name is data here. Only byte-level BPE has such names.
+GGUF stores lists of tokens and merges, and the name of the rule that splits a text before byte-pair encoding
+(BPE). The meaning of each name is data in this module. Only tokenizers with byte-level BPE have such names.
+In this module, `get(key, kind, default)` returns the value of a key of a GGUF file, and `path` or `where` is
+the file that error messages name.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from ...types import LimbeckError
 
 @dataclass(frozen=True)
 class Splitting:
-    r"""The rule that cuts text before byte-pair merging.
+    r"""The rule that splits a text into pieces before byte-pair merging.
 
-    `Splitting((r"\p{N}",))` is SmolLM's: single digits, then GPT-2's rule. Each of `cuts` isolates its
-    matches in the pieces of the one before; `gpt2` then applies GPT-2's own rule. With `whole_words` a piece
-    that is a token needs no merges. With `begins` a text begins with the first token by default.
+    `Splitting((r"\p{N}",))` is SmolLM's: it isolates single digits and then applies GPT-2's rule. `cuts` are
+    regular expressions; each isolates its matches in the pieces that the one before has left. If `gpt2` is
+    True, GPT-2's own rule is applied afterwards. `nfc` normalises the text to Unicode's form NFC first. With
+    `whole_words` a piece that is itself a token is not split into merges. With `begins` a text begins with
+    the beginning-of-sequence token unless the file says otherwise.
     """
 
     cuts: tuple[str, ...] = ()
@@ -49,7 +54,10 @@ LETTERS = rf"\s?[{CASED}]+"
 
 
 def _cl100k(number: str) -> str:
-    """The words of tiktoken's cl100k; Llama 3 and Qwen2 differ in how many digits make a piece."""
+    """Return the regular expression of tiktoken's cl100k; `number` is the part that matches digits.
+
+    Llama 3 and Qwen2 use it and differ in the number of digits of one piece.
+    """
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
     return rf"{words}|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -90,9 +98,9 @@ Get = Callable[
 
 
 def build(get: Get, where: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file.
+    """Return the tokenizer of a GGUF file.
 
-    `get(key, kind, default)` looks keys up; without default they must be there.
+    `get(key, kind, default)` returns the value of a key; a key without default must be in the file.
 
     Raises:
         LimbeckError: the tokenizer is damaged, or of a kind that is not supported.
@@ -117,7 +125,7 @@ def build(get: Get, where: Path) -> tokenizers.Tokenizer:
 
 
 def _read_tokens(get: Get, where: Path) -> tuple[list[str], list[int]]:
-    """The texts and types of all tokens."""
+    """Return the texts and the types of all tokens, in the order of their ids."""
     tokens = get("tokenizer.ggml.tokens", list)
     merges = get("tokenizer.ggml.merges", list)
     types = get("tokenizer.ggml.token_type", list, [TokenType.NORMAL] * len(tokens))
@@ -132,7 +140,7 @@ def _read_tokens(get: Get, where: Path) -> tuple[list[str], list[int]]:
 def _read_model(
     get: Get, tokens: list[str], types: list[int], splitting: Splitting, where: Path
 ) -> models.BPE:
-    """Byte-pair encoding with the merges of a file."""
+    """Return the byte-pair encoding with the tokens and merges of the file."""
     vocabulary = {}
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind != TokenType.UNUSED:
@@ -148,7 +156,7 @@ def _read_model(
 
 
 def _added(tokens: list[str], types: list[int], kind: TokenType) -> list[AddedToken]:
-    """The tokens of one type, which are found in a text before it is cut."""
+    """Return the tokens of the type `kind` as added tokens, which are found in a text before it is split."""
     special = kind == TokenType.CONTROL
     return [
         AddedToken(token, normalized=False, special=special)
@@ -158,7 +166,10 @@ def _added(tokens: list[str], types: list[int], kind: TokenType) -> list[AddedTo
 
 
 def special_token(get: Get, role: str, where: Path, default: int | None = -1) -> int | None:
-    """The id of the token with a role (`bos`, `eos`, `padding`); without default it must be there."""
+    """Return the id of the token with the role `bos`, `eos` or `padding`.
+
+    If the file has no such token, return `default`; raise LimbeckError if no default is given.
+    """
     key = f"tokenizer.ggml.{role}_token_id"
     token = get(key, int) if default == -1 else get(key, int, default)
     if token is not None and not 0 <= token < len(get("tokenizer.ggml.tokens", list)):
@@ -167,7 +178,7 @@ def special_token(get: Get, role: str, where: Path, default: int | None = -1) ->
 
 
 def _splitting(name: str, where: Path) -> Splitting:
-    """The rule with a name."""
+    """Return the splitting rule that GGUF calls `name`."""
     if name not in SPLITTINGS:
         known = ", ".join(SPLITTINGS)
         raise LimbeckError(f"{where}: tokenizer rule {name} is not supported; supported are {known}")
@@ -175,13 +186,13 @@ def _splitting(name: str, where: Path) -> Splitting:
 
 
 def _steps(splitting: Splitting) -> list[Any]:
-    """The steps of a pre-tokenizer."""
+    """Return the steps of a pre-tokenizer that apply a rule: one for each cut, and the conversion to bytes."""
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in splitting.cuts]
     return [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.gpt2)]
 
 
 def _begin_with(tokens: list[str], start: int) -> processors.TemplateProcessing:
-    """A post-processor that puts the start token before every text."""
+    """Return a post-processor that puts the token with the id `start` before every text."""
     token = tokens[start]
     return processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, start)]
@@ -192,12 +203,14 @@ def _begin_with(tokens: list[str], start: int) -> processors.TemplateProcessing:
 
 
 def add(writer: gguf.GGUFWriter, directory: Path, rows: int) -> None:
-    """Write the tokenizer and chat template of a directory.
+    """Write the tokenizer and the chat template of a model directory to a GGUF file.
 
-    The embedding has `rows`; those beyond the tokens are unused.
+    `rows` is the number of rows of the embedding; rows without a token are written as unused tokens.
 
     Raises:
-        LimbeckError: llama.cpp has no name for the tokenizer; raised before anything is written.
+        LimbeckError: the tokenizer cannot be stored in GGUF, a token that the settings name is missing,
+            or no end-of-sequence token is set. A tokenizer that cannot be stored is refused before anything
+            is written.
     """
     path = directory / "tokenizer.json"
     config = directory / "tokenizer_config.json"
@@ -224,7 +237,7 @@ def add(writer: gguf.GGUFWriter, directory: Path, rows: int) -> None:
 def _add_special_tokens(
     writer: gguf.GGUFWriter, tokens: list[str], settings: dict[str, Any], path: Path
 ) -> None:
-    """Write the ids of the tokens with a role."""
+    """Write the ids of the tokens that tokenizer_config.json (`settings`) names as bos, eos and pad."""
     ids = {token: i for i, token in enumerate(tokens)}
     roles = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
     for role, write in roles.items():
@@ -239,7 +252,7 @@ def _add_special_tokens(
 
 
 def _template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template, of its own file or of the settings."""
+    """Return the chat template from its own file or else from tokenizer_config.json, or None."""
     path = directory / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
@@ -247,7 +260,7 @@ def _template(directory: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _name(tree: dict[str, Any], path: Path) -> str:
-    """The name of the splitting rule of a `tokenizer.json`, recognised by its steps."""
+    """Return GGUF's name of the splitting rule of a `tokenizer.json` (`tree`), recognised by its steps."""
     kind = (tree.get("model") or {}).get("type", "BPE")
     if kind != "BPE":
         raise LimbeckError(
@@ -267,7 +280,7 @@ def _name(tree: dict[str, Any], path: Path) -> str:
 
 
 def _rule(tree: dict[str, Any]) -> Splitting | None:
-    """The splitting rule of a `tokenizer.json`, or None if a `Splitting` cannot express it."""
+    """Return the splitting rule of a `tokenizer.json`, or None if a `Splitting` cannot express it."""
     model = tree.get("model") or {}
     if any(model.get(key) for key in UNSUPPORTED):
         return None
@@ -283,9 +296,9 @@ def _rule(tree: dict[str, Any]) -> Splitting | None:
 
 
 def _cuts(tree: dict[str, Any]) -> tuple[tuple[str, ...], bool] | None:
-    """The patterns of a pre-tokenizer, and True if GPT-2's own rule follows.
+    """Return the patterns of a pre-tokenizer, and True if GPT-2's own rule is applied after them.
 
-    None where bytes do not come last.
+    Return None if the last step is not the conversion to bytes, or another step is not supported.
     """
     *before, last = tree.get("pretokenizers") or [tree]
     cuts = tuple(_cut(step) for step in before)
@@ -295,7 +308,7 @@ def _cuts(tree: dict[str, Any]) -> tuple[tuple[str, ...], bool] | None:
 
 
 def _cut(step: dict[str, Any]) -> str | None:
-    """The pattern that a step isolates; None for another kind of step."""
+    """Return the regular expression whose matches a pre-tokenizer's step isolates; None for other steps."""
     if step.get("type") == "Digits" and step.get("individual_digits"):
         return DIGIT
     if step.get("type") != "Split" or step.get("behavior") != "Isolated" or step.get("invert"):
@@ -305,7 +318,7 @@ def _cut(step: dict[str, Any]) -> str | None:
 
 
 def _tokens(tree: dict[str, Any], rows: int, path: Path) -> tuple[list[str], list[int]]:
-    """Text and type of each row of the embedding."""
+    """Return text and type of each of the embedding's `rows` rows; rows without a token are unused."""
     added = {token["id"]: token for token in tree.get("added_tokens") or []}
     texts = {i: text for text, i in tree["model"]["vocab"].items()}
     texts |= {i: token["content"] for i, token in added.items()}
@@ -324,7 +337,7 @@ def _tokens(tree: dict[str, Any], rows: int, path: Path) -> tuple[list[str], lis
 
 
 def _type(added: dict[str, Any] | None, path: Path) -> TokenType:
-    """The type of a token; `added` is its entry among the added tokens, if it is one of them."""
+    """Return the GGUF type of a token; `added` is its entry in the list of added tokens, or None."""
     if not added:
         return TokenType.NORMAL
     if added.get("lstrip") or added.get("rstrip") or added.get("single_word"):
@@ -336,7 +349,10 @@ def _type(added: dict[str, Any] | None, path: Path) -> TokenType:
 
 
 def _begins(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> bool:
-    """True if a text begins with the first token, by tokenizer_config.json or else by tokenizer.json."""
+    """Return True if the tokenizer puts the beginning-of-sequence token before a text.
+
+    tokenizer_config.json (`settings`) decides, or tokenizer.json (`backend`) if the setting is not there.
+    """
     if settings.get("add_bos_token") is not None:
         return bool(settings["add_bos_token"])
     first = backend.encode("").tokens[:1]
@@ -344,13 +360,13 @@ def _begins(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> bool:
 
 
 def _text(token: str | dict | None) -> str:
-    """The text of a token in tokenizer_config.json; empty for none."""
+    """Return the text of a token as tokenizer_config.json stores it, a string or an object; "" for None."""
     text = token["content"] if isinstance(token, dict) else token
     return text or ""
 
 
 def _backend(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a `tokenizer.json`."""
+    """Return the tokenizer that is stored in a `tokenizer.json`."""
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for a file it cannot read
@@ -360,7 +376,7 @@ def _backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON."""
+    """Return the object that is stored in a JSON file."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return {**tree}

@@ -1,8 +1,8 @@
-"""A HuggingFace directory becomes one GGUF file, which llama.cpp runs: weights, settings, tokenizer and
-template.
+"""Conversion of a HuggingFace directory to a GGUF file: weights, settings, tokenizer and chat template.
 
-Tensors are read, converted and written one after another, into a partial file that is renamed when it is
-whole. X rows of a matrix · Y its columns · D / 2 frequencies of a head.
+Tensors are read, converted and written one link (forms.py) at a time, to a partial file that is renamed when
+it is complete. A plan is the list of all links of the model. X rows of a matrix · Y its columns · D / 2
+frequencies of a head of D dimensions.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ Tree = dict[str, Any]
 
 
 def write(directory: Path, path: Path, kind: str = "f16") -> None:
-    """Write the model of `directory` to `path` as `f32`, `f16` or `q8_0`; vectors and routers stay fp32.
+    """Convert the model in `directory` to a GGUF file at `path`, with weights as `f32`, `f16` or `q8_0`.
 
-    The multi-token-prediction layers of DeepSeek-V3, which llama.cpp does not run, stay out.
+    Vectors and routers are always stored in fp32. The layers of multi-token prediction of DeepSeek-V3 are
+    left out, as llama.cpp does not run them.
 
     Raises:
-        LimbeckError: the format or llama.cpp cannot hold the model or its tokenizer; nothing is left behind.
+        LimbeckError: GGUF or llama.cpp does not support the model or its tokenizer; no file is left
+            behind.
     """
     if kind not in TYPES:
         raise LimbeckError(f"there is no GGUF type {kind!r}; types are {', '.join(TYPES)}")
@@ -75,7 +77,7 @@ def write(directory: Path, path: Path, kind: str = "f16") -> None:
 
 
 def _config(path: Path) -> tuple[Family, Tree]:
-    """The family of a `config.json`, and its settings with every default in its place."""
+    """Return the family of a `config.json`, and its settings completed by default values."""
     name, tree = _read_config(path)
     family = FAMILIES[name]
     tree = {ALIASES.get(key, key): value for key, value in tree.items() if value is not None}
@@ -96,7 +98,7 @@ def _config(path: Path) -> tuple[Family, Tree]:
 
 
 def _read_config(path: Path) -> tuple[str, Tree]:
-    """The class and the settings of a `config.json`."""
+    """Return the name of the model's class in transformers, and the settings of a `config.json`."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         name = (tree.get("architectures") or ["none"])[0]
@@ -116,7 +118,10 @@ def _read_config(path: Path) -> tuple[str, Tree]:
 
 
 def _check(tree: Tree, kinds: dict[str, type], path: Path) -> None:
-    """Refuse settings that are missing, of another kind, or sizes of zero."""
+    """Refuse settings that are missing or of another type than `kinds` says, and sizes below 1.
+
+    Sizes in `OPTIONAL` may be 0.
+    """
     for key, kind in kinds.items():
         value = tree.get(key)
         allowed = (int, float) if kind is float else kind
@@ -128,7 +133,7 @@ def _check(tree: Tree, kinds: dict[str, type], path: Path) -> None:
 
 
 def _refuse_unsupported(tree: Tree, family: Family, path: Path) -> None:
-    """Refuse settings with which llama.cpp would compute something else."""
+    """Refuse settings with which llama.cpp would compute other logits than transformers."""
     if tree.get("quantization_config"):
         raise LimbeckError(
             f"{path}: quantization_config says the weights are quantised; export the unquantised model"
@@ -149,12 +154,12 @@ def _refuse_unsupported(tree: Tree, family: Family, path: Path) -> None:
 
 
 def _is_grouped(tree: Tree) -> bool:
-    """True if some groups of experts are left out."""
+    """Return True if tokens choose from only some of the groups of experts."""
     return 0 < tree.get("topk_group", 0) < tree.get("n_group", 0)
 
 
 def _add_settings(writer: gguf.GGUFWriter, family: Family, tree: Tree, where: str) -> None:
-    """Write the architecture's keys."""
+    """Write the settings whose names begin with the architecture; `where` names the file in errors."""
     theta, scaling = rope.settle(tree, where)
     settings = {key.ggml: key.kind(tree[key.theirs]) for key in family.keys}
     settings |= {"vocab_size": tree["vocab_size"], "rope.freq_base": theta}
@@ -166,7 +171,7 @@ def _add_settings(writer: gguf.GGUFWriter, family: Family, tree: Tree, where: st
 
 
 def _heads(tree: Tree) -> dict[str, int]:
-    """The sizes of grouped-query attention."""
+    """Return the GGUF keys for the heads of grouped-query attention."""
     head_dim = tree["head_dim"]
     return {
         "attention.head_count_kv": tree["num_key_value_heads"],
@@ -177,9 +182,10 @@ def _heads(tree: Tree) -> dict[str, int]:
 
 
 def _latent(family: Family, tree: Tree) -> dict[str, int]:
-    """The sizes of MLA as llama.cpp runs it, with one key and value head: the latent.
+    """Return the GGUF keys for multi-head latent attention, for the router's gate and for groups of experts.
 
-    The widths of whole heads are stored beside.
+    llama.cpp runs this attention with a single key and value head, the latent, and its sizes are the main
+    keys; the sizes of the full heads are stored under the keys that end in `_mla`.
     """
     rank = tree["kv_lora_rank"]
     positions = tree["qk_rope_head_dim"]
@@ -203,7 +209,7 @@ def _latent(family: Family, tree: Tree) -> dict[str, int]:
 
 
 class _Weights(Mapping[str, Tensor]):
-    """The tensors of a directory by name, each read on access."""
+    """The tensors of a model directory by name; each is read from its file when it is accessed."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -217,7 +223,7 @@ class _Weights(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor [X, Y]."""
+        """Return the tensor called `name`, [X, Y]."""
         return self._files[name].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -227,7 +233,7 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._files)
 
     def shape(self, name: str) -> Tensor:
-        """A tensor [X, Y] without its numbers."""
+        """Return an empty tensor [X, Y] on the device `meta`, with the shape of the tensor called `name`."""
         part = self._files[name].get_slice(name)
         if part.get_dtype() not in FLOATS:
             raise LimbeckError(
@@ -238,7 +244,7 @@ class _Weights(Mapping[str, Tensor]):
 
 
 def _open(path: Path) -> Any:
-    """A safetensors file, open."""
+    """Return an open safetensors file."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -246,7 +252,10 @@ def _open(path: Path) -> Any:
 
 
 def _plan(source: _Weights, family: Family, tree: Tree) -> list[Link]:
-    """The links of all tensors; all are there, and none that has no place."""
+    """Return the links of all tensors of the model.
+
+    Raises LimbeckError if a tensor is missing, or if one is left over that the architecture does not know.
+    """
     plan = list(links(family, tree))
     known = {name for link in plan for name in link.theirs}
     missing = sorted(known - set(source))
@@ -270,7 +279,11 @@ def _plan(source: _Weights, family: Family, tree: Tree) -> list[Link]:
 
 
 def _is_left_out(name: str, tree: Tree) -> bool:
-    """True for a tied head, old rotary frequencies, and the layers of multi-token prediction."""
+    """Return True for tensors that are not written.
+
+    These are a head that is tied to the embedding, the rotary frequencies of old checkpoints, and the layers
+    of multi-token prediction.
+    """
     if name.endswith(HARMLESS):
         return True
     if name == "lm_head.weight":
@@ -284,7 +297,10 @@ def _is_left_out(name: str, tree: Tree) -> bool:
 def _write_header(
     writer: gguf.GGUFWriter, source: _Weights, plan: list[Link], tree: Tree, kind: str
 ) -> dict[str, Quantization]:
-    """Write all that comes before the weights, and rope factors; returns each tensor's quantisation."""
+    """Write all that comes before the weights, and the rope factors; return each tensor's quantisation.
+
+    The rope factors are Llama 3.1's divisors of rotary frequencies. `kind` is a key of `TYPES`.
+    """
     factors = _rope_factors(tree)
     if factors is not None:
         writer.add_tensor_info(rope.FACTORS, factors.shape, factors.dtype, factors.nbytes)
@@ -305,7 +321,7 @@ def _write_header(
 def _write_tensors(
     writer: gguf.GGUFWriter, source: _Weights, plan: list[Link], kinds: dict[str, Quantization]
 ) -> None:
-    """Write all weights, one link's at a time."""
+    """Write all weights, those of one link at a time; `kinds` is the quantisation of each tensor by name."""
     for link in plan:
         packed = link.form.pack([source[name] for name in link.theirs])
         for name, tensor in zip(link.ggml, packed, strict=True):
@@ -313,7 +329,7 @@ def _write_tensors(
 
 
 def _shapes(source: _Weights, link: Link) -> list[Tensor]:
-    """The tensors [X, Y] of a GGUF file without their numbers."""
+    """Return empty tensors on the device `meta` with the shapes [X, Y] of a link's tensors in GGUF."""
     shapes = [source.shape(name) for name in link.theirs]
     try:
         return link.form.pack(shapes)
@@ -325,7 +341,7 @@ def _shapes(source: _Weights, link: Link) -> list[Tensor]:
 
 
 def _rope_factors(tree: Tree) -> np.ndarray | None:
-    """The divisors of rotary frequencies, [D / 2], of Llama 3.1 alone."""
+    """Return Llama 3.1's divisors of rotary frequencies, [D / 2]; None for other scalings."""
     theta, scaling = rope.settle(tree, "config.json")
     if scaling.get("rope_type") != "llama3":
         return None
@@ -333,7 +349,10 @@ def _rope_factors(tree: Tree) -> np.ndarray | None:
 
 
 def _quantization(name: str, shape: torch.Size, kind: str) -> Quantization:
-    """The quantisation of a tensor: fp32 for vectors and routers, f16 for rows that blocks do not fill."""
+    """Return the quantisation of a tensor: fp32 for vectors and routers, otherwise that of `kind`.
+
+    For q8_0, tensors whose rows are not a multiple of 32 values are stored as f16.
+    """
     if len(shape) == 1 or name.endswith(ROUTER):
         return Quantization.F32
     if kind == "q8_0" and shape[-1] % BLOCK:
@@ -342,7 +361,7 @@ def _quantization(name: str, shape: torch.Size, kind: str) -> Quantization:
 
 
 def _quantize(name: str, tensor: Tensor, kind: Quantization) -> np.ndarray:
-    """The bytes of a quantised tensor [X, Y]."""
+    """Return the bytes of a tensor [X, Y] quantised as `kind`."""
     with np.errstate(over="ignore"):
         values = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
     if kind == Quantization.F16 and not np.isfinite(values).all():
@@ -351,7 +370,7 @@ def _quantize(name: str, tensor: Tensor, kind: Quantization) -> np.ndarray:
 
 
 def _flush(path: Path) -> None:
-    """Return when a file, or a directory's list of files, is on the disk."""
+    """Return when a file, or the entries of a directory, are flushed to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

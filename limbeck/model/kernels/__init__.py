@@ -1,9 +1,10 @@
-"""Compiled kernels, where there is a C++ compiler, for each operation that they do faster than plain torch.
+"""Compiled C++ kernels for each operation that they do faster than plain torch, if there is a compiler.
 
-`source/` does in one pass over memory what torch does in many: norms, SwiGLU, rotations, attention without
-padding, a whole decode step, and the draw of a token. The kernels compute in float32 on a CPU; all else runs
-in plain torch, which is also the oracle of the tests. `build` compiles, `choice` measures and decides,
-`operations` and `decode_step` call. `decode_step`, which knows the decoder, is imported by itself.
+The code in `source/` does in one pass over memory what torch does in many: norms, SwiGLU, rotations,
+attention without padding, a whole decode step, and the sampling of a token. The kernels compute in float32 on
+a CPU; everything else runs in plain torch, which is also the reference in the tests. `build` compiles the
+kernels, `choice` measures them and decides when to use them, `operations` and `decode_step` call them.
+`decode_step` is not imported here, because it imports the decoder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The compiled kernels: made at first use where there is a C++ compiler, stored in the user's cache, never
-needed.
+"""The compiled kernels: built at first use if there is a C++ compiler, and kept in the user's cache folder.
 
-`LIMBECK_KERNELS=off` turns them off. `LIMBECK_MARCH` compiles them for fewer instructions than the processor
-has, such as `x86-64-v3` for AVX2 without AVX-512, so that every width can be tested on one machine.
+Without a compiler everything runs in plain torch. `LIMBECK_KERNELS=off` turns the kernels off.
+`LIMBECK_MARCH` compiles them for a smaller instruction set than the processor's, such as `x86-64-v3` for AVX2
+without AVX-512, so that all vector widths can be tested on one machine.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FEATURES = ("AVX", "FMA", "SSE", "SSSE", "BMI", "F16C", "ARM_FEATURE")
 
 
 def mode() -> str:
-    """The value of `LIMBECK_KERNELS`: `auto`, or `off` for plain torch.
+    """Return the value of the variable `LIMBECK_KERNELS`: `auto`, or `off` for plain torch.
 
     Raises:
-        LimbeckError: it has another value.
+        LimbeckError: the variable has another value.
     """
     value = os.environ.get("LIMBECK_KERNELS", "").lower() or "auto"
     if value not in MODES:
@@ -52,13 +52,16 @@ def mode() -> str:
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels; None without a compiler, without a BLAS to share with torch, or with them turned off."""
+    """Return the loaded kernels, or None if they are turned off or cannot be built.
+
+    They need a C++ compiler and a torch whose BLAS they can call.
+    """
     return found()[0]
 
 
 @cache
 def found() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels, and the path of their library or the reason why there are none."""
+    """Return the loaded kernels and the path of their library, or None and the reason why there are none."""
     if mode() == "off":
         return None, "turned off by LIMBECK_KERNELS"
     blas = sgemm()
@@ -79,7 +82,7 @@ def found() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _find_compiler() -> str | None:
-    """The path of a C++ compiler: that of `CXX`, or the first known one."""
+    """Return the path of a C++ compiler: the one in the variable `CXX`, or the first known one; or None."""
     for name in (os.environ.get("CXX") or "c++", "g++", "clang++"):
         path = shutil.which(name)
         if path:
@@ -88,20 +91,23 @@ def _find_compiler() -> str | None:
 
 
 def lanes() -> int:
-    """Numbers of one vector, and cached positions of one block of keys."""
+    """Return the number of float32 values in a vector register.
+
+    This is also the number of cached positions in one block of keys.
+    """
     return library().lanes()
 
 
 def instructions() -> str:
-    """The vector instructions that the kernels are compiled for: AVX-512, AVX2, NEON or SSE2; or `none`."""
+    """Return the vector instructions of the kernels: AVX-512, AVX2, NEON, SSE2; `none` without kernels."""
     return SETS[lanes()] if library() else "none"
 
 
 def march(compiler: str) -> str:
-    """The instruction set to compile for, as the compiler's option.
+    """Return the compiler option that names the instruction set to compile for.
 
-    Raises: LimbeckError: `LIMBECK_MARCH` names a set that the compiler does not know, or that this processor
-    lacks.
+    Raises:
+        LimbeckError: `LIMBECK_MARCH` names a set that the compiler does not know or this processor lacks.
     """
     native = "-mcpu=native" if ARM else "-march=native"
     name = os.environ.get("LIMBECK_MARCH", "native")
@@ -118,7 +124,7 @@ def march(compiler: str) -> str:
 
 
 def _features(compiler: str, option: str) -> set[str]:
-    """The instruction sets of an option, by the names that compilers give them: `AVX2`, `FMA`, ..."""
+    """Return the instruction sets of a compiler option, by their macros' names: `AVX2`, `FMA`, ..."""
     command = [compiler, option, "-dM", "-E", "-x", "c++", os.devnull]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if run.returncode:
@@ -133,7 +139,7 @@ def _features(compiler: str, option: str) -> set[str]:
 
 
 def sgemm() -> ctypes.c_void_p | None:
-    """The address of BLAS's matrix product in the library that torch has loaded; None if it has none."""
+    """Return the address of torch's float32 BLAS matrix product, or None if torch does not export it."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p)
@@ -142,12 +148,12 @@ def sgemm() -> ctypes.c_void_p | None:
 
 
 def folder() -> Path:
-    """The folder of compiled kernels and their timings."""
+    """Return the folder of the compiled kernels and of their measured timings."""
     return Path(os.environ.get("LIMBECK_CACHE") or platformdirs.user_cache_dir("limbeck"))
 
 
 def compiled(compiler: str, option: str) -> Path:
-    """The shared library of this source, compiler and processor, made if it is not there yet."""
+    """Return the path of the shared library for this source, compiler and processor; build it if missing."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=True
     ).stdout
@@ -166,10 +172,12 @@ def compiled(compiler: str, option: str) -> Path:
 
 
 def build(compiler: str, option: str, path: Path) -> None:
-    """Compile the kernels into `path`.
+    """Compile the kernels into a shared library at `path`.
+
+    `option` is the compiler option that names the instruction set.
 
     Raises:
-        subprocess.CalledProcessError: the compiler fails; holds its output.
+        subprocess.CalledProcessError: the compiler failed; the error holds its output.
     """
     # without this GCC halves vectors of 512 bits on some processors; it has no effect where there are none
     wide = [] if ARM else ["-mprefer-vector-width=512"]
@@ -178,9 +186,9 @@ def build(compiler: str, option: str, path: Path) -> None:
 
 
 def processor() -> str:
-    """Model and features of the processor, which -march=native follows.
+    """Return the model and the features of the processor, on which the result of -march=native depends.
 
-    They are part of a library's name, as machines that differ may share a home directory.
+    They are part of the library's name, as different machines may share one home directory.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""A decode step as one call: every layer of a dense decoder, one token a row, over a `KVCache`.
+"""One decode step as a single call into the kernels: all layers of a dense decoder, one token per row.
 
-B rows · C hidden.
+A row: one sequence that is being decoded, in a `KVCache`. B rows · C hidden size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLOAT_BYTES = 4  # bytes of a float32
 
 
 class _Layer(ctypes.Structure):
-    """One layer, as `decoding.hpp` reads it: its weights and its part of the cache."""
+    """The C structure of one layer, as `decoding.hpp` reads it: its weights and its part of the cache."""
 
     _fields_ = [
         *fields(ctypes.c_void_p, *_WEIGHTS, "keys", "values"),
@@ -34,7 +34,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    """One step, as `decoding.hpp` reads it: sizes, inputs, and scratch memory."""
+    """The C structure of one decode step, as `decoding.hpp` reads it: sizes, inputs and scratch memory."""
 
     _fields_ = [
         *fields(ctypes.c_int64, *_SIZES),
@@ -45,9 +45,9 @@ class _Step(ctypes.Structure):
 
 
 class DecodeStep:
-    """The decode step of a dense decoder, one token a row, over a `KVCache`.
+    """The decode step of a dense decoder in compiled code, one token per row, over a `KVCache`.
 
-    It holds pointers to the decoder's weights, whose memory must stay where it is.
+    It holds pointers to the decoder's weights, so these must stay at the same place in memory.
     """
 
     def __init__(self, model: Decoder):
@@ -67,9 +67,10 @@ class DecodeStep:
 
     @staticmethod
     def fits(model: Decoder) -> bool:
-        """True if the kernels know this architecture, and their step is faster than torch's.
+        """Return True if the kernels support `model`'s architecture and their step is faster than torch's.
 
-        They know Llama's layers and their common variants: biases of q, k and v, normed heads, windows.
+        They support Llama's layers with biases of queries, keys and values, heads that are normalised before
+        their rotation, and sliding windows.
         """
         config = model.config
         if config.experts or config.latent or config.parallel or config.layer_norm:
@@ -81,7 +82,10 @@ class DecodeStep:
         return serves("decode", config.hidden_size, model.embed.weight)
 
     def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor:
-        """The states [B, C] that predict the tokens after these."""
+        """Return the hidden states [B, C] from which the tokens after `tokens_B` are predicted.
+
+        `cache` must have been advanced by one token.
+        """
         rows = len(tokens_B)
         weight = self.model.embed.weight
         if not self.scratch or len(self.scratch[0]) < rows:
@@ -98,7 +102,7 @@ class DecodeStep:
         return out_BC
 
     def _sizes(self, rows: int, cache: KVCache) -> tuple[int, ...]:
-        """The values of `_SIZES`."""
+        """Return the values of the fields `_SIZES`, in this order."""
         config = self.model.config
         return (
             config.layers,
@@ -113,7 +117,7 @@ class DecodeStep:
         )
 
     def _inputs(self, tokens_B: Tensor, cache: KVCache) -> tuple[int, ...]:
-        """The addresses of `_INPUTS`."""
+        """Return the addresses in memory of the fields `_INPUTS`, in this order."""
         model = self.model
         return (
             model.embed.weight.data_ptr(),
@@ -127,7 +131,7 @@ class DecodeStep:
         )
 
     def _point_at(self, cache: KVCache) -> None:
-        """Point every layer at its keys and values, which move when the cache grows or shrinks."""
+        """Set the addresses of every layer's keys and values, which change when the cache is reallocated."""
         keys = cache.k_LBKnDP
         values = cache.v_LBKTD
         stores = keys.data_ptr(), values.data_ptr(), keys.stride(0), values.stride(0)
@@ -141,7 +145,7 @@ class DecodeStep:
 
 
 def _layer(block: Block) -> _Layer:
-    """The structure of one block, not yet pointed at a cache."""
+    """Return the C structure of one block; the addresses of its keys and values are not yet set."""
     attention = block.attention
     ffn = block.ffn
     weights = (

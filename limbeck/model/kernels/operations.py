@@ -1,7 +1,7 @@
-"""The kernels as torch calls them: autograd functions, and operations without a gradient.
+"""The kernels as functions of torch: autograd functions, and operations without a gradient.
 
-N tokens · B rows · H heads · K key/value heads or experts a token · D head size · C hidden · V vocabulary · E
-experts · I intermediate · M = N x K.
+N tokens · B rows · H heads · K key/value heads, or experts of a token · D head size · C hidden size · V
+vocabulary · E experts · I intermediate size · M = N x K choices, one for each token and expert.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from .build import library
 
-WAYS = ("blas", "dots", "strips")  # of multiplying, as products.hpp numbers them
+WAYS = ("blas", "dots", "strips")  # algorithms of a product, numbered as in products.hpp
 FASTEST = -1  # in place of an index into WAYS: the one that was measured as fastest
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """The address of a tensor [...] as the kernels take it."""
+    """Return the address of a tensor of any shape [...], in the type that the kernels take."""
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def fields(kind: type, *names: str) -> list[tuple[str, type]]:
-    """Fields of one C type, as `ctypes.Structure` lists them."""
+    """Return entries of `ctypes.Structure._fields_` with these names, all of the C type `kind`."""
     return [(name, kind) for name in names]
 
 
@@ -33,11 +33,11 @@ def fields(kind: type, *names: str) -> list[tuple[str, type]]:
 
 
 class Normalize(torch.autograd.Function):
-    """x / rms(x) * weight over the last dimension."""
+    """RMSNorm: x / rms(x) * weight over the last dimension."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        """x [..., C] normalised and multiplied by weight [C]."""
+        """Return x [..., C] normalised over its last dimension and multiplied by weight [C]."""
         x = x.contiguous()
         width = x.shape[-1]
         rows = x.numel() // width
@@ -58,12 +58,12 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients by x [..., C] and by weight [C]."""
+        """Return the gradients with respect to x [..., C] and to the weight [C]."""
         x, weight, scale = ctx.saved_tensors
         grad = grad.contiguous()
         threads = torch.get_num_threads()
         by_x = torch.empty_like(x)
-        by_weight = x.new_zeros(threads, x.shape[-1])  # one sum a thread
+        by_weight = x.new_zeros(threads, x.shape[-1])  # one sum per thread
         library().norm_backward(
             pointer(grad),
             pointer(x),
@@ -83,7 +83,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up):
-        """The product of both halves of gate_up [..., 2 I], [..., I]."""
+        """Return silu(gate) * up [..., I] of the two halves of gate_up [..., 2 I]."""
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -94,7 +94,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradient by gate_up [..., 2 I]."""
+        """Return the gradient with respect to gate_up [..., 2 I]."""
         (gate_up,) = ctx.saved_tensors
         grad = grad.contiguous()
         by_both = torch.empty_like(gate_up)
@@ -107,23 +107,27 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Rotate(torch.autograd.Function):
-    """x [N, H, D] rotated by its tokens' angles, cos and sign-folded sin [N, 1, D]."""
+    """Rotation of heads x [N, H, D] by the angles of their tokens' positions.
+
+    The angles are given as cos and sin [N, 1, D], in the form of `decoder.rope_table`: the first half of sin
+    is negated.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin):
-        """The rotated heads, [N, H, D]."""
+        """Return the rotated heads, [N, H, D]."""
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradient by x [N, H, D]: a rotation back."""
+        """Return the gradient with respect to x [N, H, D]: a rotation in the opposite direction."""
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, sin, -1.0), None, None
 
 
 def _rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, direction: float) -> Tensor:
-    """Heads [N, H, D] rotated forwards (1) or back (-1)."""
+    """Return the heads [N, H, D] rotated forwards (`direction` 1) or backwards (-1)."""
     x_NHD = _heads_side_by_side(x_NHD)
     rows, heads, width = x_NHD.shape
     y_NHD = x_NHD.new_empty(rows, heads, width)
@@ -143,7 +147,10 @@ def _rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, direction: float) -
 
 
 def _heads_side_by_side(x_NHD: Tensor) -> Tensor:
-    """The same heads [N, H, D], a row's lying side by side; the rows may be any distance apart."""
+    """Return heads [N, H, D] such that all heads of one token are contiguous in memory.
+
+    The tokens may be any distance apart. Copies only if necessary.
+    """
     if x_NHD.stride(2) == 1 and x_NHD.stride(1) == x_NHD.shape[2]:
         return x_NHD
     return x_NHD.contiguous()
@@ -153,7 +160,7 @@ def _heads_side_by_side(x_NHD: Tensor) -> Tensor:
 
 
 class _Trees(ctypes.Structure):
-    """`Trees` as `attention.hpp` reads them."""
+    """The C structure of `Trees`, as `attention.hpp` reads it."""
 
     _fields_ = [
         *fields(ctypes.c_int, "count"),
@@ -162,7 +169,7 @@ class _Trees(ctypes.Structure):
 
 
 class _Inputs(ctypes.Structure):
-    """The inputs of attention as `attention.hpp` reads them."""
+    """The C structure of the inputs of attention, as `attention.hpp` reads it."""
 
     _fields_ = [
         *fields(ctypes.c_void_p, "q", "k", "v"),
@@ -173,10 +180,12 @@ class _Inputs(ctypes.Structure):
 
 
 class Trees:
-    """Sequences as trees, laid out once for all layers and both directions.
+    """Sequences that share beginnings, as trees: a trunk (a prompt) with branches (its completions).
 
-    `trunks` and `lengths` are the first token and the number of tokens of each trunk, `branches` and
-    `branch_lengths` those of all branches in the order of their trunks, `counts` the branches of each trunk.
+    `trunks` and `lengths` are the index of the first token and the number of tokens of each trunk, `branches`
+    and `branch_lengths` the same of all branches, in the order of their trunks, and `counts` the number of
+    branches of each trunk (None: there are no branches). One object serves all layers, in forward and
+    backward pass.
     """
 
     def __init__(
@@ -194,14 +203,17 @@ class Trees:
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention along every path from a trunk's begin to a branch's end.
+    """Causal attention in trees: each token attends to its trunk and to its own branch up to itself.
 
-    q [N, H, D], k and v [N, K, D].
+    q is [N, H, D], k and v are [N, K, D].
     """
 
     @staticmethod
     def forward(ctx, q, k, v, trees, scale, window):
-        """The mixed values, [N, H, D]."""
+        """Return the mixed values, [N, H, D].
+
+        `scale` multiplies the scores; `window` is the number of positions that a token sees (0: all).
+        """
         q, k, v = (_heads_side_by_side(x) for x in (q, k, v))
         out = q.new_empty(q.shape)
         logsumexp = q.new_empty(q.shape[:2])
@@ -219,7 +231,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients by q [N, H, D], by k and by v [N, K, D]."""
+        """Return the gradients with respect to q [N, H, D], and to k and v [N, K, D]."""
         q, k, v, logsumexp = ctx.saved_tensors
         trees, scale, window = ctx.settings
         grad = grad.contiguous()
@@ -239,7 +251,7 @@ class Attention(torch.autograd.Function):
 
 
 def _attention_inputs(qkv: tuple[Tensor, Tensor, Tensor], scale: float, window: int) -> _Inputs:
-    """The structure of q [N, H, D], k and v [N, K, D]."""
+    """Return the C structure of the tensors q [N, H, D], k and v [N, K, D] and their settings."""
     q_NHD, k_NKD, _ = qkv
     addresses = (x.data_ptr() for x in qkv)
     strides = (x.stride(0) for x in qkv)
@@ -251,7 +263,7 @@ def _attention_inputs(qkv: tuple[Tensor, Tensor, Tensor], scale: float, window: 
 
 
 class _Experts(ctypes.Structure):
-    """A mixture as `experts.hpp` reads it."""
+    """The C structure of a mixture of experts, as `experts.hpp` reads it."""
 
     _fields_ = [
         *fields(ctypes.c_int64, "tokens", "count", "top_k", "hidden", "width", "threads"),
@@ -262,13 +274,13 @@ class _Experts(ctypes.Structure):
 class Mixture(torch.autograd.Function):
     """The sum over each token's experts of weight x SwiGLU(x).
 
-    x [N, C], gate_up [E, 2 I, C], down [E, C, I], weights [N, K]; `order` [M] sorts the choices by expert,
-    and expert e's end at `ends[e]`.
+    x is [N, C], gate_up [E, 2 I, C], down [E, C, I], weights [N, K]. `order` [M] sorts the choices by expert,
+    and the choices of expert e end at `ends[e]`.
     """
 
     @staticmethod
     def forward(ctx, x, gate_up, down, weights, order, ends):
-        """The mixed outputs, [N, C]."""
+        """Return the weighted sums of the experts' outputs, [N, C]."""
         x, gate_up, down, weights = (tensor.contiguous() for tensor in (x, gate_up, down, weights))
         both = x.new_empty(len(order), gate_up.shape[1])
         y = torch.empty_like(x)
@@ -279,7 +291,7 @@ class Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients by x [N, C], gate_up [E, 2 I, C], down [E, C, I] and weights [N, K]."""
+        """Return the gradients by x [N, C], gate_up [E, 2 I, C], down [E, C, I] and weights [N, K]."""
         saved = ctx.saved_tensors
         grad = grad.contiguous()
         by_inputs = tuple(torch.empty_like(tensor) for tensor in saved[:4])
@@ -288,7 +300,7 @@ class Mixture(torch.autograd.Function):
 
 
 def _mixture(saved: Sequence[Tensor]) -> _Experts:
-    """The structure of `Mixture`'s inputs, x [N, C] and so on, and of its scratch memory."""
+    """Return the C structure of the inputs of `Mixture`, x [N, C] and so on, and of its scratch memory."""
     x, _, down, weights, *_ = saved
     count, hidden, width = down.shape
     addresses = (tensor.data_ptr() for tensor in saved)
@@ -299,7 +311,11 @@ def _mixture(saved: Sequence[Tensor]) -> _Experts:
 
 
 def linear(x_BC: Tensor, weight_VC: Tensor, way: int = FASTEST) -> Tensor:
-    """x @ weight^T [B, V], without a gradient, in the fastest known way or in one of `WAYS`."""
+    """Return x @ weight.T [B, V] without a gradient.
+
+    `way` is an index into `WAYS`, the available algorithms; `FASTEST` takes the one that was measured as
+    fastest.
+    """
     x_BC = x_BC.contiguous()
     weight_VC = weight_VC.contiguous()
     y_BV = x_BC.new_empty(len(x_BC), len(weight_VC))
@@ -309,9 +325,10 @@ def linear(x_BC: Tensor, weight_VC: Tensor, way: int = FASTEST) -> Tensor:
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tokens drawn with `uniform_B`, and their log-probabilities, both [B].
+    """Return sampled tokens and their log-probabilities, both [B].
 
-    A row's token is the first at which the cumulative softmax passes the row's uniform number.
+    The logits [B, V] are divided by `temperature`. `uniform_B` holds one random number from 0 to 1 per row;
+    the row's token is the first at which the cumulative softmax exceeds it.
     """
     logits_BV = logits_BV.contiguous()
     uniform_B = uniform_B.contiguous()
