@@ -1,4 +1,5 @@
-"""Reviews of the rows in a queue. Several people may review a row; the rules below decide which verdict counts.
+"""Reviews of the rows in a queue. Several people may review a row; the rules below decide which verdict
+counts.
 
 A queue is a folder with `queue.jsonl` (the rows to review, written once) and `reviews.jsonl` (one event per
 line, only ever appended to):
