@@ -23,8 +23,8 @@ from .store import Artifact, Store, digest_of, write
 if TYPE_CHECKING:
     from ..tasks.contamination import ContaminationIndex
 
-VERSION = 1  # of the comparison: raise it when the same texts begin to be judged otherwise
-REPORTS = ".decontamination"  # in the store
+VERSION = 1  # of the comparison: raise it when the same texts get another result
+REPORTS = ".decontamination"  # folder in the store
 LEARNS_FROM_ROWS = (MODELS | {"reward"}) - {"load", "pretrain"}  # kinds that train on rows, if they cite any
 DRAWS_NO_PROBLEMS = {"pretrain", "curate", "evaluate", "load", "remote"}  # kinds without training problems
 
@@ -118,6 +118,7 @@ class Decontamination:
         return report
 
     def _sift(self, texts: list[_Text]) -> ContaminationReport:
+        """Compare the texts with all tests and return the report."""
         for name in self.tests:
             if name not in self._sieves:
                 self._sieves[name] = self._make_sieve(name)
@@ -130,6 +131,7 @@ class Decontamination:
         return ContaminationReport(against, len(texts), dropped)
 
     def _make_sieve(self, name: str) -> ContaminationIndex:
+        """Build the index of the test problems of the evaluated source `name`."""
         from ..tasks.contamination import ContaminationIndex
 
         prompts = {}
@@ -149,11 +151,13 @@ class Decontamination:
         return None
 
     def _problem_texts(self, drawn: Mapping[str, Problems]) -> Iterator[_Text]:
+        """Yield the training problems of the problem sources `drawn`."""
         for name, problems in drawn.items():
             for problem in self._task(name, problems).problems("train"):
                 yield _Text(problem.id, problem.prompt)
 
     def _task(self, name: str, problems: Problems) -> Task:
+        """Open the task of a problem source; each source is opened once."""
         from ..tasks.registry import open_task
 
         if name not in self._tasks:
@@ -167,6 +171,7 @@ def _with_file(inputs: Mapping[str, Artifact], file: str) -> dict[str, Artifact]
 
 
 def _row_texts(artifacts: Mapping[str, Artifact], file: str) -> Iterator[_Text]:
+    """Yield the rows or problems in the file named `file` of each artifact."""
     for artifact in artifacts.values():
         for row in read(artifact.folder / file):
             yield _Text(row["id"], _prompt_text(row["prompt"]), response_text(row))

@@ -35,9 +35,9 @@ from .review import reviews
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
-# of an endpoint: its responses are the same
+# settings of an endpoint that do not change its responses
 QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
-VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
+VERSIONS: dict[str, int] = {}  # kind -> version, part of its keys: raise it when settings change meaning
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Graph:
         self.refresh()
 
     def refresh(self) -> None:
-        """Compute the key of every node whose inputs are finished, and look up its artifact in the store."""
+        """Compute the key of every node without an artifact whose inputs are all finished, and look up its
+        artifact in the store."""
         for name, node in self.nodes.items():
             if node.artifact:
                 continue
@@ -123,6 +124,7 @@ class Graph:
         return {cited: self.nodes[cited].artifact for cited in node.inputs}
 
     def _keyed(self, node: Node, artifacts: dict[str, Artifact]) -> Node:
+        """Return the node with its key, its contamination report and, if the store has it, its artifact."""
         if isinstance(node.stage, Curate) and not node.stage.auto:
             queue = reviews.queue_folder(self.store.root, artifacts[node.stage.rows].digest)
             node = replace(node, queue=queue, review_bytes=reviews.extent(queue))
@@ -152,11 +154,11 @@ class Graph:
     def _settings(self, stage: Stage) -> dict[str, Any]:
         """Return the settings of a stage that change its result."""
         configured = {k: v for k, v in stage.model_dump(mode="json").items() if k not in QUIET}
-        # in the words of old keys, and without None: neither a new word nor a new option changes a key
+        # with the names of older versions and without None, so that a renamed or a new option changes no key
         settings = {k: v for k, v in stored(configured).items() if v is not None}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
-        if isinstance(stage, Load):  # a model counts by its content, wherever it lies
+        if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         settings.pop("licence", None)  # the permitted uses of a result do not change it
         tables = {name: self._digest(Path(name)) for name in tables_of(stage)}
@@ -228,6 +230,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
 
 
 def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
+    """Return the stage with absolute paths."""
     if isinstance(stage, Load):
         from ..model.find import find_model
 
@@ -242,6 +245,8 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
 
 
 def _find_file(setting: str, path: str, base: Path) -> str:
+    """Return the absolute path of a file relative to `base` or to the working directory. `setting` names the
+    recipe's setting in the error message. Raises LimbeckError if there is no such file."""
     for place in (base / path, Path(path)):
         if place.is_file():
             return str(place.resolve())
@@ -303,6 +308,7 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
 
 
 def _node(recipe: Recipe, name: str, stage: Stage) -> Node:
+    """Return the node of a stage that is neither an evaluation nor a report."""
     problems, screens = _problems(recipe, stage)
     if isinstance(stage, Curate):  # the policy may need the problems that the rows answer
         problems = {
@@ -316,7 +322,7 @@ def _node(recipe: Recipe, name: str, stage: Stage) -> Node:
 
 
 def report_nodes(recipe: Recipe) -> list[tuple[str, Report]]:
-    """Return the report stages as (name, settings); they run after all other stages."""
+    """Return the report stages as (name, stage); they run after all other stages."""
     return [(name, stage) for name, stage in recipe.stages.items() if isinstance(stage, Report)]
 
 

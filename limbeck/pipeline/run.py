@@ -124,6 +124,7 @@ class Run:
             return self._run_stages()
 
     def _run_stages(self) -> Path | None:
+        """Run all stages until none is left, then write the report and return its page."""
         self.graph.check_contamination()
         began = time.monotonic()
         try:
@@ -239,6 +240,7 @@ class Run:
         return started
 
     def _start_stage(self, node: Node) -> None:
+        """Send the job of a node to a free worker."""
         job = self._job(node)
         self.running[node.name] = Progress(node, job.folder, time.monotonic())
         self.status.begun[node.name] = job.folder.name
@@ -254,15 +256,18 @@ class Run:
                 curate.ask(node.queue, partial(self._rows, node), node.stage.question, node.stage.second)
 
     def _rows(self, node: Node) -> list[dict[str, Any]]:
+        """Return the rows that a curate stage asks people to review."""
         assert isinstance(node.stage, Curate)
         artifact = self.graph.nodes[node.stage.rows].artifact
         return list(read(artifact.folder / ROWS))
 
     def _urgency(self, node: Node) -> int:
-        """Return the sort key for starting nodes: the negated number of stages that depend on the node."""
+        """Return the sort key for starting nodes, smallest first: the negated number of stages that depend on
+        the node."""
         return -len(self.graph.dependents(node.name))
 
     def _job(self, node: Node) -> Job:
+        """Return the job that a worker needs to run a node."""
         return Job(
             name=node.name,
             stage=node.stage,
@@ -313,6 +318,7 @@ class Run:
     # ------------------------------------------------------------ manifests
 
     def _manifest(self, node: Node, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Return the manifest of a finished stage. `outcome` is what the stage returned."""
         artifacts = self.graph.artifacts_of(node)
         inputs = {}
         for name, artifact in artifacts.items():
@@ -428,6 +434,7 @@ def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
 
 
 def _end(status: int) -> str:
+    """Describe in words how a process with this exit status ended."""
     if status < 0:
         return f"was killed (signal {-status}; out of memory?)"
     return f"ended with code {status}"

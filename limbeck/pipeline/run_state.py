@@ -77,12 +77,14 @@ def list_runs(home: Path) -> list[Path]:
 
 
 def _last_change(run: Path) -> float:
+    """Return the latest modification time of the files that describe a run (Unix time in seconds)."""
     files = [run / name for name in (RECIPE, run_status.STATUS, INDEX)]
     return max(path.stat().st_mtime for path in files if path.exists())
 
 
 def look(folder: Path) -> RunState:
-    """Read the state of the run in `folder`. Raises LimbeckError if its recipe cannot be read."""
+    """Read the state of the run in `folder` from its files. Raises LimbeckError if its recipe cannot be
+    read."""
     recipe = read_recipe(folder)
     begun = run_status.status(folder).begun
     finished = read_json(folder / INDEX)
@@ -118,6 +120,7 @@ def _waiting(node: Node, stages: dict[str, StageState], store: Path) -> StageSta
 
 
 def _report(name: str, stage: Stage, folder: Path) -> StageState:
+    """Return the state of a report stage, whose page is in `folder` once it is done."""
     if (folder / "index.html").exists():
         return StageState(name, stage, (), "done", folder)
     return StageState(name, stage, (), "waits")

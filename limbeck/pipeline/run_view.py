@@ -20,7 +20,7 @@ from ..report.loaded_run import Run as Reported
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
-LEFT_OUT = ("evaluate", "report")  # kinds that are not drawn: one a model, and one at the end of everything
+LEFT_OUT = ("evaluate", "report")  # kinds of stages that are not drawn
 
 
 @lru_cache(maxsize=256)
@@ -32,8 +32,8 @@ def _history(folder: Path) -> History:
 
 @dataclass(frozen=True)
 class Line:
-    """One stage at present: `Line(stage_state, "running", history, {"seconds": 76.0, "low": 60.0, "high":
-    95.0})`.
+    """One stage of a run as it is displayed: `Line(stage_state, "running", history, {"seconds": 76.0, "low":
+    60.0, "high": 95.0})`.
 
     `standing` is the state read from the run's folder. `state` is `done`, `running`, `begun` (started, but no
     process works on it), `asks` (people must review rows) or `waits`. `history` has the metrics up to now;

@@ -34,7 +34,7 @@ RESPONSES = ".responses"
 SCHEMA = 1  # version of the manifest's layout
 UNREPEATABLE = {TIMING}  # files whose content differs from run to run and stays out of an artifact's digest
 OUTCOME = "outcome.json"  # the stage's return value: a partial folder that has it only needs `finish`
-LOCK_TIMEOUT_SECONDS = 10.0  # seconds to wait for a process in the same folder; an orphan ends within one
+LOCK_TIMEOUT_SECONDS = 10.0  # seconds to wait for another process in the same folder
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -189,6 +189,7 @@ class Store:
         _write_manifest(artifact.folder, artifact.manifest)
 
     def _unused(self, name: str) -> Path:
+        """Return the first path `name-1`, `name-2`, ... in the store that does not exist."""
         for i in itertools.count(1):
             path = self.root / f"{name}-{i}"
             if not path.exists():
@@ -256,6 +257,7 @@ def out_of_space(error: BaseException | None) -> bool:
 
 
 def _name(kind: str, key: str) -> str:
+    """Return the folder name of an artifact: its kind and the first 16 digits of its key."""
     return f"{stored_kind(kind)}-{key[:16]}"
 
 
@@ -264,10 +266,12 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    """Return the SHA-256 and the size in bytes of a file, as the manifest lists them."""
     return {"sha256": digest_file(path), "bytes": path.stat().st_size}
 
 
 def _digest_of_outputs(outputs: dict[str, Any]) -> str:
+    """Return an artifact's digest from its manifest's list of files."""
     repeatable = {name: entry for name, entry in outputs.items() if Path(name).name not in UNREPEATABLE}
     return digest_of(repeatable)
 

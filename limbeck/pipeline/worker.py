@@ -64,6 +64,7 @@ def main(threads: int) -> None:
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
+    """Read jobs and stop requests from standard input until it ends, then end the process."""
     for line in sys.stdin:
         message = json.loads(line)
         if message.get("stop"):
@@ -141,6 +142,7 @@ def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
 
 
 def _failed(code: int, message: str) -> Event:
+    """Return the event of a stage that failed. `code` is the exit code for the command line."""
     return {"event": "failed", "code": code, "message": message}
 
 

@@ -102,8 +102,8 @@ def _measure_memory(clock: Clock, values: int = 1 << 25) -> float:
 
 
 def _measure_corpus(settings: dict[str, Any], clock: Clock, tokens: int = 20_000) -> float:
-    """Measure generating and encoding `tokens` tokens of a miniature problem source's corpus; return the
-    seconds per token. `settings` are those of the source."""
+    """Measure generating and encoding `tokens` tokens of the corpus of a miniature problem source (a small
+    synthetic task of this package); return the seconds per token. `settings` are the source's settings."""
     from ..config.recipe import Miniature
     from ..tasks.clock_countdown import encode_documents
     from ..tasks.registry import open_task

@@ -54,7 +54,7 @@ class Lineage:
 
     @property
     def head(self) -> Mapping[str, Any]:
-        """The entry of the model itself."""
+        """The entry of the model itself, which is that of the key `root`."""
         return self.entries[self.root]
 
     @property
@@ -219,6 +219,8 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
 
 
 def _describe_row(stage: str, giver: str, row: dict[str, Any], times: int) -> dict[str, Any]:
+    """Return a row as `rows_behind` yields it. `giver` is the stage that made the row, `times` the times per
+    epoch."""
     origin = dict(row.get("origin") or {})
     editor = origin.pop("editor", None)
     return {
@@ -313,6 +315,7 @@ class _Reach:
         return any(parent in self.holds for parent in parents.values())
 
     def _has_row(self, artifact: Artifact) -> bool:
+        """Return True if one of the artifact's files contains the row or a row of the problem."""
         for name in (ROWS, PROBLEMS):
             if any(self._matches(row["id"]) for row in read(artifact.folder / name)):
                 return True
@@ -366,6 +369,7 @@ class _Reach:
 
 
 def _stages_by_folder(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """Return the stage names of artifacts by the names of their folders."""
     return {artifact.folder.name: artifact.manifest["stage"] for artifact in artifacts.values()}
 
 

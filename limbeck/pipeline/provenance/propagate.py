@@ -26,7 +26,7 @@ from .licences import NOBODY_KNOWS, UNDECLARED, known_licences, licences_of_mode
 
 BROUGHT = {"load", "remote"}  # kinds of stages that bring in somebody else's model
 LEARNING = (MODELS | {"reward"}) - BROUGHT  # kinds of stages that train a model
-KINDS = ("problems", "models", "teachers", "editors")  # of sources
+KINDS = ("problems", "models", "teachers", "editors")  # of sources of an artifact
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,8 @@ def _violations(name: str, base: LicenceTrace, learned: Mapping[str, str]) -> li
 
 
 def _unknown(name: str, licence: str, source: str) -> str:
+    """Return the sentence on a licence whose terms are unknown or undeclared. `source` is the place in the
+    recipe that it comes from."""
     if licence != UNDECLARED:
         licences = ", ".join(known_licences())
         return (
@@ -279,6 +281,8 @@ def _unknown(name: str, licence: str, source: str) -> str:
 
 
 def _forbidden(name: str, licence: str, source: str) -> str:
+    """Return the sentence on a licence that forbids the stage `name`. `source` is the place in the recipe
+    that it comes from."""
     only = " but one under the same licence" if terms(licence).outputs == "own kind" else ""
     clause = terms(licence).clause("outputs")
     return (

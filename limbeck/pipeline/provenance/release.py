@@ -95,6 +95,7 @@ def check_release(lineage: Lineage, name: str) -> None:
 
 
 def _refuse_forbidden(lineage: Lineage, licence: str) -> None:
+    """Raise LimbeckError if the licence forbids the release and the user has claimed no exemption from it."""
     claimed = {right["licence"] for right in lineage.head.get("rights", [])}
     if terms(licence).release != "no" or licence in claimed:
         return
@@ -159,6 +160,7 @@ def _add_licences(part: Path, lineage: Lineage) -> None:
 
 
 def _licence_files(entry: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the licence files beside a model from outside that the lineage's `entry` describes."""
     path = entry["settings"].get("path")
     if entry["kind"] != "load" or not path or not Path(path).is_dir():
         return
@@ -177,13 +179,15 @@ def _add_card(part: Path, name: str, published: dict[str, Any], measured: list[d
 
 
 def _add_sums(part: Path) -> None:
+    """Write `SHA256SUMS` with the checksum of every file in the directory."""
     files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
     lines = [f"{digest_file(part / file)}  {file}\n" for file in files]
     write(part / SUMS, "".join(lines))
 
 
 def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
-    """Return the evaluations of exactly this model's weights, except those that force continuations on it."""
+    """Return the contents of `evaluation.json` for each evaluation of exactly this model's weights, except
+    those with the control "forced", which force continuations on the model."""
     measured = []
     for candidate in store.all():
         if candidate.kind != "evaluate":
@@ -311,6 +315,6 @@ def _behind(recipe: Recipe, name: str, visited: set[str]) -> set[str]:
 
 
 def _policy_may_use(problems: Problems, stages: Mapping[str, Stage]) -> bool:
-    """Return True for a miniature problem source in a recipe with a curate stage. The stage's policy may
-    translate with the source, which is therefore part of the stage's key."""
+    """Return True for a miniature problem source (a small synthetic task) in a recipe with a curate stage.
+    The stage's policy may translate thoughts with that source, which is therefore part of the stage's key."""
     return problems.source == "miniature" and any(stage.kind == "curate" for stage in stages.values())

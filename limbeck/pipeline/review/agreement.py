@@ -41,6 +41,7 @@ def paces(rows: Iterable[ReviewState]) -> list[Pace]:
 
 
 def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
+    """Compute the speed of one reviewer from their verdicts."""
     times = [verdict["seconds"] for verdict in verdicts if verdict.get("seconds")]
     counts = Counter(verdict["verdict"] for verdict in verdicts)
     return Pace(

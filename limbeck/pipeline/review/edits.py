@@ -155,8 +155,8 @@ def marked(text: str, language: str) -> Iterator[tuple[str, str]]:
     """Yield the text in passages as (passage, mark). The mark is "tag" for a tag such as `<think>`, "strange"
     for text in another script than that of `language`, and "" for all other text.
 
-    Strange are Chinese characters for "en" and Latin words for "zh". LaTeX commands and single letters are
-    not strange in either.
+    Chinese characters are strange if `language` is "en", Latin words if it is "zh". LaTeX commands and single
+    letters are never strange.
 
     >>> list(marked("<think> try 5 先算", "en"))
     [('<think>', 'tag'), (' try 5 ', ''), ('先算', 'strange')]

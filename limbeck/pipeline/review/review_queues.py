@@ -22,7 +22,7 @@ from ..dataset_rows import problem_of, source_of
 from ..run_folder import INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
 from . import reviews
 
-ORDER = ("asks", "ready", "changed", "early", "done")  # of states in a list of queues
+ORDER = ("asks", "ready", "changed", "early", "done")  # of the states in a list of queues
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def desk(home: Path, run: str, stage: str) -> ReviewQueue:
 
 
 def _open(run: Path, name: str, settings: Curate) -> ReviewQueue:
+    """Return the review queue of the curate stage `name` in the folder `run`."""
     artifacts = read_json(run / INDEX)
     rows = _manifest(run, artifacts.get(settings.rows))
     if not rows:
@@ -96,6 +97,7 @@ def _open(run: Path, name: str, settings: Curate) -> ReviewQueue:
 
 
 def _manifest(run: Path, artifact: str | None) -> dict[str, Any]:
+    """Return the manifest of the artifact folder of that name; {} if the name is None."""
     return read_manifest(store_of(run) / artifact) if artifact else {}
 
 

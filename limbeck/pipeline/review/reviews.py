@@ -30,7 +30,7 @@ from filelock import FileLock
 from ...run_log import read
 from ...types import LimbeckError, fingerprint
 
-QUEUES = ".queues"  # in the store
+QUEUES = ".queues"  # folder in the store
 QUEUE = "queue.jsonl"
 REVIEWS = "reviews.jsonl"
 VERDICTS = ("accept", "edit", "reject")
@@ -44,7 +44,7 @@ IMPORTED_KEYS = (
     "resolves",
     "seconds",
 )  # others are ignored
-EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # of the verdicts on a disputed row
+EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # keys of a disputed row's verdicts
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ def _mean_length(result: dict[str, Any], stage: Evaluate) -> float:
 
 
 def _sampling(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -> SamplingParams:
-    """Return the sampling parameters of the way of sampling `way`. With the control "forced", each token that
-    begins to give up is replaced by one that continues (the setting `retry`)."""
+    """Return the sampling parameters of the way of sampling `way`. With the control "forced", the first token
+    of each phrase in the setting `retry` (by which the model gives up) is replaced by the first token of the
+    phrase that goes on."""
     temperature, top_p = TEMPERATURE_AND_TOP_P.get(way, (1.0, 1.0))
     force = {}
     if control == "forced":

@@ -23,7 +23,7 @@ from .resume import remaining_chunks
 from .rows import given_rows, to_sample, tokenizer_digest
 
 SHARD = 256  # rows whose labels are in one file
-ARRAYS = ("ids", "logprobs", "tail")  # of Labels
+ARRAYS = ("ids", "logprobs", "tail")  # fields of Labels
 
 
 def run(job: Job) -> Outcome:

@@ -1,4 +1,5 @@
-"""`pretrain`: train a new decoder on the generated corpus of a miniature problem source."""
+"""`pretrain`: train a new decoder on the generated corpus of a miniature problem source (a small synthetic
+task of this package)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Resuming of stages that work in chunks. A chunk is some of the stage's work, logged as one step of the run
-log when it is finished."""
+"""Resuming of stages that work in chunks. A chunk is a fixed part of a stage's work (such as 64 problems);
+when it is finished, it is logged as one step of the run log."""
 
 from __future__ import annotations
 

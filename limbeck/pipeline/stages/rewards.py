@@ -17,9 +17,9 @@ from ...train.reward_model import RewardModelScorer
 from ...types import Group, LimbeckError
 from ..job import Job
 
-CALIBRATION = "calibration.json"  # of a judge
+CALIBRATION = "calibration.json"  # file with the calibration of a judge
 VALUE = "value.safetensors"  # the value head of a reward model
-MEASURED = "reward.json"  # its accuracy on held-out pairs
+MEASURED = "reward.json"  # a reward model's accuracy on held-out pairs
 
 
 def learned_rewards(job: Job, tasks: Tasks, sampling: SamplingParams) -> LearnedRewards:
@@ -57,7 +57,7 @@ def tasks_of(job: Job) -> Mixture | JudgedTasks:
 
 
 def judge_of(job: Job, name: str) -> Judge:
-    """Return the judge of the `calibrate` stage `name`, with the settings that were calibrated.
+    """Return the judge that the `calibrate` stage `name` measured, with the same judging settings.
 
     Raises LimbeckError, with the measured numbers, if the judge failed the calibration.
     """
