@@ -31,9 +31,9 @@ DRAWS_NO_PROBLEMS = {"pretrain", "curate", "evaluate", "load", "remote"}  # kind
 
 @dataclass(frozen=True)
 class ContaminationReport:
-    """The result of one comparison of training data with test problems: `ContaminationReport({"clock": 438},
-    896, {"mine/17": "asks the same as clock/..."})` compared 896 texts with the 438 test problems of `clock`
-    and leaves out one.
+    """The result of one comparison of training data with test problems:
+    `ContaminationReport({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})` compared 896 texts
+    with the 438 test problems of `clock` and leaves out one.
 
     `against` maps each evaluated source to the number of its test problems, `checked` is the number of rows
     and problems compared with them, and `dropped` maps each id to leave out to the reason.

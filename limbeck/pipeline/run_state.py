@@ -19,8 +19,8 @@ from .run_folder import FORECAST, INDEX, RECIPE, read_json, read_manifest, read_
 
 @dataclass(frozen=True)
 class StageState:
-    """The state of one stage: `StageState("zero", stage, ("base",), "begun",
-    Path("store/.partial/rl-3fa9…"))`.
+    """The state of one stage:
+    `StageState("zero", stage, ("base",), "begun", Path("store/.partial/rl-3fa9…"))`.
 
     `inputs` are the names of the stages that it reads. `state` is `done`, `begun`, `asks` (people must review
     its rows) or `waits`. `folder` has its metrics and result files, None if there are none yet. `open_rows`

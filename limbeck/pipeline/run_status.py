@@ -28,8 +28,8 @@ LOCK_INTERVAL_SECONDS = 0.005  # seconds between two attempts
 
 @dataclass(frozen=True)
 class Status:
-    """The content of `status.json`: `Status("paused", "stopped; the same command goes on", 1763822100.0,
-    {"zero": "rl-3f…"})`.
+    """The content of `status.json`:
+    `Status("paused", "stopped; the same command goes on", 1763822100.0, {"zero": "rl-3f…"})`.
 
     `state` is `running`, `pausing`, `paused`, `waits` (for reviews), `finished` or `failed`, and "" if no
     process has ever written the file. `sentence` is the reason for the state, `since` the Unix time of its

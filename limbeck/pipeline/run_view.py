@@ -32,8 +32,8 @@ def _history(folder: Path) -> History:
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of a run as it is displayed: `Line(stage_state, "running", history, {"seconds": 76.0, "low":
-    60.0, "high": 95.0})`.
+    """One stage of a run as it is displayed:
+    `Line(stage_state, "running", history, {"seconds": 76.0, "low": 60.0, "high": 95.0})`.
 
     `standing` is the state read from the run's folder. `state` is `done`, `running`, `begun` (started, but no
     process works on it), `asks` (people must review rows) or `waits`. `history` has the metrics up to now;

@@ -14,7 +14,7 @@ one whole optimizer update on so many tokens; `roll` is the decoding of one toke
 (`rows`). `length` is the tokens of a training sample, `prompt` the tokens of a prompt, and `new` the tokens
 decoded for one measurement. Weights are random, and sampling never meets an end token.
 
-T tokens of a prompt
+T  tokens of a prompt
 """
 
 from __future__ import annotations

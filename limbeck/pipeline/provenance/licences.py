@@ -38,8 +38,8 @@ RELEASE_SENTENCES = {
 
 
 class Terms(Settings):
-    """The terms of one licence: `Terms(title="MIT License", release="conditions",
-    source="https://opensource.org/license/mit")`.
+    """The terms of one licence:
+    `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`.
 
     `outputs` and `release` are answers from `OUTPUTS` and `RELEASE`. `users` is the most monthly users
     without a separate permission, `excluded` the regions without a licence, `prefix` the required beginning
@@ -64,8 +64,8 @@ class Terms(Settings):
     read: Literal["primary", "secondary"] = "primary"
 
     def clause(self, question: str) -> str:
-        """Return the place in the licence that answers a question (a field such as "release"): `Llama 3.1
-        Community License Agreement, section 1.b.i (https://...)`."""
+        """Return the place in the licence that answers a question (a field such as "release"):
+        `Llama 3.1 Community License Agreement, section 1.b.i (https://...)`."""
         section = self.clauses.get(question, "")
         place = f"{self.title}, {section}" if section else self.title
         return f"{place} ({self.source})"
@@ -78,8 +78,8 @@ NOBODY_KNOWS = Terms(
 
 @dataclass(frozen=True)
 class CombinedTerms:
-    """The combined terms of several licences: `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions",
-    True, ...)`.
+    """The combined terms of several licences:
+    `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, ...)`.
 
     The fields are those of `Terms`; `prefixes` and `display` have the entries of all licences.
     """

@@ -41,8 +41,8 @@ ENTRY_KEYS = (
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model and all artifacts that it was made from: `Lineage("3fa9...", {"3fa9...": {"stage": "dev1",
-    "inputs": {...}}})`.
+    """A model and all artifacts that it was made from:
+    `Lineage("3fa9...", {"3fa9...": {"stage": "dev1", "inputs": {...}}})`.
 
     `root` is the key of the model's artifact. `entries` maps each artifact's key to the `ENTRY_KEYS` of its
     manifest and the keys of its inputs. `store` contains the artifacts; it is None for a released directory.

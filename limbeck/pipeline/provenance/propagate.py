@@ -31,8 +31,8 @@ KINDS = ("problems", "models", "teachers", "editors")  # of sources of an artifa
 
 @dataclass(frozen=True)
 class LicenceTrace:
-    """The licences that bind a stage's result: `LicenceTrace({"MIT": "stages.base"}, {"MIT": "stages.base"},
-    {"zero"}, "base")`.
+    """The licences that bind a stage's result:
+    `LicenceTrace({"MIT": "stages.base"}, {"MIT": "stages.base"}, {"zero"}, "base")`.
 
     `bound` maps each licence to the place in the recipe that it comes from; `own` are the licences that came
     with the model's weights. `makers` are the models that sampled or scored its training rows. `root` is the
@@ -47,8 +47,8 @@ class LicenceTrace:
 
 @dataclass(frozen=True)
 class LicenceViolation:
-    """A licence term that a stage would violate: `LicenceViolation("small", "OpenAI-Terms", "stages.small
-    learns from ...")`."""
+    """A licence term that a stage would violate:
+    `LicenceViolation("small", "OpenAI-Terms", "stages.small learns from ...")`."""
 
     stage: str
     licence: str

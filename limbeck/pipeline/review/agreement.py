@@ -14,8 +14,8 @@ from .reviews import VERDICTS, ReviewState
 
 @dataclass(frozen=True)
 class Pace:
-    """The speed of one reviewer in one queue: `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5,
-    240.0, timed=40)` reviewed 40 rows.
+    """The speed of one reviewer in one queue:
+    `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)` reviewed 40 rows.
 
     `counts` is the number of verdicts of each kind. `seconds` is the median time per row, `hourly` the rows
     per hour at the mean time; both are None if no verdict has a time. `timed` is the number of verdicts that
@@ -55,8 +55,8 @@ def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
 
 
 def agreement(rows: Iterable[ReviewState]) -> dict[str, Any]:
-    """Return how far the reviewers agree, over the rows that several people reviewed: `{"agreement": {"rows",
-    "people", "same", "low", "high", "alpha"}}`, or {} if there is no such row.
+    """Return how far the reviewers agree, over the rows that several people reviewed:
+    `{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}`, or {} if there is no such row.
 
     Reviewers do not see the verdicts of others before they give their own. Verdicts that settle a dispute are
     given later and do not count. `same` is the share of rows whose verdicts are all the same, `low` to `high`

@@ -4,7 +4,7 @@ the marking of words in another language.
 A *piece* is a word with the white space around it, or one Chinese character or punctuation mark. Texts are
 compared piece by piece.
 
-N pieces of a text
+N  pieces of a text
 """
 
 from __future__ import annotations

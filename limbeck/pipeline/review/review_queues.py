@@ -27,8 +27,8 @@ ORDER = ("asks", "ready", "changed", "early", "done")  # of the states in a list
 
 @dataclass(frozen=True)
 class ReviewQueue:
-    """A curate stage whose rows people review: `ReviewQueue(Path("runs/quickstart"), "coldstart",
-    Path(".../.queues/8c41…"), None, stage)`.
+    """A curate stage whose rows people review:
+    `ReviewQueue(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
 
     `run` is the run's folder and `settings` the stage's settings. `queue` is None until the rows have been
     written. `taken` is the digest of the reviews that the stage has used, None if it has not run.
