@@ -1,8 +1,9 @@
-"""Rows of training data: their ids, their text, the part that a share takes, and the rows a finished stage
-learned from.
+"""Rows of training data: their ids, their text, how a share of them is drawn, and the rows that a finished
+stage was trained on.
 
-A row's id is `SOURCE/PROBLEM#SAMPLE`: `clock/17#0` is the first sampled response to the problem `clock/17` of
-the source `clock`.
+A row is one training example as a JSON object, written as one line of an artifact's `rows.jsonl`. Its id is
+`SOURCE/PROBLEM#SAMPLE`: `clock/17#0` is the first sampled response to the problem `clock/17` of the problem
+source `clock`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Row = TypeVar("Row")
 
 
 def source_of(row_id: str) -> str:
-    """The problem source in the id of a row or of a problem.
+    """Return the name of the problem source in the id of a row or of a problem.
 
     >>> source_of("clock/17#0")
     'clock'
@@ -30,7 +31,7 @@ def source_of(row_id: str) -> str:
 
 
 def problem_of(row_id: str) -> str:
-    """The id of the problem that a row answers; an id without a sample number stands for itself.
+    """Return the id of the problem that a row answers. An id without `#SAMPLE` is returned unchanged.
 
     >>> problem_of("clock/17#0"), problem_of("clock/17")
     ('clock/17', 'clock/17')
@@ -39,13 +40,16 @@ def problem_of(row_id: str) -> str:
 
 
 def take_share(rows: Sequence[Row], part: float, seed: object) -> list[Row]:
-    """All rows for a share of 1, a random part of them below, and some rows several times above."""
+    """Return a random `part` of the rows (1 = as many as there are), in an order drawn from `seed`. A part
+    below 1 returns a random subset; a part above 1 repeats rows, so that 2.5 returns each row two or three
+    times."""
     order = generator(seed, "share").permutation(len(rows))
     return [rows[order[i % len(rows)]] for i in range(round(part * len(rows)))]
 
 
 def response_text(row: Mapping[str, Any]) -> str:
-    """The response text of a row; both responses of a preference pair."""
+    """Return the response text of a row, or both response texts of a preference pair, joined by an empty
+    line."""
     texts = [str(row[key]) for key in ("completion", "chosen", "rejected") if row.get(key)]
     return "\n\n".join(texts)
 
@@ -53,9 +57,10 @@ def response_text(row: Mapping[str, Any]) -> str:
 def training_rows(
     manifest: Mapping[str, Any], folders: Mapping[str, Path]
 ) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Yield each row that a stage trained on as (input stage, row, times per epoch).
+    """Yield each row that a finished stage was trained on as (input stage, row, times per epoch).
 
-    `folders` maps input names to their artifacts' folders; an input that is missing there yields nothing.
+    `manifest` is the finished stage's manifest, `folders` maps input names to the folders of their artifacts.
+    An input that is missing from `folders` yields nothing.
     """
     dropped = manifest.get("decontamination", {}).get("dropped", {})
     for name, part in _shares(manifest["settings"]).items():
@@ -70,7 +75,8 @@ def training_rows(
 
 
 def _shares(settings: Mapping[str, Any]) -> dict[str, float]:
-    """The share of each input in a stage's `rows` or `pairs`; an input named without a share counts as 1."""
+    """Return the share of each input in the `rows` or `pairs` setting of a stage; an input that is named
+    without a share has the share 1."""
     cited = settings.get("rows") or settings.get("pairs") or {}
     if isinstance(cited, dict):
         return cited
@@ -80,7 +86,8 @@ def _shares(settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 def practised_problems(folder: Path) -> dict[str, int]:
-    """The problems that a model practised on by reinforcement, each with the number of steps that used it."""
+    """Return the problems that a reinforcement-learning stage sampled, each with the number of training steps
+    that used it. `folder` is the folder of the stage's artifact."""
     times: dict[str, int] = {}
     for step in read(folder / ASKED):
         for problem in dict.fromkeys(step["problems"]):

@@ -1,8 +1,9 @@
-"""Decontamination: rows and problems that are too near to the recipe's evaluations are left out of training.
+"""Decontamination: leaving rows and problems that are too similar to the recipe's test problems out of
+training.
 
-The ids left out are part of a stage's key, and only if there are any: a recipe that evaluates on one more
-source trains nothing again unless that source turns up in its training data. Reports are kept in the store,
-by the data compared.
+The ids of the rows and problems left out are hashed into a stage's key only if there are any. A recipe that
+evaluates on one more problem source therefore trains a stage again only if problems of that source turn up in
+the stage's training data. The reports are kept in the store, under the hash of the data compared.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from .store import Artifact, Store, digest_of, write
 if TYPE_CHECKING:
     from ..tasks.contamination import ContaminationIndex
 
-VERSION = 1  # of the comparison: raise it when the same texts begin to be judged otherwise
-REPORTS = ".decontamination"  # in the store
+VERSION = 1  # of the comparison: raise it when the same texts get another result
+REPORTS = ".decontamination"  # folder in the store
 LEARNS_FROM_ROWS = (MODELS | {"reward"}) - {"load", "pretrain"}  # kinds that train on rows, if they cite any
 DRAWS_NO_PROBLEMS = {"pretrain", "curate", "evaluate", "load", "remote"}  # kinds without training problems
 
 
 @dataclass(frozen=True)
 class ContaminationReport:
-    """A comparison's result:
-    `ContaminationReport({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})`.
+    """The result of one comparison of training data with test problems:
+    `ContaminationReport({"clock": 438}, 896, {"mine/17": "asks the same as clock/..."})` compared 896 texts
+    with the 438 test problems of `clock` and leaves out one.
 
-    `against` counts the test problems by source, `checked` the rows and problems compared with them;
-    `dropped` maps the ids to leave out to the reason.
+    `against` maps each evaluated source to the number of its test problems, `checked` is the number of rows
+    and problems compared with them, and `dropped` maps each id to leave out to the reason.
     """
 
     against: dict[str, int] = field(default_factory=dict)
@@ -44,7 +46,8 @@ class ContaminationReport:
 
 @dataclass(frozen=True)
 class _Text:
-    """A row or a problem to compare: its id, its prompt, and its response ("" for a problem)."""
+    """A row or a problem to compare with the tests: its id, its prompt, and its response ("" for a
+    problem)."""
 
     id: str
     prompt: str
@@ -52,7 +55,8 @@ class _Text:
 
 
 def evaluated_problems(recipe: Recipe) -> dict[str, Problems]:
-    """The problem sources whose held-out part some evaluation of the recipe uses."""
+    """Return, by name, the problem sources on whose test problems an evaluation of the recipe measures a
+    model."""
     evaluated: dict[str, Problems] = {}
     for stage in recipe.stages.values():
         if isinstance(stage, Evaluate):
@@ -62,13 +66,15 @@ def evaluated_problems(recipe: Recipe) -> dict[str, Problems]:
 
 
 class Decontamination:
-    """Compares the training data of a stage with the tests.
+    """Compares the training data of stages with the recipe's test problems.
 
-    With `thorough`, data that was never compared is compared now; otherwise only stored reports count.
+    If `thorough` is True, `compare` compares data that has no stored report; otherwise it only reads stored
+    reports.
     """
 
     def __init__(self, store: Store, tests: Mapping[str, Problems], identities: Mapping[str, Any]):
-        """`tests` are the evaluated problem sources, `identities` what their content is keyed by."""
+        """Set up for the evaluated problem sources `tests`. `identities` maps the name of each of those
+        sources to the settings and file digest that determine its problems."""
         self.store = store
         self.tests = tests
         self.identities = identities
@@ -83,9 +89,11 @@ class Decontamination:
         identities: Mapping[str, Any],
         inputs: Mapping[str, Artifact],
     ) -> ContaminationReport | None:
-        """The report for one stage; None without data to compare, or if none is stored and `thorough` is off.
+        """Return the contamination report of one stage. Return None if the stage has no training data to
+        compare, or if no report is stored and `thorough` is off.
 
-        `problems` are the stage's problem sources, `identities` what their content is keyed by.
+        `problems` are the stage's own problem sources, `identities` the settings and file digests that
+        determine their problems, `inputs` the artifacts that the stage reads.
         """
         drawn = {} if stage.kind in DRAWS_NO_PROBLEMS else problems
         rows = _with_file(inputs, ROWS) if stage.kind in LEARNS_FROM_ROWS else {}
@@ -110,6 +118,7 @@ class Decontamination:
         return report
 
     def _sift(self, texts: list[_Text]) -> ContaminationReport:
+        """Compare the texts with all tests and return the report."""
         for name in self.tests:
             if name not in self._sieves:
                 self._sieves[name] = self._make_sieve(name)
@@ -122,6 +131,7 @@ class Decontamination:
         return ContaminationReport(against, len(texts), dropped)
 
     def _make_sieve(self, name: str) -> ContaminationIndex:
+        """Build the index of the test problems of the evaluated source `name`."""
         from ..tasks.contamination import ContaminationIndex
 
         prompts = {}
@@ -133,7 +143,7 @@ class Decontamination:
         return ContaminationIndex(prompts, questions)
 
     def _find_fault(self, text: _Text) -> str | None:
-        """The reason for which a text is too near to some test, if it is."""
+        """Return the reason why a text is too similar to a test problem, None if it is not."""
         for sieve in self._sieves.values():
             fault = sieve.fault(text.id, text.prompt, text.response)
             if fault:
@@ -141,11 +151,13 @@ class Decontamination:
         return None
 
     def _problem_texts(self, drawn: Mapping[str, Problems]) -> Iterator[_Text]:
+        """Yield the training problems of the problem sources `drawn`."""
         for name, problems in drawn.items():
             for problem in self._task(name, problems).problems("train"):
                 yield _Text(problem.id, problem.prompt)
 
     def _task(self, name: str, problems: Problems) -> Task:
+        """Open the task of a problem source; each source is opened once."""
         from ..tasks.registry import open_task
 
         if name not in self._tasks:
@@ -154,18 +166,19 @@ class Decontamination:
 
 
 def _with_file(inputs: Mapping[str, Artifact], file: str) -> dict[str, Artifact]:
-    """The inputs whose artifact has a file of that name."""
+    """Return the inputs whose artifact's folder has a file named `file`."""
     return {name: artifact for name, artifact in inputs.items() if (artifact.folder / file).exists()}
 
 
 def _row_texts(artifacts: Mapping[str, Artifact], file: str) -> Iterator[_Text]:
+    """Yield the rows or problems in the file named `file` of each artifact."""
     for artifact in artifacts.values():
         for row in read(artifact.folder / file):
             yield _Text(row["id"], _prompt_text(row["prompt"]), response_text(row))
 
 
 def _prompt_text(prompt: str | Iterable[Mapping[str, Any]]) -> str:
-    """A prompt as text: itself, or the contents of its chat messages, a line each."""
+    """Return a prompt as text: a string unchanged, chat messages as the lines of their contents."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(str(message.get("content", "")) for message in prompt)

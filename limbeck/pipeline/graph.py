@@ -1,7 +1,9 @@
-"""The recipe as a graph of keyed stages: which stages run, in which order, and why.
+"""The recipe as a graph of stages, which decides the stages that must run, in which order, and why.
 
-key = hash(kind, stage version, settings that change the result, seed, problems, digests of the inputs).
-The computation is hashed; the place where it runs and the amount that it prints are not (redun's rule).
+Each stage has a key = hash(kind, version of the kind, settings that change the result, seed, problems,
+digests of the inputs). A stage whose key has an artifact (a finished result folder) in the store does not run
+again. Settings that only change where a stage runs or how much it logs are not hashed, as in the workflow
+engine redun.
 """
 
 from __future__ import annotations
@@ -33,17 +35,21 @@ from .review import reviews
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
-# of an endpoint: its responses are the same
+# settings of an endpoint that do not change its responses
 QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
-VERSIONS: dict[str, int] = {}  # a kind's version enters its keys: raise it when settings change meaning
+VERSIONS: dict[str, int] = {}  # kind -> version, part of its keys: raise it when settings change meaning
 
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a run. `artifact` is its result; `key` is None while an input is missing.
+    """One stage of a run. `artifact` is its finished result, if there is one; `key` is None while an input is
+    not finished.
 
-    `queue` is the folder of a stage that people review, `review_bytes` the bytes of reviews that its key
-    covers: later reviews do not count. `contamination` lists the rows and problems that the stage leaves out.
+    `inputs` are the names of the stages that it reads; `control` is "forced" for an evaluation that forces
+    continuations on the model, else None. For a curate stage, `queue` is the folder of the rows that people
+    review, and `review_bytes` the length of the review file that the key covers: reviews appended later do
+    not count. `endpoints` are the remote models that it may query. `contamination` lists the rows and
+    problems that it leaves out.
     """
 
     name: str
@@ -65,7 +71,8 @@ class Node:
 
     @property
     def state(self) -> str:
-        """`cached`, `waits` (for inputs), `asks` (people to review) or `ready`."""
+        """`cached` (finished), `waits` (an input is not finished), `asks` (people must review its rows first)
+        or `ready`."""
         if self.artifact:
             return "cached"
         if self.key is None:
@@ -76,15 +83,15 @@ class Node:
 
     @property
     def dropped(self) -> list[str]:
-        """The ids of rows and problems that the stage leaves out, sorted."""
+        """The sorted ids of the rows and problems that the stage leaves out as too similar to a test."""
         return sorted(self.contamination.dropped) if self.contamination else []
 
 
 class Graph:
-    """A recipe's nodes in an order in which they can run; `refresh` looks again for artifacts."""
+    """The nodes of a recipe, in an order in which they can run. `refresh` updates them from the store."""
 
     def __init__(self, recipe: Recipe, store: Store, base: Path):
-        """`base` is the folder that the recipe's relative paths start from."""
+        """Build the graph. `base` is the folder that relative paths in the recipe are resolved against."""
         self.recipe = resolve_paths(recipe, base)
         self.store = store
         self._files: dict[Path, str] = {}
@@ -95,7 +102,8 @@ class Graph:
         self.refresh()
 
     def refresh(self) -> None:
-        """Key every node whose inputs are complete, and find its artifact."""
+        """Compute the key of every node without an artifact whose inputs are all finished, and look up its
+        artifact in the store."""
         for name, node in self.nodes.items():
             if node.artifact:
                 continue
@@ -104,17 +112,19 @@ class Graph:
                 self.nodes[name] = self._keyed(node, artifacts)
 
     def check_contamination(self) -> None:
-        """Compare all training data with the tests, and key every node anew."""
+        """Compare the training data of all stages with the test problems, then compute every node's key
+        again."""
         self.decontamination.thorough = True
         for name, node in self.nodes.items():
             self.nodes[name] = replace(node, key=None, artifact=None)
         self.refresh()
 
     def artifacts_of(self, node: Node) -> dict[str, Artifact | None]:
-        """The artifacts of a node's inputs by name."""
+        """Return the artifacts of a node's inputs by input name, None for an input that is not finished."""
         return {cited: self.nodes[cited].artifact for cited in node.inputs}
 
     def _keyed(self, node: Node, artifacts: dict[str, Artifact]) -> Node:
+        """Return the node with its key, its contamination report and, if the store has it, its artifact."""
         if isinstance(node.stage, Curate) and not node.stage.auto:
             queue = reviews.queue_folder(self.store.root, artifacts[node.stage.rows].digest)
             node = replace(node, queue=queue, review_bytes=reviews.extent(queue))
@@ -125,7 +135,8 @@ class Graph:
         return replace(node, key=key, artifact=self.store.find(node.kind, key))
 
     def identity(self, node: Node) -> dict[str, Any]:
-        """Everything that determines a stage's result; its hash is the key."""
+        """Return the JSON value of everything that determines a stage's result. Its hash is the stage's
+        key."""
         identity = {
             "version": VERSIONS.get(stored_kind(node.kind), 1),
             "settings": self._settings(node.stage),
@@ -141,13 +152,13 @@ class Graph:
         return identity
 
     def _settings(self, stage: Stage) -> dict[str, Any]:
-        """The settings that change a stage's result."""
+        """Return the settings of a stage that change its result."""
         configured = {k: v for k, v in stage.model_dump(mode="json").items() if k not in QUIET}
-        # in the words of old keys, and without None: neither a new word nor a new option changes a key
+        # with the names of older versions and without None, so that a renamed or a new option changes no key
         settings = {k: v for k, v in stored(configured).items() if v is not None}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
-        if isinstance(stage, Load):  # a model counts by its content, wherever it lies
+        if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         settings.pop("licence", None)  # the permitted uses of a result do not change it
         tables = {name: self._digest(Path(name)) for name in tables_of(stage)}
@@ -156,27 +167,28 @@ class Graph:
         return settings
 
     def _source(self, problems: Problems) -> dict[str, Any]:
-        """The settings of a problem source, with a file's digest for its path."""
+        """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
         settings = problems.model_dump(mode="json", exclude={"licence", "teachers"})
         if isinstance(problems, Files):
             settings["path"] = self._digest(Path(problems.path))
         return settings
 
     def _directory(self, path: Path) -> dict[str, str]:
-        """The digests of all files in a folder by their relative path; of a single file by its name."""
+        """Return the digest of each file in a folder by its relative path. For a path that is a single file,
+        return its digest by its name."""
         if not path.is_dir():
             return {path.name: self._digest(path)}
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return {file.relative_to(path).as_posix(): self._digest(file) for file in files}
 
     def _digest(self, path: Path) -> str:
-        """The SHA-256 of a file, read once."""
+        """Return the SHA-256 of a file; each file is read only once per graph."""
         if path not in self._files:
             self._files[path] = digest_file(path)
         return self._files[path]
 
     def dependents(self, name: str) -> set[str]:
-        """All stages that depend on this one, directly or through others."""
+        """Return the names of all stages that need the stage `name`, directly or through other stages."""
         dependents: set[str] = set()
         for node in self.nodes.values():  # in order, so that one pass finds all
             if name in node.inputs or dependents & set(node.inputs):
@@ -184,7 +196,8 @@ class Graph:
         return dependents
 
     def why(self, node: Node) -> list[str]:
-        """The reasons to run a node: its differences from the nearest artifact of the same stage."""
+        """Return the reasons to run a node, as phrases: its differences from the most similar artifact of the
+        stage of the same name, the inputs that must run first, or "never run"."""
         if node.key is None:
             missing = [name for name in node.inputs if not self.nodes[name].artifact]
             return [f"{', '.join(missing)} must run first"]
@@ -202,9 +215,10 @@ class Graph:
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
-    """The recipe with absolute paths, so that it means the same wherever it is read.
+    """Return the recipe with absolute paths, so that it can be read from any working directory.
 
-    Raises LimbeckError for a file or a model that is neither below `base` nor below the working directory.
+    Raises LimbeckError for a file or a model that is found neither relative to `base` nor to the working
+    directory.
     """
     problems = dict(recipe.problems)
     for name, source in problems.items():
@@ -216,6 +230,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
 
 
 def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
+    """Return the stage with absolute paths."""
     if isinstance(stage, Load):
         from ..model.find import find_model
 
@@ -230,6 +245,8 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
 
 
 def _find_file(setting: str, path: str, base: Path) -> str:
+    """Return the absolute path of a file relative to `base` or to the working directory. `setting` names the
+    recipe's setting in the error message. Raises LimbeckError if there is no such file."""
     for place in (base / path, Path(path)):
         if place.is_file():
             return str(place.resolve())
@@ -237,7 +254,8 @@ def _find_file(setting: str, path: str, base: Path) -> str:
 
 
 def tables_of(stage: Stage) -> list[str]:
-    """The files outside the store that a stage reads rows from."""
+    """Return the paths of the table files (such as JSONL) that a stage reads rows from. Names of other stages
+    are not included."""
     cited: Iterable[str] = ()
     if isinstance(stage, Calibrate | Reward):
         cited = [stage.rows]
@@ -247,19 +265,22 @@ def tables_of(stage: Stage) -> list[str]:
 
 
 def table_setting(stage: Stage) -> str:
-    """The setting that names a stage's files."""
+    """Return the name of the stage's setting that contains the paths of its table files: "pairs" or
+    "rows"."""
     return "pairs" if isinstance(stage, DPO) else "rows"
 
 
 def rename_tables(stage: Calibrate | Reward | DPO, names: Mapping[str, str]) -> dict[str, Any]:
-    """The setting that names a stage's files, with the files renamed as `names` maps them."""
+    """Return the stage's setting that contains paths of table files, as {setting: value}, with each path
+    replaced by its entry in `names`."""
     if isinstance(stage, DPO):
         return {"pairs": {names.get(cited, cited): share for cited, share in stage.pairs.items()}}
     return {"rows": names[stage.rows]}
 
 
 def seed_of(recipe: Recipe, node: Node) -> str:
-    """The root of a stage's random draws; all models of an evaluation share it, and so their problems."""
+    """Return the seed string of a stage, from which all its random draws derive. The evaluations of several
+    models by one evaluate stage share it, so that all models get the same problems."""
     return f"{recipe.seed}/{node.name.split('/')[0]}"
 
 
@@ -267,12 +288,14 @@ def seed_of(recipe: Recipe, node: Node) -> str:
 
 
 def nodes_of(recipe: Recipe) -> list[Node]:
-    """A recipe's stages in an order in which they can run, without keys; reads nothing but the recipe."""
+    """Return the stages of a recipe as nodes without keys, in an order in which they can run. Reads no
+    files."""
     return list(_ordered(_expand(recipe)))
 
 
 def _expand(recipe: Recipe) -> Iterator[Node]:
-    """The nodes of all stages but reports; an evaluation has one for each model."""
+    """Yield the nodes of all stages except reports. An evaluate stage yields one node for each model that it
+    evaluates."""
     for name, stage in recipe.stages.items():
         if isinstance(stage, Evaluate):
             problems, _ = _problems(recipe, stage)
@@ -285,6 +308,7 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
 
 
 def _node(recipe: Recipe, name: str, stage: Stage) -> Node:
+    """Return the node of a stage that is neither an evaluation nor a report."""
     problems, screens = _problems(recipe, stage)
     if isinstance(stage, Curate):  # the policy may need the problems that the rows answer
         problems = {
@@ -298,12 +322,13 @@ def _node(recipe: Recipe, name: str, stage: Stage) -> Node:
 
 
 def report_nodes(recipe: Recipe) -> list[tuple[str, Report]]:
-    """The report stages by name; they run after all others."""
+    """Return the report stages as (name, stage); they run after all other stages."""
     return [(name, stage) for name, stage in recipe.stages.items() if isinstance(stage, Report)]
 
 
 def _problems(recipe: Recipe, stage: Stage) -> tuple[dict[str, Problems], list[str]]:
-    """The problem sources of a stage, those behind its screenings included, and the screenings."""
+    """Return the problem sources of a stage and the names of the `screen` stages among its sources. The
+    sources that those screen stages draw from are included."""
     problems: dict[str, Problems] = {}
     screens: list[str] = []
     for name in sources(stage):
@@ -318,7 +343,7 @@ def _problems(recipe: Recipe, stage: Stage) -> tuple[dict[str, Problems], list[s
 
 
 def _ordered(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Inputs before the nodes that need them, otherwise in the order of the recipe."""
+    """Yield each node after all of its inputs, otherwise in the order of the recipe."""
     pending = list(nodes)
     done: set[str] = set()
     while pending:
@@ -332,7 +357,7 @@ def _ordered(nodes: Iterable[Node]) -> Iterator[Node]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys: `{"settings.policy.kl_coef": 0.01}`."""
+    """Flatten nested mappings into one with dotted keys, such as `{"settings.policy.kl_coef": 0.01}`."""
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, Any] = {}
@@ -342,7 +367,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """A sentence for each key in which two flat identities differ."""
+    """Return one phrase for each key at which two flattened identities differ. `mine` is the identity now,
+    `theirs` that of an earlier artifact."""
     sentences = []
     for name in {**theirs, **mine}:
         before = theirs.get(name)

@@ -1,4 +1,5 @@
-"""A stage's job: everything that it needs to run, independent of the process that runs it."""
+"""A job: everything that one stage needs to run, in any process. `worker.py` sends jobs to worker
+processes."""
 
 from __future__ import annotations
 
@@ -29,11 +30,14 @@ LARGE_MODEL_ROWS = 64  # rows, few enough for the KV cache to stay small
 
 @dataclass(frozen=True)
 class Job:
-    """One stage to run: settings, seed, complete inputs, and the partial folder to write into.
+    """One stage to run: its settings, its seed, the folders of its finished inputs, and the folder to write
+    into.
 
-    `seed` is "0/zero" (recipe seed and stage name): the root of every random draw of the stage. `dropped` are
-    the ids of rows and training problems to leave out, being too near to the test. `review_bytes` is the number of
-    bytes of the queue's reviews that count.
+    `seed` is, for example, "0/zero" (recipe seed and stage name); all random draws of the stage derive from
+    it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
+    continuations, else None. `queue` is the folder of rows under review, of whose review file the first
+    `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
+    are too similar to a test. `stopping` returns True once the stage should write a checkpoint and end.
     """
 
     name: str
@@ -52,7 +56,7 @@ class Job:
     # ------------------------------------------------------------ models
 
     def model(self, name: str) -> tuple[Decoder, Tokenizer]:
-        """The weights and the tokenizer of an input."""
+        """Load the model and the tokenizer of the input `name`."""
         from ..model import weights
         from ..text.tokenizer import Tokenizer
 
@@ -60,7 +64,7 @@ class Job:
         return weights.load(directory), Tokenizer.from_directory(directory)
 
     def endpoint(self, name: str) -> Endpoint:
-        """An endpoint that the stage may use; the store caches its responses for all stages and runs."""
+        """Open the remote endpoint `name`. Its responses are cached in the store, for all stages and runs."""
         from ..engine.openai_client import Endpoint
 
         settings = self.stage if isinstance(self.stage, Remote) else self.endpoints[name]
@@ -68,7 +72,8 @@ class Job:
         return Endpoint(f"stages.{name}", settings, cache, self.stopping)
 
     def sampler(self, name: str, speculate: bool = False) -> Engine | Endpoint:
-        """The engine of an input's model, or an endpoint."""
+        """Return what samples responses of the input `name`: an endpoint if it is remote, else an inference
+        engine with its model. `speculate` turns on speculative decoding."""
         from ..engine.rollout import Engine
 
         if name in self.endpoints:
@@ -80,13 +85,15 @@ class Job:
     # ------------------------------------------------------------ data
 
     def task(self, name: str) -> Task:
-        """The task of a problem source."""
+        """Open the task (the problems and their checker) of the problem source `name`."""
         from ..tasks.registry import open_task
 
         return open_task(name, self.problems[name])
 
     def mixture(self, weights: dict[str, float], rewards: dict[str, float] | None = None) -> Mixture:
-        """Problems by weight; the name of a `screen` stage stands for the problems that it kept."""
+        """Return a mixture that draws problems from several sources. `weights` maps sources to sampling
+        weights; the name of a `screen` stage stands for the problems that it kept. `rewards` maps the parts
+        of a score to their weights in the reward, by default accuracy alone."""
         from ..tasks.mixture import Mixture
 
         tasks = {name: self.task(name) for name in self.problems}
@@ -103,28 +110,29 @@ class Job:
         return [problem for problem in problems if problem.id not in self.dropped]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of an input, without those to leave out."""
+        """Return the rows of the input `name`, without those in `dropped`."""
         return [row for row in read(self.inputs[name] / ROWS) if row["id"] not in self.dropped]
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """The manifest of an input."""
+        """Read the manifest (settings, costs, notes) of the input `name`."""
         return json.loads((self.inputs[name] / MANIFEST).read_text(encoding="utf-8"))
 
     # ------------------------------------------------------------ output
 
     def record(self, step: int = 0, total: int | None = None) -> RunLog:
-        """The stage's metrics and rollouts, continued at `step`."""
+        """Open the stage's log of metrics and rollouts, to be continued at `step`. `total` is the number of
+        steps, if known."""
         return RunLog(self.folder, step, total)
 
     def checkpoint(self) -> Checkpoint:
-        """The stage's checkpoint."""
+        """Return the object that saves and restores the stage's training checkpoint."""
         from ..train.checkpoint import Checkpoint
 
         return Checkpoint(self.folder, self.stage.save_every, self.stopping)
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """The problems that a screening kept."""
+    """Read the problems that a `screen` stage kept from its `problems.jsonl`."""
     problems = []
     for row in read(path):
         row.pop("pass_rate", None)

@@ -1,4 +1,5 @@
-"""The progress of a running stage, read from its files: steps, metrics, pace, the latest rollout."""
+"""The progress of a running stage, read from the log files in its folder: steps, metrics, speed, and the
+latest rollout."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Pace:
     """The recent speed of a stage: `Pace(4, 40, 12.0, 40960, 0.7)` took 12 seconds for 40 steps and 40,960
     tokens.
 
-    `looks` counts the rows of timing behind it; the last one is `since` seconds old.
+    `looks` is the number of timing records that it is computed from; the last record was written `since`
+    seconds ago.
     """
 
     looks: int
@@ -34,20 +36,22 @@ class Pace:
 
 @dataclass(frozen=True)
 class Progress:
-    """A running stage; `began` is the monotonic time of its start."""
+    """The progress of a running stage. `folder` has its log files; `began` is the `time.monotonic()` of its
+    start."""
 
     node: Node
     folder: Path
     began: float
 
     def look(self) -> tuple[int, int | None, dict[str, Any]]:
-        """Steps done, steps in all, and the latest metrics."""
+        """Return (steps done, total steps or None if unknown, latest metrics)."""
         timing = _last(self.folder / TIMING)
         metrics = _last(self.folder / METRICS)
         return timing.get("step", -1) + 1, timing.get("of"), metrics
 
     def pace(self) -> Pace:
-        """The pace over the latest rows of timing; a process begins with a row that has no seconds."""
+        """Compute the speed from the latest timing records of the current process. The first record that a
+        process writes has no seconds; records before it are left out."""
         rows = _tail(self.folder / TIMING)
         for i in reversed(range(len(rows))):
             if rows[i]["seconds"] is None:
@@ -66,7 +70,8 @@ class Progress:
         )
 
     def _silence(self) -> float:
-        """Seconds since the last row of timing was written."""
+        """Return the seconds since the last timing record was written, or since the stage started if there is
+        none."""
         path = self.folder / TIMING
         if not path.exists():
             return self.spent
@@ -75,28 +80,30 @@ class Progress:
 
     @property
     def spent(self) -> float:
-        """Seconds since the stage started."""
+        """The seconds since the stage started."""
         return time.monotonic() - self.began
 
     def preparing(self) -> str:
-        """The stage's sentence on its preparations, "" if it wrote none or has begun its steps."""
+        """Return the sentence that describes what the stage does before its first step, "" if there is
+        none."""
         with suppress(FileNotFoundError):
             return (self.folder / PREPARING).read_text(encoding="utf-8")
         return ""
 
     def thought(self) -> dict[str, Any]:
-        """The latest rollout, {} if there is none."""
+        """Return the latest logged rollout, {} if there is none."""
         return _last(self.folder / ROLLOUTS)
 
 
 def _last(path: Path) -> dict[str, Any]:
-    """The last whole line of a JSONL file, {} if there is none."""
+    """Return the last complete line of a JSONL file, {} if there is none."""
     rows = _tail(path, 1)
     return rows[0] if rows else {}
 
 
 def _tail(path: Path, count: int = 4 * RECENT) -> list[dict[str, Any]]:
-    """The last `count` whole lines of a JSONL file, or fewer; reads no more than `TAIL_BYTES`."""
+    """Return the last `count` complete lines of a JSONL file. There are fewer if the file has fewer in its
+    last `TAIL_BYTES` bytes, and none if one of them is not valid JSON."""
     if not path.exists():
         return []
     with open(path, "rb") as file:

@@ -1,4 +1,5 @@
-"""Execution of a recipe: start the stages that are ready, store those that are done, until none is left."""
+"""Execution of a recipe: stages start as soon as their inputs are finished, and their results are stored,
+until none is left."""
 
 from __future__ import annotations
 
@@ -36,29 +37,31 @@ GRACE = 20.0  # seconds that running stages have to checkpoint after another one
 
 
 class Display(Protocol):
-    """The display of a run: a tree in a terminal, plain lines, or JSON events."""
+    """The interface through which a run reports to its user. Implementations print a tree in a terminal,
+    plain lines, or JSON events."""
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Show the current state; called several times a second."""
+        """Show the state of all stages; called several times a second. `running` maps running stages to their
+        progress."""
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        """Show that a stage is done."""
+        """Show that the stage `node` has finished with the result `artifact`."""
 
     def say(self, text: str) -> None:
-        """Show a sentence."""
+        """Show the message `text`."""
 
 
 class Quiet:
-    """A display that shows nothing."""
+    """A display that prints nothing."""
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
     def say(self, text: str) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
 
 def run(
@@ -68,11 +71,13 @@ def run(
     auto: bool = False,
     display: Display | None = None,
 ) -> Run:
-    """Execute a recipe, a file or the name of a shipped one; stages that are done are not done again.
+    """Execute a recipe, given as a path or as the name of a recipe in the package. Stages that are already
+    finished are not run again.
 
-    `overrides` are `key.path=value` pairs; with `auto`, the policies of curate stages decide instead of people. The
-    result's `graph` has the artifact of every stage. Raises LimbeckError for a mistake, and Resumable if the run was
-    stopped or waits for reviews.
+    `runs` is the folder of all runs. `overrides` are "key.path=value" strings that change settings. With
+    `auto`, the policies of curate stages decide in place of human reviewers. The `graph` of the returned run
+    has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed stage, and
+    Resumable if the run was stopped or waits for reviews: the same call then continues it.
     """
     path = find(recipe)
     settings = load(path, tuple(overrides))
@@ -84,11 +89,13 @@ def run(
 
 
 class Run:
-    """One recipe's run: its graph, its folder (`runs/NAME`), its workers and its display."""
+    """One run of a recipe: its graph of stages, its folder (`runs/NAME`), its worker processes and its
+    display."""
 
     def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display, right: str | None = None):
-        """`base` is the folder that the recipe's relative paths start from, `home` the folder of all runs.
-        Raises LimbeckError if a licence forbids a stage and no `right` is claimed."""
+        """Prepare a run. `base` is the folder that relative paths in the recipe are resolved against, `home`
+        the folder of all runs. `right` is the user's reason for a claim to be exempt from a licence's terms.
+        Raises LimbeckError if a licence forbids a stage and no `right` is given."""
         self.recipe = recipe
         self.home = home
         self.display = display
@@ -105,8 +112,8 @@ class Run:
     # ------------------------------------------------------------ the loop
 
     def execute(self, forecast: dict[str, Any] | None = None) -> Path | None:
-        """Execute all stages; return the report's page, if the recipe has one. A `forecast` is kept with the
-        run.
+        """Execute all stages. Return the path of the report's HTML page, None if the recipe has no report. A
+        `forecast` of the stages' costs is saved in the run's folder.
 
         Raises Resumable if the run was stopped or waits for reviews.
         """
@@ -117,6 +124,7 @@ class Run:
             return self._run_stages()
 
     def _run_stages(self) -> Path | None:
+        """Run all stages until none is left, then write the report and return its page."""
         self.graph.check_contamination()
         began = time.monotonic()
         try:
@@ -134,11 +142,12 @@ class Run:
         return self._report(time.monotonic() - began)
 
     def stop(self) -> None:
-        """Let running stages checkpoint and end. Safe in a signal handler: it only sets a flag."""
+        """Make running stages write a checkpoint and end. Safe to call from a signal handler, because it only
+        sets a flag."""
         self.stopping = True
 
     def _step(self) -> None:
-        """Wait a moment for an event, and handle it."""
+        """Pass on a requested stop, wait at most `TICK` seconds for an event of a worker, and handle it."""
         if self.status.pause_requested():
             self.stop()
         if self.stopping and not self._stop_sent:
@@ -152,7 +161,8 @@ class Run:
             self._handle(event)
 
     def _drain_after_failure(self) -> None:
-        """Let the other stages checkpoint after one has failed; further failures are not reported."""
+        """After a stage has failed, give the other running stages up to `GRACE` seconds to write a
+        checkpoint. Further failures are not reported."""
         self.stop()
         deadline = time.monotonic() + GRACE
         while self.running and time.monotonic() < deadline:
@@ -160,8 +170,11 @@ class Run:
                 self._step()
 
     def _was_reviewed(self) -> bool:
-        """True if reviews have made a stage ready. The status `waits` is written before the last look: a
-        person who reviews and then reads `running` knows that the run will see it, and starts no other."""
+        """Return True if reviews have made a stage ready to run.
+
+        The status `waits` is written before the final check. Somebody who saves a review and then reads the
+        status `running` therefore knows that this run will see the review, and does not start another run.
+        """
         if self.stopping:
             return False
         if any(node.state == "asks" for node in self.graph.nodes.values()):
@@ -171,7 +184,7 @@ class Run:
     # ------------------------------------------------------------ before the first stage
 
     def _refuse_keyless(self) -> None:
-        """Raise LimbeckError if an endpoint that a stage will ask has no key."""
+        """Raise LimbeckError if an endpoint that a stage will query has no API key."""
         for node in self.graph.nodes.values():
             if node.artifact:
                 continue
@@ -180,7 +193,7 @@ class Run:
                 key_of(f"stages.{name}", settings)
 
     def _open_folder(self) -> None:
-        """Make the run's folder, with its recipe and the artifacts that are done already."""
+        """Create the run's folder, and write the recipe and the list of finished artifacts into it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / RECIPE, dump(self.graph.recipe))
@@ -193,7 +206,8 @@ class Run:
             ) from None
 
     def _keep_forecast(self, forecast: dict[str, Any] | None) -> None:
-        """Write the forecast, if one was made; a stage that is done keeps the one made before it began."""
+        """Write the forecast, if there is one. A finished stage keeps the forecast that was made before it
+        ran."""
         if not forecast:
             return
         path = self.folder / FORECAST
@@ -210,7 +224,8 @@ class Run:
     # ------------------------------------------------------------ starting stages
 
     def _start(self) -> bool:
-        """Hand ready stages to free workers, those with most dependents first. True if any was started."""
+        """Start ready stages on free workers, first those that most other stages depend on. Return True if
+        any was started."""
         if self.stopping:
             return False
         self._write_queues()
@@ -225,6 +240,7 @@ class Run:
         return started
 
     def _start_stage(self, node: Node) -> None:
+        """Send the job of a node to a free worker."""
         job = self._job(node)
         self.running[node.name] = Progress(node, job.folder, time.monotonic())
         self.status.begun[node.name] = job.folder.name
@@ -234,21 +250,24 @@ class Run:
             self.display.say(f"{node.name}: leaves {len(job.dropped)} of {checked} out, too near to the test")
 
     def _write_queues(self) -> None:
-        """Write the queues of rows that people are to review."""
+        """Write the queues of rows that people should review."""
         for node in self.graph.nodes.values():
             if node.queue and not node.artifact:
                 curate.ask(node.queue, partial(self._rows, node), node.stage.question, node.stage.second)
 
     def _rows(self, node: Node) -> list[dict[str, Any]]:
+        """Return the rows that a curate stage asks people to review."""
         assert isinstance(node.stage, Curate)
         artifact = self.graph.nodes[node.stage.rows].artifact
         return list(read(artifact.folder / ROWS))
 
     def _urgency(self, node: Node) -> int:
-        """The sort key of a node, less is sooner: the number of its dependents, negated."""
+        """Return the sort key for starting nodes, smallest first: the negated number of stages that depend on
+        the node."""
         return -len(self.graph.dependents(node.name))
 
     def _job(self, node: Node) -> Job:
+        """Return the job that a worker needs to run a node."""
         return Job(
             name=node.name,
             stage=node.stage,
@@ -266,7 +285,8 @@ class Run:
     # ------------------------------------------------------------ events of workers
 
     def _handle(self, event: dict[str, Any]) -> None:
-        """Handle an event of a worker. Raises what ended the stage, if it failed or its process died."""
+        """Handle one event of a worker. Raises LimbeckError if the stage failed, and Resumable if its process
+        died."""
         kind = event["event"]
         if kind == "told":
             self.display.say(f"{event['name']}: {event['text']}")
@@ -285,7 +305,7 @@ class Run:
             raise _failure(event, self.folder)
 
     def _finish_stage(self, progress: Progress, event: dict[str, Any]) -> None:
-        """Store the artifact of a stage that is done, or take over the one that another run has stored."""
+        """Store the artifact of a finished stage, or use the one that another run stored meanwhile."""
         node = progress.node
         if event["event"] == "done":
             self.store.finish(progress.folder, self._manifest(node, event["outcome"]))
@@ -298,6 +318,7 @@ class Run:
     # ------------------------------------------------------------ manifests
 
     def _manifest(self, node: Node, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Return the manifest of a finished stage. `outcome` is what the stage returned."""
         artifacts = self.graph.artifacts_of(node)
         inputs = {}
         for name, artifact in artifacts.items():
@@ -321,7 +342,8 @@ class Run:
         return {**manifest, **outcome}
 
     def _index(self) -> None:
-        """Write the artifacts by stage, which `gc` spares. Called after each stage: a run may be killed."""
+        """Write `stages.json`, which maps finished stages to artifact folders; `limbeck gc` does not delete
+        those. Called after each stage, because a run may be killed at any time."""
         stages = {}
         for name, node in self.graph.nodes.items():
             if node.artifact:
@@ -330,7 +352,8 @@ class Run:
         write(self.folder / INDEX, json.dumps(stages, indent=2) + "\n")
 
     def _update_manifest(self, node: Node) -> None:
-        """Add to an earlier artifact's manifest what the recipe knows of its origin by now."""
+        """Add licences, sources and decontamination results that follow from the current recipe to the
+        manifest of an artifact that was made earlier."""
         manifest = node.artifact.manifest
         artifacts = self.graph.artifacts_of(node)
         origin = origin_of(node, manifest, artifacts, self.licence_traces, self.claims)
@@ -353,7 +376,8 @@ class Run:
                 )
 
     def _report(self, seconds: float) -> Path | None:
-        """Write the recipe's report, if it has one, and return its page."""
+        """Write the recipe's report and return the path of its page; None if the recipe has no report.
+        `seconds` is the duration of this run."""
         from ..report.report import StageView
         from ..report.report import write as write_report
 
@@ -375,7 +399,8 @@ class Run:
         return write_report(folder, views, self.recipe.model_dump(mode="json"), summary)
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        """The costs of the whole run, also written as `summary.json`."""
+        """Return the time, memory and machine of the whole run, which are also written to `summary.json`.
+        `seconds` is the duration of this call of `execute`; the longest one so far is kept."""
         path = self.folder / "summary.json"
         earlier = json.loads(path.read_text()) if path.exists() else {"seconds": 0.0}
         manifests = [node.artifact.manifest for node in self.graph.nodes.values()]
@@ -396,7 +421,8 @@ class Run:
 
 
 def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
-    """The error of a failed stage; for a defect of Limbeck the traceback is written to a file."""
+    """Return the exception for a failed stage. If the cause is a bug in Limbeck, its traceback is written to
+    `traceback.txt` in `folder`."""
     if "traceback" in event:
         path = folder / "traceback.txt"
         write(path, event["traceback"])
@@ -408,6 +434,7 @@ def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:
 
 
 def _end(status: int) -> str:
+    """Describe in words how a process with this exit status ended."""
     if status < 0:
         return f"was killed (signal {-status}; out of memory?)"
     return f"ended with code {status}"

@@ -1,4 +1,4 @@
-"""The files of a run's folder that describe it, read without computing a key or opening a model.
+"""The files that describe a run, in its folder. They are read without computing a key or loading a model.
 
 runs/NAME/recipe.yaml    the stages, in order
 runs/NAME/stages.json    {STAGE: the name of its artifact's folder in runs/store}
@@ -23,29 +23,32 @@ FORECAST = "forecast.json"
 
 
 def run_folders(home: Path) -> list[Path]:
-    """The folders of all runs, by name."""
+    """Return the folders of all runs in `home`, sorted by name."""
     return sorted(path.parent for path in home.glob(f"*/{RECIPE}") if path.parent.name != "store")
 
 
 def store_of(run: Path) -> Path:
-    """The store that a run's artifacts are in."""
+    """Return the folder of the store that the run's artifacts are in."""
     return run.parent / "store"
 
 
 def read_recipe(run: Path) -> Recipe:
-    """The recipe of a run, parsed once. Raises LimbeckError if it cannot be read."""
+    """Read the recipe of a run. An unchanged file is parsed only once. Raises LimbeckError if it cannot be
+    read."""
     path = run / RECIPE
     return _load_recipe(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
 def _load_recipe(path: Path, modified: int) -> Recipe:
-    """`modified` is the file's mtime, so that a changed recipe is another entry of the cache."""
+    """Parse a recipe file. `modified` is the file's modification time in ns, so that a changed file is not
+    read from the cache."""
     return load(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run's folder, empty if there is none. Raises LimbeckError if it is not valid."""
+    """Read a JSON file of a run's folder; {} if it does not exist. Raises LimbeckError if it is not valid
+    JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,8 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
-    """The manifest in an artifact's folder, parsed once; empty if it was deleted or damaged (see
-    `limbeck verify`)."""
+    """Read the manifest in an artifact's folder; {} if it was deleted or is not valid JSON (`limbeck verify`
+    finds such artifacts). An unchanged file is parsed only once."""
     path = artifact / MANIFEST
     try:
         return _parse(path, path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""The state of a run, read from its folder alone: no key is computed, no model opened.
+"""The state of a run, read from the files in its folder. No key is computed and no model is loaded.
 
 `run_folder.py` and `run_status.py` describe the files.
 """
@@ -19,10 +19,12 @@ from .run_folder import FORECAST, INDEX, RECIPE, read_json, read_manifest, read_
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage: `StageState("zero", stage, ("base",), "begun", Path("store/.partial/rl-3fa9…"))`.
+    """The state of one stage:
+    `StageState("zero", stage, ("base",), "begun", Path("store/.partial/rl-3fa9…"))`.
 
-    `state` is done, begun, asks (for reviews), or waits. `folder` holds its metrics and its files, None if
-    there are none. `open_rows` counts the rows to review.
+    `inputs` are the names of the stages that it reads. `state` is `done`, `begun`, `asks` (people must review
+    its rows) or `waits`. `folder` has its metrics and result files, None if there are none yet. `open_rows`
+    is the number of rows still to review.
     """
 
     name: str
@@ -40,13 +42,14 @@ class StageState:
 
     @property
     def view(self) -> StageView:
-        """The stage as a report reads it."""
+        """The stage in the form that the report reads."""
         return StageView(self.name, self.kind, self.stage.title, self.folder, self.manifest, self.inputs)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run: its recipe, its stages in an order in which they can run, and their forecasts, if any."""
+    """A run: its recipe, its stages in an order in which they can run, and `foreseen`, the forecast of each
+    stage (`seconds`, `low`, `high`) by name, if one was made."""
 
     folder: Path
     recipe: Recipe
@@ -54,32 +57,34 @@ class RunState:
     foreseen: dict[str, dict[str, float]]
 
     def stage(self, name: str) -> StageState | None:
-        """The stage of that name, None if there is none."""
+        """Return the stage named `name`, None if there is none."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
     @property
     def done(self) -> int:
-        """The number of stages that are done."""
+        """The number of finished stages."""
         return sum(stage.state == "done" for stage in self.stages)
 
     @property
     def complete(self) -> bool:
-        """True if all stages are done."""
+        """True if all stages are finished."""
         return self.done == len(self.stages)
 
 
 def list_runs(home: Path) -> list[Path]:
-    """The runs in a folder, the one changed last first."""
+    """Return the folders of the runs in `home`, the most recently changed one first."""
     return sorted(run_folders(home), key=_last_change, reverse=True)
 
 
 def _last_change(run: Path) -> float:
+    """Return the latest modification time of the files that describe a run (Unix time in seconds)."""
     files = [run / name for name in (RECIPE, run_status.STATUS, INDEX)]
     return max(path.stat().st_mtime for path in files if path.exists())
 
 
 def look(folder: Path) -> RunState:
-    """The run in a folder. Raises LimbeckError if its recipe cannot be read."""
+    """Read the state of the run in `folder` from its files. Raises LimbeckError if its recipe cannot be
+    read."""
     recipe = read_recipe(folder)
     begun = run_status.status(folder).begun
     finished = read_json(folder / INDEX)
@@ -103,7 +108,8 @@ def look(folder: Path) -> RunState:
 
 
 def _waiting(node: Node, stages: dict[str, StageState], store: Path) -> StageState:
-    """A stage that has not begun: it asks for reviews if its rows are there, or waits for its inputs."""
+    """Return the state of a stage that has not begun: `asks` if it is a curate stage whose rows are there and
+    need reviews, else `waits`. `stages` are the states of the stages before it."""
     stage = node.stage
     if isinstance(stage, Curate) and not stage.auto and stages[stage.rows].state == "done":
         queue = reviews.queue_folder(store, stages[stage.rows].manifest["digest"])
@@ -114,6 +120,7 @@ def _waiting(node: Node, stages: dict[str, StageState], store: Path) -> StageSta
 
 
 def _report(name: str, stage: Stage, folder: Path) -> StageState:
+    """Return the state of a report stage, whose page is in `folder` once it is done."""
     if (folder / "index.html").exists():
         return StageState(name, stage, (), "done", folder)
     return StageState(name, stage, (), "waits")

@@ -1,8 +1,8 @@
-"""The status of a run: whether a process works on it, which stages were begun, and how it ended.
+"""The status of a run: whether a process executes it, which stages have begun, and how it ended.
 
-runs/NAME/.lock        held, shared, by every process that executes the run; the system frees it when one dies
-runs/NAME/.pause       a request to checkpoint and stop
-runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: partial folder}, "right"}
+runs/NAME/.lock        a shared lock of every process that executes the run; freed when the process dies
+runs/NAME/.pause       a request to write checkpoints and stop
+runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: name of its partial folder}, "right"}
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Status:
     """The content of `status.json`:
     `Status("paused", "stopped; the same command goes on", 1763822100.0, {"zero": "rl-3f…"})`.
 
-    `state` is running, pausing, paused, waits (for reviews), finished, failed; "" if no process ever wrote
-    one.
+    `state` is `running`, `pausing`, `paused`, `waits` (for reviews), `finished` or `failed`, and "" if no
+    process has ever written the file. `sentence` is the reason for the state, `since` the Unix time of its
+    beginning, `begun` maps stages that were started to the names of their partial folders. `right` is the
+    claimed exemption from a licence's terms, if any.
     """
 
     state: str = ""
@@ -43,10 +45,12 @@ class Status:
 
 
 class RunStatus:
-    """The lock and the status file of a run: `with RunStatus(folder): ...` records begin and end."""
+    """Context manager around the execution of a run. `with RunStatus(folder): ...` holds the run's lock and
+    writes the status file at its beginning and end."""
 
     def __init__(self, folder: Path, right: str | None = None):
-        """`right` is the reason for which a licence's terms may be broken, if one was given."""
+        """Prepare the status of the run in `folder`. `right` is the user's reason for a claim to be exempt
+        from a licence's terms, if one was given."""
         self.folder = folder
         self.right = right
         self.state = ""
@@ -72,18 +76,19 @@ class RunStatus:
         self._lock.close()
 
     def tell(self, state: str, sentence: str = "") -> None:
-        """Write the status file."""
+        """Write `state` and its reason `sentence` to the status file."""
         self.state = state
         status = Status(state, sentence, time.time(), self.begun, self.right)
         write(self.folder / STATUS, json.dumps(asdict(status), ensure_ascii=False) + "\n")
 
     def pause_requested(self) -> bool:
-        """True once `request_pause` was called for the folder."""
+        """Return True if `request_pause` was called for this run since it began."""
         return (self.folder / PAUSE).exists()
 
 
 def is_running(folder: Path) -> bool:
-    """True while a process executes the run: its lock cannot be taken exclusively."""
+    """Return True while a process executes the run in `folder`, which is the case if its lock cannot be taken
+    exclusively."""
     for _ in range(LOCK_ATTEMPTS):
         if _is_free(folder):
             return False
@@ -106,7 +111,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def status(folder: Path) -> Status:
-    """The status that the last process wrote."""
+    """Read the status that the last process wrote; the default `Status()` if there is none."""
     try:
         return Status(**json.loads((folder / STATUS).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -114,6 +119,6 @@ def status(folder: Path) -> Status:
 
 
 def request_pause(folder: Path) -> None:
-    """Ask the process at work to checkpoint and stop. A second call changes nothing, unlike a second
-    Ctrl-C."""
+    """Ask the process that executes the run to write checkpoints and stop. A second call has no further
+    effect, whereas a second Ctrl-C stops the run at once."""
     (folder / PAUSE).touch()

@@ -1,4 +1,4 @@
-"""The view of a run for its readers: the progress of each stage in numbers, in a drawing and in sentences."""
+"""A run prepared for display: the progress of each stage as numbers, as a drawing and as sentences."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from ..report.loaded_run import Run as Reported
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
-LEFT_OUT = ("evaluate", "report")  # kinds that are not drawn: one a model, and one at the end of everything
+LEFT_OUT = ("evaluate", "report")  # kinds of stages that are not drawn
 
 
 @lru_cache(maxsize=256)
 def _history(folder: Path) -> History:
-    """The history of a stage's folder; each call of `look` reads on where the last one stopped."""
+    """Return the history of metrics in a stage's folder. It is cached, so that each call of its `look` reads
+    only what was appended since the last call."""
     return History(folder)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One stage at present:
+    """One stage of a run as it is displayed:
     `Line(stage_state, "running", history, {"seconds": 76.0, "low": 60.0, "high": 95.0})`.
 
-    `state` is done, running, begun (but no process is at work), asks or waits. `history` is read up to now;
-    `foreseen` is the forecast, if one was made.
+    `standing` is the state read from the run's folder. `state` is `done`, `running`, `begun` (started, but no
+    process works on it), `asks` (people must review rows) or `waits`. `history` has the metrics up to now;
+    `foreseen` is the forecast of the stage's duration in seconds, if one was made.
     """
 
     standing: StageState
@@ -55,19 +57,19 @@ class Line:
 
     @property
     def share(self) -> float:
-        """The share of its steps that is done, 0 to 1."""
+        """The share of the stage's steps that is done, from 0 to 1."""
         if self.state == "done":
             return 1.0
         return self.history.done / self.history.total if self.history.total else 0.0
 
     @property
     def seconds(self) -> float | None:
-        """The time that it took, or has taken so far."""
+        """The seconds that the stage took, or has taken so far; None if unknown."""
         return self.standing.manifest.get("seconds") or self.history.seconds or None
 
     @property
     def said(self) -> list[Text]:
-        """The stage in sentences."""
+        """The state, curves and results of the stage as sentences."""
         if self.state == "asks":
             text = Text("{} waits for people: {} rows to review.", "{} 在等人审阅：还有 {} 行。")
             return [text.format(self.name, self.standing.open_rows)]
@@ -82,7 +84,7 @@ class Line:
         return texts
 
     def rewards(self) -> list[str]:
-        """The parts of its reward; none unless it is reinforcement."""
+        """Return the names of the parts of the stage's reward; [] unless it is an `rl` stage."""
         stage = self.standing.stage
         return list(stage.rewards) if isinstance(stage, RL) else []
 
@@ -91,19 +93,21 @@ class Line:
 
 
 def lines(run: RunState, alive: bool) -> list[Line]:
-    """All stages; `alive` if a process executes the run."""
+    """Return all stages of a run for display. `alive` is True if a process executes the run."""
     return [line_of(run, stage, alive) for stage in run.stages]
 
 
 def line_of(run: RunState, standing: StageState, alive: bool) -> Line:
-    """One stage of the run, with its history read up to now."""
+    """Return one stage of a run for display, with its metrics up to now. `alive` is True if a process
+    executes the run."""
     state = "running" if standing.state == "begun" and alive else standing.state
     history = _history(standing.folder).look() if standing.folder else History(Path())
     return Line(standing, state, history, run.foreseen.get(standing.name))
 
 
 def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
-    """The run in a paragraph: stages done, results, stages at work, forecast beside the time taken."""
+    """Describe the run in sentences: how many stages are done, the results, the stages at work, and the
+    forecast beside the time taken."""
     done = [line for line in stages if line.state == "done"]
     text = Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。")
     texts = [text.format(len(done), len(stages))]
@@ -119,7 +123,8 @@ def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
 
 
 def _compare_forecast(stages: Sequence[Line]) -> list[Text]:
-    """The time of all finished stages that had a forecast beside its sum, if there are at least two."""
+    """Compare the total time of the finished stages that had a forecast with the sum of the forecasts. Return
+    [] for fewer than two such stages."""
     finished = [line for line in stages if line.foreseen and line.state == "done" and line.seconds]
     if len(finished) < 2:
         return []
@@ -131,7 +136,8 @@ def _compare_forecast(stages: Sequence[Line]) -> list[Text]:
 
 
 def draw(stages: Sequence[Line], label: str, link: Callable[[str], str]) -> Markup:
-    """The graph of the stages, each with its state, its progress, and a link to its page."""
+    """Draw the graph of the stages as SVG, each with its state, its progress, and a link to its page. `label`
+    describes the drawing to screen readers; `link` maps a stage's name to the URL of its page."""
     boxes = []
     for line in stages:
         if line.kind in LEFT_OUT:
@@ -150,7 +156,8 @@ def draw(stages: Sequence[Line], label: str, link: Callable[[str], str]) -> Mark
 
 
 def _caption(line: Line) -> Text:
-    """The kind of a stage, and its rows to review, its steps, or its time."""
+    """Return the caption of a stage's box: its kind, and the number of rows to review, the steps, or the time
+    taken."""
     kind = i18n.KINDS.get(line.kind, i18n.plain(line.kind))
     if line.state == "asks":
         progress = Text("{} rows", "{} 行").format(line.standing.open_rows)
@@ -168,9 +175,10 @@ def _caption(line: Line) -> Text:
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: `Panel(W["accuracy"], ("accuracy",), "share")`.
+    """One chart of a stage's metrics: `Panel(_W["accuracy"], ("accuracy",), "share")`.
 
-    `scale` is share (in percent), log or plain.
+    `columns` are the names of the metrics drawn in it. `scale` is `share` (0 to 1, shown in percent), `log`
+    or `plain`.
     """
 
     title: Text
@@ -201,7 +209,7 @@ PANELS = (
 
 
 def panels(line: Line) -> list[Panel]:
-    """The charts of a stage: its reward and the parts first, then the metrics that have a name."""
+    """Return the charts of a stage: first its reward and the reward's parts, then the metrics in `PANELS`."""
     parts = line.rewards()
     if not parts:
         return list(PANELS)
@@ -209,7 +217,8 @@ def panels(line: Line) -> list[Panel]:
 
 
 def rivals(run: RunState, line: Line) -> list[str]:
-    """Evaluations to compare this one with, those of its model's ancestors first."""
+    """Return the names of the finished evaluations that this evaluation can be compared with. Evaluations of
+    models that the evaluated model was trained from come first. Return [] for other kinds of stages."""
     if line.kind != "evaluate" or line.state != "done":
         return []
     others = []
@@ -221,7 +230,7 @@ def rivals(run: RunState, line: Line) -> list[str]:
 
 
 def _ancestors(run: RunState, model: str) -> list[str]:
-    """The models that a model's weights went through, the last one first."""
+    """Return the names of the stages whose weights the model `model` was trained from, the nearest first."""
     ancestors: list[str] = []
     while True:
         stage = run.stage(model)
@@ -232,8 +241,13 @@ def _ancestors(run: RunState, model: str) -> list[str]:
 
 
 def flipped(run: RunState, line: Line, against: str = "") -> tuple[str, Flips, Text] | None:
-    """The problems that flipped between two evaluations, or between the steps of one stage: the other
-    evaluation's name ("" within a stage), the flips, and a sentence. `against` chooses among the rivals."""
+    """Find the problems that changed from wrong to right or the reverse, between two evaluations or between
+    the steps of one stage.
+
+    Return (name of the other evaluation, the changes, a sentence about them); the name is "" within one
+    stage. `against` chooses the other evaluation from those that `rivals` returns. Return None if there is
+    nothing to compare.
+    """
     others = rivals(run, line)
     if others:
         other = against if against in others else others[0]
@@ -246,7 +260,8 @@ def flipped(run: RunState, line: Line, against: str = "") -> tuple[str, Flips, T
 
 
 def responses(line: Line, step: int | None) -> dict[str, Any] | None:
-    """The groups recorded nearest to a step, by default the last, with the recorded steps around it."""
+    """Return the response groups logged at the step nearest to `step` (by default the last one), with the
+    numbers of the first, last, previous and next logged steps. Return None if none are logged."""
     steps = sorted({group.step for group in line.history.shown})
     if not steps:
         return None
@@ -265,7 +280,7 @@ def responses(line: Line, step: int | None) -> dict[str, Any] | None:
 
 
 def samples(line: Line) -> list[dict[str, Any]]:
-    """The first response of an evaluation to each problem."""
+    """Return an evaluation's first response to each problem; [] for other stages."""
     from ..report.loaded_run import samples_of
 
     folder = line.standing.folder

@@ -1,12 +1,12 @@
-"""Artifacts on disk, addressed by the hash of their inputs. A folder with a manifest is complete; one without
-is not.
+"""The store: finished stage results (artifacts) on disk, in folders named after the hash of their inputs. A
+folder with a manifest is complete; a folder without one is not.
 
 store/rl-3fa9c1d07b52/manifest.json ...      an artifact
-store/.partial/rl-3fa9c1d07b52/ ...          a stage at work, or one that was killed
-store/.partial/rl-3fa9c1d07b52.lock          held by the process that writes into it
+store/.partial/rl-3fa9c1d07b52/ ...          a stage that is running, or that was killed
+store/.partial/rl-3fa9c1d07b52.lock          held by the process that writes into that folder
 store/.bad-rl-3fa9c1d07b52-1/ ...            a folder in an artifact's place that had no manifest
-store/.queues/8c41.../                       rows to be reviewed
-store/.responses/4d/4d09....json             responses of endpoints: paid for once, never requested again
+store/.queues/8c41.../                       rows that people review
+store/.responses/4d/4d09....json             cached responses of endpoints, never requested or paid for twice
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ RESPONSES = ".responses"
 SCHEMA = 1  # version of the manifest's layout
 UNREPEATABLE = {TIMING}  # files whose content differs from run to run and stays out of an artifact's digest
 OUTCOME = "outcome.json"  # the stage's return value: a partial folder that has it only needs `finish`
-LOCK_TIMEOUT_SECONDS = 10.0  # seconds to wait for a process in the same folder; an orphan ends within one
+LOCK_TIMEOUT_SECONDS = 10.0  # seconds to wait for another process in the same folder
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete folder: `Artifact(Path("store/rl-3fa9c1d07b52"), {"kind": "rl", ...})`."""
+    """The complete result of a stage: `Artifact(Path("store/rl-3fa9c1d07b52"), {"kind": "rl", ...})`."""
 
     folder: Path
     manifest: dict[str, Any]
 
     @property
     def kind(self) -> str:
-        """The kind of the stage that made it, such as `rl`."""
+        """The kind of the stage that made the artifact, such as `rl`."""
         return current_kind(self.manifest["kind"])
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content."""
+        """The SHA-256 of the artifact's files, without those that differ between identical runs (timing)."""
         return self.manifest["digest"]
 
 
 class Store:
-    """One folder of artifacts; several runs and several processes may share it."""
+    """One folder of artifacts, which several runs and processes may share."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -65,11 +65,12 @@ class Store:
     # ------------------------------------------------------------ reading
 
     def find(self, kind: str, key: str) -> Artifact | None:
-        """The artifact of this key, if it is complete."""
+        """Return the artifact of a stage's kind and key; None if it does not exist or is not complete."""
         return self.open(self.root / _name(kind, key))
 
     def open(self, folder: Path) -> Artifact | None:
-        """The artifact in a folder, if it is complete. Raises Corrupted if its manifest is not valid JSON."""
+        """Return the artifact in a folder; None if it has no manifest. Raises Corrupted if the manifest is
+        not valid JSON."""
         path = folder / MANIFEST
         if not path.exists():
             return None
@@ -81,7 +82,7 @@ class Store:
             ) from None
 
     def all(self) -> Iterator[Artifact]:
-        """All complete artifacts, by the name of their folder."""
+        """Yield all complete artifacts, sorted by the name of their folder."""
         for folder in sorted(self.root.glob("*")):
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
@@ -90,7 +91,8 @@ class Store:
                 yield artifact
 
     def resolve(self, name: str) -> Artifact:
-        """An artifact by the beginning of its folder's name or its key; LimbeckError unless one matches."""
+        """Return the one artifact whose folder name or key begins with `name`. Raises LimbeckError unless
+        exactly one matches."""
         matches = []
         for artifact in self.all():
             if artifact.folder.name.startswith(name) or artifact.manifest["key"].startswith(name):
@@ -101,7 +103,8 @@ class Store:
         return matches[0]
 
     def verify(self) -> Iterator[tuple[Artifact, list[str]]]:
-        """Every artifact, with a sentence for each file that differs from its manifest."""
+        """Yield every artifact with a list of messages: one for each file that differs from the manifest, []
+        if all agree."""
         for artifact in self.all():
             outputs = artifact.manifest["outputs"]
             faults = []
@@ -116,28 +119,29 @@ class Store:
             yield artifact, faults
 
     def size(self, folder: Path) -> int:
-        """The bytes that a stage's files in a folder take."""
+        """Return the total size, in bytes, of the files in a folder, without the manifest."""
         return sum(path.stat().st_size for path in _files(folder))
 
     def leftovers(self) -> list[Path]:
-        """Partial and quarantined folders."""
+        """Return the partial folders (of running or killed stages) and the `.bad-` folders."""
         candidates = [*self.root.glob(".partial/*"), *self.root.glob(".bad-*")]
         return sorted(path for path in candidates if path.is_dir())
 
     # ------------------------------------------------------------ writing
 
     def partial(self, kind: str, key: str) -> Path:
-        """The folder that a stage works in until it is done; the files of a killed stage are still there."""
+        """Return the folder that a stage writes into while it runs, and create it if needed. The files of a
+        killed earlier attempt are still in it."""
         folder = self.root / ".partial" / _name(kind, key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @contextmanager
     def lock(self, folder: Path, patience: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-        """Hold a partial folder: at most one process works in it. The system frees the lock when the process
-        dies.
+        """Hold the lock of a partial folder, so that only one process at a time writes into it. The operating
+        system frees the lock when the process dies.
 
-        Raises Resumable if another process holds it for longer than `patience` seconds.
+        Raises Resumable if another process still holds the lock after `patience` seconds.
         """
         (self.root / ".partial").mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".partial" / f"{folder.name}.lock")
@@ -153,9 +157,10 @@ class Store:
             lock.release()
 
     def finish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
-        """Hash and sync every file, write the manifest last, rename into place, sync the parents.
+        """Turn a stage's partial folder into an artifact: hash and sync every file, write the manifest last,
+        and rename the folder.
 
-        If another process was faster, return its artifact: the same key, the same bytes.
+        If another process finished the same key first, return its artifact, which has the same content.
         """
         with self.lock(folder):
             existing = self.find(manifest["kind"], manifest["key"])
@@ -178,37 +183,40 @@ class Store:
         return Artifact(place, manifest)
 
     def amend(self, artifact: Artifact, news: dict[str, Any]) -> None:
-        """Add to a manifest; the artifact's content, and so its digest, stays."""
+        """Add the entries `news` to an artifact's manifest. The artifact's files and its digest do not
+        change."""
         artifact.manifest.update(news)
         _write_manifest(artifact.folder, artifact.manifest)
 
     def _unused(self, name: str) -> Path:
+        """Return the first path `name-1`, `name-2`, ... in the store that does not exist."""
         for i in itertools.count(1):
             path = self.root / f"{name}-{i}"
             if not path.exists():
                 return path
 
     def remove(self, folder: Path) -> int:
-        """Delete a folder; return the bytes that it held."""
+        """Delete a folder; return its size in bytes, without the manifest."""
         size = self.size(folder)
         shutil.rmtree(folder)
         return size
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value, keys sorted."""
+    """Return the SHA-256, in hexadecimal, of a JSON value with sorted keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file atomically: it is whole and on disk, or not there."""
+    """Write a text file atomically: afterwards it is complete and on disk; after an error or a crash the old
+    file, if any, is unchanged."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may share a run's folder
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -222,20 +230,23 @@ def write(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the half-written files of killed processes."""
+    """Delete the incomplete `*.partial` files that killed processes left in a folder."""
     for torn in folder.rglob("*.partial"):
         torn.unlink()
 
 
 def sync_below(folder: Path) -> None:
-    """Force all files of a folder to disk, and the directories that name them."""
+    """Flush all files and directories in a folder, and the folder itself, to disk (fsync)."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
 
 def out_of_space(error: BaseException | None) -> bool:
-    """True if a full disk caused the error. torch chains the system's error to its own, and Rust libraries
-    only leave its number in the text."""
+    """Return True if a full disk caused the error.
+
+    The chained exceptions are searched too, because torch raises its own error after the system's. Rust
+    libraries only mention the error number in the message.
+    """
     while error:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
@@ -246,6 +257,7 @@ def out_of_space(error: BaseException | None) -> bool:
 
 
 def _name(kind: str, key: str) -> str:
+    """Return the folder name of an artifact: its kind and the first 16 digits of its key."""
     return f"{stored_kind(kind)}-{key[:16]}"
 
 
@@ -254,22 +266,25 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    """Return the SHA-256 and the size in bytes of a file, as the manifest lists them."""
     return {"sha256": digest_file(path), "bytes": path.stat().st_size}
 
 
 def _digest_of_outputs(outputs: dict[str, Any]) -> str:
+    """Return an artifact's digest from its manifest's list of files."""
     repeatable = {name: entry for name, entry in outputs.items() if Path(name).name not in UNREPEATABLE}
     return digest_of(repeatable)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that a stage made."""
+    """Return the files that a stage made in a folder, sorted, without the manifest and `outcome.json`."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in files if path.name not in (MANIFEST, OUTCOME))
 
 
 def _sync(path: Path) -> None:
-    """Force a file or a directory to disk: a rename is durable only with the directory that names it."""
+    """Flush a file or a directory to disk (fsync). A rename is durable only after its directory was
+    flushed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""The worker process, which runs stages one after the other, so that torch is imported once.
+"""The worker process, which runs one stage after another, so that torch is imported only once.
 
-Jobs arrive as JSON lines on standard input, events leave as JSON lines on standard output; the output of
-libraries goes to standard error. When the parent dies, standard input ends and so does the worker, at once:
-it writes into no folder that a new run may take over.
+Jobs arrive as JSON lines on standard input; events leave as JSON lines on standard output. What libraries
+print goes to standard error. When the parent process dies, standard input ends, and the worker exits at once,
+so that it does not write into a folder that a new run may use.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Event = dict[str, Any]
 
 
 def main(threads: int) -> None:
-    """Run jobs until standard input ends, with `threads` threads of torch."""
+    """Run jobs until standard input ends. `threads` is the number of torch's CPU threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a stop
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -64,6 +64,7 @@ def main(threads: int) -> None:
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
+    """Read jobs and stop requests from standard input until it ends, then end the process."""
     for line in sys.stdin:
         message = json.loads(line)
         if message.get("stop"):
@@ -77,7 +78,7 @@ def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
 
 
 def write_job(job: Job) -> dict[str, Any]:
-    """A job as JSON."""
+    """Return a job as a JSON object."""
     return {
         "name": job.name,
         "stage": job.stage.model_dump(mode="json"),
@@ -94,7 +95,8 @@ def write_job(job: Job) -> dict[str, Any]:
 
 
 def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
-    """The job that `write_job` wrote; `stop` ends it at its next checkpoint."""
+    """Return the job that `write_job` converted to JSON. Once `stop` is set, the job ends at its next
+    checkpoint."""
     return Job(
         name=request["name"],
         stage=TypeAdapter(AnyStage).validate_python(request["stage"]),
@@ -115,9 +117,11 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
 
 
 def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
-    """Run one stage; return its end as an event: done, found, waiting, or failed with code and message.
+    """Run one stage and return the event of its end: `done` (with the outcome), `found` (another run had
+    finished it), `waiting` (for reviews), or `failed` (with exit code and message).
 
-    `tell` receives sentences for the user on the way. No error of the stage is raised.
+    `tell` is called with messages for the user during the stage. Exceptions of the stage are returned as
+    `failed`, never raised.
     """
     store = Store(job.folder.parent.parent)
     try:
@@ -138,12 +142,16 @@ def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
 
 
 def _failed(code: int, message: str) -> Event:
+    """Return the event of a stage that failed. `code` is the exit code for the command line."""
     return {"event": "failed", "code": code, "message": message}
 
 
 def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Run the stage and return its outcome. The outcome is written once all else is on disk, and only then is
-    the checkpoint removed: a stage that was killed after its end does not begin again."""
+    """Run the stage and return its outcome (costs and notes).
+
+    The outcome is written to disk after all other files, and the checkpoint is deleted after that. A stage
+    that is killed in between therefore does not run again.
+    """
     from .stages import STAGES
 
     path = job.folder / OUTCOME
@@ -165,7 +173,8 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _choose_kernels(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The stage's kernels, the same from its first start to its end, for they round differently."""
+    """Choose the compute kernels of the stage, and return them. A stage keeps its kernels when it is resumed,
+    because different kernels round differently."""
     from ..model import kernels
 
     path = job.folder / KERNELS
@@ -186,8 +195,8 @@ def _choose_kernels(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _release_memory() -> None:
-    """Return the memory of the stage before to the system, and reset the peak, where the system can
-    (malloc_trim(3); proc(5), clear_refs)."""
+    """Return freed memory of the previous stage to the operating system and reset the peak memory, where the
+    system supports it (malloc_trim(3); proc(5), clear_refs)."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -196,7 +205,8 @@ def _release_memory() -> None:
 
 
 def _peak_memory() -> int:
-    """The most resident bytes since `_release_memory`; on systems without /proc, since the worker began."""
+    """Return the maximum of resident memory, in bytes, since `_release_memory`; on systems without /proc,
+    since the worker started."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -205,7 +215,8 @@ def _peak_memory() -> int:
 
 
 def _usage(began: float, cpu_began: float) -> dict[str, Any]:
-    """Time since the stage began, by the clock and of the processor, and peak memory."""
+    """Return the wall time and the CPU time since the stage began, in seconds, and the peak memory in bytes.
+    `began` and `cpu_began` are the clocks' values at the beginning."""
     return {
         "seconds": round(time.monotonic() - began, 3),
         "cpu_seconds": round(time.process_time() - cpu_began, 3),

@@ -1,4 +1,4 @@
-"""This machine: its cores, its memory, and its description in a report."""
+"""This machine: its usable CPU cores and memory, and its description in a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def machine() -> dict[str, str | int | float]:
-    """The description of the machine in a report."""
+    """Return the description of this machine: processor, cores, free memory in bytes, operating system, and
+    versions of Python and torch."""
     from importlib.metadata import version
 
     return {
@@ -26,7 +27,8 @@ def machine() -> dict[str, str | int | float]:
 
 
 def usable_cores() -> float:
-    """Cores that this process may run on: its affinity, or its control group's quota if that is less."""
+    """Return the number of CPU cores that this process may use: the cores in its affinity mask, or the quota
+    of its control group if that is less."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -38,7 +40,8 @@ def usable_cores() -> float:
 
 
 def usable_memory() -> int:
-    """Bytes that can still be allocated: free memory, or the rest of the control group's limit."""
+    """Return the bytes of memory that can still be allocated: the free memory, or the unused part of the
+    control group's limit if that is less."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -52,13 +55,13 @@ def usable_memory() -> int:
 
 
 def _read_cgroup(name: str) -> str:
-    """The value of a file of the control group, "" if there is none."""
+    """Return the content of the file `name` of the control group, "" if it does not exist."""
     path = CGROUP / name
     return path.read_text().strip() if path.exists() else ""
 
 
 def _processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     if CPUINFO.exists():
         for line in CPUINFO.read_text().splitlines():
             if line.startswith("model name"):

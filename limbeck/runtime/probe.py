@@ -1,19 +1,18 @@
-"""The probe: speed of sampling and training on this machine, measured on this package's own engine and
-learner.
+"""The probe: measures how fast this machine samples and trains, with this package's own engine and learner.
 
-A process of its own (`python -m limbeck.runtime.probe`), for the plan itself imports no torch. It reads one
-JSON line from standard input and writes one to standard output:
+It runs as a process of its own (`python -m limbeck.runtime.probe`), because the plan, which starts it, does
+not import torch. It reads one JSON line from standard input and writes one to standard output:
 
-    {"threads": 1, "worlds": {NAME: {settings of a miniature}},
+    {"threads": 1, "worlds": {NAME: {settings of a miniature problem source}},
      "models": {NAME: {"config": {...}, "layers": [2, 10], "optimizer": "adamw", "learn": [512, 1024],
-     "length": 64,
-                       "rows": [8, 64], "prompt": 32, "new": 12}}}
-    {"gemm": FLOP/s, "memory": bytes/s, "start": s, "worlds": {NAME: s a token},
-     "models": {NAME: [{"layers", "learn": {tokens: s}, "roll": {rows: s}}]}}
+                       "length": 64, "rows": [8, 64], "prompt": 32, "new": 12}}}
+    {"gemm": FLOP/s, "memory": bytes/s, "start": CPU seconds to start, "worlds": {NAME: seconds a token},
+     "models": {NAME: [{"layers", "learn": {tokens: seconds}, "roll": {rows: seconds}}]}}
 
-A large model is measured at two depths: its cost is linear in the number of layers. `learn` is one whole
-update; `roll` is one token for each of so many rows. Weights are random, and sampling never meets an end
-token.
+A large model is measured with two numbers of layers, because its cost is linear in that number. `learn` is
+one whole optimizer update on so many tokens; `roll` is the decoding of one token in each of so many sequences
+(`rows`). `length` is the tokens of a training sample, `prompt` the tokens of a prompt, and `new` the tokens
+decoded for one measurement. Weights are random, and sampling never meets an end token.
 
 T  tokens of a prompt
 """
@@ -43,7 +42,7 @@ Clock = Callable[[], float]
 
 
 def main() -> None:
-    """Answer one request."""
+    """Read one request from standard input, measure, and print the answer."""
     request = json.loads(sys.stdin.readline())
     allocator.keep_memory()
     import torch
@@ -62,12 +61,13 @@ def main() -> None:
 
 
 def _clock(threads: int) -> Clock:
-    """The processor's time for one thread, which other processes lengthen little; wall time for more."""
+    """Return the clock to measure with: CPU time for one thread, because other processes hardly affect it,
+    and wall time for several threads."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
 def _median_seconds(work: Callable[[], Any], clock: Clock) -> float:
-    """The median time of `work`, after one call to warm up."""
+    """Return the median time of a call of `work`, in seconds of `clock`, after one call to warm up."""
     begin = time.perf_counter()
     work()
     times: list[float] = []
@@ -82,7 +82,7 @@ def _median_seconds(work: Callable[[], Any], clock: Clock) -> float:
 
 
 def _measure_gemm(clock: Clock, size: int = 1024) -> float:
-    """FLOP/s of a square matrix product in fp32."""
+    """Measure a float32 product of two `size` x `size` matrices; return FLOP/s."""
     import torch
 
     matrix = torch.ones(size, size)
@@ -91,7 +91,8 @@ def _measure_gemm(clock: Clock, size: int = 1024) -> float:
 
 
 def _measure_memory(clock: Clock, values: int = 1 << 25) -> float:
-    """Bytes a second, read and written, of a copy larger than any cache."""
+    """Measure a copy of `values` float32 values, which is larger than any cache; return the bytes read and
+    written per second."""
     import torch
 
     source = torch.ones(values)
@@ -101,7 +102,8 @@ def _measure_memory(clock: Clock, values: int = 1 << 25) -> float:
 
 
 def _measure_corpus(settings: dict[str, Any], clock: Clock, tokens: int = 20_000) -> float:
-    """Seconds a token for writing and encoding the corpus of a miniature."""
+    """Measure generating and encoding `tokens` tokens of the corpus of a miniature problem source (a small
+    synthetic task of this package); return the seconds per token. `settings` are the source's settings."""
     from ..config.recipe import Miniature
     from ..tasks.clock_countdown import encode_documents
     from ..tasks.registry import open_task
@@ -119,7 +121,8 @@ def _measure_corpus(settings: dict[str, Any], clock: Clock, tokens: int = 20_000
 
 
 def _measure_model(settings: dict[str, Any], layers: int, clock: Clock) -> dict[str, Any]:
-    """Seconds of updates by tokens and of decoding by rows, with so many layers."""
+    """Measure a model with `layers` layers: the seconds of an update by its number of tokens, and of decoding
+    one token per sequence by the number of sequences. `settings` is the model's entry in the request."""
     from ..model.decoder import Decoder
 
     config = replace(_read_config(settings["config"]), layers=layers)
@@ -130,7 +133,7 @@ def _measure_model(settings: dict[str, Any], layers: int, clock: Clock) -> dict[
 
 
 def _read_config(entries: dict[str, Any]) -> ModelConfig:
-    """A model's configuration from JSON."""
+    """Return the model configuration that a JSON object describes."""
     from ..model.config import Experts, Latent, ModelConfig
 
     entries = dict(entries)
@@ -147,7 +150,7 @@ def _read_config(entries: dict[str, Any]) -> ModelConfig:
 
 
 def _measure_update(decoder: Decoder, settings: dict[str, Any], tokens: int, clock: Clock) -> float:
-    """Seconds of one update on about so many tokens."""
+    """Return the seconds of one optimizer update on about `tokens` tokens."""
     import numpy as np
 
     from ..config.parts import Optimizer
@@ -168,28 +171,30 @@ def _measure_update(decoder: Decoder, settings: dict[str, Any], tokens: int, clo
 
 
 class _EndlessTokenizer:
-    """A tokenizer whose end token lies outside the vocabulary; a prompt is the number of its first id."""
+    """A tokenizer whose end token lies outside the vocabulary, so that sampling never ends early. A prompt's
+    text is a number, the id of its first token."""
 
     def __init__(self, vocabulary: int, length: int):
-        """`length` is that of every prompt, in tokens."""
+        """Make a tokenizer of `vocabulary` tokens, whose prompts all have `length` tokens."""
         self.end_id = vocabulary
         self.vocabulary = vocabulary
         self.length = length
 
     def prompt(self, text: str) -> np.ndarray:
-        """Consecutive token ids [T]."""
+        """Return consecutive token ids [T] that begin with the number in `text`."""
         import numpy as np
 
         first = int(text)
         return np.arange(first, first + self.length) % self.vocabulary
 
     def decode(self, tokens: Any) -> str:
-        """No text: the probe reads none."""
+        """Return "": the probe needs no text."""
         return ""
 
 
 def _measure_rollout(decoder: Decoder, settings: dict[str, Any], rows: int, clock: Clock) -> float:
-    """Seconds for one token of each row, without the prompts: the difference between two lengths."""
+    """Return the seconds of decoding one token in each of `rows` sequences. The cost of the prompts is
+    removed: it is the difference of two measurements with different numbers of new tokens."""
     from ..engine.rollout import Engine
     from ..engine.sampling import SamplingParams
     from ..types import Problem

@@ -1,4 +1,4 @@
-"""Worker processes on this machine, which stages run in."""
+"""The pool of worker processes on this machine that stages run in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from .machine import usable_cores
 
 
 class WorkerPool:
-    """`workers` processes on this machine, each with its share of the cores; started when first needed."""
+    """A pool of `workers` worker processes on this machine, which share its CPU cores. A process is started
+    when it is first needed."""
 
     def __init__(self, workers: int, threads: int = 0):
-        """`threads` are those of each process; 0 divides the usable cores."""
+        """Set up a pool without starting processes. `threads` is the number of threads of each process; 0
+        divides the usable cores by `workers`."""
         self.threads = threads or max(1, int(usable_cores()) // workers)
         self.size = workers
         self._events: SimpleQueue[tuple[subprocess.Popen, dict[str, Any] | None]] = SimpleQueue()
@@ -27,7 +29,7 @@ class WorkerPool:
 
     @property
     def free(self) -> int:
-        """The number of stages that can be started."""
+        """The number of stages that can be started now."""
         return self.size - len(self._busy)
 
     @property
@@ -36,14 +38,17 @@ class WorkerPool:
         return list(self._busy)
 
     def start(self, request: dict[str, Any]) -> None:
-        """Hand a job, as JSON, to a worker."""
+        """Send a job, as the JSON object of `write_job`, to an idle or a new worker."""
         worker = self._idle.pop() if self._idle else self._spawn()
         self._busy[request["name"]] = worker
         self._send(worker, request)
 
     def wait(self, seconds: float) -> dict[str, Any] | None:
-        """The next event, or None after `seconds` without one. The death of a busy worker is an event `died`;
-        after an event `told` the worker is still busy."""
+        """Return the next event of a worker, or None if there is none within `seconds`.
+
+        If a worker dies during a stage, the event is `died`. After the event `told` (a message for the user)
+        the worker is still busy; after any other event it is idle.
+        """
         try:
             worker, event = self._events.get(timeout=seconds)
         except Empty:
@@ -56,7 +61,8 @@ class WorkerPool:
         return event
 
     def _bury(self, worker: subprocess.Popen) -> dict[str, Any] | None:
-        """Forget a dead worker; return the event `died` if it was busy."""
+        """Remove a dead worker from the pool. Return the event `died` if it was running a stage, else
+        None."""
         self._idle = [other for other in self._idle if other is not worker]
         for name, busy in self._busy.items():
             if busy is worker:
@@ -65,12 +71,12 @@ class WorkerPool:
         return None
 
     def stop(self) -> None:
-        """Ask every busy worker to checkpoint and end its stage."""
+        """Ask every busy worker to write a checkpoint and end its stage."""
         for worker in self._busy.values():
             self._send(worker, {"stop": True})
 
     def close(self) -> None:
-        """Kill all workers and wait for their end."""
+        """Kill all workers and wait until they have ended."""
         self.kill()
         for worker in [*self._idle, *self._busy.values()]:
             worker.wait()
@@ -78,7 +84,7 @@ class WorkerPool:
         self._busy = {}
 
     def kill(self) -> None:
-        """Kill all workers without waiting; a signal handler may call this."""
+        """Kill all workers without waiting. Safe to call from a signal handler."""
         for worker in [*self._idle, *self._busy.values()]:
             worker.kill()
 
@@ -96,7 +102,7 @@ class WorkerPool:
         return worker
 
     def _listen(self, worker: subprocess.Popen) -> None:
-        """Queue the events of a worker, and None for its death."""
+        """Put each event of a worker into the queue, and None when the worker has died."""
         for line in worker.stdout:
             self._events.put((worker, json.loads(line)))
         worker.wait()

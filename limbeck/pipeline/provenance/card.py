@@ -1,4 +1,5 @@
-"""The model card of a release: every number in it comes from a lineage or an evaluation."""
+"""The model card of a release. Every number in it comes from the model's lineage (the record of all stages
+behind the model) or from an evaluation."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ WAYS = {
 def card(
     name: str, lineage: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], ggufs: Sequence[str]
 ) -> str:
-    """The README.md: YAML front matter as model hubs read it, then Markdown.
+    """Return the text of the README.md: YAML front matter as model hubs read it, then Markdown.
 
-    `lineage` is `Lineage.tell()` as it is published, `ggufs` the names of the GGUF files in the directory.
+    `lineage` is the published result of `Lineage.tell()`, `evaluations` are the contents of `evaluation.json`
+    files, and `ggufs` the names of the GGUF files in the released directory.
     """
     entries = list(lineage["artifacts"].values())
     head = lineage["artifacts"][lineage["root"]]
@@ -69,7 +71,8 @@ def card(
 def _front(
     name: str, bonds: CombinedTerms, entries: Sequence[Mapping], results: Sequence[Mapping]
 ) -> dict[str, Any]:
-    """The YAML front matter: tags, licence, base models, and results as a model index."""
+    """Return the YAML front matter: tags, licence, base models, and results as a model index. `entries` are
+    the lineage's stages, `bonds` the combined terms of their licences."""
     front: dict[str, Any] = {
         "pipeline_tag": "text-generation",
         "library_name": "transformers",
@@ -86,7 +89,8 @@ def _front(
 
 
 def _hub_licence(bonds: CombinedTerms) -> dict[str, str]:
-    """The licence keys of the front matter; several licences, or one unknown to the hub, are "other"."""
+    """Return the licence keys of the front matter. Several licences, or one that the hub does not know,
+    become "other"."""
     binding = [licence for licence in bonds.licences if licence != "own"]
     if not binding:
         return {}
@@ -97,7 +101,7 @@ def _hub_licence(bonds: CombinedTerms) -> dict[str, str]:
 
 
 def _hub_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The accuracies on the first problem source, as one entry of a model index."""
+    """Return the accuracies on the first problem source as one entry of a model index."""
     source = results[0]["problems"]
     metrics = []
     for result in results:
@@ -114,7 +118,8 @@ def _hub_result(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each problem source and way of sampling: accuracy, its interval, and other metrics."""
+    """Return one row per problem source and way of sampling: the accuracy, its interval, and other
+    metrics."""
     return [
         _result(source, way, metrics)
         for evaluation in evaluations
@@ -137,7 +142,8 @@ def _result(source: str, way: str, metrics: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _total(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums over all stages; joules only if every stage that computed has measured them."""
+    """Return the tokens, FLOPs and seconds of all stages, and the joules (None unless every stage with FLOPs
+    has measured them)."""
     total: dict[str, Any] = {}
     for key in ("tokens", "flops", "seconds"):
         total[key] = sum(entry.get(key) or 0 for entry in entries)
@@ -147,7 +153,8 @@ def _total(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _parameters(entries: Sequence[Mapping[str, Any]]) -> int | None:
-    """The number of parameters in the first entry that notes it."""
+    """Return the number of model parameters from the first entry that has it in its notes, None if there is
+    none."""
     for entry in entries:
         parameters = _notes(entry).get("parameters")
         if parameters:
@@ -156,7 +163,7 @@ def _parameters(entries: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def _decontaminations(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The stages whose data was compared with tests, each with the finding."""
+    """Return the results of all comparisons of training data with tests, each with the name of its stage."""
     compared = [entry for entry in entries if entry.get("decontamination")]
     return [{"stage": entry["stage"], **entry["decontamination"]} for entry in compared]
 
@@ -166,7 +173,7 @@ def _notes(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _limits(head: Mapping[str, Any], entries: Sequence[Mapping], results: Sequence[Mapping]) -> list[str]:
-    """The limits of the evidence, a sentence each."""
+    """Return sentences on what the evidence for the model does not show."""
     limits = ["It was made by one run with one seed; another seed may give other numbers."]
     limits.append(_limit_of_evaluation(results))
     limits.append("It was neither trained nor tested for safety, truthfulness or fairness.")
@@ -200,7 +207,7 @@ def _limit_of_evaluation(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """`1,234` or `3.1e+09`."""
+    """Format a number as `1,234` or `3.1e+09`; None becomes "not measured"."""
     if value is None:
         return "not measured"
     return f"{value:,.0f}" if value < 1e7 else f"{value:.2g}"

@@ -1,9 +1,9 @@
-"""Fingerprints of another model in rows: sentences in which a text names its model, and runs of words that a
-given corpus shares.
+"""Traces of other models in rows: sentences in which a text names the model that wrote it, and runs of
+consecutive words that also occur in a given corpus.
 
-Evidence, never proof: people quote, base models have read the web, and common phrases are common; and no
-match proves no absence. (FastChat drops conversations that name a model, serve/monitor/clean_battle_data.py;
-the idea is theirs.)
+A trace is evidence, not proof: people quote models, base models were trained on web text, and some phrases
+are common. Likewise, no match does not prove that no other model was involved. (The idea is from FastChat,
+which drops conversations that name a model, serve/monitor/clean_battle_data.py.)
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ WordRun = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Trace:
-    """One kind of evidence: `Trace("names itself", 2, 640, (("clock/1#0", "I am ChatGPT"),))` is in 2 of 640
-    rows.
+    """One kind of evidence: `Trace("names itself", 2, 640, (("clock/1#0", "I am ChatGPT"),))` was found in 2
+    of 640 rows.
 
-    `examples` are ids of rows with the words that match.
+    `examples` are pairs of a row's id and the words that match.
     """
 
     kind: str
@@ -64,11 +64,11 @@ class Trace:
 
 
 def traces(rows: Iterable[dict[str, Any]], corpus: Path | None = None) -> list[Trace]:
-    """Search rows (`id`, `completion`) for traces of other models, and for runs of eight words that `corpus`
-    has.
+    """Search rows (with `id`, and `completion` or a preference pair) for sentences that name another model,
+    and for runs of eight words that also occur in `corpus`. Return one trace per kind of evidence.
 
-    `corpus` is a text file, or JSONL whose texts are under completion, response, text, content or messages.
-    Raises LimbeckError if it cannot be read.
+    `corpus` is a text file, or a JSONL file whose texts are under completion, response, text, content or
+    messages. Raises LimbeckError if it cannot be read.
     """
     texts = {row["id"]: response_text(row) for row in rows}
     evidence = [_trace(kind, len(texts), _match(pattern, texts)) for kind, pattern in _COMPILED.items()]
@@ -79,7 +79,8 @@ def traces(rows: Iterable[dict[str, Any]], corpus: Path | None = None) -> list[T
 
 
 def _match(pattern: re.Pattern, texts: Mapping[str, str]) -> dict[str, str]:
-    """The first match in each text that has one, by row id."""
+    """Return the first match of the pattern in each text that has one, by row id. `texts` maps row ids to
+    texts."""
     matches = {}
     for row_id, text in texts.items():
         match = pattern.search(text)
@@ -89,7 +90,8 @@ def _match(pattern: re.Pattern, texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def _shared_runs(texts: Mapping[str, str], corpus: Path) -> dict[str, str]:
-    """The first run of words that each text shares with the corpus, by row id."""
+    """Return the first run of words that each text shares with the corpus, by row id. `texts` maps row ids to
+    texts."""
     known: set[WordRun] = set()
     for text in _texts(corpus):
         known.update(_runs(text))
@@ -102,7 +104,8 @@ def _shared_runs(texts: Mapping[str, str], corpus: Path) -> dict[str, str]:
 
 
 def _trace(kind: str, of: int, matches: Mapping[str, str]) -> Trace:
-    """The trace of one kind; its examples are the most frequent matches."""
+    """Return the trace of one kind. `of` is the number of rows searched, `matches` maps row ids to matches;
+    the most frequent matches become the examples."""
     frequency = Counter(matches.values())
     ordered = sorted(matches.items(), key=lambda match: (-frequency[match[1]], match[0]))
     return Trace(kind, len(matches), of, tuple(ordered[:MAX_EXAMPLES]))
@@ -115,7 +118,7 @@ def _runs(text: str) -> Iterator[WordRun]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The texts of a corpus: the lines of a text file, or the responses of JSONL rows."""
+    """Yield the texts of a corpus: the lines of a text file, or the responses in a JSONL file."""
     if not path.is_file():
         raise LimbeckError(f"{path} is no file; name a text or JSONL file of the other model's outputs")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -131,7 +134,8 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _response(row: dict[str, Any]) -> str:
-    """The response in a corpus row: under one of four keys, or the assistant's messages."""
+    """Return the response in a row of a JSONL corpus: the text under one of four keys, or the assistant's
+    messages joined."""
     for key in ("completion", "response", "text", "content"):
         if row.get(key):
             return str(row[key])

@@ -1,9 +1,9 @@
-"""Licences and terms as data: the demands of each, the licences of known models, and the terms of several
-together.
+"""Licences as data: the terms of each licence, the licences of known models, and the combined terms of
+several licences.
 
-The table is `licences.yaml`. Restrictions combine by their maximum: of two licences the stricter one decides,
-question by question. A licence that is not in the table counts as undeclared, which is stricter than any
-other.
+The table is `licences.yaml`. Licences combine by strictness: for each question (may outputs train other
+models? may the model be released?) the strictest answer counts. A licence that is not in the table is treated
+as one with unknown terms, which is stricter than any other.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ RELEASE_SENTENCES = {
 
 
 class Terms(Settings):
-    """One licence:
-    `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`."""
+    """The terms of one licence:
+    `Terms(title="MIT License", release="conditions", source="https://opensource.org/license/mit")`.
+
+    `outputs` and `release` are answers from `OUTPUTS` and `RELEASE`. `users` is the most monthly users
+    without a separate permission, `excluded` the regions without a licence, `prefix` the required beginning
+    of a derived model's name, `display` texts to show, of which one suffices, and `hub` the licence's id on
+    model hubs. `clauses` maps questions to sections of the licence.
+    """
 
     title: str
     outputs: Literal["free", "passes on", "own kind", "no"] = "free"
@@ -58,7 +64,7 @@ class Terms(Settings):
     read: Literal["primary", "secondary"] = "primary"
 
     def clause(self, question: str) -> str:
-        """The place that answers a question:
+        """Return the place in the licence that answers a question (a field such as "release"):
         `Llama 3.1 Community License Agreement, section 1.b.i (https://...)`."""
         section = self.clauses.get(question, "")
         place = f"{self.title}, {section}" if section else self.title
@@ -72,8 +78,11 @@ NOBODY_KNOWS = Terms(
 
 @dataclass(frozen=True)
 class CombinedTerms:
-    """The terms of several licences together:
-    `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, ...)`."""
+    """The combined terms of several licences:
+    `CombinedTerms(("MIT", "Llama-3.1"), "passes on", "conditions", True, ...)`.
+
+    The fields are those of `Terms`; `prefixes` and `display` have the entries of all licences.
+    """
 
     licences: tuple[str, ...]
     outputs: str
@@ -85,7 +94,7 @@ class CombinedTerms:
     display: tuple[str, ...]
 
     def sentence(self) -> str:
-        """The terms as a sentence."""
+        """Return the terms as a sentence."""
         if not self.licences:
             return "bound by no licence"
         phrases = [OUTPUT_SENTENCES[self.outputs], RELEASE_SENTENCES[self.release], *self._limits()]
@@ -105,7 +114,7 @@ class CombinedTerms:
 
 
 def bind(licences: Iterable[str]) -> CombinedTerms:
-    """The terms of several licences together: question by question, the strictest.
+    """Return the combined terms of several licences: for each question the strictest answer.
 
     >>> bind(["MIT", "Llama-3.1"]).outputs, bind(["MIT", "Llama-3"]).outputs
     ('passes on', 'own kind')
@@ -131,7 +140,8 @@ def bind(licences: Iterable[str]) -> CombinedTerms:
 
 
 def _longest_prefixes(prefixes: Iterable[str]) -> tuple[str, ...]:
-    """The prefixes that no other one extends: a name that begins with "Llama 3" also begins with "Llama"."""
+    """Return the prefixes that no other prefix extends. A name that begins with "Llama 3" also begins with
+    "Llama", so that "Llama" is left out."""
     distinct = list(dict.fromkeys(prefixes))
     longest = []
     for prefix in distinct:
@@ -142,12 +152,13 @@ def _longest_prefixes(prefixes: Iterable[str]) -> tuple[str, ...]:
 
 
 def terms(name: str) -> Terms:
-    """The terms of a licence by its name in the table; for any other name, `NOBODY_KNOWS`."""
+    """Return the terms of a licence by its name in the table, `NOBODY_KNOWS` for any other name."""
     return _table().terms.get(name, NOBODY_KNOWS)
 
 
 def parse_licences(text: str | None) -> list[str]:
-    """The licences that a recipe or a model card names; one that is not in the table keeps its spelling.
+    """Return the names of the licences in a recipe's or a model card's text. A licence that is not in the
+    table keeps its spelling; words such as "other", which name no licence, are left out.
 
     >>> parse_licences("mit AND apache-2.0"), parse_licences("llama3.1"), parse_licences("other")
     (['MIT', 'Apache-2.0'], ['Llama-3.1'], [])
@@ -158,7 +169,7 @@ def parse_licences(text: str | None) -> list[str]:
 
 
 def licences_of_model(name: str) -> list[str]:
-    """The licences of a model that the table knows by name:
+    """Return the licences of a model by its name, [] if the table does not have it:
     `licences_of_model("deepseek-ai/DeepSeek-R1") == ["MIT"]`."""
     bare = re.split(r"/|--", name.removeprefix("hf:").rstrip("/"))[-1]
     for row in _table().models:
@@ -168,12 +179,13 @@ def licences_of_model(name: str) -> list[str]:
 
 
 def known_licences() -> list[str]:
-    """The names of all licences in the table."""
+    """Return the names of all licences in the table."""
     return list(_table().terms)
 
 
 class _Table(NamedTuple):
-    """`licences.yaml`: terms by name, names by alias (in small letters), and models by pattern."""
+    """The content of `licences.yaml`: `terms` by licence name, `names` of licences by alias in lower case,
+    and `models`, the licences of models by a pattern of their names."""
 
     terms: dict[str, Terms]
     names: dict[str, str]
@@ -182,7 +194,7 @@ class _Table(NamedTuple):
 
 @cache
 def _table() -> _Table:
-    """The table, read once."""
+    """Read the table; it is read only once."""
     tree = yaml.safe_load((Path(__file__).parent / "licences.yaml").read_text(encoding="utf-8"))
     by_name = {name: Terms.model_validate(entry) for name, entry in tree["licences"].items()}
     names = {}

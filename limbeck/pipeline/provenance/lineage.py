@@ -1,5 +1,5 @@
-"""Lineage: from a model back to the stages, problems, people, teachers, licences and rows behind it; and from
-a withdrawn row forward to every artifact that it reached."""
+"""Lineage: from a model back to all stages, problems, people, teachers, licences and rows behind it; and
+recall: from a withdrawn row forward to every artifact that it influenced."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ ENTRY_KEYS = (
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model and every artifact behind it:
+    """A model and all artifacts that it was made from:
     `Lineage("3fa9...", {"3fa9...": {"stage": "dev1", "inputs": {...}}})`.
 
-    `entries` maps an artifact's key to `ENTRY_KEYS` of its manifest and the keys of its inputs. `store` holds
-    the artifacts; it is None for a released directory.
+    `root` is the key of the model's artifact. `entries` maps each artifact's key to the `ENTRY_KEYS` of its
+    manifest and the keys of its inputs. `store` contains the artifacts; it is None for a released directory.
     """
 
     root: str
@@ -54,37 +54,37 @@ class Lineage:
 
     @property
     def head(self) -> Mapping[str, Any]:
-        """The entry of the model itself."""
+        """The entry of the model itself, which is that of the key `root`."""
         return self.entries[self.root]
 
     @property
     def conclusion(self) -> str:
-        """The terms of all licences together, as a sentence."""
+        """The combined terms of all licences, as a sentence."""
         return bind(self.licences).sentence()
 
     @property
     def licences(self) -> list[str]:
-        """The licences that bind the model."""
+        """The names of the licences that bind the model."""
         return list(self.head["licences"])
 
     def sources(self) -> dict[str, list[str]]:
-        """The names of problems, models, teachers and editors behind the model."""
+        """Return the names of the problem sources, models, teachers and editors behind the model, by kind."""
         return {kind: list(self.head["sources"].get(kind, [])) for kind in KINDS}
 
     def parents(self, key: str) -> dict[str, str]:
-        """Names and keys of the inputs that are in the lineage."""
+        """Return the inputs of the artifact `key` that are in the lineage, as input name -> artifact key."""
         inputs = self.entries[key]["inputs"]
         return {name: parent for name, parent in inputs.items() if parent in self.entries}
 
     def input_folders(self, key: str) -> dict[str, Path]:
-        """The folders of an entry's inputs by name. Needs a store."""
+        """Return the folders of the inputs of the artifact `key`, by input name. Needs a store."""
         folders = {}
         for name, parent in self.parents(key).items():
             folders[name] = self.store.root / self.entries[parent]["artifact"]
         return folders
 
     def weights(self) -> Iterator[str]:
-        """The keys of the stages that trained the weights, the last first."""
+        """Yield the keys of the stages that trained the model's weights, the last stage first."""
         key: str | None = self.root
         while key:
             yield key
@@ -92,7 +92,7 @@ class Lineage:
             key = self.parents(key).get(base)
 
     def tell(self) -> dict[str, Any]:
-        """The lineage as JSON; a release carries it as `lineage.json`."""
+        """Return the lineage as a JSON object, as a release has it in `lineage.json`."""
         return {
             "schema": 1,
             "root": self.root,
@@ -105,7 +105,7 @@ class Lineage:
 
 
 def lineage_of(artifact: Artifact, store: Store) -> Lineage:
-    """The lineage of an artifact, as far as its inputs are still in the store."""
+    """Return the lineage of an artifact. Inputs that are no longer in the store are left out."""
     by_key = {known.manifest["key"]: known for known in store.all()}
     entries: dict[str, dict[str, Any]] = {}
     pending = [artifact]
@@ -125,9 +125,9 @@ def lineage_of(artifact: Artifact, store: Store) -> Lineage:
 
 
 def find(name: str, runs: Path) -> Lineage:
-    """The lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder or the
-    beginning of its name, or a stage that only one run has.
-    Raises LimbeckError unless one artifact matches."""
+    """Return the lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder, the
+    beginning of an artifact's name, or a stage's name if all runs with such a stage have the same artifact.
+    Raises LimbeckError unless exactly one artifact matches."""
     released = Path(name) / RELEASED
     if released.is_file():
         lineage = read_json(released)
@@ -137,7 +137,8 @@ def find(name: str, runs: Path) -> Lineage:
 
 
 def find_artifact(name: str, runs: Path) -> tuple[Artifact, Store]:
-    """An artifact and its store, by a name as `find` takes it. Raises LimbeckError as `find` does."""
+    """Return an artifact and its store, by a name that `find` accepts (except a released directory). Raises
+    LimbeckError unless exactly one artifact matches."""
     for path in (Path(name), runs / name):
         if (path / MANIFEST).is_file():
             store = Store(path.resolve().parent)
@@ -154,7 +155,8 @@ def find_artifact(name: str, runs: Path) -> tuple[Artifact, Store]:
 
 
 def _stage_folder(stage: str, runs: Path) -> str | None:
-    """The artifact's folder of a stage, None if no run has it; LimbeckError if runs disagree."""
+    """Return the name of the artifact folder of a stage, None if no run has such a stage. Raises LimbeckError
+    if runs have different artifacts for it."""
     folders = {run: stages[stage] for run, stages in indexes(runs).items() if stage in stages}
     if len(set(folders.values())) > 1:
         choices = " or ".join(f"{runs / run / stage}" for run in folders)
@@ -163,7 +165,8 @@ def _stage_folder(stage: str, runs: Path) -> str | None:
 
 
 def _find_in_run(path: Path) -> tuple[Artifact, Store] | None:
-    """The artifact of RUN/STAGE, where a stage's name may have a slash: evaluation/zero."""
+    """Return the artifact and the store for a path RUN/STAGE, None if the path is in no run. A stage's name
+    may contain a slash, as in evaluation/zero. Raises LimbeckError if the run has no such finished stage."""
     for folder in path.parents:
         index = folder / INDEX
         if not index.is_file():
@@ -179,7 +182,7 @@ def _find_in_run(path: Path) -> tuple[Artifact, Store] | None:
 
 
 def indexes(runs: Path) -> dict[str, dict[str, str]]:
-    """Run -> stage -> name of its artifact's folder."""
+    """Return, for each run, the artifact folder names of its finished stages: run -> stage -> folder name."""
     return {path.parent.name: read_json(path) for path in sorted(runs.glob(f"*/{INDEX}"))}
 
 
@@ -187,10 +190,12 @@ def indexes(runs: Path) -> dict[str, dict[str, str]]:
 
 
 def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
-    """Yield every row that trained the model or the weights it began with, and every problem practised on.
+    """Yield every row that the model or the weights it started from were trained on, and every problem that
+    they practised on by reinforcement learning.
 
-    Keys: `id`, `learned_by`, `given_by`, `origin`, `editor` (None for an unchanged row), `times`, and for
-    rows the `row` itself. Raises LimbeckError for a released directory, which holds no rows.
+    Keys: `id`, `learned_by` (stage), `given_by` (stage, or "practice" for a problem), `origin`, `editor`
+    (None for an unchanged row), `times` (per epoch, or training steps for a problem), and for rows `row`
+    itself. Raises LimbeckError for a released directory, which contains no rows.
     """
     if lineage.store is None:
         raise LimbeckError(
@@ -214,6 +219,8 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
 
 
 def _describe_row(stage: str, giver: str, row: dict[str, Any], times: int) -> dict[str, Any]:
+    """Return a row as `rows_behind` yields it. `giver` is the stage that made the row, `times` the times per
+    epoch."""
     origin = dict(row.get("origin") or {})
     editor = origin.pop("editor", None)
     return {
@@ -232,11 +239,13 @@ def _describe_row(stage: str, giver: str, row: dict[str, Any], times: int) -> di
 
 @dataclass(frozen=True)
 class Recall:
-    """The reach of a withdrawn row: maps from artifacts' folder names to their stages.
+    """The artifacts that a withdrawn row influenced. The first four maps go from the names of artifact
+    folders to stage names.
 
-    `holds` contain the row; `learned` were trained on it; `tainted` were made from those. `unsure` may have
-    practised on it: they are older than the record of practised problems. `again` lists by run the stages
-    that a rerun computes anew; `seconds` and `flops` are what they cost.
+    `holds` contain the row; `learned` were trained on it; `tainted` were made from the outputs or weights of
+    those. `unsure` may have been trained on it, but were made before practised problems were recorded.
+    `again` lists, by run, the stages that a rerun must compute again; `seconds` and `flops` are what those
+    artifacts have cost.
     """
 
     row: str
@@ -250,9 +259,9 @@ class Recall:
 
 
 def recall(row: str, runs: Path, given_by: str = "") -> Recall:
-    """Follow a row, by its id, or all rows of a problem, by the problem's, through every artifact of the
-    store: also through models that learned from it and sampled rows for others. `given_by` narrows to the
-    rows of one stage.
+    """Find every artifact of the store that a row influenced, also through models that were trained on it and
+    then sampled rows for other models. `row` is the id of a row, or of a problem, which stands for all its
+    rows. `given_by` limits the search to the rows of that stage.
 
     Raises LimbeckError if no artifact has such a row or problem.
     """
@@ -271,7 +280,8 @@ def recall(row: str, runs: Path, given_by: str = "") -> Recall:
 
 @dataclass
 class _Reach:
-    """The search behind `recall`: four maps of artifacts by key. `visit` expects inputs first."""
+    """The search of `recall`: its four maps, from keys to artifacts. `visit` must be called for an artifact's
+    inputs before the artifact."""
 
     row: str
     given_by: str
@@ -282,7 +292,7 @@ class _Reach:
     unsure: dict[str, Artifact] = field(default_factory=dict)
 
     def visit(self, key: str) -> None:
-        """Sort one artifact into the maps."""
+        """Add the artifact `key` to the maps that it belongs to."""
         artifact = self.artifacts[key]
         parents = _data_parents(artifact)
         if self._holds(artifact, parents):
@@ -296,7 +306,8 @@ class _Reach:
             self.tainted[key] = artifact
 
     def _holds(self, artifact: Artifact, parents: Mapping[str, str]) -> bool:
-        """True if the artifact has the row, and has it from the stage that was asked for."""
+        """Return True if the artifact contains the row and, with `given_by`, has it from that stage.
+        `parents` maps its inputs' names to keys."""
         if not self._has_row(artifact):
             return False
         if not self.given_by or artifact.manifest["stage"] == self.given_by:
@@ -304,13 +315,15 @@ class _Reach:
         return any(parent in self.holds for parent in parents.values())
 
     def _has_row(self, artifact: Artifact) -> bool:
+        """Return True if one of the artifact's files contains the row or a row of the problem."""
         for name in (ROWS, PROBLEMS):
             if any(self._matches(row["id"]) for row in read(artifact.folder / name)):
                 return True
         return False
 
     def _trained(self, artifact: Artifact, parents: Mapping[str, str]) -> bool:
-        """True if the artifact was trained on the row; reads no file if none of its inputs holds it."""
+        """Return True if the artifact was trained on the row. Reads no file if none of its inputs contains
+        the row."""
         if artifact.kind not in LEARNING:
             return False
         if not any(parent in self.holds for parent in parents.values()):
@@ -322,18 +335,19 @@ class _Reach:
         return any(self._matches(row["id"]) for _, row, _ in training_rows(artifact.manifest, folders))
 
     def _matches(self, row_id: str) -> bool:
-        """True for the row itself and for any row of the problem of that id."""
+        """Return True if `row_id` is the searched row, or a row of the searched problem."""
         return self.row in (row_id, problem_of(row_id))
 
     def _may_have_practised(self, artifact: Artifact) -> bool:
-        """True if the id is a problem's and the artifact drew problems of the same source."""
+        """Return True if the searched id is a problem's, and the artifact drew problems of the same problem
+        source."""
         if problem_of(self.row) != self.row:
             return False
         names = [described.split(" ")[0] for described in artifact.manifest["sources"]["problems"]]
         return source_of(self.row) in names
 
     def summarize(self, runs: Path) -> Recall:
-        """The result, with the stages that a rerun of each run computes anew."""
+        """Return the result, with the stages of each run that a rerun must compute again."""
         tainted = {key: artifact for key, artifact in self.tainted.items() if key not in self.learned}
         reached = {**self.learned, **tainted}
         folders = _stages_by_folder(reached)
@@ -355,11 +369,13 @@ class _Reach:
 
 
 def _stages_by_folder(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """Return the stage names of artifacts by the names of their folders."""
     return {artifact.folder.name: artifact.manifest["stage"] for artifact in artifacts.values()}
 
 
 def _data_parents(artifact: Artifact) -> dict[str, str]:
-    """Names and keys of the inputs that shape the artifact: all but a stage to compare FLOPs with."""
+    """Return the inputs that influence the artifact's content, as name -> key. A stage that only sets the
+    FLOP budget (`flops_of`) is left out."""
     settings = artifact.manifest["settings"]
     compared = settings.get("flops_of")
     parents = {}
@@ -370,7 +386,7 @@ def _data_parents(artifact: Artifact) -> dict[str, str]:
 
 
 def _in_order(artifacts: Mapping[str, Artifact]) -> list[str]:
-    """The keys of all artifacts, inputs before whatever was made from them."""
+    """Return the keys of all artifacts, each after the keys of its inputs."""
     done: dict[str, None] = {}
 
     def visit(key: str) -> None:

@@ -1,8 +1,10 @@
-"""Provenance along the graph: problems, samplers, people and licences, carried from artifact to artifact.
+"""Provenance through the graph of stages: problem sources, models, people and licences are passed on from
+each artifact to those made from it.
 
-The licence of a model also binds every model that learns from its weights, its outputs or its scores, through
-any number of stages. A teacher is a model whose outputs or scores feed the training of a model that does not
-descend from it; a model that trains on its own base's outputs stays under its own licence.
+The licence of a model also binds every model that is trained from its weights, its outputs or its scores,
+through any number of stages. A teacher is a model whose outputs or scores are used to train a model that does
+not descend from the teacher's own base model. A model that is trained on its own base model's outputs stays
+under its own licence.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from .licences import NOBODY_KNOWS, UNDECLARED, known_licences, licences_of_mode
 
 BROUGHT = {"load", "remote"}  # kinds of stages that bring in somebody else's model
 LEARNING = (MODELS | {"reward"}) - BROUGHT  # kinds of stages that train a model
-KINDS = ("problems", "models", "teachers", "editors")  # of sources
+KINDS = ("problems", "models", "teachers", "editors")  # of sources of an artifact
 
 
 @dataclass(frozen=True)
 class LicenceTrace:
-    """The licences that reach a stage:
+    """The licences that bind a stage's result:
     `LicenceTrace({"MIT": "stages.base"}, {"MIT": "stages.base"}, {"zero"}, "base")`.
 
-    `bound` maps each licence to the place that brought it in; `own` are those that came with the weights.
-    `makers` are the models that sampled or scored its rows. `root` is the stage in which its weights began,
-    "" for rows.
+    `bound` maps each licence to the place in the recipe that it comes from; `own` are the licences that came
+    with the model's weights. `makers` are the models that sampled or scored its training rows. `root` is the
+    stage in which its weights originated, "" for a stage that has no model.
     """
 
     bound: Mapping[str, str] = field(default_factory=dict)
@@ -45,7 +47,7 @@ class LicenceTrace:
 
 @dataclass(frozen=True)
 class LicenceViolation:
-    """Terms that a stage would break:
+    """A licence term that a stage would violate:
     `LicenceViolation("small", "OpenAI-Terms", "stages.small learns from ...")`."""
 
     stage: str
@@ -54,7 +56,7 @@ class LicenceViolation:
 
 
 def trace(graph: Graph) -> tuple[dict[str, LicenceTrace], list[LicenceViolation]]:
-    """The licences that reach each stage, and the violations, from the recipe alone."""
+    """Return the licence trace of every stage, and the violations. They follow from the recipe alone."""
     traces: dict[str, LicenceTrace] = {}
     violations: list[LicenceViolation] = []
     for name, node in graph.nodes.items():
@@ -75,7 +77,8 @@ def _trace_node(
     learned: Mapping[str, str],
     traces: Mapping[str, LicenceTrace],
 ) -> LicenceTrace:
-    """The trace of one stage, from that of its base model and the licences of its data."""
+    """Return the licence trace of one stage. `base` is the trace of the model that it trains, `learned` maps
+    the licences of its data to their places, `traces` are those of the stages before it."""
     brought = _brought(node.name, node.stage, recipe) if node.kind in BROUGHT else {}
     bound = {**learned, **base.bound, **brought}
     makers = _makers(node, traces) | base.makers
@@ -85,7 +88,8 @@ def _trace_node(
 
 
 def _learned_licences(node: Node, traces: Mapping[str, LicenceTrace]) -> dict[str, str]:
-    """The licences of a stage's problems and of all inputs but the weights it starts from."""
+    """Return the licences of a stage's problems and of all its inputs except the weights that it trains, as
+    licence -> place in the recipe."""
     licences = _of_problems(node)
     for cited in _teaching_inputs(node):
         licences |= traces[cited].bound
@@ -93,7 +97,7 @@ def _learned_licences(node: Node, traces: Mapping[str, LicenceTrace]) -> dict[st
 
 
 def _makers(node: Node, traces: Mapping[str, LicenceTrace]) -> frozenset[str]:
-    """The models behind a stage's data: its inputs that are models, and the makers of its inputs."""
+    """Return the models behind a stage's data: the inputs that are models, and the makers of all inputs."""
     makers: set[str] = set()
     for cited in _teaching_inputs(node):
         makers |= traces[cited].makers
@@ -103,7 +107,7 @@ def _makers(node: Node, traces: Mapping[str, LicenceTrace]) -> frozenset[str]:
 
 
 def _teaching_inputs(node: Node) -> list[str]:
-    """The inputs that a stage takes data or scores from: all but the weights that it trains."""
+    """Return the inputs that a stage takes data or scores from: all except the weights that it trains."""
     weights = getattr(node.stage, "model", None) if node.kind in LEARNING else None
     return [cited for cited in data_inputs(node) if cited != weights]
 
@@ -111,10 +115,11 @@ def _teaching_inputs(node: Node) -> list[str]:
 def check_licences(
     graph: Graph, right: str | None = None
 ) -> tuple[dict[str, LicenceTrace], dict[str, list[dict[str, str]]]]:
-    """The trace of every stage, and by stage the rights that are claimed (`right` is the reason given).
+    """Return the licence trace of every stage, and the exemptions from licence terms that the user claims, by
+    stage. `right` is the user's reason for the claim.
 
-    Raises LimbeckError before anything runs, naming clause and remedy, if terms forbid a stage of the recipe
-    or are undeclared.
+    If terms forbid a stage of the recipe or are undeclared and no `right` is given, raises LimbeckError with
+    the clause and a remedy.
     """
     traces, violations = trace(graph)
     if violations and not (right or "").strip():
@@ -137,14 +142,16 @@ def check_licences(
 
 
 def data_inputs(node: Node) -> list[str]:
-    """The inputs that shape a stage's result: all but a stage to compare FLOPs with."""
+    """Return the inputs that influence a stage's result. A stage that only sets the FLOP budget (`flops_of`)
+    is left out."""
     compared = getattr(node.stage, "flops_of", None)
     model = getattr(node.stage, "model", None)
     return [cited for cited in node.inputs if cited != compared or cited == model]
 
 
 def teachers_of(name: str, traces: Mapping[str, LicenceTrace]) -> list[str]:
-    """The models that taught a stage's model and are not of its own descent."""
+    """Return the models whose outputs or scores trained the model of stage `name`, and whose weights have
+    another origin than that model's."""
     root = traces[name].root
     return sorted(maker for maker in traces[name].makers if traces[maker].root != root)
 
@@ -156,9 +163,11 @@ def origin_of(
     traces: Mapping[str, LicenceTrace],
     claims: Mapping[str, list],
 ) -> dict[str, Any]:
-    """The provenance in an artifact's manifest: `licences`, `sources`, and claimed `rights`.
+    """Return the provenance in an artifact's manifest: `licences`, `sources`, and the claimed exemptions
+    `rights`.
 
-    `outcome` is what the stage returned, `inputs` are its artifacts by name.
+    `outcome` is what the stage returned, `inputs` are its input artifacts by name, `traces` and `claims` are
+    from `check_licences`.
     """
     used = {cited: inputs[cited] for cited in data_inputs(node)}
     licences = set(traces[node.name].bound)
@@ -172,9 +181,10 @@ def origin_of(
 
 
 def merged_provenance(manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The provenance of an earlier artifact together with `origin`, known now; None if nothing is added.
+    """Return the provenance of an earlier artifact merged with `origin`, the provenance that follows from the
+    current recipe. Return None if nothing is added.
 
-    Provenance only grows: a licence declared late and a right claimed once stay.
+    Provenance only grows: a licence that was declared later and a claim that was once made are kept.
     """
     before = {
         "licences": manifest["licences"],
@@ -194,7 +204,7 @@ def merged_provenance(manifest: Mapping[str, Any], origin: Mapping[str, Any]) ->
 
 
 def _distinct(rights: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Each claim once, as first made: claims that differ in their date alone are the same."""
+    """Return each claim once, in its earliest version. Claims that differ only in their date are the same."""
     distinct: dict[str, dict[str, str]] = {}
     for right in reversed(rights):
         distinct[json.dumps({**right, "date": ""})] = right
@@ -205,7 +215,8 @@ def _distinct(rights: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
-    """The licences of a model that is brought in: declared, stated by its source, or known by name."""
+    """Return the licences of a model from outside that the stage `name` brings in, as declared in the recipe,
+    stated by its source, or known for its name."""
     if isinstance(stage, Load):
         path = Path(stage.path)
         card = path / "provenance.json"
@@ -218,7 +229,8 @@ def _brought(name: str, stage: Stage, recipe: Recipe) -> dict[str, str]:
 
 
 def _of_problems(node: Node) -> dict[str, str]:
-    """The licences of rows in files, and of the models that wrote, filtered or judged them."""
+    """Return the licences of rows in files, and of the models that wrote, filtered or judged those rows, as
+    licence -> place in the recipe."""
     licences: dict[str, str] = {}
     if node.kind in LEARNING and tables_of(node.stage):
         names = parse_licences(node.stage.licence) or [UNDECLARED]
@@ -238,7 +250,8 @@ def _of_problems(node: Node) -> dict[str, str]:
 
 
 def _violations(name: str, base: LicenceTrace, learned: Mapping[str, str]) -> list[LicenceViolation]:
-    """The terms of teachers and data that forbid a stage, and those that nobody has declared."""
+    """Return the licence terms of teachers and data that forbid the training stage `name`, and the licences
+    whose terms are unknown or undeclared."""
     violations = []
     for licence, source in {**learned, **base.bound}.items():
         if terms(licence) is NOBODY_KNOWS:
@@ -251,6 +264,8 @@ def _violations(name: str, base: LicenceTrace, learned: Mapping[str, str]) -> li
 
 
 def _unknown(name: str, licence: str, source: str) -> str:
+    """Return the sentence on a licence whose terms are unknown or undeclared. `source` is the place in the
+    recipe that it comes from."""
     if licence != UNDECLARED:
         licences = ", ".join(known_licences())
         return (
@@ -266,6 +281,8 @@ def _unknown(name: str, licence: str, source: str) -> str:
 
 
 def _forbidden(name: str, licence: str, source: str) -> str:
+    """Return the sentence on a licence that forbids the stage `name`. `source` is the place in the recipe
+    that it comes from."""
     only = " but one under the same licence" if terms(licence).outputs == "own kind" else ""
     clause = terms(licence).clause("outputs")
     return (
@@ -283,7 +300,8 @@ def _sources(
     inputs: Mapping[str, Artifact],
     traces: Mapping[str, LicenceTrace],
 ) -> dict[str, list[str]]:
-    """The names of an artifact's sources by kind: problems, models that wrote its rows, teachers, editors."""
+    """Return the names of an artifact's sources by kind: problem sources, models that wrote its rows,
+    teachers, and editors."""
     merged = _merge_sources(inputs)
     for name, remote in node.endpoints.items():
         merged["models"].add(f"{name} ({remote.model} at {remote.url})")
@@ -301,7 +319,7 @@ def _sources(
 
 
 def _merge_sources(inputs: Mapping[str, Artifact]) -> dict[str, set[str]]:
-    """The sources of all inputs together, and the inputs that are models themselves."""
+    """Return the sources of all inputs together, and those inputs that are models themselves."""
     merged: dict[str, set[str]] = {kind: set() for kind in KINDS}
     for name, artifact in inputs.items():
         for kind, names in artifact.manifest["sources"].items():
@@ -312,7 +330,7 @@ def _merge_sources(inputs: Mapping[str, Artifact]) -> dict[str, set[str]]:
 
 
 def _described(name: str, problems: Problems) -> str:
-    """A problem source as lineages name it: `chat (miniature clock)`."""
+    """Return the name of a problem source as lineages write it: `chat (miniature clock)`."""
     if problems.source == "miniature":
         what = "clock"
     elif problems.source == "gym":

@@ -1,7 +1,7 @@
-"""A model as others can load it: weights, tokenizer, card, checksums, lineage, and the recipe that makes it
-again.
+"""Release of a model for others to load: weights, tokenizer, model card, checksums, lineage, and the recipe
+to reproduce it.
 
-A release holds no rows and no paths, and names people as `reviewer 1`.
+A release contains no rows and no local paths, and names people as `reviewer 1`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class Released:
-    """A released directory and the notes for its maker: `Released(Path("out"), ("no GGUF: ...",))`."""
+    """A released directory and notes for the user who made it: `Released(Path("out"), ("no GGUF: ...",))`."""
 
     folder: Path
     notes: tuple[str, ...]
 
 
 def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto") -> Released:
-    """Write the directory; it appears whole or not at all. `gguf` is a type of `limbeck export`, `none`, or
-    `auto`, which leaves the file out if the format cannot hold the model.
+    """Write a released directory `out`, atomically. `model` is a name that `lineage.find` accepts, `name` the
+    name in the model card (by default that of the directory). `gguf` is a type of `limbeck export`, `none`,
+    or `auto`, which writes a GGUF file unless the format cannot contain the model.
 
-    Raises LimbeckError, naming clause and remedy, if a licence forbids the release or the name breaks a duty.
+    Raises LimbeckError, with the clause and a remedy, if a licence forbids the release or the name does not
+    begin as a licence demands.
     """
     artifact, store = find_artifact(model, runs)
     name = name or out.resolve().name
@@ -77,7 +79,8 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
 
 
 def check_release(lineage: Lineage, name: str) -> None:
-    """Raise LimbeckError if a licence forbids handing the model on, or `name` breaks a naming duty."""
+    """Raise LimbeckError if a licence forbids handing on the model, or demands another beginning of its
+    `name`."""
     for licence in lineage.licences:
         _refuse_forbidden(lineage, licence)
     for licence in lineage.licences:
@@ -92,6 +95,7 @@ def check_release(lineage: Lineage, name: str) -> None:
 
 
 def _refuse_forbidden(lineage: Lineage, licence: str) -> None:
+    """Raise LimbeckError if the licence forbids the release and the user has claimed no exemption from it."""
     claimed = {right["licence"] for right in lineage.head.get("rights", [])}
     if terms(licence).release != "no" or licence in claimed:
         return
@@ -110,7 +114,8 @@ def _refuse_forbidden(lineage: Lineage, licence: str) -> None:
 
 
 def duties(lineage: Lineage) -> list[str]:
-    """The duties of the model's publisher, one line a licence, then the texts to show."""
+    """Return the duties of the model's publisher: one line for each licence with duties, then the texts that
+    must be shown."""
     lines = []
     for licence in lineage.licences:
         if terms(licence).duties:
@@ -122,7 +127,8 @@ def duties(lineage: Lineage) -> list[str]:
 
 
 def _add_gguf(part: Path, name: str, kind: str) -> list[str]:
-    """Write the GGUF file; return a note if the format cannot hold the model and `kind` is auto."""
+    """Write the GGUF file into the directory `part`. Return a note if the format cannot contain the model and
+    `kind` is `auto`, else []."""
     if kind == "none":
         return []
     from ...model import gguf
@@ -139,7 +145,8 @@ def _add_gguf(part: Path, name: str, kind: str) -> list[str]:
 
 
 def _add_licences(part: Path, lineage: Lineage) -> None:
-    """Copy the licence files of the models that were brought in, and write a notice of all licences."""
+    """Copy the licence files of the models from outside into the directory, and write a `NOTICE` with all
+    licences."""
     for entry in lineage.entries.values():
         for path in _licence_files(entry):
             shutil.copyfile(path, part / f"{entry['stage']}-{path.name}")
@@ -153,6 +160,7 @@ def _add_licences(part: Path, lineage: Lineage) -> None:
 
 
 def _licence_files(entry: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the licence files beside a model from outside that the lineage's `entry` describes."""
     path = entry["settings"].get("path")
     if entry["kind"] != "load" or not path or not Path(path).is_dir():
         return
@@ -163,20 +171,23 @@ def _licence_files(entry: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _add_card(part: Path, name: str, published: dict[str, Any], measured: list[dict[str, Any]]) -> None:
-    """Write `lineage.json` and the card made from it."""
+    """Write `lineage.json` and the model card. `published` is the published lineage, `measured` the
+    evaluations."""
     write(part / RELEASED, json.dumps(published, indent=2, ensure_ascii=False) + "\n")
     ggufs = [path.name for path in part.glob("*.gguf")]
     write(part / "README.md", card(name, published, measured, ggufs))
 
 
 def _add_sums(part: Path) -> None:
+    """Write `SHA256SUMS` with the checksum of every file in the directory."""
     files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
     lines = [f"{digest_file(part / file)}  {file}\n" for file in files]
     write(part / SUMS, "".join(lines))
 
 
 def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
-    """Every evaluation of these very weights, without those that force a continuation on them."""
+    """Return the contents of `evaluation.json` for each evaluation of exactly this model's weights, except
+    those with the control "forced", which force continuations on the model."""
     measured = []
     for candidate in store.all():
         if candidate.kind != "evaluate":
@@ -192,7 +203,8 @@ def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
 
 
 def published_lineage(lineage: Lineage) -> dict[str, Any]:
-    """The lineage without private data: no names of people, no paths, rows as a count and a digest."""
+    """Return the lineage without private data: no names of people, no paths, and for the rows only their
+    number and a digest."""
     aliases = _aliases(lineage)
     entries = {}
     for key, entry in lineage.entries.items():
@@ -204,7 +216,8 @@ def published_lineage(lineage: Lineage) -> dict[str, Any]:
 
 
 def _aliases(lineage: Lineage) -> dict[str, str]:
-    """`reviewer 1`, `reviewer 2`, … by the names of the people who edited rows."""
+    """Return the public names `reviewer 1`, `reviewer 2`, … of the people who edited rows, by their real
+    names."""
     editors: set[str] = set()
     for entry in lineage.entries.values():
         editors.update(entry["sources"].get("editors", []))
@@ -213,7 +226,8 @@ def _aliases(lineage: Lineage) -> dict[str, str]:
 
 
 def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """An entry with aliases for people, the last name of a path, and rights without their claimant."""
+    """Return an entry of the lineage with public names of people, only the last component of paths, and no
+    names of those who claimed exemptions."""
     settings = dict(entry["settings"])
     if "path" in settings:
         settings["path"] = Path(settings["path"]).name
@@ -230,7 +244,8 @@ def _published(entry: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str
 
 
 def _row_identities(lineage: Lineage, key: str) -> list[Any]:
-    """Id, text and times per epoch of each row that a stage trained on."""
+    """Return [id, text, times per epoch] of each row that a stage was trained on. `key` is the key of the
+    stage's artifact."""
     rows = training_rows(lineage.entries[key], lineage.input_folders(key))
     return [[row["id"], response_text(row), times] for _, row, times in rows]
 
@@ -239,7 +254,8 @@ def _row_identities(lineage: Lineage, key: str) -> list[Any]:
 
 
 def recipe_of(artifact: Artifact, store: Store) -> Recipe:
-    """The part of a run's recipe that the model depends on, with the evaluations of this model alone.
+    """Return the part of a run's recipe that the model depends on, and the evaluations, restricted to this
+    model.
 
     Raises LimbeckError if no run has the artifact.
     """
@@ -255,7 +271,8 @@ def recipe_of(artifact: Artifact, store: Store) -> Recipe:
 
 
 def part_of(recipe: Recipe, name: str) -> Recipe:
-    """The stages behind one, with the problems that they cite; files and models by their name alone."""
+    """Return the recipe with only the stages that the stage `name` depends on, the problems that they use,
+    and the evaluations. Paths of files and models are reduced to their last component."""
     needed = _behind(recipe, name, set())
     stages: dict[str, Stage] = {}
     for cited, stage in recipe.stages.items():
@@ -272,12 +289,12 @@ def part_of(recipe: Recipe, name: str) -> Recipe:
 
 
 def _without_folder(config: Any) -> Any:
-    """A copy of the configuration whose path is its last name."""
+    """Return a copy of the settings with `path` reduced to its last component."""
     return config.model_copy(update={"path": Path(config.path).name})
 
 
 def _problem_names(stages: Mapping[str, Stage]) -> set[str]:
-    """The problems, screenings and teachers that the stages cite."""
+    """Return the names of the problem sources, `screen` stages and teachers that the stages name."""
     names: set[str] = set()
     for stage in stages.values():
         names.update(sources(stage))
@@ -286,7 +303,7 @@ def _problem_names(stages: Mapping[str, Stage]) -> set[str]:
 
 
 def _behind(recipe: Recipe, name: str, visited: set[str]) -> set[str]:
-    """The stage and all stages that it depends on, added to `visited`."""
+    """Add the stage `name` and all stages that it depends on to `visited`, and return `visited`."""
     if name in visited:
         return visited
     visited.add(name)
@@ -298,6 +315,6 @@ def _behind(recipe: Recipe, name: str, visited: set[str]) -> set[str]:
 
 
 def _policy_may_use(problems: Problems, stages: Mapping[str, Stage]) -> bool:
-    """True for a miniature in a recipe that curates: the policy may translate with it, so it is in that
-    stage's key."""
+    """Return True for a miniature problem source (a small synthetic task) in a recipe with a curate stage.
+    The stage's policy may translate thoughts with that source, which is therefore part of the stage's key."""
     return problems.source == "miniature" and any(stage.kind == "curate" for stage in stages.values())

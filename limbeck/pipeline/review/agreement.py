@@ -1,4 +1,4 @@
-"""Agreement and pace of reviewers, computed from their verdicts alone."""
+"""The agreement and the speed of reviewers, computed from their verdicts (accept, edit or reject) on rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from .reviews import VERDICTS, ReviewState
 
 @dataclass(frozen=True)
 class Pace:
-    """One reviewer of one queue:
-    `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)`.
+    """The speed of one reviewer in one queue:
+    `Pace("Ada", 40, {"accept": 31, "edit": 5, "reject": 4}, 12.5, 240.0, timed=40)` reviewed 40 rows.
 
-    `seconds` is the median time a row, `hourly` the rows in an hour at the mean time; both are None if no
-    verdict has a time. `timed` counts the verdicts that have one.
+    `counts` is the number of verdicts of each kind. `seconds` is the median time per row, `hourly` the rows
+    per hour at the mean time; both are None if no verdict has a time. `timed` is the number of verdicts that
+    have one.
     """
 
     reviewer: str
@@ -30,7 +31,7 @@ class Pace:
 
 
 def paces(rows: Iterable[ReviewState]) -> list[Pace]:
-    """The pace of every reviewer, the one with most rows first."""
+    """Return the speed of every reviewer, the one with most rows first."""
     by_reviewer: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         for reviewer, verdict in row.verdicts.items():
@@ -40,6 +41,7 @@ def paces(rows: Iterable[ReviewState]) -> list[Pace]:
 
 
 def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
+    """Compute the speed of one reviewer from their verdicts."""
     times = [verdict["seconds"] for verdict in verdicts if verdict.get("seconds")]
     counts = Counter(verdict["verdict"] for verdict in verdicts)
     return Pace(
@@ -53,12 +55,12 @@ def _pace(reviewer: str, verdicts: Sequence[dict[str, Any]]) -> Pace:
 
 
 def agreement(rows: Iterable[ReviewState]) -> dict[str, Any]:
-    """`{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}` over rows with several verdicts; {}
-    without any.
+    """Return how far the reviewers agree, over the rows that several people reviewed:
+    `{"agreement": {"rows", "people", "same", "low", "high", "alpha"}}`, or {} if there is no such row.
 
-    Every verdict was given alone: no reviewer sees those of others before. Resolutions come after that and do
-    not count. `same` is the share of rows with one and the same verdict, with its 95 % interval (Wilson);
-    `alpha` is Krippendorff's.
+    Reviewers do not see the verdicts of others before they give their own. Verdicts that settle a dispute are
+    given later and do not count. `same` is the share of rows whose verdicts are all the same, `low` to `high`
+    its 95 % interval (Wilson), and `alpha` is Krippendorff's alpha.
     """
     units = [row.verdicts for row in rows if len(row.verdicts) > 1]
     if not units:

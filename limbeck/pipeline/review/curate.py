@@ -1,8 +1,7 @@
-"""The curate stage: rows go out to reviewers and come back with verdicts. A policy can decide instead of
-people.
+"""The curate stage: reviewers accept, edit or reject rows. A policy can decide in place of people.
 
-A queue belongs to the rows' content, so that no review is lost when a recipe changes; `reviews.py` describes
-its files.
+A queue is a folder with rows for people to review and with their reviews. It is named after the content of
+the rows, so that a change of the recipe loses no review. `reviews.py` describes its files.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ RECIPE = "the recipe"  # the author of the share of rows that two people review
 
 
 class Waiting(Exception):
-    """Rows wait for reviewers; the stage goes on when all have been reviewed."""
+    """Raised while rows wait for reviewers. The stage can go on when all rows have been reviewed."""
 
     def __init__(self, open_rows: int, queue: Path):
         super().__init__(f"{open_rows} rows wait for a person")
@@ -33,10 +32,12 @@ class Waiting(Exception):
 def ask(
     queue: Path, rows: Callable[[], list[dict[str, Any]]], question: str, second: float | None = None
 ) -> None:
-    """Write the queue, each id once: a problem that was drawn twice was answered alike.
+    """Write the rows to the queue for people to review, unless it exists already. Each id is written once:
+    when a problem is drawn twice, its responses are the same.
 
-    `second`, the share of rows that two people review, is recorded when it changes: a share that people
-    choose afterwards counts until the recipe's changes.
+    `rows` is called to get the rows, `question` is shown to the reviewers. `second` is the share of rows that
+    two people review. It is recorded only when it differs from the last value that the recipe set, so that a
+    share that people choose afterwards stays in force until the recipe's changes.
     """
     queue.mkdir(parents=True, exist_ok=True)
     if not (queue / QUEUE).exists():
@@ -50,9 +51,11 @@ def ask(
 def apply_reviews(
     rows: list[dict[str, Any]], queue: Path, review_bytes: int | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows that the first `review_bytes` bytes of reviews leave, and notes on the reviews.
+    """Return (the rows that the reviewers kept, edited where they edited them; notes on the reviews for the
+    manifest).
 
-    Raises `Waiting` while any row is open.
+    Only the first `review_bytes` bytes of the review file count; None counts all. Raises `Waiting` while the
+    review of any row is not settled.
     """
     reviewed = {standing.id: standing for standing in review_states(queue, review_bytes)}
     still_open = sum(standing.state != "settled" for standing in reviewed.values())
@@ -92,8 +95,9 @@ def _notes(reviewed: list[ReviewState], counts: dict[str, int]) -> dict[str, Any
 def apply_policy(
     rows: list[dict[str, Any]], policy: str, tasks: dict[str, Task]
 ) -> tuple[list[dict], dict[str, Any]]:
-    """The rows that a policy leaves, and notes. `accept` keeps every row; `translate` also rewrites each
-    thought in its question's language, if the task can."""
+    """Return (the rows that a policy keeps; notes for the manifest). Both policies keep every row;
+    `translate` also rewrites each thought in the language of its question, if the row's task can. `tasks`
+    maps problem sources to tasks."""
     kept = []
     changed = 0
     for row in rows:
@@ -107,7 +111,8 @@ def apply_policy(
 
 
 def edit_row(row: dict[str, Any], text: str, editor: str) -> dict[str, Any]:
-    """The row with a new text and the name of its editor; sampled token ids stay only if the text did."""
+    """Return a copy of the row with a new response text and the name of its editor. The sampled token ids are
+    kept only if the text is the same but for white space."""
     from ...text.reasoning_parser import split_thought
 
     origin = {**row["origin"], "editor": editor}
@@ -126,6 +131,6 @@ def edit_row(row: dict[str, Any], text: str, editor: str) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSONL, whole or not at all."""
+    """Write rows to a JSONL file, atomically."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write(path, "".join(lines))

@@ -1,7 +1,8 @@
-"""Edits of a text under review: the difference from the original, repetitions to trim, words in another
-language.
+"""Help with editing a text under review: its difference from the original, the removal of repetitions, and
+the marking of words in another language.
 
-A text is cut into *pieces*: a word with the blanks behind it, or one Chinese character.
+A *piece* is a word with the white space around it, or one Chinese character or punctuation mark. Texts are
+compared piece by piece.
 
 N  pieces of a text
 """
@@ -31,7 +32,7 @@ Passage = tuple[str, str, str]
 
 
 def pieces(text: str) -> list[str]:
-    """The text in pieces; joined they are the text again.
+    """Split a text into pieces; joined, they are the text again.
 
     >>> pieces("try 5 先算")
     ['try ', '5 ', '先', '算']
@@ -40,13 +41,13 @@ def pieces(text: str) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The text in lines, and lines in sentences; joined they are the text again."""
+    """Split a text at the ends of lines and sentences; joined, the sentences are the text again."""
     return [sentence for sentence in _SENTENCE.findall(text) if sentence]
 
 
 def parts(text: str, size: int = 4000) -> Iterator[str]:
-    """The text in parts of whole sentences, each up to `size` characters or one sentence long, so that a
-    browser draws only those in sight."""
+    """Split a text into parts of whole sentences. A part has up to `size` characters, or is one longer
+    sentence. A browser can then skip drawing the parts that are out of sight."""
     part = ""
     for sentence in sentences(text):
         if part and len(part) + len(sentence) > size:
@@ -60,10 +61,11 @@ def parts(text: str, size: int = 4000) -> Iterator[str]:
 
 
 def difference(before: str, after: str) -> list[Passage]:
-    """Passages in order: `("same", text, text)` or `("changed", old, new)`, where old or new may be empty.
+    """Return the passages of two texts in order: `("same", text, text)` or `("changed", old, new)`, where
+    `old` or `new` may be empty.
 
-    Sentences are compared first, and pieces where sentences differ, which is fast for a long text with a few
-    changes.
+    Sentences are compared first, then the pieces of sentences that differ. This is fast for a long text with
+    few changes.
     """
     passages: list[Passage] = []
     for kind, old, new in _match(sentences(before), sentences(after)):
@@ -75,7 +77,8 @@ def difference(before: str, after: str) -> list[Passage]:
 
 
 def _match(old: Sequence[str], new: Sequence[str]) -> Iterator[Passage]:
-    """The passages of two sequences: their common head, their middle, their common tail."""
+    """Yield the passages of two sequences of strings: the part that both begin with, the middle, and the part
+    that both end with."""
     head = _common_head(old, new)
     old_rest = old[head:]
     new_rest = new[head:]
@@ -88,7 +91,7 @@ def _match(old: Sequence[str], new: Sequence[str]) -> Iterator[Passage]:
 
 
 def _common_head(old: Sequence[str], new: Sequence[str]) -> int:
-    """The number of equal pieces that two sequences begin with."""
+    """Return the number of equal elements at the beginning of two sequences."""
     for i, (before, after) in enumerate(zip(old, new, strict=False)):
         if before != after:
             return i
@@ -112,7 +115,8 @@ def _match_middle(old: Sequence[str], new: Sequence[str]) -> Iterator[Passage]:
 
 
 def trimmed(text: str) -> str:
-    """The text with consecutive repetitions of a passage reduced to one, and nothing behind its answer.
+    """Return the text with each passage that is repeated several times in a row reduced to one copy, and
+    without what follows its final answer.
 
     >>> trimmed("<think> " + "wait 5 + 1 makes 6 no " * 9 + "</think> <answer> 6 </answer> so I hope")
     '<think> wait 5 + 1 makes 6 no </think> <answer> 6 </answer>'
@@ -131,7 +135,8 @@ def trimmed(text: str) -> str:
 
 
 def _keep_once(ids_N: np.ndarray, span: int) -> np.ndarray:
-    """The pieces to keep, as a mask [N], so that no passage of `span` pieces stands twice in a row."""
+    """Return a mask [N] of the pieces to keep, so that no passage of `span` pieces is repeated directly after
+    itself."""
     keep_N = np.ones(len(ids_N), bool)
     same = np.zeros(max(0, len(ids_N) - span) + 2, bool)  # [N - span + 2], with an edge at either end
     same[1:-1] = ids_N[:-span] == ids_N[span:]  # a piece and the one `span` further on
@@ -147,11 +152,11 @@ def _keep_once(ids_N: np.ndarray, span: int) -> np.ndarray:
 
 
 def marked(text: str, language: str) -> Iterator[tuple[str, str]]:
-    """The text in passages, each with its mark: `tag`; `strange`, for another script than the language's; or
-    "".
+    """Yield the text in passages as (passage, mark). The mark is "tag" for a tag such as `<think>`, "strange"
+    for text in another script than that of `language`, and "" for all other text.
 
-    Strange are Chinese characters in an English thought and Latin words in a Chinese one; LaTeX commands and
-    single letters belong to both.
+    Chinese characters are strange if `language` is "en", Latin words if it is "zh". LaTeX commands and single
+    letters are never strange.
 
     >>> list(marked("<think> try 5 先算", "en"))
     [('<think>', 'tag'), (' try 5 ', ''), ('先算', 'strange')]

@@ -1,7 +1,7 @@
-"""The review queues of all runs, and the verification of a row's text as its recipe verifies completions.
+"""The review queues of all runs, and the verification of a row's text by the checker of its recipe.
 
-Read from the files of runs (`recipe.yaml`, `stages.json`, manifests), so that a list of queues hashes no
-model.
+A queue is the folder of rows that people review for one curate stage. The queues are found from the files of
+runs (`recipe.yaml`, `stages.json`, manifests), so that listing them does not hash models.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..dataset_rows import problem_of, source_of
 from ..run_folder import INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
 from . import reviews
 
-ORDER = ("asks", "ready", "changed", "early", "done")  # of states in a list of queues
+ORDER = ("asks", "ready", "changed", "early", "done")  # of the states in a list of queues
 
 
 @dataclass(frozen=True)
 class ReviewQueue:
-    """A curate stage that people review:
+    """A curate stage whose rows people review:
     `ReviewQueue(Path("runs/quickstart"), "coldstart", Path(".../.queues/8c41…"), None, stage)`.
 
-    `queue` is None until the rows are there; `taken` is the digest of the reviews that the stage has run
-    with, if it has.
+    `run` is the run's folder and `settings` the stage's settings. `queue` is None until the rows have been
+    written. `taken` is the digest of the reviews that the stage has used, None if it has not run.
     """
 
     run: Path
@@ -42,8 +42,9 @@ class ReviewQueue:
 
     @property
     def state(self) -> str:
-        """`early` (no rows yet), `asks`, `ready` (reviewed, the run may go on), `done`, or `changed`
-        (reviewed since)."""
+        """`early` (no rows yet), `asks` (rows need reviews), `ready` (all reviewed, the run can go on),
+        `done` (the stage has used the reviews) or `changed` (reviews were added after the stage used them).
+        """
         if self.queue is None:
             return "early"
         if not reviews.complete(self.queue):
@@ -55,7 +56,7 @@ class ReviewQueue:
 
 
 def desks(home: Path) -> list[ReviewQueue]:
-    """The queues of all runs in a folder, those that ask for reviews first."""
+    """Return the review queues of all runs in `home`, first those whose rows need reviews."""
     queues = []
     for run in run_folders(home):
         try:
@@ -69,7 +70,8 @@ def desks(home: Path) -> list[ReviewQueue]:
 
 
 def desk(home: Path, run: str, stage: str) -> ReviewQueue:
-    """The queue of a stage, by the names of its run and its stage. Raises LimbeckError if there is none."""
+    """Return the review queue of a stage, by the names of its run and its stage. Raises LimbeckError if there
+    is none."""
     for folder in run_folders(home):
         if folder.name == run:
             settings = read_recipe(folder).stages.get(stage)
@@ -81,6 +83,7 @@ def desk(home: Path, run: str, stage: str) -> ReviewQueue:
 
 
 def _open(run: Path, name: str, settings: Curate) -> ReviewQueue:
+    """Return the review queue of the curate stage `name` in the folder `run`."""
     artifacts = read_json(run / INDEX)
     rows = _manifest(run, artifacts.get(settings.rows))
     if not rows:
@@ -94,6 +97,7 @@ def _open(run: Path, name: str, settings: Curate) -> ReviewQueue:
 
 
 def _manifest(run: Path, artifact: str | None) -> dict[str, Any]:
+    """Return the manifest of the artifact folder of that name; {} if the name is None."""
     return read_manifest(store_of(run) / artifact) if artifact else {}
 
 
@@ -102,10 +106,10 @@ def _manifest(run: Path, artifact: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verification:
-    """The verdict of the recipe's verifier on a text: `Verification("6 *5 +1", None, Score(...))`.
+    """The result of checking a text with the recipe's checker: `Verification("6 *5 +1", None, Score(...))`.
 
-    `answer` is the answer in the text, `gold` the one given with the problem, if any. `score` is None if the
-    text cannot be verified here; `why` is then the reason.
+    `answer` is the answer found in the text, `gold` the correct answer of the problem, if it has one. If the
+    text cannot be checked here, `score` is None and `why` is the reason.
     """
 
     answer: str
@@ -115,7 +119,8 @@ class Verification:
 
 
 def verify(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> Verification:
-    """Verify a row's text, edited or not, as the recipe verifies completions."""
+    """Check `text`, the original or edited response of `row`, with the checker that the recipe uses for
+    completions."""
     try:
         task, problem = _problem(desk, row["id"])
     except (
@@ -130,7 +135,8 @@ def verify(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> Verification
 
 
 def rewritten(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> str | None:
-    """The text with its thought in its question's language; None if the row's task cannot rewrite."""
+    """Return `text` with its thought rewritten in the language of the row's question. Return None if the
+    row's task cannot rewrite."""
     try:
         task, _ = _problem(desk, row["id"])
     except (LimbeckError, OSError):
@@ -141,12 +147,13 @@ def rewritten(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> str | Non
 
 
 def with_thought(text: str, thought: str) -> str:
-    """The text with another thought and the same answer."""
+    """Return the text with its thought replaced by `thought` and the same answer."""
     return f"<think> {thought.strip()} </think> {split_thought(text).answer}"
 
 
 def _problem(desk: ReviewQueue, row_id: str) -> tuple[Task, Problem]:
-    """The task and the problem that a row answers."""
+    """Return the task and the problem that a row answers. Raises LimbeckError if the recipe has no such
+    problem."""
     recipe = desk.run / RECIPE
     task, problems = _problems(desk.run, recipe.stat().st_mtime_ns, source_of(row_id))
     problem = problems.get(problem_of(row_id))
@@ -157,7 +164,8 @@ def _problem(desk: ReviewQueue, row_id: str) -> tuple[Task, Problem]:
 
 @lru_cache(maxsize=8)
 def _problems(run: Path, modified: int, name: str) -> tuple[Task, dict[str, Problem]]:
-    """The task of a source and its training problems by id; `modified` is the recipe's mtime."""
+    """Open the problem source `name` of a run. Return its task, and its training problems by id. `modified`
+    is the modification time of the recipe in ns, so that a changed recipe is not read from the cache."""
     sources = read_recipe(run).problems
     if name not in sources:
         raise LimbeckError(f"the recipe has no problems of the name {name}")

@@ -1,16 +1,16 @@
-"""Reviews of the rows in a queue: several people may review a row, and the rules below decide which verdict
+"""Reviews of the rows in a queue. Several people may review a row; the rules below decide which verdict
 counts.
 
-A queue is a folder with `queue.jsonl` (the rows to review, written once) and `reviews.jsonl` (append-only, a
-line an event):
+A queue is a folder with `queue.jsonl` (the rows to review, written once) and `reviews.jsonl` (one event per
+line, only ever appended to):
 
     {"id", "verdict": accept | edit | reject, "completion"?, "reason"?, "reviewer", "at", "seconds"?}
     {"id", "verdict": "undo", "reviewer", "at"}        takes back the reviewer's own last event on a row
     {"second": 0.2, "by", "at"}                        from here on this share of all rows needs two reviewers
 
-A reviewer has one verdict a row, the last one given. All verdicts on a row must lead to the same text, or to
-none: where they do not, the row stays open until a reviewer settles it with a verdict that also has
-`"resolves": true`. That one counts, whatever verdicts follow, until its author takes it back.
+A reviewer has one verdict per row, the last one given. A row is settled if it has enough verdicts and all
+lead to the same text, or all reject it. If they differ, the row is disputed until a reviewer adds a verdict
+with `"resolves": true`. That verdict counts, whatever verdicts follow, until its author takes it back.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from filelock import FileLock
 from ...run_log import read
 from ...types import LimbeckError, fingerprint
 
-QUEUES = ".queues"  # in the store
+QUEUES = ".queues"  # folder in the store
 QUEUE = "queue.jsonl"
 REVIEWS = "reviews.jsonl"
 VERDICTS = ("accept", "edit", "reject")
@@ -44,16 +44,17 @@ IMPORTED_KEYS = (
     "resolves",
     "seconds",
 )  # others are ignored
-EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # of the verdicts on a disputed row
+EXPORTED_KEYS = ("reviewer", "verdict", "completion", "reason")  # keys of a disputed row's verdicts
 
 
 @dataclass(frozen=True)
 class ReviewState:
-    """A row with its verdicts: `ReviewState(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs a second
+    """A row with its verdicts: `ReviewState(3, {"id": ...}, 2, {"Ada": {"verdict": "accept"}})` needs another
     reviewer.
 
-    `number` counts the queue's rows from 1, `wanted` is the number of reviewers that the row needs,
-    `verdicts` maps reviewers to their verdicts in order. `resolution` is the verdict that settles a dispute.
+    `number` is the row's place in the queue, from 1. `wanted` is the number of reviewers that the row needs.
+    `verdicts` maps reviewers to their verdicts, in the order given. `resolution` is the verdict that settled
+    a dispute, if any.
     """
 
     number: int
@@ -69,7 +70,8 @@ class ReviewState:
 
     @property
     def state(self) -> str:
-        """`open`, `second` (needs another reviewer), `disputed` or `settled`."""
+        """`open` (no verdict), `second` (needs another reviewer), `disputed` (verdicts differ) or
+        `settled`."""
         if self.resolution:
             return "settled"
         outcomes = {outcome(self.row, verdict) for verdict in self.verdicts.values()}
@@ -88,18 +90,20 @@ class ReviewState:
 
     @property
     def people(self) -> list[str]:
-        """The reviewers behind the verdict that counts: the one who resolved, or all who agreed."""
+        """The reviewers who gave the verdict that counts: the one who settled a dispute, or all who
+        agreed."""
         if self.resolution:
             return [self.resolution["reviewer"]]
         return list(self.verdicts)
 
     def due(self, reviewer: str) -> bool:
-        """True if the row still needs this reviewer's verdict."""
+        """Return True if the row needs more verdicts and this reviewer has given none."""
         return self.state in ("open", "second") and reviewer not in self.verdicts
 
 
 def outcome(row: Mapping[str, Any], verdict: Mapping[str, Any]) -> str | None:
-    """The text that a verdict leaves, with blanks normalized; None for a rejected row."""
+    """Return the response text that a verdict leaves, with each run of white space as one space; None if it
+    rejects the row."""
     if verdict["verdict"] == "reject":
         return None
     text = verdict["completion"] if verdict["verdict"] == "edit" else row["completion"]
@@ -110,12 +114,13 @@ def outcome(row: Mapping[str, Any], verdict: Mapping[str, Any]) -> str | None:
 
 
 def queue_folder(store: Path, digest: str) -> Path:
-    """The queue for the rows of an artifact, by the artifact's digest."""
+    """Return the folder of the queue for an artifact's rows. `digest` is the artifact's digest."""
     return store / QUEUES / digest[:16]
 
 
 def review_states(queue: Path, review_bytes: int | None = None) -> Sequence[ReviewState]:
-    """Every row in order, with its verdicts in the first `review_bytes` bytes, by default in all."""
+    """Return the review state of every row, in the queue's order. Only events in the first `review_bytes`
+    bytes of the review file count; None counts all."""
     return _standings(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
 
 
@@ -123,7 +128,8 @@ def review_states(queue: Path, review_bytes: int | None = None) -> Sequence[Revi
 def _standings(
     queue: Path, queue_stamp: object, reviews_stamp: object, review_bytes: int | None
 ) -> Sequence[ReviewState]:
-    """The stamps stand for the content of the two files, which a run reads several times a second."""
+    """Compute the review states. The stamps of the queue file and the review file serve as cache keys,
+    because a run reads the states several times a second."""
     verdicts: dict[str, dict[str, dict]] = {}
     resolutions: dict[str, dict] = {}
     share = 0.0
@@ -140,7 +146,8 @@ def _standings(
 
 
 def _apply(event: dict[str, Any], verdicts: dict[str, dict], resolutions: dict[str, dict]) -> None:
-    """Apply one event to the verdicts on its row by reviewer, and to the resolutions by row."""
+    """Apply one event to the verdicts on its row (reviewer -> verdict) and to the resolutions of all rows (id
+    -> verdict)."""
     row = event["id"]
     reviewer = event["reviewer"]
     if event["verdict"] == "undo":
@@ -156,12 +163,14 @@ def _apply(event: dict[str, Any], verdicts: dict[str, dict], resolutions: dict[s
 
 
 def needs_second(row_id: str, share: float) -> bool:
-    """True if a row is in the share that two people review; larger shares contain smaller ones."""
+    """Return True if the row is in the share of rows that two people review. The rows of a smaller share are
+    all contained in a larger one."""
     return fingerprint("second", row_id) < share * 2**63
 
 
 def events(queue: Path, review_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The events in the first `review_bytes` bytes, by default in all; without a torn last line."""
+    """Return the events in the first `review_bytes` bytes of the review file; None reads all. An incomplete
+    last line is left out."""
     path = queue / REVIEWS
     if not path.exists():
         return []
@@ -170,7 +179,7 @@ def events(queue: Path, review_bytes: int | None = None) -> list[dict[str, Any]]
 
 
 def second_share(queue: Path) -> float:
-    """The share of rows that two people review."""
+    """Return the share of rows, 0 to 1, that two people review."""
     share = 0.0
     for event in events(queue):
         share = event.get("second", share)
@@ -178,7 +187,7 @@ def second_share(queue: Path) -> float:
 
 
 def queued_rows(queue: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a queue by their id."""
+    """Return the rows of a queue by their ids, in the queue's order."""
     stamp = _stamp(queue / QUEUE)
     return _queued_rows(queue, stamp) if stamp else {}
 
@@ -189,28 +198,29 @@ def _queued_rows(queue: Path, stamp: object) -> dict[str, dict[str, Any]]:
 
 
 def pending(queue: Path) -> list[dict[str, Any]]:
-    """Rows whose review is not settled, in the queue's order."""
+    """Return the rows whose review is not settled, in the queue's order."""
     return [standing.row for standing in review_states(queue) if standing.state != "settled"]
 
 
 def complete(queue: Path) -> bool:
-    """True if the queue has been written and every row is settled."""
+    """Return True if the queue has been written and the review of every row is settled."""
     return (queue / QUEUE).exists() and not pending(queue)
 
 
 def extent(queue: Path) -> int:
-    """The size of the reviews in bytes, without a torn last line."""
+    """Return the size of the review file in bytes, without an incomplete last line."""
     path = queue / REVIEWS
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
 def digest(queue: Path, review_bytes: int) -> str:
-    """SHA-256 of the first `review_bytes` bytes of reviews."""
+    """Return the SHA-256 of the first `review_bytes` bytes of the review file."""
     return hashlib.sha256((queue / REVIEWS).read_bytes()[:review_bytes]).hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Time of change and size of a file, which tell its versions apart; None if there is none."""
+    """Return the modification time (ns) and the size (bytes) of a file, which identify its version; None if
+    it does not exist."""
     if not path.exists():
         return None
     status = path.stat()
@@ -221,27 +231,30 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def review(queue: Path, entry: dict[str, Any]) -> None:
-    """Append one verdict; it is on disk when this returns. LimbeckError if it could not be carried out."""
+    """Append one verdict, which is on disk when this returns. Raises LimbeckError if the verdict is not valid
+    for the queue."""
     check(entry, queued_rows(queue), f"review of {entry.get('id')}")
     append(queue, [entry])
 
 
 def undo(queue: Path, row_id: str, reviewer: str) -> None:
-    """Take back a reviewer's last event on a row. LimbeckError if the queue has no such row."""
+    """Take back a reviewer's last verdict on a row. Raises LimbeckError if the queue has no such row."""
     if row_id not in queued_rows(queue):
         raise LimbeckError(f"review of {row_id}: the queue has no such row")
     append(queue, [{"id": row_id, "verdict": "undo", "reviewer": reviewer}])
 
 
 def set_second_share(queue: Path, share: float, by: str) -> None:
-    """From now on two people review this share of the rows. LimbeckError unless it is between 0 and 1."""
+    """Set the share of rows, 0 to 1, that two people review from now on. `by` is the name of whoever sets it.
+    Raises LimbeckError if it is not between 0 and 1."""
     if not 0 <= share <= 1:
         raise LimbeckError(f"second: {share} is no share; give a number between 0 and 1")
     append(queue, [{"second": share, "by": by}])
 
 
 def check(entry: Mapping[str, Any], rows: Mapping[str, dict[str, Any]], where: str) -> None:
-    """Raise LimbeckError for a verdict that could not be carried out; `where` begins its sentence."""
+    """Raise LimbeckError for a verdict that is not valid: an unknown row or verdict, an edit without text, or
+    an accepted row with a changed text. `where` begins the error message."""
     row = rows.get(entry.get("id"))
     verdict = entry.get("verdict")
     text = entry.get("completion")
@@ -258,10 +271,11 @@ def check(entry: Mapping[str, Any], rows: Mapping[str, dict[str, Any]], where: s
 
 
 def import_reviews(queue: Path, path: Path, reviewer: str) -> int:
-    """Append the verdicts of a JSONL file that was filled in elsewhere, all or none; return their number.
+    """Append the verdicts of a JSONL file that was filled in outside of Limbeck, and return their number.
+    `reviewer` is the name for verdicts that have none.
 
-    Rows whose verdict is still null stay open. Raises LimbeckError, naming the line, for one that is not
-    valid.
+    Rows whose verdict is null are skipped and stay open. If any line is not valid, nothing is appended, and
+    LimbeckError with the line's number is raised.
     """
     rows = queued_rows(queue)
     entries = []
@@ -291,8 +305,9 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
-    """The rows that a reviewer may fill in elsewhere: first those due, without the verdicts of others; then
-    the disputed ones, with the verdicts, to be resolved."""
+    """Return the rows that a reviewer may fill in outside of Limbeck. First come the rows that still need
+    this reviewer's verdict, without the verdicts of others; then the disputed rows with all verdicts, for the
+    reviewer to settle."""
     everything = review_states(queue)
     rows = [{**standing.row, "verdict": None} for standing in everything if standing.due(reviewer)]
     for standing in everything:
@@ -306,8 +321,8 @@ def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
 
 
 def append(queue: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Append events; they are on disk when this returns, whatever other processes write. A last line that a
-    power cut or a full disk tore is dropped first."""
+    """Append events to the review file under a lock; they are on disk when this returns. An incomplete last
+    line, as a power cut or a full disk leaves it, is removed first."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     lines = [json.dumps({**entry, "at": now}, ensure_ascii=False) + "\n" for entry in entries]
     with FileLock(queue / f"{REVIEWS}.lock"), open(queue / REVIEWS, "ab+") as file:
@@ -320,7 +335,7 @@ def append(queue: Path, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _ends_whole(file: Any) -> bool:
-    """True for an empty file, or one whose last line is whole."""
+    """Return True if the file is empty or its last line is complete."""
     if file.tell() == 0:
         return True
     file.seek(-1, os.SEEK_END)

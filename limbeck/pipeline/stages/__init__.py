@@ -1,5 +1,5 @@
-"""One module per kind of stage, each with a `run(job)` that reads inputs and settings and writes the job's
-folder."""
+"""One module per kind of stage. Each has a function `run(job)` that reads the job's inputs and settings and
+writes the result files into the job's folder."""
 
 from __future__ import annotations
 

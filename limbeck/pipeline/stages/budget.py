@@ -1,4 +1,4 @@
-"""FLOPs that a learning stage may spend, and those that its data took."""
+"""The FLOP budget of a training stage, and the FLOPs that its data has cost."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..job import Job
 
 
 def data_flops(job: Job, names: Iterable[str]) -> float:
-    """FLOPs of making the rows of some stages, teachers' sampling and scoring included, back to their
-    beginning."""
+    """Return the FLOPs of making the rows of the stages `names`, with all stages before them. The sampling
+    and scoring by teachers is included."""
     manifests = [job.manifest(name) for name in names]
     return float(sum(m["flops"] + m["notes"].get("data_flops", 0) for m in manifests))
 
 
 def budget_of(job: Job, data: Iterable[str] = ()) -> float:
-    """FLOPs that a stage may spend: as many as another stage's training took (`flops_of`), or the rest of
-    `flops` after its data; infinite if neither is set.
+    """Return the FLOPs that a stage may spend on training: as many as the training of another stage took
+    (`flops_of`), or the setting `flops` minus the cost of its data, or infinity if neither is set. `data` are
+    the names of the stages that made the data.
 
-    Raises LimbeckError if the data alone took more.
+    Raises LimbeckError if the data alone cost as much as `flops` or more.
     """
     stage: Budgeted = job.stage
     if stage.flops_of:
@@ -43,7 +44,8 @@ def budget_of(job: Job, data: Iterable[str] = ()) -> float:
 def affordable(
     plan: list[list[int]], samples: list[Sample], config: ModelConfig, budget: float
 ) -> list[list[int]]:
-    """The first batches of a plan, one at least, whose training costs at most `budget` FLOPs."""
+    """Return the first batches of a plan whose training costs at most `budget` FLOPs, but at least one batch.
+    A plan is a list of batches, each a list of indices into `samples`."""
     if math.isinf(budget):
         return plan
     costs = []
@@ -55,5 +57,6 @@ def affordable(
 
 
 def forward_flops(samples: Iterable[Sample], config: ModelConfig) -> float:
-    """FLOPs of one forward pass over samples, each token attending to half of its sequence on average."""
+    """Return the FLOPs of one forward pass over the samples. Each token is counted as attending to half of
+    its sequence."""
     return sum(len(sample.tokens) * config.flops_per_token(len(sample.tokens) / 2) for sample in samples)

@@ -1,4 +1,5 @@
-"""`calibrate`: measure a judge on labelled pairs before it may count as a reward."""
+"""`calibrate`: measure how well an LLM judge agrees with labelled pairs, before it may be used as a
+reward."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ NOTED = ("pairs", "agreement", "kappa", "position", "length", "abstained", "pass
 
 
 def run(job: Job) -> Outcome:
-    """A judge's agreement with labels. Failing the thresholds is a result; a stage that cites it is refused.
+    """Measure the judge's agreement with labels and write it to `calibration.json`. A judge below the
+    thresholds is a valid result, but a stage that uses that judge fails.
 
-    Raises LimbeckError if there are too few pairs.
+    Raises LimbeckError if there are fewer than `MIN_PAIRS` pairs.
     """
     stage: Calibrate = job.stage
     pairs, tokens, flops = _labelled(job) if stage.rows else _by_truth(job)
@@ -50,7 +52,8 @@ def run(job: Job) -> Outcome:
 
 
 def _labelled(job: Job) -> tuple[list[Pair], int, float]:
-    """The first `pairs` pairs that people labelled, without their thoughts; no tokens and FLOPs."""
+    """Return (the first pairs that people labelled, at most the setting `pairs`; 0 tokens; 0 FLOPs). The
+    thoughts in the responses are removed."""
     pairs = []
     for number, row in preferences(job, job.stage.rows):
         problem = Problem(f"row/{number}", row["prompt"], answer=row.get("answer"))
@@ -62,8 +65,8 @@ def _labelled(job: Job) -> tuple[list[Pair], int, float]:
 
 
 def _by_truth(job: Job) -> tuple[list[Pair], int, float]:
-    """Pairs of a right and a wrong response of `model`, by the task's own checker; tokens and FLOPs of
-    sampling."""
+    """Return (pairs of a right and a wrong response, tokens sampled, FLOPs of sampling). The responses are
+    sampled from the stage's `model`; the task's own checker decides which one is right."""
     stage: Calibrate = job.stage
     engine = job.sampler(stage.model)
     tasks = job.mixture(stage.problems)

@@ -1,4 +1,4 @@
-"""`curate`: rows as reviewed by people, or by the stage's policy."""
+"""`curate`: rows that people, or the stage's policy, accept, edit or reject."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .outcome import Outcome, outcome
 
 
 def run(job: Job) -> Outcome:
-    """Keep, edit and drop rows by the reviews of the stage's queue; with `auto`, by policy."""
+    """Keep, edit and drop rows by the reviews in the stage's queue or, with the setting `auto`, by its
+    policy."""
     stage: Curate = job.stage
     rows = job.rows(stage.rows)
     if stage.auto:

@@ -1,4 +1,5 @@
-"""`distill`: learn teachers' distributions on the student's own samples, on rows, or on both."""
+"""`distill`: train a student on the token distributions of teachers, on the student's own samples, on given
+rows, or on both."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ SUMS = ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")  # metrics
 
 
 def run(job: Job) -> Outcome:
-    """Train from the last checkpoint to the end; save the model; sum up the log."""
+    """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: Distill = job.stage
     decoder, tokenizer = job.model(stage.model)
     teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
@@ -68,8 +69,8 @@ def run(job: Job) -> Outcome:
 
 
 def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
-    """A stage's model as a teacher; its vocabulary has to be the student's unless spans of text are
-    compared."""
+    """Load the model of the input `name` as a teacher. Raises LimbeckError if its vocabulary is not the
+    student's, unless the setting `divergence: text` compares spans of text."""
     decoder, tokenizer = job.model(name)
     if job.stage.divergence == "text":
         return Teacher(Scorer(decoder), (student, tokenizer))
@@ -78,8 +79,8 @@ def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:
 
 
 def _rows(job: Job, tokenizer: Tokenizer) -> list[Assigned]:
-    """All rows as samples with their teachers. Raises LimbeckError if the stage cites rows and there are
-    none."""
+    """Return all rows as samples, each with its teacher. Raises LimbeckError if the stage names inputs with
+    rows but they have none."""
     stage: Distill = job.stage
     rows = []
     for name, share in stage.rows.items():
@@ -90,7 +91,8 @@ def _rows(job: Job, tokenizer: Tokenizer) -> list[Assigned]:
 
 
 def _assigned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterator[Assigned]:
-    """Rows of one stage as samples, with their labels, or the teacher of their problem's domain."""
+    """Yield the rows of the input `name` as samples: with their stored labels if it is a `label` stage, else
+    with the teacher for the domain of their problems. `share` is the part of the rows to take."""
     stage: Distill = job.stage
     if job.manifest(name)["kind"] == "label":
         for sample in _labelled(job, name, share, tokenizer):
@@ -106,7 +108,8 @@ def _assigned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterat
 
 
 def _labelled(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Sample]:
-    """Rows of a `label` stage with the teacher's top-k labels."""
+    """Return a share of the rows of a `label` stage as samples, with the top-k log-probabilities of the
+    teacher."""
     require_same_vocabulary(job, tokenizer, name, Tokenizer.from_directory(job.inputs[name] / "tokenizer"))
     temperature = job.manifest(name)["settings"]["temperature"]
     if temperature != job.stage.temperature:

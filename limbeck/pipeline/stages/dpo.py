@@ -1,4 +1,4 @@
-"""`dpo`: direct preference optimisation on pairs of a stage or of a table."""
+"""`dpo`: direct preference optimisation on preference pairs from a stage or from a table file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from .supervised import save_model, train
 
 
 def run(job: Job) -> Outcome:
-    """Score the pairs with the policy at the beginning, then train; the reference's FLOPs count."""
+    """Compute the reference log-probabilities of the pairs with the initial policy, then train. The FLOPs of
+    the former are counted too."""
     stage: Settings = job.stage
     decoder, tokenizer = job.model(stage.model)
     samples = _samples(job, tokenizer)
@@ -48,7 +49,8 @@ def run(job: Job) -> Outcome:
 
 
 def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
-    """The two responses of each pair side by side: sampled token ids of stages, tokenized text of tables."""
+    """Return the two responses of each pair, one after the other. Pairs from stages keep their sampled token
+    ids; the texts of table files are tokenized."""
     samples = []
     rows = [row for name, share in job.stage.pairs.items() for row in _rows(job, name, share, tokenizer)]
     for number, row in enumerate(rows, start=1):
@@ -61,15 +63,15 @@ def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
 
 
 def _rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """A share of the pairs of a table or of a stage."""
+    """Return a share of the pairs of `name`, which is a table file or a stage."""
     if name.endswith(TABLES):
         return take_share([row for _, row in preferences(job, name)], share, (job.seed, Path(name).name))
     return given_rows(job, name, share, tokenizer)
 
 
 def _response(row: dict[str, Any], side: str) -> dict[str, Any]:
-    """One response of a pair as a row; a thought that a table has in its own column is put before the
-    answer."""
+    """Return one response of a pair (`side` is "chosen" or "rejected") as a row. If a table has the thought
+    in its own column, it is put before the answer."""
     response = {
         "prompt": row["prompt"],
         "completion": join_thought(row.get(f"{side}_reasoning") or "", row[side]),

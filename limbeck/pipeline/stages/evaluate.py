@@ -1,4 +1,5 @@
-"""`evaluate`: a model's accuracy on test problems, by several ways of sampling."""
+"""`evaluate`: the accuracy of a model on test problems, with several ways of sampling (such as greedy, or
+temperature 0.6)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ TEMPERATURE_AND_TOP_P = {
 
 
 def run(job: Job) -> Outcome:
-    """Evaluate source by source and way by way; a killed stage resumes after the last whole part."""
+    """Evaluate each problem source with each way of sampling. A killed stage resumes after the last
+    combination of source and way that it finished."""
     stage: Evaluate = job.stage
     model = next(iter(job.inputs))
     decoder, tokenizer = job.model(model)
@@ -51,14 +53,16 @@ def run(job: Job) -> Outcome:
 
 
 def _mean_length(result: dict[str, Any], stage: Evaluate) -> float:
-    """The mean response length in tokens of the first source and way of sampling."""
+    """Return the mean response length, in tokens, on the first problem source with the first way of sampling;
+    100 if it was not measured."""
     source = next(iter(stage.problems))
     return result["sources"][source]["modes"][stage.modes[0]].get("length", 100)
 
 
 def _sampling(way: str, stage: Evaluate, control: str | None, tokenizer: Tokenizer) -> SamplingParams:
-    """The sampling parameters of a way. The control `forced` replaces the token that gives up by one that
-    goes on."""
+    """Return the sampling parameters of the way of sampling `way`. With the control "forced", the first token
+    of each phrase in the setting `retry` (by which the model gives up) is replaced by the first token of the
+    phrase that goes on."""
     temperature, top_p = TEMPERATURE_AND_TOP_P.get(way, (1.0, 1.0))
     force = {}
     if control == "forced":

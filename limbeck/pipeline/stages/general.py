@@ -1,4 +1,4 @@
-"""`general`: rows whose answer is given with the problem and needs no thought."""
+"""`general`: rows of problems that come with their answer, without a thought."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .outcome import Outcome, outcome
 
 
 def run(job: Job) -> Outcome:
-    """Draw problems and write them with their answers."""
+    """Draw problems and write them with their answers as rows."""
     stage: General = job.stage
     tasks = job.mixture({stage.problems: 1.0})
     rows = [_row(problem) for problem in tasks.draw(stage.rows, (job.seed, "prompts"))]
@@ -22,7 +22,7 @@ def run(job: Job) -> Outcome:
 
 
 def _row(problem: Problem) -> dict[str, Any]:
-    """A problem with its answer as a row."""
+    """Return a problem and its answer as a row."""
     return {
         "id": problem.id,
         "prompt": problem.prompt,

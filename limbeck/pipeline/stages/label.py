@@ -1,4 +1,4 @@
-"""`label`: a teacher's top-k log-probabilities at each token of some rows."""
+"""`label`: store a teacher's top-k log-probabilities at each response token of some rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from .resume import remaining_chunks
 from .rows import given_rows, to_sample, tokenizer_digest
 
 SHARD = 256  # rows whose labels are in one file
-ARRAYS = ("ids", "logprobs", "tail")  # of Labels
+ARRAYS = ("ids", "logprobs", "tail")  # fields of Labels
 
 
 def run(job: Job) -> Outcome:
-    """Label the rows shard by shard; rows and tokenizer are copied, so that the labels can be used alone."""
+    """Label the rows in shards of `SHARD` rows. The rows and the tokenizer are copied into the result, so
+    that the labels can be used without the inputs."""
     stage: Label = job.stage
     decoder, tokenizer = job.model(stage.model)
     teacher = Scorer(decoder)
@@ -56,12 +57,13 @@ def run(job: Job) -> Outcome:
 
 
 def _with_tokens(row: dict[str, Any], sample: Any) -> dict[str, Any]:
-    """A row with the token ids that were labelled."""
+    """Return the row with the response token ids that were labelled."""
     return {**row, "tokens": sample.tokens[sample.start :].tolist()}
 
 
 def save_labels(folder: Path, shard: int, labels: list[Labels]) -> None:
-    """Write the labels of a shard: the arrays of all samples end to end, and how long each is."""
+    """Write the labels of one shard to a safetensors file: each array concatenated over all samples, and the
+    number of tokens of each sample. `shard` is the shard's number."""
     arrays = {name: np.concatenate([getattr(one, name) for one in labels]) for name in ARRAYS}
     arrays["lengths"] = np.array([len(one.tail) for one in labels])
     with atomic_write(folder / f"labels-{shard:05d}.safetensors") as file:
@@ -69,7 +71,7 @@ def save_labels(folder: Path, shard: int, labels: list[Labels]) -> None:
 
 
 def load_labels(folder: Path) -> Iterator[Labels]:
-    """The labels of all samples, in the order of the rows."""
+    """Yield the labels of each sample, in the order of the rows."""
     for path in sorted(folder.glob("labels-*.safetensors")):
         arrays = load_file(path)
         ends = np.cumsum(arrays["lengths"])[:-1]

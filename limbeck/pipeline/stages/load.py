@@ -1,4 +1,4 @@
-"""`load`: copy a base model into the store as float32 safetensors, with its licence and source."""
+"""`load`: copy a base model into the store as float32 safetensors, and note its licence and its source."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from .supervised import save_model
 
 
 def run(job: Job) -> Outcome:
-    """Read a directory or a GGUF file, check it, cut layers off if `layers` says so, save.
+    """Read a model directory or a GGUF file, check it, reduce the model to `layers` layers if that is set,
+    and save it.
 
-    Raises LimbeckError if tokenizer and weights do not fit, or a weight is not finite.
+    Raises LimbeckError if the tokenizer has more tokens than the model's vocabulary, or a weight is not
+    finite.
     """
     stage: Load = job.stage
     source = _directory(Path(stage.path), job.folder / "converted")
@@ -41,7 +43,7 @@ def run(job: Job) -> Outcome:
 
 
 def _directory(source: Path, converted: Path) -> Path:
-    """The directory of a model; a GGUF file is converted to one first."""
+    """Return the directory of a model. A GGUF file is first converted to one at `converted`."""
     if not source.is_file():
         return source
     from ...model import gguf
@@ -51,7 +53,8 @@ def _directory(source: Path, converted: Path) -> Path:
 
 
 def _provenance(source: Path) -> dict[str, str]:
-    """The source and licence that `limbeck pull` noted, else the directory's name."""
+    """Return the source and licence that `limbeck pull` saved beside the model, else the directory's name as
+    the source."""
     notes = source / "provenance.json"
     if notes.exists():
         return json.loads(notes.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The result of a stage beyond its files: what its manifest says besides the settings."""
+"""The return value of a stage's `run`: costs and notes for the manifest, besides the files that it writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Outcome = dict[str, Any]  # tokens, flops, notes
 
 
 def outcome(tokens: int = 0, flops: float = 0, **notes: Any) -> Outcome:
-    """Tokens sampled and learned from, FLOPs, and notes for the manifest.
+    """Return a stage's outcome: `tokens` sampled and trained on, `flops`, and `notes` for the manifest.
 
     >>> outcome(3, 1e9, rows=2)
     {'tokens': 3, 'flops': 1000000000.0, 'notes': {'rows': 2}}

@@ -1,4 +1,5 @@
-"""`pairs`: the best and the worst completion of each problem, with TRL's column names."""
+"""`pairs`: the best and the worst completion of each problem as a preference pair, with TRL's column
+names."""
 
 from __future__ import annotations
 
@@ -19,15 +20,16 @@ SHARED = ("id", "prompt", "language", "origin")  # columns that both responses h
 
 
 def run(job: Job) -> Outcome:
-    """Sample completions, rank them, and keep a pair per problem whose scores differ by more than
-    `margin`."""
+    """Sample completions, score them, and keep one pair per problem, if its best and worst scores differ by
+    more than the setting `margin`."""
     stage: Pairs = job.stage
     tokenizer = job.model(stage.model)[1]
     origin = {"sampler": job.manifest(stage.model)["digest"]}
     rank, take_usage = ranking_of(job)
 
     def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """The pair of a group as a row, or the reason why there is none."""
+        """Return (the pair of one problem's completions as a list of one row, no reasons), or ([], the reason
+        why there is no pair)."""
         scores = rank(group)
         places = best_and_worst(scores, stage.margin)
         if places is None:

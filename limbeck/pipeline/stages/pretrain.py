@@ -1,4 +1,5 @@
-"""`pretrain`: a new decoder on a corpus of the miniature world."""
+"""`pretrain`: train a new decoder on the generated corpus of a miniature problem source (a small synthetic
+task of this package)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ PROGRESS = 1.0  # seconds between two reports of the corpus' progress
 
 
 def run(job: Job) -> Outcome:
-    """Write the corpus, then one epoch over it."""
+    """Generate the corpus, then train one epoch on it."""
     stage: Pretrain = job.stage
     from ...tasks.clock_countdown import encode_documents
 
@@ -44,8 +45,8 @@ def run(job: Job) -> Outcome:
 
 
 def with_progress(folder: Path, documents: Iterator[list[str]], tokens: int) -> Iterator[list[str]]:
-    """The documents unchanged; now and then the share of `tokens` that is written is noted in the stage's
-    folder."""
+    """Yield the documents unchanged. About once a second, the share of `tokens` generated so far is written
+    to the stage's folder as a message for the user."""
     written = 0
     noted = time.monotonic()
     for words in documents:

@@ -1,5 +1,5 @@
-"""Ranking of completions where right and wrong are not enough: by rewards, a judge, or a teacher's
-likelihood."""
+"""Ranking of a problem's completions by rewards, by a judge, or by a teacher's likelihood, for stages that
+keep the best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sweep import Usage
 
 
 class LikelihoodScorer:
-    """Ranks completions by a teacher's likelihood, and counts the FLOPs of it."""
+    """Scores completions by a teacher's likelihood, and counts the FLOPs."""
 
     def __init__(self, teacher: Decoder):
         self.config = teacher.config
@@ -25,7 +25,7 @@ class LikelihoodScorer:
         self.flops = 0.0
 
     def __call__(self, group: Group) -> Sequence[float]:
-        """One number per completion, the more the better."""
+        """Return one score per completion, the mean log-probability of its tokens; higher is better."""
         prompt = len(group.prompt_tokens)
         lengths = [len(completion.tokens) for completion in group.completions]
         context = prompt + sum(lengths) / len(lengths) / 2
@@ -33,15 +33,16 @@ class LikelihoodScorer:
         return self.rank(group)
 
     def take_usage(self) -> dict[str, float]:
-        """FLOPs since the last call."""
+        """Return the FLOPs since the last call, as `{"teacher_flops": ...}`, and reset the count."""
         usage = {"teacher_flops": self.flops}
         self.flops = 0.0
         return usage
 
 
 def ranking_of(job: Job) -> tuple[RankCompletions, Usage]:
-    """The ranking of a stage's `scored_by`, and its usage: a calibrated judge, a teacher's likelihood, or,
-    where it is not set, the rewards of the scores."""
+    """Return (function that scores the completions of a group, function that returns the cost since its last
+    call). The setting `scored_by` names a calibrated judge or a teacher; if it is not set, completions are
+    scored by their rewards."""
     name = job.stage.scored_by
     if not name:
         return lambda group: group.rewards, dict
@@ -55,8 +56,8 @@ def ranking_of(job: Job) -> tuple[RankCompletions, Usage]:
 
 
 def require_same_vocabulary(job: Job, student: Tokenizer, name: str, teacher: Tokenizer) -> None:
-    """Raise LimbeckError unless student and teacher have the same token ids and the same end of turn: only
-    then can their distributions be compared token by token."""
+    """Raise LimbeckError unless student and teacher have the same token ids and the same end token. Their
+    distributions can be compared token by token only then. `name` is the teacher's name in the message."""
     own = student.backend.get_vocab(with_added_tokens=True)
     other = teacher.backend.get_vocab(with_added_tokens=True)
     different = sum(own.get(token) != other.get(token) for token in {**own, **other})
@@ -77,7 +78,9 @@ def require_same_vocabulary(job: Job, student: Tokenizer, name: str, teacher: To
 
 
 def ranked(group: Group, keep: str | None, rank: RankCompletions | None) -> list[int]:
-    """The places of a group's completions in the order of `keep`; of equals the first comes first."""
+    """Return the indices of a group's completions in the order in which they should be kept: the shortest
+    first if `keep` is "shortest", else the highest `rank` score first, or as sampled if `rank` is None. Equal
+    completions stay in sampling order."""
     places = list(range(len(group.completions)))
     if keep == "shortest":
         return sorted(places, key=lambda place: len(group.completions[place].tokens))

@@ -1,4 +1,4 @@
-"""`remote`: an OpenAI-compatible endpoint in the place of a model."""
+"""`remote`: an OpenAI-compatible endpoint that is used in place of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .outcome import Outcome, outcome
 
 
 def run(job: Job) -> Outcome:
-    """Note the endpoint and its licence. One request is sent, so that a wrong key shows at once."""
+    """Write the endpoint's address and licence to `endpoint.json`. One request is sent first, so that a wrong
+    API key is noticed at once."""
     stage: Remote = job.stage
     job.endpoint(job.name).check()
     settings = stage.model_dump(mode="json", include={"url", "model", "licence", "logprobs", "extra"})

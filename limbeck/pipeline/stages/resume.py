@@ -1,4 +1,5 @@
-"""Resume of stages that work in chunks: a chunk is a step of the run log, and only whole chunks are in it."""
+"""Resuming of stages that work in chunks. A chunk is a fixed part of a stage's work (such as 64 problems);
+when it is finished, it is logged as one step of the run log."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from ..job import Job
 
 
 def finished_chunks(job: Job) -> int:
-    """The number of chunks that were finished before."""
+    """Return the number of chunks that are finished already."""
     return len(read_metrics(job.folder))
 
 
 def remaining_chunks(job: Job, total: int) -> Iterator[tuple[int, RunLog]]:
-    """The numbers of the chunks that are left, each with the run log; the caller logs one step per chunk,
-    last.
+    """Yield (number of the chunk, run log) for each chunk that is not finished. The caller must log exactly
+    one step per chunk, after its other output.
 
-    Raises Resumable between two chunks if the run is to stop.
+    Raises Resumable between two chunks if the run should stop.
     """
     first = finished_chunks(job)
     log = job.record(first, total)
@@ -31,7 +32,7 @@ def remaining_chunks(job: Job, total: int) -> Iterator[tuple[int, RunLog]]:
 
 
 def cut_back(job: Job, file: BinaryIO) -> None:
-    """Cut a file of rows back to its length after the last finished chunk, which is that step's metric
-    `bytes`."""
+    """Truncate a file of rows to its length after the last finished chunk, which was logged as that step's
+    metric `bytes`."""
     steps = read_metrics(job.folder)
     file.truncate(steps[-1]["bytes"] if steps else 0)

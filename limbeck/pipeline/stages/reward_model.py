@@ -1,4 +1,4 @@
-"""`reward`: a reward model from preferences, measured on held-out questions."""
+"""`reward`: train a reward model on preference pairs, and measure it on held-out prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .supervised import save_model, train
 
 
 def run(job: Job) -> Outcome:
-    """Train the value head and the decoder; save both with the accuracy on held-out pairs.
+    """Train the decoder with a value head; save both, and the accuracy on held-out pairs.
 
     Raises LimbeckError if there are too few pairs.
     """
@@ -56,8 +56,9 @@ def run(job: Job) -> Outcome:
 
 
 def _measure(learner: RewardModelLearner, learned: list[Sample], held_out: list[Sample]) -> dict[str, Any]:
-    """Accuracy on held-out pairs with its interval, the mean margin there, and the mean of all learned
-    values."""
+    """Return the accuracy on held-out pairs with its interval, the mean margin between chosen and rejected
+    there, and `centre`, the mean value of all training responses. In both lists, chosen and rejected
+    responses alternate."""
     chosen = learner.values(held_out[::2])
     rejected = learner.values(held_out[1::2])
     correct = [[float(better > worse)] for better, worse in zip(chosen, rejected, strict=True)]

@@ -1,5 +1,5 @@
-"""Judges and reward models of a stage. One that failed its calibration, or is no better than chance, is
-refused."""
+"""The judges and reward models that a stage uses. A judge that failed its calibration, or a reward model that
+is no better than chance, is refused."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from ...train.reward_model import RewardModelScorer
 from ...types import Group, LimbeckError
 from ..job import Job
 
-CALIBRATION = "calibration.json"  # of a judge
+CALIBRATION = "calibration.json"  # file with the calibration of a judge
 VALUE = "value.safetensors"  # the value head of a reward model
-MEASURED = "reward.json"  # its accuracy on held-out pairs
+MEASURED = "reward.json"  # a reward model's accuracy on held-out pairs
 
 
 def learned_rewards(job: Job, tasks: Tasks, sampling: SamplingParams) -> LearnedRewards:
-    """The learned rewards of an `rl` stage, over its tasks."""
+    """Return the learned rewards (judge, preference model) of an `rl` stage, added to those of `tasks`.
+    `sampling` is how the stage samples completions."""
     stage: RL = job.stage
     open_function = {"judge": judge_of, "preference": reward_model_of}
     functions: dict[str, RewardFunction] = {}
@@ -33,7 +34,8 @@ def learned_rewards(job: Job, tasks: Tasks, sampling: SamplingParams) -> Learned
 
 
 class JudgedTasks:
-    """Tasks whose scores include the part `judge`, with no weight in the reward: rows are filtered by it."""
+    """Tasks whose scores have an additional part `judge`. Its weight in the reward is 0: it is only used to
+    filter rows."""
 
     def __init__(self, tasks: Mixture, judge: Judge):
         self.tasks = tasks
@@ -42,22 +44,22 @@ class JudgedTasks:
         self.take_usage = judge.take_usage
 
     def score(self, group: Group) -> Group:
-        """The group with the tasks' scores and the judge's."""
+        """Return the group with the scores of the tasks and of the judge."""
         scores = self.judge.score_groups([group])[0]
         return add_reward_part(self.tasks.score(group), scores, "judge", 0.0)
 
 
 def tasks_of(job: Job) -> Mixture | JudgedTasks:
-    """A stage's problems with their checkers, and with a judge where it names one."""
+    """Return the stage's problems with their checkers, and with a judge if the setting `judge` names one."""
     tasks = job.mixture(job.stage.problems, getattr(job.stage, "rewards", None))
     name = getattr(job.stage, "judge", None)
     return JudgedTasks(tasks, judge_of(job, name)) if name else tasks
 
 
 def judge_of(job: Job, name: str) -> Judge:
-    """The judge of a `calibrate` stage, with the settings that were calibrated.
+    """Return the judge that the `calibrate` stage `name` measured, with the same judging settings.
 
-    Raises LimbeckError with its numbers if it failed.
+    Raises LimbeckError, with the measured numbers, if the judge failed the calibration.
     """
     calibration = json.loads((job.inputs[name] / CALIBRATION).read_text(encoding="utf-8"))
     judge = calibration["judge"]
@@ -71,12 +73,12 @@ def judge_of(job: Job, name: str) -> Judge:
 
 
 def open_judge(job: Job, model: str, judging: JudgeConfig) -> Judge:
-    """A stage's model, or an endpoint, as a judge."""
+    """Return the model or endpoint of the input `model` as a judge with the settings `judging`."""
     return Judge(job.sampler(model), judging, to_sampling_params(judging.sampling), job.seed)
 
 
 def reward_model_of(job: Job, name: str) -> RewardModelScorer:
-    """The reward model of a `reward` stage.
+    """Return the reward model that the `reward` stage `name` trained.
 
     Raises LimbeckError if its accuracy on held-out pairs is no better than chance.
     """

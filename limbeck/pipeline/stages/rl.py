@@ -1,4 +1,4 @@
-"""`rl`: GRPO on problems with verifiable and learned rewards."""
+"""`rl`: reinforcement learning with GRPO on problems with verifiable and learned rewards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .supervised import save_model
 
 
 def run(job: Job) -> Outcome:
-    """Train from the last checkpoint to the end; save the model; sum up the log."""
+    """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: RL = job.stage
     decoder, tokenizer = job.model(stage.model)
     updates = stage.steps * stage.policy.updates_per_rollout

@@ -1,4 +1,5 @@
-"""Rows of datasets: sampled completions as rows, rows as samples, tables of preferences."""
+"""Conversions of rows (training examples as JSON objects): completions to rows, rows to tokenized samples,
+and tables of preference pairs to rows."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ PREFERENCE = ("prompt", "chosen", "rejected")  # columns of a preference
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """The digest that tells tokenizers apart; token ids in rows are valid for one of them only."""
+    """Return the SHA-256 of a tokenizer. The token ids in a row are valid only for the tokenizer with the
+    digest noted beside the rows."""
     return digest_of(tokenizer.backend.to_str())
 
 
 def to_row(group: Group, completion: Completion, origin: dict[str, str]) -> Row:
-    """A completion as a row with its origin, and with its token ids as sampled. Ids of a remote model are
-    unknown: its rows are text only."""
+    """Return a completion as a row, with its `origin` (such as the model that sampled it) and its sampled
+    token ids. The token ids of a remote model are unknown, so that its rows have none."""
     thought = split_thought(completion.text)
     row: Row = {
         "id": f"{group.problem.id}#{completion.sample}",
@@ -46,7 +48,8 @@ def to_row(group: Group, completion: Completion, origin: dict[str, str]) -> Row:
 
 
 def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Row]:
-    """A share of a stage's rows; without token ids if another tokenizer made them."""
+    """Return a share of the rows of the input `name` (1 = all). Token ids are removed if they were made by
+    another tokenizer than `tokenizer`."""
     rows = take_share(job.rows(name), share, (job.seed, name))
     made_by = job.manifest(name)["notes"].get("tokenizer")
     if made_by in (None, tokenizer_digest(tokenizer)):
@@ -55,8 +58,8 @@ def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[
 
 
 def to_sample(row: Row, tokenizer: Tokenizer, thoughts: str, system: str = "") -> Sample:
-    """A row as tokens: the sampled ids if the row has them, else its text tokenized; `thoughts: drop` leaves
-    the final answer only."""
+    """Return a row as token ids: the sampled ids if the row has them, else its text tokenized. With
+    `thoughts="drop"`, the response is the final answer alone. `system` is the system prompt."""
     prompt = tokenizer.prompt(_messages(row["prompt"], system))
     if thoughts == "drop":
         response = tokenizer.response(row.get("content") or row["completion"])
@@ -68,16 +71,17 @@ def to_sample(row: Row, tokenizer: Tokenizer, thoughts: str, system: str = "") -
 
 
 def _messages(prompt: str, system: str) -> str | list[dict[str, str]]:
-    """A prompt, or the messages of a system prompt and a prompt."""
+    """Return the prompt unchanged or, with a system prompt, a list of two chat messages."""
     if not system:
         return prompt
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def preferences(job: Job, rows: str) -> Iterator[tuple[int, Row]]:
-    """Numbered rows with `prompt`, `chosen` and `rejected`, from a table or a stage.
+    """Yield (number, row) for each preference pair in a table file or a stage named `rows`. Each row has
+    `prompt`, `chosen` and `rejected`; numbers are those of lines in a table, or count from 1.
 
-    Raises LimbeckError for a row that lacks one.
+    Raises LimbeckError for a row in which one of the three is missing or not text.
     """
     is_table = rows.endswith(TABLES)
     numbered = read_table(Path(rows)) if is_table else enumerate(read(job.inputs[rows] / ROWS), start=1)

@@ -16,8 +16,8 @@ from .sweep import sweep
 
 
 def run(job: Job) -> Outcome:
-    """Sample completions of each problem; keep the first that pass, in the order of `keep`, and differ in
-    text."""
+    """Sample completions of each problem. Of those that pass the filters, keep the first `keep_per_problem`
+    with different texts, in the order that the setting `keep` defines."""
     stage: Sample = job.stage
     origin = {"sampler": job.manifest(stage.model)["digest"]}
     remote = job.endpoints.get(stage.model)
@@ -26,7 +26,8 @@ def run(job: Job) -> Outcome:
     rank, take_usage = ranking_of(job) if stage.keep == "best" else (None, dict)
 
     def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """The completions of a group that are kept, as rows, and why the others are not."""
+        """Return (the kept completions of one problem as rows, the number of the others by the reason for
+        dropping them)."""
         faults = [_fault(group, place, stage) for place in range(len(group.completions))]
         places = [place for place in ranked(group, stage.keep, rank) if not faults[place]]
         passed = [group.completions[place] for place in places]
@@ -42,7 +43,8 @@ def run(job: Job) -> Outcome:
 
 
 def _fault(group: Group, place: int, stage: Sample) -> str | None:
-    """The reason why a completion is not kept, or None."""
+    """Return the reason why the completion at index `place` of the group is dropped, None if it passes all
+    filters."""
     completion = group.completions[place]
     parts = group.scores[place].parts
     judged = 0.5 if stage.judged is None else stage.judged
@@ -62,7 +64,8 @@ def _fault(group: Group, place: int, stage: Sample) -> str | None:
 
 
 def _distinct(completions: list[Completion], count: int) -> list[Completion]:
-    """`count` completions that differ in text; of equal texts the first, in the order of the last."""
+    """Return the first `count` completions with different texts. Of several with the same text the first is
+    kept, but at the position of the last."""
     distinct: dict[str, Completion] = {}
     for completion in reversed(completions):
         distinct[completion.text] = completion

@@ -15,14 +15,16 @@ from .sweep import sweep
 
 
 def run(job: Job) -> Outcome:
-    """Sample completions of each problem; keep those with a pass rate between `low` and `high`.
+    """Sample completions of each problem, and keep the problems with a pass rate strictly between `low` and
+    `high`.
 
-    Raises LimbeckError if none is.
+    Raises LimbeckError if no problem is kept.
     """
     stage: Screen = job.stage
 
     def judge(group: Group) -> tuple[list[dict[str, Any]], Counter[str]]:
-        """The group's problem as a row if it is solved sometimes."""
+        """Return (the group's problem as a list of one row, no reasons) if it is solved sometimes, else ([],
+        the reason for dropping it)."""
         rate = sum(score.parts["accuracy"] for score in group.scores) / len(group.scores)
         if stage.low < rate < stage.high:
             return [{**asdict(group.problem), "pass_rate": rate}], Counter()

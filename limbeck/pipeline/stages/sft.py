@@ -15,7 +15,7 @@ from .supervised import save_model, train
 
 
 def run(job: Job) -> Outcome:
-    """Train on the stage's rows for its epochs, or as long as its FLOPs last."""
+    """Train on the stage's rows for its number of epochs, or until its FLOP budget is spent."""
     stage: SFT = job.stage
     decoder, tokenizer = job.model(stage.model)
     samples = _samples(job, tokenizer)
@@ -31,7 +31,7 @@ def run(job: Job) -> Outcome:
 
 
 def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
-    """The rows of all stages as samples, each with its system prompt."""
+    """Return the rows of all inputs as samples, with the system prompt of their input, if any."""
     stage: SFT = job.stage
     samples = []
     for name, share in stage.rows.items():

@@ -1,5 +1,5 @@
-"""The part that pretraining, SFT, DPO and reward models share: training by a plan, resumed, with its model
-and costs."""
+"""Code shared by pretraining, SFT, DPO and reward models: training along a plan of batches with resuming, and
+saving the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .outcome import Outcome, outcome
 
 
 def train(job: Job, trainer: SFTTrainer) -> Outcome:
-    """Run a trainer from its last checkpoint to its end; the tokens and FLOPs of the whole plan."""
+    """Run a trainer from its last checkpoint to its end. Return the tokens and FLOPs of the whole plan, those
+    before the checkpoint included."""
     checkpoint = job.checkpoint()
     if state := checkpoint.restore():
         trainer.load_state_dict(state)
@@ -29,7 +30,8 @@ def train(job: Job, trainer: SFTTrainer) -> Outcome:
 
 
 def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write weights, config and tokenizer to the folder's `model/`."""
+    """Write the weights, the configuration and the tokenizer to `model/` in the folder, replacing what was
+    there."""
     directory = folder / "model"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()

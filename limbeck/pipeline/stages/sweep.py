@@ -1,6 +1,8 @@
-"""Sampling in chunks: problems are drawn, answered and judged chunk by chunk into a file of rows.
+"""Sampling in chunks of `CHUNK` problems: each chunk's problems are answered and judged, and the resulting
+rows appended to a file.
 
-The stages `sample`, `screen` and `pairs` differ in how they judge a group.
+The stages `sample`, `screen` and `pairs` use it; they differ in how they judge a group (all completions of
+one problem).
 """
 
 from __future__ import annotations
@@ -29,8 +31,12 @@ Usage = Callable[[], dict[str, float]]  # tokens, FLOPs and money since the last
 
 
 def sweep(job: Job, name: str, count: int, judge: Judge, take_usage: Usage = dict) -> Outcome:
-    """Answer and judge `count` problems; append the kept rows to the file `name`. A killed stage resumes
-    after its last whole chunk. `take_usage` gives the cost of judging."""
+    """Answer and judge `count` problems, and append the kept rows to the file `name`. A killed stage resumes
+    after its last complete chunk.
+
+    `judge` maps a group to the rows kept and the reasons for dropping the others. `take_usage` returns the
+    cost of judging since its last call.
+    """
     stage = job.stage
     engine = job.sampler(stage.model, stage.sampling.speculate)
     tasks = tasks_of(job)
@@ -50,7 +56,7 @@ def sweep(job: Job, name: str, count: int, judge: Judge, take_usage: Usage = dic
 
 
 def _write(file: Any, groups: list[Group], judge: Judge) -> dict[str, Any]:
-    """Judge the groups and write the rows that are kept; metrics of the chunk."""
+    """Judge the groups and write the rows that are kept. Return the metrics of the chunk."""
     lines: list[str] = []
     dropped: Counter[str] = Counter()
     for group in groups:
@@ -68,7 +74,8 @@ def _write(file: Any, groups: list[Group], judge: Judge) -> dict[str, Any]:
 
 
 def _sum_up(job: Job, engine: Engine | Endpoint, sampled: int) -> Outcome:
-    """The outcome of all chunks. An endpoint's FLOPs are unknown; its tokens and price are noted."""
+    """Return the outcome of all chunks. `sampled` is the number of completions. The FLOPs of an endpoint are
+    unknown; its tokens and its price are noted instead."""
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] for step in steps)
     dropped = sum((Counter(step["dropped"]) for step in steps), Counter())
