@@ -1,5 +1,6 @@
-"""The ASGI application: the OpenAI-compatible API and the studio's pages (chat, arena, review, runs), behind
-one guard.
+"""The ASGI application: the API and the studio's pages, behind one guard.
+
+The API is compatible with OpenAI's; the studio's pages are chat, arena, review and runs.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
 def _sign_in_page(request: Request, target: str, locked: bool, wrong: bool = False) -> Response:
     """Render the page that asks for a name, and for the server's key if `locked`.
 
-    `target` is the path to go to after signing in. `wrong` shows that the key that was sent is wrong.
+    `target` is the path to go to after signing in. `wrong` tells that the name or the key just sent was
+    refused.
     """
     status = 401 if wrong else 200
     return render(request, "hello.html.jinja", status, next=_own_path(target), locked=locked, wrong=wrong)

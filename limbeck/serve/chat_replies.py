@@ -72,8 +72,9 @@ class Reply:
             self.why = why
 
     def add(self, delta: Delta) -> None:
-        """Append a delta's text to its part, count its tokens, and end the reply if the delta is of kind
-        "end".
+        """Append a delta's text to its part and count its tokens.
+
+        A delta of kind "end" also ends the reply.
         """
         if delta.kind in PARTS:
             self.streams[delta.kind].add(delta.text)

@@ -134,8 +134,7 @@ class Conversation:
 class Conversations:
     """The SQLite database of all conversations. Every method is one transaction.
 
-    For an unknown id, a method that looks something up returns None or raises KeyError, as its docstring
-    says. When the database is opened, answers that an earlier server left "running" become "interrupted".
+    When the database is opened, answers that an earlier server left "running" become "interrupted".
     """
 
     def __init__(self, path: Path):
@@ -270,10 +269,10 @@ class Conversations:
             db.execute("DELETE FROM conversation WHERE id = ?", (name,))
 
     def messages(self, number: int) -> list[Message]:
-        """Return the messages that an answer replies to, as the prompt for its model.
+        """Return the messages that the answer with the id `number` replies to, as its model's prompt.
 
-        They are the questions before it and the answers on its own side, along the branch that leads to it.
-        Thoughts of earlier turns are left out, as in the training of DeepSeek-R1.
+        They are the questions up to this answer and the earlier answers on its own side, along the branch
+        that leads to it. Thoughts of earlier turns are left out, as in the training of DeepSeek-R1.
         """
         with self.database.open() as db:
             answer = db.execute("SELECT turn, side FROM answer WHERE id = ?", (number,)).fetchone()
@@ -288,8 +287,10 @@ class Conversations:
 
 
 class _Place(NamedTuple):
-    """The place of a turn: the conversation's id, the id of the previous turn (None for the first turn), and
-    the ids of the answers that the turn follows, as a JSON list.
+    """The place of a turn in a conversation.
+
+    It consists of the conversation's id, the id of the previous turn (None for the first turn), and the ids
+    of the answers that the turn follows, as a JSON list.
     """
 
     conversation: str

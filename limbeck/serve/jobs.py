@@ -57,7 +57,7 @@ def start(recipe: Path, runs: Path, overrides: Sequence[str] = (), auto: bool = 
     """Start a run of a recipe in a new process, and return the run's folder at once.
 
     `runs` is the folder of runs. Each of `overrides` is `key.path=value` and replaces a setting of the
-    recipe. `auto` lets the run curate its data without reviews by people.
+    recipe. `auto` replaces reviews by people with automatic curation.
 
     Raises LimbeckError for a mistake in the recipe, or if the run is being carried out already. Failures
     after the start are reported by `state`.
@@ -150,8 +150,10 @@ def _wait_for_exit(folder: Path) -> None:
 def _start_process(folder: Path, recipe: str | None = None, right: str | None = None) -> None:
     """Start `limbeck run` on the recipe in a run's folder.
 
-    `recipe` is the text of a recipe to store there first; None keeps the old one. `right` is passed on as the
-    option `--i-have-the-right`. Raises LimbeckError if the run is being carried out already.
+    `recipe` is the text of a recipe to store there first; None keeps the old one. `right` is the reason for
+    which a licence's terms may be set aside, passed on as `--i-have-the-right`.
+
+    Raises LimbeckError if the run is being carried out already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / START_LOCK):
