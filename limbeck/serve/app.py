@@ -58,8 +58,7 @@ def build(
 
 
 def routers() -> list[Callable[[AppState], APIRouter]]:
-    """Return the functions that each make one router, of the API or of a studio page, from the shared state.
-    """
+    """Return the functions that each make one router, of the API or of a studio page, from the shared state."""
     from .studio import arena, chat, review, runs
 
     return [api, arena.routes, chat.routes, review.routes, runs.routes]

@@ -1,9 +1,9 @@
-"""Growing Markdown: finished blocks as HTML, the unfinished rest (tail) as plain text, and long texts in
-pages.
+"""Growing Markdown texts as HTML, and long texts in pages.
 
-The time of Markdown rendering grows faster than the length of a text, and the time that a browser needs grows
-with the size of a page. So no block has more than `MAX_BLOCK` characters, and a page shows no more than
-`MAX_PAGE` characters of a text at once.
+The finished blocks at the beginning of a growing text are rendered to HTML; the unfinished rest, called the
+tail, stays plain text. The time of Markdown rendering grows faster than the length of a text, and the time
+that a browser needs grows with the size of a page. So no block has more than `MAX_BLOCK` characters, and a
+page shows no more than `MAX_PAGE` characters of a text at once.
 """
 
 from __future__ import annotations
