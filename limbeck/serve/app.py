@@ -58,7 +58,10 @@ def build(
 
 
 def routers() -> list[Callable[[AppState], APIRouter]]:
-    """Return the functions that each make one router, of the API or of a studio page, from the shared state."""
+    """Return the functions that each make a router of the API or of a studio page.
+
+    Each takes the state that all routes share.
+    """
     from .studio import arena, chat, review, runs
 
     return [api, arena.routes, chat.routes, review.routes, runs.routes]

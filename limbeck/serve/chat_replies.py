@@ -20,7 +20,7 @@ from .service import Service
 from .types import Delta
 
 SAVE_SECONDS = 1.0  # seconds between two saves, and the longest time between two events of a follower
-POLL_SECONDS = 0.08  # seconds between two looks at a growing reply
+POLL_SECONDS = 0.08  # seconds between two checks for new text of a reply
 PARTS = ("thought", "answer")
 
 

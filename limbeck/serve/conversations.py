@@ -139,7 +139,7 @@ class Conversations:
 
     def __init__(self, path: Path):
         self.database = SQLiteStore(path, SCHEMA)
-        with self.database.open() as db:  # answers of a server that no longer runs
+        with self.database.open() as db:  # these were left running by an earlier server
             db.execute("UPDATE answer SET state = 'interrupted' WHERE state = 'running'")
 
     def start(self, owner: str, settings: Settings) -> str:

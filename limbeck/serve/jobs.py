@@ -29,8 +29,8 @@ LOG = "log.txt"
 CHILD = ".child.json"
 START_LOCK = ".start"
 FINAL_STATES = ("waits", "paused")  # a process that has written one of these is about to end
-EXIT_TIMEOUT_SECONDS = 10.0  # seconds that such a process is given to end
-POLL_SECONDS = 0.05  # seconds between two looks at it
+EXIT_TIMEOUT_SECONDS = 10.0  # seconds that a process in a final state is given to end
+POLL_SECONDS = 0.05  # seconds between two looks at the state of an ending process
 COMMAND = [sys.executable, "-c", "from limbeck.cli import main; main()", "run"]
 
 
@@ -57,7 +57,7 @@ def start(recipe: Path, runs: Path, overrides: Sequence[str] = (), auto: bool = 
     """Start a run of a recipe in a new process, and return the run's folder at once.
 
     `runs` is the folder of runs. Each of `overrides` is `key.path=value` and replaces a setting of the
-    recipe. `auto` replaces reviews by people with automatic curation.
+    recipe. With `auto`, the policy of each curate stage decides in place of people.
 
     Raises LimbeckError for a mistake in the recipe, or if the run is being carried out already. Failures
     after the start are reported by `state`.
@@ -79,7 +79,7 @@ def resume(folder: Path) -> None:
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
     if _is_ending(folder):
         _wait_for_exit(folder)
-        if run_status.is_running(folder):  # it has seen the reviews and continues
+        if run_status.is_running(folder):  # the process has seen the reviews and continues
             return
     right = run_status.status(folder).right or _child(folder).get("right")
     _start_process(folder, right=right)

@@ -14,7 +14,7 @@ LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # sec
 
 
 class Metrics:
-    """Counters and latencies that are updated when a request ends, and gauges that are read at each scrape."""
+    """Counters and latencies that grow when a request ends, and gauges that are read at each scrape."""
 
     def __init__(self, models: Sequence[ServedModel]):
         self.models = list(models)

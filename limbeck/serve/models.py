@@ -28,7 +28,7 @@ from .types import Price, ServedModel
 
 KV_SHARE = 0.4  # of the free memory, for the KV cache
 PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
-FINAL_STAGE = "r1"  # the stage whose model a recipe leads to
+FINAL_STAGE = "r1"  # the stage that makes a recipe's final model
 
 # Directories of unpacked GGUF files, held until the process ends: each is removed with its object.
 _UNPACKED: list[tempfile.TemporaryDirectory] = []
@@ -96,7 +96,7 @@ def _load_scheduler(folder: Path, remaining: int, limits: _SchedulerLimits) -> S
     """
     tokenizer = Tokenizer.from_directory(folder)
     model = weights.load(folder)
-    memory = usable_memory() / remaining  # what is free once the weights are loaded
+    memory = usable_memory() / remaining  # bytes that are free once the weights are loaded, for this model
     bytes_per_token = model.config.kv_bytes_per_token(4)
     scheduler = Scheduler(
         model,

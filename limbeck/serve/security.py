@@ -53,7 +53,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The refusal of a request: its HTTP status, its message, and the address to go to if it is a redirect."""
+    """The refusal of a request: its HTTP status and its message.
+
+    `location` is the address to go to if the status is a redirect, else empty.
+    """
 
     status: int
     message: str
@@ -189,7 +192,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_headers(send: Send) -> Send:
-    """Return a `send` that adds `HEADERS` to every response; a header that the route sets takes precedence."""
+    """Return a `send` that adds `HEADERS` to every response.
+
+    A header that the route sets takes precedence.
+    """
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":

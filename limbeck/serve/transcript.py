@@ -25,8 +25,9 @@ def as_markdown(conversation: Conversation, say: Callable[..., str]) -> str:
 
 
 def _answer_parts(answer: Answer, say: Callable[..., str]) -> list[str]:
-    """Return the parts of an answer as Markdown: heading, thought, content, and the state if it is
-    incomplete.
+    """Return the parts of an answer as Markdown.
+
+    They are a heading with the model's name, the thought, the content, and the state if it is not "done".
     """
     parts = [f"## {answer.model}"]
     if answer.thought:

@@ -25,7 +25,7 @@ from .sqlite_store import SQLiteStore
 
 FILE = "votes.db"
 OUTCOMES = ("a", "b", "tie", "bad")
-PER_HOUR = 120  # battles that one person may begin in an hour, and so votes that they may cast
+PER_HOUR = 120  # battles that one person may begin in an hour, and so the most votes that they can cast
 SCHEMA = [
     """
     CREATE TABLE battles (id TEXT PRIMARY KEY, token TEXT NOT NULL, voter TEXT NOT NULL, made REAL NOT NULL,
@@ -222,10 +222,10 @@ class VoteStore:
         self._cast(battle_id, judge, True, outcome)
 
     def unjudged(self, judge: str) -> list[Battle]:
-        """Return the battles that people have voted on and this judge has not, in the order of the people's
-        votes.
+        """Return the battles that people have voted on and this judge has not.
 
-        Battles in which the judge itself takes part are left out.
+        They are in the order of the people's votes. Battles in which the judge itself takes part are left
+        out.
         """
         where = (
             "WHERE votes.outcome <> '' AND ? NOT IN (battles.a, battles.b) AND battles.id NOT IN "
@@ -264,8 +264,9 @@ class VoteStore:
                 yield preference
 
     def broken(self) -> int | None:
-        """Return the number of the first vote, counted from 1, whose seal or number is wrong; None if all
-        fit.
+        """Return the number of the first vote whose seal or number is wrong, None if all are right.
+
+        Votes are numbered from 1.
         """
         seal = ""
         with self.database.open() as db:
@@ -301,7 +302,10 @@ class VoteStore:
             db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", [*vote.values(), seal])
 
     def _seal(self, previous: str, vote: sqlite3.Row | Mapping[str, Any]) -> str:
-        """Return the seal of a vote: an HMAC over the seal of the previous vote and the content of this one."""
+        """Return the seal of a vote.
+
+        It is an HMAC over the seal of the previous vote and the content of this one.
+        """
         content = [previous, *(vote[column] for column in SEALED_COLUMNS)]
         return hmac.new(self.secret, _json(content).encode(), hashlib.sha256).hexdigest()
 

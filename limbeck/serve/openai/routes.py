@@ -37,8 +37,8 @@ from .schema import (
     usage_of,
 )
 
-SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that takes nothing for so long is disconnected
-CLIENT_CLOSED_REQUEST = 499  # HTTP status, as nginx has it; no client receives it
+SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that accepts no data for this time is disconnected
+CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for a client that has disconnected; nobody receives it
 
 
 class Route(APIRoute):
@@ -62,7 +62,7 @@ def _error_response(error: RequestValidationError | HTTPException | LimbeckError
     match error:
         case RequestValidationError():
             return error_response(400, *_first_mistake(error))
-        case HTTPException():  # a body that is no text
+        case HTTPException():  # for instance a body that is not UTF-8
             return error_response(error.status_code, str(error.detail))
         case QueueFull():
             headers = {"retry-after": str(error.retry_after)}
@@ -311,7 +311,9 @@ class _TextCompletion:
             self.prompt = generation.served.tokenizer.decode(generation.output.request.prompt)
         self.n = generation.options.n
         self.usage: Usage | None = None
-        self.offsets = [len(self.prompt)] * self.n  # of each choice's next token in its text
+        self.offsets = [
+            len(self.prompt)
+        ] * self.n  # for each choice, the position of its next token in its text
 
     async def choices(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the parts of all choices, each as the choice of a chunk.

@@ -47,7 +47,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, data: Any) -> Any:
-        """Return the request without its unknown keys whose values are neutral, so that they cause no error."""
+        """Return the request without its unknown keys whose values are neutral; they cause no error."""
         if not isinstance(data, dict):
             return data
         return {

@@ -186,10 +186,10 @@ def _add_leaderboard(router: APIRouter, arena: Arena) -> None:
 
 
 def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
-    """Return the leaderboard's template values: ratings by people and by each judge, and statistics of the
-    voters.
+    """Return the leaderboard's template values.
 
-    `control` selects what the ratings are corrected for: "length", "style", or nothing if empty.
+    They are ratings by people and by each judge, and statistics of the voters. `control` selects what the
+    ratings are corrected for: "length", "style", or nothing if it is empty.
     """
     people = rate((vote for vote in votes if not vote.judge), control)
     agreements = judged(votes)

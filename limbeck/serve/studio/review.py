@@ -1,12 +1,17 @@
-"""The review page: people read a cold-start row's reasoning, and accept, edit or reject it.
+"""The review page: people read the reasoning of a row, and accept, edit or reject it.
+
+A row is an example for the cold-start training: a prompt and a completion with its reasoning. A queue holds
+the rows of one stage of a run that people review; a person's decision on a row is a verdict. A row is due for
+a person if they are to review it, disputed if two people's verdicts differ, and settled once it has a final
+verdict. A row that a person has open is held for them: other people are offered other rows first.
 
     /desk                          all queues
     /desk/RUN/STAGE                one queue: progress, rows, people
     /desk/RUN/STAGE/next           the next row that this person is to review
-    /desk/RUN/STAGE/disagreements  rows with two different verdicts, to be resolved
+    /desk/RUN/STAGE/disagreements  rows with two different verdicts, to be resolved by a final one
     /desk/RUN/STAGE/NUMBER         one row; ?edit=1 and ?reject=1 open its forms
 
-A person does not see the verdicts of others on a row that they are still to review. Reviews are stored in the
+A person does not see the verdicts of others on a row that is due for them. Reviews are stored in the
 queue; the studio's own database holds only drafts.
 """
 
@@ -64,8 +69,9 @@ class QueueQuery:
     page: int = 1
 
     def link(self, **changes: Any) -> str:
-        """Return the query string with some of the values changed, and with the first page unless `page` is
-        given.
+        """Return the query string with some of the values changed.
+
+        It leads to the first page unless `page` is among the changes.
         """
         values = {"q": self.q, "show": self.show, "lang_of": self.lang_of, **changes}
         return "?" + urlencode({name: value for name, value in values.items() if value})
@@ -178,8 +184,10 @@ class QueueRow:
             raise HTTPException(409, "this row has changed since the page was opened; open it again")
 
     def change(self, text: str) -> dict[str, Any]:
-        """Return template values of an edit: the passages in which `text` differs, and the verifier's finding
-        on it.
+        """Return the template values of an edit.
+
+        They are the passages in which `text` differs from the row's text, whether any does, and the finding
+        of the task's verifier on `text`.
         """
         passages = edits.difference(self.completion, text)
         return {
@@ -331,10 +339,10 @@ def _add_queue_actions(router: APIRouter, pages: ReviewPages) -> None:
 
 
 def _table(rows: Sequence[ReviewState], query: QueueQuery, person: Person, begun: set[str]) -> dict[str, Any]:
-    """Return the template values of a queue's table: the rows of one page that fit the filters, and the
-    filters.
+    """Return the template values of a queue's table.
 
-    `begun` has the ids of the rows of which the person has a draft.
+    They are the filters of the query, and the rows of one page that fit them. `begun` has the ids of the rows
+    of which the person has a draft.
     """
     labels = {row.id: label(row, person.name) for row in rows}
     matching = [row for row in rows if query.matches(row, labels[row.id], begun)]
@@ -394,9 +402,9 @@ def label(row: ReviewState, name: str) -> str:
 
 
 def _disagreement(row: ReviewState) -> dict[str, Any]:
-    """Return the template values of a row with two different verdicts: both verdicts and their resolution.
+    """Return the template values of a row with two different verdicts.
 
-    The resolution is the final verdict, which is missing as long as the row is disputed.
+    They are these verdicts and the resolution, a final verdict; it is missing as long as the row is disputed.
     """
     resolution = row.resolution
     if resolution:
@@ -409,8 +417,9 @@ def _disagreement(row: ReviewState) -> dict[str, Any]:
 
 
 def _shown_verdict(row: ReviewState, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the template values of a verdict: its reviewer `name`, the entry, and an edit's changed
-    passages.
+    """Return the template values of a verdict.
+
+    They are its reviewer `name`, the fields of the stored `entry`, and for an edit the changed passages.
     """
     passages = []
     if entry["verdict"] == "edit":
@@ -456,8 +465,10 @@ class RowView:
 
     @property
     def text(self) -> str:
-        """The text in the edit form: the draft, else the edit in a disagreement to resolve, else the row's
-        own text.
+        """The text in the edit form.
+
+        It is the text of the draft, else the edited text among the verdicts that disagree if the person is to
+        resolve the disagreement, else the row's own text.
         """
         return self.draft.text or self._disputed_edit() or self.at.completion
 
@@ -580,7 +591,10 @@ def _row_view(drafts: Drafts, at: QueueRow, person: Person, query: RowQuery) -> 
 
 
 def _last_reviewed(rows: Sequence[ReviewState], number: int, name: str) -> ReviewState | None:
-    """Return the row of this number if the person `name` has a verdict on it, which can be undone; else None."""
+    """Return the row of this number if the person `name` has a verdict on it, else None.
+
+    The page offers to undo that verdict.
+    """
     if not 1 <= number <= len(rows):
         return None
     row = rows[number - 1]

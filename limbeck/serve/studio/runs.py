@@ -1,5 +1,7 @@
-"""The pages of runs: the list of runs, a run with the graph of its stages, and a stage with its curves and
-responses.
+"""The pages of runs: all runs, a run with the graph of its stages, and a stage with its curves.
+
+A page that shows a run or a stage has a part that refreshes itself. A stage's page also shows responses and
+samples.
 """
 
 import base64
@@ -35,8 +37,9 @@ REVALIDATE = {"cache-control": "private, no-cache"}
 
 
 class Route(APIRoute):
-    """A FastAPI route that turns a LimbeckError, for instance an unreadable run, into a page with its
-    message.
+    """A FastAPI route that turns a LimbeckError into a page with its message.
+
+    Such an error is raised, for instance, for a run whose files cannot be read.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -57,8 +60,8 @@ class StartForm:
     """The form that starts a run.
 
     `recipe` is a recipe from the list, or `path` a file in the folder of runs. `name` is the run's name, and
-    `settings` has one override `key.path=value` on each line. `auto` replaces reviews by people with
-    automatic curation.
+    `settings` has one override `key.path=value` on each line. With `auto`, the policy of each curate stage
+    decides in place of people.
     """
 
     recipe: Annotated[str, Form(max_length=400)] = ""
@@ -168,8 +171,9 @@ def _list_row(folder: Path) -> dict[str, Any]:
 
 
 def _recipes(state: AppState) -> dict[str, Path]:
-    """Return the recipes to choose from, by name: those shipped with Limbeck, and those in the folder of
-    runs.
+    """Return the recipes to choose from, by name.
+
+    They are those shipped with Limbeck, and those in the folder of runs.
     """
     recipes = dict(shipped())
     for path in sorted(state.runs.glob("*.yaml")):
@@ -312,8 +316,8 @@ def _stage_values(
 ) -> dict[str, Any]:
     """Return the template values of a stage's page.
 
-    They are its curves, responses, samples and settings, and its flipped answers: those that are right in one
-    of two evaluations and wrong in the other.
+    They are its curves, responses, samples and settings, and its flipped answers: problems that were solved
+    in one evaluation (or at one step) and not in another.
     """
     comparable = _comparable_stages(state, run, line)
     settings = line.standing.stage.model_dump(mode="json")
