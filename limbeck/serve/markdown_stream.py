@@ -98,7 +98,9 @@ class MarkdownStream:
 
 
 def split_pages(text: str) -> list[str]:
-    """The pages of a long text as Markdown. A code block that is cut is opened again on the next page.
+    """Split a long Markdown text into pages of about `MAX_PAGE` characters at most.
+
+    A code block that is cut between two pages is opened again on the second one.
 
     >>> split_pages("one\\n\\ntwo")
     ['one\\n\\ntwo']

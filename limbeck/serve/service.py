@@ -4,7 +4,8 @@
         async for delta in deltas:
             print(delta.kind, delta.text)
 
-Leaving the loop aborts the request before the model's next decode step.
+A delta is a piece of the output as it is generated. Leaving the loop early aborts the request before the
+model's next decode step.
 
 Shapes: N tokens of a prompt.
 """

@@ -311,9 +311,7 @@ class _TextCompletion:
             self.prompt = generation.served.tokenizer.decode(generation.output.request.prompt)
         self.n = generation.options.n
         self.usage: Usage | None = None
-        self.offsets = [
-            len(self.prompt)
-        ] * self.n  # for each choice, the position of its next token in its text
+        self.offsets = [len(self.prompt)] * self.n  # where each choice's next token begins in its text
 
     async def choices(self) -> AsyncIterator[dict[str, Any]]:
         """Yield the parts of all choices, each as the choice of a chunk.

@@ -1,4 +1,7 @@
-"""The arena's pages: a blind battle and its vote, the leaderboard, and exports of the votes."""
+"""The arena's pages: battles and their votes, the leaderboard, and exports of the votes.
+
+A battle shows the answers of two models to one prompt, without the models' names until the vote.
+"""
 
 from __future__ import annotations
 
