@@ -1,1 +1,1 @@
-"""The server: an OpenAI-compatible API over served models, and the studio's pages."""
+"""The server: an OpenAI-compatible API over the served models, and the pages of the studio."""

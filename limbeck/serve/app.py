@@ -1,4 +1,7 @@
-"""The ASGI application: API and studio behind one guard."""
+"""The ASGI application: the API and the studio's pages, behind one guard.
+
+The API is compatible with OpenAI's; the studio's pages are chat, arena, review and runs.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,11 @@ def build(
     hosts: frozenset[str] = frozenset(),
     limits: Limits = Limits(),  # noqa: B008
 ) -> Guard:
-    """The guarded application over a folder of runs and the models of `service`."""
+    """Build the application for a folder of runs and the models of `service`, wrapped in the guard.
+
+    `key` is required of every client; None requires none. `hosts` are further host names under which the
+    server may be addressed. `limits` bound the size and the time of a request's body.
+    """
     sessions = Sessions(runs / ".studio", key)
     state = AppState(runs, sessions, service)
 
@@ -51,14 +58,17 @@ def build(
 
 
 def routers() -> list[Callable[[AppState], APIRouter]]:
-    """The functions that make the API's and the studio's routers."""
+    """Return the functions that each make a router of the API or of a studio page.
+
+    Each takes the state that all routes share.
+    """
     from .studio import arena, chat, review, runs
 
     return [api, arena.routes, chat.routes, review.routes, runs.routes]
 
 
 def _entrance(state: AppState, key: str | None) -> APIRouter:
-    """Sign-in, the theme, and static files."""
+    """Return the router of the sign-in page, the choice of the theme, and the static files."""
     router = APIRouter(include_in_schema=False)
     static_files = _static_files()
 
@@ -102,19 +112,26 @@ def _entrance(state: AppState, key: str | None) -> APIRouter:
 
 
 def _sign_in_page(request: Request, target: str, locked: bool, wrong: bool = False) -> Response:
-    """The page that asks for a name, and for the key if the server has one."""
+    """Render the page that asks for a name, and for the server's key if `locked`.
+
+    `target` is the path to go to after signing in. `wrong` tells that the name or the key just sent was
+    refused.
+    """
     status = 401 if wrong else 200
     return render(request, "hello.html.jinja", status, next=_own_path(target), locked=locked, wrong=wrong)
 
 
 def _static_files() -> dict[str, Path]:
-    """Files of `static/` by their path in it."""
+    """Return the files of the folder `static/`, by their path relative to that folder."""
     folder = FOLDER / "static"
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
 
 def _own_path(path: str) -> str:
-    """A path of this server; any other address is replaced by `/`."""
+    """Return `path` if it is a path on this server; any other address is replaced by `/`.
+
+    This keeps a link from redirecting people to another site after they have signed in.
+    """
     if not path.startswith("/") or path.startswith(("//", "/\\")):
         return "/"
     return path

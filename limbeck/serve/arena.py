@@ -1,7 +1,8 @@
-"""Blind battles: choice of models and prompt, generation of both answers, and votes by a model as judge.
+"""Blind battles: choose two models and a prompt, generate both answers, and let a model vote as judge.
 
-No part of an answer leaves the server before both are complete, so neither speed nor length of a thought
-gives a model away. Both sides sample with the same options.
+A battle shows the answers of two contestants to one prompt, without their names. No part of an answer leaves
+the server before both are complete, so that neither speed nor the length of a thought gives a model away.
+Both sides of a battle sample with the same options.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ OUTCOMES = {"first": "a", "second": "b"}  # a judge's verdicts as outcomes of a 
 
 @dataclass
 class Arena:
-    """Battles between served models and saved answers.
+    """Battles between contestants, which are served models or files with saved answers.
 
-    `failed` holds the battles whose answers could not be generated, until they are shown. `judging` holds the
-    judges at work, with the numbers of battles that are done and in all.
+    `failed` holds the ids of the battles whose answers could not be generated, until the failure has been
+    shown once; failed judging tasks are in it as `judge NAME`. `judging` maps each judge at work to the
+    number of battles it has finished and the number of all its battles. `_tasks` holds the running tasks by
+    battle id or `judge NAME`.
     """
 
     service: Service
@@ -49,19 +52,20 @@ class Arena:
     _tasks: dict[str, asyncio.Task] = field(default_factory=dict)
 
     def served(self) -> Mapping[str, ServedModel]:
-        """Served models by name."""
+        """Return the served models by name."""
         return self.service.models
 
     def contestants(self) -> list[str]:
-        """Names of all that can take part: served models, then files with saved answers."""
+        """Return the names of all contestants: served models, then files with saved answers."""
         return [*sorted(self.served()), *self.questions.saved()]
 
     # ------------------------------------------------------------ battles
 
     def draw(self, voter: str, options: dict[str, Any]) -> Battle:
-        """A new battle between two contestants on one prompt.
+        """Draw two contestants and, unless one was typed, a prompt; store and return the new battle.
 
-        `options` has `prompt` (as typed), `set` (of prompts) and `who` (names of contestants; empty for all).
+        `options` has `prompt` (the typed text, or empty), `set` (the name of a prompt set, used if no text
+        was typed) and `who` (the names of the contestants to draw from; empty for all).
 
         Raises Refused if fewer than two contestants can answer, LimbeckError for an unknown set.
         """
@@ -71,7 +75,10 @@ class Arena:
         contestants = [name for name in (*served, *saved) if name in chosen or not chosen]
 
         def able(prompt: str) -> list[str]:
-            """The contestants that can answer a prompt."""
+            """Return the contestants that can answer a prompt.
+
+            A served model can answer every prompt, a file only the prompts for which it has a saved answer.
+            """
             return [name for name in contestants if name in served or prompt in saved[name]]
 
         if options["prompt"].strip():
@@ -87,7 +94,10 @@ class Arena:
         return self.votes.begin(voter, problem, pair, sources, options)
 
     def _least_asked(self, problems: Sequence[Problem]) -> Problem:
-        """A random one of the problems that were used least. Raises Refused if there is none."""
+        """Return a random problem among the ones that were used in the fewest battles.
+
+        Raises Refused if `problems` is empty.
+        """
         if not problems:
             raise Refused("few", 409)
         counts = self.votes.prompt_counts()
@@ -95,9 +105,10 @@ class Arena:
         return secrets.choice([problem for problem in problems if counts.get(problem.prompt, 0) == least])
 
     def ensure_answers(self, battle: Battle) -> bool:
-        """Start the generation of a battle's answers unless it runs or is done. Call it on the event loop.
+        """Start the generation of a battle's answers unless it runs already or is done.
 
-        False, once, after the generation has failed; the next call starts it again.
+        Must be called on the event loop. Returns False once after the generation has failed, without a new
+        attempt; the next call starts the generation again. Returns True otherwise.
         """
         if battle.id in self.failed:
             self.failed.discard(battle.id)
@@ -107,7 +118,10 @@ class Arena:
         return True
 
     async def _generate_answers(self, battle: Battle) -> None:
-        """Generate and store both answers, with the word by which one of them names its author."""
+        """Generate both answers of a battle and store them.
+
+        The word by which an answer names its author (a leak), if there is one, is stored too.
+        """
         tasks = [asyncio.create_task(self._answer(battle, name)) for name in (battle.a, battle.b)]
         try:
             answers = await asyncio.gather(*tasks)
@@ -120,7 +134,7 @@ class Arena:
         await asyncio.to_thread(self.votes.add_answers, battle, *answers, leak)
 
     async def _answer(self, battle: Battle, name: str) -> Answer:
-        """A contestant's answer, generated or saved."""
+        """Return the answer of the contestant `name`: a served model generates it, a file has it saved."""
         if name not in self.served():
             return await self._saved_answer(battle, name)
         output = await self.answer_when_free(name, battle.prompt, **SAMPLING, seed=battle.seed)
@@ -142,9 +156,10 @@ class Arena:
         return answer
 
     async def answer_when_free(self, name: str, prompt: str, **options: Any) -> ChatOutput:
-        """A model's whole answer.
+        """Return a model's complete answer to a single user message.
 
-        While the server's queue is full, retries after the time that the server names.
+        While the server's queue is full, waits for the time that the server asks for and retries, `MAX_TRIES`
+        times at most. Raises LimbeckError after that, and for every other error of the service.
         """
         messages = [{"role": "user", "content": prompt}]
         for _ in range(MAX_TRIES):
@@ -160,13 +175,16 @@ class Arena:
     # ------------------------------------------------------------ judges
 
     def start_judge(self, name: str) -> None:
-        """Let a served model vote on the battles that people have voted on. Call it on the event loop."""
+        """Let the served model `name` vote on the battles that people have voted on.
+
+        Must be called on the event loop. Does nothing if no such model is served or it is judging already.
+        """
         if name in self.served() and name not in self.judging:
             self.judging[name] = (0, 0)
             self._start(f"judge {name}", self._judge_battles(name))
 
     async def _judge_battles(self, name: str) -> None:
-        """Vote on all battles that the judge has not voted on, batch by batch."""
+        """Let the judge `name` vote, batch by batch, on all battles that it has not voted on."""
         sampler = _ServedSampler(self, name, asyncio.get_running_loop())
         judge = Judge(sampler, JUDGING, JUDGING.sampling, secrets.token_hex(8))
         try:
@@ -179,7 +197,10 @@ class Arena:
             del self.judging[name]
 
     def _judge_batch(self, judge: Judge, name: str, battles: Sequence[Battle]) -> None:
-        """Compare the answers of each battle and store the votes. Runs in a thread."""
+        """Compare the two answers of each battle and store the votes of the judge `name`.
+
+        Blocks, so it must run in a thread beside the event loop.
+        """
         pairs = []
         for battle in battles:
             texts = [answer.text for answer in battle.answers]
@@ -194,7 +215,10 @@ class Arena:
         task.add_done_callback(lambda _: self._finish(name, task))
 
     def _finish(self, name: str, task: asyncio.Task) -> None:
-        """Forget a task, and note its failure; errors that are no LimbeckError are logged."""
+        """Remove a finished task, and add it to `failed` if it raised.
+
+        Errors other than LimbeckError are also logged with their traceback.
+        """
         del self._tasks[name]
         error = None if task.cancelled() else task.exception()
         if error is None:
@@ -205,7 +229,10 @@ class Arena:
 
 
 class _ServedSampler:
-    """A served model as the judge's sampler, called from a thread beside the event loop."""
+    """A served model with the interface of a rollout sampler, for a judge that runs in a thread.
+
+    `loop` is the event loop of the service, to which the thread hands its requests.
+    """
 
     def __init__(self, arena: Arena, name: str, loop: asyncio.AbstractEventLoop):
         self.arena = arena
@@ -213,14 +240,20 @@ class _ServedSampler:
         self.loop = loop
 
     def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:
-        """One completion for each problem."""
+        """Return a group with one completion for each problem. Blocks until all are generated.
+
+        Only the temperature of `sampling` is used; `group_size` and `seed` are ignored.
+        """
         return asyncio.run_coroutine_threadsafe(self._rollout(problems, sampling), self.loop).result()
 
     async def _rollout(self, problems: Sequence[Problem], sampling: Any) -> list[Group]:
         return list(await asyncio.gather(*(self._complete(problem, sampling) for problem in problems)))
 
     async def _complete(self, problem: Problem, sampling: Any) -> Group:
-        """One completion; empty if the model fails, most likely because the prompt is too long."""
+        """Generate one completion for a problem, without token ids.
+
+        The text is empty if the model fails, most likely because the prompt is too long.
+        """
         text = ""
         finished = False
         try:
@@ -235,11 +268,11 @@ class _ServedSampler:
 
 
 def _typed_problem(prompt: str) -> Problem:
-    """A prompt that a person has typed, as a problem."""
+    """Return a `Problem` for a prompt that a person has typed."""
     return Problem("typed", prompt.strip(), language=language_of(prompt), origin="typed")
 
 
 def source(served: ServedModel) -> str:
-    """The weights behind a served name: the artifact's name, or the directory's."""
+    """Return a name for the weights behind a served model: the artifact's name, or the directory's."""
     folder = served.folder.resolve()
     return folder.parent.name if folder.name == "model" else folder.name

@@ -1,7 +1,7 @@
-"""Replies under generation: each is a task of the server and needs no open page.
+"""Replies under generation: each is an asyncio task of the server and goes on without an open page.
 
-A reply is stored at least every `SAVE_SECONDS`. A page that follows it receives the difference from its own
-state, so no queue grows for a slow page.
+New text of a reply is stored about every `SAVE_SECONDS`. A page that follows a reply receives only what it
+lacks at that moment, so no queue of events grows for a slow page.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from .service import Service
 from .types import Delta
 
 SAVE_SECONDS = 1.0  # seconds between two saves, and the longest time between two events of a follower
-POLL_SECONDS = 0.08  # seconds between two looks at a growing reply
+POLL_SECONDS = 0.08  # seconds between two checks for new text of a reply
 PARTS = ("thought", "answer")
 
 
 class Reply:
-    """One answer under generation: its text, its meter and its state, "running" until it ends."""
+    """One answer that a model is generating for a conversation.
+
+    `number` is the answer's id in the database. `streams` holds the text of its two parts, "thought" and
+    "answer"; `meter` its tokens and seconds; `state` is "running" until the reply ends, and `why` is the
+    reason of a failure.
+    """
 
     def __init__(self, number: int, conversation: str):
         self.number = number
@@ -45,29 +50,32 @@ class Reply:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the reply has started."""
+        """The seconds since the start of the reply."""
         return time.monotonic() - self.started
 
     @property
     def thinking(self) -> bool:
-        """True until the answer's first text."""
+        """True as long as the part "answer" has no text."""
         answer = self.streams["answer"]
         return not (answer.blocks or answer.tail)
 
     def current_meter(self) -> Meter:
-        """The meter with the time up to now, also while no token arrives."""
+        """Return the meter with its seconds counted up to now, even if no token has arrived lately."""
         seconds = self.seconds
         thought_seconds = seconds if self.thinking else self.meter.thought_seconds
         return replace(self.meter, seconds=seconds, thought_seconds=thought_seconds)
 
     def end(self, state: str, why: str = "") -> None:
-        """Set the final state; only the first call counts."""
+        """Set the final state and its reason `why`; only the first call has an effect."""
         if self.state == "running":
             self.state = state
             self.why = why
 
     def add(self, delta: Delta) -> None:
-        """Add a delta's text and tokens."""
+        """Append a delta's text to its part and count its tokens.
+
+        A delta of kind "end" also ends the reply.
+        """
         if delta.kind in PARTS:
             self.streams[delta.kind].add(delta.text)
             self._unsaved[delta.kind] += delta.text
@@ -76,7 +84,10 @@ class Reply:
         self._count(delta)
 
     def _count(self, delta: Delta) -> None:
-        """Update the meter; the engine's usage, once it is known, replaces the counted tokens."""
+        """Add a delta's tokens and the time to the meter.
+
+        If the delta carries the engine's usage, as the last one does, that replaces the token counts.
+        """
         seconds = self.seconds
         meter = self.meter
         thought_tokens = meter.thought_tokens
@@ -97,13 +108,19 @@ class Reply:
         self.meter = meter
 
     async def render(self) -> None:
-        """Render finished blocks, in a thread because hostile Markdown can take long."""
+        """Render the finished Markdown blocks of both parts to HTML.
+
+        Runs in a thread, because hostile Markdown can take long to render.
+        """
         for stream in self.streams.values():
             if stream.ready():
                 stream.commit(await asyncio.to_thread(stream.render))
 
     async def save(self, store: Conversations) -> None:
-        """Store the text since the last save, and the state. Saves follow one another."""
+        """Store the text since the last save, the meter and the state.
+
+        Concurrent saves run one after another.
+        """
         async with self._saving:
             thought, answer = (self._unsaved[part] for part in PARTS)
             self._unsaved = dict.fromkeys(PARTS, "")
@@ -114,16 +131,21 @@ class Reply:
 
 @dataclass
 class PageCursor:
-    """The position of one page in one part: received blocks, and received characters of the tail."""
+    """How much of one part ("thought" or "answer") of a reply one page has received.
+
+    `blocks` is the number of HTML blocks, -1 before the first event; `tail` the number of characters of the
+    plain text after the blocks.
+    """
 
     blocks: int = -1
     tail: int = 0
 
     def advance(self, stream: MarkdownStream) -> dict[str, Any] | None:
-        """The event that brings the page up to date, None if it is; the cursor moves with it.
+        """Return the event that brings the page up to date and move the cursor; None if nothing is new.
 
-        `html` are the blocks to append, `tail` replaces the page's tail from character `at` on. With `fresh`,
-        the event replaces the whole part; `folded` means that earlier blocks are left out.
+        In the event, `html` has the blocks to append, and `tail` replaces the page's plain-text tail from
+        character `at` on. `fresh` is True if the event replaces the whole part; `folded` is True if earlier
+        blocks are left out of it.
         """
         fresh = self.blocks < 0
         blocks = len(stream.blocks)
@@ -144,14 +166,17 @@ class PageCursor:
 
 
 class ReplyCursor:
-    """The position of one page in a reply, and the time of its last event."""
+    """How much of a reply one page has received, and the time of the last event that it was sent."""
 
     def __init__(self) -> None:
         self.parts = {part: PageCursor() for part in PARTS}
         self.last_event = 0.0
 
     def advance(self, reply: Reply) -> dict[str, Any] | None:
-        """The event that brings the page up to date, None if it is; at least one each `SAVE_SECONDS`."""
+        """Return the event that brings the page up to date, or None if nothing is new.
+
+        After `SAVE_SECONDS` without an event, returns one without changes, so that the page's clock moves on.
+        """
         changes = {}
         for part, cursor in self.parts.items():
             change = cursor.advance(reply.streams[part])
@@ -170,7 +195,7 @@ class ReplyCursor:
 
 
 class Replies:
-    """All replies under generation, and the streams of events for pages that follow them."""
+    """All replies under generation, and the streams of events for the pages that follow them."""
 
     def __init__(self, store: Conversations, service: Service):
         self.store = store
@@ -178,18 +203,24 @@ class Replies:
         self._running: dict[int, tuple[Reply, asyncio.Task[None]]] = {}
 
     def begin(self, conversation: str, number: int, model: str, settings: Settings) -> None:
-        """Start the generation of an answer as a task. Call it on the event loop."""
+        """Start a task that generates the answer with the id `number` in a conversation.
+
+        Must be called on the event loop.
+        """
         reply = Reply(number, conversation)
         task = asyncio.create_task(self._generate(reply, model, settings), name=f"answer {number}")
         self._running[number] = (reply, task)
         task.add_done_callback(lambda _: self._running.pop(number, None))
 
     def running(self, conversation: str) -> list[Reply]:
-        """The running replies of a conversation."""
+        """Return the replies of a conversation that are still being generated."""
         return [reply for reply, _ in self._running.values() if reply.conversation == conversation]
 
     async def stop(self, conversation: str | None = None, state: str = "stopped") -> None:
-        """End the replies of a conversation, or all of them; their text is kept."""
+        """End the replies of one conversation, or of all conversations if `conversation` is None.
+
+        Their text so far is kept; `state` becomes their final state. Returns once the tasks have ended.
+        """
         tasks = []
         for reply, task in self._running.values():
             if conversation in (None, reply.conversation):
@@ -199,7 +230,11 @@ class Replies:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def follow(self, conversation: str) -> AsyncIterator[dict[str, Any]]:
-        """Events of a conversation's replies: all text up to now, then each change, until no reply runs."""
+        """Yield events of a conversation's replies until none is running.
+
+        The first event of a reply holds its text up to now, each later one the change. The last event of a
+        reply has `ended`.
+        """
         cursors: dict[int, ReplyCursor] = {}
         while True:
             replies = self.running(conversation)
@@ -217,7 +252,7 @@ class Replies:
                 yield {"answer": number, "ended": True}
 
     async def _generate(self, reply: Reply, model: str, settings: Settings) -> None:
-        """Stream a reply from the service; however it ends, its text is saved."""
+        """Stream a reply from the service. Its text is saved however the generation ends."""
         saver = asyncio.create_task(self._save_regularly(reply))
         try:
             await self._stream(reply, model, settings)
@@ -244,7 +279,7 @@ class Replies:
                 reply.add(delta)
 
     async def _save_regularly(self, reply: Reply) -> None:
-        """Render and save a growing reply until cancelled."""
+        """Render and save a growing reply until the task is cancelled."""
         last_save = time.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)

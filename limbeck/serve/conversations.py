@@ -1,8 +1,11 @@
-"""Conversations on disk: turns with their answers, and every branch.
+"""Conversations on disk: their turns and answers, with all branches.
 
-A turn is a person's question. It has one answer on each side (two models may answer side by side), and each
-side may have several variants. A turn follows certain answers: if another variant is shown, the turns after
-the old one stay behind it. Of several variants in one place, the one shown last is shown.
+A turn is a person's question and its answers. Two models may answer side by side; each position is called a
+side (0 or 1). A side of a turn may have several answers and a place in the conversation several questions;
+these alternatives are called variants, and the variant that was shown last is the one on view. Every turn
+records which answers it follows. If another variant of one of these answers is put on view, the turns that
+follow the old variant are hidden with it, but kept: each choice of variants has its own branch of later
+turns.
 """
 
 from __future__ import annotations
@@ -44,9 +47,9 @@ PER_LIST = 50  # conversations in one list
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a turn: the models that answer side by side, temperature, and thought budget in tokens.
+    """The settings of a turn: models that answer side by side, temperature, thought budget in tokens.
 
-    `Settings(("r1", "small"), 0.6, 2048)`; a budget of None is no limit.
+    `Settings(("r1", "small"), 0.6, 2048)`; a budget of None does not limit the thought.
     """
 
     models: tuple[str, ...]
@@ -56,7 +59,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Meter:
-    """Tokens and seconds of the thought and of the whole answer; `cost` if the model has a price."""
+    """Tokens and seconds of an answer: of its thought alone, and of the whole with the thought.
+
+    `cost` is in the unit of the model's price, None without a price.
+    """
 
     thought_tokens: int = 0
     tokens: int = 0
@@ -67,7 +73,12 @@ class Meter:
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer to a turn; `variants` are the ids of all answers of its side, its own included."""
+    """One model's answer to a turn.
+
+    `side` is its position beside the answers of other models. `state` is "running", "done", "length" (cut at
+    the token limit), "stopped", "interrupted" or "failed", and `why` the reason of a failure. `variants` has
+    the ids of all answers on the same side of the turn, this one included.
+    """
 
     id: int
     turn: int
@@ -83,13 +94,17 @@ class Answer:
 
     @property
     def running(self) -> bool:
-        """True while the answer is generated."""
+        """True while the answer is being generated."""
         return self.state == "running"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and the shown answer of each side; `variants` are the ids of all questions at its place."""
+    """A question and, for each side, the answer on view.
+
+    `parent` is the id of the previous turn, None for the first turn. `variants` has the ids of all questions
+    at the same place, this one included.
+    """
 
     id: int
     parent: int | None
@@ -100,7 +115,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation; `turns` is the shown branch from the first question on, empty in a list."""
+    """A conversation; `turns` is the branch on view, from the first question on.
+
+    `owner` is a person's name, or empty if anybody may continue it. `changed` is the Unix time of the last
+    change, and `version` a number that grows with each change. `turns` is empty in results of
+    `Conversations.recent`.
+    """
 
     id: str
     owner: str
@@ -112,18 +132,18 @@ class Conversation:
 
 
 class Conversations:
-    """The database of all conversations.
+    """The SQLite database of all conversations. Every method is one transaction.
 
-    Every method is one transaction; unknown ids give None or KeyError.
+    When the database is opened, answers that an earlier server left "running" become "interrupted".
     """
 
     def __init__(self, path: Path):
         self.database = SQLiteStore(path, SCHEMA)
-        with self.database.open() as db:  # answers of a server that no longer runs
+        with self.database.open() as db:  # these were left running by an earlier server
             db.execute("UPDATE answer SET state = 'interrupted' WHERE state = 'running'")
 
     def start(self, owner: str, settings: Settings) -> str:
-        """A new conversation without turns, with an unguessable id."""
+        """Create a conversation without turns, and return its id, which cannot be guessed."""
         name = secrets.token_urlsafe(12)
         with self.database.open() as db:
             db.execute(
@@ -133,7 +153,11 @@ class Conversations:
         return name
 
     def recent(self, owner: str, before: float = float("inf"), limit: int = PER_LIST) -> list[Conversation]:
-        """An owner's conversations and those without an owner, the latest change first."""
+        """Return the conversations of an owner and those without an owner, the latest change first.
+
+        Only conversations that changed before the Unix time `before`, and `limit` of them at most; without
+        their turns.
+        """
         with self.database.open() as db:
             rows = db.execute(
                 "SELECT * FROM conversation WHERE owner IN (?, '') AND changed < ? "
@@ -143,19 +167,23 @@ class Conversations:
             return [_conversation(row) for row in rows]
 
     def read(self, name: str) -> Conversation | None:
-        """A conversation with its shown branch."""
+        """Return the conversation of this id with its branch on view, None for an unknown id."""
         with self.database.open() as db:
             row = db.execute("SELECT * FROM conversation WHERE id = ?", (name,)).fetchone()
             return _conversation(row, _branch(db, name)) if row else None
 
     def version(self, name: str) -> int | None:
-        """A number that grows with each change of what a page shows, except the growth of an answer."""
+        """Return the version of a conversation, None for an unknown id.
+
+        The version is a number that grows with each change of what a page shows, except while an answer's
+        text grows.
+        """
         with self.database.open() as db:
             row = db.execute("SELECT version FROM conversation WHERE id = ?", (name,)).fetchone()
             return row["version"] if row else None
 
     def answer(self, number: int) -> tuple[str, Answer] | None:
-        """An answer and the id of its conversation."""
+        """Return the id of the conversation and the answer with the id `number`, None for an unknown id."""
         with self.database.open() as db:
             row = db.execute(
                 "SELECT answer.*, conversation FROM answer JOIN turn ON turn.id = turn WHERE answer.id = ?",
@@ -166,18 +194,19 @@ class Conversations:
             return row["conversation"], _answer(db, row)
 
     def ask(self, name: str, parent: int | None, content: str, settings: Settings) -> list[int]:
-        """Add a turn after another one (None: the first).
+        """Add a question after the turn `parent`, or as the first turn if `parent` is None.
 
-        Returns the ids of its running answers, one a side.
+        Returns the ids of its new answers, one for each side; their state is "running".
         """
         with self.database.open() as db:
             after = _shown_answers(db, parent) if parent else []
             return _add_turn(db, _Place(name, parent, json.dumps(after)), content, settings)
 
     def edit(self, name: str, turn: int, content: str, settings: Settings) -> list[int]:
-        """Add a turn in another one's place, which keeps its own later turns.
+        """Add a question as a variant of the turn with the id `turn`, and put it on view.
 
-        Returns the ids of running answers.
+        The old question keeps its answers and its later turns. Returns the ids of the new answers, one for
+        each side; their state is "running". Raises KeyError if the conversation has no such turn.
         """
         with self.database.open() as db:
             old = db.execute(
@@ -188,13 +217,13 @@ class Conversations:
             return _add_turn(db, _Place(name, old["parent"], old["after"]), content, settings)
 
     def regenerate(self, name: str, answer: Answer, settings: Settings) -> int:
-        """Add another variant of an answer by the same model. Returns its id."""
+        """Add another answer by the same model, as a variant of `answer`. Returns the new answer's id."""
         with self.database.open() as db:
             _touch(db, name)
             return _add_answer(db, answer.turn, answer.side, answer.model, settings)
 
     def show(self, name: str, turn: int | None = None, answer: int | None = None) -> None:
-        """Show a variant of a turn, of an answer, or of both."""
+        """Put a variant of a turn on view, a variant of an answer, or both; None leaves what is on view."""
         with self.database.open() as db:
             if turn is not None:
                 db.execute(
@@ -212,7 +241,10 @@ class Conversations:
     def save(
         self, number: int, thought: str, content: str, meter: Meter, state: str = "running", why: str = ""
     ) -> None:
-        """Append to an answer's thought and content; a state other than "running" ends it."""
+        """Append text to an answer's thought and content, and store its meter and its state.
+
+        A state other than "running" ends the answer; `why` is the reason of a failure.
+        """
         with self.database.open() as db:
             db.execute(
                 "UPDATE answer SET thought = thought || ?, content = content || ?, "
@@ -227,7 +259,7 @@ class Conversations:
             _touch(db, row["conversation"] if row else "")
 
     def rename(self, name: str, title: str) -> None:
-        """Change the title."""
+        """Change the title of a conversation."""
         with self.database.open() as db:
             db.execute("UPDATE conversation SET title = ?, version = version + 1 WHERE id = ?", (title, name))
 
@@ -237,9 +269,10 @@ class Conversations:
             db.execute("DELETE FROM conversation WHERE id = ?", (name,))
 
     def messages(self, number: int) -> list[Message]:
-        """The prompt of an answer: its own side of the branch that leads to it.
+        """Return the messages that the answer with the id `number` replies to, as its model's prompt.
 
-        Thoughts of earlier turns are left out, as in R1's training.
+        They are the questions up to this answer and the earlier answers on its own side, along the branch
+        that leads to it. Thoughts of earlier turns are left out, as in the training of DeepSeek-R1.
         """
         with self.database.open() as db:
             answer = db.execute("SELECT turn, side FROM answer WHERE id = ?", (number,)).fetchone()
@@ -254,7 +287,11 @@ class Conversations:
 
 
 class _Place(NamedTuple):
-    """The place of a turn: conversation, previous turn, and the ids of the answers it follows as JSON."""
+    """The place of a turn in a conversation.
+
+    It consists of the conversation's id, the id of the previous turn (None for the first turn), and the ids
+    of the answers that the turn follows, as a JSON list.
+    """
 
     conversation: str
     parent: int | None
@@ -266,13 +303,19 @@ def _row(db: sqlite3.Connection, table: str, number: int) -> sqlite3.Row:
 
 
 def _answer_before(turn: sqlite3.Row, side: int) -> int:
-    """The answer that a turn follows on one side; the first side's if there were fewer sides then."""
+    """Return the id of the answer that a turn follows on one side.
+
+    If the previous turn had fewer sides, this is the answer of its first side.
+    """
     after = json.loads(turn["after"])
     return after[side] if side < len(after) else after[0]
 
 
 def _add_turn(db: sqlite3.Connection, place: _Place, content: str, settings: Settings) -> list[int]:
-    """Insert a turn with a running answer of each model. The first turn's question becomes the title."""
+    """Insert a turn with a running answer for each model, and return the answers' ids.
+
+    The question becomes the title of a conversation that has none.
+    """
     turn = db.execute(
         "INSERT INTO turn (conversation, parent, after, content, at, shown) VALUES (?, ?, ?, ?, ?, ?)",
         (*place, content, time.time(), _next_shown(db, "turn")),
@@ -286,7 +329,7 @@ def _add_turn(db: sqlite3.Connection, place: _Place, content: str, settings: Set
 
 
 def _title(content: str) -> str:
-    """A question as a title: on one line, cut at `MAX_TITLE` characters."""
+    """Return a question as a title: on one line, cut at `MAX_TITLE` characters."""
     title = " ".join(content.split())
     return title if len(title) <= MAX_TITLE else title[: MAX_TITLE - 1] + "…"
 
@@ -300,23 +343,29 @@ def _add_answer(db: sqlite3.Connection, turn: int, side: int, model: str, settin
 
 
 def _touch(db: sqlite3.Connection, name: str) -> None:
-    """Note a change of a conversation."""
+    """Set the time of a conversation's last change to now, and increase its version."""
     db.execute("UPDATE conversation SET changed = ?, version = version + 1 WHERE id = ?", (time.time(), name))
 
 
 def _next_shown(db: sqlite3.Connection, table: str) -> int:
-    """A number above all others in the column `shown`; the variant with the largest number is shown."""
+    """Return a number greater than all others in the column `shown` of a table.
+
+    Of several variants, the one with the greatest number is on view.
+    """
     return db.execute(f"SELECT COALESCE(MAX(shown), 0) + 1 FROM {table}").fetchone()[0]
 
 
 def _shown_answers(db: sqlite3.Connection, turn: int) -> list[int]:
-    """The id of the shown answer of each side. SQLite takes the other columns from the row of the maximum."""
+    """Return the ids of a turn's answers on view, one for each side in order.
+
+    The query relies on SQLite, which takes the bare column `id` from the row that has the maximum.
+    """
     rows = db.execute("SELECT id, MAX(shown) FROM answer WHERE turn = ? GROUP BY side ORDER BY side", (turn,))
     return [row["id"] for row in rows]
 
 
 def _branch(db: sqlite3.Connection, name: str) -> tuple[Turn, ...]:
-    """The shown turns, from the first to the last."""
+    """Return the turns on view, from the first to the last."""
     turns = db.execute("SELECT * FROM turn WHERE conversation = ? ORDER BY id", (name,)).fetchall()
     branch: list[Turn] = []
     parent: int | None = None

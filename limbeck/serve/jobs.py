@@ -1,4 +1,4 @@
-"""Runs as processes of their own, which outlive the page that started them, and the server.
+"""Start, resume and pause runs, each a process of its own that outlives the page and the server.
 
 A run's state is read from its lock and its status file, not from a list in this process. So a run that was
 started at a terminal is shown and paused like any other, and a restarted server knows all runs.
@@ -29,17 +29,18 @@ LOG = "log.txt"
 CHILD = ".child.json"
 START_LOCK = ".start"
 FINAL_STATES = ("waits", "paused")  # a process that has written one of these is about to end
-EXIT_TIMEOUT_SECONDS = 10.0  # seconds that such a process is given to end
-POLL_SECONDS = 0.05  # seconds between two looks at it
+EXIT_TIMEOUT_SECONDS = 10.0  # seconds that a process in a final state is given to end
+POLL_SECONDS = 0.05  # seconds between two looks at the state of an ending process
 COMMAND = [sys.executable, "-c", "from limbeck.cli import main; main()", "run"]
 
 
 @dataclass(frozen=True)
 class State:
-    """A run's state: `State("failed", "stage zero: …", 1763822100.0)`, with the last message of its command.
+    """The state of a run, a sentence about it, and the time since when it holds.
 
-    `name` is running, pausing, paused, waits (for people), finished, failed, or "" if no command has recorded
-    it. `since` is the Unix time of the last change.
+    `State("failed", "stage zero: …", 1763822100.0)`. `name` is "running", "pausing", "paused", "waits" (for
+    reviews by people), "finished", "failed", or "" if no command has recorded a state. `sentence` is the last
+    message of the run's command. `since` is the Unix time of the last change.
     """
 
     name: str
@@ -48,15 +49,18 @@ class State:
 
     @property
     def alive(self) -> bool:
-        """True while the run's process works."""
+        """True while the run's process works: its state is "running" or "pausing"."""
         return self.name in ("running", "pausing")
 
 
 def start(recipe: Path, runs: Path, overrides: Sequence[str] = (), auto: bool = False) -> Path:
-    """Start a run of a recipe, and return its folder at once.
+    """Start a run of a recipe in a new process, and return the run's folder at once.
 
-    Raises LimbeckError for a mistake in the recipe, and if the run is at work. Later failures are in its
-    `state`.
+    `runs` is the folder of runs. Each of `overrides` is `key.path=value` and replaces a setting of the
+    recipe. With `auto`, the policy of each curate stage decides in place of people.
+
+    Raises LimbeckError for a mistake in the recipe, or if the run is being carried out already. Failures
+    after the start are reported by `state`.
     """
     settings = resolve_paths(load(recipe, list(overrides)), recipe.parent)
     if auto:
@@ -67,21 +71,24 @@ def start(recipe: Path, runs: Path, overrides: Sequence[str] = (), auto: bool = 
 
 
 def resume(folder: Path) -> None:
-    """Resume a run that was paused or killed, has failed, or waits for reviews. Raises LimbeckError."""
+    """Resume a run that was paused or killed, has failed, or waits for reviews.
+
+    Raises LimbeckError if `folder` has no recipe, or if the run is being carried out already.
+    """
     if not (folder / "recipe.yaml").exists():
         raise LimbeckError(f"{folder} is no run: it has no recipe.yaml; start one from a recipe")
     if _is_ending(folder):
         _wait_for_exit(folder)
-        if run_status.is_running(folder):  # it has seen the reviews and continues
+        if run_status.is_running(folder):  # the process has seen the reviews and continues
             return
     right = run_status.status(folder).right or _child(folder).get("right")
     _start_process(folder, right=right)
 
 
 def pause(folder: Path) -> None:
-    """Let the run write a checkpoint after its current step, and stop.
+    """Ask a run to write a checkpoint after its current step and then to stop.
 
-    Raises LimbeckError if it is not at work.
+    Returns at once. Raises LimbeckError if no process is carrying out the run.
     """
     if not run_status.is_running(folder):
         raise LimbeckError(f"{folder}: nobody is at work on it, so there is nothing to pause")
@@ -89,7 +96,7 @@ def pause(folder: Path) -> None:
 
 
 def state(folder: Path) -> State:
-    """A run's state, whoever has started it."""
+    """Return the state of the run in `folder`, whether it was started here or at a terminal."""
     is_running = run_status.is_running(folder)
     status = run_status.status(folder)
     if is_running and status.state not in FINAL_STATES:
@@ -108,7 +115,10 @@ def state(folder: Path) -> State:
 
 
 def _state_of_child(folder: Path) -> State:
-    """The state of a run without a status: of its process, which is starting or has failed at its start."""
+    """Return the state of a run that has no status file yet, judged by its process.
+
+    The process is starting, or has failed before it could write a status.
+    """
     child = _child(folder)
     if not child:
         return State("finished" if (folder / "summary.json").exists() else "")
@@ -118,7 +128,7 @@ def _state_of_child(folder: Path) -> State:
 
 
 def _child(folder: Path) -> dict[str, Any]:
-    """The record of the last process that was started from here; empty without one."""
+    """Return the record of the last process that this module started for a run; empty without one."""
     try:
         return json.loads((folder / CHILD).read_text())
     except FileNotFoundError:
@@ -126,7 +136,7 @@ def _child(folder: Path) -> dict[str, Any]:
 
 
 def _is_ending(folder: Path) -> bool:
-    """True if the run's process is about to end."""
+    """True if the run's process has written a final state and is about to end."""
     return run_status.is_running(folder) and run_status.status(folder).state in FINAL_STATES
 
 
@@ -138,9 +148,12 @@ def _wait_for_exit(folder: Path) -> None:
 
 
 def _start_process(folder: Path, recipe: str | None = None, right: str | None = None) -> None:
-    """Start the command in a run's folder, with a new recipe if one is given.
+    """Start `limbeck run` on the recipe in a run's folder.
 
-    Raises LimbeckError if it is at work.
+    `recipe` is the text of a recipe to store there first; None keeps the old one. `right` is the reason for
+    which a licence's terms may be set aside, passed on as `--i-have-the-right`.
+
+    Raises LimbeckError if the run is being carried out already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / START_LOCK):
@@ -165,7 +178,10 @@ def _start_process(folder: Path, recipe: str | None = None, right: str | None = 
 
 
 def _spawn(folder: Path, right: str | None) -> subprocess.Popen:
-    """The command on the recipe in a run's folder, in a session of its own; its output goes to the log."""
+    """Start `limbeck run` on the recipe in a run's folder, and return its process.
+
+    The process has a session of its own, so it outlives this one; its output is appended to the run's log.
+    """
     command = [*COMMAND, str(folder / "recipe.yaml"), "--runs", str(folder.parent)]
     if right:
         command += ["--i-have-the-right", right]
@@ -181,7 +197,11 @@ def _spawn(folder: Path, right: str | None) -> subprocess.Popen:
 
 
 def _start_time(pid: int) -> str | None:
-    """The start time of a living process in clock ticks. A later process of the same pid has another one."""
+    """Return the start time of a living process, None if there is none with this id.
+
+    The unit is the system's (clock ticks on Linux). A later process with the same id has another start time,
+    so the two can be told apart.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -192,7 +212,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def _start_time_by_ps(pid: int) -> str | None:
-    """The start time of a process on systems without /proc."""
+    """Return the start time of a process as `ps` prints it, on systems without /proc; None if it is dead."""
     listing = subprocess.run(
         ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
@@ -200,6 +220,6 @@ def _start_time_by_ps(pid: int) -> str | None:
 
 
 def _last_line(path: Path) -> str:
-    """The last line of a log, without the program's name."""
+    """Return the last line of a log file, without the program's name at its beginning."""
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("limbeck: ") if lines else "it ended without a word"

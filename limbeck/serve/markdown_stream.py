@@ -1,8 +1,9 @@
-"""Growing Markdown: finished blocks as HTML, the unfinished tail as plain text, and pages of long texts.
+"""Growing Markdown texts as HTML, and long texts in pages.
 
-The time of Markdown rendering grows faster than a text's length, and that of a browser with the size of a
-page. So no block has more than `MAX_BLOCK` characters, and a page shows no more than `MAX_PAGE` characters of
-a text at once.
+The finished blocks at the beginning of a growing text are rendered to HTML; the unfinished rest, called the
+tail, stays plain text. The time of Markdown rendering grows faster than the length of a text, and the time
+that a browser needs grows with the size of a page. So no block has more than `MAX_BLOCK` characters, and a
+page shows no more than `MAX_PAGE` characters of a text at once.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ SCROLLING = (
 
 
 class RenderedBlocks(NamedTuple):
-    """Finished blocks as HTML, the opening line of the code block they end in, and their length.
+    """Finished blocks as HTML, with what is needed to go on after them.
 
-    The length is in characters of the text, before rendering.
+    `fence` is the opening line of the code block inside which the last block was cut, empty if it was not cut
+    inside code. `length` is the number of characters of Markdown that were rendered.
     """
 
     blocks: list[str]
@@ -35,7 +37,7 @@ class RenderedBlocks(NamedTuple):
 class MarkdownStream:
     """A growing text: `blocks` are its finished parts as HTML, `tail` is the rest as plain text.
 
-    `render` may run in another thread, because it changes nothing; `commit` takes its result.
+    `render` changes nothing, so it may run in another thread; pass its result to `commit`.
     """
 
     def __init__(self) -> None:
@@ -48,11 +50,14 @@ class MarkdownStream:
         self.tail += text
 
     def ready(self) -> bool:
-        """True if the tail begins with a finished block."""
+        """True if the tail begins with a finished block, so that `render` has something to do."""
         return _block_length(self._fence, self.tail) > 0
 
     def render(self, everything: bool = False) -> RenderedBlocks:
-        """The finished blocks of the tail; with `everything`, the whole tail."""
+        """Render the finished blocks of the tail, or with `everything` the whole tail.
+
+        Changes nothing; the result is meant for `commit`.
+        """
         blocks: list[str] = []
         fence = self._fence
         tail = self.tail
@@ -72,14 +77,18 @@ class MarkdownStream:
     def commit(self, rendered: RenderedBlocks) -> None:
         """Move rendered blocks from the tail to `blocks`.
 
-        Text that was added since `render` stays in the tail.
+        Text that was added after the call of `render` stays in the tail.
         """
         self.blocks += rendered.blocks
         self._fence = rendered.fence
         self.tail = self.tail[rendered.length :]
 
     def first_recent_block(self, characters: int = MAX_PAGE) -> int:
-        """The index of the first of the last blocks that together have this many characters of HTML."""
+        """Return the index of the block from which a newly opened page begins.
+
+        The blocks from this index on have together at least `characters` characters of HTML, or are all
+        blocks.
+        """
         first = len(self.blocks)
         size = 0
         while first and size < characters:
@@ -89,7 +98,9 @@ class MarkdownStream:
 
 
 def split_pages(text: str) -> list[str]:
-    """The pages of a long text as Markdown. A code block that is cut is opened again on the next page.
+    """Split a long Markdown text into pages of about `MAX_PAGE` characters at most.
+
+    A code block that is cut between two pages is opened again on the second one.
 
     >>> split_pages("one\\n\\ntwo")
     ['one\\n\\ntwo']
@@ -112,7 +123,7 @@ def split_pages(text: str) -> list[str]:
 
 
 def render_page(page: str) -> str:
-    """A page as HTML, block by block."""
+    """Render one page of Markdown, as made by `split_pages`, to HTML."""
     stream = MarkdownStream()
     stream.add(page)
     return "".join(stream.render(everything=True).blocks)
@@ -120,7 +131,10 @@ def render_page(page: str) -> str:
 
 @lru_cache(512)
 def _block_html(fence: str, text: str) -> str:
-    """One block's HTML; recent ones are cached."""
+    """Render one block to HTML; results are cached.
+
+    `fence` is the opening line of the code block that the text continues, or empty.
+    """
     rendered = to_html(fence + text)
     for tag in SCROLLING:
         rendered = rendered.replace(tag, f'{tag[:-1]} tabindex="0">')
@@ -128,7 +142,11 @@ def _block_html(fence: str, text: str) -> str:
 
 
 def _block_length(fence: str, text: str) -> int:
-    """The length of a text's first block: finished paragraphs, or a part of a long one; 0 if it is open."""
+    """Return the length in characters of the first block of `text`, 0 if that block is unfinished.
+
+    A block consists of finished paragraphs, or of a part of a paragraph longer than `MAX_BLOCK`. `fence` is
+    the opening line of the code block that the text continues, or empty.
+    """
     window = text[:MAX_BLOCK]
     length = finished_length(fence + window) - len(fence)
     if length > 0:
@@ -137,7 +155,11 @@ def _block_length(fence: str, text: str) -> int:
 
 
 def _cut(window: str) -> int:
-    """Where a long paragraph is cut: at the last line end or space of its second half, else at its end."""
+    """Return the index at which a long paragraph is cut.
+
+    It is after the last line end in the second half of `window`, else after the last space there, else at the
+    end of `window`.
+    """
     half = len(window) // 2
     for mark in ("\n", " "):
         index = window.rfind(mark, half)
@@ -147,7 +169,7 @@ def _cut(window: str) -> int:
 
 
 def _open_fence(text: str) -> str:
-    """The opening line of the code block that a text ends in; empty outside code."""
+    """Return the opening line of the code block in which a text ends; empty if it ends outside code."""
     fence = ""
     opening = ""
     for line in text.split("\n"):

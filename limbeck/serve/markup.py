@@ -1,7 +1,8 @@
-"""Safe HTML of model output: Markdown and LaTeX are rendered, and only a short list of harmless tags passes.
+"""Safe HTML from a model's Markdown and LaTeX.
 
-Model output is treated as hostile. Raw HTML is shown as text. Images are removed, because an image's address
-can leak data. Links tell browsers to pass no referrer. The result is sanitized once more at the end.
+Model output is treated as hostile. Only a short list of harmless tags passes. Raw HTML is shown as text.
+Images are removed, because an image's address can leak data. Links tell browsers to send no referrer. The
+resulting HTML is sanitized once more at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ MAX_BRACES = 200  # opening braces; a formula with more is shown as code
 
 
 def to_html(text: str) -> str:
-    """Safe HTML of Markdown with LaTeX between dollars or in \\( \\) and \\[ \\]."""
+    """Render Markdown to safe HTML.
+
+    LaTeX formulas may stand between dollars or in \\( \\) and \\[ \\].
+    """
     rendered = _markdown().render(_brackets_to_dollars(text))
     return nh3.clean(
         rendered,
@@ -55,7 +59,7 @@ def to_html(text: str) -> str:
 
 
 def finished_length(text: str) -> int:
-    """The number of characters, from the beginning, in blocks that later text cannot change.
+    """Return how many characters at the beginning of `text` form blocks that later text cannot change.
 
     A blank line ends a block, unless a code fence or a displayed formula is open or an indented list may go
     on.
@@ -80,7 +84,10 @@ def finished_length(text: str) -> int:
 
 
 def fence_after(fence: str, line: str) -> str:
-    """The code fence that is open after a line, given the one before it; empty outside code."""
+    """Return the code fence that is open after `line`, such as three backticks; empty outside code.
+
+    `fence` is the one that was open before the line, or empty.
+    """
     bare = line.strip()
     if fence:
         closes = bare.startswith(fence) and not bare.strip(fence[0])
@@ -91,7 +98,7 @@ def fence_after(fence: str, line: str) -> str:
 
 
 def _toggles_math(bare: str) -> bool:
-    """True if a line opens or closes a displayed formula and does not do both."""
+    """True if a stripped line either opens or closes a displayed formula, but does not do both."""
     opens = bare.startswith("\\[")
     closes = bare.endswith("\\]")
     return bool(bare.count("$$") % 2) or opens != closes
@@ -107,7 +114,10 @@ def _markdown() -> MarkdownIt:
 
 
 def _times(state: StateInline, silent: bool) -> bool:
-    """An inline rule: a single star between two factors multiplies them, so `2*3*4` keeps its stars."""
+    """Keep a single star between two factors as a multiplication sign, so that `2*3*4` keeps its stars.
+
+    This is an inline rule of markdown-it: True if it has consumed the star; `silent` only tests for a match.
+    """
     position = state.pos
     if state.src[position] != "*":
         return False
@@ -122,7 +132,7 @@ def _times(state: StateInline, silent: bool) -> bool:
 
 
 def _brackets_to_dollars(text: str) -> str:
-    """LaTeX's brackets as dollars, outside of fenced code."""
+    """Replace the brackets around LaTeX formulas by dollars, except in code between triple backticks."""
     parts = text.split("```")
     for i in range(0, len(parts), 2):
         for bracket, dollars in BRACKETS.items():
@@ -131,7 +141,7 @@ def _brackets_to_dollars(text: str) -> str:
 
 
 def _formula(source: str, options: dict[str, Any]) -> str:
-    """A formula as MathML; as code if it is too long or cannot be parsed."""
+    """Return a LaTeX formula as MathML, or as HTML code if it is too long or cannot be parsed."""
     display = "block" if options.get("display_mode") else "inline"
     if len(source) <= MAX_FORMULA and source.count("{") < MAX_BRACES:
         with suppress(Exception):  # the parser raises errors of many types on malformed LaTeX

@@ -14,7 +14,7 @@ LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # sec
 
 
 class Metrics:
-    """Counters that grow when a request ends, and gauges that are read at each scrape."""
+    """Counters and latencies that grow when a request ends, and gauges that are read at each scrape."""
 
     def __init__(self, models: Sequence[ServedModel]):
         self.models = list(models)
@@ -36,7 +36,7 @@ class Metrics:
         return Histogram(name, text, ["model"], buckets=LATENCY_BUCKETS, registry=self.registry)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The gauges of every model; Prometheus's registry calls this at each scrape."""
+        """Yield the gauges of every model. Prometheus's registry calls this method at each scrape."""
         names = [model.name for model in self.models]
         schedulers = [model.scheduler for model in self.models]
         gauges = [
@@ -54,7 +54,10 @@ class Metrics:
             yield family
 
     def ended(self, served: ServedModel, output: Answer, usage: Usage, end: str) -> None:
-        """Count one request; `end` is "stop", "length", "left" (the client disconnected) or "failed"."""
+        """Count a request that has ended, with its tokens and latencies.
+
+        `end` is "stop", "length" (cut at the token limit), "left" (the client disconnected) or "failed".
+        """
         name = served.name
         self.requests.labels(name, end).inc()
         counts = {
@@ -70,9 +73,9 @@ class Metrics:
             self.whole.labels(name).observe(usage.seconds)
 
     def refused(self, model: str) -> None:
-        """Count one request that the full queue refused."""
+        """Count a request to `model` that was refused because its queue was full."""
         self.requests.labels(model, "refused").inc()
 
     def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,8 @@
-"""Models by name: a directory, a pulled name, a GGUF file, an artifact, or the last model of a run."""
+"""Find and load the models to serve.
+
+A model's name is a directory, the name of a pulled model, a GGUF file, an artifact (a stage's result in the
+store of a folder of runs), or a run, which stands for its last model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from .types import Price, ServedModel
 
 KV_SHARE = 0.4  # of the free memory, for the KV cache
 PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
-FINAL_STAGE = "r1"  # the stage whose model a recipe leads to
+FINAL_STAGE = "r1"  # the stage that makes a recipe's final model
 
 # Directories of unpacked GGUF files, held until the process ends: each is removed with its object.
 _UNPACKED: list[tempfile.TemporaryDirectory] = []
@@ -32,7 +36,11 @@ _UNPACKED: list[tempfile.TemporaryDirectory] = []
 
 @dataclass(frozen=True)
 class _SchedulerLimits:
-    """Limits of each model: sequences at once, queued requests, and default tokens of a completion."""
+    """Limits of each model's scheduler.
+
+    `rows` is the number of sequences that are generated at once, `waiting` the number of requests that may be
+    queued, `max_tokens` the default limit of a completion in tokens.
+    """
 
     rows: int
     waiting: int
@@ -48,9 +56,13 @@ def open_service(
     max_tokens: int = 2048,
     threads: int = 0,
 ) -> Service:
-    """A service over models, each `[NAME=]MODEL`, loaded by a thread that ends afterwards.
+    """Load models and return the service over them.
 
-    `EngineThread` has the reason for that thread.
+    Each of `names` is `[NAME=]MODEL`, where NAME is the served name. Each of `prices` is `[NAME=]READ/SAID`,
+    as in `price_list`. `rows` sequences of a model are generated at once, `waiting` requests may be queued
+    for it, and `max_tokens` is the default limit of a completion. `threads` is the number of CPU threads for
+    PyTorch, 0 for all usable cores. The models are loaded in a thread that ends afterwards; the docstring of
+    `EngineThread` tells why.
 
     Raises LimbeckError for a name that is no model, two models of one name, or a malformed price.
     """
@@ -63,7 +75,10 @@ def open_service(
 def _load_service(
     names: Sequence[str], runs: Path, prices: Sequence[str], limits: _SchedulerLimits
 ) -> Service:
-    """Load the models one after the other; each takes an equal share of the memory that is free."""
+    """Load the models one after the other and return the service over them.
+
+    Each model gets an equal share of the memory that is free when it is loaded.
+    """
     folders = named(names, runs)
     priced = price_list(prices, list(folders))
     served: list[ServedModel] = []
@@ -74,10 +89,14 @@ def _load_service(
 
 
 def _load_scheduler(folder: Path, remaining: int, limits: _SchedulerLimits) -> Scheduler:
-    """A model's scheduler, warmed up. `remaining` models, this one included, share the free memory."""
+    """Load the model in `folder` and return its warmed-up scheduler.
+
+    `remaining` is the number of models still to be loaded, this one included; they share the free memory
+    equally.
+    """
     tokenizer = Tokenizer.from_directory(folder)
     model = weights.load(folder)
-    memory = usable_memory() / remaining  # what is free once the weights are loaded
+    memory = usable_memory() / remaining  # bytes that are free once the weights are loaded, for this model
     bytes_per_token = model.config.kv_bytes_per_token(4)
     scheduler = Scheduler(
         model,
@@ -93,7 +112,10 @@ def _load_scheduler(folder: Path, remaining: int, limits: _SchedulerLimits) -> S
 
 
 def named(names: Sequence[str], runs: Path) -> dict[str, Path]:
-    """Served names and the directories of their models. Raises LimbeckError for two models of one name."""
+    """Return the directory of each model by its served name.
+
+    Each of `names` is `[NAME=]MODEL`. Raises LimbeckError if two models have the same served name.
+    """
     folders: dict[str, Path] = {}
     for text in names:
         alias, equals, model = text.partition("=")
@@ -107,9 +129,9 @@ def named(names: Sequence[str], runs: Path) -> dict[str, Path]:
 
 
 def find(name: str, runs: Path) -> tuple[str, Path]:
-    """A model's default served name and its directory.
+    """Return a model's default served name and its directory.
 
-    Raises LimbeckError for a name of no model, and for a name of both a run and a model.
+    Raises LimbeckError if `name` is no model, or is the name of both a run and a model.
     """
     path = Path(name)
     for run in (path, runs / name):
@@ -132,7 +154,10 @@ def find(name: str, runs: Path) -> tuple[str, Path]:
 
 
 def _find_folder(name: str, runs: Path) -> tuple[Path, Path]:
-    """The path that names a model, and its directory or file; an artifact is named by its stage."""
+    """Return a path whose last part is the model's default name, and the model's directory or GGUF file.
+
+    For an artifact, the default name is the name of the stage that made it.
+    """
     try:
         return Path(name), find_model(name, Path())
     except LimbeckError:
@@ -143,7 +168,11 @@ def _find_folder(name: str, runs: Path) -> tuple[Path, Path]:
 
 
 def _last_model(run: Path) -> tuple[str, Path]:
-    """The stage and directory of a run's last trained model, or of its last loaded one if none is trained."""
+    """Return the stage and the directory of the model that a run stands for.
+
+    That is the model of the stage `FINAL_STAGE` if the run has one, else the last model that it trained, else
+    the last one that it loaded. Raises LimbeckError if the run has no model yet.
+    """
     artifacts = json.loads((run / INDEX).read_text(encoding="utf-8"))
     store = run.resolve().parent / "store"
     folders = {stage: store / artifact / "model" for stage, artifact in artifacts.items()}
@@ -158,7 +187,7 @@ def _last_model(run: Path) -> tuple[str, Path]:
 
 
 def _unpack(file: Path) -> Path:
-    """A GGUF file as a directory that exists until the process ends."""
+    """Convert a GGUF file to a model directory, which is deleted when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="limbeck-gguf-")
     _UNPACKED.append(folder)
     directory = Path(folder.name) / "model"
@@ -167,7 +196,10 @@ def _unpack(file: Path) -> Path:
 
 
 def _stop_token_ids(folder: Path) -> tuple[int, ...]:
-    """Further tokens that end a turn, from `generation_config.json`; some model families have several."""
+    """Return all ids of tokens that end a turn, if `generation_config.json` lists several; else none.
+
+    A single such token is known from the tokenizer.
+    """
     path = folder / "generation_config.json"
     if not path.exists():
         return ()
@@ -176,7 +208,7 @@ def _stop_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _warm_up(scheduler: Scheduler) -> None:
-    """Compile the kernels and touch every weight before the first request."""
+    """Generate two tokens, which compiles the kernels and reads every weight before the first request."""
     prompt = scheduler.tokenizer.response("")
     with torch.inference_mode():
         output = scheduler.submit(Request(prompt, 1.0, 1.0, 2))
@@ -187,7 +219,10 @@ def _warm_up(scheduler: Scheduler) -> None:
 
 
 def price_list(prices: Sequence[str], names: Sequence[str]) -> dict[str, Price]:
-    """Prices by model, from `[NAME=]READ/SAID` per million tokens; one without a name is every model's.
+    """Return the price of each model that has one.
+
+    Each of `prices` is `[NAME=]READ/SAID`: the price of a million prompt tokens and that of a million
+    completion tokens. Without NAME, it is the price of every model; a later entry replaces an earlier one.
 
     Raises LimbeckError for a malformed price, and for a name that is not served.
     """
@@ -207,7 +242,10 @@ def price_list(prices: Sequence[str], names: Sequence[str]) -> dict[str, Price]:
 
 
 def _parse_price(text: str) -> Price:
-    """`0.15/0.60` as a price; raises ValueError for anything but two numbers that are not negative."""
+    """Return the price written as `0.15/0.60`: prompt tokens, then completion tokens, per million.
+
+    Raises ValueError for anything but two numbers that are not negative.
+    """
     prompt, completion = (float(part) for part in text.split("/"))
     if min(prompt, completion) < 0:
         raise ValueError(text)

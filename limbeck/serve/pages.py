@@ -1,4 +1,4 @@
-"""HTML pages: templates, phrases in two languages, and the values that every page shares."""
+"""HTML pages: templates, phrases in English and Chinese, and the values that every template gets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LANGUAGE_SECONDS = 365 * 86400  # seconds that the cookie of a chosen language l
 
 @cache
 def phrases() -> dict[str, dict[str, str]]:
-    """All phrases: `"chat.send" -> {"en": "Send", "zh": "发送"}`.
+    """Return all phrases by key and language: `"chat.send" -> {"en": "Send", "zh": "发送"}`.
 
-    They come from the files in `words/`; a key begins with its file's name.
+    They are read from the YAML files in `words/`; a key begins with the name of its file.
     """
     table: dict[str, dict[str, str]] = {}
     for path in sorted((FOLDER / "words").glob("*.yaml")):
@@ -36,13 +36,19 @@ def phrases() -> dict[str, dict[str, str]]:
 
 
 def say(language: str, key: str, **values: Any) -> str:
-    """A phrase in one language, with `{name}` replaced by its value. Raises KeyError for an unknown key."""
+    """Return the phrase of a key in one language, with each `{name}` replaced by the value of that name.
+
+    Raises KeyError for an unknown key.
+    """
     phrase = phrases()[key][language]
     return phrase.format(**values) if values else phrase
 
 
 def language_of(request: Request) -> str:
-    """The language of `?lang=zh`, else of the cookie, else the browser's preference, else English."""
+    """Return the language of a request's page, "en" or "zh".
+
+    It is taken from `?lang=`, else from the cookie, else from the browser's preference, and else is English.
+    """
     chosen = request.query_params.get("lang") or request.cookies.get("lang")
     if chosen in LANGUAGES:
         return chosen
@@ -51,14 +57,15 @@ def language_of(request: Request) -> str:
 
 
 def is_fragment(request: Request) -> bool:
-    """True if htmx asks for a part of a page, False if the browser asks for a whole page."""
+    """True if htmx requests a part of a page, False if the browser requests a whole page."""
     return "hx-request" in request.headers
 
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """An HTML response.
+    """Render a template to an HTML response.
 
-    Templates get `t` (phrases), `lang`, `person`, `path`, `static`, `theme` and the values.
+    Templates get `t` (returns the phrase of a key), `lang`, `person`, `path`, `static` (returns the address
+    of a static file), `theme`, `fragment` (True for a part of a page) and `values`.
     """
     language = language_of(request)
     theme = request.cookies.get("theme")
@@ -93,9 +100,9 @@ def _templates() -> Environment:
 
 @cache
 def _static_address(name: str) -> str:
-    """The address of a file in `static/`.
+    """Return the address of a file in `static/`.
 
-    It contains the content's hash, so browsers may cache it for good.
+    It contains a hash of the file's content, so browsers may cache the file without a time limit.
     """
     content = (FOLDER / "static" / name).read_bytes()
     return f"/static/{name}?v={hashlib.sha256(content).hexdigest()[:12]}"

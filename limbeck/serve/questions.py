@@ -1,4 +1,4 @@
-"""Prompt sets of the arena: held-out problems of runs' recipes, and uploaded JSONL files."""
+"""Prompt sets of the arena: held-out problems of the runs' recipes, and uploaded JSONL files."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ MAX_NAME_CHARACTERS = 60  # characters of an uploaded file's name
 
 
 class Questions:
-    """Prompt sets by name: `RUN/PROBLEMS` from a recipe, `NAME.jsonl` from the studio's folder."""
+    """Prompt sets by name.
+
+    `RUN/PROBLEMS` is the set of held-out problems with the name PROBLEMS in the recipe of the run RUN.
+    `NAME.jsonl` is an uploaded file in `folder`.
+    """
 
     def __init__(self, runs: Path, folder: Path):
         self.runs = runs
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Names of all sets: uploaded files first, then the problems of each run."""
+        """Return the names of all sets: uploaded files first, then the problems of each run."""
         names = [path.name for path in self._files()]
         for path in sorted(self.runs.glob("*/recipe.yaml")):
             names += [f"{path.parent.name}/{problems}" for problems in _problem_names(path, _mtime(path))]
         return names
 
     def open(self, name: str) -> tuple[Problem, ...]:
-        """The prompts of a set. Raises LimbeckError for an unknown name or an unreadable file."""
+        """Return the prompts of a set, as problems.
+
+        Raises LimbeckError for an unknown name or an unreadable file.
+        """
         if name not in self.names():
             raise LimbeckError(f"there is no set of prompts named {name}")
         run, _, problems = name.rpartition("/")
@@ -45,7 +52,10 @@ class Questions:
         return _file_problems(path, _mtime(path))
 
     def saved(self) -> dict[str, Mapping[str, Answer]]:
-        """Saved answers by prompt, for each file that has any, under its name as a contestant."""
+        """Return the answers that uploaded files have saved, as file's contestant name -> prompt -> answer.
+
+        A file that has saved answers takes part in battles like a model, as the contestant `NAME (saved)`.
+        """
         saved: dict[str, Mapping[str, Answer]] = {}
         for path in self._files():
             answers = _saved_answers(path, _mtime(path))
@@ -54,11 +64,11 @@ class Questions:
         return saved
 
     def add(self, name: str, content: bytes) -> str:
-        """Store an uploaded JSONL file. Returns its name.
+        """Store an uploaded JSONL file of this name, and return the name under which it is stored.
 
-        Its rows have `prompt` and, for a saved answer, `completion`.
+        Each row has `prompt` and, if it has a saved answer, `completion`.
 
-        Raises LimbeckError for a file without rows and for a row without a prompt; nothing is stored then.
+        Raises LimbeckError, and stores nothing, for a file without rows and for a row without a prompt.
         """
         stem = re.sub(r"[^\w-]+", "-", Path(name).stem).strip("-")[:MAX_NAME_CHARACTERS]
         file_name = f"{stem or 'prompts'}.jsonl"
@@ -79,13 +89,19 @@ class Questions:
 
 
 def _mtime(path: Path) -> int:
-    """The time of a file's last change in nanoseconds; part of a cache's key."""
+    """Return the time of a file's last change in nanoseconds.
+
+    It is a part of the keys of the caches below.
+    """
     return path.stat().st_mtime_ns
 
 
 @lru_cache(128)
 def _problem_names(recipe: Path, mtime: int) -> tuple[str, ...]:
-    """Names of a recipe's problems; none for a recipe of another version, whose tasks cannot be opened."""
+    """Return the names under which a recipe has problems.
+
+    Empty for a recipe that this version of Limbeck cannot read. `mtime` is only a part of the cache's key.
+    """
     try:
         return tuple(load(recipe).problems)
     except LimbeckError:
@@ -106,7 +122,10 @@ def _file_problems(path: Path, mtime: int) -> tuple[Problem, ...]:
 
 @lru_cache(16)
 def _saved_answers(path: Path, mtime: int) -> Mapping[str, Answer]:
-    """Answers by prompt; of several to one prompt, the last."""
+    """Return the saved answers of a file by prompt; if a prompt has several, the last one.
+
+    `mtime` is only a part of the cache's key.
+    """
     answers: dict[str, Answer] = {}
     for _, prompt, completion in _rows(path):
         if completion:
@@ -116,7 +135,10 @@ def _saved_answers(path: Path, mtime: int) -> Mapping[str, Answer]:
 
 
 def _rows(path: Path) -> list[tuple[int, str, str]]:
-    """Line, prompt and completion of each row. Raises LimbeckError for a row without a prompt."""
+    """Return the line number, the prompt and the completion of each row; the completion may be empty.
+
+    Raises LimbeckError for a row without a prompt.
+    """
     rows = []
     for line, row in read_table(path):
         prompt = _prompt(row)
@@ -131,7 +153,7 @@ def _rows(path: Path) -> list[tuple[int, str, str]]:
 
 
 def _prompt(row: Mapping[str, Any]) -> str | None:
-    """The text of the first column that holds a prompt."""
+    """Return the text of the first column that holds a prompt, None if there is no such column."""
     for column in QUESTIONS:
         text = row.get(column)
         if isinstance(text, str) and text.strip():

@@ -1,6 +1,7 @@
-"""The guard between the network and every route: host names, origins, key, and limits on the body.
+"""The guard between the network and every route: it checks host name, origin, key and size of a request.
 
-One pure ASGI layer; a middleware that hides disconnects would let abandoned requests run on.
+It is a plain ASGI application around the other one. FastAPI's middleware would hide a client's disconnect
+from the routes, so abandoned requests would run on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on a request's body: `Limits(body_bytes=1024)` refuses more than a kibibyte with 413."""
+    """Limits on a request's body: its size in bytes, and the seconds until it has arrived.
+
+    `Limits(body_bytes=1024)` refuses a body of more than 1024 bytes with HTTP status 413.
+    """
 
     body_bytes: int = 8 << 20
     body_seconds: float = 20.0
@@ -49,7 +53,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused request: HTTP status, message, and for a redirect its target."""
+    """The refusal of a request: its HTTP status and its message.
+
+    `location` is the address to go to if the status is a redirect, else empty.
+    """
 
     status: int
     message: str
@@ -57,7 +64,11 @@ class Refusal:
 
 
 class Guard:
-    """The outermost ASGI layer. `key=None` requires no key, which is safe only for a server on loopback."""
+    """The outermost ASGI application: it checks each request and passes it on to `app` or refuses it.
+
+    `hosts` are the host names that requests may address. `key` is the key that clients must send; None
+    requires no key, which is safe only for a server that listens on the loopback interface.
+    """
 
     def __init__(
         self, app: App, hosts: frozenset[str], key: str | None, sessions: Sessions, limits: Limits = Limits()
@@ -85,7 +96,7 @@ class Guard:
         return await self.app(scope, _replay(body, receive), send)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> Refusal | None:
-        """The refusal of a request by its head; None lets it pass."""
+        """Return the refusal of a request as judged by its method, path and headers; None if it may pass."""
         if _host_name(headers.get("host", "")) not in self.hosts:  # against DNS rebinding
             return Refusal(421, "this server does not go by that name; start it with --allow-host NAME")
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers):
@@ -99,7 +110,10 @@ class Guard:
         return Refusal(401, "a key is needed: send it as `Authorization: Bearer KEY`")
 
     def _authenticated(self, headers: dict[str, str], person: Person | None) -> bool:
-        """True if there is no key, the request has it, or a session was opened with it."""
+        """True if no key is required, the request has the key, or its session was opened with the key.
+
+        `person` is the person of the request's session, None without a valid session.
+        """
         if self.key is None:
             return True
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -108,7 +122,7 @@ class Guard:
         return person is not None  # the key salts the signature of the session's cookie
 
     async def _read_body(self, headers: dict[str, str], receive: Receive) -> bytes | Refusal:
-        """The whole body, or the refusal of one that is too long, too slow or incomplete."""
+        """Return the whole body, or the refusal of one that is too long, too slow or incomplete."""
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.limits.body_bytes:
             return self._too_long()
@@ -138,7 +152,7 @@ class Guard:
 
 
 def _host_name(header: str) -> str:
-    """The name in a Host header, without its port; empty for a malformed one."""
+    """Return the name in a Host header in lower case, without the port; empty if it is malformed."""
     try:
         return (urlsplit(f"//{header}").hostname or "").lower()
     except ValueError:
@@ -146,7 +160,7 @@ def _host_name(header: str) -> str:
 
 
 def _same_origin(headers: dict[str, str]) -> bool:
-    """True if a page of this server sent the request, or a client that is no browser."""
+    """True if the request was sent by a page of this server, or by a client that is no browser."""
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")
@@ -154,7 +168,7 @@ def _same_origin(headers: dict[str, str]) -> bool:
 
 
 def _session_cookie(headers: dict[str, str]) -> str:
-    """The value of the session's cookie; empty without one."""
+    """Return the value of the session's cookie; empty if the request has none."""
     try:
         cookies = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
@@ -163,7 +177,10 @@ def _session_cookie(headers: dict[str, str]) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body first and the real messages afterwards: the disconnect."""
+    """Return a `receive` that first returns the body, which has been read already.
+
+    Later calls return the messages that really follow, which is how a route learns of a disconnect.
+    """
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -175,7 +192,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_headers(send: Send) -> Send:
-    """A `send` whose responses carry `HEADERS`; a header that the route sets takes precedence."""
+    """Return a `send` that adds `HEADERS` to every response.
+
+    A header that the route sets takes precedence.
+    """
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -191,7 +211,7 @@ def _with_headers(send: Send) -> Send:
 
 
 async def _send_refusal(send: Send, refusal: Refusal) -> None:
-    """A refusal in the shape of OpenAI's errors."""
+    """Send a refusal as a JSON object in the shape of OpenAI's errors."""
     kind = "authentication_error" if refusal.status == 401 else "invalid_request_error"
     error = {"message": refusal.message, "type": kind, "param": None, "code": None}
     body = json.dumps({"error": error}).encode()

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, with a deadline for the head of each request."""
+"""The HTTP server: uvicorn, with a time limit for the head (request line and headers) of each request."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ BACKLOG = 1024  # connections that wait to be accepted
 
 
 def claim(host: str, port: int) -> socket.socket:
-    """Bind the address before a model is loaded; it does not listen yet.
+    """Bind a socket to an address and return it. It does not listen yet.
 
-    Raises LimbeckError if it is not available.
+    Called before the models are loaded, so that an address in use is reported at once. Raises LimbeckError if
+    the address is not available.
     """
     import socket
 
@@ -35,7 +36,10 @@ def claim(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None:
-    """Serve until SIGTERM or Ctrl-C; then accept no new request, and give running ones `drain_seconds`."""
+    """Serve an ASGI application on a bound socket until SIGTERM or Ctrl-C.
+
+    Then no new request is accepted, and the running ones get `drain_seconds` to finish.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -54,14 +58,18 @@ def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None
 
 
 def _protocol() -> type:
-    """The protocol class; a function, so that uvicorn is imported only by a server."""
+    """Return the class of the HTTP protocol.
+
+    It is defined inside a function so that uvicorn is imported only when a server starts.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class HeadDeadlineProtocol(H11Protocol):
-        """HTTP/1.1 that closes a connection whose request head is not complete in time.
+        """HTTP/1.1 that closes a connection if the head of a request is not complete in time.
 
-        The deadline of the first request begins with the connection, that of a later one with its first byte.
-        uvicorn itself has no such deadline, and its keep-alive timeout begins anew with each byte.
+        The head is the request line and the headers; the limit is `HEAD_TIMEOUT_SECONDS`. For the first
+        request it begins with the connection, for a later one with its first byte. uvicorn itself has no such
+        limit, and its keep-alive timeout begins anew with each byte.
         """
 
         _deadline: asyncio.TimerHandle | None = None

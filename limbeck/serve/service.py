@@ -4,7 +4,8 @@
         async for delta in deltas:
             print(delta.kind, delta.text)
 
-Leaving the loop aborts the request before the model's next decode step.
+A delta is a piece of the output as it is generated. Leaving the loop early aborts the request before the
+model's next decode step.
 
 Shapes: N tokens of a prompt.
 """
@@ -32,20 +33,23 @@ from .types import ChatOutput, Delta, GenerationOptions, ServedModel, TokenLogpr
 
 
 class UnknownModel(LimbeckError):
-    """No model of that name is served."""
+    """Raised if no model of the requested name is served."""
 
 
 class ModelFailed(LimbeckError):
-    """The model raised an error during generation.
+    """Raised if the model has failed during generation.
 
-    The server is at fault; later requests are served again.
+    The fault is the server's, not the request's; later requests are served again.
     """
 
     exit_code = 70
 
 
 class Service:
-    """All models of one server, and the thread that runs them. An asynchronous context manager."""
+    """All models of one server, and the thread that runs them.
+
+    It is an asynchronous context manager: the thread runs inside `async with`. `served` may be empty.
+    """
 
     def __init__(self, served: Sequence[ServedModel] = ()):
         self.models: Mapping[str, ServedModel] = {model.name: model for model in served}
@@ -66,7 +70,10 @@ class Service:
         await asyncio.to_thread(self.engine_thread.close)
 
     def model(self, name: str) -> ServedModel:
-        """The model of a name. Raises `UnknownModel`, whose message lists the served names."""
+        """Return the model that is served under a name.
+
+        Raises `UnknownModel`, whose message lists the served names.
+        """
         if name not in self.models:
             names = ", ".join(self.models) or "none"
             raise UnknownModel(f"model {name!r} is not served here; there are {names}")
@@ -75,10 +82,13 @@ class Service:
     def chat(
         self, model: str, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool = False, **options: Any
     ) -> AsyncIterator[Delta]:
-        """Deltas of the assistant's next turn. `options` are the fields of `GenerationOptions`.
+        """Return an iterator over the deltas of the assistant's next turn.
 
-        Thoughts in the history are left out unless `keep_thoughts`. Raises LimbeckError, `UnknownModel` or
-        `QueueFull` before the first delta, and `ModelFailed` later.
+        `options` are the fields of `GenerationOptions`. Thoughts of earlier turns are left out of the prompt
+        unless `keep_thoughts`.
+
+        Raises `UnknownModel` at the call, LimbeckError or `QueueFull` before the first delta, and
+        `ModelFailed` at any delta.
         """
         return self._chat(self.model(model), messages, keep_thoughts, GenerationOptions(**options))
 
@@ -89,14 +99,14 @@ class Service:
         keep_thoughts: bool,
         options: GenerationOptions,
     ) -> AsyncIterator[Delta]:
-        """Submit a conversation, then stream its deltas."""
+        """Submit a conversation to the model, then yield its deltas."""
         output = await self.submit_chat(served, messages, options, keep_thoughts)
         async with aclosing(self.stream(served, output, options)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def answer(self, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatOutput:
-        """The complete first choice of `chat`."""
+        """Return the complete first choice of `chat`, with the same options and errors."""
         outputs = await collect(self.chat(model, messages, **options))
         return outputs[0]
 
@@ -107,13 +117,21 @@ class Service:
         options: GenerationOptions,
         keep_thoughts: bool = False,
     ) -> Answer:
-        """Render a conversation and queue it. The caller must `stream` or `abort` the output."""
+        """Put a conversation into the model's queue and return its output, which fills with tokens later.
+
+        The caller must pass the output to `stream` or `abort`, or the generation goes on unobserved. Raises
+        LimbeckError or `QueueFull`.
+        """
         prompt, opened = await asyncio.to_thread(_encode_chat, served.tokenizer, messages, keep_thoughts)
         request = served.request(prompt, options, opened)
         return self.submit(served, [request])[0]
 
     def submit(self, served: ServedModel, requests: Sequence[Request]) -> list[Answer]:
-        """Queue all requests, or none of them. Raises LimbeckError, or `QueueFull` if the queue is full."""
+        """Put all requests into the model's queue, or none, and return their outputs, which fill later.
+
+        Raises LimbeckError for a request that the model cannot serve, and `QueueFull` if the queue has no
+        room.
+        """
         outputs: list[Answer] = []
         try:
             for request in requests:
@@ -127,7 +145,7 @@ class Service:
         return outputs
 
     def abort(self, served: ServedModel, outputs: Sequence[Answer]) -> None:
-        """Stop the generation of unfinished outputs."""
+        """Stop the generation of the outputs that are unfinished; the others are left as they are."""
         for output in outputs:
             if not output.done:
                 served.scheduler.cancel(output)
@@ -135,7 +153,10 @@ class Service:
     async def stream(
         self, served: ServedModel, output: Answer, options: GenerationOptions
     ) -> AsyncIterator[Delta]:
-        """Deltas of all choices, in the order of generation. Raises `ModelFailed`."""
+        """Yield the deltas of all choices of an output, in the order of generation.
+
+        If the caller stops the iteration, the generation is aborted. Raises `ModelFailed`.
+        """
         streams = [_ChoiceStream(served, output, i, options) for i in range(output.request.copies)]
         event = asyncio.Event()
         self._events[output] = event
@@ -158,7 +179,7 @@ class Service:
             self.abort(served, [output])
 
     def _record_end(self, served: ServedModel, output: Answer, streams: Sequence[_ChoiceStream]) -> None:
-        """Count one output in the metrics."""
+        """Count an output that has ended, or was abandoned by its client, in the metrics."""
         if output.error:
             end = "failed"
         elif _all_closed(streams):
@@ -168,7 +189,10 @@ class Service:
         self.metrics.ended(served, output, _usage(served, output, streams), end)
 
     def _notify(self, outputs: Sequence[Answer]) -> None:
-        """Wake the streams of outputs that have new tokens. Called on the engine's thread."""
+        """Wake the streams of the outputs that have new tokens.
+
+        Called on the engine's thread; the streams wait on the event loop.
+        """
         self.loop.call_soon_threadsafe(self._set_events, outputs)
 
     def _set_events(self, outputs: Sequence[Answer]) -> None:
@@ -180,7 +204,7 @@ class Service:
 
 @dataclass
 class _OpenDelta:
-    """A delta that still takes text and tokens."""
+    """A delta under construction, to which more text and tokens may be added."""
 
     kind: str
     text: str = ""
@@ -189,7 +213,11 @@ class _OpenDelta:
 
 
 class _ChoiceStream:
-    """One choice's tokens as deltas: detokenizes, separates reasoning from answer, applies stop strings."""
+    """Turns the tokens of one choice into deltas.
+
+    It decodes the tokens to text, separates the thought from the answer, and applies the stop strings.
+    `index` is the number of the choice in its output.
+    """
 
     def __init__(self, served: ServedModel, output: Answer, index: int, options: GenerationOptions):
         self.served = served
@@ -204,7 +232,10 @@ class _ChoiceStream:
         self.finish = ""
 
     def poll(self) -> list[Delta]:
-        """Deltas of the tokens sampled since the last call; a choice's last delta is of kind "end"."""
+        """Return the deltas of the tokens that were sampled since the last call.
+
+        The last delta of a choice is of kind "end".
+        """
         if self.closed:
             return []
         finish = self.choice.finish  # read before the length: no token is appended once it is set
@@ -224,7 +255,11 @@ class _ChoiceStream:
         return closed
 
     def _end(self, finish: str) -> Delta:
-        """Close the stream; a stop string also ends the row in the engine."""
+        """Close the stream and return its last delta.
+
+        `finish` is the engine's reason for the end, empty if a stop string has ended the text; in that case
+        the engine is told to stop sampling this choice.
+        """
         self.closed = True
         self.choice.enough = True
         if not finish:
@@ -233,7 +268,10 @@ class _ChoiceStream:
         return Delta("end", choice=self.index, finish=self.finish)
 
     def _add_token(self, deltas: list[_OpenDelta]) -> None:
-        """Detokenize the next token. A token on either side of a tag counts as reasoning."""
+        """Decode the next token and add it to the deltas.
+
+        A token that contains a part of a `<think>` or `</think>` tag counts as a token of the thought.
+        """
         index = self.next_token
         token = self.choice.tokens[index]
         logprobs = self._logprobs(index, token)
@@ -249,21 +287,24 @@ class _ChoiceStream:
         _extend(deltas, parts)
 
     def _logprobs(self, index: int, token: int) -> list[TokenLogprob]:
-        """The token's log-probability if the request returns them; the end of turn has none."""
+        """Return the log-probability of the token at `index` of the choice, in a list.
+
+        The list is empty if the request does not ask for log-probabilities, and for the end-of-turn token.
+        """
         if self.output.request.top is None or token == self.served.tokenizer.end_id:
             return []
         return [TokenLogprob(token, self.choice.logprobs[index], self.choice.tops[index])]
 
 
 def _last_of_kind(deltas: list[_OpenDelta], kind: str) -> _OpenDelta:
-    """The last delta if it is of this kind, or else a new one."""
+    """Return the last of the deltas if it is of this kind, else append a new one and return that."""
     if not deltas or deltas[-1].kind != kind:
         deltas.append(_OpenDelta(kind))
     return deltas[-1]
 
 
 def _extend(deltas: list[_OpenDelta], parts: Sequence[tuple[str, str]]) -> None:
-    """Add parsed text, as (kind, text), to the deltas."""
+    """Append parsed text, given as pairs (kind, text), to the deltas."""
     for kind, text in parts:
         _last_of_kind(deltas, kind).text += text
 
@@ -273,7 +314,7 @@ def _all_closed(streams: Sequence[_ChoiceStream]) -> bool:
 
 
 async def collect(deltas: AsyncIterator[Delta]) -> list[ChatOutput]:
-    """All choices of a stream as complete outputs."""
+    """Read a stream of deltas to its end, and return all of its choices as complete outputs."""
     parts: dict[tuple[int, str], list[Delta]] = {}
     ends: dict[int, Delta] = {}
     async with aclosing(deltas):
@@ -293,14 +334,14 @@ async def collect(deltas: AsyncIterator[Delta]) -> list[ChatOutput]:
 
 
 def _join(deltas: Sequence[Delta]) -> tuple[str, tuple[TokenLogprob, ...]]:
-    """The text and the log-probabilities of deltas of one kind."""
+    """Return the joined text and the log-probabilities of deltas that are all of one kind."""
     text = "".join(delta.text for delta in deltas)
     logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
     return text, tuple(logprobs)
 
 
 def _usage(served: ServedModel, output: Answer, streams: Sequence[_ChoiceStream]) -> Usage:
-    """Usage of an output so far, over all choices."""
+    """Return the tokens, the cost and the latency of an output so far, summed over all of its choices."""
     prompt_tokens = len(output.request.prompt)
     completion_tokens = sum(stream.next_token for stream in streams)
     reasoning_tokens = sum(stream.reasoning_tokens for stream in streams)
@@ -320,7 +361,7 @@ def _usage(served: ServedModel, output: Answer, streams: Sequence[_ChoiceStream]
 def _encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], keep_thoughts: bool
 ) -> tuple[np.ndarray, bool]:
-    """Token ids [N] of a rendered conversation; True if they end inside a thought."""
+    """Return the token ids [N] of a conversation, and True if the prompt ends with an open `<think>` tag."""
     turns = [_template_message(message, keep_thoughts) for message in messages]
     text = tokenizer.render(turns)
     tokens_N = np.array(tokenizer.encode(text), dtype=np.int64)
@@ -328,9 +369,10 @@ def _encode_chat(
 
 
 def _template_message(message: Mapping[str, Any], keep_thoughts: bool) -> Message:
-    """A message as chat templates read it: the thought in `reasoning_content`, or left out.
+    """Return a message as chat templates read it.
 
-    Clients send the thought as `reasoning_content`, as `reasoning`, or in tags inside the content.
+    With `keep_thoughts`, the thought is in `reasoning_content`; else it is left out. Clients send it as
+    `reasoning_content`, as `reasoning`, or between tags inside the content.
     """
     content = message.get("content") or ""
     thought = message.get("reasoning_content") or message.get("reasoning") or ""

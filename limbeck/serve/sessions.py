@@ -1,4 +1,7 @@
-"""Sessions: a person's name in a signed cookie, which becomes invalid when the server's key changes."""
+"""Sessions of people, stored as a person's name in a signed cookie.
+
+A cookie becomes invalid when the server's key changes.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,20 @@ MAX_AGE_SECONDS = 90 * 86400  # seconds
 
 @dataclass(frozen=True)
 class Person:
-    """`Person("Mei", "9f2c…")`: the name that signs reviews and votes, and a random id of the browser."""
+    """A person's name, which signs reviews and votes, and a random id of the browser that signed in.
+
+    `Person("Mei", "9f2c…")`
+    """
 
     name: str
     id: str
 
 
 class Sessions:
-    """Signs and verifies session cookies.
+    """Signs and verifies the cookies of sessions.
 
-    The secret is a file in the studio's folder that only its owner can read.
+    The secret for the signatures is a file in `folder` that only its owner can read. `key` is the server's
+    key; with another key, all earlier cookies are invalid.
     """
 
     def __init__(self, folder: Path, key: str | None):
@@ -35,11 +42,11 @@ class Sessions:
         self._signer = URLSafeTimedSerializer(secret(folder), salt=f"limbeck-session-{salt}")
 
     def open(self, name: str) -> str:
-        """A new session's cookie for a person of this name."""
+        """Return the cookie of a new session for a person of this name."""
         return self._signer.dumps([name, secrets.token_hex(8)])
 
     def read(self, cookie: str) -> Person | None:
-        """The person of a cookie; None if its signature is invalid or it has expired."""
+        """Return the person named in a cookie; None if its signature is invalid or it has expired."""
         if not cookie:
             return None
         try:
@@ -50,7 +57,7 @@ class Sessions:
 
 
 def secret(folder: Path) -> str:
-    """32 random bytes as hexadecimal digits, drawn once for a folder.
+    """Return the secret of a folder: 32 random bytes as hexadecimal digits, drawn at the first call.
 
     The file is linked into place once it is complete, so a killed server never leaves an empty secret behind.
     """

@@ -1,4 +1,4 @@
-"""The studio's storage: SQLite files with versioned schemas and durable transactions."""
+"""The storage of the studio: SQLite files with versioned schemas and durable transactions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ LOCK_TIMEOUT_SECONDS = 20.0  # seconds that a transaction waits for another one
 
 
 class SQLiteStore:
-    """A SQLite file: `SQLiteStore(path, schema)`.
+    """A SQLite file, created or migrated to the newest version of its schema when it is opened.
 
-    `schema[n]` migrates a file of version n to n + 1; a released migration never changes.
+    `schema[n]` has the SQL statements, separated by semicolons, that migrate a file of version n to version n
+    + 1. A released migration must never be changed.
     """
 
     def __init__(self, path: Path, schema: Sequence[str]):
@@ -28,7 +29,10 @@ class SQLiteStore:
 
     @contextmanager
     def open(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: committed to disk at the end of the block, rolled back on an error."""
+        """Open a connection for one transaction, as a context manager.
+
+        The transaction is committed to disk at the end of the `with` block, and rolled back on an error.
+        """
         db = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
         db.row_factory = sqlite3.Row
         try:

@@ -1,4 +1,4 @@
-"""Exports of a conversation's shown branch: Markdown to read, JSON to continue with."""
+"""Exports of the branch of a conversation that is on view: Markdown to read, JSON to continue with."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from .conversations import Answer, Conversation
 
 
 def as_markdown(conversation: Conversation, say: Callable[..., str]) -> str:
-    """The conversation as Markdown; `say` gives phrases in its language.
+    """Return the conversation as Markdown.
 
-    Questions and thoughts are fenced, so that their text is not rendered.
+    `say` returns the phrase of a key in the reader's language. Questions and thoughts are inside code fences,
+    so that their text is not rendered.
     """
     parts = [f"# {conversation.title}"]
     for turn in conversation.turns:
@@ -24,7 +25,10 @@ def as_markdown(conversation: Conversation, say: Callable[..., str]) -> str:
 
 
 def _answer_parts(answer: Answer, say: Callable[..., str]) -> list[str]:
-    """An answer's heading, thought, content, and its state if it is not complete."""
+    """Return the parts of an answer as Markdown.
+
+    They are a heading with the model's name, the thought, the content, and the state if it is not "done".
+    """
     parts = [f"## {answer.model}"]
     if answer.thought:
         tokens = say("chat.tokens", count=answer.meter.thought_tokens)
@@ -37,9 +41,10 @@ def _answer_parts(answer: Answer, say: Callable[..., str]) -> list[str]:
 
 
 def as_json(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as JSON.
+    """Return the conversation as a JSON object.
 
-    Each side has `messages` for `/v1/chat/completions`, and the settings of its answers.
+    A side is one of the models that answer side by side. For each side, the object has `messages` for
+    `/v1/chat/completions`, and `answers` with the model and the settings of each answer.
     """
     count = max((len(turn.answers) for turn in conversation.turns), default=0)
     sides = [_side(conversation, side) for side in range(count)]
@@ -47,7 +52,10 @@ def as_json(conversation: Conversation) -> dict[str, Any]:
 
 
 def _side(conversation: Conversation, side: int) -> dict[str, Any]:
-    """Messages and answers of one side; a turn with fewer sides gives its first answer."""
+    """Return the messages and the answers of one side.
+
+    For a turn that was answered by fewer models, the answer of its first side is taken.
+    """
     messages: list[dict[str, str]] = []
     answers = []
     for turn in conversation.turns:
@@ -62,7 +70,7 @@ def _side(conversation: Conversation, side: int) -> dict[str, Any]:
 
 
 def _metadata(answer: Answer) -> dict[str, Any]:
-    """An answer's model, state, settings and meter."""
+    """Return the model, state, settings, token counts and times of an answer."""
     return {
         "model": answer.model,
         "state": answer.state,
@@ -73,7 +81,7 @@ def _metadata(answer: Answer) -> dict[str, Any]:
 
 
 def _fenced(text: str) -> str:
-    """Text in a fence that is longer than any fence inside it."""
+    """Return the text inside a code fence that is longer than any fence in the text."""
     longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}text\n{text}\n{fence}"

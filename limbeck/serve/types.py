@@ -1,5 +1,6 @@
 """Types of the service: a served model, generation options, deltas and complete outputs.
 
+A request has one or more choices: independent outputs for the same prompt. A delta is a piece of one choice.
 Shapes: N tokens of a prompt.
 """
 
@@ -23,23 +24,26 @@ SEED_BITS = 53  # bits of a drawn seed: the largest integers that JSON numbers h
 
 @dataclass(frozen=True)
 class Price:
-    """The price of a million prompt tokens and of a million completion tokens: `Price(0.15, 0.6)`."""
+    """The price of a million prompt tokens and of a million completion tokens: `Price(0.15, 0.6)`.
+
+    The currency is left to the operator of the server.
+    """
 
     prompt: float
     completion: float
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The price of one request, in the unit of the price."""
+        """Return the price of one request with these numbers of tokens, in the currency of the price."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens, cost and latency of one request: `Usage(12, 8, 90, 70)`.
+    """Token counts, cost and latency of one request: `Usage(12, 8, 90, 70)`.
 
     `cached_tokens` are prompt tokens that were not computed again; `reasoning_tokens` are part of
-    `completion_tokens`. `cost` is in the unit of the model's price, None without one; `seconds_to_first` is
-    the time to the first token.
+    `completion_tokens`. `cost` is in the currency of the model's price, None without a price.
+    `seconds_to_first` is the time from the submission to the first token, and `seconds` the time to the end.
     """
 
     prompt_tokens: int
@@ -53,9 +57,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A sampled token and its log-probability at temperature 1, with the likeliest tokens at its position.
+    """A sampled token, its log-probability at temperature 1, and the likeliest tokens at its position.
 
-    `TokenLogprob(48, -0.02, ((48, -0.02), (56, -4.1)))`
+    `TokenLogprob(48, -0.02, ((48, -0.02), (56, -4.1)))`: `top` has pairs of token id and log-probability.
     """
 
     token: int
@@ -65,10 +69,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next part of a streamed output: `Delta("thought", "try 5", tokens=2)`.
+    """The next piece of a streamed output: `Delta("thought", "try 5", tokens=2)`.
 
-    `kind` is "thought", "answer" or "end". The last delta of each choice is of kind "end" and has `finish`;
-    the last delta of the request has `usage`. Text is model output: hostile until it has been sanitized.
+    `kind` is "thought", "answer" or "end", and `choice` the number of the choice. The last delta of each
+    choice is of kind "end" and has `finish`: "stop" or "length". The last delta of the request has `usage`.
+    `tokens` is a count. `text` comes from the model and must be sanitized before a browser renders it.
     """
 
     kind: str
@@ -82,7 +87,11 @@ class Delta:
 
 @dataclass(frozen=True)
 class ChatOutput:
-    """One complete choice: `ChatOutput("5 -1 -6", "try 5 ...", "stop", usage)`."""
+    """One complete choice: `ChatOutput("5 -1 -6", "try 5 ...", "stop", usage)`.
+
+    `finish` is "stop" or "length" (cut at the token limit). `logprobs` belong to the answer,
+    `thought_logprobs` to the thought; they are empty unless requested.
+    """
 
     answer: str
     thought: str
@@ -96,9 +105,11 @@ class ChatOutput:
 class GenerationOptions:
     """Sampling options of one request.
 
-    `max_tokens` None stands for the server's default. `top_logprobs` is the number of likeliest tokens
-    returned beside each sampled token, None for no log-probabilities. `plain` output is not split into
-    thought and answer.
+    `n` is the number of choices. A `max_tokens` of None stands for the server's default, a `seed` of None for
+    a random seed. `thought_budget` is the limit of the thought in tokens, None for no limit. `top_logprobs`
+    is the number of likeliest tokens returned beside each sampled token, None for no log-probabilities.
+    `echo` asks for the log-probabilities of the prompt. `ignore_eos` generates on after an end-of-turn token.
+    `plain` output is not split into thought and answer.
     """
 
     temperature: float = 0.6
@@ -116,9 +127,10 @@ class GenerationOptions:
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model under its served name, and its scheduler.
+    """A model under the name by which clients request it, with its scheduler and price.
 
-    `default_max_tokens` bounds the completion of a request that sets no limit.
+    `folder` is the model's directory, and `created` the Unix time of its loading. `default_max_tokens` limits
+    the completion of a request that sets no limit.
     """
 
     name: str
@@ -130,22 +142,22 @@ class ServedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's configuration."""
+        """The configuration of the model."""
         return self.scheduler.model.config
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The tokenizer of the model."""
         return self.scheduler.tokenizer
 
     @property
     def rows(self) -> int:
-        """The most sequences that run at once."""
+        """The greatest number of sequences that are generated at once."""
         return self.scheduler.rows
 
     @property
     def busy(self) -> int:
-        """The number of sequences that run or prefill now."""
+        """The number of sequences that are being prefilled or generated now."""
         return self.scheduler.busy
 
     @property
@@ -154,9 +166,10 @@ class ServedModel:
         return len(self.scheduler.line)
 
     def request(self, prompt: np.ndarray, options: GenerationOptions, opened: bool = False) -> Request:
-        """The engine's request for a prompt [N]. `opened` means that the prompt ends inside a thought.
+        """Return the engine's request for a prompt of token ids [N].
 
-        Raises LimbeckError if the prompt leaves no position for an output of the default length.
+        `opened` is True if the prompt ends inside a thought. Raises LimbeckError if the options set no limit
+        and the prompt fills all positions of the model.
         """
         return Request(
             prompt,
@@ -173,7 +186,11 @@ class ServedModel:
         )
 
     def _max_tokens(self, prompt_tokens: int, options: GenerationOptions) -> int:
-        """The limit of the completion; by default no longer than the positions that the prompt leaves."""
+        """Return the greatest number of tokens in the completion.
+
+        Without a limit in the options, it is the server's default or the number of positions that the prompt
+        leaves, whichever is smaller. Raises LimbeckError if the prompt leaves none.
+        """
         if options.max_tokens is not None:
             return options.max_tokens
         positions = self.config.max_positions
@@ -185,7 +202,7 @@ class ServedModel:
 
 
 def _seed(options: GenerationOptions) -> int:
-    """The seed of the options, or a random one."""
+    """Return the seed in the options, or a random one if there is none."""
     if options.seed is None:
         return secrets.randbits(SEED_BITS)
     return options.seed

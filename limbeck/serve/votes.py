@@ -1,7 +1,8 @@
-"""The arena's votes: battles, their answers and the votes on them. Rows are added and never changed.
+"""The database of the arena: battles, their answers and the votes on them. Rows are added and never changed.
 
-Each vote has a seal: an HMAC over the vote and the seal before it. A changed or missing vote breaks the
-chain; votes cut off at the end do not.
+A battle is one prompt answered by two contestants, called the sides a and b. Each vote has a seal: an HMAC
+over the vote and the seal before it. A vote that was changed or removed breaks this chain; the removal of the
+last votes goes unnoticed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .sqlite_store import SQLiteStore
 
 FILE = "votes.db"
 OUTCOMES = ("a", "b", "tie", "bad")
-PER_HOUR = 120  # battles that one person may begin in an hour, and so votes that they may cast
+PER_HOUR = 120  # battles that one person may begin in an hour, and so the most votes that they can cast
 SCHEMA = [
     """
     CREATE TABLE battles (id TEXT PRIMARY KEY, token TEXT NOT NULL, voter TEXT NOT NULL, made REAL NOT NULL,
@@ -60,7 +61,10 @@ JOIN answers ON answers.battle = votes.battle
 
 
 class Refused(Exception):
-    """A request that the arena refuses: `key` names the phrase of the reason, `status` is HTTP's."""
+    """A request that the arena refuses.
+
+    `key` names the phrase that tells the reason, `status` is the HTTP status.
+    """
 
     def __init__(self, key: str, status: int):
         super().__init__(key)
@@ -70,7 +74,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """One side's answer: `Answer("4", thought="2 and 2", tokens=9, thought_tokens=6, seconds=1.2)`."""
+    """The answer of one side of a battle.
+
+    `Answer("4", thought="2 and 2", tokens=9, thought_tokens=6, seconds=1.2)`. `tokens` counts the whole
+    output with the thought; `finish` is "stop" or "length".
+    """
 
     text: str
     thought: str = ""
@@ -82,10 +90,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Battle:
-    """Two models on one prompt; `a_from` and `b_from` are the sources of their weights.
+    """A battle between the contestants `a` and `b` on one prompt.
 
-    `answers` is empty until both are complete, `outcome` until the owner has voted. `leak` is the word by
-    which an answer names its author. `options` are those that the owner chose, for the next battle.
+    `voter` is the owner, who began the battle and may vote on it, with the `token` of its page. `a_from` and
+    `b_from` name the weights behind the contestants, or are "saved". `origin` tells where the prompt is from.
+    `options` are what the owner chose; the page of the next battle offers them again.
+
+    `answers` is empty until both answers are complete. `leak` is the word by which an answer names its
+    author, which makes a vote impossible. `outcome` is empty until the owner has voted, then "a", "b", "tie"
+    or "bad".
     """
 
     id: str
@@ -106,7 +119,7 @@ class Battle:
 
 
 class VoteStore:
-    """Battles and votes in a studio's folder. Every method is one transaction."""
+    """The battles and votes in a studio's folder. Every method is one transaction."""
 
     def __init__(self, folder: Path):
         self.database = SQLiteStore(folder / FILE, SCHEMA)
@@ -122,9 +135,10 @@ class VoteStore:
         sources: Sequence[str],
         options: dict[str, Any],
     ) -> Battle:
-        """A new battle with an unguessable id.
+        """Store and return a new battle, whose id cannot be guessed.
 
-        Raises Refused after `PER_HOUR` battles of the voter in an hour.
+        `sides` are the names of the contestants a and b, and `sources` the names of their weights. Raises
+        Refused if the voter has begun `PER_HOUR` battles within the last hour.
         """
         battle = Battle(
             secrets.token_urlsafe(12),
@@ -149,27 +163,30 @@ class VoteStore:
         return battle
 
     def add_answers(self, battle: Battle, a: Answer, b: Answer, leak: str) -> None:
-        """Store both answers at once; if the battle has answers already, they stay."""
+        """Store both answers of a battle and the leak, a word by which one of them names its author.
+
+        If the battle has answers already, these are kept. `leak` is empty if there is no such word.
+        """
         style = style_of(a.text, b.text)
         row = (battle.id, _json(asdict(a)), _json(asdict(b)), _json(style), leak, time.time())
         with self.database.open() as db:
             db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def battle(self, battle_id: str) -> Battle:
-        """The battle of this id. Raises Refused for an unknown one."""
+        """Return the battle with this id. Raises Refused for an unknown id."""
         for battle in self._battles("WHERE battles.id = ?", battle_id):
             return battle
         raise Refused("lost", 404)
 
     def waiting(self, voter: str) -> Battle | None:
-        """The voter's newest battle if a vote on it is missing and possible."""
+        """Return the voter's newest battle if they can still vote on it, else None."""
         newest = "WHERE battles.voter = ? ORDER BY battles.made DESC LIMIT 1"
         for battle in self._battles(newest, voter):
             return None if battle.outcome or battle.leak else battle
         return None
 
     def prompt_counts(self) -> dict[str, int]:
-        """Number of battles by prompt."""
+        """Return the number of battles on each prompt."""
         with self.database.open() as db:
             rows = db.execute("SELECT prompt, count(*) FROM battles GROUP BY prompt").fetchall()
         return {row[0]: row[1] for row in rows}
@@ -182,7 +199,10 @@ class VoteStore:
     # ------------------------------------------------------------ votes
 
     def vote(self, battle_id: str, token: str, voter: str, outcome: str) -> None:
-        """A person's vote on their own battle, with the token of its page; only the first vote counts.
+        """Store a person's vote on their own battle; only the first vote counts.
+
+        `token` is the random text on the battle's page that proves that the vote came from it. `outcome` is
+        "a", "b", "tie" or "bad".
 
         Raises Refused for another person's battle, and for a battle that cannot be voted on.
         """
@@ -195,13 +215,17 @@ class VoteStore:
             self._cast(battle_id, voter, False, outcome)
 
     def judge(self, battle_id: str, judge: str, outcome: str) -> None:
-        """A judge's vote; an empty outcome is an abstention."""
+        """Store the vote of the model `judge` on a battle.
+
+        `outcome` is as in `vote`; an empty one is an abstention.
+        """
         self._cast(battle_id, judge, True, outcome)
 
     def unjudged(self, judge: str) -> list[Battle]:
-        """Battles that people have voted on and this judge has not, in the order of votes.
+        """Return the battles that people have voted on and this judge has not.
 
-        The judge's own battles are left out.
+        They are in the order of the people's votes. Battles in which the judge itself takes part are left
+        out.
         """
         where = (
             "WHERE votes.outcome <> '' AND ? NOT IN (battles.a, battles.b) AND battles.id NOT IN "
@@ -214,17 +238,20 @@ class VoteStore:
             return db.execute("SELECT count(*) FROM votes").fetchone()[0]
 
     def votes(self) -> list[Vote]:
-        """All votes in order. A model's name that had several sources is followed by the source."""
+        """Return all votes in the order in which they were cast.
+
+        If a model's name stood for several weights, the name in the votes is followed by that of the weights.
+        """
         with self.database.open() as db:
             rows = db.execute(f"{SELECT_VOTES} ORDER BY votes.number").fetchall()
         names = _unique_names(rows)
         return [_vote(row, names) for row in rows]
 
     def preferences(self, judge: str = "") -> Iterator[dict[str, Any]]:
-        """Preference rows with TRL's columns, from the votes of people or of one judge.
+        """Yield preference rows with TRL's columns, from the votes of people, or of `judge` if it is given.
 
-        The vote is on the answers alone; the thoughts, which the voter has not seen, are separate columns.
-        Pairs of equal answers are left out.
+        The columns `chosen` and `rejected` hold the answers alone; the thoughts, which voters do not see, are
+        separate columns. Ties and pairs of equal answers are left out.
         """
         where = "WHERE votes.outcome IN ('a', 'b') AND votes.judge = ? ORDER BY votes.number"
         with self.database.open() as db:
@@ -237,7 +264,10 @@ class VoteStore:
                 yield preference
 
     def broken(self) -> int | None:
-        """The number of the first vote whose seal does not fit; None if all do."""
+        """Return the number of the first vote whose seal or number is wrong, None if all are right.
+
+        Votes are numbered from 1.
+        """
         seal = ""
         with self.database.open() as db:
             rows = db.execute(f"{SELECT_VOTES} ORDER BY votes.number")
@@ -249,7 +279,10 @@ class VoteStore:
         return None
 
     def _cast(self, battle_id: str, voter: str, judge: bool, outcome: str) -> None:
-        """Append a sealed vote. The unique indices ignore a second vote by the same voter."""
+        """Append a sealed vote to the chain.
+
+        The database ignores a second vote of a person on a battle, and a second one of the same judge.
+        """
         with self.database.open() as db:
             last = db.execute("SELECT number, seal FROM votes ORDER BY number DESC LIMIT 1").fetchone()
             battle = db.execute(
@@ -269,7 +302,10 @@ class VoteStore:
             db.execute("INSERT OR IGNORE INTO votes VALUES (?, ?, ?, ?, ?, ?, ?)", [*vote.values(), seal])
 
     def _seal(self, previous: str, vote: sqlite3.Row | Mapping[str, Any]) -> str:
-        """The HMAC over the previous vote's seal and a vote."""
+        """Return the seal of a vote.
+
+        It is an HMAC over the seal of the previous vote and the content of this one.
+        """
         content = [previous, *(vote[column] for column in SEALED_COLUMNS)]
         return hmac.new(self.secret, _json(content).encode(), hashlib.sha256).hexdigest()
 
@@ -324,7 +360,7 @@ def _vote(row: sqlite3.Row, names: Mapping[tuple[str, str], str]) -> Vote:
 
 
 def _preference(row: sqlite3.Row) -> dict[str, Any]:
-    """A vote for one side as a preference row."""
+    """Return the preference row of a vote whose outcome is "a" or "b"."""
     chosen = row["outcome"]
     rejected = "b" if chosen == "a" else "a"
     chosen_answer = json.loads(row[f"said_{chosen}"])
@@ -348,7 +384,10 @@ def _preference(row: sqlite3.Row) -> dict[str, Any]:
 
 
 def _unique_names(rows: Sequence[sqlite3.Row]) -> dict[tuple[str, str], str]:
-    """A name for each (model, source): the model's, followed by the source if the model had several."""
+    """Return a unique name for each pair (model, source), where the source is the name of the weights.
+
+    It is the model's name, followed by the source in parentheses if the model had several sources.
+    """
     models = {(row[side], row[f"{side}_from"]) for row in rows for side in ("a", "b")}
     names = [name for name, _ in models]
     return {

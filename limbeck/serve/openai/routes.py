@@ -1,4 +1,4 @@
-"""Routes of the OpenAI-compatible API: models, chat completions, text completions; health and metrics.
+"""Routes of the OpenAI-compatible API: models, chat and text completions, health and metrics.
 
 Shapes: N tokens of a prompt.
 """
@@ -37,15 +37,15 @@ from .schema import (
     usage_of,
 )
 
-SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that takes nothing for so long is disconnected
-CLIENT_CLOSED_REQUEST = 499  # HTTP status, as nginx has it; no client receives it
+SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that accepts no data for this time is disconnected
+CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for a client that has disconnected; nobody receives it
 
 
 class Route(APIRoute):
-    """A route whose errors have the shape of OpenAI's."""
+    """A FastAPI route that answers every error with a JSON object in the shape of OpenAI's errors."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        """FastAPI's handler, with every error turned into a response."""
+        """Return FastAPI's handler, changed so that it turns every error into a response."""
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
@@ -58,11 +58,11 @@ class Route(APIRoute):
 
 
 def _error_response(error: RequestValidationError | HTTPException | LimbeckError) -> Response:
-    """The response to an error: its status, message, parameter and code."""
+    """Return the response to an error, with the HTTP status, message, parameter and code that fit it."""
     match error:
         case RequestValidationError():
             return error_response(400, *_first_mistake(error))
-        case HTTPException():  # a body that is no text
+        case HTTPException():  # for instance a body that is not UTF-8
             return error_response(error.status_code, str(error.detail))
         case QueueFull():
             headers = {"retry-after": str(error.retry_after)}
@@ -81,7 +81,11 @@ def error_response(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """An error in the shape of OpenAI's API. Text that has no UTF-8 (half a surrogate pair) is replaced."""
+    """Return an error in the shape of OpenAI's API.
+
+    `param` names the request's parameter at fault, `code` is a machine-readable reason. Characters that
+    cannot be encoded in UTF-8 (half a surrogate pair) are replaced.
+    """
     kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
     error = {
         "message": _printable(message),
@@ -97,7 +101,10 @@ def _printable(text: str) -> str:
 
 
 def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
-    """The first mistake as message and parameter: `messages.0.role: Input ...` and `messages.0.role`."""
+    """Return the message and the parameter of the first mistake in a request.
+
+    For instance `messages.0.role: Input ...` and `messages.0.role`; the parameter is `body` if none is known.
+    """
     first = error.errors()[0]
     path = "" if first["type"] == "json_invalid" else _parameter(first["loc"])
     message = f"{path}: {first['msg']}" if path else first["msg"]
@@ -109,7 +116,7 @@ def _parameter(location: Sequence[str | int]) -> str:
 
 
 def api(state: AppState) -> APIRouter:
-    """The API over the models of the server."""
+    """Return the router of the API over the models of the server."""
     router = APIRouter(route_class=Route)
     _add_status_routes(router, state.service)
     _add_generation_routes(router, state.service)
@@ -182,7 +189,7 @@ def _add_generation_routes(router: APIRouter, service: Service) -> None:
 
 
 def _model_info(served: ServedModel) -> dict[str, Any]:
-    """A model in the list of models."""
+    """Return the entry of a model in the list of models."""
     info = {
         "id": served.name,
         "object": "model",
@@ -196,7 +203,10 @@ def _model_info(served: ServedModel) -> dict[str, Any]:
 
 
 def _head(prefix: str, object_name: str, served: ServedModel) -> dict[str, Any]:
-    """The fields that a response and all its chunks share."""
+    """Return the fields that a response has in common with all its chunks: id, type, time and model.
+
+    `prefix` begins the random id, and `object_name` is the value of the field `object`.
+    """
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": object_name,
@@ -206,14 +216,14 @@ def _head(prefix: str, object_name: str, served: ServedModel) -> dict[str, Any]:
 
 
 def _encode_prompt(served: ServedModel, prompt: str | list[int]) -> np.ndarray:
-    """Token ids [N] of a prompt."""
+    """Return the token ids [N] of a prompt, which is a text or a list of token ids."""
     tokens = served.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     return np.array(tokens, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class _Generation:
-    """A submitted request with its model and options."""
+    """A submitted request: its service, its model, the engine's output, and the options of generation."""
 
     service: Service
     served: ServedModel
@@ -222,15 +232,15 @@ class _Generation:
 
     @property
     def with_logprobs(self) -> bool:
-        """True if the request returns log-probabilities."""
+        """True if the response includes log-probabilities."""
         return self.options.top_logprobs is not None
 
     def stream(self) -> AsyncIterator[Delta]:
-        """Deltas of all choices."""
+        """Return an iterator over the deltas of all choices."""
         return self.service.stream(self.served, self.output, self.options)
 
     def abort(self) -> None:
-        """Stop the generation."""
+        """Stop the generation if it is unfinished."""
         self.service.abort(self.served, [self.output])
 
 
@@ -240,7 +250,10 @@ class _Generation:
 async def _chat_chunks(
     generation: _Generation, head: dict[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    """Chunks of a streamed chat completion: the roles, the deltas, and the usage if it is included."""
+    """Yield the chunks of a streamed chat completion: the role of each choice, then the deltas.
+
+    With `include_usage`, the last chunk holds the usage. `head` has the fields that all chunks share.
+    """
     head = {**head, "object": "chat.completion.chunk"}
     for index in range(generation.options.n):
         delta = {"role": "assistant", "content": ""}
@@ -254,7 +267,7 @@ async def _chat_chunks(
 
 
 def _chunk_choice(generation: _Generation, delta: Delta) -> dict[str, Any]:
-    """One choice of a chunk."""
+    """Return a delta as the only choice of a chunk of a chat completion."""
     choice = {
         "index": delta.choice,
         "delta": delta_of(delta.kind, delta.text) if delta.text else {},
@@ -269,7 +282,7 @@ def _chunk_choice(generation: _Generation, delta: Delta) -> dict[str, Any]:
 
 
 def _chat_choice(generation: _Generation, index: int, output: ChatOutput) -> dict[str, Any]:
-    """One choice of a whole chat completion."""
+    """Return one choice of a chat completion that is not streamed; `index` is its number."""
     logprobs = None
     if generation.with_logprobs:
         logprobs = chat_logprobs(generation.served, output.logprobs, output.thought_logprobs)
@@ -285,7 +298,10 @@ def _chat_choice(generation: _Generation, index: int, output: ChatOutput) -> dic
 
 
 class _TextCompletion:
-    """The completion of one prompt; its choices are numbered within the prompt."""
+    """The text completion of one prompt, with `n` choices that are numbered from 0 within this prompt.
+
+    With `echo`, the text of each choice begins with the prompt.
+    """
 
     def __init__(self, generation: _Generation, echo: bool):
         self.generation = generation
@@ -295,10 +311,13 @@ class _TextCompletion:
             self.prompt = generation.served.tokenizer.decode(generation.output.request.prompt)
         self.n = generation.options.n
         self.usage: Usage | None = None
-        self.offsets = [len(self.prompt)] * self.n  # of each choice's next token in its text
+        self.offsets = [len(self.prompt)] * self.n  # where each choice's next token begins in its text
 
     async def choices(self) -> AsyncIterator[dict[str, Any]]:
-        """Choices of the completion's chunks; an echoed prompt precedes the first token of each choice."""
+        """Yield the parts of all choices, each as the choice of a chunk.
+
+        With `echo`, the first part of each choice is the prompt.
+        """
         echoed: set[int] = set()
         async with aclosing(self.generation.stream()) as deltas:
             async for delta in deltas:
@@ -310,11 +329,17 @@ class _TextCompletion:
                     yield self._continue(delta)
 
     def _echo(self, index: int) -> dict[str, Any]:
-        """The prompt as the first chunk of a choice. Its log-probabilities are known after the prefill."""
+        """Return the prompt as the first part of the choice `index`.
+
+        Its log-probabilities are known once the prompt has been processed, which must have happened.
+        """
         return self._choice(index, self.prompt, self._scored_prompt(), 0)
 
     def _scored_prompt(self) -> list[ScoredToken]:
-        """The prompt's tokens with their log-probabilities; the first one has none."""
+        """Return the prompt's tokens with log-probabilities, None for the first token.
+
+        Empty if the request did not ask for log-probabilities.
+        """
         if not self.generation.with_logprobs:
             return []
         output = self.generation.output
@@ -326,7 +351,7 @@ class _TextCompletion:
         ]
 
     def _continue(self, delta: Delta) -> dict[str, Any]:
-        """A delta as a chunk's choice."""
+        """Return a delta as the next part of its choice."""
         index = delta.choice
         tokens = [(scored.token, scored.logprob, scored.top) for scored in delta.logprobs]
         choice = self._choice(index, delta.text, tokens, self.offsets[index], delta.finish or None)
@@ -346,7 +371,11 @@ class _TextCompletion:
 async def _text_chunks(
     completions: Sequence[_TextCompletion], head: dict[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    """Chunks of a streamed text completion, prompt after prompt, and the usage if it is included."""
+    """Yield the chunks of a streamed text completion, one prompt after the other.
+
+    Choices are numbered over all prompts. With `include_usage`, the last chunk holds the usage. `head` has
+    the fields that all chunks share.
+    """
     for i, completion in enumerate(completions):
         async with aclosing(completion.choices()) as choices:
             async for choice in choices:
@@ -358,7 +387,7 @@ async def _text_chunks(
 
 
 async def _whole_texts(completions: Sequence[_TextCompletion]) -> list[dict[str, Any]]:
-    """The choices of all prompts, each as a whole; the prompts are answered at the same time."""
+    """Return the complete choices of all prompts in order. The prompts are completed concurrently."""
     wholes = [_whole_text(completion, i * completion.n) for i, completion in enumerate(completions)]
     choices: list[dict[str, Any]] = []
     for whole in await asyncio.gather(*wholes):
@@ -367,7 +396,7 @@ async def _whole_texts(completions: Sequence[_TextCompletion]) -> list[dict[str,
 
 
 async def _whole_text(completion: _TextCompletion, first_index: int) -> list[dict[str, Any]]:
-    """The choices of one prompt, numbered from `first_index`."""
+    """Return the complete choices of one prompt, numbered from `first_index`."""
     choices: list[dict[str, Any]] = [
         {"index": first_index + i, "text": "", "logprobs": None} for i in range(completion.n)
     ]
@@ -383,7 +412,10 @@ async def _whole_text(completion: _TextCompletion, first_index: int) -> list[dic
 def _joined_logprobs(
     before: dict[str, list[Any]] | None, new: dict[str, list[Any]] | None
 ) -> dict[str, list[Any]] | None:
-    """The parallel lists of two parts, joined; None for a request without log-probabilities."""
+    """Return the log-probabilities of a choice so far (`before`) extended by those of its next part.
+
+    Both are objects of parallel lists, or None if the part has none.
+    """
     if not new:
         return before
     if not before:
@@ -395,7 +427,11 @@ def _joined_logprobs(
 
 
 class Stream(Response):
-    """Server-sent events until the last chunk or the client's disconnect, and then a call of `abort`."""
+    """A response that sends chunks as server-sent events.
+
+    It ends after the last chunk or when the client disconnects. `abort` is called in both cases; it stops the
+    generation if that is unfinished.
+    """
 
     def __init__(self, chunks: AsyncIterator[dict[str, Any]], abort: Callable[[], None]):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -420,7 +456,7 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        """The chunks as events, and an error as the last one of them."""
+        """Yield the chunks as server-sent events, then an error if one occurred, then `[DONE]`."""
         try:
             async with aclosing(self.chunks) as chunks:
                 async for chunk in chunks:
@@ -432,13 +468,16 @@ class Stream(Response):
 
 
 def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event; JSON text has no line breaks."""
+    """Return one server-sent event whose data is a JSON object. JSON text contains no line breaks."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[Any], abort: Callable[[], None]) -> Any:
-    """The result of the work, or None if the client disconnects first; `abort` is called in either case."""
+    """Return the result of `work`, or None if the client disconnects first.
+
+    `abort` is called in both cases; it stops the generation if that is unfinished.
+    """
     try:
         return await _first_of(work, _disconnected(request.receive))
     finally:
@@ -446,7 +485,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[Any], abort: Ca
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Return once the client has disconnected."""
+    """Return when the client has disconnected."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -454,7 +493,7 @@ async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def _first_of(work: Awaitable[Any], other: Awaitable[None]) -> Any:
-    """The result of the work, or None if `other` ends first; the unfinished one is cancelled."""
+    """Return the result of `work`, or None if `other` ends first; the one that is unfinished is cancelled."""
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(other)]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

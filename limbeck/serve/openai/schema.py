@@ -1,7 +1,8 @@
-"""Requests of OpenAI's API, with a bound on every number and every list; and the JSON of its responses.
+"""Requests of OpenAI's API, with a bound on every number and every list, and the JSON of its responses.
 
-A parameter that asks for nothing (null, an empty list, a penalty of 0) is accepted. A parameter that asks for
-something that this server cannot do is an error that names it, never ignored.
+A parameter with a neutral value, which asks for nothing (null, an empty list, a penalty of 0), is accepted
+even if this server does not know it. A parameter that asks for something that this server cannot do is an
+error that names the parameter; it is never ignored.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, data: Any) -> Any:
-        """Remove unknown keys whose values ask for nothing."""
+        """Return the request without its unknown keys whose values are neutral; they cause no error."""
         if not isinstance(data, dict):
             return data
         return {
@@ -57,7 +58,10 @@ class StrictModel(BaseModel):
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """True if the value asks for nothing: null, empty, false, or the key's default in OpenAI's API."""
+    """True if a parameter's value asks for nothing.
+
+    Such a value is null, empty, false, or the default of the parameter in OpenAI's API.
+    """
     if value is None or value in ([], {}, False):
         return True
     return key in NEUTRAL and NEUTRAL[key] == value
@@ -83,7 +87,7 @@ class Turn(StrictModel):
     name: Annotated[str, Field(max_length=200)] | None = None
 
     def plain(self) -> dict[str, str]:
-        """The message as chat templates read it."""
+        """Return the message as chat templates read it: role, content as one text, and thought."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -121,18 +125,21 @@ class SamplingRequest(StrictModel):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings; `stop` may be one string or a list."""
+        """The stop strings, whether `stop` is one string or a list."""
         if isinstance(self.stop, str):
             return (self.stop,)
         return tuple(self.stop or ())
 
     @property
     def include_usage(self) -> bool:
-        """True if the stream ends with its usage."""
+        """True if the last chunk of the stream is to hold the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, temperature: float, top_p: float) -> dict[str, Any]:
-        """Fields of `GenerationOptions` that both kinds of request set, with the defaults of one of them."""
+        """Return the fields of `GenerationOptions` that chat and text completions have in common.
+
+        `temperature` and `top_p` are the defaults for a request without these parameters.
+        """
         return {
             "temperature": temperature if self.temperature is None else self.temperature,
             "top_p": top_p if self.top_p is None else self.top_p,
@@ -159,7 +166,7 @@ class ChatRequest(SamplingRequest):
     keep_reasoning: bool = False
 
     def options(self, served: ServedModel) -> GenerationOptions:
-        """The options of generation, R1's recommended sampling by default."""
+        """Return the options of generation; by default the sampling that is recommended for DeepSeek-R1."""
         top_logprobs = None
         if self.logprobs:
             top_logprobs = self.top_logprobs or 0
@@ -171,7 +178,10 @@ class ChatRequest(SamplingRequest):
         )
 
     def _thought_budget(self, served: ServedModel) -> int | None:
-        """Tokens of a thought at most: `thinking_budget`, or the effort's share; None for no limit."""
+        """Return the greatest number of tokens in the thought, None for no limit.
+
+        It is `thinking_budget`, else the share of the model's positions that `reasoning_effort` stands for.
+        """
         if self.thinking_budget is not None:
             return self.thinking_budget
         share = EFFORT[self.reasoning_effort] if self.reasoning_effort else None
@@ -200,13 +210,13 @@ class CompletionRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> CompletionRequest:
-        """Refuse a `best_of` other than n."""
+        """Return the request; raises ValueError for a `best_of` other than `n`."""
         if self.best_of not in (None, self.n or 1):
             raise ValueError("best_of other than n is not served here; ask for n and choose")
         return self
 
     def options(self) -> GenerationOptions:
-        """The options of generation; the completion is not split into thought and answer."""
+        """Return the options of generation; the output is not split into a thought and an answer."""
         return GenerationOptions(
             **self.sampling(temperature=1.0, top_p=1.0),
             max_tokens=self.max_tokens,
@@ -216,7 +226,7 @@ class CompletionRequest(SamplingRequest):
         )
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, each a text or token ids."""
+        """Return the prompts, each a text or a list of token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -226,7 +236,7 @@ class CompletionRequest(SamplingRequest):
 
 
 def usage_of(usages: list[Usage]) -> dict[str, Any]:
-    """`usage` of a response: the sum over the prompts of the request."""
+    """Return the `usage` of a response: token counts and cost, summed over the prompts of the request."""
     prompt_tokens = sum(usage.prompt_tokens for usage in usages)
     completion_tokens = sum(usage.completion_tokens for usage in usages)
     total = {
@@ -243,7 +253,7 @@ def usage_of(usages: list[Usage]) -> dict[str, Any]:
 
 
 def message_of(output: ChatOutput) -> dict[str, Any]:
-    """The assistant's message of a choice."""
+    """Return the assistant's `message` of a complete choice."""
     message = {"role": "assistant", "content": output.answer}
     if output.thought:
         message |= _reasoning(output.thought)
@@ -251,19 +261,23 @@ def message_of(output: ChatOutput) -> dict[str, Any]:
 
 
 def delta_of(kind: str, text: str) -> dict[str, str]:
-    """`delta` of a streamed choice."""
+    """Return the `delta` of a streamed choice for a text of this kind: "thought" or "answer"."""
     return _reasoning(text) if kind == "thought" else {"content": text}
 
 
 def _reasoning(text: str) -> dict[str, str]:
-    """A thought under both names that clients read."""
+    """Return a thought under both of the names that clients read."""
     return {"reasoning_content": text, "reasoning": text}
 
 
 def chat_logprobs(
     served: ServedModel, answer: Sequence[TokenLogprob], thought: Sequence[TokenLogprob]
 ) -> dict[str, Any]:
-    """`logprobs` of a chat choice: the answer's in `content`, the thought's in `reasoning_content`."""
+    """Return the `logprobs` of a chat choice, or of a part of it.
+
+    The answer's tokens are in `content`, the thought's in `reasoning_content`, which is absent without a
+    thought.
+    """
     logprobs: dict[str, Any] = {
         "content": [_chat_logprob(served, token) for token in answer],
         "refusal": None,
@@ -274,21 +288,22 @@ def chat_logprobs(
 
 
 def _chat_logprob(served: ServedModel, scored: TokenLogprob) -> dict[str, Any]:
-    """A sampled token with its log-probability and the likeliest tokens at its position."""
+    """Return a sampled token, its log-probability, and the likeliest tokens at its position."""
     top = [_token_logprob(served, token, logprob) for token, logprob in scored.top]
     return {**_token_logprob(served, scored.token, scored.logprob), "top_logprobs": top}
 
 
 def _token_logprob(served: ServedModel, token: int, logprob: float) -> dict[str, Any]:
-    """A token's text, log-probability and bytes."""
+    """Return a token's text, log-probability and UTF-8 bytes."""
     label = served.tokenizer.label(token)
     return {"token": label, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(label.encode())}
 
 
 def text_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offset: int = 0) -> dict[str, Any]:
-    """`logprobs` of a text completion: four parallel lists, the text's tokens beginning at `offset`.
+    """Return the `logprobs` of a text completion, or of a part of it: four parallel lists.
 
-    The first token of a prompt has no log-probability.
+    `offset` is the position, in characters, at which the part begins in the choice's text. The first token of
+    a prompt has no log-probability (None).
     """
     labels = [served.tokenizer.label(token) for token, _, _ in tokens]
     logprobs = [logprob for _, logprob, _ in tokens]
@@ -308,9 +323,10 @@ def text_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offset: in
 def _top_logprobs(
     served: ServedModel, label: str, logprob: float | None, top: Sequence[tuple[int, float]]
 ) -> dict[str, float] | None:
-    """Log-probabilities of the sampled token and of the likeliest tokens, by their text.
+    """Return the log-probabilities of the sampled token and of the likeliest tokens, by their text.
 
-    Of several tokens with the same text, the likeliest counts.
+    `label` is the text of the sampled token. Of several tokens with the same text, the likeliest counts. None
+    if `logprob` is None.
     """
     if logprob is None:
         return None

@@ -1,4 +1,7 @@
-"""The arena's pages: a blind battle and its vote, the leaderboard, and exports of the votes."""
+"""The arena's pages: battles and their votes, the leaderboard, and exports of the votes.
+
+A battle shows the answers of two models to one prompt, without the models' names until the vote.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ MEAN_RATING = 1000.0  # Elo points
 
 
 def routes(state: AppState) -> APIRouter:
-    """All of `/arena`."""
+    """Return the router of all pages under `/arena`."""
     votes = VoteStore(state.studio_folder)
     questions = Questions(state.runs, state.studio_folder / "sets")
     arena = Arena(state.service, votes, questions)
@@ -44,7 +47,7 @@ def routes(state: AppState) -> APIRouter:
 
 
 def with_error_page(route: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
-    """A route whose `Refused` and LimbeckError become a page with the reason."""
+    """Wrap a route so that `Refused` and LimbeckError become a page that shows the reason."""
 
     @wraps(route)
     async def handle(request: Request, **parameters: Any) -> Response:
@@ -60,7 +63,10 @@ def with_error_page(route: Callable[..., Awaitable[Response]]) -> Callable[..., 
 
 
 def voter_name(request: Request) -> str:
-    """The name that signs a vote; without a session, a redirect to the page that asks for it."""
+    """Return the name that signs a vote: that of the request's session.
+
+    Without a session, raises an HTTPException that redirects to the page that asks for a name.
+    """
     return signed_in(request).name
 
 
@@ -142,9 +148,11 @@ def _to_battle(battle_id: str) -> Response:
 def _add_leaderboard(router: APIRouter, arena: Arena) -> None:
     @lru_cache(32)
     def leaderboard(total: int, language: str, control: Control) -> dict[str, Any]:
-        """The leaderboard's values.
+        """Return the leaderboard's template values.
 
-        Votes are only added, so their number identifies them in the cache's key.
+        `total` is the number of all votes; it is only a part of the cache's key. Since votes are never
+        changed or removed, an equal number means the same votes. `language` selects the votes on prompts of
+        one language, empty all votes.
         """
         votes = arena.votes.votes()
         selected = [vote for vote in votes if language in ("", vote.language)]
@@ -181,7 +189,11 @@ def _add_leaderboard(router: APIRouter, arena: Arena) -> None:
 
 
 def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
-    """Template values of the leaderboard: ratings by people and by each judge, statistics of the voters."""
+    """Return the leaderboard's template values.
+
+    They are ratings by people and by each judge, and statistics of the voters. `control` selects what the
+    ratings are corrected for: "length", "style", or nothing if it is empty.
+    """
     people = rate((vote for vote in votes if not vote.judge), control)
     agreements = judged(votes)
     judges: dict[str, Ratings] = {}
@@ -198,7 +210,10 @@ def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
 
 
 def _scale(ratings: Iterable[Ratings]) -> Callable[[float], float]:
-    """A function from Elo points to 0 to 100, the width of a drawing that holds every interval."""
+    """Return a function that maps Elo points to a position from 0 to 100 in a drawing.
+
+    The drawing is wide enough for the confidence intervals of all ratings.
+    """
     ends: list[float] = []
     for table in ratings:
         for rating in table.models:
@@ -223,7 +238,7 @@ def _add_exports(router: APIRouter, store: VoteStore) -> None:
 
 
 def _exported(vote: Vote) -> dict[str, Any]:
-    """A vote with the columns of Chatbot Arena's published votes."""
+    """Return a vote as a row with the columns of the votes that Chatbot Arena has published."""
     return {
         "model_a": vote.a,
         "model_b": vote.b,
@@ -237,7 +252,7 @@ def _exported(vote: Vote) -> dict[str, Any]:
 
 
 def _json_lines(rows: Iterator[dict[str, Any]], name: str) -> Response:
-    """Rows as a JSONL file to download."""
+    """Return a response that downloads rows as a JSONL file of this name."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     headers = {"content-disposition": f'attachment; filename="{name}"'}
     return StreamingResponse(lines, media_type="application/jsonl", headers=headers)

@@ -29,7 +29,7 @@ MAX_BUDGET = 1_000_000  # tokens
 
 
 def _unix_lines(text: str) -> str:
-    """Text with LF line ends; forms send CRLF."""
+    """Return the text with LF line ends; HTML forms send CRLF."""
     return text.replace("\r\n", "\n")
 
 
@@ -40,7 +40,7 @@ Phrases = Callable[..., str]
 
 
 def routes(state: AppState) -> APIRouter:
-    """All of `/chat`."""
+    """Return the router of all pages under `/chat`."""
     store = Conversations(state.studio_folder / "chats.db")
     pages = ChatPages(state, store, Replies(store, state.service))
 
@@ -60,7 +60,10 @@ def routes(state: AppState) -> APIRouter:
 
 
 class ChatPages:
-    """The conversations, the running replies, and access checks that the routes share."""
+    """What the routes of the chat share: the stored conversations, the running replies, and access checks.
+
+    `name` is everywhere the id of a conversation, as in its address.
+    """
 
     def __init__(self, state: AppState, store: Conversations, replies: Replies):
         self.state = state
@@ -68,28 +71,40 @@ class ChatPages:
         self.replies = replies
 
     def read(self, request: Request, name: str) -> Conversation:
-        """A conversation by its address, which is all that reading takes; 404 for an unknown one."""
+        """Return a conversation; everybody who knows its address may read it.
+
+        Raises an HTTPException with status 404 for an unknown id.
+        """
         conversation = self.store.read(name)
         if conversation is None:
             raise _error(request, 404, "site.lost")
         return conversation
 
     def read_own(self, request: Request, name: str) -> Conversation:
-        """A conversation that the person may continue; 403 for another person's."""
+        """Return a conversation that the person of the request may continue.
+
+        Raises an HTTPException with status 403 if it is another person's.
+        """
         conversation = self.read(request, name)
         if not is_own(request, conversation):
             raise _error(request, 403, "chat.not_yours")
         return conversation
 
     def read_idle(self, request: Request, name: str) -> Conversation:
-        """A person's own conversation without a running reply; 409 while one runs."""
+        """Return a conversation that the person may continue and in which no reply is running.
+
+        Raises an HTTPException with status 409 while a reply is running.
+        """
         conversation = self.read_own(request, name)
         if self.replies.running(name):
             raise _error(request, 409, "chat.busy")
         return conversation
 
     def answer(self, request: Request, name: str, number: int) -> Answer:
-        """An answer of a conversation; 404 for an unknown one."""
+        """Return the answer with the id `number`.
+
+        Raises an HTTPException with status 404 if the conversation has no such answer.
+        """
         owner_and_answer = self.store.answer(number)
         if owner_and_answer is None or owner_and_answer[0] != name:
             raise _error(request, 404, "site.lost")
@@ -98,32 +113,44 @@ class ChatPages:
     def served_settings(
         self, request: Request, settings: Settings | None, default: Settings | None = None
     ) -> Settings:
-        """The form's settings, else the default; 400 if one of the models is not served."""
+        """Return the settings from the form, or `default` if the form has none.
+
+        Raises an HTTPException with status 400 if there are neither, or if one of the models is not served.
+        """
         settings = settings or default
         if settings is None or not set(settings.models) <= set(self.state.model_names()):
             raise _error(request, 400, "chat.no_such_model")
         return settings
 
     def begin(self, name: str, answers: Sequence[int], settings: Settings) -> None:
-        """Start the generation of answers, one for each model of the settings."""
+        """Start the generation of answers.
+
+        `answers` are their ids, in the order of the models in the settings.
+        """
         for number, model in zip(answers, settings.models, strict=True):
             self.replies.begin(name, number, model, settings)
 
     async def respond(self, request: Request, name: str, turn: int | None) -> Response:
-        """The turns from `turn` on (None: all) for htmx; without scripts, a redirect to the page."""
+        """Return the turns from the id `turn` on (None: all) if htmx asks for them.
+
+        A browser without scripts gets a redirect to the page of the conversation.
+        """
         if not is_fragment(request):
             return RedirectResponse(f"/chat/{name}", 303)
         return await asyncio.to_thread(self.turns, request, name, turn)
 
     def turns(self, request: Request, name: str, first: int | None = None) -> Response:
-        """The shown turns from `first` on; ids grow along a branch."""
+        """Render the turns on view whose ids are at least `first`, or all of them if it is None.
+
+        Later turns of a branch have greater ids, so these are the turn `first` and all turns after it.
+        """
         conversation = self.read(request, name)
         turns = [turn for turn in conversation.turns if first is None or turn.id >= first]
         return _page(request, self, "chat_turns.html.jinja", talk=conversation, turns=turns)
 
 
 def is_own(request: Request, conversation: Conversation) -> bool:
-    """True if the person may continue a conversation: their own, or one without an owner."""
+    """True if the person may continue a conversation: it is their own, or has no owner."""
     return conversation.owner in ("", _user_name(request))
 
 
@@ -133,7 +160,11 @@ def form_settings(
     temperature: Annotated[float, Form(ge=0, le=MAX_TEMPERATURE)] = 0.6,
     budget: Annotated[int | None, Form(ge=0, le=MAX_BUDGET)] = None,
 ) -> Settings | None:
-    """The settings in a form; None if it names no model."""
+    """Return the settings in a form; None if it names no model.
+
+    `beside` is the model that answers side by side with `model`, and `budget` the limit of the thought in
+    tokens.
+    """
     if not model:
         return None
     models = (model, beside) if beside else (model,)
@@ -174,7 +205,11 @@ def _add_reading(router: APIRouter, pages: ChatPages) -> None:
 
     @router.get("/{name}/follow", response_class=EventSourceResponse)
     async def follow(request: Request, name: str, after: int = -1) -> AsyncIterator[Any]:
-        """Events of the running replies; the first one says if the page's version is outdated."""
+        """Yield events of the running replies of a conversation.
+
+        `after` is the version of the conversation that the page shows. If that is outdated, the first event
+        is `changed`.
+        """
         if await asyncio.to_thread(pages.store.version, name) != after:
             yield {"changed": True}
         async for event in pages.replies.follow(name):
@@ -226,7 +261,7 @@ def _add_exports(router: APIRouter, pages: ChatPages) -> None:
 
 
 def _download(response: Response, suffix: str) -> Response:
-    """A response that browsers store as a file."""
+    """Mark a response for the browser to store as a file, whose name ends in `suffix`, and return it."""
     response.headers["content-disposition"] = f'attachment; filename="conversation.{suffix}"'
     return response
 
@@ -235,7 +270,7 @@ def _download(response: Response, suffix: str) -> Response:
 
 
 def _add_questions(router: APIRouter, pages: ChatPages) -> None:
-    """Routes that start replies.
+    """Add the routes that start replies to new or edited questions.
 
     They run on the event loop, as the replies do, and use the database in threads.
     """
@@ -334,7 +369,10 @@ def _add_management(router: APIRouter, pages: ChatPages) -> None:
 
 
 def _page(request: Request, pages: ChatPages, template: str, **values: Any) -> Response:
-    """A page or a part of one, with the values and functions that all chat templates use."""
+    """Render a template with the values and functions that all chat templates use, and with `values`.
+
+    For a whole page, the list of recent conversations is among them.
+    """
     conversation = values.get("talk")
     before = values.pop("before", float("inf"))
     recent = [] if is_fragment(request) else pages.store.recent(_user_name(request), before)
@@ -351,7 +389,10 @@ def _page(request: Request, pages: ChatPages, template: str, **values: Any) -> R
 
 
 def _figures(phrases: Phrases, meter: Meter, thought: bool) -> str:
-    """Tokens and time of a thought, or of a whole answer."""
+    """Return the tokens and the time in words, of the thought alone or of the whole answer.
+
+    `phrases` returns the phrase of a key in the page's language.
+    """
     tokens = meter.thought_tokens if thought else meter.tokens
     seconds = meter.thought_seconds if thought else meter.seconds
     count = phrases("chat.tokens", count=f"{tokens:,}")
@@ -359,7 +400,10 @@ def _figures(phrases: Phrases, meter: Meter, thought: bool) -> str:
 
 
 def _running_figures(language: str, meter: Meter, thinking: bool) -> dict[str, str]:
-    """Figures of a running reply: its phase, and those of its thought."""
+    """Return the texts that a page shows beside a running reply.
+
+    `phase` tells whether it waits, thinks or answers; `thought` has the tokens and the time of its thought.
+    """
     phrases = partial(say, language)
     if not meter.tokens:
         phase = f"{phrases('chat.waiting')} {duration(phrases, meter.seconds)}"
@@ -371,13 +415,13 @@ def _running_figures(language: str, meter: Meter, thinking: bool) -> dict[str, s
 
 
 def duration(phrases: Phrases, seconds: float) -> str:
-    """Seconds, or minutes and seconds, in words."""
+    """Return a time as words: in seconds if shorter than a minute, else in minutes and seconds."""
     if seconds < 60:
         return phrases("chat.seconds", count=f"{seconds:.1f}")
     return phrases("chat.minutes", minutes=int(seconds // 60), seconds=int(seconds % 60))
 
 
 def _user_name(request: Request) -> str:
-    """The name of the request's session; empty without a session."""
+    """Return the name of the person of the request's session; empty without a session."""
     user = person(request)
     return user.name if user else ""

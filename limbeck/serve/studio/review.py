@@ -1,12 +1,17 @@
-"""The review page: people read a cold-start row's reasoning, and accept, edit or reject it.
+"""The review page: people read the reasoning of a row, and accept, edit or reject it.
+
+A row is an example for the cold-start training: a prompt and a completion with its reasoning. A queue holds
+the rows of one stage of a run that people review; a person's decision on a row is a verdict. A row is due for
+a person if they are to review it, disputed if two people's verdicts differ, and settled once it has a final
+verdict. A row that a person has open is held for them: other people are offered other rows first.
 
     /desk                          all queues
     /desk/RUN/STAGE                one queue: progress, rows, people
     /desk/RUN/STAGE/next           the next row that this person is to review
-    /desk/RUN/STAGE/disagreements  rows with two different verdicts, to be resolved
+    /desk/RUN/STAGE/disagreements  rows with two different verdicts, to be resolved by a final one
     /desk/RUN/STAGE/NUMBER         one row; ?edit=1 and ?reject=1 open its forms
 
-A person does not see the verdicts of others on a row that they are still to review. Reviews are stored in the
+A person does not see the verdicts of others on a row that is due for them. Reviews are stored in the
 queue; the studio's own database holds only drafts.
 """
 
@@ -52,7 +57,11 @@ SignedIn = Annotated[Person, Depends(signed_in)]
 
 @dataclass(frozen=True)
 class QueueQuery:
-    """Filters of a queue's table: a search text, a label or "draft", a language; and the page."""
+    """The query of a queue's table: filters of its rows, and the number of the page.
+
+    `q` is a search text, `show` a label (see `label`) or "draft", `lang_of` a language; an empty value
+    selects all rows.
+    """
 
     q: str = ""
     show: str = ""
@@ -60,12 +69,18 @@ class QueueQuery:
     page: int = 1
 
     def link(self, **changes: Any) -> str:
-        """The query string with some values changed."""
+        """Return the query string with some of the values changed.
+
+        It leads to the first page unless `page` is among the changes.
+        """
         values = {"q": self.q, "show": self.show, "lang_of": self.lang_of, **changes}
         return "?" + urlencode({name: value for name, value in values.items() if value})
 
     def matches(self, row: ReviewState, label: str, begun: set[str]) -> bool:
-        """True if a row fits all filters; `begun` are the rows with a draft."""
+        """True if a row fits all filters.
+
+        `label` is the row's label for the person; `begun` has the ids of the rows of which they have a draft.
+        """
         if self.show == "draft" and row.id not in begun:
             return False
         if self.show not in ("", "draft", label):
@@ -80,9 +95,11 @@ class QueueQuery:
 
 @dataclass(frozen=True)
 class RowQuery:
-    """View of a row: the edit form, the reject form, neither (`read`), or the resolution of a disagreement.
+    """The query of a row's page.
 
-    `after` is the number of the row that the person reviewed before.
+    `edit` and `reject` open their forms, `read` keeps both closed even if there is a draft, and `resolve`
+    asks for a final verdict on a disagreement. `after` is the number of the row that the person reviewed
+    before.
     """
 
     edit: bool = False
@@ -94,7 +111,12 @@ class RowQuery:
 
 @dataclass(frozen=True)
 class Decision:
-    """The form of a verdict on a row."""
+    """The form with a person's verdict on a row.
+
+    `verdict` is "accept", "edit" or "reject". `completion` is the edited text; `why` are ready-made reasons
+    and `reason` is a typed one. `seconds` is the time for which the row was open. `resolves` marks a final
+    verdict on a disagreement.
+    """
 
     id: Annotated[str, Form()]
     verdict: Annotated[str, Form()]
@@ -105,7 +127,10 @@ class Decision:
     resolves: Annotated[bool, Form()] = False
 
     def entry(self, row: ReviewState, person: Person) -> dict[str, Any]:
-        """The review as the queue stores it. An edit that changes nothing is an acceptance."""
+        """Return the review as the queue stores it.
+
+        An edit that changes nothing is stored as an acceptance.
+        """
         entry: dict[str, Any] = {"id": row.id, "verdict": self.verdict, "reviewer": person.name}
         text = (self.completion or "").replace("\r\n", "\n")  # forms send CRLF
         reason = SEPARATOR.join(filter(None, [*self.why, self.reason.strip()]))
@@ -125,7 +150,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class QueueRow:
-    """A row and its queue."""
+    """A row together with its queue."""
 
     desk: ReviewQueue
     row: ReviewState
@@ -137,25 +162,33 @@ class QueueRow:
 
     @property
     def completion(self) -> str:
-        """The row's text before any edit."""
+        """The text of the row before any edit."""
         return self.row.row["completion"]
 
     @property
     def language(self) -> str:
-        """The row's language."""
+        """The language of the row, such as "en"."""
         return self.row.row["language"]
 
     def key(self, person: Person) -> DraftKey:
-        """The key of a person's draft of this row."""
+        """Return the key of a person's draft of this row."""
         return DraftKey(self.desk.queue.name, self.row.id, person.name)
 
     def check_unchanged(self, row_id: str) -> None:
-        """Raise 409 if the row at this number is not the one that the page has shown."""
+        """Raise an HTTPException with status 409 if the row is not the one that the page has shown.
+
+        `row_id` is the id of the row on the page. A number may stand for another row after the queue was made
+        anew.
+        """
         if row_id != self.row.id:
             raise HTTPException(409, "this row has changed since the page was opened; open it again")
 
     def change(self, text: str) -> dict[str, Any]:
-        """The difference of a text from the row's, and the verifier's finding on it."""
+        """Return the template values of an edit.
+
+        They are the passages in which `text` differs from the row's text, whether any does, and the finding
+        of the task's verifier on `text`.
+        """
         passages = edits.difference(self.completion, text)
         return {
             "passages": passages,
@@ -165,14 +198,17 @@ class QueueRow:
 
 
 class ReviewPages:
-    """Queues, rows and drafts that the routes share."""
+    """What the routes of the review page share: the state of the server and the drafts."""
 
     def __init__(self, state: AppState):
         self.state = state
         self.drafts = Drafts(state.studio_folder)
 
     def queue(self, run: str, stage: str) -> ReviewQueue:
-        """The queue of a stage; 404 without one, and for one that has no rows yet."""
+        """Return the queue of a stage of a run.
+
+        Raises an HTTPException with status 404 if there is no such queue, or if it has no rows yet.
+        """
         try:
             desk = review_queues.desk(self.state.runs, run, stage)
         except LimbeckError as error:
@@ -182,7 +218,10 @@ class ReviewPages:
         return desk
 
     def row(self, run: str, stage: str, number: int) -> QueueRow:
-        """The row of a number; 404 for a number outside the queue."""
+        """Return the row with a number, counted from 1.
+
+        Raises an HTTPException with status 404 if the queue has no such row.
+        """
         desk = self.queue(run, stage)
         rows = reviews.review_states(desk.queue)
         if not 1 <= number <= len(rows):
@@ -190,7 +229,11 @@ class ReviewPages:
         return QueueRow(desk, rows[number - 1])
 
     def next_address(self, desk: ReviewQueue, person: Person, after: int) -> str:
-        """The next row for a person: one that nobody else holds, then any, then the queue itself."""
+        """Return the address of the row that a person is to review next.
+
+        Rows that nobody else holds come first, and among them the rows after the number `after`. If no row is
+        left for the person, it is the address of the queue.
+        """
         held = self.drafts.held_by_others(desk.queue.name, person.name)
         due = [row for row in reviews.review_states(desk.queue) if row.due(person.name)]
         if not due:
@@ -199,12 +242,12 @@ class ReviewPages:
         return f"{address(desk)}/{row.number}"
 
     def model_names(self) -> list[str]:
-        """Names of the models that can translate."""
+        """Return the names of the served models, any of which can translate."""
         return sorted(self.state.model_names())
 
 
 def routes(state: AppState) -> APIRouter:
-    """All of `/desk`."""
+    """Return the router of all pages under `/desk`."""
     router = APIRouter(prefix="/desk", include_in_schema=False)
     pages = ReviewPages(state)
     _add_queues(router, pages)
@@ -296,7 +339,11 @@ def _add_queue_actions(router: APIRouter, pages: ReviewPages) -> None:
 
 
 def _table(rows: Sequence[ReviewState], query: QueueQuery, person: Person, begun: set[str]) -> dict[str, Any]:
-    """Template values of a queue's table: the filtered rows of one page, and the filters."""
+    """Return the template values of a queue's table.
+
+    They are the filters of the query, and the rows of one page that fit them. `begun` has the ids of the rows
+    of which the person has a draft.
+    """
     labels = {row.id: label(row, person.name) for row in rows}
     matching = [row for row in rows if query.matches(row, labels[row.id], begun)]
     pages = max(1, -(-len(matching) // ROWS_PER_PAGE))
@@ -316,7 +363,10 @@ def _table(rows: Sequence[ReviewState], query: QueueQuery, person: Person, begun
 
 
 def _queue_head(desk: ReviewQueue, rows: Sequence[ReviewState], person: Person) -> dict[str, Any]:
-    """Template values of a queue's head: progress, the run's job, the reviewers' pace and agreement."""
+    """Return the template values of the upper part of a queue's page.
+
+    They are the progress, the state of the run, and the pace and the agreement of the reviewers.
+    """
     return {
         "tally": tally(desk),
         "mine": sum(row.due(person.name) for row in rows),
@@ -329,26 +379,33 @@ def _queue_head(desk: ReviewQueue, rows: Sequence[ReviewState], person: Person) 
 
 
 def address(desk: ReviewQueue) -> str:
-    """The address of a queue's page."""
+    """Return the address of a queue's page."""
     return f"/desk/{quote(desk.run.name, safe='')}/{quote(desk.stage, safe='')}"
 
 
 def tally(desk: ReviewQueue) -> dict[str, int]:
-    """The number of rows, and of rows in each state."""
+    """Return the number of rows in a queue, and the number of rows in each state."""
     states = [row.state for row in reviews.review_states(desk.queue)] if desk.queue else []
     counts = {name: states.count(name) for name in ("open", "second", "disputed", "settled")}
     return {"rows": len(states), **counts}
 
 
 def label(row: ReviewState, name: str) -> str:
-    """A row's label for a person: "todo" as long as they are to review it, whatever others have decided."""
+    """Return the label of a row for the person `name`.
+
+    It is "todo" as long as the person is to review the row, whatever others have decided; else the final
+    verdict of a settled row, or the state of one that is not settled.
+    """
     if row.due(name):
         return "todo"
     return row.verdict["verdict"] if row.state == "settled" else row.state
 
 
 def _disagreement(row: ReviewState) -> dict[str, Any]:
-    """Template values of a row with two different verdicts, and of their resolution."""
+    """Return the template values of a row with two different verdicts.
+
+    They are these verdicts and the resolution, a final verdict; it is missing as long as the row is disputed.
+    """
     resolution = row.resolution
     if resolution:
         resolution = _shown_verdict(row, resolution["reviewer"], resolution)
@@ -360,7 +417,10 @@ def _disagreement(row: ReviewState) -> dict[str, Any]:
 
 
 def _shown_verdict(row: ReviewState, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """A verdict with its reviewer and, for an edit, the changed passages."""
+    """Return the template values of a verdict.
+
+    They are its reviewer `name`, the fields of the stored `entry`, and for an edit the changed passages.
+    """
     passages = []
     if entry["verdict"] == "edit":
         passages = edits.difference(row.row["completion"], entry["completion"])
@@ -372,7 +432,11 @@ def _shown_verdict(row: ReviewState, name: str, entry: dict[str, Any]) -> dict[s
 
 @dataclass(frozen=True)
 class RowView:
-    """A row as one person sees it, with their draft."""
+    """A row as one person sees it.
+
+    `name` is the person's name, and `query` what they asked to see. `due` is True if they are to review the
+    row, `resolve` if they are to resolve a disagreement on it. `draft` is theirs; it may be empty.
+    """
 
     at: QueueRow
     name: str
@@ -383,25 +447,29 @@ class RowView:
 
     @property
     def reviewing(self) -> bool:
-        """True if the person can decide: the row is due, or its disagreement is to be resolved."""
+        """True if the person may decide on the row: it is due, or its disagreement is to be resolved."""
         return self.due or self.resolve
 
     @property
     def editing(self) -> bool:
-        """True if the edit form is open: by the address, or because there is a draft of the text."""
+        """True if the edit form is open: the address asks for it, or there is a draft of an edited text."""
         opened = self.query.edit or bool(self.draft.text and not self.query.read)
         return self.reviewing and opened and not self.query.reject
 
     @property
     def rejecting(self) -> bool:
-        """True if the reject form is open: by the address, or because the draft has only a reason."""
+        """True if the reject form is open: the address asks for it, or the draft has only a reason."""
         drafted = self.draft.reason and not self.draft.text
         opened = self.query.reject or bool(drafted and not self.query.read)
         return self.reviewing and opened and not self.query.edit
 
     @property
     def text(self) -> str:
-        """The text in the edit form: the draft, else the edit to be resolved, else the row's."""
+        """The text in the edit form.
+
+        It is the text of the draft, else the edited text among the verdicts that disagree if the person is to
+        resolve the disagreement, else the row's own text.
+        """
         return self.draft.text or self._disputed_edit() or self.at.completion
 
     def _disputed_edit(self) -> str:
@@ -411,7 +479,11 @@ class RowView:
         return next((entry["completion"] for entry in verdicts if entry["verdict"] == "edit"), "")
 
     def verdicts(self) -> list[dict[str, Any]]:
-        """The visible verdicts: all on a settled or disputed row that is not due, else the person's own."""
+        """Return the template values of the verdicts that the person may see.
+
+        These are all verdicts if the row is settled or disputed and not due for this person, else only their
+        own.
+        """
         row = self.at.row
         visible = row.verdicts
         if self.due or row.state not in ("settled", "disputed"):
@@ -419,7 +491,7 @@ class RowView:
         return [_shown_verdict(row, name, entry) for name, entry in visible.items()]
 
     def form_values(self) -> dict[str, Any]:
-        """Template values of the edit and the reject form."""
+        """Return the template values of the edit form and of the reject form."""
         reasons = self.draft.reason.split(SEPARATOR)
         return {
             "editing": self.editing,
@@ -433,7 +505,7 @@ class RowView:
         }
 
     def row_values(self) -> dict[str, Any]:
-        """Template values of the row, its text and its verdicts."""
+        """Return the template values of the row, its text and its visible verdicts."""
         row = self.at.row
         parts = edits.parts(self.at.completion)
         blocks = [list(edits.marked(part, self.at.language)) for part in parts]
@@ -453,7 +525,7 @@ class RowView:
         }
 
     def progress_values(self) -> dict[str, Any]:
-        """Template values of the person's progress in the queue."""
+        """Return the template values of the person's progress: numbers of rows, and the row reviewed last."""
         rows = reviews.review_states(self.at.desk.queue)
         left = sum(row.due(self.name) for row in rows)
         return {
@@ -504,7 +576,10 @@ def _add_rows(router: APIRouter, pages: ReviewPages) -> None:
 
 
 def _row_view(drafts: Drafts, at: QueueRow, person: Person, query: RowQuery) -> RowView:
-    """The view of a row; a row that the person is to review is held for them."""
+    """Return the view of a row for a person.
+
+    If the person is to review the row, it is held for them, so that others are offered other rows.
+    """
     due = at.row.due(person.name)
     resolve = query.resolve and at.row.state == "disputed"
     draft = None
@@ -516,7 +591,10 @@ def _row_view(drafts: Drafts, at: QueueRow, person: Person, query: RowQuery) -> 
 
 
 def _last_reviewed(rows: Sequence[ReviewState], number: int, name: str) -> ReviewState | None:
-    """The row of this number, if the person has a verdict on it that can be undone."""
+    """Return the row of this number if the person `name` has a verdict on it, else None.
+
+    The page offers to undo that verdict.
+    """
     if not 1 <= number <= len(rows):
         return None
     row = rows[number - 1]
@@ -524,7 +602,7 @@ def _last_reviewed(rows: Sequence[ReviewState], number: int, name: str) -> Revie
 
 
 def _focused(request: Request) -> bool:
-    """True if the person has hidden everything but the row."""
+    """True if the person has chosen to hide everything on the page but the row."""
     return request.cookies.get("desk_focus") == "1"
 
 
@@ -543,7 +621,10 @@ def _add_drafts(router: APIRouter, pages: ReviewPages) -> None:
         text: Annotated[str | None, Body()] = None,
         reason: Annotated[str | None, Body()] = None,
     ) -> Response:
-        """Store a draft's text, reason or both. The response is the change to the row's text as HTML."""
+        """Store the text or the reason of a draft, or both.
+
+        None keeps what was stored before. The response shows the changes to the row's text, as HTML.
+        """
         at.check_unchanged(row_id)
         stored = pages.drafts.find(at.key(person)) or Draft()
         if text is None:
@@ -570,7 +651,10 @@ def _add_text_tools(router: APIRouter, pages: ReviewPages) -> None:
 
     @router.post("/{run}/{stage}/{number}/translate")
     async def translate(at: Row, text: str = Body(), model: str = Body("")) -> dict[str, str]:
-        """The task's own translation if it has one, else a served model's."""
+        """Return a translation of a row's text.
+
+        It is made by the task if that can translate, else by the served model `model`.
+        """
         translation = await run_in_threadpool(review_queues.rewritten, at.desk, at.row.row, text)
         if translation is None:
             translation = await _translate(pages, model, text, at.language)
@@ -578,7 +662,11 @@ def _add_text_tools(router: APIRouter, pages: ReviewPages) -> None:
 
 
 async def _translate(pages: ReviewPages, model: str, text: str, language: str) -> str:
-    """A model's translation of a text's thought, or of the whole text without one."""
+    """Return a model's translation of the thought in a text, or of the whole text if it has no thought.
+
+    `language` is the language to translate into. Raises an HTTPException with status 400 if no model is
+    served or the model gives no translation.
+    """
     names = pages.model_names()
     if not names:
         raise HTTPException(400, "this task cannot translate, and no model is served here that could")
@@ -602,12 +690,15 @@ async def _translate(pages: ReviewPages, model: str, text: str, language: str) -
 
 
 def _resume_later(desk: ReviewQueue) -> BackgroundTask:
-    """`resume_if_complete` after the response has been sent."""
+    """Return a task that calls `resume_if_complete` after the response has been sent."""
     return BackgroundTask(resume_if_complete, desk)
 
 
 def resume_if_complete(desk: ReviewQueue) -> None:
-    """Resume a run that waits for people, if no row is left to review. A run at work notices it by itself."""
+    """Resume a run that waits for reviews, if no row of the queue is left to review.
+
+    A run whose process is still at work finds the finished reviews itself.
+    """
     if reviews.complete(desk.queue) and jobs.state(desk.run).name in ("waits", ""):
         with suppress(LimbeckError):
             jobs.resume(desk.run)

@@ -1,4 +1,8 @@
-"""The pages of runs: the list, a run with its graph of stages, a stage with its curves and responses."""
+"""The pages of runs: all runs, a run with the graph of its stages, and a stage with its curves.
+
+A page that shows a run or a stage has a part that refreshes itself. A stage's page also shows responses and
+samples.
+"""
 
 import base64
 import hashlib
@@ -33,10 +37,13 @@ REVALIDATE = {"cache-control": "private, no-cache"}
 
 
 class Route(APIRoute):
-    """A route that answers a LimbeckError, such as an unreadable run, with a page that shows its message."""
+    """A FastAPI route that turns a LimbeckError into a page with its message.
+
+    Such an error is raised, for instance, for a run whose files cannot be read.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, with LimbeckError turned into a page."""
+        """Return FastAPI's handler, changed so that it turns a LimbeckError into a page."""
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
@@ -50,7 +57,12 @@ class Route(APIRoute):
 
 @dataclass(frozen=True)
 class StartForm:
-    """The form that starts a run: a recipe of the list or a path, a name, and overrides, one a line."""
+    """The form that starts a run.
+
+    `recipe` is a recipe from the list, or `path` a file in the folder of runs. `name` is the run's name, and
+    `settings` has one override `key.path=value` on each line. With `auto`, the policy of each curate stage
+    decides in place of people.
+    """
 
     recipe: Annotated[str, Form(max_length=400)] = ""
     path: Annotated[str, Form(max_length=400)] = ""
@@ -59,7 +71,10 @@ class StartForm:
     auto: Annotated[bool, Form()] = False
 
     def overrides(self) -> list[str]:
-        """`key.path=value` for each setting; the name is the last one, so it has precedence."""
+        """Return the overrides of the recipe, each as `key.path=value`.
+
+        The run's name is the last one, so that it takes precedence over a name among the settings.
+        """
         overrides = [line.strip() for line in self.settings.splitlines() if line.strip()]
         if self.name.strip():
             overrides.append(f"name={self.name.strip()}")
@@ -70,8 +85,9 @@ class StartForm:
 class LivePage:
     """A page with a part that refreshes itself.
 
-    The part's template is `NAME_live.html.jinja` and has `values`; the page's template is `NAME.html.jinja`
-    and has `page_values` too. `alive` sets how often the part refreshes.
+    The template of the refreshed part is `NAME_live.html.jinja` and gets `values`. The template of the whole
+    page is `NAME.html.jinja` and gets `page_values` too. `alive` is True if a process works on what is shown,
+    in which case the part refreshes more often. `status` is the HTTP status.
     """
 
     name: str
@@ -82,7 +98,10 @@ class LivePage:
 
 
 class StageLine(NamedTuple):
-    """A stage of a run, and True if the run is at work."""
+    """A run, the line of one of its stages, and True if a process works on the run.
+
+    The line of a stage is what the pages show of it: its kind, its state and its history.
+    """
 
     run: run_state.RunState
     line: run_view.Line
@@ -90,7 +109,7 @@ class StageLine(NamedTuple):
 
 
 def routes(state: AppState) -> APIRouter:
-    """All of `/runs` and `/curves`."""
+    """Return the router of all pages under `/runs`, and of the data under `/curves`."""
     router = APIRouter(include_in_schema=False, route_class=Route)
     _add_list(router, state)
     _add_run(router, state)
@@ -118,7 +137,10 @@ def _add_list(router: APIRouter, state: AppState) -> None:
 
 
 def _list_page(state: AppState, form: StartForm | None = None, error: str = "") -> LivePage:
-    """All runs, and the form that starts one; after a mistake with its values and the error."""
+    """Return the page with the list of runs and the form that starts one.
+
+    After a mistake in the form, `form` has the values to show again and `error` the message.
+    """
     rows = [_list_row(folder) for folder in run_state.list_runs(state.runs)]
     alive = any(row["state"].alive for row in rows)
     page_values = {"recipes": list(_recipes(state)), "told": asdict(form or StartForm()), "wrong": error}
@@ -126,7 +148,10 @@ def _list_page(state: AppState, form: StartForm | None = None, error: str = "") 
 
 
 def _list_row(folder: Path) -> dict[str, Any]:
-    """A run's row in the list of runs; a recipe that cannot be read is shown as a failure."""
+    """Return the template values of a run in the list.
+
+    A run whose recipe cannot be read is shown as failed, with the error.
+    """
     try:
         run = run_state.look(folder)
     except LimbeckError as error:
@@ -146,7 +171,10 @@ def _list_row(folder: Path) -> dict[str, Any]:
 
 
 def _recipes(state: AppState) -> dict[str, Path]:
-    """Recipes in the form's list: those shipped with Limbeck, and those in the folder of runs."""
+    """Return the recipes to choose from, by name.
+
+    They are those shipped with Limbeck, and those in the folder of runs.
+    """
     recipes = dict(shipped())
     for path in sorted(state.runs.glob("*.yaml")):
         recipes[path.relative_to(state.runs).as_posix()] = path
@@ -154,9 +182,9 @@ def _recipes(state: AppState) -> dict[str, Path]:
 
 
 def _recipe_path(state: AppState, recipe: str, path: str) -> Path:
-    """The file of the chosen recipe.
+    """Return the file of the chosen recipe: `path` if it is given, else `recipe` from the list.
 
-    Raises LimbeckError for an unknown one, and for a path outside the folder of runs.
+    Raises LimbeckError for a recipe that is not in the list, and for a path outside the folder of runs.
     """
     if path:
         return _path_inside_runs(state, path)
@@ -205,7 +233,10 @@ def _add_run(router: APIRouter, state: AppState) -> None:
 
 
 def _run_page(folder: Path, error: str = "") -> LivePage:
-    """One run: its state, its stages and the story so far."""
+    """Return the page of one run: its state, its stages, and an account of what has happened so far.
+
+    `error` is the message of a failed attempt to pause or resume the run.
+    """
     run = run_state.look(folder)
     state = _state(run)
     lines = run_view.lines(run, state.alive)
@@ -220,7 +251,11 @@ def _run_page(folder: Path, error: str = "") -> LivePage:
 
 
 def _folder(state: AppState, name: str) -> Path | None:
-    """The folder of an existing run; a name is only compared, never made into a path."""
+    """Return the folder of the run with this name, None if there is none.
+
+    The name is only compared with the names of folders and never made into a path, so it cannot lead
+    elsewhere.
+    """
     for folder in run_state.list_runs(state.runs):
         if folder.name == name:
             return folder
@@ -228,7 +263,10 @@ def _folder(state: AppState, name: str) -> Path | None:
 
 
 def _state(run: run_state.RunState) -> jobs.State:
-    """A run's state; an old run without a recorded state is finished if all of its stages are."""
+    """Return the state of a run.
+
+    A run without a recorded state, from an older version, is finished if all of its stages are.
+    """
     state = jobs.state(run.folder)
     if not state.name and run.complete:
         return jobs.State("finished")
@@ -236,7 +274,7 @@ def _state(run: run_state.RunState) -> jobs.State:
 
 
 def _link(run: run_state.RunState, stage: str) -> str:
-    """The address of a stage's page."""
+    """Return the address of the page of a run's stage."""
     return f"/runs/{quote(run.folder.name)}/{quote(stage)}"
 
 
@@ -245,7 +283,12 @@ def _link(run: run_state.RunState, stage: str) -> str:
 
 @dataclass(frozen=True)
 class StageQuery:
-    """View of a stage: a step's responses, the evaluation to compare with, and the curves beside its own."""
+    """The query of a stage's page.
+
+    `step` is the training step whose responses are shown, `against` the evaluation to compare with, and
+    `beside` the stage (`RUN/STAGE`) whose curves are drawn too. `seen` is the digest of the refreshed part
+    that the page shows; it is empty if a whole page is requested.
+    """
 
     step: int | None = None
     against: str = ""
@@ -271,7 +314,11 @@ def _add_stage(router: APIRouter, state: AppState) -> None:
 def _stage_values(
     state: AppState, run: run_state.RunState, line: run_view.Line, query: StageQuery
 ) -> dict[str, Any]:
-    """Template values of a stage's curves, flipped answers, responses, samples and settings."""
+    """Return the template values of a stage's page.
+
+    They are its curves, responses, samples and settings, and its flipped answers: problems that were solved
+    in one evaluation (or at one step) and not in another.
+    """
     comparable = _comparable_stages(state, run, line)
     settings = line.standing.stage.model_dump(mode="json")
     return {
@@ -288,7 +335,7 @@ def _stage_values(
 
 
 def _stage_line(state: AppState, name: str, stage: str) -> StageLine | None:
-    """A stage by the names of its run and itself."""
+    """Return a stage, found by the name of its run and its own name; None if there is no such stage."""
     folder = _folder(state, name)
     if folder is None:
         return None
@@ -301,7 +348,10 @@ def _stage_line(state: AppState, name: str, stage: str) -> StageLine | None:
 
 
 def _comparable_stages(state: AppState, run: run_state.RunState, line: run_view.Line) -> list[str]:
-    """`RUN/STAGE` of all stages of the same kind, whose curves can be drawn beside this one's; in any run."""
+    """Return `RUN/STAGE` for each stage, of any run, whose curves can be drawn beside this stage's.
+
+    These are the other stages of the same kind; an evaluation has no curves.
+    """
     if line.kind == "evaluate":
         return []
     names = []
@@ -339,9 +389,10 @@ def _add_curves(router: APIRouter, state: AppState) -> None:
 
 
 def _respond(request: Request, page: LivePage, seen: str = "") -> Response:
-    """The whole page, or with `seen`, the digest of the refreshed part on view, only that part.
+    """Return the response with a page, or with its refreshed part alone.
 
-    204 if the part has not changed, which makes htmx leave everything as it is.
+    `seen` is the digest of the part that the browser shows; empty asks for the whole page. If the part has
+    not changed, the status is 204, which makes htmx leave everything as it is.
     """
     language = language_of(request)
     values = {
@@ -366,13 +417,16 @@ def _respond(request: Request, page: LivePage, seen: str = "") -> Response:
 
 
 def _not_found(request: Request, sentence: str = "", status: int = 404) -> Response:
-    """The page of a run or stage that cannot be shown."""
+    """Render the page for a run or a stage that cannot be shown; `sentence` tells the reason."""
     return render(request, "runs_lost.html.jinja", status, sentence=sentence)
 
 
 @cache
 def _script_digest() -> str:
-    """The digest of the report's script, by which the content policy allows that script alone."""
+    """Return the digest of the script in a report.
+
+    The content security policy allows only this script to run.
+    """
     template = Path(reports.__file__).parent / "report.html.jinja"
     source = template.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL).group(1)
@@ -380,7 +434,11 @@ def _script_digest() -> str:
 
 
 def _report(page: Path) -> Response:
-    """The report's file; it contains its own styles and script, and loads nothing."""
+    """Return the response with a report's HTML file.
+
+    The file contains its own styles and script, and loads nothing, so its content security policy forbids the
+    rest.
+    """
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{_script_digest()}'; frame-ancestors 'none'; base-uri 'none'"
