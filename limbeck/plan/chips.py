@@ -92,7 +92,7 @@ class Chip:
 
     @property
     def link(self) -> float:
-        """Bytes a second of the scale-up link, both directions together; 0 without one."""
+        """Bytes a second of the scale-up link (such as NVLink), both directions together; 0 without one."""
         return 1e9 * self.figure("link")
 
     @property

@@ -57,10 +57,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class Replica:
-    """Chips that serve one copy of a model; `Replica(config, cluster, 144, "fp8")` is V3's decoding unit.
+    """The chips that serve one copy of a model.
 
-    Experts are spread over all chips; a model without experts has its layers split (TP). Raises LimbeckError
-    if the cluster has too few chips, or if the weights do not fit.
+    `Replica(config, cluster, 144, "fp8")` is DeepSeek-V3's decoding unit. Experts are spread over all chips;
+    the layers of a model without experts are split over them by tensor parallelism. Raises LimbeckError if
+    the cluster has too few chips, or if the weights do not fit.
     """
 
     config: ModelConfig
@@ -127,7 +128,10 @@ class Replica:
         return ROOM * self.cluster.chip.memory - self.held
 
     def most_rows(self, context: float) -> int:
-        """Return how many conversations of `context` tokens fit beside the weights, for each chip."""
+        """Return how many conversations of `context` tokens fit on one chip beside the weights.
+
+        The chip holds 1/`split` of each conversation's KV cache.
+        """
         return int(self.room / (self.cache(context) / self.split))
 
     def cache(self, context: float) -> float:
@@ -137,7 +141,10 @@ class Replica:
     # ------------------------------------------------------------ decoding
 
     def decode(self, rows: float, context: float) -> Rate:
-        """The rate of decoding `rows` conversations a chip, each `context` tokens long."""
+        """Return the rate of decoding `rows` conversations a chip.
+
+        The context of each conversation is `context` tokens long.
+        """
         all_rows = rows * self.split  # in tensor parallelism every chip computes for all conversations
         products = sent = light = 0.0
         for work, count in self.layers.items():
@@ -189,7 +196,11 @@ class Replica:
         return max(computing, reading)
 
     def _attention(self, rows: float, context: float) -> float:
-        """Seconds of one new token's attention in all layers; latent attention works on the latent itself."""
+        """Return the seconds of attention in all layers for one new token of each conversation.
+
+        There are `rows` conversations a chip, of `context` tokens each. Latent attention (MLA) works on the
+        latent vectors themselves, without expanding them to keys and values.
+        """
         config = self.config
         key = value = config.head_dim
         if config.latent:
@@ -248,7 +259,10 @@ class Replica:
     # ------------------------------------------------------------ prefill
 
     def prefill(self, prompt: float, tokens: float = 16384) -> Rate:
-        """The rate of prefill with prompts of `prompt` tokens, `tokens` at once on each chip."""
+        """Return the rate of prefill of prompts of `prompt` tokens.
+
+        Each chip processes `tokens` tokens at once.
+        """
         experts = self.chips if self.config.experts else 1
         split = Split(tokens * self.split, prompt, tp=self.split, ep=experts)
         computed = sent = 0.0

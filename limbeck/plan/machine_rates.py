@@ -44,10 +44,11 @@ SPREAD = 1.25  # factor by which a shared machine's speed varies from one minute
 
 @dataclass(frozen=True)
 class Asked:
-    """The measurement of one model: `Asked(config, "muon", (1024, 4096), 32, (8, 256), prompt=10, new=60)`.
+    """A request to measure one model on this machine.
 
-    `learn` is two sizes of an update in tokens, of sequences of `length` tokens; `rows` are the numbers of
-    rows that decode `new` tokens after prompts of `prompt` tokens.
+    Example: `Asked(config, "muon", (1024, 4096), 32, (8, 256), prompt=10, new=60)`. `learn` is two sizes of
+    an update in tokens, with sequences of `length` tokens. `rows` are the numbers of rows to decode at once;
+    each row decodes `new` tokens after a prompt of `prompt` tokens.
     """
 
     config: ModelConfig
@@ -60,7 +61,10 @@ class Asked:
 
     @property
     def layers(self) -> list[int]:
-        """Depths at which the model is measured: its own, or two for a large model."""
+        """The depths in layers at which the model is measured.
+
+        They are the model's own depth, or two smaller ones for a large model.
+        """
         least, most = MANY_LAYERS
         if self.config.parameters <= SMALL or self.config.layers <= least:
             return [self.config.layers]

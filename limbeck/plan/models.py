@@ -15,9 +15,9 @@ FILE = Path(__file__).with_name("models.yaml")
 
 
 def find(name: str) -> ModelConfig:
-    """A model by name or path: `find("deepseek-v3").parameters` is 671 billion.
+    """Return a model's configuration by name or path: `find("deepseek-v3").parameters` is 671 billion.
 
-    Raises LimbeckError for an unknown name, with the nearest known one.
+    Raises LimbeckError for an unknown name, and suggests the nearest known one.
     """
     models = shipped()
     key = _key(name)
