@@ -175,7 +175,10 @@ def _placement(schedule: str, stages: int, chips: int) -> list[list[int]]:
 
 
 def _bubble(schedule: str, times: Times, chips: int, chunks: int) -> float:
-    """The ideal bubble of a schedule, with the chips' mean times, without sending."""
+    """Return the seconds of the schedule's ideal bubble, without the time of sending.
+
+    It is computed from the mean times of a chip.
+    """
     forward = sum(times.forward) / chips
     backward = sum(times.backward) / chips
     weight = sum(times.weight) / chips

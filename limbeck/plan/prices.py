@@ -34,13 +34,17 @@ class Rental:
 
     @property
     def middle(self) -> float:
-        """The geometric mean: prices of hosts differ by factors."""
+        """The geometric mean of the low and the high price, as prices of hosts differ by factors."""
         return (self.low * self.high) ** 0.5
 
 
 @dataclass(frozen=True)
 class Tariff:
-    """Dollars for a million tokens: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`."""
+    """Dollars for a million tokens of a model.
+
+    Example: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`. `cached` is the price of input
+    tokens from the cache, `input` of other input tokens, and `output` of output tokens.
+    """
 
     model: str
     cached: float
@@ -50,7 +54,7 @@ class Tariff:
     source: str
 
     def revenue(self, cached: float, fresh: float, output: float) -> float:
-        """Dollars for tokens: cached input, uncached input, output."""
+        """Return the dollars for numbers of tokens: cached input, uncached (`fresh`) input and output."""
         return (self.cached * cached + self.input * fresh + self.output * output) / MILLION
 
 

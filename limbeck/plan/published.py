@@ -328,7 +328,8 @@ class Row:
     def _chunks(self, published: Layout) -> list[int]:
         """Return the numbers of chunks a chip to try.
 
-        It is the published one if there is one; otherwise all that divide the layers of a pipeline rank.
+        It is the published one if there is one, and 2 for eager software; otherwise all that divide the
+        layers of a pipeline rank.
         """
         if published.schedule != "interleaved" or "vpp" in self.keys:
             return [published.chunks]
@@ -338,7 +339,10 @@ class Row:
         return [chunks for chunks in CHUNKS if rank_layers % chunks == 0] or [1]
 
     def _quick(self, layout: Layout) -> float:
-        """Seconds of a step by the schedule's formula; infinite where the layout cannot be."""
+        """Return the forecast seconds of a step by the schedule's formula.
+
+        The result is infinite if the layout is impossible.
+        """
         try:
             plan = foresee(
                 self.model,

@@ -138,9 +138,11 @@ StepTime = Callable[[float, float], float]  # rows alive, context -> seconds
 def decode_seconds(
     lengths: Sequence[float], slots: int, step: StepTime, prompt: float
 ) -> tuple[float, float]:
-    """Seconds until the last of `lengths` is done on one replica of `slots` rows, and seconds of the tail.
+    """Return the seconds until all samples are decoded on one replica, and those of the tail.
 
-    The tail is the time in which less than half of the rows are alive. Time is counted in steps of one token.
+    `lengths` are the samples' lengths in tokens; at most `slots` samples are decoded at once. `step(samples,
+    context)` is the seconds of one decode step, and `prompt` the tokens of a prompt. The tail is the time in
+    which less than half of the slots are in use.
     """
     slots = min(slots, len(lengths))
     begin_N, end_N = _occupy(lengths, slots)
@@ -172,7 +174,7 @@ def _occupy(lengths: Sequence[float], slots: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _shuffle(lengths: Sequence[float]) -> list[float]:
-    """A fixed shuffle: every k-th in turn, k coprime to the count."""
+    """Return the lengths in a fixed shuffled order: every k-th in turn, k coprime to their number."""
     count = len(lengths)
     stride = int(count * GOLDEN) | 1
     while gcd(stride, count) != 1:
@@ -358,7 +360,10 @@ def _binds(total: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class RLCost:
-    """Seconds within their interval, their parts over the whole run, sampled tokens, and the longest part."""
+    """The cost of a run: `seconds` between `low` and `high`, and its longest part (`binds`).
+
+    `parts` has the seconds of each part over the whole run, and `tokens` is the number of sampled tokens.
+    """
 
     seconds: float
     low: float

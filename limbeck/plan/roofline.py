@@ -266,7 +266,7 @@ class Roofline:
 
 
 def _shape(matmul: Matmul, split: Split) -> tuple[float, float, float, float]:
-    """Rows, inner and outer length, and the number of such products on one chip."""
+    """Return the shape of a product on one chip: rows, inner length, outputs, and number of such products."""
     tp = split.expert_tp if matmul.experts else split.tp
     inner = matmul.inputs / (tp if matmul.split == "in" else 1)
     outputs = matmul.outputs / (tp if matmul.split == "out" else 1)
