@@ -3,8 +3,9 @@
 A row is one measured run of the table. The table is the user's own copy; it is not part of the package. The
 fit uses every second combination of model and number of chips of the Ultrascale rows, the single-node rows of
 vTrain, and the rows of BLOOM's prequel and of MPT; vTrain's multi-node rows are left for checking. Rows are
-grouped into sets by their source. The loss is the mean over sets of the mean of
-min(|log(predicted / measured)|, 0.5), so that no set and no outlier dominates."""
+grouped into sets by their source. The loss is the mean over sets of the mean of min(|log(predicted /
+measured)|, 0.5), so that no set and no outlier dominates.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Source:
-    """The source of a figure: `Source("NVIDIA H100 data sheet", "2023-03")`."""
+    """The source of a figure, with its year and month: `Source("NVIDIA H100 data sheet", "2023-03")`."""
 
     text: str
     date: str
@@ -125,7 +125,7 @@ def catalogue() -> dict[str, Chip]:
 
 @cache
 def _tree() -> dict[str, Any]:
-    """The content of chips.yaml."""
+    """Return the parsed content of chips.yaml."""
     return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 

@@ -132,7 +132,7 @@ class Cluster:
 
 @cache
 def _tree() -> dict[str, Any]:
-    """The content of clusters.yaml."""
+    """Return the parsed content of clusters.yaml."""
     return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 

@@ -3,7 +3,8 @@
 Each time is a latency plus bytes over bandwidth. The latencies of ring and tree are NCCL's own
 (src/graph/tuning.cc, protocol Simple). The efficiency of links and cards, the share of the nominal bandwidth
 that they reach, is one of the planner's constants. A link joins the chips of a node; a card is a node's
-network card; a hop is one message between neighbours in a ring or tree."""
+network card; a hop is one message between neighbours in a ring or tree.
+"""
 
 from __future__ import annotations
 

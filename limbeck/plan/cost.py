@@ -3,7 +3,8 @@
 A matrix product of `tokens` rows costs 2 x tokens x inputs x outputs FLOPs in the forward pass and twice that
 in the backward pass. FLOPs a token are given under several conventions (`CONVENTIONS`), because published
 figures use several; they differ by up to a third for the same run. A value is one number of an activation,
-whatever its bytes. MTP layers are the extra layers of multi-token prediction."""
+whatever its bytes. MTP layers are the extra layers of multi-token prediction.
+"""
 
 from __future__ import annotations
 

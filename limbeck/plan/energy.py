@@ -3,7 +3,8 @@
 The overhead is the PUE (power usage effectiveness): the energy of the whole building over that of its
 computers. Many published figures are no measurements: an energy that is chip-hours times the rated power, or
 an amount of money that is hours times a rate. Comparing a forecast with such a figure tests nothing;
-`circular` finds such energies."""
+`circular` finds such energies.
+"""
 
 from __future__ import annotations
 

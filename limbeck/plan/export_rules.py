@@ -2,7 +2,8 @@
 
 A ware is what is exported: a chip, a model's weights, or a memory stack. A verdict needs a date and a
 destination, because no fixed list of forbidden chips stays right for long. If a rule needs a figure that is
-not known, that is an error and never a pass."""
+not known, that is an error and never a pass.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 stage_work.py counts the tokens of each stage. Here they are turned into seconds at this machine's measured
 rates (machine_rates.py), and the stages are scheduled on the recipe's workers (parallel processes) by the
-dependencies of the recipe's graph. A row is one completion that is being decoded."""
+dependencies of the recipe's graph. A row is one completion that is being decoded.
+"""
 
 from __future__ import annotations
 

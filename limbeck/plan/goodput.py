@@ -1,12 +1,13 @@
 """Goodput, the useful share of time: failures, checkpoints (Young 1974, Daly 2006), restarts.
 
-A run of T useful seconds saves a checkpoint, which takes d seconds, after every t seconds of work. Failures are
-random, one every M seconds on average, and noticing one and restarting takes r seconds. The run then takes, in
-expectation (Daly 2006, eq. 20),
+A run of T useful seconds saves a checkpoint, which takes d seconds, after every t seconds of work. Failures
+are random, one every M seconds on average, and noticing one and restarting takes r seconds. The run then
+takes, in expectation (Daly 2006, eq. 20),
 
     M exp(r/M) (exp((t + d)/M) - 1) T/t
 
-seconds, which is least at about t = sqrt(2 d M) - d (Young's formula, with Daly's correction)."""
+seconds, which is least at about t = sqrt(2 d M) - d (Young's formula, with Daly's correction).
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """The cost of serving: prefill and decoding on chips of their own, and the price of a million tokens.
 
     decoding   a step is one token for each of `rows` conversations a chip: weights and cache are read,
-               products and attention computed, experts' tokens sent and fetched; part of the sending is hidden
+               products and attention computed, experts' tokens sent and fetched; part of this is hidden
     prefill    products and attention over whole prompts, experts' tokens to a limited number of nodes
     busy       prompts arrive at any time: prefill nodes in production reach a share of their benchmark
 
-A row is one conversation that is being decoded; the cache is its KV cache. `Day` has DeepSeek's own account of
-a day (deepseek-ai/open-infra-index, day 6), whose totals it reproduces exactly."""
+A row is one conversation that is being decoded; the cache is its KV cache. `Day` has DeepSeek's own account
+of a day (deepseek-ai/open-infra-index, day 6), whose totals it reproduces exactly.
+"""
 
 from __future__ import annotations
 
@@ -332,7 +333,7 @@ class Day:
 
     @property
     def margin(self) -> float:
-        """Revenue over cost, less one: 5.45."""
+        """Revenue over cost, less one: 5.45, a profit of 545 % of the cost."""
         return self.revenue / self.cost - 1
 
     @property

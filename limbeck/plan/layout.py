@@ -1,8 +1,9 @@
 """Layouts of a run over chips: data (ZeRO), tensor, pipeline, expert and context parallelism.
 
-A layout says how a training run is divided over chips. A pipeline is a group of chips that hold one copy of the
-model's layers; its stages are the consecutive pieces that the layers are cut into. A rank is a chip's position
-in its pipeline."""
+A layout says how a training run is divided over chips. A pipeline is a group of chips that hold one copy of
+the model's layers; its stages are the consecutive pieces that the layers are cut into. A rank is a chip's
+position in its pipeline.
+"""
 
 from __future__ import annotations
 

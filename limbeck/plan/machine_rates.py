@@ -3,7 +3,8 @@
 The engine decodes completions; the learner updates weights. A separate process measures both
 (limbeck/runtime/probe.py), because it needs torch and the planner does not import it. A measurement is stored
 by the model's shape, not its name. A large model is measured at two small depths and extrapolated to its own,
-since each layer costs the same. A row is one completion that is being decoded."""
+since each layer costs the same. A row is one completion that is being decoded.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ activations  inputs of the backward pass, for each micro-batch in flight
 logits       float32, twice
 waste        fragments that the allocator cannot use
 
-A micro-batch is in flight on a chip between its forward and its backward pass there."""
+A micro-batch is in flight on a chip between its forward and its backward pass there.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Training on several sites with slow links: each trains by itself, and at intervals they average their weights.
+"""Training on several sites with slow links: sites train separately and average their weights at intervals.
 
-The method is DiLoCo (arXiv 2311.08105); over the Internet it was used by INTELLECT-1 (arXiv 2412.01152)."""
+The method is DiLoCo (arXiv 2311.08105); over the Internet it was used by INTELLECT-1 (arXiv 2412.01152).
+"""
 
 from __future__ import annotations
 

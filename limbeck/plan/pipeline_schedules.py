@@ -1,12 +1,13 @@
 """Pipeline schedules as events, for stages that may be uneven.
 
-A pipeline cuts a model into stages and places them on chips; the rank of a chip is its position. Each chip has an
-order of passes, and a pass starts when the chip is free and its inputs have arrived. F is the forward pass of
-one micro-batch through one stage, B its backward pass without weight gradients, and W the computation of its
-weight gradients. The bubble is the time in which a chip waits. Ideal bubbles of P chips (arXiv 2412.19437,
-Table 2, where B includes W), which the tests compare with the events:
+A pipeline cuts a model into stages and places them on chips; the rank of a chip is its position. Each chip
+has an order of passes, and a pass starts when the chip is free and its inputs have arrived. F is the forward
+pass of one micro-batch through one stage, B its backward pass without weight gradients, and W the computation
+of its weight gradients. The bubble is the time in which a chip waits. Ideal bubbles of P chips (arXiv
+2412.19437, Table 2, where B includes W), which the tests compare with the events:
 
-    1F1B (P-1)(F+B)    ZB1P (P-1)(F+B-2W)    DualPipe (P/2-1)(F&B + B - 3W)    interleaved (P-1)(F+B)/chunks"""
+    1F1B (P-1)(F+B)    ZB1P (P-1)(F+B-2W)    DualPipe (P/2-1)(F&B + B - 3W)    interleaved (P-1)(F+B)/chunks
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Prices of chips and tokens: dated tables with sources (prices.yaml), never a guess.
 
 A price without a date and a source is refused, and a chip that is not in the table has no price. Months are
-written as YYYY-MM."""
+written as YYYY-MM.
+"""
 
 from __future__ import annotations
 

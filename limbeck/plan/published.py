@@ -1,7 +1,8 @@
 """Published runs: measured rows with their sources, and the model, cluster and layout of each.
 
 A row is one measured figure of one run; it has the columns of `published.csv`. Facts that have no column of
-their own are in the column `schedule`, as in `1f1b;zero1;mbs=2;vpp=6;recompute=full`."""
+their own are in the column `schedule`, as in `1f1b;zero1;mbs=2;vpp=6;recompute=full`.
+"""
 
 from __future__ import annotations
 

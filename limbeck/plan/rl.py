@@ -7,10 +7,11 @@
     overlap    asynchronous systems sample the next batch while they learn: the longer of the two counts
 
 Ideal decoding and ideal learning are several times too cheap, because small batches at the end of a rollout,
-not arithmetic, take most of the time. The tail of a rollout is the time in which less than half of the engine's
-slots are in use. A slot holds one sample that is being decoded.
+not arithmetic, take most of the time. The tail of a rollout is the time in which less than half of the
+engine's slots are in use. A slot holds one sample that is being decoded.
 
-N samples · P points in time."""
+N samples · P points in time.
+"""
 
 from __future__ import annotations
 

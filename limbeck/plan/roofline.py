@@ -5,8 +5,10 @@ fill       k/(k + depth) x waves/(waves + 1/2)    short inner lengths and a last
 attention  FLOPs over the keys seen / (peak x reached); unfused: whole square, and its scores through memory
 the rest   bytes / bandwidth;  everything at least as long as the host needs to start it
 
-A product is [rows, k] x [k, n], where the rows are tokens; `reached` is the share of the peak FLOP/s that large
-products reach, and `depth` a fitted constant. A launch is an operation that the host starts on the chip."""
+A product is [rows, k] x [k, n], where the rows are tokens; `reached` is the share of the peak FLOP/s that
+large products reach, and `depth` a fitted constant. A launch is an operation that the host starts on the
+chip.
+"""
 
 from __future__ import annotations
 

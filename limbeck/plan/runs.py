@@ -1,7 +1,8 @@
 """A whole run of a model on a cluster: the best layout, time with failures, chip-hours, energy and money.
 
-Each figure has its interval. Settings that are not given are looked up in workloads.yaml. A replica is the group
-of chips that serve one copy of a model."""
+Each figure has its interval. Settings that are not given are looked up in workloads.yaml. A replica is the
+group of chips that serve one copy of a model.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +50,10 @@ class Range:
 class Workload:
     """The size of a training run: `Workload("train", 14.8e12, 15360, 4096, "fp8")`.
 
-    `kind` is "train", "rl" or "distill". `tokens` is the tokens of the whole run, `batch` the sequences of a
+    `kind` is "train", "rl" or "distil". `tokens` is the tokens of the whole run, `batch` the sequences of a
     step, `seq` the tokens of a sequence. `teacher` describes the rows that a teacher writes for a
-    distillation: model, rows, tokens a row, and samples a row.
+    distillation: the model, the number of rows, the tokens of a row, and the samples for a row (low, middle,
+    high).
     """
 
     kind: str
@@ -121,9 +123,10 @@ def _workloads() -> dict[str, dict[str, Any]]:
 
 
 def workload(name: str, given: Mapping[str, Any]) -> Workload:
-    """The known workload of a model, changed by the settings that are given.
+    """Return the known workload of the model `name`, changed by the settings in `given`.
 
-    Raises LimbeckError where the number of tokens, the batch or the length of sequences is not known.
+    Settings that are None change nothing. Raises LimbeckError if the number of tokens, the batch size or the
+    length of sequences is not known.
     """
     known = _workloads().get(name.strip().lower(), {})
     chosen = {key: value for key, value in given.items() if value is not None}
@@ -366,7 +369,11 @@ def _widths(config: ModelConfig, cluster: Cluster, chips: int) -> list[int]:
 
 
 def told(thing: Any) -> Any:
-    """Dataclasses as plain values for JSON, with some of their properties."""
+    """Return `thing` as plain values for JSON.
+
+    Dataclasses become dicts of their fields and of the properties named in PROPERTIES; dicts and lists are
+    converted item by item.
+    """
     if isinstance(thing, search.Choice):
         return {
             "layout": asdict(thing.layout),

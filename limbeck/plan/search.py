@@ -1,8 +1,9 @@
 """The best layouts of a model on a cluster.
 
-All possible layouts are candidates. A candidate is dropped if it does not fit in memory, or if a lower bound of
-its step time is clearly above the best estimate. Step times are estimated by formulas, and the pipelines of the
-best few candidates are simulated."""
+All possible layouts are candidates. A candidate is dropped if it does not fit in memory, or if a lower bound
+of its step time is clearly above the best estimate. Step times are estimated by formulas, and the pipelines
+of the best few candidates are simulated.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The cost of one micro-batch in each stage of a pipeline: computing, and exposed exchanges.
 
 An exchange is communication between chips; exposed means not hidden behind computing. A stage is one of the
-pieces that the layers of the model are cut into."""
+pieces that the layers of the model are cut into.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The duration of one training step, its parts, its bottleneck and its uncertainty.
 
-A micro-batch goes through the stages of a pipeline. The times of each stage's forward and backward passes come
-from `stage_cost` and `roofline`, those of exchanges (communication between chips) from `collectives`, and the
-order of the passes from `pipeline_schedules`. Exchanges are hidden behind computing if the software can do that;
-the rest is called exposed and is listed as a part of its own."""
+A micro-batch goes through the stages of a pipeline. The times of each stage's forward and backward passes
+come from `stage_cost` and `roofline`, those of exchanges (communication between chips) from `collectives`,
+and the order of the passes from `pipeline_schedules`. Exchanges are hidden behind computing if the software
+can do that; the rest is called exposed and is listed as a part of its own.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ class Step:
 
     @property
     def tflops(self) -> float:
-        """Model TFLOPS a chip, convention "causal"."""
+        """Model TFLOP/s of one chip, with attention over half of the sequence (convention "causal")."""
         return self.flops_per_token * self.tokens / self.seconds / self.chips / 1e12
 
     @property
@@ -76,7 +77,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Foresight:
-    """The forecast of a step of `batch` sequences of `seq` tokens, with all its parts."""
+    """The forecast of a step of `batch` sequences of `seq` tokens.
+
+    The other properties are its parts; `step` puts them together.
+    """
 
     config: ModelConfig
     cluster: Cluster
@@ -160,7 +164,7 @@ class Foresight:
         return numbers.prefetched if self.roof.software.prefetches else numbers.hidden
 
     def weights(self, stage: int) -> tuple[float, float]:
-        """Weights of a stage on one chip: dense ones, and experts."""
+        """Return the numbers of a stage's dense and expert weights on one chip, before ZeRO shards them."""
         at = self.layout
         dense = 0
         experts = 0
@@ -200,7 +204,10 @@ class Foresight:
 
     @cached_property
     def data(self) -> float:
-        """Exposed seconds of exchanging gradients and weights, a step, of the slowest chip of a pipeline."""
+        """Exposed seconds a step for exchanging gradients and weights, without those of ZeRO-3.
+
+        It is the time of the slowest chip of a pipeline.
+        """
         if self.layout.zero == 3 or self.layout.copies == 1:
             return 0.0
         return max(0.0, *(self._exposed(chip) for chip in range(self.layout.pp)))

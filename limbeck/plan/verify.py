@@ -1,10 +1,11 @@
 """The planner's accuracy: published runs beside their forecasts, errors, and skill against a constant.
 
-A row is one measured figure of a published run; a check is a row beside its forecast. As a baseline, called the
-floor, every run is predicted by one number: the median utilisation of its kind (chip, precision, dense or
-mixture) in the same table. This makes the floor look better than it is, as it knows the table. Skill is
-1 - error / error of the floor. Utilisation is the FLOPs of a step over those at the chips' peak. An interval
-covers a measurement if it contains it."""
+A row is one measured figure of a published run; a check is a row beside its forecast. As a baseline, called
+the floor, every run is predicted by one number: the median utilisation of its kind (chip, precision, dense or
+mixture) in the same table. This makes the floor look better than it is, as it knows the table. Skill is 1 -
+error / error of the floor. Utilisation is the FLOPs of a step over those at the chips' peak. An interval
+covers a measurement if it contains it.
+"""
 
 from __future__ import annotations
 
@@ -327,7 +328,10 @@ def floors(results: list[Check]) -> dict[int, float]:
 
 
 def percentile(errors: list[float], share: float) -> float:
-    """The percentile of errors by nearest rank; 0 of none."""
+    """Return the error that the share `share` of all errors does not exceed; 0 for an empty list.
+
+    It is the percentile by nearest rank.
+    """
     if not errors:
         return 0.0
     rank = ceil(len(errors) * share)
@@ -375,7 +379,10 @@ def _summary_line(kind: str, group: list[Check], floor: Mapping[int, float]) -> 
 
 
 def table(path: Path = FILE) -> list[str]:
-    """All lines of `limbeck plan verify`: rows, summary, claims."""
+    """Return all lines of `limbeck plan verify`: the checks, their summary, and public claims.
+
+    `path` is a table of published runs.
+    """
     results = list(checks(read(path)))
     head = f"{'run':46} {'figure':24} {'measured':>12} {'foreseen':>12} {'error':>7}"
     return [head, *(result.tell() for result in results), "", *summary(results), "", *claims()]
@@ -418,7 +425,8 @@ def _training_claims() -> list[str]:
 def _serving_claims() -> list[str]:
     """Return the claims on DeepSeek's day of serving, with the forecast of its nodes' speed.
 
-    Source: open-infra-index, day 6. Cost and revenue agree to the dollar with the published ones.
+    Source: open-infra-index, day 6. Cost and revenue of the day are computed from its published counts and
+    prices.
     """
     day = Day()
     config = models.find("deepseek-v3")
