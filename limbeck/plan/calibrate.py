@@ -24,11 +24,11 @@ from .step import Foresight
 from .verify import percentile
 
 LEAST_MFU = 0.08  # share of the peak, below which a run was broken, not slow
-MOST_ROWS = 24  # rows of a set
-MOST_ERROR = 0.5  # of a logarithm: a worse row counts no more
-MOST_CHIPS = 128  # chips of an Ultrascale row that is fitted to
-GAIN = 1e-5  # loss by which a change must be better
-FIRST_FACTOR = 1.25  # by which a constant is changed in the first round
+MOST_ROWS = 24  # rows of a set that are used, about
+MOST_ERROR = 0.5  # absolute logarithm of predicted over measured; larger errors count as this
+MOST_CHIPS = 128  # Ultrascale rows with more chips than this are not fitted to
+GAIN = 1e-5  # a change is kept only if it lowers the loss by more than this
+FIRST_FACTOR = 1.25  # factor by which a constant is changed in the first round
 SHRINK = 0.6  # exponent of the factor from one round to the next
 SAME_RUN = ("layers", "hidden", "heads", "seq", "n_chips", "global_batch_tokens", "chip", "precision")
 

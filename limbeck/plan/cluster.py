@@ -1,4 +1,4 @@
-"""Clusters: a chip, their number, the chips of a node, and the fabric that joins them."""
+"""Clusters: a chip, the number of chips, the chips of a node, and the network that joins the nodes."""
 
 from __future__ import annotations
 

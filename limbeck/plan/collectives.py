@@ -17,10 +17,11 @@ from .cluster import Cluster
 RING = {"base": 8.4, "nvlink": 3.4, "pcie": 5.7, "net": 14.0}
 TREE = {"base": 8.4, "nvlink": 4.0, "pcie": 4.0, "net": 14.0}
 NET_LATENCY = 14.0  # microseconds of a hop between nodes, for which both tables are
-TREE_SHARE = 0.92  # of the bandwidth that a ring has left after its halving, NCCL's own correction
-HFREDUCE_PASSES = 24  # of a byte through host memory: arXiv 2408.14158, section 4.2
-HOST_MEMORY = 320e9  # bytes a second of a Fire-Flyer 2 host, ibid.
-HFREDUCE_SHARE = 0.6  # of the bound that it reaches: 8.1 of 13.3 GB/s, ibid. (two chips share one root port)
+TREE_SHARE = 0.92  # of a ring's bandwidth that a tree reaches: NCCL's own correction
+HFREDUCE_PASSES = 24  # times that a byte passes host memory (arXiv 2408.14158, section 4.2)
+HOST_MEMORY = 320e9  # bytes a second of a Fire-Flyer 2 host (arXiv 2408.14158)
+# share of its bound that HFReduce reaches: 8.1 of 13.3 GB/s, two chips share a root port (arXiv 2408.14158)
+HFREDUCE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Group:
     rivals: int
     span: int
     links: float = 1.0  # share of its bandwidth that a link inside a node reaches
-    cards: float = 1.0  # the same of a card
+    cards: float = 1.0  # share of its bandwidth that a network card reaches
     rings: int = 0  # rings between nodes; 0: as many as there are cards
 
     @property

@@ -48,7 +48,7 @@ UNMEASURED = (0.69, 1.1, 1.31)
 # Power usage effectiveness: metered 1.08 to 1.2 (OLMo-2's centres: 1.1, 1.12, 1.2; GPT-3's 1.10).
 PUE = (1.08, 1.12, 1.2)
 CIRCULAR_PUES = (1.0, 1.1, 1.2)  # values that publications multiply with
-CIRCULAR_TOLERANCE = 0.005  # of an energy: as near to a product it is circular
+CIRCULAR_TOLERANCE = 0.005  # relative difference up to which an energy counts as circular
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from .machine_rates import FEW, SPREAD, Asked, Rates, Use
 from .rl import LEARNER_MFU, Lengths, decode_seconds
 from .stage_work import SMALL, Rollout, StageWork
 
-STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
+STAGE = 0.4  # seconds of any stage for reading problems, scoring, records and syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed
-LEAD = 2  # rows that an engine still has when the last ones end
+LEAD = 2  # rows that an engine still decodes at the end of a rollout
 # seconds for a sampled token beside the engine: text, scores, packing, records; fitted to the quickstart's
 # records
 HANDLING = 18e-6
-DESK_SECONDS = 60  # seconds of a person for a row: guessed
+DESK_SECONDS = 60  # seconds that a person takes to review a row: guessed
 # share of a large square product's FLOP/s that learning of a large model with many tokens reaches:
 # SmolLM2's fine-tuning
 REACHED = 0.75
@@ -36,7 +36,7 @@ ELSEWHERE = 2.0  # factor within which a stage's time on other chips is known
 START = 30.0  # seconds to start a stage on other chips: processes, weights, compiling
 OPERATIONS = 20  # operations that the host starts for a layer, forward
 PREFILL_TOKENS = (1024, 2048)  # tokens of the two updates from which the cost of prefill is taken
-LEARNING_ROWS = 256  # rows in flight of an RL stage
+LEARNING_ROWS = 256  # rows that an RL stage decodes at once
 MOST_DRAWN = 512  # lengths that are simulated for one replica
 REPLICA_CHIPS = (1, 2, 4, 8, 16, 32, 64)  # chips of a replica that are tried
 

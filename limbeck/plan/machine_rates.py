@@ -31,7 +31,7 @@ from .stage_work import SMALL
 Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.runtime.probe"
 FEW_LAYERS = 2  # layers at which a large model is measured first
-MANY_LAYERS = (4, 10)  # layers, least and most, at which it is measured again: as many as have MANY weights
+MANY_LAYERS = (4, 10)  # least and most layers of the second measurement, of about MANY weights
 MANY = 40_000_000  # weights
 FEW = (64, 192)  # tokens of an update of a large model
 SLOWING = (  # environment variables that slow a machine down

@@ -35,7 +35,7 @@ LEARNER_MFU = (0.12, 0.20, 0.35)
 WAKE = 20.0  # seconds to wake engines and learners up, a rollout: guessed
 HOST_LINK = 20e9  # bytes a second of one chip to its host's memory and back: PCIe 4.0 as it is reached
 STATE = 16  # bytes of learning for a weight (weights, gradients, AdamW in mixed precision)
-POINTS = 96  # points of the curve of rows alive
+POINTS = 96  # points in time at which the samples alive are counted
 SPREAD = 0.7  # standard deviation of the logarithm of a length, where nobody has measured it
 BISECTIONS = 60  # halvings of the median's interval
 SQUARE_SAMPLES = 256  # lengths from which the mean square is taken
@@ -133,7 +133,7 @@ class Lengths:
         return replace(self, mean=min(self.mean * factor, 0.95 * self.cap), seen=())
 
 
-StepTime = Callable[[float, float], float]  # rows alive, context -> seconds
+StepTime = Callable[[float, float], float]  # samples alive, tokens of context -> seconds
 
 
 def decode_seconds(

@@ -22,12 +22,12 @@ from .step import Foresight, Step, foresee
 
 MICRO = (1, 2, 4, 8)
 RECOMPUTE = ("none", "selective", "v3", "full")  # each takes longer and needs less memory
-LATE = 1.25  # times the best estimate: a layout whose lower bound is above that is not estimated
-EXACTLY = 8  # candidates that are simulated, beside those asked for
-MAX_STAGES = 64  # of a pipeline
-MAX_CONTEXT = 16  # chips of context parallelism
-MIN_CONTEXT_TOKENS = 4096  # of a sequence on each chip of context parallelism
-MAX_EXPERT_SHARDS = 256  # chips of expert parallelism
+LATE = 1.25  # times the best estimate: layouts with a higher lower bound are not estimated
+EXACTLY = 8  # candidates that are simulated in addition to the `top` ones
+MAX_STAGES = 64  # most stages of a pipeline
+MAX_CONTEXT = 16  # most chips of context parallelism
+MIN_CONTEXT_TOKENS = 4096  # fewest tokens of a sequence on each chip
+MAX_EXPERT_SHARDS = 256  # most chips of expert parallelism
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from .layout import Layout
 from .roofline import Parts, Roofline, Split
 
 LOGIT_BYTES = 20  # a logit through memory: 16 bits, float32 and its exponent, and back
-# times longer: DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all (arXiv 2412.19437, section 3.2.2)
+# factor on computing time beside an exchange: DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all
+# (arXiv 2412.19437, section 3.2.2)
 EXCHANGING = 132 / 112
 BACKWARD_ATTENTION = 2.5  # times the forward seconds of attention's core
 BISECTIONS = 40  # steps of the search for the cheapest cut

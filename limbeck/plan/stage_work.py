@@ -168,8 +168,8 @@ class Walk:
     def add(self, node: str, stage: Stage, inputs: tuple[str, ...], control: str | None = None) -> StageWork:
         """Add the stage of the graph's node `node` and return its work.
 
-        Its `inputs` must have been added before. `control` is the control that an evaluation forces on the
-        model, if any.
+        Its `inputs` must have been added before. `control` is "forced" if an evaluation forces retries on the
+        model, else None.
         """
         if isinstance(stage, Evaluate):
             work = self._evaluate(node, stage, inputs[0], control)
@@ -212,8 +212,8 @@ class Walk:
         """Return the tokens of a completion for one source of problems.
 
         `problems` names the source, or a screening stage, for which the mean over its sources is taken.
-        `style` is the model's style, `limit` the most tokens of a completion, and `control` the control that
-        an evaluation forces.
+        `style` is the model's style and `limit` the most tokens of a completion. `control` is "forced" if
+        retries are forced on the model, else None.
         """
         source = self.recipe.problems.get(problems)
         if source is None and problems in self.recipe.stages:
@@ -487,7 +487,7 @@ class Walk:
     def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
         """Return the work of an evaluation: completions of held-out problems in every mode.
 
-        `model` is the evaluated stage, and `control` the control that is forced on it, if any.
+        `model` is the evaluated stage. `control` is "forced" if retries are forced on its model, else None.
         """
         rollouts: list[Rollout] = []
         sure = 1.05
@@ -528,7 +528,8 @@ def _miniature_tokens(source: Miniature, style: str, limit: int, control: str | 
     """Return the tokens of a completion for a miniature's problem, its five tags included.
 
     A base model makes one attempt. A learned one makes attempts until one is right; one of `modulus`
-    expressions is right on average. `control` forces a base model to go on after a wrong attempt.
+    expressions is right on average. `control` is "forced" if a base model is made to try again after each
+    wrong attempt, else None. The five tags mark the parts of a completion.
     """
     prompt = 2 * source.numbers + 4
     attempt = _attempt_tokens(source)

@@ -23,8 +23,8 @@ from .stage_cost import Cost, Stages
 SPREAD = {"tested": 0.18, "untested": 0.40}  # half width of the interval, as `plan verify` measures it
 TESTED = ("ampere", "hopper")
 OPTIMIZER_BYTES = 40  # a weight: gradient, master copy and two moments read and written, norm, new weight
-BINDING_SHARE = 0.05  # of a step: a smaller part than that is no bottleneck
-COMPUTING_SHARE = 0.8  # of a step: computing above it is the bottleneck
+BINDING_SHARE = 0.05  # share of a step: a smaller part is no bottleneck
+COMPUTING_SHARE = 0.8  # share of a step: computing that takes more is the bottleneck
 
 WORDS = {
     "compute": "computing",

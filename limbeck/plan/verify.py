@@ -29,7 +29,7 @@ from .step import Foresight, Step, foresee
 WIDER = 1.3  # factor of a whole run's interval on a step's: goodput and side runs are not published
 LARGE_CLUSTER = 1024  # chips of a run whose data parallelism is not published
 SMALL_CLUSTER = 64  # chips on which a run with an unpublished layout is laid out first
-NEAR = 0.2  # relative error, below which memory and phases count as covered
+NEAR = 0.2  # relative error below which forecasts of memory and phases count as covered
 DAY = 86400  # seconds
 LONGEST_REASON = 110  # characters
 GOALS = {  # median and 95th percentile of the relative error
