@@ -1,1 +1,4 @@
-"""Forecasts of a run before anything is bought or started: time, memory, energy, cost. Imports no torch."""
+"""Forecasts of a training run's time, memory, energy and cost before it is started.
+
+Nothing here imports torch.
+"""

@@ -1,9 +1,10 @@
 """Fit the planner's constants to public benchmark sweeps: `python -m limbeck.plan.calibrate runs.csv`.
 
-The table is the user's own copy; it is not part of the package. A fit uses every second model x chips group
-of the Ultrascale rows, the single-node rows of vTrain, BLOOM's prequel and MPT; vTrain's multi-node rows are
-left for checking. The loss is the mean over sets of the mean of min(|log(predicted / measured)|, 0.5), so
-that no set and no outlier dominates.
+A row is one measured run of the table. The table is the user's own copy; it is not part of the package. The
+fit uses every second combination of model and number of chips of the Ultrascale rows, the single-node rows of
+vTrain, and the rows of BLOOM's prequel and of MPT; vTrain's multi-node rows are left for checking. Rows are
+grouped into sets by their source. The loss is the mean over sets of the mean of min(|log(predicted /
+measured)|, 0.5), so that no set and no outlier dominates.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from .step import Foresight
 from .verify import percentile
 
 LEAST_MFU = 0.08  # share of the peak, below which a run was broken, not slow
-MOST_ROWS = 24  # rows of a set
-MOST_ERROR = 0.5  # of a logarithm: a worse row counts no more
-MOST_CHIPS = 128  # chips of an Ultrascale row that is fitted to
-GAIN = 1e-5  # loss by which a change must be better
-FIRST_FACTOR = 1.25  # by which a constant is changed in the first round
+MOST_ROWS = 24  # rows of a set that are used, about
+MOST_ERROR = 0.5  # absolute logarithm of predicted over measured; larger errors count as this
+MOST_CHIPS = 128  # Ultrascale rows with more chips than this are not fitted to
+GAIN = 1e-5  # a change is kept only if it lowers the loss by more than this
+FIRST_FACTOR = 1.25  # factor by which a constant is changed in the first round
 SHRINK = 0.6  # exponent of the factor from one round to the next
 SAME_RUN = ("layers", "hidden", "heads", "seq", "n_chips", "global_batch_tokens", "chip", "precision")
 
 
 def seconds(row: Row) -> float:
-    """Measured seconds of a step; 0 where the row has none."""
+    """Return the measured seconds of one training step, or 0 if the row has no such measurement."""
     if row.metric == "step_time_s":
         return row.value
     tokens = row.number("global_batch_tokens")
@@ -43,14 +44,17 @@ def seconds(row: Row) -> float:
 
 
 def utilisation(row: Row) -> float:
-    """6ND over the 16-bit peak: rough, to leave out broken runs."""
+    """Return 6 x parameters x tokens / time, as a share of the chips' 16-bit peak FLOP/s.
+
+    It is a rough estimate, used to leave out broken runs.
+    """
     peak = row.cluster.chip.rate("fp16")
     flops = 6 * row.number("active_params") * row.number("global_batch_tokens")
     return flops / seconds(row) / row.chips / peak
 
 
 def sets(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows to fit to, by their source."""
+    """Return the rows to fit to, grouped by source; each group is thinned to about MOST_ROWS rows."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if _is_fitted(row):
@@ -59,7 +63,7 @@ def sets(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _is_fitted(row: Row) -> bool:
-    """True if a row has a step's time and belongs to the half that is fitted to."""
+    """Return True if the row has a step time and is not reserved for checking the fit."""
     if not seconds(row) or not row.complete or utilisation(row) < LEAST_MFU:
         return False
     if row.precision == "fp8":
@@ -71,7 +75,7 @@ def _is_fitted(row: Row) -> bool:
 
 
 def _set_name(row: Row) -> str:
-    """The set of a row: source and chip; Ultrascale's are split by their parallelism."""
+    """Return the name of the row's set: source and chip, and for Ultrascale also the kind of parallelism."""
     source = row.name.split()[0]
     if row.name.startswith("vTrain"):
         return source
@@ -85,7 +89,10 @@ def _set_name(row: Row) -> str:
 
 
 def loss(numbers: Constants, groups: dict[str, list[Row]], exact: bool = False) -> float:
-    """The mean over sets of the mean error, which is cut at MOST_ERROR."""
+    """Return the mean over sets of the mean absolute error of a row, which is cut at MOST_ERROR.
+
+    `exact` simulates pipeline schedules instead of using their formulas.
+    """
     total = 0.0
     for rows in groups.values():
         errors = [min(MOST_ERROR, abs(error(row, numbers, exact))) for row in rows]
@@ -94,7 +101,10 @@ def loss(numbers: Constants, groups: dict[str, list[Row]], exact: bool = False) 
 
 
 def error(row: Row, numbers: Constants, exact: bool = True) -> float:
-    """log(predicted / measured); MOST_ERROR where the planner refuses the run."""
+    """Return log(predicted / measured) of the step time, or MOST_ERROR if the planner refuses the run.
+
+    `exact` simulates pipeline schedules instead of using their formulas.
+    """
     try:
         roof = Roofline(row.cluster.chip, row.precision, row.software, numbers)
         step = Foresight(row.model, row.cluster, row.layout, row.batch, row.seq, roof, exact).step()
@@ -104,7 +114,10 @@ def error(row: Row, numbers: Constants, exact: bool = True) -> float:
 
 
 def fit(groups: dict[str, list[Row]], numbers: Constants, rounds: int = 5) -> Constants:
-    """Coordinate descent: one constant after the other, by smaller and smaller factors."""
+    """Return the constants that lower the loss, found by coordinate descent.
+
+    One constant after the other is multiplied and divided by a factor, which gets smaller in each round.
+    """
     fitted = [name for name, entry in provenance().items() if entry["kind"] == "fitted"]
     names = [name for name in fitted if name != "waste"]
     least = loss(numbers, groups)
@@ -122,7 +135,10 @@ def fit(groups: dict[str, list[Row]], numbers: Constants, rounds: int = 5) -> Co
 def _descend(
     groups: dict[str, list[Row]], numbers: Constants, least: float, name: str, scale: float
 ) -> tuple[Constants, float]:
-    """The constants with one of them scaled as often as the loss falls, with the loss."""
+    """Scale the constant `name` by `scale` for as long as the loss falls.
+
+    Return the constants and their loss. `least` is the loss of `numbers`.
+    """
     while True:
         trial = replace(numbers, **{name: getattr(numbers, name) * scale})
         trial_loss = loss(trial, groups)
@@ -133,9 +149,11 @@ def _descend(
 
 
 def regrets(rows: list[Row]) -> list[float]:
-    """The relative time lost by choosing the layout with the shortest forecast, for each group of runs.
+    """Return, for each group of runs, the relative time lost by choosing the layout by forecast.
 
-    The runs of a group differ in nothing but their layout.
+    The chosen run is the one with the shortest forecast; the runs of a group differ only in their layout. 0.1
+    means that the chosen run took 10 % longer than the fastest one. Groups of fewer than three runs are left
+    out.
     """
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
@@ -146,7 +164,10 @@ def regrets(rows: list[Row]) -> list[float]:
 
 
 def _regret(group: list[Row]) -> float:
-    """The relative time lost in one group."""
+    """Return the relative time lost in one group.
+
+    It is the measured time of the run with the shortest forecast over the shortest measured time, less 1.
+    """
     numbers = constants()
 
     def predicted(row: Row) -> float:
@@ -157,7 +178,11 @@ def _regret(group: list[Row]) -> float:
 
 
 def fitting(rows: list[Row]) -> str:
-    """How often the planner knows if a run fits, and the error of its peak memory, on every third row."""
+    """Return one line on how well the planner predicts memory, measured on every third row.
+
+    It counts the runs that were wrongly predicted to fit or not to fit in memory, and gives the relative
+    error of the peak memory of the runs that fitted.
+    """
     ran = [row for row in rows if row.metric == "peak_mem_reserved_gb"][::3]
     failed = [row for row in rows if row.metric == "oom"][::3]
     memories = [row.memory for row in ran]
@@ -176,7 +201,11 @@ def fitting(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """`FILE` fits; `FILE regret` prints the time lost by choosing, `FILE memory` errors of memory."""
+    """Fit the constants to the table `FILE`, the first argument.
+
+    With the second argument `regret`, print the time lost by choosing layouts by forecast instead; with
+    `memory`, print the errors of the memory forecast.
+    """
     rows = read(Path(sys.argv[1]))
     if sys.argv[2:] == ["regret"]:
         for name in ("BLOOM", "vTrain-multi", "vTrain-single", "ultrascale"):

@@ -1,4 +1,7 @@
-"""Chips as data: every figure with its source and date; an unpublished figure is absent, not guessed."""
+"""Chips as data: every figure with its source and date.
+
+A figure that is not published is absent, not guessed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Source:
-    """The source of a figure: `Source("NVIDIA H100 data sheet", "2023-03")`."""
+    """The source of a figure, with its year and month: `Source("NVIDIA H100 data sheet", "2023-03")`."""
 
     text: str
     date: str
@@ -36,11 +39,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator: `find("h800").rate("bf16")` is 989e12 FLOP/s, its `memory` 80e9 bytes.
+    """An accelerator: `find("h800").rate("bf16")` is 989e12 FLOP/s, and its `memory` is 80e9 bytes.
 
-    `figures` are in the units of chips.yaml. A package of several dies is one chip with `dies` and
-    `die_link`. Half of the bytes that one of two dies reads are at the other, so memory is no faster than the
-    link between them.
+    `figures` are in the units of chips.yaml, and `sources` has the source of each figure. A package of
+    several dies is one chip with the figures `dies` and `die_link`. If a package has two dies, half of the
+    bytes that a die reads are in the other die's memory, so memory is no faster than the link between the
+    dies.
     """
 
     name: str
@@ -50,7 +54,7 @@ class Chip:
     datacentre: bool = True
 
     def figure(self, key: str) -> float:
-        """One figure, in the units of chips.yaml. Raises LimbeckError where it is not known."""
+        """Return the figure `key` in the unit of chips.yaml. Raises LimbeckError if it is not known."""
         if key in self.figures:
             return self.figures[key]
         what = WHAT.get(key, f"{key} TFLOPS" if key in RATES else key)
@@ -60,17 +64,24 @@ class Chip:
         )
 
     def rate(self, precision: str) -> float:
-        """Peak FLOP/s, dense; of a chip with several dies the sum of all."""
+        """Return the peak dense FLOP/s in `precision`, summed over the chip's dies.
+
+        For int8 it is operations a second.
+        """
         return 1e12 * self.figure(precision)
 
     @property
     def memory(self) -> float:
-        """Bytes of memory."""
+        """The memory's size in bytes."""
         return 1e9 * self.figure("memory")
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second of memory; each of n dies reads 1/n of its bytes locally, the rest by link."""
+        """The memory's bandwidth in bytes a second.
+
+        With n dies, each die reads 1/n of its bytes from its own memory and the rest over the link between
+        dies.
+        """
         local = 1e9 * self.figure("bandwidth")
         dies = int(self.figures.get("dies", 1))
         if dies == 1:
@@ -81,18 +92,19 @@ class Chip:
 
     @property
     def link(self) -> float:
-        """Bytes a second of the scale-up link, both directions together; 0 without one."""
+        """Bytes a second of the scale-up link (such as NVLink), both directions together; 0 without one."""
         return 1e9 * self.figure("link")
 
     @property
     def watts(self) -> float:
-        """Watts by the label."""
+        """The chip's rated power in watts, from its data sheet."""
         return self.figure("watts")
 
     def change(self, **figures: float) -> Chip:
-        """The same chip with other figures: `find("h100").change(link=400)` is nearly an H800.
+        """Return the same chip with other figures: `find("h100").change(link=400)` is nearly an H800.
 
-        Raises LimbeckError for a figure that chips do not have.
+        `figures` are in the units of chips.yaml. Raises LimbeckError for the name of a figure that chips do
+        not have.
         """
         for key in figures:
             if key not in FIGURES:
@@ -103,7 +115,7 @@ class Chip:
 
 @cache
 def catalogue() -> dict[str, Chip]:
-    """All chips, by their first name."""
+    """Return all chips of chips.yaml, keyed by each chip's first name."""
     tree = _tree()
     sources = {}
     for key, value in tree["sources"].items():
@@ -113,13 +125,13 @@ def catalogue() -> dict[str, Chip]:
 
 @cache
 def _tree() -> dict[str, Any]:
-    """The content of chips.yaml."""
+    """Return the parsed content of chips.yaml."""
     return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 
 @cache
 def _names() -> dict[str, str]:
-    """Any name of a chip -> its first name."""
+    """Return a mapping from every name of a chip to its first name, the key of `catalogue`."""
     names = {}
     for first, entry in _tree()["chips"].items():
         for name in (first, *entry.get("names", ())):
@@ -128,7 +140,7 @@ def _names() -> dict[str, str]:
 
 
 def find(name: str) -> Chip:
-    """A chip by any of its names, in upper or lower case. Raises LimbeckError for an unknown one."""
+    """Return a chip by any of its names, in upper or lower case. Raises LimbeckError for an unknown name."""
     key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     names = _names()
     if key not in names:
@@ -137,7 +149,7 @@ def find(name: str) -> Chip:
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:
-    """The nearest known name, or all of them."""
+    """Return a hint for an unknown name: the known name nearest to `key`, or else all known names."""
     close = get_close_matches(key, list(known), n=1)
     if close:
         return f"did you mean {close[0]}?"
@@ -145,7 +157,11 @@ def _suggest(key: str, known: Iterable[str]) -> str:
 
 
 def _chip(name: str, entry: dict[str, Any], sources: dict[str, Source]) -> Chip:
-    """A chip of chips.yaml; a figure is a number, or a number with its own source."""
+    """Build a chip from its entry of chips.yaml.
+
+    A figure of the entry is a number, which has the entry's first source, or a pair of a number and the key
+    of its own source. `sources` maps these keys to sources.
+    """
     figures = {}
     sources_of_figures = {}
     for key, value in entry["figures"].items():

@@ -1,4 +1,4 @@
-"""Clusters: a chip, their number, the chips of a node, and the fabric that joins them."""
+"""Clusters: a chip, the number of chips, the chips of a node, and the network that joins the nodes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ NAMED = re.compile(r"(?P<chip>[a-z0-9-]*[a-z0-9])-(?P<count>\d+)$", re.IGNORECAS
 
 @dataclass(frozen=True)
 class Fabric:
-    """The network of a cluster.
+    """The network of a cluster, with numbers in the units of clusters.yaml.
 
-    Numbers are as in clusters.yaml: Gbit/s of a card, GB/s of a slot, microseconds, chips. Eight chips behind
-    one card of 200 Gbit/s is `Fabric("mine", "fat-tree", nics=1, nic=200, pcie=32)`.
+    `per_node` is chips a node, `nics` network cards a node, `nic` Gbit/s of a card, `pcie` GB/s of a PCIe
+    slot, and `latency` microseconds of a hop between nodes. Above `pod` chips the network has
+    1/`oversubscription` of its bandwidth (`pod=0`: never). `site_link` (Gbit/s) and `site_latency`
+    (milliseconds) join `sites` sites, which average their weights once in `every` steps. Eight chips behind
+    one card of 200 Gbit/s are `Fabric("mine", "fat-tree", nics=1, nic=200, pcie=32)`.
     """
 
     name: str
@@ -47,7 +50,10 @@ class Fabric:
 
 @dataclass(frozen=True)
 class Cluster:
-    """`cluster("2048xH800")`: 256 nodes of eight chips. Bytes a second are of one direction."""
+    """`count` equal chips and their network: `cluster("2048xH800")` has 256 nodes of eight chips.
+
+    All bandwidths are in bytes a second in one direction.
+    """
 
     name: str
     chip: Chip
@@ -56,51 +62,61 @@ class Cluster:
 
     @property
     def per_node(self) -> int:
-        """Chips a node."""
+        """The number of chips in a node."""
         return min(self.fabric.per_node, self.count)
 
     @property
     def nodes(self) -> int:
-        """Nodes, the last one perhaps in part."""
+        """The number of nodes; the last one may be only partly used."""
         return -(-self.count // self.fabric.per_node)
 
     @property
     def inside(self) -> float:
-        """Bytes a second of a chip to the others of its node: half of its link, or its PCIe slot."""
+        """Bytes a second from one chip to the other chips of its node.
+
+        It is half of the scale-up link's two-way bandwidth, or the bandwidth of the PCIe slot if there is no
+        link.
+        """
         return self.chip.link / 2 or 1e9 * self.fabric.pcie
 
     @property
     def linked(self) -> bool:
-        """True if chips of a node are joined by more than PCIe."""
+        """True if the chips of a node are joined by a scale-up link (such as NVLink), not only by PCIe."""
         return self.chip.link > 0
 
     @property
     def outside(self) -> float:
-        """Bytes a second of all cards of a node together."""
+        """Bytes a second that all network cards of a node send together."""
         return self.fabric.nics * self.fabric.nic * 1e9 / 8
 
     @property
     def card(self) -> float:
-        """The most bytes a second of one chip out of its node: one card, or its share of several."""
+        """The most bytes a second that one chip can send out of its node.
+
+        It is the bandwidth of one card, or the chip's share of the node's cards if that is more.
+        """
         return max(self.fabric.nic * 1e9 / 8, self.outside / self.per_node)
 
     @property
     def latency(self) -> float:
-        """Seconds of a hop between nodes."""
+        """Seconds of latency of one hop between nodes."""
         return 1e-6 * self.fabric.latency
 
     def outside_of(self, chips_spanned: int) -> float:
-        """`outside` for a group that spans so many chips: above a pod the network is oversubscribed."""
+        """Return `outside` for a group of chips that spans `chips_spanned` chips.
+
+        A group larger than a pod has less bandwidth, because the network between pods is oversubscribed.
+        """
         if self.fabric.pod and chips_spanned > self.fabric.pod:
             return self.outside / self.fabric.oversubscription
         return self.outside
 
     def across(self, count: int) -> Cluster:
-        """The first `count` chips of it."""
+        """Return a cluster of only `count` chips, with the same chip and network."""
         return replace(self, name=f"{count} of {self.name}", count=count)
 
     def tell(self) -> str:
-        """The cluster in one line."""
+        """Return a description of the cluster in one line."""
         fabric = self.fabric
         inner = f"PCIe of {fabric.pcie:.0f} GB/s"
         if self.linked:
@@ -116,12 +132,12 @@ class Cluster:
 
 @cache
 def _tree() -> dict[str, Any]:
-    """The content of clusters.yaml."""
+    """Return the parsed content of clusters.yaml."""
     return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 
 def fabric(name: str) -> Fabric:
-    """A fabric of clusters.yaml. Raises LimbeckError for an unknown one."""
+    """Return the fabric called `name` in clusters.yaml. Raises LimbeckError for an unknown name."""
     fabrics = _tree()["fabrics"]
     if name not in fabrics:
         raise LimbeckError(f"fabric {name!r} is not known; known are {', '.join(fabrics)}")
@@ -129,11 +145,11 @@ def fabric(name: str) -> Fabric:
 
 
 def cluster(text: str, **changes: Any) -> Cluster:
-    """A cluster by name (`fire-flyer-2`), or by count and chip (`2048xH800`, `8x4090`, `h800-64`).
+    """Return a cluster by name (`fire-flyer-2`), or by count and chip (`2048xH800`, `8x4090`, `h800-64`).
 
-    `changes` are other values: `cluster("2048xH800", nvlink=900)`, `chip="h20"`, `nics=1`,
-    `fabric="two-zone"`, or any figure of the chip. Raises LimbeckError for an unknown cluster, chip or
-    fabric, and for an impossible number.
+    `changes` replace single values of that cluster: `cluster("2048xH800", nvlink=900)`, `chip="h20"`,
+    `nics=1`, `fabric="two-zone"`, or any figure of the chip. Raises LimbeckError for an unknown cluster, chip
+    or fabric, and for an impossible number.
     """
     name = text.strip().lower()
     tree = _tree()
@@ -153,7 +169,11 @@ def cluster(text: str, **changes: Any) -> Cluster:
 
 
 def _parse(name: str, text: str) -> dict[str, Any]:
-    """The entry of a cluster that is written as a count and a chip, or as a chip alone."""
+    """Return the entry of a cluster that is written as a count and a chip, or as a chip alone.
+
+    The entry has the keys `chip` and `count`. `name` is `text` in lower case; `text` is what the error cites.
+    Raises LimbeckError if neither form matches.
+    """
     for pattern in (COUNTED, NAMED):
         match = pattern.match(name)
         if match:
@@ -168,7 +188,7 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 
 def _change(network: Fabric, changes: dict[str, Any]) -> Fabric:
-    """A fabric with other numbers."""
+    """Return the fabric with other values of its fields. Raises LimbeckError for an impossible number."""
     numbers = {}
     for key, value in changes.items():
         number = _number(key, value)
@@ -179,7 +199,7 @@ def _change(network: Fabric, changes: dict[str, Any]) -> Fabric:
 
 
 def _number(key: str, value: Any) -> float:
-    """A number that is not negative."""
+    """Return `value` as a float. Raises LimbeckError, which names `key`, if it is no number or negative."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ FILE = Path(__file__).with_name("constants.yaml")
 
 @dataclass(frozen=True)
 class Constants:
-    """The planner's constants by name; constants.yaml describes each."""
+    """The planner's constants by name; constants.yaml has the description and the source of each."""
 
     gemm_ampere: float
     gemm_hopper: float
@@ -45,13 +45,16 @@ class Constants:
 
 @cache
 def provenance() -> dict[str, dict[str, Any]]:
-    """Name -> value, kind (physics, spec, fitted or guessed), description, source."""
+    """Return the entries of constants.yaml: name -> value, kind, description and source.
+
+    The kind is "physics", "spec", "fitted" or "guessed".
+    """
     return yaml.load(FILE.read_text(encoding="utf-8"), LOADER)
 
 
 @cache
 def constants() -> Constants:
-    """The constants of constants.yaml."""
+    """Return the values of constants.yaml as `Constants`."""
     entries = provenance()
     values = {}
     for field in fields(Constants):

@@ -1,8 +1,9 @@
 """The cost of a model: FLOPs and values of every layer, from the `ModelConfig` that training uses.
 
-A matrix product of `tokens` rows costs 2 x tokens x inputs x outputs FLOPs forward and twice that backward.
-FLOPs a token are given under several conventions, because published figures use several; they differ by up to
-a third for the same run.
+A matrix product of `tokens` rows costs 2 x tokens x inputs x outputs FLOPs in the forward pass and twice that
+in the backward pass. FLOPs a token are given under several conventions (`CONVENTIONS`), because published
+figures use several; they differ by up to a third for the same run. A value is one number of an activation,
+whatever its bytes. MTP layers are the extra layers of multi-token prediction.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class Matmul:
-    """One matrix: `inputs` x `outputs`, multiplied with `copies` of each token on average.
+    """One weight matrix of `inputs` x `outputs`, or the equal matrices of all experts of a layer.
 
-    Of 256 experts, 8 a token, `copies` is 8 and `experts` 256. `split` is the side that tensor parallelism
-    divides: "out", "in" or "none".
+    `experts` is the number of such experts (0: no experts), and `copies` the mean number of times that a
+    token is multiplied with such a matrix: with 8 of 256 experts a token, `copies` is 8 and `experts` 256.
+    `split` is the dimension that tensor parallelism divides: "out" (outputs), "in" (inputs) or "none".
     """
 
     name: str
@@ -44,21 +46,23 @@ class Matmul:
 
     @property
     def weights(self) -> int:
-        """Weights of all experts."""
+        """The number of weights, of all experts together."""
         return self.inputs * self.outputs * max(self.experts, 1)
 
     @property
     def met(self) -> float:
-        """Weights that a token is multiplied with."""
+        """The number of weights that one token is multiplied with."""
         return self.inputs * self.outputs * self.copies
 
 
 @dataclass(frozen=True)
 class Work:
-    """One layer: its matrices, its attention, and the values a token of its other operations.
+    """The work of one layer: its matrices, its attention, and the values of its other operations.
 
-    `wide` values are of the hidden size, and whole on each chip without sequence parallelism; `narrow` ones
-    are divided by tensor parallelism. `saved_wide` and `saved_narrow` values are inputs of the backward pass.
+    `key` and `value` are the sizes of a key and a value of one head. `window` is the attention window in
+    tokens (0: none). `wide`, `narrow`, `saved_wide` and `saved_narrow` count activation values a token. Wide
+    values have the hidden size and, without sequence parallelism, are whole on each chip; narrow values are
+    divided by tensor parallelism. Saved values are inputs of the backward pass.
     """
 
     matmuls: tuple[Matmul, ...]
@@ -77,53 +81,63 @@ class Work:
 
     @cached_property
     def weights(self) -> int:
-        """Weights of the layer's matrices."""
+        """The number of weights of the layer's matrices."""
         return sum(matmul.weights for matmul in self.matmuls)
 
     @cached_property
     def expert_weights(self) -> int:
-        """Weights of its experts."""
+        """The number of weights of the layer's routed experts."""
         return sum(matmul.weights for matmul in self.matmuls if matmul.experts)
 
     @cached_property
     def flops(self) -> float:
-        """Forward FLOPs a token, attention aside."""
+        """FLOPs of one token in the forward pass, without attention's scores and weighted sums."""
         return 2 * sum(matmul.met for matmul in self.matmuls)
 
     def seen(self, seq: float, causal: bool = True) -> float:
-        """Keys that a token sees on average in a sequence of `seq`."""
+        """Return the number of keys that a token attends to on average in a sequence of `seq` tokens.
+
+        With `causal` a token sees half of the sequence on average, otherwise all of it.
+        """
         if self.window and self.window < seq:
             return self.window
         return seq / 2 if causal else seq
 
     def attention_flops(self, seq: float, causal: bool = True) -> float:
-        """Forward FLOPs a token of scores and mixing."""
+        """Return the forward FLOPs of one token for attention's scores and weighted sums of values.
+
+        See `seen` for `seq` and `causal`.
+        """
         return 2 * self.heads * (self.key + self.value) * self.seen(seq, causal)
 
 
 @cache
 def work(config: ModelConfig) -> tuple[Work, ...]:
-    """Every layer in order, MTP layers last. The head is `head(config)`."""
+    """Return the work of every layer in order, MTP layers last.
+
+    The output matrix is not in it: see `head`.
+    """
     layers = range(config.layers + config.predicted)
     return tuple(_layer(config, layer) for layer in layers)
 
 
 def head(config: ModelConfig) -> Matmul:
-    """The output matrix: hidden states to logits."""
+    """Return the output matrix, which maps hidden states to logits."""
     return Matmul("head", config.hidden_size, config.vocab_size)
 
 
 def weights(config: ModelConfig) -> int:
-    """All weights, those of MTP layers included."""
+    """Return the number of all weights of the model, MTP layers included."""
     return config.parameters + config.parameters_ahead
 
 
 def flops_per_token(
     config: ModelConfig, seq: float, convention: str = "causal", recompute: float = 0.0
 ) -> float:
-    """Training FLOPs a token by one of CONVENTIONS; `recompute` is the share of a forward pass done twice.
+    """Return the training FLOPs of one token under one of CONVENTIONS.
 
-    Raises LimbeckError for an unknown convention.
+    `seq` is the tokens of a sequence. `recompute` is the share of the forward pass that the backward pass
+    computes again; only the convention "hardware" counts it. Raises LimbeckError for an unknown convention.
     """
     if convention not in CONVENTIONS:
         raise LimbeckError(f"no FLOPs convention {convention!r}; known are {', '.join(CONVENTIONS)}")
@@ -143,7 +157,7 @@ def flops_per_token(
 
 
 def _megatron_flops(config: ModelConfig, seq: float) -> float:
-    """FLOPs a token by Megatron's formula (arXiv 2104.04473, section 5.1)."""
+    """Return the training FLOPs of one token by Megatron's formula (arXiv 2104.04473, section 5.1)."""
     size = config.hidden_size
     depth = config.layers
     attention = seq / (6 * size)
@@ -153,7 +167,10 @@ def _megatron_flops(config: ModelConfig, seq: float) -> float:
 
 @dataclass(frozen=True)
 class _Attention:
-    """Attention: its matrices, sizes of a key and of a value, and values saved for the backward pass."""
+    """The attention of one layer: its matrices and the sizes of a key and of a value of one head.
+
+    `saved` is the number of values a token that are kept for the backward pass.
+    """
 
     matmuls: tuple[Matmul, ...]
     key: int
@@ -163,7 +180,11 @@ class _Attention:
 
 @dataclass(frozen=True)
 class _FeedForward:
-    """A feed-forward network: its matrices, values a token, and values saved for the backward pass."""
+    """The feed-forward network of one layer, dense or a mixture of experts.
+
+    `values` is the number of activation values a token, and `saved` the number of those that are kept for the
+    backward pass. `routed` of `experts` experts process a token, on at most `groups` nodes.
+    """
 
     matmuls: tuple[Matmul, ...]
     values: float
@@ -174,7 +195,10 @@ class _FeedForward:
 
 
 def _layer(config: ModelConfig, layer: int) -> Work:
-    """The work of one layer; MTP layers follow the model's own."""
+    """Return the work of layer number `layer`.
+
+    The numbers of MTP layers follow those of the model's own layers.
+    """
     ahead = layer >= config.layers
     hidden = config.hidden_size
     attention = _attention(config, layer)
@@ -200,7 +224,7 @@ def _layer(config: ModelConfig, layer: int) -> Work:
 
 
 def _attention(config: ModelConfig, layer: int) -> _Attention:
-    """Attention with key-value heads; MLA where the model has it."""
+    """Return the attention of a layer: latent (MLA) if the model has it, else with key-value heads."""
     if config.latent:
         return _latent_attention(config)
     size = config.head_dim
@@ -213,7 +237,7 @@ def _attention(config: ModelConfig, layer: int) -> _Attention:
 
 
 def _latent_attention(config: ModelConfig) -> _Attention:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+    """Return multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
     hidden = config.hidden_size
     heads = config.heads
     latent = config.latent
@@ -235,7 +259,7 @@ def _latent_attention(config: ModelConfig) -> _Attention:
 
 
 def _dense(config: ModelConfig) -> _FeedForward:
-    """A dense feed-forward network, gated or not."""
+    """Return a dense feed-forward network, gated or not."""
     hidden = config.hidden_size
     middle = config.intermediate_size
     up = (1 + config.gated) * middle
@@ -244,7 +268,7 @@ def _dense(config: ModelConfig) -> _FeedForward:
 
 
 def _mixture(config: ModelConfig) -> _FeedForward:
-    """A mixture of experts with its router and shared experts."""
+    """Return a mixture of experts with its router and its shared experts."""
     hidden = config.hidden_size
     experts = config.experts
     size = experts.intermediate_size

@@ -1,7 +1,9 @@
-"""Energy of chip-hours: by measured power, not the label's, and with the building's share (PUE).
+"""Energy of chip-hours: by measured power, not rated power, and with the building's overhead.
 
-Many published figures are no measurements: energy that is chip-hours times the label's power, and money that
-is hours times a rate. `circular` finds such figures, which test nothing.
+The overhead is the PUE (power usage effectiveness): the energy of the whole building over that of its
+computers. Many published figures are no measurements: an energy that is chip-hours times the rated power, or
+an amount of money that is hours times a rate. Comparing a forecast with such a figure tests nothing;
+`circular` finds such energies.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 class Measured:
     """The measured power of a chip at work: `Measured("V100", 330, 300, "...")`.
 
-    `watts` is measured and includes the chip's share of the host; `label` is the label's.
+    `watts` is measured and includes the chip's share of its host; `label` is the rated power in watts.
     """
 
     chip: str
@@ -23,7 +25,7 @@ class Measured:
 
     @property
     def fraction(self) -> float:
-        """Measured power over the label's."""
+        """Measured power over rated power."""
         return self.watts / self.label
 
 
@@ -46,12 +48,16 @@ UNMEASURED = (0.69, 1.1, 1.31)
 # Power usage effectiveness: metered 1.08 to 1.2 (OLMo-2's centres: 1.1, 1.12, 1.2; GPT-3's 1.10).
 PUE = (1.08, 1.12, 1.2)
 CIRCULAR_PUES = (1.0, 1.1, 1.2)  # values that publications multiply with
-CIRCULAR_TOLERANCE = 0.005  # of an energy: as near to a product it is circular
+CIRCULAR_TOLERANCE = 0.005  # relative difference up to which an energy counts as circular
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Kilowatt-hours with their interval: `Energy(1_287_000, 1_200_000, 1_400_000, watts=330, pue=1.1)`."""
+    """Energy in kWh with its interval: `Energy(1_287_000, 1_200_000, 1_400_000, watts=330, pue=1.1)`.
+
+    `low` and `high` are in kWh too. `watts` is the assumed power of one chip with its share of the host, and
+    `pue` the assumed power usage effectiveness.
+    """
 
     kwh: float
     low: float
@@ -61,9 +67,11 @@ class Energy:
 
 
 def spend(chip: str, label_watts: float, chip_hours: float, pue: float | None = None) -> Energy:
-    """Energy of the hours of one chip with its share of the host.
+    """Return the energy of `chip_hours` hours of a chip, its share of host and building included.
 
-    A measured chip takes its measured power, give or take a tenth; another one `UNMEASURED` of its label.
+    A chip in POWER takes its measured power, give or take a tenth; another chip takes the shares `UNMEASURED`
+    of its rated power `label_watts`. `pue` is the power usage effectiveness; without it, the range PUE is
+    used.
     """
     least, middle, most = _fractions(chip)
     low, mean, high = (pue, pue, pue) if pue else PUE
@@ -78,7 +86,7 @@ def spend(chip: str, label_watts: float, chip_hours: float, pue: float | None = 
 
 
 def _fractions(chip: str) -> tuple[float, float, float]:
-    """The least, middle and greatest share of the label's power that a chip draws."""
+    """Return the least, middle and greatest share of its rated power that a chip draws."""
     fractions = sorted(measured.fraction for measured in POWER if measured.chip == chip)
     if not fractions:
         return UNMEASURED
@@ -87,7 +95,10 @@ def _fractions(chip: str) -> tuple[float, float, float]:
 
 
 def circular(published_kwh: float, chip_hours: float, label_watts: float, pue: float | None = None) -> str:
-    """A sentence if a published energy is chip-hours times the label's power (and a PUE); else ""."""
+    """Return a sentence if a published energy is only chip-hours times rated power (and a PUE), else "".
+
+    Such an energy is arithmetic and not a measurement.
+    """
     label_kwh = label_watts * chip_hours / 1e3
     for factor in [pue] if pue else CIRCULAR_PUES:
         ratio = published_kwh / (label_kwh * factor)

@@ -1,7 +1,8 @@
 """Export rules as data (export_rules.yaml), each with its dates, clause and source, and verdicts by them.
 
-A date and a destination are always needed: no fixed list of forbidden chips is right for long. A figure that
-a rule needs and that is not known is an error, never a pass.
+A ware is what is exported: a chip, a model's weights, or a memory stack. A verdict needs a date and a
+destination, because no fixed list of forbidden chips stays right for long. If a rule needs a figure that is
+not known, that is an error and never a pass.
 """
 
 from __future__ import annotations
@@ -31,14 +32,20 @@ PCIE = 64.0  # GB/s, both ways, of a slot of 16 lanes (PCIe 4.0)
 
 @dataclass(frozen=True)
 class Die:
-    """Logic of a package: `Die({16: 989, 8: 1979}, 814)`, dense TOPS by bits and mm2 of non-planar logic."""
+    """The logic of one die: `Die({16: 989, 8: 1979}, 814)`.
+
+    `tops` maps the bits of an operand to dense TOPS; `mm2` is the area of non-planar logic, None if unknown.
+    """
 
     tops: dict[int, float]
     mm2: float | None = None
 
     @property
     def tpp(self) -> float:
-        """TOPS times bit length, the highest over lengths; a multiply-add is two operations (88 FR 73458)."""
+        """Total processing performance: the highest of TOPS times bits over all bit lengths.
+
+        A multiply-add counts as two operations (88 FR 73458).
+        """
         return max(bits * tops for bits, tops in self.tops.items())
 
 
@@ -46,8 +53,9 @@ class Die:
 class Chip:
     """A chip's figures for export rules: `Chip("A100", (Die({16: 312}, 826),), 600, memory_gb_s=2039)`.
 
-    The dies of a package add up, in performance and in area. Planar dies (memory, most input and output)
-    count in neither, so they do not dilute the density.
+    `io_gb_s` is the transfer rate to other chips and `memory_gb_s` the memory's bandwidth, both in GB/s;
+    `market` is "datacentre" or "consumer". The dies of a package add up, in performance and in area. Planar
+    dies (memory, most input and output) count in neither, so they do not dilute the performance density.
     """
 
     name: str
@@ -58,12 +66,12 @@ class Chip:
 
     @property
     def tpp(self) -> float:
-        """Total processing performance of all dies."""
+        """Total processing performance, summed over all dies."""
         return sum(die.tpp for die in self.dies)
 
     @property
     def density(self) -> float | None:
-        """Total processing performance a mm2; None where an area is not known."""
+        """Total processing performance for each mm2 of die area; None if the area of a die is not known."""
         areas = [die.mm2 for die in self.dies]
         if None in areas:
             return None
@@ -71,10 +79,10 @@ class Chip:
 
 
 def ware(chip: chips.Chip) -> Chip:
-    """The figures of a chip of the catalogue for export rules.
+    """Return the figures for export rules of a chip of the catalogue (chips.py).
 
-    The dies of a package share its figures evenly. Without a scale-up link, the transfer rate is that of its
-    slot.
+    The dies of a package share its figures evenly. Without a scale-up link, the transfer rate is that of the
+    PCIe slot. Raises LimbeckError if no 16-bit or 8-bit performance is known.
     """
     dies = int(chip.figures.get("dies", 1))
     tops: dict[int, float] = {}
@@ -99,8 +107,8 @@ def ware(chip: chips.Chip) -> Chip:
 class Weights:
     """A model's weights: `Weights("mine", operations=3.3e24, published=True)`.
 
-    `best_published` is the operations of the best published model: a model that needed fewer is outside the
-    rules.
+    `operations` is the operations of its training. `best_published` is the training operations of the largest
+    published model: weights that needed no more are outside the rules.
     """
 
     name: str
@@ -111,7 +119,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Memory:
-    """A stack of memory sold by itself: `Memory("HBM3", 819, 110)`, GB/s and mm2 of its package."""
+    """A memory stack that is sold by itself, with GB/s and mm2 of its package: `Memory("HBM3", 819, 110)`."""
 
     name: str
     gb_s: float
@@ -119,7 +127,7 @@ class Memory:
 
     @property
     def memory_density(self) -> float:
-        """GB/s a mm2."""
+        """GB/s of memory bandwidth for each mm2 of the package."""
         return self.gb_s / self.mm2
 
 
@@ -127,8 +135,9 @@ class Memory:
 class Verdict:
     """A decision with its reason: `Verdict("licence", "ECCN 3A090.a.1", "advanced computing, 2023", ...)`.
 
-    `decision` is `licence`, `review` or `free`, which has no clause. `enforced` is False if the rule was
-    published and never applied. `why` has the figures that decided.
+    `decision` is `licence` (needed), `review` (needed, and decided case by case) or `free` (not needed; no
+    clause applies). `policy` says how applications are treated, and `why` has the figures that decided.
+    `enforced` is False if the rule was published but never applied.
     """
 
     decision: str
@@ -141,7 +150,7 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The verdict as a sentence."""
+        """The verdict as one English sentence."""
         if self.decision == "free":
             return f"free: {self.why}"
         need = "needs a licence"
@@ -154,10 +163,11 @@ class Verdict:
 
 
 def judge(ware: Chip | Weights | Memory, destination: str, on: date) -> Verdict:
-    """The verdict for a destination on a day.
+    """Return the verdict on exporting `ware` to `destination` (a country) on the day `on`.
 
-    Enforced rules come before others, and a case-by-case review before the licence that it eases. Raises
-    LimbeckError for an unknown destination, and for a figure that a rule needs and that is not known.
+    If several rules apply, enforced rules come before others, and a rule of case-by-case review comes before
+    the licence rule that it eases. Raises LimbeckError for an unknown destination, and if a rule needs a
+    figure that is not known.
     """
     groups = _groups(destination)
     if isinstance(ware, Weights):
@@ -169,7 +179,11 @@ def judge(ware: Chip | Weights | Memory, destination: str, on: date) -> Verdict:
 
 
 def _binding(verdicts: list[Verdict]) -> Verdict | None:
-    """The verdict that counts among those of several rules; None where none counts."""
+    """Return the verdict that takes precedence over the others; None if there are none.
+
+    A case-by-case review replaces an enforced licence rule, unless that licence was required by a letter to a
+    company; otherwise an enforced verdict comes before one that is not.
+    """
     licences = [verdict for verdict in verdicts if verdict.enforced and verdict.decision == "licence"]
     reviews = [verdict for verdict in verdicts if verdict.decision == "review"]
     unenforced = [verdict for verdict in verdicts if not verdict.enforced]
@@ -180,7 +194,7 @@ def _binding(verdicts: list[Verdict]) -> Verdict | None:
 
 
 def _outside(weights: Weights) -> str:
-    """The reason for which weights are outside the rules; empty if they are not."""
+    """Return the reason why weights are outside the rules; an empty string if the rules apply to them."""
     if weights.published:
         return "published weights are outside"
     if weights.operations <= weights.best_published:
@@ -189,7 +203,10 @@ def _outside(weights: Weights) -> str:
 
 
 def _verdicts(ware: Chip | Weights | Memory, groups: set[str], on: date) -> list[Verdict]:
-    """The verdicts of all rules that catch a ware, in the table's order."""
+    """Return the verdict of every rule that applies to the ware, in the table's order.
+
+    `groups` has the destination's name and its country groups; `on` is the day of the export.
+    """
     goods = {Chip: "chip", Weights: "weights", Memory: "memory"}[type(ware)]
     verdicts: list[Verdict] = []
     for rule in _table()["rules"]:
@@ -201,7 +218,11 @@ def _verdicts(ware: Chip | Weights | Memory, groups: set[str], on: date) -> list
 
 
 def _applies(rule: Mapping[str, Any], name: str, groups: set[str], on: date) -> bool:
-    """True if a rule is in force on a day, for a destination in `groups` and a ware of this name."""
+    """Return True if the rule is in force on the day `on` for this destination and this ware.
+
+    `groups` has the destination's name and its country groups; `name` is the ware's name, for rules that list
+    products by name.
+    """
     in_force = rule["from"] <= on < rule.get("until", date.max)
     if not in_force or groups.isdisjoint(rule["to"]):
         return False
@@ -210,9 +231,9 @@ def _applies(rule: Mapping[str, Any], name: str, groups: set[str], on: date) -> 
 
 
 def _verdict(rule: Mapping[str, Any], ware: Any) -> Verdict | None:
-    """The verdict of the rule's first test that a ware meets; None if it meets none.
+    """Return the verdict by the rule's first test that the ware meets; None if it meets none.
 
-    Raises LimbeckError if a figure that is not known would decide.
+    Raises LimbeckError if whether a test is met depends on a figure that is not known.
     """
     missing = ""
     for test in rule["tests"]:
@@ -236,13 +257,13 @@ def _verdict(rule: Mapping[str, Any], ware: Any) -> Verdict | None:
 
 
 def _caught(rule: Mapping[str, Any], clause: str, why: str) -> Verdict:
-    """The verdict of a rule by one of its clauses."""
+    """Return the verdict of `rule` when its clause `clause` applies; `why` names the figures that decided."""
     enforced = rule.get("enforced", True)
     return Verdict(rule["decision"], clause, rule["name"], rule["policy"], rule["source"], why, enforced)
 
 
 def _reason(figures: Mapping[str, float]) -> str:
-    """Figures with their names."""
+    """Return the figures with their names in words, separated by commas."""
     words: list[str] = []
     for measure, figure in figures.items():
         number = f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
@@ -251,14 +272,20 @@ def _reason(figures: Mapping[str, float]) -> str:
 
 
 def _within(value: float, bounds: Mapping[str, float]) -> bool:
-    """True if a figure is at least `least`, below `below` and above `above`, where a test has them."""
+    """Return True if `value` is within all of `bounds`.
+
+    The bounds are optional: "least" (at least), "below" (less than) and "above" (more than).
+    """
     if value < bounds.get("least", 0) or value >= bounds.get("below", float("inf")):
         return False
     return value > bounds.get("above", -1)
 
 
 def _groups(destination: str) -> set[str]:
-    """The country and its groups. Raises LimbeckError for an unknown destination."""
+    """Return the set of the destination's name and its country groups.
+
+    Raises LimbeckError for an unknown one.
+    """
     countries = _table()["countries"]
     name = destination.strip().lower()
     name = countries["also"].get(name, name)
@@ -273,5 +300,5 @@ def _groups(destination: str) -> set[str]:
 
 @cache
 def _table() -> dict[str, Any]:
-    """The rules and countries of `export_rules.yaml`."""
+    """Return the rules and the countries of `export_rules.yaml`."""
     return yaml.safe_load(RULES.read_text(encoding="utf-8"))

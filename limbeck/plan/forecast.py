@@ -1,7 +1,8 @@
 """The time of a recipe on this machine, or on chips elsewhere.
 
-Each stage's tokens (stage_work.py) at this machine's measured rates (machine_rates.py), scheduled on the
-recipe's workers by the graph's dependencies.
+stage_work.py counts the tokens of each stage. Here they are turned into seconds at this machine's measured
+rates (machine_rates.py), and the stages are scheduled on the recipe's workers (parallel processes) by the
+dependencies of the recipe's graph. A row is one completion that is being decoded.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from .machine_rates import FEW, SPREAD, Asked, Rates, Use
 from .rl import LEARNER_MFU, Lengths, decode_seconds
 from .stage_work import SMALL, Rollout, StageWork
 
-STAGE = 0.4  # seconds that any stage takes: reading problems, scoring, records, syncing files
+STAGE = 0.4  # seconds of any stage for reading problems, scoring, records and syncing files
 PARAMETER = 3e-8  # seconds for each weight that is loaded, saved, synced and hashed
-LEAD = 2  # rows that an engine still has when the last ones end
+LEAD = 2  # rows that an engine still decodes at the end of a rollout
 # seconds for a sampled token beside the engine: text, scores, packing, records; fitted to the quickstart's
 # records
 HANDLING = 18e-6
-DESK_SECONDS = 60  # seconds of a person for a row: guessed
+DESK_SECONDS = 60  # seconds that a person takes to review a row: guessed
 # share of a large square product's FLOP/s that learning of a large model with many tokens reaches:
 # SmolLM2's fine-tuning
 REACHED = 0.75
@@ -35,17 +36,19 @@ ELSEWHERE = 2.0  # factor within which a stage's time on other chips is known
 START = 30.0  # seconds to start a stage on other chips: processes, weights, compiling
 OPERATIONS = 20  # operations that the host starts for a layer, forward
 PREFILL_TOKENS = (1024, 2048)  # tokens of the two updates from which the cost of prefill is taken
-LEARNING_ROWS = 256  # rows in flight of an RL stage
+LEARNING_ROWS = 256  # rows that an RL stage decodes at once
 MOST_DRAWN = 512  # lengths that are simulated for one replica
 REPLICA_CHIPS = (1, 2, 4, 8, 16, 32, 64)  # chips of a replica that are tried
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage's seconds with their interval, its tokens and FLOPs, and the part that takes the longest.
+    """The forecast of one stage.
 
-    `Forecast("zero", "rl", 70.0, 45.0, 105.0, {"rollout": 38.0, "learning": 24.0, ...}, "rollout: 54 %",
-    1.7e6, 1.2e12)`
+    `seconds` lies between `low` and `high`; `parts` has the seconds of each part, and `binds` names the
+    longest part with its share. `tokens` is sampled and learned tokens, `people` the number of rows that a
+    person reviews, and `inputs` the stages that must be done before. Example: `Forecast("zero", "rl", 70.0,
+    45.0, 105.0, {"rollout": 38.0, "learning": 24.0, ...}, "rollout: 54 %", 1.7e6, 1.2e12)`.
     """
 
     stage: str
@@ -61,7 +64,7 @@ class Forecast:
     inputs: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
-        """The forecast as JSON, as in a run's `forecast.json`."""
+        """Return the forecast as a JSON object, as it is written to a run's `forecast.json`."""
         parts = {name: round(seconds, 2) for name, seconds in self.parts.items() if seconds >= 0.01}
         return {
             "stage": self.stage,
@@ -81,7 +84,11 @@ class Forecast:
 
 
 def asked_of(works: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -> dict[Use, Asked]:
-    """The measurements that a forecast needs; models of one shape and optimizer share one."""
+    """Return the measurements that the forecasts of `works` need, by model shape and optimizer.
+
+    `configs` maps the name of each stage's model to its shape. Models of one shape and optimizer share a
+    measurement.
+    """
     measurements: dict[Use, Asked] = {}
     for config, group in _by_shape(works, configs).items():
         optimizers = sorted({work.optimizer for work in group if work.learned})
@@ -94,7 +101,10 @@ def asked_of(works: Iterable[StageWork], configs: Mapping[str, ModelConfig]) -> 
 def _by_shape(
     works: Iterable[StageWork], configs: Mapping[str, ModelConfig]
 ) -> dict[ModelConfig, list[StageWork]]:
-    """The work of stages by their models' shapes; a teacher's shape may have none."""
+    """Group the stages' work by the shape of their models.
+
+    A model that only reads text (a teacher or a reference) gets an empty group if it has no work of its own.
+    """
     groups: dict[ModelConfig, list[StageWork]] = {}
     for work in works:
         busy = work.rollouts or work.learned or work.read
@@ -106,7 +116,11 @@ def _by_shape(
 
 
 def _measurement(config: ModelConfig, optimizer: str, group: list[StageWork], rows: tuple[int, ...]) -> Asked:
-    """The measurement of one model; its sizes are those of the stages in `group`."""
+    """Return the measurement of one model with one optimizer.
+
+    `group` has the work of the stages with this model; its mean lengths and sizes are measured. `rows` are
+    the numbers of rows to decode at once.
+    """
     learning = [work for work in group if work.learned and work.optimizer == optimizer]
     lengths = [work.length for work in learning if work.length] or [64]
     rollouts = [rollout for work in group for rollout in work.rollouts]
@@ -116,25 +130,28 @@ def _measurement(config: ModelConfig, optimizer: str, group: list[StageWork], ro
 
 
 def _update_sizes(learning: list[StageWork]) -> tuple[int, int]:
-    """The smallest and the largest update in tokens, at least a factor of two apart."""
+    """Return the smallest and the largest update of the stages in tokens, at least a factor of two apart."""
     sizes = [work.learned / max(1, work.updates) for work in learning] or [1024]
     smallest = min(sizes)
     return _round(smallest), _round(max(*sizes, 2 * smallest))
 
 
 def _round_mean(values: list[float]) -> int:
-    """The mean, rounded."""
+    """Return the mean of `values`, rounded by `_round`."""
     return _round(sum(values) / len(values))
 
 
 def _round(value: float) -> int:
-    """The nearest power of 2 ** 0.25, so that a small change of a recipe needs no new measurement."""
+    """Return the nearest power of 2 ** 0.25, as an integer of at least 2.
+
+    Thus a small change of a recipe needs no new measurement.
+    """
     exponent = round(4 * log2(max(2.0, value))) / 4
     return max(2, round(2**exponent))
 
 
 def _in_flight(config: ModelConfig) -> int:
-    """Rows that an engine decodes side by side."""
+    """Return the number of rows that an engine decodes at once for this model."""
     return 256 if config.parameters < SMALL else 64
 
 
@@ -142,7 +159,10 @@ def _in_flight(config: ModelConfig) -> int:
 
 
 def price(work: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -> Forecast:
-    """The forecast of one stage at the measured rates."""
+    """Return the forecast of one stage on this machine, at its measured rates.
+
+    `configs` maps the name of each stage's model to its shape.
+    """
     config = configs.get(work.model)
     parts: dict[str, float] = {}
     if config is not None and work.rollouts:
@@ -161,7 +181,10 @@ def price(work: StageWork, configs: Mapping[str, ModelConfig], rates: Rates) -> 
 
 
 def _sum_up(work: StageWork, config: ModelConfig | None, parts: dict[str, float], doubt: float) -> Forecast:
-    """A stage's forecast of its parts; `doubt` is the logarithm of the interval's factor."""
+    """Build the forecast of a stage from the seconds of its `parts`.
+
+    `doubt` is the natural logarithm of the factor between the forecast and the ends of its interval.
+    """
     seconds = sum(parts.values())
     factor = exp(doubt)
     longest = max(parts, key=parts.get)
@@ -184,28 +207,28 @@ def _sum_up(work: StageWork, config: ModelConfig | None, parts: dict[str, float]
 
 
 def _has_files(work: StageWork) -> bool:
-    """True if a stage reads and writes more than rows of text."""
+    """Return True if the stage loads or saves more than rows of text, such as a model."""
     return work.kind not in ("curate", "general")
 
 
 def _uncertain_share(parts: Mapping[str, float]) -> float:
-    """The share of the time that depends on the length of completions."""
+    """Return the share of the time that depends on the length of completions, which is uncertain."""
     known = parts.get("writing the corpus", 0.0) + parts["loading and saving"]
     return 1 - known / max(1e-9, sum(parts.values()))
 
 
 def _moved_weights(work: StageWork, config: ModelConfig | None) -> float:
-    """Weights that are loaded and saved; a model that is not saved counts half."""
+    """Return the number of weights that are loaded and saved; a model that is only loaded counts half."""
     if not config:
         return 0.0
     return (1.0 if work.saved else 0.5) * config.parameters
 
 
 def _update(work: StageWork, config: ModelConfig, rates: Rates) -> float:
-    """Seconds of one update.
+    """Return the seconds of one update (optimizer step).
 
-    A large model is measured with few tokens; more tokens make larger products, which run at REACHED of the
-    machine's rate.
+    A large model is measured with few tokens. More tokens make larger matrix products, which run at the share
+    REACHED of the machine's measured FLOP/s.
     """
     uses = [use for use in rates.models if use[0] == config]
     use = next((use for use in uses if use[1] == work.optimizer), uses[0])
@@ -220,7 +243,7 @@ def _update(work: StageWork, config: ModelConfig, rates: Rates) -> float:
 
 
 def _rollouts(work: StageWork, config: ModelConfig, rates: Rates) -> float:
-    """Seconds of a stage's rollouts."""
+    """Return the seconds of all rollouts of a stage, with the handling of the sampled text."""
     uses = [use for use in rates.models if use[0] == config]
     use = next(use for use in uses if rates.models[use][0]["roll"])
     slots = LEARNING_ROWS if work.kind == "rl" else _in_flight(config)
@@ -229,7 +252,10 @@ def _rollouts(work: StageWork, config: ModelConfig, rates: Rates) -> float:
 
 
 def _rollout(rollout: Rollout, slots: int, config: ModelConfig, rates: Rates, use: Use) -> float:
-    """Seconds of a rollout on `slots` rows; after the last prompt ever fewer rows decode."""
+    """Return the seconds of one rollout with at most `slots` rows at a time.
+
+    After the last prompt has started, fewer and fewer rows are decoded at once.
+    """
     rows = min(rollout.rows, slots)
     fixed = rates.step(use, LEAD)
     full = rates.step(use, max(rows, LEAD + 1))
@@ -241,7 +267,10 @@ def _rollout(rollout: Rollout, slots: int, config: ModelConfig, rates: Rates, us
 
 
 def _prefill(rollout: Rollout, config: ModelConfig, rates: Rates, use: Use) -> float:
-    """Seconds of prefill: a third of learning the prompts, without optimizer and most of the head."""
+    """Return the seconds of the prefill of a rollout's prompts.
+
+    It is taken as a third of learning these tokens, without the optimizer and most of the output matrix.
+    """
     body = 1 - config.vocab_size * config.hidden_size / config.active_parameters
     few, many = PREFILL_TOKENS
     difference = rates.learn(use, many) - rates.learn(use, few)
@@ -252,9 +281,11 @@ def _prefill(rollout: Rollout, config: ModelConfig, rates: Rates, use: Use) -> f
 
 
 def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, key: str = "seconds") -> float:
-    """Wall-clock seconds of all stages on `workers`; `key` is the forecast's field that counts.
+    """Return the wall-clock seconds until all stages are done by `workers` parallel workers.
 
-    As in `pipeline/run.py`, the stage with the most dependents starts first.
+    `start` is the second at which the first stage starts, and `key` the field of a forecast that counts as
+    its time (`seconds`, `low` or `high`). As in `pipeline/run.py`, the stage with the most dependents starts
+    first.
     """
     urgency = {name: -len(dependents) for name, dependents in _dependents(forecasts).items()}
     pending: dict[str, set[str]] = {}
@@ -277,7 +308,7 @@ def wall(forecasts: Mapping[str, Forecast], workers: int, start: float = 0.0, ke
 
 
 def _dependents(forecasts: Mapping[str, Forecast]) -> dict[str, set[str]]:
-    """For each stage the stages that cannot run before it has."""
+    """Return, for each stage, all stages that depend on it directly or indirectly."""
     direct: dict[str, set[str]] = {name: set() for name in forecasts}
     for name, forecast in forecasts.items():
         for cited in forecast.inputs:
@@ -297,10 +328,11 @@ def _dependents(forecasts: Mapping[str, Forecast]) -> dict[str, set[str]]:
 
 
 def price_on(work: StageWork, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
-    """The forecast of one stage on chips.
+    """Return the forecast of one stage on a cluster.
 
-    Rollouts decode step by step. Learning runs at the learner's usual share of the peak, or as fast as the
-    host can start its operations where the model is small.
+    Rollouts are simulated as decode steps. Learning runs at the usual share of the peak FLOP/s, or, for a
+    small model, as fast as the host can launch its operations. `configs` maps the name of each stage's model
+    to its shape. Raises LimbeckError if the chips cannot hold the model.
     """
     config = configs.get(work.model)
     parts: dict[str, float] = {}
@@ -322,12 +354,15 @@ def price_on(work: StageWork, configs: Mapping[str, ModelConfig], cluster: Clust
 
 
 def _precision(cluster: Cluster) -> str:
-    """The chips' 16-bit format."""
+    """Return the 16-bit format of the cluster's chips: "bf16" if they have it, else "fp16"."""
     return "bf16" if "bf16" in cluster.chip.figures else "fp16"
 
 
 def _smallest_replica(config: ModelConfig, cluster: Cluster) -> Replica:
-    """The replica with the fewest chips. Raises LimbeckError if none holds the model."""
+    """Return a copy of the model on as few chips as hold it. Raises LimbeckError if none holds it.
+
+    The number of chips of a copy divides the number of chips of the cluster.
+    """
     refused: LimbeckError | None = None
     for chips in REPLICA_CHIPS:
         if chips > cluster.count or cluster.count % chips:
@@ -340,7 +375,7 @@ def _smallest_replica(config: ModelConfig, cluster: Cluster) -> Replica:
 
 
 def _rollout_on(replica: Replica, rollout: Rollout, cluster: Cluster) -> float:
-    """Seconds of a rollout on a cluster of replicas."""
+    """Return the seconds of a rollout on a cluster that is divided into copies of `replica`."""
     rows = max(1, round(rollout.rows / (cluster.count // replica.chips)))
     mean = min(rollout.length, 0.95 * rollout.longest)
     lengths = Lengths(mean, rollout.longest).draw(min(rows, MOST_DRAWN))

@@ -1,4 +1,4 @@
-"""Pictures of a plan as SVG: the schedule of a pipeline, and memory against time of several layouts."""
+"""Pictures of a plan as SVG: the schedule of a pipeline, and step time against memory for several layouts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ MOST_NUMBERED = 600  # slots of a picture in which numbers can be read
 
 
 def schedule(line: Timeline, path: Path, title: str = "") -> Path:
-    """A Gantt chart: a row a chip, time to the right; small charts number the micro-batches."""
+    """Draw a pipeline's schedule as a Gantt chart, write it to `path` and return `path`.
+
+    Each chip has one line, and time runs to the right. In small charts each slot shows the number of its
+    micro-batch.
+    """
     figure, axes = _figure(11, 0.32 * len(line.chips) + 1.6)
     numbered = sum(len(slots) for slots in line.chips) < MOST_NUMBERED
     for chip, slots in enumerate(line.chips):
@@ -38,7 +42,10 @@ def schedule(line: Timeline, path: Path, title: str = "") -> Path:
 
 
 def trade(choices: list[Choice], path: Path) -> Path:
-    """Seconds a step against memory, a point a layout; the dashed line is the chips' memory."""
+    """Draw seconds a step against memory, one point for each layout; write to `path` and return it.
+
+    The dashed line is the memory that a chip has.
+    """
     figure, axes = _figure(8, 4.5)
     for rank, choice in enumerate(choices, 1):
         step = choice.step
@@ -60,7 +67,10 @@ def trade(choices: list[Choice], path: Path) -> Path:
 
 
 def _draw_slots(axes: Any, chip: int, kind: str, slots: list[Slot], numbered: bool) -> None:
-    """The slots of one kind in a chip's row."""
+    """Draw the slots of one kind of pass in the line of one chip.
+
+    `numbered` adds the micro-batch's number to each slot.
+    """
     axes.broken_barh(
         [(slot.start, slot.end - slot.start) for slot in slots],
         (chip - 0.45, 0.9),
@@ -83,7 +93,7 @@ def _draw_slots(axes: Any, chip: int, kind: str, slots: list[Slot], numbered: bo
 
 
 def _draw_legend(axes: Any, kinds: Iterable[str], chips: int) -> None:
-    """The colours of the kinds that the chart has, below a chart of `chips` rows."""
+    """Draw the legend, with the colours of the kinds in `kinds`, below a chart of `chips` lines."""
     handles = [_patch(COLOURS[kind], NAMES[kind]) for kind in COLOURS if kind in kinds]
     axes.legend(
         handles=handles,
@@ -95,12 +105,12 @@ def _draw_legend(axes: Any, kinds: Iterable[str], chips: int) -> None:
 
 
 def _kind(slot: Slot) -> str:
-    """The passes of a slot, `FBW` for an overlapped pair."""
+    """Return the kinds of a slot's passes as one string, such as `F`, or `FBW` for an overlapped pair."""
     return "".join(piece.kind for piece in slot.pieces)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of a size in inches, and its axes."""
+    """Return a matplotlib figure of the given size in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -108,14 +118,17 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _patch(colour: str, name: str) -> Any:
-    """An entry of a legend."""
+    """Return a legend entry: a patch of `colour` with the label `name`."""
     from matplotlib.patches import Patch
 
     return Patch(color=colour, label=name)
 
 
 def _save(figure: Any, path: Path) -> Path:
-    """Write a figure as SVG; the same figure gives the same bytes but for ids."""
+    """Write the figure to `path` as SVG and return `path`.
+
+    No date is written, so the same figure gives the same file except for element ids.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", metadata={"Date": None})
     return path

@@ -1,11 +1,12 @@
 """Goodput, the useful share of time: failures, checkpoints (Young 1974, Daly 2006), restarts.
 
-A run of T useful seconds with a checkpoint of d seconds after every t, random failures every M seconds, and r
-seconds to notice and restart takes, in expectation (Daly 2006, eq. 20)
+A run of T useful seconds saves a checkpoint, which takes d seconds, after every t seconds of work. Failures
+are random, one every M seconds on average, and noticing one and restarting takes r seconds. The run then
+takes, in expectation (Daly 2006, eq. 20),
 
     M exp(r/M) (exp((t + d)/M) - 1) T/t
 
-which is least at about t = sqrt(2 d M) - d (Young's, with Daly's correction).
+seconds, which is least at about t = sqrt(2 d M) - d (Young's formula, with Daly's correction).
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ CHIP_HOURS_BETWEEN_FAILURES = 16384 * 54 * 24 / 419
 
 @dataclass(frozen=True)
 class Reliability:
-    """Failures of a cluster: hours between failures of one chip, seconds to save, and to restart.
+    """How often chips fail and how long recovery takes.
 
-    Saving stalls for seconds if the copy is written while the computation goes on (MegaScale 2402.15627,
-    section 4.4; Fire-Flyer saves every five minutes so). MegaScale noticed a failure within 10 minutes and
-    caught up within 15.
+    `chip_hours` is the mean chip-hours between failures of one chip, `save_seconds` the time that saving a
+    checkpoint stalls the run, and `restart_seconds` the time to notice a failure and restart. Saving stalls
+    only for seconds if the copy is written while the computation goes on (MegaScale 2402.15627, section 4.4;
+    Fire-Flyer does so every five minutes). MegaScale noticed a failure within 10 minutes and caught up within
+    15.
     """
 
     chip_hours: float = CHIP_HOURS_BETWEEN_FAILURES
@@ -34,7 +37,7 @@ class Reliability:
     restart_seconds: float = 600.0
 
     def mean_seconds(self, chips: int) -> float:
-        """Mean seconds between failures of `chips` together."""
+        """Return the mean seconds between failures of any of `chips` chips."""
         return self.chip_hours * HOUR / chips
 
 
@@ -43,7 +46,11 @@ _PUBLISHED = Reliability()
 
 @dataclass(frozen=True)
 class Goodput:
-    """The useful share of time with its interval: `Goodput(0.92, 0.85, 0.97, 350.0, 7.8)`."""
+    """The useful share of time, between `low` and `high`: `Goodput(0.92, 0.85, 0.97, 350.0, 7.8)`.
+
+    `interval_seconds` is the seconds of work between two checkpoints, and `failures_per_day` the expected
+    number of failures.
+    """
 
     share: float
     low: float
@@ -53,9 +60,10 @@ class Goodput:
 
 
 def checkpoint_interval(save_seconds: float, mean_seconds: float) -> float:
-    """Daly's best seconds of work between two checkpoints (2006, eq. 37).
+    """Return the best seconds of work between two checkpoints (Daly 2006, eq. 37).
 
-    The mean time between failures itself where saving takes longer than twice that.
+    `mean_seconds` is the mean time between failures. If saving takes at least twice as long as that, the
+    result is `mean_seconds`.
     """
     ratio = save_seconds / (2 * mean_seconds)
     if ratio >= 1:
@@ -65,7 +73,10 @@ def checkpoint_interval(save_seconds: float, mean_seconds: float) -> float:
 
 
 def useful_share(chips: int, reliability: Reliability = _PUBLISHED, interval: float | None = None) -> float:
-    """Useful seconds in a second, with a checkpoint every `interval` seconds of work (else the best)."""
+    """Return the useful share of time on `chips` chips, between 0 and 1.
+
+    A checkpoint is saved after every `interval` seconds of work; without `interval`, after the best interval.
+    """
     mean = reliability.mean_seconds(chips)
     save = reliability.save_seconds
     work = interval or checkpoint_interval(save, mean)
@@ -74,9 +85,10 @@ def useful_share(chips: int, reliability: Reliability = _PUBLISHED, interval: fl
 
 
 def goodput(chips: int, reliability: Reliability = _PUBLISHED) -> Goodput:
-    """Goodput of a run on `chips`.
+    """Return the goodput of a run on `chips` chips, with its interval.
 
-    Its interval: half and twice the failures, restarts of a third and of two and a half times as long.
+    The upper end takes half of the failures, half of the saving time and a third of the restart time; the
+    lower end takes twice the failures, three times the saving time and 2.5 times the restart time.
     """
     hours = reliability.chip_hours
     save = reliability.save_seconds

@@ -1,11 +1,12 @@
 """The cost of serving: prefill and decoding on chips of their own, and the price of a million tokens.
 
     decoding   a step is one token for each of `rows` conversations a chip: weights and cache are read,
-               products and attention computed, experts' tokens sent and fetched; sending hides in part
+               products and attention computed, experts' tokens sent and fetched; part of this is hidden
     prefill    products and attention over whole prompts, experts' tokens to a limited number of nodes
     busy       prompts arrive at any time: prefill nodes in production reach a share of their benchmark
 
-`Day` has DeepSeek's own account of a day (deepseek-ai/open-infra-index, day 6), which it reproduces exactly.
+A row is one conversation that is being decoded; the cache is its KV cache. `Day` has DeepSeek's own account
+of a day (deepseek-ai/open-infra-index, day 6), whose totals it reproduces exactly.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ SEARCH_STEPS = 40  # halvings of the interval of rows
 
 @dataclass(frozen=True)
 class Rate:
-    """The rate of one chip: `Rate(2324, 0.055, "sending tokens to experts", {...})`.
+    """The speed of one chip in prefill or decoding: `Rate(2324, 0.055, "sending tokens", {...})`.
 
     `tokens` is tokens a second of one chip, `seconds` the time of one step, `parts` the seconds of its parts,
-    and `binds` the longest part.
+    and `binds` the name of the longest part.
     """
 
     tokens: float
@@ -51,16 +52,17 @@ class Rate:
     parts: dict[str, float]
 
     def node(self, chips: int = 8) -> float:
-        """Tokens a second of a node."""
+        """Return the tokens a second of a node of `chips` chips."""
         return chips * self.tokens
 
 
 @dataclass(frozen=True)
 class Replica:
-    """Chips that serve one copy of a model; `Replica(config, cluster, 144, "fp8")` is V3's decoding unit.
+    """The chips that serve one copy of a model.
 
-    Experts are spread over all chips; a model without experts has its layers split (TP). Raises LimbeckError
-    if the cluster has too few chips, or if the weights do not fit.
+    `Replica(config, cluster, 144, "fp8")` is DeepSeek-V3's decoding unit. Experts are spread over all chips;
+    the layers of a model without experts are split over them by tensor parallelism. Raises LimbeckError if
+    the cluster has too few chips, or if the weights do not fit.
     """
 
     config: ModelConfig
@@ -81,28 +83,34 @@ class Replica:
 
     @cached_property
     def layers(self) -> dict[cost.Work, int]:
-        """The kinds of layers with their numbers."""
+        """The different layers of the model, each with the number of times that it occurs."""
         works = cost.work(self.config)[: self.config.layers]
         return dict(Counter(works))
 
     @cached_property
     def roof(self) -> Roofline:
-        """The roofline of one chip."""
+        """The roofline model of one chip."""
         return Roofline(self.cluster.chip, self.precision)
 
     @property
     def width(self) -> int:
-        """Bytes of a weight."""
+        """Bytes of a weight in this precision."""
         return 1 if self.precision in ("fp8", "int8") else 2
 
     @property
     def split(self) -> int:
-        """Tensor parallelism: all chips for a dense model, 1 for a mixture, whose attention is replicated."""
+        """The degree of tensor parallelism: all chips for a dense model.
+
+        It is 1 for a mixture of experts, whose attention is replicated on every chip.
+        """
         return 1 if self.config.experts else self.chips
 
     @property
     def held(self) -> float:
-        """Bytes of weights on one chip: whole experts, and a spare one on each chip of a wide group."""
+        """Bytes of weights on one chip.
+
+        A chip holds whole experts, as many as `hosted` says, so that there may be spare copies.
+        """
         tables = 1 if self.config.tied else 2
         embeddings = tables * self.config.vocab_size * self.config.hidden_size
         shared = experts = 0
@@ -112,26 +120,32 @@ class Replica:
         return self.width * ((shared + embeddings) / self.split + experts)
 
     def hosted(self, work: cost.Work) -> float:
-        """Experts of a layer on one chip."""
+        """Return the number of experts of a layer on one chip, rounded up; 0 for a dense layer."""
         return -(-work.experts // self.chips) if work.experts else 0
 
     @property
     def room(self) -> float:
-        """Bytes of a chip that are left for the cache."""
+        """Bytes of one chip's memory that are left for the KV cache."""
         return ROOM * self.cluster.chip.memory - self.held
 
     def most_rows(self, context: float) -> int:
-        """Conversations of `context` tokens that fit beside the weights, a chip."""
+        """Return how many conversations of `context` tokens fit on one chip beside the weights.
+
+        The chip holds 1/`split` of each conversation's KV cache.
+        """
         return int(self.room / (self.cache(context) / self.split))
 
     def cache(self, context: float) -> float:
-        """Bytes of one conversation's cache at 16 bits a value."""
+        """Return the bytes of one conversation's KV cache of `context` tokens, at 16 bits a value."""
         return self.config.kv_bytes_per_token(2) * context
 
     # ------------------------------------------------------------ decoding
 
     def decode(self, rows: float, context: float) -> Rate:
-        """The rate of decoding `rows` conversations a chip, each `context` tokens long."""
+        """Return the rate of decoding `rows` conversations a chip.
+
+        The context of each conversation is `context` tokens long.
+        """
         all_rows = rows * self.split  # in tensor parallelism every chip computes for all conversations
         products = sent = light = 0.0
         for work, count in self.layers.items():
@@ -150,13 +164,17 @@ class Replica:
         return Rate(rows / seconds, seconds, max(parts, key=parts.get), parts)
 
     def _overlapped(self, computed: float, sent: float) -> float:
-        """Seconds of computing and sending; with experts, part of the shorter one is hidden."""
+        """Return the seconds of computing and sending together.
+
+        With experts, the share OVERLAP of the shorter one is hidden behind the longer one; otherwise they add
+        up.
+        """
         if not self.config.experts:
             return computed + sent
         return max(computed, sent) + (1 - OVERLAP) * min(computed, sent)
 
     def _products(self, work: cost.Work, rows: float) -> float:
-        """Seconds of a layer's matrix products."""
+        """Return the seconds of a layer's matrix products on `rows` tokens."""
         total = 0.0
         for matmul in work.matmuls:
             if matmul.experts:
@@ -170,13 +188,20 @@ class Replica:
         return total
 
     def _product(self, rows: float, inputs: float, outputs: float) -> float:
-        """Seconds of one product: few rows are bound by reading the weights, many by arithmetic."""
+        """Return the seconds of one matrix product [rows, inputs] x [inputs, outputs].
+
+        With few rows, reading the weights takes the longest; with many, the arithmetic.
+        """
         computing = 2 * rows * inputs * outputs / self.roof.peak
         reading = self.width * inputs * outputs / self.roof.memory
         return max(computing, reading)
 
     def _attention(self, rows: float, context: float) -> float:
-        """Seconds of one new token's attention in all layers; latent attention works on the latent itself."""
+        """Return the seconds of attention in all layers for one new token of each conversation.
+
+        There are `rows` conversations a chip, of `context` tokens each. Latent attention (MLA) works on the
+        latent vectors themselves, without expanding them to keys and values.
+        """
         config = self.config
         key = value = config.head_dim
         if config.latent:
@@ -190,10 +215,11 @@ class Replica:
         return max(flops / self.roof.flash, cache_bytes / self.roof.memory)
 
     def _exchange(self, work: cost.Work, rows: float, nodes: int = 0) -> float:
-        """Seconds of a layer's exchanges.
+        """Return the seconds of communication of one layer, with `rows` tokens a chip.
 
-        Experts: FP8 out and 16 bits back, each copy by itself, or once to each of at most `nodes` nodes.
-        Tensor parallelism: two all-reduces.
+        Expert parallelism sends FP8 values to the experts and gets 16-bit values back: a copy for each
+        expert, or, if `nodes` is given, one copy to each of at most `nodes` nodes. Tensor parallelism takes
+        two all-reduces.
         """
         if work.experts and self.chips > 1:
             group = collectives.group(self.cluster, self.chips, links=LINKS, cards=CARDS)
@@ -205,9 +231,10 @@ class Replica:
         return 0.0
 
     def at_speed(self, speed: float, context: float) -> tuple[float, Rate]:
-        """The most conversations a chip that fit and get `speed` tokens a second each, and their rate.
+        """Return the most conversations a chip that get `speed` tokens a second each, and their rate.
 
-        Raises LimbeckError if not even one conversation gets them.
+        The conversations have `context` tokens and fit in memory. Raises LimbeckError if not even one
+        conversation gets this speed.
         """
 
         def is_fast(rows: float) -> bool:
@@ -233,7 +260,10 @@ class Replica:
     # ------------------------------------------------------------ prefill
 
     def prefill(self, prompt: float, tokens: float = 16384) -> Rate:
-        """The rate of prefill with prompts of `prompt` tokens, `tokens` at once on each chip."""
+        """Return the rate of prefill of prompts of `prompt` tokens.
+
+        Each chip processes `tokens` tokens at once.
+        """
         experts = self.chips if self.config.experts else 1
         split = Split(tokens * self.split, prompt, tp=self.split, ep=experts)
         computed = sent = 0.0
@@ -246,13 +276,20 @@ class Replica:
 
 
 def unit_cost(node_price: float, input_rate: float, output_rate: float) -> tuple[float, float]:
-    """Dollars for a million input and output tokens of nodes at `node_price` an hour."""
+    """Return the dollars for a million input tokens and for a million output tokens.
+
+    A node costs `node_price` dollars an hour and handles `input_rate` or `output_rate` tokens a second.
+    """
     second = node_price / 3600
     return second / input_rate * MILLION, second / output_rate * MILLION
 
 
 def production(prefill: Rate, decode: Rate, hits: float, chips: int = 8) -> tuple[float, float]:
-    """Tokens a second of a node in production, input and output; the cache holds `hits` of the input."""
+    """Return the input tokens and the output tokens a second of a node in production.
+
+    `hits` is the share of input tokens found in the cache, which need no prefill; `chips` is the chips of a
+    node.
+    """
     return BUSY * prefill.node(chips) / (1 - hits), decode.node(chips)
 
 
@@ -261,7 +298,12 @@ def production(prefill: Rate, decode: Rate, hits: float, chips: int = 8) -> tupl
 
 @dataclass(frozen=True)
 class Day:
-    """A day of serving (deepseek-ai/open-infra-index, day 6, 2025-02-28): tokens, nodes, rates, prices."""
+    """A day of DeepSeek's serving (deepseek-ai/open-infra-index, day 6, 2025-02-28).
+
+    `cached`, `fresh` and `output` are the day's tokens: input from the cache, other input, and output.
+    `nodes` is the mean number of nodes in use; `chip_price` is dollars an hour; the rates are tokens a second
+    of a node; `prices` are dollars for a million tokens, in the order of the three counts.
+    """
 
     cached: float = 342e9
     fresh: float = 266e9
@@ -275,28 +317,31 @@ class Day:
 
     @property
     def hits(self) -> float:
-        """The share of input tokens that the cache held."""
+        """The share of input tokens that were found in the cache."""
         return self.cached / (self.cached + self.fresh)
 
     @property
     def cost(self) -> float:
-        """Dollars for the nodes: 87,072."""
+        """Dollars for renting the nodes for the day: 87,072."""
         return self.nodes * self.chips * 24 * self.chip_price
 
     @property
     def revenue(self) -> float:
-        """Dollars for all tokens at R1's prices: 562,100 (562,027 before rounding the tokens)."""
+        """Dollars for all tokens at the prices of R1: 562,100 (562,027 before rounding the tokens)."""
         tokens = (self.cached, self.fresh, self.output)
         return sum(price * count for price, count in zip(self.prices, tokens, strict=True)) / MILLION
 
     @property
     def margin(self) -> float:
-        """Revenue over cost, less one: 5.45."""
+        """Revenue over cost, less one: 5.45, a profit of 545 % of the cost."""
         return self.revenue / self.cost - 1
 
     @property
     def nodes_needed(self) -> tuple[float, float]:
-        """Prefill and decoding nodes by the day's rates: 95.5 and 131.4, together the 226.75 that ran."""
+        """The nodes needed for prefill and for decoding at the day's rates: 95.5 and 131.4.
+
+        Together they are close to the 226.75 nodes that ran.
+        """
         prefill = (self.cached + self.fresh) / DAY / self.input_rate
         decode = self.output / DAY / self.output_rate
         return prefill, decode

@@ -1,4 +1,9 @@
-"""Layouts of a run over chips: data (ZeRO), tensor, pipeline, expert and context parallelism."""
+"""Layouts of a run over chips: data (ZeRO), tensor, pipeline, expert and context parallelism.
+
+A layout says how a training run is divided over chips. A pipeline is a group of chips that hold one copy of
+the model's layers; its stages are the consecutive pieces that the layers are cut into. A rank is a chip's
+position in its pipeline.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,14 @@ RECOMPUTE = ("none", "selective", "half", "full", "v3")
 
 @dataclass(frozen=True)
 class Layout:
-    """V3's is `Layout(dp=128, pp=16, ep=64, schedule="dualpipe", zero=1, recompute="v3")` on 2,048 chips.
+    """How a training run is divided over chips.
 
-    `ep` of the data-parallel chips share the experts. `micro` is sequences a micro-batch; `chunks` is stages
-    a chip of the interleaved schedule; `zero` is 0 to 3; `sp` (sequence parallelism) splits the activations
-    that tensor parallelism leaves whole; `overlap` hides expert traffic behind the other direction's
-    computing (DualPipe always does).
+    `dp`, `tp`, `pp`, `ep` and `cp` are the degrees of data, tensor, pipeline, expert and context parallelism;
+    each expert group is `ep` of the data-parallel chips. `micro` is the sequences of a micro-batch; `chunks`
+    the stages a chip of the interleaved schedule; `zero` the stage of ZeRO, 0 to 3. `sp` (sequence
+    parallelism) splits the activations that tensor parallelism leaves whole. `overlap` hides expert traffic
+    behind the computing of a pass in the other direction (DualPipe always does). DeepSeek-V3's is
+    `Layout(dp=128, pp=16, ep=64, schedule="dualpipe", zero=1, recompute="v3")` on 2,048 chips.
     """
 
     dp: int = 1
@@ -39,51 +46,54 @@ class Layout:
 
     @property
     def chips(self) -> int:
-        """Chips that the layout uses."""
+        """The number of chips that the layout uses."""
         return self.dp * self.tp * self.pp * self.cp
 
     @property
     def experts_split(self) -> int:
-        """Tensor parallelism of the experts."""
+        """The degree of tensor parallelism of the experts."""
         return self.expert_tp or self.tp
 
     @property
     def copies(self) -> int:
-        """Chips that hold the same dense weights, and can shard them."""
+        """The number of chips that hold the same dense weights; ZeRO can shard the weights over them."""
         return self.dp * self.cp
 
     @property
     def expert_shards(self) -> int:
-        """Parts that the experts of a layer are split into."""
+        """The number of parts that the experts of a layer are split into."""
         return self.ep * self.experts_split
 
     @property
     def expert_copies(self) -> int:
-        """Chips that hold the same experts, and can shard them."""
+        """The number of chips that hold the same expert weights; ZeRO can shard the weights over them."""
         return max(1, self.copies * self.tp // self.expert_shards)
 
     @property
     def dual(self) -> bool:
-        """True for schedules that overlap a forward with a backward pass."""
+        """True if the schedule overlaps a forward pass with a backward pass (DualPipe, DualPipeV)."""
         return self.schedule.startswith("dualpipe")
 
     @property
     def stages(self) -> int:
-        """Pieces that the model is cut into."""
+        """The number of pieces that the model's layers are cut into."""
         return self.pp * (2 if self.schedule == "dualpipev" else self.chunks)
 
     def owned(self, chip: int) -> list[int]:
-        """Stages whose weights a chip of the pipeline holds; with DualPipe two, one of each direction."""
+        """Return the stages whose weights the chip of rank `chip` holds.
+
+        With DualPipe they are two, one for each direction of the pipeline.
+        """
         if self.dual:
             return [chip, self.stages - 1 - chip]
         return list(range(chip, self.stages, self.pp))
 
     def micro_batches(self, sequences: int) -> int:
-        """Micro-batches of one pipeline in a step of `sequences`."""
+        """Return the micro-batches that one pipeline processes in a step of `sequences` sequences."""
         return max(1, sequences // (self.dp * self.micro))
 
     def tell(self) -> str:
-        """The layout in one line."""
+        """Return a description of the layout in one line."""
         parts = [f"DP{self.dp}"]
         for name in ("tp", "pp", "ep", "cp"):
             size = getattr(self, name)
@@ -97,23 +107,29 @@ class Layout:
         return text
 
     def change(self, **keys: object) -> Layout:
-        """The layout with other values."""
+        """Return the layout with other values of its fields."""
         return replace(self, **keys)
 
 
 def check(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int) -> None:
-    """Raise LimbeckError, with the reason, for an impossible layout."""
+    """Raise LimbeckError, which states the reason, if the layout is impossible.
+
+    `sequences` is the sequences of a step. Memory is not checked.
+    """
     for reason in _faults(layout, config, cluster, sequences):
         raise LimbeckError(f"layout {layout.tell()}: {reason}")
 
 
 def possible(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int) -> bool:
-    """True if a model can be trained with a layout on a cluster, memory aside."""
+    """Return True if the layout is possible for this model on this cluster, apart from memory.
+
+    `sequences` is the sequences of a step.
+    """
     return not any(_faults(layout, config, cluster, sequences))
 
 
 def _faults(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: int) -> Iterator[str]:
-    """The reasons why a layout is impossible."""
+    """Yield the reasons why the layout is impossible; nothing if it is possible."""
     yield from _invalid_values(layout)
     if layout.chips > cluster.count:
         yield f"needs {layout.chips} chips, and {cluster.name} has {cluster.count}"
@@ -125,7 +141,7 @@ def _faults(layout: Layout, config: ModelConfig, cluster: Cluster, sequences: in
 
 
 def _invalid_values(layout: Layout) -> Iterator[str]:
-    """Faults of single values."""
+    """Yield a reason for each single value of the layout that is out of range or unknown."""
     for name in ("dp", "tp", "pp", "ep", "cp", "micro", "chunks"):
         if getattr(layout, name) < 1:
             yield f"{name} is less than 1"
@@ -139,7 +155,7 @@ def _invalid_values(layout: Layout) -> Iterator[str]:
 
 
 def _indivisible(layout: Layout, config: ModelConfig) -> Iterator[str]:
-    """Faults of a model that does not divide over the chips."""
+    """Yield a reason for each part of the model that does not divide evenly over the chips."""
     if layout.pp > config.layers + config.predicted:
         yield f"{layout.pp} stages are more than the {config.layers} layers"
     if config.heads % layout.tp > 0:

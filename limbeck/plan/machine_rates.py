@@ -1,7 +1,9 @@
 """The measured rates of this machine: the speed of Limbeck's engine and learner on it, kept on disk.
 
-A separate process measures (limbeck/runtime/probe.py): it needs torch, and the plan does not. Models are told
-apart by shape; a large one is measured at two depths and extrapolated, since each layer costs the same.
+The engine decodes completions; the learner updates weights. A separate process measures both
+(limbeck/runtime/probe.py), because it needs torch and the planner does not import it. A measurement is stored
+by the model's shape, not its name. A large model is measured at two small depths and extrapolated to its own,
+since each layer costs the same. A row is one completion that is being decoded.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .stage_work import SMALL
 Use = tuple[ModelConfig, str]  # a model's shape, and the optimiser that it is learned with
 PROBE = "limbeck.runtime.probe"
 FEW_LAYERS = 2  # layers at which a large model is measured first
-MANY_LAYERS = (4, 10)  # layers, least and most, at which it is measured again: as many as have MANY weights
+MANY_LAYERS = (4, 10)  # least and most layers of the second measurement, of about MANY weights
 MANY = 40_000_000  # weights
 FEW = (64, 192)  # tokens of an update of a large model
 SLOWING = (  # environment variables that slow a machine down
@@ -43,10 +45,11 @@ SPREAD = 1.25  # factor by which a shared machine's speed varies from one minute
 
 @dataclass(frozen=True)
 class Asked:
-    """The measurement of one model: `Asked(config, "muon", (1024, 4096), 32, (8, 256), prompt=10, new=60)`.
+    """A request to measure one model on this machine.
 
-    `learn` is two sizes of an update in tokens, of sequences of `length` tokens; `rows` are the numbers of
-    rows that decode `new` tokens after prompts of `prompt` tokens.
+    Example: `Asked(config, "muon", (1024, 4096), 32, (8, 256), prompt=10, new=60)`. `learn` is two sizes of
+    an update in tokens, with sequences of `length` tokens. `rows` are the numbers of rows to decode at once;
+    each row decodes `new` tokens after a prompt of `prompt` tokens.
     """
 
     config: ModelConfig
@@ -59,7 +62,10 @@ class Asked:
 
     @property
     def layers(self) -> list[int]:
-        """Depths at which the model is measured: its own, or two for a large model."""
+        """The depths in layers at which the model is measured.
+
+        They are the model's own depth, or two smaller ones for a large model.
+        """
         least, most = MANY_LAYERS
         if self.config.parameters <= SMALL or self.config.layers <= least:
             return [self.config.layers]
@@ -67,7 +73,10 @@ class Asked:
         return [FEW_LAYERS, min(many, most, self.config.layers)]
 
     def request(self) -> dict[str, Any]:
-        """The measurement as JSON for the probe; large models learn few tokens."""
+        """Return the request as a JSON object for the probe.
+
+        For a large model, the update sizes and the lengths are replaced by small ones.
+        """
         request = {
             "config": asdict(self.config),
             "layers": self.layers,
@@ -86,11 +95,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rates:
-    """The measured rates: `learn(use, tokens)` is seconds an update, `step(use, rows)` seconds a step.
+    """The measured rates of this machine.
 
-    `gemm` is FLOP/s, `memory` bytes a second, `start` the seconds until a worker has started, `worlds` the
-    seconds for a token of each miniature's corpus. `depth` is a model's layers, and `weights` the weights of
-    a layer that a token meets.
+    `gemm` is FLOP/s of a large matrix product, `memory` bytes a second, and `start` the seconds until a
+    worker process has started. `worlds` has, for each miniature (a generated toy world of problems), the
+    seconds to write one token of its corpus. `models` has the measurements of each model at each depth;
+    `depth` is the model's layers, and `weights` the weights of one layer that a token is multiplied with.
     """
 
     gemm: float
@@ -102,18 +112,19 @@ class Rates:
     weights: dict[Use, float]
 
     def learn(self, use: Use, tokens: float) -> float:
-        """Seconds of an update on `tokens` tokens."""
+        """Return the seconds of an update on `tokens` tokens for the model and optimizer `use`."""
         return self._extrapolate(use, "learn", tokens, 6 * tokens)
 
     def step(self, use: Use, rows: float) -> float:
-        """Seconds of a decode step of `rows` rows."""
+        """Return the seconds of one decode step of `rows` rows for the model of `use`."""
         return self._extrapolate(use, "roll", rows, 2 * rows)
 
     def _extrapolate(self, use: Use, figure: str, size: float, operations: float) -> float:
-        """Seconds by lines through the measured sizes and depths.
+        """Return the seconds at `size` by straight lines through the measured sizes and depths.
 
-        A layer takes no less than this machine needs to read its weights, and for `operations` with each: the
-        difference of two depths may be lost in noise.
+        `figure` is "learn" (the size is in tokens) or "roll" (in rows). An additional layer takes at least
+        the time that this machine needs to read its weights and to do `operations` FLOPs with each, because
+        the difference of two measured depths may be lost in noise.
         """
         seconds = {entry["layers"]: _line(entry[figure], size) for entry in self.models[use]}
         few, many = min(seconds), max(seconds)
@@ -126,12 +137,15 @@ class Rates:
 
 
 def _layer_weights(config: ModelConfig) -> float:
-    """Weights that a token meets in one layer, on average."""
+    """Return the mean number of weights of one layer that a token is multiplied with."""
     return (config.active_parameters - config.vocab_size * config.hidden_size) / config.layers
 
 
 def _line(points: Mapping[str, float], size: float) -> float:
-    """Seconds at a size by a line through the smallest and the largest measured point; it never falls."""
+    """Return the seconds at `size`, on a line through the smallest and the largest measured point.
+
+    `points` maps a size to seconds. The line never falls with the size.
+    """
     measured = sorted((float(n), seconds) for n, seconds in points.items())
     small, first = measured[0]
     large, last = measured[-1]
@@ -150,10 +164,11 @@ def measure(
     code: str = "",
     ask: bool = True,
 ) -> Rates | None:
-    """Rates of these models on this machine while `workers` processes of `threads` threads are busy.
+    """Return the rates of these models while `workers` processes of `threads` threads are busy.
 
-    Measurements are kept on disk for each version of the `code`. What is missing is measured now; without
-    `ask` the result is then None. Raises LimbeckError if the measurement fails.
+    `worlds` has the settings of each miniature whose corpus is to be written. Measurements are kept on disk,
+    separately for each version `code` of the code. What is missing is measured now; if `ask` is False, the
+    function returns None instead. Raises LimbeckError if the measurement fails.
     """
     requests = {use: asked.request() for use, asked in models.items()}
     path = _cache(threads, workers, code)
@@ -176,13 +191,17 @@ def measure(
 
 
 def _missing(requests: Iterable[dict[str, Any]], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The requests without a measurement, by their keys."""
+    """Return the requests whose key (`_key`) has no measurement in `known`, by their keys."""
     missing = {_key(request): request for request in requests}
     return {key: request for key, request in missing.items() if key not in known}
 
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
-    """The mean answer of as many processes as will work at once: cores share memory, and often more."""
+    """Run `workers` probes at the same time and return the mean of their answers.
+
+    They run together because processes share memory bandwidth, and often cores. Raises LimbeckError if a
+    probe fails.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(request["threads"])}
     processes = [_start_probe(environment) for _ in range(workers)]
     line = json.dumps(request) + "\n"
@@ -199,13 +218,13 @@ def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
 
 
 def _start_probe(environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """A process that measures."""
+    """Start a process that measures; it reads a request from stdin and answers on stdout."""
     command = [sys.executable, "-m", PROBE]
     return subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=environment)
 
 
 def _mean(answers: list[Any]) -> Any:
-    """The mean of answers of one form, number by number."""
+    """Return the mean of nested answers of the same structure, number by number."""
     first = answers[0]
     if isinstance(first, dict):
         return {key: _mean([answer[key] for answer in answers]) for key in first}
@@ -215,7 +234,7 @@ def _mean(answers: list[Any]) -> Any:
 
 
 def _keep(path: Path, known: dict[str, Any]) -> None:
-    """Write the measurements, whole or not at all."""
+    """Write the measurements to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(known), encoding="utf-8")
@@ -223,7 +242,11 @@ def _keep(path: Path, known: dict[str, Any]) -> None:
 
 
 def _cache(threads: int, workers: int, code: str) -> Path:
-    """The file of measurements: one for each processor, number of threads, and version of the code."""
+    """Return the path of the file of measurements.
+
+    There is one file for each machine, number of threads and workers, version of torch and of the code, and
+    setting of the environment variables in SLOWING.
+    """
     identity = (
         platform.node(),
         platform.machine(),
@@ -240,7 +263,7 @@ def _cache(threads: int, workers: int, code: str) -> Path:
 
 
 def _processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
@@ -250,5 +273,5 @@ def _processor() -> str:
 
 
 def _key(request: dict[str, Any]) -> str:
-    """The key of a measurement: a hash of its request."""
+    """Return the key of a measurement: a hash of its request."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,10 +1,12 @@
 """Memory of a training step on one chip: weights, gradients, optimiser, activations, logits, waste.
 
-weights      2 bytes each (ZeRO-3: a share, and one layer whole)
-gradients    2 or 4 bytes a weight; the optimiser's master copy and moments 12
+weights      2 bytes each (ZeRO-3: a share of them, and one layer whole)
+gradients    2 or 4 bytes a weight; the optimiser's float32 copy and moments 12
 activations  inputs of the backward pass, for each micro-batch in flight
 logits       float32, twice
 waste        fragments that the allocator cannot use
+
+A micro-batch is in flight on a chip between its forward and its backward pass there.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ EAGER_LOGIT_BYTES = 10  # a logit of eager code: 16 bits in addition
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest chip."""
+    """The memory in bytes on the chip that needs the most, by its parts.
+
+    `capacity` is the bytes that a chip has.
+    """
 
     weights: float
     gradients: float
@@ -42,12 +47,12 @@ class Memory:
 
     @property
     def reserved(self) -> float:
-        """Bytes of the allocator: all but the context."""
+        """Bytes that the allocator reserves: all parts without the CUDA context."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.waste
 
     @property
     def total(self) -> float:
-        """Bytes with the context."""
+        """Bytes in all, with the CUDA context and the libraries' workspaces."""
         return self.reserved + CONTEXT
 
     @property
@@ -56,7 +61,7 @@ class Memory:
         return self.total <= self.capacity
 
     def tell(self) -> str:
-        """The total and its parts in one line."""
+        """Return the total and its parts in GB, in one line."""
         parts = []
         for name in ("weights", "gradients", "optimizer", "activations", "logits", "waste"):
             parts.append(f"{name} {getattr(self, name) / 1e9:.1f}")
@@ -73,9 +78,10 @@ def fit(
     batch: int = 0,
     numbers: Constants | None = None,
 ) -> Memory:
-    """Memory of the fullest chip.
+    """Return the memory of the chip that needs the most.
 
-    `batch` sequences a step bound the micro-batches in flight; 0 means many.
+    `batch` is the sequences of a step, which limit the micro-batches in flight; 0 means no limit. `numbers`
+    are the planner's constants, by default those of constants.yaml.
     """
     numbers = numbers or constants()
     micro = layout.micro_batches(batch) if batch else UNBOUNDED
@@ -90,7 +96,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Chip:
-    """One chip of a pipeline, of rank `rank`, with at most `micro` micro-batches in flight."""
+    """One chip of a pipeline, at position `rank`, with at most `micro` micro-batches in flight."""
 
     config: ModelConfig
     layout: Layout
@@ -100,7 +106,7 @@ class _Chip:
     rank: int
 
     def parts(self) -> tuple[float, ...]:
-        """Bytes of weights, gradients, optimiser, activations and logits."""
+        """Return the bytes of weights, gradients, optimiser, activations and logits, in this order."""
         at = self.layout
         if self.sharded:
             # embeddings stay gathered, and their gradients whole
@@ -114,7 +120,7 @@ class _Chip:
 
     @cached_property
     def layers(self) -> Counter[cost.Work]:
-        """The chip's layers, equal ones counted."""
+        """The layers on this chip, with the number of times that equal ones occur."""
         works = cost.work(self.config)
         placed = spread(self.config, self.layout.stages, self.software.balanced)
         layers: Counter[cost.Work] = Counter()
@@ -124,12 +130,12 @@ class _Chip:
 
     @cached_property
     def last(self) -> bool:
-        """True if the chip holds the last stage."""
+        """True if the chip holds the last stage of the pipeline."""
         return self.layout.stages - 1 in self.layout.owned(self.rank)
 
     @cached_property
     def embeddings(self) -> float:
-        """Weights of the embedding and of the head, as far as they lie on this chip."""
+        """The number of weights of the embedding and of the output matrix on this chip."""
         table = self.config.vocab_size * self.config.hidden_size / self.layout.tp
         own_head = not self.config.tied or self.layout.stages > 1
         count = 0 in self.layout.owned(self.rank)
@@ -138,29 +144,29 @@ class _Chip:
 
     @cached_property
     def dense(self) -> float:
-        """Weights on this chip without the experts'."""
+        """The number of weights on this chip, without those of experts."""
         weights = sum(n * (work.weights - work.expert_weights) for work, n in self.layers.items())
         return weights / self.layout.tp + self.embeddings
 
     @cached_property
     def experts(self) -> float:
-        """Weights of the experts on this chip."""
+        """The number of weights of experts on this chip."""
         weights = sum(n * work.expert_weights for work, n in self.layers.items())
         return weights / self.layout.expert_shards
 
     @property
     def whole(self) -> float:
-        """All weights on this chip."""
+        """The number of all weights on this chip before ZeRO shards them."""
         return self.dense + self.experts
 
     @property
     def shard(self) -> float:
-        """This chip's share of weights that are sharded over the data-parallel chips."""
+        """The number of weights that remain on this chip if they are sharded over the data-parallel chips."""
         return self.dense / self.layout.copies + self.experts / self.layout.expert_copies
 
     @property
     def largest_layer(self) -> float:
-        """Weights of the largest layer, whole but for tensor and expert parallelism."""
+        """The number of weights of the largest layer, divided only by tensor and expert parallelism."""
         at = self.layout
         largest = 0.0
         for work in self.layers:
@@ -171,12 +177,15 @@ class _Chip:
 
     @property
     def sharded(self) -> bool:
-        """True under ZeRO-3; in a pipeline weights stay gathered from one micro-batch to the next."""
+        """True if ZeRO-3 shards the weights; in a pipeline they stay gathered between micro-batches."""
         return self.layout.zero == 3 and self.layout.pp == 1
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes a weight; eager code has 16-bit gradients beside the sums in 32 bits."""
+        """Bytes of gradients for each weight.
+
+        Eager code keeps 16-bit gradients beside the float32 sums.
+        """
         software = self.software
         if software.fused or software.gradient_bytes == 2:
             return software.gradient_bytes
@@ -184,11 +193,14 @@ class _Chip:
 
     @property
     def rows(self) -> float:
-        """Tokens of a micro-batch on this chip."""
+        """The tokens of a micro-batch on this chip."""
         return self.layout.micro * self.seq / self.layout.cp
 
     def activations(self) -> float:
-        """Bytes saved for the backward pass by all micro-batches in flight, and by a layer recomputed."""
+        """Return the bytes saved for the backward pass by all micro-batches in flight.
+
+        With full recomputation, the activations of the one layer that is being recomputed are added.
+        """
         at = self.layout
         saved = sum(n * self._saved(work, at.recompute) for work, n in self.layers.items())
         again = 0.0
@@ -199,14 +211,17 @@ class _Chip:
         return self.in_flight() * (self.rows * saved) + again
 
     def logits(self) -> float:
-        """Bytes of the logits on the last stage."""
+        """Return the bytes of the logits; 0 unless the chip holds the last stage."""
         if not self.last:
             return 0.0
         width = LOGIT_BYTES if self.software.fused else EAGER_LOGIT_BYTES
         return self.rows * self.config.vocab_size / self.layout.tp * width
 
     def in_flight(self) -> float:
-        """Micro-batches whose activations the chip holds at once, each of all its layers."""
+        """Return how many micro-batches' activations of all of the chip's layers it holds at once.
+
+        The number may be fractional, as a micro-batch may have passed only some of the chip's stages.
+        """
         at = self.layout
         behind = at.pp - self.rank  # stages from this one to the last
         if at.pp == 1:
@@ -223,7 +238,10 @@ class _Chip:
         return min(self.micro, behind)
 
     def _saved(self, work: cost.Work, recompute: str) -> float:
-        """Bytes a token that a layer saves for its backward pass (arXiv 2205.05198, section 4)."""
+        """Return the bytes a token that a layer saves for its backward pass (arXiv 2205.05198, section 4).
+
+        `recompute` is one of the modes `layout.RECOMPUTE`.
+        """
         at = self.layout
         whole = work.hidden / (at.tp if at.sp else 1)
         if recompute == "full":

@@ -1,4 +1,4 @@
-"""Models to plan for: a name of models.yaml, an HF directory, or a config.json."""
+"""Models to plan for: the name of a model in models.yaml, a Hugging Face directory, or a config.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FILE = Path(__file__).with_name("models.yaml")
 
 
 def find(name: str) -> ModelConfig:
-    """A model by name or path: `find("deepseek-v3").parameters` is 671 billion.
+    """Return a model's configuration by name or path: `find("deepseek-v3").parameters` is 671 billion.
 
-    Raises LimbeckError for an unknown name, with the nearest known one.
+    Raises LimbeckError for an unknown name, and suggests the nearest known one.
     """
     models = shipped()
     key = _key(name)
@@ -34,7 +34,7 @@ def find(name: str) -> ModelConfig:
 
 
 def _key(name: str) -> str:
-    """A model's key in models.yaml, from its name as it may be written."""
+    """Return the key in models.yaml of a model name, which may be in any case and have a prefix."""
     key = name.strip().lower().replace("_", "-")
     key = key.removeprefix("deepseek-ai/")
     return key.replace("deepseek-r1-distill", "r1-distill")
@@ -42,5 +42,5 @@ def _key(name: str) -> str:
 
 @cache
 def shipped() -> dict[str, dict]:
-    """The models of models.yaml: name -> HF config."""
+    """Return the models of models.yaml: name -> Hugging Face configuration."""
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))

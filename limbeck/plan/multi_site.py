@@ -1,6 +1,6 @@
-"""Training on several sites with thin links: each trains by itself, and at times they average their weights.
+"""Training on several sites with slow links: sites train separately and average their weights at intervals.
 
-DiLoCo (arXiv 2311.08105); over the Internet: INTELLECT-1 (arXiv 2412.01152).
+The method is DiLoCo (arXiv 2311.08105); over the Internet it was used by INTELLECT-1 (arXiv 2412.01152).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ GRADIENT_BYTES = 2  # a gradient is sent in sixteen, where sites exchange them e
 
 @dataclass(frozen=True)
 class Averaging:
-    """The exchange between sites: `seconds` each time, once in `every` steps, a `share` of all time.
+    """The averaging of weights between sites.
 
-    `plain` is the seconds of a step if gradients were exchanged every step.
+    It takes `seconds` each time, once in `every` steps, which is the `share` of all time. For comparison,
+    `plain` is the seconds of a step if the sites exchanged gradients in every step instead.
     """
 
     sites: int
@@ -30,7 +31,7 @@ class Averaging:
     plain: float
 
     def tell(self) -> str:
-        """The exchange in one line."""
+        """Return a description of the averaging in one line."""
         often = f"{self.sites} sites, averaged every {self.every} steps"
         return (
             f"{often}: {self.seconds:.3g} s each time, {self.share:.1%} of all; "
@@ -39,9 +40,10 @@ class Averaging:
 
 
 def one_of(cluster: Cluster) -> Cluster:
-    """The chips of one site.
+    """Return the cluster of one site.
 
-    Raises LimbeckError if sites differ in size, or the speed of their links is unknown.
+    Raises LimbeckError if the chips do not divide evenly over the sites, or if the speed of the links between
+    sites is unknown.
     """
     sites = cluster.fabric.sites
     if cluster.count % sites:
@@ -57,7 +59,10 @@ def one_of(cluster: Cluster) -> Cluster:
 
 
 def exchange(cluster: Cluster, size: float) -> float:
-    """Seconds of a ring over the sites: each sends 2(n-1)/n of `size` bytes, in 2(n-1) hops."""
+    """Return the seconds to average `size` bytes over the sites by a ring.
+
+    With n sites, each sends 2(n-1)/n x `size` bytes in 2(n-1) hops.
+    """
     fabric = cluster.fabric
     hops = 2 * (fabric.sites - 1)
     bandwidth = fabric.site_link * 1e9 / 8
@@ -65,7 +70,10 @@ def exchange(cluster: Cluster, size: float) -> float:
 
 
 def averaged(step: Step, config: ModelConfig, cluster: Cluster) -> tuple[Step, Averaging]:
-    """The step of all sites, from that of one, with its share of the exchange, which nothing hides."""
+    """Return the step of all sites together, and the averaging between them.
+
+    `step` is the step of one site. Each step takes its share of the averaging, which overlaps with nothing.
+    """
     fabric = cluster.fabric
     each = exchange(cluster, OUTER_BYTES * config.parameters)
     late = each / fabric.every

@@ -1,9 +1,10 @@
 """Pipeline schedules as events, for stages that may be uneven.
 
-Each chip has an order of passes, and a pass starts when the chip is free and its inputs have arrived. F is a
-forward pass of one micro-batch through one stage, B its backward pass without weight gradients, W the weight
-gradients. Ideal bubbles (arXiv 2412.19437, Table 2, where B includes W), which the tests compare with the
-events:
+A pipeline cuts a model into stages and places them on chips; the rank of a chip is its position. Each chip
+has an order of passes, and a pass starts when the chip is free and its inputs have arrived. F is the forward
+pass of one micro-batch through one stage, B its backward pass without weight gradients, and W the computation
+of its weight gradients. The bubble is the time in which a chip waits. Ideal bubbles of P chips (arXiv
+2412.19437, Table 2, where B includes W), which the tests compare with the events:
 
     1F1B (P-1)(F+B)    ZB1P (P-1)(F+B-2W)    DualPipe (P/2-1)(F&B + B - 3W)    interleaved (P-1)(F+B)/chunks
 """
@@ -22,7 +23,12 @@ PAIR = 3  # pieces of an overlapped slot: F, and B with its W
 
 
 class Piece(NamedTuple):
-    """One pass: kind "F", "B" or "W", direction 0 or 1 (DualPipe feeds both ends), stage, micro-batch."""
+    """One pass of one micro-batch through one stage.
+
+    `kind` is "F", "B" or "W"; `direction` is 0 or 1, as DualPipe feeds micro-batches into both ends of the
+    pipeline; `stage` counts from the end at which the micro-batch enters; `micro` is the micro-batch's
+    number.
+    """
 
     kind: str
     direction: int
@@ -34,7 +40,10 @@ Pieces = tuple[Piece, ...]  # run without a pause between them
 
 
 class Slot(NamedTuple):
-    """Passes without a pause: one pass, B with its W, or a forward overlapped with a backward."""
+    """Passes that run on a chip without a pause, with the seconds at which they start and end.
+
+    They are one pass, a B with its W, or a forward pass overlapped with a B and its W.
+    """
 
     pieces: Pieces
     start: float
@@ -45,8 +54,9 @@ class Slot(NamedTuple):
 class Times:
     """Seconds of each stage's passes, and of sending a micro-batch to the next stage.
 
-    `paired` holds, stage by stage, the seconds of a forward overlapped with a whole backward; without it
-    nothing overlaps.
+    `forward`, `backward` and `weight` are the seconds of F, B and W, one entry for each stage. `paired` has,
+    for each stage, the seconds of F overlapped with B and W of the same stage; if it is empty, nothing
+    overlaps.
     """
 
     forward: tuple[float, ...]
@@ -56,19 +66,26 @@ class Times:
     paired: tuple[float, ...] = ()
 
     def pair(self, ahead: int, back: int) -> float:
-        """Seconds of a forward of stage `ahead` beside a whole backward of stage `back`."""
+        """Return the seconds of F of stage `ahead` overlapped with B and W of stage `back`.
+
+        Without times of overlapped passes, it is the sum of the three.
+        """
         if self.paired:
             return (self.paired[ahead] + self.paired[back]) / 2
         return self.forward[ahead] + self.backward[back] + self.weight[back]
 
     def whole(self, stage: int) -> float:
-        """Seconds of one micro-batch in a stage without overlap."""
+        """Return the seconds of F, B and W of one micro-batch in a stage, without overlap."""
         return self.forward[stage] + self.backward[stage] + self.weight[stage]
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The slots of every chip, its busy seconds, and the seconds of the whole step."""
+    """The result of a simulated step.
+
+    `seconds` is the time of the whole step, `chips` has the slots of each chip in order, and `busy` the
+    seconds in which each chip computes.
+    """
 
     seconds: float
     chips: tuple[tuple[Slot, ...], ...]
@@ -76,15 +93,16 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Idle seconds of the busiest chip."""
+        """Seconds in which the busiest chip waits."""
         return self.seconds - max(self.busy)
 
 
 def simulate(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> Timeline:
-    """Simulate `micro` micro-batches over a pipeline of `chips`.
+    """Simulate one step of `micro` micro-batches over a pipeline of `chips` chips.
 
-    `times` has chips x chunks stages (DualPipeV: two a chip; DualPipe: one a chip in each direction). Raises
-    LimbeckError for an unknown schedule, a wrong number of stages, or too few micro-batches.
+    `times` has chips x `chunks` stages (DualPipeV: two for each chip; DualPipe: as many as chips, and each
+    chip holds one stage in each direction). Raises LimbeckError for an unknown schedule, a wrong number of
+    stages, or too few micro-batches.
     """
     if schedule not in ORDERS:
         raise LimbeckError(f"schedule {schedule} is not known; known are {', '.join(ORDERS)}")
@@ -100,7 +118,10 @@ def simulate(schedule: str, times: Times, chips: int, micro: int, chunks: int = 
 
 
 def _least_micro(schedule: str, chips: int) -> int:
-    """The fewest micro-batches that DualPipe and DualPipeV are defined for; 0 for other schedules."""
+    """Return the fewest micro-batches for which the schedule is defined.
+
+    Only DualPipe and DualPipeV have such a minimum; for other schedules the result is 0.
+    """
     if schedule == "dualpipe":
         return 2 * chips
     if schedule == "dualpipev":
@@ -109,7 +130,10 @@ def _least_micro(schedule: str, chips: int) -> int:
 
 
 def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
-    """Seconds of a step and of its bubble. A long step is extrapolated from two short ones."""
+    """Return the seconds of a step and of its bubble, by simulation.
+
+    A step of many micro-batches is extrapolated from two shorter steps. See `simulate` for the parameters.
+    """
     per_round = chips * (2 if schedule == "dualpipev" else 1)
     few = ENOUGH * per_round
     if micro <= few + per_round:
@@ -125,10 +149,10 @@ def seconds(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1
 
 
 def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) -> tuple[float, float]:
-    """Seconds of a step and of its bubble by the formulas above.
+    """Return the seconds of a step and of its bubble by the formulas at the top of this file.
 
-    The step has the busiest chip's work, the bubble the mean of all chips. Within a few per cent of the
-    events, and a thousand times as fast.
+    The step's time takes the work of the busiest chip, the bubble's the mean over all chips. The results are
+    within a few per cent of `seconds`, and a thousand times as fast to compute.
     """
     dual = schedule.startswith("dualpipe")
     work = []
@@ -143,7 +167,7 @@ def quick(schedule: str, times: Times, chips: int, micro: int, chunks: int = 1) 
 
 
 def _placement(schedule: str, stages: int, chips: int) -> list[list[int]]:
-    """The stages of each chip."""
+    """Return, for each chip, the stages that it holds."""
     if schedule == "dualpipev":
         return [[chip, 2 * chips - 1 - chip] for chip in range(chips)]
     if schedule == "dualpipe":
@@ -152,7 +176,10 @@ def _placement(schedule: str, stages: int, chips: int) -> list[list[int]]:
 
 
 def _bubble(schedule: str, times: Times, chips: int, chunks: int) -> float:
-    """The ideal bubble of a schedule, with the chips' mean times, without sending."""
+    """Return the seconds of the schedule's ideal bubble, without the time of sending.
+
+    It is computed from the mean times of a chip.
+    """
     forward = sum(times.forward) / chips
     backward = sum(times.backward) / chips
     weight = sum(times.weight) / chips
@@ -167,10 +194,13 @@ def _bubble(schedule: str, times: Times, chips: int, chunks: int) -> float:
 
 
 class _Player:
-    """Plays orders of passes, one list a chip, as events."""
+    """Runs the orders of passes, one list for each chip, and records when each pass starts and ends."""
 
     def __init__(self, orders: list[list[Pieces]], times: Times, stages: int):
-        """Start with all chips free and nothing done."""
+        """Start at second 0 with all chips free and no pass done.
+
+        `orders` has the slots of each chip in order; `stages` is the number of stages.
+        """
         chips = len(orders)
         self.orders = orders
         self.times = times
@@ -181,7 +211,10 @@ class _Player:
         self.slots: list[list[Slot]] = [[] for _ in orders]
 
     def run(self) -> Timeline:
-        """All passes of all chips. Raises LimbeckError if the orders wait for each other."""
+        """Run all passes of all chips and return the timeline.
+
+        Raises LimbeckError if the chips wait for each other in a circle.
+        """
         unfinished = list(range(len(self.orders)))
         while unfinished:
             moved = [self._advance(chip) for chip in unfinished]
@@ -192,7 +225,7 @@ class _Player:
         return Timeline(max(self.free), slots, tuple(self.busy))
 
     def _advance(self, chip: int) -> bool:
-        """Run a chip's passes until one has to wait; False if the first has to."""
+        """Run passes of one chip until one has to wait for its input; return True if any pass ran."""
         order = self.orders[chip]
         slots = self.slots[chip]
         begun = len(slots)
@@ -212,7 +245,10 @@ class _Player:
         return len(slots) > begun
 
     def _ready(self, pieces: Pieces) -> float | None:
-        """The time at which all inputs of the pieces have arrived; None while one is not scheduled yet."""
+        """Return the second at which all inputs of the pieces have arrived.
+
+        The result is None if an input has not been computed yet.
+        """
         latest = 0.0
         for piece in pieces:
             need = self._input(piece)
@@ -227,7 +263,7 @@ class _Player:
         return latest
 
     def _input(self, piece: Piece) -> Piece | None:
-        """The pass whose output a pass needs; None for the forward pass of the first stage."""
+        """Return the pass whose output `piece` needs; None for the forward pass of the first stage."""
         kind, direction, stage, micro = piece
         if kind == "W":
             return Piece("B", direction, stage, micro)
@@ -238,7 +274,7 @@ class _Player:
         return Piece("B", direction, stage + 1, micro)
 
     def _duration(self, pieces: Pieces) -> float:
-        """Seconds of a slot."""
+        """Return the seconds that the pieces of one slot take together."""
         times = self.times
         if len(pieces) == PAIR:
             return times.pair(pieces[0].stage, pieces[1].stage)
@@ -250,12 +286,12 @@ class _Player:
 
 
 def _with_weight(piece: Piece) -> Pieces:
-    """A backward pass and its weight gradients."""
+    """Return a backward pass B followed by its weight gradients W."""
     return piece, piece._replace(kind="W")
 
 
 def _gpipe(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """All forward passes, then all backward passes (arXiv 1811.06965)."""
+    """Return a chip's order by GPipe: all forward passes, then all backward passes (arXiv 1811.06965)."""
     order: list[Pieces] = [(Piece("F", 0, rank, m),) for m in range(micro)]
     for m in reversed(range(micro)):
         order.append(_with_weight(Piece("B", 0, rank, m)))
@@ -263,12 +299,18 @@ def _gpipe(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
 
 
 def _one_forward_one_backward(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """1F1B: a warm-up of forward passes, then one forward, one backward (arXiv 1806.03377)."""
+    """Return a chip's order by 1F1B (arXiv 1806.03377).
+
+    After a warm-up of forward passes, one forward pass and one backward pass alternate.
+    """
     return _interleaved(rank, chips, micro, 1)
 
 
 def _interleaved(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """Interleaved 1F1B: `chunks` stages a chip, micro-batches in groups of `chips` (arXiv 2104.04473)."""
+    """Return a chip's order by interleaved 1F1B (arXiv 2104.04473).
+
+    Each chip has `chunks` stages, and micro-batches are processed in groups of `chips`.
+    """
     ahead: list[Pieces] = []
     back: list[Pieces] = []
     for first in range(0, micro, chips):
@@ -287,7 +329,10 @@ def _interleaved(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]
 
 
 def _zero_bubble(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """ZB-H1 (arXiv 2401.10241): 1F1B with the weight gradients `rank` micro-batches later."""
+    """Return a chip's order by ZB-H1 (arXiv 2401.10241).
+
+    It is 1F1B, but the weight gradients are computed `rank` micro-batches later.
+    """
     order: list[Pieces] = []
     late: list[Piece] = []
     for pieces in _one_forward_one_backward(rank, chips, micro, 1):
@@ -301,14 +346,16 @@ def _zero_bubble(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]
 
 
 class _Both:
-    """The eight steps of DualPipe and DualPipeV, for a chip `near` places from its end of `half` chips.
+    """Builds the order of passes of one chip for DualPipe and DualPipeV, in their eight steps.
 
-    Phase 0 enters at that end; phase 1 returns (V) or enters at the other end. `micro` micro-batches are of
-    each phase, and `place` gives each phase's (direction, stage).
+    Micro-batches come in two phases, of `micro` micro-batches each: phase 0 enters at the end of the pipeline
+    nearer to the chip, and phase 1 comes from the other end (DualPipe) or returns (DualPipeV). The chip is
+    `near` places from its end, in a half of `half` chips. `place` gives the direction and the stage of each
+    phase on this chip.
     """
 
     def __init__(self, near: int, half: int, micro: int, place: Sequence[tuple[int, int]]) -> None:
-        """Build `order`."""
+        """Build the order of passes, `self.order`."""
         self.order: list[Pieces] = []
         self.place = place
         self.counts = {(kind, phase): 0 for kind in "FB" for phase in (0, 1)}
@@ -332,7 +379,10 @@ class _Both:
         self.finish(near, far)
 
     def finish(self, near: int, far: int) -> None:
-        """The last backward passes; from their middle on the weight gradients come later."""
+        """Append the last backward passes; from their middle on, weight gradients are computed later.
+
+        `near` and `far` are the places between the chip and both ends of its half.
+        """
         middle = (near + 1) // 2
         for i in range(near + 1):
             self.backward(1, late=i > middle or (i == middle and near % 2 == 1))
@@ -344,18 +394,21 @@ class _Both:
             self.weight()
 
     def next_piece(self, kind: str, phase: int) -> Piece:
-        """The pass of a phase's next micro-batch."""
+        """Return the pass of kind `kind` of the next micro-batch of `phase`."""
         micro = self.counts[kind, phase]
         self.counts[kind, phase] += 1
         direction, stage = self.place[phase]
         return Piece(kind, direction, stage, micro)
 
     def forward(self, phase: int) -> None:
-        """A forward pass by itself."""
+        """Append a forward pass that overlaps with nothing."""
         self.order.append((self.next_piece("F", phase),))
 
     def backward(self, phase: int, late: bool = False) -> None:
-        """A backward pass, with its weight gradients or, if `late`, without."""
+        """Append a backward pass that overlaps with nothing.
+
+        Its weight gradients follow directly or, if `late`, in a later call of `weight`.
+        """
         piece = self.next_piece("B", phase)
         if not late:
             self.order.append(_with_weight(piece))
@@ -364,22 +417,23 @@ class _Both:
         self.order.append((piece,))
 
     def weight(self) -> None:
-        """The earliest weight gradients that are still to come, if any."""
+        """Append the earliest weight gradients that are not computed yet, if there are any."""
         if self.late:
             piece = self.late.pop(0)
             self.order.append((piece._replace(kind="W"),))
 
     def overlap(self, ahead: int, back: int) -> None:
-        """A forward pass of one phase overlapped with a backward pass of the other."""
+        """Append a forward pass of phase `ahead` overlapped with a backward pass of phase `back`."""
         forward = self.next_piece("F", ahead)
         backward = self.next_piece("B", back)
         self.order.append((forward, *_with_weight(backward)))
 
 
 def _dualpipe(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """DualPipe: half of the micro-batches enter at each end (arXiv 2412.19437, section 3.2.1).
+    """Return a chip's order by DualPipe (arXiv 2412.19437, section 3.2.1).
 
-    Chip r is stage r of one direction and stage P-1-r of the other.
+    Half of the micro-batches enter at each end of the pipeline. Of P chips, chip r is stage r for one half
+    and stage P-1-r for the other.
     """
     second = rank >= chips // 2
     near = chips - 1 - rank if second else rank
@@ -389,7 +443,11 @@ def _dualpipe(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
 
 
 def _dualpipev(rank: int, chips: int, micro: int, chunks: int) -> list[Pieces]:
-    """DualPipeV: one direction, folded; chip r is stage r and stage 2P-1-r."""
+    """Return a chip's order by DualPipeV.
+
+    All micro-batches enter at one end, and the pipeline is folded in the middle: of P chips, chip r is stage
+    r and stage 2P-1-r.
+    """
     down = (0, rank)
     up = (0, 2 * chips - 1 - rank)
     return _Both(rank, chips, micro, (down, up)).order

@@ -1,6 +1,7 @@
 """Prices of chips and tokens: dated tables with sources (prices.yaml), never a guess.
 
-A price without a date and a source is refused; a chip that the table does not have has no price at all.
+A price without a date and a source is refused, and a chip that is not in the table has no price. Months are
+written as YYYY-MM.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ FOREVER = "9999"  # a month after all others
 
 @dataclass(frozen=True)
 class Rental:
-    """The price of an hour of one chip, in dollars: `Rental("H800", 2.0, 3.42, "2025-01", "...")`."""
+    """The price of an hour of one chip, in dollars: `Rental("H800", 2.0, 3.42, "2025-01", "...")`.
+
+    Hosts ask between `low` and `high`.
+    """
 
     chip: str
     low: float
@@ -31,13 +35,17 @@ class Rental:
 
     @property
     def middle(self) -> float:
-        """The geometric mean: prices of hosts differ by factors."""
+        """The geometric mean of the low and the high price, as prices of hosts differ by factors."""
         return (self.low * self.high) ** 0.5
 
 
 @dataclass(frozen=True)
 class Tariff:
-    """Dollars for a million tokens: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`."""
+    """Dollars for a million tokens of a model.
+
+    Example: `Tariff("deepseek-r1", 0.14, 0.55, 2.19, "2025-03", "...")`. `cached` is the price of input
+    tokens from the cache, `input` of other input tokens, and `output` of output tokens.
+    """
 
     model: str
     cached: float
@@ -47,14 +55,15 @@ class Tariff:
     source: str
 
     def revenue(self, cached: float, fresh: float, output: float) -> float:
-        """Dollars for tokens: cached input, uncached input, output."""
+        """Return the dollars for numbers of tokens: cached input, uncached (`fresh`) input and output."""
         return (self.cached * cached + self.input * fresh + self.output * output) / MILLION
 
 
 def rental(chip: str, price: float | None = None, until: str = FOREVER) -> Rental:
-    """The latest price of a chip up to a month, or a `price` of the user's, which needs no table.
+    """Return the latest price of an hour of `chip` that is dated no later than the month `until`.
 
-    Raises LimbeckError for a chip without a price.
+    A `price` in dollars that the user gives is taken instead, without the table. Raises LimbeckError for a
+    chip without a price.
     """
     if price is not None:
         return Rental(chip, price, price, "", "given")
@@ -68,9 +77,10 @@ def rental(chip: str, price: float | None = None, until: str = FOREVER) -> Renta
 
 
 def tariff(model: str, currency: str = "USD", until: str = FOREVER) -> Tariff:
-    """The price of a model's tokens in its own host's latest list up to a month, in dollars.
+    """Return the price of a model's tokens, converted to dollars.
 
-    `currency` selects one of the host's lists. Raises LimbeckError for a model without a price.
+    It is the latest price list of the model's own host that is in `currency` and dated no later than the
+    month `until`. Raises LimbeckError for a model without a price.
     """
     table = _table("tokens")
     rows = [row for row in table if row["model"] == model and row["currency"] == currency]
@@ -92,7 +102,7 @@ def tariff(model: str, currency: str = "USD", until: str = FOREVER) -> Tariff:
 
 
 def exchange(currency: str) -> float:
-    """Units of a currency for one dollar. Raises LimbeckError for an unknown one."""
+    """Return how many units of `currency` one dollar buys. Raises LimbeckError for an unknown currency."""
     if currency == "USD":
         return 1.0
     for row in _table("exchange"):
@@ -102,19 +112,19 @@ def exchange(currency: str) -> float:
 
 
 def _latest(rows: list[dict[str, Any]], until: str) -> dict[str, Any] | None:
-    """The latest row up to a month; None if there is none."""
+    """Return the latest row that is dated no later than the month `until`; None if there is none."""
     past = [row for row in rows if str(row["date"]) <= until]
     return max(past, key=lambda row: str(row["date"]), default=None)
 
 
 def _table(part: str) -> list[dict[str, Any]]:
-    """The rows of one table of prices.yaml."""
+    """Return the rows of the table `part` of prices.yaml: "rental", "tokens" or "exchange"."""
     return _tables()[part]
 
 
 @cache
 def _tables() -> dict[str, list[dict[str, Any]]]:
-    """The content of prices.yaml. Raises LimbeckError for a price without a date or a source."""
+    """Return all tables of prices.yaml. Raises LimbeckError for a price without a date or a source."""
     tables = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     for part, rows in tables.items():
         for row in rows:

@@ -1,7 +1,7 @@
 """Published runs: measured rows with their sources, and the model, cluster and layout of each.
 
-A row has the columns of `published.csv`. Facts without a column are in `schedule`:
-`1f1b;zero1;mbs=2;vpp=6;recompute=full`.
+A row is one measured figure of one run; it has the columns of `published.csv`. Facts that have no column of
+their own are in the column `schedule`, as in `1f1b;zero1;mbs=2;vpp=6;recompute=full`.
 """
 
 from __future__ import annotations
@@ -38,59 +38,69 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `columns` as in the file, and the `keys` of its `schedule`."""
+    """One measured figure of one published run.
+
+    `columns` has the texts of the file's columns, and `keys` the `key=value` pairs of the column `schedule`.
+    """
 
     columns: dict[str, str]
     keys: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> str:
-        """The text of a column; empty where the row has none."""
+        """Return the text of a column, or an empty string if the row has none."""
         return self.columns.get(key) or ""
 
     def number(self, key: str, default: float = 0) -> float:
-        """The number in a column. Raises LimbeckError where it is no number."""
+        """Return the number in a column, or `default` if it is empty.
+
+        Raises LimbeckError if it is no number.
+        """
         try:
             return float(self[key] or default)
         except ValueError:
             raise LimbeckError(f"{self['name']}: {key} = {self[key]!r} is no number") from None
 
     def integer(self, key: str, default: int = 1) -> int:
-        """The number in a column, rounded down."""
+        """Return the number in a column, rounded down, or `default` if it is empty."""
         return int(self.number(key, default))
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """The name of the run."""
         return self["name"]
 
     @property
     def metric(self) -> str:
-        """The name of the measured figure."""
+        """The name of the metric that was measured, such as `step_time_s`."""
         return self["measured_metric"]
 
     @property
     def value(self) -> float:
-        """The measured figure, in the unit of its metric."""
+        """The measured value, in the unit of its metric."""
         return self.number("measured_value")
 
     @property
     def schedule(self) -> str:
-        """The text of the column `schedule` in lower case."""
+        """The text of the column `schedule`, in lower case."""
         return self["schedule"].lower()
 
     @property
     def seq(self) -> int:
-        """Tokens of a sequence."""
+        """The number of tokens of a sequence; 4096 if the row gives none."""
         return self.integer("seq", 4096)
 
     @property
     def chips(self) -> int:
-        """Number of chips; 0 where the row gives none."""
+        """The number of chips; 0 if the row gives none."""
         return self.integer("n_chips", 0)
 
     @property
     def batch(self) -> int:
-        """Sequences a step; by default about four million tokens, a multiple of eight for each replica."""
+        """The number of sequences of a step.
+
+        If the row gives none, it is about four million tokens, as a multiple of eight sequences for each
+        data-parallel replica.
+        """
         tokens = self.number("global_batch_tokens")
         if tokens:
             return max(1, round(tokens / self.seq))
@@ -99,25 +109,29 @@ class Row:
 
     @property
     def precision(self) -> str:
-        """`fp16`, `fp8` or `bf16`."""
+        """The precision of the matrix products: `fp16`, `fp8` or, by default, `bf16`."""
         first = self["precision"].split("/")[0].lower()
         return first if first in ("fp16", "fp8", "bf16") else "bf16"
 
     @property
     def complete(self) -> bool:
-        """True if the row gives its layout."""
+        """True if the row gives its number of chips, its pipeline parallelism and its batch size."""
         return all(self[key] for key in ("n_chips", "pp", "global_batch_tokens"))
 
     @property
     def unsplit(self) -> bool:
-        """True if neither layers nor matrices are split over chips."""
+        """True if neither pipeline nor tensor parallelism is used."""
         return self.integer("pp") == 1 and self.integer("tp") == 1
 
     # ------------------------------------------------------------ model
 
     @cached_property
     def model(self) -> ModelConfig:
-        """The model; a gated feed-forward and a tied head are taken as fits the published parameters best."""
+        """The configuration of the model.
+
+        Rows do not say whether the feed-forward network is gated and whether the output matrix is tied to the
+        embedding: the choice whose number of parameters is nearest to the published number is taken.
+        """
         published = self.number("total_params")
         shapes: list[ModelConfig] = []
         for gated in (True, False):
@@ -126,7 +140,7 @@ class Row:
         return min(shapes, key=lambda shape: abs(shape.parameters - published))
 
     def _model(self, gated: bool, tied: bool) -> ModelConfig:
-        """The model with a gated feed-forward or not, and a tied head or not."""
+        """Return the model with the given choices: a gated feed-forward network, a tied output matrix."""
         vocabulary = self.integer("vocab", 32000)
         layers = self.integer("layers")
         heads = self.integer("heads")
@@ -154,7 +168,10 @@ class Row:
         )
 
     def _latent(self) -> Latent | None:
-        """The sizes of latent attention, `mla(q1536,kv512,rope64,nope128,v128)`; None for other attention."""
+        """Return the sizes of latent attention; None if the model has another kind of attention.
+
+        They are written as `mla(q1536,kv512,rope64,nope128,v128)` in the column `schedule`.
+        """
         match = re.search(r"mla\(q(\d+),kv(\d+),rope(\d+),nope(\d+),v(\d+)\)", self.schedule)
         if not match:
             return None
@@ -162,7 +179,7 @@ class Row:
         return Latent(kv, nope, rope, value, q)
 
     def _experts(self) -> Experts | None:
-        """The mixture of experts; None for a dense model."""
+        """Return the mixture of experts; None for a dense model."""
         count = self.integer("experts", 0)
         if count < 2:
             return None
@@ -184,7 +201,7 @@ class Row:
         )
 
     def _dense_layers(self) -> tuple[int, ...]:
-        """The layers of a mixture that have no experts."""
+        """Return the indices of the layers of a mixture that have no experts."""
         if "every 2nd layer" in self.schedule:
             return tuple(range(0, self.integer("layers"), 2))
         count = self._find_integer(r"dense=(\d+)")
@@ -193,11 +210,14 @@ class Row:
         return (0,) if "dense first layer" in self.schedule else ()
 
     def _dense_width(self) -> int:
-        """The width of a mixture's layers without experts; 0 where the row gives none."""
+        """Return the feed-forward size of the mixture's layers without experts; 0 if the row gives none."""
         return self._find_integer(r"ffn\D?(\d{4,})") or 0
 
     def _find_integer(self, pattern: str) -> int | None:
-        """The first group of a pattern in the schedule that matched."""
+        """Search the column `schedule` for `pattern` and return the integer of the group that matched.
+
+        The result is None if the pattern is not found.
+        """
         match = re.search(pattern, self.schedule)
         return int(match[match.lastindex]) if match else None
 
@@ -205,7 +225,7 @@ class Row:
 
     @property
     def cluster(self) -> Cluster:
-        """The chips, with the network that the row or its source gives."""
+        """The chips of the run, with the network that the row or its source states."""
         changes: dict[str, object] = {}
         node_gbps = self._find_integer(r"(\d+)gbps/node")
         if node_gbps is not None:
@@ -221,10 +241,10 @@ class Row:
 
     @property
     def software(self) -> Software:
-        """The training software, tuned by default.
+        """The properties of the training software; `TUNED` by default.
 
-        nanotron, FSDP of plain PyTorch and DeepSpeed are eager. Runs in fp16 and runs before FlashAttention
-        have unfused attention.
+        nanotron, FSDP of plain PyTorch and DeepSpeed are eager (not fused by a compiler). Runs in fp16 and
+        runs before FlashAttention have unfused attention.
         """
         text = self.schedule + self["source"].lower()
         name = self.name.lower()
@@ -243,7 +263,10 @@ class Row:
         return FSDP if "fsdp" in text and self.integer("pp") == 1 else TUNED
 
     def _before_flash(self, text: str) -> bool:
-        """True if the run is older than FlashAttention, by its arXiv number or its software."""
+        """Return True if the run is older than FlashAttention, by its arXiv number or its software.
+
+        `text` is the row's schedule and source in lower case.
+        """
         month = re.search(r"arxiv:(\d{4})\.", self["source"].lower())
         if month and int(month[1]) < FLASH:
             return True
@@ -253,7 +276,11 @@ class Row:
 
     @cached_property
     def layout(self) -> Layout:
-        """The published layout; where micro-batch or chunks are unknown, the planner chooses them."""
+        """The published layout.
+
+        If the micro-batch or the number of chunks is not published, it is chosen such that the forecast of
+        the step is shortest.
+        """
         published = self._layout()
         if "local_bs" in self.keys:
             # torchtitan makes as many micro-batches of it as there are pipeline ranks
@@ -269,18 +296,25 @@ class Row:
 
     @property
     def memory(self) -> Memory:
-        """The memory of the fullest chip by the planner."""
+        """The planner's forecast of the memory on the chip that needs the most."""
         batch = self.batch if self.number("global_batch_tokens") else 0
         return fit(self.model, self.cluster, self.layout, self.seq, self.software, self.precision, batch)
 
     def _divides(self, layout: Layout) -> bool:
-        """True unless an interleaved schedule has micro-batches that its ranks do not divide."""
+        """Return True if the schedule is possible with this number of micro-batches.
+
+        An interleaved schedule needs a multiple of the number of pipeline ranks.
+        """
         if layout.schedule != "interleaved":
             return True
         return layout.micro_batches(self.batch) % layout.pp == 0
 
     def _micros(self, published: Layout) -> list[int]:
-        """The micro-batch of the row; without one, all that divide a replica's sequences and fit."""
+        """Return the micro-batch sizes to try, in sequences.
+
+        It is the published one if there is one; otherwise all that divide the sequences of a replica and fit
+        in memory.
+        """
         if "mbs" in self.keys or published.micro > 1:
             return [published.micro]
         sequences = max(1, self.batch // published.dp)
@@ -293,7 +327,11 @@ class Row:
         return micros or [1]
 
     def _chunks(self, published: Layout) -> list[int]:
-        """The chunks of the row; without them, all that divide the layers of a pipeline rank."""
+        """Return the numbers of chunks a chip to try.
+
+        It is the published one if there is one, and 2 for eager software; otherwise all that divide the
+        layers of a pipeline rank.
+        """
         if published.schedule != "interleaved" or "vpp" in self.keys:
             return [published.chunks]
         if self.software.name == "eager":
@@ -302,7 +340,10 @@ class Row:
         return [chunks for chunks in CHUNKS if rank_layers % chunks == 0] or [1]
 
     def _quick(self, layout: Layout) -> float:
-        """Seconds of a step by the schedule's formula; infinite where the layout cannot be."""
+        """Return the forecast seconds of a step by the schedule's formula.
+
+        The result is infinite if the layout is impossible.
+        """
         try:
             plan = foresee(
                 self.model,
@@ -319,7 +360,7 @@ class Row:
             return float("inf")
 
     def _layout(self) -> Layout:
-        """The layout as far as the row gives it."""
+        """Return the layout as far as the row gives it, with defaults for the rest."""
         tp = self.integer("tp")
         pp = self.integer("pp")
         cp = self.integer("cp")
@@ -344,14 +385,17 @@ class Row:
         )
 
     def _zero(self) -> int:
-        """The stage of ZeRO; FSDP shards all there is to shard."""
+        """Return the stage of ZeRO. FSDP without a stated stage counts as 3, everything else as 1."""
         zero = self._find_integer(r"zero-?(\d)")
         if zero is not None:
             return zero
         return 3 if "fsdp" in self.schedule else 1
 
     def _schedule(self, chunks: int) -> str:
-        """The pipeline schedule by Limbeck's name; `chunks` is 0 where the row gives none."""
+        """Return the name in `layout.SCHEDULES` of the pipeline schedule.
+
+        `chunks` is the number of chunks a chip, 0 if the row gives none.
+        """
         if chunks > 1:
             return "interleaved"
         for name, schedule in SCHEDULES.items():
@@ -360,19 +404,23 @@ class Row:
         return "1f1b"
 
     def _sequence_parallel(self) -> bool:
-        """True if activations between layers are split along the sequence."""
+        """Return True if activations between layers are split along the sequence."""
         stated = "sp" in self.keys or "tp_mode=red" in self.schedule
         return stated or self.software.attention != "unfused"
 
     def _overlap(self) -> bool:
-        """True if the experts' all-to-all overlaps computing; wide groups with a pipeline usually do."""
+        """Return True if the experts' all-to-all overlaps with computing.
+
+        If the row does not say so, it is assumed for tuned software with a pipeline and expert groups larger
+        than a node.
+        """
         if "overlap" in self.schedule:
             return True
         wide = self.integer("ep") > self.cluster.per_node
         return wide and self.integer("pp") > 1 and self.software.fused
 
     def _recompute(self) -> str:
-        """The recomputation mode by Limbeck's name."""
+        """Return the name in `layout.RECOMPUTE` of the recomputation mode."""
         mode = self.keys.get("recompute", "full" if self.metric.startswith("hw_") else "none")
         if mode.startswith("selective") and "torchtitan" in self["source"]:
             return "half"  # its "selective op" keeps every second product
@@ -385,19 +433,22 @@ class Row:
 
 
 def _torchtitan(text: str) -> Software:
-    """torchtitan compiled or not, with asynchronous tensor parallelism where the row says so."""
+    """Return the properties of torchtitan, compiled or not, as `text` says.
+
+    Asynchronous tensor parallelism is assumed if `text` has "asynctp".
+    """
     if "compile" in text:
         return replace(TITAN, hides_tensor="asynctp" in text)
     return replace(EAGER, balanced=False)
 
 
 def _plain(layout: Layout) -> str:
-    """The schedule of a layout with one chunk a chip."""
+    """Return the name of the schedule that this layout has with one chunk a chip."""
     return "1f1b" if layout.schedule == "interleaved" else layout.schedule
 
 
 def read(path: Path = FILE) -> list[Row]:
-    """The rows of a file. Raises LimbeckError where it is no table of runs."""
+    """Return the rows of a CSV file. Raises LimbeckError if it cannot be read or lacks a required column."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -414,7 +465,10 @@ def read(path: Path = FILE) -> list[Row]:
 
 
 def _keys(schedule: str) -> dict[str, str]:
-    """The `key=value` pairs of a schedule; a word alone is a key with an empty value."""
+    """Return the `key=value` pairs of a text such as `1f1b;mbs=2`.
+
+    A word alone becomes a key with an empty value.
+    """
     keys: dict[str, str] = {}
     for token in schedule.split(";"):
         key, _, value = token.strip().lower().partition("=")

@@ -1,13 +1,14 @@
 """The cost of reinforcement learning: rollouts with their longest sample, learning, and switching over.
 
-    rollout    samples decode side by side; rows end at their lengths, and the last one decodes alone:
-               the sum over tokens t of step(rows alive at t, context at t)
+    rollout    samples (completions) are decoded side by side until each has reached its length; the last one
+               decodes alone: the sum over tokens t of step(samples alive at t, context at t)
     learning   FLOPs of every sampled token, forward and backward, and forward for each set of log-probs
-    changing   weights and optimizer go to the host and come back, engines wake up
+    changing   weights and optimizer state go to the host's memory and come back, engines are woken up
     overlap    asynchronous systems sample the next batch while they learn: the longer of the two counts
 
-Ideal decoding and ideal learning are several times too cheap: small batches at the tail, not arithmetic, fill
-the time.
+Ideal decoding and ideal learning are several times too cheap, because small batches at the end of a rollout,
+not arithmetic, take most of the time. The tail of a rollout is the time in which less than half of the
+engine's slots are in use. A slot holds one sample that is being decoded.
 
 N samples · P points in time.
 """
@@ -34,7 +35,7 @@ LEARNER_MFU = (0.12, 0.20, 0.35)
 WAKE = 20.0  # seconds to wake engines and learners up, a rollout: guessed
 HOST_LINK = 20e9  # bytes a second of one chip to its host's memory and back: PCIe 4.0 as it is reached
 STATE = 16  # bytes of learning for a weight (weights, gradients, AdamW in mixed precision)
-POINTS = 96  # points of the curve of rows alive
+POINTS = 96  # points in time at which the samples alive are counted
 SPREAD = 0.7  # standard deviation of the logarithm of a length, where nobody has measured it
 BISECTIONS = 60  # halvings of the median's interval
 SQUARE_SAMPLES = 256  # lengths from which the mean square is taken
@@ -45,8 +46,9 @@ GOLDEN = 0.618  # share of the count that the stride of a shuffle is near
 class Lengths:
     """The distribution of completion lengths in tokens.
 
-    `Lengths(8000, cap=32768)` is lognormal; `Lengths.of(samples)` is empirical. `mean` is the mean after the
-    cut at the cap.
+    `Lengths(8000, cap=32768)` is a lognormal distribution whose values are cut at the cap; `mean` is the mean
+    after the cut, and `spread` the standard deviation of the logarithm. `Lengths.of(samples, cap)` is the
+    empirical distribution of `samples`, which are kept in `seen`.
     """
 
     mean: float
@@ -56,7 +58,10 @@ class Lengths:
 
     @classmethod
     def of(cls, samples: Sequence[float], cap: float) -> Lengths:
-        """An empirical distribution. Raises LimbeckError if there are no samples."""
+        """Return the empirical distribution of the lengths `samples`, each cut at `cap`.
+
+        Raises LimbeckError if there are no samples.
+        """
         cut = tuple(sorted(min(float(sample), cap) for sample in samples))
         if not cut:
             raise LimbeckError("no lengths were given")
@@ -64,7 +69,10 @@ class Lengths:
 
     @cached_property
     def _median(self) -> float:
-        """The median of the lognormal before its cut, such that the mean after the cut is `mean`."""
+        """The median of the lognormal distribution before the cut, for which the mean after it is `mean`.
+
+        Raises LimbeckError if the mean is above the cap.
+        """
         if self.mean > self.cap:
             raise LimbeckError(
                 f"completions of {self.mean:,.0f} tokens on average do not fit under a cap of {self.cap:,.0f}"
@@ -80,7 +88,7 @@ class Lengths:
         return low
 
     def _cut_mean(self, median: float) -> float:
-        """E min(x, cap) of a lognormal."""
+        """Return the mean of min(x, cap) for a lognormal x with this median."""
         normal = NormalDist()
         s = self.spread
         z = (log(self.cap) - log(median)) / s
@@ -88,14 +96,17 @@ class Lengths:
         return below + self.cap * (1 - normal.cdf(z))
 
     def quantile(self, share: float) -> float:
-        """The length that `share` of the completions do not exceed."""
+        """Return the length that the share `share` of the completions does not exceed."""
         if self.seen:
             index = int(share * len(self.seen))
             return self.seen[min(len(self.seen) - 1, index)]
         return min(self.cap, self._median * exp(self.spread * NormalDist().inv_cdf(share)))
 
     def draw(self, count: int, of: int | None = None) -> list[float]:
-        """`count` evenly spaced quantiles; the last one is the longest of `of` samples, if more."""
+        """Return `count` evenly spaced quantiles as a sample of lengths.
+
+        If `of` is larger than `count`, the last one is the longest expected among `of` samples.
+        """
         lengths = [self.quantile((i + 0.5) / count) for i in range(count)]
         if of and of > count:
             lengths[-1] = self.quantile(1 - 0.5 / of)
@@ -103,31 +114,36 @@ class Lengths:
 
     @property
     def truncated(self) -> float:
-        """The share of completions that the cap cuts."""
+        """The share of completions that reach the cap."""
         if self.seen:
             return sum(length >= self.cap for length in self.seen) / len(self.seen)
         return 1 - NormalDist().cdf((log(self.cap) - log(self._median)) / self.spread)
 
     @property
     def square(self) -> float:
-        """Mean square over mean: the mean length of the completion of a random token."""
+        """The mean square of the lengths over their mean, in tokens.
+
+        It is the mean length of the completion that a randomly chosen token belongs to.
+        """
         sample = self.draw(SQUARE_SAMPLES)
         return sum(length * length for length in sample) / sum(sample)
 
     def times(self, factor: float) -> Lengths:
-        """A lognormal distribution with the mean times `factor`, under the same cap."""
+        """Return a lognormal distribution with the mean times `factor`, under the same cap."""
         return replace(self, mean=min(self.mean * factor, 0.95 * self.cap), seen=())
 
 
-StepTime = Callable[[float, float], float]  # rows alive, context -> seconds
+StepTime = Callable[[float, float], float]  # samples alive, tokens of context -> seconds
 
 
 def decode_seconds(
     lengths: Sequence[float], slots: int, step: StepTime, prompt: float
 ) -> tuple[float, float]:
-    """Seconds until the last of `lengths` is done on one replica of `slots` rows, and seconds of the tail.
+    """Return the seconds until all samples are decoded on one replica, and those of the tail.
 
-    The tail is the time in which less than half of the rows are alive. Time is counted in steps of one token.
+    `lengths` are the samples' lengths in tokens; at most `slots` samples are decoded at once. `step(samples,
+    context)` is the seconds of one decode step, and `prompt` the tokens of a prompt. The tail is the time in
+    which less than half of the slots are in use.
     """
     slots = min(slots, len(lengths))
     begin_N, end_N = _occupy(lengths, slots)
@@ -143,7 +159,10 @@ def decode_seconds(
 
 
 def _occupy(lengths: Sequence[float], slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Begin and end [N] of each sample; a new sample takes the slot that is free first."""
+    """Return the decode steps at which each sample begins and ends, two arrays [N].
+
+    A new sample takes the slot that becomes free first.
+    """
     order = lengths if len(lengths) == slots else _shuffle(lengths)
     free = [0.0] * slots
     ends: list[float] = []
@@ -156,7 +175,7 @@ def _occupy(lengths: Sequence[float], slots: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _shuffle(lengths: Sequence[float]) -> list[float]:
-    """A fixed shuffle: every k-th in turn, k coprime to the count."""
+    """Return the lengths in a fixed shuffled order: every k-th in turn, k coprime to their number."""
     count = len(lengths)
     stride = int(count * GOLDEN) | 1
     while gcd(stride, count) != 1:
@@ -166,7 +185,7 @@ def _shuffle(lengths: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Phase:
-    """A number of rollouts with one distribution of lengths: `Phase(512, Lengths(6000, 32768))`."""
+    """A part of a run: rollouts with one distribution of lengths, `Phase(512, Lengths(6000, 32768))`."""
 
     rollouts: int
     lengths: Lengths
@@ -174,14 +193,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class RL:
-    """A run of reinforcement learning on a cluster. One rollout is `samples` completions.
+    """A run of reinforcement learning on a cluster; each rollout samples `samples` completions.
 
-    `replica` chips serve one copy of the model. `extra` forward passes score each token again (old policy,
-    reference). `speculation` is tokens a step by self-speculation. `overlap` samples while it learns, on the
-    same chips in turn. `window` bounds the context of decoding, for methods that think in chunks. `slower` is
-    the engine's time over the ideal. `grading` and `wake` are seconds a rollout.
+    `replica` is the number of chips that serve one copy of the model. Each token is scored by `extra`
+    additional forward passes (old policy, reference). `speculation` is the mean tokens a decode step with
+    self-speculation. `overlap` samples the next rollout while the model learns. `window` limits the context
+    of decoding in tokens, for methods that think in chunks (0: no limit). `slower` is the engine's step time
+    over the ideal one. `grading` and `wake` are seconds for each rollout; `offload` moves weights and
+    optimizer state to the host between sampling and learning.
 
-    Raises LimbeckError if the replicas do not divide the cluster.
+    Raises LimbeckError if the cluster's chips do not divide evenly into replicas.
     """
 
     config: ModelConfig
@@ -207,11 +228,14 @@ class RL:
 
     @cached_property
     def unit(self) -> Replica:
-        """The chips of one copy of the model."""
+        """The chips that serve one copy of the model."""
         return Replica(self.config, self.cluster, self.replica, self.precision)
 
     def parts(self, lengths: Lengths) -> dict[str, float]:
-        """Seconds of one rollout and its learning; the tail is a part of the rollout."""
+        """Return the seconds of each part of one rollout and its learning.
+
+        The part "tail" is contained in the part "rollout".
+        """
         rollout, tail = self._decoding(lengths)
         return {
             "rollout": rollout,
@@ -223,7 +247,7 @@ class RL:
         }
 
     def _decoding(self, lengths: Lengths) -> tuple[float, float]:
-        """Seconds of one rollout, and of its tail."""
+        """Return the seconds of one rollout, and of its tail."""
         samples = max(1, self.samples // (self.cluster.count // self.replica))
         context = min(self.prompt + lengths.square / 2, self.window or 1e9)
         slots = min(samples, self.replica * max(1, self.unit.most_rows(context)))
@@ -237,7 +261,7 @@ class RL:
         return decode_seconds(lengths.draw(samples, self.samples), slots, step, self.prompt)
 
     def _learning(self, lengths: Lengths) -> float:
-        """Seconds of learning one rollout."""
+        """Return the seconds of learning from one rollout."""
         tokens = self.samples * (lengths.mean + self.prompt)
         attended = min(lengths.square, self.window or 1e9)
         flops = cost.flops_per_token(self.config, attended) * (1 + self.extra / 3)
@@ -246,27 +270,27 @@ class RL:
         return tokens * flops / (self.cluster.count * peak * self.mfu)
 
     def _changing(self) -> float:
-        """Seconds between a rollout and learning, and back."""
+        """Return the seconds of changing from sampling to learning and back, once for each rollout."""
         if not self.offload:
             return 0.0
         moved = 2 * STATE * cost.weights(self.config)
         return self.wake + moved / self.cluster.count / HOST_LINK
 
     def seconds(self) -> float:
-        """Seconds of all phases."""
+        """Return the seconds of the whole run, all phases together."""
         return sum(phase.rollouts * self._wall(self.parts(phase.lengths)) for phase in self.phases)
 
     def _wall(self, parts: dict[str, float]) -> float:
-        """Wall-clock seconds of one rollout and its learning."""
+        """Return the wall-clock seconds of one rollout and its learning, from the seconds of their parts."""
         if self.overlap:
             return max(parts["rollout"] + parts["grading"], parts["learning"])
         return sum(parts.values()) - parts["tail"]
 
     def plan(self) -> RLCost:
-        """The run's cost with its interval.
+        """Return the run's cost with its interval.
 
-        Each unknown is varied by itself; the logarithms of their effects add up like independent errors
-        (squares).
+        Each unknown is varied by itself; the logarithms of the effects are added like independent errors, as
+        the root of the sum of squares.
         """
         middle = self.seconds()
         up = down = 0.0
@@ -281,7 +305,7 @@ class RL:
         return RLCost(middle, low, high, total, tokens, self.cluster.count, _binds(total))
 
     def _total_parts(self) -> dict[str, float]:
-        """Seconds of each part over the whole run."""
+        """Return the seconds of each part over the whole run."""
         total: dict[str, float] = {}
         for phase in self.phases:
             for name, seconds in self.parts(phase.lengths).items():
@@ -289,7 +313,11 @@ class RL:
         return total
 
     def _unknowns(self) -> list[tuple[RL, RL]]:
-        """The run with each unknown at its bounds: engine, learner, lengths, their spread, drafts."""
+        """Return, for each unknown, the run with its most favourable and its least favourable value.
+
+        The unknowns are the engine's speed, the learner's speed, the mean length, the spread of lengths, and
+        the gain by speculation.
+        """
         low_mfu, middle_mfu, high_mfu = LEARNER_MFU
         undrafted = replace(self, speculation=1.0)
         fast_engine = replace(self, slower=self.slower / 1.4)
@@ -305,7 +333,10 @@ class RL:
         ]
 
     def _with_lengths(self, factor: float, spread: float) -> RL:
-        """The run with all means times `factor` and all spreads changed; empirical lengths have no spread."""
+        """Return the run with all mean lengths times `factor` and `spread` added to all spreads.
+
+        Empirical lengths have no spread and are kept if `factor` is 1.
+        """
         phases: list[Phase] = []
         for phase in self.phases:
             lengths = phase.lengths
@@ -316,7 +347,7 @@ class RL:
 
 
 def _binds(total: dict[str, float]) -> str:
-    """The longest part of a run, in words, with its share."""
+    """Return the name in words of the longest part of a run, with its share of the time."""
     parts = {
         "decoding the longest samples": total["tail"],
         "decoding": total["rollout"] - total["tail"],
@@ -330,7 +361,10 @@ def _binds(total: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class RLCost:
-    """Seconds within their interval, their parts over the whole run, sampled tokens, and the longest part."""
+    """The cost of a run: `seconds` between `low` and `high`, and its longest part (`binds`).
+
+    `parts` has the seconds of each part over the whole run, and `tokens` is the number of sampled tokens.
+    """
 
     seconds: float
     low: float
@@ -342,16 +376,16 @@ class RLCost:
 
     @property
     def chip_hours(self) -> tuple[float, float, float]:
-        """Chip-hours, and the ends of their interval."""
+        """Chip-hours: the estimate, and the low and the high end of its interval."""
         return tuple(seconds * self.chips / 3600 for seconds in (self.seconds, self.low, self.high))
 
 
 def r1_zero(config: ModelConfig, cluster: Cluster) -> RL:
-    """R1-Zero's run (2501.12948v2, section 2.1 and B.1): 10,400 updates, 16 for each rollout of 512 x 16.
+    """Return R1-Zero's run of reinforcement learning (2501.12948v2, sections 2.1 and B.1).
 
-    The cap doubles at update 8,200. Mean lengths are read off its Figure 1 (b). MTP drafts one token, of
-    which 85 % are accepted (V3, 5.4.3), and a step with a draft takes about a fifth longer. 64 chips serve
-    one copy: assumed.
+    It has 10,400 updates, 16 for each rollout of 512 x 16 completions. The cap on lengths doubles at update
+    8,200. Mean lengths are read off its Figure 1 (b). MTP drafts one token, of which 85 % are accepted (V3,
+    5.4.3), and a step with a draft takes about a fifth longer. That 64 chips serve one copy is assumed.
     """
     phases = (
         Phase(125, Lengths(1500, 32768, 0.8)),

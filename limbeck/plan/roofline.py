@@ -4,6 +4,10 @@ product    2 rows k n / (peak x reached x fill),  or its bytes / bandwidth if th
 fill       k/(k + depth) x waves/(waves + 1/2)    short inner lengths and a last, half empty wave of tiles
 attention  FLOPs over the keys seen / (peak x reached); unfused: whole square, and its scores through memory
 the rest   bytes / bandwidth;  everything at least as long as the host needs to start it
+
+A product is [rows, k] x [k, n], where the rows are tokens; `reached` is the share of the peak FLOP/s that
+large products reach, and `depth` a fitted constant. A launch is an operation that the host starts on the
+chip.
 """
 
 from __future__ import annotations
@@ -33,11 +37,13 @@ BACKWARD_ATTENTION = 2.5  # times the FLOPs of the forward pass: flash attention
 
 @dataclass(frozen=True)
 class Software:
-    """Properties of a training system.
+    """The properties of a training system that determine its speed and its memory.
 
-    The default is a tuned one (Megatron-Core, torchtitan compiled, HAI-LLM); `EAGER` is plain PyTorch, and
-    `EARLY` is from before FlashAttention (2022). `attention` is "flash3", "flash2" or "unfused";
-    `gradient_bytes` a weight when gradients are exchanged.
+    The default is a tuned one (Megatron-Core, compiled torchtitan, HAI-LLM); `EAGER` is plain PyTorch, and
+    `EARLY` is from before FlashAttention (2022). `fused` is True if small operations are fused into few
+    passes over memory. `attention` is "flash3", "flash2" or "unfused". `gradient_bytes` is bytes of a
+    gradient when gradients are exchanged, `reduce` the library that sums them ("nccl" or "hfreduce").
+    `hides_tensor` overlaps half of the communication of tensor parallelism with computing.
     """
 
     fused: bool = True
@@ -55,7 +61,7 @@ class Software:
 
     @property
     def name(self) -> str:
-        """`tuned`, `early` or `eager`."""
+        """The kind of system: `tuned`, `early` or `eager`."""
         if self.fused and self.attention == "flash3":
             return "tuned"
         return "early" if self.attention == "unfused" else "eager"
@@ -75,8 +81,9 @@ DEEPSPEED = Software(attention="unfused", gradient_bytes=2, rings=1, sums_late=T
 class Split:
     """One chip's share of a layer.
 
-    It has `rows` tokens of sequences of `seq`, a `tp`-th of the matrices, and an `ep`-th of the experts with
-    the tokens of `ep` chips.
+    The chip has `rows` tokens of sequences of `seq` tokens, 1/`tp` of each matrix, and 1/`ep` of the experts,
+    which get the tokens of `ep` chips. `sp` and `cp` are sequence and context parallelism, and `expert_tp` is
+    the tensor parallelism of experts.
     """
 
     rows: float
@@ -101,7 +108,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Products:
-    """Seconds of a layer's matrix products; `small` is those of small up-projections, forward."""
+    """Seconds of a layer's matrix products: forward, and backward for inputs and for weights.
+
+    `small` is the forward seconds of the small up-projections of latent attention.
+    """
 
     forward: float
     backward: float
@@ -111,7 +121,7 @@ class _Products:
 
 @dataclass(frozen=True)
 class Roofline:
-    """`Roofline(find("h100"), "bf16").matmul(4096, 7168, 18432)` is 1.6 ms."""
+    """The speed of one chip: `Roofline(find("h100"), "bf16").matmul(4096, 7168, 18432)` is 1.6 ms."""
 
     chip: Chip
     precision: str = "bf16"
@@ -120,7 +130,7 @@ class Roofline:
 
     @cached_property
     def peak(self) -> float:
-        """FLOP/s that a large product reaches."""
+        """FLOP/s that a large matrix product reaches."""
         chip = self.chip
         numbers = self.numbers
         rate = chip.rate(self.precision)
@@ -133,7 +143,10 @@ class Roofline:
         return rate * numbers.gemm_other
 
     def _power_bound(self) -> float:
-        """FLOP/s that the power allows: an H20 has power to spare, a 500 W board has less."""
+        """Return the FLOP/s that the chip's power allows.
+
+        An H20 has power to spare; a board of 500 W has less than a full one.
+        """
         full = 1e12 * FULL[self.chip.generation]
         if self.precision == "fp8":
             reached = 2 * full * self.numbers.gemm_fp8
@@ -144,7 +157,7 @@ class Roofline:
 
     @cached_property
     def flash(self) -> float:
-        """FLOP/s of the attention kernel; it works in 16 bits whatever the precision of the matrices."""
+        """FLOP/s of the attention kernel, which works in 16 bits whatever the precision of the matrices."""
         chip = self.chip
         numbers = self.numbers
         rate = chip.rate("bf16" if "bf16" in chip.figures else "fp16")
@@ -156,12 +169,12 @@ class Roofline:
 
     @cached_property
     def memory(self) -> float:
-        """Bytes a second that copies reach."""
+        """Bytes a second of memory that copies reach."""
         return self.chip.bandwidth * self.numbers.memory
 
     @cached_property
     def units(self) -> int:
-        """Multiprocessors of the chip."""
+        """The number of multiprocessors of the chip."""
         for name, units in UNITS.items():
             if self.chip.name.startswith(name):
                 return units
@@ -169,14 +182,16 @@ class Roofline:
 
     @property
     def passes(self) -> float:
-        """Times that eager code passes over memory where fused code does once."""
+        """How many times eager code passes over memory where fused code does so once."""
         return 1.0 if self.software.fused else self.numbers.passes
 
     def matmul(
         self, rows: float, inner: float, outputs: float, many: float = 1.0, written: float = 2.0
     ) -> float:
-        """Seconds of `many` products [rows, inner] x [inner, outputs] in one launch; outputs have
-        `written` bytes."""
+        """Return the seconds of `many` products [rows, inner] x [inner, outputs] in one launch.
+
+        Each value of the result takes `written` bytes.
+        """
         if rows <= 0:
             return 0.0
         waves = many * max(1.0, rows * outputs / TILE) / self.units
@@ -187,11 +202,11 @@ class Roofline:
         return max(computing, moved / self.memory)
 
     def copy(self, size: float) -> float:
-        """Seconds of reading or writing `size` bytes."""
+        """Return the seconds of reading or writing `size` bytes."""
         return size / self.memory
 
     def layer(self, work: Work, split: Split) -> Parts:
-        """Seconds of one layer on one chip."""
+        """Return the seconds of one layer on one chip, without communication."""
         products = self._products(work, split)
         wide = work.wide / (split.tp if split.sp else 1)
         light = self.copy(2 * split.rows * self.passes * (wide + work.narrow / split.tp))
@@ -210,7 +225,7 @@ class Roofline:
         )
 
     def _products(self, work: Work, split: Split) -> _Products:
-        """Seconds of a layer's matrix products."""
+        """Return the seconds of a layer's matrix products on one chip."""
         forward = backward = weight = small = 0.0
         summed = 2.0 * self.software.gradient_bytes  # weight gradients are read, added to, and written
         for matmul in work.matmuls:
@@ -229,7 +244,7 @@ class Roofline:
         return _Products(forward, backward, weight, small)
 
     def _host(self, work: Work, split: Split) -> float:
-        """Seconds of the host to launch a layer's forward pass."""
+        """Return the seconds that the host needs to launch the operations of a layer's forward pass."""
         operations = FORWARD_OPERATIONS
         if work.experts:
             operations += EXPERT_OPERATIONS
@@ -238,7 +253,7 @@ class Roofline:
         return self.passes * operations * self.numbers.launch
 
     def core(self, work: Work, split: Split) -> tuple[float, float]:
-        """Seconds of attention's scores and mixing, forward and backward."""
+        """Return the forward and the backward seconds of attention's scores and weighted sums of values."""
         heads = work.heads / split.tp
         if self.software.attention == "unfused":
             products = 2 * heads * (work.key + work.value) * split.rows * work.seen(split.seq, causal=False)
@@ -253,7 +268,7 @@ class Roofline:
 
 
 def _shape(matmul: Matmul, split: Split) -> tuple[float, float, float, float]:
-    """Rows, inner and outer length, and the number of such products on one chip."""
+    """Return the shape of a product on one chip: rows, inner length, outputs, and number of such products."""
     tp = split.expert_tp if matmul.experts else split.tp
     inner = matmul.inputs / (tp if matmul.split == "in" else 1)
     outputs = matmul.outputs / (tp if matmul.split == "out" else 1)

@@ -1,6 +1,7 @@
 """A whole run of a model on a cluster: the best layout, time with failures, chip-hours, energy and money.
 
-Each figure has its interval. Settings that are not given are looked up in workloads.yaml.
+Each figure has its interval. Settings that are not given are looked up in workloads.yaml. A replica is the
+group of chips that serve one copy of a model.
 """
 
 from __future__ import annotations
@@ -34,23 +35,25 @@ PROPERTIES = ("mfu", "tflops", "tokens_per_second", "chip_hours")
 
 @dataclass(frozen=True)
 class Range:
-    """A figure with its interval: `Range(2.6e6, 2.3e6, 3.0e6)`."""
+    """An estimate between a low and a high bound: `Range(2.6e6, 2.3e6, 3.0e6)`."""
 
     middle: float
     low: float
     high: float
 
     def times(self, factor: float) -> Range:
-        """The range times a factor."""
+        """Return the range with all three numbers multiplied by `factor`."""
         return Range(self.middle * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run's size: `Workload("train", 14.8e12, 15360, 4096, "fp8")`.
+    """The size of a training run: `Workload("train", 14.8e12, 15360, 4096, "fp8")`.
 
-    `tokens` is all tokens, `batch` sequences a step, `seq` tokens a sequence. `teacher` has the rows of a
-    distillation.
+    `kind` is "train", "rl" or "distil". `tokens` is the tokens of the whole run, `batch` the sequences of a
+    step, `seq` the tokens of a sequence. `teacher` describes the rows that a teacher writes for a
+    distillation: the model, the number of rows, the tokens of a row, and the samples for a row (low, middle,
+    high).
     """
 
     kind: str
@@ -64,9 +67,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Bill:
-    """The bill of a run. `seconds` includes failures.
+    """The bill of a run.
 
-    `money` and `power` are None where a price or a figure is not known; `unknown` has the reasons.
+    `seconds` includes the time lost by failures. `power` (energy) or `money` (dollars) is None if a price or
+    a figure that it needs is not known; `unknown` has the reasons.
     """
 
     seconds: Range
@@ -79,13 +83,17 @@ class Bill:
 
     @property
     def chip_hours(self) -> Range:
-        """Chip-hours with their interval."""
+        """Chip-hours of the run with their interval, the time lost by failures included."""
         return self.seconds.times(self.chips / HOUR)
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training run: layouts (of each site), best first, steps, FLOPs, and the bill."""
+    """The forecast of a training run.
+
+    `choices` are the layouts, best first (on several sites, the layouts of each site). `steps` is the number
+    of steps, `operations` the FLOPs of the run. `averaging` is None for a single site.
+    """
 
     choices: tuple[search.Choice, ...]
     workload: Workload
@@ -97,7 +105,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher's rows: tokens, chip-hours of a service like DeepSeek's, and list price in dollars."""
+    """The cost of the rows that a teacher writes.
+
+    `tokens` is the tokens of the rows, `chip_hours` the chip-hours of a service as fast as DeepSeek's, and
+    `money` dollars by the teacher's price list.
+    """
 
     tokens: Range
     chip_hours: Range
@@ -106,14 +118,15 @@ class Distillation:
 
 @cache
 def _workloads() -> dict[str, dict[str, Any]]:
-    """The table of known workloads by model."""
+    """Return the table of known workloads, keyed by the model's name."""
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 
 def workload(name: str, given: Mapping[str, Any]) -> Workload:
-    """The known workload of a model, changed by the settings that are given.
+    """Return the known workload of the model `name`, changed by the settings in `given`.
 
-    Raises LimbeckError where the number of tokens, the batch or the length of sequences is not known.
+    Settings that are None change nothing. Raises LimbeckError if the number of tokens, the batch size or the
+    length of sequences is not known.
     """
     known = _workloads().get(name.strip().lower(), {})
     chosen = {key: value for key, value in given.items() if value is not None}
@@ -142,7 +155,11 @@ def workload(name: str, given: Mapping[str, Any]) -> Workload:
 def train(
     config: ModelConfig, cluster: Cluster, work: Workload, price: float | None = None, top: int = 5
 ) -> Training:
-    """The `top` best layouts by search, and the bill of the best one for the whole workload."""
+    """Search for the `top` best layouts, and make the bill of the whole run with the best one.
+
+    `price` is dollars for an hour of a chip, by default that of prices.yaml. Raises LimbeckError if no layout
+    fits, or if the sequences of a step do not divide evenly over the sites.
+    """
     averaging = None
     if cluster.fabric.sites > 1:
         choices, averaging = _apart(config, cluster, work, top)
@@ -164,7 +181,11 @@ def train(
 def _apart(
     config: ModelConfig, cluster: Cluster, work: Workload, top: int
 ) -> tuple[list[search.Choice], multi_site.Averaging]:
-    """The best layouts of one site with its share of each batch, and the averaging over sites."""
+    """Return the best layouts of one site of several, and the averaging of weights between the sites.
+
+    Each site gets an equal share of every batch. Raises LimbeckError if the batch does not divide evenly over
+    the sites.
+    """
     site = multi_site.one_of(cluster)
     count = cluster.fabric.sites
     if work.batch % count:
@@ -181,7 +202,11 @@ def _apart(
 
 
 def bill(is_running: Range, cluster: Cluster, chips: int, price: float | None = None) -> Bill:
-    """Failures, energy and money on top of the seconds at work."""
+    """Return the bill of a run on `chips` chips.
+
+    `is_running` is the seconds of the run without failures; the time lost by failures, energy and money are
+    added. `price` is dollars for an hour of a chip, by default that of prices.yaml.
+    """
     share = goodput.goodput(chips)
     seconds = Range(is_running.middle / share.share, is_running.low / share.high, is_running.high / share.low)
     hours = seconds.times(chips / HOUR)
@@ -200,7 +225,7 @@ def bill(is_running: Range, cluster: Cluster, chips: int, price: float | None = 
 
 
 def _power(cluster: Cluster, hours: Range) -> Energy:
-    """The energy of a range of chip-hours. Raises LimbeckError where a chip's power is not known."""
+    """Return the energy of a range of chip-hours. Raises LimbeckError if the chip's power is not known."""
     power = energy.spend(_kind(cluster.chip.name), cluster.chip.watts, hours.middle)
     low = power.low * hours.low / hours.middle
     high = power.high * hours.high / hours.middle
@@ -208,19 +233,22 @@ def _power(cluster: Cluster, hours: Range) -> Energy:
 
 
 def _kind(chip: str) -> str:
-    """The chip's name in energy.py's table."""
+    """Return the name that the chip has in the table POWER of energy.py."""
     return {"a100-pcie": "A100-PCIe", "a100": "A100", "a800": "A100", "v100": "V100"}.get(chip, chip)
 
 
 def reinforce(config: ModelConfig, cluster: Cluster, price: float | None = None) -> tuple[rl.RLCost, Bill]:
-    """The cost of R1-Zero's reinforcement learning with this model on this cluster, and the bill."""
+    """Return the cost and the bill of R1-Zero's reinforcement learning with this model on this cluster.
+
+    `price` is dollars for an hour of a chip, by default that of prices.yaml.
+    """
     run = rl.r1_zero(config, cluster)
     plan = run.plan()
     return plan, bill(Range(plan.seconds, plan.low, plan.high), cluster, cluster.count, price)
 
 
 def teach(work: Workload) -> Distillation:
-    """The cost of a distillation's rows, by the rates and prices of DeepSeek's day."""
+    """Return the cost of the rows of a distillation, by the rates and prices of DeepSeek's day of serving."""
     teacher = work.teacher
     low, middle, high = (teacher["rows"] * teacher["tokens"] * samples for samples in teacher["samples"])
     tokens = Range(middle, low, high)
@@ -231,7 +259,12 @@ def teach(work: Workload) -> Distillation:
 
 @dataclass(frozen=True)
 class Service:
-    """The serving of one copy: chips, conversations at once (`rows`), rates, dollars for a million tokens."""
+    """The serving of one copy of a model.
+
+    `rows` is the conversations at once, `speed` the tokens a second of each, `context` their length in
+    tokens, and `money` the dollars for a million input tokens and for a million output tokens (None if
+    unknown).
+    """
 
     chips: int
     precision: str
@@ -251,7 +284,12 @@ def serve(
     speed: float = SPEED,
     chips: int = 0,
 ) -> Service:
-    """The serving with the most tokens a second and chip at `speed`; `chips` fixes the chips of a copy."""
+    """Return the way of serving with the most tokens a second for each chip.
+
+    Each conversation gets at least `speed` tokens a second at `context` tokens of context. `chips` fixes the
+    number of chips of a replica; 0 tries several. `price` is dollars for an hour of a chip. Raises
+    LimbeckError if no replica holds the model or reaches the speed.
+    """
     precision = _precision(config, cluster)
     replica, rows, decode = _best_replica(config, cluster, precision, context, speed, chips)
     prefiller = replica
@@ -271,7 +309,7 @@ def serve(
 
 
 def _precision(config: ModelConfig, cluster: Cluster) -> str:
-    """The precision of serving: FP8 for experts where the chips have it, else 16 bits."""
+    """Return the precision of serving: FP8 for models with experts if the chips have it, else 16 bits."""
     figures = cluster.chip.figures
     if config.experts and "fp8" in figures:
         return "fp8"
@@ -281,7 +319,10 @@ def _precision(config: ModelConfig, cluster: Cluster) -> str:
 def _token_prices(
     cluster: Cluster, price: float | None, prefill: Rate, decode: Rate
 ) -> tuple[float, float] | None:
-    """Dollars for a million input and output tokens; None where no price of the chips is known."""
+    """Return the dollars for a million input tokens and for a million output tokens.
+
+    The result is None if no price of the chips is known.
+    """
     try:
         rent = prices.rental(cluster.chip.name, price).middle
     except LimbeckError:
@@ -294,9 +335,10 @@ def _token_prices(
 def _best_replica(
     config: ModelConfig, cluster: Cluster, precision: str, context: int, speed: float, chips: int
 ) -> tuple[Replica, float, Rate]:
-    """The replica with the most tokens a second and chip at that speed, its rows and rate.
+    """Return the replica with the most tokens a second for each chip, its rows a chip and its rate.
 
-    Raises LimbeckError if no replica holds the model or reaches the speed.
+    A row is one conversation that gets at least `speed` tokens a second. Raises LimbeckError if no replica
+    holds the model or reaches the speed.
     """
     best: tuple[Replica, float, Rate] | None = None
     refused: LimbeckError | None = None
@@ -315,7 +357,11 @@ def _best_replica(
 
 
 def _widths(config: ModelConfig, cluster: Cluster, chips: int) -> list[int]:
-    """Chips of a replica that are tried: `chips`, or up to the cluster; dense models stay inside a node."""
+    """Return the numbers of chips of a replica to try.
+
+    It is `chips` if that is not 0, otherwise all of WIDTHS that the cluster has. Replicas of dense models
+    stay inside a node.
+    """
     widths = [chips] if chips else [width for width in WIDTHS if width <= cluster.count]
     if config.experts:
         return widths
@@ -323,7 +369,11 @@ def _widths(config: ModelConfig, cluster: Cluster, chips: int) -> list[int]:
 
 
 def told(thing: Any) -> Any:
-    """Dataclasses as plain values for JSON, with some of their properties."""
+    """Return `thing` as plain values for JSON.
+
+    Dataclasses become dicts of their fields and of the properties named in PROPERTIES; dicts and lists are
+    converted item by item.
+    """
     if isinstance(thing, search.Choice):
         return {
             "layout": asdict(thing.layout),

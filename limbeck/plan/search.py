@@ -1,7 +1,9 @@
 """The best layouts of a model on a cluster.
 
-All possible layouts are candidates, pruned by memory and by a lower bound of their time; their time is
-estimated by formulas, and the best few are simulated."""
+All possible layouts are candidates. A candidate is dropped if it does not fit in memory, or if a lower bound
+of its step time is clearly above the best estimate. Step times are estimated by formulas, and the pipelines
+of the best few candidates are simulated.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +22,31 @@ from .step import Foresight, Step, foresee
 
 MICRO = (1, 2, 4, 8)
 RECOMPUTE = ("none", "selective", "v3", "full")  # each takes longer and needs less memory
-LATE = 1.25  # times the best estimate: a layout whose lower bound is above that is not estimated
-EXACTLY = 8  # candidates that are simulated, beside those asked for
-MAX_STAGES = 64  # of a pipeline
-MAX_CONTEXT = 16  # chips of context parallelism
-MIN_CONTEXT_TOKENS = 4096  # of a sequence on each chip of context parallelism
-MAX_EXPERT_SHARDS = 256  # chips of expert parallelism
+LATE = 1.25  # times the best estimate: layouts with a higher lower bound are not estimated
+EXACTLY = 8  # candidates that are simulated in addition to the `top` ones
+MAX_STAGES = 64  # most stages of a pipeline
+MAX_CONTEXT = 16  # most chips of context parallelism
+MIN_CONTEXT_TOKENS = 4096  # fewest tokens of a sequence on each chip
+MAX_EXPERT_SHARDS = 256  # most chips of expert parallelism
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout with its forecast and its memory."""
+    """A layout with the forecast of its step and of its memory."""
 
     layout: Layout
     step: Step
     memory: Memory
 
     def tell(self) -> str:
-        """The choice in one line."""
+        """Return a description of the layout, its step time and its memory in one line."""
         step = self.step
         time = f"{step.seconds:.3g} s a step, MFU {step.mfu:.1%}; {step.binds}"
         return f"{self.layout.tell()}: {time}; {self.memory.tell()}"
 
 
 class _Candidate(NamedTuple):
-    """A layout that fits, with its estimated seconds a step."""
+    """A layout that fits in memory, with its estimated seconds a step."""
 
     seconds: float
     layout: Layout
@@ -60,7 +62,11 @@ def best(
     software: Software = TUNED,
     top: int = 5,
 ) -> list[Choice]:
-    """The `top` best layouts, best first. Raises LimbeckError where none fits."""
+    """Return the `top` layouts with the shortest step, best first.
+
+    `batch` is the sequences of a step, `seq` the tokens of a sequence. Raises LimbeckError if no layout fits
+    in memory.
+    """
     candidates = _candidates(config, cluster, batch, seq, Roofline(cluster.chip, precision, software))
     if not candidates:
         raise LimbeckError(_explain(config, cluster, batch, seq, software))
@@ -76,7 +82,11 @@ def best(
 def _candidates(
     config: ModelConfig, cluster: Cluster, batch: int, seq: int, roof: Roofline
 ) -> list[_Candidate]:
-    """Layouts that fit, with their estimated time, until no other can be close to the best."""
+    """Return the layouts that fit in memory, with their estimated step time.
+
+    Layouts are tried in the order of a lower bound of their time, until that is more than LATE times the best
+    estimate.
+    """
     candidates: list[_Candidate] = []
     least = float("inf")
     costs_of_layers: dict = {}
@@ -100,7 +110,10 @@ def _candidates(
 def _leanest(
     config: ModelConfig, cluster: Cluster, layout: Layout, batch: int, seq: int, roof: Roofline
 ) -> tuple[Layout, Memory] | None:
-    """The layout with the least recomputation that fits in memory; None if it fits with none."""
+    """Return the layout with as little recomputation as makes it fit in memory, and its memory.
+
+    The result is None if it fits with no mode of recomputation.
+    """
     for recompute in RECOMPUTE:
         changed = layout.change(recompute=recompute)
         memory = fit(config, cluster, changed, seq, roof.software, roof.precision, batch)
@@ -110,8 +123,11 @@ def _leanest(
 
 
 def ideal(layout: Layout, batch: int, pace: float) -> float:
-    """A lower bound of a layout's seconds a step: FLOPs at full speed (`pace` on one chip), and the
-    bubble."""
+    """Return a lower bound of a layout's seconds a step, with the ideal bubble of its schedule.
+
+    `batch` is the sequences of a step, and `pace` the seconds that one chip at full speed needs for all FLOPs
+    of a step.
+    """
     waits = 1 / layout.chunks
     if layout.schedule in ("zb1p", "dualpipe", "dualpipev"):
         waits = 0.3
@@ -120,7 +136,7 @@ def ideal(layout: Layout, batch: int, pace: float) -> float:
 
 
 def layouts(config: ModelConfig, cluster: Cluster, batch: int, seq: int) -> Iterator[Layout]:
-    """Layouts that use all chips, or the most of them that the batch divides over."""
+    """Yield the layouts that use all chips, or else the largest number of chips that divides the batch."""
     count = _usable(cluster, batch)
     for tp in _powers(cluster.per_node):
         if count % tp != 0:
@@ -133,7 +149,10 @@ def layouts(config: ModelConfig, cluster: Cluster, batch: int, seq: int) -> Iter
 
 
 def _usable(cluster: Cluster, batch: int) -> int:
-    """The most chips, in whole nodes, that the batch divides over; not less than half of the cluster."""
+    """Return the largest number of chips, in whole nodes, over which the batch divides evenly.
+
+    The search ends at half of the cluster.
+    """
     count = cluster.count
     while count > 1 and count > cluster.count // 2:
         for tp in _powers(cluster.per_node):
@@ -144,20 +163,26 @@ def _usable(cluster: Cluster, batch: int) -> int:
 
 
 def _pipelines(config: ModelConfig, chips: int) -> list[int]:
-    """Numbers of stages that divide `chips`: 1, and even ones."""
+    """Return the numbers of pipeline stages that divide `chips`: 1 and even numbers."""
     most = min(MAX_STAGES, config.layers)
     sizes = (1, *range(2, most + 1, 2))
     return [pp for pp in sizes if chips % pp == 0]
 
 
 def _contexts(seq: int, chips: int) -> list[int]:
-    """Sizes of context parallelism that divide `chips` and leave each enough of a sequence."""
+    """Return the degrees of context parallelism that divide `chips`.
+
+    Each chip gets at least MIN_CONTEXT_TOKENS tokens of a sequence.
+    """
     sizes = [cp for cp in _powers(MAX_CONTEXT) if chips % cp == 0]
     return [cp for cp in sizes if cp == 1 or seq / cp >= MIN_CONTEXT_TOKENS]
 
 
 def _variants(config: ModelConfig, cluster: Cluster, batch: int, base: Layout) -> Iterator[Layout]:
-    """The layouts with the same numbers of chips: expert parallelism, micro-batch, schedule, ZeRO."""
+    """Yield the layouts with the data, tensor, pipeline and context parallelism of `base`.
+
+    They differ in expert parallelism, micro-batch, schedule and ZeRO stage.
+    """
     own = batch // base.dp
     for ep in _expert_shards(config, base):
         for micro in MICRO:
@@ -175,7 +200,7 @@ def _variants(config: ModelConfig, cluster: Cluster, batch: int, base: Layout) -
 
 
 def _expert_shards(config: ModelConfig, base: Layout) -> list[int]:
-    """Sizes of expert parallelism; 1 for a dense model."""
+    """Return the degrees of expert parallelism to try; only 1 for a dense model."""
     if not config.experts:
         return [1]
     sizes = _powers(min(base.copies, MAX_EXPERT_SHARDS))
@@ -183,7 +208,7 @@ def _expert_shards(config: ModelConfig, base: Layout) -> list[int]:
 
 
 def _schedules(config: ModelConfig, base: Layout, micro: int) -> list[tuple[str, int]]:
-    """Schedules for `micro` micro-batches, each with its chunks."""
+    """Return the pipeline schedules to try with `micro` micro-batches, each with its chunks a chip."""
     pp = base.pp
     if pp == 1:
         return [("1f1b", 1)]
@@ -196,12 +221,12 @@ def _schedules(config: ModelConfig, base: Layout, micro: int) -> list[tuple[str,
 
 
 def _powers(most: int) -> list[int]:
-    """Powers of two from 1 to `most`."""
+    """Return the powers of two from 1 to `most`."""
     return [2**i for i in range(most.bit_length())]
 
 
 def _different(candidates: list[_Candidate]) -> list[_Candidate]:
-    """The first of each combination of parallelism and schedule."""
+    """Return the first candidate of each combination of parallelism and schedule."""
     first = {}
     for candidate in candidates:
         at = candidate.layout
@@ -211,7 +236,7 @@ def _different(candidates: list[_Candidate]) -> list[_Candidate]:
 
 
 def _explain(config: ModelConfig, cluster: Cluster, batch: int, seq: int, software: Software) -> str:
-    """The reason why no layout fits."""
+    """Return the reason why no layout fits, as a sentence for the user."""
     least: Memory | None = None
     for layout in layouts(config, cluster, batch, seq):
         memory = fit(config, cluster, layout.change(recompute="full"), seq, software, batch=batch)

@@ -1,4 +1,8 @@
-"""The cost of one micro-batch in each stage of a pipeline: computing, and exposed exchanges."""
+"""The cost of one micro-batch in each stage of a pipeline: computing, and exposed exchanges.
+
+An exchange is communication between chips; exposed means not hidden behind computing. A stage is one of the
+pieces that the layers of the model are cut into.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from .layout import Layout
 from .roofline import Parts, Roofline, Split
 
 LOGIT_BYTES = 20  # a logit through memory: 16 bits, float32 and its exponent, and back
-# times longer: DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all (arXiv 2412.19437, section 3.2.2)
+# factor on computing time beside an exchange: DeepSeek-V3 gives 20 of 132 multiprocessors to all-to-all
+# (arXiv 2412.19437, section 3.2.2)
 EXCHANGING = 132 / 112
 BACKWARD_ATTENTION = 2.5  # times the forward seconds of attention's core
 BISECTIONS = 40  # steps of the search for the cheapest cut
@@ -28,9 +33,10 @@ Pair = tuple[float, float]  # seconds of the forward pass, and of the backward p
 class Cost:
     """Seconds of one micro-batch in one stage (or layer).
 
-    Computing is forward, backward and weight gradients. `tensor` and `context` are exposed exchanges of
-    tensor and context parallelism, forward and backward; `experts` is expert traffic, which overlapping may
-    hide.
+    `forward`, `backward` and `weight` are computing: the forward pass, the gradients of inputs and the
+    gradients of weights. `tensor` and `context` are the exposed exchanges of tensor and context parallelism,
+    in the forward and in the backward pass. `experts` is the traffic of tokens to their experts, which
+    overlapping may hide.
     """
 
     forward: float = 0.0
@@ -42,7 +48,7 @@ class Cost:
     again: float = 0.0  # the part of `backward` that recomputes
 
     def __add__(self, other: Cost) -> Cost:
-        """The cost of both."""
+        """Return the sum of both costs, field by field."""
         return Cost(
             self.forward + other.forward,
             self.backward + other.backward,
@@ -54,7 +60,7 @@ class Cost:
         )
 
     def times(self, number: int) -> Cost:
-        """The cost of `number` equal layers."""
+        """Return the cost of `number` equal layers."""
         return Cost(
             number * self.forward,
             number * self.backward,
@@ -67,29 +73,30 @@ class Cost:
 
     @property
     def computing(self) -> float:
-        """Seconds of computing."""
+        """Seconds of computing: forward, backward and weight gradients."""
         return self.forward + self.backward + self.weight
 
     @property
     def waiting(self) -> float:
-        """Seconds of exchanges, if nothing hides expert traffic."""
+        """Seconds of exchanges if nothing hides the expert traffic."""
         return sum(self.tensor) + sum(self.context) + sum(self.experts)
 
     @property
     def ahead(self) -> float:
-        """A forward pass by itself: nothing hides its expert traffic."""
+        """Seconds of a forward pass that overlaps with nothing, so that its expert traffic is exposed."""
         return self.forward + self.tensor[0] + self.context[0] + self.experts[0]
 
     @property
     def back(self) -> float:
-        """A backward pass by itself, without weight gradients."""
+        """Seconds of a backward pass that overlaps with nothing, without weight gradients."""
         return self.backward + self.tensor[1] + self.context[1] + self.experts[1]
 
     @property
     def paired(self) -> float:
-        """A forward beside a backward pass: expert traffic of each hides behind the other's computing.
+        """Seconds of a forward pass overlapped with a whole backward pass.
 
-        Computing has fewer multiprocessors meanwhile.
+        The expert traffic of each hides behind the other's computing, which is slower meanwhile, because some
+        of the multiprocessors do the exchange.
         """
         fixed = sum(self.tensor) + sum(self.context)
         traffic = sum(self.experts)
@@ -99,18 +106,22 @@ class Cost:
 
 
 def _add(a: Pair, b: Pair) -> Pair:
-    """Sums, forward and backward."""
+    """Return the sum of two pairs of seconds, forward and backward."""
     return a[0] + b[0], a[1] + b[1]
 
 
 def _scale(pair: Pair, number: float) -> Pair:
-    """Multiples, forward and backward."""
+    """Return `number` times a pair of seconds, forward and backward."""
     return number * pair[0], number * pair[1]
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Stages of a model under a layout; `costs` one a stage, `layers` the layers of each."""
+    """The stages of a model under a layout.
+
+    `costs` has the cost of each stage, and `layers` the layers of each stage. `seq` is the tokens of a
+    sequence.
+    """
 
     config: ModelConfig
     cluster: Cluster
@@ -121,7 +132,7 @@ class Stages:
 
     @cached_property
     def rows(self) -> float:
-        """Tokens of a micro-batch on one chip."""
+        """The tokens of a micro-batch on one chip."""
         return self.layout.micro * self.seq / self.layout.cp
 
     @cached_property
@@ -131,33 +142,37 @@ class Stages:
         return Split(self.rows, self.seq, at.tp, at.sp, at.cp, at.ep, at.experts_split)
 
     def group(self, size: int, stride: int = 1, rings: int = 0) -> Group:
-        """Every `stride`-th chip, `size` of them, with the fitted efficiency of links and cards."""
+        """Return a group of `size` chips that are `stride` apart.
+
+        It has the fitted efficiency of links and network cards. `rings` is the number of rings between nodes
+        (0: as many as there are cards).
+        """
         return group(self.cluster, size, stride, self.roof.numbers.links, self.cards, rings)
 
     @property
     def cards(self) -> float:
-        """The share of its bandwidth that a card reaches."""
+        """The share of its bandwidth that a network card reaches."""
         numbers = self.roof.numbers
         return numbers.efa if self.cluster.fabric.name.startswith("efa") else numbers.cards
 
     @cached_property
     def layers(self) -> tuple[tuple[int, ...], ...]:
-        """The layers of each stage."""
+        """The indices of the layers of each stage."""
         return spread(self.config, self.count, self.roof.software.balanced)
 
     @property
     def count(self) -> int:
-        """Stages of the pipeline."""
+        """The number of stages of the pipeline."""
         return self.layout.stages
 
     @cached_property
     def works(self) -> tuple[Work, ...]:
-        """The work of each layer of the model."""
+        """The work of each layer of the model, MTP layers included."""
         return cost.work(self.config)
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
-        """The cost of each stage."""
+        """The cost of one micro-batch in each stage."""
         costs = []
         for stage, layers in enumerate(self.layers):
             total = Cost()
@@ -169,7 +184,7 @@ class Stages:
         return tuple(costs)
 
     def _head(self, times: int) -> Cost:
-        """The cost of the head with the loss, `times` times."""
+        """Return the cost of the output matrix with the loss, computed `times` times for each token."""
         roof = self.roof
         hidden = self.config.hidden_size
         vocab = self.config.vocab_size / self.layout.tp
@@ -181,7 +196,7 @@ class Stages:
         return Cost(times * ahead, times * back, times * weight)
 
     def _cached_layer(self, work: Work) -> Cost:
-        """The cost of a layer, from `made` if it is there."""
+        """Return the cost of a layer, from the cache `made` if it is there."""
         at = self.layout
         key = (at.tp, at.sp, at.cp, at.ep, at.expert_tp, at.micro, at.recompute, work)
         if key not in self.made:
@@ -189,7 +204,7 @@ class Stages:
         return self.made[key]
 
     def _layer(self, work: Work) -> Cost:
-        """The cost of a layer."""
+        """Return the cost of a layer."""
         parts = self.roof.layer(work, self.split)
         again = self._again(parts)
         return Cost(
@@ -203,12 +218,15 @@ class Stages:
         )
 
     def _recomputed(self, seconds: float) -> Pair:
-        """Seconds of an exchange forward and backward; full recomputation repeats the forward one."""
+        """Return the forward and the backward seconds of an exchange.
+
+        With full recomputation, the backward pass repeats the exchange of the forward pass.
+        """
         again = seconds if self.layout.recompute == "full" else 0.0
         return seconds, seconds + again
 
     def _again(self, parts: Parts) -> float:
-        """Seconds of forward work done a second time in the backward pass."""
+        """Return the seconds of the forward computation that the backward pass repeats."""
         mode = self.layout.recompute
         if mode == "full":
             return parts.forward
@@ -219,10 +237,10 @@ class Stages:
         return parts.light if mode == "v3" else 0.0
 
     def _tensor(self, work: Work) -> float:
-        """Seconds of tensor parallelism, each way.
+        """Return the exposed seconds of tensor parallelism in one layer, in one direction.
 
-        Two sums of a layer's hidden states, or one where experts are whole. Software that hides tensor
-        parallelism hides half of them.
+        There are two all-reduces of the layer's hidden states, or one if experts are not divided. Software
+        that hides tensor parallelism hides half of the time.
         """
         tp = self.layout.tp
         if tp == 1:
@@ -233,7 +251,10 @@ class Stages:
         return share * sums * one
 
     def _context(self, core: float) -> Pair:
-        """Exposed seconds of context parallelism: keys and values go round behind `core` seconds."""
+        """Return the exposed seconds of context parallelism, forward and backward.
+
+        Keys and values are passed around while attention computes for `core` seconds, which hides as much.
+        """
         at = self.layout
         if at.cp == 1:
             return 0.0, 0.0
@@ -243,7 +264,10 @@ class Stages:
         return max(0.0, around - core), max(0.0, 2 * around - BACKWARD_ATTENTION * core)
 
     def _experts(self, work: Work) -> float:
-        """Seconds of expert parallelism, each way: tokens are sent to their experts, and the outputs back."""
+        """Return the seconds of sending tokens to their experts and returning the outputs.
+
+        The forward and the backward pass each take this long.
+        """
         at = self.layout
         if not work.experts or at.ep == 1:
             return 0.0
@@ -258,10 +282,11 @@ class Stages:
 
 @cache
 def spread(config: ModelConfig, stages: int, balanced: bool = False) -> tuple[tuple[int, ...], ...]:
-    """The layers of each stage.
+    """Return the indices of the layers of each stage.
 
-    Equal layers that divide evenly are dealt evenly. `balanced` software, and unequal layers, are cut so that
-    the most expensive stage costs least, the head included.
+    Equal layers that divide evenly over the stages are dealt evenly. If layers are unequal or do not divide,
+    or if the software is `balanced`, they are cut such that the most expensive stage is as cheap as possible;
+    the output matrix counts as part of the last layer.
     """
     layers = cost.work(config)
     if stages == 1:
@@ -281,7 +306,11 @@ def spread(config: ModelConfig, stages: int, balanced: bool = False) -> tuple[tu
 
 
 def _cut(prices: list[float], stages: int) -> list[int]:
-    """Lengths of `stages` runs of neighbours such that the most expensive run costs least."""
+    """Cut the layers into at most `stages` consecutive runs, and return the number of layers in each.
+
+    The most expensive run is as cheap as possible; `prices` has the cost of each layer. Missing runs have
+    length 0.
+    """
     low = max(prices)
     high = sum(prices)
     for _ in range(BISECTIONS):
@@ -295,7 +324,10 @@ def _cut(prices: list[float], stages: int) -> list[int]:
 
 
 def _runs(prices: list[float], most: float, stages: int) -> list[int]:
-    """Lengths of greedy runs of at most `most`, each leaving a layer for every later stage."""
+    """Return the lengths of consecutive runs of layers that are filled up to a price of `most` each.
+
+    Each run leaves at least one layer for every later stage, of `stages` in all.
+    """
     counts = [0]
     total = 0.0
     for at, price in enumerate(prices):

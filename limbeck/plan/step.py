@@ -1,8 +1,9 @@
 """The duration of one training step, its parts, its bottleneck and its uncertainty.
 
-A micro-batch goes through stages; each stage's forward and backward passes come from `stage_cost` and
-`roofline`, exchanges from `collectives`, the order from `pipeline_schedules`. Exchanges are hidden behind
-computing where the software can do that; the rest is exposed and named.
+A micro-batch goes through the stages of a pipeline. The times of each stage's forward and backward passes
+come from `stage_cost` and `roofline`, those of exchanges (communication between chips) from `collectives`,
+and the order of the passes from `pipeline_schedules`. Exchanges are hidden behind computing if the software
+can do that; the rest is called exposed and is listed as a part of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .stage_cost import Cost, Stages
 SPREAD = {"tested": 0.18, "untested": 0.40}  # half width of the interval, as `plan verify` measures it
 TESTED = ("ampere", "hopper")
 OPTIMIZER_BYTES = 40  # a weight: gradient, master copy and two moments read and written, norm, new weight
-BINDING_SHARE = 0.05  # of a step: a smaller part than that is no bottleneck
-COMPUTING_SHARE = 0.8  # of a step: computing above it is the bottleneck
+BINDING_SHARE = 0.05  # share of a step: a smaller part is no bottleneck
+COMPUTING_SHARE = 0.8  # share of a step: computing that takes more is the bottleneck
 
 WORDS = {
     "compute": "computing",
@@ -41,7 +42,12 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step: `seconds` within `low`..`high`; `parts` sum to it; `binds` names the bottleneck."""
+    """The forecast of one training step.
+
+    It takes `seconds`, between `low` and `high`; `parts` sum to `seconds`, and `binds` names the bottleneck.
+    `tokens` is the tokens of a step on all `chips` chips; `flops_per_token` counts causal attention (see
+    `cost.CONVENTIONS`), and `peak` is the 16-bit peak FLOP/s of one chip.
+    """
 
     seconds: float
     low: float
@@ -55,23 +61,26 @@ class Step:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second of all chips."""
+        """Tokens a second of all chips together."""
         return self.tokens / self.seconds
 
     @property
     def tflops(self) -> float:
-        """Model TFLOPS a chip, convention "causal"."""
+        """Model TFLOP/s of one chip, with attention over half of the sequence (convention "causal")."""
         return self.flops_per_token * self.tokens / self.seconds / self.chips / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: convention "causal", against the 16-bit peak."""
+        """Model FLOPs utilisation: `tflops` as a share of the chip's 16-bit peak."""
         return self.tflops * 1e12 / self.peak
 
 
 @dataclass(frozen=True)
 class Foresight:
-    """The forecast of a step of `batch` sequences of `seq` tokens, with all its parts."""
+    """The forecast of a step of `batch` sequences of `seq` tokens.
+
+    The other properties are its parts; `step` puts them together.
+    """
 
     config: ModelConfig
     cluster: Cluster
@@ -89,12 +98,12 @@ class Foresight:
 
     @property
     def micro(self) -> int:
-        """Micro-batches of one pipeline."""
+        """The micro-batches that one pipeline processes in a step."""
         return self.layout.micro_batches(self.batch)
 
     @cached_property
     def costs(self) -> tuple[Cost, ...]:
-        """The cost of one micro-batch in each stage, without ZeRO-3's exchanges."""
+        """The cost of one micro-batch in each stage, without the exchanges of ZeRO-3."""
         return self.stages.costs
 
     @cached_property
@@ -109,7 +118,10 @@ class Foresight:
 
     @cached_property
     def times(self) -> Times:
-        """Seconds of each stage's passes; eager code also waits until its messages are sent."""
+        """Seconds of each stage's passes, exposed exchanges included.
+
+        Eager code also waits until its message to the next stage is sent.
+        """
         wait = 0.0 if self.roof.software.fused else self.send
         dual = self.layout.dual
         forward = []
@@ -127,9 +139,10 @@ class Foresight:
         return Times(tuple(forward), tuple(backward), tuple(weight), self.send, paired)
 
     def fetch(self, stage: int) -> tuple[float, float]:
-        """Exposed seconds of ZeRO-3, a micro-batch, forward and backward.
+        """Return the exposed seconds of ZeRO-3 for one micro-batch in a stage, forward and backward.
 
-        Weights are gathered forward and backward, gradients scattered, behind computing.
+        Weights are gathered in both passes and gradients are scattered in the backward pass; both are partly
+        hidden behind computing.
         """
         if self.layout.zero < 3:
             return 0.0, 0.0
@@ -146,12 +159,12 @@ class Foresight:
 
     @property
     def hiding(self) -> float:
-        """The share of computing behind which exchanges hide."""
+        """The share of the computing time behind which exchanges can hide."""
         numbers = self.roof.numbers
         return numbers.prefetched if self.roof.software.prefetches else numbers.hidden
 
     def weights(self, stage: int) -> tuple[float, float]:
-        """Weights of a stage on one chip: dense ones, and experts."""
+        """Return the numbers of a stage's dense and expert weights on one chip, before ZeRO shards them."""
         at = self.layout
         dense = 0
         experts = 0
@@ -165,9 +178,10 @@ class Foresight:
         return dense / at.tp + table, experts / at.expert_shards
 
     def exchange(self, stage: int, width: float, bucket: float, summed: bool = False) -> float:
-        """Seconds to gather a stage's weights of `width` bytes over the chips that share them.
+        """Return the seconds to gather a stage's weights over the chips that share them.
 
-        Messages are of `bucket` bytes. Scattering gradients takes as long; `summed` is an all-reduce.
+        A weight has `width` bytes, and messages have `bucket` bytes. Scattering gradients of this width takes
+        as long. `summed` takes the time of an all-reduce instead.
         """
         at = self.layout
         dense, experts = self.weights(stage)
@@ -190,16 +204,19 @@ class Foresight:
 
     @cached_property
     def data(self) -> float:
-        """Exposed seconds of exchanging gradients and weights, a step, of the slowest chip of a pipeline."""
+        """Exposed seconds a step for exchanging gradients and weights, without those of ZeRO-3.
+
+        It is the time of the slowest chip of a pipeline.
+        """
         if self.layout.zero == 3 or self.layout.copies == 1:
             return 0.0
         return max(0.0, *(self._exposed(chip) for chip in range(self.layout.pp)))
 
     def _exposed(self, chip: int) -> float:
-        """Exposed seconds of exchanges of one chip of a pipeline.
+        """Return the exposed seconds in which one chip of a pipeline exchanges gradients and weights.
 
-        The last backward pass and the first forward pass hide a part; where weight gradients come last, only
-        they do.
+        The last backward pass and the first forward pass hide a part of them. In schedules that end with
+        weight gradients, only the weight gradients hide the exchange of gradients.
         """
         stages = self.layout.owned(chip)
         costs = self.costs[chip]
@@ -220,7 +237,7 @@ class Foresight:
 
     @cached_property
     def optimizer(self) -> float:
-        """Seconds of the optimiser on the chip with most weights."""
+        """Seconds of the optimiser's update on the chip with the most weights."""
         at = self.layout
         copies = at.copies if at.zero else 1
         expert_copies = at.expert_copies if at.zero else 1
@@ -235,7 +252,7 @@ class Foresight:
 
     @cached_property
     def pipeline(self) -> tuple[float, float]:
-        """Seconds of all micro-batches, and of the bubble in them."""
+        """Seconds in which a pipeline processes all micro-batches, and the seconds of the bubble in them."""
         at = self.layout
         if at.pp == 1 and self.stages.count == 1:
             return self.micro * self.times.whole(0), 0.0
@@ -243,7 +260,7 @@ class Foresight:
         return play(at.schedule, self.times, at.pp, self.micro, at.chunks)
 
     def step(self) -> Step:
-        """The step's seconds with their interval, parts and bottleneck."""
+        """Return the forecast of the step, with its interval, parts and bottleneck."""
         whole, bubble = self.pipeline
         before = whole + self.data + self.optimizer
         nodes = self.cluster.across(self.layout.chips).nodes
@@ -266,7 +283,10 @@ class Foresight:
         )
 
     def parts(self, busy: float) -> dict[str, float]:
-        """`busy` seconds of a pipeline divided in proportion to the parts of its busiest stage."""
+        """Return the seconds of each part of the work of a pipeline, `busy` seconds in all.
+
+        They are divided in the proportions of the stage that takes the longest.
+        """
         stage = max(self.costs, key=lambda costs: costs.computing + costs.waiting)
         experts = sum(stage.experts)
         if self.layout.overlap or self.times.paired:
@@ -284,7 +304,11 @@ class Foresight:
 
 
 def binds(parts: dict[str, float], seconds: float) -> str:
-    """The largest part beside computing: "all-to-all of experts: 31 % of the step"."""
+    """Return the bottleneck with its share of the step: "all-to-all of experts: 31 % of the step".
+
+    It is the largest part apart from computing, unless that part is small or computing takes most of the
+    step.
+    """
     others = [name for name in parts if name != "compute"]
     largest = max(others, key=lambda name: parts[name])
     share = parts[largest] / seconds
@@ -303,9 +327,10 @@ def foresee(
     software: Software = TUNED,
     exact: bool = True,
 ) -> Foresight:
-    """The forecast of a step of `batch` sequences of `seq` tokens; not `exact` is by formulas, for searching.
+    """Return the forecast of a step of `batch` sequences of `seq` tokens.
 
-    Raises LimbeckError if the layout is impossible.
+    `exact` simulates the pipeline schedule; without it, formulas are used, which are fast enough for a
+    search. Raises LimbeckError if the layout is impossible.
     """
     check(layout, config, cluster, batch)
     roof = Roofline(cluster.chip, precision, software)

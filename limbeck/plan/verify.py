@@ -1,7 +1,10 @@
 """The planner's accuracy: published runs beside their forecasts, errors, and skill against a constant.
 
-The floor predicts every run by one number: the median utilisation of its kind (chip, precision, dense or
-mixture) in the same table, which flatters the floor. Skill is 1 - error / error of the floor.
+A row is one measured figure of a published run; a check is a row beside its forecast. As a baseline, called
+the floor, every run is predicted by one number: the median utilisation of its kind (chip, precision, dense or
+mixture) in the same table. This makes the floor look better than it is, as it knows the table. Skill is 1 -
+error / error of the floor. Utilisation is the FLOPs of a step over those at the chips' peak. An interval
+covers a measurement if it contains it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from .step import Foresight, Step, foresee
 WIDER = 1.3  # factor of a whole run's interval on a step's: goodput and side runs are not published
 LARGE_CLUSTER = 1024  # chips of a run whose data parallelism is not published
 SMALL_CLUSTER = 64  # chips on which a run with an unpublished layout is laid out first
-NEAR = 0.2  # relative error, below which memory and phases count as covered
+NEAR = 0.2  # relative error below which forecasts of memory and phases count as covered
 DAY = 86400  # seconds
 LONGEST_REASON = 110  # characters
 GOALS = {  # median and 95th percentile of the relative error
@@ -51,11 +54,12 @@ FORMULA = ("params_opt_mem_gib", "activation_mem_gib")
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement beside its forecast.
+    """One measured figure beside its forecast.
 
-    `ratio` is forecast over measured time (or bytes). `covered` is True if the interval holds the
-    measurement. `why` is the reason of a row without a forecast. `utilisation` is 6ND over the peak,
-    measured.
+    `foreseen` is the forecast in the unit of the row's metric. `ratio` is forecast over measured time (or
+    bytes). `covered` is True if the forecast's interval contains the measurement. `why` is the reason if
+    there is no forecast, otherwise empty. `utilisation` is the measured utilisation, from 6 FLOPs a parameter
+    and token, or 0 if the row has no step time.
     """
 
     row: Row
@@ -68,11 +72,11 @@ class Check:
 
     @property
     def error(self) -> float:
-        """The relative error."""
+        """The relative error of the forecast, without sign."""
         return abs(self.ratio - 1)
 
     def tell(self) -> str:
-        """One line of the table."""
+        """Return the check as one line of the table."""
         line = f"{self.row.name[:46]:46} {self.row.metric[:24]:24} {self.row.value:>12.5g}"
         if self.why:
             return f"{line}  {self.why}"
@@ -81,7 +85,10 @@ class Check:
 
 
 def checks(rows: list[Row]) -> Iterator[Check]:
-    """A check of every row; a row without a forecast has the reason, and counts nowhere."""
+    """Yield a check of every row.
+
+    A row without a forecast has the reason in `why`, and is not part of the errors in the summary.
+    """
     for row in rows:
         try:
             yield check(row)
@@ -90,7 +97,7 @@ def checks(rows: list[Row]) -> Iterator[Check]:
 
 
 def check(row: Row) -> Check:
-    """One row beside its forecast. Raises LimbeckError where the planner refuses the run."""
+    """Return the check of one row. Raises LimbeckError if the planner refuses the run."""
     metric = row.metric
     if metric.startswith("phase_"):
         return _check_phase(row)
@@ -110,17 +117,17 @@ def check(row: Row) -> Check:
 
 
 def _unforeseen(row: Row, why: str) -> Check:
-    """A row without a forecast."""
+    """Return the check of a row without a forecast; `why` is the reason."""
     return Check(row, "not foreseen", why=why)
 
 
 def _plan(row: Row) -> Foresight:
-    """The forecast of a step at the row's layout."""
+    """Return the forecast of a step with the row's model, cluster and layout."""
     return foresee(row.model, row.cluster, row.layout, row.batch, row.seq, row.precision, row.software)
 
 
 def _check_step(row: Row) -> Check:
-    """The time of a step, or a rate that follows from it."""
+    """Return the check of a step time, or of a rate or utilisation that follows from it."""
     step = _plan(row).step()
     measured = measured_seconds(row)
     ratio = step.seconds / measured
@@ -132,10 +139,11 @@ def _check_step(row: Row) -> Check:
 
 
 def measured_seconds(row: Row) -> float:
-    """Seconds a step that a row's figure means.
+    """Return the seconds of a step that follow from the row's measured figure.
 
-    TFLOPS and utilisation are converted by the convention of the source: hardware FLOPs include
-    recomputation; attention counts over the whole sequence on A100 and TPU, and over half of it since.
+    TFLOPS and utilisation are converted by the convention by which the source counts FLOPs: hardware FLOPs
+    include recomputation; attention counts over the whole sequence on older chips (A100, V100, TPU), and over
+    half of it on newer ones, unless the metric says otherwise.
     """
     tokens = row.batch * row.seq
     if row.metric == "step_time_s":
@@ -154,7 +162,7 @@ def measured_seconds(row: Row) -> float:
 
 
 def _convention(row: Row) -> str:
-    """The convention by which a row's source counts FLOPs."""
+    """Return the name in `cost.CONVENTIONS` of the convention by which the row's source counts FLOPs."""
     if row.metric.startswith(("hw_", "hfu")):
         return "hardware"
     if "_causal" in row.metric:
@@ -164,7 +172,7 @@ def _convention(row: Row) -> str:
 
 
 def _utilisation(row: Row, seconds: float) -> float:
-    """6ND over the 16-bit peak."""
+    """Return the utilisation of a step of `seconds`: 6 FLOPs a parameter and token over the 16-bit peak."""
     flops = cost.flops_per_token(row.model, row.seq, "6n") * row.batch * row.seq
     return flops / seconds / row.chips / row.cluster.chip.rate("bf16")
 
@@ -173,7 +181,11 @@ def _utilisation(row: Row, seconds: float) -> float:
 
 
 def _check_hours(row: Row) -> Check:
-    """Chip-hours of a whole run: a step at the published layout, or at the best one, over the goodput."""
+    """Return the check of the chip-hours or days of a whole run.
+
+    The forecast is a step at the published layout, or at the best one if none is published, times the number
+    of steps, over the useful share of time.
+    """
     practice = 1.0
     if row.complete and row.number("dp"):
         step = _plan(row).step()
@@ -196,17 +208,18 @@ def _check_hours(row: Row) -> Check:
 
 
 def _tokens_of_run(row: Row) -> float:
-    """Tokens that the figure of a whole run is for; 0 where they are not published."""
+    """Return the tokens that the figure of a whole run is for; 0 if they are not published."""
     if row.metric == "gpu_hours":
         return row.number("tokens_total")
     return 1e12 if row.metric == "gpu_hours_per_1T_tokens" else 3e11
 
 
 def best_effort(row: Row) -> Step:
-    """A step of a run whose layout is unpublished: the best layout on the fewest chips that hold the model.
+    """Return a step of a run whose layout is not fully published.
 
-    If only the data parallelism is unknown: the published tensor and pipeline parallelism on about a thousand
-    chips.
+    If only the data parallelism is unknown, the published tensor and pipeline parallelism is taken on about a
+    thousand chips. Otherwise the best layout is taken, on the fewest chips tried that hold the model. Raises
+    LimbeckError if no layout fits.
     """
     if row["tp"] and row["pp"]:
         return _step_with_unknown_dp(row)
@@ -219,7 +232,7 @@ def best_effort(row: Row) -> Step:
 
 
 def _step_with_unknown_dp(row: Row) -> Step:
-    """A step at the published tensor and pipeline parallelism."""
+    """Return a step with the published tensor and pipeline parallelism, and an assumed data parallelism."""
     dp = row.integer("dp", LARGE_CLUSTER // (row.integer("tp") * row.integer("pp")))
     layout = row.layout.change(dp=dp)
     multiple = layout.dp * layout.micro
@@ -229,9 +242,9 @@ def _step_with_unknown_dp(row: Row) -> Step:
 
 
 def _best_step(row: Row, count: int) -> Step:
-    """A step at the best layout on `count` chips, with their share of the batch.
+    """Return a step with the best layout on `count` of the run's chips, with their share of the batch.
 
-    Raises LimbeckError if none fits.
+    Raises LimbeckError if no layout fits.
     """
     sequences = (row.number("global_batch_tokens") or SOME) / row.seq
     chips = max(row.chips or LARGE_CLUSTER, count)
@@ -246,7 +259,7 @@ def _best_step(row: Row, count: int) -> Step:
 
 
 def _check_memory(row: Row) -> Check:
-    """The memory of the fullest chip, or a part of it."""
+    """Return the check of the memory of the chip that needs the most, or of one part of it."""
     memory = row.memory
     if row.metric == "params_opt_mem_gib":
         size = memory.weights + memory.gradients + memory.optimizer
@@ -261,7 +274,7 @@ def _check_memory(row: Row) -> Check:
 
 
 def _check_phase(row: Row) -> Check:
-    """One phase of DeepSeek-V3's step."""
+    """Return the check of one phase of DeepSeek-V3's step."""
     phase = row.metric.removeprefix("phase_").removesuffix("_s")
     seconds = phases(row)[phase]
     ratio = seconds / row.value
@@ -269,10 +282,11 @@ def _check_phase(row: Row) -> Check:
 
 
 def phases(row: Row) -> dict[str, float]:
-    """Mean seconds that the chips of a DualPipe spend in each phase of a step.
+    """Return the mean seconds that a chip of a DualPipe pipeline spends in each phase of a step.
 
-    The phases: lone forward (1F), lone backward for inputs (1B) and for weights (1W), and paired passes
-    (1F1B); the optimizer with its exchanges; and the bubble. The slowest chip slows all of them.
+    The phases are: a forward pass alone (1F), a backward pass alone for inputs (1B) and for weights (1W), a
+    forward overlapped with a backward pass (1F1B), the optimizer with its exchanges (opt), and the bubble.
+    The times are stretched, since all chips wait for the slowest.
     """
     plan = _plan(row)
     line = pipeline_schedules.simulate(row.layout.schedule, plan.times, row.layout.pp, plan.micro)
@@ -297,7 +311,10 @@ def phases(row: Row) -> dict[str, float]:
 
 
 def floors(results: list[Check]) -> dict[int, float]:
-    """Error of predicting each step by the median utilisation of its kind, by the check's id."""
+    """Return the relative error of the floor (see the top of this file) for each check of a step.
+
+    The keys are the ids of the checks, `id(check)`.
+    """
     groups: dict[tuple[str, str, str], list[Check]] = defaultdict(list)
     for result in results:
         if result.utilisation:
@@ -311,7 +328,10 @@ def floors(results: list[Check]) -> dict[int, float]:
 
 
 def percentile(errors: list[float], share: float) -> float:
-    """The percentile of errors by nearest rank; 0 of none."""
+    """Return the error that the share `share` of all errors does not exceed; 0 for an empty list.
+
+    It is the percentile by nearest rank.
+    """
     if not errors:
         return 0.0
     rank = ceil(len(errors) * share)
@@ -319,7 +339,7 @@ def percentile(errors: list[float], share: float) -> float:
 
 
 def summary(results: list[Check]) -> list[str]:
-    """One line a kind: median, 95th percentile, goals, skill, coverage."""
+    """Return one line for each kind of check: median error, 95th percentile, goals, coverage and skill."""
     kinds: dict[str, list[Check]] = defaultdict(list)
     for result in results:
         kinds[result.kind].append(result)
@@ -334,7 +354,10 @@ def summary(results: list[Check]) -> list[str]:
 
 
 def _summary_line(kind: str, group: list[Check], floor: Mapping[int, float]) -> str:
-    """The summary of one kind; `floor` is the floor's error by the check's id."""
+    """Return the summary of the checks of one kind.
+
+    `floor` maps the id of a check to the relative error of the floor.
+    """
     errors = [result.error for result in group]
     line = (
         f"{kind:18} {len(group):4} rows: error median {median(errors):.1%}, "
@@ -356,7 +379,10 @@ def _summary_line(kind: str, group: list[Check], floor: Mapping[int, float]) -> 
 
 
 def table(path: Path = FILE) -> list[str]:
-    """All lines of `limbeck plan verify`: rows, summary, claims."""
+    """Return all lines of `limbeck plan verify`: the checks, their summary, and public claims.
+
+    `path` is a table of published runs.
+    """
     results = list(checks(read(path)))
     head = f"{'run':46} {'figure':24} {'measured':>12} {'foreseen':>12} {'error':>7}"
     return [head, *(result.tell() for result in results), "", *summary(results), "", *claims()]
@@ -366,12 +392,12 @@ def table(path: Path = FILE) -> list[str]:
 
 
 def claims() -> list[str]:
-    """Public claims, computed again with their assumptions, one a line."""
+    """Return public claims, computed again with their assumptions, one for each line."""
     return [*_training_claims(), *_serving_claims(), *_bounds()]
 
 
 def _training_claims() -> list[str]:
-    """Claims on the cost of Hunyuan-Large, DeepSeek-V2 and DeepSeek-V3."""
+    """Return the claims on the cost of Hunyuan-Large, DeepSeek-V2 and DeepSeek-V3."""
     meta = 6 * 405e9 * 15.6e12
     hunyuan = 6 * 52e9 * 7e12
     own = 9.59 * 52e9 * 7e12 + 2.3e8 * 7e12
@@ -397,7 +423,11 @@ def _training_claims() -> list[str]:
 
 
 def _serving_claims() -> list[str]:
-    """DeepSeek's day of serving (open-infra-index, day 6), to the dollar, and the forecast of its nodes."""
+    """Return the claims on DeepSeek's day of serving, with the forecast of its nodes' speed.
+
+    Source: open-infra-index, day 6. Cost and revenue of the day are computed from its published counts and
+    prices.
+    """
     day = Day()
     config = models.find("deepseek-v3")
     cluster = clusters.cluster("2048xH800")
@@ -425,7 +455,7 @@ def _serving_claims() -> list[str]:
 
 
 def _bounds() -> list[str]:
-    """Published bounds of decoding, of choosing experts, and of LLaMA's energy."""
+    """Return claims on bounds of decoding and of choosing experts, and on the energy of LLaMA."""
     layer, token = decode_bound()
     return [
         (
