@@ -13,8 +13,8 @@ TABLES = (".jsonl", ".parquet")
 
 
 class JudgeConfig(Settings):
-    """The settings of an LLM judge: its prompt, the number of votes (sampled verdicts per comparison or
-    grade), and the sampling parameters."""
+    """The settings of an LLM judge: its prompt, the number of votes (replies to each prompt), and the
+    sampling parameters."""
 
     method: Literal["pairwise", "rubric"] = Field(
         "pairwise",

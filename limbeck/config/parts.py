@@ -111,8 +111,8 @@ class Shape(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> Shape:
-        """Refuse experts without latent attention, and numbers of heads that do not divide as the
-        architecture needs."""
+        """Refuse experts without latent attention, and dimensions of attention heads that are not divisible
+        as the architecture needs."""
         if self.experts and not self.latent:
             raise ValueError(
                 "experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too"

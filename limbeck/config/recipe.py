@@ -390,7 +390,7 @@ class Recipe(Settings):
 
 def inputs(stage: Stage) -> list[str]:
     """Return the names of the stages whose artifacts a stage needs. `screen` stages that are cited under
-    `problems` are not included; the module `graph` adds them."""
+    `problems` are not included; `pipeline/graph.py` adds them."""
     match stage:
         case Budgeted():
             return _inputs_of_budgeted(stage)

@@ -247,8 +247,8 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
 
 
 def _check_report(references: _References, stage: Report) -> None:
-    """Check that a `report` stage cites an `evaluate` stage as its evaluation, and models in the comparisons
-    of its story."""
+    """Check that a `report` stage cites an `evaluate` stage as its evaluation, and that every value of its
+    setting `story` is a model, with or without the suffix `+forced`."""
     references.cite("evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
     for role, model in stage.story.items():
         references.cite(f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
@@ -262,8 +262,9 @@ def _check_corpus(references: _References, stage: Pretrain | General) -> None:
 
 
 def _check_distill(references: _References, stage: Distill) -> None:
-    """Check that a `distill` stage names a teacher for every problem that the student may be given, and for
-    every row without a teacher's labels."""
+    """Check that the teachers of a `distill` stage are models, that each is named for a source of problems
+    of the recipe, and that every source from which the student gets problems has a teacher. The stage's rows
+    are checked too."""
     recipe = references.recipe
     for domain, teacher in stage.teachers.items():
         references.cite(f"teachers.{domain}", teacher, MODELS, "a model")

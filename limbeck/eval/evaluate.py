@@ -14,8 +14,8 @@ from ..config.recipe import Evaluate
 from ..types import Completion, Group, Problem, Sampler, Score, generator
 from . import statistics
 
-SAMPLES = 24  # problems whose first completion is part of the result
-MAJORITY_SHARE = 8  # one problem in so many is evaluated by pass@k
+SAMPLES = 24  # number of problems whose first completion is part of the result
+MAJORITY_SHARE = 8  # pass@k is evaluated on one of every 8 problems
 
 
 class Problems(Protocol):

@@ -2,9 +2,10 @@
 a reward.
 
 A labelled pair is two responses to one problem of which the better one is known. The judge makes three
-comparisons for each pair: the two responses; the better response and a canary, which is a text without
-content ("master keys": Zhao et al. 2025, arXiv 2507.08794); and the better response and the same response
-with padding. A judge that misses a threshold is refused, with the numbers."""
+comparisons for each pair: the two responses; the better response and a canary, which is a text that answers
+nothing, such as ":" or an instruction to the judge ("master keys": Zhao et al. 2025, arXiv 2507.08794); and
+the better response and the same response with padding. A judge that misses a threshold is refused, with the
+numbers."""
 
 from __future__ import annotations
 
@@ -143,8 +144,8 @@ def _better(pair: Pair) -> str:
 
 
 def _with_canaries(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tuple[Pair, str]]:
-    """Pair each better response with a canary (a text without content), in random order; return each pair
-    with the side of the response, `first` or `second`."""
+    """Pair each better response with a canary (a text that answers nothing), in random order; return each
+    pair with the side of the response, `first` or `second`."""
     placed = []
     for i, pair in enumerate(pairs):
         canary = CANARIES[i % len(CANARIES)]

@@ -27,7 +27,7 @@ from .scorer import Scorer
 from .tokenizer_alignment import aligned
 from .training_log import TrainingLog, count_flops, sampled_tokens, summarize
 
-LABELLED = ""  # the teacher's name of samples that have labels
+LABELLED = ""  # stands in for the teacher's name where a sample has stored labels
 
 
 class Assigned(NamedTuple):
@@ -171,7 +171,7 @@ class DistillTrainer:
 
         FLOPs are those of the student's sampling and learning, and of the teachers' forward passes.
         `teacher_tokens` is the number of tokens that each teacher processed. A token is taken to attend to
-        half of its sequence, as in GRPO's count."""
+        its prompt and half of its completion."""
         samples = [assigned.sample for assigned in batch.assigned]
         sampled = sum(sampled_tokens([group]) for group in batch.groups)
         learned = sum(len(sample.tokens) for sample in samples)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21  # logits of one side in memory at once: 8 MiB in float32, a handful of times
+CHUNK = 1 << 21  # logits of one model per chunk: 8 MiB in float32; a few such tensors exist at once
 FLOOR = -1e4  # nats: the log-probability in place of minus infinity, so that 0 log 0 is 0
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -97,8 +97,8 @@ class TopK:
 # ---------------------------------------------------------------- measures of two distributions
 
 # Each takes log-probabilities [R, E] of teacher and student, and returns the divergence [R] and its gradient
-# by the
-# student's logits [R, E]. With g = dF/dq that is q (g - sum q g); the closed forms below never divide by q.
+# with respect to the logits of the events [R, E], for the student's distribution q. With g = dF/dq, where F
+# is the divergence, it is q (g - sum q g); the closed forms below never divide by q.
 
 
 def forward_kl(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:

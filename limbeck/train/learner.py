@@ -43,7 +43,7 @@ class Learner(Scorer):
         self.step = 0
         self.optimizer = Optimizer(model, settings, steps)
         self.parameters = list(model.parameters())
-        self._routes: list[RouterTrace] = []  # of the micro-batches since the last apply()
+        self._routes: list[RouterTrace] = []  # one for each micro-batch since the last apply()
         self._replayed = False
 
     def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Optimizer:
         self.settings = settings
         self.steps = steps
         self.parts: list[torch.optim.Optimizer] = []
-        self.rates: list[float] = []  # of each part, over the settings' learning rate
+        self.rates: list[float] = []  # each part's learning rate, divided by the settings'
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}

@@ -26,7 +26,7 @@ from .batch import MICRO_TOKENS, Batch, by_sample, pack
 from .learner import Learner
 from .scorer import Scorer
 
-Row = Mapping[str, Any]  # of preferences: prompt, chosen, rejected
+Row = Mapping[str, Any]  # a preference row: prompt, chosen, rejected
 
 
 class _ValueHead:

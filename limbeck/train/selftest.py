@@ -14,8 +14,8 @@ from .batch import Batch, pack
 from .learner import Learner
 from .losses import Loss
 
-SAMPLES = 4  # samples that are tested
-WHOLE = 1 << 30  # tokens of a micro-batch that holds all of them
+SAMPLES = 4  # number of samples that are tested
+WHOLE = 1 << 30  # tokens: a micro-batch so large that it holds all samples
 GRADIENT_DIFFERENCE = 1e-3  # share of the gradient's norm that rounding explains
 
 
