@@ -37,8 +37,9 @@ class Resumable(LimbeckError):
 
 
 class Message(TypedDict, total=False):
-    """One message of a conversation: `{"role": "assistant", "content": "4", "reasoning_content": "2 and 2
-    make 4"}`."""
+    """One message of a conversation, for example:
+
+    `{"role": "assistant", "content": "4", "reasoning_content": "2 and 2 make 4"}`."""
 
     role: str
     content: str
@@ -170,8 +171,9 @@ class Sampler(Protocol):
     """Anything that samples completions for problems: the engine of this package, or a remote endpoint."""
 
     def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:
-        """Sample a group of `group_size` completions for each problem. The same seed gives the same
-        completions."""
+        """Sample a group of `group_size` completions for each problem. `sampling` are the sampling
+        parameters. The engine of this package gives the same completions for the same seed; a remote
+        endpoint may not."""
 
 
 class Task(Protocol):
