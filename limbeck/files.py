@@ -1,4 +1,5 @@
-"""Files that are whole or not there: written beside, synced, renamed into place."""
+"""Writing files that are always complete: a file is written under another name, forced to disk, and renamed
+to its final name."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from typing import IO
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """A file to write to, open in `mode` ("wb", or "w" for UTF-8 text), that replaces `path` at the end of
-    the block.
+    """Open a file to write, in a `with` block; at the end of the block the new file replaces `path`. `mode`
+    is "wb", or "w" for UTF-8 text.
 
-    A kill, a full disk or an exception leaves the old file as it was. The partial file bears the process id,
-    since two processes may write the same path, and ends in `.partial`, which the store sweeps away."""
+    A kill, a full disk or an exception leaves the old file as it was. The partial file has the process id in
+    its name, since two processes may write the same path, and ends in `.partial`; the store deletes such
+    files that were left behind."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     encoding = None if "b" in mode else "utf-8"
     try:
@@ -31,7 +33,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def sync_directory(folder: Path) -> None:
-    """Force the names in a directory to disk, so that a rename outlives a power cut."""
+    """Force the entries of a directory to disk, so that a rename in it is not lost in a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

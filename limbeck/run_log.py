@@ -1,8 +1,9 @@
-"""The run log of a stage: append-only metrics and rollouts, and the readers of report and studio.
+"""The run log of a stage: append-only files of metrics and rollouts, and the functions that read them for
+the report and the web interface.
 
-A stage folder holds `metrics.jsonl` (one line per step, the same bytes on every run), `rollouts.jsonl` (a
-group now and then), `asked.jsonl` (the problems that each step learned from) and `timing.jsonl` (seconds,
-which differ from run to run and so have a file of their own)."""
+A stage folder holds `metrics.jsonl` (one line for each logged step, the same bytes on every run),
+`rollouts.jsonl` (some groups of completions), `asked.jsonl` (the ids of the problems that each step learned
+from) and `timing.jsonl` (seconds; they differ from run to run and so have a file of their own)."""
 
 from __future__ import annotations
 
@@ -24,10 +25,11 @@ COUNTED = ("sampled_tokens", "learned_tokens", "labelled_tokens")  # metrics tha
 
 
 class RunLog:
-    """Writes a stage's log; `RunLog(folder, step)` first drops the rows at and after `step`.
+    """Writes the log of a stage. `RunLog(folder, step)` first drops the rows of step `step` and of later
+    steps, so that a resumed stage can write them again.
 
-    `total` is the number of steps, if it is known. Timing begins with a row without seconds: the stage is
-    ready for `step`."""
+    `total` is the number of steps, None if it is not known. The first row of the timing file has no seconds:
+    it says that the stage is ready to begin with `step`."""
 
     def __init__(self, folder: Path, step: int = 0, total: int | None = None):
         self.folder = folder
@@ -47,8 +49,8 @@ class RunLog:
         problems: Sequence[str] = (),
         tokens: int = 0,
     ) -> None:
-        """Append one step: its metrics, groups as readable rows, and the ids of the problems that it learned
-        from; `tokens` where the metrics do not count them."""
+        """Append one step: its metrics, `groups` as readable rows, and the ids `problems` of the problems
+        that it learned from. `tokens` is the number of tokens processed that the metrics do not count."""
         values = {name: _tidy(value) for name, value in metrics.items()}
         _append(self.folder / METRICS, {"step": step, **values})
         for group in groups:
@@ -59,15 +61,15 @@ class RunLog:
         self._time(step, tokens + counted)
 
     def beat(self, step: int, tokens: int) -> None:
-        """A step whose metrics are not logged: it is timed if the last timing is `BEAT` seconds ago, so that
-        progress shows."""
+        """Record progress at a step whose metrics are not logged: append a timing row if the last one is at
+        least `BEAT` seconds old, otherwise only count the `tokens`."""
         if time.monotonic() - self._began < BEAT:
             self._tokens += tokens
         else:
             self._time(step, tokens)
 
     def _time(self, step: int, tokens: int) -> None:
-        """Append a row of timing: the seconds and tokens since the last one."""
+        """Append a timing row: the seconds and the tokens since the last timing row."""
         now = time.monotonic()
         seconds = round(now - self._began, 3)
         row = {"step": step, "of": self.total, "seconds": seconds, "tokens": self._tokens + tokens}
@@ -76,7 +78,8 @@ class RunLog:
         self._tokens = 0
 
     def sync(self) -> None:
-        """Force the log to disk, so that a checkpoint never outlives it."""
+        """Force the log to disk. Called before a checkpoint is saved, so that the log has every step that
+        the checkpoint has."""
         for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             if (self.folder / name).exists():
                 with open(self.folder / name, "rb") as file:
@@ -84,12 +87,14 @@ class RunLog:
 
 
 def prepare(folder: Path, work: str) -> None:
-    """Tell what a stage does before its first step; the first step removes it."""
+    """Write down what a stage does before its first step, such as loading data, for display. The note is
+    deleted when the stage opens its run log."""
     (folder / PREPARING).write_text(work, encoding="utf-8")
 
 
 def rollout_row(group: Group) -> dict[str, Any]:
-    """A group in readable form: problem, texts, rewards part by part, reasons."""
+    """Return a group in a form that people can read: the problem, and the text, length in tokens, reward,
+    reward parts and reasons of each completion."""
     completions = []
     for completion, score, reward in zip(group.completions, group.scores, group.rewards, strict=True):
         row = {
@@ -110,7 +115,8 @@ def rollout_row(group: Group) -> dict[str, Any]:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; a half-written last line, left by a kill, is left out."""
+    """Yield the rows of a JSONL file; none if there is no file. An incomplete last line, left by a killed
+    process, is skipped."""
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:
@@ -120,10 +126,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Tail:
-    """Reads a JSONL file on from the last place: `rewritten, lines = Tail(path).more()`.
+    """Reads the lines of a JSONL file that were added since the last call: `rewritten, lines =
+    Tail(path).more()`.
 
-    `rewritten` is True if earlier lines no longer hold: a stage that resumes from a checkpoint rewrites its
-    log. Each line comes with its offset in the file; a half-written last line is left for the next call."""
+    `rewritten` is True if the file was replaced and the lines returned earlier are no longer valid; reading
+    then starts again at the beginning. This happens when a stage resumes from a checkpoint. Each line comes
+    with its offset in the file, in bytes. An incomplete last line is left for the next call."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -131,7 +139,8 @@ class Tail:
         self._inode = 0
 
     def more(self) -> tuple[bool, list[tuple[int, bytes]]]:
-        """The lines since the last call; none if there is no file."""
+        """Return whether the file was rewritten, and the lines added since the last call with their offsets
+        in bytes; no lines if there is no file."""
         try:
             with open(self.path, "rb") as file:
                 return self._read(file)
@@ -139,7 +148,7 @@ class Tail:
             return False, []
 
     def _read(self, file: BinaryIO) -> tuple[bool, list[tuple[int, bytes]]]:
-        """The lines of an open file from the offset on."""
+        """Read the complete lines of an open file from the current offset on; see `more` for the result."""
         status = os.fstat(file.fileno())
         rewritten = self.offset > 0 and (status.st_ino != self._inode or status.st_size < self.offset)
         self._inode = status.st_ino
@@ -155,18 +164,18 @@ class Tail:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The metrics of all logged steps, in order."""
+    """Return the metrics of all logged steps of the stage in `folder`, in order."""
     return list(read(folder / METRICS))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    """Append one line of JSON."""
+    """Append a row as one line of JSON."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _keep_before(path: Path, step: int) -> None:
-    """Drop the rows of a file at and after a step."""
+    """Drop the rows of a JSONL file that belong to step `step` or a later step."""
     if not path.exists():
         return
     rows = [row for row in read(path) if row["step"] < step]
@@ -175,7 +184,8 @@ def _keep_before(path: Path, step: int) -> None:
 
 
 def _tidy(value: Any) -> Any:
-    """A number to six significant digits, None if it is not finite; anything else as it is."""
+    """Return a float rounded to six significant digits, or None if it is not finite; return any other value
+    unchanged."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

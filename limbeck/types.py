@@ -1,8 +1,9 @@
-"""The things that travel between the rooms: problems in, completions back, samples to learn from.
+"""The data types that the parts of the package exchange: problems, completions, scores, and samples to learn
+from.
 
-Nothing here knows torch. Legend of dimensions used all over the house:
-N tokens of a packed batch · B rows · T positions · V vocabulary · H heads · K key/value heads · D head size.
-"""
+This module does not import torch. Dimension letters used throughout the package, unless a module defines its
+own: N tokens of a packed batch · B rows · T positions · V vocabulary · H heads · K key/value heads · D head
+size."""
 
 from __future__ import annotations
 
@@ -15,28 +16,30 @@ import numpy as np
 
 
 class LimbeckError(Exception):
-    """A user's mistake, or a machine's limit: one sentence that names file, key and remedy.
+    """An error that the user can resolve: a mistake, or a limit of the machine. Its message is one sentence
+    that names the file, the key and the remedy.
 
-    The command line prints it without a traceback and leaves with `exit_code`.
-    """
+    The command line prints the message without a traceback and exits with `exit_code`."""
 
     exit_code = 2
 
 
 class Corrupted(LimbeckError):
-    """A file in the store is not what its manifest says."""
+    """A file in the store (the folder of all finished artifacts) differs from what its manifest says."""
 
     exit_code = 4
 
 
 class Resumable(LimbeckError):
-    """Stopped, nothing lost: the same command goes on from the last checkpoint."""
+    """The run was stopped without losing anything: the same command continues from the last checkpoint."""
 
     exit_code = 75
 
 
 class Message(TypedDict, total=False):
-    """One turn: `{"role": "assistant", "content": "4", "reasoning_content": "2 and 2 make 4"}`."""
+    """One message of a conversation, for example:
+
+    `{"role": "assistant", "content": "4", "reasoning_content": "2 and 2 make 4"}`."""
 
     role: str
     content: str
@@ -45,7 +48,10 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked, and what the verifier needs to judge an answer.
+    """A problem: the question, and the data that the verifier needs to judge an answer.
+
+    `id` begins with the name of the source. `answer` is the reference answer, None where the verifier
+    computes correctness from `data`. `origin` says where the problem comes from.
 
     >>> Problem("clock/156-3", "use 6 1 5 make 3?", answer=None, language="en", data={"numbers": [1, 5, 6]})
     """
@@ -60,14 +66,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response. Tokens are kept as sampled and never re-tokenised.
+    """One sampled response. Its token ids are kept as they were sampled; the text is never tokenized again.
 
-    `Completion(tokens=[7, 9, 2], logprobs=[-.1, -.3, -.0], text="try 5", stopped=True, sample=0)`;
-    `tokens` holds the end-of-turn token when `stopped`, `text` never does.
-    `kept` holds, per token, the ids that top-p left to choose from (None where all were). `routes`
-    [prompt + tokens - 1, layers, chosen] are the experts that each token met (None where there are none).
-    A remote endpoint tells how many tokens there were and not which: then each is -1.
-    """
+    `Completion(tokens=[7, 9, 2], logprobs=[-.1, -.3, -.0], text="try 5", stopped=True, sample=0)`.
+
+    `stopped` is True if the response ended by itself, False if it reached the token limit. If `stopped`, the
+    last of the `tokens` is the end-of-turn token, which `text` never contains. `logprobs` is the
+    log-probability of each token at sampling. `sample` is the index of the completion in its group. `kept`
+    holds, for each token, the ids that top-p sampling left to choose from; None where no id was excluded.
+    `routes` [prompt + tokens - 1, layers, experts per token] are the experts chosen for each input token;
+    None for a model without experts. A remote endpoint reports only the number of tokens; each token id is
+    then -1."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -80,12 +89,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """The named parts of a reward, a reason for each part that is zero, and what else was measured.
+    """The score of one completion: the named parts of its reward, a reason for a part that is zero, and
+    other statistics.
 
     `Score({"accuracy": 0.0, "format": 1.0}, {"accuracy": "answer 41, gold 42"}, {"attempts": 2.0}, "41")`.
-    `answer` is what was extracted, for majority votes; empty where nothing was.
-    `skipped` marks a problem whose gold answer cannot be read: never rewarded, always counted.
-    """
+    `answer` is the answer that was extracted from the completion, used for majority votes; empty if there
+    was none. `skipped` is True if the reference answer of the problem cannot be read: the completion then
+    gets no reward, and is still counted in statistics."""
 
     parts: Mapping[str, float]
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -96,7 +106,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Group:
-    """All completions of one problem; `scores` and `rewards` are empty until a task has judged them."""
+    """A problem with all its completions. `scores` and `rewards` have one entry for each completion, and are
+    empty until the completions have been scored."""
 
     problem: Problem
     prompt_tokens: np.ndarray
@@ -107,11 +118,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a teacher would have said in place of each learned token: its likeliest ids and their
-    log-probabilities [tokens, K], and the log-probability of all other ids together [tokens].
+    """A teacher's distribution at each token in the loss: the most probable token ids and their
+    log-probabilities, each [tokens, K], and the log-probability of all other ids together [tokens].
 
-    `Labels(np.array([[7, 9]]), np.log([[.6, .3]]), np.log([.1]))` labels one token.
-    """
+    `Labels(np.array([[7, 9]]), np.log([[.6, .3]]), np.log([.1]))` labels one token: the teacher gives id 7 a
+    probability of 0.6, id 9 one of 0.3, and all other ids 0.1."""
 
     ids: np.ndarray
     logprobs: np.ndarray
@@ -120,13 +131,19 @@ class Labels:
 
 @dataclass(frozen=True)
 class Sample:
-    """One packed sequence to learn from.
+    """One token sequence to learn from.
 
-    `tokens` is prompt + completion; the loss sees the tokens from `start` on, or those of them that are
-    `learned` (one truth value each). RL fills the rest: `logprobs` as sampled (one per completion token),
-    `advantage` one number for the sequence, `routes` the experts to meet again (one row per token but the
-    last). Distillation fills `labels`, or across tokenizers the `spans` of text that learned tokens are parts
-    of (-1: of none); preferences say of which `pair` a sample is the better (3) or the worse half (-3)."""
+    `tokens` is the prompt followed by the completion. The loss includes the tokens from index `start` on or,
+    if `learned` is given (a boolean for each of these tokens), those for which it is True.
+
+    Fields for RL: `logprobs` at sampling (one for each completion token), `advantage` (one number for the
+    sequence), `kept` (the ids that top-p sampling left, for each token), and `routes` (the experts chosen at
+    sampling, to be used again; one row for each token but the last). `reference` holds log-probabilities of
+    a reference model or a teacher.
+
+    Fields for distillation: `labels` or, where the tokenizers differ, `spans`: the number of the span of
+    text that each token in the loss is in, -1 for none. Field for preference pairs: `pair` is, for example,
+    3 for the chosen and -3 for the rejected response of pair 3, and 0 for a sample without a pair."""
 
     tokens: np.ndarray
     start: int
@@ -142,7 +159,8 @@ class Sample:
 
 
 class Thought(NamedTuple):
-    """A completion taken apart: what was thought, what was answered, and whether the tags were in order."""
+    """The parts of a completion: the text of the thought, the text of the answer, and whether the tags that
+    mark the thought were well formed."""
 
     thought: str
     answer: str
@@ -150,26 +168,29 @@ class Thought(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Whatever answers problems: the engine here, or any endpoint elsewhere."""
+    """Anything that samples completions for problems: the engine of this package, or a remote endpoint."""
 
     def rollout(self, problems: Sequence[Problem], group_size: int, sampling: Any, seed: Any) -> list[Group]:
-        """A group of completions for each problem."""
+        """Sample a group of `group_size` completions for each problem. `sampling` are the sampling
+        parameters. The engine of this package gives the same completions for the same seed; a remote
+        endpoint may not."""
 
 
 class Task(Protocol):
-    """A source of problems with a judge of answers."""
+    """A source of problems that also scores answers."""
 
     name: str
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train` or `test`; the two never share a problem's content."""
+        """Return the problems of the split `train` or `test`. The two splits have no problem in common."""
 
     def score(self, problem: Problem, completion: Completion) -> Score:
-        """Judge one completion; never raises for anything a model wrote."""
+        """Score one completion. No text of a completion, however malformed, makes it raise an exception."""
 
 
 def fingerprint(*parts: Any) -> int:
-    """A 63-bit number that is the same on every machine: the root of every random draw.
+    """Return a 63-bit number computed from `parts`, the same on every machine. All random draws are seeded
+    with such a number.
 
     >>> fingerprint("0/zero", 12, "clock/156-3", 4) == fingerprint("0/zero", 12, "clock/156-3", 4)
     True
@@ -179,5 +200,6 @@ def fingerprint(*parts: Any) -> int:
 
 
 def generator(*parts: Any) -> np.random.Generator:
-    """A counter-based generator keyed by what is drawn, never by when it is drawn."""
+    """Return a random generator whose draws depend only on `parts`, which name what is drawn, and not on the
+    draws made before."""
     return np.random.Generator(np.random.Philox(key=fingerprint(*parts)))

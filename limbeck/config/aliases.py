@@ -1,9 +1,10 @@
-"""Earlier words of a recipe: old recipes stay readable, and artifacts keep the words they were stored with.
+"""Renamed settings: recipes with old names can still be read, and stored artifacts keep the names they were
+stored with.
 
-`RENAMED` is the one table. `rename` maps a recipe's YAML tree to today's words before it is validated.
-`stored` maps a stage's settings back where they are hashed or written into a manifest, so a new word changes
-no key.
-"""
+`RENAMED` is the table of all renamed settings, `KINDS` that of the renamed stage kinds. `rename` replaces
+old names in a recipe's YAML tree before it is validated. `stored` replaces current names by the old ones
+where settings are hashed into an artifact's key or written into its manifest, so that renaming a setting
+changes no key."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from ..types import LimbeckError
 
 @dataclass(frozen=True)
 class Alias:
-    """A renamed setting of a stage: its mapping inside the stage, its old and its new word.
+    """One renamed setting of a stage: its old name, its new name, and where it is.
 
-    `kind` is the stage kind that has the setting; empty means any kind.
-    """
+    `kind` is the kind of stage that has the setting, empty for any kind. `inside` is the path of the mapping
+    that holds it within the stage: `("shape", "latent")`, or empty for the stage itself."""
 
     old: str
     new: str
@@ -28,7 +29,7 @@ class Alias:
     inside: tuple[str, ...] = ()
 
     def applies(self, kind: Any, inside: tuple[str, ...]) -> bool:
-        """True if a mapping `inside` a stage of `kind` holds this setting."""
+        """Return True if the setting belongs to the mapping at the path `inside` of a stage of this kind."""
         return self.inside == inside and self.kind in ("", kind)
 
 
@@ -45,10 +46,10 @@ _noticed: set[str] = set()
 
 
 def rename(tree: dict) -> list[Alias]:
-    """Replace the old words of a recipe's YAML tree in place; return their aliases, a kind's among them.
+    """Replace the old names in a recipe's YAML tree, in place; return an alias for each old name that was
+    found, including old names of stage kinds.
 
-    Raises LimbeckError where a mapping has a setting under its old and its new word.
-    """
+    Raises LimbeckError where a mapping has a setting under both its old and its new name."""
     aliases: list[Alias] = []
     stages = tree.get("stages")
     if not isinstance(stages, dict):
@@ -60,7 +61,8 @@ def rename(tree: dict) -> list[Alias]:
 
 
 def rename_path(path: list[str], tree: dict) -> list[Alias]:
-    """Replace the old words of a path, `["stages", "far", "patience"]`, in place; return their aliases."""
+    """Replace the old names in a path into a recipe's tree, such as `["stages", "far", "patience"]`, in
+    place; return the aliases of the names replaced."""
     aliases: list[Alias] = []
     if len(path) < 3 or path[0] != "stages":
         return aliases
@@ -74,7 +76,8 @@ def rename_path(path: list[str], tree: dict) -> list[Alias]:
 
 
 def notify(aliases: list[Alias]) -> None:
-    """Print the new word for each old word to standard error, once for each in a process."""
+    """Print a notice of the new name for each old name to standard error, at most once per old name in a
+    process."""
     for alias in aliases:
         if alias.old not in _noticed:
             _noticed.add(alias.old)
@@ -85,7 +88,7 @@ def notify(aliases: list[Alias]) -> None:
 
 
 def stored(settings: dict[str, Any]) -> dict[str, Any]:
-    """A stage's settings in the words that keys and manifests have."""
+    """Return a stage's settings under the names that are used in keys and manifests."""
     kind = settings.get("kind")
     settings = _stored_mapping(settings, kind, ())
     if "kind" in settings:
@@ -94,17 +97,20 @@ def stored(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored_kind(kind: str) -> str:
-    """The kind in a key, a manifest and an artifact's folder name: `preference` for `dpo`."""
+    """Return the name of a stage kind in keys, manifests and folder names of artifacts, such as `preference`
+    for `dpo`."""
     return next((old for old, new in KINDS.items() if new == kind), kind)
 
 
 def current_kind(kind: str) -> str:
-    """Today's word for a stored kind: `dpo` for `preference`."""
+    """Return the current name of a stage kind that was stored under an old name, such as `dpo` for
+    `preference`."""
     return KINDS.get(kind, kind)
 
 
 def _rename_stage(place: str, stage: dict) -> list[Alias]:
-    """Replace the old words of one stage's settings in place; return their aliases."""
+    """Replace the old names in one stage's settings, in place; return the aliases of the names replaced.
+    `place` names the stage in error messages."""
     aliases: list[Alias] = []
     kind = stage.get("kind")
     if isinstance(kind, str) and kind in KINDS:
@@ -128,14 +134,15 @@ def _rename_stage(place: str, stage: dict) -> list[Alias]:
 
 
 def _replace_key(mapping: dict, alias: Alias) -> None:
-    """Give a key its new word; the order of the keys stays."""
+    """Replace the alias's old key of a mapping by the new one, in place; the order of the keys does not
+    change."""
     items = [(alias.new if key == alias.old else key, value) for key, value in mapping.items()]
     mapping.clear()
     mapping.update(items)
 
 
 def _mapping_inside(stage: dict, inside: tuple[str, ...]) -> dict:
-    """The mapping at a path inside a stage; an empty one where there is none."""
+    """Return the mapping at the path `inside` of a stage; an empty mapping if there is none."""
     mapping: Any = stage
     for key in inside:
         mapping = mapping.get(key)
@@ -145,14 +152,16 @@ def _mapping_inside(stage: dict, inside: tuple[str, ...]) -> dict:
 
 
 def _kind_at(tree: dict, name: str) -> Any:
-    """The kind of a stage in a recipe's YAML tree; None where it has none."""
+    """Return the kind of the stage `name` in a recipe's YAML tree; None if the stage or its kind is
+    missing."""
     stages = tree.get("stages")
     stage = stages.get(name) if isinstance(stages, dict) else None
     return stage.get("kind") if isinstance(stage, dict) else None
 
 
 def _stored_mapping(mapping: dict[str, Any], kind: Any, inside: tuple[str, ...]) -> dict[str, Any]:
-    """A mapping `inside` a stage in the stored words, with the mappings below it."""
+    """Return the mapping at the path `inside` of a stage, and all mappings within it, under the stored
+    names."""
     words = {alias.new: alias.old for alias in _aliases_of(kind, inside)}
     settings = {}
     for key, value in mapping.items():
@@ -163,5 +172,6 @@ def _stored_mapping(mapping: dict[str, Any], kind: Any, inside: tuple[str, ...])
 
 
 def _aliases_of(kind: Any, inside: tuple[str, ...]) -> Iterator[Alias]:
-    """The renamed settings of one mapping `inside` a stage."""
+    """Yield the aliases of the settings that the mapping at the path `inside` of a stage of this kind may
+    have."""
     return (alias for alias in RENAMED if alias.applies(kind, inside))

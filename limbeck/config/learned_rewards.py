@@ -1,4 +1,5 @@
-"""Learned rewards in a recipe: LLM judges, their calibration, and reward models. No torch."""
+"""Settings of learned rewards in a recipe: LLM judges, their calibration, and reward models. This module
+does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ TABLES = (".jsonl", ".parquet")
 
 
 class JudgeConfig(Settings):
-    """The settings of an LLM judge: prompt, number of votes, and sampling."""
+    """The settings of an LLM judge: its prompt, the number of votes (replies to each prompt), and the
+    sampling parameters."""
 
     method: Literal["pairwise", "rubric"] = Field(
         "pairwise",
@@ -38,7 +40,7 @@ class JudgeConfig(Settings):
 
     @model_validator(mode="after")
     def _vote(self) -> JudgeConfig:
-        """Refuse several votes at temperature 0: they would all be equal."""
+        """Refuse several votes at temperature 0, since they would all be equal."""
         if self.votes > 1 and self.sampling.temperature == 0:
             raise ValueError(
                 f"votes = {self.votes} at temperature 0 are the same vote; give sampling a temperature"
@@ -47,7 +49,8 @@ class JudgeConfig(Settings):
 
 
 class CalibrationThresholds(Settings):
-    """The figures that a judge's calibration must reach; a judge below them is refused as a reward."""
+    """The thresholds that a judge's calibration must meet. A judge that misses one of them cannot be used as
+    a reward."""
 
     agreement: float = Field(
         0.8, ge=0, le=1, description="with the labels, at least: the lower end of the 95 % interval"
@@ -61,7 +64,8 @@ class CalibrationThresholds(Settings):
 
 
 class Calibrate(Stage):
-    """Measures a judge on labelled pairs; only a calibrated judge may be used as a reward."""
+    """A stage that measures a judge on pairs of responses whose better one is known. Only a judge that
+    passes may be used as a reward."""
 
     kind: Literal["calibrate"]
     judge: str = Field(description="the stage whose model judges; a `remote` one will do")
@@ -90,7 +94,7 @@ class Calibrate(Stage):
 
     @model_validator(mode="after")
     def _labelled(self) -> Calibrate:
-        """Refuse labels from two sources, or from none."""
+        """Refuse settings that name two sources of labelled pairs, or none."""
         sampled = bool(self.model and self.problems)
         half = bool(self.model) != bool(self.problems)
         if bool(self.rows) == sampled or half:
@@ -101,7 +105,7 @@ class Calibrate(Stage):
 
 
 class Reward(Stage):
-    """Trains a reward model, which gives a response a number, on pairs of preferences."""
+    """A stage that trains a reward model, which gives a response a number, on preference pairs."""
 
     kind: Literal["reward"]
     model: str = Field(description="the stage whose model it begins from")
@@ -126,7 +130,8 @@ class Reward(Stage):
 
 
 class LearnedReward(Settings):
-    """One learned part of a reward in reinforcement learning, and its reward-hacking alarm."""
+    """The settings of one learned part of the reward in reinforcement learning, and of its alarm for reward
+    hacking."""
 
     of: str = Field(
         description="for `judge` a `calibrate` stage that was passed, for `preference` a `reward` stage"

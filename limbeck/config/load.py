@@ -1,7 +1,7 @@
-"""Recipes from YAML and back to YAML; a mistake becomes one sentence with what was probably meant.
+"""Reading recipes from YAML and writing them as YAML. A mistake is reported as one sentence that suggests
+what was probably meant.
 
-Reading a recipe imports no torch.
-"""
+This module does not import torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .validate import check_references, explain
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every default spelled out."""
+    """Return the recipe as YAML, with every default value written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def with_auto_curation(recipe: Recipe) -> Recipe:
-    """The recipe with each curate stage's policy in the place of people."""
+    """Return the recipe with every `curate` stage set to decide by its policy, so that no person has to
+    review rows."""
     stages = dict(recipe.stages)
     for name, stage in stages.items():
         if isinstance(stage, Curate):
@@ -32,12 +33,11 @@ def with_auto_curation(recipe: Recipe) -> Recipe:
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, from a file or by the name of a shipped one; `overrides` are `key.path=value` pairs. Old words
-    are read as new ones.
+    """Read a recipe from a file, or by the name of a recipe that comes with the package. `overrides` are
+    strings `key.path=value` that replace settings.
 
-    Each old word gives one notice on standard error. Raises LimbeckError with one sentence for the first
-    mistake.
-    """
+    Settings under old names are accepted, with one notice per name on standard error. Raises LimbeckError
+    with one sentence about the first mistake."""
     path = find(path)
     tree = _read_tree(path)
     try:
@@ -56,12 +56,13 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with Limbeck, by name: `quickstart`."""
+    """Return the paths of the recipes that come with the package, by name, such as `quickstart`."""
     return {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
 
 def find(recipe: str | Path) -> Path:
-    """The file of a recipe: the path itself, or if there is none and it is a name, that of a shipped recipe."""
+    """Return the path of a recipe's file. If there is no file `recipe` and it is the name of a recipe that
+    comes with the package, that recipe's path is returned."""
     path = Path(recipe)
     if path.exists():
         return path
@@ -69,10 +70,11 @@ def find(recipe: str | Path) -> Path:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses the same key twice in one mapping; plain YAML silently takes the last."""
+    """A YAML loader that refuses a key that appears twice in one mapping. The standard loader silently takes
+    the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping of a YAML node. Raises ConstructorError where a key appears twice."""
+        """Return the mapping of a YAML node. Raises ConstructorError if a key appears twice."""
         key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys: list = []
         for key_node in key_nodes:
@@ -86,7 +88,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_tree(path: Path) -> dict:
-    """The YAML tree of a recipe's file. Raises LimbeckError where there is none."""
+    """Read a recipe's file as a YAML tree. Raises LimbeckError if there is no file, or if the file holds no
+    valid mapping."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -107,7 +110,8 @@ def _read_tree(path: Path) -> dict:
 
 
 def _override(tree: dict, override: str) -> list[aliases.Alias]:
-    """Set one `key.path=value` in a recipe's tree; return the aliases of its old words."""
+    """Apply one override `key.path=value` to a recipe's YAML tree, in place; return the aliases of old names
+    in the override."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise LimbeckError(f"--set {override}: write key.path=value, for instance stages.zero.steps=10")

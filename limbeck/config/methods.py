@@ -1,7 +1,8 @@
-"""Methods of distillation as stages of a recipe: labels, pairs, DPO, divergences. No torch.
+"""Settings of the distillation methods that are stages of a recipe: teacher labels, preference pairs, DPO
+and divergences. This module does not import torch.
 
-Fine-tuning on a teacher's outputs is `sample` and `sft`. These methods use more than the sampled tokens.
-"""
+Plain fine-tuning on a teacher's outputs needs only the stages `sample` and `sft`. The methods here use more
+of the teacher than its sampled tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .parts import Budgeted, Optimizer, RewardPart, Sampling, Stage
 
 
 class Label(Stage):
-    """Computes a teacher's top-k log-probabilities at every token of rows, once for all students."""
+    """A stage that computes a teacher's top-k log-probabilities at every token of rows (stored training
+    examples). They are computed once and can be used for any number of students."""
 
     kind: Literal["label"]
     model: str = Field(description="the teacher's stage")
@@ -30,7 +32,8 @@ class Label(Stage):
 
 
 class Pairs(Stage):
-    """Samples a student and keeps the best and the worst completion of each problem as a pair, for `dpo`."""
+    """A stage that samples completions from a student and keeps the best and the worst one for each problem
+    as a preference pair, for `dpo`."""
 
     kind: Literal["pairs"]
     model: str = Field(description="the stage whose model is asked")
@@ -55,7 +58,8 @@ class Pairs(Stage):
 
 
 class DPO(Budgeted):
-    """Direct preference optimisation on pairs (arXiv 2305.18290); the initial model is the reference."""
+    """A stage of direct preference optimisation on preference pairs (arXiv 2305.18290). The model at the
+    beginning of the stage is the reference."""
 
     kind: Literal["dpo"]
     model: str = Field(description="the stage whose model learns")
@@ -87,7 +91,8 @@ class DPO(Budgeted):
 
 
 class Distill(Budgeted):
-    """Trains a student on its teachers' distributions: on its own completions, on rows, or on both."""
+    """A stage that trains a student on the token distributions of its teachers: on completions that the
+    student samples, on rows (stored training examples), or on both."""
 
     kind: Literal["distill"]
     model: str = Field(description="the student's stage")
@@ -136,7 +141,7 @@ class Distill(Budgeted):
 
     @model_validator(mode="after")
     def _fed(self) -> Distill:
-        """Refuse steps that have nothing to learn from."""
+        """Refuse settings under which a step would have nothing to learn from."""
         if self.on_policy > 0 and not (self.problems and self.teachers):
             raise ValueError(
                 f"on_policy = {self.on_policy:g} needs problems for the student to answer, and "

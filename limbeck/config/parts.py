@@ -1,4 +1,5 @@
-"""Settings that several stages share: a model's shape, sampling, optimizer, policy. No torch."""
+"""Settings that several kinds of stage share: a model's shape, sampling, optimizer, RL policy. This module
+does not import torch."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ RewardPart = Literal["accuracy", "format", "language", "judge", "preference"]
 
 
 class Settings(BaseModel):
-    """The base of all settings: immutable, and an unknown key is an error."""
+    """The base class of all settings. Settings cannot be changed after they are made, and an unknown key is
+    an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Stage(Settings):
-    """The settings of every stage. None of them changes a result, and so none changes a key."""
+    """The settings that every stage has. They do not affect the result of a stage, and so are no part of its
+    artifact's key."""
 
     title: str = Field("", description="a line for the report")
     log_every: int = Field(
@@ -28,7 +31,7 @@ class Stage(Settings):
 
 
 class Budgeted(Stage):
-    """A stage that learns, with an optional budget of FLOPs."""
+    """A stage that trains a model, with an optional budget of FLOPs."""
 
     flops_of: str | None = Field(
         None,
@@ -43,7 +46,7 @@ class Budgeted(Stage):
 
     @model_validator(mode="after")
     def _one(self) -> Budgeted:
-        """Refuse two budgets."""
+        """Refuse a budget that is given in two ways at once."""
         if self.flops_of and self.flops:
             raise ValueError(
                 f"flops_of = {self.flops_of} and flops = {self.flops:g} are two budgets; give one"
@@ -52,7 +55,8 @@ class Budgeted(Stage):
 
 
 class LatentShape(Settings):
-    """Multi-head latent attention: each token's keys and values are projected from one small latent."""
+    """The dimensions of multi-head latent attention: each token's keys and values are projected from one
+    small latent vector."""
 
     kv_lora_rank: int = Field(ge=4, description="size of the latent")
     nope_dim: int = Field(ge=2, description="part of a key that is not rotated")
@@ -62,7 +66,8 @@ class LatentShape(Settings):
 
 
 class ExpertsShape(Settings):
-    """A mixture of experts like DeepSeek-V3's: sigmoid scores, balancing biases, shared experts."""
+    """The dimensions of a mixture of experts as in DeepSeek-V3: sigmoid router scores, biases that balance
+    the load, and shared experts."""
 
     count: int = Field(ge=2, description="routed experts")
     top_k: int = Field(ge=1, description="of which each token meets so many")
@@ -75,7 +80,8 @@ class ExpertsShape(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> ExpertsShape:
-        """Refuse groups of unequal size, and more experts a token than its groups have."""
+        """Refuse groups of experts of unequal size, and more experts per token than the selected groups
+        contain."""
         if self.count % self.groups:
             raise ValueError(f"count = {self.count} experts do not fall into groups = {self.groups} alike")
         if self.top_groups > self.groups or self.top_k > self.count // self.groups * self.top_groups:
@@ -84,10 +90,10 @@ class ExpertsShape(Settings):
 
 
 class Shape(Settings):
-    """The dimensions of a model trained from scratch, with tied embeddings.
+    """The dimensions of a model that is trained from scratch; input and output embeddings are tied.
 
-    Without `latent` the model is Llama-style. With it, it is like DeepSeek-V3, and may have `experts`.
-    """
+    Without `latent` the architecture is that of Llama. With `latent` it is that of DeepSeek-V3, and may have
+    `experts`."""
 
     hidden_size: int = Field(64, ge=8, description="width of the hidden states")
     layers: int = Field(3, ge=1, description="number of blocks")
@@ -105,7 +111,8 @@ class Shape(Settings):
 
     @model_validator(mode="after")
     def _fit(self) -> Shape:
-        """Refuse experts without latent attention, and heads that do not divide."""
+        """Refuse experts without latent attention, and dimensions of attention heads that are not divisible
+        as the architecture needs."""
         if self.experts and not self.latent:
             raise ValueError(
                 "experts: a mixture is built as DeepSeek-V3's, which has latent attention; give latent too"
@@ -124,7 +131,7 @@ class Shape(Settings):
 
 
 class Sampling(Settings):
-    """Sampling parameters of completions. `temperature: 0` is greedy."""
+    """The sampling parameters of completions. `temperature: 0` is greedy decoding."""
 
     temperature: float = Field(1.0, ge=0, description="divides the logits; 0 is greedy")
     top_p: float = Field(
@@ -137,7 +144,7 @@ class Sampling(Settings):
 
 
 class Prices(Settings):
-    """An endpoint's prices per million tokens."""
+    """The prices of a remote endpoint, per million tokens."""
 
     input: float = Field(ge=0, description="for a million tokens of prompts")
     output: float = Field(ge=0, description="for a million tokens of responses, thoughts included")
@@ -145,7 +152,8 @@ class Prices(Settings):
 
 
 class Optimizer(Settings):
-    """AdamW, or Muon for matrices and AdamW for the rest; a linear warm-up, then the schedule."""
+    """The settings of the optimizer: AdamW for all parameters, or Muon for matrices and AdamW for the rest.
+    The learning rate warms up linearly and then follows the schedule."""
 
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="`muon` for the matrices inside the blocks, AdamW for the rest; or AdamW for all"
@@ -191,7 +199,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Policy(Settings):
-    """Group-relative policy optimisation: group size, advantages, clipping, and the reference."""
+    """The settings of group-relative policy optimisation: group size, advantages, clipping, and the
+    reference model."""
 
     preset: Literal["default", "r1"] = Field(
         "default", description="where the defaults of the other settings come from"
@@ -230,7 +239,7 @@ class Policy(Settings):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, settings: Any) -> Any:
-        """Take the preset's value for each setting that is not given."""
+        """Fill in the preset's value for each setting that is not given."""
         if not isinstance(settings, dict):
             return settings
         preset = str(settings.get("preset", "default"))

@@ -1,8 +1,9 @@
-"""A recipe: its sources of problems, and the stages that turn a base model into a reasoning one.
+"""A recipe: the sources of problems, and the stages that turn a base model into a reasoning model.
 
-Every model forbids unknown keys. `load.py` reads YAML into these; `validate.py` makes sentences of mistakes.
-Validators reject; they never rewrite. Reading a recipe imports no torch.
-"""
+A stage produces one artifact, such as a model, rows (training examples) or an evaluation, and cites other
+stages by name as its inputs. Every settings class refuses unknown keys. Validators reject values but do not
+change them. `load.py` reads YAML into these classes; `validate.py` turns mistakes into sentences. This
+module does not import torch."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ CorpusShare = Literal[
 
 
 class Miniature(Settings):
-    """The clock countdown: reach a target, mod `modulus`, from a few numbers; English and Chinese."""
+    """A built-in source of problems, the clock countdown: combine a few given numbers so that the result
+    equals a target modulo `modulus`. Problems are in English and Chinese."""
 
     source: Literal["miniature"]
     modulus: int = Field(7, ge=3, le=31, description="hours of the clock: sums are taken modulo this")
@@ -53,7 +55,8 @@ class Miniature(Settings):
 
 
 class Gym(Settings):
-    """A generator of reasoning-gym by name (`pip install limbeck[gym]`)."""
+    """A source of problems: a generator of the package reasoning-gym, given by its name (`pip install
+    limbeck[gym]`)."""
 
     source: Literal["gym"]
     generator: str = Field(description="a generator's name, for instance `chain_sum`")
@@ -69,7 +72,8 @@ class Gym(Settings):
 
 
 class Files(Settings):
-    """Your own JSONL or Parquet; `columns` maps `problem` and `answer` to the names in the file."""
+    """A source of problems in the user's own JSONL or Parquet files. `columns` maps `problem` and `answer`
+    to the column names in the files."""
 
     source: Literal["files"]
     path: str = Field(description="JSONL or Parquet, beside the recipe or here")
@@ -101,7 +105,8 @@ Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
 
 
 class Load(Stage):
-    """Bring in a base model: an HF directory, a GGUF file, or the name of a model that was pulled."""
+    """A stage that imports a base model: a Hugging Face directory, a GGUF file, or the name of a model that
+    was pulled."""
 
     kind: Literal["load"]
     path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
@@ -112,7 +117,8 @@ class Load(Stage):
 
 
 class Remote(Stage):
-    """A model behind an OpenAI-compatible endpoint. It gives text: no weights, and no logits."""
+    """A stage that stands for a model behind an OpenAI-compatible endpoint. Such a model returns text only,
+    so its weights and logits cannot be used."""
 
     kind: Literal["remote"]
     url: str = Field(
@@ -139,7 +145,7 @@ class Remote(Stage):
 
 
 class Pretrain(Stage):
-    """Train a base from scratch on the miniature's corpus."""
+    """A stage that trains a base model from scratch, on a corpus made from the clock countdown."""
 
     kind: Literal["pretrain"]
     problems: str = Field(description="a miniature, whose corpus is read")
@@ -159,7 +165,7 @@ class Pretrain(Stage):
 
 
 class RL(Budgeted):
-    """Reinforcement learning with verifiable rewards."""
+    """A stage of reinforcement learning with verifiable rewards."""
 
     kind: Literal["rl"]
     model: str = Field(description="the stage whose model learns")
@@ -191,7 +197,8 @@ class RL(Budgeted):
 
 
 class Screen(Stage):
-    """Measure pass rates, and keep the problems the model sometimes solves."""
+    """A stage that measures a model's pass rate on problems, and keeps the problems that the model solves
+    sometimes but not always."""
 
     kind: Literal["screen"]
     model: str = Field(description="the stage whose model is asked")
@@ -206,7 +213,8 @@ class Screen(Stage):
 
 
 class Sample(Stage):
-    """Rejection sampling: several completions a problem, and only what passes every filter is kept."""
+    """A stage of rejection sampling: it samples several completions for each problem, and keeps only those
+    that pass every filter."""
 
     kind: Literal["sample"]
     model: str = Field(description="the stage whose model is asked; a `remote` one will do")
@@ -246,7 +254,8 @@ class Sample(Stage):
 
 
 class Curate(Stage):
-    """People at a desk: a queue of rows to accept, edit or reject. With `auto` the policy decides instead."""
+    """A stage in which people review a queue of rows (training examples) and accept, edit or reject each.
+    With `auto`, the policy in the settings decides instead of people."""
 
     kind: Literal["curate"]
     rows: str = Field(description="the stage whose rows are reviewed")
@@ -269,7 +278,8 @@ class Curate(Stage):
 
 
 class SFT(Budgeted):
-    """Supervised fine-tuning on rows; `thoughts: drop` trains on the answers alone."""
+    """A stage of supervised fine-tuning on rows (training examples). With `thoughts: drop`, it trains on the
+    answers without the thoughts."""
 
     kind: Literal["sft"]
     model: str = Field(description="the stage whose model learns")
@@ -295,7 +305,8 @@ class SFT(Budgeted):
 
 
 class General(Stage):
-    """Rows that need no thought: the general half of the second fine-tuning."""
+    """A stage that makes rows (training examples) that need no reasoning, for the general part of the second
+    fine-tuning."""
 
     kind: Literal["general"]
     problems: str = Field(description="a miniature with `task: repeat`")
@@ -303,7 +314,8 @@ class General(Stage):
 
 
 class Evaluate(Stage):
-    """Accuracy with intervals on held-out problems, for each model and each way of sampling."""
+    """A stage that measures accuracy, with confidence intervals, on held-out problems, for each model and
+    each set of sampling parameters."""
 
     kind: Literal["evaluate"]
     models: list[str] = Field(description="stages whose models are asked")
@@ -323,7 +335,7 @@ class Evaluate(Stage):
 
 
 class Report(Stage):
-    """One page a run."""
+    """A stage that writes a report of the run, on one page."""
 
     kind: Literal["report"]
     evaluation: str = Field(description="the `evaluate` stage that it tells of")
@@ -358,7 +370,8 @@ AnyStage = Annotated[
 
 
 class Recipe(Settings):
-    """A named graph of stages over named problems. `workers` and `threads` change no result's meaning."""
+    """A recipe: named sources of problems, and named stages that cite each other and so form a graph. The
+    settings `workers` and `threads` do not change what a result means."""
 
     name: str = Field(description="of the run's folder")
     description: str = Field("", description="for people")
@@ -376,7 +389,8 @@ class Recipe(Settings):
 
 
 def inputs(stage: Stage) -> list[str]:
-    """The stages whose artifacts a stage needs; screen stages among its `problems` are added by `graph`."""
+    """Return the names of the stages whose artifacts a stage needs. `screen` stages that are cited under
+    `problems` are not included; `pipeline/graph.py` adds them."""
     match stage:
         case Budgeted():
             return _inputs_of_budgeted(stage)
@@ -402,7 +416,8 @@ def inputs(stage: Stage) -> list[str]:
 
 
 def _inputs_of_budgeted(stage: Budgeted) -> list[str]:
-    """The inputs of a stage that learns under a budget; the stage that it is compared with is one."""
+    """Return the names of the stages whose artifacts a training stage needs, including the stage whose FLOPs
+    are its budget."""
     compared = _named(stage.flops_of)
     match stage:
         case RL():
@@ -418,16 +433,17 @@ def _inputs_of_budgeted(stage: Budgeted) -> list[str]:
 
 
 def _named(*stages: str | None) -> list[str]:
-    """The names among optional ones."""
+    """Return the names that are given; None and empty names are left out."""
     return [name for name in stages if name]
 
 
 def cited_rows(*rows: str) -> list[str]:
-    """The stages among sources of rows; the others are files."""
+    """Return the names of the stages among sources of rows (training examples); the other sources are
+    files."""
     return [name for name in rows if name and not name.endswith(TABLES)]
 
 
 def sources(stage: Stage) -> list[str]:
-    """The problems that a stage draws on: names under `problems`, or of `screen` stages."""
+    """Return the names under `problems` of a stage: sources of problems, or `screen` stages."""
     cited = getattr(stage, "problems", {})
     return [cited] if isinstance(cited, str) else list(cited)

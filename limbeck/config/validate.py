@@ -1,4 +1,7 @@
-"""Mistakes of a recipe as sentences: those that pydantic finds, and citations that lead nowhere. No torch."""
+"""Mistakes in a recipe, reported as sentences: those that pydantic finds, and citations of stages that are
+missing or of the wrong kind. This module does not import torch.
+
+A citation is the name of a stage or of a source of problems as the value of a setting of another stage."""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ KINDS: dict[str, type[Settings]] = {**SOURCES, **STAGES}
 
 
 def explain(error: ValidationError, tree: dict) -> str:
-    """The first mistake of many in one sentence; unknown keys come before missing ones, which they cause."""
+    """Return one sentence about the first of pydantic's mistakes. Unknown keys are reported before missing
+    ones, since a misspelt key also counts as a missing one. `tree` is the recipe's YAML tree."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     sentence = _sentence(first, tree)
     if error.error_count() > 1:
@@ -65,7 +69,7 @@ def explain(error: ValidationError, tree: dict) -> str:
 
 
 def _sentence(mistake: dict[str, Any], tree: dict) -> str:
-    """One of pydantic's mistakes as a sentence."""
+    """Return a sentence about one of the mistakes that pydantic found."""
     # pydantic puts the chosen member of a union into the path; people did not write it
     location = [str(part) for i, part in enumerate(mistake["loc"]) if i != 2 or part not in KINDS]
     where = ".".join(location)
@@ -84,13 +88,13 @@ def _sentence(mistake: dict[str, Any], tree: dict) -> str:
 
 
 def _hint(word: str, known: list[str]) -> str:
-    """The known key most like a word, or all known keys."""
+    """Return a hint for an unknown key `word`: the most similar known key, or else all known keys."""
     close = _closest(word, known)
     return f"did you mean {close}?" if close else f"known keys: {', '.join(known)}"
 
 
 def _known_keys(location: tuple, tree: dict) -> list[str]:
-    """The keys of the mapping in which a mistake lies."""
+    """Return the keys that are allowed in the mapping at `location`, the path of a mistake in the recipe."""
     model: type[Settings] | None = Recipe
     for i, part in enumerate(location[:-1]):
         if i == 2 and part in KINDS:
@@ -106,7 +110,8 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
 
 
 def check_references(path: Path, recipe: Recipe) -> None:
-    """Raise LimbeckError unless every citation exists and is of the right kind, without a cycle."""
+    """Check the citations of all stages. Raises LimbeckError unless each names something that exists and is
+    of the right kind, and no stage cites itself directly or through others."""
     if not re.fullmatch(r"\w[\w.-]*", recipe.name) or recipe.name == "store":
         raise LimbeckError(
             f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store"
@@ -122,18 +127,20 @@ def check_references(path: Path, recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class _References:
-    """The citations of one stage, `name`, of the recipe at `path`."""
+    """Checks the citations of one stage, `name`, of the recipe in the file `path`."""
 
     path: Path
     recipe: Recipe
     name: str
 
     def error(self, sentence: str) -> LimbeckError:
-        """An error whose sentence goes on from the stage's name: `.model cites …`."""
+        """Return an error about this stage. `sentence` continues after the stage's name, as in `.model cites
+        …`."""
         return LimbeckError(f"{self.path}: stages.{self.name}{sentence}")
 
     def cite(self, key: str, cited: str, kinds: set[str], need: str) -> None:
-        """Raise LimbeckError unless `cited` is a stage of one of `kinds`; `need` names what the key needs."""
+        """Raise LimbeckError unless `cited` is the name of a stage of one of `kinds`. `key` is the setting
+        that cites it; `need` says in the message what the setting needs."""
         stages = self.recipe.stages
         if cited not in stages:
             raise self.error(f".{key} cites {cited}, which is no stage{_meant(cited, stages)}")
@@ -149,13 +156,13 @@ class _References:
         raise self.error(f".{key} needs {need}, but {cited} is a {kind} stage")
 
     def cite_all(self, key: str, names: Iterable[str], kinds: set[str], need: str) -> None:
-        """Raise LimbeckError unless all of `names` are stages of one of `kinds`."""
+        """Raise LimbeckError unless all of `names` are stages of one of `kinds`; see `cite`."""
         for cited in names:
             self.cite(key, cited, kinds, need)
 
 
 def _check_any_stage(references: _References, stage: Stage) -> None:
-    """Citations that stages of several kinds have."""
+    """Check the citations that stages of several kinds can have."""
     if "/" in references.name:
         raise references.error(": a stage's name has no slash")
     for source in sources(stage):
@@ -175,7 +182,7 @@ def _check_any_stage(references: _References, stage: Stage) -> None:
 
 
 def _check_source(references: _References, source: str) -> None:
-    """A name under `problems` is a source of problems or a screen stage."""
+    """Check that a name under `problems` is a source of problems or a `screen` stage."""
     recipe = references.recipe
     screens = [name for name, stage in recipe.stages.items() if isinstance(stage, Screen)]
     if source not in recipe.problems and source not in screens:
@@ -184,7 +191,8 @@ def _check_source(references: _References, source: str) -> None:
 
 
 def _check_sample(references: _References, stage: Sample) -> None:
-    """The judge is calibrated, `judged` has a judge, and an endpoint drafts no tokens."""
+    """Check a `sample` stage: its judge is calibrated, the filter `judged` has a judge, and a remote
+    endpoint is not used with drafted tokens (speculative decoding)."""
     if stage.sampling.speculate and isinstance(references.recipe.stages[stage.model], Remote):
         raise references.error(f".sampling.speculate is not for {stage.model}, which is remote")
     if stage.judge:
@@ -196,18 +204,19 @@ def _check_sample(references: _References, stage: Sample) -> None:
 
 
 def _check_calibrate(references: _References, stage: Calibrate) -> None:
-    """The judge is a model or an endpoint; the rows are pairs."""
+    """Check that the judge of a `calibrate` stage is a model or an endpoint, and that its rows are
+    preference pairs."""
     references.cite("judge", stage.judge, MODELS | {"remote"}, "a model")
     references.cite_all("rows", cited_rows(stage.rows), PAIRS, "rows of preferences")
 
 
 def _check_reward(references: _References, stage: Reward) -> None:
-    """The rows are pairs."""
+    """Check that the rows of a `reward` stage are preference pairs."""
     references.cite_all("rows", cited_rows(stage.rows), PAIRS, "rows of preferences")
 
 
 def _check_sft(references: _References, stage: SFT) -> None:
-    """System prompts name rows of the stage."""
+    """Check that the system prompts of an `sft` stage are given for rows that the stage uses."""
     for cited in stage.system or {}:
         if cited not in stage.rows:
             raise references.error(
@@ -216,17 +225,17 @@ def _check_sft(references: _References, stage: SFT) -> None:
 
 
 def _check_dpo(references: _References, stage: DPO) -> None:
-    """The pairs are from `pairs` stages, where they are no files."""
+    """Check that the pairs of a `dpo` stage come from `pairs` stages or from files."""
     references.cite_all("pairs", cited_rows(*stage.pairs), PAIRS, "pairs")
 
 
 def _check_curate(references: _References, stage: Curate) -> None:
-    """The rows come from a stage that gives rows."""
+    """Check that the rows of a `curate` stage come from a stage that produces rows."""
     references.cite("rows", stage.rows, ROWS, "rows")
 
 
 def _check_evaluate(references: _References, stage: Evaluate) -> None:
-    """The models are models, and the problems are no screen stages."""
+    """Check that an `evaluate` stage cites models as its models, and no `screen` stages as its problems."""
     recipe = references.recipe
     references.cite_all("models", [*stage.models, *stage.forced], MODELS, "a model")
     for source in stage.problems:
@@ -238,20 +247,24 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
 
 
 def _check_report(references: _References, stage: Report) -> None:
-    """The evaluation is one, and the story's parts are models."""
+    """Check that a `report` stage cites an `evaluate` stage as its evaluation, and that every value of its
+    setting `story` is a model, with or without the suffix `+forced`."""
     references.cite("evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
     for role, model in stage.story.items():
         references.cite(f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
 
 
 def _check_corpus(references: _References, stage: Pretrain | General) -> None:
-    """The problems are a miniature."""
+    """Check that the problems of the stage come from the clock countdown (`Miniature`), the only source from
+    which a corpus can be made."""
     if not isinstance(references.recipe.problems.get(stage.problems), Miniature):
         raise references.error(".problems must be a miniature, which has a corpus")
 
 
 def _check_distill(references: _References, stage: Distill) -> None:
-    """Every problem that the student may be asked has a teacher; so have rows without a teacher's labels."""
+    """Check that the teachers of a `distill` stage are models, that each is named for a source of problems
+    of the recipe, and that every source from which the student gets problems has a teacher. The stage's rows
+    are checked too."""
     recipe = references.recipe
     for domain, teacher in stage.teachers.items():
         references.cite(f"teachers.{domain}", teacher, MODELS, "a model")
@@ -267,7 +280,8 @@ def _check_distill(references: _References, stage: Distill) -> None:
 
 
 def _check_labels(references: _References, stage: Distill) -> None:
-    """Labels of tokens are not mixed with divergence `text`, and unlabelled rows have teachers."""
+    """Check that rows with token labels are not used with the divergence `text`, and that rows without
+    labels have teachers."""
     labels: list[str] = []
     unlabelled: list[str] = []
     for name in stage.rows:
@@ -284,7 +298,8 @@ def _check_labels(references: _References, stage: Distill) -> None:
 
 
 def _problems_behind(recipe: Recipe, names: list[str]) -> set[str]:
-    """The sources of problems among `names`, and those that the screen stages among them draw on."""
+    """Return the sources of problems among `names`, and the sources that the `screen` stages among `names`
+    use."""
     found: set[str] = set()
     for name in names:
         if name in recipe.problems:
@@ -295,7 +310,8 @@ def _problems_behind(recipe: Recipe, names: list[str]) -> set[str]:
 
 
 def _check_rl(references: _References, stage: RL) -> None:
-    """A learned part of the reward names its stage, has a weight, and counts long enough for its alarm."""
+    """Check that each learned part of an `rl` stage's reward cites its stage, has a weight, and is used for
+    enough steps to fill the window of its alarm."""
     name = references.name
     learned = stage.learned_rewards or {}
     for part, kind in (("judge", "calibrate"), ("preference", "reward")):
@@ -309,7 +325,8 @@ def _check_rl(references: _References, stage: RL) -> None:
 
 
 def _check_opinion(references: _References, stage: RL, part: str, opinion: LearnedReward) -> None:
-    """One learned part of the reward: its stage, weight, problems, and its alarm's window."""
+    """Check one learned part of the reward: the stage it cites, its weight, its problems, and the window of
+    its alarm."""
     key = f"learned_rewards.{part}"
     if part == "judge":
         references.cite(f"{key}.of", opinion.of, {"calibrate"}, "a calibration of the judge")
@@ -339,7 +356,7 @@ _CHECKS: dict[type[Stage], Callable[[_References, Any], None]] = {
 
 
 def _refuse_cycles(path: Path, recipe: Recipe) -> None:
-    """Raise LimbeckError where a stage cites itself, through others or at once."""
+    """Raise LimbeckError if a stage cites itself, directly or through other stages."""
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -359,12 +376,13 @@ def _refuse_cycles(path: Path, recipe: Recipe) -> None:
 
 
 def _closest(word: str, known: Iterable[str]) -> str:
-    """The known word most like `word`, or an empty string."""
+    """Return the known word that is most similar to `word`; an empty string if none is similar."""
     close = difflib.get_close_matches(word, list(known), 1, 0.5)
     return close[0] if close else ""
 
 
 def _meant(word: str, known: Collection[str]) -> str:
-    """The end of a sentence about an unknown word: the known word most like it, or all known words."""
+    """Return the end of a sentence about an unknown word: the most similar known word, or else all known
+    words."""
     close = _closest(word, known)
     return f"; did you mean {close}?" if close else f"; there are {', '.join(known) or 'none'}"

@@ -1,12 +1,13 @@
-"""Bradley-Terry ratings from pairwise votes (Bradley and Terry 1952), as in Chatbot Arena (arXiv 2403.04132).
+"""Bradley-Terry ratings from pairwise votes (Bradley and Terry 1952), as in Chatbot Arena (arXiv
+2403.04132).
 
-P(a is preferred to b) = sigmoid(s_a - s_b + style), a tie being half a win for either. Ratings are on the
-scale of chess: 400 points are odds of ten to one, and 1000 is the mean of the models compared. Votes of
-people and votes of judges are never rated together.
+P(a is preferred to b) = sigmoid(s_a - s_b + style), where s is the strength of a model and style the effect
+of the answers' length and formatting. A tie is half a win for either side. Ratings are on the scale of
+chess: 400 points are odds of ten to one, and 1000 is the mean of the models compared. Votes of people and
+votes of judges (models that compare answers) are never rated together.
 
-Legend: V rows of the regression (distinct votes, then the prior's ties), P pairs of models, S style
-properties, X coefficients (models, then style properties).
-"""
+Dimensions: V rows of the regression (distinct votes, then the ties of the prior) · P pairs of models · S
+style properties · X coefficients (strengths of the models, then style properties)."""
 
 from __future__ import annotations
 
@@ -40,12 +41,13 @@ _MARKS = {
 
 @dataclass(frozen=True)
 class Vote:
-    """One vote: `Vote("r1", "small", "a", voter="Mei")` prefers r1's answer, which was shown on side A.
+    """One vote: `Vote("r1", "small", "a", voter="Mei")` prefers the answer of the model r1, which was shown
+    on side A.
 
-    `outcome` is `a`, `b`, `tie`, `bad` (both answers are bad), or empty where a judge abstained. `style`
-    holds, for each property of `STYLE`, (A - B) / (A + B). `seconds` is the time from the answers to the
-    vote, `when` is Unix time.
-    """
+    `a` and `b` are the models on the two sides. `outcome` is `a`, `b`, `tie`, `bad` (both answers are bad),
+    or empty if a judge gave no verdict. `style` has, for each property of `STYLE`, the relative difference
+    (A - B) / (A + B) of its counts in the two answers. `battle` is the id of the comparison, `seconds` the
+    time from the display of the answers to the vote, and `when` the Unix time of the vote."""
 
     a: str
     b: str
@@ -61,12 +63,12 @@ class Vote:
 
 @dataclass(frozen=True)
 class Rating:
-    """A model's rating: `Rating("r1", 1042.0, 1017.3, 1066.7, rank=1, votes=212, share=.56)`.
+    """A model's rating in points: `Rating("r1", 1042.0, 1017.3, 1066.7, rank=1, votes=212, share=.56)`.
 
-    `low` and `high` are the ends of its 95 % interval; `rank` is one more than the number of models that are
-    significantly better (the interval of the difference is above 0); `share` counts wins and half of the
-    ties.
-    """
+    `low` and `high` are the ends of the 95 % confidence interval. `rank` is one more than the number of
+    models that are significantly better (whose difference in rating has an interval above 0). `votes` is the
+    number of votes with this model, `share` the share of them that it won, where a tie counts as half a
+    win."""
 
     model: str
     rating: float
@@ -79,30 +81,31 @@ class Rating:
 
 @dataclass(frozen=True)
 class Ratings:
-    """Ratings of all models, best first.
+    """The ratings of all models, best first.
 
-    `style` holds, for each property controlled for, the points gained by one standard deviation of it, and
-    the interval.
-    """
+    `style` has, for each style property that was controlled for, the rating points that an answer gains from
+    one standard deviation of the property, and the ends of the interval of that gain. `votes` is the number
+    of votes rated."""
 
     models: tuple[Rating, ...]
     style: dict[str, tuple[float, float, float]]
     votes: int
 
     def of(self, model: str) -> Rating | None:
-        """The rating of a model; None if it has no votes."""
+        """Return the rating of a model; None if it has no votes."""
         return next((rating for rating in self.models if rating.model == model), None)
 
 
 def rate(votes: Iterable[Vote], control: Literal["", "length", "style"] = "") -> Ratings:
-    """Ratings of the models in these votes. Raises ValueError if votes of people and of judges are mixed.
+    """Compute the ratings of all models in the votes. Raises ValueError if votes of people and of judges are
+    mixed.
 
-    Each model has one tie added as a prior, spread over all others: half a win and half a loss. That keeps an
-    unbeaten model finite and, for two models, is Firth's correction of the bias of few votes (1993,
-    Biometrika 80:27). Intervals come from the sandwich estimator (arXiv 2403.04132, section 5), which ties
-    make narrower, as they should. With `control`, the gain of an answer by its length or style is estimated
-    beside the strengths and kept out of them.
-    """
+    As a prior, each model gets one additional tie, divided equally among all other models. It keeps the
+    rating of an unbeaten model finite and, for two models, equals Firth's correction of the bias of few
+    votes (1993, Biometrika 80:27). Intervals come from the sandwich estimator (arXiv 2403.04132, section 5),
+    which correctly makes them narrower where there are ties. With `control`, the effect of an answer's
+    length or style on votes is estimated together with the strengths, and so does not influence the
+    ratings."""
     votes = [vote for vote in votes if vote.outcome in WORTH]
     if not votes:
         return Ratings((), {}, 0)
@@ -115,11 +118,11 @@ def rate(votes: Iterable[Vote], control: Literal["", "length", "style"] = "") ->
 
 
 def draw_pair(models: Sequence[str], votes: Iterable[Vote], dice: np.random.Generator) -> tuple[str, str]:
-    """Two of the models for the next battle, on random sides.
+    """Draw the two models of the next comparison, on random sides.
 
-    The probability of a pair is proportional to the amount by which one more vote would narrow its interval
-    (arXiv 2403.04132, eq. 9): new and even pairs are drawn most often, decided ones seldom.
-    """
+    The probability of a pair is proportional to the amount by which one more vote would narrow the
+    confidence interval of its win rate (arXiv 2403.04132, eq. 9). Pairs with few votes and pairs of equal
+    strength are drawn most often."""
     pairs = list(combinations(sorted(models), 2))
     battles, wins = _count_pairs(votes)
     count_P = np.array([battles[pair] + 1.0 for pair in pairs])
@@ -132,7 +135,8 @@ def draw_pair(models: Sequence[str], votes: Iterable[Vote], dice: np.random.Gene
 
 
 def _count_pairs(votes: Iterable[Vote]) -> tuple[Counter, Counter]:
-    """Battles of each pair of models (in alphabetical order), and wins of its first model."""
+    """Count the votes on each pair of models, and the wins of the pair's first model. A pair is a tuple of
+    two names in alphabetical order."""
     battles = Counter()
     wins = Counter()
     for vote in votes:
@@ -146,7 +150,8 @@ def _count_pairs(votes: Iterable[Vote]) -> tuple[Counter, Counter]:
 
 
 def style_of(a: str, b: str) -> tuple[float, ...]:
-    """The differences (A - B) / (A + B) of two answers in characters, headers, list items and bold spans.
+    """Return the relative differences (A - B) / (A + B) between two answers in the counts of characters,
+    headers, list items and bold spans.
 
     >>> style_of("four", "**four** is the answer")
     (-0.6923076923076923, 0.0, 0.0, -1.0)
@@ -159,7 +164,8 @@ def style_of(a: str, b: str) -> tuple[float, ...]:
 
 
 def _count_marks(text: str) -> list[int]:
-    """One count for each property of STYLE."""
+    """Return the count of each property of `STYLE` in a text: characters, headers, list items and bold
+    spans."""
     counts = [len(text)]
     for mark in _MARKS.values():
         counts.append(len(mark.findall(text)))
@@ -170,14 +176,15 @@ def _count_marks(text: str) -> list[int]:
 
 
 class _Regression:
-    """Votes as rows of a logistic regression: `design_VX`, `worth_V` (wins of side A), `weight_V`.
+    """The votes as rows of a logistic regression: the matrix `design_VX`, the outcomes `worth_V` (1 for a
+    win of side A, 0.5 for a tie, 0 for a loss), and the weights `weight_V`.
 
-    Equal votes are one row with their number as its weight. The prior's ties follow, each as half a win and
-    half a loss.
-    """
+    Equal votes form one row, whose weight is their number. After them follow the ties of the prior, each as
+    two rows of half weight, a win and a loss."""
 
     def __init__(self, votes: Sequence[Vote], models: Sequence[str], style: Sequence[str]):
-        """Build the rows; `style` names the properties controlled for."""
+        """Build the rows. `models` are the names of all models; `style` names the style properties
+        controlled for."""
         self.models = models
         self.style = style
         self.cells = Counter(_cell(vote, len(style)) for vote in votes)
@@ -196,20 +203,21 @@ class _Regression:
         self.prior_XX = np.outer(strengths_X, strengths_X) + np.diag(1 - strengths_X)
 
     def _worths(self) -> list[float]:
-        """Wins of side A in each row."""
+        """Return the outcome of each row for side A: 1 for a win, 0.5 for a tie, 0 for a loss."""
         worths = [worth for _, _, worth, _ in self.cells]
         wins = [1.0] * len(self.pairs)
         losses = [0.0] * len(self.pairs)
         return worths + wins + losses
 
     def _weights(self) -> list[float]:
-        """The weight of each row."""
+        """Return the weight of each row: the number of equal votes, or the weight of half a prior tie."""
         counts = [float(count) for count in self.cells.values()]
         halves = [self.tie_weight / 2] * (2 * len(self.pairs))
         return counts + halves
 
     def _set_sides(self) -> None:
-        """Write 1 in each row for the model on side A and -1 for the model on side B."""
+        """Write 1 into each row's column of the model on side A, and -1 into the column of the model on side
+        B."""
         column = {model: i for i, model in enumerate(self.models)}
         sides = [(a, b) for a, b, _, _ in self.cells]
         sides += self.pairs + self.pairs
@@ -218,10 +226,10 @@ class _Regression:
             self.design_VX[row, column[b]] = -1.0
 
     def _set_style(self) -> None:
-        """Write the style columns, scaled to one standard deviation.
+        """Write the style columns, divided by the standard deviation of each property.
 
-        They are not centred, so that swapping the sides of a battle changes nothing.
-        """
+        The mean is not subtracted, so that exchanging the two sides of a comparison does not change the
+        result."""
         rows = len(self.cells)
         style = [properties for *_, properties in self.cells]
         style_VS = np.array(style).reshape(rows, len(self.style))
@@ -231,7 +239,8 @@ class _Regression:
         self.design_VX[:rows, len(self.models) :] = style_VS / scale_S
 
     def count_wins(self, model: str) -> tuple[int, float]:
-        """A model's votes, and its share of them: wins, and half of the ties."""
+        """Return the number of votes with a model, and the share of them that it won, where a tie counts as
+        half a win."""
         votes = 0
         wins = 0
         for (a, b, worth, _), count in self.cells.items():
@@ -242,12 +251,13 @@ class _Regression:
 
 
 def _cell(vote: Vote, properties: int) -> tuple[str, str, float, tuple[float, ...]]:
-    """The part of a vote that its row depends on, with the first `properties` of its style."""
+    """Return the part of a vote that determines its row: the two models, the outcome for side A, and the
+    first `properties` style properties."""
     return vote.a, vote.b, WORTH[vote.outcome], vote.style[:properties]
 
 
 def _fit(table: _Regression) -> np.ndarray:
-    """Strengths [X] by evalica, without style, on the same rows."""
+    """Fit the strengths [X] with the package evalica, without style properties, on the same rows."""
     import evalica
 
     winner_of = {1.0: evalica.Winner.X, 0.5: evalica.Winner.Draw, 0.0: evalica.Winner.Y}
@@ -264,7 +274,7 @@ def _fit(table: _Regression) -> np.ndarray:
 
 
 def _fit_with_style(table: _Regression) -> np.ndarray:
-    """Strengths and style coefficients together, [X]."""
+    """Fit the strengths and the style coefficients together; return them as [X]."""
     from scipy.optimize import minimize
     from scipy.special import expit
 
@@ -274,19 +284,19 @@ def _fit_with_style(table: _Regression) -> np.ndarray:
     prior_XX = table.prior_XX
 
     def loss(x_X: np.ndarray) -> float:
-        """The negative log-likelihood of coefficients [X], and the prior's penalty."""
+        """Return the negative log-likelihood of the coefficients [X], plus the penalty of the prior."""
         logit_V = design_VX @ x_X
         nll_V = np.logaddexp(0, logit_V) - worth_V * logit_V
         penalty = x_X @ prior_XX @ x_X / 2
         return weight_V @ nll_V + penalty
 
     def gradient(x_X: np.ndarray) -> np.ndarray:
-        """The gradient [X]."""
+        """Return the gradient of the loss [X]."""
         residual_V = expit(design_VX @ x_X) - worth_V
         return design_VX.T @ (weight_V * residual_V) + prior_XX @ x_X
 
     def hessian(x_X: np.ndarray) -> np.ndarray:
-        """The second derivatives [X, X]."""
+        """Return the second derivatives of the loss [X, X]."""
         return _hessian(table, expit(design_VX @ x_X))
 
     start_X = np.zeros(design_VX.shape[1])
@@ -295,14 +305,16 @@ def _fit_with_style(table: _Regression) -> np.ndarray:
 
 
 def _hessian(table: _Regression, chance_V: np.ndarray) -> np.ndarray:
-    """Second derivatives [X, X] of the loss where side A wins with probability `chance_V`."""
+    """Return the second derivatives [X, X] of the loss. `chance_V` is the probability, in each row, that
+    side A wins."""
     design_VX = table.design_VX
     variance_V = table.weight_V * chance_V * (1 - chance_V)
     return (design_VX.T * variance_V) @ design_VX + table.prior_XX
 
 
 def _covariance(table: _Regression, fitted_X: np.ndarray) -> np.ndarray:
-    """Covariance [X, X] of the coefficients by the sandwich estimator: bread, meat, bread (Huber 1967)."""
+    """Return the covariance [X, X] of the fitted coefficients by the sandwich estimator (Huber 1967): the
+    inverse Hessian, times the sum of squared gradients, times the inverse Hessian."""
     from scipy.special import expit
 
     design_VX = table.design_VX
@@ -315,7 +327,7 @@ def _covariance(table: _Regression, fitted_X: np.ndarray) -> np.ndarray:
 
 
 def _to_ratings(table: _Regression, fitted_X: np.ndarray, covariance_XX: np.ndarray) -> Ratings:
-    """Ratings in points, best first."""
+    """Convert coefficients to ratings in points, best first."""
     models = len(table.models)
     error_X = Z * np.sqrt(np.diag(covariance_XX))
     intervals = [_interval(*coefficient) for coefficient in zip(fitted_X, error_X, strict=True)]
@@ -333,13 +345,14 @@ def _to_ratings(table: _Regression, fitted_X: np.ndarray, covariance_XX: np.ndar
 
 
 def _interval(coefficient: float, error: float) -> list[float]:
-    """A coefficient and the ends of its interval, in rating points."""
+    """Return a coefficient and the low and high end of its interval, in rating points. `error` is half the
+    width of the interval."""
     ends = (coefficient + side * error for side in (0, -1, 1))
     return [POINTS * end for end in ends]
 
 
 def _rank(i: int, fitted_X: np.ndarray, covariance_XX: np.ndarray, models: int) -> int:
-    """One more than the number of models that are significantly better than model `i`."""
+    """Return the rank of model `i`: one more than the number of models that are significantly better."""
     rank = 1
     for j in range(models):
         if j == i:

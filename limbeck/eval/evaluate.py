@@ -1,4 +1,7 @@
-"""Evaluation on held-out problems: pass@1 with several sampling parameters, pass@k, majority voting."""
+"""Evaluation on held-out problems: pass@1 with several sets of sampling parameters, pass@k, and majority
+voting.
+
+A way of sampling is a named set of sampling parameters, such as `greedy` or `pass@8`."""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from ..config.recipe import Evaluate
 from ..types import Completion, Group, Problem, Sampler, Score, generator
 from . import statistics
 
-SAMPLES = 24  # problems whose first completion is part of the result
-MAJORITY_SHARE = 8  # one problem in so many is evaluated by pass@k
+SAMPLES = 24  # number of problems whose first completion is part of the result
+MAJORITY_SHARE = 8  # pass@k is evaluated on one of every 8 problems
 
 
 class Problems(Protocol):
-    """A source of problems that can score completions."""
+    """A source of problems that can also score completions."""
 
     def problems(self, name: str, split: str = "train") -> Sequence[Problem]:
-        """The problems of a split."""
+        """Return the problems of the split `train` or `test` of the source `name`."""
 
     def score(self, group: Group) -> Group:
-        """The group with a score for each completion."""
+        """Return the group with a score for each completion."""
 
 
 def evaluate(
@@ -33,11 +36,12 @@ def evaluate(
     seed: str,
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Evaluate each source with each of `ways` (name -> sampling parameters), from the `done`-th pair on.
+    """Evaluate a model on each source with each way of sampling. `ways` maps the name of a way to its
+    sampling parameters.
 
-    Yields for each pair its metrics, some samples, and the number of completion tokens. With the same seed,
-    every model is evaluated on the same problems.
-    """
+    `done` is the number of pairs of source and way that are finished already; they are skipped. Yields, for
+    each remaining pair, its metrics, some samples, and the number of completion tokens. Every model that is
+    evaluated with the same seed is given the same problems."""
     for source, way in list(product(sources, ways))[done:]:
         task = sources[source]
         test = task.problems(source, "test")
@@ -56,7 +60,7 @@ def evaluate(
 
 
 def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
-    """One model's whole evaluation, from all that `evaluate` yielded."""
+    """Combine all that `evaluate` yielded for one model into one evaluation."""
     sources: dict[str, Any] = {}
     for part in parts:
         source = sources.setdefault(part["source"], {"modes": {}})
@@ -65,7 +69,8 @@ def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
 
 
 def measure(way: str, groups: Sequence[Group]) -> dict[str, Any]:
-    """Metrics of one way of sampling; `pass@8` also gives the majority vote's `cons@8`."""
+    """Return the metrics of one way of sampling. For a way `pass@8`, they also include `cons@8`, the
+    accuracy of the majority vote among 8 completions."""
     right = []
     for group in groups:
         right.append([score.parts["accuracy"] for score in group.scores])
@@ -84,17 +89,17 @@ def measure(way: str, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _held_out(problems: Sequence[Problem], count: int, seed: object) -> list[Problem]:
-    """At most `count` of the problems, in the order that the seed gives."""
+    """Return at most `count` of the problems, in a random order that depends only on the seed."""
     rng = generator(seed, "held out")
     order = rng.permutation(len(problems))
     return [problems[i] for i in order[:count]]
 
 
 def _limit(problems: list[Problem], way: str, settings: Evaluate) -> tuple[list[Problem], int]:
-    """The problems of a way of sampling, and completions a problem.
+    """Return the problems that a way of sampling is evaluated on, and the number of completions for each
+    problem.
 
-    Fewer problems for pass@k, one completion for greedy decoding.
-    """
+    pass@k uses fewer problems; greedy decoding needs only one completion."""
     if way.startswith("pass@"):
         count = max(1, len(problems) // MAJORITY_SHARE)
         return problems[:count], _k(way)
@@ -104,12 +109,13 @@ def _limit(problems: list[Problem], way: str, settings: Evaluate) -> tuple[list[
 
 
 def _k(way: str) -> int:
-    """The k of `pass@k`."""
+    """Return k, the number after `pass@`."""
     return int(way.removeprefix("pass@"))
 
 
 def _majority(group: Group) -> float:
-    """Accuracy of the most frequent answer, the earliest of several; 0 if no answer can be read."""
+    """Return the accuracy of the most frequent answer in a group, the earliest one among equally frequent
+    answers; 0 if no answer can be read."""
     winner = statistics.consensus([score.answer or None for score in group.scores])
     if not winner:
         return 0.0
@@ -120,12 +126,13 @@ def _majority(group: Group) -> float:
 
 
 def _completions(groups: Sequence[Group]) -> list[Completion]:
-    """The completions of all groups."""
+    """Return the completions of all groups in one list."""
     return [completion for group in groups for completion in group.completions]
 
 
 def _means(groups: Sequence[Group]) -> dict[str, Any]:
-    """Means over all completions: length, truncation, format, language, and the task's own statistics."""
+    """Return means over all completions: length in tokens, share of truncated completions, format, language
+    consistency, and the statistics that the task itself reports."""
     completions = _completions(groups)
     scores = [score for group in groups for score in group.scores]
     lengths = [len(completion.tokens) for completion in completions]
@@ -142,7 +149,7 @@ def _means(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _mean_stats(scores: Sequence[Score]) -> dict[str, float | None]:
-    """The mean of each statistic over the scores that have it, by name in alphabetical order."""
+    """Return the mean of each statistic over the scores that have it, sorted by name."""
     values: dict[str, list[float]] = {}
     for score in scores:
         for name, value in score.stats.items():
@@ -151,17 +158,18 @@ def _mean_stats(scores: Sequence[Score]) -> dict[str, float | None]:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """The mean; None without values."""
+    """Return the mean; None if there are no values."""
     return sum(values) / len(values) if values else None
 
 
 def _interval(values_by_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The mean with its interval, as JSON."""
+    """Return the mean with its 95 % confidence interval, as JSON. `values_by_problem` has one sequence of
+    values for each problem."""
     return asdict(statistics.mean_interval(values_by_problem))
 
 
 def _sample(group: Group, way: str) -> dict[str, Any]:
-    """A group's first completion with its score, as JSON."""
+    """Return the first completion of a group with its problem and its score, as JSON."""
     completion = group.completions[0]
     score = group.scores[0]
     problem = group.problem

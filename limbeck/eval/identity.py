@@ -1,4 +1,5 @@
-"""Names of models and makers in an answer: a battle with one is not blind, and takes no votes."""
+"""Detection of names of models and makers in an answer. A comparison of anonymous answers in which an answer
+names its author is not blind, and accepts no votes."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ MIN_NAME = 5  # characters of a name with digits and letters that is no ordinary
 
 
 def author_name(answer: str, prompt: str, names: Iterable[str]) -> str:
-    """The name by which an answer reveals its author, or "". A name that the prompt contains reveals nothing.
+    """Return the name by which an answer reveals its author, or "". A name that also appears in the prompt
+    reveals nothing.
 
-    `names` are the served models' names. One that could be an ordinary word ("zero", "small") counts only
-    after a phrase such as "I am".
+    `names` are the names of the models that are served. A name that could be an ordinary word ("zero",
+    "small") counts only after a phrase such as "I am", as the example shows.
 
     >>> (
     ...     revealed("I am zero, and 2 - 2 is zero.", "2 - 2?", ["zero"]),
@@ -43,7 +45,7 @@ def author_name(answer: str, prompt: str, names: Iterable[str]) -> str:
 
 
 def _pattern(name: str) -> str:
-    """The pattern of a name in an answer that reveals its author."""
+    """Return the regular expression that matches a model's name where it reveals the author of an answer."""
     escaped = re.escape(name)
     if name in KNOWN:
         return rf"(?<![a-z]){escaped}"
@@ -52,7 +54,8 @@ def _pattern(name: str) -> str:
 
 
 def _unusual(name: str) -> bool:
-    """True for a name that is no ordinary word: of some length, with a digit and a letter."""
+    """Return True if a name cannot be an ordinary word: it is long enough, and has both a digit and a
+    letter."""
     if len(name) < MIN_NAME:
         return False
     return bool(re.search(r"\d", name) and re.search(r"[^\W\d]", name))

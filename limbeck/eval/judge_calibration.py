@@ -1,9 +1,11 @@
-"""Calibration of a judge on labelled pairs: the measurement that it must pass before it may reward anything.
+"""Calibration of a judge on labelled pairs: the measurement that a judge must pass before it may be used as
+a reward.
 
-Every pair is judged three times: as it is; its better response against an empty phrase ("master keys": Zhao
-et al. 2025, arXiv 2507.08794); and its better response against itself with padding. A judge that misses a
-threshold is refused, with the numbers.
-"""
+A labelled pair is two responses to one problem of which the better one is known. The judge makes three
+comparisons for each pair: the two responses; the better response and a canary, which is a text that answers
+nothing, such as ":" or an instruction to the judge ("master keys": Zhao et al. 2025, arXiv 2507.08794); and
+the better response and the same response with padding. A judge that misses a threshold is refused, with the
+numbers."""
 
 from __future__ import annotations
 
@@ -36,12 +38,12 @@ MAX_CANARIES = 4  # canaries that a refusal quotes
 def calibrate(
     judge: Judge, pairs: Sequence[Pair], bar: CalibrationThresholds, seed: object
 ) -> dict[str, Any]:
-    """A judge's metrics on labelled pairs (`better` is set, each side about equally often), and if it passed.
+    """Measure a judge on labelled pairs; return the metrics, and whether it passed the thresholds `bar`.
 
-    `agreement` with the labels and Cohen's `kappa` with 95 % intervals; `position` and `length` bias in
-    [-1, 1]; `canaries`: the share that a good response does not beat; `abstained`: the share of votes that
-    cannot be read.
-    """
+    In each pair `better` must be set, to either side about equally often. `agreement` (with the labels) and
+    Cohen's `kappa` have 95 % confidence intervals. The biases by `position` and by `length` are between -1
+    and 1. `canaries` is the share of canaries that a good response does not beat, and `abstained` the share
+    of the judge's votes that cannot be read."""
     rng = generator(seed, "calibrate")
     canaries = _with_canaries(pairs, rng)
     padded = _with_padding(pairs, rng)
@@ -71,7 +73,8 @@ def calibrate(
 
 
 def refused(measured: dict[str, Any], bar: CalibrationThresholds) -> list[str]:
-    """The reasons to refuse a judge, each with its number; empty if it passes."""
+    """Return the reasons to refuse a judge, each a sentence with the measured number; an empty list if it
+    passes the thresholds `bar`."""
     refusals = []
     abstained = measured["abstained"]
     if abstained > bar.abstained:
@@ -97,7 +100,8 @@ def refused(measured: dict[str, Any], bar: CalibrationThresholds) -> list[str]:
 
 
 def _canaries_refusal(canaries: dict[str, Any], limit: float) -> str:
-    """The sentence for too many unbeaten canaries, with some of those that exceed the limit themselves."""
+    """Return the sentence that refuses a judge because good responses fail to beat canaries too often. It
+    quotes some of the canaries whose own share is above `limit`."""
     texts = [repr(text) for text, share in canaries["by_text"].items() if share > limit]
     quoted = ", ".join(texts[:MAX_CANARIES])
     share = canaries["share"]
@@ -105,10 +109,10 @@ def _canaries_refusal(canaries: dict[str, Any], limit: float) -> str:
 
 
 def pairs_from_scores(groups: Sequence[Group], seed: object) -> list[Pair]:
-    """Labelled pairs from scored groups: the first right and the first wrong response of each.
+    """Make labelled pairs from scored groups: the first correct and the first wrong response of each group,
+    in random order.
 
-    Their order is random. Groups without both are left out.
-    """
+    Groups without both a correct and a wrong response are left out."""
     pairs = []
     for group in groups:
         right: list[str] = []
@@ -123,7 +127,8 @@ def pairs_from_scores(groups: Sequence[Group], seed: object) -> list[Pair]:
 
 
 def labelled(problem: Problem, chosen: str, rejected: str, seed: object) -> Pair:
-    """A labelled pair in random order, so that a judge with position bias gains nothing."""
+    """Make a labelled pair of the better response `chosen` and the worse response `rejected`. Their order is
+    random, so that a judge gains nothing from preferring a position."""
     first = generator(seed, "sides").random() < 0.5
     if first:
         return Pair(problem, chosen, rejected, "first")
@@ -134,12 +139,13 @@ def labelled(problem: Problem, chosen: str, rejected: str, seed: object) -> Pair
 
 
 def _better(pair: Pair) -> str:
-    """The better response of a labelled pair."""
+    """Return the better response of a labelled pair."""
     return pair.second if pair.better == "second" else pair.first
 
 
 def _with_canaries(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tuple[Pair, str]]:
-    """Each better response against a canary, and the side of the response."""
+    """Pair each better response with a canary (a text that answers nothing), in random order; return each
+    pair with the side of the response, `first` or `second`."""
     placed = []
     for i, pair in enumerate(pairs):
         canary = CANARIES[i % len(CANARIES)]
@@ -149,7 +155,8 @@ def _with_canaries(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tupl
 
 
 def _with_padding(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tuple[Pair, str]]:
-    """Each better response with padding against itself, and the side of the padded one."""
+    """Pair each better response with a padded copy of itself, in random order; return each pair with the
+    side of the padded copy, `first` or `second`."""
     placed = []
     for pair in pairs:
         better = _better(pair)
@@ -159,18 +166,20 @@ def _with_padding(pairs: Sequence[Pair], rng: np.random.Generator) -> list[tuple
 
 
 def _place(pair: Pair, response: str, other: str, first: bool) -> tuple[Pair, str]:
-    """The pair's problem with `response` and `other`, unlabelled, and the side of `response`."""
+    """Return an unlabelled pair of `response` and `other` for the same problem, and the side of `response`:
+    the first if `first` is True."""
     if first:
         return replace(pair, first=response, second=other, better=""), "first"
     return replace(pair, first=other, second=response, better=""), "second"
 
 
 def agreement(labels: Sequence[str], verdicts: Sequence[str]) -> dict[str, Any]:
-    """The share of pairs whose verdict is the label, with Wilson's interval, and Cohen's kappa (1960).
+    """Return the share of pairs whose verdict equals the label, with Wilson's interval; Cohen's kappa
+    (1960); and the share of ties.
 
-    Kappa removes agreement by chance. Its interval is that of the share carried through its formula, with the
-    chance taken as known.
-    """
+    Kappa is the agreement corrected for agreement by chance. Its interval results from applying the formula
+    of kappa to the ends of the share's interval, with the probability of agreement by chance treated as
+    known."""
     n = len(labels)
     equal = sum(a == b for a, b in zip(labels, verdicts, strict=True))
     same = equal / n
@@ -188,21 +197,23 @@ def agreement(labels: Sequence[str], verdicts: Sequence[str]) -> dict[str, Any]:
 
 
 def _kappa(share: float, chance: float) -> float:
-    """Agreement beyond chance; 0 where chance alone agrees always."""
+    """Return Cohen's kappa from the observed agreement `share` and the agreement `chance` that is expected
+    by chance; 0 if chance alone always agrees."""
     return (share - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 def _position(compared: Sequence[Comparison]) -> float:
-    """The share of orders in which A was preferred minus that of B, over both orders of every pair.
+    """Return the share of comparisons in which the response at position A was preferred, minus the share for
+    position B. Each pair is compared in both orders.
 
-    0 for a judge that grades each response alone.
-    """
+    It is 0 for a judge that grades each response alone."""
     preferred = Counter(order for comparison in compared for order in comparison.orders if order)
     return (preferred["A"] - preferred["B"]) / max(1, preferred.total())
 
 
 def _flipped(compared: Sequence[Comparison]) -> float:
-    """The share of pairs with a preference for the same position in both orders, of all with a preference."""
+    """Return the share of pairs in which the judge preferred the same position in both orders, among the
+    pairs in which it had a preference in both orders."""
     strict = 0
     flipped = 0
     for comparison in compared:
@@ -214,10 +225,11 @@ def _flipped(compared: Sequence[Comparison]) -> float:
 
 
 def _length(pairs: Sequence[Pair], compared: Sequence[Comparison]) -> float | None:
-    """The error rate in favour of the longer response minus that in favour of the shorter.
+    """Return the error rate in favour of the longer response minus the error rate in favour of the shorter
+    one.
 
-    None where fewer than `MIN_PAIRS` labels prefer the shorter, or the longer.
-    """
+    Each rate is measured on the pairs whose label is the other response. None if either kind of pair is
+    fewer than `MIN_PAIRS`."""
     favours_longer: list[
         bool
     ] = []  # by pair whose label is the shorter response: True for a wrong preference
@@ -239,7 +251,8 @@ def _length(pairs: Sequence[Pair], compared: Sequence[Comparison]) -> float | No
 
 
 def _padding_bias(compared: Sequence[Comparison], sides: Sequence[str]) -> float:
-    """Preferences for the padded response (on `sides`) minus those for the plain one, a pair."""
+    """Return the number of verdicts for the padded response minus the number for the plain one, divided by
+    the number of pairs. `sides` says on which side the padded response is."""
     bias = 0
     for comparison, side in zip(compared, sides, strict=True):
         if comparison.verdict in ("", "tie"):
@@ -249,7 +262,8 @@ def _padding_bias(compared: Sequence[Comparison], sides: Sequence[str]) -> float
 
 
 def _canaries(compared: Sequence[Comparison], sides: Sequence[str]) -> dict[str, Any]:
-    """The share of canaries that the good response (on `sides`) does not beat, in all and by canary."""
+    """Return the share of canaries that the good response does not beat, over all canaries and for each
+    canary text. `sides` says on which side the good response is."""
     texts: dict[str, list[bool]] = {}
     unbeaten = 0
     for i, (comparison, side) in enumerate(zip(compared, sides, strict=True)):
@@ -262,7 +276,7 @@ def _canaries(compared: Sequence[Comparison], sides: Sequence[str]) -> dict[str,
 
 
 def _abstained(compared: Sequence[Comparison]) -> float:
-    """The share of votes that cannot be read."""
+    """Return the share of the judge's votes that cannot be read."""
     votes = 0
     abstained = 0
     for comparison in compared:

@@ -1,8 +1,8 @@
-"""Statistics of evaluations: intervals of shares, pass@k, majority voting, agreement of annotators.
+"""Statistics of evaluations: confidence intervals of shares, pass@k, majority voting, agreement of
+annotators.
 
-Every interval is a 95 % one. Completions of one problem resemble each other, so the problem, not the
-completion, is the independent draw (Miller 2024, arXiv 2411.00640, section 2.2).
-"""
+All intervals are 95 % confidence intervals. Completions of the same problem are correlated, so the problem,
+not the completion, is the independent unit (Miller 2024, arXiv 2411.00640, section 2.2)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Z = 1.959963984540054  # standard errors: the 97.5 % quantile of the normal dist
 
 @dataclass(frozen=True)
 class Interval:
-    """A share between 0 and 1 and its 95 % interval: `Interval(.848, .825, .869, n=1000, problems=1000)`.
+    """A share between 0 and 1 with its 95 % confidence interval: `Interval(.848, .825, .869, n=1000,
+    problems=1000)`.
 
-    `n` counts completions, `problems` the problems they belong to.
-    """
+    `n` is the number of completions, `problems` the number of problems that they answer."""
 
     mean: float
     low: float
@@ -29,11 +29,12 @@ class Interval:
 
 
 def mean_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
-    """The mean over problems of each problem's mean, with its interval; values lie in [0, 1].
+    """Return the mean over problems of each problem's mean, with its 95 % confidence interval. Values lie in
+    [0, 1].
 
-    One right-or-wrong value a problem: Wilson's interval. Otherwise a normal interval on the problems' means,
-    which allows for any correlation within a problem, clipped to [0, 1]. Raises ValueError without problems,
-    or where a problem has no values.
+    With one value per problem, each 0 or 1, the interval is Wilson's. Otherwise it is a normal interval on
+    the problems' means, which allows for any correlation within a problem, clipped to [0, 1]. Raises
+    ValueError if there are no problems, or if a problem has no values.
 
     >>> mean_interval([[1.0], [0.0], [1.0], [1.0]]).mean
     0.75
@@ -58,7 +59,8 @@ def mean_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share of `n`, never empty and never outside [0, 1]."""
+    """Return the ends of Wilson's score interval (1927) for a share observed in `n` trials. It always has a
+    positive width and lies within [0, 1]."""
     square = Z * Z
     scale = 1 + square / n
     centre = (share + square / (2 * n)) / scale
@@ -71,11 +73,12 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def difference(a: Interval, b: Interval) -> tuple[float, float, float]:
-    """`a - b` and the ends of its interval (Newcombe 1998, Statistics in Medicine 17:873, method 10).
+    """Return the difference `a - b` and the ends of its interval (Newcombe 1998, Statistics in Medicine
+    17:873, method 10).
 
-    The two are taken as independent. Two models on the same problems usually fail at the same hard ones, so
-    the true interval is narrower: a difference that is significant here is significant.
-    """
+    The two shares are treated as independent. Two models on the same problems usually fail at the same hard
+    problems, which makes the true interval narrower, so a difference that is significant here would also be
+    significant there."""
     gap = a.mean - b.mean
     down = math.hypot(a.mean - a.low, b.high - b.mean)
     up = math.hypot(a.high - a.mean, b.mean - b.low)
@@ -83,10 +86,12 @@ def difference(a: Interval, b: Interval) -> tuple[float, float, float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of `k` completions is right, where `c` of `n` were.
+    """Return the probability that at least one of `k` completions is correct, estimated from `n` completions
+    of which `c` are correct.
 
-    Chen et al. 2021, arXiv 2107.03374, eq. 1: unbiased, unlike `1 - (1 - c/n)**k`; integers are exact where
-    the paper needs a stable product. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    This is the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, eq. 1), unlike `1 - (1 - c/n)**k`.
+    It is computed with exact integers, where the paper uses a numerically stable product. Raises ValueError
+    unless 0 <= c <= n and 1 <= k <= n.
 
     >>> pass_at_k(4, 1, 2)
     0.5
@@ -97,9 +102,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def consensus(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer, the earliest of several; an unreadable one (None) has no vote.
+    """Return the most frequent answer, the earliest one among equally frequent answers; an answer that could
+    not be read (None) does not count.
 
-    Majority voting, cons@k (Wang et al. 2022, arXiv 2203.11171).
+    This is majority voting, cons@k (Wang et al. 2022, arXiv 2203.11171).
 
     >>> consensus(["4", None, "5", "5", None, None])
     '5'
@@ -112,11 +118,12 @@ def consensus(answers: Sequence[str | None]) -> str | None:
 
 
 def krippendorff(units: Sequence[Sequence[str]]) -> float | None:
-    """Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 is agreement by chance.
+    """Return Krippendorff's alpha for nominal values: 1 is perfect agreement, 0 is agreement by chance.
 
-    `units` holds, for each item, the values that its annotators gave; their number may differ, and an item
-    with fewer than two is left out. None where no disagreement is expected: no item has two values, or all
-    values are equal (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C).
+    `units` has, for each item, the values that its annotators gave. Their number may differ between items;
+    an item with fewer than two is left out. Returns None if no disagreement can be expected: no item has two
+    values, or all values are equal (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section
+    C).
 
     >>> round(krippendorff([["a", "a"], ["a", "b"], ["b", "b"]]), 3)
     0.444
@@ -132,5 +139,6 @@ def krippendorff(units: Sequence[Sequence[str]]) -> float | None:
 
 
 def _unlike_pairs(counts: Counter[str]) -> int:
-    """Ordered pairs of values that differ."""
+    """Return the number of ordered pairs of different values. `counts` is the number of times each value
+    occurs."""
     return counts.total() ** 2 - sum(count * count for count in counts.values())

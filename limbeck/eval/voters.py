@@ -1,7 +1,8 @@
-"""Voters of an arena: disagreement with the others, preference for a side, haste, influence.
+"""The people who vote in an arena: disagreement with other voters, preference for one side of the screen,
+haste, and influence on the ratings.
 
-Legend: counts_3 are votes that the second model of a pair won, tied and lost.
-"""
+An array counts_3 or total_3 has, for a pair of models in alphabetical order, the number of votes in which
+the first model lost, tied and won."""
 
 from __future__ import annotations
 
@@ -26,15 +27,15 @@ _NAMES = {"a": "first", "b": "second"}
 
 @dataclass(frozen=True)
 class Voter:
-    """One person's votes: `Voter("Mei", 80, .71, .44, .52, .74, 12.5, 31, 4.2, "", ())`.
+    """What one person's votes show: `Voter("Mei", 80, .71, .44, .52, .74, 12.5, 31, 4.2, "", ())`.
 
-    `agreement` is the share of the others' votes on the same pairs that are equal, `p` the probability of no
-    more agreement if all voters were alike (None where nobody else voted on those pairs). `side` is the share
-    of A among the preferences, `p_side` the two-sided probability of such a share. `seconds` is the median
-    time to a vote, `busiest` the most votes in an hour. Without these votes no rating changes by more than
-    `shift` points, and `leader` would lead ("" if the leader stays the same). `odd` names the failed tests:
-    `disagrees`, `side`.
-    """
+    `agreement` is the share of other people's votes on the same pairs of models that equal this person's;
+    `p` is the probability of at most this agreement if all voters were alike. Both are None if nobody else
+    voted on those pairs. `side` is the share of side A among the votes that prefer a side, `p_side` the
+    two-sided p-value of that share. `seconds` is the median time from the answers to a vote, `busiest` the
+    largest number of votes within an hour. If this person's votes were left out, no rating would change by
+    more than `shift` points, and `leader` would be the best model (empty if it stays the same). `odd` names
+    the tests that the person fails: `disagrees`, `side`."""
 
     name: str
     votes: int
@@ -50,10 +51,10 @@ class Voter:
 
 
 def examine(votes: Sequence[Vote]) -> list[Voter]:
-    """All people who voted, most votes first.
+    """Examine all people who voted, those with the most votes first. Votes of judges are ignored.
 
-    A test is failed with a probability below `SIGNIFICANCE` over the number of voters (Bonferroni).
-    """
+    A person fails a test if its p-value is below `SIGNIFICANCE` divided by the number of voters (Bonferroni
+    correction)."""
     votes = [vote for vote in votes if vote.outcome in WORTH and not vote.judge]
     counts = Counter(vote.voter for vote in votes)
     ratings = rate(votes)
@@ -83,11 +84,12 @@ def examine(votes: Sequence[Vote]) -> list[Voter]:
 
 
 def judged(votes: Sequence[Vote]) -> list[dict[str, Any]]:
-    """Each judge compared with the people who voted on the same battles.
+    """Compare each judge with the people who voted on the same battles (comparisons of two answers).
 
-    The keys are `judge`, `votes`, `abstained`, `both` (battles with votes of both) and, where that is not 0,
-    `agreement` and Cohen's `kappa` with intervals. Both bad counts as a tie, as it does in the ratings.
-    """
+    The result has one dictionary for each judge with the keys `judge` (its name), `votes`, `abstained`,
+    `both` (the number of votes on battles that a person voted on as well) and, if `both` is not 0, the
+    `agreement` and Cohen's `kappa` with intervals. The outcome "both are bad" counts as a tie, as in the
+    ratings."""
     labels = {vote.battle: _label(vote) for vote in votes if not vote.judge}
     judges: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
@@ -97,7 +99,8 @@ def judged(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 
 
 def _compare(name: str, votes: Sequence[Vote], labels: Mapping[str, str]) -> dict[str, Any]:
-    """One judge's votes compared with the labels that people gave, by battle."""
+    """Compare the votes of the judge `name` with `labels`, the outcome that people gave to each battle, by
+    battle id."""
     people = []
     verdicts = []
     for vote in votes:
@@ -115,12 +118,15 @@ def _compare(name: str, votes: Sequence[Vote], labels: Mapping[str, str]) -> dic
 
 
 def _label(vote: Vote) -> str:
-    """The outcome as `first`, `second` or `tie`."""
+    """Return the outcome of a vote as `first`, `second` or `tie`."""
     return _NAMES.get(vote.outcome, "tie")
 
 
 def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
-    """By voter, and by "" for all: for each pair of models, how often the second won, tied and lost [3]."""
+    """Count the votes of each voter and, under the name "", of all voters together.
+
+    For each pair of models in alphabetical order, the counts [3] say how often the first model lost, tied
+    and won."""
     tables = defaultdict(lambda: defaultdict(lambda: np.zeros(3, dtype=np.int64)))
     for vote in votes:
         pair = min((vote.a, vote.b), (vote.b, vote.a))
@@ -135,11 +141,12 @@ def _tables(votes: Sequence[Vote]) -> dict[str, dict[tuple, np.ndarray]]:
 def _agreement(
     own: Mapping[tuple, np.ndarray], everybody: Mapping[tuple, np.ndarray], name: str
 ) -> tuple[float | None, float | None]:
-    """The share of the others' votes that are equal, and the p-value of an exact test.
+    """Return the share of the other voters' votes that equal this person's, and the p-value of a permutation
+    test; both None if no pair was voted on by others.
 
-    `own` and `everybody` hold counts [3] by pair of models. The null hypothesis is that all voters are alike:
-    one person's votes on a pair are then drawn from all votes on it without replacement.
-    """
+    `own` and `everybody` map each pair of models to the counts [3] of this person's and of all votes. The
+    null hypothesis is that all voters are alike: then one person's votes on a pair are a random draw,
+    without replacement, from all votes on that pair. `name` seeds the draws."""
     shared = []
     for pair, counts_3 in sorted(own.items()):
         total_3 = everybody[pair]
@@ -163,7 +170,8 @@ def _agreement(
 
 
 def _side(votes: Iterable[Vote]) -> tuple[float | None, float]:
-    """The share of side A among the preferences (None without any), and the p-value of its binomial test."""
+    """Return the share of side A among the votes that prefer a side (None if there are none), and the
+    p-value of its binomial test."""
     from scipy.stats import binomtest
 
     outcomes = Counter(vote.outcome for vote in votes)
@@ -175,7 +183,8 @@ def _side(votes: Iterable[Vote]) -> tuple[float | None, float]:
 
 
 def _odd(chances: Mapping[str, float | None], voters: int) -> tuple[str, ...]:
-    """Names of the tests whose p-value is significant, corrected for the number of voters."""
+    """Return the names of the tests whose p-value is significant after correction for the number of voters.
+    `chances` has the p-value of each test."""
     odd = []
     for name, chance in chances.items():
         if chance is not None and chance * voters < SIGNIFICANCE:
@@ -184,7 +193,8 @@ def _odd(chances: Mapping[str, float | None], voters: int) -> tuple[str, ...]:
 
 
 def _without(votes: Sequence[Vote], name: str, full: Ratings) -> tuple[float, str]:
-    """The largest change of a rating without a person's votes, and the new leader ("" for the same)."""
+    """Return the largest change of any rating, in points, when a person's votes are left out, and the model
+    that would then be best ("" if it stays the same). `full` are the ratings with all votes."""
     rest = rate(vote for vote in votes if vote.voter != name)
     shift = 0.0
     for rating in rest.models:
@@ -198,7 +208,7 @@ def _without(votes: Sequence[Vote], name: str, full: Ratings) -> tuple[float, st
 
 
 def _busiest(times: Sequence[float]) -> int:
-    """The most votes within any hour; `times` are Unix times."""
+    """Return the largest number of votes within any hour. `times` are Unix times."""
     ordered = np.sort(np.array(times))
     ends = np.searchsorted(ordered, ordered + HOUR)
     counts = ends - np.arange(len(ordered))

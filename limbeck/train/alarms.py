@@ -1,4 +1,5 @@
-"""Alarms of an RL stage: what often goes wrong, told while the run can still be stopped."""
+"""Alarms of a reinforcement-learning stage: common failures, found in the metrics of each step, so that a
+user can stop the run early."""
 
 from __future__ import annotations
 
@@ -13,15 +14,19 @@ WINDOW = 20  # steps
 
 
 class AlarmMonitor:
-    """Compares each step's metrics with those of the last `WINDOW` steps."""
+    """Checks the metrics of each step for common failures, alone and against the first of the last `WINDOW`
+    steps."""
 
     def __init__(self, settings: RL):
         self.rewards = settings.rewards
         self.history: deque[dict[str, Any]] = deque(maxlen=WINDOW)
 
     def check(self, metrics: dict[str, float]) -> list[str]:
-        """The alarms of a step. Raises LimbeckError if the sampler's and the learner's log-probabilities
-        differ."""
+        """Return one sentence for each alarm that the metrics of a step raise; an empty list if there are
+        none.
+
+        Raises LimbeckError if the log-probabilities of the sampler and of the learner differ by more than
+        rounding."""
         gap = metrics.get("gap", 0.0)
         if gap > SAMPLER_GAP:
             raise LimbeckError(
@@ -33,7 +38,8 @@ class AlarmMonitor:
         return alarms
 
     def _sampling(self, metrics: dict[str, float]) -> list[str]:
-        """Alarms of truncation, and of groups without a difference in reward."""
+        """Return alarms if most responses are truncated, or if hardly any group of responses has rewards
+        that differ."""
         alarms = []
         if metrics["truncated"] > 0.5:
             alarms.append("more than half of the responses run out of tokens: raise max_new_tokens")
@@ -42,7 +48,8 @@ class AlarmMonitor:
         return alarms
 
     def _length(self, metrics: dict[str, float]) -> list[str]:
-        """Alarms of a response length that tripled or fell to a third within the window."""
+        """Return an alarm if the mean response length (in tokens) tripled, or fell to a third, within the
+        last `WINDOW` steps."""
         if len(self.history) < WINDOW:
             return []
         first = self.history[0]["length"]
@@ -54,7 +61,8 @@ class AlarmMonitor:
         return alarms
 
     def _dominance(self, metrics: dict[str, float]) -> list[str]:
-        """An alarm if a part of the reward outweighs accuracy."""
+        """Return an alarm if one part of the reward, times its weight, contributes over five times as much
+        as accuracy."""
         earned = {
             part: weight * metrics.get(part, 0.0) for part, weight in self.rewards.items() if weight > 0
         }

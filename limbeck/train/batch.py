@@ -1,8 +1,11 @@
-"""Samples to micro-batches: sequences packed end to end, a shared prompt once, normalised over the whole
-batch.
+"""Pack samples into micro-batches: sequences are laid end to end, and a prompt that several samples share is
+computed once.
 
-N input tokens · M predicted tokens (those in the loss) · S sequences · L sparse layers · K ids or experts of
-a token."""
+A sample is one token sequence to learn from (`types.Sample`). A prediction is a token that is in the loss.
+Losses are normalised by counts of the whole batch, not of the micro-batch.
+
+Dimensions: N input tokens · M predictions · S sequences · L mixture-of-experts layers · K token ids (in
+`kept_MK`) or chosen experts (in `routes_NLK`) of a token."""
 
 from __future__ import annotations
 
@@ -25,16 +28,21 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch of packed sequences.
 
-    Input position `predict_M[i]` predicts `targets_M[i]` of sequence `rows_M[i]`. `next_N` is the token after
-    each input token, `routes_NLK` the experts to replay, `kept_MK` the ids that top-p sampling left, padded
-    with -1. `order_S` is each sequence's place among the packed samples; `pairs_S` numbers preference pairs
-    from 1, the rejected response negative; `spans_M` numbers spans of text from 0, -1 for none; `teacher` is
-    the teacher's distribution at the predictions.
+    The hidden state at input position `predict_M[i]` predicts the token `targets_M[i]`, which belongs to
+    sequence `rows_M[i]` of the micro-batch. `lengths_S` is the number of predictions of each sequence.
+    `logprobs_M` are the log-probabilities at sampling, `reference_M` those of a reference model or a
+    teacher. `next_N` is the token after each input token, `routes_NLK` the experts chosen at sampling, to be
+    used again, and `kept_MK` the token ids that top-p sampling left to choose from, padded with -1.
+    `order_S` is the index of each sequence in the list of samples that was packed. `pairs_S` is the number
+    of the preference pair of each sequence, from 1, negative for the rejected response. `spans_M` is the
+    number of the text span that each prediction is in, from 0, or -1 for none. `teacher` gives the teacher's
+    distribution at the predictions.
 
-    `tokens` and `sequences` count the *whole* batch of which this is one part. A loss divides by them, so the
-    sum over micro-batches is the loss of the batch, however it was cut."""
+    `tokens` and `sequences` count the predictions and sequences of the *whole* batch of which this is one
+    part. A loss divides by them, so the sum of the losses of all micro-batches is the loss of the batch,
+    however it was cut."""
 
     tokens_N: Tensor
     context: Packed | SharedPrefix
@@ -57,10 +65,12 @@ class Batch:
 
 
 def pack(samples: Sequence[Sample], batch_tokens: int, device: Device = "cpu") -> list[Batch]:
-    """Micro-batches of at most `batch_tokens` input tokens (one group at least), like lengths together.
+    """Pack samples into micro-batches of at most `batch_tokens` input tokens, sequences of similar length
+    together.
 
-    Samples with the same prompt form a group that holds the prompt once; the two responses of a preference
-    pair are always in one micro-batch. A sample without a token in the loss is left out."""
+    Samples with the same prompt form a group, for which the prompt is computed once. A group is never
+    divided, so a group of more than `batch_tokens` tokens is a micro-batch of its own. The two responses of
+    a preference pair are always in one micro-batch. A sample without any token in the loss is left out."""
     learned = [sample for sample in samples if _targets(sample).size]
     places = {id(sample): place for place, sample in enumerate(samples)}
     tokens = sum(_targets(sample).size for sample in learned)
@@ -73,7 +83,8 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: Device = "cpu") -
 
 
 def _cut(groups: list[list[Sample]], batch_tokens: int) -> list[list[list[Sample]]]:
-    """Groups in order of length, cut into micro-batches. Those of one have the same prompt length."""
+    """Sort groups by prompt length and sequence length, and cut them into micro-batches of at most
+    `batch_tokens` input tokens. All groups of a micro-batch have the same prompt length."""
     groups = sorted(groups, key=lambda group: (_prompt_length(group), len(group[0].tokens)))
     micro_batches: list[list[list[Sample]]] = []
     size = 0
@@ -90,8 +101,11 @@ def _cut(groups: list[list[Sample]], batch_tokens: int) -> list[list[list[Sample
 
 
 def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) -> list[np.ndarray]:
-    """A value for each prediction, back in the order of the `count` packed samples: arrays [predictions,
-    ...], empty for a sample without a prediction."""
+    """Return the values of the predictions of each sample, in the order in which the `count` samples were
+    packed.
+
+    `values_M` has one tensor [M, ...] for each micro-batch. The result has one array [predictions, ...] for
+    each sample; it is empty for a sample without a prediction."""
     values_of = [np.zeros((0, *values_M[0].shape[1:]), np.float32)] * count
     for batch, values in zip(batches, values_M, strict=True):
         ends = batch.lengths_S.long().cumsum(0)[:-1].numpy()
@@ -101,16 +115,16 @@ def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) 
 
 
 def _targets(sample: Sample) -> np.ndarray:
-    """The tokens of a sample that are in the loss."""
+    """Return the ids of the tokens of a sample that are in the loss."""
     targets = sample.tokens[max(sample.start, 1) :]
     return targets if sample.learned is None else targets[sample.learned]
 
 
 def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples with the same prompt together, and the two responses of a pair together.
+    """Group the samples that have the same prompt, and the two responses of each preference pair.
 
-    A sample without a prompt is alone, and so is one so long that its prompt is the least of it.
-    """
+    A sample without a prompt is a group of its own. So is a sample of more than `LONG` tokens, unless it
+    belongs to a preference pair: sharing its prompt would save little."""
     groups: dict[object, list[Sample]] = {}
     for i, sample in enumerate(samples):
         key: object = i
@@ -123,19 +137,19 @@ def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _prompt_length(group: list[Sample]) -> int:
-    """Tokens of the prompt that a group shares, or 0. A micro-batch holds groups of one prompt length
-    only."""
+    """Return the number of prompt tokens that the samples of a group share; 0 if they share none."""
     return group[0].start if len(group) > 1 and group[0].start > 1 else 0
 
 
 def _cost(group: list[Sample]) -> int:
-    """Input tokens of a group: a shared prompt once, and of each completion all but its last token."""
+    """Return the number of input tokens of a group: a shared prompt counts once, and the last token of each
+    completion is never an input."""
     prompt = _prompt_length(group)
     return prompt + sum(len(sample.tokens) - prompt - 1 for sample in group)
 
 
 class Segment(NamedTuple):
-    """Input tokens `begin` to `end` of a sample."""
+    """The part of a sample that is one run of input tokens: `sample.tokens[begin:end]`."""
 
     sample: Sample
     begin: int
@@ -143,8 +157,11 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The order of a micro-batch: its samples, the segments that are its input, the attention context, and
-    for each sample the input positions that predict its tokens."""
+    """The order in which a micro-batch is computed.
+
+    `samples` are its samples in order, `segments` the runs of tokens that make up its input, `context` says
+    which tokens attend to which, and `predict` has, for each sample, the input positions that predict its
+    tokens."""
 
     samples: list[Sample]
     segments: list[Segment]
@@ -153,7 +170,7 @@ class Layout(NamedTuple):
 
 
 def _end_to_end(groups: list[list[Sample]]) -> Layout:
-    """Whole sequences one after the other."""
+    """Lay out whole sequences, each with its own prompt, one after the other."""
     samples = [sample for group in groups for sample in group]
     lengths = [len(sample.tokens) - 1 for sample in samples]
     begins = np.cumsum([0, *lengths[:-1]])
@@ -166,8 +183,8 @@ def _end_to_end(groups: list[list[Sample]]) -> Layout:
 
 
 def _shared_prompts(groups: list[list[Sample]]) -> Layout:
-    """Prompts first, then completions by length. The last token of a prompt predicts the first of its
-    completions."""
+    """Lay out all shared prompts first, then all completions in order of length. The last token of a prompt
+    predicts the first token of each completion of that prompt."""
     width = _prompt_length(groups[0])
     rows = [(owner, sample) for owner, group in enumerate(groups) for sample in group]
     rows.sort(key=lambda row: len(row[1].tokens))
@@ -185,7 +202,8 @@ def _shared_prompts(groups: list[list[Sample]]) -> Layout:
 
 
 def _batch(layout: Layout, order_S: np.ndarray, tokens: int, sequences: int, device: Device) -> Batch:
-    """The tensors of a micro-batch; `tokens` and `sequences` are the whole batch's."""
+    """Make the tensors of a micro-batch. `order_S` is the index of each sequence among the packed samples;
+    `tokens` and `sequences` are the counts of predictions and sequences of the whole batch."""
     tensors = {}
     for name, array in _arrays(layout).items():
         dtype = torch.float32 if name in FLOATS else torch.long
@@ -201,7 +219,8 @@ def _batch(layout: Layout, order_S: np.ndarray, tokens: int, sequences: int, dev
 
 
 def _arrays(layout: Layout) -> dict[str, np.ndarray | None]:
-    """The arrays of a micro-batch by their names in `Batch`; None for those that the samples lack."""
+    """Return the arrays of a micro-batch by the names of the fields of `Batch`; None for a field that the
+    samples do not have."""
     samples = layout.samples
     segments = layout.segments
     predict = []
@@ -230,20 +249,23 @@ def _arrays(layout: Layout) -> dict[str, np.ndarray | None]:
 
 
 def _joined(samples: list[Sample], name: str) -> np.ndarray | None:
-    """A field of all samples, end to end [M]; None if the first has none."""
+    """Concatenate the field `name` of all samples to an array [M]; None if the first sample does not have
+    it."""
     values = [getattr(sample, name) for sample in samples]
     return None if values[0] is None else np.concatenate(values)
 
 
 def _routes(segments: list[Segment]) -> np.ndarray | None:
-    """The experts that each input token met at sampling [N, L, K]; None unless all samples have them."""
+    """Return the experts that were chosen for each input token at sampling [N, L, K]; None unless all
+    samples have them."""
     if any(segment.sample.routes is None for segment in segments):
         return None
     return np.concatenate([segment.sample.routes[segment.begin : segment.end] for segment in segments])
 
 
 def _spans(samples: list[Sample]) -> np.ndarray | None:
-    """Span numbers of all samples [M], made distinct between samples; None where samples have none."""
+    """Return the span numbers of all predictions [M], renumbered so that no two samples share a number; None
+    if the samples have no spans."""
     if samples[0].spans is None:
         return None
     offset = 0
@@ -255,12 +277,13 @@ def _spans(samples: list[Sample]) -> np.ndarray | None:
 
 
 def _labels(samples: list[Sample], device: Device) -> TopK | None:
-    """The teacher's top-k labels of all samples; None unless all have them."""
+    """Return the teacher's stored top-k labels of all samples as one `TopK`; None unless all samples have
+    labels."""
     if any(sample.labels is None for sample in samples):
         return None
 
     def joined(name: str) -> Tensor:
-        """One array of all samples' labels, end to end [M, ...]."""
+        """Concatenate the field `name` of the labels of all samples to a tensor [M, ...]."""
         array = np.concatenate([getattr(sample.labels, name) for sample in samples])
         return torch.as_tensor(array, dtype=torch.long if name == "ids" else torch.float32, device=device)
 
@@ -268,7 +291,8 @@ def _labels(samples: list[Sample], device: Device) -> TopK | None:
 
 
 def _top_p_ids(samples: list[Sample]) -> np.ndarray | None:
-    """The ids that top-p left at each token [M, K], padded with -1; None where no token was cut off."""
+    """Return the token ids that top-p sampling left to choose from at each prediction [M, K], padded with
+    -1; None if a sample has no such record."""
     if any(sample.kept is None for sample in samples):
         return None
     rows = [ids for sample in samples for ids in sample.kept]
@@ -284,10 +308,11 @@ def to_samples(
     keep_mask: bool,
     mask_truncated: bool = False,
 ) -> list[Sample]:
-    """Scored groups and their advantages as samples, token by token as sampled: no text is tokenized again.
+    """Turn scored groups of completions into samples, with one advantage for each completion.
 
-    `keep_mask` keeps the ids that top-p left, `mask_truncated` leaves out completions that ran out of tokens.
-    """
+    The sampled token ids are used as they are; no text is tokenized again. With `keep_mask` each sample
+    keeps the record of the token ids that top-p sampling left to choose from. With `mask_truncated`,
+    completions that reached the token limit are left out."""
     samples = []
     for group, row in zip(groups, advantages, strict=True):
         for completion, advantage in zip(group.completions, row, strict=True):

@@ -1,4 +1,5 @@
-"""Checkpoints of a stage that may be killed at any instant: one file, whole or not there."""
+"""Checkpoints of a stage that may be killed at any moment. A checkpoint is one file that is either complete
+or absent."""
 
 from __future__ import annotations
 
@@ -14,17 +15,19 @@ from ..types import Resumable
 
 
 class Synced(Protocol):
-    """A log that can be forced to disk."""
+    """A log whose content can be forced to disk."""
 
     def sync(self) -> None:
-        """Force to disk what was written."""
+        """Force everything that was written so far to disk."""
 
 
 class Checkpoint:
-    """Keeps `state.pt` in a stage's folder, at most `every` seconds old, and stops the stage on request.
+    """Saves the state of a running stage in `state.pt` in the stage's folder, and stops the stage on
+    request.
 
-    The log is synced before the state is renamed into place, so a state never stands for steps that the log
-    has lost; log rows beyond the state are dropped on resume."""
+    A state is saved at most once in `every` seconds. `stopping` returns True if the run has been asked to
+    stop. The log is forced to disk before the new state replaces the old one, so the log always holds every
+    step up to the state; log rows after the state are dropped on resume."""
 
     def __init__(self, folder: Path, every: float = 60, stopping: Callable[[], bool] = lambda: False):
         self.path = folder / "state.pt"
@@ -33,12 +36,16 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def restore(self) -> dict[str, Any] | None:
-        """The last state, or None at the beginning. Read it once: it is as large as the weights and their
-        moments."""
+        """Load the last saved state; None if there is none. Call it only once: the state holds the weights
+        and the optimizer's moments, and is as large as they are."""
         return torch.load(self.path, weights_only=True) if self.path.exists() else None
 
     def offer(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
-        """Save if the last save is `every` seconds ago, or if the run is to stop: then raise Resumable."""
+        """Save the state if the last save is at least `every` seconds ago, or if the run has been asked to
+        stop.
+
+        `state` is a function that returns the state, called only when the state is saved. Raises Resumable
+        after the save if the run has been asked to stop."""
         stop = self.stopping()
         if not stop and time.monotonic() - self._saved < self.every:
             return
@@ -50,5 +57,5 @@ class Checkpoint:
             raise Resumable("stopped after a checkpoint; the same command goes on from here")
 
     def clear(self) -> None:
-        """Remove the state of a stage that has ended."""
+        """Delete the saved state. Called when the stage has ended."""
         self.path.unlink(missing_ok=True)

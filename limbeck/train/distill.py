@@ -1,8 +1,9 @@
-"""Distillation of distributions: on the student's own samples (on-policy), on rows, or on both in turn (GKD,
-arXiv 2306.13649, algorithm 1). Each problem has the teacher of its domain.
+"""Distillation of a teacher's distributions, learned on the student's own samples (on-policy), on rows, or
+on both in turn (GKD, arXiv 2306.13649, algorithm 1).
 
-The gradient does not pass through sampling, and no reward is used: accuracies are logged only.
-"""
+A row is one stored training example: a prompt with its response. A domain is a source of problems; the
+teacher of a problem is the one that the settings name for its domain. The gradient does not pass through
+sampling. No reward is used for learning; accuracies are only logged."""
 
 from __future__ import annotations
 
@@ -26,11 +27,12 @@ from .scorer import Scorer
 from .tokenizer_alignment import aligned
 from .training_log import TrainingLog, count_flops, sampled_tokens, summarize
 
-LABELLED = ""  # the teacher's name of samples that have labels
+LABELLED = ""  # stands in for the teacher's name where a sample has stored labels
 
 
 class Assigned(NamedTuple):
-    """A sample with the name of its teacher and the question that it answers."""
+    """A sample, the text of the question that it answers, and the name of the teacher that it is learned
+    from."""
 
     teacher: str
     sample: Sample
@@ -39,14 +41,17 @@ class Assigned(NamedTuple):
 
 @dataclass(frozen=True)
 class DistillBatch:
-    """The samples of one step: `DistillBatch([Assigned("big", sample, "2 + 2?")], groups)`. `groups` are the
-    student's own rollout, empty where rows are learned."""
+    """The samples of one step, each with its teacher: `DistillBatch([Assigned("big", sample, "2 + 2?")],
+    groups)`.
+
+    `groups` are the groups of completions that the student sampled in this step; empty where the step learns
+    rows."""
 
     assigned: Sequence[Assigned]
     groups: Sequence[Group] = ()
 
     def by_teacher(self) -> dict[str, list[Assigned]]:
-        """The samples of each teacher, by its name."""
+        """Return the samples of each teacher, by the teacher's name in alphabetical order."""
         parts: dict[str, list[Assigned]] = {name: [] for name in sorted({a.teacher for a in self.assigned})}
         for assigned in self.assigned:
             parts[assigned.teacher].append(assigned)
@@ -55,8 +60,10 @@ class DistillBatch:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model. `tokenizers` are the student's and its own where the vocabularies differ: then it
-    scores spans of text instead of tokens."""
+    """A frozen model that a student learns from.
+
+    `tokenizers` are the student's and the teacher's tokenizer where the two differ, else None. With them,
+    the teacher gives log-probabilities of spans of text instead of distributions over tokens."""
 
     scorer: Scorer
     tokenizers: tuple[Tokenizer, Tokenizer] | None = None
@@ -64,8 +71,11 @@ class Teacher:
     def attach(
         self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int
     ) -> tuple[list[Batch], int]:
-        """Micro-batches with the teacher's distributions or span log-probabilities, and the tokens of its
-        forward pass."""
+        """Pack the samples into micro-batches that hold what the teacher says about them.
+
+        That is the teacher's distribution at each prediction or, where the tokenizers differ, its
+        log-probability of each span of text. `questions` are the texts of the prompts, one for each sample.
+        Returns the micro-batches and the number of tokens that the teacher processed."""
         if self.tokenizers:
             student, own = self.tokenizers
             spanned, tokens = aligned(samples, questions, student, self.scorer, own, batch_tokens)
@@ -76,7 +86,8 @@ class Teacher:
 
 @dataclass(frozen=True)
 class DistillSampler:
-    """Makes the batch of each step, a function of the step, the seed and the student's weights alone."""
+    """Makes the batch of each step. The batch depends only on the step, the seed and the student's weights,
+    so a resumed stage repeats it exactly."""
 
     settings: Distill
     seed: object
@@ -86,12 +97,14 @@ class DistillSampler:
     rows: Sequence[Assigned]
 
     def __call__(self, step: int) -> DistillBatch:
-        """The batch of a step: with probability `on_policy` the student's own samples, else rows."""
+        """Return the batch of a step: with probability `settings.on_policy` the student's own samples,
+        otherwise rows."""
         on_policy = generator(self.seed, step, "student").random() < self.settings.on_policy
         return self._rollout(step) if on_policy else self._from_rows(step)
 
     def _rollout(self, step: int) -> DistillBatch:
-        """The student's own samples of a step's problems."""
+        """Draw the problems of a step, sample the student's completions, and assign each completion to the
+        teacher of its domain."""
         problems = self.tasks.draw(self.settings.prompts_per_step, (self.seed, step))
         rollout = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
         groups = [self.tasks.score(group) for group in rollout]
@@ -104,7 +117,8 @@ class DistillSampler:
         return DistillBatch(assigned, groups)
 
     def _from_rows(self, step: int) -> DistillBatch:
-        """The next rows: every row once per epoch, each epoch in its own order."""
+        """Return the rows of a step. Every row is used once in each epoch, and each epoch has its own random
+        order."""
         count = self.settings.prompts_per_step * self.settings.group_size
         orders: dict[int, np.ndarray] = {}
         assigned = []
@@ -118,8 +132,10 @@ class DistillSampler:
 
 @dataclass
 class DistillTrainer:
-    """`settings.steps` updates, fewer if the log's budget, the teachers' FLOPs included, ends the stage;
-    `step` is the next step, restored by `load_state_dict`."""
+    """Trains a student by distillation, for `settings.steps` updates.
+
+    Training ends earlier if the log's budget of FLOPs is spent; the teachers' FLOPs count too. `step` is the
+    number of the next step, from 0."""
 
     learner: Learner
     teachers: Mapping[str, Teacher]
@@ -130,7 +146,7 @@ class DistillTrainer:
     step: int = field(default=0, init=False)
 
     def train(self) -> None:
-        """Run the steps that are left."""
+        """Run the remaining steps, from `self.step` on."""
         loss = distillation_loss(self.settings)
         for step in range(self.step, self.settings.steps):
             if self.log.over_budget:
@@ -151,8 +167,11 @@ class DistillTrainer:
             self.checkpoint.offer(self.state_dict, self.log)
 
     def _volume(self, batch: DistillBatch, teacher_tokens: Mapping[str, int]) -> dict[str, float]:
-        """Tokens sampled and learned from, and FLOPs: the student's sampling and learning, the teachers'
-        forward passes. A token attends to half of its sequence on average, as in GRPO's count."""
+        """Return the number of tokens sampled and learned from in a step, and the FLOPs of the step.
+
+        FLOPs are those of the student's sampling and learning, and of the teachers' forward passes.
+        `teacher_tokens` is the number of tokens that each teacher processed. A token is taken to attend to
+        its prompt and half of its completion."""
         samples = [assigned.sample for assigned in batch.assigned]
         sampled = sum(sampled_tokens([group]) for group in batch.groups)
         learned = sum(len(sample.tokens) for sample in samples)
@@ -172,18 +191,18 @@ class DistillTrainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs."""
+        """Return the state that an exact resume of the stage needs."""
         return {"learner": self.learner.state_dict(), "step": self.step, "flops": self.log.flops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`."""
+        """Restore a state that `state_dict` returned, so that training continues from it."""
         self.learner.load_state_dict(state["learner"])
         self.step = state["step"]
         self.log.flops = state["flops"]
 
 
 def distillation_loss(settings: Distill) -> Loss:
-    """The loss of a stage's `divergence`."""
+    """Return the loss function for the setting `divergence` of a stage."""
     if settings.divergence == "text":
         return SpanDistance()
     return Distillation(settings.divergence, settings.beta)
@@ -192,8 +211,10 @@ def distillation_loss(settings: Distill) -> Loss:
 def attach_teachers(
     batch: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int
 ) -> tuple[list[Batch], dict[str, int]]:
-    """Micro-batches with their teachers' distributions or labels, whose counts are those of the whole batch;
-    and the tokens of each teacher's forward passes."""
+    """Pack a step's samples into micro-batches, each with the distributions or stored labels of its teacher.
+
+    The counts in every micro-batch are those of the whole batch. Returns the micro-batches, and the number
+    of tokens that each teacher processed, by its name."""
     batches: list[Batch] = []
     forward_tokens: dict[str, int] = {}
     tokens = 0
@@ -214,14 +235,18 @@ def attach_teachers(
 def teacher_top_k(
     teacher: Scorer, samples: Sequence[Sample], count: int, temperature: float, batch_tokens: int
 ) -> list[Labels]:
-    """The teacher's `count` largest log-probabilities, and the probability mass of all other ids, at each
-    token in the loss of each sample."""
+    """Compute the labels of a teacher for each sample: at every token in the loss, the `count` most probable
+    token ids with their log-probabilities, and the log-probability of all other ids together.
+
+    `temperature` divides the teacher's logits; `batch_tokens` is the size of a micro-batch in input
+    tokens."""
     batches = pack(samples, batch_tokens)
     states = [teacher.states(batch) for batch in batches]
     tops = [top_k(one.hidden_MC, one.head_VC, count, temperature) for one in states]
 
     def of_samples(name: str) -> list[np.ndarray]:
-        """A field [M, ...] of the labels, back in the order of the samples."""
+        """Return the field `name` of the labels as one array [predictions, ...] for each sample, in the
+        order of the samples."""
         return by_sample(batches, [getattr(top, name) for top in tops], len(samples))
 
     columns = zip(of_samples("ids_MK"), of_samples("logprobs_MK"), of_samples("tail_M"), strict=True)
@@ -229,7 +254,7 @@ def teacher_top_k(
 
 
 def domain(name: str) -> str:
-    """The problem source in the id of a problem or a row.
+    """Return the name of the problem source that is the first part of the id of a problem or a row.
 
     >>> domain("clock/en-1-2-3-4#0")
     'clock'

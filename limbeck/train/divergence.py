@@ -1,9 +1,12 @@
-"""Divergences between a student's and a teacher's next-token distributions, over the whole vocabulary.
+"""Divergences between the next-token distributions of a student and a teacher, over the whole vocabulary.
 
-Logits are computed once, chunk by chunk, and their gradient with them: neither the student's nor the
-teacher's logits [M, V] are ever in memory whole. The teacher gives hidden states (full logits) or labels: its
-top-k ids, and the mass of all others as one more event. M predicted tokens · R rows of a chunk · C hidden · V
-vocabulary · K labels · E events: V, or K and the rest."""
+Logits are computed chunk by chunk, together with their gradient, so the logits [M, V] of the student and of
+the teacher are never in memory as a whole. A teacher is given as hidden states, from which its full logits
+are computed, or as labels: its top-k token ids, with all other ids merged into one more event.
+
+Dimensions: M predicted tokens · R rows of a chunk (predicted tokens computed at once) · C hidden size · V
+vocabulary · K labels of a token · E events that are compared (all V ids, or the K ids and one for the rest).
+In names, p is the teacher's distribution and q the student's."""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21  # logits of one side in memory at once: 8 MiB in float32, a handful of times
+CHUNK = 1 << 21  # logits of one model per chunk: 8 MiB in float32; a few such tensors exist at once
 FLOOR = -1e4  # nats: the log-probability in place of minus infinity, so that 0 log 0 is 0
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -22,7 +25,8 @@ Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Logits:
-    """A student's logits, not yet computed: hidden states at M predictions, the head, and the temperature."""
+    """The student's logits in the form of hidden states at the M predictions, the weights of the output
+    head, and the temperature. The logits are computed from these when they are needed."""
 
     hidden_MC: Tensor
     head_VC: Tensor
@@ -31,43 +35,51 @@ class Logits:
 
 @dataclass(frozen=True)
 class States:
-    """A teacher's hidden states at the same predictions, and its head: its full logits, computed when
-    needed."""
+    """A teacher in the form of its hidden states, at the same predictions as the student's, and the weights
+    of its output head. The full logits are computed from these when they are needed."""
 
     hidden_MC: Tensor
     head_VC: Tensor
 
     def width(self, student: int) -> int:
-        """The number of ids that are compared: heads may be padded to different sizes."""
+        """Return the number of token ids that are compared. `student` is the number of ids of the student's
+        head; the two heads may be padded to different sizes, and the smaller one counts."""
         return min(student, len(self.head_VC))
 
     def events(self, part: slice, logq_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of both over the same events [R, E]: teacher, student."""
+        """Return the log-probabilities of the teacher and of the student over the same events, each [R, E].
+
+        `part` selects the rows of the chunk; `logq_RV` are the student's log-probabilities. Here the events
+        are all ids."""
         return log_softmax(self.hidden_MC[part], self.head_VC[: logq_RV.shape[1]], temperature), logq_RV
 
     def spread(self, part: slice, slope_RE: Tensor, logq_RE: Tensor, logq_RV: Tensor) -> Tensor:
-        """The gradient of the student's logits [R, V] from that of the events [R, E]."""
+        """Return the gradient with respect to the student's logits [R, V], given `slope_RE`, the gradient
+        with respect to the logits of the events. Here they are the same, since every id is an event."""
         return slope_RE
 
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's top-k ids with their log-probabilities, and the log-probability `tail_M` of all others
-    together.
+    """A teacher in the form of its top-k token ids at each prediction with their log-probabilities, and the
+    log-probability `tail_M` of all other ids together.
 
-    A divergence of two distributions with the same ids merged is exact, and never above that of the full
-    ones."""
+    The divergence over these K + 1 events is exact for the merged distributions, and never larger than the
+    divergence of the full distributions."""
 
     ids_MK: Tensor
     logprobs_MK: Tensor
     tail_M: Tensor
 
     def width(self, student: int) -> int:
-        """The number of ids that are compared: all of the student's."""
+        """Return the number of token ids that are compared: all `student` ids of the student's head."""
         return student
 
     def events(self, part: slice, logq_RV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of both over the K ids and the rest [R, E]: teacher, student."""
+        """Return the log-probabilities of the teacher and of the student over the K ids and the rest as one
+        event, each [R, E].
+
+        `part` selects the rows of the chunk; `logq_RV` are the student's log-probabilities over all ids."""
         ids_RK = self.ids_MK[part]
         logp_RE = torch.cat([self.logprobs_MK[part], self.tail_M[part].unsqueeze(1)], 1).to(logq_RV.dtype)
         rest_R1 = logq_RV.scatter(1, ids_RK, float("-inf")).logsumexp(1, keepdim=True)
@@ -75,8 +87,9 @@ class TopK:
         return logp_RE.clamp(min=FLOOR), logq_RE.clamp(min=FLOOR)
 
     def spread(self, part: slice, slope_RE: Tensor, logq_RE: Tensor, logq_RV: Tensor) -> Tensor:
-        """The gradient of the student's logits [R, V]; that of the rest is shared among its ids by their
-        probabilities."""
+        """Return the gradient with respect to the student's logits [R, V], given `slope_RE`, the gradient
+        with respect to the logits of the events. The gradient of the rest is divided among the ids in the
+        rest in proportion to their probabilities."""
         shared_RV = slope_RE[:, -1:] * (logq_RV - logq_RE[:, -1:]).exp()
         return shared_RV.scatter_(1, self.ids_MK[part], slope_RE[:, :-1])
 
@@ -84,18 +97,26 @@ class TopK:
 # ---------------------------------------------------------------- measures of two distributions
 
 # Each takes log-probabilities [R, E] of teacher and student, and returns the divergence [R] and its gradient
-# by the
-# student's logits [R, E]. With g = dF/dq that is q (g - sum q g); the closed forms below never divide by q.
+# with respect to the logits of the events [R, E], for the student's distribution q. With g = dF/dq, where F
+# is the divergence, it is q (g - sum q g); the closed forms below never divide by q.
 
 
 def forward_kl(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student), mode-covering. Hinton et al. 2015, arXiv 1503.02531."""
+    """Return KL(teacher || student) of each row [R], and its gradient with respect to the student's logits
+    [R, E].
+
+    This divergence is mode-covering: the student is penalised where it gives too little probability. Hinton
+    et al. 2015, arXiv 1503.02531."""
     p_RE = logp_RE.exp()
     return (p_RE * (logp_RE - logq_RE)).sum(1), logq_RE.exp() - p_RE
 
 
 def reverse_kl(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher), mode-seeking. MiniLLM, arXiv 2306.08543."""
+    """Return KL(student || teacher) of each row [R], and its gradient with respect to the student's logits
+    [R, E].
+
+    This divergence is mode-seeking: the student is penalised where it gives too much probability. MiniLLM,
+    arXiv 2306.08543."""
     q_RE = logq_RE.exp()
     ratio_RE = logq_RE - logp_RE
     value_R = (q_RE * ratio_RE).sum(1)
@@ -103,11 +124,15 @@ def reverse_kl(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jensen_shannon(beta: float) -> Measure:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student (GKD, arXiv
-    2306.13649, eq. 1); it is of the order of beta times the forward KL for a small beta."""
+    """Return the function that computes the generalised Jensen-Shannon divergence with the weight `beta`.
+
+    The divergence is beta KL(teacher || m) + (1 - beta) KL(student || m), where m = beta teacher + (1 -
+    beta) student (GKD, arXiv 2306.13649, eq. 1). For a small beta it is approximately beta times the forward
+    KL."""
 
     def measure(logp_RE: Tensor, logq_RE: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergence [R] and its gradient [R, E] from log-probabilities of teacher and student [R, E]."""
+        """Return the divergence of each row [R], and its gradient with respect to the student's logits [R,
+        E], from the log-probabilities of the teacher and of the student [R, E]."""
         logm_RE = torch.logaddexp(logp_RE + math.log(beta), logq_RE + math.log1p(-beta))
         q_RE = logq_RE.exp()
         ratio_RE = logq_RE - logm_RE
@@ -122,19 +147,23 @@ def jensen_shannon(beta: float) -> Measure:
 
 
 def divergence(logits: Logits, teacher: States | TopK, measure: Measure) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence summed over all predictions, differentiable; its terms [M] and the student's entropy
-    [M], not differentiable."""
+    """Return three values: the divergence summed over all predictions, which is differentiable; the
+    divergence of each prediction [M]; and the entropy of the student at each prediction [M]. The last two
+    are not differentiable.
+
+    `measure` computes the divergence of one chunk, such as `forward_kl`."""
     head_VC = logits.head_VC[: teacher.width(len(logits.head_VC))]
     return _Divergence.apply(logits.hidden_MC, head_VC, teacher, measure, logits.temperature)
 
 
 class _Divergence(torch.autograd.Function):
-    """All terms of the sum have the same weight, so the forward pass computes their gradient; the backward
-    pass scales it."""
+    """Computes the divergence and its gradient in the forward pass. This is possible because the divergences
+    are only summed, so the backward pass merely multiplies the gradients by a scalar."""
 
     @staticmethod
     def forward(ctx, hidden_MC, head_VC, teacher, measure, temperature):
-        """The divergence's sum, its terms [M] and the student's entropy [M]."""
+        """Return the sum of the divergences, the divergence of each prediction [M], and the student's
+        entropy [M]."""
         learns = any(ctx.needs_input_grad)
         grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
         grad_head_VC = torch.zeros_like(head_VC) if learns else None
@@ -162,13 +191,14 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        """Scale the gradients of the forward pass: [M, C] and [V, C]."""
+        """Return the gradients of the hidden states [M, C] and of the head [V, C]: those of the forward pass
+        times the scalar `grad`."""
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grad, grad_head * grad, None, None, None
 
 
 def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
-    """Logits [R, V] divided by the temperature."""
+    """Return the logits of a chunk [R, V], divided by the temperature."""
     logits_RV = hidden_RC @ head_VC.T
     if temperature != 1.0:
         logits_RV /= temperature
@@ -176,14 +206,14 @@ def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
 
 
 def log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [R, V] at a temperature."""
+    """Return the log-probabilities of a chunk [R, V] at a temperature."""
     return torch.log_softmax(tempered(hidden_RC, head_VC, temperature), -1)
 
 
 @torch.no_grad()
 def top_k(hidden_MC: Tensor, head_VC: Tensor, count: int, temperature: float) -> TopK:
-    """A teacher's labels from its hidden states: its `count` most probable ids, and the mass of the
-    others."""
+    """Return a teacher's labels, computed from its hidden states: at each prediction the `count` most
+    probable token ids with their log-probabilities, and the log-probability of all other ids together."""
     size = len(head_VC)
     rows = max(1, CHUNK // size)
     ids = []

@@ -1,7 +1,7 @@
-"""DPO: the policy at the beginning is the reference, and scores every pair once before the first update.
+"""DPO (direct preference optimisation). The reference is the model as it is at the beginning of the stage;
+it scores every pair once, before the first update.
 
-There is no reward model. The loss is `losses.DPO`, the loop `sft.SFTTrainer`.
-"""
+There is no reward model. The loss is `losses.DPO`, the training loop is `sft.SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RankCompletions = Callable[[Group], Sequence[float]]  # one number per completio
 
 
 def to_pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, number: int) -> list[Sample]:
-    """Token ids of a prompt and its two responses as two samples; `number` counts pairs from 1. Arrays are
-    [tokens]."""
+    """Return the two samples, chosen and rejected, of a preference pair. `prompt`, `chosen` and `rejected`
+    are arrays of token ids [tokens]; `number` is the number of the pair, from 1."""
     start = len(prompt)
     return [
         Sample(np.concatenate([prompt, chosen]), start, pair=number),
@@ -28,7 +28,8 @@ def to_pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, number
 
 
 def with_reference_logprobs(reference: Scorer, samples: Sequence[Sample], batch_tokens: int) -> list[Sample]:
-    """The samples with the reference's log-probabilities of their tokens."""
+    """Return copies of the samples that also hold the reference model's log-probability of each token in the
+    loss. `batch_tokens` is the size of a micro-batch in input tokens."""
     batches = pack(samples, batch_tokens)
     logprobs = by_sample(batches, reference.logprobs(batches), len(samples))
     return [
@@ -37,10 +38,11 @@ def with_reference_logprobs(reference: Scorer, samples: Sequence[Sample], batch_
 
 
 def mean_logprob(teacher: Scorer, batch_tokens: int) -> RankCompletions:
-    """Rank completions by the mean log-probability per token that a teacher gives them."""
+    """Return a function that ranks the completions of a group by the mean log-probability per token that a
+    teacher gives them. `batch_tokens` is the size of a micro-batch in input tokens."""
 
     def rank(group: Group) -> list[float]:
-        """The mean log-probability of each completion."""
+        """Return the mean log-probability per token of each completion of a group."""
         start = len(group.prompt_tokens)
         samples = [
             Sample(np.concatenate([group.prompt_tokens, completion.tokens]), start)

@@ -1,9 +1,10 @@
-"""GRPO: reinforcement learning with verifiable rewards (arXiv 2402.03300), with DAPO's, Dr. GRPO's and V3.2's
-variants.
+"""GRPO: reinforcement learning with verifiable rewards (arXiv 2402.03300), with the variants of DAPO, Dr.
+GRPO and DeepSeek-V3.2.
 
 A step samples a group of completions for each of a few problems, scores them, takes the reward minus the
-group's mean as the advantage, and makes one or more clipped policy-gradient updates. There is no critic, and
-nothing is asynchronous: the sampler has the learner's weights at every step."""
+group's mean as the advantage, and makes one or more clipped policy-gradient updates. There is no critic.
+Sampling and learning alternate: in every step, the completions are sampled with the learner's newest
+weights."""
 
 from __future__ import annotations
 
@@ -31,11 +32,11 @@ ATTEMPTS = 3  # rollouts of a step that looks for groups whose rewards differ
 
 @dataclass
 class GRPOTrainer:
-    """`settings.steps` steps of GRPO on a learner's weights; fewer if the log's budget or an alarm ends the
-    stage.
+    """Trains a learner with GRPO, for `settings.steps` steps.
 
-    `rewards` draws the problems and scores the answers; `reference` is the frozen policy of a KL term; `step`
-    is the next step, restored by `load_state_dict`."""
+    Training ends earlier if the log's budget of FLOPs is spent or if an alarm stops the stage. `rewards`
+    draws the problems and scores the completions; `reference` is the frozen model of the KL term, None if
+    there is no such term; `step` is the number of the next step, from 0."""
 
     learner: Learner
     engine: Sampler
@@ -52,7 +53,7 @@ class GRPOTrainer:
         self.alarms = AlarmMonitor(self.settings)
 
     def train(self) -> None:
-        """Run the steps that are left."""
+        """Run the remaining steps, from `self.step` on."""
         policy = self.settings.policy
         temperature = self.settings.sampling.temperature
         for step in range(self.step, self.settings.steps):
@@ -77,7 +78,8 @@ class GRPOTrainer:
             self.checkpoint.offer(self.state_dict, self.log)
 
     def _refresh_reference(self, step: int) -> None:
-        """Copy the policy into the reference every `reference_every` updates."""
+        """Copy the learner's weights into the reference model, if `reference_every` updates have passed
+        since the last copy."""
         policy = self.settings.policy
         if self.reference is None or not policy.reference_every:
             return
@@ -85,8 +87,11 @@ class GRPOTrainer:
             self.reference.model.load_state_dict(self.learner.weights())
 
     def _sample_groups(self, step: int) -> list[Group]:
-        """Scored groups of a step. With `zero_variance: replace` (DAPO's dynamic sampling), groups of equal
-        rewards are replaced by new ones, at most `ATTEMPTS` times."""
+        """Sample and score the groups of a step.
+
+        With the setting `zero_variance: replace` (DAPO's dynamic sampling), groups whose rewards are all
+        equal are replaced by groups of new problems. At most `ATTEMPTS` rollouts are made; if too few groups
+        differ by then, the others are returned too."""
         policy = self.settings.policy
         tasks = self.rewards.at(step)
         resample = policy.zero_variance == "replace"
@@ -104,7 +109,8 @@ class GRPOTrainer:
         return kept + rejected
 
     def _with_reference(self, samples: list[Sample]) -> list[Batch]:
-        """Micro-batches, with the reference's log-probabilities where the KL term needs them."""
+        """Pack samples into micro-batches. If there is a reference model, each holds its log-probabilities
+        for the KL term."""
         batches = pack(samples, self.settings.batch_tokens)
         if self.reference is None:
             return batches
@@ -122,7 +128,11 @@ class GRPOTrainer:
         updates: Sequence[dict[str, Any]],
         held_out: HeldOut,
     ) -> dict[str, Any]:
-        """The metrics of a step, with its FLOPs and alarms."""
+        """Return the metrics of a step, with its FLOPs, and with its alarms if there are any.
+
+        `groups` are all groups sampled, `informative` those learned from, `samples` their completions as
+        samples, `updates` the metrics of each update, and `held_out` the measurement on held-out
+        problems."""
         config = self.learner.model.config
         metrics = {**summarize(groups), **volume(groups, samples, config), **merge(updates)}
         metrics["flops"] += held_out.flops(config)
@@ -132,7 +142,7 @@ class GRPOTrainer:
         return {**metrics, "alarms": alarms} if alarms else metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs."""
+        """Return the state that an exact resume of the stage needs."""
         state = {
             "learner": self.learner.state_dict(),
             "watched": list(self.alarms.history),
@@ -145,7 +155,7 @@ class GRPOTrainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`."""
+        """Restore a state that `state_dict` returned, so that training continues from it."""
         self.learner.load_state_dict(state["learner"])
         self.alarms.history.extend(state["watched"])
         self.rewards.load_state_dict(state["panel"])
@@ -156,12 +166,14 @@ class GRPOTrainer:
 
 
 def is_informative(group: Group, policy: Policy) -> bool:
-    """True if a group is learned from: its rewards differ, or `zero_variance` is `keep`."""
+    """Return True if a group is learned from: either its rewards differ, or the setting `zero_variance` is
+    `keep`."""
     return len(set(group.rewards)) > 1 or policy.zero_variance == "keep"
 
 
 def minibatches(samples: list[Sample], count: int, seed: object) -> list[list[Sample]]:
-    """The samples in random order, cut into `count` parts of about equal size; empty parts are left out."""
+    """Shuffle the samples and divide them into `count` parts of about equal size; empty parts are left
+    out."""
     order = generator(seed, "minibatches").permutation(len(samples))
     parts = [[samples[i] for i in part] for part in np.array_split(order, count)]
     return [part for part in parts if part]

@@ -1,9 +1,12 @@
-"""Learned rewards (LLM judge, reward model) added to the rule-based ones, with an alarm for reward hacking.
+"""Learned rewards (an LLM judge or a reward model), added to the rule-based rewards, with an alarm for
+reward hacking.
 
-Optimizing a learned reward finds its weaknesses: DeepSeek-R1's helpfulness reward rose while its programs got
-worse (arXiv 2501.12948v2, B.5), so it counted in the last 400 steps only. While a learned reward counts, the
-accuracy on held-out problems is measured; if the learned reward rises and that accuracy does not, an alarm is
-raised and the learned reward no longer counts."""
+A part is one named component of a reward, such as `accuracy`. A learned part counts in a step if its score
+is added to the rewards of that step. Optimizing a learned reward exploits its weaknesses: DeepSeek-R1's
+helpfulness reward rose while its coding results got worse (arXiv 2501.12948v2, B.5), and so it was used in
+the last 400 steps only. Here, while a learned reward counts, the accuracy on held-out problems is measured
+in every step. If the learned reward rises and that accuracy does not, an alarm is raised and the learned
+reward no longer counts."""
 
 from __future__ import annotations
 
@@ -28,47 +31,49 @@ DRAWS = 100  # attempts to draw problems that are not held out
 
 
 class Tasks(Protocol):
-    """A source of problems that scores the answers."""
+    """A source of problems that also scores the answers."""
 
     def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]:
-        """`count` problems, a function of the seed."""
+        """Draw `count` problems of a split. The same seed gives the same problems."""
 
     def score(self, group: Group) -> Group:
-        """The group with scores and rewards."""
+        """Return the group with a score and a reward for each completion."""
 
 
 class RewardFunction(Protocol):
-    """A judge or a reward model: one named part of a score per completion, between 0 and 1, with its
-    reason."""
+    """A judge or a reward model. It gives each completion one named part of the score, between 0 and 1, with
+    a reason."""
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """The scores of each group's completions."""
+        """Return the scores of the completions of each group, in the order of the groups."""
 
     def take_usage(self) -> dict[str, float]:
-        """Tokens, FLOPs and money since the last call."""
+        """Return the tokens, FLOPs and money that were spent since the last call, by name."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A step's measurement on `problems` held-out problems: metrics (accuracy, tokens, the reward functions'
-    usage) and alarms."""
+    """The measurement of a step on `problems` held-out problems: metrics (the accuracy, the number of
+    tokens, and the usage of the reward functions), and one sentence for each alarm."""
 
     metrics: Mapping[str, float]
     alarms: Sequence[str] = ()
     problems: int = 0
 
     def flops(self, policy: ModelConfig) -> float:
-        """FLOPs of the reward functions' models, and of the policy's answers to the held-out problems."""
+        """Return the FLOPs of the reward functions' models and of the answers that the policy gave to the
+        held-out problems."""
         tokens = self.metrics.get("held_out_tokens", 0)
         answers = tokens * policy.flops_per_token(tokens / max(1, self.problems) / 2)
         return sum(value for name, value in self.metrics.items() if name.endswith("_flops")) + answers
 
 
 class LearnedRewards:
-    """The learned rewards of one RL stage: which count at a step, and whether one is being hacked.
+    """The learned rewards of one RL stage. It decides which of them count at a step, and detects reward
+    hacking.
 
-    `functions` and `settings.learned_rewards` have the same keys: the parts of the reward. `stopped` is True once an
-    alarm has ended the stage."""
+    `functions` has one reward function for each learned part of the reward; its keys are those of
+    `settings.learned_rewards`. `stopped` is True once an alarm has ended the stage."""
 
     def __init__(
         self,
@@ -91,12 +96,17 @@ class LearnedRewards:
         self.stopped = False
 
     def at(self, step: int) -> Tasks:
-        """The stage's tasks, scored with the learned rewards that count at a step."""
+        """Return the stage's source of problems, which also scores with the learned rewards that count at a
+        step."""
         return RewardedTasks(self, self._counting(step)) if self.functions else self.tasks
 
     def evaluate(self, step: int, groups: Sequence[Group], engine: Sampler) -> HeldOut:
-        """Answer the held-out problems with the weights after the step, and compare the accuracy with the
-        learned rewards of the step's groups."""
+        """Sample answers to the held-out problems with the weights after a step, and check for reward
+        hacking.
+
+        For each learned reward, the accuracy of these answers is compared over time with its values in
+        `groups`, the groups of the step. Returns the measurement; an empty one if no learned reward counts
+        at this step."""
         counting = self._counting(step)
         if not counting:
             return HeldOut({})
@@ -111,21 +121,22 @@ class LearnedRewards:
         return HeldOut(metrics, alarms, len(self.held_out))
 
     def state_dict(self) -> dict[str, Any]:
-        """The alarms' history, for an exact resume."""
+        """Return the history that the alarms depend on, for an exact resume."""
         return {"watched": self.history, "dropped": self.dropped, "over": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`."""
+        """Restore a state that `state_dict` returned."""
         self.history = state["watched"]
         self.dropped = state["dropped"]
         self.stopped = state["over"]
 
     def _settings(self, part: str) -> LearnedReward:
-        """The settings of a part."""
+        """Return the settings of a learned part of the reward."""
         return self.settings.learned_rewards[part]
 
     def _counting(self, step: int) -> list[str]:
-        """The parts that count at a step."""
+        """Return the names of the learned parts that count at a step: those in their last `last_steps` steps
+        that no alarm has dropped."""
         counting = []
         for part in self.functions:
             last_steps = self._settings(part).last_steps or self.settings.steps
@@ -134,12 +145,16 @@ class LearnedRewards:
         return counting
 
     def applies(self, part: str, problem: Problem) -> bool:
-        """True if a part is scored for responses to a problem."""
+        """Return True if completions of this problem are scored with the learned part `part`."""
         sources = self._settings(part).problems
         return not sources or problem.id.partition("/")[0] in sources
 
     def _check(self, part: str, groups: Sequence[Group], accuracy: float) -> str:
-        """Add a step to a part's history; the alarm if the part has been hacked, else ""."""
+        """Add the means of a step to the history of a learned part, and check the history for reward
+        hacking.
+
+        `accuracy` is that of the held-out problems. Returns the alarm's sentence and drops the part if it
+        has been hacked; otherwise returns an empty string."""
         settings = self._settings(part)
         scores = [s for group in groups if self.applies(part, group.problem) for s in group.scores]
         values = [score.parts[part] for score in scores if part in score.parts]
@@ -156,14 +171,15 @@ class LearnedRewards:
 
 
 class RewardedTasks:
-    """Tasks whose scores include learned rewards; held-out problems are never drawn."""
+    """A source of problems whose scores include the learned parts `parts` of the reward. It never draws a
+    held-out problem."""
 
     def __init__(self, rewards: LearnedRewards, parts: Sequence[str]):
         self.rewards = rewards
         self.parts = parts
 
     def draw(self, count: int, seed: object, split: str = "train") -> list[Problem]:
-        """`count` problems that are not held out. Raises LimbeckError if there are none."""
+        """Draw `count` problems that are not held out. Raises LimbeckError if there are not enough."""
         problems: list[Problem] = []
         for attempt in range(DRAWS):
             drawn = self.rewards.tasks.draw(count, (seed, attempt) if attempt else seed, split)
@@ -175,7 +191,7 @@ class RewardedTasks:
         )
 
     def score(self, group: Group) -> Group:
-        """The group with the tasks' scores and the learned parts."""
+        """Return the group with its rule-based scores and the learned parts `parts`."""
         group = self.rewards.tasks.score(group)
         for part in self.parts:
             if self.rewards.applies(part, group.problem):
@@ -185,7 +201,8 @@ class RewardedTasks:
 
 
 def add_reward_part(group: Group, scores: Sequence[Score], part: str, weight: float) -> Group:
-    """A scored group with one more part, added to the reward by its weight."""
+    """Return a scored group with one more part: `scores` holds it for each completion, and `weight` times
+    its value is added to the rewards."""
     joined = [
         replace(
             score,
@@ -202,8 +219,11 @@ def add_reward_part(group: Group, scores: Sequence[Score], part: str, weight: fl
 
 
 def hacked(learned: Sequence[float], accuracy: Sequence[float]) -> bool:
-    """True if a learned reward rose from step to step, away from an accuracy that did not clearly rise. An
-    accuracy near 1 has to fall.
+    """Return True if a learned reward rose over the steps while the accuracy did not clearly rise, and the
+    gap between them widened.
+
+    Both sequences have one value per step. Where the accuracy was already near 1 and cannot rise, it must
+    have fallen.
 
     >>> hacked([0.1, 0.2, 0.3, 0.41, 0.5], [0.5, 0.4, 0.5, 0.6, 0.5])
     True
@@ -217,7 +237,8 @@ def hacked(learned: Sequence[float], accuracy: Sequence[float]) -> bool:
 
 
 def trend(values_S: np.ndarray) -> float:
-    """The t value of the slope of a least-squares line through the values of S steps [S]."""
+    """Return the t value of the slope of a least-squares line through one value per step; `values_S` is [S],
+    S the number of steps."""
     n = len(values_S)
     steps_S = np.arange(n) - (n - 1) / 2
     spread = float((steps_S**2).sum())

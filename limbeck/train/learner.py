@@ -1,7 +1,7 @@
-"""The learner: a model, its optimizer, and one update. RL, SFT and distillation differ in the loss they pass.
+"""The learner: a model, its optimizer, and the update of its weights. RL, SFT and distillation use the same
+learner and pass different losses.
 
-N input tokens · M predicted tokens · C hidden · L sparse layers · E experts.
-"""
+Dimensions: N input tokens · M predicted tokens · C hidden size · L mixture-of-experts layers · E experts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ from .scorer import Scorer, token_logprobs
 
 
 class Learner(Scorer):
-    """A model that learns. `step` counts updates and drives the learning-rate schedule; `recompute` saves
-    memory by recomputing activations (model/decoder.py)."""
+    """A model that is trained.
+
+    `step` counts the updates so far and sets the position in the learning-rate schedule. `steps` is the
+    number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
+    memory (model/decoder.py)."""
 
     def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int, recompute: bool = False):
         super().__init__(model)
@@ -40,20 +43,20 @@ class Learner(Scorer):
         self.step = 0
         self.optimizer = Optimizer(model, settings, steps)
         self.parameters = list(model.parameters())
-        self._routes: list[RouterTrace] = []  # of the micro-batches since the last apply()
+        self._routes: list[RouterTrace] = []  # one for each micro-batch since the last apply()
         self._replayed = False
 
     def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Any]:
-        """One optimizer step over all micro-batches of a batch; returns its metrics.
+        """Make one optimizer step over all micro-batches of a batch; return its metrics.
 
-        Raises LimbeckError, with the step not taken, if the loss, a gradient or a new weight is not finite.
-        """
+        Raises LimbeckError if the loss, a gradient or an updated weight is not finite; `step` does not
+        advance then."""
         metrics = self.accumulate(batches, loss, temperature)
         return {**metrics, **self.apply()}
 
     def accumulate(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, float]:
-        """Add the gradients of these micro-batches to those that are there; returns the metrics of the
-        loss."""
+        """Add the gradients of the micro-batches to the gradients accumulated so far; return the metrics of
+        the loss, by name."""
         totals: Metrics = {}
         for batch in batches:
             value, metrics = self._loss(batch, loss, temperature)
@@ -67,8 +70,11 @@ class Learner(Scorer):
         return {name: float(value) for name, value in totals.items()}
 
     def apply(self) -> dict[str, Any]:
-        """Clip the accumulated gradients, take the optimizer step, balance the experts; returns the
-        gradient's norm before clipping and the experts' load."""
+        """Clip the accumulated gradients, make the optimizer step, and adjust the routers' biases of a
+        mixture of experts.
+
+        Returns the norm of the gradients before clipping and, for a mixture of experts, the load of the
+        experts."""
         norm = self.optimizer.step(self.step)
         if not math.isfinite(norm):
             gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
@@ -81,14 +87,18 @@ class Learner(Scorer):
         return {**routing, "gradient_norm": norm}
 
     def _stopped(self, what: str, remedy: str) -> LimbeckError:
-        """The error of a step that cannot be taken; the gradients are dropped."""
+        """Drop the gradients and return the error of an update that cannot be made. `what` names the cause,
+        `remedy` what the user can do."""
         self.model.zero_grad(set_to_none=True)
         self._routes = []
         return stopped(what, remedy, self.step, self.optimizer.steps)
 
     def _loss(self, batch: Batch, loss: Loss, temperature: float) -> tuple[Tensor, Metrics]:
-        """The loss of a micro-batch with its penalties, and its metrics. A loss gets log-probabilities of
-        tokens, or with a teacher the student's hidden states and head."""
+        """Return the loss of a micro-batch, with its additional terms, and its metrics.
+
+        `loss` is called with the log-probabilities of the target tokens or, where the batch has a teacher,
+        with the student's hidden states and head. The additional terms are those of multi-token prediction
+        and of the experts' balance."""
         hidden_NC = self._hidden(batch)
         if batch.teacher is not None:
             logits = Logits(hidden_NC[batch.predict_M], self.model.head.weight, temperature)
@@ -107,7 +117,8 @@ class Learner(Scorer):
         return value, metrics
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [N, C]; with gradients, the experts' balance loss is computed too."""
+        """Return the final hidden states [N, C]. With gradients enabled, the balance loss of the experts is
+        computed as well."""
         if self.mixtures:
             balance = self.settings.balance_loss / batch.sequences if torch.is_grad_enabled() else 0.0
             sequences_N = batch.context.sequences if balance else None
@@ -115,8 +126,10 @@ class Learner(Scorer):
         return self.model(batch.tokens_N, batch.context)
 
     def _mtp_loss(self, hidden_NC: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the multi-token prediction modules (arXiv 2412.19437, eq. 24-25): each target
-        again, predicted from one position further back per module."""
+        """Return the mean cross-entropy of the multi-token prediction modules (arXiv 2412.19437, eq. 24-25).
+
+        The targets are those of the main loss. Module `depth`, counted from 0, predicts each target from the
+        position that is `depth` + 1 before the one that the main head uses."""
         positions_M = batch.context.positions[batch.predict_M]
         ends_N = batch.context.positions.roll(-1) == 0  # the next token begins another sequence
         next_N = batch.next_N
@@ -132,8 +145,11 @@ class Learner(Scorer):
         return torch.stack(losses).mean()
 
     def _balance(self) -> dict[str, Any]:
-        """Adjust the routers' biases by the whole batch's load. Metrics: the largest load over the mean, the
-        routers' entropy, and each expert's share of its layer's tokens."""
+        """Adjust the routers' biases by the experts' load in the whole batch, unless the routes were
+        replayed.
+
+        Returns metrics: the largest load divided by the mean load, the entropy of the routers, and each
+        expert's share of the tokens of its layer."""
         layers = zip(*(routes.loads for routes in self._routes), strict=True)
         loads_LE = [torch.stack(loads).sum(0) for loads in layers]
         if not self._replayed:  # replayed routes are not the router's choice
@@ -148,22 +164,25 @@ class Learner(Scorer):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs; random draws are keyed by step and need no state."""
+        """Return the state that an exact resume needs. Random draws depend on the step alone, and so need no
+        state."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`."""
+        """Restore a state that `state_dict` returned, so that training continues from it."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
     def weights(self) -> dict[str, Tensor]:
-        """The live weights, not a copy: clone what must outlast the next update."""
+        """Return the model's weights by name. They are not copies and change with the next update: clone
+        what is needed longer."""
         return self.model.state_dict()
 
 
 def _add(totals: Metrics, metrics: Metrics) -> None:
-    """Add the metrics of a micro-batch; of `max_...` the larger counts."""
+    """Add the metrics of a micro-batch to `totals`, in place. For metrics named `max_...`, the larger value
+    is kept instead of the sum."""
     for name, value in metrics.items():
         value = value.detach()
         if name in totals:
@@ -173,5 +192,6 @@ def _add(totals: Metrics, metrics: Metrics) -> None:
 
 
 def _shares(load_E: Tensor) -> list[float]:
-    """Each expert's share of the tokens [E], to four digits."""
+    """Return the share of each expert [E] in the tokens of a layer, rounded to four decimal places. `load_E`
+    is the number of tokens of each expert."""
     return [round(share, 4) for share in (load_E / load_E.sum()).tolist()]

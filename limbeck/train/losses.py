@@ -1,9 +1,11 @@
-"""Losses, all with one signature: (logprobs_M, or the student's `Logits`, batch) -> (loss, metrics).
+"""Losses. Each is called as `loss(logprobs_M, batch)`, or with the student's `Logits` in the place of
+`logprobs_M`, and returns the loss and a dictionary of metrics.
 
-Each is a frozen dataclass of its settings, called on a micro-batch. The loss is a sum over the micro-batch
-divided by counts of the whole batch, so micro-batches add up. So do metrics, each a share of the batch's
-mean, except those named `max_...`, of which the largest counts. M predicted tokens · S sequences · P pairs ·
-J spans of text."""
+Each is a frozen dataclass of its settings, called on one micro-batch. The result is a sum over the
+micro-batch divided by counts of the whole batch, so the losses of all micro-batches add up to the loss of
+the batch. Metrics add up in the same way, except those named `max_...`, of which the largest is taken.
+
+Dimensions: M predicted tokens · S sequences · P preference pairs · J spans of text."""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ Loss = Callable[["Tensor | Logits", Batch], tuple[Tensor, Metrics]]
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Mean negative log-likelihood of the predicted tokens."""
+    """The mean negative log-likelihood of the predicted tokens."""
 
     def __call__(self, logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a micro-batch, from the log-probabilities [M] of its targets."""
+        """Return the loss and metrics of a micro-batch, from the log-probabilities [M] of its target
+        tokens."""
         loss = -logprobs_M.sum() / batch.tokens
         return loss, {"loss": loss.detach()}
 
@@ -40,22 +43,25 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Mean divergence of the student's next-token distribution from the teacher's, over the predicted tokens.
+    """The mean divergence, over the predicted tokens, of the student's next-token distribution from the
+    teacher's.
 
-    `kind` is `forward` KL, `reverse` KL, or `jsd` with `beta` (train/divergence.py). The teacher is in the
-    batch. One temperature divides both sides' logits; the loss is not multiplied by its square."""
+    `kind` is `forward` for the forward KL, `reverse` for the reverse KL, or `jsd` for the generalised
+    Jensen-Shannon divergence with the weight `beta` (train/divergence.py). The teacher's distribution is in
+    the batch. The logits of student and teacher are divided by the same temperature; the loss is not
+    multiplied by the squared temperature."""
 
     kind: Literal["forward", "reverse", "jsd"]
     beta: float = 0.5
 
     def __call__(self, logits: Logits, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a micro-batch, from the student's logits at its predictions."""
+        """Return the loss and metrics of a micro-batch, from the student's logits at its predictions."""
         total, _, entropy_M = divergence(logits, batch.teacher, self._measure())
         loss = total / batch.tokens
         return loss, {"loss": loss.detach(), "entropy": entropy_M.sum() / batch.tokens}
 
     def _measure(self) -> Measure:
-        """The function of train/divergence.py that `kind` names."""
+        """Return the divergence function of train/divergence.py that `kind` names."""
         if self.kind == "jsd":
             return jensen_shannon(self.beta)
         return forward_kl if self.kind == "forward" else reverse_kl
@@ -63,15 +69,17 @@ class Distillation:
 
 @dataclass(frozen=True)
 class SpanDistance:
-    """Distillation across tokenizers: half the squared difference of student's and teacher's log-probability
-    of each span of text, summed and divided by the predicted tokens.
+    """The loss of distillation between models with different tokenizers: half the squared difference between
+    the student's and the teacher's log-probability of each span of text, summed over the spans and divided
+    by the number of predicted tokens.
 
-    It is zero only where both agree. On the student's own samples its gradient is, in expectation, that of
-    the reverse KL of spans: E[(log q - log p) grad log q]."""
+    It is zero only where the two agree on every span. On samples that the student made, its gradient is, in
+    expectation, that of the reverse KL between the distributions of spans: E[(log q - log p) grad log q],
+    with q of the student and p of the teacher."""
 
     def __call__(self, logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a micro-batch; `batch.reference_M` holds the teacher's log-probability of each
-        span at its last token."""
+        """Return the loss and metrics of a micro-batch. `batch.reference_M` holds, at the last token of each
+        span, the teacher's log-probability of the span."""
         inside_M = batch.spans_M >= 0
         spans = int(batch.spans_M.max()) + 1
         difference_M = (logprobs_M - batch.reference_M)[inside_M]
@@ -90,14 +98,16 @@ class DPO:
     """Direct preference optimisation (arXiv 2305.18290, eq. 7): -log sigmoid(reward of chosen - reward of
     rejected).
 
-    The implicit reward of a response is beta times the sum of log(pi / reference) over its tokens, or,
-    `normalized`, their mean."""
+    The implicit reward of a response is beta times the sum of log(pi / reference) over its tokens, where pi
+    is the probability that the trained model gives a token and reference that of the frozen initial model.
+    With `normalized`, the mean over the tokens replaces the sum."""
 
     beta: float
     normalized: bool = False
 
     def __call__(self, logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a micro-batch of whole pairs (`batch.pairs_S`)."""
+        """Return the loss and metrics of a micro-batch that holds both responses of every pair
+        (`batch.pairs_S`), from the log-probabilities [M]."""
         log_ratio_M = logprobs_M - batch.reference_M
         reward_S = logprobs_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, log_ratio_M)
         if self.normalized:
@@ -119,11 +129,12 @@ class DPO:
 
 @dataclass(frozen=True)
 class BradleyTerry:
-    """A reward model's loss (Bradley and Terry 1952): -log sigmoid(value of chosen - value of rejected), the
-    mean over pairs. Each sequence has one prediction, its value."""
+    """The loss of a reward model (Bradley and Terry 1952): -log sigmoid(value of chosen - value of
+    rejected), as a mean over pairs. Each sequence has one prediction, which is its value."""
 
     def __call__(self, values_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a micro-batch of whole pairs (`batch.pairs_S`)."""
+        """Return the loss and metrics of a micro-batch that holds both responses of every pair
+        (`batch.pairs_S`), from one value for each sequence."""
         values_S = values_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, values_M)
         margin_P = pair_margins(values_S, batch.pairs_S)
         pairs = batch.sequences / 2
@@ -134,10 +145,10 @@ class BradleyTerry:
 
 
 def pair_margins(reward_S: Tensor, pairs_S: Tensor) -> Tensor:
-    """Reward of the chosen response minus that of the rejected one, for each pair [P].
+    """Return, for each pair [P], the reward of the chosen response minus the reward of the rejected one.
 
-    Raises ValueError if a pair lacks one of its two responses, or has one twice.
-    """
+    `pairs_S` is the number of each sequence's pair, negative for the rejected response. Raises ValueError if
+    a pair lacks one of its two responses, or has one twice."""
     _, pair_S, count_P = pairs_S.abs().unique(return_inverse=True, return_counts=True)
     balance_P = torch.zeros_like(count_P).index_add(0, pair_S, pairs_S.sign())
     if int((count_P != 2).sum()) or int(balance_P.abs().sum()):
@@ -150,20 +161,23 @@ def pair_margins(reward_S: Tensor, pairs_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """GRPO's clipped surrogate (arXiv 2402.03300 eq. 3; clip-higher and token mean from arXiv 2503.14476).
+    """GRPO's clipped surrogate loss (arXiv 2402.03300, eq. 3; clip-higher and token mean from arXiv
+    2503.14476).
 
-    With the importance ratio pi / pi_old per token, the loss is -min(ratio A, clip(ratio, 1 - low, 1 + high)
-    A), plus `kl_coef` times the k3 estimate of KL(pi || reference). DeepSeek-V3.2 (arXiv 2512.02556, section
-    3.1): `kl_unbiased` weights k3 by the ratio; `off_policy_threshold` leaves sequences with a negative
-    advantage whose mean KL(pi_old || pi) is above it out of the surrogate, not out of the KL term.
-    `max_new_tokens` is the constant of Dr. GRPO's reduction."""
+    The importance ratio of a token is pi / pi_old: its probability under the learner divided by its
+    probability at sampling. With the advantage A, the loss is -min(ratio A, clip(ratio, 1 - low, 1 + high)
+    A), plus `kl_coef` times the k3 estimate of KL(pi || reference). Two settings follow DeepSeek-V3.2 (arXiv
+    2512.02556, section 3.1). `kl_unbiased` multiplies k3 by the importance ratio. `off_policy_threshold`
+    excludes sequences from the surrogate, but not from the KL term, if their advantage is negative and their
+    mean estimate of KL(pi_old || pi) is above the threshold. `max_new_tokens` is the constant divisor of Dr.
+    GRPO's reduction."""
 
     policy: Policy
     max_new_tokens: int = 1
 
     def __call__(self, logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of a micro-batch, from the policy's log-probabilities [M] of the sampled
-        tokens."""
+        """Return the loss and metrics of a micro-batch, from the learner's log-probabilities [M] of the
+        sampled tokens."""
         policy = self.policy
         log_ratio_M = logprobs_M - batch.logprobs_M
         importance_ratio_M = log_ratio_M.exp()
@@ -186,8 +200,11 @@ class PolicyGradient:
 
 
 def token_weights(reduction: str, batch: Batch, max_new_tokens: int) -> Tensor:
-    """The weight [M] of each token's loss: 1 / all tokens; or 1 / (sequences x its sequence's length), GRPO's
-    original; or 1 / (sequences x max_new_tokens), Dr. GRPO's constant (arXiv 2503.20783)."""
+    """Return the factor [M] by which the loss of each token is multiplied.
+
+    For `reduction` `token` it is 1 / (all tokens of the batch). For `sequence`, GRPO's original, it is 1 /
+    (sequences x length of the token's sequence). Otherwise it is 1 / (sequences x max_new_tokens), the
+    constant of Dr. GRPO (arXiv 2503.20783)."""
     if reduction == "token":
         return torch.full_like(batch.advantages_M, 1 / batch.tokens)
     if reduction == "sequence":
@@ -196,15 +213,15 @@ def token_weights(reduction: str, batch: Batch, max_new_tokens: int) -> Tensor:
 
 
 def k3(logprobs_M: Tensor, reference_M: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) per token [M]: r - log r - 1 with r = reference /
-    policy, never negative."""
+    """Return Schulman's k3 estimate of KL(policy || reference) for each token [M]: r - log r - 1, where r is
+    the reference's probability divided by the policy's. It is never negative."""
     log_ratio_M = reference_M - logprobs_M
     return log_ratio_M.exp() - log_ratio_M - 1
 
 
 def _loss_mask(log_ratio_M: Tensor, batch: Batch, threshold: float) -> Tensor:
-    """1 for tokens of sequences to learn from, 0 for those of stale sequences with a negative advantage
-    [M]."""
+    """Return a mask [M]: 0 for the tokens of a sequence that has a negative advantage and whose mean
+    estimate of KL(pi_old || pi) is above `threshold`, 1 for all other tokens."""
     total_S = log_ratio_M.new_zeros(len(batch.lengths_S)).index_add_(0, batch.rows_M, -log_ratio_M)
     stale_S = total_S / batch.lengths_S > threshold
     stale_M = stale_S[batch.rows_M]
@@ -214,8 +231,9 @@ def _loss_mask(log_ratio_M: Tensor, batch: Batch, threshold: float) -> Tensor:
 def _ratio_metrics(
     log_ratio_M: Tensor, importance_ratio_M: Tensor, clipped_M: Tensor, tokens: int
 ) -> Metrics:
-    """Share of clipped tokens, k3 estimate of KL(pi || pi_old), and the largest log-ratio, from values
-    [M]."""
+    """Return metrics of the importance ratios: the share of tokens that were clipped, the k3 estimate of
+    KL(pi || pi_old), and the largest absolute log-ratio. `tokens` is the number of predicted tokens of the
+    whole batch."""
     return {
         "clipped": (importance_ratio_M != clipped_M).float().sum() / tokens,
         "kl_old": (importance_ratio_M - log_ratio_M - 1).sum() / tokens,
@@ -224,11 +242,12 @@ def _ratio_metrics(
 
 
 def group_advantages(groups: Sequence[Group], scale: str) -> list[np.ndarray]:
-    """Advantages, one array per group: reward minus the group's mean; divided by the group's standard
-    deviation (GRPO), by the batch's, or by nothing.
+    """Return the advantages of each group, one array per group: the rewards minus the group's mean reward,
+    divided as `scale` says.
 
-    The group's is the sample deviation plus 1e-4, as TRL computes it. A group of equal rewards gives zeros.
-    """
+    For `group` the divisor is the standard deviation of the group's rewards (GRPO), for `batch` that of all
+    rewards of the batch; otherwise there is none. It is the sample standard deviation plus 1e-4, as in TRL.
+    A group of equal rewards gives zeros."""
     centred = [np.asarray(group.rewards) - np.mean(group.rewards) for group in groups]
     if scale == "group":
         deviations = [np.std(group.rewards, ddof=1) + 1e-4 for group in groups]

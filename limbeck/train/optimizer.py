@@ -1,7 +1,7 @@
-"""AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+"""The optimizers: AdamW for all parameters, or Muon for the weight matrices inside the decoder's blocks and
+AdamW for the rest.
 
-X matrices · R rows · C columns.
-"""
+Dimensions: X matrices · R rows of a matrix · C columns of a matrix."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ Pair = tuple[Tensor, Tensor]  # a matrix and the direction of its update
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan 2024); the update is scaled by 0.2 sqrt(larger side), so that one
-    learning rate fits Muon and AdamW (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+    """Muon: momentum updates whose matrices are orthogonalised (Jordan 2024).
 
-    Newton-Schulz runs in float32 (bfloat16 is slow on most CPUs), on all matrices of equal shape at once. A
-    fused projection is several matrices: `heights` gives, for each parameter, the rows of each."""
+    The update is scaled by 0.2 sqrt(larger side of the matrix), so that the same learning rate suits Muon
+    and AdamW (Liu et al. 2025, arXiv 2502.16982, eq. 4). Newton-Schulz iterations run in float32, since
+    bfloat16 is slow on most CPUs, and on all matrices of equal shape at once. A parameter may hold several
+    matrices stacked along its rows, such as a fused projection: `heights` gives, for each parameter, the
+    number of rows of each of its matrices."""
 
     def __init__(
         self,
@@ -58,7 +60,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(matrices, updates.unbind(), alpha=rate)
 
     def _directions(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """Nesterov momentum of the gradients, in the parameters' shapes [R, C] or [X, R, C]."""
+        """Update the momentum of each parameter and return the Nesterov directions, in the parameters'
+        shapes [R, C] or [X, R, C]."""
         gradients = [p.grad for p in parameters]
         buffers = []
         for p in parameters:
@@ -69,8 +72,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def _matrices(parameter: Tensor, direction: Tensor, rows: tuple[int, ...]) -> list[Pair]:
-    """The matrices of a parameter with their directions, as views [R, C] with at most as many rows as
-    columns."""
+    """Return the matrices of a parameter, each with the direction of its update, as views [R, C].
+
+    `rows` is the number of rows of each matrix. A matrix with more rows than columns is transposed."""
     pairs = []
     parts = parameter.flatten(0, -2).split(rows)
     steps = direction.flatten(0, -2).split(rows)
@@ -81,8 +85,8 @@ def _matrices(parameter: Tensor, direction: Tensor, rows: tuple[int, ...]) -> li
 
 
 def orthogonalize(matrices_XRC: Tensor, steps: int = 5) -> Tensor:
-    """Quintic Newton-Schulz: every singular value of each matrix goes to about 1. At most as many rows as
-    columns."""
+    """Orthogonalise each matrix approximately: `steps` quintic Newton-Schulz iterations bring all its
+    singular values close to 1. The matrices must not have more rows than columns."""
     a = 3.4445
     b = -4.7750
     c = 2.0315
@@ -95,12 +99,13 @@ def orthogonalize(matrices_XRC: Tensor, steps: int = 5) -> Tensor:
 
 
 def _for_muon(name: str, parameter: Tensor) -> bool:
-    """True for a matrix [R, C] inside a block, or a stack of experts' [X, R, C]; a router's is AdamW's."""
+    """Return True if Muon updates the parameter: a matrix [R, C] inside a block, or the stacked matrices of
+    experts [X, R, C], but not a router's matrix."""
     return parameter.ndim >= 2 and "block" in name and ".router." not in name
 
 
 def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+    """Make an AdamW optimizer that applies weight decay to matrices but not to vectors."""
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -114,17 +119,17 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
 
 
 class Optimizer:
-    """The settings' optimizers and learning-rate schedule over a model's parameters.
+    """The optimizers and the learning-rate schedule that the settings name, over the parameters of a model.
 
-    Embeddings, vectors and routers are AdamW's also beside Muon. Routed experts may have a learning rate of
-    their own."""
+    With Muon, AdamW still updates the embeddings, the vectors and the routers. Routed experts may have a
+    learning rate of their own. `steps` is the number of updates planned, which the schedule depends on."""
 
     def __init__(self, model: Decoder, settings: Settings, steps: int):
         self.model = model
         self.settings = settings
         self.steps = steps
         self.parts: list[torch.optim.Optimizer] = []
-        self.rates: list[float] = []  # of each part, over the settings' learning rate
+        self.rates: list[float] = []  # each part's learning rate, divided by the settings'
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}
@@ -134,7 +139,8 @@ class Optimizer:
         self._add(experts, settings.expert_ratio, adamw_ratio)
 
     def _add(self, named: dict[str, nn.Parameter], ratio: float, adamw_ratio: float) -> None:
-        """Add the optimizers of some parameters, whose rate is `ratio` times the settings'."""
+        """Add the optimizers of the parameters `named`. Their learning rate is `ratio` times that of the
+        settings; parameters that AdamW updates have it multiplied by `adamw_ratio` as well."""
         settings = self.settings
         muon = [name for name, p in named.items() if settings.name == "muon" and _for_muon(name, p)]
         adamw = [p for name, p in named.items() if name not in muon]
@@ -148,10 +154,11 @@ class Optimizer:
             self.rates.append(ratio)
 
     def step(self, step: int) -> float:
-        """Clip the gradients, update, drop the gradients; returns their norm before clipping.
+        """Clip the gradients, update the parameters, and drop the gradients; return the norm of the
+        gradients before clipping.
 
-        If the norm is not finite, nothing changes: neither weights nor moments nor gradients.
-        """
+        `step` is the number of the update, from 0. If the norm is not finite, weights, moments and gradients
+        stay as they are."""
         learned = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learned])
         if not math.isfinite(norm):
@@ -166,17 +173,18 @@ class Optimizer:
         return float(norm)
 
     def state_dict(self) -> list[dict]:
-        """The states of all parts, for an exact resume."""
+        """Return the states of all optimizers, for an exact resume."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Continue from states of `state_dict`."""
+        """Restore the states that `state_dict` returned."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
 
 def schedule(settings: Settings, step: int, steps: int) -> float:
-    """The learning rate's factor at `step` of `steps`: warm-up from 0, then constant, linear or cosine."""
+    """Return the factor of the learning rate at update `step` of `steps`: a linear warm-up to 1, then the
+    schedule of the settings (constant, linear or cosine), which decays to `final_ratio`."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     done = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))

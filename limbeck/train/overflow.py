@@ -1,4 +1,5 @@
-"""Overflow in a training step: the tensor that holds an infinity or NaN, and the remedy."""
+"""Diagnosis of a training step in which a number overflowed: which tensor holds an infinity or NaN, and what
+the user can do."""
 
 from __future__ import annotations
 
@@ -20,16 +21,16 @@ BATCH_FIELDS = {
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
-    """True if all numbers of some tensors [...] are finite, and so is their sum of squares."""
+    """Return True if all numbers of the tensors are finite, and the sum of their squares is finite too."""
     return math.isfinite(nn.utils.get_total_norm(list(tensors)))
 
 
 def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The name of the first tensor [...] with an infinity or NaN; if none has one, of that with the largest
-    number."""
+    """Return the name of the first tensor that holds an infinity or NaN. If no tensor does, return the name
+    of the tensor with the largest absolute number."""
 
     def magnitude(item: tuple[str, Tensor]) -> float:
-        """The largest absolute number of a tensor [...], infinity for NaN."""
+        """Return the largest absolute number of a named tensor; infinity if it holds NaN."""
         largest = item[1].detach().abs().max()
         return float(largest.nan_to_num(math.inf))
 
@@ -37,14 +38,15 @@ def spoiled(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def stopped(subject: str, remedy: str, step: int, steps: int) -> LimbeckError:
-    """The error that ends a stage at `step`, which counts from 0; `subject` is a noun with its verb."""
+    """Return the error that ends a stage at `step`, which counts from 0, of `steps`. `subject` begins its
+    sentence, as in "the gradient of head.weight is"; `remedy` says what the user can do."""
     sentence = f"optimiser step {step + 1} of {steps}: {subject} not finite"
     return LimbeckError(f"{sentence}; {remedy}; the last checkpoint stays as it is")
 
 
 def blamed(model: nn.Module, batch: Batch) -> tuple[str, str]:
-    """The cause of a loss that is not finite, and a remedy: a weight, a field of the batch, the teacher, or
-    else the loss itself."""
+    """Find the cause of a loss that is not finite: a weight, a field of the batch, the teacher, or else the
+    loss itself. Return the beginning of a sentence that names it, and a remedy."""
     if not finite(model.parameters()):
         weight = spoiled(model.named_parameters())
         return f"the weight {weight} is", "begin with a model whose weights are finite"

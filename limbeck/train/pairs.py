@@ -1,8 +1,8 @@
-"""Preference pairs: two responses to one prompt, a chosen and a rejected one, as samples and as batches of
-whole pairs.
+"""Preference pairs: a chosen and a rejected response to one prompt, as two samples that are always in the
+same batch.
 
-DPO and reward models learn from the same encoding: `Sample.pair` is i for the chosen and -i for the rejected
-response of the i-th pair, and both stand side by side."""
+DPO and reward models use the same encoding. `Sample.pair` is i for the chosen and -i for the rejected
+response of the i-th pair, counted from 1, and the two samples are neighbours in the list."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .sft import plan_epochs
 
 
 def best_and_worst(scores: Sequence[float], margin: float) -> tuple[int, int] | None:
-    """The places of the best and of the worst, of equals the first; None if they differ by no more than
-    `margin`.
+    """Return the indices of the best and of the worst score, the first one among equals; None if the two
+    differ by no more than `margin`.
 
     >>> best_and_worst([0.2, 1.2, 0.0, 1.2], margin=0.0)
     (1, 2)
@@ -27,7 +27,8 @@ def best_and_worst(scores: Sequence[float], margin: float) -> tuple[int, int] | 
 
 
 def both(pairs: Sequence[int]) -> list[int]:
-    """Indices of samples of some pairs: pair p is the samples 2p (chosen) and 2p + 1 (rejected).
+    """Return the indices of the samples of some pairs. Pair p, counted from 0, has the samples 2p (chosen)
+    and 2p + 1 (rejected).
 
     >>> both([3, 0])
     [6, 7, 0, 1]
@@ -36,7 +37,8 @@ def both(pairs: Sequence[int]) -> list[int]:
 
 
 def plan_by_tokens(samples: Sequence[Sample], epochs: float, tokens: int, seed: object) -> list[list[int]]:
-    """Batches of whole pairs of about `tokens` tokens, each epoch in its own order."""
+    """Plan batches of whole pairs with about `tokens` tokens each; return the sample indices of each batch.
+    Each epoch has its own random order."""
     joined = [
         Sample(np.concatenate([chosen.tokens, rejected.tokens]), 0)
         for chosen, rejected in zip(samples[::2], samples[1::2], strict=True)
@@ -45,8 +47,10 @@ def plan_by_tokens(samples: Sequence[Sample], epochs: float, tokens: int, seed: 
 
 
 def plan_by_count(count: int, epochs: float, batch: int, seed: object) -> list[list[int]]:
-    """Batches of `batch` whole pairs of `count`, each epoch in its own order and cut by itself, so that no
-    batch has a pair twice; a fraction of an epoch is its beginning."""
+    """Plan batches of `batch` pairs out of `count`; return the sample indices of each batch.
+
+    Each epoch has its own random order and is divided into batches separately, so no batch has a pair twice.
+    A fraction of an epoch is the first part of its order."""
     plan = []
     left = max(1, round(epochs * count))
     for epoch in range(int(np.ceil(epochs))):

@@ -1,9 +1,12 @@
-"""A reward model: the decoder with a value head, one number per response, learned from preference pairs.
+"""A reward model: the decoder with a value head, which gives each response one number, learned from
+preference pairs.
 
-It reads a question and the final answer, never the thought: a thought that is rewarded learns to please
-(DeepSeek-R1, arXiv 2501.12948v2, 3.1). Bradley and Terry (1952): P(a is preferred to b) = sigmoid(value(a) -
-value(b)). The loss is `losses.BradleyTerry`, the loop `sft.SFTTrainer`. N input tokens · M predictions, one
-per sequence · C hidden."""
+It reads a question and the final answer, not the thought: a model whose thought is rewarded learns to write
+thoughts that the reward model likes (DeepSeek-R1, arXiv 2501.12948v2, 3.1). Bradley and Terry (1952): P(a is
+preferred to b) = sigmoid(value(a) - value(b)). The loss is `losses.BradleyTerry`, the training loop is
+`sft.SFTTrainer`.
+
+Dimensions: N input tokens · M predictions, one for each sequence · C hidden size."""
 
 from __future__ import annotations
 
@@ -23,33 +26,35 @@ from .batch import MICRO_TOKENS, Batch, by_sample, pack
 from .learner import Learner
 from .scorer import Scorer
 
-Row = Mapping[str, Any]  # of preferences: prompt, chosen, rejected
+Row = Mapping[str, Any]  # a preference row: prompt, chosen, rejected
 
 
 class _ValueHead:
-    """Values in the place of log-probabilities: one for each sequence, computed at its last token."""
+    """Makes a `Scorer` or `Learner` return values instead of log-probabilities: one value for each sequence,
+    computed at its last input token."""
 
     model: Decoder
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Values [M], and entropies [M] of zero."""
+        """Return the values [M], and zeros [M] in the place of the entropies."""
         values_M = self.model.value(hidden_NC[batch.predict_M]).squeeze(1)
         return values_M, torch.zeros_like(values_M).detach()
 
     def values(self, samples: Sequence[Sample], batch_tokens: int = MICRO_TOKENS) -> np.ndarray:
-        """The value of each sample [samples], in their order."""
+        """Return the value of each sample, an array [samples] in the order of the samples. `batch_tokens` is
+        the size of a micro-batch in input tokens."""
         batches = pack(samples, batch_tokens)
         return np.concatenate(by_sample(batches, self.logprobs(batches), len(samples)))
 
 
 def add_value_head(model: Decoder) -> None:
-    """Give a decoder a value head of zeros: every response has the value 0."""
+    """Give a decoder a value head with zero weights, so that every response has the value 0 at first."""
     model.value = nn.Linear(model.config.hidden_size, 1, bias=False)
     nn.init.zeros_(model.value.weight)
 
 
 class RewardModelLearner(_ValueHead, Learner):
-    """A reward model that learns."""
+    """A reward model that is trained."""
 
     def __init__(self, model: Decoder, settings: Optimizer, steps: int):
         add_value_head(model)
@@ -57,8 +62,8 @@ class RewardModelLearner(_ValueHead, Learner):
 
 
 class RewardModelScorer(_ValueHead, Scorer):
-    """A frozen reward model as a reward function: the part `preference` of a score is the probability that a
-    final answer is preferred to one of value `centre`."""
+    """A frozen reward model, used as a reward function. The part `preference` of a score is the probability
+    that the final answer is preferred to an answer whose value is `centre`."""
 
     def __init__(self, model: Decoder, value_1C: Tensor, tokenizer: Tokenizer, centre: float):
         add_value_head(model)
@@ -71,8 +76,9 @@ class RewardModelScorer(_ValueHead, Scorer):
         self.flops = 0.0
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Score]]:
-        """One score per completion; without a final answer it is 0. Equal answers are scored once, so that
-        rounding does not tell them apart."""
+        """Return the score of each completion of each group; a completion without a final answer gets 0.
+
+        Equal answers are computed only once, so that rounding cannot give them different scores."""
         answers = [
             [
                 (group.problem.prompt, split_thought(completion.text).answer)
@@ -87,20 +93,20 @@ class RewardModelScorer(_ValueHead, Scorer):
         return [[self._score(values[answer], answer[1]) for answer in row] for row in answers]
 
     def _count(self, samples: Sequence[Sample]) -> None:
-        """Add the tokens and FLOPs of a forward pass to the usage."""
+        """Add the tokens and FLOPs of a forward pass over the samples to the usage."""
         for sample in samples:
             tokens = len(sample.tokens)
             self.tokens += tokens
             self.flops += tokens * self.model.config.flops_per_token(tokens / 2)
 
     def _score(self, value: float, answer: str) -> Score:
-        """The part `preference` of an answer's score."""
+        """Return the score with the part `preference`, computed from an answer's value."""
         if not answer:
             return Score({"preference": 0.0}, {"preference": "no final answer"})
         return Score({"preference": float(1 / (1 + np.exp(self.centre - value)))})
 
     def take_usage(self) -> dict[str, float]:
-        """Tokens and FLOPs since the last call."""
+        """Return the tokens and FLOPs that were spent since the last call, by name."""
         usage = {"preference_tokens": self.tokens, "preference_flops": self.flops}
         self.tokens = 0
         self.flops = 0.0
@@ -108,11 +114,12 @@ class RewardModelScorer(_ValueHead, Scorer):
 
 
 def to_sample(tokenizer: Tokenizer, question: str, response: str, pair: int = 0) -> Sample:
-    """A question and the final answer of a response as tokens; `pair` numbers preference pairs
-    (train/pairs.py).
+    """Encode a question and the final answer of a response as a sample; `pair` is the number of its
+    preference pair (train/pairs.py).
 
-    The value is computed at the end-of-turn token, the last token that is an input, so one more follows it.
-    The sample has no prompt of its own: answers to one question are packed whole."""
+    The value is computed at the end-of-turn token. The last token of a sample is never an input, so one more
+    token follows the end-of-turn token. The sample has no prompt of its own: question and answer are packed
+    as one sequence."""
     answer = tokenizer.response(split_thought(response).answer)
     tokens = np.concatenate([tokenizer.prompt(question), answer, [tokenizer.end_id]])
     last = np.arange(1, len(tokens)) == len(tokens) - 1
@@ -120,7 +127,8 @@ def to_sample(tokenizer: Tokenizer, question: str, response: str, pair: int = 0)
 
 
 def to_samples(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Sample]:
-    """Rows of preferences as samples, chosen and rejected side by side."""
+    """Encode preference rows (each a question with a chosen and a rejected response) as samples, the chosen
+    sample directly before the rejected one."""
     samples = []
     for number, row in enumerate(rows, start=1):
         samples.append(to_sample(tokenizer, row["prompt"], row["chosen"], number))
@@ -129,8 +137,10 @@ def to_samples(tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Sample]:
 
 
 def split(rows: Sequence[Row], share: float, seed: object) -> tuple[list[Row], list[Row]]:
-    """Rows to learn from and held-out rows: a share of the questions, one at least, is held out with all its
-    pairs."""
+    """Divide preference rows into rows to learn from and held-out rows.
+
+    `share` is the share of the questions that is held out, at least one question. All pairs of one question
+    are on the same side."""
     questions = {row["prompt"] for row in rows}
     order = sorted(questions, key=lambda question: fingerprint(seed, "held out", question))
     held_out = set(order[: max(1, round(share * len(order)))])

@@ -1,7 +1,8 @@
-"""A frozen model's forward pass over packed micro-batches: log-probabilities, entropies, hidden states.
+"""The forward pass of a frozen model over packed micro-batches: log-probabilities, entropies and hidden
+states.
 
-N input tokens · M predicted tokens · C hidden · V vocabulary · K ids that top-p sampling left · R rows of a
-chunk."""
+Dimensions: N input tokens · M predicted tokens · C hidden size · V vocabulary · K token ids that top-p
+sampling left to choose from · R rows of a chunk (predicted tokens computed at once)."""
 
 from __future__ import annotations
 
@@ -20,40 +21,44 @@ CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
 
 
 class Scorer:
-    """The forward pass of a reference, a teacher or a judge. `Learner` adds an optimizer to it."""
+    """The forward pass of a frozen model: a reference, a teacher or a reward model. `Learner` is a `Scorer`
+    with an optimizer."""
 
     def __init__(self, model: Decoder):
         self.model = model
         self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probability of each predicted token [M], differentiable, and the entropy of its distribution
-        [M]."""
+        """Return the log-probability of each predicted token [M], which is differentiable, and the entropy
+        of the distribution at each predicted token [M]."""
         return self._logprobs(self._hidden(batch), batch, temperature)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
-        """Log-probabilities of the predicted tokens, one tensor [M] per micro-batch."""
+        """Return the log-probabilities of the predicted tokens, one tensor [M] for each micro-batch, without
+        gradients."""
         return [self.forward(batch, temperature)[0] for batch in batches]
 
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
-        """Hidden states at the batch's predictions and the head, from which a teacher's logits are made.
+        """Return this model's hidden states at the predictions of a batch, and its output head. As a
+        teacher's, they stand for its full logits.
 
-        The model routes its experts itself: routes in the batch are the student's.
-        """
+        The model's own routers choose its experts; the routes in the batch belong to the student and are
+        ignored."""
         hidden_NC = self._hidden(replace(batch, routes_NLK=None))
         batch.context.routes = None
         return States(hidden_NC[batch.predict_M], self.model.head.weight.detach())
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [N, C]."""
+        """Return the final hidden states [N, C]."""
         if self.mixtures:
             batch.context.routes = RouterTrace(batch.routes_NLK, 0.0, None)
         return self.model(batch.tokens_N, batch.context)
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [M] and entropies [M] from the final hidden states [N, C]."""
+        """Return the log-probabilities [M] and entropies [M] at the predictions, from the final hidden
+        states [N, C]."""
         hidden_MC = hidden_NC[batch.predict_M]
         return token_logprobs(hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK)
 
@@ -65,20 +70,20 @@ def token_logprobs(
     temperature: float = 1.0,
     kept_MK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ head / temperature)[target] and the entropy, both [M]; the logits [M, V] are never
-    in memory whole.
+    """Return log softmax(hidden @ head / temperature)[target] and the entropy of the distribution, both [M].
 
-    With `kept_MK` the softmax is over those ids alone: the distribution that top-p sampling drew from.
-    """
+    The logits [M, V] are never in memory as a whole. With `kept_MK`, the softmax is over these token ids
+    alone: the distribution that top-p sampling drew from."""
     return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Logits are computed chunk by chunk, and again in the backward pass: memory saved by arithmetic."""
+    """Computes the logits chunk by chunk in the forward pass, and again in the backward pass. This needs
+    less memory and more arithmetic than storing them."""
 
     @staticmethod
     def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
-        """Log-probabilities [M] and entropies [M]."""
+        """Return the log-probabilities [M] and the entropies [M]."""
         ctx.rows = max(1, CHUNK // len(head_VC))
         ctx.temperature = temperature
         saved = [hidden_MC, head_VC, targets_M]
@@ -97,7 +102,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_M, _):
-        """Gradients of the hidden states [M, C] and of the head [V, C]."""
+        """Return the gradients of the hidden states [M, C] and of the head [V, C]. `grad_M` is the gradient
+        of the log-probabilities; the entropies have none."""
         hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
         kept_MK = rest[0] if rest else None
         grad_hidden_MC = torch.empty_like(hidden_MC)
@@ -117,7 +123,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK: Tensor | None) -> Tensor:
-    """Log-probabilities [R, V], those of ids outside `kept_RK` minus infinity."""
+    """Return the log-probabilities of a chunk [R, V]; those of ids that are not in `kept_RK` are minus
+    infinity."""
     logits_RV = tempered(hidden_RC, head_VC, temperature)
     if kept_RK is not None:
         outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
@@ -130,7 +137,8 @@ def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK
 def _chunks(
     rows: int, hidden_MC: Tensor, targets_M: Tensor, kept_MK: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Chunks of `rows` predictions: hidden states [R, C], targets [R], kept ids [R, K]."""
+    """Yield the predictions in chunks of `rows`: hidden states [R, C], targets [R], and the kept token ids
+    [R, K] or None."""
     for begin in range(0, max(1, len(hidden_MC)), rows):
         part = slice(begin, begin + rows)
         yield hidden_MC[part], targets_M[part], None if kept_MK is None else kept_MK[part]

@@ -1,5 +1,5 @@
-"""Self-test of an RL stage before its first update: errors of the token mask, the sampler or the packing stop
-it."""
+"""A self-test of an RL stage before its first update. It finds errors in the choice of the tokens in the
+loss, in the sampler, and in the packing of batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .batch import Batch, pack
 from .learner import Learner
 from .losses import Loss
 
-SAMPLES = 4  # samples that are tested
-WHOLE = 1 << 30  # tokens of a micro-batch that holds all of them
+SAMPLES = 4  # number of samples that are tested
+WHOLE = 1 << 30  # tokens: a micro-batch so large that it holds all samples
 GRADIENT_DIFFERENCE = 1e-3  # share of the gradient's norm that rounding explains
 
 
@@ -23,10 +23,10 @@ def selftest(
     learner: Learner, samples: Sequence[Sample], loss: Loss, end_id: int, temperature: float
 ) -> None:
     """Check four things on a few samples: the end-of-turn token is in the loss, the prompt is not, the
-    learner's log-probabilities are the sampler's, and the gradient does not depend on how the batch is cut.
+    learner's log-probabilities equal the sampler's, and the gradient does not depend on how the batch is
+    divided into micro-batches.
 
-    Raises LimbeckError with a remedy.
-    """
+    `end_id` is the id of the end-of-turn token. Raises LimbeckError with a remedy if a check fails."""
     finished = [sample for sample in samples if sample.tokens[-1] == end_id]
     tested = (finished or list(samples))[:SAMPLES]
     batches = pack(tested, WHOLE)
@@ -42,7 +42,8 @@ def selftest(
 
 
 def _check_targets(batches: Sequence[Batch], samples: Sequence[Sample], end_id: int | None) -> None:
-    """The end-of-turn token is in the loss, and prompts are not."""
+    """Raise LimbeckError if the end-of-turn token `end_id` is not in the loss, or if a token of a prompt
+    is."""
     targets_M = torch.cat([batch.targets_M for batch in batches])
     if end_id is not None and int((targets_M == end_id).sum()) < len(samples):
         raise LimbeckError(
@@ -53,7 +54,7 @@ def _check_targets(batches: Sequence[Batch], samples: Sequence[Sample], end_id: 
 
 
 def _check_sampler(learner: Learner, batches: Sequence[Batch], temperature: float) -> None:
-    """The learner's log-probabilities [M] are the sampler's."""
+    """Raise LimbeckError if the learner's log-probabilities differ from the sampler's."""
     trainer_M = torch.cat(learner.logprobs(batches, temperature))
     sampler_M = torch.cat([batch.logprobs_M for batch in batches])
     gap = float((trainer_M - sampler_M).abs().max())
@@ -65,7 +66,8 @@ def _check_sampler(learner: Learner, batches: Sequence[Batch], temperature: floa
 
 
 def _gradient(learner: Learner, batches: Sequence[Batch], loss: Loss, temperature: float) -> torch.Tensor:
-    """The gradient of all parameters, flat [parameters]; the learner is left without one."""
+    """Return the gradient of all parameters as one vector [parameters]; the learner's gradients are dropped
+    afterwards."""
     for batch in batches:
         # before the first update the reference is the policy, with the sampler's log-probabilities
         batch = replace(batch, reference_M=batch.logprobs_M)

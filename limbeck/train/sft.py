@@ -1,8 +1,8 @@
-"""Supervised learning: pretraining on documents, SFT on responses, DPO and reward models on pairs are one
-loop over planned batches; they differ in their samples and their loss.
+"""Supervised learning: one training loop over planned batches. Pretraining on documents, SFT on responses,
+and DPO and reward models on pairs use it with different samples and different losses.
 
-Which tokens are in the loss is set by the samples: all predictable tokens of a document, or a response with
-its end-of-turn token and never its prompt."""
+The samples say which tokens are in the loss: all tokens of a document but the first, or a response with its
+end-of-turn token and never its prompt."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ Plan = Sequence[Sequence[int]]  # indices of samples, batch by batch
 
 
 def batches(samples: Sequence[Sample], tokens: int, seed: object) -> list[list[int]]:
-    """Indices of samples in random order, cut into batches of about `tokens`.
+    """Shuffle the samples and divide them into batches of about `tokens` tokens; return the sample indices
+    of each batch.
 
-    Lengths are left mixed: samples of like length are of like kind, and a model learns less from batches of
-    those."""
+    Samples are not sorted by length: samples of similar length are of a similar kind, and a model learns
+    less from batches that are all of one kind."""
     order = generator(seed, "shuffle").permutation(len(samples))
     ends = np.cumsum([len(samples[i].tokens) for i in order])
     cuts = np.searchsorted(ends, np.arange(tokens, ends[-1], tokens), side="left") + 1
@@ -33,7 +34,8 @@ def batches(samples: Sequence[Sample], tokens: int, seed: object) -> list[list[i
 
 
 def plan_epochs(samples: Sequence[Sample], epochs: float, tokens: int, seed: object) -> list[list[int]]:
-    """The batches of all epochs, each epoch in its own order; a fraction of an epoch is its first batches."""
+    """Plan the batches of all epochs; return the sample indices of each batch. Each epoch has its own random
+    order; a fraction of an epoch is its first batches."""
     whole, part = divmod(epochs, 1)
     plans = [batches(samples, tokens, (seed, epoch)) for epoch in range(int(whole) + bool(part))]
     if part:
@@ -43,10 +45,11 @@ def plan_epochs(samples: Sequence[Sample], epochs: float, tokens: int, seed: obj
 
 @dataclass(frozen=True)
 class SFTTrainer:
-    """One update per batch of `plan`, from the learner's step on.
+    """Trains a learner with one update for each batch of `plan`, a list of sample indices per batch; begins
+    at the learner's `step`.
 
-    `micro_tokens` is the size of a micro-batch; metrics are logged every `log_every` steps and after the
-    last, those in `unlogged` left out."""
+    `micro_tokens` is the size of a micro-batch in input tokens. Metrics are logged every `log_every` steps
+    and after the last step; metrics named in `unlogged` are left out."""
 
     learner: Learner
     samples: Sequence[Sample]
@@ -57,7 +60,7 @@ class SFTTrainer:
     unlogged: frozenset[str] = frozenset()
 
     def train(self, log: RunLog, checkpoint: Checkpoint) -> None:
-        """Run the steps that are left."""
+        """Run the remaining steps, and write their metrics to `log`."""
         while self.learner.step < len(self.plan):
             step = self.learner.step
             batch = [self.samples[i] for i in self.plan[step]]
@@ -71,9 +74,9 @@ class SFTTrainer:
             checkpoint.offer(self.state_dict, log)
 
     def state_dict(self) -> dict:
-        """Everything that an exact resume needs."""
+        """Return the state that an exact resume needs."""
         return {"learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a state of `state_dict`."""
+        """Restore a state that `state_dict` returned, so that training continues from it."""
         self.learner.load_state_dict(state["learner"])

@@ -1,8 +1,12 @@
-"""Alignment of two tokenizers over one text: spans after which both have written the same characters.
+"""Alignment of the tokenizations of one text by two tokenizers. A span is the text between two neighbouring
+positions where a token ends in both tokenizations.
 
 Where vocabularies differ, distributions over tokens cannot be compared, but probabilities of spans of text
-can. The teacher's log-probability of a span is that of its own tokenization, a lower bound of the text's. T
-tokens of one completion · M tokens of the teacher's tokenization · J spans."""
+can. The teacher's log-probability of a span is that of the span's tokens in the teacher's own tokenization.
+That is a lower bound, since other tokenizations of the same text are not counted.
+
+Dimensions: T tokens of one completion (student's tokenizer) · M tokens of the same text (teacher's
+tokenizer) · J spans."""
 
 from __future__ import annotations
 
@@ -18,8 +22,10 @@ from .scorer import Scorer
 
 
 def token_ends(tokenizer: Tokenizer, tokens_T: np.ndarray) -> np.ndarray:
-    """The number of characters up to the end of each token [T]; -1 if it ends within a character, one past
-    the text for the end of the turn."""
+    """Return, for each token [T], the position in the decoded text where it ends, in characters.
+
+    The position is -1 for a token that ends inside a character, and one more than the length of the text for
+    the end-of-turn token."""
     text = tokenizer.decode(tokens_T)
     ends = []
     for i, token in enumerate(tokens_T):
@@ -30,8 +36,8 @@ def token_ends(tokenizer: Tokenizer, tokens_T: np.ndarray) -> np.ndarray:
 
 
 def encode_with_ends(tokenizer: Tokenizer, text: str, stopped: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A text's token ids [M], with the end of the turn if `stopped`, and the end of each in characters
-    [M]."""
+    """Return the token ids of a text [M], and the position where each token ends, in characters [M]. If
+    `stopped`, the end-of-turn token is appended; its position is one more than the length of the text."""
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     ids = list(encoding.ids)
     ends = [end for _, end in encoding.offsets]
@@ -42,7 +48,9 @@ def encode_with_ends(tokenizer: Tokenizer, text: str, stopped: bool) -> tuple[np
 
 
 def spans_of(ends_T: np.ndarray, common_J: np.ndarray) -> np.ndarray:
-    """The span of each token [T]; -1 after the last common end.
+    """Return the number of the span that each token is in [T], from 0; -1 for a token after the last common
+    end. `ends_T` is the position where each token ends; `common_J` the positions where a token ends in both
+    tokenizations.
 
     >>> spans_of(np.array([3, 5, 9]), np.array([5, 9])).tolist()
     [0, 0, 1]
@@ -62,8 +70,11 @@ def aligned(
     tokenizer: Tokenizer,
     batch_tokens: int,
 ) -> tuple[list[Sample], int]:
-    """The samples with their spans and, at the end of each span, the teacher's log-probability of it; and the
-    tokens of the teacher's forward pass. `tokenizer` is the teacher's."""
+    """Return copies of the student's samples that also hold their spans and, at the last token of each span,
+    the teacher's log-probability of the span; and the number of tokens that the teacher processed.
+
+    `questions` are the texts of the prompts, one for each sample. `student` is the student's tokenizer,
+    `tokenizer` the teacher's. `batch_tokens` is the size of a micro-batch in input tokens."""
     rewritten = []
     spans = []
     for sample, question in zip(samples, questions, strict=True):
@@ -86,7 +97,8 @@ def aligned(
 
 
 def _at_span_ends(spans_T: np.ndarray, totals_J: np.ndarray) -> np.ndarray:
-    """Zero but at the last token of each span, where the span's total is [T]."""
+    """Return an array [T] that holds, at the last token of each span, the value of the span in `totals_J`,
+    and zero elsewhere."""
     reference_T = np.zeros(len(spans_T), np.float32)
     last = len(spans_T) - 1 - np.unique(spans_T[::-1], return_index=True)[1]
     for place in last:

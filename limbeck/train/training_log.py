@@ -1,4 +1,5 @@
-"""Metrics, FLOPs and alarms of the steps of a stage that samples and learns (RL, on-policy distillation)."""
+"""The log of a stage that samples and learns (RL, on-policy distillation): metrics, FLOPs and alarms of its
+steps."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from ..types import Group, Sample
 
 
 class TrainingLog:
-    """Writes each step to the stage's run log, and counts FLOPs against `budget`.
+    """Writes each step to the run log of a stage, and counts its FLOPs against `budget`, which is in FLOPs
+    too.
 
-    `flops` is the sum over all steps. A few rollouts are written every `log_every` steps and after the last.
-    """
+    `flops` is the sum over all steps so far. A few groups of completions are written every `log_every` steps
+    and after the last step."""
 
     def __init__(self, run_log: RunLog, settings: RL | Distill, budget: float = math.inf):
         self.run_log = run_log
@@ -29,14 +31,15 @@ class TrainingLog:
 
     @property
     def over_budget(self) -> bool:
-        """True once the budget is spent; the step that exceeds it is the last."""
+        """True once the FLOPs spent reach the budget. The step that exceeds the budget is completed and is
+        the last."""
         return self.flops >= self.budget
 
     def step(
         self, step: int, metrics: Mapping[str, Any], groups: Sequence[Group], learned: Sequence[Group]
     ) -> None:
-        """Write one step: metrics (with its `flops`), one of the sampled groups now and then, and the ids of
-        the problems of the groups that were learned from."""
+        """Write one step: its metrics, which include its `flops`; at some steps one of the sampled `groups`;
+        and the ids of the problems of the groups `learned`, from which the step learned."""
         self.flops += metrics["flops"]
         shown = step % self.settings.log_every == 0 or step == self.settings.steps - 1
         problems = [group.problem.id for group in learned]
@@ -48,8 +51,8 @@ class TrainingLog:
 
 
 def summarize(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over all completions: reward, length, truncation, and the parts and statistics of their
-    scores."""
+    """Return means over all completions of the groups: reward, length in tokens, share of truncated
+    completions, and each part and statistic of their scores, by name."""
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
     means = {
@@ -62,7 +65,7 @@ def summarize(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each name over the tables that have it, in the order of the names."""
+    """Return the mean of each name over the dictionaries that have it, sorted by name."""
     names = sorted({name for table in tables for name in table})
     means = {}
     for name in names:
@@ -72,20 +75,21 @@ def _means(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def sampled_tokens(groups: Sequence[Group]) -> int:
-    """Tokens of a rollout: each prompt once, and all completions."""
+    """Return the number of tokens of a rollout: each prompt counts once, and all completions count."""
     prompts = sum(len(group.prompt_tokens) for group in groups)
     return prompts + sum(len(completion.tokens) for group in groups for completion in group.completions)
 
 
 def count_flops(config: ModelConfig, sampled: int, learned: int, context: float) -> float:
-    """FLOPs of sampling and of learning so many tokens, each attending to `context` tokens on average."""
+    """Return the FLOPs of sampling `sampled` tokens and learning from `learned` tokens, where each token
+    attends to `context` tokens on average."""
     sampling = sampled * config.flops_per_token(context)
     return sampling + learned * config.flops_per_token(context, backward=True)
 
 
 def volume(groups: Sequence[Group], samples: Sequence[Sample], config: ModelConfig) -> dict[str, float]:
-    """Tokens sampled and learned from in a step, and the FLOPs of both; a token attends to half of its
-    sequence on average."""
+    """Return the number of tokens sampled and learned from in a step, and the FLOPs of both. A token is
+    taken to attend to its prompt and half of its completion."""
     sampled = sampled_tokens(groups)
     learned = sum(len(sample.tokens) for sample in samples)
     contexts = [
@@ -98,8 +102,11 @@ def volume(groups: Sequence[Group], samples: Sequence[Sample], config: ModelConf
 
 
 def merge(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the updates of a step. `gap` is the first update's largest log-ratio: it runs on the very
-    weights that sampled, so this is the difference of sampler and learner, zero but for rounding."""
+    """Return the mean of each metric over the updates of a step; an empty dictionary without updates.
+
+    `gap` is added: the largest absolute log-ratio of the first update. That update uses the same weights
+    that sampled, so its log-ratios are the difference between sampler and learner, which should be zero but
+    for rounding."""
     if not updates:
         return {}
     means = {name: np.mean([update[name] for update in updates], axis=0).tolist() for name in updates[0]}
