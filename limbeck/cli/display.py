@@ -222,8 +222,8 @@ def span(seconds: float) -> str:
 
 
 def _may_end_early(stage: Stage) -> bool:
-    """Return True for an RL or on-policy distillation stage that has a budget of FLOPs, which may end it
-    before its last step.
+    """Return True for an RL or distillation stage that has a budget of FLOPs, which may end it before its
+    last step.
     """
     return stage.kind in ("rl", "distill") and bool(stage.flops or stage.flops_of)
 

@@ -80,7 +80,9 @@ def run(
 
 
 def _choose_display(as_json: bool) -> Lines:
-    """Return the display of a run: JSON events with `as_json`, a live table on a terminal, else plain lines."""
+    """Return the display of a run: JSON events with `as_json`, a live table on a terminal, plain lines
+    otherwise.
+    """
     from .display import Events, Lines, Tree
 
     if as_json:
