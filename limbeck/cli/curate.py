@@ -1,5 +1,6 @@
-"""The command `limbeck curate`, with which people review the rows (training examples) of a curate stage that
-waits for them.
+"""The command `limbeck curate`, for people who review rows.
+
+A curate stage stops the run until people have judged its rows (training examples).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from ..pipeline.store import Artifact
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SLOW_STEP_SECONDS = 10.0  # seconds of a step after which its time is displayed
-CHUNKED_KINDS = ("sample", "screen", "pairs", "label", "evaluate")  # stages whose steps are parts of the work
+CHUNKED_KINDS = ("sample", "screen", "pairs", "label", "evaluate")  # their steps are parts of the work
 METRICS = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
 
 
@@ -36,7 +36,7 @@ class Lines:
     every ten seconds while it runs, and one when it ends.
     """
 
-    every = 10.0  # seconds
+    every = 10.0  # seconds between two lines (or events) of a stage
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds

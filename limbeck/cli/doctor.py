@@ -187,8 +187,9 @@ def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
 
 
 def _sandbox() -> Finding:
-    """Return the finding on the sandbox, in which processes score answers: does it refuse forbidden accesses?
-    The accesses are tried now.
+    """Return the finding on the sandbox, in which the processes that score answers run.
+
+    Forbidden accesses are tried now, and the finding says which were refused.
     """
     proof = SANDBOX.proof()
     if proof.holds:

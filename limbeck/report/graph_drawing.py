@@ -1,8 +1,8 @@
 """The graph of a run, drawn in layers from top to bottom (Sugiyama, Tagawa and Toda 1981).
 
-A box is a stage, an edge leads from a stage to a stage that reads its output. An edge that spans several
-layers passes each layer between them in a lane: an invisible node, narrower than a box, that keeps room for
-the edge. A node is a box or a lane; a chain is an edge as the list of its nodes.
+A box is a stage. An edge leads from a stage to a stage that reads its output. Where an edge passes a layer
+without ending there, it has a lane: an invisible node, narrower than a box, that keeps room for the edge. A
+node is a box or a lane; a chain is the list of the nodes of one edge, from its first box to its last.
 """
 
 from __future__ import annotations
@@ -170,9 +170,11 @@ def _span(node: str) -> float:
 def _set_in_row(
     layer: list[str], centre: dict[str, float], width: float, wanted: Mapping[str, float]
 ) -> None:
-    """Store in `centre` the x coordinates of the nodes of a layer, as near to `wanted` as possible.
+    """Store in `centre` the x coordinates of a layer's nodes, each as near to its entry in `wanted` as
+    possible.
 
-    The nodes keep their order, do not overlap, and stay within `width` pixels.
+    The nodes keep their order, do not overlap, and stay within `width` pixels; a node without an entry is set
+    as far left as possible.
     """
     edge = 0.0
     room = width - sum(_span(node) for node in layer)

@@ -72,8 +72,8 @@ class History:
             self.steps: list[int] = []
             self.columns: dict[str, list[float]] = {}
             self.alarms: list[tuple[int, str]] = []
-            self.loads: list[list[float]] = []  # of experts at the latest step, layer by layer
-            self.notes: list[dict[str, Any]] = []  # rows that contain a string
+            self.loads: list[list[float]] = []  # [layer][expert] share of tokens, latest step
+            self.notes: list[dict[str, Any]] = []  # metrics rows that contain a string
         elif name == ROLLOUTS:
             self.shown: list[Shown] = []
         else:

@@ -22,7 +22,7 @@ from .loaded_run import MODES, Run, StageView
 _FOLDER = Path(__file__).parent
 _RETRY = re.compile(r"(?=\bwait\b)|(?=等(?![于式号]))", re.IGNORECASE)
 _TAG = re.compile(r"(</?(?:think|answer)>)")
-_SHORT_RESPONSE = len("<think></think><answer></answer>")  # characters
+_SHORT_RESPONSE = len("<think></think><answer></answer>")  # characters of a response without text
 _MEASURES = (
     (W["length_short"], "length", i18n.number),
     (W["attempts_short"], "attempts", i18n.number),

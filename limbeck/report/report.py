@@ -10,13 +10,14 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
-     "forecast": {"seconds", "low", "high", "took", "processor": sums over the forecast stages,
+     "forecast": {"seconds", "low", "high", "took", "processor": sums over the stages below,
                 "stages": [{"name", "seconds", "low", "high", "took", "processor"}]} or null,
      "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
                 "reaches_target_after": FLOPs or null}}} or null,
-     "alarms": [{"stage", "alarm", "first", "times"}], "not_shown": [sentence]}
+     "alarms": [{"stage", "alarm", "first": step, "times"}], "not_shown": [sentence]}
 
-A value that was not measured is null. Later versions of schema 1 may add keys but change none.
+Durations are in seconds; accuracies and other shares are from 0 to 1. A value that was not measured is
+null. Later versions of schema 1 may add keys but change none.
 """
 
 from __future__ import annotations

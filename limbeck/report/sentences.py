@@ -18,9 +18,9 @@ from .history import History
 from .i18n import KINDS, MODES, Text, count, duration, percent, plain
 from .loaded_run import EVALUATION, Run, StageView
 
-_ENDS = 10  # the beginning and the end of a curve are one in 10 of its values each
+_ENDS = 10  # values: the first and the last 1/10 of a curve are its beginning and its end
 _ROUNDING_GAP = 1e-3  # nats a token that rounding in float32 explains (train/selftest.py)
-_MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
+_MANY_TRUNCATED = 0.05  # share of truncated responses from which a sentence mentions them
 
 
 # ---------------------------------------------------------------- progress

@@ -13,7 +13,7 @@ from .i18n import MODES, Text, bounds, count, number, percent, scientific, size
 from .loaded_run import Run
 
 _FEW_PROBLEMS = 1000  # problems below which an interval is so wide that the report says so
-_MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
+_MANY_TRUNCATED = 0.05  # share of truncated responses from which a sentence mentions them
 _COMPARED_ROLES = (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("small", "small_rl"))
 
 
@@ -369,8 +369,10 @@ def not_shown(run: Run) -> list[Text]:
 
 
 def _miniature(run: Run) -> list[Text]:
-    """Return a sentence on the limit of tiny models, if the recipe uses problems of the source
-    `miniature`.
+    """Return a sentence on the limit of a run whose problems are those of Limbeck's miniature, a small
+    made-up world for tiny models.
+
+    Return an empty list for other problems.
     """
     sources = [problems.get("source") for problems in (run.recipe.get("problems") or {}).values()]
     if "miniature" not in sources:
