@@ -66,10 +66,9 @@ class Lines:
 
 
 class Events(Lines):
-    """The display for programs: one JSON object a line (NDJSON) on standard output, for instance `{"event":
-    "finished", "stage": ..., ...}`.
+    """The display for programs: one JSON object a line (NDJSON) on standard output.
 
-    The last line is the result of the command.
+    For instance `{"event": "finished", "stage": ..., ...}`. The last line is the result of the command.
     """
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
@@ -159,8 +158,10 @@ def _table_row(node: Node, progress: Progress | None) -> tuple[Text, Text | str,
 def describe(progress: Progress) -> str:
     """Return the progress of a running stage as one line of text.
 
-    For instance `12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41 ·
-    length 37`. While the stage's process is still preparing, the line says what it does and for how long.
+    The line has the steps, the time left, the speed and the latest metrics, for instance
+    `12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41 · length 37`.
+
+    While the stage's process is still preparing, the line says what it does and for how long.
     """
     done, total, metrics = progress.look()
     preparing = progress.preparing()

@@ -42,11 +42,11 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One property of the machine: its name, its value as text, and advice where something can be improved.
-    `ok` is None for a property that is neither good nor bad.
+    """One property of the machine: its name, its value as text, and advice where something can be
+    improved.
 
-    For instance `Finding("reasoning_gym", ok=None, value="not installed", advice="pip install
-    'limbeck[gym]'")`.
+    `ok` is None for a property that is neither good nor bad, such as an optional package that is missing:
+    `Finding("reasoning_gym", ok=None, value="not installed", advice="pip install 'limbeck[gym]'")`
     """
 
     name: str

@@ -54,7 +54,7 @@ def open_store(runs: Path) -> Store:
 def find_recipe(recipe: str | Path) -> Path:
     """Return the path of a recipe's YAML file.
 
-    `recipe` is its path or the name of a recipe that comes with Limbeck.
+    `recipe` is that path, or the name of a recipe that comes with Limbeck.
     """
     from ..config.load import find
 
@@ -62,7 +62,8 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
-    """Return the recipe in a YAML file, with the settings in `overrides` replaced.
+    """Return the recipe in a YAML file, with settings replaced by the `key.path=value` texts in
+    `overrides`.
 
     With `auto`, curate stages are decided by their policies instead of by people.
     """

@@ -164,10 +164,10 @@ def _verify(file: Path | None) -> Answer:
 
 
 def _changes(texts: list[str], option: str) -> dict[str, str]:
-    """Return the KEY=VALUE texts of a repeated option as a dict: `["nvlink=400"]` becomes `{"nvlink":
-    "400"}`.
+    """Return the KEY=VALUE texts of a repeated option as a dict.
 
-    `option` is the option's name, for the usage error that a text without a value raises.
+    `["nvlink=400"]` becomes `{"nvlink": "400"}`. `option` is the option's name, for the usage error that a
+    text without a value raises.
     """
     changes = {}
     for text in texts:

@@ -118,8 +118,9 @@ def _three_digits(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as text, in the largest unit of which it is at least 1.5: `2.4 days`, `36.0 h`, `80.0
-    min`.
+    """Return a duration as text, such as `2.4 days`, `36.0 h` or `80.0 min`.
+
+    The unit is the largest one of which the duration is at least 1.5.
     """
     for unit, size in (("days", DAY), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:

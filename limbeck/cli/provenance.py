@@ -107,8 +107,8 @@ def _full_row(row: dict[str, Any]) -> str:
 
 
 def _origin(row: dict[str, Any]) -> str:
-    """Return the origin of a training row (such as its problem or teacher) and, if somebody reviewed it, its
-    editor.
+    """Return the origin of a training row (such as its problem or teacher) and, if a reviewer changed it,
+    who did.
     """
     origin = ", ".join(f"{key} {str(value)[:40]}" for key, value in row["origin"].items())
     if row["editor"]:

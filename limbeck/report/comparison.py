@@ -23,10 +23,10 @@ AVERAGED_SHARE = 0.05  # of a run: every loss on a curve is the mean over the la
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against compute of one way of pretraining: `Curve("dense", ("dense", "dense_2"), flops_P,
-    losses_RP)`.
+    """Loss against compute of one way of pretraining.
 
-    `runs` are the names of the stages, one for each seed; all of them share the FLOPs axis.
+    `Curve("dense", ("dense", "dense_2"), flops_P, losses_RP)` is the way dense. `runs` are the names of its
+    stages, one for each seed; all of them share the FLOPs axis.
     """
 
     name: str

@@ -15,11 +15,10 @@ from .loaded_run import samples_of
 
 @dataclass(frozen=True)
 class Flip:
-    """One problem in both measurements: `Flip("clock/test-3", "use 6 1 5 make 3 ?", {"text": …}, {"text":
-    …})`.
+    """One problem in both measurements.
 
-    `before` and `after` are what was recorded for the problem: a sampled response (`between`) or a group of
-    responses (`within`).
+    `Flip("clock/test-3", "use 6 1 5 make 3 ?", {"text": …}, {"text": …})`. `before` and `after` are what was
+    recorded for the problem: a sampled response as a dict (`between`) or a group of responses (`within`).
     """
 
     problem: str

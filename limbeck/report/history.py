@@ -26,11 +26,11 @@ RECENT = 10  # rows of timing that the pace is the mean of
 
 @dataclass(frozen=True)
 class Shown:
-    """One recorded group of responses to one problem: `Shown(40, 18211, "clock/156-3", "use 6 1 5 make 3
-    ?", 0.25)`.
+    """One recorded group of responses to one problem.
 
-    `place` is the byte offset of the group's line in the log file; `right` is the share of its responses that
-    are right, from 0 to 1.
+    `Shown(40, 18211, "clock/156-3", "use 6 1 5 make 3 ?", 0.25)` was recorded at step 40. `place` is the byte
+    offset of the group's line in the log file; `right` is the share of its responses that are right, from 0
+    to 1.
     """
 
     step: int

@@ -41,10 +41,10 @@ ROLES = (
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage of a run with its folder and manifest: `StageView("zero", "rl", "",
-    Path("store/rl-3fa9..."), {...}, ("base",))`.
+    """One stage of a run, with its folder and manifest.
 
-    `inputs` are the names of the stages that it read.
+    For instance `StageView("zero", "rl", "", Path("store/rl-3fa9..."), {...}, ("base",))`. `title` is the
+    stage's title in the recipe, "" for none; `inputs` are the names of the stages that it read.
     """
 
     name: str

@@ -369,8 +369,8 @@ def not_shown(run: Run) -> list[Text]:
 
 
 def _miniature(run: Run) -> list[Text]:
-    """Return a sentence on the limit of a run whose problems are those of Limbeck's miniature, a small
-    made-up world for tiny models.
+    """Return a sentence on the limit of a run whose problems are those of Limbeck's miniature (the clock
+    countdown task for tiny models).
 
     Return an empty list for other problems.
     """
