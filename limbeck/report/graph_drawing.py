@@ -127,8 +127,8 @@ def _places(layers: list[list[str]], chains: list[list[str]]) -> tuple[dict[str,
 
 
 def _neighbours(chains: list[list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return two dicts by node: the nodes linked to it from the layer above, and those linked to it from
-    either side.
+    """Return two dicts by node: its neighbours (nodes joined to it by an edge) in the layer above, and its
+    neighbours in the layers above and below.
     """
     above: dict[str, list[str]] = {}
     beside: dict[str, list[str]] = {}

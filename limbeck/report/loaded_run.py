@@ -1,11 +1,13 @@
 """A finished run as the report reads it from its folders: stages, evaluations, and the models' roles.
 
-A role is the part that a model plays in the report, one of `ROLES`: base is the model before training, zero
-is trained by RL alone, control is base with forced retries, r1 is the end of the recipe, small is distilled
-from it.
+A role is the part that a model plays in the report, one of `ROLES`: base is the model before RL, zero is
+trained by RL alone, control is base with forced retries, dev1 to dev3 are the models between zero and r1, r1
+is the end of the recipe, and small is distilled from it. small_base, small_rl and small_answers are other
+small models that small is compared with.
 
 A source is a set of problems; the headline source is the first one. A mode is a way of sampling and scoring,
-one of `MODES`: t1 is temperature 1, t06 is temperature 0.6. A stage's manifest describes its results.
+one of `MODES`: t1 is temperature 1, t06 is temperature 0.6, pass@8 and cons@8 score eight responses to a
+problem together. A stage's manifest describes its results.
 """
 
 from __future__ import annotations
