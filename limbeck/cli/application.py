@@ -42,7 +42,7 @@ for module in (run, plan, models, provenance, serve, store, curate, arena, machi
 
 
 def _print_version(wanted: bool) -> None:
-    """Print the installed version and leave."""
+    """Print the installed version and exit, if `wanted` is True (the option `--version` was given)."""
     if wanted:
         from importlib.metadata import version
 
@@ -61,7 +61,10 @@ def _global_options(
 
 
 def main() -> None:
-    """Run the command line; an error is one sentence and an exit code, without a traceback."""
+    """Run the command line.
+
+    An error is printed as one sentence without a traceback, and sets the exit code.
+    """
     try:
         app()
     except Exception as error:  # noqa: BLE001
@@ -73,7 +76,9 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """Message and exit code of an error that Limbeck did not raise: full disk, unusable path, or bug."""
+    """Return the message and the exit code for an exception that is not a LimbeckError: a full disk, an
+    unusable path, or a bug of Limbeck.
+    """
     from ..pipeline.store import out_of_space
 
     if out_of_space(error):
@@ -86,7 +91,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _save_traceback(error: Exception) -> str:
-    """Write the traceback to a temporary file and return its path."""
+    """Write the traceback of `error` to a temporary file and return the file's path."""
     import tempfile
     import traceback
 
@@ -96,7 +101,10 @@ def _save_traceback(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    """Print the message on standard error, with `--json` also as a result on standard output, and exit."""
+    """Print the message on standard error and exit with `code`.
+
+    With `--json` on the command line, the message is also printed as a JSON result on standard output.
+    """
     if "--json" in sys.argv:
         event = {"event": "result"} if "run" in sys.argv[1:2] else {}
         error = {"code": code, "message": message}

@@ -1,4 +1,6 @@
-"""The command that rates models by people's and judges' votes: arena."""
+"""The command `limbeck arena`, which rates models by the votes that people and judges (models that compare
+two answers) gave.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ def arena(
 
 
 def _open_votes(runs: Path) -> VoteStore:
-    """The votes of the arena in `runs`; an error if there are none."""
+    """Return the store of the arena's votes, which lie in the folder `.studio` of `runs`.
+
+    Raises a usage error if nobody has voted there.
+    """
     from ..serve.votes import FILE, VoteStore
 
     folder = runs / ".studio"
@@ -71,7 +76,13 @@ def _open_votes(runs: Path) -> VoteStore:
 
 
 def _leaderboard(votes: Sequence[Vote], control: str) -> list[dict[str, Any]]:
-    """Ratings of all models by people's votes, then by each judge's; `judge` is None for people."""
+    """Return one row for each voter group and model: the model's rating with its interval, rank and number of
+    votes.
+
+    The rows rated by people come first, with `judge` None; the rows of each judge follow, with the judge's
+    name. `control` names the property of answers (their length or style) whose effect is left out of the
+    ratings; "" for none.
+    """
     from dataclasses import asdict
 
     from ..eval.arena_ratings import rate
@@ -87,7 +98,7 @@ def _leaderboard(votes: Sequence[Vote], control: str) -> list[dict[str, Any]]:
 
 
 def _rating_line(row: dict[str, Any]) -> str:
-    """One line of the leaderboard."""
+    """Return one row of `_leaderboard` as a line of text."""
     voter = row["judge"] or "people"
     rating = f"{row['rating']:6.0f} [{row['low']:.0f}, {row['high']:.0f}]"
     return f"{voter:16} {row['rank']:3} {row['model']:28} {rating} {row['votes']:6} votes {row['share']:5.0%}"

@@ -1,4 +1,4 @@
-"""The command that asks a model one question: ask."""
+"""The command `limbeck ask`, which puts one question to a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def ask(
 
 
 def stream_answer(model: Path, question: str, sampling: SamplingParams, seed: int) -> Iterator[str]:
-    """The answer as it is sampled, in pieces of text without control characters."""
+    """Yield the answer to `question` in pieces of text, while it is sampled.
+
+    `model` is a model directory or an artifact's folder that holds one. Control characters are removed, and a
+    character whose bytes span several tokens is held back until it is complete.
+    """
     from ..engine.rollout import Engine
     from ..model import weights
     from ..text.tokenizer import Tokenizer

@@ -1,4 +1,7 @@
-"""The command for people who review the rows of a waiting stage: curate."""
+"""The command `limbeck curate`, for people who review rows.
+
+A curate stage stops the run until people have judged its rows (training examples).
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ def curate(
 
 
 def _queue(run_folder: Path, stage: str) -> Path:
-    """The review queue of a stage; an error if it is not a curate stage of the run."""
+    """Return the folder of a curate stage's review queue: the rows that people have to judge.
+
+    Raises a usage error if the run has no stage `stage` or that stage has no queue.
+    """
     node = open_run(run_folder).nodes.get(stage)
     if node is None or node.queue is None:
         raise usage_error(f"{stage} is not a stage of {run_folder} that waits for people")

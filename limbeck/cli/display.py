@@ -1,6 +1,9 @@
-"""Displays of a run in progress: a live tree on a terminal, plain lines elsewhere, JSON events for programs.
+"""Displays of a run in progress: a live table on a terminal, plain lines elsewhere, JSON events for programs.
 
-Data goes to standard output, messages for people go to standard error.
+Events for programs go to standard output, messages for people to standard error.
+
+All displays have the methods `show`, `finished` and `say`. A stage is one step of a recipe; its artifact is
+the folder with its results, described by the artifact's manifest.
 """
 
 from __future__ import annotations
@@ -24,20 +27,25 @@ from ..pipeline.store import Artifact
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SLOW_STEP_SECONDS = 10.0  # seconds of a step after which its time is displayed
-CHUNKED_KINDS = ("sample", "screen", "pairs", "label", "evaluate")  # stages whose steps are parts of the work
+CHUNKED_KINDS = ("sample", "screen", "pairs", "label", "evaluate")  # their steps are parts of the work
 METRICS = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
 
 
 class Lines:
-    """Plain lines on standard error: one when a stage begins, every ten seconds, and when it ends."""
+    """The display that prints plain lines on standard error: for each stage one line when it begins, one
+    every ten seconds while it runs, and one when it ends.
+    """
 
-    every = 10.0  # seconds
+    every = 10.0  # seconds between two lines (or events) of a stage
 
     def __init__(self) -> None:
         self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Print the progress of the running stages whose line is due."""
+        """Print one line for each stage in `running` that has had none yet or none for `every` seconds.
+
+        `running` maps the name of a running stage to its progress.
+        """
         now = time.monotonic()
         for name, progress in running.items():
             if name not in self._shown:
@@ -49,19 +57,25 @@ class Lines:
             self._shown[name] = now
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        """Print that a stage is done, with its results."""
+        """Print that the stage `node` is done, with its duration and main results from `artifact`."""
         self.say(f"{node.name}: done in {artifact.manifest['seconds']:.1f} s{outcome(artifact)}")
 
     def say(self, text: str) -> None:
-        """Print a message."""
+        """Print a message for people, without control characters."""
         print(printable(text), file=sys.stderr, flush=True)
 
 
 class Events(Lines):
-    """NDJSON on standard output: `{"event": "finished", "stage": ..., ...}`; the last one is the result."""
+    """The display for programs: one JSON object a line (NDJSON) on standard output.
+
+    For instance `{"event": "finished", "stage": ..., ...}`. The last line is the result of the command.
+    """
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Emit a `progress` event of each running stage whose event is due."""
+        """Emit a `progress` event for each stage in `running` that has had none for `every` seconds.
+
+        `running` maps the name of a running stage to its progress.
+        """
         now = time.monotonic()
         for name, progress in running.items():
             if now - self._shown.get(name, 0) >= self.every:
@@ -70,7 +84,9 @@ class Events(Lines):
                 self._shown[name] = now
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        """Emit a `finished` event."""
+        """Emit a `finished` event with the artifact's folder name, the seconds and the notes of the stage
+        `node`.
+        """
         manifest = artifact.manifest
         self.emit(
             "finished",
@@ -81,17 +97,19 @@ class Events(Lines):
         )
 
     def say(self, text: str) -> None:
-        """Emit a message as a `said` event."""
+        """Emit a message for people as an event called `said`."""
         self.emit("said", text=text)
 
     @staticmethod
     def emit(event: str, **details: Any) -> None:
-        """Print one event."""
+        """Print one event as a line of JSON, with `details` as its further fields."""
         print(json.dumps({"schema": 1, "event": event, **details}, ensure_ascii=False), flush=True)
 
 
 class Tree(Lines):
-    """A live table of all stages, with the latest recorded response of each running one."""
+    """The display on a terminal: a live table of all stages and, below it, for each running stage the best
+    response of the group of responses recorded last.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +117,7 @@ class Tree(Lines):
         self.live.start()
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Draw the table anew."""
+        """Draw the table anew. `running` maps the name of a running stage to its progress."""
         table = Table.grid(padding=(0, 2))
         for node in graph.nodes.values():
             table.add_row(*_table_row(node, running.get(node.name)))
@@ -107,21 +125,24 @@ class Tree(Lines):
         self.live.update(Group(table, *filter(None, panels)))
 
     def finished(self, node: Node, artifact: Artifact) -> None:
-        """Print that a stage is done, above the table."""
+        """Print a line above the table: the stage `node` is done, with its duration and main results."""
         detail = f"{artifact.manifest['seconds']:.1f} s{outcome(artifact)}"
         self.live.console.print(f"[green]✓[/] {node.name} [dim]{detail}[/]")
 
     def say(self, text: str) -> None:
-        """Print a message above the table."""
+        """Print a message above the table, without control characters."""
         self.live.console.print(printable(text), highlight=False)
 
     def close(self) -> None:
-        """Remove the table and restore the cursor."""
+        """Remove the table and show the cursor again."""
         self.live.stop()
 
 
 def _table_row(node: Node, progress: Progress | None) -> tuple[Text, Text | str, Text | str]:
-    """The sign, name and description of a stage in the table; `progress` if it is running."""
+    """Return the three cells of a stage in the table: a sign for its state, its name, and a description.
+
+    `progress` is None unless the stage is running.
+    """
     if progress:
         return Text("▶", "yellow"), Text(node.name, "bold"), describe(progress)
     if node.artifact:
@@ -135,7 +156,13 @@ def _table_row(node: Node, progress: Progress | None) -> tuple[Text, Text | str,
 
 
 def describe(progress: Progress) -> str:
-    """`12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41 · length 37`."""
+    """Return the progress of a running stage as one line of text.
+
+    The line has the steps, the time left, the speed and the latest metrics, for instance
+    `12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41 · length 37`.
+
+    While the stage's process is still preparing, the line says what it does and for how long.
+    """
     done, total, metrics = progress.look()
     preparing = progress.preparing()
     if total is None or preparing:
@@ -150,7 +177,11 @@ def describe(progress: Progress) -> str:
 
 
 def _timing(progress: Progress, done: int, total: int) -> list[str]:
-    """The time left, the time of a slow step, and the tokens a second, where they are known."""
+    """Return up to three phrases: the time left, the time that a slow current step has taken, and the tokens
+    a second.
+
+    A phrase is left out where its number is not known. `done` and `total` are numbers of steps.
+    """
     pace = progress.pace()
     words = []
     if pace.steps and done < total:
@@ -163,7 +194,11 @@ def _timing(progress: Progress, done: int, total: int) -> list[str]:
 
 
 def time_left(pace: Pace, steps: int, at_most: bool = False) -> str:
-    """Time left at the measured rate: a range that narrows with every look, and one number after ten."""
+    """Return a phrase such as `40 to 90 s left`: the time that `steps` more steps take at the measured rate.
+
+    The range narrows with every measurement of the rate; after ten measurements the phrase has one number.
+    With `at_most` it is `at most 90 s left`, for a stage that may end before its last step.
+    """
     seconds = max(0.0, pace.seconds / pace.steps * steps - pace.since)
     factor = 1 + 1 / pace.looks if pace.looks < RECENT else 1
     low = span(seconds / factor)
@@ -179,7 +214,7 @@ def time_left(pace: Pace, steps: int, at_most: bool = False) -> str:
 
 
 def span(seconds: float) -> str:
-    """A duration in its largest unit: `45 s`, `12 min`, `3.5 h`."""
+    """Return a duration as text in the largest unit that suits it: `45 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -188,17 +223,19 @@ def span(seconds: float) -> str:
 
 
 def _may_end_early(stage: Stage) -> bool:
-    """True for a stage that a FLOPs budget may end before its last step."""
+    """Return True for an RL or distillation stage that has a budget of FLOPs, which may end it before its
+    last step.
+    """
     return stage.kind in ("rl", "distill") and bool(stage.flops or stage.flops_of)
 
 
 def _round(value: float) -> str:
-    """A number of two digits with separators: `3,400`."""
+    """Return a number rounded to two significant digits, with separators of thousands: `3,400`."""
     return f"{float(f'{value:.2g}'):,.0f}"
 
 
 def _number(value: Any) -> str:
-    """A metric with three digits if it is a float."""
+    """Return the value of a metric as text: a float with three significant digits, anything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -206,7 +243,10 @@ def _number(value: Any) -> str:
 
 
 def outcome(artifact: Artifact) -> str:
-    """The main results of a stage: `, kept 512 of 2048`; empty if it has none."""
+    """Return the main results of a finished stage as text that continues a line: `, kept 512 of 2048`.
+
+    Return "" if the stage's kind has no such results.
+    """
     notes = artifact.manifest["notes"]
     if "kept" in notes:
         return f", kept {notes['kept']} of {notes['sampled']}"
@@ -222,7 +262,11 @@ def outcome(artifact: Artifact) -> str:
 
 
 def response_panel(progress: Progress) -> Panel | None:
-    """The best response of the group that was recorded last; None before the first."""
+    """Return a panel with the best response (the highest reward) of the group of responses that was recorded
+    last.
+
+    Return None before the first group is recorded.
+    """
     row = progress.thought()
     if not row.get("completions"):
         return None
@@ -233,5 +277,7 @@ def response_panel(progress: Progress) -> Panel | None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: a terminal must not obey escape sequences of a model."""
+    """Return the text without control characters, so that a model's output cannot send escape sequences to
+    the terminal.
+    """
     return CONTROL.sub("", text)

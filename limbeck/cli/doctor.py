@@ -1,4 +1,8 @@
-"""Findings on this machine, with advice: software, memory, kernels, sandbox. No network is used."""
+"""The checks of `limbeck doctor`: findings on this machine's software, memory, kernels and sandbox, with
+advice.
+
+No check uses the network.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +42,10 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One property of the machine. `ok` is None if it is neither good nor bad.
+    """One property of the machine: its name, its value as text, and advice where something can be
+    improved.
 
+    `ok` is None for a property that is neither good nor bad, such as an optional package that is missing:
     `Finding("reasoning_gym", ok=None, value="not installed", advice="pip install 'limbeck[gym]'")`
     """
 
@@ -51,9 +57,10 @@ class Finding:
 
 
 def examine(runs: Path = Path("runs"), measure: bool = False) -> list[Finding]:
-    """Examine the machine in about two seconds, most of them torch's.
+    """Return all findings on this machine. This takes about two seconds, most of them for torch.
 
-    `runs` is the folder of the artifacts; with `measure` the kernels are timed again.
+    `runs` is the folder of the artifacts, whose free disk space is checked. With `measure` the kept timings
+    of the compiled kernels are dropped and measured again.
     """
     memory = usable_memory()
     return [
@@ -71,27 +78,29 @@ def examine(runs: Path = Path("runs"), measure: bool = False) -> list[Finding]:
 
 
 def _python() -> Finding:
-    """The version of Python."""
+    """Return the finding on Python's version: is it recent enough?"""
     is_recent = sys.version_info >= (3, 11)
     advice = "" if is_recent else "use 3.11 or later"
     return Finding("python", is_recent, platform.python_version(), advice)
 
 
 def _cores() -> Finding:
-    """The processor's cores."""
+    """Return the finding on the number of processor cores that this process may use."""
     cores = usable_cores()
     advice = "" if cores >= 2 else "runs work on one core, in twice the time"
     return Finding("cores", not advice, f"{cores:g}", advice)
 
 
 def _memory(free: int) -> Finding:
-    """The usable memory."""
+    """Return the finding on memory. `free` is the usable memory in bytes."""
     advice = "" if free >= 2 * GIB else "the quickstart needs 2 GiB: close other programs"
     return Finding("memory", not advice, f"{free / GIB:.1f} GiB usable", advice)
 
 
 def _disk(runs: Path) -> Finding:
-    """The free space for artifacts."""
+    """Return the finding on the disk of `runs`: is the folder writable, and is there enough free space for
+    artifacts?
+    """
     path = runs.absolute()
     while not path.exists():
         path = path.parent
@@ -105,7 +114,10 @@ def _disk(runs: Path) -> Finding:
 
 
 def _kernels(measure: bool = False) -> Finding:
-    """The compiled kernels, with their measured times."""
+    """Return the finding on the compiled kernels, with a table of their times beside torch's.
+
+    With `measure` the times are measured again.
+    """
     from ..model import kernels
 
     if measure:
@@ -123,7 +135,7 @@ def _kernels(measure: bool = False) -> Finding:
 
 
 def _torch() -> list[Finding]:
-    """Torch's version, instructions, threads, speed and GPU."""
+    """Return the findings on torch: its version, vector instructions, threads, speed and GPU."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; every stage runs on the CPU"
@@ -137,7 +149,10 @@ def _torch() -> list[Finding]:
 
 
 def _instructions(capability: str) -> Finding:
-    """The processor's vector instructions, as torch names them."""
+    """Return the finding on the processor's vector instructions.
+
+    `capability` is torch's name for them, DEFAULT for none.
+    """
     if capability == "DEFAULT":
         advice = "no vector instructions were found: expect a tenth of the speed"
         return Finding("instructions", False, capability, advice)
@@ -145,7 +160,7 @@ def _instructions(capability: str) -> Finding:
 
 
 def _threads(threads: int) -> Finding:
-    """Torch's threads, against the processor's cores."""
+    """Return the finding on the number of torch's threads: are there more than the processor has cores?"""
     cores = usable_cores()
     if threads > cores + 1:
         advice = f"more threads than cores: set OMP_NUM_THREADS={max(1, int(cores))}"
@@ -154,7 +169,10 @@ def _threads(threads: int) -> Finding:
 
 
 def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
-    """GFLOP/s of fp32 matrix products, the median over about `seconds`."""
+    """Return the speed of fp32 products of two `size` x `size` matrices in GFLOP/s.
+
+    It is the median of the products made in about `seconds` seconds.
+    """
     import torch
 
     matrix = torch.ones(size, size)
@@ -169,7 +187,10 @@ def matrix_speed(seconds: float = 1.0, size: int = 1024) -> float:
 
 
 def _sandbox() -> Finding:
-    """The sandbox of processes that score answers: the accesses that it refused just now."""
+    """Return the finding on the sandbox, in which the processes that score answers run.
+
+    Forbidden accesses are tried now, and the finding says which were refused.
+    """
     proof = SANDBOX.proof()
     if proof.holds:
         return Finding("sandbox", True, str(proof))
@@ -180,7 +201,9 @@ def _sandbox() -> Finding:
 
 
 def _extra(module: str) -> Finding:
-    """An optional package."""
+    """Return the finding on an optional package: is `module` installed, and if not, what is it for and how is
+    it installed?
+    """
     if importlib.util.find_spec(module):
         return Finding(module, True, "installed")
     extra, purpose = EXTRAS[module]
@@ -188,7 +211,9 @@ def _extra(module: str) -> Finding:
 
 
 def _sizes(memory: int) -> Finding:
-    """The well-known models whose RL fits in memory: weights, AdamW and the rollouts' KV cache."""
+    """Return the finding on the well-known models that can be trained by RL in `memory` bytes, each with the
+    memory that it needs.
+    """
     needs = {name: reinforcement_bytes(ModelConfig(*shape)) for name, shape in SIZES.items()}
     fitting = [f"{name} ({need / GIB:.0f} GiB)" for name, need in needs.items() if need <= memory]
     if not fitting:
@@ -198,5 +223,7 @@ def _sizes(memory: int) -> Finding:
 
 
 def reinforcement_bytes(config: ModelConfig) -> int:
-    """Bytes that RL of a model needs: weights, gradients, AdamW and the rollouts' KV cache."""
+    """Return the bytes of memory that RL of a model needs: weights, gradients, AdamW's moments, and the KV
+    cache of the rollouts.
+    """
     return BYTES_PER_PARAMETER * config.parameters + CACHED_TOKENS * config.kv_bytes_per_token()

@@ -1,4 +1,4 @@
-"""The command that examines this machine: doctor."""
+"""The command `limbeck doctor`, which examines this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def doctor(
 
 
 def _finding_lines(row: dict[str, Any]) -> str:
-    """One finding, its advice, and its table."""
+    """Return one finding (a `doctor.Finding` as a dict) as lines of text: its value, its advice, and its
+    table.
+    """
     lines = [f"{_SIGNS[row['ok']]:6} {row['name']:22} {row['value']}"]
     if row["advice"]:
         lines.append(f"{'':7}-> {row['advice']}")
@@ -40,7 +42,9 @@ def _finding_lines(row: dict[str, Any]) -> str:
 
 
 def _timing_line(row: dict[str, Any]) -> str:
-    """One line of the table of kernels: an operation at one shape, Limbeck's kernel beside torch's."""
+    """Return one line of the table of kernels: an operation at one shape, with the time in microseconds of
+    Limbeck's kernel and of torch's.
+    """
     ours = f"{1e6 * row['ours']:,.0f} us"
     torch = f"{1e6 * row['torch']:,.0f} us"
     return f"{row['operation']:10} {row['shape']:40} ours {ours:>11}  torch {torch:>11}  used: {row['used']}"

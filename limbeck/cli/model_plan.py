@@ -1,4 +1,9 @@
-"""The plan of a model on a cluster: training, RL, distillation, serving, and export rules."""
+"""The plan of a model on a cluster: time and cost of its training or RL, of distillation from a teacher, and
+of serving, and what export rules say.
+
+Functions called `_add_...` and `_plan_...` append their lines for people to an `Answer`. A layout is a way of
+splitting the model and the batch over the chips: degrees of parallelism and a pipeline schedule.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,9 @@ REGULATED_OPERATIONS = 1e26  # operations, a threshold of rules on trained model
 
 @dataclass(frozen=True)
 class Work:
-    """A model's workload on a cluster."""
+    """What is planned: a model's configuration, the cluster, and the workload (tokens, batch, sequence
+    length, precision).
+    """
 
     config: ModelConfig
     cluster: Cluster
@@ -33,9 +40,11 @@ class Work:
 def plan_model(
     name: str, figures: dict[str, str], workload: dict[str, Any], conditions: Conditions, svg: Path | None
 ) -> Answer:
-    """The plan of a model; `figures` of the cluster and of the `workload` replace the known ones.
+    """Return the plan of the model `name` on the cluster `conditions.on`, as lines for people and data for
+    programs.
 
-    The best layout is drawn into `svg`.
+    `figures` replaces known properties of the cluster, `workload` the known ones of the model's training.
+    With `svg` the best layout is drawn into that file. Raises a usage error without a cluster.
     """
     config = models.find(name)
     if not conditions.on:
@@ -55,7 +64,11 @@ def plan_model(
 
 
 def _plan(answer: Answer, work: Work, conditions: Conditions, svg: Path | None) -> dict[str, Any]:
-    """Training or RL, the teacher's share, and serving of a model on one cluster."""
+    """Add the training or RL, the teacher's part of a distillation, and the serving of a model on one
+    cluster, and return their data.
+
+    With `svg` the layouts of the training are drawn into that file.
+    """
     if work.workload.kind == "rl":
         data = _plan_rl(answer, work, conditions)
     else:
@@ -70,7 +83,11 @@ def _plan(answer: Answer, work: Work, conditions: Conditions, svg: Path | None) 
 
 
 def _plan_training(answer: Answer, work: Work, conditions: Conditions, svg: Path | None) -> dict[str, Any]:
-    """The best layouts of a training and its cost; or why it is impossible, and what would be possible."""
+    """Add the best layouts of a training and its cost, and return them as data.
+
+    If the training does not fit on the cluster, add the reason and a shorter sequence length that would fit,
+    and return the reason as `refused`.
+    """
     try:
         run = runs.train(work.config, work.cluster, work.workload, conditions.price)
     except LimbeckError as error:
@@ -86,7 +103,9 @@ def _plan_training(answer: Answer, work: Work, conditions: Conditions, svg: Path
 
 
 def _add_training(answer: Answer, run: Training) -> None:
-    """Add the workload, the best layouts, the step and the operations of a training."""
+    """Add the workload, the best layouts, the time of one training step, and the number of operations of a
+    training.
+    """
     work = run.workload
     batch = f"{work.batch:,} x {work.seq:,}, {work.precision} ({work.source})"
     answer.say("training", f"{short(work.tokens)} tokens in {run.steps:,.0f} steps of {batch}")
@@ -105,13 +124,17 @@ def _add_training(answer: Answer, run: Training) -> None:
 
 
 def _rank(rank: int) -> str:
-    """The name of a layout by its rank: best layout, 2nd, 3rd, 4th."""
+    """Return the name of a layout by its rank, counted from 0: `best layout`, `2nd`, `3rd`, `4th`."""
     names = ("best layout", "2nd", "3rd")
     return names[rank] if rank < len(names) else f"{rank + 1}th"
 
 
 def _suggest_shorter(answer: Answer, work: Work) -> None:
-    """Add the longest shorter sequence that fits, at the same number of tokens a step."""
+    """Add the longest sequence length with which the training fits, among halves, quarters and so on of the
+    wanted one.
+
+    The number of tokens a step stays the same. Nothing is added if none fits.
+    """
     workload = work.workload
     seq = workload.seq // 2
     while seq >= SHORTEST_SEQUENCE:
@@ -128,9 +151,11 @@ def _suggest_shorter(answer: Answer, work: Work) -> None:
 
 
 def _draw(run: Training, work: Work, svg: Path) -> list[Path]:
-    """Draw time against memory of the layouts, and the best layout's pipeline schedule if it has one.
+    """Draw the step time of the best layouts against their memory and, if the best layout uses pipeline
+    parallelism, its schedule. Return the files' paths.
 
-    The schedule is in `svg` and the layouts beside it; without a pipeline the layouts are in `svg`.
+    The schedule is drawn into `svg` and the layouts into a file beside it; without a pipeline the layouts are
+    drawn into `svg`.
     """
     from ..plan import gantt, pipeline_schedules, step
 
@@ -152,7 +177,7 @@ def _draw(run: Training, work: Work, svg: Path) -> list[Path]:
 
 
 def _plan_rl(answer: Answer, work: Work, conditions: Conditions) -> dict[str, Any]:
-    """The time and cost of RL."""
+    """Add the time and cost of RL of the model on the cluster, and return them as data."""
     cost, bill = runs.reinforce(work.config, work.cluster, conditions.price)
     hours = [f"{part} {seconds / 3600:,.0f} h" for part, seconds in cost.parts.items() if seconds]
     answer.say("RL", f"650 rollouts of 8,192 completions, {short(cost.tokens)} tokens; {cost.binds}")
@@ -162,7 +187,9 @@ def _plan_rl(answer: Answer, work: Work, conditions: Conditions) -> dict[str, An
 
 
 def _plan_teacher(answer: Answer, workload: Workload) -> dict[str, Any]:
-    """The tokens that a teacher generates for distillation, and their cost."""
+    """Add the number of tokens that the teacher generates for the distillation, and their cost; return them
+    as data.
+    """
     cost = runs.teach(workload)
     tokens = f"{_range(cost.tokens)} tokens by {workload.teacher['model']}"
     hours = f"{_range(cost.chip_hours)} H800-hours of a service like DeepSeek's"
@@ -171,7 +198,12 @@ def _plan_teacher(answer: Answer, workload: Workload) -> dict[str, Any]:
 
 
 def _plan_serving(answer: Answer, work: Work, price: float | None) -> dict[str, Any]:
-    """Concurrency, speed and price of serving the model; or why it is impossible."""
+    """Add the number of concurrent conversations, the speed and the price of serving the model; return them
+    as data.
+
+    If the model cannot be served on the cluster, add the reason and return it as `refused`. `price` is in
+    dollars an hour of a chip; None for the known rental prices.
+    """
     try:
         service = runs.serve(work.config, work.cluster, price=price)
     except LimbeckError as error:
@@ -195,7 +227,11 @@ def _plan_serving(answer: Answer, work: Work, price: float | None) -> dict[str, 
 
 
 def _add_bill(answer: Answer, bill: Bill, until: str | None) -> None:
-    """Add goodput, time, energy, money and the deadline of a run."""
+    """Add the goodput (the share of time that failures and checkpoints leave), time, energy and money of a
+    training or RL.
+
+    With `until` (a date) also add the share of the work that is done by that day.
+    """
     goodput = bill.goodput
     share = f"{goodput.share:.1%} ({goodput.low:.1%} to {goodput.high:.1%})"
     checkpoint = f"a checkpoint every {goodput.interval_seconds / 60:.0f} min"
@@ -218,12 +254,15 @@ def _add_bill(answer: Answer, bill: Bill, until: str | None) -> None:
 
 
 def _range(value: Range) -> str:
-    """`102K (74K to 180K)`."""
+    """Return an estimate with its interval as text: `102K (74K to 180K)`."""
     return f"{short(value.middle)} ({short(value.low)} to {short(value.high)})"
 
 
 def _add_ratio(answer: Answer) -> None:
-    """Add the time with the changes of `--what-if` over the time without."""
+    """Add the ratio of two times of the training or RL: with the changes of `--what-if` and without.
+
+    Nothing is added if either is impossible.
+    """
     before = _total_seconds(answer.data["plan"])
     after = _total_seconds(answer.data["what_if"])
     if before and after:
@@ -232,7 +271,10 @@ def _add_ratio(answer: Answer) -> None:
 
 
 def _total_seconds(plan: dict[str, Any]) -> float | None:
-    """Seconds of the training or the RL in a plan; None if it is impossible."""
+    """Return the estimated seconds of the whole training or RL from the data of a plan.
+
+    Return None if the training is impossible on the cluster.
+    """
     training = plan.get("training")
     if training:
         return None if "refused" in training else training["bill"]["seconds"]["middle"]
@@ -245,9 +287,11 @@ def _total_seconds(plan: dict[str, Any]) -> float | None:
 def apply_export_rules(
     answer: Answer, figures: dict[str, str], conditions: Conditions, to: str, date: str | None
 ) -> None:
-    """Add whether the chips, and the model's weights if they were closed, may be sold to a country on a day.
+    """Add what export rules say on a day about selling the cluster's chips to the country `to`, and about the
+    model's weights if they were not openly published.
 
-    `date` is today by default. Chips that `--what-if` changes are judged as well.
+    `date` is today by default. If `--what-if` replaces the chip, both chips are judged. Raises a usage error
+    if `conditions` has no cluster.
     """
     on = conditions.on
     if not on:

@@ -1,4 +1,7 @@
-"""The commands for single models and artifacts: show, pull, export."""
+"""The commands for single models and artifacts: show, pull, export.
+
+An artifact is the folder with a finished stage's results.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +49,15 @@ def show(
 
 
 def _is_model(path: Path) -> bool:
-    """True for a config.json or a directory that holds one."""
+    """Return True if `path` is a config.json or a directory that holds one."""
     return path.suffix == ".json" or (path / "config.json").exists()
 
 
 def _show_model(path: Path, context: int, as_json: bool) -> None:
-    """Print the footprint of the model in a directory or config.json."""
+    """Print what a model needs: weights, FLOPs, KV cache and memory.
+
+    `path` is the model's directory or config.json; the figures are for `context` tokens of context.
+    """
     from ..model.config import ModelConfig
     from ..model.footprint import describe, tell
 
@@ -63,7 +69,7 @@ def _show_model(path: Path, context: int, as_json: bool) -> None:
 
 
 def _artifact_line(row: dict[str, Any]) -> str:
-    """One line of the list of artifacts."""
+    """Return one line of the list of artifacts: name, stage, seconds, and size in MB."""
     megabytes = row["bytes"] / 1e6
     return f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB"
 
@@ -112,7 +118,11 @@ def export(
 
 
 def _find_model(name: str, runs: Path) -> Path:
-    """A model directory, here or under models/; or the artifact in `runs` whose name begins with `name`."""
+    """Return the folder of a model or artifact.
+
+    `name` is a model directory, the name of one in `models/`, or the beginning of the name of an artifact in
+    `runs`. Raises a usage error for a file that is in GGUF format already.
+    """
     from ..model.find import find_model
 
     is_directory = Path(name).exists() or (Path("models") / name).exists()

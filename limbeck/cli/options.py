@@ -1,4 +1,9 @@
-"""Options that several commands share, and functions that open a command's arguments and print its rows."""
+"""Options that several commands share, and functions that open what a command's arguments name and print its
+results.
+
+A store holds the artifacts (folders with the results of finished stages) of all runs in one folder. A graph
+is a recipe's stages with their inputs and artifacts.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +31,19 @@ STATES = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks
 
 
 def usage_error(message: str) -> LimbeckError:
-    """The exception for a mistake in a command's arguments: exit code 2."""
+    """Return (not raise) the exception for a mistake in a command's arguments; the command then ends with
+    exit code 2.
+    """
     from ..types import LimbeckError
 
     return LimbeckError(message)
 
 
 def open_store(runs: Path) -> Store:
-    """The store of the runs in `runs`; an error if nothing has been run there."""
+    """Return the store of artifacts in the folder `runs`.
+
+    Raises a usage error if nothing has been run there.
+    """
     from ..pipeline.store import Store
 
     if not (runs / "store").exists():
@@ -42,14 +52,21 @@ def open_store(runs: Path) -> Store:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe, given by its path or by the name of a shipped one."""
+    """Return the path of a recipe's YAML file.
+
+    `recipe` is that path, or the name of a recipe that comes with Limbeck.
+    """
     from ..config.load import find
 
     return find(recipe)
 
 
 def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
-    """The recipe in a YAML file with its overrides; with `auto`, policies decide instead of people."""
+    """Return the recipe in a YAML file, with settings replaced by the `key.path=value` texts in
+    `overrides`.
+
+    With `auto`, curate stages are decided by their policies instead of by people.
+    """
     from ..config.load import load, with_auto_curation
 
     recipe = load(path, overrides)
@@ -57,7 +74,10 @@ def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
 
 
 def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
-    """The graph of a recipe's stages, with their artifacts in `runs`; `path` is the recipe's file."""
+    """Return the graph of a recipe's stages, with the artifacts that the folder `runs` already holds.
+
+    `path` is the recipe's file; relative paths in the recipe start at its folder.
+    """
     from ..pipeline.graph import Graph
     from ..pipeline.store import Store
 
@@ -65,7 +85,10 @@ def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
 
 
 def open_run(folder: Path) -> Graph:
-    """The graph of the run in `folder`; an error if it is not a run's folder."""
+    """Return the graph of the run in `folder`, read from its recipe.yaml.
+
+    Raises a usage error if the folder has none.
+    """
     recipe = folder / "recipe.yaml"
     if not recipe.exists():
         raise usage_error(f"{folder} is no run: it has no recipe.yaml; runs begin with `limbeck run`")
@@ -73,12 +96,15 @@ def open_run(folder: Path) -> Graph:
 
 
 def print_json(data: Any) -> None:
-    """Print a command's result for programs."""
+    """Print a command's result as one line of JSON, for programs."""
     print(json.dumps({"schema": 1, "ok": True, "data": data}, ensure_ascii=False))
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:
-    """Print rows as JSON, or each as the text that `line` makes of it."""
+    """Print the rows of a table.
+
+    With `as_json` they are printed as one JSON result, else each as the text that `line` returns for it.
+    """
     if as_json:
         print_json(rows)
         return

@@ -1,4 +1,6 @@
-"""The command that forecasts a run: plan, for recipes and for models, on this machine and on other chips."""
+"""The command `limbeck plan`, which forecasts a recipe or a model's training, on this machine or on other
+chips.
+"""
 
 from __future__ import annotations
 
@@ -143,14 +145,17 @@ def plan(
 
 
 def _is_recipe(what: str) -> bool:
-    """True for a YAML file, and for the name of a shipped recipe."""
+    """Return True if `what` is the path of a YAML file or the name of a recipe that comes with Limbeck."""
     from ..config.load import shipped
 
     return Path(what).suffix in (".yaml", ".yml") or what in shipped()
 
 
 def _verify(file: Path | None) -> Answer:
-    """The table of published runs, from the package or from a CSV file, against the plan."""
+    """Return a table that compares published training runs with the times that the plan gives for them.
+
+    `file` is a CSV file of such runs; None for the runs that come with Limbeck.
+    """
     from ..plan import verify
     from .plan_text import Answer
 
@@ -159,7 +164,11 @@ def _verify(file: Path | None) -> Answer:
 
 
 def _changes(texts: list[str], option: str) -> dict[str, str]:
-    """The values of an option such as `--what-if nvlink=400`, by key."""
+    """Return the KEY=VALUE texts of a repeated option as a dict.
+
+    `["nvlink=400"]` becomes `{"nvlink": "400"}`. `option` is the option's name, for the usage error that a
+    text without a value raises.
+    """
     changes = {}
     for text in texts:
         key, _, value = text.partition("=")

@@ -1,4 +1,6 @@
-"""The text of a plan: its conditions, its lines for people and data for programs, deadlines and numbers."""
+"""The text of a plan: its conditions, its lines for people and data for programs, deadlines, and formats of
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ DAY = 86400  # seconds
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a plan: `Conditions("2048xH800", {"nvlink": "400"}, price=2.0, until="2027-03")`.
+    """What a plan is asked for: `Conditions("2048xH800", {"nvlink": "400"}, price=2.0, until="2027-03")`.
 
-    `on` is the cluster ("" for this machine), `changes` those of `--what-if`; `price` is in dollars an hour
-    of a chip, or of this machine.
+    `on` is the cluster, "" for this machine; `changes` are the properties that `--what-if` replaces. `price`
+    is in dollars an hour of one chip (of the whole machine if `on` is ""). `until` is a deadline as a date.
     """
 
     on: str
@@ -27,13 +29,13 @@ class Conditions:
 
 @dataclass
 class Answer:
-    """A plan as lines for people and as data for programs."""
+    """A plan in two forms: `lines` for people and `data` for programs."""
 
     lines: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
 
     def say(self, name: str, text: str) -> None:
-        """Add a line with a name in front."""
+        """Append a line for people: `name` in a column of 14 characters, then `text`."""
         self.lines.append(f"{name:14} {text}".rstrip())
 
 
@@ -41,7 +43,10 @@ class Answer:
 
 
 def days_left(until: str) -> int:
-    """Days from today to `until`; an error if it has passed."""
+    """Return the number of days from today to the date `until`.
+
+    Raises a usage error if that day is not in the future.
+    """
     left = (parse_day(until) - Date.today()).days
     if left <= 0:
         raise usage_error(f"--until {until}: that day has passed")
@@ -49,7 +54,8 @@ def days_left(until: str) -> int:
 
 
 def add_deadline(answer: Answer, seconds: float, until: str, chips: int = 1) -> None:
-    """Add the share of the work that is done by `until`, and the chips that would finish it by then.
+    """Add to `answer` the share of the work that is done by the date `until` and, if that is not all of it,
+    the chips that would finish it by then.
 
     `seconds` is the time of the whole work on `chips` chips.
     """
@@ -64,7 +70,11 @@ def add_deadline(answer: Answer, seconds: float, until: str, chips: int = 1) -> 
 
 
 def _chips_needed(seconds: float, left: int, chips: int) -> str:
-    """The chips that do in `left` seconds the work that `chips` chips do in `seconds`."""
+    """Return a phrase for the number of chips that would do in `left` seconds the work that takes `chips`
+    chips `seconds` seconds.
+
+    With one chip the phrase is a multiple, as the work may run on this machine.
+    """
     if chips > 1:
         needed = int(-(-chips * seconds // left))  # rounded up
         return f"about {needed:,} chips"
@@ -72,7 +82,11 @@ def _chips_needed(seconds: float, left: int, chips: int) -> str:
 
 
 def parse_day(text: str) -> Date:
-    """The day of a date such as 2027-03-01, or the first day of 2027-03 or 2027."""
+    """Return the date that a text such as 2027-03-01 names; 2027-03 and 2027 are the first day of the month
+    or year.
+
+    Raises a usage error for anything else.
+    """
     parts = text.split("-")
     missing = ["01"] * (3 - len(parts))
     try:
@@ -85,12 +99,12 @@ def parse_day(text: str) -> Date:
 
 
 def changes_text(changes: dict[str, str]) -> str:
-    """Changes as they are written on the command line: `nvlink=400, chip=H20`."""
+    """Return changes as they are written on the command line: `nvlink=400, chip=H20`."""
     return ", ".join(f"{key}={value}" for key, value in changes.items())
 
 
 def short(number: float) -> str:
-    """A number of three digits and a letter: `2.67M`."""
+    """Return a number with three significant digits and a letter for its thousands: `2.67M`."""
     for letter, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{_three_digits(number / size)}{letter}"
@@ -98,13 +112,16 @@ def short(number: float) -> str:
 
 
 def _three_digits(number: float) -> str:
-    """A number rounded to three digits, without an exponent where possible."""
+    """Return a number rounded to three significant digits, without an exponent where possible."""
     rounded = float(f"{number:.3g}")
     return f"{rounded:g}"
 
 
 def duration(seconds: float) -> str:
-    """A duration in the largest unit of which it is 1.5 or more: `2.4 days`, `36.0 h`, `80.0 min`."""
+    """Return a duration as text, such as `2.4 days`, `36.0 h` or `80.0 min`.
+
+    The unit is the largest one of which the duration is at least 1.5.
+    """
     for unit, size in (("days", DAY), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:,.1f} {unit}"

@@ -1,4 +1,8 @@
-"""The commands for a model's provenance and its release: why, recall, release."""
+"""The commands for a model's provenance and its release: why, recall, release.
+
+A row is one training example. The lineage of a model is the tree of artifacts that it was made from; an
+artifact is the folder with a finished stage's results.
+"""
 
 from __future__ import annotations
 
@@ -77,19 +81,23 @@ def why(
 
 
 def _print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:
-    """Print rows as JSON or as text without control characters."""
+    """Print rows of a table without control characters: as one JSON result with `as_json`, else each as the
+    text that `line` returns for it.
+    """
     from .display import printable
 
     print_rows(rows, as_json, lambda row: printable(line(row)))
 
 
 def _row_line(row: dict[str, Any]) -> str:
-    """One line of the list of training rows."""
+    """Return one line of the list of training rows: id, the stage that learned the row, the stage that gave
+    it, the number of times it was learned, and its origin.
+    """
     return f"{row['id']:36} {row['learned_by']:14} {row['given_by']:14} x{row['times']}  {_origin(row)}"
 
 
 def _full_row(row: dict[str, Any]) -> str:
-    """A training row with its prompt and response."""
+    """Return all that is known of a training row as text: its origin, prompt and response."""
     from ..pipeline.dataset_rows import response_text
 
     lines = [f"{row['id']}, given by {row['given_by']}, learned by {row['learned_by']}", _origin(row)]
@@ -99,7 +107,9 @@ def _full_row(row: dict[str, Any]) -> str:
 
 
 def _origin(row: dict[str, Any]) -> str:
-    """The origin of a row, and its editor."""
+    """Return the origin of a training row (such as its problem or teacher) and, if a reviewer changed it,
+    who did.
+    """
     origin = ", ".join(f"{key} {str(value)[:40]}" for key, value in row["origin"].items())
     if row["editor"]:
         origin += f"; desk: {row['editor']}"
@@ -107,7 +117,10 @@ def _origin(row: dict[str, Any]) -> str:
 
 
 def _print_fingerprints(lineage: Lineage, corpus: Path | None, as_json: bool) -> None:
-    """Print the traces of other models in the training rows."""
+    """Print the traces of other models that are found in the training rows behind a model.
+
+    `corpus` is a file with another model's outputs to compare the rows with; None for none.
+    """
     from dataclasses import asdict
 
     from ..pipeline.provenance.fingerprints import traces
@@ -120,14 +133,16 @@ def _print_fingerprints(lineage: Lineage, corpus: Path | None, as_json: bool) ->
 
 
 def _trace_lines(trace: dict[str, Any]) -> str:
-    """One kind of trace with its examples."""
+    """Return one kind of trace as text: how many of the rows have it, then examples with the rows' ids."""
     lines = [f"{trace['rows']} of {trace['of']} rows: {trace['kind']}"]
     lines += [f"    {row_id}: {text}" for row_id, text in trace["examples"]]
     return "\n".join(lines)
 
 
 def _print_lineage(lineage: Lineage) -> None:
-    """Print the conclusion, the licences, the sources, and the tree of artifacts."""
+    """Print the lineage of a model: the conclusion on its licence, the licences, the sources, and the tree of
+    artifacts.
+    """
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
@@ -148,7 +163,9 @@ def _print_lineage(lineage: Lineage) -> None:
 
 
 def _licence_lines(lineage: Lineage) -> list[str]:
-    """The licences that bind a model, and the rights that were claimed against one."""
+    """Return one line for each licence that binds a model, and one for each right that somebody claimed in
+    order to do what a licence forbids.
+    """
     from ..pipeline.provenance.licences import bind, terms
 
     lines = []
@@ -164,7 +181,11 @@ def _licence_lines(lineage: Lineage) -> list[str]:
 
 
 def _grow(tree: Tree, lineage: Lineage, key: str, name: str, drawn: set[str]) -> None:
-    """Add an artifact and its parents to the tree; the parents of one already in `drawn` are not repeated."""
+    """Add an artifact to the printed tree, and recursively the artifacts that it was made from.
+
+    `key` is the artifact's key in `lineage`, `name` the name that its reader gives it. `drawn` holds the keys
+    that the tree has already: such an artifact is added again without its parents.
+    """
     from rich.text import Text
 
     from .display import printable
@@ -180,7 +201,10 @@ def _grow(tree: Tree, lineage: Lineage, key: str, name: str, drawn: set[str]) ->
 
 
 def _label(entry: dict[str, Any], name: str) -> str:
-    """An artifact in the tree: `dev1 (sft-2f31...): 120 rows, 34 edited, MIT`."""
+    """Return an artifact's label in the tree: `dev1 (sft-2f31...): 120 rows, 34 edited, MIT`.
+
+    `entry` is its entry in the lineage.
+    """
     notes = entry.get("notes") or {}
     facts = [f"{notes[fact]:,} {fact}" for fact in FACTS if notes.get(fact)]
     if entry["kind"] == "curate":
@@ -229,7 +253,9 @@ def recall(
 
 
 def _print_recalled(recalled: Recall) -> None:
-    """Print the artifacts that a row reached, and the cost of a rerun without it."""
+    """Print the artifacts that a withdrawn row reached, and the stages, time and FLOPs of a rerun without the
+    row.
+    """
     reached = {
         "held by": recalled.holds,
         "learned by": recalled.learned,

@@ -1,4 +1,9 @@
-"""The plan of a recipe: state and forecast of each stage, on this machine or on a cluster."""
+"""The plan of a recipe: state and forecast of each stage, on this machine or on a cluster.
+
+A graph holds the recipe's stages; a stage is done if it has an artifact (the folder with its results). A
+forecast is a stage's estimated time with its interval, its parts and FLOPs. A walk is the estimated amount of
+work of all stages.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +30,24 @@ WORKER_START = 3.0  # seconds until a worker has imported torch
 
 @dataclass(frozen=True)
 class Forecasts:
-    """The forecast of each stage, and the machine or cluster it is for; without stages if all are done."""
+    """The forecast of each stage by the stage's name, and the machine or cluster that it is for.
+
+    `stages` is empty if every stage is done or nothing can be foreseen.
+    """
 
     stages: dict[str, Forecast]
     where: str = HERE
 
     def left(self, graph: Graph) -> dict[str, Forecast]:
-        """The forecasts of the stages that are not done."""
+        """Return the forecasts of the stages that are not done."""
         return {name: stage for name, stage in self.stages.items() if not graph.nodes[name].artifact}
 
     def total(self, graph: Graph) -> tuple[float, float, float]:
-        """Wall time of the stages that are not done, in seconds, with its interval.
+        """Return the wall time in seconds of the stages that are not done, and the lower and upper end of its
+        interval.
 
-        The errors of the stages are those of one machine, so they add up.
+        The stages' errors have the same cause, the measured rates of one machine, so their intervals are
+        added up.
         """
         from ..plan.forecast import wall
 
@@ -54,9 +64,10 @@ class Forecasts:
 
 
 def cached_forecast(graph: Graph) -> dict[str, Any] | None:
-    """The forecast that a run keeps; None unless this machine has been measured for its models.
+    """Return the forecast that is stored with a run, as JSON data. Return None if the rates of this machine
+    are not measured yet or the forecast fails.
 
-    A run does not wait for such a measurement, and does not fail without a forecast.
+    The rates are not measured here: a run shall neither wait for that nor fail because of it.
     """
     from datetime import date
 
@@ -73,9 +84,10 @@ def cached_forecast(graph: Graph) -> dict[str, Any] | None:
 
 
 def forecast_here(graph: Graph, measure: bool = True) -> Forecasts:
-    """The forecast of each stage on this machine.
+    """Return the forecast of each stage on this machine.
 
-    A machine that is not measured yet is measured in seconds; without `measure` it has no forecast.
+    If this machine's rates are not known yet they are measured, which takes seconds; with `measure` False the
+    forecast is empty instead.
     """
     from ..plan import forecast
 
@@ -90,7 +102,7 @@ def forecast_here(graph: Graph, measure: bool = True) -> Forecasts:
 
 
 def forecast_on(graph: Graph, on: str, changes: dict[str, str]) -> Forecasts:
-    """The forecast of each stage on a cluster with some changes."""
+    """Return the forecast of each stage on the cluster `on`, with the properties in `changes` replaced."""
     from ..plan import cluster as clusters
     from ..plan import forecast
 
@@ -104,12 +116,15 @@ def forecast_on(graph: Graph, on: str, changes: dict[str, str]) -> Forecasts:
 
 
 def _is_done(graph: Graph) -> bool:
-    """True if every stage has its artifact."""
+    """Return True if every stage has its artifact."""
     return all(node.artifact for node in graph.nodes.values())
 
 
 def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
-    """The work of each stage of the graph."""
+    """Return the estimated amount of work of each stage of the graph.
+
+    `configs` holds the stages' model configurations.
+    """
     from ..plan.stage_work import Walk
 
     walk = Walk(graph.recipe, configs)
@@ -121,7 +136,10 @@ def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
 def _machine_rates(
     recipe: Recipe, walk: Walk, configs: dict[str, ModelConfig], measure: bool
 ) -> Rates | None:
-    """This machine's rates for the recipe's models; None if they are not known and `measure` is False."""
+    """Return this machine's measured speed for the kinds of work in `walk`.
+
+    With `measure`, rates that are not known yet are measured; without, None is returned if any is missing.
+    """
     from .. import __version__
     from ..config.recipe import Pretrain
     from ..plan import forecast, machine_rates
@@ -137,7 +155,10 @@ def _machine_rates(
 
 
 def model_configs(graph: Graph) -> dict[str, ModelConfig]:
-    """The configuration of the model that each stage makes or evaluates; other stages have none."""
+    """Return the configuration of the model that each stage makes or evaluates, by the stage's name.
+
+    Stages without a model are left out.
+    """
     configs: dict[str, ModelConfig] = {}
     for node in graph.nodes.values():
         config = _model_config(node, graph.recipe, configs)
@@ -147,7 +168,11 @@ def model_configs(graph: Graph) -> dict[str, ModelConfig]:
 
 
 def _model_config(node: Node, recipe: Recipe, configs: dict[str, ModelConfig]) -> ModelConfig | None:
-    """The configuration of a stage's model: of its artifact, its settings, or the model it begins with."""
+    """Return the configuration of a stage's model, or None if the stage has none.
+
+    It is read from the stage's artifact, its settings, or (from `configs`) the stage whose model it begins
+    with.
+    """
     from ..config.recipe import Load, Pretrain
     from ..model.config import ModelConfig
     from ..model.from_recipe import to_config
@@ -166,7 +191,11 @@ def _model_config(node: Node, recipe: Recipe, configs: dict[str, ModelConfig]) -
 
 
 def _config_of_load(stage: Load) -> ModelConfig:
-    """The configuration of a model directory, with the number of layers that the stage keeps."""
+    """Return the configuration of the model directory that a load stage reads, with the number of layers that
+    the stage keeps.
+
+    Raises a usage error for a GGUF file.
+    """
     from dataclasses import replace
 
     from ..model.config import ModelConfig
@@ -185,7 +214,10 @@ def _config_of_load(stage: Load) -> ModelConfig:
 
 
 def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
-    """The plan of a recipe; each violation of a licence is printed on standard error."""
+    """Return the plan of a recipe, as lines for people and data for programs.
+
+    Each licence that a run would violate is printed on standard error.
+    """
     from ..pipeline.provenance.propagate import trace
     from ..types import LimbeckError
 
@@ -217,7 +249,11 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
 
 
 def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts) -> None:
-    """Add a line for each stage: its state, its time, its time with the changes, why it runs."""
+    """Add a line for each stage: its state, its time, and why it has to run.
+
+    If `changed` (the forecasts with the changes of `--what-if`) is not empty, the line also has the time with
+    the changes.
+    """
     rows = []
     for node in graph.nodes.values():
         reasons = [] if node.artifact else graph.why(node)
@@ -240,7 +276,9 @@ def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: For
 
 
 def _stage_time(node: Node, forecasts: Forecasts) -> str:
-    """The time of a stage that is not done, nine characters wide."""
+    """Return the forecast time of a stage as text nine characters wide; blanks if the stage is done or has no
+    forecast.
+    """
     forecast = forecasts.stages.get(node.name)
     if forecast is None or node.artifact:
         return " " * 9
@@ -248,7 +286,9 @@ def _stage_time(node: Node, forecasts: Forecasts) -> str:
 
 
 def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: Conditions) -> None:
-    """Add the time of all stages that are not done, its parts, FLOPs, people's time, money and deadline."""
+    """Add what all stages that are not done take together: time, shares of the kinds of work, FLOPs, people's
+    time, money, and the deadline.
+    """
     if not forecasts.stages:
         answer.data["seconds"] = 0.0
         return
@@ -271,7 +311,7 @@ def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: 
 
 
 def _add_people(answer: Answer, rows: int) -> None:
-    """Add the time of the people who review `rows` rows."""
+    """Add the time that people need to review `rows` rows; nothing if there are none."""
     from ..plan.forecast import DESK_SECONDS
 
     if rows:
@@ -280,7 +320,10 @@ def _add_people(answer: Answer, rows: int) -> None:
 
 
 def _add_changes(answer: Answer, graph: Graph, changed: Forecasts, changes: dict[str, str]) -> None:
-    """Add the time with the changes of `--what-if`."""
+    """Add the forecasts with the changes of `--what-if`, and their total time.
+
+    `changed` holds these forecasts.
+    """
     stages = [forecast.told() for forecast in changed.stages.values()]
     answer.data["what_if"] = {"changes": changes, "stages": stages}
     seconds, _, _ = changed.total(graph)
@@ -288,7 +331,11 @@ def _add_changes(answer: Answer, graph: Graph, changed: Forecasts, changes: dict
 
 
 def _shares(forecasts: Iterable[Forecast]) -> list[str]:
-    """Kinds of work with their shares of the time, the largest first; those below 1 % are left out."""
+    """Return texts such as `sampling 62%`: each kind of work with its share of the total time, the largest
+    first.
+
+    Kinds below 1 % are left out.
+    """
     parts: dict[str, float] = {}
     for forecast in forecasts:
         for name, seconds in forecast.parts.items():

@@ -1,4 +1,7 @@
-"""Review of a queue's rows at the terminal."""
+"""Review of the rows of a queue at the terminal.
+
+A row is one training example; a queue holds the rows that a curate stage waits for people to judge.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ KEYS = {"a": "accept", "e": "edit", "r": "reject", "q": "quit"}
 
 
 def review_at_terminal(queue: Path, reviewer: str) -> None:
-    """Review row after row: accept, edit (in $EDITOR) or reject with a reason; each verdict is saved at once.
+    """Show the reviewer each row that is due: accept it, edit it (in $EDITOR) or reject it with a reason.
+    Each verdict is saved at once.
 
-    After them come the rows on which two reviewers disagree, to be settled.
+    The rows on which two reviewers disagree come last, for a final verdict. Raises LimbeckError if standard
+    input is not a terminal.
     """
     if not sys.stdin.isatty():
         raise LimbeckError("curate needs a terminal; use --export FILE and --import FILE to review elsewhere")
@@ -36,7 +41,7 @@ def review_at_terminal(queue: Path, reviewer: str) -> None:
 
 
 def _rows_left(queue: Path, reviewer: str) -> str:
-    """A sentence on the rows that are still to be reviewed."""
+    """Return a sentence on how many rows are still to be reviewed, by this reviewer or by other people."""
     left = len(reviews.pending(queue))
     if not left:
         return "all rows are reviewed: run the recipe again and it goes on"
@@ -46,7 +51,10 @@ def _rows_left(queue: Path, reviewer: str) -> str:
 
 
 def _review(queue: Path, row: reviews.ReviewState, reviewer: str, settle: bool) -> bool:
-    """Show one row and save its verdict; False if the reviewer quits. `settle` decides between verdicts."""
+    """Show one row and save the reviewer's verdict; return False if the reviewer quits instead.
+
+    With `settle` the verdict is final: it replaces those of reviewers who disagreed.
+    """
     print(printable(row.row["completion"]) + "\n")
     if settle:
         _show_verdicts(row)
@@ -67,14 +75,14 @@ def _review(queue: Path, row: reviews.ReviewState, reviewer: str, settle: bool) 
 
 
 def _show_verdicts(row: reviews.ReviewState) -> None:
-    """Print the verdicts that disagree."""
+    """Print the verdicts on a row whose reviewers disagree."""
     for name, verdict in row.verdicts.items():
         detail = verdict.get("completion") or verdict.get("reason") or "as it is"
         print(printable(f"{name} says {verdict['verdict']}: {detail}\n"))
 
 
 def _choose() -> str:
-    """The key of a verdict, or `q`; any other key asks again."""
+    """Ask until one of the keys of `KEYS` is typed, and return it: `a`, `e`, `r` or `q`."""
     while True:
         key = input("(a)ccept (e)dit (r)eject (q)uit: ").strip().lower()[:1]
         if key in KEYS:
@@ -82,7 +90,7 @@ def _choose() -> str:
 
 
 def _edit(text: str) -> str:
-    """The text as it is saved in $EDITOR, without newlines at its end."""
+    """Open `text` in $EDITOR and return the saved text, without newlines at its end."""
     editor = os.environ.get("EDITOR", "vi").split()
     with tempfile.NamedTemporaryFile("w+", suffix=".txt", encoding="utf-8") as file:
         file.write(text)

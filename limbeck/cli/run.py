@@ -1,4 +1,4 @@
-"""The commands that carry a recipe out and show its state: run, status."""
+"""The commands that carry out a recipe and show the state of its stages: run, status."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def run(
 
 
 def _choose_display(as_json: bool) -> Lines:
-    """The display of a run: events for programs, a live tree on a terminal, else plain lines."""
+    """Return the display of a run: JSON events with `as_json`, a live table on a terminal, plain lines
+    otherwise.
+    """
     from .display import Events, Lines, Tree
 
     if as_json:
@@ -91,9 +93,10 @@ def _choose_display(as_json: bool) -> Lines:
 
 
 def _stop_on_interrupt(job: Run) -> None:
-    """Handle Ctrl-C: the first one checkpoints and stops, the second stops at once.
+    """Install the handler of Ctrl-C (SIGINT) and SIGTERM: the first signal makes the run checkpoint and stop,
+    the second ends it at once.
 
-    A handler may interrupt any line, so it prints nothing and takes no lock.
+    A signal may arrive at any line of code, so the handler prints nothing and takes no lock.
     """
 
     def handle(number: int, frame: Any) -> None:
@@ -125,7 +128,7 @@ def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
 
 
 def _status(node: Node) -> dict[str, Any]:
-    """One stage's state, artifact and number of rows to review."""
+    """Return one stage's name, kind, state, artifact, seconds, and number of rows that wait for review."""
     from ..pipeline.review import reviews
 
     artifact = node.artifact

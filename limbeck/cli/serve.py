@@ -1,4 +1,6 @@
-"""The command that serves models: an OpenAI-compatible API and the studio, at one address."""
+"""The command `limbeck serve`, which serves models by an OpenAI-compatible API and the studio (the web
+pages), at one address.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def serve(
 
 
 def _is_loopback(host: str) -> bool:
-    """True for a host that only this machine can reach."""
+    """Return True if `host` is an address that only this machine can reach: localhost or a loopback IP
+    address.
+    """
     if host == "localhost":
         return True
     try:

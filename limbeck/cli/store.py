@@ -1,4 +1,4 @@
-"""The commands that look after the artifacts on disk: gc, verify."""
+"""The commands that look after the artifacts on disk: gc deletes unused ones, verify checks their hashes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def gc(runs: Home = RUNS, yes: Annotated[bool, typer.Option("--yes", help="reall
 
 
 def _unused(store: Store, runs: Path) -> list[Path]:
-    """The folders of artifacts that no run cites, and of stages that were killed."""
+    """Return the folders that may be deleted: artifacts that no run in `runs` uses, and what killed stages
+    left behind.
+    """
     used: set[str] = set()
     for index in runs.glob("*/stages.json"):
         used.update(json.loads(index.read_text()).values())

@@ -1,1 +1,1 @@
-"""Reports of runs, written from their folders: no model is opened."""
+"""Reports of runs: a page and a JSON file, written from a run's folders without loading a model."""

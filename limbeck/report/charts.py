@@ -1,6 +1,8 @@
-"""Charts of the report: small SVGs whose colours are the page's CSS variables, for its light and dark themes.
+"""Charts of the report: small SVGs whose colours are the page's CSS variables, for its light and dark
+themes.
 
-A chart holds names of models and numbers, no words: the page describes it in both languages.
+A chart holds names of models and numbers, no words: the page describes it in both languages. A tone is the
+name of a colour, one of `TONES`.
 
 Shapes: P points of a curve.
 """
@@ -32,7 +34,9 @@ _SVG_NOISE = re.compile(
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `Line("zero", [0, 1, 2], [.22, .25, .31])`."""
+    """One curve of a chart: `Line("zero", [0, 1, 2], [.22, .25, .31])` has the label zero, the x values
+    and the y values.
+    """
 
     label: str
     x: Sequence[float]
@@ -44,7 +48,8 @@ class Line:
 class Dots:
     """One row of a dot plot: `Dots("zero", [(.848, .825, .869, "one"), (.924, .906, .939, "two")])`.
 
-    A point is a mean, the ends of its interval, and a tone.
+    Each point is (mean, lower end of the interval, upper end of the interval, tone); the numbers are shares
+    from 0 to 1.
     """
 
     label: str
@@ -52,7 +57,7 @@ class Dots:
 
 
 class _End(NamedTuple):
-    """The last point of a curve, where its label stands."""
+    """The last point (`x`, `y`) of a drawn curve, beside which the curve's label is placed."""
 
     line: Line
     x: float
@@ -63,7 +68,9 @@ class _End(NamedTuple):
 
 
 def dots(rows: Sequence[Dots]) -> Markup:
-    """A dot plot of shares with their intervals: one row a model, a label at every point."""
+    """Return a dot plot of shares with their intervals: one row for each model, every point labelled with
+    its percentage.
+    """
     figure, axes = _figure(460, 34 * len(rows) + 30)
     for y, row in enumerate(rows):
         axes.axhline(y, color=_HEX["rule"], linewidth=0.6, zorder=0)
@@ -81,7 +88,10 @@ def dots(rows: Sequence[Dots]) -> Markup:
 
 
 def _dot(axes: Any, at: float, mean: float, low: float, high: float, tone: str) -> None:
-    """One share with its interval, at height `at`, in percent."""
+    """Draw one share (`mean`) with its interval from `low` to `high`.
+
+    The shares are from 0 to 1 and are drawn in percent; `at` is the y coordinate.
+    """
     color = _HEX[tone]
     axes.plot([100 * low, 100 * high], [at, at], color=color, linewidth=2.2, solid_capstyle="round")
     axes.plot([100 * mean], [at], "o", color=color, markersize=6)
@@ -89,7 +99,11 @@ def _dot(axes: Any, at: float, mean: float, low: float, high: float, tone: str) 
 
 
 def curves(lines: Sequence[Line], percent: bool = False, log: bool = False) -> Markup:
-    """Learning curves: the values pale, their running mean strong, a label at the end of each."""
+    """Return a chart of learning curves: the values pale, their running mean strong, and a label at the
+    end of each curve.
+
+    With `percent` the values are shares from 0 to 1, drawn in percent; with `log` the y axis is logarithmic.
+    """
     figure, axes = _figure(330, 190)
     ends = []
     for line in lines:
@@ -106,7 +120,10 @@ def curves(lines: Sequence[Line], percent: bool = False, log: bool = False) -> M
 
 
 def _curve(axes: Any, line: Line, percent: bool, log: bool) -> _End:
-    """Draw one curve with its running mean and return the running mean's last point."""
+    """Draw one curve with its running mean, and return the last point of the running mean.
+
+    `percent` and `log` are those of `curves`.
+    """
     at = cuts(len(line.x), _MAX_POINTS)
     x_P = means(np.asarray(line.x, float), at)
     y_P = means(np.asarray(line.y, float), at)
@@ -121,7 +138,11 @@ def _curve(axes: Any, line: Line, percent: bool, log: bool) -> _End:
 
 
 def ladder(labels: Sequence[str], values: Sequence[float], tone: str = "one") -> Markup:
-    """One share through a sequence of models, from left to right."""
+    """Return a chart of one share (0 to 1) for each of several models, from left to right, joined by a
+    line.
+
+    `labels` are the models' names and `values` their shares.
+    """
     figure, axes = _figure(max(300, 92 * len(labels)), 180)
     shares = [100 * value for value in values]
     lowest = min(shares)
@@ -145,7 +166,10 @@ def ladder(labels: Sequence[str], values: Sequence[float], tone: str = "one") ->
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of `width` x `height` CSS pixels and its axes, without pyplot and its global state."""
+    """Return a new matplotlib figure of `width` x `height` CSS pixels, and its axes.
+
+    It is made without pyplot, which keeps global state.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
@@ -157,7 +181,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _scale(axes: Any, percent: bool, log: bool) -> None:
-    """Set the y axis: logarithmic, in percent, or from 0."""
+    """Set the y axis: logarithmic with `log`, in percent with `percent`, otherwise linear with 0 included."""
     if log:
         _scale_log(axes)
     elif percent:
@@ -169,7 +193,7 @@ def _scale(axes: Any, percent: bool, log: bool) -> None:
 
 
 def _scale_log(axes: Any) -> None:
-    """A logarithmic y axis over whole decades."""
+    """Make the y axis logarithmic, from one power of ten to another."""
     axes.set_yscale("log")  # before the limits are read: a logarithmic axis keeps them above zero
     low, high = axes.get_ylim()
     axes.yaxis.set_minor_formatter(lambda *_: "")
@@ -181,7 +205,7 @@ def _scale_log(axes: Any) -> None:
 
 
 def _scale_percent(axes: Any) -> None:
-    """A y axis in percent, from 0 if a value is below 50 %."""
+    """Label the y axis in percent, and begin it at 0 if its lower end is below 50 %."""
     low, high = axes.get_ylim()
     if low < 50:
         low = 0
@@ -191,9 +215,10 @@ def _scale_percent(axes: Any) -> None:
 
 
 def _label_ends(axes: Any, ends: list[_End], percent: bool, alone: bool) -> None:
-    """Label the curves at their ends, moved apart where labels would touch.
+    """Write a label at the end of each curve, with labels that would overlap moved apart.
 
-    The label is the line's name, or its last value if the line is `alone`.
+    The label is the curve's name. If the chart has a single curve (`alone`) it is the curve's last value, in
+    percent with `percent`.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = [(to_axes.transform((end.x, end.y))[1], end) for end in ends]
@@ -208,7 +233,11 @@ def _label_ends(axes: Any, ends: list[_End], percent: bool, alone: bool) -> None
 
 
 def _apart(heights: list[float], distance: float = 0.095) -> list[float]:
-    """The rising `heights` with neighbours at least `distance` apart, below 1 where there is room."""
+    """Move labels apart: change the ascending `heights` so that neighbours are at least `distance` apart,
+    and return them.
+
+    The unit is the height of the axes; no height is above 1 unless there are too many labels.
+    """
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + distance)
     ceiling = max(1.0, distance * (len(heights) - 1))
@@ -222,7 +251,10 @@ def _apart(heights: list[float], distance: float = 0.095) -> list[float]:
 
 
 def _svg(figure: Any) -> Markup:
-    """The figure as an SVG element: CSS variables for colours, a width that shrinks with the page."""
+    """Return the figure as an SVG element.
+
+    Its colours are the page's CSS variables, and its width shrinks with the page.
+    """
     text = _SVG_NOISE.sub("", _savefig(figure))
     for tone, code in _HEX.items():
         text = text.replace(code, f"var(--{tone})")
@@ -234,7 +266,9 @@ def _svg(figure: Any) -> Markup:
 
 
 def _savefig(figure: Any) -> str:
-    """The figure as matplotlib writes it, the same bytes on every run."""
+    """Return the SVG text that matplotlib writes for the figure; the same figure always gives the same
+    text.
+    """
     import matplotlib
 
     file = io.StringIO()

@@ -1,4 +1,8 @@
-"""Loss against compute for several ways of pretraining, averaged over seeds, and the compute at equal loss.
+"""Comparison of several ways of pretraining: loss against compute, averaged over seeds, and the compute at
+which the losses are equal.
+
+A way is one setting of pretraining (such as a dense model or a mixture of experts), trained once for each
+seed.
 
 Shapes: R runs (seeds) of one way, P points of a curve, S logged steps of a run.
 """
@@ -19,7 +23,11 @@ AVERAGED_SHARE = 0.05  # of a run: every loss on a curve is the mean over the la
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against compute of one way: `Curve("dense", ("dense", "dense_2"), flops_P, losses_RP)`."""
+    """Loss against compute of one way of pretraining.
+
+    `Curve("dense", ("dense", "dense_2"), flops_P, losses_RP)` is the way dense. `runs` are the names of its
+    stages, one for each seed; all of them share the FLOPs axis.
+    """
 
     name: str
     runs: tuple[str, ...]
@@ -28,17 +36,22 @@ class Curve:
 
     @property
     def final(self) -> list[float]:
-        """The final loss of each run."""
+        """The loss of each run at the end of its training."""
         return [float(loss) for loss in self.losses[:, -1]]
 
     def reaches(self, loss: float) -> float | None:
-        """FLOPs after which the mean over runs is at most `loss` for the first time; None if it never is."""
+        """Return the FLOPs at which the mean loss over the runs is at most `loss` for the first time, or
+        None if it never is.
+        """
         below = np.flatnonzero(self.losses.mean(0) <= loss)
         return float(self.flops[below[0]]) if len(below) else None
 
 
 def curves(run: Run) -> list[Curve]:
-    """The curves that the report stage compares; stages without metrics are left out."""
+    """Return the curve of each way that the recipe's report stage compares.
+
+    Stages without logged metrics are left out.
+    """
     ways = run.report_stage.get("compare") or {}
     compared = []
     for way, names in ways.items():
@@ -50,7 +63,10 @@ def curves(run: Run) -> list[Curve]:
 
 
 def _curve(name: str, stages: Sequence[StageView]) -> Curve:
-    """The curve of one way from its runs; their mean FLOPs scale the axis."""
+    """Return the curve of the way `name` from its runs, the `stages`.
+
+    The FLOPs axis ends at the mean of the runs' FLOPs.
+    """
     share_P = np.linspace(AVERAGED_SHARE, 1.0, CURVE_POINTS)
     losses_RP = np.stack([_smooth(stage, share_P) for stage in stages])
     flops = np.mean([stage.manifest["flops"] for stage in stages])
@@ -59,9 +75,11 @@ def _curve(name: str, stages: Sequence[StageView]) -> Curve:
 
 
 def _smooth(stage: StageView, share: np.ndarray) -> np.ndarray:
-    """Mean loss [P] over the `AVERAGED_SHARE` of a run before each point of `share` [P].
+    """Return the smoothed loss [P] of a run at the points `share` [P], which are parts of the run from 0
+    to 1.
 
-    Pretraining reads its text once, so this is loss on unseen text.
+    The loss at a point is the mean over the preceding part of the run, `AVERAGED_SHARE` long. Pretraining
+    reads each text once, so this is the loss on unseen text.
     """
     steps, losses = stage.column("loss")
     done_S = (np.asarray(steps) + 1) / (steps[-1] + 1)
@@ -73,9 +91,10 @@ def _smooth(stage: StageView, share: np.ndarray) -> np.ndarray:
 
 
 def compare(run: Run) -> dict[str, Any] | None:
-    """The comparison in `report.json`; None with fewer than two ways.
+    """Return the field `comparison` of `report.json`, or None if fewer than two ways can be compared.
 
-    For each way: final losses, FLOPs, and the FLOPs after which it reaches the first way's final loss.
+    For each way it holds the runs' final losses, the FLOPs, the parameters, and the FLOPs at which the way
+    reaches the final loss of the first way.
     """
     ways = curves(run)
     if len(ways) < 2:

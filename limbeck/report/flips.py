@@ -1,4 +1,6 @@
-"""Problems that flipped between two measurements: wrong before and right after, or the other way round."""
+"""Problems that flipped between two measurements: wrong before and right after, or right before and wrong
+after.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from .loaded_run import samples_of
 
 @dataclass(frozen=True)
 class Flip:
-    """One problem at both times: `Flip("clock/test-3", "use 6 1 5 make 3 ?", {"text": …}, {"text": …})`."""
+    """One problem in both measurements.
+
+    `Flip("clock/test-3", "use 6 1 5 make 3 ?", {"text": …}, {"text": …})`. `before` and `after` are what was
+    recorded for the problem: a sampled response as a dict (`between`) or a group of responses (`within`).
+    """
 
     problem: str
     prompt: str
@@ -23,10 +29,11 @@ class Flip:
 
 @dataclass(frozen=True)
 class Flips:
-    """Problems by outcome at both times.
+    """The compared problems, sorted by their results in both measurements.
 
-    `won` went from wrong to right and `lost` from right to wrong; `held` counts those that were right both
-    times, `missed` those that were wrong both times.
+    `won` are the problems that went from wrong to right and `lost` those that went from right to wrong;
+    `held` is the number of problems that were right both times, `missed` the number that were wrong both
+    times.
     """
 
     won: list[Flip]
@@ -36,12 +43,15 @@ class Flips:
 
     @property
     def asked(self) -> int:
-        """Number of problems that were compared."""
+        """The number of problems that were compared."""
         return len(self.won) + len(self.lost) + self.held + self.missed
 
 
 def between(before: Path, after: Path) -> Flips:
-    """Flips between two evaluations, over their common problems and the first response to each."""
+    """Return the flips between two evaluations, given as the folders of their stages.
+
+    Only problems that both evaluations contain are compared, by the first response to each.
+    """
     earlier = samples_of(before)
     pairs = []
     for name, row in samples_of(after).items():
@@ -51,9 +61,10 @@ def between(before: Path, after: Path) -> Flips:
 
 
 def within(shown: Sequence[Shown]) -> Flips:
-    """Flips within one stage, over the problems recorded at two steps or more: first step against last.
+    """Return the flips within one training stage, from the groups of responses that it recorded.
 
-    A problem is right if more than half of the group's responses are.
+    Each problem recorded at two or more steps is compared: its first group with its last. A problem is right
+    if more than half of the group's responses are right.
     """
     groups: dict[str, list[Shown]] = {}
     for group in shown:
@@ -68,7 +79,10 @@ def within(shown: Sequence[Shown]) -> Flips:
 
 
 def _sort(pairs: list[Flip], is_right: Callable[[Any], bool]) -> Flips:
-    """The pairs by outcome; `is_right` judges a `before` or an `after`."""
+    """Sort the pairs by their results in both measurements.
+
+    `is_right` says whether a pair's `before` or `after` is right.
+    """
     won = []
     lost = []
     held = 0

@@ -1,4 +1,9 @@
-"""The graph of a run, drawn in layers from top to bottom (Sugiyama, Tagawa and Toda 1981)."""
+"""The graph of a run, drawn in layers from top to bottom (Sugiyama, Tagawa and Toda 1981).
+
+A box is a stage. An edge leads from a stage to a stage that reads its output. Where an edge passes a layer
+without ending there, it has a lane: an invisible node, narrower than a box, that keeps room for the edge. A
+node is a box or a lane; a chain is the list of the nodes of one edge, from its first box to its last.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,9 @@ Point = tuple[float, float]  # x and y, in pixels
 class Box:
     """A stage in the drawing: `Box("zero", Text("RL · 76 s", "强化学习 · 76 秒"), ("base",), "model")`.
 
-    In a run in progress, `state` is the stage's state and `share` the share of it that is done; `link` leads
-    to its page.
+    `inputs` are the names of the stages that it reads, and `family` is its CSS class. In a run in progress,
+    `state` is the stage's state and `share` the part of it that is done, from 0 to 1; `link` is the address
+    of its page.
     """
 
     name: str
@@ -38,9 +44,10 @@ class Box:
 
 
 def draw(boxes: Sequence[Box], label: str = "") -> Markup:
-    """The boxes and their edges as one SVG; an edge from a box that is not drawn is left out.
+    """Return the boxes and their edges as one SVG. An edge from a stage that has no box is left out.
 
-    With a `label` the drawing is a group of links, without one a picture.
+    With a `label` the SVG is marked for screen readers as a group of links with that name, without one as an
+    image.
     """
     drawn = {box.name: box for box in boxes}
     edges = [(source, box.name) for box in boxes for source in box.inputs if source in drawn]
@@ -61,10 +68,10 @@ def draw(boxes: Sequence[Box], label: str = "") -> Markup:
 
 
 def _layers(names: list[str], edges: list[tuple[str, str]]) -> tuple[list[list[str]], list[list[str]]]:
-    """The nodes of each layer, and the chain of nodes of each edge.
+    """Return the nodes of each layer from top to bottom, and the chain of nodes of each edge.
 
-    A box is in the layer just above its first reader; an edge over several layers has a lane in each. So a
-    box that only the end needs, such as a student's base, starts no lane at the top.
+    A box is placed in the layer just above the first box that reads it, so a stage that only the end needs,
+    such as a student's base model, does not send a long edge down from the top.
     """
     depth = _depths(names, edges)
     layers: list[list[str]] = [[] for _ in range(max(depth.values()) + 1)]
@@ -82,7 +89,7 @@ def _layers(names: list[str], edges: list[tuple[str, str]]) -> tuple[list[list[s
 
 
 def _depths(names: list[str], edges: list[tuple[str, str]]) -> dict[str, int]:
-    """The layer of each box, 0 at the top: as low as its readers allow."""
+    """Return the layer of each box, 0 at the top. Each box is as low as the boxes that read it allow."""
     height = dict.fromkeys(names, 0)
     highest = len(names) - 1
     for _ in names:  # as many rounds as the longest path could have
@@ -94,9 +101,11 @@ def _depths(names: list[str], edges: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def _places(layers: list[list[str]], chains: list[list[str]]) -> tuple[dict[str, Point], float]:
-    """Centre of each node's top edge, and the drawing's width.
+    """Return the position of each node (the centre of its top edge, in pixels), and the drawing's width in
+    pixels.
 
-    Sweeps down and up order each layer by its neighbours; then each layer moves below its inputs.
+    Repeated passes down and up sort the nodes of each layer by the mean position of their neighbours. At the
+    end each node moves to a place straight below its input, where there is room.
     """
     above, beside = _neighbours(chains)
     width = max(sum(map(_span, layer)) for layer in layers)
@@ -118,7 +127,9 @@ def _places(layers: list[list[str]], chains: list[list[str]]) -> tuple[dict[str,
 
 
 def _neighbours(chains: list[list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Node -> nodes above it; and node -> nodes above and below it."""
+    """Return two dicts by node: its neighbours (nodes joined to it by an edge) in the layer above, and its
+    neighbours in the layers above and below.
+    """
     above: dict[str, list[str]] = {}
     beside: dict[str, list[str]] = {}
     for chain in chains:
@@ -130,32 +141,41 @@ def _neighbours(chains: list[list[str]]) -> tuple[dict[str, list[str]], dict[str
 
 
 def _mean(nodes: Sequence[str], centre: Mapping[str, float], default: float) -> float:
-    """Mean centre of `nodes`, or `default` without any."""
+    """Return the mean of the centres of `nodes`, in pixels, or `default` if there are none."""
     if not nodes:
         return default
     return sum(centre[node] for node in nodes) / len(nodes)
 
 
 def _under(node: str, above: Sequence[str], centre: Mapping[str, float]) -> float:
-    """Straight below the node's input: a box below a box, a lane below its lane."""
+    """Return the x coordinate at which the node stands straight below its first input of the same kind
+    (box or lane).
+
+    If it has no such input, return the mean of all inputs' centres. `above` are its inputs.
+    """
     same_kind = [other for other in above if _is_lane(other) == _is_lane(node)]
     return _mean(same_kind[:1] or above, centre, 0.0)
 
 
 def _is_lane(node: str) -> bool:
-    """True for a lane, False for a box."""
+    """Return True for a lane, False for a box."""
     return "\0" in node
 
 
 def _span(node: str) -> float:
-    """Pixels that a node takes in its layer."""
+    """Return the width in pixels that a node takes in its layer, gaps included."""
     return _LANE if _is_lane(node) else _WIDTH + _GAP_X
 
 
 def _set_in_row(
     layer: list[str], centre: dict[str, float], width: float, wanted: Mapping[str, float]
 ) -> None:
-    """Set the centres of a layer as near to `wanted` as the order and the width allow."""
+    """Store in `centre` the x coordinates of a layer's nodes, each as near to its entry in `wanted` as
+    possible.
+
+    The nodes keep their order, do not overlap, and stay within `width` pixels; a node without an entry is set
+    as far left as possible.
+    """
     edge = 0.0
     room = width - sum(_span(node) for node in layer)
     for node in layer:
@@ -172,7 +192,11 @@ def _set_in_row(
 
 
 def _edge(points: list[Point]) -> str:
-    """A path from below the first box, down through the lanes, to the top of the last box."""
+    """Return the SVG path of an edge: from the bottom of the first box, down through the lanes, to the top
+    of the last box.
+
+    `points` are the positions of the chain's nodes.
+    """
     x, y = points[0]
     y += _HEIGHT
     path = f"M{x:.1f},{y:.1f}"
@@ -188,9 +212,11 @@ def _edge(points: list[Point]) -> str:
 
 
 def _box(box: Box, x: float, y: float) -> str:
-    """One box with its name, its caption in both languages, its progress bar and its link.
+    """Return the SVG of one box: name, caption in both languages, progress bar and link. `x`, `y` is the
+    centre of its top edge.
 
-    It has attributes and no `style`: the studio's content security policy refuses inline styles.
+    It uses attributes and no `style`, because the content security policy of the studio (the served web
+    pages) refuses inline styles.
     """
     left = x - _WIDTH / 2
     rectangle = (
@@ -204,7 +230,11 @@ def _box(box: Box, x: float, y: float) -> str:
 
 
 def _bar(share: float, left: float, y: float) -> str:
-    """The progress bar at the bottom of a box; empty at a share of 0."""
+    """Return the SVG of the progress bar at the bottom of a box, or "" if `share`, the part that is done,
+    is 0.
+
+    `left` and `y` are the box's left and top edge.
+    """
     if not share:
         return ""
     width = _WIDTH * min(1.0, share)
@@ -213,14 +243,14 @@ def _bar(share: float, left: float, y: float) -> str:
 
 
 def _name(name: str, x: float, y: float) -> str:
-    """The name of a box, in a smaller size if it is long."""
+    """Return the SVG text of a box's name, in a smaller font if the name is long."""
     size = 13 if len(name) <= 15 else 13 * 15 / len(name)
     place = f'x="{x:.1f}" y="{y + 18:.1f}"'
     return f'<text class="name" font-size="{size:.1f}px" {place}>{escape(name)}</text>'
 
 
 def _captions(caption: Text, x: float, y: float) -> str:
-    """The caption of a box, once in each language."""
+    """Return the SVG texts of a box's caption, one for each language; the page shows one of them."""
     place = f'x="{x:.1f}" y="{y + 33:.1f}"'
     texts = ""
     for language in ("en", "zh"):

@@ -1,7 +1,8 @@
-"""The growing logs of a stage: columns of metrics, recorded groups of responses, and the pace.
+"""The logs of a stage while they grow: metrics as columns, recorded groups of responses, and the pace
+(seconds a step).
 
-Every call of `look` reads on from where the last one stopped, so following a long run costs only its new
-lines.
+Every call of `History.look` reads only the lines written since the last call, so following a long run stays
+cheap.
 
 Shapes: N values of a column.
 """
@@ -25,9 +26,11 @@ RECENT = 10  # rows of timing that the pace is the mean of
 
 @dataclass(frozen=True)
 class Shown:
-    """One recorded group of responses: `Shown(40, 18211, "clock/156-3", "use 6 1 5 make 3 ?", 0.25)`.
+    """One recorded group of responses to one problem.
 
-    `place` is the byte offset of its line in the file; `right` the share of its responses that are right.
+    `Shown(40, 18211, "clock/156-3", "use 6 1 5 make 3 ?", 0.25)` was recorded at step 40. `place` is the byte
+    offset of the group's line in the log file; `right` is the share of its responses that are right, from 0
+    to 1.
     """
 
     step: int
@@ -38,7 +41,10 @@ class Shown:
 
 
 class History:
-    """The logs in a stage's folder: `History(folder).look()`; empty where there are none. Thread-safe."""
+    """The logs in a stage's folder: `History(folder).look()` reads them.
+
+    A missing log counts as empty. Threads may share a History.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -49,7 +55,7 @@ class History:
         self._reset(TIMING)
 
     def look(self) -> History:
-        """Read the lines added since the last call; returns itself."""
+        """Read the lines that were added to the logs since the last call, and return self."""
         readers = {METRICS: self._add_metrics, ROLLOUTS: self._add_rollout, TIMING: self._add_timing}
         with self._lock:
             for name, add in readers.items():
@@ -61,13 +67,13 @@ class History:
         return self
 
     def _reset(self, name: str) -> None:
-        """Drop everything read from one log, which begins anew."""
+        """Forget everything read from the log `name`, because its file was begun anew."""
         if name == METRICS:
             self.steps: list[int] = []
             self.columns: dict[str, list[float]] = {}
             self.alarms: list[tuple[int, str]] = []
-            self.loads: list[list[float]] = []  # of experts at the latest step, layer by layer
-            self.notes: list[dict[str, Any]] = []  # rows that contain a string
+            self.loads: list[list[float]] = []  # [layer][expert] share of tokens, latest step
+            self.notes: list[dict[str, Any]] = []  # metrics rows that contain a string
         elif name == ROLLOUTS:
             self.shown: list[Shown] = []
         else:
@@ -75,7 +81,10 @@ class History:
             self.total: int | None = None
 
     def _add_metrics(self, place: int, row: dict[str, Any]) -> None:
-        """Add one step's metrics; a column has NaN where a step lacks it."""
+        """Add the metrics of one step.
+
+        A column gets NaN for a step without that metric; `place`, the line's byte offset, is not used.
+        """
         before = len(self.steps)
         step = row.pop("step")
         self.steps.append(step)
@@ -94,7 +103,10 @@ class History:
                 column.append(math.nan)
 
     def _add_rollout(self, place: int, row: dict[str, Any]) -> None:
-        """Add one recorded group; a response is right if its accuracy (or else its reward) is at least 1."""
+        """Add one recorded group of responses, whose line begins at the byte offset `place`.
+
+        A response is right if its accuracy (its reward if it has no accuracy) is at least 1.
+        """
         completions = row["completions"]
         right = 0
         for completion in completions:
@@ -104,28 +116,33 @@ class History:
         self.shown.append(Shown(row["step"], place, row["problem"], row["prompt"], share))
 
     def _add_timing(self, place: int, row: dict[str, Any]) -> None:
-        """Add one step's time; a row without seconds marks the start of a process."""
+        """Add the time of one step.
+
+        A row without seconds only marks the start of a process, with the total number of steps; `place`, the
+        line's byte offset, is not used.
+        """
         self.total = row.get("of")
         if row["seconds"] is not None:
             self.timed.append((row["step"], row["seconds"]))
 
     @property
     def version(self) -> str:
-        """A string that changes whenever anything was read."""
+        """A string that changes whenever new lines have been read, for comparison with an earlier one."""
         return "-".join(f"{tail.offset:x}" for tail in self._tails.values())
 
     @property
     def done(self) -> int:
-        """Number of steps that were taken and logged."""
+        """The number of steps that the logs contain: one more than the latest logged step."""
         timed = self.timed[-1][0] if self.timed else -1
         measured = self.steps[-1] if self.steps else -1
         return max(timed, measured) + 1
 
     @property
     def pace(self) -> float | None:
-        """Seconds a step over the latest rows; None without two of them.
+        """The mean seconds a step over the latest logged steps, or None with fewer than two rows of
+        timing.
 
-        The first row of a process also contains its start and is not counted.
+        The oldest of these rows is not counted, as it may contain the start of a process.
         """
         if not self.timed:
             return None
@@ -137,16 +154,20 @@ class History:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all logged steps."""
+        """The sum of the seconds of all logged steps."""
         return sum(seconds for _, seconds in self.timed)
 
     def column(self, name: str) -> np.ndarray:
-        """The finite values [N] of a metric in order; empty where it was never measured."""
+        """Return the finite values [N] of the metric `name` in the order of the steps; an empty array if
+        it was never measured.
+        """
         values = np.array(self.columns.get(name, ()))
         return values[np.isfinite(values)]
 
     def curves(self, points: int) -> dict[str, Any]:
-        """Steps, all columns with at most `points` values, and their running means, as JSON."""
+        """Return the steps, all metrics and their running means as JSON data, each shortened to at most
+        `points` values.
+        """
         at = cuts(len(self.steps), points)
         steps = means(np.array(self.steps, float), at)
         columns = {}
@@ -164,7 +185,9 @@ class History:
         }
 
     def responses(self, step: int) -> list[dict[str, Any]]:
-        """The groups recorded at a step, as `run_log.rollout_row` made them."""
+        """Return the groups of responses recorded at a step, read from the log as `run_log.rollout_row`
+        wrote them.
+        """
         places = [group.place for group in self.shown if group.step == step]
         if not places:
             return []
@@ -177,5 +200,7 @@ class History:
 
 
 def _to_json(values: np.ndarray) -> list[float | None]:
-    """The `values` [N] to five digits, None for those that are not finite."""
+    """Return the `values` [N] as a list of floats with five significant digits, None for those that are
+    not finite.
+    """
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values.tolist()]

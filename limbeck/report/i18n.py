@@ -1,4 +1,7 @@
-"""The report's words in English and Chinese: headings, captions, and formats of numbers."""
+"""The report's words in English and Chinese: headings, captions, and formats of numbers.
+
+A value that is None is written as `UNKNOWN`.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,20 @@ from ..eval.statistics import Interval
 
 
 class Text(NamedTuple):
-    """One text in both languages: `Text("Seed", "随机种子")`."""
+    """One text in English and Chinese: `Text("Seed", "随机种子")`."""
 
     en: str
     zh: str
 
     def format(self, *args: object, **kwargs: object) -> Text:
-        """Format both; an argument that is itself a Text enters each language in its own words."""
+        """Fill in the placeholders of both languages' texts, as `str.format` does.
+
+        An argument that is itself a Text is filled in in the same language.
+        """
         return Text(self._format("en", args, kwargs), self._format("zh", args, kwargs))
 
     def _format(self, language: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
-        """Format one language."""
+        """Return the text in one language (`en` or `zh`) with its placeholders filled in."""
         template = getattr(self, language)
         translated = [_in(language, value) for value in args]
         named = {key: _in(language, value) for key, value in kwargs.items()}
@@ -26,12 +32,14 @@ class Text(NamedTuple):
 
 
 def _in(language: str, value: object) -> object:
-    """The value in one language: one half of a Text, anything else as it is."""
+    """Return `value` in one language (`en` or `zh`): that language's part of a Text, anything else
+    unchanged.
+    """
     return getattr(value, language) if isinstance(value, Text) else value
 
 
 def plain(value: object) -> Text:
-    """A name or number that reads the same in both languages."""
+    """Return a Text that is the same in both languages, for a name or a number."""
     return Text(str(value), str(value))
 
 
@@ -41,26 +49,26 @@ UNKNOWN = "–"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share in percent: 72.0%."""
+    """Return a share (0 to 1) in percent: `72.0%`."""
     if share is None:
         return UNKNOWN
     return f"{100 * share:.{digits}f}%"
 
 
 def bounds(interval: Interval) -> str:
-    """The ends of an interval in percent, without the sign: 69.1–74.7."""
+    """Return the ends of an interval in percent, without the percent sign: `69.1–74.7`."""
     return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number with separators and fixed digits: 1,234.5."""
+    """Return a number with separators of thousands and `digits` decimals: `1,234.5`."""
     if value is None:
         return UNKNOWN
     return f"{value:,.{digits}f}"
 
 
 def count(value: float | None) -> str:
-    """A count in full, or from a million on in short: 1,234 or 2.50 M."""
+    """Return a count in full below a million, and in millions or larger units above: `1,234` or `2.50 M`."""
     if value is None:
         return UNKNOWN
     for unit, scale in (("G", 1e9), ("M", 1e6)):
@@ -70,7 +78,7 @@ def count(value: float | None) -> str:
 
 
 def size(parameters: float | None) -> str:
-    """A number of parameters to three digits: 142 K, 134 M."""
+    """Return a number of model parameters with three significant digits: `142 K`, `134 M`."""
     if parameters is None:
         return UNKNOWN
     for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
@@ -81,7 +89,7 @@ def size(parameters: float | None) -> str:
 
 
 def scientific(value: float | None) -> str:
-    """A number in scientific notation: 4.1 × 10¹²."""
+    """Return a number in scientific notation: `4.1 × 10¹²`."""
     if value is None:
         return UNKNOWN
     if value == 0:
@@ -92,14 +100,14 @@ def scientific(value: float | None) -> str:
 
 
 def gibibytes(value: float | None) -> str:
-    """A number of bytes in GiB: 0.68 GiB."""
+    """Return a number of bytes in GiB: `0.68 GiB`."""
     if value is None:
         return UNKNOWN
     return f"{value / 2**30:.2f} GiB"
 
 
 def duration(seconds: float | None) -> Text:
-    """A duration in its largest two units: 42 s, 7 min 11 s, 3 h 20 min."""
+    """Return a duration in its largest two units: `42 s`, `7 min 11 s`, `3 h 20 min`."""
     if seconds is None:
         return plain(UNKNOWN)
     if seconds < 60:
@@ -112,7 +120,10 @@ def duration(seconds: float | None) -> Text:
 
 
 def foreseen(forecast: dict[str, Any]) -> Text:
-    """The sentence above the table of forecasts."""
+    """Return the sentence above the report's table of forecasts.
+
+    `forecast` is the field `forecast` of `report.json`.
+    """
     times = {key: duration(forecast[key]) for key in ("seconds", "low", "high", "took", "processor")}
     return W["foreseen_said"].format(**times)
 

@@ -1,4 +1,8 @@
-"""The report's page: chooses charts, tables and example responses from a run for the template."""
+"""The report's page: chooses from a run the charts, tables and example responses that the template shows.
+
+base, zero, control, r1, small and so on are roles of models, explained in `loaded_run`. A "section" function
+returns the template's variables for one section of the page, or None if the page leaves that section out.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from .loaded_run import MODES, Run, StageView
 _FOLDER = Path(__file__).parent
 _RETRY = re.compile(r"(?=\bwait\b)|(?=等(?![于式号]))", re.IGNORECASE)
 _TAG = re.compile(r"(</?(?:think|answer)>)")
-_SHORT_RESPONSE = len("<think></think><answer></answer>")  # characters
+_SHORT_RESPONSE = len("<think></think><answer></answer>")  # characters of a response without text
 _MEASURES = (
     (W["length_short"], "length", i18n.number),
     (W["attempts_short"], "attempts", i18n.number),
@@ -31,9 +35,9 @@ Response = tuple[str, dict[str, Any]]  # a model's name and its row of samples
 
 
 def render(run: Run, numbers: dict[str, Any]) -> str:
-    """The whole page as one string; `numbers` is the content of `report.json`.
+    """Return the whole page as HTML. `numbers` is the content of `report.json`.
 
-    Every text of a model or a recipe is escaped.
+    Every text that comes from a model or a recipe is escaped.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
@@ -57,7 +61,7 @@ def render(run: Run, numbers: dict[str, Any]) -> str:
 
 
 def _results(run: Run) -> dict[str, Any]:
-    """The template's variables for accuracies and example responses."""
+    """Return the template's variables for the accuracies and the example responses."""
     return {
         "opening": summary.opening(run),
         "figures": _figures(run),
@@ -70,7 +74,7 @@ def _results(run: Run) -> dict[str, Any]:
 
 
 def _sections(run: Run) -> dict[str, Any]:
-    """The template's variables for the sections about single stages of the recipe."""
+    """Return the template's variables for the sections about single stages of the recipe."""
     sampled = [stage for stage in run.of_kind("sample") if "sampled" in stage.notes]
     return {
         "learning": _learning(run),
@@ -85,7 +89,11 @@ def _sections(run: Run) -> dict[str, Any]:
 
 
 def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
-    """The template's variables for the run as a whole: graph, costs, limits, versions, recipe."""
+    """Return the template's variables for the run as a whole: graph, costs, forecast, limits, alarms,
+    versions, licences, recipe.
+
+    `numbers` is the content of `report.json`.
+    """
     versions = {stage.manifest.get("code_version") for stage in run.stages}
     licences: set[str] = set()
     for stage in run.stages:
@@ -103,7 +111,11 @@ def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_response(text: str) -> Markup:
-    """A response as HTML: tags are dimmed, each new attempt starts a line; the characters are unchanged."""
+    """Return a model's response as HTML: think and answer tags are dimmed, and each new attempt (a "wait")
+    starts a line.
+
+    The characters of the response are unchanged.
+    """
     lines = Markup("")
     for line in _RETRY.split(text):
         if line:
@@ -113,7 +125,7 @@ def format_response(text: str) -> Markup:
 
 
 def _dim_tag(part: str) -> Markup:
-    """A tag in a span of its class, other text escaped."""
+    """Return a think or answer tag in a dimmed span; any other text is only escaped."""
     if _TAG.fullmatch(part):
         return Markup('<span class="tag">{}</span>').format(part)
     return escape(part)
@@ -123,7 +135,9 @@ def _dim_tag(part: str) -> Markup:
 
 
 def _figures(run: Run) -> list[tuple[str, Interval]]:
-    """The accuracies at the top, with the models' names: at most four."""
+    """Return the accuracies at the top of the page, with the models' names: base, zero, r1 and small,
+    where evaluated.
+    """
     figures = []
     for role in ("base", "zero", "r1", "small"):
         interval = run.accuracy(run.role(role))
@@ -133,7 +147,9 @@ def _figures(run: Run) -> list[tuple[str, Interval]]:
 
 
 def _dots(run: Run, models: list[str]) -> Markup | None:
-    """The dot plot of the models' accuracies; None if none was measured."""
+    """Return the dot plot of the models' accuracies at temperature 1 and in greedy decoding, or None if
+    none was measured.
+    """
     rows = []
     for model in models:
         points = []
@@ -147,9 +163,10 @@ def _dots(run: Run, models: list[str]) -> Markup | None:
 
 
 def _accuracy_chart(run: Run) -> Markup | None:
-    """The dot plot of the models with a main role, or of all models if none has one.
+    """Return the dot plot of the accuracies of the models with a main role, or of all models if none has
+    one.
 
-    The control and the small baselines have charts of their own.
+    The control and the other small models are left out, as their sections have charts of their own.
     """
     roles = ("base", "zero", "dev1", "dev2", "dev3", "r1", "small")
     main = [run.cast[role] for role in roles if role in run.cast]
@@ -157,7 +174,9 @@ def _accuracy_chart(run: Run) -> Markup | None:
 
 
 def _models(run: Run, source: str | None = None) -> dict[str, Any]:
-    """The table of all models, with the columns that at least one model has values for."""
+    """Return the table of all models evaluated on `source` (None for the headline problems), with the
+    columns that at least one model has values for.
+    """
     names = [name for name in run.evaluations if run.modes(name, source)]
     modes = []
     for mode in MODES:
@@ -177,7 +196,9 @@ def _models(run: Run, source: str | None = None) -> dict[str, Any]:
 
 
 def _available_measures(run: Run, names: list[str]) -> list[tuple[Text, str, Any]]:
-    """The measures that at least one of the models has a value for."""
+    """Return the entries of `_MEASURES` (title, measure, format) that at least one of the models in
+    `names` has a value for.
+    """
     measured = []
     for column in _MEASURES:
         _, measure, _ = column
@@ -190,7 +211,11 @@ def _available_measures(run: Run, names: list[str]) -> list[tuple[Text, str, Any
 
 
 def _learning(run: Run) -> dict[str, Any] | None:
-    """The learning curves of `zero`, or else of the first RL stage; None without metrics."""
+    """Return the section with the learning curves of the model `zero`, or of the first RL stage if no
+    model has that role.
+
+    Return None without metrics.
+    """
     stage = run.stage(run.cast.get("zero")) or next(iter(run.of_kind("rl")), None)
     if stage is None or not stage.metrics:
         return None
@@ -210,7 +235,11 @@ def _learning(run: Run) -> dict[str, Any] | None:
 
 
 def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool = False) -> Markup | None:
-    """The chart of one metric over several stages; None if it is missing or 0 everywhere."""
+    """Return the chart of the metric `key`, with one curve for each stage.
+
+    Stages where it is missing or always 0 are left out; return None if that leaves none. With `percent` the
+    metric is a share, with `log` the y axis is logarithmic.
+    """
     lines = []
     for stage in stages:
         x, y = stage.column(key)
@@ -221,7 +250,7 @@ def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool =
 
 
 def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
-    """The charts of further metrics, over all stages that have them."""
+    """Return the titles and charts of further metrics, each over all stages that have the metric."""
     rl = run.of_kind("rl", "distill")
     other = run.of_kind("pretrain", "sft", "dpo", "distill")
     drawn = [
@@ -236,7 +265,11 @@ def _more_curves(run: Run) -> list[tuple[Text, Markup]]:
 
 
 def _thoughts(run: Run) -> list[list[Response]]:
-    """For each language, a problem that base fails and zero solves after a retry or two."""
+    """Return, for each language, the responses to one problem that base gets wrong and zero solves,
+    preferably after about two retries.
+
+    If no solved problem is in either language, take the best one of any.
+    """
     base = run.samples("base")
     zero = run.samples("zero")
     solved = []
@@ -253,7 +286,11 @@ def _thoughts(run: Run) -> list[list[Response]]:
 
 
 def _readability(row: dict[str, Any], before: dict[str, Any]) -> tuple[bool, int, int]:
-    """Sort key of a response: best with two retries, short, and a base response that is not nearly empty."""
+    """Return the sort key of zero's response `row` as an example; the smallest key is the best example.
+
+    Examples are best with two retries and when short. Those for which base's response, `before`, is nearly
+    empty come last.
+    """
     retries = len(_RETRY.findall(row["text"]))
     is_empty = len(before["text"]) <= _SHORT_RESPONSE
     distance = abs(retries - 2) + 3 * (retries == 0)
@@ -261,7 +298,9 @@ def _readability(row: dict[str, Any], before: dict[str, Any]) -> tuple[bool, int
 
 
 def _side_by_side(run: Run, problem: str) -> list[Response]:
-    """The responses of base, zero and r1 to one problem."""
+    """Return the responses of base, zero and r1 to one problem, with the models' names; models without one
+    are left out.
+    """
     responses = []
     for role in ("base", "zero", "r1"):
         row = run.samples(role).get(problem)
@@ -271,7 +310,10 @@ def _side_by_side(run: Run, problem: str) -> list[Response]:
 
 
 def _unsolved(run: Run) -> list[Response]:
-    """The responses to the first problem that zero gets wrong: the first, so it is not hand-picked."""
+    """Return the responses to the first problem that zero gets wrong, an empty list if there is none.
+
+    It is always the first, so that the example is not hand-picked.
+    """
     for row in run.samples("zero").values():
         if not row["correct"]:
             return _side_by_side(run, row["problem"])
@@ -279,7 +321,10 @@ def _unsolved(run: Run) -> list[Response]:
 
 
 def _control(run: Run) -> dict[str, Any] | None:
-    """The section on the forced base; None unless base, control and zero were all evaluated."""
+    """Return the section on base with forced retries.
+
+    Return None unless base, control and zero were all evaluated.
+    """
     roles = ("base", "control", "zero")
     if not all(run.accuracy(run.role(role)) for role in roles):
         return None
@@ -288,7 +333,10 @@ def _control(run: Run) -> dict[str, Any] | None:
 
 
 def _languages(run: Run) -> dict[str, Any] | None:
-    """The section on language consistency; None with fewer than two models that have it."""
+    """Return the section on language consistency (the share of words in the question's language).
+
+    Return None if fewer than two models have it.
+    """
     names = []
     shares = []
     for role in ("base", "zero", "dev1", "dev2", "dev3", "r1"):
@@ -304,7 +352,10 @@ def _languages(run: Run) -> dict[str, Any] | None:
 
 
 def _distillation(run: Run) -> dict[str, Any] | None:
-    """The section on the small models; None unless `small` and another one were evaluated."""
+    """Return the section on the small models.
+
+    Return None unless `small` and another small model were evaluated.
+    """
     candidates = ("small_base", "small_answers", "small_rl", "small")
     roles = [role for role in candidates if run.accuracy(run.role(role))]
     if "small" not in roles or len(roles) < 2:
@@ -319,7 +370,11 @@ def _distillation(run: Run) -> dict[str, Any] | None:
 
 
 def _rows_flops(run: Run, model: str) -> float | None:
-    """FLOPs of sampling the rows of a model's last training; None if no rows were sampled for it."""
+    """Return the FLOPs of sampling the training rows that the stage of `model` reads, directly or through
+    a curate stage.
+
+    Return None if no rows were sampled for it.
+    """
     stage = run.stage(model)
     inputs = _input_stages(run, stage) if stage else []
     curated = [source for source in inputs if source.kind == "curate"]
@@ -330,7 +385,7 @@ def _rows_flops(run: Run, model: str) -> float | None:
 
 
 def _input_stages(run: Run, stage: StageView) -> list[StageView]:
-    """The stages of the run that a stage reads."""
+    """Return the stages that `stage` reads, without those that are not in the run."""
     inputs = [run.stage(name) for name in stage.inputs]
     return [source for source in inputs if source]
 
@@ -339,9 +394,10 @@ def _input_stages(run: Run, stage: StageView) -> list[StageView]:
 
 
 def _comparison(run: Run) -> dict[str, Any] | None:
-    """The section that compares ways of pretraining: the loss of every run against its compute.
+    """Return the section that compares ways of pretraining: the loss of every run against its compute.
+    Return None if there are fewer than two ways.
 
-    Compute is in units of 10^12 FLOPs.
+    The chart's compute is in units of 10^12 FLOPs.
     """
     compared = comparison.compare(run)
     if compared is None:
@@ -355,7 +411,10 @@ def _comparison(run: Run) -> dict[str, Any] | None:
 
 
 def _graph(run: Run) -> Markup | None:
-    """The drawing of the run's stages without its evaluations; None without stages."""
+    """Return the drawing of the run's stages, without evaluations and reports.
+
+    Return None if no stage is left.
+    """
     boxes = []
     for stage in run.stages:
         if stage.kind not in ("evaluate", "report"):
@@ -365,7 +424,7 @@ def _graph(run: Run) -> Markup | None:
 
 
 def _caption(stage: StageView) -> Text:
-    """The stage's kind, and its duration if it is known."""
+    """Return the caption of a stage in the drawing: its kind and, if known, its duration."""
     kind = i18n.KINDS.get(stage.kind, i18n.plain(stage.kind))
     time = i18n.duration(stage.manifest.get("seconds"))
     if time.en == i18n.UNKNOWN:
@@ -374,7 +433,10 @@ def _caption(stage: StageView) -> Text:
 
 
 def _costs(run: Run, numbers: dict[str, Any]) -> list[tuple[Text, Text]]:
-    """The list of costs: what it is and how much."""
+    """Return the list of the run's costs as pairs of a name and an amount.
+
+    `numbers` is the content of `report.json`.
+    """
     memory = i18n.gibibytes(numbers["peak_memory_bytes"])
     return [
         (W["wall"], i18n.duration(numbers["seconds"])),
@@ -388,14 +450,14 @@ def _costs(run: Run, numbers: dict[str, Any]) -> list[tuple[Text, Text]]:
 
 
 def _energy(joules: float | None) -> Text:
-    """The energy in watt-hours, or that it can't be read."""
+    """Return the energy in watt-hours; for None the words that it cannot be read on this machine."""
     if joules is None:
         return W["unreadable"]
     return i18n.plain(f"{joules / 3600:.2f} Wh")
 
 
 def _price(cost: float | None, currency: str) -> Text:
-    """The cost with its currency, or that no price was given."""
+    """Return the cost with its currency; for None the words that no price was given."""
     if cost is None:
         return W["unpriced"]
     return i18n.plain(f"{cost:.3g} {currency}".strip())

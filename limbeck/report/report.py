@@ -10,13 +10,14 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
-     "forecast": {"seconds", "low", "high", "took", "processor": sums over the forecast stages,
+     "forecast": {"seconds", "low", "high", "took", "processor": sums over the stages below,
                 "stages": [{"name", "seconds", "low", "high", "took", "processor"}]} or null,
      "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
                 "reaches_target_after": FLOPs or null}}} or null,
-     "alarms": [{"stage", "alarm", "first", "times"}], "not_shown": [sentence]}
+     "alarms": [{"stage", "alarm", "first": step, "times"}], "not_shown": [sentence]}
 
-A value that was not measured is null. Later versions of schema 1 may add keys but change none.
+Durations are in seconds; accuracies and other shares are from 0 to 1. A value that was not measured is
+null. Later versions of schema 1 may add keys but change none.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ _DURATION_KEYS = (*_FORECAST_KEYS, "took", "processor")
 
 
 def write(folder: Path, stages: Sequence[StageView], recipe: dict[str, Any], summary: dict[str, Any]) -> Path:
-    """Write both files into `folder` and return the page's path.
+    """Write `index.html` and `report.json` into `folder` and return the page's path.
 
-    `recipe` is the resolved one; `summary` holds the run's `seconds`, `peak_memory_bytes`, `machine`, and
-    `price_per_hour` where one was given.
+    `recipe` is the resolved recipe as a dict; `summary` holds the run's `seconds`, `peak_memory_bytes`,
+    `machine`, and `price_per_hour` if one was given.
     """
     run = Run(tuple(stages), recipe, summary)
     content = numbers(run)
@@ -58,7 +59,7 @@ def write(folder: Path, stages: Sequence[StageView], recipe: dict[str, Any], sum
 
 
 def numbers(run: Run) -> dict[str, Any]:
-    """The content of `report.json`."""
+    """Return the content of `report.json`, whose fields the top of this module lists."""
     return {
         **_headline(run),
         **_totals(run),
@@ -72,7 +73,9 @@ def numbers(run: Run) -> dict[str, Any]:
 
 
 def _headline(run: Run) -> dict[str, Any]:
-    """The recipe's name and seed, the models with their roles, and the stages."""
+    """Return the first fields of `report.json`: the recipe's name and seed, the headline problems, the
+    models with their roles, and the stages.
+    """
     return {
         "schema": SCHEMA,
         "name": run.recipe.get("name", ""),
@@ -85,7 +88,7 @@ def _headline(run: Run) -> dict[str, Any]:
 
 
 def _totals(run: Run) -> dict[str, Any]:
-    """Time, memory, tokens and energy of the whole run."""
+    """Return the time, memory, tokens, FLOPs and energy of the whole run; None for what was not measured."""
     return {
         "seconds": run.summary.get("seconds"),
         "cpu_seconds": run.total("cpu_seconds"),
@@ -97,12 +100,15 @@ def _totals(run: Run) -> dict[str, Any]:
 
 
 def _alarms(run: Run) -> list[dict[str, Any]]:
-    """The alarms of all stages, one entry for each kind of alarm in a stage."""
+    """Return the alarms of all stages.
+
+    Alarms of one stage that differ only in numbers are one entry, with the number of times.
+    """
     return [dict(zip(_ALARM_KEYS, row, strict=True)) for row in run.alarms()]
 
 
 def _model(run: Run, name: str) -> dict[str, Any]:
-    """Accuracies, other measures and costs of one evaluated model."""
+    """Return the accuracies, other measures and costs of one evaluated model."""
     measures = {measure: run.measure(name, measure) for measure in _MEASURES}
     costs = {key: run.spent(name, key) for key in ("seconds", "tokens", "flops")}
     return {
@@ -116,7 +122,10 @@ def _model(run: Run, name: str) -> dict[str, Any]:
 
 
 def _accuracies(run: Run, model: str, source: str | None) -> dict[str, Any]:
-    """Mode -> accuracy with its interval, for the modes that were evaluated."""
+    """Return a model's accuracy with its interval in each mode that was evaluated, by mode.
+
+    `source` names the problems; None for the headline problems.
+    """
     accuracies = {}
     for mode in MODES:
         interval = run.accuracy(model, mode, source)
@@ -126,7 +135,7 @@ def _accuracies(run: Run, model: str, source: str | None) -> dict[str, Any]:
 
 
 def _stage(stage: StageView) -> dict[str, Any]:
-    """One stage's identity, costs, licences and notes."""
+    """Return one stage's identity (name, kind, inputs, hashes), costs, licences and notes."""
     manifest = stage.manifest
     measured = {key: manifest.get(key) for key in ("key", "digest", "code_version", *_COSTS)}
     return {
@@ -141,7 +150,10 @@ def _stage(stage: StageView) -> dict[str, Any]:
 
 
 def _forecast(run: Run) -> dict[str, Any] | None:
-    """The forecast of each stage beside the time it took, and their sums; None without a forecast."""
+    """Return the forecast of each stage beside the time that it took, and the sums over these stages.
+
+    Return None if the run has no forecast.
+    """
     forecasts = (run.summary.get("forecast") or {}).get("stages") or {}
     stages = []
     for stage in run.stages:
@@ -156,7 +168,9 @@ def _forecast(run: Run) -> dict[str, Any] | None:
 
 
 def _stage_forecast(stage: StageView, forecast: dict[str, Any]) -> dict[str, Any]:
-    """One stage's forecast beside its wall time (`took`) and processor time, in seconds."""
+    """Return one stage's forecast beside its wall time (`took`) and its processor time (`processor`), all
+    in seconds.
+    """
     return {
         "name": stage.name,
         **{key: forecast[key] for key in _FORECAST_KEYS},
@@ -166,7 +180,10 @@ def _stage_forecast(stage: StageView, forecast: dict[str, Any]) -> dict[str, Any
 
 
 def _cost(summary: dict[str, Any]) -> float | None:
-    """Cost of the run in the currency of its price per hour; None without a price or a time."""
+    """Return the cost of the run, in the currency of its price per hour.
+
+    Return None if the price or the run's time is not known.
+    """
     price = summary.get("price_per_hour")
     seconds = summary.get("seconds")
     if price is None or seconds is None:

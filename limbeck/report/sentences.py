@@ -1,4 +1,5 @@
-"""Sentences about a run in progress, in English and Chinese; each is chosen by the run's numbers.
+"""Sentences about a run in progress, in English and Chinese. The run's numbers decide which sentence is
+chosen.
 
 Shapes: N values of a metric.
 """
@@ -17,9 +18,9 @@ from .history import History
 from .i18n import KINDS, MODES, Text, count, duration, percent, plain
 from .loaded_run import EVALUATION, Run, StageView
 
-_ENDS = 10  # the beginning and the end of a curve are one in 10 of its values each
+_ENDS = 10  # values: the first and the last 1/10 of a curve are its beginning and its end
 _ROUNDING_GAP = 1e-3  # nats a token that rounding in float32 explains (train/alarms.py)
-_MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
+_MANY_TRUNCATED = 0.05  # share of truncated responses from which a sentence mentions them
 
 
 # ---------------------------------------------------------------- progress
@@ -34,7 +35,12 @@ _STEPS = Text("steps", "步")
 
 
 def progress(name: str, kind: str, state: str, history: History, manifest: dict[str, Any]) -> Text:
-    """Progress of a stage; `state` is done, running, begun (no process is at work), asks or waits."""
+    """Return a sentence on the progress of the stage `name`. `manifest` describes its results and is read
+    only if it is done.
+
+    `state` is done, running, begun (it has logs, but no process works on it), asks (it waits for people's
+    reviews) or waits (the stages before it are not done).
+    """
     if state == "done":
         sentence = Text("{name} is done: {kind} in {time}.", "{name} 已完成：{kind}，用时 {time}。")
         title = KINDS.get(kind, plain(kind))
@@ -54,7 +60,9 @@ def progress(name: str, kind: str, state: str, history: History, manifest: dict[
 
 
 def _count_steps(name: str, kind: str, history: History) -> Text:
-    """The number of steps so far, of the total if it is known; without a full stop."""
+    """Return the beginning of a sentence, without a full stop: how many steps the stage has taken and, if
+    known, of how many.
+    """
     sentence = Text("{name} has taken {done} {what}", "{name} 已走 {done} {what}")
     if history.total:
         sentence = Text("{name} has taken {done} of {total} {what}", "{name} 已走 {done}/{total} {what}")
@@ -63,7 +71,7 @@ def _count_steps(name: str, kind: str, history: History) -> Text:
 
 
 def _brief(seconds: float) -> Text:
-    """A duration, with two digits if it is short."""
+    """Return a duration as text, with two significant digits if it is below ten seconds."""
     if seconds >= 10:
         return duration(seconds)
     return Text(f"{seconds:.2g} s", f"{seconds:.2g} 秒")
@@ -96,7 +104,10 @@ _QUIET = {
 
 
 def curves(kind: str, history: History) -> list[Text]:
-    """A sentence on each metric of a stage: its value at the beginning and at the end."""
+    """Return a sentence on each metric of a stage: its value at the beginning and at the end.
+
+    Metrics that say little for this kind of stage are left out.
+    """
     if kind == "evaluate":
         return []
     quiet = _QUIET.get(kind, set())
@@ -109,9 +120,10 @@ def curves(kind: str, history: History) -> list[Text]:
 
 
 def _went(title: Text, values: np.ndarray, write: Callable[[float], str]) -> Text:
-    """The change of a metric over its `values` [N].
+    """Return a sentence on the change of a metric over its `values` [N]. `title` names the metric and
+    `write` formats a value.
 
-    It rose or fell only if both its ends and the trend of the whole curve say so.
+    It says "rose" or "fell" only if the means at both ends and the trend of the whole curve agree.
     """
     start, end = _ends(values)
     first = write(start)
@@ -132,7 +144,7 @@ def _went(title: Text, values: np.ndarray, write: Callable[[float], str]) -> Tex
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
-    """The means of the first and of the last tenth of `values` [N]."""
+    """Return the mean of the first tenth and of the last tenth of `values` [N]."""
     tenth = max(1, len(values) // _ENDS)
     return float(values[:tenth].mean()), float(values[-tenth:].mean())
 
@@ -141,9 +153,10 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def soundness(history: History) -> list[Text]:
-    """Sentences on whether training is sound.
+    """Return sentences on whether the training works as it should.
 
-    They are about the gap between sampler and learner, informative groups, truncated responses, and alarms.
+    They are about the gap between sampler and learner (their log-probabilities of the same tokens), the share
+    of groups whose responses differ in reward, truncated responses, and alarms.
     """
     sentences = []
     gap = history.column("gap")
@@ -167,7 +180,10 @@ def soundness(history: History) -> list[Text]:
 
 
 def _gap(gap: float) -> Text:
-    """The largest difference between sampler and learner in nats a token, and its likely cause."""
+    """Return a sentence on the gap between sampler and learner and its likely cause.
+
+    `gap` is the largest difference of a token's log-probability, in nats.
+    """
     if gap < _ROUNDING_GAP:
         cause = Text(": no more than rounding", "，不超过舍入误差")
     else:
@@ -180,7 +196,10 @@ def _gap(gap: float) -> Text:
 
 
 def _alarm_sentences(alarms: Sequence[tuple[int, str]]) -> list[Text]:
-    """A sentence on each alarm: its first step and the number of times."""
+    """Return a sentence on each different alarm: the first step at which it was raised and how often.
+
+    `alarms` are pairs of step and message.
+    """
     steps: dict[str, list[int]] = {}
     for step, message in alarms:
         steps.setdefault(message, []).append(step)
@@ -188,7 +207,7 @@ def _alarm_sentences(alarms: Sequence[tuple[int, str]]) -> list[Text]:
     return [sentence.format(times[0], len(times), _alarm(message)) for message, times in steps.items()]
 
 
-# Messages of train/selftest.py and train/learned_rewards.py, and the same in Chinese.
+# Messages of train/alarms.py and train/learned_rewards.py, and the same in Chinese.
 _HACKING = r"reward hacking: (\w+) rises while the truth on held-out problems does not: "
 _HACKING_ZH = r"奖励作弊：\1 上升，而留出题目上的实情没有上升；"
 _ALARMS = {
@@ -207,7 +226,11 @@ _ALARMS = {
 
 
 def _alarm(text: str) -> Text:
-    """An alarm in both languages; a message of another version stays as it was written."""
+    """Return an alarm's message in both languages.
+
+    A message that has no translation here, such as one from another version of Limbeck, stays in English in
+    both.
+    """
     for pattern, chinese in _ALARMS.items():
         match = re.fullmatch(pattern, text)
         if match:
@@ -219,7 +242,9 @@ def _alarm(text: str) -> Text:
 
 
 def outcome(view: StageView) -> list[Text]:
-    """Results of a finished stage: rows it kept, verdicts of its reviewers, accuracies."""
+    """Return sentences on the results of a finished stage: the rows it kept, its reviewers' verdicts, or
+    its accuracies.
+    """
     sentences = []
     if view.notes.get("sampled"):
         sentences += _sampling_sentences(view.notes)
@@ -231,7 +256,11 @@ def outcome(view: StageView) -> list[Text]:
 
 
 def _sampling_sentences(notes: dict[str, Any]) -> list[Text]:
-    """The rows that rejection sampling kept, and the reasons for dropping the others."""
+    """Return sentences on the number of responses that rejection sampling kept, and on the reasons for
+    dropping the others.
+
+    `notes` are the stage's.
+    """
     kept = Text("It kept {} of {} responses.", "从 {1} 个回答中留下 {0} 个。")
     sentences = [kept.format(count(notes["kept"]), count(notes["sampled"]))]
     dropped = Text("{} were dropped: {}.", "{} 个被丢弃：{}。")
@@ -242,7 +271,11 @@ def _sampling_sentences(notes: dict[str, Any]) -> list[Text]:
 
 
 def _review_sentence(notes: dict[str, Any]) -> Text:
-    """The verdicts of a curation, and its reviewers or policy."""
+    """Return a sentence on the verdicts of a curate stage, and on the reviewers or the policy that gave
+    them.
+
+    `notes` are the stage's.
+    """
     sentence = Text(
         "{} rows were accepted, {} edited, {} rejected, by {}.",
         "接受 {} 行，修改 {} 行，拒绝 {} 行，由 {} 决定。",
@@ -253,7 +286,9 @@ def _review_sentence(notes: dict[str, Any]) -> Text:
 
 
 def _accuracy_sentences(view: StageView) -> list[Text]:
-    """The accuracies of an evaluation, by source of problems and mode."""
+    """Return a sentence on each accuracy of an evaluation: one for each source of problems and mode of
+    sampling.
+    """
     run = Run((view,), {}, {})
     model = next(iter(run.evaluations))
     sentence = Text(
@@ -277,7 +312,9 @@ def _accuracy_sentences(view: StageView) -> list[Text]:
 
 
 def flipped(before: str, after: str, flips: Flips) -> Text:
-    """Problems that flipped between the evaluations `before` and `after`."""
+    """Return a sentence on the problems whose result differs between the evaluations called `before` and
+    `after`.
+    """
     if not flips.asked:
         return Text("{} and {} share no problem.", "{} 与 {} 没有共同的题目。").format(before, after)
     sentence = Text(
@@ -291,7 +328,9 @@ def flipped(before: str, after: str, flips: Flips) -> Text:
 
 
 def learned(flips: Flips) -> Text:
-    """Problems that flipped between a stage's first and last group for them."""
+    """Return a sentence on the problems whose result differs between the first and the last group of
+    responses that a training stage recorded for them.
+    """
     sentence = Text(
         "Of {asked} problems that were written down more than once, {won} were mostly wrong at first and are "
         "mostly right by now; with {lost} it is the other way round.",
@@ -301,7 +340,10 @@ def learned(flips: Flips) -> Text:
 
 
 def foreseen(actual: float, forecast: dict[str, float], over: bool) -> Text:
-    """The forecast of a stage beside its time so far, in seconds; beside its whole time if it is `over`."""
+    """Return a sentence that compares a stage's forecast with its time `actual`, in seconds.
+
+    `over` is True if the stage has ended; otherwise `actual` is the time so far.
+    """
     low = forecast["low"]
     high = forecast["high"]
     times = (duration(forecast["seconds"]), duration(low), duration(high), duration(actual))

@@ -1,4 +1,4 @@
-"""Long series as curves of a few points: means of neighbours, and running means.
+"""Long series shortened to curves of a few points: means of neighbouring values, and running means.
 
 Shapes: N values of a series, P pieces that it is cut into.
 """
@@ -9,18 +9,20 @@ import numpy as np
 
 
 def cuts(length: int, points: int) -> np.ndarray:
-    """The [P + 1] positions that cut `length` rows into P <= `points` pieces of nearly equal size.
+    """Return the [P + 1] positions that cut `length` values into P pieces of nearly equal size, where P is
+    at most `points`.
 
-    The first position is 0, the last `length`.
+    The first position is 0, the last is `length`.
     """
     pieces = min(length, points)
     return np.linspace(0, length, pieces + 1).astype(int)
 
 
 def means(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The means [P] of `values` [N] between neighbouring cuts `at` [P + 1], over finite values only.
+    """Return the means [P] of the pieces of `values` [N] between neighbouring cuts `at` [P + 1]. Values
+    that are not finite are left out.
 
-    A piece without a finite value is NaN.
+    A piece without a finite value gives NaN.
     """
     if len(at) == len(values) + 1:
         return values
@@ -33,9 +35,10 @@ def means(values: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The running mean [N] of `values` [N], over a thirtieth of all values on each side (fewer at the ends).
+    """Return the running mean [N] of `values` [N]. The window reaches a thirtieth of all values to each
+    side, less at the ends.
 
-    Values that are not finite are left out; a window without a finite value is NaN.
+    Values that are not finite are left out; a window without a finite value gives NaN.
     """
     reach = max(1, len(values) // 30)
     smooth = []

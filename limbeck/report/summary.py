@@ -1,4 +1,8 @@
-"""Sentences of the report, in English and Chinese; each is chosen by the run's numbers."""
+"""Sentences of the report, in English and Chinese. The run's numbers decide which sentence is chosen.
+
+base, zero, control, r1, small and so on are roles of models, explained in `loaded_run`. A function returns an
+empty list if the run lacks what its sentences are about.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ from .i18n import MODES, Text, bounds, count, number, percent, scientific, size
 from .loaded_run import Run
 
 _FEW_PROBLEMS = 1000  # problems below which an interval is so wide that the report says so
-_MANY_TRUNCATED = 0.05  # share of truncated responses from which they are mentioned
+_MANY_TRUNCATED = 0.05  # share of truncated responses from which a sentence mentions them
 _COMPARED_ROLES = (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("small", "small_rl"))
 
 
 def opening(run: Run) -> list[Text]:
-    """The first paragraph: accuracies of base, zero, r1 and small."""
+    """Return the first paragraph of the report: the accuracies of base, zero, r1 and small, where
+    evaluated.
+    """
     sentences = []
     base = run.accuracy(run.role("base"))
     if base:
@@ -41,7 +47,7 @@ def opening(run: Run) -> list[Text]:
 
 
 def _growth(run: Run) -> list[Text]:
-    """Length and attempts of zero's responses against base's."""
+    """Return a sentence on how length and number of attempts of zero's responses compare with base's."""
     length_before, length_after = _base_and_zero(run, "length")
     attempts_before, attempts_after = _base_and_zero(run, "attempts")
     if length_before is None or length_after is None:
@@ -59,12 +65,12 @@ def _growth(run: Run) -> list[Text]:
 
 
 def _base_and_zero(run: Run, name: str) -> tuple[float | None, float | None]:
-    """A measure of base and of zero."""
+    """Return the measure `name` (such as length) of base and of zero; None where it was not measured."""
     return run.measure(run.role("base"), name), run.measure(run.role("zero"), name)
 
 
 def _r1(run: Run, r1: Interval) -> Text:
-    """Accuracy of r1, and its language consistency where it was measured."""
+    """Return a sentence on the accuracy of r1 and, if measured, its language consistency."""
     language = run.measure(run.role("r1"), "language_consistency")
     accuracy = percent(r1.mean)
     if language is None:
@@ -78,7 +84,9 @@ def _r1(run: Run, r1: Interval) -> Text:
 
 
 def _small(run: Run, small: Interval) -> Text:
-    """Accuracy of the distilled model, and its size against the teacher's."""
+    """Return a sentence on the accuracy of the distilled model and, if it is smaller than its teacher, on
+    its size.
+    """
     teacher = run.parameters(run.role("r1")) or run.parameters(run.role("base"))
     student = run.parameters(run.role("small"))
     accuracy = percent(small.mean)
@@ -96,7 +104,7 @@ def _small(run: Run, small: Interval) -> Text:
 
 
 def persistence(run: Run) -> list[Text]:
-    """How often base and zero make another attempt after a wrong one."""
+    """Return a sentence on how often base and zero make another attempt after a wrong one."""
     before, after = _base_and_zero(run, "persist")
     if before is None or after is None:
         return []
@@ -108,7 +116,9 @@ def persistence(run: Run) -> list[Text]:
 
 
 def control(run: Run) -> list[Text]:
-    """Accuracy of the base with forced retries (budget forcing), and the share of RL's gain it explains."""
+    """Return sentences on the control, base with forced retries (budget forcing): its accuracy, and the
+    share of RL's gain that forced retries alone give.
+    """
     sentences = [
         Text(
             "Without any training: the base again, with another attempt forced on it after each “no” "
@@ -130,7 +140,9 @@ def control(run: Run) -> list[Text]:
 
 
 def _against(run: Run, mode: str, forced: Interval, zero: Interval) -> Text:
-    """Accuracy of zero against that of the forced base, in one mode."""
+    """Return a sentence that compares the accuracy of the control (`forced`) with that of zero in one
+    mode, with the interval of their difference.
+    """
     gap, low, high = difference(zero, forced)
     if low > 0:
         outcome = Text(
@@ -156,7 +168,10 @@ def _against(run: Run, mode: str, forced: Interval, zero: Interval) -> Text:
 
 
 def _verdict(shares: list[float]) -> Text:
-    """The conclusion from `shares`: for each mode, the share of RL's gain that forcing the base gives."""
+    """Return the concluding sentence on the control.
+
+    `shares` are the shares of RL's gain that forced retries give, one for each mode.
+    """
     if not shares:
         return Text(
             "There is no gain over the base here that a control could explain.",
@@ -185,7 +200,7 @@ def _verdict(shares: list[float]) -> Text:
 
 
 def _span(low: float, high: float) -> str:
-    """A range of shares in percent, or one number if both ends are equal when rounded."""
+    """Return a range of shares (0 to 1) in percent, or one number if both ends are equal when rounded."""
     if percent(low, 0) == percent(high, 0):
         return percent(low, 0)
     return f"{100 * low:.0f}–{100 * high:.0f}%"
@@ -195,7 +210,7 @@ def _span(low: float, high: float) -> str:
 
 
 def language(run: Run) -> list[Text]:
-    """Language consistency of zero and r1, and its cost in accuracy."""
+    """Return sentences on the language consistency of zero and r1, and on what it costs in accuracy."""
     first = run.measure(run.role("zero"), "language_consistency")
     last = run.measure(run.role("r1"), "language_consistency")
     if first is None or last is None:
@@ -225,7 +240,9 @@ def language(run: Run) -> list[Text]:
 
 
 def distillation(run: Run) -> list[Text]:
-    """Accuracy of the distilled model against RL on the same small base, and their training compute."""
+    """Return sentences that compare the distilled model with RL on the same small base: accuracy and
+    training compute.
+    """
     distilled = run.accuracy(run.role("small"))
     trained = run.accuracy(run.role("small_rl"))
     if not distilled or not trained:
@@ -239,7 +256,9 @@ def distillation(run: Run) -> list[Text]:
 
 
 def _student_against_rl(distilled: Interval, trained: Interval) -> Text:
-    """The difference between the distilled model and RL on the same base, if it is significant."""
+    """Return a sentence on the difference in accuracy between the distilled model and RL on the same base,
+    or that it is not significant.
+    """
     gap, low, high = difference(distilled, trained)
     if low <= 0 <= high:
         return Text(
@@ -257,12 +276,14 @@ def _student_against_rl(distilled: Interval, trained: Interval) -> Text:
 
 
 def _small_flops(run: Run) -> tuple[float | None, float | None]:
-    """Training FLOPs of distillation and of RL on the small base."""
+    """Return the training FLOPs of the distilled model and of RL on the small base; None where not known."""
     return run.spent(run.role("small"), "flops"), run.spent(run.role("small_rl"), "flops")
 
 
 def curation(run: Run) -> list[Text]:
-    """Verdicts of the reviewers, or of the policy in their place, and the reviewers' agreement."""
+    """Return sentences on each curate stage: the verdicts, who or which policy gave them, and the
+    reviewers' agreement.
+    """
     sentence = Text(
         "{name}: {accepted} rows accepted, {edited} edited, {rejected} rejected. Policy: {policy}.",
         "{name}：接受 {accepted} 行，修改 {edited} 行，拒绝 {rejected} 行。方针：{policy}。",
@@ -279,7 +300,11 @@ def curation(run: Run) -> list[Text]:
 
 
 def _agreement(agreement: dict[str, Any]) -> Text:
-    """Agreement of several reviewers on the same rows."""
+    """Return a sentence on how far reviewers who judged the same rows agree.
+
+    `agreement` has the number of `rows`, the share of equal verdicts (`same`) and the agreement coefficient
+    `alpha`.
+    """
     sentence = Text(
         "{rows} of them were seen by several people, who gave {same} of these the same verdict "
         "(Krippendorff's alpha {alpha}).",
@@ -290,7 +315,11 @@ def _agreement(agreement: dict[str, Any]) -> Text:
 
 
 def comparison(result: dict[str, Any]) -> list[Text]:
-    """The compute after which each way of pretraining reaches the first one's final loss."""
+    """Return a sentence on each way of pretraining but the first: the compute after which it reaches the
+    first one's final loss, or that it does not.
+
+    `result` is what `report.comparison.compare` returns.
+    """
     ways = result["ways"]
     first, *others = ways
     target = number(result["target"], 4)
@@ -320,7 +349,9 @@ def comparison(result: dict[str, Any]) -> list[Text]:
 
 
 def not_shown(run: Run) -> list[Text]:
-    """Limits of the run: those of every single run, and those that its numbers show."""
+    """Return sentences on what the run does not show: limits of any single run, and limits that follow
+    from its numbers.
+    """
     seed = Text(
         "One seed, {}. Intervals tell how sure an accuracy is over problems, not how it would vary "
         "over seeds.",
@@ -338,7 +369,11 @@ def not_shown(run: Run) -> list[Text]:
 
 
 def _miniature(run: Run) -> list[Text]:
-    """The limit of a recipe with problems of the miniature."""
+    """Return a sentence on the limit of a run whose problems are those of Limbeck's miniature (the clock
+    countdown task for tiny models).
+
+    Return an empty list for other problems.
+    """
     sources = [problems.get("source") for problems in (run.recipe.get("problems") or {}).values()]
     if "miniature" not in sources:
         return []
@@ -352,7 +387,9 @@ def _miniature(run: Run) -> list[Text]:
 
 
 def _sample_size(run: Run) -> list[Text]:
-    """The limit of an evaluation on few problems."""
+    """Return a sentence that few problems were evaluated, if a model was evaluated on fewer than
+    `_FEW_PROBLEMS`.
+    """
     accuracies = [run.accuracy(model) for model in run.evaluations]
     problems = [accuracy.problems for accuracy in accuracies if accuracy]
     if not problems or min(problems) >= _FEW_PROBLEMS:
@@ -362,7 +399,9 @@ def _sample_size(run: Run) -> list[Text]:
 
 
 def _missing_significance(run: Run) -> list[Text]:
-    """Pairs of models whose expected difference is not significant, and a control that was not run."""
+    """Return a sentence on each pair of models whose expected difference in accuracy is not significant,
+    and one if zero has no control.
+    """
     sentences = []
     for upper, lower in _COMPARED_ROLES:
         for mode in ("t1", "greedy"):
@@ -381,7 +420,9 @@ def _missing_significance(run: Run) -> list[Text]:
 
 
 def _unsupported_claim(names: tuple[str, str], mode: str, above: Interval, below: Interval) -> Text:
-    """The claim that a run does not support, with both accuracies."""
+    """Return a sentence that the run does not show that the first model of `names` is better than the
+    second, with both accuracies in that mode.
+    """
     sentence = Text(
         "That {} is above {} ({mode}): {} ({}) against {} ({}).",
         "“{} 高于 {}”（{mode}）：{}（{}）对 {}（{}）。",
@@ -391,7 +432,7 @@ def _unsupported_claim(names: tuple[str, str], mode: str, above: Interval, below
 
 
 def _truncation(run: Run) -> list[Text]:
-    """The limit of models whose responses are often truncated."""
+    """Return a sentence on each of zero and r1 whose responses often ran out of tokens."""
     sentence = Text(
         "What {} would reach with more room: {} of its responses ran out of tokens and count as "
         "wrong unless an answer was given before.",
@@ -406,7 +447,7 @@ def _truncation(run: Run) -> list[Text]:
 
 
 def _unequal_compute(run: Run) -> list[Text]:
-    """The limit of a comparison in which RL had less compute than distillation."""
+    """Return a sentence that RL had less training compute than distillation, if so."""
     distillation_flops, rl_flops = _small_flops(run)
     if not distillation_flops or not rl_flops or rl_flops >= distillation_flops:
         return []
@@ -418,7 +459,7 @@ def _unequal_compute(run: Run) -> list[Text]:
 
 
 def _policies(run: Run) -> list[Text]:
-    """The limit of a curation by a policy instead of people."""
+    """Return a sentence that names the curate stages in which a policy decided instead of people."""
     names = []
     for stage in run.of_kind("curate"):
         settings = stage.manifest.get("settings") or {}
