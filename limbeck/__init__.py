@@ -1,4 +1,5 @@
-"""Limbeck: the DeepSeek-R1 recipe end to end, from a base model to a small distilled one, on hardware you own.
+"""Limbeck: the DeepSeek-R1 recipe end to end, from a base model to a small distilled one, on hardware you
+own.
 
 The public names: `run` and `Recipe` for whole recipes, `Engine`, `Learner` and `Task` for loops of one's own.
 """

@@ -21,7 +21,7 @@ from tiny import answer, digests, environment
 
 import limbeck
 from limbeck import cli
-from limbeck.pipeline.review import curate, reviews
+from limbeck.pipeline.review import curate, review_queue
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
@@ -318,7 +318,7 @@ def waiting(finished, tmp_path) -> Path:
     home = Path(shutil.copytree(finished.home, tmp_path / "runs"))
     code, out, err = answer("run", finished.recipe, "--runs", home, "--set", "stages.coldstart.auto=false")
     assert (code, out) == (75, "")
-    rows = len(reviews.pending(next(home.glob("store/.queues/*"))))
+    rows = len(review_queue.pending(next(home.glob("store/.queues/*"))))
     assert err.splitlines()[-1].startswith(
         f"limbeck: stage coldstart waits for a person: {rows} rows to review; `limbeck curate {home / 'tiny'}"
     )
@@ -380,7 +380,7 @@ def read_until(terminal: int, text: str, seconds: float = 120) -> str:
 
 def test_a_person_reviews_rows_at_the_terminal(call, waiting):
     queue = next(waiting.parent.glob("store/.queues/*"))
-    first, second, third = reviews.pending(queue)[:3]
+    first, second, third = review_queue.pending(queue)[:3]
     ours, theirs = pty.openpty()
     editor = "sed -i s/.*/mended/"
     review = tiny.limbeck(
@@ -409,7 +409,7 @@ def test_a_person_reviews_rows_at_the_terminal(call, waiting):
     read_until(ours, "rows are left")
     assert review.wait(10) == 0
     os.close(theirs), os.close(ours)
-    said = {row.id: row.verdict for row in reviews.review_states(queue) if row.verdict}
+    said = {row.id: row.verdict for row in review_queue.review_states(queue) if row.verdict}
     assert all(entry.pop("seconds") >= 0 and entry.pop("at") for entry in said.values())
     assert said == {
         first["id"]: {"id": first["id"], "verdict": "accept", "reviewer": "Grace"},
@@ -421,13 +421,13 @@ def test_a_person_reviews_rows_at_the_terminal(call, waiting):
 
 def test_a_torn_verdict_is_dropped_and_no_other_is_lost(tmp_path):
     rows = [{"id": name, "completion": "x"} for name in "abc"]
-    curate.ask(tmp_path, lambda: rows, "good?")
-    reviews.review(tmp_path, {"id": "a", "verdict": "accept"})
-    with open(tmp_path / reviews.REVIEWS, "a") as file:
+    curate.write_queue(tmp_path, lambda: rows, "good?")
+    review_queue.review(tmp_path, {"id": "a", "verdict": "accept"})
+    with open(tmp_path / review_queue.REVIEWS, "a") as file:
         file.write('{"id": "b", "verd')  # the power went
-    assert [row["id"] for row in reviews.pending(tmp_path)] == ["b", "c"]
-    reviews.review(tmp_path, {"id": "c", "verdict": "reject"})
-    assert [row["id"] for row in reviews.pending(tmp_path)] == ["b"]
+    assert [row["id"] for row in review_queue.pending(tmp_path)] == ["b", "c"]
+    review_queue.review(tmp_path, {"id": "c", "verdict": "reject"})
+    assert [row["id"] for row in review_queue.pending(tmp_path)] == ["b"]
 
 
 # ---------------------------------------------------------------- export

@@ -14,8 +14,9 @@ import limbeck.train.divergence as divergence_module
 from limbeck.config.recipe import Optimizer
 from limbeck.train.batch import pack
 from limbeck.train.divergence import Logits, States, divergence, forward_kl, jensen_shannon, reverse_kl, top_k
+from limbeck.train.dpo import DPO
 from limbeck.train.learner import Learner
-from limbeck.train.losses import DPO, Distillation
+from limbeck.train.losses import Distillation
 from limbeck.types import Labels, Sample
 
 MEASURES = {"forward": (forward_kl, 0.0), "reverse": (reverse_kl, 1.0), "jsd": (jensen_shannon(0.3), 0.3)}

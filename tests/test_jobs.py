@@ -14,7 +14,7 @@ import pytest
 from tiny import limbeck, until
 
 from limbeck.pipeline import run_status
-from limbeck.pipeline.review import reviews
+from limbeck.pipeline.review import review_queue
 from limbeck.serve import jobs
 from limbeck.types import LimbeckError
 
@@ -83,8 +83,8 @@ def test_a_run_is_started_once_paused_and_gone_on_with_and_waits_for_people(reci
     waits = jobs.state(folder)
     assert waits.name == "waits" and "4 rows to review" in waits.sentence
     queue = next((tmp_path / "runs" / "store" / ".queues").iterdir())
-    for row in reviews.pending(queue):
-        reviews.review(queue, {"id": row["id"], "verdict": "accept", "reviewer": "Mei"})
+    for row in review_queue.pending(queue):
+        review_queue.review(queue, {"id": row["id"], "verdict": "accept", "reviewer": "Mei"})
     jobs.resume(folder)
     assert at(folder, "finished", "failed", "waits").name == "finished"
 

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from limbeck.config.parts import PRESETS, Policy
 from limbeck.train.batch import pack
-from limbeck.train.losses import CrossEntropy, PolicyGradient, group_advantages, k3
+from limbeck.train.grpo import group_advantages
+from limbeck.train.losses import CrossEntropy, PolicyGradient, k3
 from limbeck.types import Group, Problem, Sample
 
 # Two completions, of 3 and 2 tokens. pi / pi_old per token, the advantages of the sequences, pi_ref / pi.

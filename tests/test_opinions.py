@@ -36,9 +36,8 @@ from limbeck.train.batch import pack
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.learned_rewards import LearnedRewards, hacked, trend
 from limbeck.train.learner import Learner
-from limbeck.train.losses import BradleyTerry
 from limbeck.train.pairs import plan_by_count
-from limbeck.train.reward_model import RewardModelLearner, RewardModelScorer, split, to_sample
+from limbeck.train.reward_model import BradleyTerry, RewardModelLearner, RewardModelScorer, split, to_sample
 from limbeck.train.sft import SFTTrainer
 from limbeck.types import Completion, Group, LimbeckError, Problem, Resumable, Sample, Score, generator
 

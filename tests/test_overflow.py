@@ -29,14 +29,15 @@ from limbeck.pipeline.run import _failure
 from limbeck.pipeline.worker import run_job
 from limbeck.run_log import RunLog, read_metrics
 from limbeck.tasks.mixture import Mixture
-from limbeck.train import losses
+from limbeck.train import dpo, losses, reward_model
 from limbeck.train.batch import Batch, pack
 from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.divergence import TopK
+from limbeck.train.dpo import DPO
 from limbeck.train.learned_rewards import LearnedRewards
 from limbeck.train.learner import Learner
-from limbeck.train.losses import DPO, BradleyTerry, CrossEntropy, Distillation, PolicyGradient, SpanDistance
-from limbeck.train.reward_model import RewardModelLearner
+from limbeck.train.losses import CrossEntropy, Distillation, PolicyGradient, SpanDistance
+from limbeck.train.reward_model import BradleyTerry, RewardModelLearner
 from limbeck.train.sft import SFTTrainer
 from limbeck.types import LimbeckError, Sample
 
@@ -185,7 +186,8 @@ def test_every_loss_of_the_house_is_among_those_that_are_tried():
     taken."""
     callable_classes = {
         node.name
-        for node in ast.parse(Path(losses.__file__).read_text()).body
+        for module in (losses, dpo, reward_model)
+        for node in ast.parse(Path(module.__file__).read_text()).body
         if isinstance(node, ast.ClassDef) and any(getattr(m, "name", "") == "__call__" for m in node.body)
     }
     assert callable_classes == {name.partition("-")[0] for name in LOSSES}

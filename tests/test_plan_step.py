@@ -185,7 +185,8 @@ def test_the_table_of_steps_beats_the_constant():
     ("memory by formula", 0.06, 0.20), ("V3's phases", 0.20, 0.22),
 ])  # fmt: skip
 def test_the_whole_table_stays_as_good_as_it_was(table, kind, middle, most):
-    """What docs/explanation/planning.md says that `limbeck plan verify` prints: a change that spoils it is noticed."""
+    """What docs/explanation/planning.md says that `limbeck plan verify` prints: a change that spoils it is
+    noticed."""
     errors = [check.error for check in table if check.kind == kind]
     assert len(errors) > 5 and median(errors) < middle and verify.percentile(errors, 0.95) < most
 

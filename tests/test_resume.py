@@ -196,9 +196,12 @@ def test_ctrl_c_once_checkpoints_and_says_how_to_go_on_and_twice_stops_at_once(
     run = limbeck("run", finished.recipe, "--runs", tmp_path, *long)
     until(lambda: list(tmp_path.glob("store/.partial/pretrain-*/metrics.jsonl")))
     workers = children(run.pid)
+    if presses == 2:  # a stage that cannot checkpoint before the second one
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
     for _ in range(presses):
         run.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(0.5)
     _, err = run.communicate(timeout=200)
     assert run.returncode == expected, err
     until(lambda: not any(map(alive, workers)), 20)

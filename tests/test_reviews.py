@@ -7,7 +7,7 @@ import json
 import pytest
 
 from limbeck.eval.statistics import krippendorff
-from limbeck.pipeline.review import curate, edits, reviews
+from limbeck.pipeline.review import curate, edits, review_queue
 from limbeck.pipeline.review.agreement import agreement, paces
 from limbeck.types import LimbeckError
 
@@ -29,43 +29,43 @@ ROWS = [row(name) for name in "abcdef"]
 
 @pytest.fixture
 def queue(tmp_path):
-    curate.ask(tmp_path, lambda: ROWS, "good?")
+    curate.write_queue(tmp_path, lambda: ROWS, "good?")
     return tmp_path
 
 
 def say(queue, name, verdict, reviewer, **more):
-    reviews.review(queue, {"id": name, "verdict": verdict, "reviewer": reviewer, **more})
+    review_queue.review(queue, {"id": name, "verdict": verdict, "reviewer": reviewer, **more})
 
 
 def states(queue) -> str:
-    return " ".join(one.state for one in reviews.review_states(queue))
+    return " ".join(one.state for one in review_queue.review_states(queue))
 
 
 def test_one_person_is_enough_unless_two_are_asked_for(queue):
     say(queue, "a", "accept", "Ada")
     assert states(queue) == "settled open open open open open"
-    reviews.set_second_share(queue, 1.0, "Ada")
+    review_queue.set_second_share(queue, 1.0, "Ada")
     assert states(queue) == "second open open open open open"
-    first = reviews.review_states(queue)[0]
+    first = review_queue.review_states(queue)[0]
     assert not first.due("Ada")
     assert first.due("Grace")
     say(queue, "a", "accept", "Grace")
-    assert reviews.review_states(queue)[0].people == ["Ada", "Grace"]
-    reviews.set_second_share(queue, 0.0, "Ada")
+    assert review_queue.review_states(queue)[0].people == ["Ada", "Grace"]
+    review_queue.set_second_share(queue, 0.0, "Ada")
     say(queue, "b", "reject", "Grace", reason="wrong")
     assert states(queue) == "settled settled open open open open"
     with pytest.raises(LimbeckError, match="no share"):
-        reviews.set_second_share(queue, 1.5, "Ada")
+        review_queue.set_second_share(queue, 1.5, "Ada")
 
 
 def test_a_larger_share_holds_a_smaller_one_and_is_as_large_as_it_says():
     names = [f"clock/{i}#0" for i in range(4000)]
-    few, many = ({name for name in names if reviews.needs_second(name, share)} for share in (0.2, 0.5))
+    few, many = ({name for name in names if review_queue.needs_second(name, share)} for share in (0.2, 0.5))
     assert few < many
     assert abs(len(few) - 800) < 100
     assert abs(len(many) - 2000) < 130
-    assert not any(reviews.needs_second(name, 0.0) for name in names)
-    assert all(reviews.needs_second(name, 1.0) for name in names)
+    assert not any(review_queue.needs_second(name, 0.0) for name in names)
+    assert all(review_queue.needs_second(name, 1.0) for name in names)
 
 
 def test_people_who_disagree_leave_a_row_open_until_somebody_settles_it(queue):
@@ -73,19 +73,19 @@ def test_people_who_disagree_leave_a_row_open_until_somebody_settles_it(queue):
     say(queue, "a", "accept", "Ada")
     say(queue, "a", "edit", "Grace", completion=mended)
     assert states(queue).startswith("disputed")
-    assert reviews.pending(queue)[0]["id"] == "a"
-    assert not reviews.review_states(queue)[0].due("Mary")
+    assert review_queue.pending(queue)[0]["id"] == "a"
+    assert not review_queue.review_states(queue)[0].due("Mary")
     say(queue, "a", "edit", "Mary", completion=mended, resolves=True)
-    settled = reviews.review_states(queue)[0]
+    settled = review_queue.review_states(queue)[0]
     assert settled.state == "settled"
     assert settled.people == ["Mary"]
     assert settled.verdict["completion"] == mended
     say(queue, "a", "reject", "Ada")  # a later word unsettles nothing
-    assert reviews.review_states(queue)[0].people == ["Mary"]
-    reviews.undo(queue, "a", "Ada")
-    reviews.undo(queue, "a", "Mary")
-    assert reviews.review_states(queue)[0].state == "settled"
-    assert reviews.review_states(queue)[0].people == ["Grace"]
+    assert review_queue.review_states(queue)[0].people == ["Mary"]
+    review_queue.undo(queue, "a", "Ada")
+    review_queue.undo(queue, "a", "Mary")
+    assert review_queue.review_states(queue)[0].state == "settled"
+    assert review_queue.review_states(queue)[0].people == ["Grace"]
 
 
 def test_the_same_text_is_no_disagreement_whatever_it_is_called(queue):
@@ -101,14 +101,14 @@ def test_the_same_text_is_no_disagreement_whatever_it_is_called(queue):
 def test_the_last_word_of_a_person_counts_and_can_be_taken_back(queue):
     say(queue, "a", "accept", "Ada")
     say(queue, "a", "reject", "Ada")
-    assert reviews.review_states(queue)[0].verdict["verdict"] == "reject"
-    reviews.undo(queue, "a", "Grace")
-    assert reviews.review_states(queue)[0].state == "settled"
-    reviews.undo(queue, "a", "Ada")
-    assert reviews.review_states(queue)[0].state == "open"
-    assert reviews.review_states(queue)[0].due("Ada")
+    assert review_queue.review_states(queue)[0].verdict["verdict"] == "reject"
+    review_queue.undo(queue, "a", "Grace")
+    assert review_queue.review_states(queue)[0].state == "settled"
+    review_queue.undo(queue, "a", "Ada")
+    assert review_queue.review_states(queue)[0].state == "open"
+    assert review_queue.review_states(queue)[0].due("Ada")
     with pytest.raises(LimbeckError, match="no such row"):
-        reviews.undo(queue, "z", "Ada")
+        review_queue.undo(queue, "z", "Ada")
 
 
 def test_rows_come_out_as_people_left_them(queue):
@@ -150,36 +150,38 @@ def test_rows_come_out_as_people_left_them(queue):
 def test_what_is_said_while_a_stage_runs_does_not_reach_into_it(queue):
     for name in "abcdef":
         say(queue, name, "accept", "Ada")
-    said = reviews.extent(queue)
-    before = reviews.digest(queue, said)
+    said = review_queue.extent(queue)
+    before = review_queue.digest(queue, said)
     say(queue, "a", "reject", "Ada")
-    (queue / reviews.REVIEWS).open("a").write(
+    (queue / review_queue.REVIEWS).open("a").write(
         '{"id": "b", "verd'
     )  # and somebody is killed in the middle of a word
     assert len(curate.apply_reviews(ROWS, queue, said)[0]) == 6
     assert len(curate.apply_reviews(ROWS, queue)[0]) == 5
-    assert reviews.digest(queue, said) == before != reviews.digest(queue, reviews.extent(queue))
+    assert (
+        review_queue.digest(queue, said) == before != review_queue.digest(queue, review_queue.extent(queue))
+    )
     say(queue, "b", "reject", "Ada")
     assert len(curate.apply_reviews(ROWS, queue)[0]) == 4
 
 
 def test_a_recipe_says_once_how_many_rows_two_people_see(queue):
     def ask(second):
-        curate.ask(queue, lambda: pytest.fail("the rows lie there already"), "good?", second)
-        return reviews.second_share(queue)
+        curate.write_queue(queue, lambda: pytest.fail("the rows lie there already"), "good?", second)
+        return review_queue.second_share(queue)
 
     assert [ask(None), ask(0.5), ask(0.5)] == [0.0, 0.5, 0.5]
-    assert len(reviews.events(queue)) == 1
-    reviews.set_second_share(queue, 1.0, "Ada")
+    assert len(review_queue.events(queue)) == 1
+    review_queue.set_second_share(queue, 1.0, "Ada")
     assert [ask(0.5), ask(0.2), ask(None)] == [1.0, 0.2, 0.2]
 
 
 def test_rows_go_out_blind_and_disagreements_with_what_was_said(queue, tmp_path):
-    reviews.set_second_share(queue, 1.0, "Ada")
+    review_queue.set_second_share(queue, 1.0, "Ada")
     say(queue, "a", "reject", "Ada", reason="secret reason")
     say(queue, "b", "accept", "Ada")
     say(queue, "b", "reject", "Grace", reason="open reason")
-    blind, *_, disputed = reviews.export_rows(queue, "Grace")
+    blind, *_, disputed = review_queue.export_rows(queue, "Grace")
     assert blind["id"] == "a"
     assert "secret" not in json.dumps(blind)
     assert disputed["id"] == "b"
@@ -187,7 +189,7 @@ def test_rows_go_out_blind_and_disagreements_with_what_was_said(queue, tmp_path)
     assert [said["reviewer"] for said in disputed["verdicts"]] == ["Ada", "Grace"]
     sheet = tmp_path / "sheet.jsonl"
     sheet.write_text("".join(json.dumps({**one, "verdict": "reject"}) + "\n" for one in (blind, disputed)))
-    assert reviews.import_reviews(queue, sheet, "Grace") == 2
+    assert review_queue.import_reviews(queue, sheet, "Grace") == 2
     assert states(queue) == "settled settled open open open open"
 
 
@@ -197,10 +199,10 @@ def test_pace_and_agreement(queue):
         say(queue, name, grace, "Grace")
     say(queue, "d", "accept", "Ada", seconds=20.0)
     say(queue, "b", "accept", "Grace", resolves=True)  # comes after the disagreement, and is no vote
-    ada, grace = paces(reviews.review_states(queue))
+    ada, grace = paces(review_queue.review_states(queue))
     assert (ada.reviewer, ada.rows, ada.seconds, ada.hourly, ada.timed) == ("Ada", 4, 15.0, 3600 * 4 / 80, 4)
     assert (grace.rows, grace.counts["reject"], grace.seconds, grace.hourly) == (3, 2, None, None)
-    told = agreement(reviews.review_states(queue))["agreement"]
+    told = agreement(review_queue.review_states(queue))["agreement"]
     assert (told["rows"], told["people"], round(told["same"], 3), round(told["alpha"], 3)) == (
         3,
         2,
@@ -315,7 +317,7 @@ def test_disagreements_are_settled_at_the_terminal(queue, monkeypatch, capsys):
     assert "Ada says reject: dull" in told
     assert "Grace says accept: as it is" in told
     assert told.endswith("all rows are reviewed: run the recipe again and it goes on\n")
-    assert [(one.verdict["verdict"], one.people) for one in reviews.review_states(queue)[:2]] == [
+    assert [(one.verdict["verdict"], one.people) for one in review_queue.review_states(queue)[:2]] == [
         ("reject", ["Mary"]),
         ("accept", ["Mary"]),
     ]

@@ -20,14 +20,14 @@ from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
 from limbeck.pipeline.stages.budget import affordable
-from limbeck.pipeline.stages.ranking import ranked
+from limbeck.pipeline.stages.ranking import mean_logprob, ranked
 from limbeck.pipeline.stages.rows import to_sample
 from limbeck.run_log import read, read_metrics
 from limbeck.tasks.clock_countdown import Countdown
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
 from limbeck.train.distill import LABELLED, Assigned, DistillSampler, Teacher, attach_teachers
-from limbeck.train.dpo import mean_logprob, to_pair
+from limbeck.train.dpo import to_pair
 from limbeck.train.pairs import best_and_worst, plan_by_tokens
 from limbeck.train.scorer import Scorer
 from limbeck.types import Completion, Group, LimbeckError, Problem, Sample, Score

@@ -19,7 +19,7 @@ from limbeck.config.load import dump, load
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.pipeline.review import curate, review_queues, reviews
+from limbeck.pipeline.review import curate, queue_list, review_queue
 from limbeck.serve import jobs
 from limbeck.serve.app import build
 from limbeck.serve.studio import review as page_of
@@ -77,7 +77,7 @@ def home(tmp_path) -> Path:
         }
         for (name, prompt), text in zip(asked, texts, strict=True)
     ]
-    curate.ask(tmp_path / "runs/store/.queues/0123456789abcdef", lambda: made, "Is it good?")
+    curate.write_queue(tmp_path / "runs/store/.queues/0123456789abcdef", lambda: made, "Is it good?")
     return tmp_path / "runs"
 
 
@@ -129,12 +129,15 @@ AT = "/desk/tiny/coldstart"
 
 
 def queue_of(home: Path) -> Path:
-    return review_queues.desk(home, "tiny", "coldstart").queue
+    return queue_list.find_queue(home, "tiny", "coldstart").queue
 
 
 def decide(browser, number: int, verdict: str, home: Path, **more) -> httpx.Response:
     return browser.post(
-        f"{AT}/{number}", id=reviews.review_states(queue_of(home))[number - 1].id, verdict=verdict, **more
+        f"{AT}/{number}",
+        id=review_queue.review_states(queue_of(home))[number - 1].id,
+        verdict=verdict,
+        **more,
     )
 
 
@@ -178,7 +181,8 @@ def test_verdicts_are_on_disk_before_anybody_is_told(home, resumed):
     )
     decide(ada, 3, "edit", home, completion="<think> short </think>\r\n<answer> 1 </answer>", seconds="-3")
     said = [
-        {k: v for k, v in event.items() if k not in ("at", "id")} for event in reviews.events(queue_of(home))
+        {k: v for k, v in event.items() if k not in ("at", "id")}
+        for event in review_queue.events(queue_of(home))
     ]
     assert said == [
         {"reviewer": "Ada", "verdict": "accept", "seconds": 4.2},
@@ -187,11 +191,11 @@ def test_verdicts_are_on_disk_before_anybody_is_told(home, resumed):
     ]
     assert decide(ada, 4, "edit", home, completion=thought(HOSTILE) + "\n").status_code == 303
     assert (
-        reviews.review_states(queue_of(home))[3].verdict["verdict"] == "accept"
+        review_queue.review_states(queue_of(home))[3].verdict["verdict"] == "accept"
     )  # an edit that changed nothing
     assert "Row 4: accepted." in ada.get(f"{AT}/5?after=4").text
     assert ada.post(f"{AT}/4/undo").headers["location"] == f"{AT}/4"
-    assert reviews.review_states(queue_of(home))[3].state == "open" and not resumed
+    assert review_queue.review_states(queue_of(home))[3].state == "open" and not resumed
     for wrong in ({"verdict": "edit", "completion": " "}, {"verdict": "perhaps"}):
         assert ada.post(f"{AT}/5", id="clock/gone#0", **wrong).status_code == 400
     assert ada.post(f"{AT}/5", id="another", verdict="accept").status_code == 409
@@ -247,7 +251,7 @@ def test_a_second_person_does_not_see_the_first_verdict_and_disagreements_are_se
         mary, 1, "edit", home, completion="<think> both </think> <answer> 1 </answer>", resolves="true"
     )
     assert settled.headers["location"] == f"{AT}/disagreements" and resumed == [home / "tiny"]
-    assert reviews.review_states(queue_of(home))[0].people == ["Mary"]
+    assert review_queue.review_states(queue_of(home))[0].people == ["Mary"]
     page = mary.get(AT).text
     assert "80 % of 5 rows" in page and "Krippendorff" in page and "n = 5" in page
 
@@ -265,7 +269,7 @@ def test_two_people_at_once_get_different_rows(home, resumed):
 
 def test_drafts_outlive_the_server(home, resumed):
     ada = Browser(build(home, NoModels()), "Ada")
-    row = reviews.review_states(queue_of(home))[1]
+    row = review_queue.review_states(queue_of(home))[1]
     shown = ada.send(f"{AT}/2/draft", id=row.id, text=thought("try 1 +1 gives 2 <b>"))
     assert (
         '<ins><span class="unseen">added: </span>try ' in shown.text
@@ -335,10 +339,10 @@ def test_long_queues_are_paged_searched_and_filtered(home, resumed):
         for i in range(3000)
     ]
     queue = queue_of(home)
-    (queue / reviews.QUEUE).unlink()
-    curate.ask(queue, lambda: rows, "good?")
+    (queue / review_queue.QUEUE).unlink()
+    curate.write_queue(queue, lambda: rows, "good?")
     for name, verdict in (("7", "accept"), ("8", "reject")):
-        reviews.review(queue, {"id": f"clock/{name}#0", "verdict": verdict, "reviewer": "Ada"})
+        review_queue.review(queue, {"id": f"clock/{name}#0", "verdict": verdict, "reviewer": "Ada"})
     ada = Browser(build(home, NoModels()), "Ada")
 
     def numbers(query: str) -> list[int]:
@@ -363,7 +367,7 @@ def test_long_queues_are_paged_searched_and_filtered(home, resumed):
 
 def test_hostile_rows_are_text(home, resumed):
     ada = Browser(build(home, NoModels()), "<b>Ada</b>")
-    ada.send(f"{AT}/4/draft", id=reviews.review_states(queue_of(home))[3].id, text=thought(HOSTILE * 2))
+    ada.send(f"{AT}/4/draft", id=review_queue.review_states(queue_of(home))[3].id, text=thought(HOSTILE * 2))
     decide(ada, 5, "reject", home, reason=HOSTILE)
     Browser(ada.app, "Eve").post(f"{AT}/second", share="1")
     for path in (
@@ -406,7 +410,7 @@ def waiting(tmp_path_factory, tokenizer) -> Path:
     run = limbeck("run", folder / "tiny.yaml", "--runs", folder / "runs")
     _, err = run.communicate(timeout=200)
     assert run.returncode == 75, err
-    assert len(reviews.pending(queue_of(folder / "runs"))) == 10
+    assert len(review_queue.pending(queue_of(folder / "runs"))) == 10
     return folder / "runs"
 
 
@@ -458,7 +462,7 @@ def test_ten_rows_are_curated_and_the_waiting_stage_goes_on(visit, house, waitin
     stages = json.loads((waiting / "tiny/stages.json").read_text())
     notes = json.loads((waiting / "store" / stages["coldstart"] / "manifest.json").read_text())["notes"]
     assert (notes["accepted"], notes["edited"], notes["rejected"], notes["reviewers"]) == (8, 1, 1, ["Ada"])
-    said = [e for e in reviews.events(queue_of(waiting)) if e["verdict"] == "reject"]
+    said = [e for e in review_queue.events(queue_of(waiting)) if e["verdict"] == "reject"]
     assert said[0]["reason"] == "mixed languages; really" and said[0]["seconds"] > 0
     assert "dev1" in stages
 
@@ -483,7 +487,7 @@ def test_a_disagreement_is_settled_in_chinese_on_a_phone(visit, house, home, res
         picture(page, "desk-disputes-zh-phone")
         page.get_by_role("button", name="采用 Ada 的结论").click()
         page.get_by_text("没有分歧").wait_for()
-        assert reviews.review_states(queue_of(home))[0].verdict["reason"] == "读不懂"
+        assert review_queue.review_states(queue_of(home))[0].verdict["reason"] == "读不懂"
         page.goto(f"{url}{AT}/4")  # a hostile row
         accessible(page)
         page.get_by_role("button", name="专注").click()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from limbeck.config.recipe import Files, Gym
-from limbeck.tasks import reward_parts
+from limbeck.tasks import rewards
 from limbeck.tasks.files import FileTask
 from limbeck.tasks.mixture import Mixture
 from limbeck.tasks.registry import open_task
@@ -295,9 +295,7 @@ def test_a_group_is_scored_part_by_part():
     ],
 )
 def test_language_consistency_by_hand(text, language, share):
-    assert reward_parts.language_consistency(text, language) == (
-        share if share is None else pytest.approx(share)
-    )
+    assert rewards.language_consistency(text, language) == (share if share is None else pytest.approx(share))
 
 
 @pytest.mark.parametrize(
@@ -314,23 +312,11 @@ def test_language_consistency_by_hand(text, language, share):
     ],
 )
 def test_format(text, style, score):
-    value, reason = reward_parts.format_score(text, style)
+    value, reason = rewards.format_score(text, style)
     assert value == score and bool(reason) == (not score)
 
 
-def test_overlong_falls_within_the_margin():
-    assert [reward_parts.overlong(n, 100, 20) for n in (0, 80, 85, 90, 100, 120)] == [
-        0,
-        0,
-        -0.25,
-        -0.5,
-        -1,
-        -1,
-    ]
-    assert [reward_parts.overlong(n, 100, 0) for n in (100, 101)] == [0, -1]
-
-
 def test_repeats_and_reflections():
-    assert reward_parts.repeats("Try 5. No. Try 6. No.\ntry  5") == 2
-    assert reward_parts.repeats("3.5 and 3.5") == 0
-    assert reward_parts.reflections("Wait, check: no. 等等，3 等于 3，不对") == 5
+    assert rewards.repeats("Try 5. No. Try 6. No.\ntry  5") == 2
+    assert rewards.repeats("3.5 and 3.5") == 0
+    assert rewards.reflections("Wait, check: no. 等等，3 等于 3，不对") == 5

@@ -11,9 +11,9 @@ from turns import SETTINGS, turns
 from limbeck.engine.rollout import Engine
 from limbeck.model import weights
 from limbeck.train.batch import pack, to_samples
-from limbeck.train.grpo import minibatches
+from limbeck.train.grpo import group_advantages, minibatches
 from limbeck.train.learner import Learner
-from limbeck.train.losses import PolicyGradient, group_advantages
+from limbeck.train.losses import PolicyGradient
 
 torch.set_num_threads(SETTINGS["threads"])
 policy = zero.policy

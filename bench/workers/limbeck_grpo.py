@@ -14,8 +14,9 @@ from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack, to_samples
+from limbeck.train.grpo import group_advantages
 from limbeck.train.learner import Learner
-from limbeck.train.losses import PolicyGradient, group_advantages
+from limbeck.train.losses import PolicyGradient
 from limbeck.types import Problem
 
 torch.set_num_threads(SETTINGS["threads"])

@@ -12,9 +12,8 @@ from limbeck.config.parts import Optimizer
 from limbeck.model import weights
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
-from limbeck.train.dpo import to_pair, with_reference_logprobs
+from limbeck.train.dpo import DPO, to_pair, with_reference_logprobs
 from limbeck.train.learner import Learner
-from limbeck.train.losses import DPO
 
 torch.set_num_threads(SETTINGS["threads"])
 tokenizer = Tokenizer.from_directory(Path(SETTINGS["model"]))

@@ -35,21 +35,21 @@ def curate(
     """Review the rows of a waiting stage: here at the terminal, or in a JSONL file (fields: verdict,
     completion).
     """
-    from ..pipeline.review import reviews
+    from ..pipeline.review import review_queue
     from ..pipeline.review.curate import write_rows
     from .review import review_at_terminal
 
     queue = _queue(run_folder, stage)
     if second is not None:
-        reviews.set_second_share(queue, second, reviewer)
-        print(f"two people review {second:.0%} of the rows; {len(reviews.pending(queue))} rows are open")
+        review_queue.set_second_share(queue, second, reviewer)
+        print(f"two people review {second:.0%} of the rows; {len(review_queue.pending(queue))} rows are open")
     elif export:
-        rows = reviews.export_rows(queue, reviewer)
+        rows = review_queue.export_rows(queue, reviewer)
         write_rows(export, rows)
         print(f"wrote {len(rows)} rows to {export}; set each verdict to accept, edit or reject")
     elif import_:
-        imported = reviews.import_reviews(queue, import_, reviewer)
-        print(f"took {imported} verdicts over; {len(reviews.pending(queue))} rows are still open")
+        imported = review_queue.import_reviews(queue, import_, reviewer)
+        print(f"took {imported} verdicts over; {len(review_queue.pending(queue))} rows are still open")
     else:
         review_at_terminal(queue, reviewer)
 

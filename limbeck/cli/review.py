@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..pipeline.review import reviews
+from ..pipeline.review import review_queue
 from ..types import LimbeckError
 from .display import printable
 
@@ -28,8 +28,8 @@ def review_at_terminal(queue: Path, reviewer: str) -> None:
     """
     if not sys.stdin.isatty():
         raise LimbeckError("curate needs a terminal; use --export FILE and --import FILE to review elsewhere")
-    due = [row for row in reviews.review_states(queue) if row.due(reviewer)]
-    disputed = [row for row in reviews.review_states(queue) if row.state == "disputed"]
+    due = [row for row in review_queue.review_states(queue) if row.due(reviewer)]
+    disputed = [row for row in review_queue.review_states(queue) if row.state == "disputed"]
     total = len(due) + len(disputed)
     for number, row in enumerate([*due, *disputed], 1):
         question = printable(row.row["question"])
@@ -42,15 +42,15 @@ def review_at_terminal(queue: Path, reviewer: str) -> None:
 
 def _rows_left(queue: Path, reviewer: str) -> str:
     """Return a sentence on how many rows are still to be reviewed, by this reviewer or by other people."""
-    left = len(reviews.pending(queue))
+    left = len(review_queue.pending(queue))
     if not left:
         return "all rows are reviewed: run the recipe again and it goes on"
-    if any(row.due(reviewer) for row in reviews.review_states(queue)):
+    if any(row.due(reviewer) for row in review_queue.review_states(queue)):
         return f"{left} rows are left"
     return f"{left} rows are left, for other people"
 
 
-def _review(queue: Path, row: reviews.ReviewState, reviewer: str, settle: bool) -> bool:
+def _review(queue: Path, row: review_queue.ReviewState, reviewer: str, settle: bool) -> bool:
     """Show one row and save the reviewer's verdict; return False if the reviewer quits instead.
 
     With `settle` the verdict is final: it replaces those of reviewers who disagreed.
@@ -70,11 +70,11 @@ def _review(queue: Path, row: reviews.ReviewState, reviewer: str, settle: bool) 
     if key == "r":
         entry["reason"] = input("why? ")
     entry["seconds"] = round(time.monotonic() - start, 1)
-    reviews.review(queue, entry)
+    review_queue.review(queue, entry)
     return True
 
 
-def _show_verdicts(row: reviews.ReviewState) -> None:
+def _show_verdicts(row: review_queue.ReviewState) -> None:
     """Print the verdicts on a row whose reviewers disagree."""
     for name, verdict in row.verdicts.items():
         detail = verdict.get("completion") or verdict.get("reason") or "as it is"

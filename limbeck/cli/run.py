@@ -71,6 +71,7 @@ def run(
         _stop_on_interrupt(job)
         page = job.execute(cached_forecast(job.graph))
     finally:
+        _ignore_interrupts()
         if isinstance(display, Tree):
             display.close()
     if as_json:
@@ -111,6 +112,13 @@ def _stop_on_interrupt(job: Run) -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
+def _ignore_interrupts() -> None:
+    """Ignore further interrupts once a run has ended, so that its exit code is not that of a signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)) and signal.getsignal(number) is not signal.default_int_handler:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @app.command()
 def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
     """Where a run stands, and for whom it waits."""
@@ -129,7 +137,7 @@ def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
 
 def _status(node: Node) -> dict[str, Any]:
     """Return one stage's name, kind, state, artifact, seconds, and number of rows that wait for review."""
-    from ..pipeline.review import reviews
+    from ..pipeline.review import review_queue
 
     artifact = node.artifact
     return {
@@ -138,5 +146,5 @@ def _status(node: Node) -> dict[str, Any]:
         "state": node.state,
         "artifact": artifact and artifact.folder.name,
         "seconds": artifact and artifact.manifest["seconds"],
-        "waiting_rows": len(reviews.pending(node.queue)) if node.state == "asks" else 0,
+        "waiting_rows": len(review_queue.pending(node.queue)) if node.state == "asks" else 0,
     }

@@ -12,7 +12,8 @@ from typing import Any
 
 Names = Mapping[str, tuple[str, ...]]
 
-# Our module -> the HuggingFace tensors that are stacked in it by rows. `{layer}` and `{expert}` are numbers; a
+# Our module -> the HuggingFace tensors that are stacked in it by rows. `{layer}` and `{expert}` are numbers;
+# a
 # name without `.weight` or `.bias` gets the suffix of our parameter.
 LLAMA: Names = {
     "embed": ("model.embed_tokens",),

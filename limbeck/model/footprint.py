@@ -6,7 +6,8 @@ from typing import Any
 
 from .config import Experts, ModelConfig
 
-# Bytes per weight in training: weight and gradient in bfloat16 with a float32 master copy, or both in float32,
+# Bytes per weight in training: weight and gradient in bfloat16 with a float32 master copy, or both in
+# float32,
 # and AdamW's two moments in float32: 16 either way. (DeepSeek-V3 keeps its moments in bfloat16.)
 TRAINING_BYTES = 16  # bytes per weight
 

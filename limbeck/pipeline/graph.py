@@ -31,7 +31,7 @@ from ..config.recipe import (
 )
 from ..types import LimbeckError
 from .decontamination import ContaminationReport, Decontamination, evaluated_problems
-from .review import reviews
+from .review import review_queue
 from .store import Artifact, Store, digest_file, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
@@ -77,7 +77,7 @@ class Node:
             return "cached"
         if self.key is None:
             return "waits"
-        if self.queue and not reviews.complete(self.queue):
+        if self.queue and not review_queue.complete(self.queue):
             return "asks"
         return "ready"
 
@@ -126,8 +126,8 @@ class Graph:
     def _keyed(self, node: Node, artifacts: dict[str, Artifact]) -> Node:
         """Return the node with its key, its contamination report and, if the store has it, its artifact."""
         if isinstance(node.stage, Curate) and not node.stage.auto:
-            queue = reviews.queue_folder(self.store.root, artifacts[node.stage.rows].digest)
-            node = replace(node, queue=queue, review_bytes=reviews.extent(queue))
+            queue = review_queue.queue_folder(self.store.root, artifacts[node.stage.rows].digest)
+            node = replace(node, queue=queue, review_bytes=review_queue.extent(queue))
         identities = {name: self._source(problems) for name, problems in node.problems.items()}
         report = self.decontamination.compare(node.stage, node.problems, identities, artifacts)
         node = replace(node, contamination=report)
@@ -145,7 +145,7 @@ class Graph:
             "inputs": {name: artifact.digest for name, artifact in self.artifacts_of(node).items()},
             "control": node.control,
             "files": self._directory(Path(node.stage.path)) if isinstance(node.stage, Load) else None,
-            "reviews": reviews.digest(node.queue, node.review_bytes) if node.review_bytes else None,
+            "reviews": review_queue.digest(node.queue, node.review_bytes) if node.review_bytes else None,
         }
         if node.dropped:
             identity["dropped"] = node.dropped

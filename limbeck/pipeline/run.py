@@ -26,7 +26,7 @@ from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
 from .progress import Progress
 from .provenance.propagate import check_licences, merged_provenance, origin_of
-from .review import curate, reviews
+from .review import curate, review_queue
 from .run_folder import FORECAST, INDEX, RECIPE, read_json
 from .run_status import RunStatus
 from .store import Artifact, Store, out_of_space, write
@@ -253,7 +253,9 @@ class Run:
         """Write the queues of rows that people should review."""
         for node in self.graph.nodes.values():
             if node.queue and not node.artifact:
-                curate.ask(node.queue, partial(self._rows, node), node.stage.question, node.stage.second)
+                curate.write_queue(
+                    node.queue, partial(self._rows, node), node.stage.question, node.stage.second
+                )
 
     def _rows(self, node: Node) -> list[dict[str, Any]]:
         """Return the rows that a curate stage asks people to review."""
@@ -369,7 +371,7 @@ class Run:
         """Raise Resumable if a stage waits for reviews."""
         for node in self.graph.nodes.values():
             if node.queue and not node.artifact:
-                rows = len(reviews.pending(node.queue))
+                rows = len(review_queue.pending(node.queue))
                 raise Resumable(
                     f"stage {node.name} waits for a person: {rows} rows to review; "
                     f"`limbeck curate {self.folder} {node.name}`, then run again (or run with --auto)"

@@ -13,7 +13,7 @@ from ..config.recipe import Curate, Recipe, Stage
 from ..report.loaded_run import StageView
 from . import run_status
 from .graph import Node, nodes_of, report_nodes
-from .review import reviews
+from .review import review_queue
 from .run_folder import FORECAST, INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
 
 
@@ -112,8 +112,8 @@ def _waiting(node: Node, stages: dict[str, StageState], store: Path) -> StageSta
     need reviews, else `waits`. `stages` are the states of the stages before it."""
     stage = node.stage
     if isinstance(stage, Curate) and not stage.auto and stages[stage.rows].state == "done":
-        queue = reviews.queue_folder(store, stages[stage.rows].manifest["digest"])
-        open_rows = len(reviews.pending(queue))
+        queue = review_queue.queue_folder(store, stages[stage.rows].manifest["digest"])
+        open_rows = len(review_queue.pending(queue))
         if open_rows:
             return StageState(node.name, stage, node.inputs, "asks", open_rows=open_rows)
     return StageState(node.name, stage, node.inputs, "waits")

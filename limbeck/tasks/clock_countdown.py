@@ -28,7 +28,7 @@ from ..config.recipe import Miniature
 from ..text.reasoning_parser import split_thought
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Problem, Sample, Score, fingerprint
-from .reward_parts import language_consistency
+from .rewards import language_consistency
 
 OPERATIONS = "+-*"
 WORDS = {

@@ -11,8 +11,7 @@ from typing import Any
 from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers
-from .grading import fill_instruction, grade
-from .reward_parts import language_consistency
+from .rewards import fill_instruction, grade, language_consistency
 
 QUESTIONS = ("problem", "question", "prompt", "input")
 ANSWERS = ("answer", "solution", "target")

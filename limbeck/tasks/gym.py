@@ -14,8 +14,8 @@ from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers, generators
 from .answers import Verdict
-from .grading import fill_instruction, grade
 from .grammar import ParseError
+from .rewards import fill_instruction, grade
 from .sandbox import SANDBOX
 
 SCORER_DEADLINE = 2.0  # seconds of processor time

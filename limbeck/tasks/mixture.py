@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..types import Group, LimbeckError, Problem, Score, Task, generator
+from ..types import Group, LimbeckError, Problem, Task, generator
+from .rewards import weighted_sum
 
 
 class Mixture:
@@ -73,15 +74,8 @@ class Mixture:
         """Return a copy of the group with the scores and the rewards of its completions."""
         task = self.tasks[group.problem.id.partition("/")[0]]
         scores = tuple(task.score(group.problem, completion) for completion in group.completions)
-        rewards = tuple(self._reward(score) for score in scores)
+        rewards = tuple(weighted_sum(score, self.rewards) for score in scores)
         return replace(group, scores=scores, rewards=rewards)
-
-    def _reward(self, score: Score) -> float:
-        """Return the sum of a score's parts multiplied by their weights. A part that is absent counts as 0,
-        and a skipped score has the reward 0."""
-        if score.skipped:
-            return 0.0
-        return float(sum(weight * score.parts.get(part, 0.0) for part, weight in self.rewards.items()))
 
 
 def _sample_indices(size: int, count: int, key: tuple) -> list[int]:

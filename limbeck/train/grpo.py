@@ -22,7 +22,7 @@ from .batch import Batch, pack, to_samples
 from .checkpoint import Checkpoint
 from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
-from .losses import PolicyGradient, group_advantages
+from .losses import PolicyGradient
 from .scorer import Scorer
 from .selftest import selftest
 from .training_log import TrainingLog, merge, summarize, volume
@@ -177,3 +177,20 @@ def minibatches(samples: list[Sample], count: int, seed: object) -> list[list[Sa
     order = generator(seed, "minibatches").permutation(len(samples))
     parts = [[samples[i] for i in part] for part in np.array_split(order, count)]
     return [part for part in parts if part]
+
+
+def group_advantages(groups: Sequence[Group], scale: str) -> list[np.ndarray]:
+    """Return the advantages of each group, one array per group: the rewards minus the group's mean reward,
+    divided as `scale` says.
+
+    For `group` the divisor is the standard deviation of the group's rewards (GRPO), for `batch` that of all
+    rewards of the batch; otherwise there is none. It is the sample standard deviation plus 1e-4, as in TRL.
+    A group of equal rewards gives zeros."""
+    centred = [np.asarray(group.rewards) - np.mean(group.rewards) for group in groups]
+    if scale == "group":
+        deviations = [np.std(group.rewards, ddof=1) + 1e-4 for group in groups]
+        return [rewards / deviation for rewards, deviation in zip(centred, deviations, strict=True)]
+    if scale == "batch" and groups:
+        deviation = np.std(np.concatenate([group.rewards for group in groups]), ddof=1) + 1e-4
+        return [rewards / deviation for rewards in centred]
+    return centred

@@ -9,17 +9,14 @@ Dimensions: M predicted tokens · S sequences · P preference pairs · J spans o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.parts import Policy
-from ..types import Group
 from .batch import Batch
 from .divergence import Logits, Measure, divergence, forward_kl, jensen_shannon, reverse_kl
 
@@ -88,72 +85,6 @@ class SpanDistance:
         # on the student's own samples an estimate of the reverse KL per token
         reverse = difference_J.detach().sum() / batch.tokens
         return loss, {"loss": loss.detach(), "reverse_kl": reverse}
-
-
-# ---------------------------------------------------------------- preferences
-
-
-@dataclass(frozen=True)
-class DPO:
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7): -log sigmoid(reward of chosen - reward of
-    rejected).
-
-    The implicit reward of a response is beta times the sum of log(pi / reference) over its tokens, where pi
-    is the probability that the trained model gives a token and reference that of the frozen initial model.
-    With `normalized`, the mean over the tokens replaces the sum."""
-
-    beta: float
-    normalized: bool = False
-
-    def __call__(self, logprobs_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the loss and metrics of a micro-batch that holds both responses of every pair
-        (`batch.pairs_S`), from the log-probabilities [M]."""
-        log_ratio_M = logprobs_M - batch.reference_M
-        reward_S = logprobs_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, log_ratio_M)
-        if self.normalized:
-            reward_S = reward_S / batch.lengths_S
-        reward_S = self.beta * reward_S
-        margin_P = pair_margins(reward_S, batch.pairs_S)
-        pairs = batch.sequences / 2
-        loss = -F.logsigmoid(margin_P).sum() / pairs
-        chosen_S = batch.pairs_S > 0
-        metrics = {
-            "loss": loss,
-            "margin": margin_P.sum() / pairs,
-            "preferred": (margin_P > 0).float().sum() / pairs,
-            "chosen": reward_S[chosen_S].sum() / pairs,
-            "rejected": reward_S[~chosen_S].sum() / pairs,
-        }
-        return loss, {name: metric.detach() for name, metric in metrics.items()}
-
-
-@dataclass(frozen=True)
-class BradleyTerry:
-    """The loss of a reward model (Bradley and Terry 1952): -log sigmoid(value of chosen - value of
-    rejected), as a mean over pairs. Each sequence has one prediction, which is its value."""
-
-    def __call__(self, values_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Return the loss and metrics of a micro-batch that holds both responses of every pair
-        (`batch.pairs_S`), from one value for each sequence."""
-        values_S = values_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, values_M)
-        margin_P = pair_margins(values_S, batch.pairs_S)
-        pairs = batch.sequences / 2
-        loss = F.softplus(-margin_P).sum() / pairs
-        margin_P = margin_P.detach()
-        accuracy = (margin_P > 0).float().sum() / pairs
-        return loss, {"loss": loss.detach(), "accuracy": accuracy, "margin": margin_P.sum() / pairs}
-
-
-def pair_margins(reward_S: Tensor, pairs_S: Tensor) -> Tensor:
-    """Return, for each pair [P], the reward of the chosen response minus the reward of the rejected one.
-
-    `pairs_S` is the number of each sequence's pair, negative for the rejected response. Raises ValueError if
-    a pair lacks one of its two responses, or has one twice."""
-    _, pair_S, count_P = pairs_S.abs().unique(return_inverse=True, return_counts=True)
-    balance_P = torch.zeros_like(count_P).index_add(0, pair_S, pairs_S.sign())
-    if int((count_P != 2).sum()) or int(balance_P.abs().sum()):
-        raise ValueError("a pair is not whole: its halves need one prompt, and each a token to learn")
-    return reward_S.new_zeros(len(count_P)).index_add(0, pair_S, reward_S * pairs_S.sign())
 
 
 # ---------------------------------------------------------------- reinforcement learning
@@ -239,20 +170,3 @@ def _ratio_metrics(
         "kl_old": (importance_ratio_M - log_ratio_M - 1).sum() / tokens,
         "max_drift": log_ratio_M.abs().max(),
     }
-
-
-def group_advantages(groups: Sequence[Group], scale: str) -> list[np.ndarray]:
-    """Return the advantages of each group, one array per group: the rewards minus the group's mean reward,
-    divided as `scale` says.
-
-    For `group` the divisor is the standard deviation of the group's rewards (GRPO), for `batch` that of all
-    rewards of the batch; otherwise there is none. It is the sample standard deviation plus 1e-4, as in TRL.
-    A group of equal rewards gives zeros."""
-    centred = [np.asarray(group.rewards) - np.mean(group.rewards) for group in groups]
-    if scale == "group":
-        deviations = [np.std(group.rewards, ddof=1) + 1e-4 for group in groups]
-        return [rewards / deviation for rewards, deviation in zip(centred, deviations, strict=True)]
-    if scale == "batch" and groups:
-        deviation = np.std(np.concatenate([group.rewards for group in groups]), ddof=1) + 1e-4
-        return [rewards / deviation for rewards in centred]
-    return centred

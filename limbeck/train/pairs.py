@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..types import Sample, generator
 from .sft import plan_epochs
@@ -58,3 +60,15 @@ def plan_by_count(count: int, epochs: float, batch: int, seed: object) -> list[l
         plan += [both(order[i : i + batch].tolist()) for i in range(0, len(order), batch)]
         left -= len(order)
     return plan
+
+
+def pair_margins(reward_S: Tensor, pairs_S: Tensor) -> Tensor:
+    """Return, for each pair [P], the reward of the chosen response minus the reward of the rejected one.
+
+    `pairs_S` is the number of each sequence's pair, negative for the rejected response. Raises ValueError if
+    a pair lacks one of its two responses, or has one twice."""
+    _, pair_S, count_P = pairs_S.abs().unique(return_inverse=True, return_counts=True)
+    balance_P = torch.zeros_like(count_P).index_add(0, pair_S, pairs_S.sign())
+    if int((count_P != 2).sum()) or int(balance_P.abs().sum()):
+        raise ValueError("a pair is not whole: its halves need one prompt, and each a token to learn")
+    return reward_S.new_zeros(len(count_P)).index_add(0, pair_S, reward_S * pairs_S.sign())

@@ -3,7 +3,7 @@ preference pairs.
 
 It reads a question and the final answer, not the thought: a model whose thought is rewarded learns to write
 thoughts that the reward model likes (DeepSeek-R1, arXiv 2501.12948v2, 3.1). Bradley and Terry (1952): P(a is
-preferred to b) = sigmoid(value(a) - value(b)). The loss is `losses.BradleyTerry`, the training loop is
+preferred to b) = sigmoid(value(a) - value(b)). The loss is `BradleyTerry`, the training loop is
 `sft.SFTTrainer`.
 
 Dimensions: N input tokens · M predictions, one for each sequence · C hidden size."""
@@ -11,10 +11,12 @@ Dimensions: N input tokens · M predictions, one for each sequence · C hidden s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.parts import Optimizer
@@ -24,9 +26,28 @@ from ..text.tokenizer import Tokenizer
 from ..types import Group, Sample, Score, fingerprint
 from .batch import MICRO_TOKENS, Batch, by_sample, pack
 from .learner import Learner
+from .losses import Metrics
+from .pairs import pair_margins
 from .scorer import Scorer
 
 Row = Mapping[str, Any]  # a preference row: prompt, chosen, rejected
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """The loss of a reward model (Bradley and Terry 1952): -log sigmoid(value of chosen - value of
+    rejected), as a mean over pairs. Each sequence has one prediction, which is its value."""
+
+    def __call__(self, values_M: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Return the loss and metrics of a micro-batch that holds both responses of every pair
+        (`batch.pairs_S`), from one value for each sequence."""
+        values_S = values_M.new_zeros(len(batch.lengths_S)).index_add(0, batch.rows_M, values_M)
+        margin_P = pair_margins(values_S, batch.pairs_S)
+        pairs = batch.sequences / 2
+        loss = F.softplus(-margin_P).sum() / pairs
+        margin_P = margin_P.detach()
+        accuracy = (margin_P > 0).float().sum() / pairs
+        return loss, {"loss": loss.detach(), "accuracy": accuracy, "margin": margin_P.sum() / pairs}
 
 
 class _ValueHead:

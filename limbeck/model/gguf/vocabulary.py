@@ -186,7 +186,8 @@ def _splitting(name: str, where: Path) -> Splitting:
 
 
 def _steps(splitting: Splitting) -> list[Any]:
-    """Return the steps of a pre-tokenizer that apply a rule: one for each cut, and the conversion to bytes."""
+    """Return the steps of a pre-tokenizer that apply a rule: one for each cut, and the conversion to
+    bytes."""
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in splitting.cuts]
     return [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.gpt2)]
 

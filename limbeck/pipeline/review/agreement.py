@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ...eval.statistics import krippendorff, wilson
-from .reviews import VERDICTS, ReviewState
+from .review_queue import VERDICTS, ReviewState
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The curate stage: reviewers accept, edit or reject rows. A policy can decide in place of people.
 
 A queue is a folder with rows for people to review and with their reviews. It is named after the content of
-the rows, so that a change of the recipe loses no review. `reviews.py` describes its files.
+the rows, so that a change of the recipe loses no review. `review_queue.py` describes its files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...types import Task
 from ..dataset_rows import source_of
 from ..store import write
 from .agreement import agreement
-from .reviews import QUEUE, VERDICTS, ReviewState, events, review_states, set_second_share
+from .review_queue import QUEUE, VERDICTS, ReviewState, events, review_states, set_second_share
 
 RECIPE = "the recipe"  # the author of the share of rows that two people review
 
@@ -29,7 +29,7 @@ class Waiting(Exception):
         self.queue = queue
 
 
-def ask(
+def write_queue(
     queue: Path, rows: Callable[[], list[dict[str, Any]]], question: str, second: float | None = None
 ) -> None:
     """Write the rows to the queue for people to review, unless it exists already. Each id is written once:

@@ -11,9 +11,8 @@ from ...config.recipe import cited_rows
 from ...text.reasoning_parser import join_thought
 from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
-from ...train.dpo import to_pair, with_reference_logprobs
+from ...train.dpo import DPO, to_pair, with_reference_logprobs
 from ...train.learner import Learner
-from ...train.losses import DPO
 from ...train.pairs import plan_by_tokens
 from ...train.scorer import Scorer
 from ...train.sft import SFTTrainer

@@ -14,8 +14,8 @@ from ...text.tokenizer import Tokenizer
 from ..job import Job
 from ..review import curate
 from ..store import write
+from .chunks import finished_chunks, remaining_chunks
 from .outcome import Outcome, outcome
-from .resume import finished_chunks, remaining_chunks
 
 PARTS = "ways.jsonl"  # results so far: one per source of problems and way of sampling
 TEMPERATURE_AND_TOP_P = {

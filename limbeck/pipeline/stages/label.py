@@ -18,8 +18,8 @@ from ..dataset_rows import ROWS
 from ..job import Job
 from ..review import curate
 from .budget import data_flops, forward_flops
+from .chunks import remaining_chunks
 from .outcome import Outcome, outcome
-from .resume import remaining_chunks
 from .rows import given_rows, to_sample, tokenizer_digest
 
 SHARD = 256  # rows whose labels are in one file

@@ -3,17 +3,38 @@ keep the best."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from ...model.decoder import Decoder
 from ...text.tokenizer import Tokenizer
-from ...train.batch import MICRO_TOKENS
-from ...train.dpo import RankCompletions, mean_logprob
+from ...train.batch import MICRO_TOKENS, by_sample, pack
 from ...train.scorer import Scorer
-from ...types import Group, LimbeckError
+from ...types import Group, LimbeckError, Sample
 from ..job import Job
 from .rewards import CALIBRATION, judge_of
 from .sweep import Usage
+
+RankCompletions = Callable[[Group], Sequence[float]]  # one number per completion, the more the better
+
+
+def mean_logprob(teacher: Scorer, batch_tokens: int) -> RankCompletions:
+    """Return a function that ranks the completions of a group by the mean log-probability per token that a
+    teacher gives them. `batch_tokens` is the size of a micro-batch in input tokens."""
+
+    def rank(group: Group) -> list[float]:
+        """Return the mean log-probability per token of each completion of a group."""
+        start = len(group.prompt_tokens)
+        samples = [
+            Sample(np.concatenate([group.prompt_tokens, completion.tokens]), start)
+            for completion in group.completions
+        ]
+        batches = pack(samples, batch_tokens)
+        logprobs = by_sample(batches, teacher.logprobs(batches), len(samples))
+        return [float(logprobs_M.mean()) for logprobs_M in logprobs]
+
+    return rank
 
 
 class LikelihoodScorer:

@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from ...config.learned_rewards import Reward
 from ...eval.statistics import mean_interval
 from ...tasks.judge import final
-from ...train.losses import BradleyTerry
 from ...train.pairs import plan_by_count
-from ...train.reward_model import RewardModelLearner, split, to_samples
+from ...train.reward_model import BradleyTerry, RewardModelLearner, split, to_samples
 from ...train.sft import SFTTrainer
 from ...types import LimbeckError, Sample
 from ..job import Job

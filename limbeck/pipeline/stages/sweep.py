@@ -19,8 +19,8 @@ from ...run_log import read_metrics
 from ...train.training_log import summarize
 from ...types import Group
 from ..job import Job
+from .chunks import cut_back, remaining_chunks
 from .outcome import Outcome, outcome
-from .resume import cut_back, remaining_chunks
 from .rewards import tasks_of
 
 CHUNK = 64  # problems between two saves

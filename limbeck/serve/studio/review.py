@@ -27,10 +27,10 @@ from fastapi.responses import RedirectResponse, Response
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
-from ...pipeline.review import edits, review_queues, reviews
+from ...pipeline.review import edits, queue_list, review_queue
 from ...pipeline.review.agreement import agreement, paces
-from ...pipeline.review.review_queues import ReviewQueue
-from ...pipeline.review.reviews import ReviewState
+from ...pipeline.review.queue_list import ReviewQueue
+from ...pipeline.review.review_queue import ReviewState
 from ...types import LimbeckError
 from .. import jobs
 from ..app_state import AppState, signed_in
@@ -193,7 +193,7 @@ class QueueRow:
         return {
             "passages": passages,
             "changed": any(kind == "changed" for kind, *_ in passages),
-            "finding": review_queues.verify(self.desk, self.row.row, text),
+            "finding": queue_list.verify(self.desk, self.row.row, text),
         }
 
 
@@ -210,7 +210,7 @@ class ReviewPages:
         Raises an HTTPException with status 404 if there is no such queue, or if it has no rows yet.
         """
         try:
-            desk = review_queues.desk(self.state.runs, run, stage)
+            desk = queue_list.find_queue(self.state.runs, run, stage)
         except LimbeckError as error:
             raise HTTPException(404, str(error)) from None
         if desk.queue is None:
@@ -223,7 +223,7 @@ class ReviewPages:
         Raises an HTTPException with status 404 if the queue has no such row.
         """
         desk = self.queue(run, stage)
-        rows = reviews.review_states(desk.queue)
+        rows = review_queue.review_states(desk.queue)
         if not 1 <= number <= len(rows):
             raise HTTPException(404, f"the queue has rows 1 to {len(rows)}")
         return QueueRow(desk, rows[number - 1])
@@ -235,7 +235,7 @@ class ReviewPages:
         left for the person, it is the address of the queue.
         """
         held = self.drafts.held_by_others(desk.queue.name, person.name)
-        due = [row for row in reviews.review_states(desk.queue) if row.due(person.name)]
+        due = [row for row in review_queue.review_states(desk.queue) if row.due(person.name)]
         if not due:
             return address(desk)
         row = min(due, key=lambda row: (row.id in held, row.number <= after, row.number))
@@ -266,7 +266,7 @@ def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
 
     @router.get("")
     def every(request: Request) -> Response:
-        desks = review_queues.desks(pages.state.runs)
+        desks = queue_list.list_queues(pages.state.runs)
         rows = [(desk, tally(desk), jobs.state(desk.run)) for desk in desks]
         return render(request, "desk.html.jinja", desks=rows)
 
@@ -274,7 +274,7 @@ def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
     def queue(
         request: Request, desk: Queue, person: SignedIn, query: Annotated[QueueQuery, Depends()]
     ) -> Response:
-        rows = reviews.review_states(desk.queue)
+        rows = review_queue.review_states(desk.queue)
         begun = pages.drafts.begun(desk.queue.name, person.name)
         template = "desk_rows.html.jinja" if is_fragment(request) else "desk_queue.html.jinja"
         return render(
@@ -304,7 +304,7 @@ def _add_queues(router: APIRouter, pages: ReviewPages) -> None:
 
     @router.get("/{run}/{stage}/disagreements")
     def disagreements(request: Request, desk: Queue, person: SignedIn) -> Response:
-        rows = reviews.review_states(desk.queue)
+        rows = review_queue.review_states(desk.queue)
         return render(
             request,
             "desk_disputes.html.jinja",
@@ -320,7 +320,7 @@ def _add_queue_actions(router: APIRouter, pages: ReviewPages) -> None:
 
     @router.post("/{run}/{stage}/second")
     def second(desk: Queue, person: SignedIn, share: float = Form(ge=0, le=1)) -> Response:
-        reviews.set_second_share(desk.queue, share, person.name)
+        review_queue.set_second_share(desk.queue, share, person.name)
         return RedirectResponse(address(desk), 303, background=_resume_later(desk))
 
     @router.post("/{run}/{stage}/go")
@@ -373,7 +373,7 @@ def _queue_head(desk: ReviewQueue, rows: Sequence[ReviewState], person: Person) 
         "job": jobs.state(desk.run),
         "paces": paces(rows),
         "agreement": agreement(rows).get("agreement"),
-        "share": reviews.second_share(desk.queue),
+        "share": review_queue.second_share(desk.queue),
         "shares": SHARES,
     }
 
@@ -385,7 +385,7 @@ def address(desk: ReviewQueue) -> str:
 
 def tally(desk: ReviewQueue) -> dict[str, int]:
     """Return the number of rows in a queue, and the number of rows in each state."""
-    states = [row.state for row in reviews.review_states(desk.queue)] if desk.queue else []
+    states = [row.state for row in review_queue.review_states(desk.queue)] if desk.queue else []
     counts = {name: states.count(name) for name in ("open", "second", "disputed", "settled")}
     return {"rows": len(states), **counts}
 
@@ -517,7 +517,7 @@ class RowView:
             "resolve": self.resolve,
             "due": self.due,
             "mine": row.verdicts.get(self.name),
-            "finding": review_queues.verify(self.at.desk, row.row, self.at.completion),
+            "finding": queue_list.verify(self.at.desk, row.row, self.at.completion),
             "blocks": blocks,
             "mixed": any(kind == "strange" for block in blocks for _, kind in block),
             "said": self.verdicts(),
@@ -526,7 +526,7 @@ class RowView:
 
     def progress_values(self) -> dict[str, Any]:
         """Return the template values of the person's progress: numbers of rows, and the row reviewed last."""
-        rows = reviews.review_states(self.at.desk.queue)
+        rows = review_queue.review_states(self.at.desk.queue)
         left = sum(row.due(self.name) for row in rows)
         return {
             "total": len(rows),
@@ -558,7 +558,7 @@ def _add_rows(router: APIRouter, pages: ReviewPages) -> None:
         if decision.resolves and at.row.state != "disputed":
             raise HTTPException(409, "this row has changed since the page was opened; open it again")
         try:
-            reviews.review(at.desk.queue, decision.entry(at.row, person))
+            review_queue.review(at.desk.queue, decision.entry(at.row, person))
         except LimbeckError as error:
             raise HTTPException(400, str(error)) from None
         pages.drafts.drop(at.key(person))
@@ -571,7 +571,7 @@ def _add_rows(router: APIRouter, pages: ReviewPages) -> None:
 
     @router.post("/{run}/{stage}/{number}/undo")
     def undo(at: Row, person: SignedIn) -> Response:
-        reviews.undo(at.desk.queue, at.row.id, person.name)
+        review_queue.undo(at.desk.queue, at.row.id, person.name)
         return RedirectResponse(at.address, 303)
 
 
@@ -655,7 +655,7 @@ def _add_text_tools(router: APIRouter, pages: ReviewPages) -> None:
 
         It is made by the task if that can translate, else by the served model `model`.
         """
-        translation = await run_in_threadpool(review_queues.rewritten, at.desk, at.row.row, text)
+        translation = await run_in_threadpool(queue_list.rewrite_thought, at.desk, at.row.row, text)
         if translation is None:
             translation = await _translate(pages, model, text, at.language)
         return {"text": translation}
@@ -672,7 +672,7 @@ async def _translate(pages: ReviewPages, model: str, text: str, language: str) -
         raise HTTPException(400, "this task cannot translate, and no model is served here that could")
     if model not in names:
         model = names[0]
-    thought = review_queues.split_thought(text).thought
+    thought = queue_list.split_thought(text).thought
     prompt = TRANSLATE.format(language=LANGUAGES.get(language, language), thought=thought or text)
     messages = [{"role": "user", "content": prompt}]
     try:
@@ -682,7 +682,7 @@ async def _translate(pages: ReviewPages, model: str, text: str, language: str) -
     if not output.answer.strip():
         raise HTTPException(400, "the model gave no translation")
     if thought:
-        return review_queues.with_thought(text, output.answer)
+        return queue_list.replace_thought(text, output.answer)
     return output.answer.strip()
 
 
@@ -699,6 +699,6 @@ def resume_if_complete(desk: ReviewQueue) -> None:
 
     A run whose process is still at work finds the finished reviews itself.
     """
-    if reviews.complete(desk.queue) and jobs.state(desk.run).name in ("waits", ""):
+    if review_queue.complete(desk.queue) and jobs.state(desk.run).name in ("waits", ""):
         with suppress(LimbeckError):
             jobs.resume(desk.run)

@@ -1,5 +1,8 @@
-"""Resuming of stages that work in chunks. A chunk is a fixed part of a stage's work (such as 64 problems);
-when it is finished, it is logged as one step of the run log."""
+"""Chunks of the stages that sample, label or evaluate: a chunk is a step of the run log, and a killed stage
+resumes after its last whole chunk.
+
+Stages that train resume from a checkpoint (train/checkpoint.py).
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ...text.reasoning_parser import split_thought
 from ...types import Completion, LimbeckError, Problem, Score, Task
 from ..dataset_rows import problem_of, source_of
 from ..run_folder import INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
-from . import reviews
+from . import review_queue
 
 ORDER = ("asks", "ready", "changed", "early", "done")  # of the states in a list of queues
 
@@ -47,15 +47,15 @@ class ReviewQueue:
         """
         if self.queue is None:
             return "early"
-        if not reviews.complete(self.queue):
+        if not review_queue.complete(self.queue):
             return "asks"
         if self.taken is None:
             return "ready"
-        current = reviews.digest(self.queue, reviews.extent(self.queue))
+        current = review_queue.digest(self.queue, review_queue.extent(self.queue))
         return "done" if self.taken == current else "changed"
 
 
-def desks(home: Path) -> list[ReviewQueue]:
+def list_queues(home: Path) -> list[ReviewQueue]:
     """Return the review queues of all runs in `home`, first those whose rows need reviews."""
     queues = []
     for run in run_folders(home):
@@ -69,7 +69,7 @@ def desks(home: Path) -> list[ReviewQueue]:
     return sorted(queues, key=lambda queue: ORDER.index(queue.state))
 
 
-def desk(home: Path, run: str, stage: str) -> ReviewQueue:
+def find_queue(home: Path, run: str, stage: str) -> ReviewQueue:
     """Return the review queue of a stage, by the names of its run and its stage. Raises LimbeckError if there
     is none."""
     for folder in run_folders(home):
@@ -78,7 +78,7 @@ def desk(home: Path, run: str, stage: str) -> ReviewQueue:
             if isinstance(settings, Curate) and not settings.auto:
                 return _open(folder, stage, settings)
     raise LimbeckError(
-        f"{run}, {stage}: there is no such desk in {home}; `limbeck status` says who waits for people"
+        f"{run}, {stage}: there is no such review queue in {home}; `limbeck status` says who waits for people"
     )
 
 
@@ -88,8 +88,8 @@ def _open(run: Path, name: str, settings: Curate) -> ReviewQueue:
     rows = _manifest(run, artifacts.get(settings.rows))
     if not rows:
         return ReviewQueue(run, name, None, None, settings)
-    queue = reviews.queue_folder(store_of(run), rows["digest"])
-    if not (queue / reviews.QUEUE).exists():
+    queue = review_queue.queue_folder(store_of(run), rows["digest"])
+    if not (queue / review_queue.QUEUE).exists():
         return ReviewQueue(run, name, None, None, settings)
     identity = _manifest(run, artifacts.get(name)).get("identity", {})
     fresh = identity.get("inputs", {}).get(settings.rows) == rows["digest"]
@@ -118,11 +118,11 @@ class Verification:
     why: str = ""
 
 
-def verify(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> Verification:
+def verify(queue: ReviewQueue, row: Mapping[str, Any], text: str) -> Verification:
     """Check `text`, the original or edited response of `row`, with the checker that the recipe uses for
     completions."""
     try:
-        task, problem = _problem(desk, row["id"])
+        task, problem = _problem(queue, row["id"])
     except (
         LimbeckError,
         OSError,
@@ -134,28 +134,28 @@ def verify(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> Verification
     return Verification(score.answer or split_thought(text).answer, problem.answer, score)
 
 
-def rewritten(desk: ReviewQueue, row: Mapping[str, Any], text: str) -> str | None:
+def rewrite_thought(queue: ReviewQueue, row: Mapping[str, Any], text: str) -> str | None:
     """Return `text` with its thought rewritten in the language of the row's question. Return None if the
     row's task cannot rewrite."""
     try:
-        task, _ = _problem(desk, row["id"])
+        task, _ = _problem(queue, row["id"])
     except (LimbeckError, OSError):
         return None
     if not hasattr(task, "rewrite"):
         return None
-    return with_thought(text, task.rewrite(split_thought(text).thought, row["language"]))
+    return replace_thought(text, task.rewrite(split_thought(text).thought, row["language"]))
 
 
-def with_thought(text: str, thought: str) -> str:
+def replace_thought(text: str, thought: str) -> str:
     """Return the text with its thought replaced by `thought` and the same answer."""
     return f"<think> {thought.strip()} </think> {split_thought(text).answer}"
 
 
-def _problem(desk: ReviewQueue, row_id: str) -> tuple[Task, Problem]:
+def _problem(queue: ReviewQueue, row_id: str) -> tuple[Task, Problem]:
     """Return the task and the problem that a row answers. Raises LimbeckError if the recipe has no such
     problem."""
-    recipe = desk.run / RECIPE
-    task, problems = _problems(desk.run, recipe.stat().st_mtime_ns, source_of(row_id))
+    recipe = queue.run / RECIPE
+    task, problems = _problems(queue.run, recipe.stat().st_mtime_ns, source_of(row_id))
     problem = problems.get(problem_of(row_id))
     if problem is None:
         raise LimbeckError(f"the recipe's problems have no {problem_of(row_id)}")
