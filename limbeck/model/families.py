@@ -13,8 +13,7 @@ from typing import Any
 Names = Mapping[str, tuple[str, ...]]
 
 # Our module -> the HuggingFace tensors that are stacked in it by rows. `{layer}` and `{expert}` are numbers;
-# a
-# name without `.weight` or `.bias` gets the suffix of our parameter.
+# a name without `.weight` or `.bias` gets the suffix of our parameter.
 LLAMA: Names = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),

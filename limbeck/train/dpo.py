@@ -1,7 +1,7 @@
 """DPO (direct preference optimisation). The reference is the model as it is at the beginning of the stage;
 it scores every pair once, before the first update.
 
-There is no reward model. The loss is `losses.DPO`, the training loop is `sft.SFTTrainer`."""
+There is no reward model. The loss is `DPO`, the training loop is `sft.SFTTrainer`."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class GRPOTrainer:
         return {**metrics, "alarms": alarms} if alarms else metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that an exact resume of the stage needs."""
+        """Return the state that an exact resume of the stage needs, under the keys of stored checkpoints."""
         state = {
             "learner": self.learner.state_dict(),
             "watched": list(self.alarms.history),

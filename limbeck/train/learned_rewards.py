@@ -121,7 +121,8 @@ class LearnedRewards:
         return HeldOut(metrics, alarms, len(self.held_out))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the history that the alarms depend on, for an exact resume."""
+        """Return the history that the alarms depend on, for an exact resume, under the keys of stored
+        checkpoints."""
         return {"watched": self.history, "dropped": self.dropped, "over": self.stopped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,10 +2,11 @@
 `logprobs_M`, and returns the loss and a dictionary of metrics.
 
 Each is a frozen dataclass of its settings, called on one micro-batch. The result is a sum over the
-micro-batch divided by counts of the whole batch, so the losses of all micro-batches add up to the loss of
-the batch. Metrics add up in the same way, except those named `max_...`, of which the largest is taken.
+micro-batch divided by counts of the whole batch, so the losses of all micro-batches add up to the loss of the
+batch. Metrics add up in the same way, except those named `max_...`, of which the largest is taken. The losses
+of pairs are in dpo.py and reward_model.py.
 
-Dimensions: M predicted tokens · S sequences · P preference pairs · J spans of text."""
+Dimensions: M predicted tokens · S sequences · J spans of text."""
 
 from __future__ import annotations
 

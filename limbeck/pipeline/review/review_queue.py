@@ -121,11 +121,11 @@ def queue_folder(store: Path, digest: str) -> Path:
 def review_states(queue: Path, review_bytes: int | None = None) -> Sequence[ReviewState]:
     """Return the review state of every row, in the queue's order. Only events in the first `review_bytes`
     bytes of the review file count; None counts all."""
-    return _standings(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
+    return _review_states(queue, _stamp(queue / QUEUE), _stamp(queue / REVIEWS), review_bytes)
 
 
 @lru_cache(maxsize=16)
-def _standings(
+def _review_states(
     queue: Path, queue_stamp: object, reviews_stamp: object, review_bytes: int | None
 ) -> Sequence[ReviewState]:
     """Compute the review states. The stamps of the queue file and the review file serve as cache keys,
@@ -199,7 +199,7 @@ def _queued_rows(queue: Path, stamp: object) -> dict[str, dict[str, Any]]:
 
 def pending(queue: Path) -> list[dict[str, Any]]:
     """Return the rows whose review is not settled, in the queue's order."""
-    return [standing.row for standing in review_states(queue) if standing.state != "settled"]
+    return [state.row for state in review_states(queue) if state.state != "settled"]
 
 
 def complete(queue: Path) -> bool:
@@ -309,14 +309,14 @@ def export_rows(queue: Path, reviewer: str) -> list[dict[str, Any]]:
     this reviewer's verdict, without the verdicts of others; then the disputed rows with all verdicts, for the
     reviewer to settle."""
     everything = review_states(queue)
-    rows = [{**standing.row, "verdict": None} for standing in everything if standing.due(reviewer)]
-    for standing in everything:
-        if standing.state != "disputed":
+    rows = [{**state.row, "verdict": None} for state in everything if state.due(reviewer)]
+    for state in everything:
+        if state.state != "disputed":
             continue
         verdicts = []
-        for verdict in standing.verdicts.values():
+        for verdict in state.verdicts.values():
             verdicts.append({key: verdict[key] for key in EXPORTED_KEYS if key in verdict})
-        rows.append({**standing.row, "verdict": None, "resolves": True, "verdicts": verdicts})
+        rows.append({**state.row, "verdict": None, "resolves": True, "verdicts": verdicts})
     return rows
 
 
