@@ -1,5 +1,4 @@
-"""Writing files that are always complete: a file is written under another name, forced to disk, and renamed
-to its final name."""
+"""Files that are either complete or absent: written beside, flushed to disk, renamed into place."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ from typing import IO
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file to write, in a `with` block; at the end of the block the new file replaces `path`. `mode`
-    is "wb", or "w" for UTF-8 text.
+    """Open a file in `mode` ("wb", or "w" for UTF-8 text) that replaces `path` at the end of the `with`
+    block.
 
-    A kill, a full disk or an exception leaves the old file as it was. The partial file has the process id in
-    its name, since two processes may write the same path, and ends in `.partial`; the store deletes such
-    files that were left behind."""
+    After an exception, a kill or a full disk the old file, if any, is unchanged. The temporary file bears the
+    process id, since two processes may write the same path, and ends in `.partial`, by which the store finds
+    leftovers."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     encoding = None if "b" in mode else "utf-8"
     try:
@@ -29,12 +28,12 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
 
 
-def sync_directory(folder: Path) -> None:
-    """Force the entries of a directory to disk, so that a rename in it is not lost in a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file or a directory to disk (fsync). A rename is durable only after its directory was
+    flushed."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

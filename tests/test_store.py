@@ -219,6 +219,7 @@ def test_whatever_write_fails_a_checkpoint_is_the_old_one_or_the_new_one(tmp_pat
                 assert out_of_space(error)
         state = Checkpoint(folder).restore()
         assert (state["step"], float(state["weights"].sum())) in ((1, 1000.0), (2, 0.0))
+        assert not fault.fired or state["step"] == 1
         if not fault.fired:
             break
     assert nth > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 from speaker import ANSWER, HOSTILE, THOUGHT, Stub, sums
@@ -200,10 +201,13 @@ def test_a_thought_of_64k_tokens_freezes_nobody(visit, house):
         before = worked()
         page.locator(".settings summary").click()  # a page that hangs would not open this
         page.get_by_label("Temperature").fill("0.7")
-        assert (
-            page.evaluate("document.querySelector('.thought .flow').textContent.length") < 80_000
-            and size() < 8_000
-        )
+        # what is not rendered yet comes beside what is kept: how much depends on who is faster, page or model
+        shown = "document.querySelector('.thought .flow').textContent.length"
+        assert page.evaluate(shown) < len(thought) / 2 and size() < 8_000
+        deadline = time.monotonic() + 30
+        while page.evaluate(shown) >= 80_000:
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(50)
         page.locator(f".answer{DONE}").wait_for()
         busy = worked() - before
         print(f"{tokens} tokens: {busy:.2f} s of the page's processor time, {size()} elements at the end")

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from ..files import atomic_write
 
 
 class ResponseCache:
@@ -42,13 +43,8 @@ class ResponseCache:
     def put(self, key: str, response: dict[str, Any]) -> None:
         """Store a response under `key`: write a temporary file, flush it to disk, and rename it to its final
         name."""
-        path = self._path(key)
-        partial = path.with_suffix(".partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with atomic_write(self._path(key), "w") as file:
             json.dump(response, file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     @contextmanager
     def claim(self, key: str) -> Iterator[None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..files import sync
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
 from .config import ModelConfig
@@ -425,9 +425,7 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
 def flush(directory: Path) -> None:
     """Return when a directory's files, and its own entries, are flushed to the disk (fsync)."""
     for path in (*directory.iterdir(), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
 
 
 # ---------------------------------------------------------------- digest

@@ -15,7 +15,6 @@ import errno
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config.aliases import current_kind, stored_kind
+from ..files import atomic_write, sync
 from ..run_log import TIMING
 from ..types import Corrupted, LimbeckError, Resumable
 
@@ -172,14 +172,14 @@ class Store:
         manifest = {"schema": SCHEMA, **manifest, "outputs": outputs, "digest": _digest_of_outputs(outputs)}
         sync_below(folder)
         _write_manifest(folder, manifest)
-        _sync(folder)
+        sync(folder)
         place = self.root / _name(manifest["kind"], manifest["key"])
         if place.exists():  # a folder without a manifest: quarantined, never deleted
             place.rename(self._unused(f".bad-{place.name}"))
         folder.rename(place)
         (place / OUTCOME).unlink(missing_ok=True)  # no longer needed; if it stays, it harms nothing
-        _sync(self.root)
-        _sync(folder.parent)
+        sync(self.root)
+        sync(folder.parent)
         return Artifact(place, manifest)
 
     def amend(self, artifact: Artifact, news: dict[str, Any]) -> None:
@@ -217,16 +217,8 @@ def digest_file(path: Path) -> str:
 def write(path: Path, text: str) -> None:
     """Write a text file atomically: afterwards it is complete and on disk; after an error or a crash the old
     file, if any, is unchanged."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may share a run's folder
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic_write(path, "w") as file:
+        file.write(text)
 
 
 def sweep(folder: Path) -> None:
@@ -238,7 +230,7 @@ def sweep(folder: Path) -> None:
 def sync_below(folder: Path) -> None:
     """Flush all files and directories in a folder, and the folder itself, to disk (fsync)."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
 def out_of_space(error: BaseException | None) -> bool:
@@ -280,13 +272,3 @@ def _files(folder: Path) -> list[Path]:
     """Return the files that a stage made in a folder, sorted, without the manifest and `outcome.json`."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in files if path.name not in (MANIFEST, OUTCOME))
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a directory to disk (fsync). A rename is durable only after its directory was
-    flushed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from gguf import LlamaFileType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...files import sync
 from ...types import LimbeckError
 from . import rope, vocabulary
 from .families import ALIASES, FAMILIES, LATENT_SIZES, ROUTER, Family
@@ -65,9 +66,9 @@ def write(directory: Path, path: Path, kind: str = "f16") -> None:
     try:
         kinds = _write_header(writer, source, plan, tree, kind)
         _write_tensors(writer, source, plan, kinds)
-        _flush(partial)
+        sync(partial)
         os.replace(partial, path)
-        _flush(path.parent)
+        sync(path.parent)
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
@@ -367,10 +368,3 @@ def _quantize(name: str, tensor: Tensor, kind: Quantization) -> np.ndarray:
     if kind == Quantization.F16 and not np.isfinite(values).all():
         raise LimbeckError(f"tensor {name} holds numbers that f16 cannot; export as f32 or q8_0")
     return values.view(np.uint8)
-
-
-def _flush(path: Path) -> None:
-    """Return when a file, or the entries of a directory, are flushed to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
