@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .files import atomic_write
+from .files import atomic_write, sync
 from .types import Group
 
 METRICS, ROLLOUTS, ASKED, TIMING = "metrics.jsonl", "rollouts.jsonl", "asked.jsonl", "timing.jsonl"
@@ -82,8 +82,7 @@ class RunLog:
         the checkpoint has."""
         for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             if (self.folder / name).exists():
-                with open(self.folder / name, "rb") as file:
-                    os.fsync(file.fileno())
+                sync(self.folder / name)
 
 
 def prepare(folder: Path, work: str) -> None:
