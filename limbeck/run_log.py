@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,6 +112,24 @@ def rollout_row(group: Group) -> dict[str, Any]:
         "language": group.problem.language,
         "completions": completions,
     }
+
+
+def example(row: dict[str, Any], longest: int = 160) -> tuple[str, str]:
+    """Return one response of a logged group, and the reason why it is not right ("" if there is none). It is
+    the first response with the most frequent reason; in one of more than `longest` characters the middle is
+    left out."""
+    reasons = [completion["reasons"].get("accuracy", "") for completion in row["completions"]]
+    (reason, _), *_ = Counter(reasons).most_common(1)
+    text = " ".join(row["completions"][reasons.index(reason)]["text"].split())
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    return text, reason
+
+
+def quote(row: dict[str, Any]) -> str:
+    """Return a sentence that quotes one response of a logged group."""
+    text, reason = example(row)
+    return f"One of the responses ({reason}): “{text}”" if reason else f"One of the responses: “{text}”"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

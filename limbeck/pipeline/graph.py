@@ -34,7 +34,7 @@ from .decontamination import ContaminationReport, Decontamination, evaluated_pro
 from .review import review_queue
 from .store import Artifact, Store, digest_file, digest_of
 
-QUIET = {"title", "log_every", "save_every", "recompute"}
+QUIET = {"title", "log_every", "save_every", "recompute", "steps_without_signal"}
 # settings of an endpoint that do not change its responses
 QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
 VERSIONS: dict[str, int] = {}  # kind -> version, part of its keys: raise it when settings change meaning

@@ -37,7 +37,8 @@ class Job:
     it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
     continuations, else None. `queue` is the folder of rows under review, of whose review file the first
     `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
-    are too similar to a test. `stopping` returns True once the stage should write a checkpoint and end.
+    are too similar to a test. `stopping` returns True once the stage should write a checkpoint and end, and
+    `tell` shows the user a message.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Job:
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
+    tell: Callable[[str], None] = field(default=print, compare=False)
 
     # ------------------------------------------------------------ models
 

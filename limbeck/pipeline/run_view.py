@@ -63,6 +63,11 @@ class Line:
         return self.history.done / self.history.total if self.history.total else 0.0
 
     @property
+    def unchanged(self) -> bool:
+        """True if the stage trains a model and left all weights as they were."""
+        return self.standing.view.notes.get("weights_changed") is False
+
+    @property
     def seconds(self) -> float | None:
         """The seconds that the stage took, or has taken so far; None if unknown."""
         return self.standing.manifest.get("seconds") or self.history.seconds or None
@@ -112,13 +117,12 @@ def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
     text = Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。")
     texts = [text.format(len(done), len(stages))]
     views = tuple(line.standing.view for line in done if line.kind != "report")
-    if any(view.kind == "evaluate" for view in views):
-        texts += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
+    texts += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
     for line in stages:
         if line.state == "running":
             texts += line.said
         elif line.state in ("begun", "asks"):
-            texts += line.said[:1]
+            texts += [*line.said[:1], *sentences.alarms(line.history)]
     return texts + _compare_forecast(stages)
 
 

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -163,7 +164,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
         kernels = _choose_kernels(job, tell)
         began = time.monotonic()
         cpu_began = time.process_time()
-        outcome = STAGES[job.stage.kind](job)
+        outcome = STAGES[job.stage.kind](replace(job, tell=tell))
         sync_below(job.folder)
         usage = _usage(began, cpu_began)
         write(path, json.dumps({**outcome, **usage, "kernels": kernels}))

@@ -49,12 +49,16 @@ class Checkpoint:
         stop = self.stopping()
         if not stop and time.monotonic() - self._saved < self.every:
             return
+        self.save(state, log)
+        if stop:
+            raise Resumable("stopped after a checkpoint; the same command goes on from here")
+
+    def save(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
+        """Save the state now. `state` is a function that returns it."""
         log.sync()
         with atomic_write(self.path) as file:
             torch.save(state(), file)
         self._saved = time.monotonic()
-        if stop:
-            raise Resumable("stopped after a checkpoint; the same command goes on from here")
 
     def clear(self) -> None:
         """Delete the saved state. Called when the stage has ended."""

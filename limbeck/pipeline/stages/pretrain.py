@@ -10,13 +10,14 @@ from pathlib import Path
 from ...config.recipe import Pretrain
 from ...model.decoder import Decoder
 from ...model.from_recipe import to_config
+from ...model.weights import digest
 from ...run_log import prepare
 from ...train.learner import Learner
 from ...train.sft import SFTTrainer, batches
 from ...types import fingerprint
 from ..job import Job
 from .outcome import Outcome
-from .supervised import save_model, train
+from .supervised import save_trained, train
 
 PROGRESS = 1.0  # seconds between two reports of the corpus' progress
 
@@ -37,11 +38,11 @@ def run(job: Job) -> Outcome:
     documents = encode_documents(corpus, tokenizer, stage.tokens)
     prepare(job.folder, "at work")
     plan = batches(documents, stage.batch_tokens, job.seed)
+    initial = digest(decoder)
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
     result = train(job, SFTTrainer(learner, documents, plan, whole_batch, stage.log_every))
-    save_model(decoder, tokenizer, job.folder)
-    return result
+    return save_trained(decoder, tokenizer, job.folder, initial, result)
 
 
 def with_progress(folder: Path, documents: Iterator[list[str]], tokens: int) -> Iterator[list[str]]:
