@@ -278,7 +278,8 @@ def test_every_alarm_is_told_in_chinese():
     watch = AlarmMonitor(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
     watch.history.extend({"length": 10.0} for _ in range(19))
     bad = {"truncated": 0.6, "informative": 0.05, "length": 40.0, "format": 1.0, "accuracy": 0.0}
-    rung = watch.check(bad)
+    watch.without_signal = None  # a step before this one had a learning signal
+    rung = watch.check(bad, [group("p/1", True, False)])
     rung += [
         f"reward hacking: judge rises while the truth on held-out problems does not: {then}"
         for then in ("the stage ends here", "it no longer counts")

@@ -245,8 +245,8 @@ _ALARMS = {
     "length tripled within 20 steps": "长度在 20 步内增至三倍",
     "length fell to a third within 20 steps": "长度在 20 步内降到三分之一",
     r"the part '(\w+)' outweighs accuracy: lower its weight": r"“\1”一项压过了正确率，请降低它的权重",
-    _NO_SIGNAL + r"nearly every response is cut off at (\d+) tokens; raise (\S+)": (
-        _NO_SIGNAL_ZH + r"几乎所有回答都在第 \1 个词元处被截断；请调高 \2"
+    _NO_SIGNAL + r"nearly every response is cut off at max_new_tokens = (\d+); raise (\S+)": (
+        _NO_SIGNAL_ZH + r"几乎所有回答都在 max_new_tokens = \1 处被截断；请调高 \2"
     ),
     rf"(?:{_NO_SIGNAL}|no answer: ){_NO_ANSWER}"
     r"ask for that form in (\S+), or set (\S+) to the form that the model writes": (

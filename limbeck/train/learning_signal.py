@@ -1,4 +1,4 @@
-"""The learning signal of a step of reinforcement learning: whether rewards differ within groups and, where they do
+"""The learning signal of a step of reinforcement learning: whether the rewards within a group differ and, if
 not, what was seen and which setting of the recipe helps."""
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ def has_signal(groups: Sequence[Group], policy: Policy) -> bool:
 
 def has_answers(groups: Sequence[Group]) -> bool:
     """Return True if the verifier found an answer, right or wrong, in any completion of the scored groups."""
-    return any(score.answer for group in groups for score in group.scores)
+    scores = [score for group in groups for score in group.scores]
+    return any(score.answer or score.parts.get("accuracy") for score in scores)
 
 
 @dataclass(frozen=True)
 class Finding:
     """What a step without a learning signal looks like, and the remedy.
 
-    `Finding("nearly every response is cut off at 8 tokens", "raise stages.zero.sampling.max_new_tokens")`. It
-    is `evident` if one step is enough to tell; equal rewards may be chance in a small step."""
+    `Finding("every response is right", "give harder problems")`. It is `evident` if one step is enough to
+    tell; equal rewards may be chance in a small step."""
 
     seen: str
     remedy: str
@@ -78,7 +79,7 @@ class Diagnosis:
         if cut < NEARLY_ALL * len(completions):
             return None
         return Finding(
-            f"nearly every response is cut off at {self.settings.sampling.max_new_tokens} tokens",
+            f"nearly every response is cut off at max_new_tokens = {self.settings.sampling.max_new_tokens}",
             f"raise {self.stage}.sampling.max_new_tokens",
             evident=True,
         )
