@@ -193,7 +193,7 @@ MIXED = group(("four", "4", 1.0), ("six", "6", 0.0))
 SPEECHLESS = group(("well", "", 0.0), ("hm", "", 0.0))
 CASES = {
     "cut off": ([group(("a", "", 0.0), ("b", "", 1.0), stopped=False)], "sampling.max_new_tokens"),
-    "where the verifier looks": ([SPEECHLESS], "problems.sums.instruction, or set problems.sums.answer"),
+    "where the verifier looks": ([SPEECHLESS], "problems.sums.template, or set problems.sums.answer"),
     "same text": ([group(("five", "5", 0.0), ("five", "5", 0.0))], "stages.zero.sampling.temperature"),
     "is wrong": ([WRONG], "a screen stage in stages.zero.problems"),
     "is right": ([RIGHT], "harder problems"),

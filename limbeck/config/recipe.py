@@ -183,8 +183,8 @@ class RL(Budgeted):
     steps_without_signal: int = Field(
         10,
         ge=0,
-        description="stop, to go on later, once so many steps have passed and in none of them any group "
-        "differed in reward; 0 never stops. Changes no key",
+        description="stop, resumably, after this many steps if rewards differed within no group of any of them; "
+        "0 never stops",
     )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")

@@ -51,7 +51,7 @@ class Diagnosis:
     """Finds out why the groups of a step give no learning signal.
 
     `name` is the stage's name in the recipe; `prompted` are the sources of problems that have the settings
-    `instruction` and `answer`."""
+    `template` and `answer`."""
 
     def __init__(self, settings: RL, name: str, prompted: Collection[str] = ()):
         self.settings = settings
@@ -92,7 +92,7 @@ class Diagnosis:
         source = min(group.problem.id.partition("/")[0] for group in groups)
         remedy = f"teach {self.settings.model} that form first, with an sft stage"
         if source in self.prompted:
-            keys = f"problems.{source}.instruction, or set problems.{source}.answer"
+            keys = f"problems.{source}.template, or set problems.{source}.answer"
             remedy = f"ask for that form in {keys} to the form that the model writes"
         return Finding("no response has an answer where the verifier looks for it", remedy, evident=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from ...config.recipe import RL, Miniature
 from ...engine.rollout import Engine
@@ -50,9 +51,14 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
-    steps = read_metrics(job.folder)
+    result = _outcome(job.folder, decoder.config.parameters)
+    return save_trained(decoder, tokenizer, job.folder, initial, result)
+
+
+def _outcome(folder: Path, parameters: int) -> Outcome:
+    """Return the costs and the alarms of all steps that the log in `folder` has."""
+    steps = read_metrics(folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
     alarms = Counter(alarm for step in steps for alarm in step.get("alarms", ()))
     flops = sum(step["flops"] for step in steps)
-    result = outcome(tokens, flops, parameters=decoder.config.parameters, alarms=dict(alarms))
-    return save_trained(decoder, tokenizer, job.folder, initial, result)
+    return outcome(tokens, flops, parameters=parameters, alarms=dict(alarms))
