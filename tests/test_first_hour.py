@@ -3,14 +3,17 @@ early, and with the tokens raised it learns."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from studio import NoModels
 from tiny import answer, open_run
 
 from limbeck.config.recipe import RL
@@ -21,6 +24,7 @@ from limbeck.pipeline import run_state, run_view
 from limbeck.pipeline.worker import read_job, run_job, write_job
 from limbeck.report import report, sentences
 from limbeck.run_log import read_metrics
+from limbeck.serve.app import build
 from limbeck.train.alarms import AlarmMonitor
 from limbeck.types import Completion, Group, Problem, Resumable, Score
 
@@ -83,6 +87,18 @@ def carry_out(recipe: Path, *overrides: str) -> tuple[dict, list[str]]:
 
 def artifact(recipe: Path, *overrides: str):
     return open_run(recipe, recipe.parent / "runs", *overrides).graph.nodes["zero"].artifact
+
+
+def studio_page(home: Path, language: str) -> str:
+    """The studio's page of the run, in process."""
+
+    async def ask() -> str:
+        transport = httpx.ASGITransport(build(home, NoModels()))
+        headers = {"accept-language": language}
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            return (await client.get("/runs/mine", headers=headers)).text
+
+    return asyncio.run(ask())
 
 
 # ---------------------------------------------------------------- his session
@@ -152,6 +168,8 @@ def test_a_stage_that_changed_no_weight_is_marked_everywhere(recipe, stopped, tm
         "One of the responses",
     ):
         assert text in page
+    assert '<small class="wrong">weights unchanged</small>' in studio_page(home, "en")
+    assert '<small class="wrong">权重未变</small>' in studio_page(home, "zh")
     assert "weights unchanged" in answer("status", home / "mine")[1]
     assert "weights unchanged" in answer("show", "--runs", home)[1]
 

@@ -183,8 +183,8 @@ class RL(Budgeted):
     steps_without_signal: int = Field(
         10,
         ge=0,
-        description="stop, resumably, after this many steps if rewards differed within no group of any of them; "
-        "0 never stops",
+        description="stop, resumably, after this many steps if in none of them rewards differed within a "
+        "group; 0 never stops",
     )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
