@@ -16,7 +16,7 @@ import torch
 from studio import NoModels
 from tiny import answer, open_run
 
-from limbeck.config.recipe import RL
+from limbeck.config.recipe import RL, Files, Miniature, Problems
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
@@ -179,13 +179,16 @@ def test_with_the_tokens_raised_he_learns(recipe, stopped):
     event, told = carry_out(recipe, *raised)
     assert event["event"] == "done"
     assert not told
-    assert event["outcome"]["notes"]["weights_changed"] is True
-    assert not any(alarm.startswith("no ") for alarm in event["outcome"]["notes"]["alarms"])
-    rows = read_metrics(artifact(recipe, *raised).folder)
+    learned = artifact(recipe, *raised)
+    assert learned.manifest["notes"]["weights_changed"] is True
+    assert not any(alarm.startswith("no ") for alarm in learned.manifest["notes"]["alarms"])
+    rows = read_metrics(learned.folder)
     assert len(rows) == 5 and any(row["gradient_norm"] > 0 for row in rows)
 
 
 # ---------------------------------------------------------------- what is found
+
+FILES = Files(source="files", path="problems.jsonl")
 
 
 def group(*responses: tuple[str, str, float], stopped: bool = True) -> Group:
@@ -200,8 +203,9 @@ def group(*responses: tuple[str, str, float], stopped: bool = True) -> Group:
     return Group(Problem("sums/1", "2 + 2 ?"), tokens, tuple(completions), tuple(scores), rewards)
 
 
-def monitor(name: str = "zero", prompted: tuple[str, ...] = ("sums",), **settings) -> AlarmMonitor:
-    return AlarmMonitor(RL(kind="rl", model="base", problems={"sums": 1}, **settings), name, prompted)
+def monitor(source: Problems = FILES, **settings) -> AlarmMonitor:
+    stage = RL(kind="rl", model="base", problems={"sums": 1}, **settings)
+    return AlarmMonitor(stage, "zero", {"sums": source})
 
 
 METRICS = {"truncated": 0.0, "informative": 1.0, "length": 9.0, "accuracy": 0.5}
@@ -231,7 +235,7 @@ def test_each_cause_is_found_within_two_steps_and_told_with_its_key_in_both_lang
 
 
 def test_a_form_that_no_prompt_asks_for_is_to_be_taught():
-    (alarm,) = monitor(prompted=()).check(dict(METRICS), [SPEECHLESS])
+    (alarm,) = monitor(Miniature(source="miniature")).check(dict(METRICS), [SPEECHLESS])
     assert "teach base that form first, with an sft stage" in alarm
     assert sentences.alarm(alarm).zh.endswith("请先用 sft 阶段教会 base 这种形式")
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from .. import __version__
 from ..config.aliases import stored, stored_kind
 from ..config.load import dump, find, load, with_auto_curation
+from ..config.parts import Budgeted
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
 from ..run_log import read
@@ -355,13 +356,16 @@ class Run:
 
     def _update_manifest(self, node: Node) -> None:
         """Add licences, sources and decontamination results that follow from the current recipe to the
-        manifest of an artifact that was made earlier."""
+        manifest of an artifact that was made earlier, and note whether training changed the weights."""
         manifest = node.artifact.manifest
         artifacts = self.graph.artifacts_of(node)
         origin = origin_of(node, manifest, artifacts, self.licence_traces, self.claims)
         news = merged_provenance(manifest, origin) or {}
         if node.contamination and asdict(node.contamination) != manifest.get("decontamination"):
             news["decontamination"] = asdict(node.contamination)
+        initial = artifacts.get(getattr(node.stage, "model", None))
+        if isinstance(node.stage, Budgeted) and initial and "weights_changed" not in manifest["notes"]:
+            news["notes"] = {**manifest["notes"], "weights_changed": node.artifact.weights != initial.weights}
         if news:
             self.store.amend(node.artifact, news)
 

@@ -55,6 +55,13 @@ class Artifact:
         """The SHA-256 of the artifact's files, without those that differ between identical runs (timing)."""
         return self.manifest["digest"]
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """The SHA-256 of each file of the model's weights, by name; {} for an artifact without a model."""
+        files = self.manifest["outputs"]
+        names = [name for name in files if name.startswith("model/") and name.endswith(".safetensors")]
+        return {name: files[name]["sha256"] for name in names}
+
 
 class Store:
     """One folder of artifacts, which several runs and processes may share."""

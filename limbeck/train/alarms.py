@@ -4,10 +4,10 @@ user can stop the run early."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config.recipe import RL
+from ..config.recipe import RL, Problems
 from ..types import Group, LimbeckError, Resumable
 from .learning_signal import NO_ANSWER, NO_SIGNAL, Diagnosis, has_signal
 
@@ -19,14 +19,14 @@ class AlarmMonitor:
     """Checks the metrics and the groups of each step for common failures, alone and against the first of the
     last `WINDOW` steps.
 
-    `name` is the stage's name in the recipe, and `prompted` are the sources of problems whose prompts the
-    recipe writes: messages name their keys. `without_signal` is the number of steps so far if none of them
-    had a learning signal, else None."""
+    `name` is the stage's name in the recipe and `problems` are the settings of its sources of problems, by
+    name: messages name their keys. `without_signal` is the number of steps so far if none of them had a
+    learning signal, else None."""
 
-    def __init__(self, settings: RL, name: str = "rl", prompted: Collection[str] = ()):
+    def __init__(self, settings: RL, name: str = "rl", problems: Mapping[str, Problems] | None = None):
         self.settings = settings
         self.name = name
-        self.diagnosis = Diagnosis(settings, name, prompted)
+        self.diagnosis = Diagnosis(settings, name, problems or {})
         self.history: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self.without_signal: int | None = 0
         self._seen = ""  # of the latest step without a learning signal

@@ -3,11 +3,11 @@ not, what was seen and which setting of the recipe helps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.parts import Policy
-from ..config.recipe import RL
+from ..config.recipe import RL, Problems
 from ..types import Group
 
 NO_SIGNAL = "no learning signal"  # the name of the alarm, with which its message begins
@@ -50,13 +50,13 @@ class Finding:
 class Diagnosis:
     """Finds out why the groups of a step give no learning signal.
 
-    `name` is the stage's name in the recipe; `prompted` are the sources of problems that have the settings
-    `template` and `answer`."""
+    `name` is the stage's name in the recipe; `problems` are the settings of its sources of problems, by
+    name."""
 
-    def __init__(self, settings: RL, name: str, prompted: Collection[str] = ()):
+    def __init__(self, settings: RL, name: str, problems: Mapping[str, Problems]):
         self.settings = settings
         self.stage = f"stages.{name}"
-        self.prompted = prompted
+        self.problems = problems
 
     def of(self, groups: Sequence[Group]) -> Finding:
         """Return the first cause that fits all of the scored groups of a step."""
@@ -91,7 +91,7 @@ class Diagnosis:
             return None
         source = min(group.problem.id.partition("/")[0] for group in groups)
         remedy = f"teach {self.settings.model} that form first, with an sft stage"
-        if source in self.prompted:
+        if hasattr(self.problems.get(source), "answer"):
             keys = f"problems.{source}.template, or set problems.{source}.answer"
             remedy = f"ask for that form in {keys} to the form that the model writes"
         return Finding("no response has an answer where the verifier looks for it", remedy, evident=True)

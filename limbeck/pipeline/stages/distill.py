@@ -9,7 +9,6 @@ from dataclasses import replace
 from ...config.methods import Distill
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
-from ...model.weights import digest
 from ...run_log import read, read_metrics
 from ...text.tokenizer import Tokenizer
 from ...train.distill import LABELLED, Assigned, DistillSampler, DistillTrainer, Teacher, domain
@@ -24,7 +23,7 @@ from .label import load_labels
 from .outcome import Outcome, outcome
 from .ranking import require_same_vocabulary
 from .rows import given_rows, to_sample
-from .supervised import save_trained
+from .supervised import save_model
 
 SUMS = ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")  # metrics that are summed up
 
@@ -33,7 +32,6 @@ def run(job: Job) -> Outcome:
     """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: Distill = job.stage
     decoder, tokenizer = job.model(stage.model)
-    initial = digest(decoder)
     teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
     rows = _rows(job, tokenizer)
     checkpoint = job.checkpoint()
@@ -58,16 +56,16 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    save_model(decoder, tokenizer, job.folder)
     steps = read_metrics(job.folder)
     total = {name: sum(step[name] for step in steps) for name in SUMS}
-    result = outcome(
+    return outcome(
         total["sampled_tokens"] + total["learned_tokens"],
         total["flops"],
         parameters=decoder.config.parameters,
         teacher_flops=total["teacher_flops"],
         data_flops=data_flops(job, stage.rows),
     )
-    return save_trained(decoder, tokenizer, job.folder, initial, result)
 
 
 def _teacher(job: Job, name: str, student: Tokenizer) -> Teacher:

@@ -8,7 +8,6 @@ from typing import Any
 from ...config.learned_rewards import TABLES
 from ...config.methods import DPO as Settings
 from ...config.recipe import cited_rows
-from ...model.weights import digest
 from ...text.reasoning_parser import join_thought
 from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
@@ -23,7 +22,7 @@ from ..job import Job
 from .budget import affordable, budget_of, data_flops, forward_flops
 from .outcome import Outcome
 from .rows import given_rows, preferences, to_sample
-from .supervised import save_trained, train
+from .supervised import save_model, train
 
 
 def run(job: Job) -> Outcome:
@@ -39,13 +38,13 @@ def run(job: Job) -> Outcome:
     plan = plan_by_tokens(samples, stage.epochs, stage.batch_tokens, job.seed)
     sampled = cited_rows(*stage.pairs)
     plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reference_flops)
-    initial = digest(decoder)
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
     loss = DPO(stage.beta, stage.normalized)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every, loss))
+    save_model(decoder, tokenizer, job.folder)
     result["flops"] += reference_flops
     result["notes"] |= {"pairs": len(samples) // 2, "data_flops": data_flops(job, sampled)}
-    return save_trained(decoder, tokenizer, job.folder, initial, result)
+    return result
 
 
 def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:

@@ -17,7 +17,7 @@ from ...train.sft import SFTTrainer, batches
 from ...types import fingerprint
 from ..job import Job
 from .outcome import Outcome
-from .supervised import save_trained, train
+from .supervised import save_model, train
 
 PROGRESS = 1.0  # seconds between two reports of the corpus' progress
 
@@ -42,7 +42,9 @@ def run(job: Job) -> Outcome:
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
     result = train(job, SFTTrainer(learner, documents, plan, whole_batch, stage.log_every))
-    return save_trained(decoder, tokenizer, job.folder, initial, result)
+    save_model(decoder, tokenizer, job.folder)
+    result["notes"]["weights_changed"] = digest(decoder) != initial
+    return result
 
 
 def with_progress(folder: Path, documents: Iterator[list[str]], tokens: int) -> Iterator[list[str]]:

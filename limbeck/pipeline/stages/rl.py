@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
-from ...config.recipe import RL, Miniature
+from ...config.recipe import RL
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
-from ...model.weights import digest
 from ...run_log import read_metrics
 from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
@@ -20,21 +18,19 @@ from ..job import Job
 from .budget import budget_of
 from .outcome import Outcome, outcome
 from .rewards import learned_rewards
-from .supervised import save_trained
+from .supervised import save_model
 
 
 def run(job: Job) -> Outcome:
     """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: RL = job.stage
     decoder, tokenizer = job.model(stage.model)
-    initial = digest(decoder)
     updates = stage.steps * stage.policy.updates_per_rollout
     sampling = replace(to_sampling_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     tasks = job.mixture(stage.problems, stage.rewards)
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
-    prompted = [name for name, source in job.problems.items() if not isinstance(source, Miniature)]
     trainer = GRPOTrainer(
         learner=Learner(decoder, stage.optimizer, updates, stage.recompute),
         engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
@@ -44,21 +40,16 @@ def run(job: Job) -> Outcome:
         log=TrainingLog(run_log, stage, budget_of(job)),
         checkpoint=checkpoint,
         reference=Scorer(job.model(stage.model)[0]) if stage.policy.kl_coef else None,
-        alarms=AlarmMonitor(stage, job.name, prompted),
+        alarms=AlarmMonitor(stage, job.name, job.problems),
         tell=job.tell,
     )
     if state:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
-    result = _outcome(job.folder, decoder.config.parameters)
-    return save_trained(decoder, tokenizer, job.folder, initial, result)
-
-
-def _outcome(folder: Path, parameters: int) -> Outcome:
-    """Return the costs and the alarms of all steps that the log in `folder` has."""
-    steps = read_metrics(folder)
+    save_model(decoder, tokenizer, job.folder)
+    steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
     alarms = Counter(alarm for step in steps for alarm in step.get("alarms", ()))
     flops = sum(step["flops"] for step in steps)
-    return outcome(tokens, flops, parameters=parameters, alarms=dict(alarms))
+    return outcome(tokens, flops, parameters=decoder.config.parameters, alarms=dict(alarms))

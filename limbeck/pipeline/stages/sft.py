@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...config.recipe import SFT
-from ...model.weights import digest
 from ...text.tokenizer import Tokenizer
 from ...train.learner import Learner
 from ...train.sft import SFTTrainer, plan_epochs
@@ -12,7 +11,7 @@ from ..job import Job
 from .budget import affordable, budget_of, data_flops
 from .outcome import Outcome
 from .rows import given_rows, to_sample
-from .supervised import save_trained, train
+from .supervised import save_model, train
 
 
 def run(job: Job) -> Outcome:
@@ -24,11 +23,11 @@ def run(job: Job) -> Outcome:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
     plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
-    initial = digest(decoder)
     learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every))
+    save_model(decoder, tokenizer, job.folder)
     result["notes"] |= {"rows": len(samples), "data_flops": data_flops(job, stage.rows)}
-    return save_trained(decoder, tokenizer, job.folder, initial, result)
+    return result
 
 
 def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:

@@ -29,16 +29,6 @@ def train(job: Job, trainer: SFTTrainer) -> Outcome:
     return outcome(tokens, flops, parameters=config.parameters)
 
 
-def save_trained(
-    decoder: Decoder, tokenizer: Tokenizer, folder: Path, initial: str, result: Outcome
-) -> Outcome:
-    """Save the model as `save_model` does, and return the outcome with the note `weights_changed`. `initial`
-    is the digest of the weights that the stage began with (`model.weights.digest`)."""
-    save_model(decoder, tokenizer, folder)
-    changed = weights.digest(decoder) != initial
-    return {**result, "notes": {**result["notes"], "weights_changed": changed}}
-
-
 def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the weights, the configuration and the tokenizer to `model/` in the folder, replacing what was
     there."""
