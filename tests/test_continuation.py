@@ -1,0 +1,172 @@
+"""More steps go on: a longer stage continues a finished shorter one and ends with the bytes of one long
+stage."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import open_run
+
+from limbeck.pipeline.run import Run
+from limbeck.pipeline.store import Artifact
+from limbeck.pipeline.worker import read_job, run_job, write_job
+
+OPTIMIZER = "{learning_rate: 0.002, warmup_steps: 3}"
+RECIPE = f"""
+name: longer
+threads: 1
+problems:
+  clock: &clock {{source: miniature, modulus: 3, numbers: 3, largest: 2}}
+  chat: {{<<: *clock, task: repeat}}
+stages:
+  base:
+    kind: pretrain
+    problems: clock
+    corpus: {{textbook: 0, general: 0.9, plain: 0, tagged: 0.7, guessed: 0, slip: 0, misjudged: 0}}
+    tokens: 12000
+    batch_tokens: 512
+    optimizer: {{name: muon, learning_rate: 0.02}}
+    shape: {{hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}}
+  rows: {{kind: general, problems: chat, rows: 40}}
+  zero:
+    kind: rl
+    model: base
+    problems: {{clock: 1}}
+    rewards: {{accuracy: 1, format: 0.2, language: 0.5}}
+    steps: 4
+    policy: {{prompts_per_step: 2, group_size: 4, kl_coef: 0.01, reference_every: 2}}
+    sampling: {{max_new_tokens: 16}}
+    optimizer: {OPTIMIZER}
+    log_every: 3
+  tuned: {{kind: sft, model: base, rows: {{rows: 1}}, epochs: 1.5, batch_tokens: 128, log_every: 3,
+          optimizer: {{name: muon, learning_rate: 0.002}}}}
+  aligned: {{kind: dpo, model: base, pairs: {{pairs.jsonl: 1}}, licence: own, epochs: 1, batch_tokens: 512,
+            log_every: 2, optimizer: {OPTIMIZER}}}
+  judge: {{kind: reward, model: base, rows: pairs.jsonl, licence: own, held_out: 0.4, epochs: 1,
+          batch_pairs: 8, log_every: 3, optimizer: {OPTIMIZER}}}
+  small:
+    kind: distill
+    model: base
+    teachers: {{clock: base, chat: base}}
+    on_policy: 0.5
+    problems: {{clock: 1}}
+    rows: {{rows: 1}}
+    steps: 4
+    prompts_per_step: 4
+    sampling: {{max_new_tokens: 16}}
+    optimizer: {OPTIMIZER}
+    log_every: 3
+"""
+LONGER = {
+    "zero": "steps=7",
+    "tuned": "epochs=2.4",
+    "aligned": "epochs=2",
+    "judge": "epochs=2.5",
+    "small": "steps=7",
+}
+
+
+def execute(run: Run, stage: str, stops: bool = False) -> tuple[Artifact, list[str]]:
+    """Carry one stage out in this process, with `stops` interrupted after every step; the artifact and what
+    was said."""
+    node = run.graph.nodes[stage]
+    said: list[str] = []
+    request = write_job(run._job(node, run.graph.shorter(node)))
+    stop = threading.Event()
+    if stops:
+        stop.set()
+    event = {"event": "failed", "code": 75}
+    while event["event"] == "failed" and event["code"] == 75:
+        event = run_job(read_job(request, stop), said.append)
+    assert event["event"] == "done", event
+    manifest = run._manifest(node, event["outcome"])
+    artifact = run.store.finish(run.store.partial(node.kind, node.key), manifest)
+    run.graph.refresh()
+    return artifact, said
+
+
+def settings(stage: str, *more: str) -> list[str]:
+    return [f"stages.{stage}.{setting}" for setting in more]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("longer")
+    words = random.Random(0)
+    with open(folder / "pairs.jsonl", "w") as file:
+        for i in range(60):
+            answer = " ".join(str(words.randrange(3)) for _ in range(3))
+            row = {"prompt": f"say {i}", "chosen": answer, "rejected": f"{answer} {i % 3}"}
+            file.write(json.dumps(row) + "\n")
+    path = folder / "longer.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def begun(recipe) -> Path:
+    """The folder of runs in which only the inputs of the learning stages are finished."""
+    home = recipe.parent / "runs"
+    run = open_run(recipe, home)
+    execute(run, "base")
+    execute(run, "rows")
+    return home
+
+
+@pytest.fixture
+def home(begun, tmp_path) -> Path:
+    return shutil.copytree(begun, tmp_path / "runs")
+
+
+def state(run: Run, artifact: Artifact) -> dict:
+    return torch.load(run.store.checkpoint(artifact.folder), weights_only=True)
+
+
+def same(one, other) -> bool:
+    """Whether two saved states are equal in every tensor and number."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("stage", LONGER)
+@pytest.mark.parametrize("stops", [False, True], ids=["whole", "interrupted"])
+def test_a_longer_stage_continues_the_shorter_one_and_equals_one_long_stage(
+    recipe, begun, home, tmp_path, stage, stops
+):
+    first, said = execute(open_run(recipe, home), stage)
+    assert "continued" not in first.manifest and not said
+    run = open_run(recipe, home, *settings(stage, LONGER[stage]))
+    longer, said = execute(run, stage, stops)
+    step = longer.manifest["continued"]["step"]
+    assert longer.manifest["continued"] == {
+        "artifact": first.folder.name,
+        "key": first.manifest["key"],
+        "digest": first.digest,
+        "step": step,
+    }
+    assert step >= 3 and said[0] == f"continues {stage} ({first.folder.name}) at step {step}"
+
+    shutil.copytree(begun, tmp_path / "other")
+    other = open_run(recipe, tmp_path / "other", *settings(stage, LONGER[stage]))
+    whole, said = execute(other, stage)
+    assert "continued" not in whole.manifest and not said
+    assert (longer.folder.name, longer.digest) == (whole.folder.name, whole.digest)
+    assert {name: longer.manifest[name] for name in ("flops", "tokens", "notes")} == {
+        name: whole.manifest[name] for name in ("flops", "tokens", "notes")
+    }
+    assert first.digest != longer.digest
+    if LONGER[stage].endswith(".5"):
+        assert not run.store.checkpoint(longer.folder).exists()
+    else:
+        assert same(state(run, longer), state(other, whole))
