@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import open_run
+from tiny import child, open_run
 
+from limbeck.config.learned_rewards import LearnedReward
+from limbeck.pipeline import continuation
 from limbeck.pipeline.run import Run
-from limbeck.pipeline.store import Artifact
+from limbeck.pipeline.store import Artifact, Store
 from limbeck.pipeline.worker import read_job, run_job, write_job
 
 OPTIMIZER = "{learning_rate: 0.002, warmup_steps: 3}"
@@ -43,11 +46,11 @@ stages:
     policy: {{prompts_per_step: 2, group_size: 4, kl_coef: 0.01, reference_every: 2}}
     sampling: {{max_new_tokens: 16}}
     optimizer: {OPTIMIZER}
-    log_every: 3
-  tuned: {{kind: sft, model: base, rows: {{rows: 1}}, epochs: 1.5, batch_tokens: 128, log_every: 3,
+    log_every: 2
+  tuned: {{kind: sft, model: base, rows: {{rows: 1}}, epochs: 1.5, batch_tokens: 128, log_every: 4,
           optimizer: {{name: muon, learning_rate: 0.002}}}}
   aligned: {{kind: dpo, model: base, pairs: {{pairs.jsonl: 1}}, licence: own, epochs: 1, batch_tokens: 512,
-            log_every: 2, optimizer: {OPTIMIZER}}}
+            log_every: 3, optimizer: {OPTIMIZER}}}
   judge: {{kind: reward, model: base, rows: pairs.jsonl, licence: own, held_out: 0.4, epochs: 1,
           batch_pairs: 8, log_every: 3, optimizer: {OPTIMIZER}}}
   small:
@@ -61,7 +64,7 @@ stages:
     prompts_per_step: 4
     sampling: {{max_new_tokens: 16}}
     optimizer: {OPTIMIZER}
-    log_every: 3
+    log_every: 2
 """
 LONGER = {
     "zero": "steps=7",
@@ -155,6 +158,7 @@ def test_a_longer_stage_continues_the_shorter_one_and_equals_one_long_stage(
         "digest": first.digest,
         "step": step,
     }
+    assert (step - 1) % first.manifest["settings"]["log_every"], "its last step is logged only as the last"
     assert step >= 3 and said[0] == f"continues {stage} ({first.folder.name}) at step {step}"
 
     shutil.copytree(begun, tmp_path / "other")
@@ -170,3 +174,110 @@ def test_a_longer_stage_continues_the_shorter_one_and_equals_one_long_stage(
         assert not run.store.checkpoint(longer.folder).exists()
     else:
         assert same(state(run, longer), state(other, whole))
+
+
+def test_a_stage_killed_at_every_write_while_it_begins_to_continue_ends_with_the_same_bytes(
+    nursery, recipe, begun, home, tmp_path
+):
+    run = open_run(recipe, home)
+    execute(run, "tuned")
+    run = open_run(recipe, home, *settings("tuned", LONGER["tuned"]))
+    node = run.graph.nodes["tuned"]
+    request = write_job(run._job(node, run.graph.shorter(node)))
+    answer_to = tmp_path / "event.json"
+    for fatal in range(1, 200):
+        process = nursery.Process(target=child, args=(request, str(answer_to), fatal))
+        process.start()
+        process.join(200)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert 5 < fatal < 199
+    outcome = json.loads(answer_to.read_text())["outcome"]
+    longer = run.store.finish(run.store.partial(node.kind, node.key), run._manifest(node, outcome))
+    assert longer.manifest["continued"]["step"] > 3
+    shutil.copytree(begun, tmp_path / "other")
+    whole, _ = execute(open_run(recipe, tmp_path / "other", *settings("tuned", LONGER["tuned"])), "tuned")
+    assert longer.digest == whole.digest
+
+
+def test_of_several_shorter_stages_the_longest_is_continued_and_a_lower_length_trains_anew(recipe, home):
+    for steps in (2, 4):
+        execute(open_run(recipe, home, f"stages.zero.steps={steps}"), "zero")
+    run = open_run(recipe, home, "stages.zero.steps=5")
+    assert run.graph.shorter(run.graph.nodes["zero"]).step == 4
+    longest, said = execute(run, "zero")
+    assert said[0].startswith("continues zero (rl-") and said[0].endswith(" at step 4")
+    run = open_run(recipe, home, "stages.zero.steps=3")
+    assert run.graph.shorter(run.graph.nodes["zero"]).step == 2
+    run = open_run(recipe, home, "stages.zero.steps=1")
+    assert run.graph.shorter(run.graph.nodes["zero"]) is None
+    least, said = execute(run, "zero")
+    assert not said and least.digest != longest.digest
+
+
+@pytest.mark.parametrize("change", [
+    "seed=1", "stages.zero.optimizer.learning_rate=0.5", "stages.zero.policy.group_size=2",
+    "problems.clock.largest=3",
+])  # fmt: skip
+def test_a_stage_with_other_settings_continues_nothing(recipe, home, change):
+    execute(open_run(recipe, home), "zero")
+    run = open_run(recipe, home, "stages.zero.steps=7", change)
+    for name in ("base", "rows"):
+        if not run.graph.nodes[name].artifact:
+            execute(run, name)
+    assert run.graph.shorter(run.graph.nodes["zero"]) is None
+
+
+@pytest.mark.parametrize("stage, before, after, reason", [
+    ("zero", ["optimizer.schedule=linear"], ["optimizer.schedule=linear", "steps=7"],
+     "the linear schedule of its learning rate depends on steps; `constant` does not"),
+    ("tuned", ["optimizer.schedule=cosine"], ["optimizer.schedule=cosine", "epochs=3"],
+     "the cosine schedule of its learning rate depends on epochs; `constant` does not"),
+    ("judge", ["epochs=0.7"], ["epochs=2"], "epochs: 0.7 ends within a batch; whole epochs do not"),
+    ("tuned", [], ["log_every=1", "epochs=3"], "its log would not be that of one stage (log_every: 4 -> 1)"),
+    ("base", [], ["tokens=13000"], "the order of the whole corpus depends on tokens"),
+])  # fmt: skip
+def test_a_stage_that_cannot_be_continued_trains_anew_and_says_why(
+    recipe, begun, home, tmp_path, stage, before, after, reason
+):
+    if stage != "base":
+        first, _ = execute(open_run(recipe, home, *settings(stage, *before)), stage)
+        kept = [path.stem for path, _ in Store(home / "store").checkpoints()]
+        assert kept == ([first.folder.name] if "log_every" in reason else [])
+    run = open_run(recipe, home, *settings(stage, *after))
+    shorter = run.graph.shorter(run.graph.nodes[stage])
+    assert shorter.obstacle == reason
+    assert shorter.sentence.startswith(f"trains anew and does not continue {stage} at step ")
+    longer, said = execute(run, stage)
+    assert "continued" not in longer.manifest and not said
+    shutil.copytree(begun, tmp_path / "other")
+    whole, _ = execute(open_run(recipe, tmp_path / "other", *settings(stage, *after)), stage)
+    assert longer.digest == whole.digest
+
+
+def test_a_checkpoint_that_is_deleted_or_damaged_is_not_continued(recipe, home):
+    first, _ = execute(open_run(recipe, home), "tuned")
+    run = open_run(recipe, home, *settings("tuned", "epochs=2"))
+    node = run.graph.nodes["tuned"]
+    path = run.store.checkpoint(first.folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    shorter = run.graph.shorter(node)
+    longer, said = execute(run, "tuned")
+    assert said[0] == f"trains anew: {path} is missing or damaged"
+    assert not shorter.obstacle and "continued" not in longer.manifest
+    path.unlink()
+    run = open_run(recipe, home, *settings("tuned", "epochs=1.8"))
+    shorter = run.graph.shorter(run.graph.nodes["tuned"])
+    assert shorter.obstacle == "its final checkpoint is not in the store (any more)"
+
+
+def test_last_steps_of_a_learned_reward_count_from_the_end(recipe):
+    stage = open_run(recipe, recipe.parent / "runs").graph.nodes["zero"].stage
+    late = {"preference": LearnedReward(of="judge", last_steps=2)}
+    assert not continuation.obstacle(stage)
+    assert "last_steps counts from the end" in continuation.obstacle(
+        stage.model_copy(update={"learned_rewards": late})
+    )

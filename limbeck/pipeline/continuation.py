@@ -57,6 +57,10 @@ class Shorter:
             return f"trains anew and does not continue {place}: {self.obstacle}"
         return f"continues {place}"
 
+    def told(self) -> dict[str, Any]:
+        """Return it as a JSON object: artifact, step, and obstacle."""
+        return {"artifact": self.artifact.folder.name, "step": self.step, "obstacle": self.obstacle}
+
 
 def obstacle(stage: Stage) -> str:
     """Return the reason why a longer stage cannot be continued from the end of this one, "" if it can."""

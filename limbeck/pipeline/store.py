@@ -125,6 +125,14 @@ class Store:
         folder. The file exists if a longer stage can be continued from it and `gc` has not deleted it."""
         return self.root / CHECKPOINTS / f"{folder.name}.pt"
 
+    def checkpoints(self) -> Iterator[tuple[Path, Artifact | None]]:
+        """Yield the final checkpoints, each with the artifact of its stage; None if that is gone. Those of
+        stages whose artifact is about to be stored are left out."""
+        for path in sorted((self.root / CHECKPOINTS).glob("*.pt")):
+            artifact = self.open(self.root / path.stem)
+            if artifact or not (self.root / ".partial" / path.stem).exists():
+                yield path, artifact
+
     def size(self, folder: Path) -> int:
         """Return the total size, in bytes, of the files in a folder, without the manifest."""
         return sum(path.stat().st_size for path in _files(folder))

@@ -15,7 +15,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from ..eval.statistics import Interval
-from . import charts, comparison, graph_drawing, i18n, summary
+from . import charts, comparison, graph_drawing, i18n, sentences, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
 
@@ -96,11 +96,14 @@ def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
     """
     versions = {stage.manifest.get("code_version") for stage in run.stages}
     licences: set[str] = set()
+    continued: list[Text] = []
     for stage in run.stages:
+        continued += sentences.continued(stage.name, stage.manifest.get("continued"))
         licences.update(map(str, stage.manifest.get("licences") or []))
     return {
         "graph": _graph(run),
         "costs": _costs(run, numbers),
+        "continued": continued,
         "forecast": numbers["forecast"],
         "not_shown": summary.not_shown(run),
         "alarms": list(run.alarms()),
