@@ -14,11 +14,19 @@ import pytest
 import torch
 from tiny import child, open_run
 
+from limbeck.cli import recipe_plan
+from limbeck.cli.plan_text import Answer
+from limbeck.cli.provenance import _label
+from limbeck.cli.store import gc
 from limbeck.config.learned_rewards import LearnedReward
 from limbeck.pipeline import continuation
+from limbeck.pipeline.provenance.lineage import lineage_of
 from limbeck.pipeline.run import Run
+from limbeck.pipeline.run_state import StageState
+from limbeck.pipeline.run_view import Line
 from limbeck.pipeline.store import Artifact, Store
 from limbeck.pipeline.worker import read_job, run_job, write_job
+from limbeck.report.history import History
 
 OPTIMIZER = "{learning_rate: 0.002, warmup_steps: 3}"
 RECIPE = f"""
@@ -60,18 +68,18 @@ stages:
     on_policy: 0.5
     problems: {{clock: 1}}
     rows: {{rows: 1}}
-    steps: 4
+    steps: 5
     prompts_per_step: 4
     sampling: {{max_new_tokens: 16}}
     optimizer: {OPTIMIZER}
-    log_every: 2
+    log_every: 3
 """
 LONGER = {
     "zero": "steps=7",
     "tuned": "epochs=2.4",
     "aligned": "epochs=2",
     "judge": "epochs=2.5",
-    "small": "steps=7",
+    "small": "steps=9",
 }
 
 
@@ -176,6 +184,7 @@ def test_a_longer_stage_continues_the_shorter_one_and_equals_one_long_stage(
         assert same(state(run, longer), state(other, whole))
 
 
+@pytest.mark.slow
 def test_a_stage_killed_at_every_write_while_it_begins_to_continue_ends_with_the_same_bytes(
     nursery, recipe, begun, home, tmp_path
 ):
@@ -281,3 +290,61 @@ def test_last_steps_of_a_learned_reward_count_from_the_end(recipe):
     assert "last_steps counts from the end" in continuation.obstacle(
         stage.model_copy(update={"learned_rewards": late})
     )
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def test_a_plan_names_the_step_and_foresees_only_the_steps_that_are_left(recipe, home):
+    execute(open_run(recipe, home), "zero")
+    graph = open_run(recipe, home, "stages.zero.steps=16").graph
+    answer = Answer()
+    recipe_plan._add_stages(answer, graph, recipe_plan.Forecasts({}), recipe_plan.Forecasts({}))
+    line = next(line for line in answer.lines if " zero " in line)
+    assert line.endswith("steps: 4 -> 16; continues zero at step 4")
+    row = next(row for row in answer.data["data"] if row["stage"] == "zero")
+    assert row["shorter"]["step"] == 4 and row["shorter"]["obstacle"] == ""
+    left = recipe_plan._walk(graph, recipe_plan.model_configs(graph)).efforts["zero"]
+    fresh = open_run(recipe, home, "stages.zero.steps=12", "seed=1").graph
+    whole = recipe_plan._walk(fresh, recipe_plan.model_configs(fresh)).efforts["zero"]
+    for name in ("sampled", "updates", "learned", "read"):
+        assert getattr(left, name) == pytest.approx(getattr(whole, name))
+
+
+def test_the_origin_is_told_by_why_the_report_and_the_studio(recipe, home):
+    first, _ = execute(open_run(recipe, home), "zero")
+    run = open_run(recipe, home, "stages.zero.steps=7")
+    node = run.graph.nodes["zero"]
+    request = write_job(run._job(node, run.graph.shorter(node)))
+    stop = threading.Event()
+    stop.set()
+    assert run_job(read_job(request, stop))["code"] == 75
+    folder = run.store.partial(node.kind, node.key)
+    history = History(folder).look()
+    assert history.steps == list(range(5)) and history.total == 7, "earlier steps are in the curves"
+    begun = Line(StageState("zero", node.stage, node.inputs, "begun", folder), "begun", history)
+    sentence = f"zero continues {first.folder.name} from step 4; its time is that of the later steps."
+    assert sentence in [text.en for text in begun.said]
+    longer, _ = execute(run, "zero")
+    done = StageState("zero", node.stage, node.inputs, "done", longer.folder, longer.manifest)
+    assert sentence in [text.en for text in Line(done, "done", History(longer.folder).look()).said]
+    entry = lineage_of(longer, run.store).head
+    assert f"continued from {first.folder.name} at step 4" in _label(entry, "zero")
+
+
+def test_gc_deletes_a_checkpoint_with_its_artifact_and_those_in_use_only_when_told_to(recipe, home, capsys):
+    run = open_run(recipe, home)
+    first, _ = execute(run, "tuned")
+    run = open_run(recipe, home, "stages.tuned.epochs=2")
+    longer, _ = execute(run, "tuned")
+    run._open_folder()
+    old, new = (run.store.checkpoint(artifact.folder) for artifact in (first, longer))
+    gc(home, yes=True)
+    said = capsys.readouterr().out
+    assert f"deleted {old} (" in said and not old.exists() and new.exists()
+    assert "kept 1 final checkpoints (" in said
+    gc(home, checkpoints=True)
+    said = capsys.readouterr().out
+    assert f"would delete {new} (" in said and new.exists()
+    gc(home, yes=True, checkpoints=True)
+    assert "tuned cannot be continued with more steps then" in capsys.readouterr().out and not new.exists()
