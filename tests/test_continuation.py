@@ -342,7 +342,7 @@ def test_gc_deletes_a_checkpoint_with_its_artifact_and_those_in_use_only_when_to
     gc(home, yes=True)
     said = capsys.readouterr().out
     assert f"deleted {old} (" in said and not old.exists() and new.exists()
-    assert "kept 1 final checkpoints (" in said
+    assert "kept 1 final checkpoint (" in said
     gc(home, checkpoints=True)
     said = capsys.readouterr().out
     assert f"would delete {new} (" in said and new.exists()

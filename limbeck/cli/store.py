@@ -68,8 +68,9 @@ def _free_checkpoints(store: Store, unused: set[str], also_used: bool, yes: bool
         loss = f": {artifact.manifest['stage']} cannot be continued with more steps then" if used else ""
         print(f"{'deleted' if yes else 'would delete'} {path} ({size / 1e6:.1f} MB){loss}")
     if kept:
+        plural = "s" if len(kept) > 1 else ""
         print(
-            f"kept {len(kept)} final checkpoints ({sum(kept) / 1e6:.1f} MB), from which stages can be "
+            f"kept {len(kept)} final checkpoint{plural} ({sum(kept) / 1e6:.1f} MB), from which stages can be "
             "continued with more steps; --checkpoints deletes them too"
         )
     return freed

@@ -96,11 +96,17 @@ def find_shorter(store: Store, stage: Stage, identity: dict[str, Any]) -> Shorte
         if artifact.kind != stage.kind or _base(theirs, length) != base:
             continue
         reached = theirs["settings"][length]
-        if reached < goal:
-            step = read_metrics(artifact.folder)[-1]["step"] + 1
+        step = _steps(artifact)
+        if reached < goal and step:
             reason = _obstacle(store, stage.model_copy(update={length: reached}), artifact)
             candidates.append(Shorter(artifact, step, reached / goal, reason))
     return max(candidates, key=lambda shorter: (not shorter.obstacle, shorter.share), default=None)
+
+
+def _steps(artifact: Artifact) -> int:
+    """Return the number of steps that a finished stage took, from its log; 0 if that is gone."""
+    rows = read_metrics(artifact.folder)
+    return int(rows[-1]["step"]) + 1 if rows else 0
 
 
 def _base(identity: dict[str, Any], length: str) -> str:
@@ -151,7 +157,7 @@ def _copy(job: Job, note: Path, state: Path, tell: Callable[[str], None]) -> Non
         tell(f"trains anew: {final} is missing or damaged")
         return
     manifest = shorter.manifest
-    step = read_metrics(shorter.folder)[-1]["step"] + 1
+    step = _steps(shorter)
     for name in (METRICS, ROLLOUTS, ASKED):
         if (shorter.folder / name).exists():
             shutil.copyfile(shorter.folder / name, job.folder / name)
