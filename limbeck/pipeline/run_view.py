@@ -17,6 +17,8 @@ from ..report.history import History
 from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
+from .continuation import CONTINUED
+from .run_folder import read_json
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
@@ -73,6 +75,15 @@ class Line:
         return self.standing.manifest.get("seconds") or self.history.seconds or None
 
     @property
+    def continued(self) -> dict[str, Any] | None:
+        """The artifact and the step that the stage continues from, as in its manifest; None if it began at
+        its beginning."""
+        standing = self.standing
+        if standing.manifest or not standing.folder:
+            return standing.manifest.get("continued")
+        return read_json(standing.folder / CONTINUED) or None
+
+    @property
     def said(self) -> list[Text]:
         """The state, curves and results of the stage as sentences."""
         if self.state == "asks":
@@ -80,6 +91,7 @@ class Line:
             return [text.format(self.name, self.standing.open_rows)]
         manifest = self.standing.manifest
         texts = [sentences.progress(self.name, self.kind, self.state, self.history, manifest)]
+        texts += sentences.continued(self.name, self.continued)
         texts += sentences.curves(self.kind, self.history)
         texts += sentences.soundness(self.history)
         if self.state == "done" and manifest:

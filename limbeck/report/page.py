@@ -98,11 +98,14 @@ def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
     """
     versions = {stage.manifest.get("code_version") for stage in run.stages}
     licences: set[str] = set()
+    continued: list[Text] = []
     for stage in run.stages:
+        continued += sentences.continued(stage.name, stage.manifest.get("continued"))
         licences.update(map(str, stage.manifest.get("licences") or []))
     return {
         "graph": _graph(run),
         "costs": _costs(run, numbers),
+        "continued": continued,
         "forecast": numbers["forecast"],
         "not_shown": summary.not_shown(run),
         "alarms": _alarms(run),

@@ -288,6 +288,20 @@ def alarm(text: str) -> Text:
 # ---------------------------------------------------------------- outcomes
 
 
+def continued(name: str, origin: dict[str, Any] | None) -> list[Text]:
+    """Return a sentence on the shorter stage that the stage `name` continues; [] without one.
+
+    `origin` is the entry `continued` of its manifest.
+    """
+    if not origin:
+        return []
+    sentence = Text(
+        "{} continues {} from step {}; its time is that of the later steps.",
+        "{} 接着 {} 从第 {} 步继续训练；用时只计其后的步。",
+    )
+    return [sentence.format(name, origin["artifact"], count(origin["step"]))]
+
+
 def outcome(view: StageView) -> list[Text]:
     """Return sentences on the results of a finished stage: the rows it kept, its reviewers' verdicts, or
     its accuracies.

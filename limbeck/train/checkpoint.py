@@ -25,12 +25,20 @@ class Checkpoint:
     """Saves the state of a running stage in `state.pt` in the stage's folder, and stops the stage on
     request.
 
-    A state is saved at most once in `every` seconds. `stopping` returns True if the run has been asked to
-    stop. The log is forced to disk before the new state replaces the old one, so the log always holds every
-    step up to the state; log rows after the state are dropped on resume."""
+    A state is saved at most once in `every` seconds, and after the last step if `final`. `stopping` returns
+    True if the run has been asked to stop. The log is forced to disk before the new state replaces the old
+    one, so the log always holds every step up to the state; log rows after the state are dropped on
+    resume."""
 
-    def __init__(self, folder: Path, every: float = 60, stopping: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        folder: Path,
+        every: float = 60,
+        stopping: Callable[[], bool] = lambda: False,
+        final: bool = False,
+    ):
         self.path = folder / "state.pt"
+        self.final = final
         self.every = every
         self.stopping = stopping
         self._saved = time.monotonic()
@@ -53,8 +61,13 @@ class Checkpoint:
         if stop:
             raise Resumable("stopped after a checkpoint; the same command goes on from here")
 
+    def finish(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
+        """Save the state after the last step, if it is wanted. `state` and `log` are as in `offer`."""
+        if self.final:
+            self.save(state, log)
+
     def save(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
-        """Save the state now. `state` is a function that returns it."""
+        """Force the log to disk, then replace the saved state."""
         log.sync()
         with atomic_write(self.path) as file:
             torch.save(state(), file)

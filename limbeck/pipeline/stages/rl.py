@@ -8,7 +8,7 @@ from dataclasses import replace
 from ...config.recipe import RL
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
-from ...run_log import read_metrics
+from ...run_log import ROLLOUTS, read_metrics
 from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
 from ...train.learner import Learner
@@ -31,6 +31,7 @@ def run(job: Job) -> Outcome:
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
+    run_log.drop_last(ROLLOUTS, stage.log_every)
     trainer = GRPOTrainer(
         learner=Learner(decoder, stage.optimizer, updates, stage.recompute),
         engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
@@ -47,6 +48,7 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    checkpoint.finish(trainer.state_dict, run_log)
     save_model(decoder, tokenizer, job.folder)
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
