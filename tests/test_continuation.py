@@ -85,7 +85,7 @@ LONGER = {
 
 def execute(run: Run, stage: str, stops: bool = False) -> tuple[Artifact, list[str]]:
     """Carry one stage out in this process, with `stops` interrupted after every step; the artifact and what
-    was said."""
+    was said of continuing it."""
     node = run.graph.nodes[stage]
     said: list[str] = []
     request = write_job(run._job(node, run.graph.shorter(node)))
@@ -99,7 +99,7 @@ def execute(run: Run, stage: str, stops: bool = False) -> tuple[Artifact, list[s
     manifest = run._manifest(node, event["outcome"])
     artifact = run.store.finish(run.store.partial(node.kind, node.key), manifest)
     run.graph.refresh()
-    return artifact, said
+    return artifact, [line for line in said if line.startswith(("continues", "trains anew"))]
 
 
 def settings(stage: str, *more: str) -> list[str]:
