@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 import tiny
+from markupsafe import escape
+from studio import NoModels
 
 from limbeck.config.load import load
 from limbeck.model import weights
@@ -14,6 +18,7 @@ from limbeck.pipeline import preview
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
 from limbeck.report.preview import remedies, summary
+from limbeck.serve.app import build
 from limbeck.types import LimbeckError
 
 RECIPE = """
@@ -217,3 +222,30 @@ def test_what_cannot_be_tried_ends_in_one_sentence(recipe):
     assert "chat_template.jinja: the template ran for more than 2 seconds" in err
     code, _, err = tiny.answer("try", recipe, "--stage", "later", cwd=recipe.parent)
     assert code == 2 and "nothing can be tried yet: later needs a model" in err
+
+
+# ---------------------------------------------------------------- in the studio
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_stages_page_shows_the_preview_in_both_languages(finished, language):
+    shown = preview.read(finished.home / "tiny", "zero")
+    page = stage_page(finished.home, "tiny/zero", language)
+    for prompt in shown["prompts"]:
+        assert escape(prompt["prompt"]) in page
+    assert getattr(summary(shown), language) in page
+    assert "preview-title" in page and "preview-title" not in stage_page(finished.home, "tiny/dev1", language)
+
+
+def stage_page(home: Path, name: str, language: str) -> str:
+    app = build(home, NoModels())
+
+    async def ask() -> str:
+        transport = httpx.ASGITransport(app)
+        headers = {"accept-language": language}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://localhost:8000", headers=headers
+        ) as client:
+            return (await client.get(f"/runs/{name}")).text
+
+    return asyncio.run(ask())

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 LEARNING = ("rl", "sample", "screen", "pairs", "distill")  # kinds that sample in order to learn or to collect
 FOLDER = "previews"  # in a run's folder
-PROMPTS = 8
-SAMPLES = 2  # answers to each prompt in a run
+PROMPTS = 8  # problems, in a run
+SAMPLES = 2  # answers to each problem, in a run
 
 Preview = dict[str, Any]  # see `make`
 
