@@ -141,7 +141,7 @@ def counted(kind: str = "rl", temperature: float = 1.0, **counts: int | None) ->
         (counted(extracted=0, right=0), ["(no box): ask for it in problems.own.template or system"]),
         (counted(right=0), ["take easier problems"]),
         (counted(right=16), ["take harder problems"]),
-        (counted(right=0, differing=0), ["take easier problems", "nothing is learned"]),
+        (counted(right=0, differing=0), ["take easier problems", "a step learns only from those"]),
         (counted(temperature=0.0, differing=None), ["at temperature 0: raise stages.zero.sampling"]),
         (counted(kind="sample", right=16), ["take harder problems"]),
     ],
@@ -235,6 +235,12 @@ def test_the_stages_page_shows_the_preview_in_both_languages(finished, language)
         assert escape(prompt["prompt"]) in page
     assert getattr(summary(shown), language) in page
     assert "preview-title" in page and "preview-title" not in stage_page(finished.home, "tiny/dev1", language)
+
+
+def test_the_report_tells_what_was_seen_before_the_first_step(finished):
+    shown = summary(preview.read(finished.home / "tiny", "zero"))
+    page = (finished.home / "tiny" / "report" / "index.html").read_text()
+    assert "Before the first step:" in page and shown.en in page and shown.zh in page
 
 
 def stage_page(home: Path, name: str, language: str) -> str:

@@ -406,6 +406,7 @@ class Run:
                 StageView(node.name, node.kind, title, artifact.folder, artifact.manifest, node.inputs)
             )
         summary = self._summary(seconds)
+        summary["previews"] = {view.name: preview.read(self.folder, view.name) for view in views}
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         self.display.say(f"writing {folder}")

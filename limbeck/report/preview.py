@@ -45,13 +45,14 @@ def remedies(preview: Mapping[str, Any]) -> list[Text]:
         texts.append(_formless(preview))
     elif not counts["right"] and counts["cut"] < answers:
         text = Text(
-            "None is right: take easier problems, let a `screen` stage choose those that are solved "
-            "sometimes, or start from a better model.",
-            "没有一个正确：请换更容易的题，用 `screen` 阶段挑出有时能做对的题，或从更好的模型开始。",
+            "None of these is right; if that goes on, take easier problems, let a screen stage choose those "
+            "that are solved sometimes, or start from a better model.",
+            "没有一个正确；若一直如此，请换更容易的题，用 screen 阶段挑出有时能做对的题，"
+            "或从更好的模型开始。",
         )
         texts.append(text)
     if counts["right"] == answers and preview["kind"] != "evaluate":
-        texts.append(Text("All are right: take harder problems.", "全部正确：请换更难的题。"))
+        texts.append(Text("All of these are right: take harder problems.", "这些全部正确：请换更难的题。"))
     if preview["kind"] == "rl":
         texts += _without_difference(preview)
     return texts
@@ -83,8 +84,8 @@ def _formless(preview: Mapping[str, Any]) -> Text:
     reason = reasons.most_common(1)[0][0] if reasons else ""
     name = preview["prompts"][0]["problem"].partition("/")[0]
     text = Text(
-        "None has the form that the checker looks for ({reason}): ask for it in problems.{name}.template or "
-        "system, or set problems.{name}.answer to the form that the model writes.",
+        "None of these has the form that the checker looks for ({reason}): ask for it in "
+        "problems.{name}.template or system, or set problems.{name}.answer to the form that the model writes.",
         "没有一个具有判题所需的格式（{reason}）：请在 problems.{name}.template 或 system 中要求该格式，"
         "或把 problems.{name}.answer 设为模型所写的格式。",
     )
@@ -103,8 +104,8 @@ def _without_difference(preview: Mapping[str, Any]) -> list[Text]:
         return [text.format(stage)]
     if preview["summary"]["differing"] == 0:
         text = Text(
-            "No problem has a better and a worse answer, and from such groups nothing is learned.",
-            "没有一道题同时有较好和较差的回答，从这样的组学不到任何东西。",
+            "None of these problems has a better and a worse answer; a step learns only from those that do.",
+            "这些题中没有一道同时有较好和较差的回答；训练只能从有差别的题学到东西。",
         )
         return [text]
     return []
