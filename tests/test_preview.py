@@ -10,6 +10,7 @@ import httpx
 import pytest
 import tiny
 from markupsafe import escape
+from stub import Stub, completion
 from studio import NoModels
 
 from limbeck.config.load import load
@@ -117,6 +118,20 @@ def test_greedy_answers_are_not_repeated(recipe):
     assert any("temperature 0" in text.en for text in remedies(found))
 
 
+def test_a_remote_model_is_tried_by_name_and_gets_the_system_prompt(recipe):
+    with Stub(lambda body, n: (200, {}, completion("so it is 4"))) as stub:
+        recipe.write_text(
+            recipe.read_text()
+            + f"  far: {{kind: remote, url: '{stub.url}', model: wise, licence: own}}\n"
+            + "  asked: {kind: sample, model: far, problems: {own: 1}, prompts: 4, samples: 1}\n"
+        )
+        found = tried(recipe, "asked")
+        assert "asked" not in [node.name for node in preview.nodes_to_try(graph_of(recipe))]
+    assert all(body["messages"][0] == {"role": "system", "content": "say 1"} for body in stub.asked)
+    assert found["prompts"][0]["prompt"].startswith("system: say 1\n\nuser: use 2 say ")
+    assert found["summary"]["extracted"] == found["summary"]["answers"] == 12
+
+
 # ---------------------------------------------------------------- what it says
 
 
@@ -128,6 +143,7 @@ def counted(kind: str = "rl", temperature: float = 1.0, **counts: int | None) ->
         "kind": kind,
         "sampling": {"temperature": temperature, "top_p": 1.0, "max_new_tokens": 32},
         "prompts": [{"problem": "own/1", "answers": [answer]}],
+        "fixed": False,
         "summary": summary,
     }
 
@@ -139,6 +155,7 @@ def counted(kind: str = "rl", temperature: float = 1.0, **counts: int | None) ->
         (counted(cut=16, extracted=0, right=0), ["raise stages.zero.sampling.max_new_tokens, which is 32"]),
         (counted(kind="evaluate", cut=8, differing=None), ["raise stages.zero.max_new_tokens"]),
         (counted(extracted=0, right=0), ["(no box): ask for it in problems.own.template or system"]),
+        ({**counted(extracted=0, right=0), "fixed": True}, ["(no box): start from a model that writes it"]),
         (counted(right=0), ["take easier problems"]),
         (counted(right=16), ["take harder problems"]),
         (counted(right=0, differing=0), ["take easier problems", "a step learns only from those"]),

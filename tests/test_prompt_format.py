@@ -16,6 +16,7 @@ from limbeck.config.recipe import Files
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.pipeline.graph import Graph
+from limbeck.pipeline.provenance.release import release
 from limbeck.pipeline.stages.rows import to_row, to_sample
 from limbeck.pipeline.store import Store
 from limbeck.serve.service import _encode_chat
@@ -206,3 +207,6 @@ def test_trained_models_keep_the_format_and_plain_ones_have_no_file(tmp_path, de
         saved = json.loads((nodes[name].artifact.folder / "model" / FILE).read_text())
         assert saved == {"system": BRIEF, "template": "use 1 {problem}"}
     assert not (nodes["base"].artifact.folder / "model" / FILE).exists()
+    released = release("formats/zero", tmp_path / "out", tmp_path / "runs", gguf="none").folder
+    assert PromptFormat.from_directory(released) == PromptFormat(BRIEF, "use 1 {problem}")
+    assert "System prompt: `say 1`" in (released / "README.md").read_text()

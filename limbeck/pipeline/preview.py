@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.recipe import Evaluate, Files, Load, Problems, Stage, sources
+from ..config.recipe import Evaluate, Files, Load, Miniature, Problems, Stage, sources
 from ..text.prompt_format import conversation
 from ..types import Completion, Group, LimbeckError, Problem, Score
 from .graph import Graph, Node, seed_of
@@ -46,8 +46,9 @@ def make(job: Job, model: str, prompts: int, samples: int) -> Preview:
     with the stage's own settings from the model of the input `model`.
 
     The keys are `stage`, `kind`, `model`, `sampling`, `prompts` (each problem with its rendered prompt and
-    its answers) and `summary` (counts). The same job gives the same preview, if its model is no remote
-    endpoint. Raises LimbeckError as the stage itself would, for instance for a prompt that is too long.
+    its answers), `fixed` (True if no setting changes the prompts) and `summary` (counts). The same job gives
+    the same preview, if its model is no remote endpoint. Raises LimbeckError as the stage itself would, for
+    instance for a prompt that is too long.
     """
     stage = job.stage
     engine = job.sampler(model)
@@ -70,6 +71,7 @@ def make(job: Job, model: str, prompts: int, samples: int) -> Preview:
             "max_new_tokens": sampling.max_new_tokens,
         },
         "prompts": [_prompt(engine, group) for group in groups],
+        "fixed": all(isinstance(problems, Miniature) for problems in job.problems.values()),
         "summary": _summary(groups, bool(getattr(stage, "learned_rewards", None))),
     }
 

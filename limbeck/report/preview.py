@@ -82,10 +82,16 @@ def _formless(preview: Mapping[str, Any]) -> Text:
     for prompt in preview["prompts"]:
         reasons.update(answer["reason"] for answer in prompt["answers"] if answer["stopped"])
     reason = reasons.most_common(1)[0][0] if reasons else ""
+    if preview["fixed"]:
+        text = Text(
+            "None of these has the form that the checker looks for ({}): start from a model that writes it.",
+            "没有一个具有判题所需的格式（{}）：请从会写该格式的模型开始。",
+        )
+        return text.format(reason)
     name = preview["prompts"][0]["problem"].partition("/")[0]
     text = Text(
         "None of these has the form that the checker looks for ({reason}): ask for it in "
-        "problems.{name}.template or system, or set problems.{name}.answer to the form that the model writes.",
+        "problems.{name}.template or system, or set problems.{name}.answer to the form that is written.",
         "没有一个具有判题所需的格式（{reason}）：请在 problems.{name}.template 或 system 中要求该格式，"
         "或把 problems.{name}.answer 设为模型所写的格式。",
     )
