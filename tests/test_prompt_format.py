@@ -75,6 +75,13 @@ def test_a_template_without_its_placeholder_is_refused(tmp_path, template, said)
     assert said in str(caught.value) and "formats.yaml" in str(caught.value)
 
 
+def test_a_template_that_yaml_reads_as_a_mapping_is_refused_with_the_remedy(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("'{problem}'", "{problem}"))
+    with pytest.raises(LimbeckError, match="problems.own.template: .*; put it in quotes"):
+        load(path)
+
+
 @pytest.mark.parametrize(("system", "said"), [("' '", "is empty"), ("'Solve {problem}.'", "{problem}")])
 def test_a_system_prompt_that_says_nothing_or_has_placeholders_is_refused(tmp_path, system, said):
     with pytest.raises(LimbeckError, match="problems.own.system") as caught:

@@ -85,7 +85,9 @@ def _sentence(mistake: dict[str, Any], tree: dict) -> str:
         key, choices = ("source", SOURCES) if location[0] == "problems" else ("kind", STAGES)
         return f"{where}.{key} is missing or unknown; choose one of {', '.join(choices)}"
     message = mistake["msg"][0].lower() + mistake["msg"][1:]
-    return f"{where}: {message}, but it is {mistake['input']!r}"
+    # YAML reads a text in braces, such as {problem}, as a mapping
+    remedy = "; put it in quotes" if message.endswith("string") and isinstance(mistake["input"], dict) else ""
+    return f"{where}: {message}, but it is {mistake['input']!r}{remedy}"
 
 
 def _hint(word: str, known: list[str]) -> str:
