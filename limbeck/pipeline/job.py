@@ -38,8 +38,9 @@ class Job:
     continuations, else None. `queue` is the folder of rows under review, of whose review file the first
     `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
     are too similar to a test. `continues` is the folder of the shorter stage's artifact that the stage is
-    continued from, if there is one (continuation.py). `stopping` returns True once the stage should write a
-    checkpoint and end, and `tell` shows the user a message.
+    continued from, if there is one (continuation.py); `preview` is the file for the preview of the stage,
+    None if there is to be none. `stopping` returns True once the stage should write a checkpoint and end, and
+    `tell` shows the user a message.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Job:
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     continues: Path | None = None
+    preview: Path | None = None
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
     tell: Callable[[str], None] = field(default=print, compare=False)
 

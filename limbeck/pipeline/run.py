@@ -22,6 +22,7 @@ from ..run_log import read
 from ..runtime.machine import machine
 from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
+from . import preview
 from .continuation import Shorter
 from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
@@ -108,6 +109,7 @@ class Run:
         self.host = WorkerPool(recipe.workers, recipe.threads)
         self.status = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
+        self.previews = False  # True to preview each stage that samples, before it begins
         self.stopping = False
         self._stop_sent = False
 
@@ -289,7 +291,16 @@ class Run:
             endpoints=node.endpoints,
             dropped=frozenset(node.dropped),
             continues=shorter.artifact.folder if shorter and not shorter.obstacle else None,
+            preview=self._preview(node),
         )
+
+    def _preview(self, node: Node) -> Path | None:
+        """Return the file for the preview of a stage; None if there is to be none, as for an evaluation and
+        for a remote model, whose responses cost money."""
+        wanted = self.previews and node.kind in preview.LEARNING and preview.previewable(node.stage)
+        if not wanted or node.stage.model in node.endpoints:
+            return None
+        return preview.path_of(self.folder.resolve(), node.name)
 
     # ------------------------------------------------------------ events of workers
 
@@ -405,6 +416,7 @@ class Run:
                 StageView(node.name, node.kind, title, artifact.folder, artifact.manifest, node.inputs)
             )
         summary = self._summary(seconds)
+        summary["previews"] = {view.name: preview.read(self.folder, view.name) for view in views}
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         self.display.say(f"writing {folder}")

@@ -169,6 +169,7 @@ W = {
     ),
     "aha": Text("It learns to keep trying", "它学会了不放弃"),
     "learning": Text("What reinforcement learning changed", "强化学习改变了什么"),
+    "preview": Text("Before the first step:", "第一步之前："),
     "curves_caption": Text(
         "Batch means at each step of reinforcement learning of {}: pale as measured, "
         "strong as a running mean.",

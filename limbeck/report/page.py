@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from ..eval.statistics import Interval
 from ..run_log import ROLLOUTS, read
 from ..train.learning_signal import UNTAUGHT
-from . import charts, comparison, graph_drawing, i18n, sentences, summary
+from . import charts, comparison, graph_drawing, i18n, preview, sentences, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
 
@@ -249,8 +249,15 @@ def _learning(run: Run) -> dict[str, Any] | None:
         "name": stage.name,
         "title": W["aha"] if persists and is_zero else W["learning"],
         "said": summary.persistence(run),
+        "preview": _preview(run, stage.name),
         "charts": drawn,
     }
+
+
+def _preview(run: Run, stage: str) -> list[Text]:
+    """Return what the preview of a stage counted before it began, as sentences; [] if there was none."""
+    found = (run.summary.get("previews") or {}).get(stage)
+    return [W["preview"], preview.summary(found), *preview.remedies(found)] if found else []
 
 
 def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool = False) -> Markup | None:

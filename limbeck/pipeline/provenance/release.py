@@ -19,6 +19,7 @@ from ...config.load import dump
 from ...config.load import load as read_recipe
 from ...config.recipe import Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
 from ...config.validate import MODELS
+from ...text.prompt_format import PromptFormat
 from ...types import LimbeckError
 from ..dataset_rows import response_text, training_rows
 from ..run_folder import RECIPE
@@ -175,7 +176,8 @@ def _add_card(part: Path, name: str, published: dict[str, Any], measured: list[d
     evaluations."""
     write(part / RELEASED, json.dumps(published, indent=2, ensure_ascii=False) + "\n")
     ggufs = [path.name for path in part.glob("*.gguf")]
-    write(part / "README.md", card(name, published, measured, ggufs))
+    prompt_format = PromptFormat.from_directory(part)
+    write(part / "README.md", card(name, published, measured, ggufs, prompt_format))
 
 
 def _add_sums(part: Path) -> None:

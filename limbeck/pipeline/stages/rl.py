@@ -49,6 +49,7 @@ def run(job: Job) -> Outcome:
         del state  # as large as the weights and their moments
     trainer.train()
     checkpoint.finish(trainer.state_dict, run_log)
+    tokenizer.prompt_format = tasks.prompt_format
     save_model(decoder, tokenizer, job.folder)
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
