@@ -140,8 +140,8 @@ class ChatPages:
         if not words:
             return ""
         key = "chat.unlike_pretrained" if problems.pretrained else "chat.unlike"
-        listed = ", ".join(words[:WORDS_SHOWN]) + ("…" if len(words) > WORDS_SHOWN else "")
-        return phrases(key, model=model, words=listed)
+        shown = [word for word in words if word.isalpha()] or words  # signs only where there is nothing else
+        return phrases(key, model=model, words=", ".join(shown[:WORDS_SHOWN]))
 
     def _problems(self, model: str) -> ModelProblems | None:
         served = self.state.service.models.get(model)
