@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -241,6 +245,22 @@ def test_every_sampling_parameter_changes_what_is_said_and_a_seed_says_it_again(
         ):
             assert said(**change) == said(**change) != plainly
         assert said(top_k=1) == said(temperature=0) == said(min_p=1)
+
+
+@pytest.mark.parametrize("model", ["plain", "thinker"])
+def test_the_example_of_the_documentation_works_on_models_that_think_or_do_not(served, model):
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "serve-a-model.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for old, new in (
+        ("http://127.0.0.1:8000", served.url),
+        ('api_key="none"', f'api_key="{KEY}"'),
+        ("client.models.list().data[0].id", repr(model)),
+    ):
+        assert old in example
+        example = example.replace(old, new)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    thought, answer = re.fullmatch(r"thought: (.*)\nanswer: (.*)\n", done.stdout, re.DOTALL).groups()
+    assert (thought == "None") == (model == "plain") and (answer or model == "thinker")
 
 
 def test_every_error_is_the_same_object(served):
