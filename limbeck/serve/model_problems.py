@@ -18,7 +18,7 @@ from ..pipeline.store import MANIFEST, Store
 from ..tasks.registry import open_task
 from ..types import LimbeckError, Problem
 
-MAX_EXAMPLES = 4
+MAX_EXAMPLES = 4  # example questions of one model
 MAX_READ = 2000  # training problems of each source whose words are collected
 RECIPE = "recipe.yaml"
 # A word, a Chinese character, a number (as one word, whichever it is), or a sign.
