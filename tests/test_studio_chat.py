@@ -156,6 +156,36 @@ def test_the_tags_around_an_answer_are_never_shown(visit, house):
         page.close()
 
 
+def test_every_question_goes_with_the_settings(visit, house):
+    """The next one, an edited one and another answer; they are there again on the conversation's page."""
+    service = Stub(lambda *_: ("", "4"))
+    with house(service) as url:
+        page = visit(url + "/chat")
+        page.locator(".settings summary").click()
+        page.get_by_label("System prompt").fill("Be brief.\nBe kind.")
+        page.get_by_label("Top-p").fill("0.5")
+        page.get_by_label("Longest answer").fill("30")
+        accessible(page)
+        write(page, "2 and 2?")
+        page.wait_for_url("**/chat/*")
+        page.locator(f".answer{DONE}").wait_for()
+        page.reload()
+        page.locator(".settings summary").click()
+        assert page.get_by_label("Top-p").input_value() == "0.5"
+        assert page.get_by_label("Longest answer").input_value() == "30"
+        field = page.get_by_label("System prompt")
+        assert field.input_value() == "Be brief.\nBe kind."
+        field.fill("Be long.")
+        field.press("Enter")  # a line end, as in any text of several lines
+        leave_the_pen(page)
+        page.keyboard.press("r")
+        page.locator(f".answer{DONE}", has_text="2/2").wait_for()
+        page.close()
+    systems = [asked[1][0] for asked in service.asked]
+    assert systems == [{"role": "system", "content": text} for text in ("Be brief.\nBe kind.", "Be long.")]
+    assert service.options == [{"top_p": 0.5, "max_tokens": 30}] * 2
+
+
 def test_dark(visit, house):
     with house(Stub(sums)) as url:
         page = visit(url + "/chat", dark=True)

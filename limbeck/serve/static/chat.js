@@ -2,6 +2,7 @@
 import { events, tell } from "./studio.js";
 
 const KEPT = 24000; // characters of finished blocks that stay in the page while a text grows; the rest can be paged
+const SETTINGS = ["model", "beside", "temperature", "budget", "top_p", "max_tokens", "system"]; // fields of the composer that every question goes with
 const REST = 5000; // milliseconds between two looks at whether another window has changed the conversation
 
 const talk = document.querySelector(".talk[data-talk]");
@@ -175,7 +176,7 @@ document.addEventListener("visibilitychange", () => { if (document.hidden) follo
 
 async function act(form, button) {
   const body = new FormData(form, button);
-  for (const name of ["model", "beside", "temperature", "budget"]) if (composer && !body.has(name)) body.set(name, composer.elements[name].value);
+  for (const name of SETTINGS) if (composer && !body.has(name)) body.set(name, composer.elements[name].value);
   place(await ask(button?.hasAttribute("formaction") ? button.formAction : form.action, body), form.closest(".turn"));
   if (running().length) toEnd();
   wake();
