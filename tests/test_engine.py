@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
+from limbeck.cli import ask
 from limbeck.config.parts import Optimizer, Sampling
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams, draw, likely, to_sampling_params
+from limbeck.model import weights
 from limbeck.model.kv_cache import Packed
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
@@ -317,3 +320,18 @@ def test_stop_ids_end_a_completion_like_the_end_of_turn(decoder, tokenizer):
         met = (plain.tokens == stop).nonzero()[0]
         assert stopped.tokens.tolist() == (plain.tokens[: met[0] + 1] if len(met) else plain.tokens).tolist()
         assert stopped.stopped == (plain.stopped or len(met) > 0)
+
+
+def test_the_command_asks_with_every_sampling_parameter(decoder, tokenizer, tmp_path):
+    weights.save(decoder(), tmp_path / "model", tokenizer)
+
+    def answer(*options: str) -> str:
+        more = ["--max-new-tokens", "20", "--temperature", "1.5", "--top-p", "1", *options]
+        done = CliRunner().invoke(ask.app, [str(tmp_path / "model"), "use 6 1 5 make 3 ?", *more])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    plain = answer()
+    assert answer("--top-k", "1") == answer("--min-p", "1") == answer("--temperature", "0") != plain
+    for penalty, value in (("presence", "2"), ("frequency", "-2"), ("repetition", "4")):
+        assert answer(f"--{penalty}-penalty", value) != plain

@@ -69,7 +69,7 @@ def problems_of(folder: Path, runs: Path) -> ModelProblems | None:
         return None
     try:
         return _problems_of_artifact(artifact_folder, runs)
-    except LimbeckError:
+    except (LimbeckError, OSError):  # OSError: a file of problems that was deleted
         return None
 
 
