@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from limbeck.cli import ask
+from limbeck.config import recipe
+from limbeck.config.load import load
 from limbeck.config.parts import Optimizer, Sampling
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams, draw, likely, to_sampling_params
@@ -255,6 +258,14 @@ def test_a_recipe_sets_what_it_names_and_nothing_else_enters_the_key():
     )
     assert Sampling().model_dump().keys() == {"temperature", "top_p", "speculate", "max_new_tokens"}
     assert sampling.model_dump()["top_k"] == 20
+
+
+def test_an_rl_stage_refuses_penalties_in_one_sentence():
+    smoke = Path(recipe.__file__).parent.parent / "recipes" / "smoke.yaml"
+    key = "stages.zero.sampling.repetition_penalty"
+    with pytest.raises(LimbeckError, match=f"{key} = 1.2 is not for rl, .*; leave it out$"):
+        load(smoke, [f"{key}=1.2"])
+    load(smoke, [f"{key}=1", "stages.zero.sampling.top_k=20"])
 
 
 def test_as_likely_as_the_last_of_top_k_is_left_too():

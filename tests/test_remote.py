@@ -483,8 +483,6 @@ def test_how_it_is_asked_changes_no_key_and_whom_does(away, tmp_path):
      "withholds learning, evaluation, logit and on-policy distillation"),
     ("{kind: sample, model: teacher, problems: {clock: 1}, sampling: {speculate: true}}",
      "stages.x.sampling.speculate is not for teacher"),
-    ("{kind: rl, model: teacher, problems: {clock: 1}, sampling: {presence_penalty: 0.5}}",
-     "sampling.presence_penalty = 0.5 is not for rl"),
     ("{kind: remote, url: nowhere, model: wise}", "stages.x.url"),
     ("{kind: remote, url: 'http://x/v1', model: wise, key: 'sk-123 456'}", "stages.x.key"),
 ])  # fmt: skip

@@ -10,22 +10,11 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from .learned_rewards import TABLES, Calibrate, LearnedReward, Reward
 from .methods import DPO, Distill, Label, Pairs
-from .parts import (
-    PENALTIES,
-    Budgeted,
-    Optimizer,
-    Policy,
-    Prices,
-    RewardPart,
-    Sampling,
-    Settings,
-    Shape,
-    Stage,
-)
+from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
 
 CorpusShare = Literal[
     "textbook",
@@ -205,20 +194,6 @@ class RL(Budgeted):
         description="keep less in memory while learning, and compute it again: the same numbers, a "
         "third slower",
     )
-
-    @model_validator(mode="after")
-    def _without_penalties(self) -> RL:
-        """Refuse penalties: the learner scores a token by the prompt and the tokens before it alone, with no
-        penalty, so its log-probabilities would not be the sampler's."""
-        sampling = self.sampling
-        for name, neutral in PENALTIES.items():
-            value = getattr(sampling, name)
-            if value not in (None, neutral):
-                raise ValueError(
-                    f"sampling.{name} = {value:g} is not for rl, whose learner scores tokens "
-                    "without penalties; leave it out"
-                )
-        return self
 
 
 class Screen(Stage):
