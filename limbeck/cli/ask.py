@@ -21,12 +21,28 @@ def ask(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: int = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1, help="the likeliest tokens with this share")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="this many likeliest tokens; 0 is all")] = 0,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="share of the greatest probability")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(min=-2, max=2)] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(min=-2, max=2)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is none")] = 1.0,
 ) -> None:
     """Ask a model a question and watch it think."""
     from ..engine.sampling import SamplingParams
 
-    top_p = 0.95 if temperature else 1.0
-    sampling = SamplingParams(temperature, top_p, max_new_tokens)
+    sampling = SamplingParams(
+        temperature,
+        top_p,
+        max_new_tokens,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+    )
     for text in stream_answer(model, question, sampling, seed):
         print(text, end="", flush=True)
     print()

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ..text.prompt_format import system_fault, template_fault
 from ..types import LimbeckError
 from .learned_rewards import Calibrate, LearnedReward, Reward
-from .parts import Settings
+from .parts import PENALTIES, Settings
 from .recipe import (
     DPO,
     RL,
@@ -328,9 +328,19 @@ def _problems_behind(recipe: Recipe, names: list[str]) -> set[str]:
 
 
 def _check_rl(references: _References, stage: RL) -> None:
-    """Check that each learned part of an `rl` stage's reward cites its stage, has a weight, and is used for
-    enough steps to fill the window of its alarm."""
+    """Check that an `rl` stage samples without penalties, and that each learned part of its reward cites its
+    stage, has a weight, and is used for enough steps to fill the window of its alarm.
+
+    The learner scores a token by the tokens before it alone: with a penalty its log-probabilities would not
+    be the sampler's."""
     name = references.name
+    for penalty, neutral in PENALTIES.items():
+        value = getattr(stage.sampling, penalty)
+        if value not in (None, neutral):
+            raise references.error(
+                f".sampling.{penalty} = {value:g} is not for rl, whose learner scores tokens without "
+                "penalties; leave it out"
+            )
     learned = stage.learned_rewards or {}
     for part, kind in (("judge", "calibrate"), ("preference", "reward")):
         if part in stage.rewards and part not in learned:

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.parts import OPTIONAL_SAMPLING
 from ..config.recipe import Remote
 from ..text.prompt_format import conversation
 from ..types import Group, LimbeckError, Message, Problem, Resumable
@@ -141,6 +142,10 @@ class Endpoint:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
         }
+        for name, neutral in OPTIONAL_SAMPLING.items():
+            value = getattr(sampling, name)
+            if value != neutral:
+                body[name] = value
         if self.settings.logprobs:
             body["logprobs"] = True
         body |= self.settings.extra

@@ -139,7 +139,7 @@ class Engine:
             self.tokenizer.decode(sequence.tokens),
             int(sequence.tokens[-1]) in stop_token_ids,
             sequence.sample,
-            sequence.top_p_ids,
+            sequence.kept_ids,
             sequence.routes,
         )
 

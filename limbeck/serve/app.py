@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI, Form, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from .app_state import AppState
-from .openai.routes import api
+from .openai.routes import add_error_handlers, api
 from .pages import FOLDER, render
 from .security import LOOPBACK, Guard, Limits
 from .service import Service
@@ -51,6 +51,7 @@ def build(
             yield
 
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, lifespan=lifespan)
+    add_error_handlers(app)
     for make_router in routers():
         app.include_router(make_router(state))
     app.include_router(_entrance(state, key))
