@@ -13,6 +13,7 @@ import tiny
 import torch
 from test_cli import call, refused  # noqa: F401
 
+from limbeck.config.load import load
 from limbeck.files import checksums
 from limbeck.model import gguf, weights
 from limbeck.model.config import ModelConfig
@@ -257,6 +258,28 @@ def made(home: Path, accuracies: dict[str, float | None], story: dict[str, str])
 def test_a_run_stands_for_the_best_model_of_its_story(tmp_path, accuracies, roles, stage):
     run = made(tmp_path, accuracies, {role: role for role in roles.split()})
     assert final_stage(run) == stage
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def test_a_recipe_goes_by_its_bare_name(call, here):  # noqa: F811
+    """Also beside a folder of that name, as `limbeck release` might have written."""
+    (here / "smoke").mkdir()
+    said = call("plan", "smoke")
+    assert said.code == 0 and "will run" in said.out
+    refused(call("run", "smok"), "smok: no such recipe; did you mean smoke?")
+    refused(call("plan", "smok"), "smok: no model or artifact of that name; there are smoke,")
+    refused(call("plan", "quickstart.yml"), "did you mean quickstart?")
+    assert load("smoke").name == "smoke"
+
+
+def test_a_model_that_is_here_can_be_planned(call, here):  # noqa: F811
+    amounts = ("--on", "8x4090", "--tokens", "1e9", "--batch", "8", "--seq", "1024")
+    for name in ("mine/base", "pulled", "local.gguf"):
+        said = call("plan", name, *amounts)
+        assert said.code == 0 and said.out.startswith(f"{name} on ")
+    assert call("plan", "nothing", *amounts).code == 2
 
 
 # ---------------------------------------------------------------- models of which only the shapes are known

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..model.find import MODELS_FOLDER
-from .options import MODEL, RUNS, AsJson, Home, open_model, open_store, print_rows, usage_error
+from .options import MODEL, RUNS, AsJson, Home, open_model, open_store, print_rows, read_config, usage_error
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
+    from ..pipeline.model_name import NamedModel
 
 app = typer.Typer()
 
@@ -40,38 +41,38 @@ def show(
 
     For instance: limbeck show quickstart/r1, limbeck show deepseek-v3
     """
+    from ..model.config import ModelConfig
+
     if not name:
         _list_artifacts(runs, as_json)
         return
+    model = _find(name, runs)
+    if isinstance(model, ModelConfig):
+        _show_model(model, None, context, as_json)
+    elif model.artifact:
+        print(json.dumps(model.artifact.manifest, indent=2, ensure_ascii=False))
+    else:
+        _show_model(read_config(model.path), model.path, context, as_json)
+
+
+def _find(name: str, runs: Path) -> NamedModel | ModelConfig:
+    """Return what `name` stands for, or the shapes in a config.json or of a published model.
+
+    Raises a usage error for any other name.
+    """
+    from ..model.config import ModelConfig
     from ..pipeline.model_name import UnknownModel, find
     from ..plan.models import published, shipped
 
     if name.endswith(".json"):
-        _show_model(_read_config(Path(name)), None, context, as_json)
-        return
+        return ModelConfig.from_directory(Path(name))
     try:
-        model = find(name, runs, shipped())
+        return find(name, runs, shipped())
     except UnknownModel:
         config = published(name)
         if config is None:
             raise
-        _show_model(config, None, context, as_json)
-        return
-    if model.artifact:
-        print(json.dumps(model.artifact.manifest, indent=2, ensure_ascii=False))
-    else:
-        _show_model(_read_config(model.path), model.path, context, as_json)
-
-
-def _read_config(path: Path) -> ModelConfig:
-    """Return the configuration of a model directory, a config.json or a GGUF file."""
-    from ..model.config import ModelConfig
-
-    if path.suffix != ".gguf" or path.is_dir():
-        return ModelConfig.from_directory(path)
-    from ..model import gguf
-
-    return gguf.read_config(path)
+        return config
 
 
 def _show_model(config: ModelConfig, path: Path | None, context: int, as_json: bool) -> None:

@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
+    from ..model.config import ModelConfig
     from ..pipeline.graph import Graph
     from ..pipeline.model_name import NamedModel
     from ..pipeline.store import Store
@@ -69,6 +70,17 @@ def open_model(name: str, runs: Path) -> NamedModel:
     if model.run:
         print(f"{name}: its model {model.title}", file=sys.stderr)
     return model
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Return the configuration of a model directory, a config.json or a GGUF file."""
+    from ..model.config import ModelConfig
+
+    if path.suffix != ".gguf" or path.is_dir():
+        return ModelConfig.from_directory(path)
+    from ..model import gguf
+
+    return gguf.read_config(path)
 
 
 def find_recipe(recipe: str | Path) -> Path:

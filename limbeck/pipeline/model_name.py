@@ -327,7 +327,7 @@ def _unknown(name: str, runs: Path, others: Iterable[str]) -> str:
 
 def _listing(name: str, runs: Path, others: Iterable[str] = ()) -> str:
     """Return a clause that lists the models that there are and `others`, names like `name` first."""
-    known = [*names(runs), *others]
+    known = list(dict.fromkeys([*names(runs), *others]))
     if not known:
         return (
             f"there is none in {MODELS_FOLDER} or {runs}: `limbeck pull smollm2-135m` fetches one, "
