@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = (
     "run", "status", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", "verify",
-    "curate", "arena", "doctor", "ask",
+    "curate", "arena", "doctor", "ask", "eval",
 )  # fmt: skip
 
 

@@ -156,6 +156,7 @@ def export(
     """
     from ..model import gguf as ggml
 
+    ggml.check_type(gguf)
     found = open_model(model, runs)
     if found.path.is_file():
         raise usage_error(f"{found.path} is a GGUF file already; name a model directory")
