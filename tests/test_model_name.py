@@ -165,6 +165,7 @@ def test_every_command_refuses_what_is_two_things_or_nothing(call, here, command
     refused(said("hf:A/B"), "hf:A/B is not here yet; `limbeck pull hf:A/B` fetches it")
     refused(said("runs"), "runs: holds no model: neither config.json")
     refused(said("x" * 5000), "no model or artifact of that name")
+    refused(said("a\nb"), "'a\\nb': no model or artifact of that name")
     if command[0] != "verify":  # without a name it verifies all artifacts, as show lists them
         assert command[0] == "show" or refused(said(""), "the empty name: no model") is None
     if command[0] != "show":
