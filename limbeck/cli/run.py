@@ -63,7 +63,10 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
+    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops.
+
+    For instance: `limbeck run quickstart --auto`
+    """
     from ..pipeline.run import Run
     from .display import Events, Tree
     from .recipe_plan import cached_forecast
