@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..model import weights
 from ..model.decoder import Decoder
+from ..model.find import find_model
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
@@ -42,6 +46,18 @@ class Engine:
         self.drafted = 0
         self.accepted = 0
 
+    @classmethod
+    def load(cls, name: str | Path, rows: int = 256, speculate: bool = False) -> Self:
+        """Return an engine over the model `name`, for instance `Engine.load("smollm2-135m")`: a model
+        directory, an artifact, or the name of a pulled model.
+
+        `rows` and `speculate` are those of the constructor. Raises LimbeckError if there is no such model.
+        """
+        directory = find_model(str(name), Path())
+        if (directory / "model").is_dir():
+            directory = directory / "model"
+        return cls(weights.load(directory), Tokenizer.from_directory(directory), rows, speculate)
+
     @property
     def acceptance(self) -> float:
         """The share of drafted tokens that were accepted, which means that the model itself sampled the same
@@ -56,12 +72,25 @@ class Engine:
         self.accepted = 0
         return metrics
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy `weights`, by parameter name, into the model. A tensor that shares memory with the model's own
-        is skipped."""
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Copy the weights `tensors`, by parameter name, into the model. A tensor that shares memory with the
+        model's own is skipped."""
         for name, parameter in self.model.state_dict().items():
-            if parameter.data_ptr() != weights[name].data_ptr():
-                parameter.copy_(weights[name])
+            if parameter.data_ptr() != tensors[name].data_ptr():
+                parameter.copy_(tensors[name])
+
+    def generate(
+        self, prompts: Sequence[str], sampling: SamplingParams | None = None, seed: object = 0
+    ) -> list[Completion]:
+        """Return one completion of every prompt, a question as a user would ask it. `sampling` is by default
+        `SamplingParams()`.
+
+        A completion depends on its prompt and on `seed`, not on the other prompts. Raises LimbeckError if a
+        prompt is too long, as `rollout` does.
+        """
+        problems = [Problem(prompt, prompt) for prompt in prompts]
+        groups = self.rollout(problems, 1, sampling or SamplingParams(), seed)
+        return [group.completions[0] for group in groups]
 
     @torch.no_grad()
     def rollout(
