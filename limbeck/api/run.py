@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..cli.display import Lines, printable
 from ..config.load import find, load, with_auto_curation
 from ..config.recipe import Recipe
+from ..pipeline.loggers.stream import log_metrics
 from ..pipeline.run import Display
 from ..pipeline.run import Run as Execution
 from .results import Run
@@ -30,6 +31,7 @@ def run(
     *,
     runs: str | Path = "runs",
     auto: bool = False,
+    log: str | Sequence[str] = (),
     display: Display | None = None,
     **settings: Any,
 ) -> Run:
@@ -38,7 +40,8 @@ def run(
     `recipe` is a file, the name of a recipe that comes with Limbeck, a `Recipe`, or a mapping of its
     settings. `settings` replace settings of the recipe: `stages={"zero": {"steps": 5}}`, or by a dotted name
     `**{"stages.zero.steps": 5}`. `runs` is the folder of all runs. With `auto`, the policies of curate stages
-    decide in place of people. `display` shows the progress: by default lines of text, `Quiet()` for none.
+    decide in place of people. `log` names one or several of the loggers jsonl, tensorboard and wandb, which
+    get the metrics too. `display` shows the progress: by default lines of text, `Quiet()` for none.
 
     Works in any thread: no signal handler is installed. After Ctrl-C (KeyboardInterrupt) the stages at work
     write a checkpoint first; the same call goes on from it.
@@ -51,7 +54,8 @@ def run(
         checked = with_auto_curation(checked)
     base = find(recipe).parent if isinstance(recipe, str | Path) else Path()
     execution = Execution(checked, base, Path(runs), display or _display())
-    execution.execute()
+    with log_metrics(execution, [log] if isinstance(log, str) else log):
+        execution.execute()
     return Run(execution.folder)
 
 

@@ -40,6 +40,15 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)
 ]
+Loggers = Annotated[
+    list[str],
+    typer.Option(
+        "--log",
+        metavar="LOGGER",
+        help="write metrics for tensorboard, wandb or jsonl, too; may be repeated",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -48,6 +57,7 @@ def run(
     runs: Home = RUNS,
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
+    log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
     right: Annotated[
         str | None,
@@ -60,6 +70,7 @@ def run(
     ] = None,
 ) -> None:
     """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
+    from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
     from .display import Events, Tree
     from .recipe_plan import cached_forecast
@@ -69,7 +80,8 @@ def run(
     try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
         _stop_on_interrupt(job)
-        page = job.execute(cached_forecast(job.graph))
+        with log_metrics(job, log):
+            page = job.execute(cached_forecast(job.graph))
     finally:
         _ignore_interrupts()
         if isinstance(display, Tree):
