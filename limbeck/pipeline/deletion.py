@@ -1,0 +1,98 @@
+"""Deletion of a run: what it frees, what other runs keep, and which models it takes away."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.recipe import Load
+from ..types import LimbeckError
+from . import run_status
+from .run_folder import INDEX, read_json, read_recipe, run_folders, store_of
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What the deletion of a run means, before it is done.
+
+    `freed` maps the folders that are deleted to their sizes in bytes: the run's own, the artifacts that no
+    other run uses, and what its unfinished stages have written. `shared` maps the stages whose artifacts stay
+    to the runs that use them. `models` are the stages whose models go away, `served` the names of served
+    models among them. `dependent` are the runs whose recipes load such a model.
+    """
+
+    run: Path
+    freed: dict[Path, int]
+    shared: dict[str, tuple[str, ...]]
+    models: tuple[str, ...]
+    served: tuple[str, ...]
+    dependent: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes that are freed."""
+        return sum(self.freed.values())
+
+
+def foresee(run: Path, served: dict[str, Path] | None = None) -> Deletion:
+    """Return what the deletion of a run would do, and change nothing. `served` maps the names of the served
+    models to their directories."""
+    store = Store(store_of(run))
+    users = _users(run)
+    stages = read_json(run / INDEX)
+    shared = {stage: users[name] for stage, name in stages.items() if name in users}
+    owned = {stage: store.root / name for stage, name in stages.items() if name not in users}
+    begun = [store.root / ".partial" / name for name in run_status.status(run).begun.values()]
+    partial = [folder for folder in begun if folder.name not in users]
+    folders = [run, *dict.fromkeys([*owned.values(), *partial])]
+    freed = {folder: store.size(folder) for folder in folders if folder.is_dir()}
+    models = {stage: folder / "model" for stage, folder in owned.items() if (folder / "model").is_dir()}
+    gone = {directory.resolve() for directory in models.values()}
+    names = [name for name, directory in (served or {}).items() if directory.resolve() in gone]
+    return Deletion(run, freed, shared, tuple(models), tuple(names), tuple(_loading(run, freed)))
+
+
+def delete(run: Path) -> Deletion:
+    """Delete a run with everything that no other run uses, and return what was deleted. Reviews and responses
+    of remote models stay in the store.
+
+    Raises LimbeckError if a process executes the run.
+    """
+    if run_status.is_running(run):
+        raise LimbeckError(f"{run} is being carried out; pause it first, then delete it")
+    deletion = foresee(run)
+    for folder in deletion.freed:  # the run's own comes first: if this is cut off, `limbeck gc` does the rest
+        shutil.rmtree(folder)
+    return deletion
+
+
+def _users(run: Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of the other runs that use an artifact or an unfinished stage, by the folder's
+    name."""
+    users: dict[str, tuple[str, ...]] = {}
+    for other in _others(run):
+        used = [*read_json(other / INDEX).values(), *run_status.status(other).begun.values()]
+        for folder in dict.fromkeys(used):
+            users[folder] = (*users.get(folder, ()), other.name)
+    return users
+
+
+def _others(run: Path) -> Iterable[Path]:
+    """Return the folders of the other runs beside a run."""
+    return (other for other in run_folders(run.parent) if other != run)
+
+
+def _loading(run: Path, freed: Iterable[Path]) -> Iterable[str]:
+    """Yield the names of the other runs whose recipes load a model from a folder that is freed."""
+    folders = [folder.resolve() for folder in freed]
+    for other in _others(run):
+        try:
+            stages = read_recipe(other).stages.values()
+        except LimbeckError:
+            continue
+        paths = [(other / stage.path).resolve() for stage in stages if isinstance(stage, Load)]
+        if any(path.is_relative_to(folder) for path in paths for folder in folders):
+            yield other.name
