@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Completion": "limbeck.types",
-    "Engine": "limbeck.engine.rollout",
+    "Engine": "limbeck.api.engine",
     "Learner": "limbeck.train.learner",
     "LimbeckError": "limbeck.types",
     "Problem": "limbeck.types",

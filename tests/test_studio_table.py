@@ -136,7 +136,8 @@ def test_a_deletion_is_told_before_it_is_done(runs):
     foreseen = deletion.foresee(runs / "tiny")
     page = got(runs, "/runs/-/delete/tiny")[0].text
     assert f"{foreseen.size / 1e6:.1f} MB" in page and "models of these stages go away: zero" in page
-    assert "The result of base stays: twin use it, too." in page and "zero stays" not in page
+    assert "(twin) use results that therefore stay: brought, base, screened" in page
+    assert "zero" not in page.partition("therefore stay")[2].partition("</li>")[0]
     assert 'method="post"' in page
     assert "永久删除" in got(runs, "/runs/-/delete/tiny", headers={"accept-language": "zh"})[0].text
     assert sorted(path for path in runs.rglob("*") if ".studio" not in path.parts) == before

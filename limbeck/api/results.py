@@ -21,7 +21,7 @@ from ..types import LimbeckError
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
-    from ..engine.rollout import Engine
+    from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class StageResult:
 
         Raises LimbeckError if the stage makes no model, or has not made it yet.
         """
-        from ..engine.rollout import Engine
+        from .engine import Engine
 
         if self.model_folder is None:
             why = "it makes none" if self.state == "done" else f"it is not done (its state is {self.state})"
             raise LimbeckError(f"stage {self.name} has no model: {why}; `run.models` lists the models")
-        return Engine.load(self.model_folder, rows)
+        return Engine.load(self.model_folder, rows=rows)
 
 
 class Run:

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import weights
 from ..model.decoder import Decoder
-from ..model.find import find_model
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
@@ -45,18 +41,6 @@ class Engine:
         self.speculate = speculate
         self.drafted = 0
         self.accepted = 0
-
-    @classmethod
-    def load(cls, name: str | Path, rows: int = 256, speculate: bool = False) -> Self:
-        """Return an engine over the model `name`, for instance `Engine.load("smollm2-135m")`: a model
-        directory, an artifact, or the name of a pulled model.
-
-        `rows` and `speculate` are those of the constructor. Raises LimbeckError if there is no such model.
-        """
-        directory = find_model(str(name), Path())
-        if (directory / "model").is_dir():
-            directory = directory / "model"
-        return cls(weights.load(directory), Tokenizer.from_directory(directory), rows, speculate)
 
     @property
     def acceptance(self) -> float:

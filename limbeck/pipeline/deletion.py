@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,14 @@ class Deletion:
     """What the deletion of a run means, before it is done.
 
     `freed` maps the folders that are deleted to their sizes in bytes: the run's own, the artifacts that no
-    other run uses, and what its unfinished stages have written. `shared` maps the stages whose artifacts stay
-    to the runs that use them. `models` are the stages whose models go away, `served` the names of served
+    other run uses, and what its unfinished stages have written. `shared` maps the names of other runs to the stages
+    whose artifacts stay because these runs use them, too. `models` are the stages whose models go away, `served` the names of served
     models among them. `dependent` are the runs whose recipes load such a model.
     """
 
     run: Path
     freed: dict[Path, int]
-    shared: dict[str, tuple[str, ...]]
+    shared: dict[tuple[str, ...], list[str]]
     models: tuple[str, ...]
     served: tuple[str, ...]
     dependent: tuple[str, ...]
@@ -43,7 +44,10 @@ def foresee(run: Path, served: dict[str, Path] | None = None) -> Deletion:
     store = Store(store_of(run))
     users = _users(run)
     stages = read_json(run / INDEX)
-    shared = {stage: users[name] for stage, name in stages.items() if name in users}
+    shared = defaultdict(list)
+    for stage, name in stages.items():
+        if name in users:
+            shared[users[name]].append(stage)
     owned = {stage: store.root / name for stage, name in stages.items() if name not in users}
     begun = [store.root / ".partial" / name for name in run_status.status(run).begun.values()]
     partial = [folder for folder in begun if folder.name not in users]
@@ -52,7 +56,7 @@ def foresee(run: Path, served: dict[str, Path] | None = None) -> Deletion:
     models = {stage: folder / "model" for stage, folder in owned.items() if (folder / "model").is_dir()}
     gone = {directory.resolve() for directory in models.values()}
     names = [name for name, directory in (served or {}).items() if directory.resolve() in gone]
-    return Deletion(run, freed, shared, tuple(models), tuple(names), tuple(_loading(run, freed)))
+    return Deletion(run, freed, dict(shared), tuple(models), tuple(names), tuple(_loading(run, freed)))
 
 
 def delete(run: Path) -> Deletion:
