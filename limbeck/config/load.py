@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def shipped() -> dict[str, Path]:
 
 def find(recipe: str | Path) -> Path:
     """Return the path of a recipe's file. If there is no file `recipe` and it is the name of a recipe that
-    comes with the package, that recipe's path is returned."""
+    comes with the package, that recipe's path is returned. A folder of that name is no recipe."""
     path = Path(recipe)
-    if path.exists():
+    if path.is_file():
         return path
     return shipped().get(str(recipe), path)
 
@@ -131,9 +132,11 @@ def _read_tree(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        close = get_close_matches(path.stem, shipped(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
         names = ", ".join(shipped())
         raise LimbeckError(
-            f"{path}: no such recipe; recipes that come with Limbeck: {names or 'none found'}"
+            f"{path}: no such recipe; {hint}recipes that come with Limbeck: {names or 'none found'}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise LimbeckError(f"{path}: cannot be read as text ({error})") from None

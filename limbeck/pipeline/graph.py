@@ -29,10 +29,11 @@ from ..config.recipe import (
     inputs,
     sources,
 )
+from ..files import digest_file
 from ..types import LimbeckError
 from .decontamination import ContaminationReport, Decontamination, evaluated_problems
 from .review import review_queue
-from .store import Artifact, Store, digest_file, digest_of
+from .store import Artifact, Store, digest_of
 
 QUIET = {"title", "log_every", "save_every", "recompute"}
 # settings of an endpoint that do not change its responses

@@ -27,6 +27,12 @@ def run_folders(home: Path) -> list[Path]:
     return sorted(path.parent for path in home.glob(f"*/{RECIPE}") if path.parent.name != "store")
 
 
+def indexes(home: Path) -> dict[str, dict[str, str]]:
+    """Return, for each run in `home`, the names of its finished stages' artifact folders:
+    run -> stage -> name."""
+    return {path.parent.name: read_json(path) for path in sorted(home.glob(f"*/{INDEX}"))}
+
+
 def store_of(run: Path) -> Path:
     """Return the folder of the store that the run's artifacts are in."""
     return run.parent / "store"

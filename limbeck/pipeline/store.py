@@ -25,9 +25,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config.aliases import current_kind, stored_kind
-from ..files import atomic_write, sync
+from ..files import atomic_write, digest_file, sync
 from ..run_log import TIMING
-from ..types import Corrupted, LimbeckError, Resumable
+from ..types import Corrupted, Resumable
 
 MANIFEST = "manifest.json"
 RESPONSES = ".responses"
@@ -90,33 +90,24 @@ class Store:
             if artifact:
                 yield artifact
 
-    def resolve(self, name: str) -> Artifact:
-        """Return the one artifact whose folder name or key begins with `name`. Raises LimbeckError unless
-        exactly one matches."""
-        matches = []
-        for artifact in self.all():
-            if artifact.folder.name.startswith(name) or artifact.manifest["key"].startswith(name):
-                matches.append(artifact)
-        if len(matches) != 1:
-            what = f"{len(matches)} artifacts" if matches else "no artifact"
-            raise LimbeckError(f"{name}: {what} of that name in {self.root}; `limbeck show` lists them")
-        return matches[0]
-
     def verify(self) -> Iterator[tuple[Artifact, list[str]]]:
-        """Yield every artifact with a list of messages: one for each file that differs from the manifest, []
-        if all agree."""
+        """Yield every artifact with the result of `compare`."""
         for artifact in self.all():
-            outputs = artifact.manifest["outputs"]
-            faults = []
-            if _digest_of_outputs(outputs) != artifact.digest:
-                faults.append(f"{artifact.folder / MANIFEST} has changed")
-            for name, description in outputs.items():
-                path = artifact.folder / name
-                if not path.exists():
-                    faults.append(f"{path} is missing")
-                elif _describe(path) != description:
-                    faults.append(f"{path} has changed")
-            yield artifact, faults
+            yield artifact, self.compare(artifact)
+
+    def compare(self, artifact: Artifact) -> list[str]:
+        """Return a message for each file of an artifact that differs from the manifest, [] if all agree."""
+        outputs = artifact.manifest["outputs"]
+        faults = []
+        if _digest_of_outputs(outputs) != artifact.digest:
+            faults.append(f"{artifact.folder / MANIFEST} has changed")
+        for name, description in outputs.items():
+            path = artifact.folder / name
+            if not path.exists():
+                faults.append(f"{path} is missing")
+            elif _describe(path) != description:
+                faults.append(f"{path} has changed")
+        return faults
 
     def size(self, folder: Path) -> int:
         """Return the total size, in bytes, of the files in a folder, without the manifest."""
@@ -206,12 +197,6 @@ def digest_of(value: Any) -> str:
     """Return the SHA-256, in hexadecimal, of a JSON value with sorted keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, text: str) -> None:
