@@ -173,9 +173,7 @@ def test_served_models_and_runs_that_load_from_it_are_named(runs):
 
 def test_a_run_that_is_carried_out_is_not_deleted(runs):
     with RunStatus(runs / "tiny"):
-        page, answer = asked(
-            runs, ("GET", "/runs/-/delete/tiny", {}), ("POST", "/runs/-/delete/tiny", {})
-        )
+        page, answer = asked(runs, ("GET", "/runs/-/delete/tiny", {}), ("POST", "/runs/-/delete/tiny", {}))
         with pytest.raises(LimbeckError, match="is being carried out; pause it first"):
             deletion.delete(runs / "tiny")
     assert 'id="delete"' not in page.text and "pause it first" in page.text

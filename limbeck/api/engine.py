@@ -12,8 +12,10 @@ from ..text.tokenizer import Tokenizer
 
 
 class Engine(rollout.Engine):
-    """Samples completions from a decoder, at most `rows` sequences at once; `Engine.load("runs/quickstart/r1")`
-    opens a model by its name."""
+    """Samples completions from a decoder, at most `rows` sequences at once.
+
+    `Engine.load("quickstart/r1")` opens a model by its name; the constructor takes one that is open.
+    """
 
     @classmethod
     def load(

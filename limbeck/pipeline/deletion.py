@@ -20,9 +20,10 @@ class Deletion:
     """What the deletion of a run means, before it is done.
 
     `freed` maps the folders that are deleted to their sizes in bytes: the run's own, the artifacts that no
-    other run uses, and what its unfinished stages have written. `shared` maps the names of other runs to the stages
-    whose artifacts stay because these runs use them, too. `models` are the stages whose models go away, `served` the names of served
-    models among them. `dependent` are the runs whose recipes load such a model.
+    other run uses, and what its unfinished stages have written. `shared` maps the names of other runs to the
+    stages whose artifacts stay because these runs use them, too. `models` are the stages whose models go
+    away, `served` the names of served models among them. `dependent` are the runs whose recipes load such a
+    model.
     """
 
     run: Path

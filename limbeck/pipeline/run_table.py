@@ -1,4 +1,4 @@
-"""The table of runs: date, time, best accuracy and differing settings of each, read from the runs' folders."""
+"""The table of runs: date, time, best accuracy and differing settings of each, read from their folders."""
 
 from __future__ import annotations
 
@@ -92,8 +92,10 @@ def _accuracies(folder: Path) -> tuple[Accuracy, ...]:
 
 
 def differing_settings(runs: Sequence[RunState]) -> dict[str, dict[str, str]]:
-    """Return, by the run's name, the settings in which a run differs from the others with the same stages: the
-    settings' dotted keys and their values as text."""
+    """Return, by the run's name, the settings in which a run differs from the others with the same stages.
+
+    They are the settings' dotted keys and their values as text.
+    """
     variants: dict[Any, list[RunState]] = defaultdict(list)
     for run in runs:
         variants[frozenset((stage.name, stage.kind) for stage in run.stages)].append(run)

@@ -14,7 +14,7 @@ class JsonlLogger:
     """Writes rows such as `{"stage": "zero", "step": 3, "reward": 0.5}`."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]):
-        self._file = open(folder / METRICS, "w", encoding="utf-8")
+        self._file = (folder / METRICS).open("w", encoding="utf-8")
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step of a stage as one line."""

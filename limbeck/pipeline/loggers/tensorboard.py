@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard: event files in `runs/NAME/tensorboard/STAGE`, so that stages share their charts."""
+"""Metrics for TensorBoard: event files in `runs/NAME/tensorboard/STAGE`; stages share their charts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+if TYPE_CHECKING:
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class TensorBoardLogger:
@@ -23,6 +22,10 @@ class TensorBoardLogger:
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step of a stage as scalars, each under its own tag."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         if stage not in self._writers:
             self._writers[stage] = EventFileWriter(str(self._folder / stage))
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]

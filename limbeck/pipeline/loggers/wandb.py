@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from ...types import LimbeckError
 
 
@@ -26,6 +24,8 @@ class WandbLogger:
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]):
+        import wandb
+
         mode = os.environ.get("WANDB_MODE", "offline")
         if mode == "offline":
             shutil.rmtree(folder / "wandb", ignore_errors=True)

@@ -35,7 +35,9 @@ def routes(state: AppState) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/runs/-/compare")
-    def compare(request: Request, run: Annotated[list[str] | None, Query()] = None, metric: str = "") -> Response:
+    def compare(
+        request: Request, run: Annotated[list[str] | None, Query()] = None, metric: str = ""
+    ) -> Response:
         try:
             runs = _chosen(state.runs, run or [])
         except LimbeckError as error:
