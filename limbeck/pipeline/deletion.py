@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,25 +39,31 @@ class Deletion:
         return sum(self.freed.values())
 
 
-def foresee(run: Path, served: dict[str, Path] | None = None) -> Deletion:
+def foresee(run: Path, served: Mapping[str, Path] | None = None) -> Deletion:
     """Return what the deletion of a run would do, and change nothing. `served` maps the names of the served
     models to their directories."""
     store = Store(store_of(run))
     users = _users(run)
-    stages = read_json(run / INDEX)
-    shared = defaultdict(list)
-    for stage, name in stages.items():
+    owned: dict[str, Path] = {}
+    shared: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for stage, name in read_json(run / INDEX).items():
         if name in users:
             shared[users[name]].append(stage)
-    owned = {stage: store.root / name for stage, name in stages.items() if name not in users}
-    begun = [store.root / ".partial" / name for name in run_status.status(run).begun.values()]
-    partial = [folder for folder in begun if folder.name not in users]
-    folders = [run, *dict.fromkeys([*owned.values(), *partial])]
+        else:
+            owned[stage] = store.root / name
+    begun = run_status.status(run).begun.values()
+    partial = [store.root / ".partial" / name for name in begun if name not in users]
+    folders = dict.fromkeys([run, *owned.values(), *partial])
     freed = {folder: store.size(folder) for folder in folders if folder.is_dir()}
     models = {stage: folder / "model" for stage, folder in owned.items() if (folder / "model").is_dir()}
-    gone = {directory.resolve() for directory in models.values()}
-    names = [name for name, directory in (served or {}).items() if directory.resolve() in gone]
-    return Deletion(run, freed, dict(shared), tuple(models), tuple(names), tuple(_loading(run, freed)))
+    gone = _served_from(models.values(), served or {})
+    return Deletion(run, freed, dict(shared), tuple(models), gone, tuple(_loading(run, freed)))
+
+
+def _served_from(directories: Iterable[Path], served: Mapping[str, Path]) -> tuple[str, ...]:
+    """Return the names of the served models that are in one of the directories."""
+    gone = {directory.resolve() for directory in directories}
+    return tuple(name for name, directory in served.items() if directory.resolve() in gone)
 
 
 def delete(run: Path) -> Deletion:
