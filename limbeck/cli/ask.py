@@ -27,7 +27,7 @@ def ask(
 ) -> None:
     """Ask a model a question and watch it think.
 
-    For instance: limbeck ask quickstart/r1 "use 5 1 6 make 4 ?"
+    For instance: `limbeck ask quickstart/r1 "use 5 1 6 make 4 ?"`
     """
     from ..engine.sampling import SamplingParams
 

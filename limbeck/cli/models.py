@@ -27,7 +27,7 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="[MODEL|ARTIFACT]",
+            metavar="MODEL|ARTIFACT",
             help=f"{MODEL}; a config.json; or a name as deepseek-v3; none lists all artifacts",
         ),
     ] = "",
@@ -39,7 +39,7 @@ def show(
 ) -> None:
     """List the artifacts, print one's manifest, or tell what a model takes: weights, FLOPs, cache, memory.
 
-    For instance: limbeck show quickstart/r1, limbeck show deepseek-v3
+    For instance: `limbeck show quickstart/r1`, `limbeck show deepseek-v3`
     """
     from ..model.config import ModelConfig
 
@@ -121,7 +121,7 @@ def pull(
 ) -> None:
     """Fetch a base model and convert it to an HF directory.
 
-    For instance: limbeck pull smollm2-135m
+    For instance: `limbeck pull smollm2-135m`
     """
     from ..model.pull import pull as fetch
 
@@ -152,7 +152,7 @@ def export(
     Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, DeepSeek-V2 and V3 with a byte-level BPE tokenizer. The file
     appears whole or not at all. Run it with `llama-cli -m FILE` or `llama-server -m FILE`.
 
-    For instance: limbeck export smollm2-135m/r1 --gguf q8_0
+    For instance: `limbeck export smollm2-135m/r1 --gguf q8_0`
     """
     from ..model import gguf as ggml
 

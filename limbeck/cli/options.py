@@ -32,7 +32,7 @@ RunFolder = Annotated[
 RUNS = Path("runs")
 MODEL = (
     "a model: a pulled name, a directory, a GGUF file, RUN/STAGE, a run, a stage's name, "
-    "or the beginning of an artifact's name"
+    "or the beginning of an artifact's name (docs/reference/models.md)"
 )
 STATES = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
 

@@ -119,7 +119,7 @@ def plan(
     time, energy and money of training it, or of its reinforcement learning, and of serving it. `verify` sets
     published runs against the plan.
 
-    For instance: limbeck plan quickstart, limbeck plan deepseek-v3 --on 2048xH800
+    For instance: `limbeck plan quickstart`, `limbeck plan deepseek-v3 --on 2048xH800`
     """
     from .plan_text import Conditions, changes_text, days_left
 

@@ -55,7 +55,7 @@ def why(
     """Tell what a model was made from: its licences first, then stages, problems, teachers and people down
     to the roots.
 
-    For instance: limbeck why quickstart/r1, limbeck why smollm2-135m
+    For instance: `limbeck why quickstart/r1`, `limbeck why smollm2-135m`
     """
     from ..pipeline.provenance.lineage import find, rows_behind
 
@@ -298,7 +298,7 @@ def release(
 
     A licence that forbids it, or a name that breaks a naming duty, is refused with its clause.
 
-    For instance: limbeck release quickstart/r1 my-model
+    For instance: `limbeck release quickstart/r1 my-model`
     """
     from ..pipeline.provenance.release import release as write_release
 

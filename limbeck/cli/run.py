@@ -69,7 +69,10 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
+    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops.
+
+    For instance: `limbeck run quickstart --auto`
+    """
     from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
     from .display import Events, Tree

@@ -66,7 +66,7 @@ def serve(
 ) -> None:
     """Serve models: an OpenAI-compatible API under /v1, and the studio. Without a model, the studio alone.
 
-    For instance: limbeck serve quickstart/zero quickstart/r1, limbeck serve mine=model.gguf
+    For instance: `limbeck serve quickstart/zero quickstart/r1`, `limbeck serve mine=model.gguf`
     """
     if not key and not _is_loopback(host):
         raise usage_error(

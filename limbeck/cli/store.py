@@ -23,7 +23,7 @@ DAMAGED = 4  # exit code
 def gc(runs: Home = RUNS, yes: Annotated[bool, typer.Option("--yes", help="really delete")] = False) -> None:
     """Delete artifacts that no run in the folder uses any more, and what killed stages left.
 
-    Without --yes it only tells what it would delete. For instance: limbeck gc --yes
+    Without --yes it only tells what it would delete. For instance: `limbeck gc --yes`
     """
     from ..types import Resumable
 
@@ -65,7 +65,7 @@ def verify(
 ) -> None:
     """Hash artifacts again and compare them with their manifests, or a released directory with its checksums.
 
-    For instance: limbeck verify, limbeck verify quickstart/r1
+    For instance: `limbeck verify`, `limbeck verify quickstart/r1`
     """
     from ..pipeline.model_name import find
 
