@@ -109,6 +109,12 @@ def test_what_cannot_be_written_is_one_sentence_before_anything_runs(tmp_path, n
     assert not list(tmp_path.glob("*/*"))
 
 
+def test_the_command_line_says_so_too(tmp_path):
+    code, out, said = tiny.answer("run", "smoke", "--runs", tmp_path, "--log", "csv")
+    assert (code, out, said.count("\n")) == (2, "", 1) and "choose one of jsonl, tensorboard" in said
+    assert not list(tmp_path.iterdir())
+
+
 class Service:
     """What Weights & Biases keeps of each run, by the run's id, and how it was opened."""
 

@@ -157,6 +157,22 @@ def test_a_deletion_frees_what_no_other_run_uses(runs):
     assert not list((runs / "store").glob("*/manifest.json"))
 
 
+def test_a_deletion_stays_inside_the_store(runs):
+    """Also if somebody else wrote the run's files."""
+    (runs / "precious").mkdir()
+    names = {"a": "../precious", "b": "..", "c": ".queues", "d": ""}
+    (runs / "alone" / "stages.json").write_text(json.dumps(names))
+    assert list(deletion.delete(runs / "alone").freed) == [runs / "alone"]
+    assert (runs / "precious").is_dir() and (runs / "store").is_dir()
+
+
+def test_of_a_link_only_the_link_is_deleted(runs, tmp_path):
+    (runs / "alone").rename(tmp_path / "elsewhere")
+    (runs / "alone").symlink_to(tmp_path / "elsewhere")
+    deletion.delete(runs / "alone")
+    assert not (runs / "alone").exists() and (tmp_path / "elsewhere" / "recipe.yaml").exists()
+
+
 def test_served_models_and_runs_that_load_from_it_are_named(runs):
     index = json.loads((runs / "tiny" / "stages.json").read_text())
     model = runs / "store" / index["zero"] / "model"

@@ -17,6 +17,7 @@ from ..pipeline.dataset_rows import ROWS
 from ..pipeline.run_folder import RECIPE, read_json
 from ..report.loaded_run import EVALUATION
 from ..run_log import read, read_metrics
+from ..serve import jobs
 from ..types import LimbeckError
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ class Run:
     @property
     def state(self) -> str:
         """The state of the run now: `running`, `pausing`, `paused`, `waits` (for reviews), `finished` or
-        `failed`."""
-        return run_status.status(self.folder).state
+        `failed`, which it is too if its process died."""
+        return jobs.state(self.folder).name
 
     @cached_property
     def stages(self) -> dict[str, StageResult]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.display import Lines, printable
+from ..cli.recipe_plan import cached_forecast
 from ..config.load import find, load, with_auto_curation
 from ..config.recipe import Recipe
 from ..pipeline.loggers.stream import log_metrics
@@ -55,7 +56,7 @@ def run(
     base = find(recipe).parent if isinstance(recipe, str | Path) else Path()
     execution = Execution(checked, base, Path(runs), display or _display())
     with log_metrics(execution, [log] if isinstance(log, str) else log):
-        execution.execute()
+        execution.execute(cached_forecast(execution.graph))
     return Run(execution.folder)
 
 

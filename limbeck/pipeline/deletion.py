@@ -49,15 +49,20 @@ def foresee(run: Path, served: Mapping[str, Path] | None = None) -> Deletion:
     for stage, name in read_json(run / INDEX).items():
         if name in users:
             shared[users[name]].append(stage)
-        else:
+        elif _is_name(name):
             owned[stage] = store.root / name
     begun = run_status.status(run).begun.values()
-    partial = [store.root / ".partial" / name for name in begun if name not in users]
+    partial = [store.root / ".partial" / name for name in begun if _is_name(name) and name not in users]
     folders = dict.fromkeys([run, *owned.values(), *partial])
     freed = {folder: store.size(folder) for folder in folders if folder.is_dir()}
     models = {stage: folder / "model" for stage, folder in owned.items() if (folder / "model").is_dir()}
     gone = _served_from(models.values(), served or {})
     return Deletion(run, freed, dict(shared), tuple(models), gone, tuple(_loading(run, freed)))
+
+
+def _is_name(name: str) -> bool:
+    """Return True for the name of a folder, False for a path that could lead out of the store."""
+    return Path(name).name == name and name not in ("", ".", "..") and not name.startswith(".")
 
 
 def _served_from(directories: Iterable[Path], served: Mapping[str, Path]) -> tuple[str, ...]:
@@ -76,8 +81,16 @@ def delete(run: Path) -> Deletion:
         raise LimbeckError(f"{run} is being carried out; pause it first, then delete it")
     deletion = foresee(run)
     for folder in deletion.freed:  # the run's own comes first: if this is cut off, `limbeck gc` does the rest
-        shutil.rmtree(folder)
+        _remove(folder)
     return deletion
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; of a link, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _users(run: Path) -> dict[str, tuple[str, ...]]:
