@@ -104,6 +104,8 @@ def test_chosen_runs_are_drawn_in_one_chart(runs):
 def test_the_chart_begins_with_the_accuracy_of_rl(runs):
     page = got(runs, "/runs/-/compare?run=tiny")[0].text
     assert "<option selected>zero/accuracy</option>" in page
+    page = got(runs, "/runs/-/compare?run=tiny&run=twin")[0].text
+    assert "<option selected>base/loss</option>" in page  # which both have; a screening is no curve
     page = got(runs, "/runs/-/compare?run=alone", headers={"accept-language": "zh"})[0].text
     assert "还没有测量结果" in page and "<svg" not in page
 

@@ -21,6 +21,7 @@ from ..app_state import AppState
 from ..pages import render
 
 MOST = len(charts.HUES)  # runs in one chart: as many as there are colours
+LEARNING = ("pretrain", "rl", "sft", "dpo", "distill", "reward")  # kinds of stages whose metrics are curves
 PREFERRED = ("accuracy", "reward", "loss")  # metrics that are drawn unless another one is chosen
 SHARES = {column for panel in run_view.PANELS if panel.scale == "share" for column in panel.columns}
 LOGARITHMIC = {column for panel in run_view.PANELS if panel.scale == "log" for column in panel.columns}
@@ -72,7 +73,7 @@ def _values(runs: Mapping[str, RunState], metric: str) -> dict[str, Any]:
     return {
         "runs": list(runs),
         "tones": dict(zip(runs, charts.HUES, strict=False)),
-        "metrics": metrics,
+        "metrics": list(metrics),
         "metric": metric,
         "chart": _draw(histories, metric) if metric else Markup(),
         "settings": _transposed(run_table.compare(runs)),
@@ -81,29 +82,31 @@ def _values(runs: Mapping[str, RunState], metric: str) -> dict[str, Any]:
 
 
 def _histories(run: RunState) -> dict[str, History]:
-    """Return the metrics of each stage of a run that logs any, by the stage's name, RL before the rest."""
-    lines = [run_view.line_of(run, stage, alive=False) for stage in run.stages if stage.folder]
+    """Return the metrics of each learning stage that has logged any, by the stage's name, RL first."""
+    stages = [stage for stage in run.stages if stage.folder and stage.kind in LEARNING]
+    lines = [run_view.line_of(run, stage, alive=False) for stage in stages]
     lines.sort(key=lambda line: line.kind != "rl")
-    return {line.name: line.history for line in lines if line.kind != "evaluate" and line.history.steps}
+    return {line.name: line.history for line in lines if line.history.steps}
 
 
-def _metrics(histories: Histories) -> list[str]:
-    """Return `STAGE/METRIC` for each metric of any of the runs, those first that most runs have."""
+def _metrics(histories: Histories) -> dict[str, int]:
+    """Return how many of the runs have a metric, by `STAGE/METRIC`; those that most have come first."""
     counts: dict[str, int] = {}
     for stages in histories.values():
         for stage, history in stages.items():
             for column in history.columns:
                 counts[f"{stage}/{column}"] = counts.get(f"{stage}/{column}", 0) + 1
-    return sorted(counts, key=lambda name: -counts[name])
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _preferred(metrics: Sequence[str]) -> str:
-    """Return the metric to draw unless another one is chosen; "" if there is none."""
+def _preferred(metrics: Mapping[str, int]) -> str:
+    """Return the metric to draw by default, one that most runs have; "" if there is none."""
+    common = [name for name, count in metrics.items() if count == max(metrics.values())]
     for wanted in PREFERRED:
-        for metric in metrics:
+        for metric in common:
             if metric.endswith(f"/{wanted}"):
                 return metric
-    return next(iter(metrics), "")
+    return next(iter(common), "")
 
 
 def _draw(histories: Histories, metric: str) -> Markup:
