@@ -32,6 +32,7 @@ threads: 1
 stages: {base: {kind: load, path: models/pulled, licence: MIT}}
 """
 FORMS = ("pulled", "./local", "local", "local.gguf", "mine/base", "runs/mine/base", "mine", "base", "prefix")
+SHORT = ("--mode", "greedy", "--max-new-tokens", "4", "--held-out", "4")
 MADE = ("mine/base", "runs/mine/base", "mine", "base", "prefix")  # those that a stage made
 
 
@@ -54,6 +55,8 @@ def built(tmp_path_factory) -> Path:
     checksums_of(pulled).write_text(checksums(pulled))
     shutil.copytree(pulled, folder / "local", ignore=lambda *_: ["provenance.json"])
     gguf.write(pulled, folder / "local.gguf", "f32")
+    rows = [{"problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(9)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.yaml").write_text(RECIPE)
     code, _, err = tiny.answer("run", "mine.yaml", cwd=folder)
     assert code == 0, err
@@ -102,6 +105,9 @@ def test_every_command_takes_every_form(call, here, form):  # noqa: F811
     assert named([name], Path("runs")).keys() == {title}
     assert named([f"other={name}"], Path("runs")).keys() == {"other"}
 
+    said = call("eval", name, "--problems", "sums.jsonl", *SHORT)
+    assert said.code == 0 and re.search(r"^sums +greedy +\d+\.\d%  \(.*\) +4 problems", said.out)
+
     said = call("release", name, "released", "--gguf", "none")
     if form in MADE:
         assert said.code == 0 and call("verify", "released").out == "released: as it was\n"
@@ -141,7 +147,7 @@ def test_a_changed_file_is_found_by_name(call, here):  # noqa: F811
 
 COMMANDS = (
     ("ask", "{}", "why?"), ("show", "{}"), ("why", "{}"), ("export", "{}"), ("release", "{}", "out"),
-    ("serve", "{}"), ("verify", "{}"),
+    ("serve", "{}"), ("verify", "{}"), ("eval", "{}", "--problems", "smoke"),
 )  # fmt: skip
 
 
@@ -159,6 +165,7 @@ def test_every_command_refuses_what_is_two_things_or_nothing(call, here, command
     refused(said("hf:A/B"), "hf:A/B is not here yet; `limbeck pull hf:A/B` fetches it")
     refused(said("runs"), "runs: holds no model: neither config.json")
     refused(said("x" * 5000), "no model or artifact of that name")
+    refused(said("a\nb"), "'a\\nb': no model or artifact of that name")
     if command[0] != "verify":  # without a name it verifies all artifacts, as show lists them
         assert command[0] == "show" or refused(said(""), "the empty name: no model") is None
     if command[0] != "show":
@@ -280,6 +287,33 @@ def test_a_model_that_is_here_can_be_planned(call, here):  # noqa: F811
         said = call("plan", name, *amounts)
         assert said.code == 0 and said.out.startswith(f"{name} on ")
     assert call("plan", "nothing", *amounts).code == 2
+
+
+# ---------------------------------------------------------------- eval
+
+
+def test_eval_gives_the_figures_of_the_stage(call, finished):  # noqa: F811
+    """The same problems, seed and settings as the recipe's `evaluate` stage, so the same numbers."""
+    stage, _ = find_artifact("tiny/evaluation/zero", finished.home)
+    written = json.loads((stage.folder / "evaluation.json").read_text())
+    said = call("eval", "tiny/zero", "--problems", finished.recipe, "--runs", finished.home, "--json")
+    assert json.loads(said.out)["data"]["sources"] == written["sources"]
+    said = call(
+        "eval", "tiny/zero", "--problems", finished.recipe, "--runs", finished.home, "--mode", "greedy"
+    )
+    (line,) = said.out.splitlines()
+    assert line.split()[:2] == ["clock", "greedy"]
+    accuracy = written["sources"]["clock"]["modes"]["greedy"]["accuracy"]
+    assert f"{accuracy['mean']:.1%}  (" in line and f"{accuracy['problems']} problems" in line
+
+
+def test_eval_refuses_in_one_sentence(call, here):  # noqa: F811
+    refused(call("eval", "pulled", "--problems", "sums"), "sums: no such recipe")
+    refused(call("eval", "pulled", "--problems", "no.jsonl"), "--problems no.jsonl: there is no such file")
+    refused(call("eval", "pulled", "--problems", "sums.jsonl", "--mode", "hot"), "--mode hot: choose t1")
+    refused(call("eval", "pulled", "--problems", "sums.jsonl", "--answer", "x"), "--answer x: choose tags")
+    refused(call("eval", "pulled", "--problems", "sums.jsonl"), "9 different problems leave none", "held_out")
+    refused(call("eval", "pulled", "--problems", "mine.yaml"), "mine.yaml has no problems to ask")
 
 
 # ---------------------------------------------------------------- models of which only the shapes are known

@@ -248,6 +248,8 @@ def outcome(artifact: Artifact) -> str:
     Return "" if the stage's kind has no such results.
     """
     notes = artifact.manifest["notes"]
+    if notes.get("weights_changed") is False:
+        return ", weights unchanged"
     if "kept" in notes:
         return f", kept {notes['kept']} of {notes['sampled']}"
     if "policy" in notes:

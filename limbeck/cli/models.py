@@ -104,14 +104,15 @@ def _list_artifacts(runs: Path, as_json: bool) -> None:
         manifest = stored.manifest
         size = sum(output["bytes"] for output in manifest["outputs"].values())
         row = {"artifact": stored.folder.name, "stage": manifest["stage"], "seconds": manifest["seconds"]}
-        rows.append({**row, "bytes": size})
+        rows.append({**row, "bytes": size, "unchanged": manifest["notes"].get("weights_changed") is False})
     print_rows(rows, as_json, _artifact_line)
 
 
 def _artifact_line(row: dict[str, Any]) -> str:
     """Return one line of the list of artifacts: name, stage, seconds, and size in MB."""
     megabytes = row["bytes"] / 1e6
-    return f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB"
+    mark = "  weights unchanged" if row["unchanged"] else ""
+    return f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB{mark}"
 
 
 @app.command()
@@ -156,6 +157,7 @@ def export(
     """
     from ..model import gguf as ggml
 
+    ggml.check_type(gguf)
     found = open_model(model, runs)
     if found.path.is_file():
         raise usage_error(f"{found.path} is a GGUF file already; name a model directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -137,21 +138,35 @@ def _ignore_interrupts() -> None:
 @app.command()
 def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
     """Where a run stands, and for whom it waits."""
+    from ..pipeline import run_status
+    from .display import printable
+
     graph = open_run(run_folder)
-    rows = [_status(node) for node in graph.nodes.values()]
+    begun = run_status.status(run_folder).begun
+    rows = []
+    for node in graph.nodes.values():
+        partial = graph.store.root / ".partial" / begun[node.name] if node.name in begun else None
+        rows.append(_status(node, partial))
 
     def line(row: dict[str, Any]) -> str:
         detail = row["artifact"] or ""
         if row["state"] == "asks":
             command = f"limbeck curate {run_folder} {row['stage']}"
             detail = f"{row['waiting_rows']} rows wait for a person: {command}"
-        return f"{STATES[row['state']]:10} {row['stage']:32} {detail}"
+        if row["unchanged"]:
+            detail += "; weights unchanged"
+        lines = [f"{STATES[row['state']]:10} {row['stage']:32} {detail}"]
+        return "\n".join([*lines, *(f"{'':10} ! {printable(alarm)}" for alarm in row["alarms"])])
 
     print_rows(rows, as_json, line)
 
 
-def _status(node: Node) -> dict[str, Any]:
-    """Return one stage's name, kind, state, artifact, seconds, and number of rows that wait for review."""
+def _status(node: Node, partial: Path | None) -> dict[str, Any]:
+    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, whether
+    it left its weights unchanged, and the alarms of its latest step if it has begun.
+
+    `partial` is the folder that a stage that has begun works in.
+    """
     from ..pipeline.review import review_queue
 
     artifact = node.artifact
@@ -162,4 +177,20 @@ def _status(node: Node) -> dict[str, Any]:
         "artifact": artifact and artifact.folder.name,
         "seconds": artifact and artifact.manifest["seconds"],
         "waiting_rows": len(review_queue.pending(node.queue)) if node.state == "asks" else 0,
+        "unchanged": bool(artifact) and artifact.manifest["notes"].get("weights_changed") is False,
+        "alarms": _alarms(partial) if partial and not artifact else [],
     }
+
+
+def _alarms(partial: Path) -> list[str]:
+    """Return the alarms of the latest step that was logged in a folder, and a response if its rewards taught
+    nothing.
+    """
+    from ..run_log import ROLLOUTS, quote, read, read_metrics
+    from ..train.learning_signal import UNTAUGHT
+
+    *_, latest = [{}, *read_metrics(partial)]
+    alarms = list(latest.get("alarms", []))
+    if any(alarm.startswith(UNTAUGHT) for alarm in alarms):
+        alarms += [quote(row) for row in itertools.islice(read(partial / ROLLOUTS), 1)]
+    return alarms

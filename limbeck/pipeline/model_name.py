@@ -29,6 +29,7 @@ WEIGHTS = "model"  # an artifact's subfolder that is a model directory
 STORY = ("base", "zero", "dev1", "dev2", "dev3", "r1")  # roles of a run's model, the end of the story last
 FINAL_STAGE = "r1"  # the final model of a run without a story
 LISTED = 8  # names that an error lists
+MAX_SHOWN = 200  # characters of a name that an error repeats
 PAGE = "docs/reference/models.md tells how to name a model"
 
 # Directories of unpacked GGUF files, held until the process ends: each is removed with its object.
@@ -322,7 +323,8 @@ def _unknown(name: str, runs: Path, others: Iterable[str]) -> str:
     reason = "no model or artifact of that name"
     if os.path.exists(name):
         reason = f"holds no model: neither {CONFIG}, nor a run's {INDEX}, nor an artifact's {MANIFEST}"
-    return f"{name or 'the empty name'}: {reason}; {_listing(name, runs, others)}"
+    shown = name if name.isprintable() and len(name) <= MAX_SHOWN else repr(name[:MAX_SHOWN])
+    return f"{shown or 'the empty name'}: {reason}; {_listing(name, runs, others)}"
 
 
 def _listing(name: str, runs: Path, others: Iterable[str] = ()) -> str:

@@ -5,6 +5,6 @@
 """
 
 from .reading import read, read_config
-from .writing import TYPES, write
+from .writing import TYPES, check_type, write
 
-__all__ = ["TYPES", "read", "read_config", "write"]
+__all__ = ["TYPES", "check_type", "read", "read_config", "write"]

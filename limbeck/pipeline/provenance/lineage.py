@@ -38,6 +38,7 @@ ENTRY_KEYS = (
     "rights",
     "sources",
     "decontamination",
+    "continued",
 )  # of a manifest, the keys that a lineage's entry repeats
 
 

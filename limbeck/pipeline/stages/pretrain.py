@@ -10,6 +10,7 @@ from pathlib import Path
 from ...config.recipe import Pretrain
 from ...model.decoder import Decoder
 from ...model.from_recipe import to_config
+from ...model.weights import digest
 from ...run_log import prepare
 from ...train.learner import Learner
 from ...train.sft import SFTTrainer, batches
@@ -37,10 +38,12 @@ def run(job: Job) -> Outcome:
     documents = encode_documents(corpus, tokenizer, stage.tokens)
     prepare(job.folder, "at work")
     plan = batches(documents, stage.batch_tokens, job.seed)
+    initial = digest(decoder)
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
     result = train(job, SFTTrainer(learner, documents, plan, whole_batch, stage.log_every))
     save_model(decoder, tokenizer, job.folder)
+    result["notes"]["weights_changed"] = digest(decoder) != initial
     return result
 
 
