@@ -303,7 +303,7 @@ def test_new_weights_are_sampled_from(decoder, tokenizer):
     before = engine.rollout(PROBLEMS, 2, MODES["t1"], 0)
     learner.update(batches_of(before), CrossEntropy())
     assert gap(learner, before) > 1e-3
-    engine.load(learner.weights())
+    engine.load_weights(learner.weights())
     assert gap(learner, engine.rollout(PROBLEMS, 2, MODES["t1"], 0)) < 1e-5
 
 

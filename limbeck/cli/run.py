@@ -41,6 +41,15 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)
 ]
+Loggers = Annotated[
+    list[str],
+    typer.Option(
+        "--log",
+        metavar="LOGGER",
+        help="write metrics for tensorboard, wandb or jsonl, too; may be repeated",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -49,6 +58,7 @@ def run(
     runs: Home = RUNS,
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
+    log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
     no_try: Annotated[
         bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
@@ -67,6 +77,7 @@ def run(
 
     For instance: `limbeck run quickstart --auto`
     """
+    from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
     from .display import Events, Tree
     from .recipe_plan import cached_forecast
@@ -77,7 +88,8 @@ def run(
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
         job.previews = not no_try
         _stop_on_interrupt(job)
-        page = job.execute(cached_forecast(job.graph))
+        with log_metrics(job, log):
+            page = job.execute(cached_forecast(job.graph))
     finally:
         _ignore_interrupts()
         if isinstance(display, Tree):

@@ -8,6 +8,8 @@ module does not import torch."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -391,6 +393,18 @@ class Recipe(Settings):
     )
     problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
     stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
+
+    @classmethod
+    def load(cls, source: str | Path | Recipe | Mapping[str, Any], /, **settings: Any) -> Recipe:
+        """Return a checked recipe, read from a file, by the name of a recipe that comes with Limbeck, or from
+        a mapping; `Recipe.load("smoke", stages={"zero": {"steps": 5}})` changes a setting.
+
+        `settings` replace those of the recipe: a nested mapping is merged, and a name may be dotted
+        (`**{"stages.zero.steps": 5}`). Raises LimbeckError with one sentence about the first mistake.
+        """
+        from .load import load
+
+        return load(source, settings=settings)
 
 
 # ---------------------------------------------------------------- what cites what

@@ -57,12 +57,25 @@ class Engine:
         self.accepted = 0
         return metrics
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy `weights`, by parameter name, into the model. A tensor that shares memory with the model's own
-        is skipped."""
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Copy the weights `tensors`, by parameter name, into the model. A tensor that shares memory with the
+        model's own is skipped."""
         for name, parameter in self.model.state_dict().items():
-            if parameter.data_ptr() != weights[name].data_ptr():
-                parameter.copy_(weights[name])
+            if parameter.data_ptr() != tensors[name].data_ptr():
+                parameter.copy_(tensors[name])
+
+    def generate(
+        self, prompts: Sequence[str], sampling: SamplingParams | None = None, seed: object = 0
+    ) -> list[Completion]:
+        """Return one completion of every prompt, a question as a user would ask it. `sampling` is by default
+        `SamplingParams()`.
+
+        A completion depends on its prompt and on `seed`, not on the other prompts. Raises LimbeckError if a
+        prompt is too long, as `rollout` does.
+        """
+        problems = [Problem(prompt, prompt) for prompt in prompts]
+        groups = self.rollout(problems, 1, sampling or SamplingParams(), seed)
+        return [group.completions[0] for group in groups]
 
     @torch.no_grad()
     def rollout(

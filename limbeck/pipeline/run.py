@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..config.aliases import stored, stored_kind
-from ..config.load import dump, find, load, with_auto_curation
+from ..config.load import dump
 from ..config.parts import Budgeted
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
@@ -67,30 +66,6 @@ class Quiet:
         """Do nothing."""
 
 
-def run(
-    recipe: str | Path,
-    runs: str | Path = "runs",
-    overrides: Sequence[str] = (),
-    auto: bool = False,
-    display: Display | None = None,
-) -> Run:
-    """Execute a recipe, given as a path or as the name of a recipe in the package. Stages that are already
-    finished are not run again.
-
-    `runs` is the folder of all runs. `overrides` are "key.path=value" strings that change settings. With
-    `auto`, the policies of curate stages decide in place of human reviewers. The `graph` of the returned run
-    has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed stage, and
-    Resumable if the run was stopped or waits for reviews: the same call then continues it.
-    """
-    path = find(recipe)
-    settings = load(path, tuple(overrides))
-    if auto:
-        settings = with_auto_curation(settings)
-    executed = Run(settings, path.parent, Path(runs), display or Quiet())
-    executed.execute()
-    return executed
-
-
 class Run:
     """One run of a recipe: its graph of stages, its folder (`runs/NAME`), its worker processes and its
     display."""
@@ -137,6 +112,9 @@ class Run:
         except (LimbeckError, OSError):
             self._drain_after_failure()
             raise
+        except KeyboardInterrupt:  # of a program in Python; the command line handles the signal itself
+            self._drain_after_interrupt()
+            raise
         finally:
             self.host.close()
         if self.stopping:
@@ -172,6 +150,15 @@ class Run:
         while self.running and time.monotonic() < deadline:
             with suppress(LimbeckError, OSError):
                 self._step()
+
+    def _drain_after_interrupt(self) -> None:
+        """After Ctrl-C, wait until the running stages have written a checkpoint and ended. A second Ctrl-C
+        ends the wait."""
+        self.stop()
+        while self.host.busy:
+            with suppress(LimbeckError, OSError):
+                self._step()
+        self.status.tell("paused")
 
     def _was_reviewed(self) -> bool:
         """Return True if reviews have made a stage ready to run.

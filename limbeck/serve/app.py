@@ -63,9 +63,10 @@ def routers() -> list[Callable[[AppState], APIRouter]]:
 
     Each takes the state that all routes share.
     """
-    from .studio import arena, chat, review, runs
+    from .studio import arena, chat, comparison, deletion, review, runs
 
-    return [api, arena.routes, chat.routes, review.routes, runs.routes]
+    of_runs = [comparison.routes, deletion.routes, runs.routes]  # the pages of one run match nearly anything
+    return [api, arena.routes, chat.routes, review.routes, *of_runs]
 
 
 def _entrance(state: AppState, key: str | None) -> APIRouter:

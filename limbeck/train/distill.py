@@ -156,7 +156,7 @@ class DistillTrainer:
             batch = self.sampler(step)
             batches, teacher_tokens = attach_teachers(batch, self.teachers, self.settings.batch_tokens)
             update = self.learner.update(batches, loss, self.settings.temperature)
-            self.sampler.engine.load(self.learner.weights())
+            self.sampler.engine.load_weights(self.learner.weights())
             metrics = {
                 "on_policy": float(bool(batch.groups)),
                 **update,

@@ -79,7 +79,7 @@ class GRPOTrainer:
                 self.learner.update(self._with_reference(part), self.loss, temperature)
                 for part in minibatches(samples, policy.updates_per_rollout, (self.seed, step))
             ]
-            self.engine.load(self.learner.weights())
+            self.engine.load_weights(self.learner.weights())
             held_out = self.rewards.evaluate(step, groups, self.engine)
             metrics = self._metrics(groups, informative, samples, updates, held_out)
             self.log.step(step, metrics, groups, informative)
