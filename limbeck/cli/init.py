@@ -53,8 +53,8 @@ def init(
     """
     from . import first_recipe
 
-    model = _answer("--model", "Which model? A pulled model's name, a directory, a GGUF file, or miniature",
-                    model, MODEL, yes)  # fmt: skip
+    question = "Which model? A pulled model's name, a directory, a GGUF file, or miniature"
+    model = _answer("--model", question, model, MODEL, yes)
     default = first_recipe.default_problems(model)
     question = "Which problems? A JSONL file, or a generator of reasoning-gym"
     problems = _answer("--problems", question, problems, default, yes or model == first_recipe.MINIATURE)
@@ -75,6 +75,11 @@ def _answer(flag: str, question: str, given: Any, default: Any, take_default: bo
         return given
     if take_default:
         return default
-    if not sys.stdin.isatty():
+    if not at_terminal():
         raise usage_error(f"{flag} is missing, and there is no terminal to ask at; give {flag} or --yes")
     return typer.prompt(question, default=default, type=type(default))
+
+
+def at_terminal() -> bool:
+    """Return True if a person can be asked: standard input is a terminal."""
+    return sys.stdin.isatty()

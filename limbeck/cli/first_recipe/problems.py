@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..options import usage_error
 
 MINIATURE = "miniature"
@@ -19,6 +21,7 @@ SHORT_SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 SMALL = 1_000_000_000  # parameters below which a model is not expected to mark its answer
 MOST_HELD_OUT = 200  # problems
 GENERATED = 2000  # problems
+STAGES = ("base", "sometimes", "zero", "evaluation", "report")
 SHOWN = 60  # characters of a question or an answer that are printed
 CHARACTERS = 2  # characters of the longest usual text for each token that an answer may have
 MARKED = {
@@ -49,9 +52,10 @@ def default_problems(model: str) -> str:
 
 def name_of(problems: str) -> str:
     """Return a name for the recipe and its problems: the file's or the generator's, in letters, digits and
-    underscores."""
+    underscores. A name that YAML reads as something else, or that a stage has, gets a prefix."""
     name = Path(problems).stem if is_file(problems) else problems
-    return re.sub(r"\W+", "_", name).strip("_") or "problems"
+    name = re.sub(r"\W+", "_", name).strip("_") or "problems"
+    return f"problems_{name}" if yaml.safe_load(name) != name or name in STAGES else name
 
 
 def is_file(problems: str) -> bool:
@@ -95,7 +99,9 @@ def _from_file(path: Path, columns: str, parameters: float, folder: Path) -> Sou
     texts = [str(row[column]) for _, row in rows for column in chosen.values() if column in row]
     settings |= {"held_out": held_out, "answer": answer, "instruction": MARKED[answer], "licence": "own"}
     notes = [_first_row(path, rows, chosen)]
-    if task.skipped:
+    if task.skipped == 1:
+        notes.append(f"{path}: 1 row has an answer that cannot be read, and is left out")
+    elif task.skipped:
         notes.append(f"{path}: {task.skipped} rows have an answer that cannot be read, and are left out")
     return Source(settings, held_out, _tokens(texts, answer), notes)
 

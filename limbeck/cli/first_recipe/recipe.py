@@ -19,7 +19,9 @@ from .sizes import STEPS, Sizes, fit
 RATES = ((3e8, "2.0e-5"), (SMALL, "5.0e-6"), (4e9, "2.0e-6"))  # parameters below which a rate is taken
 LEAST_RATE = "1.0e-6"  # learning rate of larger models
 PLAIN = re.compile(r"[A-Za-z][\w./-]*")  # texts that YAML reads as they are
-MINIATURE_SOURCE = Source({"source": MINIATURE}, 0, 0, ["miniature: problems of its own, the clock countdown"])
+MINIATURE_SOURCE = Source(
+    {"source": MINIATURE}, 0, 0, ["miniature: problems of its own, the clock countdown"]
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _next_commands(path: Path, runs: Path) -> list[str]:
     """Return the next commands, each with what it does."""
     where = "" if runs == Path("runs") else f" --runs {runs}"
     return [
-        f"  limbeck try {path}{where}    # eight problems as the model sees them, its answers, and the verdicts",
+        f"  limbeck try {path}{where}    # eight prompts as the model sees them, its answers, verdicts",
         f"  limbeck plan {path}{where}   # how long each stage takes here",
         f"  limbeck run {path}{where}    # Ctrl-C stops it; the same command goes on",
     ]

@@ -1,5 +1,4 @@
-"""The sizes of a first recipe: as many steps as the planner's forecast lets fit into the time.
-"""
+"""The sizes of a first recipe: as many steps as the planner's forecast lets fit into the time."""
 
 from __future__ import annotations
 
@@ -58,8 +57,8 @@ def fit(draft: Recipe, folder: Path, minutes: float, runs: Path) -> Sizes:
     if possible < FEWEST:
         needed = (fixed + FEWEST * per_step) / 60
         raise usage_error(
-            f"--minutes {minutes:g}: {FEWEST} steps and the evaluations take about {needed:.0f} minutes here; "
-            f"give --minutes {int(needed) + 1}, or a smaller model"
+            f"--minutes {minutes:g}: {FEWEST} steps and the evaluations take about {needed:.0f} minutes "
+            f"here; give --minutes {int(needed) + 1}, or a smaller model"
         )
     steps = _round(min(MOST, possible))
     seconds = fixed + steps * per_step
