@@ -13,7 +13,7 @@ from .options import RUNS, Home, usage_error
 app = typer.Typer()
 
 MODEL = "smollm2-135m"
-MINUTES = 45.0
+MINUTES = 45.0  # minutes
 
 
 @app.command()
