@@ -151,7 +151,7 @@ def test_words_in_a_box_and_other_columns(place, call):
     assert code == 0, err
     assert "answer = gold ('red')" in out
     problems = load("cubes.yaml").problems["cubes"]
-    assert problems.answer == "boxed" and "\\boxed{}" in problems.instruction
+    assert problems.answer == "boxed" and "\\boxed{}" in problems.template
 
 
 def test_rows_without_a_readable_answer_are_counted(place, call):

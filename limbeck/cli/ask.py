@@ -48,7 +48,8 @@ def stream_answer(model: Path, question: str, sampling: SamplingParams, seed: in
     engine = Engine(weights.load(directory), tokenizer)
     tokens: list[int] = []
     printed = 0
-    for token in engine.stream(tokenizer.prompt(question), sampling, seed):
+    messages = tokenizer.prompt_format.apply([{"role": "user", "content": question}])
+    for token in engine.stream(tokenizer.prompt(messages), sampling, seed):
         tokens.append(token)
         text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):  # an incomplete character, until its next token

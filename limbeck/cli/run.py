@@ -49,6 +49,9 @@ def run(
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
     as_json: AsJson = False,
+    no_try: Annotated[
+        bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
+    ] = False,
     right: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +71,7 @@ def run(
     path = find_recipe(recipe)
     try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
+        job.previews = not no_try
         _stop_on_interrupt(job)
         page = job.execute(cached_forecast(job.graph))
     finally:

@@ -63,7 +63,8 @@ class Gym(Settings):
     config: dict[str, Any] = Field({}, description="the generator's own settings")
     size: int = Field(2000, ge=2, description="training problems to generate; repeated ones are dropped")
     held_out: int = Field(500, ge=1, description="test problems to generate")
-    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    system: str | None = Field(None, description="the system prompt, in the chat template's system role")
+    template: str = Field("{problem}", description="the user message; `{problem}` stands for the question")
     answer: Literal["tags", "boxed", "final"] = Field(
         "boxed",
         description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
@@ -82,7 +83,8 @@ class Files(Settings):
     )
     held_out: int = Field(200, ge=1, description="problems kept for testing, chosen by their text")
     limit: int | None = Field(None, ge=2, description="read no more rows than this")
-    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    system: str | None = Field(None, description="the system prompt, in the chat template's system role")
+    template: str = Field("{problem}", description="the user message; `{problem}` stands for the question")
     answer: Literal["tags", "boxed", "final"] = Field(
         "boxed",
         description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",

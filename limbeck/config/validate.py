@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..text.prompt_format import system_fault, template_fault
 from ..types import LimbeckError
 from .learned_rewards import Calibrate, LearnedReward, Reward
 from .parts import Settings
@@ -116,6 +117,7 @@ def check_references(path: Path, recipe: Recipe) -> None:
         raise LimbeckError(
             f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store"
         )
+    _check_prompts(path, recipe)
     for name, stage in recipe.stages.items():
         references = _References(path, recipe, name)
         _check_any_stage(references, stage)
@@ -123,6 +125,20 @@ def check_references(path: Path, recipe: Recipe) -> None:
         if check:
             check(references, stage)
     _refuse_cycles(path, recipe)
+
+
+def _check_prompts(path: Path, recipe: Recipe) -> None:
+    """Raise LimbeckError for a template without `{problem}`, for other placeholders, and for an empty system
+    prompt."""
+    for name, source in recipe.problems.items():
+        if isinstance(source, Miniature):
+            continue
+        for key, fault in (
+            ("template", template_fault(source.template)),
+            ("system", "" if source.system is None else system_fault(source.system)),
+        ):
+            if fault:
+                raise LimbeckError(f"{path}: problems.{name}.{key} {fault}")
 
 
 @dataclass(frozen=True)

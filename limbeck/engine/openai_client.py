@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.recipe import Remote
-from ..types import Group, LimbeckError, Problem, Resumable
+from ..text.prompt_format import conversation
+from ..types import Group, LimbeckError, Message, Problem, Resumable
 from .chat_completion import InvalidResponse, parse, to_completion, unknown_tokens
 from .rate_limit import RateLimiter, Stopped, retry_after
 from .response_cache import ResponseCache
@@ -90,7 +91,7 @@ class Endpoint:
         """
         if sampling.force or sampling.keep_mask or sampling.stop_ids:
             raise LimbeckError(f"{self.name} is remote: tokens cannot be forced, masked or stopped at there")
-        bodies = [self.body(problem.prompt, sampling) for problem in problems]
+        bodies = [self.body(conversation(problem.prompt, problem.system), sampling) for problem in problems]
         keys = [[self._key(body, sample) for sample in range(group_size)] for body in bodies]
         requests: dict[str, tuple[dict[str, Any], int]] = {}
         for body, group_keys in zip(bodies, keys, strict=True):
@@ -130,12 +131,12 @@ class Endpoint:
             metrics["money"] = (prompt * prices.input + response * prices.output) / 1e6
         return metrics
 
-    def body(self, prompt: str, sampling: SamplingParams) -> dict[str, Any]:
-        """Return the JSON body of a chat-completion request for `prompt`. The recipe's `extra` overrides or
-        adds fields; a field that `extra` sets to null is removed."""
+    def body(self, prompt: str | list[Message], sampling: SamplingParams) -> dict[str, Any]:
+        """Return the JSON body of a chat-completion request for `prompt`, a question or a conversation. The
+        recipe's `extra` overrides or adds fields; a field that `extra` sets to null is removed."""
         body: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
+from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
@@ -77,8 +78,9 @@ class Engine:
         `progress(1)` is called for each finished completion. Raises LimbeckError if a prompt's length plus
         `sampling.max_new_tokens` exceeds the model's maximal number of positions.
         """
-        prompts = [self.tokenizer.prompt(problem.prompt) for problem in problems]
+        prompts = [self.tokenizer.prompt(conversation(p.prompt, p.system)) for p in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
+            self._check_system_prompt(problem, sampling)
             self._check_length(f"problem {problem.id}", prompt, sampling)
         waiting = deque(range(len(problems)))
         batch = self._new_batch(sampling)
@@ -140,6 +142,20 @@ class Engine:
             sequence.top_p_ids,
             sequence.routes,
         )
+
+    def _check_system_prompt(self, problem: Problem, sampling: SamplingParams) -> None:
+        """Raise LimbeckError if the system prompt alone, plus `sampling.max_new_tokens`, exceeds the model's
+        maximal number of positions."""
+        positions = self.model.config.max_positions
+        if len(problem.system) + sampling.max_new_tokens <= positions:
+            return  # a token has at least one character
+        tokens = len(self.tokenizer.encode(problem.system))
+        if tokens + sampling.max_new_tokens > positions:
+            raise LimbeckError(
+                f"problems.{problem.id.partition('/')[0]}.system: {tokens} tokens and "
+                f"max_new_tokens={sampling.max_new_tokens} exceed the model's {positions} positions; "
+                "shorten the system prompt"
+            )
 
     def _check_length(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
         """Raise LimbeckError if the length of `prompt` [N] plus `sampling.max_new_tokens` exceeds the model's

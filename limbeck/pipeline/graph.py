@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.aliases import stored, stored_kind
+from ..config.aliases import stored, stored_kind, stored_problems
 from ..config.learned_rewards import TABLES, Calibrate, Reward
 from ..config.methods import DPO
 from ..config.recipe import (
@@ -168,7 +168,9 @@ class Graph:
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
-        settings = problems.model_dump(mode="json", exclude={"licence", "teachers"})
+        settings = stored_problems(problems.model_dump(mode="json", exclude={"licence", "teachers"}))
+        if settings.get("system") is None:  # as if there were no such setting, so that it changes no key
+            settings.pop("system", None)
         if isinstance(problems, Files):
             settings["path"] = self._digest(Path(problems.path))
         return settings

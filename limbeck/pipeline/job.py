@@ -37,7 +37,8 @@ class Job:
     it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
     continuations, else None. `queue` is the folder of rows under review, of whose review file the first
     `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
-    are too similar to a test. `stopping` returns True once the stage should write a checkpoint and end.
+    are too similar to a test. `preview` is the file for the preview of the stage, None if there is to be
+    none. `stopping` returns True once the stage should write a checkpoint and end.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Job:
     review_bytes: int | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    preview: Path | None = None
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     # ------------------------------------------------------------ models

@@ -21,6 +21,7 @@ from ..run_log import read
 from ..runtime.machine import machine
 from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
+from . import preview
 from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
@@ -106,6 +107,7 @@ class Run:
         self.host = WorkerPool(recipe.workers, recipe.threads)
         self.status = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
+        self.previews = False  # True to preview each stage that samples, before it begins
         self.stopping = False
         self._stop_sent = False
 
@@ -282,7 +284,16 @@ class Run:
             review_bytes=node.review_bytes,
             endpoints=node.endpoints,
             dropped=frozenset(node.dropped),
+            preview=self._preview(node),
         )
+
+    def _preview(self, node: Node) -> Path | None:
+        """Return the file for the preview of a stage; None if there is to be none, as for an evaluation and
+        for a remote model, whose responses cost money."""
+        wanted = self.previews and node.kind in preview.LEARNING and preview.previewable(node.stage)
+        if not wanted or node.stage.model in node.endpoints:
+            return None
+        return preview.path_of(self.folder.resolve(), node.name)
 
     # ------------------------------------------------------------ events of workers
 

@@ -12,11 +12,13 @@ from markupsafe import Markup
 
 from ..config.recipe import RL
 from ..report import flips, graph_drawing, i18n, sentences, summary
+from ..report import preview as sentences_of
 from ..report.flips import Flips
 from ..report.history import History
 from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
+from . import preview
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
@@ -277,6 +279,15 @@ def responses(line: Line, step: int | None) -> dict[str, Any] | None:
         "before": steps[place - 1] if place else None,
         "after": steps[place + 1] if place + 1 < len(steps) else None,
     }
+
+
+def previewed(run: RunState, line: Line) -> dict[str, Any] | None:
+    """Return the preview that was made when the stage began, with its counts and remedies as sentences under
+    `said`; None if there is none."""
+    found = preview.read(run.folder, line.name)
+    if not found:
+        return None
+    return {**found, "said": [sentences_of.summary(found), *sentences_of.remedies(found)]}
 
 
 def samples(line: Line) -> list[dict[str, Any]]:

@@ -91,6 +91,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "review_bytes": job.review_bytes,
         "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
         "dropped": sorted(job.dropped),
+        "preview": str(job.preview) if job.preview else None,
     }
 
 
@@ -109,6 +110,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         review_bytes=request["review_bytes"],
         endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         dropped=frozenset(request["dropped"]),
+        preview=Path(request["preview"]) if request["preview"] else None,
         stopping=stop.is_set,
     )
 
@@ -159,8 +161,9 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
         prepare(job.folder, "at work")
-        _release_memory()
         kernels = _choose_kernels(job, tell)
+        _preview(job, tell)
+        _release_memory()
         began = time.monotonic()
         cpu_began = time.process_time()
         outcome = STAGES[job.stage.kind](job)
@@ -170,6 +173,20 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     job.checkpoint().clear()
     (job.folder / KERNELS).unlink(missing_ok=True)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _preview(job: Job, tell: Callable[[str], None]) -> None:
+    """Write the preview of a stage, if it is to have one, and tell what it counts. A mistake of the user's is
+    left for the stage itself to report."""
+    if not job.preview:
+        return
+    from ..report.preview import remedies, summary
+    from .preview import write_once
+
+    with suppress(LimbeckError):
+        preview = write_once(job)
+        for text in [summary(preview), *remedies(preview)] if preview else []:
+            tell(text.en)
 
 
 def _choose_kernels(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:

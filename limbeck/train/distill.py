@@ -15,8 +15,9 @@ import numpy as np
 
 from ..config.methods import Distill
 from ..model.config import ModelConfig
+from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
-from ..types import Group, Labels, Sample, Sampler, generator
+from ..types import Group, Labels, Message, Sample, Sampler, generator
 from .batch import Batch, by_sample, pack, to_samples
 from .checkpoint import Checkpoint
 from .divergence import top_k
@@ -31,12 +32,12 @@ LABELLED = ""  # stands in for the teacher's name where a sample has stored labe
 
 
 class Assigned(NamedTuple):
-    """A sample, the text of the question that it answers, and the name of the teacher that it is learned
+    """A sample, the question or conversation that it answers, and the name of the teacher that it is learned
     from."""
 
     teacher: str
     sample: Sample
-    question: str
+    question: str | Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Teacher:
     tokenizers: tuple[Tokenizer, Tokenizer] | None = None
 
     def attach(
-        self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int
+        self, samples: Sequence[Sample], questions: Sequence[str | Sequence[Message]], batch_tokens: int
     ) -> tuple[list[Batch], int]:
         """Pack the samples into micro-batches that hold what the teacher says about them.
 
@@ -113,7 +114,8 @@ class DistillSampler:
             teacher = self.settings.teachers[domain(group.problem.id)]
             no_advantages = [np.zeros(len(group.completions))]
             for sample in to_samples([group], no_advantages, keep_mask=False):
-                assigned.append(Assigned(teacher, sample, group.problem.prompt))
+                question = conversation(group.problem.prompt, group.problem.system)
+                assigned.append(Assigned(teacher, sample, question))
         return DistillBatch(assigned, groups)
 
     def _from_rows(self, step: int) -> DistillBatch:

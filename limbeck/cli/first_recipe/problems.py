@@ -97,7 +97,7 @@ def _from_file(path: Path, columns: str, parameters: float, folder: Path) -> Sou
     problems = [*task.problems("train"), *task.problems("test")]
     answer = _style([problem.answer for problem in problems], parameters)
     texts = [str(row[column]) for _, row in rows for column in chosen.values() if column in row]
-    settings |= {"held_out": held_out, "answer": answer, "instruction": MARKED[answer], "licence": "own"}
+    settings |= {"held_out": held_out, "answer": answer, "template": MARKED[answer], "licence": "own"}
     notes = [_first_row(path, rows, chosen)]
     if task.skipped == 1:
         notes.append(f"{path}: 1 row has an answer that cannot be read, and is left out")
@@ -160,7 +160,7 @@ def _from_generator(name: str, parameters: float) -> Source:
     answer = _style([problem.answer for problem in problems], parameters)
     settings["answer"] = answer
     if answer == "boxed":  # a generator's question says itself what is asked for
-        settings["instruction"] = MARKED[answer]
+        settings["template"] = MARKED[answer]
     texts = [problem.data["question"] for problem in problems]
     note = f"{name}: {len(problems)} problems of reasoning-gym, such as {texts[0][:SHOWN]!r}"
     return Source(settings, MOST_HELD_OUT, _tokens(texts, answer), [note])

@@ -44,6 +44,7 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    tokenizer.prompt_format = tasks.prompt_format
     save_model(decoder, tokenizer, job.folder)
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)

@@ -329,6 +329,7 @@ def _stage_values(
         "rivals": run_view.rivals(run, line),
         "responses": run_view.responses(line, query.step),
         "samples": run_view.samples(line)[:MAX_SHOWN],
+        "preview": run_view.previewed(run, line),
         "shown": MAX_SHOWN,
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     }
