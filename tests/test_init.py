@@ -19,6 +19,7 @@ from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
 from limbeck.plan import machine_rates
 from limbeck.plan.machine_rates import Rates
+from limbeck.types import LimbeckError
 
 ROWS = [
     {"question": f"Ann has {n} apples and gets 3 more. How many apples?", "answer": n + 3} for n in range(40)
@@ -164,6 +165,16 @@ def test_rows_without_a_readable_answer_are_counted(place, call):
 @pytest.mark.parametrize("size, limit", [(10, 40), (200, 104), (9000, 512)])
 def test_long_questions_get_long_answers(size, limit):
     assert first_recipe.problems._tokens(["x" * size] * 10, "final") == limit
+
+
+def test_without_a_forecast_it_says_so_and_takes_a_usual_size(place, call, monkeypatch):
+    def unforeseen(*_):
+        raise LimbeckError("this machine could not be measured")
+
+    monkeypatch.setattr(recipe_plan, "forecast_here", unforeseen)
+    code, out, _ = call("init", *MINE, "--minutes", 5)
+    assert code == 0 and "not foreseen: this machine could not be measured" in out
+    assert load("problems.yaml").stages["zero"].steps == first_recipe.sizes.UNFORESEEN
 
 
 def test_names_that_yaml_or_a_stage_takes(place, call):

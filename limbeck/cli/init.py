@@ -62,6 +62,8 @@ def init(
     if minutes < 1:
         raise usage_error(f"--minutes {minutes:g}: no run is that short; give 1 or more")
     path = recipe or Path(f"{first_recipe.name_of(problems)}.yaml")
+    if sys.stderr.isatty():
+        print("reading the problems, and timing this machine if that was not done before", file=sys.stderr)
     written = first_recipe.write(path, first_recipe.Wish(model, problems, minutes, columns), runs)
     print("\n".join(written))
 
