@@ -15,7 +15,21 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import arena, ask, curate, evaluation, machine, models, plan, preview, provenance, run, serve, store
+from . import (
+    arena,
+    ask,
+    curate,
+    evaluation,
+    init,
+    machine,
+    models,
+    plan,
+    preview,
+    provenance,
+    run,
+    serve,
+    store,
+)
 
 BUG = 70  # exit code: EX_SOFTWARE of sysexits.h
 RESUMABLE = 75  # exit code: EX_TEMPFAIL of sysexits.h
@@ -37,7 +51,21 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
 )
-for module in (run, preview, plan, models, provenance, serve, store, curate, arena, machine, ask, evaluation):
+for module in (
+    init,
+    run,
+    preview,
+    plan,
+    models,
+    provenance,
+    serve,
+    store,
+    curate,
+    arena,
+    machine,
+    ask,
+    evaluation,
+):
     app.add_typer(module.app)
 
 
