@@ -25,8 +25,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from ..activity import ActivityReport, phase
 from ..config.recipe import AnyStage, Problems, Remote
-from ..run_log import prepare
 from ..runtime import allocator
 from ..types import LimbeckError
 from .job import Job
@@ -158,13 +158,15 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
-        prepare(job.folder, "at work")
-        _release_memory()
-        kernels = _choose_kernels(job, tell)
-        began = time.monotonic()
-        cpu_began = time.process_time()
-        outcome = STAGES[job.stage.kind](job)
-        sync_below(job.folder)
+        with ActivityReport(job.folder):
+            _release_memory()
+            with phase("choosing kernels"):
+                kernels = _choose_kernels(job, tell)
+            began = time.monotonic()
+            cpu_began = time.process_time()
+            outcome = STAGES[job.stage.kind](job)
+            with phase("writing to disk"):
+                sync_below(job.folder)
         usage = _usage(began, cpu_began)
         write(path, json.dumps({**outcome, **usage, "kernels": kernels}))
     job.checkpoint().clear()

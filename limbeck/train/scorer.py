@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..activity import add_tokens, track
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, RouterTrace
 from .batch import Batch
@@ -37,7 +38,8 @@ class Scorer:
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
         """Return the log-probabilities of the predicted tokens, one tensor [M] for each micro-batch, without
         gradients."""
-        return [self.forward(batch, temperature)[0] for batch in batches]
+        parts = track(batches, "computing log-probabilities", "micro-batches")
+        return [self.forward(batch, temperature)[0] for batch in parts]
 
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
@@ -54,7 +56,9 @@ class Scorer:
         """Return the final hidden states [N, C]."""
         if self.mixtures:
             batch.context.routes = RouterTrace(batch.routes_NLK, 0.0, None)
-        return self.model(batch.tokens_N, batch.context)
+        hidden_NC = self.model(batch.tokens_N, batch.context)
+        add_tokens(len(batch.tokens_N))
+        return hidden_NC
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities [M] and entropies [M] at the predictions, from the final hidden
