@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from rich.console import Console
 
 from limbeck import activity, run_log
 from limbeck.activity import ActivityReport, phase
@@ -108,7 +107,7 @@ def test_alarms_are_told_once_and_in_full_however_narrow_the_terminal(tmp_path, 
         lines.show(None, shown)
     assert capsys.readouterr().err.splitlines() == [f"zero, step 3: ! {alarm}", "zero: begins"]
     written = io.StringIO()
-    tree = Tree(Console(file=written, width=40, height=12, force_terminal=False))
+    tree = Tree(written, width=40)
     tree.show(SimpleNamespace(nodes={}), shown)
     tree.close()
     assert " ".join(written.getvalue().split()) == f"zero, step 3: ! {alarm}".strip()

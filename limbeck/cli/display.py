@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -39,7 +39,9 @@ class Lines:
 
     every = 9.0  # seconds between two lines (or events) of a stage; runs look a few times a second
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Print on `stream`, by default standard error."""
+        self.stream = stream
         self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds
         self._rang: set[tuple[str, str]] = set()  # (stage, alarm) that was told
 
@@ -75,7 +77,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Print a message for people, without control characters."""
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(text), file=self.stream or sys.stderr, flush=True)
 
 
 class Events(Lines):
@@ -124,9 +126,12 @@ class Tree(Lines):
     response of the group of responses recorded last.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        super().__init__()
-        self.live = Live(console=console or Console(stderr=True), refresh_per_second=4, transient=True)
+    def __init__(self, stream: TextIO | None = None, width: int | None = None) -> None:
+        """Draw on `stream`, by default standard error. `width` is that of the terminal, in columns, if it is
+        not to be asked."""
+        super().__init__(stream)
+        console = Console(file=stream or sys.stderr, width=width)
+        self.live = Live(console=console, refresh_per_second=4, transient=True)
         self.live.start()
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:

@@ -27,7 +27,7 @@ RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
 ]
 RUNS = Path("runs")
-STATES = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
+STATES = {"cached": "done", "running": "running", "ready": "will run", "waits": "waits", "asks": "asks you"}
 
 
 def usage_error(message: str) -> LimbeckError:
@@ -95,9 +95,9 @@ def open_run(folder: Path) -> Graph:
     return open_graph(load_recipe(recipe, [], False), recipe, folder.parent)
 
 
-def print_json(data: Any) -> None:
-    """Print a command's result as one line of JSON, for programs."""
-    print(json.dumps({"schema": 1, "ok": True, "data": data}, ensure_ascii=False))
+def print_json(data: Any, **more: Any) -> None:
+    """Print a command's result as one line of JSON, for programs, with `more` as its further fields."""
+    print(json.dumps({"schema": 1, "ok": True, "data": data, **more}, ensure_ascii=False))
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -20,13 +23,14 @@ from .options import (
     find_recipe,
     load_recipe,
     open_run,
-    print_rows,
+    print_json,
 )
+from .watch import carrier, carrier_as_json, choose_display, follow, live_figures
 
 if TYPE_CHECKING:
     from ..pipeline.graph import Node
+    from ..pipeline.progress import Figures
     from ..pipeline.run import Run
-    from .display import Lines
 
 app = typer.Typer()
 
@@ -64,10 +68,11 @@ def run(
     from .display import Events, Tree
     from .recipe_plan import cached_forecast
 
-    display = _choose_display(as_json)
+    display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
     try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
+        display.say(_where_to_look(job))
         _stop_on_interrupt(job)
         page = job.execute(cached_forecast(job.graph))
     finally:
@@ -80,17 +85,15 @@ def run(
         print(f"The report is at {page}")
 
 
-def _choose_display(as_json: bool) -> Lines:
-    """Return the display of a run: JSON events with `as_json`, a live table on a terminal, plain lines
-    otherwise.
-    """
-    from .display import Events, Lines, Tree
-
-    if as_json:
-        return Events()
-    if os.environ.get("TERM") == "dumb" or os.environ.get("CI") or not sys.stderr.isatty():
-        return Lines()
-    return Tree()
+def _where_to_look(job: Run) -> str:
+    """Return the sentence that says where else the run can be seen: at a terminal, and in the studio."""
+    runs = job.folder.parent
+    option = "" if runs == RUNS else f" --runs {shlex.quote(str(runs))}"
+    path = f"/runs/{quote(job.folder.name)}"
+    return (
+        f"follow it from elsewhere: limbeck watch {shlex.quote(str(job.folder))}, or limbeck serve{option} "
+        f"and http://127.0.0.1:8000{path}"
+    )
 
 
 def _stop_on_interrupt(job: Run) -> None:
@@ -120,31 +123,56 @@ def _ignore_interrupts() -> None:
 
 
 @app.command()
-def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
-    """Where a run stands, and for whom it waits."""
+def status(
+    run_folder: RunFolder,
+    as_json: AsJson = False,
+    follow_it: Annotated[
+        bool, typer.Option("--follow", help="go on showing it until it ends, as `limbeck watch` does")
+    ] = False,
+) -> None:
+    """Where a run stands: its stages, what is done right now, by whom, and for whom it waits."""
+    if follow_it:
+        follow(run_folder, as_json)
     graph = open_run(run_folder)
-    rows = [_status(node) for node in graph.nodes.values()]
+    figures = live_figures(run_folder)
+    rows = [_status(node, figures.get(node.name)) for node in graph.nodes.values()]
+    process = carrier(run_folder)
+    if as_json:
+        print_json(rows, run=carrier_as_json(process))
+        return
+    for row in rows:
+        print(_status_line(row, run_folder, figures).rstrip())
+    if process.pid:
+        print(process)
 
-    def line(row: dict[str, Any]) -> str:
-        detail = row["artifact"] or ""
-        if row["state"] == "asks":
-            command = f"limbeck curate {run_folder} {row['stage']}"
-            detail = f"{row['waiting_rows']} rows wait for a person: {command}"
-        return f"{STATES[row['state']]:10} {row['stage']:32} {detail}"
 
-    print_rows(rows, as_json, line)
+def _status_line(row: dict[str, Any], run_folder: Path, figures: dict[str, Figures]) -> str:
+    """Return the line of one stage: its state, its name, and its artifact, its progress or what it waits
+    for."""
+    from .display import alarms, describe
+
+    stage = row["stage"]
+    detail = row["artifact"] or ""
+    if row["state"] == "asks":
+        command = f"limbeck curate {run_folder} {stage}"
+        detail = f"{row['waiting_rows']} rows wait for a person: {command}"
+    if stage in figures:
+        detail = "; ".join([describe(row["kind"], figures[stage]), *alarms(figures[stage])])
+    return f"{STATES[row['state']]:10} {stage:32} {detail}"
 
 
-def _status(node: Node) -> dict[str, Any]:
-    """Return one stage's name, kind, state, artifact, seconds, and number of rows that wait for review."""
+def _status(node: Node, figures: Figures | None) -> dict[str, Any]:
+    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, and
+    progress."""
     from ..pipeline.review import review_queue
 
     artifact = node.artifact
     return {
         "stage": node.name,
         "kind": node.kind,
-        "state": node.state,
+        "state": "running" if figures else node.state,
         "artifact": artifact and artifact.folder.name,
         "seconds": artifact and artifact.manifest["seconds"],
         "waiting_rows": len(review_queue.pending(node.queue)) if node.state == "asks" else 0,
+        "progress": figures and asdict(figures),
     }

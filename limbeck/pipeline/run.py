@@ -27,8 +27,10 @@ from .job import Job
 from .progress import Progress
 from .provenance.propagate import check_licences, merged_provenance, origin_of
 from .review import curate, review_queue
-from .run_folder import FORECAST, INDEX, RECIPE, read_json
+from .run_folder import FORECAST, INDEX, RECIPE, add_interval, read_json
+from .run_state import look
 from .run_status import RunStatus
+from .run_view import against_clock
 from .store import Artifact, Store, out_of_space, write
 from .worker import SOFTWARE_FAILURE, TEMPORARY_FAILURE, write_job
 
@@ -242,12 +244,17 @@ class Run:
     def _start_stage(self, node: Node) -> None:
         """Send the job of a node to a free worker."""
         job = self._job(node)
-        self.running[node.name] = Progress(node, job.folder, time.monotonic())
+        self.running[node.name] = Progress(node, job.folder, time.monotonic(), self._forecast_of(node.name))
         self.status.begun[node.name] = job.folder.name
+        self.status.starts[node.name] = time.time()
         self.host.start(write_job(job))
         if job.dropped:
             checked = node.contamination.checked
             self.display.say(f"{node.name}: leaves {len(job.dropped)} of {checked} out, too near to the test")
+
+    def _forecast_of(self, stage: str) -> dict[str, float] | None:
+        """Return the forecast of a stage, None if there is none."""
+        return read_json(self.folder / FORECAST).get("stages", {}).get(stage)
 
     def _write_queues(self) -> None:
         """Write the queues of rows that people should review."""
@@ -294,8 +301,10 @@ class Run:
             self.display.say(f"{event['name']}: {event['text']}")
             return
         progress = self.running.pop(event["name"])
+        add_interval(self.folder, progress.folder.name, self.status.starts[event["name"]], time.time())
         if kind in ("done", "found", "waiting"):
             self.status.begun.pop(event["name"])
+            self.status.starts.pop(event["name"])
         if kind in ("done", "found"):
             self._finish_stage(progress, event)
         elif kind == "died":
@@ -418,6 +427,7 @@ class Run:
         }
         if (self.folder / FORECAST).exists():
             summary["forecast"] = read_json(self.folder / FORECAST)
+            summary["clock"] = against_clock(look(self.folder))
         write(path, json.dumps(summary, indent=2) + "\n")
         return summary
 

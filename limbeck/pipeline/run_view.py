@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from ..config.recipe import RL
+from ..plan.forecast import wall
 from ..report import flips, graph_drawing, i18n, sentences, summary
 from ..report.flips import Flips
 from ..report.history import History
 from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
+from . import run_status
+from .progress import Progress
+from .run_folder import clock_seconds
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
@@ -119,20 +124,57 @@ def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
             texts += line.said
         elif line.state in ("begun", "asks"):
             texts += line.said[:1]
-    return texts + _compare_forecast(stages)
+    compared = against_clock(run)
+    if compared:
+        texts.append(sentences.foreseen(compared["took"], compared, True))
+    return texts
 
 
-def _compare_forecast(stages: Sequence[Line]) -> list[Text]:
-    """Compare the total time of the finished stages that had a forecast with the sum of the forecasts. Return
-    [] for fewer than two such stages."""
-    finished = [line for line in stages if line.foreseen and line.state == "done" and line.seconds]
-    if len(finished) < 2:
-        return []
-    forecast = {}
+class _Foreseen(NamedTuple):
+    """The forecast of a stage's `seconds`, `low` and `high`, and the stages that it reads."""
+
+    seconds: float
+    low: float
+    high: float
+    inputs: tuple[str, ...]
+
+
+def against_clock(run: RunState) -> dict[str, float] | None:
+    """Return the forecast `seconds`, `low` and `high` of the finished stages together, as the clock shows
+    them where stages run side by side, and the time that they `took` by the clock.
+
+    Stages that were reused, and those without a forecast, are left out. Return None for fewer than two.
+    """
+    forecasts = {}
+    artifacts = []
+    for stage in run.stages:
+        foreseen = run.foreseen.get(stage.name)
+        done = bool(foreseen) and stage.state == "done" and stage.folder is not None
+        if done and clock_seconds(run.folder, [stage.folder.name]):
+            times = [foreseen[key] for key in ("seconds", "low", "high")]
+            forecasts[stage.name] = _Foreseen(*times, stage.inputs)
+            artifacts.append(stage.folder.name)
+    if len(forecasts) < 2:
+        return None
+    compared = {"took": round(clock_seconds(run.folder, artifacts), 1)}
     for key in ("seconds", "low", "high"):
-        forecast[key] = sum(line.foreseen[key] for line in finished)
-    seconds = sum(line.seconds for line in finished)
-    return [sentences.foreseen(seconds, forecast, True)]
+        compared[key] = round(wall(forecasts, run.recipe.workers, key=key), 1)
+    return compared
+
+
+def at_work(run: RunState) -> dict[str, Progress]:
+    """Return the progress of each stage that the run's process works on, by the stage's name; {} if no
+    process executes the run."""
+    if not run_status.is_running(run.folder):
+        return {}
+    status = run_status.status(run.folder)
+    found = {}
+    for stage in run.stages:
+        if stage.state == "begun":
+            spent = time.time() - status.starts.get(stage.name, status.since)
+            began = time.monotonic() - max(0.0, spent)
+            found[stage.name] = Progress(stage, stage.folder, began, run.foreseen.get(stage.name))
+    return found
 
 
 def draw(stages: Sequence[Line], label: str, link: Callable[[str], str]) -> Markup:
