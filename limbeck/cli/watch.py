@@ -1,5 +1,5 @@
-"""The command `limbeck watch`, which follows a run from outside, and the figures that `limbeck status` shows of a
-run that is being carried out."""
+"""The command `limbeck watch`, which follows a run from outside, and the figures of a run at work that
+`limbeck status` shows."""
 
 from __future__ import annotations
 
@@ -67,13 +67,14 @@ def choose_display(as_json: bool, stream: Any) -> Lines:
 
 @dataclass(frozen=True)
 class Carrier:
-    """How a run stands and who carries it out: `Carrier("running", "", 1423, "atlas", 1763822100.0)`.
+    """How a run stands and who carries it out: `Carrier(True, "running", "", 1423, "atlas", started, since)`.
 
-    `state` is that of `run_status.Status`, or `killed` if the process ended without a word, or "" before the
-    first. `sentence` is the reason, `pid` the last process, on the machine `host`, at work since the Unix
-    time `started`; `since` is when the state began.
+    `alive` is True while a process executes the run. `state` is that of `run_status.Status`, or `killed` if
+    the process ended without a word, or "" before the first. `sentence` is the reason, `pid` the last
+    process, on the machine `host`, at work since the Unix time `started`; `since` is when the state began.
     """
 
+    alive: bool
     state: str
     sentence: str
     pid: int
@@ -107,7 +108,8 @@ def carrier(folder: Path) -> Carrier:
     state = status.state
     if not alive and run_status.was_killed(folder):
         state = "killed"
-    return Carrier(state, status.sentence, status.pid, status.host, status.started, status.since)
+    process = (status.pid, status.host, status.started, status.since)
+    return Carrier(alive, state, status.sentence, *process)
 
 
 def _moment(seconds: float) -> str:
@@ -150,7 +152,7 @@ class _Watch:
         while True:
             before = carrier(self.folder)
             self._show()
-            if before.state in ENDS:
+            if before.state in ENDS and not before.alive:
                 self.display.say(f"{self.folder}: {before}")
                 return before.state
             if not before.state and not waited:
@@ -207,4 +209,4 @@ def live_figures(folder: Path) -> dict[str, Any]:
 
 def carrier_as_json(shown: Carrier) -> dict[str, Any]:
     """Return the state of a run, and who carries it out, as JSON data."""
-    return {**asdict(shown), "alive": shown.state in ("running", "pausing"), "told": str(shown)}
+    return {**asdict(shown), "told": str(shown)}

@@ -39,7 +39,11 @@ class Scorer:
         """Return the log-probabilities of the predicted tokens, one tensor [M] for each micro-batch, without
         gradients."""
         parts = track(batches, "computing log-probabilities", "micro-batches")
-        return [self.forward(batch, temperature)[0] for batch in parts]
+        logprobs = []
+        for batch in parts:
+            logprobs.append(self.forward(batch, temperature)[0])
+            add_tokens(len(batch.tokens_N))
+        return logprobs
 
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
@@ -50,15 +54,14 @@ class Scorer:
         ignored."""
         hidden_NC = self._hidden(replace(batch, routes_NLK=None))
         batch.context.routes = None
+        add_tokens(len(batch.tokens_N))
         return States(hidden_NC[batch.predict_M], self.model.head.weight.detach())
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Return the final hidden states [N, C]."""
         if self.mixtures:
             batch.context.routes = RouterTrace(batch.routes_NLK, 0.0, None)
-        hidden_NC = self.model(batch.tokens_N, batch.context)
-        add_tokens(len(batch.tokens_N))
-        return hidden_NC
+        return self.model(batch.tokens_N, batch.context)
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities [M] and entropies [M] at the predictions, from the final hidden
