@@ -20,7 +20,7 @@ from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
 from . import run_status
-from .progress import Progress
+from .progress import Figures, Progress
 from .run_folder import clock_seconds
 from .run_state import RunState, StageState
 
@@ -42,13 +42,15 @@ class Line:
 
     `standing` is the state read from the run's folder. `state` is `done`, `running`, `begun` (started, but no
     process works on it), `asks` (people must review rows) or `waits`. `history` has the metrics up to now;
-    `foreseen` is the forecast of the stage's duration in seconds, if one was made.
+    `foreseen` is the forecast of the stage's duration in seconds, if one was made. `figures` is the progress
+    at this moment of a stage that is running.
     """
 
     standing: StageState
     state: str
     history: History
     foreseen: dict[str, float] | None = None
+    figures: Figures | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +82,7 @@ class Line:
             return [text.format(self.name, self.standing.open_rows)]
         manifest = self.standing.manifest
         texts = [sentences.progress(self.name, self.kind, self.state, self.history, manifest)]
+        texts += self._now()
         texts += sentences.curves(self.kind, self.history)
         texts += sentences.soundness(self.history)
         if self.state == "done" and manifest:
@@ -87,6 +90,18 @@ class Line:
         if self.foreseen and self.seconds:
             texts.append(sentences.foreseen(self.seconds, self.foreseen, self.state == "done"))
         return texts
+
+    def _now(self) -> list[Text]:
+        """Return a sentence on what a running stage does at this moment, its speed and the time left."""
+        if not self.figures:
+            return []
+        rate = self.figures.rate
+        left = self.figures.left
+        return sentences.now(
+            self.figures.phases,
+            (rate.value, rate.unit) if rate else None,
+            (left.low, left.high, left.at_most) if left else None,
+        )
 
     def rewards(self) -> list[str]:
         """Return the names of the parts of the stage's reward; [] unless it is an `rl` stage."""
@@ -107,7 +122,8 @@ def line_of(run: RunState, standing: StageState, alive: bool) -> Line:
     executes the run."""
     state = "running" if standing.state == "begun" and alive else standing.state
     history = _history(standing.folder).look() if standing.folder else History(Path())
-    return Line(standing, state, history, run.foreseen.get(standing.name))
+    progress = progress_of(run, standing) if state == "running" else None
+    return Line(standing, state, history, run.foreseen.get(standing.name), progress and progress.figures())
 
 
 def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
@@ -167,14 +183,15 @@ def at_work(run: RunState) -> dict[str, Progress]:
     process executes the run."""
     if not run_status.is_running(run.folder):
         return {}
+    return {stage.name: progress_of(run, stage) for stage in run.stages if stage.state == "begun"}
+
+
+def progress_of(run: RunState, stage: StageState) -> Progress:
+    """Return the progress of a stage that the run's process works on."""
     status = run_status.status(run.folder)
-    found = {}
-    for stage in run.stages:
-        if stage.state == "begun":
-            spent = time.time() - status.starts.get(stage.name, status.since)
-            began = time.monotonic() - max(0.0, spent)
-            found[stage.name] = Progress(stage, stage.folder, began, run.foreseen.get(stage.name))
-    return found
+    spent = time.time() - status.starts.get(stage.name, status.since)
+    began = time.monotonic() - max(0.0, spent)
+    return Progress(stage, stage.folder, began, run.foreseen.get(stage.name))
 
 
 def draw(stages: Sequence[Line], label: str, link: Callable[[str], str]) -> Markup:
