@@ -28,7 +28,7 @@ from limbeck.types import LimbeckError
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "run", "status", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", "verify",
+    "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", "verify",
     "curate", "arena", "doctor", "ask",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,14 +136,14 @@ def status(
         follow(run_folder, as_json)
     graph = open_run(run_folder)
     figures = live_figures(run_folder)
-    rows = [_status(node, figures.get(node.name)) for node in graph.nodes.values()]
     process = carrier(run_folder)
+    rows = [_status(node, figures.get(node.name), process.begun) for node in graph.nodes.values()]
     if as_json:
         print_json(rows, run=carrier_as_json(process))
         return
     for row in rows:
         print(_status_line(row, run_folder, figures).rstrip())
-    if process.pid:
+    if process.state != "finished":
         print(process)
 
 
@@ -156,14 +157,16 @@ def _status_line(row: dict[str, Any], run_folder: Path, figures: dict[str, Figur
     if row["state"] == "asks":
         command = f"limbeck curate {run_folder} {stage}"
         detail = f"{row['waiting_rows']} rows wait for a person: {command}"
+    if row["begun"]:
+        detail = "begun; goes on from its last checkpoint"
     if stage in figures:
         detail = "; ".join([describe(row["kind"], figures[stage]), *alarms(figures[stage])])
     return f"{STATES[row['state']]:10} {stage:32} {detail}"
 
 
-def _status(node: Node, figures: Figures | None) -> dict[str, Any]:
-    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, and
-    progress."""
+def _status(node: Node, figures: Figures | None, begun: Collection[str]) -> dict[str, Any]:
+    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, progress,
+    and whether it was begun and is not at work: it is then among the stages `begun`."""
     from ..pipeline.review import review_queue
 
     artifact = node.artifact
@@ -174,5 +177,6 @@ def _status(node: Node, figures: Figures | None) -> dict[str, Any]:
         "artifact": artifact and artifact.folder.name,
         "seconds": artifact and artifact.manifest["seconds"],
         "waiting_rows": len(review_queue.pending(node.queue)) if node.state == "asks" else 0,
+        "begun": node.name in begun and not figures and not artifact,
         "progress": figures and asdict(figures),
     }

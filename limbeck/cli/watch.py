@@ -67,11 +67,12 @@ def choose_display(as_json: bool, stream: Any) -> Lines:
 
 @dataclass(frozen=True)
 class Carrier:
-    """How a run stands and who carries it out: `Carrier(True, "running", "", 1423, "atlas", started, since)`.
+    """How a run stands and who carries it out: `Carrier(True, "running", "", 1423, "atlas", ...)`.
 
     `alive` is True while a process executes the run. `state` is that of `run_status.Status`, or `killed` if
     the process ended without a word, or "" before the first. `sentence` is the reason, `pid` the last
-    process, on the machine `host`, at work since the Unix time `started`; `since` is when the state began.
+    process, on the machine `host`, at work since the Unix time `started`; `since` is when the state began;
+    `begun` are the stages that it had begun.
     """
 
     alive: bool
@@ -81,6 +82,7 @@ class Carrier:
     host: str
     started: float
     since: float
+    begun: tuple[str, ...]
 
     def __str__(self) -> str:
         """The state as a sentence for people."""
@@ -108,7 +110,7 @@ def carrier(folder: Path) -> Carrier:
     state = status.state
     if not alive and run_status.was_killed(folder):
         state = "killed"
-    process = (status.pid, status.host, status.started, status.since)
+    process = (status.pid, status.host, status.started, status.since, tuple(status.begun))
     return Carrier(alive, state, status.sentence, *process)
 
 
