@@ -28,8 +28,8 @@ from limbeck.types import LimbeckError
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", "verify",
-    "curate", "arena", "doctor", "ask",
+    "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", 
+    "verify", "curate", "arena", "doctor", "ask",
 )  # fmt: skip
 
 

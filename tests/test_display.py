@@ -46,30 +46,30 @@ def timed(folder: Path, of: int, *rows: tuple[int, float | None, int]) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch) -> SimpleNamespace:
+def hands(monkeypatch) -> SimpleNamespace:
     """A clock for all that tells the time of a stage; it stands still until it is set."""
-    hands = SimpleNamespace(now=1000.0)
-    fake = SimpleNamespace(monotonic=lambda: hands.now, time=lambda: hands.now)
+    clock = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
     for module in (activity, display, progress_module, run_log):
         monkeypatch.setattr(module, "time", fake)
-    return hands
+    return clock
 
 
-def test_a_stage_that_begins_says_so_once_and_a_number_every_ten_seconds(tmp_path, clock, capsys):
+def test_a_stage_that_begins_says_so_once_and_a_number_every_ten_seconds(tmp_path, hands, capsys):
     """However slow the machine: before there is a record, before there is a step, and within a step."""
     stage = SimpleNamespace(
         name="base", kind="rl", stage=SimpleNamespace(kind="rl", flops=1.0, flops_of=None)
     )
-    lines, running = Lines(), {"base": Progress(stage, tmp_path, clock.now)}
-    begun, told = clock.now, []
+    lines, running = Lines(), {"base": Progress(stage, tmp_path, hands.now)}
+    begun, told = hands.now, []
 
     def pass_time(seconds: int) -> None:
         """Look four times a second, as a run does."""
         for _ in range(4 * seconds):
-            clock.now += 0.25
+            hands.now += 0.25
             report.write()
             lines.show(None, running)
-            told.extend((clock.now - begun, line) for line in capsys.readouterr().err.splitlines())
+            told.extend((hands.now - begun, line) for line in capsys.readouterr().err.splitlines())
 
     with ActivityReport(tmp_path) as report:
         report._ended.set()  # this test writes by its own clock
@@ -80,7 +80,7 @@ def test_a_stage_that_begins_says_so_once_and_a_number_every_ten_seconds(tmp_pat
             loading.advance()
             pass_time(12)
         RunLog(tmp_path, 0, 40)
-        os.utime(tmp_path / TIMING, (clock.now, clock.now))
+        os.utime(tmp_path / TIMING, (hands.now, hands.now))
         with phase("sampling", "problems", 8), phase("", "rows", 64) as rows:
             for _ in range(30):
                 pass_time(1)
@@ -115,21 +115,21 @@ def test_alarms_are_told_once_and_in_full_however_narrow_the_terminal(tmp_path, 
     assert display.alarms(figures) == [f"step 3: ! {alarm}"]
 
 
-def test_the_time_left_never_climbs_while_steps_take_what_they_took(tmp_path, clock):
+def test_the_time_left_never_climbs_while_steps_take_what_they_took(tmp_path, hands):
     """Ten seconds a step, looked at every second; also while the last step takes longer than the others."""
     path = tmp_path / TIMING
-    begun = clock.now
+    begun = hands.now
     rows = [{"step": -1, "of": 20, "seconds": None}]
     stage = SimpleNamespace(name="x", kind="sft", stage=SimpleNamespace(kind="sft"))
     forecast = {"seconds": 240.0, "low": 120.0, "high": 480.0}
     watched = Progress(stage, tmp_path, begun, forecast)
     highs, point = [], []
     for second in range(1, 231):
-        clock.now = begun + second
+        hands.now = begun + second
         if second % 10 == 0 and second <= 180:
             rows.append({"step": second // 10 - 1, "of": 20, "seconds": 10.0, "tokens": 100})
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.utime(path, (clock.now, clock.now))
+            os.utime(path, (hands.now, hands.now))
         left = watched.figures().left
         highs.append(left.high)
         if left.low == left.high:
@@ -139,17 +139,17 @@ def test_the_time_left_never_climbs_while_steps_take_what_they_took(tmp_path, cl
     assert len(point) > 100 and point[0] == pytest.approx(90.0)
 
 
-def test_the_time_left_of_a_single_part_comes_from_its_problems_and_does_not_climb(tmp_path, clock):
+def test_the_time_left_of_a_single_part_comes_from_its_problems_and_does_not_climb(tmp_path, hands):
     """One problem every seven seconds of a hundred."""
     stage = SimpleNamespace(name="x", kind="evaluate", stage=SimpleNamespace(kind="evaluate"))
-    watched = Progress(stage, tmp_path, clock.now)
+    watched = Progress(stage, tmp_path, hands.now)
     RunLog(tmp_path, 0, 1)
     highs = []
     with ActivityReport(tmp_path) as report, phase("sampling", "problems", 100) as asked:
         report._ended.set()
         report._thread.join()
         for second in range(1, 600):
-            clock.now += 1
+            hands.now += 1
             if second % 7 == 0:
                 asked.advance()
             report.write()

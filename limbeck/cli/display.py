@@ -42,6 +42,7 @@ class Lines:
     def __init__(self, stream: TextIO | None = None) -> None:
         """Print on `stream`, by default standard error."""
         self.stream = stream
+        self.hint = ""  # said when the first stage begins
         self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds
         self._rang: set[tuple[str, str]] = set()  # (stage, alarm) that was told
 
@@ -51,7 +52,7 @@ class Lines:
 
         `running` maps the name of a running stage to its progress.
         """
-        self._tell_alarms(running)
+        self._tell_news(running)
         now = time.monotonic()
         for name, progress in running.items():
             if name not in self._shown:
@@ -62,8 +63,12 @@ class Lines:
                 continue
             self._shown[name] = now
 
-    def _tell_alarms(self, running: dict[str, Progress]) -> None:
-        """Print each alarm of the last steps that has not been told of its stage yet, in full."""
+    def _tell_news(self, running: dict[str, Progress]) -> None:
+        """Print the hint if a first stage runs, and in full each alarm of the last steps that has not
+        been told of its stage yet."""
+        if running and self.hint:
+            self.say(self.hint)
+            self.hint = ""
         for name, progress in running.items():
             _, _, metrics = progress.look()
             for alarm in metrics.get("alarms") or ():
@@ -91,7 +96,7 @@ class Events(Lines):
 
         `running` maps the name of a running stage to its progress.
         """
-        self._tell_alarms(running)
+        self._tell_news(running)
         now = time.monotonic()
         for name, progress in running.items():
             if name not in self._shown or now - self._shown[name] >= self.every:
@@ -137,7 +142,7 @@ class Tree(Lines):
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
         """Draw the table anew, and print each new alarm above it, wrapped and not cut. `running` maps the
         name of a running stage to its progress."""
-        self._tell_alarms(running)
+        self._tell_news(running)
         table = Table.grid(padding=(0, 2))
         for node in graph.nodes.values():
             table.add_row(*_table_row(node, running.get(node.name)))

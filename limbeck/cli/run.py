@@ -73,7 +73,7 @@ def run(
     path = find_recipe(recipe)
     try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
-        display.say(_where_to_look(job))
+        display.hint = _where_to_look(job)
         _stop_on_interrupt(job)
         page = job.execute(cached_forecast(job.graph))
     finally:
