@@ -132,7 +132,8 @@ class Progress:
         if len(rows) < 2:
             seconds = sum(row["seconds"] for row in rows)
             steps = sum(row["step"] + 1 - first for row in rows)
-            return Pace(0, steps, seconds, 0, self._silence(), first)
+            tokens = sum(row.get("tokens", 0) for row in rows)
+            return Pace(0, steps, seconds, tokens, self._silence(), first)
         timed = rows[1:]
         return Pace(
             looks=len(timed),

@@ -17,7 +17,7 @@ from ..config.aliases import stored, stored_kind
 from ..config.load import dump, find, load, with_auto_curation
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
-from ..run_log import read
+from ..run_log import TIMING, read
 from ..runtime.machine import machine
 from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
@@ -29,7 +29,8 @@ from .provenance.propagate import check_licences, merged_provenance, origin_of
 from .review import curate, review_queue
 from .run_folder import FORECAST, INDEX, RECIPE, add_interval, read_json
 from .run_state import look
-from .run_status import RunStatus
+from .run_status import RunStatus, was_killed
+from .run_status import status as read_status
 from .run_view import against_clock
 from .store import Artifact, Store, out_of_space, write
 from .worker import SOFTWARE_FAILURE, TEMPORARY_FAILURE, write_job
@@ -121,6 +122,7 @@ class Run:
         """
         self._refuse_keyless()
         self._open_folder()
+        self._recover_clock()
         with self.status:
             self._keep_forecast(forecast)
             return self._run_stages()
@@ -206,6 +208,17 @@ class Run:
             raise LimbeckError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
             ) from None
+
+    def _recover_clock(self) -> None:
+        """Note the time that an earlier process worked on its stages before it was killed, up to the last
+        step that they logged."""
+        if not was_killed(self.folder):
+            return
+        earlier = read_status(self.folder)
+        for stage, name in earlier.begun.items():
+            timing = self.store.root / ".partial" / name / TIMING
+            if timing.exists() and stage in earlier.starts:
+                add_interval(self.folder, name, earlier.starts[stage], timing.stat().st_mtime)
 
     def _keep_forecast(self, forecast: dict[str, Any] | None) -> None:
         """Write the forecast, if there is one. A finished stage keeps the forecast that was made before it
