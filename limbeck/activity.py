@@ -81,7 +81,10 @@ def phase(name: str, unit: str = "", total: int | None = None) -> Iterator[Phase
 
 
 def track(items: Sequence[Item], name: str, unit: str) -> Iterator[Item]:
-    """Yield the items within a phase; an item counts as done when the next one is asked for."""
+    """Yield the items within a phase; an item counts as done when the next one is asked for.
+
+    The phase is closed with the generator: whoever stops asking before the end closes it.
+    """
     with phase(name, unit, len(items)) as opened:
         for item in items:
             yield item

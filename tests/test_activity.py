@@ -176,6 +176,7 @@ def test_every_kind_of_stage_counts_within_its_longest_step(kind, store, monkeyp
         assert kind == "screen" and "never" in str(error)
     finally:
         activity._current.set(None)
+    assert watched.root.inner is None, "a phase was left open"
     assert watched.now >= 2 * LONGEST_SECONDS, "this stage was not slow, and tells nothing"
     assert watched.longest <= LONGEST_SECONDS, watched.where
 

@@ -69,6 +69,7 @@ PHASES = {
     "filtering": Text("filtering", "筛选"),
     "labelling": Text("labelling", "标注"),
     "learning": Text("learning", "学习"),
+    "updating the weights": Text("updating the weights", "更新权重"),
     "computing log-probabilities": Text("computing log-probabilities", "计算对数概率"),
     "measuring": Text("measuring", "测量"),
     "drawing problems": Text("drawing problems", "抽取题目"),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..activity import add_tokens, track
+from ..activity import add_tokens, phase, track
 from ..config.parts import Optimizer as OptimizerSettings
 from ..model.decoder import Decoder
 from ..model.ffn import RouterTrace, balance_experts
@@ -77,7 +77,8 @@ class Learner(Scorer):
 
         Returns the norm of the gradients before clipping and, for a mixture of experts, the load of the
         experts."""
-        norm = self.optimizer.step(self.step)
+        with phase("updating the weights"):
+            norm = self.optimizer.step(self.step)
         if not math.isfinite(norm):
             gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
             raise self._stopped(f"the gradient of {spoiled(gradients)} is", SLOWER)

@@ -4,6 +4,7 @@ task of this package)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 from ...activity import phase
 from ...config.recipe import Pretrain
@@ -29,8 +30,8 @@ def run(job: Job) -> Outcome:
         from ...model.fp8 import simulate
 
         simulate(decoder)
-    corpus = with_progress(task.documents(job.seed, stage.corpus), stage.tokens)
-    documents = encode_documents(corpus, tokenizer, stage.tokens)
+    with closing(with_progress(task.documents(job.seed, stage.corpus), stage.tokens)) as corpus:
+        documents = encode_documents(corpus, tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
