@@ -218,7 +218,7 @@ def rate(pace: Pace, phases: tuple[PhaseReport, ...]) -> Rate | None:
     for one in reversed(steady):
         if one.tokens:
             return Rate(one.tokens / one.seconds, "tokens a second")
-    if pace.tokens:
+    if pace.tokens and pace.seconds:
         return Rate(pace.tokens / pace.seconds, "tokens a second")
     for one in reversed(steady):
         if one.done and one.unit in RATED_UNITS:

@@ -77,6 +77,8 @@ PHASES = {
     "writing the corpus": Text("writing the corpus", "生成语料"),
     "loading the model": Text("loading the model", "载入模型"),
     "saving the model": Text("saving the model", "保存模型"),
+    "saving a checkpoint": Text("saving a checkpoint", "保存检查点"),
+    "reading the checkpoint": Text("reading the checkpoint", "读取检查点"),
     "choosing kernels": Text("choosing kernels", "选择内核"),
     "writing to disk": Text("writing to disk", "写入磁盘"),
 }

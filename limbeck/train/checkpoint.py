@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..activity import phase
 from ..files import atomic_write
 from ..types import Resumable
 
@@ -38,7 +39,10 @@ class Checkpoint:
     def restore(self) -> dict[str, Any] | None:
         """Load the last saved state; None if there is none. Call it only once: the state holds the weights
         and the optimizer's moments, and is as large as they are."""
-        return torch.load(self.path, weights_only=True) if self.path.exists() else None
+        if not self.path.exists():
+            return None
+        with phase("reading the checkpoint"):
+            return torch.load(self.path, weights_only=True)
 
     def offer(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
         """Save the state if the last save is at least `every` seconds ago, or if the run has been asked to
@@ -50,7 +54,7 @@ class Checkpoint:
         if not stop and time.monotonic() - self._saved < self.every:
             return
         log.sync()
-        with atomic_write(self.path) as file:
+        with phase("saving a checkpoint"), atomic_write(self.path) as file:
             torch.save(state(), file)
         self._saved = time.monotonic()
         if stop:
