@@ -106,6 +106,13 @@ def test_alarms_are_told_once_and_in_full_however_narrow_the_terminal(tmp_path, 
     for _ in range(3):
         lines.show(None, shown)
     assert capsys.readouterr().err.splitlines() == [f"zero, step 3: ! {alarm}", "zero: begins"]
+    RunLog(tmp_path, 4, 40).step(4, {"alarms": ["no learning signal: every answer is wrong"]})
+    lines.show(None, shown)  # the stage tells it itself, with an example
+    assert capsys.readouterr().err == ""
+    lines.told_by_stages = ()
+    lines.show(None, shown)
+    assert capsys.readouterr().err == "zero, step 4: ! no learning signal: every answer is wrong\n"
+    RunLog(tmp_path, 4, 40).step(3, {"alarms": [alarm]})
     written = io.StringIO()
     tree = Tree(written, width=40)
     tree.show(SimpleNamespace(nodes={}), shown)

@@ -332,21 +332,22 @@ def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
 def test_every_alarm_is_told_in_chinese():
     """Those that a watch rings by itself, and both of an opinion that was hacked."""
     from limbeck.config.recipe import RL
-    from limbeck.report.sentences import _alarm
+    from limbeck.report.sentences import alarm
     from limbeck.train.alarms import AlarmMonitor
 
     watch = AlarmMonitor(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
     watch.history.extend({"length": 10.0} for _ in range(19))
     bad = {"truncated": 0.6, "informative": 0.05, "length": 40.0, "format": 1.0, "accuracy": 0.0}
-    rung = watch.check(bad)
+    watch.without_signal = None  # a step before this one had a learning signal
+    rung = watch.check(bad, [group("p/1", True, False)])
     rung += [
         f"reward hacking: judge rises while the truth on held-out problems does not: {then}"
         for then in ("the stage ends here", "it no longer counts")
     ]
     assert len(rung) == 6
     for text in [*rung, "length fell to a third within 20 steps"]:
-        said = _alarm(text)
+        said = alarm(text)
         assert said.en == text
         assert not re.search(r"[a-z]{3} [a-z]{3}", said.zh)
         assert re.search(r"[\u4e00-\u9fff]", said.zh)
-    assert _alarm("unheard of").zh == "unheard of"
+    assert alarm("unheard of").zh == "unheard of"

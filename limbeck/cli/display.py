@@ -26,6 +26,7 @@ from ..activity import PhaseReport
 from ..pipeline.graph import Graph, Node
 from ..pipeline.progress import CHUNKED_KINDS, Figures, Progress, Rate, TimeLeft
 from ..pipeline.store import Artifact
+from ..train.learning_signal import UNTAUGHT
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SLOW_STEP_SECONDS = 10.0  # seconds of a step after which its time is displayed
@@ -43,6 +44,7 @@ class Lines:
         """Print on `stream`, by default standard error."""
         self.stream = stream
         self.hint = ""  # said when the first stage begins
+        self.told_by_stages = UNTAUGHT  # how alarms begin that stages tell themselves, with an example
         self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds
         self._rang: set[tuple[str, str]] = set()  # (stage, alarm) that was told
 
@@ -72,7 +74,7 @@ class Lines:
         for name, progress in running.items():
             _, _, metrics = progress.look()
             for alarm in metrics.get("alarms") or ():
-                if (name, alarm) not in self._rang:
+                if (name, alarm) not in self._rang and not alarm.startswith(self.told_by_stages):
                     self._rang.add((name, alarm))
                     self.say(f"{name}, step {metrics['step']}: ! {alarm}")
 
@@ -288,6 +290,8 @@ def outcome(artifact: Artifact) -> str:
     Return "" if the stage's kind has no such results.
     """
     notes = artifact.manifest["notes"]
+    if notes.get("weights_changed") is False:
+        return ", weights unchanged"
     if "kept" in notes:
         return f", kept {notes['kept']} of {notes['sampled']}"
     if "policy" in notes:

@@ -44,7 +44,7 @@ def show(
         manifest = stored.manifest
         size = sum(output["bytes"] for output in manifest["outputs"].values())
         row = {"artifact": stored.folder.name, "stage": manifest["stage"], "seconds": manifest["seconds"]}
-        rows.append({**row, "bytes": size})
+        rows.append({**row, "bytes": size, "unchanged": manifest["notes"].get("weights_changed") is False})
     print_rows(rows, as_json, _artifact_line)
 
 
@@ -71,7 +71,8 @@ def _show_model(path: Path, context: int, as_json: bool) -> None:
 def _artifact_line(row: dict[str, Any]) -> str:
     """Return one line of the list of artifacts: name, stage, seconds, and size in MB."""
     megabytes = row["bytes"] / 1e6
-    return f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB"
+    mark = "  weights unchanged" if row["unchanged"] else ""
+    return f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB{mark}"
 
 
 @app.command()

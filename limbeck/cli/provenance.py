@@ -214,6 +214,8 @@ def _label(entry: dict[str, Any], name: str) -> str:
         facts.append(f"{check['checked']:,} compared with the test, {len(check['dropped'])} left out")
     if entry["kind"] in ("load", "remote"):
         facts.append(" AND ".join(entry["licences"]))
+    if entry.get("continued"):
+        facts.append("continued from {artifact} at step {step}".format(**entry["continued"]))
     if notes.get("source"):
         facts.append(f"from {notes['source']}")
     label = f"{name} ({entry['artifact']})"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,36 +137,46 @@ def status(
     graph = open_run(run_folder)
     figures = live_figures(run_folder)
     process = carrier(run_folder)
-    rows = [_status(node, figures.get(node.name), process.begun) for node in graph.nodes.values()]
+    rows = []
+    for node in graph.nodes.values():
+        partial = graph.store.root / ".partial" / process.begun.get(node.name, "")
+        rows.append(_status(node, figures.get(node.name), partial if node.name in process.begun else None))
     if as_json:
         print_json(rows, run=carrier_as_json(process))
         return
     for row in rows:
-        print(_status_line(row, run_folder, figures).rstrip())
+        print(_status_text(row, run_folder, figures).rstrip())
     if process.state != "finished":
         print(process)
 
 
-def _status_line(row: dict[str, Any], run_folder: Path, figures: dict[str, Figures]) -> str:
-    """Return the line of one stage: its state, its name, and its artifact, its progress or what it waits
-    for."""
-    from .display import alarms, describe
+def _status_text(row: dict[str, Any], run_folder: Path, figures: dict[str, Figures]) -> str:
+    """Return the lines of one stage: its state, its name, and its artifact, its progress or what it waits
+    for; below, its alarms."""
+    from .display import describe, printable
 
     stage = row["stage"]
     detail = row["artifact"] or ""
     if row["state"] == "asks":
         command = f"limbeck curate {run_folder} {stage}"
         detail = f"{row['waiting_rows']} rows wait for a person: {command}"
+    if row["unchanged"]:
+        detail += "; weights unchanged"
     if row["begun"]:
         detail = "begun; goes on from its last checkpoint"
     if stage in figures:
-        detail = "; ".join([describe(row["kind"], figures[stage]), *alarms(figures[stage])])
-    return f"{STATES[row['state']]:10} {stage:32} {detail}"
+        detail = describe(row["kind"], figures[stage])
+    lines = [f"{STATES[row['state']]:10} {stage:32} {detail}"]
+    return "\n".join([*lines, *(f"{'':10} ! {printable(alarm)}" for alarm in row["alarms"])])
 
 
-def _status(node: Node, figures: Figures | None, begun: Collection[str]) -> dict[str, Any]:
-    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, progress,
-    and whether it was begun and is not at work: it is then among the stages `begun`."""
+def _status(node: Node, figures: Figures | None, partial: Path | None) -> dict[str, Any]:
+    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, whether
+    it left its weights unchanged, the alarms of its latest step if it has begun, its progress, and whether it
+    was begun and is not at work.
+
+    `partial` is the folder that a stage that has begun works in.
+    """
     from ..pipeline.review import review_queue
 
     artifact = node.artifact
@@ -177,6 +187,22 @@ def _status(node: Node, figures: Figures | None, begun: Collection[str]) -> dict
         "artifact": artifact and artifact.folder.name,
         "seconds": artifact and artifact.manifest["seconds"],
         "waiting_rows": len(review_queue.pending(node.queue)) if node.state == "asks" else 0,
-        "begun": node.name in begun and not figures and not artifact,
+        "unchanged": bool(artifact) and artifact.manifest["notes"].get("weights_changed") is False,
+        "alarms": _alarms(partial) if partial and not artifact else [],
+        "begun": bool(partial) and not figures and not artifact,
         "progress": figures and asdict(figures),
     }
+
+
+def _alarms(partial: Path) -> list[str]:
+    """Return the alarms of the latest step that was logged in a folder, and a response if its rewards taught
+    nothing.
+    """
+    from ..run_log import ROLLOUTS, quote, read, read_metrics
+    from ..train.learning_signal import UNTAUGHT
+
+    *_, latest = [{}, *read_metrics(partial)]
+    alarms = list(latest.get("alarms", []))
+    if any(alarm.startswith(UNTAUGHT) for alarm in alarms):
+        alarms += [quote(row) for row in itertools.islice(read(partial / ROLLOUTS), 1)]
+    return alarms

@@ -19,7 +19,17 @@ DAMAGED = 4  # exit code
 
 
 @app.command()
-def gc(runs: Home = RUNS, yes: Annotated[bool, typer.Option("--yes", help="really delete")] = False) -> None:
+def gc(
+    runs: Home = RUNS,
+    yes: Annotated[bool, typer.Option("--yes", help="really delete")] = False,
+    checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoints",
+            help="also the final checkpoints that stages could be continued from with more steps",
+        ),
+    ] = False,
+) -> None:
     """Delete artifacts that no run in the folder uses any more, and what killed stages left."""
     from ..types import Resumable
 
@@ -33,8 +43,37 @@ def gc(runs: Home = RUNS, yes: Annotated[bool, typer.Option("--yes", help="reall
             print(f"kept {folder}: a stage is at work in it")
             continue
         print(f"{'deleted' if yes else 'would delete'} {folder} ({size / 1e6:.1f} MB)")
-    if not folders:
+    freed = _free_checkpoints(store, {folder.name for folder in folders}, checkpoints, yes)
+    if not folders and not freed:
         print("nothing to delete")
+
+
+def _free_checkpoints(store: Store, unused: set[str], also_used: bool, yes: bool) -> int:
+    """Delete the final checkpoints of the artifacts named `unused` and of those that are gone and, if
+    `also_used`, all others; say what this means for their stages. Return the number of them.
+
+    Without `yes`, only print what would be deleted.
+    """
+    freed = 0
+    kept = []
+    for path, artifact in store.checkpoints():
+        used = artifact is not None and path.stem not in unused
+        size = path.stat().st_size
+        if used and not also_used:
+            kept.append(size)
+            continue
+        freed += 1
+        if yes:
+            path.unlink()
+        loss = f": {artifact.manifest['stage']} cannot be continued with more steps then" if used else ""
+        print(f"{'deleted' if yes else 'would delete'} {path} ({size / 1e6:.1f} MB){loss}")
+    if kept:
+        plural = "s" if len(kept) > 1 else ""
+        print(
+            f"kept {len(kept)} final checkpoint{plural} ({sum(kept) / 1e6:.1f} MB), from which stages can be "
+            "continued with more steps; --checkpoints deletes them too"
+        )
+    return freed
 
 
 def _unused(store: Store, runs: Path) -> list[Path]:

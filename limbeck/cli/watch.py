@@ -37,6 +37,7 @@ def follow(folder: Path, as_json: bool = False) -> None:
     from .display import Events, Tree
 
     display = choose_display(as_json, sys.stdout)
+    display.told_by_stages = ()  # what stages tell is heard by the process that carries them out
     try:
         state = _Watch(folder, display).follow()
     except KeyboardInterrupt:
@@ -72,7 +73,7 @@ class Carrier:
     `alive` is True while a process executes the run. `state` is that of `run_status.Status`, or `killed` if
     the process ended without a word, or "" before the first. `sentence` is the reason, `pid` the last
     process, on the machine `host`, at work since the Unix time `started`; `since` is when the state began;
-    `begun` are the stages that it had begun.
+    `begun` maps the stages that it had begun to their folders.
     """
 
     alive: bool
@@ -82,7 +83,7 @@ class Carrier:
     host: str
     started: float
     since: float
-    begun: tuple[str, ...]
+    begun: dict[str, str]
 
     def __str__(self) -> str:
         """The state as a sentence for people."""
@@ -110,7 +111,7 @@ def carrier(folder: Path) -> Carrier:
     state = status.state
     if not alive and run_status.was_killed(folder):
         state = "killed"
-    process = (status.pid, status.host, status.started, status.since, tuple(status.begun))
+    process = (status.pid, status.host, status.started, status.since, status.begun)
     return Carrier(alive, state, status.sentence, *process)
 
 

@@ -180,6 +180,12 @@ class RL(Budgeted):
         None, description="where the parts `judge` and `preference` come from, and when they count"
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
+    steps_without_signal: int = Field(
+        10,
+        ge=0,
+        description="stop, resumably, after this many steps if in none of them rewards differed within a "
+        "group; 0 never stops",
+    )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
     optimizer: Optimizer = Field(

@@ -38,7 +38,9 @@ class Job:
     it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
     continuations, else None. `queue` is the folder of rows under review, of whose review file the first
     `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
-    are too similar to a test. `stopping` returns True once the stage should write a checkpoint and end.
+    are too similar to a test. `continues` is the folder of the shorter stage's artifact that the stage is
+    continued from, if there is one (continuation.py). `stopping` returns True once the stage should write a
+    checkpoint and end, and `tell` shows the user a message.
     """
 
     name: str
@@ -52,7 +54,9 @@ class Job:
     review_bytes: int | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    continues: Path | None = None
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
+    tell: Callable[[str], None] = field(default=print, compare=False)
 
     # ------------------------------------------------------------ models
 
@@ -127,10 +131,12 @@ class Job:
         return RunLog(self.folder, step, total)
 
     def checkpoint(self) -> Checkpoint:
-        """Return the object that saves and restores the stage's training checkpoint."""
+        """Return the object that saves and restores the stage's training checkpoint. The final one is saved
+        too if a longer stage can be continued from it."""
         from ..train.checkpoint import Checkpoint
+        from .continuation import obstacle
 
-        return Checkpoint(self.folder, self.stage.save_every, self.stopping)
+        return Checkpoint(self.folder, self.stage.save_every, self.stopping, final=not obstacle(self.stage))
 
 
 def read_problems(path: Path) -> list[Problem]:

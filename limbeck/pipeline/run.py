@@ -15,12 +15,14 @@ from typing import Any, Protocol
 from .. import __version__
 from ..config.aliases import stored, stored_kind
 from ..config.load import dump, find, load, with_auto_curation
+from ..config.parts import Budgeted
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
 from ..run_log import TIMING, read
 from ..runtime.machine import machine
 from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
+from .continuation import Shorter
 from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
@@ -256,11 +258,14 @@ class Run:
 
     def _start_stage(self, node: Node) -> None:
         """Send the job of a node to a free worker."""
-        job = self._job(node)
+        shorter = self.graph.shorter(node)
+        job = self._job(node, shorter)
         self.running[node.name] = Progress(node, job.folder, time.monotonic(), self._forecast_of(node.name))
         self.status.begun[node.name] = job.folder.name
         self.status.starts[node.name] = time.time()
         self.host.start(write_job(job))
+        if shorter and shorter.obstacle:
+            self.display.say(f"{node.name}: {shorter.sentence}")
         if job.dropped:
             checked = node.contamination.checked
             self.display.say(f"{node.name}: leaves {len(job.dropped)} of {checked} out, too near to the test")
@@ -288,8 +293,9 @@ class Run:
         the node."""
         return -len(self.graph.dependents(node.name))
 
-    def _job(self, node: Node) -> Job:
-        """Return the job that a worker needs to run a node."""
+    def _job(self, node: Node, shorter: Shorter | None = None) -> Job:
+        """Return the job that a worker needs to run a node. `shorter` is the finished stage that it is
+        continued from, if it can be."""
         return Job(
             name=node.name,
             stage=node.stage,
@@ -302,6 +308,7 @@ class Run:
             review_bytes=node.review_bytes,
             endpoints=node.endpoints,
             dropped=frozenset(node.dropped),
+            continues=shorter.artifact.folder if shorter and not shorter.obstacle else None,
         )
 
     # ------------------------------------------------------------ events of workers
@@ -377,13 +384,16 @@ class Run:
 
     def _update_manifest(self, node: Node) -> None:
         """Add licences, sources and decontamination results that follow from the current recipe to the
-        manifest of an artifact that was made earlier."""
+        manifest of an artifact that was made earlier, and note whether training changed the weights."""
         manifest = node.artifact.manifest
         artifacts = self.graph.artifacts_of(node)
         origin = origin_of(node, manifest, artifacts, self.licence_traces, self.claims)
         news = merged_provenance(manifest, origin) or {}
         if node.contamination and asdict(node.contamination) != manifest.get("decontamination"):
             news["decontamination"] = asdict(node.contamination)
+        initial = artifacts.get(getattr(node.stage, "model", None))
+        if isinstance(node.stage, Budgeted) and initial and "weights_changed" not in manifest["notes"]:
+            news["notes"] = {**manifest["notes"], "weights_changed": node.artifact.weights != initial.weights}
         if news:
             self.store.amend(node.artifact, news)
 

@@ -20,8 +20,9 @@ from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
 from . import run_status
+from .continuation import CONTINUED
 from .progress import Figures, Progress
-from .run_folder import clock_seconds
+from .run_folder import clock_seconds, read_json
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
@@ -70,9 +71,23 @@ class Line:
         return self.history.done / self.history.total if self.history.total else 0.0
 
     @property
+    def unchanged(self) -> bool:
+        """True if the stage trains a model and left all weights as they were."""
+        return self.standing.view.notes.get("weights_changed") is False
+
+    @property
     def seconds(self) -> float | None:
         """The seconds that the stage took, or has taken so far; None if unknown."""
         return self.standing.manifest.get("seconds") or self.history.seconds or None
+
+    @property
+    def continued(self) -> dict[str, Any] | None:
+        """The artifact and the step that the stage continues from, as in its manifest; None if it began at
+        its beginning."""
+        standing = self.standing
+        if standing.manifest or not standing.folder:
+            return standing.manifest.get("continued")
+        return read_json(standing.folder / CONTINUED) or None
 
     @property
     def said(self) -> list[Text]:
@@ -83,6 +98,7 @@ class Line:
         manifest = self.standing.manifest
         texts = [sentences.progress(self.name, self.kind, self.state, self.history, manifest)]
         texts += self._now()
+        texts += sentences.continued(self.name, self.continued)
         texts += sentences.curves(self.kind, self.history)
         texts += sentences.soundness(self.history)
         if self.state == "done" and manifest:
@@ -133,13 +149,12 @@ def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
     text = Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。")
     texts = [text.format(len(done), len(stages))]
     views = tuple(line.standing.view for line in done if line.kind != "report")
-    if any(view.kind == "evaluate" for view in views):
-        texts += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
+    texts += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
     for line in stages:
         if line.state == "running":
             texts += line.said
         elif line.state in ("begun", "asks"):
-            texts += line.said[:1]
+            texts += [*line.said[:1], *sentences.alarms(line.history)]
     compared = against_clock(run)
     if compared:
         texts.append(sentences.foreseen(compared["took"], compared, True))

@@ -268,6 +268,7 @@ W = {
     "alarms": Text("Alarms that rang", "响过的警报"),
     "no_alarms": Text("No alarm rang.", "没有警报响过。"),
     "alarm_row": Text("first at step {first}, {times} in all", "首次在第 {first} 步，共 {times} 次"),
+    "unchanged": Text("weights unchanged", "权重未变"),
     "exact": Text("To do it again", "如何重做"),
     "recipe": Text("The exact recipe", "完整配方"),
     "stages": Text("Every stage", "每个阶段"),

@@ -15,7 +15,9 @@ import yaml
 from markupsafe import Markup, escape
 
 from ..eval.statistics import Interval
-from . import charts, comparison, graph_drawing, i18n, summary
+from ..run_log import ROLLOUTS, read
+from ..train.learning_signal import UNTAUGHT
+from . import charts, comparison, graph_drawing, i18n, sentences, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
 
@@ -96,18 +98,35 @@ def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
     """
     versions = {stage.manifest.get("code_version") for stage in run.stages}
     licences: set[str] = set()
+    continued: list[Text] = []
     for stage in run.stages:
+        continued += sentences.continued(stage.name, stage.manifest.get("continued"))
         licences.update(map(str, stage.manifest.get("licences") or []))
     return {
         "graph": _graph(run),
         "costs": _costs(run, numbers),
+        "continued": continued,
         "forecast": numbers["forecast"],
         "not_shown": summary.not_shown(run),
-        "alarms": list(run.alarms()),
+        "alarms": _alarms(run),
         "versions": sorted(version for version in versions if version),
         "licences": sorted(licences),
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
     }
+
+
+def _alarms(run: Run) -> list[tuple[str, Text, int, int, list[Text]]]:
+    """Return every alarm as (stage, message, first step, number of times, quotations): one response of the
+    stage where rewards taught nothing.
+    """
+    rows = []
+    for stage, message, first, times in run.alarms():
+        quoted = []
+        if message.startswith(UNTAUGHT):
+            logged = next(read(run.stage(stage).folder / ROLLOUTS), None)
+            quoted = [sentences.quote(logged)] if logged else []
+        rows.append((stage, sentences.alarm(message), first, times, quoted))
+    return rows
 
 
 def format_response(text: str) -> Markup:

@@ -137,7 +137,7 @@ def _accuracies(run: Run, model: str, source: str | None) -> dict[str, Any]:
 def _stage(stage: StageView) -> dict[str, Any]:
     """Return one stage's identity (name, kind, inputs, hashes), costs, licences and notes."""
     manifest = stage.manifest
-    measured = {key: manifest.get(key) for key in ("key", "digest", "code_version", *_COSTS)}
+    measured = {key: manifest.get(key) for key in ("key", "digest", "code_version", "continued", *_COSTS)}
     return {
         "name": stage.name,
         "kind": stage.kind,

@@ -190,6 +190,8 @@ def _limits_of_training(head: Mapping[str, Any], entries: Sequence[Mapping]) -> 
     for entry in entries:
         for alarm in _notes(entry).get("alarms") or {}:
             limits.append(f"While it was trained this alarm rang: {alarm}.")
+        if _notes(entry).get("weights_changed") is False:
+            limits.append(f"Its stage {entry['stage']} left all weights as they were.")
     if any(entry["kind"] in ("load", "remote") for entry in entries):
         limits.append(
             "What the models that were brought in had learned before is known to their makers alone."

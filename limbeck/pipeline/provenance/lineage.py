@@ -36,6 +36,7 @@ ENTRY_KEYS = (
     "rights",
     "sources",
     "decontamination",
+    "continued",
 )  # of a manifest, the keys that a lineage's entry repeats
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ...config.methods import Distill
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
-from ...run_log import read, read_metrics
+from ...run_log import ROLLOUTS, read, read_metrics
 from ...text.tokenizer import Tokenizer
 from ...train.distill import LABELLED, Assigned, DistillSampler, DistillTrainer, Teacher, domain
 from ...train.learner import Learner
@@ -37,6 +37,7 @@ def run(job: Job) -> Outcome:
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
+    run_log.drop_last(ROLLOUTS, stage.log_every)
     trainer = DistillTrainer(
         learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute),
         teachers=teachers,
@@ -56,6 +57,7 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    checkpoint.finish(trainer.state_dict, run_log)
     save_model(decoder, tokenizer, job.folder)
     steps = read_metrics(job.folder)
     total = {name: sum(step[name] for step in steps) for name in SUMS}

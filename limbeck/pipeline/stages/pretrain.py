@@ -10,6 +10,7 @@ from ...activity import phase
 from ...config.recipe import Pretrain
 from ...model.decoder import Decoder
 from ...model.from_recipe import to_config
+from ...model.weights import digest
 from ...train.learner import Learner
 from ...train.sft import SFTTrainer, batches
 from ...types import fingerprint
@@ -33,10 +34,12 @@ def run(job: Job) -> Outcome:
     with closing(with_progress(task.documents(job.seed, stage.corpus), stage.tokens)) as corpus:
         documents = encode_documents(corpus, tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
+    initial = digest(decoder)
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
     result = train(job, SFTTrainer(learner, documents, plan, whole_batch, stage.log_every))
     save_model(decoder, tokenizer, job.folder)
+    result["notes"]["weights_changed"] = digest(decoder) != initial
     return result
 
 

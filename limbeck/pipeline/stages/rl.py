@@ -8,7 +8,8 @@ from dataclasses import replace
 from ...config.recipe import RL
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
-from ...run_log import read_metrics
+from ...run_log import ROLLOUTS, read_metrics
+from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
 from ...train.learner import Learner
 from ...train.scorer import Scorer
@@ -30,6 +31,7 @@ def run(job: Job) -> Outcome:
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
+    run_log.drop_last(ROLLOUTS, stage.log_every)
     trainer = GRPOTrainer(
         learner=Learner(decoder, stage.optimizer, updates, stage.recompute),
         engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
@@ -39,11 +41,14 @@ def run(job: Job) -> Outcome:
         log=TrainingLog(run_log, stage, budget_of(job)),
         checkpoint=checkpoint,
         reference=Scorer(job.model(stage.model)[0]) if stage.policy.kl_coef else None,
+        alarms=AlarmMonitor(stage, job.name, job.problems),
+        tell=job.tell,
     )
     if state:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    checkpoint.finish(trainer.state_dict, run_log)
     save_model(decoder, tokenizer, job.folder)
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
