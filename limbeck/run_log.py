@@ -20,7 +20,6 @@ from .files import atomic_write, sync
 from .types import Group
 
 METRICS, ROLLOUTS, ASKED, TIMING = "metrics.jsonl", "rollouts.jsonl", "asked.jsonl", "timing.jsonl"
-PREPARING = "preparing.partial"  # a stage's work before its first step; the store sweeps it away
 BEAT = 5.0  # seconds after which a step is timed although its metrics are not logged
 COUNTED = ("sampled_tokens", "learned_tokens", "labelled_tokens")  # metrics that count a step's tokens
 
@@ -38,7 +37,6 @@ class RunLog:
         self.total = total
         for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             _keep(folder / name, lambda row: row["step"] < step)
-        (folder / PREPARING).unlink(missing_ok=True)
         _append(folder / TIMING, {"step": step - 1, "of": total, "seconds": None})
         self._began = time.monotonic()
         self._tokens = 0
@@ -93,12 +91,6 @@ class RunLog:
         for name in (METRICS, ROLLOUTS, ASKED, TIMING):
             if (self.folder / name).exists():
                 sync(self.folder / name)
-
-
-def prepare(folder: Path, work: str) -> None:
-    """Write down what a stage does before its first step, such as loading data, for display. The note is
-    deleted when the stage opens its run log."""
-    (folder / PREPARING).write_text(work, encoding="utf-8")
 
 
 def rollout_row(group: Group) -> dict[str, Any]:

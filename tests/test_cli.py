@@ -28,8 +28,8 @@ from limbeck.types import LimbeckError
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "init", "run", "status", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc",
-    "verify", "curate", "arena", "doctor", "ask", "eval",
+    "init", "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve",
+    "gc", "verify", "curate", "arena", "doctor", "ask", "eval",
 )  # fmt: skip
 
 

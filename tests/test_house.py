@@ -21,7 +21,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # A room may use itself and the rooms on floors below. `engine`, `tasks` and `train` are not for one another:
 # loops take them as arguments.
 FLOORS = {
-    "types": 0, "files": 0, "config": 0, "text": 0, "run_log": 0,
+    "types": 0, "files": 0, "config": 0, "text": 0, "run_log": 0, "activity": 0,
     "model": 1,
     "engine": 2, "tasks": 2, "train": 2,
     "eval": 3, "runtime": 3, "plan": 3,
@@ -34,7 +34,7 @@ GROUND = {"numpy", "pydantic", "tokenizers", "yaml", "jinja2"}
 NEVER = {"transformers", "trl", "ray", "vllm", "lm_eval", "datasets", "accelerate"}
 NETWORK = {"urllib", "requests", "httpx", "http", "socket", "aiohttp", "huggingface_hub", "openai"}
 HARMLESS = ("urllib.parse", "http.cookies")  # these only read what is written in them
-BESIDE = 4  # modules beside the packages
+BESIDE = 5  # modules beside the packages
 DOOR = 4  # times what typer takes: as long may `limbeck --help` take
 
 

@@ -29,6 +29,7 @@ from . import (
     run,
     serve,
     store,
+    watch,
 )
 
 BUG = 70  # exit code: EX_SOFTWARE of sysexits.h
@@ -54,6 +55,7 @@ app = typer.Typer(
 for module in (
     init,
     run,
+    watch,
     preview,
     plan,
     models,

@@ -34,7 +34,7 @@ MODEL = (
     "a model: a pulled name, a directory, a GGUF file, RUN/STAGE, a run, a stage's name, "
     "or the beginning of an artifact's name (docs/reference/models.md)"
 )
-STATES = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
+STATES = {"cached": "done", "running": "running", "ready": "will run", "waits": "waits", "asks": "asks you"}
 
 
 def usage_error(message: str) -> LimbeckError:
@@ -127,9 +127,9 @@ def open_run(folder: Path) -> Graph:
     return open_graph(load_recipe(recipe, [], False), recipe, folder.parent)
 
 
-def print_json(data: Any) -> None:
-    """Print a command's result as one line of JSON, for programs."""
-    print(json.dumps({"schema": 1, "ok": True, "data": data}, ensure_ascii=False))
+def print_json(data: Any, **more: Any) -> None:
+    """Print a command's result as one line of JSON, for programs, with `more` as its further fields."""
+    print(json.dumps({"schema": 1, "ok": True, "data": data, **more}, ensure_ascii=False))
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:

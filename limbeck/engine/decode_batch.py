@@ -52,6 +52,7 @@ class DecodeBatch:
 
     drafted = 0
     accepted = 0
+    sampled_tokens = 0  # tokens sampled so far, for the display of progress
     tokens_deferred = 0  # tokens at the end of a prompt that are run by the first step, not by the prefill
     compiled = True  # True if the compiled decode step may be used
     records_routes = True  # True if finished sequences have the experts chosen for their tokens
@@ -191,6 +192,7 @@ class DecodeBatch:
                 self.kept_ids[row].append(drawn.kept_BV[row].nonzero().flatten().numpy())
         self.sampled_B = self.sampled_B + active_B
         self.penalties.count(active_rows, tokens_B[active_B])
+        self.sampled_tokens += len(active_rows)
         return tokens_B
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, place_B: np.ndarray, previous_B: np.ndarray) -> Draw:

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..activity import Phase, phase
 from ..config.parts import OPTIONAL_SAMPLING
 from ..config.recipe import Remote
 from ..text.prompt_format import conversation
@@ -164,9 +165,10 @@ class Endpoint:
         to a request body and a sample number. After the first failure no further request is sent, and the
         failure is raised."""
         self.failed.clear()
-        with ThreadPoolExecutor(self.settings.max_concurrency) as pool:
+        answered = phase("asking", "rows", len(requests))
+        with answered as rows, ThreadPoolExecutor(self.settings.max_concurrency) as pool:
             futures = {
-                key: pool.submit(self._fetch, key, body, sample, progress)
+                key: pool.submit(self._fetch, key, body, sample, (rows, progress))
                 for key, (body, sample) in requests.items()
             }
             done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -179,10 +181,10 @@ class Endpoint:
         return responses
 
     def _fetch(
-        self, key: str, body: dict[str, Any], sample: int, progress: Progress | None
+        self, key: str, body: dict[str, Any], sample: int, counts: tuple[Phase, Progress | None]
     ) -> dict[str, Any]:
         """Return the response with this `key` from the cache; if it is not there, request it from the
-        endpoint and add it to the cache."""
+        endpoint and add it to the cache. `counts` are what the response is counted in."""
         response = self.cache.get(key)
         if response is None:
             with self.cache.claim(key):
@@ -191,6 +193,8 @@ class Endpoint:
                     response = {"endpoint": self.settings.url, "request": body, "sample": sample}
                     response |= self._request(body)
                     self.cache.put(key, response)
+        rows, progress = counts
+        rows.advance()
         if progress:
             progress(1)
         return response

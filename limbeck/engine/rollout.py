@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..activity import Phase, phase
 from ..model.decoder import Decoder
 from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
@@ -98,16 +99,20 @@ class Engine:
         waiting = deque(range(len(problems)))
         batch = self._new_batch(sampling)
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
-        while waiting or batch.busy:
-            admitted = self._next_problems(waiting, batch, group_size)
-            if admitted:
-                uniforms = [_uniforms(problems[i], group_size, sampling, seed) for i in admitted]
-                batch.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
-            for sequence in batch.step():
-                completion = self._completion(sequence, batch.stop_token_ids)
-                completions[sequence.problem][sequence.sample] = completion
-                if progress:
-                    progress(1)
+        rows = len(problems) * group_size
+        with phase("sampling", "problems", len(problems)) as groups, phase("", "rows", rows) as sampled:
+            while waiting or batch.busy:
+                admitted = self._next_problems(waiting, batch, group_size)
+                if admitted:
+                    uniforms = [_uniforms(problems[i], group_size, sampling, seed) for i in admitted]
+                    batch.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
+                for sequence in _step(batch, sampled):
+                    group = completions[sequence.problem]
+                    group[sequence.sample] = self._completion(sequence, batch.stop_token_ids)
+                    if None not in group:
+                        groups.advance()
+                    if progress:
+                        progress(1)
         self.drafted += batch.drafted
         self.accepted += batch.accepted
         return [
@@ -179,6 +184,16 @@ class Engine:
                 f"{name}: {len(prompt)} prompt tokens and max_new_tokens={sampling.max_new_tokens} "
                 f"exceed the model's {positions} positions; lower max_new_tokens or ask less"
             )
+
+
+def _step(batch: DecodeBatch, sampled: Phase) -> list[FinishedSequence]:
+    """Make one decode step, and count its tokens and its finished rows in `sampled`."""
+    before = batch.sampled_tokens
+    finished = batch.step()
+    sampled.add_tokens(batch.sampled_tokens - before)
+    if finished:
+        sampled.advance(len(finished))
+    return finished
 
 
 def _uniforms(problem: Problem, group_size: int, sampling: SamplingParams, seed: object) -> np.ndarray:

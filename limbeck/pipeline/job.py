@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..activity import phase
 from ..config.recipe import Problems, Remote, Stage
 from ..run_log import RunLog, read
 from ..types import Problem, Task
@@ -102,7 +103,8 @@ class Job:
         of a score to their weights in the reward, by default accuracy alone."""
         from ..tasks.mixture import Mixture
 
-        tasks = {name: self.task(name) for name in self.problems}
+        with phase("opening the problems"):
+            tasks = {name: self.task(name) for name in self.problems}
         subsets: dict[str, list[Problem]] = {}
         if self.dropped:
             for name, task in tasks.items():

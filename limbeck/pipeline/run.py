@@ -17,7 +17,7 @@ from ..config.load import dump
 from ..config.parts import Budgeted
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
-from ..run_log import read
+from ..run_log import TIMING, read
 from ..runtime.machine import machine
 from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
@@ -29,8 +29,11 @@ from .job import Job
 from .progress import Progress
 from .provenance.propagate import check_licences, merged_provenance, origin_of
 from .review import curate, review_queue
-from .run_folder import FORECAST, INDEX, RECIPE, read_json
-from .run_status import RunStatus
+from .run_folder import FORECAST, INDEX, RECIPE, add_interval, read_json
+from .run_state import look
+from .run_status import RunStatus, was_killed
+from .run_status import status as read_status
+from .run_view import against_clock
 from .store import Artifact, Store, out_of_space, write
 from .worker import SOFTWARE_FAILURE, TEMPORARY_FAILURE, write_job
 
@@ -98,6 +101,7 @@ class Run:
         """
         self._refuse_keyless()
         self._open_folder()
+        self._recover_clock()
         with self.status:
             self._keep_forecast(forecast)
             return self._run_stages()
@@ -196,6 +200,17 @@ class Run:
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
             ) from None
 
+    def _recover_clock(self) -> None:
+        """Note the time that an earlier process worked on its stages before it was killed, up to the last
+        step that they logged."""
+        if not was_killed(self.folder):
+            return
+        earlier = read_status(self.folder)
+        for stage, name in earlier.begun.items():
+            timing = self.store.root / ".partial" / name / TIMING
+            if timing.exists() and stage in earlier.starts:
+                add_interval(self.folder, name, earlier.starts[stage], timing.stat().st_mtime)
+
     def _keep_forecast(self, forecast: dict[str, Any] | None) -> None:
         """Write the forecast, if there is one. A finished stage keeps the forecast that was made before it
         ran."""
@@ -234,14 +249,19 @@ class Run:
         """Send the job of a node to a free worker."""
         shorter = self.graph.shorter(node)
         job = self._job(node, shorter)
-        self.running[node.name] = Progress(node, job.folder, time.monotonic())
+        self.running[node.name] = Progress(node, job.folder, time.monotonic(), self._forecast_of(node.name))
         self.status.begun[node.name] = job.folder.name
+        self.status.starts[node.name] = time.time()
         self.host.start(write_job(job))
         if shorter and shorter.obstacle:
             self.display.say(f"{node.name}: {shorter.sentence}")
         if job.dropped:
             checked = node.contamination.checked
             self.display.say(f"{node.name}: leaves {len(job.dropped)} of {checked} out, too near to the test")
+
+    def _forecast_of(self, stage: str) -> dict[str, float] | None:
+        """Return the forecast of a stage, None if there is none."""
+        return read_json(self.folder / FORECAST).get("stages", {}).get(stage)
 
     def _write_queues(self) -> None:
         """Write the queues of rows that people should review."""
@@ -299,8 +319,10 @@ class Run:
             self.display.say(f"{event['name']}: {event['text']}")
             return
         progress = self.running.pop(event["name"])
+        add_interval(self.folder, progress.folder.name, self.status.starts[event["name"]], time.time())
         if kind in ("done", "found", "waiting"):
             self.status.begun.pop(event["name"])
+            self.status.starts.pop(event["name"])
         if kind in ("done", "found"):
             self._finish_stage(progress, event)
         elif kind == "died":
@@ -427,6 +449,7 @@ class Run:
         }
         if (self.folder / FORECAST).exists():
             summary["forecast"] = read_json(self.folder / FORECAST)
+            summary["clock"] = against_clock(look(self.folder))
         write(path, json.dumps(summary, indent=2) + "\n")
         return summary
 

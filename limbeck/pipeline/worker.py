@@ -26,8 +26,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from ..activity import ActivityReport, phase
 from ..config.recipe import AnyStage, Problems, Remote
-from ..run_log import prepare
 from ..runtime import allocator
 from ..types import LimbeckError
 from . import continuation
@@ -164,15 +164,17 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
-        prepare(job.folder, "at work")
-        continued = continuation.begin(job, tell)
-        kernels = _choose_kernels(job, tell)
-        _preview(job, tell)
-        _release_memory()
-        began = time.monotonic()
-        cpu_began = time.process_time()
-        outcome = STAGES[job.stage.kind](replace(job, tell=tell))
-        sync_below(job.folder)
+        with ActivityReport(job.folder):
+            continued = continuation.begin(job, tell)
+            with phase("choosing kernels"):
+                kernels = _choose_kernels(job, tell)
+            _preview(job, tell)
+            _release_memory()
+            began = time.monotonic()
+            cpu_began = time.process_time()
+            outcome = STAGES[job.stage.kind](replace(job, tell=tell))
+            with phase("writing to disk"):
+                sync_below(job.folder)
         usage = _usage(began, cpu_began)
         outcome = {**outcome, **usage, "kernels": kernels}
         if continued:

@@ -256,10 +256,10 @@ W = {
     "foreseen": Text("What was foreseen", "事先的预计"),
     "foreseen_said": Text(
         "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all "
-        "({low} to {high}). They took {took}, and {processor} of the processor: on a busy machine the "
-        "latter is what was foreseen.",
+        "({low} to {high}). By the clock the stages took {took}, and {processor} of the processor: on a "
+        "busy machine the latter is what was foreseen.",
         "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。"
-        "实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
+        "按时钟实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
     ),
     "between": Text("between", "区间"),
     "took": Text("took", "实际"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..activity import PhaseReport
 from ..run_log import example
 from ..train.learned_rewards import CLEAR, trend
 from ..train.learning_signal import UNTAUGHT
@@ -56,9 +57,99 @@ def progress(name: str, kind: str, state: str, history: History, manifest: dict[
         return Text("{} and rests.", "{}，现已暂停。").format(steps)
     if history.pace is None or not history.total:
         return Text("{}.", "{}。").format(steps)
-    left = max(0, history.total - history.done)
-    sentence = Text("{}; one takes {}, so about {} are left.", "{}；每步 {}，大约还需 {}。")
-    return sentence.format(steps, _brief(history.pace), duration(history.pace * left))
+    return Text("{}; one takes {}.", "{}；每步 {}。").format(steps, _brief(history.pace))
+
+
+# The phases that `limbeck.activity` names, and their units.
+PHASES = {
+    "": Text("", ""),
+    "sampling": Text("sampling", "采样"),
+    "asking": Text("asking", "询问接口"),
+    "asking the teacher": Text("asking the teacher", "询问教师模型"),
+    "scoring": Text("scoring", "评分"),
+    "judging": Text("judging", "由模型评判"),
+    "filtering": Text("filtering", "筛选"),
+    "labelling": Text("labelling", "标注"),
+    "learning": Text("learning", "学习"),
+    "updating the weights": Text("updating the weights", "更新权重"),
+    "computing log-probabilities": Text("computing log-probabilities", "计算对数概率"),
+    "measuring": Text("measuring", "测量"),
+    "drawing problems": Text("drawing problems", "抽取题目"),
+    "opening the problems": Text("opening the problems", "打开题目"),
+    "writing the corpus": Text("writing the corpus", "生成语料"),
+    "loading the model": Text("loading the model", "载入模型"),
+    "saving the model": Text("saving the model", "保存模型"),
+    "saving a checkpoint": Text("saving a checkpoint", "保存检查点"),
+    "reading the checkpoint": Text("reading the checkpoint", "读取检查点"),
+    "choosing kernels": Text("choosing kernels", "选择内核"),
+    "writing to disk": Text("writing to disk", "写入磁盘"),
+}
+PHASE_UNITS = {
+    "rows": Text("rows", "行"),
+    "problems": Text("problems", "题"),
+    "tokens": Text("tokens", "词元"),
+    "micro-batches": Text("micro-batches", "个微批次"),
+    "files": Text("files", "个文件"),
+    "tensors": Text("tensors", "个张量"),
+    "sets of responses": Text("sets of responses", "组回答"),
+}
+_RATES = {
+    "tokens a second": Text("{} tokens a second", "每秒 {} 词元"),
+    "rows a second": Text("{} rows a second", "每秒 {} 行"),
+    "problems a second": Text("{} problems a second", "每秒 {} 题"),
+    "steps a minute": Text("{} steps a minute", "每分钟 {} 步"),
+}
+
+
+def work(phases: Sequence[PhaseReport]) -> Text:
+    """Return the phases of work that go on as text: `sampling 3 of 8 problems, 40 of 128 rows`."""
+    text = plain("")
+    for report in phases:
+        name = PHASES.get(report.name, plain(report.name))
+        part = Text("{} {}", "{} {}").format(name, _count_units(report)) if report.unit else name
+        text = Text("{}, {}", "{}，{}").format(text, part) if text.en else part
+    return Text(text.en.strip().replace(",  ", ", "), text.zh.strip().replace("， ", "，"))
+
+
+def _count_units(report: PhaseReport) -> Text:
+    """Return the finished units of a phase as text: `40 of 128 rows`."""
+    unit = PHASE_UNITS.get(report.unit, plain(report.unit))
+    if report.total is None:
+        return Text("{} {}", "{} {}").format(count(report.done), unit)
+    return Text("{} of {} {}", "{}/{} {}").format(count(report.done), count(report.total), unit)
+
+
+def now(
+    phases: Sequence[PhaseReport], rate: tuple[float, str] | None, left: tuple[float, float, bool] | None
+) -> list[Text]:
+    """Return a sentence on what a stage does at this moment: its phases of work, its `rate` (a number and its
+    unit), and the time `left` (seconds at least, at most, and whether it may be less than the first).
+
+    Return [] if nothing of it is known.
+    """
+    parts = [work(phases)] if phases else []
+    if rate:
+        value, unit = rate
+        number = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        parts.append(_RATES.get(unit, plain(f"{{}} {unit}")).format(number))
+    if left:
+        parts.append(_left(*left))
+    if not parts:
+        return []
+    english = "; ".join(part.en for part in parts)
+    chinese = "；".join(part.zh for part in parts)
+    return [Text("Now: {}.", "现在：{}。").format(Text(english, chinese))]
+
+
+def _left(low: float, high: float, at_most: bool) -> Text:
+    """Return the time left, in seconds, as text: one duration, an interval, or an upper bound."""
+    longest = duration(high)
+    if at_most:
+        return Text("at most {} left", "至多还需 {}").format(longest)
+    shortest = duration(low)
+    if shortest == longest:
+        return Text("about {} left", "大约还需 {}").format(longest)
+    return Text("{} to {} left", "还需 {} 至 {}").format(shortest, longest)
 
 
 def _count_steps(name: str, kind: str, history: History) -> Text:

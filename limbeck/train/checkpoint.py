@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..activity import phase
 from ..files import atomic_write
 from ..types import Resumable
 
@@ -46,7 +47,10 @@ class Checkpoint:
     def restore(self) -> dict[str, Any] | None:
         """Load the last saved state; None if there is none. Call it only once: the state holds the weights
         and the optimizer's moments, and is as large as they are."""
-        return torch.load(self.path, weights_only=True) if self.path.exists() else None
+        if not self.path.exists():
+            return None
+        with phase("reading the checkpoint"):
+            return torch.load(self.path, weights_only=True)
 
     def offer(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
         """Save the state if the last save is at least `every` seconds ago, or if the run has been asked to
@@ -69,7 +73,7 @@ class Checkpoint:
     def save(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
         """Force the log to disk, then replace the saved state."""
         log.sync()
-        with atomic_write(self.path) as file:
+        with phase("saving a checkpoint"), atomic_write(self.path) as file:
             torch.save(state(), file)
         self._saved = time.monotonic()
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..activity import phase, track
 from ..config.methods import Distill
 from ..model.config import ModelConfig
 from ..text.prompt_format import conversation
@@ -81,7 +82,8 @@ class Teacher:
             student, own = self.tokenizers
             spanned, tokens = aligned(samples, questions, student, self.scorer, own, batch_tokens)
             return pack(spanned, batch_tokens), tokens
-        batches = [replace(batch, teacher=self.scorer.states(batch)) for batch in pack(samples, batch_tokens)]
+        packed = track(pack(samples, batch_tokens), "asking the teacher", "micro-batches")
+        batches = [replace(batch, teacher=self.scorer.states(batch)) for batch in packed]
         return batches, sum(len(sample.tokens) for sample in samples)
 
 
@@ -108,7 +110,7 @@ class DistillSampler:
         teacher of its domain."""
         problems = self.tasks.draw(self.settings.prompts_per_step, (self.seed, step))
         rollout = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
-        groups = [self.tasks.score(group) for group in rollout]
+        groups = [self.tasks.score(group) for group in track(rollout, "scoring", "problems")]
         assigned = []
         for group in groups:
             teacher = self.settings.teachers[domain(group.problem.id)]
@@ -243,8 +245,12 @@ def teacher_top_k(
     `temperature` divides the teacher's logits; `batch_tokens` is the size of a micro-batch in input
     tokens."""
     batches = pack(samples, batch_tokens)
-    states = [teacher.states(batch) for batch in batches]
-    tops = [top_k(one.hidden_MC, one.head_VC, count, temperature) for one in states]
+    tops = []
+    with phase("labelling", "rows", len(samples)) as labelled:
+        for batch in batches:
+            states = teacher.states(batch)
+            tops.append(top_k(states.hidden_MC, states.head_VC, count, temperature))
+            labelled.advance(len(batch.order_S))
 
     def of_samples(name: str) -> list[np.ndarray]:
         """Return the field `name` of the labels as one array [predictions, ...] for each sample, in the

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..activity import track
 from ..config.parts import Policy
 from ..config.recipe import RL
 from ..run_log import quote, rollout_row
@@ -119,7 +120,8 @@ class GRPOTrainer:
         for attempt in range(ATTEMPTS if resample else 1):
             seed = (self.seed, step, attempt)
             problems = tasks.draw(policy.prompts_per_step - len(kept), seed)
-            for group in self.engine.rollout(problems, policy.group_size, self.rewards.sampling, seed):
+            rollout = self.engine.rollout(problems, policy.group_size, self.rewards.sampling, seed)
+            for group in track(rollout, "scoring", "problems"):
                 group = tasks.score(group)
                 accepted = not resample or len(set(group.rewards)) > 1
                 (kept if accepted else rejected).append(group)
