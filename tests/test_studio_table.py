@@ -147,13 +147,18 @@ def test_a_deletion_is_told_before_it_is_done(runs):
 
 def test_a_deletion_frees_what_no_other_run_uses(runs):
     index = json.loads((runs / "tiny" / "stages.json").read_text())
+    checkpoint = runs / "store" / ".checkpoints" / f"{index['zero']}.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
+    checkpoint.write_bytes(b"state")
     foreseen = deletion.foresee(runs / "tiny")
     answer = asked(runs, ("POST", "/runs/-/delete/tiny", {}))[0]
     assert (answer.status_code, answer.headers["location"]) == (303, "/runs")
     assert not (runs / "tiny").exists()
     gone = {stage for stage, artifact in index.items() if not (runs / "store" / artifact).exists()}
     assert gone == set(OWNED)
-    assert {path.name for path in foreseen.freed} == {"tiny", *(index[stage] for stage in OWNED)}
+    folders = {"tiny", *(index[stage] for stage in OWNED)}
+    assert {path.name for path in foreseen.freed} == {*folders, checkpoint.name}
+    assert not any(path.exists() for path in foreseen.freed)
     assert run_state.look(runs / "twin").stage("base").state == "done"
     assert deletion.delete(runs / "twin").models == ("brought", "base", "dev1")  # nobody shares them now
     assert not list((runs / "store").glob("*/manifest.json"))

@@ -19,11 +19,11 @@ from .store import Store
 class Deletion:
     """What the deletion of a run means, before it is done.
 
-    `freed` maps the folders that are deleted to their sizes in bytes: the run's own, the artifacts that no
-    other run uses, and what its unfinished stages have written. `shared` maps the names of other runs to the
-    stages whose artifacts stay because these runs use them, too. `models` are the stages whose models go
-    away, `served` the names of served models among them. `dependent` are the runs whose recipes load such a
-    model.
+    `freed` maps the folders and files that are deleted to their sizes in bytes: the run's own folder, the
+    artifacts that no other run uses, with their final checkpoints, and what unfinished stages have written.
+    `shared` maps the names of other runs to the stages whose artifacts stay because these runs use them, too.
+    `models` are the stages whose models go away, `served` the names of served models among them. `dependent`
+    are the runs whose recipes load such a model.
     """
 
     run: Path
@@ -55,6 +55,8 @@ def foresee(run: Path, served: Mapping[str, Path] | None = None) -> Deletion:
     partial = [store.root / ".partial" / name for name in begun if _is_name(name) and name not in users]
     folders = dict.fromkeys([run, *owned.values(), *partial])
     freed = {folder: store.size(folder) for folder in folders if folder.is_dir()}
+    ends = [store.checkpoint(folder) for folder in owned.values()]
+    freed |= {path: path.stat().st_size for path in ends if path.exists()}
     models = {stage: folder / "model" for stage, folder in owned.items() if (folder / "model").is_dir()}
     gone = _served_from(models.values(), served or {})
     return Deletion(run, freed, dict(shared), tuple(models), gone, tuple(_loading(run, freed)))
@@ -80,17 +82,17 @@ def delete(run: Path) -> Deletion:
     if run_status.is_running(run):
         raise LimbeckError(f"{run} is being carried out; pause it first, then delete it")
     deletion = foresee(run)
-    for folder in deletion.freed:  # the run's own comes first: if this is cut off, `limbeck gc` does the rest
-        _remove(folder)
+    for path in deletion.freed:  # the run's own comes first: if this is cut off, `limbeck gc` does the rest
+        _remove(path)
     return deletion
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder; of a link, only the link."""
-    if folder.is_symlink():
-        folder.unlink()
+def _remove(path: Path) -> None:
+    """Delete a file or a folder; of a link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        shutil.rmtree(folder)
+        path.unlink()
 
 
 def _users(run: Path) -> dict[str, tuple[str, ...]]:
