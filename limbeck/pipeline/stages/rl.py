@@ -51,8 +51,16 @@ def run(job: Job) -> Outcome:
     checkpoint.finish(trainer.state_dict, run_log)
     tokenizer.prompt_format = tasks.prompt_format
     save_model(decoder, tokenizer, job.folder)
+    return _summarize(job, decoder.config.parameters)
+
+
+def _summarize(job: Job, parameters: int) -> Outcome:
+    """Return the costs summed over the steps of the log, and how often each alarm went off.
+
+    `parameters` is the number of the model's parameters.
+    """
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
     alarms = Counter(alarm for step in steps for alarm in step.get("alarms", ()))
     flops = sum(step["flops"] for step in steps)
-    return outcome(tokens, flops, parameters=decoder.config.parameters, alarms=dict(alarms))
+    return outcome(tokens, flops, parameters=parameters, alarms=dict(alarms))
