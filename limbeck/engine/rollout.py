@@ -92,10 +92,7 @@ class Engine:
         `progress(1)` is called for each finished completion. Raises LimbeckError if a prompt's length plus
         `sampling.max_new_tokens` exceeds the model's maximal number of positions.
         """
-        prompts = [self.tokenizer.prompt(conversation(p.prompt, p.system)) for p in problems]
-        for problem, prompt in zip(problems, prompts, strict=True):
-            self._check_system_prompt(problem, sampling)
-            self._check_length(f"problem {problem.id}", prompt, sampling)
+        prompts = [self._prompt(problem, sampling) for problem in problems]
         waiting = deque(range(len(problems)))
         batch = self._new_batch(sampling)
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
@@ -160,6 +157,13 @@ class Engine:
             sequence.kept_ids,
             sequence.routes,
         )
+
+    def _prompt(self, problem: Problem, sampling: SamplingParams) -> np.ndarray:
+        """Return the token ids [N] of a problem's prompt. Raises LimbeckError if it is too long."""
+        prompt = self.tokenizer.prompt(conversation(problem.prompt, problem.system))
+        self._check_system_prompt(problem, sampling)
+        self._check_length(f"problem {problem.id}", prompt, sampling)
+        return prompt
 
     def _check_system_prompt(self, problem: Problem, sampling: SamplingParams) -> None:
         """Raise LimbeckError if the system prompt alone, plus `sampling.max_new_tokens`, exceeds the model's

@@ -192,7 +192,7 @@ def _preview(job: Job, tell: Callable[[str], None]) -> None:
     from ..report.preview import remedies, summary
     from .preview import write_once
 
-    with suppress(LimbeckError):
+    with suppress(LimbeckError), phase("previewing"):
         preview = write_once(job)
         for text in [summary(preview), *remedies(preview)] if preview else []:
             tell(text.en)
