@@ -67,6 +67,7 @@ PHASES = {
     "asking": Text("asking", "询问接口"),
     "asking the teacher": Text("asking the teacher", "询问教师模型"),
     "scoring": Text("scoring", "评分"),
+    "previewing": Text("previewing", "预览"),
     "judging": Text("judging", "由模型评判"),
     "filtering": Text("filtering", "筛选"),
     "labelling": Text("labelling", "标注"),
