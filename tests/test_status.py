@@ -98,6 +98,13 @@ def test_status_tells_the_stage_at_work_its_step_rate_time_left_reward_and_proce
     assert told["run"]["pid"] == os.getpid() and told["run"]["alive"] and told["run"]["host"]
 
 
+def test_a_run_is_found_by_its_folder_and_by_its_name(call, run, monkeypatch):
+    monkeypatch.chdir(run.parent.parent)
+    assert call("status", "small") == call("status", "runs/small") == call("status", run)
+    code, _, errors = call("status", "smal")
+    assert code == 2 and "runs/smal is no run" in errors
+
+
 def test_status_says_when_the_process_is_dead(call, run):
     with RunStatus(run) as state:
         begin(run, state)

@@ -26,10 +26,18 @@ if TYPE_CHECKING:
 Home = Annotated[Path, typer.Option("--runs", help="where runs and their artifacts live")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
 Auto = Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
-]
 RUNS = Path("runs")
+
+
+def run_folder(name: str) -> Path:
+    """Return the folder of a run: `name` itself, or the folder of that name in `runs`."""
+    path = Path(name)
+    return path if len(path.parts) > 1 or path.exists() else RUNS / name
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", parser=run_folder, help="a run's folder or its name in runs")
+]
 MODEL = (
     "a model: a pulled name, a directory, a GGUF file, RUN/STAGE, a run, a stage's name, "
     "or the beginning of an artifact's name (docs/reference/models.md)"
