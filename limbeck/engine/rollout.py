@@ -18,6 +18,7 @@ from ..model.decoder import Decoder
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
+from .device_batch import DeviceBatch
 from .sampling import SamplingParams
 from .speculative import Speculation
 
@@ -41,6 +42,8 @@ class Engine:
         self.speculate = speculate
         self.drafted = 0
         self.accepted = 0
+        self.on_device = model.embed.weight.device.type != "cpu"
+        self._device_batch: tuple[object, DeviceBatch] | None = None
 
     @property
     def acceptance(self) -> float:
@@ -81,7 +84,7 @@ class Engine:
         for problem, prompt in zip(problems, prompts, strict=True):
             self._check_length(f"problem {problem.id}", prompt, sampling)
         waiting = deque(range(len(problems)))
-        batch = self._new_batch(sampling)
+        batch = self._rollout_batch(prompts, group_size, sampling)
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
         while waiting or batch.busy:
             admitted = self._next_problems(waiting, batch, group_size)
@@ -120,6 +123,21 @@ class Engine:
     def _new_batch(self, sampling: SamplingParams) -> DecodeBatch:
         kind = Speculation if self.speculate else DecodeBatch
         return kind(self.model, self.tokenizer.end_id, sampling)
+
+    def _rollout_batch(
+        self, prompts: list[np.ndarray], group_size: int, sampling: SamplingParams
+    ) -> DecodeBatch | DeviceBatch:
+        """Return the batch of a rollout: on the model's device, if that is not the host."""
+        if not self.on_device:
+            return self._new_batch(sampling)
+        longest = max(map(len, prompts))
+        rows = max(group_size, min(self.rows, group_size * len(prompts)))
+        key = (rows, longest, sampling)
+        if self._device_batch is None or self._device_batch[0] != key:
+            self._device_batch = None  # its memory is free before the new one takes its own
+            made = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest)
+            self._device_batch = (key, made)
+        return self._device_batch[1]
 
     def _next_problems(self, waiting: deque[int], batch: DecodeBatch, group_size: int) -> list[int]:
         """Remove from `waiting` and return the problem indices whose whole groups fit into the free rows. If

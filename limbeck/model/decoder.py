@@ -21,6 +21,7 @@ from .config import ModelConfig
 from .context import Context
 from .ffn import GELU, MixtureOfExperts, SwiGLU
 from .linear import Linear
+from .ops import CPUOps, PlainOps
 
 # Weights whose output is added to the residual stream, by the end of their names.
 RESIDUAL = ("out.weight", "down.weight", "experts_down")
@@ -43,8 +44,13 @@ class Block(nn.Module):
     def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
         """Return the hidden states after the block, [N, C]."""
         normed_NC = self.attention_norm(x_NC)
-        x_NC = x_NC + self.attention(normed_NC, rope, context)
-        return x_NC + self.ffn(self.ffn_norm(x_NC) if self.ffn_norm else normed_NC, context)
+        mixed_NC = self.attention(normed_NC, rope, context)
+        if isinstance(self.ffn_norm, RMSNorm):
+            x_NC, normed_NC = self.ffn_norm.add(x_NC, mixed_NC)
+        else:
+            x_NC = x_NC + mixed_NC
+            normed_NC = self.ffn_norm(x_NC) if self.ffn_norm else normed_NC
+        return x_NC + self.ffn(normed_NC, context)
 
 
 class MTPModule(nn.Module):
@@ -96,6 +102,7 @@ class Decoder(nn.Module):
     """
 
     recompute = False
+    ops: PlainOps = CPUOps()
 
     def __init__(self, config: ModelConfig):
         super().__init__()

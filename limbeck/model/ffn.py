@@ -18,6 +18,7 @@ from . import kernels
 from .config import Experts, ModelConfig
 from .context import Context, RouterTrace
 from .linear import Linear
+from .ops import CPUOps, PlainOps
 
 Rounding = tuple[
     Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
@@ -26,19 +27,13 @@ EXACT: Rounding = (lambda x: x, lambda weight: weight)
 SEED_BITS = 2**63 - 1  # bits of a hash that make a seed: all but the sign
 
 
-def swiglu(both_NI: Tensor) -> Tensor:
-    """Return silu(gate) * up [N, I], where gate and up are the two halves of the last dimension."""
-    if kernels.serves("swiglu", both_NI.numel(), both_NI):
-        return kernels.SwiGLU.apply(both_NI)
-    gate_NI, up_NI = both_NI.chunk(2, dim=-1)
-    return F.silu(gate_NI) * up_NI
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6).
 
     Gate and up are computed by one matrix product.
     """
+
+    ops: PlainOps = CPUOps()
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -47,7 +42,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
         """Return the output of the layer, [N, C]; `context` is not used."""
-        return self.down(swiglu(self.gate_up(x_NC)))
+        return self.down(self.ops.swiglu(self.gate_up(x_NC)))
 
 
 class GELU(nn.Module):

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import kernels
 from .context import Layer, RouterTrace
+from .ops import ops_for
+from .paged import AttentionPlan
 
 # Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which
 # walks over keys in tiles, is ahead of ours there, and takes whole sequences only (`python -m
@@ -41,6 +43,7 @@ class Packed:
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         self.slack = slack
         self.device = device
+        self.ops = ops_for(device)
         self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: RouterTrace | None = None
@@ -54,6 +57,11 @@ class Packed:
     def _runs(self) -> _Runs:
         """The padded runs, which torch's attention takes."""
         return _Runs(self.lengths, self.slack, device=self.device)
+
+    @cached_property
+    def plan(self) -> AttentionPlan:
+        """The sequences as rows of blocks."""
+        return AttentionPlan(self.lengths, self.lengths, None, self.device)
 
     @cached_property
     def _trees(self) -> kernels.Trees:
@@ -81,6 +89,9 @@ class Packed:
             self._last = k_NKD, v_NKD
             if self.entries is not None:
                 self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
+        mixed_NHD = self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self.plan)
+        if mixed_NHD is not None:
+            return mixed_NHD
         if _use_kernel("attention", layer, max(self.lengths), q_NHD, v_NKD):
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
         q_runs = self._runs.pad(q_NHD)
@@ -102,8 +113,16 @@ class SharedPrefix:
     absorbed = False
 
     def __init__(
-        self, prompts: int, width: int, owners: Sequence[int], lengths: Sequence[int], slack: float = 0.2
+        self,
+        prompts: int,
+        width: int,
+        owners: Sequence[int],
+        lengths: Sequence[int],
+        slack: float = 0.2,
+        device: torch.device | str = "cpu",
     ):
+        self.device = device
+        self.ops = ops_for(device)
         self.prompts = prompts
         self.width = width
         # empty completions come first and have nothing to attend
@@ -112,7 +131,7 @@ class SharedPrefix:
         self.lengths = list(lengths[empty:])
         self.slack = slack
         columns = [width + torch.arange(length) for length in self.lengths]
-        self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns])
+        self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns]).to(device)
         self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
         self.routes: RouterTrace | None = None
 
@@ -126,6 +145,18 @@ class SharedPrefix:
     def _runs(self) -> _Runs:
         """The padded runs of completions, which torch's attention takes."""
         return _Runs(self.lengths, self.slack, self.prompts * self.width)
+
+    @cached_property
+    def plan(self) -> AttentionPlan:
+        """The prompts and the completions as rows of blocks; the keys of a completion begin with its prompt's."""
+        prompt_tokens = np.arange(self.prompts * self.width).reshape(self.prompts, self.width)
+        begins = self.prompts * self.width + np.cumsum([0, *self.lengths])
+        index = [prompt_tokens.ravel()]
+        for owner, begin, length in zip(self.owners.tolist(), begins, self.lengths, strict=False):
+            index += [prompt_tokens[owner], np.arange(begin, begin + length)]
+        queries = [self.width] * self.prompts + self.lengths
+        keys = [self.width] * self.prompts + [self.width + length for length in self.lengths]
+        return AttentionPlan(queries, keys, np.concatenate(index), self.device)
 
     @cached_property
     def _trees(self) -> kernels.Trees:
@@ -153,6 +184,9 @@ class SharedPrefix:
             k_NKD, v_NKD = self._last
         else:
             self._last = k_NKD, v_NKD
+        mixed_NHD = self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self.plan)
+        if mixed_NHD is not None:
+            return mixed_NHD
         longest = self.width + max(self.lengths, default=0)
         if _use_kernel("branches", layer, longest, q_NHD, v_NKD):
             return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)

@@ -118,6 +118,44 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
     )
 
 
+class Masters:
+    """Copies of a model's parameters in float32, which the optimizers update in place of weights in 16 bits.
+
+    Gradients are summed in float32: as soon as a backward pass has the whole gradient of a parameter, it is
+    added to that of its copy and dropped. `release` rounds the copies into the weights, in place.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.copies = {
+            name: nn.Parameter(p.detach().float().clone(), requires_grad=True) for name, p in self.weights.items()
+        }
+        for name, weight in self.weights.items():
+            weight.register_post_accumulate_grad_hook(self._hook(self.copies[name]))
+
+    @staticmethod
+    def _hook(copy: nn.Parameter):
+        def add(weight: Tensor) -> None:
+            if copy.grad is None:
+                copy.grad = weight.grad.float()
+            else:
+                copy.grad += weight.grad
+            weight.grad = None
+
+        return add
+
+    @torch.no_grad()
+    def load(self, copies: dict[str, Tensor]) -> None:
+        """Restore the copies that an exact resume needs."""
+        for name, copy in self.copies.items():
+            copy.copy_(copies[name])
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Round the copies into the model's weights."""
+        torch._foreach_copy_(list(self.weights.values()), list(self.copies.values()))
+
+
 class Optimizer:
     """The optimizers and the learning-rate schedule that the settings name, over the parameters of a model.
 
@@ -130,7 +168,12 @@ class Optimizer:
         self.steps = steps
         self.parts: list[torch.optim.Optimizer] = []
         self.rates: list[float] = []  # each part's learning rate, divided by the settings'
+        half = model.embed.weight.dtype in (torch.bfloat16, torch.float16)
+        self.masters = Masters(model) if half else None
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self.masters:
+            named = self.masters.copies
+        self.parameters = list(named.values())
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}
         with_muon = settings.name == "muon" and any(_for_muon(name, p) for name, p in named.items())
@@ -159,7 +202,7 @@ class Optimizer:
 
         `step` is the number of the update, from 0. If the norm is not finite, weights, moments and gradients
         stay as they are."""
-        learned = [p for p in self.model.parameters() if p.grad is not None]
+        learned = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learned])
         if not math.isfinite(norm):
             return float(norm)
@@ -170,16 +213,21 @@ class Optimizer:
                 group["lr"] = rate * ratio
             part.step()
             part.zero_grad(set_to_none=True)
+        if self.masters:
+            self.masters.release()
         return float(norm)
 
     def state_dict(self) -> list[dict]:
         """Return the states of all optimizers, for an exact resume."""
-        return [part.state_dict() for part in self.parts]
+        states = [part.state_dict() for part in self.parts]
+        return [*states, {"masters": self.masters.copies}] if self.masters else states
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Restore the states that `state_dict` returned."""
-        for part, state in zip(self.parts, states, strict=True):
+        for part, state in zip(self.parts, states, strict=self.masters is None):
             part.load_state_dict(state)
+        if self.masters:
+            self.masters.load(states[-1]["masters"])
 
 
 def schedule(settings: Settings, step: int, steps: int) -> float:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, RouterTrace
+from ..model.ops import CPUOps, PlainOps
 from .batch import Batch
-from .divergence import States, tempered
+from .divergence import States
 
-CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
+CPU = CPUOps()
+CHUNK = 1 << 22  # logits in memory at once on a CPU: 16 MiB in float32
 
 
 class Scorer:
@@ -60,7 +62,9 @@ class Scorer:
         """Return the log-probabilities [M] and entropies [M] at the predictions, from the final hidden
         states [N, C]."""
         hidden_MC = hidden_NC[batch.predict_M]
-        return token_logprobs(hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK)
+        return token_logprobs(
+            hidden_MC, self.model.head.weight, batch.targets_M, temperature, batch.kept_MK, self.model.ops
+        )
 
 
 def token_logprobs(
@@ -69,12 +73,13 @@ def token_logprobs(
     targets_M: Tensor,
     temperature: float = 1.0,
     kept_MK: Tensor | None = None,
+    ops: PlainOps = CPU,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden @ head / temperature)[target] and the entropy of the distribution, both [M].
 
     The logits [M, V] are never in memory as a whole. With `kept_MK`, the softmax is over these token ids
     alone: the distribution that top-p sampling drew from."""
-    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK)
+    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK, ops)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -82,9 +87,10 @@ class _TokenLogprobs(torch.autograd.Function):
     less memory and more arithmetic than storing them."""
 
     @staticmethod
-    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
+    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK, ops):
         """Return the log-probabilities [M] and the entropies [M]."""
-        ctx.rows = max(1, CHUNK // len(head_VC))
+        ctx.rows = max(1, (ops.logits_at_once or CHUNK) // len(head_VC))
+        ctx.ops = ops
         ctx.temperature = temperature
         saved = [hidden_MC, head_VC, targets_M]
         if kept_MK is not None:
@@ -93,8 +99,11 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = []
         entropies = []
         for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
-            logp_RV = _log_softmax(hidden_RC, head_VC, temperature, kept_RK)
-            logprobs.append(logp_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1))
+            logits_RV, logprob_R = ops.score(hidden_RC, head_VC, targets_R, temperature)
+            logp_RV = torch.log_softmax(_restrict(logits_RV, kept_RK), -1)
+            if logprob_R is None or kept_RK is not None:
+                logprob_R = logp_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1)
+            logprobs.append(logprob_R)
             entropies.append(-(logp_RV.exp() * logp_RV.nan_to_num(neginf=0.0)).sum(1))
         entropy_M = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy_M)
@@ -107,31 +116,29 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
         kept_MK = rest[0] if rest else None
         grad_hidden_MC = torch.empty_like(hidden_MC)
-        grad_head_VC = torch.zeros_like(head_VC)
+        grad_head_VC = torch.zeros_like(head_VC, dtype=torch.promote_types(head_VC.dtype, torch.float32))
         begin = 0
         for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
             end = begin + len(hidden_RC)
             grad_R1 = grad_M[begin:end].unsqueeze(1)
-            logp_RV = _log_softmax(hidden_RC, head_VC, ctx.temperature, kept_RK)
+            logits_RV, _ = ctx.ops.score(hidden_RC, head_VC, None, ctx.temperature)
+            logp_RV = torch.log_softmax(_restrict(logits_RV, kept_RK), -1)
             grad_RV = -logp_RV.exp_() * grad_R1
             grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
             grad_RV /= ctx.temperature
-            torch.mm(grad_RV, head_VC, out=grad_hidden_MC[begin:end])
-            grad_head_VC.addmm_(grad_RV.T, hidden_RC)
+            ctx.ops.logits_backward(grad_RV, hidden_RC, head_VC, grad_hidden_MC[begin:end], grad_head_VC)
             begin = end
-        return grad_hidden_MC, grad_head_VC, None, None, None
+        return grad_hidden_MC, grad_head_VC.to(head_VC.dtype), None, None, None, None
 
 
-def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK: Tensor | None) -> Tensor:
-    """Return the log-probabilities of a chunk [R, V]; those of ids that are not in `kept_RK` are minus
-    infinity."""
-    logits_RV = tempered(hidden_RC, head_VC, temperature)
-    if kept_RK is not None:
-        outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
-        # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
-        outside_RV[:, 0] = ~(kept_RK == 0).any(1)
-        logits_RV.masked_fill_(outside_RV, float("-inf"))
-    return torch.log_softmax(logits_RV, -1)
+def _restrict(logits_RV: Tensor, kept_RK: Tensor | None) -> Tensor:
+    """Set the logits of ids that are not in `kept_RK` to minus infinity, in place; return them [R, V]."""
+    if kept_RK is None:
+        return logits_RV
+    outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
+    # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
+    outside_RV[:, 0] = ~(kept_RK == 0).any(1)
+    return logits_RV.masked_fill_(outside_RV, float("-inf"))
 
 
 def _chunks(

@@ -1,0 +1,49 @@
+"""The operations of a decoder, one table for each kind of device: the only place that knows of devices.
+
+`plain` is torch on any device and in any dtype, and the reference of the tests; `cpu` uses the compiled C++
+kernels where they are faster; `cuda` uses Triton kernels whose results do not depend on the batch. A table is
+chosen once, when a model is placed on a device (`place`), and every layer keeps it as `ops`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from .cpu import CPUOps
+from .plain import PlainOps
+
+__all__ = ["CPUOps", "PlainOps", "ops_for", "place"]
+
+
+@cache
+def _table(kind: str) -> PlainOps:
+    """Return the table of operations for a kind of device, such as `cpu`, `cuda` or `mps`."""
+    if kind == "cuda":
+        from .cuda import CUDAOps  # imports Triton, which only builds of torch for cards bring
+
+        return CUDAOps()
+    return CPUOps() if kind == "cpu" else PlainOps()
+
+
+def ops_for(device: torch.device | str) -> PlainOps:
+    """Return the table of operations for a device."""
+    return _table(torch.device(device).type)
+
+
+def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Move a model to a device and give its layers the operations of that device; return it.
+
+    `dtype` is the type of its weights (None: as they are). The tables of rotary angles stay in float32.
+    """
+    tables = {name: buffer.float() for name, buffer in model.named_buffers() if name in ("cos", "sin")}
+    model.to(device=device, dtype=dtype)
+    for name, buffer in tables.items():
+        setattr(model, name, buffer.to(device))
+    table = ops_for(device)
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = table
+    return model
