@@ -37,14 +37,14 @@ def note(part: str, **numbers) -> None:
     print(f"[{part}]", *words, flush=True)
 
 
-def microseconds(call, repeats: int = 20) -> float:
-    """Return the median device time of `call` in microseconds, from replays of a CUDA graph of ten calls."""
+def microseconds(call, repeats: int = 20, calls: int = 10) -> float:
+    """Return the median device time of `call` in microseconds, from replays of a CUDA graph of calls."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(10):
+        for _ in range(calls):
             call()
     times = []
     for _ in range(repeats):
@@ -54,7 +54,7 @@ def microseconds(call, repeats: int = 20) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 100)
+        times.append(begin.elapsed_time(end) * 1000 / calls)
     return sorted(times)[len(times) // 2]
 
 
@@ -234,6 +234,107 @@ def problems(count: int, length: int, seed: int = 0):
     ]
 
 
+def tune_part() -> None:
+    """Time tiles for every weight of the shapes and every bucket of rows; use the fastest from here on."""
+    few = [(16, 16, 2, 5), (16, 32, 2, 5), (16, 32, 4, 5), (16, 16, 4, 6)]
+    some = [(32, 32, 4, 5), (64, 16, 4, 5), (64, 32, 4, 5), (64, 64, 4, 4), (64, 128, 4, 4)]
+    many = [(64, 64, 4, 4), (128, 64, 4, 4), (128, 128, 8, 4), (128, 128, 4, 3), (128, 256, 8, 3)]
+    for shape, given in CONFIGS.items():
+        config = {"qkv_bias": False, **given}
+        hidden, heads, kv = config["hidden_size"], config["heads"], config["kv_heads"]
+        width, inner, vocabulary = config["head_dim"], config["intermediate_size"], config["vocab_size"]
+        sizes = {"qkv": ((heads + 2 * kv) * width, hidden), "out": (hidden, heads * width),
+                 "gate_up": (2 * inner, hidden), "down": (hidden, inner), "head": (vocabulary, hidden)}
+        for name, (columns, inputs) in sizes.items():
+            w = torch.randn(columns, inputs, device="cuda", dtype=torch.bfloat16)
+            dtype = torch.float32 if name == "head" else torch.bfloat16
+            spans = -(-inputs // products.span(inputs))
+            for rows in (1, 64, 256, 8192 if name != "head" else 512):
+                x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+                trials = []
+                for tile in few if rows <= 16 else some if rows <= 64 else many:
+                    for split in (0, 1) if spans > 1 and rows <= 256 and name != "head" else (0,):
+                        try:
+                            us = microseconds(lambda: products.linear(x, w, None, dtype, (*tile, split)), 4, 2 if rows > 256 else 5)
+                            trials.append((round(us, 1), (*tile, split)))
+                        except Exception:
+                            pass
+                trials.sort()
+                products.TUNED[f"{products.bucket(rows)} {columns} {inputs}"] = trials[0][1]
+                y = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+                blas = microseconds(lambda: torch.mm(x, w.T, out=y), 4, 5) if name != "head" else 0.0
+                note("tune", shape=shape, weight=name, rows=rows, best=trials[0], second=trials[1], cublas=round(blas, 1),
+                     floor=round(max(columns * inputs * 2 / 2.9e6, 2 * rows * columns * inputs / 7e8), 1))
+    print(json.dumps(products.TUNED))
+
+
+def exact_part() -> None:
+    """Compare a whole GRPO step, exact and not: sampling and one update of 256 completions."""
+    from limbeck.config.parts import Optimizer as Settings
+    from limbeck.config.parts import Policy
+    from limbeck.engine.rollout import Engine
+    from limbeck.engine.sampling import SamplingParams
+    from limbeck.model.ops import place
+    from limbeck.train.batch import pack, to_samples
+    from limbeck.train.learner import Learner
+    from limbeck.train.losses import PolicyGradient
+
+    for shape in ("0.5B", "1.5B"):
+        model = decoder(shape)
+        learner = Learner(model, Settings(), 100, recompute=True)
+        for exact in (True, False, True, False):
+            place(model, "cuda", exact=exact)
+            engine = Engine(model, Ids(), rows=256)
+            times = []
+            for step in range(3):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                groups = engine.rollout(problems(32, 120, step), 8, SamplingParams(max_new_tokens=256), step)
+                torch.cuda.synchronize()
+                middle = time.perf_counter()
+                samples = to_samples(groups, [[0.5, -0.5] * 4] * 32, False)
+                metrics = learner.update(pack(samples, 16384, "cuda"), PolicyGradient(Policy(), 256))
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - begin, middle - begin, time.perf_counter() - middle))
+            best = min(times)
+            note("exact", shape=shape, exact=exact, step_s=best[0], sample_s=best[1], learn_s=best[2],
+                 drift=metrics["max_drift"], kl=metrics["kl_old"], peak_GiB=torch.cuda.max_memory_allocated() / 2**30)
+            del engine
+        del model, learner
+        torch.cuda.empty_cache()
+
+
+def peer_part() -> None:
+    """nano-vllm's workload through transformers' continuous batching, on a Qwen3-0.6B of random weights."""
+    import random
+
+    import transformers
+
+    random.seed(0)
+    prompts = [[random.randint(0, 10000) for _ in range(random.randint(100, 1024))] for _ in range(256)]
+    limits = [random.randint(100, 1024) for _ in range(256)]
+    config = transformers.Qwen3Config(vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+                                      num_key_value_heads=8, head_dim=128, intermediate_size=3072,
+                                      tie_word_embeddings=True, max_position_embeddings=4096)
+    note("peer", transformers=transformers.__version__)
+    for attention_name in ("paged|sdpa", "sdpa"):
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            with torch.device("cuda"):
+                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention_name)
+            torch.set_default_dtype(torch.float32)
+            settings = transformers.GenerationConfig(max_new_tokens=256, do_sample=True, temperature=0.6, eos_token_id=None,
+                                                     pad_token_id=0)
+            begin = time.perf_counter()
+            out = model.generate_batch(inputs=prompts[:64], generation_config=settings)
+            tokens = sum(len(o.generated_tokens) for o in out.values())
+            took = time.perf_counter() - begin
+            note("peer", attention=attention_name, sequences=64, tokens=tokens, seconds=took, tokens_s=round(tokens / took))
+            return
+        except Exception as problem:
+            note("peer", attention=attention_name, failed=str(problem)[:200])
+
+
 def rollout_part() -> None:
     """Sample 32 groups of 8 x 256 tokens: no waiting for the host, same tokens alone; compare learner's bits."""
     from limbeck.config.parts import Optimizer as Settings
@@ -303,7 +404,7 @@ def decode_part() -> None:
             took = seconds(step, 20) * 1e3
             note("decode", shape=shape, rows=rows, ms=took, floor_ms=floor_ms, share=floor_ms / took,
                  tokens_s=round(rows / took * 1e3))
-            if rows == 1 or rows == 256:
+            if rows == 64 and shape == "0.5B":
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                     step()
                     torch.cuda.synchronize()
@@ -357,11 +458,11 @@ def learner_part() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     random = np.random.default_rng(0)
-    for shape, recompute in (("0.5B", False), ("0.6B", False), ("0.6B", True), ("1.5B", True)):
+    for shape, recompute in (("0.6B", False), ("0.6B", "keep_attention"), ("0.6B", True)):
         model = decoder(shape, 16640)
         torch.cuda.reset_peak_memory_stats()
         learner = Learner(model, Settings(), 10, recompute)
-        for name, lengths in (("16 x 1,024", [1024] * 16), ("2 x 8,192", [8192] * 2), ("1 x 16,384", [16384])):
+        for name, lengths in (("2 x 8,192", [8192] * 2), ("1 x 16,384", [16384])):
             torch.cuda.reset_peak_memory_stats()
             samples = [
                 Sample(tokens=random.integers(1, 10000, n + 1), start=1, advantage=1.0,
@@ -461,7 +562,7 @@ def draw_part() -> None:
 
 
 PARTS = {
-    "floor": floor, "rollout": rollout_part, "decode": decode_part, "workload": workload_part, "learner": learner_part,
+    "floor": floor, "tune": tune_part, "exact": exact_part, "peer": peer_part, "rollout": rollout_part, "decode": decode_part, "workload": workload_part, "learner": learner_part,
     "resume": resume_part, "attention": attention_part, "draw": draw_part, "products": product_bits,
 }
 

@@ -41,16 +41,31 @@ class Block(nn.Module):
         self.ffn_norm = None if config.parallel else _norm(config)
         self.ffn = _ffn(config, layer)
 
-    def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """Return the hidden states after the block, [N, C]."""
-        normed_NC = self.attention_norm(x_NC)
+    def forward(
+        self, x_NC: Tensor, delta_NC: Tensor | None, rope: Rope, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Return two tensors [N, C] whose sum is the hidden states after the block.
+
+        The states before it are x + delta, or x if `delta_NC` is None. The sums are left to the next norm,
+        which makes them in the same pass over memory.
+        """
+        x_NC, normed_NC = add_norm(self.attention_norm, x_NC, delta_NC)
         mixed_NC = self.attention(normed_NC, rope, context)
-        if isinstance(self.ffn_norm, RMSNorm):
-            x_NC, normed_NC = self.ffn_norm.add(x_NC, mixed_NC)
-        else:
+        if self.ffn_norm is None:
             x_NC = x_NC + mixed_NC
-            normed_NC = self.ffn_norm(x_NC) if self.ffn_norm else normed_NC
-        return x_NC + self.ffn(normed_NC, context)
+        else:
+            x_NC, normed_NC = add_norm(self.ffn_norm, x_NC, mixed_NC)
+        return x_NC, self.ffn(normed_NC, context)
+
+
+def add_norm(norm: nn.Module, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
+    if delta_NC is None:
+        return x_NC, norm(x_NC)
+    if isinstance(norm, RMSNorm):
+        return norm.add(x_NC, delta_NC)
+    x_NC = x_NC + delta_NC
+    return x_NC, norm(x_NC)
 
 
 class MTPModule(nn.Module):
@@ -76,7 +91,7 @@ class MTPModule(nn.Module):
         """
         normed = [self.embed_norm(next_NC), self.hidden_norm(hidden_NC)]
         joined_NC = self.join(torch.cat(normed, dim=-1))
-        return self.head_norm(self.block(joined_NC, rope, context))
+        return add_norm(self.head_norm, *self.block(joined_NC, None, rope, context))[1]
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -122,12 +137,17 @@ class Decoder(nn.Module):
         """Return the hidden states [N, C]; `head` makes of each state the logits of the next token."""
         rope = self._rope(context)
         x_NC = self.embed(tokens_N)
+        context.ops = self.ops
+        keep = self.recompute == "keep_attention" and torch.is_grad_enabled()
+        if keep and self.ops.logits_at_once:
+            context.plan.results = {}
+        delta_NC = None
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_NC = checkpoint(block, x_NC, rope, context, use_reentrant=False)
+                x_NC, delta_NC = checkpoint(block, x_NC, delta_NC, rope, context, use_reentrant=False)
             else:
-                x_NC = block(x_NC, rope, context)
-        return self.norm(x_NC)
+                x_NC, delta_NC = block(x_NC, delta_NC, rope, context)
+        return add_norm(self.norm, x_NC, delta_NC)[1]
 
     def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
         """Return states [N, C] that predict one token further than `hidden_NC`, by MTP module `depth`.

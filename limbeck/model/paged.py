@@ -24,7 +24,8 @@ class AttentionPlan:
 
     `queries` are the numbers of new tokens of the rows, `keys` the numbers of their keys, own ones included.
     If `index` is given, the keys of all rows, one after the other, are the tokens with these indices; without
-    it they are the new tokens themselves.
+    it they are the new tokens themselves. If `results` is a dictionary, the results of each layer's attention
+    are kept in it, by slot, until they are computed a second time (`Decoder.recompute`).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class AttentionPlan:
         self.lengths = _int32(np.asarray(keys), device)
         self.table = _int32(table, device)
         self.index = None if index is None else torch.as_tensor(index, device=device)
+        self.results: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def keys(self, x_NKD: Tensor) -> Tensor:
         """Return the keys or values of all rows, [keys of all rows, K, D]."""

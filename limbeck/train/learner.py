@@ -58,7 +58,9 @@ class Learner(Scorer):
         """Add the gradients of the micro-batches to the gradients accumulated so far; return the metrics of
         the loss, by name."""
         totals: Metrics = {}
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if i and self.optimizer.masters:
+                self.optimizer.masters.collect(more=True)
             value, metrics = self._loss(batch, loss, temperature)
             if not math.isfinite(value.detach()):
                 raise self._stopped(*blamed(self.model, batch))

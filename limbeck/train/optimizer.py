@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -121,28 +122,33 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
 class Masters:
     """Copies of a model's parameters in float32, which the optimizers update in place of weights in 16 bits.
 
-    Gradients are summed in float32: as soon as a backward pass has the whole gradient of a parameter, it is
-    added to that of its copy and dropped. `release` rounds the copies into the weights, in place.
+    The gradients of a single micro-batch stay with the weights, in 16 bits, until the update. From the second
+    micro-batch on, gradients are summed in float32: as soon as a backward pass has the whole gradient of a
+    parameter, it is added to that of its copy and dropped. `release` rounds the copies into the weights, in
+    place.
     """
 
     def __init__(self, model: nn.Module):
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.copies = {
-            name: nn.Parameter(p.detach().float().clone(), requires_grad=True) for name, p in self.weights.items()
-        }
+        self.copies = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
+        self.summing = False
         for name, weight in self.weights.items():
             weight.register_post_accumulate_grad_hook(self._hook(self.copies[name]))
 
-    @staticmethod
-    def _hook(copy: nn.Parameter):
+    def _hook(self, copy: nn.Parameter) -> Callable[[Tensor], None]:
+        """Return a function that adds a weight's new gradient to that of its copy, where these are summed."""
+
         def add(weight: Tensor) -> None:
-            if copy.grad is None:
-                copy.grad = weight.grad.float()
-            else:
-                copy.grad += weight.grad
-            weight.grad = None
+            if self.summing:
+                _move_gradient(weight, copy)
 
         return add
+
+    def collect(self, more: bool) -> None:
+        """Move the gradients of the weights to the copies; with `more`, those of the next passes as well."""
+        for name, weight in self.weights.items():
+            _move_gradient(weight, self.copies[name])
+        self.summing = more
 
     @torch.no_grad()
     def load(self, copies: dict[str, Tensor]) -> None:
@@ -154,6 +160,17 @@ class Masters:
     def release(self) -> None:
         """Round the copies into the model's weights."""
         torch._foreach_copy_(list(self.weights.values()), list(self.copies.values()))
+
+
+def _move_gradient(weight: Tensor, copy: Tensor) -> None:
+    """Add the gradient of a weight to that of its copy in float32, and drop it."""
+    if weight.grad is None:
+        return
+    if copy.grad is None:
+        copy.grad = weight.grad.float()
+    else:
+        copy.grad += weight.grad
+    weight.grad = None
 
 
 class Optimizer:
@@ -202,6 +219,8 @@ class Optimizer:
 
         `step` is the number of the update, from 0. If the norm is not finite, weights, moments and gradients
         stay as they are."""
+        if self.masters:
+            self.masters.collect(more=False)
         learned = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learned])
         if not math.isfinite(norm):

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, RouterTrace
-from ..model.ops import CPUOps, PlainOps
+from ..model.ops import PlainOps
 from .batch import Batch
-from .divergence import States
+from .divergence import States, tempered
 
-CPU = CPUOps()
-CHUNK = 1 << 22  # logits in memory at once on a CPU: 16 MiB in float32
+CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
 
 
 class Scorer:
@@ -73,13 +72,16 @@ def token_logprobs(
     targets_M: Tensor,
     temperature: float = 1.0,
     kept_MK: Tensor | None = None,
-    ops: PlainOps = CPU,
+    ops: PlainOps | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden @ head / temperature)[target] and the entropy of the distribution, both [M].
 
     The logits [M, V] are never in memory as a whole. With `kept_MK`, the softmax is over these token ids
-    alone: the distribution that top-p sampling drew from."""
-    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK, ops)
+    alone: the distribution that top-p sampling drew from. `ops` are the operations of the model's device, which
+    may compute all this in kernels of their own."""
+    if ops is not None and ops.logits_at_once and kept_MK is None:
+        return _DeviceLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, ops)
+    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -87,10 +89,9 @@ class _TokenLogprobs(torch.autograd.Function):
     less memory and more arithmetic than storing them."""
 
     @staticmethod
-    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK, ops):
+    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
         """Return the log-probabilities [M] and the entropies [M]."""
-        ctx.rows = max(1, (ops.logits_at_once or CHUNK) // len(head_VC))
-        ctx.ops = ops
+        ctx.rows = max(1, CHUNK // len(head_VC))
         ctx.temperature = temperature
         saved = [hidden_MC, head_VC, targets_M]
         if kept_MK is not None:
@@ -99,11 +100,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = []
         entropies = []
         for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
-            logits_RV, logprob_R = ops.score(hidden_RC, head_VC, targets_R, temperature)
-            logp_RV = torch.log_softmax(_restrict(logits_RV, kept_RK), -1)
-            if logprob_R is None or kept_RK is not None:
-                logprob_R = logp_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1)
-            logprobs.append(logprob_R)
+            logp_RV = _log_softmax(hidden_RC, head_VC, temperature, kept_RK)
+            logprobs.append(logp_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1))
             entropies.append(-(logp_RV.exp() * logp_RV.nan_to_num(neginf=0.0)).sum(1))
         entropy_M = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy_M)
@@ -116,29 +114,68 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
         kept_MK = rest[0] if rest else None
         grad_hidden_MC = torch.empty_like(hidden_MC)
-        grad_head_VC = torch.zeros_like(head_VC, dtype=torch.promote_types(head_VC.dtype, torch.float32))
+        grad_head_VC = torch.zeros_like(head_VC)
         begin = 0
         for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
             end = begin + len(hidden_RC)
             grad_R1 = grad_M[begin:end].unsqueeze(1)
-            logits_RV, _ = ctx.ops.score(hidden_RC, head_VC, None, ctx.temperature)
-            logp_RV = torch.log_softmax(_restrict(logits_RV, kept_RK), -1)
+            logp_RV = _log_softmax(hidden_RC, head_VC, ctx.temperature, kept_RK)
             grad_RV = -logp_RV.exp_() * grad_R1
             grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
             grad_RV /= ctx.temperature
-            ctx.ops.logits_backward(grad_RV, hidden_RC, head_VC, grad_hidden_MC[begin:end], grad_head_VC)
+            torch.mm(grad_RV, head_VC, out=grad_hidden_MC[begin:end])
+            grad_head_VC.addmm_(grad_RV.T, hidden_RC)
             begin = end
-        return grad_hidden_MC, grad_head_VC.to(head_VC.dtype), None, None, None, None
+        return grad_hidden_MC, grad_head_VC, None, None, None
 
 
-def _restrict(logits_RV: Tensor, kept_RK: Tensor | None) -> Tensor:
-    """Set the logits of ids that are not in `kept_RK` to minus infinity, in place; return them [R, V]."""
-    if kept_RK is None:
-        return logits_RV
-    outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
-    # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
-    outside_RV[:, 0] = ~(kept_RK == 0).any(1)
-    return logits_RV.masked_fill_(outside_RV, float("-inf"))
+class _DeviceLogprobs(torch.autograd.Function):
+    """The same with the kernels of a device: log-probabilities with the bits of the sampler."""
+
+    @staticmethod
+    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, ops):
+        """Return the log-probabilities [M] and the entropies [M]."""
+        ctx.rows = max(1, ops.logits_at_once // len(head_VC))
+        ctx.settings = temperature, ops
+        chunks = _chunks(ctx.rows, hidden_MC, targets_M, None)
+        scores = [ops.score(hidden_RC, head_VC, targets_R, temperature) for hidden_RC, targets_R, _ in chunks]
+        logprob_M, entropy_M, logsum_M = map(torch.cat, zip(*scores, strict=True))
+        ctx.save_for_backward(hidden_MC, head_VC, targets_M, logsum_M)
+        ctx.mark_non_differentiable(entropy_M)
+        return logprob_M, entropy_M
+
+    @staticmethod
+    def backward(ctx, grad_M, _):
+        """Return the gradients of the hidden states [M, C] and of the head [V, C]."""
+        hidden_MC, head_VC, targets_M, logsum_M = ctx.saved_tensors
+        temperature, ops = ctx.settings
+        grad_hidden_MC = torch.empty_like(hidden_MC)
+        grad_head_VC = torch.zeros_like(head_VC, dtype=torch.float32)
+        for begin in range(0, max(1, len(hidden_MC)), ctx.rows):
+            part = slice(begin, begin + ctx.rows)
+            ops.score_backward(
+                grad_M[part],
+                hidden_MC[part],
+                head_VC,
+                targets_M[part],
+                logsum_M[part],
+                temperature,
+                grad_hidden_MC[part],
+                grad_head_VC,
+            )
+        return grad_hidden_MC, grad_head_VC.to(head_VC.dtype), None, None, None
+
+
+def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK: Tensor | None) -> Tensor:
+    """Return the log-probabilities of a chunk [R, V]; those of ids that are not in `kept_RK` are minus
+    infinity."""
+    logits_RV = tempered(hidden_RC, head_VC, temperature)
+    if kept_RK is not None:
+        outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
+        # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
+        outside_RV[:, 0] = ~(kept_RK == 0).any(1)
+        logits_RV.masked_fill_(outside_RV, float("-inf"))
+    return torch.log_softmax(logits_RV, -1)
 
 
 def _chunks(

@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_K = 64
-FEW = 256  # rows up to which the spans of a product are computed side by side
 SPAN = 1024  # inputs of a span, at least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "spans"])
 def _linear(
     x_ptr,
     w_ptr,
@@ -32,11 +31,12 @@ def _linear(
     w_stride,
     y_stride,
     part_stride,
+    spans,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPANS: tl.constexpr,
+    MANY: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -57,7 +57,7 @@ def _linear(
     w_mask = columns[:, None] < N
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     begin = part * span
-    for _ in range(SPANS):
+    for _ in range(spans):
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         end = tl.minimum(begin + span, K)
         for k in range(begin, end, BLOCK_K):
@@ -65,7 +65,7 @@ def _linear(
             x = tl.load(x_tile + k, mask=x_mask & ahead, other=0.0)
             w = tl.load(w_tile + k, mask=w_mask & ahead, other=0.0)
             sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
-        total = sums if SPANS == 1 else total + sums
+        total = total + sums if MANY else sums
         begin += span
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
@@ -92,6 +92,14 @@ def span(inputs: int) -> int:
     return triton.cdiv(triton.cdiv(inputs, spans), BLOCK_K) * BLOCK_K
 
 
+TUNED: dict[str, tuple[int, int, int, int, int]] = {}
+
+
+def bucket(rows: int) -> int:
+    """Return the number of rows for which a product of so many rows is tuned."""
+    return next((most for most in (1, 16, 32, 64, 128, 256, 512, 2048) if rows <= most), 8192)
+
+
 def tiles(rows: int, columns: int) -> tuple[int, int, int, int]:
     """Return a tile's rows and columns, its warps, and the stages of its pipeline."""
     if rows <= 16:
@@ -112,7 +120,7 @@ def linear(
     weight_NK: Tensor,
     bias_N: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    tile: tuple[int, int, int, int] | None = None,
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> Tensor:
     """Return x @ weight.T + bias [M, N] in `dtype` (None: that of x), summed in float32."""
     rows, inputs = x_MK.shape
@@ -121,10 +129,15 @@ def linear(
     y_MN = x_MK.new_empty(rows, columns, dtype=dtype)
     if not rows:
         return y_MN
-    block_m, block_n, warps, stages = tile or tiles(rows, columns)
     each = span(inputs)
     spans = triton.cdiv(inputs, each)
-    beside = rows <= FEW and spans > 1
+    tuned = tile or TUNED.get(f"{bucket(rows)} {columns} {inputs}")
+    if tuned:
+        block_m, block_n, warps, stages, split = tuned
+        beside = bool(split) and spans > 1
+    else:
+        block_m, block_n, warps, stages = tiles(rows, columns)
+        beside = spans > 1 and triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) < 128
     out = x_MK.new_empty(spans, rows, columns, dtype=torch.float32) if beside else y_MN
     grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n), spans if beside else 1)
     _linear[grid](
@@ -140,11 +153,12 @@ def linear(
         weight_NK.stride(0),
         columns,
         rows * columns,
+        1 if beside else spans,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
         HAS_BIAS=bias_N is not None and not beside,
-        SPANS=1 if beside else spans,
+        MANY=spans > 1 and not beside,
         GROUP=8,
         num_warps=warps,
         num_stages=stages,

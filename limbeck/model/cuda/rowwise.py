@@ -40,6 +40,53 @@ def norm(x_NC: Tensor, weight_C: Tensor, eps: float, residual_NC: Tensor | None 
 
 
 @triton.jit
+def _norm_backward(
+    grad_ptr, more_ptr, x_ptr, weight_ptr, by_x_ptr, parts_ptr, rows, width, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    by_weight = tl.zeros((BLOCK,), tl.float32)
+    each = tl.cdiv(rows, tl.num_programs(0))
+    first = part.to(tl.int64) * each
+    for row in range(0, tl.minimum(each, rows - part * each)):
+        place = (first + row) * width + at
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+        unit = x * scale
+        weighted = grad * weight
+        by_x = (weighted - unit * (tl.sum(weighted * unit, 0) / width)) * scale
+        if ADD:
+            by_x += tl.load(more_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(by_x_ptr + place, by_x.to(by_x_ptr.dtype.element_ty), mask=mask)
+        by_weight += grad * unit
+    tl.store(parts_ptr + part.to(tl.int64) * width + at, by_weight, mask=mask)
+
+
+PARTS = 1024  # programs of a backward pass, each of which sums the weight's gradient over neighbouring rows
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight_C: Tensor, eps: float, more: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of RMSNorm by x [..., C], to which `more` is added, and by the weight [C]."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    by_x = torch.empty_like(x)
+    count = min(PARTS, rows)
+    parts = weight_C.new_empty(count, width, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    _norm_backward[(count,)](
+        grad, more, x, weight_C, by_x, parts, rows, width, eps, ADD=more is not None, BLOCK=block,
+        num_warps=4 if block <= 2048 else 8,
+    )  # fmt: skip
+    return by_x, parts.sum(0).to(weight_C.dtype)
+
+
+@triton.jit
 def _swiglu(both_ptr, y_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

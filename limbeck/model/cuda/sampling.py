@@ -118,3 +118,79 @@ def logprob(logits_BV: Tensor, tokens_B: Tensor, temperature: float = 1.0) -> Te
         BLOCKS=triton.next_power_of_2(blocks), num_warps=4,
     )  # fmt: skip
     return logprobs_B
+
+
+@triton.jit
+def _score_sums(logits_ptr, best_ptr, sums_ptr, weighted_ptr, vocabulary, temperature, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    where = block * BLOCK + tl.arange(0, BLOCK)
+    inside = where < vocabulary
+    logits = tl.load(logits_ptr + row * vocabulary + where, mask=inside, other=float("-inf")).to(tl.float32)
+    logits = logits / temperature
+    best = tl.max(logits, 0)
+    safe = tl.where(best == float("-inf"), 0.0, best)
+    likely = tl.exp(logits - safe)
+    place = row * tl.num_programs(1) + block
+    tl.store(best_ptr + place, best)
+    tl.store(sums_ptr + place, tl.sum(likely, 0))
+    tl.store(weighted_ptr + place, tl.sum(tl.where(inside, likely * logits, 0.0), 0))
+
+
+@triton.jit
+def _score(
+    logits_ptr, best_ptr, sums_ptr, weighted_ptr, tokens_ptr, logprobs_ptr, entropies_ptr, logsum_ptr,
+    vocabulary, blocks, temperature, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    best, _, total = _totals(best_ptr, sums_ptr, row, blocks, BLOCKS)
+    spot = tl.arange(0, BLOCKS)
+    bests = tl.load(best_ptr + row * blocks + spot, mask=spot < blocks, other=float("-inf"))
+    weighted = tl.load(weighted_ptr + row * blocks + spot, mask=spot < blocks, other=0.0)
+    mean = tl.sum(weighted * tl.exp(bests - best), 0) / total
+    picked = tl.load(logits_ptr + row * vocabulary + tl.load(tokens_ptr + row)).to(tl.float32) / temperature
+    tl.store(logprobs_ptr + row, picked - best - tl.log(total))
+    tl.store(entropies_ptr + row, best + tl.log(total) - mean)
+    tl.store(logsum_ptr + row, best + tl.log(total))
+
+
+def score(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the targets' log-probabilities, the entropies, and the logs of the sums of exponentials, all [R]."""
+    rows, vocabulary = logits_RV.shape
+    best = logits_RV.new_empty(rows, triton.cdiv(vocabulary, BLOCK_V), dtype=torch.float32)
+    sums = torch.empty_like(best)
+    weighted = torch.empty_like(best)
+    _score_sums[best.shape](logits_RV, best, sums, weighted, vocabulary, temperature, BLOCK=BLOCK_V, num_warps=4)
+    logprobs_R, entropies_R, logsum_R = logits_RV.new_empty(3, rows, dtype=torch.float32)
+    blocks = best.shape[1]
+    _score[(rows,)](
+        logits_RV, best, sums, weighted, targets_R, logprobs_R, entropies_R, logsum_R, vocabulary, blocks,
+        temperature, BLOCKS=triton.next_power_of_2(blocks), num_warps=4,
+    )  # fmt: skip
+    return logprobs_R, entropies_R, logsum_R
+
+
+@triton.jit
+def _score_backward(
+    logits_ptr, tokens_ptr, grad_ptr, logsum_ptr, by_ptr, vocabulary, temperature, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    where = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = where < vocabulary
+    logits = tl.load(logits_ptr + row * vocabulary + where, mask=mask, other=0.0).to(tl.float32) / temperature
+    grad = tl.load(grad_ptr + row).to(tl.float32)
+    likely = tl.exp(logits - tl.load(logsum_ptr + row))
+    by = tl.where(where == tl.load(tokens_ptr + row), 1.0 - likely, -likely) * grad / temperature
+    tl.store(by_ptr + row * vocabulary + where, by.to(by_ptr.dtype.element_ty), mask=mask)
+
+
+def score_backward(
+    logits_RV: Tensor, targets_R: Tensor, grad_R: Tensor, logsum_R: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """Return the gradient by the logits [R, V], in `dtype`, of log-probabilities with the gradient `grad_R`."""
+    rows, vocabulary = logits_RV.shape
+    by_RV = torch.empty(rows, vocabulary, dtype=dtype, device=logits_RV.device)
+    _score_backward[(rows, triton.cdiv(vocabulary, BLOCK_V))](
+        logits_RV, targets_R, grad_R, logsum_R, by_RV, vocabulary, temperature, BLOCK=BLOCK_V, num_warps=4
+    )
+    return by_RV

@@ -19,21 +19,23 @@ __all__ = ["CPUOps", "PlainOps", "ops_for", "place"]
 
 
 @cache
-def _table(kind: str) -> PlainOps:
+def _table(kind: str, exact: bool) -> PlainOps:
     """Return the table of operations for a kind of device, such as `cpu`, `cuda` or `mps`."""
     if kind == "cuda":
-        from .cuda import CUDAOps  # imports Triton, which only builds of torch for cards bring
+        from .cuda import CUDAOps, FastCUDAOps  # import Triton, which only builds of torch for cards bring
 
-        return CUDAOps()
+        return CUDAOps() if exact else FastCUDAOps()
     return CPUOps() if kind == "cpu" else PlainOps()
 
 
-def ops_for(device: torch.device | str) -> PlainOps:
+def ops_for(device: torch.device | str, exact: bool = True) -> PlainOps:
     """Return the table of operations for a device."""
-    return _table(torch.device(device).type)
+    return _table(torch.device(device).type, exact)
 
 
-def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+def place(
+    model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None, exact: bool = True
+) -> nn.Module:
     """Move a model to a device and give its layers the operations of that device; return it.
 
     `dtype` is the type of its weights (None: as they are). The tables of rotary angles stay in float32.
@@ -42,7 +44,7 @@ def place(model: nn.Module, device: torch.device | str, dtype: torch.dtype | Non
     model.to(device=device, dtype=dtype)
     for name, buffer in tables.items():
         setattr(model, name, buffer.to(device))
-    table = ops_for(device)
+    table = ops_for(device, exact)
     for module in model.modules():
         if hasattr(module, "ops"):
             module.ops = table

@@ -51,21 +51,43 @@ class CUDAOps(PlainOps):
         """Return a token for each row and its log-probability, both [B]."""
         return sampling.draw(logits_BV, uniform_B, temperature)
 
-    logits_at_once = 1 << 28  # 1 GiB in float32
+    logits_at_once = 1 << 26  # 256 MiB in float32
 
     def score(
-        self, hidden_RC: Tensor, head_VC: Tensor, targets_R: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of a chunk [R, V], and the targets' log-probabilities with the bits of `draw`."""
+        self, hidden_RC: Tensor, head_VC: Tensor, targets_R: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the targets' log-probabilities, with the bits of `draw`, the entropies, and what
+        `score_backward` needs, all [R]."""
+        return sampling.score(self.logits(hidden_RC, head_VC), targets_R, temperature)
+
+    def score_backward(
+        self,
+        grad_R: Tensor,
+        hidden_RC: Tensor,
+        head_VC: Tensor,
+        targets_R: Tensor,
+        logsum_R: Tensor,
+        temperature: float,
+        by_hidden_RC: Tensor,
+        by_head_VC: Tensor,
+    ) -> None:
+        """Write the gradient by the hidden states, and add the gradient by the head to `by_head_VC`."""
         logits_RV = self.logits(hidden_RC, head_VC)
-        logprob_R = None if targets_R is None else sampling.logprob(logits_RV, targets_R, temperature)
-        if temperature != 1.0:
-            logits_RV /= temperature
-        return logits_RV, logprob_R
+        grad_RV = sampling.score_backward(logits_RV, targets_R, grad_R, logsum_R, temperature, head_VC.dtype)
+        torch.mm(grad_RV, head_VC, out=by_hidden_RC)
+        by_head_VC.add_(torch.mm(grad_RV.T, hidden_RC, out_dtype=torch.float32))
 
     def attend(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, plan: AttentionPlan) -> Tensor:
         """Return causal attention over the sequences of a plan, [N, H, D]."""
-        return _Attend.apply(q_NHD, k_NKD, v_NKD, plan, layer.scale, layer.window)
+        return _Attend.apply(q_NHD, k_NKD, v_NKD, plan, layer, self._attention)
+
+    def _attention(
+        self, layer: Layer, q_NHD: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
+        return attention.attend(
+            q_NHD, keys, values, plan.table, plan.starts, plan.lengths, layer.scale, plan.longest_query, layer.window
+        )
 
     def store(self, k_NKD: Tensor, v_NKD: Tensor, slots_N: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write the keys and values of new tokens to the places `slots_N` of a pool [tokens, K, D]."""
@@ -97,6 +119,42 @@ class CUDAOps(PlainOps):
         return out
 
 
+class FastCUDAOps(CUDAOps):
+    """The operations on an NVIDIA card with the libraries' products and attention in the learner.
+
+    Their order of summation depends on the batch, so sampler and learner agree only within rounding.
+    """
+
+    def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Return x @ weight.T + bias [N, O]."""
+        return torch.nn.functional.linear(x_NC, weight_OC, bias_O)
+
+    def logits(self, x_NC: Tensor, head_VC: Tensor) -> Tensor:
+        """Return the logits [N, V] without a gradient, in float32."""
+        return torch.mm(x_NC, head_VC.T, out_dtype=torch.float32)
+
+    def _attention(
+        self, layer: Layer, q_NHD: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q_NHD,
+            keys,
+            values,
+            plan.starts,
+            plan.key_starts,
+            plan.longest_query,
+            plan.longest_key,
+            0.0,
+            True,
+            False,
+            scale=layer.scale,
+            window_size_left=layer.window - 1 if layer.window else -1,
+            window_size_right=0,
+        )
+        return out, lse.T
+
+
 class _Norm(torch.autograd.Function):
     """RMSNorm."""
 
@@ -111,7 +169,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients by x [..., C] and the weight [C]."""
-        return *_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None
+        return *rowwise.norm_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -128,21 +186,10 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, grad):
         """Return the gradients by x and delta [N, C], which are the same, and by the weight [C]."""
-        by_x, by_weight = _norm_backward(grad, *ctx.saved_tensors, ctx.eps)
-        by_x = by_x + grad_total
+        by_x, by_weight = rowwise.norm_backward(
+            grad.contiguous(), *ctx.saved_tensors, ctx.eps, grad_total.contiguous()
+        )
         return by_x, by_x, by_weight, None
-
-
-def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the gradients of RMSNorm by x [..., C] and the weight [C]."""
-    x32 = x.float()
-    scale = (x32.square().mean(-1, keepdim=True) + eps).rsqrt()
-    unit = x32 * scale
-    weighted = grad.float() * weight.float()
-    along = (weighted * unit).mean(-1, keepdim=True)
-    by_x = (weighted - unit * along) * scale
-    by_weight = (grad.float() * unit).flatten(0, -2).sum(0)
-    return by_x.to(x.dtype), by_weight.to(weight.dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -200,22 +247,23 @@ class _Attend(torch.autograd.Function):
     """Causal attention over the sequences of a plan."""
 
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, window):
+    def forward(ctx, q, k, v, plan, layer, attend):
         """Return the mixed values [N, H, D]."""
         q = q.contiguous()
         keys, values = plan.keys(k), plan.keys(v)
-        out, lse = attention.attend(
-            q, keys, values, plan.table, plan.starts, plan.lengths, scale, plan.longest_query, window
-        )
+        kept = plan.results.pop(layer.slot, None) if plan.results is not None else None
+        out, lse = kept or attend(layer, q, keys, values, plan)
+        if plan.results is not None and kept is None:
+            plan.results[layer.slot] = out, lse
         ctx.save_for_backward(q, keys, values, out, lse)
-        ctx.settings = plan, scale, window, len(k)
+        ctx.settings = plan, layer, len(k)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients by q [N, H, D], and by k and v [N, K, D]."""
         q, keys, values, out, lse = ctx.saved_tensors
-        plan, scale, window, tokens = ctx.settings
+        plan, layer, tokens = ctx.settings
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         by_q, by_keys, by_values = torch.ops.aten._flash_attention_backward(
             grad.contiguous(),
@@ -232,8 +280,9 @@ class _Attend(torch.autograd.Function):
             True,
             seed,
             seed,
-            scale=scale,
-            window_size_left=window - 1 if window else -1,
+            scale=layer.scale,
+            window_size_left=layer.window - 1 if layer.window else -1,
             window_size_right=0,
         )
-        return by_q, plan.gather_gradient(by_keys, tokens), plan.gather_gradient(by_values, tokens), None, None, None
+        by_k, by_v = (plan.gather_gradient(by, tokens) for by in (by_keys, by_values))
+        return by_q, by_k, by_v, None, None, None

@@ -50,33 +50,7 @@ class PlainOps:
         precision = torch.promote_types(x_NC.dtype, torch.float32)
         return F.linear(x_NC.to(precision), head_VC.to(precision))
 
-    logits_at_once = 0  # logits in memory at once; 0: as the caller thinks best
-
-    def score(
-        self, hidden_RC: Tensor, head_VC: Tensor, targets_R: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of a chunk divided by the temperature [R, V], and the targets' log-probabilities.
-
-        These [R] are None if the table leaves them to the caller.
-        """
-        logits_RV = hidden_RC @ head_VC.T
-        precision = torch.promote_types(logits_RV.dtype, torch.float32)
-        logits_RV = logits_RV.to(precision)
-        if temperature != 1.0:
-            logits_RV /= temperature
-        return logits_RV, None
-
-    def logits_backward(
-        self, grad_RV: Tensor, hidden_RC: Tensor, head_VC: Tensor, by_hidden_RC: Tensor, by_head_VC: Tensor
-    ) -> None:
-        """Write the gradient by the hidden states, and add the gradient by the head to `by_head_VC`."""
-        if grad_RV.dtype == head_VC.dtype:
-            torch.mm(grad_RV, head_VC, out=by_hidden_RC)
-            by_head_VC.addmm_(grad_RV.T, hidden_RC)
-            return
-        grad_RV = grad_RV.to(head_VC.dtype)
-        torch.mm(grad_RV, head_VC, out=by_hidden_RC)
-        by_head_VC += grad_RV.T @ hidden_RC
+    logits_at_once = 0  # logits in memory at once, if the table computes log-probabilities itself
 
     def attend(
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, plan: object
