@@ -9,7 +9,7 @@ tokens of a completion · C hidden size · V vocabulary · L layers with experts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -92,6 +92,21 @@ class RowState:
             tensor[: len(rows)] = tensor[rows]
 
 
+@dataclass
+class Row:
+    """What the host knows of a row: its sequence, its blocks, and how many tokens it may still sample.
+
+    `kept_ids` has for each token the ids inside top-p, `prompt_routes` [N, L, K] the experts of the prompt.
+    """
+
+    problem: int
+    sample: int
+    blocks: list[int]
+    remaining: int
+    kept_ids: list[np.ndarray] = field(default_factory=list)
+    prompt_routes: np.ndarray | None = None
+
+
 class DeviceBatch:
     """A batch of at most `rows` sequences, of which each step samples one token per row.
 
@@ -111,45 +126,47 @@ class DeviceBatch:
         rows: int,
         longest: int,
         blocks: int | None = None,
-        poll: int = POLL,
+        poll: int | None = None,
     ):
-        config = model.config
-        device = model.embed.weight.device
+        weight = model.embed.weight
         check(model)
         device_sampling.check(sampling)
         self.model = model
         self.sampling = sampling
-        self.device = device
-        self.rows = rows
+        self.device = weight.device
+        self.capacity = rows
         self.longest = longest
-        self.poll = 1 if sampling.keep_mask else poll
+        self.poll = 1 if sampling.keep_mask else poll or POLL
         self.stop_token_ids = {end_id, *sampling.stop_ids}
-        self.is_stop_V = torch.zeros(max(config.vocab_size, *self.stop_token_ids) + 1, dtype=torch.bool)
-        self.is_stop_V[list(self.stop_token_ids)] = True
-        self.is_stop_V = self.is_stop_V.to(device)
+        self.sparse_layers = _choices(model.config)[0]
         width = -(-(longest + sampling.max_new_tokens) // BLOCK)  # blocks of the longest row
         spare = -(-rows // BLOCK)
         if blocks is None:
             blocks = min(rows * width, _room(model))
         self.pool = BlockPool(spare, blocks)
-        self.cache = PagedCache(config, model.embed.weight.dtype, device, spare + blocks)
+        self.cache = PagedCache(model.config, weight.dtype, self.device, spare + blocks)
         self.state = RowState.new(model, rows, sampling.max_new_tokens, width)
-        self.owners: list[tuple[int, int]] = []  # the problem and the sample of each row
-        self.held: list[list[int]] = []  # the blocks of each row
-        self.remaining: list[int] = []  # tokens that each row may still sample, at most
-        self.kept_ids: list[list[np.ndarray]] = []  # of each row's tokens, the ids inside top-p
-        self.prompt_routes: list[np.ndarray] = []
-        self.sparse_layers = _choices(config)[0]
-        self._trash_B = torch.arange(rows, device=device)
-        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        keeps = sampling.keep_mask and sampling.temperature > 0 and sampling.top_p < 1
-        self._mask_BV = torch.zeros(rows if keeps else 0, config.vocab_size, dtype=torch.bool, device=device)
+        self.rows: list[Row] = []
+        self._make_constants(rows)
         self._steps: dict[int, Callable[[], None]] = {}
+
+    def _make_constants(self, rows: int) -> None:
+        """Make the tensors of a step that stay the same, and room for the masks of top-p."""
+        sampling = self.sampling
+        vocabulary = self.model.config.vocab_size
+        stops_V = torch.zeros(max(vocabulary, *self.stop_token_ids) + 1, dtype=torch.bool)
+        stops_V[list(self.stop_token_ids)] = True
+        self.is_stop_V = stops_V.to(self.device)
+        self._trash_B = torch.arange(rows, device=self.device)
+        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+        keeps = sampling.keep_mask and sampling.temperature > 0 and sampling.top_p < 1
+        mask = (rows if keeps else 0, vocabulary)
+        self._mask_BV = torch.zeros(mask, dtype=torch.bool, device=self.device)
 
     @property
     def busy(self) -> int:
         """The number of rows in the batch, including rows that have ended since the last look."""
-        return len(self.owners)
+        return len(self.rows)
 
     @property
     def tokens_BT(self) -> np.ndarray:
@@ -165,7 +182,7 @@ class DeviceBatch:
 
     def fits(self, lengths: Sequence[int], n: int) -> int:
         """Return how many of the first prompts, of so many tokens, can be admitted now with `n` rows each."""
-        rows = self.rows - self.busy
+        rows = self.capacity - self.busy
         blocks = self.pool.free
         for count, length in enumerate(lengths):
             rows -= n
@@ -200,29 +217,23 @@ class DeviceBatch:
 
         `limits` are the numbers of tokens after which each prompt's rows end (None: `max_new_tokens`).
         """
-        limits = limits or [self.sampling.max_new_tokens] * len(prompts)
-        new = slice(self.busy, self.busy + n * len(prompts))
-        table = np.zeros((n * len(prompts), self.state.table.shape[1]), dtype=np.int32)
-        copies: list[tuple[int, int]] = []
-        for place, ((problem, tokens), limit) in enumerate(zip(prompts, limits, strict=True)):
+        limits = np.array(limits or [self.sampling.max_new_tokens] * len(prompts))
+        lengths = np.array([len(tokens) for _, tokens in prompts])
+        first = self.busy
+        for (problem, tokens), limit in zip(prompts, limits.tolist(), strict=True):
             held = self._take(len(tokens), n, limit)
-            for sample, blocks in enumerate(held):
-                table[place * n + sample, : len(blocks)] = BLOCK * np.array(blocks)
-                self.owners.append((problem, sample))
-            if len(tokens) % BLOCK:  # the last block of the prompt is each row's own
-                last = len(tokens) // BLOCK
-                copies += [(held[0][last], blocks[last]) for blocks in held[1:]]
-            self.held += held
-            self.remaining += [limit] * n
-            self.kept_ids += [[] for _ in range(n)]
-        last_BC = self._prefill_all([tokens for _, tokens in prompts], table[::n], n)
-        self._copy_blocks(copies)
+            self.rows += [Row(problem, sample, blocks, limit) for sample, blocks in enumerate(held)]
+        table = np.zeros((self.busy - first, self.state.table.shape[1]), dtype=np.int32)
+        for entries, row in zip(table, self.rows[first:], strict=True):
+            entries[: len(row.blocks)] = BLOCK * np.array(row.blocks)
+        last_BC = self._prefill_all([tokens for _, tokens in prompts], table[::n], self.rows[first::n])
+        self._copy_prompts(lengths, first, n)
+        new = slice(first, self.busy)
         state = self.state
         state.table[new] = self._to_device(table, torch.int32)
         state.hidden_BC[new] = last_BC.repeat_interleave(n, 0)
-        lengths = np.array([len(tokens) for _, tokens in prompts])
         state.lengths_B[new] = self._to_device(lengths.repeat(n), torch.int32)
-        state.limits_B[new] = self._to_device(np.repeat(limits, n), torch.long)
+        state.limits_B[new] = self._to_device(limits.repeat(n), torch.long)
         uniforms = np.minimum(uniforms_BT.astype(np.float32), BELOW_ONE)
         state.uniforms_BT[new] = self._to_device(uniforms, torch.float32)
         state.sampled_B[new] = 0
@@ -236,10 +247,10 @@ class DeviceBatch:
         each = -(-(prompt + limit) // BLOCK) - whole
         return [shared + self.pool.take(each) for _ in range(n)]
 
-    def _prefill_all(self, prompts: list[np.ndarray], table: np.ndarray, n: int) -> Tensor:
+    def _prefill_all(self, prompts: list[np.ndarray], table: np.ndarray, rows: list[Row]) -> Tensor:
         """Run prompts through the model, not too many tokens at once; return their last hidden states [B, C].
 
-        `table` [B, blocks] has the blocks of the first row of each prompt.
+        `rows` are the first ones of each prompt, and `table` [B, blocks] has their blocks.
         """
         hidden = []
         begin = 0
@@ -250,7 +261,7 @@ class DeviceBatch:
                 tokens += len(prompts[end])
                 end += 1
             hidden.append(self._prefill(prompts[begin:end], table[begin:end]))
-            self._keep_prompt_routes(prompts[begin:end], n)
+            self._keep_prompt_routes(rows[begin:end], prompts[begin:end])
             begin = end
         return torch.cat(hidden)
 
@@ -277,16 +288,25 @@ class DeviceBatch:
         self.cache.routes = RouterTrace() if self.sparse_layers else None
         return self.model(tokens_N, self.cache)
 
-    def _keep_prompt_routes(self, prompts: list[np.ndarray], n: int) -> None:
-        """Keep the experts that the prompts' tokens chose, for each of their `n` rows."""
+    def _keep_prompt_routes(self, rows: list[Row], prompts: list[np.ndarray]) -> None:
+        """Keep the experts that the prompts' tokens chose, each with the prompt's first row."""
         if not self.sparse_layers:
             return
         chosen_NLK = torch.stack(self.cache.routes.chosen, 1).short().cpu()
-        for routes in chosen_NLK.split([len(tokens) for tokens in prompts]):
-            self.prompt_routes += [routes.numpy()] * n
+        parts = chosen_NLK.split([len(tokens) for tokens in prompts])
+        for row, routes_NLK in zip(rows, parts, strict=True):
+            row.prompt_routes = routes_NLK.numpy()
 
-    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy blocks of the pool, each from the first to the second index of a pair."""
+    def _copy_prompts(self, lengths: np.ndarray, first: int, n: int) -> None:
+        """Give all rows from number `first` on what the first of their prompt has, of lengths [B]: the
+        prompt's routes, and a copy of its last block, if the prompt does not fill it."""
+        copies = []
+        for place, length in enumerate(lengths.tolist()):
+            source, *others = self.rows[first + place * n : first + (place + 1) * n]
+            for row in others:
+                row.prompt_routes = source.prompt_routes
+                if length % BLOCK:
+                    copies.append((source.blocks[length // BLOCK], row.blocks[length // BLOCK]))
         if not copies:
             return
         pairs = torch.tensor(copies, device=self.device)
@@ -303,19 +323,20 @@ class DeviceBatch:
 
     def step(self) -> list[FinishedSequence]:
         """Run `poll` steps, or fewer if all rows must end before; remove and return the ended rows."""
-        rows = next((bucket for bucket in BUCKETS if bucket >= self.busy), self.rows)
-        rows = min(rows, self.rows)
+        rows = next((bucket for bucket in BUCKETS if bucket >= self.busy), self.capacity)
+        rows = min(rows, self.capacity)
         self.state.alive_B[self.busy :] = False
         step = self._steps.get(rows)
         if step is None:
             step = self._steps[rows] = self.capture(rows)
-        count = min(self.poll, max(self.remaining))
+        count = min(self.poll, max(row.remaining for row in self.rows))
         for _ in range(count):
             step()
-        self.remaining = [left - count for left in self.remaining]
+        for row in self.rows:
+            row.remaining -= count
         if len(self._mask_BV):
-            for ids, kept_V in zip(self.kept_ids, self._mask_BV.cpu().numpy(), strict=False):
-                ids.append(kept_V.nonzero()[0])
+            for row, kept_V in zip(self.rows, self._mask_BV.cpu().numpy(), strict=False):
+                row.kept_ids.append(kept_V.nonzero()[0])
         return self._remove_finished()
 
     def capture(self, rows: int) -> Callable[[], None]:
@@ -375,37 +396,33 @@ class DeviceBatch:
         wanted = (state.sampled_B, state.tokens_BT, state.logprobs_BT, state.routes_BTLK)
         columns = [tensor[index].cpu().numpy() for tensor in wanted]
         finished = [
-            self._finished(row, int(sampled), *arrays)
+            self._finished(self.rows[row], int(sampled), *arrays)
             for row, sampled, *arrays in zip(ended.tolist(), *columns, strict=True)
         ]
         self._select_rows(alive_B.nonzero()[0])
         return finished
 
     def _finished(
-        self, row: int, length: int, tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray
+        self, row: Row, length: int, tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray
     ) -> FinishedSequence:
         """Release a row's blocks and return its sequence, of arrays [T], [T] and [T, L, K]."""
-        self.pool.release(self.held[row])
+        self.pool.release(row.blocks)
         chosen = None
-        if self.sparse_layers:
-            chosen = np.concatenate([self.prompt_routes[row], routes[: length - 1]])
+        if row.prompt_routes is not None:
+            chosen = np.concatenate([row.prompt_routes, routes[: length - 1]])
         return FinishedSequence(
-            *self.owners[row],
+            row.problem,
+            row.sample,
             tokens[:length].copy(),
             logprobs[:length].astype(np.float32),
-            tuple(self.kept_ids[row]) if self.kept_ids[row] else None,
+            tuple(row.kept_ids) or None,
             chosen,
         )
 
     def _select_rows(self, rows: np.ndarray) -> None:
         """Keep only the rows with these indices [B], in this order."""
         self.state.select(self._to_device(rows, torch.long))
-        self.owners = [self.owners[row] for row in rows]
-        self.held = [self.held[row] for row in rows]
-        self.remaining = [self.remaining[row] for row in rows]
-        self.kept_ids = [self.kept_ids[row] for row in rows]
-        if self.sparse_layers:
-            self.prompt_routes = [self.prompt_routes[row] for row in rows]
+        self.rows = [self.rows[row] for row in rows]
 
 
 def check(model: Decoder) -> None:

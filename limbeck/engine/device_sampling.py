@@ -53,7 +53,7 @@ def draw_on_device(
 def nucleus(probabilities_BV: Tensor, top_p: float, ops: Ops) -> Tensor:
     """Return the mask [B, V] of the smallest set of most likely tokens whose total probability reaches
     `top_p`: all tokens are sorted, so that the host need not look whether a few were enough."""
-    sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = ops.cumulate(sorted_BV) - sorted_BV
     mask_BV = torch.zeros_like(probabilities_BV, dtype=torch.bool)
     return mask_BV.scatter_(1, order_BV, before_BV < top_p)

@@ -138,13 +138,13 @@ class Engine:
             kind = Speculation if self.speculate else DecodeBatch
             return kind(self.model, self.tokenizer.end_id, sampling)
         last = self._device_batch
-        fits = last and last.sampling == sampling and last.rows >= rows and last.longest >= longest
+        fits = last and last.sampling == sampling and last.capacity >= rows and last.longest >= longest
         if fits and not last.busy:  # an interrupted rollout leaves rows behind
             return last
         if last:
             self._device_batch = None  # its memory is free before the new one takes its own
             if last.sampling == sampling:
-                rows = max(rows, last.rows)
+                rows = max(rows, last.capacity)
                 longest = max(longest, last.longest)
             del last
         longest = -(-longest // PROMPT_STEP) * PROMPT_STEP

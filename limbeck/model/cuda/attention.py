@@ -4,8 +4,8 @@ A row is one sequence. Its keys are read in blocks of `BLOCK` positions, counted
 and a run of `SEGMENT` blocks is a segment. Each segment is summed by itself, and the segments are merged in
 order. One kernel walks all segments of a few neighbouring queries (prefill, learning); another computes the
 segments of single queries side by side, and a third merges them (decoding). All three share the functions
-below, so a token's result has the same bits in each, whatever is computed beside it. N new tokens · B rows · H
-heads · K key heads · D head size.
+below, so a token's result has the same bits in each, whatever is computed beside it. N new tokens · B rows ·
+H heads · K key heads · D head size.
 """
 
 from __future__ import annotations

@@ -114,21 +114,27 @@ class Tile(NamedTuple):
 def choose_tile(rows: int, columns: int, inputs: int) -> Tile:
     """Return the tile of a product, as it was fastest on an H100 for the weights of four models (LOG.md)."""
     one_span = inputs <= span(inputs)
+    if rows <= 64:
+        return _tile_for_few(rows, columns, one_span)
+    if rows <= 128:
+        return Tile(64, 32 if columns < 4096 else 64, 4, 5)
+    if rows > 512:
+        return Tile(128, 256, 8, 3) if one_span else Tile(128, 128, 8, 4)
+    if columns < 8192 and inputs < 8192:
+        return Tile(64, 64, 4, 4)
+    return Tile(128, 128, 4, 3) if columns > HEAD and one_span else Tile(128, 128, 8, 4)
+
+
+def _tile_for_few(rows: int, columns: int, one_span: bool) -> Tile:
+    """Return the tile of a product of at most 64 rows: the fewer columns, the narrower."""
     if rows <= 16:
         return Tile(16, 16 if columns < 4096 or columns > HEAD else 32, 2, 5)
     if rows <= 32:
         return Tile(32, 16 if columns < 4096 else 32, 4, 5)
-    if rows <= 64:
-        width = 16 if columns < 3072 else 32 if columns < 8192 else 64
-        width = width if one_span else min(64, 2 * width)
-        return Tile(64, width, 4, 4 if width == 64 else 5)
-    if rows <= 128:
-        return Tile(64, 32 if columns < 4096 else 64, 4, 5)
-    if rows <= 512:
-        if columns < 8192 and inputs < 8192:
-            return Tile(64, 64, 4, 4)
-        return Tile(128, 128, 4, 3) if columns > HEAD and one_span else Tile(128, 128, 8, 4)
-    return Tile(128, 256, 8, 3) if one_span else Tile(128, 128, 8, 4)
+    width = 16 if columns < 3072 else 32 if columns < 8192 else 64
+    if not one_span:
+        width = min(64, 2 * width)
+    return Tile(64, width, 4, 4 if width == 64 else 5)
 
 
 def _fit(tile: Tile, x_MK: Tensor) -> Tile:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_V = 2048
+BLOCK_V = 2048  # logits of a block
 
 
 @triton.jit
