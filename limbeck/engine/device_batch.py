@@ -223,19 +223,27 @@ class DeviceBatch:
         for (problem, tokens), limit in zip(prompts, limits.tolist(), strict=True):
             held = self._take(len(tokens), n, limit)
             self.rows += [Row(problem, sample, blocks, limit) for sample, blocks in enumerate(held)]
-        table = np.zeros((self.busy - first, self.state.table.shape[1]), dtype=np.int32)
-        for entries, row in zip(table, self.rows[first:], strict=True):
-            entries[: len(row.blocks)] = BLOCK * np.array(row.blocks)
+        table = self._table(self.rows[first:])
         last_BC = self._prefill_all([tokens for _, tokens in prompts], table[::n], self.rows[first::n])
         self._copy_prompts(lengths, first, n)
-        new = slice(first, self.busy)
+        self._start(slice(first, self.busy), table, lengths.repeat(n), limits.repeat(n))
+        self.state.hidden_BC[first : self.busy] = last_BC.repeat_interleave(n, 0)
+        uniforms = np.minimum(uniforms_BT.astype(np.float32), BELOW_ONE)
+        self.state.uniforms_BT[first : self.busy] = self._to_device(uniforms, torch.float32)
+
+    def _table(self, rows: list[Row]) -> np.ndarray:
+        """Return the index of the first token of each block of some rows, [B, blocks]."""
+        table = np.zeros((len(rows), self.state.table.shape[1]), dtype=np.int32)
+        for entries, row in zip(table, rows, strict=True):
+            entries[: len(row.blocks)] = BLOCK * np.array(row.blocks)
+        return table
+
+    def _start(self, new: slice, table: np.ndarray, lengths: np.ndarray, limits: np.ndarray) -> None:
+        """Set the state of new rows that have sampled nothing: their blocks, lengths and limits, [B, ...]."""
         state = self.state
         state.table[new] = self._to_device(table, torch.int32)
-        state.hidden_BC[new] = last_BC.repeat_interleave(n, 0)
-        state.lengths_B[new] = self._to_device(lengths.repeat(n), torch.int32)
-        state.limits_B[new] = self._to_device(limits.repeat(n), torch.long)
-        uniforms = np.minimum(uniforms_BT.astype(np.float32), BELOW_ONE)
-        state.uniforms_BT[new] = self._to_device(uniforms, torch.float32)
+        state.lengths_B[new] = self._to_device(lengths, torch.int32)
+        state.limits_B[new] = self._to_device(limits, torch.long)
         state.sampled_B[new] = 0
         state.previous_B[new] = 0
         state.alive_B[new] = True

@@ -23,9 +23,7 @@ from .device_batch import DeviceBatch
 from .sampling import SamplingParams
 from .speculative import Speculation
 
-PROMPT_STEP = (
-    256  # tokens to which a device batch rounds up its longest prompt, so that it serves the next ones
-)
+PROMPT_STEP = 256  # tokens: the longest prompt of a device batch is a multiple of it
 
 
 class Engine:
