@@ -61,7 +61,7 @@ def _check_sampler(learner: Learner, batches: Sequence[Batch], temperature: floa
     if gap > SAMPLER_GAP:
         raise LimbeckError(
             f"self-test: sampler and learner disagree by {gap:.4f} nats on the same weights; "
-            "sample with temperature > 0, and with keep_sampling_mask where top_p < 1"
+            "sample with temperature > 0, and with keep_sampling_mask where top_p < 1, top_k > 0 or min_p > 0"
         )
 
 
