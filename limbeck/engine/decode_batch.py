@@ -19,7 +19,6 @@ from ..model.decoder import Decoder
 from ..model.ffn import RouterTrace
 from ..model.kernels.decode_step import DecodeStep
 from ..model.kv_cache import KVCache, Packed
-from ..model.linear import product
 from .penalties import Penalties
 from .sampling import Draw, SamplingParams, draw
 
@@ -180,7 +179,7 @@ class DecodeBatch:
         rows = np.arange(self.busy)
         place_B = np.minimum(self.sampled_B, self.tokens_BT.shape[1] - 1)
         previous_B = self.tokens_BT[rows, np.maximum(place_B - 1, 0)]
-        logits_BV = product(hidden_BC, self.model.head.weight)
+        logits_BV = self.model.ops.logits(hidden_BC, self.model.head.weight)
         drawn = self._draw(logits_BV, rows, place_B, previous_B)
         tokens_B = drawn.tokens_B.numpy()
         active_rows = rows[active_B]

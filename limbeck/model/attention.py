@@ -13,12 +13,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import kernels
 from .config import ModelConfig
 from .context import Context, Layer
 from .linear import Linear
-
-Rope = tuple[Tensor, Tensor]  # cos and sin of each token, [N, 1, D] both; see `rope_table`
+from .ops import CPU, Ops
+from .ops.plain import Normalize
+from .ops.table import Rope
 
 
 class GroupedQueryAttention(nn.Module):
@@ -31,14 +31,16 @@ class GroupedQueryAttention(nn.Module):
     queries with its weight instead, which gives the same scores.
     """
 
+    ops: Ops = CPU
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads
         self.head_dim = config.head_dim
-        self.layer = Layer(config.slot(layer), config.head_dim**-0.5, config.window(layer))
         self.norm_after = config.qk_norm == "after"
         self.shares = config.share_kv > 1
+        self.layer = Layer(config.slot(layer), config.head_dim**-0.5, config.window(layer), self.shares)
         self.keeps = config.keeps(layer)
         heads = config.heads + 2 * config.kv_heads * self.keeps
         projection = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
@@ -52,7 +54,7 @@ class GroupedQueryAttention(nn.Module):
         if self.keeps:
             q_NHD, k_NKD, v_NKD = self._project(x_NC, rope)
         else:
-            q_NHD = rotate(self.q(x_NC).view(len(x_NC), -1, self.head_dim), rope)
+            q_NHD = self.ops.rotate(self.q(x_NC).view(len(x_NC), -1, self.head_dim), rope)
             q_NHD = self._normalize_shared(q_NHD)
             k_NKD = None
             v_NKD = None
@@ -65,10 +67,10 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and not self.norm_after:
             q_NHD, k_NKD = qk_NHD.split([self.heads, self.kv_heads], dim=1)
             qk_NHD = torch.cat([self.q_norm(q_NHD), self.k_norm(k_NKD)], dim=1)
-        q_NHD, k_NKD = rotate(qk_NHD, rope).split([self.heads, self.kv_heads], dim=1)
+        q_NHD, k_NKD = self.ops.rotate(qk_NHD, rope).split([self.heads, self.kv_heads], dim=1)
         if self.norm_after and self.shares:
             q_NHD = self._normalize_shared(q_NHD)
-            k_NKD = _Normalize.apply(k_NKD, torch.ones_like(self.k_norm.weight), self.k_norm.eps)
+            k_NKD = Normalize.apply(k_NKD, torch.ones_like(self.k_norm.weight), self.k_norm.eps)
         elif self.norm_after:
             q_NHD = self.q_norm(q_NHD)
             k_NKD = self.k_norm(k_NKD)
@@ -92,6 +94,8 @@ class LatentAttention(nn.Module):
     rotated keys, the two matrix products that would compute them are absorbed into the queries and the
     output.
     """
+
+    ops: Ops = CPU
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -140,8 +144,8 @@ class LatentAttention(nn.Module):
             q_NR = self.q_up(self.q_norm(q_NR))
         q_NHD = q_NR.view(len(x_NC), self.heads, -1)
         q_nope_NHD, q_rope_NHD = q_NHD.split([latent.nope_dim, latent.rope_dim], dim=-1)
-        k_rope_N1D = rotate(k_rope_ND.unsqueeze(1), rope)
-        return q_nope_NHD, rotate(q_rope_NHD, rope), self.kv_norm(latent_NR), k_rope_N1D
+        k_rope_N1D = self.ops.rotate(k_rope_ND.unsqueeze(1), rope)
+        return q_nope_NHD, self.ops.rotate(q_rope_NHD, rope), self.kv_norm(latent_NR), k_rope_N1D
 
     def _attend_absorbed(
         self, q_nope_NHD: Tensor, q_rope_NHD: Tensor, cached_N1D: Tensor, context: Context
@@ -160,50 +164,20 @@ class LatentAttention(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
+    ops: Ops = CPU
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., C] normalised over its last dimension, by the compiled kernels where faster."""
-        if kernels.serves("norm", x.numel(), x, self.weight):
-            return kernels.Normalize.apply(x, self.weight, self.eps)
-        return _Normalize.apply(x, self.weight, self.eps)
+        """Return x [..., C] normalised over its last dimension."""
+        return self.ops.norm(x, self.weight, self.eps)
 
-
-class _Normalize(torch.autograd.Function):
-    """RMSNorm that reads and writes memory half as often as torch's own on a CPU, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        """Return x [..., C] normalised over its last dimension and multiplied by weight [C]."""
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Return the gradients with respect to x [..., C] and to the weight [C]."""
-        unit, scale, weight = ctx.saved_tensors
-        by_unit = grad * unit
-        along = (by_unit @ weight).unsqueeze(-1) / unit.shape[-1]
-        grad_x = torch.addcmul(grad * weight, unit, along, value=-1).mul_(scale)
-        return grad_x, by_unit.flatten(0, -2).sum(0), None
-
-
-def rotate(x_NHD: Tensor, rope: Rope) -> Tensor:
-    """Return the heads [N, H, D] rotated, in the half-split layout: `x * cos + x.roll(D / 2) * sin`.
-
-    The first half of sin is negated (`decoder.rope_table`).
-    """
-    cos_N1D, sin_N1D = rope
-    if kernels.serves("rotate", x_NHD.numel(), x_NHD):
-        return kernels.Rotate.apply(x_NHD, cos_N1D, sin_N1D)
-    rolled_NHD = x_NHD.roll(x_NHD.shape[-1] // 2, -1)
-    return torch.addcmul(x_NHD * cos_N1D, rolled_NHD, sin_N1D)
+    def add(self, x_NC: Tensor, delta_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]."""
+        return self.ops.add_norm(x_NC, delta_NC, self.weight, self.eps)
 
 
 def yarn_attention_scale(scaling: dict) -> float:

@@ -21,6 +21,7 @@ from .config import ModelConfig
 from .context import Context
 from .ffn import GELU, MixtureOfExperts, SwiGLU
 from .linear import Linear
+from .ops import CPU, Ops
 
 # Weights whose output is added to the residual stream, by the end of their names.
 RESIDUAL = ("out.weight", "down.weight", "experts_down")
@@ -40,11 +41,31 @@ class Block(nn.Module):
         self.ffn_norm = None if config.parallel else _norm(config)
         self.ffn = _ffn(config, layer)
 
-    def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
-        """Return the hidden states after the block, [N, C]."""
-        normed_NC = self.attention_norm(x_NC)
-        x_NC = x_NC + self.attention(normed_NC, rope, context)
-        return x_NC + self.ffn(self.ffn_norm(x_NC) if self.ffn_norm else normed_NC, context)
+    def forward(
+        self, x_NC: Tensor, delta_NC: Tensor | None, rope: Rope, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Return two tensors [N, C] whose sum is the hidden states after the block.
+
+        The states before it are x + delta, or x if `delta_NC` is None. The sums are left to the next norm,
+        which makes them in the same pass over memory.
+        """
+        x_NC, normed_NC = add_norm(self.attention_norm, x_NC, delta_NC)
+        mixed_NC = self.attention(normed_NC, rope, context)
+        if self.ffn_norm is None:
+            x_NC = x_NC + mixed_NC
+        else:
+            x_NC, normed_NC = add_norm(self.ffn_norm, x_NC, mixed_NC)
+        return x_NC, self.ffn(normed_NC, context)
+
+
+def add_norm(norm: nn.Module, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
+    if delta_NC is None:
+        return x_NC, norm(x_NC)
+    if isinstance(norm, RMSNorm):
+        return norm.add(x_NC, delta_NC)
+    x_NC = x_NC + delta_NC
+    return x_NC, norm(x_NC)
 
 
 class MTPModule(nn.Module):
@@ -70,7 +91,7 @@ class MTPModule(nn.Module):
         """
         normed = [self.embed_norm(next_NC), self.hidden_norm(hidden_NC)]
         joined_NC = self.join(torch.cat(normed, dim=-1))
-        return self.head_norm(self.block(joined_NC, rope, context))
+        return add_norm(self.head_norm, *self.block(joined_NC, None, rope, context))[1]
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -92,10 +113,12 @@ class Decoder(nn.Module):
 
     With `recompute`, training stores only the input of each block and computes the block again in the
     backward pass (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174): the same results in about a
-    third more time and with a fraction of the memory for activations.
+    third more time and with a fraction of the memory for activations. With "keep_attention" the results of
+    attention are stored too, where the operations of the device can use them again.
     """
 
-    recompute = False
+    recompute: bool | str = False
+    ops: Ops = CPU
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -115,12 +138,33 @@ class Decoder(nn.Module):
         """Return the hidden states [N, C]; `head` makes of each state the logits of the next token."""
         rope = self._rope(context)
         x_NC = self.embed(tokens_N)
+        context.ops = self.ops
+        recompute = self.recompute and torch.is_grad_enabled()
+        delta_NC = None
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x_NC = checkpoint(block, x_NC, rope, context, use_reentrant=False)
+            if recompute:
+                x_NC, delta_NC = self._recomputed(block, x_NC, delta_NC, rope, context)
             else:
-                x_NC = block(x_NC, rope, context)
-        return self.norm(x_NC)
+                x_NC, delta_NC = block(x_NC, delta_NC, rope, context)
+        return add_norm(self.norm, x_NC, delta_NC)[1]
+
+    def _recomputed(
+        self, block: Block, x_NC: Tensor, delta_NC: Tensor | None, rope: Rope, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Run a block as `Block.forward` does, [N, C] both; it is run again in the backward pass.
+
+        What is kept of its attention belongs to the graph and is freed with it, used or not.
+        """
+        kept = [] if self.recompute == "keep_attention" else None
+
+        def run(x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+            context.kept = kept
+            try:
+                return block(x_NC, delta_NC, rope, context)
+            finally:
+                context.kept = None
+
+        return checkpoint(run, x_NC, delta_NC, use_reentrant=False, preserve_rng_state=False)
 
     def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
         """Return states [N, C] that predict one token further than `hidden_NC`, by MTP module `depth`.

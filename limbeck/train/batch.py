@@ -76,7 +76,7 @@ def pack(samples: Sequence[Sample], batch_tokens: int, device: Device = "cpu") -
     tokens = sum(_targets(sample).size for sample in learned)
     batches = []
     for groups in _cut(_grouped(learned), batch_tokens):
-        layout = _shared_prompts(groups) if _prompt_length(groups[0]) else _end_to_end(groups)
+        layout = _shared_prompts(groups, device) if _prompt_length(groups[0]) else _end_to_end(groups, device)
         order_S = np.array([places[id(sample)] for sample in layout.samples])
         batches.append(_batch(layout, order_S, tokens, len(learned), device))
     return batches
@@ -169,7 +169,7 @@ class Layout(NamedTuple):
     predict: list[np.ndarray]
 
 
-def _end_to_end(groups: list[list[Sample]]) -> Layout:
+def _end_to_end(groups: list[list[Sample]], device: Device) -> Layout:
     """Lay out whole sequences, each with its own prompt, one after the other."""
     samples = [sample for group in groups for sample in group]
     lengths = [len(sample.tokens) - 1 for sample in samples]
@@ -179,10 +179,10 @@ def _end_to_end(groups: list[list[Sample]]) -> Layout:
         for begin, sample, length in zip(begins, samples, lengths, strict=True)
     ]
     segments = [Segment(sample, 0, length) for sample, length in zip(samples, lengths, strict=True)]
-    return Layout(samples, segments, Packed(lengths), predict)
+    return Layout(samples, segments, Packed(lengths, device=device), predict)
 
 
-def _shared_prompts(groups: list[list[Sample]]) -> Layout:
+def _shared_prompts(groups: list[list[Sample]], device: Device) -> Layout:
     """Lay out all shared prompts first, then all completions in order of length. The last token of a prompt
     predicts the first token of each completion of that prompt."""
     width = _prompt_length(groups[0])
@@ -198,7 +198,9 @@ def _shared_prompts(groups: list[list[Sample]]) -> Layout:
     ]
     segments = [Segment(group[0], 0, width) for group in groups]
     segments += [Segment(sample, width, len(sample.tokens) - 1) for sample in samples]
-    return Layout(samples, segments, SharedPrefix(len(groups), width, owners, lengths), predict)
+    return Layout(
+        samples, segments, SharedPrefix(len(groups), width, owners, lengths, device=device), predict
+    )
 
 
 def _batch(layout: Layout, order_S: np.ndarray, tokens: int, sequences: int, device: Device) -> Batch:

@@ -31,9 +31,11 @@ class Learner(Scorer):
 
     `step` counts the updates so far and sets the position in the learning-rate schedule. `steps` is the
     number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
-    memory (model/decoder.py)."""
+    memory; with "keep_attention", all but the results of attention (model/decoder.py)."""
 
-    def __init__(self, model: Decoder, settings: OptimizerSettings, steps: int, recompute: bool = False):
+    def __init__(
+        self, model: Decoder, settings: OptimizerSettings, steps: int, recompute: bool | str = False
+    ):
         super().__init__(model)
         if recompute and (model.config.experts or model.config.share_kv > 1):
             raise LimbeckError(
@@ -63,6 +65,7 @@ class Learner(Scorer):
             value, metrics = self._loss(batch, loss, temperature)
             if not math.isfinite(value.detach()):
                 raise self._stopped(*blamed(self.model, batch))
+            self.optimizer.begin_micro_batch()
             value.backward()
             add_tokens(len(batch.tokens_N))
             _add(totals, metrics)
@@ -80,8 +83,7 @@ class Learner(Scorer):
         with phase("updating the weights"):
             norm = self.optimizer.step(self.step)
         if not math.isfinite(norm):
-            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-            raise self._stopped(f"the gradient of {spoiled(gradients)} is", SLOWER)
+            raise self._stopped(f"the gradient of {spoiled(self.optimizer.gradients())} is", SLOWER)
         if not finite(self.parameters):
             raise self._stopped(f"the new weight {spoiled(self.model.named_parameters())} is", SLOWER)
         self.step += 1
@@ -92,7 +94,7 @@ class Learner(Scorer):
     def _stopped(self, what: str, remedy: str) -> LimbeckError:
         """Drop the gradients and return the error of an update that cannot be made. `what` names the cause,
         `remedy` what the user can do."""
-        self.model.zero_grad(set_to_none=True)
+        self.optimizer.drop_gradients()
         self._routes = []
         return stopped(what, remedy, self.step, self.optimizer.steps)
 
@@ -142,7 +144,8 @@ class Learner(Scorer):
             far_M = positions_M > depth
             rows_M = batch.predict_M[far_M] - depth - 1
             targets_M = batch.targets_M[far_M]
-            logprobs_M, _ = token_logprobs(hidden_NC[rows_M], self.model.head.weight, targets_M)
+            hidden_MC = hidden_NC[rows_M]
+            logprobs_M, _ = token_logprobs(hidden_MC, self.model.head.weight, targets_M, ops=self.model.ops)
             losses.append(-logprobs_M.sum() / batch.tokens)
             next_N = next_N.roll(-1).masked_fill(ends_N, 0)
         return torch.stack(losses).mean()
