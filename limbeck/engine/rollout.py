@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
+from ..model.ops import CPUOps
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
@@ -42,7 +43,7 @@ class Engine:
         self.speculate = speculate
         self.drafted = 0
         self.accepted = 0
-        self.on_device = model.embed.weight.device.type != "cpu"
+        self.on_device = not isinstance(model.ops, CPUOps)
         self._device_batch: tuple[object, DeviceBatch] | None = None
 
     @property

@@ -18,7 +18,7 @@ from ..config.parts import Policy
 from ..config.recipe import RL
 from ..types import Group, Sample, Sampler, generator
 from .alarms import AlarmMonitor
-from .batch import Batch, pack, to_samples
+from .batch import Batch, to_samples
 from .checkpoint import Checkpoint
 from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
@@ -111,7 +111,7 @@ class GRPOTrainer:
     def _with_reference(self, samples: list[Sample]) -> list[Batch]:
         """Pack samples into micro-batches. If there is a reference model, each holds its log-probabilities
         for the KL term."""
-        batches = pack(samples, self.settings.batch_tokens)
+        batches = self.learner.pack(samples, self.settings.batch_tokens)
         if self.reference is None:
             return batches
         logprobs = self.reference.logprobs(batches, self.settings.sampling.temperature)

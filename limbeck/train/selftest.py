@@ -10,7 +10,7 @@ import torch
 
 from ..types import LimbeckError, Sample
 from .alarms import SAMPLER_GAP
-from .batch import Batch, pack
+from .batch import Batch
 from .learner import Learner
 from .losses import Loss
 
@@ -29,11 +29,11 @@ def selftest(
     `end_id` is the id of the end-of-turn token. Raises LimbeckError with a remedy if a check fails."""
     finished = [sample for sample in samples if sample.tokens[-1] == end_id]
     tested = (finished or list(samples))[:SAMPLES]
-    batches = pack(tested, WHOLE)
+    batches = learner.pack(tested, WHOLE)
     _check_targets(batches, tested, end_id if finished else None)
     _check_sampler(learner, batches, temperature)
     whole = _gradient(learner, batches, loss, temperature)
-    parts = _gradient(learner, pack(tested, 1), loss, temperature)
+    parts = _gradient(learner, learner.pack(tested, 1), loss, temperature)
     difference = float((whole - parts).norm() / whole.norm().clamp(min=1e-12))
     if difference > GRADIENT_DIFFERENCE:
         raise LimbeckError(

@@ -12,10 +12,11 @@ from functools import cache
 import torch
 from torch import nn
 
+from . import devices
 from .cpu import CPUOps
 from .plain import PlainOps
 
-__all__ = ["CPUOps", "PlainOps", "ops_for", "place"]
+__all__ = ["CPUOps", "PlainOps", "devices", "ops_for", "place"]
 
 
 @cache
@@ -29,8 +30,8 @@ def _table(kind: str, exact: bool) -> PlainOps:
 
 
 def ops_for(device: torch.device | str, exact: bool = True) -> PlainOps:
-    """Return the table of operations for a device."""
-    return _table(torch.device(device).type, exact)
+    """Return the table of operations for a device, or for `plain` (see devices.py)."""
+    return _table(devices.PLAIN if device == devices.PLAIN else torch.device(device).type, exact)
 
 
 def place(
@@ -41,9 +42,10 @@ def place(
     `dtype` is the type of its weights (None: as they are). The tables of rotary angles stay in float32.
     """
     tables = {name: buffer.float() for name, buffer in model.named_buffers() if name in ("cos", "sin")}
-    model.to(device=device, dtype=dtype)
+    where = devices.torch_device(str(device))
+    model.to(device=where, dtype=dtype)
     for name, buffer in tables.items():
-        setattr(model, name, buffer.to(device))
+        setattr(model, name, buffer.to(where))
     table = ops_for(device, exact)
     for module in model.modules():
         if hasattr(module, "ops"):
