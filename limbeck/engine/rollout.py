@@ -131,7 +131,7 @@ class Engine:
         """Return the batch of a rollout: on the model's device, if that is not the host."""
         if not self.on_device:
             return self._new_batch(sampling)
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts), default=1)
         rows = max(group_size, min(self.rows, group_size * len(prompts)))
         key = (rows, longest, sampling)
         if self._device_batch is None or self._device_batch[0] != key:

@@ -78,8 +78,8 @@ def run(
     `runs` is the folder of all runs. `overrides` are "key.path=value" strings that change settings. With
     `auto`, the policies of curate stages decide in place of human reviewers. `device` is what models are
     placed on: `auto` (a card if torch sees one), `cpu`, `cuda`, `cuda:1` or `mps`. The `graph` of the
-    returned run has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed stage, and
-    Resumable if the run was stopped or waits for reviews: the same call then continues it.
+    returned run has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed
+    stage, and Resumable if the run was stopped or waits for reviews: the same call then continues it.
     """
     path = find(recipe)
     settings = load(path, tuple(overrides))

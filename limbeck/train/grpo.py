@@ -136,6 +136,8 @@ class GRPOTrainer:
         config = self.learner.model.config
         metrics = {**summarize(groups), **volume(groups, samples, config), **merge(updates)}
         metrics["flops"] += held_out.flops(config)
+        if updates and not self.learner.exact:
+            metrics["gap_kl"] = updates[0]["kl_old"]
         metrics["informative"] = len(informative) / len(groups)
         alarms = [*held_out.alarms, *self.alarms.check(metrics)]
         metrics = {**metrics, **held_out.metrics}

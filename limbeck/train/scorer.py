@@ -17,7 +17,7 @@ from ..model.ffn import MixtureOfExperts, RouterTrace
 from ..model.ops import PlainOps
 from ..types import Sample
 from .batch import Batch, pack
-from .divergence import States, tempered
+from .divergence import States, tempered, widened
 
 CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
 
@@ -34,6 +34,12 @@ class Scorer:
     def device(self) -> torch.device:
         """The device that the model lies on."""
         return self.model.embed.weight.device
+
+    @property
+    def exact(self) -> bool:
+        """True if a sampler with these weights gives a token the same log-probability, up to what float32
+        rounds; False in 16 bits where the order of sums depends on the batch."""
+        return self.model.embed.weight.dtype.itemsize > 2 or self.model.ops.exact
 
     def pack(self, samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
         """Pack samples into micro-batches on the model's device (see `batch.pack`)."""
@@ -122,6 +128,8 @@ class _TokenLogprobs(torch.autograd.Function):
         """Return the gradients of the hidden states [M, C] and of the head [V, C]. `grad_M` is the gradient
         of the log-probabilities; the entropies have none."""
         hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
+        dtype = hidden_MC.dtype
+        hidden_MC, head_VC = widened(hidden_MC), widened(head_VC)
         kept_MK = rest[0] if rest else None
         grad_hidden_MC = torch.empty_like(hidden_MC)
         grad_head_VC = torch.zeros_like(head_VC)
@@ -136,7 +144,7 @@ class _TokenLogprobs(torch.autograd.Function):
             torch.mm(grad_RV, head_VC, out=grad_hidden_MC[begin:end])
             grad_head_VC.addmm_(grad_RV.T, hidden_RC)
             begin = end
-        return grad_hidden_MC, grad_head_VC, None, None, None
+        return grad_hidden_MC.to(dtype), grad_head_VC.to(dtype), None, None, None
 
 
 class _DeviceLogprobs(torch.autograd.Function):

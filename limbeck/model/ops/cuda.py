@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class CUDAOps(PlainOps):
     """The operations on an NVIDIA card."""
 
+    exact = True
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return RMSNorm of x [..., C]."""
         return _Norm.apply(x, weight, eps)
@@ -124,6 +126,8 @@ class FastCUDAOps(CUDAOps):
 
     Their order of summation depends on the batch, so sampler and learner agree only within rounding.
     """
+
+    exact = False
 
     def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias [N, O]."""

@@ -21,6 +21,8 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of each token, [N, 1, D] both; see `
 class PlainOps:
     """The operations in torch: the reference for every other table."""
 
+    exact = False  # whether sampler and learner agree to the last bit in 16 bits too
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight over the last dimension of x [..., C]; weight is [C]."""
         return Normalize.apply(x, weight, eps)
