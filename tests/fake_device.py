@@ -1,8 +1,9 @@
 """A device that is not the CPU, on a machine that has none: its tensors compute on the CPU, but no operation
 takes them together with tensors of the CPU, and numpy does not see them, as it would be with a card.
 
-`with fake_device(): model.to(NAME)` makes tensors of the fake device. Inside, tensors that are made for NAME are
-of it as well. NAME is one that torch knows without further libraries. What a card allows is allowed: tensors of no dimensions and indices may be on the CPU.
+`with fake_device(): model.to(NAME)` makes tensors of the fake device. Inside, tensors that are made for NAME
+are of it too. NAME is one that torch knows without further libraries. What a card allows is allowed: tensors
+of no dimensions and indices may be on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 NAME = "meta"
-COPIES = {"_to_copy", "copy_", "_foreach_copy_", "index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+COPIES = {
+    "_to_copy",
+    "copy_",
+    "_foreach_copy_",
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "_unsafe_index",
+}
 
 
 class FakeTensor(torch.Tensor):
@@ -107,7 +117,11 @@ def fake_device():
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        with Mode(), Data(), mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [NAME]):
+        with (
+            Mode(),
+            Data(),
+            mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [NAME]),
+        ):
             yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)

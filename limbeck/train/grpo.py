@@ -16,6 +16,7 @@ import numpy as np
 
 from ..config.parts import Policy
 from ..config.recipe import RL
+from ..model.checksum import checksum
 from ..types import Group, Sample, Sampler, generator
 from .alarms import AlarmMonitor
 from .batch import Batch, to_samples
@@ -60,6 +61,7 @@ class GRPOTrainer:
             if self.log.over_budget or self.rewards.stopped:
                 break
             self._refresh_reference(step)
+            weights = checksum(self.learner.model)
             groups = self._sample_groups(step)
             informative = [group for group in groups if is_informative(group, policy)]
             advantages = group_advantages(informative, policy.advantage_scale)
@@ -73,7 +75,7 @@ class GRPOTrainer:
             self.engine.load(self.learner.weights())
             held_out = self.rewards.evaluate(step, groups, self.engine)
             metrics = self._metrics(groups, informative, samples, updates, held_out)
-            self.log.step(step, metrics, groups, informative)
+            self.log.step(step, metrics, groups, informative, weights)
             self.step = step + 1
             self.checkpoint.offer(self.state_dict, self.log)
 
