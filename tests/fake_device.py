@@ -67,10 +67,12 @@ class Mode(TorchDispatchMode):
 
 
 class Data(TorchFunctionMode):
-    """Makes tensors of numbers, which torch does not do through the other mode."""
+    """Makes tensors of lists and lists of tensors, which torch does not do through the other mode."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function is torch.Tensor.tolist and isinstance(args[0], FakeTensor):
+            return args[0].inner.tolist()
         if function not in (torch.tensor, torch.as_tensor):
             return function(*args, **kwargs)
         device = kwargs.pop("device", None)

@@ -165,11 +165,9 @@ class _Divergence(torch.autograd.Function):
         """Return the sum of the divergences, the divergence of each prediction [M], and the student's
         entropy [M]."""
         learns = any(ctx.needs_input_grad)
-        dtype = hidden_MC.dtype
-        hidden_MC = widened(hidden_MC)
-        head_VC = widened(head_VC)
         grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
-        grad_head_VC = torch.zeros_like(head_VC) if learns else None
+        precision = torch.promote_types(head_VC.dtype, torch.float32)
+        grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns else None
         values = []
         entropies = []
         rows = max(1, CHUNK // len(head_VC))
@@ -182,10 +180,10 @@ class _Divergence(torch.autograd.Function):
             entropies.append(-(logq_RV.exp() * logq_RV).sum(1))
             if learns:
                 slope_RV = teacher.spread(part, slope_RE, logq_RE, logq_RV).div_(temperature)
-                torch.mm(slope_RV, head_VC, out=grad_hidden_MC[part])
-                grad_head_VC.addmm_(slope_RV.T, hidden_MC[part])
+                grad_hidden_MC[part] = torch.mm(slope_RV, head_VC.to(precision))
+                grad_head_VC.addmm_(slope_RV.T, hidden_MC[part].to(precision))
         if learns:
-            ctx.save_for_backward(grad_hidden_MC.to(dtype), grad_head_VC.to(dtype))
+            ctx.save_for_backward(grad_hidden_MC, grad_head_VC.to(head_VC.dtype))
         value_M = torch.cat(values)
         entropy_M = torch.cat(entropies)
         ctx.mark_non_differentiable(value_M, entropy_M)
@@ -201,16 +199,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
-    """Return the logits of a chunk [R, V], divided by the temperature."""
-    logits_RV = widened(hidden_RC) @ widened(head_VC).T
+    """Return the logits of a chunk [R, V], divided by the temperature, in float32 at least."""
+    precision = torch.promote_types(hidden_RC.dtype, torch.float32)
+    logits_RV = hidden_RC.to(precision) @ head_VC.to(precision).T
     if temperature != 1.0:
         logits_RV /= temperature
     return logits_RV
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Return a tensor of 16-bit numbers in float32, any other one unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:

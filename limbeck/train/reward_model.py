@@ -25,7 +25,6 @@ from ..text.reasoning_parser import split_thought
 from ..text.tokenizer import Tokenizer
 from ..types import Group, Sample, Score, fingerprint
 from .batch import MICRO_TOKENS, Batch, by_sample
-from .divergence import widened
 from .learner import Learner
 from .losses import Metrics
 from .pairs import pair_margins
@@ -59,7 +58,8 @@ class _ValueHead:
 
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the values [M], and zeros [M] in the place of the entropies."""
-        values_M = widened(self.model.value(hidden_NC[batch.predict_M]).squeeze(1))
+        values_M = self.model.value(hidden_NC[batch.predict_M]).squeeze(1)
+        values_M = values_M.to(torch.promote_types(values_M.dtype, torch.float32))
         return values_M, torch.zeros_like(values_M).detach()
 
     def values(self, samples: Sequence[Sample], batch_tokens: int = MICRO_TOKENS) -> np.ndarray:
