@@ -303,10 +303,13 @@ def test_a_stage_whose_card_failed_goes_on_in_a_new_process_once(tmp_path):
     (tmp_path / "devices.yaml").write_text(RECIPE)
     run = Run(load(tmp_path / "devices.yaml"), tmp_path, tmp_path / "runs", Silent())
     broken = {"event": "broken", "name": "base", "message": "CUDA error: unknown"}
-    run.running["base"] = None
+    started = []
+    run.host = SimpleNamespace(start=lambda request: started.append(request["name"]), free=1)
+    run.folder.mkdir(parents=True)
+    assert run._start()
     run._handle(broken)
-    assert not run.running and run.graph.nodes["base"].state == "ready"
-    run.running["base"] = None
+    assert not run.running
+    assert run._start() and started == ["base", "base"]
     with pytest.raises(Resumable, match=r"stage base: its card failed again in a new process \(CUDA error"):
         run._handle(broken)
 
