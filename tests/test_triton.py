@@ -76,7 +76,7 @@ def launch_all() -> None:
         for columns, inputs in ((1152, 896), (4608, 3584), (9728, 896)):
             products.linear(half(rows, inputs), half(columns, inputs), half(columns))
     products.linear(half(64, 896), half(1 << 17, 896), dtype=torch.float32)
-    products.cumulate(torch.rand(2, 600))
+    products.cumulate(torch.rand(400, 600))
     for heads, kv_heads, width in ((14, 2, 64), (12, 2, 128), (8, 8, 80)):
         pool = (half(256, kv_heads, width), half(256, kv_heads, width))
         table = Rows(whole(2, 2), whole(3), whole(2), 100)

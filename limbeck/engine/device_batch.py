@@ -387,7 +387,8 @@ class DeviceBatch:
         tokens_B, logprobs_B, kept_BV = drawn
         _write(state.tokens_BT, place_B1, tokens_B, state.alive_B)
         _write(state.logprobs_BT, place_B1, logprobs_B, state.alive_B)
-        state.previous_B.copy_(torch.where(state.alive_B, tokens_B, state.previous_B))
+        if self.sampling.force:
+            state.previous_B.copy_(torch.where(state.alive_B, tokens_B, state.previous_B))
         if kept_BV is not None:
             self._mask_BV[: len(kept_BV)] = kept_BV
         return tokens_B

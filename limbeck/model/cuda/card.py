@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from triton.runtime import driver
 
-LEAST_SHARED = 99 << 10  # bytes of shared memory that a program may use on every card from Ampere on
-SPARE_SHARED = 24 << 10  # bytes of it for everything but the pipeline: queries, sums, barriers
+SPARE_SHARED = 24 << 10  # bytes of shared memory for everything but the pipeline: queries, sums, barriers
 
 
 @cache
@@ -15,7 +15,8 @@ def shared_bytes(device: torch.device) -> int:
     """Return the bytes of shared memory that one program may use on a card."""
     if device.type != "cuda":  # the interpreter of the tests has no limit
         return 1 << 30
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", LEAST_SHARED)
+    place = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(place)["max_shared_mem"]
 
 
 def stages(wanted: int, stage_bytes: int, device: torch.device) -> int:

@@ -22,6 +22,7 @@ BLOCK_K = 64  # inputs of a block
 SPAN = 1024  # inputs of a span, at least
 MOST_SPANS = 8  # spans of a weight
 WIDTH = 256  # values that `cumulate` sums at once
+FLOAT32_TILE = 1 << 11  # values of a tile of float32, at most
 HEAD = 1 << 16  # columns from which a weight is an output head
 
 
@@ -138,7 +139,12 @@ def _tile_for_few(rows: int, columns: int, one_span: bool) -> Tile:
 
 
 def _fit(tile: Tile, x_MK: Tensor) -> Tile:
-    """Return the tile with as many stages, and columns, as the card of x [M, K] has shared memory for."""
+    """Return the tile with as many stages, and columns, as the card of x [M, K] has shared memory for.
+
+    float32 is multiplied without tensor cores, in smaller tiles, which the compiler writes out in full.
+    """
+    if x_MK.element_size() > 2 and tile.rows * tile.columns > FLOAT32_TILE:
+        tile = Tile(32, 64, 4, 2)
     count = stages(tile.stages, (tile.rows + tile.columns) * BLOCK_K * x_MK.element_size(), x_MK.device)
     if count < 2 and tile.columns > 64:
         return _fit(tile._replace(columns=tile.columns // 2), x_MK)
