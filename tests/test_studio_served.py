@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -92,8 +93,10 @@ def test_a_run_that_shares_its_name_with_a_model_is_not_guessed_at(finished, mon
     monkeypatch.chdir(finished.home.parent)
     twin = finished.home.parent / "models" / "tiny"
     twin.mkdir(parents=True)
+    (twin / "config.json").write_text("{}")
     try:
         code, _, errors = tiny.answer("serve", "tiny", "--runs", finished.home, "--port", 0)
     finally:
-        twin.rmdir()
-    assert code == 2 and f"tiny is a run and a model; say {finished.home / 'tiny'} or models/tiny" in errors
+        shutil.rmtree(twin)
+    assert code == 2 and "tiny is 2 things; write one of models/tiny (pulled model)" in errors
+    assert f"{finished.home / 'tiny'} (run)" in errors
