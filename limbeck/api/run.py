@@ -34,6 +34,7 @@ def run(
     auto: bool = False,
     log: str | Sequence[str] = (),
     display: Display | None = None,
+    device: str = "auto",
     **settings: Any,
 ) -> Run:
     """Execute a recipe and return what it has made. Stages that are already finished are not run again.
@@ -42,7 +43,8 @@ def run(
     settings. `settings` replace settings of the recipe: `stages={"zero": {"steps": 5}}`, or by a dotted name
     `**{"stages.zero.steps": 5}`. `runs` is the folder of all runs. With `auto`, the policies of curate stages
     decide in place of people. `log` names one or several of the loggers jsonl, tensorboard and wandb, which
-    get the metrics too. `display` shows the progress: by default lines of text, `Quiet()` for none.
+    get the metrics too. `display` shows the progress: by default lines of text, `Quiet()` for none. `device`
+    is what computes: `auto` (a card if torch sees one), `cpu`, `cuda`, `cuda:1` or `mps`.
 
     Works in any thread: no signal handler is installed. After Ctrl-C (KeyboardInterrupt) the stages at work
     write a checkpoint first; the same call goes on from it.
@@ -54,7 +56,7 @@ def run(
     if auto:
         checked = with_auto_curation(checked)
     base = find(recipe).parent if isinstance(recipe, str | Path) else Path()
-    execution = Execution(checked, base, Path(runs), display or _display())
+    execution = Execution(checked, base, Path(runs), display or _display(), device=device)
     with log_metrics(execution, [log] if isinstance(log, str) else log):
         execution.execute(cached_forecast(execution.graph))
     return Run(execution.folder)

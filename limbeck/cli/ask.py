@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import MODEL, RUNS, Home, open_model
+from .options import MODEL, RUNS, Device, Home, open_model
 
 if TYPE_CHECKING:
     from ..engine.sampling import SamplingParams
@@ -23,6 +23,7 @@ def ask(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: int = 0,
+    device: Device = "auto",
     top_p: Annotated[
         float, typer.Option(min=0.001, max=1, help="the likeliest tokens with this share")
     ] = 0.95,
@@ -50,24 +51,33 @@ def ask(
         repetition_penalty=repetition_penalty,
     )
     directory = open_model(model, runs).directory()
-    for text in stream_answer(directory, question, sampling, seed):
+    for text in stream_answer(directory, question, sampling, seed, device):
         print(text, end="", flush=True)
     print()
 
 
-def stream_answer(directory: Path, question: str, sampling: SamplingParams, seed: int) -> Iterator[str]:
+def stream_answer(
+    directory: Path, question: str, sampling: SamplingParams, seed: int, device: str = "cpu"
+) -> Iterator[str]:
     """Yield the answer to `question` in pieces of text, while it is sampled.
 
-    `directory` is the model's directory. Control characters are removed, and a
-    character whose bytes span several tokens is held back until it is complete.
+    `directory` is the model's directory. `device` is the name of what computes (model/ops/devices.py); a card
+    computes in bfloat16 where the weights are stored so. Control characters are removed, and a character
+    whose bytes span several tokens is held back until it is complete.
     """
+    import torch
+
     from ..engine.rollout import Engine
     from ..model import weights
+    from ..model.ops import devices, place
     from ..text.tokenizer import Tokenizer
     from .display import printable
 
     tokenizer = Tokenizer.from_directory(directory)
-    engine = Engine(weights.load(directory), tokenizer)
+    name = devices.resolve(device)
+    devices.prepare(name)
+    dtype = weights.stored_dtype(directory) if devices.is_card(name) else torch.float32
+    engine = Engine(place(weights.load(directory, dtype), name), tokenizer)
     tokens: list[int] = []
     printed = 0
     messages = tokenizer.prompt_format.apply([{"role": "user", "content": question}])

@@ -153,7 +153,7 @@ def _kernel_advice(reason: str) -> str:
 
 
 def _torch() -> list[Finding]:
-    """Return the findings on torch: its version, vector instructions, threads, speed and GPU."""
+    """Return the findings on torch: its version, vector instructions, threads, speed and cards."""
     import torch
 
     return [
@@ -161,15 +161,40 @@ def _torch() -> list[Finding]:
         _instructions(torch.backends.cpu.get_cpu_capability()),
         _threads(torch.get_num_threads()),
         Finding("speed", None, f"{matrix_speed():.0f} GFLOP/s in matrix products (fp32)"),
-        Finding("gpu", None, f"{_gpu()}: every stage runs on the CPU"),
+        *_cards(),
     ]
 
 
-def _gpu() -> str:
-    """Return what is said of a GPU, which Limbeck does not use."""
-    import torch
+def _cards() -> list[Finding]:
+    """Return a finding on each card: its memory and driver, and whether sampler and learner agree there."""
+    from ..model.ops import devices
 
-    return f"{torch.cuda.get_device_name()} is not used" if torch.cuda.is_available() else "not needed"
+    cards = devices.cards()
+    if not cards:
+        return [Finding("gpu", None, "torch sees none; every stage runs on the CPU")]
+    return [_card(card) for card in cards]
+
+
+def _card(card: dict[str, Any]) -> Finding:
+    """Return the finding on a card that `devices.cards` describes; one that serves is tried now."""
+    name = card["device"]
+    facts = f"{card['name']}, {card['memory_bytes'] / GIB:.1f} GiB"
+    if card["driver"]:
+        facts += f", driver {card['driver']}"
+    if not card["serves"]:
+        advice = (
+            f"compute capability {card['capability']}, and the kernels need 8.0 or later: use --device cpu"
+        )
+        return Finding(name, None, facts, advice)
+    from ..model.ops import devices
+    from ..runtime.exactness import equal_share
+
+    devices.prepare(name)
+    share = equal_share(name)
+    if share == 1:
+        return Finding(name, True, f"{facts}; sampler and learner agree to the last bit")
+    advice = "set exact: false in recipes for this card, and please report it"
+    return Finding(name, False, f"{facts}; {share:.2%} of the tokens agree to the last bit", advice)
 
 
 def _instructions(capability: str) -> Finding:

@@ -19,6 +19,7 @@ from .options import (
     STATES,
     AsJson,
     Auto,
+    Device,
     Home,
     RunFolder,
     find_recipe,
@@ -64,6 +65,7 @@ def run(
     auto: Auto = False,
     log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
+    device: Device = "auto",
     no_try: Annotated[
         bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
     ] = False,
@@ -89,7 +91,7 @@ def run(
     display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
     try:
-        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
+        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
         job.previews = not no_try
         display.hint = _where_to_look(job)
         _stop_on_interrupt(job)

@@ -54,7 +54,7 @@ class Packed:
     @property
     def sequences(self) -> Tensor:
         """The index of the sequence that each token belongs to, [N]."""
-        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.device)
 
     @cached_property
     def _runs(self) -> _Runs:
@@ -144,7 +144,7 @@ class SharedPrefix:
     def sequences(self) -> Tensor:
         """The index of the prompt or completion of each token, [N]; prompts are numbered first."""
         lengths = [self.width] * self.prompts + self.lengths
-        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.device)
 
     @cached_property
     def _runs(self) -> _Runs:

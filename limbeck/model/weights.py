@@ -149,6 +149,14 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return decoder
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Return bfloat16 if the config.json of a model directory says that the weights are stored so, else
+    float32."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stored = settings.get("torch_dtype") or settings.get("dtype")
+    return torch.bfloat16 if stored == "bfloat16" else torch.float32
+
+
 class _WithoutInit(TorchFunctionMode):
     """Skip the initialisation of modules, which takes seconds, as their weights are overwritten anyway."""
 

@@ -34,6 +34,7 @@ from . import continuation
 from .continuation import KERNELS
 from .job import Job
 from .review.curate import Waiting
+from .stage_device import device_failure, note_device, ready_device
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 TEMPORARY_FAILURE = 75  # exit code (sysexits.h, EX_TEMPFAIL) of a stage that can go on
@@ -62,7 +63,10 @@ def main(threads: int) -> None:
             print(json.dumps({"name": name, **event}), file=events, flush=True)
 
         job = read_job(request, stop)
-        tell(run_job(job, lambda text: tell({"event": "told", "text": text})))
+        event = run_job(job, lambda text: tell({"event": "told", "text": text}))
+        tell(event)
+        if event["event"] == "broken":
+            os._exit(SOFTWARE_FAILURE)
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
@@ -93,6 +97,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "review_bytes": job.review_bytes,
         "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
         "dropped": sorted(job.dropped),
+        "device": job.device,
         "continues": str(job.continues) if job.continues else None,
         "preview": str(job.preview) if job.preview else None,
     }
@@ -113,6 +118,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         review_bytes=request["review_bytes"],
         endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         dropped=frozenset(request["dropped"]),
+        device=request["device"],
         continues=Path(request["continues"]) if request["continues"] else None,
         preview=Path(request["preview"]) if request["preview"] else None,
         stopping=stop.is_set,
@@ -124,7 +130,8 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
 
 def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
     """Run one stage and return the event of its end: `done` (with the outcome), `found` (another run had
-    finished it), `waiting` (for reviews), or `failed` (with exit code and message).
+    finished it), `waiting` (for reviews), `broken` (its card failed, so this process has to end), or `failed`
+    (with exit code and message).
 
     `tell` is called with messages for the user during the stage. Exceptions of the stage are returned as
     `failed`, never raised.
@@ -134,12 +141,15 @@ def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
         with store.lock(job.folder):
             if store.open(store.root / job.folder.name):  # another run was faster
                 return {"event": "found"}
-            return {"event": "done", "outcome": _execute(job, tell)}
+            with ready_device(job, tell) as ready:
+                return {"event": "done", "outcome": _execute(ready, tell)}
     except Waiting as waiting:
         return {"event": "waiting", "rows": waiting.open_rows}
     except LimbeckError as error:
         return _failed(error.exit_code, str(error))
     except BaseException as error:  # noqa: BLE001 - a worker outlives its stage and reports what ended it
+        if event := device_failure(job, error):
+            return event if event["event"] == "broken" else _failed(TEMPORARY_FAILURE, event["message"])
         if out_of_space(error):
             remedy = "the same command goes on from the last checkpoint"
             return _failed(TEMPORARY_FAILURE, f"no space left on {job.folder}; free some, and {remedy}")
@@ -168,6 +178,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
             continued = continuation.begin(job, tell)
             with phase("choosing kernels"):
                 kernels = _choose_kernels(job, tell)
+            device = note_device(job, tell)
             _preview(job, tell)
             _release_memory()
             began = time.monotonic()
@@ -176,7 +187,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
             with phase("writing to disk"):
                 sync_below(job.folder)
         usage = _usage(began, cpu_began)
-        outcome = {**outcome, **usage, "kernels": kernels}
+        outcome = {**outcome, **usage, "kernels": kernels, **device}
         if continued:
             outcome["continued"] = continued
         write(path, json.dumps(outcome))

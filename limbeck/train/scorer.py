@@ -17,7 +17,8 @@ from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, RouterTrace
 from ..model.ops import CPU, Ops
 from ..model.ops.table import Predictions
-from .batch import Batch
+from ..types import Sample
+from .batch import Batch, pack
 from .divergence import States
 
 CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
@@ -30,6 +31,21 @@ class Scorer:
     def __init__(self, model: Decoder):
         self.model = model
         self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model lies on."""
+        return self.model.embed.weight.device
+
+    @property
+    def exact(self) -> bool:
+        """True if a sampler with these weights gives a token the same log-probability, up to what float32
+        rounds; False in 16 bits where the order of sums depends on the batch."""
+        return self.model.embed.weight.dtype.itemsize > 2 or self.model.ops.exact
+
+    def pack(self, samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
+        """Pack samples into micro-batches on the model's device (see `batch.pack`)."""
+        return pack(samples, batch_tokens, self.device)
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each predicted token [M], which is differentiable, and the entropy

@@ -12,11 +12,12 @@ from functools import cache
 import torch
 from torch import nn
 
+from . import devices
 from .cpu import CPU, CPUOps
 from .plain import MPSOps, PlainOps
 from .table import Ops
 
-__all__ = ["CPU", "CPUOps", "MPSOps", "Ops", "PlainOps", "ops_for", "place", "use"]
+__all__ = ["CPU", "CPUOps", "MPSOps", "Ops", "PlainOps", "devices", "ops_for", "place", "use"]
 
 
 @cache
@@ -30,9 +31,9 @@ def _table(kind: str, exact: bool) -> Ops:
 
 
 def ops_for(device: torch.device | str, exact: bool = True) -> Ops:
-    """Return the table of operations for a device. Without `exact` the learner's may be faster on a card, and
-    then agree with the sampler's within rounding only."""
-    return _table(torch.device(device).type, exact)
+    """Return the table of operations for a device, or for `plain` (devices.py). Without `exact` the learner's
+    may be faster on a card, and then agree with the sampler's within rounding only."""
+    return _table(devices.PLAIN if device == devices.PLAIN else torch.device(device).type, exact)
 
 
 def use(model: nn.Module, table: Ops) -> nn.Module:
@@ -51,7 +52,8 @@ def place(
     `dtype` is the type of its weights (None: as they are). The tables of rotary angles stay in float32.
     """
     tables = {name: buffer.float() for name, buffer in model.named_buffers() if name in ("cos", "sin")}
-    model.to(device=device, dtype=dtype)
+    where = devices.torch_device(str(device))
+    model.to(device=where, dtype=dtype)
     for name, buffer in tables.items():
-        setattr(model, name, buffer.to(device))
+        setattr(model, name, buffer.to(where))
     return use(model, ops_for(device, exact))

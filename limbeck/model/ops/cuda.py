@@ -30,6 +30,8 @@ class CUDAOps(PlainOps):
     has_latents = False
     has_experts = False
 
+    exact = True
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return RMSNorm of x [..., C]."""
         return _Norm.apply(x, weight, eps)
@@ -137,6 +139,8 @@ class FastCUDAOps(CUDAOps):
 
     Their order of summation depends on the batch, so sampler and learner agree only within rounding.
     """
+
+    exact = False
 
     def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias [N, O]."""

@@ -32,6 +32,8 @@ class PlainOps:
     has_experts = True
     precise = torch.float64  # of cumulative sums of probabilities
 
+    exact = False  # whether sampler and learner agree to the last bit in 16 bits too
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return RMSNorm of x [..., C], computed in float32 or better."""
         if x.dtype in HALF:
