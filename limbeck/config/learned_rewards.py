@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .parts import Optimizer, Sampling, Settings, Stage
+from .parts import LORA, LoRA, Optimizer, Sampling, Settings, Stage
 
 TABLES = (".jsonl", ".parquet")
 
@@ -127,6 +127,7 @@ class Reward(Stage):
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear"), description="how the weights move"
     )
+    lora: LoRA | None = LORA
 
 
 class LearnedReward(Settings):

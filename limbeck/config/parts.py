@@ -17,6 +17,25 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LoRA(Settings):
+    """Low-rank adapters that learn in place of the weights (arXiv 2106.09685). The stage's model is the base
+    with the adapters merged into it."""
+
+    rank: int = Field(16, ge=1, description="rank of each layer's adapter")
+    alpha: float = Field(32, gt=0, description="what an adapter adds is multiplied by `alpha / rank`")
+    targets: Literal["all"] | tuple[str, ...] = Field(
+        "all",
+        description="linear layers by their names in checkpoints, such as `q, k, v, o, gate, up, down`; or all "
+        "of them but routers and routed experts",
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="in place of the optimizer's; adapters take about ten times that of weights"
+    )
+
+
+LORA = Field(None, description="learn adapters of low rank, not the weights themselves")
+
+
 class Stage(Settings):
     """The settings that every stage has. They do not affect the result of a stage, and so are no part of its
     artifact's key."""
@@ -43,6 +62,7 @@ class Budgeted(Stage):
         gt=0,
         description="or a number of FLOPs, of which the teacher's, and what the rows cost, are a part",
     )
+    lora: LoRA | None = LORA
 
     @model_validator(mode="after")
     def _one(self) -> Budgeted:

@@ -177,6 +177,11 @@ def _check_any_stage(references: _References, stage: Stage) -> None:
     scored_by = getattr(stage, "scored_by", None)
     if scored_by:
         references.cite("scored_by", scored_by, MODELS | {"calibrate"}, "a model or a calibrated judge")
+    if getattr(stage, "lora", None) and stage.optimizer.name != "adamw":
+        raise references.error(
+            f".lora: adapters are trained by AdamW, but optimizer.name is {stage.optimizer.name}; "
+            "set it to adamw, and give optimizer.learning_rate"
+        )
     if isinstance(stage, SFT | Label | Distill):
         references.cite_all("rows", stage.rows, ROWS, "rows")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -177,19 +177,27 @@ class Optimizer:
     """The optimizers and the learning-rate schedule that the settings name, over the parameters of a model.
 
     With Muon, AdamW still updates the embeddings, the vectors and the routers. Routed experts may have a
-    learning rate of their own. `steps` is the number of updates planned, which the schedule depends on."""
+    learning rate of their own. `steps` is the number of updates planned, which the schedule depends on.
+    `adapters` are parameters beside the model's, in float32 (model/lora.py)."""
 
-    def __init__(self, model: Decoder, settings: Settings, steps: int):
+    def __init__(
+        self,
+        model: Decoder,
+        settings: Settings,
+        steps: int,
+        adapters: Mapping[str, nn.Parameter] | None = None,
+    ):
         self.model = model
         self.settings = settings
         self.steps = steps
         self.parts: list[torch.optim.Optimizer] = []
         self.rates: list[float] = []  # each part's learning rate, divided by the settings'
-        half = model.embed.weight.dtype in (torch.bfloat16, torch.float16)
+        half = not adapters and model.embed.weight.dtype in (torch.bfloat16, torch.float16)
         self.masters = Masters(model) if half else None
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self.masters:
             named = self.masters.copies
+        named |= adapters or {}
         self.parameters = list(named.values())
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}

@@ -114,7 +114,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
         kept_MK = rest[0] if rest else None
         grad_hidden_MC = torch.empty_like(hidden_MC)
-        grad_head_VC = torch.zeros_like(head_VC)
+        grad_head_VC = torch.zeros_like(head_VC) if ctx.needs_input_grad[1] else None
         begin = 0
         for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
             end = begin + len(hidden_RC)
@@ -124,7 +124,8 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
             grad_RV /= ctx.temperature
             torch.mm(grad_RV, head_VC, out=grad_hidden_MC[begin:end])
-            grad_head_VC.addmm_(grad_RV.T, hidden_RC)
+            if grad_head_VC is not None:
+                grad_head_VC.addmm_(grad_RV.T, hidden_RC)
             begin = end
         return grad_hidden_MC, grad_head_VC, None, None, None
 

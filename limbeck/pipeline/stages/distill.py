@@ -23,7 +23,7 @@ from .label import load_labels
 from .outcome import Outcome, outcome
 from .ranking import require_same_vocabulary
 from .rows import given_rows, to_sample
-from .supervised import save_model
+from .supervised import attach_adapters, save_model
 
 SUMS = ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")  # metrics that are summed up
 
@@ -32,13 +32,14 @@ def run(job: Job) -> Outcome:
     """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: Distill = job.stage
     decoder, tokenizer = job.model(stage.model)
+    lora = attach_adapters(job, decoder)
     teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
     rows = _rows(job, tokenizer)
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
     trainer = DistillTrainer(
-        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute),
+        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora),
         teachers=teachers,
         sampler=DistillSampler(
             stage,
@@ -56,7 +57,7 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
-    save_model(decoder, tokenizer, job.folder)
+    save_model(decoder, tokenizer, job.folder, lora)
     steps = read_metrics(job.folder)
     total = {name: sum(step[name] for step in steps) for name in SUMS}
     return outcome(

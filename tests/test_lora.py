@@ -1,0 +1,300 @@
+"""LoRA: gradients = autograd's through base + s B A, sampler = learner, resumed = uninterrupted, and PEFT in
+and out."""
+
+from __future__ import annotations
+
+import json
+
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from limbeck.config.parts import LoRA as Settings
+from limbeck.config.parts import Optimizer
+from limbeck.engine.rollout import Engine
+from limbeck.engine.sampling import SamplingParams
+from limbeck.model import peft, weights
+from limbeck.model.kv_cache import Packed
+from limbeck.model.lora import LoRA
+from limbeck.train.batch import pack, to_samples
+from limbeck.train.learner import Learner
+from limbeck.train.losses import CrossEntropy
+from limbeck.train.scorer import Scorer
+from limbeck.types import LimbeckError, Sample
+
+VOCABULARY = 40
+
+
+def samples(count: int = 6) -> list[Sample]:
+    random = np.random.default_rng(0)
+    return [Sample(random.integers(0, VOCABULARY, 5 + 3 * i), start=i % 3) for i in range(count)]
+
+
+def learner_of(model, lora: LoRA | None, **settings) -> Learner:
+    return Learner(model, Optimizer(**{"learning_rate": 0.01, **settings}), 10, lora=lora)
+
+
+def train(learner: Learner, steps: int) -> None:
+    for step in range(steps):
+        learner.update(pack(samples(3 + step % 3), 64), CrossEntropy())
+
+
+@torch.no_grad()
+def scramble(lora: LoRA, seed: int = 0) -> None:
+    """Draw A and B at random, as if learned, and merge them."""
+    random = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters().values():
+        parameter.normal_(0, 0.2, generator=random)
+    lora.merge()
+
+
+# ---------------------------------------------------------------- the forward and the backward pass
+
+
+@pytest.mark.parametrize("targets", ["all", ("q", "v", "down"), ("k_proj",), ("gate", "o")])
+def test_gradients_equal_those_of_autograd_through_base_and_adapters(decoder, targets):
+    model = decoder(torch.float64, vocab_size=VOCABULARY)
+    lora = LoRA(model, Settings(rank=4, alpha=6, targets=targets), "seed")
+    scramble(lora)
+    learner = learner_of(model, lora)
+    (batch,) = pack(samples(), 1 << 20)
+    CrossEntropy()(learner.forward(batch)[0], batch)[0].backward()
+    found = {name: parameter.grad for name, parameter in lora.parameters().items()}
+
+    plain, adapters = lora.base(), {n: p.detach().requires_grad_() for n, p in lora.parameters().items()}
+    merged = {}
+    for name, layer in lora.layers.items():
+        a_SC, b_PR = adapters[f"{name}.lora_A"], adapters[f"{name}.lora_B"]
+        rows = layer.adapter.base_OC.unbind()
+        for matrix in layer.adapter.matrices:
+            added = layer.adapter.scale * b_PR[matrix.ups] @ a_SC[matrix.ranks]
+            rows = [
+                *rows[: matrix.rows.start],
+                *(added + torch.stack(rows[matrix.rows])),
+                *rows[matrix.rows.stop :],
+            ]
+        merged[f"{name}.weight"] = torch.stack(list(rows))
+    hidden_NC = functional_call(plain, merged, (batch.tokens_N, batch.context))
+    logits_MV = hidden_NC[batch.predict_M] @ plain.head.weight.T
+    logprobs_M = torch.log_softmax(logits_MV, -1).gather(1, batch.targets_M.unsqueeze(1)).squeeze(1)
+    CrossEntropy()(logprobs_M, batch)[0].backward()
+    for name, parameter in adapters.items():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-12, rtol=1e-9)
+        assert parameter.grad.abs().max() > 0
+
+
+def test_before_the_first_update_the_model_is_its_base(decoder):
+    model = decoder(vocab_size=VOCABULARY)
+    (batch,) = pack(samples(), 1 << 20)
+    before = Scorer(model).logprobs([batch])[0]
+    lora = LoRA(model, Settings(), "seed".encode())
+    learner = learner_of(model, lora)
+    assert torch.equal(learner.logprobs([batch])[0], before)
+    lora.merge()
+    assert torch.equal(learner.logprobs([batch])[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_merged_in_place_from_the_base_and_rounded_once(decoder, dtype):
+    model = decoder(dtype, vocab_size=VOCABULARY)
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    base = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    lora = LoRA(model, Settings(rank=4, alpha=8), 0)
+    train(learner_of(model, lora), 3)
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == places
+    adapted = set()
+    for part, a_RC, b_PR in lora.matrices():
+        assert a_RC.dtype == b_PR.dtype == torch.float32
+        wanted = torch.addmm(part.place(base[part.ours]).float(), b_PR, a_RC, alpha=2.0).to(dtype)
+        assert torch.equal(part.place(model.get_parameter(part.ours)), wanted)
+        assert not torch.equal(wanted, part.place(base[part.ours]))
+        adapted.add(part.ours)
+    for name, weight in model.named_parameters():
+        assert name in adapted or torch.equal(weight, base[name])
+
+
+def test_tied_embeddings_stay_as_they_are(decoder):
+    model = decoder(vocab_size=VOCABULARY, tied=True)
+    before = model.embed.weight.detach().clone()
+    train(learner_of(model, LoRA(model, Settings(rank=2), 0)), 2)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed.weight, before)
+
+
+def test_only_the_named_rows_of_a_fused_weight_change(decoder):
+    model = decoder(vocab_size=VOCABULARY)
+    before = model.blocks[0].attention.qkv.weight.detach().clone()
+    train(learner_of(model, LoRA(model, Settings(rank=4, targets=("q", "v")), 0)), 2)
+    changed = (model.blocks[0].attention.qkv.weight != before).any(1)
+    assert changed.tolist() == [True] * 32 + [False] * 16 + [True] * 16
+
+
+def test_initial_adapters_do_not_depend_on_which_others_there_are(decoder):
+    few, all_of_them = (
+        LoRA(decoder(), Settings(rank=4, targets=targets), "seed") for targets in (("v", "down"), "all")
+    )
+    found = {part.theirs: a_RC for part, a_RC, _ in all_of_them.matrices()}
+    for part, a_RC, b_PR in few.matrices():
+        assert torch.equal(a_RC, found[part.theirs]) and not b_PR.any()
+
+
+def test_the_base_shares_its_weights_and_does_not_learn(decoder):
+    model = decoder(vocab_size=VOCABULARY)
+    (batch,) = pack(samples(), 1 << 20)
+    before = Scorer(model).logprobs([batch])[0]
+    lora = LoRA(model, Settings(rank=4), 0)
+    reference = lora.base()
+    learner = learner_of(model, lora)
+    train(learner, 3)
+    assert torch.equal(Scorer(reference).logprobs([batch])[0], before)
+    assert not torch.equal(learner.logprobs([batch])[0], before)
+    own = {weight.data_ptr() for weight in reference.parameters()}
+    held = {weight.data_ptr() for weight in model.parameters()}
+    held |= {layer.adapter.base_OC.data_ptr() for layer in lora.layers.values()}
+    assert own <= held
+
+
+# ---------------------------------------------------------------- the learner
+
+
+def test_recomputed_gradients_are_the_same(decoder):
+    gradients = []
+    for recompute in (False, True):
+        model = decoder(vocab_size=VOCABULARY)
+        lora = LoRA(model, Settings(rank=4), 0)
+        scramble(lora)
+        learner = Learner(model, Optimizer(), 1, recompute, lora)
+        learner.accumulate(pack(samples(), 64), CrossEntropy())
+        gradients.append([p.grad for p in lora.parameters().values()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_six_updates_equal_three_and_a_restart_and_three(decoder, dtype, tmp_path):
+    def begin() -> Learner:
+        model = decoder(dtype, vocab_size=VOCABULARY)
+        return learner_of(model, LoRA(model, Settings(rank=4, learning_rate=0.02), 0))
+
+    whole = begin()
+    train(whole, 3)
+    state = whole.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    for step in range(3, 6):
+        whole.update(pack(samples(3 + step % 3), 64), CrossEntropy())
+    resumed = begin()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for step in range(3, 6):
+        resumed.update(pack(samples(3 + step % 3), 64), CrossEntropy())
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+    adapters = sum(p.numel() for p in whole.lora.parameters().values())
+    saved = sum(p.numel() for p in state["model"].values())
+    assert saved == adapters < sum(p.numel() for p in whole.model.parameters())
+
+
+def test_the_learning_rate_of_adapters_takes_the_place_of_the_optimizers(decoder):
+    model = decoder()
+    learner = learner_of(model, LoRA(model, Settings(rank=4, learning_rate=0.5), 0), learning_rate=0.1)
+    assert learner.settings.learning_rate == 0.5
+
+
+def test_mistakes_are_one_sentence(decoder):
+    with pytest.raises(LimbeckError, match=r"lora.rank = 17 .*k_proj has, which is 16 x 32; give at most 16"):
+        LoRA(decoder(), Settings(rank=17), 0)
+    with pytest.raises(
+        LimbeckError, match="lora.targets: qq is no linear layer .* q, k, v, o, gate, up, down"
+    ):
+        LoRA(decoder(), Settings(targets=("qq",)), 0)
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+def test_sampler_and_learner_read_the_same_weights(decoder, tokenizer, clock):
+    model = decoder()
+    engine = Engine(model, tokenizer)
+    learner = learner_of(model, LoRA(model, Settings(rank=4), 0))
+    train(learner, 2)
+    engine.load(learner.weights())
+    groups = engine.rollout(clock.problems("train")[:3], 4, SamplingParams(1.0, 1.0, 24), "seed")
+    advantages = [np.ones(len(group.completions)) for group in groups]
+    rolled = to_samples(groups, advantages, keep_mask=False)
+    (batch,) = pack(rolled, 1 << 20)
+    assert engine.model is learner.model
+    torch.testing.assert_close(learner.logprobs([batch])[0], batch.logprobs_M, atol=2e-5, rtol=0)
+    with torch.enable_grad():
+        torch.testing.assert_close(learner.forward(batch)[0].detach(), batch.logprobs_M, atol=2e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+@pytest.mark.parametrize(
+    "family, targets",
+    [
+        ("llama3", "all"), ("qwen2", ("q", "v")), ("qwen3", "all"), ("qwen3moe", "all"),
+        ("deepseek-v2", "all"), ("deepseek-v2-lite", ("q", "kv_a_proj_with_mqa", "down")),
+    ],
+)  # fmt: skip
+def test_peft_loads_what_is_saved_and_what_peft_saves_is_merged(tmp_path, family, targets):
+    reference = pytest.importorskip("peft")
+    theirs = checkpoints.save(family, tmp_path / "base", VOCABULARY)
+    ours = weights.load(tmp_path / "base")
+    lora = LoRA(ours, Settings(rank=4, alpha=12, targets=targets), 0)
+    scramble(lora)
+    peft.save(lora, tmp_path / "adapter")
+    adapted = reference.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    row = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, 50))
+    with torch.no_grad():
+        expected = adapted(row.unsqueeze(0)).logits[0]
+        found = ours.head(ours(row, Packed([50])))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    names = {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert len(names) == 2 * len(list(lora.matrices()))
+
+    adapted.save_pretrained(tmp_path / "theirs")
+    merged = weights.load(tmp_path / "base")
+    peft.merge(merged, tmp_path / "theirs")
+    for name, weight in ours.named_parameters():
+        assert torch.equal(merged.get_parameter(name), weight), name
+
+
+def test_equal_adapters_give_equal_bytes(decoder, tmp_path):
+    for name in ("one", "other"):
+        lora = LoRA(decoder(), Settings(rank=4), 0)
+        scramble(lora)
+        peft.save(lora, tmp_path / name)
+    for name in (peft.CONFIG, peft.WEIGHTS):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"use_dora": True}, "use_dora is True, and only False is read"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' is read"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+        ({"lora_alpha": None}, "no settings of a LoRA adapter"),
+    ],
+)
+def test_an_adapter_of_another_method_is_refused(decoder, tmp_path, change, message):
+    peft.save(LoRA(decoder(), Settings(rank=4), 0), tmp_path)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    (tmp_path / peft.CONFIG).write_text(json.dumps({**config, **change}))
+    with pytest.raises(LimbeckError, match=message):
+        peft.merge(decoder(), tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(decoder, tmp_path):
+    peft.save(LoRA(decoder(layers=3), Settings(rank=4), 0), tmp_path / "deeper")
+    with pytest.raises(LimbeckError, match=r"layers.2.*has no place in this model"):
+        peft.merge(decoder(), tmp_path / "deeper")
+    peft.save(LoRA(decoder(hidden_size=64), Settings(rank=4), 0), tmp_path / "wider")
+    with pytest.raises(LimbeckError, match="but the weight is"):
+        peft.merge(decoder(), tmp_path / "wider")
+    with pytest.raises(LimbeckError, match="adapter_config.json is missing"):
+        peft.merge(decoder(), tmp_path)
