@@ -4,21 +4,29 @@ and out."""
 from __future__ import annotations
 
 import json
-
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import checkpoints
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch.func import functional_call
 
+from limbeck.config.load import load
+from limbeck.config.parts import TARGETS, Optimizer
 from limbeck.config.parts import LoRA as Settings
-from limbeck.config.parts import Optimizer
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import peft, weights
+from limbeck.model.config import ModelConfig
+from limbeck.model.decoder import Decoder
+from limbeck.model.families import FAMILIES
 from limbeck.model.kv_cache import Packed
 from limbeck.model.lora import LoRA
+from limbeck.pipeline.worker import run_job
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import CrossEntropy
@@ -90,7 +98,7 @@ def test_before_the_first_update_the_model_is_its_base(decoder):
     model = decoder(vocab_size=VOCABULARY)
     (batch,) = pack(samples(), 1 << 20)
     before = Scorer(model).logprobs([batch])[0]
-    lora = LoRA(model, Settings(), "seed".encode())
+    lora = LoRA(model, Settings(), "seed")
     learner = learner_of(model, lora)
     assert torch.equal(learner.logprobs([batch])[0], before)
     lora.merge()
@@ -211,6 +219,16 @@ def test_mistakes_are_one_sentence(decoder):
         LoRA(decoder(), Settings(targets=("qq",)), 0)
 
 
+def test_the_names_of_layers_are_those_of_all_families():
+    layers = r"attention\.(qkv|q|out|q_latent|q_full|q_up|kv_up)|ffn\.(gate_up|up|down)"
+    found = set()
+    for family in FAMILIES.values():
+        for module, sources in family.names.items():
+            if re.fullmatch(layers, module):
+                found |= {source.rpartition(".")[2].removesuffix("_proj") for source in sources}
+    assert found == set(TARGETS)
+
+
 # ---------------------------------------------------------------- the sampler
 
 
@@ -237,7 +255,7 @@ def test_sampler_and_learner_read_the_same_weights(decoder, tokenizer, clock):
     "family, targets",
     [
         ("llama3", "all"), ("qwen2", ("q", "v")), ("qwen3", "all"), ("qwen3moe", "all"),
-        ("deepseek-v2", "all"), ("deepseek-v2-lite", ("q", "kv_a_proj_with_mqa", "down")),
+        ("deepseek-v2", "all"), ("deepseek-v2-lite", ("q", "kv_a_proj_with_mqa", "kv_b")),
     ],
 )  # fmt: skip
 def test_peft_loads_what_is_saved_and_what_peft_saves_is_merged(tmp_path, family, targets):
@@ -298,3 +316,161 @@ def test_an_adapter_of_another_model_is_refused(decoder, tmp_path):
         peft.merge(decoder(), tmp_path / "wider")
     with pytest.raises(LimbeckError, match="adapter_config.json is missing"):
         peft.merge(decoder(), tmp_path)
+
+
+# ---------------------------------------------------------------- stages
+
+RECIPE = """
+name: adapted
+threads: 1
+problems:
+  clock: {source: miniature, modulus: 3, numbers: 3, largest: 2}
+stages:
+  base: {kind: load, path: model, licence: own}
+  zero:
+    kind: rl
+    model: base
+    problems: {clock: 1}
+    rewards: {language: 1}
+    steps: 3
+    policy: {prompts_per_step: 3, group_size: 3, kl_coef: 0.01, zero_variance: keep, mask_truncated: false}
+    sampling: {max_new_tokens: 8}
+    lora: {rank: 4, alpha: 8, learning_rate: 0.05}
+    save_every: 0.001
+  traces:
+    {kind: sample, model: zero, problems: {clock: 1}, prompts: 16, samples: 1, correct: false,
+     wellformed: false, sampling: {max_new_tokens: 8}}
+  tuned:
+    kind: sft
+    model: zero
+    rows: {traces: 1}
+    batch_tokens: 128
+    lora: {rank: 2, targets: [q, v]}
+    optimizer: {learning_rate: 0.02}
+    save_every: 0.001
+  preferred:
+    kind: dpo
+    model: base
+    pairs: {pairs.jsonl: 1}
+    licence: own
+    batch_tokens: 128
+    lora: {rank: 4}
+    optimizer: {learning_rate: 0.02}
+    save_every: 0.001
+  small:
+    kind: distill
+    model: base
+    teachers: {clock: tuned}
+    problems: {clock: 1}
+    steps: 2
+    prompts_per_step: 3
+    sampling: {max_new_tokens: 8}
+    lora: {rank: 4}
+    save_every: 0.001
+  judge:
+    kind: reward
+    model: base
+    rows: pairs.jsonl
+    licence: own
+    batch_pairs: 4
+    held_out: 0.4
+    lora: {rank: 4}
+    save_every: 0.001
+"""
+LEARNED = ("zero", "tuned", "preferred", "small", "judge")
+
+
+class Impatient:
+    """A stage is asked to stop after every step."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+
+def carry_out(recipe: Path, home: Path, *overrides: str, stopping: bool = False) -> dict[str, Path]:
+    """Carry out all stages in this process; the folders of their artifacts by name."""
+    run = tiny.open_run(recipe, home, *overrides)
+    for name in run.graph.nodes:
+        run.graph.refresh()
+        node = run.graph.nodes[name]
+        event = {"event": "failed", "code": 75}
+        while event["event"] == "failed":
+            assert event["code"] == 75, event
+            job = run._job(node)
+            event = run_job(replace(job, stopping=Impatient()) if stopping else job)
+        manifest = run._manifest(node, event["outcome"])
+        artifact = run.store.finish(run.store.partial(node.kind, node.key), manifest)
+        run.graph.nodes[name] = replace(node, artifact=artifact)
+    return {name: node.artifact.folder for name, node in run.graph.nodes.items()}
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, tokenizer) -> tuple[Path, dict[str, Path]]:
+    """A recipe whose learning stages all train adapters, and the folders of their artifacts."""
+    folder = tmp_path_factory.mktemp("adapted")
+    (folder / "adapted.yaml").write_text(RECIPE)
+    sizes = ModelConfig("llama", tokenizer.size, 16, 1, 2, 1, 8, 32, max_positions=128)
+    model = Decoder(sizes).initialize(0)
+    weights.save(model, folder / "model", tokenizer)
+    rows = [
+        {"prompt": f"{i} 2 1 mod 3", "chosen": "1 2 3", "rejected": "3 2", "licence": "own"} for i in range(60)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "adapted.yaml", carry_out(folder / "adapted.yaml", folder / "runs")
+
+
+@pytest.mark.parametrize("stage", LEARNED)
+def test_every_learning_stage_writes_the_merged_model_and_its_adapter(adapted, stage):
+    _, folders = adapted
+    before = weights.load(folders["zero" if stage == "tuned" else "base"] / "model")
+    after = weights.load(folders[stage] / "model")
+    assert not torch.equal(before.blocks[0].attention.qkv.weight, after.blocks[0].attention.qkv.weight)
+    peft.merge(before, folders[stage] / "adapter")
+    for name, weight in after.named_parameters():
+        assert torch.equal(before.get_parameter(name), weight), name
+
+
+def test_stages_stopped_after_every_step_end_with_the_same_bytes(adapted, tmp_path):
+    recipe, folders = adapted
+    again = carry_out(recipe, tmp_path, stopping=True)
+    for name, folder in folders.items():
+        digests = [json.loads((f / "manifest.json").read_text())["digest"] for f in (folder, again[name])]
+        assert digests[0] == digests[1], name
+
+
+def test_an_adapter_is_merged_when_its_model_is_loaded(adapted, tmp_path):
+    recipe, folders = adapted
+    text = "name: merged\nstages:\n  base: {kind: load, path: model, licence: own, adapter: ADAPTER}\n"
+    merged = recipe.parent / "merged.yaml"
+    merged.write_text(text.replace("ADAPTER", str(folders["zero"] / "adapter")))
+    loaded = carry_out(merged, tmp_path)["base"]
+    files = [folder / "model" / "model.safetensors" for folder in (loaded, folders["zero"])]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    key = tiny.open_run(merged, tmp_path).graph.nodes["base"].key
+    merged.write_text(text.replace("ADAPTER", str(folders["preferred"] / "adapter")))
+    assert tiny.open_run(merged, tmp_path).graph.nodes["base"].key != key
+    merged.write_text(text.replace("ADAPTER", "nowhere"))
+    with pytest.raises(LimbeckError, match="stages.base.adapter: nowhere is no directory"):
+        tiny.open_run(merged, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stages.tuned.optimizer.name=muon", "stages.tuned.lora: adapters are trained by AdamW"),
+        ("stages.tuned.lora.rank=0", "stages.tuned.lora.rank: input should be greater"),
+        ("stages.tuned.lora.ranks=2", "unknown key stages.tuned.lora.ranks; did you mean rank"),
+        ("stages.tuned.lora.targets=[qq]", "stages.tuned.lora.targets names qq, which is no linear layer"),
+        ("stages.tuned.lora.targets=upp", "stages.tuned.lora.targets names upp, .*; did you mean up"),
+        ("stages.tuned.lora.targets=3", "stages.tuned.lora.targets"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_sentence(adapted, override, message):
+    recipe, _ = adapted
+    with pytest.raises(LimbeckError, match=message) as caught:
+        load(recipe, [override])
+    assert len(str(caught.value)) < 300

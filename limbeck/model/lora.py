@@ -9,6 +9,7 @@ fused weight · P rows of these matrices.
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
@@ -124,7 +125,7 @@ class LoRA:
         self.model = model
         self.settings = settings
         self.layers: dict[str, AdaptedLinear] = {}
-        chosen = _chosen(model, settings.targets)
+        chosen = _chosen(model, settings.names)
         for part in (part for adapted in chosen.values() for part in adapted):
             _check_rank(model, part, settings.rank)
         model.requires_grad_(False)
@@ -172,15 +173,16 @@ class LoRA:
 def targets_of(model: Decoder) -> dict[str, list[tuple[str, Part]]]:
     """Return the linear layers that can be adapted, by the short names of settings, such as `q` or `down`.
 
-    A layer is given as the name of our module, which may hold several, and its part of the weight. Routers,
-    routed experts, embeddings, the head and modules of multi-token prediction are not among them.
+    A layer is given as the name of our module, which may hold several, and its part of the weight. Embeddings,
+    the head and modules of multi-token prediction are not among them. Neither are feed-forward layers of a
+    model with experts, whose names PEFT takes to mean the routed experts.
     """
+    skipped = ("ahead.", "ffn") if model.config.experts else ("ahead.",)
     found: dict[str, list[tuple[str, Part]]] = defaultdict(list)
     for part in parts(model):
         module, _, kind = part.ours.rpartition(".")
-        if kind != "weight" or module.startswith("ahead."):
-            continue
-        if isinstance(model.get_submodule(module), Linear):
+        outside = re.sub(r"^blocks\.\d+\.", "", module).startswith(skipped)
+        if kind == "weight" and not outside and isinstance(model.get_submodule(module), Linear):
             found[_short(part.theirs.removesuffix(".weight"))].append((module, part))
     return found
 
@@ -194,10 +196,10 @@ def _short(name: str) -> str:
     return name.rpartition(".")[2].removesuffix("_proj")
 
 
-def _chosen(model: Decoder, targets: str | tuple[str, ...]) -> dict[str, list[Part]]:
+def _chosen(model: Decoder, names: tuple[str, ...]) -> dict[str, list[Part]]:
     """Return the parts to adapt of each of our modules, by the module's name."""
     found = targets_of(model)
-    names = list(found) if targets == "all" else [_short(name) for name in targets]
+    names = tuple(found) if "all" in names else names
     for name in names:
         if name not in found:
             raise LimbeckError(

@@ -62,11 +62,7 @@ def save(lora: LoRA, directory: Path) -> None:
 
 
 def _config(lora: LoRA, modules: list[str]) -> dict[str, Any]:
-    """Return the content of `adapter_config.json` for adapters of the HuggingFace modules `modules`.
-
-    Modules are named by their last name, unless others of that name have no adapter, as experts have none.
-    """
-    short = sorted({name.rpartition(".")[2] for name in modules})
+    """Return the content of `adapter_config.json` for adapters of the HuggingFace modules `modules`."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -74,7 +70,7 @@ def _config(lora: LoRA, modules: list[str]) -> dict[str, Any]:
         "r": lora.settings.rank,
         "lora_alpha": lora.settings.alpha,
         "lora_dropout": 0.0,
-        "target_modules": modules if lora.model.config.experts else short,
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
