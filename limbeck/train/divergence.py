@@ -166,7 +166,7 @@ class _Divergence(torch.autograd.Function):
         entropy [M]."""
         learns = any(ctx.needs_input_grad)
         grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
-        grad_head_VC = torch.zeros_like(head_VC) if learns else None
+        grad_head_VC = torch.zeros_like(head_VC) if ctx.needs_input_grad[1] else None
         values = []
         entropies = []
         rows = max(1, CHUNK // len(head_VC))
@@ -180,7 +180,8 @@ class _Divergence(torch.autograd.Function):
             if learns:
                 slope_RV = teacher.spread(part, slope_RE, logq_RE, logq_RV).div_(temperature)
                 torch.mm(slope_RV, head_VC, out=grad_hidden_MC[part])
-                grad_head_VC.addmm_(slope_RV.T, hidden_MC[part])
+                if grad_head_VC is not None:
+                    grad_head_VC.addmm_(slope_RV.T, hidden_MC[part])
         if learns:
             ctx.save_for_backward(grad_hidden_MC, grad_head_VC)
         value_M = torch.cat(values)
@@ -194,7 +195,8 @@ class _Divergence(torch.autograd.Function):
         """Return the gradients of the hidden states [M, C] and of the head [V, C]: those of the forward pass
         times the scalar `grad`."""
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None, None, None
+        by_head = None if grad_head is None else grad_head * grad
+        return grad_hidden * grad, by_head, None, None, None
 
 
 def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
