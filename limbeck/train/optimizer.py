@@ -119,6 +119,12 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
     )
 
 
+def _trained(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None) -> dict[str, nn.Parameter]:
+    """Return the parameters to update, by name: those of the model that are not frozen, and the adapters."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {**own, **(adapters or {})}
+
+
 class Masters:
     """Copies of a model's parameters in float32, which the optimizers update in place of weights in 16 bits.
 
@@ -194,10 +200,7 @@ class Optimizer:
         self.rates: list[float] = []  # each part's learning rate, divided by the settings'
         half = not adapters and model.embed.weight.dtype in (torch.bfloat16, torch.float16)
         self.masters = Masters(model) if half else None
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if self.masters:
-            named = self.masters.copies
-        named |= adapters or {}
+        named = self.masters.copies if self.masters else _trained(model, adapters)
         self.parameters = list(named.values())
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}
