@@ -1,4 +1,4 @@
-"""One policy-gradient update of all weights against one of LoRA's adapters: seconds, memory, and the checkpoint.
+"""One policy-gradient update of LoRA's adapters against one of all weights: seconds, memory, checkpoint.
 
     python -m bench.lora --size 135m
     python -m bench.lora --size tiny --rank 4 --reference

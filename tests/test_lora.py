@@ -165,6 +165,52 @@ def test_the_base_shares_its_weights_and_does_not_learn(decoder):
     assert own <= held
 
 
+@pytest.mark.parametrize("family", ["qwen3moe", "deepseek-v2"])
+def test_gradients_of_latent_attention_and_beside_experts_equal_finite_differences(tmp_path, family):
+    pytest.importorskip("transformers")
+    checkpoints.save(family, tmp_path, VOCABULARY)
+    model = weights.load(tmp_path, torch.float64)
+    lora = LoRA(model, Settings(rank=2, alpha=2), 0)
+    scramble(lora)
+    learner = learner_of(model, lora)
+    (batch,) = pack(samples(), 1 << 20)
+
+    def loss() -> torch.Tensor:
+        return CrossEntropy()(learner.forward(batch)[0], batch)[0]
+
+    loss().backward()
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in list(lora.parameters().items())[:4]:
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=random)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter += sign * 1e-6 * direction
+                lora.merge()
+                values.append(loss().item())
+                parameter -= sign * 1e-6 * direction
+        slope = (values[0] - values[1]) / 2e-6
+        assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=1e-5), name
+
+
+def test_gradients_in_bfloat16_are_near_those_in_float32_and_are_summed_in_float32(decoder):
+    random = torch.Generator().manual_seed(1)
+    x_NC, grad_NO = (torch.randn(50, size, generator=random).bfloat16() for size in (32, 64))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = decoder(torch.bfloat16).to(dtype)  # the same weights
+        lora = LoRA(model, Settings(rank=4), 0)
+        scramble(lora)
+        for part in range(2):
+            rows = slice(25 * part, 25 * part + 25)
+            model.blocks[0].attention.qkv(x_NC[rows].to(dtype)).backward(grad_NO[rows].to(dtype))
+        adapter = model.blocks[0].attention.qkv.adapter
+        gradients.append((adapter.a_SC.grad, adapter.b_PR.grad))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < (exact - rounded).norm() < 0.01 * exact.norm()
+
+
 # ---------------------------------------------------------------- the learner
 
 
@@ -202,6 +248,19 @@ def test_six_updates_equal_three_and_a_restart_and_three(decoder, dtype, tmp_pat
     adapters = sum(p.numel() for p in whole.lora.parameters().values())
     saved = sum(p.numel() for p in state["model"].values())
     assert saved == adapters < sum(p.numel() for p in whole.model.parameters())
+
+
+def test_the_balance_of_experts_and_their_weights_stay_as_they_are(tmp_path):
+    pytest.importorskip("transformers")
+    checkpoints.save("deepseek-v3", tmp_path, VOCABULARY)
+    model = weights.load(tmp_path)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    lora = LoRA(model, Settings(rank=4), 0)
+    train(learner_of(model, lora, balance_rate=0.1), 2)
+    adapted = {part.ours for part, _, _ in lora.matrices()}
+    assert all(".attention." in name for name in adapted)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]) != (name in adapted), name
 
 
 def test_the_learning_rate_of_adapters_takes_the_place_of_the_optimizers(decoder):
@@ -417,7 +476,8 @@ def adapted(tmp_path_factory, tokenizer) -> tuple[Path, dict[str, Path]]:
     model = Decoder(sizes).initialize(0)
     weights.save(model, folder / "model", tokenizer)
     rows = [
-        {"prompt": f"{i} 2 1 mod 3", "chosen": "1 2 3", "rejected": "3 2", "licence": "own"} for i in range(60)
+        {"prompt": f"{i} 2 1 mod 3", "chosen": "1 2 3", "rejected": "3 2", "licence": "own"}
+        for i in range(60)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "adapted.yaml", carry_out(folder / "adapted.yaml", folder / "runs")

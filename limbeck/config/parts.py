@@ -30,8 +30,8 @@ class LoRA(Settings):
     alpha: float = Field(32, gt=0, description="what an adapter adds is multiplied by `alpha / rank`")
     targets: str | tuple[str, ...] = Field(
         "all",
-        description="linear layers by their names in checkpoints, such as `q, k, v, o, gate, up, down`; or all: "
-        "in a mixture of experts, those of attention",
+        description="linear layers by their names in checkpoints, such as `[q, v]` or `[up_proj, down_proj]`; "
+        "or all, which in a mixture of experts are those of attention",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="in place of the optimizer's; adapters take about ten times that of weights"

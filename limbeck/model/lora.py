@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters of linear layers, trained in place of the weights (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: low-rank adapters of linear layers, trained in place of weights (Hu et al. 2021, arXiv 2106.09685).
 
 The model computes with merged weights, base + scale * B @ A, in sampling and in training: both read the same
 tensors. They are merged from the base's weights after each update, in float32, and rounded once. Only the
@@ -26,7 +26,7 @@ from .weights import Part, parts
 
 
 class Matrix(NamedTuple):
-    """One adapted matrix of a fused weight: its rows of the weight, its columns of A's outputs, its rows of B."""
+    """One adapted matrix of a fused weight: its rows of the weight, its rows of A and its rows of B."""
 
     part: Part
     rows: slice
@@ -173,9 +173,9 @@ class LoRA:
 def targets_of(model: Decoder) -> dict[str, list[tuple[str, Part]]]:
     """Return the linear layers that can be adapted, by the short names of settings, such as `q` or `down`.
 
-    A layer is given as the name of our module, which may hold several, and its part of the weight. Embeddings,
-    the head and modules of multi-token prediction are not among them. Neither are feed-forward layers of a
-    model with experts, whose names PEFT takes to mean the routed experts.
+    A layer is given as the name of our module, which may hold several, and its part of the weight.
+    Embeddings, the head and modules of multi-token prediction are not among them. Neither are feed-forward
+    layers of a model with experts, whose names PEFT takes to mean the routed experts.
     """
     skipped = ("ahead.", "ffn") if model.config.experts else ("ahead.",)
     found: dict[str, list[tuple[str, Part]]] = defaultdict(list)
@@ -203,7 +203,8 @@ def _chosen(model: Decoder, names: tuple[str, ...]) -> dict[str, list[Part]]:
     for name in names:
         if name not in found:
             raise LimbeckError(
-                f"lora.targets: {name} is no linear layer of this model; name some of {', '.join(found)}, or all"
+                f"lora.targets: {name} is no linear layer of this model; "
+                f"name some of {', '.join(found)}, or all"
             )
     chosen: dict[str, list[Part]] = defaultdict(list)
     for name in found:  # in the model's order, whatever the order of the settings
