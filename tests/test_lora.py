@@ -494,6 +494,7 @@ def test_every_learning_stage_writes_the_merged_model_and_its_adapter(adapted, s
         assert torch.equal(before.get_parameter(name), weight), name
 
 
+@pytest.mark.slow
 def test_stages_stopped_after_every_step_end_with_the_same_bytes(adapted, tmp_path):
     recipe, folders = adapted
     again = carry_out(recipe, tmp_path, stopping=True)

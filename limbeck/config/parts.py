@@ -30,7 +30,7 @@ class LoRA(Settings):
     alpha: float = Field(32, gt=0, description="what an adapter adds is multiplied by `alpha / rank`")
     targets: str | tuple[str, ...] = Field(
         "all",
-        description="linear layers by their names in checkpoints, such as `[q, v]` or `[up_proj, down_proj]`; "
+        description="linear layers by their names in checkpoints, such as `[q, v]` or `[up_proj]`; "
         "or all, which in a mixture of experts are those of attention",
     )
     learning_rate: float | None = Field(
