@@ -48,9 +48,12 @@ class RunLog:
         groups: Iterable[Group] = (),
         problems: Sequence[str] = (),
         tokens: int = 0,
+        weights: str = "",
     ) -> None:
         """Append one step: its metrics, `groups` as readable rows, and the ids `problems` of the problems
-        that it learned from. `tokens` is the number of tokens processed that the metrics do not count."""
+        that it learned from. `tokens` is the number of tokens processed that the metrics do not count.
+        `weights` is the checksum of the weights that sampled; it goes with the seconds, since it is no part
+        of what a run results in."""
         values = {name: _tidy(value) for name, value in metrics.items()}
         _append(self.folder / METRICS, {"step": step, **values})
         for group in groups:
@@ -58,7 +61,7 @@ class RunLog:
         if problems:
             _append(self.folder / ASKED, {"step": step, "problems": list(problems)})
         counted = sum(int(metrics.get(name, 0)) for name in COUNTED)
-        self._time(step, tokens + counted)
+        self._time(step, tokens + counted, weights)
 
     def beat(self, step: int, tokens: int) -> None:
         """Record progress at a step whose metrics are not logged: append a timing row if the last one is at
@@ -68,12 +71,13 @@ class RunLog:
         else:
             self._time(step, tokens)
 
-    def _time(self, step: int, tokens: int) -> None:
-        """Append a timing row: the seconds and the tokens since the last timing row."""
+    def _time(self, step: int, tokens: int, weights: str = "") -> None:
+        """Append a timing row: the seconds and the tokens since the last timing row, and a checksum of the
+        weights if there is one."""
         now = time.monotonic()
         seconds = round(now - self._began, 3)
         row = {"step": step, "of": self.total, "seconds": seconds, "tokens": self._tokens + tokens}
-        _append(self.folder / TIMING, row)
+        _append(self.folder / TIMING, {**row, "weights": weights} if weights else row)
         self._began = now
         self._tokens = 0
 

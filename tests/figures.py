@@ -6,9 +6,10 @@ Definitions. Lines of a function: those with code; docstring, comments and empty
 of a function: of its syntax tree, signature and all. Nodes a statement: the nodes of all functions over the
 statements inside them. Complexity: 1 + if, conditional expression, for, while, except, assert, match case,
 boolean operators, comprehensions with their conditions. A nested function counts by itself. Parameters:
-those of functions, commands aside: typer reads the options of a function decorated with `@app.command()`
-from its signature. A parallel assignment gives several names several expressions (`a, b = 1, 2`); unpacking
-one value is none.
+those of functions, commands and kernels aside: typer reads the options of a function decorated with
+`@app.command()` from its signature, and a function decorated with `@triton.jit` has no other way to be
+given its tensors and their sizes. Its nodes count in means only: it is one loop over one tile. A parallel
+assignment gives several names several expressions (`a, b = 1, 2`); unpacking one value is none.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Function:
     nodes: int
     complexity: int
     parameters: int
+    kernel: bool  # whether it is compiled for a card
     tensors: bool  # whether it takes or gives tensors
     shaped: bool  # whether it says of what shape
 
@@ -88,7 +90,8 @@ def _function(path: Path, node: FUNCTION, source: str, lines: set[int]) -> Funct
         lines=len(inside),
         nodes=_nodes(node),
         complexity=1 + sum(_branches(child) for child in _own(node)),
-        parameters=0 if _is_command(node) else len(_parameters(node)),
+        parameters=0 if _is_spared(node) else len(_parameters(node)),
+        kernel=_decorated(node, "triton.jit"),
         tensors=bool(tensors),
         shaped=bool(tensors) and (all(map(DIMENSIONS.search, tensors)) or bool(SHAPE.search(text))),
     )
@@ -139,10 +142,14 @@ def _branches(node: ast.AST) -> int:
     return 1 + len(node.ifs) if isinstance(node, ast.comprehension) else 0
 
 
-def _is_command(node: FUNCTION) -> bool:
-    """Whether a function is a command of the command line, by its decorator: `@app.command()`."""
-    names = [ast.unparse(getattr(one, "func", one)) for one in node.decorator_list]
-    return any(name.endswith(".command") for name in names)
+def _is_spared(node: FUNCTION) -> bool:
+    """Whether a function is a command of the command line or a kernel."""
+    return _decorated(node, ".command", "triton.jit")
+
+
+def _decorated(node: FUNCTION, *names: str) -> bool:
+    """Whether a function has a decorator whose name ends with one of `names`, as in `@app.command()`."""
+    return any(ast.unparse(getattr(one, "func", one)).endswith(names) for one in node.decorator_list)
 
 
 def _parameters(node: FUNCTION) -> list[ast.arg]:
@@ -253,7 +260,7 @@ def measure(paths: list[Path]) -> dict[str, float]:
         _percent([parallel(node) for node in assigned], none=0),
         *_p90_and_most([function.complexity for function in found]),
         *_p90_and_most([function.parameters for function in found]),
-        max((function.nodes for function in found), default=0),
+        max((function.nodes for function in found if not function.kernel), default=0),
         100 * (1 - missing / max(public, 1)),
         _percent([function.shaped for function in tensors], none=100),
         _percent(units, none=100),

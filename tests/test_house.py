@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import inspect
 import os
 import re
 import resource
@@ -151,13 +153,48 @@ def test_the_door_is_light():
 
 
 def test_the_whole_house_loads_no_reference_implementation():
+    triton = importlib.util.find_spec("triton")
     modules = [
         ".".join(path.relative_to(HOUSE.parent).with_suffix("").parts)
         for path in FILES
-        if path.stem != "__init__"
+        if path.stem != "__init__" and (triton or not _is_card_s(path))
     ]
     found = loaded(*modules)
     assert "torch" in found and not found & NEVER
+
+
+DEVICES = re.compile(r"\bis_cuda\b|\.device\.type\b|\btorch\.(cuda|mps|accelerator)\b|\bimport triton\b")
+ASKED = {"cli/doctor.py"}  # tell what the machine has, and run nothing on it
+
+
+def _is_card_s(path: Path) -> bool:
+    """Whether a file belongs to the kernels of a card."""
+    parts = path.relative_to(HOUSE).parts
+    return parts[:2] == ("model", "cuda") or parts[:3] == ("model", "ops", "cuda.py")
+
+
+def test_only_the_table_of_operations_knows_of_devices():
+    """What differs from device to device is an operation; everything else asks the table it was given."""
+    found = {
+        str(path.relative_to(HOUSE)): DEVICES.findall(path.read_text(encoding="utf-8"))
+        for path in FILES
+        if not _is_card_s(path) and path.parent != HOUSE / "model" / "ops"
+    }
+    assert {path for path, names in found.items() if names} <= ASKED
+
+
+def test_every_table_has_every_operation():
+    """With the same parameters, in the same order."""
+    from limbeck.model.ops import CPUOps, MPSOps, Ops, PlainOps
+
+    wanted = {name: value for name, value in vars(Ops).items() if inspect.isfunction(value)}
+    names = {name for name in wanted if not name.startswith("_")}
+    assert len(names) > 15
+    for table in (PlainOps, CPUOps, MPSOps):
+        for name in names:
+            asked = list(inspect.signature(wanted[name]).parameters)
+            assert list(inspect.signature(getattr(table, name)).parameters) == asked, (table, name)
+        assert set(Ops.__annotations__) <= set(dir(table))
 
 
 def test_the_public_hand():

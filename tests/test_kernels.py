@@ -19,14 +19,15 @@ import torch
 from limbeck.engine.decode_batch import DecodeBatch
 from limbeck.engine.sampling import SamplingParams, draw
 from limbeck.model import kernels
-from limbeck.model.attention import RMSNorm, rotate
+from limbeck.model.attention import RMSNorm
 from limbeck.model.config import ModelConfig
 from limbeck.model.context import Layer
 from limbeck.model.decoder import Decoder
-from limbeck.model.ffn import SwiGLU, mix_experts
+from limbeck.model.ffn import SwiGLU
 from limbeck.model.kernels import build, choice, decode_step, trials
 from limbeck.model.kernels.decode_step import DecodeStep
 from limbeck.model.kv_cache import KVCache
+from limbeck.model.ops import CPU
 from limbeck.model.packed import Packed, SharedPrefix
 from limbeck.types import LimbeckError
 
@@ -142,7 +143,9 @@ def test_rows_and_their_gradients_equal_torchs(compiled, threads, plainly):
         random = torch.Generator().manual_seed(1)
         x, heads = torch.randn(33, 48, generator=random), torch.randn(33, 3, 16, generator=random)
         norm.zero_grad(), ffn.zero_grad()
-        found = gradients(norm, x * 8) + gradients(ffn, x * 8) + gradients(lambda h: rotate(h, rope), heads)
+        found = (
+            gradients(norm, x * 8) + gradients(ffn, x * 8) + gradients(lambda h: CPU.rotate(h, rope), heads)
+        )
         return found + [p.grad.clone() for module in (norm, ffn) for p in module.parameters()]
 
     try:
@@ -164,7 +167,7 @@ def test_a_mixture_and_its_gradients_equal_torchs(compiled, tokens, threads, pla
 
     def run():
         return gradients(
-            lambda x, gate_up, down, weights: mix_experts(x, gate_up, down, chosen, weights), *inputs
+            lambda x, gate_up, down, weights: CPU.mix_experts(x, gate_up, down, chosen, weights), *inputs
         )
 
     try:

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 Home = Annotated[Path, typer.Option("--runs", help="where runs and their artifacts live")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable, on standard output")]
 Auto = Annotated[bool, typer.Option("--auto", help="let each curate stage's policy decide instead of people")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:1|mps",
+        help="what computes; `auto` is a card if torch sees one, else the CPU",
+    ),
+]
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
 ]

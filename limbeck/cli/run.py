@@ -15,6 +15,7 @@ from .options import (
     STATES,
     AsJson,
     Auto,
+    Device,
     Home,
     RunFolder,
     find_recipe,
@@ -49,6 +50,7 @@ def run(
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
     as_json: AsJson = False,
+    device: Device = "auto",
     right: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +69,7 @@ def run(
     display = _choose_display(as_json)
     path = find_recipe(recipe)
     try:
-        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right)
+        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
         _stop_on_interrupt(job)
         page = job.execute(cached_forecast(job.graph))
     finally:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .parts import LORA, LoRA, Optimizer, Sampling, Settings, Stage
+from .parts import LORA, LoRA, ModelStage, Optimizer, Sampling, Settings
 
 TABLES = (".jsonl", ".parquet")
 
@@ -63,7 +63,7 @@ class CalibrationThresholds(Settings):
     abstained: float = Field(0.1, ge=0, le=1, description="votes that cannot be read, at most")
 
 
-class Calibrate(Stage):
+class Calibrate(ModelStage):
     """A stage that measures a judge on pairs of responses whose better one is known. Only a judge that
     passes may be used as a reward."""
 
@@ -104,7 +104,7 @@ class Calibrate(Stage):
         return self
 
 
-class Reward(Stage):
+class Reward(ModelStage):
     """A stage that trains a reward model, which gives a response a number, on preference pairs."""
 
     kind: Literal["reward"]

@@ -10,10 +10,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .parts import Budgeted, Optimizer, RewardPart, Sampling, Stage
+from .parts import RECOMPUTE, Budgeted, ModelStage, Optimizer, Recompute, RewardPart, Sampling
 
 
-class Label(Stage):
+class Label(ModelStage):
     """A stage that computes a teacher's top-k log-probabilities at every token of rows (stored training
     examples). They are computed once and can be used for any number of students."""
 
@@ -31,7 +31,7 @@ class Label(Stage):
     batch_tokens: int = Field(4096, ge=64, description="tokens at once, at most")
 
 
-class Pairs(Stage):
+class Pairs(ModelStage):
     """A stage that samples completions from a student and keeps the best and the worst one for each problem
     as a preference pair, for `dpo`."""
 
@@ -80,11 +80,7 @@ class DPO(Budgeted):
     )
     epochs: float = Field(1, gt=0, description="passes over the pairs; 2.5 ends in the middle of the third")
     batch_tokens: int = Field(4096, ge=64, description="tokens of one update, about")
-    recompute: bool = Field(
-        False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a "
-        "third slower",
-    )
+    recompute: Recompute = Field(False, description=RECOMPUTE)
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=2e-4, warmup_steps=5, schedule="linear"), description="how the weights move"
     )
@@ -129,11 +125,7 @@ class Distill(Budgeted):
     batch_tokens: int = Field(
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
-    recompute: bool = Field(
-        False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a "
-        "third slower",
-    )
+    recompute: Recompute = Field(False, description=RECOMPUTE)
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear", final_ratio=0.3),
         description="how the weights move",

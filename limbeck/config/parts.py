@@ -8,6 +8,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RewardPart = Literal["accuracy", "format", "language", "judge", "preference"]
+Recompute = bool | Literal["keep_attention"]
+RECOMPUTE = (
+    "keep less in memory while learning, and compute it again: the same numbers, a third slower; "
+    "`keep_attention` keeps the results of attention, which take the longest (on a card; as `true` elsewhere)"
+)
 
 
 class Settings(BaseModel):
@@ -60,7 +65,26 @@ class Stage(Settings):
     save_every: float = Field(60, gt=0, description="seconds between checkpoints: what a kill may cost")
 
 
-class Budgeted(Stage):
+class ModelStage(Stage):
+    """A stage that computes with a model, with the precision of its numbers.
+
+    What is not set is the recipe's, and without that the default. A default is no part of an artifact's key,
+    since it changes no result."""
+
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="of the weights and of most of the arithmetic, float32 by default; `bfloat16` halves the "
+        "memory and is what cards are fast with, a CPU is slow with it; the optimizer keeps float32 copies",
+    )
+    exact: bool | None = Field(
+        None,
+        description="on a card, true by default: sampler and learner give a token the same log-probability, "
+        "to the last bit and whatever is beside it; `false` takes the libraries' own products and attention; "
+        "a CPU does the same with either",
+    )
+
+
+class Budgeted(ModelStage):
     """A stage that trains a model, with an optional budget of FLOPs."""
 
     flops_of: str | None = Field(

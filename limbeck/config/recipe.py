@@ -14,7 +14,20 @@ from pydantic import Field
 
 from .learned_rewards import TABLES, Calibrate, LearnedReward, Reward
 from .methods import DPO, Distill, Label, Pairs
-from .parts import Budgeted, Optimizer, Policy, Prices, RewardPart, Sampling, Settings, Shape, Stage
+from .parts import (
+    RECOMPUTE,
+    Budgeted,
+    ModelStage,
+    Optimizer,
+    Policy,
+    Prices,
+    Recompute,
+    RewardPart,
+    Sampling,
+    Settings,
+    Shape,
+    Stage,
+)
 
 CorpusShare = Literal[
     "textbook",
@@ -147,7 +160,7 @@ class Remote(Stage):
     )
 
 
-class Pretrain(Stage):
+class Pretrain(ModelStage):
     """A stage that trains a base model from scratch, on a corpus made from the clock countdown."""
 
     kind: Literal["pretrain"]
@@ -192,14 +205,10 @@ class RL(Budgeted):
     batch_tokens: int = Field(
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
-    recompute: bool = Field(
-        False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a "
-        "third slower",
-    )
+    recompute: Recompute = Field(False, description=RECOMPUTE)
 
 
-class Screen(Stage):
+class Screen(ModelStage):
     """A stage that measures a model's pass rate on problems, and keeps the problems that the model solves
     sometimes but not always."""
 
@@ -215,7 +224,7 @@ class Screen(Stage):
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
 
 
-class Sample(Stage):
+class Sample(ModelStage):
     """A stage of rejection sampling: it samples several completions for each problem, and keeps only those
     that pass every filter."""
 
@@ -297,11 +306,7 @@ class SFT(Budgeted):
         None, description="stages that give rows, with the system prompt that theirs are learned under"
     )
     batch_tokens: int = Field(2048, ge=64, description="tokens of one update, about")
-    recompute: bool = Field(
-        False,
-        description="keep less in memory while learning, and compute it again: the same numbers, a "
-        "third slower",
-    )
+    recompute: Recompute = Field(False, description=RECOMPUTE)
     optimizer: Optimizer = Field(
         Optimizer(name="muon", learning_rate=2e-3, schedule="cosine"), description="how the weights move"
     )
@@ -316,7 +321,7 @@ class General(Stage):
     rows: int = Field(500, ge=1, description="how many rows to write")
 
 
-class Evaluate(Stage):
+class Evaluate(ModelStage):
     """A stage that measures accuracy, with confidence intervals, on held-out problems, for each model and
     each set of sampling parameters."""
 
@@ -381,6 +386,10 @@ class Recipe(Settings):
     seed: int = Field(0, description="the root of every random draw")
     workers: int = Field(1, ge=1, description="stages that run side by side")
     threads: int = Field(0, ge=0, description="threads of each worker; 0 shares the cores evenly")
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of every stage that does not set its own; see the stages"
+    )
+    exact: bool | None = Field(None, description="of every stage that does not set its own; see the stages")
     licence: str = Field(
         "", description="licence of the models that are brought in: `Apache-2.0`, or `MIT AND Llama-3.1`"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from .decode_batch import DecodeBatch, FinishedSequence
 from .device_batch import DeviceBatch
 from .sampling import SamplingParams
 from .speculative import Speculation
+
+PROMPT_STEP = 256  # tokens: the longest prompt of a device batch is a multiple of it
 
 
 class Engine:
@@ -36,14 +39,15 @@ class Engine:
             raise LimbeckError(
                 "speculate: the model has no module that looks ahead (num_nextn_predict_layers is 0)"
             )
+        if speculate and not model.ops.on_host:
+            raise LimbeckError("speculate: drafts are verified on the CPU only; leave it out on a GPU")
         self.model = model
         self.tokenizer = tokenizer
         self.rows = rows
         self.speculate = speculate
         self.drafted = 0
         self.accepted = 0
-        self.on_device = model.embed.weight.device.type != "cpu"
-        self._device_batch: tuple[object, DeviceBatch] | None = None
+        self._device_batch: DeviceBatch | None = None
 
     @property
     def acceptance(self) -> float:
@@ -84,10 +88,11 @@ class Engine:
         for problem, prompt in zip(problems, prompts, strict=True):
             self._check_length(f"problem {problem.id}", prompt, sampling)
         waiting = deque(range(len(problems)))
-        batch = self._rollout_batch(prompts, group_size, sampling)
+        rows = max(group_size, min(self.rows, group_size * len(prompts)))
+        batch = self._new_batch(sampling, rows, max(map(len, prompts), default=0))
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
         while waiting or batch.busy:
-            admitted = self._next_problems(waiting, batch, group_size)
+            admitted = self._next_problems(waiting, batch, prompts, group_size)
             if admitted:
                 uniforms = [_uniforms(problems[i], group_size, sampling, seed) for i in admitted]
                 batch.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
@@ -108,7 +113,7 @@ class Engine:
         """Yield the token ids of one completion of `prompt` [N] as they are sampled, without the end-of-turn
         token."""
         self._check_length("the question", prompt, sampling)
-        batch = self._new_batch(sampling)
+        batch = self._new_batch(sampling, 1, len(prompt))
         uniforms_1T = generator(seed, "stream").random((1, sampling.max_new_tokens))
         batch.admit([(0, prompt)], uniforms_1T, 1)
         sent = 0
@@ -120,32 +125,48 @@ class Engine:
                     yield token
             sent = len(tokens)
 
-    def _new_batch(self, sampling: SamplingParams) -> DecodeBatch:
-        kind = Speculation if self.speculate else DecodeBatch
-        return kind(self.model, self.tokenizer.end_id, sampling)
+    def release(self) -> None:
+        """Give back the memory of keys and values on a device, until the next rollout."""
+        self._device_batch = None
 
-    def _rollout_batch(
-        self, prompts: list[np.ndarray], group_size: int, sampling: SamplingParams
-    ) -> DecodeBatch | DeviceBatch:
-        """Return the batch of a rollout: on the model's device, if that is not the host."""
-        if not self.on_device:
-            return self._new_batch(sampling)
-        longest = max(map(len, prompts))
-        rows = max(group_size, min(self.rows, group_size * len(prompts)))
-        key = (rows, longest, sampling)
-        if self._device_batch is None or self._device_batch[0] != key:
+    def _new_batch(self, sampling: SamplingParams, rows: int, longest: int) -> DecodeBatch | DeviceBatch:
+        """Return an empty batch; where the weights are not on the host, one of at most so many `rows` with
+        prompts of at most `longest` tokens, the last one if it will do: its steps are captured already."""
+        if self.model.ops.on_host:
+            kind = Speculation if self.speculate else DecodeBatch
+            return kind(self.model, self.tokenizer.end_id, sampling)
+        last = self._device_batch
+        fits = last and last.sampling == sampling and last.capacity >= rows and last.longest >= longest
+        if fits and not last.busy:  # an interrupted rollout leaves rows behind
+            return last
+        if last:
             self._device_batch = None  # its memory is free before the new one takes its own
-            made = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest)
-            self._device_batch = (key, made)
-        return self._device_batch[1]
+            if last.sampling == sampling:
+                rows = max(rows, last.capacity)
+                longest = max(longest, last.longest)
+            del last
+        longest = -(-longest // PROMPT_STEP) * PROMPT_STEP
+        self._device_batch = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest)
+        return self._device_batch
 
-    def _next_problems(self, waiting: deque[int], batch: DecodeBatch, group_size: int) -> list[int]:
+    def _next_problems(
+        self,
+        waiting: deque[int],
+        batch: DecodeBatch | DeviceBatch,
+        prompts: Sequence[np.ndarray],
+        group_size: int,
+    ) -> list[int]:
         """Remove from `waiting` and return the problem indices whose whole groups fit into the free rows. If
         the batch is empty, one problem is returned even if its group exceeds `rows`."""
         free = self.rows - batch.busy
         if batch.busy and free < min(group_size, self.rows):
             return []
         count = min(len(waiting), max(1, free // group_size))
+        if isinstance(batch, DeviceBatch) and count:
+            lengths = [len(prompts[i]) for i in islice(waiting, count)]
+            count = batch.fits(lengths, group_size)
+            if not count and not batch.busy:
+                raise batch.refused(lengths[0], group_size)
         return [waiting.popleft() for _ in range(count)]
 
     def _completion(self, sequence: FinishedSequence, stop_token_ids: set[int]) -> Completion:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..config.parts import Sampling
-from ..model import kernels
+from ..model.ops import CPU, Ops
+from ..model.ops.plain import sample_inverse_cdf
 
 NUCLEUS_CANDIDATES = 256  # number of most likely tokens, which nearly always contain the whole top-p set
 
@@ -52,16 +53,17 @@ class Draw(NamedTuple):
     top_p_BV: Tensor | None
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams) -> Draw:
+def draw(
+    logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams, ops: Ops = CPU
+) -> Draw:
     """Sample one token per row. `uniform_B` has a random number in [0, 1) for each row and `previous_B` the
     token before.
 
     The log-probability of a token is taken from the softmax at the sampling temperature, over all tokens or,
     with `keep_mask`, over the tokens inside top-p. Greedy sampling reports the softmax at temperature 1.
     """
-    if _compiled(logits_BV, params):
-        tokens_B, logprobs_B = kernels.sample(logits_BV, uniform_B, params.temperature)
-        return Draw(tokens_B, logprobs_B, None)
+    if params.temperature and params.top_p == 1 and not params.force:
+        return Draw(*ops.draw(logits_BV, uniform_B, params.temperature), None)
     if params.temperature not in (0, 1):
         logits_BV = logits_BV / params.temperature
     logprobs_BV = torch.log_softmax(logits_BV, -1)
@@ -76,13 +78,6 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: Sampl
     return Draw(tokens_B, logprobs_B, top_p_BV)
 
 
-def _compiled(logits_BV: Tensor, params: SamplingParams) -> bool:
-    """Return True if the compiled kernel can sample with these parameters: temperature above 0, no top-p, no
-    forced tokens, on a supported machine and dtype."""
-    plain = params.temperature and params.top_p == 1 and not params.force
-    return bool(plain) and kernels.serves("draw", logits_BV.shape[-1], logits_BV)
-
-
 def _choose(
     logits_BV: Tensor, logprobs_BV: Tensor, uniform_B: Tensor, params: SamplingParams
 ) -> tuple[Tensor, Tensor | None]:
@@ -92,18 +87,9 @@ def _choose(
         return logits_BV.argmax(-1), None
     probabilities_BV = logprobs_BV.exp()
     if params.top_p >= 1:
-        return sample_inverse_cdf(probabilities_BV, uniform_B), None
+        return sample_inverse_cdf(probabilities_BV, uniform_B, torch.float64), None
     top_p_BV = nucleus(probabilities_BV, params.top_p)
-    return sample_inverse_cdf(probabilities_BV * top_p_BV, uniform_B), top_p_BV
-
-
-def sample_inverse_cdf(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Return for each row the first token [B] at which the cumulative sum of the probabilities exceeds the
-    uniform number times their total. Sums are in float64."""
-    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
-    threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
-    tokens_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
-    return tokens_B.clamp_(max=probabilities_BV.shape[1] - 1)
+    return sample_inverse_cdf(probabilities_BV * top_p_BV, uniform_B, torch.float64), top_p_BV
 
 
 def nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .context import Context, Layer
 from .linear import Linear
-from .ops import CPUOps, PlainOps
-from .ops.plain import Normalize, Rope
+from .ops import CPU, Ops
+from .ops.plain import Normalize
+from .ops.table import Rope
 
 
 class GroupedQueryAttention(nn.Module):
@@ -30,16 +31,16 @@ class GroupedQueryAttention(nn.Module):
     queries with its weight instead, which gives the same scores.
     """
 
-    ops: PlainOps = CPUOps()
+    ops: Ops = CPU
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.heads = config.heads
         self.kv_heads = config.kv_heads
         self.head_dim = config.head_dim
-        self.layer = Layer(config.slot(layer), config.head_dim**-0.5, config.window(layer))
         self.norm_after = config.qk_norm == "after"
         self.shares = config.share_kv > 1
+        self.layer = Layer(config.slot(layer), config.head_dim**-0.5, config.window(layer), self.shares)
         self.keeps = config.keeps(layer)
         heads = config.heads + 2 * config.kv_heads * self.keeps
         projection = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
@@ -94,7 +95,7 @@ class LatentAttention(nn.Module):
     output.
     """
 
-    ops: PlainOps = CPUOps()
+    ops: Ops = CPU
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -163,7 +164,7 @@ class LatentAttention(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
-    ops: PlainOps = CPUOps()
+    ops: Ops = CPU
 
     def __init__(self, size: int, eps: float):
         super().__init__()

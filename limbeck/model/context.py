@@ -7,22 +7,29 @@ token · D head size · R latent rank · E experts · S sequences.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .kernels import Trees
+    from .ops import Ops
+    from .paged import AttentionPlan
 
 
 class Layer(NamedTuple):
     """The properties of one attention layer that a context needs.
 
     `slot` is the index of the layer's keys and values in a cache, `scale` the factor of its attention scores,
-    and `window` the number of positions that a token sees, its own included (0: all).
+    and `window` the number of positions that a token sees, its own included (0: all). `lends` is True if
+    later layers may use its keys and values.
     """
 
     slot: int
     scale: float
     window: int
+    lends: bool = False
 
 
 class Context(Protocol):
@@ -31,12 +38,13 @@ class Context(Protocol):
     `positions` [N] are the tokens' positions in their sequences. `routes`, if it is not None, records the
     routers' choices of experts or makes them repeat given ones. If `absorbed` is True, layers of multi-head
     latent attention pass latents as keys and get mixed latents back; otherwise they pass full keys and
-    values.
+    values. `ops` are the operations of the model that runs the tokens, which sets them.
     """
 
     positions: Tensor
     absorbed: bool
     routes: RouterTrace | None
+    ops: Ops
 
     def attend(
         self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, latent: Tensor | None = None
@@ -46,6 +54,26 @@ class Context(Protocol):
         A layer that uses an earlier layer's keys and values passes None for both. `latent` [N, 1, R + D] is
         what a cache stores for MLA in place of keys and values.
         """
+        ...
+
+
+class Sequences(Protocol):
+    """Whole sequences that are packed together, laid out for each table of operations.
+
+    `longest` is the number of tokens of the longest sequence. The compiled kernels take `trees`, and `kernel`
+    is the name of the one that computes them; the kernels of a card take `plan`; torch takes padded runs
+    (`attend_padded`). `kept`, if it is not None, keeps the results of one layer's attention from a forward
+    pass until the layer is computed a second time.
+    """
+
+    longest: int
+    kernel: str
+    trees: Trees
+    plan: AttentionPlan
+    kept: list[tuple[Tensor, Tensor]] | None
+
+    def attend_padded(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Return causal attention within each sequence, [N, H, D], by torch."""
         ...
 
 

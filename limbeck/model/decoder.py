@@ -21,7 +21,7 @@ from .config import ModelConfig
 from .context import Context
 from .ffn import GELU, MixtureOfExperts, SwiGLU
 from .linear import Linear
-from .ops import CPUOps, PlainOps
+from .ops import CPU, Ops
 
 # Weights whose output is added to the residual stream, by the end of their names.
 RESIDUAL = ("out.weight", "down.weight", "experts_down")
@@ -113,11 +113,12 @@ class Decoder(nn.Module):
 
     With `recompute`, training stores only the input of each block and computes the block again in the
     backward pass (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174): the same results in about a
-    third more time and with a fraction of the memory for activations.
+    third more time and with a fraction of the memory for activations. With "keep_attention" the results of
+    attention are stored too, where the operations of the device can use them again.
     """
 
-    recompute = False
-    ops: PlainOps = CPUOps()
+    recompute: bool | str = False
+    ops: Ops = CPU
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -138,16 +139,32 @@ class Decoder(nn.Module):
         rope = self._rope(context)
         x_NC = self.embed(tokens_N)
         context.ops = self.ops
-        keep = self.recompute == "keep_attention" and torch.is_grad_enabled()
-        if keep and self.ops.logits_at_once:
-            context.plan.results = {}
+        recompute = self.recompute and torch.is_grad_enabled()
         delta_NC = None
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x_NC, delta_NC = checkpoint(block, x_NC, delta_NC, rope, context, use_reentrant=False)
+            if recompute:
+                x_NC, delta_NC = self._recomputed(block, x_NC, delta_NC, rope, context)
             else:
                 x_NC, delta_NC = block(x_NC, delta_NC, rope, context)
         return add_norm(self.norm, x_NC, delta_NC)[1]
+
+    def _recomputed(
+        self, block: Block, x_NC: Tensor, delta_NC: Tensor | None, rope: Rope, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Run a block as `Block.forward` does, [N, C] both; it is run again in the backward pass.
+
+        What is kept of its attention belongs to the graph and is freed with it, used or not.
+        """
+        kept = [] if self.recompute == "keep_attention" else None
+
+        def run(x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+            context.kept = kept
+            try:
+                return block(x_NC, delta_NC, rope, context)
+            finally:
+                context.kept = None
+
+        return checkpoint(run, x_NC, delta_NC, use_reentrant=False, preserve_rng_state=False)
 
     def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
         """Return states [N, C] that predict one token further than `hidden_NC`, by MTP module `depth`.

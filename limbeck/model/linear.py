@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .ops import CPUOps, PlainOps
+from .ops import CPU, Ops
 
 
 class Linear(nn.Linear):
     """x @ weight.T + bias, by the operations of the device."""
 
-    ops: PlainOps = CPUOps()
+    ops: Ops = CPU
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """Return the output of the layer, [N, O]."""

@@ -13,12 +13,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
 from .context import Layer, RouterTrace
-from .ops import ops_for
+from .ops import CPU, Ops
+from .ops.plain import causal_attention
 from .paged import AttentionPlan
 
 # Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which
@@ -37,21 +37,24 @@ class Packed:
     """
 
     absorbed = False
+    kernel = "attention"
+    ops: Ops = CPU
 
     def __init__(self, lengths: Sequence[int], slack: float = 0.2, device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
+        self.longest = max(self.lengths)
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         self.slack = slack
         self.device = device
-        self.ops = ops_for(device)
-        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # of the latest layer that lends its keys and values
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
         """The index of the sequence that each token belongs to, [N]."""
-        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.device)
 
     @cached_property
     def _runs(self) -> _Runs:
@@ -64,7 +67,7 @@ class Packed:
         return AttentionPlan(self.lengths, self.lengths, None, self.device)
 
     @cached_property
-    def _trees(self) -> kernels.Trees:
+    def trees(self) -> kernels.Trees:
         """The sequences as trees without branches, which the compiled kernels take."""
         begins = np.cumsum([0, *self.lengths[:-1]])
         return kernels.Trees(begins, self.lengths)
@@ -86,14 +89,13 @@ class Packed:
         if k_NKD is None:
             k_NKD, v_NKD = self._last
         else:
-            self._last = k_NKD, v_NKD
+            self._last = (k_NKD, v_NKD) if layer.lends else None
             if self.entries is not None:
                 self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
-        mixed_NHD = self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self.plan)
-        if mixed_NHD is not None:
-            return mixed_NHD
-        if _use_kernel("attention", layer, max(self.lengths), q_NHD, v_NKD):
-            return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
+        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)
+
+    def attend_padded(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Return causal attention within each sequence, [N, H, D], by torch."""
         q_runs = self._runs.pad(q_NHD)
         k_runs = self._runs.pad(k_NKD)
         v_runs = self._runs.pad(v_NKD)
@@ -111,6 +113,8 @@ class SharedPrefix:
     """
 
     absorbed = False
+    kernel = "branches"
+    ops: Ops = CPU
 
     def __init__(
         self,
@@ -122,33 +126,34 @@ class SharedPrefix:
         device: torch.device | str = "cpu",
     ):
         self.device = device
-        self.ops = ops_for(device)
         self.prompts = prompts
         self.width = width
         # empty completions come first and have nothing to attend
         empty = next((i for i, length in enumerate(lengths) if length), len(lengths))
         self.owners = torch.as_tensor(owners[empty:], dtype=torch.long)
         self.lengths = list(lengths[empty:])
+        self.longest = width + max(self.lengths, default=0)
         self.slack = slack
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
         columns = [width + torch.arange(length) for length in self.lengths]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns]).to(device)
-        self._last: tuple[Tensor, Tensor] | None = None  # keys and values of the latest layer that made some
+        self._last: tuple[Tensor, Tensor] | None = None  # of the latest layer that lends its keys and values
         self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
         """The index of the prompt or completion of each token, [N]; prompts are numbered first."""
         lengths = [self.width] * self.prompts + self.lengths
-        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(self.device)
 
     @cached_property
     def _runs(self) -> _Runs:
         """The padded runs of completions, which torch's attention takes."""
-        return _Runs(self.lengths, self.slack, self.prompts * self.width)
+        return _Runs(self.lengths, self.slack, self.prompts * self.width, self.device)
 
     @cached_property
     def plan(self) -> AttentionPlan:
-        """The prompts and the completions as rows of blocks; the keys of a completion begin with its prompt's."""
+        """Prompts and completions as rows of blocks; the keys of a completion begin with its prompt's."""
         prompt_tokens = np.arange(self.prompts * self.width).reshape(self.prompts, self.width)
         begins = self.prompts * self.width + np.cumsum([0, *self.lengths])
         index = [prompt_tokens.ravel()]
@@ -159,7 +164,7 @@ class SharedPrefix:
         return AttentionPlan(queries, keys, np.concatenate(index), self.device)
 
     @cached_property
-    def _trees(self) -> kernels.Trees:
+    def trees(self) -> kernels.Trees:
         """The prompts as trunks and their completions as branches, which the compiled kernels take."""
         begins = self.prompts * self.width + np.cumsum([0, *self.lengths])[:-1]
         order = self.owners.argsort(stable=True).numpy()
@@ -183,13 +188,11 @@ class SharedPrefix:
         if k_NKD is None:
             k_NKD, v_NKD = self._last
         else:
-            self._last = k_NKD, v_NKD
-        mixed_NHD = self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self.plan)
-        if mixed_NHD is not None:
-            return mixed_NHD
-        longest = self.width + max(self.lengths, default=0)
-        if _use_kernel("branches", layer, longest, q_NHD, v_NKD):
-            return kernels.Attention.apply(q_NHD, k_NKD, v_NKD, self._trees, layer.scale, layer.window)
+            self._last = (k_NKD, v_NKD) if layer.lends else None
+        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)
+
+    def attend_padded(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """Return causal attention in each prompt, and of completions to prompt and own past, by torch."""
         q_BHTD, k_BKTD, v_BKTD = (self._prompts_of(x_NHD) for x_NHD in (q_NHD, k_NKD, v_NKD))
         prompts_NHD = causal_attention(layer, q_BHTD, k_BKTD, v_BKTD).transpose(1, 2).flatten(0, 1)
         if not self._runs.cuts:
@@ -209,38 +212,6 @@ class SharedPrefix:
         """Return the part of `x_NHD` that belongs to the prompts, [B, H, T, D]."""
         prompts_NHD = x_NHD[: self.prompts * self.width]
         return prompts_NHD.view(self.prompts, self.width, *x_NHD.shape[1:]).transpose(1, 2)
-
-
-def _use_kernel(operation: str, layer: Layer, longest: int, q_NHD: Tensor, v_NKD: Tensor) -> bool:
-    """Return True if the compiled kernels support these tensors and are faster than torch.
-
-    `operation` is the kernel's name, `longest` the number of tokens of the longest sequence.
-    """
-    seen = min(longest, layer.window or longest)
-    return q_NHD.shape[2] == v_NKD.shape[2] and kernels.serves(operation, seen, q_NHD, v_NKD)
-
-
-def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Return causal attention of the last S positions to all T positions, [B, H, S, D].
-
-    There may be more query heads than key heads (grouped-query attention).
-    """
-    width = q_BHSD.shape[2]
-    seen = k_BKTD.shape[2]
-    mask_ST = None
-    if seen > width or 0 < layer.window < seen:
-        mask_ST = torch.ones(width, seen, dtype=torch.bool, device=q_BHSD.device).tril(seen - width)
-        if layer.window:
-            mask_ST = mask_ST.triu(seen - width - layer.window + 1)
-    return F.scaled_dot_product_attention(
-        q_BHSD,
-        k_BKTD,
-        v_BKTD,
-        attn_mask=mask_ST,
-        is_causal=mask_ST is None,
-        scale=layer.scale,
-        enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1],
-    )
 
 
 class _Runs:

@@ -1,8 +1,8 @@
-"""Keys and values in blocks of `BLOCK` tokens: the plan of an attention pass, and the cache of a device batch.
+"""Keys and values in blocks of `BLOCK` tokens: the plan of attention, and the cache of a device batch.
 
 A row is one sequence. Block b of a row holds its positions from b x BLOCK on; a table has, for each row and
-block, the index of the block's first token in a tensor of keys [tokens, K, D]. N new tokens · B rows · H heads
-· K key/value heads · D head size.
+block, the index of the block's first token in a tensor of keys [tokens, K, D]. N new tokens · B rows · H
+heads · K key/value heads · D head size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .context import Layer, RouterTrace
-from .ops import ops_for
-from .ops.plain import BLOCK
+from .ops import CPU, Ops
+from .ops.table import BLOCK, Rows
 
 
 class AttentionPlan:
@@ -24,32 +24,33 @@ class AttentionPlan:
 
     `queries` are the numbers of new tokens of the rows, `keys` the numbers of their keys, own ones included.
     If `index` is given, the keys of all rows, one after the other, are the tokens with these indices; without
-    it they are the new tokens themselves. If `results` is a dictionary, the results of each layer's attention
-    are kept in it, by slot, until they are computed a second time (`Decoder.recompute`).
+    it they are the new tokens themselves.
     """
 
     def __init__(
-        self, queries: Sequence[int], keys: Sequence[int], index: np.ndarray | None, device: torch.device | str
+        self,
+        queries: Sequence[int],
+        keys: Sequence[int],
+        index: np.ndarray | None,
+        device: torch.device | str,
     ):
         query_starts = np.concatenate([[0], np.cumsum(queries)])
         key_starts = np.concatenate([[0], np.cumsum(keys)])
-        self.longest_query = int(max(queries))
         self.longest_key = int(max(keys))
         blocks = -(-self.longest_key // BLOCK)
         table = key_starts[:-1, None] + BLOCK * np.arange(blocks)
-        self.starts = _int32(query_starts, device)
         self.key_starts = _int32(key_starts, device)
-        self.lengths = _int32(np.asarray(keys), device)
-        self.table = _int32(table, device)
+        starts = _int32(query_starts, device)
+        lengths = _int32(np.asarray(keys), device)
+        self.rows = Rows(_int32(table, device), starts, lengths, int(max(queries)))
         self.index = None if index is None else torch.as_tensor(index, device=device)
-        self.results: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def keys(self, x_NKD: Tensor) -> Tensor:
         """Return the keys or values of all rows, [keys of all rows, K, D]."""
         return x_NKD.contiguous() if self.index is None else x_NKD.index_select(0, self.index)
 
     def gather_gradient(self, grad: Tensor, tokens: int) -> Tensor:
-        """Return the gradient by the new tokens [N, K, D] of one by the keys of all rows, summed in float32."""
+        """Return the gradient by the new tokens [N, K, D], from one by the keys of all rows, in float32."""
         if self.index is None:
             return grad
         sums = torch.zeros(tokens, *grad.shape[1:], dtype=torch.float32, device=grad.device)
@@ -59,33 +60,33 @@ class AttentionPlan:
 class PagedCache:
     """The keys and values of a device batch, in a pool of blocks that never moves.
 
-    `keys` and `values` are [slots, tokens, K, D]. Before each forward pass `lay` says which tokens come.
+    `keys` and `values` are [slots, tokens, K, D]; for MLA the keys are latents and the values their first
+    part. Before each forward pass `lay` says which tokens come.
     """
 
     absorbed = True
+    ops: Ops = CPU
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, blocks: int):
-        shape = (config.slots, blocks * BLOCK, config.kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.ops = ops_for(device)
+        heads, key, value = config.cache_widths
+        pool = (config.slots, blocks * BLOCK, heads)
+        self.keys = torch.zeros(*pool, key, dtype=dtype, device=device)
+        self.values = torch.zeros(*pool, value, dtype=dtype, device=device)
+        if config.latent:
+            self.values = self.keys[..., : config.latent.kv_rank]
         self.routes: RouterTrace | None = None
 
-    def lay(
-        self, positions: Tensor, slots: Tensor, table: Tensor, starts: Tensor, lengths: Tensor, longest: int
-    ) -> None:
-        """Set the tokens of the next forward pass.
+    @staticmethod
+    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Return the bytes of one block of keys and values of all layers."""
+        heads, key, value = config.cache_widths
+        return config.slots * BLOCK * heads * (key + value) * dtype.itemsize
 
-        `positions` [N] in their rows, `slots` [N] their places in the pool, `table` [B, blocks], `starts`
-        [B + 1] of each row's new tokens, `lengths` [B] of the rows with the new tokens, `longest` the highest
-        number of new tokens of a row.
-        """
+    def lay(self, positions: Tensor, slots: Tensor, rows: Rows) -> None:
+        """Set the tokens of the next forward pass: their positions [N], and their places in the pool [N]."""
         self.positions = positions
         self.slots = slots
-        self.table = table
-        self.starts = starts
-        self.lengths = lengths
-        self.longest = longest
+        self.rows = rows
 
     def attend(
         self,
@@ -95,16 +96,17 @@ class PagedCache:
         v_NKD: Tensor | None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Store the new keys and values; return the new tokens' attention in their rows, [N, H, D]."""
-        keys = self.keys[layer.slot]
-        values = self.values[layer.slot]
+        """Store the new keys and values; return the new tokens' attention in their rows, [N, H, D].
+
+        If `k_NKD` is None, nothing is stored: the layer uses the keys and values of an earlier layer.
+        """
+        pool = (self.keys[layer.slot], self.values[layer.slot])
         if k_NKD is not None:
-            self.ops.store(k_NKD, v_NKD, self.slots, keys, values)
-        if self.longest == 1:
-            return self.ops.attend_one(layer, q_NHD, keys, values, self.table, self.lengths)
-        return self.ops.attend_rows(
-            layer, q_NHD, keys, values, self.table, self.starts, self.lengths, self.longest
-        )
+            self.ops.store(k_NKD, v_NKD, self.slots, pool)
+        rows = self.rows
+        if rows.longest == 1:
+            return self.ops.attend_one(layer, q_NHD, pool, rows.table, rows.lengths)
+        return self.ops.attend_rows(layer, q_NHD, pool, rows)
 
 
 def _int32(array: np.ndarray, device: torch.device | str) -> Tensor:

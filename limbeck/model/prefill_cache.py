@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .context import Layer, RouterTrace
 from .kv_cache import KVCache
-from .packed import causal_attention
+from .ops.plain import causal_attention
 
 
 class SequenceKV:

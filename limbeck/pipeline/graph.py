@@ -16,6 +16,7 @@ from typing import Any
 from ..config.aliases import stored, stored_kind
 from ..config.learned_rewards import TABLES, Calibrate, Reward
 from ..config.methods import DPO
+from ..config.parts import ModelStage
 from ..config.recipe import (
     Curate,
     Evaluate,
@@ -37,6 +38,7 @@ from .store import Artifact, Store, digest_file, digest_of
 QUIET = {"title", "log_every", "save_every", "recompute"}
 # settings of an endpoint that do not change its responses
 QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
+UNCHANGING = {"precision": "float32", "exact": True}  # as if they were not set
 VERSIONS: dict[str, int] = {}  # kind -> version, part of its keys: raise it when settings change meaning
 
 
@@ -156,6 +158,7 @@ class Graph:
         configured = {k: v for k, v in stage.model_dump(mode="json").items() if k not in QUIET}
         # with the names of older versions and without None, so that a renamed or a new option changes no key
         settings = {k: v for k, v in stored(configured).items() if v is not None}
+        settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(stage, Load):  # the model's content is hashed, not its path
@@ -227,8 +230,19 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         if isinstance(source, Files):
             path = _find_file(f"problems.{name}.path", source.path, base)
             problems[name] = source.model_copy(update={"path": path})
-    stages = {name: _resolve_stage(name, stage, base) for name, stage in recipe.stages.items()}
+    stages = {
+        name: _resolve_stage(name, with_defaults(recipe, stage), base)
+        for name, stage in recipe.stages.items()
+    }
     return recipe.model_copy(update={"problems": problems, "stages": stages})
+
+
+def with_defaults(recipe: Recipe, stage: Stage) -> Stage:
+    """Return the stage with the recipe's precision and exactness where it sets none of its own."""
+    if not isinstance(stage, ModelStage):
+        return stage
+    unset = {name: getattr(recipe, name) for name in UNCHANGING if getattr(stage, name) is None}
+    return stage.model_copy(update=unset)
 
 
 def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.parts import ModelStage
 from ..config.recipe import Problems, Remote, Stage
 from ..run_log import RunLog, read
 from ..types import Problem, Task
@@ -16,6 +17,8 @@ from .dataset_rows import PROBLEMS, ROWS
 from .store import MANIFEST, RESPONSES
 
 if TYPE_CHECKING:
+    import torch
+
     from ..engine.openai_client import Endpoint
     from ..engine.rollout import Engine
     from ..model.decoder import Decoder
@@ -37,7 +40,8 @@ class Job:
     it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
     continuations, else None. `queue` is the folder of rows under review, of whose review file the first
     `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
-    are too similar to a test. `stopping` returns True once the stage should write a checkpoint and end.
+    are too similar to a test. `device` is what models are placed on (model/ops/devices.py). `stopping`
+    returns True once the stage should write a checkpoint and end.
     """
 
     name: str
@@ -51,17 +55,42 @@ class Job:
     review_bytes: int | None = None
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    device: str = "cpu"
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     # ------------------------------------------------------------ models
 
     def model(self, name: str) -> tuple[Decoder, Tokenizer]:
-        """Load the model and the tokenizer of the input `name`."""
+        """Load the model of the input `name`, onto the stage's device and in its precision, and the
+        tokenizer."""
         from ..model import weights
+
+        decoder = weights.load(self.inputs[name] / "model", self.dtype)
+        return self.place(decoder), self.tokenizer(name)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """Load the tokenizer of the input `name`."""
         from ..text.tokenizer import Tokenizer
 
-        directory = self.inputs[name] / "model"
-        return weights.load(directory), Tokenizer.from_directory(directory)
+        return Tokenizer.from_directory(self.inputs[name] / "model")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, by the stage's setting `precision`."""
+        import torch
+
+        return getattr(torch, getattr(self.stage, "precision", None) or "float32")
+
+    def place(self, decoder: Decoder) -> Decoder:
+        """Move a model to the stage's device, in the stage's precision, and return it."""
+        from ..model.ops import place
+
+        return place(decoder, self.device, self.dtype, getattr(self.stage, "exact", None) is not False)
+
+    @property
+    def needs_device(self) -> bool:
+        """True if the stage computes with a model."""
+        return isinstance(self.stage, ModelStage)
 
     def endpoint(self, name: str) -> Endpoint:
         """Open the remote endpoint `name`. Its responses are cached in the store, for all stages and runs."""

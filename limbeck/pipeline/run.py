@@ -70,20 +70,22 @@ def run(
     overrides: Sequence[str] = (),
     auto: bool = False,
     display: Display | None = None,
+    device: str = "auto",
 ) -> Run:
     """Execute a recipe, given as a path or as the name of a recipe in the package. Stages that are already
     finished are not run again.
 
     `runs` is the folder of all runs. `overrides` are "key.path=value" strings that change settings. With
-    `auto`, the policies of curate stages decide in place of human reviewers. The `graph` of the returned run
-    has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed stage, and
-    Resumable if the run was stopped or waits for reviews: the same call then continues it.
+    `auto`, the policies of curate stages decide in place of human reviewers. `device` is what models are
+    placed on: `auto` (a card if torch sees one), `cpu`, `cuda`, `cuda:1` or `mps`. The `graph` of the
+    returned run has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed
+    stage, and Resumable if the run was stopped or waits for reviews: the same call then continues it.
     """
     path = find(recipe)
     settings = load(path, tuple(overrides))
     if auto:
         settings = with_auto_curation(settings)
-    executed = Run(settings, path.parent, Path(runs), display or Quiet())
+    executed = Run(settings, path.parent, Path(runs), display or Quiet(), device=device)
     executed.execute()
     return executed
 
@@ -92,11 +94,21 @@ class Run:
     """One run of a recipe: its graph of stages, its folder (`runs/NAME`), its worker processes and its
     display."""
 
-    def __init__(self, recipe: Recipe, base: Path, home: Path, display: Display, right: str | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Path,
+        home: Path,
+        display: Display,
+        right: str | None = None,
+        device: str = "auto",
+    ):
         """Prepare a run. `base` is the folder that relative paths in the recipe are resolved against, `home`
         the folder of all runs. `right` is the user's reason for a claim to be exempt from a licence's terms.
-        Raises LimbeckError if a licence forbids a stage and no `right` is given."""
+        `device` is what models are placed on (model/ops/devices.py). Raises LimbeckError if a licence forbids
+        a stage and no `right` is given, or if there is no such device here."""
         self.recipe = recipe
+        self.device = _checked(device)
         self.home = home
         self.display = display
         self.store = Store(home / "store")
@@ -106,6 +118,7 @@ class Run:
         self.host = WorkerPool(recipe.workers, recipe.threads)
         self.status = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
+        self.broken: set[str] = set()  # stages whose card has failed
         self.stopping = False
         self._stop_sent = False
 
@@ -282,6 +295,7 @@ class Run:
             review_bytes=node.review_bytes,
             endpoints=node.endpoints,
             dropped=frozenset(node.dropped),
+            device=self.device,
         )
 
     # ------------------------------------------------------------ events of workers
@@ -303,8 +317,22 @@ class Run:
                 f"stage {event['name']}: its process {_end(event['status'])}; "
                 "run again to go on from its last checkpoint"
             )
+        elif kind == "broken":
+            self._go_on_elsewhere(event)
         elif kind == "failed" and not (event["code"] == TEMPORARY_FAILURE and self.stopping):
             raise _failure(event, self.folder)
+
+    def _go_on_elsewhere(self, event: dict[str, Any]) -> None:
+        """Let a stage whose card failed go on in a new process, from its last checkpoint. Raises Resumable if
+        it has failed there as well."""
+        name = event["name"]
+        if name in self.broken:
+            raise Resumable(
+                f"stage {name}: its card failed again in a new process ({event['message']}); look at the "
+                "card (dmesg), then run again to go on from the last checkpoint"
+            )
+        self.broken.add(name)
+        self.display.say(f"{name}: its card failed ({event['message']}); it goes on in a new process")
 
     def _finish_stage(self, progress: Progress, event: dict[str, Any]) -> None:
         """Store the artifact of a finished stage, or use the one that another run stored meanwhile."""
@@ -420,6 +448,16 @@ class Run:
             summary["forecast"] = read_json(self.folder / FORECAST)
         write(path, json.dumps(summary, indent=2) + "\n")
         return summary
+
+
+def _checked(device: str) -> str:
+    """Return the name of a device; raise LimbeckError if it is not here. What `auto` stands for is left to
+    the workers, so that this process need not import torch."""
+    if device in ("auto", "cpu"):
+        return device
+    from ..model.ops.devices import resolve
+
+    return resolve(device)
 
 
 def _failure(event: dict[str, Any], folder: Path) -> LimbeckError:

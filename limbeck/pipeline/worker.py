@@ -31,6 +31,7 @@ from ..runtime import allocator
 from ..types import LimbeckError
 from .job import Job
 from .review.curate import Waiting
+from .stage_device import DEVICES, device_failure, note_device, ready_device
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 KERNELS = "kernels.json"  # in a partial folder: the choice of kernels that the stage began with
@@ -60,7 +61,10 @@ def main(threads: int) -> None:
             print(json.dumps({"name": name, **event}), file=events, flush=True)
 
         job = read_job(request, stop)
-        tell(run_job(job, lambda text: tell({"event": "told", "text": text})))
+        event = run_job(job, lambda text: tell({"event": "told", "text": text}))
+        tell(event)
+        if event["event"] == "broken":
+            os._exit(SOFTWARE_FAILURE)
 
 
 def _listen(jobs: SimpleQueue, stop: threading.Event) -> None:
@@ -91,6 +95,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "review_bytes": job.review_bytes,
         "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
         "dropped": sorted(job.dropped),
+        "device": job.device,
     }
 
 
@@ -109,6 +114,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         review_bytes=request["review_bytes"],
         endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         dropped=frozenset(request["dropped"]),
+        device=request["device"],
         stopping=stop.is_set,
     )
 
@@ -118,7 +124,8 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
 
 def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
     """Run one stage and return the event of its end: `done` (with the outcome), `found` (another run had
-    finished it), `waiting` (for reviews), or `failed` (with exit code and message).
+    finished it), `waiting` (for reviews), `broken` (its card failed, so this process has to end), or `failed`
+    (with exit code and message).
 
     `tell` is called with messages for the user during the stage. Exceptions of the stage are returned as
     `failed`, never raised.
@@ -128,12 +135,15 @@ def run_job(job: Job, tell: Callable[[str], None] = print) -> Event:
         with store.lock(job.folder):
             if store.open(store.root / job.folder.name):  # another run was faster
                 return {"event": "found"}
-            return {"event": "done", "outcome": _execute(job, tell)}
+            with ready_device(job, tell) as ready:
+                return {"event": "done", "outcome": _execute(ready, tell)}
     except Waiting as waiting:
         return {"event": "waiting", "rows": waiting.open_rows}
     except LimbeckError as error:
         return _failed(error.exit_code, str(error))
     except BaseException as error:  # noqa: BLE001 - a worker outlives its stage and reports what ended it
+        if event := device_failure(job, error):
+            return event if event["event"] == "broken" else _failed(TEMPORARY_FAILURE, event["message"])
         if out_of_space(error):
             remedy = "the same command goes on from the last checkpoint"
             return _failed(TEMPORARY_FAILURE, f"no space left on {job.folder}; free some, and {remedy}")
@@ -161,14 +171,16 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
         prepare(job.folder, "at work")
         _release_memory()
         kernels = _choose_kernels(job, tell)
+        device = note_device(job, tell)
         began = time.monotonic()
         cpu_began = time.process_time()
         outcome = STAGES[job.stage.kind](job)
         sync_below(job.folder)
         usage = _usage(began, cpu_began)
-        write(path, json.dumps({**outcome, **usage, "kernels": kernels}))
+        write(path, json.dumps({**outcome, **usage, "kernels": kernels, **device}))
     job.checkpoint().clear()
     (job.folder / KERNELS).unlink(missing_ok=True)
+    (job.folder / DEVICES).unlink(missing_ok=True)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

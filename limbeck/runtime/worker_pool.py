@@ -47,7 +47,7 @@ class WorkerPool:
         """Return the next event of a worker, or None if there is none within `seconds`.
 
         If a worker dies during a stage, the event is `died`. After the event `told` (a message for the user)
-        the worker is still busy; after any other event it is idle.
+        the worker is still busy; after `broken` it ends; after any other event it is idle.
         """
         try:
             worker, event = self._events.get(timeout=seconds)
@@ -56,8 +56,9 @@ class WorkerPool:
         if event is None:
             return self._bury(worker)
         if event["event"] != "told":
-            self._idle.append(worker)
             self._busy.pop(event["name"])
+            if event["event"] != "broken":
+                self._idle.append(worker)
         return event
 
     def _bury(self, worker: subprocess.Popen) -> dict[str, Any] | None:
@@ -90,6 +91,7 @@ class WorkerPool:
 
     def _spawn(self) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONHASHSEED": "0"}
+        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # repeatable products on a card
         worker = subprocess.Popen(
             [sys.executable, "-m", "limbeck.pipeline.worker", str(self.threads)],
             stdin=subprocess.PIPE,

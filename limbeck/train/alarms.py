@@ -10,6 +10,7 @@ from ..config.recipe import RL
 from ..types import LimbeckError
 
 SAMPLER_GAP = 1e-3  # nats: the largest sampler/learner difference of a token that float32 rounding explains
+SAMPLER_KL = 0.01  # nats: the KL between the two above which rounding to 16 bits is no explanation
 WINDOW = 20  # steps
 
 
@@ -27,10 +28,9 @@ class AlarmMonitor:
 
         Raises LimbeckError if the log-probabilities of the sampler and of the learner differ by more than
         rounding."""
-        gap = metrics.get("gap", 0.0)
-        if gap > SAMPLER_GAP:
+        if fault := disagreement(metrics.get("gap", 0.0), metrics.get("gap_kl")):
             raise LimbeckError(
-                f"the sampler's log-probabilities differ from the learner's by {gap:.4f} nats: "
+                f"the sampler's log-probabilities differ from the learner's by {fault}: "
                 "the engine runs with other weights or another precision; use float32 for both"
             )
         self.history.append(metrics)
@@ -70,3 +70,15 @@ class AlarmMonitor:
         if largest in ("accuracy", "") or earned.get("accuracy", 0) >= 0.2 * earned[largest]:
             return []
         return [f"the part {largest!r} outweighs accuracy: lower its weight"]
+
+
+def disagreement(gap: float, kl: float | None = None) -> str:
+    """Return by how much sampler and learner differ, in words, if rounding does not explain it, else "".
+
+    `gap` is the largest difference of a token's log-probabilities, in nats. Where the two compute in 16 bits
+    and in different orders, single tokens may differ by much: then `kl` is given, the KL between the two, and
+    judged instead.
+    """
+    if kl is None:
+        return f"{gap:.4f} nats" if gap > SAMPLER_GAP else ""
+    return f"a KL of {kl:.4f} nats a token" if kl > SAMPLER_KL else ""

@@ -108,8 +108,8 @@ def by_sample(batches: Sequence[Batch], values_M: Sequence[Tensor], count: int) 
     each sample; it is empty for a sample without a prediction."""
     values_of = [np.zeros((0, *values_M[0].shape[1:]), np.float32)] * count
     for batch, values in zip(batches, values_M, strict=True):
-        ends = batch.lengths_S.long().cumsum(0)[:-1].numpy()
-        for place, part in zip(batch.order_S, np.split(values.numpy(), ends), strict=True):
+        ends = batch.lengths_S.long().cumsum(0)[:-1].cpu().numpy()
+        for place, part in zip(batch.order_S, np.split(values.cpu().numpy(), ends), strict=True):
             values_of[place] = part
     return values_of
 

@@ -37,8 +37,8 @@ class Checkpoint:
 
     def restore(self) -> dict[str, Any] | None:
         """Load the last saved state; None if there is none. Call it only once: the state holds the weights
-        and the optimizer's moments, and is as large as they are."""
-        return torch.load(self.path, weights_only=True) if self.path.exists() else None
+        and the optimizer's moments, and is as large as they are; it lies on the CPU."""
+        return torch.load(self.path, "cpu", weights_only=True) if self.path.exists() else None
 
     def offer(self, state: Callable[[], dict[str, Any]], log: Synced) -> None:
         """Save the state if the last save is at least `every` seconds ago, or if the run has been asked to

@@ -17,7 +17,7 @@ from ..config.methods import Distill
 from ..model.config import ModelConfig
 from ..text.tokenizer import Tokenizer
 from ..types import Group, Labels, Sample, Sampler, generator
-from .batch import Batch, by_sample, pack, to_samples
+from .batch import Batch, Device, by_sample, pack, to_samples
 from .checkpoint import Checkpoint
 from .divergence import top_k
 from .learned_rewards import Tasks
@@ -79,8 +79,9 @@ class Teacher:
         if self.tokenizers:
             student, own = self.tokenizers
             spanned, tokens = aligned(samples, questions, student, self.scorer, own, batch_tokens)
-            return pack(spanned, batch_tokens), tokens
-        batches = [replace(batch, teacher=self.scorer.states(batch)) for batch in pack(samples, batch_tokens)]
+            return self.scorer.pack(spanned, batch_tokens), tokens
+        packed = self.scorer.pack(samples, batch_tokens)
+        batches = [replace(batch, teacher=self.scorer.states(batch)) for batch in packed]
         return batches, sum(len(sample.tokens) for sample in samples)
 
 
@@ -152,7 +153,9 @@ class DistillTrainer:
             if self.log.over_budget:
                 break
             batch = self.sampler(step)
-            batches, teacher_tokens = attach_teachers(batch, self.teachers, self.settings.batch_tokens)
+            batches, teacher_tokens = attach_teachers(
+                batch, self.teachers, self.settings.batch_tokens, self.learner.device
+            )
             update = self.learner.update(batches, loss, self.settings.temperature)
             self.sampler.engine.load(self.learner.weights())
             metrics = {
@@ -209,12 +212,12 @@ def distillation_loss(settings: Distill) -> Loss:
 
 
 def attach_teachers(
-    batch: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int
+    batch: DistillBatch, teachers: Mapping[str, Teacher], batch_tokens: int, device: Device = "cpu"
 ) -> tuple[list[Batch], dict[str, int]]:
     """Pack a step's samples into micro-batches, each with the distributions or stored labels of its teacher.
 
-    The counts in every micro-batch are those of the whole batch. Returns the micro-batches, and the number
-    of tokens that each teacher processed, by its name."""
+    `device` is the student's. The counts in every micro-batch are those of the whole batch. Returns the
+    micro-batches, and the number of tokens that each teacher processed, by its name."""
     batches: list[Batch] = []
     forward_tokens: dict[str, int] = {}
     tokens = 0
@@ -222,7 +225,7 @@ def attach_teachers(
     for name, part in batch.by_teacher().items():
         samples = [assigned.sample for assigned in part]
         if name == LABELLED:
-            packed = pack(samples, batch_tokens)
+            packed = pack(samples, batch_tokens, device)
         else:
             questions = [assigned.question for assigned in part]
             packed, forward_tokens[name] = teachers[name].attach(samples, questions, batch_tokens)
@@ -240,7 +243,7 @@ def teacher_top_k(
 
     `temperature` divides the teacher's logits; `batch_tokens` is the size of a micro-batch in input
     tokens."""
-    batches = pack(samples, batch_tokens)
+    batches = teacher.pack(samples, batch_tokens)
     states = [teacher.states(batch) for batch in batches]
     tops = [top_k(one.hidden_MC, one.head_VC, count, temperature) for one in states]
 

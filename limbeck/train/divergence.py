@@ -166,7 +166,9 @@ class _Divergence(torch.autograd.Function):
         entropy [M]."""
         learns = any(ctx.needs_input_grad)
         grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
-        grad_head_VC = torch.zeros_like(head_VC) if ctx.needs_input_grad[1] else None
+        precision = torch.promote_types(head_VC.dtype, torch.float32)
+        learns_head = ctx.needs_input_grad[1]
+        grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns_head else None
         values = []
         entropies = []
         rows = max(1, CHUNK // len(head_VC))
@@ -179,11 +181,11 @@ class _Divergence(torch.autograd.Function):
             entropies.append(-(logq_RV.exp() * logq_RV).sum(1))
             if learns:
                 slope_RV = teacher.spread(part, slope_RE, logq_RE, logq_RV).div_(temperature)
-                torch.mm(slope_RV, head_VC, out=grad_hidden_MC[part])
-                if grad_head_VC is not None:
-                    grad_head_VC.addmm_(slope_RV.T, hidden_MC[part])
+                grad_hidden_MC[part] = torch.mm(slope_RV, head_VC.to(precision))
+                if learns_head:
+                    grad_head_VC.addmm_(slope_RV.T, hidden_MC[part].to(precision))
         if learns:
-            ctx.save_for_backward(grad_hidden_MC, grad_head_VC)
+            ctx.save_for_backward(grad_hidden_MC, grad_head_VC.to(head_VC.dtype) if learns_head else None)
         value_M = torch.cat(values)
         entropy_M = torch.cat(entropies)
         ctx.mark_non_differentiable(value_M, entropy_M)
@@ -200,8 +202,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:
-    """Return the logits of a chunk [R, V], divided by the temperature."""
-    logits_RV = hidden_RC @ head_VC.T
+    """Return the logits of a chunk [R, V], divided by the temperature, in float32 at least."""
+    precision = torch.promote_types(hidden_RC.dtype, torch.float32)
+    logits_RV = hidden_RC.to(precision) @ head_VC.to(precision).T
     if temperature != 1.0:
         logits_RV /= temperature
     return logits_RV

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import Sample
-from .batch import Batch, by_sample, pack
+from .batch import Batch, by_sample
 from .losses import Metrics
 from .pairs import pair_margins
 from .scorer import Scorer
@@ -66,7 +66,7 @@ def to_pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, number
 def with_reference_logprobs(reference: Scorer, samples: Sequence[Sample], batch_tokens: int) -> list[Sample]:
     """Return copies of the samples that also hold the reference model's log-probability of each token in the
     loss. `batch_tokens` is the size of a micro-batch in input tokens."""
-    batches = pack(samples, batch_tokens)
+    batches = reference.pack(samples, batch_tokens)
     logprobs = by_sample(batches, reference.logprobs(batches), len(samples))
     return [
         replace(sample, reference=reference_M) for sample, reference_M in zip(samples, logprobs, strict=True)

@@ -16,9 +16,10 @@ import numpy as np
 
 from ..config.parts import Policy
 from ..config.recipe import RL
+from ..model.checksum import checksum
 from ..types import Group, Sample, Sampler, generator
 from .alarms import AlarmMonitor
-from .batch import Batch, pack, to_samples
+from .batch import Batch, to_samples
 from .checkpoint import Checkpoint
 from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
@@ -60,6 +61,7 @@ class GRPOTrainer:
             if self.log.over_budget or self.rewards.stopped:
                 break
             self._refresh_reference(step)
+            weights = checksum(self.learner.model)
             groups = self._sample_groups(step)
             informative = [group for group in groups if is_informative(group, policy)]
             advantages = group_advantages(informative, policy.advantage_scale)
@@ -73,7 +75,7 @@ class GRPOTrainer:
             self.engine.load(self.learner.weights())
             held_out = self.rewards.evaluate(step, groups, self.engine)
             metrics = self._metrics(groups, informative, samples, updates, held_out)
-            self.log.step(step, metrics, groups, informative)
+            self.log.step(step, metrics, groups, informative, weights)
             self.step = step + 1
             self.checkpoint.offer(self.state_dict, self.log)
 
@@ -111,7 +113,7 @@ class GRPOTrainer:
     def _with_reference(self, samples: list[Sample]) -> list[Batch]:
         """Pack samples into micro-batches. If there is a reference model, each holds its log-probabilities
         for the KL term."""
-        batches = pack(samples, self.settings.batch_tokens)
+        batches = self.learner.pack(samples, self.settings.batch_tokens)
         if self.reference is None:
             return batches
         logprobs = self.reference.logprobs(batches, self.settings.sampling.temperature)
@@ -136,6 +138,8 @@ class GRPOTrainer:
         config = self.learner.model.config
         metrics = {**summarize(groups), **volume(groups, samples, config), **merge(updates)}
         metrics["flops"] += held_out.flops(config)
+        if updates and not self.learner.exact:
+            metrics["gap_kl"] = updates[0]["kl_old"]
         metrics["informative"] = len(informative) / len(groups)
         alarms = [*held_out.alarms, *self.alarms.check(metrics)]
         metrics = {**metrics, **held_out.metrics}

@@ -31,15 +31,15 @@ class Learner(Scorer):
 
     `step` counts the updates so far and sets the position in the learning-rate schedule. `steps` is the
     number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
-    memory (model/decoder.py). With `lora`, adapters are trained in place of the model's weights
-    (model/lora.py). `trained` are the parameters, by name."""
+    memory; with "keep_attention", all but the results of attention (model/decoder.py). With `lora`, adapters
+    are trained in place of the model's weights (model/lora.py). `trained` are the parameters, by name."""
 
     def __init__(
         self,
         model: Decoder,
         settings: OptimizerSettings,
         steps: int,
-        recompute: bool = False,
+        recompute: bool | str = False,
         lora: LoRA | None = None,
     ):
         super().__init__(model)
@@ -73,12 +73,11 @@ class Learner(Scorer):
         """Add the gradients of the micro-batches to the gradients accumulated so far; return the metrics of
         the loss, by name."""
         totals: Metrics = {}
-        for i, batch in enumerate(batches):
-            if i and self.optimizer.masters:
-                self.optimizer.masters.collect(more=True)
+        for batch in batches:
             value, metrics = self._loss(batch, loss, temperature)
             if not math.isfinite(value.detach()):
                 raise self._stopped(*blamed(self.model, batch))
+            self.optimizer.begin_micro_batch()
             value.backward()
             _add(totals, metrics)
             if self.mixtures:
@@ -94,8 +93,7 @@ class Learner(Scorer):
         experts."""
         norm = self.optimizer.step(self.step)
         if not math.isfinite(norm):
-            gradients = ((name, p.grad) for name, p in self.trained.items() if p.grad is not None)
-            raise self._stopped(f"the gradient of {spoiled(gradients)} is", SLOWER)
+            raise self._stopped(f"the gradient of {spoiled(self.optimizer.gradients())} is", SLOWER)
         if not finite(self.trained.values()):
             raise self._stopped(f"the new weight {spoiled(self.trained.items())} is", SLOWER)
         if self.lora:
@@ -105,15 +103,10 @@ class Learner(Scorer):
         self._routes = []
         return {**routing, "gradient_norm": norm}
 
-    def zero_grad(self) -> None:
-        """Drop the gradients."""
-        for parameter in self.trained.values():
-            parameter.grad = None
-
     def _stopped(self, what: str, remedy: str) -> LimbeckError:
         """Drop the gradients and return the error of an update that cannot be made. `what` names the cause,
         `remedy` what the user can do."""
-        self.zero_grad()
+        self.optimizer.drop_gradients()
         self._routes = []
         return stopped(what, remedy, self.step, self.optimizer.steps)
 
@@ -163,7 +156,8 @@ class Learner(Scorer):
             far_M = positions_M > depth
             rows_M = batch.predict_M[far_M] - depth - 1
             targets_M = batch.targets_M[far_M]
-            logprobs_M, _ = token_logprobs(hidden_NC[rows_M], self.model.head.weight, targets_M)
+            hidden_MC = hidden_NC[rows_M]
+            logprobs_M, _ = token_logprobs(hidden_MC, self.model.head.weight, targets_M, ops=self.model.ops)
             losses.append(-logprobs_M.sum() / batch.tokens)
             next_N = next_N.roll(-1).masked_fill(ends_N, 0)
         return torch.stack(losses).mean()

@@ -6,14 +6,16 @@ Dimensions: X matrices · R rows of a matrix · C columns of a matrix."""
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..config.parts import Optimizer as Settings
 from ..model.decoder import Decoder
+from ..model.ops.plain import HALF
 
 Pair = tuple[Tensor, Tensor]  # a matrix and the direction of its update
 
@@ -119,10 +121,9 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
     )
 
 
-def _trained(model: nn.Module, adapters: Mapping[str, nn.Parameter] | None) -> dict[str, nn.Parameter]:
-    """Return the parameters to update, by name: those of the model that are not frozen, and the adapters."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {**own, **(adapters or {})}
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Masters:
@@ -131,30 +132,46 @@ class Masters:
     The gradients of a single micro-batch stay with the weights, in 16 bits, until the update. From the second
     micro-batch on, gradients are summed in float32: as soon as a backward pass has the whole gradient of a
     parameter, it is added to that of its copy and dropped. `release` rounds the copies into the weights, in
-    place.
+    place. The weights refer to their copies weakly, so that masters that are dropped free their memory.
     """
 
     def __init__(self, model: nn.Module):
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = _learned(model)
         self.copies = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
-        self.summing = False
+        self.micro_batches = 0
+        masters = weakref.ref(self)
         for name, weight in self.weights.items():
-            weight.register_post_accumulate_grad_hook(self._hook(self.copies[name]))
+            weight.register_post_accumulate_grad_hook(_summing_hook(masters, name))
 
-    def _hook(self, copy: nn.Parameter) -> Callable[[Tensor], None]:
-        """Return a function that adds a weight's new gradient to that of its copy, where these are summed."""
+    def begin_micro_batch(self) -> None:
+        """Say that a backward pass comes: its gradients are added to those of earlier ones in float32."""
+        self.micro_batches += 1
+        if self.micro_batches == 2:
+            self.collect()
 
-        def add(weight: Tensor) -> None:
-            if self.summing:
-                _move_gradient(weight, copy)
+    def collect(self) -> None:
+        """Move the gradients of all weights to the copies."""
+        for name in self.weights:
+            self.move_gradient(name)
 
-        return add
+    @torch.no_grad()
+    def move_gradient(self, name: str) -> None:
+        """Add the gradient of a weight to that of its copy in float32, and drop it."""
+        weight = self.weights[name]
+        copy = self.copies[name]
+        if weight.grad is None:
+            return
+        if copy.grad is None:
+            copy.grad = weight.grad.float()
+        else:
+            copy.grad += weight.grad
+        weight.grad = None
 
-    def collect(self, more: bool) -> None:
-        """Move the gradients of the weights to the copies; with `more`, those of the next passes as well."""
-        for name, weight in self.weights.items():
-            _move_gradient(weight, self.copies[name])
-        self.summing = more
+    def drop_gradients(self) -> None:
+        """Drop all gradients since the last update."""
+        for parameter in (*self.weights.values(), *self.copies.values()):
+            parameter.grad = None
+        self.micro_batches = 0
 
     @torch.no_grad()
     def load(self, copies: dict[str, Tensor]) -> None:
@@ -166,17 +183,18 @@ class Masters:
     def release(self) -> None:
         """Round the copies into the model's weights."""
         torch._foreach_copy_(list(self.weights.values()), list(self.copies.values()))
+        self.micro_batches = 0
 
 
-def _move_gradient(weight: Tensor, copy: Tensor) -> None:
-    """Add the gradient of a weight to that of its copy in float32, and drop it."""
-    if weight.grad is None:
-        return
-    if copy.grad is None:
-        copy.grad = weight.grad.float()
-    else:
-        copy.grad += weight.grad
-    weight.grad = None
+def _summing_hook(masters: weakref.ref[Masters], name: str) -> Callable[[Tensor], None]:
+    """Return a function that adds a weight's new gradient to that of its copy, where these are summed."""
+
+    def add(weight: Tensor) -> None:
+        alive = masters()
+        if alive is not None and alive.micro_batches > 1:
+            alive.move_gradient(name)
+
+    return add
 
 
 class Optimizer:
@@ -198,10 +216,11 @@ class Optimizer:
         self.steps = steps
         self.parts: list[torch.optim.Optimizer] = []
         self.rates: list[float] = []  # each part's learning rate, divided by the settings'
-        half = not adapters and model.embed.weight.dtype in (torch.bfloat16, torch.float16)
+        learned = _learned(model)
+        half = bool(learned) and model.embed.weight.dtype in HALF
         self.masters = Masters(model) if half else None
-        named = self.masters.copies if self.masters else _trained(model, adapters)
-        self.parameters = list(named.values())
+        self.adapters = dict(adapters or {})
+        self.named = named = {**(self.masters.copies if self.masters else learned), **self.adapters}
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}
         with_muon = settings.name == "muon" and any(_for_muon(name, p) for name, p in named.items())
@@ -224,6 +243,25 @@ class Optimizer:
             self.parts.append(Muon(matrices, heights, settings.learning_rate, settings.weight_decay))
             self.rates.append(ratio)
 
+    def begin_micro_batch(self) -> None:
+        """Say that a backward pass comes, whose gradients are to be added to those of earlier ones."""
+        if self.masters:
+            self.masters.begin_micro_batch()
+
+    def drop_gradients(self) -> None:
+        """Drop all gradients since the last update."""
+        self.model.zero_grad(set_to_none=True)
+        for adapter in self.adapters.values():
+            adapter.grad = None
+        if self.masters:
+            self.masters.drop_gradients()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the gradient of each parameter that has one."""
+        for name, parameter in self.named.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
     def step(self, step: int) -> float:
         """Clip the gradients, update the parameters, and drop the gradients; return the norm of the
         gradients before clipping.
@@ -231,8 +269,8 @@ class Optimizer:
         `step` is the number of the update, from 0. If the norm is not finite, weights, moments and gradients
         stay as they are."""
         if self.masters:
-            self.masters.collect(more=False)
-        learned = [p for p in self.parameters if p.grad is not None]
+            self.masters.collect()
+        learned = [p for p in self.named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in learned])
         if not math.isfinite(norm):
             return float(norm)
@@ -250,7 +288,9 @@ class Optimizer:
     def state_dict(self) -> list[dict]:
         """Return the states of all optimizers, for an exact resume."""
         states = [part.state_dict() for part in self.parts]
-        return [*states, {"masters": self.masters.copies}] if self.masters else states
+        if self.masters:
+            states.append({"masters": {name: copy.detach() for name, copy in self.masters.copies.items()}})
+        return states
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Restore the states that `state_dict` returned."""

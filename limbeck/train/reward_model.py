@@ -25,7 +25,7 @@ from ..model.lora import LoRA
 from ..text.reasoning_parser import split_thought
 from ..text.tokenizer import Tokenizer
 from ..types import Group, Sample, Score, fingerprint
-from .batch import MICRO_TOKENS, Batch, by_sample, pack
+from .batch import MICRO_TOKENS, Batch, by_sample
 from .learner import Learner
 from .losses import Metrics
 from .pairs import pair_margins
@@ -60,18 +60,19 @@ class _ValueHead:
     def _logprobs(self, hidden_NC: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the values [M], and zeros [M] in the place of the entropies."""
         values_M = self.model.value(hidden_NC[batch.predict_M]).squeeze(1)
+        values_M = values_M.to(torch.promote_types(values_M.dtype, torch.float32))
         return values_M, torch.zeros_like(values_M).detach()
 
     def values(self, samples: Sequence[Sample], batch_tokens: int = MICRO_TOKENS) -> np.ndarray:
         """Return the value of each sample, an array [samples] in the order of the samples. `batch_tokens` is
         the size of a micro-batch in input tokens."""
-        batches = pack(samples, batch_tokens)
+        batches = self.pack(samples, batch_tokens)
         return np.concatenate(by_sample(batches, self.logprobs(batches), len(samples)))
 
 
 def add_value_head(model: Decoder) -> None:
     """Give a decoder a value head with zero weights, so that every response has the value 0 at first."""
-    model.value = nn.Linear(model.config.hidden_size, 1, bias=False)
+    model.value = nn.Linear(model.config.hidden_size, 1, bias=False).to(model.embed.weight)
     nn.init.zeros_(model.value.weight)
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, RouterTrace
-from ..model.ops import PlainOps
-from .batch import Batch
-from .divergence import States, tempered
+from ..model.ops import CPU, Ops
+from ..model.ops.table import Predictions
+from ..types import Sample
+from .batch import Batch, pack
+from .divergence import States
 
 CHUNK = 1 << 22  # logits in memory at once: 16 MiB in float32
 
@@ -28,6 +30,21 @@ class Scorer:
     def __init__(self, model: Decoder):
         self.model = model
         self.mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model lies on."""
+        return self.model.embed.weight.device
+
+    @property
+    def exact(self) -> bool:
+        """True if a sampler with these weights gives a token the same log-probability, up to what float32
+        rounds; False in 16 bits where the order of sums depends on the batch."""
+        return self.model.embed.weight.dtype.itemsize > 2 or self.model.ops.exact
+
+    def pack(self, samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
+        """Pack samples into micro-batches on the model's device (see `batch.pack`)."""
+        return pack(samples, batch_tokens, self.device)
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the log-probability of each predicted token [M], which is differentiable, and the entropy
@@ -72,16 +89,13 @@ def token_logprobs(
     targets_M: Tensor,
     temperature: float = 1.0,
     kept_MK: Tensor | None = None,
-    ops: PlainOps | None = None,
+    ops: Ops = CPU,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden @ head / temperature)[target] and the entropy of the distribution, both [M].
 
     The logits [M, V] are never in memory as a whole. With `kept_MK`, the softmax is over these token ids
-    alone: the distribution that top-p sampling drew from. `ops` are the operations of the model's device, which
-    may compute all this in kernels of their own."""
-    if ops is not None and ops.logits_at_once and kept_MK is None:
-        return _DeviceLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, ops)
-    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK)
+    alone: the distribution that top-p sampling drew from. `ops` are the operations of the model's device."""
+    return _TokenLogprobs.apply(hidden_MC, head_VC, targets_M, temperature, kept_MK, ops)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -89,101 +103,44 @@ class _TokenLogprobs(torch.autograd.Function):
     less memory and more arithmetic than storing them."""
 
     @staticmethod
-    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK):
+    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, kept_MK, ops):
         """Return the log-probabilities [M] and the entropies [M]."""
-        ctx.rows = max(1, CHUNK // len(head_VC))
-        ctx.temperature = temperature
-        saved = [hidden_MC, head_VC, targets_M]
-        if kept_MK is not None:
-            saved.append(kept_MK)
-        ctx.save_for_backward(*saved)
-        logprobs = []
-        entropies = []
-        for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
-            logp_RV = _log_softmax(hidden_RC, head_VC, temperature, kept_RK)
-            logprobs.append(logp_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1))
-            entropies.append(-(logp_RV.exp() * logp_RV.nan_to_num(neginf=0.0)).sum(1))
-        entropy_M = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy_M)
-        return torch.cat(logprobs), entropy_M
-
-    @staticmethod
-    def backward(ctx, grad_M, _):
-        """Return the gradients of the hidden states [M, C] and of the head [V, C]. `grad_M` is the gradient
-        of the log-probabilities; the entropies have none."""
-        hidden_MC, head_VC, targets_M, *rest = ctx.saved_tensors
-        kept_MK = rest[0] if rest else None
-        grad_hidden_MC = torch.empty_like(hidden_MC)
-        grad_head_VC = torch.zeros_like(head_VC) if ctx.needs_input_grad[1] else None
-        begin = 0
-        for hidden_RC, targets_R, kept_RK in _chunks(ctx.rows, hidden_MC, targets_M, kept_MK):
-            end = begin + len(hidden_RC)
-            grad_R1 = grad_M[begin:end].unsqueeze(1)
-            logp_RV = _log_softmax(hidden_RC, head_VC, ctx.temperature, kept_RK)
-            grad_RV = -logp_RV.exp_() * grad_R1
-            grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
-            grad_RV /= ctx.temperature
-            torch.mm(grad_RV, head_VC, out=grad_hidden_MC[begin:end])
-            if grad_head_VC is not None:
-                grad_head_VC.addmm_(grad_RV.T, hidden_RC)
-            begin = end
-        return grad_hidden_MC, grad_head_VC, None, None, None
-
-
-class _DeviceLogprobs(torch.autograd.Function):
-    """The same with the kernels of a device: log-probabilities with the bits of the sampler."""
-
-    @staticmethod
-    def forward(ctx, hidden_MC, head_VC, targets_M, temperature, ops):
-        """Return the log-probabilities [M] and the entropies [M]."""
-        ctx.rows = max(1, ops.logits_at_once // len(head_VC))
         ctx.settings = temperature, ops
-        chunks = _chunks(ctx.rows, hidden_MC, targets_M, None)
-        scores = [ops.score(hidden_RC, head_VC, targets_R, temperature) for hidden_RC, targets_R, _ in chunks]
-        logprob_M, entropy_M, logsum_M = map(torch.cat, zip(*scores, strict=True))
-        ctx.save_for_backward(hidden_MC, head_VC, targets_M, logsum_M)
+        chunks = _chunks(ops, hidden_MC, head_VC, targets_M, temperature, kept_MK)
+        scores = [ops.score(predictions) for _, predictions in chunks]
+        logprob_M, entropy_M, needed_M = map(torch.cat, zip(*scores, strict=True))
+        ctx.save_for_backward(hidden_MC, head_VC, targets_M, kept_MK, needed_M)
         ctx.mark_non_differentiable(entropy_M)
         return logprob_M, entropy_M
 
     @staticmethod
     def backward(ctx, grad_M, _):
-        """Return the gradients of the hidden states [M, C] and of the head [V, C]."""
-        hidden_MC, head_VC, targets_M, logsum_M = ctx.saved_tensors
+        """Return the gradients of the hidden states [M, C] and of the head [V, C]. `grad_M` is the gradient
+        of the log-probabilities; the entropies have none. The head's gradient is summed in float32 at
+        least."""
+        hidden_MC, head_VC, targets_M, kept_MK, needed_M = ctx.saved_tensors
         temperature, ops = ctx.settings
         grad_hidden_MC = torch.empty_like(hidden_MC)
-        grad_head_VC = torch.zeros_like(head_VC, dtype=torch.float32)
-        for begin in range(0, max(1, len(hidden_MC)), ctx.rows):
-            part = slice(begin, begin + ctx.rows)
-            ops.score_backward(
-                grad_M[part],
-                hidden_MC[part],
-                head_VC,
-                targets_M[part],
-                logsum_M[part],
-                temperature,
-                grad_hidden_MC[part],
-                grad_head_VC,
-            )
-        return grad_hidden_MC, grad_head_VC.to(head_VC.dtype), None, None, None
-
-
-def _log_softmax(hidden_RC: Tensor, head_VC: Tensor, temperature: float, kept_RK: Tensor | None) -> Tensor:
-    """Return the log-probabilities of a chunk [R, V]; those of ids that are not in `kept_RK` are minus
-    infinity."""
-    logits_RV = tempered(hidden_RC, head_VC, temperature)
-    if kept_RK is not None:
-        outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
-        # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
-        outside_RV[:, 0] = ~(kept_RK == 0).any(1)
-        logits_RV.masked_fill_(outside_RV, float("-inf"))
-    return torch.log_softmax(logits_RV, -1)
+        precision = torch.promote_types(head_VC.dtype, torch.float32)
+        learns_head = ctx.needs_input_grad[1]
+        grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns_head else None
+        for part, predictions in _chunks(ops, hidden_MC, head_VC, targets_M, temperature, kept_MK):
+            grad_hidden_MC[part] = ops.score_backward(predictions, grad_M[part], needed_M[part], grad_head_VC)
+        by_head_VC = grad_head_VC.to(head_VC.dtype) if learns_head else None
+        return grad_hidden_MC, by_head_VC, None, None, None, None
 
 
 def _chunks(
-    rows: int, hidden_MC: Tensor, targets_M: Tensor, kept_MK: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield the predictions in chunks of `rows`: hidden states [R, C], targets [R], and the kept token ids
-    [R, K] or None."""
+    ops: Ops,
+    hidden_MC: Tensor,
+    head_VC: Tensor,
+    targets_M: Tensor,
+    temperature: float,
+    kept_MK: Tensor | None,
+) -> Iterator[tuple[slice, Predictions]]:
+    """Yield the predictions in chunks of so many logits as the device has in memory at once."""
+    rows = max(1, (ops.logits_at_once or CHUNK) // len(head_VC))
     for begin in range(0, max(1, len(hidden_MC)), rows):
         part = slice(begin, begin + rows)
-        yield hidden_MC[part], targets_M[part], None if kept_MK is None else kept_MK[part]
+        kept_RK = None if kept_MK is None else kept_MK[part]
+        yield part, Predictions(hidden_MC[part], head_VC, targets_M[part], temperature, kept_RK)

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..run_log import RunLog
 from ..types import Sample, generator
-from .batch import pack
 from .checkpoint import Checkpoint
 from .learner import Learner
 from .losses import CrossEntropy, Loss
@@ -65,7 +64,7 @@ class SFTTrainer:
             step = self.learner.step
             batch = [self.samples[i] for i in self.plan[step]]
             tokens = sum(len(sample.tokens) for sample in batch)
-            metrics = self.learner.update(pack(batch, self.micro_tokens), self.loss)
+            metrics = self.learner.update(self.learner.pack(batch, self.micro_tokens), self.loss)
             if step % self.log_every == 0 or step == len(self.plan) - 1:
                 logged = {name: value for name, value in metrics.items() if name not in self.unlogged}
                 log.step(step, logged, tokens=tokens)

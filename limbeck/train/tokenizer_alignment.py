@@ -17,7 +17,7 @@ import numpy as np
 
 from ..text.tokenizer import Tokenizer
 from ..types import Sample
-from .batch import by_sample, pack
+from .batch import by_sample
 from .scorer import Scorer
 
 
@@ -86,7 +86,7 @@ def aligned(
         prompt = tokenizer.prompt(question)
         rewritten.append(Sample(np.concatenate([prompt, ids_M]), len(prompt)))
         spans.append((spans_of(ends_T, common_J), spans_of(ends_M, common_J), len(common_J)))
-    batches = pack(rewritten, batch_tokens)
+    batches = teacher.pack(rewritten, batch_tokens)
     logprobs = by_sample(batches, teacher.logprobs(batches), len(rewritten))
     with_spans = []
     for sample, (spans_T, spans_M, count), logprobs_M in zip(samples, spans, logprobs, strict=True):

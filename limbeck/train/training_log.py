@@ -36,14 +36,20 @@ class TrainingLog:
         return self.flops >= self.budget
 
     def step(
-        self, step: int, metrics: Mapping[str, Any], groups: Sequence[Group], learned: Sequence[Group]
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        groups: Sequence[Group],
+        learned: Sequence[Group],
+        weights: str = "",
     ) -> None:
         """Write one step: its metrics, which include its `flops`; at some steps one of the sampled `groups`;
-        and the ids of the problems of the groups `learned`, from which the step learned."""
+        and the ids of the problems of the groups `learned`, from which the step learned. `weights` is the
+        checksum of the weights that sampled."""
         self.flops += metrics["flops"]
         shown = step % self.settings.log_every == 0 or step == self.settings.steps - 1
         problems = [group.problem.id for group in learned]
-        self.run_log.step(step, dict(metrics), list(groups[:1]) if shown else [], problems)
+        self.run_log.step(step, dict(metrics), list(groups[:1]) if shown else [], problems, 0, weights)
 
     def sync(self) -> None:
         """Force the run log to disk."""

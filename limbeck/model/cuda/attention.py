@@ -1,10 +1,11 @@
-"""Attention to keys and values in blocks. N new tokens · B rows · H heads · K key heads · D head size · S segments.
+"""Attention to keys and values in blocks.
 
-A row is one sequence. Its keys are read in blocks of `BLOCK` positions, counted from the row's first token, and
-a run of `SEGMENT` blocks is a segment. Each segment is summed by itself, and the segments are merged in order.
-One kernel walks all segments of a few neighbouring queries (prefill, learning); another computes the segments
-of single queries side by side, and a third merges them (decoding). All three share the functions below, so a
-token's result has the same bits in each, whatever is computed beside it.
+A row is one sequence. Its keys are read in blocks of `BLOCK` positions, counted from the row's first token,
+and a run of `SEGMENT` blocks is a segment. Each segment is summed by itself, and the segments are merged in
+order. One kernel walks all segments of a few neighbouring queries (prefill, learning); another computes the
+segments of single queries side by side, and a third merges them (decoding). All three share the functions
+below, so a token's result has the same bits in each, whatever is computed beside it. N new tokens · B rows ·
+H heads · K key heads · D head size.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.plain import BLOCK
+from ..ops.table import BLOCK, Pool, Rows
+from .card import stages
 
 SEGMENT = 4  # blocks
+HEADS = 4  # heads whose segments one program merges
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -25,7 +28,7 @@ def _segment(
     q, position, k_ptr, v_ptr, table_ptr, first, last, length, scale, window, token_stride, d, inside_d,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum one segment, the blocks `first` to `last`: the maximum, the sum of weights, and the mixed values."""
+    """Sum one segment, the blocks `first` to `last`: the maximum, the weights' sum, the mixed values."""
     place = tl.arange(0, BLOCK)
     ones = tl.full((BLOCK, 16), 1.0, q.dtype)
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -127,9 +130,8 @@ def _attend_segments(
     blocks = tl.cdiv(length, BLOCK)
     if segment * SEGMENT >= blocks:
         return
-    if window > 0:
-        if (segment + 1) * SEGMENT * BLOCK <= length - window:
-            return
+    if window > 0 and (segment + 1) * SEGMENT * BLOCK <= length - window:
+        return
     m = tl.arange(0, BLOCK_M)
     head = kv * G + m
     real = m < G
@@ -179,58 +181,102 @@ def _merge_segments(
 
 
 def attend(
-    q_NHD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    scale: float,
-    longest: int,
-    window: int = 0,
-    block_m: int = 0,
+    q_NHD: Tensor, pool: Pool, rows: Rows, scale: float, window: int = 0, tile: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Return the mixed values [N, H, D] and the log of the sums of exponentials [N, H] of many queries.
+    """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H] of many queries.
 
-    `keys`, `values` are [tokens, K, D]; `table` [B, blocks] has the index of the first token of each block of a
-    row, all int32. The new tokens of row b are `starts[b]:starts[b + 1]`, the last of its `lengths[b]` tokens.
-    `longest` is the highest number of new tokens of a row.
+    `tile` is the number of queries, of all query heads of a key head, that one program computes.
     """
-    _, heads, width = q_NHD.shape
+    heads, width = q_NHD.shape[1:]
+    keys, values = pool
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    block_m = block_m or max(64, triton.next_power_of_2(group))
+    tile = max(tile, triton.next_power_of_2(group))
     out = torch.empty_like(q_NHD)
     lse = q_NHD.new_empty(q_NHD.shape[:2], dtype=torch.float32)
-    grid = (len(lengths), kv_heads, triton.cdiv(longest, block_m // group))
+    grid = (len(rows.lengths), kv_heads, triton.cdiv(rows.longest, tile // group))
     _attend[grid](
-        q_NHD, keys, values, table, starts, lengths, out, lse, scale * LOG2E.value, keys.stride(0),
-        keys.stride(1), table.stride(0), window, H=heads, K=kv_heads, D=width,
-        BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK=BLOCK, SEGMENT=SEGMENT, BLOCK_M=block_m,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+        q_NHD,
+        keys,
+        values,
+        rows.table,
+        rows.starts,
+        rows.lengths,
+        out,
+        lse,
+        scale * LOG2E.value,
+        keys.stride(0),
+        keys.stride(1),
+        rows.table.stride(0),
+        window,
+        H=heads,
+        K=kv_heads,
+        D=width,
+        BLOCK_D=_padded(width),
+        BLOCK=BLOCK,
+        SEGMENT=SEGMENT,
+        BLOCK_M=tile,
+        num_warps=4,
+        num_stages=stages(3, 2 * BLOCK * _padded(width) * q_NHD.element_size(), q_NHD.device),
+    )
     return out, lse
 
 
 def attend_one(
-    q_BHD: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, scale: float, window: int = 0
+    q_BHD: Tensor, pool: Pool, table: Tensor, lengths: Tensor, scale: float, window: int = 0
 ) -> Tensor:
-    """Return the mixed values [B, H, D] of one query a row, its last token; arguments as in `attend`."""
-    rows, heads, width = q_BHD.shape
+    """Return the mixed values [B, H, D] of one query a row, its last token; see `Ops.attend_one`."""
+    count, heads, width = q_BHD.shape
+    keys, values = pool
     kv_heads = keys.shape[1]
-    block_d = max(16, triton.next_power_of_2(width))
     segments = triton.cdiv(table.shape[1], SEGMENT)
-    best = q_BHD.new_empty(rows, segments, heads, dtype=torch.float32)
+    best = q_BHD.new_empty(count, segments, heads, dtype=torch.float32)
     total = torch.empty_like(best)
-    mixed = q_BHD.new_empty(rows, segments, heads, width, dtype=torch.float32)
+    mixed = q_BHD.new_empty(count, segments, heads, width, dtype=torch.float32)
     out = torch.empty_like(q_BHD)
-    _attend_segments[(rows, kv_heads, segments)](
-        q_BHD, keys, values, table, lengths, best, total, mixed, scale * LOG2E.value, keys.stride(0),
-        keys.stride(1), table.stride(0), window, H=heads, K=kv_heads, D=width, BLOCK_D=block_d, BLOCK=BLOCK,
-        SEGMENT=SEGMENT, BLOCK_M=max(16, triton.next_power_of_2(heads // kv_heads)), num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _merge_segments[(rows, triton.cdiv(heads, 4))](
-        best, total, mixed, lengths, out, segments, window, H=heads, D=width, BLOCK_D=block_d, BLOCK=BLOCK,
-        SEGMENT=SEGMENT, HEADS=4, num_warps=2,
-    )  # fmt: skip
+    _attend_segments[(count, kv_heads, segments)](
+        q_BHD,
+        keys,
+        values,
+        table,
+        lengths,
+        best,
+        total,
+        mixed,
+        scale * LOG2E.value,
+        keys.stride(0),
+        keys.stride(1),
+        table.stride(0),
+        window,
+        H=heads,
+        K=kv_heads,
+        D=width,
+        BLOCK_D=_padded(width),
+        BLOCK=BLOCK,
+        SEGMENT=SEGMENT,
+        BLOCK_M=_padded(heads // kv_heads),
+        num_warps=4,
+        num_stages=stages(3, 2 * BLOCK * _padded(width) * q_BHD.element_size(), q_BHD.device),
+    )
+    _merge_segments[(count, triton.cdiv(heads, HEADS))](
+        best,
+        total,
+        mixed,
+        lengths,
+        out,
+        segments,
+        window,
+        H=heads,
+        D=width,
+        BLOCK_D=_padded(width),
+        BLOCK=BLOCK,
+        SEGMENT=SEGMENT,
+        HEADS=HEADS,
+        num_warps=2,
+    )
     return out
+
+
+def _padded(size: int) -> int:
+    """Return the size of a tile that holds so many values: a power of two, and 16 at least."""
+    return max(16, triton.next_power_of_2(size))

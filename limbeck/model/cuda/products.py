@@ -1,20 +1,28 @@
-"""Matrix products whose order of summation does not depend on the number of rows. M rows · N columns · K inputs.
+"""Matrix products whose order of summation does not depend on the number of rows.
 
-Every element of a result is a sum over K in blocks of `BLOCK_K`, from the first to the last; only the sizes of
-the tiles follow M, and they do not change the bits (`python -m bench.gpu tiles`). A weight with many inputs is
-cut into spans of inputs (`span`): each span is summed by itself and the spans are added in order. With few
-rows the spans are computed side by side, with many one after the other, with the same bits.
+Every element of a result is a sum over K in blocks of `BLOCK_K`, from the first to the last; only the sizes
+of the tiles follow M, and they do not change the bits (`python -m bench.gpu products`). A weight with many
+inputs is cut into spans of inputs (`span`): each span is summed by itself and the spans are added in order.
+With few rows the spans are computed side by side, with many one after the other, with the same bits. M rows ·
+N columns · K inputs.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_K = 64
+from .card import stages
+
+BLOCK_K = 64  # inputs of a block
 SPAN = 1024  # inputs of a span, at least
+MOST_SPANS = 8  # spans of a weight
+WIDTH = 256  # values that `cumulate` sums at once
+HEAD = 1 << 16  # columns from which a weight is an output head
 
 
 @triton.jit(do_not_specialize=["M", "spans"])
@@ -75,7 +83,9 @@ def _linear(
 
 
 @triton.jit
-def _add_spans(parts_ptr, bias_ptr, y_ptr, size, N, SPANS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_spans(
+    parts_ptr, bias_ptr, y_ptr, size, N, SPANS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = tl.zeros((BLOCK,), tl.float32)
@@ -88,31 +98,57 @@ def _add_spans(parts_ptr, bias_ptr, y_ptr, size, N, SPANS: tl.constexpr, HAS_BIA
 
 def span(inputs: int) -> int:
     """Return the inputs of one span of a weight, a multiple of `BLOCK_K`: a function of the weight alone."""
-    spans = max(1, min(8, inputs // SPAN))
+    spans = max(1, min(MOST_SPANS, inputs // SPAN))
     return triton.cdiv(triton.cdiv(inputs, spans), BLOCK_K) * BLOCK_K
 
 
-TUNED: dict[str, tuple[int, int, int, int, int]] = {}
+class Tile(NamedTuple):
+    """The rows and columns that one program computes, its warps, and the stages of its pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
 
 
-def bucket(rows: int) -> int:
-    """Return the number of rows for which a product of so many rows is tuned."""
-    return next((most for most in (1, 16, 32, 64, 128, 256, 512, 2048) if rows <= most), 8192)
-
-
-def tiles(rows: int, columns: int) -> tuple[int, int, int, int]:
-    """Return a tile's rows and columns, its warps, and the stages of its pipeline."""
-    if rows <= 16:
-        return 16, 16 if columns < 4096 else 32, 2, 5
-    if rows <= 32:
-        return 32, 16 if columns < 4096 else 32, 4, 5
+def choose_tile(rows: int, columns: int, inputs: int) -> Tile:
+    """Return the tile of a product, as it was fastest on an H100 for the weights of four models (LOG.md)."""
+    one_span = inputs <= span(inputs)
     if rows <= 64:
-        return 64, 16 if columns < 4096 else 32 if columns < 9216 else 64, 4, 5
+        return _tile_for_few(rows, columns, one_span)
     if rows <= 128:
-        return 64, 32 if columns < 4096 else 64, 4, 5
-    if rows <= 512:
-        return 64, 64, 4, 4
-    return 128, 128, 8, 4
+        return Tile(64, 32 if columns < 4096 else 64, 4, 5)
+    if rows > 512:
+        return Tile(128, 256, 8, 3) if one_span else Tile(128, 128, 8, 4)
+    if columns < 8192 and inputs < 8192:
+        return Tile(64, 64, 4, 4)
+    return Tile(128, 128, 4, 3) if columns > HEAD and one_span else Tile(128, 128, 8, 4)
+
+
+def _tile_for_few(rows: int, columns: int, one_span: bool) -> Tile:
+    """Return the tile of a product of at most 64 rows: the fewer columns, the narrower."""
+    if rows <= 16:
+        return Tile(16, 16 if columns < 4096 or columns > HEAD else 32, 2, 5)
+    if rows <= 32:
+        return Tile(32, 16 if columns < 4096 else 32, 4, 5)
+    width = 16 if columns < 3072 else 32 if columns < 8192 else 64
+    if not one_span:
+        width = min(64, 2 * width)
+    return Tile(64, width, 4, 4 if width == 64 else 5)
+
+
+def _fit(tile: Tile, x_MK: Tensor) -> Tile:
+    """Return the tile with as many stages, and columns, as the card of x [M, K] has shared memory for."""
+    count = stages(tile.stages, (tile.rows + tile.columns) * BLOCK_K * x_MK.element_size(), x_MK.device)
+    if count < 2 and tile.columns > 64:
+        return _fit(tile._replace(columns=tile.columns // 2), x_MK)
+    return tile._replace(stages=count)
+
+
+def _side_by_side(rows: int, programs: int) -> bool:
+    """Return True if the spans of a product are computed by programs of their own, because so many programs
+    of a tile each leave processors idle."""
+    return programs < (160 if rows <= 64 else 66)
 
 
 def linear(
@@ -120,27 +156,28 @@ def linear(
     weight_NK: Tensor,
     bias_N: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: Tile | None = None,
+    beside: bool | None = None,
 ) -> Tensor:
-    """Return x @ weight.T + bias [M, N] in `dtype` (None: that of x), summed in float32."""
+    """Return x @ weight.T + bias [M, N] in `dtype` (None: that of x), summed in float32.
+
+    `tile` and `beside`, which computes the spans side by side, follow the sizes unless they are given; the
+    result does not depend on them.
+    """
     rows, inputs = x_MK.shape
     columns = len(weight_NK)
-    dtype = dtype or x_MK.dtype
-    y_MN = x_MK.new_empty(rows, columns, dtype=dtype)
+    y_MN = x_MK.new_empty(rows, columns, dtype=dtype or x_MK.dtype)
     if not rows:
         return y_MN
     each = span(inputs)
     spans = triton.cdiv(inputs, each)
-    tuned = tile or TUNED.get(f"{bucket(rows)} {columns} {inputs}")
-    if tuned:
-        block_m, block_n, warps, stages, split = tuned
-        beside = bool(split) and spans > 1
-    else:
-        block_m, block_n, warps, stages = tiles(rows, columns)
-        beside = spans > 1 and triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n) < 128
+    tile = _fit(tile or choose_tile(rows, columns, inputs), x_MK)
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    if beside is None:
+        beside = _side_by_side(rows, programs)
+    beside = beside and spans > 1
     out = x_MK.new_empty(spans, rows, columns, dtype=torch.float32) if beside else y_MN
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n), spans if beside else 1)
-    _linear[grid](
+    _linear[(programs, spans if beside else 1)](
         x_MK,
         weight_NK,
         None if beside else bias_N,
@@ -154,18 +191,50 @@ def linear(
         columns,
         rows * columns,
         1 if beside else spans,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
         BLOCK_K=BLOCK_K,
         HAS_BIAS=bias_N is not None and not beside,
         MANY=spans > 1 and not beside,
         GROUP=8,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     if beside:
-        size = rows * columns
-        _add_spans[(triton.cdiv(size, 256),)](
-            out, bias_N, y_MN, size, columns, SPANS=spans, HAS_BIAS=bias_N is not None, BLOCK=256, num_warps=2
-        )
+        _sum_spans(out, bias_N, y_MN)
     return y_MN
+
+
+def _sum_spans(parts: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:
+    """Write the sum of the spans' parts [spans, M, N] and the bias to y [M, N]."""
+    size = y_MN.numel()
+    _add_spans[(triton.cdiv(size, 256),)](
+        parts,
+        bias_N,
+        y_MN,
+        size,
+        y_MN.shape[1],
+        SPANS=len(parts),
+        HAS_BIAS=bias_N is not None,
+        BLOCK=256,
+        num_warps=2,
+    )
+
+
+def cumulate(values_MN: Tensor) -> Tensor:
+    """Return the sums of each row's values up to and with each of them, [M, N], in float32.
+
+    A product with a triangle of ones sums within blocks, another one over the blocks. torch's cumulative sum
+    has no fixed order on a card.
+    """
+    rows, columns = values_MN.shape
+    blocks = triton.cdiv(columns, WIDTH)
+    padded = torch.nn.functional.pad(values_MN.float(), (0, blocks * WIDTH - columns))
+    inside = linear(padded.view(-1, WIDTH), _triangle(WIDTH, 0, values_MN.device)).view(rows, blocks, WIDTH)
+    before = linear(inside[..., -1].contiguous(), _triangle(blocks, -1, values_MN.device))
+    return (inside + before.unsqueeze(-1)).flatten(1)[:, :columns]
+
+
+def _triangle(size: int, diagonal: int, device: torch.device) -> Tensor:
+    """Return a matrix [size, size] of ones up to a diagonal and zeros above it."""
+    return torch.ones(size, size, device=device).tril(diagonal)

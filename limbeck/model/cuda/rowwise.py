@@ -1,4 +1,7 @@
-"""Operations on single rows: norms, rotation, SwiGLU. N tokens · C hidden size · H heads · D head size · I inner."""
+"""Operations on single rows: norms, rotation, SwiGLU.
+
+N tokens · C hidden size · H heads · K key heads · D head size · I intermediate size.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.table import Pool
+
+WIDE = 2048  # values of a row from which four warps are too few
+PARTS = 1024  # programs of a backward pass, each of which sums the weight's gradient over neighbouring rows
+
 
 @triton.jit
-def _norm(x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width
@@ -24,19 +34,39 @@ def _norm(x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, width, eps, ADD: tl.c
     tl.store(y_ptr + row * width + at, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def norm(x_NC: Tensor, weight_C: Tensor, eps: float, residual_NC: Tensor | None = None):
-    """Return RMSNorm(x [+ residual]) [N, C]; with a residual, also the sum."""
-    width = x_NC.shape[-1]
-    rows = x_NC.numel() // width
-    y_NC = torch.empty_like(x_NC)
-    sum_NC = y_NC if residual_NC is None else torch.empty_like(x_NC)
+def norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """Return RMSNorm of x [..., C]."""
+    y = torch.empty_like(x)
+    _launch_norm(x, None, weight_C, eps, y, y)
+    return y
+
+
+def add_norm(x: Tensor, more: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + more and its RMSNorm, both [..., C]."""
+    total = torch.empty_like(x)
+    y = torch.empty_like(x)
+    _launch_norm(x, more, weight_C, eps, total, y)
+    return total, y
+
+
+def _launch_norm(
+    x: Tensor, more: Tensor | None, weight_C: Tensor, eps: float, total: Tensor, y: Tensor
+) -> None:
+    """Write x + more to `total`, if `more` is given, and the norm to `y`, all [..., C]."""
+    width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    warps = 4 if block <= 2048 else 8
-    _norm[(rows,)](
-        x_NC, residual_NC, weight_C, sum_NC, y_NC, width, eps,
-        ADD=residual_NC is not None, BLOCK=block, num_warps=warps,
+    _norm[(x.numel() // width,)](
+        x,
+        more,
+        weight_C,
+        total,
+        y,
+        width,
+        eps,
+        ADD=more is not None,
+        BLOCK=block,
+        num_warps=4 if block <= WIDE else 8,
     )
-    return y_NC if residual_NC is None else (y_NC, sum_NC)
 
 
 @triton.jit
@@ -51,7 +81,7 @@ def _norm_backward(
     by_weight = tl.zeros((BLOCK,), tl.float32)
     each = tl.cdiv(rows, tl.num_programs(0))
     first = part.to(tl.int64) * each
-    for row in range(0, tl.minimum(each, rows - part * each)):
+    for row in range(tl.minimum(each, rows - part * each)):
         place = (first + row) * width + at
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -66,9 +96,6 @@ def _norm_backward(
     tl.store(parts_ptr + part.to(tl.int64) * width + at, by_weight, mask=mask)
 
 
-PARTS = 1024  # programs of a backward pass, each of which sums the weight's gradient over neighbouring rows
-
-
 def norm_backward(
     grad: Tensor, x: Tensor, weight_C: Tensor, eps: float, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +108,7 @@ def norm_backward(
     block = triton.next_power_of_2(width)
     _norm_backward[(count,)](
         grad, more, x, weight_C, by_x, parts, rows, width, eps, ADD=more is not None, BLOCK=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=4 if block <= WIDE else 8,
     )  # fmt: skip
     return by_x, parts.sum(0).to(weight_C.dtype)
 
@@ -124,7 +151,9 @@ def swiglu_backward(grad_NI: Tensor, both_NI: Tensor) -> Tensor:
     """Return the gradient of SwiGLU by gate and up, side by side [N, 2 I]."""
     by_NI = torch.empty_like(both_NI)
     rows, width = grad_NI.shape
-    _swiglu_backward[(rows, triton.cdiv(width, 1024))](grad_NI, both_NI, by_NI, width, BLOCK=1024, num_warps=4)
+    _swiglu_backward[(rows, triton.cdiv(width, 1024))](
+        grad_NI, both_NI, by_NI, width, BLOCK=1024, num_warps=4
+    )
     return by_NI
 
 
@@ -174,8 +203,9 @@ def _store(
     tl.store(values_ptr + slot * size + at, tl.load(v_ptr + token * v_stride + at, mask=mask), mask=mask)
 
 
-def store(k_NKD: Tensor, v_NKD: Tensor, slots_N: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Write the keys and values of new tokens [N, K, D] to the places `slots_N` of a cache [tokens, K, D]."""
+def store(k_NKD: Tensor, v_NKD: Tensor, slots_N: Tensor, pool: Pool) -> None:
+    """Write the keys and values of new tokens [N, K, D] to the places `slots_N` of a pool."""
+    keys, values = pool
     size = k_NKD.shape[1] * k_NKD.shape[2]
     _store[(len(k_NKD),)](
         k_NKD, v_NKD, slots_N, keys, values, k_NKD.stride(0), v_NKD.stride(0), size,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_V = 2048
+BLOCK_V = 2048  # logits of a block
 
 
 @triton.jit
@@ -56,7 +56,8 @@ def _draw(
     else:
         threshold = tl.load(uniform_ptr + row) * total
         rising = tl.cumsum(sums, 0)
-        chosen = tl.minimum(tl.sum((rising <= threshold).to(tl.int32), 0), blocks - 1)
+        last = tl.max(tl.where(sums > 0, spot, 0), 0)  # of the blocks that are not excluded
+        chosen = tl.minimum(tl.sum((rising <= threshold).to(tl.int32), 0), last)
         begin = tl.sum(tl.where(spot == chosen - 1, rising, 0.0), 0)
     where = chosen * BLOCK + at
     logits = tl.load(logits_ptr + where, mask=where < vocabulary, other=float("-inf")).to(tl.float32)
@@ -76,7 +77,15 @@ def _draw(
 
 @triton.jit
 def _logprob(
-    logits_ptr, best_ptr, sums_ptr, tokens_ptr, logprobs_ptr, vocabulary, blocks, temperature, BLOCKS: tl.constexpr
+    logits_ptr,
+    best_ptr,
+    sums_ptr,
+    tokens_ptr,
+    logprobs_ptr,
+    vocabulary,
+    blocks,
+    temperature,
+    BLOCKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     best, _, total = _totals(best_ptr, sums_ptr, row, blocks, BLOCKS)
@@ -134,7 +143,7 @@ def _score_sums(logits_ptr, best_ptr, sums_ptr, weighted_ptr, vocabulary, temper
     place = row * tl.num_programs(1) + block
     tl.store(best_ptr + place, best)
     tl.store(sums_ptr + place, tl.sum(likely, 0))
-    tl.store(weighted_ptr + place, tl.sum(tl.where(inside, likely * logits, 0.0), 0))
+    tl.store(weighted_ptr + place, tl.sum(tl.where(likely > 0, likely * logits, 0.0), 0))
 
 
 @triton.jit
@@ -155,12 +164,14 @@ def _score(
 
 
 def score(logits_RV: Tensor, targets_R: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the targets' log-probabilities, the entropies, and the logs of the sums of exponentials, all [R]."""
+    """Return the targets' log-probabilities, the entropies, and the logs of the exponentials' sums, [R]."""
     rows, vocabulary = logits_RV.shape
     best = logits_RV.new_empty(rows, triton.cdiv(vocabulary, BLOCK_V), dtype=torch.float32)
     sums = torch.empty_like(best)
     weighted = torch.empty_like(best)
-    _score_sums[best.shape](logits_RV, best, sums, weighted, vocabulary, temperature, BLOCK=BLOCK_V, num_warps=4)
+    _score_sums[best.shape](
+        logits_RV, best, sums, weighted, vocabulary, temperature, BLOCK=BLOCK_V, num_warps=4
+    )
     logprobs_R, entropies_R, logsum_R = logits_RV.new_empty(3, rows, dtype=torch.float32)
     blocks = best.shape[1]
     _score[(rows,)](
@@ -185,9 +196,14 @@ def _score_backward(
 
 
 def score_backward(
-    logits_RV: Tensor, targets_R: Tensor, grad_R: Tensor, logsum_R: Tensor, temperature: float, dtype: torch.dtype
+    logits_RV: Tensor,
+    targets_R: Tensor,
+    grad_R: Tensor,
+    logsum_R: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return the gradient by the logits [R, V], in `dtype`, of log-probabilities with the gradient `grad_R`."""
+    """Return the gradient by the logits [R, V], in `dtype`; `grad_R` is that by the log-probabilities."""
     rows, vocabulary = logits_RV.shape
     by_RV = torch.empty(rows, vocabulary, dtype=dtype, device=logits_RV.device)
     _score_backward[(rows, triton.cdiv(vocabulary, BLOCK_V))](

@@ -49,19 +49,19 @@ def norm(rows: int, width: int) -> Work:
 
 def swiglu(rows: int, width: int) -> Work:
     """SwiGLU of `rows` vectors of twice `width`."""
-    from ..ffn import swiglu
+    from ..ops import CPU
 
-    return _backward(swiglu, torch.randn(rows, 2 * width))
+    return _backward(CPU.swiglu, torch.randn(rows, 2 * width))
 
 
 def rotate(rows: int, heads: int, width: int) -> Work:
     """Rotary positions of `rows` tokens."""
-    from ..attention import rotate
+    from ..ops import CPU
 
     angle = torch.randn(rows, 1, width // 2)
     cos = torch.cat([angle.cos(), angle.cos()], -1)
     sin = torch.cat([-angle.sin(), angle.sin()], -1)
-    return _backward(lambda x: rotate(x, (cos, sin)), torch.randn(rows, heads, width))
+    return _backward(lambda x: CPU.rotate(x, (cos, sin)), torch.randn(rows, heads, width))
 
 
 def attention(sequences: int, length: int, heads: int, width: int) -> Work:
@@ -91,7 +91,7 @@ def branches(prompts: int, prompt: int, each: int, length: int, heads: int, widt
 
 def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> Work:
     """A mixture of experts without shared ones."""
-    from ..ffn import mix_experts
+    from ..ops import CPU
 
     chosen = torch.rand(tokens, experts).topk(top_k).indices
     inputs = (
@@ -103,7 +103,7 @@ def mixture(tokens: int, experts: int, top_k: int, hidden: int, width: int) -> W
 
     def module(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
         """x [N, C] through the experts, [N, C]."""
-        return mix_experts(x, gate_up, down, chosen, weights)
+        return CPU.mix_experts(x, gate_up, down, chosen, weights)
 
     return _backward(module, *inputs)
 

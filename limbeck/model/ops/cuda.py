@@ -7,21 +7,30 @@ kernel. N tokens · C hidden size · O outputs · H heads · K key/value heads �
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..cuda import attention, products, rowwise, sampling
-from .plain import PlainOps, Rope
+from .plain import PlainOps, exclude
+from .table import Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
-    from ..context import Layer
+    from ..context import Layer, Sequences
     from ..paged import AttentionPlan
 
 
 class CUDAOps(PlainOps):
-    """The operations on an NVIDIA card."""
+    """The operations on an NVIDIA card. Methods are described in `Ops`."""
+
+    logits_at_once = 1 << 26  # 256 MiB in float32
+    prefill_tokens = 1 << 15
+    has_latents = False
+    has_experts = False
+
+    exact = True
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return RMSNorm of x [..., C]."""
@@ -47,76 +56,84 @@ class CUDAOps(PlainOps):
         """Return the logits [N, V] without a gradient, in float32."""
         return products.linear(x_NC, head_VC, dtype=torch.float32)
 
+    def attend(
+        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
+    ) -> Tensor:
+        """Return causal attention within whole sequences, [N, H, D]."""
+        return _Attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, self._attention)
+
+    def _attention(
+        self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
+        return attention.attend(q_NHD, pool, plan.rows, layer.scale, layer.window)
+
+    def store(self, k_NKD: Tensor, v_NKD: Tensor | None, slots_N: Tensor, pool: Pool) -> None:
+        """Write the keys and values of new tokens to the places `slots_N` of a pool."""
+        rowwise.store(k_NKD, v_NKD, slots_N, pool)
+
+    def attend_one(self, layer: Layer, q_BHD: Tensor, pool: Pool, table: Tensor, lengths: Tensor) -> Tensor:
+        """Return the attention of one query a row to the row's keys, [B, H, D]."""
+        return attention.attend_one(q_BHD.contiguous(), pool, table, lengths, layer.scale, layer.window)
+
+    def attend_rows(self, layer: Layer, q_NHD: Tensor, pool: Pool, rows: Rows) -> Tensor:
+        """Return the attention of new tokens to the keys of their rows, [N, H, D]."""
+        return attention.attend(q_NHD.contiguous(), pool, rows, layer.scale, layer.window)[0]
+
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return a token for each row and its log-probability, both [B]."""
         return sampling.draw(logits_BV, uniform_B, temperature)
 
-    logits_at_once = 1 << 26  # 256 MiB in float32
+    def logprob(self, logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+        """Return the log-probabilities of given tokens [B]."""
+        return sampling.logprob(logits_BV, tokens_B, temperature or 1.0)
 
-    def score(
-        self, hidden_RC: Tensor, head_VC: Tensor, targets_R: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the targets' log-probabilities, with the bits of `draw`, the entropies, and what
-        `score_backward` needs, all [R]."""
-        return sampling.score(self.logits(hidden_RC, head_VC), targets_R, temperature)
+    def cumulate(self, values_BV: Tensor) -> Tensor:
+        """Return the cumulative sums of each row, [B, V], by products, whose order of summation is fixed."""
+        return products.cumulate(values_BV)
+
+    def score(self, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities with the bits of `draw`, entropies, and logs of the sums of exponentials,
+        all [R]."""
+        return sampling.score(self._kept(predictions), predictions.targets_R, predictions.temperature)
 
     def score_backward(
-        self,
-        grad_R: Tensor,
-        hidden_RC: Tensor,
-        head_VC: Tensor,
-        targets_R: Tensor,
-        logsum_R: Tensor,
-        temperature: float,
-        by_hidden_RC: Tensor,
-        by_head_VC: Tensor,
-    ) -> None:
-        """Write the gradient by the hidden states, and add the gradient by the head to `by_head_VC`."""
-        logits_RV = self.logits(hidden_RC, head_VC)
-        grad_RV = sampling.score_backward(logits_RV, targets_R, grad_R, logsum_R, temperature, head_VC.dtype)
-        torch.mm(grad_RV, head_VC, out=by_hidden_RC)
-        by_head_VC.add_(torch.mm(grad_RV.T, hidden_RC, out_dtype=torch.float32))
-
-    def attend(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, plan: AttentionPlan) -> Tensor:
-        """Return causal attention over the sequences of a plan, [N, H, D]."""
-        return _Attend.apply(q_NHD, k_NKD, v_NKD, plan, layer, self._attention)
-
-    def _attention(
-        self, layer: Layer, q_NHD: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
-        return attention.attend(
-            q_NHD, keys, values, plan.table, plan.starts, plan.lengths, layer.scale, plan.longest_query, layer.window
-        )
-
-    def store(self, k_NKD: Tensor, v_NKD: Tensor, slots_N: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write the keys and values of new tokens to the places `slots_N` of a pool [tokens, K, D]."""
-        rowwise.store(k_NKD, v_NKD, slots_N, keys, values)
-
-    def attend_one(
-        self, layer: Layer, q_BHD: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor
+        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor | None
     ) -> Tensor:
-        """Return the attention of one query a row, its last token, to the row's keys, [B, H, D]."""
-        return attention.attend_one(
-            q_BHD.contiguous(), keys, values, table, lengths, layer.scale, layer.window
+        """Return the gradient by the hidden states [R, C], and add that by the head to `by_head_VC`."""
+        hidden_RC, head_VC, targets_R, temperature, _ = predictions
+        by_RV = sampling.score_backward(
+            self._kept(predictions), targets_R, grad_R, needed_R, temperature, head_VC.dtype
         )
+        if by_head_VC is None:
+            return torch.mm(by_RV, head_VC)
+        if by_RV.dtype == by_head_VC.dtype:
+            by_head_VC.addmm_(by_RV.T, hidden_RC)
+        else:
+            by_head_VC.add_(torch.mm(by_RV.T, hidden_RC, out_dtype=by_head_VC.dtype))
+        return torch.mm(by_RV, head_VC)
 
-    def attend_rows(
-        self,
-        layer: Layer,
-        q_NHD: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        table: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        longest: int,
-    ) -> Tensor:
-        """Return the attention of new tokens to the keys of their rows, [N, H, D]."""
-        out, _ = attention.attend(
-            q_NHD.contiguous(), keys, values, table, starts, lengths, layer.scale, longest, layer.window
-        )
-        return out
+    def _kept(self, predictions: Predictions) -> Tensor:
+        """Return the logits [R, V]; those of ids that sampling excluded are minus infinity."""
+        logits_RV = self.logits(predictions.hidden_RC, predictions.head_VC)
+        return logits_RV if predictions.kept_RK is None else exclude(logits_RV, predictions.kept_RK)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return the replay of a CUDA graph of the step."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # compile its kernels
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def free_bytes(self, device: torch.device) -> int | None:
+        """Return the bytes that the card has free, and those that torch holds for later."""
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class FastCUDAOps(CUDAOps):
@@ -125,34 +142,41 @@ class FastCUDAOps(CUDAOps):
     Their order of summation depends on the batch, so sampler and learner agree only within rounding.
     """
 
+    exact = False
+
     def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias [N, O]."""
         return torch.nn.functional.linear(x_NC, weight_OC, bias_O)
 
     def logits(self, x_NC: Tensor, head_VC: Tensor) -> Tensor:
         """Return the logits [N, V] without a gradient, in float32."""
+        if x_NC.dtype == torch.float32:
+            return torch.mm(x_NC, head_VC.T)
         return torch.mm(x_NC, head_VC.T, out_dtype=torch.float32)
 
     def _attention(
-        self, layer: Layer, q_NHD: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
+        self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q_NHD,
-            keys,
-            values,
-            plan.starts,
+            *pool,
+            plan.rows.starts,
             plan.key_starts,
-            plan.longest_query,
+            plan.rows.longest,
             plan.longest_key,
             0.0,
             True,
             False,
-            scale=layer.scale,
-            window_size_left=layer.window - 1 if layer.window else -1,
-            window_size_right=0,
+            **_flash(layer),
         )
         return out, lse.T
+
+
+def _flash(layer: Layer) -> dict[str, float]:
+    """Return what torch's flash attention has to know of a layer."""
+    left = layer.window - 1 if layer.window else -1
+    return {"scale": layer.scale, "window_size_left": left, "window_size_right": 0}
 
 
 class _Norm(torch.autograd.Function):
@@ -178,7 +202,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
         """Return x + delta and its norm, both [N, C]."""
-        y, total = rowwise.norm(delta.contiguous(), weight, eps, x.contiguous())
+        total, y = rowwise.add_norm(delta.contiguous(), x.contiguous(), weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, y
@@ -247,14 +271,19 @@ class _Attend(torch.autograd.Function):
     """Causal attention over the sequences of a plan."""
 
     @staticmethod
-    def forward(ctx, q, k, v, plan, layer, attend):
+    def forward(ctx, q, k, v, layer, sequences, attend):
         """Return the mixed values [N, H, D]."""
+        plan = sequences.plan
         q = q.contiguous()
-        keys, values = plan.keys(k), plan.keys(v)
-        kept = plan.results.pop(layer.slot, None) if plan.results is not None else None
-        out, lse = kept or attend(layer, q, keys, values, plan)
-        if plan.results is not None and kept is None:
-            plan.results[layer.slot] = out, lse
+        keys = plan.keys(k)
+        values = plan.keys(v)
+        kept = sequences.kept
+        if kept:
+            out, lse = kept.pop()
+        else:
+            out, lse = attend(layer, q, (keys, values), plan)
+            if kept is not None:
+                kept.append((out.detach(), lse))  # `out` itself would keep its graph alive
         ctx.save_for_backward(q, keys, values, out, lse)
         ctx.settings = plan, layer, len(k)
         return out
@@ -272,17 +301,15 @@ class _Attend(torch.autograd.Function):
             values,
             out,
             lse.T.contiguous(),
-            plan.starts,
+            plan.rows.starts,
             plan.key_starts,
-            plan.longest_query,
+            plan.rows.longest,
             plan.longest_key,
             0.0,
             True,
             seed,
             seed,
-            scale=layer.scale,
-            window_size_left=layer.window - 1 if layer.window else -1,
-            window_size_right=0,
+            **_flash(layer),
         )
         by_k, by_v = (plan.gather_gradient(by, tokens) for by in (by_keys, by_values))
         return by_q, by_k, by_v, None, None, None

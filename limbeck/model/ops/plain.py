@@ -1,28 +1,43 @@
 """The operations of a decoder in torch, on any device and in any dtype.
 
-N tokens · B rows · C hidden size · O outputs · H heads · K key/value heads · D head size · V vocabulary.
+N tokens · B rows · C hidden size · O outputs · H heads · K key/value heads · G query heads of a key head · D
+head size · T positions · S new tokens of a row · R predictions · V vocabulary · E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..context import Layer
+from . import experts
+from .table import BLOCK, Pool, Predictions, Rope, Rows
 
-BLOCK = 64  # tokens of a block of keys and values
-Rope = tuple[Tensor, Tensor]  # cos and sin of each token, [N, 1, D] both; see `decoder.rope_table`
+if TYPE_CHECKING:
+    from ..context import Layer, Sequences
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class PlainOps:
-    """The operations in torch: the reference for every other table."""
+    """The operations in torch: the reference for every other table. Methods are described in `Ops`."""
+
+    on_host = False
+    logits_at_once = 0
+    prefill_tokens = 1 << 13
+    has_latents = True
+    has_experts = True
+    precise = torch.float64  # of cumulative sums of probabilities
+
+    exact = False  # whether sampler and learner agree to the last bit in 16 bits too
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return x / rms(x) * weight over the last dimension of x [..., C]; weight is [C]."""
+        """Return RMSNorm of x [..., C], computed in float32 or better."""
+        if x.dtype in HALF:
+            return Normalize.apply(x.float(), weight.float(), eps).to(x.dtype)
         return Normalize.apply(x, weight, eps)
 
     def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,13 +46,13 @@ class PlainOps:
         return x, self.norm(x, weight, eps)
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:
-        """Return the heads [N, H, D] rotated, in the half-split layout: `x * cos + x.roll(D / 2) * sin`."""
+        """Return the rotated heads [N, H, D]."""
         cos_N1D, sin_N1D = rope
         rolled_NHD = x_NHD.roll(x_NHD.shape[-1] // 2, -1)
         return torch.addcmul(x_NHD * cos_N1D, rolled_NHD, sin_N1D).to(x_NHD.dtype)
 
     def swiglu(self, both_NI: Tensor) -> Tensor:
-        """Return silu(gate) * up [N, I], where gate and up are the two halves of the last dimension."""
+        """Return silu(gate) * up [N, I]."""
         gate_NI, up_NI = both_NI.chunk(2, dim=-1)
         return F.silu(gate_NI) * up_NI
 
@@ -46,70 +61,179 @@ class PlainOps:
         return F.linear(x_NC, weight_OC, bias_O)
 
     def logits(self, x_NC: Tensor, head_VC: Tensor) -> Tensor:
-        """Return the logits x @ head.T [N, V] without a gradient, in float32 or better."""
+        """Return the logits [N, V] without a gradient, in float32 or better."""
         precision = torch.promote_types(x_NC.dtype, torch.float32)
         return F.linear(x_NC.to(precision), head_VC.to(precision))
 
-    logits_at_once = 0  # logits in memory at once, if the table computes log-probabilities itself
+    def router(self, x_NC: Tensor, weight_EC: Tensor) -> Tensor:
+        """Return the logits of a router [N, E], in float32 or better."""
+        precision = torch.promote_types(x_NC.dtype, torch.float32)
+        return F.linear(x_NC.to(precision), weight_EC.to(precision))
+
+    def mix_experts(
+        self,
+        x_NC: Tensor,
+        gate_up_EIC: Tensor,
+        down_ECI: Tensor,
+        chosen_NK: Tensor,
+        weights_NK: Tensor,
+        rounding: experts.Rounding = experts.EXACT,
+    ) -> Tensor:
+        """Return the sum over each token's experts of weight x SwiGLU(x), [N, C]."""
+        order_M, ends_E = experts.sort_choices(chosen_NK, len(down_ECI))
+        ends_E = ends_E.to(torch.int32)
+        return experts.Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding)
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, plan: object
-    ) -> Tensor | None:
-        """Return attention over packed sequences [N, H, D], or None if the table leaves it to the context."""
-        return None
+        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
+    ) -> Tensor:
+        """Return causal attention within whole sequences, [N, H, D]."""
+        return sequences.attend_padded(layer, q_NHD, k_NKD, v_NKD)
 
     # ------------------------------------------------------------ keys and values in blocks
 
-    def store(self, k_NKD: Tensor, v_NKD: Tensor, slots_N: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write the keys and values of new tokens to the places `slots_N` of a pool [tokens, K, D]."""
+    def store(self, k_NKD: Tensor, v_NKD: Tensor | None, slots_N: Tensor, pool: Pool) -> None:
+        """Write the keys and values of new tokens to the places `slots_N` of a pool."""
+        keys, values = pool
         keys.index_copy_(0, slots_N, k_NKD)
-        values.index_copy_(0, slots_N, v_NKD)
+        if v_NKD is not None:
+            values.index_copy_(0, slots_N, v_NKD)
 
-    def attend_one(
-        self, layer: Layer, q_BHD: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor
-    ) -> Tensor:
-        """Return the attention of one query a row, its last token, to the row's keys, [B, H, D]."""
-        places = torch.arange(table.shape[1] * BLOCK, device=table.device)
-        tokens_BT = table.long().gather(1, (places // BLOCK).expand(len(table), -1)) + places % BLOCK
-        hidden_BT = places >= lengths.unsqueeze(1)
+    def attend_one(self, layer: Layer, q_BHD: Tensor, pool: Pool, table: Tensor, lengths: Tensor) -> Tensor:
+        """Return the attention of one query a row to the row's keys, [B, H, D]."""
+        places_T = torch.arange(table.shape[1] * BLOCK, device=table.device)
+        tokens_BT = table.long().gather(1, (places_T // BLOCK).expand(len(table), -1)) + places_T % BLOCK
+        hidden_BT = places_T >= lengths.unsqueeze(1)
         if layer.window:
-            hidden_BT = hidden_BT | (places < lengths.unsqueeze(1) - layer.window)
-        k_BTKD = keys[tokens_BT]
-        v_BTKD = values[tokens_BT]
+            hidden_BT = hidden_BT | (places_T < lengths.unsqueeze(1) - layer.window)
+        k_BTKD, v_BTKD = (entries[tokens_BT] for entries in pool)
         q_BKGD = q_BHD.unflatten(1, (k_BTKD.shape[2], -1))
         scores_BKGT = torch.einsum("bkgd,btkd->bkgt", q_BKGD, k_BTKD) * layer.scale
         weights_BKGT = scores_BKGT.masked_fill(hidden_BT[:, None, None], float("-inf")).softmax(-1)
         return torch.einsum("bkgt,btkd->bkgd", weights_BKGT, v_BTKD).flatten(1, 2)
 
-    def attend_rows(
-        self,
-        layer: Layer,
-        q_NHD: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        table: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        longest: int,
-    ) -> Tensor:
-        """Return the attention of new tokens to the keys of their rows, [N, H, D]; see `PagedCache.lay`."""
-        counts_B = starts.diff().long()
-        rows_N = torch.arange(len(table), device=table.device).repeat_interleave(counts_B)
-        places_N = torch.arange(len(q_NHD), device=table.device) - starts[:-1].long()[rows_N]
-        seen_N = lengths.long()[rows_N] - counts_B[rows_N] + places_N + 1
-        return self.attend_one(layer, q_NHD, keys, values, table[rows_N], seen_N)
+    def attend_rows(self, layer: Layer, q_NHD: Tensor, pool: Pool, rows: Rows) -> Tensor:
+        """Return the attention of new tokens to the keys of their rows, [N, H, D]; waits for the host."""
+        mixed = []
+        places_P = torch.arange(BLOCK, device=q_NHD.device)
+        parts = q_NHD.split(rows.starts.diff().tolist())
+        for q_SHD, blocks, length in zip(parts, rows.table, rows.lengths.tolist(), strict=True):
+            tokens_T = (blocks.long().unsqueeze(1) + places_P).flatten()[:length]
+            k_1KTD, v_1KTD = (entries[tokens_T].transpose(0, 1).unsqueeze(0) for entries in pool)
+            q_1HSD = q_SHD.transpose(0, 1).unsqueeze(0)
+            mixed.append(causal_attention(layer, q_1HSD, k_1KTD, v_1KTD)[0].transpose(0, 1))
+        return torch.cat(mixed)
+
+    # ------------------------------------------------------------ next tokens
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return a token for each row and its log-probability, both [B]; temperature 0 takes the likeliest."""
-        logprobs_BV = torch.log_softmax(logits_BV / (temperature or 1.0), -1)
+        """Return a token for each row and its log-probability, both [B]."""
+        if temperature not in (0, 1):
+            logits_BV = logits_BV / temperature
+        logprobs_BV = torch.log_softmax(logits_BV, -1)
         if temperature:
-            rising_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
-            threshold_B1 = uniform_B.unsqueeze(1) * rising_BV[:, -1:]
-            tokens_B = torch.searchsorted(rising_BV, threshold_B1, right=True).squeeze(1)
-            tokens_B = tokens_B.clamp(max=logits_BV.shape[1] - 1)
+            tokens_B = sample_inverse_cdf(logprobs_BV.exp(), uniform_B, self.precise)
         else:
             tokens_B = logits_BV.argmax(-1)
         return tokens_B, logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+
+    def logprob(self, logits_BV: Tensor, tokens_B: Tensor, temperature: float) -> Tensor:
+        """Return the log-probabilities of given tokens [B]."""
+        if temperature not in (0, 1):
+            logits_BV = logits_BV / temperature
+        return torch.log_softmax(logits_BV, -1).gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+
+    def cumulate(self, values_BV: Tensor) -> Tensor:
+        """Return the cumulative sums of each row, [B, V]."""
+        return values_BV.cumsum(-1)
+
+    def score(self, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log-probabilities of the targets and the entropies, both [R]; nothing else is needed."""
+        logp_RV = _log_softmax(predictions)
+        logprob_R = logp_RV.gather(1, predictions.targets_R.unsqueeze(1)).squeeze(1)
+        entropy_R = -(logp_RV.exp() * logp_RV.nan_to_num(neginf=0.0)).sum(1)
+        return logprob_R, entropy_R, logprob_R.new_empty(0)
+
+    def score_backward(
+        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor | None
+    ) -> Tensor:
+        """Return the gradient by the hidden states [R, C], and add that by the head to `by_head_VC`."""
+        hidden_RC, head_VC, targets_R, temperature, _ = predictions
+        grad_R1 = grad_R.unsqueeze(1)
+        grad_RV = -_log_softmax(predictions).exp_() * grad_R1
+        grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
+        grad_RV /= temperature
+        if by_head_VC is not None:
+            by_head_VC.addmm_(grad_RV.T, hidden_RC.to(grad_RV.dtype))
+        return torch.mm(grad_RV, head_VC.to(grad_RV.dtype)).to(hidden_RC.dtype)
+
+    # ------------------------------------------------------------ the device
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return the step itself."""
+        return step
+
+    def free_bytes(self, device: torch.device) -> int | None:
+        """Return None: torch has no word for it that all devices know."""
+        return None
+
+
+class MPSOps(PlainOps):
+    """The operations on Apple's GPUs, which have no float64."""
+
+    precise = torch.float32
+
+
+def sample_inverse_cdf(probabilities_BV: Tensor, uniform_B: Tensor, precise: torch.dtype) -> Tensor:
+    """Return for each row the first token [B] at which the cumulative sum of the probabilities exceeds the
+    uniform number times their total. Sums are in the dtype `precise`."""
+    cumulative_BV = probabilities_BV.cumsum(-1, dtype=precise)
+    threshold_B1 = uniform_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    tokens_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1)
+    return tokens_B.clamp_(max=probabilities_BV.shape[1] - 1)
+
+
+def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Return causal attention of the last S positions to all T positions, [B, H, S, D].
+
+    There may be more query heads than key heads (grouped-query attention).
+    """
+    width = q_BHSD.shape[2]
+    seen = k_BKTD.shape[2]
+    mask_ST = None
+    if seen > width or 0 < layer.window < seen:
+        mask_ST = torch.ones(width, seen, dtype=torch.bool, device=q_BHSD.device).tril(seen - width)
+        if layer.window:
+            mask_ST = mask_ST.triu(seen - width - layer.window + 1)
+    return F.scaled_dot_product_attention(
+        q_BHSD,
+        k_BKTD,
+        v_BKTD,
+        attn_mask=mask_ST,
+        is_causal=mask_ST is None,
+        scale=layer.scale,
+        enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1],
+    )
+
+
+def exclude(logits_RV: Tensor, kept_RK: Tensor) -> Tensor:
+    """Set the logits of all ids that are not in `kept_RK` to minus infinity, in place; return them [R, V]."""
+    outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
+    # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
+    outside_RV[:, 0] = ~(kept_RK == 0).any(1)
+    return logits_RV.masked_fill_(outside_RV, float("-inf"))
+
+
+def _log_softmax(predictions: Predictions) -> Tensor:
+    """Return the log-probabilities of all ids [R, V], in float32 or better."""
+    hidden_RC, head_VC, _, temperature, kept_RK = predictions
+    precision = torch.promote_types(hidden_RC.dtype, torch.float32)
+    logits_RV = hidden_RC.to(precision) @ head_VC.to(precision).T
+    if temperature != 1.0:
+        logits_RV /= temperature
+    if kept_RK is not None:
+        exclude(logits_RV, kept_RK)
+    return torch.log_softmax(logits_RV, -1)
 
 
 class Normalize(torch.autograd.Function):

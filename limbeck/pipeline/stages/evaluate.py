@@ -29,8 +29,9 @@ def run(job: Job) -> Outcome:
     combination of source and way that it finished."""
     stage: Evaluate = job.stage
     model = next(iter(job.inputs))
-    decoder, tokenizer = job.model(model)
     engine = job.sampler(model)
+    decoder = engine.model
+    tokenizer = engine.tokenizer
     sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
     ways = {way: _sampling(way, stage, job.control, tokenizer) for way in stage.modes}
     parts = list(read(job.folder / PARTS))[: finished_chunks(job)]

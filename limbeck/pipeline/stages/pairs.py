@@ -23,7 +23,7 @@ def run(job: Job) -> Outcome:
     """Sample completions, score them, and keep one pair per problem, if its best and worst scores differ by
     more than the setting `margin`."""
     stage: Pairs = job.stage
-    tokenizer = job.model(stage.model)[1]
+    tokenizer = job.tokenizer(stage.model)
     origin = {"sampler": job.manifest(stage.model)["digest"]}
     rank, take_usage = ranking_of(job)
 

@@ -29,6 +29,7 @@ def run(job: Job) -> Outcome:
     task = job.task(stage.problems)
     tokenizer = task.tokenizer()
     decoder = Decoder(to_config(stage.shape, tokenizer.size)).initialize(fingerprint(job.seed, "weights"))
+    job.place(decoder)
     if stage.fp8:
         from ...model.fp8 import simulate
 

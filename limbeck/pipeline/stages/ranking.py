@@ -9,7 +9,7 @@ import numpy as np
 
 from ...model.decoder import Decoder
 from ...text.tokenizer import Tokenizer
-from ...train.batch import MICRO_TOKENS, by_sample, pack
+from ...train.batch import MICRO_TOKENS, by_sample
 from ...train.scorer import Scorer
 from ...types import Group, LimbeckError, Sample
 from ..job import Job
@@ -30,7 +30,7 @@ def mean_logprob(teacher: Scorer, batch_tokens: int) -> RankCompletions:
             Sample(np.concatenate([group.prompt_tokens, completion.tokens]), start)
             for completion in group.completions
         ]
-        batches = pack(samples, batch_tokens)
+        batches = teacher.pack(samples, batch_tokens)
         logprobs = by_sample(batches, teacher.logprobs(batches), len(samples))
         return [float(logprobs_M.mean()) for logprobs_M in logprobs]
 
@@ -71,7 +71,7 @@ def ranking_of(job: Job) -> tuple[RankCompletions, Usage]:
         judge = judge_of(job, name)
         return judge.scores, judge.take_usage
     teacher, tokenizer = job.model(name)
-    require_same_vocabulary(job, job.model(job.stage.model)[1], name, tokenizer)
+    require_same_vocabulary(job, job.tokenizer(job.stage.model), name, tokenizer)
     scorer = LikelihoodScorer(teacher)
     return scorer, scorer.take_usage
 

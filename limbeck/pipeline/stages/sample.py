@@ -38,7 +38,7 @@ def run(job: Job) -> Outcome:
 
     result = sweep(job, ROWS, stage.prompts, judge, take_usage)
     if not remote:
-        result["notes"]["tokenizer"] = tokenizer_digest(job.model(stage.model)[1])
+        result["notes"]["tokenizer"] = tokenizer_digest(job.tokenizer(stage.model))
     return result
 
 

@@ -1,0 +1,59 @@
+"""Sampling of the next token on a device, without waiting for the host: see `sampling.draw`.
+
+B rows · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+import torch
+from torch import Tensor
+
+from ..model.ops import Ops
+from ..types import LimbeckError
+from .sampling import Draw, SamplingParams
+
+SUPPORTED = {"temperature", "top_p", "max_new_tokens", "keep_mask", "force", "stop_ids"}
+
+
+def check(params: SamplingParams) -> None:
+    """Raise LimbeckError if the parameters ask for what `draw_on_device` does not do."""
+    for field in fields(params):
+        default = field.default if field.default is not MISSING else field.default_factory()
+        if field.name not in SUPPORTED and getattr(params, field.name) != default:
+            raise LimbeckError(
+                f"sampling.{field.name}: rollouts on a GPU sample with temperature and top_p alone; "
+                "leave it out, or run on the CPU"
+            )
+
+
+def draw_on_device(
+    logits_BV: Tensor, uniform_B: Tensor, previous_B: Tensor, params: SamplingParams, ops: Ops
+) -> Draw:
+    """Sample one token per row; arguments and results as in `sampling.draw`.
+
+    The mask is returned where top-p is asked to keep it, even if it excludes nothing.
+    """
+    temperature = params.temperature
+    open_BV = logits_BV
+    kept_BV = None
+    if temperature and params.top_p < 1:
+        kept_BV = nucleus(torch.softmax(logits_BV / temperature, -1), params.top_p, ops)
+        open_BV = logits_BV.masked_fill(~kept_BV, float("-inf"))
+    tokens_B, logprobs_B = ops.draw(open_BV, uniform_B, temperature)
+    for after, forced in params.force.items():
+        tokens_B = tokens_B.masked_fill(previous_B == after, forced)
+    if params.force or (kept_BV is not None and not params.keep_mask):
+        scored_BV = open_BV if params.keep_mask else logits_BV
+        logprobs_B = ops.logprob(scored_BV, tokens_B, temperature)
+    return Draw(tokens_B, logprobs_B, kept_BV if params.keep_mask else None)
+
+
+def nucleus(probabilities_BV: Tensor, top_p: float, ops: Ops) -> Tensor:
+    """Return the mask [B, V] of the smallest set of most likely tokens whose total probability reaches
+    `top_p`: all tokens are sorted, so that the host need not look whether a few were enough."""
+    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    before_BV = ops.cumulate(sorted_BV) - sorted_BV
+    mask_BV = torch.zeros_like(probabilities_BV, dtype=torch.bool)
+    return mask_BV.scatter_(1, order_BV, before_BV < top_p)

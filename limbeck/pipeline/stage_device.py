@@ -1,0 +1,125 @@
+"""The device of a stage: taken and made ready before the stage, told in its manifest, and what is said when
+the device fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .job import Job
+from .store import write
+
+DEVICES = "devices.json"  # in a partial folder: the devices that the stage has computed on, in order
+CPU = {"name": "cpu"}
+
+Tell = Callable[[str], None]
+
+
+@contextmanager
+def ready_device(job: Job, tell: Tell) -> Iterator[Job]:
+    """Yield the job with the name of its device resolved, and with the device ready for it.
+
+    A stage is alone on a card; it waits for others and tells so with `tell`. Stages that compute with no
+    model take no device. Raises LimbeckError if there is no such device here.
+    """
+    from ..model.kernels.build import folder
+    from ..model.ops import devices
+    from ..runtime.card_lock import card_lock
+
+    job = replace(job, device=devices.resolve(job.device) if job.needs_device else "cpu")
+    if not devices.is_card(job.device):
+        yield job
+        return
+    owner = f"stage {job.name} in {job.folder.parents[2]}"
+    with card_lock(folder(), devices.identity(job.device), owner, tell, job.stopping):
+        devices.prepare(job.device)
+        try:
+            yield job
+        finally:
+            devices.release()
+
+
+def note_device(job: Job, tell: Tell) -> dict[str, Any]:
+    """Note in the stage's folder what it computes on, and return what its manifest says of that: nothing
+    where it was the CPU from beginning to end.
+
+    Where a killed stage goes on on another kind of device, `tell` is called: the two round differently.
+    """
+    from ..model.ops import devices
+
+    if not job.needs_device:
+        return {}
+    path = job.folder / DEVICES
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    device = CPU if job.device == "cpu" else devices.describe(job.device)
+    if earlier[-1:] != [device]:
+        if earlier:
+            tell(
+                f"it began on {_in_words(earlier[-1])} and goes on on {_in_words(device)}; the two round "
+                "differently, so its files will not be those of a run on one of them"
+            )
+        write(path, json.dumps([*earlier, device]))
+    else:
+        earlier = earlier[:-1]
+    if earlier:
+        return {"device": {**device, "before": earlier}}
+    return {} if device == CPU else {"device": device}
+
+
+def _in_words(device: dict[str, Any]) -> str:
+    """Return a device in words, such as "NVIDIA H100 (driver 580.95, torch 2.13.0, triton 3.6.0)"."""
+    details = [f"{key} {device[key]}" for key in ("driver", "torch", "triton") if device.get(key)]
+    return f"{device['name']} ({', '.join(details)})" if details else device["name"]
+
+
+# ---------------------------------------------------------------- failures
+
+
+def device_failure(job: Job, error: BaseException) -> dict[str, Any] | None:
+    """Return the event of an error of the device: `full` if its memory did not suffice, `broken` if this
+    process cannot use it any more; None for any other error. Both have a `message`."""
+    from ..model.ops import devices
+
+    if devices.out_of_memory(error):
+        return {"event": "full", "message": f"{_asked(str(error))}; {', or '.join(remedies(job))}"}
+    if devices.poisoned(error):
+        return {"event": "broken", "message": str(error).splitlines()[0]}
+    return None
+
+
+def _asked(message: str) -> str:
+    """Return what was asked of a card's memory and what there was, from torch's message."""
+    asked = re.search(r"allocate ([\d.]+ \w+)", message)
+    total = re.search(r"capacity of ([\d.]+ \w+)", message)
+    free = re.search(r"of which ([\d.]+ \w+) is free", message)
+    if not (asked and total and free):
+        return "the card's memory is full"
+    return f"the card's memory is full: {asked[1]} more were asked for, of {total[1]} only {free[1]} are free"
+
+
+def remedies(job: Job) -> list[str]:
+    """Return what makes a stage need less memory of a card, the gentlest first, as parts of a sentence."""
+    stage = job.stage
+    name = f"stages.{job.name.split('/')[0]}"
+    found = []
+    recompute = getattr(stage, "recompute", True)
+    if recompute is not True:
+        found.append(f"set {name}.recompute: true, with which the same command goes on from its checkpoint")
+    if getattr(stage, "precision", None) != "bfloat16":
+        found.append(f"set {name}.precision: bfloat16")
+    lower = []
+    if hasattr(stage, "batch_tokens"):
+        lower.append(f"{name}.batch_tokens ({stage.batch_tokens})")
+    if hasattr(stage, "policy"):
+        lower.append(f"{name}.policy.group_size ({stage.policy.group_size})")
+    if hasattr(stage, "sampling"):
+        lower.append(f"{name}.sampling.max_new_tokens ({stage.sampling.max_new_tokens})")
+    elif hasattr(stage, "max_new_tokens"):
+        lower.append(f"{name}.max_new_tokens ({stage.max_new_tokens})")
+    if lower:
+        found.append(f"lower {' or '.join(lower)}")
+    return found
