@@ -3,6 +3,7 @@ and out."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -30,6 +31,7 @@ from limbeck.pipeline.worker import run_job
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import CrossEntropy
+from limbeck.train.reward_model import RewardModelLearner
 from limbeck.train.scorer import Scorer
 from limbeck.types import LimbeckError, Sample
 
@@ -57,6 +59,11 @@ def scramble(lora: LoRA, seed: int = 0) -> None:
     for parameter in lora.parameters().values():
         parameter.normal_(0, 0.2, generator=random)
     lora.merge()
+
+
+def squares(values_M: torch.Tensor, batch) -> tuple[torch.Tensor, dict]:
+    """A loss of values that want to be 1."""
+    return (values_M.float() - 1).square().mean(), {}
 
 
 # ---------------------------------------------------------------- the forward and the backward pass
@@ -225,6 +232,26 @@ def test_recomputed_gradients_are_the_same(decoder):
         gradients.append([p.grad for p in lora.parameters().values()])
     for plain, again in zip(*gradients, strict=True):
         assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_value_head_learns_beside_adapters_and_is_part_of_the_checkpoint(decoder, dtype):
+    def begin() -> RewardModelLearner:
+        model = decoder(dtype, vocab_size=VOCABULARY)
+        lora = LoRA(model, Settings(rank=4), 0)
+        return RewardModelLearner(model, Optimizer(learning_rate=0.01), 10, lora)
+
+    learner = begin()
+    for _ in range(2):
+        learner.update(pack(samples(), 1 << 20), squares)
+    resumed = begin()
+    resumed.load_state_dict(copy.deepcopy(learner.state_dict()))
+    assert learner.model.value.weight.abs().max() > 0
+    for one in (learner, resumed):
+        one.update(pack(samples(), 1 << 20), squares)
+    for name, weight in learner.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+    assert set(learner.state_dict()["model"]) == {"value.weight", *learner.lora.parameters()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

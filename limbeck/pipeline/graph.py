@@ -163,8 +163,8 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
-            if stage.adapter:
-                settings["adapter"] = self._directory(Path(stage.adapter))
+        if "adapter" in settings:
+            settings["adapter"] = self._directory(Path(stage.adapter))
         settings.pop("licence", None)  # the permitted uses of a result do not change it
         tables = {name: self._digest(Path(name)) for name in tables_of(stage)}
         if tables:
