@@ -181,6 +181,8 @@ CONFIGS = {
                  intermediate_size=3072, qk_norm="before"),
     "1.5B": dict(family="qwen2", vocab_size=151936, hidden_size=1536, layers=28, heads=12, kv_heads=2, head_dim=128,
                  intermediate_size=8960, qkv_bias=True),
+    "4B": dict(family="qwen3", vocab_size=151936, hidden_size=2560, layers=36, heads=32, kv_heads=8, head_dim=128,
+               intermediate_size=9728, qk_norm="before"),
     "7B": dict(family="qwen2", vocab_size=152064, hidden_size=3584, layers=28, heads=28, kv_heads=4, head_dim=128,
                intermediate_size=18944, qkv_bias=True, tied=False),
 }
@@ -548,6 +550,49 @@ def resume_part() -> None:
     note("resume", begin=begin, whole=whole, resumed=digest(learner), same=whole == digest(learner), max_drift=drifts)
 
 
+def lora_part() -> None:
+    """Two steps of adapters with the sampler, whose drift must be 0; then time and memory of 16,384 tokens."""
+    from limbeck.config.parts import LoRA as Settings
+    from limbeck.config.parts import Optimizer, Policy
+    from limbeck.engine.rollout import Engine
+    from limbeck.engine.sampling import SamplingParams
+    from limbeck.model.lora import LoRA
+    from limbeck.train.batch import pack, to_samples
+    from limbeck.train.learner import Learner
+    from limbeck.train.losses import PolicyGradient
+    from limbeck.types import Sample
+
+    model = decoder("0.5B")
+    learner = Learner(model, Optimizer(learning_rate=1e-3), 6, False, LoRA(model, Settings(), 0))
+    engine = Engine(model, Ids(), rows=64)
+    for step in range(3):
+        groups = engine.rollout(problems(8, 60, step), 8, SamplingParams(max_new_tokens=96), step)
+        advantages = [np.array([float(c.tokens[0] % 2) - 0.5 for c in group.completions]) for group in groups]
+        batches = pack(to_samples(groups, advantages, False), 8192, "cuda")
+        metrics = learner.update(batches, PolicyGradient(Policy(), 96))
+        note("lora", step=step, max_drift=metrics["max_drift"], gradient_norm=metrics["gradient_norm"])
+    del model, learner, engine
+    torch.cuda.empty_cache()
+    model = decoder("4B", 16640)
+    learner = Learner(model, Optimizer(), 10, "keep_attention", LoRA(model, Settings(), 0))
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 10000, 16385)
+    samples = [Sample(tokens, start=1, advantage=1.0, logprobs=np.full(16384, -9.0, np.float32))]
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        learner.update(pack(samples, 1 << 15, "cuda"), PolicyGradient(Policy(), 16384))
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    learner.lora.merge()
+    torch.cuda.synchronize()
+    note("lora", shape="4B", seconds=min(times), tokens_s=round(16384 / min(times)),
+         merge_seconds=time.perf_counter() - begin, peak_GiB=torch.cuda.max_memory_allocated() / 2**30)
+
+
 def draw_part() -> None:
     """Check and time the sampling of tokens at a large vocabulary."""
     for rows in (1, 64, 256):
@@ -563,7 +608,7 @@ def draw_part() -> None:
 
 PARTS = {
     "floor": floor, "tune": tune_part, "exact": exact_part, "peer": peer_part, "rollout": rollout_part, "decode": decode_part, "workload": workload_part, "learner": learner_part,
-    "resume": resume_part, "attention": attention_part, "draw": draw_part, "products": product_bits,
+    "resume": resume_part, "lora": lora_part, "attention": attention_part, "draw": draw_part, "products": product_bits,
 }
 
 
