@@ -27,6 +27,7 @@ from limbeck.model.decoder import Decoder
 from limbeck.model.families import FAMILIES
 from limbeck.model.kv_cache import Packed
 from limbeck.model.lora import LoRA
+from limbeck.model.ops import devices, place
 from limbeck.pipeline.worker import run_job
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
@@ -318,8 +319,9 @@ def test_the_names_of_layers_are_those_of_all_families():
 # ---------------------------------------------------------------- the sampler
 
 
-def test_sampler_and_learner_read_the_same_weights(decoder, tokenizer, clock):
-    model = decoder()
+@pytest.mark.parametrize("device", ["cpu", devices.PLAIN])
+def test_sampler_and_learner_read_the_same_weights(decoder, tokenizer, clock, device):
+    model = place(decoder(), device)
     engine = Engine(model, tokenizer)
     learner = learner_of(model, LoRA(model, Settings(rank=4), 0))
     train(learner, 2)
