@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch.func import functional_call
 
 from limbeck.config.load import load
@@ -530,6 +532,22 @@ def test_stages_stopped_after_every_step_end_with_the_same_bytes(adapted, tmp_pa
     for name, folder in folders.items():
         digests = [json.loads((f / "manifest.json").read_text())["digest"] for f in (folder, again[name])]
         assert digests[0] == digests[1], name
+
+
+def test_adapters_of_weights_in_bfloat16_are_kept_in_float32(adapted, tmp_path):
+    recipe, _ = adapted
+    half = recipe.with_name("half.yaml")
+    kept = yaml.safe_load(recipe.read_text())
+    kept["stages"] = {name: kept["stages"][name] for name in ("base", "zero")}
+    half.write_text(yaml.safe_dump(kept))
+    folders = carry_out(half, tmp_path, "stages.zero.precision=bfloat16", stopping=True)
+    after = weights.load(folders["zero"] / "model", torch.bfloat16)
+    before = weights.load(folders["base"] / "model", torch.bfloat16)
+    peft.merge(before, folders["zero"] / "adapter")
+    adapter = load_file(folders["zero"] / "adapter" / peft.WEIGHTS)
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    for name, weight in after.named_parameters():
+        assert torch.equal(before.get_parameter(name), weight), name
 
 
 def test_an_adapter_is_merged_when_its_model_is_loaded(adapted, tmp_path):
