@@ -1,7 +1,8 @@
 """Limbeck: the DeepSeek-R1 recipe end to end, from a base model to a small distilled one, on hardware you
 own.
 
-The public names: `run` and `Recipe` for whole recipes, `Engine`, `Learner` and `Task` for loops of one's own.
+The public names: `run`, `Run` and `Recipe` for whole recipes; `Engine`, `Learner` and `Task`, with the values
+that they exchange, for loops of one's own; `LimbeckError` for everything that a user can resolve.
 """
 
 from __future__ import annotations
@@ -10,15 +11,22 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Learner", "Recipe", "Task", "run"]
 
 _HOMES = {
-    "Recipe": "limbeck.config.recipe",
-    "Task": "limbeck.types",
-    "Engine": "limbeck.engine.rollout",
+    "Completion": "limbeck.types",
+    "Engine": "limbeck.api.engine",
     "Learner": "limbeck.train.learner",
-    "run": "limbeck.pipeline.run",
+    "LimbeckError": "limbeck.types",
+    "Problem": "limbeck.types",
+    "Recipe": "limbeck.config.recipe",
+    "Resumable": "limbeck.types",
+    "Run": "limbeck.api.results",
+    "SamplingParams": "limbeck.engine.sampling",
+    "Score": "limbeck.types",
+    "Task": "limbeck.types",
+    "run": "limbeck.api.run",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,17 @@
-"""Files that are either complete or absent: written beside, flushed to disk, renamed into place."""
+"""Files that are either complete or absent: written beside, flushed to disk, renamed into place; and their
+checksums, as `sha256sum` prints them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+SUMS = "SHA256SUMS"  # the name of a file of checksums in the directory of the files
 
 
 @contextmanager
@@ -38,3 +43,28 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> str:
+    """Return the SHA-256 of every file below a folder, a line each, with the file's path in the folder."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return "".join(f"{digest_file(folder / file)}  {file}\n" for file in files)
+
+
+def compare_checksums(folder: Path, sums: str) -> list[str]:
+    """Return a message for each file that differs from its line in `sums`, [] if all agree."""
+    faults = []
+    for line in sums.splitlines():
+        checksum, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif digest_file(path) != checksum:
+            faults.append(f"{path} has changed")
+    return faults

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,6 @@ from .files import atomic_write, sync
 from .types import Group
 
 METRICS, ROLLOUTS, ASKED, TIMING = "metrics.jsonl", "rollouts.jsonl", "asked.jsonl", "timing.jsonl"
-PREPARING = "preparing.partial"  # a stage's work before its first step; the store sweeps it away
 BEAT = 5.0  # seconds after which a step is timed although its metrics are not logged
 COUNTED = ("sampled_tokens", "learned_tokens", "labelled_tokens")  # metrics that count a step's tokens
 
@@ -33,10 +33,10 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int = 0, total: int | None = None):
         self.folder = folder
+        self.first = step
         self.total = total
         for name in (METRICS, ROLLOUTS, ASKED, TIMING):
-            _keep_before(folder / name, step)
-        (folder / PREPARING).unlink(missing_ok=True)
+            _keep(folder / name, lambda row: row["step"] < step)
         _append(folder / TIMING, {"step": step - 1, "of": total, "seconds": None})
         self._began = time.monotonic()
         self._tokens = 0
@@ -62,6 +62,14 @@ class RunLog:
             _append(self.folder / ASKED, {"step": step, "problems": list(problems)})
         counted = sum(int(metrics.get(name, 0)) for name in COUNTED)
         self._time(step, tokens + counted, weights)
+
+    def drop_last(self, name: str, every: int) -> None:
+        """Drop from the log `name` the rows that a shorter stage wrote at its last step only because it was
+        the last: those of the step before the first one of this process, unless that step is a multiple of
+        `every`, or no step is left."""
+        last = self.first - 1
+        if last % every and self.first != self.total:
+            _keep(self.folder / name, lambda row: row["step"] != last)
 
     def beat(self, step: int, tokens: int) -> None:
         """Record progress at a step whose metrics are not logged: append a timing row if the last one is at
@@ -89,12 +97,6 @@ class RunLog:
                 sync(self.folder / name)
 
 
-def prepare(folder: Path, work: str) -> None:
-    """Write down what a stage does before its first step, such as loading data, for display. The note is
-    deleted when the stage opens its run log."""
-    (folder / PREPARING).write_text(work, encoding="utf-8")
-
-
 def rollout_row(group: Group) -> dict[str, Any]:
     """Return a group in a form that people can read: the problem, and the text, length in tokens, reward,
     reward parts and reasons of each completion."""
@@ -115,6 +117,24 @@ def rollout_row(group: Group) -> dict[str, Any]:
         "language": group.problem.language,
         "completions": completions,
     }
+
+
+def example(row: dict[str, Any], longest: int = 160) -> tuple[str, str]:
+    """Return one response of a logged group, and the reason why it is not right ("" if there is none). It is
+    the first response with the most frequent reason; in one of more than `longest` characters the middle is
+    left out."""
+    reasons = [completion["reasons"].get("accuracy", "") for completion in row["completions"]]
+    (reason, _), *_ = Counter(reasons).most_common(1)
+    text = " ".join(row["completions"][reasons.index(reason)]["text"].split())
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    return text, reason
+
+
+def quote(row: dict[str, Any]) -> str:
+    """Return a sentence that quotes one response of a logged group."""
+    text, reason = example(row)
+    return f"One of the responses ({reason}): “{text}”" if reason else f"One of the responses: “{text}”"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -177,11 +197,11 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _keep_before(path: Path, step: int) -> None:
-    """Drop the rows of a JSONL file that belong to step `step` or a later step."""
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the rows of a JSONL file for which `wanted` returns False."""
     if not path.exists():
         return
-    rows = [row for row in read(path) if row["step"] < step]
+    rows = [row for row in read(path) if wanted(row)]
     with atomic_write(path, "w") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

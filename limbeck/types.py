@@ -51,7 +51,8 @@ class Problem:
     """A problem: the question, and the data that the verifier needs to judge an answer.
 
     `id` begins with the name of the source. `answer` is the reference answer, None where the verifier
-    computes correctness from `data`. `origin` says where the problem comes from.
+    computes correctness from `data`. `origin` says where the problem comes from. `prompt` is the user
+    message, made from the question and `template`; `system` is the system prompt, empty if there is none.
 
     >>> Problem("clock/156-3", "use 6 1 5 make 3?", answer=None, language="en", data={"numbers": [1, 5, 6]})
     """
@@ -62,6 +63,8 @@ class Problem:
     language: str = "en"
     origin: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    template: str = "{problem}"
 
 
 @dataclass(frozen=True)

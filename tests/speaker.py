@@ -27,6 +27,7 @@ class Stub:
         self.script, self.pause, self.size = script, pause, size
         self.models = {name: SimpleNamespace(name=name) for name in names}
         self.asked: list[tuple[Any, ...]] = []
+        self.options: list[dict[str, Any]] = []  # of each question, those that `asked` has not
         self.open = 0  # answers being given
         self.held = False
 
@@ -37,8 +38,9 @@ class Stub:
         pass
 
     async def chat(
-        self, model: str, messages: Any, temperature=0.6, thought_budget=None, **_: Any
+        self, model: str, messages: Any, temperature=0.6, thought_budget=None, **options: Any
     ) -> AsyncIterator[Delta]:
+        self.options.append(options)
         self.asked.append((model, [dict(one) for one in messages], temperature, thought_budget))
         self.open += 1
         counts = {}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -168,9 +172,12 @@ def test_completions_in_every_form(client, tokenizer):
         ({"n": 65}, "n: "),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"top_k": 40}, "top_k: Extra"),
-        ({"tools": [{"type": "function"}]}, "tools: Extra"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"tools": [{"type": "function"}]}, "not supported: tools"),
+        ({"messages": [{"role": "user", "content": "?", "audio": 1}]}, "not supported: messages.0.audio"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"max_tokens": 5000}, "4096 positions"),
         ({"stop": [""]}, "stop"),
         ({"seed": 2**64}, "seed"),
@@ -206,6 +213,86 @@ def test_what_asks_for_nothing_is_taken(client):
         response_format={"type": "text"},
         store=False,
     )
+
+
+def test_every_sampling_parameter_changes_what_is_said_and_a_seed_says_it_again(client):
+    """Each parameter alone, in chat and text completions; a penalty against saying anything twice is kept."""
+
+    def chat(**extra):
+        extra_body = {"ignore_eos": True, **extra}
+        made = client.chat.completions.create(
+            **ASK, max_tokens=24, seed=11, temperature=1, top_p=1, logprobs=True, extra_body=extra_body
+        )
+        return [token.token for token in made.choices[0].logprobs.content]
+
+    def complete(**extra):
+        extra_body = {"ignore_eos": True, **extra}
+        made = client.completions.create(
+            model="plain", prompt=QUESTION, max_tokens=24, seed=11, logprobs=0, extra_body=extra_body
+        )
+        return made.choices[0].logprobs.tokens
+
+    for said in (chat, complete):
+        plainly = said()
+        assert len(set(plainly)) < len(plainly)
+        assert plainly == said(top_k=-1, min_p=0, presence_penalty=0, repetition_penalty=1)
+        for change in (
+            {"top_k": 2},
+            {"min_p": 0.3},
+            {"presence_penalty": 2.0},
+            {"frequency_penalty": -2.0},
+            {"repetition_penalty": 5.0},
+        ):
+            assert said(**change) == said(**change) != plainly
+        assert said(top_k=1) == said(temperature=0) == said(min_p=1)
+
+
+@pytest.mark.parametrize("model", ["plain", "thinker"])
+def test_the_example_of_the_documentation_works_on_models_that_think_or_do_not(served, model):
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "serve-a-model.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for old, new in (
+        ("http://127.0.0.1:8000", served.url),
+        ('api_key="none"', f'api_key="{KEY}"'),
+        ("client.models.list().data[0].id", repr(model)),
+    ):
+        assert old in example
+        example = example.replace(old, new)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    thought, answer = re.fullmatch(r"thought: (.*)\nanswer: (.*)\n", done.stdout, re.DOTALL).groups()
+    assert (thought == "None") == (model == "plain") and (answer or model == "thinker")
+
+
+def test_every_error_is_the_same_object(served):
+    """Unknown paths, wrong methods, no key, unknown fields, a bug of ours; 413 and 408 are in test_safety."""
+    with httpx.Client(base_url=served.url, headers=served.headers, timeout=60) as found:
+        answers = {
+            404: found.get("/v1/embeddings"),
+            405: found.get("/v1/chat/completions"),
+            401: httpx.get(served.url + "/v1/models"),
+            400: found.post(
+                "/v1/completions", json={"model": "plain", "prompt": "?", "logit_bias": {"1": 2}}
+            ),
+        }
+        service = served.service
+        service.model, model = lambda name: 1 / 0, service.model
+        answers[500] = found.post("/v1/chat/completions", json=ASK)
+        service.model = model
+        assert found.get("/runs/nothing").headers["content-type"].startswith("text/html")
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == "application/json"
+        (error,) = answer.json().values()
+        assert error.keys() == {"message", "type", "param", "code"} and error["message"], error
+    assert answers[405].headers["allow"] == "POST"
+    told = answers[400].json()["error"]
+    assert told == {
+        "message": "not supported: logit_bias",
+        "type": "invalid_request_error",
+        "param": "logit_bias",
+        "code": "unsupported_parameter",
+    }
+    assert answers[500].json()["error"]["type"] == "server_error"
 
 
 def test_bodies_that_are_no_json(served):

@@ -17,6 +17,7 @@ SMALL = [
     "stages.base.tokens=30000",
     "stages.small_base.tokens=6000",
     "stages.zero.steps=2",
+    "stages.alone.steps_without_signal=0",
     "stages.zero.policy.prompts_per_step=4",
     "stages.alone.policy.prompts_per_step=4",
     *(
@@ -57,6 +58,9 @@ def test_the_bake_off_runs_and_no_student_spends_more_than_the_others(tmp_path):
     recipe = Path(__file__).parent.parent / "limbeck" / "recipes" / "bakeoff.yaml"
     run = tiny.open_run(recipe, tmp_path, *SMALL)
     assert run.execute().name == "index.html"
+    for node in run.graph.nodes.values():
+        if node.kind in ("pretrain", "rl", "sft", "dpo", "distill"):
+            assert "weights_changed" in node.artifact.manifest["notes"], node.name
     budgeted = {name: node for name, node in run.graph.nodes.items() if getattr(node.stage, "flops", None)}
     assert len(budgeted) == 10
     for name, node in budgeted.items():

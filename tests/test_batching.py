@@ -35,16 +35,34 @@ def draws(request: Request, sample: int = 0) -> np.ndarray:
 
 
 def alone(model, tokenizer, request: Request, sample: int = 0) -> list[int]:
-    sampling = SamplingParams(request.temperature, request.top_p, request.max_new_tokens)
+    sampling = SamplingParams(
+        request.temperature,
+        request.top_p,
+        request.max_new_tokens,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+    )
     return naive(model, tokenizer.end_id, request.prompt, draws(request, sample), sampling)[0]
 
 
 def asks(tokenizer) -> list[Request]:
-    kinds = [(1.0, 1.0), (0.6, 0.9), (0.0, 1.0)]
-    return [
-        Request(tokenizer.prompt(text), *kinds[i % 3], max_new_tokens=BUDGET - i, copies=1 + i % 2, seed=i)
-        for i, text in enumerate(PROMPTS)
+    kinds = [
+        {},
+        {"temperature": 0.6, "top_p": 0.9},
+        {"temperature": 0.0},
+        {"presence_penalty": 1.2, "top_k": 5},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+        {"temperature": 0.7, "min_p": 0.05, "frequency_penalty": -1.0, "repetition_penalty": 0.7},
     ]
+    requests = []
+    for i, text in enumerate(PROMPTS):
+        kind = kinds[i % len(kinds)]
+        prompt = tokenizer.prompt(text)
+        requests.append(Request(prompt, max_new_tokens=BUDGET - i, copies=1 + i % 2, seed=i, **kind))
+    return requests
 
 
 def carry(scheduler: Scheduler, rounds: int = 1000) -> None:

@@ -28,8 +28,8 @@ from limbeck.types import LimbeckError
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    "run", "status", "plan", "show", "pull", "export", "why", "recall", "release", "serve", "gc", "verify",
-    "curate", "arena", "doctor", "ask",
+    "init", "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve",
+    "gc", "verify", "curate", "arena", "doctor", "ask", "eval",
 )  # fmt: skip
 
 
@@ -157,10 +157,8 @@ def test_what_is_no_run_and_no_artifact_is_named(call, finished, tmp_path):
     refused(call("status", tmp_path), f"{tmp_path} is no run: it has no recipe.yaml")
     refused(call("curate", tmp_path, "coldstart"), "is no run")
     refused(call("curate", finished.home / "tiny", "zero"), "zero is not a stage of", "that waits for people")
-    refused(
-        call("show", "sft-000", "--runs", finished.home), "sft-000: no artifact of that name", "limbeck show"
-    )
-    refused(call("why", "s", "--runs", finished.home), "s: 3 artifacts of that name")
+    refused(call("show", "sft-000", "--runs", finished.home), "sft-000: no model or artifact", "tiny/dev1")
+    refused(call("why", "s", "--runs", finished.home), "s is 3 things; write one of sample-", "(dev1)")
     for command in ("show", "gc", "verify"):
         refused(call(command, "--runs", tmp_path), f"{tmp_path}/store does not exist")
 
@@ -294,9 +292,13 @@ def test_gc_deletes_what_no_run_uses_and_only_when_told_to(call, copy, finished)
     before = digests(copy)
     said = call("gc", "--runs", copy)
     assert digests(copy) == before and f"would delete {store.root / unused}" in said.out
+    assert re.search(r"^would free \d+\.\d MB in 3 folders and 0 checkpoints$", said.out, re.MULTILINE)
     with store.lock(store.root / ".partial" / "rl-busy"):
         said = call("gc", "--runs", copy, "--yes")
     assert f"kept {store.root / '.partial/rl-busy'}: a stage is at work in it" in said.out
+    assert said.out.splitlines()[-1].startswith("freed ") and said.out.endswith(
+        " MB in 2 folders and 0 checkpoints\n"
+    )
     assert set(before) - set(digests(copy)) == {unused}
     assert [folder.name for folder in store.leftovers()] == ["rl-busy"]
 

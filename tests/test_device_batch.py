@@ -183,7 +183,7 @@ def test_weights_keep_their_places_when_they_are_loaded(decoder, tokenizer):
     engine = Engine(model, tokenizer)
     places = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     other = decoder(seed=2)
-    engine.load(other.state_dict())
+    engine.load_weights(other.state_dict())
     assert places == {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     for name, weight in other.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)

@@ -14,7 +14,11 @@ from fake_device import NAME, fake_device
 from safetensors import safe_open
 from tiny import Silent, answer
 
+from limbeck.cli import doctor
+from limbeck.cli.ask import stream_answer
 from limbeck.config.load import load
+from limbeck.engine.rollout import Engine
+from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.model.ops import devices
 from limbeck.pipeline.graph import Node
@@ -24,7 +28,9 @@ from limbeck.pipeline.stage_device import note_device, remedies
 from limbeck.pipeline.stages import STAGES
 from limbeck.pipeline.worker import TEMPORARY_FAILURE, run_job
 from limbeck.run_log import read_metrics
+from limbeck.runtime import exactness
 from limbeck.runtime.card_lock import card_lock
+from limbeck.runtime.exactness import equal_share
 from limbeck.runtime.worker_pool import WorkerPool
 from limbeck.train.alarms import SAMPLER_KL, disagreement
 from limbeck.types import LimbeckError, Resumable
@@ -297,10 +303,13 @@ def test_a_stage_whose_card_failed_goes_on_in_a_new_process_once(tmp_path):
     (tmp_path / "devices.yaml").write_text(RECIPE)
     run = Run(load(tmp_path / "devices.yaml"), tmp_path, tmp_path / "runs", Silent())
     broken = {"event": "broken", "name": "base", "message": "CUDA error: unknown"}
-    run.running["base"] = None
+    started = []
+    run.host = SimpleNamespace(start=lambda request: started.append(request["name"]), free=1)
+    run.folder.mkdir(parents=True)
+    assert run._start()
     run._handle(broken)
-    assert not run.running and run.graph.nodes["base"].state == "ready"
-    run.running["base"] = None
+    assert not run.running
+    assert run._start() and started == ["base", "base"]
     with pytest.raises(Resumable, match=r"stage base: its card failed again in a new process \(CUDA error"):
         run._handle(broken)
 
@@ -314,3 +323,69 @@ def test_a_worker_whose_card_failed_gets_no_other_stage():
     assert not pool._idle and not pool._busy and pool.free == 1
     pool._events.put((worker, None))
     assert pool.wait(1) is None
+
+
+# ---------------------------------------------------------------- doctor and ask
+
+
+def test_the_share_of_equal_bits_is_counted(monkeypatch):
+    """Sixteen bits differ where the order of sums does; one that is handed the sampler's agrees."""
+    share = equal_share("plain")
+    assert 0 < share < 1
+    kept = []
+
+    class Recorded(Engine):
+        def rollout(self, *arguments, **options):
+            groups = super().rollout(*arguments, **options)
+            kept.extend(completion.logprobs for group in groups for completion in group.completions)
+            return groups
+
+    monkeypatch.setattr(exactness, "Engine", Recorded)
+    monkeypatch.setattr(exactness, "by_sample", lambda batches, values, count: kept)
+    assert equal_share("plain") == 1
+
+
+CARD = {
+    "device": "cuda:0",
+    "serves": True,
+    "memory_bytes": 24 << 30,
+    "name": "RTX 4090",
+    "capability": "8.9",
+    "driver": "580.95",
+}
+
+
+@pytest.mark.parametrize(
+    "card, share, ok, words",
+    [
+        (CARD, 1.0, True, "RTX 4090, 24.0 GiB, driver 580.95; sampler and learner agree to the last bit"),
+        (CARD, 0.9, False, "90.00% of the tokens agree to the last bit"),
+        ({**CARD, "serves": False, "capability": "7.5"}, 1.0, None, "RTX 4090, 24.0 GiB, driver 580.95"),
+    ],
+)
+def test_doctor_tells_a_card_its_memory_and_whether_it_is_exact(monkeypatch, card, share, ok, words):
+    monkeypatch.setattr(devices, "cards", lambda: [card])
+    monkeypatch.setattr(devices, "prepare", lambda name: None)
+    monkeypatch.setattr(exactness, "equal_share", lambda name: share)
+    (finding,) = doctor._cards()
+    assert (finding.name, finding.ok) == ("cuda:0", ok) and words in finding.value
+    assert bool(finding.advice) == (ok is not True)
+
+
+def test_doctor_without_a_card_says_that_there_is_none():
+    (finding,) = doctor._cards()
+    assert (finding.ok, finding.value) == (None, "torch sees none; every stage runs on the CPU")
+
+
+def test_a_question_is_answered_on_a_device(decoder, tokenizer, tmp_path):
+    weights.save(decoder(), tmp_path, tokenizer)
+    sampling = SamplingParams(max_new_tokens=8)
+    assert "".join(stream_answer(tmp_path, "1 + 1", sampling, 0, "plain"))
+    with pytest.raises(LimbeckError, match="--device cuda:9"):
+        next(stream_answer(tmp_path, "1 + 1", sampling, 0, "cuda:9"))
+
+
+def test_a_stored_dtype_is_that_of_the_weights(decoder, tokenizer, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        weights.save(decoder(dtype), tmp_path, tokenizer)
+        assert weights.stored_dtype(tmp_path) == dtype

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
-from limbeck.config.parts import Optimizer
+from limbeck.cli import ask
+from limbeck.config import recipe
+from limbeck.config.load import load
+from limbeck.config.parts import Optimizer, Sampling
 from limbeck.engine.rollout import Engine
-from limbeck.engine.sampling import SamplingParams, draw
+from limbeck.engine.sampling import SamplingParams, draw, likely, to_sampling_params
+from limbeck.model import weights
 from limbeck.model.kv_cache import Packed
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
@@ -29,21 +35,32 @@ MODES = {
     "t06-top-p": SamplingParams(0.6, 0.9, BUDGET),
     "t06-top-p-kept": SamplingParams(0.6, 0.9, BUDGET, keep_mask=True),
     "greedy": SamplingParams(0.0, 1.0, BUDGET),
+    "top-k": SamplingParams(0.8, 1.0, BUDGET, top_k=4),
+    "min-p-kept": SamplingParams(1.0, 1.0, BUDGET, keep_mask=True, min_p=0.1),
+    "all-kept": SamplingParams(1.3, 0.8, BUDGET, keep_mask=True, top_k=9, min_p=0.02),
+}
+PENALISED = {
+    "presence": SamplingParams(max_new_tokens=BUDGET, presence_penalty=1.5),
+    "frequency": SamplingParams(0.7, 0.9, BUDGET, frequency_penalty=-0.8),
+    "repetition": SamplingParams(0.0, 1.0, BUDGET, repetition_penalty=1.4),
+    "penalties": SamplingParams(0.9, 0.95, BUDGET, False, {}, (), 12, 0.01, -0.5, 0.7, 0.8),
 }
 
 
 def choose(
     logits: np.ndarray, uniform: float, sampling: SamplingParams
 ) -> tuple[int, float, list[int] | None]:
-    """One token by the definitions: its id, its log-probability, and what top-p left."""
+    """One token by the definitions: its id, its log-probability, and what min-p, top-k and top-p left."""
     logits = logits / (sampling.temperature or 1.0)
     p = np.exp(logits - logits.max())
     p /= p.sum()
+    order = [int(token) for token in np.argsort(-p, kind="stable") if p[token] >= sampling.min_p * p.max()]
+    order = order[: sampling.top_k or None]
     kept, mass = [], 0.0
-    for token in np.argsort(-p, kind="stable"):
-        if mass >= sampling.top_p and sampling.top_p < 1:
+    for token in order:
+        if mass >= sampling.top_p * p[order].sum() and sampling.top_p < 1:
             break
-        kept.append(int(token))
+        kept.append(token)
         mass += p[token]
     if sampling.temperature == 0:
         token = int(p.argmax())
@@ -53,9 +70,22 @@ def choose(
         while passed <= uniform * inside.sum():
             token += 1
             passed += inside[token]
-    if sampling.keep_mask and sampling.top_p < 1:
+    if sampling.keep_mask and sampling.excludes:
         return token, float(np.log(p[token] / p[kept].sum())), sorted(kept)
     return token, float(np.log(p[token])), None
+
+
+def penalised(
+    logits: np.ndarray, prompt: np.ndarray, tokens: list[int], sampling: SamplingParams
+) -> np.ndarray:
+    """The logits with the penalties, one token of the vocabulary after the other."""
+    logits = logits.copy()
+    for token in {*prompt.tolist(), *tokens}:
+        rate = sampling.repetition_penalty
+        logits[token] = logits[token] / rate if logits[token] > 0 else logits[token] * rate
+    for token in set(tokens):
+        logits[token] -= sampling.frequency_penalty * tokens.count(token) + sampling.presence_penalty
+    return logits
 
 
 @torch.no_grad()
@@ -64,7 +94,7 @@ def naive(model, end: int, prompt: np.ndarray, uniforms: np.ndarray, sampling: S
     text, tokens, logprobs, masks = list(prompt), [], [], []
     for uniform in uniforms:
         hidden = model(torch.tensor(text), Packed([len(text)]))[-1]
-        logits = (hidden @ model.head.weight.T).double().numpy()
+        logits = penalised((hidden @ model.head.weight.T).double().numpy(), prompt, tokens, sampling)
         token, logprob, kept = choose(logits, uniform, sampling)
         if tokens and tokens[-1] in sampling.force:
             token = sampling.force[tokens[-1]]
@@ -101,10 +131,10 @@ def tokens_of(groups: list[Group]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("group_size", [1, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, *PENALISED])
 def test_engine_equals_naive_loop_whatever_runs_side_by_side(decoder, tokenizer, mode, group_size):
     """Token for token in float64, for any bound on rows: admission and compaction change nothing."""
-    model, sampling = decoder(torch.float64), MODES[mode]
+    model, sampling = decoder(torch.float64), (MODES | PENALISED)[mode]
     wanted = naive_groups(model, tokenizer, PROBLEMS, group_size, sampling, ("seed", 3))
     for rows in (256, 9, 1):
         groups = Engine(model, tokenizer, rows).rollout(PROBLEMS, group_size, sampling, ("seed", 3))
@@ -139,9 +169,9 @@ def test_rows_that_ended_need_no_more_positions_than_the_model_has(decoder, toke
         assert tokens_of(Engine(model, tokenizer, rows).rollout(problems, 1, MODES["t1"], 0)) == wanted
 
 
-@pytest.mark.parametrize("mode", ["t1", "t06-top-p-kept", "t06"])
+@pytest.mark.parametrize("mode", ["t1", "t06-top-p-kept", "t06", "min-p-kept", "all-kept"])
 def test_engine_logprobs_equal_learner_logprobs(decoder, tokenizer, mode):
-    """Within 1e-5 in float32; with top-p, the learner's softmax runs over the ids that the engine kept."""
+    """Within 1e-5 in float32; where tokens are left out, its softmax runs over those the engine kept."""
     model, sampling = decoder(), {**MODES, "t06": SamplingParams(0.6, 1.0, BUDGET)}[mode]
     groups = Engine(model, tokenizer, rows=10).rollout(PROBLEMS, 4, sampling, 5)
     samples = to_samples(groups, [np.zeros(4)] * len(groups), keep_mask=sampling.keep_mask)
@@ -215,10 +245,33 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64))
     uniform, previous = torch.tensor([0.999999, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.long)
     drawn = draw(logits, uniform, previous, SamplingParams(1.0, 0.79, keep_mask=True))
-    assert drawn.top_p_BV.tolist()[0] == [False, True, False, True]
-    assert drawn.top_p_BV[1].sum() == 4  # three quarters do not reach 0.79
+    assert drawn.kept_BV.tolist()[0] == [False, True, False, True]
+    assert drawn.kept_BV[1].sum() == 4  # three quarters do not reach 0.79
     assert drawn.tokens_B.tolist() == [3, 0]
     np.testing.assert_allclose(drawn.logprobs_B.exp(), [0.3 / 0.8, 0.25])
+
+
+def test_a_recipe_sets_what_it_names_and_nothing_else_enters_the_key():
+    sampling = Sampling(temperature=0.6, top_k=20, frequency_penalty=0.5)
+    assert to_sampling_params(sampling) == SamplingParams(
+        temperature=0.6, max_new_tokens=160, top_k=20, frequency_penalty=0.5
+    )
+    assert Sampling().model_dump().keys() == {"temperature", "top_p", "speculate", "max_new_tokens"}
+    assert sampling.model_dump()["top_k"] == 20
+
+
+def test_an_rl_stage_refuses_penalties_in_one_sentence():
+    smoke = Path(recipe.__file__).parent.parent / "recipes" / "smoke.yaml"
+    key = "stages.zero.sampling.repetition_penalty"
+    with pytest.raises(LimbeckError, match=f"{key} = 1.2 is not for rl, .*; leave it out$"):
+        load(smoke, [f"{key}=1.2"])
+    load(smoke, [f"{key}=1", "stages.zero.sampling.top_k=20"])
+
+
+def test_as_likely_as_the_last_of_top_k_is_left_too():
+    logits = torch.log(torch.tensor([[0.1, 0.3, 0.3, 0.3]], dtype=torch.float64))
+    kept = likely(logits, SamplingParams(top_k=2))
+    assert kept.tolist() == [[False, True, True, True]] and likely(logits, SamplingParams(top_k=4)) is None
 
 
 def test_a_prompt_without_room_is_refused_by_name(decoder, tokenizer):
@@ -250,7 +303,7 @@ def test_new_weights_are_sampled_from(decoder, tokenizer):
     before = engine.rollout(PROBLEMS, 2, MODES["t1"], 0)
     learner.update(batches_of(before), CrossEntropy())
     assert gap(learner, before) > 1e-3
-    engine.load(learner.weights())
+    engine.load_weights(learner.weights())
     assert gap(learner, engine.rollout(PROBLEMS, 2, MODES["t1"], 0)) < 1e-5
 
 
@@ -278,3 +331,18 @@ def test_stop_ids_end_a_completion_like_the_end_of_turn(decoder, tokenizer):
         met = (plain.tokens == stop).nonzero()[0]
         assert stopped.tokens.tolist() == (plain.tokens[: met[0] + 1] if len(met) else plain.tokens).tolist()
         assert stopped.stopped == (plain.stopped or len(met) > 0)
+
+
+def test_the_command_asks_with_every_sampling_parameter(decoder, tokenizer, tmp_path):
+    weights.save(decoder(), tmp_path / "model", tokenizer)
+
+    def answer(*options: str) -> str:
+        more = ["--max-new-tokens", "20", "--temperature", "1.5", "--top-p", "1", *options]
+        done = CliRunner().invoke(ask.app, [str(tmp_path / "model"), "use 6 1 5 make 3 ?", *more])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    plain = answer()
+    assert answer("--top-k", "1") == answer("--min-p", "1") == answer("--temperature", "0") != plain
+    for penalty, value in (("presence", "2"), ("frequency", "-2"), ("repetition", "4")):
+        assert answer(f"--{penalty}-penalty", value) != plain

@@ -616,8 +616,8 @@ def test_the_command_writes_beside_us_or_where_it_is_told(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["nowhere"], "model nowhere is neither a directory nor a GGUF file"),
-        (["."], "config.json is missing"),
+        (["nowhere"], "nowhere: no model or artifact of that name"),
+        (["."], ".: holds no model: neither config.json"),
         (["m.gguf"], "m.gguf is a GGUF file already"),
         ([".", "--gguf", "q4"], "there is no GGUF type 'q4'; types are f32, f16, q8_0"),
     ],

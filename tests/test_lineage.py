@@ -39,8 +39,8 @@ def test_a_model_is_found_by_stage_run_folder_and_artifact(why, finished):
     other = json.loads((finished.home / "twin" / "stages.json").read_text())
     (finished.home / "twin" / "stages.json").write_text(json.dumps({**other, "dev1": other["base"]}))
     assert (
-        f"dev1: 2 runs have a stage of that name; say {finished.home / 'tiny/dev1'} or "
-        f"{finished.home / 'twin/dev1'}" in why("dev1").err
+        f"dev1 is 2 things; write one of {finished.home / 'tiny/dev1'} (stage), "
+        f"{finished.home / 'twin/dev1'} (stage)" in why("dev1").err
     )
     shutil.rmtree(finished.home / "twin")
 

@@ -354,6 +354,7 @@ MODES = {
     "greedy": SamplingParams(0.0, 1.0, 24),
     "t1": SamplingParams(1.0, 1.0, 24),
     "t06": SamplingParams(0.6, 0.9, 24),
+    "penalties": SamplingParams(max_new_tokens=24, top_k=9, frequency_penalty=1.0, repetition_penalty=1.3),
 }
 
 

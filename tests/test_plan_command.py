@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_said_with_what_would(call):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("qwen-nine", "--on", "8xH100"), "qwen-nine: no recipe, no model directory"),
+        (("qwen-nine", "--on", "8xH100"), "qwen-nine: no model or artifact of that name; there are"),
         (("deepseek-v3",), "deepseek-v3: on which chips? say --on"),
         (("deepseek-v3", "--on", "8xH801"), "h801"),
         (("qwen2.5-72b", "--on", "8xH100"), "give --tokens, --batch, --seq"),

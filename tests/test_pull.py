@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.metadata import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
+from limbeck import cli
 from limbeck.cli import doctor
-from limbeck.model import pull, weights
+from limbeck.files import compare_checksums
+from limbeck.model import kernels, pull, weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
+from limbeck.model.kernels import build
 from limbeck.types import LimbeckError
 
 TINY = ModelConfig("llama", 40, 32, 2, 4, 2, 8, 48)
@@ -103,6 +108,22 @@ def test_a_hub_repository_becomes_a_directory_with_its_provenance(tmp_path, monk
     assert provenance == {"source": "hf:Some-Body/tiny.model", "revision": "c0ffee", "licence": "mit"}
 
 
+def test_pull_tells_steps_size_and_what_comes_next(tmp_path, monkeypatch, source, capsys):
+    """On standard error; standard output has the directory alone. The checksums lie beside the directory."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["limbeck", "pull", "hf:a/b"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr()
+    assert said.out == "models/a--b\n"
+    first, last = said.err.splitlines()
+    assert re.fullmatch(r"hf:a/b: 0\.0M parameters, revision c0ffee", first)
+    assert re.fullmatch(r"\d\.\d MB; ask it something: limbeck ask hf:a/b '.*'", last)
+    sums = pull.checksums_of(Path("models/a--b")).read_text()
+    assert compare_checksums(Path("models/a--b"), sums) == []
+
+
 def test_a_hub_that_fails_or_is_absent_is_one_sentence(tmp_path, monkeypatch, source):
     """The error names the mirror, or the package to install."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub(source, ConnectionError("refused\nmore")))
@@ -128,6 +149,32 @@ def test_the_doctor_names_what_matters(tmp_path):
     assert str(tmp_path) in findings["disk"].value
     for finding in findings.values():
         assert finding.advice or finding.ok is not False
+
+
+@pytest.mark.parametrize(
+    "reason, words",
+    [
+        (build.TURNED_OFF, "unset LIMBECK_KERNELS"),
+        (build.NO_COMPILER, "sudo apt install g++"),
+        (build.NO_BLAS, "https://download.pytorch.org/whl/cpu"),
+        ("g++ could not make them: error", "CXX=clang++"),
+    ],
+)
+def test_the_doctor_says_what_to_type_where_there_are_no_kernels(monkeypatch, reason, words):
+    """The remedy is that of the reason: a compiler does not help where the kernels were turned off."""
+    monkeypatch.setattr(kernels, "found", lambda: (None, reason))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "apt" else None)
+    finding = doctor._kernels()
+    assert finding.value == f"none: {reason}" and words in finding.advice
+    assert ("compiler" in finding.advice) == reason.startswith("g++")
+
+
+def test_the_doctor_promises_no_gpu_and_extras_that_exist():
+    """The GPU is not used, whether there is one or not; each advised extra is one of the package's."""
+    gpu = next(finding for finding in doctor._torch() if finding.name == "gpu")
+    assert gpu.value.endswith("every stage runs on the CPU")
+    known = metadata("limbeck").get_all("Provides-Extra")
+    assert {extra for extra, _ in doctor.EXTRAS.values()} <= set(known)
 
 
 def test_known_sizes_are_what_their_names_say():

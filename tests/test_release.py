@@ -18,7 +18,8 @@ from limbeck.config.load import dump, load
 from limbeck.model import weights
 from limbeck.model.kv_cache import Packed
 from limbeck.pipeline.graph import Graph
-from limbeck.pipeline.provenance.lineage import find, find_artifact
+from limbeck.pipeline.model_name import find_artifact
+from limbeck.pipeline.provenance.lineage import find
 from limbeck.pipeline.provenance.release import part_of, release
 from limbeck.pipeline.store import Store
 from limbeck.text.tokenizer import Tokenizer
@@ -148,7 +149,7 @@ def test_why_reads_a_released_directory(call, out):  # noqa: F811
     lines = call("why", out).out.splitlines()
     assert lines[0].startswith("zero (rl-")
     assert any("base (pretrain-" in line for line in lines)
-    assert "rows; they stay in the store" in call("why", out, "--rows").err
+    assert "they stay in the store" in call("why", out, "--rows").err
 
 
 def test_nothing_of_the_house_goes_along(copy, tmp_path):

@@ -211,6 +211,19 @@ def test_both_languages_say_the_same_things(made):
     assert "72.0%" in page and "{" not in re.sub(r"<(script|style|pre).*?</\1>", "", page, flags=re.DOTALL)
 
 
+def test_a_continued_stage_is_named_with_its_step(tmp_path):
+    stages, recipe, summary = fake_run(tmp_path / "store")
+    zero = next(stage for stage in stages if stage.name == "zero")
+    zero.manifest["continued"] = {"artifact": "rl-9fe188b45f7dfa0a", "key": "9f", "digest": "1", "step": 20}
+    path = write(tmp_path / "report", stages, recipe, summary)
+    page = path.read_text(encoding="utf-8")
+    assert "zero continues rl-9fe188b45f7dfa0a from step 20" in page
+    assert "zero 接着 rl-9fe188b45f7dfa0a 从第 20 步继续训练" in page
+    told = json.loads((path.parent / "report.json").read_text(encoding="utf-8"))
+    row = next(stage for stage in told["stages"] if stage["name"] == "zero")
+    assert row["continued"]["step"] == 20
+
+
 def test_what_a_model_wrote_is_text(made):
     page, _ = made
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page

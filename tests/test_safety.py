@@ -126,6 +126,8 @@ def test_a_body_may_be_neither_long_nor_slow(locked):
         ("POST", "/hello", {"content": stream([b"x" * 600] * 2, 0), "headers": key}),
     )
     assert (declared.status_code, streamed.status_code) == (413, 413)
+    assert declared.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert declared.json()["error"]["code"] == "request_too_large"
     assert asked(locked, ("POST", "/hello", {"content": stream([b"x"] * 5, 0.1)}))[0].status_code == 408
 
 

@@ -383,7 +383,8 @@ def test_rows_are_learned_under_a_system_prompt_where_one_is_given(tokenizer):
         "completion": "<answer> 6 </answer>",
         "content": "<answer> 6 </answer>",
     }
-    plain, led = to_sample(row, tokenizer, "keep"), to_sample(row, tokenizer, "keep", "try wait")
+    plain = to_sample(row, tokenizer, "keep")
+    led = to_sample({**row, "system": "try wait"}, tokenizer, "keep")
     said = tokenizer.decode(led.tokens[: led.start])
     assert said == "<bos> try wait User: use 6 1 5 make 3 ? Assistant:"
     assert tokenizer.decode(plain.tokens[: plain.start]) == "<bos> User: use 6 1 5 make 3 ? Assistant:"

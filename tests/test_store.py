@@ -20,7 +20,7 @@ from tiny import answer, limbeck, until
 from limbeck.pipeline.store import MANIFEST, OUTCOME, Store, out_of_space, write
 from limbeck.run_log import RunLog, read_metrics
 from limbeck.train.checkpoint import Checkpoint
-from limbeck.types import Corrupted, LimbeckError, Resumable
+from limbeck.types import Corrupted, Resumable
 
 pytestmark = pytest.mark.slow
 
@@ -134,15 +134,6 @@ def test_two_processes_never_work_in_one_folder(store):
     other.communicate()
     with store.lock(folder, patience=5):
         pass
-
-
-def test_an_artifact_is_told_by_the_beginning_of_its_name_or_key(store):
-    put(store, "12"), put(store, "13")
-    assert store.resolve("rl-12").manifest["key"] == "12"
-    assert store.resolve("13").manifest["key"] == "13"
-    for name, what in (("rl-1", "2 artifacts"), ("sft", "no artifact")):
-        with pytest.raises(LimbeckError, match=f"{name}: {what} of that name .*`limbeck show` lists them"):
-            store.resolve(name)
 
 
 # ---------------------------------------------------------------- faults

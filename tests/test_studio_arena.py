@@ -52,12 +52,13 @@ class Model:
 
 
 class Parrots:
-    """Models that say the same phrase always, each at its own speed; `says(name, prompt)` may be given."""
+    """Models that say the same phrase always, each with its own number of full stops and at its own speed;
+    `says(name, prompt)` may be given."""
 
     def __init__(self, says=None, delays=None, names=("parrot-135m", "quickling-7b", "umpire-1b")):
         self.models = {name: Model(name) for name in names}
         self.says, self.delays, self.asked = (
-            says or (lambda name, prompt: f"The answer to {prompt}"),
+            says or (lambda name, prompt: f"The answer to {prompt}" + "." * (1 + names.index(name))),
             delays or {},
             [],
         )
@@ -142,8 +143,13 @@ def test_nothing_tells_who_speaks_before_the_vote(tmp_path):
         for name in ("parrot-135m", "quickling-7b", "secret-thought", "rl-"):
             assert not any(name in text for text in seen)
         assert len(waiting) == 1  # whatever goes on behind it
-        first, second = re.findall(
-            r'<section class="card side" aria-labelledby="side-(?:a|b)">(.*?)</section>', seen[-1], re.DOTALL
+        first, second = (
+            side.replace(".", "")
+            for side in re.findall(
+                r'<section class="card side" aria-labelledby="side-(?:a|b)">(.*?)</section>',
+                seen[-1],
+                re.DOTALL,
+            )
         )
         assert first.replace("side-a", "").replace(">A<", "") == second.replace("side-b", "").replace(
             ">B<", ""
@@ -233,6 +239,38 @@ def test_one_vote_a_battle_by_its_owner_with_its_token(tmp_path):
 
     visiting(tmp_path, Parrots(), story, "Ada", "Bob")
     assert [vote.outcome for vote in VoteStore(tmp_path / ".studio").votes()] == ["b"]
+
+
+def test_nobody_is_asked_about_equal_answers_which_are_a_tie(tmp_path):
+    """The tie enters the ratings and the draw of pairs, but no table of voters, no agreement with a judge, no
+    preferences; a judge is not asked either."""
+    bring(tmp_path)
+    service = Parrots(lambda name, prompt: "4 " if name != "umpire-1b" else "[[A]]")
+
+    async def story(ada):
+        path, _ = await ada.begin(set="sums.jsonl", who=["parrot-135m", "quickling-7b"])
+        page = (await ada.ready(path)).text
+        assert "nobody is asked" in page and 'class="ballot"' not in page and "parrot-135m" in page
+        assert "You called it a tie" not in page and 'data-key="n"' in page  # on to the next battle
+        token = VoteStore(tmp_path / ".studio").battle(path.rpartition("/")[2]).token
+        await ada.vote(path, "a", token)  # from an old page: too late
+        await ada.client.post("/arena/judge", data={"name": "umpire-1b"})
+        asked = len(service.asked)
+        for _ in range(100):
+            board = (await ada.client.get("/arena/board")).text
+            if "Judge umpire-1b" in board:
+                break
+            await asyncio.sleep(0.02)
+        assert len(service.asked) == asked == 2
+        assert "1 of the ties are battles with two equal answers" in board
+        assert "(identical answers)" not in board
+        (row, judged) = (await ada.client.get("/arena/votes.jsonl")).text.splitlines()
+        assert json.loads(row)["human"] is False and json.loads(judged)["winner"] == "tie"
+
+    visiting(tmp_path, service, story, "Ada")
+    store = VoteStore(tmp_path / ".studio")
+    assert [(vote.outcome, vote.judge) for vote in store.votes()] == [("tie", False), ("tie", True)]
+    assert store.broken() is None and not list(store.preferences())
 
 
 def fought(
@@ -438,9 +476,8 @@ def test_votes_are_taken_away_as_preferences_that_stages_read(tmp_path):
         and rows[0]["origin"]["voter"] == "Ada"
     )
     assert [json.loads(line)["origin"]["judge"] for line in judge.splitlines()] == ["umpire"]
-    assert [json.loads(line)["winner"] for line in votes.splitlines()].count("model_a") == 2 and len(
-        votes.splitlines()
-    ) == 6
+    winners = [json.loads(line)["winner"] for line in votes.splitlines()]
+    assert winners == ["model_a", "model_b", "tie", "tie", "tie (bothbad)", "model_b"]
 
 
 def test_the_leaderboard_at_a_terminal(tmp_path):

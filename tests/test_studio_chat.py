@@ -18,12 +18,12 @@ DONE = "[data-state=done]"
 
 
 def write(page, text):
-    page.locator(".composer textarea").fill(text)
+    page.locator(".composer > textarea").fill(text)
     page.keyboard.press("Enter")
 
 
 def leave_the_pen(page):
-    page.locator(".composer textarea").press("Escape")
+    page.locator(".composer > textarea").press("Escape")
     assert page.evaluate("document.activeElement === document.body")
 
 
@@ -132,6 +132,58 @@ def test_a_conversation(visit, house, language):
         page.wait_for_url("**/chat")
         assert page.locator(".talks li").count() == 0
         page.close()  # before the server goes, which it asks now and then
+
+
+def test_the_tags_around_an_answer_are_never_shown(visit, house):
+    """Neither while it grows, cut inside a tag, nor at the end, where the answer is marked; what is not a tag
+    stays."""
+    text = "As 1 < 2 and a <an> b: <answer>5 - 1</answer>. Held here."
+    watch = """() => {
+      window.seen = new Set();
+      const turns = document.querySelector(".turns");
+      const look = () => seen.add(turns.textContent);
+      new MutationObserver(look).observe(turns, { subtree: true, childList: true, characterData: true });
+    }"""
+    with house(Stub(lambda *_: ("", text), size=3, pause=0.08)) as url:
+        page = visit(url + "/chat")
+        write(page, "?")
+        page.wait_for_url("**/chat/*")
+        page.evaluate(watch)
+        page.locator(f".answer{DONE} .final", has_text="5 - 1").wait_for()
+        assert page.locator(".spoken").inner_text().strip() == "As 1 < 2 and a <an> b: 5 - 1. Held here."
+        told = page.evaluate("[...window.seen]")
+        assert len(told) > 5 and not any("answer>" in one or "<answer" in one for one in told)
+        page.close()
+
+
+def test_every_question_goes_with_the_settings(visit, house):
+    """The next one, an edited one and another answer; they are there again on the conversation's page."""
+    service = Stub(lambda *_: ("", "4"))
+    with house(service) as url:
+        page = visit(url + "/chat")
+        page.locator(".settings summary").click()
+        page.get_by_label("System prompt").fill("Be brief.\nBe kind.")
+        page.get_by_label("Top-p").fill("0.5")
+        page.get_by_label("Longest answer").fill("30")
+        accessible(page)
+        write(page, "2 and 2?")
+        page.wait_for_url("**/chat/*")
+        page.locator(f".answer{DONE}").wait_for()
+        page.reload()
+        page.locator(".settings summary").click()
+        assert page.get_by_label("Top-p").input_value() == "0.5"
+        assert page.get_by_label("Longest answer").input_value() == "30"
+        field = page.get_by_label("System prompt")
+        assert field.input_value() == "Be brief.\nBe kind."
+        field.fill("Be long.")
+        field.press("Enter")  # a line end, as in any text of several lines
+        leave_the_pen(page)
+        page.keyboard.press("r")
+        page.locator(f".answer{DONE}", has_text="2/2").wait_for()
+        page.close()
+    systems = [asked[1][0] for asked in service.asked]
+    assert systems == [{"role": "system", "content": text} for text in ("Be brief.\nBe kind.", "Be long.")]
+    assert service.options == [{"top_p": 0.5, "max_tokens": 30}] * 2
 
 
 def test_dark(visit, house):

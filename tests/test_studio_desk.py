@@ -7,6 +7,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -167,6 +168,30 @@ def test_a_row_shows_its_problem_the_verified_answer_and_what_is_odd(home, resum
     assert "1 +1 +2" in page and re.search("✓ verified|✗ not right", page) and "50 %" in page
     assert "cannot be verified here" in ada.get(f"{AT}/5").text  # the recipe has no such problem
     assert '<span class="mono">clock/' in page
+
+
+def test_the_default_button_follows_the_verifier(home, resumed, monkeypatch):
+    """Accept where the answer is verified or cannot be, else Reject."""
+
+    def default(number: int) -> str:
+        page = ada.get(f"{AT}/{number}").text
+        (text,) = re.findall(r'class="(?:button )?primary"[^>]*>(\w+)', page)
+        return text
+
+    ada = Browser(build(home, NoModels()), "Ada")
+    refuted = "✗ not right" in ada.get(f"{AT}/1").text
+    accuracy = {True: 1.0, False: 0.0}
+    assert default(5) == "Accept" and default(1) == ("Reject" if refuted else "Accept")
+    verify = queue_list.verify
+
+    def found(*arguments):
+        finding = verify(*arguments)
+        parts = {**finding.score.parts, "accuracy": accuracy[right]}
+        return replace(finding, score=replace(finding.score, parts=parts))
+
+    monkeypatch.setattr(queue_list, "verify", found)
+    for right, button in ((True, "Accept"), (False, "Reject")):
+        assert default(1) == button
 
 
 def test_verdicts_are_on_disk_before_anybody_is_told(home, resumed):

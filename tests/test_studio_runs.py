@@ -41,9 +41,9 @@ stages:
 PATIENT = 240_000  # milliseconds in which a process has begun even on a busy machine
 
 
-def asked(runs, *requests, **options):
+def asked(runs, *requests, service=None, **options):
     """Answers to `(method, path, options)` in turn."""
-    app = build(runs, NoModels())
+    app = build(runs, service or NoModels())
 
     async def ask():
         async with httpx.AsyncClient(

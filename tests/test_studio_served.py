@@ -54,7 +54,7 @@ def test_a_released_model_is_talked_to(visit, released, tmp_path, language):
         assert names(url) == ["tiny-zero"]
         page = visit(url + "/chat", language)
         page.get_by_role("heading", name=say(language, "chat.new_title")).wait_for()
-        page.locator(".composer textarea").fill(QUESTION)
+        page.locator(".composer > textarea").fill(QUESTION)
         page.keyboard.press("Enter")
         page.wait_for_url("**/chat/*")
         page.locator(".answer[data-state=done]").wait_for()

@@ -40,7 +40,7 @@ def open_file(path: Path, **settings) -> FileTask:
 
 def test_rows_become_problems(tmp_path):
     instruction = "{problem} Put it in \\boxed{}."
-    task = open_file(write(tmp_path / "own.jsonl", sums()), instruction=instruction)
+    task = open_file(write(tmp_path / "own.jsonl", sums()), template=instruction)
     train, test = task.problems("train"), task.problems("test")
     assert (len(train), len(test), task.skipped) == (30, 10, 0)
     problem = next(p for p in [*train, *test] if p.id == "own/17")
@@ -85,7 +85,7 @@ def test_parquet_columns_and_languages(tmp_path):
         ('{"question": 5, "answer": "1"}\n', {}, ["line 1", "question"]),
         ('{"question": "a", "answer": null}\n' * 3, {}, ["3 of 3", "line 1", "columns.answer"]),
         ('{"question": "a", "answer": "1"}\n' * 30, {}, ["1 different", "held_out"]),
-        ('{"question": "a", "answer": "1"}\n', {"instruction": "Think."}, ["instruction", "{problem}"]),
+        ('{"question": "a", "answer": "1"}\n', {"template": "Think."}, ["template", "{problem}"]),
         ("\udcff", {}, ["line 1", "JSON"]),
     ],
 )

@@ -6,12 +6,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import limbeck
+from limbeck.activity import ActivityReport, phase
 from limbeck.pipeline import run_state, run_status, run_view
+from limbeck.pipeline.run_folder import add_interval, clock_seconds
 from limbeck.report import flips, sentences
 from limbeck.report.graph_drawing import Box, draw
 from limbeck.report.history import History
@@ -226,11 +230,41 @@ def test_a_forecast_stands_beside_what_was_measured(finished):
         json.dumps({"stages": {name: {"seconds": 5.0, "low": 0.0, "high": 1e6} for name in ("base", "zero")}})
     )
     try:
-        lines = run_view.lines(run_state.look(run.folder), alive=False)
+        run = run_state.look(run.folder)
+        lines = run_view.lines(run, alive=False)
         assert [line.name for line in lines if line.foreseen] == ["base", "zero"]
         assert "The plan said 10 s" in run_view.narrate(run, lines)[-1].en
     finally:
         path.unlink()
+
+
+def test_the_clock_counts_stages_that_ran_side_by_side_once_and_reused_ones_not_at_all(tmp_path):
+    assert clock_seconds(tmp_path, ["rl-1"]) == 0
+    for artifact, begin, end in (
+        ("rl-1", 100.0, 130.0),
+        ("rl-1", 500.0, 510.0),
+        ("sft-2", 120.0, 140.0),
+        ("sft-3", 125.0, 126.0),
+        ("other", 900.0, 999.0),
+    ):
+        add_interval(tmp_path, artifact, begin, end)
+    assert clock_seconds(tmp_path, ["rl-1", "sft-2", "sft-3"]) == 50
+    assert clock_seconds(tmp_path, ["sft-2", "load-9"]) == 20
+
+
+def test_a_forecast_is_compared_with_the_clock_and_not_with_the_sum_of_the_stages(tmp_path, finished):
+    """Three stages: two beside each other on two workers, one that was there already."""
+    run = run_state.look(finished.home / "tiny")
+    stages = {stage.name: stage for stage in run.stages}
+    for name, begin, end in (("base", 0, 100), ("zero", 100, 200), ("screened", 110, 190)):
+        add_interval(tmp_path, stages[name].folder.name, 1e9 + begin, 1e9 + end)
+    times = {"seconds": 90.0, "low": 50.0, "high": 120.0}
+    foreseen = dict.fromkeys(("base", "zero", "screened", "traces"), times)
+    recipe = run.recipe.model_copy(update={"workers": 2})
+    compared = run_view.against_clock(replace(run, folder=tmp_path, recipe=recipe, foreseen=foreseen))
+    assert compared == {"took": 200.0, "seconds": 180.0, "low": 100.0, "high": 240.0}
+    alone = replace(run, folder=tmp_path, foreseen={"base": times})
+    assert run_view.against_clock(alone) is None
 
 
 def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
@@ -248,8 +282,34 @@ def test_a_run_that_is_going_on_shows_what_was_begun(tmp_path, finished):
         assert (zero.state, zero.share) == ("running", 0.25)
         assert '<g class="running">' in run_view.draw([zero], "x", str)
         assert "1/4" in run_view.draw([zero], "x", str)
+        with (
+            ActivityReport(partial) as report,
+            phase("sampling", "problems", 8),
+            phase("", "rows", 32) as rows,
+        ):
+            rows.advance(5)
+            rows.began -= 10
+            rows.add_tokens(1000)
+            report.write()
+            zero = run_view.line_of(run_state.look(folder), run_state.look(folder).stage("zero"), alive=True)
+            text = zero.said[1]
+        assert text.en.startswith("Now: sampling 0 of 8 problems, 5 of 32 rows; 100 tokens a second; ")
+        assert text.zh.startswith("现在：采样 0/8 题，5/32 行；每秒 100 词元；")
     assert not run_status.is_running(folder)
     assert run_status.status(folder).state == "finished"
+
+
+def test_every_phase_that_the_code_names_has_its_words_in_chinese():
+    opened = r"""\bphase\("([^"]*)"(?:, "([^"]*)")?"""
+    tracked = r"""\btrack\(.*, "([^"]*)", "([^"]*)"\)"""
+    phases, units = set(), set()
+    for path in Path(limbeck.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for name, unit in re.findall(opened, text) + re.findall(tracked, text):
+            phases.add(name)
+            units.add(unit)
+    assert len(phases) > 12 and phases <= set(sentences.PHASES)
+    assert units - {""} == set(sentences.PHASE_UNITS)
 
 
 def test_a_drawing_escapes_what_it_is_given():
@@ -272,21 +332,22 @@ def test_expert_loads_are_kept_as_they_are_last(tmp_path: Path):
 def test_every_alarm_is_told_in_chinese():
     """Those that a watch rings by itself, and both of an opinion that was hacked."""
     from limbeck.config.recipe import RL
-    from limbeck.report.sentences import _alarm
+    from limbeck.report.sentences import alarm
     from limbeck.train.alarms import AlarmMonitor
 
     watch = AlarmMonitor(RL(kind="rl", model="m", problems={"p": 1}, rewards={"accuracy": 1, "format": 1}))
     watch.history.extend({"length": 10.0} for _ in range(19))
     bad = {"truncated": 0.6, "informative": 0.05, "length": 40.0, "format": 1.0, "accuracy": 0.0}
-    rung = watch.check(bad)
+    watch.without_signal = None  # a step before this one had a learning signal
+    rung = watch.check(bad, [group("p/1", True, False)])
     rung += [
         f"reward hacking: judge rises while the truth on held-out problems does not: {then}"
         for then in ("the stage ends here", "it no longer counts")
     ]
     assert len(rung) == 6
     for text in [*rung, "length fell to a third within 20 steps"]:
-        said = _alarm(text)
+        said = alarm(text)
         assert said.en == text
         assert not re.search(r"[a-z]{3} [a-z]{3}", said.zh)
         assert re.search(r"[\u4e00-\u9fff]", said.zh)
-    assert _alarm("unheard of").zh == "unheard of"
+    assert alarm("unheard of").zh == "unheard of"

@@ -53,5 +53,5 @@ for step, clock in enumerate(turns()):
     assigned = DistillBatch([Assigned("big", sample, "") for sample in samples])
     batches, _ = attach_teachers(assigned, teachers, SETTINGS["batch_tokens"])
     said = learner.update(batches, loss)
-    engine.load(learner.weights())
+    engine.load_weights(learner.weights())
     clock.say(tokens=sum(len(s.tokens) - s.start for s in samples), loss=said["loss"])

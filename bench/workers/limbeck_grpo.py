@@ -43,6 +43,6 @@ for step, clock in enumerate(turns()):
     ]
     samples = to_samples(groups, group_advantages(groups, policy.advantage_scale), False)
     learner.update(pack(samples, SETTINGS["batch_tokens"]), loss)
-    engine.load(learner.weights())
+    engine.load_weights(learner.weights())
     tokens = sum(len(c.tokens) for g in groups for c in g.completions)
     clock.say(rollout=sampled.wall - clock.wall, tokens=tokens)

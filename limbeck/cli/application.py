@@ -15,7 +15,22 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import arena, ask, curate, machine, models, plan, provenance, run, serve, store
+from . import (
+    arena,
+    ask,
+    curate,
+    evaluation,
+    init,
+    machine,
+    models,
+    plan,
+    preview,
+    provenance,
+    run,
+    serve,
+    store,
+    watch,
+)
 
 BUG = 70  # exit code: EX_SOFTWARE of sysexits.h
 RESUMABLE = 75  # exit code: EX_TEMPFAIL of sysexits.h
@@ -37,7 +52,22 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
 )
-for module in (run, plan, models, provenance, serve, store, curate, arena, machine, ask):
+for module in (
+    init,
+    run,
+    watch,
+    preview,
+    plan,
+    models,
+    provenance,
+    serve,
+    store,
+    curate,
+    arena,
+    machine,
+    ask,
+    evaluation,
+):
     app.add_typer(module.app)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import MODEL, RUNS, Device, Home, open_model
+
 if TYPE_CHECKING:
     from ..engine.sampling import SamplingParams
 
@@ -16,39 +18,70 @@ app = typer.Typer()
 
 @app.command()
 def ask(
-    model: Annotated[Path, typer.Argument(help="a model directory, or an artifact's folder")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     question: Annotated[str, typer.Argument(help="what to ask")],
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: int = 0,
+    device: Device = "auto",
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1, help="the likeliest tokens with this share")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="this many likeliest tokens; 0 is all")] = 0,
+    min_p: Annotated[float, typer.Option(min=0, max=1, help="share of the greatest probability")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(min=-2, max=2)] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(min=-2, max=2)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="1 is none")] = 1.0,
+    runs: Home = RUNS,
 ) -> None:
-    """Ask a model a question and watch it think."""
+    """Ask a model a question and watch it think.
+
+    For instance: `limbeck ask quickstart/r1 "use 5 1 6 make 4 ?"`
+    """
     from ..engine.sampling import SamplingParams
 
-    top_p = 0.95 if temperature else 1.0
-    sampling = SamplingParams(temperature, top_p, max_new_tokens)
-    for text in stream_answer(model, question, sampling, seed):
+    sampling = SamplingParams(
+        temperature,
+        top_p,
+        max_new_tokens,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+    )
+    directory = open_model(model, runs).directory()
+    for text in stream_answer(directory, question, sampling, seed, device):
         print(text, end="", flush=True)
     print()
 
 
-def stream_answer(model: Path, question: str, sampling: SamplingParams, seed: int) -> Iterator[str]:
+def stream_answer(
+    directory: Path, question: str, sampling: SamplingParams, seed: int, device: str = "cpu"
+) -> Iterator[str]:
     """Yield the answer to `question` in pieces of text, while it is sampled.
 
-    `model` is a model directory or an artifact's folder that holds one. Control characters are removed, and a
-    character whose bytes span several tokens is held back until it is complete.
+    `directory` is the model's directory. `device` is the name of what computes (model/ops/devices.py); a card
+    computes in bfloat16 where the weights are stored so. Control characters are removed, and a character
+    whose bytes span several tokens is held back until it is complete.
     """
+    import torch
+
     from ..engine.rollout import Engine
     from ..model import weights
+    from ..model.ops import devices, place
     from ..text.tokenizer import Tokenizer
     from .display import printable
 
-    directory = model / "model" if (model / "model").is_dir() else model
     tokenizer = Tokenizer.from_directory(directory)
-    engine = Engine(weights.load(directory), tokenizer)
+    name = devices.resolve(device)
+    devices.prepare(name)
+    dtype = weights.stored_dtype(directory) if devices.is_card(name) else torch.float32
+    engine = Engine(place(weights.load(directory, dtype), name), tokenizer)
     tokens: list[int] = []
     printed = 0
-    for token in engine.stream(tokenizer.prompt(question), sampling, seed):
+    messages = tokenizer.prompt_format.apply([{"role": "user", "content": question}])
+    for token in engine.stream(tokenizer.prompt(messages), sampling, seed):
         tokens.append(token)
         text = tokenizer.decode(tokens)
         if not text.endswith("\ufffd"):  # an incomplete character, until its next token

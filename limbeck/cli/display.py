@@ -12,7 +12,9 @@ import json
 import re
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,41 +22,61 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..config.recipe import Stage
+from ..activity import PhaseReport
 from ..pipeline.graph import Graph, Node
-from ..pipeline.progress import RECENT, Pace, Progress
+from ..pipeline.progress import CHUNKED_KINDS, Figures, Progress, Rate, TimeLeft
 from ..pipeline.store import Artifact
+from ..train.learning_signal import UNTAUGHT
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SLOW_STEP_SECONDS = 10.0  # seconds of a step after which its time is displayed
-CHUNKED_KINDS = ("sample", "screen", "pairs", "label", "evaluate")  # their steps are parts of the work
 METRICS = ("reward", "accuracy", "length", "attempts", "language_consistency", "loss", "mode", "kept")
 
 
 class Lines:
-    """The display that prints plain lines on standard error: for each stage one line when it begins, one
-    every ten seconds while it runs, and one when it ends.
+    """The display that prints plain lines on standard error: for each stage one line when it begins, one at
+    least every ten seconds while it runs, one for each new alarm, and one when it ends.
     """
 
-    every = 10.0  # seconds between two lines (or events) of a stage
+    every = 9.0  # seconds between two lines (or events) of a stage; runs look a few times a second
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Print on `stream`, by default standard error."""
+        self.stream = stream
+        self.hint = ""  # said when the first stage begins
+        self.told_by_stages = UNTAUGHT  # how alarms begin that stages tell themselves, with an example
         self._shown: dict[str, float] = {}  # stage -> time of its latest line, in seconds
+        self._rang: set[tuple[str, str]] = set()  # (stage, alarm) that was told
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Print one line for each stage in `running` that has had none yet or none for `every` seconds.
+        """Print one line for each stage in `running` that has had none yet or none for `every` seconds, and
+        each new alarm.
 
         `running` maps the name of a running stage to its progress.
         """
+        self._tell_news(running)
         now = time.monotonic()
         for name, progress in running.items():
             if name not in self._shown:
                 self.say(f"{name}: begins")
             elif now - self._shown[name] >= self.every:
-                self.say(f"{name}: {describe(progress)}")
+                self.say(f"{name}: {describe(progress.node.kind, progress.figures())}")
             else:
                 continue
             self._shown[name] = now
+
+    def _tell_news(self, running: dict[str, Progress]) -> None:
+        """Print the hint if a first stage runs, and in full each alarm of the last steps that has not
+        been told of its stage yet."""
+        if running and self.hint:
+            self.say(self.hint)
+            self.hint = ""
+        for name, progress in running.items():
+            _, _, metrics = progress.look()
+            for alarm in metrics.get("alarms") or ():
+                if (name, alarm) not in self._rang and not alarm.startswith(self.told_by_stages):
+                    self._rang.add((name, alarm))
+                    self.say(f"{name}, step {metrics['step']}: ! {alarm}")
 
     def finished(self, node: Node, artifact: Artifact) -> None:
         """Print that the stage `node` is done, with its duration and main results from `artifact`."""
@@ -62,7 +84,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Print a message for people, without control characters."""
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(text), file=self.stream or sys.stderr, flush=True)
 
 
 class Events(Lines):
@@ -76,11 +98,11 @@ class Events(Lines):
 
         `running` maps the name of a running stage to its progress.
         """
+        self._tell_news(running)
         now = time.monotonic()
         for name, progress in running.items():
-            if now - self._shown.get(name, 0) >= self.every:
-                done, total, metrics = progress.look()
-                self.emit("progress", stage=name, done=done, total=total, metrics=metrics)
+            if name not in self._shown or now - self._shown[name] >= self.every:
+                self.emit("progress", stage=name, **asdict(progress.figures()))
                 self._shown[name] = now
 
     def finished(self, node: Node, artifact: Artifact) -> None:
@@ -111,13 +133,18 @@ class Tree(Lines):
     response of the group of responses recorded last.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+    def __init__(self, stream: TextIO | None = None, width: int | None = None) -> None:
+        """Draw on `stream`, by default standard error. `width` is that of the terminal, in columns, if it is
+        not to be asked."""
+        super().__init__(stream)
+        console = Console(file=stream or sys.stderr, width=width)
+        self.live = Live(console=console, refresh_per_second=4, transient=True)
         self.live.start()
 
     def show(self, graph: Graph, running: dict[str, Progress]) -> None:
-        """Draw the table anew. `running` maps the name of a running stage to its progress."""
+        """Draw the table anew, and print each new alarm above it, wrapped and not cut. `running` maps the
+        name of a running stage to its progress."""
+        self._tell_news(running)
         table = Table.grid(padding=(0, 2))
         for node in graph.nodes.values():
             table.add_row(*_table_row(node, running.get(node.name)))
@@ -130,8 +157,8 @@ class Tree(Lines):
         self.live.console.print(f"[green]✓[/] {node.name} [dim]{detail}[/]")
 
     def say(self, text: str) -> None:
-        """Print a message above the table, without control characters."""
-        self.live.console.print(printable(text), highlight=False)
+        """Print a message above the table, without control characters; a long one is wrapped."""
+        self.live.console.print(Text(printable(text), overflow="fold"))
 
     def close(self) -> None:
         """Remove the table and show the cursor again."""
@@ -144,7 +171,13 @@ def _table_row(node: Node, progress: Progress | None) -> tuple[Text, Text | str,
     `progress` is None unless the stage is running.
     """
     if progress:
-        return Text("▶", "yellow"), Text(node.name, "bold"), describe(progress)
+        figures = progress.figures()
+        lines = [describe(node.kind, figures), *alarms(figures)]
+        return (
+            Text("▶", "yellow"),
+            Text(node.name, "bold"),
+            Text(printable("\n".join(lines)), overflow="fold"),
+        )
     if node.artifact:
         return Text("✓", "green"), node.name, Text(outcome(node.artifact).lstrip(" ,"), "dim")
     if node.state == "asks":
@@ -155,55 +188,71 @@ def _table_row(node: Node, progress: Progress | None) -> tuple[Text, Text | str,
 # ---------------------------------------------------------------- progress of a stage
 
 
-def describe(progress: Progress) -> str:
-    """Return the progress of a running stage as one line of text.
+def describe(kind: str, figures: Figures) -> str:
+    """Return the progress of a running stage of a kind as one line of text, without its alarms.
 
-    The line has the steps, the time left, the speed and the latest metrics, for instance
-    `12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41 · length 37`.
+    The line has the steps, the time left, the work within a slow step, the speed and the latest metrics, for
+    instance `12 of 60 steps · 40 to 90 s left · 3,400 tokens a second · reward 0.5 · accuracy 0.41`.
 
     While the stage's process is still preparing, the line says what it does and for how long.
     """
-    done, total, metrics = progress.look()
-    preparing = progress.preparing()
-    if total is None or preparing:
-        return f"{preparing or 'its process starts'} · {span(progress.spent)} so far"
-    unit = "parts" if progress.node.kind in CHUNKED_KINDS else "steps"
-    words = [f"{done} of {total} {unit}", *_timing(progress, done, total)]
+    words = []
+    if figures.total is None:
+        words.append(phases(figures.phases) or "its process starts")
+        words.append(f"{span(figures.spent)} so far")
+    else:
+        unit = "parts" if kind in CHUNKED_KINDS else "steps"
+        words.append(f"{figures.done} of {figures.total} {unit}")
+    if figures.left:
+        words.append(time_left(figures.left))
+    if figures.total is not None and (figures.step_seconds >= SLOW_STEP_SECONDS or not figures.done):
+        words.append(f"this one takes {span(figures.step_seconds)} so far")
+        words += filter(None, [phases(figures.phases)])
+    if figures.rate:
+        words.append(speed(figures.rate))
     for name in METRICS:
-        if metrics.get(name) is not None:
-            words.append(f"{name.replace('_', ' ')} {_number(metrics[name])}")
-    words += [f"! {alarm}" for alarm in metrics.get("alarms", ())[:1]]
+        if figures.metrics.get(name) is not None:
+            words.append(f"{name.replace('_', ' ')} {_number(figures.metrics[name])}")
     return " · ".join(words)
 
 
-def _timing(progress: Progress, done: int, total: int) -> list[str]:
-    """Return up to three phrases: the time left, the time that a slow current step has taken, and the tokens
-    a second.
-
-    A phrase is left out where its number is not known. `done` and `total` are numbers of steps.
-    """
-    pace = progress.pace()
-    words = []
-    if pace.steps and done < total:
-        words.append(time_left(pace, total - done, _may_end_early(progress.node.stage)))
-    if pace.since >= SLOW_STEP_SECONDS or not done:
-        words.append(f"this one takes {span(pace.since)} so far")
-    if pace.tokens:
-        words.append(f"{_round(pace.tokens / pace.seconds)} tokens a second")
-    return words
+def alarms(figures: Figures) -> list[str]:
+    """Return the alarms of the last logged step, each as a line of text: `step 12: ! length tripled`."""
+    step = figures.metrics.get("step")
+    return [f"step {step}: ! {alarm}" for alarm in figures.metrics.get("alarms") or ()]
 
 
-def time_left(pace: Pace, steps: int, at_most: bool = False) -> str:
-    """Return a phrase such as `40 to 90 s left`: the time that `steps` more steps take at the measured rate.
+def phases(reports: Sequence[PhaseReport]) -> str:
+    """Return the phases of work as text: `sampling 3 of 8 problems, 40 of 128 rows`; "" if there are none."""
+    words: list[str] = []
+    told: tuple[int, int | None] | None = None
+    for report in reports:
+        counts = (report.done, report.total)
+        if report.name or counts != told:  # one row for each problem: the rows are not told again
+            words.append(" ".join(filter(None, [report.name, _count(report)])))
+        told = counts
+    return ", ".join(words)
 
-    The range narrows with every measurement of the rate; after ten measurements the phrase has one number.
-    With `at_most` it is `at most 90 s left`, for a stage that may end before its last step.
-    """
-    seconds = max(0.0, pace.seconds / pace.steps * steps - pace.since)
-    factor = 1 + 1 / pace.looks if pace.looks < RECENT else 1
-    low = span(seconds / factor)
-    high = span(seconds * factor)
-    if at_most:
+
+def _count(report: PhaseReport) -> str:
+    """Return the finished units of a phase as text: `40 of 128 rows`, `40 rows`, or "" without a unit."""
+    if not report.unit:
+        return ""
+    total = "" if report.total is None else f" of {report.total:,}"
+    return f"{report.done:,}{total} {report.unit}"
+
+
+def speed(rate: Rate) -> str:
+    """Return a rate as text, with two significant digits: `3,400 tokens a second`."""
+    number = _round(rate.value) if rate.value >= 10 else f"{rate.value:.2g}"
+    return f"{number} {rate.unit}"
+
+
+def time_left(left: TimeLeft) -> str:
+    """Return a phrase such as `40 to 90 s left`, or `at most 90 s left`."""
+    low = span(left.low)
+    high = span(left.high)
+    if left.at_most:
         return f"at most {high} left"
     if low == high:
         return f"{high} left"
@@ -220,13 +269,6 @@ def span(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _may_end_early(stage: Stage) -> bool:
-    """Return True for an RL or distillation stage that has a budget of FLOPs, which may end it before its
-    last step.
-    """
-    return stage.kind in ("rl", "distill") and bool(stage.flops or stage.flops_of)
 
 
 def _round(value: float) -> str:
@@ -248,6 +290,8 @@ def outcome(artifact: Artifact) -> str:
     Return "" if the stage's kind has no such results.
     """
     notes = artifact.manifest["notes"]
+    if notes.get("weights_changed") is False:
+        return ", weights unchanged"
     if "kept" in notes:
         return f", kept {notes['kept']} of {notes['sampled']}"
     if "policy" in notes:

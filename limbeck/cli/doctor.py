@@ -36,8 +36,15 @@ SIZES = {
 EXTRAS = {
     "reasoning_gym": ("gym", "generated tasks"),
     "huggingface_hub": ("hub", "limbeck pull hf:OWNER/NAME"),
-    "fastapi": ("serve", "the chat page and the API"),
+    "openai": ("remote", "teachers and judges behind an API"),
 }
+COMPILERS = {
+    "apt": "sudo apt install g++",
+    "dnf": "sudo dnf install gcc-c++",
+    "pacman": "sudo pacman -S gcc",
+    "xcode-select": "xcode-select --install",
+}  # the command that installs a C++ compiler, by the program that a system has for it
+CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
 
 @dataclass(frozen=True)
@@ -124,28 +131,70 @@ def _kernels(measure: bool = False) -> Finding:
         kernels.forget()
     library, place = kernels.found()
     if library is None:
-        advice = "a C++ compiler makes training and sampling faster: apt install g++"
-        if kernels.mode() == "off":
-            advice = "LIMBECK_KERNELS=auto turns them on"
-        return Finding("kernels", None, f"none: {place}", advice)
+        return Finding("kernels", None, f"none: {place}", _kernel_advice(place))
     table = tuple(asdict(timing) for timing in kernels.timings())
     used = sum(row["used"] != "torch" for row in table)
     value = f"{kernels.instructions()}, used for {used} of {len(table)} kinds of work; in {place}"
     return Finding("kernels", True, value, table=table)
 
 
+def _kernel_advice(reason: str) -> str:
+    """Return what to type where there are no kernels for the `reason` that `build.found` gives."""
+    from ..model.kernels import build
+
+    if reason == build.TURNED_OFF:
+        return "the environment variable is off, so everything is slower: unset LIMBECK_KERNELS"
+    if reason == build.NO_BLAS:
+        return f"the CPU build of torch has it: {CPU_TORCH}"
+    if reason == build.NO_COMPILER:
+        commands = [command for program, command in COMPILERS.items() if shutil.which(program)]
+        return f"training and sampling are faster with one: {(commands or list(COMPILERS.values()))[0]}"
+    return "try another compiler: CXX=clang++ limbeck doctor; or fewer instructions: LIMBECK_MARCH=x86-64-v3"
+
+
 def _torch() -> list[Finding]:
-    """Return the findings on torch: its version, vector instructions, threads, speed and GPU."""
+    """Return the findings on torch: its version, vector instructions, threads, speed and cards."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; every stage runs on the CPU"
     return [
         Finding("torch", True, torch.__version__),
         _instructions(torch.backends.cpu.get_cpu_capability()),
         _threads(torch.get_num_threads()),
         Finding("speed", None, f"{matrix_speed():.0f} GFLOP/s in matrix products (fp32)"),
-        Finding("gpu", None, gpu),
+        *_cards(),
     ]
+
+
+def _cards() -> list[Finding]:
+    """Return a finding on each card: its memory and driver, and whether sampler and learner agree there."""
+    from ..model.ops import devices
+
+    cards = devices.cards()
+    if not cards:
+        return [Finding("gpu", None, "torch sees none; every stage runs on the CPU")]
+    return [_card(card) for card in cards]
+
+
+def _card(card: dict[str, Any]) -> Finding:
+    """Return the finding on a card that `devices.cards` describes; one that serves is tried now."""
+    name = card["device"]
+    facts = f"{card['name']}, {card['memory_bytes'] / GIB:.1f} GiB"
+    if card["driver"]:
+        facts += f", driver {card['driver']}"
+    if not card["serves"]:
+        advice = (
+            f"compute capability {card['capability']}, and the kernels need 8.0 or later: use --device cpu"
+        )
+        return Finding(name, None, facts, advice)
+    from ..model.ops import devices
+    from ..runtime.exactness import equal_share
+
+    devices.prepare(name)
+    share = equal_share(name)
+    if share == 1:
+        return Finding(name, True, f"{facts}; sampler and learner agree to the last bit")
+    advice = "set exact: false in recipes for this card, and please report it"
+    return Finding(name, False, f"{facts}; {share:.2%} of the tokens agree to the last bit", advice)
 
 
 def _instructions(capability: str) -> Finding:

@@ -20,7 +20,10 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what this machine has and lacks, and what to do about it."""
+    """Say what this machine has and lacks, and what to do about it.
+
+    For instance: `limbeck doctor`, `limbeck doctor --measure`
+    """
     from dataclasses import asdict
 
     from .doctor import examine

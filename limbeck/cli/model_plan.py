@@ -14,7 +14,7 @@ from typing import Any
 
 from ..model.config import ModelConfig
 from ..plan import cluster as clusters
-from ..plan import export_rules, models, runs
+from ..plan import export_rules, runs
 from ..plan.cluster import Cluster
 from ..plan.runs import Bill, Range, Training, Workload
 from ..types import LimbeckError
@@ -38,15 +38,20 @@ class Work:
 
 
 def plan_model(
-    name: str, figures: dict[str, str], workload: dict[str, Any], conditions: Conditions, svg: Path | None
+    name: str,
+    config: ModelConfig,
+    figures: dict[str, str],
+    workload: dict[str, Any],
+    conditions: Conditions,
+    svg: Path | None,
 ) -> Answer:
     """Return the plan of the model `name` on the cluster `conditions.on`, as lines for people and data for
     programs.
 
-    `figures` replaces known properties of the cluster, `workload` the known ones of the model's training.
-    With `svg` the best layout is drawn into that file. Raises a usage error without a cluster.
+    `config` are the model's shapes. `figures` replaces known properties of the cluster, `workload` the known
+    ones of the model's training. With `svg` the best layout is drawn into that file. Raises a usage error
+    without a cluster.
     """
-    config = models.find(name)
     if not conditions.on:
         raise usage_error(f"{name}: on which chips? say --on, for instance --on 2048xH800 or --on 8x4090")
     work = Work(config, clusters.cluster(conditions.on, **figures), runs.workload(name, workload))

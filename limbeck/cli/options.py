@@ -8,6 +8,7 @@ is a recipe's stages with their inputs and artifacts.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,9 @@ import typer
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
+    from ..model.config import ModelConfig
     from ..pipeline.graph import Graph
+    from ..pipeline.model_name import NamedModel
     from ..pipeline.store import Store
     from ..types import LimbeckError
 
@@ -30,11 +33,23 @@ Device = Annotated[
         help="what computes; `auto` is a card if torch sees one, else the CPU",
     ),
 ]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="a run's folder, for instance runs/quickstart")
-]
 RUNS = Path("runs")
-STATES = {"cached": "done", "ready": "will run", "waits": "waits", "asks": "asks you"}
+
+
+def run_folder(name: str) -> Path:
+    """Return the folder of a run: `name` itself, or the folder of that name in `runs`."""
+    path = Path(name)
+    return path if len(path.parts) > 1 or path.exists() else RUNS / name
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", parser=run_folder, help="a run's folder or its name in runs")
+]
+MODEL = (
+    "a model: a pulled name, a directory, a GGUF file, RUN/STAGE, a run, a stage's name, "
+    "or the beginning of an artifact's name (docs/reference/models.md)"
+)
+STATES = {"cached": "done", "running": "running", "ready": "will run", "waits": "waits", "asks": "asks you"}
 
 
 def usage_error(message: str) -> LimbeckError:
@@ -56,6 +71,31 @@ def open_store(runs: Path) -> Store:
     if not (runs / "store").exists():
         raise usage_error(f"{runs}/store does not exist; nothing has been run there yet")
     return Store(runs / "store")
+
+
+def open_model(name: str, runs: Path) -> NamedModel:
+    """Return the model that the argument MODEL of a command names, and say on standard error which one it is
+    if that is the name of a run.
+
+    Raises a usage error for a name that stands for no model, or for several.
+    """
+    from ..pipeline.model_name import find_model
+
+    model = find_model(name, runs)
+    if model.run:
+        print(f"{name}: its model {model.title}", file=sys.stderr)
+    return model
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Return the configuration of a model directory, a config.json or a GGUF file."""
+    from ..model.config import ModelConfig
+
+    if path.suffix != ".gguf" or path.is_dir():
+        return ModelConfig.from_directory(path)
+    from ..model import gguf
+
+    return gguf.read_config(path)
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -102,9 +142,9 @@ def open_run(folder: Path) -> Graph:
     return open_graph(load_recipe(recipe, [], False), recipe, folder.parent)
 
 
-def print_json(data: Any) -> None:
-    """Print a command's result as one line of JSON, for programs."""
-    print(json.dumps({"schema": 1, "ok": True, "data": data}, ensure_ascii=False))
+def print_json(data: Any, **more: Any) -> None:
+    """Print a command's result as one line of JSON, for programs, with `more` as its further fields."""
+    print(json.dumps({"schema": 1, "ok": True, "data": data, **more}, ensure_ascii=False))
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, line: Callable[[dict[str, Any]], str]) -> None:

@@ -10,9 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, AsJson, Auto, Home, find_recipe, load_recipe, open_graph, usage_error
+from .options import (
+    MODEL,
+    RUNS,
+    AsJson,
+    Auto,
+    Home,
+    find_recipe,
+    load_recipe,
+    open_graph,
+    read_config,
+    usage_error,
+)
 
 if TYPE_CHECKING:
+    from ..model.config import ModelConfig
     from .plan_text import Answer
 
 app = typer.Typer()
@@ -21,7 +33,7 @@ Subject = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE|MODEL|verify",
-        help="a recipe, a model's directory or config.json, or a name as deepseek-v3",
+        help=f"a recipe's file or name, as quickstart; {MODEL}; a config.json; or a name as deepseek-v3",
     ),
 ]
 PublishedRuns = Annotated[
@@ -106,6 +118,8 @@ def plan(
     Of a recipe: which stages are done, will run or wait, and each one's time. Of a model: the best layouts,
     time, energy and money of training it, or of its reinforcement learning, and of serving it. `verify` sets
     published runs against the plan.
+
+    For instance: `limbeck plan quickstart`, `limbeck plan deepseek-v3 --on 2048xH800`
     """
     from .plan_text import Conditions, changes_text, days_left
 
@@ -133,7 +147,7 @@ def plan(
 
         workload = {"tokens": tokens, "batch": batch, "seq": seq, "precision": precision}
         figures = _changes(set_, "--set")
-        answer = plan_model(what, figures, workload, conditions, svg)
+        answer = plan_model(what, _shapes_of(what, runs), figures, workload, conditions, svg)
     if to:
         from .model_plan import apply_export_rules
 
@@ -149,6 +163,25 @@ def _is_recipe(what: str) -> bool:
     from ..config.load import shipped
 
     return Path(what).suffix in (".yaml", ".yml") or what in shipped()
+
+
+def _shapes_of(name: str, runs: Path) -> ModelConfig:
+    """Return the configuration of a published model of the plan's table, in a config.json, or of a model that
+    is here.
+
+    Raises a usage error, which lists models and recipes, for any other name.
+    """
+    from ..config.load import shipped as recipes
+    from ..pipeline.model_name import find
+    from ..plan.models import published, shipped
+
+    config = published(name)
+    if config:
+        return config
+    path = Path(name) if name.endswith(".json") else find(name, runs, [*recipes(), *shipped()]).path
+    if path is None:
+        raise usage_error(f"{name} is a stage's result without a model; name a model, or a recipe")
+    return read_config(path)
 
 
 def _verify(file: Path | None) -> Answer:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, AsJson, Home, open_store, print_json, print_rows, usage_error
+from .options import MODEL, RUNS, AsJson, Home, open_store, print_json, print_rows, usage_error
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-MODEL = "a released directory, RUN/STAGE, a stage's name, or the beginning of an artifact's name"
 FACTS = ("rows", "pairs", "sampled", "kept", "accepted", "edited", "rejected", "parameters")
 
 
@@ -32,7 +31,7 @@ FACTS = ("rows", "pairs", "sampled", "kept", "accepted", "edited", "rejected", "
 
 @app.command()
 def why(
-    model: Annotated[str, typer.Argument(help=MODEL)],
+    model: Annotated[str, typer.Argument(help=f"{MODEL}; or a released directory")],
     runs: Home = RUNS,
     rows: Annotated[
         bool,
@@ -55,6 +54,8 @@ def why(
 ) -> None:
     """Tell what a model was made from: its licences first, then stages, problems, teachers and people down
     to the roots.
+
+    For instance: `limbeck why quickstart/r1`, `limbeck why smollm2-135m`
     """
     from ..pipeline.provenance.lineage import find, rows_behind
 
@@ -214,6 +215,8 @@ def _label(entry: dict[str, Any], name: str) -> str:
         facts.append(f"{check['checked']:,} compared with the test, {len(check['dropped'])} left out")
     if entry["kind"] in ("load", "remote"):
         facts.append(" AND ".join(entry["licences"]))
+    if entry.get("continued"):
+        facts.append("continued from {artifact} at step {step}".format(**entry["continued"]))
     if notes.get("source"):
         facts.append(f"from {notes['source']}")
     label = f"{name} ({entry['artifact']})"
@@ -279,7 +282,7 @@ def _print_recalled(recalled: Recall) -> None:
 
 @app.command()
 def release(
-    model: Annotated[str, typer.Argument(help=MODEL.removeprefix("a released directory, "))],
+    model: Annotated[str, typer.Argument(help=f"{MODEL}; a stage must have made it")],
     out: Annotated[Path, typer.Argument(help="the directory to write; it must not exist yet")],
     runs: Home = RUNS,
     name: Annotated[
@@ -296,6 +299,8 @@ def release(
     makes it again.
 
     A licence that forbids it, or a name that breaks a naming duty, is refused with its clause.
+
+    For instance: `limbeck release quickstart/r1 my-model`
     """
     from ..pipeline.provenance.release import release as write_release
 

@@ -121,7 +121,8 @@ def _is_done(graph: Graph) -> bool:
 
 
 def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
-    """Return the estimated amount of work of each stage of the graph.
+    """Return the estimated amount of work of each stage of the graph, for a stage that continues a shorter
+    one that of its later steps.
 
     `configs` holds the stages' model configurations.
     """
@@ -130,6 +131,10 @@ def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
     walk = Walk(graph.recipe, configs)
     for node in graph.nodes.values():
         walk.add(node.name, node.stage, node.inputs, node.control)
+    for node in graph.nodes.values():
+        shorter = graph.shorter(node)
+        if shorter and not shorter.obstacle:
+            walk.efforts[node.name] = walk.efforts[node.name].rest(shorter.share)
     return walk
 
 
@@ -260,7 +265,8 @@ def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: For
         line = f"{STATES[node.state]:10} {node.name:32} {node.kind:9} {_stage_time(node, forecasts)}  "
         if changed.stages:
             line += f"{_stage_time(node, changed)}  "
-        line += "; ".join(reasons[:3])
+        shorter = graph.shorter(node)
+        line += "; ".join([*reasons[:3], *([shorter.sentence] if shorter else [])])
         answer.lines.append(line.rstrip())
         row = {
             "stage": node.name,
@@ -269,6 +275,8 @@ def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: For
             "key": node.key and node.key[:16],
             "why": reasons,
         }
+        if shorter:
+            row["shorter"] = shorter.told()
         if node.name in forecasts.stages:
             row["forecast"] = forecasts.stages[node.name].told()
         rows.append(row)

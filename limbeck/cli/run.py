@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -21,13 +25,14 @@ from .options import (
     find_recipe,
     load_recipe,
     open_run,
-    print_rows,
+    print_json,
 )
+from .watch import carrier, carrier_as_json, choose_display, follow, live_figures
 
 if TYPE_CHECKING:
     from ..pipeline.graph import Node
+    from ..pipeline.progress import Figures
     from ..pipeline.run import Run
-    from .display import Lines
 
 app = typer.Typer()
 
@@ -41,6 +46,15 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", help="change a setting: stages.zero.steps=30", show_default=False)
 ]
+Loggers = Annotated[
+    list[str],
+    typer.Option(
+        "--log",
+        metavar="LOGGER",
+        help="write metrics for tensorboard, wandb or jsonl, too; may be repeated",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -49,8 +63,12 @@ def run(
     runs: Home = RUNS,
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
+    log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
     device: Device = "auto",
+    no_try: Annotated[
+        bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
+    ] = False,
     right: Annotated[
         str | None,
         typer.Option(
@@ -61,17 +79,24 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops."""
+    """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops.
+
+    For instance: `limbeck run quickstart --auto`
+    """
+    from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
     from .display import Events, Tree
     from .recipe_plan import cached_forecast
 
-    display = _choose_display(as_json)
+    display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
     try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
+        job.previews = not no_try
+        display.hint = _where_to_look(job)
         _stop_on_interrupt(job)
-        page = job.execute(cached_forecast(job.graph))
+        with log_metrics(job, log):
+            page = job.execute(cached_forecast(job.graph))
     finally:
         _ignore_interrupts()
         if isinstance(display, Tree):
@@ -82,17 +107,15 @@ def run(
         print(f"The report is at {page}")
 
 
-def _choose_display(as_json: bool) -> Lines:
-    """Return the display of a run: JSON events with `as_json`, a live table on a terminal, plain lines
-    otherwise.
-    """
-    from .display import Events, Lines, Tree
-
-    if as_json:
-        return Events()
-    if os.environ.get("TERM") == "dumb" or os.environ.get("CI") or not sys.stderr.isatty():
-        return Lines()
-    return Tree()
+def _where_to_look(job: Run) -> str:
+    """Return the sentence that says where else the run can be seen: at a terminal, and in the studio."""
+    runs = job.folder.parent
+    option = "" if runs == RUNS else f" --runs {shlex.quote(str(runs))}"
+    path = f"/runs/{quote(job.folder.name)}"
+    return (
+        f"follow it from elsewhere: limbeck watch {shlex.quote(str(job.folder))}, or limbeck serve{option} "
+        f"and http://127.0.0.1:8000{path}"
+    )
 
 
 def _stop_on_interrupt(job: Run) -> None:
@@ -122,31 +145,85 @@ def _ignore_interrupts() -> None:
 
 
 @app.command()
-def status(run_folder: RunFolder, as_json: AsJson = False) -> None:
-    """Where a run stands, and for whom it waits."""
+def status(
+    run_folder: RunFolder,
+    as_json: AsJson = False,
+    follow_it: Annotated[
+        bool, typer.Option("--follow", help="go on showing it until it ends, as `limbeck watch` does")
+    ] = False,
+) -> None:
+    """Where a run stands: its stages, what is done right now, by whom, and for whom it waits."""
+    if follow_it:
+        follow(run_folder, as_json)
     graph = open_run(run_folder)
-    rows = [_status(node) for node in graph.nodes.values()]
+    figures = live_figures(run_folder)
+    process = carrier(run_folder)
+    rows = []
+    for node in graph.nodes.values():
+        partial = graph.store.root / ".partial" / process.begun.get(node.name, "")
+        rows.append(_status(node, figures.get(node.name), partial if node.name in process.begun else None))
+    if as_json:
+        print_json(rows, run=carrier_as_json(process))
+        return
+    for row in rows:
+        print(_status_text(row, run_folder, figures).rstrip())
+    if process.state != "finished":
+        print(process)
 
-    def line(row: dict[str, Any]) -> str:
-        detail = row["artifact"] or ""
-        if row["state"] == "asks":
-            command = f"limbeck curate {run_folder} {row['stage']}"
-            detail = f"{row['waiting_rows']} rows wait for a person: {command}"
-        return f"{STATES[row['state']]:10} {row['stage']:32} {detail}"
 
-    print_rows(rows, as_json, line)
+def _status_text(row: dict[str, Any], run_folder: Path, figures: dict[str, Figures]) -> str:
+    """Return the lines of one stage: its state, its name, and its artifact, its progress or what it waits
+    for; below, its alarms."""
+    from .display import describe, printable
+
+    stage = row["stage"]
+    detail = row["artifact"] or ""
+    if row["state"] == "asks":
+        command = f"limbeck curate {run_folder} {stage}"
+        detail = f"{row['waiting_rows']} rows wait for a person: {command}"
+    if row["unchanged"]:
+        detail += "; weights unchanged"
+    if row["begun"]:
+        detail = "begun; goes on from its last checkpoint"
+    if stage in figures:
+        detail = describe(row["kind"], figures[stage])
+    lines = [f"{STATES[row['state']]:10} {stage:32} {detail}"]
+    return "\n".join([*lines, *(f"{'':10} ! {printable(alarm)}" for alarm in row["alarms"])])
 
 
-def _status(node: Node) -> dict[str, Any]:
-    """Return one stage's name, kind, state, artifact, seconds, and number of rows that wait for review."""
+def _status(node: Node, figures: Figures | None, partial: Path | None) -> dict[str, Any]:
+    """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, whether
+    it left its weights unchanged, the alarms of its latest step if it has begun, its progress, and whether it
+    was begun and is not at work.
+
+    `partial` is the folder that a stage that has begun works in.
+    """
     from ..pipeline.review import review_queue
 
     artifact = node.artifact
     return {
         "stage": node.name,
         "kind": node.kind,
-        "state": node.state,
+        "state": "running" if figures else node.state,
         "artifact": artifact and artifact.folder.name,
         "seconds": artifact and artifact.manifest["seconds"],
         "waiting_rows": len(review_queue.pending(node.queue)) if node.state == "asks" else 0,
+        "unchanged": bool(artifact) and artifact.manifest["notes"].get("weights_changed") is False,
+        "alarms": _alarms(partial) if partial and not artifact else [],
+        "begun": bool(partial) and not figures and not artifact,
+        "progress": figures and asdict(figures),
     }
+
+
+def _alarms(partial: Path) -> list[str]:
+    """Return the alarms of the latest step that was logged in a folder, and a response if its rewards taught
+    nothing.
+    """
+    from ..run_log import ROLLOUTS, quote, read, read_metrics
+    from ..train.learning_signal import UNTAUGHT
+
+    *_, latest = [{}, *read_metrics(partial)]
+    alarms = list(latest.get("alarms", []))
+    if any(alarm.startswith(UNTAUGHT) for alarm in alarms):
+        alarms += [quote(row) for row in itertools.islice(read(partial / ROLLOUTS), 1)]
+    return alarms

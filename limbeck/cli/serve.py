@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RUNS, Home, usage_error
+from .options import MODEL, RUNS, Home, usage_error
 
 app = typer.Typer()
 
@@ -17,7 +17,7 @@ Models = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[NAME=]MODEL...",
-        help="a model directory, a pulled name, a GGUF file, an artifact, or a run, of which r1 is served",
+        help=MODEL,
     ),
 ]
 Host = Annotated[str, typer.Option(help="the address to listen at; beyond this machine a key is required")]
@@ -64,7 +64,10 @@ def serve(
     threads: Threads = 0,
     drain: Drain = 30.0,
 ) -> None:
-    """Serve models: an OpenAI-compatible API under /v1, and the studio. Without a model, the studio alone."""
+    """Serve models: an OpenAI-compatible API under /v1, and the studio. Without a model, the studio alone.
+
+    For instance: `limbeck serve quickstart/zero quickstart/r1`, `limbeck serve mine=model.gguf`
+    """
     if not key and not _is_loopback(host):
         raise usage_error(
             f"--host {host} can be reached from elsewhere; give a key with --key or LIMBECK_KEY, "

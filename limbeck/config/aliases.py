@@ -9,7 +9,7 @@ changes no key."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ RENAMED = (
     Alias("kv_rank", "kv_lora_rank", "pretrain", ("shape", "latent")),
     Alias("ahead_weight", "mtp_loss_weight", "", ("optimizer",)),
 )
+PROBLEMS = (Alias("instruction", "template"),)  # of sources of problems, whatever their `source`
 _noticed: set[str] = set()
 
 
@@ -50,7 +51,7 @@ def rename(tree: dict) -> list[Alias]:
     found, including old names of stage kinds.
 
     Raises LimbeckError where a mapping has a setting under both its old and its new name."""
-    aliases: list[Alias] = []
+    aliases = _rename_problems(tree)
     stages = tree.get("stages")
     if not isinstance(stages, dict):
         return aliases
@@ -64,6 +65,11 @@ def rename_path(path: list[str], tree: dict) -> list[Alias]:
     """Replace the old names in a path into a recipe's tree, such as `["stages", "far", "patience"]`, in
     place; return the aliases of the names replaced."""
     aliases: list[Alias] = []
+    if len(path) == 3 and path[0] == "problems":
+        for alias in PROBLEMS:
+            if path[2] == alias.old:
+                path[2] = alias.new
+                aliases.append(alias)
     if len(path) < 3 or path[0] != "stages":
         return aliases
     kind = _kind_at(tree, path[1])
@@ -96,6 +102,12 @@ def stored(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def stored_problems(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a source of problems under the names that are used in keys."""
+    words = {alias.new: alias.old for alias in PROBLEMS}
+    return {words.get(key, key): value for key, value in settings.items()}
+
+
 def stored_kind(kind: str) -> str:
     """Return the name of a stage kind in keys, manifests and folder names of artifacts, such as `preference`
     for `dpo`."""
@@ -108,6 +120,34 @@ def current_kind(kind: str) -> str:
     return KINDS.get(kind, kind)
 
 
+def _rename_problems(tree: dict) -> list[Alias]:
+    """Replace the old names in a recipe's sources of problems, in place; return the aliases of the names
+    replaced."""
+    aliases: list[Alias] = []
+    problems = tree.get("problems")
+    for name, source in problems.items() if isinstance(problems, dict) else ():
+        if isinstance(source, dict):
+            aliases += _rename_keys(f"problems.{name}", source, PROBLEMS)
+    return aliases
+
+
+def _rename_keys(place: str, mapping: dict, candidates: Sequence[Alias]) -> list[Alias]:
+    """Replace the old names among the keys of a mapping, in place; return the aliases of the names replaced.
+    `place` names the mapping in error messages."""
+    aliases: list[Alias] = []
+    for alias in candidates:
+        if alias.old not in mapping:
+            continue
+        if alias.new in mapping:
+            raise LimbeckError(
+                f"{place} has {alias.old} and {alias.new}, the old and the new word for one setting; "
+                f"keep {alias.new}"
+            )
+        _replace_key(mapping, alias)
+        aliases.append(alias)
+    return aliases
+
+
 def _rename_stage(place: str, stage: dict) -> list[Alias]:
     """Replace the old names in one stage's settings, in place; return the aliases of the names replaced.
     `place` names the stage in error messages."""
@@ -117,19 +157,9 @@ def _rename_stage(place: str, stage: dict) -> list[Alias]:
         stage["kind"] = KINDS[kind]
         aliases.append(Alias(f"kind: {kind}", f"kind: {stage['kind']}"))
     for alias in RENAMED:
-        if not alias.applies(stage.get("kind"), alias.inside):
-            continue
-        mapping = _mapping_inside(stage, alias.inside)
-        if alias.old not in mapping:
-            continue
-        if alias.new in mapping:
-            where = ".".join([place, *alias.inside])
-            raise LimbeckError(
-                f"{where} has {alias.old} and {alias.new}, the old and the new word for one setting; "
-                f"keep {alias.new}"
-            )
-        _replace_key(mapping, alias)
-        aliases.append(alias)
+        if alias.applies(stage.get("kind"), alias.inside):
+            mapping = _mapping_inside(stage, alias.inside)
+            aliases += _rename_keys(".".join([place, *alias.inside]), mapping, (alias,))
     return aliases
 
 

@@ -5,8 +5,13 @@ This module does not import torch."""
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -32,27 +37,61 @@ def with_auto_curation(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe from a file, or by the name of a recipe that comes with the package. `overrides` are
-    strings `key.path=value` that replace settings.
+def load(
+    source: str | Path | Recipe | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a recipe from a file, or by the name of a recipe that comes with the package; a `Recipe`, or a
+    mapping of its settings, is checked anew.
+
+    `overrides` are strings `key.path=value` that replace settings. `settings` replace settings too:
+    `{"stages.zero.steps": 10}` and `{"stages": {"zero": {"steps": 10}}}` say the same. A mapping is merged
+    into the one that it meets; any other value replaces the one before.
 
     Settings under old names are accepted, with one notice per name on standard error. Raises LimbeckError
     with one sentence about the first mistake."""
-    path = find(path)
-    tree = _read_tree(path)
+    place, tree = _open(source)
     try:
         renamed = aliases.rename(tree)
     except LimbeckError as error:
-        raise LimbeckError(f"{path}: {error}") from None
+        raise LimbeckError(f"{place}: {error}") from None
     for override in overrides:
         renamed += _override(tree, override)
+    for key, value in _leaves(settings or {}):
+        renamed += _replace(tree, key, value, f"setting {'.'.join(key)}")
     aliases.notify(renamed)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise LimbeckError(f"{path}: {explain(error, tree)}") from None
-    check_references(path, recipe)
+        raise LimbeckError(f"{place}: {explain(error, tree)}") from None
+    check_references(place, recipe)
     return recipe
+
+
+def _open(source: str | Path | Recipe | Mapping[str, Any]) -> tuple[Path, dict]:
+    """Return the recipe `source` as a YAML tree that may be changed, and its place for messages."""
+    if isinstance(source, Recipe):
+        source = source.model_dump(mode="json")
+    if isinstance(source, Mapping):
+        return Path(f"recipe {source.get('name', 'without a name')}"), copy.deepcopy(dict(source))
+    path = find(source)
+    return path, _read_tree(path)
+
+
+def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[list[str], Any]]:
+    """Yield each setting as the parts of its key and its value. Names at the top may be dotted."""
+    for name, value in settings.items():
+        yield from _leaves_below(str(name).split("."), value)
+
+
+def _leaves_below(key: list[str], value: Any) -> Iterator[tuple[list[str], Any]]:
+    """Yield the values inside `value`, the value of the key `key`; a mapping without entries is a value."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves_below([*key, str(name)], inner)
+    else:
+        yield key, os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def shipped() -> dict[str, Path]:
@@ -62,9 +101,9 @@ def shipped() -> dict[str, Path]:
 
 def find(recipe: str | Path) -> Path:
     """Return the path of a recipe's file. If there is no file `recipe` and it is the name of a recipe that
-    comes with the package, that recipe's path is returned."""
+    comes with the package, that recipe's path is returned. A folder of that name is no recipe."""
     path = Path(recipe)
-    if path.exists():
+    if path.is_file():
         return path
     return shipped().get(str(recipe), path)
 
@@ -93,9 +132,11 @@ def _read_tree(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        close = get_close_matches(path.stem, shipped(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
         names = ", ".join(shipped())
         raise LimbeckError(
-            f"{path}: no such recipe; recipes that come with Limbeck: {names or 'none found'}"
+            f"{path}: no such recipe; {hint}recipes that come with Limbeck: {names or 'none found'}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise LimbeckError(f"{path}: cannot be read as text ({error})") from None
@@ -115,18 +156,24 @@ def _override(tree: dict, override: str) -> list[aliases.Alias]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise LimbeckError(f"--set {override}: write key.path=value, for instance stages.zero.steps=10")
-    keys = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LimbeckError(f"--set {override}: the value is not valid YAML") from None
+    return _replace(tree, key.split("."), value, f"--set {override}")
+
+
+def _replace(tree: dict, keys: list[str], value: Any, place: str) -> list[aliases.Alias]:
+    """Replace the setting `keys` of a recipe's YAML tree, in place; return the aliases of old names in it.
+    Error messages begin with `place`."""
     renamed = aliases.rename_path(keys, tree)
     mapping = tree
     for parent, child in pairwise(keys):
         mapping = mapping.setdefault(parent, {})
         if not isinstance(mapping, dict):
-            raise LimbeckError(f"--set {override}: {parent} is not a mapping, so it has no key {child}")
-    try:
-        mapping[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise LimbeckError(f"--set {override}: the value is not valid YAML") from None
+            raise LimbeckError(f"{place}: {parent} is not a mapping, so it has no key {child}")
+    mapping[keys[-1]] = value
     try:
         return renamed + aliases.rename(tree)
     except LimbeckError as error:
-        raise LimbeckError(f"--set {override}: {error}") from None
+        raise LimbeckError(f"{place}: {error}") from None

@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 RewardPart = Literal["accuracy", "format", "language", "judge", "preference"]
 Recompute = bool | Literal["keep_attention"]
@@ -185,6 +192,12 @@ class Shape(Settings):
         return self
 
 
+# Sampling parameters that a recipe need not set, with the values that have no effect. Unset they are left
+# out of keys and manifests.
+PENALTIES = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+OPTIONAL_SAMPLING = {"top_k": 0, "min_p": 0, **PENALTIES}
+
+
 class Sampling(Settings):
     """The sampling parameters of completions. `temperature: 0` is greedy decoding."""
 
@@ -196,6 +209,32 @@ class Sampling(Settings):
         False, description="let the module that looks ahead draft tokens: the same, sooner"
     )
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
+    top_k: int | None = Field(None, ge=0, description="sample from this many likeliest tokens; 0 is all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="sample from tokens with this share of the greatest probability"
+    )
+    presence_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="subtracted from the logits of tokens that the response has; not in `rl`",
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="the same, as often as the response has them; not in `rl`"
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        description="divides positive logits of tokens that prompt or response has, and multiplies "
+        "negative ones; not in `rl`",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings without those of `OPTIONAL_SAMPLING` that are not set, which therefore change
+        no key."""
+        settings = serialize(self)
+        return {name: value for name, value in settings.items() if value is not None}
 
 
 class Prices(Settings):
@@ -288,7 +327,9 @@ class Policy(Settings):
         None, gt=0, description="leave out failures that drifted further than this, in nats (DeepSeek-V3.2)"
     )
     keep_sampling_mask: bool = Field(
-        False, description="score tokens among those that `top_p` left; needed where it is below 1"
+        False,
+        description="score tokens among those that `top_p`, `top_k` and `min_p` left; needed where they "
+        "exclude any",
     )
 
     @model_validator(mode="before")

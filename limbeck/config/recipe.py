@@ -8,6 +8,8 @@ module does not import torch."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -76,7 +78,8 @@ class Gym(Settings):
     config: dict[str, Any] = Field({}, description="the generator's own settings")
     size: int = Field(2000, ge=2, description="training problems to generate; repeated ones are dropped")
     held_out: int = Field(500, ge=1, description="test problems to generate")
-    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    system: str | None = Field(None, description="the system prompt, in the chat template's system role")
+    template: str = Field("{problem}", description="the user message; `{problem}` stands for the question")
     answer: Literal["tags", "boxed", "final"] = Field(
         "boxed",
         description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
@@ -95,7 +98,8 @@ class Files(Settings):
     )
     held_out: int = Field(200, ge=1, description="problems kept for testing, chosen by their text")
     limit: int | None = Field(None, ge=2, description="read no more rows than this")
-    instruction: str = Field("{problem}", description="the prompt; `{problem}` stands for the question")
+    system: str | None = Field(None, description="the system prompt, in the chat template's system role")
+    template: str = Field("{problem}", description="the user message; `{problem}` stands for the question")
     answer: Literal["tags", "boxed", "final"] = Field(
         "boxed",
         description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
@@ -196,6 +200,12 @@ class RL(Budgeted):
         None, description="where the parts `judge` and `preference` come from, and when they count"
     )
     steps: int = Field(60, ge=1, description="rounds of sampling and learning")
+    steps_without_signal: int = Field(
+        10,
+        ge=0,
+        description="stop, resumably, after this many steps if in none of them rewards differed within a "
+        "group; 0 never stops",
+    )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")
     optimizer: Optimizer = Field(
@@ -395,6 +405,18 @@ class Recipe(Settings):
     )
     problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
     stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
+
+    @classmethod
+    def load(cls, source: str | Path | Recipe | Mapping[str, Any], /, **settings: Any) -> Recipe:
+        """Return a checked recipe, read from a file, by the name of a recipe that comes with Limbeck, or from
+        a mapping; `Recipe.load("smoke", stages={"zero": {"steps": 5}})` changes a setting.
+
+        `settings` replace those of the recipe: a nested mapping is merged, and a name may be dotted
+        (`**{"stages.zero.steps": 5}`). Raises LimbeckError with one sentence about the first mistake.
+        """
+        from .load import load
+
+        return load(source, settings=settings)
 
 
 # ---------------------------------------------------------------- what cites what

@@ -14,9 +14,10 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from ..text.prompt_format import system_fault, template_fault
 from ..types import LimbeckError
 from .learned_rewards import Calibrate, LearnedReward, Reward
-from .parts import TARGETS, LoRA, Optimizer, Settings
+from .parts import PENALTIES, TARGETS, LoRA, Optimizer, Settings
 from .recipe import (
     DPO,
     RL,
@@ -84,7 +85,9 @@ def _sentence(mistake: dict[str, Any], tree: dict) -> str:
         key, choices = ("source", SOURCES) if location[0] == "problems" else ("kind", STAGES)
         return f"{where}.{key} is missing or unknown; choose one of {', '.join(choices)}"
     message = mistake["msg"][0].lower() + mistake["msg"][1:]
-    return f"{where}: {message}, but it is {mistake['input']!r}"
+    # YAML reads a text in braces, such as {problem}, as a mapping
+    remedy = "; put it in quotes" if message.endswith("string") and isinstance(mistake["input"], dict) else ""
+    return f"{where}: {message}, but it is {mistake['input']!r}{remedy}"
 
 
 def _hint(word: str, known: list[str]) -> str:
@@ -117,6 +120,7 @@ def check_references(path: Path, recipe: Recipe) -> None:
         raise LimbeckError(
             f"{path}: name {recipe.name!r} names a folder: letters, digits, - _ . only, and not store"
         )
+    _check_prompts(path, recipe)
     for name, stage in recipe.stages.items():
         references = _References(path, recipe, name)
         _check_any_stage(references, stage)
@@ -124,6 +128,20 @@ def check_references(path: Path, recipe: Recipe) -> None:
         if check:
             check(references, stage)
     _refuse_cycles(path, recipe)
+
+
+def _check_prompts(path: Path, recipe: Recipe) -> None:
+    """Raise LimbeckError for a template without `{problem}`, for other placeholders, and for an empty system
+    prompt."""
+    for name, source in recipe.problems.items():
+        if isinstance(source, Miniature):
+            continue
+        for key, fault in (
+            ("template", template_fault(source.template)),
+            ("system", "" if source.system is None else system_fault(source.system)),
+        ):
+            if fault:
+                raise LimbeckError(f"{path}: problems.{name}.{key} {fault}")
 
 
 @dataclass(frozen=True)
@@ -327,9 +345,19 @@ def _problems_behind(recipe: Recipe, names: list[str]) -> set[str]:
 
 
 def _check_rl(references: _References, stage: RL) -> None:
-    """Check that each learned part of an `rl` stage's reward cites its stage, has a weight, and is used for
-    enough steps to fill the window of its alarm."""
+    """Check that an `rl` stage samples without penalties, and that each learned part of its reward cites its
+    stage, has a weight, and is used for enough steps to fill the window of its alarm.
+
+    The learner scores a token by the tokens before it alone: with a penalty its log-probabilities would not
+    be the sampler's."""
     name = references.name
+    for penalty, neutral in PENALTIES.items():
+        value = getattr(stage.sampling, penalty)
+        if value not in (None, neutral):
+            raise references.error(
+                f".sampling.{penalty} = {value:g} is not for rl, whose learner scores tokens without "
+                "penalties; leave it out"
+            )
     learned = stage.learned_rewards or {}
     for part, kind in (("judge", "calibrate"), ("preference", "reward")):
         if part in stage.rewards and part not in learned:

@@ -19,6 +19,7 @@ from ..model.decoder import Decoder
 from ..model.ffn import RouterTrace
 from ..model.kernels.decode_step import DecodeStep
 from ..model.kv_cache import KVCache, Packed
+from .penalties import Penalties
 from .sampling import Draw, SamplingParams, draw
 
 HEADROOM = 128  # tokens per row that a new cache has room for; growing it later copies the whole cache
@@ -31,16 +32,16 @@ MIN_ALIVE_SHARE = 0.75
 class FinishedSequence:
     """A finished completion: number `sample` of the group of the problem with index `problem`.
 
-    `tokens` [T] and `logprobs` [T] are as sampled. `top_p_ids` has for each token the ids inside top-p (None
-    unless `SamplingParams.keep_mask` is set). `routes` [prompt length + T - 1, L, K] has the experts chosen
-    for each token but the last, which is never run (None in a dense model).
+    `tokens` [T] and `logprobs` [T] are as sampled. `kept_ids` has for each token the ids that sampling left
+    (None unless `SamplingParams.keep_mask` is set). `routes` [prompt length + T - 1, L, K] has the
+    experts chosen for each token but the last, which is never run (None in a dense model).
     """
 
     problem: int
     sample: int
     tokens: np.ndarray
     logprobs: np.ndarray
-    top_p_ids: tuple[np.ndarray, ...] | None
+    kept_ids: tuple[np.ndarray, ...] | None
     routes: np.ndarray | None
 
 
@@ -50,6 +51,7 @@ class DecodeBatch:
 
     drafted = 0
     accepted = 0
+    sampled_tokens = 0  # tokens sampled so far, for the display of progress
     tokens_deferred = 0  # tokens at the end of a prompt that are run by the first step, not by the prefill
     compiled = True  # True if the compiled decode step may be used
     records_routes = True  # True if finished sequences have the experts chosen for their tokens
@@ -82,7 +84,8 @@ class DecodeBatch:
         self.uniforms_BT = np.zeros((0, max_tokens))
         self.sampled_B = np.zeros(0, dtype=np.int64)  # tokens that each row has sampled so far
         self.alive_B = np.zeros(0, dtype=bool)
-        self.top_p_ids: list[list[np.ndarray]] = []
+        self.kept_ids: list[list[np.ndarray]] = []
+        self.penalties = Penalties(config.vocab_size)
         self.hidden_BC = torch.zeros(0, config.hidden_size, dtype=dtype)
         sparse_layers = sum(config.sparse(layer) for layer in range(config.layers))
         self.sparse_layers = sparse_layers if self.records_routes else 0
@@ -110,7 +113,9 @@ class DecodeBatch:
         self.owners += [(prompts[i][0], sample) for i in by_length for sample in range(n)]
         if self.sparse_layers:
             self.routes_BTLK = append_zeros(self.routes_BTLK, len(new_rows))
-        self._prefill([prompts[i][1] for i in by_length], n)
+        sorted_prompts = [prompts[i][1] for i in by_length]
+        self.penalties.append([prompt for prompt in sorted_prompts for _ in range(n)], self.sampling)
+        self._prefill(sorted_prompts, n)
 
     def _append_rows(self, count: int) -> None:
         """Append `count` empty rows to the arrays that both this class and its subclasses use."""
@@ -118,7 +123,7 @@ class DecodeBatch:
         self.logprobs_BT = append_zeros(self.logprobs_BT, count)
         self.sampled_B = append_zeros(self.sampled_B, count)
         self.alive_B = np.append(self.alive_B, np.ones(count, dtype=bool))
-        self.top_p_ids += [[] for _ in range(count)]
+        self.kept_ids += [[] for _ in range(count)]
 
     def _prefill(self, prompts: list[np.ndarray], n: int) -> None:
         lengths = [len(prompt) for prompt in prompts]
@@ -181,16 +186,19 @@ class DecodeBatch:
         active_places = place_B[active_B]
         self.tokens_BT[active_rows, active_places] = tokens_B[active_B]
         self.logprobs_BT[active_rows, active_places] = drawn.logprobs_B.numpy()[active_B]
-        if drawn.top_p_BV is not None:
+        if drawn.kept_BV is not None:
             for row in active_rows:
-                self.top_p_ids[row].append(drawn.top_p_BV[row].nonzero().flatten().numpy())
+                self.kept_ids[row].append(drawn.kept_BV[row].nonzero().flatten().numpy())
         self.sampled_B = self.sampled_B + active_B
+        self.penalties.count(active_rows, tokens_B[active_B])
+        self.sampled_tokens += len(active_rows)
         return tokens_B
 
     def _draw(self, logits_BV: Tensor, rows: np.ndarray, place_B: np.ndarray, previous_B: np.ndarray) -> Draw:
         """Draw a token for each of `rows` from its logits. `place_B` is the token's index in its completion,
         which selects the random number; `previous_B` is the token before it."""
         uniform_B = torch.from_numpy(self.uniforms_BT[rows, place_B])
+        logits_BV = self.penalties.apply(logits_BV, rows)
         return draw(logits_BV, uniform_B, torch.from_numpy(previous_B), self.sampling)
 
     def _remove_finished(self) -> list[FinishedSequence]:
@@ -210,16 +218,17 @@ class DecodeBatch:
         length = int(self.sampled_B[row])
         tokens = self.tokens_BT[row, :length].copy()
         logprobs = self.logprobs_BT[row, :length].astype(np.float32)
-        top_p_ids = tuple(self.top_p_ids[row]) if self.top_p_ids[row] else None
+        kept_ids = tuple(self.kept_ids[row]) if self.kept_ids[row] else None
         routes = None
         if self.sparse_layers:
             completion_routes = self.routes_BTLK[row, : length - 1 + self.tokens_deferred]
             routes = np.concatenate([self.prompt_routes[row], completion_routes])
-        return FinishedSequence(problem, sample, tokens, logprobs, top_p_ids, routes)
+        return FinishedSequence(problem, sample, tokens, logprobs, kept_ids, routes)
 
     def _select_rows(self, rows: np.ndarray) -> None:
         """Keep only the rows with the indices `rows`, in that order, and drop all others."""
         self.cache.select_rows(rows)
+        self.penalties.select_rows(rows)
         self.tokens_BT = self.tokens_BT[rows]
         self.logprobs_BT = self.logprobs_BT[rows]
         self.uniforms_BT = self.uniforms_BT[rows]
@@ -228,7 +237,7 @@ class DecodeBatch:
         self.hidden_BC = self.hidden_BC[torch.from_numpy(rows)]
         row_list = rows.tolist()
         self.owners = [self.owners[row] for row in row_list]
-        self.top_p_ids = [self.top_p_ids[row] for row in row_list]
+        self.kept_ids = [self.kept_ids[row] for row in row_list]
         if self.sparse_layers:
             self.routes_BTLK = self.routes_BTLK[rows]
             self.prompt_routes = [self.prompt_routes[row] for row in row_list]

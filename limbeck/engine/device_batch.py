@@ -115,6 +115,7 @@ class DeviceBatch:
     pool take what rows that have ended still write.
     """
 
+    sampled_tokens = 0  # tokens of the sequences that have ended, for the display of progress
     drafted = 0
     accepted = 0
 
@@ -159,7 +160,7 @@ class DeviceBatch:
         self.is_stop_V = stops_V.to(self.device)
         self._trash_B = torch.arange(rows, device=self.device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        keeps = sampling.keep_mask and sampling.temperature > 0 and sampling.top_p < 1
+        keeps = sampling.keep_mask and sampling.excludes
         mask = (rows if keeps else 0, vocabulary)
         self._mask_BV = torch.zeros(mask, dtype=torch.bool, device=self.device)
 
@@ -415,6 +416,7 @@ class DeviceBatch:
     ) -> FinishedSequence:
         """Release a row's blocks and return its sequence, of arrays [T], [T] and [T, L, K]."""
         self.pool.release(row.blocks)
+        self.sampled_tokens += length
         chosen = None
         if row.prompt_routes is not None:
             chosen = np.concatenate([row.prompt_routes, routes[: length - 1]])

@@ -12,19 +12,18 @@ from torch import Tensor
 
 from ..model.ops import Ops
 from ..types import LimbeckError
-from .sampling import Draw, SamplingParams
+from .sampling import Draw, SamplingParams, likely
 
-SUPPORTED = {"temperature", "top_p", "max_new_tokens", "keep_mask", "force", "stop_ids"}
+PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
 
 
 def check(params: SamplingParams) -> None:
     """Raise LimbeckError if the parameters ask for what `draw_on_device` does not do."""
     for field in fields(params):
         default = field.default if field.default is not MISSING else field.default_factory()
-        if field.name not in SUPPORTED and getattr(params, field.name) != default:
+        if field.name in PENALTIES and getattr(params, field.name) != default:
             raise LimbeckError(
-                f"sampling.{field.name}: rollouts on a GPU sample with temperature and top_p alone; "
-                "leave it out, or run on the CPU"
+                f"sampling.{field.name}: rollouts on a GPU know no penalties; leave it out, or run on the CPU"
             )
 
 
@@ -33,13 +32,13 @@ def draw_on_device(
 ) -> Draw:
     """Sample one token per row; arguments and results as in `sampling.draw`.
 
-    The mask is returned where top-p is asked to keep it, even if it excludes nothing.
+    The mask is returned where it is asked for, even if it excludes nothing.
     """
     temperature = params.temperature
     open_BV = logits_BV
     kept_BV = None
-    if temperature and params.top_p < 1:
-        kept_BV = nucleus(torch.softmax(logits_BV / temperature, -1), params.top_p, ops)
+    if params.excludes:
+        kept_BV = _left(torch.log_softmax(logits_BV / temperature, -1), params, ops)
         open_BV = logits_BV.masked_fill(~kept_BV, float("-inf"))
     tokens_B, logprobs_B = ops.draw(open_BV, uniform_B, temperature)
     for after, forced in params.force.items():
@@ -48,6 +47,17 @@ def draw_on_device(
         scored_BV = open_BV if params.keep_mask else logits_BV
         logprobs_B = ops.logprob(scored_BV, tokens_B, temperature)
     return Draw(tokens_B, logprobs_B, kept_BV if params.keep_mask else None)
+
+
+def _left(logprobs_BV: Tensor, params: SamplingParams, ops: Ops) -> Tensor:
+    """Return the mask [B, V] of the tokens that min-p, top-k and top-p leave."""
+    kept_BV = likely(logprobs_BV, params)
+    if params.top_p == 1:
+        return kept_BV
+    if kept_BV is None:
+        return nucleus(logprobs_BV.exp(), params.top_p, ops)
+    open_BV = logprobs_BV.masked_fill(~kept_BV, float("-inf"))
+    return kept_BV & nucleus(torch.softmax(open_BV, -1), params.top_p, ops)
 
 
 def nucleus(probabilities_BV: Tensor, top_p: float, ops: Ops) -> Tensor:

@@ -15,8 +15,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..activity import Phase, phase
+from ..config.parts import OPTIONAL_SAMPLING
 from ..config.recipe import Remote
-from ..types import Group, LimbeckError, Problem, Resumable
+from ..text.prompt_format import conversation
+from ..types import Group, LimbeckError, Message, Problem, Resumable
 from .chat_completion import InvalidResponse, parse, to_completion, unknown_tokens
 from .rate_limit import RateLimiter, Stopped, retry_after
 from .response_cache import ResponseCache
@@ -90,7 +93,7 @@ class Endpoint:
         """
         if sampling.force or sampling.keep_mask or sampling.stop_ids:
             raise LimbeckError(f"{self.name} is remote: tokens cannot be forced, masked or stopped at there")
-        bodies = [self.body(problem.prompt, sampling) for problem in problems]
+        bodies = [self.body(conversation(problem.prompt, problem.system), sampling) for problem in problems]
         keys = [[self._key(body, sample) for sample in range(group_size)] for body in bodies]
         requests: dict[str, tuple[dict[str, Any], int]] = {}
         for body, group_keys in zip(bodies, keys, strict=True):
@@ -130,16 +133,20 @@ class Endpoint:
             metrics["money"] = (prompt * prices.input + response * prices.output) / 1e6
         return metrics
 
-    def body(self, prompt: str, sampling: SamplingParams) -> dict[str, Any]:
-        """Return the JSON body of a chat-completion request for `prompt`. The recipe's `extra` overrides or
-        adds fields; a field that `extra` sets to null is removed."""
+    def body(self, prompt: str | list[Message], sampling: SamplingParams) -> dict[str, Any]:
+        """Return the JSON body of a chat-completion request for `prompt`, a question or a conversation. The
+        recipe's `extra` overrides or adds fields; a field that `extra` sets to null is removed."""
         body: dict[str, Any] = {
             "model": self.settings.model,
-            "messages": [{"role": "user", "content": prompt}],
+            "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
         }
+        for name, neutral in OPTIONAL_SAMPLING.items():
+            value = getattr(sampling, name)
+            if value != neutral:
+                body[name] = value
         if self.settings.logprobs:
             body["logprobs"] = True
         body |= self.settings.extra
@@ -158,9 +165,10 @@ class Endpoint:
         to a request body and a sample number. After the first failure no further request is sent, and the
         failure is raised."""
         self.failed.clear()
-        with ThreadPoolExecutor(self.settings.max_concurrency) as pool:
+        answered = phase("asking", "rows", len(requests))
+        with answered as rows, ThreadPoolExecutor(self.settings.max_concurrency) as pool:
             futures = {
-                key: pool.submit(self._fetch, key, body, sample, progress)
+                key: pool.submit(self._fetch, key, body, sample, (rows, progress))
                 for key, (body, sample) in requests.items()
             }
             done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -173,10 +181,10 @@ class Endpoint:
         return responses
 
     def _fetch(
-        self, key: str, body: dict[str, Any], sample: int, progress: Progress | None
+        self, key: str, body: dict[str, Any], sample: int, counts: tuple[Phase, Progress | None]
     ) -> dict[str, Any]:
         """Return the response with this `key` from the cache; if it is not there, request it from the
-        endpoint and add it to the cache."""
+        endpoint and add it to the cache. `counts` are what the response is counted in."""
         response = self.cache.get(key)
         if response is None:
             with self.cache.claim(key):
@@ -185,6 +193,8 @@ class Endpoint:
                     response = {"endpoint": self.settings.url, "request": body, "sample": sample}
                     response |= self._request(body)
                     self.cache.put(key, response)
+        rows, progress = counts
+        rows.advance()
         if progress:
             progress(1)
         return response

@@ -30,7 +30,8 @@ class Request:
     answer) that is still open after `thought_budget` tokens is closed; `opened` is True if the prompt ends
     inside a thought. With `top` set, log-probabilities at temperature 1 are returned for the sampled tokens
     and for the `top` most likely tokens at each position; with `echo`, for the prompt's tokens as well. With
-    `ignore_eos` sequences are sampled past the end-of-turn token.
+    `ignore_eos` sequences are sampled past the end-of-turn token. `top_k`, `min_p` and the penalties are
+    those of `SamplingParams`.
     """
 
     prompt: np.ndarray
@@ -44,6 +45,11 @@ class Request:
     top: int | None = None
     echo: bool = False
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class Choice:

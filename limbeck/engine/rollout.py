@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..activity import Phase, phase
 from ..model.decoder import Decoder
+from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
@@ -63,12 +65,25 @@ class Engine:
         self.accepted = 0
         return metrics
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy `weights`, by parameter name, into the model. A tensor that shares memory with the model's own
-        is skipped."""
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Copy the weights `tensors`, by parameter name, into the model. A tensor that shares memory with the
+        model's own is skipped."""
         for name, parameter in self.model.state_dict().items():
-            if parameter.data_ptr() != weights[name].data_ptr():
-                parameter.copy_(weights[name])
+            if parameter.data_ptr() != tensors[name].data_ptr():
+                parameter.copy_(tensors[name])
+
+    def generate(
+        self, prompts: Sequence[str], sampling: SamplingParams | None = None, seed: object = 0
+    ) -> list[Completion]:
+        """Return one completion of every prompt, a question as a user would ask it. `sampling` is by default
+        `SamplingParams()`.
+
+        A completion depends on its prompt and on `seed`, not on the other prompts. Raises LimbeckError if a
+        prompt is too long, as `rollout` does.
+        """
+        problems = [Problem(prompt, prompt) for prompt in prompts]
+        groups = self.rollout(problems, 1, sampling or SamplingParams(), seed)
+        return [group.completions[0] for group in groups]
 
     @torch.no_grad()
     def rollout(
@@ -84,23 +99,25 @@ class Engine:
         `progress(1)` is called for each finished completion. Raises LimbeckError if a prompt's length plus
         `sampling.max_new_tokens` exceeds the model's maximal number of positions.
         """
-        prompts = [self.tokenizer.prompt(problem.prompt) for problem in problems]
-        for problem, prompt in zip(problems, prompts, strict=True):
-            self._check_length(f"problem {problem.id}", prompt, sampling)
+        prompts = [self._prompt(problem, sampling) for problem in problems]
         waiting = deque(range(len(problems)))
         rows = max(group_size, min(self.rows, group_size * len(prompts)))
         batch = self._new_batch(sampling, rows, max(map(len, prompts), default=0))
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
-        while waiting or batch.busy:
-            admitted = self._next_problems(waiting, batch, prompts, group_size)
-            if admitted:
-                uniforms = [_uniforms(problems[i], group_size, sampling, seed) for i in admitted]
-                batch.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
-            for sequence in batch.step():
-                completion = self._completion(sequence, batch.stop_token_ids)
-                completions[sequence.problem][sequence.sample] = completion
-                if progress:
-                    progress(1)
+        total = len(problems) * group_size
+        with phase("sampling", "problems", len(problems)) as groups, phase("", "rows", total) as sampled:
+            while waiting or batch.busy:
+                admitted = self._next_problems(waiting, batch, prompts, group_size)
+                if admitted:
+                    uniforms = [_uniforms(problems[i], group_size, sampling, seed) for i in admitted]
+                    batch.admit([(i, prompts[i]) for i in admitted], np.concatenate(uniforms), group_size)
+                for sequence in _step(batch, sampled):
+                    group = completions[sequence.problem]
+                    group[sequence.sample] = self._completion(sequence, batch.stop_token_ids)
+                    if None not in group:
+                        groups.advance()
+                    if progress:
+                        progress(1)
         self.drafted += batch.drafted
         self.accepted += batch.accepted
         return [
@@ -176,9 +193,30 @@ class Engine:
             self.tokenizer.decode(sequence.tokens),
             int(sequence.tokens[-1]) in stop_token_ids,
             sequence.sample,
-            sequence.top_p_ids,
+            sequence.kept_ids,
             sequence.routes,
         )
+
+    def _prompt(self, problem: Problem, sampling: SamplingParams) -> np.ndarray:
+        """Return the token ids [N] of a problem's prompt. Raises LimbeckError if it is too long."""
+        prompt = self.tokenizer.prompt(conversation(problem.prompt, problem.system))
+        self._check_system_prompt(problem, sampling)
+        self._check_length(f"problem {problem.id}", prompt, sampling)
+        return prompt
+
+    def _check_system_prompt(self, problem: Problem, sampling: SamplingParams) -> None:
+        """Raise LimbeckError if the system prompt alone, plus `sampling.max_new_tokens`, exceeds the model's
+        maximal number of positions."""
+        positions = self.model.config.max_positions
+        if len(problem.system) + sampling.max_new_tokens <= positions:
+            return  # a token has at least one character
+        tokens = len(self.tokenizer.encode(problem.system))
+        if tokens + sampling.max_new_tokens > positions:
+            raise LimbeckError(
+                f"problems.{problem.id.partition('/')[0]}.system: {tokens} tokens and "
+                f"max_new_tokens={sampling.max_new_tokens} exceed the model's {positions} positions; "
+                "shorten the system prompt"
+            )
 
     def _check_length(self, name: str, prompt: np.ndarray, sampling: SamplingParams) -> None:
         """Raise LimbeckError if the length of `prompt` [N] plus `sampling.max_new_tokens` exceeds the model's
@@ -189,6 +227,16 @@ class Engine:
                 f"{name}: {len(prompt)} prompt tokens and max_new_tokens={sampling.max_new_tokens} "
                 f"exceed the model's {positions} positions; lower max_new_tokens or ask less"
             )
+
+
+def _step(batch: DecodeBatch | DeviceBatch, sampled: Phase) -> list[FinishedSequence]:
+    """Make one decode step, and count its tokens and its finished rows in `sampled`."""
+    before = batch.sampled_tokens
+    finished = batch.step()
+    sampled.add_tokens(batch.sampled_tokens - before)
+    if finished:
+        sampled.advance(len(finished))
+    return finished
 
 
 def _uniforms(problem: Problem, group_size: int, sampling: SamplingParams, seed: object) -> np.ndarray:

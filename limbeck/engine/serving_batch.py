@@ -18,7 +18,7 @@ from ..model.prefill_cache import SequenceKV
 from ..text.tokenizer import Tokenizer
 from ..types import generator
 from .decode_batch import HEADROOM, DecodeBatch, FinishedSequence
-from .request import Answer, Top
+from .request import Answer, Request, Top
 from .sampling import Draw, SamplingParams, draw
 from .thought_budget import ThoughtBudget
 
@@ -104,6 +104,7 @@ class ServingBatch(DecodeBatch):
         uniforms = [state.random.random((1, width)) for state in states]
         self.uniforms_BT = np.concatenate([self.uniforms_BT, *uniforms])
         self._append_rows(count)
+        self.penalties.append([request.prompt] * count, _penalties_of(request))
         self.limit_B = np.append(self.limit_B, [request.max_new_tokens] * count)
         self.ignore_eos_B = np.append(self.ignore_eos_B, [request.ignore_eos] * count)
         self.owners += states
@@ -139,13 +140,14 @@ class ServingBatch(DecodeBatch):
         its completion, `previous_B` the token before it."""
         uniform_B = torch.from_numpy(self.uniforms_BT[rows, place_B])
         previous_B = torch.from_numpy(previous_B)
+        penalised_BV = self.penalties.apply(logits_BV, rows)
         tokens_B = torch.empty(len(rows), dtype=torch.long)
         logprobs_B = logits_BV.new_empty(len(rows))
         for sampling, group in self._sampling_groups():
             if len(group) == len(rows):
-                drawn = draw(logits_BV, uniform_B, previous_B, sampling)
+                drawn = draw(penalised_BV, uniform_B, previous_B, sampling)
             else:
-                drawn = draw(logits_BV[group], uniform_B[group], previous_B[group], sampling)
+                drawn = draw(penalised_BV[group], uniform_B[group], previous_B[group], sampling)
             tokens_B[group] = drawn.tokens_B
             logprobs_B[group] = drawn.logprobs_B
         for row, state in enumerate(self.owners):
@@ -156,14 +158,18 @@ class ServingBatch(DecodeBatch):
         return Draw(tokens_B, logprobs_B, None)
 
     def _sampling_groups(self) -> list[tuple[SamplingParams, Tensor]]:
-        """Return each combination of sampling parameters in the batch, with the indices of the rows that use
-        it."""
+        """Return each combination of sampling parameters in the batch but the penalties, with the indices of
+        the rows that use it."""
         if self._groups is None:
-            rows_of: dict[tuple[float, float], list[int]] = {}
+            rows_of: dict[tuple[float, float, int, float], list[int]] = {}
             for row, state in enumerate(self.owners):
-                kind = (state.request.temperature, state.request.top_p)
+                request = state.request
+                kind = (request.temperature, request.top_p, request.top_k, request.min_p)
                 rows_of.setdefault(kind, []).append(row)
-            self._groups = [(SamplingParams(*kind), torch.tensor(rows)) for kind, rows in rows_of.items()]
+            self._groups = []
+            for (temperature, top_p, top_k, min_p), rows in rows_of.items():
+                sampling = SamplingParams(temperature, top_p, top_k=top_k, min_p=min_p)
+                self._groups.append((sampling, torch.tensor(rows)))
         return self._groups
 
     def _remove_finished(self) -> list[FinishedSequence]:
@@ -193,6 +199,15 @@ class ServingBatch(DecodeBatch):
         self.limit_B = self.limit_B[rows]
         self.ignore_eos_B = self.ignore_eos_B[rows]
         self._groups = None
+
+
+def _penalties_of(request: Request) -> SamplingParams:
+    """Return the sampling parameters of a request with its penalties alone."""
+    return SamplingParams(
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+    )
 
 
 def top_logprobs(logits_NV: Tensor, tokens_N: Tensor, count: int) -> tuple[list[float], list[Top]]:

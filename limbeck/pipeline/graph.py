@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.aliases import stored, stored_kind
+from ..config.aliases import stored, stored_kind, stored_problems
 from ..config.learned_rewards import TABLES, Calibrate, Reward
 from ..config.methods import DPO
 from ..config.parts import ModelStage
@@ -30,12 +30,14 @@ from ..config.recipe import (
     inputs,
     sources,
 )
+from ..files import digest_file
 from ..types import LimbeckError
+from .continuation import LENGTHS, Shorter, find_shorter
 from .decontamination import ContaminationReport, Decontamination, evaluated_problems
 from .review import review_queue
-from .store import Artifact, Store, digest_file, digest_of
+from .store import Artifact, Store, digest_of
 
-QUIET = {"title", "log_every", "save_every", "recompute"}
+QUIET = {"title", "log_every", "save_every", "recompute", "steps_without_signal"}
 # settings of an endpoint that do not change its responses
 QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
 UNCHANGING = {"precision": "float32", "exact": True}  # as if they were not set
@@ -173,7 +175,9 @@ class Graph:
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
-        settings = problems.model_dump(mode="json", exclude={"licence", "teachers"})
+        settings = stored_problems(problems.model_dump(mode="json", exclude={"licence", "teachers"}))
+        if settings.get("system") is None:  # as if there were no such setting, so that it changes no key
+            settings.pop("system", None)
         if isinstance(problems, Files):
             settings["path"] = self._digest(Path(problems.path))
         return settings
@@ -199,6 +203,14 @@ class Graph:
             if name in node.inputs or dependents & set(node.inputs):
                 dependents.add(node.name)
         return dependents
+
+    def shorter(self, node: Node) -> Shorter | None:
+        """Return the finished stage that a node with a key was continued from if it ran now, or could not be
+        although only its length differs; None if there is none, and for a finished node. Reads the manifests
+        of the whole store."""
+        if node.artifact or node.key is None or node.kind not in LENGTHS:
+            return None
+        return find_shorter(self.store, node.stage, self.identity(node))
 
     def why(self, node: Node) -> list[str]:
         """Return the reasons to run a node, as phrases: its differences from the most similar artifact of the

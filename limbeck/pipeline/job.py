@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..activity import phase
 from ..config.parts import ModelStage
 from ..config.recipe import Problems, Remote, Stage
 from ..run_log import RunLog, read
@@ -40,8 +41,10 @@ class Job:
     it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
     continuations, else None. `queue` is the folder of rows under review, of whose review file the first
     `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
-    are too similar to a test. `device` is what models are placed on (model/ops/devices.py). `stopping`
-    returns True once the stage should write a checkpoint and end.
+    are too similar to a test. `continues` is the folder of the shorter stage's artifact that the stage is
+    continued from, if there is one (continuation.py); `preview` is the file for the preview of the stage,
+    None if there is to be none. `device` is what models are placed on (model/ops/devices.py). `stopping`
+    returns True once the stage should write a checkpoint and end, and `tell` shows the user a message.
     """
 
     name: str
@@ -56,7 +59,10 @@ class Job:
     endpoints: dict[str, Remote] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
     device: str = "cpu"
+    continues: Path | None = None
+    preview: Path | None = None
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
+    tell: Callable[[str], None] = field(default=print, compare=False)
 
     # ------------------------------------------------------------ models
 
@@ -125,7 +131,8 @@ class Job:
         of a score to their weights in the reward, by default accuracy alone."""
         from ..tasks.mixture import Mixture
 
-        tasks = {name: self.task(name) for name in self.problems}
+        with phase("opening the problems"):
+            tasks = {name: self.task(name) for name in self.problems}
         subsets: dict[str, list[Problem]] = {}
         if self.dropped:
             for name, task in tasks.items():
@@ -154,10 +161,12 @@ class Job:
         return RunLog(self.folder, step, total)
 
     def checkpoint(self) -> Checkpoint:
-        """Return the object that saves and restores the stage's training checkpoint."""
+        """Return the object that saves and restores the stage's training checkpoint. The final one is saved
+        too if a longer stage can be continued from it."""
         from ..train.checkpoint import Checkpoint
+        from .continuation import obstacle
 
-        return Checkpoint(self.folder, self.stage.save_every, self.stopping)
+        return Checkpoint(self.folder, self.stage.save_every, self.stopping, final=not obstacle(self.stage))
 
 
 def read_problems(path: Path) -> list[Problem]:

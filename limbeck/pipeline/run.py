@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -14,21 +13,27 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..config.aliases import stored, stored_kind
-from ..config.load import dump, find, load, with_auto_curation
+from ..config.load import dump
+from ..config.parts import Budgeted
 from ..config.recipe import Curate, Recipe, Remote
 from ..engine.openai_client import key_of
-from ..run_log import read
+from ..run_log import TIMING, read
 from ..runtime.machine import machine
 from ..runtime.worker_pool import WorkerPool
 from ..types import LimbeckError, Resumable
+from . import preview
+from .continuation import Shorter
 from .dataset_rows import ROWS
 from .graph import Graph, Node, report_nodes, seed_of
 from .job import Job
 from .progress import Progress
 from .provenance.propagate import check_licences, merged_provenance, origin_of
 from .review import curate, review_queue
-from .run_folder import FORECAST, INDEX, RECIPE, read_json
-from .run_status import RunStatus
+from .run_folder import FORECAST, INDEX, RECIPE, add_interval, read_json
+from .run_state import look
+from .run_status import RunStatus, was_killed
+from .run_status import status as read_status
+from .run_view import against_clock
 from .store import Artifact, Store, out_of_space, write
 from .worker import SOFTWARE_FAILURE, TEMPORARY_FAILURE, write_job
 
@@ -64,32 +69,6 @@ class Quiet:
         """Do nothing."""
 
 
-def run(
-    recipe: str | Path,
-    runs: str | Path = "runs",
-    overrides: Sequence[str] = (),
-    auto: bool = False,
-    display: Display | None = None,
-    device: str = "auto",
-) -> Run:
-    """Execute a recipe, given as a path or as the name of a recipe in the package. Stages that are already
-    finished are not run again.
-
-    `runs` is the folder of all runs. `overrides` are "key.path=value" strings that change settings. With
-    `auto`, the policies of curate stages decide in place of human reviewers. `device` is what models are
-    placed on: `auto` (a card if torch sees one), `cpu`, `cuda`, `cuda:1` or `mps`. The `graph` of the
-    returned run has the artifact of every stage. Raises LimbeckError for an invalid recipe or a failed
-    stage, and Resumable if the run was stopped or waits for reviews: the same call then continues it.
-    """
-    path = find(recipe)
-    settings = load(path, tuple(overrides))
-    if auto:
-        settings = with_auto_curation(settings)
-    executed = Run(settings, path.parent, Path(runs), display or Quiet(), device=device)
-    executed.execute()
-    return executed
-
-
 class Run:
     """One run of a recipe: its graph of stages, its folder (`runs/NAME`), its worker processes and its
     display."""
@@ -119,6 +98,7 @@ class Run:
         self.status = RunStatus(self.folder, right)
         self.running: dict[str, Progress] = {}
         self.broken: set[str] = set()  # stages whose card has failed
+        self.previews = False  # True to preview each stage that samples, before it begins
         self.stopping = False
         self._stop_sent = False
 
@@ -132,6 +112,7 @@ class Run:
         """
         self._refuse_keyless()
         self._open_folder()
+        self._recover_clock()
         with self.status:
             self._keep_forecast(forecast)
             return self._run_stages()
@@ -145,6 +126,9 @@ class Run:
                 self._step()
         except (LimbeckError, OSError):
             self._drain_after_failure()
+            raise
+        except KeyboardInterrupt:  # of a program in Python; the command line handles the signal itself
+            self._drain_after_interrupt()
             raise
         finally:
             self.host.close()
@@ -182,6 +166,15 @@ class Run:
             with suppress(LimbeckError, OSError):
                 self._step()
 
+    def _drain_after_interrupt(self) -> None:
+        """After Ctrl-C, wait until the running stages have written a checkpoint and ended. A second Ctrl-C
+        ends the wait."""
+        self.stop()
+        while self.host.busy:
+            with suppress(LimbeckError, OSError):
+                self._step()
+        self.status.tell("paused")
+
     def _was_reviewed(self) -> bool:
         """Return True if reviews have made a stage ready to run.
 
@@ -217,6 +210,17 @@ class Run:
             raise LimbeckError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
             ) from None
+
+    def _recover_clock(self) -> None:
+        """Note the time that an earlier process worked on its stages before it was killed, up to the last
+        step that they logged."""
+        if not was_killed(self.folder):
+            return
+        earlier = read_status(self.folder)
+        for stage, name in earlier.begun.items():
+            timing = self.store.root / ".partial" / name / TIMING
+            if timing.exists() and stage in earlier.starts:
+                add_interval(self.folder, name, earlier.starts[stage], timing.stat().st_mtime)
 
     def _keep_forecast(self, forecast: dict[str, Any] | None) -> None:
         """Write the forecast, if there is one. A finished stage keeps the forecast that was made before it
@@ -254,13 +258,21 @@ class Run:
 
     def _start_stage(self, node: Node) -> None:
         """Send the job of a node to a free worker."""
-        job = self._job(node)
-        self.running[node.name] = Progress(node, job.folder, time.monotonic())
+        shorter = self.graph.shorter(node)
+        job = self._job(node, shorter)
+        self.running[node.name] = Progress(node, job.folder, time.monotonic(), self._forecast_of(node.name))
         self.status.begun[node.name] = job.folder.name
+        self.status.starts[node.name] = time.time()
         self.host.start(write_job(job))
+        if shorter and shorter.obstacle:
+            self.display.say(f"{node.name}: {shorter.sentence}")
         if job.dropped:
             checked = node.contamination.checked
             self.display.say(f"{node.name}: leaves {len(job.dropped)} of {checked} out, too near to the test")
+
+    def _forecast_of(self, stage: str) -> dict[str, float] | None:
+        """Return the forecast of a stage, None if there is none."""
+        return read_json(self.folder / FORECAST).get("stages", {}).get(stage)
 
     def _write_queues(self) -> None:
         """Write the queues of rows that people should review."""
@@ -281,8 +293,9 @@ class Run:
         the node."""
         return -len(self.graph.dependents(node.name))
 
-    def _job(self, node: Node) -> Job:
-        """Return the job that a worker needs to run a node."""
+    def _job(self, node: Node, shorter: Shorter | None = None) -> Job:
+        """Return the job that a worker needs to run a node. `shorter` is the finished stage that it is
+        continued from, if it can be."""
         return Job(
             name=node.name,
             stage=node.stage,
@@ -296,7 +309,17 @@ class Run:
             endpoints=node.endpoints,
             dropped=frozenset(node.dropped),
             device=self.device,
+            continues=shorter.artifact.folder if shorter and not shorter.obstacle else None,
+            preview=self._preview(node),
         )
+
+    def _preview(self, node: Node) -> Path | None:
+        """Return the file for the preview of a stage; None if there is to be none, as for an evaluation and
+        for a remote model, whose responses cost money."""
+        wanted = self.previews and node.kind in preview.LEARNING and preview.previewable(node.stage)
+        if not wanted or node.stage.model in node.endpoints:
+            return None
+        return preview.path_of(self.folder.resolve(), node.name)
 
     # ------------------------------------------------------------ events of workers
 
@@ -308,8 +331,10 @@ class Run:
             self.display.say(f"{event['name']}: {event['text']}")
             return
         progress = self.running.pop(event["name"])
+        add_interval(self.folder, progress.folder.name, self.status.starts[event["name"]], time.time())
         if kind in ("done", "found", "waiting"):
             self.status.begun.pop(event["name"])
+            self.status.starts.pop(event["name"])
         if kind in ("done", "found"):
             self._finish_stage(progress, event)
         elif kind == "died":
@@ -383,13 +408,16 @@ class Run:
 
     def _update_manifest(self, node: Node) -> None:
         """Add licences, sources and decontamination results that follow from the current recipe to the
-        manifest of an artifact that was made earlier."""
+        manifest of an artifact that was made earlier, and note whether training changed the weights."""
         manifest = node.artifact.manifest
         artifacts = self.graph.artifacts_of(node)
         origin = origin_of(node, manifest, artifacts, self.licence_traces, self.claims)
         news = merged_provenance(manifest, origin) or {}
         if node.contamination and asdict(node.contamination) != manifest.get("decontamination"):
             news["decontamination"] = asdict(node.contamination)
+        initial = artifacts.get(getattr(node.stage, "model", None))
+        if isinstance(node.stage, Budgeted) and initial and "weights_changed" not in manifest["notes"]:
+            news["notes"] = {**manifest["notes"], "weights_changed": node.artifact.weights != initial.weights}
         if news:
             self.store.amend(node.artifact, news)
 
@@ -423,6 +451,7 @@ class Run:
                 StageView(node.name, node.kind, title, artifact.folder, artifact.manifest, node.inputs)
             )
         summary = self._summary(seconds)
+        summary["previews"] = {view.name: preview.read(self.folder, view.name) for view in views}
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         self.display.say(f"writing {folder}")
@@ -446,6 +475,7 @@ class Run:
         }
         if (self.folder / FORECAST).exists():
             summary["forecast"] = read_json(self.folder / FORECAST)
+            summary["clock"] = against_clock(look(self.folder))
         write(path, json.dumps(summary, indent=2) + "\n")
         return summary
 

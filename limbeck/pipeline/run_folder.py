@@ -2,12 +2,14 @@
 
 runs/NAME/recipe.yaml    the stages, in order
 runs/NAME/stages.json    {STAGE: the name of its artifact's folder in runs/store}
+runs/NAME/clock.json     {ARTIFACT: [[begin, end], ...]}, when the run worked on it, in Unix time
 runs/NAME/forecast.json  {"stages": {STAGE: {"seconds", "low", "high", ...}}}, if a forecast was made
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,23 @@ from typing import Any
 from ..config.load import load
 from ..config.recipe import Recipe
 from ..types import LimbeckError
-from .store import MANIFEST
+from .store import MANIFEST, write
 
 RECIPE = "recipe.yaml"
 INDEX = "stages.json"
 FORECAST = "forecast.json"
+CLOCK = "clock.json"
 
 
 def run_folders(home: Path) -> list[Path]:
     """Return the folders of all runs in `home`, sorted by name."""
     return sorted(path.parent for path in home.glob(f"*/{RECIPE}") if path.parent.name != "store")
+
+
+def indexes(home: Path) -> dict[str, dict[str, str]]:
+    """Return, for each run in `home`, the names of its finished stages' artifact folders:
+    run -> stage -> name."""
+    return {path.parent.name: read_json(path) for path in sorted(home.glob(f"*/{INDEX}"))}
 
 
 def store_of(run: Path) -> Path:
@@ -55,6 +64,27 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise LimbeckError(f"{path}: not valid JSON ({error}); remove it, and run again") from None
+
+
+def add_interval(run: Path, artifact: str, begin: float, end: float) -> None:
+    """Note that the run worked on an artifact, named by its folder, from `begin` to `end` (Unix times)."""
+    intervals = read_json(run / CLOCK)
+    intervals.setdefault(artifact, []).append([round(begin, 3), round(end, 3)])
+    write(run / CLOCK, json.dumps(intervals) + "\n")
+
+
+def clock_seconds(run: Path, artifacts: Collection[str]) -> float:
+    """Return the seconds in which the run worked on any of the artifacts. Stages that ran side by side count
+    once; pauses, and stages whose artifacts were there already, do not count."""
+    intervals = [
+        tuple(one) for name, all_of in read_json(run / CLOCK).items() if name in artifacts for one in all_of
+    ]
+    seconds = 0.0
+    reached = 0.0
+    for begin, end in sorted(intervals):
+        seconds += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return seconds
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:

@@ -73,10 +73,10 @@ class RunState:
 
 def list_runs(home: Path) -> list[Path]:
     """Return the folders of the runs in `home`, the most recently changed one first."""
-    return sorted(run_folders(home), key=_last_change, reverse=True)
+    return sorted(run_folders(home), key=last_change, reverse=True)
 
 
-def _last_change(run: Path) -> float:
+def last_change(run: Path) -> float:
     """Return the latest modification time of the files that describe a run (Unix time in seconds)."""
     files = [run / name for name in (RECIPE, run_status.STATUS, INDEX)]
     return max(path.stat().st_mtime for path in files if path.exists())

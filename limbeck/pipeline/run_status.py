@@ -2,7 +2,8 @@
 
 runs/NAME/.lock        a shared lock of every process that executes the run; freed when the process dies
 runs/NAME/.pause       a request to write checkpoints and stop
-runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: name of its partial folder}, "right"}
+runs/NAME/status.json  {"state", "sentence", "since", "begun": {STAGE: name of its partial folder}, "right",
+                        "starts": {STAGE: Unix time}, "pid", "host", "started"}
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,8 +34,9 @@ class Status:
 
     `state` is `running`, `pausing`, `paused`, `waits` (for reviews), `finished` or `failed`, and "" if no
     process has ever written the file. `sentence` is the reason for the state, `since` the Unix time of its
-    beginning, `begun` maps stages that were started to the names of their partial folders. `right` is the
-    claimed exemption from a licence's terms, if any.
+    beginning, `begun` maps stages that were started to the names of their partial folders, and `starts` to
+    the Unix times of their starts. `right` is the claimed exemption from a licence's terms, if any. `pid` is
+    the process that wrote the file, on the machine `host`, at work since the Unix time `started`.
     """
 
     state: str = ""
@@ -42,6 +44,10 @@ class Status:
     since: float = 0.0
     begun: dict[str, str] = field(default_factory=dict)
     right: str | None = None
+    starts: dict[str, float] = field(default_factory=dict)
+    pid: int = 0
+    host: str = ""
+    started: float = 0.0
 
 
 class RunStatus:
@@ -55,6 +61,8 @@ class RunStatus:
         self.right = right
         self.state = ""
         self.begun: dict[str, str] = {}
+        self.starts: dict[str, float] = {}
+        self.started = time.time()
         self._lock: Any = None
 
     def __enter__(self) -> Self:
@@ -78,7 +86,8 @@ class RunStatus:
     def tell(self, state: str, sentence: str = "") -> None:
         """Write `state` and its reason `sentence` to the status file."""
         self.state = state
-        status = Status(state, sentence, time.time(), self.begun, self.right)
+        process = {"pid": os.getpid(), "host": os.uname().nodename, "started": self.started}
+        status = Status(state, sentence, time.time(), self.begun, self.right, self.starts, **process)
         write(self.folder / STATUS, json.dumps(asdict(status), ensure_ascii=False) + "\n")
 
     def pause_requested(self) -> bool:
@@ -113,9 +122,17 @@ def _is_free(folder: Path) -> bool:
 def status(folder: Path) -> Status:
     """Read the status that the last process wrote; the default `Status()` if there is none."""
     try:
-        return Status(**json.loads((folder / STATUS).read_text(encoding="utf-8")))
+        values = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Status()
+    known = {one.name for one in fields(Status)}
+    return Status(**{name: value for name, value in values.items() if name in known})
+
+
+def was_killed(folder: Path) -> bool:
+    """Return True if the process that executed the run in `folder` ended without a word: its status says that
+    it runs, and it does not hold the lock."""
+    return status(folder).state in ("running", "pausing") and not is_running(folder)
 
 
 def request_pause(folder: Path) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from ..config.recipe import RL
+from ..plan.forecast import wall
 from ..report import flips, graph_drawing, i18n, sentences, summary
+from ..report import preview as sentences_of
 from ..report.flips import Flips
 from ..report.history import History
 from ..report.i18n import Text
 from ..report.loaded_run import EVALUATION
 from ..report.loaded_run import Run as Reported
+from . import preview, run_status
+from .continuation import CONTINUED
+from .progress import Figures, Progress
+from .run_folder import clock_seconds, read_json
 from .run_state import RunState, StageState
 
 FAMILY = dict.fromkeys(("load", "pretrain", "rl", "sft", "dpo", "distill", "reward"), "model")
@@ -37,13 +44,15 @@ class Line:
 
     `standing` is the state read from the run's folder. `state` is `done`, `running`, `begun` (started, but no
     process works on it), `asks` (people must review rows) or `waits`. `history` has the metrics up to now;
-    `foreseen` is the forecast of the stage's duration in seconds, if one was made.
+    `foreseen` is the forecast of the stage's duration in seconds, if one was made. `figures` is the progress
+    at this moment of a stage that is running.
     """
 
     standing: StageState
     state: str
     history: History
     foreseen: dict[str, float] | None = None
+    figures: Figures | None = None
 
     @property
     def name(self) -> str:
@@ -63,9 +72,23 @@ class Line:
         return self.history.done / self.history.total if self.history.total else 0.0
 
     @property
+    def unchanged(self) -> bool:
+        """True if the stage trains a model and left all weights as they were."""
+        return self.standing.view.notes.get("weights_changed") is False
+
+    @property
     def seconds(self) -> float | None:
         """The seconds that the stage took, or has taken so far; None if unknown."""
         return self.standing.manifest.get("seconds") or self.history.seconds or None
+
+    @property
+    def continued(self) -> dict[str, Any] | None:
+        """The artifact and the step that the stage continues from, as in its manifest; None if it began at
+        its beginning."""
+        standing = self.standing
+        if standing.manifest or not standing.folder:
+            return standing.manifest.get("continued")
+        return read_json(standing.folder / CONTINUED) or None
 
     @property
     def said(self) -> list[Text]:
@@ -75,6 +98,8 @@ class Line:
             return [text.format(self.name, self.standing.open_rows)]
         manifest = self.standing.manifest
         texts = [sentences.progress(self.name, self.kind, self.state, self.history, manifest)]
+        texts += self._now()
+        texts += sentences.continued(self.name, self.continued)
         texts += sentences.curves(self.kind, self.history)
         texts += sentences.soundness(self.history)
         if self.state == "done" and manifest:
@@ -82,6 +107,18 @@ class Line:
         if self.foreseen and self.seconds:
             texts.append(sentences.foreseen(self.seconds, self.foreseen, self.state == "done"))
         return texts
+
+    def _now(self) -> list[Text]:
+        """Return a sentence on what a running stage does at this moment, its speed and the time left."""
+        if not self.figures:
+            return []
+        rate = self.figures.rate
+        left = self.figures.left
+        return sentences.now(
+            self.figures.phases,
+            (rate.value, rate.unit) if rate else None,
+            (left.low, left.high, left.at_most) if left else None,
+        )
 
     def rewards(self) -> list[str]:
         """Return the names of the parts of the stage's reward; [] unless it is an `rl` stage."""
@@ -102,7 +139,8 @@ def line_of(run: RunState, standing: StageState, alive: bool) -> Line:
     executes the run."""
     state = "running" if standing.state == "begun" and alive else standing.state
     history = _history(standing.folder).look() if standing.folder else History(Path())
-    return Line(standing, state, history, run.foreseen.get(standing.name))
+    progress = progress_of(run, standing) if state == "running" else None
+    return Line(standing, state, history, run.foreseen.get(standing.name), progress and progress.figures())
 
 
 def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
@@ -112,27 +150,64 @@ def narrate(run: RunState, stages: Sequence[Line]) -> list[Text]:
     text = Text("{} of {} stages are done.", "{1} 个阶段中已完成 {0} 个。")
     texts = [text.format(len(done), len(stages))]
     views = tuple(line.standing.view for line in done if line.kind != "report")
-    if any(view.kind == "evaluate" for view in views):
-        texts += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
+    texts += summary.opening(Reported(views, run.recipe.model_dump(mode="json"), {}))
     for line in stages:
         if line.state == "running":
             texts += line.said
         elif line.state in ("begun", "asks"):
-            texts += line.said[:1]
-    return texts + _compare_forecast(stages)
+            texts += [*line.said[:1], *sentences.alarms(line.history)]
+    compared = against_clock(run)
+    if compared:
+        texts.append(sentences.foreseen(compared["took"], compared, True))
+    return texts
 
 
-def _compare_forecast(stages: Sequence[Line]) -> list[Text]:
-    """Compare the total time of the finished stages that had a forecast with the sum of the forecasts. Return
-    [] for fewer than two such stages."""
-    finished = [line for line in stages if line.foreseen and line.state == "done" and line.seconds]
-    if len(finished) < 2:
-        return []
-    forecast = {}
+class _Foreseen(NamedTuple):
+    """The forecast of a stage's `seconds`, `low` and `high`, and the stages that it reads."""
+
+    seconds: float
+    low: float
+    high: float
+    inputs: tuple[str, ...]
+
+
+def against_clock(run: RunState) -> dict[str, float] | None:
+    """Return the forecast `seconds`, `low` and `high` of the finished stages together, as the clock shows
+    them where stages run side by side, and the time that they `took` by the clock.
+
+    Stages that were reused, and those without a forecast, are left out. Return None for fewer than two.
+    """
+    forecasts = {}
+    artifacts = []
+    for stage in run.stages:
+        foreseen = run.foreseen.get(stage.name)
+        done = bool(foreseen) and stage.state == "done" and stage.folder is not None
+        if done and clock_seconds(run.folder, [stage.folder.name]):
+            times = [foreseen[key] for key in ("seconds", "low", "high")]
+            forecasts[stage.name] = _Foreseen(*times, stage.inputs)
+            artifacts.append(stage.folder.name)
+    if len(forecasts) < 2:
+        return None
+    compared = {"took": round(clock_seconds(run.folder, artifacts), 1)}
     for key in ("seconds", "low", "high"):
-        forecast[key] = sum(line.foreseen[key] for line in finished)
-    seconds = sum(line.seconds for line in finished)
-    return [sentences.foreseen(seconds, forecast, True)]
+        compared[key] = round(wall(forecasts, run.recipe.workers, key=key), 1)
+    return compared
+
+
+def at_work(run: RunState) -> dict[str, Progress]:
+    """Return the progress of each stage that the run's process works on, by the stage's name; {} if no
+    process executes the run."""
+    if not run_status.is_running(run.folder):
+        return {}
+    return {stage.name: progress_of(run, stage) for stage in run.stages if stage.state == "begun"}
+
+
+def progress_of(run: RunState, stage: StageState) -> Progress:
+    """Return the progress of a stage that the run's process works on."""
+    status = run_status.status(run.folder)
+    spent = time.time() - status.starts.get(stage.name, status.since)
+    began = time.monotonic() - max(0.0, spent)
+    return Progress(stage, stage.folder, began, run.foreseen.get(stage.name))
 
 
 def draw(stages: Sequence[Line], label: str, link: Callable[[str], str]) -> Markup:
@@ -277,6 +352,15 @@ def responses(line: Line, step: int | None) -> dict[str, Any] | None:
         "before": steps[place - 1] if place else None,
         "after": steps[place + 1] if place + 1 < len(steps) else None,
     }
+
+
+def previewed(run: RunState, line: Line) -> dict[str, Any] | None:
+    """Return the preview that was made when the stage began, with its counts and remedies as sentences under
+    `said`; None if there is none."""
+    found = preview.read(run.folder, line.name)
+    if not found:
+        return None
+    return {**found, "said": [sentences_of.summary(found), *sentences_of.remedies(found)]}
 
 
 def samples(line: Line) -> list[dict[str, Any]]:

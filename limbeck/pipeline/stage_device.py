@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .job import Job
 from .store import write
+
+if TYPE_CHECKING:
+    from .job import Job
 
 DEVICES = "devices.json"  # in a partial folder: the devices that the stage has computed on, in order
 CPU = {"name": "cpu"}
@@ -68,6 +70,12 @@ def note_device(job: Job, tell: Tell) -> dict[str, Any]:
     if earlier:
         return {"device": {**device, "before": earlier}}
     return {} if device == CPU else {"device": device}
+
+
+def devices_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the devices that an artifact was computed on, in order, from its manifest."""
+    device = dict(manifest.get("device", CPU))
+    return [*device.pop("before", []), device]
 
 
 def _in_words(device: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ store/rl-3fa9c1d07b52/manifest.json ...      an artifact
 store/.partial/rl-3fa9c1d07b52/ ...          a stage that is running, or that was killed
 store/.partial/rl-3fa9c1d07b52.lock          held by the process that writes into that folder
 store/.bad-rl-3fa9c1d07b52-1/ ...            a folder in an artifact's place that had no manifest
+store/.checkpoints/rl-3fa9c1d07b52.pt        the final checkpoint of a stage that a longer one can continue
 store/.queues/8c41.../                       rows that people review
 store/.responses/4d/4d09....json             cached responses of endpoints, never requested or paid for twice
 """
@@ -25,12 +26,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config.aliases import current_kind, stored_kind
-from ..files import atomic_write, sync
+from ..files import atomic_write, digest_file, sync
 from ..run_log import TIMING
-from ..types import Corrupted, LimbeckError, Resumable
+from ..types import Corrupted, Resumable
 
 MANIFEST = "manifest.json"
 RESPONSES = ".responses"
+CHECKPOINTS = ".checkpoints"
 SCHEMA = 1  # version of the manifest's layout
 UNREPEATABLE = {TIMING}  # files whose content differs from run to run and stays out of an artifact's digest
 OUTCOME = "outcome.json"  # the stage's return value: a partial folder that has it only needs `finish`
@@ -54,6 +56,13 @@ class Artifact:
     def digest(self) -> str:
         """The SHA-256 of the artifact's files, without those that differ between identical runs (timing)."""
         return self.manifest["digest"]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The SHA-256 of each file of the model's weights, by name; {} for an artifact without a model."""
+        files = self.manifest["outputs"]
+        names = [name for name in files if name.startswith("model/") and name.endswith(".safetensors")]
+        return {name: files[name]["sha256"] for name in names}
 
 
 class Store:
@@ -90,33 +99,37 @@ class Store:
             if artifact:
                 yield artifact
 
-    def resolve(self, name: str) -> Artifact:
-        """Return the one artifact whose folder name or key begins with `name`. Raises LimbeckError unless
-        exactly one matches."""
-        matches = []
-        for artifact in self.all():
-            if artifact.folder.name.startswith(name) or artifact.manifest["key"].startswith(name):
-                matches.append(artifact)
-        if len(matches) != 1:
-            what = f"{len(matches)} artifacts" if matches else "no artifact"
-            raise LimbeckError(f"{name}: {what} of that name in {self.root}; `limbeck show` lists them")
-        return matches[0]
-
     def verify(self) -> Iterator[tuple[Artifact, list[str]]]:
-        """Yield every artifact with a list of messages: one for each file that differs from the manifest, []
-        if all agree."""
+        """Yield every artifact with the result of `compare`."""
         for artifact in self.all():
-            outputs = artifact.manifest["outputs"]
-            faults = []
-            if _digest_of_outputs(outputs) != artifact.digest:
-                faults.append(f"{artifact.folder / MANIFEST} has changed")
-            for name, description in outputs.items():
-                path = artifact.folder / name
-                if not path.exists():
-                    faults.append(f"{path} is missing")
-                elif _describe(path) != description:
-                    faults.append(f"{path} has changed")
-            yield artifact, faults
+            yield artifact, self.compare(artifact)
+
+    def compare(self, artifact: Artifact) -> list[str]:
+        """Return a message for each file of an artifact that differs from the manifest, [] if all agree."""
+        outputs = artifact.manifest["outputs"]
+        faults = []
+        if _digest_of_outputs(outputs) != artifact.digest:
+            faults.append(f"{artifact.folder / MANIFEST} has changed")
+        for name, description in outputs.items():
+            path = artifact.folder / name
+            if not path.exists():
+                faults.append(f"{path} is missing")
+            elif _describe(path) != description:
+                faults.append(f"{path} has changed")
+        return faults
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Return the path of the final checkpoint of the stage that made, or makes, an artifact in a
+        folder. The file exists if a longer stage can be continued from it and `gc` has not deleted it."""
+        return self.root / CHECKPOINTS / f"{folder.name}.pt"
+
+    def checkpoints(self) -> Iterator[tuple[Path, Artifact | None]]:
+        """Yield the final checkpoints, each with the artifact of its stage; None if that is gone. Those of
+        stages whose artifact is about to be stored are left out."""
+        for path in sorted((self.root / CHECKPOINTS).glob("*.pt")):
+            artifact = self.open(self.root / path.stem)
+            if artifact or not (self.root / ".partial" / path.stem).exists():
+                yield path, artifact
 
     def size(self, folder: Path) -> int:
         """Return the total size, in bytes, of the files in a folder, without the manifest."""
@@ -206,12 +219,6 @@ def digest_of(value: Any) -> str:
     """Return the SHA-256, in hexadecimal, of a JSON value with sorted keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, text: str) -> None:

@@ -19,22 +19,24 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from ..activity import ActivityReport, phase
 from ..config.recipe import AnyStage, Problems, Remote
-from ..run_log import prepare
 from ..runtime import allocator
 from ..types import LimbeckError
+from . import continuation
+from .continuation import KERNELS
 from .job import Job
 from .review.curate import Waiting
-from .stage_device import DEVICES, device_failure, note_device, ready_device
+from .stage_device import device_failure, note_device, ready_device
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
-KERNELS = "kernels.json"  # in a partial folder: the choice of kernels that the stage began with
 TEMPORARY_FAILURE = 75  # exit code (sysexits.h, EX_TEMPFAIL) of a stage that can go on
 SOFTWARE_FAILURE = 70  # exit code (sysexits.h, EX_SOFTWARE) of a defect in Limbeck
 
@@ -96,6 +98,8 @@ def write_job(job: Job) -> dict[str, Any]:
         "endpoints": {name: endpoint.model_dump(mode="json") for name, endpoint in job.endpoints.items()},
         "dropped": sorted(job.dropped),
         "device": job.device,
+        "continues": str(job.continues) if job.continues else None,
+        "preview": str(job.preview) if job.preview else None,
     }
 
 
@@ -115,6 +119,8 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         endpoints={name: Remote(**settings) for name, settings in request["endpoints"].items()},
         dropped=frozenset(request["dropped"]),
         device=request["device"],
+        continues=Path(request["continues"]) if request["continues"] else None,
+        preview=Path(request["preview"]) if request["preview"] else None,
         stopping=stop.is_set,
     )
 
@@ -159,8 +165,8 @@ def _failed(code: int, message: str) -> Event:
 def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     """Run the stage and return its outcome (costs and notes).
 
-    The outcome is written to disk after all other files, and the checkpoint is deleted after that. A stage
-    that is killed in between therefore does not run again.
+    The outcome is written to disk after all other files, and the checkpoint leaves the folder after that. A
+    stage that is killed in between therefore does not run again.
     """
     from .stages import STAGES
 
@@ -168,20 +174,39 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     if not path.exists():
         job.folder.mkdir(parents=True, exist_ok=True)
         sweep(job.folder)
-        prepare(job.folder, "at work")
-        _release_memory()
-        kernels = _choose_kernels(job, tell)
-        device = note_device(job, tell)
-        began = time.monotonic()
-        cpu_began = time.process_time()
-        outcome = STAGES[job.stage.kind](job)
-        sync_below(job.folder)
+        with ActivityReport(job.folder):
+            continued = continuation.begin(job, tell)
+            with phase("choosing kernels"):
+                kernels = _choose_kernels(job, tell)
+            device = note_device(job, tell)
+            _preview(job, tell)
+            _release_memory()
+            began = time.monotonic()
+            cpu_began = time.process_time()
+            outcome = STAGES[job.stage.kind](replace(job, tell=tell))
+            with phase("writing to disk"):
+                sync_below(job.folder)
         usage = _usage(began, cpu_began)
-        write(path, json.dumps({**outcome, **usage, "kernels": kernels, **device}))
-    job.checkpoint().clear()
-    (job.folder / KERNELS).unlink(missing_ok=True)
-    (job.folder / DEVICES).unlink(missing_ok=True)
+        outcome = {**outcome, **usage, "kernels": kernels, **device}
+        if continued:
+            outcome["continued"] = continued
+        write(path, json.dumps(outcome))
+    continuation.end(job)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _preview(job: Job, tell: Callable[[str], None]) -> None:
+    """Write the preview of a stage, if it is to have one, and tell what it counts. A mistake of the user's is
+    left for the stage itself to report."""
+    if not job.preview:
+        return
+    from ..report.preview import remedies, summary
+    from .preview import write_once
+
+    with suppress(LimbeckError), phase("previewing"):
+        preview = write_once(job)
+        for text in [summary(preview), *remedies(preview)] if preview else []:
+            tell(text.en)
 
 
 def _choose_kernels(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:

@@ -19,18 +19,25 @@ def find(name: str) -> ModelConfig:
 
     Raises LimbeckError for an unknown name, and suggests the nearest known one.
     """
-    models = shipped()
-    key = _key(name)
-    if key in models:
-        return ModelConfig.from_hf(models[key], f"{FILE.name}: {key}")
+    config = published(name)
+    if config:
+        return config
     path = Path(name)
     if path.suffix == ".json" or (path / "config.json").exists():
         return ModelConfig.from_directory(path)
-    close = get_close_matches(key, models, n=1)
+    models = shipped()
+    close = get_close_matches(_key(name), models, n=1)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(models)}"
     raise LimbeckError(
         f"{name}: no recipe, no model directory with a config.json, and no model of the plan's table; {hint}"
     )
+
+
+def published(name: str) -> ModelConfig | None:
+    """Return the configuration of a published model by its name in models.yaml, None for another name."""
+    key = _key(name)
+    models = shipped()
+    return ModelConfig.from_hf(models[key], f"{FILE.name}: {key}") if key in models else None
 
 
 def _key(name: str) -> str:

@@ -111,6 +111,18 @@ class StageWork:
         """The number of sampled tokens of all rollouts."""
         return sum(rollout.tokens for rollout in self.rollouts)
 
+    def rest(self, share: float) -> StageWork:
+        """Return the work that is left after the first `share` (0 to 1) of the stage's steps.
+
+        A DPO stage reads its pairs with the reference again before the first of them.
+        """
+        left = 1 - share
+        rollouts = tuple(replace(rollout, calls=left * rollout.calls) for rollout in self.rollouts)
+        read = self.read if self.kind == "dpo" else left * self.read
+        return replace(
+            self, rollouts=rollouts, updates=left * self.updates, learned=left * self.learned, read=read
+        )
+
     def flops(self, config: ModelConfig) -> float:
         """Return the FLOPs of all tokens.
 

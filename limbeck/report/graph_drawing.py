@@ -18,7 +18,7 @@ from .i18n import Text
 _WIDTH = 168  # pixels, of a box
 _HEIGHT = 42  # pixels, of a box
 _GAP_X = 20  # pixels between boxes of a layer
-_GAP_Y = 26  # pixels between layers
+_GAP_Y = 32  # pixels between layers
 _LANE = 14  # pixels, width of an edge that passes a layer
 _SWEEPS = 8  # passes down and up; more change nothing in graphs of this size
 
@@ -195,14 +195,14 @@ def _edge(points: list[Point]) -> str:
     """Return the SVG path of an edge: from the bottom of the first box, down through the lanes, to the top
     of the last box.
 
-    `points` are the positions of the chain's nodes.
+    `points` are the positions of the chain's nodes. Each curve leaves a layer and enters the next one
+    steeply, and crosses in the middle between them, so that it keeps away from the boxes that it passes.
     """
     x, y = points[0]
     y += _HEIGHT
     path = f"M{x:.1f},{y:.1f}"
     for i, (to_x, to_y) in enumerate(points[1:], 1):
-        middle = (y + to_y) / 2
-        path += f"C{x:.1f},{middle:.1f} {to_x:.1f},{middle:.1f} {to_x:.1f},{to_y:.1f}"
+        path += f"C{x:.1f},{to_y:.1f} {to_x:.1f},{y:.1f} {to_x:.1f},{to_y:.1f}"
         x = to_x
         y = to_y
         if i < len(points) - 1:

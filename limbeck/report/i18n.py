@@ -169,6 +169,7 @@ W = {
     ),
     "aha": Text("It learns to keep trying", "它学会了不放弃"),
     "learning": Text("What reinforcement learning changed", "强化学习改变了什么"),
+    "preview": Text("Before the first step:", "第一步之前："),
     "curves_caption": Text(
         "Batch means at each step of reinforcement learning of {}: pale as measured, "
         "strong as a running mean.",
@@ -255,10 +256,10 @@ W = {
     "foreseen": Text("What was foreseen", "事先的预计"),
     "foreseen_said": Text(
         "Before each stage began, its time was foreseen from this machine's speed: {seconds} in all "
-        "({low} to {high}). They took {took}, and {processor} of the processor: on a busy machine the "
-        "latter is what was foreseen.",
+        "({low} to {high}). By the clock the stages took {took}, and {processor} of the processor: on a "
+        "busy machine the latter is what was foreseen.",
         "每个阶段开始之前，按本机速度预计用时：共 {seconds}（{low} 至 {high}）。"
-        "实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
+        "按时钟实际用时 {took}，其中处理器时间 {processor}：机器繁忙时，应与后者比较。",
     ),
     "between": Text("between", "区间"),
     "took": Text("took", "实际"),
@@ -268,6 +269,7 @@ W = {
     "alarms": Text("Alarms that rang", "响过的警报"),
     "no_alarms": Text("No alarm rang.", "没有警报响过。"),
     "alarm_row": Text("first at step {first}, {times} in all", "首次在第 {first} 步，共 {times} 次"),
+    "unchanged": Text("weights unchanged", "权重未变"),
     "exact": Text("To do it again", "如何重做"),
     "recipe": Text("The exact recipe", "完整配方"),
     "stages": Text("Every stage", "每个阶段"),

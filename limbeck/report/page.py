@@ -15,7 +15,9 @@ import yaml
 from markupsafe import Markup, escape
 
 from ..eval.statistics import Interval
-from . import charts, comparison, graph_drawing, i18n, summary
+from ..run_log import ROLLOUTS, read
+from ..train.learning_signal import UNTAUGHT
+from . import charts, comparison, graph_drawing, i18n, preview, sentences, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
 
@@ -96,18 +98,35 @@ def _record(run: Run, numbers: dict[str, Any]) -> dict[str, Any]:
     """
     versions = {stage.manifest.get("code_version") for stage in run.stages}
     licences: set[str] = set()
+    continued: list[Text] = []
     for stage in run.stages:
+        continued += sentences.continued(stage.name, stage.manifest.get("continued"))
         licences.update(map(str, stage.manifest.get("licences") or []))
     return {
         "graph": _graph(run),
         "costs": _costs(run, numbers),
+        "continued": continued,
         "forecast": numbers["forecast"],
         "not_shown": summary.not_shown(run),
-        "alarms": list(run.alarms()),
+        "alarms": _alarms(run),
         "versions": sorted(version for version in versions if version),
         "licences": sorted(licences),
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
     }
+
+
+def _alarms(run: Run) -> list[tuple[str, Text, int, int, list[Text]]]:
+    """Return every alarm as (stage, message, first step, number of times, quotations): one response of the
+    stage where rewards taught nothing.
+    """
+    rows = []
+    for stage, message, first, times in run.alarms():
+        quoted = []
+        if message.startswith(UNTAUGHT):
+            logged = next(read(run.stage(stage).folder / ROLLOUTS), None)
+            quoted = [sentences.quote(logged)] if logged else []
+        rows.append((stage, sentences.alarm(message), first, times, quoted))
+    return rows
 
 
 def format_response(text: str) -> Markup:
@@ -230,8 +249,15 @@ def _learning(run: Run) -> dict[str, Any] | None:
         "name": stage.name,
         "title": W["aha"] if persists and is_zero else W["learning"],
         "said": summary.persistence(run),
+        "preview": _preview(run, stage.name),
         "charts": drawn,
     }
+
+
+def _preview(run: Run, stage: str) -> list[Text]:
+    """Return what the preview of a stage counted before it began, as sentences; [] if there was none."""
+    found = (run.summary.get("previews") or {}).get(stage)
+    return [W["preview"], preview.summary(found), *preview.remedies(found)] if found else []
 
 
 def _curve(stages: list[StageView], key: str, percent: bool = False, log: bool = False) -> Markup | None:

@@ -10,7 +10,7 @@
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
      "seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules", "cost", "machine",
-     "forecast": {"seconds", "low", "high", "took", "processor": sums over the stages below,
+     "forecast": {"seconds", "low", "high", "took": of the stages together, by the clock, "processor",
                 "stages": [{"name", "seconds", "low", "high", "took", "processor"}]} or null,
      "comparison": {"target": loss, "ways": {NAME: {"runs", "final_losses", "flops", "parameters",
                 "reaches_target_after": FLOPs or null}}} or null,
@@ -137,7 +137,7 @@ def _accuracies(run: Run, model: str, source: str | None) -> dict[str, Any]:
 def _stage(stage: StageView) -> dict[str, Any]:
     """Return one stage's identity (name, kind, inputs, hashes), costs, licences and notes."""
     manifest = stage.manifest
-    measured = {key: manifest.get(key) for key in ("key", "digest", "code_version", *_COSTS)}
+    measured = {key: manifest.get(key) for key in ("key", "digest", "code_version", "continued", *_COSTS)}
     return {
         "name": stage.name,
         "kind": stage.kind,
@@ -150,7 +150,8 @@ def _stage(stage: StageView) -> dict[str, Any]:
 
 
 def _forecast(run: Run) -> dict[str, Any] | None:
-    """Return the forecast of each stage beside the time that it took, and the sums over these stages.
+    """Return the forecast of each stage beside the time that it took, and all stages together: by the clock
+    if the run has noted it, else the sums over these stages.
 
     Return None if the run has no forecast.
     """
@@ -164,7 +165,7 @@ def _forecast(run: Run) -> dict[str, Any] | None:
     sums: dict[str, Any] = {}
     for key in _DURATION_KEYS:
         sums[key] = round(sum(stage[key] for stage in stages), 1)
-    return {**sums, "stages": stages}
+    return {**sums, **(run.summary.get("clock") or {}), "stages": stages}
 
 
 def _stage_forecast(stage: StageView, forecast: dict[str, Any]) -> dict[str, Any]:

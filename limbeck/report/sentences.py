@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..activity import PhaseReport
+from ..run_log import example
 from ..train.learned_rewards import CLEAR, trend
+from ..train.learning_signal import UNTAUGHT
 from .flips import Flips
 from .history import History
 from .i18n import KINDS, MODES, Text, count, duration, percent, plain
@@ -54,9 +57,100 @@ def progress(name: str, kind: str, state: str, history: History, manifest: dict[
         return Text("{} and rests.", "{}，现已暂停。").format(steps)
     if history.pace is None or not history.total:
         return Text("{}.", "{}。").format(steps)
-    left = max(0, history.total - history.done)
-    sentence = Text("{}; one takes {}, so about {} are left.", "{}；每步 {}，大约还需 {}。")
-    return sentence.format(steps, _brief(history.pace), duration(history.pace * left))
+    return Text("{}; one takes {}.", "{}；每步 {}。").format(steps, _brief(history.pace))
+
+
+# The phases that `limbeck.activity` names, and their units.
+PHASES = {
+    "": Text("", ""),
+    "sampling": Text("sampling", "采样"),
+    "asking": Text("asking", "询问接口"),
+    "asking the teacher": Text("asking the teacher", "询问教师模型"),
+    "scoring": Text("scoring", "评分"),
+    "previewing": Text("previewing", "预览"),
+    "judging": Text("judging", "由模型评判"),
+    "filtering": Text("filtering", "筛选"),
+    "labelling": Text("labelling", "标注"),
+    "learning": Text("learning", "学习"),
+    "updating the weights": Text("updating the weights", "更新权重"),
+    "computing log-probabilities": Text("computing log-probabilities", "计算对数概率"),
+    "measuring": Text("measuring", "测量"),
+    "drawing problems": Text("drawing problems", "抽取题目"),
+    "opening the problems": Text("opening the problems", "打开题目"),
+    "writing the corpus": Text("writing the corpus", "生成语料"),
+    "loading the model": Text("loading the model", "载入模型"),
+    "saving the model": Text("saving the model", "保存模型"),
+    "saving a checkpoint": Text("saving a checkpoint", "保存检查点"),
+    "reading the checkpoint": Text("reading the checkpoint", "读取检查点"),
+    "choosing kernels": Text("choosing kernels", "选择内核"),
+    "writing to disk": Text("writing to disk", "写入磁盘"),
+}
+PHASE_UNITS = {
+    "rows": Text("rows", "行"),
+    "problems": Text("problems", "题"),
+    "tokens": Text("tokens", "词元"),
+    "micro-batches": Text("micro-batches", "个微批次"),
+    "files": Text("files", "个文件"),
+    "tensors": Text("tensors", "个张量"),
+    "sets of responses": Text("sets of responses", "组回答"),
+}
+_RATES = {
+    "tokens a second": Text("{} tokens a second", "每秒 {} 词元"),
+    "rows a second": Text("{} rows a second", "每秒 {} 行"),
+    "problems a second": Text("{} problems a second", "每秒 {} 题"),
+    "steps a minute": Text("{} steps a minute", "每分钟 {} 步"),
+}
+
+
+def work(phases: Sequence[PhaseReport]) -> Text:
+    """Return the phases of work that go on as text: `sampling 3 of 8 problems, 40 of 128 rows`."""
+    text = plain("")
+    for report in phases:
+        name = PHASES.get(report.name, plain(report.name))
+        part = Text("{} {}", "{} {}").format(name, _count_units(report)) if report.unit else name
+        text = Text("{}, {}", "{}，{}").format(text, part) if text.en else part
+    return Text(text.en.strip().replace(",  ", ", "), text.zh.strip().replace("， ", "，"))
+
+
+def _count_units(report: PhaseReport) -> Text:
+    """Return the finished units of a phase as text: `40 of 128 rows`."""
+    unit = PHASE_UNITS.get(report.unit, plain(report.unit))
+    if report.total is None:
+        return Text("{} {}", "{} {}").format(count(report.done), unit)
+    return Text("{} of {} {}", "{}/{} {}").format(count(report.done), count(report.total), unit)
+
+
+def now(
+    phases: Sequence[PhaseReport], rate: tuple[float, str] | None, left: tuple[float, float, bool] | None
+) -> list[Text]:
+    """Return a sentence on what a stage does at this moment: its phases of work, its `rate` (a number and its
+    unit), and the time `left` (seconds at least, at most, and whether it may be less than the first).
+
+    Return [] if nothing of it is known.
+    """
+    parts = [work(phases)] if phases else []
+    if rate:
+        value, unit = rate
+        number = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        parts.append(_RATES.get(unit, plain(f"{{}} {unit}")).format(number))
+    if left:
+        parts.append(_left(*left))
+    if not parts:
+        return []
+    english = "; ".join(part.en for part in parts)
+    chinese = "；".join(part.zh for part in parts)
+    return [Text("Now: {}.", "现在：{}。").format(Text(english, chinese))]
+
+
+def _left(low: float, high: float, at_most: bool) -> Text:
+    """Return the time left, in seconds, as text: one duration, an interval, or an upper bound."""
+    longest = duration(high)
+    if at_most:
+        return Text("at most {} left", "至多还需 {}").format(longest)
+    shortest = duration(low)
+    if shortest == longest:
+        return Text("about {} left", "大约还需 {}").format(longest)
+    return Text("{} to {} left", "还需 {} 至 {}").format(shortest, longest)
 
 
 def _count_steps(name: str, kind: str, history: History) -> Text:
@@ -176,7 +270,24 @@ def soundness(history: History) -> list[Text]:
         if share >= _MANY_TRUNCATED:
             sentence = Text("{} of the latest responses ran out of tokens.", "最近的回答中有 {} 用尽了词元。")
             sentences.append(sentence.format(percent(share, 0)))
-    return sentences + _alarm_sentences(history.alarms)
+    return sentences + alarms(history)
+
+
+def alarms(history: History) -> list[Text]:
+    """Return a sentence on each different alarm of a stage, and a response where rewards taught nothing."""
+    sentences = _alarm_sentences(history.alarms)
+    untaught = any(message.startswith(UNTAUGHT) for _, message in history.alarms)
+    if untaught and history.shown:
+        sentences += [quote(row) for row in history.responses(history.shown[0].step)[:1]]
+    return sentences
+
+
+def quote(row: dict[str, Any]) -> Text:
+    """Return a sentence that quotes one response of a recorded group, which `row` holds as it was logged."""
+    text, reason = example(row)
+    if not reason:
+        return Text("One of the responses: “{}”", "其中一个回答：“{}”").format(text)
+    return Text("One of the responses ({}): “{}”", "其中一个回答（{}）：“{}”").format(reason, text)
 
 
 def _gap(gap: float) -> Text:
@@ -204,10 +315,16 @@ def _alarm_sentences(alarms: Sequence[tuple[int, str]]) -> list[Text]:
     for step, message in alarms:
         steps.setdefault(message, []).append(step)
     sentence = Text("Alarm at step {} ({} in all): {}.", "第 {} 步响起警报（共 {} 次）：{}。")
-    return [sentence.format(times[0], len(times), _alarm(message)) for message, times in steps.items()]
+    return [sentence.format(times[0], len(times), alarm(message)) for message, times in steps.items()]
 
 
-# Messages of train/alarms.py and train/learned_rewards.py, and the same in Chinese.
+# Messages of train/alarms.py, train/learning_signal.py and train/learned_rewards.py, and the same in Chinese.
+_NO_SIGNAL = "no learning signal: "
+_NO_SIGNAL_ZH = "没有学习信号："
+_NO_ANSWER = "no response has an answer where the verifier looks for it; "
+_NO_ANSWER_ZH = "没有一个回答在判题器查找的位置给出答案；"
+_SCREEN = r"or cite a screen stage in (\S+), which keeps those that are sometimes solved"
+_SCREEN_ZH = r"或在 \1 中引用一个 screen 阶段，它只留下有时能解出的题目"
 _HACKING = r"reward hacking: (\w+) rises while the truth on held-out problems does not: "
 _HACKING_ZH = r"奖励作弊：\1 上升，而留出题目上的实情没有上升；"
 _ALARMS = {
@@ -220,12 +337,34 @@ _ALARMS = {
     "length tripled within 20 steps": "长度在 20 步内增至三倍",
     "length fell to a third within 20 steps": "长度在 20 步内降到三分之一",
     r"the part '(\w+)' outweighs accuracy: lower its weight": r"“\1”一项压过了正确率，请降低它的权重",
+    _NO_SIGNAL + r"nearly every response is cut off at max_new_tokens = (\d+); raise (\S+)": (
+        _NO_SIGNAL_ZH + r"几乎所有回答都在 max_new_tokens = \1 处被截断；请调高 \2"
+    ),
+    rf"(?:{_NO_SIGNAL}|no answer: ){_NO_ANSWER}"
+    r"ask for that form in (\S+), or set (\S+) to the form that the model writes": (
+        _NO_ANSWER_ZH + r"请在 \1 中要求这种形式，或把 \2 设为模型所写的形式"
+    ),
+    rf"(?:{_NO_SIGNAL}|no answer: ){_NO_ANSWER}teach (\S+) that form first, with an sft stage": (
+        _NO_ANSWER_ZH + r"请先用 sft 阶段教会 \1 这种形式"
+    ),
+    _NO_SIGNAL + r"the responses to each problem are the same text; raise (\S+)": (
+        _NO_SIGNAL_ZH + r"每道题的各个回答完全相同；请调高 \1"
+    ),
+    _NO_SIGNAL + "every response is wrong; give easier problems, " + _SCREEN: (
+        _NO_SIGNAL_ZH + "所有回答都错；请换更容易的题目，" + _SCREEN_ZH
+    ),
+    _NO_SIGNAL + "every response is right; give harder problems, " + _SCREEN: (
+        _NO_SIGNAL_ZH + "所有回答都对；请换更难的题目，" + _SCREEN_ZH
+    ),
+    _NO_SIGNAL + r"the responses to each problem earn equal rewards; raise (\S+) or (\S+)": (
+        _NO_SIGNAL_ZH + r"每道题的各个回答奖励相同；请调高 \1 或 \2"
+    ),
     _HACKING + "it no longer counts": _HACKING_ZH + "它不再计入奖励",
     _HACKING + "the stage ends here": _HACKING_ZH + "本阶段到此结束",
 }
 
 
-def _alarm(text: str) -> Text:
+def alarm(text: str) -> Text:
     """Return an alarm's message in both languages.
 
     A message that has no translation here, such as one from another version of Limbeck, stays in English in
@@ -241,11 +380,27 @@ def _alarm(text: str) -> Text:
 # ---------------------------------------------------------------- outcomes
 
 
+def continued(name: str, origin: dict[str, Any] | None) -> list[Text]:
+    """Return a sentence on the shorter stage that the stage `name` continues; [] without one.
+
+    `origin` is the entry `continued` of its manifest.
+    """
+    if not origin:
+        return []
+    sentence = Text(
+        "{} continues {} from step {}; its time is that of the later steps.",
+        "{} 接着 {} 从第 {} 步继续训练；用时只计其后的步。",
+    )
+    return [sentence.format(name, origin["artifact"], count(origin["step"]))]
+
+
 def outcome(view: StageView) -> list[Text]:
     """Return sentences on the results of a finished stage: the rows it kept, its reviewers' verdicts, or
     its accuracies.
     """
     sentences = []
+    if view.notes.get("weights_changed") is False:
+        sentences.append(unchanged(view.name, view.manifest))
     if view.notes.get("sampled"):
         sentences += _sampling_sentences(view.notes)
     if "policy" in view.notes:
@@ -253,6 +408,22 @@ def outcome(view: StageView) -> list[Text]:
     if view.kind == "evaluate" and (view.folder / EVALUATION).exists():
         sentences += _accuracy_sentences(view)
     return sentences
+
+
+def unchanged(name: str, manifest: dict[str, Any]) -> Text:
+    """Return the sentence that the stage `name`, described by its `manifest`, left the weights as they
+    were."""
+    initial = manifest.get("settings", {}).get("model")
+    if not initial:
+        sentence = Text(
+            "{} learned nothing: its weights did not change.", "{} 什么也没有学到：权重没有变化。"
+        )
+        return sentence.format(name)
+    sentence = Text(
+        "{} learned nothing: its weights are those of {}, byte for byte.",
+        "{} 什么也没有学到：它的权重与 {} 逐字节相同。",
+    )
+    return sentence.format(name, initial)
 
 
 def _sampling_sentences(notes: dict[str, Any]) -> list[Text]:

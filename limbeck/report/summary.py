@@ -11,6 +11,7 @@ from typing import Any
 from ..eval.statistics import Interval, difference
 from .i18n import MODES, Text, bounds, count, number, percent, scientific, size
 from .loaded_run import Run
+from .sentences import unchanged
 
 _FEW_PROBLEMS = 1000  # problems below which an interval is so wide that the report says so
 _MANY_TRUNCATED = 0.05  # share of truncated responses from which a sentence mentions them
@@ -18,10 +19,13 @@ _COMPARED_ROLES = (("zero", "base"), ("zero", "control"), ("r1", "zero"), ("smal
 
 
 def opening(run: Run) -> list[Text]:
-    """Return the first paragraph of the report: the accuracies of base, zero, r1 and small, where
-    evaluated.
+    """Return the first paragraph of the report: the stages that learned nothing, and the accuracies of base,
+    zero, r1 and small, where evaluated.
     """
     sentences = []
+    for stage in run.stages:
+        if stage.notes.get("weights_changed") is False:
+            sentences.append(unchanged(stage.name, stage.manifest))
     base = run.accuracy(run.role("base"))
     if base:
         sentence = Text(

@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI, Form, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from .app_state import AppState
-from .openai.routes import api
+from .openai.routes import add_error_handlers, api
 from .pages import FOLDER, render
 from .security import LOOPBACK, Guard, Limits
 from .service import Service
@@ -51,6 +51,7 @@ def build(
             yield
 
     app = FastAPI(title="Limbeck", docs_url=None, redoc_url=None, lifespan=lifespan)
+    add_error_handlers(app)
     for make_router in routers():
         app.include_router(make_router(state))
     app.include_router(_entrance(state, key))
@@ -62,9 +63,10 @@ def routers() -> list[Callable[[AppState], APIRouter]]:
 
     Each takes the state that all routes share.
     """
-    from .studio import arena, chat, review, runs
+    from .studio import arena, chat, comparison, deletion, review, runs
 
-    return [api, arena.routes, chat.routes, review.routes, runs.routes]
+    of_runs = [comparison.routes, deletion.routes, runs.routes]  # the pages of one run match nearly anything
+    return [api, arena.routes, chat.routes, review.routes, *of_runs]
 
 
 def _entrance(state: AppState, key: str | None) -> APIRouter:

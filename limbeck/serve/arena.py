@@ -199,8 +199,13 @@ class Arena:
     def _judge_batch(self, judge: Judge, name: str, battles: Sequence[Battle]) -> None:
         """Compare the two answers of each battle and store the votes of the judge `name`.
 
-        Blocks, so it must run in a thread beside the event loop.
+        Equal answers are a tie without a comparison. Blocks, so it must run in a thread beside the event
+        loop.
         """
+        for battle in battles:
+            if battle.identical:
+                self.votes.judge(battle.id, name, "tie")
+        battles = [battle for battle in battles if not battle.identical]
         pairs = []
         for battle in battles:
             texts = [answer.text for answer in battle.answers]

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..types import LimbeckError
+from ..types import LimbeckError, Message
 from .conversations import Conversations, Meter, Settings
 from .markdown_stream import MarkdownStream
 from .service import Service
@@ -271,8 +271,15 @@ class Replies:
 
     async def _stream(self, reply: Reply, model: str, settings: Settings) -> None:
         messages = await asyncio.to_thread(self.store.messages, reply.number)
+        if settings.system:
+            messages.insert(0, Message(role="system", content=settings.system))
         stream = self.service.chat(
-            model, messages, temperature=settings.temperature, thought_budget=settings.budget
+            model,
+            messages,
+            temperature=settings.temperature,
+            thought_budget=settings.budget,
+            top_p=settings.top_p,
+            max_tokens=settings.max_tokens,
         )
         async with aclosing(stream) as deltas:
             async for delta in deltas:

@@ -47,14 +47,19 @@ PER_LIST = 50  # conversations in one list
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a turn: models that answer side by side, temperature, thought budget in tokens.
+    """The settings of a turn: models that answer side by side, and how they are asked.
 
-    `Settings(("r1", "small"), 0.6, 2048)`; a budget of None does not limit the thought.
+    `Settings(("r1", "small"), 0.6, 2048)`. `budget` is the limit of the thought in tokens, None for no limit,
+    and `max_tokens` that of the whole answer, None for the server's. `system` is the system prompt; empty for
+    that of the model's own problems, if they have one.
     """
 
     models: tuple[str, ...]
     temperature: float = 0.6
     budget: int | None = None
+    top_p: float = 0.95
+    max_tokens: int | None = None
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -410,7 +415,7 @@ def _answer(db: sqlite3.Connection, row: sqlite3.Row) -> Answer:
 
 def _settings(text: str) -> Settings:
     values = json.loads(text)
-    return Settings(tuple(values["models"]), values["temperature"], values["budget"])
+    return Settings(**{**values, "models": tuple(values["models"])})
 
 
 def _json(values: Settings | Meter) -> str:

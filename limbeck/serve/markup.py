@@ -38,6 +38,8 @@ ATTRIBUTES = {
 FACTOR_END = re.compile(r"[0-9A-Za-z)]")
 FACTOR_BEGIN = re.compile(r"[0-9A-Za-z(]")
 FENCES = ("```", "~~~")
+ANSWER_OPEN = "<answer>"
+ANSWER_CLOSE = "</answer>"
 BRACKETS = {"\\(": "$", "\\)": "$", "\\[": "$$", "\\]": "$$"}
 MAX_FORMULA = 2000  # characters; a longer formula is shown as code
 MAX_BRACES = 200  # opening braces; a formula with more is shown as code
@@ -46,7 +48,9 @@ MAX_BRACES = 200  # opening braces; a formula with more is shown as code
 def to_html(text: str) -> str:
     """Render Markdown to safe HTML.
 
-    LaTeX formulas may stand between dollars or in \\( \\) and \\[ \\].
+    The tags `<answer>` and `</answer>`, between which verifiers look for the final answer, are not shown;
+    what is between them in one paragraph gets the class `final`. LaTeX formulas may stand between dollars or
+    in \\( \\) and \\[ \\].
     """
     rendered = _markdown().render(_brackets_to_dollars(text))
     return nh3.clean(
@@ -110,6 +114,7 @@ def _markdown() -> MarkdownIt:
     parser.enable(["table", "strikethrough"])
     parser.disable("image")
     parser.inline.ruler.before("emphasis", "times", _times)
+    parser.inline.ruler.before("autolink", "final_answer", _final_answer)
     return parser.use(dollarmath_plugin, allow_digits=False, double_inline=True, renderer=_formula)
 
 
@@ -128,6 +133,34 @@ def _times(state: StateInline, silent: bool) -> bool:
     if not silent:
         state.pending += "*"
     state.pos += 1
+    return True
+
+
+def _final_answer(state: StateInline, silent: bool) -> bool:
+    """Mark the text between the tags of a final answer, and drop the tags; a tag without its partner is
+    dropped too.
+
+    This is an inline rule of markdown-it: True if it has consumed something; `silent` only tests for a match.
+    """
+    begin = state.pos
+    for tag in (ANSWER_OPEN, ANSWER_CLOSE):
+        if state.src.startswith(tag, begin):
+            break
+    else:
+        return False
+    end = state.src.find(ANSWER_CLOSE, begin, state.posMax)
+    if tag == ANSWER_CLOSE or end < 0:
+        state.pos = begin + len(tag)
+        return True
+    if not silent:
+        state.push("final_open", "span", 1).attrSet("class", "final")
+        whole = state.posMax
+        state.pos = begin + len(tag)
+        state.posMax = end
+        state.md.inline.tokenize(state)
+        state.posMax = whole
+        state.push("final_close", "span", -1)
+    state.pos = end + len(ANSWER_CLOSE)
     return True
 
 

@@ -1,13 +1,8 @@
-"""Find and load the models to serve.
-
-A model's name is a directory, the name of a pulled model, a GGUF file, an artifact (a stage's result in the
-store of a folder of runs), or a run, which stands for its last model.
-"""
+"""Load the models to serve, which `pipeline.model_name` finds by their names."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +12,8 @@ import torch
 
 from ..engine.request import Request
 from ..engine.scheduler import Scheduler
-from ..model import gguf, weights
-from ..model.find import find_model
-from ..pipeline.provenance.lineage import INDEX, find_artifact
+from ..model import weights
+from ..pipeline.model_name import find_model
 from ..runtime.machine import usable_cores, usable_memory
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
@@ -28,10 +22,6 @@ from .types import Price, ServedModel
 
 KV_SHARE = 0.4  # of the free memory, for the KV cache
 PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
-FINAL_STAGE = "r1"  # the stage that makes a recipe's final model
-
-# Directories of unpacked GGUF files, held until the process ends: each is removed with its object.
-_UNPACKED: list[tempfile.TemporaryDirectory] = []
 
 
 @dataclass(frozen=True)
@@ -119,80 +109,12 @@ def named(names: Sequence[str], runs: Path) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in names:
         alias, equals, model = text.partition("=")
-        name, folder = find(model if equals else text, runs)
-        if equals:
-            name = alias
+        found = find_model(model if equals else text, runs)
+        name = alias if equals else found.title
         if name in folders:
             raise LimbeckError(f"two models would go by the name {name}; say NAME={model or text}")
-        folders[name] = folder
+        folders[name] = found.directory()
     return folders
-
-
-def find(name: str, runs: Path) -> tuple[str, Path]:
-    """Return a model's default served name and its directory.
-
-    Raises LimbeckError if `name` is no model, or is the name of both a run and a model.
-    """
-    path = Path(name)
-    for run in (path, runs / name):
-        if (run / INDEX).is_file():
-            twin = Path("models") / name
-            if run != path and twin.is_dir():
-                raise LimbeckError(f"{name} is a run and a model; say {run} or {twin}")
-            return _last_model(run)
-    path, folder = _find_folder(name, runs)
-    if folder.is_file():
-        return folder.stem, _unpack(folder)
-    directory = folder / "model"
-    if not directory.is_dir():
-        directory = folder
-    if not (directory / "config.json").is_file():
-        raise LimbeckError(
-            f"{folder} holds no model: it has no config.json; name a model's directory, an artifact or a run"
-        )
-    return path.name or folder.resolve().name, directory
-
-
-def _find_folder(name: str, runs: Path) -> tuple[Path, Path]:
-    """Return a path whose last part is the model's default name, and the model's directory or GGUF file.
-
-    For an artifact, the default name is the name of the stage that made it.
-    """
-    try:
-        return Path(name), find_model(name, Path())
-    except LimbeckError:
-        if not (runs / "store").is_dir():
-            raise
-    artifact, _ = find_artifact(name, runs)
-    return Path(artifact.manifest["stage"]), artifact.folder
-
-
-def _last_model(run: Path) -> tuple[str, Path]:
-    """Return the stage and the directory of the model that a run stands for.
-
-    That is the model of the stage `FINAL_STAGE` if the run has one, else the last model that it trained, else
-    the last one that it loaded. Raises LimbeckError if the run has no model yet.
-    """
-    artifacts = json.loads((run / INDEX).read_text(encoding="utf-8"))
-    store = run.resolve().parent / "store"
-    folders = {stage: store / artifact / "model" for stage, artifact in artifacts.items()}
-    models = [stage for stage, folder in folders.items() if (folder / "config.json").is_file()]
-    if not models:
-        raise LimbeckError(f"{run} has no model yet; `limbeck status {run}` says how far it is")
-    trained = [stage for stage in models if not artifacts[stage].startswith("load-")]
-    stage = FINAL_STAGE
-    if stage not in models:
-        stage = (trained or models)[-1]
-    return stage, folders[stage]
-
-
-def _unpack(file: Path) -> Path:
-    """Convert a GGUF file to a model directory, which is deleted when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="limbeck-gguf-")
-    _UNPACKED.append(folder)
-    directory = Path(folder.name) / "model"
-    gguf.read(file, directory)
-    return directory
 
 
 def _stop_token_ids(folder: Path) -> tuple[int, ...]:

@@ -213,7 +213,8 @@ def _with_headers(send: Send) -> Send:
 async def _send_refusal(send: Send, refusal: Refusal) -> None:
     """Send a refusal as a JSON object in the shape of OpenAI's errors."""
     kind = "authentication_error" if refusal.status == 401 else "invalid_request_error"
-    error = {"message": refusal.message, "type": kind, "param": None, "code": None}
+    code = {401: "invalid_api_key", 413: "request_too_large"}.get(refusal.status)
+    error = {"message": refusal.message, "type": kind, "param": None, "code": code}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refusal.location:

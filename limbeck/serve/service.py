@@ -363,7 +363,7 @@ def _encode_chat(
 ) -> tuple[np.ndarray, bool]:
     """Return the token ids [N] of a conversation, and True if the prompt ends with an open `<think>` tag."""
     turns = [_template_message(message, keep_thoughts) for message in messages]
-    text = tokenizer.render(turns)
+    text = tokenizer.render(tokenizer.prompt_format.apply(turns))
     tokens_N = np.array(tokenizer.encode(text), dtype=np.int64)
     return tokens_N, text.rstrip().endswith(OPEN)
 

@@ -58,6 +58,8 @@ def _side(conversation: Conversation, side: int) -> dict[str, Any]:
     """
     messages: list[dict[str, str]] = []
     answers = []
+    if conversation.settings.system:
+        messages.append({"role": "system", "content": conversation.settings.system})
     for turn in conversation.turns:
         answer = turn.answers[side if side < len(turn.answers) else 0]
         reply = {"role": "assistant", "content": answer.content}
@@ -76,6 +78,9 @@ def _metadata(answer: Answer) -> dict[str, Any]:
         "state": answer.state,
         "temperature": answer.settings.temperature,
         "thought_budget": answer.settings.budget,
+        "top_p": answer.settings.top_p,
+        "max_tokens": answer.settings.max_tokens,
+        "system": answer.settings.system,
         **vars(answer.meter),
     }
 

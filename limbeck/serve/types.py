@@ -109,7 +109,8 @@ class GenerationOptions:
     a random seed. `thought_budget` is the limit of the thought in tokens, None for no limit. `top_logprobs`
     is the number of likeliest tokens returned beside each sampled token, None for no log-probabilities.
     `echo` asks for the log-probabilities of the prompt. `ignore_eos` generates on after an end-of-turn token.
-    `plain` output is not split into thought and answer.
+    `plain` output is not split into thought and answer. `top_k`, `min_p` and the penalties are those of the
+    engine's `SamplingParams`.
     """
 
     temperature: float = 0.6
@@ -123,6 +124,11 @@ class GenerationOptions:
     echo: bool = False
     ignore_eos: bool = False
     plain: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(eq=False)
@@ -183,6 +189,11 @@ class ServedModel:
             options.top_logprobs,
             options.echo,
             options.ignore_eos,
+            options.top_k,
+            options.min_p,
+            options.presence_penalty,
+            options.frequency_penalty,
+            options.repetition_penalty,
         )
 
     def _max_tokens(self, prompt_tokens: int, options: GenerationOptions) -> int:

@@ -25,6 +25,7 @@ from .sqlite_store import SQLiteStore
 
 FILE = "votes.db"
 OUTCOMES = ("a", "b", "tie", "bad")
+IDENTICAL = "(identical answers)"  # the voter of a battle whose answers are equal: nobody is asked
 PER_HOUR = 120  # battles that one person may begin in an hour, and so the most votes that they can cast
 SCHEMA = [
     """
@@ -117,6 +118,11 @@ class Battle:
     leak: str = ""
     outcome: str = ""
 
+    @property
+    def identical(self) -> bool:
+        """True if both answers are there and their texts are equal, apart from white space around them."""
+        return len({answer.text.strip() for answer in self.answers}) == 1
+
 
 class VoteStore:
     """The battles and votes in a studio's folder. Every method is one transaction."""
@@ -165,12 +171,16 @@ class VoteStore:
     def add_answers(self, battle: Battle, a: Answer, b: Answer, leak: str) -> None:
         """Store both answers of a battle and the leak, a word by which one of them names its author.
 
-        If the battle has answers already, these are kept. `leak` is empty if there is no such word.
+        If the battle has answers already, these are kept. `leak` is empty if there is no such word. Equal
+        answers are a tie by `IDENTICAL`, on which nobody is asked: left out, they would make models look more
+        different than they are, and their pair would be drawn again and again.
         """
         style = style_of(a.text, b.text)
         row = (battle.id, _json(asdict(a)), _json(asdict(b)), _json(style), leak, time.time())
         with self.database.open() as db:
             db.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
+        if not leak and self.battle(battle.id).identical:
+            self._cast(battle.id, IDENTICAL, False, "tie")
 
     def battle(self, battle_id: str) -> Battle:
         """Return the battle with this id. Raises Refused for an unknown id."""

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers
-from .rewards import fill_instruction, grade, language_consistency
+from .rewards import fill_template, grade, language_consistency
 
 QUESTIONS = ("problem", "question", "prompt", "input")
 ANSWERS = ("answer", "solution", "target")
@@ -83,11 +83,13 @@ class FileTask:
             language = language_of(question)
         return Problem(
             id=f"{self.name}/{number}",
-            prompt=fill_instruction(self.settings.instruction, question, f"problems.{self.name}"),
+            prompt=fill_template(self.settings.template, question, f"problems.{self.name}"),
             answer=answer,
             language=language,
             origin=f"{self.path.name}:{number}",
             data={"question": question},
+            system=self.settings.system or "",
+            template=self.settings.template,
         )
 
     def _columns(self, number: int, row: Row) -> tuple[str, str]:

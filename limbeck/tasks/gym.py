@@ -15,7 +15,7 @@ from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers, generators
 from .answers import Verdict
 from .grammar import ParseError
-from .rewards import fill_instruction, grade
+from .rewards import fill_template, grade
 from .sandbox import SANDBOX
 
 SCORER_DEADLINE = 2.0  # seconds of processor time
@@ -107,10 +107,12 @@ class GymTask:
         question = entry["question"]
         problem = Problem(
             id=f"{self.name}/{number}",
-            prompt=fill_instruction(self.settings.instruction, question, f"problems.{self.name}"),
+            prompt=fill_template(self.settings.template, question, f"problems.{self.name}"),
             answer=entry["answer"],
             origin=f"reasoning-gym:{self.settings.generator}",
             data={"question": question},
+            system=self.settings.system or "",
+            template=self.settings.template,
         )
         self._entries[problem.id] = entry
         return problem

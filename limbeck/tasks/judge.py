@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..activity import phase
 from ..config.learned_rewards import JudgeConfig
 from ..text.reasoning_parser import split_thought
 from ..types import Group, Problem, Sampler, Score, fingerprint
@@ -219,7 +220,8 @@ class Judge:
         thoughts. A reply that ran out of tokens is returned as ""."""
         different = list(dict.fromkeys(prompts))
         problems = [Problem(f"judge/{fingerprint(prompt)}", prompt) for prompt in different]
-        groups = self.sampler.rollout(problems, self.settings.votes, self.sampling, (self.seed, "judge"))
+        with phase("judging"):
+            groups = self.sampler.rollout(problems, self.settings.votes, self.sampling, (self.seed, "judge"))
         self._count(groups)
         votes: dict[str, list[str]] = {}
         for prompt, group in zip(different, groups, strict=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..text.prompt_format import PromptFormat
 from ..types import Group, LimbeckError, Problem, Task, generator
 from .rewards import weighted_sum
 
@@ -42,6 +43,14 @@ class Mixture:
                 f"problems: the shares of {', '.join(tasks) or 'no task'} add up to 0; give one a share"
             )
         self.shares = {name: share / total for name, share in shares.items() if share}
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The format of the prompts of the task that is drawn most often."""
+        name = max(self.shares, key=lambda name: self.shares[name])
+        for problem in self.problems(name)[:1]:
+            return PromptFormat(problem.system, problem.template)
+        return PromptFormat()
 
     def problems(self, name: str, split: str = "train") -> Sequence[Problem]:
         """Return all problems of the task `name` in a split; for `train`, its subset if there is one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from ..text.prompt_format import PromptFormat, template_fault
 from ..text.reasoning_parser import split_thought
 from ..types import Completion, LimbeckError, Problem, Score
 from .answers import Verdict, extract
@@ -87,15 +88,17 @@ def _statistics(thought: str, verdict: Verdict | None) -> dict[str, float]:
     return statistics
 
 
-def fill_instruction(instruction: str, question: str, where: str) -> str:
-    """Return the prompt: `instruction` with the question in place of `{problem}`. Other braces, as in
+def fill_template(template: str, question: str, where: str) -> str:
+    """Return the user message: `template` with the question in place of `{problem}`. Other braces, as in
     `\\boxed{}`, are left unchanged.
 
-    Raises LimbeckError if the instruction has no `{problem}`; the message names `where`, a key of the recipe.
+    Raises LimbeckError for a template without `{problem}` or with another placeholder; the message names
+    `where`, a key of the recipe.
     """
-    if "{problem}" not in instruction:
-        raise LimbeckError(f"{where}: instruction has no {{problem}}; put it where the question belongs")
-    return instruction.replace("{problem}", question)
+    fault = template_fault(template)
+    if fault:
+        raise LimbeckError(f"{where}.template {fault}")
+    return PromptFormat(template=template).fill(question)
 
 
 def language_consistency(thought: str, language: str) -> float | None:

@@ -18,11 +18,19 @@ import tokenizers
 from ..types import LimbeckError, Message
 from .chat_template import ChatTemplate, template_error
 from .detokenizer import REPLACEMENT
+from .prompt_format import SEPARATOR, PromptFormat
+
+BOS = "{{ bos_token }}"
+PLAIN = "{{ messages | map(attribute='content') | join('\n\n') }}"  # for models without a chat template
+PROBE = "system-role-probe"  # the text of a system message that tests a chat template
 
 
 class Tokenizer:
     """A HuggingFace `tokenizer.json` (`backend`) with its chat template and the texts of its end-of-turn
-    (`end`), padding (`pad`) and beginning-of-sequence (`bos`) tokens."""
+    (`end`), padding (`pad`) and beginning-of-sequence (`bos`) tokens.
+
+    The attribute `prompt_format` is the format of the prompts that the model was trained with. It is saved
+    with the tokenizer; only chats use it."""
 
     def __init__(self, backend: tokenizers.Tokenizer, template: str, end: str, pad: str, bos: str = ""):
         self.backend = backend
@@ -32,11 +40,14 @@ class Tokenizer:
         self.bos = bos
         self.end_id = self._id(end)
         self.pad_id = self._id(pad)
+        self.prompt_format = PromptFormat()
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read a tokenizer from the files of a HuggingFace checkpoint. Raises LimbeckError, which names the
-        file, if a file is missing or names no end-of-turn token."""
+        """Read a tokenizer from the files of a HuggingFace checkpoint. A checkpoint without a chat template,
+        such as that of a base model, gets the texts of the messages as they stand, with an empty line between
+        two of them. Raises LimbeckError, which names the file, if a file is missing or names no end-of-turn
+        token."""
         path = directory / "tokenizer.json"
         if not path.exists():
             raise LimbeckError(f"{path} is missing; copy it from the model's source")
@@ -47,15 +58,15 @@ class Tokenizer:
         if template_path.exists():
             template = template_path.read_text(encoding="utf-8")
         if not template:
-            raise LimbeckError(
-                f"{template_path} is missing; a chat template says how a question becomes a prompt"
-            )
+            template = BOS * bool(config.get("add_bos_token")) + PLAIN
         backend = tokenizers.Tokenizer.from_file(str(path))
         end = _token_text(config.get("eos_token"))
         if not end:
             raise LimbeckError(f"{config_path}: eos_token is missing; name the end-of-turn token")
         pad = _token_text(config.get("pad_token")) or end
-        return cls(backend, template, end, pad, _token_text(config.get("bos_token")))
+        tokenizer = cls(backend, template, end, pad, _token_text(config.get("bos_token")))
+        tokenizer.prompt_format = PromptFormat.from_directory(directory)
+        return tokenizer
 
     def save(self, directory: Path) -> None:
         """Write the files that `from_directory`, and the AutoTokenizer of transformers, read."""
@@ -71,6 +82,7 @@ class Tokenizer:
         config["clean_up_tokenization_spaces"] = False
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (directory / "tokenizer_config.json").write_text(text)
+        self.prompt_format.save(directory)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens at its beginning or end."""
@@ -105,12 +117,25 @@ class Tokenizer:
         """Return the conversation as one string, rendered with the chat template. If `opened`, the string
         ends where the assistant's next turn begins.
 
-        Raises LimbeckError for any error in the template.
+        If the template has no system role, a system message at the beginning is put before the first user
+        message, with an empty line between the two. Raises LimbeckError for any error in the template.
         """
+        if messages and messages[0]["role"] == "system" and not self._has_system_role:
+            messages = _join_system(messages)
         try:
             return self._chat_template.render(messages, opened)
         except Exception as error:  # noqa: BLE001 - a template is a program, and may raise anything
             raise template_error(error) from None
+
+    @cached_property
+    def _has_system_role(self) -> bool:
+        """True if the chat template renders system messages, False if it leaves them out or raises an
+        error."""
+        probe = [Message(role="system", content=PROBE), Message(role="user", content=".")]
+        try:
+            return PROBE in self._chat_template.render(probe, True)
+        except Exception:  # noqa: BLE001 - a template is a program, and may raise anything
+            return False
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -126,6 +151,16 @@ class Tokenizer:
     def size(self) -> int:
         """The number of tokens in the vocabulary."""
         return self.backend.get_vocab_size()
+
+
+def _join_system(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation without its first message, whose text begins the first user message instead."""
+    system, *joined = messages
+    for i, message in enumerate(joined):
+        if message["role"] == "user":
+            joined[i] = {**message, "content": system["content"] + SEPARATOR + message["content"]}
+            return joined
+    return list(messages)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,10 +4,12 @@ user can stop the run early."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config.recipe import RL
-from ..types import LimbeckError
+from ..config.recipe import RL, Problems
+from ..types import Group, LimbeckError, Resumable
+from .learning_signal import NO_ANSWER, NO_SIGNAL, Diagnosis, has_signal
 
 SAMPLER_GAP = 1e-3  # nats: the largest sampler/learner difference of a token that float32 rounding explains
 SAMPLER_KL = 0.01  # nats: the KL between the two above which rounding to 16 bits is no explanation
@@ -15,16 +17,24 @@ WINDOW = 20  # steps
 
 
 class AlarmMonitor:
-    """Checks the metrics of each step for common failures, alone and against the first of the last `WINDOW`
-    steps."""
+    """Checks the metrics and the groups of each step for common failures, alone and against the first of the
+    last `WINDOW` steps.
 
-    def __init__(self, settings: RL):
-        self.rewards = settings.rewards
+    `name` is the stage's name in the recipe and `problems` are the settings of its sources of problems, by
+    name: messages name their keys. `without_signal` is the number of steps so far if none of them had a
+    learning signal, else None."""
+
+    def __init__(self, settings: RL, name: str = "rl", problems: Mapping[str, Problems] | None = None):
+        self.settings = settings
+        self.name = name
+        self.diagnosis = Diagnosis(settings, name, problems or {})
         self.history: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self.without_signal: int | None = 0
+        self._seen = ""  # of the latest step without a learning signal
 
-    def check(self, metrics: dict[str, float]) -> list[str]:
-        """Return one sentence for each alarm that the metrics of a step raise; an empty list if there are
-        none.
+    def check(self, metrics: dict[str, float], groups: Sequence[Group]) -> list[str]:
+        """Return one sentence for each alarm that a step raises; an empty list if there are none. `groups`
+        are its scored groups.
 
         Raises LimbeckError if the log-probabilities of the sampler and of the learner differ by more than
         rounding."""
@@ -34,8 +44,49 @@ class AlarmMonitor:
                 "the engine runs with other weights or another precision; use float32 for both"
             )
         self.history.append(metrics)
-        alarms = [*self._sampling(metrics), *self._length(metrics), *self._dominance(metrics)]
-        return alarms
+        alarms = self._signal(groups) or [*self._sampling(metrics), *self._dominance(metrics)]
+        return [*alarms, *self._length(metrics)]
+
+    @property
+    def hopeless(self) -> bool:
+        """True if no step had a learning signal for as many steps as the setting `steps_without_signal`
+        allows."""
+        allowed = self.settings.steps_without_signal
+        return self.without_signal is not None and 0 < allowed <= self.without_signal
+
+    def refuse_hopeless(self) -> None:
+        """Raise Resumable, with what was seen and the remedy, if the stage is hopeless."""
+        if not self.hopeless:
+            return
+        raise Resumable(
+            f"{NO_SIGNAL} in {self.without_signal} steps{self._seen}, or go on from the checkpoint with "
+            f"--set stages.{self.name}.steps_without_signal=0"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs, under the keys of stored checkpoints."""
+        return {"watched": list(self.history), "without_signal": self.without_signal, "seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state that `state_dict` returned. A checkpoint of an older version does not tell whether
+        there was a learning signal; there was, for all that is known."""
+        self.history.extend(state["watched"])
+        self.without_signal = state.get("without_signal")
+        self._seen = state.get("seen", "")
+
+    def _signal(self, groups: Sequence[Group]) -> list[str]:
+        """Count the step, and return an alarm if no step so far had a learning signal, or if no response has
+        an answer that the verifier can find."""
+        if has_signal(groups, self.settings.policy):
+            self.without_signal = None
+        if self.without_signal is None:
+            finding = self.diagnosis.unanswered(groups)
+            return [f"{NO_ANSWER}: {finding}"] if finding else []
+        self.without_signal += 1
+        finding = self.diagnosis.of(groups)
+        self._seen = f": {finding}"
+        tell = finding.evident or self.without_signal > 1
+        return [f"{NO_SIGNAL}: {finding}"] if tell else []
 
     def _sampling(self, metrics: dict[str, float]) -> list[str]:
         """Return alarms if most responses are truncated, or if hardly any group of responses has rewards
@@ -64,7 +115,9 @@ class AlarmMonitor:
         """Return an alarm if one part of the reward, times its weight, contributes over five times as much
         as accuracy."""
         earned = {
-            part: weight * metrics.get(part, 0.0) for part, weight in self.rewards.items() if weight > 0
+            part: weight * metrics.get(part, 0.0)
+            for part, weight in self.settings.rewards.items()
+            if weight > 0
         }
         largest = max(earned, key=earned.get, default="")
         if largest in ("accuracy", "") or earned.get("accuracy", 0) >= 0.2 * earned[largest]:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..activity import phase, track
 from ..config.methods import Distill
 from ..model.config import ModelConfig
+from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
-from ..types import Group, Labels, Sample, Sampler, generator
+from ..types import Group, Labels, Message, Sample, Sampler, generator
 from .batch import Batch, Device, by_sample, pack, to_samples
 from .checkpoint import Checkpoint
 from .divergence import top_k
@@ -31,12 +33,12 @@ LABELLED = ""  # stands in for the teacher's name where a sample has stored labe
 
 
 class Assigned(NamedTuple):
-    """A sample, the text of the question that it answers, and the name of the teacher that it is learned
+    """A sample, the question or conversation that it answers, and the name of the teacher that it is learned
     from."""
 
     teacher: str
     sample: Sample
-    question: str
+    question: str | Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Teacher:
     tokenizers: tuple[Tokenizer, Tokenizer] | None = None
 
     def attach(
-        self, samples: Sequence[Sample], questions: Sequence[str], batch_tokens: int
+        self, samples: Sequence[Sample], questions: Sequence[str | Sequence[Message]], batch_tokens: int
     ) -> tuple[list[Batch], int]:
         """Pack the samples into micro-batches that hold what the teacher says about them.
 
@@ -80,7 +82,7 @@ class Teacher:
             student, own = self.tokenizers
             spanned, tokens = aligned(samples, questions, student, self.scorer, own, batch_tokens)
             return self.scorer.pack(spanned, batch_tokens), tokens
-        packed = self.scorer.pack(samples, batch_tokens)
+        packed = track(self.scorer.pack(samples, batch_tokens), "asking the teacher", "micro-batches")
         batches = [replace(batch, teacher=self.scorer.states(batch)) for batch in packed]
         return batches, sum(len(sample.tokens) for sample in samples)
 
@@ -108,13 +110,14 @@ class DistillSampler:
         teacher of its domain."""
         problems = self.tasks.draw(self.settings.prompts_per_step, (self.seed, step))
         rollout = self.engine.rollout(problems, self.settings.group_size, self.sampling, (self.seed, step))
-        groups = [self.tasks.score(group) for group in rollout]
+        groups = [self.tasks.score(group) for group in track(rollout, "scoring", "problems")]
         assigned = []
         for group in groups:
             teacher = self.settings.teachers[domain(group.problem.id)]
             no_advantages = [np.zeros(len(group.completions))]
             for sample in to_samples([group], no_advantages, keep_mask=False):
-                assigned.append(Assigned(teacher, sample, group.problem.prompt))
+                question = conversation(group.problem.prompt, group.problem.system)
+                assigned.append(Assigned(teacher, sample, question))
         return DistillBatch(assigned, groups)
 
     def _from_rows(self, step: int) -> DistillBatch:
@@ -157,7 +160,7 @@ class DistillTrainer:
                 batch, self.teachers, self.settings.batch_tokens, self.learner.device
             )
             update = self.learner.update(batches, loss, self.settings.temperature)
-            self.sampler.engine.load(self.learner.weights())
+            self.sampler.engine.load_weights(self.learner.weights())
             metrics = {
                 "on_policy": float(bool(batch.groups)),
                 **update,
@@ -244,8 +247,12 @@ def teacher_top_k(
     `temperature` divides the teacher's logits; `batch_tokens` is the size of a micro-batch in input
     tokens."""
     batches = teacher.pack(samples, batch_tokens)
-    states = [teacher.states(batch) for batch in batches]
-    tops = [top_k(one.hidden_MC, one.head_VC, count, temperature) for one in states]
+    tops = []
+    with phase("labelling", "rows", len(samples)) as labelled:
+        for batch in batches:
+            states = teacher.states(batch)
+            tops.append(top_k(states.hidden_MC, states.head_VC, count, temperature))
+            labelled.advance(len(batch.order_S))
 
     def of_samples(name: str) -> list[np.ndarray]:
         """Return the field `name` of the labels as one array [predictions, ...] for each sample, in the

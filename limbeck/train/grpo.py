@@ -8,21 +8,24 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..activity import track
 from ..config.parts import Policy
 from ..config.recipe import RL
 from ..model.checksum import checksum
+from ..run_log import quote, rollout_row
 from ..types import Group, Sample, Sampler, generator
 from .alarms import AlarmMonitor
 from .batch import Batch, to_samples
 from .checkpoint import Checkpoint
 from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
+from .learning_signal import UNTAUGHT
 from .losses import PolicyGradient
 from .scorer import Scorer
 from .selftest import selftest
@@ -37,7 +40,8 @@ class GRPOTrainer:
 
     Training ends earlier if the log's budget of FLOPs is spent or if an alarm stops the stage. `rewards`
     draws the problems and scores the completions; `reference` is the frozen model of the KL term, None if
-    there is no such term; `step` is the number of the next step, from 0."""
+    there is no such term; `alarms` checks each step, and `tell` is called with what it finds about the
+    learning signal; `step` is the number of the next step, from 0."""
 
     learner: Learner
     engine: Sampler
@@ -47,19 +51,25 @@ class GRPOTrainer:
     log: TrainingLog
     checkpoint: Checkpoint
     reference: Scorer | None = None
+    alarms: AlarmMonitor | None = None
+    tell: Callable[[str], None] = lambda text: None
     step: int = field(default=0, init=False)
 
     def __post_init__(self):
         self.loss = PolicyGradient(self.settings.policy, self.settings.sampling.max_new_tokens)
-        self.alarms = AlarmMonitor(self.settings)
+        self.alarms = self.alarms or AlarmMonitor(self.settings)
+        self.told: set[str] = set()
 
     def train(self) -> None:
-        """Run the remaining steps, from `self.step` on."""
+        """Run the remaining steps, from `self.step` on.
+
+        Raises Resumable, with the state saved, if none of the steps allowed had a learning signal."""
         policy = self.settings.policy
         temperature = self.settings.sampling.temperature
         for step in range(self.step, self.settings.steps):
             if self.log.over_budget or self.rewards.stopped:
                 break
+            self.alarms.refuse_hopeless()
             self._refresh_reference(step)
             weights = checksum(self.learner.model)
             groups = self._sample_groups(step)
@@ -72,12 +82,22 @@ class GRPOTrainer:
                 self.learner.update(self._with_reference(part), self.loss, temperature)
                 for part in minibatches(samples, policy.updates_per_rollout, (self.seed, step))
             ]
-            self.engine.load(self.learner.weights())
+            self.engine.load_weights(self.learner.weights())
             held_out = self.rewards.evaluate(step, groups, self.engine)
             metrics = self._metrics(groups, informative, samples, updates, held_out)
             self.log.step(step, metrics, groups, informative, weights)
+            self._tell_alarms(metrics.get("alarms", []), groups)
             self.step = step + 1
             self.checkpoint.offer(self.state_dict, self.log)
+            if self.alarms.hopeless:
+                self.checkpoint.save(self.state_dict, self.log)
+
+    def _tell_alarms(self, alarms: Sequence[str], groups: Sequence[Group]) -> None:
+        """Tell each alarm about the learning signal once, with one of the responses that raised it."""
+        for alarm in alarms:
+            if alarm.startswith(UNTAUGHT) and alarm not in self.told:
+                self.told.add(alarm)
+                self.tell(f"{alarm}. {quote(rollout_row(groups[0]))}")
 
     def _refresh_reference(self, step: int) -> None:
         """Copy the learner's weights into the reference model, if `reference_every` updates have passed
@@ -102,7 +122,8 @@ class GRPOTrainer:
         for attempt in range(ATTEMPTS if resample else 1):
             seed = (self.seed, step, attempt)
             problems = tasks.draw(policy.prompts_per_step - len(kept), seed)
-            for group in self.engine.rollout(problems, policy.group_size, self.rewards.sampling, seed):
+            rollout = self.engine.rollout(problems, policy.group_size, self.rewards.sampling, seed)
+            for group in track(rollout, "scoring", "problems"):
                 group = tasks.score(group)
                 accepted = not resample or len(set(group.rewards)) > 1
                 (kept if accepted else rejected).append(group)
@@ -141,7 +162,7 @@ class GRPOTrainer:
         if updates and not self.learner.exact:
             metrics["gap_kl"] = updates[0]["kl_old"]
         metrics["informative"] = len(informative) / len(groups)
-        alarms = [*held_out.alarms, *self.alarms.check(metrics)]
+        alarms = [*held_out.alarms, *self.alarms.check(metrics, groups)]
         metrics = {**metrics, **held_out.metrics}
         return {**metrics, "alarms": alarms} if alarms else metrics
 
@@ -149,7 +170,7 @@ class GRPOTrainer:
         """Return the state that an exact resume of the stage needs, under the keys of stored checkpoints."""
         state = {
             "learner": self.learner.state_dict(),
-            "watched": list(self.alarms.history),
+            **self.alarms.state_dict(),
             "panel": self.rewards.state_dict(),
             "step": self.step,
             "flops": self.log.flops,
@@ -161,7 +182,7 @@ class GRPOTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that `state_dict` returned, so that training continues from it."""
         self.learner.load_state_dict(state["learner"])
-        self.alarms.history.extend(state["watched"])
+        self.alarms.load_state_dict(state)
         self.rewards.load_state_dict(state["panel"])
         self.step = state["step"]
         self.log.flops = state["flops"]

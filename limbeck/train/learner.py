@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..activity import add_tokens, phase, track
 from ..config.parts import Optimizer as OptimizerSettings
 from ..model.decoder import Decoder
 from ..model.ffn import RouterTrace, balance_experts
@@ -73,12 +74,13 @@ class Learner(Scorer):
         """Add the gradients of the micro-batches to the gradients accumulated so far; return the metrics of
         the loss, by name."""
         totals: Metrics = {}
-        for batch in batches:
+        for batch in track(batches, "learning", "micro-batches"):
             value, metrics = self._loss(batch, loss, temperature)
             if not math.isfinite(value.detach()):
                 raise self._stopped(*blamed(self.model, batch))
             self.optimizer.begin_micro_batch()
             value.backward()
+            add_tokens(len(batch.tokens_N))
             _add(totals, metrics)
             if self.mixtures:
                 self._routes.append(batch.context.routes)
@@ -91,7 +93,8 @@ class Learner(Scorer):
 
         Returns the norm of the gradients before clipping and, for a mixture of experts, the load of the
         experts."""
-        norm = self.optimizer.step(self.step)
+        with phase("updating the weights"):
+            norm = self.optimizer.step(self.step)
         if not math.isfinite(norm):
             raise self._stopped(f"the gradient of {spoiled(self.optimizer.gradients())} is", SLOWER)
         if not finite(self.trained.values()):

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..activity import add_tokens, track
 from ..model.decoder import Decoder
 from ..model.ffn import MixtureOfExperts, RouterTrace
 from ..model.ops import CPU, Ops
@@ -55,7 +56,12 @@ class Scorer:
     def logprobs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
         """Return the log-probabilities of the predicted tokens, one tensor [M] for each micro-batch, without
         gradients."""
-        return [self.forward(batch, temperature)[0] for batch in batches]
+        parts = track(batches, "computing log-probabilities", "micro-batches")
+        logprobs = []
+        for batch in parts:
+            logprobs.append(self.forward(batch, temperature)[0])
+            add_tokens(len(batch.tokens_N))
+        return logprobs
 
     @torch.no_grad()
     def states(self, batch: Batch) -> States:
@@ -66,6 +72,7 @@ class Scorer:
         ignored."""
         hidden_NC = self._hidden(replace(batch, routes_NLK=None))
         batch.context.routes = None
+        add_tokens(len(batch.tokens_N))
         return States(hidden_NC[batch.predict_M], self.model.head.weight.detach())
 
     def _hidden(self, batch: Batch) -> Tensor:

@@ -63,7 +63,7 @@ def _check_sampler(learner: Learner, batches: Sequence[Batch], temperature: floa
     if fault := disagreement(gap, kl):
         raise LimbeckError(
             f"self-test: sampler and learner disagree by {fault} on the same weights; "
-            "sample with temperature > 0, and with keep_sampling_mask where top_p < 1"
+            "sample with temperature > 0, and with keep_sampling_mask where top_p < 1, top_k > 0 or min_p > 0"
         )
 
 

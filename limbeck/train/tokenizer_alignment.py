@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..text.tokenizer import Tokenizer
-from ..types import Sample
+from ..types import Message, Sample
 from .batch import by_sample
 from .scorer import Scorer
 
@@ -64,7 +64,7 @@ def spans_of(ends_T: np.ndarray, common_J: np.ndarray) -> np.ndarray:
 
 def aligned(
     samples: Sequence[Sample],
-    questions: Sequence[str],
+    questions: Sequence[str | Sequence[Message]],
     student: Tokenizer,
     teacher: Scorer,
     tokenizer: Tokenizer,

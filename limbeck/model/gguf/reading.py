@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...types import LimbeckError
 from .. import weights
+from ..config import ModelConfig
 from . import rope, vocabulary
 from .families import FAMILIES, Family, Key
 from .forms import Link, links
@@ -152,7 +153,7 @@ def read(path: Path, directory: Path) -> None:
     """
     file = _File(path)
     name, family = _family(file)
-    tree = {"architectures": [name], "model_type": family.model_type, **_config(file, family)}
+    tree = _tree(file, name, family)
     plan = _plan(file, family, tree)
     sizes = _sizes(file, plan)
     tokenizer = vocabulary.build(file.get, path)
@@ -169,6 +170,21 @@ def read(path: Path, directory: Path) -> None:
     weights.write_json(directory / "generation_config.json", generation)
     weights.write_json(directory / "config.json", {**tree, **ids, "torch_dtype": "float32"})
     weights.flush(directory)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Return the configuration of the model in the GGUF file at `path`; its weights are not read.
+
+    Raises:
+        LimbeckError: the file is not supported, truncated or damaged.
+    """
+    file = _File(path)
+    return ModelConfig.from_hf(_tree(file, *_family(file)), str(path))
+
+
+def _tree(file: _File, name: str, family: Family) -> Tree:
+    """Return the settings of config.json, except the ids of special tokens."""
+    return {"architectures": [name], "model_type": family.model_type, **_config(file, family)}
 
 
 def _family(file: _File) -> tuple[str, Family]:

@@ -41,6 +41,16 @@ HARMLESS = "rotary_emb.inv_freq"
 Tree = dict[str, Any]
 
 
+def check_type(kind: str) -> None:
+    """Refuse a type of weights that `write` does not know.
+
+    Raises:
+        LimbeckError: the type is not in `TYPES`.
+    """
+    if kind not in TYPES:
+        raise LimbeckError(f"there is no GGUF type {kind!r}; types are {', '.join(TYPES)}")
+
+
 def write(directory: Path, path: Path, kind: str = "f16") -> None:
     """Convert the model in `directory` to a GGUF file at `path`, with weights as `f32`, `f16` or `q8_0`.
 
@@ -51,8 +61,7 @@ def write(directory: Path, path: Path, kind: str = "f16") -> None:
         LimbeckError: GGUF or llama.cpp does not support the model or its tokenizer; no file is left
             behind.
     """
-    if kind not in TYPES:
-        raise LimbeckError(f"there is no GGUF type {kind!r}; types are {', '.join(TYPES)}")
+    check_type(kind)
     family, tree = _config(directory / "config.json")
     source = _Weights(directory)
     plan = _plan(source, family, tree)

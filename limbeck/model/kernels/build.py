@@ -31,6 +31,9 @@ FLAGS = (
 )  # fmt: skip
 TIMEOUT = 300  # seconds for the compiler
 MODES = ("off", "auto")
+TURNED_OFF = "turned off by LIMBECK_KERNELS"
+NO_BLAS = "this torch has no sgemm_ to share"
+NO_COMPILER = "no C++ compiler (c++, g++ or clang++)"
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON" if ARM else "SSE2"}  # by float32 numbers of a vector
 # Instruction sets among the macros that compilers define, by the begin of their names.
@@ -63,13 +66,13 @@ def library() -> ctypes.CDLL | None:
 def found() -> tuple[ctypes.CDLL | None, str]:
     """Return the loaded kernels and the path of their library, or None and the reason why there are none."""
     if mode() == "off":
-        return None, "turned off by LIMBECK_KERNELS"
+        return None, TURNED_OFF
     blas = sgemm()
     if blas is None:
-        return None, "this torch has no sgemm_ to share"
+        return None, NO_BLAS
     compiler = _find_compiler()
     if compiler is None:
-        return None, "no C++ compiler (c++, g++ or clang++)"
+        return None, NO_COMPILER
     try:
         path = compiled(compiler, march(compiler))
         kernels = ctypes.CDLL(str(path))

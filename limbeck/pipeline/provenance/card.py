@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from ...text.prompt_format import PromptFormat
 from .licences import CombinedTerms, bind, terms
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
@@ -24,12 +25,17 @@ WAYS = {
 
 
 def card(
-    name: str, lineage: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], ggufs: Sequence[str]
+    name: str,
+    lineage: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    ggufs: Sequence[str],
+    prompt_format: PromptFormat,
 ) -> str:
     """Return the text of the README.md: YAML front matter as model hubs read it, then Markdown.
 
     `lineage` is the published result of `Lineage.tell()`, `evaluations` are the contents of `evaluation.json`
-    files, and `ggufs` the names of the GGUF files in the released directory.
+    files, and `ggufs` the names of the GGUF files in the released directory. `prompt_format` is the format of
+    the prompts that the model was trained with.
     """
     entries = list(lineage["artifacts"].values())
     head = lineage["artifacts"][lineage["root"]]
@@ -53,6 +59,8 @@ def card(
         sources=lineage["sources"],
         results=results,
         ggufs=ggufs,
+        prompt_format=prompt_format,
+        plain=prompt_format == PromptFormat(),
         parameters=_parameters([head, *entries]),
         total=_total(entries),
         desks=[entry for entry in entries if entry["kind"] == "curate"],
@@ -190,6 +198,8 @@ def _limits_of_training(head: Mapping[str, Any], entries: Sequence[Mapping]) -> 
     for entry in entries:
         for alarm in _notes(entry).get("alarms") or {}:
             limits.append(f"While it was trained this alarm rang: {alarm}.")
+        if _notes(entry).get("weights_changed") is False:
+            limits.append(f"Its stage {entry['stage']} left all weights as they were.")
     if any(entry["kind"] in ("load", "remote") for entry in entries):
         limits.append(
             "What the models that were brought in had learned before is known to their makers alone."

@@ -11,13 +11,15 @@ from typing import Any
 from ...config.aliases import current_kind
 from ...run_log import read
 from ...types import LimbeckError
+from .. import model_name
 from ..dataset_rows import PROBLEMS, ROWS, practised_problems, problem_of, source_of, training_rows
-from ..run_folder import INDEX, read_json
-from ..store import MANIFEST, Artifact, Store
-from .licences import bind
+from ..model_name import RELEASED
+from ..run_folder import indexes, read_json
+from ..store import Artifact, Store
+from .licences import UNDECLARED, bind, licences_of_model, parse_licences
 from .propagate import KINDS, LEARNING
 
-RELEASED = "lineage.json"  # in a released directory
+PROVENANCE = "provenance.json"  # in a directory that `limbeck pull` wrote
 ENTRY_KEYS = (
     "kind",
     "key",
@@ -36,6 +38,7 @@ ENTRY_KEYS = (
     "rights",
     "sources",
     "decontamination",
+    "continued",
 )  # of a manifest, the keys that a lineage's entry repeats
 
 
@@ -125,65 +128,36 @@ def lineage_of(artifact: Artifact, store: Store) -> Lineage:
 
 
 def find(name: str, runs: Path) -> Lineage:
-    """Return the lineage of a model. `name` is a released directory, RUN/STAGE, an artifact's folder, the
-    beginning of an artifact's name, or a stage's name if all runs with such a stage have the same artifact.
-    Raises LimbeckError unless exactly one artifact matches."""
-    released = Path(name) / RELEASED
-    if released.is_file():
-        lineage = read_json(released)
-        return Lineage(lineage["root"], lineage["artifacts"])
-    artifact, store = find_artifact(name, runs)
-    return lineage_of(artifact, store)
+    """Return the lineage of what `model_name.find` finds by `name`: an artifact, a released directory, or a
+    model that no stage made, whose lineage is its `provenance.json` alone.
+
+    Raises LimbeckError unless the name stands for exactly one thing."""
+    model = model_name.find(name, runs)
+    if model.artifact:
+        return lineage_of(model.artifact, model.store)
+    released = read_json(model.path / RELEASED) if model.path.is_dir() else {}
+    if released:
+        return Lineage(released["root"], released["artifacts"])
+    return _brought(model.title, model.path)
 
 
-def find_artifact(name: str, runs: Path) -> tuple[Artifact, Store]:
-    """Return an artifact and its store, by a name that `find` accepts (except a released directory). Raises
-    LimbeckError unless exactly one artifact matches."""
-    for path in (Path(name), runs / name):
-        if (path / MANIFEST).is_file():
-            store = Store(path.resolve().parent)
-            return store.open(path.resolve()), store
-        indexed = _find_in_run(path)
-        if indexed:
-            return indexed
-    store = Store(runs / "store")
-    if not store.root.exists():
-        raise LimbeckError(f"{store.root} does not exist; nothing has been run there yet")
-    folder = _stage_folder(name, runs)
-    artifact = store.open(store.root / folder) if folder else store.resolve(name)
-    return artifact, store
-
-
-def _stage_folder(stage: str, runs: Path) -> str | None:
-    """Return the name of the artifact folder of a stage, None if no run has such a stage. Raises LimbeckError
-    if runs have different artifacts for it."""
-    folders = {run: stages[stage] for run, stages in indexes(runs).items() if stage in stages}
-    if len(set(folders.values())) > 1:
-        choices = " or ".join(f"{runs / run / stage}" for run in folders)
-        raise LimbeckError(f"{stage}: {len(folders)} runs have a stage of that name; say {choices}")
-    return next(iter(folders.values()), None)
-
-
-def _find_in_run(path: Path) -> tuple[Artifact, Store] | None:
-    """Return the artifact and the store for a path RUN/STAGE, None if the path is in no run. A stage's name
-    may contain a slash, as in evaluation/zero. Raises LimbeckError if the run has no such finished stage."""
-    for folder in path.parents:
-        index = folder / INDEX
-        if not index.is_file():
-            continue
-        stages = read_json(index)
-        stage = path.relative_to(folder).as_posix()
-        if stage not in stages:
-            names = ", ".join(stages) or "none"
-            raise LimbeckError(f"{folder} has no finished stage {stage}; it has {names}")
-        store = Store(folder.resolve().parent / "store")
-        return store.open(store.root / stages[stage]), store
-    return None
-
-
-def indexes(runs: Path) -> dict[str, dict[str, str]]:
-    """Return, for each run, the artifact folder names of its finished stages: run -> stage -> folder name."""
-    return {path.parent.name: read_json(path) for path in sorted(runs.glob(f"*/{INDEX}"))}
+def _brought(title: str, path: Path) -> Lineage:
+    """Return the lineage of a model directory or GGUF file from elsewhere: one entry of kind `load`, with the
+    licence that its `provenance.json` states or that is known for its name."""
+    card = read_json(path / PROVENANCE) if path.is_dir() else {}
+    source = str(card.get("source", path))
+    licences = parse_licences(card.get("licence")) + licences_of_model(source) + licences_of_model(title)
+    entry = {
+        "kind": "load",
+        "stage": title,
+        "artifact": path.name,
+        "settings": {},
+        "inputs": {},
+        "licences": sorted(set(licences)) or [UNDECLARED],
+        "sources": {**{kind: [] for kind in KINDS}, "models": [source]},
+        "notes": {"source": source},
+    }
+    return Lineage(title, {title: entry})
 
 
 # ---------------------------------------------------------------- rows
@@ -195,11 +169,12 @@ def rows_behind(lineage: Lineage) -> Iterator[dict[str, Any]]:
 
     Keys: `id`, `learned_by` (stage), `given_by` (stage, or "practice" for a problem), `origin`, `editor`
     (None for an unchanged row), `times` (per epoch, or training steps for a problem), and for rows `row`
-    itself. Raises LimbeckError for a released directory, which contains no rows.
+    itself. Raises LimbeckError for a released directory or a model from elsewhere, which contain no rows.
     """
     if lineage.store is None:
         raise LimbeckError(
-            "a released directory has no rows; they stay in the store that it was released from"
+            f"{lineage.head['stage']} comes without the rows that trained it; they stay in the store of the "
+            "run that made it"
         )
     for key in lineage.weights():
         entry = lineage.entries[key]

@@ -19,16 +19,18 @@ from ...config.load import dump
 from ...config.load import load as read_recipe
 from ...config.recipe import Evaluate, Files, Load, Problems, Recipe, Report, Stage, inputs, sources
 from ...config.validate import MODELS
+from ...files import SUMS, checksums
+from ...text.prompt_format import PromptFormat
 from ...types import LimbeckError
 from ..dataset_rows import response_text, training_rows
-from ..run_folder import RECIPE
-from ..store import Artifact, Store, digest_file, digest_of, sync_below, write
+from ..model_name import RELEASED, find_artifact
+from ..run_folder import RECIPE, indexes
+from ..store import Artifact, Store, digest_of, sync_below, write
 from .card import card
 from .licences import NOBODY_KNOWS, bind, terms
-from .lineage import RELEASED, Lineage, find_artifact, indexes, lineage_of
+from .lineage import Lineage, lineage_of
 from .propagate import LEARNING
 
-SUMS = "SHA256SUMS"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -41,9 +43,9 @@ class Released:
 
 
 def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto") -> Released:
-    """Write a released directory `out`, atomically. `model` is a name that `lineage.find` accepts, `name` the
-    name in the model card (by default that of the directory). `gguf` is a type of `limbeck export`, `none`,
-    or `auto`, which writes a GGUF file unless the format cannot contain the model.
+    """Write a released directory `out`, atomically. `model` is a name that `find_artifact` accepts, `name`
+    the name in the model card (by default that of the directory). `gguf` is a type of `limbeck export`,
+    `none`, or `auto`, which writes a GGUF file unless the format cannot contain the model.
 
     Raises LimbeckError, with the clause and a remedy, if a licence forbids the release or the name does not
     begin as a licence demands.
@@ -65,7 +67,7 @@ def release(model: str, out: Path, runs: Path, name: str = "", gguf: str = "auto
         _add_licences(part, lineage)
         write(part / RECIPE, dump(recipe))
         _add_card(part, name, published_lineage(lineage), evaluations(artifact, store))
-        _add_sums(part)
+        write(part / SUMS, checksums(part))
         sync_below(part)
         if out.exists():
             out.rmdir()
@@ -175,14 +177,8 @@ def _add_card(part: Path, name: str, published: dict[str, Any], measured: list[d
     evaluations."""
     write(part / RELEASED, json.dumps(published, indent=2, ensure_ascii=False) + "\n")
     ggufs = [path.name for path in part.glob("*.gguf")]
-    write(part / "README.md", card(name, published, measured, ggufs))
-
-
-def _add_sums(part: Path) -> None:
-    """Write `SHA256SUMS` with the checksum of every file in the directory."""
-    files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
-    lines = [f"{digest_file(part / file)}  {file}\n" for file in files]
-    write(part / SUMS, "".join(lines))
+    prompt_format = PromptFormat.from_directory(part)
+    write(part / "README.md", card(name, published, measured, ggufs, prompt_format))
 
 
 def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:

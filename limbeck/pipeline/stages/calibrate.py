@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+from ...activity import track
 from ...config.learned_rewards import Calibrate
 from ...engine.sampling import to_sampling_params
 from ...eval.judge_calibration import calibrate, labelled, pairs_from_scores
@@ -76,7 +77,7 @@ def _by_truth(job: Job) -> tuple[list[Pair], int, float]:
     lengths: list[int] = []
     for i in range(0, len(problems), stage.pairs):
         rollout = engine.rollout(problems[i : i + stage.pairs], stage.samples, sampling, job.seed)
-        groups = [tasks.score(group) for group in rollout]
+        groups = [tasks.score(group) for group in track(rollout, "scoring", "problems")]
         lengths += [len(completion.tokens) for group in groups for completion in group.completions]
         pairs += pairs_from_scores(groups, job.seed)
         if len(pairs) >= stage.pairs:

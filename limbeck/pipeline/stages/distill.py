@@ -9,7 +9,8 @@ from dataclasses import replace
 from ...config.methods import Distill
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
-from ...run_log import read, read_metrics
+from ...run_log import ROLLOUTS, read, read_metrics
+from ...text.prompt_format import conversation
 from ...text.tokenizer import Tokenizer
 from ...train.distill import LABELLED, Assigned, DistillSampler, DistillTrainer, Teacher, domain
 from ...train.learner import Learner
@@ -38,6 +39,8 @@ def run(job: Job) -> Outcome:
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
+    run_log.drop_last(ROLLOUTS, stage.log_every)
+    tasks = job.mixture(stage.problems) if stage.problems else None
     trainer = DistillTrainer(
         learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora),
         teachers=teachers,
@@ -45,7 +48,7 @@ def run(job: Job) -> Outcome:
             stage,
             job.seed,
             Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
-            job.mixture(stage.problems) if stage.problems else None,
+            tasks,
             to_sampling_params(stage.sampling),
             rows,
         ),
@@ -57,6 +60,9 @@ def run(job: Job) -> Outcome:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    checkpoint.finish(trainer.state_dict, run_log)
+    if tasks:
+        tokenizer.prompt_format = tasks.prompt_format
     save_model(decoder, tokenizer, job.folder, lora)
     steps = read_metrics(job.folder)
     total = {name: sum(step[name] for step in steps) for name in SUMS}
@@ -105,7 +111,8 @@ def _assigned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterat
             raise LimbeckError(
                 f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows"
             )
-        yield Assigned(teacher, to_sample(row, tokenizer, "keep"), row["prompt"])
+        question = conversation(row["prompt"], row.get("system", ""))
+        yield Assigned(teacher, to_sample(row, tokenizer, "keep"), question)
 
 
 def _labelled(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Sample]:

@@ -8,6 +8,7 @@ from typing import Any
 from ...config.learned_rewards import TABLES
 from ...config.methods import DPO as Settings
 from ...config.recipe import cited_rows
+from ...text.prompt_format import format_of_rows
 from ...text.reasoning_parser import join_thought
 from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
@@ -30,7 +31,8 @@ def run(job: Job) -> Outcome:
     the former are counted too."""
     stage: Settings = job.stage
     decoder, tokenizer = job.model(stage.model)
-    samples = _samples(job, tokenizer)
+    rows = [row for name, share in stage.pairs.items() for row in _rows(job, name, share, tokenizer)]
+    samples = _samples(rows, tokenizer)
     if not samples:
         raise LimbeckError(f"there are no pairs to learn from; {', '.join(stage.pairs)} kept none")
     reference_flops = forward_flops(samples, decoder.config)
@@ -42,17 +44,17 @@ def run(job: Job) -> Outcome:
     learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), lora)
     loss = DPO(stage.beta, stage.normalized)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every, loss))
+    tokenizer.prompt_format = format_of_rows(rows)
     save_model(decoder, tokenizer, job.folder, lora)
     result["flops"] += reference_flops
     result["notes"] |= {"pairs": len(samples) // 2, "data_flops": data_flops(job, sampled)}
     return result
 
 
-def _samples(job: Job, tokenizer: Tokenizer) -> list[Sample]:
+def _samples(rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Sample]:
     """Return the two responses of each pair, one after the other. Pairs from stages keep their sampled token
     ids; the texts of table files are tokenized."""
     samples = []
-    rows = [row for name, share in job.stage.pairs.items() for row in _rows(job, name, share, tokenizer)]
     for number, row in enumerate(rows, start=1):
         chosen = to_sample(_response(row, "chosen"), tokenizer, "keep")
         rejected = to_sample(_response(row, "rejected"), tokenizer, "keep")
@@ -74,6 +76,7 @@ def _response(row: dict[str, Any], side: str) -> dict[str, Any]:
     in its own column, it is put before the answer."""
     response = {
         "prompt": row["prompt"],
+        "system": row.get("system") or "",
         "completion": join_thought(row.get(f"{side}_reasoning") or "", row[side]),
     }
     if f"{side}_tokens" in row:

@@ -16,7 +16,14 @@ from .ranking import ranking_of
 from .rows import to_row, tokenizer_digest
 from .sweep import sweep
 
-SHARED = ("id", "prompt", "language", "origin")  # columns that both responses have in common
+SHARED = (
+    "id",
+    "prompt",
+    "language",
+    "system",
+    "template",
+    "origin",
+)  # columns that both responses have in common
 
 
 def run(job: Job) -> Outcome:
@@ -45,7 +52,7 @@ def run(job: Job) -> Outcome:
             "chosen_tokens": chosen["tokens"],
             "rejected_tokens": rejected["tokens"],
         }
-        return [{**{key: chosen[key] for key in SHARED}, **pair}], Counter()
+        return [{**{key: chosen[key] for key in SHARED if key in chosen}, **pair}], Counter()
 
     result = sweep(job, ROWS, stage.prompts, judge, take_usage)
     result["notes"]["tokenizer"] = tokenizer_digest(tokenizer)

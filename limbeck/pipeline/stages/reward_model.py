@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ...activity import track
 from ...config.learned_rewards import Reward
 from ...eval.statistics import mean_interval
 from ...tasks.judge import final
@@ -59,10 +60,10 @@ def _measure(learner: RewardModelLearner, learned: list[Sample], held_out: list[
     """Return the accuracy on held-out pairs with its interval, the mean margin between chosen and rejected
     there, and `centre`, the mean value of all training responses. In both lists, chosen and rejected
     responses alternate."""
-    chosen = learner.values(held_out[::2])
-    rejected = learner.values(held_out[1::2])
+    parts = track([held_out[::2], held_out[1::2], learned], "measuring", "sets of responses")
+    chosen, rejected, of_learned = [learner.values(part) for part in parts]
     correct = [[float(better > worse)] for better, worse in zip(chosen, rejected, strict=True)]
-    centre = learner.values(learned).mean()
+    centre = of_learned.mean()
     return {
         "accuracy": asdict(mean_interval(correct)),
         "centre": float(centre),

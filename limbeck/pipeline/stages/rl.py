@@ -9,7 +9,8 @@ from ...config.recipe import RL
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
 from ...model.lora import LoRA
-from ...run_log import read_metrics
+from ...run_log import ROLLOUTS, read_metrics
+from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
 from ...train.learner import Learner
 from ...train.scorer import Scorer
@@ -32,6 +33,7 @@ def run(job: Job) -> Outcome:
     checkpoint = job.checkpoint()
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
+    run_log.drop_last(ROLLOUTS, stage.log_every)
     trainer = GRPOTrainer(
         learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora),
         engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
@@ -41,17 +43,29 @@ def run(job: Job) -> Outcome:
         log=TrainingLog(run_log, stage, budget_of(job)),
         checkpoint=checkpoint,
         reference=_reference(job, lora),
+        alarms=AlarmMonitor(stage, job.name, job.problems),
+        tell=job.tell,
     )
     if state:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
     trainer.train()
+    checkpoint.finish(trainer.state_dict, run_log)
+    tokenizer.prompt_format = tasks.prompt_format
     save_model(decoder, tokenizer, job.folder, lora)
+    return _summarize(job, decoder.config.parameters)
+
+
+def _summarize(job: Job, parameters: int) -> Outcome:
+    """Return the costs summed over the steps of the log, and how often each alarm went off.
+
+    `parameters` is the number of the model's parameters.
+    """
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
     alarms = Counter(alarm for step in steps for alarm in step.get("alarms", ()))
     flops = sum(step["flops"] for step in steps)
-    return outcome(tokens, flops, parameters=decoder.config.parameters, alarms=dict(alarms))
+    return outcome(tokens, flops, parameters=parameters, alarms=dict(alarms))
 
 
 def _reference(job: Job, lora: LoRA | None) -> Scorer | None:

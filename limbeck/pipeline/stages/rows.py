@@ -12,6 +12,7 @@ import numpy as np
 from ...config.learned_rewards import TABLES
 from ...run_log import read
 from ...tasks.files import read_table
+from ...text.prompt_format import PLACEHOLDER, conversation
 from ...text.reasoning_parser import split_thought
 from ...text.tokenizer import Tokenizer
 from ...types import Completion, Group, LimbeckError, Sample
@@ -41,6 +42,10 @@ def to_row(group: Group, completion: Completion, origin: dict[str, str]) -> Row:
         "reasoning_content": thought.thought,
         "content": thought.answer,
     }
+    if group.problem.system:
+        row["system"] = group.problem.system
+    if group.problem.template != PLACEHOLDER:
+        row["template"] = group.problem.template
     if (completion.tokens >= 0).all():
         row["tokens"] = completion.tokens.tolist()
     row["origin"] = {"problem": group.problem.origin, **origin}
@@ -57,10 +62,10 @@ def given_rows(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[
     return [{key: value for key, value in row.items() if not key.endswith("tokens")} for row in rows]
 
 
-def to_sample(row: Row, tokenizer: Tokenizer, thoughts: str, system: str = "") -> Sample:
+def to_sample(row: Row, tokenizer: Tokenizer, thoughts: str) -> Sample:
     """Return a row as token ids: the sampled ids if the row has them, else its text tokenized. With
-    `thoughts="drop"`, the response is the final answer alone. `system` is the system prompt."""
-    prompt = tokenizer.prompt(_messages(row["prompt"], system))
+    `thoughts="drop"`, the response is the final answer alone."""
+    prompt = tokenizer.prompt(conversation(row["prompt"], row.get("system", "")))
     if thoughts == "drop":
         response = tokenizer.response(row.get("content") or row["completion"])
     elif "tokens" in row:
@@ -68,13 +73,6 @@ def to_sample(row: Row, tokenizer: Tokenizer, thoughts: str, system: str = "") -
     else:
         response = tokenizer.response(row["completion"])
     return Sample(np.concatenate([prompt, response]), start=len(prompt))
-
-
-def _messages(prompt: str, system: str) -> str | list[dict[str, str]]:
-    """Return the prompt unchanged or, with a system prompt, a list of two chat messages."""
-    if not system:
-        return prompt
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def preferences(job: Job, rows: str) -> Iterator[tuple[int, Row]]:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ...config.recipe import Screen
-from ...types import Group, LimbeckError
+from ...text.prompt_format import PromptFormat
+from ...types import Group, LimbeckError, Problem
 from ..dataset_rows import PROBLEMS
 from ..job import Job
 from .outcome import Outcome
@@ -27,7 +28,7 @@ def run(job: Job) -> Outcome:
         the reason for dropping it)."""
         rate = sum(score.parts["accuracy"] for score in group.scores) / len(group.scores)
         if stage.low < rate < stage.high:
-            return [{**asdict(group.problem), "pass_rate": rate}], Counter()
+            return [{**_to_row(group.problem), "pass_rate": rate}], Counter()
         return [], Counter(["never solved" if rate <= stage.low else "always solved"])
 
     result = sweep(job, PROBLEMS, stage.limit, judge)
@@ -39,3 +40,12 @@ def run(job: Job) -> Outcome:
             f"take other ones than {', '.join(stage.problems)}"
         )
     return result
+
+
+def _to_row(problem: Problem) -> dict[str, Any]:
+    """Return a problem as a row, without the parts of its prompt's format that are the plain ones."""
+    row = asdict(problem)
+    for name, value in asdict(PromptFormat()).items():
+        if row[name] == value:
+            del row[name]
+    return row

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...model import peft, weights
 from ...model.decoder import Decoder
 from ...model.lora import LoRA
+from ...run_log import METRICS
 from ...text.tokenizer import Tokenizer
 from ...train.sft import SFTTrainer
 from ..job import Job
@@ -22,7 +23,10 @@ def train(job: Job, trainer: SFTTrainer) -> Outcome:
     if state := checkpoint.restore():
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
-    trainer.train(job.record(trainer.learner.step, len(trainer.plan)), checkpoint)
+    log = job.record(trainer.learner.step, len(trainer.plan))
+    log.drop_last(METRICS, trainer.log_every)
+    trainer.train(log, checkpoint)
+    checkpoint.finish(trainer.state_dict, log)
     config = trainer.learner.model.config
     lengths = [len(trainer.samples[i].tokens) for batch in trainer.plan for i in batch]
     tokens = sum(lengths)

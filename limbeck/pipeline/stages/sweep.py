@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from ...activity import phase, track
 from ...engine.openai_client import Endpoint
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
@@ -40,14 +41,15 @@ def sweep(job: Job, name: str, count: int, judge: Judge, take_usage: Usage = dic
     stage = job.stage
     engine = job.sampler(stage.model, stage.sampling.speculate)
     tasks = tasks_of(job)
-    problems = tasks.draw(count, (job.seed, "prompts"))
+    with phase("drawing problems"):
+        problems = tasks.draw(count, (job.seed, "prompts"))
     chunks = [problems[i : i + CHUNK] for i in range(0, count, CHUNK)]
     sampling = to_sampling_params(stage.sampling)
     with open(job.folder / name, "ab") as file:
         cut_back(job, file)
         for number, log in remaining_chunks(job, len(chunks)):
             rollout = engine.rollout(chunks[number], stage.samples, sampling, job.seed)
-            groups = [tasks.score(group) for group in rollout]
+            groups = [tasks.score(group) for group in track(rollout, "scoring", "problems")]
             counts = _write(file, groups, judge)
             usage = Counter(getattr(tasks, "take_usage", dict)())
             usage.update(take_usage())  # two judges may have been asked
@@ -59,7 +61,7 @@ def _write(file: Any, groups: list[Group], judge: Judge) -> dict[str, Any]:
     """Judge the groups and write the rows that are kept. Return the metrics of the chunk."""
     lines: list[str] = []
     dropped: Counter[str] = Counter()
-    for group in groups:
+    for group in track(groups, "filtering", "problems"):
         rows, reasons = judge(group)
         lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         dropped += reasons

@@ -9,15 +9,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
@@ -38,6 +39,8 @@ from .schema import (
 )
 
 SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that accepts no data for this time is disconnected
+ERROR_TYPES = {429: "rate_limit_error", 500: "server_error"}  # by HTTP status; all others are the client's
+API_PATHS = ("/v1", "/health", "/metrics")
 CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for a client that has disconnected; nobody receives it
 
 
@@ -62,8 +65,8 @@ def _error_response(error: RequestValidationError | HTTPException | LimbeckError
     match error:
         case RequestValidationError():
             return error_response(400, *_first_mistake(error))
-        case HTTPException():  # for instance a body that is not UTF-8
-            return error_response(error.status_code, str(error.detail))
+        case HTTPException():  # for instance a body that is not UTF-8, or an unknown path
+            return error_response(error.status_code, str(error.detail), headers=error.headers)
         case QueueFull():
             headers = {"retry-after": str(error.retry_after)}
             return error_response(429, str(error), code="queue_full", headers=headers)
@@ -79,14 +82,14 @@ def error_response(
     message: str,
     param: str | None = None,
     code: str | None = None,
-    headers: dict[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return an error in the shape of OpenAI's API.
 
     `param` names the request's parameter at fault, `code` is a machine-readable reason. Characters that
     cannot be encoded in UTF-8 (half a surrogate pair) are replaced.
     """
-    kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+    kind = ERROR_TYPES.get(status, "invalid_request_error")
     error = {
         "message": _printable(message),
         "type": kind,
@@ -100,15 +103,46 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _first_mistake(error: RequestValidationError) -> tuple[str, str]:
-    """Return the message and the parameter of the first mistake in a request.
+def add_error_handlers(app: FastAPI) -> None:
+    """Make errors that no route of the API sees OpenAI's error objects too: an unknown path, a method that a
+    path does not have, an exception that is a bug. Errors of the studio's pages stay as they are."""
 
-    For instance `messages.0.role: Input ...` and `messages.0.role`; the parameter is `body` if none is known.
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if _is_api(request):
+            detail = str(error.detail)
+            message = (
+                f"{detail}: {request.method} {request.url.path}"
+                if error.status_code in (404, 405)
+                else detail
+            )
+            return error_response(error.status_code, message, headers=error.headers)
+        return await http_exception_handler(request, error)
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        if _is_api(request):
+            closing = {"connection": "close"}  # the HTTP server closes it once the error is logged
+            return error_response(500, f"the server failed: {type(error).__name__}", headers=closing)
+        return PlainTextResponse("Internal Server Error", 500)
+
+
+def _is_api(request: Request) -> bool:
+    return request.url.path.startswith(API_PATHS)
+
+
+def _first_mistake(error: RequestValidationError) -> tuple[str, str, str | None]:
+    """Return the message, the parameter and the code of the first mistake in a request.
+
+    For instance `messages.0.role: Input ...`, `messages.0.role` and None; the parameter is `body` if none is
+    known. A parameter that the server does not know is told as `not supported: tools`.
     """
     first = error.errors()[0]
     path = "" if first["type"] == "json_invalid" else _parameter(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"not supported: {path}", path, "unsupported_parameter"
     message = f"{path}: {first['msg']}" if path else first["msg"]
-    return message, path or "body"
+    return message, path or "body", None
 
 
 def _parameter(location: Sequence[str | int]) -> str:

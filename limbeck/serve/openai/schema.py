@@ -26,8 +26,8 @@ EFFORT = {
     "high": None,
 }  # thinking budget as a share of the model's positions; None: no limit
 NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0, "parallel_tool_calls": True, "tool_choice": "none",
-    "suffix": "", "response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium",
+    "parallel_tool_calls": True, "tool_choice": "none", "suffix": "", "response_format": {"type": "text"},
+    "modalities": ["text"], "verbosity": "medium",
 }  # fmt: skip
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -105,11 +105,16 @@ class StreamOptions(StrictModel):
 
 
 class SamplingRequest(StrictModel):
-    """Parameters that chat and text completions share."""
+    """Parameters that chat and text completions share. A `top_k` of 0 or -1 keeps all tokens, as in vLLM."""
 
     model: Annotated[str, Field(max_length=300)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, lt=MAX_SEED)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
@@ -147,6 +152,11 @@ class SamplingRequest(StrictModel):
             "seed": self.seed,
             "stop": self.stop_strings,
             "ignore_eos": self.ignore_eos,
+            "top_k": max(0, self.top_k or 0),
+            "min_p": self.min_p or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
         }
 
 

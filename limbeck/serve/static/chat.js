@@ -2,6 +2,7 @@
 import { events, tell } from "./studio.js";
 
 const KEPT = 24000; // characters of finished blocks that stay in the page while a text grows; the rest can be paged
+const SETTINGS = ["model", "beside", "temperature", "budget", "top_p", "max_tokens", "system"]; // fields of the composer that every question goes with
 const REST = 5000; // milliseconds between two looks at whether another window has changed the conversation
 
 const talk = document.querySelector(".talk[data-talk]");
@@ -96,10 +97,19 @@ function grow(one, flow, growth) {
     if (trim(blocks)) flow.querySelector(".folded").hidden = false;
   }
   if (growth.at === 0) tail.textContent = growth.tail;
-  else tail.append(growth.tail);
+  else tail.append((tail.dataset.cut ?? "") + growth.tail);
+  if (flow.dataset.part === "answer") hideTags(tail);
   if (tail.childNodes.length > 50) tail.normalize();
   if (flow.dataset.part === "thought") one.querySelector(".thought").hidden = false;
   if (bottom) flow.scrollTop = flow.scrollHeight;
+}
+
+/** The tags around a final answer are not shown; once its block is finished, the server marks the answer. */
+function hideTags(tail) {
+  const text = tail.textContent;
+  const cut = text.match(/<\/?(?:a(?:n(?:s(?:w(?:er?)?)?)?)?)?$/)?.[0] ?? ""; // the beginning of a tag, perhaps
+  tail.dataset.cut = cut;
+  if (text.includes("<")) tail.replaceChildren(text.slice(0, text.length - cut.length).replace(/<\/?answer>/g, ""));
 }
 
 /** Take away the first blocks of too long a text; whether there were any. */
@@ -166,7 +176,7 @@ document.addEventListener("visibilitychange", () => { if (document.hidden) follo
 
 async function act(form, button) {
   const body = new FormData(form, button);
-  for (const name of ["model", "beside", "temperature", "budget"]) if (composer && !body.has(name)) body.set(name, composer.elements[name].value);
+  for (const name of SETTINGS) if (composer && !body.has(name)) body.set(name, composer.elements[name].value);
   place(await ask(button?.hasAttribute("formaction") ? button.formAction : form.action, body), form.closest(".turn"));
   if (running().length) toEnd();
   wake();
@@ -228,7 +238,7 @@ for (const moved of ["click", "focusin"]) document.addEventListener(moved, (even
 document.addEventListener("keydown", (event) => {
   if (event.isComposing || event.keyCode === 229) return; // an input method is choosing its characters
   const field = event.target.closest?.("textarea");
-  if (event.key === "Enter" && !event.shiftKey && field) { event.preventDefault(); field.form.requestSubmit(field.form.querySelector(".primary")); }
+  if (event.key === "Enter" && !event.shiftKey && field?.name === "text") { event.preventDefault(); field.form.requestSubmit(field.form.querySelector(".primary")); }
   else if (event.key === "Escape") escape(event.target);
   else if (event.key === "/" && !event.target.closest?.("input, textarea, select")) { event.preventDefault(); composer?.elements.text.focus(); }
 });
@@ -247,8 +257,9 @@ if (composer) {
   const { text } = composer.elements;
   const chosen = composer.querySelector(".chosen");
   const tellChosen = () => {
-    const { model, beside, temperature, budget } = composer.elements;
-    chosen.textContent = [[model.value, beside.value].filter(Boolean).join(" + "), `T ${temperature.value}`, budget.value && `≤ ${budget.value}`].filter(Boolean).join(" · ");
+    const { model, beside, temperature, budget, system } = composer.elements;
+    const asked = system.value.trim() && composer.dataset.saidSystem;
+    chosen.textContent = [[model.value, beside.value].filter(Boolean).join(" + "), `T ${temperature.value}`, budget.value && `≤ ${budget.value}`, asked].filter(Boolean).join(" · ");
   };
   text.value ||= sessionStorage.getItem(draft) ?? "";
   text.addEventListener("input", () => sessionStorage.setItem(draft, text.value));

@@ -21,7 +21,7 @@ from ..app_state import AppState, signed_in
 from ..arena import Arena
 from ..pages import language_of, render, say
 from ..questions import Questions
-from ..votes import Refused, VoteStore
+from ..votes import IDENTICAL, Refused, VoteStore
 
 Control = Literal["", "length", "style"]
 WINNERS = {
@@ -195,7 +195,8 @@ def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
     ratings are corrected for: "length", "style", or nothing if it is empty.
     """
     people = rate((vote for vote in votes if not vote.judge), control)
-    agreements = judged(votes)
+    by_people = [vote for vote in votes if vote.voter != IDENTICAL]
+    agreements = judged(by_people)
     judges: dict[str, Ratings] = {}
     for agreement in agreements:
         name = agreement["judge"]
@@ -204,7 +205,8 @@ def _leaderboard(votes: Sequence[Vote], control: Control) -> dict[str, Any]:
         "people": people,
         "judges": judges,
         "scale": _scale([people, *judges.values()]),
-        "voters": examine(votes),
+        "voters": examine(by_people),
+        "identical": sum(vote.voter == IDENTICAL for vote in votes),
         "beside": agreements,
     }
 
@@ -244,7 +246,7 @@ def _exported(vote: Vote) -> dict[str, Any]:
         "model_b": vote.b,
         "winner": WINNERS[vote.outcome],
         "judge": vote.voter,
-        "human": not vote.judge,
+        "human": not vote.judge and vote.voter != IDENTICAL,
         "language": vote.language,
         "tstamp": vote.when,
         "question_id": vote.battle,

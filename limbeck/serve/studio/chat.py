@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from ..app_state import AppState, person
 from ..chat_replies import Replies
 from ..conversations import Answer, Conversation, Conversations, Meter, Settings
 from ..markdown_stream import render_page, split_pages
+from ..model_problems import ModelProblems, problems_of
 from ..pages import is_fragment, language_of, render, say
 from ..transcript import as_json, as_markdown
 
@@ -26,6 +28,8 @@ TURNS_SHOWN = 20  # turns at first; earlier ones on demand
 MAX_ID = 2**63 - 1  # SQLite's largest integer
 MAX_TEMPERATURE = 2.0  # no unit
 MAX_BUDGET = 1_000_000  # tokens
+MAX_SYSTEM = 20_000  # characters of a system prompt
+WORDS_SHOWN = 6  # unknown words of a question that the note below it lists
 
 
 def _unix_lines(text: str) -> str:
@@ -122,6 +126,28 @@ class ChatPages:
             raise _error(request, 400, "chat.no_such_model")
         return settings
 
+    def examples(self, model: str) -> tuple[str, ...]:
+        """Return example questions of a served model: held-out problems of the kinds that it was trained on.
+        Empty where these are not known."""
+        problems = self._problems(model)
+        return problems.examples if problems else ()
+
+    def unlike(self, phrases: Phrases, model: str, question: str) -> str:
+        """Return the note that a question is unlike all problems that a model was trained on; empty if it is
+        like them, or if they are not known."""
+        problems = self._problems(model)
+        words = problems.unknown_words(question) if problems else []
+        if not words:
+            return ""
+        key = "chat.unlike_pretrained" if problems.pretrained else "chat.unlike"
+        shown = [word for word in words if word.isalpha()] or words  # signs only where there is nothing else
+        return phrases(key, model=model, words=", ".join(shown[:WORDS_SHOWN]))
+
+    def _problems(self, model: str) -> ModelProblems | None:
+        served = self.state.service.models.get(model)
+        folder = getattr(served, "folder", None)
+        return problems_of(folder, self.state.runs) if folder else None
+
     def begin(self, name: str, answers: Sequence[int], settings: Settings) -> None:
         """Start the generation of answers.
 
@@ -159,6 +185,9 @@ def form_settings(
     beside: Annotated[str, Form(max_length=200)] = "",
     temperature: Annotated[float, Form(ge=0, le=MAX_TEMPERATURE)] = 0.6,
     budget: Annotated[int | None, Form(ge=0, le=MAX_BUDGET)] = None,
+    top_p: Annotated[float, Form(gt=0, le=1)] = 0.95,
+    max_tokens: Annotated[int | None, Form(ge=1, le=MAX_BUDGET)] = None,
+    system: Annotated[str, Form(max_length=MAX_SYSTEM)] = "",
 ) -> Settings | None:
     """Return the settings in a form; None if it names no model.
 
@@ -168,7 +197,7 @@ def form_settings(
     if not model:
         return None
     models = (model, beside) if beside else (model,)
-    return Settings(models, temperature, budget)
+    return Settings(models, temperature, budget, top_p, max_tokens, _unix_lines(system).strip())
 
 
 FormSettings = Annotated[Settings | None, Depends(form_settings)]
@@ -183,9 +212,25 @@ def _error(request: Request, status: int, phrase: str) -> HTTPException:
 
 def _add_reading(router: APIRouter, pages: ChatPages) -> None:
     @router.get("")
-    def home(request: Request, before: float = float("inf")) -> Response:
-        settings = Settings(tuple(pages.state.model_names()[:1]))
-        return _page(request, pages, "chat_home.html.jinja", before=before, settings=settings)
+    def home(
+        request: Request, before: float = float("inf"), model: str = "", example: int | None = None
+    ) -> Response:
+        """The page of a new conversation. `example` is the number of the example question of `model` that is
+        put into the form, for which a link on this page asks."""
+        names = pages.state.model_names()
+        chosen = [model] if model in names else names[:1]
+        examples = {name: pages.examples(name) for name in names}
+        offered = examples.get(model, ())
+        question = offered[example] if example is not None and 0 <= example < len(offered) else ""
+        return _page(
+            request,
+            pages,
+            "chat_home.html.jinja",
+            before=before,
+            settings=Settings(tuple(chosen)),
+            examples={name: some for name, some in examples.items() if some},
+            question=question,
+        )
 
     @router.get("/{name}")
     def show(request: Request, name: str, turns: int = TURNS_SHOWN) -> Response:
@@ -225,7 +270,8 @@ def _add_answers(router: APIRouter, pages: ChatPages) -> None:
     def answer(request: Request, name: str, number: PathId) -> Response:
         conversation = pages.read(request, name)
         shown = pages.answer(request, name, number)
-        return _page(request, pages, "chat_answer.html.jinja", talk=conversation, answer=shown)
+        asked = next((turn.content for turn in conversation.turns if turn.id == shown.turn), "")
+        return _page(request, pages, "chat_answer.html.jinja", talk=conversation, answer=shown, asked=asked)
 
     @router.get("/{name}/answers/{number}/text")
     def text(request: Request, name: str, number: PathId) -> Response:
@@ -317,7 +363,7 @@ def _add_regeneration(router: APIRouter, pages: ChatPages) -> None:
         conversation = await asyncio.to_thread(pages.read_idle, request, name)
         old = await asyncio.to_thread(pages.answer, request, name, answer)
         chosen = settings or conversation.settings
-        same_model = Settings((old.model,), chosen.temperature, chosen.budget)
+        same_model = replace(chosen, models=(old.model,))
         same_model = pages.served_settings(request, same_model)
         number = await asyncio.to_thread(pages.store.regenerate, name, old, same_model)
         pages.begin(name, [number], same_model)
@@ -382,8 +428,10 @@ def _page(request: Request, pages: ChatPages, template: str, **values: Any) -> R
         "own": conversation is None or is_own(request, conversation),
         "pages": split_pages,
         "html": lambda page: Markup(render_page(page)),
+        "unlike": partial(pages.unlike, partial(say, language_of(request))),
         "meter": partial(_figures, partial(say, language_of(request))),
         "thinks": False,
+        "question": "",
     }
     return render(request, template, **{**shared, **values})
 

@@ -9,9 +9,10 @@ import hashlib
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 from urllib.parse import quote
 
 import yaml
@@ -22,7 +23,7 @@ from markupsafe import Markup
 
 from ... import report as reports
 from ...config.load import shipped
-from ...pipeline import run_state, run_view
+from ...pipeline import run_state, run_table, run_view
 from ...report import i18n
 from ...types import LimbeckError
 from .. import jobs
@@ -30,6 +31,7 @@ from ..app_state import AppState
 from ..pages import language_of, render
 
 MAX_POINTS = 400  # points of a curve: as many as a wide screen can resolve
+MAX_SETTINGS = 4  # differing settings of a run that the table shows before one unfolds the rest
 MAX_SHOWN = 8  # flipped answers of each kind, and samples of an evaluation
 REFRESH_ALIVE = "every 2s"
 REFRESH_IDLE = "every 15s"  # a run may be started at a terminal, so an idle page refreshes too
@@ -82,6 +84,49 @@ class StartForm:
 
 
 @dataclass(frozen=True)
+class Sorting:
+    """The order of the table of runs: `Sorting("accuracy")` puts the best one first.
+
+    `column` is one of `COLUMNS`; `ascending` is the direction. Runs without a value come last.
+    """
+
+    column: str = "date"
+    ascending: bool = False
+
+    @classmethod
+    def of(cls, column: str, order: str) -> Self:
+        """Return the sorting that an address asks for: the default one for an unknown column, and in a
+        column's usual direction unless `order` is `up` or `down`."""
+        if column not in COLUMNS:
+            column = "date"
+        return cls(column, order == "up" if order in ("up", "down") else column in ("name", "state"))
+
+    def address(self, column: str) -> str:
+        """Return the query that sorts by `column`; the other way round if the table is sorted by it."""
+        if column != self.column:
+            return f"?sort={column}"
+        return f"?sort={column}&order={'down' if self.ascending else 'up'}"
+
+    def sort(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows in this order."""
+        value = COLUMNS[self.column]
+        known = [row for row in rows if value(row) is not None]
+        missing = [row for row in rows if value(row) is None]
+        return sorted(known, key=value, reverse=not self.ascending) + missing
+
+
+# column of the table of runs -> what it is sorted by
+COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "name": lambda row: row["name"].lower(),
+    "state": lambda row: row["state"].name,
+    "date": lambda row: row["row"].changed,
+    "time": lambda row: row["row"].seconds,
+    "progress": lambda row: row["done"] / row["of"] if row["of"] else None,
+    "accuracy": lambda row: row["row"].best and row["row"].best.mean,
+}
+
+
+@dataclass(frozen=True)
 class LivePage:
     """A page with a part that refreshes itself.
 
@@ -123,8 +168,8 @@ def routes(state: AppState) -> APIRouter:
 
 def _add_list(router: APIRouter, state: AppState) -> None:
     @router.get("/runs")
-    def every(request: Request, seen: str = "") -> Response:
-        return _respond(request, _list_page(state), seen)
+    def every(request: Request, seen: str = "", sort: str = "date", order: str = "") -> Response:
+        return _respond(request, _list_page(state, sorting=Sorting.of(sort, order)), seen)
 
     @router.post("/runs")
     def start(request: Request, form: Annotated[StartForm, Depends()]) -> Response:
@@ -136,32 +181,58 @@ def _add_list(router: APIRouter, state: AppState) -> None:
         return RedirectResponse(f"/runs/{quote(folder.name)}", 303)
 
 
-def _list_page(state: AppState, form: StartForm | None = None, error: str = "") -> LivePage:
-    """Return the page with the list of runs and the form that starts one.
+def _list_page(
+    state: AppState, form: StartForm | None = None, error: str = "", sorting: Sorting = Sorting()
+) -> LivePage:
+    """Return the page with the table of runs and the form that starts one.
 
     After a mistake in the form, `form` has the values to show again and `error` the message.
     """
-    rows = [_list_row(folder) for folder in run_state.list_runs(state.runs)]
+    rows = sorting.sort(_list_rows(state))
     alive = any(row["state"].alive for row in rows)
     page_values = {"recipes": list(_recipes(state)), "told": asdict(form or StartForm()), "wrong": error}
-    return LivePage("runs", {"rows": rows}, alive, page_values, status=400 if error else 200)
+    values = {"rows": rows, "sorting": sorting, "shown": MAX_SETTINGS}
+    return LivePage("runs", values, alive, page_values, status=400 if error else 200)
 
 
-def _list_row(folder: Path) -> dict[str, Any]:
-    """Return the template values of a run in the list.
+def _list_rows(state: AppState) -> list[dict[str, Any]]:
+    """Return the template values of all runs, the most recently changed one first.
 
     A run whose recipe cannot be read is shown as failed, with the error.
     """
-    try:
-        run = run_state.look(folder)
-    except LimbeckError as error:
-        failed = jobs.State("failed", str(error))
-        return {"name": folder.name, "state": failed, "lines": [], "done": 0, "of": 0, "report": ""}
+    readable = {}
+    failures = {}
+    folders = run_state.list_runs(state.runs)
+    for folder in folders:
+        try:
+            readable[folder] = run_state.look(folder)
+        except LimbeckError as error:
+            failures[folder] = _failed_row(folder, str(error))
+    table = run_table.rows(readable.values())
+    rows = []
+    for folder in folders:
+        if folder in failures:
+            rows.append(failures[folder])
+        else:
+            rows.append(_list_row(readable[folder], table[folder.name]))
+    return rows
+
+
+def _failed_row(folder: Path, error: str) -> dict[str, Any]:
+    """Return the template values of a run whose recipe cannot be read; `error` is the reason."""
+    row = run_table.RunRow(folder.name, run_state.last_change(folder), 0.0, None)
+    failed = jobs.State("failed", error)
+    return {"name": folder.name, "row": row, "state": failed, "lines": [], "done": 0, "of": 0, "report": ""}
+
+
+def _list_row(run: run_state.RunState, row: run_table.RunRow) -> dict[str, Any]:
+    """Return the template values of a run in the table, whose numbers are those of `row`."""
     state = _state(run)
     active = [stage for stage in run.stages if stage.state in ("begun", "asks")]
     reports_done = [stage.name for stage in run.stages if stage.kind == "report" and stage.state == "done"]
     return {
-        "name": folder.name,
+        "name": row.name,
+        "row": row,
         "state": state,
         "lines": [run_view.line_of(run, stage, state.alive) for stage in active],
         "done": run.done,
@@ -329,6 +400,7 @@ def _stage_values(
         "rivals": run_view.rivals(run, line),
         "responses": run_view.responses(line, query.step),
         "samples": run_view.samples(line)[:MAX_SHOWN],
+        "preview": run_view.previewed(run, line),
         "shown": MAX_SHOWN,
         "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     }
@@ -399,6 +471,7 @@ def _respond(request: Request, page: LivePage, seen: str = "") -> Response:
         **page.values,
         "say": lambda text: getattr(text, language),
         "words": i18n,
+        "date": _date,
         "draw": run_view.draw,
         "alive": page.alive,
     }
@@ -406,7 +479,7 @@ def _respond(request: Request, page: LivePage, seen: str = "") -> Response:
     digest = hashlib.sha256(live).hexdigest()[:16]
     if seen == digest:
         return Response(status_code=204)
-    address = f"{Markup.escape(request.url.path)}?seen={digest}"
+    address = Markup.escape(_own_address(request, digest))
     trigger = REFRESH_ALIVE if page.alive else REFRESH_IDLE
     part = Markup(
         f'<div id="live" hx-get="{address}" hx-trigger="{trigger}" hx-swap="outerHTML">{live.decode()}</div>'
@@ -414,6 +487,17 @@ def _respond(request: Request, page: LivePage, seen: str = "") -> Response:
     if seen:
         return HTMLResponse(part)
     return render(request, f"{page.name}.html.jinja", page.status, live=part, **values, **page.page_values)
+
+
+def _date(seconds: float) -> str:
+    """Return a Unix time as the date and the time of day at the server: `2026-11-27 14:05`."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def _own_address(request: Request, digest: str) -> str:
+    """Return the address of a page's refreshed part: the page's own, with the digest of what it shows."""
+    url = request.url.include_query_params(seen=digest)
+    return f"{url.path}?{url.query}"
 
 
 def _not_found(request: Request, sentence: str = "", status: int = 404) -> Response:

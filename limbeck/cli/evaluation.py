@@ -1,0 +1,147 @@
+"""The command `limbeck eval`, which measures a model's accuracy on held-out problems without a run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import MODEL, RUNS, AsJson, Home, find_recipe, load_recipe, open_model, print_json, usage_error
+
+if TYPE_CHECKING:
+    from ..config.recipe import Evaluate, Problems
+
+app = typer.Typer()
+
+MODES = ("t1", "t06", "greedy", "pass@8")
+ANSWERS = ("tags", "boxed", "final")
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What is asked: the settings of the evaluation, the sources of problems by name, and the seed."""
+
+    settings: Evaluate
+    problems: dict[str, Problems]
+    seed: str
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    problems: Annotated[
+        str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
+    ],
+    mode: Annotated[
+        list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
+    ] = [],  # noqa: B006
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="held-out problems of each source, at most")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="the longest answer, in tokens")] = None,
+    held_out: Annotated[
+        int, typer.Option(min=1, help="of a file: problems that are kept for testing, as in a recipe")
+    ] = 200,
+    answer: Annotated[
+        str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
+    ] = "boxed",
+    runs: Home = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model's accuracy on held-out problems, with 95 % intervals. Nothing is stored.
+
+    With a recipe, the settings of its first `evaluate` stage hold where none are given, so the figures are
+    those that the recipe's run would report.
+
+    For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
+    mine.jsonl --answer final`
+    """
+    changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if Path(problems).suffix in (".jsonl", ".parquet"):
+        test = _of_file(Path(problems), changes, held_out, answer)
+    else:
+        test = _of_recipe(problems, changes)
+    found = open_model(model, runs)
+    result = _measure(found.title, found.directory(), test)
+    if as_json:
+        print_json(result)
+        return
+    for source, measured in result["sources"].items():
+        for way, figures in measured["modes"].items():
+            print(_line(source, way, figures))
+
+
+def _of_file(path: Path, changes: dict[str, Any], held_out: int, answer: str) -> _Test:
+    """Return the test on a user's file of problems. Raises a usage error for a setting that there is not."""
+    from ..config.recipe import Files
+
+    if not path.is_file():
+        raise usage_error(f"--problems {path}: there is no such file")
+    if answer not in ANSWERS:
+        raise usage_error(f"--answer {answer}: choose {', '.join(ANSWERS)}")
+    source = Files(source="files", path=str(path.resolve()), held_out=held_out, answer=answer)
+    return _Test(_settings([path.stem], changes), {path.stem: source}, "0/evaluation")
+
+
+def _of_recipe(name: str, changes: dict[str, Any]) -> _Test:
+    """Return the test of a recipe: its first `evaluate` stage, or all its problems if it has none.
+
+    Raises a usage error for a recipe without problems.
+    """
+    from ..config.recipe import Evaluate
+    from ..pipeline.graph import resolve_paths
+
+    path = find_recipe(name)
+    recipe = load_recipe(path, [], False)
+    stages = {key: stage for key, stage in recipe.stages.items() if isinstance(stage, Evaluate)}
+    recipe = resolve_paths(recipe.model_copy(update={"stages": {}}), path.parent)
+    if not recipe.problems:
+        raise usage_error(f"{path} has no problems to ask")
+    for key, stage in stages.items():
+        kept = stage.model_dump(include={"problems", "prompts", "samples", "modes", "max_new_tokens"})
+        return _Test(_settings(kept.pop("problems"), kept | changes), recipe.problems, f"{recipe.seed}/{key}")
+    return _Test(_settings(list(recipe.problems), changes), recipe.problems, f"{recipe.seed}/evaluation")
+
+
+def _settings(sources: list[str], changes: dict[str, Any]) -> Evaluate:
+    """Return the settings of the evaluation on `sources`. Raises a usage error for an unknown mode."""
+    from ..config.recipe import Evaluate
+
+    for mode in changes.get("modes", ()):
+        if mode not in MODES:
+            raise usage_error(f"--mode {mode}: choose {', '.join(MODES)}")
+    return Evaluate(kind="evaluate", models=["model"], problems=sources, **changes)
+
+
+def _measure(title: str, directory: Path, test: _Test) -> dict[str, Any]:
+    """Return the evaluation of the model in `directory`, as an `evaluate` stage would write it."""
+    from ..pipeline.job import Job
+    from ..pipeline.stages import evaluate as stage
+
+    with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
+        home = Path(scratch)
+        inputs = home / "input"
+        inputs.mkdir()
+        (inputs / "model").symlink_to(directory.resolve())
+        folder = home / "output"
+        folder.mkdir()
+        asked = {name: test.problems[name] for name in test.settings.problems}
+        stage.run(Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder))
+        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def _line(source: str, way: str, figures: dict[str, Any]) -> str:
+    """Return one line of the result: source, way of sampling, accuracy with interval, problems, tokens."""
+    accuracy = figures["accuracy"]
+    interval = f"{accuracy['mean']:6.1%}  ({accuracy['low']:.1%} to {accuracy['high']:.1%})"
+    text = f"{source:20} {way:8} {interval:28} {accuracy['problems']} problems"
+    if "length" in figures:
+        text += f", {figures['length']:.0f} tokens an answer"
+    if figures.get("truncated"):
+        text += f", {figures['truncated']:.1%} cut off"
+    return text
