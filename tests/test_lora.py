@@ -327,7 +327,7 @@ def test_sampler_and_learner_read_the_same_weights(decoder, tokenizer, clock, de
     engine = Engine(model, tokenizer)
     learner = learner_of(model, LoRA(model, Settings(rank=4), 0))
     train(learner, 2)
-    engine.load(learner.weights())
+    engine.load_weights(learner.weights())
     groups = engine.rollout(clock.problems("train")[:3], 4, SamplingParams(1.0, 1.0, 24), "seed")
     advantages = [np.ones(len(group.completions)) for group in groups]
     rolled = to_samples(groups, advantages, keep_mask=False)
@@ -487,10 +487,12 @@ def carry_out(recipe: Path, home: Path, *overrides: str, stopping: bool = False)
     for name in run.graph.nodes:
         run.graph.refresh()
         node = run.graph.nodes[name]
+        if node.artifact:
+            continue
         event = {"event": "failed", "code": 75}
         while event["event"] == "failed":
             assert event["code"] == 75, event
-            job = run._job(node)
+            job = run._job(node, run.graph.shorter(node))
             event = run_job(replace(job, stopping=Impatient()) if stopping else job)
         manifest = run._manifest(node, event["outcome"])
         artifact = run.store.finish(run.store.partial(node.kind, node.key), manifest)
@@ -534,13 +536,30 @@ def test_stages_stopped_after_every_step_end_with_the_same_bytes(adapted, tmp_pa
         assert digests[0] == digests[1], name
 
 
+def beginning(recipe: Path) -> Path:
+    """A recipe of the first learning stage alone."""
+    tree = yaml.safe_load(recipe.read_text())
+    tree["stages"] = {name: tree["stages"][name] for name in ("base", "zero")}
+    path = recipe.with_name("beginning.yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_more_steps_go_on_from_the_adapters_and_end_with_the_same_bytes(adapted, tmp_path):
+    recipe = beginning(adapted[0])
+    constant = "stages.zero.optimizer.schedule=constant"
+    carry_out(recipe, tmp_path / "short", constant)
+    manifests = []
+    for home in ("short", "long"):
+        folders = carry_out(recipe, tmp_path / home, constant, "stages.zero.steps=5")
+        manifests.append(json.loads((folders["zero"] / "manifest.json").read_text()))
+    assert manifests[0]["digest"] == manifests[1]["digest"]
+    assert "continued" in str(manifests[0]) and "continued" not in str(manifests[1])
+
+
 def test_adapters_of_weights_in_bfloat16_are_kept_in_float32(adapted, tmp_path):
-    recipe, _ = adapted
-    half = recipe.with_name("half.yaml")
-    kept = yaml.safe_load(recipe.read_text())
-    kept["stages"] = {name: kept["stages"][name] for name in ("base", "zero")}
-    half.write_text(yaml.safe_dump(kept))
-    folders = carry_out(half, tmp_path, "stages.zero.precision=bfloat16", stopping=True)
+    recipe = beginning(adapted[0])
+    folders = carry_out(recipe, tmp_path, "stages.zero.precision=bfloat16", stopping=True)
     after = weights.load(folders["zero"] / "model", torch.bfloat16)
     before = weights.load(folders["base"] / "model", torch.bfloat16)
     peft.merge(before, folders["zero"] / "adapter")
