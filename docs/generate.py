@@ -130,6 +130,10 @@ def _generic(origin: Any, arguments: tuple[Any, ...], annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (types.UnionType, typing.Union) and type(None) in arguments:
         return f"{kind(arguments[0])} or `null`"
+    if origin is types.UnionType and str in arguments:
+        return " or ".join(map(kind, arguments))
+    if origin is tuple and arguments[-1] is ...:
+        return f"list of {_plural(arguments[0])}"
     if origin is tuple:
         return " and ".join(map(kind, arguments))
     if origin is list:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import engine, kernels, training
+from . import adapters, engine, kernels, training
 from .report import RESULTS, broken, free_memory
 
 PARTS = {
@@ -34,6 +34,7 @@ PARTS = {
     "learner": training.learner_part,
     "exact": training.exact_part,
     "resume": training.resume_part,
+    "lora": adapters.lora_part,
     "peer": engine.peer_part,
 }
 

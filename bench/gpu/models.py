@@ -47,6 +47,17 @@ SHAPES = {
         "intermediate_size": 8960,
         "qkv_bias": True,
     },
+    "4B": {
+        "family": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "layers": 36,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "qk_norm": "before",
+    },
     "7B": {
         "family": "qwen2",
         "vocab_size": 152064,

@@ -149,20 +149,20 @@ def resume_part(quick: bool) -> None:
     half = 1 if quick else 3
     learner, engine = _make()
     begin = _digest(learner)
-    drifts = _steps(learner, engine, 0, 2 * half)
+    drifts = steps(learner, engine, 0, 2 * half)
     whole = _digest(learner)
     del learner, engine
     free_memory()
     deterministic()
     learner, engine = _make()
-    _steps(learner, engine, 0, half)
+    steps(learner, engine, 0, half)
     state = copy.deepcopy(learner.state_dict())
     del learner, engine
     free_memory()
     deterministic()
     learner, engine = _make()
     learner.load_state_dict(state)
-    _steps(learner, engine, half, 2 * half)
+    steps(learner, engine, half, 2 * half)
     resumed = _digest(learner)
     note("resume", steps=2 * half, begin=begin, whole=whole, resumed=resumed, drifts=drifts)
     promise("resume", "resumed = uninterrupted, bit for bit", whole == resumed and begin != whole)
@@ -175,7 +175,7 @@ def _make() -> tuple[Learner, Engine]:
     return Learner(model, Optimizer(learning_rate=1e-5), 6), Engine(model, Ids(), rows=64)
 
 
-def _steps(learner: Learner, engine: Engine, begin: int, end: int) -> list[float]:
+def steps(learner: Learner, engine: Engine, begin: int, end: int) -> list[float]:
     """Run steps of GRPO on an easy reward; return the largest difference of log-probabilities of each."""
     drifts = []
     for step in range(begin, end):

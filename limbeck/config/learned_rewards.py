@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .parts import ModelStage, Optimizer, Sampling, Settings
+from .parts import LORA, LoRA, ModelStage, Optimizer, Sampling, Settings
 
 TABLES = (".jsonl", ".parquet")
 
@@ -127,6 +127,7 @@ class Reward(ModelStage):
     optimizer: Optimizer = Field(
         Optimizer(learning_rate=1e-3, warmup_steps=5, schedule="linear"), description="how the weights move"
     )
+    lora: LoRA | None = LORA
 
 
 class LearnedReward(Settings):

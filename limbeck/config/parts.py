@@ -29,6 +29,36 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Linear layers of any family, by the last name in checkpoints without `_proj`.
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "q_a", "q_b", "kv_a_proj_with_mqa", "kv_b")
+TARGETS += ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # Falcon
+
+
+class LoRA(Settings):
+    """Low-rank adapters that learn in place of the weights (arXiv 2106.09685). The stage's model is the base
+    with the adapters merged into it."""
+
+    rank: int = Field(16, ge=1, description="rank of each layer's adapter")
+    alpha: float = Field(32, gt=0, description="what an adapter adds is multiplied by `alpha / rank`")
+    targets: str | tuple[str, ...] = Field(
+        "all",
+        description="linear layers by their names in checkpoints, such as `[q, v]` or `[up_proj]`; "
+        "or all, which in a mixture of experts are those of attention",
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="in place of the optimizer's; adapters take about ten times that of weights"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The short names of the layers to adapt, such as `q`; `all` stands for all of them."""
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return tuple(name.removesuffix("_proj") for name in targets)
+
+
+LORA = Field(None, description="learn adapters of low rank, not the weights themselves")
+
+
 class Stage(Settings):
     """The settings that every stage has. They do not affect the result of a stage, and so are no part of its
     artifact's key."""
@@ -74,6 +104,7 @@ class Budgeted(ModelStage):
         gt=0,
         description="or a number of FLOPs, of which the teacher's, and what the rows cost, are a part",
     )
+    lora: LoRA | None = LORA
 
     @model_validator(mode="after")
     def _one(self) -> Budgeted:

@@ -130,6 +130,9 @@ class Load(Stage):
     layers: int | None = Field(
         None, ge=1, description="keep this many layers, evenly spaced: a student to start from"
     )
+    adapter: str | None = Field(
+        None, description="a PEFT directory with a LoRA adapter of this model, to merge into its weights"
+    )
     licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
 
 

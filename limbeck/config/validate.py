@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from ..text.prompt_format import system_fault, template_fault
 from ..types import LimbeckError
 from .learned_rewards import Calibrate, LearnedReward, Reward
-from .parts import PENALTIES, Settings
+from .parts import PENALTIES, TARGETS, LoRA, Optimizer, Settings
 from .recipe import (
     DPO,
     RL,
@@ -104,8 +104,9 @@ def _known_keys(location: tuple, tree: dict) -> list[str]:
             model = KINDS[part]
         elif model and part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            is_settings = isinstance(annotation, type) and issubclass(annotation, Settings)
-            model = annotation if is_settings else None
+            choices = get_args(annotation) or (annotation,)  # a setting may be None as well
+            models = [one for one in choices if isinstance(one, type) and issubclass(one, Settings)]
+            model = models[0] if models else None
     return sorted(model.model_fields) if model else []
 
 
@@ -195,8 +196,24 @@ def _check_any_stage(references: _References, stage: Stage) -> None:
     scored_by = getattr(stage, "scored_by", None)
     if scored_by:
         references.cite("scored_by", scored_by, MODELS | {"calibrate"}, "a model or a calibrated judge")
+    lora = getattr(stage, "lora", None)
+    if lora:
+        _check_lora(references, lora, stage.optimizer)
     if isinstance(stage, SFT | Label | Distill):
         references.cite_all("rows", stage.rows, ROWS, "rows")
+
+
+def _check_lora(references: _References, lora: LoRA, optimizer: Optimizer) -> None:
+    """Check that adapters name layers that some model has, and are trained by AdamW."""
+    for name in lora.names:
+        if name not in (*TARGETS, "all"):
+            meant = _meant(name, ("all", *TARGETS))
+            raise references.error(f".lora.targets names {name}, which is no linear layer{meant}")
+    if optimizer.name != "adamw":
+        raise references.error(
+            f".lora: adapters are trained by AdamW, but optimizer.name is {optimizer.name}; "
+            "set it to adamw, and give optimizer.learning_rate"
+        )
 
 
 def _check_source(references: _References, source: str) -> None:

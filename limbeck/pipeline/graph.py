@@ -165,6 +165,8 @@ class Graph:
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
+        if "adapter" in settings:
+            settings["adapter"] = self._directory(Path(stage.adapter))
         settings.pop("licence", None)  # the permitted uses of a result do not change it
         tables = {name: self._digest(Path(name)) for name in tables_of(stage)}
         if tables:
@@ -262,6 +264,9 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
 
         path = find_model(stage.path, base, f"stages.{name}.path: ")
         stage = stage.model_copy(update={"path": str(path.resolve())})
+        if stage.adapter:
+            adapter = _find_directory(f"stages.{name}.adapter", stage.adapter, base)
+            stage = stage.model_copy(update={"adapter": adapter})
     tables = tables_of(stage)
     if tables:
         setting = f"stages.{name}.{table_setting(stage)}"
@@ -277,6 +282,14 @@ def _find_file(setting: str, path: str, base: Path) -> str:
         if place.is_file():
             return str(place.resolve())
     raise LimbeckError(f"{setting}: {path} is no file, neither beside the recipe nor here")
+
+
+def _find_directory(setting: str, path: str, base: Path) -> str:
+    """Return the absolute path of a directory; see `_find_file`."""
+    for place in (base / path, Path(path)):
+        if place.is_dir():
+            return str(place.resolve())
+    raise LimbeckError(f"{setting}: {path} is no directory, neither beside the recipe nor here")
 
 
 def tables_of(stage: Stage) -> list[str]:

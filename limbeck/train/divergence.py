@@ -167,7 +167,8 @@ class _Divergence(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         grad_hidden_MC = torch.zeros_like(hidden_MC) if learns else None
         precision = torch.promote_types(head_VC.dtype, torch.float32)
-        grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns else None
+        learns_head = ctx.needs_input_grad[1]
+        grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns_head else None
         values = []
         entropies = []
         rows = max(1, CHUNK // len(head_VC))
@@ -181,9 +182,10 @@ class _Divergence(torch.autograd.Function):
             if learns:
                 slope_RV = teacher.spread(part, slope_RE, logq_RE, logq_RV).div_(temperature)
                 grad_hidden_MC[part] = torch.mm(slope_RV, head_VC.to(precision))
-                grad_head_VC.addmm_(slope_RV.T, hidden_MC[part].to(precision))
+                if learns_head:
+                    grad_head_VC.addmm_(slope_RV.T, hidden_MC[part].to(precision))
         if learns:
-            ctx.save_for_backward(grad_hidden_MC, grad_head_VC.to(head_VC.dtype))
+            ctx.save_for_backward(grad_hidden_MC, grad_head_VC.to(head_VC.dtype) if learns_head else None)
         value_M = torch.cat(values)
         entropy_M = torch.cat(entropies)
         ctx.mark_non_differentiable(value_M, entropy_M)
@@ -195,7 +197,8 @@ class _Divergence(torch.autograd.Function):
         """Return the gradients of the hidden states [M, C] and of the head [V, C]: those of the forward pass
         times the scalar `grad`."""
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad, grad_head * grad, None, None, None
+        by_head = None if grad_head is None else grad_head * grad
+        return grad_hidden * grad, by_head, None, None, None
 
 
 def tempered(hidden_RC: Tensor, head_VC: Tensor, temperature: float) -> Tensor:

@@ -175,7 +175,7 @@ class GRPOTrainer:
             "step": self.step,
             "flops": self.log.flops,
         }
-        if self.reference is not None:
+        if self.reference is not None and self.settings.policy.reference_every:
             state["reference"] = self.reference.model.state_dict()
         return state
 
@@ -186,7 +186,7 @@ class GRPOTrainer:
         self.rewards.load_state_dict(state["panel"])
         self.step = state["step"]
         self.log.flops = state["flops"]
-        if self.reference is not None:
+        if "reference" in state:
             self.reference.model.load_state_dict(state["reference"])
 
 

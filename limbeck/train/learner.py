@@ -17,6 +17,7 @@ from ..activity import add_tokens, phase, track
 from ..config.parts import Optimizer as OptimizerSettings
 from ..model.decoder import Decoder
 from ..model.ffn import RouterTrace, balance_experts
+from ..model.lora import LoRA
 from ..types import LimbeckError
 from .batch import Batch
 from .divergence import Logits
@@ -31,10 +32,16 @@ class Learner(Scorer):
 
     `step` counts the updates so far and sets the position in the learning-rate schedule. `steps` is the
     number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
-    memory; with "keep_attention", all but the results of attention (model/decoder.py)."""
+    memory; with "keep_attention", all but the results of attention (model/decoder.py). With `lora`, adapters
+    are trained in place of the model's weights (model/lora.py). `trained` are the parameters, by name."""
 
     def __init__(
-        self, model: Decoder, settings: OptimizerSettings, steps: int, recompute: bool | str = False
+        self,
+        model: Decoder,
+        settings: OptimizerSettings,
+        steps: int,
+        recompute: bool | str = False,
+        lora: LoRA | None = None,
     ):
         super().__init__(model)
         if recompute and (model.config.experts or model.config.share_kv > 1):
@@ -42,10 +49,16 @@ class Learner(Scorer):
                 "recompute: mixtures of experts and shared keys keep notes of a forward pass; leave it out"
             )
         model.recompute = recompute
+        if lora and lora.settings.learning_rate:
+            settings = settings.model_copy(update={"learning_rate": lora.settings.learning_rate})
         self.settings = settings
         self.step = 0
-        self.optimizer = Optimizer(model, settings, steps)
-        self.parameters = list(model.parameters())
+        self.lora = lora
+        self.trained = dict(model.named_parameters())
+        if lora:  # and what a stage added to the model, such as the value head of a reward model
+            heads = {name: p for name, p in self.trained.items() if p.requires_grad}
+            self.trained = {**heads, **lora.parameters()}
+        self.optimizer = Optimizer(model, settings, steps, lora and lora.parameters())
         self._routes: list[RouterTrace] = []  # one for each micro-batch since the last apply()
         self._replayed = False
 
@@ -84,8 +97,10 @@ class Learner(Scorer):
             norm = self.optimizer.step(self.step)
         if not math.isfinite(norm):
             raise self._stopped(f"the gradient of {spoiled(self.optimizer.gradients())} is", SLOWER)
-        if not finite(self.parameters):
-            raise self._stopped(f"the new weight {spoiled(self.model.named_parameters())} is", SLOWER)
+        if not finite(self.trained.values()):
+            raise self._stopped(f"the new weight {spoiled(self.trained.items())} is", SLOWER)
+        if self.lora:
+            self.lora.merge()
         self.step += 1
         routing = self._balance() if self.mixtures else {}
         self._routes = []
@@ -152,13 +167,13 @@ class Learner(Scorer):
 
     def _balance(self) -> dict[str, Any]:
         """Adjust the routers' biases by the experts' load in the whole batch, unless the routes were
-        replayed.
+        replayed or adapters are trained.
 
         Returns metrics: the largest load divided by the mean load, the entropy of the routers, and each
         expert's share of the tokens of its layer."""
         layers = zip(*(routes.loads for routes in self._routes), strict=True)
         loads_LE = [torch.stack(loads).sum(0) for loads in layers]
-        if not self._replayed:  # replayed routes are not the router's choice
+        if not self._replayed and not self.lora:  # replayed routes are not the router's choice
             balance_experts(self.mixtures, loads_LE, self.settings.balance_rate)
         entropy = sum(float(sum(routes.entropies)) for routes in self._routes)
         choices = sum(int(load_E.sum()) for load_E in loads_LE)
@@ -172,11 +187,19 @@ class Learner(Scorer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state that an exact resume needs. Random draws depend on the step alone, and so need no
         state."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        model = self.model.state_dict()
+        if self.lora:  # the other weights are those of the stage's input
+            model = {name: parameter.detach() for name, parameter in self.trained.items()}
+        return {"model": model, "optimizer": self.optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that `state_dict` returned, so that training continues from it."""
-        self.model.load_state_dict(state["model"])
+        if self.lora:
+            for name, parameter in self.trained.items():
+                parameter.data.copy_(state["model"][name])
+            self.lora.merge()
+        else:
+            self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,11 @@ def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Ad
     )
 
 
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 class Masters:
     """Copies of a model's parameters in float32, which the optimizers update in place of weights in 16 bits.
 
@@ -131,7 +136,7 @@ class Masters:
     """
 
     def __init__(self, model: nn.Module):
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = _learned(model)
         self.copies = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
         self.micro_batches = 0
         masters = weakref.ref(self)
@@ -196,20 +201,26 @@ class Optimizer:
     """The optimizers and the learning-rate schedule that the settings name, over the parameters of a model.
 
     With Muon, AdamW still updates the embeddings, the vectors and the routers. Routed experts may have a
-    learning rate of their own. `steps` is the number of updates planned, which the schedule depends on."""
+    learning rate of their own. `steps` is the number of updates planned, which the schedule depends on.
+    `adapters` are parameters beside the model's, in float32 (model/lora.py)."""
 
-    def __init__(self, model: Decoder, settings: Settings, steps: int):
+    def __init__(
+        self,
+        model: Decoder,
+        settings: Settings,
+        steps: int,
+        adapters: Mapping[str, nn.Parameter] | None = None,
+    ):
         self.model = model
         self.settings = settings
         self.steps = steps
         self.parts: list[torch.optim.Optimizer] = []
         self.rates: list[float] = []  # each part's learning rate, divided by the settings'
-        self.masters = Masters(model) if model.embed.weight.dtype in HALF else None
-        if self.masters:
-            named = self.masters.copies
-        else:
-            named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.named = named
+        learned = _learned(model)
+        half = bool(learned) and model.embed.weight.dtype in HALF
+        self.masters = Masters(model) if half else None
+        self.adapters = dict(adapters or {})
+        self.named = named = {**(self.masters.copies if self.masters else learned), **self.adapters}
         dense = {name: p for name, p in named.items() if "experts_" not in name}
         experts = {name: p for name, p in named.items() if "experts_" in name}
         with_muon = settings.name == "muon" and any(_for_muon(name, p) for name, p in named.items())
@@ -240,6 +251,8 @@ class Optimizer:
     def drop_gradients(self) -> None:
         """Drop all gradients since the last update."""
         self.model.zero_grad(set_to_none=True)
+        for adapter in self.adapters.values():
+            adapter.grad = None
         if self.masters:
             self.masters.drop_gradients()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config.parts import Optimizer
 from ..model.decoder import Decoder
+from ..model.lora import LoRA
 from ..text.reasoning_parser import split_thought
 from ..text.tokenizer import Tokenizer
 from ..types import Group, Sample, Score, fingerprint
@@ -78,9 +79,9 @@ def add_value_head(model: Decoder) -> None:
 class RewardModelLearner(_ValueHead, Learner):
     """A reward model that is trained."""
 
-    def __init__(self, model: Decoder, settings: Optimizer, steps: int):
+    def __init__(self, model: Decoder, settings: Optimizer, steps: int, lora: LoRA | None = None):
         add_value_head(model)
-        super().__init__(model, settings, steps)
+        super().__init__(model, settings, steps, lora=lora)
 
 
 class RewardModelScorer(_ValueHead, Scorer):

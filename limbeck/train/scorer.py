@@ -129,10 +129,12 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature, ops = ctx.settings
         grad_hidden_MC = torch.empty_like(hidden_MC)
         precision = torch.promote_types(head_VC.dtype, torch.float32)
-        grad_head_VC = torch.zeros_like(head_VC, dtype=precision)
+        learns_head = ctx.needs_input_grad[1]
+        grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns_head else None
         for part, predictions in _chunks(ops, hidden_MC, head_VC, targets_M, temperature, kept_MK):
             grad_hidden_MC[part] = ops.score_backward(predictions, grad_M[part], needed_M[part], grad_head_VC)
-        return grad_hidden_MC, grad_head_VC.to(head_VC.dtype), None, None, None, None
+        by_head_VC = grad_head_VC.to(head_VC.dtype) if learns_head else None
+        return grad_hidden_MC, by_head_VC, None, None, None, None
 
 
 def _chunks(

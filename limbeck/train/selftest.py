@@ -74,8 +74,8 @@ def _gradient(learner: Learner, batches: Sequence[Batch], loss: Loss, temperatur
         batch = replace(batch, reference_M=batch.logprobs_M)
         logprobs_M, _ = learner.forward(batch, temperature)
         loss(logprobs_M, batch)[0].backward()
-    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
-    learner.model.zero_grad(set_to_none=True)
+    gradients = [p.grad for p in learner.trained.values() if p.grad is not None]
+    learner.optimizer.drop_gradients()
     return gradients
 
 

@@ -98,13 +98,15 @@ class CUDAOps(PlainOps):
         return sampling.score(self._kept(predictions), predictions.targets_R, predictions.temperature)
 
     def score_backward(
-        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor
+        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor | None
     ) -> Tensor:
         """Return the gradient by the hidden states [R, C], and add that by the head to `by_head_VC`."""
         hidden_RC, head_VC, targets_R, temperature, _ = predictions
         by_RV = sampling.score_backward(
             self._kept(predictions), targets_R, grad_R, needed_R, temperature, head_VC.dtype
         )
+        if by_head_VC is None:
+            return torch.mm(by_RV, head_VC)
         if by_RV.dtype == by_head_VC.dtype:
             by_head_VC.addmm_(by_RV.T, hidden_RC)
         else:

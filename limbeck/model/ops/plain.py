@@ -155,7 +155,7 @@ class PlainOps:
         return logprob_R, entropy_R, logprob_R.new_empty(0)
 
     def score_backward(
-        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor
+        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor | None
     ) -> Tensor:
         """Return the gradient by the hidden states [R, C], and add that by the head to `by_head_VC`."""
         hidden_RC, head_VC, targets_R, temperature, _ = predictions
@@ -163,7 +163,8 @@ class PlainOps:
         grad_RV = -_log_softmax(predictions).exp_() * grad_R1
         grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
         grad_RV /= temperature
-        by_head_VC.addmm_(grad_RV.T, hidden_RC.to(grad_RV.dtype))
+        if by_head_VC is not None:
+            by_head_VC.addmm_(grad_RV.T, hidden_RC.to(grad_RV.dtype))
         return torch.mm(grad_RV, head_VC.to(grad_RV.dtype)).to(hidden_RC.dtype)
 
     # ------------------------------------------------------------ the device

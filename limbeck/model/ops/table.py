@@ -131,11 +131,12 @@ class Ops(Protocol):
         """Return the targets' log-probabilities, the entropies, and what `score_backward` needs, all [R]."""
 
     def score_backward(
-        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor
+        self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor | None
     ) -> Tensor:
         """Return the gradient by the hidden states [R, C], and add that by the head to `by_head_VC`.
 
-        `grad_R` is the gradient by the log-probabilities, `needed_R` the last result of `score`.
+        `grad_R` is the gradient by the log-probabilities, `needed_R` the last result of `score`. Without
+        `by_head_VC` the head is frozen.
         """
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:

@@ -24,7 +24,7 @@ from .label import load_labels
 from .outcome import Outcome, outcome
 from .ranking import require_same_vocabulary
 from .rows import given_rows, to_sample
-from .supervised import save_model
+from .supervised import attach_adapters, save_model
 
 SUMS = ("sampled_tokens", "learned_tokens", "flops", "teacher_flops")  # metrics that are summed up
 
@@ -33,6 +33,7 @@ def run(job: Job) -> Outcome:
     """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: Distill = job.stage
     decoder, tokenizer = job.model(stage.model)
+    lora = attach_adapters(job, decoder)
     teachers = {name: _teacher(job, name, tokenizer) for name in dict.fromkeys(stage.teachers.values())}
     rows = _rows(job, tokenizer)
     checkpoint = job.checkpoint()
@@ -41,7 +42,7 @@ def run(job: Job) -> Outcome:
     run_log.drop_last(ROLLOUTS, stage.log_every)
     tasks = job.mixture(stage.problems) if stage.problems else None
     trainer = DistillTrainer(
-        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute),
+        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora),
         teachers=teachers,
         sampler=DistillSampler(
             stage,
@@ -62,7 +63,7 @@ def run(job: Job) -> Outcome:
     checkpoint.finish(trainer.state_dict, run_log)
     if tasks:
         tokenizer.prompt_format = tasks.prompt_format
-    save_model(decoder, tokenizer, job.folder)
+    save_model(decoder, tokenizer, job.folder, lora)
     steps = read_metrics(job.folder)
     total = {name: sum(step[name] for step in steps) for name in SUMS}
     return outcome(

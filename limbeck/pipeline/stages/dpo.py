@@ -23,7 +23,7 @@ from ..job import Job
 from .budget import affordable, budget_of, data_flops, forward_flops
 from .outcome import Outcome
 from .rows import given_rows, preferences, to_sample
-from .supervised import save_model, train
+from .supervised import attach_adapters, save_model, train
 
 
 def run(job: Job) -> Outcome:
@@ -40,11 +40,12 @@ def run(job: Job) -> Outcome:
     plan = plan_by_tokens(samples, stage.epochs, stage.batch_tokens, job.seed)
     sampled = cited_rows(*stage.pairs)
     plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reference_flops)
-    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
+    lora = attach_adapters(job, decoder)
+    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), lora)
     loss = DPO(stage.beta, stage.normalized)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every, loss))
     tokenizer.prompt_format = format_of_rows(rows)
-    save_model(decoder, tokenizer, job.folder)
+    save_model(decoder, tokenizer, job.folder, lora)
     result["flops"] += reference_flops
     result["notes"] |= {"pairs": len(samples) // 2, "data_flops": data_flops(job, sampled)}
     return result

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ...config.recipe import Load
-from ...model import weights
+from ...model import peft, weights
 from ...text.tokenizer import Tokenizer
 from ...train.overflow import finite, spoiled
 from ...types import LimbeckError
@@ -17,8 +17,8 @@ from .supervised import save_model
 
 
 def run(job: Job) -> Outcome:
-    """Read a model directory or a GGUF file, check it, reduce the model to `layers` layers if that is set,
-    and save it.
+    """Read a model directory or a GGUF file, merge the adapter if one is set, check the model, reduce it to
+    `layers` layers if that is set, and save it.
 
     Raises LimbeckError if the tokenizer has more tokens than the model's vocabulary, or a weight is not
     finite.
@@ -32,6 +32,8 @@ def run(job: Job) -> Outcome:
             f"{source}: the tokenizer knows {tokenizer.size} tokens, the model only "
             f"{decoder.config.vocab_size}; they are not of one model"
         )
+    if stage.adapter:
+        peft.merge(decoder, Path(stage.adapter))
     if not finite(decoder.parameters()):
         name = spoiled(decoder.named_parameters())
         raise LimbeckError(f"{source}: the weight {name} is not finite; copy the model again from its source")

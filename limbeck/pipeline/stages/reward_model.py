@@ -22,7 +22,7 @@ from .calibrate import MIN_PAIRS
 from .outcome import Outcome
 from .rewards import MEASURED, VALUE
 from .rows import preferences
-from .supervised import save_model, train
+from .supervised import attach_adapters, save_model, train
 
 
 def run(job: Job) -> Outcome:
@@ -41,7 +41,8 @@ def run(job: Job) -> Outcome:
         )
     samples = to_samples(tokenizer, learned)
     plan = plan_by_count(len(learned), stage.epochs, stage.batch_pairs, job.seed)
-    learner = RewardModelLearner(decoder, stage.optimizer, len(plan))
+    lora = attach_adapters(job, decoder)
+    learner = RewardModelLearner(decoder, stage.optimizer, len(plan), lora)
     trainer = SFTTrainer(
         learner, samples, plan, stage.batch_tokens, stage.log_every, BradleyTerry(), frozenset(["entropy"])
     )
@@ -49,7 +50,7 @@ def run(job: Job) -> Outcome:
     measured = _measure(learner, samples, to_samples(tokenizer, held_out))
     save_file({"value.weight": decoder.value.weight.detach().contiguous()}, job.folder / VALUE)
     del decoder.value
-    save_model(decoder, tokenizer, job.folder)
+    save_model(decoder, tokenizer, job.folder, lora)
     write(job.folder / MEASURED, json.dumps(measured, indent=2) + "\n")
     result["notes"] = {"parameters": decoder.config.parameters, "pairs": len(learned), **measured}
     return result

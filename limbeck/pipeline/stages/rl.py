@@ -8,6 +8,7 @@ from dataclasses import replace
 from ...config.recipe import RL
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
+from ...model.lora import LoRA
 from ...run_log import ROLLOUTS, read_metrics
 from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
@@ -18,13 +19,14 @@ from ..job import Job
 from .budget import budget_of
 from .outcome import Outcome, outcome
 from .rewards import learned_rewards
-from .supervised import save_model
+from .supervised import attach_adapters, save_model
 
 
 def run(job: Job) -> Outcome:
     """Train from the last checkpoint to the end, save the model, and return the costs summed over the log."""
     stage: RL = job.stage
     decoder, tokenizer = job.model(stage.model)
+    lora = attach_adapters(job, decoder)
     updates = stage.steps * stage.policy.updates_per_rollout
     sampling = replace(to_sampling_params(stage.sampling), keep_mask=stage.policy.keep_sampling_mask)
     tasks = job.mixture(stage.problems, stage.rewards)
@@ -33,14 +35,14 @@ def run(job: Job) -> Outcome:
     run_log = job.record(state["step"] if state else 0, stage.steps)
     run_log.drop_last(ROLLOUTS, stage.log_every)
     trainer = GRPOTrainer(
-        learner=Learner(decoder, stage.optimizer, updates, stage.recompute),
+        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora),
         engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
         rewards=learned_rewards(job, tasks, sampling),
         settings=stage,
         seed=job.seed,
         log=TrainingLog(run_log, stage, budget_of(job)),
         checkpoint=checkpoint,
-        reference=Scorer(job.model(stage.model)[0]) if stage.policy.kl_coef else None,
+        reference=_reference(job, lora),
         alarms=AlarmMonitor(stage, job.name, job.problems),
         tell=job.tell,
     )
@@ -50,7 +52,7 @@ def run(job: Job) -> Outcome:
     trainer.train()
     checkpoint.finish(trainer.state_dict, run_log)
     tokenizer.prompt_format = tasks.prompt_format
-    save_model(decoder, tokenizer, job.folder)
+    save_model(decoder, tokenizer, job.folder, lora)
     return _summarize(job, decoder.config.parameters)
 
 
@@ -64,3 +66,14 @@ def _summarize(job: Job, parameters: int) -> Outcome:
     alarms = Counter(alarm for step in steps for alarm in step.get("alarms", ()))
     flops = sum(step["flops"] for step in steps)
     return outcome(tokens, flops, parameters=parameters, alarms=dict(alarms))
+
+
+def _reference(job: Job, lora: LoRA | None) -> Scorer | None:
+    """Return the frozen model of the KL term, None without one. A reference that stays the base of adapters
+    shares its weights; one that follows the policy needs weights of its own."""
+    policy = job.stage.policy
+    if not policy.kl_coef:
+        return None
+    if lora and not policy.reference_every:
+        return Scorer(lora.base())
+    return Scorer(job.model(job.stage.model)[0])

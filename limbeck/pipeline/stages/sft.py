@@ -12,7 +12,7 @@ from ..job import Job
 from .budget import affordable, budget_of, data_flops
 from .outcome import Outcome
 from .rows import Row, given_rows, to_sample
-from .supervised import save_model, train
+from .supervised import attach_adapters, save_model, train
 
 
 def run(job: Job) -> Outcome:
@@ -25,10 +25,11 @@ def run(job: Job) -> Outcome:
         raise LimbeckError(f"there are no rows to learn from; {', '.join(stage.rows)} kept none")
     plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
     plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
-    learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute)
+    lora = attach_adapters(job, decoder)
+    learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute, lora)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every))
     tokenizer.prompt_format = format_of_rows(rows)
-    save_model(decoder, tokenizer, job.folder)
+    save_model(decoder, tokenizer, job.folder, lora)
     result["notes"] |= {"rows": len(samples), "data_flops": data_flops(job, stage.rows)}
     return result
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ...model import weights
+from ...model import peft, weights
 from ...model.decoder import Decoder
+from ...model.lora import LoRA
 from ...run_log import METRICS
 from ...text.tokenizer import Tokenizer
 from ...train.sft import SFTTrainer
@@ -33,11 +34,19 @@ def train(job: Job, trainer: SFTTrainer) -> Outcome:
     return outcome(tokens, flops, parameters=config.parameters)
 
 
-def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+def attach_adapters(job: Job, decoder: Decoder) -> LoRA | None:
+    """Attach the adapters that the stage's setting `lora` asks for; None without the setting."""
+    settings = job.stage.lora
+    return LoRA(decoder, settings, job.seed) if settings else None
+
+
+def save_model(decoder: Decoder, tokenizer: Tokenizer, folder: Path, lora: LoRA | None = None) -> None:
     """Write the weights, the configuration and the tokenizer to `model/` in the folder, replacing what was
-    there."""
+    there. With `lora`, the weights are the merged ones, and the adapters are written to `adapter/`."""
     directory = folder / "model"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     weights.save(decoder, directory, tokenizer)
     tokenizer.save(directory)
+    if lora:
+        peft.save(lora, folder / "adapter")
