@@ -60,7 +60,8 @@ class CUDAOps(PlainOps):
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
     ) -> Tensor:
         """Return causal attention within whole sequences, [N, H, D]."""
-        return _Attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, self._attention)
+        attend = _Attend32 if q_NHD.dtype == torch.float32 else _Attend
+        return attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, self._attention)
 
     def _attention(
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
@@ -158,6 +159,8 @@ class FastCUDAOps(CUDAOps):
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
+        if q_NHD.dtype == torch.float32:
+            return super()._attention(layer, q_NHD, pool, plan)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q_NHD,
             *pool,
@@ -313,3 +316,25 @@ class _Attend(torch.autograd.Function):
         )
         by_k, by_v = (plan.gather_gradient(by, tokens) for by in (by_keys, by_values))
         return by_q, by_k, by_v, None, None, None
+
+
+class _Attend32(torch.autograd.Function):
+    """Causal attention in float32, whose gradient torch's flash kernel does not compute: it is that of the
+    padded sequences."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layer, sequences, attend):
+        """Return the mixed values [N, H, D]."""
+        ctx.save_for_backward(q, k, v)
+        ctx.settings = layer, sequences
+        plan = sequences.plan
+        return attend(layer, q.contiguous(), (plan.keys(k), plan.keys(v)), plan)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Return the gradients by q [N, H, D], and by k and v [N, K, D]."""
+        layer, sequences = ctx.settings
+        qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            mixed = sequences.attend_padded(layer, *qkv)
+        return *torch.autograd.grad(mixed, qkv, grad), None, None, None
