@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cuda import attention, products, rowwise, sampling
 from .plain import PlainOps, exclude
@@ -320,7 +321,8 @@ class _Attend(torch.autograd.Function):
 
 class _Attend32(torch.autograd.Function):
     """Causal attention in float32, whose gradient torch's flash kernel does not compute: it is that of the
-    padded sequences."""
+    padded sequences, by plain matrix products. torch's third kernel, the memory-efficient one, is left out:
+    with it a gradient was not finite (LOG.md, 2026-11-27)."""
 
     @staticmethod
     def forward(ctx, q, k, v, layer, sequences, attend):
@@ -335,6 +337,6 @@ class _Attend32(torch.autograd.Function):
         """Return the gradients by q [N, H, D], and by k and v [N, K, D]."""
         layer, sequences = ctx.settings
         qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             mixed = sequences.attend_padded(layer, *qkv)
         return *torch.autograd.grad(mixed, qkv, grad), None, None, None
