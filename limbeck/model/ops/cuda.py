@@ -1,8 +1,9 @@
 """The operations of a decoder on an NVIDIA card, in Triton: results that do not depend on the batch.
 
 Sampler and learner run the same forward kernels, so a token's log-probability has the same bits in both.
-Backward passes need to be deterministic only, and leave products to cuBLAS and attention to torch's flash
-kernel. N tokens · C hidden size · O outputs · H heads · K key/value heads · D head size · V vocabulary.
+Backward passes need to be deterministic only, and leave products to cuBLAS and attention to torch: its flash
+kernel in 16 bits, its attention over padded sequences in float32. N tokens · C hidden size · O outputs · H
+heads · K key/value heads · D head size · V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cuda import attention, products, rowwise, sampling
-from .plain import PlainOps, exclude
+from .plain import HALF, PlainOps, exclude
 from .table import Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ class FastCUDAOps(CUDAOps):
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
+        if q_NHD.dtype not in HALF:
+            return super()._attention(layer, q_NHD, pool, plan)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q_NHD,
             *pool,
@@ -282,15 +285,19 @@ class _Attend(torch.autograd.Function):
             out, lse = attend(layer, q, (keys, values), plan)
             if kept is not None:
                 kept.append((out.detach(), lse))  # `out` itself would keep its graph alive
-        ctx.save_for_backward(q, keys, values, out, lse)
+        ctx.flash = q.dtype in HALF
+        ctx.save_for_backward(*((q, keys, values, out, lse) if ctx.flash else (q, k, v)))
         ctx.settings = plan, layer, len(k)
+        ctx.sequences = sequences
         return out
 
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients by q [N, H, D], and by k and v [N, K, D]."""
-        q, keys, values, out, lse = ctx.saved_tensors
         plan, layer, tokens = ctx.settings
+        if not ctx.flash:
+            return *_padded_gradients(layer, ctx.sequences, grad, *ctx.saved_tensors), None, None, None
+        q, keys, values, out, lse = ctx.saved_tensors
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         by_q, by_keys, by_values = torch.ops.aten._flash_attention_backward(
             grad.contiguous(),
@@ -311,3 +318,14 @@ class _Attend(torch.autograd.Function):
         )
         by_k, by_v = (plan.gather_gradient(by, tokens) for by in (by_keys, by_values))
         return by_q, by_k, by_v, None, None, None
+
+
+def _padded_gradients(
+    layer: Layer, sequences: Sequences, grad: Tensor, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients by q [N, H, D], and by k and v [N, K, D], by torch: torch's flash kernel takes 16
+    bits only."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD)]
+        mixed_NHD = sequences.attend_padded(layer, *inputs)
+    return torch.autograd.grad(mixed_NHD, inputs, grad)
