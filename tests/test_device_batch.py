@@ -88,13 +88,15 @@ def test_the_cpu_engine_s_tokens_in_every_family(decoder, tokenizer, family):
     assert engine._device_batch.pool.free == engine._device_batch.pool.count
 
 
-@pytest.mark.parametrize("mode", [*MODES, "forced", "stopped", "all"])
+@pytest.mark.parametrize("mode", [*MODES, "forced", "stopped", "everything"])
 def test_the_cpu_engine_s_sampling(decoder, tokenizer, mode):
     say = int(tokenizer.prompt("say")[-1]) if mode not in MODES else 0
     others = {
         "forced": SamplingParams(0.7, 1.0, 20, force={say: say + 1, tokenizer.end_id: say}),
         "stopped": SamplingParams(1.0, 1.0, 20, stop_ids=(say, say + 2)),
-        "all": SamplingParams(0.7, 0.8, 20, keep_mask=False, force={say: say + 1}, stop_ids=(say + 3,)),
+        "everything": SamplingParams(
+            0.7, 0.8, 20, keep_mask=False, force={say: say + 1}, stop_ids=(say + 3,)
+        ),
     }
     sampling = MODES[mode] if mode in MODES else others[mode]
     model = decoder(torch.float64)
@@ -157,6 +159,7 @@ def test_each_row_ends_at_its_own_limit(decoder, tokenizer):
         ended = []
         while batch.busy:
             ended += batch.step()
+    assert batch.sampled_tokens == 1 + 17 + 30
     assert sorted((s.problem, len(s.tokens)) for s in ended) == [(0, 1), (1, 17), (2, 30)]
     assert batch.pool.free == batch.pool.count
 
@@ -203,6 +206,8 @@ def test_what_a_card_has_no_room_for_is_said(decoder, tokenizer):
     engine = device_engine(model, tokenizer, 4, Card(10_000))
     with pytest.raises(LimbeckError, match=r"max_new_tokens: 4 completions of a prompt of \d+ tokens need 0"):
         engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=64), 0)
+    with pytest.raises(LimbeckError, match="sampling.presence_penalty: rollouts on a GPU do not apply it"):
+        engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=4, presence_penalty=0.5), 0)
     with pytest.raises(LimbeckError, match="speculate: drafts are verified on the CPU only"):
         Engine(use(decoder(predicted=1), PlainOps()), tokenizer, speculate=True)
 

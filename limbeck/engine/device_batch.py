@@ -94,15 +94,17 @@ class RowState:
 
 @dataclass
 class Row:
-    """What the host knows of a row: its sequence, its blocks, and how many tokens it may still sample.
+    """What the host knows of a row: its sequence, its blocks, its tokens at the last look, and at most.
 
-    `kept_ids` has for each token the ids inside top-p, `prompt_routes` [N, L, K] the experts of the prompt.
+    `kept_ids` has for each token the ids that sampling left, `prompt_routes` [N, L, K] the experts that the
+    prompt's tokens chose.
     """
 
     problem: int
     sample: int
     blocks: list[int]
-    remaining: int
+    limit: int
+    sampled: int = 0
     kept_ids: list[np.ndarray] = field(default_factory=list)
     prompt_routes: np.ndarray | None = None
 
@@ -115,7 +117,6 @@ class DeviceBatch:
     pool take what rows that have ended still write.
     """
 
-    sampled_tokens = 0  # tokens of the sequences that have ended, for the display of progress
     drafted = 0
     accepted = 0
 
@@ -148,11 +149,12 @@ class DeviceBatch:
         self.cache = PagedCache(model.config, weight.dtype, self.device, spare + blocks)
         self.state = RowState.new(model, rows, sampling.max_new_tokens, width)
         self.rows: list[Row] = []
+        self.sampled_tokens = 0  # of all rows, at the last look
         self._make_constants(rows)
         self._steps: dict[int, Callable[[], None]] = {}
 
     def _make_constants(self, rows: int) -> None:
-        """Make the tensors of a step that stay the same, and room for the masks of top-p."""
+        """Make the tensors of a step that stay the same, and room for the ids that are left."""
         sampling = self.sampling
         vocabulary = self.model.config.vocab_size
         stops_V = torch.zeros(max(vocabulary, *self.stop_token_ids) + 1, dtype=torch.bool)
@@ -160,8 +162,7 @@ class DeviceBatch:
         self.is_stop_V = stops_V.to(self.device)
         self._trash_B = torch.arange(rows, device=self.device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        keeps = sampling.keep_mask and sampling.excludes
-        mask = (rows if keeps else 0, vocabulary)
+        mask = (rows if sampling.keep_mask and sampling.excludes else 0, vocabulary)
         self._mask_BV = torch.zeros(mask, dtype=torch.bool, device=self.device)
 
     @property
@@ -338,15 +339,17 @@ class DeviceBatch:
         step = self._steps.get(rows)
         if step is None:
             step = self._steps[rows] = self.capture(rows)
-        count = min(self.poll, max(row.remaining for row in self.rows))
+        count = min(self.poll, max(row.limit - row.sampled for row in self.rows))
         for _ in range(count):
             step()
-        for row in self.rows:
-            row.remaining -= count
         if len(self._mask_BV):
             for row, kept_V in zip(self.rows, self._mask_BV.cpu().numpy(), strict=False):
                 row.kept_ids.append(kept_V.nonzero()[0])
-        return self._remove_finished()
+        finished = self._remove_finished()
+        for row in self.rows:  # those that go on have sampled in every step
+            row.sampled += count
+        self.sampled_tokens += count * self.busy
+        return finished
 
     def capture(self, rows: int) -> Callable[[], None]:
         """Return a function that runs a step of the first `rows` rows, as cheaply as the device can."""
@@ -417,7 +420,7 @@ class DeviceBatch:
     ) -> FinishedSequence:
         """Release a row's blocks and return its sequence, of arrays [T], [T] and [T, L, K]."""
         self.pool.release(row.blocks)
-        self.sampled_tokens += length
+        self.sampled_tokens += length - row.sampled
         chosen = None
         if row.prompt_routes is not None:
             chosen = np.concatenate([row.prompt_routes, routes[: length - 1]])

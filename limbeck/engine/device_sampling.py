@@ -14,16 +14,16 @@ from ..model.ops import Ops
 from ..types import LimbeckError
 from .sampling import Draw, SamplingParams, likely
 
-PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+SUPPORTED = {"temperature", "top_p", "top_k", "min_p", "max_new_tokens", "keep_mask", "force", "stop_ids"}
 
 
 def check(params: SamplingParams) -> None:
     """Raise LimbeckError if the parameters ask for what `draw_on_device` does not do."""
     for field in fields(params):
         default = field.default if field.default is not MISSING else field.default_factory()
-        if field.name in PENALTIES and getattr(params, field.name) != default:
+        if field.name not in SUPPORTED and getattr(params, field.name) != default:
             raise LimbeckError(
-                f"sampling.{field.name}: rollouts on a GPU know no penalties; leave it out, or run on the CPU"
+                f"sampling.{field.name}: rollouts on a GPU do not apply it; leave it out, or run on the CPU"
             )
 
 
@@ -38,29 +38,31 @@ def draw_on_device(
     open_BV = logits_BV
     kept_BV = None
     if params.excludes:
-        kept_BV = _left(torch.log_softmax(logits_BV / temperature, -1), params, ops)
+        kept_BV = _kept(torch.log_softmax(logits_BV / temperature, -1), params, ops)
         open_BV = logits_BV.masked_fill(~kept_BV, float("-inf"))
     tokens_B, logprobs_B = ops.draw(open_BV, uniform_B, temperature)
     for after, forced in params.force.items():
         tokens_B = tokens_B.masked_fill(previous_B == after, forced)
-    if params.force or (kept_BV is not None and not params.keep_mask):
+    if params.force or (params.excludes and not params.keep_mask):
         scored_BV = open_BV if params.keep_mask else logits_BV
         logprobs_B = ops.logprob(scored_BV, tokens_B, temperature)
     return Draw(tokens_B, logprobs_B, kept_BV if params.keep_mask else None)
 
 
-def _left(logprobs_BV: Tensor, params: SamplingParams, ops: Ops) -> Tensor:
-    """Return the mask [B, V] of the tokens that min-p, top-k and top-p leave."""
+def _kept(logprobs_BV: Tensor, params: SamplingParams, ops: Ops) -> Tensor:
+    """Return the mask [B, V] of the tokens that top-p, top-k and min-p leave."""
     kept_BV = likely(logprobs_BV, params)
-    if params.top_p == 1:
-        return kept_BV
+    if params.top_p >= 1:
+        return torch.ones_like(logprobs_BV, dtype=torch.bool) if kept_BV is None else kept_BV
+    probabilities_BV = logprobs_BV.exp()
     if kept_BV is None:
-        return nucleus(logprobs_BV.exp(), params.top_p, ops)
-    open_BV = logprobs_BV.masked_fill(~kept_BV, float("-inf"))
-    return kept_BV & nucleus(torch.softmax(open_BV, -1), params.top_p, ops)
+        return _nucleus(probabilities_BV, params.top_p, ops)
+    probabilities_BV = probabilities_BV * kept_BV
+    probabilities_BV = probabilities_BV / ops.cumulate(probabilities_BV)[:, -1:]
+    return kept_BV & _nucleus(probabilities_BV, params.top_p, ops)
 
 
-def nucleus(probabilities_BV: Tensor, top_p: float, ops: Ops) -> Tensor:
+def _nucleus(probabilities_BV: Tensor, top_p: float, ops: Ops) -> Tensor:
     """Return the mask [B, V] of the smallest set of most likely tokens whose total probability reaches
     `top_p`: all tokens are sorted, so that the host need not look whether a few were enough."""
     sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)

@@ -101,11 +101,11 @@ class Engine:
         """
         prompts = [self._prompt(problem, sampling) for problem in problems]
         waiting = deque(range(len(problems)))
-        rows = max(group_size, min(self.rows, group_size * len(prompts)))
-        batch = self._new_batch(sampling, rows, max(map(len, prompts), default=0))
+        rows = len(problems) * group_size
+        most = max(group_size, min(self.rows, rows))
+        batch = self._new_batch(sampling, most, max(map(len, prompts), default=0))
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
-        total = len(problems) * group_size
-        with phase("sampling", "problems", len(problems)) as groups, phase("", "rows", total) as sampled:
+        with phase("sampling", "problems", len(problems)) as groups, phase("", "rows", rows) as sampled:
             while waiting or batch.busy:
                 admitted = self._next_problems(waiting, batch, prompts, group_size)
                 if admitted:
