@@ -14,9 +14,10 @@ from fake_device import NAME, fake_device
 from safetensors import safe_open
 from tiny import Silent, answer
 
-from limbeck.cli import doctor
+from limbeck.cli import doctor, evaluation
 from limbeck.cli.ask import stream_answer
 from limbeck.config.load import load
+from limbeck.config.recipe import Evaluate, Miniature
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
@@ -383,6 +384,18 @@ def test_a_question_is_answered_on_a_device(decoder, tokenizer, tmp_path):
     assert "".join(stream_answer(tmp_path, "1 + 1", sampling, 0, "plain"))
     with pytest.raises(LimbeckError, match="--device cuda:9"):
         next(stream_answer(tmp_path, "1 + 1", sampling, 0, "cuda:9"))
+
+
+def test_an_evaluation_without_a_run_takes_a_device(decoder, tokenizer, tmp_path):
+    weights.save(decoder(), tmp_path, tokenizer)
+    settings = Evaluate(
+        kind="evaluate", models=["model"], problems=["clock"], prompts=4, modes=["greedy"], max_new_tokens=8
+    )
+    test = evaluation._Test(settings, {"clock": Miniature(source="miniature")}, "0/evaluation")
+    on_cpu, on_plain = (evaluation._measure("m", tmp_path, test, device) for device in ("cpu", "plain"))
+    assert on_cpu["sources"] == on_plain["sources"]
+    with pytest.raises(LimbeckError, match="--device cuda:9"):
+        evaluation._measure("m", tmp_path, test, "cuda:9")
 
 
 def test_a_stored_dtype_is_that_of_the_weights(decoder, tokenizer, tmp_path):
