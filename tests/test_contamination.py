@@ -190,7 +190,7 @@ def test_a_run_leaves_planted_rows_out_lists_them_and_keys_them(tmp_path):
 
     first, err = run("mine")
     assert first["rows"].manifest["decontamination"] == {"against": {"mine": 2}, "checked": 31, "dropped": {}}
-    assert "leaves" not in err
+    assert "rows: leaves" not in err
     second, err = run("mine, clock")
     finding = second["rows"].manifest["decontamination"]
     planted = {f"mine/{i}" for i in (31, 32, 33)} - {
