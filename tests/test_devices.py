@@ -25,7 +25,7 @@ from limbeck.model.ops import devices
 from limbeck.pipeline.graph import Node
 from limbeck.pipeline.job import Job
 from limbeck.pipeline.run import Run
-from limbeck.pipeline.stage_device import note_device, remedies
+from limbeck.pipeline.stage_device import device_memory, note_device, remedies
 from limbeck.pipeline.stages import STAGES
 from limbeck.pipeline.worker import TEMPORARY_FAILURE, run_job
 from limbeck.run_log import read_metrics
@@ -271,6 +271,12 @@ def failing(monkeypatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setitem(STAGES, "pretrain", fail)
+
+
+def test_a_manifest_tells_the_memory_of_a_card_and_nothing_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "peak_bytes", lambda name: 7)
+    assert device_memory(ready(tmp_path)) == {}
+    assert device_memory(ready(tmp_path, device="cuda:0")) == {"device_memory_bytes": 7}
 
 
 def test_a_full_card_is_one_sentence_with_what_helps_and_can_go_on(tmp_path, monkeypatch):
