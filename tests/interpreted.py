@@ -215,11 +215,13 @@ def test_the_engine_and_the_learner_of_a_card(decoder, tokenizer, family, top_p)
         near(found, batch.logprobs_M, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_the_learner_s_gradients(decoder, tokenizer, family):
-    """In float32: in bf16 attention's backward pass is torch's flash attention, which a CPU does not have."""
-    sizes = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "before"}}
+@pytest.mark.parametrize("recompute", [False, "keep_attention"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "windows"])
+def test_the_learner_s_gradients_in_float32(decoder, tokenizer, family, recompute):
+    """Attention's backward pass in 16 bits is torch's flash attention, which a CPU does not have."""
+    sizes = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "before"}, "windows": {"windows": (5, 0)}}
     model = decoder(**sizes.get(family, {}), head_dim=16)
+    model.recompute = recompute
     groups = Engine(model, tokenizer).rollout(PROBLEMS[:2], 2, SamplingParams(max_new_tokens=6), 1)
     batches = pack(to_samples(groups, [[1.0, -1.0]] * 2, False), 4096)
 
@@ -231,6 +233,6 @@ def test_the_learner_s_gradients(decoder, tokenizer, family):
             (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    found = gradients(CUDAOps())
+    found = gradients(Interpreted())
     for name, gradient in gradients(PlainOps()).items():
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name

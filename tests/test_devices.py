@@ -14,9 +14,10 @@ from fake_device import NAME, fake_device
 from safetensors import safe_open
 from tiny import Silent, answer
 
-from limbeck.cli import doctor
+from limbeck.cli import doctor, evaluation
 from limbeck.cli.ask import stream_answer
 from limbeck.config.load import load
+from limbeck.config.recipe import Evaluate, Miniature
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
@@ -24,7 +25,7 @@ from limbeck.model.ops import devices
 from limbeck.pipeline.graph import Node
 from limbeck.pipeline.job import Job
 from limbeck.pipeline.run import Run
-from limbeck.pipeline.stage_device import note_device, remedies
+from limbeck.pipeline.stage_device import device_memory, note_device, remedies
 from limbeck.pipeline.stages import STAGES
 from limbeck.pipeline.worker import TEMPORARY_FAILURE, run_job
 from limbeck.run_log import read_metrics
@@ -272,6 +273,12 @@ def failing(monkeypatch, error: BaseException) -> None:
     monkeypatch.setitem(STAGES, "pretrain", fail)
 
 
+def test_a_manifest_tells_the_memory_of_a_card_and_nothing_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "peak_bytes", lambda name: 7)
+    assert device_memory(ready(tmp_path)) == {}
+    assert device_memory(ready(tmp_path, device="cuda:0")) == {"device_memory_bytes": 7}
+
+
 def test_a_full_card_is_one_sentence_with_what_helps_and_can_go_on(tmp_path, monkeypatch):
     failing(monkeypatch, torch.OutOfMemoryError(FULL))
     event = run_job(ready(tmp_path))
@@ -383,6 +390,18 @@ def test_a_question_is_answered_on_a_device(decoder, tokenizer, tmp_path):
     assert "".join(stream_answer(tmp_path, "1 + 1", sampling, 0, "plain"))
     with pytest.raises(LimbeckError, match="--device cuda:9"):
         next(stream_answer(tmp_path, "1 + 1", sampling, 0, "cuda:9"))
+
+
+def test_an_evaluation_without_a_run_takes_a_device(decoder, tokenizer, tmp_path):
+    weights.save(decoder(), tmp_path, tokenizer)
+    settings = Evaluate(
+        kind="evaluate", models=["model"], problems=["clock"], prompts=4, modes=["greedy"], max_new_tokens=8
+    )
+    test = evaluation._Test(settings, {"clock": Miniature(source="miniature")}, "0/evaluation")
+    on_cpu, on_plain = (evaluation._measure("m", tmp_path, test, device) for device in ("cpu", "plain"))
+    assert on_cpu["sources"] == on_plain["sources"]
+    with pytest.raises(LimbeckError, match="--device cuda:9"):
+        evaluation._measure("m", tmp_path, test, "cuda:9")
 
 
 def test_a_stored_dtype_is_that_of_the_weights(decoder, tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import MODEL, RUNS, AsJson, Home, find_recipe, load_recipe, open_model, print_json, usage_error
+from .options import (
+    MODEL,
+    RUNS,
+    AsJson,
+    Device,
+    Home,
+    find_recipe,
+    load_recipe,
+    open_model,
+    print_json,
+    usage_error,
+)
 
 if TYPE_CHECKING:
     from ..config.recipe import Evaluate, Problems
@@ -19,6 +31,7 @@ app = typer.Typer()
 
 MODES = ("t1", "t06", "greedy", "pass@8")
 ANSWERS = ("tags", "boxed", "final")
+KEPT = {"problems", "prompts", "samples", "modes", "max_new_tokens", "precision", "exact"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ def evaluate(
         str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
     ] = "boxed",
     runs: Home = RUNS,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's accuracy on held-out problems, with 95 % intervals. Nothing is stored.
@@ -67,7 +81,7 @@ def evaluate(
     else:
         test = _of_recipe(problems, changes)
     found = open_model(model, runs)
-    result = _measure(found.title, found.directory(), test)
+    result = _measure(found.title, found.directory(), test, device)
     if as_json:
         print_json(result)
         return
@@ -94,7 +108,7 @@ def _of_recipe(name: str, changes: dict[str, Any]) -> _Test:
     Raises a usage error for a recipe without problems.
     """
     from ..config.recipe import Evaluate
-    from ..pipeline.graph import resolve_paths
+    from ..pipeline.graph import resolve_paths, with_defaults
 
     path = find_recipe(name)
     recipe = load_recipe(path, [], False)
@@ -103,7 +117,7 @@ def _of_recipe(name: str, changes: dict[str, Any]) -> _Test:
     if not recipe.problems:
         raise usage_error(f"{path} has no problems to ask")
     for key, stage in stages.items():
-        kept = stage.model_dump(include={"problems", "prompts", "samples", "modes", "max_new_tokens"})
+        kept = with_defaults(recipe, stage).model_dump(include=KEPT)
         return _Test(_settings(kept.pop("problems"), kept | changes), recipe.problems, f"{recipe.seed}/{key}")
     return _Test(_settings(list(recipe.problems), changes), recipe.problems, f"{recipe.seed}/evaluation")
 
@@ -118,9 +132,10 @@ def _settings(sources: list[str], changes: dict[str, Any]) -> Evaluate:
     return Evaluate(kind="evaluate", models=["model"], problems=sources, **changes)
 
 
-def _measure(title: str, directory: Path, test: _Test) -> dict[str, Any]:
-    """Return the evaluation of the model in `directory`, as an `evaluate` stage would write it."""
+def _measure(title: str, directory: Path, test: _Test, device: str) -> dict[str, Any]:
+    """Return the evaluation of the model in `directory`, as an `evaluate` stage writes it on a device."""
     from ..pipeline.job import Job
+    from ..pipeline.stage_device import ready_device
     from ..pipeline.stages import evaluate as stage
 
     with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
@@ -131,7 +146,9 @@ def _measure(title: str, directory: Path, test: _Test) -> dict[str, Any]:
         folder = home / "output"
         folder.mkdir()
         asked = {name: test.problems[name] for name in test.settings.problems}
-        stage.run(Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder))
+        job = Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder, device=device)
+        with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
+            stage.run(ready)
         return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
 

@@ -72,6 +72,14 @@ def note_device(job: Job, tell: Tell) -> dict[str, Any]:
     return {} if device == CPU else {"device": device}
 
 
+def device_memory(job: Job) -> dict[str, int]:
+    """Return the most bytes of a card's memory that the stage had in use, for its manifest; nothing without a
+    card."""
+    from ..model.ops import devices
+
+    return {"device_memory_bytes": devices.peak_bytes(job.device)} if devices.is_card(job.device) else {}
+
+
 def devices_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the devices that an artifact was computed on, in order, from its manifest."""
     device = dict(manifest.get("device", CPU))

@@ -34,7 +34,7 @@ from . import continuation
 from .continuation import KERNELS
 from .job import Job
 from .review.curate import Waiting
-from .stage_device import device_failure, note_device, ready_device
+from .stage_device import device_failure, device_memory, note_device, ready_device
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 TEMPORARY_FAILURE = 75  # exit code (sysexits.h, EX_TEMPFAIL) of a stage that can go on
@@ -186,7 +186,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
             outcome = STAGES[job.stage.kind](replace(job, tell=tell))
             with phase("writing to disk"):
                 sync_below(job.folder)
-        usage = _usage(began, cpu_began)
+        usage = {**_usage(began, cpu_began), **device_memory(job)}
         outcome = {**outcome, **usage, "kernels": kernels, **device}
         if continued:
             outcome["continued"] = continued

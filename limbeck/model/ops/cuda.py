@@ -1,8 +1,9 @@
 """The operations of a decoder on an NVIDIA card, in Triton: results that do not depend on the batch.
 
 Sampler and learner run the same forward kernels, so a token's log-probability has the same bits in both.
-Backward passes need to be deterministic only, and leave products to cuBLAS and attention to torch's flash
-kernel. N tokens · C hidden size · O outputs · H heads · K key/value heads · D head size · V vocabulary.
+Backward passes need to be deterministic only, and leave products to cuBLAS and attention to torch: its flash
+kernel in 16 bits, its attention over padded sequences in float32. N tokens · C hidden size · O outputs · H
+heads · K key/value heads · D head size · V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cuda import attention, products, rowwise, sampling
-from .plain import PlainOps, exclude
+from .plain import HALF, PlainOps, exclude
 from .table import Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class FastCUDAOps(CUDAOps):
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
-        if q_NHD.dtype == torch.float32:
+        if q_NHD.dtype not in HALF:
             return super()._attention(layer, q_NHD, pool, plan)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q_NHD,
@@ -288,15 +289,19 @@ class _Attend(torch.autograd.Function):
             out, lse = attend(layer, q, (keys, values), plan)
             if kept is not None:
                 kept.append((out.detach(), lse))  # `out` itself would keep its graph alive
-        ctx.save_for_backward(q, keys, values, out, lse)
+        ctx.flash = q.dtype in HALF
+        ctx.save_for_backward(*((q, keys, values, out, lse) if ctx.flash else (q, k, v)))
         ctx.settings = plan, layer, len(k)
+        ctx.sequences = sequences
         return out
 
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients by q [N, H, D], and by k and v [N, K, D]."""
-        q, keys, values, out, lse = ctx.saved_tensors
         plan, layer, tokens = ctx.settings
+        if not ctx.flash:
+            return *_padded_gradients(layer, ctx.sequences, grad, *ctx.saved_tensors), None, None, None
+        q, keys, values, out, lse = ctx.saved_tensors
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         by_q, by_keys, by_values = torch.ops.aten._flash_attention_backward(
             grad.contiguous(),
@@ -319,24 +324,13 @@ class _Attend(torch.autograd.Function):
         return by_q, by_k, by_v, None, None, None
 
 
-class _Attend32(torch.autograd.Function):
-    """Causal attention in float32, whose gradient torch's flash kernel does not compute: it is that of the
-    padded sequences, by plain matrix products. torch's third kernel, the memory-efficient one, is left out:
-    with it a gradient was not finite (LOG.md, 2026-11-27)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, layer, sequences, attend):
-        """Return the mixed values [N, H, D]."""
-        ctx.save_for_backward(q, k, v)
-        ctx.settings = layer, sequences
-        plan = sequences.plan
-        return attend(layer, q.contiguous(), (plan.keys(k), plan.keys(v)), plan)[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Return the gradients by q [N, H, D], and by k and v [N, K, D]."""
-        layer, sequences = ctx.settings
-        qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            mixed = sequences.attend_padded(layer, *qkv)
-        return *torch.autograd.grad(mixed, qkv, grad), None, None, None
+def _padded_gradients(
+    layer: Layer, sequences: Sequences, grad: Tensor, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients by q [N, H, D], and by k and v [N, K, D], by torch: torch's flash kernel takes 16
+    bits only. Its memory-efficient kernel is left out: with it a gradient was not finite (LOG.md,
+    2026-11-27)."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        inputs = [x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD)]
+        mixed_NHD = sequences.attend_padded(layer, *inputs)
+    return torch.autograd.grad(mixed_NHD, inputs, grad)

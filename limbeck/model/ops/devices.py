@@ -6,6 +6,7 @@ and with torch's operations, for tests.
 
 from __future__ import annotations
 
+import gc
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,6 @@ PLAIN = "plain"
 NAMES = re.compile(r"auto|cpu|plain|mps|cuda(:\d+)?")
 CAPABILITY = (8, 0)  # the least that the kernels need: Ampere, the first cards with bfloat16
 DRIVER = Path("/proc/driver/nvidia/version")
-GIB = 1024**3  # bytes
 
 
 def resolve(name: str) -> str:
@@ -161,6 +161,7 @@ def prepare(name: str) -> None:
 def release() -> None:
     """Give the memory that torch keeps of a card back to it, if this process has used one."""
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -168,12 +169,7 @@ def release() -> None:
 
 def peak_bytes(name: str) -> int:
     """Return the most bytes of a card that this process had in use since `release`."""
-    return torch.cuda.max_memory_allocated(name) if is_card(name) else 0
-
-
-def free_and_total(name: str) -> tuple[int, int]:
-    """Return the free bytes and all bytes of a card's memory."""
-    return torch.cuda.mem_get_info(name)
+    return torch.cuda.max_memory_allocated(name)
 
 
 def out_of_memory(error: BaseException | None) -> bool:
