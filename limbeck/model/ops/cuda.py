@@ -62,8 +62,7 @@ class CUDAOps(PlainOps):
         self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
     ) -> Tensor:
         """Return causal attention within whole sequences, [N, H, D]."""
-        attend = _Attend32 if q_NHD.dtype == torch.float32 else _Attend
-        return attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, self._attention)
+        return _Attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, self._attention)
 
     def _attention(
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
