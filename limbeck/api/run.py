@@ -34,7 +34,7 @@ def run(
     auto: bool = False,
     log: str | Sequence[str] = (),
     display: Display | None = None,
-    device: str = "auto",
+    device: str = "cpu",
     **settings: Any,
 ) -> Run:
     """Execute a recipe and return what it has made. Stages that are already finished are not run again.

@@ -23,7 +23,7 @@ def ask(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: int = 0,
-    device: Device = "auto",
+    device: Device = "cpu",
     top_p: Annotated[
         float, typer.Option(min=0.001, max=1, help="the likeliest tokens with this share")
     ] = 0.95,

@@ -63,7 +63,7 @@ def evaluate(
         str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
     ] = "boxed",
     runs: Home = RUNS,
-    device: Device = "auto",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's accuracy on held-out problems, with 95 % intervals. Nothing is stored.

@@ -30,7 +30,7 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="auto|cpu|cuda|cuda:1|mps",
-        help="what computes; `auto` is a card if torch sees one, else the CPU",
+        help="what computes; `auto` is a card if torch sees one",
     ),
 ]
 RUNS = Path("runs")

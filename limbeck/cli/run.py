@@ -65,7 +65,7 @@ def run(
     auto: Auto = False,
     log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
-    device: Device = "auto",
+    device: Device = "cpu",
     no_try: Annotated[
         bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
     ] = False,

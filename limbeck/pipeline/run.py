@@ -80,7 +80,7 @@ class Run:
         home: Path,
         display: Display,
         right: str | None = None,
-        device: str = "auto",
+        device: str = "cpu",
     ):
         """Prepare a run. `base` is the folder that relative paths in the recipe are resolved against, `home`
         the folder of all runs. `right` is the user's reason for a claim to be exempt from a licence's terms.

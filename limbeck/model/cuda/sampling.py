@@ -203,10 +203,14 @@ def score_backward(
     temperature: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the gradient by the logits [R, V], in `dtype`; `grad_R` is that by the log-probabilities."""
+    """Return the gradient by the logits [R, V], in `dtype`; `grad_R` is that by the log-probabilities.
+
+    The gradient of a sum is one number that stands for all rows, so `grad_R` is written out first.
+    """
     rows, vocabulary = logits_RV.shape
     by_RV = torch.empty(rows, vocabulary, dtype=dtype, device=logits_RV.device)
     _score_backward[(rows, triton.cdiv(vocabulary, BLOCK_V))](
-        logits_RV, targets_R, grad_R, logsum_R, by_RV, vocabulary, temperature, BLOCK=BLOCK_V, num_warps=4
-    )
+        logits_RV, targets_R, grad_R.contiguous(), logsum_R, by_RV, vocabulary, temperature,
+        BLOCK=BLOCK_V, num_warps=4,
+    )  # fmt: skip
     return by_RV

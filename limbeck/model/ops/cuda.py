@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cuda import attention, products, rowwise, sampling
 from .plain import HALF, PlainOps, exclude
@@ -327,9 +326,8 @@ def _padded_gradients(
     layer: Layer, sequences: Sequences, grad: Tensor, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor
 ) -> tuple[Tensor, ...]:
     """Return the gradients by q [N, H, D], and by k and v [N, K, D], by torch: torch's flash kernel takes 16
-    bits only. Its memory-efficient kernel is left out: with it a gradient was not finite (LOG.md,
-    2026-11-27)."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    bits only."""
+    with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD)]
         mixed_NHD = sequences.attend_padded(layer, *inputs)
     return torch.autograd.grad(mixed_NHD, inputs, grad)
