@@ -148,6 +148,15 @@ def test_the_same_command_stops_again_at_once_and_more_steps_go_on_from_the_chec
     assert artifact(recipe).digest == interrupted.digest
 
 
+def test_a_stage_that_saw_nothing_to_learn_to_its_last_step_stops_instead_of_ending(recipe, stopped):
+    event, _ = carry_out(recipe, "stages.zero.steps=3", "stages.zero.sampling.temperature=0.9")
+    assert (
+        event["event"] == "failed"
+        and event["code"] == 75
+        and "no learning signal in 3 steps" in event["message"]
+    )
+
+
 def test_a_stage_that_changed_no_weight_is_marked_everywhere(recipe, stopped, tmp_path):
     if not artifact(recipe):
         carry_out(recipe, "stages.zero.steps_without_signal=0")

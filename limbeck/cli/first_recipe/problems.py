@@ -91,6 +91,12 @@ def _from_file(path: Path, columns: str, parameters: float, folder: Path) -> Sou
     chosen = _columns(path, rows[0], columns)
     held_out = min(MOST_HELD_OUT, max(1, len(rows) // 4))
     settings = {"source": "files", "path": os.path.relpath(path, folder), "columns": chosen}
+    different = {str(row[chosen["problem"]]) for _, row in rows if chosen["problem"] in row}
+    if len(different) <= held_out:
+        raise usage_error(
+            f"{path}: {held_out} of the problems are held out, and no different one is left to learn from; "
+            "add rows"
+        )
     task = FileTask(
         path.stem, Files(source="files", path=str(path.absolute()), columns=chosen, held_out=held_out), Path()
     )
