@@ -312,7 +312,13 @@ def test_eval_refuses_in_one_sentence(call, here):  # noqa: F811
     refused(call("eval", "pulled", "--problems", "no.jsonl"), "--problems no.jsonl: there is no such file")
     refused(call("eval", "pulled", "--problems", "sums.jsonl", "--mode", "hot"), "--mode hot: choose t1")
     refused(call("eval", "pulled", "--problems", "sums.jsonl", "--answer", "x"), "--answer x: choose tags")
-    refused(call("eval", "pulled", "--problems", "sums.jsonl"), "9 different problems leave none", "held_out")
+    refused(
+        call("eval", "pulled", "--problems", "sums.jsonl"),
+        "--held-out 200: too many for sums.jsonl (different problems: 9)",
+        "give a lower number",
+    )
+    for columns, said in (("x", "write problem=NAME"), ("problem=x", "with --columns problem=NAME")):
+        refused(call("eval", "pulled", "--problems", "sums.jsonl", "--columns", columns), said)
     refused(call("eval", "pulled", "--problems", "mine.yaml"), "mine.yaml has no problems to ask")
 
 
