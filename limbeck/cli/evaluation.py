@@ -88,6 +88,7 @@ def _of_file(path: Path, changes: dict[str, Any], held_out: int, answer: str, co
         raise usage_error(f"--problems {path}: there is no such file")
     if answer not in ANSWERS:
         raise usage_error(f"--answer {answer}: choose {', '.join(ANSWERS)}")
+    evaluation = _settings([path.stem], changes)
     rows = list(read_table(path))
     if not rows:
         raise usage_error(f"--problems {path}: the file has no rows")
@@ -100,7 +101,7 @@ def _of_file(path: Path, changes: dict[str, Any], held_out: int, answer: str, co
         )
     settings = {"path": str(path.resolve()), "columns": chosen, "held_out": held_out, "answer": answer}
     source = Files(source="files", **settings)
-    return _Test(_settings([path.stem], changes), {path.stem: source}, "0/evaluation")
+    return _Test(evaluation, {path.stem: source}, "0/evaluation")
 
 
 def _of_recipe(name: str, changes: dict[str, Any]) -> _Test:
