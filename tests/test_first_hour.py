@@ -124,6 +124,8 @@ def test_status_and_studio_show_what_stopped_it(recipe, stopped):
     code, out, _ = answer("status", folder)
     assert code == 0
     assert ALARM in out and "One of the responses (ran out of tokens): “" in out
+    code, out, _ = answer("watch", folder)
+    assert code == 75 and "paused" in out and "no learning signal in 3 steps" in out
     run = run_state.look(folder)
     texts = run_view.narrate(run, run_view.lines(run, alive=False))
     assert any(ALARM in text.en and "请调高 stages.zero.sampling.max_new_tokens" in text.zh for text in texts)
