@@ -124,6 +124,8 @@ def test_status_and_studio_show_what_stopped_it(recipe, stopped):
     code, out, _ = answer("status", folder)
     assert code == 0
     assert ALARM in out and "One of the responses (ran out of tokens): “" in out
+    code, out, _ = answer("watch", folder)
+    assert code == 75 and "paused" in out and "no learning signal in 3 steps" in out
     run = run_state.look(folder)
     texts = run_view.narrate(run, run_view.lines(run, alive=False))
     assert any(ALARM in text.en and "请调高 stages.zero.sampling.max_new_tokens" in text.zh for text in texts)
@@ -146,6 +148,15 @@ def test_the_same_command_stops_again_at_once_and_more_steps_go_on_from_the_chec
     interrupted.folder.rename(interrupted.folder.with_name(".interrupted"))
     carry_out(recipe, "stages.zero.steps_without_signal=0")
     assert artifact(recipe).digest == interrupted.digest
+
+
+def test_a_stage_that_saw_nothing_to_learn_to_its_last_step_stops_instead_of_ending(recipe, stopped):
+    event, _ = carry_out(recipe, "stages.zero.steps=3", "stages.zero.sampling.temperature=0.9")
+    assert (
+        event["event"] == "failed"
+        and event["code"] == 75
+        and "no learning signal in 3 steps" in event["message"]
+    )
 
 
 def test_a_stage_that_changed_no_weight_is_marked_everywhere(recipe, stopped, tmp_path):

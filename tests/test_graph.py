@@ -11,6 +11,7 @@ import yaml
 
 from limbeck.config.load import dump, load
 from limbeck.pipeline.graph import Graph
+from limbeck.pipeline.graph import _difference as difference
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
 
@@ -109,6 +110,8 @@ def test_why_names_the_setting_that_changed_and_the_input_that_is_missing(plan):
     graph = plan("stages.zero.optimizer={learning_rate: 0.5, warmup_steps: 0}")
     assert "optimizer.learning_rate: 0.001 -> 0.5" in graph.why(graph.nodes["zero"])
     assert graph.why(graph.nodes["evaluation/zero"]) == ["zero must run first"]
+    before, now = ({"problems.own.instruction": text} for text in ("{problem}", "Now {problem}"))
+    assert difference(now, before) == ["problems.own.template: '{problem}' -> 'Now {problem}'"]
     renamed = plan(text=tiny.RECIPE.replace("  general:", "  talk:").replace("general: 1}", "talk: 1}"))
     assert renamed.why(renamed.nodes["talk"]) == ["never run"]
 

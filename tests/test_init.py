@@ -117,6 +117,14 @@ def test_yes_takes_the_defaults_and_asks_nothing(place, call):
     assert load("problems.yaml").problems["problems"].path == "problems.jsonl"
 
 
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS[:1] * 8])
+def test_too_few_different_problems_are_one_sentence_that_names_no_key_of_a_recipe(place, call, rows):
+    (place / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = call("init", "--model", "mine", "--problems", "few.jsonl", "--minutes", 30)
+    assert code == 2 and "no different one is left to learn from; add rows" in err
+    assert "problems.few" not in err and not Path("few.yaml").exists()
+
+
 def test_the_miniature_brings_its_problems(place, call):
     assert call("init", "--model", "miniature", "--minutes", 200)[0] == 0
     recipe = load("miniature.yaml")

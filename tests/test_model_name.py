@@ -91,7 +91,7 @@ def test_every_command_takes_every_form(call, here, form):  # noqa: F811
 
     said = call("show", name)
     assert said.code == 0 and ("manifest" in said.out or '"stage": "base"' in said.out) == (form in MADE)
-    assert form in MADE or re.search(r"^weights +0\.\d MB in ", said.out, re.MULTILINE)
+    assert form in MADE or re.search(r"^weights +\d+\.\d kB in ", said.out, re.MULTILINE)
 
     said = call("why", name)
     assert said.code == 0 and said.out.startswith(f"{title} (")
@@ -312,7 +312,13 @@ def test_eval_refuses_in_one_sentence(call, here):  # noqa: F811
     refused(call("eval", "pulled", "--problems", "no.jsonl"), "--problems no.jsonl: there is no such file")
     refused(call("eval", "pulled", "--problems", "sums.jsonl", "--mode", "hot"), "--mode hot: choose t1")
     refused(call("eval", "pulled", "--problems", "sums.jsonl", "--answer", "x"), "--answer x: choose tags")
-    refused(call("eval", "pulled", "--problems", "sums.jsonl"), "9 different problems leave none", "held_out")
+    refused(
+        call("eval", "pulled", "--problems", "sums.jsonl"),
+        "--held-out 200: too many for sums.jsonl (different problems: 9)",
+        "give a lower number",
+    )
+    for columns, said in (("x", "write problem=NAME"), ("problem=x", "with --columns problem=NAME")):
+        refused(call("eval", "pulled", "--problems", "sums.jsonl", "--columns", columns), said)
     refused(call("eval", "pulled", "--problems", "mine.yaml"), "mine.yaml has no problems to ask")
 
 

@@ -75,6 +75,13 @@ def test_a_template_without_its_placeholder_is_refused(tmp_path, template, said)
     assert said in str(caught.value) and "formats.yaml" in str(caught.value)
 
 
+def test_a_template_that_yaml_cannot_read_is_refused_with_the_remedy(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("'{problem}'", "{problem} Think."))
+    with pytest.raises(LimbeckError, match="not valid YAML: .*; put a text that begins with { into single"):
+        load(path)
+
+
 def test_a_template_that_yaml_reads_as_a_mapping_is_refused_with_the_remedy(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text().replace("'{problem}'", "{problem}"))

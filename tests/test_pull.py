@@ -119,7 +119,7 @@ def test_pull_tells_steps_size_and_what_comes_next(tmp_path, monkeypatch, source
     assert said.out == "models/a--b\n"
     first, last = said.err.splitlines()
     assert re.fullmatch(r"hf:a/b: 0\.0M parameters, revision c0ffee", first)
-    assert re.fullmatch(r"\d\.\d MB; ask it something: limbeck ask hf:a/b '.*'", last)
+    assert re.fullmatch(r"\d+\.\d kB; ask it something: limbeck ask hf:a/b '.*'", last)
     sums = pull.checksums_of(Path("models/a--b")).read_text()
     assert compare_checksums(Path("models/a--b"), sums) == []
 

@@ -87,6 +87,9 @@ def test_command_line_and_python_say_the_same(tmp_path):
 def test_results_are_rows(finished):
     run = Run(finished.home / "tiny")
     assert repr(run).endswith("10 of 10 stages done)") and run.state == "finished"
+    assert (
+        repr(run["zero"]).startswith("StageResult(name='zero', kind='rl', ") and len(repr(run["zero"])) < 300
+    )
     assert list(run.models) == ["brought", "base", "zero", "dev1"] and run.artifacts["zero"].is_dir()
     steps = [row["step"] for row in run.metrics if row["stage"] == "zero"]
     assert steps == list(range(8)) and {"reward", "accuracy", "loss"} <= set(run["zero"].metrics[0])

@@ -186,8 +186,8 @@ def test_watch_tells_programs_events_and_a_result(call, run, monkeypatch):
     )
     code, out, _ = call("watch", run, "--json")
     events = [json.loads(line) for line in out.splitlines()]
-    assert code == 2 and [event["event"] for event in events] == ["said", "progress", "said", "result"]
-    assert (events[1]["stage"], events[1]["total"], events[-1]["state"]) == ("zero", None, "failed")
+    assert code == 75 and [event["event"] for event in events] == ["said", "progress", "said", "result"]
+    assert (events[1]["stage"], events[1]["total"], events[-1]["state"]) == ("zero", None, "paused")
     (run / "recipe.yaml").unlink()
     code, _, err = call("watch", run.parent.parent / "small.yaml")
     assert code == 2 and re.fullmatch(r"limbeck: \S+ is a file and no run; [^\n]+\n", err)

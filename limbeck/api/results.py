@@ -7,7 +7,7 @@ files of the run's folder; no model is loaded before it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ class StageResult:
     kind: str
     state: str
     folder: Path | None
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
 
     @property
     def model_folder(self) -> Path | None:

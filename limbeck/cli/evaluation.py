@@ -62,6 +62,7 @@ def evaluate(
     answer: Annotated[
         str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
     ] = "boxed",
+    columns: Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")] = "",
     runs: Home = RUNS,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -72,12 +73,12 @@ def evaluate(
     those that the recipe's run would report.
 
     For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
-    mine.jsonl --answer final`
+    mine.jsonl --answer final --held-out 50`
     """
     changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
     changes = {key: value for key, value in changes.items() if value is not None}
     if Path(problems).suffix in (".jsonl", ".parquet"):
-        test = _of_file(Path(problems), changes, held_out, answer)
+        test = _of_file(Path(problems), changes, held_out, answer, columns)
     else:
         test = _of_recipe(problems, changes)
     found = open_model(model, runs)
@@ -90,16 +91,31 @@ def evaluate(
             print(_line(source, way, figures))
 
 
-def _of_file(path: Path, changes: dict[str, Any], held_out: int, answer: str) -> _Test:
-    """Return the test on a user's file of problems. Raises a usage error for a setting that there is not."""
+def _of_file(path: Path, changes: dict[str, Any], held_out: int, answer: str, columns: str) -> _Test:
+    """Return the test on a user's file of problems. Raises a usage error for a setting that there is not, and
+    for a file that does not have so many different problems."""
     from ..config.recipe import Files
+    from ..tasks.files import read_table
+    from .first_recipe.problems import choose_columns
 
     if not path.is_file():
         raise usage_error(f"--problems {path}: there is no such file")
     if answer not in ANSWERS:
         raise usage_error(f"--answer {answer}: choose {', '.join(ANSWERS)}")
-    source = Files(source="files", path=str(path.resolve()), held_out=held_out, answer=answer)
-    return _Test(_settings([path.stem], changes), {path.stem: source}, "0/evaluation")
+    evaluation = _settings([path.stem], changes)
+    rows = list(read_table(path))
+    if not rows:
+        raise usage_error(f"--problems {path}: the file has no rows")
+    chosen = choose_columns(path, rows[0], columns)
+    different = {str(row[chosen["problem"]]) for _, row in rows if chosen["problem"] in row}
+    if len(different) <= held_out:
+        raise usage_error(
+            f"--held-out {held_out}: too many for {path} (different problems: {len(different)}), as one must "
+            "be left over; give a lower number, or add rows"
+        )
+    settings = {"path": str(path.resolve()), "columns": chosen, "held_out": held_out, "answer": answer}
+    source = Files(source="files", **settings)
+    return _Test(evaluation, {path.stem: source}, "0/evaluation")
 
 
 def _of_recipe(name: str, changes: dict[str, Any]) -> _Test:
@@ -156,7 +172,8 @@ def _line(source: str, way: str, figures: dict[str, Any]) -> str:
     """Return one line of the result: source, way of sampling, accuracy with interval, problems, tokens."""
     accuracy = figures["accuracy"]
     interval = f"{accuracy['mean']:6.1%}  ({accuracy['low']:.1%} to {accuracy['high']:.1%})"
-    text = f"{source:20} {way:8} {interval:28} {accuracy['problems']} problems"
+    plural = "" if accuracy["problems"] == 1 else "s"
+    text = f"{source:20} {way:8} {interval:28} {accuracy['problems']} problem{plural}"
     if "length" in figures:
         text += f", {figures['length']:.0f} tokens an answer"
     if figures.get("truncated"):

@@ -80,14 +80,14 @@ def _show_model(config: ModelConfig, path: Path | None, context: int, as_json: b
 
     `path` is the model's directory or GGUF file, None for a model of which only the shapes are known.
     """
-    from ..model.footprint import describe, tell
+    from ..model.footprint import describe, size_text, tell
 
     size = _weights_size(path) if path else 0
     if as_json:
         print(json.dumps({**describe(config, context), "weights_bytes": size}, indent=2))
         return
     print(tell(config, context))
-    weights = f"{size / 1e6:,.1f} MB in {path}" if size else "none here: only the shapes are known"
+    weights = f"{size_text(size)} in {path}" if size else "none here: only the shapes are known"
     print(f"{'weights':14} {weights}")
 
 
@@ -124,6 +124,7 @@ def pull(
 
     For instance: `limbeck pull smollm2-135m`
     """
+    from ..model.footprint import size_text
     from ..model.pull import pull as fetch
 
     def say(text: str) -> None:
@@ -133,7 +134,7 @@ def pull(
     print(directory)
     size = sum(file.stat().st_size for file in directory.glob("*"))
     model = name if models == MODELS_FOLDER else directory
-    say(f"{size / 1e6:,.1f} MB; ask it something: limbeck ask {model} 'What is 7 times 8?'")
+    say(f"{size_text(size)}; ask it something: limbeck ask {model} 'What is 7 times 8?'")
 
 
 @app.command()

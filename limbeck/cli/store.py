@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..files import compare_checksums
+from ..model.footprint import size_text
 from .options import MODEL, RUNS, Home, open_store, usage_error
 
 if TYPE_CHECKING:
@@ -48,13 +49,14 @@ def gc(
             print(f"kept {folder}: a stage is at work in it")
             continue
         sizes.append(size)
-        print(f"{'deleted' if yes else 'would delete'} {folder} ({size / 1e6:.1f} MB)")
+        print(f"{'deleted' if yes else 'would delete'} {folder} ({size_text(size)})")
     freed = _free_checkpoints(store, {folder.name for folder in folders}, checkpoints, yes)
     if not folders and not freed:
         print("nothing to delete")
     if sizes or freed:
         parts = f"{_count(len(sizes), 'folder')} and {_count(len(freed), 'checkpoint')}"
-        print(f"{'freed' if yes else 'would free'} {sum(sizes + freed) / 1e6:.1f} MB in {parts}")
+        remedy = "" if yes else "; --yes deletes them"
+        print(f"{'freed' if yes else 'would free'} {size_text(sum(sizes + freed))} in {parts}{remedy}")
 
 
 def _count(number: int, noun: str) -> str:
@@ -80,11 +82,11 @@ def _free_checkpoints(store: Store, unused: set[str], also_used: bool, yes: bool
         if yes:
             path.unlink()
         loss = f": {artifact.manifest['stage']} cannot be continued with more steps then" if used else ""
-        print(f"{'deleted' if yes else 'would delete'} {path} ({size / 1e6:.1f} MB){loss}")
+        print(f"{'deleted' if yes else 'would delete'} {path} ({size_text(size)}){loss}")
     if kept:
         plural = "s" if len(kept) > 1 else ""
         print(
-            f"kept {len(kept)} final checkpoint{plural} ({sum(kept) / 1e6:.1f} MB), from which stages can be "
+            f"kept {len(kept)} final checkpoint{plural} ({size_text(sum(kept))}), from which stages can be "
             "continued with more steps; --checkpoints deletes them too"
         )
     return freed

@@ -108,6 +108,14 @@ def stored_problems(settings: dict[str, Any]) -> dict[str, Any]:
     return {words.get(key, key): value for key, value in settings.items()}
 
 
+def current_name(setting: str) -> str:
+    """Return the name of a setting of a source of problems that was stored under an old name, with dots, such
+    as `problems.mine.template` for `problems.mine.instruction`; any other name unchanged."""
+    path = setting.split(".")
+    rename_path(path, {})
+    return ".".join(path)
+
+
 def stored_kind(kind: str) -> str:
     """Return the name of a stage kind in keys, manifests and folder names of artifacts, such as `preference`
     for `dpo`."""

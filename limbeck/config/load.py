@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -20,6 +21,9 @@ from ..types import LimbeckError
 from . import aliases
 from .recipe import Curate, Recipe
 from .validate import check_references, explain
+
+# A text that begins with a brace and goes on behind it, such as `template: {problem} Think.`, without quotes.
+BARE_BRACE = re.compile(r"\b(template|system): *\{[^}]*\} *[^\s#,}]")
 
 
 def dump(recipe: Recipe) -> str:
@@ -144,7 +148,8 @@ def _read_tree(path: Path) -> dict:
         tree = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         sentence = " ".join(str(error).split())
-        raise LimbeckError(f"{path}: not valid YAML: {sentence}") from None
+        hint = "; put a text that begins with { into single quotes" if BARE_BRACE.search(text) else ""
+        raise LimbeckError(f"{path}: not valid YAML: {sentence}{hint}") from None
     if not isinstance(tree, dict):
         raise LimbeckError(f"{path}: a recipe is a mapping with the keys name, problems and stages")
     return tree

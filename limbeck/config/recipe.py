@@ -204,7 +204,7 @@ class RL(Budgeted):
         10,
         ge=0,
         description="stop, resumably, after this many steps if in none of them rewards differed within a "
-        "group; 0 never stops",
+        "group, also if no step is left; 0 never stops",
     )
     policy: Policy = Field(Policy(), description="what makes an advantage, and how far a step may go")
     sampling: Sampling = Field(Sampling(), description="how completions are drawn")

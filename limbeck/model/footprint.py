@@ -39,8 +39,8 @@ def describe(config: ModelConfig, context: int = 4096) -> dict[str, Any]:
 def tell(config: ModelConfig, context: int = 4096) -> str:
     """Return the figures of `describe` as text, one line for each."""
     figures = describe(config, context)
-    serving = _bytes(figures["serving_bytes"])
-    training = _bytes(figures["training_bytes"])
+    serving = size_text(figures["serving_bytes"])
+    training = size_text(figures["training_bytes"])
     rows = {"architecture": _architecture(config)}
     rows["parameters"] = _count(figures["parameters"])
     if config.experts:
@@ -100,7 +100,7 @@ def _count(number: float) -> str:
     return f"{number:g}"
 
 
-def _bytes(number: float) -> str:
+def size_text(number: float) -> str:
     """Return a number of bytes in a decimal unit, such as `1.5 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.aliases import stored, stored_kind, stored_problems
+from ..config.aliases import current_name, stored, stored_kind, stored_problems
 from ..config.learned_rewards import TABLES, Calibrate, Reward
 from ..config.methods import DPO
 from ..config.parts import ModelStage
@@ -417,5 +417,6 @@ def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         if name.startswith("inputs."):
             sentences.append(f"input {name.removeprefix('inputs.')} has changed")
         else:
-            sentences.append(f"{name.removeprefix('settings.')}: {before!r} -> {now!r}")
+            setting = current_name(name).removeprefix("settings.")
+            sentences.append(f"{setting}: {before!r} -> {now!r}")
     return sentences

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ..types import Resumable
 from .store import write
 
 LOCK = ".lock"
@@ -79,7 +80,8 @@ class RunStatus:
             if error is None:
                 self.tell("finished")
             else:
-                state = self.state if self.state in ("paused", "waits") else "failed"
+                ended = "paused" if isinstance(error, Resumable) else "failed"
+                state = self.state if self.state in ("paused", "waits") else ended
                 self.tell(state, str(error) or kind.__name__)
         self._lock.close()
 

@@ -119,7 +119,7 @@ class FileTask:
         if len(ranked) <= self.settings.held_out:
             raise LimbeckError(
                 f"{self.path}: {len(ranked)} different problems leave none to train on when "
-                f"problems.{self.name}.held_out is {self.settings.held_out}; lower it"
+                f"problems.{self.name}.held_out is {self.settings.held_out}; lower it, or add rows"
             )
         test = set(ranked[: self.settings.held_out])
         return {

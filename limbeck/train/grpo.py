@@ -91,6 +91,7 @@ class GRPOTrainer:
             self.checkpoint.offer(self.state_dict, self.log)
             if self.alarms.hopeless:
                 self.checkpoint.save(self.state_dict, self.log)
+        self.alarms.refuse_hopeless()
 
     def _tell_alarms(self, alarms: Sequence[str], groups: Sequence[Group]) -> None:
         """Tell each alarm about the learning signal once, with one of the responses that raised it."""

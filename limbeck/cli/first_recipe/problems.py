@@ -88,9 +88,15 @@ def _from_file(path: Path, columns: str, parameters: float, folder: Path) -> Sou
     rows = list(read_table(path))
     if not rows:
         raise usage_error(f"{path}: the file has no rows; give it one problem a line")
-    chosen = _columns(path, rows[0], columns)
+    chosen = choose_columns(path, rows[0], columns)
     held_out = min(MOST_HELD_OUT, max(1, len(rows) // 4))
     settings = {"source": "files", "path": os.path.relpath(path, folder), "columns": chosen}
+    different = {str(row[chosen["problem"]]) for _, row in rows if chosen["problem"] in row}
+    if len(different) <= held_out:
+        raise usage_error(
+            f"{path}: {held_out} of the problems are held out, and no different one is left to learn from; "
+            "add rows"
+        )
     task = FileTask(
         path.stem, Files(source="files", path=str(path.absolute()), columns=chosen, held_out=held_out), Path()
     )
@@ -106,7 +112,7 @@ def _from_file(path: Path, columns: str, parameters: float, folder: Path) -> Sou
     return Source(settings, held_out, _tokens(texts, answer), notes)
 
 
-def _columns(path: Path, first: tuple[int, Mapping[str, Any]], columns: str) -> dict[str, str]:
+def choose_columns(path: Path, first: tuple[int, Mapping[str, Any]], columns: str) -> dict[str, str]:
     """Return the columns that hold the problem and the answer: those that the user names, else those of the
     first row whose names are usual."""
     from ...tasks.files import ANSWERS, QUESTIONS
