@@ -108,7 +108,8 @@ def test_too_few_tokens_are_told_within_two_steps_and_the_run_stops_resumably(re
     code, _, errors = stopped
     assert code == 75
     told, end = (line for line in errors.splitlines() if "no learning signal" in line)
-    assert told.startswith(f"zero: {ALARM}. One of the responses (ran out of tokens): “")
+    outlook = "After 3 such steps the stage stops."
+    assert told.startswith(f"zero: {ALARM}. {outlook} One of the responses (ran out of tokens): “")
     assert end == (
         f"limbeck: stage zero: no learning signal in 3 steps: {FINDING}, "
         "or go on from the checkpoint with --set stages.zero.steps_without_signal=0"

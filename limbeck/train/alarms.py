@@ -54,6 +54,12 @@ class AlarmMonitor:
         allowed = self.settings.steps_without_signal
         return self.without_signal is not None and 0 < allowed <= self.without_signal
 
+    @property
+    def outlook(self) -> str:
+        """A sentence that says when a stage without a learning signal stops; empty if it never does."""
+        allowed = self.settings.steps_without_signal
+        return f"After {allowed} such steps the stage stops. " if allowed else ""
+
     def refuse_hopeless(self) -> None:
         """Raise Resumable, with what was seen and the remedy, if the stage is hopeless."""
         if not self.hopeless:

@@ -25,7 +25,7 @@ from .batch import Batch, to_samples
 from .checkpoint import Checkpoint
 from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
-from .learning_signal import UNTAUGHT
+from .learning_signal import NO_SIGNAL, UNTAUGHT
 from .losses import PolicyGradient
 from .scorer import Scorer
 from .selftest import selftest
@@ -98,7 +98,8 @@ class GRPOTrainer:
         for alarm in alarms:
             if alarm.startswith(UNTAUGHT) and alarm not in self.told:
                 self.told.add(alarm)
-                self.tell(f"{alarm}. {quote(rollout_row(groups[0]))}")
+                outlook = self.alarms.outlook if alarm.startswith(NO_SIGNAL) else ""
+                self.tell(f"{alarm}. {outlook}{quote(rollout_row(groups[0]))}")
 
     def _refresh_reference(self, step: int) -> None:
         """Copy the learner's weights into the reference model, if `reference_every` updates have passed
