@@ -160,7 +160,8 @@ def counted(kind: str = "rl", temperature: float = 1.0, **counts: int | None) ->
         (counted(right=16), ["take harder problems"]),
         (counted(right=0, differing=0), ["take easier problems", "a step learns only from those"]),
         (counted(temperature=0.0, differing=None), ["at temperature 0: raise stages.zero.sampling"]),
-        (counted(kind="sample", right=16), ["take harder problems"]),
+        (counted(kind="sample", right=16), []),  # right answers are what it is there for
+        (counted(kind="screen", right=16), ["take harder problems"]),
     ],
 )
 def test_what_keeps_a_stage_from_learning_is_said_with_its_remedy(found, said):

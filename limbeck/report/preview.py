@@ -13,6 +13,7 @@ from typing import Any
 from .i18n import Text
 
 _MUCH = 0.5  # share of answers cut off from which more tokens are suggested
+_COMPARING = ("rl", "screen", "pairs")  # kinds of stages that need right and wrong answers to a problem
 
 
 def summary(preview: Mapping[str, Any]) -> Text:
@@ -51,7 +52,7 @@ def remedies(preview: Mapping[str, Any]) -> list[Text]:
             "或从更好的模型开始。",
         )
         texts.append(text)
-    if counts["right"] == answers and preview["kind"] != "evaluate":
+    if counts["right"] == answers and preview["kind"] in _COMPARING:
         texts.append(Text("All of these are right: take harder problems.", "这些全部正确：请换更难的题。"))
     if preview["kind"] == "rl":
         texts += _without_difference(preview)
