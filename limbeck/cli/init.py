@@ -64,7 +64,7 @@ def init(
     path = recipe or Path(f"{first_recipe.name_of(problems)}.yaml")
     if sys.stderr.isatty():
         print("reading the problems, and timing this machine if that was not done before", file=sys.stderr)
-    written = first_recipe.write(path, first_recipe.Wish(model, problems, minutes, columns), runs)
+    written = first_recipe.write(path, first_recipe.Answers(model, problems, minutes, columns), runs)
     print("\n".join(written))
 
 

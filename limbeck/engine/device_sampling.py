@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model.ops import Ops
 from ..types import LimbeckError
-from .sampling import Draw, SamplingParams, likely
+from .sampling import Draw, SamplingParams, force_tokens, likely
 
 SUPPORTED = {"temperature", "top_p", "top_k", "min_p", "max_new_tokens", "keep_mask", "force", "stop_ids"}
 
@@ -41,8 +41,7 @@ def draw_on_device(
         kept_BV = _kept(torch.log_softmax(logits_BV / temperature, -1), params, ops)
         open_BV = logits_BV.masked_fill(~kept_BV, float("-inf"))
     tokens_B, logprobs_B = ops.draw(open_BV, uniform_B, temperature)
-    for after, forced in params.force.items():
-        tokens_B = tokens_B.masked_fill(previous_B == after, forced)
+    tokens_B = force_tokens(tokens_B, previous_B, params.force)
     if params.force or (params.excludes and not params.keep_mask):
         scored_BV = open_BV if params.keep_mask else logits_BV
         logprobs_B = ops.logprob(scored_BV, tokens_B, temperature)

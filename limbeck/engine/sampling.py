@@ -89,7 +89,7 @@ def draw(
     logprobs_BV = torch.log_softmax(logits_BV, -1)
     tokens_B, kept_BV = _choose(logits_BV, logprobs_BV, uniform_B, params)
     if params.force:
-        tokens_B = _force(tokens_B, previous_B, params.force)
+        tokens_B = force_tokens(tokens_B, previous_B, params.force)
     if not params.keep_mask:
         kept_BV = None
     if kept_BV is not None:
@@ -149,7 +149,7 @@ def nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
     return mask_BV.scatter_(1, order_BK, before_BK < top_p)
 
 
-def _force(tokens_B: Tensor, previous_B: Tensor, force: dict[int, int]) -> Tensor:
+def force_tokens(tokens_B: Tensor, previous_B: Tensor, force: dict[int, int]) -> Tensor:
     """Return `tokens_B`, with a row's token replaced by `force[previous]` if the row's previous token is a
     key of `force`."""
     for after, forced in force.items():

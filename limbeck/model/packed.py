@@ -27,7 +27,40 @@ from .paged import AttentionPlan
 LONG = 3072
 
 
-class Packed:
+class _WholeSequences:
+    """What both contexts of whole sequences have in common: attention by the table of operations.
+
+    `kept` is as in `Sequences`. `entries`, if it is not None, collects the keys and values of all layers.
+    """
+
+    absorbed = False
+    ops: Ops = CPU
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self.entries: list[tuple[Tensor, Tensor | None]] | None = None
+        self.routes: RouterTrace | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # of the latest layer that lends its keys and values
+
+    def attend(
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor | None,
+        v_NKD: Tensor | None,
+        latent: Tensor | None = None,
+    ) -> Tensor:
+        """Return causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
+        if k_NKD is None:
+            k_NKD, v_NKD = self._last
+        else:
+            self._last = (k_NKD, v_NKD) if layer.lends else None
+            if self.entries is not None:
+                self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
+        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)
+
+
+class Packed(_WholeSequences):
     """Sequences that are concatenated; attention is causal within each of them and never crosses to another.
 
     Only attention needs padding. For it the sequences are taken in the given order, in runs of similar length
@@ -36,20 +69,15 @@ class Packed:
     relative to its real tokens.
     """
 
-    absorbed = False
     kernel = "attention"
-    ops: Ops = CPU
 
     def __init__(self, lengths: Sequence[int], slack: float = 0.2, device: torch.device | str = "cpu"):
+        super().__init__()
         self.lengths = list(lengths)
         self.longest = max(self.lengths)
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         self.slack = slack
         self.device = device
-        self.kept: list[tuple[Tensor, Tensor]] | None = None
-        self._last: tuple[Tensor, Tensor] | None = None  # of the latest layer that lends its keys and values
-        self.entries: list[tuple[Tensor, Tensor | None]] | None = None
-        self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
@@ -77,23 +105,6 @@ class Packed:
         self.entries = []
         return self
 
-    def attend(
-        self,
-        layer: Layer,
-        q_NHD: Tensor,
-        k_NKD: Tensor | None,
-        v_NKD: Tensor | None,
-        latent: Tensor | None = None,
-    ) -> Tensor:
-        """Return causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
-        if k_NKD is None:
-            k_NKD, v_NKD = self._last
-        else:
-            self._last = (k_NKD, v_NKD) if layer.lends else None
-            if self.entries is not None:
-                self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
-        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)
-
     def attend_padded(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         """Return causal attention within each sequence, [N, H, D], by torch."""
         q_runs = self._runs.pad(q_NHD)
@@ -103,7 +114,7 @@ class Packed:
         return self._runs.unpad(mixed)
 
 
-class SharedPrefix:
+class SharedPrefix(_WholeSequences):
     """Completions with shared prompts: every prompt is stored and computed once.
 
     The tokens are `prompts` prompts of `width` tokens each, then all completions, concatenated (callers sort
@@ -112,9 +123,7 @@ class SharedPrefix:
     those of the sequences written out in full. `slack` is as in `Packed`.
     """
 
-    absorbed = False
     kernel = "branches"
-    ops: Ops = CPU
 
     def __init__(
         self,
@@ -125,6 +134,7 @@ class SharedPrefix:
         slack: float = 0.2,
         device: torch.device | str = "cpu",
     ):
+        super().__init__()
         self.device = device
         self.prompts = prompts
         self.width = width
@@ -134,11 +144,8 @@ class SharedPrefix:
         self.lengths = list(lengths[empty:])
         self.longest = width + max(self.lengths, default=0)
         self.slack = slack
-        self.kept: list[tuple[Tensor, Tensor]] | None = None
         columns = [width + torch.arange(length) for length in self.lengths]
         self.positions = torch.cat([torch.arange(width).repeat(prompts), *columns]).to(device)
-        self._last: tuple[Tensor, Tensor] | None = None  # of the latest layer that lends its keys and values
-        self.routes: RouterTrace | None = None
 
     @property
     def sequences(self) -> Tensor:
@@ -172,24 +179,6 @@ class SharedPrefix:
         trunks = np.arange(self.prompts) * self.width
         lengths = np.asarray(self.lengths, int)
         return kernels.Trees(trunks, [self.width] * self.prompts, counts, begins[order], lengths[order])
-
-    def attend(
-        self,
-        layer: Layer,
-        q_NHD: Tensor,
-        k_NKD: Tensor | None,
-        v_NKD: Tensor | None,
-        latent: Tensor | None = None,
-    ) -> Tensor:
-        """Return causal attention in each prompt, and of completions to prompt and own past, [N, H, D].
-
-        See `Context.attend`.
-        """
-        if k_NKD is None:
-            k_NKD, v_NKD = self._last
-        else:
-            self._last = (k_NKD, v_NKD) if layer.lends else None
-        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)
 
     def attend_padded(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         """Return causal attention in each prompt, and of completions to prompt and own past, by torch."""

@@ -3,6 +3,6 @@ zero, and an evaluation of both. `problems.py` reads the problems, `sizes.py` fi
 """
 
 from .problems import MINIATURE, default_problems, name_of
-from .recipe import Wish, write
+from .recipe import Answers, write
 
-__all__ = ["MINIATURE", "Wish", "default_problems", "name_of", "write"]
+__all__ = ["MINIATURE", "Answers", "default_problems", "name_of", "write"]

@@ -25,7 +25,7 @@ MINIATURE_SOURCE = Source(
 
 
 @dataclass(frozen=True)
-class Wish:
+class Answers:
     """What the user answered: the model's name, the problems' file or generator, and the minutes; `columns`
     names a file's columns."""
 
@@ -35,7 +35,7 @@ class Wish:
     columns: str = ""
 
 
-def write(path: Path, wish: Wish, runs: Path) -> list[str]:
+def write(path: Path, answers: Answers, runs: Path) -> list[str]:
     """Write the recipe to `path` and return lines for the user: what it takes, its forecast, and the next
     commands.
 
@@ -47,42 +47,42 @@ def write(path: Path, wish: Wish, runs: Path) -> list[str]:
         raise usage_error(f"{path}: a recipe is a YAML file; call it {path.stem}.yaml")
     if not path.parent.is_dir():
         raise usage_error(f"{path.parent}: no such folder; make it first, or name another file")
-    if wish.model == MINIATURE:
-        source, facts = _miniature(wish)
+    if answers.model == MINIATURE:
+        source, facts = _miniature(answers)
     else:
-        source, facts = _own_model(wish, path.parent)
-    facts |= {"name": name_of(path.stem), "problems": name_of(wish.problems), "source": source}
-    draft = Sizes(STEPS, wish.model != MINIATURE, "")
-    sizes = fit(_parse(_render(facts, draft), path), path.parent, wish.minutes, runs)
+        source, facts = _own_model(answers, path.parent)
+    facts |= {"name": name_of(path.stem), "problems": name_of(answers.problems), "source": source}
+    draft = Sizes(STEPS, answers.model != MINIATURE, "")
+    sizes = fit(_parse(_render(facts, draft), path), path.parent, answers.minutes, runs)
     path.write_text(_render(facts, sizes), encoding="utf-8")
     return [*source.notes, sizes.note, f"wrote {path}; next:", *_next_commands(path, runs)]
 
 
-def _miniature(wish: Wish) -> tuple[Source, dict[str, Any]]:
+def _miniature(answers: Answers) -> tuple[Source, dict[str, Any]]:
     """Return the problems of the miniature and what its template needs. It reads its own problems only."""
-    if wish.problems != MINIATURE or wish.columns:
+    if answers.problems != MINIATURE or answers.columns:
         raise usage_error(
-            f"--problems {wish.problems}: the miniature knows only the words of its own problems; "
+            f"--problems {answers.problems}: the miniature knows only the words of its own problems; "
             "leave --problems out, or give --model smollm2-135m"
         )
     return MINIATURE_SOURCE, {"template": "miniature"}
 
 
-def _own_model(wish: Wish, folder: Path) -> tuple[Source, dict[str, Any]]:
+def _own_model(answers: Answers, folder: Path) -> tuple[Source, dict[str, Any]]:
     """Return the problems for a model from outside and what its template needs. `folder` will hold the
     recipe."""
     from ...model.find import find_model
 
-    if wish.problems == MINIATURE:
+    if answers.problems == MINIATURE:
         raise usage_error(
             "--problems miniature: only --model miniature knows their words; give a JSONL file, or chain_sum"
         )
-    found = find_model(wish.model, Path(), "--model: ")
+    found = find_model(answers.model, Path(), "--model: ")
     parameters = _parameters(found)
-    source = read_problems(wish.problems, wish.columns, parameters, folder)
+    source = read_problems(answers.problems, answers.columns, parameters, folder)
     rate = next((rate for least, rate in RATES if parameters < least), LEAST_RATE)
-    pulled = found == Path("models") / wish.model
-    model = wish.model if pulled else os.path.relpath(found, folder)
+    pulled = found == Path("models") / answers.model
+    model = answers.model if pulled else os.path.relpath(found, folder)
     return source, {"template": "own_model", "model": model, "rate": rate}
 
 

@@ -62,8 +62,7 @@ class PlainOps:
 
     def logits(self, x_NC: Tensor, head_VC: Tensor) -> Tensor:
         """Return the logits [N, V] without a gradient, in float32 or better."""
-        precision = torch.promote_types(x_NC.dtype, torch.float32)
-        return F.linear(x_NC.to(precision), head_VC.to(precision))
+        return self.router(x_NC, head_VC)
 
     def router(self, x_NC: Tensor, weight_EC: Tensor) -> Tensor:
         """Return the logits of a router [N, E], in float32 or better."""
