@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import tiny
 import torch
 from studio import chromium, house, visit  # noqa: F401
 
+from limbeck import cli
 from limbeck.config.recipe import Miniature
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
@@ -90,3 +92,17 @@ def nursery():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["limbeck.pipeline.stages"])
     return context
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call("show", "--runs", home)`: the command in this process."""
+
+    def command(*arguments: object) -> tiny.Output:
+        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        streams = capsys.readouterr()
+        return tiny.Output(ended.value.code or 0, streams.out, streams.err)
+
+    return command

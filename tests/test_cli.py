@@ -11,16 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import tiny
-from tiny import answer, digests, environment
+from tiny import Output, answer, digests, environment
 
 import limbeck
-from limbeck import cli
 from limbeck.pipeline.review import curate, review_queue
 from limbeck.pipeline.store import Store
 from limbeck.types import LimbeckError
@@ -31,27 +29,6 @@ COMMANDS = (
     "init", "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve",
     "gc", "verify", "curate", "arena", "doctor", "ask", "eval",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """`call("show", "--runs", home)`: the command in this process."""
-
-    def command(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        streams = capsys.readouterr()
-        return Said(ended.value.code or 0, streams.out, streams.err)
-
-    return command
 
 
 @pytest.fixture
@@ -100,7 +77,7 @@ def test_help_and_mistakes_are_answered_without_torch(tmp_path):
 # ---------------------------------------------------------------- mistakes
 
 
-def refused(said: Said, *words: str) -> None:
+def refused(said: Output, *words: str) -> None:
     assert said.code == 2 and said.out == ""
     assert re.fullmatch(r"limbeck: [^\n]+\n", said.err), said.err
     assert all(word in said.err for word in words), said.err
@@ -342,7 +319,7 @@ def test_rows_go_to_people_and_come_back_and_the_run_goes_on(call, finished, wai
         row["verdict"] = verdict
     rows[1]["completion"] = "<think> mended </think> <answer> 1 + 1 </answer>"
 
-    def bring(rows: list[dict]) -> Said:
+    def bring(rows: list[dict]) -> Output:
         sheet.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return call("curate", waiting, "coldstart", "--import", sheet, "--reviewer", "Ada")
 

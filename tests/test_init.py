@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,20 +46,6 @@ def place(tmp_path, tokenizer, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine_rates, "measure", even)
     return tmp_path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """`call("init", ...)`: the command in this process, as (exit code, output, errors)."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        streams = capsys.readouterr()
-        return ended.value.code or 0, streams.out, streams.err
-
-    return command
 
 
 MINE = ("--model", "mine", "--problems", "problems.jsonl")

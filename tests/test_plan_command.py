@@ -8,21 +8,13 @@ import sys
 
 import pytest
 
-from limbeck import cli
-
 SMALL = ("r1-distill-qwen-1.5b", "--on", "8xH100", "--seq", 4096, "--batch", 64, "--tokens", "1e9")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", "plan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        streams = capsys.readouterr()
-        return ended.value.code or 0, streams.out, streams.err
-
-    return command
+def call(call):
+    """`call(*arguments)` of `limbeck plan`."""
+    return lambda *arguments: call("plan", *arguments)
 
 
 def test_a_model_on_chips(call, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import pytest
 import tiny
 from pydantic import TypeAdapter
 
-from limbeck import cli
 from limbeck.activity import ActivityReport, phase
 from limbeck.cli import watch
 from limbeck.config.load import dump, load
@@ -32,20 +30,6 @@ stages:
          shape: {hidden_size: 16, layers: 1, heads: 2, kv_heads: 1, intermediate_size: 16}}
   zero: {kind: rl, model: base, problems: {clock: 1}, steps: 60}
 """
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """`call("status", folder)`: exit code, output and errors of the command in this process."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        streams = capsys.readouterr()
-        return ended.value.code or 0, streams.out, streams.err
-
-    return command
 
 
 @pytest.fixture

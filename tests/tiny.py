@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from limbeck.config.load import load
 from limbeck.pipeline.run import Run
@@ -184,3 +185,11 @@ class Attempt:
         assert event["event"] == "done", event
         manifest = self.run._manifest(self.node, event["outcome"])
         return self.run.store.finish(self.run.store.partial(self.node.kind, self.node.key), manifest).digest
+
+
+class Output(NamedTuple):
+    """What a command ended with: its exit code, its output, its errors."""
+
+    code: int
+    out: str
+    err: str
