@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cli import call  # noqa: F401 - a fixture
 
 from limbeck.pipeline.provenance.fingerprints import traces
 from limbeck.types import LimbeckError
@@ -71,7 +70,7 @@ def test_a_corpus_that_cannot_be_read_is_named(tmp_path):
         traces([], tmp_path / "none.txt")
 
 
-def test_why_reports_them_as_evidence(call, finished, tmp_path):  # noqa: F811
+def test_why_reports_them_as_evidence(call, finished, tmp_path):
     (tmp_path / "closed.txt").write_text(TOLD)
     said = call("why", "dev1", "--fingerprints", "--corpus", tmp_path / "closed.txt", "--runs", finished.home)
     lines = said.out.splitlines()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import call  # noqa: F401 - a fixture
 
 from limbeck.pipeline.dataset_rows import take_share
 from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def why(call, finished):  # noqa: F811
+def why(call, finished):
     return lambda *arguments: call("why", *arguments, "--runs", finished.home)
 
 
@@ -217,7 +216,7 @@ def test_taint_passes_through_models_that_sampled_what_others_learned(tmp_path):
     assert stages(recall("clock/1", tmp_path).unsure) == {"d"}  # it is older than the list of what was asked
 
 
-def test_recall_tells_people_and_programs(call, finished):  # noqa: F811
+def test_recall_tells_people_and_programs(call, finished):
     drawn = next(r["id"] for r in rows_behind(find("dev1", finished.home)) if r["given_by"] == "coldstart")
     plain = call("recall", drawn, "--runs", finished.home)
     assert plain.code == 0

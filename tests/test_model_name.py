@@ -11,7 +11,7 @@ import checkpoints
 import pytest
 import tiny
 import torch
-from test_cli import call, refused  # noqa: F401
+from test_cli import refused
 
 from limbeck.config.load import load
 from limbeck.files import checksums
@@ -81,7 +81,7 @@ def spelled(form: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_command_takes_every_form(call, here, form):  # noqa: F811
+def test_every_command_takes_every_form(call, here, form):
     name = spelled(form, here)
     title = "base" if form in MADE else form.removeprefix("./").removesuffix(".gguf")
 
@@ -132,7 +132,7 @@ def test_python_takes_every_form(here, form):
     assert find_model(Path(name)) == model
 
 
-def test_a_changed_file_is_found_by_name(call, here):  # noqa: F811
+def test_a_changed_file_is_found_by_name(call, here):
     call("release", "mine", "released", "--gguf", "none")
     for path in ("released", "models/pulled"):
         with open(Path(path) / "config.json", "a") as file:
@@ -152,7 +152,7 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_every_command_refuses_what_is_two_things_or_nothing(call, here, command):  # noqa: F811
+def test_every_command_refuses_what_is_two_things_or_nothing(call, here, command):
     shutil.copytree("models/pulled", "models/mine")
 
     def said(name: str):
@@ -270,7 +270,7 @@ def test_a_run_stands_for_the_best_model_of_its_story(tmp_path, accuracies, role
 # ---------------------------------------------------------------- recipes
 
 
-def test_a_recipe_goes_by_its_bare_name(call, here):  # noqa: F811
+def test_a_recipe_goes_by_its_bare_name(call, here):
     """Also beside a folder of that name, as `limbeck release` might have written."""
     (here / "smoke").mkdir()
     said = call("plan", "smoke")
@@ -281,7 +281,7 @@ def test_a_recipe_goes_by_its_bare_name(call, here):  # noqa: F811
     assert load("smoke").name == "smoke"
 
 
-def test_a_model_that_is_here_can_be_planned(call, here):  # noqa: F811
+def test_a_model_that_is_here_can_be_planned(call, here):
     amounts = ("--on", "8x4090", "--tokens", "1e9", "--batch", "8", "--seq", "1024")
     for name in ("mine/base", "pulled", "local.gguf"):
         said = call("plan", name, *amounts)
@@ -292,7 +292,7 @@ def test_a_model_that_is_here_can_be_planned(call, here):  # noqa: F811
 # ---------------------------------------------------------------- eval
 
 
-def test_eval_gives_the_figures_of_the_stage(call, finished):  # noqa: F811
+def test_eval_gives_the_figures_of_the_stage(call, finished):
     """The same problems, seed and settings as the recipe's `evaluate` stage, so the same numbers."""
     stage, _ = find_artifact("tiny/evaluation/zero", finished.home)
     written = json.loads((stage.folder / "evaluation.json").read_text())
@@ -307,7 +307,7 @@ def test_eval_gives_the_figures_of_the_stage(call, finished):  # noqa: F811
     assert f"{accuracy['mean']:.1%}  (" in line and f"{accuracy['problems']} problems" in line
 
 
-def test_eval_refuses_in_one_sentence(call, here):  # noqa: F811
+def test_eval_refuses_in_one_sentence(call, here):
     refused(call("eval", "pulled", "--problems", "sums"), "sums: no such recipe")
     refused(call("eval", "pulled", "--problems", "no.jsonl"), "--problems no.jsonl: there is no such file")
     refused(call("eval", "pulled", "--problems", "sums.jsonl", "--mode", "hot"), "--mode hot: choose t1")
@@ -325,7 +325,7 @@ def test_eval_refuses_in_one_sentence(call, here):  # noqa: F811
 # ---------------------------------------------------------------- models of which only the shapes are known
 
 
-def test_show_knows_what_plan_knows(call, here):  # noqa: F811
+def test_show_knows_what_plan_knows(call, here):
     said = call("show", "deepseek-v3")
     assert said.code == 0 and "8 of 256 experts" in said.out and "a token uses 36.63G" in said.out
     assert said.out.endswith("weights        none here: only the shapes are known\n")
@@ -334,7 +334,7 @@ def test_show_knows_what_plan_knows(call, here):  # noqa: F811
     refused(call("show", "deepseek-v33"), "there are deepseek-v3, ", "pulled")
 
 
-def test_a_dense_model_does_not_read_like_a_mixture(call, here):  # noqa: F811
+def test_a_dense_model_does_not_read_like_a_mixture(call, here):
     for name in ("llama-3.1-8b", "pulled", "local.gguf"):
         said = call("show", name)
         assert said.code == 0 and "expert" not in said.out and "a token uses" not in said.out

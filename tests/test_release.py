@@ -11,7 +11,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from test_cli import call  # noqa: F401 - a fixture
 from tiny import answer
 
 from limbeck.config.load import dump, load
@@ -145,7 +144,7 @@ def test_the_card_tells_what_the_runs_have_shown(out, finished):
     assert "were compared with the test" in body
 
 
-def test_why_reads_a_released_directory(call, out):  # noqa: F811
+def test_why_reads_a_released_directory(call, out):
     lines = call("why", out).out.splitlines()
     assert lines[0].startswith("zero (rl-")
     assert any("base (pretrain-" in line for line in lines)
@@ -253,7 +252,7 @@ def test_a_name_that_breaks_a_naming_duty_is_refused_with_the_remedy(copy, tmp_p
     assert release("tiny/dev1", tmp_path / "Llama-3-tiny", home).folder.exists()
 
 
-def test_mistakes_are_one_sentence(call, finished, tmp_path, out):  # noqa: F811
+def test_mistakes_are_one_sentence(call, finished, tmp_path, out):
     for arguments, words in (
         (("tiny/traces", tmp_path / "a"), "tiny/traces is a sample stage, which has no model to release"),
         (("tiny/zero", out), f"{out} is there already"),
