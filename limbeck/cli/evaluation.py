@@ -191,8 +191,8 @@ def _of_suites(names: list[str], options: dict[str, Any]) -> _Test:
     if not options["data"] or not Path(options["data"]).exists():
         wanted = find_suite(names[0])
         raise usage_error(
-            f"--data {options['data'] or '(not given)'}: no such folder; it holds the files of {wanted.title} as "
-            f"published at {wanted.home}"
+            f"--data {options['data'] or '(not given)'}: no such folder; it holds the files of "
+            f"{wanted.title} as published at {wanted.home}"
         )
     asked = {name: SuiteOptions(**options) for name in names}
     settings = Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked)

@@ -202,9 +202,9 @@ def mathematics(gold: str) -> Judge:
 
 
 def math_verify(gold: str, settings: dict[str, Any]) -> Judge:
-    """Return a judge that compares whole responses with the gold text as lm-eval and lighteval do: by the
-    answers that math-verify extracts from both. `settings` are the fields of `eval.suites.matching.MathVerify`.
-    """
+    """Return a judge that compares whole responses with the gold text by the answers that math-verify
+    extracts from both, as lm-eval and lighteval do. `settings` are the fields of `MathVerify`
+    (`eval/suites/matching.py`)."""
     _load_sympy()
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
 

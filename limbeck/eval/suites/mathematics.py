@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
 
 from .extraction import between_dollars, exact_match, find_match, last_box
 from .matching import MathVerify, is_equivalent
@@ -158,38 +161,12 @@ GSM8K = Suite(
 
 # ---------------------------------------------------------------- MATH-500
 
-# The four examples of Minerva (Lewkowycz et al. 2022, arXiv 2206.14858, appendix D.2).
-_MINERVA = (
-    (
-        r"Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.",
-        r"The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, "
-        r"and $5 - x \ge 0$, so $x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which "
-        "gives $x<5$. Therefore, the domain of the expression is $\\boxed{[2,5)}$.\n"
-        "Final Answer: The final answer is $[2,5)$. I hope it is correct.",
-    ),
-    (
-        r"If $\det \mathbf{A} = 2$ and $\det \mathbf{B} = 12,$ then find $\det (\mathbf{A} \mathbf{B}).$",
-        r"We have that $\det (\mathbf{A} \mathbf{B}) = (\det \mathbf{A})(\det \mathbf{B}) = (2)(12) = "
-        "\\boxed{24}.$\nFinal Answer: The final answer is $24$. I hope it is correct.",
-    ),
-    (
-        "Terrell usually lifts two 20-pound weights 12 times. If he uses two 15-pound weights instead, how "
-        "many times must Terrell lift them in order to lift the same total weight?",
-        r"If Terrell lifts two 20-pound weights 12 times, he lifts a total of $2\cdot 12\cdot20=480$ pounds of "
-        r"weight.  If he lifts two 15-pound weights instead for $n$ times, he will lift a total of "
-        r"$2\cdot15\cdot n=30n$ pounds of weight.  Equating this to 480 pounds, we can solve for $n$:"
-        "\n\\begin{align*}\n30n&=480\\\\\n\\Rightarrow\\qquad n&=480/30=\\boxed{16}\n\\end{align*}\n"
-        "Final Answer: The final answer is $16$. I hope it is correct.",
-    ),
-    (
-        "If the system of equations\n\n\\begin{align*}\n6x-4y&=a,\\\\\n6y-9x &=b.\n\\end{align*}has a solution "
-        "$(x, y)$ where $x$ and $y$ are both nonzero,\nfind $\\frac{a}{b},$ assuming $b$ is nonzero.",
-        "If we multiply the first equation by $-\\frac{3}{2}$, we obtain\n\n$$6y-9x=-\\frac{3}{2}a.$$Since we "
-        "also know that $6y-9x=b$, we have\n\n$$-\\frac{3}{2}a=b\\Rightarrow\\frac{a}{b}="
-        "\\boxed{-\\frac{2}{3}}.$$\n"
-        "Final Answer: The final answer is $-\\frac{2}{3}$. I hope it is correct.",
-    ),
-)
+MINERVA = Path(__file__).with_name("minerva.yaml")  # four worked examples
+
+
+def _minerva_shots() -> Shots:
+    pairs = yaml.safe_load(MINERVA.read_text(encoding="utf-8"))
+    return Shots(len(pairs), fixed=tuple((pair["question"], pair["answer"]) for pair in pairs))
 
 
 def _read_math(rows: Sequence[Row], _: str) -> list[Item]:
@@ -227,7 +204,7 @@ MATH_500 = Suite(
             Prompt(
                 "Problem:\n{question}\n\nSolution:",
                 chat=False,
-                shots=Shots(4, fixed=_MINERVA),
+                shots=_minerva_shots(),
             ),
             (MINERVA_VERIFY,),
             greedy(256, "Problem:"),
@@ -248,9 +225,9 @@ MATH_500 = Suite(
             "lighteval",
             Source("lighteval 0.13.0, math_500", f"{LIGHTEVAL}/math_500.py", "2"),
             Prompt(
-                "Solve the following problem. The final line of your response MUST be of the following format:\n"
-                '"ANSWER: $ANSWER" (without quotes) where $ANSWER is the final answer. Think step by step '
-                "before answering.\n\n{question}"
+                "Solve the following problem. The final line of your response MUST be of the following "
+                'format:\n"ANSWER: $ANSWER" (without quotes) where $ANSWER is the final answer. Think step '
+                "by step before answering.\n\n{question}"
             ),
             (_any_mathematics(lambda item: f"ANSWER: {item.row['solution']}"),),
             greedy(32768),
@@ -272,10 +249,10 @@ def _read_aime(year: int) -> Callable[[Sequence[Row], str], list[Item]]:
 
 
 _AIME_LIGHTEVAL = (
-    "\nSolve the following math problem efficiently and clearly.  The last line of your response should be of "
-    "the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without "
-    "quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step "
-    "before answering.\n\n{question}\n"
+    "\nSolve the following math problem efficiently and clearly.  The last line of your response should be "
+    "of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' "
+    "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think step "
+    "by step before answering.\n\n{question}\n"
 )
 
 
