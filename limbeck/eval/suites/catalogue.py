@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from ...types import LimbeckError
+from .instructions import IFEVAL
 from .mathematics import AIME_2024, AIME_2025, CMATH, GSM8K, MATH_500
+from .multiple_choice import C_EVAL, GPQA_DIAMOND, MMLU_PRO
 from .suite import Protocol, Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (GSM8K, MATH_500, AIME_2024, AIME_2025, CMATH)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (GSM8K, MATH_500, AIME_2024, AIME_2025, GPQA_DIAMOND, MMLU_PRO, IFEVAL, C_EVAL, CMATH)
+}
 CODE = ("humaneval", "mbpp", "livecodebench")
 
 

@@ -251,8 +251,8 @@ def _read_aime(year: int) -> Callable[[Sequence[Row], str], list[Item]]:
 _AIME_LIGHTEVAL = (
     "\nSolve the following math problem efficiently and clearly.  The last line of your response should be "
     "of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' "
-    "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think step "
-    "by step before answering.\n\n{question}\n"
+    "(without quotes) where ANSWER is just the final number or expression that solves the problem. Think "
+    "step by step before answering.\n\n{question}\n"
 )
 
 
