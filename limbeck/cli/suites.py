@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from .options import print_json
 def show(folder: Path, price: float | None, out: Path | None, as_json: bool) -> None:
     """Print the results of the suites in the folder of an evaluation, with the seconds that each took and,
     given the price of an hour in dollars, its cost. `out` is the file for the verdicts on the items."""
+    from ..eval.published import scores_of
     from ..pipeline.stages.evaluate import SUITE_ROWS
 
     results = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["suites"]
     seconds = _seconds(folder)
     for name, result in results.items():
+        result["published"] = [asdict(score) for score in scores_of(name)]
         result["seconds"] = seconds[name]
         if price is not None:
             result["dollars"] = price * seconds[name] / 3600
@@ -51,7 +54,19 @@ def _lines(result: dict[str, Any]) -> list[str]:
             f"  {name:30} {metric['mean']:6.1%}  {interval:20} n = {metric['n']}, items {metric['problems']}"
         )
     lines.append(f"  {_took(result)}")
-    return lines
+    return lines + _published(result["published"])
+
+
+def _published(scores: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of published scores, and of their sources, by number."""
+    if not scores:
+        return []
+    sources = list(dict.fromkeys(f"{score['title']}, {score['date']}: {score['how']}" for score in scores))
+    lines = ["  published, each by its own protocol:"]
+    for score in scores:
+        number = sources.index(f"{score['title']}, {score['date']}: {score['how']}") + 1
+        lines.append(f"    {score['model']:28} {score['score']:5.1f}%  [{number}]")
+    return lines + [f"    [{number}] {source}" for number, source in enumerate(sources, start=1)]
 
 
 def _source(source: dict[str, str]) -> str:

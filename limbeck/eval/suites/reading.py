@@ -56,6 +56,17 @@ def find_files(suite: Suite, data: Path, split: str = "test") -> list[Path]:
     raise LimbeckError(f"{data}: no file {expected} of {suite.title}; it is published at {suite.home}")
 
 
+def suite_files(suite: Suite, data: Path) -> list[Path]:
+    """Return the files of all splits that are there. Raises LimbeckError if those of `test` are not."""
+    files = find_files(suite, data)
+    for split in suite.files:
+        try:
+            files += find_files(suite, data, split)
+        except LimbeckError:
+            continue
+    return sorted(set(files))
+
+
 def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number of each row, from 1, and the row."""
     if path.suffix != ".csv":
