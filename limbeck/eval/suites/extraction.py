@@ -53,14 +53,36 @@ def last_box(text: str) -> str | None:
     if r"\boxed " in text:
         return text.split(r"\boxed ")[-1].split("$")[0]
     start = text.rfind(r"\boxed")
-    if start < 0:
-        return None
+    end = _closing_brace(text, start) if start >= 0 else None
+    boxed = text[start:end] if end else ""
+    return boxed[len(r"\boxed{") : -1] if boxed.startswith(r"\boxed{") else None
+
+
+def keep_last_box(text: str) -> str:
+    r"""Return the text without `\boxed` before its last box, except where boxes are joined by a comma, `and`
+    or `or`. So math-verify reads the last answer, as it did in the version that lighteval 0.13 has."""
+    starts = [box.start() for box in re.finditer(r"\\boxed", text)]
+    kept = len(starts) - 1
+    while kept > 0:
+        end = _closing_brace(text, starts[kept - 1])
+        if end is None or not _JOINED.fullmatch(text[end : starts[kept]]):
+            break
+        kept -= 1
+    if kept < 1:
+        return text
+    return text[: starts[kept]].replace(r"\boxed", "") + text[starts[kept] :]
+
+
+_JOINED = re.compile(r"\s*\$?\s*(?:,|,?\s*and|,?\s*or)\s*\$?\s*")
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Return the position after the brace that closes the first one at or after `start`, None if none does."""
     depth = 0
-    for brace in re.finditer(r"[{}]", text[start:]):
+    for brace in re.compile(r"[{}]").finditer(text, start):
         depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            boxed = text[start : start + brace.end()]
-            return boxed[len(r"\boxed{") : -1] if boxed.startswith(r"\boxed{") else None
+            return brace.end()
     return None
 
 

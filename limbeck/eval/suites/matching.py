@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ...tasks.answers import Verdict
 from ...tasks.sandbox import SANDBOX
+from .extraction import keep_last_box
 
 DEADLINE = (
     10.0  # seconds of processor time for one verdict; the harnesses grant five to parse, five to compare
@@ -18,19 +19,22 @@ MAX_RESPONSE = 20_000  # characters at the end of a response that math-verify se
 class MathVerify:
     """How math-verify extracts answers: which kinds of text it looks for in the gold answer and in the
     response, in order (`latex`, `expr`), the priority of `\\boxed{}` (0: first), and the decimals to which
-    floats are rounded."""
+    floats are rounded. With `last_box`, only the last box counts; its newer versions join boxes that stand
+    close to each other."""
 
     gold: tuple[str, ...] = ("latex", "expr")
     answer: tuple[str, ...] = ("latex", "expr")
     boxed_priority: int = 50
     rounding: int = 6
+    last_box: bool = False
 
     def is_correct(self, gold: str, response: str) -> bool:
         """Return True if math-verify extracts an equal answer from both texts. It runs in the sandbox, and a
         text that takes it too long is wrong."""
-        verdict = SANDBOX.ask(
-            "math_verify", gold, asdict(self), answer=response[-MAX_RESPONSE:], deadline=DEADLINE
-        )
+        response = response[-MAX_RESPONSE:]
+        if self.last_box:
+            response = keep_last_box(response)
+        verdict = SANDBOX.ask("math_verify", gold, asdict(self), answer=response, deadline=DEADLINE)
         return verdict == Verdict.CORRECT.value
 
 

@@ -43,27 +43,31 @@ def greedy(max_new_tokens: int, *stop: str) -> SuiteSampling:
 
 # ---------------------------------------------------------------- metrics
 
+LAST_BOX = (
+    r"after `</think>`; math-verify, the last `\boxed{}` first, then LaTeX and numbers; floats to 5 decimals"
+)
+
 
 def _final_number(gold: Callable[[Item], str]) -> Metric:
-    judge = MathVerify(("expr",), ("latex", "expr"), 0, 5)
+    judge = MathVerify(("expr",), ("latex", "expr"), 0, 5, True)
     return Metric(
         "math_verify",
         lambda item, text: (judge.is_correct(gold(item), after_thought(text)),),
-        r"after `</think>`; math-verify, `\boxed{}` first, then LaTeX and numbers; floats to 5 decimals",
+        LAST_BOX,
     )
 
 
 def _boxed_latex(gold: Callable[[Item], str]) -> Metric:
-    judge = MathVerify(("latex",), ("latex", "expr"), 0, 5)
+    judge = MathVerify(("latex",), ("latex", "expr"), 0, 5, True)
     return Metric(
         "math_verify",
         lambda item, text: (judge.is_correct(gold(item), after_thought(text)),),
-        r"after `</think>`; math-verify, `\boxed{}` first, then LaTeX and numbers; floats to 5 decimals",
+        LAST_BOX,
     )
 
 
 def _any_mathematics(gold: Callable[[Item], str]) -> Metric:
-    judge = MathVerify()
+    judge = MathVerify(last_box=True)
     return Metric(
         "math_verify",
         lambda item, text: (judge.is_correct(gold(item).strip(), after_thought(text).strip()),),

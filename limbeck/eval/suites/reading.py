@@ -48,7 +48,7 @@ def find_files(suite: Suite, data: Path, split: str = "test") -> list[Path]:
         return [data]
     folder = data if data.is_dir() else data.parent
     folder = folder / suite.name if (folder / suite.name).is_dir() else folder
-    for pattern in suite.files[split]:
+    for pattern in suite.files[split] if data.exists() else ():
         found = sorted(path for path in folder.rglob(pattern) if path.suffix in FORMATS)
         if found:
             return found
