@@ -77,7 +77,7 @@ _JOINED = re.compile(r"\s*\$?\s*(?:,|,?\s*and|,?\s*or)\s*\$?\s*")
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """Return the position after the brace that closes the first one at or after `start`, None if none does."""
+    """Return the position after the brace that closes the first one from `start` on, None if none does."""
     depth = 0
     for brace in re.compile(r"[{}]").finditer(text, start):
         depth += 1 if brace.group() == "{" else -1

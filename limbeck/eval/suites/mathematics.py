@@ -156,7 +156,7 @@ GSM8K = Suite(
         Protocol(
             "lighteval",
             Source("lighteval 0.13.0, gsm8k", f"{LIGHTEVAL}/gsm8k.py", "0"),
-            Prompt("Question: {question}\nAnswer:", chat=False),
+            Prompt("Question: {question}\nAnswer:"),
             (_final_number(lambda item: f" {item.row['answer']}"),),
             greedy(256, "Question:"),
         ),
