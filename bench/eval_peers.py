@@ -55,6 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--suite", choices=list(CASES))
     parser.add_argument("--peer", choices=["lm-eval", "lighteval"])
+    parser.add_argument("--every", type=int, default=1, help="take one of so many cases")
     parser.add_argument("--differences", type=Path, help="a JSONL file for every difference")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=Path)
@@ -76,7 +77,7 @@ def compared(options: argparse.Namespace) -> list[dict]:
     for suite, protocol, yaml, split, name, more in LM_EVAL:
         if options.suite in (None, suite) and options.peer in (None, "lm-eval"):
             with tempfile.TemporaryDirectory() as folder:
-                rows, responses = zip(*CASES[suite](), strict=True)
+                rows, responses = zip(*list(CASES[suite]())[:: options.every], strict=True)
                 files = write_files(Path(folder), suite, rows, {split: name, **more})
                 task = open_suite(suite, SuiteOptions(data=folder, protocol=protocol))
                 case = {"yaml": yaml, "files": files, "responses": [cut(task, text) for text in responses]}
@@ -84,7 +85,7 @@ def compared(options: argparse.Namespace) -> list[dict]:
     for suite in LIGHTEVAL:
         if options.suite in (None, suite) and options.peer in (None, "lighteval"):
             with tempfile.TemporaryDirectory() as folder:
-                rows, responses = zip(*CASES[suite](), strict=True)
+                rows, responses = zip(*list(CASES[suite]())[:: options.every], strict=True)
                 name = {"aime-2024": "aime_2024", "gpqa-diamond": "gpqa_diamond", "ifeval": "ifeval"}
                 write_files(Path(folder), suite, rows, {"": f"{name.get(suite, 'test')}.jsonl"})
                 task = open_suite(suite, SuiteOptions(data=folder, protocol="lighteval"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,41 +46,38 @@ class _Test:
     seed: str
 
 
+Asked = Annotated[
+    str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
+]
+Modes = Annotated[
+    list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
+]
+Prompts = Annotated[int | None, typer.Option(min=1, help="held-out problems of each source, at most")]
+Longest = Annotated[int | None, typer.Option(min=1, help="the longest answer, in tokens")]
+HeldOut = Annotated[
+    int, typer.Option(min=1, help="of a file: problems that are kept for testing, as in a recipe")
+]
+Answer = Annotated[str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")]
+Columns = Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")]
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    problems: Annotated[
-        str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
-    ] = "",
-    mode: Annotated[
-        list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
-    ] = [],  # noqa: B006
-    prompts: Annotated[
-        int | None, typer.Option(min=1, help="held-out problems of each source, at most")
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="the longest answer, in tokens")] = None,
-    held_out: Annotated[
-        int, typer.Option(min=1, help="of a file: problems that are kept for testing, as in a recipe")
-    ] = 200,
-    answer: Annotated[
-        str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
-    ] = "boxed",
-    columns: Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")] = "",
-    suite: Annotated[
-        list[str], typer.Option(help="a named benchmark, instead of --problems", show_default=False)
-    ] = [],  # noqa: B006
-    data: Annotated[str, typer.Option(help="of a suite: the folder of its files as published")] = "",
-    protocol: Annotated[
-        str, typer.Option("--as", help="of a suite: measured as deepseek, lm-eval or lighteval does")
-    ] = "deepseek",
-    items: Annotated[int | None, typer.Option(min=1, help="of a suite: only the first items")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="of a suite: responses to each item")] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="of a suite: dollars an hour of this machine, for the cost")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="of a suite: a JSONL file for the verdict on each item")
-    ] = None,
+    problems: Asked = "",
+    mode: Modes = [],  # noqa: B006
+    prompts: Prompts = None,
+    max_new_tokens: Longest = None,
+    held_out: HeldOut = 200,
+    answer: Answer = "boxed",
+    columns: Columns = "",
+    suite: suites.Names = [],  # noqa: B006
+    data: suites.Data = "",
+    protocol: suites.As = "deepseek",
+    items: suites.Items = None,
+    samples: suites.Samples = None,
+    price: suites.Price = None,
+    out: suites.Out = None,
     runs: Home = RUNS,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -94,27 +93,27 @@ def evaluate(
     For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
     mine.jsonl --answer final --held-out 50`
     """
+    changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
     if bool(suite) == bool(problems):
         raise usage_error("give either --problems or --suite, which say what is asked")
     if suite:
-        options = {"data": data, "protocol": protocol, "items": items, "samples": samples}
-        test = _of_suites(suite, options | {"max_new_tokens": max_new_tokens})
-        found = open_model(model, runs)
-        with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
-            suites.show(
-                _measure(found.title, found.directory(), test, device, Path(scratch)), price, out, as_json
-            )
-        return
-    changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if Path(problems).suffix in (".jsonl", ".parquet"):
-        test = _of_file(Path(problems), changes, held_out, answer, columns)
+        test = _of_suites(suite, data, protocol, items=items, samples=samples, max_new_tokens=max_new_tokens)
+    elif Path(problems).suffix in (".jsonl", ".parquet"):
+        test = _of_file(Path(problems), _given(changes), held_out, answer, columns)
     else:
-        test = _of_recipe(problems, changes)
-    found = open_model(model, runs)
-    with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
-        folder = _measure(found.title, found.directory(), test, device, Path(scratch))
-        result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        test = _of_recipe(problems, _given(changes))
+    with _measured(model, runs, test, device) as folder:
+        suites.show(folder, price, out, as_json) if suite else _show(folder, as_json)
+
+
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    """Print the accuracy on each source of problems from the folder of an evaluation."""
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     if as_json:
         print_json(result)
         return
@@ -180,42 +179,44 @@ def _settings(sources: list[str], changes: dict[str, Any]) -> Evaluate:
     return Evaluate(kind="evaluate", models=["model"], problems=sources, **changes)
 
 
-def _of_suites(names: list[str], options: dict[str, Any]) -> _Test:
+def _of_suites(names: list[str], data: str, protocol: str, **limits: int | None) -> _Test:
     """Return the test on named benchmarks. Raises a usage error for an unknown one and a missing folder."""
     from ..config.parts import SuiteOptions
     from ..config.recipe import Evaluate
     from ..eval.suites.catalogue import find_protocol, find_suite
 
     for name in names:
-        find_protocol(find_suite(name), options["protocol"])
-    if not options["data"] or not Path(options["data"]).exists():
-        wanted = find_suite(names[0])
+        find_protocol(find_suite(name), protocol)
+    if not data or not Path(data).exists():
+        first = find_suite(names[0])
         raise usage_error(
-            f"--data {options['data'] or '(not given)'}: no such folder; it holds the files of "
-            f"{wanted.title} as published at {wanted.home}"
+            f"--data {data or '(not given)'}: no such folder; it holds the files of {first.title} as "
+            f"published at {first.home}"
         )
-    asked = {name: SuiteOptions(**options) for name in names}
-    settings = Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked)
-    return _Test(settings, {}, "0/evaluation")
+    options = SuiteOptions(data=data, protocol=protocol, **limits)
+    asked = dict.fromkeys(names, options)
+    return _Test(Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked), {}, "0/evaluation")
 
 
-def _measure(title: str, directory: Path, test: _Test, device: str, home: Path) -> Path:
-    """Evaluate the model in `directory` on a device, and return the folder in `home` that an `evaluate` stage
-    would have written."""
+@contextmanager
+def _measured(model: str, runs: Path, test: _Test, device: str) -> Iterator[Path]:
+    """Evaluate a model on a device; the block gets the folder that an `evaluate` stage would have written."""
     from ..pipeline.job import Job
     from ..pipeline.stage_device import ready_device
     from ..pipeline.stages import evaluate as stage
 
-    inputs = home / "input"
-    inputs.mkdir()
-    (inputs / "model").symlink_to(directory.resolve())
-    folder = home / "output"
-    folder.mkdir()
-    asked = {name: test.problems[name] for name in test.settings.problems}
-    job = Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder, device=device)
-    with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
-        stage.run(ready)
-    return folder
+    found = open_model(model, runs)
+    with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
+        inputs = Path(scratch) / "input"
+        inputs.mkdir()
+        (inputs / "model").symlink_to(found.directory().resolve())
+        folder = Path(scratch) / "output"
+        folder.mkdir()
+        asked = {name: test.problems[name] for name in test.settings.problems}
+        job = Job("evaluation", test.settings, test.seed, {found.title: inputs}, asked, folder, device=device)
+        with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
+            stage.run(ready)
+        yield folder
 
 
 def _line(source: str, way: str, figures: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The result of `limbeck eval --suite`: a table, JSON, and a file of verdicts."""
+"""The options and the result of `limbeck eval --suite`: a table, JSON, and a file of verdicts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from .options import print_json
+
+Names = Annotated[
+    list[str], typer.Option(help="a named benchmark, instead of --problems", show_default=False)
+]
+Data = Annotated[str, typer.Option(help="of a suite: the folder of its files as published")]
+As = Annotated[str, typer.Option("--as", help="of a suite: measured as deepseek, lm-eval or lighteval does")]
+Items = Annotated[int | None, typer.Option(min=1, help="of a suite: only the first items")]
+Samples = Annotated[int | None, typer.Option(min=1, help="of a suite: responses to each item")]
+Price = Annotated[
+    float | None, typer.Option(min=0, help="of a suite: dollars an hour of this machine, for the cost")
+]
+Out = Annotated[Path | None, typer.Option(help="of a suite: a JSONL file for the verdict on each item")]
 
 
 def show(folder: Path, price: float | None, out: Path | None, as_json: bool) -> None:

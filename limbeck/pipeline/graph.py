@@ -16,7 +16,7 @@ from typing import Any
 from ..config.aliases import current_name, stored, stored_kind, stored_problems
 from ..config.learned_rewards import TABLES, Calibrate, Reward
 from ..config.methods import DPO
-from ..config.parts import ModelStage
+from ..config.parts import ModelStage, SuiteOptions
 from ..config.recipe import (
     Curate,
     Evaluate,
@@ -165,8 +165,7 @@ class Graph:
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
-        if "suites" in settings:
-            settings["suites"] = {name: self._suite(name, one) for name, one in settings["suites"].items()}
+            settings |= self._suites(stage)
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         if "adapter" in settings:
@@ -177,11 +176,14 @@ class Graph:
             settings |= rename_tables(stage, tables)
         return settings
 
-    def _suite(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings of a named benchmark that are set, with the digests of its files."""
-        files = suite_files(find_suite(name), Path(options["data"]))
-        digests = {path.name: self._digest(path) for path in files}
-        return {k: v for k, v in options.items() if v is not None} | {"data": digests}
+    def _suites(self, stage: Evaluate) -> dict[str, Any]:
+        """Return the setting `suites` with the digests of the benchmarks' files; {} if it is not set."""
+        suites = {}
+        for name, options in (stage.suites or {}).items():
+            files = suite_files(find_suite(name), Path(options.data))
+            digests = {path.name: self._digest(path) for path in files}
+            suites[name] = options.model_dump(exclude_none=True) | {"data": digests}
+        return {"suites": suites} if suites else {}
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
@@ -278,11 +280,7 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
             adapter = _find_directory(f"stages.{name}.adapter", stage.adapter, base)
             stage = stage.model_copy(update={"adapter": adapter})
     if isinstance(stage, Evaluate) and stage.suites:
-        suites = {}
-        for suite, options in stage.suites.items():
-            data = _find_data(f"stages.{name}.suites.{suite}.data", options.data, base)
-            suites[suite] = options.model_copy(update={"data": data})
-        stage = stage.model_copy(update={"suites": suites})
+        stage = stage.model_copy(update={"suites": _resolve_suites(name, stage.suites, base)})
     tables = tables_of(stage)
     if tables:
         setting = f"stages.{name}.{table_setting(stage)}"
@@ -306,6 +304,15 @@ def _find_directory(setting: str, path: str, base: Path) -> str:
         if place.is_dir():
             return str(place.resolve())
     raise LimbeckError(f"{setting}: {path} is no directory, neither beside the recipe nor here")
+
+
+def _resolve_suites(name: str, suites: Mapping[str, SuiteOptions], base: Path) -> dict[str, SuiteOptions]:
+    """Return the benchmarks of the stage `name` with absolute paths."""
+    resolved = {}
+    for suite, options in suites.items():
+        data = _find_data(f"stages.{name}.suites.{suite}.data", options.data, base)
+        resolved[suite] = options.model_copy(update={"data": data})
+    return resolved
 
 
 def _find_data(setting: str, path: str, base: Path) -> str:

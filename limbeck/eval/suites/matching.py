@@ -9,9 +9,7 @@ from ...tasks.answers import Verdict
 from ...tasks.sandbox import SANDBOX
 from .extraction import keep_last_box
 
-DEADLINE = (
-    10.0  # seconds of processor time for one verdict; the harnesses grant five to parse, five to compare
-)
+DEADLINE = 10.0  # seconds of processor time for one verdict; harnesses grant five to parse, five to compare
 MAX_RESPONSE = 20_000  # characters at the end of a response that math-verify searches
 
 

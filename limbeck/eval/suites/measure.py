@@ -201,14 +201,6 @@ def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str) -> Sa
 def combine(task: SuiteTask, rows: Sequence[Result]) -> Result:
     """Return the result of a suite from the verdicts on all its items: each metric with its 95 % interval,
     and of sampled responses the mean length in tokens and the truncated share."""
-    names = [metric.name for metric in task.protocol.metrics] or ["acc", "acc_norm"]
-    pooled = {metric.name for metric in task.protocol.metrics if metric.pooled}
-    metrics = {}
-    for name in names:
-        values = [[float(v) for sample in row["verdicts"][name] for v in sample] for row in rows]
-        metrics[name] = (
-            pooled_interval(values) if name in pooled else asdict(statistics.mean_interval(values))
-        )
     result = {
         "suite": task.suite.name,
         "protocol": task.protocol.name,
@@ -216,18 +208,29 @@ def combine(task: SuiteTask, rows: Sequence[Result]) -> Result:
         "sampling": asdict(task.sampling) if task.sampling else "log-likelihood of the options",
         "changes": list(task.changes),
         "items": len(rows),
-        "metrics": metrics,
+        "metrics": {name: _interval(task, name, rows) for name in rows[0]["verdicts"]},
     }
-    if task.sampling:
-        lengths = [length for row in rows for length in row["tokens"]]
-        truncated = [value for row in rows for value in row["truncated"]]
-        result |= {
-            "responses": len(lengths),
-            "tokens": sum(lengths),
-            "length": sum(lengths) / len(lengths),
-            "truncated": sum(truncated) / len(truncated),
-        }
-    return result
+    return result | _lengths(rows) if task.sampling else result
+
+
+def _interval(task: SuiteTask, name: str, rows: Sequence[Result]) -> Mapping[str, Any]:
+    """Return the mean of a metric with its 95 % interval, as JSON."""
+    values = [[float(value) for sample in row["verdicts"][name] for value in sample] for row in rows]
+    if any(metric.pooled for metric in task.protocol.metrics if metric.name == name):
+        return pooled_interval(values)
+    return asdict(statistics.mean_interval(values))
+
+
+def _lengths(rows: Sequence[Result]) -> Result:
+    """Return the number and the tokens of all responses, the mean length, and the share that was cut off."""
+    lengths = [length for row in rows for length in row["tokens"]]
+    truncated = [value for row in rows for value in row["truncated"]]
+    return {
+        "responses": len(lengths),
+        "tokens": sum(lengths),
+        "length": sum(lengths) / len(lengths),
+        "truncated": sum(truncated) / len(truncated),
+    }
 
 
 def pooled_interval(values_by_item: Sequence[Sequence[float]]) -> Mapping[str, Any]:

@@ -47,12 +47,7 @@ def run(job: Job) -> Outcome:
         evaluate(engine, sources, stage, ways, job.seed, min(len(parts), pairs)),
         _measure_suites(job, suites, engine, parts[pairs:]),
     )
-    for number, log in remaining_chunks(job, pairs + len(list(suite.all_chunks(suites)))):
-        part = next(results)
-        parts.append(part)
-        curate.write_rows(job.folder / PARTS, parts)
-        log.step(number, {"source": part["source"], "mode": part["way"], "accuracy": _accuracy(part)})
-    (job.folder / PARTS).unlink()
+    _collect(job, pairs + len(list(suite.all_chunks(suites))), results, parts)
     asked = [part for part in parts if "modes" in part]
     result = {"schema": 1, "model": model, "control": job.control, **combine(asked, job.seed)}
     curate.write_rows(job.folder / "samples.jsonl", [row for part in asked for row in part["samples"]])
@@ -64,6 +59,16 @@ def run(job: Job) -> Outcome:
     return outcome(
         tokens, tokens * decoder.config.flops_per_token(context), parameters=decoder.config.parameters
     )
+
+
+def _collect(job: Job, total: int, results: Iterator[dict[str, Any]], parts: list[dict[str, Any]]) -> None:
+    """Append the remaining ones of `total` results to `parts`, and save them after each."""
+    for number, log in remaining_chunks(job, total):
+        part = next(results)
+        parts.append(part)
+        curate.write_rows(job.folder / PARTS, parts)
+        log.step(number, {"source": part["source"], "mode": part["way"], "accuracy": _accuracy(part)})
+    (job.folder / PARTS).unlink()
 
 
 def _measure_suites(
