@@ -540,6 +540,12 @@ class Full(Store):
         return Artifact(self.root, {"kind": kind, "digest": key})
 
 
+def test_a_recipe_needs_problems_beside_its_suites(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE.format(more="").replace("[clock]", "[]"))
+    with pytest.raises(LimbeckError, match=r"stages.evaluation.problems is empty"):
+        load(tmp_path / "r.yaml")
+
+
 def test_the_key_covers_the_files_of_a_suite_and_not_their_folder(sums, model, tmp_path):
     (tmp_path / "model").symlink_to(model)
 

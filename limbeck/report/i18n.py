@@ -211,6 +211,13 @@ W = {
     "attempts_short": Text("attempts", "尝试"),
     "language_short": Text("language", "语言一致"),
     "parameters": Text("parameters", "参数量"),
+    "suites": Text("Named benchmarks", "公开基准"),
+    "suite": Text("suite", "基准"),
+    "published": Text("published scores of other models", "其他模型公布的分数"),
+    "suites_caption": Text(
+        "Percent with its 95% interval. Published scores were measured by other programs, with other prompts.",
+        "百分比及 95% 置信区间。公布的分数由其他程序按各自的提示测得。",
+    ),
     "other_problems": Text("Other problems: {}", "其他题目：{}"),
     "distillation": Text("Small models: taught, or left to themselves", "小模型：被教会，还是自己摸索"),
     "how": Text("how it was made", "如何得到"),
