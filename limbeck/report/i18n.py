@@ -215,7 +215,7 @@ W = {
     "suite": Text("suite", "基准"),
     "published": Text("published scores of other models", "其他模型公布的分数"),
     "suites_caption": Text(
-        "Percent with its 95% interval. Published scores were measured by other programs, with other prompts.",
+        "Percent with its 95% interval. Published scores were measured by other programs and prompts.",
         "百分比及 95% 置信区间。公布的分数由其他程序按各自的提示测得。",
     ),
     "other_problems": Text("Other problems: {}", "其他题目：{}"),
