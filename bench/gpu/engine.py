@@ -94,20 +94,32 @@ def _rollout(card: Card, part: str, shape: str, count: int) -> None:
     promise(part, f"{shape}: the same tokens and bits alone and in company", same)
     _parity(card, part, shape, model, groups)
     promise(part, f"{shape}: a step never waits for the host", _never_waits(card, part, engine))
+    if shape == "0.5B" and spare(part, f"{shape}, top-p", card.size(3, 0)):
+        nucleus = SamplingParams(0.7, 0.9, card.size(64, 8), keep_mask=True, top_k=50)
+        groups = engine.rollout(few[:4], 8, nucleus, 2)
+        _parity(card, part, f"{shape}, temperature 0.7, top-p 0.9, top-k 50", model, groups, nucleus)
 
 
-def _parity(card: Card, part: str, shape: str, model: Decoder, groups: list[Group]) -> None:
+def _parity(
+    card: Card,
+    part: str,
+    what: str,
+    model: Decoder,
+    groups: list[Group],
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008 - frozen
+) -> None:
     """Compare the log-probabilities of a rollout with those of the learner."""
-    samples = to_samples(groups, [[0.5, -0.5] * 4] * len(groups), False)
+    samples = to_samples(groups, [[0.5, -0.5] * 4] * len(groups), sampling.keep_mask)
     batches = pack(samples, 16384, card.device)
     equal = total = 0
     worst = 0.0
-    for batch, logprobs_M in zip(batches, Scorer(model).logprobs(batches), strict=True):
+    scores = Scorer(model).logprobs(batches, sampling.temperature)
+    for batch, logprobs_M in zip(batches, scores, strict=True):
         equal += int((logprobs_M == batch.logprobs_M).sum())
         total += len(logprobs_M)
         worst = max(worst, float((logprobs_M - batch.logprobs_M).abs().max()))
-    note(part, shape=shape, equal_bits=equal / total, tokens=total, worst=worst)
-    promise(part, f"{shape}: sampler = learner, bit for bit", equal == total)
+    note(part, shape=what, equal_bits=equal / total, tokens=total, worst=worst)
+    promise(part, f"{what}: sampler = learner, bit for bit", equal == total)
 
 
 def _never_waits(card: Card, part: str, engine: Engine) -> bool:

@@ -91,7 +91,7 @@ def transformers_part(card: Card, quick: bool) -> None:
     told = ask("transformers_batching", settings, max(card.size(10, 60), left()))
     for line in told:
         note("transformers", **line)
-    rates = [line["tokens_s"] for line in told if line.get("turn") == "warm"]
+    rates = [line["tokens_s"] for line in told if line.get("turn") in ("first", "warm")]
     if rates:
         note("transformers", limbeck_over_transformers=ours / rates[-1])
 

@@ -15,8 +15,8 @@ RUNS = Path("runs/gpu-quickstart")  # the same command goes on from here
 
 
 def quickstart_part(card: Card, quick: bool) -> None:
-    """Run the quickstart from its first stage to its report, and tell how long each stage took and what the
-    evaluations found; in a rehearsal or with `--quick` the tour, which is over in seconds."""
+    """Run the quickstart from its first stage to its report, and tell how long each stage took; with
+    `--quick` and in a rehearsal the tour, which is over in seconds."""
     recipe = "smoke" if quick or card.rehearsed else "quickstart"
     home = RUNS / card.name
     begin = time.perf_counter()

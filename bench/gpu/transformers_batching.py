@@ -24,7 +24,7 @@ BATCH_TOKENS = 4096  # tokens of one forward pass, at most
 
 
 def main() -> None:
-    """Sample a few tokens, then all of them twice with what was set up before; tell each turn as it is done."""
+    """Sample a few tokens, then all of them twice with one setup; tell each turn as soon as it is done."""
     settings = json.loads(sys.argv[1])
     prompts, new = settings["prompts"], settings["new"]
     attention, options = choices(len(prompts), max(map(len, prompts)) + new, settings["device"])
