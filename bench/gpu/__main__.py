@@ -9,8 +9,8 @@
 Needs a card, torch built for it, and the Triton that comes with it. The parts come in the order of their
 worth, each with the seconds that it may take (three times as many if it is named); what does not fit in is
 left out, and said. Each part prints what it measures and the promises it checks, and the JSON file is written
-after each. The exit code is 1 if a promise is broken or a part fails. Models have random weights in the shapes
-of real ones, scaled so that the next token is neither open nor certain.
+after each. The exit code is 1 if a promise is broken or a part fails. Models have random weights in the
+shapes of real ones, scaled so that the next token is neither open nor certain.
 """
 
 from __future__ import annotations

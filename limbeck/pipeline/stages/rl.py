@@ -41,7 +41,7 @@ def run(job: Job) -> Outcome:
     run_log.drop_last(ROLLOUTS, stage.log_every)
     engine = _engine(job, decoder, tokenizer)
     trainer = GRPOTrainer(
-        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora, not stage.engine),
+        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora, samples=not stage.engine),
         engine=engine,
         rewards=learned_rewards(job, tasks, sampling),
         settings=stage,
