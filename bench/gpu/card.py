@@ -34,9 +34,10 @@ class Card:
         """Return how much a part does: `real` on a card, `tiny` in a rehearsal."""
         return real
 
-    def place(self, model: nn.Module, exact: bool = True) -> nn.Module:
-        """Move a model to the card, with exact operations or the libraries' own."""
-        return ops.place(model, self.name, exact=exact)
+    def place(self, model: nn.Module, exact: bool = True, dtype: torch.dtype | None = None) -> nn.Module:
+        """Move a model to the card, with exact operations or the libraries' own, and with weights of `dtype`
+        (None: as they are)."""
+        return ops.place(model, self.name, dtype, exact)
 
     @cached_property
     def kernels(self) -> SimpleNamespace:

@@ -6,13 +6,14 @@ import torch
 
 from limbeck.config.parts import LoRA as LoRASettings
 from limbeck.config.parts import Optimizer, Policy
+from limbeck.model.config import ModelConfig
 from limbeck.model.lora import LoRA
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import PolicyGradient
 
 from .card import Card
-from .models import config, decoder
+from .models import decoder
 from .report import note, promise, spare
 from .training import random_samples
 
@@ -43,13 +44,10 @@ def memory_part(card: Card, quick: bool) -> None:
 
 def _measure(card: Card, name: str, settings: dict, adapters: LoRASettings | None) -> None:
     """Time two updates with one setting, and compare their peak with the forecast."""
-    if card.rehearsed and settings.get("masters") is False:
-        note("memory", setting=name, left_out="weights in float32 have no masters")
-        return
     tokens = card.size(8192, 60)
     optimizer = Optimizer(**settings)
     card.deterministic()
-    model = decoder(card, SHAPE, tokens + 256)
+    model = card.place(decoder(card, SHAPE, tokens + 256), dtype=torch.bfloat16)
     lora = LoRA(model, adapters, 0) if adapters else None
     learner = Learner(model, optimizer, 10, "keep_attention", lora)
     batches = pack(random_samples(card, [tokens]), 1 << 15, card.device)
@@ -61,7 +59,7 @@ def _measure(card: Card, name: str, settings: dict, adapters: LoRASettings | Non
         return
     peak = card.peak()
     note("memory", setting=name, shape=SHAPE, tokens_s=round(tokens / seconds), GiB=peak)
-    forecast = _forecast(card, tokens, optimizer, adapters)
+    forecast = _forecast(model.config, tokens, optimizer, adapters)
     if forecast is not None:
         note("memory", setting=name, forecast_GiB=forecast, of_peak=forecast / peak if peak else 0.0)
         promise(
@@ -69,7 +67,9 @@ def _measure(card: Card, name: str, settings: dict, adapters: LoRASettings | Non
         )
 
 
-def _forecast(card: Card, tokens: int, optimizer: Optimizer, adapters: LoRASettings | None) -> float | None:
+def _forecast(
+    sizes: ModelConfig, tokens: int, optimizer: Optimizer, adapters: LoRASettings | None
+) -> float | None:
     """Return the planner's forecast of the peak in GiB, without the driver's own; None if it has none."""
     try:
         from limbeck.plan.micro_batch import MicroBatch
@@ -77,6 +77,4 @@ def _forecast(card: Card, tokens: int, optimizer: Optimizer, adapters: LoRASetti
     except ImportError:
         return None
     batch = MicroBatch(tokens, tokens, tokens, 1, tokens)
-    sizes = config(card, SHAPE, tokens + 256)
-    width = card.dtype.itemsize
-    return Learning(sizes, width, batch, optimizer, "keep_attention", adapters).peak().total / 2**30
+    return Learning(sizes, 2, batch, optimizer, "keep_attention", adapters).peak().total / 2**30
