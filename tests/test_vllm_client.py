@@ -33,14 +33,14 @@ SAMPLING = Sampling(max_new_tokens=12)
 SEED = "0/zero"
 
 
-def settings(engine=None, rate=3e-3, steps=3) -> RL:
+def settings(engine=None, rate=3e-3, steps=3, updates=2) -> RL:
     return RL(
         kind="rl",
         model="base",
         problems={"clock": 1},
         rewards={"accuracy": 1, "format": 0.2, "language": 0.5},
         steps=steps,
-        policy=Policy(prompts_per_step=4, group_size=4, updates_per_rollout=2, mask_truncated=False),
+        policy=Policy(prompts_per_step=4, group_size=4, updates_per_rollout=updates, mask_truncated=False),
         sampling=SAMPLING,
         optimizer=Optimizer(learning_rate=rate),
         engine=engine,
@@ -86,6 +86,19 @@ def test_a_run_learns_the_same_from_a_server_as_from_our_engine(
     assert all(isinstance(token, int) for prompt in stub.prompts for token in prompt)
 
 
+def test_the_clipped_ratio_is_the_learner_s_alone(clock, tokenizer, decoder, tmp_path):
+    """A server that rounds otherwise: its log-probabilities enter the weights of tokens, and nothing is
+    clipped for them."""
+    model = decoder()
+    with VLLMStub(noise=0.05) as stub:
+        engine = VLLMEngine("stages.zero.engine", stub.url, model, tokenizer)
+        steps = learn(tmp_path / "run", clock, model, engine, settings(stub.url, updates=1))
+    for step in steps:
+        assert step["gap"] == pytest.approx(0.05, abs=1e-4)
+        assert step["gap_kl"] == pytest.approx(0.05**2 / 2, rel=0.1)
+        assert step["kl_old"] < 1e-9 and step["clipped"] == 0 == step["truncated_weights"]
+
+
 def test_a_server_that_keeps_old_weights_is_noticed(clock, tokenizer, decoder, tmp_path):
     model = decoder()
     with VLLMStub(deaf=True) as stub:
@@ -107,9 +120,13 @@ def test_a_server_without_ids_or_without_reloading_is_refused(
     assert error.value.exit_code == 2 and "\n" not in str(error.value)
     with VLLMStub() as stub:
         engine = VLLMEngine("stages.zero.engine", stub.url, decoder(), tokenizer)
-        monkeypatch.setattr(stub, "post", lambda path, body: (404, {"detail": "Not Found"}))
-        with pytest.raises(LimbeckError, match="collective_rpc does not answer .*404.*sample-with-vllm"):
-            engine.rollout(problems, 2, SamplingParams(max_new_tokens=4), 0)
+        for status, code in ((404, 2), (400, 2), (503, 75)):
+            monkeypatch.setattr(stub, "post", lambda path, body: (status, {"detail": "why"}))  # noqa: B023
+            with pytest.raises(
+                LimbeckError, match=rf"collective_rpc .*{status}.*why.*sample-with-vllm"
+            ) as error:
+                engine.rollout(problems, 2, SamplingParams(max_new_tokens=4), 0)
+            assert error.value.exit_code == code
 
 
 def test_a_weight_is_the_ratio_of_both_probabilities_and_never_more_than_the_truncation():

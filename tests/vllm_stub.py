@@ -26,10 +26,13 @@ class VLLMStub:
     """`with VLLMStub() as stub`: `calls` are the addresses asked, `prompts` the token ids of each request.
 
     It knows no weights until it is handed some. With `deaf` it keeps the first for ever; without `ids` it
-    returns text alone, as other servers do; `answers` completions are given before it dies."""
+    returns text alone, as other servers do; `answers` completions are given before it dies. Log-probabilities
+    are off by `noise`, up and down in turn."""
 
-    def __init__(self, deaf: bool = False, ids: bool = True, answers: float = float("inf"), port: int = 0):
-        self.deaf, self.ids, self.answers, self.port = deaf, ids, answers, port
+    def __init__(
+        self, deaf: bool = False, ids: bool = True, answers: float = float("inf"), noise: float = 0.0
+    ):
+        self.deaf, self.ids, self.answers, self.noise = deaf, ids, answers, noise
         self.calls: list[str] = []
         self.prompts: list[list[int]] = []
         self.folders: list[Path] = []
@@ -59,8 +62,7 @@ class VLLMStub:
 
             def handle_error(self, *_: Any) -> None: ...  # it died, or who asked did
 
-        self.server = Server(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_port
+        self.server = Server(("127.0.0.1", 0), Handler)
         serve = {"poll_interval": 0.02}
         threading.Thread(target=self.server.serve_forever, kwargs=serve, daemon=True).start()
         return self
@@ -71,7 +73,7 @@ class VLLMStub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def post(self, path: str, body: dict) -> tuple[int, dict]:
         self.calls.append(path)
@@ -105,6 +107,7 @@ class VLLMStub:
         return {"choices": [self.choice(index, row) for index, row in enumerate(rows)]}
 
     def choice(self, index: int, row: Any) -> dict:
-        logprobs = {"tokens": [], "token_logprobs": row.logprobs.tolist()}
+        told = row.logprobs + self.noise * (-1.0) ** np.arange(len(row.logprobs))
+        logprobs = {"tokens": [], "token_logprobs": told.tolist()}
         ids = {"token_ids": row.tokens.tolist()} if self.ids else {}
         return {"index": index, "text": "", "logprobs": logprobs, "finish_reason": "stop", **ids}

@@ -108,14 +108,13 @@ class VLLMEngine(Engine):
 
         headers = {"Content-Type": "application/json", "User-Agent": "limbeck"}
         asked = request.Request(self.url + path, json.dumps(body).encode(), headers)
-        direct = request.build_opener(request.ProxyHandler({}))
         try:
-            with direct.open(asked, timeout=TIMEOUT) as answer:
+            with request.build_opener(request.ProxyHandler({})).open(asked, timeout=TIMEOUT) as answer:
                 return json.loads(answer.read() or b"{}")
         except (OSError, HTTPException, ValueError) as fault:
-            detail = fault.read(300).decode(errors="replace") if hasattr(fault, "read") else ""
-            kind = LimbeckError if 400 <= getattr(fault, "code", 500) < 500 else Resumable
-            raise kind(
-                f"{self.name}: {self.url}{path} does not answer as vLLM does ({fault} {detail}); {HOW}, and "
+            detail = f": {fault.read(300).decode(errors='replace')}" if hasattr(fault, "read") else ""
+            passing = getattr(fault, "code", 500) >= 500 and not isinstance(fault, ValueError)
+            raise (Resumable if passing else LimbeckError)(
+                f"{self.name}: {self.url}{path} does not answer as vLLM does ({fault}{detail}); {HOW}, and "
                 "the same command goes on from the last checkpoint"
             ) from None
