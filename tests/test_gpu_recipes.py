@@ -1,8 +1,8 @@
-"""The recipes for one card: what they are made of, what is said without their files, and each of them from the
-base to the report, with the operations of a card on a CPU.
+"""The recipes for one card: what they are made of, what is said without their files, and each of them from
+the base to the report, with the engine of a card and torch's operations on a CPU.
 
-A tiny model of the same family stands in for the real one. It was taught the form of an answer and guesses the
-number, so that it is right sometimes, as screening, GRPO and rejection sampling need it."""
+A tiny model of the same family stands in for the real one. It was taught the form of an answer and guesses
+the number, so that it is right sometimes, as screening, GRPO and rejection sampling need it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import checkpoints
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 import torch
 import yaml
 from tiny import Silent
-from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers import decoders, models, trainers
 
 from limbeck.config.load import dump, load, shipped, with_auto_curation
 from limbeck.config.parts import Optimizer
@@ -29,7 +30,7 @@ from limbeck.pipeline.run import Run
 from limbeck.plan.models import published
 from limbeck.run_log import read_metrics
 from limbeck.tasks.registry import open_task
-from limbeck.text import tokenizer as text
+from limbeck.text.tokenizer import Tokenizer
 from limbeck.train.batch import pack
 from limbeck.train.learner import Learner
 from limbeck.train.losses import CrossEntropy
@@ -38,7 +39,20 @@ from limbeck.types import Sample
 pytestmark = pytest.mark.slow
 
 RECIPES = [name for name in shipped() if name.startswith("gpu/")]
-CHAIN = ["base", "reach", "zero", "traces", "coldstart", "dev1", "reach_later", "dev2", "reasoning", "dev3", "r1", "outputs"]
+CHAIN = [
+    "base",
+    "reach",
+    "zero",
+    "traces",
+    "coldstart",
+    "dev1",
+    "reach_later",
+    "dev2",
+    "reasoning",
+    "dev3",
+    "r1",
+    "outputs",
+]
 CHAIN += ["small_base", "small", "evaluation", "report"]  # fmt: skip
 FAMILIES = {"smollm2": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3"}
 NUMBERS = (1, 2, 3)  # the answers, one of which the model guesses
@@ -84,8 +98,8 @@ def test_without_its_file_a_recipe_says_how_to_get_it(call, tmp_path, monkeypatc
         code, out, errors = call(command, "gpu/qwen3-0.6b")
         assert (code, out) == (2, "") and len(errors.splitlines()) == 1
         assert re.search(
-            r"problems\.gsm8k\.path: gsm8k/train\.jsonl is no file.*get it with `curl .*`, or name yours with "
-            r"--set problems\.gsm8k\.path=FILE",
+            r"problems\.gsm8k\.path: gsm8k/train\.jsonl is no file.*get it with `curl .*`, or name yours "
+            r"with --set problems\.gsm8k\.path=FILE",
             errors,
         )
     code, _, errors = call("plan", "gpu/qwen3-0.6b", "--on", "1xH100", "--set", "stages.base.path=hf:a/b")
@@ -109,7 +123,9 @@ def write_problems(folder: Path) -> dict[str, Path]:
             question = f"{owner} has {right + i} {thing} and gives {i} away. How many are left?"
             gsm8k.append({"question": question, "answer": f"{right + i} - {i} = {right}\n#### {right}"})
             problem = f"How much more are ${right + 10 * k + i}$ {thing} than ${10 * k + i}$ of {owner}?"
-            math.append({"problem": problem, "solution": f"It is $\\boxed{{{right}}}$.", "answer": str(right)})
+            math.append(
+                {"problem": problem, "solution": f"It is $\\boxed{{{right}}}$.", "answer": str(right)}
+            )
     files = {"gsm8k": folder / "gsm8k.jsonl", "math": folder / "math.jsonl"}
     for name, rows in (("gsm8k", gsm8k), ("math", math)):
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -149,21 +165,30 @@ SMALLER = {
 
 def respond(style: str, number: int) -> str:
     """A response in the form that the recipe's verifier looks for."""
-    return f"It is {number}" if style == "final" else f" <think> so it is {number} </think> \\boxed{{{number}}}"
+    return (
+        f"It is {number}" if style == "final" else f" <think> so it is {number} </think> \\boxed{{{number}}}"
+    )
+
+
+def save_model(recipe: Recipe, family: str, folder: Path) -> dict[str, str]:
+    """Write a tiny random model of a family, and return the recipe's prompts, each with the place of its
+    answer."""
+    prompts = {
+        problem.prompt: source.answer
+        for name, source in recipe.problems.items()
+        for problem in open_task(name, source).problems("train")
+    }
+    responses = [respond(style, number) for style in set(prompts.values()) for number in NUMBERS]
+    made = byte_pairs([*prompts, *responses])
+    checkpoints.save_tokenizer(folder, made)
+    checkpoints.save(family, folder, made.get_vocab_size(), num_hidden_layers=2)
+    return prompts
 
 
 def teach(recipe: Recipe, family: str, folder: Path) -> None:
     """Write a tiny model of a family that answers the recipe's problems in their form, with any number."""
-    tasks = {name: open_task(name, source) for name, source in recipe.problems.items()}
-    prompts = {
-        problem.prompt: recipe.problems[name].answer
-        for name, task in tasks.items()
-        for problem in task.problems("train")
-    }
-    responses = [respond(style, number) for style in set(prompts.values()) for number in NUMBERS]
-    checkpoints.save_tokenizer(folder, byte_pairs([*prompts, *responses]))
-    tokenizer = text.Tokenizer.from_directory(folder, plain=recipe.stages["base"].chat_template == "plain")
-    checkpoints.save(family, folder, tokenizer.size, num_hidden_layers=2)
+    prompts = save_model(recipe, family, folder)
+    tokenizer = Tokenizer.from_directory(folder, plain=recipe.stages["base"].chat_template == "plain")
     decoder = weights.load(folder)
     random = np.random.default_rng(0)
     samples = []
@@ -175,12 +200,12 @@ def teach(recipe: Recipe, family: str, folder: Path) -> None:
     learner = Learner(decoder, Optimizer(learning_rate=3e-3, warmup_steps=5), 1)
     for first in range(0, len(samples), 8):
         learner.update(pack(samples[first : first + 8], 4096), CrossEntropy())
-    weights.save(decoder, folder, text.Tokenizer.from_directory(folder))
+    weights.save(decoder, folder, Tokenizer.from_directory(folder))
 
 
-def byte_pairs(texts: list[str]) -> Tokenizer:
+def byte_pairs(texts: list[str]) -> tokenizers.Tokenizer:
     """A tokenizer of bytes and of the words in some texts."""
-    made = Tokenizer(models.BPE())
+    made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = checkpoints.GPT2
     made.decoder = decoders.ByteLevel()
     alphabet = checkpoints.LETTERS
@@ -203,11 +228,24 @@ def test_it_runs_from_the_base_to_the_report(name, call, tmp_path):
     for stage, node in stages.items():
         check(node, recipe.stages[stage.partition("/")[0]])
 
-    options = [word for setting in settings for word in ("--set", setting)]
-    code, out, errors = call("run", name, "--auto", "--device", "plain", "--runs", runs, *options)
-    assert code == 0 and "begins" not in errors  # it has all stages, and only writes the report
-    page = (runs / recipe.name / "report" / "index.html").read_text(encoding="utf-8")
-    assert all(f"{stage}" in page for stage in recipe.stages["report"].story)
+    settings += [f"problems.{source}.download=elsewhere" for source in recipe.problems]  # in no key
+    options = ["--runs", runs, *(word for setting in settings for word in ("--set", setting))]
+    code, _, errors = call("run", name, "--auto", "--device", "plain", *options)
+    assert code == 0 and "begins" not in errors  # every stage is done; the report is written
+    told = json.loads((runs / recipe.name / "report" / "report.json").read_text(encoding="utf-8"))
+    assert told["story"] == recipe.stages["report"].story
+    assert set(told["models"]) == set(recipe.stages["evaluation"].models)
+
+
+def test_a_base_model_is_asked_without_a_chat_template(call, tmp_path):
+    name, files, model = "gpu/qwen3-0.6b", write_problems(tmp_path), tmp_path / "model"
+    settings = list(shrink(load(name), files, model))
+    save_model(load(name, settings), "qwen3", model)
+    options = ["--runs", tmp_path / "runs", *(word for setting in settings for word in ("--set", setting))]
+    code, out, errors = call("try", name, "--stage", "zero", "--json", *options)
+    assert code == 0, errors
+    prompts = [shown["prompt"] for shown in json.loads(out)["data"]["previews"][0]["prompts"]]
+    assert all(prompt.startswith("A conversation") and prompt.endswith("? Assistant:") for prompt in prompts)
 
 
 def check(node: Node, stage: Stage) -> None:
@@ -219,5 +257,7 @@ def check(node: Node, stage: Stage) -> None:
     if node.kind in ("screen", "sample"):
         assert 0 < notes["kept"] < notes["sampled"]
     if node.kind in ("rl", "sft", "load"):
-        assert weights.stored_dtype(folder / "model") == (torch.float32 if node.kind == "load" else torch.bfloat16)
+        assert weights.stored_dtype(folder / "model") == (
+            torch.float32 if node.kind == "load" else torch.bfloat16
+        )
         assert (folder / "adapter").exists() == bool(getattr(stage, "lora", None))

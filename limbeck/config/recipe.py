@@ -139,8 +139,8 @@ class Load(Stage):
     licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
     chat_template: Literal["plain"] | None = Field(
         None,
-        description="`plain` takes prompts as they stand, in place of the model's chat template, which a base "
-        "model was not trained on",
+        description="`plain` takes prompts as they stand, in place of the model's chat template, which a "
+        "base model was not trained on",
     )
 
 

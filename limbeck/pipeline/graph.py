@@ -181,7 +181,9 @@ class Graph:
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
-        settings = stored_problems(problems.model_dump(mode="json", exclude={"licence", "teachers", "download"}))
+        settings = stored_problems(
+            problems.model_dump(mode="json", exclude={"licence", "teachers", "download"})
+        )
         if settings.get("system") is None:  # as if there were no such setting, so that it changes no key
             settings.pop("system", None)
         if isinstance(problems, Files):

@@ -181,7 +181,7 @@ def _identity(job: Job) -> str:
 
 def _source(problems: Problems) -> dict[str, Any]:
     """Return the settings of a problem source, with the digest of its file if it has one."""
-    settings = problems.model_dump(mode="json")
+    settings = problems.model_dump(mode="json", exclude={"download"})
     if isinstance(problems, Files):
         settings["path"] = digest_file(Path(problems.path))
     return settings
