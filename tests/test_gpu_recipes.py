@@ -77,9 +77,9 @@ def test_a_recipe_is_the_whole_chain(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_is_planned_for_chips_without_its_files(name, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call("plan", name, "--on", "1xH100", "--json")
+    code, out, errors = call("plan", name, "--on", "1xH100", "--json")
     told = json.loads(out)
-    assert code == 0 and told["seconds"] > 0
+    assert (code, errors) == (0, "") and told["seconds"] > 0  # and no licence forbids a step
     stages = {row["stage"] for row in told["data"]}
     assert stages > set(CHAIN) - {"evaluation", "report"} and "evaluation/small" in stages
     recipe = load(name)
@@ -102,6 +102,9 @@ def test_without_its_file_a_recipe_says_how_to_get_it(call, tmp_path, monkeypatc
             r"with --set problems\.gsm8k\.path=FILE",
             errors,
         )
+    file = f"problems.gsm8k.path={write_problems(tmp_path)['gsm8k']}"
+    code, _, errors = call("run", "gpu/qwen3-0.6b", "--set", file)
+    assert code == 2 and "`limbeck pull hf:Qwen/Qwen3-0.6B-Base` fetches one" in errors
     code, _, errors = call("plan", "gpu/qwen3-0.6b", "--on", "1xH100", "--set", "stages.base.path=hf:a/b")
     assert code == 2 and "model hf:a/b is neither a directory nor a GGUF file" in errors
 
