@@ -167,16 +167,24 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run a block as `Block.forward` does, [N, C] both; it is run again in the backward pass.
 
-        What is kept of its attention belongs to the graph and is freed with it, used or not.
+        What is kept of its attention belongs to the graph and is freed with it, used or not. The second time,
+        routers repeat their choices, and keys and values that an earlier layer lent are the same.
         """
         kept = [] if self.recompute == "keep_attention" else None
+        routes = context.routes
+        layer = len(routes.chosen) if routes else 0
+        lent = context.lent
 
         def run(x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
             context.kept = kept
+            context.lent = lent
+            if routes and len(routes.chosen) > layer:
+                context.routes = routes.replay(layer)
             try:
                 return block(x_NC, delta_NC, rope, context)
             finally:
                 context.kept = None
+                context.routes = routes
 
         return checkpoint(run, x_NC, delta_NC, use_reentrant=False, preserve_rng_state=False)
 
