@@ -115,6 +115,9 @@ class Files(Settings):
     teachers: list[str] = Field(
         [], description="models that wrote, filtered or judged the rows; their terms bind as well"
     )
+    download: str | None = Field(
+        None, description="the command that fetches the file, for the sentence that says it is missing"
+    )
 
 
 Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
@@ -136,6 +139,11 @@ class Load(Stage):
         None, description="a PEFT directory with a LoRA adapter of this model, to merge into its weights"
     )
     licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
+    chat_template: Literal["plain"] | None = Field(
+        None,
+        description="`plain` takes prompts as they stand, in place of the model's chat template, which a "
+        "base model was not trained on",
+    )
 
 
 class Remote(Stage):
@@ -218,6 +226,11 @@ class RL(Budgeted):
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
     recompute: Recompute = Field(False, description=RECOMPUTE)
+    engine: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/@?#]+(/v1)?/?$",
+        description="a vLLM server that samples, such as `http://127.0.0.1:8000/v1`; nothing is exact then",
+    )
 
 
 class Screen(ModelStage):
