@@ -280,6 +280,8 @@ def test_the_normal_form_of_hendrycks(gold, answer, same):
         (r"$\frac{1}{2}$", "The answer is 1/2", True),
         ("$8$", "__import__('os').system('true')", False),
         ("$1.234567$", "1.23456749", True),
+        ("$64$", "5 * 064 = 5 * 064", True),  # 064 is no number to Python, so the last one is the answer
+        ("$320$", "5 * 64", True),
     ],
 )
 def test_math_verify_on_whole_responses(gold, text, same):

@@ -226,7 +226,9 @@ def math_verify(gold: str, settings: dict[str, Any]) -> Judge:
 
 def _parse_arithmetic(text: str, **_: Any) -> Any:
     """Return the value of a sum such as `(3 + 4) / 2`, in place of sympy's parser, which would evaluate the
-    text. Raises `ParseError` for anything else."""
+    text. Raises `ParseError` for anything else, and for a whole number such as 064, which Python refuses."""
+    if re.search(r"(?<![0-9.])0+[1-9][0-9]*(?![0-9.])", text):
+        raise grammar.ParseError("leading zeros")
     return grammar.symbolic(grammar.expression(text, powers=True))
 
 

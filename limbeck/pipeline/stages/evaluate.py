@@ -48,12 +48,7 @@ def run(job: Job) -> Outcome:
         _measure_suites(job, suites, engine, parts[pairs:]),
     )
     _collect(job, pairs + len(list(suite.all_chunks(suites))), results, parts)
-    asked = [part for part in parts if "modes" in part]
-    result = {"schema": 1, "model": model, "control": job.control, **combine(asked, job.seed)}
-    curate.write_rows(job.folder / "samples.jsonl", [row for part in asked for row in part["samples"]])
-    if suites:
-        result["suites"] = _combine_suites(job, suites, parts[len(asked) :])
-    write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    result = _write(job, model, suites, parts)
     tokens = sum(part["tokens"] for part in parts)
     context = _mean_length(result, stage) / 2
     return outcome(
@@ -69,6 +64,19 @@ def _collect(job: Job, total: int, results: Iterator[dict[str, Any]], parts: lis
         curate.write_rows(job.folder / PARTS, parts)
         log.step(number, {"source": part["source"], "mode": part["way"], "accuracy": _accuracy(part)})
     (job.folder / PARTS).unlink()
+
+
+def _write(
+    job: Job, model: str, suites: Sequence[suite.SuiteTask], parts: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write the evaluation and its samples, and return the evaluation."""
+    asked = [part for part in parts if "modes" in part]
+    result = {"schema": 1, "model": model, "control": job.control, **combine(asked, job.seed)}
+    curate.write_rows(job.folder / "samples.jsonl", [row for part in asked for row in part["samples"]])
+    if suites:
+        result["suites"] = _combine_suites(job, suites, parts[len(asked) :])
+    write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def _measure_suites(
