@@ -253,23 +253,24 @@ def test_a_checkpoint_may_go_on_with_offload_and_without(decoder, dtype):
 # ------------------------------------------------------------------------- learning
 
 
-TOLERANCE = 0.05  # nats a token between a loss in the end and that of AdamW in float32
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}  # nats a token
 
 
-def test_all_learn_what_adamw_in_float32_learns(decoder):
-    """Thirty updates on the same few texts: all come down alike, from the same beginning."""
-    ends = {}
-    for name, changes in {"float32": {}, **SAVINGS}.items():
-        dtype = torch.float32 if name in ("float32", "int8") else torch.bfloat16
-        settings = {"learning_rate": 3e-3, "weight_decay": 0.0, **changes}
-        one = learner(place(decoder(**WIDE), "cpu", dtype), **settings)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_all_learn_like_adamw_with_moments_and_masters_in_float32(decoder, dtype):
+    """Thirty updates on a few texts, from the same beginning: the losses of all updates are near."""
+    curves = {}
+    for name, changes in {"default": {}, **SAVINGS}.items():
+        if dtype == torch.float32 and "masters" in changes:
+            continue
+        one = learner(place(decoder(**WIDE), "cpu", dtype), **{**changes, "learning_rate": 1e-3})
         batches = pack(mixed()[:6], 1 << 20)
-        losses = [one.update(batches, CrossEntropy())["loss"] for _ in range(30)]
-        ends[name] = losses[-1]
-        assert losses[-1] < 0.5 * losses[0]
-    print("loss in the end:", {name: round(loss, 4) for name, loss in ends.items()})
-    for name, loss in ends.items():
-        assert loss == pytest.approx(ends["float32"], abs=TOLERANCE), name
+        curves[name] = torch.tensor([one.update(batches, CrossEntropy())["loss"] for _ in range(30)])
+    print("losses:", {name: [round(float(x), 3) for x in curve[9::10]] for name, curve in curves.items()})
+    wanted = curves["default"]
+    assert wanted[-1] < 0.7 * wanted[0]
+    for name, curve in curves.items():
+        assert float((curve - wanted).abs().max()) < TOLERANCE[dtype], name
 
 
 def test_small_updates_add_up_without_masters(decoder):
