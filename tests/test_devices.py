@@ -292,6 +292,12 @@ def test_a_full_card_is_one_sentence_with_what_helps_and_can_go_on(tmp_path, mon
 def test_what_needs_less_memory_is_told_the_gentlest_first(tmp_path):
     job = replace(ready(tmp_path), name="zero", stage=load(tmp_path / "devices.yaml").stages["zero"])
     assert remedies(job)[0].startswith("set stages.zero.recompute: true, with which the same command goes on")
+    assert [words.removeprefix("set stages.zero.") for words in remedies(job)[1:5]] == [
+        "optimizer.offload: true, with which it goes on from there too",
+        "precision: bfloat16",
+        "optimizer.moments: int8",
+        "optimizer.masters: false with precision: bfloat16",
+    ]
     assert remedies(job)[-1] == (
         "lower stages.zero.batch_tokens (4096) or stages.zero.policy.group_size (4) or "
         "stages.zero.sampling.max_new_tokens (16)"

@@ -152,8 +152,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run a block as `Block.forward` does, [N, C] both; it is run again in the backward pass.
 
-        x and delta are added before, so that one tensor is kept in place of two. What is kept of its attention
-        belongs to the graph and is freed with it, used or not.
+        x and delta are added before, so that one tensor is kept in place of two. What is kept of its
+        attention belongs to the graph and is freed with it, used or not.
         """
         if delta_NC is not None:
             x_NC = x_NC + delta_NC
