@@ -172,6 +172,8 @@ class Graph:
             settings["optimizer"] = _learning(settings["optimizer"])
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+        if settings.get("engine"):  # that another engine sampled changes the result, not where it runs
+            settings["engine"] = "vllm"
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         if "adapter" in settings:
