@@ -26,6 +26,11 @@ class BlockPool:
         self.readers.update(dict.fromkeys(blocks, readers))
         return blocks
 
+    def share(self, blocks: Iterable[int], readers: int = 1) -> None:
+        """Let so many more rows read blocks that are not free."""
+        for block in blocks:
+            self.readers[block] += readers
+
     def release(self, blocks: Iterable[int]) -> None:
         """Give back the blocks of one row; those that no other row reads become free."""
         for block in blocks:
