@@ -230,7 +230,7 @@ class DeviceBatch:
         for (problem, tokens), limit in zip(prompts, limits.tolist(), strict=True):
             held = self._take(len(tokens), n, limit)
             self.rows += [Row(problem, sample, blocks, limit) for sample, blocks in enumerate(held)]
-        table = self._table(self.rows[first:])
+        table = self._table([row.blocks for row in self.rows[first:]])
         last_BC = self._prefill_all([tokens for _, tokens in prompts], table[::n], self.rows[first::n])
         self._copy_prompts(lengths, first, n)
         self._start(slice(first, self.busy), table, lengths.repeat(n), limits.repeat(n))
@@ -238,11 +238,11 @@ class DeviceBatch:
         uniforms = np.minimum(uniforms_BT.astype(np.float32), BELOW_ONE)
         self.state.uniforms_BT[first : self.busy] = self._to_device(uniforms, torch.float32)
 
-    def _table(self, rows: list[Row]) -> np.ndarray:
+    def _table(self, blocks: list[list[int]]) -> np.ndarray:
         """Return the index of the first token of each block of some rows, [B, blocks]."""
-        table = np.zeros((len(rows), self.state.table.shape[1]), dtype=np.int32)
-        for entries, row in zip(table, rows, strict=True):
-            entries[: len(row.blocks)] = BLOCK * np.array(row.blocks)
+        table = np.zeros((len(blocks), self.state.table.shape[1]), dtype=np.int32)
+        for entries, numbers in zip(table, blocks, strict=True):
+            entries[: len(numbers)] = BLOCK * np.array(numbers)
         return table
 
     def _start(self, new: slice, table: np.ndarray, lengths: np.ndarray, limits: np.ndarray) -> None:

@@ -4,7 +4,6 @@ the device fails."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -101,20 +100,10 @@ def device_failure(job: Job, error: BaseException) -> dict[str, Any] | None:
     from ..model.ops import devices
 
     if devices.out_of_memory(error):
-        return {"event": "full", "message": f"{_asked(str(error))}; {', or '.join(remedies(job))}"}
+        return {"event": "full", "message": f"{devices.shortage(error)}; {', or '.join(remedies(job))}"}
     if devices.poisoned(error):
         return {"event": "broken", "message": str(error).splitlines()[0]}
     return None
-
-
-def _asked(message: str) -> str:
-    """Return what was asked of a card's memory and what there was, from torch's message."""
-    asked = re.search(r"allocate ([\d.]+ \w+)", message)
-    total = re.search(r"capacity of ([\d.]+ \w+)", message)
-    free = re.search(r"of which ([\d.]+ \w+) is free", message)
-    if not (asked and total and free):
-        return "the card's memory is full"
-    return f"the card's memory is full: {asked[1]} more were asked for, of {total[1]} only {free[1]} are free"
 
 
 def remedies(job: Job) -> list[str]:

@@ -181,6 +181,17 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def shortage(error: BaseException) -> str:
+    """Return what was asked of a card's full memory and what there was, from torch's error, in words."""
+    message = str(error)
+    asked = re.search(r"allocate ([\d.]+ \w+)", message)
+    total = re.search(r"capacity of ([\d.]+ \w+)", message)
+    free = re.search(r"of which ([\d.]+ \w+) is free", message)
+    if not (asked and total and free):
+        return "the card's memory is full"
+    return f"the card's memory is full: {asked[1]} more were asked for, of {total[1]} only {free[1]} are free"
+
+
 def poisoned(error: BaseException | None) -> bool:
     """Return True if the error leaves this process unable to use its card: an error of a kernel or of the
     driver, after which every further call fails as well."""
