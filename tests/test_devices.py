@@ -16,6 +16,7 @@ from tiny import Silent, answer
 
 from limbeck.cli import doctor, evaluation
 from limbeck.cli.ask import stream_answer
+from limbeck.cli.options import hold_device
 from limbeck.config.load import load
 from limbeck.config.recipe import Evaluate, Miniature
 from limbeck.engine.rollout import Engine
@@ -388,8 +389,8 @@ def test_a_question_is_answered_on_a_device(decoder, tokenizer, tmp_path):
     weights.save(decoder(), tmp_path, tokenizer)
     sampling = SamplingParams(max_new_tokens=8)
     assert "".join(stream_answer(tmp_path, "1 + 1", sampling, 0, "plain"))
-    with pytest.raises(LimbeckError, match="--device cuda:9"):
-        next(stream_answer(tmp_path, "1 + 1", sampling, 0, "cuda:9"))
+    with pytest.raises(LimbeckError, match="--device cuda:9"), hold_device("cuda:9", "limbeck ask"):
+        pass
 
 
 def test_an_evaluation_without_a_run_takes_a_device(decoder, tokenizer, tmp_path):

@@ -27,21 +27,13 @@ def ready_device(job: Job, tell: Tell) -> Iterator[Job]:
     A stage is alone on a card; it waits for others and tells so with `tell`. Stages that compute with no
     model take no device. Raises LimbeckError if there is no such device here.
     """
-    from ..model.kernels.build import folder
     from ..model.ops import devices
-    from ..runtime.card_lock import card_lock
+    from ..runtime.card_lock import device_lock
 
     job = replace(job, device=devices.resolve(job.device) if job.needs_device else "cpu")
-    if not devices.is_card(job.device):
-        yield job
-        return
     owner = f"stage {job.name} in {job.folder.parents[2]}"
-    with card_lock(folder(), devices.identity(job.device), owner, tell, job.stopping):
-        devices.prepare(job.device)
-        try:
-            yield job
-        finally:
-            devices.release()
+    with device_lock(job.device, owner, tell, job.stopping):
+        yield job
 
 
 def note_device(job: Job, tell: Tell) -> dict[str, Any]:
