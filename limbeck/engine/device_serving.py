@@ -28,6 +28,7 @@ from .sampling import SamplingParams
 from .serving_batch import SequenceState, fill_gaps
 
 MIN_WIDTH = 16  # blocks of a row that a captured step reads at least; wider steps have powers of two of them
+MAX_STEPS = 32  # captured steps, each of which holds memory for what it computes
 TOPS = 20  # most likely tokens that a step finds for each row: as many as the API gives
 
 
@@ -290,6 +291,8 @@ class DeviceServingBatch(DeviceBatch):
         self.state.alive_B[self.busy :] = False
         step = self._steps.get(kind)
         if step is None:
+            if len(self._steps) == MAX_STEPS:
+                del self._steps[next(iter(self._steps))]  # the one that was captured first
             step = self._steps[kind] = self.capture(*kind)
         uniform = np.array([row.state.random.random() for row in self.rows], dtype=np.float32)
         forced = [row.state.forced.pop(0) if row.state.forced else -1 for row in self.rows]

@@ -28,6 +28,7 @@ class DeviceFull(LimbeckError):
     exit_code = 75
 
     def __init__(self, shortage: str):
+        self.shortage = shortage
         super().__init__(f"{shortage}; ask for fewer tokens, or again when other requests have ended")
 
 

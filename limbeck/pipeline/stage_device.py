@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .store import write
@@ -75,6 +76,20 @@ def devices_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the devices that an artifact was computed on, in order, from its manifest."""
     device = dict(manifest.get("device", CPU))
     return [*device.pop("before", []), device]
+
+
+def changed_device(manifest: Mapping[str, Any], partial: Path | None = None) -> str:
+    """Return the sentence about a stage that went on on another kind of device, empty for any other stage.
+
+    `manifest` is that of its artifact; for a stage that is not done, `partial` is the folder it works in.
+    """
+    computed = devices_of(manifest)
+    if partial and (partial / DEVICES).exists():
+        computed = json.loads((partial / DEVICES).read_text(encoding="utf-8"))
+    if len(computed) < 2:
+        return ""
+    names = ", then on ".join(_in_words(device) for device in computed)
+    return f"computed on {names}, which round differently: its files are not those of a run on one of them"
 
 
 def _in_words(device: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..engine.device_scheduler import DeviceScheduler
-from ..engine.request import Request
+from ..engine.request import DeviceFull, Request
 from ..engine.scheduler import Scheduler
 from ..model import weights
 from ..model.decoder import Decoder
@@ -43,10 +43,6 @@ class _SchedulerLimits:
     waiting: int
     max_tokens: int
     device: str
-
-
-class _NoRoom(LimbeckError):
-    """Raised if a device has no room for one more model."""
 
 
 def open_service(
@@ -94,8 +90,8 @@ def _load_service(
         remaining = len(folders) - len(served) - len(unavailable)
         try:
             scheduler = _load_scheduler(folder, remaining, limits)
-        except (torch.OutOfMemoryError, _NoRoom) as error:
-            reason = str(error) if isinstance(error, _NoRoom) else devices.shortage(error)
+        except (torch.OutOfMemoryError, DeviceFull) as error:
+            reason = error.shortage if isinstance(error, DeviceFull) else devices.shortage(error)
             unavailable[name] = f"{name} is not served: {reason}; serve fewer models at once"
         else:
             served.append(ServedModel(name, folder, scheduler, priced.get(name), limits.max_tokens))
@@ -148,7 +144,7 @@ def _host_scheduler(
 def _blocks(model: Decoder, remaining: int, limits: _SchedulerLimits) -> int:
     """Return the number of blocks of keys and values that a model on a device gets.
 
-    Raises _NoRoom if one answer of the default length does not fit into them.
+    Raises DeviceFull if one answer of the default length does not fit into them.
     """
     weight = model.embed.weight
     each = PagedCache.block_bytes(model.config, weight.dtype)
@@ -158,7 +154,7 @@ def _blocks(model: Decoder, remaining: int, limits: _SchedulerLimits) -> int:
     blocks = min(int(room / remaining) // each, PREFIX_ROOM * limits.rows * -(-positions // BLOCK))
     needed = -(-min(limits.max_tokens, positions) // BLOCK)
     if blocks < needed:
-        raise _NoRoom(
+        raise DeviceFull(
             f"an answer of {min(limits.max_tokens, positions)} tokens needs {needed * each / 2**30:.3f} GiB "
             f"for keys and values, and there is room for {blocks * each / 2**30:.3f} GiB"
         )
