@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from fake_device import NAME, fake_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import alone, asks, carry, draws
@@ -344,3 +345,25 @@ def test_what_can_never_fit_is_refused_at_once(decoder, tokenizer):
     answer = scheduler.submit(Request(prompt, max_new_tokens=300, copies=1, ignore_eos=True))
     carry(scheduler)
     assert len(answer.choices[0].tokens) == 300 and is_empty(scheduler)
+
+
+def test_no_step_mixes_the_tensors_of_two_devices(decoder, tokenizer):
+    """On a device whose tensors are not the CPU's: everything that is sent and fetched is."""
+    wanted = device_scheduler(decoder(), tokenizer)
+    requests = [
+        dataclasses.replace(request, top=2, thought_budget=3, opened=True) for request in asks(tokenizer)
+    ]
+    requests.append(Request(requests[0].prompt, max_new_tokens=0, top=1, echo=True))
+    answers = [wanted.submit(request) for request in requests]
+    carry(wanted)
+    with fake_device():
+        model = use(decoder().to(NAME), PlainOps())
+        scheduler = DeviceScheduler(model, tokenizer, 6, 256, BLOCKS)
+        found = [scheduler.submit(request) for request in requests]
+        with torch.no_grad():
+            while scheduler.line or scheduler.busy:
+                scheduler.round()
+    assert tokens_of(found) == tokens_of(answers) and is_empty(scheduler)
+    for one, two in zip(found, answers, strict=True):
+        np.testing.assert_allclose(one.choices[0].logprobs, two.choices[0].logprobs, atol=1e-4)
+        np.testing.assert_allclose(one.prompt_logprobs, two.prompt_logprobs, atol=1e-4)
