@@ -111,14 +111,16 @@ def draw_rows(
 
 def _kept_rows(logprobs_BV: Tensor, sampling: RowSampling, ops: Ops) -> Tensor:
     """Return the mask [B, V] of the tokens that each row's top-p, top-k and min-p leave; see `likely` and
-    `nucleus`."""
+    `nucleus`. Of tokens that are as likely as the last one that is left all are left."""
     vocabulary = logprobs_BV.shape[1]
-    sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+    sorted_BV, _ = logprobs_BV.sort(dim=-1, descending=True)
     last_B1 = (sampling.top_k_B1 - 1).clamp(max=vocabulary - 1) % vocabulary  # top-k 0: the last of all
     least_B1 = torch.maximum(sorted_BV.gather(1, last_B1), sorted_BV[:, :1] + sampling.log_min_p_B1)
     kept_BV = sorted_BV >= least_B1
     probabilities_BV = sorted_BV.exp() * kept_BV
     probabilities_BV = probabilities_BV / ops.cumulate(probabilities_BV)[:, -1:]
     before_BV = ops.cumulate(probabilities_BV) - probabilities_BV
-    kept_BV = kept_BV & (before_BV < sampling.top_p_B1)
-    return torch.zeros_like(kept_BV).scatter_(1, order_BV, kept_BV)
+    kept_B1 = (kept_BV & (before_BV < sampling.top_p_B1)).sum(1, keepdim=True)
+    return logprobs_BV >= sorted_BV.gather(
+        1, (kept_B1 - 1).clamp(min=0)
+    )  # rows that were never set keep none
