@@ -48,12 +48,12 @@ def launches(monkeypatch, shared: int) -> list:
     """Every launch of a decode step, a prefill and an update, on a card with so much shared memory."""
     from triton.runtime.jit import JITFunction
 
-    from limbeck.model.cuda import attention, card, products, rowwise, sampling
+    from limbeck.model.cuda import attention, card, experts, products, rowwise, sampling
 
     found: list = []
     with monkeypatch.context() as patch:
         patch.setattr(card, "shared_bytes", lambda device: shared)
-        for module in (attention, products, rowwise, sampling):
+        for module in (attention, experts, products, rowwise, sampling):
             for name, kernel in list(vars(module).items()):
                 if isinstance(kernel, JITFunction):
                     patch.setattr(module, name, Recorder(kernel, found))
@@ -63,7 +63,7 @@ def launches(monkeypatch, shared: int) -> list:
 
 def launch_all() -> None:
     """Call every function that launches kernels, with the sizes of models."""
-    from limbeck.model.cuda import attention, products, rowwise, sampling
+    from limbeck.model.cuda import attention, experts, products, rowwise, sampling
     from limbeck.model.ops.table import Rows
 
     def half(*shape: int) -> torch.Tensor:
@@ -85,6 +85,20 @@ def launch_all() -> None:
             attention.attend_one(half(2, heads, width), pool, table.table, table.lengths, 0.1, window)
         rowwise.rotate(half(20, heads, width), torch.ones(20, 1, width), torch.ones(20, 1, width))
         rowwise.store(pool[0][:20], pool[1][:20], whole(20, dtype=torch.int64), pool)
+    for heads, rank, tail in ((16, 512, 64), (40, 256, 32)):  # DeepSeek-V2-Lite, MiniCPM3
+        for dtype in (torch.bfloat16, torch.float32):
+            keys = torch.empty(256, 1, rank + tail, dtype=dtype)
+            pool, table = (keys, keys[..., :rank]), Rows(whole(2, 2), whole(3), whole(2), 100)
+            attention.attend(keys[:20].expand(-1, heads, -1), pool, table, 0.1)
+            attention.attend_one(keys[:2].expand(-1, heads, -1), pool, table.table, table.lengths, 0.1)
+        rowwise.store(keys[:20], None, whole(20, dtype=torch.int64), pool)
+        for rows in (1, 64, 1024):
+            products.per_head(half(rows, heads, 128), half(heads, 128, rank).mT)
+            products.per_head(half(rows, heads, rank), half(heads, 128, rank))
+    for tokens in (1, 64, 256, 512, 4096):
+        sorting = whole(6 * tokens, dtype=torch.int64), whole(64)
+        experts.spread(half(tokens, 2048), half(64, 2816, 2048), sorting, 6)
+        experts.gather(half(6 * tokens, 1408), half(64, 2048, 1408), sorting, half(tokens, 6))
     for width in (896, 3584):
         x = half(20, width)
         rowwise.norm(x, half(width), 1e-6)
@@ -147,4 +161,4 @@ def test_every_kernel_compiles_and_fits(monkeypatch, architecture):
         compiled = triton.compile(kernel, target=target, options=options)
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= shared, (known, options)
-    assert len({key.split("'")[1] for key in done}) == 17  # all but what they call
+    assert len({key.split("'")[1] for key in done}) == 19  # all but what they call
