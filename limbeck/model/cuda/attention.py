@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..ops.table import BLOCK, Pool, Rows
 from .card import stages
+from .products import FLOAT32_TILE
 
 SEGMENT = 4  # blocks
 HEADS = 4  # heads whose segments one program merges
 MOST_ROWS = 64  # queries of one program, times query heads
-WIDE = 1 << 13  # sums of a program beyond which it takes eight warps
+WIDE = 16 << 10  # bytes of a program's queries beyond which it takes eight warps
 PART_BYTES = 32 << 10  # of shared memory for the queries of a program, and for one step's keys or values
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -240,6 +241,8 @@ class Sizes(NamedTuple):
         width = values.shape[-1]
         each = _padded(width) * q_NHD.element_size()
         most = max(16, min(MOST_ROWS, PART_BYTES // each))
+        if q_NHD.element_size() > 2:
+            most = max(16, min(most, FLOAT32_TILE // _padded(width)))
         group = q_NHD.shape[1] // keys.shape[1]
         step = max(16, min(BLOCK, PART_BYTES // each))
         return cls(width, keys.shape[-1] - width, step, min(group, most), most)
@@ -260,7 +263,7 @@ class Sizes(NamedTuple):
             "SEGMENT": SEGMENT,
             "PART": self.part,
             "BLOCK_M": rows,
-            "num_warps": 8 if rows * _padded(self.width) > WIDE else 4,
+            "num_warps": 8 if rows * _padded(self.width) * q_NHD.element_size() > WIDE else 4,
             "num_stages": stages(3, each, q_NHD.device),
         }
 
