@@ -8,11 +8,19 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_device_batch import FAMILIES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from limbeck.engine.device_batch import DeviceBatch
+from limbeck.engine.sampling import SamplingParams
+from limbeck.model.ops import use
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,8 +53,9 @@ class Recorder:
         return lambda *given, **named: self.launches.append((self.kernel, given, named))
 
 
-def launches(monkeypatch, shared: int) -> list:
-    """Every launch of a decode step, a prefill and an update, on a card with so much shared memory."""
+@contextmanager
+def recorded(monkeypatch, shared: int):
+    """The launches of kernels, none of which runs, on a card with so much shared memory of a program."""
     from triton.runtime.jit import JITFunction
 
     from limbeck.model.cuda import attention, card, experts, products, rowwise, sampling
@@ -58,8 +67,7 @@ def launches(monkeypatch, shared: int) -> list:
             for name, kernel in list(vars(module).items()):
                 if isinstance(kernel, JITFunction):
                     patch.setattr(module, name, Recorder(kernel, found))
-        launch_all()
-    return found
+        yield found
 
 
 def half(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -174,7 +182,8 @@ def test_every_kernel_compiles_and_fits(monkeypatch, architecture):
     shared = ARCHITECTURES[architecture] << 10
     target = GPUTarget("cuda", architecture, 32)
     done = set()
-    found = launches(monkeypatch, shared)
+    with recorded(monkeypatch, shared) as found:
+        launch_all()
     if architecture in LIKE:
         found = {kernel: (kernel, *rest) for kernel, *rest in found}.values()
     for launch in found:
@@ -187,3 +196,31 @@ def test_every_kernel_compiles_and_fits(monkeypatch, architecture):
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= shared, (known, options)
     assert len({key.split("'")[1] for key in done}) == 19  # all but what they call
+
+
+class OnCard(TorchDispatchMode):
+    """Forbids tensors of the host, but for numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            assert not isinstance(x, torch.Tensor) or x.is_meta or not x.ndim, function.name()
+        return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_on_a_card_waits_for_nothing(monkeypatch, decoder, family):
+    """On tensors that have no values: whatever asks for one, as a wait for the card does, fails."""
+    from limbeck.model.ops.cuda import CUDAOps
+
+    monkeypatch.setattr(CUDAOps, "free_bytes", lambda self, device: 1 << 30)
+    model = decoder(torch.bfloat16, **{"head_dim": 16, **FAMILIES[family]}).to("meta")
+    with recorded(monkeypatch, 227 << 10) as found, torch.no_grad():
+        batch = DeviceBatch(use(model, CUDAOps()), 0, SamplingParams(0.7, 0.9, 20, force={3: 4}), 6, 8)
+        with OnCard():
+            batch._step(4)
+    with pytest.raises(RuntimeError, match="item"):
+        bool(batch.state.alive_B[0])
+    names = {kernel.__name__ for kernel, *_ in found}
+    assert {"_linear", "_attend_segments", "_merge_segments", "_store", "_draw"} <= names
+    assert ({"_grouped", "_sum_choices"} <= names) == bool(model.config.experts)
