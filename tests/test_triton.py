@@ -1,7 +1,7 @@
 """The kernels of a card, without a card: interpreted, and compiled for four kinds of it.
 
-Skipped where Triton is not installed: it comes with torch's builds for cards, and `pip install triton==3.6.0`
-adds it to any other."""
+Triton comes with torch's builds for cards, and with the development extra on Linux; these tests are skipped
+where it has no build."""
 
 from __future__ import annotations
 
