@@ -140,7 +140,7 @@ def plan(
                 "for instance --on 8x4090"
             )
         path = find_recipe(what)
-        graph = open_graph(load_recipe(path, set_, auto), path, runs)
+        graph = open_graph(load_recipe(path, set_, auto), path, runs, need_files=not on)
         answer = plan_recipe(graph, conditions)
     else:
         from .model_plan import plan_model
