@@ -29,13 +29,11 @@ from limbeck.train.batch import pack, to_samples
 from limbeck.train.scorer import Scorer
 
 PLAIN = PlainOps()
-LATENT = Latent(8, 12, 4, 5, q_rank=6)
 FAMILIES = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": "before", "windows": (5, 0)},
-    "latent": {"latent": LATENT},
     "deepseek": {
-        "latent": LATENT,
+        "latent": Latent(8, 12, 4, 5, q_rank=6),
         "experts": Experts(
             6,
             2,
@@ -336,7 +334,7 @@ def test_the_engine_and_the_learner_of_a_card(decoder, tokenizer, family, top_p)
 
 @pytest.mark.parametrize(
     ("family", "recompute"),
-    [("qwen2", False), ("qwen3", "keep_attention"), ("latent", "keep_attention"), ("deepseek", False)],
+    [("qwen2", False), ("qwen3", "keep_attention"), ("deepseek", "keep_attention")],
 )
 def test_the_learner_s_gradients_in_float32(decoder, tokenizer, family, recompute):
     """Attention's backward pass in 16 bits is torch's flash attention, which a CPU does not have.

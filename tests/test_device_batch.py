@@ -41,7 +41,8 @@ FAMILIES = {
     "deepseek": {
         "latent": Latent(8, 6, 4, 5, q_rank=6), "kv_heads": 4, "head_dim": 10,
         "experts": Experts(
-            6, 2, 16, 8, sigmoid=True, balanced=True, normalize=True, scale=1.5, groups=3, top_groups=2, dense=(0,)
+            6, 2, 16, 8, sigmoid=True, balanced=True, normalize=True, scale=1.5, groups=3, top_groups=2,
+            dense=(0,),
         ),
     },
 }  # fmt: skip
