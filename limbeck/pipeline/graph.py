@@ -169,6 +169,8 @@ class Graph:
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+        if settings.get("engine"):  # that another engine sampled changes the result, not where it runs
+            settings["engine"] = "vllm"
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         if "adapter" in settings:
