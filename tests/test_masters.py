@@ -214,7 +214,7 @@ class Keeping(PlainOps):
         self.calls = 0
         self.results: list[weakref.ref] = []
 
-    def attend(self, layer, q, k, v, sequences):
+    def attend(self, layer, q, k, v, sequences, latents=None):
         return Kept.apply(q, k, v, layer, sequences, self)
 
 

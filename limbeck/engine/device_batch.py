@@ -19,7 +19,6 @@ from torch import Tensor
 from ..model.config import ModelConfig
 from ..model.context import RouterTrace
 from ..model.decoder import Decoder
-from ..model.ops import Ops
 from ..model.ops.table import BLOCK, Rows
 from ..model.paged import PagedCache
 from ..types import LimbeckError
@@ -132,7 +131,6 @@ class DeviceBatch:
         poll: int | None = None,
     ):
         weight = model.embed.weight
-        check(model)
         device_sampling.check(sampling)
         self.model = model
         self.sampling = sampling
@@ -310,7 +308,7 @@ class DeviceBatch:
 
     def _forward(self, tokens_N: Tensor) -> Tensor:
         """Run tokens through the model; return their hidden states [N, C]."""
-        self.cache.routes = RouterTrace() if self.sparse_layers else None
+        self.cache.routes = RouterTrace(choices_only=True) if self.sparse_layers else None
         return self.model(tokens_N, self.cache)
 
     def _keep_prompt_routes(self, rows: list[Row], prompts: list[np.ndarray]) -> None:
@@ -460,21 +458,6 @@ class DeviceBatch:
         """Keep only the rows with these indices [B], in this order."""
         self.state.select(self._to_device(rows, torch.long))
         self.rows = [self.rows[row] for row in rows]
-
-
-def check(model: Decoder) -> None:
-    """Raise LimbeckError if the model has layers that its device's operations do not run in a batch."""
-    ops: Ops = model.ops
-    if model.config.experts and not ops.has_experts:
-        raise LimbeckError(
-            "num_experts: a mixture of experts cannot be sampled from on an NVIDIA card yet; "
-            "take a dense model, or run on the CPU"
-        )
-    if model.config.latent and not ops.has_latents:
-        raise LimbeckError(
-            "kv_lora_rank: multi-head latent attention cannot be sampled from on an NVIDIA card yet; "
-            "take another model, or run on the CPU"
-        )
 
 
 def _choices(config: ModelConfig) -> tuple[int, int]:

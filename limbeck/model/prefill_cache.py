@@ -16,6 +16,7 @@ from .config import ModelConfig
 from .context import Layer, RouterTrace
 from .kv_cache import KVCache
 from .ops.plain import causal_attention
+from .ops.table import Latents
 
 
 class SequenceKV:
@@ -103,7 +104,7 @@ class ChunkedPrefill:
         q_NHD: Tensor,
         k_NKD: Tensor | None,
         v_NKD: Tensor | None,
-        latent: Tensor | None = None,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Store the new keys and values; return the new tokens' attention in their sequences, [N, H, D].
 
