@@ -1,0 +1,261 @@
+"""The memory of one stage on one card: weights, gradients, optimizer, activations, head, cache.
+
+The peak is the largest of a few moments of an update: the head's backward pass, that of each layer, that of
+the embedding, and the optimizer's step. The learner's code decides each (train/learner.py, optimizer.py,
+scorer.py); activations.py has the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from ..config.parts import LoRA, Optimizer
+from ..model.config import ModelConfig
+from . import cost
+from .activations import Activations, MicroBatch
+
+GIB = 2**30
+CONTEXT = 0.75e9  # bytes of the driver's context, kernels and libraries' workspaces: guessed
+BLOCK = 256  # moments in 8 bits that share a scale
+MATRICES = 3  # tensors as large as the matrices of one shape while Muon makes them orthogonal
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes of a stage on a card at its peak, part by part.
+
+    `reference` are models that only read: a reference, teachers. `update` is what the optimizer's step has
+    beside its state, and `head` what log-probabilities have beside hidden states. `cache` is the pool of
+    keys and values of a rollout.
+    """
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    masters: float = 0.0
+    moments: float = 0.0
+    reference: float = 0.0
+    activations: float = 0.0
+    head: float = 0.0
+    update: float = 0.0
+    cache: float = 0.0
+    context: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Return the bytes of each part by its name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What decides the memory of a learner: a model, the stage's settings, and its largest micro-batch.
+
+    `width` is the bytes of a weight: 2 in bfloat16, 4 in float32. `units` is the number of multiprocessors of
+    the card.
+    """
+
+    config: ModelConfig
+    width: int
+    batch: MicroBatch
+    optimizer: Optimizer
+    recompute: bool | str | None = False
+    lora: LoRA | None = None
+    units: int = 132
+
+    # ------------------------------------------------------------ what is always there
+
+    @property
+    def held(self) -> Memory:
+        """What a learner holds between two updates."""
+        table = 8 * self.config.max_positions * self.config.rope_dim
+        weights = self.width * self._all + table
+        if self.lora:
+            weights += self.width * self._adapted + 4 * self._learned
+        return Memory(weights=weights, masters=4 * self._learned * self.has_masters, moments=self._moments())
+
+    @property
+    def has_masters(self) -> bool:
+        """True if there are copies of the weights in float32 on the card."""
+        return self.width == 2 and not self.lora
+
+    @property
+    def _all(self) -> int:
+        """The number of weights of the model."""
+        return cost.weights(self.config)
+
+    @property
+    def _learned(self) -> float:
+        """The number of weights that learn: the model's, or the adapters'."""
+        if not self.lora:
+            return self._all
+        rank = self.lora.rank
+        return sum(rank * (matrix.rows + matrix.columns) for matrix in self._chosen())
+
+    @property
+    def _adapted(self) -> float:
+        """The number of weights of layers with adapters, of which the base's are kept too."""
+        layers = {(matrix.layer, matrix.module) for matrix in self._chosen()}
+        chosen = (m for m in matrices(self.config) if (m.layer, m.module) in layers)
+        return sum(matrix.rows * matrix.columns for matrix in chosen)
+
+    def _chosen(self) -> list[Matrix]:
+        """Return the matrices with adapters."""
+        names = self.lora.names
+        return [matrix for matrix in matrices(self.config) if "all" in names or matrix.name in names]
+
+    def _moments(self) -> float:
+        """Return the bytes of the optimizer's moments: one of Muon's matrices, two of other weights."""
+        by_muon = self._by_muon
+        return 4 * by_muon + 8 * (self._learned - by_muon)
+
+    @property
+    def _by_muon(self) -> float:
+        """The number of weights that Muon updates: the matrices of blocks, without routers."""
+        if self.optimizer.name != "muon" or self.lora:
+            return 0.0
+        return sum(rows * columns * count for (rows, columns), count in self._shapes().items())
+
+    def _shapes(self) -> dict[tuple[int, int], int]:
+        """Return how many matrices of blocks have each shape; rows are the smaller side."""
+        shapes: dict[tuple[int, int], int] = {}
+        for matrix in matrices(self.config, experts=True):
+            shape = tuple(sorted((matrix.rows, matrix.columns)))
+            shapes[shape] = shapes.get(shape, 0) + matrix.count
+        return shapes
+
+    # ------------------------------------------------------------ moments of an update
+
+    def peak(self) -> Memory:
+        """Return the memory of an update at its peak."""
+        return max(self.at_times(), key=lambda memory: memory.total)
+
+    def at_times(self) -> Iterator[Memory]:
+        """Yield the memory of the moments of an update that may be its peak."""
+        held = self.held
+        yield replace(held, **self._step())
+        acts = self._activations
+        depth = self.config.layers
+        kept = acts.base + acts.states + sum(acts.kept(layer) for layer in range(depth))
+        summed = 4 * self._learned if self._sums else 0.0
+        yield replace(held, gradients=summed, activations=kept + self._ahead_kept(), head=acts.logits)
+        table = self._table
+        done = self._gradient(table)
+        for layer in reversed(range(depth)):
+            done += self._gradient(self._layer_weights(layer))
+            now = kept + acts.computed_again(layer) + acts.transient(layer)
+            yield replace(held, gradients=done + summed, activations=now)
+            kept -= acts.kept(layer) + (acts.states if layer == depth - 1 else 0.0)
+        both = 0.0 if self.lora else self.width * self.config.vocab_size * self.config.hidden_size
+        yield replace(held, gradients=done + both + summed, activations=kept + acts.stream)
+
+    @property
+    def _activations(self) -> Activations:
+        """The activations of the largest micro-batch."""
+        return Activations(
+            self.config, self.width, self.batch, self.units, self.lora is not None, self.recompute
+        )
+
+    @property
+    def _sums(self) -> bool:
+        """True if gradients of several micro-batches are summed in float32 beside the weights' own."""
+        return self.batch.several and self.has_masters
+
+    def _gradient(self, weights: float) -> float:
+        """Return the bytes of the gradients of so many weights of the model in a backward pass."""
+        return 0.0 if self.lora or self._sums else self.width * weights
+
+    @property
+    def _table(self) -> int:
+        """The number of weights of embedding and head."""
+        config = self.config
+        return config.vocab_size * config.hidden_size * (1 if config.tied else 2)
+
+    def _layer_weights(self, layer: int) -> float:
+        """Return the number of weights of the matrices of a layer."""
+        return cost.work(self.config)[layer].weights
+
+    def _ahead_kept(self) -> float:
+        """Return the bytes that the modules of multi-token prediction keep: a layer, and five [N, C] each."""
+        if not self.batch.ahead:
+            return 0.0
+        acts = self._activations
+        first = self.config.layers
+        layers = range(first, first + self.config.predicted)
+        return sum(acts.saved(layer) + 5 * acts.stream for layer in layers)
+
+    def _step(self) -> dict[str, float]:
+        """Return the gradients at the optimizer's step, and what the step has beside its state."""
+        whole = 4 if self.has_masters or self.lora else self.width
+        update = 0.0
+        if self._by_muon:
+            largest = max(self._shapes().items(), key=lambda item: item[0][0] * item[0][1] * item[1])
+            (rows, columns), count = largest
+            update = 4 * (self._by_muon + count * (MATRICES * rows * columns + 2 * rows**2))
+        if self.lora:
+            update = 8 * max(matrix.rows * matrix.columns for matrix in self._chosen())
+        return {"gradients": whole * self._learned, "update": update}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a block by its name in checkpoints, without `_proj`; `module` may hold several."""
+
+    layer: int
+    module: str
+    name: str
+    rows: int
+    columns: int
+    count: int = 1
+
+
+def matrices(config: ModelConfig, experts: bool = False) -> Iterator[Matrix]:
+    """Yield the matrices of all layers; those of feed-forwards with experts only with `experts`."""
+    for layer in range(config.layers + config.predicted):
+        yield from _attention_matrices(config, layer)
+        yield from _ffn_matrices(config, layer, experts)
+        if experts and layer >= config.layers:
+            yield Matrix(layer, "join", "join", config.hidden_size, 2 * config.hidden_size)
+
+
+def _attention_matrices(config: ModelConfig, layer: int) -> Iterator[Matrix]:
+    """Yield the matrices of a layer's attention."""
+    hidden = config.hidden_size
+    latent = config.latent
+    if latent is None:
+        queries = config.heads * config.head_dim
+        yield Matrix(layer, "qkv", "q", queries, hidden)
+        for name in ("k", "v") if config.keeps(layer) else ():
+            yield Matrix(layer, "qkv", name, config.kv_heads * config.head_dim, hidden)
+        yield Matrix(layer, "out", "o", hidden, queries)
+        return
+    queries = config.heads * latent.key_dim
+    if latent.q_rank:
+        yield Matrix(layer, "q_latent", "q_a", latent.q_rank, hidden)
+        yield Matrix(layer, "q_up", "q_b", queries, latent.q_rank)
+    else:
+        yield Matrix(layer, "q_full", "q", queries, hidden)
+    down = "q_latent" if latent.q_rank else "q_full"
+    yield Matrix(layer, down, "kv_a_proj_with_mqa", latent.cached, hidden)
+    yield Matrix(layer, "kv_up", "kv_b", config.heads * (latent.nope_dim + latent.value_dim), latent.kv_rank)
+    yield Matrix(layer, "out", "o", hidden, config.heads * latent.value_dim)
+
+
+def _ffn_matrices(config: ModelConfig, layer: int, experts: bool) -> Iterator[Matrix]:
+    """Yield the matrices of a layer's feed-forward; in a model with experts only if they are asked for."""
+    if config.experts and not experts:
+        return
+    hidden = config.hidden_size
+    widths = [(config.intermediate_size, 1)]
+    if config.sparse(layer):
+        mixture = config.experts
+        widths = [(mixture.intermediate_size, mixture.count), (mixture.shared_size, 1)]
+    for width, count in widths:
+        if width:
+            for name in ("gate", "up") if config.gated else ("up",):
+                yield Matrix(layer, "gate_up", name, width, hidden, count)
+            yield Matrix(layer, "down", "down", hidden, width, count)
