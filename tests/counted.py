@@ -1,7 +1,7 @@
 """The memory of an update as a card would need it, counted on the CPU.
 
-`card_ops` are the operations of a card (model/ops/cuda.py) whose kernels are replaced by functions of torch that
-make the same tensors; `peak_bytes` counts the bytes of all tensors that are alive at once. So what the
+`card_ops` are the operations of a card (model/ops/cuda.py) whose kernels are replaced by functions of torch
+that make the same tensors; `peak_bytes` counts the bytes of all tensors that are alive at once. So what the
 backward pass keeps, and when it is freed, is the code's own; only the kernels' inner memory is not seen."""
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _attend(q: Tensor, pool: tuple[Tensor, Tensor], rows, scale: float, window: 
 
 
 def _flash_backward(grad, q, keys, values, *rest, **settings):
-    """The gradients of torch's flash attention, deterministic: those by the queries are summed in parts, so many
-    that the card is full, those by keys and values for every query head (flash_bwd of torch's source)."""
+    """The gradients of torch's flash attention, deterministic: those by the queries are summed in parts, so
+    many that the card is full, those by keys and values for every query head (torch's flash_api.cpp)."""
     sequences = len(rest[2]) - 1
     parts = -(-UNITS // (sequences * q.shape[1]))
     width = -(-q.shape[2] // 32) * 32
@@ -87,7 +87,9 @@ def _flash_backward(grad, q, keys, values, *rest, **settings):
     return by_q, by_keys, by_values
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     if dtype:
         return torch.zeros(len(x), len(weight), dtype=dtype)
     return torch.nn.functional.linear(x, weight, bias)

@@ -1,5 +1,5 @@
-"""The bytes that an update keeps on a card, layer by layer: what the forward pass saves, and what the backward
-pass has in addition.
+"""The bytes that an update has on a card, layer by layer: what the forward pass saves for the backward pass,
+and what the backward pass has in addition.
 
 It follows the code of the learner: model/ops/cuda.py says what each operation saves, model/decoder.py what
 is computed again. A number has `width` bytes. N tokens of a micro-batch, M predictions, C hidden size, I
@@ -11,33 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model.config import ModelConfig
+from .micro_batch import MicroBatch
 
 LOGITS = 1 << 26  # logits in memory at once on a card (model/ops/cuda.py)
 DISTILLED_LOGITS = 1 << 21  # the same of a teacher and a student (train/divergence.py)
 DISTILLED_TENSORS = 8  # tensors of these logits in float32 that exist at once
-LONG = 3072  # tokens from which a sequence does not share its prompt (model/packed.py)
 PADDED = 128  # rows that flash attention pads each sequence's gradients to
 INTEGERS = 6  # integers of a token in a batch: ids, next ids, positions, places, targets, rows
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The largest micro-batch of a stage.
-
-    `tokens` go in, `predicted` are in the loss, in `sequences` sequences of at most `longest` tokens. `keys`
-    is the number of keys, which is larger than `tokens` where completions share a prompt. `several`: an
-    update has more than one micro-batch. `taught`: a teacher's distributions are compared with the model's.
-    `ahead`: the modules of multi-token prediction learn too.
-    """
-
-    tokens: int
-    predicted: int
-    longest: int
-    sequences: int
-    keys: int
-    several: bool = False
-    taught: bool = False
-    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +159,14 @@ class Activations:
             return gradients + sums + expanded
         scores = 12 * batch.tokens * batch.longest * config.heads if shared or config.latent else 0
         return gradients + self.width * batch.tokens * (queries + pairs + self._mixed) + scores
+
+    def forward(self, layer: int) -> float:
+        """Return the most bytes of a layer's forward pass without gradients, beside the weights."""
+        config = self.config
+        heads = config.heads + 2 * config.kv_heads
+        attention = 2 * heads * (config.latent.key_dim if config.latent else config.head_dim)
+        inner = self.batch.tokens * self.width * attention
+        return 2 * self.stream + max(inner, self._ffn_saved(layer))
 
     # ------------------------------------------------------------ the head
 

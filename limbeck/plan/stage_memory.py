@@ -7,13 +7,16 @@ scorer.py); activations.py has the layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from ..config.parts import LoRA, Optimizer
 from ..model.config import ModelConfig
 from . import cost
-from .activations import Activations, MicroBatch
+from .activations import Activations
+from .micro_batch import MicroBatch
 
 GIB = 2**30
 CONTEXT = 0.75e9  # bytes of the driver's context, kernels and libraries' workspaces: guessed
@@ -27,7 +30,7 @@ class Memory:
 
     `reference` are models that only read: a reference, teachers. `update` is what the optimizer's step has
     beside its state, and `head` what log-probabilities have beside hidden states. `cache` is the pool of
-    keys and values of a rollout.
+    keys and values of a rollout, and `sampling` what its steps and its prompts have beside it.
     """
 
     weights: float = 0.0
@@ -39,6 +42,7 @@ class Memory:
     head: float = 0.0
     update: float = 0.0
     cache: float = 0.0
+    sampling: float = 0.0
     context: float = 0.0
 
     @property
@@ -76,12 +80,13 @@ class Learning:
         weights = self.width * self._all + table
         if self.lora:
             weights += self.width * self._adapted + 4 * self._learned
-        return Memory(weights=weights, masters=4 * self._learned * self.has_masters, moments=self._moments())
+        masters = 4 * self._learned if self.has_masters and not self.optimizer.offload else 0.0
+        return Memory(weights=weights, masters=masters, moments=self._moments())
 
     @property
     def has_masters(self) -> bool:
-        """True if there are copies of the weights in float32 on the card."""
-        return self.width == 2 and not self.lora
+        """True if the weights have copies in float32."""
+        return self.width == 2 and not self.lora and self.optimizer.masters is not False
 
     @property
     def _all(self) -> int:
@@ -110,23 +115,22 @@ class Learning:
 
     def _moments(self) -> float:
         """Return the bytes of the optimizer's moments: one of Muon's matrices, two of other weights."""
-        by_muon = self._by_muon
+        if self.optimizer.offload:
+            return 0.0
+        if self.optimizer.moments == "int8":
+            return 2 * (1 + 4 / BLOCK) * self._learned
+        by_muon = sum(shape.weights for group in self._muon_groups() for shape in group)
         return 4 * by_muon + 8 * (self._learned - by_muon)
 
-    @property
-    def _by_muon(self) -> float:
-        """The number of weights that Muon updates: the matrices of blocks, without routers."""
+    def _muon_groups(self) -> list[list[Shape]]:
+        """Return the shapes of the matrices of blocks, which Muon updates: all but experts', and experts'."""
         if self.optimizer.name != "muon" or self.lora:
-            return 0.0
-        return sum(rows * columns * count for (rows, columns), count in self._shapes().items())
-
-    def _shapes(self) -> dict[tuple[int, int], int]:
-        """Return how many matrices of blocks have each shape; rows are the smaller side."""
-        shapes: dict[tuple[int, int], int] = {}
+            return []
+        counts: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
         for matrix in matrices(self.config, experts=True):
-            shape = tuple(sorted((matrix.rows, matrix.columns)))
-            shapes[shape] = shapes.get(shape, 0) + matrix.count
-        return shapes
+            rows, columns = sorted((matrix.rows, matrix.columns))
+            counts[matrix.count > 1][rows, columns] += matrix.count
+        return [[Shape(*shape, count) for shape, count in group.items()] for group in counts if group]
 
     # ------------------------------------------------------------ moments of an update
 
@@ -191,14 +195,30 @@ class Learning:
     def _step(self) -> dict[str, float]:
         """Return the gradients at the optimizer's step, and what the step has beside its state."""
         whole = 4 if self.has_masters or self.lora else self.width
-        update = 0.0
-        if self._by_muon:
-            largest = max(self._shapes().items(), key=lambda item: item[0][0] * item[0][1] * item[1])
-            (rows, columns), count = largest
-            update = 4 * (self._by_muon + count * (MATRICES * rows * columns + 2 * rows**2))
+        update = max((_muon_bytes(group) for group in self._muon_groups()), default=0.0)
         if self.lora:
             update = 8 * max(matrix.rows * matrix.columns for matrix in self._chosen())
         return {"gradients": whole * self._learned, "update": update}
+
+
+class Shape(NamedTuple):
+    """So many matrices of one shape; rows are the smaller side."""
+
+    rows: int
+    columns: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """The number of weights of all of them."""
+        return self.rows * self.columns * self.count
+
+
+def _muon_bytes(shapes: list[Shape]) -> float:
+    """Return the bytes of Muon's step beside its state: all directions, and products of the largest shape."""
+    largest = max(shapes, key=lambda shape: shape.weights)
+    products = MATRICES * largest.weights + 2 * largest.count * largest.rows**2
+    return 4 * (sum(shape.weights for shape in shapes) + products)
 
 
 @dataclass(frozen=True)
