@@ -49,6 +49,11 @@ class Fit:
         """True if the card runs the stage as it is."""
         return not self.refused and self.memory.total <= self.capacity and self.rows >= min(1, self.wanted)
 
+    def work(self, work: StageWork) -> StageWork:
+        """Return the stage's work with the remedies that change its time."""
+        changes = {k: v for k, v in (self.remedies or {}).items() if k in ("recompute", "precision")}
+        return replace(work, **changes)
+
     def told(self) -> dict[str, Any]:
         """Return the figures as a JSON object, memory in GiB."""
         parts = {name: round(size / GIB, 3) for name, size in self.memory.parts().items() if size}
