@@ -33,7 +33,8 @@ class Learner(Scorer):
     `step` counts the updates so far and sets the position in the learning-rate schedule. `steps` is the
     number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
     memory; with "keep_attention", all but the results of attention (model/decoder.py). With `lora`, adapters
-    are trained in place of the model's weights (model/lora.py). `trained` are the parameters, by name."""
+    are trained in place of the model's weights (model/lora.py). `seed` determines the stochastic rounding of
+    the optimizer. `trained` are the parameters, by name."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Learner(Scorer):
         steps: int,
         recompute: bool | str = False,
         lora: LoRA | None = None,
+        seed: object = 0,
     ):
         super().__init__(model)
         if recompute and (model.config.experts or model.config.share_kv > 1):
@@ -58,7 +60,7 @@ class Learner(Scorer):
         if lora:  # and what a stage added to the model, such as the value head of a reward model
             heads = {name: p for name, p in self.trained.items() if p.requires_grad}
             self.trained = {**heads, **lora.parameters()}
-        self.optimizer = Optimizer(model, settings, steps, lora and lora.parameters())
+        self.optimizer = Optimizer(model, settings, steps, lora and lora.parameters(), seed)
         self._routes: list[RouterTrace] = []  # one for each micro-batch since the last apply()
         self._replayed = False
 

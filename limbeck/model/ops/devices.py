@@ -167,6 +167,11 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def host_buffer(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory of the host for `count` numbers that a device copies from and to: pinned for a card."""
+    return torch.empty(count, dtype=dtype, pin_memory=is_card(str(device)))
+
+
 def peak_bytes(name: str) -> int:
     """Return the most bytes of a card that this process had in use since `release`."""
     return torch.cuda.max_memory_allocated(name)

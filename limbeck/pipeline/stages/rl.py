@@ -35,7 +35,7 @@ def run(job: Job) -> Outcome:
     run_log = job.record(state["step"] if state else 0, stage.steps)
     run_log.drop_last(ROLLOUTS, stage.log_every)
     trainer = GRPOTrainer(
-        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora),
+        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora, job.seed),
         engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
         rewards=learned_rewards(job, tasks, sampling),
         settings=stage,
