@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 UNITS = 132  # multiprocessors of an H100
+LOGITS = 1 << 14  # logits in memory at once
 KERNELS = ("attention", "products", "rowwise", "sampling")
 
 
@@ -156,7 +157,7 @@ def card_ops() -> object:
     class CountedOps(module.CUDAOps):
         """A card's operations on the CPU."""
 
-        logits_at_once = 1 << 14
+        logits_at_once = LOGITS
 
         def score_backward(self, predictions, grad_R, needed_R, by_head_VC):
             """As on a card; torch's product on a CPU has no result in float32 from 16 bits."""

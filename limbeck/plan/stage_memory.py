@@ -20,7 +20,11 @@ from .micro_batch import MicroBatch
 
 GIB = 2**30
 CONTEXT = 0.75e9  # bytes of the driver's context, kernels and libraries' workspaces: guessed
-BLOCK = 256  # moments in 8 bits that share a scale
+EIGHT_BITS = 2 * (1 + 4 / 256)  # bytes of two moments in 8 bits, with a scale for every 256
+CHUNK = 1 << 22  # numbers that AdamW updates at once (train/adamw.py)
+# tensors of a chunk in float32 that exist at once: (moments in 8 bits, rounded stochastically) -> number
+CHUNKS = {(False, False): 2, (False, True): 4.5, (True, False): 12, (True, True): 13}
+MODULE = 5  # tensors [N, C] that a module of multi-token prediction keeps beside its layer
 MATRICES = 3  # tensors as large as the matrices of one shape while Muon makes them orthogonal
 
 
@@ -80,13 +84,14 @@ class Learning:
         weights = self.width * self._all + table
         if self.lora:
             weights += self.width * self._adapted + 4 * self._learned
-        masters = 4 * self._learned if self.has_masters and not self.optimizer.offload else 0.0
+        masters = 4.0 * self._learned * self.has_masters
         return Memory(weights=weights, masters=masters, moments=self._moments())
 
     @property
     def has_masters(self) -> bool:
-        """True if the weights have copies in float32."""
-        return self.width == 2 and not self.lora and self.optimizer.masters is not False
+        """True if the card has float32 copies of the weights."""
+        wanted = self.optimizer.masters is not False and not self.optimizer.offload
+        return self.width == 2 and not self.lora and wanted
 
     @property
     def _all(self) -> int:
@@ -118,7 +123,7 @@ class Learning:
         if self.optimizer.offload:
             return 0.0
         if self.optimizer.moments == "int8":
-            return 2 * (1 + 4 / BLOCK) * self._learned
+            return EIGHT_BITS * self._learned
         by_muon = sum(shape.weights for group in self._muon_groups() for shape in group)
         return 4 * by_muon + 8 * (self._learned - by_muon)
 
@@ -145,17 +150,19 @@ class Learning:
         acts = self._activations
         depth = self.config.layers
         kept = acts.base + acts.states + sum(acts.kept(layer) for layer in range(depth))
-        summed = 4 * self._learned if self._sums else 0.0
-        yield replace(held, gradients=summed, activations=kept + self._ahead_kept(), head=acts.logits)
-        table = self._table
-        done = self._gradient(table)
+        summed = self._summed
+        ahead = self._ahead
+        first = kept + sum(acts.saved(layer) + MODULE * acts.stream for layer in ahead)
+        yield replace(held, gradients=summed, activations=first, head=acts.logits)
+        for layer in ahead:
+            yield replace(held, gradients=summed, activations=first + acts.transient(layer))
+        done = self._waiting if self._sums else self._gradient(self._table)
         for layer in reversed(range(depth)):
             done += self._gradient(self._layer_weights(layer))
             now = kept + acts.computed_again(layer) + acts.transient(layer)
             yield replace(held, gradients=done + summed, activations=now)
             kept -= acts.kept(layer) + (acts.states if layer == depth - 1 else 0.0)
-        both = 0.0 if self.lora else self.width * self.config.vocab_size * self.config.hidden_size
-        yield replace(held, gradients=done + both + summed, activations=kept + acts.stream)
+        yield replace(held, gradients=done + self._waiting + summed, activations=kept + acts.stream)
 
     @property
     def _activations(self) -> Activations:
@@ -167,11 +174,23 @@ class Learning:
     @property
     def _sums(self) -> bool:
         """True if gradients of several micro-batches are summed in float32 beside the weights' own."""
-        return self.batch.several and self.has_masters
+        return self.batch.several and self.width == 2 and not self.lora
+
+    @property
+    def _summed(self) -> float:
+        """Bytes of these sums on the card."""
+        return 4.0 * self._learned * (self._sums and not self.optimizer.offload)
 
     def _gradient(self, weights: float) -> float:
-        """Return the bytes of the gradients of so many weights of the model in a backward pass."""
+        """Return the bytes of the gradients of so many weights of the model in a backward pass; sums take
+        those of a weight as soon as it has all of them."""
         return 0.0 if self.lora or self._sums else self.width * weights
+
+    @property
+    def _waiting(self) -> float:
+        """Bytes of the head's gradient where the embedding is the head, and its gradient is still to come."""
+        config = self.config
+        return 0.0 if self.lora or not config.tied else self.width * config.vocab_size * config.hidden_size
 
     @property
     def _table(self) -> int:
@@ -183,22 +202,35 @@ class Learning:
         """Return the number of weights of the matrices of a layer."""
         return cost.work(self.config)[layer].weights
 
-    def _ahead_kept(self) -> float:
-        """Return the bytes that the modules of multi-token prediction keep: a layer, and five [N, C] each."""
-        if not self.batch.ahead:
-            return 0.0
-        acts = self._activations
-        first = self.config.layers
-        layers = range(first, first + self.config.predicted)
-        return sum(acts.saved(layer) + 5 * acts.stream for layer in layers)
+    @property
+    def _ahead(self) -> range:
+        """The layers of the modules of multi-token prediction, where they learn too."""
+        layers = self.config.layers
+        return range(layers, layers + self.config.predicted * self.batch.ahead)
 
     def _step(self) -> dict[str, float]:
-        """Return the gradients at the optimizer's step, and what the step has beside its state."""
-        whole = 4 if self.has_masters or self.lora else self.width
-        update = max((_muon_bytes(group) for group in self._muon_groups()), default=0.0)
+        """Return the gradients at the optimizer's step, and what the step has beside its state.
+
+        AdamW takes the weights in chunks. Muon has gradients in float32 for its matrices, their directions,
+        and the products of those of one shape. Adapters are merged into one weight at a time.
+        """
         if self.lora:
-            update = 8 * max(matrix.rows * matrix.columns for matrix in self._chosen())
-        return {"gradients": whole * self._learned, "update": update}
+            merged = 8 * max(matrix.rows * matrix.columns for matrix in self._chosen())
+            return {"gradients": 4 * self._learned, "update": merged}
+        gradients = self._summed if self._sums else self.width * self._learned
+        update = 0.0 if self.optimizer.offload else self._chunks()
+        for group in self._muon_groups():
+            scaled = 0 if self.width == 4 or self._sums else sum(shape.weights for shape in group)
+            update = max(update, 4 * scaled + _muon_bytes(group))
+        return {"gradients": gradients, "update": update}
+
+    def _chunks(self) -> float:
+        """Return the bytes of AdamW's chunks in float32, of which it has so many at once."""
+        sizes = Counter({"table": self.config.vocab_size * self.config.hidden_size})
+        for matrix in matrices(self.config, experts=True):
+            sizes[matrix.layer, matrix.module] += matrix.rows * matrix.columns * matrix.count
+        kind = (self.optimizer.moments == "int8", self.optimizer.masters is False)
+        return 4.0 * CHUNKS[kind] * min(CHUNK, max(sizes.values()))
 
 
 class Shape(NamedTuple):
@@ -270,12 +302,12 @@ def _ffn_matrices(config: ModelConfig, layer: int, experts: bool) -> Iterator[Ma
     if config.experts and not experts:
         return
     hidden = config.hidden_size
-    widths = [(config.intermediate_size, 1)]
+    widths = [("", config.intermediate_size, 1)]
     if config.sparse(layer):
         mixture = config.experts
-        widths = [(mixture.intermediate_size, mixture.count), (mixture.shared_size, 1)]
-    for width, count in widths:
+        widths = [("", mixture.shared_size, 1), ("experts_", mixture.intermediate_size, mixture.count)]
+    for prefix, width, count in widths:
         if width:
             for name in ("gate", "up") if config.gated else ("up",):
-                yield Matrix(layer, "gate_up", name, width, hidden, count)
-            yield Matrix(layer, "down", "down", hidden, width, count)
+                yield Matrix(layer, f"{prefix}gate_up", name, width, hidden, count)
+            yield Matrix(layer, f"{prefix}down", "down", hidden, width, count)
