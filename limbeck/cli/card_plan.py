@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..plan.prices import Rental
     from .recipe_plan import Forecasts
 
-GIB = 2**30
+GIB = 2**30  # bytes
 LARGEST = 0.01  # share of the total below which a part of the memory is not printed
 UNKNOWN = "-"  # in the place of money that no price is known for
 

@@ -130,6 +130,9 @@ def plan(
         days_left(until)  # an invalid day is refused before the search
     if len(on) > 1 and not _is_recipe(what):
         raise usage_error(f"--on {on[1]}: several cards are for a recipe; give a model one --on at a time")
+    for option, value in (("--until", until), ("--to", to)):
+        if len(on) > 1 and value:
+            raise usage_error(f"{option} {value}: with one --on at a time")
     conditions = Conditions(on[0] if on else "", _changes(what_if, "--what-if"), price, until)
     figures: dict[str, Any] = {}
     if what == "verify":

@@ -334,6 +334,9 @@ def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: 
     """Add what all stages that are not done take together: time, shares of the kinds of work, FLOPs, people's
     time, money, and the deadline.
     """
+    if forecasts.missing:
+        answer.data["not_foreseen"] = sorted(forecasts.missing)
+        answer.say("not in it", f"{', '.join(sorted(forecasts.missing))}, which cannot run on this card")
     if not forecasts.stages:
         answer.data["seconds"] = 0.0
         return
@@ -345,9 +348,6 @@ def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: 
     answer.say("of which", ", ".join(_shares(left)))
     answer.say("operations", f"{sum(forecast.flops for forecast in left):.3g}")
     _add_people(answer, sum(forecast.people for forecast in left))
-    if forecasts.missing:
-        answer.data["not_foreseen"] = sorted(forecasts.missing)
-        answer.say("not in it", f"{', '.join(sorted(forecasts.missing))}, which cannot run on this card")
     _add_money(answer, (seconds, low, high), conditions)
     if conditions.until:
         add_deadline(answer, seconds, conditions.until)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import NamedTuple
 
 from ..config.parts import LoRA, Optimizer
@@ -18,7 +19,7 @@ from . import cost
 from .activations import Activations
 from .micro_batch import MicroBatch
 
-GIB = 2**30
+GIB = 2**30  # bytes
 CONTEXT = 0.75e9  # bytes of the driver's context, kernels and libraries' workspaces: guessed
 EIGHT_BITS = 2 * (1 + 4 / 256)  # bytes of two moments in 8 bits, with a scale for every 256
 CHUNK = 1 << 22  # numbers that AdamW updates at once (train/adamw.py)
@@ -265,13 +266,16 @@ class Matrix:
     count: int = 1
 
 
-def matrices(config: ModelConfig, experts: bool = False) -> Iterator[Matrix]:
-    """Yield the matrices of all layers; those of feed-forwards with experts only with `experts`."""
+@cache
+def matrices(config: ModelConfig, experts: bool = False) -> tuple[Matrix, ...]:
+    """Return the matrices of all layers; those of feed-forwards with experts only with `experts`."""
+    found: list[Matrix] = []
     for layer in range(config.layers + config.predicted):
-        yield from _attention_matrices(config, layer)
-        yield from _ffn_matrices(config, layer, experts)
+        found += _attention_matrices(config, layer)
+        found += _ffn_matrices(config, layer, experts)
         if experts and layer >= config.layers:
-            yield Matrix(layer, "join", "join", config.hidden_size, 2 * config.hidden_size)
+            found.append(Matrix(layer, "join", "join", config.hidden_size, 2 * config.hidden_size))
+    return tuple(found)
 
 
 def _attention_matrices(config: ModelConfig, layer: int) -> Iterator[Matrix]:
