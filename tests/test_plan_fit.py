@@ -146,10 +146,10 @@ def test_parts_add_up_and_a_large_card_holds_everything(recipe):
 def test_remedies_make_it_fit_and_none_of_them_is_needless(recipe, precision):
     of_precision = f"precision={precision}"
     tight = fits_of(recipe, "1xRTX4090", of_precision)["zero"]
-    assert not tight.fits and tight.remedies and tight.relieved < tight.capacity
+    assert not tight.fits and tight.remedies and tight.relieved.memory.total < tight.capacity
     settings = [f"stages.zero.{key}={json.dumps(value)}" for key, value in tight.remedies.items()]
     eased = fits_of(recipe, "1xRTX4090", of_precision, *settings)["zero"]
-    assert eased.fits and eased.memory.total == tight.relieved
+    assert eased.fits and eased.memory == tight.relieved.memory
     for left_out in settings:
         if ".name=" in left_out or "precision" in left_out:
             continue  # the settings beside it are for AdamW, or for 16 bits

@@ -48,9 +48,9 @@ def _remedy(fit: Fit) -> str:
     """Return what makes a stage fit, or that nothing does."""
     if fit.refused:
         return f"not on a card: {fit.refused}"
-    if not fit.remedies:
+    if not fit.relieved:
         return "no setting makes it fit this card: take a larger card or a smaller model"
-    return f"fits with {settings_text(fit.remedies)}: {fit.relieved / GIB:.2f}"
+    return f"fits with {settings_text(fit.remedies)}: {fit.relieved.memory.total / GIB:.2f}"
 
 
 def settings_text(changes: dict[str, Any]) -> str:
@@ -130,9 +130,10 @@ def _row(card: dict[str, Any], forecasts: Forecasts) -> tuple[str, str, str, str
     tight = [name for name, fit in forecasts.fits.items() if not fit.fits]
     fits = "all stages"
     if tight:
-        hopeless = [name for name in tight if not forecasts.fits[name].remedies]
-        fits = f"{', '.join(tight)} {'do' if len(tight) > 1 else 'does'} not"
-        fits += f"; never {', '.join(hopeless)}" if hopeless else ", as it is"
+        hopeless = [name for name in tight if not forecasts.fits[name].relieved]
+        eased = [name for name in tight if name not in hopeless]
+        fits = f"with other settings: {', '.join(eased)}" if eased else ""
+        fits += f"{'; ' if eased else ''}not: {', '.join(hopeless)}" if hopeless else ""
     if card["not_foreseen"]:
         time += f", without {', '.join(card['not_foreseen'])}"
     return card["on"], time, cost, fits

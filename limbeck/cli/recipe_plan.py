@@ -127,8 +127,8 @@ def forecast_on(graph: Graph, on: str, changes: dict[str, str]) -> Forecasts:
         fit = fits.get(name)
         if fit is None:
             stages[name] = forecast.price_on(work, configs, cluster)
-        elif fit.fits or fit.remedies:
-            stages[name] = forecast.price_on(fit.work(work), configs, cluster, fit.rows)
+        elif fit.fits or fit.relieved:
+            stages[name] = forecast.price_on(fit.work(work), configs, cluster, fit.rows_at_once)
     return Forecasts(stages, cluster.tell(), fits)
 
 
@@ -275,7 +275,8 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
         if conditions.on:
             raise
         problem = str(error)
-    _add_stages(answer, graph, forecasts, changed)
+    rental, count = rental_of(conditions)
+    _add_stages(answer, graph, forecasts, changed, rental and count * rental.middle)
     add_fits(answer, forecasts.fits)
     _add_totals(answer, graph, forecasts, conditions)
     if problem:
@@ -288,16 +289,22 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
     return answer
 
 
-def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts) -> None:
-    """Add a line for each stage: its state, its time, and why it has to run.
+def _add_stages(
+    answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts, hour: float | None
+) -> None:
+    """Add a line for each stage: its state, its time, its money, and why it has to run.
 
     If `changed` (the forecasts with the changes of `--what-if`) is not empty, the line also has the time with
-    the changes.
+    the changes. `hour` is the dollars of an hour, None if they are not known.
     """
     rows = []
     for node in graph.nodes.values():
         reasons = [] if node.artifact else graph.why(node)
         line = f"{STATES[node.state]:10} {node.name:32} {node.kind:9} {_stage_time(node, forecasts)}  "
+        forecast = forecasts.stages.get(node.name)
+        dollars = hour * forecast.seconds / 3600 if hour and forecast and not node.artifact else None
+        if hour:
+            line += f"{'' if dollars is None else f'${dollars:,.2f}':>7}  "
         if changed.stages:
             line += f"{_stage_time(node, changed)}  "
         shorter = graph.shorter(node)
@@ -312,8 +319,10 @@ def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: For
         }
         if shorter:
             row["shorter"] = shorter.told()
-        if node.name in forecasts.stages:
-            row["forecast"] = forecasts.stages[node.name].told()
+        if forecast:
+            row["forecast"] = forecast.told()
+        if dollars is not None:
+            row["money"] = round(dollars, 4)
         if node.name in forecasts.fits:
             row["memory"] = forecasts.fits[node.name].told()
         rows.append(row)

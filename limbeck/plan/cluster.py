@@ -118,6 +118,8 @@ class Cluster:
 
     def tell(self) -> str:
         """Return a description of the cluster in one line."""
+        if self.count == 1:
+            return f"1 x {self.chip.name}"
         fabric = self.fabric
         inner = f"PCIe of {fabric.pcie:.0f} GB/s"
         if self.linked:

@@ -33,7 +33,7 @@ class Fit:
 
     `rows` of the `wanted` rows are sampled at once; both are 0 for a stage that samples nothing. `refused`
     says why a card does not run the stage at all. Of a stage that does not fit, `remedies` are the settings
-    with which it does, and `relieved` the bytes that it takes then; both are empty if there are none.
+    with which it does, and `relieved` is how it fits then; without such settings, {} and None.
     """
 
     memory: Memory
@@ -42,7 +42,7 @@ class Fit:
     wanted: int = 0
     refused: str = ""
     remedies: Changes | None = None
-    relieved: float = 0.0
+    relieved: Fit | None = None
 
     @property
     def fits(self) -> bool:
@@ -51,8 +51,14 @@ class Fit:
 
     def work(self, work: StageWork) -> StageWork:
         """Return the stage's work with the remedies that change its time."""
-        changes = {k: v for k, v in (self.remedies or {}).items() if k in ("recompute", "precision")}
+        names = {"recompute": "recompute", "precision": "precision", "optimizer.offload": "offload"}
+        changes = {names[key]: value for key, value in (self.remedies or {}).items() if key in names}
         return replace(work, **changes)
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows that are sampled at once, with the remedies if the stage needs them."""
+        return self.relieved.rows if self.relieved else self.rows
 
     def told(self) -> dict[str, Any]:
         """Return the figures as a JSON object, memory in GiB."""
@@ -69,7 +75,7 @@ class Fit:
             told["refused"] = self.refused
         elif not self.fits:
             told["fits_with"] = self.remedies
-            told["fits_with_gib"] = round(self.relieved / GIB, 3) if self.remedies else None
+            told["fits_with_gib"] = round(self.relieved.memory.total / GIB, 3) if self.relieved else None
         return told
 
 
@@ -210,7 +216,7 @@ class _Asked:
                 continue
             changed = self._changed(changes).fit()
             if changed.fits:
-                return replace(fit, remedies=changes, relieved=changed.memory.total)
+                return replace(fit, remedies=changes, relieved=changed)
         return replace(fit, remedies={})
 
     def _options(self) -> list[list[Changes]]:

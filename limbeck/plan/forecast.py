@@ -19,7 +19,7 @@ from .cluster import Cluster
 from .constants import constants
 from .inference import Replica
 from .machine_rates import FEW, SPREAD, Asked, Rates, Use
-from .rl import LEARNER_MFU, Lengths, decode_seconds
+from .rl import HOST_LINK, LEARNER_MFU, Lengths, decode_seconds
 from .stage_work import SMALL, Rollout, StageWork
 
 STAGE = 0.4  # seconds of any stage for reading problems, scoring, records and syncing files
@@ -33,6 +33,8 @@ DESK_SECONDS = 60  # seconds that a person takes to review a row: guessed
 # SmolLM2's fine-tuning
 REACHED = 0.75
 FLOAT32_MFU = 0.5  # share of the peak in float32 that learning reaches: guessed
+HOST_BYTES = 32  # bytes of a weight that the host reads and writes for an update of AdamW in its memory
+HOST_MEMORY = 20e9  # bytes a second of the host's memory: guessed
 ELSEWHERE = 2.0  # factor within which a stage's time on other chips is known
 START = 30.0  # seconds to start a stage on other chips: processes, weights, compiling
 OPERATIONS = 20  # operations that the host starts for a layer, forward
@@ -352,6 +354,9 @@ def price_on(
         flops = config.flops_per_token(middle, backward=True) + _flops_again(work, config, middle)
         computing = work.learned * flops / peak / mfu
         parts["learning"] = max(computing, launching)
+        if work.offload:
+            moved = 4 / HOST_LINK + HOST_BYTES / HOST_MEMORY  # a gradient goes up, a weight comes back
+            parts["update on the host"] = work.updates * config.parameters * moved
         if work.read:
             reader = configs[work.reader]
             parts["teacher and reference"] = work.read * reader.flops_per_token(middle) / peak / mfu

@@ -174,13 +174,15 @@ class Learning:
 
     @property
     def _sums(self) -> bool:
-        """True if gradients of several micro-batches are summed in float32 beside the weights' own."""
-        return self.batch.several and self.width == 2 and not self.lora
+        """True if the card has sums of several micro-batches' gradients in float32. With `offload` the host has
+        them, and the first micro-batch's gradients, in 16 bits, are the card's most."""
+        several = self.batch.several and not self.optimizer.offload
+        return several and self.width == 2 and not self.lora
 
     @property
     def _summed(self) -> float:
-        """Bytes of these sums on the card."""
-        return 4.0 * self._learned * (self._sums and not self.optimizer.offload)
+        """Bytes of these sums."""
+        return 4.0 * self._learned * self._sums
 
     def _gradient(self, weights: float) -> float:
         """Return the bytes of the gradients of so many weights of the model in a backward pass; sums take

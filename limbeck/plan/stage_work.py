@@ -87,7 +87,7 @@ class StageWork:
     through the model `reader` (a teacher or a reference). `written` is the tokens of a miniature's corpus
     that is generated, and `people` the number of rows that a person reviews. `saved` is True if the model is
     saved. `sure` is the factor within which the tokens are known. `inputs` are the stages that must be done
-    before. `precision` and `recompute` are the stage's settings.
+    before. `precision`, `recompute` and the optimizer's `offload` are the stage's settings.
     """
 
     stage: str
@@ -107,6 +107,7 @@ class StageWork:
     inputs: tuple[str, ...] = ()
     precision: str = "float32"
     recompute: bool | str = False
+    offload: bool = False
 
     @property
     def sampled(self) -> float:
@@ -191,7 +192,8 @@ class Walk:
             work = self._stage(node, stage)
         precision = getattr(stage, "precision", None) or self.recipe.precision or "float32"
         recompute = getattr(stage, "recompute", False)
-        work = replace(work, inputs=inputs, precision=precision, recompute=recompute)
+        offload = bool(getattr(getattr(stage, "optimizer", None), "offload", None))
+        work = replace(work, inputs=inputs, precision=precision, recompute=recompute, offload=offload)
         self.efforts[node] = work
         return work
 
