@@ -4,6 +4,7 @@ settings that make it fit."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import counted
@@ -270,3 +271,20 @@ def test_half_of_the_numbers_take_half_of_the_memory(recipe):
     half, whole = (fits_of(recipe, "1xH100", f"precision={p}")["traces"] for p in ("bfloat16", "float32"))
     assert half.memory.weights < 0.6 * whole.memory.weights and half.memory.cache * 2 == whole.memory.cache
     assert torch.bfloat16.itemsize == fit.WIDTHS["bfloat16"]
+
+
+def test_the_page_shows_what_the_command_prints(call, tmp_path, monkeypatch):
+    """The how-to page's recipe on the shape of its model, on one card and on four."""
+    page = (Path(__file__).parent.parent / "docs/how-to/plan-a-bigger-run.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", page)
+    shown = re.findall(r"(?ms)^```sh\nlimbeck plan (own.yaml [^\n]*)\n```\n\n```text\n(.*?)^```$", page)
+    shapes = yaml.safe_load(card_runs.FILE.read_text(encoding="utf-8"))["shapes"]
+    model = tmp_path / "models/qwen2.5-1.5b"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(ModelConfig(**shapes["1.5B"]).to_hf(0, 0)))
+    (tmp_path / "own.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert len(shown) == 2
+    for command, text in shown:
+        code, out, _ = call("plan", *command.split())
+        assert (code, out) == (0, text)

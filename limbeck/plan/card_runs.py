@@ -58,7 +58,7 @@ def card_runs() -> Iterator[CardRun]:
     for name, steps in _tree()["steps"].items():
         for rows, ms in steps.items():
             step = Replica(shapes[name], card, 1, "bf16").decode(rows, CONTEXT)
-            yield CardRun(f"{name} step of {rows} rows", "ms", ms, 1e3 * step.seconds)
+            yield CardRun(f"{name} step, {rows} x {CONTEXT:,} tokens", "ms", ms, 1e3 * step.seconds)
     for row in _tree()["updates"]:
         yield from _update(row, shapes[row["shape"]], card)
 

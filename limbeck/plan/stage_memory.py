@@ -174,8 +174,10 @@ class Learning:
 
     @property
     def _sums(self) -> bool:
-        """True if the card has sums of several micro-batches' gradients in float32. With `offload` the host has
-        them, and the first micro-batch's gradients, in 16 bits, are the card's most."""
+        """True if the card has sums of several micro-batches' gradients in float32.
+
+        With `offload` the host has them, and the card has at most the first micro-batch's, in 16 bits.
+        """
         several = self.batch.several and not self.optimizer.offload
         return several and self.width == 2 and not self.lora
 
