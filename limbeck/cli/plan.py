@@ -25,7 +25,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
-    from .plan_text import Answer
+    from ..pipeline.graph import Graph
+    from .plan_text import Answer, Conditions
 
 app = typer.Typer()
 
@@ -124,15 +125,11 @@ def plan(
 
     For instance: `limbeck plan quickstart --on 1xRTX4090`, `limbeck plan deepseek-v3 --on 2048xH800`
     """
-    from .plan_text import Conditions, changes_text, days_left
+    from .plan_text import Conditions, days_left
 
     if until:
         days_left(until)  # an invalid day is refused before the search
-    if len(on) > 1 and not _is_recipe(what):
-        raise usage_error(f"--on {on[1]}: several cards are for a recipe; give a model one --on at a time")
-    for option, value in (("--until", until), ("--to", to)):
-        if len(on) > 1 and value:
-            raise usage_error(f"{option} {value}: with one --on at a time")
+    _check_several(what, on, {"--until": until, "--to": to})
     conditions = Conditions(on[0] if on else "", _changes(what_if, "--what-if"), price, until)
     figures: dict[str, Any] = {}
     if what == "verify":
@@ -140,18 +137,9 @@ def plan(
     elif file is not None:
         raise usage_error(f"{file}: only `limbeck plan verify` reads a second file")
     elif _is_recipe(what):
-        from .card_plan import plan_cards
-        from .recipe_plan import plan_recipe
-
-        if conditions.changes and not on:
-            raise usage_error(
-                f"--what-if {changes_text(conditions.changes)} changes a cluster: name it with --on, "
-                "for instance --on 8x4090"
-            )
         path = find_recipe(what)
         graph = open_graph(load_recipe(path, set_, auto), path, runs)
-        several = len(on) > 1
-        answer = plan_cards(graph, on, conditions) if several else plan_recipe(graph, conditions)
+        answer = _plan_graph(graph, on, conditions)
     else:
         from .model_plan import plan_model
 
@@ -166,6 +154,34 @@ def plan(
         print(json.dumps({"schema": 1, "ok": True, **answer.data}, ensure_ascii=False))
     else:
         print("\n".join(answer.lines))
+
+
+def _check_several(what: str, on: list[str], options: dict[str, str | None]) -> None:
+    """Refuse several cards or clusters for anything but a recipe, and together with some options.
+
+    `options` are their values, by their names.
+    """
+    if len(on) < 2:
+        return
+    if not _is_recipe(what):
+        raise usage_error(f"--on {on[1]}: several cards are for a recipe; give a model one --on at a time")
+    for option, value in options.items():
+        if value:
+            raise usage_error(f"{option} {value}: with one --on at a time")
+
+
+def _plan_graph(graph: Graph, on: list[str], conditions: Conditions) -> Answer:
+    """Return the plan of a recipe, or a table of it on several cards or clusters."""
+    from .card_plan import plan_cards
+    from .plan_text import changes_text
+    from .recipe_plan import plan_recipe
+
+    if conditions.changes and not on:
+        raise usage_error(
+            f"--what-if {changes_text(conditions.changes)} changes a cluster: name it with --on, "
+            "for instance --on 8x4090"
+        )
+    return plan_cards(graph, on, conditions) if len(on) > 1 else plan_recipe(graph, conditions)
 
 
 def _is_recipe(what: str) -> bool:

@@ -300,9 +300,8 @@ def _add_stages(
     rows = []
     for node in graph.nodes.values():
         reasons = [] if node.artifact else graph.why(node)
+        dollars = _stage_dollars(node, forecasts, hour)
         line = f"{STATES[node.state]:10} {node.name:32} {node.kind:9} {_stage_time(node, forecasts)}  "
-        forecast = forecasts.stages.get(node.name)
-        dollars = hour * forecast.seconds / 3600 if hour and forecast and not node.artifact else None
         if hour:
             line += f"{'' if dollars is None else f'${dollars:,.2f}':>7}  "
         if changed.stages:
@@ -319,14 +318,22 @@ def _add_stages(
         }
         if shorter:
             row["shorter"] = shorter.told()
-        if forecast:
-            row["forecast"] = forecast.told()
+        if node.name in forecasts.stages:
+            row["forecast"] = forecasts.stages[node.name].told()
         if dollars is not None:
             row["money"] = round(dollars, 4)
         if node.name in forecasts.fits:
             row["memory"] = forecasts.fits[node.name].told()
         rows.append(row)
     answer.data["data"] = rows
+
+
+def _stage_dollars(node: Node, forecasts: Forecasts, hour: float | None) -> float | None:
+    """Return the dollars of a stage at so many an hour; None if it is done, or if either is not known."""
+    forecast = forecasts.stages.get(node.name)
+    if forecast is None or node.artifact or hour is None:
+        return None
+    return hour * forecast.seconds / 3600
 
 
 def _stage_time(node: Node, forecasts: Forecasts) -> str:

@@ -95,11 +95,11 @@ def foresee(
     precision = stage.precision or recipe.precision or "float32"
     stage = stage.model_copy(update={"precision": precision})
     readers = _readers(stage, configs, recipe)
-    asked = _Asked(stage, work, config, readers, chip)
-    fit = asked.fit()
+    placed = _StageOnCard(stage, work, config, readers, chip)
+    fit = placed.fit()
     if fit.fits or fit.refused:
         return fit
-    return asked.relieve(fit)
+    return placed.relieve(fit)
 
 
 def _readers(stage: ModelStage, configs: Mapping[str, ModelConfig], recipe: Recipe) -> list[ModelConfig]:
@@ -118,7 +118,7 @@ def _readers(stage: ModelStage, configs: Mapping[str, ModelConfig], recipe: Reci
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _StageOnCard:
     """A stage on a card, with the shape of its model and of those that it holds beside it."""
 
     stage: ModelStage
@@ -262,7 +262,7 @@ class _Asked:
         half = self.width == 2 or "precision" in changes
         return optimizer and (not half or "lora" in changes or bool(getattr(self.stage, "lora", None)))
 
-    def _changed(self, changes: Changes) -> _Asked:
+    def _changed(self, changes: Changes) -> _StageOnCard:
         """Return the same with other settings; a reference that is the base of adapters needs no weights."""
         of_optimizer = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith("optimizer.")}
         update = {k: v for k, v in changes.items() if not k.startswith("optimizer.")}
