@@ -175,8 +175,8 @@ class RMSNorm(nn.Module):
         """Return x [..., C] normalised over its last dimension."""
         return self.ops.norm(x, self.weight, self.eps)
 
-    def add(self, x_NC: Tensor, delta_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add(self, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
         return self.ops.add_norm(x_NC, delta_NC, self.weight, self.eps)
 
 

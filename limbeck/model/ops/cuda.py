@@ -37,8 +37,8 @@ class CUDAOps(PlainOps):
         """Return RMSNorm of x [..., C]."""
         return _Norm.apply(x, weight, eps)
 
-    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta`, x and its norm."""
         return _AddNorm.apply(x, delta, weight, eps)
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:
@@ -204,8 +204,12 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
-        """Return x + delta and its norm, both [N, C]."""
-        total, y = rowwise.add_norm(delta.contiguous(), x.contiguous(), weight, eps)
+        """Return x + delta and its norm, both [N, C]; without delta, x and its norm."""
+        total = x.contiguous()
+        if delta is None:
+            y = rowwise.norm(total, weight, eps)
+        else:
+            total, y = rowwise.add_norm(delta.contiguous(), total, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, y
@@ -216,7 +220,7 @@ class _AddNorm(torch.autograd.Function):
         by_x, by_weight = rowwise.norm_backward(
             grad.contiguous(), *ctx.saved_tensors, ctx.eps, grad_total.contiguous()
         )
-        return by_x, by_x, by_weight, None
+        return by_x, by_x if ctx.needs_input_grad[1] else None, by_weight, None
 
 
 class _Rotate(torch.autograd.Function):

@@ -40,9 +40,10 @@ class PlainOps:
             return Normalize.apply(x.float(), weight.float(), eps).to(x.dtype)
         return Normalize.apply(x, weight, eps)
 
-    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
-        x = x + delta
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta`, x and its norm."""
+        if delta is not None:
+            x = x + delta
         return x, self.norm(x, weight, eps)
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:

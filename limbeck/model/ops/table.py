@@ -66,8 +66,8 @@ class Ops(Protocol):
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight over the last dimension of x [..., C]; weight is [C]."""
 
-    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta`, x and its norm."""
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:
         """Return the heads [N, H, D] rotated, in the half-split layout: `x * cos + x.roll(D / 2) * sin`."""
