@@ -166,13 +166,19 @@ def test_the_gentlest_settings_come_first(recipe):
     for node in graph.nodes.values():
         walk.add(node.name, node.stage, node.inputs, node.control)
 
-    def remedies(memory: float) -> dict:
+    def told(memory: float) -> dict:
         card = chips.find("h100").change(memory=memory)
-        return foresee(graph.nodes["zero"].stage, walk.efforts["zero"], configs, graph.recipe, card).remedies
+        found = foresee(graph.nodes["zero"].stage, walk.efforts["zero"], configs, graph.recipe, card)
+        return json.loads(json.dumps(found.told()))
 
-    assert remedies(200) is None
+    def remedies(memory: float) -> dict:
+        return told(memory)["fits_with"]
+
+    assert told(200)["fits"] and "fits_with" not in told(200)
     assert remedies(60) == {"recompute": "keep_attention"}
-    assert remedies(48) == {"recompute": "keep_attention", "optimizer.moments": "int8"}
+    assert remedies(48) == {"recompute": True}
+    assert remedies(40) == {"recompute": "keep_attention", "optimizer.moments": "int8"}
+    assert list(remedies(10)) == ["recompute", "batch_tokens", "lora"] and remedies(10)["lora"]["rank"] == 16
     assert remedies(12) == {"recompute": "keep_attention", "optimizer.offload": True, "batch_tokens": 8192}
     assert remedies(2) == {}
 

@@ -290,7 +290,7 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
 
 
 def _add_stages(
-    answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts, hour: float | None
+    answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts, hour: float | None = None
 ) -> None:
     """Add a line for each stage: its state, its time, its money, and why it has to run.
 

@@ -56,14 +56,14 @@ class Activations:
         """Return the bytes that a layer keeps until its backward pass begins."""
         if not self.recompute:
             return self.saved(layer)
-        inputs = self.stream * (2 if layer else 1)
-        return inputs + (self._results if self.recompute == "keep_attention" else 0.0)
+        return self.stream + (self._results if self.recompute == "keep_attention" else 0.0)
 
     def computed_again(self, layer: int) -> float:
         """Return the bytes that a layer's backward pass computes again before it begins."""
         if not self.recompute:
             return 0.0
-        return self.saved(layer) - (self._results if self.recompute == "keep_attention" else 0.0)
+        kept = self.stream + (self._results if self.recompute == "keep_attention" else 0.0)
+        return self.saved(layer) - kept  # the layer's input is that of its first norm
 
     @property
     def _results(self) -> float:

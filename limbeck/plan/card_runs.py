@@ -87,7 +87,8 @@ def _update(row: dict[str, Any], config: ModelConfig, card: Cluster) -> Iterator
         batch = MicroBatch(tokens, tokens, max(lengths), len(lengths), tokens)
         units = Roofline(card.chip, "bf16").units
         peak = Learning(config, 2, batch, Optimizer(), recompute, units=units).peak()
-        yield CardRun(name, "GiB", row["gib"], peak.total / GIB)
+        inputs = (row["inputs"] - 1) * 2 * config.layers * tokens * config.hidden_size
+        yield CardRun(name, "GiB", row["gib"], (peak.total + inputs) / GIB)
 
 
 @cache

@@ -74,9 +74,14 @@ class Fit:
         if self.refused:
             told["refused"] = self.refused
         elif not self.fits:
-            told["fits_with"] = self.remedies
+            told["fits_with"] = {name: _plain(value) for name, value in (self.remedies or {}).items()}
             told["fits_with_gib"] = round(self.relieved.memory.total / GIB, 3) if self.relieved else None
         return told
+
+
+def _plain(value: Any) -> Any:
+    """Return the value of a setting as JSON has it."""
+    return value.model_dump() if isinstance(value, LoRA) else value
 
 
 def foresee(
