@@ -55,6 +55,10 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {**SHAPE, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", SHAPE),
     "qwen3-yarn": ("Qwen3Config", {**SHAPE, "rope_parameters": YARN}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**SHAPE, "num_hidden_layers": 7, "sliding_window": 16, "query_pre_attn_scalar": 32},
+    ),
     "qwen3moe": ("Qwen3MoeConfig", {**SHAPE, **EXPERTS, "num_experts": 8, "norm_topk_prob": True}),
     "deepseek-v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 48, "n_shared_experts": 2}),
     "deepseek-v2-lite": (

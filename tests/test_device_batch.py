@@ -28,9 +28,13 @@ FAMILIES = {
     "hunyuan": {"qk_norm": "after", "share_kv": 2},
     "windows": {"windows": (5, 0)},
     "untied": {"tied": False},
+    "gemma3": {
+        "windows": (5, 0), "qk_norm": "before", "gelu": True, "norms_from_one": True, "post_norms": True,
+        "scaled_embeddings": True, "local_theta": 100.0, "query_scalar": 10.0,
+    },
     "experts": {"experts": Experts(4, 2, 16)},
     "latent": {"latent": Latent(8, 6, 4, 5), "kv_heads": 4, "head_dim": 10},
-}
+}  # fmt: skip
 LONG = [Problem(f"long/{i}", " ".join(["say", *"123456" * i, "?"])) for i in (3, 11, 13)]
 
 

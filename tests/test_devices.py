@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from fake_device import NAME, fake_device
 from safetensors import safe_open
@@ -78,18 +79,7 @@ def carry_out(folder: Path, device: str, last: str = "", *overrides: str) -> dic
     """Stages by name, carried out on a device in this process, to the stage `last` or to the end."""
     recipe = folder / "devices.yaml"
     recipe.write_text(RECIPE)
-    run = Run(load(recipe, overrides), folder, folder / device, Silent())
-    run.graph.check_contamination()
-    while ready := [node for node in run.graph.nodes.values() if node.state == "ready"]:
-        node = ready[0]
-        job = replace(run._job(node), device=device)
-        outcome = STAGES[node.kind](job)
-        manifest = run._manifest(node, {**outcome, "seconds": 0, "peak_memory_bytes": 0})
-        run.store.finish(job.folder, manifest)
-        run.graph.refresh()
-        if node.name == last:
-            break
-    return run.graph.nodes
+    return tiny.carry_out(Run(load(recipe, overrides), folder, folder / device, Silent()), device, last)
 
 
 def test_no_stage_mixes_the_tensors_of_two_devices(tmp_path):
@@ -292,6 +282,12 @@ def test_a_full_card_is_one_sentence_with_what_helps_and_can_go_on(tmp_path, mon
 def test_what_needs_less_memory_is_told_the_gentlest_first(tmp_path):
     job = replace(ready(tmp_path), name="zero", stage=load(tmp_path / "devices.yaml").stages["zero"])
     assert remedies(job)[0].startswith("set stages.zero.recompute: true, with which the same command goes on")
+    assert [words.removeprefix("set stages.zero.") for words in remedies(job)[1:5]] == [
+        "optimizer.offload: true, with which it goes on from there too",
+        "precision: bfloat16",
+        "optimizer.moments: int8",
+        "optimizer.masters: false with precision: bfloat16",
+    ]
     assert remedies(job)[-1] == (
         "lower stages.zero.batch_tokens (4096) or stages.zero.policy.group_size (4) or "
         "stages.zero.sampling.max_new_tokens (16)"

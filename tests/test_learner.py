@@ -19,6 +19,7 @@ from limbeck.config.recipe import RL, Optimizer, Policy, Sampling
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.attention import RMSNorm
+from limbeck.model.config import Experts, Latent
 from limbeck.model.kv_cache import Packed
 from limbeck.run_log import read_metrics
 from limbeck.tasks.mixture import Mixture
@@ -91,7 +92,7 @@ def padded_logprobs(model, samples: list[Sample], temperature: float = 1.0) -> l
 
 
 def gradient(model) -> torch.Tensor:
-    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
     return flat
 
@@ -491,12 +492,22 @@ def test_reinforce_ends_when_its_flops_are_spent(decoder, tokenizer, clock, tmp_
     assert spend(tmp_path / "stopped", just) == [first, second]
 
 
+RECOMPUTED = {
+    "dense": {},
+    "experts": {"layers": 3, "experts": Experts(4, 2, 16, dense=(0,), balanced=True)},
+    "recycled": {"experts": Experts(4, 1, 16, capacity=1.0)},
+    "shared keys": {"layers": 4, "share_kv": 2, "qk_norm": "after"},
+    "latent": {"latent": Latent(8, 6, 4, 5), "kv_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", RECOMPUTED)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_recomputing_changes_no_bit_and_keeps_less(decoder, batch):
+def test_recomputing_changes_no_bit_and_keeps_less(decoder, batch, family):
     """The gradient of a whole batch; and how many numbers autograd holds on to."""
 
     def learn(recompute: bool) -> tuple[torch.Tensor, int]:
-        model, held = decoder(vocab_size=VOCABULARY), 0
+        model, held = decoder(vocab_size=VOCABULARY, **RECOMPUTED[family]), 0
         learner = Learner(model, Optimizer(), 1, recompute)
 
         def hold(tensor: torch.Tensor) -> torch.Tensor:
@@ -506,7 +517,7 @@ def test_recomputing_changes_no_bit_and_keeps_less(decoder, batch):
 
         packed = pack(BATCHES[batch](), 1 << 20)[0]
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            loss = CrossEntropy()(learner.forward(packed)[0], packed)[0]
+            loss = learner._loss(packed, CrossEntropy(), 1.0)[0]
         before = held
         loss.backward()
         return gradient(model), before

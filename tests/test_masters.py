@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from test_learner import BATCHES, mixed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from limbeck.config.parts import Optimizer, Policy
 from limbeck.model.decoder import Decoder
@@ -273,3 +275,35 @@ def test_what_is_kept_goes_with_the_graph_if_no_backward_pass_comes(decoder):
         assert gone(ops.results)
     one.update([batch], LOSS)
     assert ops.calls == 4
+
+
+class States(TorchDispatchMode):
+    """The memory of tensors in the shape of hidden states, as long as it is in use."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = shape
+        self.places: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.shape == self.shape:
+                storage = tensor.untyped_storage()
+                self.places[storage.data_ptr()] = weakref.ref(storage)
+        return result
+
+    def alive(self) -> int:
+        return sum(place() is not None for place in self.places.values())
+
+
+def test_a_block_that_is_computed_again_keeps_one_tensor_of_its_input(decoder):
+    (batch,) = pack(mixed()[:9], 1 << 20)
+    kept = []
+    for layers in (2, 5):
+        one = learner(decoder(layers=layers), True)
+        with no_collector(), States((len(batch.tokens_N), 32)) as states:
+            hidden = one.forward(batch)[0]
+            kept.append(states.alive())
+            del hidden
+    assert kept[1] - kept[0] == 3

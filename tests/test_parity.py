@@ -53,6 +53,9 @@ MOE = {
     "first_k_dense_replace": 1,
 }
 
+GEMMA3 = {"sliding_window": 7, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20}
+
+TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 VARIANTS = {
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-untied-mha": ("Llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
@@ -79,6 +82,12 @@ VARIANTS = {
         {**MOE, "num_experts": 8, "decoder_sparse_step": 2, "norm_topk_prob": False},
     ),
     "falcon-7b": ("Falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "gemma3": ("Gemma3", GEMMA3),
+    "gemma3-one-base": ("Gemma3", {**GEMMA3, "layer_types": ["full_attention"] * 3, "head_dim": 32}),
+    "gemma3-linear-rope": (
+        "Gemma3",
+        {**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e5},
+    ),
     "deepseek-v2-lite": (
         "DeepseekV2",
         {**MLA, **MOE, "q_lora_rank": None, "n_routed_experts": 6, "n_group": None},
@@ -135,7 +144,8 @@ def pair(request, tmp_path_factory) -> tuple[torch.nn.Module, Decoder, Path]:
     name, switches = VARIANTS[request.param]
     torch.manual_seed(0)
     sizes = {key: size for key, size in SIZES.items() if name != "Falcon" or key in FALCON}
-    config = getattr(transformers, f"{name}Config")(**{**sizes, "pad_token_id": None, **switches})
+    kind = TEXT_CONFIGS.get(name, f"{name}Config")
+    config = getattr(transformers, kind)(**{**sizes, "pad_token_id": None, **switches})
     theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():  # fresh norms are ones and biases zeros, which would hide that they are not read
         for weight in theirs.parameters():

@@ -57,6 +57,7 @@ CASES = [
         {"users": 100_000_000, "display": ("Built with Qwen or Improved using Qwen",)},
     ),
     ("google/gemma-2-9b-it", ["Gemma"], "passes on", {"release": "conditions"}),
+    ("google/gemma-3-270m", ["Gemma"], "passes on", {"release": "conditions"}),
     (
         "Tencent-Hunyuan-Large",
         ["Tencent-Hunyuan"],

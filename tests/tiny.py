@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from limbeck.config.load import load
+from limbeck.pipeline.graph import Node
 from limbeck.pipeline.run import Run
 from limbeck.pipeline.worker import read_job, run_job, write_job
 
@@ -85,6 +87,23 @@ class Silent:
 def open_run(recipe: Path, home: Path, *overrides: str) -> Run:
     """A run as `limbeck run` would open it, not carried out."""
     return Run(load(recipe, overrides), recipe.parent, home, Silent())
+
+
+def carry_out(run: Run, device: str, last: str = "") -> dict[str, Node]:
+    """Stages by name, carried out on a device in this process, to the stage `last` or to the end."""
+    from limbeck.pipeline.stages import STAGES
+
+    run.graph.check_contamination()
+    while ready := [node for node in run.graph.nodes.values() if node.state == "ready"]:
+        node = ready[0]
+        job = replace(run._job(node), device=device)
+        outcome = STAGES[node.kind](job)
+        manifest = run._manifest(node, {**outcome, "seconds": 0, "peak_memory_bytes": 0})
+        run.store.finish(job.folder, manifest)
+        run.graph.refresh()
+        if node.name == last:
+            break
+    return run.graph.nodes
 
 
 def limbeck(*arguments: object, **options) -> subprocess.Popen:

@@ -117,7 +117,7 @@ def _artifact_line(row: dict[str, Any]) -> str:
 
 @app.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="smollm2-135m, or hf:OWNER/NAME (extra hub)")],
+    name: Annotated[str, typer.Argument(help="smollm2-135m, gemma3-270m, or hf:OWNER/NAME (extra hub)")],
     models: Annotated[Path, typer.Option(help="where models are kept")] = MODELS_FOLDER,
 ) -> None:
     """Fetch a base model and convert it to an HF directory.

@@ -120,15 +120,16 @@ def load_recipe(path: Path, overrides: list[str], auto: bool) -> Recipe:
     return with_auto_curation(recipe) if auto else recipe
 
 
-def open_graph(recipe: Recipe, path: Path, runs: Path) -> Graph:
+def open_graph(recipe: Recipe, path: Path, runs: Path, need_files: bool = True) -> Graph:
     """Return the graph of a recipe's stages, with the artifacts that the folder `runs` already holds.
 
-    `path` is the recipe's file; relative paths in the recipe start at its folder.
+    `path` is the recipe's file; relative paths in the recipe start at its folder. The files and models that
+    the recipe names have to be here, unless `need_files` is False.
     """
     from ..pipeline.graph import Graph
     from ..pipeline.store import Store
 
-    return Graph(recipe, Store(runs / "store"), path.parent)
+    return Graph(recipe, Store(runs / "store"), path.parent, need_files)
 
 
 def open_run(folder: Path) -> Graph:

@@ -138,7 +138,7 @@ def plan(
         raise usage_error(f"{file}: only `limbeck plan verify` reads a second file")
     elif _is_recipe(what):
         path = find_recipe(what)
-        graph = open_graph(load_recipe(path, set_, auto), path, runs)
+        graph = open_graph(load_recipe(path, set_, auto), path, runs, need_files=not on)
         answer = _plan_graph(graph, on, conditions)
     else:
         from .model_plan import plan_model

@@ -230,14 +230,16 @@ def _model_config(node: Node, recipe: Recipe, configs: dict[str, ModelConfig]) -
 
 
 def _config_of_load(stage: Load) -> ModelConfig:
-    """Return the configuration of the model directory that a load stage reads, with the number of layers that
-    the stage keeps.
+    """Return the configuration of the model directory that a load stage reads, or of a model of that name in
+    the plan's table, with the number of layers that the stage keeps.
 
-    Raises a usage error for a GGUF file.
+    Raises a usage error for a GGUF file, LimbeckError for a model that is neither here nor in the table.
     """
     from dataclasses import replace
 
     from ..model.config import ModelConfig
+    from ..model.find import find_model
+    from ..plan.models import published
 
     path = Path(stage.path)
     if path.is_file():
@@ -245,7 +247,8 @@ def _config_of_load(stage: Load) -> ModelConfig:
             f"{path}: how long a model from a GGUF file takes is foreseen once it is loaded; "
             "run that stage first, or name a model directory"
         )
-    config = ModelConfig.from_directory(path)
+    known = None if path.exists() else published(stage.path)
+    config = known or ModelConfig.from_directory(find_model(stage.path, Path()))
     return replace(config, layers=stage.layers) if stage.layers else config
 
 
@@ -275,6 +278,10 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
         if conditions.on:
             raise
         problem = str(error)
+    if graph.absent:
+        answer.data["absent"] = graph.absent
+        for sentence in graph.absent:
+            answer.say("not here", sentence)
     rental, count = rental_of(conditions)
     _add_stages(answer, graph, forecasts, changed, rental and count * rental.middle)
     add_fits(answer, forecasts.fits)

@@ -99,8 +99,11 @@ def _leaves_below(key: list[str], value: Any) -> Iterator[tuple[list[str], Any]]
 
 
 def shipped() -> dict[str, Path]:
-    """Return the paths of the recipes that come with the package, by name, such as `quickstart`."""
-    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
+    """Return the paths of the recipes that come with the package, by name, such as `quickstart`, or with
+    their folder, such as `gpu/qwen3-0.6b`."""
+    folder = Path(__file__).parents[1] / "recipes"
+    paths = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]
+    return {path.relative_to(folder).as_posix().removesuffix(".yaml"): path for path in paths}
 
 
 def find(recipe: str | Path) -> Path:
@@ -136,7 +139,7 @@ def _read_tree(path: Path) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        close = get_close_matches(path.stem, shipped(), n=1)
+        close = get_close_matches(path.name.removesuffix(".yaml"), shipped(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         names = ", ".join(shipped())
         raise LimbeckError(

@@ -113,6 +113,9 @@ class Files(Settings):
     teachers: list[str] = Field(
         [], description="models that wrote, filtered or judged the rows; their terms bind as well"
     )
+    download: str | None = Field(
+        None, description="the command that fetches the file, for the sentence that says it is missing"
+    )
 
 
 Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
@@ -134,6 +137,11 @@ class Load(Stage):
         None, description="a PEFT directory with a LoRA adapter of this model, to merge into its weights"
     )
     licence: str | None = Field(None, description="this model's licence, where it is not the recipe's")
+    chat_template: Literal["plain"] | None = Field(
+        None,
+        description="`plain` takes prompts as they stand, in place of the model's chat template, which a "
+        "base model was not trained on",
+    )
 
 
 class Remote(Stage):

@@ -40,14 +40,16 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim = config.head_dim
         self.norm_after = config.qk_norm == "after"
         self.shares = config.share_kv > 1
-        self.layer = Layer(config.slot(layer), config.head_dim**-0.5, config.window(layer), self.shares)
+        scale = (config.query_scalar or config.head_dim) ** -0.5
+        self.layer = Layer(config.slot(layer), scale, config.window(layer), self.shares)
         self.keeps = config.keeps(layer)
         heads = config.heads + 2 * config.kv_heads * self.keeps
         projection = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         setattr(self, "qkv" if self.keeps else "q", projection)
         self.out = Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        norm = RMSNormFromOne if config.norms_from_one else RMSNorm
+        self.q_norm = norm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = norm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
         """Return the output of the layer, [N, C]."""
@@ -178,6 +180,26 @@ class RMSNorm(nn.Module):
     def add(self, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
         return self.ops.add_norm(x_NC, delta_NC, self.weight, self.eps)
+
+
+class RMSNormFromOne(RMSNorm):
+    """x / rms(x) * (1 + weight), as in Gemma, whose weights begin at zero. The sum is made in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., C] normalised over its last dimension."""
+        return self.ops.norm(x, self._scale_C(), self.eps)
+
+    def add(self, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
+        return self.ops.add_norm(x_NC, delta_NC, self._scale_C(), self.eps)
+
+    def _scale_C(self) -> Tensor:
+        """Return the factors [C], in float32 or better."""
+        return 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 def yarn_attention_scale(scaling: dict) -> float:

@@ -91,7 +91,12 @@ class ModelConfig:
     all). With `share_kv` n, each group of n neighbouring layers uses the keys and values of its first layer
     (cross-layer attention, CLA). `predicted` is the number of modules for multi-token prediction.
     `layer_norm` uses LayerNorm in place of RMSNorm, `parallel` computes attention and feed-forward from the
-    same input, and without `gated` the feed-forward is a plain GELU network in place of SwiGLU.
+    same input, and without `gated` the feed-forward is a plain GELU network in place of SwiGLU. Gemma 3's
+    switches: `gelu` gates the feed-forward by GELU in place of SiLU, `norms_from_one` adds one to the weights
+    of norms, `post_norms` normalises the outputs of attention and feed-forward too, `scaled_embeddings`
+    multiplies embeddings with the root of the hidden size, `query_scalar` is the number whose root divides
+    attention scores (0: `head_dim`), and `local_theta` the base of rotary positions in layers with a window
+    (0: `rope_theta` in all layers, with its scaling).
 
     Raises:
         LimbeckError: the sizes do not fit together.
@@ -120,6 +125,12 @@ class ModelConfig:
     layer_norm: bool = False
     parallel: bool = False
     gated: bool = True
+    gelu: bool = False
+    norms_from_one: bool = False
+    post_norms: bool = False
+    scaled_embeddings: bool = False
+    query_scalar: float = 0.0
+    local_theta: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rope_dim % 2:
@@ -148,6 +159,10 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """Return the number of positions that a token sees in `layer`, its own included; 0 means all."""
         return self.windows[layer] if layer < len(self.windows) else 0
+
+    def is_local(self, layer: int) -> bool:
+        """Return True if the rotary positions of `layer` have the base `local_theta`."""
+        return bool(self.local_theta and self.window(layer))
 
     def keeps(self, layer: int) -> bool:
         """Return True if `layer` computes its own keys and values.
@@ -246,7 +261,7 @@ class ModelConfig:
     def _block(self, layer: int, active: bool = False) -> int:
         """Return the number of parameters of one layer; with `active`, only of those that one token uses."""
         attention = self._latent_attention if self.latent else self._attention(layer)
-        norms = self._norm * (1 if self.parallel else 2)
+        norms = self._norm * (1 if self.parallel else 4 if self.post_norms else 2)
         return attention + self._ffn(layer, active) + norms
 
     def _attention(self, layer: int) -> int:

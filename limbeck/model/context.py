@@ -63,7 +63,8 @@ class Sequences(Protocol):
     `longest` is the number of tokens of the longest sequence. The compiled kernels take `trees`, and `kernel`
     is the name of the one that computes them; the kernels of a card take `plan`; torch takes padded runs
     (`attend_padded`). `kept`, if it is not None, keeps the results of one layer's attention from a forward
-    pass until the layer is computed a second time.
+    pass until the layer is computed a second time. `lent` are the keys and values of the latest layer that
+    lends them to later ones.
     """
 
     longest: int
@@ -71,6 +72,7 @@ class Sequences(Protocol):
     trees: Trees
     plan: AttentionPlan
     kept: list[tuple[Tensor, Tensor]] | None
+    lent: tuple[Tensor, Tensor] | None
 
     def attend_padded(self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         """Return causal attention within each sequence, [N, H, D], by torch."""
@@ -95,6 +97,14 @@ class RouterTrace:
         self.loads: list[Tensor] = []
         self.entropies: list[Tensor] = []
         self.penalties: list[Tensor] = []
+
+    def replay(self, layer: int) -> RouterTrace:
+        """Return a trace that makes one layer with experts repeat its choices, for a second computation.
+
+        `layer` counts the layers with experts, from 0. What the trace records is not needed.
+        """
+        given_NLK = torch.stack(self.chosen[layer : layer + 1], 1)
+        return RouterTrace(given_NLK, self.balance, self.sequences_N)
 
     def note(self, scores_NE: Tensor, chosen_NK: Tensor) -> None:
         """Record the scores and choices of one layer; every layer with experts calls this once, in order."""

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..types import LimbeckError
-from .attention import GroupedQueryAttention, LatentAttention, RMSNorm, Rope, yarn_mscale
+from .attention import GroupedQueryAttention, LatentAttention, RMSNorm, RMSNormFromOne, Rope, yarn_mscale
 from .config import ModelConfig
 from .context import Context
-from .ffn import GELU, MixtureOfExperts, SwiGLU
+from .ffn import GELU, GeGLU, MixtureOfExperts, SwiGLU
 from .linear import Linear
 from .ops import CPU, Ops
 
@@ -30,7 +31,8 @@ RESIDUAL = ("out.weight", "down.weight", "experts_down")
 class Block(nn.Module):
     """One layer: attention, then feed-forward, each applied to a normalised copy and added to the residual.
 
-    In Falcon's parallel blocks attention and feed-forward take the same normalised copy.
+    In Falcon's parallel blocks attention and feed-forward take the same normalised copy. In Gemma 3's the
+    outputs of both are normalised too, before they are added.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -40,6 +42,8 @@ class Block(nn.Module):
         self.attention = attention(config, layer)
         self.ffn_norm = None if config.parallel else _norm(config)
         self.ffn = _ffn(config, layer)
+        self.attention_post_norm = _norm(config) if config.post_norms else None
+        self.ffn_post_norm = _norm(config) if config.post_norms else None
 
     def forward(
         self, x_NC: Tensor, delta_NC: Tensor | None, rope: Rope, context: Context
@@ -51,11 +55,16 @@ class Block(nn.Module):
         """
         x_NC, normed_NC = add_norm(self.attention_norm, x_NC, delta_NC)
         mixed_NC = self.attention(normed_NC, rope, context)
+        if self.attention_post_norm is not None:
+            mixed_NC = self.attention_post_norm(mixed_NC)
         if self.ffn_norm is None:
             x_NC = x_NC + mixed_NC
         else:
             x_NC, normed_NC = add_norm(self.ffn_norm, x_NC, mixed_NC)
-        return x_NC, self.ffn(normed_NC, context)
+        mixed_NC = self.ffn(normed_NC, context)
+        if self.ffn_post_norm is not None:
+            mixed_NC = self.ffn_post_norm(mixed_NC)
+        return x_NC, mixed_NC
 
 
 def add_norm(norm: nn.Module, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -95,7 +104,8 @@ class MTPModule(nn.Module):
 
 def _norm(config: ModelConfig) -> nn.Module:
     """Return a normalisation of hidden states: LayerNorm or RMSNorm, as `config` says."""
-    norm = nn.LayerNorm if config.layer_norm else RMSNorm
+    rms_norm = RMSNormFromOne if config.norms_from_one else RMSNorm
+    norm = nn.LayerNorm if config.layer_norm else rms_norm
     return norm(config.hidden_size, config.norm_eps)
 
 
@@ -103,7 +113,7 @@ def _ffn(config: ModelConfig, layer: int) -> nn.Module:
     """Return the feed-forward of one layer: a mixture of experts, or a dense one."""
     if config.sparse(layer):
         return MixtureOfExperts(config)
-    dense = SwiGLU if config.gated else GELU
+    dense = (GeGLU if config.gelu else SwiGLU) if config.gated else GELU
     return dense(config.hidden_size, config.intermediate_size)
 
 
@@ -132,19 +142,23 @@ class Decoder(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        if config.local_theta:
+            cos, sin = rope_table(replace(config, rope_theta=config.local_theta, rope_scaling={}))
+            self.register_buffer("local_cos", cos, persistent=False)
+            self.register_buffer("local_sin", sin, persistent=False)
 
     def forward(self, tokens_N: Tensor, context: Context) -> Tensor:
         """Return the hidden states [N, C]; `head` makes of each state the logits of the next token."""
         rope = self._rope(context)
-        x_NC = self.embed(tokens_N)
+        local_rope = self._local_rope(context)
+        x_NC = self._embed(tokens_N)
         context.ops = self.ops
         recompute = self.recompute and torch.is_grad_enabled()
         delta_NC = None
-        for block in self.blocks:
-            if recompute:
-                x_NC, delta_NC = self._recomputed(block, x_NC, delta_NC, rope, context)
-            else:
-                x_NC, delta_NC = block(x_NC, delta_NC, rope, context)
+        for layer, block in enumerate(self.blocks):
+            run = partial(self._recomputed, block) if recompute else block
+            positions = local_rope if self.config.is_local(layer) else rope
+            x_NC, delta_NC = run(x_NC, delta_NC, positions, context)
         return add_norm(self.norm, x_NC, delta_NC)[1]
 
     def _recomputed(
@@ -152,19 +166,27 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run a block as `Block.forward` does, [N, C] both; it is run again in the backward pass.
 
-        x and delta are added before, so that one tensor is kept in place of two. What is kept of its attention
-        belongs to the graph and is freed with it, used or not.
+        x and delta are added before, so that one tensor is kept in place of two. What is kept of its
+        attention belongs to the graph and is freed with it, used or not. The second time, routers repeat
+        their choices, and keys and values that an earlier layer lent are the same.
         """
         if delta_NC is not None:
             x_NC = x_NC + delta_NC
         kept = [] if self.recompute == "keep_attention" else None
+        routes = context.routes
+        layer = len(routes.chosen) if routes else 0
+        lent = context.lent
 
         def run(x_NC: Tensor) -> tuple[Tensor, Tensor]:
             context.kept = kept
+            context.lent = lent
+            if routes and len(routes.chosen) > layer:
+                context.routes = routes.replay(layer)
             try:
                 return block(x_NC, None, rope, context)
             finally:
                 context.kept = None
+                context.routes = routes
 
         return checkpoint(run, x_NC, use_reentrant=False, preserve_rng_state=False)
 
@@ -174,11 +196,25 @@ class Decoder(nn.Module):
         `context` is the one in which `hidden_NC` were computed. `next_N` is the token one place after each
         position; at depth 1, two places after it, and so on.
         """
-        return self.ahead[depth](hidden_NC, self.embed(next_N), self._rope(context), context)
+        return self.ahead[depth](hidden_NC, self._embed(next_N), self._rope(context), context)
+
+    def _embed(self, tokens_N: Tensor) -> Tensor:
+        """Return the embeddings of tokens [N, C], with Gemma's factor in the precision of the weights."""
+        x_NC = self.embed(tokens_N)
+        if not self.config.scaled_embeddings:
+            return x_NC
+        return x_NC * torch.tensor(self.config.hidden_size**0.5, dtype=x_NC.dtype).item()
 
     def _rope(self, context: Context) -> Rope:
         """Return cos and sin of the rotary angles of all tokens, each [N, 1, D] (see `rope_table`)."""
         return self.cos[context.positions].unsqueeze(1), self.sin[context.positions].unsqueeze(1)
+
+    def _local_rope(self, context: Context) -> Rope | None:
+        """Return cos and sin of all tokens for layers with a window; None if no layer has its own base."""
+        if not self.config.local_theta:
+            return None
+        positions = context.positions
+        return self.local_cos[positions].unsqueeze(1), self.local_sin[positions].unsqueeze(1)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Decoder:

@@ -92,6 +92,13 @@ HUNYUAN: Names = {
     "ffn.shared.down": ("model.layers.{layer}.mlp.shared_mlp.down_proj",),
 }
 
+GEMMA: Names = {
+    **LLAMA,
+    "attention_post_norm": ("model.layers.{layer}.post_attention_layernorm",),
+    "ffn_norm": ("model.layers.{layer}.pre_feedforward_layernorm",),
+    "ffn_post_norm": ("model.layers.{layer}.post_feedforward_layernorm",),
+}
+
 FALCON: Names = {
     "embed": ("transformer.word_embeddings",),
     "norm": ("transformer.ln_f",),
@@ -159,6 +166,13 @@ class Family:
 
 
 SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+GEMMA3 = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
 FALCON_7B = {
     "alibi": False,
     "new_decoder_architecture": False,
@@ -208,6 +222,21 @@ FAMILIES = {
         wanted=FALCON_7B,
         norm_eps="layer_norm_epsilon",
         tied=True,
+    ),
+    "gemma3": Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        GEMMA,
+        switches={
+            "qk_norm": "before",
+            "gelu": True,
+            "norms_from_one": True,
+            "post_norms": True,
+            "scaled_embeddings": True,
+        },
+        wanted=GEMMA3,
+        tied=True,
+        theta=1e6,
     ),
     "deepseek": Family(
         "DeepseekForCausalLM",

@@ -37,6 +37,14 @@ class SwiGLU(nn.Module):
         return self.down(self.ops.swiglu(self.gate_up(x_NC)))
 
 
+class GeGLU(SwiGLU):
+    """down(gelu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202, eq. 6), GELU in its tanh form."""
+
+    def forward(self, x_NC: Tensor, context: Context | None = None) -> Tensor:
+        """Return the output of the layer, [N, C]; `context` is not used."""
+        return self.down(self.ops.geglu(self.gate_up(x_NC)))
+
+
 class GELU(nn.Module):
     """Falcon's feed-forward without a gate: down(gelu(up(x)))."""
 

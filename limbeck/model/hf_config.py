@@ -61,6 +61,9 @@ def parse(tree: Tree, where: str) -> ModelConfig:
     fields["kv_heads"] = tree.get("num_key_value_heads") or fields["heads"]
     fields["head_dim"] = tree.get("head_dim") or fields["hidden_size"] // fields["heads"]
     fields["rope_theta"], fields["rope_scaling"] = _rope(tree, family, where)
+    if name == "gemma3":
+        fields["query_scalar"] = tree["query_pre_attn_scalar"]
+        fields["local_theta"] = tree["rope_local_base_freq"]
     fields["norm_eps"] = tree.get(family.norm_eps, 1e-6)
     fields["tied"] = bool(tree.get("tie_word_embeddings", family.tied))
     fields["max_positions"] = tree.get("max_position_embeddings", 4096)
@@ -100,7 +103,33 @@ def _implied(name: str, tree: Tree) -> Tree:
         return {"ffn_hidden_size": 4 * tree.get("hidden_size", 0), "num_key_value_heads": 1}
     if name == "qwen3_moe" and "num_local_experts" in tree:
         return {"num_experts": tree["num_local_experts"]}
+    if name == "gemma3":
+        return gemma_defaults(tree)
     return {}
+
+
+def gemma_defaults(tree: Tree) -> Tree:
+    """Return the defaults of Gemma 3's configuration in transformers.
+
+    Older files give the pattern of layers as one number, newer ones the rotary positions as `rope_parameters`
+    with an entry for each kind of layer. What they say is moved to the older keys.
+    """
+    pattern = tree.get("sliding_window_pattern") or 6
+    ropes = tree.get("rope_parameters") or {}
+    everywhere = ropes.get("full_attention") or {}
+    local = ropes.get("sliding_attention") or {}
+    return {
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rope_local_base_freq": local.get("rope_theta", 10_000.0),
+        "rope_theta": everywhere.get("rope_theta", 1e6),
+        "rope_scaling": everywhere if everywhere.get("rope_type", "default") != "default" else None,
+        "layer_types": [
+            "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
+            for layer in range(tree.get("num_hidden_layers") or 0)
+        ],
+    }
 
 
 def _refuse_unsupported(tree: Tree, name: str, where: str) -> None:
@@ -256,6 +285,8 @@ def dump(config: ModelConfig, eos: int, pad: int) -> Tree:
     }
     tree |= {key: value for key, value in family.wanted.items() if key != "mlp_bias"}
     tree |= _dump_windows(config)
+    if config.family == "gemma3":
+        tree |= _dump_gemma(config)
     if config.predicted:
         tree["num_nextn_predict_layers"] = config.predicted
     if config.latent:
@@ -283,6 +314,16 @@ def _dump_windows(config: ModelConfig) -> Tree:
     if config.family in ("mistral", "mixtral"):
         return {"sliding_window": None}  # transformers would take 4,096
     return {}
+
+
+def _dump_gemma(config: ModelConfig) -> Tree:
+    """Return the keys of config.json that only Gemma 3 has; without them transformers takes its defaults."""
+    kinds = ["sliding_attention" if config.window(i) else "full_attention" for i in range(config.layers)]
+    return {
+        "layer_types": kinds,
+        "query_pre_attn_scalar": config.query_scalar,
+        "rope_local_base_freq": config.local_theta,
+    }
 
 
 def _dump_latent(latent: Latent) -> Tree:

@@ -30,7 +30,8 @@ LONG = 3072
 class _WholeSequences:
     """What both contexts of whole sequences have in common: attention by the table of operations.
 
-    `kept` is as in `Sequences`. `entries`, if it is not None, collects the keys and values of all layers.
+    `kept` and `lent` are as in `Sequences`. `entries`, if it is not None, collects the keys and values of all
+    layers.
     """
 
     absorbed = False
@@ -40,7 +41,7 @@ class _WholeSequences:
         self.kept: list[tuple[Tensor, Tensor]] | None = None
         self.entries: list[tuple[Tensor, Tensor | None]] | None = None
         self.routes: RouterTrace | None = None
-        self._last: tuple[Tensor, Tensor] | None = None  # of the latest layer that lends its keys and values
+        self.lent: tuple[Tensor, Tensor] | None = None
 
     def attend(
         self,
@@ -52,9 +53,9 @@ class _WholeSequences:
     ) -> Tensor:
         """Return causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
         if k_NKD is None:
-            k_NKD, v_NKD = self._last
+            k_NKD, v_NKD = self.lent
         else:
-            self._last = (k_NKD, v_NKD) if layer.lends else None
+            self.lent = (k_NKD, v_NKD) if layer.lends else None
             if self.entries is not None:
                 self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
         return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)

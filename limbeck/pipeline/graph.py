@@ -93,11 +93,17 @@ class Node:
 
 
 class Graph:
-    """The nodes of a recipe, in an order in which they can run. `refresh` updates them from the store."""
+    """The nodes of a recipe, in an order in which they can run. `refresh` updates them from the store.
 
-    def __init__(self, recipe: Recipe, store: Store, base: Path):
-        """Build the graph. `base` is the folder that relative paths in the recipe are resolved against."""
-        self.recipe = resolve_paths(recipe, base)
+    `absent` has a sentence about each file and model that is not here; a run needs all of them."""
+
+    def __init__(self, recipe: Recipe, store: Store, base: Path, need_files: bool = True):
+        """Build the graph. `base` is the folder that relative paths in the recipe are resolved against.
+
+        Raises LimbeckError for a file or a model that is not here, unless `need_files` is False: then it is
+        noted in `absent`, and the keys of the stages that read it stand for nothing."""
+        self.absent: list[str] = []
+        self.recipe = resolve_paths(recipe, base, None if need_files else self.absent)
         self.store = store
         self._files: dict[Path, str] = {}
         tests = evaluated_problems(self.recipe)
@@ -178,7 +184,9 @@ class Graph:
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
-        settings = stored_problems(problems.model_dump(mode="json", exclude={"licence", "teachers"}))
+        settings = stored_problems(
+            problems.model_dump(mode="json", exclude={"licence", "teachers", "download"})
+        )
         if settings.get("system") is None:  # as if there were no such setting, so that it changes no key
             settings.pop("system", None)
         if isinstance(problems, Files):
@@ -194,9 +202,10 @@ class Graph:
         return {file.relative_to(path).as_posix(): self._digest(file) for file in files}
 
     def _digest(self, path: Path) -> str:
-        """Return the SHA-256 of a file; each file is read only once per graph."""
+        """Return the SHA-256 of a file, "" for one that is not here; each file is read only once per
+        graph."""
         if path not in self._files:
-            self._files[path] = digest_file(path)
+            self._files[path] = digest_file(path) if path.exists() or not self.absent else ""
         return self._files[path]
 
     def dependents(self, name: str) -> set[str]:
@@ -234,22 +243,32 @@ class Graph:
 # ---------------------------------------------------------------- paths
 
 
-def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
+def resolve_paths(recipe: Recipe, base: Path, absent: list[str] | None = None) -> Recipe:
     """Return the recipe with absolute paths, so that it can be read from any working directory.
 
     Raises LimbeckError for a file or a model that is found neither relative to `base` nor to the working
-    directory.
+    directory. If a list `absent` is given, the error's sentence is added to it, and the path stays.
     """
     problems = dict(recipe.problems)
-    for name, source in problems.items():
-        if isinstance(source, Files):
-            path = _find_file(f"problems.{name}.path", source.path, base)
-            problems[name] = source.model_copy(update={"path": path})
-    stages = {
-        name: _resolve_stage(name, with_defaults(recipe, stage), base)
-        for name, stage in recipe.stages.items()
-    }
+    stages = {name: with_defaults(recipe, stage) for name, stage in recipe.stages.items()}
+    for settings, resolve in ((problems, _resolve_source), (stages, _resolve_stage)):
+        for name in settings:
+            try:
+                settings[name] = resolve(name, settings[name], base)
+            except LimbeckError as error:
+                if absent is None:
+                    raise
+                absent.append(str(error))
     return recipe.model_copy(update={"problems": problems, "stages": stages})
+
+
+def _resolve_source(name: str, source: Problems, base: Path) -> Problems:
+    """Return the source of problems with an absolute path."""
+    if not isinstance(source, Files):
+        return source
+    key = f"problems.{name}.path"
+    remedy = f"; get it with `{source.download}`, or name yours with --set {key}=FILE" * bool(source.download)
+    return source.model_copy(update={"path": _find_file(key, source.path, base, remedy)})
 
 
 def with_defaults(recipe: Recipe, stage: Stage) -> Stage:
@@ -278,13 +297,14 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
     return stage
 
 
-def _find_file(setting: str, path: str, base: Path) -> str:
+def _find_file(setting: str, path: str, base: Path, remedy: str = "") -> str:
     """Return the absolute path of a file relative to `base` or to the working directory. `setting` names the
-    recipe's setting in the error message. Raises LimbeckError if there is no such file."""
+    recipe's setting in the error message, and `remedy` ends it. Raises LimbeckError if there is no such
+    file."""
     for place in (base / path, Path(path)):
         if place.is_file():
             return str(place.resolve())
-    raise LimbeckError(f"{setting}: {path} is no file, neither beside the recipe nor here")
+    raise LimbeckError(f"{setting}: {path} is no file, neither beside the recipe nor here{remedy}")
 
 
 def _find_directory(setting: str, path: str, base: Path) -> str:

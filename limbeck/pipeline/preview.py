@@ -181,7 +181,7 @@ def _identity(job: Job) -> str:
 
 def _source(problems: Problems) -> dict[str, Any]:
     """Return the settings of a problem source, with the digest of its file if it has one."""
-    settings = problems.model_dump(mode="json")
+    settings = problems.model_dump(mode="json", exclude={"download"})
     if isinstance(problems, Files):
         settings["path"] = digest_file(Path(problems.path))
     return settings
@@ -251,12 +251,25 @@ def _model_folder(node: Node, scratch: Path) -> Path | None:
         folder.mkdir(parents=True)
         source = Path(node.stage.path)
         if source.is_dir() and not node.stage.layers:
-            (folder / "model").symlink_to(source, target_is_directory=True)
+            _link(node.stage, folder / "model")
         else:
             from .stages import load
 
             load.run(Job(node.name, node.stage, "", {}, {}, folder))
     return folder
+
+
+def _link(stage: Load, folder: Path) -> None:
+    """Make `folder` the directory of a model that `stage` would load: links to its files, and its tokenizer
+    with the chat template that the stage gives it."""
+    from ..text.tokenizer import Tokenizer
+
+    source = Path(stage.path)
+    folder.mkdir()
+    Tokenizer.from_directory(source, plain=stage.chat_template == "plain").save(folder)
+    for file in source.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
 
 
 def _job(graph: Graph, node: Node, models: dict[str, Path]) -> Job:

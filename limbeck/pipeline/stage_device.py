@@ -125,8 +125,11 @@ def remedies(job: Job) -> list[str]:
     recompute = getattr(stage, "recompute", True)
     if recompute is not True:
         found.append(f"set {name}.recompute: true, with which the same command goes on from its checkpoint")
+    moved, smaller = _optimizer_remedies(stage, f"{name}.optimizer")
+    found += moved
     if getattr(stage, "precision", None) != "bfloat16":
         found.append(f"set {name}.precision: bfloat16")
+    found += smaller
     lower = []
     if hasattr(stage, "batch_tokens"):
         lower.append(f"{name}.batch_tokens ({stage.batch_tokens})")
@@ -139,3 +142,16 @@ def remedies(job: Job) -> list[str]:
     if lower:
         found.append(f"lower {' or '.join(lower)}")
     return found
+
+
+def _optimizer_remedies(stage: Any, key: str) -> tuple[list[str], list[str]]:
+    """Return what makes AdamW need less memory of a card, as parts of a sentence: what changes no key, and
+    what does. `key` is where the optimizer is set. The moments of adapters are small."""
+    optimizer = getattr(stage, "optimizer", None)
+    if optimizer is None or optimizer.name != "adamw" or getattr(stage, "lora", None):
+        return [], []
+    moved = [] if optimizer.offload else [f"set {key}.offload: true, with which it goes on from there too"]
+    smaller = [] if optimizer.moments == "int8" else [f"set {key}.moments: int8"]
+    if optimizer.masters is not False:
+        smaller.append(f"set {key}.masters: false with precision: bfloat16")
+    return moved, smaller

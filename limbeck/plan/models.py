@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from ..model.config import ModelConfig
 from ..types import LimbeckError
 
+OWNED = re.compile(r"(hf:)?[\w.-]+/[\w.-]+")
 FILE = Path(__file__).with_name("models.yaml")
 
 
@@ -41,9 +43,11 @@ def published(name: str) -> ModelConfig | None:
 
 
 def _key(name: str) -> str:
-    """Return the key in models.yaml of a model name, which may be in any case and have a prefix."""
+    """Return the key in models.yaml of a model name, which may be in any case and have an owner: `Qwen/`,
+    `hf:Qwen/`."""
     key = name.strip().lower().replace("_", "-")
-    key = key.removeprefix("deepseek-ai/")
+    if OWNED.fullmatch(key):
+        key = key.partition("/")[2]
     return key.replace("deepseek-r1-distill", "r1-distill")
 
 

@@ -43,11 +43,11 @@ class Tokenizer:
         self.prompt_format = PromptFormat()
 
     @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer:
+    def from_directory(cls, directory: Path, plain: bool = False) -> Tokenizer:
         """Read a tokenizer from the files of a HuggingFace checkpoint. A checkpoint without a chat template,
         such as that of a base model, gets the texts of the messages as they stand, with an empty line between
-        two of them. Raises LimbeckError, which names the file, if a file is missing or names no end-of-turn
-        token."""
+        two of them; so does every checkpoint if `plain`. Raises LimbeckError, which names the file, if a file
+        is missing or names no end-of-turn token."""
         path = directory / "tokenizer.json"
         if not path.exists():
             raise LimbeckError(f"{path} is missing; copy it from the model's source")
@@ -57,7 +57,7 @@ class Tokenizer:
         template = config.get("chat_template")
         if template_path.exists():
             template = template_path.read_text(encoding="utf-8")
-        if not template:
+        if plain or not template:
             template = BOS * bool(config.get("add_bos_token")) + PLAIN
         backend = tokenizers.Tokenizer.from_file(str(path))
         end = _token_text(config.get("eos_token"))

@@ -46,10 +46,6 @@ class Learner(Scorer):
         seed: object = 0,
     ):
         super().__init__(model)
-        if recompute and (model.config.experts or model.config.share_kv > 1):
-            raise LimbeckError(
-                "recompute: mixtures of experts and shared keys keep notes of a forward pass; leave it out"
-            )
         model.recompute = recompute
         if lora and lora.settings.learning_rate:
             settings = settings.model_copy(update={"learning_rate": lora.settings.learning_rate})

@@ -39,6 +39,12 @@ QK_NORMS: Names = {
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
 }
+SANDWICH_NORMS: Names = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
 # MLA; its keys and values are one matrix in HuggingFace and two in GGUF (`forms.Latent`).
 LATENT: Names = {
     "attn_kv_a_mqa.weight": "self_attn.kv_a_proj_with_mqa.weight",
@@ -87,6 +93,10 @@ class Key:
     default: Any = None
 
 
+# What llama.cpp computes for Gemma 3 if a file does not say otherwise.
+PERIOD = 6  # each sixth layer sees all positions
+LOCAL_BASE = 10_000.0  # the base of rotary positions in the layers that do not
+
 SIZES = (
     Key("block_count", "num_hidden_layers"),
     Key("context_length", "max_position_embeddings"),
@@ -125,6 +135,7 @@ class Family:
     `wanted` holds, for keys of config.json, the only value that llama.cpp computes. `interleaved` means that
     the rows of queries and keys have another order in GGUF than in HuggingFace. `latent` marks multi-head
     latent attention (MLA), `gate` the function of the router's scores.
+    `norms_from_one` means that the weights of norms are one higher in GGUF than in HuggingFace.
     """
 
     ggml: str
@@ -137,11 +148,18 @@ class Family:
     interleaved: bool = False
     latent: bool = False
     gate: gguf.ExpertGatingFuncType | None = None
+    norms_from_one: bool = False
 
 
 SILU = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 LLAMA = {**NORMS, **ATTENTION}
 DEEPSEEK = {**NORMS, **LATENT}
+GEMMA3_WANTED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 DEEPSEEK_WANTED = {**SILU, "moe_layer_freq": 1, "rope_interleave": True}
 
 # Where two classes share an architecture and a gate, the first is what a GGUF file becomes.
@@ -157,6 +175,14 @@ FAMILIES = {
         sparse=EXPERTS,
         keys=(*SIZES, *QWEN_EXPERTS),
         wanted={**SILU, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3",
+        "gemma3_text",
+        {**SANDWICH_NORMS, **ATTENTION, **QK_NORMS},
+        keys=(*SIZES, Key("attention.sliding_window", "sliding_window")),
+        wanted=GEMMA3_WANTED,
+        norms_from_one=True,
     ),
     "DeepseekV2ForCausalLM": Family(
         "deepseek2",

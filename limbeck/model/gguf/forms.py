@@ -48,6 +48,19 @@ class Same:
 
 
 @dataclass(frozen=True)
+class FromOne:
+    """The conversion of the weights of norms that HuggingFace stores less one."""
+
+    def pack(self, tensors: Tensors) -> list[Tensor]:
+        """Return the weights [X] of a GGUF file."""
+        return [tensor.float() + 1 for tensor in tensors]
+
+    def unpack(self, tensors: Tensors) -> list[Tensor]:
+        """Return HuggingFace's weights [X]."""
+        return [tensor - 1 for tensor in tensors]
+
+
+@dataclass(frozen=True)
 class Interleaved:
     """The conversion of Llama's projections of queries and keys, for example `Interleaved(heads=9)`.
 
@@ -130,7 +143,7 @@ def links(family: Family, tree: dict[str, Any]) -> Iterator[Link]:
     """Yield links for all tensors that a model of this family with this config.json (`tree`) must have."""
     for ours, theirs in OUTER.items():
         if ours != "output.weight" or not tree["tie_word_embeddings"]:
-            yield Link((ours,), (theirs,))
+            yield Link((ours,), (theirs,), _form(family, ours, theirs, tree))
     dense = _dense_layers(family, tree)
     for layer in range(tree["num_hidden_layers"]):
         if family.latent:
@@ -180,4 +193,6 @@ def _form(family: Family, ours: str, theirs: str, tree: dict[str, Any]) -> Form:
         return Stacked()
     if family.interleaved and ours in ROTATED:
         return Interleaved(tree[ROTATED[ours]])
+    if family.norms_from_one and ours.endswith("norm.weight"):
+        return FromOne()
     return Same()

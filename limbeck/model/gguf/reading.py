@@ -19,7 +19,7 @@ from ...types import LimbeckError
 from .. import weights
 from ..config import ModelConfig
 from . import rope, vocabulary
-from .families import FAMILIES, Family, Key
+from .families import FAMILIES, LOCAL_BASE, PERIOD, Family, Key
 from .forms import Link, links
 
 REQUIRED = object()
@@ -209,6 +209,8 @@ def _config(file: _File, family: Family) -> Tree:
     tree["vocab_size"] = int(file.tensors["token_embd.weight"].shape[1])
     tree["tie_word_embeddings"] = "output.weight" not in file.tensors
     tree |= _latent(file, family) if family.latent else _heads(file, tree)
+    if family.ggml == "gemma3":
+        tree |= _gemma(file, tree)
     theta = file.setting("rope.freq_base", float, 10_000.0)
     scaling = _rope_scaling(file, theta, tree["head_dim"])
     if family.latent:
@@ -246,6 +248,24 @@ def _heads(file: _File, tree: Tree) -> dict[str, int]:
             "take a dense model"
         )
     return {"num_key_value_heads": file.size("attention.head_count_kv", heads), "head_dim": head_dim}
+
+
+def _gemma(file: _File, tree: Tree) -> Tree:
+    """Return the keys of config.json that Gemma 3 has beside those of other families.
+
+    Like llama.cpp, it takes the scale of attention from the hidden size in the model of 62 layers (27B), and
+    from the size of a head in all others.
+    """
+    layers = tree["num_hidden_layers"]
+    period = file.size("attention.sliding_window_pattern", PERIOD)
+    kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
+    largest = layers == 62
+    scalar = tree["hidden_size"] // tree["num_attention_heads"] if largest else tree["head_dim"]
+    return {
+        "layer_types": kinds,
+        "query_pre_attn_scalar": scalar,
+        "rope_local_base_freq": file.setting("rope.freq_base_swa", float, LOCAL_BASE),
+    }
 
 
 def _latent(file: _File, family: Family) -> Tree:
@@ -347,6 +367,8 @@ def _tokenizer_settings(file: _File) -> Tree:
     template = file.get("tokenizer.chat_template", str, "")
     settings["model_max_length"] = file.size("context_length")
     settings["clean_up_tokenization_spaces"] = False
+    if file.get("tokenizer.ggml.add_bos_token", bool, False):
+        settings["add_bos_token"] = True
     if template:
         settings["chat_template"] = template
     return settings

@@ -1,7 +1,8 @@
 """Conversion of tokenizers between HuggingFace and GGUF.
 
 GGUF stores lists of tokens and merges, and the name of the rule that splits a text before byte-pair encoding
-(BPE). The meaning of each name is data in this module. Only tokenizers with byte-level BPE have such names.
+(BPE). The meaning of each name is data in this module. Only tokenizers with byte-level BPE have such names;
+`sentencepiece.py` converts the tokenizers without words.
 In this module, `get(key, kind, default)` returns the value of a key of a GGUF file, and `path` or `where` is
 the file that error messages name.
 """
@@ -20,6 +21,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ...types import LimbeckError
+from . import sentencepiece
 
 
 @dataclass(frozen=True)
@@ -106,28 +108,42 @@ def build(get: Get, where: Path) -> tokenizers.Tokenizer:
         LimbeckError: the tokenizer is damaged, or of a kind that is not supported.
     """
     kind = get("tokenizer.ggml.model", str)
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise LimbeckError(
-            f"{where}: a {kind} tokenizer is not supported, only gpt2; take the model's HuggingFace directory"
+            f"{where}: a {kind} tokenizer is not supported, only gpt2 and llama; "
+            "take the model's HuggingFace directory"
         )
     splitting = _splitting(get("tokenizer.ggml.pre", str, "default"), where)
     tokens, types = _read_tokens(get, where)
+    if kind == "llama":
+        tokenizer = sentencepiece.build(get, tokens, types, where)
+        begins = True
+    else:
+        tokenizer = _byte_level(get, tokens, types, splitting, where)
+        begins = splitting.begins
+    tokenizer.add_tokens(_added(tokens, types, TokenType.USER_DEFINED))
+    tokenizer.add_special_tokens(_added(tokens, types, TokenType.CONTROL))
+    if get("tokenizer.ggml.add_bos_token", bool, begins):
+        tokenizer.post_processor = _begin_with(tokens, special_token(get, "bos", where))
+    return tokenizer
+
+
+def _byte_level(
+    get: Get, tokens: list[str], types: list[int], splitting: Splitting, where: Path
+) -> tokenizers.Tokenizer:
+    """Return a tokenizer with byte-level BPE, without its added tokens."""
     tokenizer = tokenizers.Tokenizer(_read_model(get, tokens, types, splitting, where))
     if splitting.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_steps(splitting))
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_added(tokens, types, TokenType.USER_DEFINED))
-    tokenizer.add_special_tokens(_added(tokens, types, TokenType.CONTROL))
-    if get("tokenizer.ggml.add_bos_token", bool, splitting.begins):
-        tokenizer.post_processor = _begin_with(tokens, special_token(get, "bos", where))
     return tokenizer
 
 
 def _read_tokens(get: Get, where: Path) -> tuple[list[str], list[int]]:
     """Return the texts and the types of all tokens, in the order of their ids."""
     tokens = get("tokenizer.ggml.tokens", list)
-    merges = get("tokenizer.ggml.merges", list)
+    merges = get("tokenizer.ggml.merges", list, [])
     types = get("tokenizer.ggml.token_type", list, [TokenType.NORMAL] * len(tokens))
     are_texts = all(isinstance(text, str) for text in [*tokens, *merges])
     if not are_texts or len(types) != len(tokens):
@@ -217,15 +233,13 @@ def add(writer: gguf.GGUFWriter, directory: Path, rows: int) -> None:
     config = directory / "tokenizer_config.json"
     tree = _read_json(path)
     settings = _read_json(config) if config.exists() else {}
-    name = _name(tree, path)
+    name = None if sentencepiece.matches(tree) else _name(tree, path)
     backend = _backend(path)
     tokens, types = _tokens(tree, rows, path)
-    merges = tree["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    if name is None:
+        sentencepiece.add(writer, tree, tokens, types)
+    else:
+        _add_byte_level(writer, name, tree, tokens, types)
     _add_special_tokens(writer, tokens, settings, path)
     if not _text(settings.get("eos_token")):
         raise LimbeckError(f"{config}: eos_token is missing; name the end-of-turn token")
@@ -233,6 +247,18 @@ def add(writer: gguf.GGUFWriter, directory: Path, rows: int) -> None:
     template = _template(directory, settings)
     if template:
         writer.add_chat_template(template)
+
+
+def _add_byte_level(
+    writer: gguf.GGUFWriter, name: str, tree: dict[str, Any], tokens: list[str], types: list[int]
+) -> None:
+    """Write tokens and merges of a `tokenizer.json` (`tree`); `name` is GGUF's of its splitting rule."""
+    merges = tree["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
 
 
 def _add_special_tokens(

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from ...files import sync
 from ...types import LimbeckError
+from ..config import ModelConfig
+from ..hf_config import gemma_defaults
 from . import rope, vocabulary
-from .families import ALIASES, FAMILIES, LATENT_SIZES, ROUTER, Family
+from .families import ALIASES, FAMILIES, LATENT_SIZES, LOCAL_BASE, PERIOD, ROUTER, Family
 from .forms import Link, links
 
 TYPES = {
@@ -91,6 +93,8 @@ def _config(path: Path) -> tuple[Family, Tree]:
     name, tree = _read_config(path)
     family = FAMILIES[name]
     tree = {ALIASES.get(key, key): value for key, value in tree.items() if value is not None}
+    if name == "Gemma3ForCausalLM":
+        tree = {**gemma_defaults(tree), **tree}
     kinds = {key.theirs: key.kind for key in family.keys}
     kinds["vocab_size"] = int
     if family.latent:
@@ -101,7 +105,9 @@ def _config(path: Path) -> tuple[Family, Tree]:
     tree = {**defaults, "tie_word_embeddings": False, **tree}
     _check(tree, {key: int for key in (*defaults, *OPTIONAL) if key in tree}, path)
     _refuse_unsupported(tree, family, path)
-    if tree.get("use_sliding_window", name == "MistralForCausalLM") and tree.get("sliding_window"):
+    if name == "Gemma3ForCausalLM":
+        _check_gemma(tree, path)
+    elif tree.get("use_sliding_window", name == "MistralForCausalLM") and tree.get("sliding_window"):
         # within one window there is nothing to forget, and llama.cpp computes the same
         tree["max_position_embeddings"] = min(tree["max_position_embeddings"], tree["sliding_window"])
     return family, tree
@@ -161,6 +167,22 @@ def _refuse_unsupported(tree: Tree, family: Family, path: Path) -> None:
             f"{path}: topk_method = 'group_limited_greedy' is not what llama.cpp computes; "
             "it rates a group of experts by its two best, as DeepSeek-V3 does"
         )
+
+
+def _check_gemma(tree: Tree, path: Path) -> None:
+    """Refuse settings of Gemma 3 for which GGUF has no keys, and that differ from those of llama.cpp."""
+    config = ModelConfig.from_hf(tree, str(path))
+    local = [bool(config.window(layer)) for layer in range(config.layers)]
+    expected = {
+        "layer_types": (local, [bool((layer + 1) % PERIOD) for layer in range(config.layers)]),
+        "rope_local_base_freq": (config.local_theta, LOCAL_BASE),
+        "query_pre_attn_scalar": (config.query_scalar, config.head_dim),
+    }
+    for key, (value, wanted) in expected.items():
+        if value != wanted:
+            raise LimbeckError(
+                f"{path}: {key} is not what llama.cpp computes for gemma3; export another model"
+            )
 
 
 def _is_grouped(tree: Tree) -> bool:

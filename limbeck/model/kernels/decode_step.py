@@ -75,7 +75,7 @@ class DecodeStep:
         config = model.config
         if config.experts or config.latent or config.parallel or config.layer_norm:
             return False
-        if config.share_kv > 1 or config.qk_norm == "after":
+        if config.share_kv > 1 or config.qk_norm == "after" or config.family == "gemma3":
             return False
         if not config.gated or config.rope_dim != config.head_dim:
             return False

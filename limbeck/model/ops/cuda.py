@@ -3,7 +3,7 @@
 Sampler and learner run the same forward kernels, so a token's log-probability has the same bits in both.
 Backward passes need to be deterministic only, and leave products to cuBLAS and attention to torch: its flash
 kernel in 16 bits, its attention over padded sequences in float32. N tokens · C hidden size · O outputs · H
-heads · K key/value heads · D head size · V vocabulary.
+heads · K key/value heads · D head size · V vocabulary · T ids of a part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .table import Pool, Predictions, Rope, Rows
 if TYPE_CHECKING:
     from ..context import Layer, Sequences
     from ..paged import AttentionPlan
+
+HEAD_NUMBERS = 1 << 24  # numbers of the head's gradient that are computed at once: 64 MiB
 
 
 class CUDAOps(PlainOps):
@@ -111,7 +113,9 @@ class CUDAOps(PlainOps):
         if by_RV.dtype == by_head_VC.dtype:
             by_head_VC.addmm_(by_RV.T, hidden_RC)
         else:
-            by_head_VC.add_(torch.mm(by_RV.T, hidden_RC, out_dtype=by_head_VC.dtype))
+            rows = HEAD_NUMBERS // by_head_VC.shape[1]
+            for by_RT, by_head_TC in zip(by_RV.split(rows, 1), by_head_VC.split(rows), strict=True):
+                by_head_TC.add_(torch.mm(by_RT.T, hidden_RC, out_dtype=by_head_TC.dtype))
         return torch.mm(by_RV, head_VC)
 
     def _kept(self, predictions: Predictions) -> Tensor:

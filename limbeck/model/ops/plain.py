@@ -57,6 +57,11 @@ class PlainOps:
         gate_NI, up_NI = both_NI.chunk(2, dim=-1)
         return F.silu(gate_NI) * up_NI
 
+    def geglu(self, both_NI: Tensor) -> Tensor:
+        """Return gelu(gate) * up [N, I]."""
+        gate_NI, up_NI = both_NI.chunk(2, dim=-1)
+        return F.gelu(gate_NI, approximate="tanh") * up_NI
+
     def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias [N, O]."""
         return F.linear(x_NC, weight_OC, bias_O)

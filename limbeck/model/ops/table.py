@@ -75,6 +75,9 @@ class Ops(Protocol):
     def swiglu(self, both_NI: Tensor) -> Tensor:
         """Return silu(gate) * up [N, I], where gate and up are the two halves of the last dimension."""
 
+    def geglu(self, both_NI: Tensor) -> Tensor:
+        """Return gelu(gate) * up [N, I], with the tanh form of GELU; gate and up as for `swiglu`."""
+
     def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias [N, O]."""
 

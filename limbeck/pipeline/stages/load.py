@@ -25,7 +25,7 @@ def run(job: Job) -> Outcome:
     """
     stage: Load = job.stage
     source = _directory(Path(stage.path), job.folder / "converted")
-    tokenizer = Tokenizer.from_directory(source)
+    tokenizer = Tokenizer.from_directory(source, plain=stage.chat_template == "plain")
     decoder = weights.load(source)
     if tokenizer.size > decoder.config.vocab_size:
         raise LimbeckError(
