@@ -139,13 +139,13 @@ MODELS = {
 
 
 def tried(model: str, name: str) -> bool:
-    """False for what is tried with other models, for recomputed experts, which are refused, and for shared
-    keys in float32, for which a card takes another attention than a CPU."""
+    """False for what is tried with other models, and for shared keys in float32, for which a card takes
+    another attention than a CPU."""
     config, settings = MODELS[model], SETTINGS[name]
     if name in OF_THE_OPTIMIZER and model not in ("wide", "experts"):
         return False  # the optimizer sees weights alone
     grouped = config.kv_heads < config.heads and not settings.get("half", True)
-    return not grouped and not (config.experts and settings.get("recompute"))
+    return not grouped
 
 
 OF_THE_OPTIMIZER = {"short", "8 bits", "8 bits, float32", "no masters", "no masters, 8 bits", "offload"}

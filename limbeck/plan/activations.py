@@ -14,6 +14,7 @@ from ..model.config import ModelConfig
 from .micro_batch import MicroBatch
 
 LOGITS = 1 << 26  # logits in memory at once on a card (model/ops/cuda.py)
+HEAD_NUMBERS = 1 << 24  # numbers of the head's gradient that are computed at once (model/ops/cuda.py)
 DISTILLED_LOGITS = 1 << 21  # the same of a teacher and a student (train/divergence.py)
 DISTILLED_TENSORS = 8  # tensors of these logits in float32 that exist at once
 PADDED = 128  # rows that flash attention pads each sequence's gradients to
@@ -185,5 +186,5 @@ class Activations:
             rows = max(1, min(self.batch.predicted, DISTILLED_LOGITS // vocabulary))
             return states + 4 * head + 4 * DISTILLED_TENSORS * rows * vocabulary + 4 * head * self.half
         rows = max(1, min(self.batch.predicted, LOGITS // vocabulary))
-        chunk = rows * vocabulary * (4 + self.width) + (4 * head if self.half else 0)
+        chunk = rows * vocabulary * (4 + self.width) + 4 * min(head, HEAD_NUMBERS) * self.half
         return states + 4 * head + max(chunk, self.width * head * self.half)

@@ -232,7 +232,7 @@ class _StageOnCard:
         """
         stage = self.stage
         options: list[list[Changes]] = []
-        if "recompute" in type(stage).model_fields and not (self.config.experts or self.config.share_kv > 1):
+        if "recompute" in type(stage).model_fields:
             forms = {False: ["keep_attention", True], "keep_attention": [True]}.get(stage.recompute, [])
             options.append([{}, *({"recompute": form} for form in forms)])
         if self.width == 4:
