@@ -4,6 +4,7 @@ proves what a kernel computes, not its bits: those are compared on a card (`pyth
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -12,16 +13,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_batching import asks, carry
 from test_engine import PROBLEMS, tokens_of
 from triton.runtime import interpreter
 
+from limbeck.engine.device_scheduler import DeviceScheduler
+from limbeck.engine.request import Request
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
+from limbeck.engine.scheduler import Scheduler
 from limbeck.model.context import Layer
 from limbeck.model.cuda import attention, products, rowwise, sampling
 from limbeck.model.ops import PlainOps, use
 from limbeck.model.ops.cuda import CUDAOps
-from limbeck.model.ops.table import Rows
+from limbeck.model.ops.table import BLOCK, Rows
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.scorer import Scorer
 
@@ -32,6 +37,8 @@ class Interpreted(CUDAOps):
     """A card's operations, but for what is the card itself."""
 
     capture = PlainOps.capture
+    send = PlainOps.send
+    fetch = PlainOps.fetch
     free_bytes = PlainOps.free_bytes
 
 
@@ -213,6 +220,26 @@ def test_the_engine_and_the_learner_of_a_card(decoder, tokenizer, family, top_p)
     batches = pack(to_samples(groups, [[1.0, -1.0]] * 2, top_p < 1), 4096)
     for batch, found in zip(batches, Scorer(model).logprobs(batches, 0.7), strict=True):
         near(found, batch.logprobs_M, 1e-4)
+
+
+def test_the_server_s_batch_of_a_card(decoder, tokenizer):
+    """The answers of the CPU's server: rows of every kind beside one another, one prompt known in part."""
+    model = decoder(head_dim=16, max_positions=256)
+    long = tokenizer.prompt(" ".join(["say", *"123456" * 12, "?"]))
+    requests = [dataclasses.replace(request, max_new_tokens=3, copies=1) for request in asks(tokenizer)[1::2]]
+    requests.append(Request(long, 0.7, max_new_tokens=3, seed=7, top=2, copies=2))
+    host = Scheduler(model, tokenizer, rows=16)
+    wanted = [host.submit(request) for request in [*requests, requests[-1]]]
+    carry(host)
+    card = DeviceScheduler(use(model, Interpreted()), tokenizer, 8, 99, 24)
+    found = [card.submit(request) for request in requests]
+    carry(card)
+    found.append(card.submit(requests[-1]))
+    carry(card)
+    assert found[-1].cached == BLOCK and not card.busy
+    for one, two in zip(found, wanted, strict=True):
+        assert [choice.tokens for choice in one.choices] == [choice.tokens for choice in two.choices]
+        np.testing.assert_allclose(one.choices[0].logprobs, two.choices[0].logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, "keep_attention"])

@@ -135,6 +135,7 @@ def test_only_pull_serving_and_remote_models_know_of_the_network():
     assert {str(path.relative_to(HOUSE)) for path in users if room(path) != "serve"} <= {
         "model/pull.py",
         "engine/openai_client.py",
+        "engine/vllm_client.py",
     }
 
 

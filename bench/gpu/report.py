@@ -1,14 +1,14 @@
-"""Numbers and promises of the parts, and how times are taken."""
+"""Numbers and promises of the parts, the time that each may take, and the JSON file."""
 
 from __future__ import annotations
 
-import gc
+import json
+import os
 import time
-from collections.abc import Callable
-
-import torch
+from pathlib import Path
 
 RESULTS: dict[str, list[dict]] = {}
+_ends = float("inf")  # when the time of the part that runs is over
 
 
 def note(part: str, **numbers: object) -> None:
@@ -33,53 +33,28 @@ def broken() -> list[str]:
     ]
 
 
-def free_memory() -> None:
-    """Give back what the last part used."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    torch.use_deterministic_algorithms(False)
+def begin(seconds: float) -> None:
+    """Begin a part that may take so many seconds."""
+    global _ends
+    _ends = time.monotonic() + seconds
 
 
-def peak() -> float:
-    """Return the most memory that torch has allocated since `free_memory`, in GiB."""
-    return torch.cuda.max_memory_allocated() / 2**30
+def left() -> float:
+    """Return the seconds that the part may still take, at least 0."""
+    return max(0.0, _ends - time.monotonic())
 
 
-def microseconds(call: Callable[[], object], repeats: int = 10, calls: int = 10) -> float:
-    """Return the median time of `call` on the card in microseconds, from replays of a graph of calls."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(repeats):
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / calls)
-    return sorted(times)[len(times) // 2]
+def spare(part: str, what: str, seconds: float = 0.0) -> bool:
+    """Return True if the part has so many seconds left for its next measurement, `what`; else say that it is
+    left out."""
+    if left() > seconds:
+        return True
+    note(part, left_out=what, because="the part's time is over")
+    return False
 
 
-def seconds(call: Callable[[], object], repeats: int = 10) -> float:
-    """Return the median time of `call` in seconds."""
-    call()
-    times = []
-    for _ in range(repeats):
-        times.append(once(call))
-    return sorted(times)[len(times) // 2]
-
-
-def once(call: Callable[[], object]) -> float:
-    """Return the time of one `call` in seconds."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
+def save(path: Path) -> None:
+    """Write all numbers so far as JSON, in the place of what was there."""
+    written = path.with_name(path.name + ".new")
+    written.write_text(json.dumps(RESULTS, indent=1) + "\n", encoding="utf-8")
+    os.replace(written, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from .options import (
     load_recipe,
     open_model,
     print_json,
+    tell,
     usage_error,
 )
 
@@ -163,7 +163,7 @@ def _measure(title: str, directory: Path, test: _Test, device: str) -> dict[str,
         folder.mkdir()
         asked = {name: test.problems[name] for name in test.settings.problems}
         job = Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder, device=device)
-        with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
+        with ready_device(job, tell) as ready:
             stage.run(ready)
         return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 

@@ -224,6 +224,11 @@ class RL(Budgeted):
         4096, ge=64, description="tokens of one micro-batch, at most: it bounds memory, not the update"
     )
     recompute: Recompute = Field(False, description=RECOMPUTE)
+    engine: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/@?#]+(/v1)?/?$",
+        description="a vLLM server that samples, such as `http://127.0.0.1:8000/v1`; nothing is exact then",
+    )
 
 
 class Screen(ModelStage):

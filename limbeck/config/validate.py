@@ -199,8 +199,7 @@ def _check_any_stage(references: _References, stage: Stage) -> None:
     lora = getattr(stage, "lora", None)
     if lora:
         _check_lora(references, lora, stage.optimizer)
-    if getattr(stage, "optimizer", None):
-        _check_masters(references, stage)
+    _check_masters(references, stage)
     if isinstance(stage, SFT | Label | Distill):
         references.cite_all("rows", stage.rows, ROWS, "rows")
 
@@ -220,7 +219,8 @@ def _check_lora(references: _References, lora: LoRA, optimizer: Optimizer) -> No
 
 def _check_masters(references: _References, stage: Any) -> None:
     """Check that a stage does without masters only where its weights are in 16 bits and learn themselves."""
-    if stage.optimizer.masters is not False:
+    optimizer = getattr(stage, "optimizer", None)
+    if optimizer is None or optimizer.masters is not False:
         return
     if getattr(stage, "lora", None):
         raise references.error(
@@ -375,6 +375,8 @@ def _check_rl(references: _References, stage: RL) -> None:
                 f".sampling.{penalty} = {value:g} is not for rl, whose learner scores tokens without "
                 "penalties; leave it out"
             )
+    if stage.engine:
+        _check_engine(references, stage)
     learned = stage.learned_rewards or {}
     for part, kind in (("judge", "calibrate"), ("preference", "reward")):
         if part in stage.rewards and part not in learned:
@@ -384,6 +386,20 @@ def _check_rl(references: _References, stage: RL) -> None:
             )
     for part, opinion in learned.items():
         _check_opinion(references, stage, part, opinion)
+
+
+def _check_engine(references: _References, stage: RL) -> None:
+    """Check that an `rl` stage asks a vLLM server for what it can give: tokens of the whole softmax, not
+    exact, and without drafts."""
+    sampling = stage.sampling
+    unfit = {
+        "exact": stage.exact, "policy.keep_sampling_mask": stage.policy.keep_sampling_mask,
+        "sampling.temperature": not sampling.temperature, "sampling.top_p": sampling.top_p < 1,
+        "sampling.top_k": sampling.top_k, "sampling.min_p": sampling.min_p,
+        "sampling.speculate": sampling.speculate,
+    }  # fmt: skip
+    for key in (key for key, given in unfit.items() if given):
+        raise references.error(f".{key} is not for an engine elsewhere; leave it out, or leave engine out")
 
 
 def _check_opinion(references: _References, stage: RL, part: str, opinion: LearnedReward) -> None:

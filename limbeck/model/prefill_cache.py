@@ -82,7 +82,7 @@ class ChunkedPrefill:
 
     The first `counts[0]` tokens continue `sequences_kv[0]`, the next `counts[1]` tokens continue
     `sequences_kv[1]`, and so on. Each token attends to the earlier tokens of its own sequence. After the
-    forward pass, call `settle` to count the new tokens as part of their sequences.
+    forward pass the caller adds the new tokens to the sequences' `length`.
     """
 
     absorbed = True
@@ -118,11 +118,6 @@ class ChunkedPrefill:
             mixed.append(_attend(past, layer, q_NHD[new]))
             begin += count
         return torch.cat(mixed)
-
-    def settle(self) -> None:
-        """Add the new tokens to the lengths of their sequences; call this once, after the last layer."""
-        for past, count in zip(self.sequences_kv, self.counts, strict=True):
-            past.length += count
 
 
 def _store(past: SequenceKV, slot: int, k_SKD: Tensor, v_SKD: Tensor | None) -> None:

@@ -168,10 +168,11 @@ class Graph:
         # with the names of older versions and without None, so that a renamed or a new option changes no key
         settings = {k: v for k, v in stored(configured).items() if v is not None}
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
-        if "optimizer" in settings:
-            settings["optimizer"] = _learning(settings["optimizer"])
+        settings = _without_defaults_of_optimizer(settings)
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+        if settings.get("engine"):  # that another engine sampled changes the result, not where it runs
+            settings["engine"] = "vllm"
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         if "adapter" in settings:
@@ -415,9 +416,16 @@ def _ordered(nodes: Iterable[Node]) -> Iterator[Node]:
         yield node
 
 
-def _learning(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an optimizer that change what is learned."""
-    return {k: v for k, v in optimizer.items() if k not in QUIET and UNCHANGING_OF_OPTIMIZER.get(k) != v}
+def _without_defaults_of_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a stage, those of its optimizer without what changes no result."""
+    if "optimizer" not in settings:
+        return settings
+    learning = {
+        k: v
+        for k, v in settings["optimizer"].items()
+        if k not in QUIET and UNCHANGING_OF_OPTIMIZER.get(k) != v
+    }
+    return {**settings, "optimizer": learning}
 
 
 # ---------------------------------------------------------------- differences

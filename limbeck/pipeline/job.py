@@ -91,7 +91,8 @@ class Job:
         """Move a model to the stage's device, in the stage's precision, and return it."""
         from ..model.ops import place
 
-        return place(decoder, self.device, self.dtype, getattr(self.stage, "exact", None) is not False)
+        exact = getattr(self.stage, "exact", None) is not False and not getattr(self.stage, "engine", None)
+        return place(decoder, self.device, self.dtype, exact)
 
     @property
     def needs_device(self) -> bool:

@@ -41,7 +41,7 @@ class AlarmMonitor:
         if fault := disagreement(metrics.get("gap", 0.0), metrics.get("gap_kl")):
             raise LimbeckError(
                 f"the sampler's log-probabilities differ from the learner's by {fault}: "
-                "the engine runs with other weights or another precision; use float32 for both"
+                "the engine has other weights or another precision: use float32; a server must load the new"
             )
         self.history.append(metrics)
         alarms = self._signal(groups) or [*self._sampling(metrics), *self._dominance(metrics)]

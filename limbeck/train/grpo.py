@@ -8,7 +8,7 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .learned_rewards import HeldOut, LearnedRewards
 from .learner import Learner
 from .learning_signal import NO_SIGNAL, UNTAUGHT
-from .losses import PolicyGradient
+from .losses import PolicyGradient, correct
 from .scorer import Scorer
 from .selftest import selftest
 from .training_log import TrainingLog, merge, summarize, volume
@@ -79,8 +79,8 @@ class GRPOTrainer:
             if step == 0 and samples:
                 selftest(self.learner, samples, self.loss, self.engine.tokenizer.end_id, temperature)
             updates = [
-                self.learner.update(self._with_reference(part), self.loss, temperature)
-                for part in minibatches(samples, policy.updates_per_rollout, (self.seed, step))
+                {**self.learner.update(batches, self.loss, temperature), **correction}
+                for batches, correction in self._batches(samples, step)
             ]
             self.engine.load_weights(self.learner.weights())
             held_out = self.rewards.evaluate(step, groups, self.engine)
@@ -133,6 +133,16 @@ class GRPOTrainer:
                 break
         return kept + rejected
 
+    def _batches(self, samples: list[Sample], step: int) -> Iterable[tuple[list[Batch], Mapping[str, float]]]:
+        """Return the micro-batches of each update of a step, with the metrics of their correction. If another
+        engine sampled, all are corrected, before the first update; else there is none."""
+        parts = minibatches(samples, self.settings.policy.updates_per_rollout, (self.seed, step))
+        packed = map(self._with_reference, parts)
+        if self.settings.engine is None:
+            return ((batches, {}) for batches in packed)
+        temperature = self.settings.sampling.temperature
+        return [correct(batches, self.learner.logprobs(batches, temperature)) for batches in packed]
+
     def _with_reference(self, samples: list[Sample]) -> list[Batch]:
         """Pack samples into micro-batches. If there is a reference model, each holds its log-probabilities
         for the KL term."""
@@ -162,7 +172,7 @@ class GRPOTrainer:
         metrics = {**summarize(groups), **volume(groups, samples, config), **merge(updates)}
         metrics["flops"] += held_out.flops(config)
         if updates and not self.learner.exact:
-            metrics["gap_kl"] = updates[0]["kl_old"]
+            metrics.setdefault("gap_kl", updates[0]["kl_old"])
         metrics["informative"] = len(informative) / len(groups)
         alarms = [*held_out.alarms, *self.alarms.check(metrics, groups)]
         metrics = {**metrics, **held_out.metrics}

@@ -33,8 +33,9 @@ class Learner(Scorer):
     `step` counts the updates so far and sets the position in the learning-rate schedule. `steps` is the
     number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
     memory; with "keep_attention", all but the results of attention (model/decoder.py). With `lora`, adapters
-    are trained in place of the model's weights (model/lora.py). `seed` determines the stochastic rounding of
-    the optimizer. `trained` are the parameters, by name."""
+    are trained in place of the model's weights (model/lora.py). `trained` are the parameters, by name.
+    `seed` determines the stochastic rounding of the optimizer. Without `samples`, another engine samples with
+    its weights, and nothing is `exact`."""
 
     def __init__(
         self,
@@ -44,8 +45,10 @@ class Learner(Scorer):
         recompute: bool | str = False,
         lora: LoRA | None = None,
         seed: object = 0,
+        samples: bool = True,
     ):
         super().__init__(model)
+        self.samples = samples
         model.recompute = recompute
         if lora and lora.settings.learning_rate:
             settings = settings.model_copy(update={"learning_rate": lora.settings.learning_rate})
@@ -59,6 +62,11 @@ class Learner(Scorer):
         self.optimizer = Optimizer(model, settings, steps, lora and lora.parameters(), seed)
         self._routes: list[RouterTrace] = []  # one for each micro-batch since the last apply()
         self._replayed = False
+
+    @property
+    def exact(self) -> bool:
+        """As a scorer's; False if another engine samples."""
+        return self.samples and super().exact
 
     def update(self, batches: Sequence[Batch], loss: Loss, temperature: float = 1.0) -> dict[str, Any]:
         """Make one optimizer step over all micro-batches of a batch; return its metrics.

@@ -10,8 +10,8 @@ Dimensions: M predicted tokens · S sequences · J spans of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from ..config.parts import Policy
 from .batch import Batch
 from .divergence import Logits, Measure, divergence, forward_kl, jensen_shannon, reverse_kl
 
+TRUNCATION = 2.0  # the largest weight of a token that another engine sampled
 Metrics = dict[str, Tensor]
 Loss = Callable[["Tensor | Logits", Batch], tuple[Tensor, Metrics]]
 
@@ -129,6 +130,31 @@ class PolicyGradient:
             loss = loss + policy.kl_coef * (kl_M * weight_M).sum()
             metrics["kl_reference"] = kl_M.detach().sum() / batch.tokens
         return loss, {"loss": loss.detach(), **metrics}
+
+
+def correct(batches: Sequence[Batch], old: Sequence[Tensor]) -> tuple[list[Batch], Mapping[str, float]]:
+    """Return the micro-batches of one update, corrected by truncated importance sampling, and metrics: for
+    completions that another engine sampled with the learner's weights, but with other rounding (Yao et al.
+    2025, "Your efficient RL framework secretly brings you off-policy RL training").
+
+    `old` are the learner's log-probabilities [M] before the first update, one tensor for each micro-batch.
+    They take the place of the sampler's, so the ratio that is clipped is the learner's alone, and each
+    token's advantage is multiplied by min(pi_old / pi_sampler, `TRUNCATION`). Metrics: `gap`, the largest
+    difference between the two in nats; `gap_kl`, the k3 estimate of KL(sampler || learner);
+    `truncated_weights`, the share of tokens whose weight was cut."""
+    sampler_M = torch.cat([batch.logprobs_M for batch in batches])
+    old_M = torch.cat(list(old))
+    ratio_M = (old_M - sampler_M).exp()
+    metrics = {
+        "gap": float((old_M - sampler_M).abs().max()),
+        "gap_kl": float(k3(sampler_M, old_M).mean()),
+        "truncated_weights": float((ratio_M > TRUNCATION).float().mean()),
+    }
+    weights = ratio_M.clamp(max=TRUNCATION).split([len(part_M) for part_M in old])
+    return [
+        replace(batch, logprobs_M=part_M, advantages_M=batch.advantages_M * weight_M)
+        for batch, part_M, weight_M in zip(batches, old, weights, strict=True)
+    ], metrics
 
 
 def token_weights(reduction: str, batch: Batch, max_new_tokens: int) -> Tensor:

@@ -116,4 +116,5 @@ def merge(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not updates:
         return {}
     means = {name: np.mean([update[name] for update in updates], axis=0).tolist() for name in updates[0]}
-    return {**means, "gap": updates[0]["max_drift"]}
+    means.setdefault("gap", updates[0]["max_drift"])  # a corrected update has its own
+    return means

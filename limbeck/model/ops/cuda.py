@@ -135,6 +135,22 @@ class CUDAOps(PlainOps):
             step()
         return graph.replay
 
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """Return a copy of a tensor of any shape on the card; it travels from pinned memory."""
+        return x.pin_memory().to(device, non_blocking=True)
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a tensor of any shape to pinned memory of the host; return what waits for it."""
+        copy = x.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return copy
+
+        return wait
+
     def free_bytes(self, device: torch.device) -> int | None:
         """Return the bytes that the card has free, and those that torch holds for later."""
         free, _ = torch.cuda.mem_get_info(device)

@@ -178,6 +178,15 @@ class PlainOps:
         """Return the step itself."""
         return step
 
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor of any shape on the device."""
+        return x.to(device)
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Return a function that returns a copy of a tensor of any shape on the host, as it is now."""
+        copy = x.to("cpu", copy=True)
+        return lambda: copy
+
     def free_bytes(self, device: torch.device) -> int | None:
         """Return None: torch has no word for it that all devices know."""
         return None

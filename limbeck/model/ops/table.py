@@ -148,5 +148,12 @@ class Ops(Protocol):
         `step` may run a few times meanwhile, so it must leave the state as it is.
         """
 
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor of any shape of the host on the device, without waiting for the device."""
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a tensor of any shape to the host; return a function that waits for the copy and
+        returns it. Work that is given to the device meanwhile is not waited for."""
+
     def free_bytes(self, device: torch.device) -> int | None:
         """Return the bytes of memory that are free on the device; None if that is not known."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 from ...config.recipe import RL
 from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
+from ...engine.vllm_client import VLLMEngine
+from ...model.decoder import Decoder
 from ...model.lora import LoRA
 from ...run_log import ROLLOUTS, read_metrics
+from ...text.tokenizer import Tokenizer
 from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
 from ...train.learner import Learner
+from ...train.losses import TRUNCATION
 from ...train.scorer import Scorer
 from ...train.training_log import TrainingLog
 from ..job import Job
@@ -34,9 +39,12 @@ def run(job: Job) -> Outcome:
     state = checkpoint.restore()
     run_log = job.record(state["step"] if state else 0, stage.steps)
     run_log.drop_last(ROLLOUTS, stage.log_every)
+    engine = _engine(job, decoder, tokenizer)
     trainer = GRPOTrainer(
-        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora, job.seed),
-        engine=Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
+        learner=Learner(
+            decoder, stage.optimizer, updates, stage.recompute, lora, job.seed, samples=not stage.engine
+        ),
+        engine=engine,
         rewards=learned_rewards(job, tasks, sampling),
         settings=stage,
         seed=job.seed,
@@ -53,19 +61,34 @@ def run(job: Job) -> Outcome:
     checkpoint.finish(trainer.state_dict, run_log)
     tokenizer.prompt_format = tasks.prompt_format
     save_model(decoder, tokenizer, job.folder, lora)
-    return _summarize(job, decoder.config.parameters)
+    notes = {"engine": "vllm", "exact": False} if stage.engine else {}
+    return _summarize(job, parameters=decoder.config.parameters, **notes)
 
 
-def _summarize(job: Job, parameters: int) -> Outcome:
+def _engine(job: Job, decoder: Decoder, tokenizer: Tokenizer) -> Engine:
+    """Return what samples the completions: the vLLM server that the setting `engine` names, else our own
+    engine, with the decoder's weights in both cases."""
+    stage: RL = job.stage
+    if stage.engine is None:
+        return Engine(decoder, tokenizer, speculate=stage.sampling.speculate)
+    name = f"stages.{job.name}.engine"
+    job.tell(
+        f"{name}: vLLM samples, so nothing is exact; the learner scores each response again, and a token's "
+        f"advantage is multiplied by the ratio of both probabilities, at most {TRUNCATION:g}"
+    )
+    return VLLMEngine(name, stage.engine, decoder, tokenizer)
+
+
+def _summarize(job: Job, **notes: Any) -> Outcome:
     """Return the costs summed over the steps of the log, and how often each alarm went off.
 
-    `parameters` is the number of the model's parameters.
+    `notes` are further notes for the manifest.
     """
     steps = read_metrics(job.folder)
     tokens = sum(step["sampled_tokens"] + step["learned_tokens"] for step in steps)
     alarms = Counter(alarm for step in steps for alarm in step.get("alarms", ()))
     flops = sum(step["flops"] for step in steps)
-    return outcome(tokens, flops, parameters=parameters, alarms=dict(alarms))
+    return outcome(tokens, flops, **notes, alarms=dict(alarms))
 
 
 def _reference(job: Job, lora: LoRA | None) -> Scorer | None:
