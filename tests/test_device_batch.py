@@ -20,10 +20,11 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.config import Experts, Latent
 from limbeck.model.ops import PlainOps, place, use
+from limbeck.model.paged import PagedCache
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.learner import Learner
 from limbeck.train.losses import CrossEntropy
-from limbeck.types import LimbeckError, Problem
+from limbeck.types import LimbeckError, Problem, Sample
 
 FAMILIES = {
     "llama": {},
@@ -146,8 +147,23 @@ def test_the_next_rollout_takes_the_same_batch_and_an_interrupted_one_leaves_not
     with pytest.raises(KeyboardInterrupt):
         engine.rollout(PROBLEMS, 2, sampling, 0, stop)
     same(engine.rollout(PROBLEMS, 2, sampling, 0), first)
-    engine.release()
-    assert engine._device_batch is None
+
+
+def test_the_pool_leaves_what_the_learner_will_take(decoder, tokenizer):
+    """Moments and gradients that are not there yet; gradients alone once the moments are there."""
+    model = decoder()
+    learner = Learner(model, Optimizer(), 4)
+    weights = list(model.parameters())
+    numbers = sum(weight.numel() for weight in weights)
+    missing = learner.optimizer.missing_bytes()
+    assert missing == 12 * numbers + 4 * len(weights)  # each weight's count of updates, too
+    block = PagedCache.block_bytes(model.config, torch.float32)
+    engine = device_engine(model, tokenizer, 4, Card(missing + int(10 * block / device_batch.POOL_SHARE)))
+    engine.reserve = learner.optimizer.missing_bytes
+    engine.rollout(PROBLEMS, 2, SamplingParams(max_new_tokens=100), 0)
+    assert engine._device_batch.pool.count == 10
+    learner.update(pack([Sample(np.arange(3, 9), start=1)], 64), CrossEntropy())
+    assert learner.optimizer.missing_bytes() == 4 * numbers
 
 
 def test_a_stream_gives_the_completion_in_order(decoder, tokenizer):

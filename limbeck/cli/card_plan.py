@@ -39,15 +39,13 @@ def _verdict(fit: Fit) -> str:
     parts = sorted(fit.memory.parts().items(), key=lambda part: -part[1])
     whole = fit.memory.total
     named = [f"{name} {size / GIB:.2f}" for name, size in parts if size > LARGEST * whole]
-    word = "fits" if fit.fits else "does not run" if fit.refused else "does not fit"
+    word = "fits" if fit.fits else "does not fit"
     rows = f"; {fit.rows} of {fit.wanted} rows at once" if fit.wanted else ""
     return f"{word:12} {whole / GIB:6.2f} of {fit.capacity / GIB:.1f}: {', '.join(named)}{rows}"
 
 
 def _remedy(fit: Fit) -> str:
     """Return what makes a stage fit, or that nothing does."""
-    if fit.refused:
-        return fit.refused
     if not fit.relieved:
         return "no setting makes it fit this card: take a larger card or a smaller model"
     return f"fits with {settings_text(fit.remedies)}: {fit.relieved.memory.total / GIB:.2f}"

@@ -112,8 +112,8 @@ class Row:
 class DeviceBatch:
     """A batch of at most `rows` sequences, of which each step samples one token per row.
 
-    `longest` is the number of tokens of the longest prompt. `blocks` is the number of blocks of the pool of
-    keys and values (None: what the rows can need, or what the device has room for). The first blocks of the
+    `longest` is the number of tokens of the longest prompt. The pool of keys and values has the blocks that
+    the rows can need, at most `blocks` (None: what the device has room for). The first blocks of the
     pool take what rows that have ended still write.
     """
 
@@ -142,8 +142,7 @@ class DeviceBatch:
         self.sparse_layers = _choices(model.config)[0]
         width = -(-(longest + sampling.max_new_tokens) // BLOCK)  # blocks of the longest row
         spare = -(-rows // BLOCK)
-        if blocks is None:
-            blocks = min(rows * width, _room(model))
+        blocks = min(rows * width, room(model) if blocks is None else blocks)
         self.pool = BlockPool(spare, blocks)
         self.cache = PagedCache(model.config, weight.dtype, self.device, spare + blocks)
         self.state = self._new_state(rows, width)
@@ -466,13 +465,14 @@ def _choices(config: ModelConfig) -> tuple[int, int]:
     return sparse, config.experts.top_k if config.experts else 0
 
 
-def _room(model: Decoder) -> int:
-    """Return the blocks of keys and values that the device of a model has room for."""
+def room(model: Decoder, reserved: int = 0) -> int:
+    """Return the blocks of keys and values that the device of a model has room for, beside as many bytes as
+    are reserved for others."""
     weight = model.embed.weight
     free = model.ops.free_bytes(weight.device)
     if free is None:
         return 1 << 31
-    return int(POOL_SHARE * free) // PagedCache.block_bytes(model.config, weight.dtype)
+    return int(POOL_SHARE * max(0, free - reserved)) // PagedCache.block_bytes(model.config, weight.dtype)
 
 
 def _write(kept_BT: Tensor, place_B1: Tensor, values_B: Tensor, alive_B: Tensor) -> None:

@@ -31,23 +31,22 @@ Changes = dict[str, Any]  # settings by their dotted names within a stage
 class Fit:
     """Whether a stage fits a card of `capacity` bytes.
 
-    `rows` of the `wanted` rows are sampled at once; both are 0 for a stage that samples nothing. `refused`
-    says why a card does not run the stage at all. Of a stage that does not fit, `remedies` are the settings
-    with which it does, and `relieved` is how it fits then; without such settings, {} and None.
+    `rows` of the `wanted` rows are sampled at once; both are 0 for a stage that samples nothing. Of a stage
+    that does not fit, `remedies` are the settings with which it does, and `relieved` is how it fits then;
+    without such settings, {} and None.
     """
 
     memory: Memory
     capacity: float
     rows: int = 0
     wanted: int = 0
-    refused: str = ""
     remedies: Changes | None = None
     relieved: Fit | None = None
 
     @property
     def fits(self) -> bool:
         """True if the card runs the stage as it is."""
-        return not self.refused and self.memory.total <= self.capacity and self.rows >= min(1, self.wanted)
+        return self.memory.total <= self.capacity and self.rows >= min(1, self.wanted)
 
     def work(self, work: StageWork) -> StageWork:
         """Return the stage's work with the remedies that change its time."""
@@ -71,9 +70,7 @@ class Fit:
         }
         if self.wanted:
             told |= {"rows_at_once": self.rows, "rows": self.wanted}
-        if self.refused:
-            told["refused"] = self.refused
-        elif not self.fits:
+        if not self.fits:
             told["fits_with"] = {name: _plain(value) for name, value in (self.remedies or {}).items()}
             told["fits_with_gib"] = round(self.relieved.memory.total / GIB, 3) if self.relieved else None
         return told
@@ -102,9 +99,7 @@ def foresee(
     readers = _readers(stage, configs, recipe)
     placed = _StageOnCard(stage, work, config, readers, chip)
     fit = placed.fit()
-    if fit.fits or fit.refused:
-        return fit
-    return placed.relieve(fit)
+    return fit if fit.fits else placed.relieve(fit)
 
 
 def _readers(stage: ModelStage, configs: Mapping[str, ModelConfig], recipe: Recipe) -> list[ModelConfig]:
@@ -141,11 +136,8 @@ class _StageOnCard:
         """Return whether the stage fits, without remedies."""
         learns = hasattr(self.stage, "optimizer")
         held = self._held(learns)
-        first = replace(held, moments=0.0)
-        rollout = self._rollout(self.chip.memory - first.total)
-        if self.config.latent or (rollout and self.config.experts):
-            kind = "latent attention" if self.config.latent else "sampling from a mixture of experts"
-            return Fit(held, self.chip.memory, refused=f"{kind} does not run on a card yet")
+        reserved = self._learning().reserved if learns else 0.0
+        rollout = self._rollout(self.chip.memory - held.total - reserved)
         peaks = [held]
         if learns:
             peak = self._learning().peak()

@@ -1,7 +1,8 @@
 """The memory of a rollout on one card: the pool of keys and values, the captured steps, and the prompts.
 
 It follows engine/device_batch.py: the pool takes what the rows can need, or half of what is free when the
-first batch is made, and stays while the learner works.
+first batch is made and not reserved for the learner's moments and gradients, and stays while the learner
+works.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class RolloutMemory:
     """A rollout of groups of `group` completions of at most `limit` tokens, `wanted` rows at once.
 
     Prompts have about `prompt` tokens; numbers have `width` bytes. `free` are the bytes of the card that are
-    free when the first batch is made.
+    free when the first batch is made and that the learner's state will not take.
     """
 
     config: ModelConfig

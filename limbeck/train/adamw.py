@@ -78,6 +78,14 @@ class AdamW(torch.optim.Optimizer):
             if numbers_N is not target_N:
                 self.buffers.send(numbers_N, target_N)
 
+    def missing_bytes(self) -> int:
+        """Return the bytes on the weights' device of the moments that are not there yet."""
+        if self.settings.offload:
+            return 0
+        missing = [one.weight for master, one in self.learned.items() if not self.state.get(master)]
+        states = [moments.begin(weight, torch.device("meta"), self.settings.moments) for weight in missing]
+        return sum(tensor.nbytes for state in states for tensor in state.values())
+
     def _device(self, weight: Tensor) -> torch.device:
         """Return the device that a weight is updated on."""
         return HOST if self.settings.offload else weight.device
@@ -89,12 +97,14 @@ class AdamW(torch.optim.Optimizer):
         return chunk_N.to(like_N.dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the moments that `state_dict` returned, in the types that they were saved in: torch's own
-        function would give them the type of the parameter."""
+        """Restore the moments and learning rates that `state_dict` returned. Moments keep the types that they
+        were saved in: torch's own function would give them the type of the parameter."""
         masters = [master for group in self.param_groups for master in group["params"]]
         for index, state in state_dict["state"].items():
             device = self._device(self.learned[masters[index]].weight)
             self.state[masters[index]] = {name: value.to(device) for name, value in state.items()}
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group["lr"] = saved["lr"]
 
 
 def _chunks(count: int) -> Iterator[slice]:

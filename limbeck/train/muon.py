@@ -68,6 +68,10 @@ class Muon(torch.optim.Optimizer):
             if tensor.master is not tensor.weight:
                 tensor.weight.copy_(tensor.master)
 
+    def missing_bytes(self) -> int:
+        """Return the bytes of the momentum that is not there yet."""
+        return sum(one.master.nbytes for one in self.learned if not self.state.get(one.master))
+
     def _directions(
         self, masters: list[nn.Parameter], gradients: list[Tensor], momentum: float
     ) -> list[Tensor]:

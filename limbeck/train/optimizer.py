@@ -86,6 +86,15 @@ class Optimizer:
         """Say that a backward pass comes, whose gradients are to be added to those of earlier ones."""
         self.sums.begin_micro_batch()
 
+    def missing_bytes(self) -> int:
+        """Return the bytes on the model's device that the moments and the gradients of an update will take,
+        beside those of moments that are there."""
+        missing = sum(part.missing_bytes() for part in self.parts)
+        for weight in self.weights.values():
+            wide = 4 if weight.dtype in HALF and not self.settings.offload else weight.element_size()
+            missing += wide * weight.numel()
+        return missing
+
     def drop_gradients(self) -> None:
         """Drop all gradients since the last update."""
         self.model.zero_grad(set_to_none=True)

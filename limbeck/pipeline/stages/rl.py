@@ -57,6 +57,7 @@ def run(job: Job) -> Outcome:
     if state:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
+    engine.reserve = trainer.learner.optimizer.missing_bytes
     trainer.train()
     checkpoint.finish(trainer.state_dict, run_log)
     tokenizer.prompt_format = tasks.prompt_format
