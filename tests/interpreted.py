@@ -4,6 +4,7 @@ proves what a kernel computes, not its bits: those are compared on a card (`pyth
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -12,26 +13,55 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_batching import asks, carry
 from test_engine import PROBLEMS, tokens_of
 from triton.runtime import interpreter
 
+from limbeck.engine.device_scheduler import DeviceScheduler
+from limbeck.engine.request import Request
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
+from limbeck.engine.scheduler import Scheduler
+from limbeck.model.config import Experts, Latent
 from limbeck.model.context import Layer
-from limbeck.model.cuda import attention, products, rowwise, sampling
+from limbeck.model.cuda import attention, experts, products, rowwise, sampling
 from limbeck.model.ops import PlainOps, use
-from limbeck.model.ops.cuda import CUDAOps
-from limbeck.model.ops.table import Rows
+from limbeck.model.ops.cuda import CUDAOps, FastCUDAOps
+from limbeck.model.ops.experts import sort_choices
+from limbeck.model.ops.table import BLOCK, Latents, Rows
+from limbeck.model.packed import Packed, SharedPrefix
 from limbeck.train.batch import pack, to_samples
 from limbeck.train.scorer import Scorer
 
 PLAIN = PlainOps()
+FAMILIES = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "before", "windows": (5, 0)},
+    "deepseek": {
+        "latent": Latent(8, 12, 4, 5, q_rank=6),
+        "experts": Experts(
+            6,
+            2,
+            12,
+            10,
+            sigmoid=True,
+            balanced=True,
+            normalize=True,
+            scale=1.5,
+            groups=3,
+            top_groups=2,
+            dense=(0,),
+        ),
+    },
+}
 
 
 class Interpreted(CUDAOps):
     """A card's operations, but for what is the card itself."""
 
     capture = PlainOps.capture
+    send = PlainOps.send
+    fetch = PlainOps.fetch
     free_bytes = PlainOps.free_bytes
 
 
@@ -89,6 +119,63 @@ def test_norms_forward_and_backward(monkeypatch):
     near(by_weight, weight.grad, 1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_of_heads(monkeypatch, rows):
+    """In one span and in three; the weight may lie across."""
+    x, w = torch.randn(rows, 3, 2 * 70)[..., ::2], torch.randn(3, 70, 50)
+    wanted = torch.einsum("nhd,hdo->nho", x.double(), w.double())
+    for span in (1024, 30):
+        monkeypatch.setattr(products, "SPAN", span)
+        for tile in (products.Tile(16, 16, 2, 5), None):
+            near(products.per_head(x, w.mT, tile), wanted)
+            near(products.per_head(x[:, 1:], w.mT.contiguous()[1:], tile), wanted[:, 1:])
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(1, 5), (1, 100), (50, 5), (50, 3)])
+def test_mixtures_of_experts(tokens, count):
+    """Experts that nobody chose, and one that everybody did; tiles of all sizes; gradients too."""
+    top_k, width, inner = 3, 70, 40
+    x = torch.randn(tokens, width)
+    gate_up, down = torch.randn(count, 2 * inner, width) / 8, torch.randn(count, width, inner) / 6
+    chosen = torch.rand(tokens, count).argsort(1)[:, :top_k]
+    chosen[:, 0] = torch.where((chosen[:, 1:] == 1).any(1), chosen[:, 0], 1)
+    weights = torch.rand(tokens, top_k)
+    order, ends = sort_choices(chosen, count)
+    sorting = (order, ends.int())
+    rows = x[order // top_k]
+    for tile in (products.Tile(16, 16, 2, 2), products.Tile(64, 32, 4, 2), None):
+        both = experts.spread(x, gate_up, sorting, top_k, tile)
+        near(both, torch.einsum("mc,mic->mi", rows, gate_up[chosen.flatten()[order]]), 1e-4)
+        wanted = torch.einsum("nk,nkic,nc->ni", weights, gate_up[chosen], x)
+        near(experts.gather(rows, gate_up, sorting, weights, tile), wanted, 1e-4)
+    upstream = torch.randn(tokens, width)
+    found = []
+    for ops in (CUDAOps(), PLAIN):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, gate_up, down, weights)]
+        y = ops.mix_experts(*leaves[:3], chosen, leaves[3])
+        y.backward(upstream)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        near(mine, theirs, 1e-4)
+
+
+def test_no_choice_needs_more_tiles_than_there_are():
+    for tokens, count, rows in ((1, 8, 16), (7, 2, 16), (100, 8, 16), (100, 8, 64), (40, 3, 32)):
+        worst = max(
+            (torch.bincount(chosen, minlength=count) + rows - 1).div(rows, rounding_mode="floor").sum()
+            for chosen in torch.randint(count, (200, tokens))
+        )
+        assert worst <= experts.most_tiles(tokens, count, rows) <= tokens
+
+
+def test_of_equal_experts_the_first_come_first():
+    scores = torch.tensor([[0.5, 0.9, 0.5, 0.9, 0.1], [0.2] * 5])
+    assert CUDAOps().top_k(scores, 3).tolist() == [[1, 3, 0], [0, 1, 2]]
+    near(CUDAOps().row_sums(scores), scores.sum(1, keepdim=True))
+    x, weight = torch.randn(9, 70), torch.randn(5, 70)
+    near(CUDAOps().router(x.half(), weight.half()), x.half().float() @ weight.half().float().T)
+
+
 def test_swiglu_rotation_and_store():
     both = torch.randn(5, 2 * 40, requires_grad=True)
     upstream = torch.randn(5, 40)
@@ -105,6 +192,7 @@ def test_swiglu_rotation_and_store():
     slots = torch.tensor([0, 17, 3, 31, 8])
     for ops, pool in zip((PLAIN, CUDAOps()), pools, strict=True):
         ops.store(heads[:, :2], heads[:, 3:5], slots, pool)
+        ops.store(heads[:, 2:4], None, slots - 1 + (slots == 0), pool)
     assert all(torch.equal(*both) for both in zip(*pools, strict=True))
 
 
@@ -158,6 +246,45 @@ def test_paged_attention_is_that_of_plain_operations():
         near(*ones)
 
 
+@pytest.mark.parametrize(("rank", "tail", "heads"), [(24, 5, 3), (64, 16, 20)])
+def test_attention_to_latents(monkeypatch, rank, tail, heads):
+    """In steps of a block and of a part of it; more query heads than a program takes at once."""
+    keys = torch.randn(256, 1, rank + tail)
+    pool = (keys, keys[..., :rank])
+    rows = Rows(
+        torch.tensor([[64, 192], [0, 128]], dtype=torch.int32),
+        torch.tensor([0, 3, 10], dtype=torch.int32),
+        torch.tensor([70, 9], dtype=torch.int32),
+        7,
+    )
+    q = torch.randn(10, heads, rank + tail)
+    for part in (attention.PART_BYTES, 64 * rank):
+        monkeypatch.setattr(attention, "PART_BYTES", part)
+        assert attention.Sizes.of(q, pool).step == (64 if part > 64 * rank else 16)
+        for window in (0, 20):
+            layer = Layer(0, 0.2, window)
+            near(CUDAOps().attend_rows(layer, q, pool, rows), PLAIN.attend_rows(layer, q, pool, rows))
+            ones = [
+                ops.attend_one(layer, q[:2], pool, rows.table, rows.lengths) for ops in (CUDAOps(), PLAIN)
+            ]
+            near(*ones)
+
+
+@pytest.mark.parametrize("sequences", [Packed([3, 8]), SharedPrefix(1, 4, [0, 0], [2, 5])])
+def test_latents_of_whole_sequences(sequences):
+    """Absorbed, and written out by the libraries' order: both say what plain operations say."""
+    tokens, heads, rank, nope, rope, value = 11, 3, 20, 6, 4, 5
+    cached = torch.randn(tokens, 1, rank + rope)
+    up_key, up_value = torch.randn(heads, nope + value, rank).split([nope, value], 1)
+    written = [torch.einsum("nr,hdr->nhd", cached[:, 0, :rank], up) for up in (up_key, up_value)]
+    k = torch.cat([written[0], cached[..., rank:].expand(-1, heads, -1)], -1)
+    q = torch.randn(tokens, heads, nope + rope)
+    given = (Layer(0, 0.3, 0), q, k, written[1], sequences, Latents(cached, up_key, up_value))
+    wanted = PLAIN.attend(*given)
+    for ops in (CUDAOps(), FastCUDAOps()):
+        near(ops.attend(*given), wanted)
+
+
 def test_draws_and_their_log_probabilities():
     """Over three blocks of logits, the last of them excluded, and for random numbers near both ends."""
     logits = torch.randn(6, 5000) * 3
@@ -192,14 +319,11 @@ def test_scores_have_the_bits_of_draws_and_the_gradients_of_torch(excluded):
     near(by, logits.grad)
 
 
-@pytest.mark.parametrize(
-    ("family", "top_p"), [("llama", 0.8), ("qwen2", 1.0), ("qwen3", 1.0), ("windows", 1.0)]
-)
+@pytest.mark.parametrize(("family", "top_p"), [("qwen2", 0.8), ("qwen3", 1.0), ("deepseek", 1.0)])
 def test_the_engine_and_the_learner_of_a_card(decoder, tokenizer, family, top_p):
     """Completions of the CPU's engine, token for token; the learner finds the sampler's log-probabilities."""
-    sizes = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "before"}, "windows": {"windows": (5, 0)}}
-    model = decoder(**sizes.get(family, {}), head_dim=16)
-    sampling = SamplingParams(0.7, top_p, 5, keep_mask=top_p < 1)
+    model = decoder(**FAMILIES[family], head_dim=16)
+    sampling = SamplingParams(0.7, top_p, 3, keep_mask=top_p < 1)
     few = PROBLEMS[:2]
     wanted = Engine(model, tokenizer).rollout(few, 2, sampling, 1)
     use(model, Interpreted())
@@ -215,18 +339,39 @@ def test_the_engine_and_the_learner_of_a_card(decoder, tokenizer, family, top_p)
         near(found, batch.logprobs_M, 1e-4)
 
 
-@pytest.mark.parametrize("recompute", [False, "keep_attention"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "windows"])
+def test_the_server_s_batch_of_a_card(decoder, tokenizer):
+    """The answers of the CPU's server: rows of every kind beside one another, one prompt known in part."""
+    model = decoder(head_dim=16, max_positions=256)
+    long = tokenizer.prompt(" ".join(["say", *"123456" * 12, "?"]))
+    requests = [dataclasses.replace(request, max_new_tokens=3, copies=1) for request in asks(tokenizer)[1::2]]
+    requests.append(Request(long, 0.7, max_new_tokens=3, seed=7, top=2, copies=2))
+    host = Scheduler(model, tokenizer, rows=16)
+    wanted = [host.submit(request) for request in [*requests, requests[-1]]]
+    carry(host)
+    card = DeviceScheduler(use(model, Interpreted()), tokenizer, 8, 99, 24)
+    found = [card.submit(request) for request in requests]
+    carry(card)
+    found.append(card.submit(requests[-1]))
+    carry(card)
+    assert found[-1].cached == BLOCK and not card.busy
+    for one, two in zip(found, wanted, strict=True):
+        assert [choice.tokens for choice in one.choices] == [choice.tokens for choice in two.choices]
+        np.testing.assert_allclose(one.choices[0].logprobs, two.choices[0].logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [("qwen2", False), ("qwen3", "keep_attention"), ("deepseek", "keep_attention")],
+)
 def test_the_learner_s_gradients_in_float32(decoder, tokenizer, family, recompute):
     """Attention's backward pass in 16 bits is torch's flash attention, which a CPU does not have.
 
     The gradient of a plain sum is one number that stands for all predictions (stride 0)."""
-    weighted = family != "llama"
-    sizes = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "before"}, "windows": {"windows": (5, 0)}}
-    model = decoder(**sizes.get(family, {}), head_dim=16)
+    weighted = family != "qwen2"
+    model = decoder(**FAMILIES[family], head_dim=16)
     model.recompute = recompute
-    groups = Engine(model, tokenizer).rollout(PROBLEMS[:2], 2, SamplingParams(max_new_tokens=6), 1)
-    batches = pack(to_samples(groups, [[1.0, -1.0]] * 2, False), 4096)
+    groups = Engine(model, tokenizer).rollout(PROBLEMS[:1], 2, SamplingParams(max_new_tokens=6), 1)
+    batches = pack(to_samples(groups, [[1.0, -1.0]], False), 4096)
 
     def gradients(ops: PlainOps) -> dict[str, torch.Tensor]:
         use(model, ops)
@@ -235,7 +380,7 @@ def test_the_learner_s_gradients_in_float32(decoder, tokenizer, family, recomput
             logprobs = Scorer(model).forward(batch, 0.7)[0]
             loss = logprobs * torch.linspace(-1, 1, len(logprobs)) if weighted else logprobs
             loss.sum().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     found = gradients(Interpreted())
     for name, gradient in gradients(PlainOps()).items():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_engine import MODES, PROBLEMS, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from limbeck.config.parts import Optimizer
 from limbeck.engine import device_batch
 from limbeck.engine.block_pool import BlockPool
 from limbeck.engine.device_batch import DeviceBatch
@@ -19,7 +20,11 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.config import Experts, Latent
 from limbeck.model.ops import PlainOps, place, use
-from limbeck.types import LimbeckError, Problem
+from limbeck.model.paged import PagedCache
+from limbeck.train.batch import pack, to_samples
+from limbeck.train.learner import Learner
+from limbeck.train.losses import CrossEntropy
+from limbeck.types import LimbeckError, Problem, Sample
 
 FAMILIES = {
     "llama": {},
@@ -34,15 +39,19 @@ FAMILIES = {
     },
     "experts": {"experts": Experts(4, 2, 16)},
     "latent": {"latent": Latent(8, 6, 4, 5), "kv_heads": 4, "head_dim": 10},
+    "deepseek": {
+        "latent": Latent(8, 6, 4, 5, q_rank=6), "kv_heads": 4, "head_dim": 10,
+        "experts": Experts(
+            6, 2, 16, 8, sigmoid=True, balanced=True, normalize=True, scale=1.5, groups=3, top_groups=2,
+            dense=(0,),
+        ),
+    },
 }  # fmt: skip
 LONG = [Problem(f"long/{i}", " ".join(["say", *"123456" * i, "?"])) for i in (3, 11, 13)]
 
 
 class Card(PlainOps):
-    """Operations as a card has them: no experts, no latents, and so much free memory."""
-
-    has_latents = False
-    has_experts = False
+    """Operations of a device with so much free memory."""
 
     def __init__(self, free: int | None = None):
         self.free = free
@@ -138,8 +147,23 @@ def test_the_next_rollout_takes_the_same_batch_and_an_interrupted_one_leaves_not
     with pytest.raises(KeyboardInterrupt):
         engine.rollout(PROBLEMS, 2, sampling, 0, stop)
     same(engine.rollout(PROBLEMS, 2, sampling, 0), first)
-    engine.release()
-    assert engine._device_batch is None
+
+
+def test_the_pool_leaves_what_the_learner_will_take(decoder, tokenizer):
+    """Moments and gradients that are not there yet; gradients alone once the moments are there."""
+    model = decoder()
+    learner = Learner(model, Optimizer(), 4)
+    weights = list(model.parameters())
+    numbers = sum(weight.numel() for weight in weights)
+    missing = learner.optimizer.missing_bytes()
+    assert missing == 12 * numbers + 4 * len(weights)  # each weight's count of updates, too
+    block = PagedCache.block_bytes(model.config, torch.float32)
+    engine = device_engine(model, tokenizer, 4, Card(missing + int(10 * block / device_batch.POOL_SHARE)))
+    engine.reserve = learner.optimizer.missing_bytes
+    engine.rollout(PROBLEMS, 2, SamplingParams(max_new_tokens=100), 0)
+    assert engine._device_batch.pool.count == 10
+    learner.update(pack([Sample(np.arange(3, 9), start=1)], 64), CrossEntropy())
+    assert learner.optimizer.missing_bytes() == 4 * numbers
 
 
 def test_a_stream_gives_the_completion_in_order(decoder, tokenizer):
@@ -171,7 +195,7 @@ def test_each_row_ends_at_its_own_limit(decoder, tokenizer):
 def test_a_step_waits_for_nothing(decoder, tokenizer):
     """And no tensor of the batch moves, so that a graph of the step may be replayed."""
     sampling = SamplingParams(0.7, 0.9, 20, force={3: 4})
-    for family in ("llama", "qwen2", "qwen3", "windows"):
+    for family in ("qwen2", "qwen3", "windows", "deepseek"):
         model = use(decoder(**FAMILIES[family]), PlainOps())
         batch = DeviceBatch(model, tokenizer.end_id, sampling, 6, 8)
         with torch.no_grad():
@@ -185,24 +209,35 @@ def test_a_step_waits_for_nothing(decoder, tokenizer):
         bool(torch.ones(2).any())
 
 
-def test_weights_keep_their_places_when_they_are_loaded(decoder, tokenizer):
-    model = use(decoder(seed=1), PlainOps())
-    engine = Engine(model, tokenizer)
-    places = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
-    other = decoder(seed=2)
+@pytest.mark.parametrize("family", ["qwen3", "deepseek"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_moves_when_weights_are_updated_or_loaded(decoder, tokenizer, family, dtype):
+    """So a graph that was captured before a step of learning samples from the weights after it."""
+    model = place(decoder(**FAMILIES[family]), "plain", dtype)
+    engine = Engine(model, tokenizer, 8)
+    learner = Learner(model, Optimizer(), 2)
+    sampling = SamplingParams(max_new_tokens=6)
+    groups = engine.rollout(PROBLEMS[:2], 2, sampling, 0)
+    batch = engine._device_batch
+
+    def places() -> list[int]:
+        tensors = [*model.state_dict().values(), *model.buffers(), *batch.state.tensors(), batch.is_stop_V]
+        return [tensor.data_ptr() for tensor in (*tensors, batch.cache.keys, batch.cache.values)]
+
+    def values() -> list[torch.Tensor]:
+        return [weight.clone() for weight in model.parameters()]
+
+    before, weights = places(), values()
+    learner.update(pack(to_samples(groups, [[1.0, -1.0]] * 2, False), 4096), CrossEntropy())
+    assert any(not torch.equal(*pair) for pair in zip(weights, values(), strict=True))
+    assert places() == before
+    engine.load_weights(learner.weights())
+    engine.rollout(PROBLEMS[:2], 2, sampling, 1)
+    assert engine._device_batch is batch and places() == before
+    other = decoder(seed=2, **FAMILIES[family]).to(dtype)
     engine.load_weights(other.state_dict())
-    assert places == {name: weight.data_ptr() for name, weight in model.state_dict().items()}
-    for name, weight in other.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight)
-
-
-@pytest.mark.parametrize(
-    ("family", "word"), [("experts", "num_experts: a mixture"), ("latent", "kv_lora_rank: multi-head latent")]
-)
-def test_what_a_card_cannot_run_is_said(decoder, tokenizer, family, word):
-    engine = device_engine(decoder(**FAMILIES[family]), tokenizer, 4, Card())
-    with pytest.raises(LimbeckError, match=word):
-        engine.rollout(PROBLEMS, 1, SamplingParams(max_new_tokens=4), 0)
+    assert places() == before
+    assert all(torch.equal(*pair) for pair in zip(other.parameters(), values(), strict=True))
 
 
 def test_what_a_card_has_no_room_for_is_said(decoder, tokenizer):

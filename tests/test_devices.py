@@ -17,7 +17,8 @@ from tiny import Silent, answer
 
 from limbeck.cli import doctor, evaluation
 from limbeck.cli.ask import stream_answer
-from limbeck.config.load import load
+from limbeck.cli.options import hold_device
+from limbeck.config.load import dump, load
 from limbeck.config.recipe import Evaluate, Miniature
 from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
@@ -26,7 +27,8 @@ from limbeck.model.ops import devices
 from limbeck.pipeline.graph import Node
 from limbeck.pipeline.job import Job
 from limbeck.pipeline.run import Run
-from limbeck.pipeline.stage_device import device_memory, note_device, remedies
+from limbeck.pipeline.run_status import RunStatus
+from limbeck.pipeline.stage_device import DEVICES, device_memory, note_device, remedies
 from limbeck.pipeline.stages import STAGES
 from limbeck.pipeline.worker import TEMPORARY_FAILURE, run_job
 from limbeck.run_log import read_metrics
@@ -235,6 +237,32 @@ def test_a_stage_that_goes_on_on_another_device_says_so_and_its_manifest_tells_b
     )
 
 
+def test_status_and_show_tell_the_stages_that_went_on_on_another_device(tmp_path, call):
+    """One that is done says so by its manifest, one that was only begun by its folder."""
+    home = tmp_path / "plain"
+    nodes = carry_out(tmp_path, "plain", "base")
+    run = Run(load(tmp_path / "devices.yaml"), tmp_path, home, Silent())
+    run.folder.mkdir(parents=True)
+    (run.folder / "recipe.yaml").write_text(dump(load(tmp_path / "devices.yaml", [])))
+    said = "computed on cpu, then on NVIDIA H100 (driver 580.95), which round differently"
+    for command in (("status", run.folder), ("show", "--runs", home)):
+        assert said not in call(*command).out
+    devices_used = [{"name": "cpu"}, {"name": "NVIDIA H100", "driver": "580.95"}]
+    path = nodes["base"].artifact.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "device": {**devices_used[1], "before": devices_used[:1]}}))
+    for command in (("status", run.folder), ("show", "--runs", home)):
+        assert call(*command).out.count(said) == 1
+    with RunStatus(run.folder) as state:
+        partial = run.store.root / ".partial" / "zero-1"
+        partial.mkdir(parents=True)
+        (partial / DEVICES).write_text(json.dumps(devices_used))
+        state.begun["zero"] = partial.name
+        state.tell("running")
+        rows = json.loads(call("status", run.folder, "--json").out)["data"]
+    assert [row["stage"] for row in rows if row["devices"].startswith(said)] == ["base", "zero"]
+
+
 def test_one_process_at_a_time_has_a_card_and_the_next_says_for_whom_it_waits(tmp_path):
     told = []
 
@@ -282,6 +310,12 @@ def test_a_full_card_is_one_sentence_with_what_helps_and_can_go_on(tmp_path, mon
 def test_what_needs_less_memory_is_told_the_gentlest_first(tmp_path):
     job = replace(ready(tmp_path), name="zero", stage=load(tmp_path / "devices.yaml").stages["zero"])
     assert remedies(job)[0].startswith("set stages.zero.recompute: true, with which the same command goes on")
+    assert [words.removeprefix("set stages.zero.") for words in remedies(job)[1:5]] == [
+        "optimizer.offload: true, with which it goes on from there too",
+        "precision: bfloat16",
+        "optimizer.moments: int8",
+        "optimizer.masters: false with precision: bfloat16",
+    ]
     assert remedies(job)[-1] == (
         "lower stages.zero.batch_tokens (4096) or stages.zero.policy.group_size (4) or "
         "stages.zero.sampling.max_new_tokens (16)"
@@ -378,8 +412,8 @@ def test_a_question_is_answered_on_a_device(decoder, tokenizer, tmp_path):
     weights.save(decoder(), tmp_path, tokenizer)
     sampling = SamplingParams(max_new_tokens=8)
     assert "".join(stream_answer(tmp_path, "1 + 1", sampling, 0, "plain"))
-    with pytest.raises(LimbeckError, match="--device cuda:9"):
-        next(stream_answer(tmp_path, "1 + 1", sampling, 0, "cuda:9"))
+    with pytest.raises(LimbeckError, match="--device cuda:9"), hold_device("cuda:9", "limbeck ask"):
+        pass
 
 
 def test_an_evaluation_without_a_run_takes_a_device(decoder, tokenizer, tmp_path):

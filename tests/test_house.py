@@ -103,7 +103,13 @@ def test_the_plan_uses_recipe_and_shapes_only():
         used = {name for name in imports(path) if name.startswith("limbeck.")}
         assert all(
             name.startswith(
-                ("limbeck.plan", "limbeck.config.recipe", "limbeck.types", "limbeck.model.config")
+                (
+                    "limbeck.plan",
+                    "limbeck.config.recipe",
+                    "limbeck.config.parts",
+                    "limbeck.types",
+                    "limbeck.model.config",
+                )
             )
             for name in used
         )

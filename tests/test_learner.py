@@ -28,8 +28,10 @@ from limbeck.train.checkpoint import Checkpoint
 from limbeck.train.learned_rewards import LearnedRewards
 from limbeck.train.learner import Learner
 from limbeck.train.losses import CrossEntropy, PolicyGradient
-from limbeck.train.optimizer import Muon, orthogonalize, schedule
+from limbeck.train.masters import Learned
+from limbeck.train.muon import Muon, orthogonalize
 from limbeck.train.optimizer import Optimizer as Stepper
+from limbeck.train.optimizer import schedule
 from limbeck.train.scorer import Scorer, token_logprobs
 from limbeck.train.selftest import selftest
 from limbeck.types import LimbeckError, Resumable, Sample
@@ -320,15 +322,16 @@ def test_muon_updates_a_fused_matrix_like_separate_ones():
     whole = torch.nn.Parameter(torch.randn(16, 24, generator=random))
     parts = [torch.nn.Parameter(piece.clone()) for piece in whole.detach().split((8, 4, 4))]
     before = whole.detach().clone()
-    fused = Muon([whole], [(8, 4, 4)], lr=0.1, weight_decay=0.01)
-    separate = Muon(parts, [(8,), (4,), (4,)], lr=0.1, weight_decay=0.01)
+    names = ["q", "k", "v"]
+    fused = Muon([Learned("qkv", whole, whole)], [(8, 4, 4)], lr=0.1, weight_decay=0.01)
+    learned = [Learned(name, part, part) for name, part in zip(names, parts, strict=True)]
+    separate = Muon(learned, [(8,), (4,), (4,)], lr=0.1, weight_decay=0.01)
     for step in range(3):
-        whole.grad = torch.randn(16, 24, generator=random)
-        for part, grad in zip(parts, whole.grad.split((8, 4, 4)), strict=True):
-            part.grad = grad.clone()
-        first = whole.grad[:8].clone()
-        fused.step()
-        separate.step()
+        gradient = torch.randn(16, 24, generator=random)
+        first = gradient[:8].clone()
+        fused.step({"qkv": gradient.clone()}, torch.ones(()), step)
+        pieces = [piece.clone() for piece in gradient.split((8, 4, 4))]
+        separate.step(dict(zip(names, pieces, strict=True)), torch.ones(()), step)
         if step == 0:  # Newton-Schulz does not see the scale, so the first momentum is the gradient
             by_hand = before[:8] * (1 - 0.1 * 0.01) - 0.2 * 24**0.5 * 0.1 * orthogonalize(first[None])[0]
             torch.testing.assert_close(whole.detach()[:8], by_hand, atol=1e-5, rtol=0)

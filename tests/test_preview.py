@@ -83,6 +83,16 @@ def test_a_preview_shows_what_the_model_sees_and_what_it_is_worth(recipe):
     assert not (recipe.parent / "runs").exists()
 
 
+def test_a_preview_on_a_device_is_that_of_the_cpu(recipe, call):
+    found, same = (
+        json.loads(call("try", recipe, "--stage", "zero", "--device", device, "--json").out)
+        for device in ("cpu", "plain")
+    )
+    assert found == same and found["data"]["previews"][0]["prompts"]
+    ended = call("try", recipe, "--device", "gpu")
+    assert ended.code == 2 and "--device gpu: not a device" in ended.err
+
+
 def test_a_missing_model_has_the_one_that_it_is_trained_from_in_its_place(recipe):
     found = tried(recipe, "traces")
     assert (found["model"], found["wanted"]) == ("base", "zero")

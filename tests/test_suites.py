@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from bench import eval_cases
 from limbeck.config.load import load
 from limbeck.config.parts import ProtocolName, SuiteName, SuiteOptions
 from limbeck.config.recipe import Evaluate
@@ -269,6 +270,14 @@ def test_the_letter_of_a_response(text, letter):
 )
 def test_the_normal_form_of_hendrycks(gold, answer, same):
     assert is_equivalent(gold, answer) is same
+
+
+def test_the_verdicts_on_aime_are_those_of_lm_eval():
+    theirs = pytest.importorskip("lm_eval.tasks.aime.utils").process_results
+    judge = find_protocol(SUITES["aime-2024"], "lm-eval").metrics[0].judge
+    for row, text in [*eval_cases.aime()][::5] + [*eval_cases.math()][::5]:
+        item = Item("x", row["problem"], row["answer"], row=row)
+        assert judge(item, text)[0] == bool(theirs(row, [text])["exact_match"]), (row["answer"], text)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import MODEL, RUNS, Device, Home, open_model
+from .options import MODEL, RUNS, Device, Home, hold_device, open_model
 
 if TYPE_CHECKING:
     from ..engine.sampling import SamplingParams
@@ -51,8 +51,9 @@ def ask(
         repetition_penalty=repetition_penalty,
     )
     directory = open_model(model, runs).directory()
-    for text in stream_answer(directory, question, sampling, seed, device):
-        print(text, end="", flush=True)
+    with hold_device(device, f"limbeck ask {model}") as name:
+        for text in stream_answer(directory, question, sampling, seed, name):
+            print(text, end="", flush=True)
     print()
 
 
@@ -61,23 +62,17 @@ def stream_answer(
 ) -> Iterator[str]:
     """Yield the answer to `question` in pieces of text, while it is sampled.
 
-    `directory` is the model's directory. `device` is the name of what computes (model/ops/devices.py); a card
-    computes in bfloat16 where the weights are stored so. Control characters are removed, and a character
-    whose bytes span several tokens is held back until it is complete.
+    `directory` is the model's directory. `device` is the resolved name of what computes (see
+    `weights.load_onto`). Control characters are removed, and a character whose bytes span several tokens is
+    held back until it is complete.
     """
-    import torch
-
     from ..engine.rollout import Engine
     from ..model import weights
-    from ..model.ops import devices, place
     from ..text.tokenizer import Tokenizer
     from .display import printable
 
     tokenizer = Tokenizer.from_directory(directory)
-    name = devices.resolve(device)
-    devices.prepare(name)
-    dtype = weights.stored_dtype(directory) if devices.is_card(name) else torch.float32
-    engine = Engine(place(weights.load(directory, dtype), name), tokenizer)
+    engine = Engine(weights.load_onto(directory, device), tokenizer)
     tokens: list[int] = []
     printed = 0
     messages = tokenizer.prompt_format.apply([{"role": "user", "content": question}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from .options import (
     load_recipe,
     open_model,
     print_json,
+    tell,
     usage_error,
 )
 
@@ -214,7 +214,7 @@ def _measured(model: str, runs: Path, test: _Test, device: str) -> Iterator[Path
         folder.mkdir()
         asked = {name: test.problems[name] for name in test.settings.problems}
         job = Job("evaluation", test.settings, test.seed, {found.title: inputs}, asked, folder, device=device)
-        with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
+        with ready_device(job, tell) as ready:
             stage.run(ready)
         yield folder
 

@@ -99,12 +99,15 @@ def _weights_size(path: Path) -> int:
 
 def _list_artifacts(runs: Path, as_json: bool) -> None:
     """Print one line for each artifact in the store of `runs`: its name, stage, seconds and size."""
+    from ..pipeline.stage_device import changed_device
+
     rows = []
     for stored in open_store(runs).all():
         manifest = stored.manifest
         size = sum(output["bytes"] for output in manifest["outputs"].values())
         row = {"artifact": stored.folder.name, "stage": manifest["stage"], "seconds": manifest["seconds"]}
-        rows.append({**row, "bytes": size, "unchanged": manifest["notes"].get("weights_changed") is False})
+        unchanged = manifest["notes"].get("weights_changed") is False
+        rows.append({**row, "bytes": size, "unchanged": unchanged, "devices": changed_device(manifest)})
     print_rows(rows, as_json, _artifact_line)
 
 
@@ -112,7 +115,10 @@ def _artifact_line(row: dict[str, Any]) -> str:
     """Return one line of the list of artifacts: name, stage, seconds, and size in MB."""
     megabytes = row["bytes"] / 1e6
     mark = "  weights unchanged" if row["unchanged"] else ""
-    return f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB{mark}"
+    devices = f"\n  ! {row['devices']}" if row["devices"] else ""
+    return (
+        f"{row['artifact']:28} {row['stage']:28} {row['seconds']:8.1f} s {megabytes:9.2f} MB{mark}{devices}"
+    )
 
 
 @app.command()

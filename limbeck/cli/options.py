@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,27 @@ def open_model(name: str, runs: Path) -> NamedModel:
     if model.run:
         print(f"{name}: its model {model.title}", file=sys.stderr)
     return model
+
+
+def tell(text: str) -> None:
+    """Print a message to the user on standard error."""
+    print(f"limbeck: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def hold_device(device: str, owner: str) -> Iterator[str]:
+    """Hold the device of a command, alone if it is a card, and yield its resolved name. While another process
+    computes on the card, the command waits and says for whom; `owner` is what is said to those that wait for
+    this one.
+
+    Raises LimbeckError if there is no such device here.
+    """
+    from ..model.ops import devices
+    from ..runtime.card_lock import device_lock
+
+    name = devices.resolve(device)
+    with device_lock(name, owner, tell):
+        yield name
 
 
 def read_config(path: Path) -> ModelConfig:

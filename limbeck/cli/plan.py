@@ -25,7 +25,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..model.config import ModelConfig
-    from .plan_text import Answer
+    from ..pipeline.graph import Graph
+    from .plan_text import Answer, Conditions
 
 app = typer.Typer()
 
@@ -50,9 +51,11 @@ Overrides = Annotated[
     ),
 ]
 OnCluster = Annotated[
-    str,
+    list[str],
     typer.Option(
-        help="a cluster: 8x4090, 2048xH800, fire-flyer-2; a recipe's is this machine", show_default=False
+        help="a card or a cluster: 1xRTX4090, 2048xH800, fire-flyer-2; a recipe's is this machine; several "
+        "give one table of a recipe",
+        show_default=False,
     ),
 ]
 Changes = Annotated[
@@ -99,7 +102,7 @@ def plan(
     runs: Home = RUNS,
     set_: Overrides = [],  # noqa: B006
     auto: Auto = False,
-    on: OnCluster = "",
+    on: OnCluster = [],  # noqa: B006
     what_if: Changes = [],  # noqa: B006
     tokens: Tokens = None,
     batch: Batch = None,
@@ -115,33 +118,28 @@ def plan(
     """Say what a run would do, how long it takes and what it costs, on this machine or on chips one might
     get: nothing is run.
 
-    Of a recipe: which stages are done, will run or wait, and each one's time. Of a model: the best layouts,
+    Of a recipe: which stages are done, will run or wait, and each one's time; on a card, its memory and
+    whether it fits too. Of a model: the best layouts,
     time, energy and money of training it, or of its reinforcement learning, and of serving it. `verify` sets
     published runs against the plan.
 
-    For instance: `limbeck plan quickstart`, `limbeck plan deepseek-v3 --on 2048xH800`
+    For instance: `limbeck plan quickstart --on 1xRTX4090`, `limbeck plan deepseek-v3 --on 2048xH800`
     """
-    from .plan_text import Conditions, changes_text, days_left
+    from .plan_text import Conditions, days_left
 
     if until:
         days_left(until)  # an invalid day is refused before the search
-    conditions = Conditions(on, _changes(what_if, "--what-if"), price, until)
+    _check_several(what, on, {"--until": until, "--to": to})
+    conditions = Conditions(on[0] if on else "", _changes(what_if, "--what-if"), price, until)
     figures: dict[str, Any] = {}
     if what == "verify":
         answer = _verify(file)
     elif file is not None:
         raise usage_error(f"{file}: only `limbeck plan verify` reads a second file")
     elif _is_recipe(what):
-        from .recipe_plan import plan_recipe
-
-        if conditions.changes and not on:
-            raise usage_error(
-                f"--what-if {changes_text(conditions.changes)} changes a cluster: name it with --on, "
-                "for instance --on 8x4090"
-            )
         path = find_recipe(what)
         graph = open_graph(load_recipe(path, set_, auto), path, runs, need_files=not on)
-        answer = plan_recipe(graph, conditions)
+        answer = _plan_graph(graph, on, conditions)
     else:
         from .model_plan import plan_model
 
@@ -156,6 +154,34 @@ def plan(
         print(json.dumps({"schema": 1, "ok": True, **answer.data}, ensure_ascii=False))
     else:
         print("\n".join(answer.lines))
+
+
+def _check_several(what: str, on: list[str], options: dict[str, str | None]) -> None:
+    """Refuse several cards or clusters for anything but a recipe, and together with some options.
+
+    `options` are their values, by their names.
+    """
+    if len(on) < 2:
+        return
+    if not _is_recipe(what):
+        raise usage_error(f"--on {on[1]}: several cards are for a recipe; give a model one --on at a time")
+    for option, value in options.items():
+        if value:
+            raise usage_error(f"{option} {value}: with one --on at a time")
+
+
+def _plan_graph(graph: Graph, on: list[str], conditions: Conditions) -> Answer:
+    """Return the plan of a recipe, or a table of it on several cards or clusters."""
+    from .card_plan import plan_cards
+    from .plan_text import changes_text
+    from .recipe_plan import plan_recipe
+
+    if conditions.changes and not on:
+        raise usage_error(
+            f"--what-if {changes_text(conditions.changes)} changes a cluster: name it with --on, "
+            "for instance --on 8x4090"
+        )
+    return plan_cards(graph, on, conditions) if len(on) > 1 else plan_recipe(graph, conditions)
 
 
 def _is_recipe(what: str) -> bool:

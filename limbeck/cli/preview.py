@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, AsJson, Home, find_recipe, load_recipe, open_graph, print_json, usage_error
+from .options import (
+    RUNS,
+    AsJson,
+    Device,
+    Home,
+    find_recipe,
+    hold_device,
+    load_recipe,
+    open_graph,
+    print_json,
+    usage_error,
+)
 from .run import Overrides, RecipeFile
 
 if TYPE_CHECKING:
@@ -36,6 +47,7 @@ def try_recipe(
     prompts: Annotated[int, typer.Option(min=1, help="problems that are asked")] = 8,
     samples: Annotated[int, typer.Option(min=1, help="answers to each problem")] = 4,
     runs: Home = RUNS,
+    device: Device = "cpu",
     set_: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -48,9 +60,12 @@ def try_recipe(
     graph = open_graph(load_recipe(path, set_, False), path, runs)
     previews: list[Preview] = []
     missing: list[dict[str, str]] = []
-    with tempfile.TemporaryDirectory(prefix="limbeck-try-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="limbeck-try-") as scratch,
+        hold_device(device, f"limbeck try {recipe}") as name,
+    ):
         for node in preview.nodes_to_try(graph, stage):
-            found = preview.try_node(graph, node, Path(scratch), prompts, samples)
+            found = preview.try_node(graph, node, Path(scratch), prompts, samples, name)
             if not found:
                 missing.append({"stage": node.name, "remedy": _remedy(graph, node)})
                 continue

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .card_plan import add_fits, money, rental_of
 from .options import STATES, usage_error
 from .plan_text import Answer, Conditions, add_deadline, changes_text, duration
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..config.recipe import Load, Recipe
     from ..model.config import ModelConfig
     from ..pipeline.graph import Graph, Node
+    from ..plan.cluster import Cluster
+    from ..plan.fit import Fit
     from ..plan.forecast import Forecast
     from ..plan.machine_rates import Rates
     from ..plan.stage_work import Walk
@@ -32,11 +35,18 @@ WORKER_START = 3.0  # seconds until a worker has imported torch
 class Forecasts:
     """The forecast of each stage by the stage's name, and the machine or cluster that it is for.
 
-    `stages` is empty if every stage is done or nothing can be foreseen.
+    `stages` is empty if every stage is done or nothing can be foreseen. `fits` says of each stage that is not
+    done whether it fits, if `where` is a single card; a stage that nothing makes fit has no forecast.
     """
 
     stages: dict[str, Forecast]
     where: str = HERE
+    fits: dict[str, Fit] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> set[str]:
+        """The stages that do not fit whatever their settings."""
+        return self.fits.keys() - self.stages.keys()
 
     def left(self, graph: Graph) -> dict[str, Forecast]:
         """Return the forecasts of the stages that are not done."""
@@ -111,8 +121,32 @@ def forecast_on(graph: Graph, on: str, changes: dict[str, str]) -> Forecasts:
     configs = model_configs(graph)
     walk = _walk(graph, configs)
     cluster = clusters.cluster(on, **changes)
-    stages = {name: forecast.price_on(work, configs, cluster) for name, work in walk.efforts.items()}
-    return Forecasts(stages, cluster.tell())
+    fits = _fits(graph, walk, configs, cluster)
+    stages = {}
+    for name, work in walk.efforts.items():
+        fit = fits.get(name)
+        if fit is None:
+            stages[name] = forecast.price_on(work, configs, cluster)
+        elif fit.fits or fit.relieved:
+            stages[name] = forecast.price_on(fit.work(work), configs, cluster, fit.rows_at_once)
+    return Forecasts(stages, cluster.tell(), fits)
+
+
+def _fits(graph: Graph, walk: Walk, configs: dict[str, ModelConfig], cluster: Cluster) -> dict[str, Fit]:
+    """Return whether each stage that is not done fits the card; empty for more than one card, and for chips
+    whose memory is not known."""
+    from ..plan.fit import foresee
+
+    fits: dict[str, Fit] = {}
+    if cluster.count > 1 or "memory" not in cluster.chip.figures:
+        return fits
+    for node in graph.nodes.values():
+        if node.artifact:
+            continue
+        fit = foresee(node.stage, walk.efforts[node.name], configs, graph.recipe, cluster.chip)
+        if fit:
+            fits[node.name] = fit
+    return fits
 
 
 def _is_done(graph: Graph) -> bool:
@@ -248,7 +282,9 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
         answer.data["absent"] = graph.absent
         for sentence in graph.absent:
             answer.say("not here", sentence)
-    _add_stages(answer, graph, forecasts, changed)
+    rental, count = rental_of(conditions)
+    _add_stages(answer, graph, forecasts, changed, rental and count * rental.middle)
+    add_fits(answer, forecasts.fits)
     _add_totals(answer, graph, forecasts, conditions)
     if problem:
         answer.data["unforeseen"] = problem
@@ -260,16 +296,21 @@ def plan_recipe(graph: Graph, conditions: Conditions) -> Answer:
     return answer
 
 
-def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts) -> None:
-    """Add a line for each stage: its state, its time, and why it has to run.
+def _add_stages(
+    answer: Answer, graph: Graph, forecasts: Forecasts, changed: Forecasts, hour: float | None = None
+) -> None:
+    """Add a line for each stage: its state, its time, its money, and why it has to run.
 
     If `changed` (the forecasts with the changes of `--what-if`) is not empty, the line also has the time with
-    the changes.
+    the changes. `hour` is the dollars of an hour, None if they are not known.
     """
     rows = []
     for node in graph.nodes.values():
         reasons = [] if node.artifact else graph.why(node)
+        dollars = _stage_dollars(node, forecasts, hour)
         line = f"{STATES[node.state]:10} {node.name:32} {node.kind:9} {_stage_time(node, forecasts)}  "
+        if hour:
+            line += f"{'' if dollars is None else f'${dollars:,.2f}':>7}  "
         if changed.stages:
             line += f"{_stage_time(node, changed)}  "
         shorter = graph.shorter(node)
@@ -286,8 +327,20 @@ def _add_stages(answer: Answer, graph: Graph, forecasts: Forecasts, changed: For
             row["shorter"] = shorter.told()
         if node.name in forecasts.stages:
             row["forecast"] = forecasts.stages[node.name].told()
+        if dollars is not None:
+            row["money"] = round(dollars, 4)
+        if node.name in forecasts.fits:
+            row["memory"] = forecasts.fits[node.name].told()
         rows.append(row)
     answer.data["data"] = rows
+
+
+def _stage_dollars(node: Node, forecasts: Forecasts, hour: float | None) -> float | None:
+    """Return the dollars of a stage at so many an hour; None if it is done, or if either is not known."""
+    forecast = forecasts.stages.get(node.name)
+    if forecast is None or node.artifact or hour is None:
+        return None
+    return hour * forecast.seconds / 3600
 
 
 def _stage_time(node: Node, forecasts: Forecasts) -> str:
@@ -304,6 +357,9 @@ def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: 
     """Add what all stages that are not done take together: time, shares of the kinds of work, FLOPs, people's
     time, money, and the deadline.
     """
+    if forecasts.missing:
+        answer.data["not_foreseen"] = sorted(forecasts.missing)
+        answer.say("not in it", f"{', '.join(sorted(forecasts.missing))}, which cannot run on this card")
     if not forecasts.stages:
         answer.data["seconds"] = 0.0
         return
@@ -315,14 +371,25 @@ def _add_totals(answer: Answer, graph: Graph, forecasts: Forecasts, conditions: 
     answer.say("of which", ", ".join(_shares(left)))
     answer.say("operations", f"{sum(forecast.flops for forecast in left):.3g}")
     _add_people(answer, sum(forecast.people for forecast in left))
-    price = conditions.price
-    if price is not None:
-        money = price * seconds / 3600
-        bounds = f"${price * low / 3600:,.2f} to ${price * high / 3600:,.2f}"
-        answer.data["money"] = money
-        answer.say("money", f"${money:,.2f} ({bounds}) at ${price:g} an hour")
+    _add_money(answer, (seconds, low, high), conditions)
     if conditions.until:
         add_deadline(answer, seconds, conditions.until)
+
+
+def _add_money(answer: Answer, times: tuple[float, float, float], conditions: Conditions) -> None:
+    """Add the dollars of three times in seconds (middle, low, high), if the price of an hour is known."""
+    rental, count = rental_of(conditions)
+    spent = money(rental, count, times)
+    if spent is None:
+        if conditions.on:
+            answer.say("money", "no price of an hour is known here; say one with --price")
+        return
+    answer.data["money"] = spent["middle"]
+    answer.data["rental"] = {key: spent[key] for key in ("low", "high", "an_hour", "date", "source")}
+    low, high = spent["an_hour"]
+    price = f"${low:g} an hour" if low == high else f"${low:g} to ${high:g} an hour"
+    price += f" of a chip ({spent['date']}, {spent['source']})" if spent["date"] else ""
+    answer.say("money", f"${spent['middle']:,.2f} (${spent['low']:,.2f} to ${spent['high']:,.2f}) at {price}")
 
 
 def _add_people(answer: Answer, rows: int) -> None:

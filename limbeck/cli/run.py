@@ -173,7 +173,7 @@ def status(
 
 def _status_text(row: dict[str, Any], run_folder: Path, figures: dict[str, Figures]) -> str:
     """Return the lines of one stage: its state, its name, and its artifact, its progress or what it waits
-    for; below, its alarms."""
+    for; below, its alarms, and whether it went on on another kind of device."""
     from .display import describe, printable
 
     stage = row["stage"]
@@ -188,17 +188,19 @@ def _status_text(row: dict[str, Any], run_folder: Path, figures: dict[str, Figur
     if stage in figures:
         detail = describe(row["kind"], figures[stage])
     lines = [f"{STATES[row['state']]:10} {stage:32} {detail}"]
-    return "\n".join([*lines, *(f"{'':10} ! {printable(alarm)}" for alarm in row["alarms"])])
+    notes = [*row["alarms"], *filter(None, [row["devices"]])]
+    return "\n".join([*lines, *(f"{'':10} ! {printable(note)}" for note in notes)])
 
 
 def _status(node: Node, figures: Figures | None, partial: Path | None) -> dict[str, Any]:
     """Return one stage's name, kind, state, artifact, seconds, number of rows that wait for review, whether
-    it left its weights unchanged, the alarms of its latest step if it has begun, its progress, and whether it
-    was begun and is not at work.
+    it left its weights unchanged, the alarms of its latest step if it has begun, its progress, whether it was
+    begun and is not at work, and the sentence about its devices if there were several.
 
     `partial` is the folder that a stage that has begun works in.
     """
     from ..pipeline.review import review_queue
+    from ..pipeline.stage_device import changed_device
 
     artifact = node.artifact
     return {
@@ -212,6 +214,7 @@ def _status(node: Node, figures: Figures | None, partial: Path | None) -> dict[s
         "alarms": _alarms(partial) if partial and not artifact else [],
         "begun": bool(partial) and not figures and not artifact,
         "progress": figures and asdict(figures),
+        "devices": changed_device(artifact.manifest if artifact else {}, None if artifact else partial),
     }
 
 

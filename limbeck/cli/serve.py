@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, RUNS, Home, usage_error
+from .options import MODEL, RUNS, Device, Home, hold_device, tell, usage_error
 
 app = typer.Typer()
 
@@ -62,6 +62,7 @@ def serve(
     queue: MaxQueue = 256,
     max_tokens: MaxTokens = 2048,
     threads: Threads = 0,
+    device: Device = "cpu",
     drain: Drain = 30.0,
 ) -> None:
     """Serve models: an OpenAI-compatible API under /v1, and the studio. Without a model, the studio alone.
@@ -73,6 +74,11 @@ def serve(
             f"--host {host} can be reached from elsewhere; give a key with --key or LIMBECK_KEY, "
             "or listen at 127.0.0.1"
         )
+    names = models or []
+    if device != "cpu" and not names:
+        raise usage_error(
+            f"--device {device}: the studio alone computes nothing; name a model, or leave it out"
+        )
     from ..runtime import allocator
 
     allocator.keep_memory()  # before torch allocates any
@@ -82,14 +88,17 @@ def serve(
     from ..serve.server import serve as run_server
 
     address = claim(host, port)
-    service = open_service(models or [], runs, price, rows, queue, max_tokens, threads)
-    host_names = frozenset(name.lower() for name in (*allow_host, host))
-    application = build(runs, service, key or None, host_names)
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{address.getsockname()[1]}"
-    names = ", ".join(service.models) or "the studio"
-    print(f"{url} serves {names}; the API is under /v1", flush=True)
-    run_server(application, address, drain)
+    with hold_device(device, f"limbeck serve {' '.join(names)}") as held:
+        service = open_service(names, runs, price, rows, queue, max_tokens, threads, held)
+        for sentence in service.unavailable.values():
+            tell(sentence)
+        host_names = frozenset(name.lower() for name in (*allow_host, host))
+        application = build(runs, service, key or None, host_names)
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{address.getsockname()[1]}"
+        served = ", ".join(service.models) or "the studio"
+        print(f"{url} serves {served}; the API is under /v1", flush=True)
+        run_server(application, address, service.engine_thread, drain)
 
 
 def _is_loopback(host: str) -> bool:

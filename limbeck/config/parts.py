@@ -298,6 +298,38 @@ class Optimizer(Settings):
     mtp_loss_weight: float = Field(
         0.3, ge=0, description="weight of the loss of modules that predict further than the next token"
     )
+    moments: Literal["float32", "int8"] | None = Field(
+        None,
+        description="of AdamW: float32 by default, 8 bytes a weight; `int8` keeps both in 8 bits each, "
+        "with a scale for every 256 numbers: 2 bytes a weight (arXiv 2110.02861)",
+    )
+    masters: bool | None = Field(
+        None,
+        description="with `precision: bfloat16`, true by default: float32 copies of the weights, 4 bytes a "
+        "weight; `false` keeps none, and rounds updates into the weights stochastically",
+    )
+    offload: bool | None = Field(
+        None,
+        description="false by default; `true` keeps masters and moments in the host's memory and computes "
+        "AdamW's update there: slower on a card, nothing changes on a CPU; in no key",
+    )
+
+    @model_validator(mode="after")
+    def _fit(self) -> Optimizer:
+        """Refuse for Muon what saves memory with AdamW."""
+        saving = {"moments": "int8", "masters": False, "offload": True}
+        for key, value in saving.items():
+            if self.name == "muon" and getattr(self, key) == value:
+                raise ValueError(
+                    f"{key}: {str(value).lower()} is for AdamW, but name is muon; set name: adamw, or leave "
+                    f"{key} out"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings without those that are not set, which therefore change no key."""
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 PRESETS: dict[str, dict[str, Any]] = {

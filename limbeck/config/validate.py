@@ -199,6 +199,7 @@ def _check_any_stage(references: _References, stage: Stage) -> None:
     lora = getattr(stage, "lora", None)
     if lora:
         _check_lora(references, lora, stage.optimizer)
+    _check_masters(references, stage)
     if isinstance(stage, SFT | Label | Distill):
         references.cite_all("rows", stage.rows, ROWS, "rows")
 
@@ -213,6 +214,22 @@ def _check_lora(references: _References, lora: LoRA, optimizer: Optimizer) -> No
         raise references.error(
             f".lora: adapters are trained by AdamW, but optimizer.name is {optimizer.name}; "
             "set it to adamw, and give optimizer.learning_rate"
+        )
+
+
+def _check_masters(references: _References, stage: Any) -> None:
+    """Check that a stage does without masters only where its weights are in 16 bits and learn themselves."""
+    optimizer = getattr(stage, "optimizer", None)
+    if optimizer is None or optimizer.masters is not False:
+        return
+    if getattr(stage, "lora", None):
+        raise references.error(
+            ".lora: adapters learn in float32 and have no masters; leave optimizer.masters: false out"
+        )
+    if (stage.precision or references.recipe.precision) != "bfloat16":
+        raise references.error(
+            ".optimizer.masters: false rounds updates into weights in bfloat16, but precision is float32; "
+            "set precision: bfloat16, or leave masters out"
         )
 
 

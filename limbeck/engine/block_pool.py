@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 
@@ -11,7 +12,7 @@ class BlockPool:
     def __init__(self, first: int, count: int):
         self.count = count
         self.readers: dict[int, int] = {}
-        self._free = list(range(first + count - 1, first - 1, -1))
+        self._free = OrderedDict.fromkeys(range(first, first + count))  # the next to be taken first
 
     @property
     def free(self) -> int:
@@ -22,7 +23,7 @@ class BlockPool:
         """Return `count` free blocks, which so many rows are going to read; the pool must have them."""
         if count > self.free:
             raise IndexError(f"{count} blocks asked of a pool with {self.free}")
-        blocks = [self._free.pop() for _ in range(count)]
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         self.readers.update(dict.fromkeys(blocks, readers))
         return blocks
 
@@ -32,4 +33,4 @@ class BlockPool:
             self.readers[block] -= 1
             if not self.readers[block]:
                 del self.readers[block]
-                self._free.append(block)
+                self._free[block] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from ..model.config import ModelConfig
 from ..model.context import RouterTrace
 from ..model.decoder import Decoder
-from ..model.ops import Ops
 from ..model.ops.table import BLOCK, Rows
 from ..model.paged import PagedCache
 from ..types import LimbeckError
@@ -112,8 +112,8 @@ class Row:
 class DeviceBatch:
     """A batch of at most `rows` sequences, of which each step samples one token per row.
 
-    `longest` is the number of tokens of the longest prompt. `blocks` is the number of blocks of the pool of
-    keys and values (None: what the rows can need, or what the device has room for). The first blocks of the
+    `longest` is the number of tokens of the longest prompt. The pool of keys and values has the blocks that
+    the rows can need, at most `blocks` (None: what the device has room for). The first blocks of the
     pool take what rows that have ended still write.
     """
 
@@ -131,7 +131,6 @@ class DeviceBatch:
         poll: int | None = None,
     ):
         weight = model.embed.weight
-        check(model)
         device_sampling.check(sampling)
         self.model = model
         self.sampling = sampling
@@ -143,15 +142,18 @@ class DeviceBatch:
         self.sparse_layers = _choices(model.config)[0]
         width = -(-(longest + sampling.max_new_tokens) // BLOCK)  # blocks of the longest row
         spare = -(-rows // BLOCK)
-        if blocks is None:
-            blocks = min(rows * width, _room(model))
+        blocks = min(rows * width, room(model) if blocks is None else blocks)
         self.pool = BlockPool(spare, blocks)
         self.cache = PagedCache(model.config, weight.dtype, self.device, spare + blocks)
-        self.state = RowState.new(model, rows, sampling.max_new_tokens, width)
+        self.state = self._new_state(rows, width)
         self.rows: list[Row] = []
         self.sampled_tokens = 0  # of all rows, at the last look
         self._make_constants(rows)
         self._steps: dict[int, Callable[[], None]] = {}
+
+    def _new_state(self, rows: int, blocks: int) -> RowState:
+        """Return the state of `rows` rows that have ended, of at most so many blocks each."""
+        return RowState.new(self.model, rows, self.sampling.max_new_tokens, blocks)
 
     def _make_constants(self, rows: int) -> None:
         """Make the tensors of a step that stay the same, and room for the ids that are left."""
@@ -225,7 +227,7 @@ class DeviceBatch:
         for (problem, tokens), limit in zip(prompts, limits.tolist(), strict=True):
             held = self._take(len(tokens), n, limit)
             self.rows += [Row(problem, sample, blocks, limit) for sample, blocks in enumerate(held)]
-        table = self._table(self.rows[first:])
+        table = self._table([row.blocks for row in self.rows[first:]])
         last_BC = self._prefill_all([tokens for _, tokens in prompts], table[::n], self.rows[first::n])
         self._copy_prompts(lengths, first, n)
         self._start(slice(first, self.busy), table, lengths.repeat(n), limits.repeat(n))
@@ -233,11 +235,11 @@ class DeviceBatch:
         uniforms = np.minimum(uniforms_BT.astype(np.float32), BELOW_ONE)
         self.state.uniforms_BT[first : self.busy] = self._to_device(uniforms, torch.float32)
 
-    def _table(self, rows: list[Row]) -> np.ndarray:
+    def _table(self, blocks: list[list[int]]) -> np.ndarray:
         """Return the index of the first token of each block of some rows, [B, blocks]."""
-        table = np.zeros((len(rows), self.state.table.shape[1]), dtype=np.int32)
-        for entries, row in zip(table, rows, strict=True):
-            entries[: len(row.blocks)] = BLOCK * np.array(row.blocks)
+        table = np.zeros((len(blocks), self.state.table.shape[1]), dtype=np.int32)
+        for entries, numbers in zip(table, blocks, strict=True):
+            entries[: len(numbers)] = BLOCK * np.array(numbers)
         return table
 
     def _start(self, new: slice, table: np.ndarray, lengths: np.ndarray, limits: np.ndarray) -> None:
@@ -250,10 +252,11 @@ class DeviceBatch:
         state.previous_B[new] = 0
         state.alive_B[new] = True
 
-    def _take(self, prompt: int, n: int, limit: int) -> list[list[int]]:
-        """Return the blocks of each of `n` rows: those that the prompt fills are the same in all of them."""
+    def _take(self, prompt: int, n: int, limit: int, known: Sequence[int] = ()) -> list[list[int]]:
+        """Return the blocks of each of `n` rows: those that the prompt fills are the same in all of them, and
+        the first of these are `known`, which have the rows as readers already."""
         whole = prompt // BLOCK
-        shared = self.pool.take(whole, n)
+        shared = [*known, *self.pool.take(whole - len(known), n)]
         each = -(-(prompt + limit) // BLOCK) - whole
         return [shared + self.pool.take(each) for _ in range(n)]
 
@@ -277,25 +280,34 @@ class DeviceBatch:
 
     def _prefill(self, prompts: list[np.ndarray], table: np.ndarray) -> Tensor:
         """Run prompts through the model, into the blocks of `table`; return their last states [B, C]."""
-        lengths = np.array([len(tokens) for tokens in prompts])
-        starts = np.concatenate([[0], lengths.cumsum()])
-        row_N = np.repeat(np.arange(len(prompts)), lengths)
-        position_N = np.arange(starts[-1]) - starts[row_N]
+        ends = np.cumsum([len(tokens) for tokens in prompts])
+        return self._run(prompts, table, np.zeros_like(ends))[self._to_device(ends - 1, torch.long)]
+
+    def _run(self, parts: list[np.ndarray], table: np.ndarray, past: np.ndarray) -> Tensor:
+        """Run the next tokens of some rows through the model; return their hidden states [N, C].
+
+        `parts` are the tokens of each row, `past` [B] the numbers of tokens that it has in the blocks of
+        `table` [B, blocks] already.
+        """
+        counts = np.array([len(tokens) for tokens in parts])
+        starts = np.concatenate([[0], counts.cumsum()])
+        row_N = np.repeat(np.arange(len(parts)), counts)
+        position_N = np.arange(starts[-1]) - starts[row_N] + past[row_N]
         slot_N = table[row_N, position_N // BLOCK] + position_N % BLOCK
         rows = Rows(
             self._to_device(table, torch.int32),
             self._to_device(starts, torch.int32),
-            self._to_device(lengths, torch.int32),
-            max(2, int(lengths.max())),  # one means decoding
+            self._to_device(past + counts, torch.int32),
+            max(2, int(counts.max())),  # one means decoding
         )
         positions_N = self._to_device(position_N, torch.long)
-        tokens_N = self._to_device(np.concatenate(prompts), torch.long)
+        tokens_N = self._to_device(np.concatenate(parts), torch.long)
         self.cache.lay(positions_N, self._to_device(slot_N, torch.long), rows)
-        return self._forward(tokens_N)[self._to_device(starts[1:] - 1, torch.long)]
+        return self._forward(tokens_N)
 
     def _forward(self, tokens_N: Tensor) -> Tensor:
         """Run tokens through the model; return their hidden states [N, C]."""
-        self.cache.routes = RouterTrace() if self.sparse_layers else None
+        self.cache.routes = RouterTrace(choices_only=True) if self.sparse_layers else None
         return self.model(tokens_N, self.cache)
 
     def _keep_prompt_routes(self, rows: list[Row], prompts: list[np.ndarray]) -> None:
@@ -327,7 +339,8 @@ class DeviceBatch:
 
     def _to_device(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         """Return an array as a tensor of the same shape [B, ...] on the device."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(self.device)
+        x = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        return self.model.ops.send(x, self.device)
 
     # ------------------------------------------------------------ steps
 
@@ -351,15 +364,17 @@ class DeviceBatch:
         self.sampled_tokens += count * self.busy
         return finished
 
-    def capture(self, rows: int) -> Callable[[], None]:
-        """Return a function that runs a step of the first `rows` rows, as cheaply as the device can."""
+    def capture(self, *kind: Any) -> Callable[[], None]:
+        """Return a function that runs a step of this kind, as cheaply as the device can: the arguments of
+        `_step`, here the number of rows."""
         alive_B = self.state.alive_B.clone()
         hidden_BC = self.state.hidden_BC.clone()
         self.state.alive_B.zero_()  # rows that have ended keep their state
-        step = self.model.ops.capture(lambda: self._step(rows))
-        self.state.alive_B.copy_(alive_B)
-        self.state.hidden_BC.copy_(hidden_BC)
-        return step
+        try:
+            return self.model.ops.capture(lambda: self._step(*kind))
+        finally:
+            self.state.alive_B.copy_(alive_B)
+            self.state.hidden_BC.copy_(hidden_BC)
 
     def _step(self, rows: int) -> None:
         """Sample one token for each of the first `rows` rows, and run it through the model, in place."""
@@ -369,6 +384,14 @@ class DeviceBatch:
         state.sampled_B.add_(state.alive_B)
         ended_B = self.is_stop_V[tokens_B] | (state.sampled_B >= state.limits_B)
         state.alive_B.logical_and_(~ended_B)
+        self._advance(state, tokens_B)
+        if self.sparse_layers:
+            chosen_B1LK = torch.stack(self.cache.routes.chosen, 1).short().unsqueeze(1)
+            state.routes_BTLK.scatter_(1, place_B1[..., None, None].expand_as(chosen_B1LK), chosen_B1LK)
+
+    def _advance(self, state: RowState, tokens_B: Tensor) -> None:
+        """Run one new token of each row through the model, in place; rows that have ended keep their keys."""
+        rows = len(tokens_B)
         position_B = state.lengths_B.long()
         block_B1 = (position_B // BLOCK).clamp(max=state.table.shape[1] - 1).unsqueeze(1)
         slot_B = state.table.gather(1, block_B1).squeeze(1) + position_B % BLOCK
@@ -377,9 +400,6 @@ class DeviceBatch:
         now_B = state.lengths_B.clamp(min=1)
         self.cache.lay(position_B, slot_B, Rows(state.table, self._starts[: rows + 1], now_B, 1))
         state.hidden_BC.copy_(self._forward(tokens_B))
-        if self.sparse_layers:
-            chosen_B1LK = torch.stack(self.cache.routes.chosen, 1).short().unsqueeze(1)
-            state.routes_BTLK.scatter_(1, place_B1[..., None, None].expand_as(chosen_B1LK), chosen_B1LK)
 
     def _sample(self, state: RowState, place_B1: Tensor) -> Tensor:
         """Sample a token for each row and return them [B]; they are written at `place_B1` of rows alive."""
@@ -439,34 +459,20 @@ class DeviceBatch:
         self.rows = [self.rows[row] for row in rows]
 
 
-def check(model: Decoder) -> None:
-    """Raise LimbeckError if the model has layers that its device's operations do not run in a batch."""
-    ops: Ops = model.ops
-    if model.config.experts and not ops.has_experts:
-        raise LimbeckError(
-            "num_experts: a mixture of experts cannot be sampled from on an NVIDIA card yet; "
-            "take a dense model, or run on the CPU"
-        )
-    if model.config.latent and not ops.has_latents:
-        raise LimbeckError(
-            "kv_lora_rank: multi-head latent attention cannot be sampled from on an NVIDIA card yet; "
-            "take another model, or run on the CPU"
-        )
-
-
 def _choices(config: ModelConfig) -> tuple[int, int]:
     """Return the number of layers with experts, and of the experts that each token chooses in them."""
     sparse = sum(config.sparse(layer) for layer in range(config.layers))
     return sparse, config.experts.top_k if config.experts else 0
 
 
-def _room(model: Decoder) -> int:
-    """Return the blocks of keys and values that the device of a model has room for."""
+def room(model: Decoder, reserved: int = 0) -> int:
+    """Return the blocks of keys and values that the device of a model has room for, beside as many bytes as
+    are reserved for others."""
     weight = model.embed.weight
     free = model.ops.free_bytes(weight.device)
     if free is None:
         return 1 << 31
-    return int(POOL_SHARE * free) // PagedCache.block_bytes(model.config, weight.dtype)
+    return int(POOL_SHARE * max(0, free - reserved)) // PagedCache.block_bytes(model.config, weight.dtype)
 
 
 def _write(kept_BT: Tensor, place_B1: Tensor, values_B: Tensor, alive_B: Tensor) -> None:

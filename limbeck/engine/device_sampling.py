@@ -1,11 +1,13 @@
 """Sampling of the next token on a device, without waiting for the host: see `sampling.draw`.
 
-B rows · V vocabulary.
+In training all rows have the same parameters, in serving each has its own. B rows · V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,3 +70,57 @@ def _nucleus(probabilities_BV: Tensor, top_p: float, ops: Ops) -> Tensor:
     before_BV = ops.cumulate(sorted_BV) - sorted_BV
     mask_BV = torch.zeros_like(probabilities_BV, dtype=torch.bool)
     return mask_BV.scatter_(1, order_BV, before_BV < top_p)
+
+
+# ---------------------------------------------------------------- parameters of each row
+
+
+class RowSampling(NamedTuple):
+    """The parameters of each row of a batch, [B, 1] each. Temperature 0 is greedy, `top_k` 0 keeps all
+    tokens; of `min_p` there is the logarithm; a `top_p` that excludes nothing is infinite."""
+
+    temperature_B1: Tensor
+    top_p_B1: Tensor
+    top_k_B1: Tensor
+    log_min_p_B1: Tensor
+
+    def fill(self, rows: slice, params: SamplingParams) -> None:
+        """Set the parameters of some rows."""
+        self.temperature_B1[rows] = params.temperature
+        self.top_p_B1[rows] = params.top_p if params.top_p < 1 else math.inf
+        self.top_k_B1[rows] = params.top_k
+        self.log_min_p_B1[rows] = math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+def draw_rows(
+    logits_BV: Tensor, uniform_B: Tensor, sampling: RowSampling, excludes: bool, ops: Ops
+) -> Tensor:
+    """Sample one token per row, each with its own parameters, and return them [B].
+
+    `uniform_B` has a random number in [0, 1) for each row. Without `excludes` no row has a top-p, top-k or
+    min-p.
+    """
+    greedy_B1 = sampling.temperature_B1 == 0
+    scaled_BV = logits_BV / sampling.temperature_B1.masked_fill(greedy_B1, 1.0)
+    if excludes:
+        kept_BV = _kept_rows(torch.log_softmax(scaled_BV, -1), sampling, ops)
+        scaled_BV = scaled_BV.masked_fill(~kept_BV, -math.inf)
+    drawn_B, _ = ops.draw(scaled_BV, uniform_B, 1.0)
+    return torch.where(greedy_B1.squeeze(1), logits_BV.argmax(-1), drawn_B)
+
+
+def _kept_rows(logprobs_BV: Tensor, sampling: RowSampling, ops: Ops) -> Tensor:
+    """Return the mask [B, V] of the tokens that each row's top-p, top-k and min-p leave; see `likely` and
+    `nucleus`. Of tokens that are as likely as the last one that is left all are left."""
+    vocabulary = logprobs_BV.shape[1]
+    sorted_BV, _ = logprobs_BV.sort(dim=-1, descending=True)
+    last_B1 = (sampling.top_k_B1 - 1).clamp(max=vocabulary - 1) % vocabulary  # top-k 0: the last of all
+    least_B1 = torch.maximum(sorted_BV.gather(1, last_B1), sorted_BV[:, :1] + sampling.log_min_p_B1)
+    kept_BV = sorted_BV >= least_B1
+    probabilities_BV = sorted_BV.exp() * kept_BV
+    probabilities_BV = probabilities_BV / ops.cumulate(probabilities_BV)[:, -1:]
+    before_BV = ops.cumulate(probabilities_BV) - probabilities_BV
+    kept_B1 = (kept_BV & (before_BV < sampling.top_p_B1)).sum(1, keepdim=True)
+    return logprobs_BV >= sorted_BV.gather(
+        1, (kept_B1 - 1).clamp(min=0)
+    )  # rows that were never set keep none

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ..model.ops import devices
 from .scheduler import Scheduler
 
 
@@ -18,10 +19,16 @@ class EngineThread:
     on two threads would compete for the same cores, and so would a thread that has merely loaded a model:
     where pool threads outnumber cores they sleep after every loop instead of spinning until the next, which
     makes a decode step take up to twice as long.
+
+    `device` is the name of what the models lie on (model/ops/devices.py). If it fails so that this process
+    cannot use it any more, the thread ends: `failure` is the error then, and `on_failure` is called.
     """
 
-    def __init__(self, schedulers: Sequence[Scheduler]):
+    def __init__(self, schedulers: Sequence[Scheduler], device: str = "cpu"):
         self.schedulers = list(schedulers)
+        self.device = device
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self.closing = False
         self.lock = threading.Condition()
         for scheduler in self.schedulers:
@@ -41,15 +48,27 @@ class EngineThread:
         self.thread.join()
 
     def _run(self) -> None:
+        devices.prepare(self.device)  # which card is meant is known to each thread by itself
         with torch.inference_mode():
-            while not self.closing:
-                with self.lock:
-                    self.lock.wait_for(self._has_work)
-                for scheduler in self.schedulers:
-                    if scheduler.has_work:
-                        scheduler.try_round()
+            try:
+                self._serve()
+            except Exception as error:
+                if not devices.poisoned(error):
+                    raise
+                self.failure = error
             for scheduler in self.schedulers:
                 scheduler.close()
+        if self.failure:
+            self.on_failure()
+
+    def _serve(self) -> None:
+        """Run rounds until the thread is closed. Raises the error of a device that has failed."""
+        while not self.closing:
+            with self.lock:
+                self.lock.wait_for(self._has_work)
+            for scheduler in self.schedulers:
+                if scheduler.has_work:
+                    scheduler.try_round()
 
     def _has_work(self) -> bool:
         return self.closing or any(scheduler.has_work for scheduler in self.schedulers)

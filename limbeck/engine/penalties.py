@@ -67,15 +67,10 @@ class Penalties:
 
     def _penalise(self, logits_PV: Tensor, places: Tensor) -> Tensor:
         """Return the logits of the rows at these places with their penalties."""
-        counts_PV = self.counts_PV[places]
-        sampled_PV = counts_PV > 0
-        present_PV = sampled_PV | self.in_prompt_PV[places]
-        repetition_P1 = self.repetition_P1[places].to(logits_PV.dtype)
-        repeated_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
-        logits_PV = torch.where(present_PV, repeated_PV, logits_PV)
-        frequency_PV = self.frequency_P1[places].to(logits_PV.dtype) * counts_PV
-        presence_PV = self.presence_P1[places].to(logits_PV.dtype) * sampled_PV
-        return logits_PV - frequency_PV - presence_PV
+        dtype = logits_PV.dtype
+        penalties = (self.presence_P1, self.frequency_P1, self.repetition_P1)
+        each = [penalty_P1[places].to(dtype) for penalty_P1 in penalties]
+        return penalise(logits_PV, self.counts_PV[places], self.in_prompt_PV[places], *each)
 
     def count(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Count one newly sampled token of each of `rows`."""
@@ -95,6 +90,22 @@ class Penalties:
         for name in ("counts_PV", "in_prompt_PV", "presence_P1", "frequency_P1", "repetition_P1"):
             setattr(self, name, getattr(self, name)[places])
         self.place_B[with_penalty] = np.arange(len(places))
+
+
+def penalise(
+    logits_PV: Tensor,
+    counts_PV: Tensor,
+    in_prompt_PV: Tensor,
+    presence_P1: Tensor,
+    frequency_P1: Tensor,
+    repetition_P1: Tensor,
+) -> Tensor:
+    """Return the logits [P, V] with penalties: `counts_PV` says how often each completion has each token,
+    `in_prompt_PV` whether the prompt has it."""
+    sampled_PV = counts_PV > 0
+    repeated_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
+    logits_PV = torch.where(sampled_PV | in_prompt_PV, repeated_PV, logits_PV)
+    return logits_PV - frequency_P1 * counts_PV - presence_P1 * sampled_PV
 
 
 def _with_zeros(x: Tensor, rows: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from .prefix_cache import PrefixCache
 from .request import Answer
 from .serving_batch import top_logprobs
 
+if TYPE_CHECKING:
+    from .device_serving import PagedSequences
+
 LOGIT_ROWS = 512  # positions of an echoed prompt whose logits are computed at once
 
 
@@ -28,7 +32,7 @@ class PrefillingRequest:
     request; `past` is the KV of the prompt's tokens that have been run so far."""
 
     output: Answer
-    past: SequenceKV
+    past: SequenceKV | PagedSequences
 
     @property
     def remaining(self) -> int:
@@ -40,6 +44,9 @@ class PrefillingRequest:
         them."""
         begin = self.past.length
         return self.output.request.prompt[begin : begin + count]
+
+
+Shares = list[tuple[PrefillingRequest, int]]  # requests with their numbers of tokens in a chunk
 
 
 class PrefillQueue:
@@ -82,23 +89,29 @@ class PrefillQueue:
         """Prefill one chunk of at most `max_tokens` tokens. Returns the requests whose prompts are now
         complete, each with the hidden state [C] of its last prompt token."""
         shares = self._share(max_tokens)
-        tokens = [request.next_tokens(count) for request, count in shares]
-        context = ChunkedPrefill([request.past for request, _ in shares], [count for _, count in shares])
-        hidden_NC = self.model(torch.from_numpy(np.concatenate(tokens)), context)
-        hidden = hidden_NC.split([count for _, count in shares])
-        for (request, _), request_NC in zip(shares, hidden, strict=True):
+        hidden = self._forward(shares).split([count for _, count in shares])
+        completed = []
+        for (request, count), request_NC in zip(shares, hidden, strict=True):
             if request.output.request.echo:
                 self._echo(request, request_NC)
-        context.settle()
-        completed = []
-        for (request, _), request_NC in zip(shares, hidden, strict=True):
+            request.past.length += count
             if not request.remaining:
                 completed.append((request, request_NC[-1]))
                 self.requests.remove(request)
-                self.prefix_cache.add(request.output.request.prompt, request.past)
+                self._remember(request)
         return completed
 
-    def _share(self, max_tokens: int) -> list[tuple[PrefillingRequest, int]]:
+    def _forward(self, shares: Shares) -> Tensor:
+        """Run the next tokens of some prompts through the model; return their hidden states [N, C]."""
+        tokens = [request.next_tokens(count) for request, count in shares]
+        context = ChunkedPrefill([request.past for request, _ in shares], [count for _, count in shares])
+        return self.model(torch.from_numpy(np.concatenate(tokens)), context)
+
+    def _remember(self, request: PrefillingRequest) -> None:
+        """Keep the KV of a whole prompt for later ones that begin with the same tokens."""
+        self.prefix_cache.add(request.output.request.prompt, request.past)
+
+    def _share(self, max_tokens: int) -> Shares:
         """Divide a chunk of `max_tokens` tokens among the requests: return each request that takes part in it
         with its number of tokens."""
         shares: dict[PrefillingRequest, int] = {}
@@ -119,10 +132,11 @@ class PrefillQueue:
         output = request.output
         begin = request.past.length + 1
         targets_N = torch.from_numpy(output.request.prompt[begin : begin + len(hidden_NC)])
+        targets_N = targets_N.to(hidden_NC.device)
         hidden_NC = hidden_NC[: len(targets_N)]
         for i in range(0, len(targets_N), LOGIT_ROWS):
             rows = slice(i, i + LOGIT_ROWS)
-            logits_NV = torch.nn.functional.linear(hidden_NC[rows], self.model.head.weight)
+            logits_NV = self.model.ops.logits(hidden_NC[rows], self.model.head.weight)
             logprobs, tops = top_logprobs(logits_NV, targets_N[rows], output.request.top or 0)
             output.prompt_logprobs += logprobs
             output.prompt_tops += tops

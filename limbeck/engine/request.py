@@ -21,6 +21,17 @@ class QueueFull(LimbeckError):
         self.retry_after = retry_after
 
 
+class DeviceFull(LimbeckError):
+    """The error of a request for which the memory of the device did not suffice. `shortage` says what was
+    asked of it and what there was."""
+
+    exit_code = 75
+
+    def __init__(self, shortage: str):
+        self.shortage = shortage
+        super().__init__(f"{shortage}; ask for fewer tokens, or again when other requests have ended")
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt (token ids) with its sampling parameters, for instance `Request(np.array([1, 7, 45]),

@@ -21,7 +21,7 @@ from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
-from .device_batch import DeviceBatch
+from .device_batch import DeviceBatch, room
 from .sampling import SamplingParams
 from .speculative import Speculation
 
@@ -33,7 +33,11 @@ class Engine:
 
     With `speculate`, the model's multi-token prediction (MTP) module drafts every second token: the
     completions are the same, in fewer steps if many drafts are accepted. `drafted` and `accepted` count
-    drafted and accepted tokens. Raises LimbeckError if `speculate` is set and the model has no MTP module.
+    drafted and accepted tokens. `reserve` returns the bytes of a device's memory that are free now and that
+    others will take, which the engine's pool of keys and values leaves them.
+
+    Raises:
+        LimbeckError: `speculate` is set, and the model has no MTP module or is on a device.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, rows: int = 256, speculate: bool = False):
@@ -49,6 +53,7 @@ class Engine:
         self.speculate = speculate
         self.drafted = 0
         self.accepted = 0
+        self.reserve: Callable[[], int] = lambda: 0
         self._device_batch: DeviceBatch | None = None
 
     @property
@@ -142,10 +147,6 @@ class Engine:
                     yield token
             sent = len(tokens)
 
-    def release(self) -> None:
-        """Give back the memory of keys and values on a device, until the next rollout."""
-        self._device_batch = None
-
     def _new_batch(self, sampling: SamplingParams, rows: int, longest: int) -> DecodeBatch | DeviceBatch:
         """Return an empty batch; where the weights are not on the host, one of at most so many `rows` with
         prompts of at most `longest` tokens, the last one if it will do: its steps are captured already."""
@@ -163,7 +164,8 @@ class Engine:
                 longest = max(longest, last.longest)
             del last
         longest = -(-longest // PROMPT_STEP) * PROMPT_STEP
-        self._device_batch = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest)
+        blocks = room(self.model, self.reserve())
+        self._device_batch = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest, blocks)
         return self._device_batch
 
     def _next_problems(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from ..model.decoder import Decoder
+from ..model.ops import devices
 from ..model.prefill_cache import SequenceKV
 from ..text.tokenizer import Tokenizer
 from ..types import LimbeckError
@@ -150,12 +151,14 @@ class Scheduler:
 
     def try_round(self) -> None:
         """Run one round. If it raises, all running requests fail with that error; waiting and later requests
-        are still served."""
+        are still served. An error that leaves the process unable to use its device is raised again."""
         try:
             self.round()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self.failures += 1
             self._fail(error)
+            if devices.poisoned(error):
+                raise
 
     def close(self) -> None:
         """Fail all waiting and running requests, and refuse new ones from now on."""
@@ -191,12 +194,16 @@ class Scheduler:
         if self.prefill_queue.requests:
             self._prefill()
         if self.serving_batch.busy:
-            begin = time.monotonic()
-            self.serving_batch.step()
-            self.last_step_seconds = time.monotonic() - begin
-            self.steps += 1
-            self.seconds += self.last_step_seconds
+            self._step()
         self._publish()
+
+    def _step(self) -> None:
+        """Sample one token for each row in decode, and measure the time."""
+        begin = time.monotonic()
+        self.serving_batch.step()
+        self.last_step_seconds = time.monotonic() - begin
+        self.steps += 1
+        self.seconds += self.last_step_seconds
 
     def _admit(self) -> None:
         """Remove cancelled requests, then move waiting requests into prefill, oldest first, until one does

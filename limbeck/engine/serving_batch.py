@@ -45,6 +45,12 @@ class SequenceState:
         are needed."""
         return self.output.cancelled or self.sequence.enough
 
+    @property
+    def checks_next(self) -> bool:
+        """True if the thought has to be checked at the next token, before one more is sampled."""
+        at = self.thought.check_at if self.thought is not None else None
+        return at is not None and at <= len(self.sequence.tokens) + 1
+
     def check_thought(self) -> None:
         """If the thought (the reasoning before the answer) exceeds its budget, schedule the tokens of the
         closing marker as the next tokens of this row."""
@@ -192,7 +198,7 @@ class ServingBatch(DecodeBatch):
             return
         for row in leaving_B.nonzero()[0].tolist():
             self.on_leave(self.owners[row], row)
-        self._select_rows(_fill_gaps(leaving_B))
+        self._select_rows(fill_gaps(leaving_B))
 
     def _select_rows(self, rows: np.ndarray) -> None:
         super()._select_rows(rows)
@@ -230,7 +236,7 @@ def _append_logprobs(state: SequenceState, logits_1V: Tensor, token_1: Tensor) -
     state.sequence.tops.append(top)
 
 
-def _fill_gaps(leaving_B: np.ndarray) -> np.ndarray:
+def fill_gaps(leaving_B: np.ndarray) -> np.ndarray:
     """Return the rows to keep, in their new order: rows from the end are moved into the places of leaving
     rows, and all others keep their place, so that little of the cache is copied. `leaving_B` is True for the
     rows to remove."""

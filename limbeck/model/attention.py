@@ -18,7 +18,7 @@ from .context import Context, Layer
 from .linear import Linear
 from .ops import CPU, Ops
 from .ops.plain import Normalize
-from .ops.table import Rope
+from .ops.table import Latents, Rope
 
 
 class GroupedQueryAttention(nn.Module):
@@ -92,9 +92,10 @@ class LatentAttention(nn.Module):
     """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3, arXiv 2412.19437, eq. 1-11).
 
     Keys and values are made from one latent vector per token, and a rotated key that all heads share. For
-    whole sequences, keys and values are computed explicitly. Over a cache, which holds only latents and
-    rotated keys, the two matrix products that would compute them are absorbed into the queries and the
-    output.
+    whole sequences, keys and values are written out. Over a cache, which holds only latents and rotated keys,
+    the two matrix products that would compute them are absorbed into the queries and the output. A card
+    computes whole sequences in the absorbed form, too, and only their gradients from what is written out
+    (`ops.attend`).
     """
 
     ops: Ops = CPU
@@ -123,14 +124,16 @@ class LatentAttention(nn.Module):
     def forward(self, x_NC: Tensor, rope: Rope, context: Context) -> Tensor:
         """Return the output of the layer, [N, C]."""
         q_nope_NHD, q_rope_NHD, latent_NR, k_rope_N1D = self._project(x_NC, rope)
-        cached_N1D = torch.cat([latent_NR.unsqueeze(1), k_rope_N1D], dim=-1)
+        up_HDR = self.kv_up.weight.view(self.heads, -1, self.latent.kv_rank)
+        ups = up_HDR.split([self.latent.nope_dim, self.latent.value_dim], dim=1)
+        latents = Latents(torch.cat([latent_NR.unsqueeze(1), k_rope_N1D], dim=-1), *ups)
         if context.absorbed:
-            return self._attend_absorbed(q_nope_NHD, q_rope_NHD, cached_N1D, context)
+            return self._attend_absorbed(q_nope_NHD, q_rope_NHD, latents, context)
         kv_NHD = self.kv_up(latent_NR).view(len(x_NC), self.heads, -1)
         k_nope_NHD, v_NHD = kv_NHD.split([self.latent.nope_dim, self.latent.value_dim], dim=-1)
         k_NHD = torch.cat([k_nope_NHD, k_rope_N1D.expand(-1, self.heads, -1)], dim=-1)
         q_NHD = torch.cat([q_nope_NHD, q_rope_NHD], dim=-1)
-        mixed_NHD = context.attend(self.layer, q_NHD, k_NHD, v_NHD, cached_N1D)
+        mixed_NHD = context.attend(self.layer, q_NHD, k_NHD, v_NHD, latents)
         return self.out(mixed_NHD.flatten(1))
 
     def _project(self, x_NC: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -150,17 +153,12 @@ class LatentAttention(nn.Module):
         return q_nope_NHD, self.ops.rotate(q_rope_NHD, rope), self.kv_norm(latent_NR), k_rope_N1D
 
     def _attend_absorbed(
-        self, q_nope_NHD: Tensor, q_rope_NHD: Tensor, cached_N1D: Tensor, context: Context
+        self, q_nope_NHD: Tensor, q_rope_NHD: Tensor, latents: Latents, context: Context
     ) -> Tensor:
         """Return the output of the layer [N, C], with the cached latents in place of keys and values."""
-        latent = self.latent
-        up_HDR = self.kv_up.weight.view(self.heads, -1, latent.kv_rank)
-        up_key_HDR, up_value_HDR = up_HDR.split([latent.nope_dim, latent.value_dim], dim=1)
-        q_latent_NHR = torch.einsum("nhd,hdr->nhr", q_nope_NHD, up_key_HDR)
-        q_NHD = torch.cat([q_latent_NHR, q_rope_NHD], dim=-1)
-        mixed_NHR = context.attend(self.layer, q_NHD, cached_N1D, None)
-        mixed_NHD = torch.einsum("nhr,hdr->nhd", mixed_NHR, up_value_HDR)
-        return self.out(mixed_NHD.flatten(1))
+        q_NHD = self.ops.absorb(q_nope_NHD, q_rope_NHD, latents.up_key_HDR)
+        mixed_NHR = context.attend(self.layer, q_NHD, latents.cached_N1D, None)
+        return self.out(self.ops.per_head(mixed_NHR, latents.up_value_HDR).flatten(1))
 
 
 class RMSNorm(nn.Module):
@@ -177,8 +175,8 @@ class RMSNorm(nn.Module):
         """Return x [..., C] normalised over its last dimension."""
         return self.ops.norm(x, self.weight, self.eps)
 
-    def add(self, x_NC: Tensor, delta_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add(self, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
         return self.ops.add_norm(x_NC, delta_NC, self.weight, self.eps)
 
 
@@ -193,8 +191,8 @@ class RMSNormFromOne(RMSNorm):
         """Return x [..., C] normalised over its last dimension."""
         return self.ops.norm(x, self._scale_C(), self.eps)
 
-    def add(self, x_NC: Tensor, delta_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add(self, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
         return self.ops.add_norm(x_NC, delta_NC, self._scale_C(), self.eps)
 
     def _scale_C(self) -> Tensor:

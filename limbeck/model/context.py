@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .kernels import Trees
     from .ops import Ops
+    from .ops.table import Latents
     from .paged import AttentionPlan
 
 
@@ -47,12 +48,12 @@ class Context(Protocol):
     ops: Ops
 
     def attend(
-        self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, latent: Tensor | None = None
+        self, layer: Layer, q: Tensor, k: Tensor | None, v: Tensor | None, latents: Latents | None = None
     ) -> Tensor:
         """Return the attention of queries [N, H, D] to keys and values [N, K, D]: mixed values [N, H, D].
 
-        A layer that uses an earlier layer's keys and values passes None for both. `latent` [N, 1, R + D] is
-        what a cache stores for MLA in place of keys and values.
+        A layer that uses an earlier layer's keys and values passes None for both. `latents` are what MLA made
+        them of.
         """
         ...
 
@@ -86,11 +87,19 @@ class RouterTrace:
     the weight of the sequence-wise balance loss (0: none), and `sequences_N` the index of each token's
     sequence, which this loss needs. Each layer with experts appends to four lists: `chosen` its choices [N,
     K], `loads` the number of tokens of each expert [E], `entropies` the entropy of its router, summed over
-    tokens, and, if `balance` is set, `penalties` its balance loss.
+    tokens, and, if `balance` is set, `penalties` its balance loss. With `choices_only` it appends to the
+    first alone, without a wait for the device.
     """
 
-    def __init__(self, given: Tensor | None = None, balance: float = 0.0, sequences_N: Tensor | None = None):
+    def __init__(
+        self,
+        given: Tensor | None = None,
+        balance: float = 0.0,
+        sequences_N: Tensor | None = None,
+        choices_only: bool = False,
+    ):
         self.given = given
+        self.choices_only = choices_only
         self.balance = balance
         self.sequences_N = sequences_N
         self.chosen: list[Tensor] = []
@@ -109,6 +118,8 @@ class RouterTrace:
     def note(self, scores_NE: Tensor, chosen_NK: Tensor) -> None:
         """Record the scores and choices of one layer; every layer with experts calls this once, in order."""
         self.chosen.append(chosen_NK)
+        if self.choices_only:
+            return
         self.loads.append(torch.bincount(chosen_NK.flatten(), minlength=scores_NE.shape[1]))
         share_NE = scores_NE / scores_NE.sum(-1, keepdim=True)
         self.entropies.append(torch.special.entr(share_NE.detach()).sum())

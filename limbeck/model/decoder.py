@@ -69,11 +69,10 @@ class Block(nn.Module):
 
 def add_norm(norm: nn.Module, x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return x + delta and its norm, both [N, C]; without `delta_NC`, x and its norm."""
-    if delta_NC is None:
-        return x_NC, norm(x_NC)
     if isinstance(norm, RMSNorm):
         return norm.add(x_NC, delta_NC)
-    x_NC = x_NC + delta_NC
+    if delta_NC is not None:
+        x_NC = x_NC + delta_NC
     return x_NC, norm(x_NC)
 
 
@@ -167,26 +166,29 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run a block as `Block.forward` does, [N, C] both; it is run again in the backward pass.
 
-        What is kept of its attention belongs to the graph and is freed with it, used or not. The second time,
-        routers repeat their choices, and keys and values that an earlier layer lent are the same.
+        x and delta are added before, so that one tensor is kept in place of two. What is kept of its
+        attention belongs to the graph and is freed with it, used or not. The second time, routers repeat
+        their choices, and keys and values that an earlier layer lent are the same.
         """
+        if delta_NC is not None:
+            x_NC = x_NC + delta_NC
         kept = [] if self.recompute == "keep_attention" else None
         routes = context.routes
         layer = len(routes.chosen) if routes else 0
         lent = context.lent
 
-        def run(x_NC: Tensor, delta_NC: Tensor | None) -> tuple[Tensor, Tensor]:
+        def run(x_NC: Tensor) -> tuple[Tensor, Tensor]:
             context.kept = kept
             context.lent = lent
             if routes and len(routes.chosen) > layer:
                 context.routes = routes.replay(layer)
             try:
-                return block(x_NC, delta_NC, rope, context)
+                return block(x_NC, None, rope, context)
             finally:
                 context.kept = None
                 context.routes = routes
 
-        return checkpoint(run, x_NC, delta_NC, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, x_NC, use_reentrant=False, preserve_rng_state=False)
 
     def predict_next(self, hidden_NC: Tensor, next_N: Tensor, context: Context, depth: int = 0) -> Tensor:
         """Return states [N, C] that predict one token further than `hidden_NC`, by MTP module `depth`.

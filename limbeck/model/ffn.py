@@ -100,7 +100,7 @@ class MixtureOfExperts(nn.Module):
         scores_NE, chosen_NK = self.route(x_NC, context.routes)
         weights_NK = scores_NE.gather(1, chosen_NK)
         if self.experts.normalize:
-            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+            weights_NK = weights_NK / (self.ops.row_sums(weights_NK) + 1e-20)
         weights_NK = (weights_NK * self.experts.scale).to(x_NC.dtype)
         mixed_NC = self.ops.mix_experts(
             x_NC,
@@ -141,7 +141,7 @@ class MixtureOfExperts(nn.Module):
             scores_NE = scores_NE + self.correction
         if experts.groups > 1:
             scores_NE = self._limit_to_groups(scores_NE)
-        return scores_NE.topk(experts.top_k).indices
+        return self.ops.top_k(scores_NE, experts.top_k)
 
     def _limit_to_groups(self, scores_NE: Tensor) -> Tensor:
         """Return the scores [N, E] with -inf for experts outside each token's best groups.
@@ -153,7 +153,7 @@ class MixtureOfExperts(nn.Module):
         scores_NGE = scores_NE.view(len(scores_NE), experts.groups, -1)
         best_NG = scores_NGE.topk(2, -1).values.sum(-1) if experts.balanced else scores_NGE.amax(-1)
         allowed_NG = torch.zeros_like(best_NG, dtype=torch.bool)
-        allowed_NG.scatter_(1, best_NG.topk(experts.top_groups).indices, True)
+        allowed_NG.scatter_(1, self.ops.top_k(best_NG, experts.top_groups), True)
         return scores_NGE.masked_fill(~allowed_NG.unsqueeze(2), float("-inf")).flatten(1)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import kernels
 from .config import ModelConfig
 from .context import Layer, RouterTrace
+from .ops.table import Latents
 from .packed import Packed
 
 
@@ -180,7 +181,7 @@ class KVCache:
         q_NHD: Tensor,
         k_NKD: Tensor | None,
         v_NKD: Tensor | None,
-        latent: Tensor | None = None,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Store the new keys and values; return the new tokens' attention in their rows, [N, H, D].
 

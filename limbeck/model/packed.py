@@ -19,6 +19,7 @@ from . import kernels
 from .context import Layer, RouterTrace
 from .ops import CPU, Ops
 from .ops.plain import causal_attention
+from .ops.table import Latents
 from .paged import AttentionPlan
 
 # Tokens of a sequence beyond which it is packed alone and does not share its prompt: torch's attention, which
@@ -49,7 +50,7 @@ class _WholeSequences:
         q_NHD: Tensor,
         k_NKD: Tensor | None,
         v_NKD: Tensor | None,
-        latent: Tensor | None = None,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Return causal attention within each sequence, [N, H, D] (see `Context.attend`)."""
         if k_NKD is None:
@@ -57,8 +58,8 @@ class _WholeSequences:
         else:
             self.lent = (k_NKD, v_NKD) if layer.lends else None
             if self.entries is not None:
-                self.entries.append((k_NKD, v_NKD) if latent is None else (latent, None))
-        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self)
+                self.entries.append((k_NKD, v_NKD) if latents is None else (latents.cached_N1D, None))
+        return self.ops.attend(layer, q_NHD, k_NKD, v_NKD, self, latents)
 
 
 class Packed(_WholeSequences):

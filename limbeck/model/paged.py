@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .context import Layer, RouterTrace
 from .ops import CPU, Ops
-from .ops.table import BLOCK, Rows
+from .ops.table import BLOCK, Latents, Rows
 
 
 class AttentionPlan:
@@ -94,7 +94,7 @@ class PagedCache:
         q_NHD: Tensor,
         k_NKD: Tensor | None,
         v_NKD: Tensor | None,
-        latent: Tensor | None = None,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Store the new keys and values; return the new tokens' attention in their rows, [N, H, D].
 

@@ -16,6 +16,7 @@ from .config import ModelConfig
 from .context import Layer, RouterTrace
 from .kv_cache import KVCache
 from .ops.plain import causal_attention
+from .ops.table import Latents
 
 
 class SequenceKV:
@@ -82,7 +83,7 @@ class ChunkedPrefill:
 
     The first `counts[0]` tokens continue `sequences_kv[0]`, the next `counts[1]` tokens continue
     `sequences_kv[1]`, and so on. Each token attends to the earlier tokens of its own sequence. After the
-    forward pass, call `settle` to count the new tokens as part of their sequences.
+    forward pass the caller adds the new tokens to the sequences' `length`.
     """
 
     absorbed = True
@@ -103,7 +104,7 @@ class ChunkedPrefill:
         q_NHD: Tensor,
         k_NKD: Tensor | None,
         v_NKD: Tensor | None,
-        latent: Tensor | None = None,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Store the new keys and values; return the new tokens' attention in their sequences, [N, H, D].
 
@@ -118,11 +119,6 @@ class ChunkedPrefill:
             mixed.append(_attend(past, layer, q_NHD[new]))
             begin += count
         return torch.cat(mixed)
-
-    def settle(self) -> None:
-        """Add the new tokens to the lengths of their sequences; call this once, after the last layer."""
-        for past, count in zip(self.sequences_kv, self.counts, strict=True):
-            past.length += count
 
 
 def _store(past: SequenceKV, slot: int, k_SKD: Tensor, v_SKD: Tensor | None) -> None:

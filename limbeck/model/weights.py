@@ -30,6 +30,7 @@ from ..types import LimbeckError
 from .config import ModelConfig
 from .decoder import Decoder
 from .families import FAMILIES
+from .ops import devices, place
 
 # Old checkpoints carry the rotary frequencies, which follow from config.json; modules of multi-token
 # prediction carry the model's own embedding and head a second time.
@@ -147,6 +148,13 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
         decoder = Decoder(config)
     _fill(decoder.to(dtype), directory)
     return decoder
+
+
+def load_onto(directory: Path, device: str) -> Decoder:
+    """Read a decoder for inference onto a device, by its resolved name (ops/devices.py). A card computes in
+    bfloat16 where the weights are stored so, every other device in float32."""
+    dtype = stored_dtype(directory) if devices.is_card(device) else torch.float32
+    return place(load(directory, dtype), device)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

@@ -39,10 +39,11 @@ from .decontamination import ContaminationReport, Decontamination, evaluated_pro
 from .review import review_queue
 from .store import Artifact, Store, digest_of
 
-QUIET = {"title", "log_every", "save_every", "recompute", "steps_without_signal"}
+QUIET = {"title", "log_every", "save_every", "recompute", "offload", "steps_without_signal"}
 # settings of an endpoint that do not change its responses
 QUIET |= {"key", "prices", "requests_per_minute", "max_concurrency", "timeout"}
 UNCHANGING = {"precision": "float32", "exact": True}  # as if they were not set
+UNCHANGING_OF_OPTIMIZER = {"moments": "float32", "masters": True}  # likewise
 VERSIONS: dict[str, int] = {}  # kind -> version, part of its keys: raise it when settings change meaning
 
 
@@ -169,6 +170,7 @@ class Graph:
         # with the names of older versions and without None, so that a renamed or a new option changes no key
         settings = {k: v for k, v in stored(configured).items() if v is not None}
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
+        settings = _without_defaults_of_optimizer(settings)
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
             settings |= self._suites(stage)
@@ -443,6 +445,18 @@ def _ordered(nodes: Iterable[Node]) -> Iterator[Node]:
         pending.remove(node)
         done.add(node.name)
         yield node
+
+
+def _without_defaults_of_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a stage, those of its optimizer without what changes no result."""
+    if "optimizer" not in settings:
+        return settings
+    learning = {
+        k: v
+        for k, v in settings["optimizer"].items()
+        if k not in QUIET and UNCHANGING_OF_OPTIMIZER.get(k) != v
+    }
+    return {**settings, "optimizer": learning}
 
 
 # ---------------------------------------------------------------- differences

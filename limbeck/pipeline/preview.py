@@ -208,21 +208,24 @@ def nodes_to_try(graph: Graph, stage: str = "") -> list[Node]:
     return nodes
 
 
-def try_node(graph: Graph, node: Node, scratch: Path, prompts: int, samples: int) -> Preview | None:
+def try_node(
+    graph: Graph, node: Node, scratch: Path, prompts: int, samples: int, device: str = "cpu"
+) -> Preview | None:
     """Return the preview of a stage that has not run, from the model that it would start from. If that is
     not made yet, the nearest model that it will be trained from stands in for it, and `wanted` names the
     missing one.
 
     Return None if there is no such model either: the base has to be pretrained first. Models that have to be
-    converted are written below the temporary folder `scratch`.
+    converted are written below the temporary folder `scratch`. `device` is the resolved name of what models
+    are placed on (model/ops/devices.py).
     """
     wanted = _model(node)
     if wanted in node.endpoints:
-        return make(_job(graph, node, {}), wanted, prompts, samples)
+        return make(_job(graph, node, {}, device), wanted, prompts, samples)
     for name in _origins(graph, wanted):
         folder = _model_folder(graph.nodes[name], scratch)
         if folder:
-            preview = make(_job(graph, node, {name: folder}), name, prompts, samples)
+            preview = make(_job(graph, node, {name: folder}, device), name, prompts, samples)
             return {**preview, "wanted": wanted} if name != wanted else preview
     return None
 
@@ -272,7 +275,7 @@ def _link(stage: Load, folder: Path) -> None:
             (folder / file.name).symlink_to(file)
 
 
-def _job(graph: Graph, node: Node, models: dict[str, Path]) -> Job:
+def _job(graph: Graph, node: Node, models: dict[str, Path], device: str = "cpu") -> Job:
     """Return the job of a stage that has not run, with the folders of `models` among its inputs. Problems
     that a `screen` stage has yet to choose are those that it will choose from."""
     artifacts = {name: found.folder for name, found in graph.artifacts_of(node).items() if found}
@@ -287,6 +290,7 @@ def _job(graph: Graph, node: Node, models: dict[str, Path]) -> Job:
         problems=node.problems,
         folder=graph.store.root / ".partial" / "preview",  # nothing is written there
         endpoints=node.endpoints,
+        device=device,
     )
 
 

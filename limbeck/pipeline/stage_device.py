@@ -4,10 +4,10 @@ the device fails."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .store import write
@@ -28,21 +28,13 @@ def ready_device(job: Job, tell: Tell) -> Iterator[Job]:
     A stage is alone on a card; it waits for others and tells so with `tell`. Stages that compute with no
     model take no device. Raises LimbeckError if there is no such device here.
     """
-    from ..model.kernels.build import folder
     from ..model.ops import devices
-    from ..runtime.card_lock import card_lock
+    from ..runtime.card_lock import device_lock
 
     job = replace(job, device=devices.resolve(job.device) if job.needs_device else "cpu")
-    if not devices.is_card(job.device):
-        yield job
-        return
     owner = f"stage {job.name} in {job.folder.parents[2]}"
-    with card_lock(folder(), devices.identity(job.device), owner, tell, job.stopping):
-        devices.prepare(job.device)
-        try:
-            yield job
-        finally:
-            devices.release()
+    with device_lock(job.device, owner, tell, job.stopping):
+        yield job
 
 
 def note_device(job: Job, tell: Tell) -> dict[str, Any]:
@@ -86,6 +78,20 @@ def devices_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*device.pop("before", []), device]
 
 
+def changed_device(manifest: Mapping[str, Any], partial: Path | None = None) -> str:
+    """Return the sentence about a stage that went on on another kind of device, empty for any other stage.
+
+    `manifest` is that of its artifact; for a stage that is not done, `partial` is the folder it works in.
+    """
+    computed = devices_of(manifest)
+    if partial and (partial / DEVICES).exists():
+        computed = json.loads((partial / DEVICES).read_text(encoding="utf-8"))
+    if len(computed) < 2:
+        return ""
+    names = ", then on ".join(_in_words(device) for device in computed)
+    return f"computed on {names}, which round differently: its files are not those of a run on one of them"
+
+
 def _in_words(device: dict[str, Any]) -> str:
     """Return a device in words, such as "NVIDIA H100 (driver 580.95, torch 2.13.0, triton 3.6.0)"."""
     details = [f"{key} {device[key]}" for key in ("driver", "torch", "triton") if device.get(key)]
@@ -101,20 +107,10 @@ def device_failure(job: Job, error: BaseException) -> dict[str, Any] | None:
     from ..model.ops import devices
 
     if devices.out_of_memory(error):
-        return {"event": "full", "message": f"{_asked(str(error))}; {', or '.join(remedies(job))}"}
+        return {"event": "full", "message": f"{devices.shortage(error)}; {', or '.join(remedies(job))}"}
     if devices.poisoned(error):
         return {"event": "broken", "message": str(error).splitlines()[0]}
     return None
-
-
-def _asked(message: str) -> str:
-    """Return what was asked of a card's memory and what there was, from torch's message."""
-    asked = re.search(r"allocate ([\d.]+ \w+)", message)
-    total = re.search(r"capacity of ([\d.]+ \w+)", message)
-    free = re.search(r"of which ([\d.]+ \w+) is free", message)
-    if not (asked and total and free):
-        return "the card's memory is full"
-    return f"the card's memory is full: {asked[1]} more were asked for, of {total[1]} only {free[1]} are free"
 
 
 def remedies(job: Job) -> list[str]:
@@ -125,8 +121,11 @@ def remedies(job: Job) -> list[str]:
     recompute = getattr(stage, "recompute", True)
     if recompute is not True:
         found.append(f"set {name}.recompute: true, with which the same command goes on from its checkpoint")
+    moved, smaller = _optimizer_remedies(stage, f"{name}.optimizer")
+    found += moved
     if getattr(stage, "precision", None) != "bfloat16":
         found.append(f"set {name}.precision: bfloat16")
+    found += smaller
     lower = []
     if hasattr(stage, "batch_tokens"):
         lower.append(f"{name}.batch_tokens ({stage.batch_tokens})")
@@ -139,3 +138,16 @@ def remedies(job: Job) -> list[str]:
     if lower:
         found.append(f"lower {' or '.join(lower)}")
     return found
+
+
+def _optimizer_remedies(stage: Any, key: str) -> tuple[list[str], list[str]]:
+    """Return what makes AdamW need less memory of a card, as parts of a sentence: what changes no key, and
+    what does. `key` is where the optimizer is set. The moments of adapters are small."""
+    optimizer = getattr(stage, "optimizer", None)
+    if optimizer is None or optimizer.name != "adamw" or getattr(stage, "lora", None):
+        return [], []
+    moved = [] if optimizer.offload else [f"set {key}.offload: true, with which it goes on from there too"]
+    smaller = [] if optimizer.moments == "int8" else [f"set {key}.moments: int8"]
+    if optimizer.masters is not False:
+        smaller.append(f"set {key}.masters: false with precision: bfloat16")
+    return moved, smaller

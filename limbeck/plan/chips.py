@@ -141,7 +141,8 @@ def _names() -> dict[str, str]:
 
 def find(name: str) -> Chip:
     """Return a chip by any of its names, in upper or lower case. Raises LimbeckError for an unknown name."""
-    key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
+    key = name.strip().lower().replace("_", "-").replace(" ", "-")
+    key = key.removeprefix("nvidia-").removeprefix("geforce-")
     names = _names()
     if key not in names:
         raise LimbeckError(f"chip {name!r} is not known; {_suggest(key, names)}, or add it to {FILE.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -117,6 +118,8 @@ class Cluster:
 
     def tell(self) -> str:
         """Return a description of the cluster in one line."""
+        if self.count == 1:
+            return f"1 x {self.chip.name}"
         fabric = self.fabric
         inner = f"PCIe of {fabric.pcie:.0f} GB/s"
         if self.linked:
@@ -174,17 +177,14 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     The entry has the keys `chip` and `count`. `name` is `text` in lower case; `text` is what the error cites.
     Raises LimbeckError if neither form matches.
     """
+    with suppress(LimbeckError):
+        return {"chip": chips.find(name).name, "count": 1}
     for pattern in (COUNTED, NAMED):
         match = pattern.match(name)
         if match:
             return {"chip": match["chip"], "count": int(match["count"])}
-    try:
-        return {"chip": chips.find(name).name, "count": 1}
-    except LimbeckError:
-        known = ", ".join(_tree()["clusters"])
-        raise LimbeckError(
-            f"{text!r} is no cluster: write COUNTxCHIP, for instance 8x4090, or one of {known}"
-        ) from None
+    known = ", ".join(_tree()["clusters"])
+    raise LimbeckError(f"{text!r} is no cluster: write COUNTxCHIP, for instance 8x4090, or one of {known}")
 
 
 def _change(network: Fabric, changes: dict[str, Any]) -> Fabric:

@@ -19,7 +19,7 @@ from .cluster import Cluster
 from .constants import constants
 from .inference import Replica
 from .machine_rates import FEW, SPREAD, Asked, Rates, Use
-from .rl import LEARNER_MFU, Lengths, decode_seconds
+from .rl import HOST_LINK, LEARNER_MFU, Lengths, decode_seconds
 from .stage_work import SMALL, Rollout, StageWork
 
 STAGE = 0.4  # seconds of any stage for reading problems, scoring, records and syncing files
@@ -32,6 +32,9 @@ DESK_SECONDS = 60  # seconds that a person takes to review a row: guessed
 # share of a large square product's FLOP/s that learning of a large model with many tokens reaches:
 # SmolLM2's fine-tuning
 REACHED = 0.75
+FLOAT32_MFU = 0.5  # share of the peak in float32 that learning reaches: guessed
+HOST_BYTES = 32  # bytes of a weight that the host reads and writes for an update of AdamW in its memory
+HOST_MEMORY = 20e9  # bytes a second of the host's memory: guessed
 ELSEWHERE = 2.0  # factor within which a stage's time on other chips is known
 START = 30.0  # seconds to start a stage on other chips: processes, weights, compiling
 OPERATIONS = 20  # operations that the host starts for a layer, forward
@@ -327,25 +330,33 @@ def _dependents(forecasts: Mapping[str, Forecast]) -> dict[str, set[str]]:
 # ---------------------------------------------------------------- on other chips
 
 
-def price_on(work: StageWork, configs: Mapping[str, ModelConfig], cluster: Cluster) -> Forecast:
+def price_on(
+    work: StageWork, configs: Mapping[str, ModelConfig], cluster: Cluster, rows: int = 0
+) -> Forecast:
     """Return the forecast of one stage on a cluster.
 
-    Rollouts are simulated as decode steps. Learning runs at the usual share of the peak FLOP/s, or, for a
-    small model, as fast as the host can launch its operations. `configs` maps the name of each stage's model
-    to its shape. Raises LimbeckError if the chips cannot hold the model.
+    Rollouts are simulated as decode steps, of at most `rows` rows at once (0: as many as the memory holds).
+    Learning runs at the usual share of the peak FLOP/s, or, for a small model, as fast as the host can launch
+    its operations. `configs` maps the name of each stage's model to its shape. Raises LimbeckError if the
+    chips cannot hold the model.
     """
     config = configs.get(work.model)
     parts: dict[str, float] = {}
     if config is not None and work.rollouts:
-        replica = _smallest_replica(config, cluster)
-        parts["rollout"] = sum(_rollout_on(replica, rollout, cluster) for rollout in work.rollouts)
+        replica = _smallest_replica(config, cluster, _precision(work, cluster))
+        parts["rollout"] = sum(_rollout_on(replica, rollout, cluster, rows) for rollout in work.rollouts)
     if config is not None and (work.learned or work.read):
-        peak = cluster.count * cluster.chip.rate(_precision(cluster))
-        mfu = LEARNER_MFU[1]
+        precision = _precision(work, cluster)
+        peak = cluster.count * cluster.chip.rate(precision)
+        mfu = FLOAT32_MFU if precision == "fp32" else LEARNER_MFU[1]
         middle = max(1.0, work.length / 2)
         launching = work.updates * config.layers * OPERATIONS * constants().launch * 3
-        computing = work.learned * config.flops_per_token(middle, backward=True) / peak / mfu
+        flops = config.flops_per_token(middle, backward=True) + _flops_again(work, config, middle)
+        computing = work.learned * flops / peak / mfu
         parts["learning"] = max(computing, launching)
+        if work.offload:
+            moved = 4 / HOST_LINK + HOST_BYTES / HOST_MEMORY  # a gradient goes up, a weight comes back
+            parts["update on the host"] = work.updates * config.parameters * moved
         if work.read:
             reader = configs[work.reader]
             parts["teacher and reference"] = work.read * reader.flops_per_token(middle) / peak / mfu
@@ -353,12 +364,22 @@ def price_on(work: StageWork, configs: Mapping[str, ModelConfig], cluster: Clust
     return _sum_up(work, config, parts, hypot(log(ELSEWHERE), log(work.sure)))
 
 
-def _precision(cluster: Cluster) -> str:
-    """Return the 16-bit format of the cluster's chips: "bf16" if they have it, else "fp16"."""
+def _precision(work: StageWork, cluster: Cluster) -> str:
+    """Return the format that the stage computes in: "fp32", or the 16-bit format of the cluster's chips."""
+    if work.precision == "float32":
+        return "fp32"
     return "bf16" if "bf16" in cluster.chip.figures else "fp16"
 
 
-def _smallest_replica(config: ModelConfig, cluster: Cluster) -> Replica:
+def _flops_again(work: StageWork, config: ModelConfig, middle: float) -> float:
+    """Return the FLOPs of a token that the backward pass computes again, for a sequence with `middle` keys
+    on average: the forward pass, without attention's scores where its results are kept."""
+    if not work.recompute:
+        return 0.0
+    return config.flops_per_token(1.0 if work.recompute == "keep_attention" else middle)
+
+
+def _smallest_replica(config: ModelConfig, cluster: Cluster, precision: str) -> Replica:
     """Return a copy of the model on as few chips as hold it. Raises LimbeckError if none holds it.
 
     The number of chips of a copy divides the number of chips of the cluster.
@@ -368,19 +389,22 @@ def _smallest_replica(config: ModelConfig, cluster: Cluster) -> Replica:
         if chips > cluster.count or cluster.count % chips:
             continue
         try:
-            return Replica(config, cluster, chips, _precision(cluster))
+            return Replica(config, cluster, chips, precision)
         except LimbeckError as error:
             refused = error
     raise refused or LimbeckError(f"{cluster.name}: no group of its chips holds a copy of the model")
 
 
-def _rollout_on(replica: Replica, rollout: Rollout, cluster: Cluster) -> float:
-    """Return the seconds of a rollout on a cluster that is divided into copies of `replica`."""
+def _rollout_on(replica: Replica, rollout: Rollout, cluster: Cluster, most: int = 0) -> float:
+    """Return the seconds of a rollout on a cluster that is divided into copies of `replica`.
+
+    Each copy decodes at most `most` rows at once; 0 is no limit but its memory's.
+    """
     rows = max(1, round(rollout.rows / (cluster.count // replica.chips)))
     mean = min(rollout.length, 0.95 * rollout.longest)
     lengths = Lengths(mean, rollout.longest).draw(min(rows, MOST_DRAWN))
     fitting = replica.chips * replica.most_rows(rollout.prompt + rollout.length)
-    slots = max(1, min(rows, fitting))
+    slots = max(1, min(rows, most or fitting))
 
     def step(alive: float, context: float) -> float:
         return replica.decode(alive / replica.chips, context).seconds

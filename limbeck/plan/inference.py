@@ -95,7 +95,12 @@ class Replica:
     @property
     def width(self) -> int:
         """Bytes of a weight in this precision."""
-        return 1 if self.precision in ("fp8", "int8") else 2
+        return {"fp8": 1, "int8": 1, "fp32": 4}.get(self.precision, 2)
+
+    @property
+    def cached(self) -> float:
+        """Bytes of KV cache of one token, at 16 bits a value, or 32 where weights have 32."""
+        return self.config.kv_bytes_per_token(max(2, self.width))
 
     @property
     def split(self) -> int:
@@ -136,8 +141,8 @@ class Replica:
         return int(self.room / (self.cache(context) / self.split))
 
     def cache(self, context: float) -> float:
-        """Return the bytes of one conversation's KV cache of `context` tokens, at 16 bits a value."""
-        return self.config.kv_bytes_per_token(2) * context
+        """Return the bytes of one conversation's KV cache of `context` tokens."""
+        return self.cached * context
 
     # ------------------------------------------------------------ decoding
 
@@ -211,7 +216,7 @@ class Replica:
         if config.windows:
             attended = sum(min(context, config.window(layer) or context) for layer in range(config.layers))
         flops = 2 * rows * config.heads * (key + value) * attended
-        cache_bytes = rows * config.kv_bytes_per_token(2) * attended / config.layers
+        cache_bytes = rows * self.cached * attended / config.layers
         return max(flops / self.roof.flash, cache_bytes / self.roof.memory)
 
     def _exchange(self, work: cost.Work, rows: float, nodes: int = 0) -> float:

@@ -20,7 +20,10 @@ from .constants import Constants, constants
 from .cost import Matmul, Work
 
 TILE = 128 * 256  # values that one multiprocessor makes at a time (cuBLAS, CUTLASS)
-UNITS = {"a100": 108, "h20": 78, "4090": 128, "v100": 80, "b200": 148}  # multiprocessors
+UNITS = {  # multiprocessors, by the beginning of a chip's name
+    "a100": 108, "h200": 132, "h20": 78, "4090": 128, "4080": 76, "3090": 82, "3060": 28, "a6000": 84,
+    "l40s": 142, "v100": 80, "b200": 148,
+}  # fmt: skip
 HOPPER_UNITS = 132  # multiprocessors of Hopper's other chips
 FORWARD_OPERATIONS = 20  # launches of the host in a layer
 EXPERT_OPERATIONS = 12  # launches more in a layer of experts

@@ -87,7 +87,7 @@ class StageWork:
     through the model `reader` (a teacher or a reference). `written` is the tokens of a miniature's corpus
     that is generated, and `people` the number of rows that a person reviews. `saved` is True if the model is
     saved. `sure` is the factor within which the tokens are known. `inputs` are the stages that must be done
-    before.
+    before. `precision`, `recompute` and the optimizer's `offload` are the stage's settings.
     """
 
     stage: str
@@ -105,6 +105,9 @@ class StageWork:
     saved: bool = False
     sure: float = 1.05
     inputs: tuple[str, ...] = ()
+    precision: str = "float32"
+    recompute: bool | str = False
+    offload: bool = False
 
     @property
     def sampled(self) -> float:
@@ -187,7 +190,10 @@ class Walk:
             work = self._evaluate(node, stage, inputs[0], control)
         else:
             work = self._stage(node, stage)
-        work = replace(work, inputs=inputs)
+        precision = getattr(stage, "precision", None) or self.recipe.precision or "float32"
+        recompute = getattr(stage, "recompute", False)
+        offload = bool(getattr(getattr(stage, "optimizer", None), "offload", None))
+        work = replace(work, inputs=inputs, precision=precision, recompute=recompute, offload=offload)
         self.efforts[node] = work
         return work
 

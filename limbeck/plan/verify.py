@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 
 from ..types import LimbeckError
+from . import card_runs, cost, models, pipeline_schedules, search
 from . import cluster as clusters
-from . import cost, models, pipeline_schedules, search
 from .collectives import decode_bound, free_experts
 from .constants import constants
 from .energy import circular
@@ -379,13 +379,15 @@ def _summary_line(kind: str, group: list[Check], floor: Mapping[int, float]) -> 
 
 
 def table(path: Path = FILE) -> list[str]:
-    """Return all lines of `limbeck plan verify`: the checks, their summary, and public claims.
+    """Return all lines of `limbeck plan verify`: the checks, their summary, Limbeck's own figures on one
+    card, and public claims.
 
     `path` is a table of published runs.
     """
     results = list(checks(read(path)))
     head = f"{'run':46} {'figure':24} {'measured':>12} {'foreseen':>12} {'error':>7}"
-    return [head, *(result.tell() for result in results), "", *summary(results), "", *claims()]
+    told = [head, *(result.tell() for result in results), "", *summary(results), ""]
+    return [*told, *card_runs.lines(), "", *claims()]
 
 
 # ------------------------------------------------------------ public claims

@@ -14,9 +14,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..model.kernels.build import folder as cache_folder
+from ..model.ops import devices
 from ..types import Resumable
 
 INTERVAL = 0.5  # seconds between two attempts
+
+
+@contextmanager
+def device_lock(
+    device: str, owner: str, tell: Callable[[str], None], stopping: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Hold a device, by its resolved name, made ready for use: a card with its lock, any other as it is.
+
+    The other arguments are those of `card_lock`. At the end the card's memory is given back, unless an error
+    left this process unable to use it.
+    """
+    if not devices.is_card(device):
+        yield
+        return
+    with card_lock(cache_folder(), devices.identity(device), owner, tell, stopping):
+        devices.prepare(device)
+        usable = True
+        try:
+            yield
+        except BaseException as error:
+            usable = not devices.poisoned(error)
+            raise
+        finally:
+            if usable:
+                devices.release()
 
 
 @contextmanager

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import torch
 
-from ..engine.request import Request
+from ..engine.device_scheduler import DeviceScheduler
+from ..engine.request import DeviceFull, Request
 from ..engine.scheduler import Scheduler
 from ..model import weights
+from ..model.decoder import Decoder
+from ..model.ops import devices
+from ..model.ops.table import BLOCK
+from ..model.paged import PagedCache
 from ..pipeline.model_name import find_model
 from ..runtime.machine import usable_cores, usable_memory
 from ..text.tokenizer import Tokenizer
@@ -22,11 +27,13 @@ from .types import Price, ServedModel
 
 KV_SHARE = 0.4  # of the free memory, for the KV cache
 PREFIX_SHARE = 0.1  # of the free memory, for the prefix cache
+CARD_SHARE = 0.8  # of a card's free memory, for keys and values; the rest is for what a step computes
+PREFIX_ROOM = 2  # times the blocks that all rows can need, at most: the rest keeps beginnings of prompts
 
 
 @dataclass(frozen=True)
 class _SchedulerLimits:
-    """Limits of each model's scheduler.
+    """Limits of each model's scheduler, and the resolved name of the device that the model lies on.
 
     `rows` is the number of sequences that are generated at once, `waiting` the number of requests that may be
     queued, `max_tokens` the default limit of a completion in tokens.
@@ -35,6 +42,7 @@ class _SchedulerLimits:
     rows: int
     waiting: int
     max_tokens: int
+    device: str
 
 
 def open_service(
@@ -45,19 +53,23 @@ def open_service(
     waiting: int = 256,
     max_tokens: int = 2048,
     threads: int = 0,
+    device: str = "cpu",
 ) -> Service:
     """Load models and return the service over them.
 
     Each of `names` is `[NAME=]MODEL`, where NAME is the served name. Each of `prices` is `[NAME=]READ/SAID`,
     as in `price_list`. `rows` sequences of a model are generated at once, `waiting` requests may be queued
     for it, and `max_tokens` is the default limit of a completion. `threads` is the number of CPU threads for
-    PyTorch, 0 for all usable cores. The models are loaded in a thread that ends afterwards; the docstring of
+    PyTorch, 0 for all usable cores. `device` is the resolved name of what the models are placed on
+    (model/ops/devices.py). The models are loaded in a thread that ends afterwards; the docstring of
     `EngineThread` tells why.
 
-    Raises LimbeckError for a name that is no model, two models of one name, or a malformed price.
+    Raises LimbeckError for a name that is no model, two models of one name, a malformed price, or a device
+    that has no room for any of the models. Those that have none beside the others are in `unavailable` of
+    the service.
     """
     torch.set_num_threads(threads or max(1, int(usable_cores())))
-    limits = _SchedulerLimits(rows, waiting, max_tokens)
+    limits = _SchedulerLimits(rows, waiting, max_tokens, device)
     with ThreadPoolExecutor(1) as loader:
         return loader.submit(_load_service, names, runs, prices, limits).result()
 
@@ -72,10 +84,22 @@ def _load_service(
     folders = named(names, runs)
     priced = price_list(prices, list(folders))
     served: list[ServedModel] = []
+    unavailable: dict[str, str] = {}
+    devices.prepare(limits.device)
     for name, folder in folders.items():
-        scheduler = _load_scheduler(folder, len(folders) - len(served), limits)
-        served.append(ServedModel(name, folder, scheduler, priced.get(name), limits.max_tokens))
-    return Service(served)
+        remaining = len(folders) - len(served) - len(unavailable)
+        try:
+            scheduler = _load_scheduler(folder, remaining, limits)
+        except (torch.OutOfMemoryError, DeviceFull) as error:
+            reason = error.shortage if isinstance(error, DeviceFull) else devices.shortage(error)
+            unavailable[name] = f"{name} is not served: {reason}; serve fewer models at once"
+        else:
+            served.append(ServedModel(name, folder, scheduler, priced.get(name), limits.max_tokens))
+            continue
+        devices.release()
+    if unavailable and not served:
+        raise LimbeckError(next(iter(unavailable.values())))
+    return Service(served, limits.device, unavailable)
 
 
 def _load_scheduler(folder: Path, remaining: int, limits: _SchedulerLimits) -> Scheduler:
@@ -85,20 +109,56 @@ def _load_scheduler(folder: Path, remaining: int, limits: _SchedulerLimits) -> S
     equally.
     """
     tokenizer = Tokenizer.from_directory(folder)
-    model = weights.load(folder)
+    model = weights.load_onto(folder, limits.device)
+    stop_token_ids = _stop_token_ids(folder)
+    if model.ops.on_host:
+        scheduler = _host_scheduler(model, tokenizer, remaining, limits, stop_token_ids)
+    else:
+        blocks = _blocks(model, remaining, limits)
+        scheduler = DeviceScheduler(model, tokenizer, limits.rows, limits.waiting, blocks, stop_token_ids)
+    _warm_up(scheduler)
+    return scheduler
+
+
+def _host_scheduler(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    remaining: int,
+    limits: _SchedulerLimits,
+    stop_token_ids: tuple[int, ...],
+) -> Scheduler:
+    """Return the scheduler of a model on the CPU, which takes a part of the free memory."""
     memory = usable_memory() / remaining  # bytes that are free once the weights are loaded, for this model
     bytes_per_token = model.config.kv_bytes_per_token(4)
-    scheduler = Scheduler(
+    return Scheduler(
         model,
         tokenizer,
         limits.rows,
         limits.waiting,
         int(KV_SHARE * memory / bytes_per_token),
         int(PREFIX_SHARE * memory),
-        _stop_token_ids(folder),
+        stop_token_ids,
     )
-    _warm_up(scheduler)
-    return scheduler
+
+
+def _blocks(model: Decoder, remaining: int, limits: _SchedulerLimits) -> int:
+    """Return the number of blocks of keys and values that a model on a device gets.
+
+    Raises DeviceFull if one answer of the default length does not fit into them.
+    """
+    weight = model.embed.weight
+    each = PagedCache.block_bytes(model.config, weight.dtype)
+    free = model.ops.free_bytes(weight.device)
+    room = KV_SHARE * usable_memory() if free is None else CARD_SHARE * free
+    positions = model.config.max_positions
+    blocks = min(int(room / remaining) // each, PREFIX_ROOM * limits.rows * -(-positions // BLOCK))
+    needed = -(-min(limits.max_tokens, positions) // BLOCK)
+    if blocks < needed:
+        raise DeviceFull(
+            f"an answer of {min(limits.max_tokens, positions)} tokens needs {needed * each / 2**30:.3f} GiB "
+            f"for keys and values, and there is room for {blocks * each / 2**30:.3f} GiB"
+        )
+    return blocks
 
 
 def named(names: Sequence[str], runs: Path) -> dict[str, Path]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from ..types import LimbeckError
+from ..types import LimbeckError, Resumable
 
 if TYPE_CHECKING:
     import socket
+
+    from ..engine.loop import EngineThread
 
 HEAD_TIMEOUT_SECONDS = 10.0  # seconds from a request's first byte to the end of its head
 KEEP_ALIVE_SECONDS = 30  # seconds that an idle connection stays open
@@ -35,10 +37,13 @@ def claim(host: str, port: int) -> socket.socket:
     return address
 
 
-def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None:
+def serve(app: Any, address: socket.socket, engine: EngineThread, drain_seconds: float = 30.0) -> None:
     """Serve an ASGI application on a bound socket until SIGTERM or Ctrl-C.
 
     Then no new request is accepted, and the running ones get `drain_seconds` to finish.
+
+    Raises Resumable if the device of `engine`, the thread that runs the models, has failed: all requests have
+    been told, and this process cannot use the device any more.
     """
     import uvicorn
 
@@ -54,7 +59,18 @@ def serve(app: Any, address: socket.socket, drain_seconds: float = 30.0) -> None
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(drain_seconds),
     )
-    uvicorn.Server(config).run(sockets=[address])
+    server = uvicorn.Server(config)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    engine.on_failure = stop
+    server.run(sockets=[address])
+    if engine.failure:
+        reason = str(engine.failure).splitlines()[0]
+        raise Resumable(
+            f"the card failed ({reason}), and this process cannot use it any more; start the server again"
+        ) from engine.failure
 
 
 def _protocol() -> type:

@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..engine.loop import EngineThread
-from ..engine.request import Answer, QueueFull, Request
+from ..engine.request import Answer, DeviceFull, QueueFull, Request
 from ..text.detokenizer import IncrementalDetokenizer
 from ..text.reasoning_parser import CLOSE, OPEN, ReasoningParser, split_thought
 from ..text.tokenizer import Tokenizer
@@ -45,16 +45,32 @@ class ModelFailed(LimbeckError):
     exit_code = 70
 
 
+class OutOfMemory(ModelFailed):
+    """Raised if the memory of the device did not suffice for a request; others go on."""
+
+
+class ModelUnavailable(LimbeckError):
+    """Raised if the model of the requested name could not be loaded beside the others."""
+
+
 class Service:
     """All models of one server, and the thread that runs them.
 
     It is an asynchronous context manager: the thread runs inside `async with`. `served` may be empty.
+    `device` is the resolved name of what the models lie on; `unavailable` says of each model that it has no
+    room for, by its name, why.
     """
 
-    def __init__(self, served: Sequence[ServedModel] = ()):
+    def __init__(
+        self,
+        served: Sequence[ServedModel] = (),
+        device: str = "cpu",
+        unavailable: Mapping[str, str] | None = None,
+    ):
         self.models: Mapping[str, ServedModel] = {model.name: model for model in served}
+        self.unavailable = unavailable or {}
         self.metrics = Metrics(served)
-        self.engine_thread = EngineThread([model.scheduler for model in served])
+        self.engine_thread = EngineThread([model.scheduler for model in served], device)
         self._events: dict[Answer, asyncio.Event] = {}  # set when new tokens of an output can be streamed
 
     async def __aenter__(self) -> Self:
@@ -72,8 +88,10 @@ class Service:
     def model(self, name: str) -> ServedModel:
         """Return the model that is served under a name.
 
-        Raises `UnknownModel`, whose message lists the served names.
+        Raises `UnknownModel`, whose message lists the served names, or `ModelUnavailable`.
         """
+        if name in self.unavailable:
+            raise ModelUnavailable(self.unavailable[name])
         if name not in self.models:
             names = ", ".join(self.models) or "none"
             raise UnknownModel(f"model {name!r} is not served here; there are {names}")
@@ -167,7 +185,8 @@ class Service:
                 event.clear()
                 if output.error:
                     reason = str(output.error) or type(output.error).__name__
-                    raise ModelFailed(f"{served.name} could not go on: {reason}") from output.error
+                    kind = OutOfMemory if isinstance(output.error, DeviceFull) else ModelFailed
+                    raise kind(f"{served.name} could not go on: {reason}") from output.error
                 for stream in streams:
                     for delta in stream.poll():
                         if delta.kind == "end" and _all_closed(streams):

@@ -34,7 +34,8 @@ class Learner(Scorer):
     number of updates planned. With `recompute`, activations are recomputed in the backward pass, which saves
     memory; with "keep_attention", all but the results of attention (model/decoder.py). With `lora`, adapters
     are trained in place of the model's weights (model/lora.py). `trained` are the parameters, by name.
-    Without `samples`, another engine samples with its weights, and nothing is `exact`."""
+    `seed` determines the stochastic rounding of the optimizer. Without `samples`, another engine samples with
+    its weights, and nothing is `exact`."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Learner(Scorer):
         steps: int,
         recompute: bool | str = False,
         lora: LoRA | None = None,
+        seed: object = 0,
         samples: bool = True,
     ):
         super().__init__(model)
@@ -57,7 +59,7 @@ class Learner(Scorer):
         if lora:  # and what a stage added to the model, such as the value head of a reward model
             heads = {name: p for name, p in self.trained.items() if p.requires_grad}
             self.trained = {**heads, **lora.parameters()}
-        self.optimizer = Optimizer(model, settings, steps, lora and lora.parameters())
+        self.optimizer = Optimizer(model, settings, steps, lora and lora.parameters(), seed)
         self._routes: list[RouterTrace] = []  # one for each micro-batch since the last apply()
         self._replayed = False
 

@@ -79,9 +79,11 @@ def add_value_head(model: Decoder) -> None:
 class RewardModelLearner(_ValueHead, Learner):
     """A reward model that is trained."""
 
-    def __init__(self, model: Decoder, settings: Optimizer, steps: int, lora: LoRA | None = None):
+    def __init__(
+        self, model: Decoder, settings: Optimizer, steps: int, lora: LoRA | None = None, seed: object = 0
+    ):
         add_value_head(model)
-        super().__init__(model, settings, steps, lora=lora)
+        super().__init__(model, settings, steps, lora=lora, seed=seed)
 
 
 class RewardModelScorer(_ValueHead, Scorer):

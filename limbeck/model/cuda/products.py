@@ -4,7 +4,7 @@ Every element of a result is a sum over K in blocks of `BLOCK_K`, from the first
 of the tiles follow M, and they do not change the bits (`python -m bench.gpu products`). A weight with many
 inputs is cut into spans of inputs (`span`): each span is summed by itself and the spans are added in order.
 With few rows the spans are computed side by side, with many one after the other, with the same bits. M rows ·
-N columns · K inputs.
+N columns · K inputs · H heads.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ def _linear(
     span,
     x_stride,
     w_stride,
+    w_inner,
     y_stride,
     part_stride,
+    x_head,
+    w_head,
+    y_head,
     spans,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -50,6 +54,7 @@ def _linear(
 ):
     pid = tl.program_id(0)
     part = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     width = GROUP * tiles_n
@@ -60,8 +65,8 @@ def _linear(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    x_tile = x_ptr + rows.to(tl.int64)[:, None] * x_stride + inner[None, :]
-    w_tile = w_ptr + columns.to(tl.int64)[:, None] * w_stride + inner[None, :]
+    x_tile = x_ptr + head * x_head + rows.to(tl.int64)[:, None] * x_stride + inner[None, :]
+    w_tile = w_ptr + head * w_head + columns.to(tl.int64)[:, None] * w_stride + inner[None, :] * w_inner
     x_mask = rows[:, None] < M
     w_mask = columns[:, None] < N
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -72,14 +77,15 @@ def _linear(
         for k in range(begin, end, BLOCK_K):
             ahead = inner[None, :] < end - k
             x = tl.load(x_tile + k, mask=x_mask & ahead, other=0.0)
-            w = tl.load(w_tile + k, mask=w_mask & ahead, other=0.0)
+            w = tl.load(w_tile + k * w_inner, mask=w_mask & ahead, other=0.0)
             sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
         total = total + sums if MANY else sums
         begin += span
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         total += bias.to(tl.float32)[None, :]
-    y = y_ptr + part.to(tl.int64) * part_stride + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+    y_ptr += head * y_head + part.to(tl.int64) * part_stride
+    y = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=x_mask & (columns[None, :] < N))
 
 
@@ -138,7 +144,7 @@ def _tile_for_few(rows: int, columns: int, one_span: bool) -> Tile:
     return Tile(64, width, 4, 4 if width == 64 else 5)
 
 
-def _fit(tile: Tile, x_MK: Tensor) -> Tile:
+def fit(tile: Tile, x_MK: Tensor) -> Tile:
     """Return the tile with as many stages, and columns, as the card of x [M, K] has shared memory for.
 
     float32 is multiplied without tensor cores, in smaller tiles, which the compiler writes out in full.
@@ -147,7 +153,7 @@ def _fit(tile: Tile, x_MK: Tensor) -> Tile:
         tile = Tile(32, 64, 4, 2)
     count = stages(tile.stages, (tile.rows + tile.columns) * BLOCK_K * x_MK.element_size(), x_MK.device)
     if count < 2 and tile.columns > 64:
-        return _fit(tile._replace(columns=tile.columns // 2), x_MK)
+        return fit(tile._replace(columns=tile.columns // 2), x_MK)
     return tile._replace(stages=count)
 
 
@@ -177,13 +183,13 @@ def linear(
         return y_MN
     each = span(inputs)
     spans = triton.cdiv(inputs, each)
-    tile = _fit(tile or choose_tile(rows, columns, inputs), x_MK)
+    tile = fit(tile or choose_tile(rows, columns, inputs), x_MK)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     if beside is None:
         beside = _side_by_side(rows, programs)
     beside = beside and spans > 1
     out = x_MK.new_empty(spans, rows, columns, dtype=torch.float32) if beside else y_MN
-    _linear[(programs, spans if beside else 1)](
+    _linear[(programs, spans if beside else 1, 1)](
         x_MK,
         weight_NK,
         None if beside else bias_N,
@@ -194,8 +200,12 @@ def linear(
         each,
         x_MK.stride(0),
         weight_NK.stride(0),
+        1,
         columns,
         rows * columns,
+        0,
+        0,
+        0,
         1 if beside else spans,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
@@ -209,6 +219,51 @@ def linear(
     if beside:
         _sum_spans(out, bias_N, y_MN)
     return y_MN
+
+
+def per_head(x_MHK: Tensor, weight_HNK: Tensor, tile: Tile | None = None) -> Tensor:
+    """Return each head's product with its own weight, [M, H, N], in the dtype of x, summed in float32.
+
+    The weight's last dimension need not be contiguous in memory. `tile` is as in `linear`.
+    """
+    rows, heads, inputs = x_MHK.shape
+    columns = weight_HNK.shape[1]
+    y_MHN = x_MHK.new_empty(rows, heads, columns)
+    if not rows:
+        return y_MHN
+    if x_MHK.stride(2) != 1:
+        x_MHK = x_MHK.contiguous()
+    each = span(inputs)
+    spans = triton.cdiv(inputs, each)
+    tile = fit(tile or choose_tile(rows, columns, inputs), x_MHK)
+    _linear[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns), 1, heads)](
+        x_MHK,
+        weight_HNK,
+        None,
+        y_MHN,
+        rows,
+        columns,
+        inputs,
+        each,
+        x_MHK.stride(0),
+        weight_HNK.stride(1),
+        weight_HNK.stride(2),
+        heads * columns,
+        0,
+        x_MHK.stride(1),
+        weight_HNK.stride(0),
+        columns,
+        spans,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=BLOCK_K,
+        HAS_BIAS=False,
+        MANY=spans > 1,
+        GROUP=8,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y_MHN
 
 
 def _sum_spans(parts: Tensor, bias_N: Tensor | None, y_MN: Tensor) -> None:

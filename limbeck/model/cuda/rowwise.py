@@ -193,21 +193,25 @@ def rotate(x_NHD: Tensor, cos_N1D: Tensor, sin_N1D: Tensor) -> Tensor:
 @triton.jit
 def _store(
     k_ptr, v_ptr, slots_ptr, keys_ptr, values_ptr, k_stride, v_stride, size,
-    BLOCK: tl.constexpr,
+    HAS_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < size
     tl.store(keys_ptr + slot * size + at, tl.load(k_ptr + token * k_stride + at, mask=mask), mask=mask)
-    tl.store(values_ptr + slot * size + at, tl.load(v_ptr + token * v_stride + at, mask=mask), mask=mask)
+    if HAS_V:
+        tl.store(values_ptr + slot * size + at, tl.load(v_ptr + token * v_stride + at, mask=mask), mask=mask)
 
 
-def store(k_NKD: Tensor, v_NKD: Tensor, slots_N: Tensor, pool: Pool) -> None:
-    """Write the keys and values of new tokens [N, K, D] to the places `slots_N` of a pool."""
+def store(k_NKD: Tensor, v_NKD: Tensor | None, slots_N: Tensor, pool: Pool) -> None:
+    """Write the keys and values of new tokens [N, K, D] to the places `slots_N` of a pool.
+
+    Without values only the keys are written.
+    """
     keys, values = pool
     size = k_NKD.shape[1] * k_NKD.shape[2]
     _store[(len(k_NKD),)](
-        k_NKD, v_NKD, slots_N, keys, values, k_NKD.stride(0), v_NKD.stride(0), size,
-        BLOCK=triton.next_power_of_2(size), num_warps=2,
+        k_NKD, v_NKD, slots_N, keys, values, k_NKD.stride(0), 0 if v_NKD is None else v_NKD.stride(0), size,
+        HAS_V=v_NKD is not None, BLOCK=triton.next_power_of_2(size), num_warps=2,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from . import experts
 from .plain import PlainOps
-from .table import Rope
+from .table import Latents, Rope
 
 if TYPE_CHECKING:
     from ..context import Layer, Sequences
@@ -79,7 +79,13 @@ class CPUOps(PlainOps):
         return super().mix_experts(x_NC, gate_up_EIC, down_ECI, chosen_NK, weights_NK, rounding)
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        sequences: Sequences,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Return causal attention within whole sequences, [N, H, D]."""
         seen = min(sequences.longest, layer.window or sequences.longest)

@@ -3,24 +3,31 @@
 Sampler and learner run the same forward kernels, so a token's log-probability has the same bits in both.
 Backward passes need to be deterministic only, and leave products to cuBLAS and attention to torch: its flash
 kernel in 16 bits, its attention over padded sequences in float32. N tokens · C hidden size · O outputs · H
-heads · K key/value heads · D head size · V vocabulary.
+heads · K key/value heads, or experts of a token · D head size · I intermediate size · E experts · M = N x K
+choices of experts · V vocabulary · T ids of a part of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cuda import attention, products, rowwise, sampling
+from ..cuda import experts as grouped
+from . import experts
 from .plain import HALF, PlainOps, exclude
-from .table import Pool, Predictions, Rope, Rows
+from .table import Latents, Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
     from ..context import Layer, Sequences
     from ..paged import AttentionPlan
+
+HEAD_NUMBERS = 1 << 24  # numbers of the head's gradient that are computed at once: 64 MiB
 
 
 class CUDAOps(PlainOps):
@@ -28,17 +35,14 @@ class CUDAOps(PlainOps):
 
     logits_at_once = 1 << 26  # 256 MiB in float32
     prefill_tokens = 1 << 15
-    has_latents = False
-    has_experts = False
-
     exact = True
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return RMSNorm of x [..., C]."""
         return _Norm.apply(x, weight, eps)
 
-    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta`, x and its norm."""
         return _AddNorm.apply(x, delta, weight, eps)
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:
@@ -51,23 +55,85 @@ class CUDAOps(PlainOps):
 
     def linear(self, x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias [N, O]."""
-        return _Linear.apply(x_NC, weight_OC, bias_O)
+        return _Linear.apply(x_NC, weight_OC, bias_O, x_NC.dtype)
+
+    def router(self, x_NC: Tensor, weight_EC: Tensor) -> Tensor:
+        """Return the logits of a router [N, E], in float32."""
+        return _Linear.apply(x_NC, weight_EC, None, torch.float32)
+
+    def top_k(self, scores_NE: Tensor, k: int) -> Tensor:
+        """Return the indices of the k highest scores of each row [N, K]; of equal ones the first come first.
+
+        torch's `topk` leaves open which of equal scores it takes.
+        """
+        return scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+    def row_sums(self, x_NK: Tensor) -> Tensor:
+        """Return the sum of each row, [N, 1], by a product, whose order of summation is fixed."""
+        return _Linear.apply(x_NK, x_NK.new_ones(1, x_NK.shape[1]), None, x_NK.dtype)
+
+    def mix_experts(
+        self,
+        x_NC: Tensor,
+        gate_up_EIC: Tensor,
+        down_ECI: Tensor,
+        chosen_NK: Tensor,
+        weights_NK: Tensor,
+        rounding: experts.Rounding = experts.EXACT,
+    ) -> Tensor:
+        """Return the sum over each token's experts of weight x SwiGLU(x), [N, C].
+
+        Simulated FP8 is for pretraining, which samples nothing: it takes the library's products.
+        """
+        if rounding is not experts.EXACT:
+            return super().mix_experts(x_NC, gate_up_EIC, down_ECI, chosen_NK, weights_NK, rounding)
+        order_M, ends_E = experts.sort_choices(chosen_NK, len(down_ECI))
+        return _Mixed.apply(
+            x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E.to(torch.int32), rounding
+        )
 
     def logits(self, x_NC: Tensor, head_VC: Tensor) -> Tensor:
         """Return the logits [N, V] without a gradient, in float32."""
         return products.linear(x_NC, head_VC, dtype=torch.float32)
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        sequences: Sequences,
+        latents: Latents | None = None,
     ) -> Tensor:
-        """Return causal attention within whole sequences, [N, H, D]."""
-        return _Attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, self._attention)
+        """Return causal attention within whole sequences, [N, H, D].
+
+        With latents the result is that of decoding, which has no other keys and values; those that are
+        written out serve the backward pass.
+        """
+        attend = self._attention if latents is None else partial(self._latent_attention, latents)
+        return _Attend.apply(q_NHD, k_NKD, v_NKD, layer, sequences, attend)
 
     def _attention(
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
         """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H]."""
         return attention.attend(q_NHD, pool, plan.rows, layer.scale, layer.window)
+
+    def _latent_attention(
+        self, latents: Latents, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixed values [N, H, D] and the logs of the sums of exponentials [N, H], from latents."""
+        cached_N1D, up_key_HDR, up_value_HDR = latents
+        nope = up_key_HDR.shape[1]
+        q_NHD = self.absorb(q_NHD[..., :nope], q_NHD[..., nope:], up_key_HDR)
+        keys = plan.keys(cached_N1D)
+        pool = (keys, keys[..., : up_key_HDR.shape[2]])
+        mixed_NHR, lse_NH = attention.attend(q_NHD, pool, plan.rows, layer.scale, layer.window)
+        return self.per_head(mixed_NHR, up_value_HDR), lse_NH
+
+    def per_head(self, x_NHD: Tensor, weight_HOD: Tensor) -> Tensor:
+        """Return each head's product with its own weight, [N, H, O], without a gradient."""
+        return products.per_head(x_NHD, weight_HOD)
 
     def store(self, k_NKD: Tensor, v_NKD: Tensor | None, slots_N: Tensor, pool: Pool) -> None:
         """Write the keys and values of new tokens to the places `slots_N` of a pool."""
@@ -111,7 +177,9 @@ class CUDAOps(PlainOps):
         if by_RV.dtype == by_head_VC.dtype:
             by_head_VC.addmm_(by_RV.T, hidden_RC)
         else:
-            by_head_VC.add_(torch.mm(by_RV.T, hidden_RC, out_dtype=by_head_VC.dtype))
+            rows = HEAD_NUMBERS // by_head_VC.shape[1]
+            for by_RT, by_head_TC in zip(by_RV.split(rows, 1), by_head_VC.split(rows), strict=True):
+                by_head_TC.add_(torch.mm(by_RT.T, hidden_RC, out_dtype=by_head_TC.dtype))
         return torch.mm(by_RV, head_VC)
 
     def _kept(self, predictions: Predictions) -> Tensor:
@@ -130,6 +198,22 @@ class CUDAOps(PlainOps):
         with torch.cuda.graph(graph):
             step()
         return graph.replay
+
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """Return a copy of a tensor of any shape on the card; it travels from pinned memory."""
+        return x.pin_memory().to(device, non_blocking=True)
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a tensor of any shape to pinned memory of the host; return what waits for it."""
+        copy = x.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return copy
+
+        return wait
 
     def free_bytes(self, device: torch.device) -> int | None:
         """Return the bytes that the card has free, and those that torch holds for later."""
@@ -154,6 +238,19 @@ class FastCUDAOps(CUDAOps):
         if x_NC.dtype == torch.float32:
             return torch.mm(x_NC, head_VC.T)
         return torch.mm(x_NC, head_VC.T, out_dtype=torch.float32)
+
+    def attend(
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        sequences: Sequences,
+        latents: Latents | None = None,
+    ) -> Tensor:
+        """Return causal attention within whole sequences, [N, H, D], from keys and values written out."""
+        width = v_NKD.shape[2]
+        return super().attend(layer, q_NHD, k_NKD, _widened(v_NKD, k_NKD), sequences)[..., :width]
 
     def _attention(
         self, layer: Layer, q_NHD: Tensor, pool: Pool, plan: AttentionPlan
@@ -182,6 +279,11 @@ def _flash(layer: Layer) -> dict[str, float]:
     return {"scale": layer.scale, "window_size_left": left, "window_size_right": 0}
 
 
+def _widened(x_NKD: Tensor, other_NKD: Tensor) -> Tensor:
+    """Return x with zeros up to the head size of another tensor: torch's flash attention takes one size."""
+    return F.pad(x_NKD, (0, other_NKD.shape[2] - x_NKD.shape[2]))
+
+
 class _Norm(torch.autograd.Function):
     """RMSNorm."""
 
@@ -204,8 +306,12 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, weight, eps):
-        """Return x + delta and its norm, both [N, C]."""
-        total, y = rowwise.add_norm(delta.contiguous(), x.contiguous(), weight, eps)
+        """Return x + delta and its norm, both [N, C]; without delta, x and its norm."""
+        total = x.contiguous()
+        if delta is None:
+            y = rowwise.norm(total, weight, eps)
+        else:
+            total, y = rowwise.add_norm(delta.contiguous(), total, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, y
@@ -216,7 +322,7 @@ class _AddNorm(torch.autograd.Function):
         by_x, by_weight = rowwise.norm_backward(
             grad.contiguous(), *ctx.saved_tensors, ctx.eps, grad_total.contiguous()
         )
-        return by_x, by_x, by_weight, None
+        return by_x, by_x if ctx.needs_input_grad[1] else None, by_weight, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -255,19 +361,37 @@ class _Linear(torch.autograd.Function):
     """x @ weight.T + bias."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        """Return x @ weight.T + bias [N, O]."""
+    def forward(ctx, x, weight, bias, dtype):
+        """Return x @ weight.T + bias [N, O] in `dtype`."""
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        return products.linear(x, weight, bias)
+        return products.linear(x, weight, bias, dtype)
 
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients by x [N, C], weight [O, C] and bias [O]."""
         x, weight = ctx.saved_tensors
         by_bias = grad.float().sum(0).to(grad.dtype) if ctx.biased else None
-        return grad @ weight, grad.T @ x, by_bias
+        by_x = grad @ weight.to(grad.dtype)
+        by_weight = grad.T @ x.to(grad.dtype)
+        return by_x.to(x.dtype), by_weight.to(weight.dtype), by_bias, None
+
+
+class _Mixed(experts.Mixed):
+    """The weighted sums of the outputs of experts, with the library's products in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding):
+        """Return the weighted sums [N, C]; arguments as of `Mixed`."""
+        x_NC = x_NC.contiguous()
+        sorting = (order_M, ends_E)
+        both_MI = grouped.spread(x_NC, gate_up_EIC, sorting, weights_NK.shape[1])
+        inner_MI = rowwise.swiglu(both_MI)
+        ctx.rounding = rounding
+        ctx.top_k = weights_NK.shape[1]
+        ctx.save_for_backward(x_NC, both_MI, inner_MI, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E)
+        return grouped.gather(inner_MI, down_ECI, sorting, weights_NK.contiguous())
 
 
 class _Attend(torch.autograd.Function):
@@ -302,11 +426,11 @@ class _Attend(torch.autograd.Function):
         q, keys, values, out, lse = ctx.saved_tensors
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         by_q, by_keys, by_values = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(),
+            _widened(grad, q).contiguous(),
             q,
             keys,
-            values,
-            out,
+            _widened(values, q),
+            _widened(out, q),
             lse.T.contiguous(),
             plan.rows.starts,
             plan.key_starts,
@@ -318,6 +442,7 @@ class _Attend(torch.autograd.Function):
             seed,
             **_flash(layer),
         )
+        by_values = by_values[..., : values.shape[2]]
         by_k, by_v = (plan.gather_gradient(by, tokens) for by in (by_keys, by_values))
         return by_q, by_k, by_v, None, None, None
 

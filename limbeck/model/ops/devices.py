@@ -7,6 +7,7 @@ and with torch's operations, for tests.
 from __future__ import annotations
 
 import gc
+import os
 import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -146,11 +147,12 @@ def prepare(name: str) -> None:
     """Make results on a card repeatable in this process: the deterministic kernels of torch, and products of
     float32 in float32. Nothing is set for other devices.
 
-    torch's filling of new memory is turned off, which it would do for every `empty` otherwise. cuBLAS needs
-    `CUBLAS_WORKSPACE_CONFIG` in the environment before the process begins (`WorkerPool`).
+    torch's filling of new memory is turned off, which it would do for every `empty` otherwise. cuBLAS reads
+    its setting when the process first uses it. The card that is used by default is set for this thread only.
     """
     if not is_card(name):
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.cuda.set_device(name)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -167,6 +169,11 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def host_buffer(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory of the host for `count` numbers that a device copies from and to: pinned for a card."""
+    return torch.empty(count, dtype=dtype, pin_memory=is_card(str(device)))
+
+
 def peak_bytes(name: str) -> int:
     """Return the most bytes of a card that this process had in use since `release`."""
     return torch.cuda.max_memory_allocated(name)
@@ -179,6 +186,17 @@ def out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def shortage(error: BaseException) -> str:
+    """Return what was asked of a card's full memory and what there was, from torch's error, in words."""
+    message = str(error)
+    asked = re.search(r"allocate ([\d.]+ \w+)", message)
+    total = re.search(r"capacity of ([\d.]+ \w+)", message)
+    free = re.search(r"of which ([\d.]+ \w+) is free", message)
+    if not (asked and total and free):
+        return "the card's memory is full"
+    return f"the card's memory is full: {asked[1]} more were asked for, of {total[1]} only {free[1]} are free"
 
 
 def poisoned(error: BaseException | None) -> bool:

@@ -20,8 +20,8 @@ EXACT: Rounding = (lambda x: x, lambda weight: weight)
 
 def sort_choices(chosen_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Return the order [M] that sorts the choices by expert, and the end of each expert's choices [E]."""
-    order_M = chosen_NK.flatten().argsort(stable=True)
-    ends_E = torch.bincount(chosen_NK.flatten(), minlength=experts).cumsum(0)
+    sorted_M, order_M = chosen_NK.flatten().sort(stable=True)
+    ends_E = torch.searchsorted(sorted_M, torch.arange(experts, device=sorted_M.device), right=True)
     return order_M, ends_E
 
 
@@ -49,15 +49,18 @@ class Mixed(torch.autograd.Function):
         weight_M1 = weights_NK.flatten()[order_M].unsqueeze(1)
         inner_MI = F.silu(gate_MI).mul_(up_MI)
         y_MC = _grouped_product(tile(inner_MI * weight_M1), down_ECI.mT, ends_E)
-        ctx.save_for_backward(x_MC, both_MI, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E)
+        ctx.save_for_backward(x_NC, both_MI, inner_MI, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E)
         return _sum_choices(y_MC, order_M, ctx.top_k)
 
     @staticmethod
     def backward(ctx, grad_NC):
         """Return the gradients by x [N, C], gate_up [E, 2 I, C], down [E, C, I] and weights [N, K]."""
-        x_MC, both_MI, inner_MI, gate_up_EIC, down_ECI, weight_M1, order_M, ends_E = ctx.saved_tensors
+        x_NC, both_MI, inner_MI, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E = ctx.saved_tensors
         tile, _ = ctx.rounding
-        grad_MC = grad_NC[order_M // ctx.top_k]
+        tokens_M = order_M // ctx.top_k
+        x_MC = x_NC[tokens_M]
+        grad_MC = grad_NC[tokens_M]
+        weight_M1 = weights_NK.flatten()[order_M].unsqueeze(1)
         by_inner_MI = _grouped_product(tile(grad_MC), down_ECI, ends_E)
         weighted_MI = tile((inner_MI * weight_M1).T).T
         by_down_ECI = _grouped_product(tile(grad_MC.T), weighted_MI, ends_E)

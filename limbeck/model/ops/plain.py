@@ -1,7 +1,8 @@
 """The operations of a decoder in torch, on any device and in any dtype.
 
 N tokens · B rows · C hidden size · O outputs · H heads · K key/value heads · G query heads of a key head · D
-head size · T positions · S new tokens of a row · R predictions · V vocabulary · E experts.
+head size · O outputs · T positions · S new tokens of a row · R predictions, or latent rank · V vocabulary · E
+experts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import experts
-from .table import BLOCK, Pool, Predictions, Rope, Rows
+from .table import BLOCK, Latents, Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
     from ..context import Layer, Sequences
@@ -28,8 +29,6 @@ class PlainOps:
     on_host = False
     logits_at_once = 0
     prefill_tokens = 1 << 13
-    has_latents = True
-    has_experts = True
     precise = torch.float64  # of cumulative sums of probabilities
 
     exact = False  # whether sampler and learner agree to the last bit in 16 bits too
@@ -40,9 +39,10 @@ class PlainOps:
             return Normalize.apply(x.float(), weight.float(), eps).to(x.dtype)
         return Normalize.apply(x, weight, eps)
 
-    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
-        x = x + delta
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta`, x and its norm."""
+        if delta is not None:
+            x = x + delta
         return x, self.norm(x, weight, eps)
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:
@@ -74,6 +74,14 @@ class PlainOps:
         precision = torch.promote_types(x_NC.dtype, torch.float32)
         return F.linear(x_NC.to(precision), weight_EC.to(precision))
 
+    def top_k(self, scores_NE: Tensor, k: int) -> Tensor:
+        """Return the indices of the k highest scores of each row [N, K], the highest first."""
+        return scores_NE.topk(k).indices
+
+    def row_sums(self, x_NK: Tensor) -> Tensor:
+        """Return the sum of each row, [N, 1]."""
+        return x_NK.sum(-1, keepdim=True)
+
     def mix_experts(
         self,
         x_NC: Tensor,
@@ -89,10 +97,24 @@ class PlainOps:
         return experts.Mixed.apply(x_NC, gate_up_EIC, down_ECI, weights_NK, order_M, ends_E, rounding)
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        sequences: Sequences,
+        latents: Latents | None = None,
     ) -> Tensor:
         """Return causal attention within whole sequences, [N, H, D]."""
         return sequences.attend_padded(layer, q_NHD, k_NKD, v_NKD)
+
+    def per_head(self, x_NHD: Tensor, weight_HOD: Tensor) -> Tensor:
+        """Return each head's product with its own weight, [N, H, O]."""
+        return torch.einsum("nhd,hod->nho", x_NHD, weight_HOD)
+
+    def absorb(self, q_nope_NHD: Tensor, q_rope_NHD: Tensor, up_key_HDR: Tensor) -> Tensor:
+        """Return queries of cached latents and rotated keys, [N, H, R + D]."""
+        return torch.cat([self.per_head(q_nope_NHD, up_key_HDR.mT), q_rope_NHD], dim=-1)
 
     # ------------------------------------------------------------ keys and values in blocks
 
@@ -176,6 +198,15 @@ class PlainOps:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """Return the step itself."""
         return step
+
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor of any shape on the device."""
+        return x.to(device)
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Return a function that returns a copy of a tensor of any shape on the host, as it is now."""
+        copy = x.to("cpu", copy=True)
+        return lambda: copy
 
     def free_bytes(self, device: torch.device) -> int | None:
         """Return None: torch has no word for it that all devices know."""

@@ -1,7 +1,7 @@
 """The table of operations: what a decoder asks of the device on which its weights lie.
 
 N tokens · B rows · C hidden size · O outputs · H heads · K key/value heads · D head size · R predictions · V
-vocabulary · E experts. `[N, K]` in `mix_experts` are the K experts of each token.
+vocabulary · E experts. `[N, K]` in `mix_experts` and `top_k` are the K experts of each token.
 """
 
 from __future__ import annotations
@@ -35,6 +35,18 @@ class Rows(NamedTuple):
     longest: int
 
 
+class Latents(NamedTuple):
+    """What multi-head latent attention caches of new tokens, and the weights that write it out.
+
+    `cached_N1D` are the latents, of R values, and after them the rotated keys that all heads share. A head's
+    keys are `up_key_HDR @ latent` and then the rotated key, its values are `up_value_HDR @ latent`.
+    """
+
+    cached_N1D: Tensor
+    up_key_HDR: Tensor
+    up_value_HDR: Tensor
+
+
 class Predictions(NamedTuple):
     """Predicted tokens: the hidden states [R, C] before the head [V, C], the tokens [R], the temperature.
 
@@ -53,21 +65,18 @@ class Ops(Protocol):
 
     `on_host`: the weights lie in the host's memory, so that a decode batch may keep its state there.
     `logits_at_once` is the number of logits to have in memory at once (0: as few as the caller likes),
-    `prefill_tokens` the number of tokens of prompts that a device batch runs at once. `has_latents` and
-    `has_experts`: a device batch can run multi-head latent attention, and mixtures of experts.
+    `prefill_tokens` the number of tokens of prompts that a device batch runs at once.
     """
 
     on_host: bool
     logits_at_once: int
     prefill_tokens: int
-    has_latents: bool
-    has_experts: bool
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return x / rms(x) * weight over the last dimension of x [..., C]; weight is [C]."""
 
-    def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return x + delta and its norm, both [N, C]."""
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return x + delta and its norm, both [N, C]; without `delta`, x and its norm."""
 
     def rotate(self, x_NHD: Tensor, rope: Rope) -> Tensor:
         """Return the heads [N, H, D] rotated, in the half-split layout: `x * cos + x.roll(D / 2) * sin`."""
@@ -87,6 +96,12 @@ class Ops(Protocol):
     def router(self, x_NC: Tensor, weight_EC: Tensor) -> Tensor:
         """Return the logits of a router [N, E], in float32 or better."""
 
+    def top_k(self, scores_NE: Tensor, k: int) -> Tensor:
+        """Return the indices of the k highest scores of each row [N, K], the highest first."""
+
+    def row_sums(self, x_NK: Tensor) -> Tensor:
+        """Return the sum of each row, [N, 1]."""
+
     def mix_experts(
         self,
         x_NC: Tensor,
@@ -102,9 +117,28 @@ class Ops(Protocol):
         """
 
     def attend(
-        self, layer: Layer, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sequences: Sequences
+        self,
+        layer: Layer,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        sequences: Sequences,
+        latents: Latents | None = None,
     ) -> Tensor:
-        """Return causal attention within whole sequences, [N, H, D]."""
+        """Return causal attention within whole sequences, [N, H, D].
+
+        `latents` are what multi-head latent attention made the keys and values of.
+        """
+
+    def per_head(self, x_NHD: Tensor, weight_HOD: Tensor) -> Tensor:
+        """Return each head's product with its own weight, [N, H, O], without a gradient on a card."""
+
+    def absorb(self, q_nope_NHD: Tensor, q_rope_NHD: Tensor, up_key_HDR: Tensor) -> Tensor:
+        """Return queries of cached latents and rotated keys [N, H, R + D], from unrotated and rotated ones.
+
+        With them a latent stands for the keys that `up_key_HDR` would make of it (DeepSeek-V2, arXiv
+        2405.04434, section 2.1.2).
+        """
 
     def store(self, k_NKD: Tensor, v_NKD: Tensor | None, slots_N: Tensor, pool: Pool) -> None:
         """Write the keys and values of new tokens to the places `slots_N` of a pool."""
@@ -147,6 +181,13 @@ class Ops(Protocol):
 
         `step` may run a few times meanwhile, so it must leave the state as it is.
         """
+
+    def send(self, x: Tensor, device: torch.device) -> Tensor:
+        """Return a tensor of any shape of the host on the device, without waiting for the device."""
+
+    def fetch(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a tensor of any shape to the host; return a function that waits for the copy and
+        returns it. Work that is given to the device meanwhile is not waited for."""
 
     def free_bytes(self, device: torch.device) -> int | None:
         """Return the bytes of memory that are free on the device; None if that is not known."""

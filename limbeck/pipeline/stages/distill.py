@@ -42,7 +42,7 @@ def run(job: Job) -> Outcome:
     run_log.drop_last(ROLLOUTS, stage.log_every)
     tasks = job.mixture(stage.problems) if stage.problems else None
     trainer = DistillTrainer(
-        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora),
+        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora, job.seed),
         teachers=teachers,
         sampler=DistillSampler(
             stage,

@@ -41,7 +41,7 @@ def run(job: Job) -> Outcome:
     sampled = cited_rows(*stage.pairs)
     plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reference_flops)
     lora = attach_adapters(job, decoder)
-    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), lora)
+    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), lora, job.seed)
     loss = DPO(stage.beta, stage.normalized)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every, loss))
     tokenizer.prompt_format = format_of_rows(rows)

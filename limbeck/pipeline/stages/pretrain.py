@@ -36,7 +36,7 @@ def run(job: Job) -> Outcome:
         documents = encode_documents(corpus, tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
     initial = digest(decoder)
-    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False))
+    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), seed=job.seed)
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
     result = train(job, SFTTrainer(learner, documents, plan, whole_batch, stage.log_every))
     save_model(decoder, tokenizer, job.folder)

@@ -42,7 +42,7 @@ def run(job: Job) -> Outcome:
     samples = to_samples(tokenizer, learned)
     plan = plan_by_count(len(learned), stage.epochs, stage.batch_pairs, job.seed)
     lora = attach_adapters(job, decoder)
-    learner = RewardModelLearner(decoder, stage.optimizer, len(plan), lora)
+    learner = RewardModelLearner(decoder, stage.optimizer, len(plan), lora, seed=job.seed)
     trainer = SFTTrainer(
         learner, samples, plan, stage.batch_tokens, stage.log_every, BradleyTerry(), frozenset(["entropy"])
     )

@@ -41,7 +41,9 @@ def run(job: Job) -> Outcome:
     run_log.drop_last(ROLLOUTS, stage.log_every)
     engine = _engine(job, decoder, tokenizer)
     trainer = GRPOTrainer(
-        learner=Learner(decoder, stage.optimizer, updates, stage.recompute, lora, samples=not stage.engine),
+        learner=Learner(
+            decoder, stage.optimizer, updates, stage.recompute, lora, job.seed, samples=not stage.engine
+        ),
         engine=engine,
         rewards=learned_rewards(job, tasks, sampling),
         settings=stage,
@@ -55,6 +57,7 @@ def run(job: Job) -> Outcome:
     if state:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
+    engine.reserve = trainer.learner.optimizer.missing_bytes
     trainer.train()
     checkpoint.finish(trainer.state_dict, run_log)
     tokenizer.prompt_format = tasks.prompt_format

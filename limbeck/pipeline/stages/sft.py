@@ -26,7 +26,7 @@ def run(job: Job) -> Outcome:
     plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
     plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
     lora = attach_adapters(job, decoder)
-    learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute, lora)
+    learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute, lora, job.seed)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every))
     tokenizer.prompt_format = format_of_rows(rows)
     save_model(decoder, tokenizer, job.folder, lora)

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from ...engine.request import Answer, QueueFull
 from ...types import LimbeckError
 from ..app_state import AppState
-from ..service import ModelFailed, Service, UnknownModel, collect
+from ..service import ModelFailed, ModelUnavailable, OutOfMemory, Service, UnknownModel, collect
 from ..types import ChatOutput, Delta, GenerationOptions, ServedModel, Usage
 from .schema import (
     ChatRequest,
@@ -39,7 +39,11 @@ from .schema import (
 )
 
 SEND_TIMEOUT_SECONDS = 60.0  # seconds; a client that accepts no data for this time is disconnected
-ERROR_TYPES = {429: "rate_limit_error", 500: "server_error"}  # by HTTP status; all others are the client's
+ERROR_TYPES = {
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}  # by HTTP status; all others are the client's
 API_PATHS = ("/v1", "/health", "/metrics")
 CLIENT_CLOSED_REQUEST = 499  # nginx's HTTP status for a client that has disconnected; nobody receives it
 
@@ -70,6 +74,10 @@ def _error_response(error: RequestValidationError | HTTPException | LimbeckError
         case QueueFull():
             headers = {"retry-after": str(error.retry_after)}
             return error_response(429, str(error), code="queue_full", headers=headers)
+        case OutOfMemory():
+            return error_response(503, str(error), code="out_of_memory")
+        case ModelUnavailable():
+            return error_response(503, str(error), "model", "model_unavailable")
         case ModelFailed():
             return error_response(500, str(error))
         case UnknownModel():
