@@ -20,8 +20,8 @@ def find_suite(name: str) -> Suite:
     programming."""
     if name in CODE:
         raise LimbeckError(
-            f"--suite {name}: its metric runs programs that the model writes, which Limbeck does not do "
-            "without a jail for them; measure it with another harness on `limbeck serve`"
+            f"--suite {name}: its metric runs programs that the model writes, and Limbeck runs none; measure "
+            "it with another harness against `limbeck serve`"
         )
     if name not in SUITES:
         raise LimbeckError(f"--suite {name}: there is no such suite; choose {', '.join(SUITES)}")
