@@ -9,6 +9,7 @@ from typing import Any
 from ...config.recipe import Evaluate
 from ...engine.sampling import SamplingParams
 from ...eval.evaluate import combine, evaluate
+from ...report.loaded_run import SAMPLES, VERDICTS
 from ...run_log import read
 from ...text.tokenizer import Tokenizer
 from ..job import Job
@@ -44,7 +45,8 @@ def run(job: Job) -> Outcome:
         log.step(number, {"source": part["source"], "mode": part["way"], "accuracy": accuracy})
     (job.folder / PARTS).unlink()
     result = {"schema": 1, "model": model, "control": job.control, **combine(parts, job.seed)}
-    curate.write_rows(job.folder / "samples.jsonl", [row for part in parts for row in part["samples"]])
+    curate.write_rows(job.folder / SAMPLES, [row for part in parts for row in part["samples"]])
+    curate.write_rows(job.folder / VERDICTS, [row for part in parts for row in part["verdicts"]])
     write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     tokens = sum(part["tokens"] for part in parts)
     context = _mean_length(result, stage) / 2
