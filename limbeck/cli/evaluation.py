@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import suites
 from .options import (
     MODEL,
     RUNS,
@@ -48,7 +49,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
     problems: Annotated[
         str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
-    ],
+    ] = "",
     mode: Annotated[
         list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
     ] = [],  # noqa: B006
@@ -63,6 +64,21 @@ def evaluate(
         str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
     ] = "boxed",
     columns: Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")] = "",
+    suite: Annotated[
+        list[str], typer.Option(help="a named benchmark, instead of --problems", show_default=False)
+    ] = [],  # noqa: B006
+    data: Annotated[str, typer.Option(help="of a suite: the folder of its files as published")] = "",
+    protocol: Annotated[
+        str, typer.Option("--as", help="of a suite: measured as deepseek, lm-eval or lighteval does")
+    ] = "deepseek",
+    items: Annotated[int | None, typer.Option(min=1, help="of a suite: only the first items")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="of a suite: responses to each item")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="of a suite: dollars an hour of this machine, for the cost")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="of a suite: a JSONL file for the verdict on each item")
+    ] = None,
     runs: Home = RUNS,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -72,9 +88,23 @@ def evaluate(
     With a recipe, the settings of its first `evaluate` stage hold where none are given, so the figures are
     those that the recipe's run would report.
 
+    With `--suite`, the model is measured on a named benchmark (GSM8K, MATH-500, AIME and others,
+    docs/reference/suites.md) from its published files.
+
     For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
     mine.jsonl --answer final --held-out 50`
     """
+    if bool(suite) == bool(problems):
+        raise usage_error("give either --problems or --suite, which say what is asked")
+    if suite:
+        options = {"data": data, "protocol": protocol, "items": items, "samples": samples}
+        test = _of_suites(suite, options | {"max_new_tokens": max_new_tokens})
+        found = open_model(model, runs)
+        with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
+            suites.show(
+                _measure(found.title, found.directory(), test, device, Path(scratch)), price, out, as_json
+            )
+        return
     changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
     changes = {key: value for key, value in changes.items() if value is not None}
     if Path(problems).suffix in (".jsonl", ".parquet"):
@@ -82,7 +112,9 @@ def evaluate(
     else:
         test = _of_recipe(problems, changes)
     found = open_model(model, runs)
-    result = _measure(found.title, found.directory(), test, device)
+    with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
+        folder = _measure(found.title, found.directory(), test, device, Path(scratch))
+        result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     if as_json:
         print_json(result)
         return
@@ -148,24 +180,42 @@ def _settings(sources: list[str], changes: dict[str, Any]) -> Evaluate:
     return Evaluate(kind="evaluate", models=["model"], problems=sources, **changes)
 
 
-def _measure(title: str, directory: Path, test: _Test, device: str) -> dict[str, Any]:
-    """Return the evaluation of the model in `directory`, as an `evaluate` stage writes it on a device."""
+def _of_suites(names: list[str], options: dict[str, Any]) -> _Test:
+    """Return the test on named benchmarks. Raises a usage error for an unknown one and a missing folder."""
+    from ..config.parts import SuiteOptions
+    from ..config.recipe import Evaluate
+    from ..eval.suites.catalogue import find_protocol, find_suite
+
+    for name in names:
+        find_protocol(find_suite(name), options["protocol"])
+    if not options["data"] or not Path(options["data"]).exists():
+        wanted = find_suite(names[0])
+        raise usage_error(
+            f"--data {options['data'] or '(not given)'}: no such folder; it holds the files of "
+            f"{wanted.title} as published at {wanted.home}"
+        )
+    asked = {name: SuiteOptions(**options) for name in names}
+    settings = Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked)
+    return _Test(settings, {}, "0/evaluation")
+
+
+def _measure(title: str, directory: Path, test: _Test, device: str, home: Path) -> Path:
+    """Evaluate the model in `directory` on a device, and return the folder in `home` that an `evaluate` stage
+    would have written."""
     from ..pipeline.job import Job
     from ..pipeline.stage_device import ready_device
     from ..pipeline.stages import evaluate as stage
 
-    with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
-        home = Path(scratch)
-        inputs = home / "input"
-        inputs.mkdir()
-        (inputs / "model").symlink_to(directory.resolve())
-        folder = home / "output"
-        folder.mkdir()
-        asked = {name: test.problems[name] for name in test.settings.problems}
-        job = Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder, device=device)
-        with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
-            stage.run(ready)
-        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    inputs = home / "input"
+    inputs.mkdir()
+    (inputs / "model").symlink_to(directory.resolve())
+    folder = home / "output"
+    folder.mkdir()
+    asked = {name: test.problems[name] for name in test.settings.problems}
+    job = Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder, device=device)
+    with ready_device(job, lambda text: print(f"limbeck: {text}", file=sys.stderr)) as ready:
+        stage.run(ready)
+    return folder
 
 
 def _line(source: str, way: str, figures: dict[str, Any]) -> str:

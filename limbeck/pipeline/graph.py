@@ -30,6 +30,8 @@ from ..config.recipe import (
     inputs,
     sources,
 )
+from ..eval.suites.catalogue import find_suite
+from ..eval.suites.reading import suite_files
 from ..files import digest_file
 from ..types import LimbeckError
 from .continuation import LENGTHS, Shorter, find_shorter
@@ -163,6 +165,8 @@ class Graph:
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+        if "suites" in settings:
+            settings["suites"] = {name: self._suite(name, one) for name, one in settings["suites"].items()}
         if isinstance(stage, Load):  # the model's content is hashed, not its path
             settings.pop("path")
         if "adapter" in settings:
@@ -172,6 +176,12 @@ class Graph:
         if tables:
             settings |= rename_tables(stage, tables)
         return settings
+
+    def _suite(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of a named benchmark that are set, with the digests of its files."""
+        files = suite_files(find_suite(name), Path(options["data"]))
+        digests = {path.name: self._digest(path) for path in files}
+        return {k: v for k, v in options.items() if v is not None} | {"data": digests}
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
@@ -267,6 +277,12 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
         if stage.adapter:
             adapter = _find_directory(f"stages.{name}.adapter", stage.adapter, base)
             stage = stage.model_copy(update={"adapter": adapter})
+    if isinstance(stage, Evaluate) and stage.suites:
+        suites = {}
+        for suite, options in stage.suites.items():
+            data = _find_data(f"stages.{name}.suites.{suite}.data", options.data, base)
+            suites[suite] = options.model_copy(update={"data": data})
+        stage = stage.model_copy(update={"suites": suites})
     tables = tables_of(stage)
     if tables:
         setting = f"stages.{name}.{table_setting(stage)}"
@@ -290,6 +306,14 @@ def _find_directory(setting: str, path: str, base: Path) -> str:
         if place.is_dir():
             return str(place.resolve())
     raise LimbeckError(f"{setting}: {path} is no directory, neither beside the recipe nor here")
+
+
+def _find_data(setting: str, path: str, base: Path) -> str:
+    """Return the absolute path of a file or directory; see `_find_file`."""
+    for place in (base / path, Path(path)):
+        if place.exists():
+            return str(place.resolve())
+    raise LimbeckError(f"{setting}: {path} is neither beside the recipe nor here")
 
 
 def tables_of(stage: Stage) -> list[str]:
