@@ -12,11 +12,8 @@ from ...config.recipe import Evaluate
 from ...engine.rollout import Engine
 from ...engine.sampling import SamplingParams
 from ...eval.evaluate import combine, evaluate
-<<<<<<< HEAD
-from ...report.loaded_run import SAMPLES, VERDICTS
-=======
 from ...eval.suites import measure as suite
->>>>>>> suites
+from ...report.loaded_run import SAMPLES, VERDICTS
 from ...run_log import read
 from ...text.tokenizer import Tokenizer
 from ..job import Job
