@@ -13,6 +13,7 @@ from ...engine.rollout import Engine
 from ...engine.sampling import SamplingParams
 from ...eval.evaluate import combine, evaluate
 from ...eval.suites import measure as suite
+from ...report.loaded_run import SAMPLES, VERDICTS
 from ...run_log import read
 from ...text.tokenizer import Tokenizer
 from ..job import Job
@@ -69,10 +70,11 @@ def _collect(job: Job, total: int, results: Iterator[dict[str, Any]], parts: lis
 def _write(
     job: Job, model: str, suites: Sequence[suite.SuiteTask], parts: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write the evaluation and its samples, and return the evaluation."""
+    """Write the evaluation, its samples and the verdicts on single problems, and return the evaluation."""
     asked = [part for part in parts if "modes" in part]
     result = {"schema": 1, "model": model, "control": job.control, **combine(asked, job.seed)}
-    curate.write_rows(job.folder / "samples.jsonl", [row for part in asked for row in part["samples"]])
+    curate.write_rows(job.folder / SAMPLES, [row for part in asked for row in part["samples"]])
+    curate.write_rows(job.folder / VERDICTS, [row for part in asked for row in part["verdicts"]])
     if suites:
         result["suites"] = _combine_suites(job, suites, parts[len(asked) :])
     write(job.folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
