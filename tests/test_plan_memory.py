@@ -31,12 +31,16 @@ LLAMA = ModelConfig("llama", 512, 64, 6, 4, 4, 16, 176, max_positions=1024)
 QWEN3 = replace(LLAMA, family="qwen3", kv_heads=2, qk_norm="before", tied=False)
 WIDE = ModelConfig("qwen2", 2048, 128, 2, 4, 2, 32, 512, qkv_bias=True, max_positions=1024)
 LATENT = ModelConfig(
-    "deepseek_v3", 512, 64, 4, 4, 4, 24, 176, latent=Latent(32, 16, 8, 16, 48), max_positions=1024
+    "deepseek_v3", 512, 64, 4, 4, 4, 24, 176, latent=Latent(64, 16, 8, 16, 48), max_positions=1024
 )
 EXPERTS = replace(
     LATENT, experts=Experts(8, 2, 96, 96, sigmoid=True, balanced=True, normalize=True, dense=(0,))
 )
 AHEAD = replace(LATENT, layers=3, predicted=1)
+GEMMA3 = replace(
+    QWEN3, family="gemma3", tied=True, windows=(64, 0, 64, 64, 0, 64), gelu=True, norms_from_one=True,
+    post_norms=True, scaled_embeddings=True, local_theta=1000.0,
+)  # fmt: skip
 LONG = (300, 250, 200)
 SHORT = (30, 25, 20)
 UNITS = 8  # multiprocessors of a small card: an H100's sums of gradients would hide all else here
@@ -134,7 +138,8 @@ SETTINGS = {
     "offload": {"offload": True},
 }
 MODELS = {
-    "llama": LLAMA, "qwen3": QWEN3, "wide": WIDE, "latent": LATENT, "experts": EXPERTS, "ahead": AHEAD,
+    "llama": LLAMA, "qwen3": QWEN3, "wide": WIDE, "gemma3": GEMMA3, "latent": LATENT, "experts": EXPERTS,
+    "ahead": AHEAD,
 }  # fmt: skip
 
 

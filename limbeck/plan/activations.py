@@ -21,6 +21,11 @@ PADDED = 128  # rows that flash attention pads each sequence's gradients to
 INTEGERS = 6  # integers of a token in a batch: ids, next ids, positions, places, targets, rows
 
 
+def position_bytes(config: ModelConfig) -> int:
+    """Return the bytes of cos and sin of one position, of both bases where layers with a window have one."""
+    return 8 * config.rope_dim * (2 if config.local_theta else 1)
+
+
 @dataclass(frozen=True)
 class Activations:
     """The activations of a model for one micro-batch, in bytes.
@@ -49,7 +54,7 @@ class Activations:
     @property
     def base(self) -> float:
         """Bytes that all layers share: the batch, and cos and sin of each token."""
-        return self.batch.tokens * (8 * INTEGERS + 12 + 8 * self.config.rope_dim)
+        return self.batch.tokens * (8 * INTEGERS + 12 + position_bytes(self.config))
 
     # ------------------------------------------------------------ between forward and backward pass
 
@@ -79,7 +84,7 @@ class Activations:
 
     def saved(self, layer: int) -> float:
         """Return the bytes that one layer saves in its forward pass: inputs of norms, products and others."""
-        norms = self.stream * (2 if self.config.parallel else 4)
+        norms = self.stream * (2 if self.config.parallel else 6 if self.config.post_norms else 4)
         attention = self._latent_saved() if self.config.latent else self._grouped_saved(layer)
         return norms + attention + self._ffn_saved(layer)
 
@@ -110,13 +115,12 @@ class Activations:
         """Return the bytes that the feed-forward of a layer saves."""
         config = self.config
         if not config.sparse(layer):
-            inner = (3 if config.gated else 2) * config.intermediate_size
+            inner = (2 + config.gated + config.gelu) * config.intermediate_size
             return self.batch.tokens * self.width * inner
         experts = config.experts
-        chosen = experts.top_k * (config.hidden_size + 3 * experts.intermediate_size)
+        inner = 3 * (experts.top_k * experts.intermediate_size + experts.shared_size)
         scores = 4 * (2 * experts.count + 2 * experts.top_k) + 16 * experts.top_k
-        router = 4 * config.hidden_size * self.half
-        per_token = self.width * (chosen + 3 * experts.shared_size) + scores + router
+        per_token = self.width * inner + scores
         return self.batch.tokens * per_token
 
     # ------------------------------------------------------------ during the backward pass
@@ -124,7 +128,7 @@ class Activations:
     def transient(self, layer: int) -> float:
         """Return the most bytes that the backward pass of a layer has beside what the layer saved."""
         feed_forward = self.stream + self._ffn_transient(layer)
-        freed = self._ffn_saved(layer) + 2 * self.stream
+        freed = self._ffn_saved(layer) + self.stream * (4 if self.config.post_norms else 2)
         attention = self.stream + self._attention_transient() - freed
         return max(feed_forward, attention)
 
@@ -135,7 +139,7 @@ class Activations:
             inner = (2 if config.gated else 1) * config.intermediate_size
             return self.batch.tokens * self.width * inner
         experts = config.experts
-        inner = experts.top_k * (3 * config.hidden_size + 4 * experts.intermediate_size)
+        inner = experts.top_k * (4 * config.hidden_size + 4 * experts.intermediate_size)
         return self.batch.tokens * self.width * inner
 
     def _attention_transient(self) -> float:

@@ -11,7 +11,7 @@ from ..config.parts import Budgeted, LoRA, ModelStage
 from ..config.recipe import RL, Distill, Label, Recipe, Remote
 from ..model.config import ModelConfig
 from . import cost
-from .activations import Activations
+from .activations import Activations, position_bytes
 from .chips import Chip
 from .micro_batch import MicroBatch, micro_batch
 from .rollout_memory import RolloutMemory
@@ -162,7 +162,7 @@ class _StageOnCard:
 
     def _frozen(self) -> Memory:
         """Return the memory of a model that does not learn."""
-        table = 8 * self.config.max_positions * self.config.rope_dim
+        table = self.config.max_positions * position_bytes(self.config)
         return Memory(weights=self.width * cost.weights(self.config) + table)
 
     def _learning(self) -> Learning:
