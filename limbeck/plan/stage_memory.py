@@ -121,9 +121,9 @@ class Learning:
 
     @property
     def reserved(self) -> float:
-        """Bytes that a rollout's pool leaves to gradients (train/optimizer.py, `missing_bytes`)."""
+        """Bytes that a rollout's pool leaves to moments and gradients (train/optimizer.py, `missing_bytes`)."""
         narrow = self.width == 2 and self.optimizer.offload and not self.lora
-        return (2 if narrow else 4) * self._learned
+        return self._moments() + (2 if narrow else 4) * self._learned
 
     def _moments(self) -> float:
         """Return the bytes of the optimizer's moments: one of Muon's matrices, two of other weights."""
