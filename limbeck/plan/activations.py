@@ -161,8 +161,8 @@ class Activations:
     def _flash(self, key: int) -> float:
         """Return the bytes of the work space of flash attention's backward pass, in 16 bits.
 
-        In its deterministic form it sums the gradient by the queries in as many parts as fill the card. Shared
-        keys have gradients for every query head; values and results narrower than keys are widened.
+        In its deterministic form it sums the gradient by the queries in as many parts as fill the card.
+        Shared keys have gradients for every query head; values and results narrower than keys are widened.
         """
         batch = self.batch
         heads = self.config.heads

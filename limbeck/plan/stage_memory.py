@@ -121,7 +121,7 @@ class Learning:
 
     @property
     def reserved(self) -> float:
-        """Bytes that a rollout's pool leaves to moments and gradients (train/optimizer.py, `missing_bytes`)."""
+        """Bytes that a rollout's pool leaves the learner (train/optimizer.py, `missing_bytes`)."""
         narrow = self.width == 2 and self.optimizer.offload and not self.lora
         return self._moments() + (2 if narrow else 4) * self._learned
 
