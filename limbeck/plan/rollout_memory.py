@@ -26,7 +26,8 @@ class RolloutMemory:
     """A rollout of groups of `group` completions of at most `limit` tokens, `wanted` rows at once.
 
     Prompts have about `prompt` tokens; numbers have `width` bytes. `free` are the bytes of the card that are
-    free when the first batch is made and that the learner's state will not take.
+    free when the first batch is made and that the learner's state will not take. With `drafts` a step runs
+    two tokens a row, and a module of multi-token prediction has keys and values too.
     """
 
     config: ModelConfig
@@ -36,6 +37,7 @@ class RolloutMemory:
     prompt: int
     limit: int
     free: float
+    drafts: bool = False
 
     @property
     def pool(self) -> float:
@@ -51,7 +53,7 @@ class RolloutMemory:
 
         The rows of a group share the blocks that their prompt fills.
         """
-        shared = self.prompt // BLOCK
+        shared = (self.prompt - self.drafts) // BLOCK
         each = -(-(self.prompt + self.limit) // BLOCK) - shared
         blocks = self.pool // self._block - -(-self.wanted // BLOCK)
         groups = int(blocks // (shared + self.group * each))
@@ -60,13 +62,14 @@ class RolloutMemory:
     @property
     def _block(self) -> float:
         """Bytes of one block of keys and values of all layers."""
-        return BLOCK * self.config.kv_bytes_per_token(self.width)
+        slots = self.config.slots
+        return BLOCK * self.config.kv_bytes_per_token(self.width) // slots * (slots + self.drafts)
 
     @property
     def steps(self) -> float:
         """Bytes of the captured steps, one for each number of rows, with memory of its own."""
         rows = sum(bucket for bucket in BUCKETS if bucket <= self.wanted)
-        return rows * self.config.vocab_size * LOGITS
+        return rows * (1 + self.drafts) * self.config.vocab_size * LOGITS
 
     @property
     def prefill(self) -> float:
