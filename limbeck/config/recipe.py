@@ -29,6 +29,8 @@ from .parts import (
     Settings,
     Shape,
     Stage,
+    SuiteName,
+    SuiteOptions,
 )
 
 CorpusShare = Literal[
@@ -363,6 +365,9 @@ class Evaluate(ModelStage):
     forced: list[str] = Field([], description="models that are also shown with retries forced on them")
     retry: dict[str, str] = Field({}, description="for those: the word put after each of these words")
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
+    suites: dict[SuiteName, SuiteOptions] | None = Field(
+        None, description="named benchmarks to measure as well, each with its data"
+    )
 
 
 class Report(Stage):

@@ -290,6 +290,8 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
     """Check that an `evaluate` stage cites models as its models, and no `screen` stages as its problems."""
     recipe = references.recipe
     references.cite_all("models", [*stage.models, *stage.forced], MODELS, "a model")
+    if not stage.problems:
+        raise references.error(".problems is empty; name problems, of which the first makes the headline")
     for source in stage.problems:
         if source in recipe.stages and source not in recipe.problems:
             raise references.error(

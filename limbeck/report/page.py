@@ -20,6 +20,7 @@ from ..train.learning_signal import UNTAUGHT
 from . import charts, comparison, graph_drawing, i18n, preview, sentences, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
+from .suite_table import suite_rows
 
 _FOLDER = Path(__file__).parent
 _RETRY = re.compile(r"(?=\bwait\b)|(?=等(?![于式号]))", re.IGNORECASE)
@@ -41,15 +42,8 @@ def render(run: Run, numbers: dict[str, Any]) -> str:
 
     Every text that comes from a model or a recipe is escaped.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_environment()
     environment.filters["thought"] = format_response
-    environment.globals.update(W=W, words=i18n)
     template = environment.get_template("report.html.jinja")
     css = (_FOLDER / "report.css").read_text(encoding="utf-8")
     return template.render(
@@ -62,6 +56,19 @@ def render(run: Run, numbers: dict[str, Any]) -> str:
     )
 
 
+def page_environment() -> jinja2.Environment:
+    """Return the environment of the pages' templates, which have the words of both languages."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(W=W, words=i18n)
+    return environment
+
+
 def _results(run: Run) -> dict[str, Any]:
     """Return the template's variables for the accuracies and the example responses."""
     return {
@@ -70,6 +77,7 @@ def _results(run: Run) -> dict[str, Any]:
         "accuracy": _accuracy_chart(run),
         "models": _models(run),
         "others": [(source, _models(run, source)) for source in run.sources[1:]],
+        "suites": suite_rows(run),
         "thoughts": _thoughts(run),
         "unsolved": _unsolved(run),
     }
