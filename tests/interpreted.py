@@ -339,6 +339,23 @@ def test_the_engine_and_the_learner_of_a_card(decoder, tokenizer, family, top_p)
         near(found, batch.logprobs_M, 1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "deepseek"])
+def test_drafts_on_a_card(decoder, tokenizer, family):
+    """The tokens and the accepted drafts of the CPU's engine."""
+    model = decoder(**FAMILIES[family], head_dim=16, predicted=1)
+    with torch.no_grad():
+        model.norm.weight.mul_(0.15)
+        model.ahead[0].head_norm.weight.mul_(0.15)
+    sampling = SamplingParams(0.7, 1.0, 6)
+    host = Engine(model, tokenizer, speculate=True)
+    wanted = host.rollout(PROBLEMS[:1], 2, sampling, 1)
+    use(model, Interpreted())
+    engine = Engine(model, tokenizer, 4, speculate=True)
+    assert tokens_of(engine.rollout(PROBLEMS[:1], 2, sampling, 1)) == tokens_of(wanted)
+    assert (engine.drafted, engine.accepted) == (host.drafted, host.accepted)
+    assert engine.accepted > 0
+
+
 def test_the_server_s_batch_of_a_card(decoder, tokenizer):
     """The answers of the CPU's server: rows of every kind beside one another, one prompt known in part."""
     model = decoder(head_dim=16, max_positions=256)

@@ -251,8 +251,6 @@ def test_what_a_card_has_no_room_for_is_said(decoder, tokenizer):
         engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=64), 0)
     with pytest.raises(LimbeckError, match="sampling.presence_penalty: rollouts on a GPU do not apply it"):
         engine.rollout(PROBLEMS, 4, SamplingParams(max_new_tokens=4, presence_penalty=0.5), 0)
-    with pytest.raises(LimbeckError, match="speculate: drafts are verified on the CPU only"):
-        Engine(use(decoder(predicted=1), PlainOps()), tokenizer, speculate=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

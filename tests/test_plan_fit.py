@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import counted
@@ -18,6 +19,7 @@ from limbeck.config.load import load
 from limbeck.config.recipe import RL
 from limbeck.engine import device_batch, rollout
 from limbeck.engine.device_batch import DeviceBatch
+from limbeck.engine.device_speculative import DeviceSpeculation
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import packed
 from limbeck.model.config import ModelConfig
@@ -115,19 +117,25 @@ def test_the_largest_micro_batch_is_the_one_that_is_packed(group, limit, batch_t
     assert foreseen.several == (len(batches) > 1)
 
 
-@pytest.mark.parametrize(("wanted", "group", "prompt", "limit"), [(16, 4, 100, 60), (12, 4, 200, 300)])
-def test_rows_at_once_are_those_that_a_batch_admits(wanted, group, prompt, limit):
+@pytest.mark.parametrize("kind", [DeviceBatch, DeviceSpeculation])
+@pytest.mark.parametrize(
+    ("wanted", "group", "prompt", "limit"), [(16, 4, 100, 60), (12, 4, 200, 300), (32, 4, 128, 60)]
+)
+def test_rows_at_once_are_those_that_a_batch_admits(wanted, group, prompt, limit, kind):
     """The pool has room for fewer rows than are wanted."""
-    block = BLOCK * TINY.kv_bytes_per_token(4)
-    foreseen = RolloutMemory(TINY, 4, wanted, group, prompt, limit, free=2 * 25 * block)
-    model = place(Decoder(TINY), "plain")
-    batch = DeviceBatch(model, 0, SamplingParams(max_new_tokens=limit), wanted, 256, blocks=25)
+    config = replace(TINY, predicted=kind.modules)
+    block = BLOCK * TINY.kv_bytes_per_token(4) // TINY.slots * (TINY.slots + kind.modules)
+    drafts = kind is DeviceSpeculation
+    foreseen = RolloutMemory(config, 4, wanted, group, prompt, limit, 2 * 25 * block, drafts=drafts)
+    model = place(Decoder(config), "plain")
+    batch = kind(model, 0, SamplingParams(max_new_tokens=limit), wanted, 256, blocks=25)
     admitted = group * batch.fits([prompt] * (wanted // group), group)
     assert 0 < foreseen.rows == admitted < wanted
     cache = batch.cache
     assert foreseen.pool == cache.keys.nbytes + cache.values.nbytes
-    assert RolloutMemory(TINY, 4, wanted, group, prompt, limit, free=1e12).rows == wanted
-    assert RolloutMemory(TINY, 4, wanted, group, prompt, limit, free=1e12, reserved=2e12).rows == group
+    wide = RolloutMemory(config, 4, wanted, group, prompt, limit, 1e12, drafts=drafts)
+    assert wide.rows == wanted
+    assert replace(wide, reserved=2e12).rows == group
 
 
 def test_parts_add_up_and_a_large_card_holds_everything(recipe):

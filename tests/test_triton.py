@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from limbeck.engine.device_batch import DeviceBatch
+from limbeck.engine.device_speculative import DeviceSpeculation
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model.ops import use
 
@@ -208,15 +209,17 @@ class OnCard(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("kind", [DeviceBatch, DeviceSpeculation])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_decode_step_on_a_card_waits_for_nothing(monkeypatch, decoder, family):
+def test_a_decode_step_on_a_card_waits_for_nothing(monkeypatch, decoder, family, kind):
     """On tensors that have no values: whatever asks for one, as a wait for the card does, fails."""
     from limbeck.model.ops.cuda import CUDAOps
 
     monkeypatch.setattr(CUDAOps, "free_bytes", lambda self, device: 1 << 30)
-    model = decoder(torch.bfloat16, **{"head_dim": 16, **FAMILIES[family]}).to("meta")
+    model = decoder(torch.bfloat16, **{"head_dim": 16, "predicted": kind.modules, **FAMILIES[family]})
     with recorded(monkeypatch, 227 << 10) as found, torch.no_grad():
-        batch = DeviceBatch(use(model, CUDAOps()), 0, SamplingParams(0.7, 0.9, 20, force={3: 4}), 6, 8)
+        sampling = SamplingParams(0.7, 0.9, 20, force={3: 4})
+        batch = kind(use(model.to("meta"), CUDAOps()), 0, sampling, 6, 8)
         with OnCard():
             batch._step(4)
     with pytest.raises(RuntimeError, match="item"):

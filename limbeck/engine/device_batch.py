@@ -3,7 +3,8 @@
 The host starts steps and looks at the rows only now and then; on an NVIDIA card a step is one CUDA graph,
 captured once for each number of rows in `BUCKETS`. A completion does not depend on which other rows are in
 the batch, on the size of the pool of keys and values, or on how often the host looks. B rows · N tokens · T
-tokens of a completion · C hidden size · V vocabulary · L layers with experts · K experts of a token.
+tokens of a completion · S tokens of a row in one step · C hidden size · V vocabulary · L layers with experts
+· K experts of a token.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..types import LimbeckError
 from . import device_sampling
 from .block_pool import BlockPool
 from .decode_batch import FinishedSequence
-from .sampling import SamplingParams
+from .sampling import Draw, SamplingParams
 
 POLL = 16  # steps between two looks at the rows
 POOL_SHARE = 0.5  # of the memory that is free when the first batch is made: the rest is the learner's
@@ -119,6 +120,8 @@ class DeviceBatch:
 
     drafted = 0
     accepted = 0
+    tokens_per_step = 1  # of a row, at most
+    modules = 0  # of multi-token prediction, whose keys and values are in the pool too
 
     def __init__(
         self,
@@ -142,9 +145,9 @@ class DeviceBatch:
         self.sparse_layers = _choices(model.config)[0]
         width = -(-(longest + sampling.max_new_tokens) // BLOCK)  # blocks of the longest row
         spare = -(-rows // BLOCK)
-        blocks = min(rows * width, room(model) if blocks is None else blocks)
+        blocks = min(rows * width, room(model, modules=self.modules) if blocks is None else blocks)
         self.pool = BlockPool(spare, blocks)
-        self.cache = PagedCache(model.config, weight.dtype, self.device, spare + blocks)
+        self.cache = PagedCache(model.config, weight.dtype, self.device, spare + blocks, self.modules)
         self.state = self._new_state(rows, width)
         self.rows: list[Row] = []
         self.sampled_tokens = 0  # of all rows, at the last look
@@ -163,9 +166,12 @@ class DeviceBatch:
         stops_V[list(self.stop_token_ids)] = True
         self.is_stop_V = stops_V.to(self.device)
         self._trash_B = torch.arange(rows, device=self.device)
-        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        mask = (rows if sampling.keep_mask and sampling.excludes else 0, vocabulary)
-        self._mask_BV = torch.zeros(mask, dtype=torch.bool, device=self.device)
+        self._step_S = torch.arange(self.tokens_per_step, device=self.device)
+        queries = rows * self.tokens_per_step
+        self._starts = torch.arange(queries + 1, dtype=torch.int32, device=self.device)
+        masked = rows if sampling.keep_mask and sampling.excludes else 0
+        mask = (masked, self.tokens_per_step, vocabulary)
+        self._mask_BSV = torch.zeros(mask, dtype=torch.bool, device=self.device)
 
     @property
     def busy(self) -> int:
@@ -182,6 +188,10 @@ class DeviceBatch:
         """The number of tokens that each row has sampled, [B], copied to the host."""
         return self.state.sampled_B[: self.busy].cpu().numpy()
 
+    def reset_counts(self) -> None:
+        """Count tokens from zero again, as a new batch does."""
+        self.sampled_tokens = 0
+
     # ------------------------------------------------------------ admission
 
     def fits(self, lengths: Sequence[int], n: int) -> int:
@@ -190,15 +200,21 @@ class DeviceBatch:
         blocks = self.pool.free
         for count, length in enumerate(lengths):
             rows -= n
-            blocks -= blocks_needed(length, n, self.sampling.max_new_tokens)
+            blocks -= self.needed(length, n, self.sampling.max_new_tokens)
             if rows < 0 or blocks < 0:
                 return count
         return len(lengths)
 
+    @staticmethod
+    def needed(prompt: int, n: int, limit: int) -> int:
+        """Return the blocks of `n` rows of at most `limit` new tokens that share a prompt's whole blocks."""
+        whole = prompt // BLOCK
+        return whole + n * (-(-(prompt + limit) // BLOCK) - whole)
+
     def refused(self, prompt: int, n: int) -> LimbeckError:
         """Return the error of a group that does not fit into the empty batch."""
-        needed = blocks_needed(prompt, n, self.sampling.max_new_tokens)
-        each = PagedCache.block_bytes(self.model.config, self.model.embed.weight.dtype)
+        needed = self.needed(prompt, n, self.sampling.max_new_tokens)
+        each = PagedCache.block_bytes(self.model.config, self.model.embed.weight.dtype, self.modules)
         return LimbeckError(
             f"max_new_tokens: {n} completions of a prompt of {prompt} tokens need "
             f"{needed * each / 2**30:.2f} GiB for keys and values, and there is room for "
@@ -350,14 +366,19 @@ class DeviceBatch:
         count = min(self.poll, max(row.limit - row.sampled for row in self.rows))
         for _ in range(count):
             step()
-        if len(self._mask_BV):
-            for row, kept_V in zip(self.rows, self._mask_BV.cpu().numpy(), strict=False):
-                row.kept_ids.append(kept_V.nonzero()[0])
-        finished = self._remove_finished()
-        for row in self.rows:  # those that go on have sampled in every step
-            row.sampled += count
-        self.sampled_tokens += count * self.busy
-        return finished
+        self._look()
+        return self._remove_finished()
+
+    def _look(self) -> None:
+        """Note how many tokens each row has sampled, and the ids that sampling left for those of the last
+        step."""
+        mask_BSV = self._mask_BSV[: self.busy].cpu().numpy()
+        for place, (row, sampled) in enumerate(zip(self.rows, self.sampled_B.tolist(), strict=True)):
+            new = sampled - row.sampled
+            if len(mask_BSV):
+                row.kept_ids += [kept_V.nonzero()[0] for kept_V in mask_BSV[place, :new]]
+            self.sampled_tokens += new
+            row.sampled = sampled
 
     def capture(self, *kind: Any) -> Callable[[], None]:
         """Return a function that runs a step of this kind, as cheaply as the device can: the arguments of
@@ -385,31 +406,49 @@ class DeviceBatch:
             state.routes_BTLK.scatter_(1, place_B1[..., None, None].expand_as(chosen_B1LK), chosen_B1LK)
 
     def _advance(self, state: RowState, tokens_B: Tensor) -> None:
-        """Run one new token of each row through the model, in place; rows that have ended keep their keys."""
-        rows = len(tokens_B)
-        position_B = state.lengths_B.long()
-        block_B1 = (position_B // BLOCK).clamp(max=state.table.shape[1] - 1).unsqueeze(1)
-        slot_B = state.table.gather(1, block_B1).squeeze(1) + position_B % BLOCK
-        slot_B = torch.where(state.alive_B, slot_B, self._trash_B[:rows])
+        """Run one new token of each row through the model, in place."""
+        self._lay(state)
         state.lengths_B.add_(state.alive_B)
-        now_B = state.lengths_B.clamp(min=1)
-        self.cache.lay(position_B, slot_B, Rows(state.table, self._starts[: rows + 1], now_B, 1))
         state.hidden_BC.copy_(self._forward(tokens_B))
+
+    def _lay(self, state: RowState) -> None:
+        """Tell the cache where the next tokens of each row belong; rows that have ended keep their keys.
+
+        Each token is a row of its own to attention, as long as the tokens up to it: it is computed as the
+        only new token of its row is.
+        """
+        position_BS = state.lengths_B.long().unsqueeze(1) + self._step_S
+        block_BS = (position_BS // BLOCK).clamp(max=state.table.shape[1] - 1)
+        slot_BS = state.table.gather(1, block_BS) + position_BS % BLOCK
+        trash_B1 = self._trash_B[: len(slot_BS)].unsqueeze(1)
+        slot_N = torch.where(state.alive_B.unsqueeze(1), slot_BS, trash_B1).flatten()
+        table = state.table.unsqueeze(1).expand(-1, self.tokens_per_step, -1).flatten(0, 1)
+        position_N = position_BS.flatten()
+        rows = Rows(table, self._starts[: len(position_N) + 1], (position_N + 1).int(), 1)
+        self.cache.lay(position_N, slot_N, rows)
 
     def _sample(self, state: RowState, place_B1: Tensor) -> Tensor:
         """Sample a token for each row and return them [B]; they are written at `place_B1` of rows alive."""
-        ops = self.model.ops
-        logits_BV = ops.logits(state.hidden_BC, self.model.head.weight)
         uniform_B = state.uniforms_BT.gather(1, place_B1).squeeze(1)
-        drawn = device_sampling.draw_on_device(logits_BV, uniform_B, state.previous_B, self.sampling, ops)
-        tokens_B, logprobs_B, kept_BV = drawn
-        _write(state.tokens_BT, place_B1, tokens_B, state.alive_B)
-        _write(state.logprobs_BT, place_B1, logprobs_B, state.alive_B)
+        tokens_B, logprobs_B, kept_BV = self._draw(state.hidden_BC, uniform_B, state.previous_B)
+        write(state.tokens_BT, place_B1, tokens_B, state.alive_B)
+        write(state.logprobs_BT, place_B1, logprobs_B, state.alive_B)
         if self.sampling.force:
             state.previous_B.copy_(torch.where(state.alive_B, tokens_B, state.previous_B))
-        if kept_BV is not None:
-            self._mask_BV[: len(kept_BV)] = kept_BV
+        self._keep_mask(kept_BV)
         return tokens_B
+
+    def _draw(self, hidden_NC: Tensor, uniform_N: Tensor, previous_N: Tensor) -> Draw:
+        """Draw a token for each hidden state; `previous_N` are the tokens before them."""
+        ops = self.model.ops
+        logits_NV = ops.logits(hidden_NC, self.model.head.weight)
+        return device_sampling.draw_on_device(logits_NV, uniform_N, previous_N, self.sampling, ops)
+
+    def _keep_mask(self, kept_NV: Tensor | None) -> None:
+        """Keep the masks of the ids that sampling left for the tokens of this step, until the next look."""
+        if kept_NV is not None:
+            kept_BSV = kept_NV.unflatten(0, (-1, self.tokens_per_step))
+            self._mask_BSV[: len(kept_BSV)] = kept_BSV
 
     # ------------------------------------------------------------ rows that have ended
 
@@ -435,7 +474,6 @@ class DeviceBatch:
     ) -> FinishedSequence:
         """Release a row's blocks and return its sequence, of arrays [T], [T] and [T, L, K]."""
         self.pool.release(row.blocks)
-        self.sampled_tokens += length - row.sampled
         chosen = None
         if row.prompt_routes is not None:
             chosen = np.concatenate([row.prompt_routes, routes[: length - 1]])
@@ -460,23 +498,18 @@ def _choices(config: ModelConfig) -> tuple[int, int]:
     return sparse, config.experts.top_k if config.experts else 0
 
 
-def blocks_needed(prompt: int, n: int, limit: int) -> int:
-    """Return the blocks of `n` rows of at most `limit` new tokens that share the whole blocks of a prompt."""
-    whole = prompt // BLOCK
-    return whole + n * (-(-(prompt + limit) // BLOCK) - whole)
-
-
-def room(model: Decoder, reserved: int = 0) -> int:
+def room(model: Decoder, reserved: int = 0, modules: int = 0) -> int:
     """Return the blocks of keys and values that the device of a model has room for, beside as many bytes as
-    are reserved for others."""
+    are reserved for others; a block has those of so many MTP modules, too."""
     weight = model.embed.weight
     free = model.ops.free_bytes(weight.device)
     if free is None:
         return 1 << 31
-    return int(POOL_SHARE * max(0, free - reserved)) // PagedCache.block_bytes(model.config, weight.dtype)
+    block = PagedCache.block_bytes(model.config, weight.dtype, modules)
+    return int(POOL_SHARE * max(0, free - reserved)) // block
 
 
-def _write(kept_BT: Tensor, place_B1: Tensor, values_B: Tensor, alive_B: Tensor) -> None:
+def write(kept_BT: Tensor, place_B1: Tensor, values_B: Tensor, alive_B: Tensor) -> None:
     """Write a value for each row that is alive to its place in `kept_BT`."""
     old_B1 = kept_BT.gather(1, place_B1)
     new_B1 = torch.where(alive_B.unsqueeze(1), values_B.unsqueeze(1).to(kept_BT.dtype), old_B1)

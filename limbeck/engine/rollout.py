@@ -21,7 +21,8 @@ from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
-from .device_batch import DeviceBatch, blocks_needed, room
+from .device_batch import DeviceBatch, room
+from .device_speculative import DeviceSpeculation
 from .sampling import SamplingParams
 from .speculative import Speculation
 
@@ -37,7 +38,7 @@ class Engine:
     others will take, which the engine's pool of keys and values leaves them if one group has room beside.
 
     Raises:
-        LimbeckError: `speculate` is set, and the model has no MTP module or is on a device.
+        LimbeckError: `speculate` is set, and the model has no MTP module.
     """
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, rows: int = 256, speculate: bool = False):
@@ -45,8 +46,6 @@ class Engine:
             raise LimbeckError(
                 "speculate: the model has no module that looks ahead (num_nextn_predict_layers is 0)"
             )
-        if speculate and not model.ops.on_host:
-            raise LimbeckError("speculate: drafts are verified on the CPU only; leave it out on a GPU")
         self.model = model
         self.tokenizer = tokenizer
         self.rows = rows
@@ -159,6 +158,7 @@ class Engine:
         last = self._device_batch
         fits = last and last.sampling == sampling and last.capacity >= rows and last.longest >= longest
         if fits and not last.busy:  # an interrupted rollout leaves rows behind
+            last.reset_counts()
             return last
         if last:
             self._device_batch = None  # its memory is free before the new one takes its own
@@ -166,10 +166,12 @@ class Engine:
                 rows = max(rows, last.capacity)
                 longest = max(longest, last.longest)
             del last
-        least = blocks_needed(longest, group, sampling.max_new_tokens)
+        kind = DeviceSpeculation if self.speculate else DeviceBatch
+        least = kind.needed(longest, group, sampling.max_new_tokens)
         longest = -(-longest // PROMPT_STEP) * PROMPT_STEP
-        blocks = max(room(self.model, self.reserve()), min(room(self.model), least))
-        self._device_batch = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest, blocks)
+        free = room(self.model, 0, kind.modules)
+        blocks = max(room(self.model, self.reserve(), kind.modules), min(free, least))
+        self._device_batch = kind(self.model, self.tokenizer.end_id, sampling, rows, longest, blocks)
         return self._device_batch
 
     def _next_problems(

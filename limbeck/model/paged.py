@@ -61,15 +61,23 @@ class PagedCache:
     """The keys and values of a device batch, in a pool of blocks that never moves.
 
     `keys` and `values` are [slots, tokens, K, D]; for MLA the keys are latents and the values their first
-    part. Before each forward pass `lay` says which tokens come.
+    part. The last slots are those of so many `modules` of multi-token prediction. Before each forward pass
+    `lay` says which tokens come.
     """
 
     absorbed = True
     ops: Ops = CPU
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, blocks: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        blocks: int,
+        modules: int = 0,
+    ):
         heads, key, value = config.cache_widths
-        pool = (config.slots, blocks * BLOCK, heads)
+        pool = (config.slots + modules, blocks * BLOCK, heads)
         self.keys = torch.zeros(*pool, key, dtype=dtype, device=device)
         self.values = torch.zeros(*pool, value, dtype=dtype, device=device)
         if config.latent:
@@ -77,10 +85,10 @@ class PagedCache:
         self.routes: RouterTrace | None = None
 
     @staticmethod
-    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of keys and values of all layers."""
+    def block_bytes(config: ModelConfig, dtype: torch.dtype, modules: int = 0) -> int:
+        """Return the bytes of one block of keys and values of all layers, and of so many MTP modules."""
         heads, key, value = config.cache_widths
-        return config.slots * BLOCK * heads * (key + value) * dtype.itemsize
+        return (config.slots + modules) * BLOCK * heads * (key + value) * dtype.itemsize
 
     def lay(self, positions: Tensor, slots: Tensor, rows: Rows) -> None:
         """Set the tokens of the next forward pass: their positions [N], and their places in the pool [N]."""

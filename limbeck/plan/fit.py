@@ -195,7 +195,8 @@ class _StageOnCard:
         limit = sampling.max_new_tokens if sampling else getattr(self.stage, "max_new_tokens", 0)
         prompt = max(1, round(largest.prompt))
         limit = limit or round(largest.longest)
-        return RolloutMemory(self.config, self.width, wanted, group, prompt, limit, free, reserved)
+        drafts = getattr(sampling, "speculate", False)
+        return RolloutMemory(self.config, self.width, wanted, group, prompt, limit, free, reserved, drafts)
 
     # ------------------------------------------------------------ remedies
 

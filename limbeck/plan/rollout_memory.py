@@ -25,7 +25,8 @@ class RolloutMemory:
     """A rollout of groups of `group` completions of at most `limit` tokens, `wanted` rows at once.
 
     Prompts have about `prompt` tokens; numbers have `width` bytes. `free` are the bytes of the card that are
-    free when the first batch is made, `reserved` those of them that the learner will take.
+    free when the first batch is made, `reserved` those of them that the learner will take. With `drafts` a
+    step runs two tokens a row, and a module of multi-token prediction has keys and values too.
     """
 
     config: ModelConfig
@@ -36,6 +37,7 @@ class RolloutMemory:
     limit: int
     free: float
     reserved: float = 0.0
+    drafts: bool = False
 
     @property
     def pool(self) -> float:
@@ -61,19 +63,20 @@ class RolloutMemory:
     @property
     def _of_group(self) -> int:
         """Blocks of one group."""
-        shared = self.prompt // BLOCK
+        shared = (self.prompt - self.drafts) // BLOCK
         return shared + self.group * (-(-(self.prompt + self.limit) // BLOCK) - shared)
 
     @property
     def _block(self) -> float:
         """Bytes of one block of keys and values of all layers."""
-        return BLOCK * self.config.kv_bytes_per_token(self.width)
+        slots = self.config.slots
+        return BLOCK * self.config.kv_bytes_per_token(self.width) // slots * (slots + self.drafts)
 
     @property
     def steps(self) -> float:
         """Bytes of the captured steps, one for each number of rows, with memory of its own."""
         rows = sum(bucket for bucket in BUCKETS if bucket <= self.wanted)
-        return rows * self.config.vocab_size * LOGITS
+        return rows * (1 + self.drafts) * self.config.vocab_size * LOGITS
 
     @property
     def prefill(self) -> float:
