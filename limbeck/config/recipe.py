@@ -306,9 +306,10 @@ class Curate(Stage):
         "can be changed at the desk",
     )
     auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
-    policy: Literal["accept", "translate"] = Field(
+    policy: Literal["accept", "translate", "steps"] = Field(
         "accept",
-        description="keep rows as they are; or put a miniature's thoughts in the question's language",
+        description="keep rows as they are; put a miniature's thoughts in the question's language; or write "
+        "the steps of a sum in place of its response",
     )
 
 

@@ -30,6 +30,7 @@ from ..config.recipe import (
     inputs,
     sources,
 )
+from ..config.validate import ROWS
 from ..files import digest_file
 from ..types import LimbeckError
 from .continuation import LENGTHS, Shorter, find_shorter
@@ -374,14 +375,29 @@ def _node(recipe: Recipe, name: str, stage: Stage) -> Node:
     """Return the node of a stage that is neither an evaluation nor a report."""
     problems, screens = _problems(recipe, stage)
     if isinstance(stage, Curate):  # the policy may need the problems that the rows answer
-        problems = {
-            cited: source for cited, source in recipe.problems.items() if source.source == "miniature"
-        }
+        problems = _problems_of_policy(recipe, stage)
     cited = inputs(stage)
     calibrations = [recipe.stages[other] for other in cited if isinstance(recipe.stages[other], Calibrate)]
     cited += [calibration.judge for calibration in calibrations]  # a calibrated judge is asked again
     endpoints = {other: recipe.stages[other] for other in cited if isinstance(recipe.stages[other], Remote)}
     return Node(name, stage, tuple(dict.fromkeys([*cited, *screens])), problems, endpoints=endpoints)
+
+
+def _problems_of_policy(recipe: Recipe, stage: Curate) -> dict[str, Problems]:
+    """Return the problem sources that the policy of a curate stage may need: all miniatures or, for `steps`,
+    those whose problems its rows answer."""
+    if stage.policy == "steps":
+        return _answered_problems(recipe, stage)
+    return {cited: source for cited, source in recipe.problems.items() if source.source == "miniature"}
+
+
+def _answered_problems(recipe: Recipe, stage: Stage) -> dict[str, Problems]:
+    """Return the problem sources whose problems are answered in the rows of a stage."""
+    problems, _ = _problems(recipe, stage)
+    for cited in inputs(stage):
+        if recipe.stages[cited].kind in ROWS:
+            problems |= _answered_problems(recipe, recipe.stages[cited])
+    return problems
 
 
 def report_nodes(recipe: Recipe) -> list[tuple[str, Report]]:
