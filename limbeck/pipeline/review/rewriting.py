@@ -24,8 +24,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rewriting:
-    """A row's response before and after a policy rewrote it, for the audit trail: `Rewriting("sums/train-3#0",
-    "steps", "2 + 3 is 5", "<think> 2 + 3 = 5. </think> The answer is 5.", 1.0, "edit")`.
+    """A row's response before and after a policy rewrote it: `Rewriting("sums/train-3#0", "steps",
+    "2 + 3 is 5", "<think> 2 + 3 = 5. </think> The answer is 5.", 1.0, "edit")`.
 
     `accuracy` is that of the text `after`. `verdict` is `accept` for a response that had this text already,
     `edit`, or `reject` with its `reason`.
@@ -40,9 +40,7 @@ class Rewriting:
     reason: str = ""
 
 
-def rewrite_rows(
-    rows: list[Row], tasks: Mapping[str, Task]
-) -> tuple[list[Row], list[Row], dict[str, Any]]:
+def rewrite_rows(rows: list[Row], tasks: Mapping[str, Task]) -> tuple[list[Row], list[Row], dict[str, Any]]:
     """Return (the rows that the policy keeps; its rewritings as JSON objects; notes for the manifest).
 
     A row whose task or question gives no steps is kept as it is. A rewritten row is rejected if its accuracy
