@@ -363,6 +363,9 @@ class Evaluate(ModelStage):
     )
     forced: list[str] = Field([], description="models that are also shown with retries forced on them")
     retry: dict[str, str] = Field({}, description="for those: the word put after each of these words")
+    without_thought: list[str] | None = Field(
+        None, description="models that are also shown with the thought cut off: they must answer at once"
+    )
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
 
 
@@ -457,7 +460,7 @@ def inputs(stage: Stage) -> list[str]:
         case Curate():
             return [stage.rows]
         case Evaluate():
-            return list(dict.fromkeys([*stage.models, *stage.forced]))
+            return list(dict.fromkeys([*stage.models, *stage.forced, *(stage.without_thought or [])]))
         case Report():
             return [stage.evaluation, *itertools.chain(*stage.compare.values())]
     return []

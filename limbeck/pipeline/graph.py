@@ -52,10 +52,10 @@ class Node:
     not finished.
 
     `inputs` are the names of the stages that it reads; `control` is "forced" for an evaluation that forces
-    continuations on the model, else None. For a curate stage, `queue` is the folder of the rows that people
-    review, and `review_bytes` the length of the review file that the key covers: reviews appended later do
-    not count. `endpoints` are the remote models that it may query. `contamination` lists the rows and
-    problems that it leaves out.
+    continuations on the model, "cut" for one that cuts its thoughts off, else None. For a curate stage,
+    `queue` is the folder of the rows that people review, and `review_bytes` the length of the review file
+    that the key covers: reviews appended later do not count. `endpoints` are the remote models that it may
+    query. `contamination` lists the rows and problems that it leaves out.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Graph:
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
         settings = _without_defaults_of_optimizer(settings)
         if isinstance(stage, Evaluate):
-            settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+            settings = {k: v for k, v in settings.items() if k not in ("models", "forced", "without_thought")}
         if settings.get("engine"):  # that another engine sampled changes the result, not where it runs
             settings["engine"] = "vllm"
         if isinstance(stage, Load):  # the model's content is hashed, not its path
@@ -367,6 +367,8 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
                 yield Node(f"{name}/{model}", stage, (model,), problems)
             for model in stage.forced:
                 yield Node(f"{name}/{model}+forced", stage, (model,), problems, control="forced")
+            for model in stage.without_thought or []:
+                yield Node(f"{name}/{model}+cut", stage, (model,), problems, control="cut")
         elif not isinstance(stage, Report):
             yield _node(recipe, name, stage)
 

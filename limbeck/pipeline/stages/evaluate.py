@@ -15,6 +15,7 @@ from ..job import Job
 from ..review import curate
 from ..store import write
 from .chunks import finished_chunks, remaining_chunks
+from .cut_thought import CutThought
 from .outcome import Outcome, outcome
 
 PARTS = "ways.jsonl"  # results so far: one per source of problems and way of sampling
@@ -35,6 +36,9 @@ def run(job: Job) -> Outcome:
     sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
     ways = {way: _sampling(way, stage, job.control, tokenizer) for way in stage.modes}
     parts = list(read(job.folder / PARTS))[: finished_chunks(job)]
+    if job.control == "cut":
+        styles = {name: getattr(job.problems[name], "answer", "tags") for name in stage.problems}
+        engine = CutThought(engine, styles)
     results = evaluate(engine, sources, stage, ways, job.seed, len(parts))
     for number, log in remaining_chunks(job, len(ways) * len(sources)):
         part = next(results)
