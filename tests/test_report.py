@@ -194,9 +194,21 @@ def made(tmp_path_factory):
     )
 
 
+def test_named_benchmarks_have_a_table_with_published_scores(tmp_path):
+    stages, recipe, summary = fake_run(tmp_path / "store")
+    told = json.loads((tmp_path / "store/evaluate-zero/evaluation.json").read_text())
+    told["suites"] = {"aime-2024": {"protocol": "deepseek", "metrics": {"math_verify": interval(0.123, 30)}}}
+    (tmp_path / "store/evaluate-zero/evaluation.json").write_text(json.dumps(told))
+    page = write(tmp_path / "report", stages, recipe, summary).read_text(encoding="utf-8")
+    assert "Named benchmarks" in page and "公开基准" in page
+    row = page.partition("aime-2024 (deepseek, math_verify)")[2].partition("</tr>")[0]
+    assert ">12.3<small>" in row and row.count("–</td>") == len(MODELS) - 1
+    assert "DeepSeek-R1 79.8 (2025-01)" in row and "OpenThinker-7B 31.3 (2025-04)" in row
+
+
 def test_the_page_loads_nothing(made):
     page, _ = made
-    assert "http://" not in page and "https://" not in page
+    assert "http://" not in page and "https://" not in page and "Named benchmarks" not in page
     assert not re.search(r"<link|<img|<iframe|@import|\bsrc=|url\((?!#)", page)
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
     assert page.count("<script") == 1, "the language switch and nothing else"

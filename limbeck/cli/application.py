@@ -18,6 +18,7 @@ import typer
 from . import (
     arena,
     ask,
+    compare,
     curate,
     evaluation,
     init,
@@ -67,6 +68,7 @@ for module in (
     machine,
     ask,
     evaluation,
+    compare,
 ):
     app.add_typer(module.app)
 

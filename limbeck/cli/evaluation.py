@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import suites
 from .options import (
     MODEL,
     RUNS,
@@ -43,26 +46,38 @@ class _Test:
     seed: str
 
 
+Asked = Annotated[
+    str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
+]
+Modes = Annotated[
+    list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
+]
+Prompts = Annotated[int | None, typer.Option(min=1, help="held-out problems of each source, at most")]
+Longest = Annotated[int | None, typer.Option(min=1, help="the longest answer, in tokens")]
+HeldOut = Annotated[
+    int, typer.Option(min=1, help="of a file: problems that are kept for testing, as in a recipe")
+]
+Answer = Annotated[str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")]
+Columns = Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")]
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    problems: Annotated[
-        str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
-    ],
-    mode: Annotated[
-        list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
-    ] = [],  # noqa: B006
-    prompts: Annotated[
-        int | None, typer.Option(min=1, help="held-out problems of each source, at most")
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="the longest answer, in tokens")] = None,
-    held_out: Annotated[
-        int, typer.Option(min=1, help="of a file: problems that are kept for testing, as in a recipe")
-    ] = 200,
-    answer: Annotated[
-        str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")
-    ] = "boxed",
-    columns: Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")] = "",
+    problems: Asked = "",
+    mode: Modes = [],  # noqa: B006
+    prompts: Prompts = None,
+    max_new_tokens: Longest = None,
+    held_out: HeldOut = 200,
+    answer: Answer = "boxed",
+    columns: Columns = "",
+    suite: suites.Names = [],  # noqa: B006
+    data: suites.Data = "",
+    protocol: suites.As = "deepseek",
+    items: suites.Items = None,
+    samples: suites.Samples = None,
+    price: suites.Price = None,
+    out: suites.Out = None,
     runs: Home = RUNS,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -72,17 +87,33 @@ def evaluate(
     With a recipe, the settings of its first `evaluate` stage hold where none are given, so the figures are
     those that the recipe's run would report.
 
+    With `--suite`, the model is measured on a named benchmark (GSM8K, MATH-500, AIME and others,
+    docs/reference/suites.md) from its published files.
+
     For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
     mine.jsonl --answer final --held-out 50`
     """
     changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if Path(problems).suffix in (".jsonl", ".parquet"):
-        test = _of_file(Path(problems), changes, held_out, answer, columns)
+    if bool(suite) == bool(problems):
+        raise usage_error("give either --problems or --suite, which say what is asked")
+    if suite:
+        test = _of_suites(suite, data, protocol, items=items, samples=samples, max_new_tokens=max_new_tokens)
+    elif Path(problems).suffix in (".jsonl", ".parquet"):
+        test = _of_file(Path(problems), _given(changes), held_out, answer, columns)
     else:
-        test = _of_recipe(problems, changes)
-    found = open_model(model, runs)
-    result = _measure(found.title, found.directory(), test, device)
+        test = _of_recipe(problems, _given(changes))
+    with _measured(model, runs, test, device) as folder:
+        suites.show(folder, price, out, as_json) if suite else _show(folder, as_json)
+
+
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    """Print the accuracy on each source of problems from the folder of an evaluation."""
+    result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     if as_json:
         print_json(result)
         return
@@ -148,24 +179,44 @@ def _settings(sources: list[str], changes: dict[str, Any]) -> Evaluate:
     return Evaluate(kind="evaluate", models=["model"], problems=sources, **changes)
 
 
-def _measure(title: str, directory: Path, test: _Test, device: str) -> dict[str, Any]:
-    """Return the evaluation of the model in `directory`, as an `evaluate` stage writes it on a device."""
+def _of_suites(names: list[str], data: str, protocol: str, **limits: int | None) -> _Test:
+    """Return the test on named benchmarks. Raises a usage error for an unknown one and a missing folder."""
+    from ..config.parts import SuiteOptions
+    from ..config.recipe import Evaluate
+    from ..eval.suites.catalogue import find_protocol, find_suite
+
+    for name in names:
+        find_protocol(find_suite(name), protocol)
+    if not data or not Path(data).exists():
+        first = find_suite(names[0])
+        raise usage_error(
+            f"--data {data or '(not given)'}: no such folder; it holds the files of {first.title} as "
+            f"published at {first.home}"
+        )
+    options = SuiteOptions(data=data, protocol=protocol, **limits)
+    asked = dict.fromkeys(names, options)
+    return _Test(Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked), {}, "0/evaluation")
+
+
+@contextmanager
+def _measured(model: str, runs: Path, test: _Test, device: str) -> Iterator[Path]:
+    """Evaluate a model on a device; the block gets the folder that an `evaluate` stage would have written."""
     from ..pipeline.job import Job
     from ..pipeline.stage_device import ready_device
     from ..pipeline.stages import evaluate as stage
 
+    found = open_model(model, runs)
     with tempfile.TemporaryDirectory(prefix="limbeck-eval-") as scratch:
-        home = Path(scratch)
-        inputs = home / "input"
+        inputs = Path(scratch) / "input"
         inputs.mkdir()
-        (inputs / "model").symlink_to(directory.resolve())
-        folder = home / "output"
+        (inputs / "model").symlink_to(found.directory().resolve())
+        folder = Path(scratch) / "output"
         folder.mkdir()
         asked = {name: test.problems[name] for name in test.settings.problems}
-        job = Job("evaluation", test.settings, test.seed, {title: inputs}, asked, folder, device=device)
+        job = Job("evaluation", test.settings, test.seed, {found.title: inputs}, asked, folder, device=device)
         with ready_device(job, tell) as ready:
             stage.run(ready)
-        return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        yield folder
 
 
 def _line(source: str, way: str, figures: dict[str, Any]) -> str:

@@ -56,6 +56,26 @@ class LoRA(Settings):
         return tuple(name.removesuffix("_proj") for name in targets)
 
 
+SuiteName = Literal[
+    "gsm8k", "math-500", "aime-2024", "aime-2025", "gpqa-diamond", "mmlu-pro", "ifeval", "c-eval", "cmath"
+]
+ProtocolName = Literal["deepseek", "lm-eval", "lm-eval-cot", "lm-eval-hendrycks", "lighteval"]
+
+
+class SuiteOptions(Settings):
+    """How a named benchmark is measured (docs/reference/suites.md)."""
+
+    data: str = Field(description="the folder of its files as published, or its file of test items")
+    protocol: ProtocolName = Field(
+        "deepseek", description="whose prompt, extraction, metric and sampling are used"
+    )
+    items: int | None = Field(None, ge=1, description="only so many, the first ones; all if not set")
+    samples: int | None = Field(None, ge=1, description="responses to each item; the protocol's if not set")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="the longest response, in tokens; the protocol's if not set"
+    )
+
+
 LORA = Field(None, description="learn adapters of low rank, not the weights themselves")
 
 

@@ -29,6 +29,8 @@ from .parts import (
     Settings,
     Shape,
     Stage,
+    SuiteName,
+    SuiteOptions,
 )
 
 CorpusShare = Literal[
@@ -367,6 +369,9 @@ class Evaluate(ModelStage):
         None, description="models that are also shown with the thought cut off: they must answer at once"
     )
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
+    suites: dict[SuiteName, SuiteOptions] | None = Field(
+        None, description="named benchmarks to measure as well, each with its data"
+    )
 
 
 class Report(Stage):

@@ -291,6 +291,8 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
     recipe = references.recipe
     references.cite_all("models", [*stage.models, *stage.forced], MODELS, "a model")
     references.cite_all("without_thought", stage.without_thought or [], MODELS, "a model")
+    if not stage.problems:
+        raise references.error(".problems is empty; name problems, of which the first makes the headline")
     for source in stage.problems:
         if source in recipe.stages and source not in recipe.problems:
             raise references.error(

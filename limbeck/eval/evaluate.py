@@ -41,7 +41,8 @@ def evaluate(
     sampling parameters.
 
     `done` is the number of pairs of source and way that are finished already; they are skipped. Yields, for
-    each remaining pair, its metrics, some samples, and the number of completion tokens. Every model that is
+    each remaining pair, its metrics, some samples, the verdicts on all completions, and the number of their
+    tokens. Every model that is
     evaluated with the same seed is given the same problems."""
     for source, way in list(product(sources, ways))[done:]:
         task = sources[source]
@@ -56,6 +57,7 @@ def evaluate(
             "way": way,
             "modes": measure(way, groups),
             "samples": [_sample(group, way) for group in groups[:SAMPLES]],
+            "verdicts": [{"source": source, **_verdict(group, way)} for group in groups],
             "tokens": sum(lengths),
         }
 
@@ -167,6 +169,17 @@ def _interval(values_by_problem: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Return the mean with its 95 % confidence interval, as JSON. `values_by_problem` has one sequence of
     values for each problem."""
     return asdict(statistics.mean_interval(values_by_problem))
+
+
+def _verdict(group: Group, way: str) -> dict[str, Any]:
+    """Return the accuracies of all completions of a group, and the first one's text, as JSON."""
+    return {
+        "mode": way,
+        "problem": group.problem.id,
+        "prompt": group.problem.prompt,
+        "right": [score.parts["accuracy"] for score in group.scores],
+        "text": group.completions[0].text,
+    }
 
 
 def _sample(group: Group, way: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from ..config.aliases import current_name, stored, stored_kind, stored_problems
 from ..config.learned_rewards import TABLES, Calibrate, Reward
 from ..config.methods import DPO
-from ..config.parts import ModelStage
+from ..config.parts import ModelStage, SuiteOptions
 from ..config.recipe import (
     Curate,
     Evaluate,
@@ -31,6 +31,8 @@ from ..config.recipe import (
     sources,
 )
 from ..config.validate import ROWS
+from ..eval.suites.catalogue import find_suite
+from ..eval.suites.reading import suite_files
 from ..files import digest_file
 from ..types import LimbeckError
 from .continuation import LENGTHS, Shorter, find_shorter
@@ -172,6 +174,7 @@ class Graph:
         settings = _without_defaults_of_optimizer(settings)
         if isinstance(stage, Evaluate):
             settings = {k: v for k, v in settings.items() if k not in ("models", "forced", "without_thought")}
+            settings |= self._suites(stage)
         if settings.get("engine"):  # that another engine sampled changes the result, not where it runs
             settings["engine"] = "vllm"
         if isinstance(stage, Load):  # the model's content is hashed, not its path
@@ -183,6 +186,15 @@ class Graph:
         if tables:
             settings |= rename_tables(stage, tables)
         return settings
+
+    def _suites(self, stage: Evaluate) -> dict[str, Any]:
+        """Return the setting `suites` with the digests of the benchmarks' files; {} if it is not set."""
+        suites = {}
+        for name, options in (stage.suites or {}).items():
+            files = suite_files(find_suite(name), Path(options.data))
+            digests = {path.name: self._digest(path) for path in files}
+            suites[name] = options.model_dump(exclude_none=True) | {"data": digests}
+        return {"suites": suites} if suites else {}
 
     def _source(self, problems: Problems) -> dict[str, Any]:
         """Return the settings of a problem source; the path of a file is replaced by the file's digest."""
@@ -291,6 +303,8 @@ def _resolve_stage(name: str, stage: Stage, base: Path) -> Stage:
         if stage.adapter:
             adapter = _find_directory(f"stages.{name}.adapter", stage.adapter, base)
             stage = stage.model_copy(update={"adapter": adapter})
+    if isinstance(stage, Evaluate) and stage.suites:
+        stage = stage.model_copy(update={"suites": _resolve_suites(name, stage.suites, base)})
     tables = tables_of(stage)
     if tables:
         setting = f"stages.{name}.{table_setting(stage)}"
@@ -315,6 +329,23 @@ def _find_directory(setting: str, path: str, base: Path) -> str:
         if place.is_dir():
             return str(place.resolve())
     raise LimbeckError(f"{setting}: {path} is no directory, neither beside the recipe nor here")
+
+
+def _resolve_suites(name: str, suites: Mapping[str, SuiteOptions], base: Path) -> dict[str, SuiteOptions]:
+    """Return the benchmarks of the stage `name` with absolute paths."""
+    resolved = {}
+    for suite, options in suites.items():
+        data = _find_data(f"stages.{name}.suites.{suite}.data", options.data, base)
+        resolved[suite] = options.model_copy(update={"data": data})
+    return resolved
+
+
+def _find_data(setting: str, path: str, base: Path) -> str:
+    """Return the absolute path of a file or directory; see `_find_file`."""
+    for place in (base / path, Path(path)):
+        if place.exists():
+            return str(place.resolve())
+    raise LimbeckError(f"{setting}: {path} is neither beside the recipe nor here")
 
 
 def tables_of(stage: Stage) -> list[str]:

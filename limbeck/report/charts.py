@@ -56,6 +56,15 @@ class Dots:
     points: Sequence[tuple[float, float, float, str]]
 
 
+class Gap(NamedTuple):
+    """One row of a chart of differences: `Gap("clock greedy", .12, .08, .16)`, in shares from -1 to 1."""
+
+    label: str
+    mean: float
+    low: float
+    high: float
+
+
 class _End(NamedTuple):
     """The last point (`x`, `y`) of a drawn curve, beside which the curve's label is placed."""
 
@@ -85,6 +94,30 @@ def dots(rows: Sequence[Dots]) -> Markup:
     axes.spines[:].set_visible(False)
     axes.tick_params(axis="y", labelsize=11, labelcolor=_HEX["ink"])
     return _svg(figure)
+
+
+def gaps(rows: Sequence[Gap]) -> Markup:
+    """Return a chart of differences with their intervals in points, one row each, around a line at zero."""
+    figure, axes = _figure(460, 30 * len(rows) + 30)
+    axes.axvline(0, color=_HEX["muted"], linewidth=0.8, zorder=0)
+    for y, row in enumerate(rows):
+        _gap(axes, y, row)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color=_HEX["rule"], linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(axis="y", labelsize=11, labelcolor=_HEX["ink"])
+    return _svg(figure)
+
+
+def _gap(axes: Any, at: float, row: Gap) -> None:
+    """Draw one difference with its interval at the y coordinate `at`; pale if the interval has zero in it."""
+    color = _HEX["muted" if row.low <= 0 <= row.high else "one"]
+    axes.plot([100 * row.low, 100 * row.high], [at, at], color=color, linewidth=2.2, solid_capstyle="round")
+    axes.plot([100 * row.mean], [at], "o", color=color, markersize=6)
+    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 10}
+    axes.annotate(f"{100 * row.mean:+.0f}", (100 * row.high, at), color=color, **beside)
 
 
 def _dot(axes: Any, at: float, mean: float, low: float, high: float, tone: str) -> None:

@@ -57,7 +57,7 @@ def between(before: Path, after: Path) -> Flips:
     for name, row in samples_of(after).items():
         if name in earlier:
             pairs.append(Flip(name, row["prompt"], earlier[name], row))
-    return _sort(pairs, is_right=lambda row: row["correct"])
+    return sort(pairs, is_right=lambda row: row["correct"])
 
 
 def within(shown: Sequence[Shown]) -> Flips:
@@ -75,10 +75,10 @@ def within(shown: Sequence[Shown]) -> Flips:
         last = times[-1]
         if last.step > first.step:
             pairs.append(Flip(name, first.prompt, first, last))
-    return _sort(pairs, is_right=lambda group: group.right > 0.5)
+    return sort(pairs, is_right=lambda group: group.right > 0.5)
 
 
-def _sort(pairs: list[Flip], is_right: Callable[[Any], bool]) -> Flips:
+def sort(pairs: list[Flip], is_right: Callable[[Any], bool]) -> Flips:
     """Sort the pairs by their results in both measurements.
 
     `is_right` says whether a pair's `before` or `after` is right.

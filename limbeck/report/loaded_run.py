@@ -25,6 +25,7 @@ from ..run_log import read, read_metrics
 
 EVALUATION = "evaluation.json"
 SAMPLES = "samples.jsonl"
+VERDICTS = "verdicts.jsonl"
 MODES = ("t1", "t06", "greedy", "pass@8", "cons@8")
 ROLES = (
     "base",

@@ -20,6 +20,7 @@ from ..train.learning_signal import UNTAUGHT
 from . import charts, comparison, graph_drawing, i18n, preview, sentences, summary
 from .i18n import Text, W
 from .loaded_run import MODES, Run, StageView
+from .suite_table import suite_rows
 
 _FOLDER = Path(__file__).parent
 _RETRY = re.compile(r"(?=\bwait\b)|(?=等(?![于式号]))", re.IGNORECASE)
@@ -70,6 +71,7 @@ def _results(run: Run) -> dict[str, Any]:
         "accuracy": _accuracy_chart(run),
         "models": _models(run),
         "others": [(source, _models(run, source)) for source in run.sources[1:]],
+        "suites": suite_rows(run),
         "thoughts": _thoughts(run),
         "unsolved": _unsolved(run),
     }

@@ -201,6 +201,37 @@ def mathematics(gold: str) -> Judge:
     return judge
 
 
+def math_verify(gold: str, settings: dict[str, Any]) -> Judge:
+    """Return a judge that compares whole responses with the gold text by the answers that math-verify
+    extracts from both, as lm-eval and lighteval do. `settings` are the fields of `MathVerify`
+    (`eval/suites/matching.py`)."""
+    _load_sympy()
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
+
+    kinds = {
+        "latex": LatexExtractionConfig(boxed_match_priority=settings["boxed_priority"]),
+        "expr": ExprExtractionConfig(),
+    }
+    wanted, targets = ([kinds[kind] for kind in settings[name]] for name in ("gold", "answer"))
+
+    def judge(response: str) -> str:
+        parser.parse_expr = _parse_arithmetic
+        golds = parse(gold, wanted, parsing_timeout=None)
+        answers = parse(response, targets, parsing_timeout=None)
+        same = verify(golds, answers, float_rounding=settings["rounding"], timeout_seconds=None)
+        return "correct" if same else "wrong"
+
+    return judge
+
+
+def _parse_arithmetic(text: str, **_: Any) -> Any:
+    """Return the value of a sum such as `(3 + 4) / 2`, in place of sympy's parser, which would evaluate the
+    text. Raises `ParseError` for anything else, and for a whole number such as 064, which Python refuses."""
+    if re.search(r"(?<![0-9.])0+[1-9][0-9]*(?![0-9.])", text):
+        raise grammar.ParseError("leading zeros")
+    return grammar.symbolic(grammar.expression(text, powers=True))
+
+
 @lru_cache
 def _dataset(generator: str, config: str) -> Any:
     from reasoning_gym.factory import create_dataset
@@ -245,4 +276,9 @@ def integral(integrand: str, letter: str) -> Judge:
 
 
 # Each function imports its library once, in the child process, which never reads an answer.
-JUDGES: dict[str, Callable[..., Judge]] = {"mathematics": mathematics, "scorer": scorer, "integral": integral}
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "mathematics": mathematics,
+    "math_verify": math_verify,
+    "scorer": scorer,
+    "integral": integral,
+}
