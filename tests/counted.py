@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 
 UNITS = 132  # multiprocessors of an H100
 LOGITS = 1 << 14  # logits in memory at once
-KERNELS = ("attention", "products", "rowwise", "sampling")
+KERNELS = ("attention", "experts", "products", "rowwise", "sampling")
 
 
 class Count(TorchDispatchMode):
@@ -92,8 +92,21 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     if dtype:
-        return torch.zeros(len(x), len(weight), dtype=dtype)
+        return torch.ones(len(x), len(weight), dtype=dtype)  # sums of weights are divided by
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:2], weight.shape[1])
+
+
+def _spread(x: Tensor, weight: Tensor, sorting: tuple[Tensor, Tensor], top_k: int) -> Tensor:
+    return x.new_zeros(len(sorting[0]), weight.shape[1])
+
+
+def _gather(x: Tensor, weight: Tensor, sorting: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
+    _outputs = x.new_zeros(len(x), weight.shape[1])
+    return x.new_zeros(len(weights), weight.shape[1])
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -130,7 +143,8 @@ def _score_backward(logits, targets, grad, needed, temperature, dtype) -> Tensor
 
 FUNCTIONS = {
     "attention": {"attend": _attend},
-    "products": {"linear": _linear},
+    "experts": {"spread": _spread, "gather": _gather},
+    "products": {"linear": _linear, "per_head": _per_head},
     "rowwise": {
         "norm": _norm, "add_norm": _add_norm, "norm_backward": _norm_backward, "rotate": _rotate,
         "swiglu": _swiglu, "swiglu_backward": _swiglu_backward,

@@ -164,6 +164,10 @@ def test_the_pool_leaves_what_the_learner_will_take(decoder, tokenizer):
     assert engine._device_batch.pool.count == 10
     learner.update(pack([Sample(np.arange(3, 9), start=1)], 64), CrossEntropy())
     assert learner.optimizer.missing_bytes() == 4 * numbers
+    tight = device_engine(model, tokenizer, 4, Card(int(10 * block / device_batch.POOL_SHARE)))
+    tight.reserve = lambda: 1 << 40
+    assert len(tight.rollout(PROBLEMS, 2, SamplingParams(max_new_tokens=100), 0)) == len(PROBLEMS)
+    assert tight._device_batch.pool.count == 4  # one group's, though the learner will take all that is free
 
 
 def test_a_stream_gives_the_completion_in_order(decoder, tokenizer):

@@ -127,6 +127,7 @@ def test_rows_at_once_are_those_that_a_batch_admits(wanted, group, prompt, limit
     cache = batch.cache
     assert foreseen.pool == cache.keys.nbytes + cache.values.nbytes
     assert RolloutMemory(TINY, 4, wanted, group, prompt, limit, free=1e12).rows == wanted
+    assert RolloutMemory(TINY, 4, wanted, group, prompt, limit, free=1e12, reserved=2e12).rows == group
 
 
 def test_parts_add_up_and_a_large_card_holds_everything(recipe):
@@ -176,11 +177,17 @@ def test_the_gentlest_settings_come_first(recipe):
 
     assert told(200)["fits"] and "fits_with" not in told(200)
     assert remedies(60) == {"recompute": "keep_attention"}
-    assert remedies(48) == {"recompute": True}
-    assert remedies(40) == {"recompute": "keep_attention", "optimizer.moments": "int8"}
-    assert list(remedies(10)) == ["recompute", "batch_tokens", "lora"] and remedies(10)["lora"]["rank"] == 16
-    assert remedies(12) == {"recompute": "keep_attention", "optimizer.offload": True, "batch_tokens": 8192}
+    assert remedies(33) == {"recompute": True}
+    assert remedies(28) == {"recompute": "keep_attention", "optimizer.moments": "int8"}
+    assert remedies(12) == {"recompute": "keep_attention", "optimizer.offload": True}
+    assert remedies(9) == {"recompute": "keep_attention", "optimizer.offload": True, "batch_tokens": 8192}
     assert remedies(2) == {}
+
+
+def test_a_stage_that_vllm_samples_for_has_no_pool(recipe):
+    fits = fits_of(recipe, "1xH100", 'stages.zero.engine="http://127.0.0.1:8000/v1"')
+    assert not fits["zero"].memory.cache and not fits["zero"].wanted
+    assert fits["zero"].memory.total < fits_of(recipe, "1xH100")["zero"].memory.total
 
 
 def test_latents_take_less_of_the_pool(recipe):

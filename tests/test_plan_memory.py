@@ -20,6 +20,7 @@ from limbeck.model.config import Experts, Latent, ModelConfig
 from limbeck.model.decoder import Decoder
 from limbeck.model.lora import LoRA
 from limbeck.model.ops import place, use
+from limbeck.model.packed import Packed
 from limbeck.plan import activations, card_runs
 from limbeck.plan.micro_batch import MicroBatch
 from limbeck.plan.stage_memory import Learning
@@ -31,12 +32,17 @@ LLAMA = ModelConfig("llama", 512, 64, 6, 4, 4, 16, 176, max_positions=1024)
 QWEN3 = replace(LLAMA, family="qwen3", kv_heads=2, qk_norm="before", tied=False)
 WIDE = ModelConfig("qwen2", 2048, 128, 2, 4, 2, 32, 512, qkv_bias=True, max_positions=1024)
 LATENT = ModelConfig(
-    "deepseek_v3", 512, 64, 4, 4, 4, 24, 176, latent=Latent(32, 16, 8, 16, 48), max_positions=1024
+    "deepseek_v3", 512, 64, 4, 4, 4, 24, 176, latent=Latent(64, 16, 8, 16, 48), max_positions=1024
 )
+HEADS = replace(LATENT, heads=16, kv_heads=16, latent=Latent(128, 16, 8, 16, 48))
 EXPERTS = replace(
     LATENT, experts=Experts(8, 2, 96, 96, sigmoid=True, balanced=True, normalize=True, dense=(0,))
 )
 AHEAD = replace(LATENT, layers=3, predicted=1)
+GEMMA3 = replace(
+    QWEN3, family="gemma3", tied=True, windows=(64, 0, 64, 64, 0, 64), gelu=True, norms_from_one=True,
+    post_norms=True, scaled_embeddings=True, local_theta=1000.0,
+)  # fmt: skip
 LONG = (300, 250, 200)
 SHORT = (30, 25, 20)
 UNITS = 8  # multiprocessors of a small card: an H100's sums of gradients would hide all else here
@@ -134,7 +140,8 @@ SETTINGS = {
     "offload": {"offload": True},
 }
 MODELS = {
-    "llama": LLAMA, "qwen3": QWEN3, "wide": WIDE, "latent": LATENT, "experts": EXPERTS, "ahead": AHEAD,
+    "llama": LLAMA, "qwen3": QWEN3, "wide": WIDE, "gemma3": GEMMA3, "latent": HEADS, "experts": EXPERTS,
+    "ahead": AHEAD,
 }  # fmt: skip
 
 
@@ -156,6 +163,22 @@ GRID = [(model, name) for model in MODELS for name in SETTINGS if tried(model, n
 def test_foreseen_within_a_tenth_of_what_is_counted(model, name, monkeypatch):
     seen, foreseen = both(MODELS[model], monkeypatch, **SETTINGS[name])
     print(f"{model}, {name}: {seen:,} bytes counted, {foreseen:,.0f} foreseen, {foreseen / seen - 1:+.1%}")
+    assert foreseen == pytest.approx(seen, rel=0.1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_forward_pass_without_gradients(model):
+    """As reading and prompts have it."""
+    config, tokens = MODELS[model], sum(LONG)
+    decoder = place(Decoder(config).initialize(0), "cpu", torch.bfloat16)
+    use(decoder, counted.card_ops())
+    context, tokens_N = Packed(LONG), torch.zeros(tokens, dtype=torch.long)
+    held = [*decoder.parameters(), *decoder.buffers()]
+    with torch.no_grad():
+        seen = counted.peak_bytes(lambda: decoder(tokens_N, context), held) - counted.peak_bytes(int, held)
+    passes = activations.Activations(config, 2, MicroBatch(tokens, 0, LONG[0], len(LONG), tokens), UNITS)
+    foreseen = max(passes.forward(layer) for layer in range(config.layers))
+    print(f"{model}: {seen:,} bytes counted, {foreseen:,.0f} foreseen, {foreseen / seen - 1:+.1%}")
     assert foreseen == pytest.approx(seen, rel=0.1)
 
 

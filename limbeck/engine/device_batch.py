@@ -190,19 +190,14 @@ class DeviceBatch:
         blocks = self.pool.free
         for count, length in enumerate(lengths):
             rows -= n
-            blocks -= self._needed(length, n, self.sampling.max_new_tokens)
+            blocks -= blocks_needed(length, n, self.sampling.max_new_tokens)
             if rows < 0 or blocks < 0:
                 return count
         return len(lengths)
 
-    def _needed(self, prompt: int, n: int, limit: int) -> int:
-        """Return the blocks of `n` rows that share the whole blocks of a prompt."""
-        whole = prompt // BLOCK
-        return whole + n * (-(-(prompt + limit) // BLOCK) - whole)
-
     def refused(self, prompt: int, n: int) -> LimbeckError:
         """Return the error of a group that does not fit into the empty batch."""
-        needed = self._needed(prompt, n, self.sampling.max_new_tokens)
+        needed = blocks_needed(prompt, n, self.sampling.max_new_tokens)
         each = PagedCache.block_bytes(self.model.config, self.model.embed.weight.dtype)
         return LimbeckError(
             f"max_new_tokens: {n} completions of a prompt of {prompt} tokens need "
@@ -463,6 +458,12 @@ def _choices(config: ModelConfig) -> tuple[int, int]:
     """Return the number of layers with experts, and of the experts that each token chooses in them."""
     sparse = sum(config.sparse(layer) for layer in range(config.layers))
     return sparse, config.experts.top_k if config.experts else 0
+
+
+def blocks_needed(prompt: int, n: int, limit: int) -> int:
+    """Return the blocks of `n` rows of at most `limit` new tokens that share the whole blocks of a prompt."""
+    whole = prompt // BLOCK
+    return whole + n * (-(-(prompt + limit) // BLOCK) - whole)
 
 
 def room(model: Decoder, reserved: int = 0) -> int:

@@ -19,7 +19,7 @@ from ..model.decoder import Decoder
 from ..model.ops.table import BLOCK
 from ..text.tokenizer import Tokenizer
 from .decode_batch import FinishedSequence
-from .device_batch import BELOW_ONE, BUCKETS, DeviceBatch
+from .device_batch import BELOW_ONE, BUCKETS, DeviceBatch, blocks_needed
 from .device_sampling import RowSampling, draw_rows
 from .penalties import penalise, penalises
 from .prefix_pool import PrefixPool
@@ -209,7 +209,7 @@ class DeviceServingBatch(DeviceBatch):
 
     def needed_blocks(self, request: Request) -> int:
         """Return the blocks that all sequences of a request can need."""
-        return self._needed(len(request.prompt), request.copies, request.max_new_tokens)
+        return blocks_needed(len(request.prompt), request.copies, request.max_new_tokens)
 
     def has_room(self, request: Request) -> bool:
         """Return True if the pool has all blocks that a request can need."""

@@ -21,7 +21,7 @@ from ..text.prompt_format import conversation
 from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, LimbeckError, Problem, generator
 from .decode_batch import DecodeBatch, FinishedSequence
-from .device_batch import DeviceBatch, room
+from .device_batch import DeviceBatch, blocks_needed, room
 from .sampling import SamplingParams
 from .speculative import Speculation
 
@@ -34,7 +34,7 @@ class Engine:
     With `speculate`, the model's multi-token prediction (MTP) module drafts every second token: the
     completions are the same, in fewer steps if many drafts are accepted. `drafted` and `accepted` count
     drafted and accepted tokens. `reserve` returns the bytes of a device's memory that are free now and that
-    others will take, which the engine's pool of keys and values leaves them.
+    others will take, which the engine's pool of keys and values leaves them if one group has room beside.
 
     Raises:
         LimbeckError: `speculate` is set, and the model has no MTP module or is on a device.
@@ -108,7 +108,7 @@ class Engine:
         waiting = deque(range(len(problems)))
         rows = len(problems) * group_size
         most = max(group_size, min(self.rows, rows))
-        batch = self._new_batch(sampling, most, max(map(len, prompts), default=0))
+        batch = self._new_batch(sampling, most, max(map(len, prompts), default=0), group_size)
         completions: list[list[Completion | None]] = [[None] * group_size for _ in problems]
         with phase("sampling", "problems", len(problems)) as groups, phase("", "rows", rows) as sampled:
             while waiting or batch.busy:
@@ -147,9 +147,12 @@ class Engine:
                     yield token
             sent = len(tokens)
 
-    def _new_batch(self, sampling: SamplingParams, rows: int, longest: int) -> DecodeBatch | DeviceBatch:
-        """Return an empty batch; where the weights are not on the host, one of at most so many `rows` with
-        prompts of at most `longest` tokens, the last one if it will do: its steps are captured already."""
+    def _new_batch(
+        self, sampling: SamplingParams, rows: int, longest: int, group: int = 1
+    ) -> DecodeBatch | DeviceBatch:
+        """Return an empty batch; where the weights are not on the host, one of at most so many `rows`, in
+        groups of `group`, with prompts of at most `longest` tokens, the last one if it will do: its steps are
+        captured already."""
         if self.model.ops.on_host:
             kind = Speculation if self.speculate else DecodeBatch
             return kind(self.model, self.tokenizer.end_id, sampling)
@@ -163,8 +166,9 @@ class Engine:
                 rows = max(rows, last.capacity)
                 longest = max(longest, last.longest)
             del last
+        least = blocks_needed(longest, group, sampling.max_new_tokens)
         longest = -(-longest // PROMPT_STEP) * PROMPT_STEP
-        blocks = room(self.model, self.reserve())
+        blocks = max(room(self.model, self.reserve()), min(room(self.model), least))
         self._device_batch = DeviceBatch(self.model, self.tokenizer.end_id, sampling, rows, longest, blocks)
         return self._device_batch
 

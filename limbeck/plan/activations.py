@@ -18,7 +18,13 @@ HEAD_NUMBERS = 1 << 24  # numbers of the head's gradient that are computed at on
 DISTILLED_LOGITS = 1 << 21  # the same of a teacher and a student (train/divergence.py)
 DISTILLED_TENSORS = 8  # tensors of these logits in float32 that exist at once
 PADDED = 128  # rows that flash attention pads each sequence's gradients to
+STREAMS = 4  # tensors [N, C] of a forward pass: a block's two inputs, their sum, and its norm
 INTEGERS = 6  # integers of a token in a batch: ids, next ids, positions, places, targets, rows
+
+
+def position_bytes(config: ModelConfig) -> int:
+    """Return the bytes of cos and sin of one position, of both bases where layers with a window have one."""
+    return 8 * config.rope_dim * (2 if config.local_theta else 1)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Activations:
     @property
     def base(self) -> float:
         """Bytes that all layers share: the batch, and cos and sin of each token."""
-        return self.batch.tokens * (8 * INTEGERS + 12 + 8 * self.config.rope_dim)
+        return self.batch.tokens * (8 * INTEGERS + 12 + position_bytes(self.config))
 
     # ------------------------------------------------------------ between forward and backward pass
 
@@ -79,7 +85,7 @@ class Activations:
 
     def saved(self, layer: int) -> float:
         """Return the bytes that one layer saves in its forward pass: inputs of norms, products and others."""
-        norms = self.stream * (2 if self.config.parallel else 4)
+        norms = self.stream * (2 if self.config.parallel else 6 if self.config.post_norms else 4)
         attention = self._latent_saved() if self.config.latent else self._grouped_saved(layer)
         return norms + attention + self._ffn_saved(layer)
 
@@ -110,13 +116,12 @@ class Activations:
         """Return the bytes that the feed-forward of a layer saves."""
         config = self.config
         if not config.sparse(layer):
-            inner = (3 if config.gated else 2) * config.intermediate_size
+            inner = (2 + config.gated + config.gelu) * config.intermediate_size
             return self.batch.tokens * self.width * inner
         experts = config.experts
-        chosen = experts.top_k * (config.hidden_size + 3 * experts.intermediate_size)
+        inner = 3 * (experts.top_k * experts.intermediate_size + experts.shared_size)
         scores = 4 * (2 * experts.count + 2 * experts.top_k) + 16 * experts.top_k
-        router = 4 * config.hidden_size * self.half
-        per_token = self.width * (chosen + 3 * experts.shared_size) + scores + router
+        per_token = self.width * inner + scores
         return self.batch.tokens * per_token
 
     # ------------------------------------------------------------ during the backward pass
@@ -124,9 +129,10 @@ class Activations:
     def transient(self, layer: int) -> float:
         """Return the most bytes that the backward pass of a layer has beside what the layer saved."""
         feed_forward = self.stream + self._ffn_transient(layer)
-        freed = self._ffn_saved(layer) + 2 * self.stream
-        attention = self.stream + self._attention_transient() - freed
-        return max(feed_forward, attention)
+        freed = self._ffn_saved(layer) + self.stream * (4 if self.config.post_norms else 2)
+        attention = self.stream + self._attention_transient()
+        absorbed = self._absorbed() if self.config.latent else 0.0
+        return max(feed_forward, attention - freed, absorbed - freed)
 
     def _ffn_transient(self, layer: int) -> float:
         """Return the bytes of gradients inside a feed-forward at their most."""
@@ -135,39 +141,65 @@ class Activations:
             inner = (2 if config.gated else 1) * config.intermediate_size
             return self.batch.tokens * self.width * inner
         experts = config.experts
-        inner = experts.top_k * (3 * config.hidden_size + 4 * experts.intermediate_size)
+        inner = experts.top_k * (4 * config.hidden_size + 4 * experts.intermediate_size)
         return self.batch.tokens * self.width * inner
 
     def _attention_transient(self) -> float:
-        """Return the bytes of attention's gradients.
-
-        In 16 bits, flash attention in its deterministic form sums the gradient by the queries in as many
-        parts as fill the card, and makes those by keys and values for every query head. In float32, torch's
-        attention has the scores of each sequence where query heads share keys.
-        """
+        """Return the bytes of the gradients by attention's inputs and results, and of its work space."""
         config = self.config
         key = config.latent.key_dim if config.latent else config.head_dim
-        queries = config.heads * key
         pairs = config.kv_heads * key + (self._mixed if config.latent else config.kv_heads * key)
         batch = self.batch
-        gradients = self.width * (batch.tokens * (queries + self._mixed) + batch.keys * pairs)
-        shared = config.kv_heads < config.heads
+        inner = config.heads * key + self._mixed
+        gradients = self.width * (batch.tokens * inner + batch.keys * pairs)
         if self.half:
-            parts = -(-self.units // (batch.sequences * config.heads))
-            rows = batch.tokens + PADDED * batch.sequences
-            sums = 4 * parts * rows * config.heads * (-(-key // 32) * 32)
-            expanded = self.width * batch.keys * 2 * queries if shared and not config.latent else 0
-            return gradients + sums + expanded
+            return gradients + self._flash(key)
+        shared = config.kv_heads < config.heads
         scores = 12 * batch.tokens * batch.longest * config.heads if shared or config.latent else 0
-        return gradients + self.width * batch.tokens * (queries + pairs + self._mixed) + scores
+        return gradients + self.width * batch.tokens * (inner + pairs) + scores  # of the padded sequences
+
+    def _flash(self, key: int) -> float:
+        """Return the bytes of the work space of flash attention's backward pass, in 16 bits.
+
+        In its deterministic form it sums the gradient by the queries in as many parts as fill the card.
+        Shared keys have gradients for every query head; values and results narrower than keys are widened.
+        """
+        batch = self.batch
+        heads = self.config.heads
+        parts = -(-self.units // (batch.sequences * heads))
+        rows = batch.tokens + PADDED * batch.sequences
+        sums = 4 * parts * rows * heads * (-(-key // 32) * 32)
+        queries = heads * key
+        missing = queries - self._mixed
+        if missing:  # the result and its gradient, values and theirs
+            return sums + self.width * (2 * batch.tokens * queries + batch.keys * (queries + missing))
+        return sums + self.width * batch.keys * 2 * queries * (self.config.kv_heads < heads)
+
+    def _absorbed(self) -> float:
+        """Return the bytes that the forward pass of latent attention has beside what it saves.
+
+        The absorbed queries and the mixed latents, the outputs of the projections, and where prompts are
+        shared each token's own keys.
+        """
+        latent = self.config.latent
+        batch = self.batch
+        per_head = 2 * latent.kv_rank + latent.rope_dim + latent.key_dim + latent.rope_dim
+        per_head += (latent.nope_dim + latent.value_dim) * self.half
+        per_head += latent.key_dim * (batch.keys > batch.tokens)
+        return self.width * batch.tokens * self.config.heads * per_head
 
     def forward(self, layer: int) -> float:
         """Return the most bytes of a layer's forward pass without gradients, beside the weights."""
         config = self.config
-        heads = config.heads + 2 * config.kv_heads
-        attention = 2 * heads * (config.latent.key_dim if config.latent else config.head_dim)
-        inner = self.batch.tokens * self.width * attention
-        return 2 * self.stream + max(inner, self._ffn_saved(layer))
+        if config.latent:
+            attention = self._absorbed() + self._latent_saved()
+        else:
+            heads = 2 * (config.heads + 2 * config.kv_heads)
+            attention = self.batch.tokens * self.width * heads * config.head_dim
+        feed_forward = self.stream + self._ffn_saved(layer)
+        if config.sparse(layer):  # the outputs of a token's experts
+            feed_forward += config.experts.top_k * self.stream
+        return self.base + STREAMS * self.stream + max(attention, feed_forward)
 
     # ------------------------------------------------------------ the head
 

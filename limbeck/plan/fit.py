@@ -11,7 +11,7 @@ from ..config.parts import Budgeted, LoRA, ModelStage
 from ..config.recipe import RL, Distill, Label, Recipe, Remote
 from ..model.config import ModelConfig
 from . import cost
-from .activations import Activations
+from .activations import Activations, position_bytes
 from .chips import Chip
 from .micro_batch import MicroBatch, micro_batch
 from .rollout_memory import RolloutMemory
@@ -136,8 +136,8 @@ class _StageOnCard:
         """Return whether the stage fits, without remedies."""
         learns = hasattr(self.stage, "optimizer")
         held = self._held(learns)
-        reserved = self._learning().reserved if learns else 0.0
-        rollout = self._rollout(self.chip.memory - held.total - reserved)
+        free = self.chip.memory - replace(held, moments=0.0).total
+        rollout = self._rollout(free, self._learning().reserved if learns else 0.0)
         peaks = [held]
         if learns:
             peak = self._learning().peak()
@@ -162,7 +162,7 @@ class _StageOnCard:
 
     def _frozen(self) -> Memory:
         """Return the memory of a model that does not learn."""
-        table = 8 * self.config.max_positions * self.config.rope_dim
+        table = self.config.max_positions * position_bytes(self.config)
         return Memory(weights=self.width * cost.weights(self.config) + table)
 
     def _learning(self) -> Learning:
@@ -181,10 +181,10 @@ class _StageOnCard:
         passes = Activations(self.config, self.width, batch, 1, frozen=True)
         return max(passes.forward(layer) for layer in range(self.config.layers)) + passes.logits
 
-    def _rollout(self, free: float) -> RolloutMemory | None:
-        """Return the rollout that needs the most memory; None for a stage that samples nothing."""
-        if not self.work.rollouts:
-            return None
+    def _rollout(self, free: float, reserved: float) -> RolloutMemory | None:
+        """Return the rollout that needs the most memory; None for a stage that samples nothing here."""
+        if not self.work.rollouts or getattr(self.stage, "engine", None):
+            return None  # vLLM samples on a card of its own
         largest = max(self.work.rollouts, key=lambda rollout: rollout.rows)
         group = max(1, round(largest.rows / max(1.0, largest.prompts)))
         at_once = READING_ROWS
@@ -195,7 +195,7 @@ class _StageOnCard:
         limit = sampling.max_new_tokens if sampling else getattr(self.stage, "max_new_tokens", 0)
         prompt = max(1, round(largest.prompt))
         limit = limit or round(largest.longest)
-        return RolloutMemory(self.config, self.width, wanted, group, prompt, limit, free)
+        return RolloutMemory(self.config, self.width, wanted, group, prompt, limit, free, reserved)
 
     # ------------------------------------------------------------ remedies
 

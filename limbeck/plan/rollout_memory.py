@@ -1,8 +1,7 @@
 """The memory of a rollout on one card: the pool of keys and values, the captured steps, and the prompts.
 
-It follows engine/device_batch.py: the pool takes what the rows can need, or half of what is free when the
-first batch is made and not reserved for the learner's moments and gradients, and stays while the learner
-works.
+It follows engine/rollout.py: the pool takes what the rows can need, or half of what is free when the first
+batch is made and not reserved for the learner's moments and gradients, and stays while the learner works.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class RolloutMemory:
     """A rollout of groups of `group` completions of at most `limit` tokens, `wanted` rows at once.
 
     Prompts have about `prompt` tokens; numbers have `width` bytes. `free` are the bytes of the card that are
-    free when the first batch is made and that the learner's state will not take.
+    free when the first batch is made, `reserved` those of them that the learner will take.
     """
 
     config: ModelConfig
@@ -36,14 +35,19 @@ class RolloutMemory:
     prompt: int
     limit: int
     free: float
+    reserved: float = 0.0
 
     @property
     def pool(self) -> float:
         """Bytes of the pool of keys and values."""
         longest = -(-self.prompt // PROMPT_STEP) * PROMPT_STEP
         needed = self.wanted * -(-(longest + self.limit) // BLOCK)
-        blocks = min(needed, max(0.0, POOL_SHARE * self.free) // self._block)
-        return self._block * (blocks + -(-self.wanted // BLOCK))
+        blocks = max(self._room(self.reserved), min(self._room(), self._of_group))
+        return self._block * (min(needed, blocks) + -(-self.wanted // BLOCK))
+
+    def _room(self, reserved: float = 0.0) -> float:
+        """Return the blocks that the pool may take beside what is reserved."""
+        return max(0.0, POOL_SHARE * (self.free - reserved)) // self._block
 
     @property
     def rows(self) -> int:
@@ -51,11 +55,14 @@ class RolloutMemory:
 
         The rows of a group share the blocks that their prompt fills.
         """
-        shared = self.prompt // BLOCK
-        each = -(-(self.prompt + self.limit) // BLOCK) - shared
         blocks = self.pool // self._block - -(-self.wanted // BLOCK)
-        groups = int(blocks // (shared + self.group * each))
-        return min(self.wanted, groups * self.group)
+        return min(self.wanted, int(blocks // self._of_group) * self.group)
+
+    @property
+    def _of_group(self) -> int:
+        """Blocks of one group."""
+        shared = self.prompt // BLOCK
+        return shared + self.group * (-(-(self.prompt + self.limit) // BLOCK) - shared)
 
     @property
     def _block(self) -> float:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..config.parts import LoRA, Optimizer
 from ..model.config import ModelConfig
 from . import cost
-from .activations import Activations
+from .activations import Activations, position_bytes
 from .micro_batch import MicroBatch
 
 GIB = 2**30  # bytes
@@ -81,7 +81,7 @@ class Learning:
     @property
     def held(self) -> Memory:
         """What a learner holds between two updates."""
-        table = 8 * self.config.max_positions * self.config.rope_dim
+        table = self.config.max_positions * position_bytes(self.config)
         weights = self.width * self._all + table
         if self.lora:
             weights += self.width * self._adapted + 4 * self._learned
@@ -121,9 +121,9 @@ class Learning:
 
     @property
     def reserved(self) -> float:
-        """Bytes that a rollout's pool leaves to gradients (train/optimizer.py, `missing_bytes`)."""
+        """Bytes that a rollout's pool leaves the learner (train/optimizer.py, `missing_bytes`)."""
         narrow = self.width == 2 and self.optimizer.offload and not self.lora
-        return (2 if narrow else 4) * self._learned
+        return self._moments() + (2 if narrow else 4) * self._learned
 
     def _moments(self) -> float:
         """Return the bytes of the optimizer's moments: one of Muon's matrices, two of other weights."""

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 from markupsafe import Markup
 
 from . import charts, i18n
-from .i18n import W
 from .loaded_run import StageView
+from .page import page_environment
 from .paired import PairedResult
 
+CSS = Path(__file__).parent / "report.css"
 METRICS = ("accuracy", "reward", "length", "entropy", "loss")  # that are drawn where both stages log them
 SHARES = ("accuracy",)
 SHOWN = 6  # flipped problems of each kind
@@ -42,22 +42,14 @@ class Comparison(Protocol):
 
 def render(comparison: Comparison) -> str:
     """Return the page as HTML; every text of a model or a recipe is escaped."""
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.globals.update(W=W, words=i18n)
-    return environment.get_template("comparison.html.jinja").render(
+    template = page_environment().get_template("comparison.html.jinja")
+    return template.render(
         a=comparison.a,
         b=comparison.b,
         models=[_model(name, results) for name, results in comparison.results.items()],
         curves=_curves(comparison),
         settings=_settings(comparison),
-        css=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        css=Markup(CSS.read_text(encoding="utf-8")),
     )
 
 

@@ -42,15 +42,8 @@ def render(run: Run, numbers: dict[str, Any]) -> str:
 
     Every text that comes from a model or a recipe is escaped.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = page_environment()
     environment.filters["thought"] = format_response
-    environment.globals.update(W=W, words=i18n)
     template = environment.get_template("report.html.jinja")
     css = (_FOLDER / "report.css").read_text(encoding="utf-8")
     return template.render(
@@ -61,6 +54,19 @@ def render(run: Run, numbers: dict[str, Any]) -> str:
         **_sections(run),
         **_record(run, numbers),
     )
+
+
+def page_environment() -> jinja2.Environment:
+    """Return the environment of the pages' templates, which have the words of both languages."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(W=W, words=i18n)
+    return environment
 
 
 def _results(run: Run) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class CUDAOps(PlainOps):
     def top_k(self, scores_NE: Tensor, k: int) -> Tensor:
         """Return the indices of the k highest scores of each row [N, K]; of equal ones the first come first.
 
-        torch's `topk` leaves open which of equal scores it takes.
+        torch's `topk` leaves open which of equal scores it takes. A view would keep all N x E indices.
         """
-        return scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        return scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
     def row_sums(self, x_NK: Tensor) -> Tensor:
         """Return the sum of each row, [N, 1], by a product, whose order of summation is fixed."""
@@ -281,7 +281,8 @@ def _flash(layer: Layer) -> dict[str, float]:
 
 def _widened(x_NKD: Tensor, other_NKD: Tensor) -> Tensor:
     """Return x with zeros up to the head size of another tensor: torch's flash attention takes one size."""
-    return F.pad(x_NKD, (0, other_NKD.shape[2] - x_NKD.shape[2]))
+    missing = other_NKD.shape[2] - x_NKD.shape[2]
+    return F.pad(x_NKD, (0, missing)) if missing else x_NKD  # `pad` copies, whatever is missing
 
 
 class _Norm(torch.autograd.Function):

@@ -41,13 +41,14 @@ def run(job: Job) -> Outcome:
     run_log = job.record(state["step"] if state else 0, stage.steps)
     run_log.drop_last(ROLLOUTS, stage.log_every)
     tasks = job.mixture(stage.problems) if stage.problems else None
+    engine = Engine(decoder, tokenizer, speculate=stage.sampling.speculate)
     trainer = DistillTrainer(
         learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora, job.seed),
         teachers=teachers,
         sampler=DistillSampler(
             stage,
             job.seed,
-            Engine(decoder, tokenizer, speculate=stage.sampling.speculate),
+            engine,
             tasks,
             to_sampling_params(stage.sampling),
             rows,
@@ -59,6 +60,7 @@ def run(job: Job) -> Outcome:
     if state:
         trainer.load_state_dict(state)
         del state  # as large as the weights and their moments
+    engine.reserve = trainer.learner.optimizer.missing_bytes
     trainer.train()
     checkpoint.finish(trainer.state_dict, run_log)
     if tasks:
