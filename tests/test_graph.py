@@ -84,13 +84,16 @@ def test_an_evaluation_is_a_stage_for_each_model_and_each_control(plan):
         "stages.evaluation.models=[zero, dev1]",
         "stages.evaluation.forced=[base]",
         "stages.evaluation.retry={'no': wait}",
+        "stages.evaluation.without_thought=[dev1]",
     )
     assert {n for n in graph.nodes if "/" in n} == {
         "evaluation/zero",
         "evaluation/dev1",
         "evaluation/base+forced",
+        "evaluation/dev1+cut",
     }
     assert graph.nodes["evaluation/base+forced"].control == "forced"
+    assert graph.nodes["evaluation/dev1+cut"].control == "cut"
 
 
 def test_one_more_model_evaluates_that_model_alone(plan):

@@ -9,9 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from stub import Stub, completion
+from tiny import answer
 
 from limbeck.pipeline.dataset_rows import take_share
 from limbeck.pipeline.provenance.lineage import find, recall, rows_behind
+from limbeck.pipeline.review import queue_list, review_queue
 from limbeck.pipeline.store import Store
 from limbeck.run_log import read
 from limbeck.types import LimbeckError
@@ -242,3 +245,49 @@ def test_origins_are_told_without_torch(finished):
         )
         assert "AssertionError" not in done.stderr
         assert done.returncode in (0, 2)
+
+
+# ---------------------------------------------------------------- a policy that rewrites rows
+
+SUMS = """
+name: sums
+problems: {{sums: {{source: files, path: sums.jsonl, held_out: 2, answer: final, licence: own}}}}
+stages:
+  teacher: {{kind: remote, url: "{url}", model: wise, licence: MIT}}
+  traces: {{kind: sample, model: teacher, problems: {{sums: 1}}, prompts: 6, samples: 1, correct: false,
+           wellformed: false}}
+  coldstart: {{kind: curate, rows: traces, policy: steps}}
+"""
+
+
+def test_a_policy_that_writes_steps_is_named_and_its_edits_are_kept(call, tmp_path):
+    pytest.importorskip("openai")
+    rows = [{"question": f"What is {n} - 9 + 2?", "answer": str(n - 7)} for n in range(7)]
+    rows += [{"question": "Ann has 2 and gets 3. How many?", "answer": "5"}]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, home = tmp_path / "sums.yaml", tmp_path / "runs"
+    gold = {row["question"]: row["answer"] for row in rows}
+    with Stub(
+        lambda body, n: (200, {}, completion(f"I say {gold[body['messages'][-1]['content']]}."))
+    ) as stub:
+        recipe.write_text(SUMS.format(url=stub.url))
+        assert answer("run", recipe, "--runs", home)[0] == 75
+    desk = queue_list.find_queue(home, "sums", "coldstart")
+    asked = list(read(desk.queue / review_queue.QUEUE))
+    proposals = {row["id"]: queue_list.propose_steps(desk, row) for row in asked}
+    code, _, err = answer("run", recipe, "--auto", "--runs", home)
+    assert code == 0, err
+    artifact = next(a for a in Store(home / "store").all() if a.manifest["stage"] == "coldstart")
+    edits = list(read(artifact.folder / "edits.jsonl"))
+    kept = list(read(artifact.folder / "rows.jsonl"))
+    edited = [row for row in kept if row["origin"].get("editor") == "policy: steps"]
+    assert edits and {edit["id"]: edit["after"] for edit in edits} == {
+        name: text for name, text in proposals.items() if text
+    }
+    assert [(row["id"], row["completion"]) for row in edited] == [(e["id"], e["after"]) for e in edits]
+    assert all(edit["accuracy"] == 1 and edit["verdict"] == "edit" for edit in edits)
+    notes = artifact.manifest["notes"]
+    assert (notes["accepted"], notes["edited"], notes["rejected"]) == (6 - len(edits), len(edits), 0)
+    lines = call("why", "sums/coldstart", "--runs", home).out.splitlines()
+    assert "editors: policy: steps" in lines
+    assert any(f"{len(edits)} edited" in line and "desk: policy: steps" in line for line in lines)

@@ -25,6 +25,7 @@ from limbeck.serve import jobs
 from limbeck.serve.app import build
 from limbeck.serve.studio import review as page_of
 from limbeck.tasks.clock_countdown import Countdown
+from limbeck.tasks.registry import open_task
 
 pytestmark = pytest.mark.slow
 
@@ -350,6 +351,30 @@ def test_helpers_trim_and_translate(home, resumed, monkeypatch):
     )  # there was no thought
     refused = poor.send(f"{AT}/5/translate", text=thought("试试"))
     assert refused.status_code == 400 and "no model is served" in refused.json()["detail"]
+
+
+def test_the_steps_of_a_sum_are_proposed_where_the_policy_writes_them(home, resumed):
+    (home / "sums.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n} + 5 - 9", "answer": str(n - 4)}) + "\n" for n in range(9))
+    )
+    path, plain = home / "tiny/recipe.yaml", load(home / "tiny/recipe.yaml").model_dump(mode="json")
+    ada = Browser(build(home, NoModels()), "Ada")
+    assert f'data-help="{AT}/1/steps"' not in ada.get(f"{AT}/1?edit=1").text
+    plain["problems"]["clock"] = {"source": "files", "path": str(home / "sums.jsonl"), "held_out": 1}
+    plain["stages"]["coldstart"]["policy"] = "steps"
+    path.write_text(json.dumps(plain))
+    (known, *_) = open_task("clock", load(path).problems["clock"]).problems("train")
+    queue = queue_of(home) / review_queue.QUEUE
+    first, *others = queue.read_text().splitlines()
+    queue.write_text("\n".join([json.dumps({**json.loads(first), "id": f"{known.id}#0"}), *others]) + "\n")
+    ada = Browser(build(home, NoModels()), "Ada")
+    assert f'data-help="{AT}/1/steps"' in ada.get(f"{AT}/1?edit=1").text
+    n = int(known.answer) + 4
+    assert ada.send(f"{AT}/1/steps", text="x").json()["text"] == (
+        f"<think> {n} + 5 = {n + 5}. {n + 5} - 9 = {n - 4}. </think> The answer is \\boxed{{{n - 4}}}."
+    )
+    refused = ada.send(f"{AT}/2/steps", text="x")
+    assert refused.status_code == 400 and "asks for no sum" in refused.json()["detail"]
 
 
 def test_long_queues_are_paged_searched_and_filtered(home, resumed):

@@ -308,9 +308,10 @@ class Curate(Stage):
         "can be changed at the desk",
     )
     auto: bool = Field(False, description="let `policy` decide; `--auto` sets this for every desk")
-    policy: Literal["accept", "translate"] = Field(
+    policy: Literal["accept", "translate", "steps"] = Field(
         "accept",
-        description="keep rows as they are; or put a miniature's thoughts in the question's language",
+        description="keep rows as they are; put a miniature's thoughts in the question's language; or write "
+        "the steps of a sum in place of its response",
     )
 
 
@@ -364,6 +365,9 @@ class Evaluate(ModelStage):
     )
     forced: list[str] = Field([], description="models that are also shown with retries forced on them")
     retry: dict[str, str] = Field({}, description="for those: the word put after each of these words")
+    without_thought: list[str] | None = Field(
+        None, description="models that are also shown with the thought cut off: they must answer at once"
+    )
     max_new_tokens: int = Field(160, ge=1, description="the longest response, in tokens")
     suites: dict[SuiteName, SuiteOptions] | None = Field(
         None, description="named benchmarks to measure as well, each with its data"
@@ -461,7 +465,7 @@ def inputs(stage: Stage) -> list[str]:
         case Curate():
             return [stage.rows]
         case Evaluate():
-            return list(dict.fromkeys([*stage.models, *stage.forced]))
+            return list(dict.fromkeys([*stage.models, *stage.forced, *(stage.without_thought or [])]))
         case Report():
             return [stage.evaluation, *itertools.chain(*stage.compare.values())]
     return []

@@ -290,6 +290,7 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
     """Check that an `evaluate` stage cites models as its models, and no `screen` stages as its problems."""
     recipe = references.recipe
     references.cite_all("models", [*stage.models, *stage.forced], MODELS, "a model")
+    references.cite_all("without_thought", stage.without_thought or [], MODELS, "a model")
     if not stage.problems:
         raise references.error(".problems is empty; name problems, of which the first makes the headline")
     for source in stage.problems:
@@ -302,10 +303,12 @@ def _check_evaluate(references: _References, stage: Evaluate) -> None:
 
 def _check_report(references: _References, stage: Report) -> None:
     """Check that a `report` stage cites an `evaluate` stage as its evaluation, and that every value of its
-    setting `story` is a model, with or without the suffix `+forced`."""
+    setting `story` is a model, with or without the suffix `+forced` or `+cut`."""
     references.cite("evaluation", stage.evaluation, {"evaluate"}, "an evaluation")
     for role, model in stage.story.items():
-        references.cite(f"story.{role}", model.removesuffix("+forced"), MODELS, "a model")
+        references.cite(
+            f"story.{role}", model.removesuffix("+forced").removesuffix("+cut"), MODELS, "a model"
+        )
 
 
 def _check_corpus(references: _References, stage: Pretrain | General) -> None:

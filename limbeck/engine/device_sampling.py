@@ -17,6 +17,7 @@ from ..types import LimbeckError
 from .sampling import Draw, SamplingParams, force_tokens, likely
 
 SUPPORTED = {"temperature", "top_p", "top_k", "min_p", "max_new_tokens", "keep_mask", "force", "stop_ids"}
+SUPPORTED |= {"response_prefix"}  # part of the prompt
 
 
 def check(params: SamplingParams) -> None:

@@ -91,7 +91,7 @@ class Endpoint:
         ids; Resumable if the endpoint still fails after all retries, or if the stage is stopping. Responses
         that have arrived stay in the cache.
         """
-        if sampling.force or sampling.keep_mask or sampling.stop_ids:
+        if sampling.force or sampling.keep_mask or sampling.stop_ids or sampling.response_prefix:
             raise LimbeckError(f"{self.name} is remote: tokens cannot be forced, masked or stopped at there")
         bodies = [self.body(conversation(problem.prompt, problem.system), sampling) for problem in problems]
         keys = [[self._key(body, sample) for sample in range(group_size)] for body in bodies]

@@ -208,6 +208,8 @@ class Engine:
     def _prompt(self, problem: Problem, sampling: SamplingParams) -> np.ndarray:
         """Return the token ids [N] of a problem's prompt. Raises LimbeckError if it is too long."""
         prompt = self.tokenizer.prompt(conversation(problem.prompt, problem.system))
+        if sampling.response_prefix:
+            prompt = np.concatenate([prompt, np.array(sampling.response_prefix, np.int64)])
         self._check_system_prompt(problem, sampling)
         self._check_length(f"problem {problem.id}", prompt, sampling)
         return prompt

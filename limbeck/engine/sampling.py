@@ -37,7 +37,8 @@ class SamplingParams:
     With `keep_mask` the ids that top-p, top-k and min-p left are returned, and log-probabilities are
     renormalised over them (DeepSeek-V3.2, arXiv 2512.02556, section 3.1). `force` maps a token id to the id
     that must follow it, whatever was sampled: `{no: wait}` is the budget forcing of s1 (arXiv 2501.19393).
-    `stop_ids` are token ids that end a completion, in addition to the end-of-turn token.
+    `stop_ids` are token ids that end a completion, in addition to the end-of-turn token. Every response
+    begins with the ids of `response_prefix`, which belong to the prompt and not to the completion.
     """
 
     temperature: float = 1.0
@@ -51,6 +52,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    response_prefix: tuple[int, ...] = ()
 
     @property
     def excludes(self) -> bool:

@@ -30,6 +30,7 @@ from ..config.recipe import (
     inputs,
     sources,
 )
+from ..config.validate import ROWS
 from ..eval.suites.catalogue import find_suite
 from ..eval.suites.reading import suite_files
 from ..files import digest_file
@@ -53,10 +54,10 @@ class Node:
     not finished.
 
     `inputs` are the names of the stages that it reads; `control` is "forced" for an evaluation that forces
-    continuations on the model, else None. For a curate stage, `queue` is the folder of the rows that people
-    review, and `review_bytes` the length of the review file that the key covers: reviews appended later do
-    not count. `endpoints` are the remote models that it may query. `contamination` lists the rows and
-    problems that it leaves out.
+    continuations on the model, "cut" for one that cuts its thoughts off, else None. For a curate stage,
+    `queue` is the folder of the rows that people review, and `review_bytes` the length of the review file
+    that the key covers: reviews appended later do not count. `endpoints` are the remote models that it may
+    query. `contamination` lists the rows and problems that it leaves out.
     """
 
     name: str
@@ -172,7 +173,7 @@ class Graph:
         settings = {k: v for k, v in settings.items() if UNCHANGING.get(k, None) != v}
         settings = _without_defaults_of_optimizer(settings)
         if isinstance(stage, Evaluate):
-            settings = {k: v for k, v in settings.items() if k not in ("models", "forced")}
+            settings = {k: v for k, v in settings.items() if k not in ("models", "forced", "without_thought")}
             settings |= self._suites(stage)
         if settings.get("engine"):  # that another engine sampled changes the result, not where it runs
             settings["engine"] = "vllm"
@@ -397,6 +398,8 @@ def _expand(recipe: Recipe) -> Iterator[Node]:
                 yield Node(f"{name}/{model}", stage, (model,), problems)
             for model in stage.forced:
                 yield Node(f"{name}/{model}+forced", stage, (model,), problems, control="forced")
+            for model in stage.without_thought or []:
+                yield Node(f"{name}/{model}+cut", stage, (model,), problems, control="cut")
         elif not isinstance(stage, Report):
             yield _node(recipe, name, stage)
 
@@ -405,14 +408,29 @@ def _node(recipe: Recipe, name: str, stage: Stage) -> Node:
     """Return the node of a stage that is neither an evaluation nor a report."""
     problems, screens = _problems(recipe, stage)
     if isinstance(stage, Curate):  # the policy may need the problems that the rows answer
-        problems = {
-            cited: source for cited, source in recipe.problems.items() if source.source == "miniature"
-        }
+        problems = _problems_of_policy(recipe, stage)
     cited = inputs(stage)
     calibrations = [recipe.stages[other] for other in cited if isinstance(recipe.stages[other], Calibrate)]
     cited += [calibration.judge for calibration in calibrations]  # a calibrated judge is asked again
     endpoints = {other: recipe.stages[other] for other in cited if isinstance(recipe.stages[other], Remote)}
     return Node(name, stage, tuple(dict.fromkeys([*cited, *screens])), problems, endpoints=endpoints)
+
+
+def _problems_of_policy(recipe: Recipe, stage: Curate) -> dict[str, Problems]:
+    """Return the problem sources that the policy of a curate stage may need: all miniatures or, for `steps`,
+    those whose problems its rows answer."""
+    if stage.policy == "steps":
+        return _answered_problems(recipe, stage)
+    return {cited: source for cited, source in recipe.problems.items() if source.source == "miniature"}
+
+
+def _answered_problems(recipe: Recipe, stage: Stage) -> dict[str, Problems]:
+    """Return the problem sources whose problems are answered in the rows of a stage."""
+    problems, _ = _problems(recipe, stage)
+    for cited in inputs(stage):
+        if recipe.stages[cited].kind in ROWS:
+            problems |= _answered_problems(recipe, recipe.stages[cited])
+    return problems
 
 
 def report_nodes(recipe: Recipe) -> list[tuple[str, Report]]:

@@ -39,12 +39,13 @@ class Job:
 
     `seed` is, for example, "0/zero" (recipe seed and stage name); all random draws of the stage derive from
     it. `inputs` maps input names to artifact folders. `control` is "forced" for an evaluation that forces
-    continuations, else None. `queue` is the folder of rows under review, of whose review file the first
-    `review_bytes` bytes count. `dropped` are the ids of rows and training problems to leave out because they
-    are too similar to a test. `continues` is the folder of the shorter stage's artifact that the stage is
-    continued from, if there is one (continuation.py); `preview` is the file for the preview of the stage,
-    None if there is to be none. `device` is what models are placed on (model/ops/devices.py). `stopping`
-    returns True once the stage should write a checkpoint and end, and `tell` shows the user a message.
+    continuations, "cut" for one that cuts thoughts off, else None. `queue` is the folder of rows under
+    review, of whose review file the first `review_bytes` bytes count. `dropped` are the ids of rows and
+    training problems to leave out because they are too similar to a test. `continues` is the folder of the
+    shorter stage's artifact that the stage is continued from, if there is one (continuation.py); `preview` is
+    the file for the preview of the stage, None if there is to be none. `device` is what models are placed on
+    (model/ops/devices.py). `stopping` returns True once the stage should write a checkpoint and end, and
+    `tell` shows the user a message.
     """
 
     name: str

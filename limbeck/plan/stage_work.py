@@ -53,6 +53,7 @@ PASSED = {"miniature": 0.8, "real": 0.35}
 REACHED = {"base": (0.3, 0.6, 0.9), "learned": (0.1, 0.22, 0.6)}
 REDRAWN = 1.3  # rollouts that `zero_variance: replace` samples, for each that a step needs
 CHANGING = 0.1  # share of an RL run in which completions still have their initial length
+CUT_ANSWER = 32  # tokens of a response whose thought is cut off, at most (pipeline/stages/cut_thought.py)
 BRIEF_ANSWER = 7  # tokens of an answer without its thought, at most
 TABLE_ROWS = 1000  # rows of a Parquet file; their number is not read
 TABLE_LENGTH = 100  # tokens of an answer in a table
@@ -184,7 +185,7 @@ class Walk:
         """Add the stage of the graph's node `node` and return its work.
 
         Its `inputs` must have been added before. `control` is "forced" if an evaluation forces retries on the
-        model, else None.
+        model, "cut" if it cuts thoughts off, else None.
         """
         if isinstance(stage, Evaluate):
             work = self._evaluate(node, stage, inputs[0], control)
@@ -505,18 +506,24 @@ class Walk:
     def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
         """Return the work of an evaluation: completions of held-out problems in every mode.
 
-        `model` is the evaluated stage. `control` is "forced" if retries are forced on its model, else None.
+        `model` is the evaluated stage. `control` is "forced" if retries are forced on its model, "cut" if its
+        thoughts are cut off, else None.
         """
         rollouts: list[Rollout] = []
         sure = 1.05
+        limit = stage.max_new_tokens
+        if control == "cut":
+            limit = min(limit, CUT_ANSWER)
         for name in stage.problems:
-            tokens = self._tokens(name, self.outputs[model].style, stage.max_new_tokens, control)
+            tokens = self._tokens(name, self.outputs[model].style, limit, control)
+            if control == "cut":  # without a thought, few models stop
+                tokens = tokens._replace(length=limit)
             sure = max(sure, tokens.sure)
             problems = min(stage.prompts, _held_out(self.recipe.problems[name]))
             for mode in stage.modes:
                 samples = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
                 prompts = max(1, problems // 8) if mode == "pass@8" else problems
-                rollouts.append(_rollout(1, prompts, samples, tokens, stage.max_new_tokens))
+                rollouts.append(_rollout(1, prompts, samples, tokens, limit))
         return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
 
 

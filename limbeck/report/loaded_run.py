@@ -101,7 +101,7 @@ class Run:
     @cached_property
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """The evaluation of each model, by the model's name. The name of a model that was forced to retry
-        is `NAME+forced`.
+        is `NAME+forced`, that of a model whose thoughts were cut off `NAME+cut`.
 
         Only the evaluations that the report stage names are included, or all if it names none.
         """

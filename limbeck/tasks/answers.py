@@ -143,6 +143,22 @@ def _extract_final(text: str) -> Extraction:
 STYLES = {"tags": _extract_tagged, "boxed": _extract_boxed, "final": _extract_final}
 
 
+_MARKED = {
+    "tags": "<answer> {} </answer>",
+    "boxed": "The answer is \\boxed{{{}}}.",
+    "final": "The answer is {}.",
+}
+
+
+def mark_answer(answer: str, style: str) -> str:
+    """Return the text after a thought in which `extract` finds `answer`.
+
+    >>> mark_answer("42", "boxed")
+    'The answer is \\\\boxed{42}.'
+    """
+    return _MARKED[style].format(answer)
+
+
 # ---------------------------------------------------------------- comparison
 
 

@@ -12,6 +12,7 @@ from ..config import recipe
 from ..types import Completion, LimbeckError, Problem, Score, fingerprint
 from . import answers
 from .rewards import fill_template, grade, language_consistency
+from .worked_steps import write_response
 
 QUESTIONS = ("problem", "question", "prompt", "input")
 ANSWERS = ("answer", "solution", "target")
@@ -65,6 +66,10 @@ class FileTask:
         if gold is None:
             return Score({"accuracy": 0.0}, {"accuracy": "the gold answer cannot be read"}, skipped=True)
         return grade(problem, completion, self.settings.answer, lambda answer: answers.judge(gold, answer))
+
+    def work_out(self, problem: Problem) -> str | None:
+        """Return a response with the worked steps of the sum in the question, None if there is none."""
+        return write_response(problem.data["question"], self.settings.answer)
 
     def _problem(self, number: int, row: Row) -> Problem | None:
         """Return the problem of row `number`, or None if its gold answer is unreadable. Raises LimbeckError

@@ -17,6 +17,7 @@ from .answers import Verdict
 from .grammar import ParseError
 from .rewards import fill_template, grade
 from .sandbox import SANDBOX
+from .worked_steps import write_response
 
 SCORER_DEADLINE = 2.0  # seconds of processor time
 MIN_SIMILARITY = 0.5  # difflib's ratio from which a name is suggested
@@ -64,6 +65,10 @@ class GymTask:
         """Return the score of a completion, with the parts accuracy, format and language."""
         style = self.settings.answer
         return grade(problem, completion, style, lambda answer: self._compare(problem, answer))
+
+    def work_out(self, problem: Problem) -> str | None:
+        """Return a response with the worked steps of the sum in the question, None if there is none."""
+        return write_response(problem.data["question"], self.settings.answer)
 
     def _compare(self, problem: Problem, answer: str) -> Verdict:
         gold = problem.answer or ""

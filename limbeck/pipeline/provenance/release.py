@@ -183,7 +183,7 @@ def _add_card(part: Path, name: str, published: dict[str, Any], measured: list[d
 
 def evaluations(artifact: Artifact, store: Store) -> list[dict[str, Any]]:
     """Return the contents of `evaluation.json` for each evaluation of exactly this model's weights, except
-    those with the control "forced", which force continuations on the model."""
+    those with a control, which change the model's responses."""
     measured = []
     for candidate in store.all():
         if candidate.kind != "evaluate":
@@ -273,7 +273,9 @@ def part_of(recipe: Recipe, name: str) -> Recipe:
     stages: dict[str, Stage] = {}
     for cited, stage in recipe.stages.items():
         if isinstance(stage, Evaluate):  # kept, for its tests decide what decontamination leaves out
-            stages[cited] = stage.model_copy(update={"models": [name], "forced": [], "retry": {}})
+            stages[cited] = stage.model_copy(
+                update={"models": [name], "forced": [], "retry": {}, "without_thought": None}
+            )
         elif cited in needed and not isinstance(stage, Report):
             stages[cited] = _without_folder(stage) if isinstance(stage, Load) else stage
     drawn = _problem_names(stages)

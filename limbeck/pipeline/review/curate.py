@@ -95,7 +95,7 @@ def _notes(reviewed: list[ReviewState], counts: dict[str, int]) -> dict[str, Any
 def apply_policy(
     rows: list[dict[str, Any]], policy: str, tasks: dict[str, Task]
 ) -> tuple[list[dict], dict[str, Any]]:
-    """Return (the rows that a policy keeps; notes for the manifest). Both policies keep every row;
+    """Return (the rows that `accept` or `translate` keeps; notes for the manifest). Both keep every row;
     `translate` also rewrites each thought in the language of its question, if the row's task can. `tasks`
     maps problem sources to tasks."""
     kept = []

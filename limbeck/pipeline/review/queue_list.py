@@ -12,15 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...config.recipe import Curate
 from ...tasks.registry import open_task
 from ...text.reasoning_parser import split_thought
-from ...types import Completion, LimbeckError, Problem, Score, Task
+from ...types import LimbeckError, Problem, Score, Task
 from ..dataset_rows import problem_of, source_of
 from ..run_folder import INDEX, RECIPE, read_json, read_manifest, read_recipe, run_folders, store_of
 from . import review_queue
+from .rewriting import propose, score_text
 
 ORDER = ("asks", "ready", "changed", "early", "done")  # of the states in a list of queues
 
@@ -128,9 +127,7 @@ def verify(queue: ReviewQueue, row: Mapping[str, Any], text: str) -> Verificatio
         OSError,
     ) as error:  # a file that was deleted, or an extra that is not installed here
         return Verification(split_thought(text).answer, why=str(error))
-    empty = np.zeros(0)
-    completion = Completion(empty.astype(int), empty, text, stopped=True, sample=0)
-    score = task.score(problem, completion)
+    score = score_text(task, problem, text)
     return Verification(score.answer or split_thought(text).answer, problem.answer, score)
 
 
@@ -144,6 +141,15 @@ def rewrite_thought(queue: ReviewQueue, row: Mapping[str, Any], text: str) -> st
     if not hasattr(task, "rewrite"):
         return None
     return replace_thought(text, task.rewrite(split_thought(text).thought, row["language"]))
+
+
+def propose_steps(queue: ReviewQueue, row: Mapping[str, Any]) -> str | None:
+    """Return the response with worked steps that the policy `steps` would give the row. Return None if the
+    row's question asks for no sum."""
+    try:
+        return propose(*_problem(queue, row["id"]))
+    except (LimbeckError, OSError):
+        return None
 
 
 def replace_thought(text: str, thought: str) -> str:

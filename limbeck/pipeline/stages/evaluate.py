@@ -16,10 +16,12 @@ from ...eval.suites import measure as suite
 from ...report.loaded_run import SAMPLES, VERDICTS
 from ...run_log import read
 from ...text.tokenizer import Tokenizer
+from ...types import Sampler
 from ..job import Job
 from ..review import curate
 from ..store import write
 from .chunks import finished_chunks, remaining_chunks
+from .cut_thought import CutThought
 from .outcome import Outcome, outcome
 
 PARTS = "ways.jsonl"  # results so far: one per source of problems and way of sampling
@@ -35,7 +37,8 @@ def run(job: Job) -> Outcome:
     resumes after the last combination of source and way, or the last part of a benchmark, that it finished.
     """
     stage: Evaluate = job.stage
-    suites = [suite.open_suite(name, options) for name, options in (stage.suites or {}).items()]
+    named = {} if job.control == "cut" else stage.suites or {}  # benchmarks have prompts of their own
+    suites = [suite.open_suite(name, options) for name, options in named.items()]
     model = next(iter(job.inputs))
     engine = job.sampler(model)
     decoder = engine.model
@@ -43,9 +46,13 @@ def run(job: Job) -> Outcome:
     sources = {name: job.mixture({name: 1.0}) for name in stage.problems}
     ways = {way: _sampling(way, stage, job.control, tokenizer) for way in stage.modes}
     parts = list(read(job.folder / PARTS))[: finished_chunks(job)]
+    measured: Sampler = engine
+    if job.control == "cut":
+        styles = {name: getattr(job.problems[name], "answer", "tags") for name in stage.problems}
+        measured = CutThought(engine, styles)
     pairs = len(ways) * len(sources)
     results = chain(
-        evaluate(engine, sources, stage, ways, job.seed, min(len(parts), pairs)),
+        evaluate(measured, sources, stage, ways, job.seed, min(len(parts), pairs)),
         _measure_suites(job, suites, engine, parts[pairs:]),
     )
     _collect(job, pairs + len(list(suite.all_chunks(suites))), results, parts)

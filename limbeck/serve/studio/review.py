@@ -660,6 +660,14 @@ def _add_text_tools(router: APIRouter, pages: ReviewPages) -> None:
             translation = await _translate(pages, model, text, at.language)
         return {"text": translation}
 
+    @router.post("/{run}/{stage}/{number}/steps")
+    def work_out(at: Row) -> dict[str, str]:
+        """Return the response that the policy `steps` proposes for a row."""
+        proposal = queue_list.propose_steps(at.desk, at.row.row)
+        if proposal is None:
+            raise HTTPException(400, "the question asks for no sum that could be worked out")
+        return {"text": proposal}
+
 
 async def _translate(pages: ReviewPages, model: str, text: str, language: str) -> str:
     """Return a model's translation of the thought in a text, or of the whole text if it has no thought.
