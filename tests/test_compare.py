@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+import tiny
 
 from limbeck.eval.statistics import paired_difference
 from limbeck.report.paired import compare
@@ -64,16 +66,16 @@ def test_problems_that_only_one_was_asked_do_not_count():
 
 @pytest.fixture(scope="module")
 def home(finished, tmp_path_factory):
-    """Two runs in the home of the tiny recipe, which evaluate two models; the second learns for longer."""
-    import tiny
-
+    """Two runs beside the tiny one, which evaluate two models; the second learns for longer."""
+    home = tmp_path_factory.mktemp("compared") / "runs"
+    shutil.copytree(finished.home, home)
     for name, more in (("short", ()), ("long", ("--set", "stages.zero.steps=10"))):
         models = "stages.evaluation.models=[base, zero]"
         code, _, err = tiny.answer(
-            "run", finished.recipe, "--runs", finished.home, "--set", f"name={name}", "--set", models, *more
+            "run", finished.recipe, "--runs", home, "--set", f"name={name}", "--set", models, *more
         )
         assert code == 0, err
-    return finished.home
+    return home
 
 
 def test_two_models_of_a_run(home, call, tmp_path):

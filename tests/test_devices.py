@@ -422,10 +422,14 @@ def test_an_evaluation_without_a_run_takes_a_device(decoder, tokenizer, tmp_path
         kind="evaluate", models=["model"], problems=["clock"], prompts=4, modes=["greedy"], max_new_tokens=8
     )
     test = evaluation._Test(settings, {"clock": Miniature(source="miniature")}, "0/evaluation")
-    on_cpu, on_plain = (evaluation._measure("m", tmp_path, test, device) for device in ("cpu", "plain"))
-    assert on_cpu["sources"] == on_plain["sources"]
+
+    def measure(device: str) -> dict:
+        with evaluation._measured(str(tmp_path), tmp_path, test, device) as folder:
+            return json.loads((folder / "evaluation.json").read_text())
+
+    assert measure("cpu")["sources"] == measure("plain")["sources"]
     with pytest.raises(LimbeckError, match="--device cuda:9"):
-        evaluation._measure("m", tmp_path, test, "cuda:9")
+        measure("cuda:9")
 
 
 def test_a_stored_dtype_is_that_of_the_weights(decoder, tokenizer, tmp_path):

@@ -511,7 +511,7 @@ def _script_digest() -> str:
 
     The content security policy allows only this script to run.
     """
-    template = Path(reports.__file__).parent / "report.html.jinja"
+    template = Path(reports.__file__).parent / "language.html.jinja"
     source = template.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL).group(1)
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
