@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,8 +116,6 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 def _to_json(result: PairedResult) -> dict[str, Any]:
     """Return one result as a JSON object."""
-    from dataclasses import asdict
-
     return {
         "source": result.source,
         "mode": result.mode,

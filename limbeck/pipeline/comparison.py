@@ -92,10 +92,11 @@ def _run_side(title: str, folder: Path) -> Side:
     """Return the side of a run: its evaluated models, its stages, and what they cost."""
     run = run_state.look(folder)
     finished = [stage for stage in run.stages if stage.state == "done" and stage.manifest]
-    evaluations = {}
+    evaluations: dict[str, tuple[Path, ...]] = {}
     for stage in finished:
         if stage.kind == "evaluate":
-            evaluations[stage.name.partition("/")[2]] = (stage.folder,)
+            model = stage.name.partition("/")[2]
+            evaluations[model] = (*evaluations.get(model, ()), stage.folder)
     stages = {stage.name: stage.view for stage in finished if stage.kind in LEARNING}
     return Side(title, evaluations, stages, _costs(stage.manifest for stage in finished), run)
 

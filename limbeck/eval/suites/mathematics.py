@@ -48,17 +48,9 @@ LAST_BOX = (
 )
 
 
-def _final_number(gold: Callable[[Item], str]) -> Metric:
-    judge = MathVerify(("expr",), ("latex", "expr"), 0, 5, True)
-    return Metric(
-        "math_verify",
-        lambda item, text: (judge.is_correct(gold(item), after_thought(text)),),
-        LAST_BOX,
-    )
-
-
-def _boxed_latex(gold: Callable[[Item], str]) -> Metric:
-    judge = MathVerify(("latex",), ("latex", "expr"), 0, 5, True)
+def _last_box(gold: Callable[[Item], str], kind: str) -> Metric:
+    """Return the metric for gold answers of a kind of math-verify: `expr`, a number, or `latex`."""
+    judge = MathVerify((kind,), ("latex", "expr"), 0, 5, True)
     return Metric(
         "math_verify",
         lambda item, text: (judge.is_correct(gold(item), after_thought(text)),),
@@ -137,7 +129,7 @@ GSM8K = Suite(
             "deepseek",
             R1_README,
             Prompt("{question}\n" + STEP_BY_STEP),
-            (_final_number(lambda item: item.gold),),
+            (_last_box(lambda item: item.gold, "expr"),),
             reasoning(1),
             note=f"DeepSeek publishes no score of R1 on GSM8K; {OPEN_R1}",
         ),
@@ -157,7 +149,7 @@ GSM8K = Suite(
             "lighteval",
             Source("lighteval 0.13.0, gsm8k", f"{LIGHTEVAL}/gsm8k.py", "0"),
             Prompt("Question: {question}\nAnswer:"),
-            (_final_number(lambda item: f" {item.row['answer']}"),),
+            (_last_box(lambda item: f" {item.row['answer']}", "expr"),),
             greedy(256, "Question:"),
         ),
     ),
@@ -194,7 +186,7 @@ MATH_500 = Suite(
             "deepseek",
             R1_README,
             Prompt("{question}\n" + STEP_BY_STEP),
-            (_boxed_latex(lambda item: item.row["solution"]),),
+            (_last_box(lambda item: item.row["solution"], "latex"),),
             reasoning(4),
             note=f"four samples as in open-r1's reproduction; {OPEN_R1}",
         ),
@@ -280,7 +272,7 @@ def _aime(year: int, home: str, task: str) -> Suite:
                 "deepseek",
                 R1_README,
                 Prompt("{question}\n" + STEP_BY_STEP),
-                (_final_number(lambda item: item.gold),),
+                (_last_box(lambda item: item.gold, "expr"),),
                 reasoning(64),
                 note=f"64 responses a problem; {OPEN_R1}",
             ),
@@ -347,7 +339,7 @@ CMATH = Suite(
                 "2024",
             ),
             Prompt("{question}\n" + CHINESE_STEP_BY_STEP),
-            (_final_number(lambda item: item.gold),),
+            (_last_box(lambda item: item.gold, "expr"),),
             reasoning(1),
             note=f"sampling as for R1, which is not reported on CMATH; {OPEN_R1}",
         ),

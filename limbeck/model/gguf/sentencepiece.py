@@ -43,7 +43,7 @@ def build(get: Get, tokens: Sequence[str], types: Sequence[int], where: Path) ->
     scores = get("tokenizer.ggml.scores", list)
     if len(scores) != len(tokens):
         raise LimbeckError(f"{where}: tokenizer.ggml.scores is damaged; download the file again")
-    ids = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if _is_used(kind)}
+    ids = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
     ranked = [i for i, kind in enumerate(types) if kind == TokenType.NORMAL]
     ranked.sort(key=lambda i: -scores[i])
     merges = _merges([tokens[i] for i in ranked], ids)
@@ -56,11 +56,6 @@ def build(get: Get, tokens: Sequence[str], types: Sequence[int], where: Path) ->
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer
-
-
-def _is_used(kind: int) -> bool:
-    """Return True for tokens of a type that a text can have."""
-    return kind != TokenType.UNUSED
 
 
 def _merges(ranked: Sequence[str], ids: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -75,7 +75,11 @@ class DecodeStep:
         config = model.config
         if config.experts or config.latent or config.parallel or config.layer_norm:
             return False
-        if config.share_kv > 1 or config.qk_norm == "after" or config.family == "gemma3":
+        if config.share_kv > 1 or config.qk_norm == "after":
+            return False
+        if config.gelu or config.norms_from_one or config.post_norms:
+            return False
+        if config.scaled_embeddings or config.local_theta:
             return False
         if not config.gated or config.rope_dim != config.head_dim:
             return False
