@@ -90,9 +90,12 @@ def sign_flip(differences_P: np.ndarray, samples: int) -> float:
 
 
 def _sum_of_gains(size: int, count: int) -> np.ndarray:
-    """Return the distribution [S] of the sum of those of `count` differences of one size that are gains."""
+    """Return the distribution [S] of the sum of those of `count` differences of one size that are gains: a
+    binomial one, from logarithms of factorials."""
+    log_factorial_S = np.concatenate([[0.0], np.log(np.arange(1, count + 1)).cumsum()])
+    ways_S = log_factorial_S[-1] - log_factorial_S - log_factorial_S[::-1]
     chance_S = np.zeros(size * count + 1)
-    chance_S[::size] = [math.comb(count, gains) / 2**count for gains in range(count + 1)]
+    chance_S[::size] = np.exp(ways_S - count * math.log(2))
     return chance_S
 
 

@@ -27,7 +27,7 @@ SUITE_ROWS = "suite_items.jsonl"
 
 @dataclass(frozen=True)
 class Measured:
-    """A model as an evaluation found it: `Measured("r1", "rl-3fa9c1d07b52", "q-g1", interval, 75.2, 31.0, ...)`.
+    """A model as an evaluation found it: `Measured("r1", "rl-3fa9c1d07b52", interval, 75.2, 31.0, ...)`.
 
     `stage` is the name of its stage, `artifact` that of its folder in the store, and `accuracy` that on the
     gate's problems. `tokens` is the mean length of a response there. `seconds` and `flops` are what the whole

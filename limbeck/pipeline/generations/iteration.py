@@ -68,10 +68,11 @@ class Iteration:
         votes = self.votes(champion.artifact, candidate.artifact)
         gate = self.plan.settings.gate
         if generation > 1 and gate.wait_for_votes and len(votes) < gate.votes:
+            models = f"{champion.artifact} {candidate.artifact} --runs {self.runs}"
             raise Resumable(
-                f"generation {generation} waits for people's votes ({len(votes)} of {gate.votes}): serve both "
-                f"models with `limbeck serve {champion.artifact} {candidate.artifact} --runs {self.runs}`, "
-                "vote in the studio's arena, then give the same command again"
+                f"generation {generation} waits for people's votes, of which there are {len(votes)} of "
+                f"{gate.votes}: serve both models with `limbeck serve {models}`, vote in the studio's arena, "
+                "then give the same command again"
             )
         return votes
 

@@ -23,6 +23,7 @@ from .evidence import Measured
 
 FILE = "ledger.jsonl"
 PAGE = "index.html"
+SUFFIX = "-generations"  # of a ledger's folder
 SCHEMA = 1  # version of a line's layout
 UNCOMPARED = {"description", "workers", "threads"}  # settings that may change between two calls
 
@@ -89,7 +90,13 @@ class Ledger:
 
 def folder_of(name: str, runs: Path) -> Path:
     """Return the folder of the ledger of the recipe `name`."""
-    return runs / f"{name}-generations"
+    return runs / f"{name}{SUFFIX}"
+
+
+def ledger_pages(runs: Path) -> dict[str, Path]:
+    """Return the pages of all ledgers in a folder of runs, by the names of their recipes."""
+    pages = sorted(runs.glob(f"*{SUFFIX}/{PAGE}"))
+    return {page.parent.name.removesuffix(SUFFIX): page for page in pages}
 
 
 def open_ledger(recipe: Recipe, runs: Path) -> Ledger:
@@ -97,7 +104,8 @@ def open_ledger(recipe: Recipe, runs: Path) -> Ledger:
 
     Raises LimbeckError if it was written for other settings of the recipe."""
     folder = folder_of(recipe.name, runs)
-    digest = digest_of(recipe.model_dump(mode="json", exclude=UNCOMPARED))
+    # without what is not set: a setting that a later version adds does not make another recipe of this one
+    digest = digest_of(recipe.model_dump(mode="json", exclude=UNCOMPARED, exclude_none=True))
     lines = list(read(folder / FILE))
     if lines and lines[0]["recipe"] != digest:
         raise LimbeckError(

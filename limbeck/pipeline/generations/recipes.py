@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...config.iterate import Iterate
-from ...config.recipe import RL, Evaluate, Recipe, Report, Screen, Stage, inputs, sources
+from ...config.recipe import RL, Recipe, Report, Screen, Stage, inputs, sources
 from ...config.validate import MODELS
 from ...types import LimbeckError
 
@@ -101,8 +101,8 @@ def _refuse_idle(recipe: Recipe, plan: Plan) -> None:
     replaced = replaced_stages(recipe, plan)
     if not replaced:
         raise LimbeckError(
-            f"{recipe.name}: a generation that trains the base again needs a teacher; add iterate: {{teacher: "
-            f"STAGE}}, or go on with the last model: {{start: last}} ({GUIDE})"
+            f"{recipe.name}: a generation that trains the base again needs a teacher; add iterate: "
+            f"{{teacher: STAGE}}, or go on with the last model: {{start: last}} ({GUIDE})"
         )
     if plan.model not in _repeated(recipe, plan):
         raise LimbeckError(
