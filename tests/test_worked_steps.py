@@ -87,7 +87,7 @@ def test_the_answer_has_the_form_that_is_asked_for(style, question):
     response = write_response(question, style)
     assert extract(response, style).answer == str(eval(question))
     assert format_score(response, style) == (1.0, "")
-    assert response.startswith(f"<think> {question} = ")
+    assert response.startswith(f"<think> First {question} = ")
     assert write_response("how are you?", style) is None
 
 
