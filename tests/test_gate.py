@@ -67,7 +67,8 @@ def gate(dice: np.random.Generator, gain: float, loss: float = 0.0, problems: in
     after = np.clip(hard + shift * np.minimum(hard, 1 - hard) + gain, 0, 1)
     accuracy = responses(dice, after, 2) - responses(dice, hard, 2)
     language = np.where(dice.random(problems) < 0.1, dice.uniform(-0.5, 0.5, problems), 0.0) - loss
-    general = responses(dice, np.full(200, 0.97 - loss), 1) - responses(dice, np.full(200, 0.97), 1)
+    general = responses(dice, np.full(problems, 0.97 - loss), 2)
+    general -= responses(dice, np.full(problems, 0.97), 2)
     checks = (
         better("accuracy", accuracy, 2, ALPHA),
         not_worse("language", np.clip(language, -1, 1), 0.05, ALPHA),
@@ -101,7 +102,7 @@ def test_who_is_better_is_promoted():
     power = {gain: rate(gain, seed=3) for gain in (0.02, 0.05, 0.1)}
     print("promoted, by the true gain:", power)
     assert power[0.02] < power[0.05] < power[0.1]
-    assert power[0.1] > 0.8
+    assert power[0.1] > 0.7
 
 
 @pytest.mark.parametrize("generations", [3, 10])
