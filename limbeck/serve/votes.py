@@ -260,7 +260,8 @@ class VoteStore:
     def between(self, champion: str, candidate: str) -> list[int]:
         """Return people's votes on two models, given by the names of their weights: 1 where the candidate
         won, 0 for a tie, -1 where it lost."""
-        where = "WHERE votes.judge = 0 AND (battles.a_from, battles.b_from) IN (VALUES (?, ?), (?, ?))"
+        where = "WHERE votes.judge = 0 AND (battles.a_from, battles.b_from) IN (VALUES (?, ?), (?, ?)) "
+        where += "ORDER BY votes.number"
         with self.database.open() as db:
             rows = db.execute(SELECT_VOTES + where, (champion, candidate, candidate, champion)).fetchall()
         results = {"a": 1, "b": -1}
