@@ -249,7 +249,7 @@ def _config_of_load(stage: Load) -> ModelConfig:
         )
     known = None if path.exists() else published(stage.path)
     config = known or ModelConfig.from_directory(find_model(stage.path, Path()))
-    return replace(config, layers=stage.layers) if stage.layers else config
+    return replace(config, layers=stage.depth) if stage.depth else config
 
 
 # ---------------------------------------------------------------- text

@@ -16,6 +16,7 @@ from math import comb, factorial
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.parts import Sampling
 from ..config.recipe import (
     DPO,
     RL,
@@ -51,6 +52,9 @@ PROMPT = 45  # tokens of a question from a file or a generator: SmolLM2's sums h
 INFORMATIVE = {"miniature": 0.75, "real": 0.4}
 PASSED = {"miniature": 0.8, "real": 0.35}
 REACHED = {"base": (0.3, 0.6, 0.9), "learned": (0.1, 0.22, 0.6)}
+OPEN_ENDED = (
+    0.75  # tokens of an instruction or a response that a model writes freely, as a share of the limit
+)
 REDRAWN = 1.3  # rollouts that `zero_variance: replace` samples, for each that a step needs
 CHANGING = 0.1  # share of an RL run in which completions still have their initial length
 CUT_ANSWER = 32  # tokens of a response whose thought is cut off, at most (pipeline/stages/cut_thought.py)
@@ -343,8 +347,11 @@ class Walk:
         """
         budget = stage.flops
         if stage.flops_of:
-            compared = self.efforts[stage.flops_of]
-            budget = compared.flops(self.configs[stage.flops_of])
+            counted = [stage.flops_of]
+            if stage.flops_of_rows:
+                counted += getattr(self.recipe.stages[stage.flops_of], "rows", ())
+            shapes = {name: shape for name in counted if (shape := self.configs.get(name))}
+            budget = sum(self.efforts[name].flops(shape) for name, shape in shapes.items())
         if not budget:
             return steps
         return min(steps, max(1.0, budget / step.flops(self.configs[node])))
@@ -498,10 +505,19 @@ class Walk:
         return StageWork(node, "curate", people=people, sure=rows.sure)
 
     def _general(self, node: str, stage: General) -> StageWork:
-        """Return the work of making rows without a model, which needs no tokens."""
-        tokens = self._tokens(stage.problems, "learned", 1000)
-        self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt)
-        return StageWork(node, "general")
+        """Return the work of making rows, which needs no tokens without a model.
+
+        A model writes an instruction and a response for each row, both mostly up to the limit.
+        """
+        if stage.problems:
+            tokens = self._tokens(stage.problems, "learned", 1000)
+            self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt)
+            return StageWork(node, "general")
+        limit = (stage.sampling or Sampling()).max_new_tokens
+        tokens = _Tokens(OPEN_ENDED * limit, PROMPT, 1.3)
+        self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt, tokens.sure)
+        rollout = _rollout(2 * max(1.0, stage.rows / CHUNK), min(CHUNK, stage.rows), 1, tokens, limit)
+        return StageWork(node, "general", stage.model, (rollout,), sure=tokens.sure)
 
     def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
         """Return the work of an evaluation: completions of held-out problems in every mode.
