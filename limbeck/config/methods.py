@@ -146,6 +146,7 @@ class Distill(Budgeted):
             raise ValueError(f"on_policy = {self.on_policy:g} leaves steps that need rows")
         if self.completion_only_loss is False and self.divergence == "text":
             raise ValueError(
-                "completion_only_loss: false is not for divergence text, which compares responses; leave it out"
+                "completion_only_loss: false is not for divergence text, which compares responses; leave "
+                "it out"
             )
         return self
