@@ -131,10 +131,8 @@ def _generic(origin: Any, arguments: tuple[Any, ...], annotation: Any) -> str:
     """A type with arguments in words: a choice, an optional value, a list, a mapping."""
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
-        return f"{kind(arguments[0])} or `null`"
-    if origin is types.UnionType and str in arguments:
-        return " or ".join(map(kind, arguments))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("`null`" if choice is types.NoneType else kind(choice) for choice in arguments)
     if origin is tuple and arguments[-1] is ...:
         return f"list of {_plural(arguments[0])}"
     if origin is tuple:
@@ -150,7 +148,7 @@ def _generic(origin: Any, arguments: tuple[Any, ...], annotation: Any) -> str:
 
 def _plural(annotation: Any) -> str:
     """A type of which there are several, in words."""
-    return "names" if annotation is str else kind(annotation)
+    return {str: "names", int: "integers"}.get(annotation) or kind(annotation)
 
 
 def _named(annotation: Any) -> str:

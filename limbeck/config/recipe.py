@@ -163,7 +163,7 @@ class Load(Stage):
 
     kind: Literal["load"]
     path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
-    layers: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] | None = Field(
+    layers: int | list[int] | None = Field(
         None,
         description="keep this many layers, evenly spaced, or those with these numbers, from 0: a student to "
         "start from",
@@ -188,10 +188,10 @@ class Load(Stage):
         """Refuse numbers of layers that are not in ascending order, and rows where nothing is to choose."""
         if self.rows and not isinstance(self.layers, int):
             raise ValueError("rows tell which layers to keep; give layers, how many")
-        if isinstance(self.layers, list) and (not self.layers or self.layers != sorted(set(self.layers))):
-            raise ValueError(
-                f"layers = {self.layers}: name at least one layer, each once, in ascending order"
-            )
+        if self.layers is not None and (self.depth or 0) < 1:
+            raise ValueError(f"layers = {self.layers}: keep at least one")
+        if isinstance(self.layers, list) and self.layers != sorted({max(0, layer) for layer in self.layers}):
+            raise ValueError(f"layers = {self.layers}: name each once, from 0, in ascending order")
         return self
 
     @property
