@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ...config.parts import Sampling
 from ...config.recipe import General
-from ...engine.rollout import Engine
-from ...engine.sampling import SamplingParams, to_sampling_params
+from ...engine.sampling import to_sampling_params
 from ...run_log import read_metrics
 from ...tasks.files import language_of
 from ...train.training_log import count_flops, sampled_tokens
-from ...types import Group, LimbeckError, Problem
+from ...types import Group, LimbeckError, Message, Problem
 from ..dataset_rows import ROWS
 from ..job import Job
 from ..review import curate
@@ -59,47 +59,72 @@ def _row(problem: Problem) -> dict[str, Any]:
 
 
 def _write_with_model(job: Job) -> Outcome:
-    """Sample instructions from a model, and a response to each (Magpie, arXiv 2406.08464, section 2.1).
-
-    A response that ran out of tokens is kept as it is, without an end-of-turn token. Raises LimbeckError for
-    a model whose chat template writes nothing before a user's text, so that there is nothing to continue.
-    """
+    """Sample instructions from a model, and a response to each (Magpie, arXiv 2406.08464, section 2.1). A
+    response that ran out of tokens is kept as it is, without an end-of-turn token."""
     stage: General = job.stage
-    engine = job.sampler(stage.model)
-    opening = engine.tokenizer.user_opening()
-    if not opening:
-        raise LimbeckError(
-            f"stages.{job.name}.model: {stage.model} has no chat template that marks a user's turn, which "
-            "the model is to write; name a model that was trained on chats"
-        )
-    sampling = to_sampling_params(stage.sampling or Sampling())
-    origin = {"sampler": job.manifest(stage.model)["digest"]}
+    settings = stage.sampling or Sampling()
+    writer = _Writer(job, settings)
     names = [f"{job.name}/{number}" for number in range(stage.rows)]
     chunks = [names[i : i + CHUNK] for i in range(0, len(names), CHUNK)]
+    origin = {"sampler": job.manifest(stage.model)["digest"]}
     with open(job.folder / ROWS, "ab") as file:
         cut_back(job, file)
         for number, log in remaining_chunks(job, len(chunks)):
-            asked = _write_instructions(engine, opening, chunks[number], sampling, job.seed)
-            problems = [problem for group in asked if (problem := _to_problem(group))]
-            groups = engine.rollout(problems, 1, sampling, (job.seed, "responses"))
-            rows = [to_row(group, group.completions[0], origin) for group in groups]
+            asked = writer.instructions(chunks[number])
+            answered = writer.responses([problem for group in asked if (problem := _to_problem(group))])
+            rows = [to_row(group, group.completions[0], origin) for group in answered]
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             file.flush()
-            log.step(number, {**_costs([*asked, *groups], engine), "kept": len(rows), "bytes": file.tell()})
+            costs = writer.costs([*asked, *answered])
+            log.step(number, {**costs, "kept": len(rows), "bytes": file.tell()})
     steps = read_metrics(job.folder)
-    kept = sum(step["kept"] for step in steps)
-    tokenizer = tokenizer_digest(engine.tokenizer)
-    tokens, flops = (sum(step[name] for step in steps) for name in ("sampled_tokens", "flops"))
-    return outcome(tokens, flops, rows=kept, sampled=stage.rows, tokenizer=tokenizer)
+    kept, tokens, flops = (sum(step[name] for step in steps) for name in ("kept", "sampled_tokens", "flops"))
+    return outcome(tokens, flops, rows=kept, sampled=stage.rows, tokenizer=tokenizer_digest(writer.tokenizer))
 
 
-def _write_instructions(
-    engine: Engine, opening: str, names: Sequence[str], sampling: SamplingParams, seed: object
-) -> list[Group]:
-    """Return a group of one instruction for each name. `opening` is what the chat template writes before it;
-    the model ends it with its end-of-turn token."""
-    writer = Engine(engine.model, engine.tokenizer.plain(), engine.rows)
-    return writer.rollout([Problem(name, opening) for name in names], 1, sampling, (seed, "instructions"))
+class _Writer:
+    """A model that writes instructions and responses. The engine's prompts are rendered already.
+
+    Raises LimbeckError for a model whose chat template writes nothing before a user's text, so that there is
+    nothing to continue.
+    """
+
+    def __init__(self, job: Job, settings: Sampling):
+        name = job.stage.model
+        self.seed = job.seed
+        self.sampling = to_sampling_params(settings)
+        self.engine = job.sampler(name, settings.speculate)
+        self.tokenizer = self.engine.tokenizer
+        self.engine.tokenizer = self.tokenizer.plain()
+        self.opening = self.tokenizer.user_opening()
+        if not self.opening:
+            raise LimbeckError(
+                f"stages.{job.name}.model: {name} has no chat template that marks a user's turn, which the "
+                "model is to write; name a model that was trained on chats"
+            )
+
+    def instructions(self, names: Sequence[str]) -> list[Group]:
+        """Return a group of one instruction for each name: the model's continuation of what the chat template
+        writes before a user's text."""
+        problems = [Problem(name, self.opening) for name in names]
+        return self.engine.rollout(problems, 1, self.sampling, (self.seed, "instructions"))
+
+    def responses(self, problems: Sequence[Problem]) -> list[Group]:
+        """Return a group of one response for each problem."""
+        rendered = []
+        for problem in problems:
+            text = self.tokenizer.render([Message(role="user", content=problem.prompt)])
+            rendered.append(replace(problem, prompt=text))
+        groups = self.engine.rollout(rendered, 1, self.sampling, (self.seed, "responses"))
+        return [replace(group, problem=problem) for group, problem in zip(groups, problems, strict=True)]
+
+    def costs(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return the tokens sampled for the groups and the FLOPs of sampling them. A token is taken to attend
+        to its prompt and half of its completion."""
+        tokens = sampled_tokens(groups)
+        contexts = [len(group.prompt_tokens) + len(group.completions[0].tokens) / 2 for group in groups]
+        flops = count_flops(self.engine.model.config, tokens, 0, float(np.mean(contexts)))
+        return {"sampled_tokens": tokens, "flops": flops}
 
 
 def _to_problem(group: Group) -> Problem | None:
@@ -109,11 +134,3 @@ def _to_problem(group: Group) -> Problem | None:
     if not text or not instruction.stopped:
         return None
     return Problem(group.problem.id, text, language=language_of(text), origin="the model's own instruction")
-
-
-def _costs(groups: Sequence[Group], engine: Engine) -> dict[str, float]:
-    """Return the tokens sampled for the groups and the FLOPs of sampling them. A token is taken to attend to
-    its prompt and half of its completion."""
-    tokens = sampled_tokens(groups)
-    context = np.mean([len(group.prompt_tokens) + len(group.completions[0].tokens) / 2 for group in groups])
-    return {"sampled_tokens": tokens, "flops": count_flops(engine.model.config, tokens, 0, float(context))}
