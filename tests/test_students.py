@@ -12,11 +12,13 @@ import tiny
 import torch
 from tiny import Attempt
 
+from limbeck.cli import recipe_plan
 from limbeck.config.load import load
 from limbeck.model import weights
 from limbeck.model.pruning import block_influence, most_influential
 from limbeck.pipeline.stages.budget import budget_of
 from limbeck.pipeline.stages.rows import to_sample
+from limbeck.plan.stage_work import Walk
 from limbeck.run_log import read, read_metrics
 from limbeck.text.tokenizer import PLAIN, Tokenizer
 from limbeck.types import LimbeckError
@@ -182,6 +184,17 @@ def test_a_budget_takes_in_what_the_rows_cost_if_it_is_told_to(students, counted
     job = SimpleNamespace(name="own", stage=stage, manifest=lambda name: {"small": small}[name])
     assert general["flops"] == small["notes"]["data_flops"] > 0
     assert budget_of(job) == small["flops"] + (general["flops"] if counted else 0)
+
+
+def test_a_plan_knows_what_a_model_writes_and_how_deep_students_are(students):
+    graph = tiny.open_run(students.recipe, students.home).graph
+    walk = Walk(graph.recipe, recipe_plan.model_configs(graph))
+    for node in graph.nodes.values():
+        walk.add(node.name, node.stage, node.inputs, node.control)
+    assert [walk.configs[name].layers for name in ("base", "half", "named")] == [4, 2, 2]
+    general = walk.efforts["general"]
+    assert general.model == "base" and general.flops(walk.configs["base"]) > 0
+    assert walk.outputs["general"].rows == 150
 
 
 # ---------------------------------------------------------------- mistakes

@@ -51,9 +51,7 @@ PROMPT = 45  # tokens of a question from a file or a generator: SmolLM2's sums h
 INFORMATIVE = {"miniature": 0.75, "real": 0.4}
 PASSED = {"miniature": 0.8, "real": 0.35}
 REACHED = {"base": (0.3, 0.6, 0.9), "learned": (0.1, 0.22, 0.6)}
-OPEN_ENDED = (
-    0.75  # tokens of an instruction or a response that a model writes freely, as a share of the limit
-)
+OPEN_ENDED = 0.75  # tokens of a row that a model writes freely, as a share of the limit
 REDRAWN = 1.3  # rollouts that `zero_variance: replace` samples, for each that a step needs
 CHANGING = 0.1  # share of an RL run in which completions still have their initial length
 CUT_ANSWER = 32  # tokens of a response whose thought is cut off, at most (pipeline/stages/cut_thought.py)

@@ -113,8 +113,10 @@ class Tokenizer:
         return Tokenizer(self.backend, PLAIN, self.end, self.pad, self.bos)
 
     def user_opening(self) -> str:
-        """Return what the chat template writes before the text of a conversation's first message, the
-        user's."""
+        """Return what the chat template writes before the text of a conversation's first message, the user's;
+        "" without a chat template."""
+        if self.template.endswith(PLAIN):
+            return ""
         return self.render([Message(role="user", content=PROBE)]).partition(PROBE)[0]
 
     def response(self, text: str) -> np.ndarray:

@@ -85,8 +85,8 @@ def _write_with_model(job: Job) -> Outcome:
 class _Writer:
     """A model that writes instructions and responses. The engine's prompts are rendered already.
 
-    Raises LimbeckError for a model whose chat template writes nothing before a user's text, so that there is
-    nothing to continue.
+    Raises LimbeckError for a model without a chat template, or whose template writes nothing before a user's
+    text: there is nothing to continue.
     """
 
     def __init__(self, job: Job, settings: Sampling):
