@@ -15,6 +15,7 @@ from limbeck.cli import recipe_plan
 from limbeck.config.load import load
 from limbeck.model import weights
 from limbeck.model.pruning import block_influence, most_influential
+from limbeck.pipeline.dataset_rows import take_share
 from limbeck.pipeline.stages import distill
 from limbeck.pipeline.stages.budget import budget_of
 from limbeck.pipeline.stages.rows import to_sample
@@ -88,11 +89,6 @@ def model_of(students, stage: str):
     return weights.load(students.artifacts[stage].folder / "model")
 
 
-def tokens_of(students, stage: str) -> list:
-    tokenizer = Tokenizer.from_directory(students.artifacts["base"].folder / "model")
-    return [to_sample(row, tokenizer, "keep").tokens for row in rows_of(students, stage)]
-
-
 # ---------------------------------------------------------------- rows that a model writes
 
 
@@ -149,8 +145,10 @@ def test_a_stage_killed_at_random_instants_ends_with_the_same_bytes(nursery, stu
 def test_the_layers_with_the_greatest_influence_on_the_rows_are_kept(students):
     base, half = model_of(students, "base"), model_of(students, "half")
     notes = students.artifacts["half"].manifest["notes"]
-    influence = block_influence(base, tokens_of(students, "general")[:64])
-    assert notes["influence"] == pytest.approx(influence, abs=1e-3)
+    rows = take_share(rows_of(students, "general"), 1.0, ("0/half", "general"))
+    tokenizer = Tokenizer.from_directory(students.artifacts["base"].folder / "model")
+    texts = [to_sample(row, tokenizer, "keep").tokens for row in rows[:64]]
+    assert notes["influence"] == pytest.approx(block_influence(base, texts), abs=1e-3)
     assert notes["layers"] == most_influential(notes["influence"], 2)
     for layer, block in zip(notes["layers"], half.blocks, strict=True):
         assert torch.equal(block.ffn.down.weight, base.blocks[layer].ffn.down.weight)
