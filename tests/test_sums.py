@@ -89,7 +89,12 @@ def test_scores_of_right_wrong_and_truncated_answers():
 def test_the_policy_steps_edits_the_answer_to_a_story():
     story = task(story=True, answer="final", size=20)
     problem = story.problems("train")[0]
-    row = {"id": f"{problem.id}#0", "prompt": problem.prompt, "completion": f"It is {problem.answer}.", "origin": {}}
+    row = {
+        "id": f"{problem.id}#0",
+        "prompt": problem.prompt,
+        "completion": f"It is {problem.answer}.",
+        "origin": {},
+    }
     kept, edits, notes = rewrite_rows([row], {"sums": story})
     assert kept[0]["completion"] == story.work_out(problem) == edits[0]["after"]
     assert notes["edited"] == 1
