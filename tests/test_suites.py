@@ -489,15 +489,6 @@ def test_a_result_counts_items_tokens_and_truncated_responses(sums, engine):
     ]  # fmt: skip
 
 
-def test_pooled_values_of_one_item_are_one_observation():
-    same = measure.pooled_interval([[1, 1], [0, 0], [1, 0], [1, 1]])
-    assert same["mean"] == 5 / 8 and (same["n"], same["problems"]) == (8, 4)
-    # deviations of the items' sums from their expectation: 0.75, -1.25, -0.25, 0.75
-    error = 1.959964 * (2.75 * 4 / 3) ** 0.5 / 8
-    assert same["high"] - same["mean"] == pytest.approx(min(3 / 8, error), rel=1e-5)
-    assert measure.pooled_interval([[1, 1]])["low"] < 1
-
-
 def test_parts_of_a_suite_add_up(sums, engine, monkeypatch):
     task = ask(sums, max_new_tokens=4)
     whole = measure.measure(task, slice(None), engine, 0)

@@ -93,7 +93,12 @@ def evaluate(
     For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
     mine.jsonl --answer final --held-out 50`
     """
-    changes = {"modes": mode or None, "prompts": prompts, "max_new_tokens": max_new_tokens}
+    changes = {
+        "modes": mode or None,
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "samples": samples,
+    }
     if bool(suite) == bool(problems):
         raise usage_error("give either --problems or --suite, which say what is asked")
     if suite:
@@ -226,7 +231,11 @@ def _line(source: str, way: str, figures: dict[str, Any]) -> str:
     plural = "" if accuracy["problems"] == 1 else "s"
     text = f"{source:20} {way:8} {interval:28} {accuracy['problems']} problem{plural}"
     if "length" in figures:
-        text += f", {figures['length']:.0f} tokens an answer"
+        text += f", {figures['length']:.0f} tokens an answer, {figures['thought_length']:.0f} of its thought"
+    if figures.get("language_consistency") is not None:
+        text += f", {figures['language_consistency']:.1%} in one language"
+    if "pass@8" in figures:
+        text += f", pass@8 {figures['pass@8']['mean']:.1%}"
     if figures.get("truncated"):
         text += f", {figures['truncated']:.1%} cut off"
     return text

@@ -18,7 +18,7 @@ Names = Annotated[
 Data = Annotated[str, typer.Option(help="of a suite: the folder of its files as published")]
 As = Annotated[str, typer.Option("--as", help="of a suite: measured as deepseek, lm-eval or lighteval does")]
 Items = Annotated[int | None, typer.Option(min=1, help="of a suite: only the first items")]
-Samples = Annotated[int | None, typer.Option(min=1, help="of a suite: responses to each item")]
+Samples = Annotated[int | None, typer.Option(min=1, help="responses to each item or problem")]
 Price = Annotated[
     float | None, typer.Option(min=0, help="of a suite: dollars an hour of this machine, for the cost")
 ]

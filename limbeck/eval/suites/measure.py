@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -217,7 +216,7 @@ def _interval(task: SuiteTask, name: str, rows: Sequence[Result]) -> Mapping[str
     """Return the mean of a metric with its 95 % interval, as JSON."""
     values = [[float(value) for sample in row["verdicts"][name] for value in sample] for row in rows]
     if any(metric.pooled for metric in task.protocol.metrics if metric.name == name):
-        return pooled_interval(values)
+        return asdict(statistics.pooled_interval(values))
     return asdict(statistics.mean_interval(values))
 
 
@@ -231,21 +230,6 @@ def _lengths(rows: Sequence[Result]) -> Result:
         "length": sum(lengths) / len(lengths),
         "truncated": sum(truncated) / len(truncated),
     }
-
-
-def pooled_interval(values_by_item: Sequence[Sequence[float]]) -> Mapping[str, Any]:
-    """Return the mean over all values of all items, with its 95 % interval. Values of one item may depend on
-    each other: the variance is that of a ratio of sums over items (Cochran 1977, section 2.11)."""
-    items = len(values_by_item)
-    count = sum(map(len, values_by_item))
-    mean = sum(map(sum, values_by_item)) / count
-    squares = sum((sum(values) - mean * len(values)) ** 2 for values in values_by_item)
-    if not squares or items < 2:
-        low, high = statistics.wilson(mean, count)
-    else:
-        error = statistics.Z * math.sqrt(squares * items / (items - 1)) / count
-        low, high = max(0.0, mean - error), min(1.0, mean + error)
-    return asdict(statistics.Interval(mean, low, high, count, items))
 
 
 def all_chunks(tasks: Sequence[SuiteTask]) -> Iterator[tuple[SuiteTask, slice]]:
