@@ -6,59 +6,29 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import suites
-from .options import (
-    MODEL,
-    RUNS,
-    AsJson,
-    Device,
-    Home,
-    find_recipe,
-    load_recipe,
-    open_model,
-    print_json,
-    tell,
-    usage_error,
+from .held_out import (
+    Answer,
+    Asked,
+    Columns,
+    FileOptions,
+    Kept,
+    Longest,
+    Modes,
+    Prompts,
+    find_problems,
 )
+from .options import MODEL, RUNS, AsJson, Device, Home, open_model, print_json, tell, usage_error
 
 if TYPE_CHECKING:
-    from ..config.recipe import Evaluate, Problems
+    from ..pipeline.evaluation_run import HeldOut
 
 app = typer.Typer()
-
-MODES = ("t1", "t06", "greedy", "pass@8")
-ANSWERS = ("tags", "boxed", "final")
-KEPT = {"problems", "prompts", "samples", "modes", "max_new_tokens", "precision", "exact"}
-
-
-@dataclass(frozen=True)
-class _Test:
-    """What is asked: the settings of the evaluation, the sources of problems by name, and the seed."""
-
-    settings: Evaluate
-    problems: dict[str, Problems]
-    seed: str
-
-
-Asked = Annotated[
-    str, typer.Option(help="a JSONL or Parquet file, or a recipe (its name or file), for its problems")
-]
-Modes = Annotated[
-    list[str], typer.Option(help=f"how answers are sampled: {', '.join(MODES)}", show_default=False)
-]
-Prompts = Annotated[int | None, typer.Option(min=1, help="held-out problems of each source, at most")]
-Longest = Annotated[int | None, typer.Option(min=1, help="the longest answer, in tokens")]
-HeldOut = Annotated[
-    int, typer.Option(min=1, help="of a file: problems that are kept for testing, as in a recipe")
-]
-Answer = Annotated[str, typer.Option(help=f"of a file: where the answer is looked for: {', '.join(ANSWERS)}")]
-Columns = Annotated[str, typer.Option(help="of a file: its columns: problem=ask,answer=gold")]
 
 
 @app.command("eval")
@@ -68,7 +38,7 @@ def evaluate(
     mode: Modes = [],  # noqa: B006
     prompts: Prompts = None,
     max_new_tokens: Longest = None,
-    held_out: HeldOut = 200,
+    held_out: Kept = 200,
     answer: Answer = "boxed",
     columns: Columns = "",
     suite: suites.Names = [],  # noqa: B006
@@ -103,17 +73,10 @@ def evaluate(
         raise usage_error("give either --problems or --suite, which say what is asked")
     if suite:
         test = _of_suites(suite, data, protocol, items=items, samples=samples, max_new_tokens=max_new_tokens)
-    elif Path(problems).suffix in (".jsonl", ".parquet"):
-        test = _of_file(Path(problems), _given(changes), held_out, answer, columns)
     else:
-        test = _of_recipe(problems, _given(changes))
+        test = find_problems(problems, changes, FileOptions(held_out, answer, columns))
     with _measured(model, runs, test, device) as folder:
         suites.show(folder, price, out, as_json) if suite else _show(folder, as_json)
-
-
-def _given(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given."""
-    return {key: value for key, value in changes.items() if value is not None}
 
 
 def _show(folder: Path, as_json: bool) -> None:
@@ -127,68 +90,12 @@ def _show(folder: Path, as_json: bool) -> None:
             print(_line(source, way, figures))
 
 
-def _of_file(path: Path, changes: dict[str, Any], held_out: int, answer: str, columns: str) -> _Test:
-    """Return the test on a user's file of problems. Raises a usage error for a setting that there is not, and
-    for a file that does not have so many different problems."""
-    from ..config.recipe import Files
-    from ..tasks.files import read_table
-    from .first_recipe.problems import choose_columns
-
-    if not path.is_file():
-        raise usage_error(f"--problems {path}: there is no such file")
-    if answer not in ANSWERS:
-        raise usage_error(f"--answer {answer}: choose {', '.join(ANSWERS)}")
-    evaluation = _settings([path.stem], changes)
-    rows = list(read_table(path))
-    if not rows:
-        raise usage_error(f"--problems {path}: the file has no rows")
-    chosen = choose_columns(path, rows[0], columns)
-    different = {str(row[chosen["problem"]]) for _, row in rows if chosen["problem"] in row}
-    if len(different) <= held_out:
-        raise usage_error(
-            f"--held-out {held_out}: too many for {path} (different problems: {len(different)}), as one must "
-            "be left over; give a lower number, or add rows"
-        )
-    settings = {"path": str(path.resolve()), "columns": chosen, "held_out": held_out, "answer": answer}
-    source = Files(source="files", **settings)
-    return _Test(evaluation, {path.stem: source}, "0/evaluation")
-
-
-def _of_recipe(name: str, changes: dict[str, Any]) -> _Test:
-    """Return the test of a recipe: its first `evaluate` stage, or all its problems if it has none.
-
-    Raises a usage error for a recipe without problems.
-    """
-    from ..config.recipe import Evaluate
-    from ..pipeline.graph import resolve_paths, with_defaults
-
-    path = find_recipe(name)
-    recipe = load_recipe(path, [], False)
-    stages = {key: stage for key, stage in recipe.stages.items() if isinstance(stage, Evaluate)}
-    recipe = resolve_paths(recipe.model_copy(update={"stages": {}}), path.parent)
-    if not recipe.problems:
-        raise usage_error(f"{path} has no problems to ask")
-    for key, stage in stages.items():
-        kept = with_defaults(recipe, stage).model_dump(include=KEPT)
-        return _Test(_settings(kept.pop("problems"), kept | changes), recipe.problems, f"{recipe.seed}/{key}")
-    return _Test(_settings(list(recipe.problems), changes), recipe.problems, f"{recipe.seed}/evaluation")
-
-
-def _settings(sources: list[str], changes: dict[str, Any]) -> Evaluate:
-    """Return the settings of the evaluation on `sources`. Raises a usage error for an unknown mode."""
-    from ..config.recipe import Evaluate
-
-    for mode in changes.get("modes", ()):
-        if mode not in MODES:
-            raise usage_error(f"--mode {mode}: choose {', '.join(MODES)}")
-    return Evaluate(kind="evaluate", models=["model"], problems=sources, **changes)
-
-
-def _of_suites(names: list[str], data: str, protocol: str, **limits: int | None) -> _Test:
+def _of_suites(names: list[str], data: str, protocol: str, **limits: int | None) -> HeldOut:
     """Return the test on named benchmarks. Raises a usage error for an unknown one and a missing folder."""
     from ..config.parts import SuiteOptions
     from ..config.recipe import Evaluate
     from ..eval.suites.catalogue import find_protocol, find_suite
+    from ..pipeline.evaluation_run import HeldOut
 
     for name in names:
         find_protocol(find_suite(name), protocol)
@@ -200,11 +107,11 @@ def _of_suites(names: list[str], data: str, protocol: str, **limits: int | None)
         )
     options = SuiteOptions(data=data, protocol=protocol, **limits)
     asked = dict.fromkeys(names, options)
-    return _Test(Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked), {}, "0/evaluation")
+    return HeldOut(Evaluate(kind="evaluate", models=["model"], problems=[], suites=asked), {})
 
 
 @contextmanager
-def _measured(model: str, runs: Path, test: _Test, device: str) -> Iterator[Path]:
+def _measured(model: str, runs: Path, test: HeldOut, device: str) -> Iterator[Path]:
     """Evaluate a model on a device; the block gets the folder that an `evaluate` stage would have written."""
     from ..pipeline.job import Job
     from ..pipeline.stage_device import ready_device

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,9 +31,12 @@ from .options import (
 from .watch import carrier, carrier_as_json, choose_display, follow, live_figures
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..pipeline.graph import Node
     from ..pipeline.progress import Figures
     from ..pipeline.run import Run
+    from .display import Lines
 
 app = typer.Typer()
 
@@ -85,26 +89,36 @@ def run(
     """
     from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
-    from .display import Events, Tree
+    from .display import Events
     from .recipe_plan import cached_forecast
 
-    display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
-    try:
+    with open_display(as_json) as display:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
         job.previews = not no_try
         display.hint = _where_to_look(job)
-        _stop_on_interrupt(job)
+        stop_on_interrupt(job)
         with log_metrics(job, log):
             page = job.execute(cached_forecast(job.graph))
-    finally:
-        _ignore_interrupts()
-        if isinstance(display, Tree):
-            display.close()
     if as_json:
         Events.emit("result", ok=True, report=str(page) if page else None)
     elif page:
         print(f"The report is at {page}")
+
+
+@contextmanager
+def open_display(as_json: bool) -> Iterator[Lines]:
+    """Yield the display of a run that this process carries out, on standard error. At its end, the display is
+    closed, and further interrupts are ignored, so that the exit code is not that of a signal."""
+    from .display import Tree
+
+    display = choose_display(as_json, sys.stderr)
+    try:
+        yield display
+    finally:
+        _ignore_interrupts()
+        if isinstance(display, Tree):
+            display.close()
 
 
 def _where_to_look(job: Run) -> str:
@@ -118,7 +132,7 @@ def _where_to_look(job: Run) -> str:
     )
 
 
-def _stop_on_interrupt(job: Run) -> None:
+def stop_on_interrupt(job: Run) -> None:
     """Install the handler of Ctrl-C (SIGINT) and SIGTERM: the first signal makes the run checkpoint and stop,
     the second ends it at once.
 
@@ -138,7 +152,7 @@ def _stop_on_interrupt(job: Run) -> None:
 
 
 def _ignore_interrupts() -> None:
-    """Ignore further interrupts once a run has ended, so that its exit code is not that of a signal."""
+    """Ignore further interrupts."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if callable(signal.getsignal(number)) and signal.getsignal(number) is not signal.default_int_handler:
             signal.signal(number, signal.SIG_IGN)
