@@ -24,6 +24,7 @@ from .held_out import (
     find_problems,
 )
 from .options import MODEL, RUNS, AsJson, Device, Home, open_model, print_json, tell, usage_error
+from .results import TITLES, to_markdown
 
 if TYPE_CHECKING:
     from ..pipeline.evaluation_run import HeldOut
@@ -50,6 +51,7 @@ def evaluate(
     out: suites.Out = None,
     runs: Home = RUNS,
     device: Device = "cpu",
+    markdown: Annotated[bool, typer.Option("--markdown", help="a Markdown table, for documents")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's accuracy on held-out problems, with 95 % intervals. Nothing is stored.
@@ -58,7 +60,7 @@ def evaluate(
     those that the recipe's run would report.
 
     With `--suite`, the model is measured on a named benchmark (GSM8K, MATH-500, AIME and others,
-    docs/reference/suites.md) from its published files.
+    docs/reference/suites.md) from its published files, and stands in one table with published scores.
 
     For instance: `limbeck eval quickstart/zero --problems quickstart`, `limbeck eval smollm2-135m --problems
     mine.jsonl --answer final --held-out 50`
@@ -76,14 +78,22 @@ def evaluate(
     else:
         test = find_problems(problems, changes, FileOptions(held_out, answer, columns))
     with _measured(model, runs, test, device) as folder:
-        suites.show(folder, price, out, as_json) if suite else _show(folder, as_json)
+        if suite:
+            suites.show(model, folder, suites.Shown(price, out, markdown, as_json))
+        else:
+            _show(folder, markdown, as_json)
 
 
-def _show(folder: Path, as_json: bool) -> None:
+def _show(folder: Path, markdown: bool, as_json: bool) -> None:
     """Print the accuracy on each source of problems from the folder of an evaluation."""
     result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     if as_json:
         print_json(result)
+        return
+    if markdown:
+        from ..pipeline.evaluation_table import rows_of_evaluation
+
+        print("\n".join(to_markdown(rows_of_evaluation(result), TITLES)))
         return
     for source, measured in result["sources"].items():
         for way, figures in measured["modes"].items():

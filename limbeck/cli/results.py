@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import RUNS, AsJson, Home, print_rows, usage_error
+from . import suites
+from .options import RUNS, AsJson, Home, print_json, usage_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,21 +52,29 @@ def results(
     These are the accuracy at T = 1, at T = 0.6, greedy and pass@8, tokens of the completion and of its
     thought, the share of words in the question's language, and the share cut off.
 
+    Below stand the scores on named benchmarks, in one table with published ones.
+
     With several runs there is a row for each; --pool shows the mean over their seeds, the standard deviation
     between them, the lowest and the highest.
 
     For instance: `limbeck results quickstart --markdown`, `limbeck results mine-0 mine-1 mine-2 --pool`
     """
     from ..pipeline import evaluation_table as table
+    from ..report.suite_table import score_table
 
     looked = [table.look(_folder(name, runs)) for name in names]
     rows = table.pool(looked) if pool else [row for run in looked for row in table.rows_of(run)]
     _check_statistics(stat, rows)
     measures = [*TITLES, *stat]
-    if markdown and not as_json:
-        print("\n".join(to_markdown(rows, measures)))
+    benchmarks = score_table(table.suites_of(looked))
+    if as_json:
+        print_json([asdict(row) for row in rows], benchmarks=suites.table_to_json(benchmarks))
         return
-    print_rows([asdict(row) for row in rows] if as_json else list(_flat(rows, measures)), as_json, _line)
+    lines = to_markdown(rows, measures) if markdown else [_line(row) for row in _flat(rows, measures)]
+    if benchmarks.columns:
+        to_lines = suites.table_to_markdown if markdown else suites.table_to_text
+        lines += ["", *to_lines(benchmarks)]
+    print("\n".join(lines))
 
 
 def _folder(name: str, runs: Path) -> Path:

@@ -79,15 +79,22 @@ def rows_of(run: RunState) -> list[EvaluationRow]:
     """Return the rows of a run: the evaluate stages in order, then the sources, then the models."""
     rows = []
     for stage, evaluation in _evaluations(run):
-        model = evaluation["model"].partition("+")[0]
-        if evaluation.get("control"):
-            model = f"{model}+{evaluation['control']}"
-        for source, measured in evaluation["sources"].items():
-            measures = dict(_measures(measured["modes"]))
-            rows.append(EvaluationRow(run.folder.name, run.recipe.seed, stage, model, source, measures))
+        named = {"run": run.folder.name, "seed": run.recipe.seed, "evaluation": stage}
+        rows += [replace(row, **named) for row in rows_of_evaluation(evaluation)]
     stages = list(dict.fromkeys(row.evaluation for row in rows))
     sources = list(dict.fromkeys(row.source for row in rows))
     return sorted(rows, key=lambda row: (stages.index(row.evaluation), sources.index(row.source)))
+
+
+def rows_of_evaluation(evaluation: Mapping[str, Any]) -> list[EvaluationRow]:
+    """Return the rows of one evaluation, a row for each source; without the names of run and stage."""
+    model = evaluation["model"].partition("+")[0]
+    if evaluation.get("control"):
+        model = f"{model}+{evaluation['control']}"
+    return [
+        EvaluationRow("", None, "", model, source, dict(_measures(measured["modes"])))
+        for source, measured in evaluation["sources"].items()
+    ]
 
 
 def pool(runs: Sequence[RunState]) -> list[EvaluationRow]:
@@ -110,11 +117,17 @@ def pool(runs: Sequence[RunState]) -> list[EvaluationRow]:
     return pooled
 
 
-def suites_of(run: RunState) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the results on named benchmarks in a run: a model's name, and the results by benchmark."""
-    for _, evaluation in _evaluations(run):
-        if evaluation.get("suites"):
-            yield evaluation["model"], evaluation["suites"]
+def suites_of(runs: Sequence[RunState]) -> dict[str, dict[str, Any]]:
+    """Return the results on named benchmarks: model -> benchmark -> result. A model of several runs is named
+    with its run."""
+    results: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for _, evaluation in _evaluations(run):
+            if evaluation.get("suites"):
+                model = evaluation["model"]
+                name = f"{run.folder.name}/{model}" if len(runs) > 1 else model
+                results.setdefault(name, {}).update(evaluation["suites"])
+    return results
 
 
 def _evaluations(run: RunState) -> Iterator[tuple[str, dict[str, Any]]]:

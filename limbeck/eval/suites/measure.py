@@ -116,11 +116,12 @@ def _judge_responses(task: SuiteTask, part: slice, engine: Engine, seed: object)
     rows = []
     for item, group in zip(task.items[part], track(groups, "scoring", "problems"), strict=True):
         cut = [cut_off(completion.text, sampling.stop) for completion in group.completions]
+        verdicts = judge(task.protocol.metrics, item, cut)
         rows.append(
             {
                 "item": item.id,
                 "gold": item.gold,
-                "verdicts": judge(task.protocol.metrics, item, cut),
+                "verdicts": verdicts | vote(task.protocol.metrics[0], item, cut, verdicts),
                 "tokens": [len(completion.tokens) for completion in group.completions],
                 "truncated": [_is_truncated(*pair) for pair in zip(group.completions, cut, strict=True)],
                 "response": cut[0],
@@ -132,6 +133,20 @@ def _judge_responses(task: SuiteTask, part: slice, engine: Engine, seed: object)
 def judge(metrics: Sequence[Metric], item: Item, responses: Sequence[str]) -> dict[str, list[list[bool]]]:
     """Return the verdicts of each metric on each response to an item."""
     return {metric.name: [list(metric.judge(item, text)) for text in responses] for metric in metrics}
+
+
+def vote(
+    metric: Metric, item: Item, responses: Sequence[str], verdicts: Mapping[str, list[list[bool]]]
+) -> dict[str, list[list[bool]]]:
+    """Return the verdict of a majority vote of N responses as `cons@N`: that on the first response with the
+    most frequent answer, wrong if no response has one. {} for a single response, and for a metric without
+    answers. `verdicts` are those of `judge`."""
+    if metric.answer is None or len(responses) < 2:
+        return {}
+    answers = [metric.answer(item, text) for text in responses]
+    winner = statistics.consensus(answers)
+    right = winner is not None and verdicts[metric.name][answers.index(winner)][0]
+    return {f"cons@{len(responses)}": [[right]]}
 
 
 def cut_off(text: str, stop: Sequence[str]) -> str:
