@@ -269,7 +269,7 @@ def _protocol(protocol: Protocol) -> str:
     prompt = protocol.prompt
     lines = [f"- source: [{source.title}]({source.url}){version}", f"- examples: {_shots(protocol)}"]
     lines += [f"- `{metric.name}`: {metric.extraction}" for metric in protocol.metrics]
-    if protocol.metrics and protocol.metrics[0].answer:
+    if protocol.metrics and protocol.metrics[0].answer and protocol.sampling.temperature:
         samples = protocol.sampling.samples
         vote = f"`cons@{samples}`" if samples > 1 else "`cons@N`, with `--samples N`"
         lines.append(f"- {vote}: the verdict on the most frequent answer, for each item")
