@@ -67,7 +67,7 @@ class EvaluationRow:
 def look(folder: Path) -> RunState:
     """Return the state of the run in `folder`. Raises LimbeckError if it has evaluated nothing yet."""
     run = run_state.look(folder)
-    if not any(True for _ in _evaluations(run)):
+    if next(_evaluations(run), None) is None:
         raise LimbeckError(
             f"{folder.name} has no finished evaluation; its recipe needs an evaluate stage, and `limbeck "
             f"status {folder.name}` says where the run stands"
@@ -138,20 +138,24 @@ def _evaluations(run: RunState) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _measures(modes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Measure]]:
-    """Yield the measures of a model on a source by name, from what was measured in each way of sampling."""
+    """Yield the measures of a model on a source by name, from what was measured in each way of sampling.
+    pass@8 is that on all problems, if a way has as many completions of each, else that of its own way."""
+    passed = {way: figures["pass@8"] for way, figures in modes.items() if "pass@8" in figures}
     for way in WAYS:
-        if way in modes:
+        if way in modes and not (way == "pass@8" and passed):
             yield way, _measure(modes[way]["accuracy"], way)
-    for way, figures in modes.items():
-        if "pass@8" in figures and "pass@8" not in modes:
-            yield "pass@8", _measure(figures["pass@8"], way)
-            break
-    first = modes.get("t1") or next(iter(modes.values()))
+    for way, interval in list(passed.items())[:1]:
+        yield "pass@8", _measure(interval, way)
     way = "t1" if "t1" in modes else next(iter(modes))
+    yield from _means(modes[way], way)
+
+
+def _means(figures: Mapping[str, Any], way: str) -> Iterator[tuple[str, Measure]]:
+    """Yield the means over the completions of one way of sampling, then the statistics of the task."""
     for name in MEANS:
-        if first.get(name) is not None:
-            yield name, _measure(first.get("intervals", {}).get(name) or {"mean": first[name]}, way)
-    for name, mean in (first.get("stats") or {}).items():
+        if figures.get(name) is not None:  # earlier versions measured no intervals
+            yield name, _measure(figures.get("intervals", {}).get(name) or {"mean": figures[name]}, way)
+    for name, mean in (figures.get("stats") or {}).items():
         if mean is not None and name not in MEANS:
             yield name, Measure(mean, way=way)
 
