@@ -9,11 +9,13 @@ import tiny
 
 from limbeck.cli.compare import to_json
 from limbeck.cli.held_out import FileOptions, find_problems
+from limbeck.cli.options import open_run
 from limbeck.config.recipe import Evaluate, Miniature
 from limbeck.model import weights
 from limbeck.pipeline.comparison import compare_evaluations
 from limbeck.pipeline.evaluation_run import HeldOut, prepare
 from limbeck.pipeline.model_name import find_model
+from limbeck.pipeline.run_folder import given_models
 from limbeck.types import LimbeckError
 
 SETTINGS = Evaluate(
@@ -51,7 +53,13 @@ def test_models_are_asked_once(models, tmp_path):
     stored = sorted(find_model(path, home).title for path in (home / "store").glob("load-*"))
     assert len(stored) == 2 and all(name.startswith("small-") for name in stored)
     loaded = [find_model(path, home) for path in (home / "store").glob("load-*")]
-    assert evaluate(loaded, home)[1] == [], "the same models by the artifacts' names"
+    made = prepare(loaded, ASKED, home, tiny.Silent(), "cpu")
+    made.execute()
+    given = given_models(made.run.folder, made.run.recipe)
+    assert {artifact.folder.name for artifact in given.values()} == {
+        f.name for f in home.glob("store/load-*")
+    }
+    assert all(node.state == "cached" for node in open_run(made.run.folder).nodes.values())
     comparison = compare_evaluations(models, folders)
     (results,) = to_json(comparison)["results"].values()
     assert [(result["source"], result["mode"], result["a"]["problems"]) for result in results] == [

@@ -97,4 +97,4 @@ def _name_run(models: Sequence[NamedModel], asked: HeldOut) -> str:
 
 def _plain(title: str) -> str:
     """Return a model's title as a name of a folder may be written."""
-    return re.sub(r"[^\w.-]", "-", title)
+    return re.sub(r"[^\w.-]", "-", title).lstrip(".-") or "model"
