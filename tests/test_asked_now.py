@@ -54,7 +54,7 @@ def test_models_are_asked_once(models, tmp_path):
     assert len(stored) == 2 and all(name.startswith("small-") for name in stored)
     loaded = [find_model(path, home) for path in (home / "store").glob("load-*")]
     made = prepare(loaded, ASKED, home, tiny.Silent(), "cpu")
-    made.execute()
+    made.run.execute()
     given = given_models(made.run.folder, made.run.recipe)
     assert {artifact.folder.name for artifact in given.values()} == {
         f.name for f in home.glob("store/load-*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +21,9 @@ from .held_out import (
     find_problems,
 )
 from .options import RUNS, AsJson, Device, Home, open_model, print_json, usage_error
-from .run import open_display, stop_on_interrupt
+from .run import carry_out, ignore_interrupts
 from .suites import Samples
+from .watch import choose_display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,15 +100,20 @@ def _ask(a: str, b: str, asked: HeldOut, runs: Path, device: str) -> Comparison:
     """Return the comparison of two models that are asked the same problems now."""
     from ..pipeline.comparison import compare_evaluations
     from ..pipeline.evaluation_run import prepare
+    from .display import Tree
 
     models = [open_model(name, runs) for name in (a, b)]
     if models[0].path.resolve() == models[1].path.resolve():
         raise usage_error(f"{a} and {b} are the same model: name two different ones to compare")
-    with open_display(False) as display:
+    display = choose_display(False, sys.stderr)
+    try:
         evaluation = prepare(models, asked, runs, display, device)
-        stop_on_interrupt(evaluation.run)
-        folders = evaluation.execute()
-    return compare_evaluations(models, folders)
+        carry_out(evaluation.run)
+    finally:
+        ignore_interrupts()
+        if isinstance(display, Tree):
+            display.close()
+    return compare_evaluations(models, evaluation.folders())
 
 
 def tell(comparison: Comparison) -> Iterator[str]:

@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,12 +31,9 @@ from .options import (
 from .watch import carrier, carrier_as_json, choose_display, follow, live_figures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ..pipeline.graph import Node
     from ..pipeline.progress import Figures
     from ..pipeline.run import Run
-    from .display import Lines
 
 app = typer.Typer()
 
@@ -87,38 +84,35 @@ def run(
 
     For instance: `limbeck run quickstart --auto`
     """
-    from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
-    from .display import Events
-    from .recipe_plan import cached_forecast
+    from .display import Events, Tree
 
+    display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
-    with open_display(as_json) as display:
+    try:
         job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
         job.previews = not no_try
-        display.hint = _where_to_look(job)
-        stop_on_interrupt(job)
-        with log_metrics(job, log):
-            page = job.execute(cached_forecast(job.graph))
+        page = carry_out(job, log)
+    finally:
+        ignore_interrupts()
+        if isinstance(display, Tree):
+            display.close()
     if as_json:
         Events.emit("result", ok=True, report=str(page) if page else None)
     elif page:
         print(f"The report is at {page}")
 
 
-@contextmanager
-def open_display(as_json: bool) -> Iterator[Lines]:
-    """Yield the display of a run that this process carries out, on standard error. At its end, the display is
-    closed, and further interrupts are ignored, so that the exit code is not that of a signal."""
-    from .display import Tree
+def carry_out(job: Run, log: Sequence[str] = ()) -> Path | None:
+    """Carry a run out, from its forecast to its report, whose page is returned; Ctrl-C stops it resumably.
+    `log` names the loggers that are given its metrics, too."""
+    from ..pipeline.loggers.stream import log_metrics
+    from .recipe_plan import cached_forecast
 
-    display = choose_display(as_json, sys.stderr)
-    try:
-        yield display
-    finally:
-        _ignore_interrupts()
-        if isinstance(display, Tree):
-            display.close()
+    job.display.hint = _where_to_look(job)
+    _stop_on_interrupt(job)
+    with log_metrics(job, log):
+        return job.execute(cached_forecast(job.graph))
 
 
 def _where_to_look(job: Run) -> str:
@@ -132,7 +126,7 @@ def _where_to_look(job: Run) -> str:
     )
 
 
-def stop_on_interrupt(job: Run) -> None:
+def _stop_on_interrupt(job: Run) -> None:
     """Install the handler of Ctrl-C (SIGINT) and SIGTERM: the first signal makes the run checkpoint and stop,
     the second ends it at once.
 
@@ -151,8 +145,8 @@ def stop_on_interrupt(job: Run) -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-def _ignore_interrupts() -> None:
-    """Ignore further interrupts."""
+def ignore_interrupts() -> None:
+    """Ignore further interrupts once a run has ended, so that its exit code is not that of a signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if callable(signal.getsignal(number)) and signal.getsignal(number) is not signal.default_int_handler:
             signal.signal(number, signal.SIG_IGN)

@@ -37,13 +37,9 @@ class EvaluationRun:
     run: Run
     nodes: tuple[str, ...]
 
-    def execute(self) -> list[Path]:
-        """Evaluate the models; return the folder of each one's evaluation. What the store has already, from
-        whatever run, is not evaluated again.
-
-        Raises Resumable if the run was stopped.
-        """
-        self.run.execute()
+    def folders(self) -> list[Path]:
+        """Return the folder of each model's evaluation, once the run has been carried out. What the store had
+        already, from whatever run, was not evaluated again."""
         return [self.run.graph.nodes[name].artifact.folder for name in self.nodes]
 
 
