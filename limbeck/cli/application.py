@@ -27,6 +27,7 @@ from . import (
     plan,
     preview,
     provenance,
+    results,
     run,
     serve,
     store,
@@ -68,6 +69,7 @@ for module in (
     machine,
     ask,
     evaluation,
+    results,
     compare,
 ):
     app.add_typer(module.app)

@@ -434,7 +434,9 @@ class Evaluate(ModelStage):
         description="names of problems, whose held-out part is asked; the first one makes the headline"
     )
     prompts: int = Field(1000, ge=1, description="held-out problems of each source, at most")
-    samples: int = Field(1, ge=1, description="completions of each problem in `t1` and `t06`")
+    samples: int = Field(
+        1, ge=1, description="completions of each problem in `t1` and `t06`; 8 or more give pass@8, too"
+    )
     modes: list[Literal["t1", "t06", "greedy", "pass@8"]] = Field(
         ["t1", "greedy"],
         min_length=1,

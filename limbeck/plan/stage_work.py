@@ -10,7 +10,7 @@ thinks first) or `brief` (answers without thoughts).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import comb, factorial
 from pathlib import Path
@@ -146,6 +146,20 @@ class StageWork:
         return sampling + learning + reading
 
 
+class Benchmark(NamedTuple):
+    """The work of a named benchmark in an evaluate stage: `Benchmark(30, 64, 32768, 90)`.
+
+    `items` are asked `samples` times with at most `limit` tokens a response, after a prompt of `prompt`
+    tokens. Without samples, each of the `options` of an item is scored.
+    """
+
+    items: int
+    samples: int
+    limit: int
+    prompt: float
+    options: int = 0
+
+
 class _Tokens(NamedTuple):
     """Mean tokens of a completion and of its prompt, and the factor `sure` within which they are known."""
 
@@ -173,12 +187,13 @@ class _Output:
 class Walk:
     """The work of all stages of a recipe, added one by one with inputs first.
 
-    `configs` has the shape of each stage's model, `outputs` the output of each stage so far, and `efforts`
-    its work.
+    `configs` has the shape of each stage's model, `benchmarks` the named benchmarks of each evaluate stage,
+    `outputs` the output of each stage so far, and `efforts` its work.
     """
 
     recipe: Recipe
     configs: Mapping[str, ModelConfig]
+    benchmarks: Mapping[str, Sequence[Benchmark]] = field(default_factory=dict)
     outputs: dict[str, _Output] = field(default_factory=dict)
     efforts: dict[str, StageWork] = field(default_factory=dict)
 
@@ -242,8 +257,7 @@ class Walk:
             return _Tokens(*(sum(column) / len(parts) for column in zip(*parts, strict=True)))
         if isinstance(source, Miniature):
             return _miniature_tokens(source, style, limit, control)
-        low, middle, high = REACHED["base" if style == "base" else "learned"]
-        return _Tokens(middle * limit, PROMPT, (high / low) ** 0.5)
+        return _real_tokens(style, limit)
 
     def _mean_tokens(self, problems: Mapping[str, float], style: str, limit: int) -> _Tokens:
         """Return the tokens of a completion for a mixture of problems, weighted by their shares.
@@ -537,7 +551,20 @@ class Walk:
                 samples = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
                 prompts = max(1, problems // 8) if mode == "pass@8" else problems
                 rollouts.append(_rollout(1, prompts, samples, tokens, limit))
-        return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
+        work = StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
+        return work if control == "cut" else self._measure(node, work)
+
+    def _measure(self, node: str, work: StageWork) -> StageWork:
+        """Return the work of an evaluation with that of its named benchmarks."""
+        style = self.outputs[work.model].style
+        for one in self.benchmarks.get(node.partition("/")[0], ()):
+            if one.samples:
+                tokens = _real_tokens(style, one.limit)._replace(prompt=one.prompt)
+                rollout = _rollout(1, one.items, one.samples, tokens, one.limit)
+                work = replace(work, rollouts=(*work.rollouts, rollout), sure=max(work.sure, tokens.sure))
+            else:
+                work = replace(work, read=work.read + one.items * one.options * one.prompt, reader=work.model)
+        return work
 
 
 def _rollout(calls: float, prompts: float, group_size: float, tokens: _Tokens, limit: int) -> Rollout:
@@ -551,6 +578,13 @@ def _rollout(calls: float, prompts: float, group_size: float, tokens: _Tokens, l
 
 
 # ---------------------------------------------------------------- lengths of the problems
+
+
+def _real_tokens(style: str, limit: int) -> _Tokens:
+    """Return the tokens of a completion for problems of files, generators and benchmarks, of at most `limit`
+    tokens, by a model of a style."""
+    low, middle, high = REACHED["base" if style == "base" else "learned"]
+    return _Tokens(middle * limit, PROMPT, (high / low) ** 0.5)
 
 
 def _attempt_tokens(source: Miniature) -> float:
