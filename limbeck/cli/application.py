@@ -22,6 +22,7 @@ from . import (
     curate,
     evaluation,
     init,
+    iterate,
     machine,
     models,
     plan,
@@ -57,6 +58,7 @@ app = typer.Typer(
 for module in (
     init,
     run,
+    iterate,
     watch,
     preview,
     plan,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from .iterate import Iterate
 from .learned_rewards import TABLES, Calibrate, LearnedReward, Reward
 from .methods import DPO, Distill, Label, Pairs
 from .parts import (
@@ -506,6 +507,9 @@ class Recipe(Settings):
     )
     problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
     stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
+    iterate: Iterate | None = Field(
+        None, description="what `limbeck iterate` repeats, and when a model is promoted; `run` ignores it"
+    )
 
     @classmethod
     def load(cls, source: str | Path | Recipe | Mapping[str, Any], /, **settings: Any) -> Recipe:

@@ -128,7 +128,36 @@ def check_references(path: Path, recipe: Recipe) -> None:
         check = _CHECKS.get(type(stage))
         if check:
             check(references, stage)
+    _check_iterate(path, recipe)
     _refuse_cycles(path, recipe)
+
+
+def _check_iterate(path: Path, recipe: Recipe) -> None:
+    """Check that the section `iterate` cites models, an evaluation and sources of problems."""
+    iterate = recipe.iterate
+    if iterate is None:
+        return
+    roles = {"model": MODELS, "base": MODELS, "teacher": MODELS, "evaluation": {"evaluate"}}
+    for role, kinds in roles.items():
+        cited = getattr(iterate, role)
+        if cited and (cited not in recipe.stages or recipe.stages[cited].kind not in kinds):
+            fitting = [name for name, stage in recipe.stages.items() if stage.kind in kinds]
+            need = "an evaluation" if role == "evaluation" else "a model"
+            raise LimbeckError(
+                f"{path}: iterate.{role} cites {cited}, which is no stage with {need}{_meant(cited, fitting)}"
+            )
+    named = {
+        "screen.problems": iterate.screen.problems if iterate.screen else {},
+        "gate.problems": iterate.gate.problems,
+        "gate.general": iterate.gate.general or [],
+    }
+    for key, sources_of_key in named.items():
+        for source in sources_of_key:
+            if source not in recipe.problems:
+                meant = _meant(source, recipe.problems)
+                raise LimbeckError(
+                    f"{path}: iterate.{key} cites {source}, which is not under problems{meant}"
+                )
 
 
 def _check_prompts(path: Path, recipe: Recipe) -> None:
