@@ -2,11 +2,12 @@
 
 #include "vectors.hpp"
 
-static inline float normalize(const float* __restrict x, const float* weight, float eps, int width, float* __restrict y) {
-    float square = 0;
+// RMSNorm, multiplied with the weight or, with `from_one`, with 1 + weight
+static inline float normalize(const float* __restrict x, const float* weight, float eps, int width, float* __restrict y, bool from_one = false) {
+    float square = 0, one = from_one ? 1.0f : 0.0f;
     for (int i = 0; i < width; i++) square += x[i] * x[i];
     float scale = 1.0f / std::sqrt(square / width + eps);
-    for (int i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+    for (int i = 0; i < width; i++) y[i] = x[i] * scale * (one + weight[i]);
     return scale;
 }
 
@@ -32,6 +33,15 @@ static inline void swiglu_row(const float* gate_up, int width, float* y) {
     by_lanes(width, [&](int i, int count) {
         V gate = load(gate_up + i, count);
         store(y + i, gate * sigmoid(gate) * load(gate_up + width + i, count), count);
+    });
+}
+
+// GELU in its tanh form: x / 2 (1 + tanh(z)) = x sigmoid(2 z)
+static inline void geglu_row(const float* gate_up, int width, float* y) {
+    by_lanes(width, [&](int i, int count) {
+        V gate = load(gate_up + i, count);
+        V z = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
+        store(y + i, gate * sigmoid(2.0f * z) * load(gate_up + width + i, count), count);
     });
 }
 
