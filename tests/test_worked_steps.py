@@ -124,7 +124,7 @@ def row_of(task: FileTask, number: int, completion: str) -> dict:
 
 
 def test_rows_are_rewritten_scored_again_and_recorded(sums):
-    steps = "<think> 3 - 8 = -5. -5 + 1 = -4. </think> The answer is -4."
+    steps = "<think> First 3 - 8 = -5. Then -5 + 1 = -4. </think> The answer is -4."
     rows = [
         row_of(sums, 0, "I say -7"),
         row_of(sums, 1, "I say 6"),
@@ -145,7 +145,7 @@ def test_rows_are_rewritten_scored_again_and_recorded(sums):
     ]
     assert {one["policy"] for one in rewritings} == {"steps"}
     assert rewritings[0]["before"] == "I say -7"
-    assert rewritings[0]["after"] == "<think> 0 - 8 = -8. -8 + 1 = -7. </think> The answer is -7."
+    assert rewritings[0]["after"] == "<think> First 0 - 8 = -8. Then -8 + 1 = -7. </think> The answer is -7."
     assert notes == {
         "policy": "steps", "accepted": 3, "edited": 1, "rejected": 3, "reasons": {other: 2, wrong: 1}
     }  # fmt: skip

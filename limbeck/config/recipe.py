@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .learned_rewards import TABLES, Calibrate, LearnedReward, Reward
 from .methods import DPO, Distill, Label, Pairs
@@ -120,7 +120,38 @@ class Files(Settings):
     )
 
 
-Problems = Annotated[Miniature | Gym | Files, Field(discriminator="source")]
+class Sums(Settings):
+    """A built-in source of problems: sums of a few whole numbers, worked out from left to right."""
+
+    source: Literal["sums"]
+    min_terms: int = Field(2, ge=2, le=20, description="the fewest numbers of a sum")
+    max_terms: int = Field(2, ge=2, le=20, description="the most numbers of a sum")
+    largest: int = Field(9, ge=2, le=10**9, description="numbers go from 1 to this")
+    negative: bool = Field(False, description="whether partial results may fall below zero")
+    story: bool = Field(
+        False, description="told as a story of things gained and given away, not as an expression"
+    )
+    size: int = Field(2000, ge=2, description="training problems to generate, where so many sums exist")
+    held_out: int = Field(200, ge=1, description="test problems; no sum is among both")
+    system: str | None = Field(None, description="the system prompt, in the chat template's system role")
+    template: str = Field("{problem}", description="the user message; `{problem}` stands for the question")
+    answer: Literal["tags", "boxed", "final"] = Field(
+        "boxed",
+        description="where the answer is looked for: `<answer>` tags, `\\boxed{}`, or the last number",
+    )
+    seed: int = Field(0, description="draws the problems")
+
+    @model_validator(mode="after")
+    def _has_terms(self) -> Self:
+        """Refuse a range that is empty, and stories with less than nothing."""
+        if self.max_terms < self.min_terms:
+            raise ValueError(f"max_terms ({self.max_terms}) is less than min_terms ({self.min_terms})")
+        if self.story and self.negative:
+            raise ValueError("a story has no negative numbers; leave negative out")
+        return self
+
+
+Problems = Annotated[Miniature | Gym | Sums | Files, Field(discriminator="source")]
 
 
 # ---------------------------------------------------------------- stages

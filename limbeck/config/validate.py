@@ -39,6 +39,7 @@ from .recipe import (
     Sample,
     Screen,
     Stage,
+    Sums,
     cited_rows,
     inputs,
     sources,
@@ -48,7 +49,7 @@ from .recipe import (
 MODELS = {"load", "pretrain", "rl", "sft", "dpo", "distill"}
 ROWS = {"sample", "curate", "general", "label"}
 PAIRS = {"pairs"}
-SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "files": Files}
+SOURCES: dict[str, type[Settings]] = {"miniature": Miniature, "gym": Gym, "sums": Sums, "files": Files}
 STAGES: dict[str, type[Stage]] = {
     "load": Load, "remote": Remote, "pretrain": Pretrain, "rl": RL, "screen": Screen, "sample": Sample,
     "curate": Curate, "sft": SFT, "general": General, "label": Label, "pairs": Pairs, "dpo": DPO,
@@ -134,7 +135,7 @@ def _check_prompts(path: Path, recipe: Recipe) -> None:
     """Raise LimbeckError for a template without `{problem}`, for other placeholders, and for an empty system
     prompt."""
     for name, source in recipe.problems.items():
-        if not isinstance(source, Gym | Files):
+        if isinstance(source, Miniature):
             continue
         for key, fault in (
             ("template", template_fault(source.template)),

@@ -23,14 +23,13 @@ from ..config.recipe import (
     Curate,
     Distill,
     Evaluate,
-    Files,
     General,
-    Gym,
     Label,
     Load,
     Miniature,
     Pairs,
     Pretrain,
+    Problems,
     Recipe,
     Remote,
     Sample,
@@ -592,7 +591,7 @@ def _table_output(name: str) -> _Output:
     return _Output("learned", rows, TABLE_LENGTH, PROMPT, 3.0)
 
 
-def _held_out(source: Miniature | Gym | Files) -> int:
+def _held_out(source: Problems) -> int:
     """Return the approximate number of held-out problems of a source."""
     if not isinstance(source, Miniature):
         return int(0.9 * source.held_out)  # some are repeated or too near to one another

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config.recipe import Files, Gym, Miniature, Problems
+from ..config.recipe import Files, Gym, Miniature, Problems, Sums
 from ..types import LimbeckError, Task
 from .clock_countdown import Countdown
 from .files import FileTask
 from .gym import GymTask
+from .sums import SumTask
 
 
 def open_task(name: str, settings: Problems, base: Path = Path()) -> Task:
@@ -19,6 +20,8 @@ def open_task(name: str, settings: Problems, base: Path = Path()) -> Task:
             return Countdown(name, settings)
         case Gym():
             return GymTask(name, settings)
+        case Sums():
+            return SumTask(name, settings)
         case Files():
             return FileTask(name, settings, base)
     raise LimbeckError(f"problems.{name}: no such source as {type(settings).__name__}")

@@ -7,6 +7,7 @@ digit, so that word problems, products, and sums with brackets give no steps.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .answers import mark_answer
 from .numerals import PLAIN
@@ -55,10 +56,16 @@ def write_response(question: str, style: str) -> str | None:
     marked in the `style` that `answers.extract` reads. Return None if `work_out` finds no sum.
 
     >>> write_response("What is 4 - 8 + 9?", "final")
-    '<think> 4 - 8 = -4. -4 + 9 = 5. </think> The answer is 5.'
+    '<think> First 4 - 8 = -4. Then -4 + 9 = 5. </think> The answer is 5.'
     """
     worked = work_out(question)
     if worked is None:
         return None
     steps, value = worked
-    return f"<think> {' '.join(steps)} </think> {mark_answer(str(value), style)}"
+    return join_steps(steps, value, style)
+
+
+def join_steps(steps: Iterable[str], value: int, style: str) -> str:
+    """Return a response whose thought has the steps, in words as well, so that its language can be judged."""
+    thought = " Then ".join(steps)
+    return f"<think> First {thought} </think> {mark_answer(str(value), style)}"

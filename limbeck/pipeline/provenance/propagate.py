@@ -335,6 +335,8 @@ def _described(name: str, problems: Problems) -> str:
         what = "clock"
     elif problems.source == "gym":
         what = problems.generator
+    elif problems.source == "sums":
+        what = "stories" if problems.story else "expressions"
     else:
         what = Path(problems.path).name
     return f"{name} ({problems.source} {what})"

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Rewriting:
     """A row's response before and after a policy rewrote it: `Rewriting("sums/train-3#0", "steps",
-    "2 + 3 is 5", "<think> 2 + 3 = 5. </think> The answer is 5.", 1.0, "edit")`.
+    "2 + 3 is 5", "<think> First 2 + 3 = 5. </think> The answer is 5.", 1.0, "edit")`.
 
     `accuracy` is that of the text `after`. `verdict` is `accept` for a response that had this text already,
     `edit`, or `reject` with its `reason`.
