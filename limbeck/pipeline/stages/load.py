@@ -20,12 +20,12 @@ def run(job: Job) -> Outcome:
     """Read a model directory or a GGUF file, merge the adapter if one is set, check the model, reduce it to
     `layers` layers if that is set, and save it.
 
-    Raises LimbeckError if the tokenizer has more tokens than the model's vocabulary, or a weight is not
-    finite.
+    Raises LimbeckError if the tokenizer has more tokens than the model's vocabulary, `eos_token` is not one
+    of them, or a weight is not finite.
     """
     stage: Load = job.stage
     source = _directory(Path(stage.path), job.folder / "converted")
-    tokenizer = Tokenizer.from_directory(source, plain=stage.chat_template == "plain")
+    tokenizer = read_tokenizer(stage, source)
     decoder = weights.load(source)
     if tokenizer.size > decoder.config.vocab_size:
         raise LimbeckError(
@@ -42,6 +42,13 @@ def run(job: Job) -> Outcome:
     save_model(decoder, tokenizer, job.folder)
     shutil.rmtree(job.folder / "converted", ignore_errors=True)
     return outcome(parameters=decoder.config.parameters, **_provenance(source))
+
+
+def read_tokenizer(stage: Load, source: Path) -> Tokenizer:
+    """Return the tokenizer of a model directory, with the chat template and the end-of-turn token that the
+    stage gives it."""
+    tokenizer = Tokenizer.from_directory(source, plain=stage.chat_template == "plain")
+    return tokenizer.ending_with(stage.eos_token) if stage.eos_token else tokenizer
 
 
 def _directory(source: Path, converted: Path) -> Path:

@@ -113,6 +113,7 @@ static void by_groups(int count, Function function) {
 }
 
 // What a row asks, says and remembers at its new position: queries are rotated where they lie, key and value kept.
+template <bool FROM_ONE>
 static void settle_row(const Step& s, const Layer& layer, int64_t b, float* normed, float* turned) {
     const int width = s.width, heads = s.heads, kv_heads = s.kv_heads, both = heads + 2 * kv_heads;
     float* row = s.qkv + b * both * width;
@@ -122,7 +123,7 @@ static void settle_row(const Step& s, const Layer& layer, int64_t b, float* norm
     for (int h = 0; h < heads + kv_heads; h++) {
         float* x = row + h * width;
         const float* weight = h < heads ? layer.q_norm : layer.k_norm;
-        if (weight) normalize(x, weight, layer.eps, width, normed, s.from_one);
+        if (weight) normalize<FROM_ONE>(x, weight, layer.eps, width, normed);
         turn(weight ? normed : x, layer.cos + position * width, layer.sin + position * width, 1.0f, width, turned);
         if (h < heads) {
             std::memcpy(x, turned, width * sizeof(float));
@@ -190,7 +191,7 @@ static void attend_cached(const Step& s, const Layer& layer, const std::vector<R
     {
         std::vector<float> scores(static_cast<size_t>(QUERIES) * group * s.room), q(QUERIES * group * s.width), spare(2 * s.width);
 #pragma omp for
-        for (int64_t b = 0; b < s.rows; b++) settle_row(s, layer, b, spare.data(), spare.data() + s.width);
+        for (int64_t b = 0; b < s.rows; b++) (s.from_one ? settle_row<true> : settle_row<false>)(s, layer, b, spare.data(), spare.data() + s.width);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < static_cast<int64_t>(runs.size()) * s.kv_heads; i++) attend_run(s, layer, runs[i / s.kv_heads], i % s.kv_heads, scores, q);
     }
@@ -203,9 +204,10 @@ void decode(const Step* step, const Layer* layers, float* out) {
     const Step& s = *step;
     const int rows = s.rows, hidden = s.hidden, inner = s.intermediate, asked = s.heads * s.width;
     const std::vector<Run> alone = runs_of(s, true), together = runs_of(s, false);
+    const auto normed = s.from_one ? normalize<true> : normalize<false>;
     auto norm = [&](const float* x, const float* weight, float eps, float* y) {
 #pragma omp parallel for num_threads(crew(s.threads, rows * hidden))
-        for (int b = 0; b < rows; b++) normalize(x + static_cast<int64_t>(b) * hidden, weight, eps, hidden, y + static_cast<int64_t>(b) * hidden, s.from_one);
+        for (int b = 0; b < rows; b++) normed(x + static_cast<int64_t>(b) * hidden, weight, eps, hidden, y + static_cast<int64_t>(b) * hidden);
     };
     // x += y w^T, or the norm of that product, which goes by way of `out`
     auto add = [&](int width, const float* y, const float* w, const float* weight, float eps) {

@@ -2,12 +2,13 @@
 
 #include "vectors.hpp"
 
-// RMSNorm, multiplied with the weight or, with `from_one`, with 1 + weight
-static inline float normalize(const float* __restrict x, const float* weight, float eps, int width, float* __restrict y, bool from_one = false) {
-    float square = 0, one = from_one ? 1.0f : 0.0f;
+// RMSNorm, multiplied with the weight or, FROM_ONE, with 1 + weight
+template <bool FROM_ONE = false>
+static inline float normalize(const float* __restrict x, const float* weight, float eps, int width, float* __restrict y) {
+    float square = 0;
     for (int i = 0; i < width; i++) square += x[i] * x[i];
     float scale = 1.0f / std::sqrt(square / width + eps);
-    for (int i = 0; i < width; i++) y[i] = x[i] * scale * (one + weight[i]);
+    for (int i = 0; i < width; i++) y[i] = x[i] * scale * (FROM_ONE ? 1.0f + weight[i] : weight[i]);
     return scale;
 }
 
