@@ -10,6 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from limbeck.config.recipe import Load
+from limbeck.pipeline.stages.load import read_tokenizer
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
@@ -69,6 +71,13 @@ def test_another_token_ends_responses(tmp_path):
     changed.save(tmp_path)
     again = Tokenizer.from_directory(tmp_path)
     assert again.end_id == 2 and again.decode([1, 2]) == "<end>"
+
+
+def test_a_load_stage_names_the_end_of_responses(tmp_path):
+    tokenizer("{{ messages[0].content }}").save(tmp_path)
+    stage = Load(kind="load", path=str(tmp_path))
+    assert read_tokenizer(stage, tmp_path).end == "<end>"
+    assert read_tokenizer(stage.model_copy(update={"eos_token": "hello"}), tmp_path).end == "hello"
 
 
 def test_an_end_of_two_tokens_is_refused():

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..decoder import Block, Decoder
+from ..decoder import Decoder
 from ..kv_cache import KVCache
 from .build import library
 from .choice import serves
