@@ -177,7 +177,6 @@ class Load(Stage):
     )
     eos_token: str | None = Field(
         None,
-        min_length=1,
         description="the text of a token that ends responses in place of the tokenizer's, for instance an "
         'empty line, `"\\n\\n"`: a base model seldom writes its own after an answer',
     )

@@ -48,7 +48,7 @@ def read_tokenizer(stage: Load, source: Path) -> Tokenizer:
     """Return the tokenizer of a model directory, with the chat template and the end-of-turn token that the
     stage gives it."""
     tokenizer = Tokenizer.from_directory(source, plain=stage.chat_template == "plain")
-    return tokenizer.ending_with(stage.eos_token) if stage.eos_token else tokenizer
+    return tokenizer if stage.eos_token is None else tokenizer.ending_with(stage.eos_token)
 
 
 def _directory(source: Path, converted: Path) -> Path:
