@@ -86,8 +86,7 @@ def score_in_spans(predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
         sum_R = shrink_R * sum_R + weight_RT.sum(1)
         spread_R = spread_R + torch.special.entr(weight_RT).sum(1)
     log_sum_R = sum_R.log()
-    logsumexp_R = most_R + log_sum_R
-    return target_R - logsumexp_R, log_sum_R + spread_R / sum_R, logsumexp_R
+    return target_R - most_R - log_sum_R, log_sum_R + spread_R / sum_R, most_R + log_sum_R
 
 
 def score_in_spans_backward(
