@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,18 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     assert rates.gemm > 1e8 and rates.memory > 1e8 and rates.learn("m", 128) > 0 and rates.step("m", 16) > 0
     monkeypatch.setattr(machine_rates, "_probe", lambda *_: pytest.fail("measured twice"))
     assert machine_rates.measure(asked, {}, 1) == rates == machine_rates.measure(asked, {}, 1, ask=False)
+
+
+@pytest.mark.parametrize(("load", "kept"), [(0.2, True), (50.0, False)])
+def test_what_was_measured_beside_other_programs_is_not_remembered(load, kept, tmp_path, monkeypatch):
+    answer = {"gemm": 1.0, "memory": 1.0, "start": 1.0, "models": {}, "worlds": {}}
+    monkeypatch.setattr(machine_rates, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(machine_rates, "_probe", lambda *_: answer)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert machine_rates.measure({}, {}, 2) == machine_rates.Rates(1.0, 1.0, 1.0, {}, {}, {}, {})
+    assert (machine_rates.measure({}, {}, 2, ask=False) is not None) == kept
+    machine_rates.measure({}, {}, 1)  # in CPU time, which others hardly affect
+    assert machine_rates.measure({}, {}, 1, ask=False) is not None
 
 
 def test_a_probe_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_the_answer_has_the_form_that_is_asked_for(style, question):
     response = write_response(question, style)
     assert extract(response, style).answer == str(eval(question))
     assert format_score(response, style) == (1.0, "")
-    assert response.startswith(f"<think> {question} = ")
+    assert response.startswith(f"<think> First {question} = ")
     assert write_response("how are you?", style) is None
 
 
@@ -151,7 +151,10 @@ def test_rows_are_rewritten_scored_again_and_recorded(sums):
     }  # fmt: skip
     first, same, *unchanged = kept
     assert first["completion"] == rewritings[0]["after"]
-    assert (first["reasoning_content"], first["content"]) == ("0 - 8 = -8. -8 + 1 = -7.", "The answer is -7.")
+    assert (first["reasoning_content"], first["content"]) == (
+        "First 0 - 8 = -8. Then -8 + 1 = -7.",
+        "The answer is -7.",
+    )
     assert first["origin"] == {**rows[0]["origin"], "editor": "policy: steps"} and "tokens" not in first
     assert same["tokens"] == [1, 2] and same["origin"]["editor"] == "policy: steps"
     assert unchanged == [rows[4], rows[6]]
