@@ -183,6 +183,11 @@ class Load(Stage):
         description="`plain` takes prompts as they stand, in place of the model's chat template, which a "
         "base model was not trained on",
     )
+    eos_token: str | None = Field(
+        None,
+        description="the text of a token that ends responses in place of the tokenizer's, for instance an "
+        'empty line, `"\\n\\n"`: a base model seldom writes its own after an answer',
+    )
 
     @model_validator(mode="after")
     def _layers(self) -> Load:

@@ -200,9 +200,20 @@ class Decoder(nn.Module):
     def _embed(self, tokens_N: Tensor) -> Tensor:
         """Return the embeddings of tokens [N, C], with Gemma's factor in the precision of the weights."""
         x_NC = self.embed(tokens_N)
+        return x_NC * self.embed_scale if self.config.scaled_embeddings else x_NC
+
+    @property
+    def embed_scale(self) -> float:
+        """The factor of the embeddings, as the precision of the weights has it; 1 where they have none."""
         if not self.config.scaled_embeddings:
-            return x_NC
-        return x_NC * torch.tensor(self.config.hidden_size**0.5, dtype=x_NC.dtype).item()
+            return 1.0
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.embed.weight.dtype).item()
+
+    def rotations(self, layer: int) -> Rope:
+        """Return the tables of cos and sin for one layer, each [T, D] (see `rope_table`)."""
+        if self.config.is_local(layer):
+            return self.local_cos, self.local_sin
+        return self.cos, self.sin
 
     def _rope(self, context: Context) -> Rope:
         """Return cos and sin of the rotary angles of all tokens, each [N, 1, D] (see `rope_table`)."""

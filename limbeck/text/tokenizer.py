@@ -84,6 +84,19 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(text)
         self.prompt_format.save(directory)
 
+    def ending_with(self, text: str) -> Tokenizer:
+        """Return this tokenizer with the token of a text, such as an empty line, as its end-of-turn token.
+        Raises LimbeckError if the text is not a single token."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise LimbeckError(
+                f"eos_token = {text!r} is {len(ids)} tokens of this tokenizer; give the text of a single one"
+            )
+        end = self.backend.id_to_token(ids[0])
+        tokenizer = Tokenizer(self.backend, self.template, end, self.pad, self.bos)
+        tokenizer.prompt_format = self.prompt_format
+        return tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens at its beginning or end."""
         return self.backend.encode(text, add_special_tokens=False).ids

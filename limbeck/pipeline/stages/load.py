@@ -26,12 +26,12 @@ def run(job: Job) -> Outcome:
     """Read a model directory or a GGUF file, merge the adapter if one is set, check the model, reduce it to
     the layers of the setting `layers`, and save it.
 
-    Raises LimbeckError if the tokenizer has more tokens than the model's vocabulary, or a weight is not
-    finite.
+    Raises LimbeckError if the tokenizer has more tokens than the model's vocabulary, `eos_token` is not one
+    of them, or a weight is not finite.
     """
     stage: Load = job.stage
     source = _directory(Path(stage.path), job.folder / "converted")
-    tokenizer = Tokenizer.from_directory(source, plain=stage.chat_template == "plain")
+    tokenizer = read_tokenizer(stage, source)
     decoder = weights.load(source)
     if tokenizer.size > decoder.config.vocab_size:
         raise LimbeckError(
@@ -66,6 +66,13 @@ def _choose_layers(job: Job, decoder: Decoder, tokenizer: Tokenizer) -> tuple[li
     influence = block_influence(decoder, [to_sample(row, tokenizer, "keep").tokens for row in rows])
     layers = most_influential(influence, stage.layers)
     return layers, {"layers": layers, "influence": [round(value, 4) for value in influence]}
+
+
+def read_tokenizer(stage: Load, source: Path) -> Tokenizer:
+    """Return the tokenizer of a model directory, with the chat template and the end-of-turn token that the
+    stage gives it."""
+    tokenizer = Tokenizer.from_directory(source, plain=stage.chat_template == "plain")
+    return tokenizer if stage.eos_token is None else tokenizer.ending_with(stage.eos_token)
 
 
 def _directory(source: Path, converted: Path) -> Path:
