@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from limbeck.model.config import ModelConfig
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
 from limbeck.plan import cluster as clusters
-from limbeck.plan import forecast, machine_rates
+from limbeck.plan import forecast, machine_rates, stage_work
 from limbeck.plan.forecast import Forecast, wall
 from limbeck.plan.machine_rates import Asked, Rates
 from limbeck.plan.stage_work import Walk
@@ -120,6 +121,26 @@ def test_every_recipe_can_be_foreseen(name, tmp_path):
     )
 
 
+def test_named_benchmarks_are_counted(tmp_path):
+    """Two responses to each of AIME's 30 problems; four options of each of GPQA's 198 questions are read."""
+    walk, graph = walked("smoke", tmp_path)
+    bare = walk.efforts["evaluation/zero"]
+    suites = (
+        "{aime-2024: {data: d, samples: 2, max_new_tokens: 100}, gpqa-diamond: {data: d, protocol: lm-eval}}"
+    )
+    recipe = load(ROOT / "limbeck/recipes/smoke.yaml", [f"stages.evaluation.suites={suites}"])
+    walk.benchmarks = recipe_plan.benchmarks_of(recipe)
+    asked, ranked = walk.benchmarks["evaluation"]
+    assert (asked.items, asked.samples, asked.limit, asked.options) == (30, 2, 100, 0)
+    assert (ranked.items, ranked.samples, ranked.options) == (198, 0, 4)
+    node = graph.nodes["evaluation/zero"]
+    full = walk.add(node.name, node.stage, node.inputs, node.control)
+    middle = stage_work.REACHED["learned"][1]
+    assert full.sampled - bare.sampled == pytest.approx(30 * 2 * middle * 100)
+    assert (full.read, full.reader) == (pytest.approx(198 * 4 * ranked.prompt), "zero")
+    assert recipe_plan.benchmarks_of(graph.recipe) == {"evaluation": []}
+
+
 def test_people_are_asked_where_no_policy_decides(tmp_path):
     apply_reviews, apply_policy = (
         walked("smoke", tmp_path, extra)[0] for extra in ((), ("stages.coldstart.auto=true",))
@@ -186,6 +207,18 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     assert rates.gemm > 1e8 and rates.memory > 1e8 and rates.learn("m", 128) > 0 and rates.step("m", 16) > 0
     monkeypatch.setattr(machine_rates, "_probe", lambda *_: pytest.fail("measured twice"))
     assert machine_rates.measure(asked, {}, 1) == rates == machine_rates.measure(asked, {}, 1, ask=False)
+
+
+@pytest.mark.parametrize(("load", "kept"), [(0.2, True), (50.0, False)])
+def test_what_was_measured_beside_other_programs_is_not_remembered(load, kept, tmp_path, monkeypatch):
+    answer = {"gemm": 1.0, "memory": 1.0, "start": 1.0, "models": {}, "worlds": {}}
+    monkeypatch.setattr(machine_rates, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(machine_rates, "_probe", lambda *_: answer)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert machine_rates.measure({}, {}, 2) == machine_rates.Rates(1.0, 1.0, 1.0, {}, {}, {}, {})
+    assert (machine_rates.measure({}, {}, 2, ask=False) is not None) == kept
+    machine_rates.measure({}, {}, 1)  # in CPU time, which others hardly affect
+    assert machine_rates.measure({}, {}, 1, ask=False) is not None
 
 
 def test_a_probe_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):

@@ -151,7 +151,10 @@ def test_rows_are_rewritten_scored_again_and_recorded(sums):
     }  # fmt: skip
     first, same, *unchanged = kept
     assert first["completion"] == rewritings[0]["after"]
-    assert (first["reasoning_content"], first["content"]) == ("0 - 8 = -8. -8 + 1 = -7.", "The answer is -7.")
+    assert (first["reasoning_content"], first["content"]) == (
+        "First 0 - 8 = -8. Then -8 + 1 = -7.",
+        "The answer is -7.",
+    )
     assert first["origin"] == {**rows[0]["origin"], "editor": "policy: steps"} and "tokens" not in first
     assert same["tokens"] == [1, 2] and same["origin"]["editor"] == "policy: steps"
     assert unchanged == [rows[4], rows[6]]

@@ -28,6 +28,7 @@ from . import (
     plan,
     preview,
     provenance,
+    results,
     run,
     serve,
     store,
@@ -70,6 +71,7 @@ for module in (
     machine,
     ask,
     evaluation,
+    results,
     compare,
 ):
     app.add_typer(module.app)

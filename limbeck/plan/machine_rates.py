@@ -167,8 +167,9 @@ def measure(
     """Return the rates of these models while `workers` processes of `threads` threads are busy.
 
     `worlds` has the settings of each miniature whose corpus is to be written. Measurements are kept on disk,
-    separately for each version `code` of the code. What is missing is measured now; if `ask` is False, the
-    function returns None instead. Raises LimbeckError if the measurement fails.
+    separately for each version `code` of the code, unless other programs were busy meanwhile (`_is_busy`).
+    What is missing is measured now; if `ask` is False, the function returns None instead. Raises LimbeckError
+    if the measurement fails.
     """
     requests = {use: asked.request() for use, asked in models.items()}
     path = _cache(threads, workers, code)
@@ -179,10 +180,12 @@ def measure(
         if not ask:
             return None
         request = {"threads": threads, "models": missing_models, "worlds": missing_worlds}
+        busy = _is_busy(threads)
         answer = _probe(request, workers)
         known |= {key: answer[key] for key in ("gemm", "memory", "start")}
         known |= answer["models"] | answer["worlds"]
-        _keep(path, known)
+        if not busy:
+            _keep(path, known)
     corpora = {name: known[_key(settings)] for name, settings in worlds.items()}
     measured = {use: known[_key(request)] for use, request in requests.items()}
     depth = {use: asked.config.layers for use, asked in models.items()}
@@ -194,6 +197,16 @@ def _missing(requests: Iterable[dict[str, Any]], known: Mapping[str, Any]) -> di
     """Return the requests whose key (`_key`) has no measurement in `known`, by their keys."""
     missing = {_key(request): request for request in requests}
     return {key: request for key, request in missing.items() if key not in known}
+
+
+def _is_busy(threads: int) -> bool:
+    """Return True if other programs would spoil a measurement: half of the cores have had work for a minute.
+
+    One thread's measurement is in CPU time, which they hardly affect (runtime/probe.py).
+    """
+    if threads == 1 or not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
 
 
 def _probe(request: dict[str, Any], workers: int) -> dict[str, Any]:
