@@ -100,7 +100,7 @@ def test_a_screen_stage_of_the_recipe_asks_the_champion(tmp_path):
 
 def test_the_champion_may_write_as_much_as_it_learned_to():
     """Where it takes the place of a teacher with shorter responses; or as much as is set."""
-    short = "stages.traces.sampling.max_new_tokens=40"
+    short = "stages.traces.sampling={max_new_tokens: 40}"
     recipe, _ = derived("quickstart", [True], short)
     assert recipe.stages["traces_g2"].sampling.max_new_tokens == 192
     assert recipe.stages["reasoning_g2"].sampling.max_new_tokens == 192  # it asks another model
