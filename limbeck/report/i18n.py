@@ -190,10 +190,11 @@ W = {
     ),
     "generations_rate": Text(
         "A gate promotes a model that is no better, or worse by a margin, with a probability of at most "
-        "{alpha}; that any of {gates} so far did has one of at most {rate}. The rate is that of the tests: of "
-        "fresh responses to these held-out problems, and of problems drawn like them.",
+        "{alpha}; that any of {gates} so far did has one of at most {rate}. The rate is that of the tests: "
+        "of fresh responses to these held-out problems, and of problems drawn like them.",
         "每道关口误升（模型并未变好，或某方面变差达到界限）的概率至多 {alpha}；"
-        "至今 {gates} 道关口中有任何一道误升的概率至多 {rate}。该概率就检验而言：对这些留出题（及同样抽取的题）的全新回答。",
+        "至今 {gates} 道关口中有任何一道误升的概率至多 {rate}。"
+        "该概率就检验而言：对这些留出题（及同样抽取的题）的全新回答。",
     ),
     "generations_chart": Text(
         "Accuracy on the gate’s held-out problems, with 95% intervals: above the candidate, below it the "
