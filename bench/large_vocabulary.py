@@ -56,7 +56,7 @@ def main() -> None:
     print("| | " + " | ".join(f"{size:,}" for size in VOCABULARIES) + " | ratio |\n|---|---|---|---|")
     for name, small in columns[0].items():
         large = columns[1][name]
-        print(f"| {name} | {small:,.3g} | {large:,.3g} | {large / small if small else float("inf"):.2f} |")
+        print(f"| {name} | {small:,.3g} | {large:,.3g} | {large / max(small, 1e-9):.2f} |")
 
 
 def measure(vocabulary: int, layers: int, repeats: int) -> dict[str, float]:
