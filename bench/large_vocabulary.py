@@ -56,7 +56,8 @@ def main() -> None:
     print("| | " + " | ".join(f"{size:,}" for size in VOCABULARIES) + " | ratio |\n|---|---|---|---|")
     for name, small in columns[0].items():
         large = columns[1][name]
-        print(f"| {name} | {small:,.3g} | {large:,.3g} | {large / max(small, 1e-9):.2f} |")
+        ratio = large / small if small else float("inf")
+        print(f"| {name} | {small:,.3g} | {large:,.3g} | {ratio:.2f} |")
 
 
 def measure(vocabulary: int, layers: int, repeats: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from .prompt_format import SEPARATOR, PromptFormat
 
 BOS = "{{ bos_token }}"
 PLAIN = "{{ messages | map(attribute='content') | join('\n\n') }}"  # for models without a chat template
-PROBE = "system-role-probe"  # the text of a system message that tests a chat template
+PROBE = "system-role-probe"  # the text of a message that tests a chat template
 
 
 class Tokenizer:
@@ -120,6 +120,17 @@ class Tokenizer:
         where the assistant's turn begins."""
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         return np.array(self.encode(self.render(messages)), dtype=np.int64)
+
+    def plain(self) -> Tokenizer:
+        """Return a tokenizer without the chat template: its prompts are texts as they stand."""
+        return Tokenizer(self.backend, PLAIN, self.end, self.pad, self.bos)
+
+    def user_opening(self) -> str:
+        """Return what the chat template writes before the text of a conversation's first message, the user's;
+        "" without a chat template."""
+        if self.template.endswith(PLAIN):
+            return ""
+        return self.render([Message(role="user", content=PROBE)]).partition(PROBE)[0]
 
     def response(self, text: str) -> np.ndarray:
         """Return the token ids [N] of a response that was written, not sampled, followed by the end-of-turn
