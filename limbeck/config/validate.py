@@ -164,7 +164,7 @@ def _check_prompts(path: Path, recipe: Recipe) -> None:
     """Raise LimbeckError for a template without `{problem}`, for other placeholders, and for an empty system
     prompt."""
     for name, source in recipe.problems.items():
-        if isinstance(source, Miniature):
+        if not isinstance(source, Gym | Sums | Files):  # sources of one's own need no template
             continue
         for key, fault in (
             ("template", template_fault(source.template)),
