@@ -56,6 +56,16 @@ Loggers = Annotated[
     ),
 ]
 
+HostsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--hosts",
+        metavar="FILE",
+        help="what samples and grades: processes as a file says (docs/how-to/several-machines.md)",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 def run(
@@ -66,6 +76,7 @@ def run(
     log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
     device: Device = "cpu",
+    hosts: HostsFile = None,
     no_try: Annotated[
         bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
     ] = False,
@@ -83,6 +94,7 @@ def run(
 
     For instance: `limbeck run quickstart --auto`
     """
+    from ..config.hosts import load_hosts
     from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
     from .display import Events, Tree
@@ -91,7 +103,8 @@ def run(
     display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
     try:
-        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
+        seats = load_hosts(hosts) if hosts else None
+        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device, seats)
         job.previews = not no_try
         display.hint = _where_to_look(job)
         _stop_on_interrupt(job)
