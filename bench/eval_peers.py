@@ -3,11 +3,12 @@
     python -m bench.eval_peers                              # prompts and verdicts on thousands of responses
     python -m bench.eval_peers --suite gsm8k --peer lm-eval
     python -m bench.eval_peers --model models/smollm2-135m --rows test.jsonl --shots train.jsonl --items 50
+    python -m bench.eval_peers --model models/smollm2-135m --suite math-500 --rows math-500.jsonl --items 50
 
 Without a model, both sides are given the same rows and responses (bench/eval_cases.py), and prompts, verdicts
-and, of ranked options, the choice are compared. With a model, GSM8K is sampled greedily on both sides by
-lm-eval's protocol, transformers against this package's engine. Peers run in environments of their own
-(LIMBECK_BENCH_LM_EVAL and LIMBECK_BENCH_LIGHTEVAL name their interpreters), --model in this one.
+and, of ranked options, the choice are compared. With a model, GSM8K, MATH-500 or AIME is sampled greedily on
+both sides by lm-eval's protocol, transformers against this package's engine. Peers run in environments of
+their own (LIMBECK_BENCH_LM_EVAL and LIMBECK_BENCH_LIGHTEVAL name their interpreters), --model in this one.
 """
 
 from __future__ import annotations
@@ -181,19 +182,9 @@ def verdict(task: SuiteTask, i: int, text: str, theirs: dict) -> dict[str, list[
 
 
 def sampled(options: argparse.Namespace) -> list[dict]:
-    """GSM8K with a model on both sides, greedily; returns the differences."""
+    """A suite with a model on both sides, greedily; returns the differences."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, path in (("test.jsonl", options.rows), ("train.jsonl", options.shots)):
-            (Path(folder) / name).write_bytes(path.read_bytes())
-        asked = {"data": folder, "protocol": "lm-eval", "items": options.items}
-        task = open_suite("gsm8k", SuiteOptions(**asked, max_new_tokens=options.max_new_tokens))
-        case = {
-            "yaml": "gsm8k/gsm8k.yaml",
-            "files": {"test": f"{folder}/test.jsonl", "train": f"{folder}/train.jsonl"},
-            "model": str(options.model),
-            "limit": options.items,
-            "gen_kwargs": f"max_gen_toks={options.max_new_tokens}",
-        }
+        task, case = asked_of_model(options, folder)
         start = time.perf_counter()
         theirs = ask("lm_eval", case, sys.executable)
         print(f"lm-eval: {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -212,13 +203,36 @@ def sampled(options: argparse.Namespace) -> list[dict]:
         different = [i for i, (mine, their) in enumerate(pairs) if mine != their]
         right = sum(mine[0] for mine, _ in pairs) / len(pairs)
         print(
-            f"| gsm8k | lm-eval | {name} | {len(rows)} | {prompts / len(rows):.1%} | "
+            f"| {task.suite.name} | {task.protocol.name} | {name} | {len(rows)} | "
+            f"{prompts / len(rows):.1%} | "
             f"{1 - len(different) / len(rows):.2%} ({len(different)}) | {right:.1%} |"
         )
         found += [
             {"metric": name, "ours": rows[i]["response"], "theirs": theirs[i]["response"]} for i in different
         ]
     return found
+
+
+def asked_of_model(options: argparse.Namespace, folder: str) -> tuple[SuiteTask, dict[str, Any]]:
+    """The suite that a model is asked on both sides: ours, and lm-eval's case, with the user's rows in files
+    in the folder."""
+    suite, protocol, yaml, split, name, more = next(
+        row for row in LM_EVAL if row[0] == (options.suite or "gsm8k")
+    )
+    given = {split: (name, options.rows)} | {other: (more[other], options.shots) for other in more}
+    files = {}
+    for place, (file, path) in given.items():
+        if path is None:
+            raise SystemExit(f"--rows and --shots: {suite} needs a file of {place}")
+        rows = [_both_cases(suite, json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        files[place] = f"{folder}/{file}"
+        Path(files[place]).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    settings = {"protocol": protocol, "items": options.items, "max_new_tokens": options.max_new_tokens}
+    task = open_suite(suite, SuiteOptions(data=folder, **settings))
+    if task.sampling is None:
+        raise SystemExit(f"--suite {suite}: its options are ranked; --model compares sampled responses")
+    limits = {"limit": options.items, "gen_kwargs": f"max_gen_toks={options.max_new_tokens}"}
+    return task, {"yaml": yaml, "files": files, "model": str(options.model), **limits}
 
 
 def ours(model: Path, task: SuiteTask) -> list[dict]:

@@ -24,7 +24,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from limbeck.cli import app
-from limbeck.config import hosts, learned_rewards, parts, recipe
+from limbeck.config import hosts, iterate, learned_rewards, parts, recipe
 from limbeck.eval.published import published_scores
 from limbeck.eval.suites.catalogue import SUITES
 from limbeck.eval.suites.suite import Protocol, Suite
@@ -87,7 +87,7 @@ def settings(name: str) -> str:
 
 def _find_model(name: str) -> type[parts.Settings]:
     """The settings model with a name."""
-    for module in (recipe, learned_rewards, parts, hosts):
+    for module in (recipe, learned_rewards, parts, iterate, hosts):
         if hasattr(module, name):
             return getattr(module, name)
     raise LookupError(f"no settings are called {name}")
@@ -131,10 +131,8 @@ def _generic(origin: Any, arguments: tuple[Any, ...], annotation: Any) -> str:
     """A type with arguments in words: a choice, an optional value, a list, a mapping."""
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
-        return f"{kind(arguments[0])} or `null`"
-    if origin is types.UnionType and str in arguments:
-        return " or ".join(map(kind, arguments))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("`null`" if choice is types.NoneType else kind(choice) for choice in arguments)
     if origin is tuple and arguments[-1] is ...:
         return f"list of {_plural(arguments[0])}"
     if origin is tuple:
@@ -150,7 +148,7 @@ def _generic(origin: Any, arguments: tuple[Any, ...], annotation: Any) -> str:
 
 def _plural(annotation: Any) -> str:
     """A type of which there are several, in words."""
-    return "names" if annotation is str else kind(annotation)
+    return {str: "names", int: "integers"}.get(annotation) or kind(annotation)
 
 
 def _named(annotation: Any) -> str:
@@ -269,6 +267,10 @@ def _protocol(protocol: Protocol) -> str:
     prompt = protocol.prompt
     lines = [f"- source: [{source.title}]({source.url}){version}", f"- examples: {_shots(protocol)}"]
     lines += [f"- `{metric.name}`: {metric.extraction}" for metric in protocol.metrics]
+    if protocol.metrics and protocol.metrics[0].answer and protocol.sampling.temperature:
+        samples = protocol.sampling.samples
+        vote = f"`cons@{samples}`" if samples > 1 else "`cons@N`, with `--samples N`"
+        lines.append(f"- {vote}: the verdict on the most frequent answer, for each item")
     if protocol.sampling is None:
         options = ", ".join(f"`{option}`" for option in protocol.options) or "the letter"
         lines += [
@@ -316,16 +318,18 @@ def published(_: str | None) -> str:
     """The table of published scores, and their sources."""
     scores = published_scores()
     sources = list(dict.fromkeys((one.title, one.url, one.date, one.how) for one in scores))
-    names = [name for name in SUITES if any(one.suite == name for one in scores)]
-    cells: dict[tuple[str, int], dict[str, str]] = {}
+    measured = {(one.suite, one.metric) for one in scores}
+    columns = sorted(measured, key=lambda column: (list(SUITES).index(column[0]), column[1]))
+    cells: dict[tuple[str, int], dict[tuple[str, str], str]] = {}
     for one in scores:
         number = sources.index((one.title, one.url, one.date, one.how)) + 1
-        cells.setdefault((one.model, number), {})[one.suite] = f"{one.score:.1f}"
+        cells.setdefault((one.model, number), {})[one.suite, one.metric] = f"{one.score:.1f}"
     rows = [
-        [model, f"[{number}]", *(found.get(name, "") for name in names)]
+        [model, f"[{number}]", *(found.get(column, "") for column in columns)]
         for (model, number), found in cells.items()
     ]
-    lines = [table(["model", "source", *(f"`{name}`" for name in names)], rows), ""]
+    heads = [f"`{suite}` {metric}".strip() for suite, metric in columns]
+    lines = [table(["model", "source", *heads], rows), ""]
     for number, (title, url, date, how) in enumerate(sources, start=1):
         lines.append(f"- [{number}] [{title}]({url}), {date}: {how}")
     return "\n".join(lines)

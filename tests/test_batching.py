@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_engine import BUDGET, PROMPTS, naive
 
+from limbeck.engine import prefill
 from limbeck.engine import scheduler as scheduling
 from limbeck.engine.loop import EngineThread
 from limbeck.engine.prefix_cache import PrefixCache, common_prefix_length
@@ -132,6 +133,7 @@ def test_an_echoed_prompt_tells_what_the_model_thought_of_it(decoder, tokenizer,
     monkeypatch.setattr(scheduling, "MIN_CHUNK", 4)
     monkeypatch.setattr(scheduling, "MAX_CHUNK", 4)
     model, prompt = decoder(torch.float64), tokenizer.prompt(PROMPTS[5])
+    monkeypatch.setattr(prefill, "LOGITS", 2 * model.config.vocab_size)
     scheduler = Scheduler(model, tokenizer)
     for known in range(2):  # the second time the prompt is known, and read again all the same
         answer = scheduler.submit(Request(prompt, 0.0, max_new_tokens=known, top=2, echo=True))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = (
     "init", "run", "status", "watch", "plan", "show", "pull", "export", "why", "recall", "release", "serve",
-    "gc", "verify", "curate", "arena", "doctor", "ask", "eval",
+    "gc", "verify", "curate", "arena", "doctor", "ask", "eval", "results", "compare",
 )  # fmt: skip
 
 

@@ -118,3 +118,17 @@ def test_what_cannot_be_compared_is_one_sentence(home, call, names, says):
     ended = call("compare", *names, "--runs", home)
     assert ended.code == 2
     assert says in ended.err and "Traceback" not in ended.err
+
+
+def test_two_models_are_asked_now(home, finished, call):
+    """Twice the same command: the second one finds both evaluations."""
+    command = (
+        "compare", "long/zero", "short/zero", "--problems", finished.recipe, "--mode", "greedy",
+        "--prompts", "8", "--runs", home, "--json",
+    )  # fmt: skip
+    first = call(*command)
+    assert first.code == 0, first.err
+    (results,) = json.loads(first.out)["data"]["results"].values()
+    assert (results[0]["mode"], results[0]["a"]["problems"]) == ("greedy", 8)
+    stored = tiny.digests(home)
+    assert call(*command).out == first.out and tiny.digests(home) == stored

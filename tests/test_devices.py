@@ -24,6 +24,7 @@ from limbeck.engine.rollout import Engine
 from limbeck.engine.sampling import SamplingParams
 from limbeck.model import weights
 from limbeck.model.ops import devices
+from limbeck.pipeline.evaluation_run import HeldOut
 from limbeck.pipeline.graph import Node
 from limbeck.pipeline.job import Job
 from limbeck.pipeline.run import Run
@@ -421,7 +422,7 @@ def test_an_evaluation_without_a_run_takes_a_device(decoder, tokenizer, tmp_path
     settings = Evaluate(
         kind="evaluate", models=["model"], problems=["clock"], prompts=4, modes=["greedy"], max_new_tokens=8
     )
-    test = evaluation._Test(settings, {"clock": Miniature(source="miniature")}, "0/evaluation")
+    test = HeldOut(settings, {"clock": Miniature(source="miniature")})
 
     def measure(device: str) -> dict:
         with evaluation._measured(str(tmp_path), tmp_path, test, device) as folder:

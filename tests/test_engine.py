@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
+import limbeck.engine.sampling as sampling_module
 from limbeck.cli import ask
 from limbeck.config import recipe
 from limbeck.config.load import load
@@ -249,6 +250,18 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
     assert drawn.kept_BV[1].sum() == 4  # three quarters do not reach 0.79
     assert drawn.tokens_B.tolist() == [3, 0]
     np.testing.assert_allclose(drawn.logprobs_B.exp(), [0.3 / 0.8, 0.25])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_logits_are_drawn_from_in_parts(monkeypatch, mode):
+    random = torch.Generator().manual_seed(0)
+    logits, previous = 3 * torch.randn(7, 50, generator=random), torch.zeros(7, dtype=torch.long)
+    uniform = torch.rand(7, dtype=torch.float64, generator=random)
+    whole = draw(logits, uniform, previous, MODES[mode])
+    monkeypatch.setattr(sampling_module, "AT_ONCE", 101)  # two rows
+    parts = draw(logits, uniform, previous, MODES[mode])
+    for part, wanted in zip(parts, whole, strict=True):
+        assert (part is None and wanted is None) or torch.equal(part, wanted)
 
 
 def test_a_recipe_sets_what_it_names_and_nothing_else_enters_the_key():

@@ -191,7 +191,7 @@ def change(old: str, new: str) -> str:
     (change("kl_coef: 0.01", "kl_cof: 0.01"), "unknown key stages.zero.policy.kl_cof; did you mean kl_coef?"),
     (
         change("steps: 8", "steps: 8\n    qqq: 8"),
-        "unknown key stages.zero.qqq; known keys: batch_tokens, engine, exact, flops, flops_of, kind,",
+        "unknown key stages.zero.qqq; known keys: batch_tokens, engine, exact, flops, flops_of, ",
     ),
     (
         change("steps: 8", "steps: 0"),
@@ -204,7 +204,7 @@ def change(old: str, new: str) -> str:
     ),
     (
         change("source: miniature", "source: mini"),
-        "problems.clock.source is missing or unknown; choose one of miniature, gym, files",
+        "problems.clock.source is missing or unknown; choose one of miniature, gym, sums, files",
     ),
     (change("    kind: rl\n    model: base", "    kind: rl"), "stages.zero.model is missing"),
     (

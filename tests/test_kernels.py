@@ -187,6 +187,24 @@ MODELS = {
     "eight queries a key": {"heads": 8, "kv_heads": 1},
     "narrow heads": {"head_dim": 6},
     "ragged": {"vocab_size": 101, "hidden_size": 52, "intermediate_size": 43},
+    "gelu": {"gelu": True},
+    "norms from one": {"norms_from_one": True, "qk_norm": "before"},
+    "norms of outputs": {"post_norms": True},
+    "scaled embeddings": {"scaled_embeddings": True, "query_scalar": 24},
+    "two bases": {"windows": (5, 0), "local_theta": 100.0},
+    "gemma": {
+        "qk_norm": "before",
+        "gelu": True,
+        "norms_from_one": True,
+        "post_norms": True,
+        "scaled_embeddings": True,
+        "query_scalar": 24,
+        "windows": (5, 0),
+        "local_theta": 100.0,
+        "heads": 4,
+        "kv_heads": 1,
+        "head_dim": 32,
+    },
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counted import peak_bytes
 from trainers import train_grpo
 
 import limbeck.train.scorer as scorer_module
@@ -21,6 +22,8 @@ from limbeck.engine.sampling import SamplingParams
 from limbeck.model.attention import RMSNorm
 from limbeck.model.config import Experts, Latent
 from limbeck.model.kv_cache import Packed
+from limbeck.model.ops import scoring
+from limbeck.model.ops.table import Predictions
 from limbeck.run_log import read_metrics
 from limbeck.tasks.mixture import Mixture
 from limbeck.train.batch import pack, to_samples
@@ -241,9 +244,14 @@ KEPT = torch.tensor([[0, 3, -1], [3, 1, 6], [2, -1, -1], [5, 0, -1], [6, 4, 2]])
 @pytest.mark.parametrize("chunk", [7, 14, 1 << 22], ids=lambda c: f"chunk-{c}")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kept", [None, KEPT], ids=["all", "kept"])
-def test_token_logprobs_by_gradcheck(monkeypatch, chunk, temperature, kept):
-    """Values against torch's log_softmax, gradients against finite differences, in chunks of rows."""
+@pytest.mark.parametrize("span", [0, 3], ids=["whole", "spans"])
+def test_token_logprobs_by_gradcheck(monkeypatch, chunk, temperature, kept, span):
+    """Values against torch's log_softmax, gradients against finite differences, in chunks of rows; of whole
+    rows and in spans of three ids."""
     monkeypatch.setattr(scorer_module, "CHUNK", chunk)
+    if span:
+        monkeypatch.setattr(scoring, "WIDE", 0)
+        monkeypatch.setattr(scoring, "SPAN", span)
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(5, 3, dtype=torch.float64, generator=random, requires_grad=True)
     head = torch.randn(7, 3, dtype=torch.float64, generator=random, requires_grad=True)
@@ -260,6 +268,34 @@ def test_token_logprobs_by_gradcheck(monkeypatch, chunk, temperature, kept):
     assert torch.autograd.gradcheck(
         lambda h, w: token_logprobs(h, w, targets, temperature, kept)[0], (hidden, head)
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_scores_in_spans_equal_those_of_whole_rows(temperature):
+    """In float32, with logits as far apart as a sure model's: within what float32 rounds."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=random)
+    head = 4 * torch.randn(3 * scoring.SPAN + 5, 16, generator=random)
+    targets = torch.randint(0, len(head), (40,), generator=random)
+    predictions = Predictions(hidden, head, targets, temperature)
+    whole, spans = scoring.score(predictions), scoring.score_in_spans(predictions)
+    torch.testing.assert_close(spans[0], whole[0], atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(spans[1], whole[1], atol=2e-5, rtol=1e-5)
+    grad = torch.randn(40, generator=random)
+    by_head, by_head_whole = torch.zeros(2, *head.shape)
+    by_hidden = scoring.score_in_spans_backward(predictions, grad, spans[2], by_head)
+    torch.testing.assert_close(
+        by_hidden, scoring.score_backward(predictions, grad, by_head_whole), atol=1e-4, rtol=1e-5
+    )
+    torch.testing.assert_close(by_head, by_head_whole, atol=1e-5, rtol=1e-5)
+
+
+def test_the_logits_of_a_wide_head_are_never_all_in_memory():
+    hidden = torch.randn(64, 4, requires_grad=True)
+    head = torch.randn(scoring.WIDE + 1, 4, requires_grad=True)
+    peak = peak_bytes(lambda: token_logprobs(hidden, head, torch.arange(64))[0].sum().backward())
+    assert peak < 64 * len(head) * head.element_size() / 2
+    assert head.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (4, 3, 6)])

@@ -15,7 +15,7 @@ from limbeck.model.config import ModelConfig
 from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.store import Store
 from limbeck.plan import cluster as clusters
-from limbeck.plan import forecast, machine_rates
+from limbeck.plan import forecast, machine_rates, stage_work
 from limbeck.plan.forecast import Forecast, wall
 from limbeck.plan.machine_rates import Asked, Rates
 from limbeck.plan.stage_work import Walk
@@ -119,6 +119,26 @@ def test_every_recipe_can_be_foreseen(name, tmp_path):
     assert learning and all(
         foreseen[n].parts.get("learning", 0) > 0 and foreseen[n].flops > 0 for n in learning
     )
+
+
+def test_named_benchmarks_are_counted(tmp_path):
+    """Two responses to each of AIME's 30 problems; four options of each of GPQA's 198 questions are read."""
+    walk, graph = walked("smoke", tmp_path)
+    bare = walk.efforts["evaluation/zero"]
+    suites = (
+        "{aime-2024: {data: d, samples: 2, max_new_tokens: 100}, gpqa-diamond: {data: d, protocol: lm-eval}}"
+    )
+    recipe = load(ROOT / "limbeck/recipes/smoke.yaml", [f"stages.evaluation.suites={suites}"])
+    walk.benchmarks = recipe_plan.benchmarks_of(recipe)
+    asked, ranked = walk.benchmarks["evaluation"]
+    assert (asked.items, asked.samples, asked.limit, asked.options) == (30, 2, 100, 0)
+    assert (ranked.items, ranked.samples, ranked.options) == (198, 0, 4)
+    node = graph.nodes["evaluation/zero"]
+    full = walk.add(node.name, node.stage, node.inputs, node.control)
+    middle = stage_work.REACHED["learned"][1]
+    assert full.sampled - bare.sampled == pytest.approx(30 * 2 * middle * 100)
+    assert (full.read, full.reader) == (pytest.approx(198 * 4 * ranked.prompt), "zero")
+    assert recipe_plan.benchmarks_of(graph.recipe) == {"evaluation": []}
 
 
 def test_people_are_asked_where_no_policy_decides(tmp_path):

@@ -348,11 +348,13 @@ def test_shipped_recipes_pass(tmp_path, monkeypatch):
     from test_docs import ROOT
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
+    bound = {"smollm2-135m": "Apache-2.0", "smollm2-zero": "Apache-2.0", "gemma3-270m": "Gemma"}
+    for model in ("smollm2-135m", "gemma3-270m"):
+        (tmp_path / "models" / model).mkdir(parents=True)
     for path in sorted((ROOT / "limbeck" / "recipes").glob("*.yaml")):
         found, claims = check_licences(Graph(load(path), Store(tmp_path / "store"), path.parent))
         licences = {licence for descent in found.values() for licence in descent.bound}
-        assert claims == {} and licences == ({"Apache-2.0"} if "smollm2" in path.name else set()), path
+        assert claims == {} and licences == ({bound[path.stem]} if path.stem in bound else set()), path
 
 
 # ---------------------------------------------------------------- the right that somebody claims

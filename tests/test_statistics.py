@@ -9,10 +9,12 @@ import pytest
 
 from limbeck.eval.statistics import (
     Interval,
+    amount_interval,
     consensus,
     difference,
     mean_interval,
     pass_at_k,
+    pooled_interval,
     wilson,
 )
 
@@ -66,6 +68,25 @@ def test_coverage(samples):
         interval = mean_interval(values.astype(float).tolist())
         hits += interval.low <= 2 / 3 <= interval.high
     assert 0.925 <= hits / 600 <= 0.975
+
+
+def test_pooled_values_of_one_problem_are_one_observation():
+    same = pooled_interval([[1, 1], [0, 0], [], [1, 0], [1, 1]])
+    assert same.mean == 5 / 8 and (same.n, same.problems) == (8, 4)
+    # deviations of the problems' sums from their expectation: 0.75, -1.25, -0.25, 0.75
+    error = 1.959964 * (2.75 * 4 / 3) ** 0.5 / 8
+    assert same.high - same.mean == pytest.approx(min(3 / 8, error), rel=1e-5)
+    assert pooled_interval([[1, 1]]).low < 1
+
+
+def test_amounts_are_not_shares():
+    """Lengths 10 to 40: the standard error of four values, 12.91 / 2; never below 0, unknown for one."""
+    lengths = amount_interval([[10], [20], [30], [40]])
+    assert (lengths.mean, lengths.n, lengths.problems) == (25, 4, 4)
+    assert lengths.high - 25 == pytest.approx(25 - lengths.low) == pytest.approx(1.959964 * 12.90994 / 2)
+    assert amount_interval([[0], [0], [300]]).low == 0
+    assert amount_interval([[10, 20]]) is None
+    assert amount_interval([[7, 7], [7]]).low == 7
 
 
 def test_difference_of_intervals():

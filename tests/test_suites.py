@@ -49,6 +49,7 @@ from limbeck.pipeline.graph import Graph
 from limbeck.pipeline.job import Job
 from limbeck.pipeline.stages import evaluate as stage
 from limbeck.pipeline.store import Artifact, Store
+from limbeck.report.suite_table import score_table
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError, Resumable
 
@@ -489,15 +490,6 @@ def test_a_result_counts_items_tokens_and_truncated_responses(sums, engine):
     ]  # fmt: skip
 
 
-def test_pooled_values_of_one_item_are_one_observation():
-    same = measure.pooled_interval([[1, 1], [0, 0], [1, 0], [1, 1]])
-    assert same["mean"] == 5 / 8 and (same["n"], same["problems"]) == (8, 4)
-    # deviations of the items' sums from their expectation: 0.75, -1.25, -0.25, 0.75
-    error = 1.959964 * (2.75 * 4 / 3) ** 0.5 / 8
-    assert same["high"] - same["mean"] == pytest.approx(min(3 / 8, error), rel=1e-5)
-    assert measure.pooled_interval([[1, 1]])["low"] < 1
-
-
 def test_parts_of_a_suite_add_up(sums, engine, monkeypatch):
     task = ask(sums, max_new_tokens=4)
     whole = measure.measure(task, slice(None), engine, 0)
@@ -505,6 +497,44 @@ def test_parts_of_a_suite_add_up(sums, engine, monkeypatch):
     parts = [measure.measure(task, part, engine, 0) for part in task.chunks]
     assert [len(part) for part in parts] == [2, 1]
     assert parts[0] + parts[1] == whole
+
+
+# ---------------------------------------------------------------- the majority vote
+
+
+def test_the_vote_of_several_boxes():
+    """Three answers are 7 (one of them in another spelling), two are 8, one has no box; one vote, right or
+    wrong; the first answer wins a tie."""
+    metric = SUITES["aime-2024"].protocols[0].metrics[0]
+    texts = [
+        r"\boxed{8}",
+        r"<think>\boxed{8}</think>\boxed{7}",
+        r"\boxed{07}",
+        "8",
+        r"\boxed{8}",
+        r"\boxed{ 7}",
+    ]
+    verdicts = [[text.endswith(("7}",))] for text in texts]
+
+    def voted(gold: str, count: int) -> dict:
+        judged = {metric.name: [[verdict == (gold == "7")] for (verdict,) in verdicts[:count]]}
+        return measure.vote(metric, Item("aime-2024/0", "ask", gold), texts[:count], judged)
+
+    assert voted("7", 6) == {"cons@6": [[True]]} and voted("8", 6) == {"cons@6": [[False]]}
+    assert voted("8", 2) == {"cons@2": [[True]]}
+    assert voted("7", 1) == {}
+    nothing = measure.vote(
+        metric, Item("aime-2024/0", "ask", "7"), ["7", "7"], {metric.name: [[True], [True]]}
+    )
+    assert nothing == {"cons@2": [[False]]}, "a response without a box has no vote"
+
+
+def test_letters_are_voted_on():
+    metric = SUITES["gpqa-diamond"].protocols[0].metrics[0]
+    item = Item("gpqa-diamond/0", "ask", "B", ("w", "x", "y", "z"))
+    texts = ["Answer: A", "Answer: B", "Answer: B", "no"]
+    verdicts = measure.judge((metric,), item, texts)
+    assert measure.vote(metric, item, texts, verdicts) == {"cons@4": [[True]]}
 
 
 # ---------------------------------------------------------------- the stage
@@ -582,10 +612,12 @@ def test_every_published_score_has_a_suite_and_a_source():
     assert len(scores) > 40
     for score in scores:
         assert score.suite in SUITES and 0 < score.score < 100
-        assert all(dataclasses.astuple(score)) and score.url.startswith("https://")
-    by = {(score.model, score.suite, score.title[:11]): score.score for score in scores}
-    assert by["DeepSeek-R1", "math-500", "DeepSeek-R1"] == 97.3
-    assert by["R1-Distill-Qwen-1.5B", "aime-2024", "DeepSeek-R1"] == 28.9
+        assert score.metric in ("", "cons@64") and score.url.startswith("https://")
+        assert all(value for name, value in dataclasses.asdict(score).items() if name != "metric")
+    by = {(score.model, score.suite, score.metric, score.title[:11]): score.score for score in scores}
+    assert by["DeepSeek-R1", "math-500", "", "DeepSeek-R1"] == 97.3
+    assert by["R1-Distill-Qwen-1.5B", "aime-2024", "", "DeepSeek-R1"] == 28.9
+    assert by["R1-Distill-Qwen-1.5B", "aime-2024", "cons@64", "DeepSeek-R1"] == 52.7
 
 
 # ---------------------------------------------------------------- the command
@@ -605,14 +637,40 @@ def test_the_command_prints_a_table_and_json(call, sums, model, tmp_path):
     assert result["published"] == []
 
 
-def test_the_command_shows_published_scores(call, model, tmp_path):
-    write(tmp_path / "aime_2024.jsonl", [{"problem": "Find 7.", "answer": "7"}])
-    said = call(
-        "eval", model, "--suite", "aime-2024", "--data", tmp_path, "--samples", 1, "--max-new-tokens", 4
-    )
-    assert said.code == 0, said.err
-    assert "DeepSeek-R1                   79.8%  [1]" in said.out
-    assert "[1] DeepSeek-R1, README, section 4" in said.out
+def test_one_table_has_the_model_among_published_ones(call, model, tmp_path):
+    """The three suites of the R1 reproductions, on made-up files of their form, with two responses each."""
+    write(tmp_path / "aime-2024/aime_2024.jsonl", [{"problem": "Find 7.", "answer": "7"}])
+    write(tmp_path / "math-500/test.jsonl", [{"problem": "Find 7.", "solution": r"\boxed{7}", "answer": "7"}])
+    write(tmp_path / "gpqa-diamond/gpqa_diamond.jsonl", [GPQA])
+    names = ("math-500", "aime-2024", "gpqa-diamond")
+    asked = [part for name in names for part in ("--suite", name)]
+    command = ("eval", model, *asked, "--data", tmp_path, "--samples", 2, "--max-new-tokens", 4)
+    told = json.loads(call(*command, "--json").out)["table"]
+    assert told["columns"] == [column for name in names for column in (name, f"{name} cons@2")]
+    mine, *others = told["rows"]
+    assert (mine["model"], mine["measured"]) == (str(model), "as deepseek")
+    assert mine["scores"]["math-500"]["n"] == 2 and mine["scores"]["math-500 cons@2"]["n"] == 1
+    by = {(row["model"], row["measured"]): row["scores"] for row in others}
+    assert by["DeepSeek-R1", "[1]"] == {"math-500": 97.3, "aime-2024": 79.8, "gpqa-diamond": 71.5}
+    assert told["sources"][0].startswith("DeepSeek-R1, README, section 4")
+    lines = call(*command, "--markdown").out.splitlines()
+    assert lines[0].startswith("| model | measured | math-500 | math-500 cons@2 | aime-2024 |")
+    assert lines[2].startswith(f"| {model} | as deepseek | **0.0** (0.0 to ")
+    assert "| DeepSeek-R1 | [1] | 97.3 |  | 79.8 |  | 71.5 |  |" in lines
+    said = call(*command).out
+    assert "math-500 as deepseek" in said and "[1] DeepSeek-R1, README, section 4" in said
+    assert re.search(r"^DeepSeek-R1 +\[1\] +97.3 +79.8 +71.5$", said, re.MULTILINE)
+
+
+def test_a_majority_vote_has_a_column_with_published_votes():
+    interval = {"mean": 0.5, "low": 0.3, "high": 0.7, "n": 64, "problems": 1}
+    result = {"protocol": "deepseek", "metrics": {"math_verify": interval, "cons@64": interval}}
+    table = score_table({"mine": {"aime-2024": result}})
+    assert table.columns == (("aime-2024", ""), ("aime-2024", "cons@64"))
+    by = {row.model: row.scores for row in table.rows}
+    assert by["R1-Distill-Llama-70B"] == {("aime-2024", ""): 70.0, ("aime-2024", "cons@64"): 86.7}
+    assert by["mine"]["aime-2024", "cons@64"].mean == 0.5 and table.rows[0].model == "mine"
+    assert score_table({}).rows == ()
 
 
 @pytest.mark.parametrize(

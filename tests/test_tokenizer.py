@@ -8,7 +8,10 @@ import time
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+from limbeck.config.recipe import Load
+from limbeck.pipeline.stages.load import read_tokenizer
 from limbeck.text.tokenizer import Tokenizer
 from limbeck.types import LimbeckError
 
@@ -60,3 +63,25 @@ def test_a_usual_template_is_rendered_as_it_stands():
     )
     asked = [{"role": "system", "content": " short "}, {"role": "user", "content": "hello"}]
     assert tokenizer(template).render(asked) == "<|system|>short<end><|user|>hello<end>===<|assistant|>"
+
+
+def test_another_token_ends_responses(tmp_path):
+    changed = tokenizer("").ending_with("hello")
+    assert (changed.end, changed.end_id, changed.pad) == ("hello", 2, "<end>")
+    changed.save(tmp_path)
+    again = Tokenizer.from_directory(tmp_path)
+    assert again.end_id == 2 and again.decode([1, 2]) == "<end>"
+
+
+def test_a_load_stage_names_the_end_of_responses(tmp_path):
+    tokenizer("{{ messages[0].content }}").save(tmp_path)
+    stage = Load(kind="load", path=str(tmp_path))
+    assert read_tokenizer(stage, tmp_path).end == "<end>"
+    assert read_tokenizer(stage.model_copy(update={"eos_token": "hello"}), tmp_path).end == "hello"
+
+
+def test_an_end_of_two_tokens_is_refused():
+    byte = Backend(WordLevel({"[UNK]": 0, "<end>": 1, "a": 2}, unk_token="[UNK]"))
+    byte.pre_tokenizer = Whitespace()
+    with pytest.raises(LimbeckError, match="^eos_token = 'a a' is 2 tokens .*; give the text of a single"):
+        Tokenizer(byte, "", "<end>", "<end>").ending_with("a a")

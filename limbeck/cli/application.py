@@ -22,11 +22,13 @@ from . import (
     curate,
     evaluation,
     init,
+    iterate,
     machine,
     models,
     plan,
     preview,
     provenance,
+    results,
     run,
     serve,
     store,
@@ -56,6 +58,7 @@ app = typer.Typer(
 for module in (
     init,
     run,
+    iterate,
     watch,
     preview,
     plan,
@@ -68,6 +71,7 @@ for module in (
     machine,
     ask,
     evaluation,
+    results,
     compare,
 ):
     app.add_typer(module.app)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import RUNS, AsJson, Home, print_json
+from .held_out import (
+    Answer,
+    Asked,
+    Columns,
+    FileOptions,
+    Kept,
+    Longest,
+    Modes,
+    Prompts,
+    find_problems,
+)
+from .options import RUNS, AsJson, Device, Home, open_model, print_json, usage_error
+from .run import carry_out, ignore_interrupts
+from .suites import Samples
+from .watch import choose_display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..pipeline.comparison import Comparison
+    from ..pipeline.evaluation_run import HeldOut
     from ..report.flips import Flip
     from ..report.paired import PairedResult
 
@@ -28,7 +44,16 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="a model or a run, as every command names it")],
     b: Annotated[str, typer.Argument(metavar="B", help="what is compared with it")],
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page with curves, too")] = None,
+    problems: Asked = "",
+    mode: Modes = [],  # noqa: B006
+    prompts: Prompts = None,
+    samples: Samples = None,
+    max_new_tokens: Longest = None,
+    held_out: Kept = 200,
+    answer: Answer = "boxed",
+    columns: Columns = "",
     runs: Home = RUNS,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Compare two models, or two runs: how many problems more does B solve than A?
@@ -36,12 +61,30 @@ def compare(
     Differences are paired, problem by problem, with 95 % intervals. Below them stand problems that flipped,
     with the first response of both, and what each side cost. Two runs are compared model by model.
 
+    With `--problems`, both models are asked held-out problems now, those of a file or of a recipe, with the
+    settings of its first evaluate stage where none are given. What was asked before is not asked again, and
+    the command goes on where it was stopped.
+
     For instance: `limbeck compare quickstart/zero quickstart/r1`, `limbeck compare mine mine-longer --page
-    compared.html`
+    compared.html`, `limbeck compare mine/r1 smollm2-135m --problems mine.yaml --mode t1 --prompts 100`
     """
     from ..pipeline.comparison import compare_names
 
-    comparison = compare_names(a, b, runs)
+    changes = {
+        "modes": mode or None,
+        "prompts": prompts,
+        "max_new_tokens": max_new_tokens,
+        "samples": samples,
+    }
+    if problems:
+        asked = find_problems(problems, changes, FileOptions(held_out, answer, columns))
+        comparison = _ask(a, b, asked, runs, device)
+    elif any(changes.values()):
+        raise usage_error(
+            "--mode, --prompts, --samples and --max-new-tokens need --problems, which is asked now"
+        )
+    else:
+        comparison = compare_names(a, b, runs)
     if page:
         from ..report.comparison_page import render
 
@@ -51,6 +94,26 @@ def compare(
         return
     for line in tell(comparison):
         print(line)
+
+
+def _ask(a: str, b: str, asked: HeldOut, runs: Path, device: str) -> Comparison:
+    """Return the comparison of two models that are asked the same problems now."""
+    from ..pipeline.comparison import compare_evaluations
+    from ..pipeline.evaluation_run import prepare
+    from .display import Tree
+
+    models = [open_model(name, runs) for name in (a, b)]
+    if models[0].path.resolve() == models[1].path.resolve():
+        raise usage_error(f"{a} and {b} are the same model: name two different ones to compare")
+    display = choose_display(False, sys.stderr)
+    try:
+        evaluation = prepare(models, asked, runs, display, device)
+        carry_out(evaluation.run)
+    finally:
+        ignore_interrupts()
+        if isinstance(display, Tree):
+            display.close()
+    return compare_evaluations(models, evaluation.folders())
 
 
 def tell(comparison: Comparison) -> Iterator[str]:

@@ -149,9 +149,11 @@ def open_graph(recipe: Recipe, path: Path, runs: Path, need_files: bool = True) 
     the recipe names have to be here, unless `need_files` is False.
     """
     from ..pipeline.graph import Graph
+    from ..pipeline.run_folder import given_models
     from ..pipeline.store import Store
 
-    return Graph(recipe, Store(runs / "store"), path.parent, need_files)
+    given = given_models(path.parent, recipe)
+    return Graph(recipe, Store(runs / "store"), path.parent, need_files, given)
 
 
 def open_run(folder: Path) -> Graph:

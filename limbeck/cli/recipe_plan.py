@@ -18,6 +18,7 @@ from .options import STATES, usage_error
 from .plan_text import Answer, Conditions, add_deadline, changes_text, duration
 
 if TYPE_CHECKING:
+    from ..config.parts import SuiteOptions
     from ..config.recipe import Load, Recipe
     from ..model.config import ModelConfig
     from ..pipeline.graph import Graph, Node
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from ..plan.fit import Fit
     from ..plan.forecast import Forecast
     from ..plan.machine_rates import Rates
-    from ..plan.stage_work import Walk
+    from ..plan.stage_work import Benchmark, Walk
 
 HERE = "this machine"
 WORKER_START = 3.0  # seconds until a worker has imported torch
+CHARACTERS = 4  # characters of a token of a benchmark's prompt
+LETTERED = 4  # number of options of a benchmark whose letters are ranked
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
     """
     from ..plan.stage_work import Walk
 
-    walk = Walk(graph.recipe, configs)
+    walk = Walk(graph.recipe, configs, benchmarks_of(graph.recipe))
     for node in graph.nodes.values():
         walk.add(node.name, node.stage, node.inputs, node.control)
     for node in graph.nodes.values():
@@ -170,6 +173,35 @@ def _walk(graph: Graph, configs: dict[str, ModelConfig]) -> Walk:
         if shorter and not shorter.obstacle:
             walk.efforts[node.name] = walk.efforts[node.name].rest(shorter.share)
     return walk
+
+
+def benchmarks_of(recipe: Recipe) -> dict[str, list[Benchmark]]:
+    """Return the named benchmarks of each evaluate stage as the plan counts them, by the stage's name."""
+    from ..config.recipe import Evaluate
+
+    stages = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, Evaluate)}
+    return {
+        name: [_benchmark(suite, options) for suite, options in (stage.suites or {}).items()]
+        for name, stage in stages.items()
+    }
+
+
+def _benchmark(name: str, options: SuiteOptions) -> Benchmark:
+    """Return a named benchmark with the user's options: its published size and its protocol's sampling. The
+    prompt's tokens are a guess from the length of its template and the number of its examples."""
+    from ..eval.suites.catalogue import find_protocol, find_suite
+    from ..plan.stage_work import PROMPT, Benchmark
+
+    suite = find_suite(name)
+    protocol = find_protocol(suite, options.protocol)
+    items = min(options.items or suite.size, suite.size)
+    examples = protocol.prompt.shots.count if protocol.prompt.shots else 0
+    prompt = (1 + examples) * (PROMPT + len(protocol.prompt.template) / CHARACTERS)
+    sampling = protocol.sampling
+    if sampling is None:
+        return Benchmark(items, 0, 0, prompt, len(protocol.options) or LETTERED)
+    samples = options.samples or sampling.samples
+    return Benchmark(items, samples, options.max_new_tokens or sampling.max_new_tokens, prompt)
 
 
 def _machine_rates(
@@ -249,7 +281,7 @@ def _config_of_load(stage: Load) -> ModelConfig:
         )
     known = None if path.exists() else published(stage.path)
     config = known or ModelConfig.from_directory(find_model(stage.path, Path()))
-    return replace(config, layers=stage.layers) if stage.layers else config
+    return replace(config, layers=stage.depth) if stage.depth else config
 
 
 # ---------------------------------------------------------------- text

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,29 +96,36 @@ def run(
     For instance: `limbeck run quickstart --auto`
     """
     from ..config.hosts import load_hosts
-    from ..pipeline.loggers.stream import log_metrics
     from ..pipeline.run import Run
     from .display import Events, Tree
-    from .recipe_plan import cached_forecast
 
     display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
     try:
         seats = load_hosts(hosts) if hosts else None
-        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device, seats)
+        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device, hosts=seats)
         job.previews = not no_try
-        display.hint = _where_to_look(job)
-        _stop_on_interrupt(job)
-        with log_metrics(job, log):
-            page = job.execute(cached_forecast(job.graph))
+        page = carry_out(job, log)
     finally:
-        _ignore_interrupts()
+        ignore_interrupts()
         if isinstance(display, Tree):
             display.close()
     if as_json:
         Events.emit("result", ok=True, report=str(page) if page else None)
     elif page:
         print(f"The report is at {page}")
+
+
+def carry_out(job: Run, log: Sequence[str] = ()) -> Path | None:
+    """Carry a run out, from its forecast to its report, whose page is returned; Ctrl-C stops it resumably.
+    `log` names the loggers that are given its metrics, too."""
+    from ..pipeline.loggers.stream import log_metrics
+    from .recipe_plan import cached_forecast
+
+    job.display.hint = _where_to_look(job)
+    _stop_on_interrupt(job)
+    with log_metrics(job, log):
+        return job.execute(cached_forecast(job.graph))
 
 
 def _where_to_look(job: Run) -> str:
@@ -150,7 +158,7 @@ def _stop_on_interrupt(job: Run) -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-def _ignore_interrupts() -> None:
+def ignore_interrupts() -> None:
     """Ignore further interrupts once a run has ended, so that its exit code is not that of a signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if callable(signal.getsignal(number)) and signal.getsignal(number) is not signal.default_int_handler:

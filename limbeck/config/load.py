@@ -80,7 +80,32 @@ def _open(source: str | Path | Recipe | Mapping[str, Any]) -> tuple[Path, dict]:
     if isinstance(source, Mapping):
         return Path(f"recipe {source.get('name', 'without a name')}"), copy.deepcopy(dict(source))
     path = find(source)
-    return path, _read_tree(path)
+    return path, _read_extended(path)
+
+
+def _read_extended(path: Path, behind: tuple[Path, ...] = ()) -> dict:
+    """Read a recipe's file as a YAML tree. If it has the key `extends`, the name of another recipe, it is
+    merged into that one's tree. `behind` are the files that extend this one."""
+    tree = _read_tree(path)
+    if "extends" not in tree:
+        return tree
+    extended = tree.pop("extends")
+    if not isinstance(extended, str):
+        raise LimbeckError(f"{path}: extends is {extended!r}; name one recipe, such as smollm2-135m")
+    beside = path.parent / extended
+    other = beside if beside.is_file() else find(extended)
+    if other in (path, *behind):
+        raise LimbeckError(f"{path}: extends {extended}, which extends this recipe; extend another one")
+    return _merge(_read_extended(other, (path, *behind)), tree)
+
+
+def _merge(tree: dict, other: dict) -> dict:
+    """Merge `other` into a YAML tree, in place, and return the tree: a mapping is merged into the one that it
+    meets, and any other value replaces the one before."""
+    for key, value in other.items():
+        met = tree.get(key)
+        tree[key] = _merge(met, value) if isinstance(met, dict) and isinstance(value, dict) else value
+    return tree
 
 
 def _leaves(settings: Mapping[str, Any]) -> Iterator[tuple[list[str], Any]]:

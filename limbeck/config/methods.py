@@ -94,8 +94,8 @@ class Distill(Budgeted):
     model: str = Field(description="the student's stage")
     teachers: dict[str, str] = Field(
         {},
-        description="names of problems, each with the stage of the teacher for them; "
-        "`label` stages need none",
+        description="names of problems, and of `general` stages whose rows a model wrote, each with the "
+        "stage of the teacher for them; `label` stages need none",
     )
     divergence: Literal["forward", "reverse", "jsd", "text"] = Field(
         "reverse",
@@ -115,6 +115,9 @@ class Distill(Budgeted):
     )
     rows: dict[str, float] = Field(
         {}, description="in the other steps: stages that give rows, `label` among them, with their shares"
+    )
+    completion_only_loss: bool | None = Field(
+        None, description="of rows, true by default; `false` learns the tokens of their prompts as well"
     )
     steps: int = Field(100, ge=1, description="updates")
     prompts_per_step: int = Field(32, ge=1, description="problems of each step")
@@ -141,4 +144,9 @@ class Distill(Budgeted):
             )
         if self.on_policy < 1 and not self.rows:
             raise ValueError(f"on_policy = {self.on_policy:g} leaves steps that need rows")
+        if self.completion_only_loss is False and self.divergence == "text":
+            raise ValueError(
+                "completion_only_loss: false is not for divergence text, which compares responses; leave "
+                "it out"
+            )
         return self

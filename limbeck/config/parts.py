@@ -119,6 +119,9 @@ class Budgeted(ModelStage):
         description="a stage to compare with: stop, at the latest when all is done, once as many "
         "FLOPs are spent as it took",
     )
+    flops_of_rows: bool | None = Field(
+        None, description="with `flops_of`: `true` counts what the rows that it learned from took, too"
+    )
     flops: float | None = Field(
         None,
         gt=0,
@@ -128,11 +131,13 @@ class Budgeted(ModelStage):
 
     @model_validator(mode="after")
     def _one(self) -> Budgeted:
-        """Refuse a budget that is given in two ways at once."""
+        """Refuse a budget that is given in two ways at once, and rows of no budget."""
         if self.flops_of and self.flops:
             raise ValueError(
                 f"flops_of = {self.flops_of} and flops = {self.flops:g} are two budgets; give one"
             )
+        if self.flops_of_rows and not self.flops_of:
+            raise ValueError("flops_of_rows adds to flops_of, which is not given; name a stage there")
         return self
 
 

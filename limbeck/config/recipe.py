@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from .iterate import Iterate
 from .learned_rewards import TABLES, Calibrate, LearnedReward, Reward
 from .methods import DPO, Distill, Label, Pairs
 from .parts import (
@@ -163,8 +164,15 @@ class Load(Stage):
 
     kind: Literal["load"]
     path: str = Field(description="an HF directory, a GGUF file, or the name of a model that was pulled")
-    layers: int | None = Field(
-        None, ge=1, description="keep this many layers, evenly spaced: a student to start from"
+    layers: int | list[int] | None = Field(
+        None,
+        description="keep this many layers, evenly spaced, or those with these numbers, from 0: a student to "
+        "start from",
+    )
+    rows: str | None = Field(
+        None,
+        description="with a number of layers: a stage whose rows the model reads, to keep the layers with "
+        "the greatest block influence (arXiv 2403.03853) in place of evenly spaced ones",
     )
     adapter: str | None = Field(
         None, description="a PEFT directory with a LoRA adapter of this model, to merge into its weights"
@@ -175,6 +183,27 @@ class Load(Stage):
         description="`plain` takes prompts as they stand, in place of the model's chat template, which a "
         "base model was not trained on",
     )
+    eos_token: str | None = Field(
+        None,
+        description="the text of a token that ends responses in place of the tokenizer's, for instance an "
+        'empty line, `"\\n\\n"`: a base model seldom writes its own after an answer',
+    )
+
+    @model_validator(mode="after")
+    def _layers(self) -> Load:
+        """Refuse numbers of layers that are not in ascending order, and rows where nothing is to choose."""
+        if self.rows and not isinstance(self.layers, int):
+            raise ValueError("rows tell which layers to keep; give layers, how many")
+        if self.layers is not None and (self.depth or 0) < 1:
+            raise ValueError(f"layers = {self.layers}: keep at least one")
+        if isinstance(self.layers, list) and self.layers != sorted({max(0, layer) for layer in self.layers}):
+            raise ValueError(f"layers = {self.layers}: name each once, from 0, in ascending order")
+        return self
+
+    @property
+    def depth(self) -> int | None:
+        """The number of layers that are kept; None for all."""
+        return len(self.layers) if isinstance(self.layers, list) else self.layers
 
 
 class Remote(Stage):
@@ -369,13 +398,36 @@ class SFT(Budgeted):
     )
 
 
-class General(Stage):
+class General(ModelStage):
     """A stage that makes rows (training examples) that need no reasoning, for the general part of the second
-    fine-tuning."""
+    fine-tuning or for distillation: from a miniature, or written by a model itself, instruction and response
+    (Magpie, arXiv 2406.08464)."""
 
     kind: Literal["general"]
-    problems: str = Field(description="a miniature with `task: repeat`")
-    rows: int = Field(500, ge=1, description="how many rows to write")
+    problems: str | None = Field(None, description="a miniature with `task: repeat`; or")
+    model: str | None = Field(
+        None, description="the stage of a model with a chat template, which writes instructions and responses"
+    )
+    rows: int = Field(
+        500,
+        ge=1,
+        description="how many rows to write; of a model so many instructions are sampled, and those that ran "
+        "out of tokens are left out",
+    )
+    sampling: Sampling | None = Field(
+        None, description="how a model draws both, by default at temperature 1, 160 tokens at most"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> General:
+        """Refuse a stage with two sources of rows, or with none."""
+        if (self.problems is None) == (self.model is None):
+            raise ValueError(
+                "give either problems, a miniature, or model, a stage whose model writes the rows"
+            )
+        if self.problems and self.sampling:
+            raise ValueError("sampling is how a model draws, but problems has none; leave sampling out")
+        return self
 
 
 class Evaluate(ModelStage):
@@ -388,7 +440,9 @@ class Evaluate(ModelStage):
         description="names of problems, whose held-out part is asked; the first one makes the headline"
     )
     prompts: int = Field(1000, ge=1, description="held-out problems of each source, at most")
-    samples: int = Field(1, ge=1, description="completions of each problem in `t1` and `t06`")
+    samples: int = Field(
+        1, ge=1, description="completions of each problem in `t1` and `t06`; 8 or more give pass@8, too"
+    )
     modes: list[Literal["t1", "t06", "greedy", "pass@8"]] = Field(
         ["t1", "greedy"],
         min_length=1,
@@ -458,6 +512,9 @@ class Recipe(Settings):
     )
     problems: dict[str, Problems] = Field({}, description="what is asked, by names that stages cite")
     stages: dict[str, AnyStage] = Field(description="what is done, by names that other stages cite")
+    iterate: Iterate | None = Field(
+        None, description="what `limbeck iterate` repeats, and when a model is promoted; `run` ignores it"
+    )
 
     @classmethod
     def load(cls, source: str | Path | Recipe | Mapping[str, Any], /, **settings: Any) -> Recipe:
@@ -481,8 +538,8 @@ def inputs(stage: Stage) -> list[str]:
     match stage:
         case Budgeted():
             return _inputs_of_budgeted(stage)
-        case Screen():
-            return [stage.model]
+        case Screen() | General():
+            return _named(stage.model)
         case Sample():
             return [stage.model, *_named(stage.scored_by, stage.judge)]
         case Pairs():
@@ -493,8 +550,8 @@ def inputs(stage: Stage) -> list[str]:
             return [stage.judge, *_named(stage.model), *cited_rows(stage.rows)]
         case Reward():
             return [stage.model, *cited_rows(stage.rows)]
-        case Curate():
-            return [stage.rows]
+        case Load() | Curate():
+            return _named(stage.rows)
         case Evaluate():
             return list(dict.fromkeys([*stage.models, *stage.forced, *(stage.without_thought or [])]))
         case Report():
@@ -532,5 +589,5 @@ def cited_rows(*rows: str) -> list[str]:
 
 def sources(stage: Stage) -> list[str]:
     """Return the names under `problems` of a stage: sources of problems, or `screen` stages."""
-    cited = getattr(stage, "problems", {})
+    cited = getattr(stage, "problems", None) or {}
     return [cited] if isinstance(cited, str) else list(cited)

@@ -129,7 +129,36 @@ def check_references(path: Path, recipe: Recipe) -> None:
         check = _CHECKS.get(type(stage))
         if check:
             check(references, stage)
+    _check_iterate(path, recipe)
     _refuse_cycles(path, recipe)
+
+
+def _check_iterate(path: Path, recipe: Recipe) -> None:
+    """Check that the section `iterate` cites models, an evaluation and sources of problems."""
+    iterate = recipe.iterate
+    if iterate is None:
+        return
+    roles = {"model": MODELS, "base": MODELS, "teacher": MODELS, "evaluation": {"evaluate"}}
+    for role, kinds in roles.items():
+        cited = getattr(iterate, role)
+        if cited and (cited not in recipe.stages or recipe.stages[cited].kind not in kinds):
+            fitting = [name for name, stage in recipe.stages.items() if stage.kind in kinds]
+            need = "an evaluation" if role == "evaluation" else "a model"
+            raise LimbeckError(
+                f"{path}: iterate.{role} cites {cited}, which is no stage with {need}{_meant(cited, fitting)}"
+            )
+    named = {
+        "screen.problems": iterate.screen.problems if iterate.screen else {},
+        "gate.problems": iterate.gate.problems,
+        "gate.general": iterate.gate.general or [],
+    }
+    for key, sources_of_key in named.items():
+        for source in sources_of_key:
+            if source not in recipe.problems:
+                meant = _meant(source, recipe.problems)
+                raise LimbeckError(
+                    f"{path}: iterate.{key} cites {source}, which is not under problems{meant}"
+                )
 
 
 def _check_prompts(path: Path, recipe: Recipe) -> None:
@@ -288,6 +317,12 @@ def _check_curate(references: _References, stage: Curate) -> None:
     references.cite("rows", stage.rows, ROWS, "rows")
 
 
+def _check_load(references: _References, stage: Load) -> None:
+    """Check that the rows that tell which layers to keep come from a stage that produces rows."""
+    if stage.rows:
+        references.cite("rows", stage.rows, ROWS, "rows")
+
+
 def _check_evaluate(references: _References, stage: Evaluate) -> None:
     """Check that an `evaluate` stage cites models as its models, and no `screen` stages as its problems."""
     recipe = references.recipe
@@ -316,7 +351,8 @@ def _check_report(references: _References, stage: Report) -> None:
 def _check_corpus(references: _References, stage: Pretrain | General) -> None:
     """Check that the problems of the stage come from the clock countdown (`Miniature`), the only source from
     which a corpus can be made."""
-    if not isinstance(references.recipe.problems.get(stage.problems), Miniature):
+    cited = stage.problems
+    if cited and not isinstance(references.recipe.problems.get(cited), Miniature):
         raise references.error(".problems must be a miniature, which has a corpus")
 
 
@@ -328,7 +364,8 @@ def _check_distill(references: _References, stage: Distill) -> None:
     for domain, teacher in stage.teachers.items():
         references.cite(f"teachers.{domain}", teacher, MODELS, "a model")
     for domain in stage.teachers:
-        if domain not in recipe.problems:
+        written = getattr(recipe.stages.get(domain), "kind", "") == "general"
+        if domain not in recipe.problems and not written:
             raise references.error(
                 f".teachers cites {domain}, which is not under problems{_meant(domain, recipe.problems)}"
             )
@@ -349,6 +386,10 @@ def _check_labels(references: _References, stage: Distill) -> None:
     if labels and stage.divergence == "text":
         raise references.error(
             f".rows cites {labels[0]}, labels of tokens, which divergence text cannot use; cite its rows"
+        )
+    if labels and stage.completion_only_loss is False:
+        raise references.error(
+            f".completion_only_loss is false, but {labels[0]} labels no prompts; cite its rows and a teacher"
         )
     if unlabelled and not stage.teachers:
         raise references.error(
@@ -436,7 +477,7 @@ def _check_opinion(references: _References, stage: RL, part: str, opinion: Learn
 _CHECKS: dict[type[Stage], Callable[[_References, Any], None]] = {
     Sample: _check_sample, Calibrate: _check_calibrate, Reward: _check_reward, RL: _check_rl, SFT: _check_sft,
     DPO: _check_dpo, Distill: _check_distill, Curate: _check_curate, Evaluate: _check_evaluate,
-    Report: _check_report, Pretrain: _check_corpus, General: _check_corpus,
+    Load: _check_load, Report: _check_report, Pretrain: _check_corpus, General: _check_corpus,
 }  # fmt: skip
 
 

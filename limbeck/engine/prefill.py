@@ -23,7 +23,8 @@ from .serving_batch import top_logprobs
 if TYPE_CHECKING:
     from .device_serving import PagedSequences
 
-LOGIT_ROWS = 512  # positions of an echoed prompt whose logits are computed at once
+LOGIT_ROWS = 512  # positions of an echoed prompt whose logits are computed at once,
+LOGITS = 1 << 25  # and the most logits of them: 128 MiB in float32
 
 
 @dataclass(eq=False)
@@ -134,8 +135,9 @@ class PrefillQueue:
         targets_N = torch.from_numpy(output.request.prompt[begin : begin + len(hidden_NC)])
         targets_N = targets_N.to(hidden_NC.device)
         hidden_NC = hidden_NC[: len(targets_N)]
-        for i in range(0, len(targets_N), LOGIT_ROWS):
-            rows = slice(i, i + LOGIT_ROWS)
+        count = min(LOGIT_ROWS, max(1, LOGITS // self.model.config.vocab_size))
+        for i in range(0, len(targets_N), count):
+            rows = slice(i, i + count)
             logits_NV = self.model.ops.logits(hidden_NC[rows], self.model.head.weight)
             logprobs, tops = top_logprobs(logits_NV, targets_N[rows], output.request.top or 0)
             output.prompt_logprobs += logprobs

@@ -22,6 +22,7 @@ from ..config.parts import OPTIONAL_SAMPLING, Sampling
 from ..model.ops import CPU, Ops
 from ..model.ops.plain import sample_inverse_cdf
 
+AT_ONCE = 1 << 24  # logits that are drawn from at once, 64 MiB in float32: a draw makes some copies of them
 NUCLEUS_CANDIDATES = 256  # number of most likely tokens, which nearly always contain the whole top-p set
 
 
@@ -84,6 +85,11 @@ def draw(
     The log-probability of a token is taken from the softmax at the sampling temperature, over all tokens or,
     with `keep_mask`, over the tokens that were left. Greedy sampling reports the softmax at temperature 1.
     """
+    rows = max(1, AT_ONCE // logits_BV.shape[1])
+    if len(logits_BV) > rows:
+        parts = zip(logits_BV.split(rows), uniform_B.split(rows), previous_B.split(rows), strict=True)
+        tokens, logprobs, kept = zip(*(draw(*part, params, ops) for part in parts), strict=True)
+        return Draw(torch.cat(tokens), torch.cat(logprobs), None if kept[0] is None else torch.cat(kept))
     if params.temperature and not params.excludes and not params.force:
         return Draw(*ops.draw(logits_BV, uniform_B, params.temperature), None)
     if params.temperature not in (0, 1):

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import chain, product
 from typing import Any, Protocol
 
 from ..activity import track
 from ..config.recipe import Evaluate
+from ..text.reasoning_parser import OPEN, count_thought_tokens
+from ..text.tokenizer import Tokenizer
 from ..types import Completion, Group, Problem, Sampler, Score, generator
 from . import statistics
 
 SAMPLES = 24  # number of problems whose first completion is part of the result
 MAJORITY_SHARE = 8  # pass@k is evaluated on one of every 8 problems
+PASS = 8  # completions of a problem from which a way of sampling that is not pass@k also gives pass@8
 
 
 class Problems(Protocol):
@@ -31,6 +34,7 @@ class Problems(Protocol):
 
 def evaluate(
     engine: Sampler,
+    tokenizer: Tokenizer,
     sources: Mapping[str, Problems],
     settings: Evaluate,
     ways: Mapping[str, Any],
@@ -38,7 +42,7 @@ def evaluate(
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Evaluate a model on each source with each way of sampling. `ways` maps the name of a way to its
-    sampling parameters.
+    sampling parameters; `tokenizer` is the model's.
 
     `done` is the number of pairs of source and way that are finished already; they are skipped. Yields, for
     each remaining pair, its metrics, some samples, the verdicts on all completions, and the number of their
@@ -55,7 +59,7 @@ def evaluate(
         yield {
             "source": source,
             "way": way,
-            "modes": measure(way, groups),
+            "modes": measure(way, groups, tokenizer),
             "samples": [_sample(group, way) for group in groups[:SAMPLES]],
             "verdicts": [{"source": source, **_verdict(group, way)} for group in groups],
             "tokens": sum(lengths),
@@ -71,24 +75,29 @@ def combine(parts: Sequence[Mapping[str, Any]], seed: str) -> dict[str, Any]:
     return {"seed": seed, "sources": sources}
 
 
-def measure(way: str, groups: Sequence[Group]) -> dict[str, Any]:
+def measure(way: str, groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the metrics of one way of sampling. For a way `pass@8`, they also include `cons@8`, the
-    accuracy of the majority vote among 8 completions."""
+    accuracy of the majority vote among 8 completions; for another way with 8 completions of each problem or
+    more, `pass@8` from these."""
     right = []
     for group in groups:
         right.append([score.parts["accuracy"] for score in group.scores])
     if not way.startswith("pass@"):
-        return {way: {"accuracy": _interval(right), **_means(groups)}}
+        metrics = {"accuracy": _interval(right), **_measures(groups, tokenizer)}
+        if min(map(len, right)) >= PASS:
+            metrics[f"pass@{PASS}"] = _passed(right, PASS)
+        return {way: metrics}
     k = _k(way)
-    passed = []
-    for values in right:
-        correct = int(sum(values))
-        passed.append([statistics.pass_at_k(len(values), correct, k)])
     majority = [[_majority(group)] for group in groups]
     return {
-        way: {"accuracy": _interval(passed)},
+        way: {"accuracy": _passed(right, k)},
         f"cons@{k}": {"accuracy": _interval(majority)},
     }
+
+
+def _passed(right: Sequence[Sequence[float]], k: int) -> dict[str, Any]:
+    """Return pass@k with its interval from the accuracies of each problem's completions."""
+    return _interval([[statistics.pass_at_k(len(values), int(sum(values)), k)] for values in right])
 
 
 def _held_out(problems: Sequence[Problem], count: int, seed: object) -> list[Problem]:
@@ -133,22 +142,57 @@ def _completions(groups: Sequence[Group]) -> list[Completion]:
     return [completion for group in groups for completion in group.completions]
 
 
-def _means(groups: Sequence[Group]) -> dict[str, Any]:
-    """Return means over all completions: length in tokens, share of truncated completions, format, language
-    consistency, and the statistics that the task itself reports."""
-    completions = _completions(groups)
-    scores = [score for group in groups for score in group.scores]
-    lengths = [len(completion.tokens) for completion in completions]
-    truncated = [not completion.stopped for completion in completions]
-    formats = [score.parts.get("format", 0.0) for score in scores]
-    languages = [score.parts["language"] for score in scores if "language" in score.parts]
+def _measures(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return means over all completions: length of the whole completion and of the thought in tokens, share
+    of truncated completions, format, language consistency, and the statistics that the task itself reports.
+
+    `intervals` has the 95 % intervals of these means; not of a mean that no completion has, and of a length
+    only with two problems or more."""
+    values = _values(groups, tokenizer)
+    measured = {name: lists for name, lists in values.items() if any(lists)}
     return {
-        "length": _mean(lengths),
-        "truncated": _mean(truncated),
-        "format": _mean(formats),
-        "language_consistency": _mean(languages),
-        "stats": _mean_stats(scores),
+        **{name: _mean([*chain.from_iterable(lists)]) for name, lists in values.items()},
+        "intervals": {name: _measure_interval(name, lists) for name, lists in measured.items()},
+        "stats": _mean_stats([score for group in groups for score in group.scores]),
     }
+
+
+def _values(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, list[list[float]]]:
+    """Return the values of each measure by its name: one list for each problem, with one value for each
+    completion that has the measure."""
+    values: dict[str, list[list[float]]] = {}
+    for group in groups:
+        parts = [score.parts for score in group.scores]
+        of_problem = {
+            "length": [len(one.tokens) for one in group.completions],
+            "thought_length": _thought_lengths(group, tokenizer),
+            "truncated": [not one.stopped for one in group.completions],
+            "format": [part.get("format", 0.0) for part in parts],
+            "language_consistency": [part["language"] for part in parts if "language" in part],
+        }
+        for name, of_one in of_problem.items():
+            values.setdefault(name, []).append(of_one)
+    return values
+
+
+def _measure_interval(name: str, values_by_problem: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """Return the mean of a measure with its 95 % confidence interval, as JSON; None if it has none."""
+    if name.endswith("length"):
+        interval = statistics.amount_interval(values_by_problem)
+    elif len(set(map(len, values_by_problem))) == 1:
+        interval = statistics.mean_interval(values_by_problem)
+    else:  # a completion without words has no language
+        interval = statistics.pooled_interval(values_by_problem)
+    return asdict(interval) if interval else None
+
+
+def _thought_lengths(group: Group, tokenizer: Tokenizer) -> list[int]:
+    """Return the length in tokens of the thought of each completion; 0 without one."""
+    opened = tokenizer.decode(group.prompt_tokens).rstrip().endswith(OPEN)
+    return [
+        count_thought_tokens(one.text, one.tokens[: len(one.tokens) - one.stopped], tokenizer, opened)
+        for one in group.completions
+    ]
 
 
 def _mean_stats(scores: Sequence[Score]) -> dict[str, float | None]:

@@ -16,8 +16,8 @@ Z = 1.959963984540054  # standard errors: the 97.5 % quantile of the normal dist
 
 @dataclass(frozen=True)
 class Interval:
-    """A share between 0 and 1 with its 95 % confidence interval: `Interval(.848, .825, .869, n=1000,
-    problems=1000)`.
+    """A mean with its 95 % confidence interval: `Interval(.848, .825, .869, n=1000, problems=1000)`. It is a
+    share between 0 and 1, or an amount such as a number of tokens.
 
     `n` is the number of completions, `problems` the number of problems that they answer."""
 
@@ -56,6 +56,42 @@ def mean_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
     low = max(0.0, mean - Z * error)
     high = min(1.0, mean + Z * error)
     return Interval(mean, low, high, n, problems)
+
+
+def pooled_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval:
+    """Return the mean over all values of all problems, with its 95 % confidence interval. Values lie in
+    [0, 1]; problems may have different numbers of them, also none. Values of one problem may depend on each
+    other: the variance is that of a ratio of sums over problems (Cochran 1977, section 2.11). Raises
+    ValueError if there is no value."""
+    mean, error, n, problems = _pooled(values_by_problem)
+    low, high = (mean - error, mean + error) if error else wilson(mean, n)
+    return Interval(mean, max(0.0, low), min(1.0, high), n, problems)
+
+
+def amount_interval(values_by_problem: Sequence[Sequence[float]]) -> Interval | None:
+    """Return the mean over all values of all problems, amounts from 0 up such as lengths, with its 95 %
+    confidence interval, computed as `pooled_interval` does; None if only one problem has values, as nothing
+    is known of their variance then. Raises ValueError if there is no value.
+
+    >>> amount_interval([[10.0], [14.0]]).mean
+    12.0
+    """
+    mean, error, n, problems = _pooled(values_by_problem)
+    return Interval(mean, max(0.0, mean - error), mean + error, n, problems) if problems > 1 else None
+
+
+def _pooled(values_by_problem: Sequence[Sequence[float]]) -> tuple[float, float, int, int]:
+    """Return the mean over all values, half the width of its interval (0 for a single problem), the number of
+    values, and that of problems that have any."""
+    groups = [values for values in values_by_problem if values]
+    if not groups:
+        raise ValueError("an interval needs at least one value")
+    problems = len(groups)
+    n = sum(map(len, groups))
+    mean = sum(map(sum, groups)) / n
+    squares = sum((sum(values) - mean * len(values)) ** 2 for values in groups)
+    error = Z * math.sqrt(squares * problems / (problems - 1)) / n if problems > 1 else 0.0
+    return mean, error, n, problems
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..types import LimbeckError
 from .attention import GroupedQueryAttention, LatentAttention, RMSNorm, RMSNormFromOne, Rope, yarn_mscale
 from .config import ModelConfig
 from .context import Context
@@ -201,9 +200,20 @@ class Decoder(nn.Module):
     def _embed(self, tokens_N: Tensor) -> Tensor:
         """Return the embeddings of tokens [N, C], with Gemma's factor in the precision of the weights."""
         x_NC = self.embed(tokens_N)
+        return x_NC * self.embed_scale if self.config.scaled_embeddings else x_NC
+
+    @property
+    def embed_scale(self) -> float:
+        """The factor of the embeddings, as the precision of the weights has it; 1 where they have none."""
         if not self.config.scaled_embeddings:
-            return x_NC
-        return x_NC * torch.tensor(self.config.hidden_size**0.5, dtype=x_NC.dtype).item()
+            return 1.0
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.embed.weight.dtype).item()
+
+    def rotations(self, layer: int) -> Rope:
+        """Return the tables of cos and sin for one layer, each [T, D] (see `rope_table`)."""
+        if self.config.is_local(layer):
+            return self.local_cos, self.local_sin
+        return self.cos, self.sin
 
     def _rope(self, context: Context) -> Rope:
         """Return cos and sin of the rotary angles of all tokens, each [N, 1, D] (see `rope_table`)."""
@@ -233,30 +243,6 @@ class Decoder(nn.Module):
                 deviation = deviation / math.sqrt(2 * self.config.layers)
             weight.normal_(0.0, deviation, generator=random)
         return self
-
-    def prune_layers(self, layers: int) -> Decoder:
-        """Return a new decoder with `layers` evenly spaced layers of this one, first and last included.
-
-        Its weights are copies. DistilBERT's student was initialised in this way (arXiv 1910.01108, section
-        2).
-
-        Raises:
-            LimbeckError: the model has fewer layers, or layers that are not all alike.
-        """
-        config = self.config
-        if layers > config.layers:
-            raise LimbeckError(f"layers = {layers}: the model has only {config.layers}; ask for fewer")
-        if config.experts or config.windows or config.share_kv > 1 or config.predicted:
-            raise LimbeckError(
-                f"layers = {layers}: only dense models whose layers are all alike can be thinned"
-            )
-        student = Decoder(replace(config, layers=layers))
-        outer = {k: v for k, v in self.state_dict().items() if not k.startswith("blocks.")}
-        student.load_state_dict(outer, strict=False)
-        for place, block in enumerate(student.blocks):
-            layer = round(place * (config.layers - 1) / max(1, layers - 1))
-            block.load_state_dict(self.blocks[layer].state_dict())
-        return student
 
 
 # ---------------------------------------------------------------- rotary positions: a wave for two dimensions

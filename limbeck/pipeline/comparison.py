@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -88,6 +88,16 @@ def compare_names(a: str, b: str, runs: Path) -> Comparison:
     return Comparison(one, other, results, settings)
 
 
+def compare_evaluations(models: Sequence[NamedModel], folders: Sequence[Path]) -> Comparison:
+    """Return the comparison of two models by one evaluation of each, given by the evaluations' folders."""
+    sides = []
+    for name, model, folder in zip("AB", models, folders, strict=True):
+        title = model.title if models[0].title != models[1].title else f"{model.title} ({name})"
+        sides.append(replace(_model_side(title, model), evaluations={title: (folder,)}))
+    one, other = sides
+    return Comparison(one, other, {other.title: _best([folders[0]], [folders[1]])})
+
+
 def _run_side(title: str, folder: Path) -> Side:
     """Return the side of a run: its evaluated models, its stages, and what they cost."""
     run = run_state.look(folder)
@@ -137,7 +147,8 @@ def _nothing_common(one: Side, other: Side) -> str:
         folders = [folder for folders in side.evaluations.values() for folder in folders]
         if not folders:
             return (
-                f"{side.title} was not evaluated by any run here; run a recipe whose evaluate stage names it"
+                f"{side.title} was not evaluated by any run here; ask both now with --problems RECIPE (or a "
+                "JSONL file), or run a recipe whose evaluate stage names it"
             )
         if not any((folder / VERDICTS).exists() for folder in folders):
             return (
@@ -145,6 +156,6 @@ def _nothing_common(one: Side, other: Side) -> str:
                 f"version; delete {folders[0]} and run again"
             )
     return (
-        f"{one.title} and {other.title} were not asked the same problems; name both under `models` of one "
-        "evaluate stage"
+        f"{one.title} and {other.title} were not asked the same problems; ask both now with --problems "
+        "RECIPE (or a JSONL file), or name both under `models` of one evaluate stage"
     )

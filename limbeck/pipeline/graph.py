@@ -100,8 +100,17 @@ class Graph:
 
     `absent` has a sentence about each file and model that is not here; a run needs all of them."""
 
-    def __init__(self, recipe: Recipe, store: Store, base: Path, need_files: bool = True):
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        base: Path,
+        need_files: bool = True,
+        given: Mapping[str, Artifact] | None = None,
+    ):
         """Build the graph. `base` is the folder that relative paths in the recipe are resolved against.
+        `given` has the results of stages that are finished whatever their key, by name: a model of another
+        run, which need not be copied.
 
         Raises LimbeckError for a file or a model that is not here, unless `need_files` is False: then it is
         noted in `absent`, and the keys of the stages that read it stand for nothing."""
@@ -112,7 +121,9 @@ class Graph:
         tests = evaluated_problems(self.recipe)
         identities = {name: self._source(problems) for name, problems in tests.items()}
         self.decontamination = Decontamination(store, tests, identities)
-        self.nodes: dict[str, Node] = {node.name: node for node in nodes_of(self.recipe)}
+        self.given = given or {}
+        nodes = [replace(node, artifact=self.given.get(node.name)) for node in nodes_of(self.recipe)]
+        self.nodes: dict[str, Node] = {node.name: node for node in nodes}
         self.refresh()
 
     def refresh(self) -> None:
@@ -130,7 +141,7 @@ class Graph:
         again."""
         self.decontamination.thorough = True
         for name, node in self.nodes.items():
-            self.nodes[name] = replace(node, key=None, artifact=None)
+            self.nodes[name] = replace(node, key=None, artifact=self.given.get(name))
         self.refresh()
 
     def artifacts_of(self, node: Node) -> dict[str, Artifact | None]:

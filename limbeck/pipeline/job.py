@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..activity import phase
 from ..config.parts import ModelStage
-from ..config.recipe import Problems, Remote, Stage
+from ..config.recipe import General, Problems, Remote, Stage
 from ..run_log import RunLog, read
 from ..types import Problem, Task
 from .dataset_rows import PROBLEMS, ROWS
@@ -103,7 +103,8 @@ class Job:
     @property
     def needs_device(self) -> bool:
         """True if the stage computes with a model."""
-        return isinstance(self.stage, ModelStage)
+        drawn = isinstance(self.stage, General) and not self.stage.model
+        return isinstance(self.stage, ModelStage) and not drawn
 
     def endpoint(self, name: str) -> Endpoint:
         """Open the remote endpoint `name`. Its responses are cached in the store, for all stages and runs."""

@@ -264,12 +264,12 @@ def _model_folder(node: Node, scratch: Path) -> Path | None:
 
 def _link(stage: Load, folder: Path) -> None:
     """Make `folder` the directory of a model that `stage` would load: links to its files, and its tokenizer
-    with the chat template that the stage gives it."""
-    from ..text.tokenizer import Tokenizer
+    with the chat template and the end-of-turn token that the stage gives it."""
+    from .stages.load import read_tokenizer
 
     source = Path(stage.path)
     folder.mkdir()
-    Tokenizer.from_directory(source, plain=stage.chat_template == "plain").save(folder)
+    read_tokenizer(stage, source).save(folder)
     for file in source.iterdir():
         if not (folder / file.name).exists():
             (folder / file.name).symlink_to(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -82,13 +83,15 @@ class Run:
         display: Display,
         right: str | None = None,
         device: str = "cpu",
+        given: Mapping[str, Artifact] | None = None,
         hosts: Hosts | None = None,
     ):
         """Prepare a run. `base` is the folder that relative paths in the recipe are resolved against, `home`
         the folder of all runs. `right` is the user's reason for a claim to be exempt from a licence's terms.
-        `device` is what models are placed on (model/ops/devices.py), `hosts` what samples and grades, if not
-        the workers themselves. Raises LimbeckError if a licence forbids a stage and no `right` is given, or
-        if there is no such device here."""
+        `device` is what models are placed on (model/ops/devices.py). `given` has the results of stages that
+        need not run, by name (`Graph`). `hosts` is what samples and grades, if not the workers themselves.
+        Raises LimbeckError if a licence forbids a stage and no `right` is given, or if there is no such
+        device here."""
         self.recipe = recipe
         self.device = _checked(device, hosts)
         self.hosts = hosts
@@ -96,7 +99,7 @@ class Run:
         self.display = display
         self.store = Store(home / "store")
         self.folder = home / recipe.name
-        self.graph = Graph(recipe, self.store, base)
+        self.graph = Graph(recipe, self.store, base, given=given)
         self.licence_traces, self.claims = check_licences(self.graph, right)
         self.host = WorkerPool(recipe.workers, recipe.threads)
         self.status = RunStatus(self.folder, right)
@@ -407,7 +410,8 @@ class Run:
         stages = {}
         for name, node in self.graph.nodes.items():
             if node.artifact:
-                self._update_manifest(node)
+                if name not in self.graph.given:
+                    self._update_manifest(node)
                 stages[name] = node.artifact.folder.name
         write(self.folder / INDEX, json.dumps(stages, indent=2) + "\n")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import load
-from ..config.recipe import Recipe
+from ..config.recipe import Load, Recipe
 from ..types import LimbeckError
-from .store import MANIFEST, write
+from .store import MANIFEST, Artifact, Store, write
 
 RECIPE = "recipe.yaml"
 INDEX = "stages.json"
@@ -85,6 +85,17 @@ def clock_seconds(run: Path, artifacts: Collection[str]) -> float:
         seconds += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return seconds
+
+
+def given_models(run: Path, recipe: Recipe) -> dict[str, Artifact]:
+    """Return the results of the stages that stand for a model of the store in a run's recipe, by name."""
+    store = Store(store_of(run))
+    given = {}
+    for name, artifact in read_json(run / INDEX).items():
+        stage = recipe.stages.get(name)
+        if isinstance(stage, Load) and Path(stage.path).parent.name == artifact:
+            given[name] = store.open(store.root / artifact)
+    return {name: artifact for name, artifact in given.items() if artifact}
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:

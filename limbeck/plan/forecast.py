@@ -211,7 +211,7 @@ def _sum_up(work: StageWork, config: ModelConfig | None, parts: dict[str, float]
 
 def _has_files(work: StageWork) -> bool:
     """Return True if the stage loads or saves more than rows of text, such as a model."""
-    return work.kind not in ("curate", "general")
+    return work.kind != "curate" and bool(work.model or work.kind != "general")
 
 
 def _uncertain_share(parts: Mapping[str, float]) -> float:

@@ -10,12 +10,13 @@ thinks first) or `brief` (answers without thoughts).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import comb, factorial
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.parts import Sampling
 from ..config.recipe import (
     DPO,
     RL,
@@ -50,6 +51,7 @@ PROMPT = 45  # tokens of a question from a file or a generator: SmolLM2's sums h
 INFORMATIVE = {"miniature": 0.75, "real": 0.4}
 PASSED = {"miniature": 0.8, "real": 0.35}
 REACHED = {"base": (0.3, 0.6, 0.9), "learned": (0.1, 0.22, 0.6)}
+OPEN_ENDED = 0.75  # tokens of a row that a model writes freely, as a share of the limit
 REDRAWN = 1.3  # rollouts that `zero_variance: replace` samples, for each that a step needs
 CHANGING = 0.1  # share of an RL run in which completions still have their initial length
 CUT_ANSWER = 32  # tokens of a response whose thought is cut off, at most (pipeline/stages/cut_thought.py)
@@ -144,6 +146,20 @@ class StageWork:
         return sampling + learning + reading
 
 
+class Benchmark(NamedTuple):
+    """The work of a named benchmark in an evaluate stage: `Benchmark(30, 64, 32768, 90)`.
+
+    `items` are asked `samples` times with at most `limit` tokens a response, after a prompt of `prompt`
+    tokens. Without samples, each of the `options` of an item is scored.
+    """
+
+    items: int
+    samples: int
+    limit: int
+    prompt: float
+    options: int = 0
+
+
 class _Tokens(NamedTuple):
     """Mean tokens of a completion and of its prompt, and the factor `sure` within which they are known."""
 
@@ -171,12 +187,13 @@ class _Output:
 class Walk:
     """The work of all stages of a recipe, added one by one with inputs first.
 
-    `configs` has the shape of each stage's model, `outputs` the output of each stage so far, and `efforts`
-    its work.
+    `configs` has the shape of each stage's model, `benchmarks` the named benchmarks of each evaluate stage,
+    `outputs` the output of each stage so far, and `efforts` its work.
     """
 
     recipe: Recipe
     configs: Mapping[str, ModelConfig]
+    benchmarks: Mapping[str, Sequence[Benchmark]] = field(default_factory=dict)
     outputs: dict[str, _Output] = field(default_factory=dict)
     efforts: dict[str, StageWork] = field(default_factory=dict)
 
@@ -240,8 +257,7 @@ class Walk:
             return _Tokens(*(sum(column) / len(parts) for column in zip(*parts, strict=True)))
         if isinstance(source, Miniature):
             return _miniature_tokens(source, style, limit, control)
-        low, middle, high = REACHED["base" if style == "base" else "learned"]
-        return _Tokens(middle * limit, PROMPT, (high / low) ** 0.5)
+        return _real_tokens(style, limit)
 
     def _mean_tokens(self, problems: Mapping[str, float], style: str, limit: int) -> _Tokens:
         """Return the tokens of a completion for a mixture of problems, weighted by their shares.
@@ -342,8 +358,11 @@ class Walk:
         """
         budget = stage.flops
         if stage.flops_of:
-            compared = self.efforts[stage.flops_of]
-            budget = compared.flops(self.configs[stage.flops_of])
+            counted = [stage.flops_of]
+            if stage.flops_of_rows:
+                counted += getattr(self.recipe.stages[stage.flops_of], "rows", ())
+            shapes = {name: shape for name in counted if (shape := self.configs.get(name))}
+            budget = sum(self.efforts[name].flops(shape) for name, shape in shapes.items())
         if not budget:
             return steps
         return min(steps, max(1.0, budget / step.flops(self.configs[node])))
@@ -497,10 +516,19 @@ class Walk:
         return StageWork(node, "curate", people=people, sure=rows.sure)
 
     def _general(self, node: str, stage: General) -> StageWork:
-        """Return the work of making rows without a model, which needs no tokens."""
-        tokens = self._tokens(stage.problems, "learned", 1000)
-        self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt)
-        return StageWork(node, "general")
+        """Return the work of making rows, which needs no tokens without a model.
+
+        A model writes an instruction and a response for each row, both mostly up to the limit.
+        """
+        if stage.problems:
+            tokens = self._tokens(stage.problems, "learned", 1000)
+            self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt)
+            return StageWork(node, "general")
+        limit = (stage.sampling or Sampling()).max_new_tokens
+        tokens = _Tokens(OPEN_ENDED * limit, PROMPT, 1.3)
+        self.outputs[node] = _Output("learned", stage.rows, tokens.length, tokens.prompt, tokens.sure)
+        rollout = _rollout(2 * max(1.0, stage.rows / CHUNK), min(CHUNK, stage.rows), 1, tokens, limit)
+        return StageWork(node, "general", stage.model, (rollout,), sure=tokens.sure)
 
     def _evaluate(self, node: str, stage: Evaluate, model: str, control: str | None) -> StageWork:
         """Return the work of an evaluation: completions of held-out problems in every mode.
@@ -523,7 +551,20 @@ class Walk:
                 samples = {"greedy": 1, "pass@8": 8}.get(mode, stage.samples)
                 prompts = max(1, problems // 8) if mode == "pass@8" else problems
                 rollouts.append(_rollout(1, prompts, samples, tokens, limit))
-        return StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
+        work = StageWork(node, "evaluate", model, tuple(rollouts), sure=sure)
+        return work if control == "cut" else self._measure(node, work)
+
+    def _measure(self, node: str, work: StageWork) -> StageWork:
+        """Return the work of an evaluation with that of its named benchmarks."""
+        style = self.outputs[work.model].style
+        for one in self.benchmarks.get(node.partition("/")[0], ()):
+            if one.samples:
+                tokens = _real_tokens(style, one.limit)._replace(prompt=one.prompt)
+                rollout = _rollout(1, one.items, one.samples, tokens, one.limit)
+                work = replace(work, rollouts=(*work.rollouts, rollout), sure=max(work.sure, tokens.sure))
+            else:
+                work = replace(work, read=work.read + one.items * one.options * one.prompt, reader=work.model)
+        return work
 
 
 def _rollout(calls: float, prompts: float, group_size: float, tokens: _Tokens, limit: int) -> Rollout:
@@ -537,6 +578,13 @@ def _rollout(calls: float, prompts: float, group_size: float, tokens: _Tokens, l
 
 
 # ---------------------------------------------------------------- lengths of the problems
+
+
+def _real_tokens(style: str, limit: int) -> _Tokens:
+    """Return the tokens of a completion for problems of files, generators and benchmarks, of at most `limit`
+    tokens, by a model of a style."""
+    low, middle, high = REACHED["base" if style == "base" else "learned"]
+    return _Tokens(middle * limit, PROMPT, (high / low) ** 0.5)
 
 
 def _attempt_tokens(source: Miniature) -> float:

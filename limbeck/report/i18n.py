@@ -182,6 +182,73 @@ W = {
     "compared_curves": Text("Curves over each other", "曲线对照"),
     "compared_costs": Text("What each cost", "各自的代价"),
     "compared_settings": Text("Settings that differ", "不同的设置"),
+    "generations": Text("Better, faster, cheaper", "更好、更快、更省"),
+    "generations_how": Text(
+        "Each generation of {} begins where the one before ended. Its model, the candidate, takes the place "
+        "of the best one so far only if it passes every test of the gate.",
+        "{} 的每一代都从上一代结束处开始。新模型（候选）只有通过关口的全部检验，才取代此前最好的模型。",
+    ),
+    "generations_rate": Text(
+        "A gate promotes a model that is no better, or worse by a margin, with a probability of at most "
+        "{alpha}; that any of {gates} so far did has one of at most {rate}. The rate is that of the tests: "
+        "of fresh responses to these held-out problems, and of problems drawn like them.",
+        "每道关口误升（模型并未变好，或某方面变差达到界限）的概率至多 {alpha}；"
+        "至今 {gates} 道关口中有任何一道误升的概率至多 {rate}。"
+        "该概率就检验而言：对这些留出题（及同样抽取的题）的全新回答。",
+    ),
+    "generations_chart": Text(
+        "Accuracy on the gate’s held-out problems, with 95% intervals: above the candidate, below it the "
+        "best model before, asked the same problems.",
+        "关口留出题上的准确率及 95% 置信区间：上为候选，下为此前最好的模型，题目相同。",
+    ),
+    "generations_caption": Text(
+        "Small: the best model before, in the same run on the same machine. Per right answer: the whole "
+        "evaluation (loading, sampling, scoring), divided by its right responses.",
+        "小字：此前最好的模型，同一次运行、同一台机器。“每个正确回答”为整次评测（载入、采样、评分）除以其正确回答数。",
+    ),
+    "generations_price": Text(
+        "Money: {} dollars an hour of this machine, as given with --price.",
+        "费用：按 --price 给出的每小时 {} 美元计。",
+    ),
+    "generations_unpriced": Text(
+        "Money is not known: no price of an hour of this machine was given (--price).",
+        "费用未知：没有给出本机每小时的价格（--price）。",
+    ),
+    "generations_best": Text(
+        "The best model is {model} of generation {generation}, run {run}.",
+        "目前最好的模型是第 {generation} 代的 {model}（运行 {run}）。",
+    ),
+    "generations_decisions": Text("What was decided, and why", "决定及理由"),
+    "generations_training": Text("What each generation’s training took", "各代训练的代价"),
+    "generation": Text("generation", "代"),
+    "outcome": Text("outcome", "结果"),
+    "first_generation": Text("the first: promoted without a gate", "第一代：不经关口"),
+    "promoted": Text("promoted", "晋升"),
+    "refused": Text("refused", "未晋升"),
+    "tokens_per_answer": Text("tokens per answer", "每个回答的词元"),
+    "seconds_per_right": Text("seconds per right answer", "每个正确回答的秒数"),
+    "flops_per_right": Text("FLOPs per right answer", "每个正确回答的 FLOPs"),
+    "money_per_right": Text("dollars per right answer", "每个正确回答的美元"),
+    "check_accuracy": Text("accuracy", "准确率"),
+    "check_language": Text("words in the question’s language", "与提问同语言的词"),
+    "check_general": Text("general ability, {}", "通用能力（{}）"),
+    "check_arena": Text("people’s votes in the arena, won less lost", "竞技场中人的投票（胜减负）"),
+    "check_better": Text(
+        "{name}: {points} points on {n} problems, which is better ({p})",
+        "{name}：{n} 题上 {points} 个百分点，确有提高（{p}）",
+    ),
+    "check_no_better": Text(
+        "{name}: {points} points on {n} problems, which is not shown to be better ({p})",
+        "{name}：{n} 题上 {points} 个百分点，未能证明提高（{p}）",
+    ),
+    "check_kept": Text(
+        "{name}: {points} points on {n}; a loss of {margin} points is ruled out ({p})",
+        "{name}：{n} 例上 {points} 个百分点；可排除下降 {margin} 个百分点（{p}）",
+    ),
+    "check_lost": Text(
+        "{name}: {points} points on {n}; a loss of {margin} points is not ruled out ({p})",
+        "{name}：{n} 例上 {points} 个百分点；不能排除下降 {margin} 个百分点（{p}）",
+    ),
     "aha": Text("It learns to keep trying", "它学会了不放弃"),
     "learning": Text("What reinforcement learning changed", "强化学习改变了什么"),
     "preview": Text("Before the first step:", "第一步之前："),
@@ -218,11 +285,12 @@ W = {
     ),
     "models": Text("All models", "全部模型"),
     "models_caption": Text(
-        "Percent correct with its 95% interval; length in tokens and the rest at temperature T = 1.",
-        "正确率（%）及 95% 置信区间；长度（词元）及其余各列取自温度 T = 1。",
+        "Percent correct with its 95% interval; tokens of response and thought and the rest at T = 1.",
+        "正确率（%）及 95% 置信区间；回答与思考的长度（词元）及其余各列取自 T = 1。",
     ),
     "model": Text("model", "模型"),
     "length_short": Text("length", "长度"),
+    "thought_short": Text("thought", "思考长度"),
     "attempts_short": Text("attempts", "尝试"),
     "language_short": Text("language", "语言一致"),
     "parameters": Text("parameters", "参数量"),

@@ -28,6 +28,7 @@ _TAG = re.compile(r"(</?(?:think|answer)>)")
 _SHORT_RESPONSE = len("<think></think><answer></answer>")  # characters of a response without text
 _MEASURES = (
     (W["length_short"], "length", i18n.number),
+    (W["thought_short"], "thought_length", i18n.number),
     (W["attempts_short"], "attempts", i18n.number),
     (W["persist_short"], "persist", i18n.percent),
     (W["language_short"], "language_consistency", i18n.percent),

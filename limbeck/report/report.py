@@ -4,8 +4,8 @@
 
     {"schema": 1, "name", "seed", "source": the headline problems, "story": {ROLE: MODEL},
      "models": {NAME: {"accuracy": {"t1" | "t06" | "greedy" | "pass@8" | "cons@8":
-                {"mean", "low", "high", "n", "problems"}}, "length", "truncated", "format",
-                "language_consistency", "attempts", "persist", "mixed", "parameters", "seconds",
+                {"mean", "low", "high", "n", "problems"}}, "length", "thought_length", "truncated",
+                "format", "language_consistency", "attempts", "persist", "mixed", "parameters", "seconds",
                 "tokens", "flops", "control", "other": {SOURCE: {MODE: ...}}}},
      "stages": [{"name", "kind", "title", "inputs", "key", "digest", "code_version", "seconds", "cpu_seconds",
                 "peak_memory_bytes", "tokens", "flops", "joules", "licences", "notes"}],
@@ -35,7 +35,16 @@ from .summary import not_shown
 __all__ = ["SCHEMA", "StageView", "numbers", "write"]
 
 SCHEMA = 1  # version number
-_MEASURES = ("length", "truncated", "format", "language_consistency", "attempts", "persist", "mixed")
+_MEASURES = (
+    "length",
+    "thought_length",
+    "truncated",
+    "format",
+    "language_consistency",
+    "attempts",
+    "persist",
+    "mixed",
+)
 _COSTS = ("seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops", "joules")
 _ALARM_KEYS = ("stage", "alarm", "first", "times")
 _FORECAST_KEYS = ("seconds", "low", "high")  # of a stage's forecast

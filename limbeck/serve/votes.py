@@ -257,6 +257,17 @@ class VoteStore:
         names = _unique_names(rows)
         return [_vote(row, names) for row in rows]
 
+    def between(self, champion: str, candidate: str) -> list[int]:
+        """Return people's votes on two models, given by the names of their weights: 1 where the candidate
+        won, 0 for a tie, -1 where it lost."""
+        where = "WHERE votes.judge = 0 AND (battles.a_from, battles.b_from) IN (VALUES (?, ?), (?, ?)) "
+        where += "ORDER BY votes.number"
+        with self.database.open() as db:
+            rows = db.execute(SELECT_VOTES + where, (champion, candidate, candidate, champion)).fetchall()
+        results = {"a": 1, "b": -1}
+        sides = [1 if row["a_from"] == candidate else -1 for row in rows]
+        return [side * results.get(row["outcome"], 0) for side, row in zip(sides, rows, strict=True)]
+
     def preferences(self, judge: str = "") -> Iterator[dict[str, Any]]:
         """Yield preference rows with TRL's columns, from the votes of people, or of `judge` if it is given.
 

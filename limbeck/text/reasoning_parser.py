@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from ..types import Thought
+from .detokenizer import Decoder
 
 OPEN = "<think>"
 CLOSE = "</think>"
@@ -31,6 +33,31 @@ def split_thought(text: str) -> Thought:
     head, _, thought = before.rpartition(OPEN)
     wellformed = closes == 1 and opens <= 1 and not head.strip()
     return Thought((thought if opens else before).strip(), answer.strip(), wellformed)
+
+
+def count_thought_tokens(text: str, tokens: Sequence[int], tokenizer: Decoder, opened: bool = False) -> int:
+    """Return the number of tokens between `<think>` and `</think>`; 0 without a thought, or if it is empty.
+
+    `text` is that of the token ids `tokens` [N], which `tokenizer` decodes. A thought that is not closed goes
+    to the last token. If `opened`, the prompt ends inside the thought, which then begins with the first
+    token. A token that is also a part of a marker does not count."""
+    close = text.find(CLOSE)
+    end = len(text) if close < 0 else close
+    opening = text.rfind(OPEN, 0, end)
+    if opening < 0 and close < 0 and not opened:
+        return 0
+    begin = 0 if opening < 0 else opening + len(OPEN)
+    if not text[begin:end].strip():
+        return 0
+
+    def decoded(count: int) -> int:
+        """Return the number of characters of the first `count` tokens."""
+        return len(tokenizer.decode(tokens[:count]))
+
+    counts = range(len(tokens) + 1)
+    first = bisect_left(counts, begin, key=decoded)
+    after = bisect_right(counts, end, key=decoded) - 1
+    return max(0, after - first)
 
 
 def join_thought(thought: str, answer: str) -> str:

@@ -22,7 +22,7 @@ from .prompt_format import SEPARATOR, PromptFormat
 
 BOS = "{{ bos_token }}"
 PLAIN = "{{ messages | map(attribute='content') | join('\n\n') }}"  # for models without a chat template
-PROBE = "system-role-probe"  # the text of a system message that tests a chat template
+PROBE = "system-role-probe"  # the text of a message that tests a chat template
 
 
 class Tokenizer:
@@ -84,6 +84,19 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(text)
         self.prompt_format.save(directory)
 
+    def ending_with(self, text: str) -> Tokenizer:
+        """Return this tokenizer with the token of a text, such as an empty line, as its end-of-turn token.
+        Raises LimbeckError if the text is not a single token."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise LimbeckError(
+                f"eos_token = {text!r} is {len(ids)} tokens of this tokenizer; give the text of a single one"
+            )
+        end = self.backend.id_to_token(ids[0])
+        tokenizer = Tokenizer(self.backend, self.template, end, self.pad, self.bos)
+        tokenizer.prompt_format = self.prompt_format
+        return tokenizer
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens at its beginning or end."""
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -107,6 +120,17 @@ class Tokenizer:
         where the assistant's turn begins."""
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
         return np.array(self.encode(self.render(messages)), dtype=np.int64)
+
+    def plain(self) -> Tokenizer:
+        """Return a tokenizer without the chat template: its prompts are texts as they stand."""
+        return Tokenizer(self.backend, PLAIN, self.end, self.pad, self.bos)
+
+    def user_opening(self) -> str:
+        """Return what the chat template writes before the text of a conversation's first message, the user's;
+        "" without a chat template."""
+        if self.template.endswith(PLAIN):
+            return ""
+        return self.render([Message(role="user", content=PROBE)]).partition(PROBE)[0]
 
     def response(self, text: str) -> np.ndarray:
         """Return the token ids [N] of a response that was written, not sampled, followed by the end-of-turn

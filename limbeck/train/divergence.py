@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 21  # logits of one model per chunk: 8 MiB in float32; a few such tensors exist at once
+LEAST = 32  # rows of a chunk at least: each chunk reads the heads, and reads and writes the gradient of one
 FLOOR = -1e4  # nats: the log-probability in place of minus infinity, so that 0 log 0 is 0
 
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -171,7 +172,7 @@ class _Divergence(torch.autograd.Function):
         grad_head_VC = torch.zeros_like(head_VC, dtype=precision) if learns_head else None
         values = []
         entropies = []
-        rows = max(1, CHUNK // len(head_VC))
+        rows = max(LEAST, CHUNK // len(head_VC))
         for begin in range(0, max(1, len(hidden_MC)), rows):
             part = slice(begin, begin + rows)
             logq_RV = log_softmax(hidden_MC[part], head_VC, temperature)
@@ -220,7 +221,7 @@ def top_k(hidden_MC: Tensor, head_VC: Tensor, count: int, temperature: float) ->
     """Return a teacher's labels, computed from its hidden states: at each prediction the `count` most
     probable token ids with their log-probabilities, and the log-probability of all other ids together."""
     size = len(head_VC)
-    rows = max(1, CHUNK // size)
+    rows = max(LEAST, CHUNK // size)
     ids = []
     logprobs = []
     tails = []

@@ -146,7 +146,7 @@ def _chunks(
     kept_MK: Tensor | None,
 ) -> Iterator[tuple[slice, Predictions]]:
     """Yield the predictions in chunks of so many logits as the device has in memory at once."""
-    rows = max(1, (ops.logits_at_once or CHUNK) // len(head_VC))
+    rows = max(1, (ops.logits_at_once or CHUNK) // ops.ids_at_once(len(head_VC)))
     for begin in range(0, max(1, len(hidden_MC)), rows):
         part = slice(begin, begin + rows)
         kept_RK = None if kept_MK is None else kept_MK[part]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ...tasks.answers import Verdict
 from ...tasks.sandbox import SANDBOX
-from .extraction import keep_last_box
+from .extraction import keep_last_box, last_box
 
 DEADLINE = 10.0  # seconds of processor time for one verdict; harnesses grant five to parse, five to compare
 MAX_RESPONSE = 20_000  # characters at the end of a response that math-verify searches
@@ -43,6 +43,19 @@ def is_equivalent(gold: str, answer: str) -> bool:
         return normalise(gold) == normalise(answer)
     except ValueError:
         return gold == answer
+
+
+def boxed_answer(text: str) -> str | None:
+    """Return the content of the last box of a response for a majority vote, in the normal form of Hendrycks
+    et al. and without leading zeros; None if there is no box, or nothing in it."""
+    box = last_box(text)
+    if not box:
+        return None
+    try:
+        answer = normalise(box)
+    except ValueError:
+        answer = box
+    return (answer.lstrip("0") or "0") if answer.isdecimal() else answer or None
 
 
 _REMOVED = ("\n", r"\!")

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from .extraction import between_dollars, exact_match, find_match, last_box
-from .matching import MathVerify, is_equivalent
+from .matching import MathVerify, boxed_answer, is_equivalent
 from .suite import (
     Item,
     Metric,
@@ -48,6 +48,10 @@ LAST_BOX = (
 )
 
 
+def _boxed(item: Item, text: str) -> str | None:
+    return boxed_answer(after_thought(text))
+
+
 def _last_box(gold: Callable[[Item], str], kind: str) -> Metric:
     """Return the metric for gold answers of a kind of math-verify: `expr`, a number, or `latex`."""
     judge = MathVerify((kind,), ("latex", "expr"), 0, 5, True)
@@ -55,6 +59,7 @@ def _last_box(gold: Callable[[Item], str], kind: str) -> Metric:
         "math_verify",
         lambda item, text: (judge.is_correct(gold(item), after_thought(text)),),
         LAST_BOX,
+        answer=_boxed,
     )
 
 
@@ -64,6 +69,7 @@ def _any_mathematics(gold: Callable[[Item], str]) -> Metric:
         "math_verify",
         lambda item, text: (judge.is_correct(gold(item).strip(), after_thought(text).strip()),),
         "after `</think>`; math-verify, LaTeX and numbers in both texts; floats to 6 decimals",
+        answer=_boxed,
     )
 
 

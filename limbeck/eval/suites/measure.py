@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,11 +116,12 @@ def _judge_responses(task: SuiteTask, part: slice, engine: Engine, seed: object)
     rows = []
     for item, group in zip(task.items[part], track(groups, "scoring", "problems"), strict=True):
         cut = [cut_off(completion.text, sampling.stop) for completion in group.completions]
+        verdicts = judge(task.protocol.metrics, item, cut)
         rows.append(
             {
                 "item": item.id,
                 "gold": item.gold,
-                "verdicts": judge(task.protocol.metrics, item, cut),
+                "verdicts": verdicts | vote(task.protocol.metrics[0], item, cut, verdicts),
                 "tokens": [len(completion.tokens) for completion in group.completions],
                 "truncated": [_is_truncated(*pair) for pair in zip(group.completions, cut, strict=True)],
                 "response": cut[0],
@@ -133,6 +133,20 @@ def _judge_responses(task: SuiteTask, part: slice, engine: Engine, seed: object)
 def judge(metrics: Sequence[Metric], item: Item, responses: Sequence[str]) -> dict[str, list[list[bool]]]:
     """Return the verdicts of each metric on each response to an item."""
     return {metric.name: [list(metric.judge(item, text)) for text in responses] for metric in metrics}
+
+
+def vote(
+    metric: Metric, item: Item, responses: Sequence[str], verdicts: Mapping[str, list[list[bool]]]
+) -> dict[str, list[list[bool]]]:
+    """Return the verdict of a majority vote of N responses as `cons@N`: that on the first response with the
+    most frequent answer, wrong if no response has one. {} for a single response, and for a metric without
+    answers. `verdicts` are those of `judge`."""
+    if metric.answer is None or len(responses) < 2:
+        return {}
+    answers = [metric.answer(item, text) for text in responses]
+    winner = statistics.consensus(answers)
+    right = winner is not None and verdicts[metric.name][answers.index(winner)][0]
+    return {f"cons@{len(responses)}": [[right]]}
 
 
 def cut_off(text: str, stop: Sequence[str]) -> str:
@@ -217,7 +231,7 @@ def _interval(task: SuiteTask, name: str, rows: Sequence[Result]) -> Mapping[str
     """Return the mean of a metric with its 95 % interval, as JSON."""
     values = [[float(value) for sample in row["verdicts"][name] for value in sample] for row in rows]
     if any(metric.pooled for metric in task.protocol.metrics if metric.name == name):
-        return pooled_interval(values)
+        return asdict(statistics.pooled_interval(values))
     return asdict(statistics.mean_interval(values))
 
 
@@ -231,21 +245,6 @@ def _lengths(rows: Sequence[Result]) -> Result:
         "length": sum(lengths) / len(lengths),
         "truncated": sum(truncated) / len(truncated),
     }
-
-
-def pooled_interval(values_by_item: Sequence[Sequence[float]]) -> Mapping[str, Any]:
-    """Return the mean over all values of all items, with its 95 % interval. Values of one item may depend on
-    each other: the variance is that of a ratio of sums over items (Cochran 1977, section 2.11)."""
-    items = len(values_by_item)
-    count = sum(map(len, values_by_item))
-    mean = sum(map(sum, values_by_item)) / count
-    squares = sum((sum(values) - mean * len(values)) ** 2 for values in values_by_item)
-    if not squares or items < 2:
-        low, high = statistics.wilson(mean, count)
-    else:
-        error = statistics.Z * math.sqrt(squares * items / (items - 1)) / count
-        low, high = max(0.0, mean - error), min(1.0, mean + error)
-    return asdict(statistics.Interval(mean, low, high, count, items))
 
 
 def all_chunks(tasks: Sequence[SuiteTask]) -> Iterator[tuple[SuiteTask, slice]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
-from .extraction import exact_match, find_choice, find_letter, find_match
+from .extraction import INVALID, exact_match, find_choice, find_letter, find_match
 from .mathematics import LIGHTEVAL, LM_EVAL, greedy, reasoning
 from .suite import (
     LETTERS,
@@ -38,22 +38,31 @@ _INSTRUCTION = (
 _SHUFFLED = "its own order of the options is not seeded; here it is drawn with the seed 0"
 
 
+def _choice(name: str, answer: Callable[[Item, str], str | None], extraction: str) -> Metric:
+    """Return the metric that compares the letter of a response with the right one."""
+    return Metric(name, lambda item, text: (answer(item, text) == item.gold,), extraction, answer=answer)
+
+
+def _found(match: str) -> str | None:
+    return None if match == INVALID else match
+
+
 def _first_answer(letters: str) -> Metric:
     pattern = rf"(?i)Answer[ \t]*:[ \t]*\$?([{letters}])\$?"
 
-    def judge(item: Item, text: str) -> tuple[bool]:
-        return (find_match(pattern, after_thought(text)) == item.gold,)
+    def answer(item: Item, text: str) -> str | None:
+        return _found(find_match(pattern, after_thought(text)))
 
-    return Metric("accuracy", judge, "after `</think>`; the letter after the first `Answer:`")
+    return _choice("accuracy", answer, "after `</think>`; the letter after the first `Answer:`")
 
 
 def _letter(letters: str) -> Metric:
-    def judge(item: Item, text: str) -> tuple[bool]:
-        return (find_letter(after_thought(text), letters or item.letters) == item.gold,)
+    def answer(item: Item, text: str) -> str | None:
+        return find_letter(after_thought(text), letters or item.letters) or None
 
-    return Metric(
+    return _choice(
         "extractive_match",
-        judge,
+        answer,
         "after `</think>`; the last letter after `final answer is`, else after `answer:`, after `answer`, at "
         "the beginning of the text, of a line, as a word, anywhere",
     )
@@ -247,8 +256,8 @@ def _read_c_eval(rows: Sequence[Row], _: str) -> list[Item]:
     return items
 
 
-def _chinese_answer(item: Item, text: str) -> tuple[bool]:
-    return (find_match(r"(?i)答案\s*:\s*[\W]*([A-D])[\W]*", after_thought(text)) == item.gold,)
+def _chinese_answer(item: Item, text: str) -> str | None:
+    return _found(find_match(r"(?i)答案\s*:\s*[\W]*([A-D])[\W]*", after_thought(text)))
 
 
 C_EVAL = Suite(
@@ -277,7 +286,7 @@ C_EVAL = Suite(
                 "请回答以下关于{category}的单项选择题, 你回答的最后一行**必须**是以下格式 '答案: $选项' "
                 "(不带引号), 其中选项是ABCD之一. 请在回答之前一步步思考.\n\n{question}\n\n{choices}"
             ),
-            (Metric("accuracy", _chinese_answer, "after `</think>`; the letter after the first `答案:`"),),
+            (_choice("accuracy", _chinese_answer, "after `</think>`; the letter after the first `答案:`"),),
             reasoning(1),
             note="R1's report changes the benchmark's prompt to zero-shot and does not print it; the answers "
             "of the test split are not published, so the validation split is asked",

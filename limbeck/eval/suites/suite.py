@@ -26,6 +26,13 @@ class Source:
     version: str = ""
 
 
+CONSENSUS = Source(
+    "DeepSeek-R1, arXiv 2501.12948v1, section 3: cons@64 on AIME 2024, by majority vote (arXiv 2203.11171)",
+    "https://arxiv.org/abs/2501.12948",
+    "2025",
+)
+
+
 @dataclass(frozen=True)
 class Item:
     """One row of a benchmark, for instance `Item("gsm8k/7", "How many ...?", gold="72")`.
@@ -95,12 +102,15 @@ class Prompt:
 class Metric:
     """A verdict on a response: `judge(item, response)` returns one value or, for a metric that is `pooled`
     over all items, several. `extraction` says in words where the answer is looked for, and what is compared.
+    `answer(item, response)` returns the answer as a text that is equal for equal answers, None if there is
+    none; a metric that has it can be put to the vote.
     """
 
     name: str
     judge: Callable[[Item, str], Verdict]
     extraction: str
     pooled: bool = False
+    answer: Callable[[Item, str], str | None] | None = None
 
 
 @dataclass(frozen=True)

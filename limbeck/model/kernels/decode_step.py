@@ -10,15 +10,17 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..decoder import Block, Decoder
+from ..decoder import Decoder
 from ..kv_cache import KVCache
 from .build import library
 from .choice import serves
 from .operations import fields, pointer
 
-_WEIGHTS = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "ffn_norm", "gate_up", "down")
+_ATTENTION = ("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_norm")
+_WEIGHTS = (*_ATTENTION, "ffn_norm", "gate_up", "down", "down_norm", "cos", "sin")
 _SIZES = ("layers", "rows", "hidden", "heads", "kv_heads", "width", "intermediate", "room", "threads")
-_INPUTS = ("embed", "norm", "cos", "sin", "tokens", "positions", "lenders", "shared")
+_SWITCHES = ("gelu", "from_one")
+_INPUTS = ("embed", "norm", "tokens", "positions", "lenders", "shared")
 _SCRATCH = ("x", "normed", "qkv", "mixed", "gate_up", "inner")
 FLOAT_BYTES = 4  # bytes of a float32
 
@@ -37,10 +39,10 @@ class _Step(ctypes.Structure):
     """The C structure of one decode step, as `decoding.hpp` reads it: sizes, inputs and scratch memory."""
 
     _fields_ = [
-        *fields(ctypes.c_int64, *_SIZES),
+        *fields(ctypes.c_int64, *_SIZES, *_SWITCHES),
         *fields(ctypes.c_void_p, *_INPUTS),
         *fields(ctypes.c_void_p, *_SCRATCH),
-        *fields(ctypes.c_float, "eps"),
+        *fields(ctypes.c_float, "eps", "embed_scale"),
     ]
 
 
@@ -53,7 +55,7 @@ class DecodeStep:
     def __init__(self, model: Decoder):
         config = model.config
         self.model = model
-        self.layers = (_Layer * config.layers)(*map(_layer, model.blocks))
+        self.layers = (_Layer * config.layers)(*(_layer(model, layer) for layer in range(config.layers)))
         self.widths = (
             config.hidden_size,
             config.hidden_size,
@@ -70,16 +72,12 @@ class DecodeStep:
         """Return True if the kernels support `model`'s architecture and their step is faster than torch's.
 
         They support Llama's layers with biases of queries, keys and values, heads that are normalised before
-        their rotation, and sliding windows.
+        their rotation, and sliding windows, and Gemma 3's.
         """
         config = model.config
         if config.experts or config.latent or config.parallel or config.layer_norm:
             return False
         if config.share_kv > 1 or config.qk_norm == "after":
-            return False
-        if config.gelu or config.norms_from_one or config.post_norms:
-            return False
-        if config.scaled_embeddings or config.local_theta:
             return False
         if not config.gated or config.rope_dim != config.head_dim:
             return False
@@ -98,9 +96,12 @@ class DecodeStep:
         out_BC = weight.new_empty(rows, self.model.config.hidden_size)
         step = _Step(
             *self._sizes(rows, cache),
+            self.model.config.gelu,
+            self.model.config.norms_from_one,
             *self._inputs(tokens_B, cache),
             *(scratch.data_ptr() for scratch in self.scratch),
             self.model.norm.eps,
+            self.model.embed_scale,
         )
         library().decode(ctypes.byref(step), self.layers, pointer(out_BC))
         return out_BC
@@ -126,8 +127,6 @@ class DecodeStep:
         return (
             model.embed.weight.data_ptr(),
             model.norm.weight.data_ptr(),
-            model.cos.data_ptr(),
-            model.sin.data_ptr(),
             tokens_B.data_ptr(),
             cache.positions.data_ptr(),
             cache.prefix_owner.ctypes.data,
@@ -148,10 +147,11 @@ class DecodeStep:
             layer.values = first_value + FLOAT_BYTES * slot * value_stride
 
 
-def _layer(block: Block) -> _Layer:
+def _layer(model: Decoder, number: int) -> _Layer:
     """Return the C structure of one block; the addresses of its keys and values are not yet set."""
+    block = model.blocks[number]
     attention = block.attention
-    ffn = block.ffn
+    cos, sin = model.rotations(number)
     weights = (
         block.attention_norm.weight,
         attention.qkv.weight,
@@ -159,9 +159,13 @@ def _layer(block: Block) -> _Layer:
         attention.q_norm and attention.q_norm.weight,
         attention.k_norm and attention.k_norm.weight,
         attention.out.weight,
+        block.attention_post_norm and block.attention_post_norm.weight,
         block.ffn_norm.weight,
-        ffn.gate_up.weight,
-        ffn.down.weight,
+        block.ffn.gate_up.weight,
+        block.ffn.down.weight,
+        block.ffn_post_norm and block.ffn_post_norm.weight,
+        cos,
+        sin,
     )
     addresses = (None if weight is None else weight.data_ptr() for weight in weights)
     layer = attention.layer

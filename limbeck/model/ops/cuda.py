@@ -20,7 +20,8 @@ from torch import Tensor
 from ..cuda import attention, products, rowwise, sampling
 from ..cuda import experts as grouped
 from . import experts
-from .plain import HALF, PlainOps, exclude
+from .plain import HALF, PlainOps
+from .scoring import exclude
 from .table import Latents, Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
@@ -158,6 +159,10 @@ class CUDAOps(PlainOps):
     def cumulate(self, values_BV: Tensor) -> Tensor:
         """Return the cumulative sums of each row, [B, V], by products, whose order of summation is fixed."""
         return products.cumulate(values_BV)
+
+    def ids_at_once(self, vocabulary: int) -> int:
+        """Return the whole vocabulary."""
+        return vocabulary
 
     def score(self, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities with the bits of `draw`, entropies, and logs of the sums of exponentials,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import experts
+from . import experts, scoring
 from .table import BLOCK, Latents, Pool, Predictions, Rope, Rows
 
 if TYPE_CHECKING:
@@ -173,25 +173,23 @@ class PlainOps:
         """Return the cumulative sums of each row, [B, V]."""
         return values_BV.cumsum(-1)
 
+    def ids_at_once(self, vocabulary: int) -> int:
+        """Return for how many ids `score` has logits in memory at once."""
+        return scoring.SPAN if vocabulary > scoring.WIDE else vocabulary
+
     def score(self, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the log-probabilities of the targets and the entropies, both [R]; nothing else is needed."""
-        logp_RV = _log_softmax(predictions)
-        logprob_R = logp_RV.gather(1, predictions.targets_R.unsqueeze(1)).squeeze(1)
-        entropy_R = -(logp_RV.exp() * logp_RV.nan_to_num(neginf=0.0)).sum(1)
-        return logprob_R, entropy_R, logprob_R.new_empty(0)
+        """Return the log-probabilities of the targets, the entropies, and what `score_backward` needs."""
+        if len(predictions.head_VC) > scoring.WIDE:
+            return scoring.score_in_spans(predictions)
+        return scoring.score(predictions)
 
     def score_backward(
         self, predictions: Predictions, grad_R: Tensor, needed_R: Tensor, by_head_VC: Tensor | None
     ) -> Tensor:
         """Return the gradient by the hidden states [R, C], and add that by the head to `by_head_VC`."""
-        hidden_RC, head_VC, targets_R, temperature, _ = predictions
-        grad_R1 = grad_R.unsqueeze(1)
-        grad_RV = -_log_softmax(predictions).exp_() * grad_R1
-        grad_RV.scatter_add_(1, targets_R.unsqueeze(1), grad_R1)
-        grad_RV /= temperature
-        if by_head_VC is not None:
-            by_head_VC.addmm_(grad_RV.T, hidden_RC.to(grad_RV.dtype))
-        return torch.mm(grad_RV, head_VC.to(grad_RV.dtype)).to(hidden_RC.dtype)
+        if len(predictions.head_VC) > scoring.WIDE:
+            return scoring.score_in_spans_backward(predictions, grad_R, needed_R, by_head_VC)
+        return scoring.score_backward(predictions, grad_R, by_head_VC)
 
     # ------------------------------------------------------------ the device
 
@@ -249,26 +247,6 @@ def causal_attention(layer: Layer, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tenso
         scale=layer.scale,
         enable_gqa=q_BHSD.shape[1] != k_BKTD.shape[1],
     )
-
-
-def exclude(logits_RV: Tensor, kept_RK: Tensor) -> Tensor:
-    """Set the logits of all ids that are not in `kept_RK` to minus infinity, in place; return them [R, V]."""
-    outside_RV = torch.ones_like(logits_RV, dtype=torch.bool).scatter_(1, kept_RK.clamp(min=0), False)
-    # padding is -1 and so clamped to id 0, which is inside only where the sampler kept it
-    outside_RV[:, 0] = ~(kept_RK == 0).any(1)
-    return logits_RV.masked_fill_(outside_RV, float("-inf"))
-
-
-def _log_softmax(predictions: Predictions) -> Tensor:
-    """Return the log-probabilities of all ids [R, V], in float32 or better."""
-    hidden_RC, head_VC, _, temperature, kept_RK = predictions
-    precision = torch.promote_types(hidden_RC.dtype, torch.float32)
-    logits_RV = hidden_RC.to(precision) @ head_VC.to(precision).T
-    if temperature != 1.0:
-        logits_RV /= temperature
-    if kept_RK is not None:
-        exclude(logits_RV, kept_RK)
-    return torch.log_softmax(logits_RV, -1)
 
 
 class Normalize(torch.autograd.Function):

@@ -164,6 +164,9 @@ class Ops(Protocol):
     def cumulate(self, values_BV: Tensor) -> Tensor:
         """Return the sums of each row's values up to and with each of them, [B, V]."""
 
+    def ids_at_once(self, vocabulary: int) -> int:
+        """Return for how many ids of a vocabulary `score` has logits in memory at once."""
+
     def score(self, predictions: Predictions) -> tuple[Tensor, Tensor, Tensor]:
         """Return the targets' log-probabilities, the entropies, and what `score_backward` needs, all [R]."""
 

@@ -56,10 +56,15 @@ class LicenceViolation:
 
 
 def trace(graph: Graph) -> tuple[dict[str, LicenceTrace], list[LicenceViolation]]:
-    """Return the licence trace of every stage, and the violations. They follow from the recipe alone."""
+    """Return the licence trace of every stage, and the violations. They follow from the recipe alone, and
+    from the manifests of models that the graph was given."""
     traces: dict[str, LicenceTrace] = {}
     violations: list[LicenceViolation] = []
     for name, node in graph.nodes.items():
+        if name in graph.given:
+            licences = dict.fromkeys(graph.given[name].manifest["licences"], f"stages.{name}")
+            traces[name] = LicenceTrace(licences, licences, root=name)
+            continue
         base = LicenceTrace()
         if node.kind in LEARNING:
             base = traces.get(getattr(node.stage, "model", None), base)

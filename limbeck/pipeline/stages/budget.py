@@ -22,14 +22,15 @@ def data_flops(job: Job, names: Iterable[str]) -> float:
 
 def budget_of(job: Job, data: Iterable[str] = ()) -> float:
     """Return the FLOPs that a stage may spend on training: as many as the training of another stage took
-    (`flops_of`), or the setting `flops` minus the cost of its data, or infinity if neither is set. `data` are
-    the names of the stages that made the data.
+    (`flops_of`), and as its rows took if `flops_of_rows` is set; or the setting `flops` minus the cost of
+    its data; or infinity if neither is set. `data` are the names of the stages that made the data.
 
     Raises LimbeckError if the data alone cost as much as `flops` or more.
     """
     stage: Budgeted = job.stage
     if stage.flops_of:
-        return job.manifest(stage.flops_of)["flops"]
+        compared = job.manifest(stage.flops_of)
+        return compared["flops"] + (compared["notes"].get("data_flops", 0) if stage.flops_of_rows else 0)
     if not stage.flops:
         return math.inf
     spent = data_flops(job, data)

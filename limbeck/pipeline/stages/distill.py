@@ -112,7 +112,10 @@ def _assigned(job: Job, name: str, share: float, tokenizer: Tokenizer) -> Iterat
                 f"stages.{job.name}.teachers has none for {domain(row['id'])}, of which {name} has rows"
             )
         question = conversation(row["prompt"], row.get("system", ""))
-        yield Assigned(teacher, to_sample(row, tokenizer, "keep"), question)
+        sample = to_sample(row, tokenizer, "keep")
+        if stage.completion_only_loss is False:
+            sample = replace(sample, start=0)
+        yield Assigned(teacher, sample, question)
 
 
 def _labelled(job: Job, name: str, share: float, tokenizer: Tokenizer) -> list[Sample]:

@@ -52,7 +52,7 @@ def run(job: Job) -> Outcome:
         measured = CutThought(engine, styles)
     pairs = len(ways) * len(sources)
     results = chain(
-        evaluate(measured, sources, stage, ways, job.seed, min(len(parts), pairs)),
+        evaluate(measured, tokenizer, sources, stage, ways, job.seed, min(len(parts), pairs)),
         _measure_suites(job, suites, engine, parts[pairs:]),
     )
     _collect(job, pairs + len(list(suite.all_chunks(suites))), results, parts)

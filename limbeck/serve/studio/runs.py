@@ -24,6 +24,7 @@ from markupsafe import Markup
 from ... import report as reports
 from ...config.load import shipped
 from ...pipeline import run_state, run_table, run_view
+from ...pipeline.generations.ledger import ledger_pages
 from ...report import i18n
 from ...types import LimbeckError
 from .. import jobs
@@ -157,6 +158,7 @@ def routes(state: AppState) -> APIRouter:
     """Return the router of all pages under `/runs`, and of the data under `/curves`."""
     router = APIRouter(include_in_schema=False, route_class=Route)
     _add_list(router, state)
+    _add_ledgers(router, state)
     _add_run(router, state)
     _add_stage(router, state)
     _add_curves(router, state)
@@ -191,6 +193,7 @@ def _list_page(
     rows = sorting.sort(_list_rows(state))
     alive = any(row["state"].alive for row in rows)
     page_values = {"recipes": list(_recipes(state)), "told": asdict(form or StartForm()), "wrong": error}
+    page_values["ledgers"] = list(ledger_pages(state.runs))
     values = {"rows": rows, "sorting": sorting, "shown": MAX_SETTINGS}
     return LivePage("runs", values, alive, page_values, status=400 if error else 200)
 
@@ -275,6 +278,16 @@ def _path_inside_runs(state: AppState, path: str) -> Path:
     if not file.is_relative_to(home) or file.suffix not in (".yaml", ".yml"):
         raise LimbeckError(f"path: {path!r} is no YAML file inside {home}; put the recipe there first")
     return file
+
+
+# ---------------------------------------------------------------- ledgers of generations
+
+
+def _add_ledgers(router: APIRouter, state: AppState) -> None:
+    @router.get("/runs/-/ledger/{name}")
+    def ledger(request: Request, name: str) -> Response:
+        page = ledger_pages(state.runs).get(name)
+        return _report(page) if page else _not_found(request)
 
 
 # ---------------------------------------------------------------- one run

@@ -4,19 +4,22 @@
 #include "rows.hpp"
 
 struct Layer {
-    const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *ffn_norm, *gate_up, *down;
-    float *keys, *values;  // [B, K, T / LANES, D, LANES] and [B, K, T, D]
+    // no qkv_bias, norms of heads or norms of outputs where they are null
+    const float *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_norm, *ffn_norm, *gate_up, *down, *down_norm;
+    const float *cos, *sin;  // [positions, D]
+    float *keys, *values;    // [B, K, T / LANES, D, LANES] and [B, K, T, D]
     int64_t window;
     float scale, eps;
 };
 
 struct Step {
     int64_t layers, rows, hidden, heads, kv_heads, width, intermediate, room, threads;
-    const float *embed, *norm, *cos, *sin;  // cos and sin [positions, D]
+    int64_t gelu, from_one;  // whether GELU gates in place of SiLU, and whether norms multiply with 1 + weight
+    const float *embed, *norm;
     // of each row: what it says, where that lands, whose copy of the prompt it reads, and how long that is
     const int64_t *tokens, *positions, *lenders, *shared;
     float *x, *normed, *qkv, *mixed, *gate_up, *inner;
-    float eps;
+    float eps, embed_scale;
 };
 
 // Sums that do not wait for one another, as many as registers and the latency of an addition ask for.
@@ -110,6 +113,7 @@ static void by_groups(int count, Function function) {
 }
 
 // What a row asks, says and remembers at its new position: queries are rotated where they lie, key and value kept.
+template <bool FROM_ONE>
 static void settle_row(const Step& s, const Layer& layer, int64_t b, float* normed, float* turned) {
     const int width = s.width, heads = s.heads, kv_heads = s.kv_heads, both = heads + 2 * kv_heads;
     float* row = s.qkv + b * both * width;
@@ -119,8 +123,8 @@ static void settle_row(const Step& s, const Layer& layer, int64_t b, float* norm
     for (int h = 0; h < heads + kv_heads; h++) {
         float* x = row + h * width;
         const float* weight = h < heads ? layer.q_norm : layer.k_norm;
-        if (weight) normalize(x, weight, layer.eps, width, normed);
-        turn(weight ? normed : x, s.cos + position * width, s.sin + position * width, 1.0f, width, turned);
+        if (weight) normalize<FROM_ONE>(x, weight, layer.eps, width, normed);
+        turn(weight ? normed : x, layer.cos + position * width, layer.sin + position * width, 1.0f, width, turned);
         if (h < heads) {
             std::memcpy(x, turned, width * sizeof(float));
             continue;
@@ -187,7 +191,7 @@ static void attend_cached(const Step& s, const Layer& layer, const std::vector<R
     {
         std::vector<float> scores(static_cast<size_t>(QUERIES) * group * s.room), q(QUERIES * group * s.width), spare(2 * s.width);
 #pragma omp for
-        for (int64_t b = 0; b < s.rows; b++) settle_row(s, layer, b, spare.data(), spare.data() + s.width);
+        for (int64_t b = 0; b < s.rows; b++) (s.from_one ? settle_row<true> : settle_row<false>)(s, layer, b, spare.data(), spare.data() + s.width);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < static_cast<int64_t>(runs.size()) * s.kv_heads; i++) attend_run(s, layer, runs[i / s.kv_heads], i % s.kv_heads, scores, q);
     }
@@ -200,24 +204,33 @@ void decode(const Step* step, const Layer* layers, float* out) {
     const Step& s = *step;
     const int rows = s.rows, hidden = s.hidden, inner = s.intermediate, asked = s.heads * s.width;
     const std::vector<Run> alone = runs_of(s, true), together = runs_of(s, false);
-    auto norm = [&](const float* weight, float eps, float* y) {
+    const auto normed = s.from_one ? normalize<true> : normalize<false>;
+    auto norm = [&](const float* x, const float* weight, float eps, float* y) {
 #pragma omp parallel for num_threads(crew(s.threads, rows * hidden))
-        for (int b = 0; b < rows; b++) normalize(s.x + static_cast<int64_t>(b) * hidden, weight, eps, hidden, y + static_cast<int64_t>(b) * hidden);
+        for (int b = 0; b < rows; b++) normed(x + static_cast<int64_t>(b) * hidden, weight, eps, hidden, y + static_cast<int64_t>(b) * hidden);
     };
-    for (int b = 0; b < rows; b++) std::memcpy(s.x + static_cast<int64_t>(b) * hidden, s.embed + s.tokens[b] * hidden, hidden * sizeof(float));
+    // x += y w^T, or the norm of that product, which goes by way of `out`
+    auto add = [&](int width, const float* y, const float* w, const float* weight, float eps) {
+        if (!weight) return product(rows, hidden, width, y, w, s.x, true, s.threads);
+        product(rows, hidden, width, y, w, out, false, s.threads);
+        norm(out, weight, eps, s.normed);
+        for (int64_t i = 0; i < static_cast<int64_t>(rows) * hidden; i++) s.x[i] += s.normed[i];
+    };
+    for (int b = 0; b < rows; b++)
+        for (int i = 0; i < hidden; i++) s.x[static_cast<int64_t>(b) * hidden + i] = s.embed[s.tokens[b] * hidden + i] * s.embed_scale;
     for (int64_t l = 0; l < s.layers; l++) {
         const Layer& layer = layers[l];
-        norm(layer.attention_norm, layer.eps, s.normed);
+        norm(s.x, layer.attention_norm, layer.eps, s.normed);
         product(rows, (s.heads + 2 * s.kv_heads) * s.width, hidden, s.normed, layer.qkv, s.qkv, false, s.threads);
         attend_cached(s, layer, layer.window ? alone : together);
-        product(rows, hidden, asked, s.mixed, layer.out, s.x, true, s.threads);
-        norm(layer.ffn_norm, layer.eps, s.normed);
+        add(asked, s.mixed, layer.out, layer.out_norm, layer.eps);
+        norm(s.x, layer.ffn_norm, layer.eps, s.normed);
         product(rows, 2 * inner, hidden, s.normed, layer.gate_up, s.gate_up, false, s.threads);
 #pragma omp parallel for num_threads(crew(s.threads, 4 * rows * inner))
-        for (int b = 0; b < rows; b++) swiglu_row(s.gate_up + static_cast<int64_t>(b) * 2 * inner, inner, s.inner + static_cast<int64_t>(b) * inner);
-        product(rows, hidden, inner, s.inner, layer.down, s.x, true, s.threads);
+        for (int b = 0; b < rows; b++) (s.gelu ? geglu_row : swiglu_row)(s.gate_up + static_cast<int64_t>(b) * 2 * inner, inner, s.inner + static_cast<int64_t>(b) * inner);
+        add(inner, s.inner, layer.down, layer.down_norm, layer.eps);
     }
-    norm(s.norm, s.eps, out);
+    norm(s.x, s.norm, s.eps, out);
 }
 
 }  // extern "C"

@@ -2,11 +2,13 @@
 
 #include "vectors.hpp"
 
+// RMSNorm, multiplied with the weight or, FROM_ONE, with 1 + weight
+template <bool FROM_ONE = false>
 static inline float normalize(const float* __restrict x, const float* weight, float eps, int width, float* __restrict y) {
     float square = 0;
     for (int i = 0; i < width; i++) square += x[i] * x[i];
     float scale = 1.0f / std::sqrt(square / width + eps);
-    for (int i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+    for (int i = 0; i < width; i++) y[i] = x[i] * scale * (FROM_ONE ? 1.0f + weight[i] : weight[i]);
     return scale;
 }
 
@@ -32,6 +34,15 @@ static inline void swiglu_row(const float* gate_up, int width, float* y) {
     by_lanes(width, [&](int i, int count) {
         V gate = load(gate_up + i, count);
         store(y + i, gate * sigmoid(gate) * load(gate_up + width + i, count), count);
+    });
+}
+
+// GELU in its tanh form: x / 2 (1 + tanh(z)) = x sigmoid(2 z)
+static inline void geglu_row(const float* gate_up, int width, float* y) {
+    by_lanes(width, [&](int i, int count) {
+        V gate = load(gate_up + i, count);
+        V z = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
+        store(y + i, gate * sigmoid(2.0f * z) * load(gate_up + width + i, count), count);
     });
 }
 
