@@ -241,9 +241,21 @@ def test_a_mistake_is_reported_as_by_an_engine_and_a_defect_with_its_traceback(f
     many = fleet(2)
     with pytest.raises(LimbeckError, match="exceed the model's 128 positions"):
         many.rollout(problems, GROUP, replace(SAMPLING, max_new_tokens=1000), SEED)
-    monkeypatch.setattr(Engine, "rollout", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(Engine, "sample", lambda *arguments: 1 / 0)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         many.rollout(problems, GROUP, SAMPLING, SEED)
+
+
+def test_prompts_are_rendered_by_the_tokenizer_of_the_fleet(fleet, problems, decoder):
+    """Which is not the one that the seats read: a stage may continue texts without a chat template."""
+    many = fleet(2)
+    texts = many.with_tokenizer(many.tokenizer.plain())
+    groups = texts.rollout(problems, 1, SAMPLING, SEED)
+    engine = Engine(decoder(), many.tokenizer.plain(), SHARD)
+    plain = engine.rollout(problems, 1, SAMPLING, SEED)
+    assert same([replace(group, scores=()) for group in groups], plain)
+    assert not same(plain, Engine(decoder(), many.tokenizer, SHARD).rollout(problems, 1, SAMPLING, SEED))
+    assert many.rollout(problems, 1, SAMPLING, SEED) and len(many.pool.hosts.seats[0].engines) == 1
 
 
 def test_two_fleets_share_seats_which_drop_the_engines_of_those_that_are_gone(fleet, problems, decoder):

@@ -10,6 +10,7 @@ threads of a seat. Which of the two sampled is not part of a stage's key.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from ..model.decoder import Decoder
 from ..text.tokenizer import Tokenizer
 from ..types import Group, Problem
 from .hosts import Hosts
-from .messages import read_groups, write_problem
+from .messages import read_groups, write_problem, write_prompts
 from .pool import Answer, Ask, Progress, SeatPool, SeatState
 
 SHOWN = 8  # seats whose progress is told one by one
@@ -68,9 +69,18 @@ class Fleet(Engine):
         self.sources = dict(sources or {})
         self.name = f"sampler {next(_names)}"
         self.version: Version | None = None
+        self.original: Fleet | None = None
         self._folders: list[str] = []  # of the weights that are handed over
         pool.samplers.add(self)
         weakref.finalize(self, _withdraw, pool.hosts, self._folders)
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Fleet:
+        """Return a sampler with the same weights at the same seats and another tokenizer, by which prompts
+        are rendered."""
+        other = copy.copy(self)
+        other.tokenizer = tokenizer
+        other.original = self  # the weights at the seats are there as long as it is
+        return other
 
     @torch.no_grad()
     def rollout(
@@ -164,7 +174,8 @@ class Fleet(Engine):
         """Return the request for one shard, of `size` completions for each problem."""
         problems = [write_problem(problem) for problem, _ in shard]
         whole = {**request, "problems": problems}
-        return Ask(self.pool.number(), whole, version.checksum, len(shard) * size)
+        prompts = write_prompts([prompt for _, prompt in shard])
+        return Ask(self.pool.number(), whole, prompts, version.checksum, len(shard) * size)
 
 
 def _withdraw(hosts: Hosts, folders: list[str]) -> None:

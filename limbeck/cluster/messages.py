@@ -78,6 +78,19 @@ def read_sampling(fields: dict[str, Any]) -> SamplingParams:
     )
 
 
+def write_prompts(prompts: Sequence[np.ndarray]) -> Arrays:
+    """Return the token ids of the prompts of a shard [T], and their lengths, as arrays."""
+    return {
+        "prompt_sizes": np.array([len(prompt) for prompt in prompts]),
+        "prompts_T": np.concatenate(prompts),
+    }
+
+
+def read_prompts(arrays: Arrays) -> list[np.ndarray]:
+    """Return the prompts that `write_prompts` converted, each [N]."""
+    return _split(arrays["prompts_T"], arrays["prompt_sizes"])
+
+
 # ---------------------------------------------------------------- answers
 
 

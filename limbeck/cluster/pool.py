@@ -23,12 +23,14 @@ SLOW = 4.0  # times the median time of a shard, after which it is asked of a sec
 TIMED = 64  # shards whose times are remembered
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ask:
-    """A shard to sample: its number, the request, the checksum of the weights, and its completions (rows)."""
+    """A shard to sample: its number, the request as a header and arrays, the checksum of the weights, and its
+    completions (rows)."""
 
     number: int
     request: dict[str, Any]
+    prompts: Arrays
     weights: str
     rows: int
 
@@ -169,7 +171,9 @@ class SeatPool:
                 state.asked = state.heard = time.monotonic()
                 state.rows = 0
                 state.doubted = False
-                self.hosts.send(seat, pack({**state.ask.request, "number": state.ask.number}))
+                self.hosts.send(
+                    seat, pack({**state.ask.request, "number": state.ask.number}, state.ask.prompts)
+                )
 
     # ------------------------------------------------------------ events
 

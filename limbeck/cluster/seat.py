@@ -2,9 +2,10 @@
 
     python -m limbeck.cluster.seat DESCRIPTOR THREADS FOLDER
 
-A request has everything that its answer depends on: the folder of the weights, problems, sampling parameters,
-seed. So any seat may answer any request, twice if need be. When the stage's process dies, the connection ends
-and the seat removes `FOLDER`, the weights that were handed over, and exits at once.
+A request has everything that its answer depends on: the folder of the weights, problems with the token ids
+of their prompts, sampling parameters, seed. So any seat may answer any request, twice if need be. When the
+stage's process dies, the connection ends, and the seat removes `FOLDER`, the weights that were handed over,
+and exits at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 
@@ -35,7 +37,7 @@ from ..model.ops import place
 from ..tasks.registry import open_task
 from ..text.tokenizer import Tokenizer
 from ..types import Group, LimbeckError, Task
-from .messages import Seed, pack, read_problem, read_sampling, unpack, write_groups
+from .messages import Arrays, Seed, pack, read_problem, read_prompts, read_sampling, unpack, write_groups
 
 BEAT = 1.0  # seconds between two signs of life while a seat works
 
@@ -52,24 +54,27 @@ class Seat:
     def answer(self, request: bytes, progress: Callable[[int], None] | None = None) -> bytes:
         """Return the answer to a request: the completions of its shard, or why there are none. `progress(1)`
         is called for each finished completion."""
-        header, _ = unpack(request)
+        header, prompts = unpack(request)
         number = header["number"]
         try:
-            found, arrays = self._roll(header, progress)
+            found, arrays = self._roll(header, read_prompts(prompts), progress)
         except LimbeckError as error:
             return pack({"number": number, "error": str(error), "code": error.exit_code})
         except Exception:  # noqa: BLE001 - the stage reports it, as if it had happened there
             return pack({"number": number, "fault": traceback.format_exc()})
         return pack({"number": number, **found}, arrays)
 
-    def _roll(self, header: dict[str, Any], progress: Callable[[int], None] | None) -> tuple[Any, Any]:
+    def _roll(
+        self, header: dict[str, Any], prompts: list[np.ndarray], progress: Callable[[int], None] | None
+    ) -> tuple[dict[str, Any], Arrays]:
         """Sample and grade a shard; return the header and the arrays of the answer."""
         self.forget(header["samplers"])
         engine = self._engine(header["sampler"], header["model"])
         engine.rows = header["rows"]
         problems = [read_problem(fields) for fields in header["problems"]]
         sampling = read_sampling(header["sampling"])
-        groups = engine.rollout(problems, header["size"], sampling, Seed(header["seed"]), progress)
+        seed = Seed(header["seed"])
+        groups = engine.sample(problems, prompts, header["size"], sampling, seed, progress)
         plain = [fields["plain"] for fields in header["problems"]]
         self._open_tasks(header["sources"])
         groups = [self._grade(group) if ready else group for group, ready in zip(groups, plain, strict=True)]
