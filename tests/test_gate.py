@@ -72,7 +72,7 @@ def gate(dice: np.random.Generator, gain: float, loss: float = 0.0, problems: in
     checks = (
         better("accuracy", accuracy, 2, ALPHA),
         not_worse("language", np.clip(language, -1, 1), 0.05, ALPHA),
-        not_worse("general: chat", general, 0.05, ALPHA),
+        not_worse("general", general, 0.05, ALPHA),
     )
     return Decision(ALPHA, checks).promoted
 

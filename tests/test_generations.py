@@ -98,6 +98,17 @@ def test_a_screen_stage_of_the_recipe_asks_the_champion(tmp_path):
     assert second.stages["last_g2"].problems == {"climb_g2": 0.7, "small": 0.3}
 
 
+def test_the_champion_may_write_as_much_as_it_learned_to():
+    """Where it takes the place of a teacher with shorter responses; or as much as is set."""
+    short = "stages.traces.sampling={max_new_tokens: 40}"
+    recipe, _ = derived("quickstart", [True], short)
+    assert recipe.stages["traces_g2"].sampling.max_new_tokens == 192
+    assert recipe.stages["reasoning_g2"].sampling.max_new_tokens == 192  # it asks another model
+    recipe, _ = derived("quickstart", [True], short, "iterate={max_new_tokens: 64}")
+    assert recipe.stages["traces_g2"].sampling.max_new_tokens == 64
+    assert recipe.stages["reasoning_g2"].sampling.max_new_tokens == 192
+
+
 def test_who_was_refused_leaves_no_trace_but_another_seed():
     third, champion = derived("quickstart", [True, False])
     second, _ = derived("quickstart", [True])
@@ -179,10 +190,21 @@ def checks(tmp_path: Path, after: Path, votes: list[int] | None = None) -> dict[
 
 def test_the_evidence_is_accuracy_language_and_general_ability(tmp_path):
     found = checks(tmp_path, write_evaluation(tmp_path / "after", 0.8, 2))
-    assert list(found) == ["accuracy", "language", "general: chat"]
-    assert found["accuracy"].n == found["language"].n == 200 and found["general: chat"].n == 100
+    assert list(found) == ["accuracy", "language", "general"]
+    assert found["accuracy"].n == found["language"].n == 200 and found["general"].n == 100
     assert all(check.passed for check in found.values())
     assert "is better" in check_sentence(found["accuracy"]).en
+
+
+def test_items_of_named_benchmarks_are_general_ability(tmp_path):
+    """Each item counts as a problem; those that one evaluation alone has do not."""
+    after = write_evaluation(tmp_path / "after", 0.8, 2)
+    before = write_evaluation(tmp_path / "before", 0.5, 1)
+    for folder, right, items in ((before, True, range(300)), (after, False, range(1, 400))):
+        rows = [{"suite": "gsm8k", "item": i, "verdicts": {"strict": [[right]]}} for i in items]
+        (folder / "suite_items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    general = decide(find_plan(load("quickstart")), before, after).checks[2]
+    assert (general.n, general.difference, general.passed) == (399, pytest.approx(-299 / 399), False)
 
 
 def test_another_language_is_refused(tmp_path):

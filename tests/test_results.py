@@ -130,3 +130,15 @@ def test_what_cannot_be_told_is_one_sentence(home, call, options, says):
     ended = call("results", *options, "--runs", home)
     assert ended.code == 2 and ended.out == ""
     assert says in ended.err and "Traceback" not in ended.err
+
+
+def test_a_matrix_has_a_column_for_each_model(home, call):
+    name = make_run(home, 0, 0.5)
+    lines = call("results", name, "--runs", home, "--matrix", "t1", "--matrix", "attempts").out.splitlines()
+    heads = ["T = 1", "---|---|---", "clock", "chat", "attempts", "---|---|---", "clock", "chat"]
+    assert [cells(line)[0] for line in lines if line] == heads
+    assert cells(lines[0])[1:] == ["base", "zero"]
+    assert [text[:5] for text in cells(lines[2])[1:]] == ["25.0%", "50.0%"]
+    assert cells(lines[-1])[1:] == ["5.50", "5.50"]
+    refused = call("results", name, "--runs", home, "--matrix", "nothing")
+    assert refused.code == 2 and "--matrix nothing: no evaluation has it" in refused.err

@@ -44,6 +44,10 @@ def results(
     stat: Annotated[
         list[str], typer.Option(help="also this statistic of the task, such as attempts", show_default=False)
     ] = [],  # noqa: B006
+    matrix: Annotated[
+        list[str],
+        typer.Option(help="a Markdown table of this measure, a column for each model", show_default=False),
+    ] = [],  # noqa: B006
     runs: Home = RUNS,
     as_json: AsJson = False,
 ) -> None:
@@ -57,18 +61,23 @@ def results(
     With several runs there is a row for each; --pool shows the mean over their seeds, the standard deviation
     between them, the lowest and the highest.
 
-    For instance: `limbeck results quickstart --markdown`, `limbeck results mine-0 mine-1 mine-2 --pool`
+    For instance: `limbeck results quickstart --markdown`, `limbeck results quickstart --matrix t1`,
+    `limbeck results mine-0 mine-1 mine-2 --pool`
     """
     from ..pipeline import evaluation_table as table
     from ..report.suite_table import score_table
 
     looked = [table.look(_folder(name, runs)) for name in names]
     rows = table.pool(looked) if pool else [row for run in looked for row in table.rows_of(run)]
-    _check_statistics(stat, rows)
+    _check_statistics("--stat", stat, rows)
+    _check_statistics("--matrix", [name for name in matrix if name not in TITLES], rows)
     measures = [*TITLES, *stat]
     benchmarks = score_table(table.suites_of(looked))
     if as_json:
         print_json([asdict(row) for row in rows], benchmarks=suites.table_to_json(benchmarks))
+        return
+    if matrix:
+        print("\n\n".join("\n".join(to_matrix(rows, name)) for name in matrix))
         return
     lines = to_markdown(rows, measures) if markdown else [_line(row) for row in _flat(rows, measures)]
     if benchmarks.columns:
@@ -86,12 +95,14 @@ def _folder(name: str, runs: Path) -> Path:
     raise usage_error(f"{name} is no run: neither it nor {runs / name} has a recipe.yaml; give a run's name")
 
 
-def _check_statistics(stats: Sequence[str], rows: Sequence[EvaluationRow]) -> None:
+def _check_statistics(option: str, stats: Sequence[str], rows: Sequence[EvaluationRow]) -> None:
     """Raise a usage error for a statistic that no evaluation has."""
     known = dict.fromkeys(name for row in rows for name in row.measures if name not in TITLES)
     for stat in stats:
         if stat not in known:
-            raise usage_error(f"--stat {stat}: no evaluation has it; they have {', '.join(known) or 'none'}")
+            raise usage_error(
+                f"{option} {stat}: no evaluation has it; they have {', '.join(known) or 'none'}"
+            )
 
 
 # ---------------------------------------------------------------- the terminal
@@ -126,6 +137,22 @@ def to_markdown(rows: Sequence[EvaluationRow], measures: Sequence[str]) -> list[
     for row, *names in zip(rows, *labels.values(), strict=True):
         cells = [cell(name, row.measures[name]) if name in row.measures else "" for name in shown]
         lines.append(_markdown_row([*names, *cells]))
+    return lines
+
+
+def to_matrix(rows: Sequence[EvaluationRow], name: str) -> list[str]:
+    """Return the lines of a Markdown table of one measure: a row for each source, a column for each model,
+    in the order of their evaluations."""
+    several = len({row.run for row in rows}) > 1
+    titles = [f"{row.run}/{row.model}" if several else row.model for row in rows]
+    table: dict[str, dict[str, str]] = {}
+    for row, title in zip(rows, titles, strict=True):
+        if name in row.measures:
+            table.setdefault(row.source, {})[title] = cell(name, row.measures[name])
+    models = list(dict.fromkeys(titles))
+    lines = [_markdown_row([TITLES.get(name, name), *models]), "|" + "---|" * (1 + len(models))]
+    for source, cells in table.items():
+        lines.append(_markdown_row([source, *(cells.get(model, "") for model in models)]))
     return lines
 
 

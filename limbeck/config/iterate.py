@@ -46,8 +46,8 @@ class Gate(Settings):
     )
     general: list[str] | None = Field(
         None,
-        description="names of problems on which it must not be worse; all others of the evaluation if not "
-        "set",
+        description="names of problems on which together it must not be worse; all others of the evaluation "
+        "if not set",
     )
     mode: Literal["t1", "t06", "greedy"] | None = Field(
         None, description="the way of sampling that is compared; `t1`, or the evaluation's first, if not set"
@@ -56,7 +56,10 @@ class Gate(Settings):
         0.05, gt=0, lt=1, description="what the share of words in the question's language may lose"
     )
     general_margin: float = Field(
-        0.05, gt=0, lt=1, description="what the accuracy on each of `general` may lose"
+        0.05,
+        gt=0,
+        lt=1,
+        description="what the accuracy on `general` and on named benchmarks together may lose",
     )
     arena_margin: float = Field(
         0.3,
@@ -88,6 +91,12 @@ class Iterate(Settings):
     )
     start: Literal["again", "last"] = Field(
         "again", description="later generations train the base again, or go on with the last model"
+    )
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="the longest response of the last model where it is asked in the teacher's place; if not "
+        "set, as long as it learned to write, where that is longer than the stage's own",
     )
     screen: Harder | None = Field(
         Harder(), description="harder problems for `rl` stages; `null` leaves their problems as they are"

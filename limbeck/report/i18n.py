@@ -231,7 +231,7 @@ W = {
     "money_per_right": Text("dollars per right answer", "每个正确回答的美元"),
     "check_accuracy": Text("accuracy", "准确率"),
     "check_language": Text("words in the question’s language", "与提问同语言的词"),
-    "check_general": Text("general ability, {}", "通用能力（{}）"),
+    "check_general": Text("general ability", "通用能力"),
     "check_arena": Text("people’s votes in the arena, won less lost", "竞技场中人的投票（胜减负）"),
     "check_better": Text(
         "{name}: {points} points on {n} problems, which is better ({p})",

@@ -142,10 +142,9 @@ def price_sentence(price: float | None) -> Text:
 
 def check_sentence(check: Check) -> Text:
     """Return the sentence about one check of the gate."""
-    kind, _, part = check.name.partition(": ")
     words = ("check_kept", "check_lost") if check.margin else ("check_better", "check_no_better")
     return W[words[not check.passed]].format(
-        name=W[f"check_{kind}"].format(part),
+        name=W[f"check_{check.name}"],
         points=f"{100 * check.difference:+.1f}",
         n=check.n,
         margin=f"{100 * check.margin:g}",

@@ -86,8 +86,9 @@ def decide(plan: Plan, champion: Path, candidate: Path, votes: Sequence[int] = (
     language_P = _language(pairs)
     if len(language_P):
         checks.append(not_worse("language", language_P, gate.language_margin, gate.alpha))
-    for name, differences_P in _general(plan, before, after, champion, candidate):
-        checks.append(not_worse(f"general: {name}", differences_P, gate.general_margin, gate.alpha))
+    general_P = np.array([*_general(plan, before, after), *_suites(champion, candidate)])
+    if len(general_P):
+        checks.append(not_worse("general", general_P, gate.general_margin, gate.alpha))
     checks += _arena(plan, votes)
     return Decision(gate.alpha, tuple(checks))
 
@@ -119,30 +120,30 @@ def _consistency(row: Row) -> float | None:
     return language_consistency(split_thought(text).thought or text, language_of(row["prompt"]))
 
 
-def _general(
-    plan: Plan, before: Verdicts, after: Verdicts, champion: Path, candidate: Path
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name of each part of general ability, and the differences [P] on it: other problems, and
-    named benchmarks."""
+def _general(plan: Plan, before: Verdicts, after: Verdicts) -> Iterator[float]:
+    """Yield the difference on each problem of the sources that stand for general ability."""
     for source in plan.general:
         pairs = _pairs(before, after, source, plan.mode)
         if pairs:
-            yield source, paired(*_right(pairs))[0]
-    scores = [_suites(folder) for folder in (champion, candidate)]
-    for suite, items in scores[0].items():
-        theirs = scores[1].get(suite, {})
-        common = [item for item in items if item in theirs]
-        if common:
-            yield suite, np.array([theirs[item] - items[item] for item in common])
+            yield from paired(*_right(pairs))[0]
 
 
-def _suites(evaluation: Path) -> dict[str, dict[str, float]]:
-    """Return the score of each item of each named benchmark of an evaluation, by the first metric."""
-    scores: dict[str, dict[str, float]] = {}
+def _suites(champion: Path, candidate: Path) -> Iterator[float]:
+    """Yield the difference on each item of the named benchmarks that both evaluations have."""
+    before, after = (_scores(folder) for folder in (champion, candidate))
+    for item, score in before.items():
+        if item in after:
+            yield after[item] - score
+
+
+def _scores(evaluation: Path) -> dict[tuple[str, str], float]:
+    """Return the score of each item of an evaluation's named benchmarks, by the first metric, by the names
+    of benchmark and item."""
+    scores = {}
     for row in read(evaluation / SUITE_ROWS):
         verdicts = next(iter(row["verdicts"].values()))
         values = [float(value) for sample in verdicts for value in sample]
-        scores.setdefault(row["suite"], {})[str(row["item"])] = sum(values) / len(values)
+        scores[row["suite"], str(row["item"])] = sum(values) / len(values)
     return scores
 
 

@@ -151,6 +151,7 @@ def next_recipe(recipe: Recipe, plan: Plan, generation: int, previous: Recipe, c
         if name in stages or name in recipe.problems:
             raise LimbeckError(f"{recipe.name}: generation {generation} needs the name {name}; rename yours")
     new = {renamed[name]: _cited(recipe, recipe.stages[name], renamed) for name in repeated}
+    new = {name: _with_longer(recipe, plan, stage, champion) for name, stage in new.items()}
     screen = _screen(recipe, plan, champion, new)
     if screen:
         name = suffixed(SCREEN, generation)
@@ -271,6 +272,16 @@ def _rename(cited: Any, renamed: Mapping[str, str]) -> Any:
     if isinstance(cited, dict):
         return {renamed.get(name, name): share for name, share in cited.items()}
     return renamed.get(cited, cited)
+
+
+def _with_longer(recipe: Recipe, plan: Plan, stage: Stage, champion: str) -> Stage:
+    """Return a repeated stage; if it asks the champion, with responses as long as the champion's."""
+    sampling = getattr(stage, "sampling", None)
+    if sampling is None or getattr(stage, "model", None) != champion:
+        return stage
+    learned = getattr(recipe.stages[plan.model], "sampling", sampling)
+    longest = plan.settings.max_new_tokens or max(sampling.max_new_tokens, learned.max_new_tokens)
+    return stage.model_copy(update={"sampling": sampling.model_copy(update={"max_new_tokens": longest})})
 
 
 # ---------------------------------------------------------------- harder problems
