@@ -51,6 +51,13 @@ def test_few_equal_answers_do_not_show_that_nothing_is_lost():
     assert bet_against_loss(np.full(200, -0.2), 0.05) == 1
 
 
+def test_a_kind_that_is_kept_does_not_pass_for_one_that_is_lost():
+    """Whatever comes first: 100 equal answers to one kind, then 300 lost ones to another."""
+    differences = np.concatenate([np.zeros(100), np.full(300, -1.0)])
+    assert bet_against_loss(differences, 0.05) < ALPHA  # in this order
+    assert not not_worse("general", differences, 0.05, ALPHA).passed
+
+
 # ---------------------------------------------------------------- simulated generations
 
 
