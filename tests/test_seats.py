@@ -92,7 +92,7 @@ def test_the_shard_of_a_stopped_seat_is_asked_elsewhere_and_its_late_answer_is_c
     pid = pool.hosts._seats[0].process.pid
     os.kill(pid, signal.SIGSTOP)
     pool.patience = 0.5
-    pool._is_slow = lambda state, clock: False  # only the stopped one is doubted
+    pool._is_slow = lambda state, clock: False  # only the shard of the stopped one is asked twice
     silent = pool._is_silent
     pool._is_silent = lambda state, clock: state is pool.seats[0] and silent(state, clock)
     try:

@@ -52,7 +52,7 @@ class SeatState:
     ask: Ask | None = None
     asked: float = 0.0
     rows: int = 0
-    doubted: bool = False  # its shard has been asked of another seat too
+    asked_twice: bool = False  # its shard has been asked of another seat too
 
     def __str__(self) -> str:
         """Return the progress of the seat in words: `12 of 64`."""
@@ -101,10 +101,10 @@ class _Round:
 class SeatPool:
     """`count` seats on `hosts`, started when they are first needed.
 
-    A seat that does not start within `patience` seconds is replaced. One that works and gives no sign of life
-    for so long, or takes `SLOW` times as long as others, gets company: another seat is asked for the same
-    shard. More than `restarts` deaths since `begin` end the stage with Resumable. `tell` is called with what
-    the user should know.
+    A seat that does not start within `patience` seconds is replaced. The shard of one that works and gives no
+    sign of life for so long, or takes `SLOW` times as long as others, is asked of another seat too. More than
+    `restarts` deaths since `begin` end the stage with Resumable. `tell` is called with what the user should
+    know.
     """
 
     def __init__(self, hosts: Hosts, count: int, patience: float = 120.0, restarts: int = 3):
@@ -164,13 +164,13 @@ class SeatPool:
     def _dispatch(self, now: _Round) -> None:
         """Ask idle seats for shards that wait, as long as there are both."""
         for seat, state in self.seats.items():
-            while now.waiting and not now.misses(now.waiting[0]):  # a doubted seat was faster
+            while now.waiting and not now.misses(now.waiting[0]):  # another seat was faster
                 now.waiting.popleft()
             if now.waiting and state.ready and not state.ask:
                 state.ask = now.waiting.popleft()
                 state.asked = state.heard = time.monotonic()
                 state.rows = 0
-                state.doubted = False
+                state.asked_twice = False
                 self.hosts.send(
                     seat, pack({**state.ask.request, "number": state.ask.number}, state.ask.prompts)
                 )
@@ -256,7 +256,7 @@ class SeatPool:
         nobody = bool(now.waiting) and len(silent) == len(self.seats)
         for seat, state in list(self.seats.items()):
             if seat in silent or self._is_slow(state, clock):
-                self._doubt(seat, now)
+                self._ask_twice(seat, now)
             if seat in silent and (nobody or not state.ready):
                 self._replace(seat)
 
@@ -270,12 +270,12 @@ class SeatPool:
             return False
         return clock - state.asked > max(self.patience, SLOW * statistics.median(self._times))
 
-    def _doubt(self, seat: int, now: _Round) -> None:
+    def _ask_twice(self, seat: int, now: _Round) -> None:
         """Put the shard of a seat before all others, once, so that another one is asked for it too."""
         state = self.seats[seat]
-        if state.doubted or not state.ask:
+        if state.asked_twice or not state.ask:
             return
-        state.doubted = True
+        state.asked_twice = True
         if now.misses(state.ask) and state.ask not in now.waiting:
             now.waiting.appendleft(state.ask)
             seconds = time.monotonic() - state.heard
