@@ -24,7 +24,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from limbeck.cli import app
-from limbeck.config import iterate, learned_rewards, parts, recipe
+from limbeck.config import hosts, iterate, learned_rewards, parts, recipe
 from limbeck.eval.published import published_scores
 from limbeck.eval.suites.catalogue import SUITES
 from limbeck.eval.suites.suite import Protocol, Suite
@@ -87,7 +87,7 @@ def settings(name: str) -> str:
 
 def _find_model(name: str) -> type[parts.Settings]:
     """The settings model with a name."""
-    for module in (recipe, learned_rewards, parts, iterate):
+    for module in (recipe, learned_rewards, parts, iterate, hosts):
         if hasattr(module, name):
             return getattr(module, name)
     raise LookupError(f"no settings are called {name}")

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 
 from limbeck.cli import app, first_recipe
 from limbeck.config import recipe
+from limbeck.config.hosts import Hosts
 from limbeck.config.load import dump, load, shipped
 from limbeck.tasks.registry import open_task
 from limbeck.types import Completion
@@ -144,13 +145,15 @@ def examples() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("block", [pytest.param(block, id=name) for name, block in examples()])
 def test_yaml_blocks_load(block, tmp_path):
-    """A whole recipe, some problems, or some stages."""
+    """A whole recipe, some problems, hosts, or some stages."""
     tree = yaml.safe_load(block)
     if "stages" in tree:
         (tmp_path / "example.yaml").write_text(block, encoding="utf-8")
         load(tmp_path / "example.yaml")
     elif "problems" in tree:
         recipe.Recipe.model_validate({"name": "example", "stages": {}, **tree})
+    elif "seats" in tree:
+        Hosts.model_validate(tree)
     else:
         TypeAdapter(dict[str, recipe.AnyStage]).validate_python(tree)
 

@@ -26,7 +26,7 @@ FLOORS = {
     "types": 0, "files": 0, "config": 0, "text": 0, "run_log": 0, "activity": 0,
     "model": 1,
     "engine": 2, "tasks": 2, "train": 2,
-    "eval": 3, "runtime": 3, "plan": 3,
+    "eval": 3, "runtime": 3, "plan": 3, "cluster": 3,
     "report": 4,
     "pipeline": 5,
     "api": 6, "cli": 6, "serve": 6, "__main__": 6,

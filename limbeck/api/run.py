@@ -9,6 +9,7 @@ from typing import Any
 
 from ..cli.display import Lines, printable
 from ..cli.recipe_plan import cached_forecast
+from ..config.hosts import load_hosts
 from ..config.load import find, load, with_auto_curation
 from ..config.recipe import Recipe
 from ..pipeline.loggers.stream import log_metrics
@@ -35,6 +36,7 @@ def run(
     log: str | Sequence[str] = (),
     display: Display | None = None,
     device: str = "cpu",
+    hosts: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Execute a recipe and return what it has made. Stages that are already finished are not run again.
@@ -44,7 +46,8 @@ def run(
     `**{"stages.zero.steps": 5}`. `runs` is the folder of all runs. With `auto`, the policies of curate stages
     decide in place of people. `log` names one or several of the loggers jsonl, tensorboard and wandb, which
     get the metrics too. `display` shows the progress: by default lines of text, `Quiet()` for none. `device`
-    is what computes: `auto` (a card if torch sees one), `cpu`, `cuda`, `cuda:1` or `mps`.
+    is what computes: `auto` (a card if torch sees one), `cpu`, `cuda`, `cuda:1` or `mps`. `hosts` is a file
+    of processes that sample and grade (docs/how-to/several-machines.md).
 
     Works in any thread: no signal handler is installed. After Ctrl-C (KeyboardInterrupt) the stages at work
     write a checkpoint first; the same call goes on from it.
@@ -56,7 +59,8 @@ def run(
     if auto:
         checked = with_auto_curation(checked)
     base = find(recipe).parent if isinstance(recipe, str | Path) else Path()
-    execution = Execution(checked, base, Path(runs), display or _display(), device=device)
+    seats = load_hosts(Path(hosts)) if hosts else None
+    execution = Execution(checked, base, Path(runs), display or _display(), device=device, hosts=seats)
     with log_metrics(execution, [log] if isinstance(log, str) else log):
         execution.execute(cached_forecast(execution.graph))
     return Run(execution.folder)

@@ -57,6 +57,16 @@ Loggers = Annotated[
     ),
 ]
 
+HostsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--hosts",
+        metavar="FILE",
+        help="what samples and grades: processes as a file says (docs/how-to/several-machines.md)",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 def run(
@@ -67,6 +77,7 @@ def run(
     log: Loggers = [],  # noqa: B006
     as_json: AsJson = False,
     device: Device = "cpu",
+    hosts: HostsFile = None,
     no_try: Annotated[
         bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
     ] = False,
@@ -84,13 +95,15 @@ def run(
 
     For instance: `limbeck run quickstart --auto`
     """
+    from ..config.hosts import load_hosts
     from ..pipeline.run import Run
     from .display import Events, Tree
 
     display = choose_display(as_json, sys.stderr)
     path = find_recipe(recipe)
     try:
-        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device)
+        seats = load_hosts(hosts) if hosts else None
+        job = Run(load_recipe(path, set_, auto), path.parent, runs, display, right, device, hosts=seats)
         job.previews = not no_try
         page = carry_out(job, log)
     finally:

@@ -68,7 +68,7 @@ def load(
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise LimbeckError(f"{place}: {explain(error, tree)}") from None
+        raise LimbeckError(f"{place}: {explain(error)}") from None
     check_references(place, recipe)
     return recipe
 
@@ -162,7 +162,7 @@ def _read_tree(path: Path) -> dict:
     """Read a recipe's file as a YAML tree. Raises LimbeckError if there is no file, or if the file holds no
     valid mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = read_yaml(path)
     except FileNotFoundError:
         close = get_close_matches(path.name.removesuffix(".yaml"), shipped(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -170,17 +170,25 @@ def _read_tree(path: Path) -> dict:
         raise LimbeckError(
             f"{path}: no such recipe; {hint}recipes that come with Limbeck: {names or 'none found'}"
         ) from None
+    if not isinstance(tree, dict):
+        raise LimbeckError(f"{path}: a recipe is a mapping with the keys name, problems and stages")
+    return tree
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds. Raises LimbeckError if it cannot be read, and FileNotFoundError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise LimbeckError(f"{path}: cannot be read as text ({error})") from None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeys)
+        return yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         sentence = " ".join(str(error).split())
         hint = "; put a text that begins with { into single quotes" if BARE_BRACE.search(text) else ""
         raise LimbeckError(f"{path}: not valid YAML: {sentence}{hint}") from None
-    if not isinstance(tree, dict):
-        raise LimbeckError(f"{path}: a recipe is a mapping with the keys name, problems and stages")
-    return tree
 
 
 def _override(tree: dict, override: str) -> list[aliases.Alias]:

@@ -60,23 +60,24 @@ KINDS: dict[str, type[Settings]] = {**SOURCES, **STAGES}
 # ---------------------------------------------------------------- what pydantic finds
 
 
-def explain(error: ValidationError, tree: dict) -> str:
+def explain(error: ValidationError, schema: type[Settings] = Recipe) -> str:
     """Return one sentence about the first of pydantic's mistakes. Unknown keys are reported before missing
-    ones, since a misspelt key also counts as a missing one. `tree` is the recipe's YAML tree."""
+    ones, since a misspelt key also counts as a missing one. `schema` is what the settings
+    were checked against."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    sentence = _sentence(first, tree)
+    sentence = _sentence(first, schema)
     if error.error_count() > 1:
         return f"{sentence} ({error.error_count() - 1} more after it)"
     return sentence
 
 
-def _sentence(mistake: dict[str, Any], tree: dict) -> str:
+def _sentence(mistake: dict[str, Any], schema: type[Settings]) -> str:
     """Return a sentence about one of the mistakes that pydantic found."""
     # pydantic puts the chosen member of a union into the path; people did not write it
     location = [str(part) for i, part in enumerate(mistake["loc"]) if i != 2 or part not in KINDS]
     where = ".".join(location)
     if mistake["type"] == "extra_forbidden":
-        return f"unknown key {where}; {_hint(location[-1], _known_keys(mistake['loc'], tree))}"
+        return f"unknown key {where}; {_hint(location[-1], _known_keys(mistake['loc'], schema))}"
     if location[-1] == "[key]":  # of a table whose names are settled
         known = re.findall(r"'([^']+)'", mistake["ctx"]["expected"])
         return f"unknown key {'.'.join(location[:-1])}{_meant(location[-2], known)}"
@@ -97,9 +98,9 @@ def _hint(word: str, known: list[str]) -> str:
     return f"did you mean {close}?" if close else f"known keys: {', '.join(known)}"
 
 
-def _known_keys(location: tuple, tree: dict) -> list[str]:
-    """Return the keys that are allowed in the mapping at `location`, the path of a mistake in the recipe."""
-    model: type[Settings] | None = Recipe
+def _known_keys(location: tuple, schema: type[Settings]) -> list[str]:
+    """Return the keys that are allowed in the mapping at `location`, the path of a mistake."""
+    model: type[Settings] | None = schema
     for i, part in enumerate(location[:-1]):
         if i == 2 and part in KINDS:
             model = KINDS[part]

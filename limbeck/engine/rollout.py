@@ -89,7 +89,10 @@ class Engine:
         groups = self.rollout(problems, 1, sampling or SamplingParams(), seed)
         return [group.completions[0] for group in groups]
 
-    @torch.no_grad()
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Engine:
+        """Return an engine with the same model and another tokenizer, by which prompts are rendered."""
+        return Engine(self.model, tokenizer, self.rows)
+
     def rollout(
         self,
         problems: Sequence[Problem],
@@ -104,6 +107,20 @@ class Engine:
         `sampling.max_new_tokens` exceeds the model's maximal number of positions.
         """
         prompts = [self._prompt(problem, sampling) for problem in problems]
+        return self.sample(problems, prompts, group_size, sampling, seed, progress)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[np.ndarray],
+        group_size: int,
+        sampling: SamplingParams,
+        seed: object,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Group]:
+        """Return a group of `group_size` completions for every problem, as `rollout` does, from prompts that
+        are rendered already: their token ids, each [N]."""
         waiting = deque(range(len(problems)))
         rows = len(problems) * group_size
         most = max(group_size, min(self.rows, rows))

@@ -146,7 +146,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     check_vocabulary(config, directory / "tokenizer.json")
     with _WithoutInit():
         decoder = Decoder(config)
-    _fill(decoder.to(dtype), directory)
+    fill(decoder.to(dtype), directory)
     return decoder
 
 
@@ -197,8 +197,9 @@ def check_vocabulary(config: ModelConfig, path: Path) -> None:
 
 
 @torch.no_grad()
-def _fill(decoder: Decoder, directory: Path) -> None:
-    """Read every weight of `decoder` from the files of `directory`, in place."""
+def fill(decoder: Decoder, directory: Path) -> None:
+    """Read every weight of `decoder` from the files of `directory`, in place. Raises LimbeckError as `load`
+    does; the weights are then partly those from before."""
     weights = dict(decoder.named_parameters())
     wanted = {part.theirs: part for part in parts(decoder)}
     missing = set(wanted)

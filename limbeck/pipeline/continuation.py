@@ -20,6 +20,7 @@ from ..config.learned_rewards import Reward
 from ..config.recipe import RL, Pretrain, Stage
 from ..run_log import ASKED, METRICS, ROLLOUTS, read_metrics
 from .stage_device import DEVICES, devices_of
+from .stage_seats import SEATS, seats_of
 from .store import Artifact, Store, digest_of, write
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _copy(job: Job, note: Path, state: Path, tell: Callable[[str], None]) -> Non
             shutil.copyfile(shorter.folder / name, job.folder / name)
     write(job.folder / KERNELS, json.dumps(manifest["kernels"]))
     write(job.folder / DEVICES, json.dumps(devices_of(manifest)))
+    write(job.folder / SEATS, json.dumps(seats_of(manifest)))
     origin = {"artifact": shorter.folder.name, "key": manifest["key"], "digest": shorter.digest, "step": step}
     write(note, json.dumps(origin))
     _link(final, state)
@@ -199,5 +201,5 @@ def end(job: Job) -> None:
         place.parent.mkdir(exist_ok=True)
         checkpoint.path.replace(place)
     checkpoint.clear()
-    for name in (KERNELS, DEVICES, CONTINUED):
+    for name in (KERNELS, DEVICES, SEATS, CONTINUED):
         (job.folder / name).unlink(missing_ok=True)

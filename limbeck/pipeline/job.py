@@ -20,12 +20,15 @@ from .store import MANIFEST, RESPONSES
 if TYPE_CHECKING:
     import torch
 
+    from ..config.hosts import Hosts
     from ..engine.openai_client import Endpoint
     from ..engine.rollout import Engine
     from ..model.decoder import Decoder
+    from ..model.lora import LoRA
     from ..tasks.mixture import Mixture
     from ..text.tokenizer import Tokenizer
     from ..train.checkpoint import Checkpoint
+    from ..train.learner import Learner
 
 SMALL_MODEL = 10_000_000  # parameters below which the engine decodes SMALL_MODEL_ROWS at once
 SMALL_MODEL_ROWS = 256  # rows, enough for wide matrix products
@@ -44,7 +47,8 @@ class Job:
     training problems to leave out because they are too similar to a test. `continues` is the folder of the
     shorter stage's artifact that the stage is continued from, if there is one (continuation.py); `preview` is
     the file for the preview of the stage, None if there is to be none. `device` is what models are placed on
-    (model/ops/devices.py). `stopping` returns True once the stage should write a checkpoint and end, and
+    (model/ops/devices.py). `hosts` are the settings of the seats that sample and grade, None if this process
+    does. `stopping` returns True once the stage should write a checkpoint and end, and
     `tell` shows the user a message.
     """
 
@@ -62,6 +66,7 @@ class Job:
     device: str = "cpu"
     continues: Path | None = None
     preview: Path | None = None
+    hosts: Hosts | None = None
     stopping: Callable[[], bool] = field(default=lambda: False, compare=False)
     tell: Callable[[str], None] = field(default=print, compare=False)
 
@@ -112,13 +117,33 @@ class Job:
     def sampler(self, name: str, speculate: bool = False) -> Engine | Endpoint:
         """Return what samples responses of the input `name`: an endpoint if it is remote, else an inference
         engine with its model. `speculate` turns on speculative decoding."""
-        from ..engine.rollout import Engine
-
         if name in self.endpoints:
             return self.endpoint(name)
         decoder, tokenizer = self.model(name)
         small = decoder.config.parameters < SMALL_MODEL
-        return Engine(decoder, tokenizer, SMALL_MODEL_ROWS if small else LARGE_MODEL_ROWS, speculate)
+        return self.engine(decoder, tokenizer, speculate, SMALL_MODEL_ROWS if small else LARGE_MODEL_ROWS)
+
+    def engine(
+        self, decoder: Decoder, tokenizer: Tokenizer, speculate: bool = False, rows: int = SMALL_MODEL_ROWS
+    ) -> Engine:
+        """Return an engine that samples with the weights of `decoder`, at most `rows` sequences at once, or
+        on the seats of `hosts`. `speculate` turns on speculative decoding."""
+        from ..engine.rollout import Engine
+
+        if self.hosts:
+            from .stage_seats import fleet
+
+            return fleet(self, decoder, tokenizer, speculate)
+        return Engine(decoder, tokenizer, rows, speculate)
+
+    def learner(self, decoder: Decoder, steps: int, lora: LoRA | None = None) -> Learner:
+        """Return a learner that trains `decoder`, or its adapters `lora`, with the stage's optimizer. `steps`
+        is the number of updates."""
+        from ..train.learner import Learner
+
+        recompute = getattr(self.stage, "recompute", False)
+        samples = not getattr(self.stage, "engine", None)
+        return Learner(decoder, self.stage.optimizer, steps, recompute, lora, self.seed, samples)
 
     # ------------------------------------------------------------ data
 

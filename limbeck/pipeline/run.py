@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from .. import __version__
 from ..config.aliases import stored, stored_kind
+from ..config.hosts import Hosts
 from ..config.load import dump
 from ..config.parts import Budgeted
 from ..config.recipe import Curate, Recipe, Remote
@@ -83,14 +84,17 @@ class Run:
         right: str | None = None,
         device: str = "cpu",
         given: Mapping[str, Artifact] | None = None,
+        hosts: Hosts | None = None,
     ):
         """Prepare a run. `base` is the folder that relative paths in the recipe are resolved against, `home`
         the folder of all runs. `right` is the user's reason for a claim to be exempt from a licence's terms.
         `device` is what models are placed on (model/ops/devices.py). `given` has the results of stages that
-        need not run, by name (`Graph`). Raises LimbeckError if a licence forbids
-        a stage and no `right` is given, or if there is no such device here."""
+        need not run, by name (`Graph`). `hosts` is what samples and grades, if not the workers themselves.
+        Raises LimbeckError if a licence forbids a stage and no `right` is given, or if there is no such
+        device here."""
         self.recipe = recipe
-        self.device = _checked(device)
+        self.device = _checked(device, hosts)
+        self.hosts = hosts
         self.home = home
         self.display = display
         self.store = Store(home / "store")
@@ -314,6 +318,7 @@ class Run:
             device=self.device,
             continues=shorter.artifact.folder if shorter and not shorter.obstacle else None,
             preview=self._preview(node),
+            hosts=self.hosts,
         )
 
     def _preview(self, node: Node) -> Path | None:
@@ -484,9 +489,11 @@ class Run:
         return summary
 
 
-def _checked(device: str) -> str:
-    """Return the name of a device; raise LimbeckError if it is not here. What `auto` stands for is left to
-    the workers, so that this process need not import torch."""
+def _checked(device: str, hosts: Hosts | None) -> str:
+    """Return the name of a device; raise LimbeckError if it is not here, or none for seats. What `auto`
+    stands for is left to the workers, so that this process need not import torch."""
+    if hosts and device != "cpu":
+        raise LimbeckError(f"--hosts: seats compute on processors; leave out --device {device}, or --hosts")
     if device in ("auto", "cpu"):
         return device
     from ..model.ops.devices import resolve

@@ -27,6 +27,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ..activity import ActivityReport, phase
+from ..config.hosts import Hosts
 from ..config.recipe import AnyStage, Problems, Remote
 from ..runtime import allocator
 from ..types import LimbeckError
@@ -35,6 +36,7 @@ from .continuation import KERNELS
 from .job import Job
 from .review.curate import Waiting
 from .stage_device import device_failure, device_memory, note_device, ready_device
+from .stage_seats import ready_seats
 from .store import OUTCOME, Store, out_of_space, sweep, sync_below, write
 
 TEMPORARY_FAILURE = 75  # exit code (sysexits.h, EX_TEMPFAIL) of a stage that can go on
@@ -100,6 +102,7 @@ def write_job(job: Job) -> dict[str, Any]:
         "device": job.device,
         "continues": str(job.continues) if job.continues else None,
         "preview": str(job.preview) if job.preview else None,
+        "hosts": job.hosts.model_dump(mode="json") if job.hosts else None,
     }
 
 
@@ -121,6 +124,7 @@ def read_job(request: dict[str, Any], stop: threading.Event) -> Job:
         device=request["device"],
         continues=Path(request["continues"]) if request["continues"] else None,
         preview=Path(request["preview"]) if request["preview"] else None,
+        hosts=Hosts(**request["hosts"]) if request["hosts"] else None,
         stopping=stop.is_set,
     )
 
@@ -176,6 +180,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
         sweep(job.folder)
         with ActivityReport(job.folder):
             continued = continuation.begin(job, tell)
+            seats = ready_seats(job, tell)
             with phase("choosing kernels"):
                 kernels = _choose_kernels(job, tell)
             device = note_device(job, tell)
@@ -187,7 +192,7 @@ def _execute(job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
             with phase("writing to disk"):
                 sync_below(job.folder)
         usage = {**_usage(began, cpu_began), **device_memory(job)}
-        outcome = {**outcome, **usage, "kernels": kernels, **device}
+        outcome = {**outcome, **usage, "kernels": kernels, **device, **seats}
         if continued:
             outcome["continued"] = continued
         write(path, json.dumps(outcome))

@@ -80,9 +80,10 @@ class Mixture:
         return [next(drawn[names[pick]]) for pick in picks]
 
     def score(self, group: Group) -> Group:
-        """Return a copy of the group with the scores and the rewards of its completions."""
+        """Return a copy of the group with the scores and the rewards of its completions. Scores that a group
+        has from where it was sampled (cluster/fleet.py) are kept."""
         task = self.tasks[group.problem.id.partition("/")[0]]
-        scores = tuple(task.score(group.problem, completion) for completion in group.completions)
+        scores = group.scores or tuple(task.score(group.problem, one) for one in group.completions)
         rewards = tuple(weighted_sum(score, self.rewards) for score in scores)
         return replace(group, scores=scores, rewards=rewards)
 

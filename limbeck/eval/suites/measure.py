@@ -93,7 +93,7 @@ def _changes(suite: Suite, protocol: Protocol, options: SuiteOptions, rows: int)
 def engines_for(tasks: Sequence[SuiteTask], engine: Engine) -> dict[str, Engine]:
     """Return the engine of each suite: the model's own, or one that continues texts where the protocol has no
     chat template."""
-    texts = Engine(engine.model, TextTokenizer(engine.tokenizer), engine.rows)
+    texts = engine.with_tokenizer(TextTokenizer(engine.tokenizer))
     return {task.suite.name: engine if task.protocol.prompt.chat else texts for task in tasks}
 
 

@@ -51,6 +51,7 @@ class CutThought:
             replace(
                 group,
                 completions=tuple(self._complete(one, prefix, after) for one in group.completions),
+                scores=(),  # those of a fleet are of the text without its beginning
             )
             for group in groups
         ]

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...config.methods import Distill
-from ...engine.rollout import Engine
 from ...engine.sampling import to_sampling_params
 from ...run_log import ROLLOUTS, read, read_metrics
 from ...text.prompt_format import conversation
 from ...text.tokenizer import Tokenizer
 from ...train.distill import LABELLED, Assigned, DistillSampler, DistillTrainer, Teacher, domain
-from ...train.learner import Learner
 from ...train.scorer import Scorer
 from ...train.training_log import TrainingLog
 from ...types import LimbeckError, Sample
@@ -41,9 +39,9 @@ def run(job: Job) -> Outcome:
     run_log = job.record(state["step"] if state else 0, stage.steps)
     run_log.drop_last(ROLLOUTS, stage.log_every)
     tasks = job.mixture(stage.problems) if stage.problems else None
-    engine = Engine(decoder, tokenizer, speculate=stage.sampling.speculate)
+    engine = job.engine(decoder, tokenizer, stage.sampling.speculate)
     trainer = DistillTrainer(
-        learner=Learner(decoder, stage.optimizer, stage.steps, stage.recompute, lora, job.seed),
+        learner=job.learner(decoder, stage.steps, lora),
         teachers=teachers,
         sampler=DistillSampler(
             stage,

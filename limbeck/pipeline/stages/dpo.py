@@ -13,7 +13,6 @@ from ...text.reasoning_parser import join_thought
 from ...text.tokenizer import Tokenizer
 from ...train.batch import MICRO_TOKENS
 from ...train.dpo import DPO, to_pair, with_reference_logprobs
-from ...train.learner import Learner
 from ...train.pairs import plan_by_tokens
 from ...train.scorer import Scorer
 from ...train.sft import SFTTrainer
@@ -41,7 +40,7 @@ def run(job: Job) -> Outcome:
     sampled = cited_rows(*stage.pairs)
     plan = affordable(plan, samples, decoder.config, budget_of(job, sampled) - reference_flops)
     lora = attach_adapters(job, decoder)
-    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), lora, job.seed)
+    learner = job.learner(decoder, len(plan), lora)
     loss = DPO(stage.beta, stage.normalized)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every, loss))
     tokenizer.prompt_format = format_of_rows(rows)

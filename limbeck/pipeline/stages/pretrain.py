@@ -11,7 +11,6 @@ from ...config.recipe import Pretrain
 from ...model.decoder import Decoder
 from ...model.from_recipe import to_config
 from ...model.weights import digest
-from ...train.learner import Learner
 from ...train.sft import SFTTrainer, batches
 from ...types import fingerprint
 from ..job import Job
@@ -36,7 +35,7 @@ def run(job: Job) -> Outcome:
         documents = encode_documents(corpus, tokenizer, stage.tokens)
     plan = batches(documents, stage.batch_tokens, job.seed)
     initial = digest(decoder)
-    learner = Learner(decoder, stage.optimizer, len(plan), getattr(stage, "recompute", False), seed=job.seed)
+    learner = job.learner(decoder, len(plan))
     whole_batch = 4 * stage.batch_tokens  # tokens: a batch is one micro-batch
     result = train(job, SFTTrainer(learner, documents, plan, whole_batch, stage.log_every))
     save_model(decoder, tokenizer, job.folder)

@@ -16,7 +16,6 @@ from ...run_log import ROLLOUTS, read_metrics
 from ...text.tokenizer import Tokenizer
 from ...train.alarms import AlarmMonitor
 from ...train.grpo import GRPOTrainer
-from ...train.learner import Learner
 from ...train.losses import TRUNCATION
 from ...train.scorer import Scorer
 from ...train.training_log import TrainingLog
@@ -41,9 +40,7 @@ def run(job: Job) -> Outcome:
     run_log.drop_last(ROLLOUTS, stage.log_every)
     engine = _engine(job, decoder, tokenizer)
     trainer = GRPOTrainer(
-        learner=Learner(
-            decoder, stage.optimizer, updates, stage.recompute, lora, job.seed, samples=not stage.engine
-        ),
+        learner=job.learner(decoder, updates, lora),
         engine=engine,
         rewards=learned_rewards(job, tasks, sampling),
         settings=stage,
@@ -71,7 +68,7 @@ def _engine(job: Job, decoder: Decoder, tokenizer: Tokenizer) -> Engine:
     engine, with the decoder's weights in both cases."""
     stage: RL = job.stage
     if stage.engine is None:
-        return Engine(decoder, tokenizer, speculate=stage.sampling.speculate)
+        return job.engine(decoder, tokenizer, stage.sampling.speculate)
     name = f"stages.{job.name}.engine"
     job.tell(
         f"{name}: vLLM samples, so nothing is exact; the learner scores each response again, and a token's "

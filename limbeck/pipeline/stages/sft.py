@@ -5,7 +5,6 @@ from __future__ import annotations
 from ...config.recipe import SFT
 from ...text.prompt_format import format_of_rows
 from ...text.tokenizer import Tokenizer
-from ...train.learner import Learner
 from ...train.sft import SFTTrainer, plan_epochs
 from ...types import LimbeckError
 from ..job import Job
@@ -26,7 +25,7 @@ def run(job: Job) -> Outcome:
     plan = plan_epochs(samples, stage.epochs, stage.batch_tokens, job.seed)
     plan = affordable(plan, samples, decoder.config, budget_of(job, stage.rows))
     lora = attach_adapters(job, decoder)
-    learner = Learner(decoder, stage.optimizer, len(plan), stage.recompute, lora, job.seed)
+    learner = job.learner(decoder, len(plan), lora)
     result = train(job, SFTTrainer(learner, samples, plan, stage.batch_tokens, stage.log_every))
     tokenizer.prompt_format = format_of_rows(rows)
     save_model(decoder, tokenizer, job.folder, lora)
