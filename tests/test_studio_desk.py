@@ -371,7 +371,8 @@ def test_the_steps_of_a_sum_are_proposed_where_the_policy_writes_them(home, resu
     assert f'data-help="{AT}/1/steps"' in ada.get(f"{AT}/1?edit=1").text
     n = int(known.answer) + 4
     assert ada.send(f"{AT}/1/steps", text="x").json()["text"] == (
-        f"<think> {n} + 5 = {n + 5}. {n + 5} - 9 = {n - 4}. </think> The answer is \\boxed{{{n - 4}}}."
+        f"<think> First {n} + 5 = {n + 5}. Then {n + 5} - 9 = {n - 4}. </think> "
+        f"The answer is \\boxed{{{n - 4}}}."
     )
     refused = ada.send(f"{AT}/2/steps", text="x")
     assert refused.status_code == 400 and "asks for no sum" in refused.json()["detail"]

@@ -67,6 +67,8 @@ PHASES = {
     "asking": Text("asking", "询问接口"),
     "asking the teacher": Text("asking the teacher", "询问教师模型"),
     "handing over the weights": Text("handing over the weights", "移交权重"),
+    "on seats": Text("on seats", "在各采样进程上"),
+    "shard": Text("shard", "分片"),
     "scoring": Text("scoring", "评分"),
     "previewing": Text("previewing", "预览"),
     "judging": Text("judging", "由模型评判"),

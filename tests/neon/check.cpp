@@ -79,20 +79,22 @@ static void mixture(int64_t tokens, int64_t hidden, int64_t width) {
     print("mixture", y), print("mixture dx", dx), print("mixture dgate_up", dgate_up), print("mixture ddown", ddown), print("mixture dweights", dweights);
 }
 
-static void steps(int64_t heads, int64_t kv_heads, int64_t width, int64_t window) {
+static void steps(int64_t heads, int64_t kv_heads, int64_t width, int64_t window, bool gemma = false) {
     const int64_t rows = 3, hidden = 24, intermediate = 20, room = 64, both = (heads + 2 * kv_heads) * width;
     auto embed = numbers(11 * hidden), norm = numbers(hidden), ffn_norm = numbers(hidden), qkv = numbers(both * hidden), out = numbers(hidden * heads * width);
     auto gate_up = numbers(2 * intermediate * hidden), down = numbers(hidden * intermediate), cos = numbers(room * width), sin = numbers(room * width);
     for (auto* weight : {&qkv, &out, &gate_up, &down})
         for (float& number : *weight) number *= 0.1f;
     std::vector<float> keys(rows * kv_heads * room * width), values(keys.size()), states(rows * hidden);
-    Layer layer = {norm.data(), qkv.data(), nullptr, nullptr, nullptr, out.data(), ffn_norm.data(), gate_up.data(), down.data(), keys.data(), values.data(), window, 0.3f, 1e-5f};
+    const float* after = gemma ? norm.data() : nullptr;
+    Layer layer = {norm.data(), qkv.data(), nullptr, nullptr, nullptr, out.data(), after, ffn_norm.data(), gate_up.data(), down.data(), after, cos.data(), sin.data(),
+                   keys.data(), values.data(), window, 0.3f, 1e-5f};
     std::vector<float> x(rows * hidden), normed(rows * hidden), asked(rows * both), mixed(rows * heads * width), wide(rows * 2 * intermediate), inner(rows * intermediate);
     for (int64_t i = 0; i < 40; i++) {  // from the 20th on the rows read what they share from the first
         const int64_t tokens[] = {i % 11, i < 20 ? i % 11 : (i + 1) % 11, i < 20 ? i % 11 : (i + 5) % 11}, positions[] = {i, i, i};
         const int64_t lenders[] = {0, 0, 0}, shared[] = {i < 20 ? 0 : 20, i < 20 ? 0 : 20, i < 20 ? 0 : 20};
-        Step step = {1, rows, hidden, heads, kv_heads, width, intermediate, room, 1, embed.data(), norm.data(), cos.data(), sin.data(), tokens, positions, lenders, shared,
-                     x.data(), normed.data(), asked.data(), mixed.data(), wide.data(), inner.data(), 1e-5f};
+        Step step = {1, rows, hidden, heads, kv_heads, width, intermediate, room, 1, gemma, gemma, embed.data(), norm.data(), tokens, positions, lenders, shared,
+                     x.data(), normed.data(), asked.data(), mixed.data(), wide.data(), inner.data(), 1e-5f, gemma ? 4.9f : 1.0f};
         decode(&step, &layer, states.data());
         print("step", states);
     }
@@ -108,7 +110,7 @@ int main() {
     for (int8_t way = 0; way < 3; way++) {
         std::vector<int8_t> table(SIZES * ROWS, way);
         use_ways(table.data());
-        steps(4, 2, 16, 0), steps(8, 1, 6, 0), steps(3, 3, 80, 9);
+        steps(4, 2, 16, 0), steps(8, 1, 6, 0), steps(3, 3, 80, 9), steps(4, 2, 16, 9, true);
     }
     auto logits = numbers(4 * 101);
     std::vector<double> uniform = {0.0, 0.25, 0.5, 0.999};
