@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import RUNS, AsJson, Auto, Device, Home, find_recipe, load_recipe, print_json, tell
-from .run import Overrides, RecipeFile, carry_out, ignore_interrupts
+from .run import Overrides, RecipeFile, Right, carry_out, ignore_interrupts
 from .watch import choose_display
 
 if TYPE_CHECKING:
@@ -35,15 +35,7 @@ def iterate(
     ] = None,
     as_json: AsJson = False,
     device: Device = "cpu",
-    right: Annotated[
-        str | None,
-        typer.Option(
-            "--i-have-the-right",
-            metavar="REASON",
-            help="do what a teacher's terms forbid; recorded for ever",
-            show_default=False,
-        ),
-    ] = None,
+    right: Right = None,
 ) -> None:
     """Repeat a recipe: each generation begins where the last one ended, and counts only if it is better.
 

@@ -57,6 +57,15 @@ Loggers = Annotated[
     ),
 ]
 
+Right = Annotated[
+    str | None,
+    typer.Option(
+        "--i-have-the-right",
+        metavar="REASON",
+        help="do what a teacher's terms forbid; recorded for ever",
+        show_default=False,
+    ),
+]
 HostsFile = Annotated[
     Path | None,
     typer.Option(
@@ -81,15 +90,7 @@ def run(
     no_try: Annotated[
         bool, typer.Option("--no-try", help="start stages without first showing a few of their answers")
     ] = False,
-    right: Annotated[
-        str | None,
-        typer.Option(
-            "--i-have-the-right",
-            metavar="REASON",
-            help="do what a teacher's terms forbid; recorded for ever",
-            show_default=False,
-        ),
-    ] = None,
+    right: Right = None,
 ) -> None:
     """Carry a recipe out; what is done already is not done again. Ctrl-C checkpoints and stops.
 

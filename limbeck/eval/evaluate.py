@@ -46,8 +46,7 @@ def evaluate(
 
     `done` is the number of pairs of source and way that are finished already; they are skipped. Yields, for
     each remaining pair, its metrics, some samples, the verdicts on all completions, and the number of their
-    tokens. Every model that is
-    evaluated with the same seed is given the same problems."""
+    tokens. Every model that is evaluated with the same seed is given the same problems."""
     for source, way in list(product(sources, ways))[done:]:
         task = sources[source]
         test = task.problems(source, "test")

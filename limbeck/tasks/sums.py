@@ -132,7 +132,7 @@ def _tell(terms: Terms, seed: int) -> str:
     """Return a story that asks for the sum.
 
     >>> _tell((8, -6, 3), 0)
-    'Fay has 8 apples. Fay sells 6, then buys 3 more. How many apples does Fay have now?'
+    'Ada has 8 shells. Ada sells 6, then buys 3 more. How many shells does Ada have now?'
     """
     random = generator("story", seed, terms)
     who, what = random.choice(PEOPLE), random.choice(THINGS)
