@@ -19,6 +19,7 @@ from limbeck.cluster.hosts import Local
 from limbeck.cluster.pool import SeatPool
 from limbeck.config.hosts import Hosts
 from limbeck.config.load import load
+from limbeck.model import kernels
 from limbeck.pipeline.run import Run
 
 pytestmark = pytest.mark.slow
@@ -165,7 +166,10 @@ def test_a_run_on_two_seats_makes_the_artifacts_of_a_run_on_one(tmp_path):
     assert code == 0, (out, errors)
     one = Hosts.model_validate({"shard": 8, "patience": 600})
     run = Run(load(recipe), tmp_path, tmp_path / "one", Silent(), hosts=one)
+    manifest = next(tmp_path.glob("two/store/pretrain-*/manifest.json"))
+    assert not kernels.adopt(json.loads(manifest.read_text(encoding="utf-8"))["kernels"])
     carry_out(run, "cpu")
+    kernels.adopt(None)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     plain = Run(load(recipe), tmp_path, tmp_path / "two", Silent())
     assert all(node.artifact for node in plain.graph.nodes.values())  # the keys are those of any run
