@@ -50,6 +50,12 @@ def test_a_recipe_that_comes_with_limbeck_is_extended_by_its_name_through_others
     assert recipe.stages == known.stages and recipe.problems == known.problems
 
 
+def test_a_stage_that_is_null_is_left_out(tmp_path):
+    text = "name: more\nextends: whole.yaml\nstages: {zero: null, evaluation: {models: [base]}}\n"
+    write(tmp_path, whole=WHOLE, more=text)
+    assert list(load(tmp_path / "more.yaml").stages) == ["base", "evaluation"]
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -60,6 +66,10 @@ def test_a_recipe_that_comes_with_limbeck_is_extended_by_its_name_through_others
         (
             "name: more\nextends: whole.yaml\nstages: {zero: {stepz: 1}}\n",
             "more.yaml: unknown key stages.zero",
+        ),
+        (
+            "name: more\nextends: whole.yaml\nstages: {zero: null}\n",
+            "more.yaml: stages.evaluation.models cites zero, which is no stage",
         ),
     ],
 )

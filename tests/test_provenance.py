@@ -348,7 +348,7 @@ def test_shipped_recipes_pass(tmp_path, monkeypatch):
     from test_docs import ROOT
 
     monkeypatch.chdir(tmp_path)
-    bound = dict.fromkeys(("smollm2-135m", "smollm2-zero", "smollm2-students"), "Apache-2.0")
+    bound = dict.fromkeys(("smollm2-135m", "smollm2-start", "smollm2-students"), "Apache-2.0")
     bound["gemma3-270m"] = "Gemma"
     for model in ("smollm2-135m", "gemma3-270m"):
         (tmp_path / "models" / model).mkdir(parents=True)

@@ -85,7 +85,8 @@ def _open(source: str | Path | Recipe | Mapping[str, Any]) -> tuple[Path, dict]:
 
 def _read_extended(path: Path, behind: tuple[Path, ...] = ()) -> dict:
     """Read a recipe's file as a YAML tree. If it has the key `extends`, the name of another recipe, it is
-    merged into that one's tree. `behind` are the files that extend this one."""
+    merged into that one's tree; a stage that it sets to null is left out. `behind` are the files that extend
+    this one."""
     tree = _read_tree(path)
     if "extends" not in tree:
         return tree
@@ -96,7 +97,10 @@ def _read_extended(path: Path, behind: tuple[Path, ...] = ()) -> dict:
     other = beside if beside.is_file() else find(extended)
     if other in (path, *behind):
         raise LimbeckError(f"{path}: extends {extended}, which extends this recipe; extend another one")
-    return _merge(_read_extended(other, (path, *behind)), tree)
+    merged = _merge(_read_extended(other, (path, *behind)), tree)
+    if isinstance(stages := merged.get("stages"), dict):
+        merged["stages"] = {name: stage for name, stage in stages.items() if stage is not None}
+    return merged
 
 
 def _merge(tree: dict, other: dict) -> dict:
