@@ -71,6 +71,10 @@ def test_a_stage_that_is_null_is_left_out(tmp_path):
             "name: more\nextends: whole.yaml\nstages: {zero: null}\n",
             "more.yaml: stages.evaluation.models cites zero, which is no stage",
         ),
+        (
+            "name: more\nextends: whole.yaml\nstages: {zeero: null}\n",
+            "stages.zeero is null, but whole.yaml has no such stage; it has base, zero, evaluation",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, text, said):

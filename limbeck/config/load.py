@@ -97,9 +97,18 @@ def _read_extended(path: Path, behind: tuple[Path, ...] = ()) -> dict:
     other = beside if beside.is_file() else find(extended)
     if other in (path, *behind):
         raise LimbeckError(f"{path}: extends {extended}, which extends this recipe; extend another one")
-    merged = _merge(_read_extended(other, (path, *behind)), tree)
-    if isinstance(stages := merged.get("stages"), dict):
-        merged["stages"] = {name: stage for name, stage in stages.items() if stage is not None}
+    whole = _read_extended(other, (path, *behind))
+    known = list(whole.get("stages") or {})
+    merged = _merge(whole, tree)
+    if not isinstance(merged.get("stages"), dict):
+        return merged
+    left_out = [name for name, stage in merged["stages"].items() if stage is None]
+    for name in left_out:
+        if name not in known:
+            raise LimbeckError(
+                f"{path}: stages.{name} is null, but {extended} has no such stage; it has {', '.join(known)}"
+            )
+        del merged["stages"][name]
     return merged
 
 
