@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from limbeck.config.recipe import Miniature
 from limbeck.model import weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
+from limbeck.model.kernels import choice
 from limbeck.tasks.clock_countdown import Countdown
 from limbeck.text.tokenizer import Tokenizer
 
@@ -26,6 +27,18 @@ from limbeck.text.tokenizer import Tokenizer
 def one_thread():
     """Products this small gain nothing from a second thread, and lose much where cores are contended."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own_choice(monkeypatch, tmp_path) -> Iterator[Path]:
+    """The choice of kernels is made anew and kept in `tmp_path`, so that other tests round as before."""
+    monkeypatch.setattr(choice, "folder", lambda: tmp_path)
+    monkeypatch.setattr(choice, "_choices", {})
+    monkeypatch.setattr(choice, "_timings", {})
+    monkeypatch.setattr(choice, "_in_library", None)
+    yield tmp_path
+    monkeypatch.undo()
+    choice._in_library = None
 
 
 @pytest.fixture(scope="session")

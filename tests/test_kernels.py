@@ -318,17 +318,11 @@ def test_vectors_are_as_wide_as_what_was_compiled_for(compiled, request):
 
 
 @pytest.fixture
-def choosing(monkeypatch, tmp_path):
-    """Choices are made anew, and kept elsewhere."""
+def choosing(own_choice):
+    """Choices are made anew, and kept elsewhere; where there are kernels to choose."""
     if kernels.library() is None:
         pytest.skip(NONE)
-    monkeypatch.setattr(choice, "folder", lambda: tmp_path)
-    monkeypatch.setattr(choice, "_choices", {})
-    monkeypatch.setattr(choice, "_timings", {})
-    monkeypatch.setattr(choice, "_in_library", None)
-    yield tmp_path
-    monkeypatch.undo()
-    choice._in_library = None
+    return own_choice
 
 
 def pretended(ours: float, plain: float):

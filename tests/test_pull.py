@@ -21,7 +21,7 @@ from limbeck.files import compare_checksums
 from limbeck.model import kernels, pull, weights
 from limbeck.model.config import ModelConfig
 from limbeck.model.decoder import Decoder
-from limbeck.model.kernels import build, choice
+from limbeck.model.kernels import build
 from limbeck.types import LimbeckError
 
 TINY = ModelConfig("llama", 40, 32, 2, 4, 2, 8, 48)
@@ -177,14 +177,8 @@ def test_an_unsupported_architecture_is_refused_before_its_weights_travel(tmp_pa
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
-def test_the_doctor_names_what_matters(tmp_path, monkeypatch):
-    """All findings are there, and those that are not fine have an advice.
-
-    The doctor times the kernels anew: its choice is kept apart, so that other tests round as before.
-    """
-    monkeypatch.setattr(choice, "folder", lambda: tmp_path)
-    monkeypatch.setattr(choice, "_choices", {})
-    monkeypatch.setattr(choice, "_timings", {})
+def test_the_doctor_names_what_matters(tmp_path, own_choice):
+    """All findings are there, and those that are not fine have an advice. The kernels are timed anew."""
     findings = {finding.name: finding for finding in doctor.examine(tmp_path / "runs")}
     assert {"python", "cores", "memory", "disk", "torch", "speed", "sandbox", "models"} <= findings.keys()
     assert findings["python"].ok
